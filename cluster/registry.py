@@ -1,0 +1,219 @@
+"""The fleet's notice board in Redis: who is alive, which placement holds, who may change it.
+
+Nothing here is on the token path. Every call is one round trip with a short timeout and no retry: a caller keeps what
+it read last and comes again. A Redis that comes back empty fills itself from the next heartbeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from cluster.topology import Placement, Shard
+
+HEARTBEAT_TTL_S = 5.0
+LEASE_TTL_S = 5.0
+CONNECT_TIMEOUT_S = 0.2
+CALL_TIMEOUT_S = 1.0
+MAX_CONNECTIONS = 16
+
+
+class StoreUnavailable(ConnectionError):
+    """Redis did not answer in time, or answered with an error."""
+
+
+class StalePlacement(RuntimeError):
+    """A placement was not published because a newer placement or a newer leader was there first."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to change the placement; `fencing` grows with every new lease, even over a Redis that lost its data."""
+
+    owner: str
+    fencing: int
+
+
+class RegistryStore(Protocol):
+    """What services ask of a registry; `Registry` keeps it in Redis, `MemoryRegistry` in one process."""
+
+    async def heartbeat(self, shard: Shard) -> None: ...
+    async def remove(self, shard: Shard) -> None: ...
+    async def shards(self) -> list[Shard]: ...
+    async def placement(self, known_epoch: int | None = None) -> Placement | None: ...
+    async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None: ...
+    async def acquire_lease(self, owner: str) -> Lease | None: ...
+    async def renew_lease(self, lease: Lease) -> bool: ...
+    async def release_lease(self, lease: Lease) -> None: ...
+
+
+def connect(url: str) -> Redis:
+    """A client that says within a second that Redis is gone; it recovers by itself. Close it with `aclose()`."""
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError(f"The registry URL {url!r} must start with redis://, rediss:// or unix://.")
+    return Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=CALL_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        max_connections=MAX_CONNECTIONS,
+    )
+
+
+def key_prefix(model: str) -> str:
+    """What all keys of a model start with; the braces keep them on one node of a Redis Cluster."""
+    if not model or set(model) & set("{} \n"):
+        raise ValueError(f"The model name {model!r} must not be empty nor hold braces or white space.")
+    return f"expertmesh:{{{model}}}:"
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Turns what redis-py raises into StoreUnavailable, so that nobody else needs to know redis-py."""
+    try:
+        yield
+    except RedisError as error:
+        raise StoreUnavailable(f"Redis did not do what it was asked ({type(error).__name__}: {error}).") from error
+
+
+# The record of another incarnation stays: the shard was replaced by one of the same name.
+REMOVE = """
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
+redis.call('SREM', KEYS[2], ARGV[2])
+return redis.call('DEL', KEYS[1])
+"""
+
+# Returns the epoch and the fencing token that stood in the way, or nothing.
+PUBLISH = """
+local stored = redis.call('HMGET', KEYS[1], 'epoch', 'fencing')
+local epoch, fencing = tonumber(stored[1] or 0), tonumber(stored[2] or 0)
+if epoch ~= tonumber(ARGV[1]) or fencing > tonumber(ARGV[3]) then return {tostring(epoch), tostring(fencing)} end
+redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'fencing', ARGV[3], 'value', ARGV[4])
+return false
+"""
+
+# Milliseconds of the clock keep tokens growing when Redis comes back empty.
+ACQUIRE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return false end
+local now = redis.call('TIME')
+local fencing = math.max(tonumber(redis.call('GET', KEYS[2]) or 0) + 1, now[1] * 1000 + math.floor(now[2] / 1000))
+local text = string.format('%.0f', fencing)
+redis.call('SET', KEYS[2], text)
+redis.call('SET', KEYS[1], text .. ' ' .. ARGV[1], 'PX', ARGV[2])
+return text
+"""
+
+RENEW = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+
+RELEASE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+"""
+
+
+class Registry:
+    """The registry of one model in Redis; every method may raise StoreUnavailable."""
+
+    def __init__(self, redis: Redis, model: str, ttl_s: float = HEARTBEAT_TTL_S, lease_ttl_s: float = LEASE_TTL_S):
+        self.redis = redis
+        self.prefix = key_prefix(model)
+        self.ttl_ms = round(ttl_s * 1000)
+        self.lease_ttl_ms = round(lease_ttl_s * 1000)
+
+    async def heartbeat(self, shard: Shard) -> None:
+        """Writes the whole record, to vanish unless it is written again within the time to live."""
+        key = self._shard_key(shard.id)
+        with store_errors():
+            async with self.redis.pipeline(transaction=True) as pipe:
+                pipe.delete(key)
+                pipe.hset(key, items=list(chain(*shard.to_record().items())))
+                pipe.pexpire(key, self.ttl_ms)
+                pipe.sadd(self.prefix + "shards", shard.id)
+                await pipe.execute()
+
+    async def remove(self, shard: Shard) -> None:
+        """Says goodbye before the time to live ends; does nothing if the record is another incarnation's."""
+        await self._eval(REMOVE, [self._shard_key(shard.id), self.prefix + "shards"], shard.incarnation, shard.id)
+
+    async def shards(self) -> list[Shard]:
+        """The shards that are alive, by id."""
+        ids = sorted(await self._call("SMEMBERS", self.prefix + "shards"))
+        with store_errors():
+            async with self.redis.pipeline(transaction=False) as pipe:
+                for id in ids:
+                    pipe.hgetall(self._shard_key(id))
+                records: list[Mapping[str, str]] = await pipe.execute()
+        if dead := [id for id, record in zip(ids, records, strict=True) if not record]:
+            await self._call("SREM", self.prefix + "shards", *dead)
+        return [Shard.from_record(record) for record in records if record]
+
+    async def placement(self, known_epoch: int | None = None) -> Placement | None:
+        """The published placement; None if there is none, or if its epoch is the one already known (cheap to poll)."""
+        key = self.prefix + "placement"
+        epoch = await self._call("HGET", key, "epoch")
+        if epoch is None or (known_epoch is not None and int(epoch) == known_epoch):
+            return None
+        value = await self._call("HGET", key, "value")
+        return Placement.from_json(value) if value is not None else None
+
+    async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
+        """Replaces the placement of epoch `expected_epoch` (0: none yet); StalePlacement if another one is there.
+
+        `fencing` is the token of the caller's lease, or 0 where there is no controller.
+        """
+        assert placement.epoch > expected_epoch >= 0
+        arguments = (expected_epoch, placement.epoch, fencing, placement.to_json())
+        stood_in_the_way = await self._eval(PUBLISH, [self.prefix + "placement"], *arguments)
+        if stood_in_the_way is not None:
+            raise stale_placement(placement, expected_epoch, fencing, *map(int, stood_in_the_way))
+
+    async def acquire_lease(self, owner: str) -> Lease | None:
+        """The lease, or None while somebody (the owner itself included) holds it."""
+        keys = [self.prefix + "leader", self.prefix + "fencing"]
+        fencing = await self._eval(ACQUIRE, keys, owner, self.lease_ttl_ms)
+        return None if fencing is None else Lease(owner, int(fencing))
+
+    async def renew_lease(self, lease: Lease) -> bool:
+        """Starts the lease's time anew; False if it is lost."""
+        return bool(await self._eval(RENEW, [self.prefix + "leader"], _lease_text(lease), self.lease_ttl_ms))
+
+    async def release_lease(self, lease: Lease) -> None:
+        """Gives the lease back; does nothing if it is lost."""
+        await self._eval(RELEASE, [self.prefix + "leader"], _lease_text(lease))
+
+    def _shard_key(self, shard_id: str) -> str:
+        return f"{self.prefix}shard:{shard_id}"
+
+    async def _eval(self, script: str, keys: list[str], *arguments: str | int) -> Any:
+        # EVAL, not EVALSHA: a Redis that comes back empty has forgotten its scripts too.
+        return await self._call("EVAL", script, len(keys), *keys, *arguments)
+
+    async def _call(self, *command: str | int) -> Any:
+        with store_errors():
+            return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+def _lease_text(lease: Lease) -> str:
+    return f"{lease.fencing} {lease.owner}"
+
+
+def stale_placement(
+    placement: Placement, expected_epoch: int, fencing: int, stored_epoch: int, stored_fencing: int
+) -> StalePlacement:
+    """The sentence for a placement that came too late."""
+    return StalePlacement(
+        f"The placement of epoch {placement.epoch} was not published: it replaces epoch {expected_epoch} with fencing "
+        f"token {fencing}, but epoch {stored_epoch} with fencing token {stored_fencing} is there."
+    )

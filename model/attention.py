@@ -1,0 +1,74 @@
+"""Grouped-query attention over paged KV, causal, without position encoding (Nemotron's attention layers carry none).
+
+Legend: T tokens of the step, L tokens of one request so far, H query heads, J KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.linear import Linear
+from model.state import Batch, PagedSpec, State
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one attention layer."""
+
+    hidden_size: int
+    num_heads: int  # H
+    num_kv_heads: int  # J
+    head_dim: int  # D
+
+    def state_spec(self, layer: int) -> PagedSpec:
+        """Keys and values of a token: (2, J, D)."""
+        return PagedSpec(layer, (2, self.num_kv_heads, self.head_dim))
+
+
+def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
+    """Softmax attention of a request's last T tokens over all its L tokens: -> (T, H, D)."""
+    num_new, num_all = q_THD.shape[0], k_LJD.shape[0]
+    mask = None
+    if num_new > 1 and num_new != num_all:
+        mask = torch.ones(num_new, num_all, dtype=torch.bool, device=q_THD.device).tril(num_all - num_new)
+    out_HTD = F.scaled_dot_product_attention(
+        q_THD.transpose(0, 1)[None],
+        k_LJD.transpose(0, 1)[None],
+        v_LJD.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=num_new > 1 and mask is None,
+        enable_gqa=True,
+    )[0]
+    return out_HTD.transpose(0, 1)
+
+
+class Attention(nn.Module):
+    """An attention layer: (T, hidden) -> (T, hidden), appending to the requests' KV pages."""
+
+    def __init__(self, shape: AttentionShape, layer: int, bias: bool = False) -> None:
+        super().__init__()
+        self.shape, self.layer = shape, layer
+        self.q_proj = Linear(shape.hidden_size, shape.num_heads * shape.head_dim, bias)
+        self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
+        self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
+        self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias)
+
+    def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., hidden) -> q (..., H, D), k and v (..., J, D)."""
+        by_head = (-1, self.shape.head_dim)
+        return tuple(p(h).unflatten(-1, by_head) for p in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[return-value]
+
+    def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        q_THD, k_TJD, v_TJD = self.qkv(h_TD)
+        pages = state.pages[self.layer]
+        pages[batch.new_places_T] = torch.stack([k_TJD, v_TJD], dim=1).to(pages.dtype)
+        outputs = []
+        for q, places in zip(q_THD.split(list(batch.lens)), batch.places, strict=True):
+            kv_L2JD = pages[places]
+            outputs.append(causal_attention(q, kv_L2JD[:, 0], kv_L2JD[:, 1]))
+        out: Tensor = self.o_proj(torch.cat(outputs).flatten(-2))
+        return out

@@ -1,0 +1,94 @@
+"""A Hugging Face model directory: `config.json` and safetensors, one file or an index of many, memory-mapped.
+
+Only the tensors that are asked for are read. A tensor that is missing is a ValueError with its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; transformers writes infinities as {"__float__": "Infinity"}."""
+
+    def as_float(value: dict[str, Any]) -> Any:
+        return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+    try:
+        value = json.loads(path.read_text(), object_hook=as_float)
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is not a model directory: it has no {path.name}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+class Checkpoint:
+    """The tensors of a model directory, by name."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"the model path {self.path} is not a directory")
+        self._open: dict[str, Any] = {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json")
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        path = self.path / "generation_config.json"
+        return read_json(path) if path.exists() else {}
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        if (self.path / INDEX).exists():
+            files = read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(files, dict):
+                raise ValueError(f"{self.path / INDEX} has no weight_map")
+            return files
+        if not (self.path / SINGLE).exists():
+            raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}")
+        return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._files.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def _file(self, file_name: str) -> Any:
+        if file_name not in self._open:
+            try:
+                self._open[file_name] = safe_open(self.path / file_name, framework="pt")
+            except FileNotFoundError:
+                raise ValueError(f"{self.path} lacks the file {file_name} that its index names") from None
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.path / file_name} is not a readable safetensors file: {error}") from None
+        return self._open[file_name]
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor called `name`, as stored; its shape is checked if one is given."""
+        if name not in self._files:
+            raise ValueError(f"the checkpoint {self.path} has no tensor {name}")
+        try:
+            tensor: Tensor = self._file(self._files[name]).get_tensor(name)
+        except SafetensorError:
+            raise ValueError(f"{self.path / self._files[name]} has no tensor {name}, though the index says so") from None
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(f"tensor {name} in {self.path} is {list(tensor.shape)}, the config wants {list(shape)}")
+        return tensor

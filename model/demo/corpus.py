@@ -1,0 +1,76 @@
+"""The demo model's text: the Python standard library's source, its held-out twentieth, and the tokenizer trained on the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+SPECIAL_TOKENS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+]
+EOS, IM_END = 2, 4
+VOCAB_SIZE = 2048
+HELD_OUT_SHARE = 20
+
+
+def is_held_out(name: str) -> bool:
+    """One file in twenty, by a fixed hash of its name: the same files on every machine."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+
+
+def read_corpus() -> tuple[list[str], list[str]]:
+    """Texts for training and held-out texts, in the order of their names. Files that are not UTF-8 are left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    split: tuple[list[str], list[str]] = [], []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name.startswith("site-packages/"):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            split[is_held_out(name)].append(text)
+    return split
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE, so that every text has tokens and every token sequence has bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode_all(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """All texts one after another, each ended by EOS: int64."""
+    pieces = [np.array([*encoding.ids, EOS]) for encoding in tokenizer.encode_batch(texts)]
+    return np.concatenate(pieces)
+
+
+def xz_bits_per_byte(texts: list[str]) -> float:
+    """What `xz -9` needs for all texts in one stream, which is kinder to it than file by file."""
+    data = "".join(texts).encode()
+    return 8 * len(lzma.compress(data, preset=9)) / len(data)

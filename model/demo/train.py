@@ -1,0 +1,287 @@
+"""Trains the demo model: a small Nemotron-3-shaped model that has really read something.
+
+    python -m model.demo.train --steps 2000 --out model/demo/checkpoint
+
+Runs for hours on two CPU cores and faster on a GPU; a checkpoint every 100 steps lets `--resume` go on after a stop. The
+mathematics are the product's own (`model/`); only what serving does not need is here: whole sequences instead of packed
+steps, differentiable experts, and the router's balancing.
+
+Legend: B sequences, T tokens of each, D hidden, V vocabulary, N = B·T rows, K picks a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, nn
+
+from model.attention import Attention
+from model.demo.corpus import IM_END, VOCAB_SIZE, encode_all, read_corpus, train_tokenizer
+from model.demo.export import CONFIG, export
+from model.mamba import Mamba2Mixer, ssd_scan
+from model.moe import MoE
+from model.nemotron_h import Block, NemotronH, NemotronHConfig
+
+MTP_WEIGHTS = (0.5, 0.25)  # of the first and second draft in the loss
+BIAS_RATE = 1e-3  # auxiliary-loss-free balancing, DeepSeek-V3 section 2.1.2
+
+
+class TrainableExperts:
+    """Differentiable experts behind the same seam; counts picks for the router's balancing.
+
+    `weights[layer]` is (up (E, M, L), down (E, L, M)). Not a Module, so that the backbone's parameters stay its own.
+    """
+
+    def __init__(self, config: NemotronHConfig, device: str) -> None:
+        self.weights: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.counts: dict[int, Tensor] = {}
+        for shape in config.expert_shapes:
+            up = torch.randn(shape.num_experts, shape.width, shape.input_dim) / shape.input_dim**0.5
+            down = torch.randn(shape.num_experts, shape.input_dim, shape.width) * 0.2 / shape.width**0.5
+            self.weights[shape.layer] = nn.Parameter(up.to(device)), nn.Parameter(down.to(device))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for pair in self.weights.values() for parameter in pair]
+
+    def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+        up_EML, down_ELM = self.weights[layer]
+        counts_E = topk_ids_NK.flatten().bincount(minlength=len(up_EML))
+        self.counts[layer] = self.counts.get(layer, 0) + counts_E.detach()
+        order_P = topk_ids_NK.flatten().argsort()
+        row_P = order_P // topk_ids_NK.shape[1]
+        parts = x_NL.float()[row_P].split(counts_E.tolist())
+        with torch.autocast(x_NL.device.type, enabled=False):  # in bf16 oneDNN builds a kernel for every new row count
+            y_PL = torch.cat([
+                F.linear(F.linear(x, up).relu().square(), down)
+                for x, up, down in zip(parts, up_EML.unbind(), down_ELM.unbind(), strict=True)
+            ])
+        weighted_PL = y_PL * topk_weights_NK.flatten()[order_P, None]
+        out_NL = torch.zeros(x_NL.shape, dtype=torch.float32, device=x_NL.device).index_add(0, row_P, weighted_PL)
+        return lambda: out_NL
+
+
+def run_mamba(mixer: Mamba2Mixer, h_BTD: Tensor) -> Tensor:
+    shape, (num_seqs, length) = mixer.shape, h_BTD.shape[:2]
+    gate, xbc, delta = mixer.split(mixer.in_proj(h_BTD))
+    weight: Any = mixer.conv1d.weight
+    padded = F.pad(xbc.transpose(1, 2), (shape.conv_kernel - 1, 0))
+    xbc = F.silu(F.conv1d(padded, weight, mixer.conv1d.bias, groups=shape.conv_dim)).transpose(1, 2)  # type: ignore[arg-type]
+    x, delta, a_H, b, c = mixer.scan_inputs(xbc, delta)
+    per_seq = length // shape.chunk_size
+    requests = torch.arange(num_seqs, device=h_BTD.device)
+    chain = tuple((requests * per_seq + depth, requests) for depth in range(per_seq))
+    zeros = x.new_zeros(num_seqs, shape.num_heads, shape.head_dim, shape.state_dim)
+    pieces = [v.reshape(-1, shape.chunk_size, *v.shape[2:]) for v in (x, delta, b, c)]
+    y, _ = ssd_scan(pieces[0], pieces[1], a_H, pieces[2], pieces[3], zeros, chain)
+    return mixer.finish(y.reshape(x.shape), x, gate)
+
+
+def run_attention(mixer: Attention, h_BTD: Tensor) -> Tensor:
+    q, k, v = (part.transpose(1, 2) for part in mixer.qkv(h_BTD))
+    out: Tensor = mixer.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(-2))
+    return out
+
+
+def run_block(block: Block, x_BTD: Tensor) -> Tensor:
+    h_BTD = block.norm(x_BTD)
+    match block.mixer:
+        case Mamba2Mixer():
+            return x_BTD + run_mamba(block.mixer, h_BTD)
+        case Attention():
+            return x_BTD + run_attention(block.mixer, h_BTD)
+        case mixer:
+            return x_BTD + mixer(h_BTD.flatten(0, 1)).view_as(h_BTD)
+
+
+def sequence_hidden(model: NemotronH, ids_BT: Tensor) -> Tensor:
+    """`NemotronH.forward` over whole sequences: (B, T) -> (B, T, D)."""
+    x_BTD = model.embeddings(ids_BT)
+    for block in model.layers:
+        x_BTD = run_block(block, x_BTD)  # type: ignore[arg-type]
+    normed: Tensor = model.norm_f(x_BTD)
+    return normed
+
+
+def sequence_draft(model: NemotronH, next_ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
+    """`NemotronH.draft` over whole sequences."""
+    assert model.mtp is not None
+    x_BTD = model.mtp.fuse(model.embeddings(next_ids_BT), hidden_BTD)
+    for block in model.mtp.layers:
+        x_BTD = run_block(block, x_BTD)  # type: ignore[arg-type]
+    return model.mtp.final_norm(x_BTD)
+
+
+def loss_of(model: NemotronH, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Training loss, next-token loss in nats, and the share of first drafts that equal the model's own greedy choice.
+
+    The drafts learn the model's own distribution, not the text: that is what acceptance measures.
+    """
+    hidden_BTD = sequence_hidden(model, ids_BT)
+    logits_BTV = model.logits(hidden_BTD)
+    main = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+    target_BTV = logits_BTV.detach()
+    total, accepted = main, main
+    for depth, weight in enumerate(MTP_WEIGHTS, start=1):
+        # position t has seen x_{t+depth}; its draft is of x_{t+depth+1}, the choice of position t+depth
+        next_ids = F.pad(ids_BT[:, depth:], (0, depth))
+        hidden_BTD = sequence_draft(model, next_ids, hidden_BTD)
+        draft_BTV = model.logits(hidden_BTD[:, :-depth])
+        wanted = target_BTV[:, depth:]
+        soft = F.cross_entropy(draft_BTV.flatten(0, 1), wanted.flatten(0, 1).softmax(-1))
+        total = total + weight * soft
+        if depth == 1:
+            accepted = (draft_BTV.argmax(-1) == wanted.argmax(-1)).float().mean()
+    return total, main.detach(), accepted
+
+
+def initialise(model: NemotronH) -> None:
+    """Scaled normal weights; A, Δ and D as Mamba-2 does."""
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith("A_log"):
+                p.copy_(torch.empty_like(p).uniform_(1, 16).log())
+            elif name.endswith("dt_bias"):
+                delta = torch.exp(torch.empty_like(p).uniform_(math.log(1e-3), math.log(0.1)))
+                p.copy_(delta + torch.log(-torch.expm1(-delta)))
+            elif name.endswith("mixer.D"):
+                p.fill_(1.0)
+            elif "embeddings" in name or "gate.weight" in name:
+                p.normal_(std=0.02)
+            elif p.dim() == 2:
+                is_output = any(part in name for part in ("out_proj", "o_proj", "down_proj", "fc2"))
+                p.normal_(std=p.shape[1] ** -0.5 * (0.3 if is_output else 1.0))
+            elif name.endswith("conv1d.weight"):
+                p.uniform_(-0.5, 0.5)
+            elif name.endswith("bias"):
+                p.zero_()
+    for name, buffer in model.named_buffers():
+        assert name.endswith("e_score_correction_bias")
+        buffer.zero_()
+
+
+def make_optimizers(model: NemotronH, experts: TrainableExperts) -> list[torch.optim.Optimizer]:
+    """Muon for the backbone's matrices, AdamW for the embeddings, the experts and everything small."""
+    named = [*model.named_parameters()]
+    matrices = [p for name, p in named if p.dim() == 2 and not any(s in name for s in ("embeddings", "lm_head", "gate.weight"))]
+    chosen = {id(p) for p in matrices}
+    others = [p for _, p in named if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(
+            [{"params": others, "lr": 4e-3}, {"params": experts.parameters(), "lr": 4e-3}], betas=(0.9, 0.95), weight_decay=0.01
+        ),
+    ]
+
+
+def balance(model: NemotronH, experts: TrainableExperts, rate: float) -> None:
+    """Raises the selection bias of experts picked less than the mean, lowers that of the others."""
+    gates = {m.shape.layer: m.gate for m in model.modules() if isinstance(m, MoE)}
+    for layer, counts_E in experts.counts.items():
+        bias: Any = gates[layer].e_score_correction_bias
+        bias += rate * (counts_E.float().mean() - counts_E).sign()
+    experts.counts.clear()
+
+
+def sample_windows(tokens: np.ndarray, generator: np.random.Generator, num_seqs: int, length: int, chat: np.ndarray) -> Tensor:
+    """Random windows; one in eight becomes a ChatML turn: the user gives a beginning, the assistant continues it."""
+    starts = generator.integers(0, len(tokens) - length, num_seqs)
+    windows = np.stack([tokens[s : s + length] for s in starts])
+    opening, middle = chat[: int(chat[-1])], chat[int(chat[-1]) : -1]
+    for window in windows[generator.random(num_seqs) < 1 / 8]:
+        cut = int(generator.integers(8, 200))
+        turn = np.concatenate([opening, window[:cut], middle, window[cut:]])[:length]
+        if generator.random() < 0.5:  # the assistant stops where the text does
+            turn[-1] = IM_END
+        window[:] = turn
+    return torch.from_numpy(windows)
+
+
+def chat_frame(tokenizer: Any) -> np.ndarray:
+    """Token ids before and between the two parts of a turn, then the length of the first."""
+    opening = tokenizer.encode("<|im_start|>user\n").ids
+    middle = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n<think></think>").ids
+    return np.array([*opening, *middle, len(opening)])
+
+
+def learning_rate(step: int, num_steps: int) -> float:
+    """Warm up, hold, then fall to zero over the last 60 %."""
+    return min(1.0, (step + 1) / 40, (num_steps - step) / (0.6 * num_steps))
+
+
+def restore(path: Path, model: NemotronH, experts: TrainableExperts) -> dict[str, Any]:
+    """Puts a saved training state's weights back; returns the rest of it."""
+    state: dict[str, Any] = torch.load(path, weights_only=False)
+    model.load_state_dict(state["model"])
+    for parameter, value in zip(experts.parameters(), state["experts"], strict=True):
+        parameter.data.copy_(value)
+    return state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demo model on the Python standard library.")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/expertmesh-demo"), help="where the resumable state lies")
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(0)
+    training, held_out = read_corpus()
+    tokenizer = train_tokenizer(training)
+    tokens = encode_all(tokenizer, training)
+    chat = chat_frame(tokenizer)
+    config = NemotronHConfig.from_json(CONFIG)
+    assert config.vocab_size == VOCAB_SIZE == tokenizer.get_vocab_size()
+    experts = TrainableExperts(config, args.device)
+    model = NemotronH(config, experts)
+    initialise(model)
+    model.to(args.device)
+    optimizers = make_optimizers(model, experts)
+    base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    generator = np.random.default_rng(0)
+    first, log, saved = 0, [], args.work / "state.pt"
+    if args.resume:
+        state = restore(saved, model, experts)
+        for optimizer, value in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(value)
+        first, log, generator = state["step"], state["log"], state["generator"]
+
+    for step in track(range(first, args.steps), description="training", total=args.steps, completed=first):
+        rate = learning_rate(step, args.steps)
+        for optimizer, rates in zip(optimizers, base_rates, strict=True):
+            for group, base in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * rate
+        ids_BT = sample_windows(tokens, generator, args.sequences, args.length, chat).to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            loss, nats, accepted = loss_of(model, ids_BT)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([*model.parameters(), *experts.parameters()], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        balance(model, experts, BIAS_RATE * rate)
+        log.append((step, float(nats), float(accepted)))
+        if step % 10 == 9:
+            recent = np.array(log[-10:]).mean(0)
+            print(f"step {step + 1}  nats {recent[1]:.3f}  first draft accepted {recent[2]:.3f}", flush=True)
+        if step % 100 == 99 or step + 1 == args.steps:
+            weights = {"model": model.state_dict(), "experts": [p.detach() for p in experts.parameters()]}
+            states = {"optimizers": [o.state_dict() for o in optimizers], "step": step + 1, "log": log, "generator": generator}
+            torch.save({**weights, **states}, saved)
+    export(model, experts, tokenizer, held_out, log, args.out)
+
+
+if __name__ == "__main__":
+    main()

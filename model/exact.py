@@ -1,0 +1,55 @@
+"""Sums of expert outputs that do not depend on their order, and so not on which shard holds which expert.
+
+Float addition is not associative; integer addition is. Each contribution is rounded to a multiple of 2**grid, where the
+row itself (its size, its largest weight) and one constant of the layer determine `grid`, and added as int64. The unit is
+about 2**-22 of a typical contribution, so rounding costs what fp32 rounding costs, and 2**40 times a typical
+contribution still fits: nothing overflows.
+
+Legend: N rows, K picks a row, P picks, L expert input and output dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FRACTION_BITS = 22
+MAX_GRID_SUM = 2.0**62
+
+
+def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
+    """⌈log2⌉ of the typical size of down·relu(up·z)² for z of unit mean square.
+
+    For z ~ N(0, 1): up_j·z ~ N(0, |up_j|²) and E relu(g)⁴ = 3/2·σ⁴. Typical is enough; int64 has room for the rest.
+    """
+    up_square_M = up_ML.double().square().sum(1)
+    down_square_M = down_LM.double().square().sum(0)
+    mean_square = 1.5 * float((up_square_M.square() * down_square_M).sum()) / down_LM.shape[0]
+    return math.ceil(math.log2(mean_square) / 2) if mean_square > 0 else 0
+
+
+def grid_exponents(x_NL: Tensor, topk_weights_NK: Tensor, layer_gain_exponent: int) -> Tensor:
+    """Exponent of the unit in which each row's contributions are added: int16 (N,)."""
+    size_N = torch.frexp(x_NL.float().square().mean(-1)).exponent
+    weight_N = torch.frexp(topk_weights_NK.amax(-1)).exponent
+    return (size_N + weight_N + (layer_gain_exponent - FRACTION_BITS)).clamp(-200, 200).to(torch.int16)
+
+
+def add_on_grid(y_PL: Tensor, weight_P: Tensor, row_P: Tensor, grid_N: Tensor) -> Tensor:
+    """Σ of weight·y over the picks of each row, exactly: int64 (N, L).
+
+    Raises ValueError if a contribution is not finite or too large for any sane model (2**62 units).
+    """
+    unit_N1 = torch.exp2(-grid_N.double())[:, None]
+    units_PL = ((y_PL.float() * weight_P[:, None]).double() * unit_N1[row_P]).round_()
+    if not bool(units_PL.abs().amax() < MAX_GRID_SUM):
+        raise ValueError("an expert's output is not finite or too large to add; the checkpoint or its copy here is damaged")
+    sums_NL = torch.zeros(grid_N.shape[0], y_PL.shape[1], dtype=torch.int64, device=y_PL.device)
+    return sums_NL.index_add_(0, row_P, units_PL.long())
+
+
+def from_grid(sums_NL: Tensor, grid_N: Tensor) -> Tensor:
+    """int64 sums back to fp32 (N, L)."""
+    return (sums_NL.double() * torch.exp2(grid_N.double())[:, None]).float()

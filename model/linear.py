@@ -1,0 +1,88 @@
+"""Matrix products whose rows do not depend on their company.
+
+A library picks its kernel by the number of rows, and two kernels may add the same products in another order. So the rows
+of one product can change in their last bits when other rows join. Rows padded to a multiple of `quantum` and cut into
+blocks of at most `limit` rows always meet the same kernel; which numbers do that on this machine is measured, not known.
+
+Legend: N rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+QUANTA = (1, 2, 4, 8, 16, 32, 64)
+LIMITS = (512, 256, 128, 64)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Row counts at which a product's rows are independent: multiples of `quantum`, at most `limit` at once."""
+
+    quantum: int
+    limit: int
+
+    def padded(self, num_rows: int) -> int:
+        return -(-num_rows // self.quantum) * self.quantum
+
+
+def is_row_invariant(weight_OI: Tensor, plan: RowPlan) -> bool:
+    """Whether every row count of `plan`, and every place in it, gives the rows of the full block, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    x_NI = torch.randn(plan.limit, weight_OI.shape[1], generator=generator).to(weight_OI)
+    full_NO = F.linear(x_NI, weight_OI)
+    counts = [n for n in range(plan.quantum, plan.limit + 1, plan.quantum) if n <= 64 or n % 64 == 0]
+    return all(
+        torch.equal(F.linear(x_NI[:n], weight_OI), full_NO[:n])
+        and torch.equal(F.linear(x_NI[-n:], weight_OI), full_NO[-n:])
+        for n in counts
+    )
+
+
+@cache
+def find_row_plan(num_inputs: int, num_outputs: int, dtype: torch.dtype, device: str, num_threads: int) -> RowPlan:
+    """The cheapest plan that holds for products of this shape here, found by trying (a few milliseconds).
+
+    Raises RuntimeError if none does. `num_threads` is in the key because kernels are chosen by it too.
+    """
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(num_outputs, num_inputs, generator=generator).to(device, dtype)
+    for quantum in QUANTA:
+        for limit in LIMITS:
+            if is_row_invariant(weight, plan := RowPlan(quantum, limit)):
+                return plan
+    raise RuntimeError(
+        f"no row count from {QUANTA} makes {dtype} products of {num_inputs}x{num_outputs} on {device} independent of "
+        f"their company, so the same tokens under any placement cannot be promised here"
+    )
+
+
+def row_plan(weight_OI: Tensor) -> RowPlan:
+    outputs, inputs = weight_OI.shape
+    return find_row_plan(inputs, outputs, weight_OI.dtype, str(weight_OI.device), torch.get_num_threads())
+
+
+def stable_linear(x_NI: Tensor, weight_OI: Tensor, plan: RowPlan) -> Tensor:
+    """x·Wᵀ under `plan`: (N, I), (O, I) -> (N, O)."""
+    num_rows = x_NI.shape[0]
+    x_NI = F.pad(x_NI, (0, 0, 0, plan.padded(num_rows) - num_rows))
+    if x_NI.shape[0] <= plan.limit:
+        return F.linear(x_NI, weight_OI)[:num_rows]
+    return torch.cat([F.linear(block, weight_OI) for block in x_NI.split(plan.limit)])[:num_rows]
+
+
+class Linear(nn.Module):
+    """A linear layer, weight (O, I) as in the checkpoint, uninitialised until it is loaded."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
+        self.bias = nn.Parameter(torch.empty(num_outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)

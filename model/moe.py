@@ -1,0 +1,213 @@
+"""The sparse mixture of experts: router, shared expert, latent projections, and the one seam to wherever the experts live.
+
+LatentMoE routes on the full hidden vector but sends only fc1's output, a quarter as wide, to the experts; fc2 brings the
+weighted sum back. A plain MoE is the same with fc1 = fc2 = identity.
+
+Legend: N rows, D hidden, L expert input (latent, or hidden where there is none), M expert width, E experts, K picks a row,
+P = N·K picks.
+Source: NVIDIA, "LatentMoE" (arXiv 2601.18089); router: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.exact import add_on_grid, from_grid, gain_exponent, grid_exponents
+from model.linear import Linear, RowPlan, row_plan
+from model.state import Batch, State
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """The routed experts of one MoE layer: y = down·relu(up·x)², up (M, L), down (L, M)."""
+
+    layer: int
+    num_experts: int  # E
+    top_k: int  # K
+    input_dim: int  # L
+    width: int  # M
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of one expert."""
+        return 2 * self.input_dim * self.width
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one expert."""
+        return self.num_params * dtype.itemsize
+
+
+class Experts(Protocol):
+    """Runs a layer's routed experts, wherever they live."""
+
+    def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+        """Sends the rows off and returns a function that waits for the weighted sums: fp32 (N, L)."""
+
+
+class ExpertBank:
+    """The experts of one layer that this process holds."""
+
+    def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gains: dict[int, int] = {}
+        self._plan: RowPlan | None = None
+
+    @property
+    def held(self) -> frozenset[int]:
+        return frozenset(self._weights)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._weights) * self.shape.nbytes(self.dtype)
+
+    def load(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
+        """Takes an expert's {"up": (M, L), "down": (L, M)}."""
+        assert 0 <= expert < self.shape.num_experts
+        up, down = (tensors[name].to(self.device, self.dtype, copy=True) for name in ("up", "down"))
+        assert up.shape == (self.shape.width, self.shape.input_dim) == down.shape[::-1]
+        self._gains[expert] = gain_exponent(up, down)
+        self._weights[expert] = up, down
+
+    def unload(self, expert: int) -> None:
+        del self._weights[expert], self._gains[expert]
+
+    def gain_exponent(self, expert: int) -> int:
+        return self._gains[expert]
+
+    def plan(self) -> RowPlan:
+        """Row counts that serve both of an expert's products, found once."""
+        if self._plan is None:
+            plans = [row_plan(weight) for weight in next(iter(self._weights.values()))]
+            self._plan = RowPlan(max(p.quantum for p in plans), min(p.limit for p in plans))
+        return self._plan
+
+    def partial_sums(self, x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, grid_N: Tensor) -> Tensor:
+        """Σ of weight·expert(x[row]) over the picks of each row: int64 (N, L), in units of 2**grid.
+
+        `row_P` and `expert_P` are int64 on the CPU; every expert named must be held.
+        """
+        order_P = expert_P.argsort(stable=True)
+        experts, counts = expert_P[order_P].unique_consecutive(return_counts=True)
+        sorted_row_P = row_P[order_P]
+        blocks = self._blocks(experts.tolist(), counts.tolist())
+        padded = torch.cat([x_NL.to(self.dtype), x_NL.new_zeros(1, x_NL.shape[1], dtype=self.dtype)])
+        y_PL = torch.empty(len(order_P), self.shape.input_dim, dtype=self.dtype, device=self.device)
+        for expert, start, stop, num_pad in blocks:
+            rows = torch.nn.functional.pad(sorted_row_P[start:stop], (0, num_pad), value=x_NL.shape[0])
+            y_PL[start:stop] = self._expert(expert, padded[rows.to(self.device)])[: stop - start]
+        sorted_weight_P = weight_P.to(self.device)[order_P.to(self.device)]
+        return add_on_grid(y_PL, sorted_weight_P, sorted_row_P.to(self.device), grid_N.to(self.device))
+
+    def _blocks(self, experts: list[int], counts: list[int]) -> Iterable[tuple[int, int, int, int]]:
+        """Cuts each expert's sorted rows into blocks: (expert, start, stop, rows of padding)."""
+        plan, start = self.plan(), 0
+        for expert, count in zip(experts, counts, strict=True):
+            for first in range(start, start + count, plan.limit):
+                num_rows = min(plan.limit, start + count - first)
+                yield expert, first, first + num_rows, plan.padded(num_rows) - num_rows
+            start += count
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        up, down = self._weights[expert]
+        hidden = torch.nn.functional.linear(x, up).relu_()
+        return torch.nn.functional.linear(hidden.mul_(hidden), down)
+
+
+class LocalExperts:
+    """Every expert of every layer in this process."""
+
+    def __init__(self, banks: Mapping[int, ExpertBank]) -> None:
+        assert all(len(bank.held) == bank.shape.num_experts for bank in banks.values())
+        self.banks = dict(banks)
+        self.gains = {layer: max(map(bank.gain_exponent, bank.held)) for layer, bank in banks.items()}
+
+    def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+        grid_N = grid_exponents(x_NL, topk_weights_NK, self.gains[layer])
+        row_P = torch.arange(x_NL.shape[0]).repeat_interleave(topk_ids_NK.shape[1])
+        picks = row_P, topk_ids_NK.flatten().cpu(), topk_weights_NK.flatten()
+        return lambda: from_grid(self.banks[layer].partial_sums(x_NL, *picks, grid_N), grid_N)
+
+
+class Router(nn.Module):
+    """Sigmoid scores in fp32; the correction bias chooses experts but never weighs them. (N, D) -> ids, weights (N, K)."""
+
+    def __init__(
+        self, hidden_size: int, shape: ExpertShape, scaling_factor: float, num_groups: int, topk_groups: int, normalize: bool
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.num_experts, hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.empty(shape.num_experts))
+        self.top_k, self.scaling_factor, self.normalize = shape.top_k, scaling_factor, normalize
+        self.num_groups, self.topk_groups = num_groups, topk_groups
+
+    def scores(self, h_ND: Tensor) -> Tensor:
+        return torch.nn.functional.linear(h_ND.float(), self.weight.float()).sigmoid()
+
+    def forward(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
+        scores_NE = self.scores(h_ND)
+        choice_NE = self._keep_best_groups(scores_NE + self.e_score_correction_bias)
+        topk_ids_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
+        weights_NK = scores_NE.gather(1, topk_ids_NK)
+        if self.normalize:
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        return topk_ids_NK, weights_NK * self.scaling_factor
+
+    def _keep_best_groups(self, choice_NE: Tensor) -> Tensor:
+        if self.topk_groups == self.num_groups:
+            return choice_NE
+        by_group = choice_NE.unflatten(-1, (self.num_groups, -1))
+        best = by_group.topk(2, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
+        is_kept = torch.zeros(by_group.shape[:2], dtype=torch.bool, device=choice_NE.device).scatter_(1, best, True)
+        return by_group.masked_fill(~is_kept[..., None], -torch.inf).flatten(-2)
+
+
+class DenseMLP(nn.Module):
+    """down·relu(up·h)²: the shared expert, and the `-` layers."""
+
+    def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
+        super().__init__()
+        self.up_proj = Linear(hidden_size, width, bias)
+        self.down_proj = Linear(width, hidden_size, bias)
+
+    def forward(self, h: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
+        hidden = self.up_proj(h).relu()
+        out: Tensor = self.down_proj(hidden * hidden)
+        return out
+
+
+class MoE(nn.Module):
+    """A MoE layer: (N, D) -> (N, D). The shared expert is computed while the rows are away."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        shape: ExpertShape,
+        shared_width: int,
+        router: Router,
+        experts: Experts,
+        *,
+        is_latent: bool,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape, self.experts, self.gate, self.is_latent = shape, experts, router, is_latent
+        if is_latent:
+            self.fc1_latent_proj = Linear(hidden_size, shape.input_dim, bias)
+            self.fc2_latent_proj = Linear(shape.input_dim, hidden_size, bias)
+        self.shared_experts = DenseMLP(hidden_size, shared_width, bias)
+
+    def forward(self, h_ND: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
+        topk_ids_NK, topk_weights_NK = self.gate(h_ND)
+        x_NL = self.fc1_latent_proj(h_ND) if self.is_latent else h_ND
+        wait = self.experts(self.shape.layer, x_NL, topk_ids_NK, topk_weights_NK)
+        shared_ND = self.shared_experts(h_ND)
+        y_NL = wait().to(h_ND.dtype)
+        routed_ND = self.fc2_latent_proj(y_NL) if self.is_latent else y_NL
+        out: Tensor = routed_ND + shared_ND
+        return out

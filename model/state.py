@@ -1,0 +1,181 @@
+"""What one step computes (`Batch`) and what a request leaves behind between steps (`State`).
+
+Legend: T tokens of the step, R requests, B pages, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 16  # tokens a page
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some requests of a batch: their places among the requests, their rows, and their lengths."""
+
+    requests: Tensor
+    rows: Tensor
+    lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step, packed request after request without padding.
+
+    `token_ids_T` is int64; every tuple has R entries. Request r computes tokens
+    `context_lens[r] .. context_lens[r] + lens[r]`, keeps recurrent state in `slots[r]` and KV in `block_tables[r]`.
+    """
+
+    token_ids_T: Tensor
+    lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    slots: tuple[int, ...]
+    block_tables: tuple[tuple[int, ...], ...]
+    block_size: int = BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        assert sum(self.lens) == self.token_ids_T.numel() and min(self.lens) > 0
+        assert len(self.lens) == len(self.context_lens) == len(self.slots) == len(self.block_tables)
+        assert len(set(self.slots)) == len(self.slots), "two requests share a slot"
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Row at which each request's tokens start: R entries."""
+        return (0, *accumulate(self.lens))[:-1]
+
+    @cached_property
+    def slots_R(self) -> Tensor:
+        return torch.tensor(self.slots, device=self.token_ids_T.device)
+
+    @cached_property
+    def is_new_R(self) -> Tensor:
+        """Requests that start from zeros: bool, (R,)."""
+        return torch.tensor([c == 0 for c in self.context_lens], device=self.token_ids_T.device)
+
+    @cached_property
+    def last_rows(self) -> tuple[int, ...]:
+        """Row of each request's last token: R entries."""
+        return tuple(start + length - 1 for start, length in zip(self.starts, self.lens, strict=True))
+
+    @cached_property
+    def single_token_group(self) -> Group | None:
+        return self._group([r for r, length in enumerate(self.lens) if length == 1])
+
+    @cached_property
+    def many_token_group(self) -> Group | None:
+        return self._group([r for r, length in enumerate(self.lens) if length > 1])
+
+    def _group(self, requests: list[int]) -> Group | None:
+        if not requests:
+            return None
+        device = self.token_ids_T.device
+        rows = [row for r in requests for row in range(self.starts[r], self.starts[r] + self.lens[r])]
+        return Group(
+            torch.tensor(requests, device=device),
+            torch.tensor(rows, device=device),
+            tuple(self.lens[r] for r in requests),
+            tuple(self.context_lens[r] for r in requests),
+        )
+
+    @cached_property
+    def places(self) -> tuple[Tensor, ...]:
+        """Places of all tokens of each request, this step's included, in a layer's pages: R tensors (context_len + len,)."""
+        offsets = torch.arange(self.block_size, device=self.token_ids_T.device)
+        places = []
+        for table, context_len, length in zip(self.block_tables, self.context_lens, self.lens, strict=True):
+            assert context_len + length <= len(table) * self.block_size, "block table shorter than the request"
+            blocks = torch.tensor(table, device=offsets.device)
+            places.append((blocks[:, None] * self.block_size + offsets).flatten()[: context_len + length])
+        return tuple(places)
+
+    @cached_property
+    def new_places_T(self) -> Tensor:
+        """Place of each row of this step in a layer's pages, as block·block_size + offset: int64, (T,)."""
+        return torch.cat([places[-length:] for places, length in zip(self.places, self.lens, strict=True)])
+
+
+@dataclass(frozen=True)
+class PagedSpec:
+    """State of an attention layer: `shape` values per token, in the model's dtype."""
+
+    layer: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RecurrentSpec:
+    """State of a recurrent layer: one tensor of each shape per request; `None` stands for the model's dtype."""
+
+    layer: int
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype | None, ...]
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """State that a model family keeps per layer; the engine plans memory from it before anything is allocated."""
+
+    paged: tuple[PagedSpec, ...]
+    recurrent: tuple[RecurrentSpec, ...]
+    block_size: int = BLOCK_SIZE
+
+    def bytes_per_block(self, dtype: torch.dtype) -> int:
+        return sum(_numel(spec.shape) for spec in self.paged) * self.block_size * dtype.itemsize
+
+    def bytes_per_slot(self, dtype: torch.dtype) -> int:
+        return sum(
+            _numel(shape) * (own or dtype).itemsize
+            for spec in self.recurrent
+            for shape, own in zip(spec.shapes, spec.dtypes, strict=True)
+        )
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens of one request take."""
+        return -(-num_tokens // self.block_size)
+
+
+class State:
+    """The tensors behind a `StateSpec`, allocated once: pages (B·block_size, *shape) and slots (S, *shape)."""
+
+    def __init__(
+        self, spec: StateSpec, num_slots: int, num_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.spec, self.num_slots, self.num_blocks = spec, num_slots, num_blocks
+        self.pages = {
+            p.layer: torch.zeros(num_blocks * spec.block_size, *p.shape, dtype=dtype, device=device) for p in spec.paged
+        }
+        self.slots = {
+            r.layer: tuple(
+                torch.zeros(num_slots, *shape, dtype=own or dtype, device=device)
+                for shape, own in zip(r.shapes, r.dtypes, strict=True)
+            )
+            for r in spec.recurrent
+        }
+
+    def read(self, layer: int, batch: Batch) -> tuple[Tensor, ...]:
+        """The recurrent state of the batch's requests, zeros for those that start: tensors (R, *shape)."""
+        return tuple(
+            slots[batch.slots_R].masked_fill_(batch.is_new_R.view(-1, *[1] * (slots.dim() - 1)), 0)
+            for slots in self.slots[layer]
+        )
+
+    def write(self, layer: int, batch: Batch, values: Sequence[Tensor]) -> None:
+        for slots, value in zip(self.slots[layer], values, strict=True):
+            slots[batch.slots_R] = value.to(slots.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self.pages.values(), *(t for slots in self.slots.values() for t in slots)]
+        return sum(t.numel() * t.element_size() for t in tensors)

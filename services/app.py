@@ -1,0 +1,319 @@
+"""The composition root: the Serve application, and the only place where plain classes become deployments.
+
+`import_path: services.app:build_app` with `args` as in `AppArgs`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from fastapi import FastAPI
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.handle import DeploymentHandle
+
+from cluster.load import LoadStore
+from cluster.registry import Registry, connect
+from model.family import ModelFamily, load_family
+from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from services.controller.controller import Controller, ControllerConfig
+from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.request import EngineFailed, SamplingParams, TokenOutput
+from services.expert.shard import ExpertShard, ShardConfig
+from services.gateway.generation import Generation, Health, ModelCard
+from services.gateway.grpc_api import GrpcError, InferenceApi
+from services.gateway.backbone_metrics import backbone_metrics
+from services.gateway.rest import build_rest
+from services.gateway.text import Tokenizer
+
+log = logging.getLogger("ray.serve")
+
+DEMO = Path(__file__).parent.parent / "model" / "demo" / "checkpoint"
+GRPC_SERVICERS = [
+    "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
+]
+MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
+HEALTH_TTL_S = 0.5
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PoolArgs(BaseModel):
+    """One pool of expert shards."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "experts-cpu"
+    shards: int = Field(3, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_cpus: float = Field(1, ge=0)
+    memory_budget: int = Field(8 << 30, gt=0, description="bytes of expert weights a shard may hold")
+    host: str = Field("127.0.0.1", description="address a shard listens on; on a cluster, auto for the node's own")
+
+
+class AppArgs(BaseModel):
+    """Arguments of the application, as `args:` in a Serve config."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = str(DEMO)
+    model_name: str = ""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    experts: Literal["remote", "local"] = Field("remote", description="local: no shards, everything in the backbone")
+    redis_url: str = "redis://127.0.0.1:6379"
+    pools: list[PoolArgs] = Field(default_factory=lambda: [PoolArgs()], min_length=1)
+    max_model_len: int | None = Field(None, ge=2)
+    max_requests: int = Field(64, ge=1)
+    max_batch_tokens: int = Field(2048, ge=64)
+    state_memory: int = Field(1 << 30, gt=0, description="bytes for requests' KV and recurrent state")
+    backbone_replicas: int = Field(1, ge=1)
+    backbone_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    gateway_replicas: int = Field(1, ge=1)
+
+    @property
+    def name(self) -> str:
+        return self.model_name or ("demo" if self.model == str(DEMO) else Path(self.model).resolve().name)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """auto is bf16 on a GPU, where it is fast, and fp32 on a CPU, where it is exact."""
+        return DTYPES["bfloat16" if self.device == "cuda" else "float32"] if self.dtype == "auto" else DTYPES[self.dtype]
+
+    def context(self, family: ModelFamily) -> int:
+        longest = family.config.max_position_embeddings
+        if self.max_model_len and self.max_model_len > longest:
+            raise ValueError(f"max_model_len is {self.max_model_len}; the model's own context is {longest}")
+        return self.max_model_len or longest
+
+    def registry(self) -> Registry:
+        return Registry(connect(self.redis_url), self.name)
+
+    def loads(self) -> LoadStore:
+        return LoadStore(connect(self.redis_url), self.name)
+
+
+class ShardDeployment:
+    """A replica of a pool: one expert shard. Its rank names it, so that a restarted one takes up where it was."""
+
+    async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
+        torch.set_num_threads(max(1, int(pool.num_cpus)))
+        config = ShardConfig(
+            shard_id=f"{pool.name}-{serve.get_replica_context().rank.rank}",
+            memory_budget=pool.memory_budget,
+            pool=pool.name,
+            host=_own_address() if pool.host == "auto" else pool.host,
+            device=pool.device,
+            dtype=args.torch_dtype,
+        )
+        self._shard = ExpertShard(config, load_family(args.model), args.registry())
+        await self._shard.start()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def __del__(self) -> None:
+        await self._shard.stop()
+
+
+class ControllerDeployment:
+    """One replica; where it dies, backbones serve on and Serve starts another."""
+
+    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
+        family = load_family(args.model)
+        num_shards = sum(pool.shards for pool in args.pools)
+        config = ControllerConfig(num_shards, args.torch_dtype)
+        self._loop = asyncio.create_task(Controller(config, family.expert_shapes, args.registry()).run())
+
+    async def check_health(self) -> None:
+        if self._loop.done():
+            raise RuntimeError("the controller's loop has ended") from self._loop.exception()
+
+
+class BackboneDeployment:
+    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
+        family = load_family(args.model)
+        config = BackboneConfig(
+            dtype=args.torch_dtype,
+            device=args.device,
+            max_model_len=args.context(family),
+            max_requests=args.max_requests,
+            max_batch_tokens=max(args.max_batch_tokens, args.max_requests + family.config.chunk_size),
+            state_memory=args.state_memory,
+            num_threads=args.backbone_threads,
+        )
+        stores = (None, None) if args.experts == "local" else (args.registry(), args.loads())
+        self._backbone = Backbone(config, family, *stores)
+        await self._backbone.start()
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[TokenOutput | Exception, None]:
+        """Tokens; a refusal or failure is the last item, because Ray would wrap a raised one in its traceback."""
+        try:
+            async for output in self._backbone.generate(request_id, prompt_token_ids, params):
+                yield output
+        except Exception as error:
+            yield error
+
+    async def status(self) -> dict[str, Any]:
+        return {**self._backbone.status(), "pid": os.getpid()}
+
+    async def check_health(self) -> None:
+        if not self._backbone.engine.is_healthy:
+            raise RuntimeError("the engine's thread has ended or its last steps all failed")
+
+    async def __del__(self) -> None:
+        await self._backbone.stop()
+
+
+class BackboneHandle:
+    """A `TokenSource` in another process."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._status = handle.status
+        self._generate = handle.options(stream=True).generate
+        self._last: tuple[float, dict[str, Any]] = (0.0, {})
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[TokenOutput, None]:
+        stream = self._generate.remote(request_id, prompt_token_ids, params)
+        is_done = False
+        try:
+            async for item in stream:
+                if isinstance(item, Exception):
+                    is_done = True
+                    raise item
+                is_done = item.finish_reason is not None
+                yield item
+        finally:
+            if not is_done:
+                stream.cancel()
+
+    async def status(self) -> dict[str, Any]:
+        """Not older than half a second; raises EngineFailed where no backbone answers."""
+        asked_at, status = self._last
+        if time.monotonic() - asked_at > HEALTH_TTL_S:
+            try:
+                status = await asyncio.wait_for(self._status.remote(), timeout=5)
+            except Exception as error:
+                raise EngineFailed(f"No backbone answers ({type(error).__name__}).") from error
+            self._last = time.monotonic(), status
+        return status
+
+    async def health(self) -> Health:
+        try:
+            status = await self.status()
+        except EngineFailed as error:
+            return Health(is_ready=False, detail=str(error))
+        if not status["engine"]["is_healthy"]:
+            return Health(is_ready=False, detail="The engine's last steps failed.")
+        down = status.get("down", [])
+        detail = f"Shards that cannot be reached: {', '.join(down)}." if down else ""
+        return Health(is_ready=True, is_degraded=bool(down), detail=detail)
+
+
+@serve.ingress()
+class GatewayDeployment:
+    """REST through Serve's HTTP proxy, gRPC through its gRPC proxy, which calls methods by the rpc's name."""
+
+    def __init__(self, args: AppArgs, backbone: DeploymentHandle[Any], *_: DeploymentHandle[Any]) -> None:
+        family = load_family(args.model)
+        card = ModelCard(args.name, args.context(family), int(time.time()))
+        self._backbone = BackboneHandle(backbone)
+        self._generation = Generation(self._backbone, Tokenizer(args.model), card)
+        self._grpc = InferenceApi(self._generation, self._backbone.health)
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_rest(self._generation, self._backbone.health, self._engine_metrics)
+
+    async def _engine_metrics(self) -> bytes:
+        try:
+            return backbone_metrics(self._generation.card.id, await self._backbone.status())
+        except EngineFailed:
+            return b""
+
+    async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
+        return await _answer(self._grpc.generate(request), grpc_context)
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        try:
+            async for chunk in self._grpc.generate_stream(request):
+                yield chunk
+        except GrpcError as error:
+            _refuse(grpc_context, error)
+
+    async def ListModels(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        return await self._grpc.list_models(request)
+
+    async def Check(self, request: HealthCheckRequest, grpc_context: RayServegRPCContext) -> HealthCheckResponse:
+        return await _answer(self._grpc.check(request), grpc_context)
+
+
+async def _answer(answer: Any, context: RayServegRPCContext) -> Any:
+    try:
+        return await answer
+    except GrpcError as error:
+        _refuse(context, error)
+
+
+def _refuse(context: RayServegRPCContext, error: GrpcError) -> None:
+    """Serve sends the code and details that the context holds when an exception leaves the method."""
+    context.set_code(error.code)
+    context.set_details(error.message)
+    raise error
+
+
+def _own_address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def build_app(args: AppArgs) -> Application:
+    """The whole application: gateway, backbone, and, unless the experts are local, controller and expert pools."""
+    family = load_family(args.model)  # a wrong path is told here, before anything starts
+    args.context(family)
+    gpu = 1 if args.device == "cuda" else 0
+    backbone = serve.deployment(BackboneDeployment, name="backbone").options(
+        num_replicas=args.backbone_replicas,
+        max_ongoing_requests=MAX_OPEN,
+        ray_actor_options={"num_cpus": args.backbone_threads, "num_gpus": gpu},
+        graceful_shutdown_timeout_s=10,
+        health_check_period_s=5,
+    )
+    gateway = serve.deployment(GatewayDeployment, name="gateway").options(
+        num_replicas=args.gateway_replicas, max_ongoing_requests=MAX_OPEN, ray_actor_options={"num_cpus": 0.5}
+    )
+    extras = [] if args.experts == "local" else _expert_tier(args)
+    return gateway.bind(args, backbone.bind(args), *extras)
+
+
+def _expert_tier(args: AppArgs) -> list[Application]:
+    controller = serve.deployment(ControllerDeployment, name="controller").options(
+        num_replicas=1, ray_actor_options={"num_cpus": 0.1}
+    )
+    pools = [
+        serve.deployment(ShardDeployment, name=pool.name)
+        .options(
+            num_replicas=pool.shards,
+            ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": 1 if pool.device == "cuda" else 0},
+            graceful_shutdown_timeout_s=15,
+        )
+        .bind(args, pool)
+        for pool in args.pools
+    ]
+    return [controller.bind(args), *pools]

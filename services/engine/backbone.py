@@ -1,0 +1,176 @@
+"""A backbone replica: the model without its routed experts, its engine, and what it knows of the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.load import LoadCounter, LoadStore
+from cluster.registry import RegistryStore, StoreUnavailable
+from cluster.topology import Placement, Shard
+from model import kernels
+from model.family import ModelFamily
+from model.moe import Experts
+from model.state import State
+from services.engine.engine import Engine
+from services.engine.memory import MemoryPlan, plan_memory
+from services.engine.request import SamplingParams, TokenOutput
+from services.engine.runner import Runner
+from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.expert.client import RemoteExperts
+
+log = logging.getLogger(__name__)
+
+WATCH_PERIOD_S = 0.5
+FLUSH_PERIOD_S = 1.0
+PLACEMENT_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """`state_memory` is what requests' KV and recurrent state may take, in bytes."""
+
+    dtype: torch.dtype
+    device: str
+    max_model_len: int
+    max_requests: int
+    max_batch_tokens: int
+    state_memory: int
+    num_threads: int
+
+
+class CountedExperts:
+    """Passes calls on and counts the picks of each expert."""
+
+    def __init__(self, experts: Experts, counter: LoadCounter) -> None:
+        self.experts, self.counter = experts, counter
+
+    def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+        wait = self.experts(layer, x_NL, topk_ids_NK, topk_weights_NK)
+        self.counter.add(layer, topk_ids_NK.cpu().numpy())
+        return wait
+
+
+class Backbone:
+    """`start` and `stop` belong to one event loop; without a registry the experts are computed in this process."""
+
+    def __init__(
+        self, config: BackboneConfig, family: ModelFamily, registry: RegistryStore | None, loads: LoadStore | None
+    ) -> None:
+        torch.set_num_threads(config.num_threads)
+        self.config, self.family, self.registry, self.loads = config, family, registry, loads
+        self.counter = LoadCounter({shape.layer: shape.num_experts for shape in family.expert_shapes})
+        self.remote = None if registry is None else RemoteExperts()
+        inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
+        model = family.load_backbone(CountedExperts(inner, self.counter), config.dtype, config.device)
+        self.plan = self._plan_memory()
+        state = State(family.config.state_spec, self.plan.num_slots, self.plan.num_blocks, config.dtype, config.device)
+        scheduler = Scheduler(
+            SchedulerConfig(
+                self.plan.num_slots,
+                self.plan.num_blocks,
+                self.plan.block_size,
+                config.max_model_len,
+                max_batch_tokens=config.max_batch_tokens,
+                chunk_align=family.config.chunk_size,
+            )
+        )
+        self.engine = Engine(Runner(model, state, config.device), scheduler, family.config.vocab_size, family.config.eos_token_ids)
+        self._placement: Placement | None = None
+        self._placed_at = 0.0
+        self._shards: dict[str, Shard] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _plan_memory(self) -> MemoryPlan:
+        config = self.config
+        spec = self.family.config.state_spec
+        return plan_memory(spec, config.dtype, config.state_memory, config.max_model_len, config.max_requests)
+
+    async def start(self) -> None:
+        """Returns when the first token could be served; raises TimeoutError if no placement comes."""
+        log.info("%s; %s", kernels.describe(self.config.device), self.plan)
+        if not self.family.has_mtp:
+            log.warning("%s has no MTP weights and is served without drafting.", self.family.checkpoint.path)
+        if self.remote is not None:
+            await asyncio.wait_for(self._first_placement(), PLACEMENT_TIMEOUT_S)
+            self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._flush())]
+        self.engine.start()
+        await self._warm_up()
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self.engine.stop)
+        if self.remote is not None:
+            await asyncio.to_thread(self.remote.close)
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """As `Engine.generate`."""
+        async with aclosing(self.engine.generate(request_id, prompt_token_ids, params)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def status(self) -> dict[str, Any]:
+        """Engine, placement and traffic in numbers, for health and metrics."""
+        status: dict[str, Any] = {"engine": asdict(self.engine.stats()), "has_mtp": self.family.has_mtp}
+        if self.remote is not None:
+            traffic = asdict(self.remote.traffic)
+            age_s = time.time() - self._placed_at
+            status |= {"epoch": self.remote.epoch, "placement_age_s": age_s, "down": sorted(self.remote.down), "traffic": traffic}
+        return status
+
+    async def _warm_up(self) -> None:
+        """A prompt and a step, so that no user meets the first call's cost."""
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        async for _ in self.generate("warm-up", [0, 0, 0], params):
+            pass
+
+    async def _first_placement(self) -> None:
+        while not await self._refresh():
+            await asyncio.sleep(0.1)
+
+    async def _refresh(self) -> bool:
+        """Takes the newest placement and shards; a registry that is down changes nothing."""
+        assert self.registry is not None
+        assert self.remote is not None
+        try:
+            placement = await self.registry.placement() or self._placement
+            # A shard that misses from a store that came back empty may well be alive: its stream will tell.
+            self._shards |= {shard.id: shard for shard in await self.registry.shards()}
+        except StoreUnavailable as error:
+            log.warning("Serving on with epoch %d: %s", self.remote.epoch, error)
+            return False
+        if placement is None or placement.epoch < self.remote.epoch:
+            return False
+        self._placement, self._placed_at = placement, time.time()
+        self.remote.update(placement, self._shards.values())
+        return True
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            await self._refresh()
+
+    async def _flush(self) -> None:
+        """Adds the expert counts to the store once a second; what cannot be sent is kept and added to the next."""
+        assert self.loads is not None
+        while True:
+            await asyncio.sleep(FLUSH_PERIOD_S)
+            taken = self.counter.take()
+            try:
+                await self.loads.add(taken, time.time())
+                self.counter.sent()
+            except StoreUnavailable as error:
+                log.warning("Expert load is kept for later: %s", error)
+                self.counter.merge(taken)

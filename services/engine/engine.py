@@ -1,0 +1,241 @@
+"""The engine: one thread that steps, and an asynchronous stream of tokens for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import queue
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from services.engine.request import (
+    DeadlinePassed,
+    EngineFailed,
+    EngineOverloaded,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenOutput,
+)
+from services.engine.runner import Runner
+from services.engine.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+UNHEALTHY_AFTER = 3  # failed steps in a row
+Item = TokenOutput | Exception
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where a request's items go; the queue belongs to `loop`'s thread."""
+
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[Item]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    num_running: int
+    num_waiting: int
+    num_slots: int
+    num_blocks: int
+    num_slots_taken: int
+    num_blocks_taken: int
+    num_preemptions: int
+    num_steps: int
+    num_failed_steps: int
+    is_healthy: bool
+
+
+class Engine:
+    """Continuous batching over one model. `generate` may be called from any event loop once `start` was called."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        self.runner, self.scheduler = runner, scheduler
+        self.vocab_size, self.eos_token_ids = vocab_size, frozenset(eos_token_ids)
+        self._streams: dict[str, Stream] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._is_stopping = False
+        self._num_steps = self._num_failed_steps = self._num_failed_in_a_row = 0
+
+    def step(self) -> list[TokenOutput]:
+        batch = self.scheduler.schedule()
+        sampled = self.runner.run(batch)
+        return self.scheduler.postprocess(batch, sampled)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the step it is in; open streams end with EngineFailed."""
+        self._is_stopping = True
+        self._inbox.put(lambda: None)  # wakes it
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._thread.is_alive() and self._num_failed_in_a_row < UNHEALTHY_AFTER
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_slots=scheduler.slots.size,
+            num_blocks=scheduler.blocks.size,
+            num_slots_taken=scheduler.slots.num_taken,
+            num_blocks_taken=scheduler.blocks.num_taken,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            num_failed_steps=self._num_failed_steps,
+            is_healthy=self.is_healthy,
+        )
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """Yields the request's tokens as they are made; closing the generator frees what the request holds.
+
+        Raises ValueError (bad prompt or lengths), EngineOverloaded, EngineFailed, or DeadlinePassed after `timeout`
+        seconds; the first two before anything was yielded.
+        """
+        request = self._new_request(request_id, prompt_token_ids, params, timeout)
+        stream = self._open(request)
+        try:
+            while True:
+                item = await stream.items.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.finish_reason:
+                    return
+        finally:
+            self._inbox.put(lambda: self._forget(request_id, stream))
+
+    # The client's side
+
+    def _new_request(
+        self, request_id: str, token_ids: Sequence[int], params: SamplingParams, timeout: float | None
+    ) -> Request:
+        self._check_ids("prompt", token_ids)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        return Request(
+            id=request_id,
+            token_ids=list(token_ids),
+            params=params,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            max_len=self._max_len(len(token_ids), params),
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            deadline=math.inf if timeout is None else time.monotonic() + timeout,
+        )
+
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"{name} holds the token id {token_id}; allowed are 0 to {self.vocab_size - 1}.")
+
+    def _max_len(self, num_prompt: int, params: SamplingParams) -> int:
+        if num_prompt == 0:
+            raise ValueError("prompt must hold at least one token.")
+        longest = self.scheduler.config.max_len
+        num_asked = max(params.max_tokens or 0, params.min_tokens, 1)
+        if num_prompt + num_asked > longest:
+            is_context = longest == self.scheduler.config.max_model_len
+            why = "the model's context" if is_context else "which is all that memory holds"
+            raise ValueError(
+                f"The prompt of {num_prompt} tokens and an answer of {num_asked} make {num_prompt + num_asked} tokens; "
+                f"at most {longest} are allowed, {why}."
+            )
+        return min(longest, num_prompt + params.max_tokens) if params.max_tokens else longest
+
+    def _open(self, request: Request) -> Stream:
+        if request.id in self._streams:
+            raise ValueError(f"request_id {request.id!r} is in use by a request that has not ended; choose another.")
+        stream = self._streams[request.id] = Stream(asyncio.get_running_loop(), asyncio.Queue())
+        # Asked after the stream is known: a thread that ends from here on will find it and tell it.
+        if self._is_stopping or not self._thread.is_alive():
+            stream.items.put_nowait(EngineFailed("The engine is not running."))
+        self._inbox.put(lambda: self._add(request))
+        return stream
+
+    # The engine's thread: from here on, nothing runs in the client's
+
+    def _loop(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._take_inbox()
+                if self.scheduler.has_work:
+                    self._deliver(self._guarded_step())
+        finally:
+            self._is_stopping = True
+            self._deliver([(request_id, EngineFailed("The engine was stopped.")) for request_id in list(self._streams)])
+
+    def _take_inbox(self) -> None:
+        if not self.scheduler.has_work:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _add(self, request: Request) -> None:
+        try:
+            self.scheduler.add(request)
+        except EngineOverloaded as error:
+            self._deliver([(request.id, error)])
+
+    def _forget(self, request_id: str, stream: Stream) -> None:
+        if self._streams.get(request_id) is stream:  # else it has ended, and the id may be another's by now
+            del self._streams[request_id]
+            self.scheduler.abort(request_id)
+
+    def _guarded_step(self) -> list[tuple[str, Item]]:
+        self._num_steps += 1
+        try:
+            outputs = self.step()
+        except Exception as error:
+            logger.exception("A step failed.")
+            return self._fail_step(error)
+        self._num_failed_in_a_row = 0
+        return [(output.request_id, _to_item(output)) for output in outputs]
+
+    def _fail_step(self, error: Exception) -> list[tuple[str, Item]]:
+        self._num_failed_steps += 1
+        self._num_failed_in_a_row += 1
+        sentence = f"The step that computed this request failed with {type(error).__name__}: {error}"
+        return [(request.id, EngineFailed(sentence)) for request in self.scheduler.abort_step()]
+
+    def _deliver(self, items: list[tuple[str, Item]]) -> None:
+        # One wake-up per event loop and step, not one per token: a wake-up is a system call.
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = {}
+        for request_id, item in items:
+            stream = self._streams.pop(request_id) if _is_last(item) else self._streams[request_id]
+            by_loop.setdefault(stream.loop, []).append((stream, item))
+        for loop, group in by_loop.items():
+            with suppress(RuntimeError):  # a loop that closed in the meantime has no reader left
+                loop.call_soon_threadsafe(_put_all, group)
+
+
+def _is_last(item: Item) -> bool:
+    return isinstance(item, Exception) or item.finish_reason is not None
+
+
+def _put_all(group: list[tuple[Stream, Item]]) -> None:
+    for stream, item in group:
+        stream.items.put_nowait(item)
+
+
+def _to_item(output: TokenOutput) -> Item:
+    if output.finish_reason is FinishReason.DEADLINE:
+        return DeadlinePassed(f"The request's deadline passed after {output.num_generated} generated tokens.")
+    return output

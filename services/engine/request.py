@@ -1,0 +1,140 @@
+"""What a client asks for, what the engine keeps about it, and what it sends back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 128
+
+
+class EngineOverloaded(Exception):
+    """Too many requests are waiting; ask again after `retry_after` seconds (REST 429, gRPC RESOURCE_EXHAUSTED)."""
+
+    retry_after: int = 1
+
+
+class EngineFailed(Exception):
+    """The engine could not finish this request through no fault of the client (REST 500, gRPC INTERNAL)."""
+
+
+class DeadlinePassed(TimeoutError):
+    """The request's own deadline passed before its last token (REST 504, gRPC DEADLINE_EXCEEDED)."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    DEADLINE = "deadline"  # `Engine.generate` raises DeadlinePassed instead of yielding it
+
+
+def _check(is_good: bool, name: str, allowed: str, value: object) -> None:
+    if not is_good:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop; a bad value is a ValueError that names the field.
+
+    `stop` strings are matched by the gateway, which sees text; the engine only stops at token ids.
+    """
+
+    max_tokens: int | None = None  # None: up to the model's context
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: the whole vocabulary
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_lengths()
+        temperature_ok = self.temperature >= 0 and math.isfinite(self.temperature)
+        _check(temperature_ok, "temperature", "a finite number of at least 0", self.temperature)
+        _check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        _check(self.top_k >= -1, "top_k", "at least 1, or 0 or -1 for the whole vocabulary", self.top_k)
+        _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a signed 64-bit integer", self.seed)
+        self._check_stops()
+
+    def _check_lengths(self) -> None:
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _check(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
+        if self.max_tokens is not None:
+            allowed = f"at most max_tokens ({self.max_tokens})"
+            _check(self.min_tokens <= self.max_tokens, "min_tokens", allowed, self.min_tokens)
+
+    def _check_stops(self) -> None:
+        num_stops, num_tokens = len(self.stop), len(self.stop_token_ids)
+        _check(num_stops <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", f"{num_stops} strings")
+        _check(all(self.stop), "stop", "strings of at least one character", "")
+        _check(num_tokens <= MAX_STOP_TOKENS, "stop_token_ids", f"at most {MAX_STOP_TOKENS} ids", f"{num_tokens} ids")
+        _check(min(self.stop_token_ids, default=0) >= 0, "stop_token_ids", "at least 0 each", self.stop_token_ids)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence: `num_computed_tokens` catches up with `num_tokens`, whether those were prompted or generated."""
+
+    id: str
+    token_ids: list[int]  # the prompt, then what was generated
+    params: SamplingParams
+    seed: int
+    max_len: int  # prompt and generated tokens together
+    stop_ids: frozenset[int] = frozenset()
+    deadline: float = math.inf
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = 0
+    slot: int | None = None  # None: waiting
+    block_table: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens still to compute before the next one can be sampled."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def forbidden_ids(self) -> frozenset[int]:
+        """Tokens that may not be sampled next, because they would end the request before `min_tokens`."""
+        return self.stop_ids if self.num_generated < self.params.min_tokens else frozenset()
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Adds a generated token and says whether the request ends with it."""
+        assert self.num_tokens < self.max_len
+        self.token_ids.append(token_id)
+        if token_id in self.stop_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_tokens == self.max_len else None
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """The tokens one step added to one request.
+
+    With finish reason STOP the last id is the stop token itself: counted in `num_generated`, but no part of the text.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    num_prompt: int
+    num_generated: int

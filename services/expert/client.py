@@ -1,0 +1,359 @@
+"""`RemoteExperts`: a layer's routed experts, computed by the shards that hold them.
+
+One call sends every shard one message (or several pieces), adds the int64 sums that come back, and sends what was
+refused or lost to another home. The caller's thread decides and adds; the loop's thread only moves messages.
+
+Legend: N rows, L expert input dim, K picks a row, P = N·K picks; the picks of a row stand together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.routing import HomeTable, NoLiveHome, choose_homes
+from cluster.topology import Placement, Shard
+from model.exact import from_grid, grid_exponents
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.stream import Inbox, LoopThread, ShardStream
+from services.expert.wire import PIECE_BYTES, WIRE_DTYPES, rows_as_numpy, sums_from_proto
+
+Ints = NDArray[np.integer]
+FIRST_PAUSE_S = 0.01  # before homes are asked a second time; three times as long before each time after
+
+
+class ExpertsUnavailable(RuntimeError):
+    """No live home computed some of the picks in time; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class CallPolicy:
+    """Bounds of one call, in seconds and numbers.
+
+    A shard that owes an answer and says nothing for `stall_s` is passed over where the picks have another home.
+    """
+
+    timeout_s: float = 30.0
+    stall_s: float = 0.5
+    max_tries: int = 6
+    piece_bytes: int = PIECE_BYTES
+
+    def __post_init__(self) -> None:
+        assert 0 < self.stall_s <= self.timeout_s
+        assert self.max_tries > 0
+        assert self.piece_bytes > 0
+
+
+@dataclass
+class Traffic:
+    """What went over the wire since the start; message bytes without gRPC's framing."""
+
+    num_calls: int = 0
+    num_rows: int = 0
+    num_picks: int = 0
+    num_sent: int = 0
+    sent_bytes: int = 0
+    num_received: int = 0
+    received_bytes: int = 0
+    num_lost: int = 0
+    num_stalled: int = 0
+    queue_us: int = 0
+    compute_us: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Fleet:
+    """A placement and the streams to its shards; replaced as a whole."""
+
+    placement: Placement
+    tables: Mapping[int, HomeTable]
+    streams: Mapping[str, ShardStream]
+    draining: frozenset[str]
+
+    def down(self, table: HomeTable) -> set[str]:
+        """The homes that cannot be asked."""
+        streams = self.streams
+        return {id for id in table.shard_ids if id not in streams or streams[id].is_down}
+
+    def avoided(self, table: HomeTable) -> set[str]:
+        """The homes that should not be asked if there are others."""
+        now, streams = time.monotonic(), self.streams
+        return {
+            id
+            for id in table.shard_ids
+            if id not in streams or id in self.draining or streams[id].is_down or streams[id].is_resting(now)
+        }
+
+
+class RemoteExperts:
+    """Implements `model.moe.Experts` over the shards of the last placement it was given; never asks Redis.
+
+    `update` belongs to one thread, any one; calls under way go on, and what they have to send again follows the new
+    placement.
+    """
+
+    def __init__(self, policy: CallPolicy | None = None) -> None:
+        self.policy = policy or CallPolicy()
+        self.traffic = Traffic()
+        self._fleet: _Fleet | None = None
+        self._streams: dict[tuple[str, str, str], ShardStream] = {}
+        self._loop_thread = LoopThread("remote-experts")
+        self._ids = itertools.count(1)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the placement in use; 0 before the first `update`."""
+        return self._fleet.placement.epoch if self._fleet else 0
+
+    @property
+    def down(self) -> frozenset[str]:
+        """The shards of the placement that cannot be reached now."""
+        fleet = self._fleet
+        return frozenset(id for t in fleet.tables.values() for id in fleet.down(t)) if fleet else frozenset()
+
+    def update(self, placement: Placement, shards: Iterable[Shard]) -> None:
+        """Uses this placement for the calls that start from now on; opens and closes streams to match."""
+        assert placement.epoch >= self.epoch, "a placement must not go back to an older epoch"
+        known = {shard.id: shard for shard in shards}
+        wanted = {(id, known[id].incarnation, known[id].endpoint) for id in placement.shard_ids if id in known}
+        for key in wanted - self._streams.keys():
+            self._streams[key] = ShardStream(key[2], self._loop_thread)
+        streams = {key[0]: self._streams[key] for key in wanted}
+        draining = frozenset(id for id, shard in known.items() if shard.draining)
+        self._fleet = _Fleet(placement, self._tables(placement), streams, draining)
+        self._close_later(self._streams.keys() - wanted)
+
+    def _tables(self, placement: Placement) -> Mapping[int, HomeTable]:
+        if self._fleet and self._fleet.placement.epoch == placement.epoch:
+            return self._fleet.tables
+        return {layer: HomeTable(homes) for layer, homes in placement.homes.items()}
+
+    def _close_later(self, keys: set[tuple[str, str, str]]) -> None:
+        """Calls that started before may still wait for the streams that are no longer wanted."""
+        for key in keys:
+            close = self._streams.pop(key).close
+            self._loop_thread.call_soon(self._loop_thread.loop.call_later, self.policy.timeout_s, close)
+
+    def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+        """Sends the rows off and returns a function that waits for the weighted sums: fp32 (N, L).
+
+        That function raises ExpertsUnavailable; ValueError on rows that are neither bf16 nor fp32.
+        """
+        assert self._fleet is not None, "update() must have given a placement before the first call"
+        call = _Call(self, self._fleet, layer, x_NL, topk_ids_NK, topk_weights_NK)
+        call.send(np.arange(topk_ids_NK.numel()), frozenset(), 1)
+        return call.wait
+
+    def close(self) -> None:
+        """Closes every stream; calls under way fail."""
+        self._loop_thread.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One request under way: which picks it carries, and to which rows its sums belong."""
+
+    shard_id: str
+    stream: ShardStream
+    picks: Ints
+    rows: Ints
+    passed: frozenset[str]  # shards that were asked for these picks before
+    num_tries: int
+    sent_at: float
+
+
+class _Call:
+    """One layer's rows on their way through the shards and back."""
+
+    def __init__(
+        self, owner: RemoteExperts, fleet: _Fleet, layer: int, x_NL: Tensor, ids_NK: Tensor, weights_NK: Tensor
+    ) -> None:
+        self.owner, self.fleet, self.layer = owner, fleet, layer
+        self.table = fleet.tables[layer]
+        self.device, self.dtype = x_NL.device, x_NL.dtype
+        self.x_NL = rows_as_numpy(x_NL)
+        self.top_k = ids_NK.shape[1]
+        self.expert_P = ids_NK.flatten().cpu().numpy().astype("<i4")
+        self.weight_P = weights_NK.flatten().float().cpu().numpy()
+        self.grid_N = grid_exponents(x_NL, weights_NK, fleet.placement.gains[layer]).cpu()
+        self.sums_NL = np.zeros(x_NL.shape, dtype=np.int64)
+        self.inbox: Inbox = SimpleQueue()
+        self.parts: dict[int, _Part] = {}
+        self.expires_at = time.monotonic() + owner.policy.timeout_s
+        owner.traffic.num_calls += 1
+        owner.traffic.num_rows += x_NL.shape[0]
+        owner.traffic.num_picks += len(self.expert_P)
+
+    def send(self, picks: Ints, passed: frozenset[str], num_tries: int) -> None:
+        """Sends picks to homes that were not asked for them yet, or where there are none, to any."""
+        if not len(picks):
+            return
+        try:
+            self._send(picks, self.fleet.avoided(self.table) | passed, passed, num_tries)
+        except NoLiveHome as none_left:
+            is_stuck = np.isin(self.expert_P[picks], none_left.experts)
+            self.send(picks[~is_stuck], passed, num_tries)
+            self._send_to_any(picks[is_stuck], num_tries)
+
+    def _send_to_any(self, picks: Ints, num_tries: int) -> None:
+        for num in range(num_tries, self.owner.policy.max_tries + 1):
+            if num > 1:
+                time.sleep(FIRST_PAUSE_S * 3 ** (num - 2))
+                self._follow_placement()
+            try:
+                return self._send(picks, self.fleet.down(self.table), frozenset(), num)
+            except NoLiveHome as none_left:
+                reason = str(none_left)
+        raise ExpertsUnavailable(f"Layer {self.layer} cannot be computed: {reason}")
+
+    def _follow_placement(self) -> None:
+        assert self.owner._fleet is not None
+        self.fleet = self.owner._fleet
+        self.table = self.fleet.tables[self.layer]
+
+    def _send(self, picks: Ints, excluded: set[str] | frozenset[str], passed: frozenset[str], num_tries: int) -> None:
+        depths = {id: stream.queue_depth for id, stream in self.fleet.streams.items()}
+        home_P = choose_homes(self.expert_P[picks], self.table, depths, excluded)
+        outgoing: list[tuple[ShardStream, pb.ComputeRequest]] = []
+        for home in np.flatnonzero(np.bincount(home_P)).tolist():
+            shard_id = self.table.shard_ids[home]
+            for piece in self._pieces(picks[home_P == home]):
+                part, request = self._request(shard_id, piece, passed, num_tries)
+                self.parts[request.id] = part
+                outgoing.append((part.stream, request))
+        self.owner._loop_thread.call_soon(self._hand_over, outgoing)
+
+    def _hand_over(self, outgoing: list[tuple[ShardStream, pb.ComputeRequest]]) -> None:
+        for stream, request in outgoing:
+            stream.send(request, self.inbox)
+
+    def _pieces(self, picks: Ints) -> list[Ints]:
+        """Cuts picks so that the rows of a piece stay within `piece_bytes`; a row is never cut."""
+        max_rows = max(1, self.owner.policy.piece_bytes // self.x_NL[0].nbytes)
+        if len(picks) <= max_rows:
+            return [picks]
+        starts_of_rows = np.flatnonzero(_starts_of_runs(picks // self.top_k))
+        return np.split(picks, starts_of_rows[max_rows::max_rows])
+
+    def _request(
+        self, shard_id: str, picks: Ints, passed: frozenset[str], num_tries: int
+    ) -> tuple[_Part, pb.ComputeRequest]:
+        row_of_pick = picks // self.top_k
+        is_first_P = _starts_of_runs(row_of_pick)
+        rows, local_P = row_of_pick[is_first_P], np.cumsum(is_first_P, dtype="<i4") - np.int32(1)
+        now = time.monotonic()
+        request = pb.ComputeRequest(
+            id=next(self.owner._ids),
+            layer=self.layer,
+            epoch=self.fleet.placement.epoch,
+            num_rows=len(rows),
+            dtype=WIRE_DTYPES[self.dtype],
+            rows=self.x_NL[rows].tobytes(),
+            grid=self.grid_N.numpy()[rows].tobytes(),
+            pick_rows=local_P.tobytes(),
+            pick_experts=self.expert_P[picks].tobytes(),
+            pick_weights=self.weight_P[picks].tobytes(),
+            timeout_us=max(1, round((self.expires_at - now) * 1e6)),
+        )
+        self.owner.traffic.num_sent += 1
+        self.owner.traffic.sent_bytes += request.ByteSize()
+        return _Part(shard_id, self.fleet.streams[shard_id], picks, rows, passed, num_tries, now), request
+
+    def wait(self) -> Tensor:
+        """The weighted sums, fp32 (N, L); raises ExpertsUnavailable."""
+        try:
+            while self.parts:
+                self._take_one()
+        finally:
+            for request_id, part in self.parts.items():
+                self.owner._loop_thread.call_soon(part.stream.forget, request_id)
+        return from_grid(torch.from_numpy(self.sums_NL), self.grid_N).to(self.device)
+
+    def _take_one(self) -> None:
+        remaining = self.expires_at - time.monotonic()
+        if remaining <= 0:
+            waiting = sorted({part.shard_id for part in self.parts.values()})
+            raise ExpertsUnavailable(
+                f"Layer {self.layer} was not computed within timeout_s = {self.owner.policy.timeout_s}: "
+                f"the shards {waiting} still owe an answer."
+            )
+        try:
+            request_id, reply = self.inbox.get(timeout=min(remaining, self.owner.policy.stall_s / 2))
+        except Empty:
+            self._pass_over_stalled()
+        else:
+            part = self.parts.pop(request_id, None)
+            if part is not None:  # else it was sent elsewhere meanwhile
+                self._take(part, reply)
+
+    def _take(self, part: _Part, reply: pb.ComputeReply | None) -> None:
+        traffic = self.owner.traffic
+        if reply is None:
+            traffic.num_lost += 1
+            self._retry(part, "the stream was lost")
+            return
+        traffic.num_received += 1
+        traffic.received_bytes += reply.ByteSize()
+        traffic.queue_us += reply.queue_us
+        traffic.compute_us += reply.compute_us
+        if reply.HasField("sums"):
+            self._add(part, reply.sums)
+        else:
+            self._take_refusal(part, reply.refusal)
+
+    def _add(self, part: _Part, sums: pb.Sums) -> None:
+        try:
+            self.sums_NL[part.rows] += sums_from_proto(sums, len(part.rows), self.x_NL.shape[1])
+        except ValueError as error:
+            self._retry(part, str(error))
+
+    def _take_refusal(self, part: _Part, refusal: pb.Refusal) -> None:
+        self.owner.traffic.refusals[pb.Refusal.Code.Name(refusal.code)] += 1
+        if refusal.code == pb.Refusal.BAD_SHAPE:
+            raise ExpertsUnavailable(f"Shard {part.shard_id} does not serve this model: {refusal.detail}")
+        self._retry(part, refusal.detail)
+
+    def _retry(self, part: _Part, reason: str) -> None:
+        if part.num_tries >= self.owner.policy.max_tries:
+            raise ExpertsUnavailable(
+                f"Picks of layer {self.layer} were not computed in max_tries = {part.num_tries} tries; "
+                f"shard {part.shard_id} last said: {reason}"
+            )
+        self._follow_placement()
+        self.send(part.picks, part.passed | {part.shard_id}, part.num_tries + 1)
+
+    def _pass_over_stalled(self) -> None:
+        """Sends the picks of shards that say nothing to another home; without one there is nothing but to wait."""
+        now, stall_s = time.monotonic(), self.owner.policy.stall_s
+        stalled = [
+            (id, part) for id, part in self.parts.items() if now - max(part.sent_at, part.stream.heard_at) > stall_s
+        ]
+        for stream in {part.stream for _, part in stalled}:
+            stream.rest(now)
+        for request_id, part in stalled:
+            passed = part.passed | {part.shard_id}
+            try:
+                self._send(part.picks, self.fleet.avoided(self.table) | passed, passed, part.num_tries + 1)
+            except NoLiveHome:
+                continue
+            self.owner.traffic.num_stalled += 1
+            del self.parts[request_id]
+            self.owner._loop_thread.call_soon(part.stream.forget, request_id)
+
+
+def _starts_of_runs(values: Ints) -> NDArray[np.bool_]:
+    """Where runs of equal neighbours start: 3 3 5 9 9 -> yes no yes yes no."""
+    is_first = np.empty(len(values), dtype=np.bool_)
+    is_first[0] = True
+    np.not_equal(values[1:], values[:-1], out=is_first[1:])
+    return is_first

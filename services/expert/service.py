@@ -1,0 +1,188 @@
+"""The gRPC servicer of a shard: messages in, messages out, the arithmetic on the worker's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import grpc
+
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert.host import ExpertHost, Wanted
+from services.expert.wire import Refused
+from services.expert.worker import Worker
+
+log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[object, object]
+
+
+@dataclass
+class Counters:
+    """What a shard did since it started; the servicer's loop and its worker each write fields of their own."""
+
+    num_requests: int = 0
+    num_refusals: int = 0
+    num_rows: int = 0
+    num_picks: int = 0
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    queue_us: int = 0
+    compute_us: int = 0
+
+
+class _Stream:
+    """One backbone's stream: where its replies go, and whether anybody still waits for them."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.replies: asyncio.Queue[pb.ComputeReply | None] = asyncio.Queue()
+        self.is_open = True
+
+    def reply(self, reply: pb.ComputeReply | None) -> None:
+        """Sends from any thread; None ends the stream."""
+        if self.is_open:
+            self.loop.call_soon_threadsafe(self.replies.put_nowait, reply)
+
+
+class ExpertService(expert_pb2_grpc.ExpertServicer):
+    """Serves one `ExpertHost`; at most `max_queue` requests wait, the rest are refused as OVERLOADED."""
+
+    def __init__(self, host: ExpertHost, shard_id: str, incarnation: str, max_queue: int) -> None:
+        self.host, self.shard_id, self.incarnation = host, shard_id, incarnation
+        self.worker = Worker(max_queue, name=f"experts-{shard_id}")
+        self.counters = Counters()
+        self.is_draining = False
+        self._changing = asyncio.Lock()
+
+    async def Compute(
+        self, requests: AsyncIterator[pb.ComputeRequest], context: Context
+    ) -> AsyncIterator[pb.ComputeReply]:
+        stream = _Stream()
+        reading = asyncio.create_task(self._read(requests, stream))
+        try:
+            while (reply := await stream.replies.get()) is not None:
+                yield reply
+            await reading
+        finally:
+            stream.is_open = False
+            reading.cancel()
+
+    async def _read(self, requests: AsyncIterator[pb.ComputeRequest], stream: _Stream) -> None:
+        try:
+            async for request in requests:
+                self._accept(request, stream)
+        finally:
+            self.worker.submit(lambda: stream.reply(None))  # after the replies to everything accepted before
+
+    def _accept(self, request: pb.ComputeRequest, stream: _Stream) -> None:
+        self.counters.num_requests += 1
+        self.counters.received_bytes += request.ByteSize()
+        arrived_at = time.monotonic()
+        if self.is_draining:
+            stream.reply(self._refusal(request, Refused(pb.Refusal.DRAINING, "This shard is draining.")))
+        elif self.worker.is_full:
+            detail = f"{self.worker.depth} requests wait here already; the bound max_queue is {self.worker.max_depth}."
+            stream.reply(self._refusal(request, Refused(pb.Refusal.OVERLOADED, detail)))
+        else:
+            self.worker.submit(lambda: self._serve(request, stream, arrived_at))
+
+    def _serve(self, request: pb.ComputeRequest, stream: _Stream, arrived_at: float) -> None:
+        """Runs on the worker's thread."""
+        if not stream.is_open:
+            return
+        started_at = time.monotonic()
+        reply = self._compute(request, started_at - arrived_at)
+        reply.queue_us = round((started_at - arrived_at) * 1e6)
+        reply.compute_us = round((time.monotonic() - started_at) * 1e6)
+        reply.queue_depth = self.worker.depth - 1
+        self._count(request, reply)
+        stream.reply(reply)
+
+    def _compute(self, request: pb.ComputeRequest, waited: float) -> pb.ComputeReply:
+        try:
+            if 0 < request.timeout_us < waited * 1e6:
+                raise Refused(pb.Refusal.DEADLINE, f"It waited {waited:.3f} s, longer than its timeout_us allows.")
+            return pb.ComputeReply(id=request.id, sums=self.host.compute(request))
+        except Refused as refused:
+            return self._refusal(request, refused)
+        except Exception as error:
+            log.exception("A request for layer %d failed.", request.layer)
+            return self._refusal(request, Refused(pb.Refusal.FAILED, f"Computing failed with {error!r}."))
+
+    def _refusal(self, request: pb.ComputeRequest, refused: Refused) -> pb.ComputeReply:
+        self.counters.num_refusals += 1
+        refusal = pb.Refusal(
+            code=refused.code, detail=refused.detail, epoch=self.host.epoch, missing=list(refused.missing)
+        )
+        return pb.ComputeReply(id=request.id, refusal=refusal, queue_depth=self.worker.depth)
+
+    def _count(self, request: pb.ComputeRequest, reply: pb.ComputeReply) -> None:
+        counters = self.counters
+        counters.num_rows += request.num_rows
+        counters.num_picks += len(request.pick_rows) // 4
+        counters.sent_bytes += reply.ByteSize()
+        counters.queue_us += reply.queue_us
+        counters.compute_us += reply.compute_us
+
+    async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadReply:
+        wanted = _wanted(request.experts)
+        try:
+            await asyncio.shield(asyncio.create_task(self._load(wanted)))  # a caller that leaves must not free the lock
+        except ValueError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        host = self.host
+        host.epoch = max(host.epoch, request.epoch)
+        gains = [pb.LayerGain(layer=layer, exponent=gain) for layer, gain in host.gains(sorted(wanted)).items()]
+        return pb.LoadReply(gains=gains, used_bytes=host.used_bytes, memory_budget=host.memory_budget)
+
+    async def _load(self, wanted: Wanted) -> None:
+        async with self._changing:
+            await asyncio.to_thread(self.host.load, wanted)
+
+    async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadReply:
+        wanted = _wanted(request.experts)
+        async with self._changing:
+            try:
+                await self.worker.run(lambda: self.host.remove(wanted))
+            except ValueError as error:
+                await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        self.host.epoch = max(self.host.epoch, request.epoch)
+        return pb.UnloadReply(used_bytes=self.host.used_bytes)
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
+        host = self.host
+        return pb.StatusReply(
+            shard_id=self.shard_id,
+            incarnation=self.incarnation,
+            pid=os.getpid(),
+            device=str(host.device),
+            memory_budget=host.memory_budget,
+            used_bytes=host.used_bytes,
+            held=[pb.LayerExperts(layer=layer, experts=experts) for layer, experts in host.held.items()],
+            epoch=host.epoch,
+            draining=self.is_draining,
+            queue_depth=self.worker.depth,
+            counters=pb.Counters(**vars(self.counters)),
+        )
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
+        self.is_draining = True
+        return pb.DrainReply(queue_depth=self.worker.depth)
+
+
+def _wanted(experts: Iterable[pb.LayerExperts]) -> Wanted:
+    wanted: Wanted = {}
+    for entry in experts:
+        wanted.setdefault(entry.layer, []).extend(entry.experts)
+    return wanted
+
+
+async def _abort(context: Context, code: grpc.StatusCode, error: Exception) -> NoReturn:
+    await context.abort(code, str(error))
+    raise AssertionError("abort does not return")

@@ -1,0 +1,145 @@
+"""An expert shard: a generic host for routed experts, with a gRPC server and a heartbeat.
+
+It starts empty, registers itself, and is told what to hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from dataclasses import dataclass, field
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.registry import RegistryStore, StoreUnavailable
+from cluster.topology import Shard
+from model.family import ModelFamily
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert.host import ExpertHost
+from services.expert.service import ExpertService
+from services.expert.wire import SERVER_OPTIONS, WIRE_DTYPES
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Expert"].full_name
+HEARTBEAT_S = 1.0
+DRAIN_TIMEOUT_S = 10.0
+STOP_GRACE_S = 0.2  # streams never end by themselves; this is for the last replies on them
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """Where a shard listens and how much it may hold; `memory_budget` is in bytes, port 0 takes a free one."""
+
+    shard_id: str
+    memory_budget: int
+    pool: str = "experts-cpu"
+    node: str = field(default_factory=socket.gethostname)
+    host: str = "127.0.0.1"
+    port: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    max_queue: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.shard_id:
+            raise ValueError("shard_id must not be empty.")
+        if self.memory_budget <= 0 or self.max_queue <= 0:
+            numbers = f"memory_budget is {self.memory_budget} and max_queue {self.max_queue}"
+            raise ValueError(f"{numbers}, but both must be above 0.")
+        if self.dtype not in WIRE_DTYPES:
+            raise ValueError(f"dtype is {self.dtype}, but a shard computes in float32 or bfloat16.")
+
+
+class ExpertShard:
+    """One shard of a model family; `start` and `stop` belong to one event loop."""
+
+    def __init__(self, config: ShardConfig, family: ModelFamily, registry: RegistryStore) -> None:
+        self.config, self.registry = config, registry
+        self.incarnation = secrets.token_hex(8)
+        self.endpoint = ""
+        shapes, device = family.expert_shapes, torch.device(config.device)
+        self.host = ExpertHost(shapes, family.load_expert, config.dtype, device, config.memory_budget)
+
+    async def start(self) -> None:
+        """Serves and registers; RuntimeError if the port is taken. A registry that is down is tried again and again."""
+        config = self.config
+        self.service = ExpertService(self.host, config.shard_id, self.incarnation, config.max_queue)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        expert_pb2_grpc.add_ExpertServicer_to_server(self.service, self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self.endpoint = f"{config.host}:{self._bind()}"
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._heartbeat()
+        self._beating = asyncio.create_task(self._beat())
+
+    async def stop(self) -> None:
+        """Drains: says so, answers what was accepted, leaves the registry, closes."""
+        self.service.is_draining = True
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._beating.cancel()
+        await asyncio.gather(self._beating, return_exceptions=True)
+        await self._leave()
+        try:
+            await asyncio.wait_for(self.service.worker.idle(), DRAIN_TIMEOUT_S)
+        except TimeoutError:
+            log.warning("Shard %s stops with %d requests unanswered.", self.config.shard_id, self.service.worker.depth)
+        await self._server.stop(STOP_GRACE_S)
+        await asyncio.to_thread(self.service.worker.close)
+
+    @property
+    def record(self) -> Shard:
+        """What this shard says of itself in the registry."""
+        config = self.config
+        return Shard(
+            id=config.shard_id,
+            endpoint=self.endpoint,
+            node=config.node,
+            pool=config.pool,
+            device=config.device,
+            incarnation=self.incarnation,
+            memory_budget=config.memory_budget,
+            held_digest=self.host.digest,
+            num_held=self.host.num_held,
+            queue_depth=self.service.worker.depth,
+            draining=self.service.is_draining,
+        )
+
+    def _bind(self) -> int:
+        address = f"{self.config.host}:{self.config.port}"
+        try:
+            return self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise RuntimeError(f"Shard {self.config.shard_id} cannot listen on {address}: {error}") from None
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            if self.service.is_draining:
+                await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+            await self._heartbeat()
+
+    async def _heartbeat(self) -> None:
+        try:
+            await self.registry.heartbeat(self.record)
+        except StoreUnavailable as error:
+            log.warning("Shard %s serves on, but is not registered: %s", self.config.shard_id, error)
+
+    async def _leave(self) -> None:
+        try:
+            await self.registry.remove(self.record)
+        except StoreUnavailable as error:
+            log.warning("Shard %s leaves without a word to the registry: %s", self.config.shard_id, error)

@@ -1,0 +1,117 @@
+"""Tensors to messages and back, for both ends of `Expert.Compute`.
+
+Legend: N rows, P picks (one row sent to one expert).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+
+MAX_MESSAGE_BYTES = 64 << 20
+PIECE_BYTES = 512 << 10  # rows of one request; larger batches travel in several
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # a reconnect must not wait out the back-off of the connection before it
+)
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),  # two shards on one port would share its connections without a word
+)
+TORCH_DTYPES = {pb.DTYPE_BF16: torch.bfloat16, pb.DTYPE_FP32: torch.float32}
+WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
+INT32 = np.iinfo(np.int32)
+
+Ints = NDArray[np.integer]
+
+
+class Refused(Exception):
+    """A request that this shard does not compute; becomes a `Refusal` on the wire."""
+
+    def __init__(self, code: pb.Refusal.Code, detail: str, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(detail)
+        self.code, self.detail, self.missing = code, detail, missing
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The decoded body of a request: rows of one layer, and which experts take them with which weight."""
+
+    x_NL: Tensor
+    grid_N: Tensor  # int16
+    row_P: Tensor  # int64
+    expert_P: Tensor  # int64
+    weight_P: Tensor  # fp32
+
+
+def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
+    """The bits of bf16 or fp32 rows (N, ℓ) as a numpy array: numpy has no bf16, so that one comes as int16."""
+    if x_NL.dtype not in WIRE_DTYPES:
+        raise ValueError(f"Rows travel as float32 or bfloat16, not as {x_NL.dtype}.")
+    x_NL = x_NL.detach().cpu().contiguous()
+    return (x_NL.view(torch.int16) if x_NL.dtype == torch.bfloat16 else x_NL).numpy()
+
+
+def picks_from_proto(request: pb.ComputeRequest, input_dim: int, num_experts: int) -> Picks:
+    """Decodes a request for a layer of this shape; raises Refused with BAD_SHAPE where it contradicts the shape."""
+    dtype = TORCH_DTYPES.get(request.dtype)
+    if dtype is None:
+        raise Refused(pb.Refusal.BAD_SHAPE, f"dtype is {request.dtype}, but must be DTYPE_BF16 or DTYPE_FP32.")
+    num_rows, pick_rows = request.num_rows, request.pick_rows
+    num_picks = len(pick_rows) // 4
+    # Copies, because torch warns about read-only memory.
+    x = torch.frombuffer(bytearray(_sized("rows", request.rows, num_rows * input_dim, dtype.itemsize)), dtype=dtype)
+    grid_N = np.frombuffer(_sized("grid", request.grid, num_rows, 2), dtype="<i2").copy()
+    weight_P = np.frombuffer(_sized("pick_weights", request.pick_weights, num_picks, 4), dtype="<f4").copy()
+    return Picks(
+        x.view(num_rows, input_dim),
+        torch.from_numpy(grid_N),
+        _ids("pick_rows", pick_rows, num_picks, num_rows),
+        _ids("pick_experts", request.pick_experts, num_picks, num_experts),
+        torch.from_numpy(weight_P),
+    )
+
+
+def _sized(name: str, data: bytes, num_numbers: int, width: int) -> bytes:
+    if len(data) != num_numbers * width or not data:
+        detail = f"{name} has {len(data)} bytes, but must hold {num_numbers} numbers of {width}, and not be empty."
+        raise Refused(pb.Refusal.BAD_SHAPE, detail)
+    return data
+
+
+def _ids(name: str, data: bytes, num_ids: int, end: int) -> Tensor:
+    ids = np.frombuffer(_sized(name, data, num_ids, 4), dtype="<i4")
+    if ids.view(np.uint32).max() >= end:  # a negative number is a big one here
+        bounds = f"from {ids.min()} to {ids.max()}, but must stay within 0 to {end - 1}"
+        raise Refused(pb.Refusal.BAD_SHAPE, f"{name} runs {bounds}.")
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def sums_to_proto(sums_NL: Tensor) -> pb.Sums:
+    """Packs int64 sums (N, ℓ), in half the bytes where every one of them fits."""
+    sums = sums_NL.cpu().numpy()
+    if sums.min() >= INT32.min and sums.max() <= INT32.max:
+        return pb.Sums(data=sums.astype("<i4").tobytes(), width=4)
+    return pb.Sums(data=sums.astype("<i8", copy=False).tobytes(), width=8)
+
+
+def sums_from_proto(sums: pb.Sums, num_rows: int, input_dim: int) -> Ints:
+    """Unpacks what `sums_to_proto` packed: int32 or int64 (N, ℓ), read-only; ValueError on any other size."""
+    data, width = sums.data, sums.width
+    if width not in (4, 8) or len(data) != num_rows * input_dim * width:
+        wanted = f"{num_rows} × {input_dim} sums of 4 or 8 bytes"
+        raise ValueError(f"A shard answered {len(data)} bytes of width {width} where {wanted} were asked for.")
+    return np.frombuffer(data, dtype=f"<i{width}").reshape(num_rows, input_dim)

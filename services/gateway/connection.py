@@ -1,0 +1,77 @@
+"""One HTTP connection: reading its body within a bound, and noticing when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from fastapi.requests import Request
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from services.gateway.errors import ApiError, Refusal
+
+DRAIN_FACTOR = 16  # a client hears of its too large body only once it was read: read that much, then hang up
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before it had its answer."""
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Raises ApiError for a body over `max_bytes`, of which no more than that is kept, and ClientGone."""
+    chunks, size = [], 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= max_bytes:
+                chunks.append(chunk)
+            elif size > DRAIN_FACTOR * max_bytes:
+                break
+    except ClientDisconnect as error:
+        raise ClientGone from error
+    if size > max_bytes:
+        raise ApiError(Refusal.TOO_LARGE, f"The body must be at most {max_bytes} bytes long, but is longer.")
+    return b"".join(chunks)
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work`; if the client goes away first, cancels it and raises ClientGone."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that stop, and close their generator, as soon as the client is gone.
+
+    Starlette's own response notices only when it sends the next event.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            with suppress(ClientGone):
+                await unless_gone(receive, self.stream_response(send))

@@ -1,0 +1,87 @@
+"""What a client is told when a request is not answered, as an HTTP status or a gRPC code."""
+
+from __future__ import annotations
+
+import logging
+import re
+from enum import Enum
+from typing import Any
+
+import grpc
+
+from services.engine.request import DeadlinePassed, EngineFailed, EngineOverloaded
+
+logger = logging.getLogger(__name__)
+
+
+class Refusal(Enum):
+    """Why a request was refused: (label in metrics, HTTP status, type in the JSON body, gRPC code)."""
+
+    INVALID = ("invalid", 400, "invalid_request_error", grpc.StatusCode.INVALID_ARGUMENT)
+    NOT_FOUND = ("not_found", 404, "invalid_request_error", grpc.StatusCode.NOT_FOUND)
+    METHOD = ("method", 405, "invalid_request_error", grpc.StatusCode.UNIMPLEMENTED)
+    TOO_LARGE = ("too_large", 413, "invalid_request_error", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    OVERLOADED = ("overloaded", 429, "rate_limit_error", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    FAILED = ("failed", 500, "server_error", grpc.StatusCode.INTERNAL)
+    UNAVAILABLE = ("unavailable", 503, "server_error", grpc.StatusCode.UNAVAILABLE)
+    DEADLINE = ("deadline", 504, "server_error", grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    def __init__(self, label: str, status: int, type_: str, grpc_code: grpc.StatusCode) -> None:
+        self.label, self.status, self.type, self.grpc_code = label, status, type_, grpc_code
+
+
+class ApiError(Exception):
+    """One full sentence for the client, with the parameter it is about and OpenAI's code for it where there is one."""
+
+    def __init__(
+        self,
+        refusal: Refusal,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.refusal, self.message = refusal, message
+        self.param, self.code, self.retry_after = param, code, retry_after
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "error": {"message": self.message, "type": self.refusal.type, "param": self.param, "code": self.code},
+        }
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(Refusal.INVALID, message, param, code)
+
+
+def bad_value(error: ValueError) -> ApiError:
+    """The engine's and SamplingParams' sentences open with the parameter's name when they are about one."""
+    name = re.match(r"[a-z][a-z_]*\b", str(error))
+    return invalid(str(error), name and name.group())
+
+
+def from_exception(error: Exception) -> ApiError:
+    """What to tell the client about an exception that came out of the engine."""
+    match error:
+        case ApiError():
+            return error
+        case EngineOverloaded():
+            message = str(error) or "Too many requests are waiting; try again later."
+            return ApiError(Refusal.OVERLOADED, message, code="rate_limit_exceeded", retry_after=error.retry_after)
+        case DeadlinePassed():
+            return ApiError(Refusal.DEADLINE, str(error))
+        case EngineFailed():
+            return ApiError(Refusal.FAILED, str(error))
+        case ValueError():
+            return bad_value(error)
+    return unexpected(error)
+
+
+def unexpected(error: Exception) -> ApiError:
+    logger.error("A request failed unexpectedly.", exc_info=error)
+    return ApiError(Refusal.FAILED, f"The server failed with {type(error).__name__}; its log says more.")

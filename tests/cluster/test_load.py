@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from cluster.load import LoadCounter, LoadStore, decayed_rate, expected_load
+from cluster.registry import StoreUnavailable, connect
+
+NOW = 1_800_000_000.0
+
+
+def test_counts_are_taken_once() -> None:
+    counter = LoadCounter({0: 4, 7: 2})
+    counter.add(0, np.array([[0, 1], [1, 3]]))
+    assert {layer: counts.tolist() for layer, counts in counter.take().items()} == {0: [1, 2, 0, 1]}
+    assert counter.take() == {}
+
+
+def test_what_was_not_sent_comes_back() -> None:
+    counter = LoadCounter({0: 2}, max_merges=2)
+    counter.add(0, [0, 0, 1])
+    for _ in range(2):
+        counter.merge(counter.take())
+    counter.add(0, [1])
+    taken = counter.take()
+    assert taken[0].tolist() == [2, 2]
+    counter.merge(taken)
+    assert counter.take() == {}
+    assert counter.num_dropped == 4
+    counter.sent()
+    counter.merge(taken)
+    assert counter.take()[0].tolist() == [2, 2]
+
+
+def test_threads_lose_no_pick() -> None:
+    counter = LoadCounter({0: 8})
+    total = np.zeros(8, np.int64)
+
+    def add() -> None:
+        for _ in range(500):
+            counter.add(0, [1, 2])
+
+    adders = [threading.Thread(target=add) for _ in range(4)]
+    for thread in adders:
+        thread.start()
+    while any(thread.is_alive() for thread in adders):
+        total += counter.take().get(0, 0)
+    total += counter.take().get(0, 0)
+    assert total.tolist() == [0, 2000, 2000, 0, 0, 0, 0, 0]
+
+
+def test_an_unknown_expert_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="layer 0 has no expert 9"):
+        LoadCounter({0: 4}).add(0, [9])
+
+
+def test_load_adds_up_in_redis(redis_url: str) -> None:
+    asyncio.run(_load_adds_up(redis_url))
+
+
+async def _load_adds_up(redis_url: str) -> None:
+    async with connect(redis_url) as redis:
+        store = LoadStore(redis, "load-test", window_s=10, keep_s=100)
+        await store.add({}, NOW)
+        await store.add({3: np.array([1, 0, 5]), 4: np.array([2, 2, 2])}, NOW)
+        await store.add({3: np.array([1, 1, 0])}, NOW)
+        await store.add({3: np.array([0, 0, 9])}, NOW - 10)
+        windows = store.recent_windows(NOW)
+        assert len(windows) == 10
+        counts_WE = await store.read(3, 3, windows)
+        assert counts_WE[-2:].tolist() == [[0, 0, 9], [2, 1, 5]]
+        assert not counts_WE[:-2].any()
+        assert 100 < await redis.ttl(f"{store.prefix}load:3:{store.window(NOW)}") <= 110
+
+
+def test_a_dead_redis_is_said_quickly() -> None:
+    async def add_load() -> None:
+        async with connect("redis://127.0.0.1:1/0") as redis:
+            await LoadStore(redis, "m").add({0: np.array([1])}, NOW)
+
+    with pytest.raises(StoreUnavailable, match="Redis did not do what it was asked"):
+        asyncio.run(add_load())
+
+
+def test_half_lives() -> None:
+    counts_WE = np.array([[10, 0], [0, 10]])  # an hour ago, and now
+    assert decayed_rate(counts_WE, [3600, 0], 10, half_life_s=3600).tolist() == pytest.approx([1 / 3, 2 / 3])
+    load = expected_load(counts_WE, [3600, 0], 10)
+    assert load.short_E.tolist() == pytest.approx([0, 1], abs=1e-6)
+    assert load.long_E.tolist() == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_a_steady_load_is_its_own_average() -> None:
+    load = expected_load(np.full((20, 3), 50), [30 * age for age in range(20)], 30)
+    assert np.allclose(load.short_E, 50 / 30)
+    assert np.allclose(load.long_E, 50 / 30)

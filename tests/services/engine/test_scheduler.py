@@ -1,0 +1,179 @@
+import random
+
+import pytest
+
+from services.engine.request import EngineOverloaded, FinishReason, Request, SamplingParams, TokenOutput
+from services.engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
+
+
+def make(**limits: int) -> Scheduler:
+    defaults = {"num_slots": 4, "num_blocks": 64, "block_size": 4, "max_model_len": 128, "max_batch_tokens": 16}
+    return Scheduler(SchedulerConfig(**(defaults | limits)))
+
+
+def request(name: str, num_prompt: int, num_answer: int = 8, deadline: float = float("inf")) -> Request:
+    return Request(name, [1] * num_prompt, SamplingParams(), 0, num_prompt + num_answer, frozenset({0}), deadline)
+
+
+def lens(batch: ScheduledBatch) -> dict[str, int]:
+    return {r.id: length for r, length in batch}
+
+
+def commit(scheduler: Scheduler, batch: ScheduledBatch, token: int = 9) -> list[TokenOutput]:
+    return scheduler.postprocess(batch, [(token,) if n == r.num_pending else () for r, n in batch])
+
+
+def step(scheduler: Scheduler, token: int = 9) -> dict[str, int]:
+    batch = scheduler.schedule()
+    computed = lens(batch)
+    commit(scheduler, batch, token)
+    return computed
+
+
+def assert_nothing_is_held(scheduler: Scheduler) -> None:
+    assert not scheduler.has_work
+    assert scheduler.slots.num_taken == scheduler.blocks.num_taken == 0
+
+
+def test_prompts_are_computed_in_pieces_beside_running_requests() -> None:
+    scheduler = make()
+    scheduler.add(request("a", 3))
+    assert step(scheduler) == {"a": 3}
+    scheduler.add(request("long", 40))
+    assert step(scheduler) == {"a": 1, "long": 15}
+    scheduler.add(request("b", 2))
+    assert step(scheduler) == {"a": 1, "long": 15}
+    assert step(scheduler) == {"a": 1, "long": 10, "b": 2}
+    assert step(scheduler) == {"a": 1, "long": 1, "b": 1}
+
+
+def test_prompts_are_split_only_at_multiples_of_the_scan_chunk() -> None:
+    scheduler = make(chunk_align=8, max_batch_tokens=21)
+    scheduler.add(request("a", 3))
+    step(scheduler)
+    scheduler.add(request("long", 45))
+    scheduler.add(request("b", 30))
+    assert step(scheduler) == {"a": 1, "long": 16}
+    assert step(scheduler) == {"a": 1, "long": 16}
+    assert step(scheduler) == {"a": 1, "long": 13}  # 7 are left of the budget: less than one chunk
+    assert step(scheduler) == {"a": 1, "long": 1, "b": 16}
+    assert step(scheduler) == {"a": 1, "long": 1, "b": 14}
+
+
+def test_outputs_count_tokens_and_end_with_a_reason() -> None:
+    scheduler = make()
+    scheduler.add(request("a", 3, num_answer=2))
+    scheduler.add(request("b", 2))
+    first = commit(scheduler, scheduler.schedule())
+    assert first == [TokenOutput("a", (9,), None, 3, 1), TokenOutput("b", (9,), None, 2, 1)]
+    last = commit(scheduler, scheduler.schedule(), token=0)
+    assert last == [TokenOutput("a", (0,), FinishReason.STOP, 3, 2), TokenOutput("b", (0,), FinishReason.STOP, 2, 2)]
+    assert_nothing_is_held(scheduler)
+
+
+def test_several_tokens_of_one_step_stop_at_the_first_end() -> None:
+    scheduler = make()
+    scheduler.add(request("a", 3))
+    [output] = scheduler.postprocess(scheduler.schedule(), [(5, 0, 6)])
+    assert output == TokenOutput("a", (5, 0), FinishReason.STOP, 3, 2)
+    assert_nothing_is_held(scheduler)
+
+
+def test_admission_waits_for_memory_in_order_of_arrival() -> None:
+    scheduler = make(num_slots=3, num_blocks=10)
+    for name in ("a", "b", "c"):
+        scheduler.add(request(name, 16))
+    scheduler.schedule()
+    assert [r.id for r in scheduler.running] == ["a", "b"]  # 4 pages each; c needs 4 more and room to grow
+    scheduler.abort_step()
+    scheduler.abort("b")
+    scheduler.schedule()
+    assert [r.id for r in scheduler.running] == ["c"]
+
+
+def test_the_youngest_is_preempted_and_keeps_its_tokens() -> None:
+    scheduler = make(num_blocks=6, block_size=2)
+    old, young = request("old", 4), request("young", 2)
+    scheduler.add(old)
+    scheduler.add(young)
+    while scheduler.num_preemptions == 0:
+        batch = scheduler.schedule()
+        if scheduler.num_preemptions == 0:
+            commit(scheduler, batch)
+    assert lens(batch) == {"old": 1}
+    assert (young.slot, young.num_computed_tokens, young.block_table) == (None, 0, [])
+    generated = young.num_generated
+    assert generated > 0
+    commit(scheduler, batch)
+    while old.slot is not None:
+        step(scheduler)
+    assert step(scheduler) == {"young": 2 + generated}
+    assert young.num_generated == generated + 1
+
+
+def test_the_waiting_queue_is_bounded() -> None:
+    scheduler = make(max_waiting=2)
+    scheduler.add(request("a", 3))
+    scheduler.add(request("b", 3))
+    with pytest.raises(EngineOverloaded, match=r"^2 requests are waiting, which is the most this server queues\.$"):
+        scheduler.add(request("c", 3))
+
+
+def test_abort_frees_memory_at_once() -> None:
+    scheduler = make(num_slots=1)
+    for name in ("a", "b"):
+        scheduler.add(request(name, 10))
+    step(scheduler)
+    scheduler.abort("a")
+    scheduler.abort("nobody")
+    assert scheduler.blocks.num_taken == scheduler.slots.num_taken == 0
+    scheduler.abort("b")
+    assert_nothing_is_held(scheduler)
+
+
+def test_a_passed_deadline_ends_running_and_waiting_requests() -> None:
+    now = 0.0
+    scheduler = Scheduler(make(num_slots=1).config, clock=lambda: now)
+    scheduler.add(request("a", 3, deadline=5.0))
+    scheduler.add(request("b", 3, deadline=4.0))
+    assert len(commit(scheduler, scheduler.schedule())) == 1
+    now = 5.0
+    outputs = commit(scheduler, scheduler.schedule())
+    assert [(o.request_id, o.finish_reason) for o in outputs[1:]] == [("a", "deadline"), ("b", "deadline")]
+    assert_nothing_is_held(scheduler)
+
+
+def test_a_failed_step_costs_only_its_own_requests() -> None:
+    scheduler = make(num_slots=1)
+    scheduler.add(request("a", 3))
+    scheduler.add(request("b", 3))
+    scheduler.schedule()
+    assert [r.id for r in scheduler.abort_step()] == ["a"]
+    assert step(scheduler) == {"b": 3}
+
+
+def test_limits_that_would_starve_a_prompt_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_batch_tokens must be at least num_slots \\+ chunk_align = 132, not 16"):
+        make(chunk_align=128)
+    with pytest.raises(ValueError, match=r"num_slots must be at least 1, not 0\."):
+        make(num_slots=0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_load_always_ends_and_leaks_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    scheduler = make(num_slots=3, num_blocks=rng.randint(8, 20), chunk_align=rng.choice([1, 4]), max_waiting=1000)
+    requests = [request(str(i), rng.randint(1, 24), rng.randint(1, 8)) for i in range(40)]
+    for r in requests:
+        scheduler.add(r)
+    for _ in range(2000):
+        if not scheduler.has_work:
+            break
+        batch = scheduler.schedule()
+        assert 0 < sum(batch.lens) <= scheduler.config.max_batch_tokens
+        held = [block for r in scheduler.running for block in r.block_table]
+        assert len(held) == len(set(held)) == scheduler.blocks.num_taken
+        commit(scheduler, batch)
+        if rng.random() < 0.05:
+            scheduler.abort(str(rng.randrange(40)))
+    assert_nothing_is_held(scheduler)

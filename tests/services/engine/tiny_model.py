@@ -1,0 +1,73 @@
+"""A real model of a few hundred weights with both kinds of state, and the slow obvious way to generate with it.
+
+Every row is computed by itself, so tokens may not depend on batches, chunks, pages or preemption: equality is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.state import Batch, PagedSpec, RecurrentSpec, State, StateSpec
+from services.engine.engine import Engine
+from services.engine.runner import Runner
+from services.engine.scheduler import Scheduler, SchedulerConfig
+
+VOCAB_SIZE, DIM, BLOCK_SIZE = 50, 8, 4
+EOS = 0
+SPEC = StateSpec((PagedSpec(1, (DIM,)),), (RecurrentSpec(0, ((DIM,),), (torch.float32,)),), BLOCK_SIZE)
+
+
+class TinyModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = torch.randn(VOCAB_SIZE, DIM, generator=generator)
+        self.recurrence = torch.randn(DIM, DIM, generator=generator) / 2
+        self.head = torch.randn(VOCAB_SIZE, 2 * DIM, generator=generator)
+        self.num_tokens: list[int] = []  # of each forward
+
+    def recur(self, h: Tensor, token_id: int) -> Tensor:
+        return torch.tanh(self.recurrence @ h + self.embedding[token_id])
+
+    def attend(self, past_ND: Tensor) -> Tensor:
+        return torch.softmax(past_ND @ past_ND[-1], dim=0) @ past_ND
+
+    def forward(self, batch: Batch, state: State) -> Tensor:
+        self.num_tokens.append(len(batch.token_ids_T))
+        return torch.cat([self._forward_one(batch, state, r) for r in range(len(batch.lens))])
+
+    def _forward_one(self, batch: Batch, state: State, r: int) -> Tensor:
+        context, start, rows = batch.context_lens[r], batch.starts[r], []
+        table = torch.tensor(batch.block_tables[r])
+        [h_SD], pages = state.slots[0], state.pages[1].view(-1, BLOCK_SIZE, DIM)
+        h = h_SD[batch.slots[r]] if context else torch.zeros(DIM)
+        for position in range(context, context + batch.lens[r]):
+            h = self.recur(h, int(batch.token_ids_T[start + position - context]))
+            pages[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = h
+            past = pages[table].reshape(-1, DIM)[: position + 1].clone()
+            rows.append(torch.cat([h, self.attend(past)]))
+        h_SD[batch.slots[r]] = h
+        return torch.stack(rows)
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        return torch.stack([self.head @ hidden for hidden in hidden_SD])
+
+    def naive_greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """Stops after EOS, which is returned too."""
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + num_tokens and (len(tokens) == len(prompt) or tokens[-1] != EOS):
+            h, past = torch.zeros(DIM), []
+            for token in tokens:
+                h = self.recur(h, token)
+                past.append(h)
+            hidden = torch.cat([h, self.attend(torch.stack(past))])
+            tokens.append(int((self.head @ hidden).argmax()))
+        return tokens[len(prompt) :]
+
+
+def tiny_engine(model: TinyModel | None = None, **limits: int) -> Engine:
+    defaults = {"num_slots": 8, "num_blocks": 128, "max_model_len": 256, "max_batch_tokens": 64}
+    config = SchedulerConfig(block_size=BLOCK_SIZE, **(defaults | limits))
+    state = State(SPEC, config.num_slots, config.num_blocks, torch.float32)
+    return Engine(Runner(model or TinyModel(), state), Scheduler(config), VOCAB_SIZE, [EOS])

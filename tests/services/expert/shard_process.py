@@ -1,0 +1,64 @@
+"""Shards in a process of their own: prints their records as JSON, serves until its standard input ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from cluster.memory_registry import MemoryRegistry
+from cluster.topology import Shard
+from model.family import load_family
+from services.expert.shard import ExpertShard, ShardConfig
+
+ROOT = Path(__file__).parents[3]
+
+
+class ShardProcess:
+    """`num_shards` shards of one model directory, all in one other process."""
+
+    def __init__(self, model_dir: Path, num_shards: int = 1, dtype: str = "float32", name: str = "s") -> None:
+        command = [sys.executable, "-m", __name__, str(model_dir), str(num_shards), dtype, name]
+        env, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, env=env)
+        self._shards: list[Shard] = []
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Waits until they serve."""
+        if not self._shards:
+            assert self.process.stdout is not None
+            self._shards = [Shard(**record) for record in json.loads(self.process.stdout.readline())]
+        return self._shards
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+async def serve(model_dir: str, num_shards: int, dtype: torch.dtype, name: str) -> None:
+    family, registry = load_family(model_dir), MemoryRegistry(time.monotonic)
+    configs = [ShardConfig(f"{name}{i}", memory_budget=1 << 30, dtype=dtype) for i in range(num_shards)]
+    shards = [ExpertShard(config, family, registry) for config in configs]
+    for shard in shards:
+        await shard.start()
+    print(json.dumps([asdict(shard.record) for shard in shards]), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    for shard in shards:
+        await shard.stop()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), sys.argv[4]))

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.topology import Homes, Placement, Shard
+from model.family import ModelFamily
+from model.moe import LocalExperts
+from services.expert import control
+from services.expert.client import CallPolicy, ExpertsUnavailable, RemoteExperts
+from tests.services.expert.checkpoint import LATENT, LAYERS, NUM_EXPERTS, TOP_K
+from tests.services.expert.shard_process import ShardProcess
+
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+def make_rows(num_rows: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, LATENT, generator=generator) * torch.rand(num_rows, 1, generator=generator) * 3
+    scores = torch.rand(num_rows, NUM_EXPERTS, generator=generator)
+    weights, ids = scores.topk(TOP_K, dim=-1)
+    return x.to(dtype), ids, weights
+
+
+def random_homes(shard_ids: Sequence[str], num_homes: int, seed: int = 0) -> dict[int, Homes]:
+    chooser = random.Random(seed)
+    num_homes = min(num_homes, len(shard_ids))
+    return {layer: tuple(tuple(chooser.sample(shard_ids, num_homes)) for _ in range(NUM_EXPERTS)) for layer in LAYERS}
+
+
+def everywhere(shard_ids: Sequence[str]) -> dict[int, Homes]:
+    return {layer: (tuple(shard_ids),) * NUM_EXPERTS for layer in LAYERS}
+
+
+def fill(shards: Sequence[Shard], homes: dict[int, Homes], epoch: int = 1) -> Placement:
+    return asyncio.run(control.fill(shards, homes, epoch))
+
+
+@pytest.fixture(scope="module")
+def fleet(model_dir: Path) -> Iterator[list[Shard]]:
+    """Five shards, all of which hold everything."""
+    with ShardProcess(model_dir, 5) as process:
+        fill(process.shards, everywhere([shard.id for shard in process.shards]))
+        yield process.shards
+
+
+@pytest.fixture(scope="module")
+def bf16_fleet(model_dir: Path) -> Iterator[list[Shard]]:
+    with ShardProcess(model_dir, 3, "bfloat16") as process:
+        fill(process.shards, everywhere([shard.id for shard in process.shards]))
+        yield process.shards
+
+
+@pytest.fixture(scope="module")
+def local(family: ModelFamily) -> LocalExperts:
+    return family.load_local_experts(torch.float32)
+
+
+def placement_on(local: LocalExperts, homes: dict[int, Homes], epoch: int = 1) -> Placement:
+    return Placement(epoch, homes, local.gains)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_homes", [1, 2])
+def test_remote_equals_local_bit_for_bit(
+    num_shards: int, num_homes: int, fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    ids = [shard.id for shard in fleet[:num_shards]]
+    for seed in range(3):
+        remote.update(placement_on(local, random_homes(ids, num_homes, seed), epoch=seed + 1), fleet)
+        for num_rows in (1, 3, 64, 300):
+            rows = make_rows(num_rows, seed=num_rows + seed)
+            for layer in LAYERS:
+                assert torch.equal(remote(layer, *rows)(), local(layer, *rows)())
+
+
+def test_bf16_rows_equal_local(bf16_fleet: list[Shard], family: ModelFamily, remote: RemoteExperts) -> None:
+    local = family.load_local_experts(torch.bfloat16)
+    ids = [shard.id for shard in bf16_fleet]
+    remote.update(Placement(1, random_homes(ids, 2), local.gains), bf16_fleet)
+    for num_rows in (1, 50):
+        rows = make_rows(num_rows, torch.bfloat16)
+        assert torch.equal(remote(1, *rows)(), local(1, *rows)())
+
+
+def test_gains_of_the_shards_are_those_of_the_model(fleet: list[Shard], local: LocalExperts) -> None:
+    homes = random_homes([shard.id for shard in fleet], 1)
+    assert fill(fleet, homes, epoch=1).gains == local.gains
+
+
+def test_a_big_batch_travels_in_pieces(fleet: list[Shard], local: LocalExperts) -> None:
+    remote = RemoteExperts(CallPolicy(piece_bytes=10 * LATENT * 4))
+    remote.update(placement_on(local, everywhere([fleet[0].id])), fleet)
+    rows = make_rows(105)
+    assert torch.equal(remote(1, *rows)(), local(1, *rows)())
+    assert remote.traffic.num_sent == remote.traffic.num_received == 11
+    remote.close()
+
+
+def test_what_is_sent_is_counted(fleet: list[Shard], local: LocalExperts, remote: RemoteExperts) -> None:
+    remote.update(placement_on(local, everywhere([fleet[0].id])), fleet)
+    remote(1, *make_rows(1))()
+    traffic = remote.traffic
+    assert (traffic.num_calls, traffic.num_rows, traffic.num_picks, traffic.num_sent) == (1, 1, TOP_K, 1)
+    assert LATENT * 4 < traffic.sent_bytes < LATENT * 4 + 128
+    assert LATENT * 4 < traffic.received_bytes < LATENT * 4 + 64
+
+
+def test_calls_overlap(fleet: list[Shard], local: LocalExperts, remote: RemoteExperts) -> None:
+    remote.update(placement_on(local, everywhere([shard.id for shard in fleet])), fleet)
+    batches = [make_rows(5, seed=seed) for seed in range(8)]
+    waiting = [remote(1, *rows) for rows in batches]
+    for wait, rows in reversed(list(zip(waiting, batches, strict=True))):
+        assert torch.equal(wait(), local(1, *rows)())
+
+
+def test_no_rows_need_no_shard(fleet: list[Shard], local: LocalExperts, remote: RemoteExperts) -> None:
+    remote.update(placement_on(local, everywhere([fleet[0].id])), fleet)
+    assert remote(1, *make_rows(0))().shape == (0, LATENT)
+    assert remote.traffic.num_sent == 0
+
+
+def test_a_home_that_does_not_hold_the_expert_is_passed_over(
+    model_dir: Path, fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    with ShardProcess(model_dir, 1, name="empty") as empty:
+        shards = [*empty.shards, *fleet[:1]]
+        remote.update(placement_on(local, everywhere([shard.id for shard in shards])), shards)
+        rows = make_rows(20)
+        assert torch.equal(remote(1, *rows)(), local(1, *rows)())
+        assert remote.traffic.refusals["NOT_HOSTED"] >= 1
+
+
+def test_experts_that_moved_while_the_rows_were_away_are_found(
+    model_dir: Path, fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    with ShardProcess(model_dir, 1, name="empty") as empty:
+        shards = [*empty.shards, *fleet[:1]]
+        remote.update(placement_on(local, everywhere([shards[0].id]), epoch=1), shards)
+        rows = make_rows(20)
+        wait = remote(1, *rows)
+        remote.update(placement_on(local, everywhere([shards[1].id]), epoch=2), shards)
+        assert torch.equal(wait(), local(1, *rows)())
+
+
+def test_a_draining_shard_is_passed_over(
+    model_dir: Path, fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    with ShardProcess(model_dir, 1, name="leaving") as leaving:
+        shards = [*leaving.shards, *fleet[:1]]
+        homes = everywhere([shard.id for shard in shards])
+        fill(shards, homes)
+        asyncio.run(control.drain(leaving.shards[0].endpoint))
+        remote.update(placement_on(local, homes), shards)
+        rows = make_rows(20)
+        assert torch.equal(remote(1, *rows)(), local(1, *rows)())
+        assert remote.traffic.refusals["DRAINING"] >= 1
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_rows_of_a_dead_or_hung_shard_go_to_another_home(
+    sent: signal.Signals, model_dir: Path, fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    with ShardProcess(model_dir, 1, name="doomed") as doomed:
+        shards = [*doomed.shards, *fleet[:2]]
+        homes = everywhere([shard.id for shard in shards])
+        fill(shards, homes)
+        remote.update(placement_on(local, homes), shards)
+        rows = make_rows(30)
+        expected = local(1, *rows)()
+        assert torch.equal(remote(1, *rows)(), expected)
+        os.kill(doomed.process.pid, sent)
+        for _ in range(20):
+            started_at = time.monotonic()
+            assert torch.equal(remote(1, *rows)(), expected)
+            assert time.monotonic() - started_at < 1.5
+
+
+def test_a_shard_that_comes_back_is_used_again(model_dir: Path, local: LocalExperts, remote: RemoteExperts) -> None:
+    with ShardProcess(model_dir, 1) as process:
+        homes = everywhere([process.shards[0].id])
+        fill(process.shards, homes)
+        remote.update(placement_on(local, homes), process.shards)
+        rows = make_rows(4)
+        os.kill(process.process.pid, signal.SIGSTOP)
+        wait = remote(1, *rows)
+        time.sleep(1.0)
+        os.kill(process.process.pid, signal.SIGCONT)
+        assert torch.equal(wait(), local(1, *rows)())
+        assert not remote.down
+
+
+def test_without_a_live_home_the_error_says_what_is_missing(
+    model_dir: Path, local: LocalExperts, remote: RemoteExperts
+) -> None:
+    with ShardProcess(model_dir, 1) as process:
+        homes = everywhere([process.shards[0].id])
+        fill(process.shards, homes)
+        remote.update(placement_on(local, homes), process.shards)
+        rows = make_rows(4)
+        remote(1, *rows)()
+        process.process.kill()
+        process.process.wait()
+        with pytest.raises(ExpertsUnavailable, match=r"Layer 1 cannot be computed: The experts \[.*no live home"):
+            remote(1, *rows)()
+        assert remote.down == {process.shards[0].id}
+
+
+def test_a_shard_of_another_dtype_is_not_asked_twice(
+    bf16_fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    remote.update(placement_on(local, everywhere([bf16_fleet[0].id])), bf16_fleet)
+    with pytest.raises(ExpertsUnavailable, match=r"computes in torch.bfloat16"):
+        remote(1, *make_rows(2))()
+
+
+def test_rows_of_an_odd_dtype_are_refused(fleet: list[Shard], local: LocalExperts, remote: RemoteExperts) -> None:
+    remote.update(placement_on(local, everywhere([fleet[0].id])), fleet)
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, not as torch.float64"):
+        remote(1, *make_rows(2, torch.float64))

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.family import ModelFamily, load_family
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.host import ExpertHost
+from services.expert.wire import Refused
+from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
+from tests.services.expert.requests import make_request
+
+EXPERT_BYTES = 2 * LATENT * WIDTH * 4
+
+
+def make_host(family: ModelFamily, num_experts: int = 100) -> ExpertHost:
+    budget = num_experts * EXPERT_BYTES
+    return ExpertHost(family.expert_shapes, family.load_expert, torch.float32, torch.device("cpu"), budget)
+
+
+def test_it_starts_empty_and_counts_what_it_holds(family: ModelFamily) -> None:
+    host = make_host(family)
+    assert (host.held, host.used_bytes) == ({}, 0)
+    empty = host.digest
+    host.load({1: [3, 1, 3], 3: [0]})
+    host.load({1: [1]})
+    assert (host.held, host.num_held, host.used_bytes) == ({1: [1, 3], 3: [0]}, 3, 3 * EXPERT_BYTES)
+    host.remove({1: [1, 3, 9], 3: [0]})
+    assert (host.held, host.used_bytes, host.digest) == ({}, 0, empty)
+
+
+def test_partial_sums_of_two_hosts_add_up_to_the_whole(family: ModelFamily) -> None:
+    one, other, both = make_host(family), make_host(family), make_host(family)
+    one.load({1: [0]})
+    other.load({1: [1]})
+    both.load({1: [0, 1]})
+    parts = [host.compute(make_request(experts)) for host, experts in ((one, (0,)), (other, (1,)))]
+    whole = both.compute(make_request((0, 1)))
+    as_tensor = [torch.frombuffer(bytearray(sums.data), dtype=torch.int32) for sums in (*parts, whole)]
+    assert torch.equal(as_tensor[0] + as_tensor[1], as_tensor[2])
+
+
+def test_more_than_the_budget_is_refused_with_the_numbers(family: ModelFamily) -> None:
+    host = make_host(family, num_experts=2)
+    host.load({1: [0]})
+    with pytest.raises(
+        ValueError, match=rf"{2 * EXPERT_BYTES} bytes more than the {EXPERT_BYTES} in use, over a budget"
+    ):
+        host.load({1: [0, 1, 2]})
+    assert host.held == {1: [0]}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ({2: [0]}, r"Layer 2 has no routed experts; the layers that have them are \[1, 3\]."),
+        ({1: [31, 32]}, r"Layer 1 has no experts \[32\]; its experts are 0 to 31."),
+    ],
+)
+def test_what_does_not_exist_is_refused(wanted: dict[int, list[int]], sentence: str, family: ModelFamily) -> None:
+    host = make_host(family)
+    with pytest.raises(ValueError, match=sentence):
+        host.load(wanted)
+    with pytest.raises(ValueError, match=sentence):
+        host.remove(wanted)
+
+
+def test_a_missing_tensor_is_named_and_nothing_is_held(tmp_path: Path) -> None:
+    missing = "backbone.layers.3.mixer.experts.5.up_proj.weight"
+    host = make_host(load_family(write_checkpoint(tmp_path, without=missing)))
+    host.load({3: [4]})
+    with pytest.raises(ValueError, match=missing):
+        host.load({1: [0, 1], 3: [4, 5]})
+    assert host.held == {3: [4]}
+    assert {layer: set(bank.held) for layer, bank in host.banks.items()} == {1: set(), 3: {4}}
+
+
+def test_a_layer_without_experts_is_a_bad_shape(family: ModelFamily) -> None:
+    with pytest.raises(Refused, match=r"layer is 2, but the layers with routed experts are \[1, 3\]."):
+        make_host(family).compute(make_request(layer=2))
+
+
+def test_another_dtype_than_the_host_computes_in_is_refused(family: ModelFamily) -> None:
+    with pytest.raises(Refused, match=r"dtype is torch.bfloat16, but this shard computes in torch.float32."):
+        make_host(family).compute(make_request(dtype=pb.DTYPE_BF16))
+
+
+def test_experts_that_are_not_held_are_named(family: ModelFamily) -> None:
+    host = make_host(family)
+    host.load({1: [0]})
+    with pytest.raises(Refused, match=r"Experts \[1, 2\] of layer 1 are not held here.") as refused:
+        host.compute(make_request((2, 0, 1)))
+    assert (refused.value.code, refused.value.missing) == (pb.Refusal.NOT_HOSTED, (1, 2))
+
+
+def test_an_old_epoch_is_told_so_only_where_it_matters(family: ModelFamily) -> None:
+    host = make_host(family)
+    host.load({1: [0, 1]})
+    host.epoch = 5
+    assert host.compute(make_request((0, 1), epoch=4)).width
+    host.remove({1: [1]})
+    with pytest.raises(Refused, match="any more: the request is of epoch 4, this shard of 5") as refused:
+        host.compute(make_request((0, 1), epoch=4))
+    assert refused.value.code == pb.Refusal.STALE_EPOCH

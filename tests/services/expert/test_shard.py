@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from cluster.embedded import EmbeddedRedis
+from cluster.memory_registry import MemoryRegistry
+from cluster.registry import Registry, RegistryStore, connect
+from model.family import ModelFamily, load_family
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert import control
+from services.expert.shard import SERVICE_NAME, ExpertShard, ShardConfig
+from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
+from tests.services.expert.requests import make_request
+
+CONFIG = ShardConfig("s0", memory_budget=1 << 30, node="n0", max_queue=2)
+
+
+@asynccontextmanager
+async def serving(
+    family: ModelFamily, registry: RegistryStore | None = None, config: ShardConfig = CONFIG
+) -> AsyncIterator[ExpertShard]:
+    shard = ExpertShard(config, family, registry or MemoryRegistry(time.monotonic))
+    await shard.start()
+    try:
+        yield shard
+    finally:
+        await shard.stop()
+
+
+@asynccontextmanager
+async def stream_to(shard: ExpertShard) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(shard.endpoint) as channel:
+        call = expert_pb2_grpc.ExpertStub(channel).Compute()
+        yield call
+        call.cancel()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(test(), 60)
+
+    asyncio.run(bounded())
+
+
+def test_it_registers_loads_computes_and_leaves(family: ModelFamily) -> None:
+    async def test() -> None:
+        registry = MemoryRegistry(time.monotonic)
+        async with serving(family, registry) as shard:
+            assert await registry.shards() == [shard.record]
+            assert (shard.record.num_held, shard.record.node, shard.record.pool) == (0, "n0", "experts-cpu")
+            gains = await control.load(shard.endpoint, {1: [0, 1], 3: [2]}, epoch=7)
+            assert gains == shard.host.gains([1, 3])
+            async with stream_to(shard) as stream:
+                await stream.write(make_request(id=42))
+                reply = await stream.read()
+            assert (reply.id, reply.HasField("sums"), reply.queue_depth) == (42, True, 0)
+            assert reply.compute_us > 0
+            status = await control.status(shard.endpoint)
+            assert {entry.layer: list(entry.experts) for entry in status.held} == {1: [0, 1], 3: [2]}
+            assert (status.epoch, status.used_bytes) == (7, 3 * 2 * LATENT * WIDTH * 4)
+            assert (status.counters.num_requests, status.counters.num_rows, status.counters.num_picks) == (1, 1, 2)
+            await control.unload(shard.endpoint, {1: [0, 1]}, epoch=8)
+            assert (shard.host.held, shard.host.epoch) == ({3: [2]}, 8)
+        assert await registry.shards() == []
+
+    run(test)
+
+
+def test_a_load_that_fails_says_why_and_changes_nothing(tmp_path: Path) -> None:
+    missing = "backbone.layers.1.mixer.experts.5.down_proj.weight"
+    family = load_family(write_checkpoint(tmp_path, without=missing))
+
+    async def test() -> None:
+        async with serving(family) as shard:
+            for wanted, sentence in (({1: [4, 5]}, missing), ({9: [0]}, "Layer 9 has no routed experts")):
+                with pytest.raises(control.ShardError, match=sentence) as error:
+                    await control.load(shard.endpoint, wanted)
+                assert error.value.code == grpc.StatusCode.INVALID_ARGUMENT
+            assert shard.host.held == {}
+
+    run(test)
+
+
+def test_beyond_the_bound_it_refuses_and_late_requests_are_not_computed(family: ModelFamily) -> None:
+    async def test() -> None:
+        async with serving(family) as shard, stream_to(shard) as stream:
+            await control.load(shard.endpoint, {1: [0, 1]})
+            gate = threading.Event()
+            shard.service.worker.submit(lambda: gate.wait() and None)
+            await stream.write(make_request(id=1, timeout_us=1))
+            await stream.write(make_request(id=2))
+            overloaded = await stream.read()
+            assert (overloaded.id, overloaded.refusal.code) == (2, pb.Refusal.OVERLOADED)
+            assert overloaded.refusal.detail == "2 requests wait here already; the bound max_queue is 2."
+            gate.set()
+            late = await stream.read()
+            assert (late.id, late.refusal.code) == (1, pb.Refusal.DEADLINE)
+
+    run(test)
+
+
+def test_draining_answers_what_was_accepted_and_refuses_the_rest(family: ModelFamily) -> None:
+    async def test() -> None:
+        registry = MemoryRegistry(time.monotonic)
+        async with serving(family, registry) as shard, stream_to(shard) as stream:
+            await control.load(shard.endpoint, {1: [0, 1]})
+            gate = threading.Event()
+            shard.service.worker.submit(lambda: gate.wait() and None)
+            await stream.write(make_request(id=1))
+            while await control.drain(shard.endpoint) < 2:
+                await asyncio.sleep(0.01)
+            await stream.write(make_request(id=2))
+            refused = await stream.read()
+            assert (refused.id, refused.refusal.code) == (2, pb.Refusal.DRAINING)
+            gate.set()
+            answered = await stream.read()
+            assert (answered.id, answered.HasField("sums")) == (1, True)
+            while not (await registry.shards())[0].draining:
+                await asyncio.sleep(0.05)
+            assert await health_of(shard) == health_pb2.HealthCheckResponse.NOT_SERVING
+
+    run(test)
+
+
+async def health_of(shard: ExpertShard) -> int:
+    async with grpc.aio.insecure_channel(shard.endpoint) as channel:
+        request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+        return int((await health_pb2_grpc.HealthStub(channel).Check(request)).status)
+
+
+def test_health_and_reflection_are_the_standard_ones(family: ModelFamily) -> None:
+    async def test() -> None:
+        async with serving(family) as shard, grpc.aio.insecure_channel(shard.endpoint) as channel:
+            assert await health_of(shard) == health_pb2.HealthCheckResponse.SERVING
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+            names = {service.name async for reply in call for service in reply.list_services_response.service}
+            assert names >= {"expertmesh.expert.v1.Expert", "grpc.health.v1.Health"}
+
+    run(test)
+
+
+def test_a_client_that_leaves_does_not_disturb_the_others(family: ModelFamily) -> None:
+    async def test() -> None:
+        async with serving(family) as shard:
+            await control.load(shard.endpoint, {1: [0, 1]})
+            async with stream_to(shard) as leaving:
+                await leaving.write(make_request(id=1))
+            async with stream_to(shard) as staying:
+                await staying.write(make_request(id=2))
+                await staying.done_writing()
+                replies = [reply async for reply in staying]
+            assert [reply.id for reply in replies] == [2]
+
+    run(test)
+
+
+def test_it_serves_on_without_redis(family: ModelFamily) -> None:
+    server = EmbeddedRedis()
+
+    async def test() -> None:
+        redis = connect(server.url)
+        registry = Registry(redis, "tiny")
+        async with serving(family, registry) as shard, stream_to(shard) as stream:
+            assert await registry.shards() == [shard.record]
+            await control.load(shard.endpoint, {1: [0, 1]})
+            server.stop()
+            await asyncio.sleep(1.5)
+            await stream.write(make_request())
+            assert (await stream.read()).HasField("sums")
+        await redis.aclose()
+
+    run(test)
+
+
+def test_a_port_in_use_is_said_in_one_sentence(family: ModelFamily) -> None:
+    async def test() -> None:
+        async with serving(family) as shard:
+            taken = replace(CONFIG, port=int(shard.endpoint.rpartition(":")[2]))
+            with pytest.raises(RuntimeError, match=f"Shard s0 cannot listen on {shard.endpoint}"):
+                await ExpertShard(taken, family, shard.registry).start()
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"shard_id": ""}, "shard_id must not be empty."),
+        ({"memory_budget": 0}, "memory_budget is 0 and max_queue 2, but both must be above 0."),
+        ({"dtype": torch.float16}, "dtype is torch.float16, but a shard computes in float32 or bfloat16."),
+    ],
+)
+def test_a_wrong_config_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        replace(CONFIG, **changes)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from services.gateway.generation import Generation, Health, ModelCard
+from services.gateway.rest import build_rest
+from services.gateway.text import Tokenizer
+from tests.services.gateway.echo import EOS, EchoSource, save_tokenizer, serving
+
+MAX_BODY_BYTES = 100_000
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer(model_dir)
+
+
+@pytest.fixture
+def source(tokenizer: Tokenizer) -> EchoSource:
+    return EchoSource(eos_id=tokenizer._hf.convert_tokens_to_ids(EOS))
+
+
+@pytest.fixture
+def generation(source: EchoSource, tokenizer: Tokenizer) -> Generation:
+    return Generation(source, tokenizer, ModelCard("echo", max_model_len=64, created=1))
+
+
+@pytest.fixture
+def health() -> dict[str, Health]:
+    return {"now": Health(is_ready=True)}
+
+
+@pytest.fixture
+def url(generation: Generation, health: dict[str, Health]) -> Iterator[str]:
+    async def check() -> Health:
+        return health["now"]
+
+    async def more_metrics() -> bytes:
+        return b"expertmesh:steps_total 3.0\n"
+
+    with serving(build_rest(generation, check, more_metrics, MAX_BODY_BYTES)) as address:
+        yield address
+
+
+@pytest.fixture
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url) as client:
+        yield client
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client

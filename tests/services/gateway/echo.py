@@ -1,0 +1,97 @@
+"""A small world for the gateway: a byte-level tokenizer made here, and a source of tokens that repeats its prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+
+from services.engine.request import FinishReason, SamplingParams, TokenOutput
+
+EOS = "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if messages[0].content == 'refuse' %}{{ raise_exception('the first message may not be that') }}{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """Every byte is a token; so are two words and the ends of turns."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: n for n, char in enumerate(alphabet)} | {"he": 256, "hel": 257, "ll": 258}
+    backend = Backend(models.BPE(vocab=vocab, merges=[("h", "e"), ("he", "l"), ("l", "l")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|im_start|>"), AddedToken(EOS)])
+    backend.add_tokens([AddedToken("<tool call>", special=False)])
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    hf.chat_template = chat_template
+    hf.save_pretrained(path)
+
+
+@dataclass
+class EchoSource:
+    """Repeats the prompt and then ends with `eos_id`; with `ignore_eos`, repeats it without end."""
+
+    eos_id: int
+    tokens_per_output: int = 1
+    pause: float = 0.0
+    fails: Exception | None = None  # raised after `num_good` outputs
+    num_good: int = 0
+    seen: list[SamplingParams] = field(default_factory=list)
+    active: set[str] = field(default_factory=set)
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[TokenOutput, None]:
+        assert request_id not in self.active
+        self.active.add(request_id)
+        self.seen.append(params)
+        try:
+            for n, output in enumerate(self._outputs(request_id, prompt_token_ids, params)):
+                if self.fails and n == self.num_good:
+                    raise self.fails
+                await asyncio.sleep(self.pause)
+                yield output
+        finally:
+            self.active.discard(request_id)
+
+    def _outputs(self, request_id: str, prompt: list[int], params: SamplingParams) -> Iterator[TokenOutput]:
+        answer = cycle(prompt) if params.ignore_eos else iter([*prompt, self.eos_id])
+        limit = params.max_tokens or 1000
+        num_done = 0
+        while tokens := tuple(islice(answer, min(self.tokens_per_output, limit - num_done))):
+            num_done += len(tokens)
+            is_stop = not params.ignore_eos and tokens[-1] == self.eos_id
+            reason = FinishReason.STOP if is_stop else FinishReason.LENGTH if num_done == limit else None
+            yield TokenOutput(request_id, tokens, reason, len(prompt), num_done)
+            if reason:
+                return
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The application under a real uvicorn on a free port; yields its address."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, ws="none", lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            thread.join(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+
+from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from services.engine.request import EngineOverloaded, SamplingParams
+from services.gateway.generation import Generation, Health
+from services.gateway.grpc_api import GrpcError, InferenceApi
+from tests.services.gateway.echo import EchoSource
+
+
+@pytest.fixture
+def api(generation: Generation, health: dict[str, Health]) -> InferenceApi:
+    async def check() -> Health:
+        return health["now"]
+
+    return InferenceApi(generation, check)
+
+
+async def _chunks(api: InferenceApi, request: pb.GenerateRequest) -> list[pb.GenerateChunk]:
+    return [chunk async for chunk in api.generate_stream(request)]
+
+
+def test_generate(api: InferenceApi) -> None:
+    answer = asyncio.run(api.generate(pb.GenerateRequest(text="naïve 🦜", request_id="mine")))
+    assert (answer.request_id, answer.model) == ("mine", "echo")
+    choice = answer.choices[0]
+    assert (choice.text, choice.finish_reason) == ("naïve 🦜", pb.FINISH_REASON_STOP)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (11, 12, 23)
+    assert len(choice.token_ids) == 12
+
+
+@pytest.mark.parametrize("tokens_per_output", [1, 4])
+def test_stream_equals_generate(api: InferenceApi, source: EchoSource, tokens_per_output: int) -> None:
+    source.tokens_per_output = tokens_per_output
+    sampling = pb.SamplingParams(max_tokens=9, stop=["lo w"], ignore_eos=True)
+    request = pb.GenerateRequest(text="hello world", sampling=sampling)
+    whole = asyncio.run(api.generate(request))
+    chunks = asyncio.run(_chunks(api, request))
+    assert "".join(chunk.choice.text for chunk in chunks) == whole.choices[0].text == "hel"
+    assert [token for chunk in chunks for token in chunk.choice.token_ids] == list(whole.choices[0].token_ids)
+    assert chunks[-1].choice.finish_reason == whole.choices[0].finish_reason == pb.FINISH_REASON_STOP
+    assert chunks[-1].usage == whole.usage
+    assert not any(chunk.HasField("usage") for chunk in chunks[:-1])
+    assert chunks[0].request_id.startswith("gen-")
+
+
+def test_every_kind_of_prompt(api: InferenceApi, source: EchoSource) -> None:
+    ids = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[0, 1]))
+    assert list(asyncio.run(api.generate(ids)).choices[0].token_ids[:2]) == [0, 1]
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hello")])
+    answer = asyncio.run(api.generate(pb.GenerateRequest(chat=chat)))
+    assert answer.choices[0].text == "user\nhello"
+    assert [params.max_tokens for params in source.seen] == [16, None]
+
+
+def test_sampling_reaches_the_engine(api: InferenceApi, source: EchoSource) -> None:
+    given: dict[str, Any] = {"max_tokens": 5, "temperature": 0.0, "top_p": 0.5, "top_k": 4, "seed": 7}
+    given |= {"ignore_eos": True, "min_tokens": 0}
+    sampling = pb.SamplingParams(**given, stop=["x"], stop_token_ids=[9])
+    asyncio.run(api.generate(pb.GenerateRequest(text="a", sampling=sampling)))
+    assert source.seen == [SamplingParams(**given, stop=("x",), stop_token_ids=(9,))]
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "message"),
+    [
+        (pb.GenerateRequest(), "INVALID_ARGUMENT", "prompt is missing; one of text, token_ids and chat must be set."),
+        (pb.GenerateRequest(text="a", model="gpt"), "NOT_FOUND", "The model 'gpt' does not exist; this server serv"),
+        (pb.GenerateRequest(text="a" * 64), "INVALID_ARGUMENT", "The prompt has 64 tokens; at most 63 are allowed"),
+        (
+            pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=-1)),
+            "INVALID_ARGUMENT",
+            "max_tokens must be at least 1, not -1.",
+        ),
+        (pb.GenerateRequest(chat=pb.Chat()), "INVALID_ARGUMENT", "messages must hold at least one message."),
+        (
+            pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="robot")])),
+            "INVALID_ARGUMENT",
+            "messages[0].role must be 'system', 'user' or 'assistant', not 'robot'.",
+        ),
+        (pb.GenerateRequest(text="a", request_id="x" * 129), "INVALID_ARGUMENT", "request_id must be at most 128"),
+    ],
+)
+def test_refusals(api: InferenceApi, request_: pb.GenerateRequest, code: str, message: str) -> None:
+    for call in (api.generate(request_), _chunks(api, request_)):
+        with pytest.raises(GrpcError) as refusal:
+            asyncio.run(call)
+        assert refusal.value.code is grpc.StatusCode[code]
+        assert refusal.value.message.startswith(message)
+
+
+def test_an_overloaded_engine(api: InferenceApi, source: EchoSource) -> None:
+    source.fails = EngineOverloaded()
+    with pytest.raises(GrpcError) as refusal:
+        asyncio.run(api.generate(pb.GenerateRequest(text="a")))
+    assert refusal.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_closing_the_stream_frees_the_engine(api: InferenceApi, source: EchoSource) -> None:
+    async def read_one() -> None:
+        stream = api.generate_stream(pb.GenerateRequest(text="abcd"))
+        await anext(stream)
+        assert source.active
+        await stream.aclose()
+        assert not source.active
+
+    asyncio.run(read_one())
+
+
+def test_list_models(api: InferenceApi) -> None:
+    (model,) = asyncio.run(api.list_models(pb.ListModelsRequest())).models
+    assert (model.id, model.owned_by, model.max_model_len, model.created) == ("echo", "expertmesh", 64, 1)
+
+
+def test_health(api: InferenceApi, health: dict[str, Health]) -> None:
+    assert asyncio.run(api.check(HealthCheckRequest())).status == HealthCheckResponse.SERVING
+    health["now"] = Health(is_ready=False)
+    named = HealthCheckRequest(service="expertmesh.inference.v1.Inference")
+    assert asyncio.run(api.check(named)).status == HealthCheckResponse.NOT_SERVING
+    with pytest.raises(GrpcError, match="service must be '' or 'expertmesh"):
+        asyncio.run(api.check(HealthCheckRequest(service="nothing")))
