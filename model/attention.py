@@ -60,7 +60,7 @@ class Attention(nn.Module):
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., hidden) -> q (..., H, D), k and v (..., J, D)."""
         by_head = (-1, self.shape.head_dim)
-        return tuple(p(h).unflatten(-1, by_head) for p in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[return-value]
+        return tuple(p(h).unflatten(-1, by_head) for p in (self.q_proj, self.k_proj, self.v_proj))
 
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
         q_THD, k_TJD, v_TJD = self.qkv(h_TD)

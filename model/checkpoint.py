@@ -88,7 +88,7 @@ class Checkpoint:
         try:
             tensor: Tensor = self._file(self._files[name]).get_tensor(name)
         except SafetensorError:
-            raise ValueError(f"{self.path / self._files[name]} has no tensor {name}, though the index says so") from None
+            raise ValueError(f"{self.path / self._files[name]} lacks the tensor {name} that the index names") from None
         if shape is not None and tensor.shape != shape:
             raise ValueError(f"tensor {name} in {self.path} is {list(tensor.shape)}, the config wants {list(shape)}")
         return tensor

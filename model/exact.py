@@ -1,8 +1,8 @@
 """Sums of expert outputs that do not depend on their order, and so not on which shard holds which expert.
 
-Float addition is not associative; integer addition is. Each contribution is rounded to a multiple of 2**grid, where the
-row itself (its size, its largest weight) and one constant of the layer determine `grid`, and added as int64. The unit is
-about 2**-22 of a typical contribution, so rounding costs what fp32 rounding costs, and 2**40 times a typical
+Float addition is not associative; integer addition is. Each contribution is rounded to a multiple of 2**grid, where
+the row itself (its size, its largest weight) and one constant of the layer determine `grid`, and added as int64. The
+unit is about 2**-22 of a typical contribution, so rounding costs what fp32 rounding costs, and 2**40 times a typical
 contribution still fits: nothing overflows.
 
 Legend: N rows, K picks a row, P picks, L expert input and output dim.
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 FRACTION_BITS = 22
@@ -27,26 +29,32 @@ def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
     up_square_M = up_ML.double().square().sum(1)
     down_square_M = down_LM.double().square().sum(0)
     mean_square = 1.5 * float((up_square_M.square() * down_square_M).sum()) / down_LM.shape[0]
-    return math.ceil(math.log2(mean_square) / 2) if mean_square > 0 else 0
+    return math.ceil(math.log2(mean_square) / 2) if 0 < mean_square < math.inf else 0
 
 
 def grid_exponents(x_NL: Tensor, topk_weights_NK: Tensor, layer_gain_exponent: int) -> Tensor:
     """Exponent of the unit in which each row's contributions are added: int16 (N,)."""
-    size_N = torch.frexp(x_NL.float().square().mean(-1)).exponent
-    weight_N = torch.frexp(topk_weights_NK.amax(-1)).exponent
-    return (size_N + weight_N + (layer_gain_exponent - FRACTION_BITS)).clamp(-200, 200).to(torch.int16)
+    size_N = torch.linalg.vector_norm(x_NL, dim=-1, dtype=torch.float32)
+    shift = layer_gain_exponent - FRACTION_BITS - round(math.log2(x_NL.shape[-1]))
+    exponent_N = torch.frexp(size_N * size_N * topk_weights_NK.amax(-1)).exponent
+    return (exponent_N + shift).clamp_(-200, 200).to(torch.int16)
 
 
-def add_on_grid(y_PL: Tensor, weight_P: Tensor, row_P: Tensor, grid_N: Tensor) -> Tensor:
-    """Σ of weight·y over the picks of each row, exactly: int64 (N, L).
+def scale_to_grid(weight_P: NDArray[np.float32], grid_P: NDArray[np.int16]) -> NDArray[np.float64]:
+    """What turns an expert's output into a contribution in units of 2**grid: exact in float64."""
+    scale_P: NDArray[np.float64] = np.ldexp(weight_P.astype(np.float64), -grid_P.astype(np.int64))
+    return scale_P
+
+
+def add_on_grid(y_PL: Tensor, scale_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor:
+    """Σ of scale·y over the picks of each row, each rounded to a whole number, exactly: int64 (num_rows, L).
 
     Raises ValueError if a contribution is not finite or too large for any sane model (2**62 units).
     """
-    unit_N1 = torch.exp2(-grid_N.double())[:, None]
-    units_PL = ((y_PL.float() * weight_P[:, None]).double() * unit_N1[row_P]).round_()
+    units_PL = (y_PL * scale_P[:, None]).round_()  # float64: 24 bits by 24 bits, so only this rounding rounds
     if not bool(units_PL.abs().amax() < MAX_GRID_SUM):
-        raise ValueError("an expert's output is not finite or too large to add; the checkpoint or its copy here is damaged")
-    sums_NL = torch.zeros(grid_N.shape[0], y_PL.shape[1], dtype=torch.int64, device=y_PL.device)
+        raise ValueError("an expert's output is not finite or too large to add: its weights are damaged")
+    sums_NL = torch.zeros(num_rows, y_PL.shape[1], dtype=torch.int64, device=y_PL.device)
     return sums_NL.index_add_(0, row_P, units_PL.long())
 
 

@@ -58,4 +58,5 @@ def load_family(path: str | Path) -> ModelFamily:
     model_type = checkpoint.config.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"{checkpoint.path} has model_type {model_type!r}; served are {', '.join(FAMILIES)}")
-    return ModelFamily(checkpoint, nemotron_h.NemotronHConfig.from_json(checkpoint.config, checkpoint.generation_config))
+    config = nemotron_h.NemotronHConfig.from_json(checkpoint.config, checkpoint.generation_config)
+    return ModelFamily(checkpoint, config)

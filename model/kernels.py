@@ -1,11 +1,12 @@
-"""Which implementation runs: the fused CUDA kernels where they are installed and the tensors are there, plain PyTorch elsewhere.
+"""Which implementation runs: fused CUDA kernels where they are installed and the tensors lie there, else plain PyTorch.
 
-This is the one place that decides. Both give the same numbers up to rounding; `tests/model/test_kernels.py` shows it where
-a GPU is there.
+This is the one place that decides. Both give the same numbers up to rounding; `tests/model/test_kernels.py` shows it
+where a GPU is there.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache

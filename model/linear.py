@@ -1,8 +1,8 @@
 """Matrix products whose rows do not depend on their company.
 
-A library picks its kernel by the number of rows, and two kernels may add the same products in another order. So the rows
-of one product can change in their last bits when other rows join. Rows padded to a multiple of `quantum` and cut into
-blocks of at most `limit` rows always meet the same kernel; which numbers do that on this machine is measured, not known.
+A library picks its kernel by the number of rows, and two kernels may add the same products in another order. So the
+rows of one product can change in their last bits when other rows join. Rows padded to a multiple of `quantum` and cut
+into blocks of at most `limit` rows always meet the same kernel; which numbers do that here is measured, not known.
 
 Legend: N rows, I inputs, O outputs.
 """
@@ -39,7 +39,7 @@ def is_row_invariant(weight_OI: Tensor, plan: RowPlan) -> bool:
     counts = [n for n in range(plan.quantum, plan.limit + 1, plan.quantum) if n <= 64 or n % 64 == 0]
     return all(
         torch.equal(F.linear(x_NI[:n], weight_OI), full_NO[:n])
-        and torch.equal(F.linear(x_NI[-n:], weight_OI), full_NO[-n:])
+        and torch.equal(F.linear(x_NI[-n:].flip(0), weight_OI), full_NO[-n:].flip(0))
         for n in counts
     )
 

@@ -1,11 +1,12 @@
 """The Mamba-2 mixer: a causal convolution, then a selective state space with one scalar decay per head.
 
-What surprises: the projection's order is gate | x | B | C | Δ, the convolution runs over x|B|C together, Δ, A and the state
-are fp32 whatever the model's dtype, and padding with Δ = 0 is harmless (decay 1, input 0). Requests of different lengths
-are cut into pieces that end at absolute multiples of the chunk length, so a token's arithmetic does not depend on how its
-prompt was split into steps, as long as the splits lie on those multiples.
+What surprises: the projection's order is gate | x | B | C | Δ, the convolution runs over x|B|C together, Δ, A and the
+state are fp32 whatever the model's dtype, and padding with Δ = 0 is harmless (decay 1, input 0). Requests of different
+lengths are cut into pieces that end at absolute multiples of the chunk length, so a token's arithmetic does not depend
+on how its prompt was split into steps, as long as the splits lie on those multiples.
 
-Legend: T tokens, R requests, P pieces, Q chunk length, H heads, D head dim, G groups, N state dim, C conv channels, K taps.
+Legend: T tokens, R requests, P pieces, Q chunk length, H heads, D head dim, G groups, N state dim, C conv channels,
+K taps.
 Source: Dao & Gu, "Transformers are SSMs" (2024), sections 6 and 7.
 """
 
@@ -55,8 +56,8 @@ class MambaShape:
 class Pieces:
     """Requests cut at absolute multiples of the chunk length.
 
-    `rows_PQ` are rows of the packed batch, T where there is padding; `chain[c]` holds the pieces that come c-th in their
-    request and those requests, so that the state passes from one to the next in max(c) steps for all requests at once.
+    `rows_PQ` are rows of the packed batch, T where there is padding; `chain[c]` holds the pieces that come c-th in
+    their request and those requests, so that the state passes on in max(c) steps for all requests at once.
     """
 
     rows_PQ: Tensor
@@ -92,7 +93,7 @@ def ssd_scan(
     state_RHDN: Tensor,
     chain: tuple[tuple[Tensor, Tensor], ...],
 ) -> tuple[Tensor, Tensor]:
-    """The chunked selective scan, all in fp32: returns y (P, Q, H, D) without the skip term, and the final state (R, H, D, N)."""
+    """The chunked selective scan in fp32: y (P, Q, H, D) without the skip term, and the final state (R, H, D, N)."""
     per_group = x_PQHD.shape[2] // b_PQGN.shape[2]
     log_decay_PHQ = (delta_PQH * a_H).transpose(1, 2).cumsum(-1)
     # 1. "Compute the output for each intra-chunk (diagonal blocks)": (C Bᵀ ∘ L) (Δ x)
@@ -132,7 +133,9 @@ def ssd_step(
     return (state_RHDN @ c_RHN[..., None])[..., 0], state_RHDN
 
 
-def causal_conv(xbc_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, window_RKC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def causal_conv(
+    xbc_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, window_RKC: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution and SiLU over packed requests: (T, C), state (R, K-1, C) -> (T, C), new state."""
     num_past = window_RKC.shape[1]
     parts: list[Tensor] = []
@@ -162,27 +165,37 @@ def packed_scan(
     """`ssd_scan` over requests packed one after another: y (T, H, D) and the final state (R, H, D, N)."""
     pieces = cut_pieces(group.lens, group.context_lens, chunk_size)
     rows = pieces.rows_PQ.to(x_THD.device)
+    chain = tuple((p.to(x_THD.device), r.to(x_THD.device)) for p, r in pieces.chain)
 
     def pad(v: Tensor) -> Tensor:
         return torch.cat([v, v.new_zeros(1, *v.shape[1:])])[rows]
 
-    y_PQHD, ssm_RHDN = ssd_scan(pad(x_THD), pad(delta_TH), a_H, pad(b_TGN), pad(c_TGN), ssm_RHDN, pieces.chain)
+    y_PQHD, ssm_RHDN = ssd_scan(pad(x_THD), pad(delta_TH), a_H, pad(b_TGN), pad(c_TGN), ssm_RHDN, chain)
     is_real = rows < x_THD.shape[0]
     y_THD = torch.empty_like(x_THD)
     y_THD[rows[is_real]] = y_PQHD[is_real]
     return y_THD, ssm_RHDN
 
 
+class ConvWeights(nn.Module):
+    """The convolution's parameters under their names in the checkpoint: weight (C, 1, K), bias (C,)."""
+
+    def __init__(self, shape: MambaShape, use_bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.conv_dim, 1, shape.conv_kernel))
+        self.bias = nn.Parameter(torch.empty(shape.conv_dim)) if use_bias else None
+
+
 class Mamba2Mixer(nn.Module):
     """A Mamba-2 layer: (T, hidden) -> (T, hidden), reading and writing the requests' conv and SSM state."""
 
-    def __init__(self, shape: MambaShape, layer: int, eps: float, use_conv_bias: bool = True, bias: bool = False) -> None:
+    def __init__(
+        self, shape: MambaShape, layer: int, eps: float, use_conv_bias: bool = True, bias: bool = False
+    ) -> None:
         super().__init__()
         self.shape, self.layer = shape, layer
         self.in_proj = Linear(shape.hidden_size, shape.inner_dim + shape.conv_dim + shape.num_heads, bias)
-        self.conv1d = nn.Module()
-        self.conv1d.weight = nn.Parameter(torch.empty(shape.conv_dim, 1, shape.conv_kernel))
-        self.conv1d.bias = nn.Parameter(torch.empty(shape.conv_dim)) if use_conv_bias else None
+        self.conv1d = ConvWeights(shape, use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(shape.num_heads))
         self.D = nn.Parameter(torch.empty(shape.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(shape.num_heads))
@@ -203,7 +216,8 @@ class Mamba2Mixer(nn.Module):
         delta = F.softplus(delta.float() + self.dt_bias.float()).clamp(*s.delta_limit)
         a_H = -self.A_log.float().exp()
         by_group = (s.num_groups, s.state_dim)
-        return x.unflatten(-1, (s.num_heads, s.head_dim)), delta, a_H, b.unflatten(-1, by_group), c.unflatten(-1, by_group)
+        x = x.unflatten(-1, (s.num_heads, s.head_dim))
+        return x, delta, a_H, b.unflatten(-1, by_group), c.unflatten(-1, by_group)
 
     def finish(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         """Skip term, gated norm and output projection: y and x (..., H, D), gate (..., inner) -> (..., hidden)."""
@@ -228,9 +242,9 @@ class Mamba2Mixer(nn.Module):
         step, scan = kernels.ssd_step(x.device) or ssd_step, kernels.ssd_scan(x.device) or packed_scan
         ones, runs = batch.single_token_group, batch.many_token_group
         if runs is None:
-            return step(x, delta, a_H, b, c, ssm)  # type: ignore[no-any-return]
+            return step(x, delta, a_H, b, c, ssm)
         if ones is None:
-            return scan(x, delta, a_H, b, c, ssm, runs, self.shape.chunk_size)  # type: ignore[no-any-return]
+            return scan(x, delta, a_H, b, c, ssm, runs, self.shape.chunk_size)
         y, new_ssm = torch.empty_like(x), torch.empty_like(ssm)
         t, r = ones.rows, ones.requests
         y[t], new_ssm[r] = step(x[t], delta[t], a_H, b[t], c[t], ssm[r])

@@ -1,23 +1,25 @@
-"""The sparse mixture of experts: router, shared expert, latent projections, and the one seam to wherever the experts live.
+"""The sparse mixture of experts: router, shared expert, latent projections, and the one seam to where the experts live.
 
-LatentMoE routes on the full hidden vector but sends only fc1's output, a quarter as wide, to the experts; fc2 brings the
-weighted sum back. A plain MoE is the same with fc1 = fc2 = identity.
+LatentMoE routes on the full hidden vector but sends only fc1's output, a quarter as wide, to the experts; fc2 brings
+the weighted sum back. A plain MoE is the same with fc1 = fc2 = identity.
 
-Legend: N rows, D hidden, L expert input (latent, or hidden where there is none), M expert width, E experts, K picks a row,
-P = N·K picks.
+Legend: N rows, D hidden, L expert input (latent, or hidden where there is none), M expert width, E experts, K picks a
+row, P = N·K picks.
 Source: NVIDIA, "LatentMoE" (arXiv 2601.18089); router: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.exact import add_on_grid, from_grid, gain_exponent, grid_exponents
+from model.exact import add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
 from model.linear import Linear, RowPlan, row_plan
 from model.state import Batch, State
 
@@ -92,26 +94,34 @@ class ExpertBank:
 
         `row_P` and `expert_P` are int64 on the CPU; every expert named must be held.
         """
-        order_P = expert_P.argsort(stable=True)
-        experts, counts = expert_P[order_P].unique_consecutive(return_counts=True)
-        sorted_row_P = row_P[order_P]
-        blocks = self._blocks(experts.tolist(), counts.tolist())
-        padded = torch.cat([x_NL.to(self.dtype), x_NL.new_zeros(1, x_NL.shape[1], dtype=self.dtype)])
-        y_PL = torch.empty(len(order_P), self.shape.input_dim, dtype=self.dtype, device=self.device)
-        for expert, start, stop, num_pad in blocks:
-            rows = torch.nn.functional.pad(sorted_row_P[start:stop], (0, num_pad), value=x_NL.shape[0])
-            y_PL[start:stop] = self._expert(expert, padded[rows.to(self.device)])[: stop - start]
-        sorted_weight_P = weight_P.to(self.device)[order_P.to(self.device)]
-        return add_on_grid(y_PL, sorted_weight_P, sorted_row_P.to(self.device), grid_N.to(self.device))
+        order_P = expert_P.numpy().argsort(kind="stable")
+        rows_P = row_P.numpy()[order_P]
+        blocks, place_P, num_padded = self._blocks(expert_P.numpy()[order_P])
+        source = np.zeros(num_padded, dtype=np.int64)  # padding repeats row 0: its result is thrown away
+        source[place_P] = rows_P
+        x = x_NL.to(self.device, self.dtype)[torch.from_numpy(source).to(self.device)]
+        y = torch.cat([self._expert(expert, x[start:stop]) for expert, start, stop in blocks])
+        y_PL = y[torch.from_numpy(place_P).to(self.device)]
+        scale_P = scale_to_grid(weight_P.cpu().numpy()[order_P], grid_N.cpu().numpy()[rows_P])
+        on_device = (torch.from_numpy(v).to(self.device) for v in (scale_P, rows_P))
+        return add_on_grid(y_PL, *on_device, num_rows=len(x_NL))
 
-    def _blocks(self, experts: list[int], counts: list[int]) -> Iterable[tuple[int, int, int, int]]:
-        """Cuts each expert's sorted rows into blocks: (expert, start, stop, rows of padding)."""
-        plan, start = self.plan(), 0
-        for expert, count in zip(experts, counts, strict=True):
-            for first in range(start, start + count, plan.limit):
-                num_rows = min(plan.limit, start + count - first)
-                yield expert, first, first + num_rows, plan.padded(num_rows) - num_rows
-            start += count
+    def _blocks(self, expert_P: NDArray[np.int64]) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], int]:
+        """Cuts sorted picks into an expert's blocks of rows that `plan` allows.
+
+        Returns (expert, start, stop) of each block among the padded rows, each pick's padded row, and their number.
+        """
+        plan = self.plan()
+        starts = np.flatnonzero(np.diff(expert_P, prepend=-1)).tolist()
+        blocks: list[tuple[int, int, int]] = []
+        shift_P = np.empty(len(expert_P), dtype=np.int64)
+        end = 0
+        for start, stop in zip(starts, [*starts[1:], len(expert_P)], strict=True):
+            shift_P[start:stop] = end - start
+            first, end = end, end + plan.padded(stop - start)
+            expert = int(expert_P[start])
+            blocks += [(expert, row, min(row + plan.limit, end)) for row in range(first, end, plan.limit)]
+        return blocks, shift_P + np.arange(len(expert_P)), end
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         up, down = self._weights[expert]
@@ -129,16 +139,24 @@ class LocalExperts:
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         grid_N = grid_exponents(x_NL, topk_weights_NK, self.gains[layer])
-        row_P = torch.arange(x_NL.shape[0]).repeat_interleave(topk_ids_NK.shape[1])
+        row_P = torch.from_numpy(np.arange(x_NL.shape[0]).repeat(topk_ids_NK.shape[1]))
         picks = row_P, topk_ids_NK.flatten().cpu(), topk_weights_NK.flatten()
         return lambda: from_grid(self.banks[layer].partial_sums(x_NL, *picks, grid_N), grid_N)
 
 
 class Router(nn.Module):
-    """Sigmoid scores in fp32; the correction bias chooses experts but never weighs them. (N, D) -> ids, weights (N, K)."""
+    """Sigmoid scores in fp32; the correction bias chooses experts, never weighs them. (N, D) -> ids, weights (N, K)."""
+
+    e_score_correction_bias: Tensor
 
     def __init__(
-        self, hidden_size: int, shape: ExpertShape, scaling_factor: float, num_groups: int, topk_groups: int, normalize: bool
+        self,
+        hidden_size: int,
+        shape: ExpertShape,
+        scaling_factor: float,
+        num_groups: int,
+        topk_groups: int,
+        normalize: bool,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.num_experts, hidden_size))
@@ -161,7 +179,7 @@ class Router(nn.Module):
     def _keep_best_groups(self, choice_NE: Tensor) -> Tensor:
         if self.topk_groups == self.num_groups:
             return choice_NE
-        by_group = choice_NE.unflatten(-1, (self.num_groups, -1))
+        by_group: Tensor = choice_NE.unflatten(-1, (self.num_groups, -1))
         best = by_group.topk(2, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
         is_kept = torch.zeros(by_group.shape[:2], dtype=torch.bool, device=choice_NE.device).scatter_(1, best, True)
         return by_group.masked_fill(~is_kept[..., None], -torch.inf).flatten(-2)

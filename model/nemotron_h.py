@@ -1,7 +1,7 @@
-"""Nemotron 3 (Super, Nano, Ultra): Mamba-2, attention, (latent) MoE and dense layers, one mixer a layer, and an MTP module.
+"""Nemotron 3 (Super, Nano, Ultra): Mamba-2, attention, (latent) MoE or dense mixers, one a layer, and an MTP module.
 
-What surprises: attention has no position encoding, though the config carries `rope_theta`; every layer is one norm and one
-mixer; the MTP module reads the output of the *final* norm and puts the embedding half first; its weights are flat
+What surprises: attention has no position encoding, though the config carries `rope_theta`; every layer is one norm and
+one mixer; the MTP module reads the output of the *final* norm and puts the embedding half first; its weights are flat
 (`mtp.layers.{step·len(pattern) + inner}`) and it shares the embedding and the head.
 
 Legend: T tokens of the step, D hidden, V vocabulary, L expert input.
@@ -62,7 +62,7 @@ def _pattern(raw: dict[str, Any], prefix: str) -> str | None:
 
 @dataclass(frozen=True)
 class NemotronHConfig:
-    """What `config.json` and `generation_config.json` say, checked. Letters in patterns: M Mamba-2, E MoE, * attention, - MLP."""
+    """What `config.json` and `generation_config.json` say, checked. Patterns: M Mamba-2, E MoE, * attention, - MLP."""
 
     vocab_size: int
     hidden_size: int
@@ -95,17 +95,20 @@ class NemotronHConfig:
     def from_json(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> NemotronHConfig:
         """Reads the public dialects of the config. Raises ValueError naming the key that is missing or not allowed."""
 
-        def need(key: str) -> Any:
-            if raw.get(key) is None:
+        def need(key: str) -> int:
+            value = raw.get(key)
+            if value is None:
                 raise ValueError(f"config.json lacks the key {key}")
-            return raw[key]
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"config.json has {key} = {value!r}; allowed is a positive integer")
+            return value
 
         for key, allowed in FIXED.items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"config.json has {key} = {raw[key]!r}; supported is {allowed[0]!r}")
         if raw.get("quantization_config"):
             method = raw["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(f"config.json has a quantization_config ({method}); supported are bf16 and fp32 checkpoints")
+            raise ValueError(f"config.json has a quantization_config ({method}); supported are bf16 and fp32 weights")
         pattern = _pattern(raw, "")
         if pattern is None:
             raise ValueError("config.json lacks the key hybrid_override_pattern (or layers_block_type)")
@@ -159,18 +162,18 @@ class NemotronHConfig:
             if part < 1 or big % part:
                 raise ValueError(f"config.json has {large} = {big}, which {small} = {part} does not divide")
 
+        if self.num_nextn_predict_layers not in (0, 1):
+            given = self.num_nextn_predict_layers
+            raise ValueError(f"config.json has num_nextn_predict_layers = {given!r}; supported are 0 and 1")
         mamba, attention = self.mamba, self.attention
         divides("mamba_num_heads", mamba.num_heads, "n_groups", mamba.num_groups)
         divides("num_attention_heads", attention.num_heads, "num_key_value_heads", attention.num_kv_heads)
         if "E" in self.pattern:
             divides("n_routed_experts", self.n_routed_experts, "n_group", self.n_group)
             for small, large in (("num_experts_per_tok", "n_routed_experts"), ("topk_group", "n_group")):
-                if not 1 <= getattr(self, small) <= getattr(self, large):
-                    raise ValueError(f"config.json has {small} = {getattr(self, small)}; allowed is 1 to {large} = {getattr(self, large)}")
-        sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "chunk_size": mamba.chunk_size}
-        for key, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"config.json has {key} = {value!r}; allowed is a positive integer")
+                value, most = getattr(self, small), getattr(self, large)
+                if not 1 <= value <= most:
+                    raise ValueError(f"config.json has {small} = {value}; allowed is 1 to {large} = {most}")
 
     @property
     def num_layers(self) -> int:
@@ -239,12 +242,12 @@ def make_moe(config: NemotronHConfig, layer: int, experts: Experts) -> MoE:
 
 
 class MTPModule(nn.Module):
-    """Drafts the token after next: from a position's final hidden vector and the embedding of the token that followed it."""
+    """Drafts the token after next, from a position's final hidden vector and the embedding of the next token."""
 
     def __init__(self, config: NemotronHConfig, experts: Experts) -> None:
         super().__init__()
         inner = len(config.mtp_pattern)
-        assert config.num_nextn_predict_layers == 1, "checked by NemotronH"
+        assert config.num_nextn_predict_layers == 1, "checked by the config"
         self.layers = nn.ModuleList(Block(config, config.num_layers + i, experts) for i in range(inner))
         eps = config.layer_norm_epsilon
         first, last = self.layers[0], self.layers[inner - 1]
@@ -276,9 +279,6 @@ class NemotronH(nn.Module):
 
     def __init__(self, config: NemotronHConfig, experts: Experts, with_mtp: bool = True) -> None:
         super().__init__()
-        if config.num_nextn_predict_layers > 1:
-            given = config.num_nextn_predict_layers
-            raise ValueError(f"config.json has num_nextn_predict_layers = {given}; supported are 0 and 1")
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, experts) for layer in range(config.num_layers))
@@ -302,15 +302,15 @@ class NemotronH(nn.Module):
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State) -> Tensor:
         """One step of the MTP module.
 
-        `batch.token_ids_T` are the tokens that follow the positions of `hidden_TD` (T, D), which is `forward`'s output or,
-        for deeper drafts, this method's. Returns (T, D); `logits` of it predict the token after.
+        `batch.token_ids_T` are the tokens that follow the positions of `hidden_TD` (T, D), which is `forward`'s output
+        or, for deeper drafts, this method's. Returns (T, D); `logits` of it predict the token after.
         """
         assert self.mtp is not None
         out: Tensor = self.mtp(self.embeddings(batch.token_ids_T), hidden_TD, batch, state)
         return out
 
 
-# Weights ---------------------------------------------------------------------------------------------------------------
+# Weights --------------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_prefix(checkpoint: Checkpoint) -> str:
@@ -369,11 +369,15 @@ def check_names(checkpoint: Checkpoint, config: NemotronHConfig, own_names: Iter
     if missing := sorted(wanted - names):
         raise ValueError(f"the checkpoint {checkpoint.path} has no tensor {missing[0]} ({len(missing)} missing in all)")
     if extra := sorted(names - wanted):
-        raise ValueError(f"the checkpoint {checkpoint.path} has the unknown tensor {extra[0]} ({len(extra)} unknown in all)")
+        raise ValueError(f"the checkpoint {checkpoint.path} has the unknown tensor {extra[0]} ({len(extra)} in all)")
 
 
 def load_backbone(
-    checkpoint: Checkpoint, config: NemotronHConfig, experts: Experts, dtype: torch.dtype, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    config: NemotronHConfig,
+    experts: Experts,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> NemotronH:
     """The backbone with its weights, none of the routed experts read. fp32 where the reference computes in fp32."""
     with torch.device("meta"):

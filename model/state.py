@@ -42,7 +42,8 @@ class Batch:
     block_size: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
-        assert sum(self.lens) == self.token_ids_T.numel() and min(self.lens) > 0
+        assert sum(self.lens) == self.token_ids_T.numel()
+        assert min(self.lens) > 0
         assert len(self.lens) == len(self.context_lens) == len(self.slots) == len(self.block_tables)
         assert len(set(self.slots)) == len(self.slots), "two requests share a slot"
 
@@ -87,7 +88,7 @@ class Batch:
 
     @cached_property
     def places(self) -> tuple[Tensor, ...]:
-        """Places of all tokens of each request, this step's included, in a layer's pages: R tensors (context_len + len,)."""
+        """Places of each request's tokens, this step's included, in a layer's pages: R tensors (context_len + len,)."""
         offsets = torch.arange(self.block_size, device=self.token_ids_T.device)
         places = []
         for table, context_len, length in zip(self.block_tables, self.context_lens, self.lens, strict=True):

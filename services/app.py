@@ -10,15 +10,19 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 import torch
 from fastapi import FastAPI
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
@@ -30,9 +34,10 @@ from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
 from services.engine.request import EngineFailed, SamplingParams, TokenOutput
 from services.expert.shard import ExpertShard, ShardConfig
+from services.gateway.backbone_metrics import backbone_metrics
+from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Generation, Health, ModelCard
 from services.gateway.grpc_api import GrpcError, InferenceApi
-from services.gateway.backbone_metrics import backbone_metrics
 from services.gateway.rest import build_rest
 from services.gateway.text import Tokenizer
 
@@ -88,7 +93,9 @@ class AppArgs(BaseModel):
     @property
     def torch_dtype(self) -> torch.dtype:
         """auto is bf16 on a GPU, where it is fast, and fp32 on a CPU, where it is exact."""
-        return DTYPES["bfloat16" if self.device == "cuda" else "float32"] if self.dtype == "auto" else DTYPES[self.dtype]
+        return (
+            DTYPES["bfloat16" if self.device == "cuda" else "float32"] if self.dtype == "auto" else DTYPES[self.dtype]
+        )
 
     def context(self, family: ModelFamily) -> int:
         longest = family.config.max_position_embeddings
@@ -161,8 +168,9 @@ class BackboneDeployment:
     ) -> AsyncGenerator[TokenOutput | Exception, None]:
         """Tokens; a refusal or failure is the last item, because Ray would wrap a raised one in its traceback."""
         try:
-            async for output in self._backbone.generate(request_id, prompt_token_ids, params):
-                yield output
+            async with aclosing(self._backbone.generate(request_id, prompt_token_ids, params)) as outputs:
+                async for output in outputs:
+                    yield output
         except Exception as error:
             yield error
 
@@ -188,15 +196,17 @@ class BackboneHandle:
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
     ) -> AsyncGenerator[TokenOutput, None]:
-        stream = self._generate.remote(request_id, prompt_token_ids, params)
+        stream: Any = self._generate.remote(request_id, prompt_token_ids, params)
         is_done = False
         try:
             async for item in stream:
+                is_done = isinstance(item, Exception) or item.finish_reason is not None
                 if isinstance(item, Exception):
-                    is_done = True
                     raise item
-                is_done = item.finish_reason is not None
                 yield item
+        except (RayError, RayServeException) as error:
+            message = f"The backbone that answered this request is gone ({type(error).__name__}); try again."
+            raise ApiError(Refusal.UNAVAILABLE, message) from error
         finally:
             if not is_done:
                 stream.cancel()
@@ -236,7 +246,17 @@ class GatewayDeployment:
         self._grpc = InferenceApi(self._generation, self._backbone.health)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_rest(self._generation, self._backbone.health, self._engine_metrics)
+        app = build_rest(self._generation, self._backbone.health, self._engine_metrics)
+        app.add_api_route("/status", self._report, methods=["GET"])
+        return app
+
+    async def _report(self) -> dict[str, Any]:
+        """What `expertmesh status` shows."""
+        health = await self._backbone.health()
+        if not health.is_ready:
+            raise ApiError(Refusal.UNAVAILABLE, health.detail)
+        state = "degraded" if health.is_degraded else "ready"
+        return {"model": self._generation.card.id, "health": state, **await self._backbone.status()}
 
     async def _engine_metrics(self) -> bytes:
         try:
@@ -245,14 +265,16 @@ class GatewayDeployment:
             return b""
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
-        return await _answer(self._grpc.generate(request), grpc_context)
+        answer: pb.GenerateResponse = await _answer(self._grpc.generate(request), grpc_context)
+        return answer
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         try:
-            async for chunk in self._grpc.generate_stream(request):
-                yield chunk
+            async with aclosing(self._grpc.generate_stream(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except GrpcError as error:
             _refuse(grpc_context, error)
 
@@ -278,9 +300,11 @@ def _refuse(context: RayServegRPCContext, error: GrpcError) -> None:
 
 
 def _own_address() -> str:
-    import ray
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
-    return str(ray.util.get_node_ip_address())
+
+def _deployment(cls: type, name: str, **options: Any) -> Any:
+    return serve.deployment(name=name, **options)(cls)
 
 
 def build_app(args: AppArgs) -> Application:
@@ -288,32 +312,38 @@ def build_app(args: AppArgs) -> Application:
     family = load_family(args.model)  # a wrong path is told here, before anything starts
     args.context(family)
     gpu = 1 if args.device == "cuda" else 0
-    backbone = serve.deployment(BackboneDeployment, name="backbone").options(
+    backbone = _deployment(
+        BackboneDeployment,
+        "backbone",
         num_replicas=args.backbone_replicas,
         max_ongoing_requests=MAX_OPEN,
         ray_actor_options={"num_cpus": args.backbone_threads, "num_gpus": gpu},
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
     )
-    gateway = serve.deployment(GatewayDeployment, name="gateway").options(
-        num_replicas=args.gateway_replicas, max_ongoing_requests=MAX_OPEN, ray_actor_options={"num_cpus": 0.5}
+    gateway = _deployment(
+        GatewayDeployment,
+        "gateway",
+        num_replicas=args.gateway_replicas,
+        max_ongoing_requests=MAX_OPEN,
+        ray_actor_options={"num_cpus": 0.5},
     )
     extras = [] if args.experts == "local" else _expert_tier(args)
-    return gateway.bind(args, backbone.bind(args), *extras)
+    app: Application = gateway.bind(args, backbone.bind(args), *extras)
+    return app
 
 
 def _expert_tier(args: AppArgs) -> list[Application]:
-    controller = serve.deployment(ControllerDeployment, name="controller").options(
-        num_replicas=1, ray_actor_options={"num_cpus": 0.1}
+    controller = _deployment(ControllerDeployment, "controller", num_replicas=1, ray_actor_options={"num_cpus": 0.1})
+    return [controller.bind(args), *(_pool(pool).bind(args, pool) for pool in args.pools)]
+
+
+def _pool(pool: PoolArgs) -> Any:
+    num_gpus = 1 if pool.device == "cuda" else 0
+    return _deployment(
+        ShardDeployment,
+        pool.name,
+        num_replicas=pool.shards,
+        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": num_gpus},
+        graceful_shutdown_timeout_s=15,
     )
-    pools = [
-        serve.deployment(ShardDeployment, name=pool.name)
-        .options(
-            num_replicas=pool.shards,
-            ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": 1 if pool.device == "cuda" else 0},
-            graceful_shutdown_timeout_s=15,
-        )
-        .bind(args, pool)
-        for pool in args.pools
-    ]
-    return [controller.bind(args), *pools]

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray import serve
+
 from cluster.embedded import EmbeddedRedis
 from services.app import GRPC_SERVICERS, AppArgs, build_app
 
 APP_NAME = "expertmesh"
-QUIET = {
-    "RAY_SERVE_LOG_TO_STDERR": "0",  # logs go to files under the session's folder; the terminal is the user's
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,9 @@ def check_port(name: str, port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            raise ValueError(f"{name} {port} is in use on 127.0.0.1; choose another one or stop what listens there") from None
+            raise ValueError(
+                f"{name} {port} is in use on 127.0.0.1; choose another one or stop what listens there"
+            ) from None
 
 
 @contextmanager
@@ -56,22 +53,17 @@ def running(args: AppArgs, ports: Ports, ray_address: str | None = None) -> Iter
 
 @contextmanager
 def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
-    import ray
-
-    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     num_cpus = args.backbone_threads + 8 + int(sum(pool.shards * max(1, pool.num_cpus) for pool in args.pools))
     own: dict[str, Any] = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
-    ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+    ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     try:
         yield
     finally:
-        ray.shutdown()
+        ray.shutdown()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def _serve(args: AppArgs, ports: Ports) -> Iterator[None]:
-    from ray import serve
-
     grpc = {"port": ports.grpc, "grpc_servicer_functions": GRPC_SERVICERS}
     serve.start(http_options={"host": "127.0.0.1", "port": ports.http}, grpc_options=grpc)
     try:
@@ -79,8 +71,3 @@ def _serve(args: AppArgs, ports: Ports) -> Iterator[None]:
         yield
     finally:
         serve.shutdown()
-
-
-def wait_forever() -> None:
-    while True:
-        time.sleep(3600)

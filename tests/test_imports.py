@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 OURS = ("model", "cluster", "protos", "services")
 REDIS_FILES = {"cluster/registry.py", "cluster/load.py", "cluster/embedded.py"}
-RAY_FILES = {"services/app.py", "services/cli.py"}
+RAY_FILES = {"services/app.py", "services/local.py"}
 
 
 def imports() -> Iterator[tuple[str, str]]:

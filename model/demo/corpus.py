@@ -1,4 +1,4 @@
-"""The demo model's text: the Python standard library's source, its held-out twentieth, and the tokenizer trained on the rest."""
+"""The demo model's text: the Python standard library, its held-out twentieth, and the tokenizer made from the rest."""
 
 from __future__ import annotations
 

@@ -126,11 +126,16 @@ def write_checkpoint(model: NemotronH, experts: TrainableExperts, tokenizer: Tok
 
 @torch.no_grad()
 def measure(
-    model: NemotronH, experts: TrainableExperts, tokenizer: Tokenizer, texts: list[str], length: int = 1024, context: int = 256
+    model: NemotronH,
+    experts: TrainableExperts,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    length: int = 1024,
+    context: int = 256,
 ) -> dict[str, Any]:
     """Next-token loss, bits per byte, first drafts accepted, and how evenly each layer's experts are used.
 
-    Windows of `length` tokens overlap by `context`, which only serve as context; teacher-forced, fp32, weights as stored.
+    Windows of `length` tokens overlap by `context`, not scored twice; teacher-forced, fp32, weights as stored.
     """
     from model.demo.train import sequence_draft, sequence_hidden  # train imports this module
 

@@ -2,7 +2,7 @@
 
     python -m model.demo.train --steps 2000 --out model/demo/checkpoint
 
-Runs for hours on two CPU cores and faster on a GPU; a checkpoint every 100 steps lets `--resume` go on after a stop. The
+Takes an hour or two on two CPU cores; the state is saved every 100 steps, and `--resume` goes on after a stop. The
 mathematics are the product's own (`model/`); only what serving does not need is here: whole sequences instead of packed
 steps, differentiable experts, and the router's balancing.
 
@@ -59,10 +59,12 @@ class TrainableExperts:
         row_P = order_P // topk_ids_NK.shape[1]
         parts = x_NL.float()[row_P].split(counts_E.tolist())
         with torch.autocast(x_NL.device.type, enabled=False):  # in bf16 oneDNN builds a kernel for every new row count
-            y_PL = torch.cat([
-                F.linear(F.linear(x, up).relu().square(), down)
-                for x, up, down in zip(parts, up_EML.unbind(), down_ELM.unbind(), strict=True)
-            ])
+            y_PL = torch.cat(
+                [
+                    F.linear(F.linear(x, up).relu().square(), down)
+                    for x, up, down in zip(parts, up_EML.unbind(), down_ELM.unbind(), strict=True)
+                ]
+            )
         weighted_PL = y_PL * topk_weights_NK.flatten()[order_P, None]
         out_NL = torch.zeros(x_NL.shape, dtype=torch.float32, device=x_NL.device).index_add(0, row_P, weighted_PL)
         return lambda: out_NL
@@ -73,7 +75,7 @@ def run_mamba(mixer: Mamba2Mixer, h_BTD: Tensor) -> Tensor:
     gate, xbc, delta = mixer.split(mixer.in_proj(h_BTD))
     weight: Any = mixer.conv1d.weight
     padded = F.pad(xbc.transpose(1, 2), (shape.conv_kernel - 1, 0))
-    xbc = F.silu(F.conv1d(padded, weight, mixer.conv1d.bias, groups=shape.conv_dim)).transpose(1, 2)  # type: ignore[arg-type]
+    xbc = F.silu(F.conv1d(padded, weight, mixer.conv1d.bias, groups=shape.conv_dim)).transpose(1, 2)
     x, delta, a_H, b, c = mixer.scan_inputs(xbc, delta)
     per_seq = length // shape.chunk_size
     requests = torch.arange(num_seqs, device=h_BTD.device)
@@ -84,9 +86,14 @@ def run_mamba(mixer: Mamba2Mixer, h_BTD: Tensor) -> Tensor:
     return mixer.finish(y.reshape(x.shape), x, gate)
 
 
+compiled_mamba = torch.compile(run_mamba)  # its many small fp32 steps fuse: 8 times faster than eager on two CPU cores
+
+
 def run_attention(mixer: Attention, h_BTD: Tensor) -> Tensor:
     q, k, v = (part.transpose(1, 2) for part in mixer.qkv(h_BTD))
-    out: Tensor = mixer.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(-2))
+    out: Tensor = mixer.o_proj(
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(-2)
+    )
     return out
 
 
@@ -94,11 +101,13 @@ def run_block(block: Block, x_BTD: Tensor) -> Tensor:
     h_BTD = block.norm(x_BTD)
     match block.mixer:
         case Mamba2Mixer():
-            return x_BTD + run_mamba(block.mixer, h_BTD)
+            mixed = compiled_mamba if torch.is_grad_enabled() else run_mamba
+            out: Tensor = mixed(block.mixer, h_BTD)
         case Attention():
-            return x_BTD + run_attention(block.mixer, h_BTD)
+            out = run_attention(block.mixer, h_BTD)
         case mixer:
-            return x_BTD + mixer(h_BTD.flatten(0, 1)).view_as(h_BTD)
+            out = mixer(h_BTD.flatten(0, 1)).view_as(h_BTD)
+    return x_BTD + out
 
 
 def sequence_hidden(model: NemotronH, ids_BT: Tensor) -> Tensor:
@@ -170,13 +179,17 @@ def initialise(model: NemotronH) -> None:
 def make_optimizers(model: NemotronH, experts: TrainableExperts) -> list[torch.optim.Optimizer]:
     """Muon for the backbone's matrices, AdamW for the embeddings, the experts and everything small."""
     named = [*model.named_parameters()]
-    matrices = [p for name, p in named if p.dim() == 2 and not any(s in name for s in ("embeddings", "lm_head", "gate.weight"))]
+    matrices = [
+        p for name, p in named if p.dim() == 2 and not any(s in name for s in ("embeddings", "lm_head", "gate.weight"))
+    ]
     chosen = {id(p) for p in matrices}
     others = [p for _, p in named if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01, momentum=0.95),
         torch.optim.AdamW(
-            [{"params": others, "lr": 4e-3}, {"params": experts.parameters(), "lr": 4e-3}], betas=(0.9, 0.95), weight_decay=0.01
+            [{"params": others, "lr": 4e-3}, {"params": experts.parameters(), "lr": 4e-3}],
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
         ),
     ]
 
@@ -190,7 +203,9 @@ def balance(model: NemotronH, experts: TrainableExperts, rate: float) -> None:
     experts.counts.clear()
 
 
-def sample_windows(tokens: np.ndarray, generator: np.random.Generator, num_seqs: int, length: int, chat: np.ndarray) -> Tensor:
+def sample_windows(
+    tokens: np.ndarray, generator: np.random.Generator, num_seqs: int, length: int, chat: np.ndarray
+) -> Tensor:
     """Random windows; one in eight becomes a ChatML turn: the user gives a beginning, the assistant continues it."""
     starts = generator.integers(0, len(tokens) - length, num_seqs)
     windows = np.stack([tokens[s : s + length] for s in starts])
@@ -232,7 +247,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/expertmesh-demo"), help="where the resumable state lies")
+    parser.add_argument(
+        "--work", type=Path, default=Path("/tmp/expertmesh-demo"), help="where the resumable state lies"
+    )
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -266,7 +283,7 @@ def main() -> None:
         ids_BT = sample_windows(tokens, generator, args.sequences, args.length, chat).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             loss, nats, accepted = loss_of(model, ids_BT)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *experts.parameters()], 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -278,7 +295,12 @@ def main() -> None:
             print(f"step {step + 1}  nats {recent[1]:.3f}  first draft accepted {recent[2]:.3f}", flush=True)
         if step % 100 == 99 or step + 1 == args.steps:
             weights = {"model": model.state_dict(), "experts": [p.detach() for p in experts.parameters()]}
-            states = {"optimizers": [o.state_dict() for o in optimizers], "step": step + 1, "log": log, "generator": generator}
+            states = {
+                "optimizers": [o.state_dict() for o in optimizers],
+                "step": step + 1,
+                "log": log,
+                "generator": generator,
+            }
             torch.save({**weights, **states}, saved)
     export(model, experts, tokenizer, held_out, log, args.out)
 

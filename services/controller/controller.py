@@ -39,7 +39,9 @@ def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[Layer
 
 def stale_shards(placement: Placement, shards: Sequence[Shard]) -> list[Shard]:
     """The placement's live shards that do not hold exactly what it gives them, as after a restart."""
-    wanted = {shard.id: held_digest(placement.experts_of(shard.id)) for shard in shards if shard.id in placement.shard_ids}
+    wanted = {
+        shard.id: held_digest(placement.experts_of(shard.id)) for shard in shards if shard.id in placement.shard_ids
+    }
     return [shard for shard in shards if wanted.get(shard.id, shard.held_digest) != shard.held_digest]
 
 

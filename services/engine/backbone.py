@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.load import LoadCounter, LoadStore
+from cluster.planner import shard_loads
 from cluster.registry import RegistryStore, StoreUnavailable
 from cluster.topology import Placement, Shard
 from model import kernels
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.5
 FLUSH_PERIOD_S = 1.0
+RATE_KEPT = 0.9  # of the picks per second, from one flush to the next
 PLACEMENT_TIMEOUT_S = 600.0
 
 
@@ -83,10 +87,13 @@ class Backbone:
                 chunk_align=family.config.chunk_size,
             )
         )
-        self.engine = Engine(Runner(model, state, config.device), scheduler, family.config.vocab_size, family.config.eos_token_ids)
+        self.engine = Engine(
+            Runner(model, state, config.device), scheduler, family.config.vocab_size, family.config.eos_token_ids
+        )
         self._placement: Placement | None = None
         self._placed_at = 0.0
         self._shards: dict[str, Shard] = {}
+        self._rates: dict[int, NDArray[np.float64]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def _plan_memory(self) -> MemoryPlan:
@@ -124,11 +131,32 @@ class Backbone:
     def status(self) -> dict[str, Any]:
         """Engine, placement and traffic in numbers, for health and metrics."""
         status: dict[str, Any] = {"engine": asdict(self.engine.stats()), "has_mtp": self.family.has_mtp}
-        if self.remote is not None:
-            traffic = asdict(self.remote.traffic)
-            age_s = time.time() - self._placed_at
-            status |= {"epoch": self.remote.epoch, "placement_age_s": age_s, "down": sorted(self.remote.down), "traffic": traffic}
+        if self.remote is not None and self._placement is not None:
+            status |= {
+                "epoch": self.remote.epoch,
+                "cover": self._placement.cover(),
+                "placement_age_s": time.time() - self._placed_at,
+                "down": sorted(self.remote.down),
+                "traffic": asdict(self.remote.traffic),
+                "shards": self._shard_report(self._placement, self.remote.down),
+            }
         return status
+
+    def _shard_report(self, placement: Placement, down: Collection[str]) -> list[dict[str, Any]]:
+        """The placement's shards and their picks of late, each expert's shared out evenly over its homes."""
+        ids = sorted(placement.shard_ids)
+        picks_per_s = sum(
+            np.array(shard_loads(placement.homes[layer], rates.tolist(), ids)) for layer, rates in self._rates.items()
+        )
+        report = []
+        for i, shard in enumerate(self._shards[id] for id in ids):
+            state = "unreachable" if shard.id in down else "draining" if shard.draining else "live"
+            own = {
+                key: getattr(shard, key)
+                for key in ("id", "pool", "node", "endpoint", "device", "num_held", "incarnation")
+            }
+            report.append({**own, "picks_per_s": float(np.broadcast_to(picks_per_s, len(ids))[i]), "state": state})
+        return report
 
     async def _warm_up(self) -> None:
         """A prompt and a step, so that no user meets the first call's cost."""
@@ -162,12 +190,19 @@ class Backbone:
             await asyncio.sleep(WATCH_PERIOD_S)
             await self._refresh()
 
+    def _note_rates(self, taken: Mapping[int, NDArray[np.int64]]) -> None:
+        """Picks per second of each expert, averaged over about ten flushes."""
+        for layer in {*self._rates, *taken}:
+            old, new = self._rates.get(layer, 0.0), taken.get(layer, 0)
+            self._rates[layer] = np.asarray(RATE_KEPT * old + (1 - RATE_KEPT) * new / FLUSH_PERIOD_S)
+
     async def _flush(self) -> None:
         """Adds the expert counts to the store once a second; what cannot be sent is kept and added to the next."""
         assert self.loads is not None
         while True:
             await asyncio.sleep(FLUSH_PERIOD_S)
             taken = self.counter.take()
+            self._note_rates(taken)
             try:
                 await self.loads.add(taken, time.time())
                 self.counter.sent()

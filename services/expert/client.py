@@ -9,10 +9,11 @@ Legend: N rows, L expert input dim, K picks a row, P = N·K picks; the picks of 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -24,10 +25,13 @@ from cluster.routing import HomeTable, NoLiveHome, choose_homes
 from cluster.topology import Placement, Shard
 from model.exact import from_grid, grid_exponents
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.stream import Inbox, LoopThread, ShardStream
+from services.expert.stream import Inbox, ShardStream, shared_loop_thread
 from services.expert.wire import PIECE_BYTES, WIRE_DTYPES, rows_as_numpy, sums_from_proto
 
+log = logging.getLogger(__name__)
+
 Ints = NDArray[np.integer]
+StreamKey = tuple[str, str, str]  # shard id, incarnation, endpoint
 FIRST_PAUSE_S = 0.01  # before homes are asked a second time; three times as long before each time after
 
 
@@ -37,7 +41,7 @@ class ExpertsUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class CallPolicy:
-    """Bounds of one call, in seconds and numbers.
+    """Bounds of one call: seconds for all of it, tries for each of its picks, bytes of rows in one message.
 
     A shard that owes an answer and says nothing for `stall_s` is passed over where the picks have another home.
     """
@@ -68,7 +72,7 @@ class Traffic:
     num_stalled: int = 0
     queue_us: int = 0
     compute_us: int = 0
-    refusals: Counter[str] = field(default_factory=Counter)
+    refusals: dict[str, int] = field(default_factory=dict)  # by code
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,9 @@ class RemoteExperts:
         self.policy = policy or CallPolicy()
         self.traffic = Traffic()
         self._fleet: _Fleet | None = None
-        self._streams: dict[tuple[str, str, str], ShardStream] = {}
-        self._loop_thread = LoopThread("remote-experts")
+        self._streams: dict[StreamKey, ShardStream] = {}
+        self._leaving: deque[tuple[float, ShardStream]] = deque()
+        self._loop_thread = shared_loop_thread()
         self._ids = itertools.count(1)
 
     @property
@@ -122,8 +127,13 @@ class RemoteExperts:
         return frozenset(id for t in fleet.tables.values() for id in fleet.down(t)) if fleet else frozenset()
 
     def update(self, placement: Placement, shards: Iterable[Shard]) -> None:
-        """Uses this placement for the calls that start from now on; opens and closes streams to match."""
-        assert placement.epoch >= self.epoch, "a placement must not go back to an older epoch"
+        """Uses this placement for the calls that start from now on; opens and closes streams to match.
+
+        A placement older than the one in use (from a Redis that lost its data) is passed over, its shards are not.
+        """
+        if self._fleet and placement.epoch < self.epoch:
+            log.warning("Placement epoch %d is older than %d and is passed over.", placement.epoch, self.epoch)
+            placement = self._fleet.placement
         known = {shard.id: shard for shard in shards}
         wanted = {(id, known[id].incarnation, known[id].endpoint) for id in placement.shard_ids if id in known}
         for key in wanted - self._streams.keys():
@@ -138,16 +148,19 @@ class RemoteExperts:
             return self._fleet.tables
         return {layer: HomeTable(homes) for layer, homes in placement.homes.items()}
 
-    def _close_later(self, keys: set[tuple[str, str, str]]) -> None:
+    def _close_later(self, keys: set[StreamKey]) -> None:
         """Calls that started before may still wait for the streams that are no longer wanted."""
         for key in keys:
-            close = self._streams.pop(key).close
-            self._loop_thread.call_soon(self._loop_thread.loop.call_later, self.policy.timeout_s, close)
+            stream = self._streams.pop(key)
+            self._leaving.append((time.monotonic() + self.policy.timeout_s, stream))
+        now = time.monotonic()
+        while self._leaving and self._leaving[0][0] <= now:
+            self._loop_thread.run(self._leaving.popleft()[1].close())
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         """Sends the rows off and returns a function that waits for the weighted sums: fp32 (N, L).
 
-        That function raises ExpertsUnavailable; ValueError on rows that are neither bf16 nor fp32.
+        Both raise ExpertsUnavailable; ValueError on rows that are neither bf16 nor fp32.
         """
         assert self._fleet is not None, "update() must have given a placement before the first call"
         call = _Call(self, self._fleet, layer, x_NL, topk_ids_NK, topk_weights_NK)
@@ -156,7 +169,8 @@ class RemoteExperts:
 
     def close(self) -> None:
         """Closes every stream; calls under way fail."""
-        self._loop_thread.close()
+        for stream in (*self._streams.values(), *(stream for _, stream in self._leaving)):
+            self._loop_thread.run(stream.close())
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,9 +332,13 @@ class _Call:
             self._retry(part, str(error))
 
     def _take_refusal(self, part: _Part, refusal: pb.Refusal) -> None:
-        self.owner.traffic.refusals[pb.Refusal.Code.Name(refusal.code)] += 1
+        refusals, code = self.owner.traffic.refusals, pb.Refusal.Code.Name(refusal.code)
+        refusals[code] = refusals.get(code, 0) + 1
         if refusal.code == pb.Refusal.BAD_SHAPE:
             raise ExpertsUnavailable(f"Shard {part.shard_id} does not serve this model: {refusal.detail}")
+        if refusal.code == pb.Refusal.OVERLOADED:  # it works, so this is no try that failed; the deadline is the bound
+            time.sleep(FIRST_PAUSE_S)
+            part = replace(part, num_tries=part.num_tries - 1)
         self._retry(part, refusal.detail)
 
     def _retry(self, part: _Part, reason: str) -> None:

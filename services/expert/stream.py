@@ -9,7 +9,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -40,19 +41,18 @@ class LoopThread:
     def call_soon(self, function: Callable[..., object], *args: object) -> None:
         self.loop.call_soon_threadsafe(function, *args)
 
-    def close(self) -> None:
-        """Cancels what runs on the loop and ends the thread."""
-        asyncio.run_coroutine_threadsafe(_cancel_others(), self.loop).result(CLOSE_TIMEOUT_S)
-        self.call_soon(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+    def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(CLOSE_TIMEOUT_S)
 
 
-async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+@cache
+def shared_loop_thread() -> LoopThread:
+    """One loop for all streams of the process, never closed.
+
+    All loops of a process share gRPC's completion queue: an event for a loop that is closed would raise in whichever
+    loop happens to take it, and hold up the events behind it.
+    """
+    return LoopThread("expert-streams")
 
 
 class ShardStream:
@@ -92,8 +92,9 @@ class ShardStream:
         """Drops the reply to a request that nobody waits for any more."""
         self._pending.pop(request_id, None)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
     def _start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._keep_open())
@@ -122,7 +123,8 @@ class ShardStream:
 
     async def _converse(self) -> None:
         async with grpc.aio.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS) as channel:
-            await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):  # wait_for of Python 3.11 can swallow a cancellation
+                await channel.channel_ready()
             call = expert_pb2_grpc.ExpertStub(channel).Compute()  # type: ignore[no-untyped-call]
             writing = asyncio.create_task(self._write(call))
             if self.is_down:

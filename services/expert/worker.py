@@ -19,7 +19,7 @@ class Worker:
 
     def __init__(self, max_depth: int, name: str) -> None:
         self.max_depth = max_depth
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._num_accepted = 0  # written by the caller only
         self._num_finished = 0  # written by the thread only
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -33,7 +33,7 @@ class Worker:
     def is_full(self) -> bool:
         return self.depth >= self.max_depth
 
-    def submit(self, job: Callable[[], None]) -> None:
+    def submit(self, job: Callable[[], object]) -> None:
         """Takes a job, over the bound too: callers ask `is_full` before jobs that others may take as well."""
         self._num_accepted += 1
         self._jobs.put(job)

@@ -90,9 +90,9 @@ class Generation:
         except ValueError as error:
             raise bad_value(error) from error
         room = self._room(len(token_ids), name)
+        self._check_fits(len(token_ids), params)
         if params.max_tokens is None and name == "prompt":
             params = replace(params, max_tokens=min(room, max(DEFAULT_MAX_TOKENS, params.min_tokens)))
-        self._check_fits(len(token_ids), params)
         return Job(token_ids, params)
 
     async def _token_ids(self, prompt: Prompt) -> tuple[list[int], str]:

@@ -7,8 +7,8 @@ Source: OpenAI's API reference for completions and chat completions; `top_k`, `s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, cast
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
@@ -216,8 +216,8 @@ class Answer:
 class Tally:
     """The tokens of each completion of one request, for `usage`."""
 
-    num_prompt: dict[int, int]
-    num_generated: dict[int, int]
+    num_prompt: dict[int, int] = field(default_factory=dict)
+    num_generated: dict[int, int] = field(default_factory=dict)
 
     def add(self, delta: TextDelta) -> None:
         self.num_prompt[delta.index] = delta.num_prompt
@@ -240,7 +240,7 @@ def chat_completion(answer: Answer, texts: Sequence[tuple[str, str]], usage: Com
             index=index,
             message=ChatCompletionMessage(role="assistant", content=text),
             logprobs=None,
-            finish_reason=reason,
+            finish_reason=cast(Any, reason),
         )
         for index, (text, reason) in enumerate(texts)
     ]
@@ -269,12 +269,12 @@ def usage_chunk(answer: Answer, usage: CompletionUsage, is_chat: bool) -> str:
     return _dump(Completion(**_head(answer, "text_completion"), choices=[], usage=usage))
 
 
-def _chat_chunk(answer: Answer, index: int, content: ChoiceDelta, finish_reason: str | None) -> str:
+def _chat_chunk(answer: Answer, index: int, content: ChoiceDelta, finish_reason: Any) -> str:
     choice = ChunkChoice.model_construct(index=index, delta=content, logprobs=None, finish_reason=finish_reason)
     return _dump(ChatCompletionChunk.model_construct(**_head(answer, "chat.completion.chunk"), choices=[choice]))
 
 
-def _completion_choice(index: int, text: str, finish_reason: str | None) -> CompletionChoice:
+def _completion_choice(index: int, text: str, finish_reason: Any) -> CompletionChoice:
     # Constructed unchecked: the type knows no null finish reason, which every chunk but the last has.
     return CompletionChoice.model_construct(index=index, text=text, logprobs=None, finish_reason=finish_reason)
 

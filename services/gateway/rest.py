@@ -112,7 +112,7 @@ class Rest:
         dialect: Dialect,
         include_usage: bool,
     ) -> AsyncGenerator[str, None]:
-        tally = Tally({}, {})
+        tally = Tally()
         try:
             async with aclosing(deltas):
                 if dialect.is_chat:
@@ -136,7 +136,7 @@ async def _collect(
 ) -> tuple[list[tuple[str, str]], CompletionUsage]:
     pieces: list[list[str]] = [[] for _ in range(num_jobs)]
     reasons = [""] * num_jobs
-    tally = Tally({}, {})
+    tally = Tally()
     async with aclosing(deltas):
         async for delta in deltas:
             tally.add(delta)

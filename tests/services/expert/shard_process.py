@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
 
@@ -25,8 +25,10 @@ ROOT = Path(__file__).parents[3]
 class ShardProcess:
     """`num_shards` shards of one model directory, all in one other process."""
 
-    def __init__(self, model_dir: Path, num_shards: int = 1, dtype: str = "float32", name: str = "s") -> None:
-        command = [sys.executable, "-m", __name__, str(model_dir), str(num_shards), dtype, name]
+    def __init__(
+        self, model_dir: Path, num_shards: int = 1, dtype: str = "float32", name: str = "s", max_queue: int = 64
+    ) -> None:
+        command = [sys.executable, "-m", __name__, str(model_dir), str(num_shards), dtype, name, str(max_queue)]
         env, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, env=env)
         self._shards: list[Shard] = []
@@ -47,10 +49,10 @@ class ShardProcess:
         self.process.communicate()
 
 
-async def serve(model_dir: str, num_shards: int, dtype: torch.dtype, name: str) -> None:
+async def serve(model_dir: str, num_shards: int, dtype: torch.dtype, name: str, max_queue: int) -> None:
     family, registry = load_family(model_dir), MemoryRegistry(time.monotonic)
-    configs = [ShardConfig(f"{name}{i}", memory_budget=1 << 30, dtype=dtype) for i in range(num_shards)]
-    shards = [ExpertShard(config, family, registry) for config in configs]
+    base = ShardConfig("base", memory_budget=1 << 30, dtype=dtype, max_queue=max_queue)
+    shards = [ExpertShard(replace(base, shard_id=f"{name}{i}"), family, registry) for i in range(num_shards)]
     for shard in shards:
         await shard.start()
     print(json.dumps([asdict(shard.record) for shard in shards]), flush=True)
@@ -61,4 +63,4 @@ async def serve(model_dir: str, num_shards: int, dtype: torch.dtype, name: str) 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), sys.argv[4]))
+    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), sys.argv[4], int(sys.argv[5])))

@@ -106,6 +106,16 @@ def test_a_big_batch_travels_in_pieces(fleet: list[Shard], local: LocalExperts) 
     remote.close()
 
 
+def test_more_pieces_than_a_shard_queues_are_computed_all_the_same(model_dir: Path, local: LocalExperts) -> None:
+    remote = RemoteExperts(CallPolicy(piece_bytes=1))
+    with ShardProcess(model_dir, 1, max_queue=2) as process:
+        remote.update(fill(process.shards, everywhere([process.shards[0].id])), process.shards)
+        rows = make_rows(60)
+        assert torch.equal(remote(1, *rows)(), local(1, *rows)())
+        assert remote.traffic.refusals["OVERLOADED"] > remote.policy.max_tries
+    remote.close()
+
+
 def test_what_is_sent_is_counted(fleet: list[Shard], local: LocalExperts, remote: RemoteExperts) -> None:
     remote.update(placement_on(local, everywhere([fleet[0].id])), fleet)
     remote(1, *make_rows(1))()
@@ -150,6 +160,14 @@ def test_experts_that_moved_while_the_rows_were_away_are_found(
         wait = remote(1, *rows)
         remote.update(placement_on(local, everywhere([shards[1].id]), epoch=2), shards)
         assert torch.equal(wait(), local(1, *rows)())
+
+
+def test_an_older_placement_is_passed_over(fleet: list[Shard], local: LocalExperts, remote: RemoteExperts) -> None:
+    remote.update(placement_on(local, everywhere([fleet[0].id]), epoch=5), fleet)
+    remote.update(placement_on(local, everywhere(["gone"]), epoch=1), fleet)
+    rows = make_rows(3)
+    assert remote.epoch == 5
+    assert torch.equal(remote(1, *rows)(), local(1, *rows)())
 
 
 def test_a_draining_shard_is_passed_over(

@@ -44,7 +44,7 @@ async def serving(
 @asynccontextmanager
 async def stream_to(shard: ExpertShard) -> AsyncIterator[Any]:
     async with grpc.aio.insecure_channel(shard.endpoint) as channel:
-        call = expert_pb2_grpc.ExpertStub(channel).Compute()
+        call = expert_pb2_grpc.ExpertStub(channel).Compute()  # type: ignore[no-untyped-call]
         yield call
         call.cancel()
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_sums_of_the_wrong_size_are_refused() -> None:
         ),
     ],
 )
-def test_a_request_that_contradicts_itself_is_refused(changes: dict[str, object], detail: str) -> None:
+def test_a_request_that_contradicts_itself_is_refused(changes: dict[str, Any], detail: str) -> None:
     with pytest.raises(Refused) as refused:
         picks_from_proto(make_request(**changes), LATENT, NUM_EXPERTS)
     assert refused.value.code == pb.Refusal.BAD_SHAPE

@@ -35,7 +35,7 @@ def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> Non
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<|im_start|>"), AddedToken(EOS)])
     backend.add_tokens([AddedToken("<tool call>", special=False)])
-    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)  # type: ignore[no-untyped-call]
     hf.chat_template = chat_template
     hf.save_pretrained(path)
 
@@ -49,6 +49,7 @@ class EchoSource:
     pause: float = 0.0
     fails: Exception | None = None  # raised after `num_good` outputs
     num_good: int = 0
+    forgets_reason: bool = False
     seen: list[SamplingParams] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
 
@@ -75,7 +76,8 @@ class EchoSource:
             num_done += len(tokens)
             is_stop = not params.ignore_eos and tokens[-1] == self.eos_id
             reason = FinishReason.STOP if is_stop else FinishReason.LENGTH if num_done == limit else None
-            yield TokenOutput(request_id, tokens, reason, len(prompt), num_done)
+            told = None if self.forgets_reason else reason
+            yield TokenOutput(request_id, tokens, told, len(prompt), num_done)
             if reason:
                 return
 

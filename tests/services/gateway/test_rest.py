@@ -160,6 +160,7 @@ BAD_COMPLETIONS = [
         "prompt",
     ),
     ({"prompt": "a", "max_tokens": 64}, "The prompt has 1 tokens and max_tokens is 64, together 65; the model's", None),
+    ({"prompt": "a", "min_tokens": 64}, "The prompt has 1 tokens and min_tokens is 64, together 65; the model's", None),
 ]
 BAD_CHATS = [
     ({"messages": []}, "messages must hold at least one message.", "messages"),
@@ -250,12 +251,18 @@ def test_refusals_by_the_engine(
 def test_a_failure_within_a_stream_ends_it_with_an_error(client: openai.OpenAI, source: EchoSource) -> None:
     source.fails, source.num_good = EngineFailed("The step failed."), 2
     stream = client.completions.create(model="echo", prompt="abcd", stream=True)
-    texts = []
+    texts: list[str] = []
     with pytest.raises(openai.APIError, match=r"The step failed\."):
         texts.extend(chunk.choices[0].text for chunk in stream)
     with pytest.raises(openai.InternalServerError, match=r"The step failed\."):
         client.completions.create(model="echo", prompt=["abcd", "efgh"])
     assert not source.active
+
+
+def test_an_engine_that_ends_without_a_reason(http: httpx.Client, source: EchoSource) -> None:
+    source.forgets_reason = True
+    answer = http.post("/v1/completions", json={"prompt": "ab"})
+    _check_refused(answer, 500, "The engine ended the request without a finish reason.")
 
 
 def _wait_until_idle(source: EchoSource) -> None:

@@ -1,0 +1,115 @@
+"""What placement-independent sums cost: the exact path against plain floats, for one layer call and for a whole step.
+
+    python -m benchmarks.exact_sums
+
+Plain: the same loop over experts without row padding, weighted sums added as fp32 in whatever order. Exact: what is
+served. Alternated call by call in one process; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from model.family import ModelFamily, load_family
+from model.moe import LocalExperts
+from model.state import Batch, State
+from services.app import DEMO
+
+
+class FloatExperts:
+    """The same experts, added as floats: the result depends on the order and on the rows' company."""
+
+    def __init__(self, exact: LocalExperts) -> None:
+        self.banks = exact.banks
+
+    def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+        return lambda: self._sums(layer, x_NL, topk_ids_NK, topk_weights_NK)
+
+    def _sums(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Tensor:
+        bank, num_picks = self.banks[layer], topk_ids_NK.shape[1]
+        order_P = topk_ids_NK.flatten().argsort()
+        experts, counts = topk_ids_NK.flatten()[order_P].unique_consecutive(return_counts=True)
+        rows_P = order_P // num_picks
+        parts = x_NL.to(bank.dtype)[rows_P].split(counts.tolist())
+        y_PL = torch.cat([self._expert(bank._weights[e], x) for e, x in zip(experts.tolist(), parts, strict=True)])
+        weighted_PL = y_PL.float() * topk_weights_NK.flatten()[order_P, None]
+        return torch.zeros(x_NL.shape).index_add_(0, rows_P, weighted_PL)
+
+    def _expert(self, weights: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        up, down = weights
+        hidden = F.linear(x, up).relu_()
+        return F.linear(hidden.mul_(hidden), down)
+
+
+def alternate(calls: dict[str, Callable[[], object]], num_rounds: int) -> dict[str, float]:
+    """Median microseconds of each call, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(num_rounds + 10):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if round_ >= 10:
+                times[name].append(1e6 * (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def layer_calls(family: ModelFamily, exact: LocalExperts, num_rows: int) -> dict[str, Callable[[], object]]:
+    shape = family.expert_shapes[0]
+    x_NL = torch.randn(num_rows, shape.input_dim)
+    ids_NK = torch.stack([torch.randperm(shape.num_experts)[: shape.top_k] for _ in range(num_rows)])
+    weights_NK = torch.rand(num_rows, shape.top_k)
+    plain = FloatExperts(exact)
+    call = (shape.layer, x_NL, ids_NK, weights_NK)
+    return {"plain": lambda: plain(*call)(), "exact": lambda: exact(*call)()}
+
+
+def step_calls(family: ModelFamily, exact: LocalExperts, num_rows: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """One decode step of `num_rows` requests."""
+    spec = family.config.state_spec
+    tokens = torch.randint(0, family.config.vocab_size, (num_rows,))
+    tables = tuple((i,) for i in range(num_rows))
+    batch = Batch(tokens, (1,) * num_rows, (8,) * num_rows, tuple(range(num_rows)), tables)
+    calls: dict[str, Callable[[], object]] = {}
+    for name, experts in (("plain", FloatExperts(exact)), ("exact", exact)):
+        model = family.load_backbone(experts, dtype)
+        state = State(spec, num_rows, num_rows, dtype)
+        calls[name] = lambda model=model, state=state: model.logits(model.forward(batch, state))  # type: ignore[misc]
+    return calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time of exact sums against float sums.")
+    parser.add_argument("--model", default=str(DEMO))
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    table = Table(title="exact sums against float sums, median µs")
+    for column in ("dtype", "rows", "what", "plain", "exact", "ratio"):
+        table.add_column(column, justify="right")
+    family = load_family(args.model)
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            exact = family.load_local_experts(dtype)
+            for num_rows in (1, 8, 64):
+                layer = alternate(layer_calls(family, exact, num_rows), args.rounds)
+                step = alternate(step_calls(family, exact, num_rows, dtype), args.rounds // 4)
+                for what, times in (("layer", layer), ("decode step", step)):
+                    words = [f"{times[name]:.0f}" for name in ("plain", "exact")]
+                    ratio = f"{times['exact'] / times['plain']:.2f}"
+                    table.add_row(str(dtype).removeprefix("torch."), str(num_rows), what, *words, ratio)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

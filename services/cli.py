@@ -1,0 +1,251 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+RAY_DEFAULTS = {  # read when Ray is imported, and inherited by every process it starts
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # logs go to files under the session's folder; the terminal is the user's
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+OURS = ("model", "cluster", "protos", "services")
+ROOT = Path(__file__).resolve().parent.parent
+
+app = typer.Typer(
+    name="expertmesh",
+    help="Serve Mixture-of-Experts language models with the experts apart from the rest of the model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(highlight=False)
+Url = Annotated[str, typer.Option("--url", help="Where the server listens.")]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"expertmesh: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def check_own_packages() -> None:
+    """PyPI has packages of the same names; imported by mistake they would fail in strange ways."""
+    for name in OURS:
+        found = importlib.import_module(name).__file__
+        if found is None or Path(found).resolve().parent.parent != ROOT:
+            raise ValueError(
+                f"the package {name!r} was imported from {found}, not from {ROOT}; another package shadows ours"
+            )
+
+
+@app.command()
+def up(
+    model: Annotated[str, typer.Option(help="Hugging Face model directory; the demo model if left out.")] = "",
+    model_name: Annotated[str, typer.Option(help="Name that clients use; the directory's if left out.")] = "",
+    shards: Annotated[int, typer.Option(min=1, help="Expert shards, each a process of its own.")] = 3,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is float32 on a CPU.")] = "auto",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="REST port on 127.0.0.1.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC port on 127.0.0.1.")] = 9000,
+    redis_url: Annotated[
+        str, typer.Option(help="redis://host:port, or embedded:// to start a server here.")
+    ] = "embedded://",
+    ray_address: Annotated[str, typer.Option(help="A running Ray cluster to join; a new local one if left out.")] = "",
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt and completion together.")] = None,
+    local_experts: Annotated[bool, typer.Option("--local-experts", help="No shards: experts in the backbone.")] = False,
+) -> None:
+    """Start everything on this machine and serve until Ctrl-C."""
+    with plain_errors():
+        _up(
+            _app_args(
+                model=model,
+                model_name=model_name,
+                dtype=dtype,
+                redis_url=redis_url,
+                max_model_len=max_model_len,
+                experts="local" if local_experts else "remote",
+                shards=shards,
+            ),
+            port,
+            grpc_port,
+            ray_address,
+        )
+
+
+def _app_args(model: str, dtype: str, shards: int, **others: Any) -> Any:
+    from model.family import load_family
+    from services.app import AppArgs, PoolArgs
+
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype is {dtype!r}; allowed are auto, float32 and bfloat16")
+    chosen = {"model": str(Path(model).resolve())} if model else {}
+    args = AppArgs(dtype=dtype, pools=[PoolArgs(shards=shards)], **chosen, **others)
+    args.context(load_family(args.model))
+    return args
+
+
+def _up(args: Any, port: int, grpc_port: int, ray_address: str) -> None:
+    from services.local import Ports, running
+
+    _stop_on_signals()
+    started = time.monotonic()
+    console.print(
+        f"Starting {args.name} from {args.model}: {_tier(args)}, {str(args.torch_dtype).removeprefix('torch.')}."
+    )
+    try:
+        with running(args, Ports(port, grpc_port), ray_address or None):
+            _stop_on_signals()  # again, because Ray has put handlers of its own in place
+            console.print(f"Ready after {time.monotonic() - started:.0f} s. Ctrl-C stops it.")
+            console.print(f"  REST  http://127.0.0.1:{port}/v1   (OpenAI-compatible; model {args.name!r})")
+            console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference, reflection on)")
+            signal.pause()
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+
+
+def _stop_on_signals() -> None:
+    """Ctrl-C and SIGTERM stop the server, also where a shell started it with SIGINT ignored (`expertmesh up &`)."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
+def _tier(args: Any) -> str:
+    if args.experts == "local":
+        return "experts in the backbone"
+    return f"{sum(pool.shards for pool in args.pools)} expert shards, store {args.redis_url}"
+
+
+def _get(url: str, path: str) -> Any:
+    import httpx
+
+    try:
+        answer = httpx.get(url.rstrip("/") + path, timeout=10)
+    except httpx.HTTPError as error:
+        raise ValueError(
+            f"no Expertmesh server answers at {url} ({type(error).__name__}); start one with: expertmesh up"
+        ) from None
+    if answer.is_error:
+        raise ValueError(f"{url}{path} answered {answer.status_code}: {answer.text[:200]}")
+    return answer.json()
+
+
+@app.command()
+def status(
+    url: Url = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show pools, shards, experts, load and the placement's age."""
+    with plain_errors():
+        report = _get(url, "/status")
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    for table in status_tables(report):
+        console.print(table)
+
+
+def status_tables(report: dict[str, Any]) -> Iterator[Table]:
+    engine = report["engine"]
+    model = Table(title=f"{report['model']}: {report['health']}")
+    for name in ("running", "waiting", "steps", "state slots", "KV pages", "placement", "age"):
+        model.add_column(name, justify="right")
+    placement = f"epoch {report['epoch']}, cover {report['cover']}" if report.get("epoch") else "local experts"
+    age = f"{report['placement_age_s']:.1f} s" if report.get("epoch") else "–"
+    slots = f"{engine['num_slots_taken']}/{engine['num_slots']}"
+    pages = f"{engine['num_blocks_taken']}/{engine['num_blocks']}"
+    running, waiting, steps = (str(engine[key]) for key in ("num_running", "num_waiting", "num_steps"))
+    model.add_row(running, waiting, steps, slots, pages, placement, age)
+    yield model
+    if not report.get("shards"):
+        return
+    shards = Table(title="Expert shards", box=box.SIMPLE_HEAD)
+    for name in ("shard", "pool", "node", "endpoint", "device", "experts", "picks/s", "share", "state"):
+        is_number = name in ("experts", "picks/s", "share")
+        shards.add_column(name, justify="right" if is_number else "left", no_wrap=name in ("shard", "endpoint"))
+    total = sum(shard["picks_per_s"] for shard in report["shards"]) or 1
+    for shard in report["shards"]:
+        words = [shard[key] for key in ("id", "pool", "node", "endpoint", "device")]
+        load = [str(shard["num_held"]), f"{shard['picks_per_s']:.0f}", f"{shard['picks_per_s'] / total:.0%}"]
+        shards.add_row(*words, *load, shard["state"])
+    yield shards
+
+
+@app.command()
+def chat(
+    message: Annotated[str, typer.Argument(help="One message; a conversation on the terminal if left out.")] = "",
+    url: Url = "http://127.0.0.1:8000",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
+) -> None:
+    """Talk to a running server."""
+    with plain_errors():
+        model = _get(url, "/v1/models")["data"][0]["id"]
+        messages: list[dict[str, str]] = []
+        while text := message or _ask():
+            messages.append({"role": "user", "content": text})
+            answer = _stream_answer(
+                url, {"model": model, "max_tokens": max_tokens, "temperature": temperature}, messages
+            )
+            messages.append({"role": "assistant", "content": answer})
+            if message:
+                return
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _stream_answer(url: str, options: dict[str, Any], messages: list[dict[str, str]]) -> str:
+    from openai import APIStatusError, OpenAI
+
+    client = OpenAI(base_url=url.rstrip("/") + "/v1", api_key="none", max_retries=0)
+    pieces = []
+    try:
+        stream: Any = client.chat.completions.create(messages=messages, stream=True, **options)  # type: ignore[arg-type]
+        for chunk in stream:
+            pieces.append(chunk.choices[0].delta.content or "" if chunk.choices else "")
+            sys.stdout.write(pieces[-1])
+            sys.stdout.flush()
+    except APIStatusError as error:
+        raise ValueError(error.message) from None
+    print()
+    return "".join(pieces)
+
+
+def main() -> None:
+    try:
+        check_own_packages()
+    except ValueError as error:
+        sys.exit(f"expertmesh: {error}")
+    os.environ |= {name: value for name, value in RAY_DEFAULTS.items() if name not in os.environ}
+    app()
+
+
+if __name__ == "__main__":
+    main()

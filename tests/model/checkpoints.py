@@ -1,0 +1,183 @@
+"""Tiny random checkpoints, written by transformers in the public format; the MTP module, which it lacks, by us."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+BASE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "hybrid_override_pattern": "MEM*EME",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 96,
+    "moe_latent_size": 32,
+    "routed_scaling_factor": 5.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "mlp_hidden_act": "relu2",
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "latent": {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"},
+    "plain": {"moe_latent_size": None, "n_groups": 1, "routed_scaling_factor": 2.5},  # as Nano; several files
+    "dense": {"hybrid_override_pattern": "M-*EM-", "n_groups": 4, "chunk_size": 16, "use_conv_bias": False},
+    "grouped": {
+        "n_groups": 4,
+        "n_routed_experts": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "num_key_value_heads": 1,
+    },
+    "tied": {
+        "hybrid_override_pattern": "*MEM",
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "conv_kernel": 3,
+        "chunk_size": 5,
+        "num_nextn_predict_layers": 1,  # asked for, but the checkpoint brings none
+    },
+    "biased": {"use_bias": True, "mlp_bias": True, "n_groups": 8, "chunk_size": 32},
+}
+SEVERAL_FILES = "plain"
+TIED = "tied"
+SMALL_STEPS = "tied"  # Δ far below the 0.001 at which transformers' chunked path would clamp it
+WITH_MTP = "latent"
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint directory, and the transformers model that wrote it."""
+
+    name: str
+    path: Path
+    oracle: NemotronHForCausalLM
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """BASE and its changes, whatever dialect is on disk."""
+        return BASE | VARIANTS[self.name]
+
+    @torch.no_grad()
+    def logits(self, token_ids: list[int]) -> Tensor:
+        out: Tensor = self.oracle(torch.tensor([token_ids])).logits[0]
+        return out
+
+    @torch.no_grad()
+    def generate(self, token_ids: list[int], num_tokens: int) -> list[int]:
+        prompt = torch.tensor([token_ids])
+        oracle: Any = self.oracle  # its own annotations do not type-check
+        out = oracle.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+        )
+        return out[0, len(token_ids) :].tolist()  # type: ignore[no-any-return]
+
+
+def scramble(model: NemotronHForCausalLM, generator: torch.Generator) -> None:
+    """Weights large enough that every part of the model is heard in the logits."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        noise = torch.randn(value.shape, generator=generator)
+        if value.dim() >= 2:
+            value.data = noise / value.shape[-1] ** 0.5
+        elif "norm" in name or name.endswith(".D"):
+            value.data = 1 + noise / 4
+        elif name.endswith(("bias", "A_log")):
+            value.data = noise / 4
+
+
+def write_tiny(path: Path, name: str) -> Tiny:
+    """Writes the variant `name`, the same every time."""
+    generator = torch.Generator().manual_seed(list(VARIANTS).index(name))
+    oracle = NemotronHForCausalLM(NemotronHConfig(**(BASE | VARIANTS[name])))
+    oracle.train(False)
+    scramble(oracle, generator)
+    for layer in oracle.model.layers:
+        if hasattr(layer.mixer, "dt_bias"):
+            layer.mixer.time_step_limit = (0.0, float("inf"))
+            if name == SMALL_STEPS:
+                layer.mixer.dt_bias.data.fill_(-8.0)
+    oracle.save_pretrained(path, max_shard_size="60KB" if name == SEVERAL_FILES else "1GB")
+    if name == TIED:  # transformers does not tie this family
+        oracle.lm_head.weight = oracle.model.embeddings.weight
+        edit(path, path, lambda tensors: tensors.pop("lm_head.weight"))
+    if name == WITH_MTP:
+        edit(path, path, lambda tensors: tensors.update(mtp_tensors(BASE | VARIANTS[name], generator)))
+    oracle.generation_config.eos_token_id = None
+    return Tiny(name, path, oracle)
+
+
+def mtp_tensors(raw: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+    """Random mtp.* tensors for the pattern `*E`, with the public names and shapes."""
+    dim, width, head = raw["hidden_size"], raw["moe_intermediate_size"], raw["head_dim"]
+    latent, shared = raw["moe_latent_size"], raw["moe_shared_expert_intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "0.enorm": (dim,),
+        "0.hnorm": (dim,),
+        "0.norm": (dim,),
+        "0.eh_proj": (dim, 2 * dim),
+        "0.mixer.q_proj": (raw["num_attention_heads"] * head, dim),
+        "0.mixer.k_proj": (raw["num_key_value_heads"] * head, dim),
+        "0.mixer.v_proj": (raw["num_key_value_heads"] * head, dim),
+        "0.mixer.o_proj": (dim, raw["num_attention_heads"] * head),
+        "1.norm": (dim,),
+        "1.final_layernorm": (dim,),
+        "1.mixer.gate": (raw["n_routed_experts"], dim),
+        "1.mixer.fc1_latent_proj": (latent, dim),
+        "1.mixer.fc2_latent_proj": (dim, latent),
+        "1.mixer.shared_experts.up_proj": (shared, dim),
+        "1.mixer.shared_experts.down_proj": (dim, shared),
+    }
+    for expert in range(raw["n_routed_experts"]):
+        shapes[f"1.mixer.experts.{expert}.up_proj"] = (width, latent)
+        shapes[f"1.mixer.experts.{expert}.down_proj"] = (latent, width)
+    tensors = {
+        f"mtp.layers.{name}.weight": torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        if len(shape) > 1
+        else 1 + torch.randn(shape, generator=generator) / 4
+        for name, shape in shapes.items()
+    }
+    bias = torch.randn(raw["n_routed_experts"], generator=generator) / 4
+    return tensors | {"mtp.layers.1.mixer.gate.e_score_correction_bias": bias}
+
+
+def edit(source: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Copies a one-file checkpoint with its tensors changed."""
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    target.mkdir(exist_ok=True)
+    for name in ("config.json", "generation_config.json"):
+        (target / name).write_text((source / name).read_text())
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def edit_config(source: Path, target: Path, **changes: object) -> Path:
+    edit(source, target, lambda tensors: None)
+    raw = json.loads((source / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps(raw))
+    return target

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+import torch
+
+from model.family import ModelFamily, load_family
+from model.nemotron_h import NemotronH
+from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny, write_tiny
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny products wait for a second thread longer than they compute."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """Tiny checkpoints by name, each written once."""
+    return cache(lambda name: write_tiny(tmp_path_factory.mktemp(name), name))
+
+
+@pytest.fixture(scope="session")
+def model_of(tiny_of: Callable[[str], Tiny]) -> Callable[[str], NemotronH]:
+    """Our model of each tiny checkpoint, in fp32 with local experts."""
+    return cache(lambda name: load_fp32(load_family(tiny_of(name).path)))
+
+
+def load_fp32(family: ModelFamily) -> NemotronH:
+    return family.load_backbone(family.load_local_experts(torch.float32), torch.float32)
+
+
+@pytest.fixture(params=VARIANTS)
+def tiny(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> Tiny:
+    return tiny_of(request.param)
+
+
+@pytest.fixture
+def model(tiny: Tiny, model_of: Callable[[str], NemotronH]) -> NemotronH:
+    return model_of(tiny.name)
+
+
+@pytest.fixture
+def latent(tiny_of: Callable[[str], Tiny]) -> Tiny:
+    """The checkpoint with an MTP module, in one file."""
+    return tiny_of(WITH_MTP)
+
+
+@pytest.fixture
+def latent_model(model_of: Callable[[str], NemotronH]) -> NemotronH:
+    return model_of(WITH_MTP)

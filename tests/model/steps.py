@@ -1,0 +1,87 @@
+"""Runs a model step by step over paged state, as the engine would, in as few lines as that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from model.nemotron_h import NemotronH
+from model.state import Batch, State
+
+NUM_SLOTS, BLOCKS_PER_SLOT = 6, 6
+
+
+class Steps:
+    """Requests by slot number; each slot owns every NUM_SLOTS-th page, so that pages never lie in a row."""
+
+    def __init__(self, model: NemotronH) -> None:
+        self.model = model
+        dtype = model.embeddings.weight.dtype
+        self.state = State(model.config.state_spec, NUM_SLOTS, NUM_SLOTS * BLOCKS_PER_SLOT, dtype)
+        for tensor in [*self.state.pages.values(), *(t for slots in self.state.slots.values() for t in slots)]:
+            tensor.fill_(float("nan"))  # nothing may read what it has not written
+
+    def batch(self, parts: Sequence[tuple[int, Sequence[int], int]]) -> Batch:
+        """Parts are (slot, token ids, context length)."""
+        slots, token_ids, context_lens = zip(*parts, strict=True)
+        return Batch(
+            torch.tensor([token for ids in token_ids for token in ids]),
+            tuple(map(len, token_ids)),
+            context_lens,
+            slots,
+            tuple(tuple(range(slot, NUM_SLOTS * BLOCKS_PER_SLOT, NUM_SLOTS)) for slot in slots),
+        )
+
+    @torch.no_grad()
+    def forward(self, *parts: tuple[int, Sequence[int], int]) -> list[Tensor]:
+        """Hidden vectors of each part: (len, D) each."""
+        batch = self.batch(parts)
+        return list(self.model(batch, self.state).split(list(batch.lens)))
+
+    @torch.no_grad()
+    def draft(self, hidden: Tensor, token_ids: Sequence[int], context_len: int, slot: int = 0) -> Tensor:
+        """The MTP module over one request's positions `context_len ..`, whose next tokens are `token_ids`: (len, D)."""
+        return self.model.draft(self.batch([(slot, token_ids, context_len)]), hidden, self.state)
+
+    def logits(self, *parts: tuple[int, Sequence[int], int]) -> list[Tensor]:
+        return [self.model.logits(hidden) for hidden in self.forward(*parts)]
+
+
+def full_logits(model: NemotronH, token_ids: Sequence[int]) -> Tensor:
+    return Steps(model).logits((0, token_ids, 0))[0]
+
+
+def split_logits(model: NemotronH, token_ids: Sequence[int], cuts: Sequence[int]) -> Tensor:
+    """Logits of a request that is computed in steps that end at `cuts` and at the end."""
+    steps, ends = Steps(model), [*cuts, len(token_ids)]
+    starts = [0, *cuts]
+    parts = [steps.logits((0, token_ids[a:b], a))[0] for a, b in zip(starts, ends, strict=True)]
+    return torch.cat(parts)
+
+
+def greedy(model: NemotronH, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    steps, own = Steps(model), list(token_ids)
+    num_computed = 0
+    while len(own) < len(token_ids) + num_tokens:
+        logits = steps.logits((0, own[num_computed:], num_computed))[0]
+        num_computed = len(own)
+        own.append(int(logits[-1].argmax()))
+    return own[len(token_ids) :]
+
+
+def random_tokens(num_tokens: int, seed: int = 0) -> list[int]:
+    tokens = torch.randint(3, 256, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+    return tokens.tolist()
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest expected value."""
+    return float((value.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def seeded(seed: int) -> Callable[..., Tensor]:
+    """`torch.randn` with its own seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)

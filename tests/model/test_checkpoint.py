@@ -1,0 +1,182 @@
+"""What is read from a model directory, and the sentence for every way in which it can be broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.checkpoint import INDEX, Checkpoint
+from model.family import load_family
+from model.moe import ExpertBank
+from tests.model.checkpoints import SEVERAL_FILES, Tiny, edit
+from tests.model.conftest import load_fp32
+from tests.model.steps import full_logits, random_tokens
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tensors read, in order."""
+    names: list[str] = []
+    read = Checkpoint.tensor
+
+    def spy(self: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        names.append(name)
+        return read(self, name, shape)
+
+    monkeypatch.setattr(Checkpoint, "tensor", spy)
+    return names
+
+
+def no_experts(layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+    raise AssertionError("nothing is run here")
+
+
+def test_the_backbone_reads_no_routed_expert(latent: Tiny, reads: list[str]) -> None:
+    family = load_family(latent.path)
+    family.load_backbone(no_experts, torch.float32)
+    assert reads
+    assert not [name for name in reads if ".experts." in name]
+    assert len(reads) == len(set(reads))
+    assert {name for name in family.checkpoint.names if ".experts." not in name} == set(reads)
+
+
+def test_a_shard_reads_only_its_own_experts(latent: Tiny, reads: list[str]) -> None:
+    family = load_family(latent.path)
+    shape = family.expert_shapes[1]
+    bank = ExpertBank(shape, torch.float32)
+    for expert in (2, 5):
+        bank.load(expert, family.load_expert(shape.layer, expert))
+    assert bank.held == {2, 5}
+    assert bank.nbytes == 2 * shape.nbytes(torch.float32) == 2 * 4 * 2 * 32 * 48
+    assert sorted(reads) == [
+        f"backbone.layers.4.mixer.experts.{expert}.{part}_proj.weight" for expert in (2, 5) for part in ("down", "up")
+    ]
+
+
+def test_only_the_files_that_are_needed_are_opened(tiny_of: Callable[[str], Tiny]) -> None:
+    path = tiny_of(SEVERAL_FILES).path
+    assert len(list(path.glob("*.safetensors"))) > 3
+    checkpoint = Checkpoint(path)
+    tensor = checkpoint.tensor("backbone.norm_f.weight")
+    assert tensor.shape == (64,)
+    assert len(checkpoint._open) == 1
+
+
+@pytest.mark.parametrize("prefix", ["model.", "language_model.backbone.", "language_model.model."])
+def test_other_prefixes_are_the_same_model(latent: Tiny, tmp_path: Path, prefix: str) -> None:
+    root = prefix.removesuffix("backbone.").removesuffix("model.")
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            new = prefix + name.removeprefix("backbone.") if name.startswith("backbone.") else root + name
+            tensors[new] = tensors.pop(name)
+
+    tokens = random_tokens(9)
+    renamed, original = load_family(edit(latent.path, tmp_path, rename)), load_family(latent.path)
+    assert renamed.has_mtp
+    assert torch.equal(full_logits(load_fp32(renamed), tokens), full_logits(load_fp32(original), tokens))
+
+
+def fails(path: Path, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load_fp32(load_family(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.mixer.A_log",
+        "layers.1.mixer.gate.e_score_correction_bias",
+        "layers.1.mixer.experts.7.down_proj.weight",
+    ],
+)
+def test_a_missing_tensor_is_named(latent: Tiny, tmp_path: Path, name: str) -> None:
+    path = edit(latent.path, tmp_path, lambda tensors: tensors.pop(f"backbone.{name}"))
+    fails(path, f"has no tensor backbone.{name}")
+
+
+def test_a_missing_expert_is_named_by_the_backbone_too(latent: Tiny, tmp_path: Path) -> None:
+    name = "backbone.layers.4.mixer.experts.0.up_proj.weight"
+    family = load_family(edit(latent.path, tmp_path, lambda tensors: tensors.pop(name)))
+    with pytest.raises(ValueError, match=f"has no tensor {name}"):
+        family.load_backbone(no_experts, torch.float32)
+
+
+def test_missing_embeddings_are_named(latent: Tiny, tmp_path: Path) -> None:
+    path = edit(latent.path, tmp_path, lambda tensors: tensors.pop("backbone.embeddings.weight"))
+    fails(path, r"has no tensor backbone\.embeddings\.weight")
+
+
+def test_an_extra_tensor_is_named(latent: Tiny, tmp_path: Path) -> None:
+    name = "backbone.layers.3.mixer.q_norm.weight"
+    fails(edit(latent.path, tmp_path, lambda tensors: tensors.update({name: torch.zeros(1)})), f"unknown tensor {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        ("backbone.norm_f.weight", (63,), r"is \[63\], the config wants \[64\]"),
+        ("backbone.layers.1.mixer.experts.3.up_proj.weight", (32, 48), r"is \[32, 48\], the config wants \[48, 32\]"),
+        ("mtp.layers.0.eh_proj.weight", (64, 64), r"is \[64, 64\], the config wants \[64, 128\]"),
+    ],
+)
+def test_a_misshapen_tensor_is_named(
+    latent: Tiny, tmp_path: Path, name: str, shape: tuple[int, ...], wanted: str
+) -> None:
+    path = edit(latent.path, tmp_path, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    fails(path, f"tensor {name} in .* {wanted}")
+
+
+def test_an_expert_that_is_not_there_is_named(latent: Tiny) -> None:
+    family = load_family(latent.path)
+    for layer, expert in ((0, 0), (1, 8), (9, 0), (1, -1)):
+        with pytest.raises(ValueError, match=f"the model has no expert {expert} in layer {layer}"):
+            family.load_expert(layer, expert)
+
+
+@pytest.fixture
+def several(tiny_of: Callable[[str], Tiny], tmp_path: Path) -> Path:
+    """A checkpoint of several files, to be broken."""
+    for file in tiny_of(SEVERAL_FILES).path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def test_an_absent_file_of_the_index_is_named(several: Path) -> None:
+    file = sorted(several.glob("*.safetensors"))[1]
+    file.unlink()
+    fails(several, f"lacks the file {file.name} that its index names")
+
+
+def test_a_tensor_that_only_the_index_has_is_named(several: Path) -> None:
+    index = json.loads((several / INDEX).read_text())
+    other = next(file for file in index["weight_map"].values() if file != index["weight_map"]["lm_head.weight"])
+    index["weight_map"]["lm_head.weight"] = other
+    (several / INDEX).write_text(json.dumps(index))
+    fails(several, f"{other} lacks the tensor lm_head.weight that the index names")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", f"{INDEX} is not valid JSON"),
+        ("{}", f"{INDEX} has no weight_map"),
+        ('{"weight_map": 3}', f"{INDEX} has no weight_map"),
+    ],
+)
+def test_a_broken_index_is_named(several: Path, text: str, sentence: str) -> None:
+    (several / INDEX).write_text(text)
+    fails(several, sentence)
+
+
+def test_a_broken_file_is_named(latent: Tiny, tmp_path: Path) -> None:
+    file = edit(latent.path, tmp_path, lambda tensors: None) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    fails(tmp_path, r"model\.safetensors is not a readable safetensors file")
+    file.unlink()
+    fails(tmp_path, r"has neither model\.safetensors nor model\.safetensors\.index\.json")

@@ -1,0 +1,87 @@
+"""The promise of a row plan: a row's product has the same bits whatever rows are beside it, and wherever it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.linear import RowPlan, find_row_plan, is_row_invariant, stable_linear
+from tests.model.steps import seeded
+
+SHAPES = [(64, 128), (128, 64), (40, 24), (256, 96), (33, 70), (512, 1024)]
+
+
+@pytest.fixture(params=[1, 2], ids="{} threads".format)
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
+def test_rows_do_not_depend_on_their_company(
+    num_threads: int, dtype: torch.dtype, num_inputs: int, num_outputs: int
+) -> None:
+    plan = find_row_plan(num_inputs, num_outputs, dtype, "cpu", num_threads)
+    randn = seeded(num_inputs)
+    weight, x = randn(num_outputs, num_inputs).to(dtype), randn(700, num_inputs).to(dtype)
+    whole = stable_linear(x, weight, plan)
+    generator = torch.Generator().manual_seed(0)
+    for num_rows in (1, 2, 3, 5, 7, 13, 31, 65, 130, 700):
+        rows = torch.randperm(700, generator=generator)[:num_rows]
+        assert torch.equal(stable_linear(x[rows], weight, plan), whole[rows])
+
+
+def test_a_stable_product_is_the_product() -> None:
+    randn = seeded(0)
+    x, weight = randn(10, 24), randn(16, 24)
+    for plan in (RowPlan(1, 512), RowPlan(4, 64), RowPlan(8, 8)):
+        torch.testing.assert_close(stable_linear(x, weight, plan), x @ weight.T)
+    assert stable_linear(x[:0], weight, RowPlan(4, 64)).shape == (0, 16)
+
+
+def halves_added(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same product, its terms added in another order."""
+    cut = x.shape[1] // 3
+    return x[:, :cut] @ weight[:, :cut].T + x[:, cut:] @ weight[:, cut:].T
+
+
+plain_linear = F.linear
+
+
+def other_unless_multiple_of_4(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return plain_linear(x, weight) if x.shape[0] % 4 == 0 else halves_added(x, weight)
+
+
+def other_beyond_100_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return plain_linear(x, weight) if x.shape[0] <= 100 else halves_added(x, weight)
+
+
+def other_in_the_first_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.cat([halves_added(x[:1], weight), plain_linear(x[1:], weight)])
+
+
+# One row count per call to the real product, so that only what is planted varies.
+def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return (x.double()[:, None] * weight.double()).sum(-1).to(x.dtype)
+
+
+def test_planted_products_that_vary_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "plain_linear", row_by_row)
+    weight = seeded(0)(48, 96)
+    find = find_row_plan.__wrapped__
+    monkeypatch.setattr(F, "linear", other_unless_multiple_of_4)
+    assert not is_row_invariant(weight, RowPlan(2, 64))
+    assert is_row_invariant(weight, RowPlan(4, 64))
+    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(4, 512)
+    monkeypatch.setattr(F, "linear", other_beyond_100_rows)
+    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(1, 64)
+    monkeypatch.setattr(F, "linear", other_in_the_first_row)
+    with pytest.raises(RuntimeError, match="products of 96x48 on cpu independent of their company"):
+        find(96, 48, torch.float32, "cpu", 1)

@@ -1,0 +1,51 @@
+"""The demo model as tests find it, what the held-out files begin with, and what `transformers` writes after that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, NemotronHForCausalLM
+
+from model.demo import corpus
+
+DEMO = Path(corpus.__file__).parent / "checkpoint"
+MODEL = Path(os.environ.get("EXPERTMESH_TEST_MODEL", DEMO))
+
+
+@cache
+def load_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL, local_files_only=True, model_max_length=10**6)
+
+
+@cache
+def held_out_prompts(count: int, length: int = 64) -> list[list[int]]:
+    """The first `length` tokens of held-out files."""
+    beginnings = (load_tokenizer().encode(text)[:length] for text in corpus.read_corpus()[1])
+    return [ids for ids in beginnings if len(ids) == length][:count]
+
+
+def transformers_greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """What the reference implementation generates in fp32 after prompts of one length, the end token included."""
+    model: Any = NemotronHForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))  # JSON has no infinity: the class reads a default instead
+    ends = set(model.generation_config.eos_token_id)
+    with torch.inference_mode():
+        rows = model.generate(torch.tensor(prompts), max_new_tokens=max_tokens, do_sample=False)
+    return [_up_to_end(row[len(prompts[0]) :].tolist(), ends) for row in rows]
+
+
+def _up_to_end(token_ids: list[int], ends: set[int]) -> list[int]:
+    num_tokens = next((n for n, token in enumerate(token_ids, 1) if token in ends), len(token_ids))
+    return token_ids[:num_tokens]
+
+
+def text_of(token_ids: Sequence[int]) -> str:
+    """Half a character at the end is never shown."""
+    return str(load_tokenizer().decode(token_ids, skip_special_tokens=True)).rstrip("\ufffd")

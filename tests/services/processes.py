@@ -1,0 +1,35 @@
+"""Processes as the kernel sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+
+def command_of(pid: int) -> str:
+    """The command line; empty where there is no such process."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Children, their children and so on: pid -> command line."""
+    children: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += map(int, file.read_text().split())
+    found = {child: command_of(child) for child in children}
+    for child in children:
+        found |= descendants(child)
+    return found
+
+
+def wait_until_gone(pids: Collection[int], timeout_s: float) -> dict[int, str]:
+    """Those that still run after that time; a zombie runs nothing."""
+    stop_at = time.monotonic() + timeout_s
+    while (left := {pid: command_of(pid) for pid in pids if command_of(pid)}) and time.monotonic() < stop_at:
+        time.sleep(0.1)
+    return left

@@ -1,0 +1,364 @@
+"""The whole application as its users meet it: one `expertmesh up` with three shards serves every test of this file.
+
+The tests run in this order: the last ones kill parts of it, and the very last one stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from cluster.embedded import EmbeddedRedis
+from cluster.load import LoadStore
+from cluster.registry import connect
+from model.family import load_family
+from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from services.expert import control
+from tests.services.application import STOP_TIMEOUT_S, Application, expertmesh, inference, wait_until
+from tests.services.demo import MODEL, held_out_prompts, load_tokenizer, text_of, transformers_greedy
+from tests.services.processes import command_of, descendants, wait_until_gone
+
+NUM_SHARDS = 3
+SERVICE = "expertmesh.inference.v1.Inference"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Application]:
+    with Application(NUM_SHARDS) as application:
+        print(f"ready after {application.wait_until_ready():.1f} s")
+        yield application
+
+
+@pytest.fixture
+def stub(server: Application) -> Iterator[Any]:
+    with server.channel() as channel:
+        yield inference(channel)
+
+
+def complete(server: Application, prompt: str | list[int], max_tokens: int, **options: Any) -> str:
+    """Greedy text through REST."""
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
+    response = server.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    text: str = response.json()["choices"][0]["text"]
+    return text
+
+
+def stream_text(server: Application, prompt: list[int], max_tokens: int) -> str:
+    """Greedy text through a REST stream, which never ends early."""
+    options: Any = {"max_tokens": max_tokens, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    with server.openai() as client:
+        chunks = list(client.completions.create(model="demo", prompt=prompt, stream=True, **options))
+    assert chunks[-1].choices[0].finish_reason == "length"
+    return "".join(chunk.choices[0].text for chunk in chunks)
+
+
+def greedy_request(prompt: Sequence[int], max_tokens: int, ignore_eos: bool = False) -> pb.GenerateRequest:
+    sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=ignore_eos)
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
+
+
+def stream_tokens(
+    stub: Any, request: pb.GenerateRequest, after: int = 0, act: Callable[[], None] | None = None
+) -> list[int]:
+    """Token ids through a gRPC stream; `act` is called once, when `after` of them have come."""
+    token_ids: list[int] = []
+    for chunk in stub.GenerateStream(request, timeout=90):
+        token_ids += chunk.choice.token_ids
+        if act and len(token_ids) >= after:
+            act()
+            act = None
+    return token_ids
+
+
+def shards_by_id(server: Application) -> dict[str, Any]:
+    return {shard["id"]: shard for shard in server.status()["shards"]}
+
+
+def shard_pid(endpoint: str) -> int:
+    return asyncio.run(control.status(endpoint)).pid
+
+
+# The surface ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_openai_client_works_unchanged(server: Application) -> None:
+    with server.openai() as client:
+        assert [model.id for model in client.models.list()] == ["demo"]
+        whole = client.completions.create(model="demo", prompt="import os\n", max_tokens=8, temperature=0)
+        assert whole.choices[0].text
+        assert whole.usage is not None
+        assert whole.usage.prompt_tokens == len(load_tokenizer().encode("import os\n"))
+        assert whole.usage.completion_tokens <= 8
+        chunks = list(
+            client.completions.create(
+                model="demo",
+                prompt="import os\n",
+                max_tokens=8,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+        assert chunks[-1].usage == whole.usage
+
+
+def test_chats_are_answered_whole_and_streamed(server: Application) -> None:
+    question: Any = [{"role": "user", "content": "Write a function."}]
+    options: Any = {"model": "demo", "messages": question, "max_tokens": 12, "temperature": 0}
+    with server.openai() as client:
+        whole = client.chat.completions.create(**options)
+        chunks = list(client.chat.completions.create(stream=True, **options))
+    assert whole.choices[0].message.content == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert whole.choices[0].finish_reason == chunks[-1].choices[0].finish_reason
+
+
+def test_grpc_speaks_the_standard_services_and_ours(server: Application, stub: Any) -> None:
+    [model] = stub.ListModels(pb.ListModelsRequest()).models
+    assert (model.id, model.max_model_len) == ("demo", load_family(MODEL).config.max_position_embeddings)
+    with server.channel() as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", SERVICE):
+            assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == 1  # SERVING
+        services = ProtoReflectionDescriptorDatabase(channel).get_services()
+        assert {SERVICE, "grpc.health.v1.Health"} <= set(services)
+
+
+def test_all_surfaces_give_the_same_tokens(server: Application, stub: Any) -> None:
+    [prompt] = held_out_prompts(1)
+    whole = stub.Generate(greedy_request(prompt, 24, ignore_eos=True))
+    token_ids = list(whole.choices[0].token_ids)
+    assert len(token_ids) == whole.usage.completion_tokens == 24
+    assert stream_tokens(stub, greedy_request(prompt, 24, ignore_eos=True)) == token_ids
+    assert complete(server, prompt, 24, ignore_eos=True) == stream_text(server, prompt, 24) == text_of(token_ids)
+
+
+def test_sampling_repeats_with_the_seed_and_only_then(server: Application) -> None:
+    texts = [complete(server, "class ", 16, temperature=1.0, seed=seed, ignore_eos=True) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+# What it computes -----------------------------------------------------------------------------------------------------
+
+
+def test_twenty_held_out_prompts_give_the_tokens_of_transformers(server: Application, stub: Any) -> None:
+    prompts = held_out_prompts(20)
+    expected = transformers_greedy(prompts, 64)
+    with ThreadPoolExecutor(20) as pool:
+        texts = list(pool.map(lambda prompt: complete(server, prompt, 64), prompts))
+        token_ids = list(pool.map(lambda prompt: stream_tokens(stub, greedy_request(prompt, 64)), prompts))
+    assert token_ids == expected
+    assert texts == [text_of(ids) for ids in expected]
+
+
+def test_eight_streams_at_once_equal_each_alone(server: Application) -> None:
+    prompts = [prompt[: 8 * n] for n, prompt in enumerate(held_out_prompts(8), 1)]
+    alone = [stream_text(server, prompt, 24) for prompt in prompts]
+    num_steps = server.status()["engine"]["num_steps"]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda prompt: stream_text(server, prompt, 24), prompts)) == alone
+    time.sleep(1.0)  # the gateway asks the backbone for its status twice a second at most
+    assert server.status()["engine"]["num_steps"] - num_steps < 8 * 24 / 2, "the streams were not computed together"
+
+
+def test_the_shards_are_processes_of_their_own(server: Application) -> None:
+    status = server.status()
+    pids = {shard_pid(shard["endpoint"]) for shard in status["shards"]}
+    print(f"backbone {status['pid']}, shards {sorted(pids)}")
+    assert len(pids) == NUM_SHARDS
+    assert {status["pid"], *pids} <= descendants(server.process.pid).keys()
+    assert status["pid"] not in pids
+
+
+def test_what_goes_over_the_wire_is_latent_sized(server: Application) -> None:
+    time.sleep(1.0)
+    before = server.status()["traffic"]
+    complete(server, [5], 128, ignore_eos=True)
+    time.sleep(1.0)
+    after = server.status()["traffic"]
+    rows, picks, sent, received, sent_bytes, received_bytes = (
+        after[key] - before[key]
+        for key in ("num_rows", "num_picks", "num_sent", "num_received", "sent_bytes", "received_bytes")
+    )
+    config = load_family(MODEL).config
+    latent, wider = config.moe_latent_size, config.hidden_size - config.moe_latent_size
+    assert latent
+    assert sent == received
+    ours = (sent_bytes + received_bytes) / rows
+    of_hidden = ours + 2 * 4 * wider * sent / rows  # the same messages with rows as wide as the hidden vector
+    of_one_pick = (sent_bytes + received_bytes - 12 * picks) / sent + 12  # a pick takes 12 bytes
+    per_pick = of_one_pick * picks / rows
+    print(
+        f"per token and MoE layer: {ours:.0f} bytes in {sent / rows:.2f} messages ({sent_bytes / rows:.0f} there, "
+        f"{received_bytes / rows:.0f} back); hidden-sized {of_hidden:.0f}; one message per pick {per_pick:.0f}"
+    )
+    assert sent / rows <= NUM_SHARDS
+    assert sent_bytes / sent < 4 * latent + 128
+    assert received_bytes / received < 4 * latent + 64
+    assert ours < per_pick
+    assert 2 * ours < of_hidden
+
+
+def test_expert_load_reaches_the_store(server: Application) -> None:
+    shape = load_family(MODEL).expert_shapes[0]
+
+    async def count() -> int:
+        redis = connect(server.redis[1])
+        store = LoadStore(redis, "demo")
+        counts_WE = await store.read(shape.layer, shape.num_experts, store.recent_windows(time.time()))
+        await redis.aclose()
+        return int(counts_WE.sum())
+
+    before = asyncio.run(count())
+    assert before > 0
+    complete(server, [5, 6, 7], 8, ignore_eos=True)
+    assert wait_until(lambda: asyncio.run(count()) == before + (3 + 7) * shape.top_k, 10)
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def test_status_is_a_table_or_json(server: Application) -> None:
+    table = expertmesh("status", "--url", server.url)
+    assert table.returncode == 0, table.stderr
+    assert "demo: ready" in table.stdout
+    assert "Expert shards" in table.stdout
+    assert table.stdout.count("experts-cpu-") == table.stdout.count("live") == NUM_SHARDS
+    report = json.loads(expertmesh("status", "--url", server.url, "--json").stdout)
+    assert (report["model"], report["cover"], len(report["shards"])) == ("demo", 2, NUM_SHARDS)
+
+
+def test_chat_answers(server: Application) -> None:
+    answer = expertmesh("chat", "Write a class.", "--url", server.url, "--max-tokens", "12", "--temperature", "0")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip()
+    assert not answer.stderr
+
+
+def test_a_port_in_use_is_one_sentence(server: Application) -> None:
+    answer = expertmesh("up", "--port", str(server.port), "--model", str(MODEL))
+    assert answer.returncode == 2
+    assert answer.stderr == (
+        f"expertmesh: --port {server.port} is in use on 127.0.0.1; choose another one or stop what listens there\n"
+    )
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "sentence"),
+    [
+        ("completions", {"json": {"prompt": [5] * 5000}}, 400, "The prompt has 5000 tokens; at most "),
+        ("completions", {"content": '{"prompt": '}, 400, "The body is not valid JSON: "),
+        ("completions", {"json": {"prompt": "a", "tempreature": 1}}, 400, "Unknown field 'tempreature'; "),
+        ("completions", {"json": {"prompt": "a", "max_tokens": -1}}, 400, "max_tokens must be at least 1, not -1."),
+        ("completions", {"json": {"prompt": [10**9]}}, 400, "prompt"),
+        ("chat/completions", {"json": {"messages": []}}, 400, "messages must hold at least one message."),
+        ("completions", {"content": b" " * 10_000_000}, 413, "The body must be at most 4194304 bytes long"),
+        ("completions", {"json": {"model": "gpt", "prompt": "a"}}, 404, "The model 'gpt' does not exist; "),
+        ("complete", {"json": {}}, 404, ""),
+    ],
+)
+def test_a_bad_request_is_answered_in_one_sentence(
+    path: str, body: dict[str, Any], status: int, sentence: str, server: Application
+) -> None:
+    response = server.post(f"/v1/{path}", **body)
+    assert response.status_code == status, response.text
+    message = response.json()["error"]["message"]
+    assert message.startswith(sentence)
+    assert "\n" not in message
+    assert "Traceback" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "sentence"),
+    [
+        (greedy_request([5], -1), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens must be at least 1, not -1."),
+        (greedy_request([5] * 5000, 1), grpc.StatusCode.INVALID_ARGUMENT, "The prompt has 5000 tokens; at most "),
+        (pb.GenerateRequest(model="gpt", text="a"), grpc.StatusCode.NOT_FOUND, "The model 'gpt' does not exist; "),
+    ],
+)
+def test_a_bad_call_is_answered_in_one_sentence(
+    request_: pb.GenerateRequest, code: grpc.StatusCode, sentence: str, stub: Any
+) -> None:
+    for call in (stub.Generate, lambda request: list(stub.GenerateStream(request))):
+        with pytest.raises(grpc.RpcError) as raised:
+            call(request_)
+        error: Any = raised.value
+        assert (error.code(), error.details().startswith(sentence)) == (code, True), error.details()
+        assert "\n" not in error.details()
+
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_answer(server: Application) -> tuple[pb.GenerateRequest, list[int]]:
+    """A request that takes a few seconds, and its tokens when nothing happens meanwhile."""
+    request = greedy_request(held_out_prompts(1)[0], 200, ignore_eos=True)
+    with server.channel() as channel:
+        return request, stream_tokens(inference(channel), request)
+
+
+def test_a_shard_that_is_killed_costs_no_token_and_comes_back(
+    server: Application, stub: Any, long_answer: tuple[pb.GenerateRequest, list[int]]
+) -> None:
+    request, expected = long_answer
+    victim = shards_by_id(server)["experts-cpu-1"]
+    pid = shard_pid(victim["endpoint"])
+    assert stream_tokens(stub, request, 20, lambda: os.kill(pid, signal.SIGKILL)) == expected
+    assert not command_of(pid)
+    killed_at = time.monotonic()
+
+    def is_back() -> bool:
+        shard = shards_by_id(server)["experts-cpu-1"]
+        is_new = shard["incarnation"] != victim["incarnation"]
+        return is_new and shard["state"] == "live" and shard["num_held"] == victim["num_held"]
+
+    assert wait_until(is_back, 60), server.status()
+    print(f"refilled {time.monotonic() - killed_at:.0f} s after the stream's end")
+    assert stream_tokens(stub, request) == expected
+
+
+def test_without_the_store_it_serves_on(
+    server: Application, stub: Any, long_answer: tuple[pb.GenerateRequest, list[int]]
+) -> None:
+    request, expected = long_answer
+    pid, url = server.redis
+    assert stream_tokens(stub, request, 20, lambda: os.kill(pid, signal.SIGKILL)) == expected
+    assert not command_of(pid), f"{url} still runs"
+    assert stream_tokens(stub, request) == expected
+    assert httpx.get(f"{server.url}/health/ready").status_code == 200
+    assert expertmesh("status", "--url", server.url).returncode == 0
+
+
+# The end --------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_stops_everything_it_started_and_nothing_else(server: Application) -> None:
+    started = descendants(server.process.pid)
+    assert sum("experts-cpu" in command for command in started.values()) == NUM_SHARDS
+    with EmbeddedRedis() as other_store, subprocess.Popen(["sleep", "300"]) as other:
+        server.press_ctrl_c()
+        assert server.process.wait(STOP_TIMEOUT_S) == 0
+        assert not wait_until_gone(started, 10)
+        assert command_of(other_store.pid)
+        assert other.poll() is None
+        other.kill()
+    assert server.output.rstrip().endswith("Stopped.")
+    assert "Traceback" not in server.output
