@@ -72,7 +72,9 @@ def layer_calls(family: ModelFamily, exact: LocalExperts, num_rows: int) -> dict
     return {"plain": lambda: plain(*call)(), "exact": lambda: exact(*call)()}
 
 
-def step_calls(family: ModelFamily, exact: LocalExperts, num_rows: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def step_calls(
+    family: ModelFamily, exact: LocalExperts, num_rows: int, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
     """One decode step of `num_rows` requests."""
     spec = family.config.state_spec
     tokens = torch.randint(0, family.config.vocab_size, (num_rows,))

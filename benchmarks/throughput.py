@@ -3,8 +3,8 @@
     make bench                                          # the demo model, 1 and 8 streams
     python -m benchmarks.throughput --json out.json
 
-Both set-ups run one after the other in each round; what counts is the ratio of their medians, because these machines are
-small and shared. Prompts are beginnings of the demo's held-out files; greedy, `ignore_eos`.
+Both set-ups run in turn in each round; what counts is the ratio of their medians, because these machines are small and
+shared. Prompts are beginnings of the demo's held-out files; greedy, `ignore_eos`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,17 @@ def free_port() -> int:
 def server(*options: str) -> Iterator[str]:
     """`expertmesh up` in a process of its own; its REST address."""
     port = free_port()
-    command = [sys.executable, "-m", "services.cli", "up", "--port", str(port), "--grpc-port", str(free_port()), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "services.cli",
+        "up",
+        "--port",
+        str(port),
+        "--grpc-port",
+        str(free_port()),
+        *options,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:

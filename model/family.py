@@ -32,6 +32,10 @@ class ModelFamily:
     def has_mtp(self) -> bool:
         return nemotron_h.has_mtp(self.checkpoint, self.config)
 
+    def check(self) -> None:
+        """Raises ValueError naming the first tensor that is missing, unknown or misshapen. Reads no weights."""
+        nemotron_h.check(self.checkpoint, self.config)
+
     def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         """One routed expert, as stored: {"up": (M, L), "down": (L, M)}."""
         return nemotron_h.load_expert(self.checkpoint, self.config, layer, expert)

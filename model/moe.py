@@ -103,8 +103,8 @@ class ExpertBank:
         y = torch.cat([self._expert(expert, x[start:stop]) for expert, start, stop in blocks])
         y_PL = y[torch.from_numpy(place_P).to(self.device)]
         scale_P = scale_to_grid(weight_P.cpu().numpy()[order_P], grid_N.cpu().numpy()[rows_P])
-        on_device = (torch.from_numpy(v).to(self.device) for v in (scale_P, rows_P))
-        return add_on_grid(y_PL, *on_device, num_rows=len(x_NL))
+        scale, rows = (torch.from_numpy(v).to(self.device) for v in (scale_P, rows_P))
+        return add_on_grid(y_PL, scale, rows, len(x_NL))
 
     def _blocks(self, expert_P: NDArray[np.int64]) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], int]:
         """Cuts sorted picks into an expert's blocks of rows that `plan` allows.

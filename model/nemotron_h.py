@@ -22,7 +22,7 @@ from model.attention import Attention, AttentionShape
 from model.checkpoint import Checkpoint
 from model.linear import Linear
 from model.mamba import Mamba2Mixer, MambaShape
-from model.moe import DenseMLP, Experts, ExpertShape, MoE, Router
+from model.moe import DenseMLP, Experts, ExpertShape, LocalExperts, MoE, Router
 from model.norm import RMSNorm
 from model.state import Batch, State, StateSpec
 
@@ -382,12 +382,28 @@ def load_backbone(
     """The backbone with its weights, none of the routed experts read. fp32 where the reference computes in fp32."""
     with torch.device("meta"):
         model = NemotronH(config, experts, with_mtp=has_mtp(checkpoint, config))
-    own = model.state_dict()
-    check_names(checkpoint, config, iter(own))
-    prefix = checkpoint_prefix(checkpoint)
     weights = {}
-    for name, value in own.items():
-        tensor = checkpoint.tensor(tensor_name(name, prefix), tuple(value.shape))
+    for name, tensor in _mapped(checkpoint, config, model):
         weights[name] = tensor.to(device, torch.float32 if name.endswith(FP32_PARAMETERS) else dtype, copy=True)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def _mapped(checkpoint: Checkpoint, config: NemotronHConfig, model: NemotronH) -> Iterator[tuple[str, Tensor]]:
+    """The backbone's tensors under our own names, memory-mapped; raises ValueError as `check` does."""
+    own = model.state_dict()
+    check_names(checkpoint, config, iter(own))
+    prefix = checkpoint_prefix(checkpoint)
+    for name, value in own.items():
+        yield name, checkpoint.tensor(tensor_name(name, prefix), tuple(value.shape))
+
+
+def check(checkpoint: Checkpoint, config: NemotronHConfig) -> None:
+    """Raises ValueError naming the first tensor that is missing, unknown or misshapen. Maps the weights, reads none."""
+    with torch.device("meta"):
+        model = NemotronH(config, LocalExperts({}), with_mtp=has_mtp(checkpoint, config))
+    for _ in _mapped(checkpoint, config, model):
+        pass
+    for shape in served_expert_shapes(checkpoint, config):
+        for expert in range(shape.num_experts):
+            load_expert(checkpoint, config, shape.layer, expert)

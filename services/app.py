@@ -27,7 +27,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from cluster.load import LoadStore
-from cluster.registry import Registry, connect
+from cluster.registry import Registry, connect, key_prefix
 from model.family import ModelFamily, load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.controller.controller import Controller, ControllerConfig
@@ -102,6 +102,14 @@ class AppArgs(BaseModel):
         if self.max_model_len and self.max_model_len > longest:
             raise ValueError(f"max_model_len is {self.max_model_len}; the model's own context is {longest}")
         return self.max_model_len or longest
+
+    def check(self) -> None:
+        """Raises ValueError with one sentence where these arguments cannot be served. Reads no weights."""
+        family = load_family(self.model)
+        family.check()
+        self.context(family)
+        Tokenizer(self.model)
+        key_prefix(self.name)
 
     def registry(self) -> Registry:
         return Registry(connect(self.redis_url), self.name)
@@ -309,8 +317,7 @@ def _deployment(cls: type, name: str, **options: Any) -> Any:
 
 def build_app(args: AppArgs) -> Application:
     """The whole application: gateway, backbone, and, unless the experts are local, controller and expert pools."""
-    family = load_family(args.model)  # a wrong path is told here, before anything starts
-    args.context(family)
+    args.check()  # before anything starts
     gpu = 1 if args.device == "cuda" else 0
     backbone = _deployment(
         BackboneDeployment,

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 RAY_DEFAULTS = {  # read when Ray is imported, and inherited by every process it starts
     "RAY_SERVE_LOG_TO_STDERR": "0",  # logs go to files under the session's folder; the terminal is the user's
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 is for batch work; these processes answer people
     "TOKENIZERS_PARALLELISM": "false",
 }
 OURS = ("model", "cluster", "protos", "services")
@@ -92,14 +92,13 @@ def up(
 
 
 def _app_args(model: str, dtype: str, shards: int, **others: Any) -> Any:
-    from model.family import load_family
     from services.app import AppArgs, PoolArgs
 
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype is {dtype!r}; allowed are auto, float32 and bfloat16")
     chosen = {"model": str(Path(model).resolve())} if model else {}
     args = AppArgs(dtype=dtype, pools=[PoolArgs(shards=shards)], **chosen, **others)
-    args.context(load_family(args.model))
+    args.check()
     return args
 
 
@@ -181,10 +180,10 @@ def status_tables(report: dict[str, Any]) -> Iterator[Table]:
     yield model
     if not report.get("shards"):
         return
-    shards = Table(title="Expert shards", box=box.SIMPLE_HEAD)
+    shards = Table(title="Expert shards", box=None, padding=(0, 1, 0, 0))
     for name in ("shard", "pool", "node", "endpoint", "device", "experts", "picks/s", "share", "state"):
-        is_number = name in ("experts", "picks/s", "share")
-        shards.add_column(name, justify="right" if is_number else "left", no_wrap=name in ("shard", "endpoint"))
+        is_number, may_wrap = name in ("experts", "picks/s", "share"), name in ("pool", "node")
+        shards.add_column(name, justify="right" if is_number else "left", no_wrap=not may_wrap)
     total = sum(shard["picks_per_s"] for shard in report["shards"]) or 1
     for shard in report["shards"]:
         words = [shard[key] for key in ("id", "pool", "node", "endpoint", "device")]

@@ -59,7 +59,7 @@ def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 @contextmanager
@@ -70,4 +70,4 @@ def _serve(args: AppArgs, ports: Ports) -> Iterator[None]:
         serve.run(build_app(args), name=APP_NAME, route_prefix="/")
         yield
     finally:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]

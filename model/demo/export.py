@@ -27,6 +27,7 @@ from model.nemotron_h import NemotronH, expert_tensor_names, tensor_name
 if TYPE_CHECKING:
     from model.demo.train import TrainableExperts
 
+DEMO = Path(__file__).parent / "checkpoint"
 PREFIX = "backbone."
 CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"],
@@ -200,7 +201,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Export the demo model from its training state.")
     parser.add_argument("--work", type=Path, default=Path("/tmp/expertmesh-demo"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--out", type=Path, default=DEMO)
     args = parser.parse_args()
     config = NemotronHConfig.from_json(CONFIG)
     experts = TrainableExperts(config, "cpu")

@@ -149,7 +149,7 @@ class Backbone:
             np.array(shard_loads(placement.homes[layer], rates.tolist(), ids)) for layer, rates in self._rates.items()
         )
         report = []
-        for i, shard in enumerate(self._shards[id] for id in ids):
+        for i, shard in enumerate(self._shards.get(id) or _never_seen(id) for id in ids):
             state = "unreachable" if shard.id in down else "draining" if shard.draining else "live"
             own = {
                 key: getattr(shard, key)
@@ -209,3 +209,8 @@ class Backbone:
             except StoreUnavailable as error:
                 log.warning("Expert load is kept for later: %s", error)
                 self.counter.merge(taken)
+
+
+def _never_seen(shard_id: str) -> Shard:
+    """A shard that the placement names and that has not registered since this backbone started."""
+    return Shard(shard_id, endpoint="", node="", pool="", device="", incarnation="", memory_budget=0)

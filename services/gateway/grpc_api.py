@@ -38,6 +38,9 @@ class GrpcError(Exception):
         super().__init__(message)
         self.code, self.message = code, message
 
+    def __reduce__(self) -> tuple[type[GrpcError], tuple[grpc.StatusCode, str]]:
+        return GrpcError, (self.code, self.message)  # it travels from the replica to Serve's proxy
+
 
 @dataclass(frozen=True)
 class _Head:

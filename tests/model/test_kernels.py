@@ -140,6 +140,12 @@ def test_the_scans_agree(fused: Any, lens: tuple[int, ...], context_lens: tuple[
     agree(found, mamba.packed_scan(*tensors, state, group, 16))
 
 
+def test_the_rectangle_starts_requests_within_a_chunk(fused: Any) -> None:
+    request_T, column_T = fused.rectangle(group_of((3, 5), (6, 8)), 4, torch.device("cpu"))
+    assert request_T.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert column_T.tolist() == [2, 3, 4, 0, 1, 2, 3, 4]
+
+
 def test_the_steps_agree(fused: Any) -> None:
     tensors, state = inputs(5, 5)
     before = state.clone()

@@ -24,7 +24,7 @@ from tests.services.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "services.cli"]
-START_TIMEOUT_S, STOP_TIMEOUT_S = 120.0, 60.0
+START_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
 
 
 def free_port() -> int:

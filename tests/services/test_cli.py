@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from services import cli
+from tests.services.application import expertmesh, free_port
+from tests.services.demo import MODEL
+
+ENGINE = {
+    "num_running": 2,
+    "num_waiting": 0,
+    "num_steps": 7,
+    "num_slots_taken": 2,
+    "num_slots": 64,
+    "num_blocks_taken": 9,
+    "num_blocks": 100,
+}
+SHARD = {
+    "id": "experts-cpu-0",
+    "pool": "experts-cpu",
+    "node": "host",
+    "endpoint": "127.0.0.1:40001",
+    "device": "cpu",
+    "num_held": 150,
+    "picks_per_s": 30.0,
+    "state": "live",
+}
+REPORT = {"model": "demo", "health": "ready", "engine": ENGINE, "epoch": 3, "cover": 2, "placement_age_s": 0.25}
+
+
+def shown(report: dict[str, Any], width: int = 80) -> str:
+    console = Console(width=width, record=True, quiet=True)
+    with console.capture() as captured:
+        for table in cli.status_tables(report):
+            console.print(table)
+    return captured.get() or console.export_text()
+
+
+def copy_of_the_model(path: Path, without: str) -> Path:
+    """`without` names a tensor, or else a file."""
+    path.mkdir()
+    for file in MODEL.iterdir():
+        if file.name not in (without, "model.safetensors"):
+            (path / file.name).symlink_to(file)
+    tensors = load_file(MODEL / "model.safetensors")
+    tensors.pop(without, None)
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def fails_with_one_sentence(*arguments: str) -> str:
+    """Runs a command that a user got wrong and returns what it says."""
+    answer = expertmesh(*arguments)
+    assert answer.returncode == 2, answer
+    assert not answer.stdout
+    assert answer.stderr.startswith("expertmesh: ")
+    assert answer.stderr.count("\n") == 1
+    return answer.stderr.removeprefix("expertmesh: ").strip()
+
+
+def test_help_lists_the_commands() -> None:
+    answer = CliRunner().invoke(cli.app, ["--help"])
+    assert answer.exit_code == 0
+    for command in ("up", "status", "chat"):
+        assert f"\n  {command} " in answer.output
+
+
+@pytest.mark.parametrize("command", ["up", "status", "chat"])
+def test_every_command_explains_itself(command: str) -> None:
+    answer = CliRunner().invoke(cli.app, [command, "--help"])
+    assert answer.exit_code == 0
+    assert cli.app.registered_commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["up", "--shards", "0"], "--shards"), (["up", "--shrads", "3"], "--shrads"), (["upp"], "upp")],
+)
+def test_a_mistyped_command_is_refused(arguments: list[str], words: str) -> None:
+    answer = CliRunner().invoke(cli.app, arguments)
+    assert answer.exit_code == 2
+    assert words in answer.output
+
+
+@pytest.mark.parametrize("command", [["status"], ["chat", "hello"]])
+def test_without_a_server_it_says_how_to_start_one(command: list[str]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    answer = CliRunner().invoke(cli.app, [*command, "--url", url])
+    assert answer.exit_code == 2
+    sentence = f"expertmesh: no Expertmesh server answers at {url} (ConnectError); start one with: expertmesh up\n"
+    assert answer.output == sentence
+
+
+def test_a_wrong_path_is_one_sentence(tmp_path: Path) -> None:
+    missing = tmp_path / "nothing"
+    assert fails_with_one_sentence("up", "--model", str(missing)) == f"the model path {missing} is not a directory"
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["backbone.norm_f.weight", "backbone.layers.1.mixer.experts.3.up_proj.weight", "mtp.layers.0.hnorm.weight"],
+)
+def test_a_missing_tensor_is_one_sentence_that_names_it(tensor: str, tmp_path: Path) -> None:
+    path = copy_of_the_model(tmp_path / "model", without=tensor)
+    expected = f"the checkpoint {path} has no tensor {tensor} (1 missing in all)"
+    assert fails_with_one_sentence("up", "--model", str(path)) == expected
+
+
+def test_a_missing_tokenizer_is_one_sentence(tmp_path: Path) -> None:
+    path = copy_of_the_model(tmp_path / "model", without="tokenizer.json")
+    assert str(path) in fails_with_one_sentence("up", "--model", str(path))
+
+
+def test_a_context_over_the_models_own_is_one_sentence() -> None:
+    sentence = fails_with_one_sentence("up", "--model", str(MODEL), "--max-model-len", "999999")
+    assert sentence.startswith("max_model_len is 999999; the model's own context is ")
+
+
+def test_status_fits_a_narrow_terminal() -> None:
+    text = shown({**REPORT, "shards": [SHARD, {**SHARD, "id": "experts-cpu-1", "state": "unreachable"}]})
+    for words in ("demo: ready", "epoch 3, cover 2", "0.2 s", "experts-cpu-0", "127.0.0.1:40001", "50%", "150"):
+        assert words in text
+
+
+def test_status_without_shards_says_that_the_experts_are_local() -> None:
+    text = shown({key: REPORT[key] for key in ("model", "health", "engine")})
+    assert "local experts" in text
+    assert "Expert shards" not in text
