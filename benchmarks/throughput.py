@@ -92,13 +92,13 @@ def tokens_per_second(url: str, prompts: list[str], num_streams: int, num_tokens
     return made / (time.perf_counter() - started)
 
 
-def wire_per_token(url: str, num_moe_layers: int) -> dict[str, float]:
-    """Bytes and messages per token and MoE layer since the server started."""
+def wire_per_row(url: str) -> dict[str, float]:
+    """Bytes and messages per row, which is one token in one MoE layer, since the server started."""
     traffic = httpx.get(f"{url}/status", timeout=10).json()["traffic"]
     rows = traffic["num_rows"]
     assert rows, "nothing went over the wire"
     names = ("sent_bytes", "received_bytes", "num_sent")
-    return {name: traffic[name] / rows for name in names} | {"moe_layers": num_moe_layers}
+    return {name: traffic[name] / rows for name in names}
 
 
 def main() -> None:
@@ -114,15 +114,15 @@ def main() -> None:
     prompts = [text[:400] for text in read_corpus()[1] if len(text) >= 400]
     speeds: dict[tuple[str, int], list[float]] = {}
     with server(*model, "--shards", str(args.shards)) as remote, server(*model, "--local-experts") as local:
-        for name, url in (("distributed", remote), ("local", local)):
+        servers = {"distributed": remote, "local": local}
+        for url in servers.values():
             tokens_per_second(url, prompts, max(args.streams), 16)  # warm
-            assert name
         for _ in range(args.rounds):
             for num_streams in args.streams:
-                for name, url in (("distributed", remote), ("local", local)):
+                for name, url in servers.items():
                     speed = tokens_per_second(url, prompts, num_streams, args.tokens)
                     speeds.setdefault((name, num_streams), []).append(speed)
-        wire = wire_per_token(remote, 6)
+        wire = wire_per_row(remote)
     report(speeds, args.streams, wire, args.json)
 
 

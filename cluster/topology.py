@@ -80,12 +80,13 @@ class Placement:
     """Which shards hold which expert, from one epoch on.
 
     `homes[layer][expert]` are shard ids; `gains[layer]` is the layer's largest gain exponent, which the backbone needs
-    for sums that do not depend on the placement.
+    for sums that do not depend on the placement. `model` is the digest of the checkpoint that it was made for.
     """
 
     epoch: int
     homes: Mapping[int, Homes]
     gains: Mapping[int, int]
+    model: str = ""
 
     def __post_init__(self) -> None:
         assert self.epoch >= 0
@@ -111,7 +112,7 @@ class Placement:
         ids = self.shard_ids
         index = {id: i for i, id in enumerate(ids)}
         homes = {layer: [[index[id] for id in of_one] for of_one in homes] for layer, homes in self.homes.items()}
-        body = {"epoch": self.epoch, "shards": ids, "homes": homes, "gains": dict(self.gains)}
+        body = {"epoch": self.epoch, "shards": ids, "homes": homes, "gains": dict(self.gains), "model": self.model}
         return json.dumps(body, separators=(",", ":"))
 
     @classmethod
@@ -122,9 +123,9 @@ class Placement:
             ids = [str(id) for id in body["shards"]]
             homes = {int(la): tuple(tuple(ids[i] for i in one) for one in rows) for la, rows in body["homes"].items()}
             gains = {int(layer): int(gain) for layer, gain in body["gains"].items()}
-            return cls(int(body["epoch"]), homes, gains)
+            return cls(int(body["epoch"]), homes, gains, str(body["model"]))
         except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
-            keys = "epoch, shards, homes and gains"
+            keys = "epoch, shards, homes, gains and model"
             raise ValueError(f"The stored placement is not a JSON object with the keys {keys} ({error!r}).") from error
 
 

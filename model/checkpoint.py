@@ -5,6 +5,7 @@ Only the tensors that are asked for are read. A tensor that is missing is a Valu
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
@@ -63,6 +64,12 @@ class Checkpoint:
         if not (self.path / SINGLE).exists():
             raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}")
         return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells one checkpoint from another: the config, and the weights' file names and sizes."""
+        files = sorted((path.name, path.stat().st_size) for path in self.path.glob("*.safetensors"))
+        return hashlib.sha256((json.dumps(self.config, sort_keys=True) + str(files)).encode()).hexdigest()[:16]
 
     @property
     def names(self) -> Iterable[str]:

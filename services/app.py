@@ -1,9 +1,8 @@
 """The composition root: the Serve application, and the only place where plain classes become deployments.
 
-`import_path: services.app:build_app` with `args` as in `AppArgs`.
+`import_path: services.app:build_app` with `args` as in `AppArgs`. Annotations stay objects in this file,
+because Serve validates `args` by them.
 """
-
-from __future__ import annotations
 
 import asyncio
 import logging
@@ -18,7 +17,7 @@ import ray
 import torch
 from fastapi import FastAPI
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
@@ -27,11 +26,14 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from cluster.load import LoadStore
+from cluster.planner import first_placement
 from cluster.registry import Registry, connect, key_prefix
+from cluster.topology import Shard
 from model.family import ModelFamily, load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
-from services.controller.controller import Controller, ControllerConfig
+from services.controller.controller import Controller, ControllerConfig, layer_specs
 from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.memory import MemoryPlan, plan_memory
 from services.engine.request import EngineFailed, SamplingParams, TokenOutput
 from services.expert.shard import ExpertShard, ShardConfig
 from services.gateway.backbone_metrics import backbone_metrics
@@ -48,6 +50,9 @@ GRPC_SERVICERS = [
     "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
+NUM_HOMES = 2  # of every expert, on different shards
+SHARE_MARGIN = 1.1  # experts cannot be cut to make shares even
+DEFAULT_STATE_MEMORY = 1 << 30
 MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
 HEALTH_TTL_S = 0.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,7 +67,7 @@ class PoolArgs(BaseModel):
     shards: int = Field(3, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     num_cpus: float = Field(1, ge=0)
-    memory_budget: int = Field(8 << 30, gt=0, description="bytes of expert weights a shard may hold")
+    memory_budget: ByteSize | None = Field(None, gt=0, description="of expert weights; an even share if left out")
     host: str = Field("127.0.0.1", description="address a shard listens on; on a cluster, auto for the node's own")
 
 
@@ -81,7 +86,7 @@ class AppArgs(BaseModel):
     max_model_len: int | None = Field(None, ge=2)
     max_requests: int = Field(64, ge=1)
     max_batch_tokens: int = Field(2048, ge=64)
-    state_memory: int = Field(1 << 30, gt=0, description="bytes for requests' KV and recurrent state")
+    state_memory: ByteSize | None = Field(None, gt=0, description="for requests' KV and recurrent state")
     backbone_replicas: int = Field(1, ge=1)
     backbone_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     gateway_replicas: int = Field(1, ge=1)
@@ -103,13 +108,46 @@ class AppArgs(BaseModel):
             raise ValueError(f"max_model_len is {self.max_model_len}; the model's own context is {longest}")
         return self.max_model_len or longest
 
-    def check(self) -> None:
+    @property
+    def shard_ids(self) -> list[str]:
+        """Every shard of every pool; a replica's rank names it."""
+        return [f"{pool.name}-{rank}" for pool in self.pools for rank in range(pool.shards)]
+
+    def shard_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
+        """Bytes of expert weights that a shard of `pool` may hold."""
+        whole = sum(shape.num_experts * shape.nbytes(self.torch_dtype) for shape in family.expert_shapes)
+        even_share = NUM_HOMES * whole / len(self.shard_ids)
+        return int(pool.memory_budget or min(whole, SHARE_MARGIN * even_share))
+
+    def memory_plan(self, family: ModelFamily) -> MemoryPlan:
+        """How many requests fit; raises ValueError if not even one of the longest does."""
+        spec, longest = family.config.state_spec, self.context(family)
+        one = spec.bytes_per_slot(self.torch_dtype) + spec.num_blocks(longest) * spec.bytes_per_block(self.torch_dtype)
+        budget = self.state_memory or max(DEFAULT_STATE_MEMORY, one)
+        return plan_memory(spec, self.torch_dtype, budget, longest, self.max_requests)
+
+    def check(self) -> ModelFamily:
         """Raises ValueError with one sentence where these arguments cannot be served. Reads no weights."""
         family = load_family(self.model)
         family.check()
-        self.context(family)
         Tokenizer(self.model)
         key_prefix(self.name)
+        self.memory_plan(family)
+        if self.experts == "remote":
+            first_placement(
+                layer_specs(family.expert_shapes, self.torch_dtype), self._fleet(family), num_homes=NUM_HOMES
+            )
+        return family
+
+    def _fleet(self, family: ModelFamily) -> list[Shard]:
+        """The shards that there will be, as far as placing experts on them goes."""
+        return [
+            Shard(
+                f"{pool.name}-{rank}", "", f"node-{rank}", pool.name, pool.device, "", self.shard_memory(pool, family)
+            )
+            for pool in self.pools
+            for rank in range(pool.shards)
+        ]
 
     def registry(self) -> Registry:
         return Registry(connect(self.redis_url), self.name)
@@ -123,15 +161,16 @@ class ShardDeployment:
 
     async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
         torch.set_num_threads(max(1, int(pool.num_cpus)))
+        family = load_family(args.model)
         config = ShardConfig(
             shard_id=f"{pool.name}-{serve.get_replica_context().rank.rank}",
-            memory_budget=pool.memory_budget,
+            memory_budget=args.shard_memory(pool, family),
             pool=pool.name,
             host=_own_address() if pool.host == "auto" else pool.host,
             device=pool.device,
             dtype=args.torch_dtype,
         )
-        self._shard = ExpertShard(config, load_family(args.model), args.registry())
+        self._shard = ExpertShard(config, family, args.registry())
         await self._shard.start()
 
     async def pid(self) -> int:
@@ -146,9 +185,9 @@ class ControllerDeployment:
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         family = load_family(args.model)
-        num_shards = sum(pool.shards for pool in args.pools)
-        config = ControllerConfig(num_shards, args.torch_dtype)
-        self._loop = asyncio.create_task(Controller(config, family.expert_shapes, args.registry()).run())
+        config = ControllerConfig(frozenset(args.shard_ids), family.checkpoint.digest, args.torch_dtype)
+        controller = Controller(config, family.expert_shapes, args.registry())
+        self._loop = asyncio.create_task(controller.run())
 
     async def check_health(self) -> None:
         if self._loop.done():
@@ -162,9 +201,8 @@ class BackboneDeployment:
             dtype=args.torch_dtype,
             device=args.device,
             max_model_len=args.context(family),
-            max_requests=args.max_requests,
             max_batch_tokens=max(args.max_batch_tokens, args.max_requests + family.config.chunk_size),
-            state_memory=args.state_memory,
+            memory=args.memory_plan(family),
             num_threads=args.backbone_threads,
         )
         stores = (None, None) if args.experts == "local" else (args.registry(), args.loads())
@@ -176,7 +214,7 @@ class BackboneDeployment:
     ) -> AsyncGenerator[TokenOutput | Exception, None]:
         """Tokens; a refusal or failure is the last item, because Ray would wrap a raised one in its traceback."""
         try:
-            async with aclosing(self._backbone.generate(request_id, prompt_token_ids, params)) as outputs:
+            async with aclosing(self._backbone.engine.generate(request_id, prompt_token_ids, params)) as outputs:
                 async for output in outputs:
                     yield output
         except Exception as error:
@@ -186,8 +224,8 @@ class BackboneDeployment:
         return {**self._backbone.status(), "pid": os.getpid()}
 
     async def check_health(self) -> None:
-        if not self._backbone.engine.is_healthy:
-            raise RuntimeError("the engine's thread has ended or its last steps all failed")
+        if not self._backbone.is_healthy:
+            raise RuntimeError("the engine's thread or a background task has ended, or the last steps all failed")
 
     async def __del__(self) -> None:
         await self._backbone.stop()
@@ -238,7 +276,7 @@ class BackboneHandle:
         if not status["engine"]["is_healthy"]:
             return Health(is_ready=False, detail="The engine's last steps failed.")
         down = status.get("down", [])
-        detail = f"Shards that cannot be reached: {', '.join(down)}." if down else ""
+        detail = f"Shards that do not serve what they should: {', '.join(down)}." if down else ""
         return Health(is_ready=True, is_degraded=bool(down), detail=detail)
 
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 Url = Annotated[str, typer.Option("--url", help="Where the server listens.")]
 
 
@@ -43,9 +44,16 @@ def plain_errors() -> Iterator[None]:
     """A user's mistake is one sentence on stderr and exit code 2."""
     try:
         yield
-    except ValueError as error:
-        typer.echo(f"expertmesh: {error}", err=True)
-        raise typer.Exit(2) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}")
+    except (ValueError, RuntimeError) as error:  # Serve tells of a deployment that does not start by a RuntimeError
+        _fail(str(error))
+
+
+def _fail(sentence: str) -> NoReturn:
+    typer.echo(f"expertmesh: {sentence}", err=True)
+    raise typer.Exit(2)
 
 
 def check_own_packages() -> None:
@@ -71,6 +79,9 @@ def up(
     ] = "embedded://",
     ray_address: Annotated[str, typer.Option(help="A running Ray cluster to join; a new local one if left out.")] = "",
     max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt and completion together.")] = None,
+    state_memory: Annotated[str, typer.Option(help="For requests' KV and recurrent state, such as 4GiB.")] = "",
+    shard_memory: Annotated[str, typer.Option(help="For a shard's experts; an even share if left out.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the backbone and every shard.")] = "cpu",
     local_experts: Annotated[bool, typer.Option("--local-experts", help="No shards: experts in the backbone.")] = False,
 ) -> None:
     """Start everything on this machine and serve until Ctrl-C."""
@@ -83,7 +94,9 @@ def up(
                 redis_url=redis_url,
                 max_model_len=max_model_len,
                 experts="local" if local_experts else "remote",
-                shards=shards,
+                device=device,
+                state_memory=state_memory or None,
+                pool={"shards": shards, "device": device, "memory_budget": shard_memory or None},
             ),
             port,
             grpc_port,
@@ -91,14 +104,15 @@ def up(
         )
 
 
-def _app_args(model: str, dtype: str, shards: int, **others: Any) -> Any:
-    from services.app import AppArgs, PoolArgs
+def _app_args(model: str, pool: dict[str, Any], **others: Any) -> Any:
+    from services.app import AppArgs
 
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype is {dtype!r}; allowed are auto, float32 and bfloat16")
     chosen = {"model": str(Path(model).resolve())} if model else {}
-    args = AppArgs(dtype=dtype, pools=[PoolArgs(shards=shards)], **chosen, **others)
-    args.check()
+    args = AppArgs(pools=[{"name": f"experts-{pool['device']}", **pool}], **chosen, **others)
+    family = args.check()
+    console.print(f"Memory for requests: {args.memory_plan(family)}.")
+    if not family.has_mtp:
+        console.print("This checkpoint has no MTP weights: it is served without drafting.")
     return args
 
 
@@ -115,7 +129,7 @@ def _up(args: Any, port: int, grpc_port: int, ray_address: str) -> None:
             _stop_on_signals()  # again, because Ray has put handlers of its own in place
             console.print(f"Ready after {time.monotonic() - started:.0f} s. Ctrl-C stops it.")
             console.print(f"  REST  http://127.0.0.1:{port}/v1   (OpenAI-compatible; model {args.name!r})")
-            console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference, reflection on)")
+            console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference; open on every address)")
             signal.pause()
     except KeyboardInterrupt:
         console.print("Stopped.")
@@ -168,7 +182,7 @@ def status(
 
 def status_tables(report: dict[str, Any]) -> Iterator[Table]:
     engine = report["engine"]
-    model = Table(title=f"{report['model']}: {report['health']}")
+    model = Table(title=f"{report['model']}: {report['health']}", box=None, padding=(0, 1, 0, 0))
     for name in ("running", "waiting", "steps", "state slots", "KV pages", "placement", "age"):
         model.add_column(name, justify="right")
     placement = f"epoch {report['epoch']}, cover {report['cover']}" if report.get("epoch") else "local experts"
@@ -183,7 +197,7 @@ def status_tables(report: dict[str, Any]) -> Iterator[Table]:
     shards = Table(title="Expert shards", box=None, padding=(0, 1, 0, 0))
     for name in ("shard", "pool", "node", "endpoint", "device", "experts", "picks/s", "share", "state"):
         is_number, may_wrap = name in ("experts", "picks/s", "share"), name in ("pool", "node")
-        shards.add_column(name, justify="right" if is_number else "left", no_wrap=not may_wrap)
+        shards.add_column(name, justify="right" if is_number else "left", no_wrap=not may_wrap, overflow="fold")
     total = sum(shard["picks_per_s"] for shard in report["shards"]) or 1
     for shard in report["shards"]:
         words = [shard[key] for key in ("id", "pool", "node", "endpoint", "device")]
@@ -221,7 +235,7 @@ def _ask() -> str:
 
 
 def _stream_answer(url: str, options: dict[str, Any], messages: list[dict[str, str]]) -> str:
-    from openai import APIStatusError, OpenAI
+    from openai import APIError, OpenAI
 
     client = OpenAI(base_url=url.rstrip("/") + "/v1", api_key="none", max_retries=0)
     pieces = []
@@ -231,7 +245,7 @@ def _stream_answer(url: str, options: dict[str, Any], messages: list[dict[str, s
             pieces.append(chunk.choices[0].delta.content or "" if chunk.choices else "")
             sys.stdout.write(pieces[-1])
             sys.stdout.flush()
-    except APIStatusError as error:
+    except APIError as error:
         raise ValueError(error.message) from None
     print()
     return "".join(pieces)

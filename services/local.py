@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import ray
 from ray import serve
 
 from cluster.embedded import EmbeddedRedis
+from cluster.registry import Registry, StoreUnavailable, connect
 from services.app import GRPC_SERVICERS, AppArgs, build_app
 
 APP_NAME = "expertmesh"
@@ -26,28 +28,46 @@ class Ports:
     grpc: int = 9000
 
 
-def check_port(name: str, port: int) -> None:
+def check_port(name: str, port: int, host: str) -> None:
     """Raises ValueError if somebody listens there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
-            raise ValueError(
-                f"{name} {port} is in use on 127.0.0.1; choose another one or stop what listens there"
-            ) from None
+            raise ValueError(f"{name} {port} is in use; choose another one or stop what listens there") from None
+
+
+def check_store(url: str) -> None:
+    """Raises ValueError if no store answers there."""
+
+    async def ask() -> None:
+        redis = connect(url)
+        await Registry(redis, "check").shards()
+        await redis.aclose()
+
+    try:
+        asyncio.run(ask())
+    except StoreUnavailable as error:
+        raise ValueError(
+            f"--redis-url {url} does not answer ({error}); start a server there or use embedded://"
+        ) from None
 
 
 @contextmanager
 def running(args: AppArgs, ports: Ports, ray_address: str | None = None) -> Iterator[AppArgs]:
     """The application, ready for its first request; on exit everything that was started here is stopped."""
-    check_port("--port", ports.http)
-    check_port("--grpc-port", ports.grpc)
+    if ports.http == ports.grpc:
+        raise ValueError(f"--port and --grpc-port are both {ports.http}; they must differ")
+    check_port("--port", ports.http, "127.0.0.1")
+    check_port("--grpc-port", ports.grpc, "")  # Serve's gRPC proxy listens on every address
     with ExitStack() as stack:
-        if args.redis_url == "embedded://" and args.experts == "remote":
-            args = args.model_copy(update={"redis_url": stack.enter_context(EmbeddedRedis()).url})
+        if args.experts == "remote":
+            if args.redis_url == "embedded://":
+                args = args.model_copy(update={"redis_url": stack.enter_context(EmbeddedRedis()).url})
+            check_store(args.redis_url)
         stack.enter_context(_ray(args, ray_address))
-        stack.enter_context(_serve(args, ports))
+        stack.enter_context(_serve(args, ports, is_joined=ray_address is not None))
         yield args
 
 
@@ -63,11 +83,15 @@ def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _serve(args: AppArgs, ports: Ports) -> Iterator[None]:
+def _serve(args: AppArgs, ports: Ports, is_joined: bool) -> Iterator[None]:
+    """On a cluster that was there before, Serve may be others' too: only our application goes when we go."""
     grpc = {"port": ports.grpc, "grpc_servicer_functions": GRPC_SERVICERS}
     serve.start(http_options={"host": "127.0.0.1", "port": ports.http}, grpc_options=grpc)
     try:
         serve.run(build_app(args), name=APP_NAME, route_prefix="/")
         yield
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        if is_joined:
+            serve.delete(APP_NAME)
+        else:
+            serve.shutdown()  # type: ignore[no-untyped-call]

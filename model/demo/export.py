@@ -69,7 +69,7 @@ CONFIG: dict[str, Any] = {
     "mlp_bias": False,
     "attention_bias": False,
     "mamba_ssm_cache_dtype": "float32",
-    "time_step_min": 0.001,
+    "time_step_min": 1e-30,  # transformers takes it for a lower bound of Δ; the family has none
     "time_step_max": 0.1,
     "time_step_floor": 1e-4,
     "max_position_embeddings": 4096,
@@ -143,7 +143,7 @@ def measure(
     tokens = torch.from_numpy(encode_all(tokenizer, texts))
     nats, num_scored, accepted, num_drafts = 0.0, 0, 0, 0
     experts.counts.clear()
-    for start in range(0, len(tokens) - 2, length - context):
+    for start in range(0, len(tokens) - context - 1, length - context):
         ids_BT = tokens[start : start + length][None]
         if pad := -ids_BT.shape[1] % model.config.chunk_size:
             ids_BT = F.pad(ids_BT, (0, pad), value=0)

@@ -242,7 +242,7 @@ def learning_rate(step: int, num_steps: int) -> float:
 
 def restore(path: Path, model: NemotronH, experts: TrainableExperts) -> dict[str, Any]:
     """Puts a saved training state's weights back; returns the rest of it."""
-    state: dict[str, Any] = torch.load(path, weights_only=False)
+    state: dict[str, Any] = torch.load(path, weights_only=False, map_location="cpu")
     model.load_state_dict(state["model"])
     for parameter, value in zip(experts.parameters(), state["experts"], strict=True):
         parameter.data.copy_(value)
@@ -310,7 +310,8 @@ def main() -> None:
                 "log": log,
                 "generator": generator,
             }
-            torch.save({**weights, **states}, saved)
+            torch.save({**weights, **states}, saved.with_suffix(".new"))
+            saved.with_suffix(".new").replace(saved)
     export(model, experts, tokenizer, held_out, log, args.out)
 
 

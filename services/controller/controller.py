@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,9 +26,10 @@ PERIOD_S = 0.5
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """`num_shards`: how many must have registered before the first placement is made."""
+    """`shard_ids`: who must have registered before a placement is made; `model`: the checkpoint's digest."""
 
-    num_shards: int
+    shard_ids: frozenset[str]
+    model: str
     dtype: torch.dtype
     num_homes: int = 2
 
@@ -39,10 +41,12 @@ def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[Layer
 
 def stale_shards(placement: Placement, shards: Sequence[Shard]) -> list[Shard]:
     """The placement's live shards that do not hold exactly what it gives them, as after a restart."""
-    wanted = {
-        shard.id: held_digest(placement.experts_of(shard.id)) for shard in shards if shard.id in placement.shard_ids
-    }
-    return [shard for shard in shards if wanted.get(shard.id, shard.held_digest) != shard.held_digest]
+    homes = set(placement.shard_ids)
+    return [
+        shard
+        for shard in shards
+        if shard.id in homes and shard.held_digest != held_digest(placement.experts_of(shard.id))
+    ]
 
 
 class Controller:
@@ -52,6 +56,7 @@ class Controller:
         self.config, self.registry = config, registry
         self.layers = layer_specs(shapes, config.dtype)
         self.placement: Placement | None = None
+        self._loading: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Until cancelled. A store or a shard that fails is tried again at the next turn."""
@@ -60,31 +65,54 @@ class Controller:
                 await self.turn()
             except (StoreUnavailable, StalePlacement, control.ShardError) as error:
                 log.warning("This turn of the controller failed: %s", error)
+            except Exception:
+                log.exception("This turn of the controller failed.")
             await asyncio.sleep(PERIOD_S)
 
     async def turn(self) -> None:
-        shards = await self.registry.shards()
-        self.placement = await self.registry.placement() or self.placement
+        shards, stored = await self.registry.shards(), await self.registry.placement()
         if self.placement is None:
-            if len(shards) >= self.config.num_shards:
-                await self._place(shards)
-            return
-        await self._republish()
-        await self._refill(shards)
-
-    async def _place(self, shards: Sequence[Shard]) -> None:
-        homes = first_placement(self.layers, shards, num_homes=self.config.num_homes)
-        placement = await control.fill(shards, homes, epoch=1)
-        await self.registry.publish(placement, expected_epoch=0, fencing=0)
-        log.info("Epoch 1 places %d layers on %d shards, cover %d.", len(homes), len(shards), placement.cover())
-
-    async def _republish(self) -> None:
-        """A store that came back empty gets the placement that is running."""
-        assert self.placement is not None
-        if await self.registry.placement() is None:
+            self.placement = stored if stored is not None and self.fits(stored) else await self._place(shards, stored)
+        elif stored is None:  # a store that came back empty gets the placement that is running
             await self.registry.publish(self.placement, expected_epoch=0, fencing=0)
+        if self.placement is not None:
+            self._refill(self.placement, shards)
 
-    async def _refill(self, shards: Sequence[Shard]) -> None:
-        assert self.placement is not None
-        for shard in stale_shards(self.placement, shards):
-            await control.load(shard.endpoint, self.placement.experts_of(shard.id), self.placement.epoch)
+    def fits(self, placement: Placement) -> bool:
+        """Whether it was made for this fleet and this checkpoint; a store may outlive both."""
+        layers = {layer: len(homes) for layer, homes in placement.homes.items()}
+        return (
+            placement.model == self.config.model
+            and self.config.shard_ids == set(placement.shard_ids)
+            and layers == {spec.layer: spec.num_experts for spec in self.layers}
+        )
+
+    async def _place(self, shards: Sequence[Shard], stored: Placement | None) -> Placement | None:
+        """Places and publishes once all shards have registered; the first epoch is the time: none comes twice."""
+        ours = [shard for shard in shards if shard.id in self.config.shard_ids]
+        if len(ours) < len(self.config.shard_ids):
+            return None
+        homes = first_placement(self.layers, ours, num_homes=self.config.num_homes)
+        before = stored.epoch if stored else 0
+        placement = await control.fill(ours, homes, epoch=max(before + 1, int(time.time())))
+        placement = replace(placement, model=self.config.model)
+        await self.registry.publish(placement, expected_epoch=before, fencing=0)
+        log.info("Epoch %d places %d layers, cover %d.", placement.epoch, len(homes), placement.cover())
+        return placement
+
+    def _refill(self, placement: Placement, shards: Sequence[Shard]) -> None:
+        """Starts loading on every stale shard; one that is slow or broken holds up none of the others."""
+        self._loading = {shard_id: task for shard_id, task in self._loading.items() if not task.done()}
+        for shard in stale_shards(placement, shards):
+            if shard.id not in self._loading:
+                self._loading[shard.id] = asyncio.create_task(self._load(placement, shard))
+
+    async def settled(self) -> None:
+        """Waits for the loads that are under way."""
+        await asyncio.gather(*self._loading.values())
+
+    async def _load(self, placement: Placement, shard: Shard) -> None:
+        try:
+            await control.load(shard.endpoint, placement.experts_of(shard.id), placement.epoch)
+        except control.ShardError as error:
+            log.warning("Shard %s was not filled: %s", shard.id, error)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,14 +17,14 @@ from torch import Tensor
 from cluster.load import LoadCounter, LoadStore
 from cluster.planner import shard_loads
 from cluster.registry import RegistryStore, StoreUnavailable
-from cluster.topology import Placement, Shard
+from cluster.topology import Placement, Shard, held_digest
 from model import kernels
 from model.family import ModelFamily
 from model.moe import Experts
 from model.state import State
 from services.engine.engine import Engine
-from services.engine.memory import MemoryPlan, plan_memory
-from services.engine.request import SamplingParams, TokenOutput
+from services.engine.memory import MemoryPlan
+from services.engine.request import EngineFailed, SamplingParams
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler, SchedulerConfig
 from services.expert.client import RemoteExperts
@@ -40,14 +39,13 @@ PLACEMENT_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """`state_memory` is what requests' KV and recurrent state may take, in bytes."""
+    """What a backbone needs to know beside the model; lengths in tokens."""
 
     dtype: torch.dtype
     device: str
     max_model_len: int
-    max_requests: int
     max_batch_tokens: int
-    state_memory: int
+    memory: MemoryPlan
     num_threads: int
 
 
@@ -75,13 +73,13 @@ class Backbone:
         self.remote = None if registry is None else RemoteExperts()
         inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
         model = family.load_backbone(CountedExperts(inner, self.counter), config.dtype, config.device)
-        self.plan = self._plan_memory()
-        state = State(family.config.state_spec, self.plan.num_slots, self.plan.num_blocks, config.dtype, config.device)
+        plan = config.memory
+        state = State(family.config.state_spec, plan.num_slots, plan.num_blocks, config.dtype, config.device)
         scheduler = Scheduler(
             SchedulerConfig(
-                self.plan.num_slots,
-                self.plan.num_blocks,
-                self.plan.block_size,
+                plan.num_slots,
+                plan.num_blocks,
+                plan.block_size,
                 config.max_model_len,
                 max_batch_tokens=config.max_batch_tokens,
                 chunk_align=family.config.chunk_size,
@@ -93,17 +91,13 @@ class Backbone:
         self._placement: Placement | None = None
         self._placed_at = 0.0
         self._shards: dict[str, Shard] = {}
+        self._wanted: dict[str, str] = {}  # what each shard should hold, as a digest
         self._rates: dict[int, NDArray[np.float64]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _plan_memory(self) -> MemoryPlan:
-        config = self.config
-        spec = self.family.config.state_spec
-        return plan_memory(spec, config.dtype, config.state_memory, config.max_model_len, config.max_requests)
-
     async def start(self) -> None:
         """Returns when the first token could be served; raises TimeoutError if no placement comes."""
-        log.info("%s; %s", kernels.describe(self.config.device), self.plan)
+        log.info("%s; %s", kernels.describe(self.config.device), self.config.memory)
         if not self.family.has_mtp:
             log.warning("%s has no MTP weights and is served without drafting.", self.family.checkpoint.path)
         if self.remote is not None:
@@ -120,29 +114,44 @@ class Backbone:
         if self.remote is not None:
             await asyncio.to_thread(self.remote.close)
 
-    async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
-    ) -> AsyncGenerator[TokenOutput, None]:
-        """As `Engine.generate`."""
-        async with aclosing(self.engine.generate(request_id, prompt_token_ids, params)) as outputs:
-            async for output in outputs:
-                yield output
+    @property
+    def epoch(self) -> int:
+        return self.remote.epoch if self.remote else 0
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.engine.is_healthy and not any(task.done() for task in self._tasks)
 
     def status(self) -> dict[str, Any]:
         """Engine, placement and traffic in numbers, for health and metrics."""
         status: dict[str, Any] = {"engine": asdict(self.engine.stats()), "has_mtp": self.family.has_mtp}
         if self.remote is not None and self._placement is not None:
+            states = self._shard_states(self._placement, self.remote.down)
             status |= {
                 "epoch": self.remote.epoch,
-                "cover": self._placement.cover(),
+                "cover": self._placement.cover([shard_id for shard_id, state in states.items() if state == "live"]),
                 "placement_age_s": time.time() - self._placed_at,
-                "down": sorted(self.remote.down),
+                "down": sorted(shard_id for shard_id, state in states.items() if state != "live"),
                 "traffic": asdict(self.remote.traffic),
-                "shards": self._shard_report(self._placement, self.remote.down),
+                "shards": self._shard_report(self._placement, states),
             }
         return status
 
-    def _shard_report(self, placement: Placement, down: Collection[str]) -> list[dict[str, Any]]:
+    def _shard_states(self, placement: Placement, unreachable: Collection[str]) -> dict[str, str]:
+        """Of each shard of the placement: live, or why it does not serve what it should."""
+
+        def state(shard: Shard) -> str:
+            if shard.id in unreachable:
+                return "unreachable"
+            if shard.draining:
+                return "draining"
+            return "live" if shard.held_digest == self._wanted[shard.id] else "loading"
+
+        return {
+            shard_id: state(self._shards.get(shard_id) or _never_seen(shard_id)) for shard_id in placement.shard_ids
+        }
+
+    def _shard_report(self, placement: Placement, states: Mapping[str, str]) -> list[dict[str, Any]]:
         """The placement's shards and their picks of late, each expert's shared out evenly over its homes."""
         ids = sorted(placement.shard_ids)
         picks_per_s = sum(
@@ -150,19 +159,29 @@ class Backbone:
         )
         report = []
         for i, shard in enumerate(self._shards.get(id) or _never_seen(id) for id in ids):
-            state = "unreachable" if shard.id in down else "draining" if shard.draining else "live"
             own = {
                 key: getattr(shard, key)
                 for key in ("id", "pool", "node", "endpoint", "device", "num_held", "incarnation")
             }
-            report.append({**own, "picks_per_s": float(np.broadcast_to(picks_per_s, len(ids))[i]), "state": state})
+            report.append(
+                {**own, "picks_per_s": float(np.broadcast_to(picks_per_s, len(ids))[i]), "state": states[shard.id]}
+            )
         return report
 
     async def _warm_up(self) -> None:
-        """A prompt and a step, so that no user meets the first call's cost."""
+        """A prompt and a step, so that no user meets the first call's cost; shards may still be loading."""
         params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        async for _ in self.generate("warm-up", [0, 0, 0], params):
-            pass
+        deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
+        while True:
+            try:
+                async for _ in self.engine.generate(f"warm-up-{time.monotonic()}", [0, 0, 0], params):
+                    pass
+                return
+            except EngineFailed as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("Not ready yet: %s", error)
+                await asyncio.sleep(0.5)
 
     async def _first_placement(self) -> None:
         while not await self._refresh():
@@ -173,22 +192,28 @@ class Backbone:
         assert self.registry is not None
         assert self.remote is not None
         try:
-            placement = await self.registry.placement() or self._placement
+            placement = await self.registry.placement(self.remote.epoch or None) or self._placement
             # A shard that misses from a store that came back empty may well be alive: its stream will tell.
             self._shards |= {shard.id: shard for shard in await self.registry.shards()}
         except StoreUnavailable as error:
-            log.warning("Serving on with epoch %d: %s", self.remote.epoch, error)
+            log.warning("Serving on with epoch %d: %s", self.epoch, error)
             return False
-        if placement is None or placement.epoch < self.remote.epoch:
+        if placement is None:
             return False
-        self._placement, self._placed_at = placement, time.time()
-        self.remote.update(placement, self._shards.values())
+        if self._placement is None or placement.epoch > self._placement.epoch:
+            self._placement = placement
+            self._wanted = {shard_id: held_digest(placement.experts_of(shard_id)) for shard_id in placement.shard_ids}
+        self._placed_at = time.time()
+        self.remote.update(self._placement, self._shards.values())
         return True
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_PERIOD_S)
-            await self._refresh()
+            try:
+                await self._refresh()
+            except Exception:
+                log.exception("Serving on with epoch %d.", self.epoch)
 
     def _note_rates(self, taken: Mapping[int, NDArray[np.int64]]) -> None:
         """Picks per second of each expert, averaged over about ten flushes."""
@@ -209,6 +234,8 @@ class Backbone:
             except StoreUnavailable as error:
                 log.warning("Expert load is kept for later: %s", error)
                 self.counter.merge(taken)
+            except Exception:
+                log.exception("The expert load of the last second is lost.")
 
 
 def _never_seen(shard_id: str) -> Shard:

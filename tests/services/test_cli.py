@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,10 @@ REPORT = {"model": "demo", "health": "ready", "engine": ENGINE, "epoch": 3, "cov
 
 
 def shown(report: dict[str, Any], width: int = 80) -> str:
-    console = Console(width=width, record=True, quiet=True)
-    with console.capture() as captured:
-        for table in cli.status_tables(report):
-            console.print(table)
-    return captured.get() or console.export_text()
+    output = io.StringIO()
+    for table in cli.status_tables(report):
+        Console(width=width, file=output).print(table)
+    return output.getvalue()
 
 
 def copy_of_the_model(path: Path, without: str) -> Path:

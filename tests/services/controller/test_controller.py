@@ -15,7 +15,8 @@ from services.controller.controller import Controller, ControllerConfig, layer_s
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoint
 
-CONFIG = ControllerConfig(num_shards=3, dtype=torch.float32)
+SHARD_IDS = frozenset({"s0", "s1", "s2"})
+CONFIG = ControllerConfig(SHARD_IDS, "digest", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,8 @@ def test_the_first_placement_waits_for_all_shards_and_fills_them(family: ModelFa
             await controller.turn()
             placement = await registry.placement()
             assert placement is not None
-            assert (placement.epoch, placement.cover()) == (1, 2)
+            assert (placement.model, placement.cover()) == ("digest", 2)
+            assert placement.epoch > 1_700_000_000  # the time, so that a store that lost its data repeats none
             assert sum(shard.host.num_held for shard in (*shards, third)) == 2 * NUM_EXPERTS * len(LAYERS)
             await third.stop()
 
@@ -80,19 +82,21 @@ def test_a_shard_that_restarts_empty_is_filled_again(family: ModelFamily) -> Non
     async def run() -> None:
         registry = MemoryRegistry(lambda: 0.0)
         controller = Controller(CONFIG, family.expert_shapes, registry)
-        async with fleet(family, registry, 3) as shards:
+        async with fleet(family, registry, 2) as shards:
+            third = new_shard(family, registry, 2)
+            await third.start()
             await controller.turn()
-            await beat(registry, shards)
-            await controller.turn()  # makes the placement its own
-            num_held = shards[1].host.num_held
-            await shards[1].stop()
-            await controller.turn()  # a shard that is not there is no reason to fail
-            again = new_shard(family, registry, 1)
+            await beat(registry, [*shards, third])
+            num_held = third.host.num_held
+            await third.stop()
+            await controller.turn()  # a shard that is away is no reason to fail
+            again = new_shard(family, registry, 2)
             await again.start()
             assert again.host.num_held == 0
             await controller.turn()
+            await controller.settled()
             assert again.host.num_held == num_held
-            shards[1] = again
+            await again.stop()
 
     asyncio.run(run())
 
@@ -109,5 +113,46 @@ def test_a_store_that_comes_back_empty_gets_the_running_placement(family: ModelF
             await beat(controller.registry, shards)
             await controller.turn()
             assert await controller.registry.placement() == placement
+
+    asyncio.run(run())
+
+
+def test_a_placement_of_another_fleet_or_checkpoint_is_replaced(family: ModelFamily) -> None:
+    async def run() -> None:
+        registry = MemoryRegistry(lambda: 0.0)
+        async with fleet(family, registry, 3):
+            first = Controller(CONFIG, family.expert_shapes, registry)
+            await first.turn()
+            old = await registry.placement()
+            assert old is not None
+            assert first.fits(old)
+            other = Controller(replace(CONFIG, model="other"), family.expert_shapes, registry)
+            smaller = Controller(replace(CONFIG, shard_ids=SHARD_IDS - {"s2"}), family.expert_shapes, registry)
+            assert not other.fits(old)
+            assert not smaller.fits(old)
+            await other.turn()
+            new = await registry.placement()
+            assert new is not None
+            assert (new.model, new.epoch > old.epoch) == ("other", True)
+
+    asyncio.run(run())
+
+
+def test_a_shard_that_cannot_be_filled_holds_up_none_of_the_others(family: ModelFamily) -> None:
+    async def run() -> None:
+        registry = MemoryRegistry(lambda: 0.0)
+        controller = Controller(CONFIG, family.expert_shapes, registry)
+        async with fleet(family, registry, 3) as shards:
+            await controller.turn()
+            assert controller.placement is not None
+            dead = replace(shards[0].record, endpoint="127.0.0.1:1", held_digest="")
+            await registry.heartbeat(dead)
+            await shards[2].stop()
+            again = new_shard(family, registry, 2)
+            await again.start()
+            await controller.turn()
+            await controller.settled()
+            assert again.record.held_digest == held_digest(controller.placement.experts_of("s2"))
+            await again.stop()
 
     asyncio.run(run())

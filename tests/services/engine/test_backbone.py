@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,28 +18,21 @@ from cluster.load import LoadStore
 from cluster.memory_registry import MemoryRegistry
 from cluster.planner import first_placement
 from cluster.registry import Registry, RegistryStore, connect
-from cluster.topology import Homes, Shard
+from cluster.topology import Homes, Shard, held_digest
 from model.family import ModelFamily, load_family
 from model.moe import Experts, LocalExperts
 from model.nemotron_h import NemotronH
 from model.state import Batch, State
 from services.controller.controller import layer_specs
 from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.memory import plan_memory
 from services.engine.request import SamplingParams
 from services.expert import control
 from services.expert.client import RemoteExperts
 from tests.services.demo import MODEL, held_out_prompts
 from tests.services.expert.shard_process import ShardProcess
 
-CONFIG = BackboneConfig(
-    dtype=torch.float32,
-    device="cpu",
-    max_model_len=1024,
-    max_requests=4,
-    max_batch_tokens=256,
-    state_memory=64 << 20,
-    num_threads=1,
-)
+MAX_LEN = 1024
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 NUM_SHARDS = 5
 
@@ -58,6 +52,12 @@ def shards() -> Iterator[list[Shard]]:
     """In one process, to be filled by whoever uses them."""
     with ShardProcess(MODEL, NUM_SHARDS) as process:
         yield process.shards
+
+
+def make_backbone(family: ModelFamily, registry: RegistryStore | None, loads: LoadStore | None) -> Backbone:
+    memory = plan_memory(family.config.state_spec, torch.float32, 64 << 20, MAX_LEN, 4)
+    config = BackboneConfig(torch.float32, "cpu", MAX_LEN, max_batch_tokens=256, memory=memory, num_threads=1)
+    return Backbone(config, family, registry, loads)
 
 
 def planned(family: ModelFamily, shards: Sequence[Shard]) -> dict[int, Homes]:
@@ -139,14 +139,14 @@ def test_logits_and_tokens_are_the_same_to_the_bit_under_any_placement(
 async def running(
     family: ModelFamily, registry: RegistryStore | None, loads: LoadStore | None
 ) -> AsyncGenerator[Backbone, None]:
-    backbone = Backbone(CONFIG, family, registry, loads)
+    backbone = make_backbone(family, registry, loads)
     await backbone.start()
     yield backbone
     await backbone.stop()
 
 
 async def generate(backbone: Backbone, prompt: list[int]) -> list[int]:
-    return [token async for output in backbone.generate("r", prompt, GREEDY) for token in output.token_ids]
+    return [token async for output in backbone.engine.generate("r", prompt, GREEDY) for token in output.token_ids]
 
 
 async def wait_until(is_true: Callable[[], bool]) -> None:
@@ -157,9 +157,9 @@ async def wait_until(is_true: Callable[[], bool]) -> None:
 
 async def publish(registry: RegistryStore, family: ModelFamily, shards: list[Shard], epoch: int = 1) -> None:
     """Fills the shards and tells the registry."""
-    for shard in shards:
-        await registry.heartbeat(shard)
     placement = await control.fill(shards, planned(family, shards), epoch)
+    for shard in shards:
+        await registry.heartbeat(replace(shard, held_digest=held_digest(placement.experts_of(shard.id))))
     await registry.publish(placement, expected_epoch=epoch - 1, fencing=0)
 
 
@@ -183,7 +183,7 @@ def test_it_waits_for_a_placement_and_follows_the_next(
 ) -> None:
     async def run() -> None:
         registry = MemoryRegistry(lambda: 0.0)
-        backbone = Backbone(CONFIG, family, registry, NoLoads())
+        backbone = make_backbone(family, registry, NoLoads())
         starting = asyncio.create_task(backbone.start())
         await asyncio.sleep(0.3)
         assert not starting.done()
