@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from model.demo import DEMO
 from model.family import ModelFamily, load_family
 from model.moe import LocalExperts
 from model.state import Batch, State
-from services.app import DEMO
 
 
 class FloatExperts:

@@ -112,6 +112,9 @@ class NemotronHConfig:
         pattern = _pattern(raw, "")
         if pattern is None:
             raise ValueError("config.json lacks the key hybrid_override_pattern (or layers_block_type)")
+        if raw.get("num_hidden_layers") not in (None, len(pattern)):
+            given = raw["num_hidden_layers"]
+            raise ValueError(f"config.json has num_hidden_layers = {given!r}, but a pattern of {len(pattern)} layers")
         hidden = need("hidden_size")
         limit = raw.get("time_step_limit") or (0.0, float("inf"))
         mamba = MambaShape(
@@ -127,7 +130,9 @@ class NemotronHConfig:
         num_heads = need("num_attention_heads")
         num_kv_heads = raw.get("num_key_value_heads") or num_heads
         has_moe = "E" in pattern
-        eos = (generation or {}).get("eos_token_id", raw.get("eos_token_id"))
+        eos = (generation or {}).get("eos_token_id")
+        if eos is None:
+            eos = raw.get("eos_token_id")
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=hidden,
@@ -141,7 +146,7 @@ class NemotronHConfig:
             num_experts_per_tok=need("num_experts_per_tok") if has_moe else 0,
             moe_intermediate_size=need("moe_intermediate_size") if has_moe else 0,
             moe_shared_expert_intermediate_size=need("moe_shared_expert_intermediate_size") if has_moe else 0,
-            moe_latent_size=raw.get("moe_latent_size"),
+            moe_latent_size=need("moe_latent_size") if raw.get("moe_latent_size") else None,
             routed_scaling_factor=float(raw.get("routed_scaling_factor", 1.0)),
             n_group=raw.get("n_group") or 1,
             topk_group=raw.get("topk_group") or 1,

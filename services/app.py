@@ -10,14 +10,12 @@ import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import torch
 from fastapi import FastAPI
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
@@ -25,15 +23,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from cluster.load import LoadStore
-from cluster.planner import first_placement
-from cluster.registry import Registry, connect, key_prefix
-from cluster.topology import Shard
-from model.family import ModelFamily, load_family
+from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
-from services.controller.controller import Controller, ControllerConfig, layer_specs
+from services.args import AppArgs, PoolArgs
+from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
-from services.engine.memory import MemoryPlan, plan_memory
 from services.engine.request import EngineFailed, SamplingParams, TokenOutput
 from services.expert.shard import ExpertShard, ShardConfig
 from services.gateway.backbone_metrics import backbone_metrics
@@ -45,115 +39,12 @@ from services.gateway.text import Tokenizer
 
 log = logging.getLogger("ray.serve")
 
-DEMO = Path(__file__).parent.parent / "model" / "demo" / "checkpoint"
 GRPC_SERVICERS = [
     "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
-NUM_HOMES = 2  # of every expert, on different shards
-SHARE_MARGIN = 1.1  # experts cannot be cut to make shares even
-DEFAULT_STATE_MEMORY = 1 << 30
 MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
 HEALTH_TTL_S = 0.5
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class PoolArgs(BaseModel):
-    """One pool of expert shards."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = "experts-cpu"
-    shards: int = Field(3, ge=1)
-    device: Literal["cpu", "cuda"] = "cpu"
-    num_cpus: float = Field(1, ge=0)
-    memory_budget: ByteSize | None = Field(None, gt=0, description="of expert weights; an even share if left out")
-    host: str = Field("127.0.0.1", description="address a shard listens on; on a cluster, auto for the node's own")
-
-
-class AppArgs(BaseModel):
-    """Arguments of the application, as `args:` in a Serve config."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str = str(DEMO)
-    model_name: str = ""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["cpu", "cuda"] = "cpu"
-    experts: Literal["remote", "local"] = Field("remote", description="local: no shards, everything in the backbone")
-    redis_url: str = "redis://127.0.0.1:6379"
-    pools: list[PoolArgs] = Field(default_factory=lambda: [PoolArgs()], min_length=1)
-    max_model_len: int | None = Field(None, ge=2)
-    max_requests: int = Field(64, ge=1)
-    max_batch_tokens: int = Field(2048, ge=64)
-    state_memory: ByteSize | None = Field(None, gt=0, description="for requests' KV and recurrent state")
-    backbone_replicas: int = Field(1, ge=1)
-    backbone_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
-    gateway_replicas: int = Field(1, ge=1)
-
-    @property
-    def name(self) -> str:
-        return self.model_name or ("demo" if self.model == str(DEMO) else Path(self.model).resolve().name)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """auto is bf16 on a GPU, where it is fast, and fp32 on a CPU, where it is exact."""
-        return (
-            DTYPES["bfloat16" if self.device == "cuda" else "float32"] if self.dtype == "auto" else DTYPES[self.dtype]
-        )
-
-    def context(self, family: ModelFamily) -> int:
-        longest = family.config.max_position_embeddings
-        if self.max_model_len and self.max_model_len > longest:
-            raise ValueError(f"max_model_len is {self.max_model_len}; the model's own context is {longest}")
-        return self.max_model_len or longest
-
-    @property
-    def shard_ids(self) -> list[str]:
-        """Every shard of every pool; a replica's rank names it."""
-        return [f"{pool.name}-{rank}" for pool in self.pools for rank in range(pool.shards)]
-
-    def shard_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
-        """Bytes of expert weights that a shard of `pool` may hold."""
-        whole = sum(shape.num_experts * shape.nbytes(self.torch_dtype) for shape in family.expert_shapes)
-        even_share = NUM_HOMES * whole / len(self.shard_ids)
-        return int(pool.memory_budget or min(whole, SHARE_MARGIN * even_share))
-
-    def memory_plan(self, family: ModelFamily) -> MemoryPlan:
-        """How many requests fit; raises ValueError if not even one of the longest does."""
-        spec, longest = family.config.state_spec, self.context(family)
-        one = spec.bytes_per_slot(self.torch_dtype) + spec.num_blocks(longest) * spec.bytes_per_block(self.torch_dtype)
-        budget = self.state_memory or max(DEFAULT_STATE_MEMORY, one)
-        return plan_memory(spec, self.torch_dtype, budget, longest, self.max_requests)
-
-    def check(self) -> ModelFamily:
-        """Raises ValueError with one sentence where these arguments cannot be served. Reads no weights."""
-        family = load_family(self.model)
-        family.check()
-        Tokenizer(self.model)
-        key_prefix(self.name)
-        self.memory_plan(family)
-        if self.experts == "remote":
-            first_placement(
-                layer_specs(family.expert_shapes, self.torch_dtype), self._fleet(family), num_homes=NUM_HOMES
-            )
-        return family
-
-    def _fleet(self, family: ModelFamily) -> list[Shard]:
-        """The shards that there will be, as far as placing experts on them goes."""
-        return [
-            Shard(
-                f"{pool.name}-{rank}", "", f"node-{rank}", pool.name, pool.device, "", self.shard_memory(pool, family)
-            )
-            for pool in self.pools
-            for rank in range(pool.shards)
-        ]
-
-    def registry(self) -> Registry:
-        return Registry(connect(self.redis_url), self.name)
-
-    def loads(self) -> LoadStore:
-        return LoadStore(connect(self.redis_url), self.name)
 
 
 class ShardDeployment:

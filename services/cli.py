@@ -105,7 +105,7 @@ def up(
 
 
 def _app_args(model: str, pool: dict[str, Any], **others: Any) -> Any:
-    from services.app import AppArgs
+    from services.args import AppArgs
 
     chosen = {"model": str(Path(model).resolve())} if model else {}
     args = AppArgs(pools=[{"name": f"experts-{pool['device']}", **pool}], **chosen, **others)

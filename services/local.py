@@ -15,7 +15,8 @@ from ray import serve
 
 from cluster.embedded import EmbeddedRedis
 from cluster.registry import Registry, StoreUnavailable, connect
-from services.app import GRPC_SERVICERS, AppArgs, build_app
+from services.app import GRPC_SERVICERS, build_app
+from services.args import AppArgs
 
 APP_NAME = "expertmesh"
 
@@ -85,6 +86,7 @@ def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
 @contextmanager
 def _serve(args: AppArgs, ports: Ports, is_joined: bool) -> Iterator[None]:
     """On a cluster that was there before, Serve may be others' too: only our application goes when we go."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the command line says what is to be said
     grpc = {"port": ports.grpc, "grpc_servicer_functions": GRPC_SERVICERS}
     serve.start(http_options={"host": "127.0.0.1", "port": ports.http}, grpc_options=grpc)
     try:

@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from model.demo.corpus import EOS, IM_END, encode_all, xz_bits_per_byte
-from model.nemotron_h import NemotronH, expert_tensor_names, tensor_name
+from model.demo import DEMO
+from model.demo.corpus import EOS, IM_END, encode_all, read_corpus, train_tokenizer, xz_bits_per_byte
+from model.demo.sequence import TrainableExperts, sequence_draft, sequence_hidden
+from model.nemotron_h import NemotronH, NemotronHConfig, expert_tensor_names, tensor_name
 
-if TYPE_CHECKING:
-    from model.demo.train import TrainableExperts
-
-DEMO = Path(__file__).parent / "checkpoint"
 PREFIX = "backbone."
 CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"],
@@ -138,8 +136,6 @@ def measure(
 
     Windows of `length` tokens overlap by `context`, not scored twice; teacher-forced, fp32, weights as stored.
     """
-    from model.demo.train import sequence_draft, sequence_hidden  # train imports this module
-
     tokens = torch.from_numpy(encode_all(tokenizer, texts))
     nats, num_scored, accepted, num_drafts = 0.0, 0, 0, 0
     experts.counts.clear()
@@ -194,11 +190,16 @@ def export(
     print(json.dumps(metrics["held_out"], indent=2))
 
 
-def main() -> None:
-    from model.demo.corpus import read_corpus, train_tokenizer
-    from model.demo.train import TrainableExperts, restore
-    from model.nemotron_h import NemotronHConfig
+def restore(path: Path, model: NemotronH, experts: TrainableExperts) -> dict[str, Any]:
+    """Puts a saved training state's weights back; returns the rest of it."""
+    state: dict[str, Any] = torch.load(path, weights_only=False, map_location="cpu")
+    model.load_state_dict(state["model"])
+    for parameter, value in zip(experts.parameters(), state["experts"], strict=True):
+        parameter.data.copy_(value)
+    return state
 
+
+def main() -> None:
     parser = argparse.ArgumentParser(description="Export the demo model from its training state.")
     parser.add_argument("--work", type=Path, default=Path("/tmp/expertmesh-demo"))
     parser.add_argument("--out", type=Path, default=DEMO)

@@ -54,10 +54,21 @@ class EngineStats:
 
 
 class Engine:
-    """Continuous batching over one model. `generate` may be called from any event loop once `start` was called."""
+    """Continuous batching over one model. `generate` may be called from any event loop once `start` was called.
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
-        self.runner, self.scheduler = runner, scheduler
+    Steps that fail with one of `outages` are the fault of something else that a restart of the engine would not mend:
+    their requests fail, the engine stays healthy.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        outages: tuple[type[Exception], ...] = (),
+    ) -> None:
+        self.runner, self.scheduler, self.outages = runner, scheduler, outages
         self.vocab_size, self.eos_token_ids = vocab_size, frozenset(eos_token_ids)
         self._streams: dict[str, Stream] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -211,7 +222,7 @@ class Engine:
 
     def _fail_step(self, error: Exception) -> list[tuple[str, Item]]:
         self._num_failed_steps += 1
-        self._num_failed_in_a_row += 1
+        self._num_failed_in_a_row += not isinstance(error, self.outages)
         sentence = f"The step that computed this request failed with {type(error).__name__}: {error}"
         return [(request.id, EngineFailed(sentence)) for request in self.scheduler.abort_step()]
 
@@ -238,4 +249,8 @@ def _put_all(group: list[tuple[Stream, Item]]) -> None:
 def _to_item(output: TokenOutput) -> Item:
     if output.finish_reason is FinishReason.DEADLINE:
         return DeadlinePassed(f"The request's deadline passed after {output.num_generated} generated tokens.")
+    if output.finish_reason is FinishReason.FAILED:
+        sentence = "The model's logits hold NaN or infinity, so no token can be chosen from them."
+        logger.error("Request %s failed: %s", output.request_id, sentence)
+        return EngineFailed(sentence)
     return output

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+MAX_TOP_K = 2**31 - 1  # far beyond any vocabulary, and an integer that tensors can hold
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
 
@@ -28,6 +29,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     DEADLINE = "deadline"  # `Engine.generate` raises DeadlinePassed instead of yielding it
+    FAILED = "failed"  # `Engine.generate` raises EngineFailed instead of yielding it
 
 
 def _check(is_good: bool, name: str, allowed: str, value: object) -> None:
@@ -57,7 +59,8 @@ class SamplingParams:
         temperature_ok = self.temperature >= 0 and math.isfinite(self.temperature)
         _check(temperature_ok, "temperature", "a finite number of at least 0", self.temperature)
         _check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
-        _check(self.top_k >= -1, "top_k", "at least 1, or 0 or -1 for the whole vocabulary", self.top_k)
+        top_k_allowed = f"1 to {MAX_TOP_K}, or 0 or -1 for the whole vocabulary"
+        _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", top_k_allowed, self.top_k)
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a signed 64-bit integer", self.seed)
         self._check_stops()
 

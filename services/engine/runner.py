@@ -10,7 +10,7 @@ from torch import Tensor
 from model.state import Batch, State
 from services.engine.request import Request
 from services.engine.sampler import Choice, sample
-from services.engine.scheduler import ScheduledBatch
+from services.engine.scheduler import NewTokens, ScheduledBatch
 
 
 class LanguageModel(Protocol):
@@ -30,19 +30,19 @@ class Runner:
         self.model, self.state, self.device = model, state, device
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> list[tuple[int, ...]]:
+    def run(self, batch: ScheduledBatch) -> list[NewTokens]:
         """New tokens of each request of the batch: none for a request that still lags behind."""
         if not batch.requests:
             return []
         packed = self._pack(batch)
         hidden_TD = self.model.forward(packed, self.state)
         caught_up = [i for i, (request, length) in enumerate(batch) if length == request.num_pending]
-        new_tokens: list[tuple[int, ...]] = [()] * len(batch.requests)
+        new_tokens: list[NewTokens] = [()] * len(batch.requests)
         if caught_up:
             logits_SV = self.model.logits(hidden_TD[[packed.last_rows[i] for i in caught_up]])
             tokens = sample(logits_SV, [_choice(batch.requests[i]) for i in caught_up])
             for i, token in zip(caught_up, tokens, strict=True):
-                new_tokens[i] = (token,)
+                new_tokens[i] = None if token is None else (token,)
         return new_tokens
 
     def _pack(self, batch: ScheduledBatch) -> Batch:

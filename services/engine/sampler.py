@@ -25,14 +25,14 @@ class Choice:
     forbidden_ids: frozenset[int] = frozenset()
 
 
-def sample(logits_SV: Tensor, choices: Sequence[Choice]) -> list[int]:
-    """One token id per row of fp32 logits; ArithmeticError if a row holds NaN or +infinity."""
+def sample(logits_SV: Tensor, choices: Sequence[Choice]) -> list[int | None]:
+    """One token id per row of fp32 logits; None for a row that holds NaN or +infinity, or -infinity alone."""
     assert logits_SV.shape[0] == len(choices)
-    if not bool((logits_SV < torch.inf).all()):
-        raise ArithmeticError("The model's logits hold NaN or infinity, so no token can be chosen from them.")
     logits_SV = _forbid(logits_SV, choices)
-    tokens: list[int] = logits_SV.argmax(dim=-1).tolist()  # ties: the lowest id
-    rows = [row for row, choice in enumerate(choices) if not choice.params.is_greedy]
+    can_choose: list[bool] = logits_SV.amax(dim=-1).isfinite().tolist()
+    greedy: list[int] = logits_SV.argmax(dim=-1).tolist()  # ties: the lowest id
+    tokens = [token if can else None for token, can in zip(greedy, can_choose, strict=True)]
+    rows = [row for row, choice in enumerate(choices) if can_choose[row] and not choice.params.is_greedy]
     if rows:
         drawn = _draw(logits_SV[rows], [choices[row] for row in rows])
         for row, token in zip(rows, drawn, strict=True):
@@ -67,7 +67,8 @@ def _forbid(logits_SV: Tensor, choices: Sequence[Choice]) -> Tensor:
 
 def _keep_top(probs_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     vocab_size = probs_SV.shape[-1]
-    top_k_S1 = torch.tensor([[p.top_k if p.top_k > 0 else vocab_size] for p in params], device=probs_SV.device)
+    top_ks = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+    top_k_S1 = torch.tensor(top_ks, device=probs_SV.device)[:, None]
     top_p_S1 = probs_SV.new_tensor([[p.top_p] for p in params])
     sorted_SV, ids_SV = probs_SV.sort(dim=-1, descending=True, stable=True)
     ranks_V = torch.arange(vocab_size, device=probs_SV.device)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from services.engine.memory import IdPool
 from services.engine.request import EngineOverloaded, FinishReason, Request, TokenOutput
 
+NewTokens = Sequence[int] | None  # of one request in one step; None: the model gave nothing to choose from
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -103,14 +105,16 @@ class Scheduler:
         self._in_flight = self._fill_budget()
         return self._in_flight
 
-    def postprocess(self, batch: ScheduledBatch, sampled: Sequence[Sequence[int]]) -> list[TokenOutput]:
+    def postprocess(self, batch: ScheduledBatch, sampled: Sequence[NewTokens]) -> list[TokenOutput]:
         """Commits a computed step: `sampled[i]` are the new tokens of `batch.requests[i]`, none if it lags behind."""
         assert batch is self._in_flight
         outputs = []
         for (request, length), token_ids in zip(batch, sampled, strict=True):
             request.num_computed_tokens += length
             assert 0 < request.num_computed_tokens <= request.num_tokens
-            if token_ids:
+            if token_ids is None:
+                outputs.append(self._end(request, FinishReason.FAILED))
+            elif token_ids:
                 outputs.append(self._commit(request, token_ids))
         outputs += self._expire()
         self._in_flight = None
@@ -196,9 +200,11 @@ class Scheduler:
     def _expire(self) -> list[TokenOutput]:
         now = self._clock()
         expired = [r for r in [*self.running, *self.waiting] if r.deadline <= now]
-        for request in expired:
-            self._drop(request)
-        return [_output(request, (), FinishReason.DEADLINE) for request in expired]
+        return [self._end(request, FinishReason.DEADLINE) for request in expired]
+
+    def _end(self, request: Request, reason: FinishReason) -> TokenOutput:
+        self._drop(request)
+        return _output(request, (), reason)
 
 
 def _output(request: Request, token_ids: tuple[int, ...], reason: FinishReason | None) -> TokenOutput:

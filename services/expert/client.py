@@ -43,18 +43,25 @@ class ExpertsUnavailable(RuntimeError):
 class CallPolicy:
     """Bounds of one call: seconds for all of it, tries for each of its picks, bytes of rows in one message.
 
-    A shard that owes an answer and says nothing for `stall_s` is passed over where the picks have another home.
+    A shard that owes an answer and says nothing for `stall_s`, and `patience` times as long as its work should take, is
+    passed over where the picks have another home.
     """
 
     timeout_s: float = 30.0
     stall_s: float = 0.5
+    patience: float = 8.0
     max_tries: int = 6
     piece_bytes: int = PIECE_BYTES
 
     def __post_init__(self) -> None:
         assert 0 < self.stall_s <= self.timeout_s
+        assert self.patience >= 0
         assert self.max_tries > 0
         assert self.piece_bytes > 0
+
+    def allowed_silence_s(self, predicted_s: float) -> float:
+        """Grows with the work, but leaves most of the time to another home: the shard may be hung for all that."""
+        return self.stall_s + min(self.patience * predicted_s, self.timeout_s / 4)
 
 
 @dataclass
@@ -144,7 +151,8 @@ class RemoteExperts:
         self._close_later(self._streams.keys() - wanted)
 
     def _tables(self, placement: Placement) -> Mapping[int, HomeTable]:
-        if self._fleet and self._fleet.placement.epoch == placement.epoch:
+        known = self._fleet.placement.homes if self._fleet else None
+        if self._fleet and (placement.homes is known or placement.homes == known):
             return self._fleet.tables
         return {layer: HomeTable(homes) for layer, homes in placement.homes.items()}
 
@@ -352,10 +360,8 @@ class _Call:
 
     def _pass_over_stalled(self) -> None:
         """Sends the picks of shards that say nothing to another home; without one there is nothing but to wait."""
-        now, stall_s = time.monotonic(), self.owner.policy.stall_s
-        stalled = [
-            (id, part) for id, part in self.parts.items() if now - max(part.sent_at, part.stream.heard_at) > stall_s
-        ]
+        now = time.monotonic()
+        stalled = [(id, part) for id, part in self.parts.items() if self._is_stalled(part, now)]
         for stream in {part.stream for _, part in stalled}:
             stream.rest(now)
         for request_id, part in stalled:
@@ -367,6 +373,10 @@ class _Call:
             self.owner.traffic.num_stalled += 1
             del self.parts[request_id]
             self.owner._loop_thread.call_soon(part.stream.forget, request_id)
+
+    def _is_stalled(self, part: _Part, now: float) -> bool:
+        silent_s = now - max(part.sent_at, part.stream.heard_at)
+        return silent_s > self.owner.policy.allowed_silence_s(part.stream.predicted_s)
 
 
 def _starts_of_runs(values: Ints) -> NDArray[np.bool_]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -20,6 +20,7 @@ from services.expert.worker import Worker
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
+MAX_UNREAD = 256  # requests of one stream whose replies it has not taken
 
 
 @dataclass
@@ -37,11 +38,15 @@ class Counters:
 
 
 class _Stream:
-    """One backbone's stream: where its replies go, and whether anybody still waits for them."""
+    """One backbone's stream: where its replies go, and whether anybody still waits for them.
+
+    A client that does not read its replies is not read from either, or they would pile up here without end.
+    """
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.replies: asyncio.Queue[pb.ComputeReply | None] = asyncio.Queue()
+        self.room = asyncio.Semaphore(MAX_UNREAD)
         self.is_open = True
 
     def reply(self, reply: pb.ComputeReply | None) -> None:
@@ -67,7 +72,9 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         reading = asyncio.create_task(self._read(requests, stream))
         try:
             while (reply := await stream.replies.get()) is not None:
+                self.counters.num_refusals += reply.HasField("refusal")
                 yield reply
+                stream.room.release()
             await reading
         finally:
             stream.is_open = False
@@ -77,6 +84,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         try:
             async for request in requests:
                 self._accept(request, stream)
+                await stream.room.acquire()
         finally:
             self.worker.submit(lambda: stream.reply(None))  # after the replies to everything accepted before
 
@@ -116,7 +124,6 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             return self._refusal(request, Refused(pb.Refusal.FAILED, f"Computing failed with {error!r}."))
 
     def _refusal(self, request: pb.ComputeRequest, refused: Refused) -> pb.ComputeReply:
-        self.counters.num_refusals += 1
         refusal = pb.Refusal(
             code=refused.code, detail=refused.detail, epoch=self.host.epoch, missing=list(refused.missing)
         )
@@ -131,29 +138,28 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         counters.compute_us += reply.compute_us
 
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadReply:
-        wanted = _wanted(request.experts)
-        try:
-            await asyncio.shield(asyncio.create_task(self._load(wanted)))  # a caller that leaves must not free the lock
-        except ValueError as error:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
-        host = self.host
-        host.epoch = max(host.epoch, request.epoch)
+        host, wanted = self.host, _wanted(request.experts)
+        await self._change(lambda: asyncio.to_thread(host.load, wanted), request.epoch, context)
         gains = [pb.LayerGain(layer=layer, exponent=gain) for layer, gain in host.gains(sorted(wanted)).items()]
         return pb.LoadReply(gains=gains, used_bytes=host.used_bytes, memory_budget=host.memory_budget)
 
-    async def _load(self, wanted: Wanted) -> None:
-        async with self._changing:
-            await asyncio.to_thread(self.host.load, wanted)
-
     async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadReply:
-        wanted = _wanted(request.experts)
-        async with self._changing:
-            try:
-                await self.worker.run(lambda: self.host.remove(wanted))
-            except ValueError as error:
-                await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
-        self.host.epoch = max(self.host.epoch, request.epoch)
-        return pb.UnloadReply(used_bytes=self.host.used_bytes)
+        host, wanted = self.host, _wanted(request.experts)
+        await self._change(lambda: self.worker.run(lambda: host.remove(wanted)), request.epoch, context)
+        return pb.UnloadReply(used_bytes=host.used_bytes)
+
+    async def _change(self, change: Callable[[], Awaitable[None]], epoch: int, context: Context) -> None:
+        """Changes what is held, one change at a time; a caller that leaves neither stops it nor frees the lock."""
+
+        async def change_alone() -> None:
+            async with self._changing:
+                await change()
+                self.host.epoch = max(self.host.epoch, epoch)
+
+        try:
+            await asyncio.shield(asyncio.create_task(change_alone()))
+        except ValueError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
         host = self.host

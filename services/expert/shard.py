@@ -97,6 +97,11 @@ class ExpertShard:
         await asyncio.to_thread(self.service.worker.close)
 
     @property
+    def is_healthy(self) -> bool:
+        """Whether it still registers itself and computes; asked between `start` and `stop`."""
+        return not self._beating.done() and self.service.worker.is_alive
+
+    @property
     def record(self) -> Shard:
         """What this shard says of itself in the registry."""
         config = self.config
@@ -128,9 +133,12 @@ class ExpertShard:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            if self.service.is_draining:
-                await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-            await self._heartbeat()
+            try:
+                if self.service.is_draining:
+                    await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+                await self._heartbeat()
+            except Exception:
+                log.exception("Shard %s failed to register itself and will try again.", self.config.shard_id)
 
     async def _heartbeat(self) -> None:
         try:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from functools import cache
 from queue import SimpleQueue
 from typing import Any
@@ -26,6 +27,7 @@ CONNECT_TIMEOUT_S = 1.0
 MIN_RECONNECT_S, MAX_RECONNECT_S = 0.05, 1.0
 MAX_REST_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
+PACE_KEPT = 0.9  # of what earlier replies said about a shard's pace, with each new one
 
 Inbox = SimpleQueue[tuple[int, pb.ComputeReply | None]]
 
@@ -55,6 +57,14 @@ def shared_loop_thread() -> LoopThread:
     return LoopThread("expert-streams")
 
 
+@dataclass(slots=True)
+class _Owed:
+    """A request that the shard has not answered; `inbox` is None where nobody waits for it any more."""
+
+    num_rows: int
+    inbox: Inbox | None
+
+
 class ShardStream:
     """A stream that is opened again whenever it breaks.
 
@@ -68,10 +78,19 @@ class ShardStream:
         self.heard_at = 0.0
         self._rests_until = 0.0
         self._num_rests = 0
-        self._pending: dict[int, Inbox] = {}
+        self._pending: dict[int, _Owed] = {}
+        self._num_rows_owed = 0
+        self._paced_rows = self._paced_us = 0.0  # recent replies, each counting by its rows
+        self._queue_us = 0  # as of the last reply
         self._outbox: asyncio.Queue[pb.ComputeRequest] = asyncio.Queue()
         self._task: asyncio.Task[None]
         loop_thread.call_soon(self._start)
+
+    @property
+    def predicted_s(self) -> float:
+        """How long the shard should take for the rows it owes, going by what its replies said; 0 before the first."""
+        us_per_row = self._paced_us / self._paced_rows if self._paced_rows else 0.0
+        return (self._queue_us + us_per_row * self._num_rows_owed) / 1e6
 
     def is_resting(self, now: float) -> bool:
         return now < self._rests_until
@@ -85,12 +104,14 @@ class ShardStream:
         if self.is_down:
             inbox.put((request.id, None))
         else:
-            self._pending[request.id] = inbox
+            self._pending[request.id] = _Owed(request.num_rows, inbox)
+            self._num_rows_owed += request.num_rows
             self._outbox.put_nowait(request)
 
     def forget(self, request_id: int) -> None:
-        """Drops the reply to a request that nobody waits for any more."""
-        self._pending.pop(request_id, None)
+        """Drops the reply to a request that nobody waits for any more; the shard computes it all the same."""
+        if owed := self._pending.get(request_id):
+            owed.inbox = None
 
     async def close(self) -> None:
         self._task.cancel()
@@ -145,13 +166,24 @@ class ShardStream:
         self.heard_at = time.monotonic()
         self.queue_depth = reply.queue_depth
         self._rests_until, self._num_rests = 0.0, 0
-        inbox = self._pending.pop(reply.id, None)
-        if inbox is not None:
-            inbox.put((reply.id, reply))
+        owed = self._pending.pop(reply.id, None)
+        if owed is None:
+            return
+        self._num_rows_owed -= owed.num_rows
+        if reply.HasField("sums"):
+            self._note_pace(reply, owed.num_rows)
+        if owed.inbox is not None:
+            owed.inbox.put((reply.id, reply))
+
+    def _note_pace(self, reply: pb.ComputeReply, num_rows: int) -> None:
+        self._queue_us = reply.queue_us
+        self._paced_rows = PACE_KEPT * self._paced_rows + num_rows
+        self._paced_us = PACE_KEPT * self._paced_us + reply.compute_us
 
     def _lose_pending(self) -> None:
         self.is_down = True
         self._outbox = asyncio.Queue()
-        pending, self._pending = self._pending, {}
-        for request_id, inbox in pending.items():
-            inbox.put((request_id, None))
+        pending, self._pending, self._num_rows_owed = self._pending, {}, 0
+        for request_id, owed in pending.items():
+            if owed.inbox is not None:
+                owed.inbox.put((request_id, None))

@@ -33,6 +33,10 @@ class Worker:
     def is_full(self) -> bool:
         return self.depth >= self.max_depth
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def submit(self, job: Callable[[], object]) -> None:
         """Takes a job, over the bound too: callers ask `is_full` before jobs that others may take as well."""
         self._num_accepted += 1

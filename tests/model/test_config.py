@@ -12,7 +12,8 @@ import pytest
 
 from model.checkpoint import Checkpoint, read_json
 from model.family import load_family
-from model.nemotron_h import NemotronHConfig
+from model.moe import LocalExperts
+from model.nemotron_h import NemotronHConfig, make_moe
 from tests.model.checkpoints import BASE, VARIANTS, WITH_MTP, Tiny, edit_config
 
 PATTERN = "MEM*E-"
@@ -79,7 +80,15 @@ def test_older_names_of_the_mamba_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("in_config", "generation", "expected"),
-    [(2, {"eos_token_id": [2, 11]}, (2, 11)), (2, {}, (2,)), ([3, 4], None, (3, 4)), (None, {}, ()), (0, None, (0,))],
+    [
+        (2, {"eos_token_id": [2, 11]}, (2, 11)),
+        (2, {"eos_token_id": 0}, (0,)),
+        (2, {"eos_token_id": None}, (2,)),
+        (2, {}, (2,)),
+        ([3, 4], None, (3, 4)),
+        (None, {}, ()),
+        (0, None, (0,)),
+    ],
     ids=str,
 )
 def test_eos_ids_come_from_the_generation_config(in_config: object, generation: Any, expected: tuple[int, ...]) -> None:
@@ -128,6 +137,22 @@ def test_keys_of_absent_layers_are_not_asked_for() -> None:
 
 def test_missing_pattern_is_named() -> None:
     refused("config.json lacks the key hybrid_override_pattern (or layers_block_type)", "hybrid_override_pattern")
+
+
+def test_another_number_of_layers_than_the_pattern_names_is_refused() -> None:
+    num_layers = len(BASE["hybrid_override_pattern"])
+    assert parse(num_hidden_layers=num_layers) == parse(num_hidden_layers=None) == parse()
+    sentence = f"config.json has num_hidden_layers = {num_layers + 1}, but a pattern of {num_layers} layers"
+    refused(sentence, num_hidden_layers=num_layers + 1)
+    refused(sentence, "hybrid_override_pattern", num_hidden_layers=num_layers + 1, layers_block_type=["mamba"] * 7)
+
+
+def test_no_latent_size_is_said_by_null_zero_or_nothing() -> None:
+    plain = parse("moe_latent_size")
+    assert plain == parse(moe_latent_size=None) == parse(moe_latent_size=0)
+    assert {shape.input_dim for shape in plain.expert_shapes} == {BASE["hidden_size"]}
+    assert not make_moe(plain, 1, LocalExperts({})).is_latent
+    refused("config.json has moe_latent_size = -1; allowed is a positive integer", moe_latent_size=-1)
 
 
 def test_sizes_that_do_not_divide_are_named() -> None:

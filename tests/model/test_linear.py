@@ -41,7 +41,7 @@ def test_rows_do_not_depend_on_their_company(
 def test_a_stable_product_is_the_product() -> None:
     randn = seeded(0)
     x, weight = randn(10, 24), randn(16, 24)
-    for plan in (RowPlan(1, 512), RowPlan(4, 64), RowPlan(8, 8)):
+    for plan in (RowPlan(1, 256), RowPlan(4, 64), RowPlan(8, 8)):
         torch.testing.assert_close(stable_linear(x, weight, plan), x @ weight.T)
     assert stable_linear(x[:0], weight, RowPlan(4, 64)).shape == (0, 16)
 
@@ -63,6 +63,10 @@ def other_beyond_100_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None)
     return plain_linear(x, weight) if x.shape[0] <= 100 else halves_added(x, weight)
 
 
+def other_at_136_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return plain_linear(x, weight) if x.shape[0] != 136 else halves_added(x, weight)
+
+
 def other_in_the_first_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.cat([halves_added(x[:1], weight), plain_linear(x[1:], weight)])
 
@@ -79,9 +83,11 @@ def test_planted_products_that_vary_are_caught(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(F, "linear", other_unless_multiple_of_4)
     assert not is_row_invariant(weight, RowPlan(2, 64))
     assert is_row_invariant(weight, RowPlan(4, 64))
-    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(4, 512)
+    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(4, 256)
     monkeypatch.setattr(F, "linear", other_beyond_100_rows)
     assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(1, 64)
+    monkeypatch.setattr(F, "linear", other_at_136_rows)
+    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(1, 128)
     monkeypatch.setattr(F, "linear", other_in_the_first_row)
     with pytest.raises(RuntimeError, match="products of 96x48 on cpu independent of their company"):
         find(96, 48, torch.float32, "cpu", 1)

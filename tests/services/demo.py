@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, NemotronHForCausalLM
 
-from model.demo import corpus
+from model.demo import DEMO, corpus
 
-DEMO = Path(corpus.__file__).parent / "checkpoint"
 MODEL = Path(os.environ.get("EXPERTMESH_TEST_MODEL", DEMO))
 
 
@@ -32,9 +31,6 @@ def held_out_prompts(count: int, length: int = 64) -> list[list[int]]:
 def transformers_greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """What the reference implementation generates in fp32 after prompts of one length, the end token included."""
     model: Any = NemotronHForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    for module in model.modules():
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = (0.0, float("inf"))  # JSON has no infinity: the class reads a default instead
     ends = set(model.generation_config.eos_token_id)
     with torch.inference_mode():
         rows = model.generate(torch.tensor(prompts), max_new_tokens=max_tokens, do_sample=False)

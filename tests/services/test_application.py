@@ -253,7 +253,7 @@ def test_a_port_in_use_is_one_sentence(server: Application) -> None:
     answer = expertmesh("up", "--port", str(server.port), "--model", str(MODEL))
     assert answer.returncode == 2
     assert answer.stderr == (
-        f"expertmesh: --port {server.port} is in use on 127.0.0.1; choose another one or stop what listens there\n"
+        f"expertmesh: --port {server.port} is in use; choose another one or stop what listens there\n"
     )
 
 

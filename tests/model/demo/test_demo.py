@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import NemotronHForCausalLM
 
+from model.demo import DEMO
 from model.demo.corpus import encode_all, read_corpus
-from model.demo.export import DEMO
 from model.family import ModelFamily, load_family
 from model.nemotron_h import NemotronH
 from model.state import Batch, State

@@ -86,6 +86,7 @@ def test_a_shard_that_restarts_empty_is_filled_again(family: ModelFamily) -> Non
             third = new_shard(family, registry, 2)
             await third.start()
             await controller.turn()
+            await controller.settled()
             await beat(registry, [*shards, third])
             num_held = third.host.num_held
             await third.stop()
@@ -142,12 +143,15 @@ def test_a_shard_that_cannot_be_filled_holds_up_none_of_the_others(family: Model
     async def run() -> None:
         registry = MemoryRegistry(lambda: 0.0)
         controller = Controller(CONFIG, family.expert_shapes, registry)
-        async with fleet(family, registry, 3) as shards:
+        async with fleet(family, registry, 2) as shards:
+            third = new_shard(family, registry, 2)
+            await third.start()
             await controller.turn()
+            await controller.settled()
             assert controller.placement is not None
             dead = replace(shards[0].record, endpoint="127.0.0.1:1", held_digest="")
             await registry.heartbeat(dead)
-            await shards[2].stop()
+            await third.stop()
             again = new_shard(family, registry, 2)
             await again.start()
             await controller.turn()

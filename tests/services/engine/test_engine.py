@@ -7,12 +7,13 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from model.state import Batch, State
 from services.engine.engine import Engine
 from services.engine.request import DeadlinePassed, EngineFailed, EngineOverloaded, SamplingParams, TokenOutput
-from tests.services.engine.tiny_model import EOS, VOCAB_SIZE, TinyModel, tiny_engine
+from tests.services.engine.tiny_model import DIM, EOS, VOCAB_SIZE, TinyModel, tiny_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
@@ -231,6 +232,43 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on() -> None:
         assert engine.is_healthy
         assert_idle(engine)
         assert engine.stats().num_failed_steps == 3
+
+
+def test_an_outage_elsewhere_fails_requests_and_leaves_the_engine_healthy() -> None:
+    model = FailingModel()
+    with started(tiny_engine(model, outages=(ConnectionError,))) as engine:
+        model.is_failing = True
+        for _ in range(4):
+            with pytest.raises(EngineFailed, match=r"failed with ConnectionError: no shard answered\."):
+                run_one(engine, [1, 2])
+            assert engine.is_healthy
+        assert engine.stats().num_failed_steps == 4
+        model.is_failing = False
+        assert run_one(engine, [1, 2]) == model.naive_greedy([1, 2], 20)
+
+
+class PoisonedModel(TinyModel):
+    """Has no number to give where the token 7 went in last."""
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        logits_SV = super().logits(hidden_SD)
+        logits_SV[(hidden_SD[:, :DIM] == self.recur(torch.zeros(DIM), 7)).all(dim=-1)] = torch.nan
+        return logits_SV
+
+
+def test_logits_that_are_no_numbers_fail_their_own_request_alone() -> None:
+    async def run(engine: Engine) -> list[Any]:
+        streams = [collect(engine.generate(str(prompt), prompt, GREEDY)) for prompt in ([1, 2], [7], [3, 4])]
+        return await asyncio.gather(*streams, return_exceptions=True)
+
+    model = PoisonedModel()
+    with started(tiny_engine(model)) as engine:
+        first, failed, last = asyncio.run(run(engine))
+        assert_idle(engine)
+        assert engine.stats().num_failed_steps == 0
+    assert [first, last] == [model.naive_greedy(prompt, 20) for prompt in ([1, 2], [3, 4])]
+    assert isinstance(failed, EngineFailed)
+    assert str(failed) == "The model's logits hold NaN or infinity, so no token can be chosen from them."
 
 
 def test_stopping_ends_open_streams_and_refuses_new_ones() -> None:

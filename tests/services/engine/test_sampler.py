@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.request import SamplingParams
+from services.engine.request import MAX_TOP_K, SamplingParams
 from services.engine.sampler import Choice, sample, target_probs, uniform
 
 GREEDY = SamplingParams(temperature=0)
@@ -24,10 +24,19 @@ def test_forbidden_tokens_are_never_chosen() -> None:
     assert sample(logits, choices) == [3, 1]
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
-    with pytest.raises(ArithmeticError, match="NaN or infinity"):
-        sample(torch.tensor([[0.0, bad]]), [Choice(GREEDY, 0, 0)])
+@pytest.mark.parametrize("bad", [[0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]], ids=str)
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_k=1)], ids=["greedy", "drawn"])
+def test_no_token_is_chosen_from_a_row_that_allows_none_and_the_others_do_not_mind(
+    bad: list[float], params: SamplingParams
+) -> None:
+    logits = torch.tensor([[0.0, 9.0], bad, [9.0, -torch.inf]])
+    assert sample(logits, [Choice(params, 0, 0)] * 3) == [1, None, 0]
+
+
+def test_a_top_k_above_the_vocabulary_is_all_of_it() -> None:
+    logits = torch.tensor([[0.5, 2.0, 1.0]])
+    everything = target_probs(logits, [SamplingParams(top_k=3)])
+    assert torch.equal(target_probs(logits, [SamplingParams(top_k=MAX_TOP_K)]), everything)
 
 
 def test_noise_is_a_function_of_seed_and_position() -> None:

@@ -66,8 +66,8 @@ class TinyModel(nn.Module):
         return tokens[len(prompt) :]
 
 
-def tiny_engine(model: TinyModel | None = None, **limits: int) -> Engine:
+def tiny_engine(model: TinyModel | None = None, outages: tuple[type[Exception], ...] = (), **limits: int) -> Engine:
     defaults = {"num_slots": 8, "num_blocks": 128, "max_model_len": 256, "max_batch_tokens": 64}
     config = SchedulerConfig(block_size=BLOCK_SIZE, **(defaults | limits))
     state = State(SPEC, config.num_slots, config.num_blocks, torch.float32)
-    return Engine(Runner(model or TinyModel(), state), Scheduler(config), VOCAB_SIZE, [EOS])
+    return Engine(Runner(model or TinyModel(), state), Scheduler(config), VOCAB_SIZE, [EOS], outages)

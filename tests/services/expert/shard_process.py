@@ -17,6 +17,8 @@ import torch
 from cluster.memory_registry import MemoryRegistry
 from cluster.topology import Shard
 from model.family import load_family
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
 
 ROOT = Path(__file__).parents[3]
@@ -26,9 +28,16 @@ class ShardProcess:
     """`num_shards` shards of one model directory, all in one other process."""
 
     def __init__(
-        self, model_dir: Path, num_shards: int = 1, dtype: str = "float32", name: str = "s", max_queue: int = 64
+        self,
+        model_dir: Path,
+        num_shards: int = 1,
+        dtype: str = "float32",
+        name: str = "s",
+        max_queue: int = 64,
+        us_per_row: int = 0,
     ) -> None:
-        command = [sys.executable, "-m", __name__, str(model_dir), str(num_shards), dtype, name, str(max_queue)]
+        arguments = map(str, (model_dir, num_shards, dtype, name, max_queue, us_per_row))
+        command = [sys.executable, "-m", __name__, *arguments]
         env, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, env=env)
         self._shards: list[Shard] = []
@@ -49,11 +58,24 @@ class ShardProcess:
         self.process.communicate()
 
 
-async def serve(model_dir: str, num_shards: int, dtype: torch.dtype, name: str, max_queue: int) -> None:
+def slow_down(host: ExpertHost, us_per_row: int) -> None:
+    compute = host.compute
+
+    def compute_slowly(request: pb.ComputeRequest) -> pb.Sums:
+        time.sleep(us_per_row * request.num_rows / 1e6)
+        return compute(request)
+
+    host.compute = compute_slowly  # type: ignore[method-assign]
+
+
+async def serve(
+    model_dir: str, num_shards: int, dtype: torch.dtype, name: str, max_queue: int, us_per_row: int
+) -> None:
     family, registry = load_family(model_dir), MemoryRegistry(time.monotonic)
     base = ShardConfig("base", memory_budget=1 << 30, dtype=dtype, max_queue=max_queue)
     shards = [ExpertShard(replace(base, shard_id=f"{name}{i}"), family, registry) for i in range(num_shards)]
     for shard in shards:
+        slow_down(shard.host, us_per_row)
         await shard.start()
     print(json.dumps([asdict(shard.record) for shard in shards]), flush=True)
     await asyncio.to_thread(sys.stdin.read)
@@ -63,4 +85,6 @@ async def serve(model_dir: str, num_shards: int, dtype: torch.dtype, name: str, 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), sys.argv[4], int(sys.argv[5])))
+    asyncio.run(
+        serve(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), *sys.argv[4:5], *map(int, sys.argv[5:]))
+    )

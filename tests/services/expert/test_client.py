@@ -170,6 +170,45 @@ def test_an_older_placement_is_passed_over(fleet: list[Shard], local: LocalExper
     assert torch.equal(remote(1, *rows)(), local(1, *rows)())
 
 
+def test_another_placement_of_the_same_epoch_is_used(
+    fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    rows = make_rows(3)
+    for shard in fleet[:2]:
+        remote.update(placement_on(local, everywhere([shard.id])), fleet)
+        assert torch.equal(remote(1, *rows)(), local(1, *rows)())
+
+
+def test_the_tables_of_a_placement_are_made_once(
+    fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    remote.update(placement_on(local, everywhere([fleet[0].id]), epoch=1), fleet)
+    assert remote._fleet is not None
+    tables = remote._fleet.tables
+    remote.update(placement_on(local, everywhere([fleet[0].id]), epoch=2), fleet)
+    assert remote._fleet.tables is tables
+
+
+def test_the_silence_allowed_grows_with_the_work_and_leaves_time_for_another_home() -> None:
+    policy = CallPolicy(timeout_s=20.0, stall_s=0.5, patience=8.0)
+    assert [policy.allowed_silence_s(predicted) for predicted in (0.0, 0.25, 60.0)] == [0.5, 2.5, 5.5]
+
+
+def test_a_shard_that_computes_for_long_is_left_to_it(model_dir: Path, fleet: list[Shard], local: LocalExperts) -> None:
+    few, many = make_rows(10), make_rows(100)
+    with ShardProcess(model_dir, 1, name="slow", us_per_row=5000) as slow:
+        shards = [*slow.shards, fleet[0]]
+        fill(slow.shards, everywhere([slow.shards[0].id]))
+        for patience, num_stalled in ((0.0, 1), (8.0, 0)):
+            remote = RemoteExperts(CallPolicy(stall_s=0.2, patience=patience))
+            remote.update(placement_on(local, everywhere([slow.shards[0].id]), epoch=1), shards)
+            remote(1, *few)()  # from here on it is known how long a row takes
+            remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
+            assert torch.equal(remote(1, *many)(), local(1, *many)())
+            assert remote.traffic.num_stalled == num_stalled
+            remote.close()
+
+
 def test_a_draining_shard_is_passed_over(
     model_dir: Path, fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
 ) -> None:

@@ -18,11 +18,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from cluster.embedded import EmbeddedRedis
 from cluster.memory_registry import MemoryRegistry
 from cluster.registry import Registry, RegistryStore, connect
+from cluster.topology import Shard
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert import control
+from services.expert.service import MAX_UNREAD
 from services.expert.shard import SERVICE_NAME, ExpertShard, ShardConfig
+from services.expert.worker import Worker
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
 from tests.services.expert.requests import make_request
 
@@ -109,6 +112,7 @@ def test_beyond_the_bound_it_refuses_and_late_requests_are_not_computed(family: 
             gate.set()
             late = await stream.read()
             assert (late.id, late.refusal.code) == (1, pb.Refusal.DEADLINE)
+            assert (await control.status(shard.endpoint)).counters.num_refusals == 2
 
     run(test)
 
@@ -165,6 +169,94 @@ def test_a_client_that_leaves_does_not_disturb_the_others(family: ModelFamily) -
                 await staying.done_writing()
                 replies = [reply async for reply in staying]
             assert [reply.id for reply in replies] == [2]
+
+    run(test)
+
+
+def test_a_client_that_does_not_read_is_not_read_from(family: ModelFamily) -> None:
+    num_taken = 0
+
+    async def requests() -> AsyncIterator[pb.ComputeRequest]:
+        nonlocal num_taken
+        for num_taken in range(1, 2 * MAX_UNREAD):
+            yield make_request(id=num_taken)
+
+    async def test() -> None:
+        async with serving(family) as shard:
+            context: Any = None
+            replies = aiter(shard.service.Compute(requests(), context))
+            ids = [(await anext(replies)).id]
+            await shard.service.worker.idle()
+            assert num_taken == MAX_UNREAD + 1
+            ids += [reply.id async for reply in replies]
+            assert sorted(ids) == list(range(1, 2 * MAX_UNREAD))
+
+    run(test)
+
+
+@pytest.mark.parametrize("method", ["Load", "Unload"])
+def test_a_caller_that_leaves_does_not_free_the_lock(family: ModelFamily, method: str) -> None:
+    async def test() -> None:
+        async with serving(family) as shard, grpc.aio.insecure_channel(shard.endpoint) as channel:
+            stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
+            await control.load(shard.endpoint, {1: [0, 1]})
+            gate = threading.Event()
+            change = shard.host.remove if method == "Unload" else shard.host.load
+            setattr(shard.host, change.__name__, lambda wanted: (gate.wait(), change(wanted)))
+            request: Any = getattr(pb, f"{method}Request")
+            call = getattr(stub, method)(request(experts=[pb.LayerExperts(layer=1, experts=[1, 2])], epoch=5))
+            while not shard.service._changing.locked():
+                await asyncio.sleep(0.01)
+            call.cancel()
+            waiting = asyncio.create_task(control.load(shard.endpoint, {3: [0]}))
+            await asyncio.sleep(0.2)
+            assert not waiting.done()
+            gate.set()
+            await waiting
+            assert shard.host.held == ({1: [0], 3: [0]} if method == "Unload" else {1: [0, 1, 2], 3: [0]})
+            assert shard.host.epoch == 5
+
+    run(test)
+
+
+class StumblingRegistry(MemoryRegistry):
+    """Fails the second heartbeat as nobody expects."""
+
+    num_beats = 0
+
+    async def heartbeat(self, shard: Shard) -> None:
+        self.num_beats += 1
+        if self.num_beats == 2:
+            raise ZeroDivisionError("stumbled")
+        await super().heartbeat(shard)
+
+
+def test_a_heartbeat_that_fails_is_logged_and_followed_by_the_next(
+    family: ModelFamily, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        registry = StumblingRegistry(time.monotonic)
+        async with serving(family, registry) as shard:
+            while registry.num_beats < 3:
+                await asyncio.sleep(0.05)
+            assert shard.is_healthy
+            assert "Shard s0 failed to register itself and will try again." in caplog.text
+            assert "ZeroDivisionError: stumbled" in caplog.text
+
+    run(test)
+
+
+def test_it_is_healthy_while_it_beats_and_computes(family: ModelFamily) -> None:
+    async def test() -> None:
+        async with serving(family) as shard:
+            assert shard.is_healthy
+            shard._beating.cancel()
+            await asyncio.gather(shard._beating, return_exceptions=True)
+            assert not shard.is_healthy
+        async with serving(family) as shard:
+            await asyncio.to_thread(shard.service.worker.close)
+            assert not shard.is_healthy
+            shard.service.worker = Worker(1, "another")  # stopping waits for it
 
     run(test)
 

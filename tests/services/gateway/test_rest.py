@@ -147,7 +147,11 @@ BAD_COMPLETIONS = [
     ({"prompt": "a", "max_tokens": True}, "max_tokens must be a valid integer, not True.", "max_tokens"),
     ({"prompt": "a", "temperature": -0.5}, "temperature must be a finite number of at least 0, not -0.5.", None),
     ({"prompt": "a", "top_p": 0}, "top_p must be above 0 and at most 1, not 0.0.", "top_p"),
-    ({"prompt": "a", "top_k": -2}, "top_k must be at least 1, or 0 or -1 for the whole vocabulary, not -2.", "top_k"),
+    (
+        {"prompt": "a", "top_k": -2},
+        "top_k must be 1 to 2147483647, or 0 or -1 for the whole vocabulary, not -2.",
+        "top_k",
+    ),
     ({"prompt": "a", "stop": [3]}, "stop must be a string or a list of strings, not [3].", "stop"),
     ({"prompt": "a", "stop": ""}, "stop must be strings of at least one character, not ''.", "stop"),
     ({"prompt": "a", "min_tokens": 9, "max_tokens": 4}, "min_tokens must be at most max_tokens (4), not 9.", None),

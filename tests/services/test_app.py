@@ -1,0 +1,51 @@
+"""The application's arguments, as Serve reads them from a config and as they are checked before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_serve_does
+
+from model.demo import DEMO
+from services.app import build_app
+from services.args import AppArgs, PoolArgs
+
+
+def test_serve_validates_the_args_of_a_config() -> None:
+    assert build_as_serve_does(build_app, {"dtype": "bfloat16", "pools": [{"shards": 5}]})
+    with pytest.raises(ValidationError, match="bogus"):
+        build_as_serve_does(build_app, {"bogus": 1})
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"model": "/nowhere"}, "the model path /nowhere is not a directory"),
+        ({"max_model_len": 10**6}, "max_model_len is 1000000; the model's own context is 4096"),
+        ({"state_memory": "1KiB"}, "the state budget is 1,024 bytes"),
+        ({"pools": [{"memory_budget": "1MiB"}]}, "the 3 shards have room for"),
+        ({"model_name": "a{b}"}, "braces"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_anything_starts(args: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        build_app(AppArgs(**args))
+
+
+def test_memory_is_planned_from_the_checkpoint() -> None:
+    args = AppArgs(pools=[PoolArgs(shards=4)])
+    family = args.check()
+    whole = sum(shape.num_experts * shape.nbytes(torch.float32) for shape in family.expert_shapes)
+    share = args.shard_memory(args.pools[0], family)
+    assert whole / 2 <= share <= 0.6 * whole
+    assert args.shard_ids == ["experts-cpu-0", "experts-cpu-1", "experts-cpu-2", "experts-cpu-3"]
+    assert args.memory_plan(family).nbytes <= 1 << 30
+
+
+def test_the_demo_is_served_under_its_name() -> None:
+    assert AppArgs().name == "demo"
+    assert AppArgs(model=str(DEMO), model_name="x").name == "x"
+    assert AppArgs(model="/models/Nano-30B/").name == "Nano-30B"
