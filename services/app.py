@@ -64,8 +64,9 @@ class ShardDeployment:
         self._shard = ExpertShard(config, family, args.registry())
         await self._shard.start()
 
-    async def pid(self) -> int:
-        return os.getpid()
+    async def check_health(self) -> None:
+        if not self._shard.is_healthy:
+            raise RuntimeError("the shard's heartbeat or its worker has ended")
 
     async def __del__(self) -> None:
         await self._shard.stop()

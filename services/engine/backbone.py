@@ -27,7 +27,7 @@ from services.engine.memory import MemoryPlan
 from services.engine.request import EngineFailed, SamplingParams
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler, SchedulerConfig
-from services.expert.client import RemoteExperts
+from services.expert.client import ExpertsUnavailable, RemoteExperts
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,11 @@ class Backbone:
             )
         )
         self.engine = Engine(
-            Runner(model, state, config.device), scheduler, family.config.vocab_size, family.config.eos_token_ids
+            Runner(model, state, config.device),
+            scheduler,
+            family.config.vocab_size,
+            family.config.eos_token_ids,
+            outages=(ExpertsUnavailable,),
         )
         self._placement: Placement | None = None
         self._placed_at = 0.0

@@ -85,6 +85,5 @@ async def serve(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    asyncio.run(
-        serve(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), *sys.argv[4:5], *map(int, sys.argv[5:]))
-    )
+    path, num, dtype, name, depth, slowness = sys.argv[1:]
+    asyncio.run(serve(path, int(num), getattr(torch, dtype), name, int(depth), int(slowness)))
