@@ -95,7 +95,7 @@ class BackboneDeployment:
             max_model_len=args.context(family),
             max_batch_tokens=max(args.max_batch_tokens, args.max_requests + family.config.chunk_size),
             memory=args.memory_plan(family),
-            num_threads=args.backbone_threads,
+            num_threads=args.threads(family),
         )
         stores = (None, None) if args.experts == "local" else (args.registry(), args.loads())
         self._backbone = Backbone(config, family, *stores)
@@ -247,14 +247,14 @@ def _deployment(cls: type, name: str, **options: Any) -> Any:
 
 def build_app(args: AppArgs) -> Application:
     """The whole application: gateway, backbone, and, unless the experts are local, controller and expert pools."""
-    args.check()  # before anything starts
+    family = args.check()  # before anything starts
     gpu = 1 if args.device == "cuda" else 0
     backbone = _deployment(
         BackboneDeployment,
         "backbone",
         num_replicas=args.backbone_replicas,
         max_ongoing_requests=MAX_OPEN,
-        ray_actor_options={"num_cpus": args.backbone_threads, "num_gpus": gpu},
+        ray_actor_options={"num_cpus": args.threads(family), "num_gpus": gpu},
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
     )

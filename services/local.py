@@ -15,6 +15,7 @@ from ray import serve
 
 from cluster.embedded import EmbeddedRedis
 from cluster.registry import Registry, StoreUnavailable, connect
+from model.family import load_family
 from services.app import GRPC_SERVICERS, build_app
 from services.args import AppArgs
 
@@ -74,7 +75,9 @@ def running(args: AppArgs, ports: Ports, ray_address: str | None = None) -> Iter
 
 @contextmanager
 def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
-    num_cpus = args.backbone_threads + 8 + int(sum(pool.shards * max(1, pool.num_cpus) for pool in args.pools))
+    num_cpus = (
+        args.threads(load_family(args.model)) + 8 + int(sum(pool.shards * max(1, pool.num_cpus) for pool in args.pools))
+    )
     own: dict[str, Any] = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
     ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     try:
