@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model.demo import DEMO
 from model.family import ModelFamily, load_family
-from model.moe import LocalExperts
+from model.moe import ExpertBank, ExpertShape, LocalExperts
 from model.state import Batch, State
 
 
@@ -62,8 +62,16 @@ def alternate(calls: dict[str, Callable[[], object]], num_rounds: int) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def layer_calls(family: ModelFamily, exact: LocalExperts, num_rows: int) -> dict[str, Callable[[], object]]:
-    shape = family.expert_shapes[0]
+def super_experts(dtype: torch.dtype) -> LocalExperts:
+    """One layer of random experts of Nemotron 3 Super's size; 64 of its 512, so that they fit a small machine."""
+    shape = ExpertShape(layer=0, num_experts=64, top_k=22, input_dim=1024, width=2688)
+    bank = ExpertBank(shape, dtype)
+    for expert in range(shape.num_experts):
+        bank.load(expert, {"up": torch.randn(2688, 1024) / 32, "down": torch.randn(1024, 2688) / 52})
+    return LocalExperts({0: bank})
+
+
+def layer_calls(shape: ExpertShape, exact: LocalExperts, num_rows: int) -> dict[str, Callable[[], object]]:
     x_NL = torch.randn(num_rows, shape.input_dim)
     ids_NK = torch.stack([torch.randperm(shape.num_experts)[: shape.top_k] for _ in range(num_rows)])
     weights_NK = torch.rand(num_rows, shape.top_k)
@@ -102,11 +110,12 @@ def main() -> None:
     family = load_family(args.model)
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
-            exact = family.load_local_experts(dtype)
+            exact, large = family.load_local_experts(dtype), super_experts(dtype)
             for num_rows in (1, 8, 64):
-                layer = alternate(layer_calls(family, exact, num_rows), args.rounds)
+                layer = alternate(layer_calls(family.expert_shapes[0], exact, num_rows), args.rounds)
                 step = alternate(step_calls(family, exact, num_rows, dtype), args.rounds // 4)
-                for what, times in (("layer", layer), ("decode step", step)):
+                large_layer = alternate(layer_calls(large.banks[0].shape, large, num_rows), args.rounds // 20)
+                for what, times in (("layer", layer), ("decode step", step), ("layer of Super's size", large_layer)):
                     words = [f"{times[name]:.0f}" for name in ("plain", "exact")]
                     ratio = f"{times['exact'] / times['plain']:.2f}"
                     table.add_row(str(dtype).removeprefix("torch."), str(num_rows), what, *words, ratio)
