@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-QUANTA = (1, 2, 4, 8, 16, 32, 64)
-LIMITS = (256, 128, 64)
+QUANTA = (1, 2, 4, 8, 16, 32)
+LIMITS = (256, 128, 64, 32)
 
 
 @dataclass(frozen=True)
