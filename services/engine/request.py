@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 MAX_TOP_K = 2**31 - 1  # far beyond any vocabulary, and an integer that tensors can hold
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
+MAX_LOGPROBS = 20  # alternatives per token, OpenAI's bound
 
 
 class EngineOverloaded(Exception):
@@ -25,6 +27,13 @@ class DeadlinePassed(TimeoutError):
     """The request's own deadline passed before its last token (REST 504, gRPC DEADLINE_EXCEEDED)."""
 
 
+class GrammarKind(StrEnum):
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -38,10 +47,20 @@ def _check(is_good: bool, name: str, allowed: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What the text of an answer must match, in the syntax of `kind`."""
+
+    kind: GrammarKind
+    text: str = ""  # a JSON schema, a regular expression or a Lark grammar; nothing for JSON_OBJECT
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop; a bad value is a ValueError that names the field.
 
-    `stop` strings are matched by the gateway, which sees text; the engine only stops at token ids.
+    `stop` strings are matched by the gateway, which sees text; the engine only stops at token ids. Of requests that
+    wait, those of the lowest `priority` come first. `logprobs` and `prompt_logprobs` are the number of alternatives
+    to report beside each token's own logarithm of probability; None: report nothing.
     """
 
     max_tokens: int | None = None  # None: up to the model's context
@@ -53,6 +72,15 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    min_p: float = 0.0  # relative to the likeliest token
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -63,6 +91,23 @@ class SamplingParams:
         _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", top_k_allowed, self.top_k)
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a signed 64-bit integer", self.seed)
         self._check_stops()
+        self._check_penalties()
+        self._check_logprobs()
+
+    def _check_penalties(self) -> None:
+        _check(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2 <= getattr(self, name) <= 2, name, "-2 to 2", getattr(self, name))
+        repetition_ok = self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)
+        _check(repetition_ok, "repetition_penalty", "a finite number above 0", self.repetition_penalty)
+        for token_id, bias in self.logit_bias:
+            _check(token_id >= 0, "logit_bias", "keyed by token ids of at least 0", token_id)
+            _check(-100 <= bias <= 100, "logit_bias", "-100 to 100 for each token", bias)
+
+    def _check_logprobs(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}", value)
 
     def _check_lengths(self) -> None:
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
@@ -98,6 +143,8 @@ class Request:
     num_computed_tokens: int = 0
     slot: int | None = None  # None: waiting
     block_table: list[int] = field(default_factory=list)
+    draft_ids: tuple[int, ...] = ()  # guesses at what follows `token_ids`, to be verified by the next step
+    sampling_state: Any = None  # the sampler's own notes about this request: penalties' counts, the grammar's state
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -130,10 +177,24 @@ class Request:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """The natural logarithm of a token's probability before temperature, penalties and masks, its rank
+    (1 is the likeliest), and the likeliest tokens as (id, logprob), most likely first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class TokenOutput:
     """The tokens one step added to one request.
 
     With finish reason STOP the last id is the stop token itself: counted in `num_generated`, but no part of the text.
+    `logprobs` has one entry per token id where they were asked for. `prompt_logprobs` comes with the first output: one
+    entry per prompt token, None for the first. `cache_reason` says why no more than `num_cached` prompt tokens were
+    reused: hit, too_short, no_match, no_checkpoint_at_boundary, evicted, prompt_logprobs or disabled.
     """
 
     request_id: str
@@ -141,3 +202,8 @@ class TokenOutput:
     finish_reason: FinishReason | None
     num_prompt: int
     num_generated: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    num_cached: int = 0
+    cache_reason: str = ""
+    queued_s: float = 0.0  # from arrival to the first step that computed it
