@@ -2,8 +2,8 @@
 
     python -m benchmarks.shape /tmp/shape      # then: expertmesh up --model /tmp/shape --dtype bfloat16
 
-transformers makes the weights and writes them, so that it, we and llama.cpp's converter read the same files. Seeded: two
-runs write the same weights.
+transformers makes the weights and writes them, so that it, we and llama.cpp's converter read the same files. Seeded:
+two runs write the same weights.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 def make_model(seed: int) -> NemotronHForCausalLM:
     """The transformers model in bf16, the selection bias in fp32."""
-    model = NemotronHForCausalLM(NemotronHConfig(**CONFIG)).train(False)
+    model = NemotronHForCausalLM(NemotronHConfig(**CONFIG))
+    model.train(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         is_bias = name.endswith("e_score_correction_bias")

@@ -1,0 +1,237 @@
+"""The peers on the same machine: transformers, and llama.cpp where it was built. Decode and prefill, tokens per second.
+
+    python -m benchmarks.peers --model /tmp/shape --llama-cpp /tmp/llama.cpp     # a table; --json FILE as well
+    python -m benchmarks.peers build /tmp/llama.cpp                              # fetches and builds it, ~25 minutes
+
+A measurement is a `Speeds`: decode at each batch size, prompt 128 and output 32, without the time of the prompt; and
+prefill of one longer prompt. Both peers compute in bf16, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGE = "llama-cpp-python"  # its source package carries the engine and the converter
+SOURCE, BUILD = Path("source/vendor/llama.cpp"), Path("build")
+BENCH = BUILD / "bin" / "llama-batched-bench"
+CMAKE_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DGGML_BLAS=OFF",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+)
+PRE_TOKENIZER = "gpt-2"  # what llama.cpp calls byte-level BPE with GPT-2's pattern, which is the demo's
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every side is measured with; lengths in tokens."""
+
+    batches: tuple[int, ...] = (1, 8, 16)
+    prompt_len: int = 128
+    output_len: int = 32
+    prefill_len: int = 512
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Tokens per second: `decode[batch]` of all sequences together, `prefill` of one prompt."""
+
+    decode: dict[int, float] = field(default_factory=dict)
+    prefill: float = 0.0
+
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+
+def measure_transformers(model: Path, workload: Workload, num_threads: int) -> Speeds:
+    """`generate` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.peers", "transformers", str(model), json.dumps(asdict(workload))]
+    threads = str(num_threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    output = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, timeout=TIMEOUT_S, check=True
+    ).stdout
+    raw = json.loads(output.splitlines()[-1])
+    return Speeds({int(batch): speed for batch, speed in raw["decode"].items()}, raw["prefill"])
+
+
+class StepClock:
+    """A streamer for `generate`: the time of each call, the first of which brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def run_transformers(model: Path, workload: Workload) -> Speeds:
+    """In this process; the best of two, because it is the peer. Decoding starts where the first token is there."""
+    import torch
+    from transformers import NemotronHForCausalLM
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    torch.manual_seed(os.getpid())
+    oracle: Any = NemotronHForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    oracle.train(False)
+
+    def generate(batch: int, prompt_len: int, num_tokens: int) -> tuple[float, float]:
+        """Seconds of the prompt with the first token, and of the other tokens."""
+        ids_BT = torch.randint(16, oracle.config.vocab_size, (batch, prompt_len))
+        clock = StepClock()
+        lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+        mask = torch.ones_like(ids_BT)
+        oracle.generate(ids_BT, attention_mask=mask, do_sample=False, streamer=clock, **lengths)
+        assert len(clock.times) == 1 + num_tokens
+        return clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
+
+    decode = {}
+    with torch.inference_mode():
+        generate(1, workload.prompt_len, 2)  # warm
+        prefill = workload.prefill_len / min(generate(1, workload.prefill_len, 1)[0] for _ in range(2))
+        for batch in workload.batches:
+            seconds = min(generate(batch, workload.prompt_len, workload.output_len)[1] for _ in range(2))
+            decode[batch] = batch * (workload.output_len - 1) / seconds
+    return Speeds(decode, prefill)
+
+
+# llama.cpp ------------------------------------------------------------------------------------------------------------
+
+
+def build_llama_cpp(root: Path) -> None:
+    """Fetches the source package with pip and builds the bench tool and what it needs under `root`, at low priority."""
+    root.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, PACKAGE, "--dest", str(root)]
+    subprocess.run(pip, check=True)
+    archive = max(root.glob("llama_cpp_python-*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        for member in tar.getmembers():
+            _, _, inner = member.name.partition("/")
+            if inner:
+                member.name = inner
+                tar.extract(member, root / "source", filter="data")
+    cmake = ["cmake", "-S", str(root / SOURCE), "-B", str(root / BUILD), *CMAKE_OPTIONS]
+    subprocess.run(cmake, check=True)
+    target = ["cmake", "--build", str(root / BUILD), "--target", BENCH.name, "--parallel", str(os.cpu_count() or 1)]
+    subprocess.run(["nice", "-n", "19", *target], check=True)
+
+
+def has_llama_cpp(root: Path | None) -> bool:
+    return root is not None and (root / BENCH).is_file()
+
+
+def convert(root: Path, model: Path) -> Path:
+    """The checkpoint as a bf16 GGUF, written once beside it by llama.cpp's own converter."""
+    out = model / "llama-cpp-bf16.gguf"
+    if out.is_file() and out.stat().st_mtime > (model / "model.safetensors").stat().st_mtime:
+        return out
+    command = [sys.executable, "-m", "benchmarks.peers", "convert", str(root), str(model), str(out)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_S, text=True)
+    if done.returncode:
+        raise RuntimeError(f"llama.cpp's converter refused {model}: {done.stdout[-2000:]}")
+    return out
+
+
+def run_converter(root: Path, model: Path, out: Path) -> None:
+    """In this process: the converter knows tokenizers by a hash of what they make of one text; ours is not there."""
+    source = (root / SOURCE).resolve()
+    sys.path[:0] = [str(source), str(source / "gguf-py")]
+    import convert_hf_to_gguf as converter  # type: ignore[import-not-found]
+    from conversion.base import TextModel  # type: ignore[import-not-found]
+
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: PRE_TOKENIZER
+    partial = out.with_suffix(".partial")
+    sys.argv = ["convert_hf_to_gguf.py", str(model), "--outtype", "bf16", "--outfile", str(partial)]
+    converter.main()
+    partial.rename(out)
+
+
+def measure_llama_cpp(root: Path, model: Path, workload: Workload, num_threads: int) -> Speeds:
+    """Its own bench tool: all sequences in one batch, one token each a step, no sampling."""
+    gguf = convert(root, model)
+    decode = _bench(root, gguf, workload.prompt_len, workload.output_len, workload.batches, num_threads)
+    prefill = _bench(root, gguf, workload.prefill_len, 1, (1,), num_threads)
+    return Speeds({row["pl"]: row["speed_tg"] for row in decode}, prefill[0]["speed_pp"])
+
+
+def _bench(
+    root: Path, gguf: Path, prompt_len: int, output_len: int, batches: Sequence[int], num_threads: int
+) -> list[dict[str, Any]]:
+    context = max(batches) * (prompt_len + output_len)
+    lengths = ["-npp", str(prompt_len), "-ntg", str(output_len), "-npl", ",".join(map(str, batches))]
+    threads = ["-t", str(num_threads), "-tb", str(num_threads)]
+    command = [str(root / BENCH), "-m", str(gguf), "-c", str(context), *lengths, *threads, "--output-format", "jsonl"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_S, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(rows) != len(batches):
+        raise RuntimeError(f"{BENCH.name} ended with {done.returncode}: {done.stdout[-2000:]}")
+    return rows
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def report(speeds: dict[str, Speeds], workload: Workload) -> None:
+    table = Table(title=f"tokens/s, prompt {workload.prompt_len}, output {workload.output_len}")
+    for column in ("", *(f"decode × {batch}" for batch in workload.batches), f"prefill {workload.prefill_len}"):
+        table.add_column(column, justify="right")
+    for name, speed in speeds.items():
+        table.add_row(name, *(f"{speed.decode[batch]:.0f}" for batch in workload.batches), f"{speed.prefill:.0f}")
+    Console().print(table)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["transformers"]:
+        raw = json.loads(sys.argv[3])
+        workload = Workload(**raw | {"batches": tuple(raw["batches"])})
+        print(json.dumps(asdict(run_transformers(Path(sys.argv[2]), workload))))
+        return
+    if sys.argv[1:2] == ["convert"]:
+        run_converter(*map(Path, sys.argv[2:5]))
+        return
+    if sys.argv[1:2] == ["build"]:
+        build_llama_cpp(Path(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description="Tokens per second of transformers and llama.cpp.")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--llama-cpp", type=Path, help="a directory that `build` filled")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    workload = Workload()
+    speeds = {"transformers": measure_transformers(args.model, workload, args.threads)}
+    if has_llama_cpp(args.llama_cpp):
+        speeds["llama.cpp"] = measure_llama_cpp(args.llama_cpp, args.model, workload, args.threads)
+    else:
+        print(
+            "llama.cpp is left out: --llama-cpp names no directory with a build (python -m benchmarks.peers build DIR)."
+        )
+    report(speeds, workload)
+    if args.json:
+        args.json.write_text(json.dumps({name: asdict(speed) for name, speed in speeds.items()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
