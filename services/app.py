@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -17,9 +17,7 @@ import torch
 from fastapi import FastAPI
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
@@ -28,12 +26,15 @@ from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
-from services.engine.request import EngineFailed, SamplingParams, TokenOutput
+from services.engine.request import EngineFailed
+from services.engine.service import EngineServer
 from services.expert.shard import ExpertShard, ShardConfig
+from services.gateway.backbone import Backbones
 from services.gateway.backbone_metrics import backbone_metrics
 from services.gateway.errors import ApiError, Refusal
-from services.gateway.generation import Generation, Health, ModelCard
+from services.gateway.generation import Generation, ModelCard
 from services.gateway.grpc_api import GrpcError, InferenceApi
+from services.gateway.listener import Listener
 from services.gateway.rest import build_rest
 from services.gateway.text import Tokenizer
 
@@ -44,7 +45,7 @@ GRPC_SERVICERS = [
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
 MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
-HEALTH_TTL_S = 0.5
+STATUS_TIMEOUT_S = 3.0
 
 
 class ShardDeployment:
@@ -57,7 +58,7 @@ class ShardDeployment:
             shard_id=f"{pool.name}-{serve.get_replica_context().rank.rank}",
             memory_budget=args.shard_memory(pool, family),
             pool=pool.name,
-            host=_own_address() if pool.host == "auto" else pool.host,
+            host=_address(pool.host),
             device=pool.device,
             dtype=args.torch_dtype,
         )
@@ -100,93 +101,63 @@ class BackboneDeployment:
         stores = (None, None) if args.experts == "local" else (args.registry(), args.loads())
         self._backbone = Backbone(config, family, *stores)
         await self._backbone.start()
-
-    async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
-    ) -> AsyncGenerator[TokenOutput | Exception, None]:
-        """Tokens; a refusal or failure is the last item, because Ray would wrap a raised one in its traceback."""
-        try:
-            async with aclosing(self._backbone.engine.generate(request_id, prompt_token_ids, params)) as outputs:
-                async for output in outputs:
-                    yield output
-        except Exception as error:
-            yield error
+        self._server = EngineServer(self._backbone.engine, _address(args.host))
+        self._endpoint = await self._server.start()
 
     async def status(self) -> dict[str, Any]:
-        return {**self._backbone.status(), "pid": os.getpid()}
+        """The engine's numbers, and where gateways open their stream to it."""
+        return {**self._backbone.status(), "pid": os.getpid(), "endpoint": self._endpoint}
 
     async def check_health(self) -> None:
         if not self._backbone.is_healthy:
             raise RuntimeError("the engine's thread or a background task has ended, or the last steps all failed")
 
     async def __del__(self) -> None:
+        await self._server.stop()
         await self._backbone.stop()
 
 
-class BackboneHandle:
-    """A `TokenSource` in another process."""
+def _ask_all(backbone: DeploymentHandle[Any]) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
+    """Asks every replica for its status; those that do not answer are left out."""
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._status = handle.status
-        self._generate = handle.options(stream=True).generate
-        self._last: tuple[float, dict[str, Any]] = (0.0, {})
+    async def ask() -> list[dict[str, Any]]:
+        answers = backbone.broadcast("status").results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
+        return [answer for answer in await answers if isinstance(answer, dict)]
 
-    async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
-    ) -> AsyncGenerator[TokenOutput, None]:
-        stream: Any = self._generate.remote(request_id, prompt_token_ids, params)
-        is_done = False
-        try:
-            async for item in stream:
-                is_done = isinstance(item, Exception) or item.finish_reason is not None
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        except (RayError, RayServeException) as error:
-            message = f"The backbone that answered this request is gone ({type(error).__name__}); try again."
-            raise ApiError(Refusal.UNAVAILABLE, message) from error
-        finally:
-            if not is_done:
-                stream.cancel()
-
-    async def status(self) -> dict[str, Any]:
-        """Not older than half a second; raises EngineFailed where no backbone answers."""
-        asked_at, status = self._last
-        if time.monotonic() - asked_at > HEALTH_TTL_S:
-            try:
-                status = await asyncio.wait_for(self._status.remote(), timeout=5)
-            except Exception as error:
-                raise EngineFailed(f"No backbone answers ({type(error).__name__}).") from error
-            self._last = time.monotonic(), status
-        return status
-
-    async def health(self) -> Health:
-        try:
-            status = await self.status()
-        except EngineFailed as error:
-            return Health(is_ready=False, detail=str(error))
-        if not status["engine"]["is_healthy"]:
-            return Health(is_ready=False, detail="The engine's last steps failed.")
-        down = status.get("down", [])
-        detail = f"Shards that do not serve what they should: {', '.join(down)}." if down else ""
-        return Health(is_ready=True, is_degraded=bool(down), detail=detail)
+    return ask
 
 
 @serve.ingress()
 class GatewayDeployment:
-    """REST through Serve's HTTP proxy, gRPC through its gRPC proxy, which calls methods by the rpc's name."""
+    """REST and gRPC on ports of its own where `args` name some, and through Serve's proxies, where there are any.
+
+    Serve's gRPC proxy calls methods by the rpc's name.
+    """
 
     def __init__(self, args: AppArgs, backbone: DeploymentHandle[Any], *_: DeploymentHandle[Any]) -> None:
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
-        self._backbone = BackboneHandle(backbone)
+        self._args = args
+        self._backbone = Backbones(_ask_all(backbone))
         self._generation = Generation(self._backbone, Tokenizer(args.model), card)
         self._grpc = InferenceApi(self._generation, self._backbone.health)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls it before the first request, on the loop that serves them."""
         app = build_rest(self._generation, self._backbone.health, self._engine_metrics)
         app.add_api_route("/status", self._report, methods=["GET"])
+        await self._backbone.start()
+        self._listener = Listener(self._args.listening, app, self._grpc)
+        await self._listener.start()
         return app
+
+    async def check_health(self) -> None:
+        if not self._listener.is_healthy:
+            raise RuntimeError("the gateway no longer listens on its own ports")
+
+    async def __del__(self) -> None:
+        await self._listener.stop()
+        await self._backbone.stop()
 
     async def _report(self) -> dict[str, Any]:
         """What `expertmesh status` shows."""
@@ -237,8 +208,8 @@ def _refuse(context: RayServegRPCContext, error: GrpcError) -> None:
     raise error
 
 
-def _own_address() -> str:
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+def _address(host: str) -> str:
+    return str(ray.util.get_node_ip_address()) if host == "auto" else host  # type: ignore[no-untyped-call]
 
 
 def _deployment(cls: type, name: str, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from model.demo import DEMO
 from model.family import ModelFamily, load_family
 from services.controller.controller import layer_specs
 from services.engine.memory import MemoryPlan, plan_memory
+from services.gateway.listener import Listening
 from services.gateway.text import Tokenizer
 
 MIN_HIDDEN_FOR_THREADS = 1024
@@ -56,10 +57,17 @@ class AppArgs(BaseModel):
     backbone_replicas: int = Field(1, ge=1)
     backbone_threads: int | None = Field(None, ge=1, description="of one backbone's CPU arithmetic")
     gateway_replicas: int = Field(1, ge=1)
+    host: str = Field("127.0.0.1", description="address of backbones and gateways; on a cluster, auto")
+    http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, beside Serve's proxies")
+    grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, likewise")
 
     @property
     def name(self) -> str:
         return self.model_name or ("demo" if self.model == str(DEMO) else Path(self.model).resolve().name)
+
+    @property
+    def listening(self) -> Listening:
+        return Listening(self.host, self.http_port, self.grpc_port)
 
     @property
     def torch_dtype(self) -> torch.dtype:

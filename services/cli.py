@@ -129,7 +129,7 @@ def _up(args: Any, port: int, grpc_port: int, ray_address: str) -> None:
             _stop_on_signals()  # again, because Ray has put handlers of its own in place
             console.print(f"Ready after {time.monotonic() - started:.0f} s. Ctrl-C stops it.")
             console.print(f"  REST  http://127.0.0.1:{port}/v1   (OpenAI-compatible; model {args.name!r})")
-            console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference; open on every address)")
+            console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference)")
             signal.pause()
     except KeyboardInterrupt:
         console.print("Stopped.")

@@ -24,7 +24,7 @@ APP_NAME = "expertmesh"
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the application listens on 127.0.0.1."""
+    """Where the application listens on 127.0.0.1 (gRPC on every address where Serve's proxy does it)."""
 
     http: int = 8000
     grpc: int = 9000
@@ -62,14 +62,14 @@ def running(args: AppArgs, ports: Ports, ray_address: str | None = None) -> Iter
     if ports.http == ports.grpc:
         raise ValueError(f"--port and --grpc-port are both {ports.http}; they must differ")
     check_port("--port", ports.http, "127.0.0.1")
-    check_port("--grpc-port", ports.grpc, "")  # Serve's gRPC proxy listens on every address
+    check_port("--grpc-port", ports.grpc, "" if ray_address else "127.0.0.1")
     with ExitStack() as stack:
         if args.experts == "remote":
             if args.redis_url == "embedded://":
                 args = args.model_copy(update={"redis_url": stack.enter_context(EmbeddedRedis()).url})
             check_store(args.redis_url)
         stack.enter_context(_ray(args, ray_address))
-        stack.enter_context(_serve(args, ports, is_joined=ray_address is not None))
+        stack.enter_context(_serve_joined(args, ports) if ray_address else _serve_own(args, ports))
         yield args
 
 
@@ -87,16 +87,30 @@ def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _serve(args: AppArgs, ports: Ports, is_joined: bool) -> Iterator[None]:
-    """On a cluster that was there before, Serve may be others' too: only our application goes when we go."""
+def _serve_own(args: AppArgs, ports: Ports) -> Iterator[None]:
+    """The gateway listens itself: Serve's proxies would cost every token a hop and a process."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the command line says what is to be said
+    serve.start(proxy_location="Disabled")
+    try:
+        _run(args.model_copy(update={"http_port": ports.http, "grpc_port": ports.grpc}))
+        yield
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _serve_joined(args: AppArgs, ports: Ports) -> Iterator[None]:
+    """On a cluster that was there before the gateway may run on any node, where Serve's proxies find it, and Serve may
+    be others' too: only our application goes when we go."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     grpc = {"port": ports.grpc, "grpc_servicer_functions": GRPC_SERVICERS}
     serve.start(http_options={"host": "127.0.0.1", "port": ports.http}, grpc_options=grpc)
     try:
-        serve.run(build_app(args), name=APP_NAME, route_prefix="/")
+        _run(args)
         yield
     finally:
-        if is_joined:
-            serve.delete(APP_NAME)
-        else:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+        serve.delete(APP_NAME)
+
+
+def _run(args: AppArgs) -> None:
+    serve.run(build_app(args), name=APP_NAME, route_prefix="/")

@@ -1,0 +1,124 @@
+"""The gRPC end of an engine: one stream per gateway, on which all of its requests travel.
+
+Messages cost, bytes do not (reference: a message of grpc.aio takes some 150 µs of a core on either side, however
+small). So what one step made for all requests of a gateway leaves in one message, and nothing waits to fill it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+import grpc
+
+from protos.expertmesh.engine.v1 import engine_pb2 as pb
+from protos.expertmesh.engine.v1 import engine_pb2_grpc
+from services.engine.request import EngineFailed, EngineOverloaded, SamplingParams, TokenOutput
+from services.engine.wire import SERVER_OPTIONS, failure_to_proto, output_to_proto, params_from_proto
+
+log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[object, object]
+STOP_GRACE_S = 0.2  # streams never end by themselves; this is for the last outputs on them
+
+
+class Generator(Protocol):
+    """The engine. Closing the generator frees what the request holds."""
+
+    def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, timeout: float | None = None
+    ) -> AsyncGenerator[TokenOutput, None]: ...
+
+
+class _Conversation:
+    """One gateway's requests, and their outputs that have not left yet."""
+
+    def __init__(self, engine: Generator) -> None:
+        self._engine = engine
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._outbox: list[pb.Output] = []
+        self._wake = asyncio.Event()
+        self.is_over = False
+
+    async def read(self, commands: AsyncIterator[pb.Command]) -> None:
+        try:
+            async for command in commands:
+                self._obey(command)
+        finally:
+            self.is_over = True
+            self._wake.set()
+
+    def _obey(self, command: pb.Command) -> None:
+        if command.HasField("start"):
+            request_id = command.start.request_id
+            self._tasks[request_id] = asyncio.create_task(self._run(command.start))
+        elif task := self._tasks.get(command.cancel):
+            task.cancel()
+
+    async def outputs(self) -> pb.Outputs:
+        """What was made since the last call, as soon as there is something."""
+        await self._wake.wait()
+        self._wake.clear()
+        taken, self._outbox = self._outbox, []
+        return pb.Outputs(outputs=taken)
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, start: pb.Start) -> None:
+        timeout_s = start.timeout_s if start.HasField("timeout_s") else None
+        try:
+            params = params_from_proto(start.params)
+            stream = self._engine.generate(start.request_id, list(start.prompt_token_ids), params, timeout_s)
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    self._send(output_to_proto(output))
+        except Exception as error:
+            if not isinstance(error, (ValueError, TimeoutError, EngineOverloaded, EngineFailed)):
+                log.exception("Request %s failed.", start.request_id)
+            self._send(pb.Output(request_id=start.request_id, failure=failure_to_proto(error)))
+        finally:
+            self._tasks.pop(start.request_id, None)
+
+    def _send(self, output: pb.Output) -> None:
+        self._outbox.append(output)
+        self._wake.set()
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    def __init__(self, engine: Generator) -> None:
+        self._engine = engine
+
+    async def Converse(self, requests: AsyncIterator[pb.Command], context: Context) -> AsyncIterator[pb.Outputs]:
+        conversation = _Conversation(self._engine)
+        reading = asyncio.create_task(conversation.read(requests))
+        try:
+            while not conversation.is_over:
+                yield await conversation.outputs()
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            await conversation.close()
+
+
+class EngineServer:
+    """Serves one engine; `start` and `stop` belong to one event loop."""
+
+    def __init__(self, engine: Generator, host: str) -> None:
+        self._engine, self._host = engine, host
+
+    async def start(self) -> str:
+        """Listens on a free port; returns host:port."""
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        engine_pb2_grpc.add_EngineServicer_to_server(EngineService(self._engine), self._server)  # type: ignore[no-untyped-call]
+        port = self._server.add_insecure_port(f"{self._host}:0")
+        await self._server.start()
+        return f"{self._host}:{port}"
+
+    async def stop(self) -> None:
+        await self._server.stop(STOP_GRACE_S)

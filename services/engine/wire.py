@@ -1,0 +1,130 @@
+"""Requests and outputs as messages and back, for both ends of `Engine.Converse`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from protos.expertmesh.engine.v1 import engine_pb2 as pb
+from services.engine.request import (
+    DeadlinePassed,
+    EngineFailed,
+    EngineOverloaded,
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    SamplingParams,
+    TokenLogprob,
+    TokenOutput,
+)
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # a reconnect must not wait out the back-off of the connection before it
+)
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+)
+# Fields of SamplingParams that look otherwise on the wire; all others have the same name and type there.
+RESHAPED = ("logit_bias", "grammar")
+PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in RESHAPED)
+
+
+def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
+    given: dict[str, Any] = {name: value for name in PLAIN if (value := getattr(params, name)) is not None}
+    if params.grammar is not None:
+        given["grammar"] = pb.Grammar(kind=params.grammar.kind, text=params.grammar.text)
+    ids, bias = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
+    return pb.SamplingParams(bias_ids=ids, bias=bias, **given)
+
+
+def params_from_proto(message: pb.SamplingParams) -> SamplingParams:
+    """Raises ValueError where a value is out of its bounds."""
+    values: dict[str, Any] = {name: _value(message, name) for name in PLAIN}
+    if message.HasField("grammar"):
+        values["grammar"] = Grammar(GrammarKind(message.grammar.kind), message.grammar.text)
+    bias = tuple(zip(message.bias_ids, message.bias, strict=True))
+    return SamplingParams(logit_bias=bias, **values)
+
+
+def _value(message: pb.SamplingParams, name: str) -> Any:
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if field.has_presence and not message.HasField(name):
+        return None
+    value = getattr(message, name)
+    return tuple(value) if field.is_repeated else value
+
+
+def output_to_proto(output: TokenOutput) -> pb.Output:
+    return pb.Output(
+        request_id=output.request_id,
+        token_ids=output.token_ids,
+        finish_reason=output.finish_reason or "",
+        num_prompt=output.num_prompt,
+        num_generated=output.num_generated,
+        logprobs=map(_logprob_to_proto, output.logprobs),
+        prompt_logprobs=map(_logprob_to_proto, output.prompt_logprobs),
+        num_cached=output.num_cached,
+        cache_reason=output.cache_reason,
+        queued_s=output.queued_s,
+    )
+
+
+def output_from_proto(message: pb.Output) -> TokenOutput:
+    return TokenOutput(
+        request_id=message.request_id,
+        token_ids=tuple(message.token_ids),
+        finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
+        num_prompt=message.num_prompt,
+        num_generated=message.num_generated,
+        logprobs=tuple(map(_logprob_from_proto, message.logprobs)),
+        prompt_logprobs=tuple(_logprob_from_proto(one) if one.rank else None for one in message.prompt_logprobs),
+        num_cached=message.num_cached,
+        cache_reason=message.cache_reason,
+        queued_s=message.queued_s,
+    )
+
+
+def _logprob_to_proto(logprob: TokenLogprob | None) -> pb.TokenLogprob:
+    if logprob is None:
+        return pb.TokenLogprob()
+    ids, values = zip(*logprob.top, strict=True) if logprob.top else ((), ())
+    return pb.TokenLogprob(
+        token_id=logprob.token_id, logprob=logprob.logprob, rank=logprob.rank, top_ids=ids, top_logprobs=values
+    )
+
+
+def _logprob_from_proto(message: pb.TokenLogprob) -> TokenLogprob:
+    top = tuple(zip(message.top_ids, message.top_logprobs, strict=True))
+    return TokenLogprob(message.token_id, message.logprob, message.rank, top)
+
+
+def failure_to_proto(error: Exception) -> pb.Failure:
+    match error:
+        case EngineOverloaded():
+            return pb.Failure(kind=pb.Failure.OVERLOADED, message=str(error), retry_after_s=error.retry_after)
+        case DeadlinePassed():
+            return pb.Failure(kind=pb.Failure.DEADLINE, message=str(error))
+        case EngineFailed():
+            return pb.Failure(kind=pb.Failure.FAILED, message=str(error))
+        case ValueError():
+            return pb.Failure(kind=pb.Failure.INVALID, message=str(error))
+    return pb.Failure(kind=pb.Failure.FAILED, message=f"The backbone failed with {type(error).__name__}: {error}")
+
+
+def failure_from_proto(message: pb.Failure) -> Exception:
+    """The exception that the engine raised, or EngineFailed where it was none of its own."""
+    if message.kind == pb.Failure.OVERLOADED:
+        overloaded = EngineOverloaded(message.message)
+        overloaded.retry_after = message.retry_after_s
+        return overloaded
+    kinds = {pb.Failure.INVALID: ValueError, pb.Failure.DEADLINE: DeadlinePassed}
+    return kinds.get(message.kind, EngineFailed)(message.message)
