@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.state import Batch, State
 from services.engine.request import Request
-from services.engine.sampler import Choice, sample
+from services.engine.sampler import Row, Sampler
 from services.engine.scheduler import NewTokens, ScheduledBatch
 
 
@@ -28,6 +28,7 @@ class Runner:
 
     def __init__(self, model: LanguageModel, state: State, device: torch.device | str = "cpu") -> None:
         self.model, self.state, self.device = model, state, device
+        self.sampler = Sampler()
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[NewTokens]:
@@ -40,9 +41,9 @@ class Runner:
         new_tokens: list[NewTokens] = [()] * len(batch.requests)
         if caught_up:
             logits_SV = self.model.logits(hidden_TD[[packed.last_rows[i] for i in caught_up]])
-            tokens = sample(logits_SV, [_choice(batch.requests[i]) for i in caught_up])
-            for i, token in zip(caught_up, tokens, strict=True):
-                new_tokens[i] = None if token is None else (token,)
+            sampled = self.sampler.sample(logits_SV, [Row(batch.requests[i]) for i in caught_up])
+            for i, token in zip(caught_up, sampled, strict=True):
+                new_tokens[i] = None if token is None else (token.token_id,)
         return new_tokens
 
     def _pack(self, batch: ScheduledBatch) -> Batch:
@@ -62,7 +63,3 @@ class Runner:
 def _slot(request: Request) -> int:
     assert request.slot is not None, "a scheduled request has a slot"
     return request.slot
-
-
-def _choice(request: Request) -> Choice:
-    return Choice(request.params, request.seed, request.num_tokens, request.forbidden_ids)

@@ -1,6 +1,15 @@
 """Chooses the next token of each row from its logits; every row is chosen without regard to the others.
 
-Legend: S rows to sample, V vocabulary.
+The order is the field's (vLLM's). Of the model's own logits: logarithms of probabilities, for those who asked. Then
+grammar; stop ids before `min_tokens`; `logit_bias`; `repetition_penalty` (prompt and output), `frequency_` and
+`presence_penalty` (output). Greedy rows take the largest. The others divide by the temperature, keep `top_k`, then
+`top_p` of what is left, then `min_p`, and draw with noise that only the request's seed and the position decide.
+
+Drafts are chosen by the same function from the draft module's logits, with the same noise. The token at a position is
+a function of the model's logits and the noise there, so a draft that equals it is accepted and nothing else is: outputs
+are distributed as without drafts, and equal noise makes equal choices likely where the two distributions are close.
+
+Legend: S rows to sample, R rows of them that need more than the largest logit, V vocabulary, E single logits to edit.
 """
 
 from __future__ import annotations
@@ -12,77 +21,228 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.request import SamplingParams
+from services.engine import noise
+from services.engine.history import Notes
+from services.engine.request import Request, SamplingParams, TokenLogprob
+
+LEAST_TEMPERATURE = 1e-30  # any lower is the same in fp32: the largest logit has all the probability
+MAX_SORTED = 16  # rows sorted at once, which bounds the memory that takes
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a row is sampled with; `position` is that of the token to be chosen in its sequence."""
-
-    params: SamplingParams
-    seed: int
-    position: int
-    forbidden_ids: frozenset[int] = frozenset()
+class Sampled:
+    token_id: int
+    logprob: TokenLogprob | None = None  # None unless the request asked
 
 
-def sample(logits_SV: Tensor, choices: Sequence[Choice]) -> list[int | None]:
-    """One token id per row of fp32 logits; None for a row that holds NaN or +infinity, or -infinity alone."""
-    assert logits_SV.shape[0] == len(choices)
-    logits_SV = _forbid(logits_SV, choices)
-    can_choose: list[bool] = logits_SV.amax(dim=-1).isfinite().tolist()
-    greedy: list[int] = logits_SV.argmax(dim=-1).tolist()  # ties: the lowest id
-    tokens = [token if can else None for token, can in zip(greedy, can_choose, strict=True)]
-    rows = [row for row, choice in enumerate(choices) if can_choose[row] and not choice.params.is_greedy]
-    if rows:
-        drawn = _draw(logits_SV[rows], [choices[row] for row in rows])
-        for row, token in zip(rows, drawn, strict=True):
-            tokens[row] = token
+@dataclass(frozen=True)
+class Row:
+    """One token to choose: the one that follows the request's tokens and then `ahead`, which are assumed only."""
+
+    request: Request
+    ahead: tuple[int, ...] = ()
+
+    @property
+    def position(self) -> int:
+        return self.request.num_tokens + len(self.ahead)
+
+    @property
+    def forbidden_ids(self) -> frozenset[int]:
+        """Tokens that would end the request before `min_tokens`."""
+        is_early = self.request.num_generated + len(self.ahead) < self.request.params.min_tokens
+        return self.request.stop_ids if is_early else frozenset()
+
+
+class Sampler:
+    """One per engine; what it knows of a request lies in `request.sampling_state`."""
+
+    def __init__(self) -> None:
+        noise.draw(torch.ones(1, 1), [(0, 0)])  # compiles it, which no request should wait for
+
+    def sample(self, logits_SV: Tensor, rows: Sequence[Row], with_logprobs: bool = True) -> list[Sampled | None]:
+        """The token of each row of fp32 logits, with logarithms of probabilities where a request asked for them.
+
+        None where no token can be chosen: the row holds NaN or +infinity, or its request's grammar refuses `ahead`.
+        """
+        assert logits_SV.shape[0] == len(rows)
+        notes = [_notes(row.request) for row in rows]
+        tokens = _largest(logits_SV)
+        special = [s for s in range(len(rows)) if tokens[s] is not None and not _is_plain(rows[s], notes[s])]
+        if special:
+            chosen = _choose(logits_SV[special], [rows[s] for s in special], [notes[s] for s in special])
+            for s, token in zip(special, chosen, strict=True):
+                tokens[s] = token
+        sampled = [None if token is None else Sampled(token) for token in tokens]
+        for s, token in enumerate(tokens):
+            num_top = rows[s].request.params.logprobs if with_logprobs else None
+            if token is not None and num_top is not None:  # row by row: few ask, and each for another number
+                sampled[s] = Sampled(token, *token_logprobs(logits_SV[s : s + 1], [token], num_top))
+        return sampled
+
+    def release(self, request: Request) -> None:
+        """Forgets a request that has ended."""
+        request.sampling_state = None
+
+
+def target_weights(logits_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """(S, V) in fp32, proportional to the probabilities that tokens are drawn with."""
+    temperature_S1 = logits_SV.new_tensor([[max(p.temperature, LEAST_TEMPERATURE)] for p in params])
+    largest_S1 = logits_SV.amax(dim=-1, keepdim=True)
+    weights_SV = torch.softmax((logits_SV - largest_S1) / temperature_S1, dim=-1)
+    cut = [s for s, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+    for start in range(0, len(cut), MAX_SORTED):
+        some = cut[start : start + MAX_SORTED]
+        weights_SV[some] = _cut(weights_SV[some], [params[s] for s in some])
+    return weights_SV
+
+
+def token_logprobs(logits_SV: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """What the model's own logits say of one token per row, and of the `num_top` likeliest (ties: the lowest ids)."""
+    token_ids_S1 = torch.tensor(token_ids, device=logits_SV.device)[:, None]
+    logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
+    own_S1 = logprobs_SV.gather(-1, token_ids_S1)
+    ranks: list[int] = (1 + (logprobs_SV > own_S1).sum(dim=-1)).tolist()
+    tops = _likeliest(logprobs_SV, min(num_top, logits_SV.shape[-1]))
+    own: list[float] = own_S1.squeeze(-1).tolist()
+    return [TokenLogprob(*each) for each in zip(token_ids, own, ranks, tops, strict=True)]
+
+
+def _notes(request: Request) -> Notes:
+    if request.sampling_state is None:
+        request.sampling_state = Notes(request)
+    notes: Notes = request.sampling_state
+    return notes
+
+
+def _is_plain(row: Row, notes: Notes) -> bool:
+    return notes.is_greedy and not notes.is_edited and not row.forbidden_ids
+
+
+def _largest(logits_SV: Tensor) -> list[int | None]:
+    """The id of each row's largest logit, the lowest of several; None where that is not finite."""
+    if logits_SV.is_cpu:  # numpy's is over ten times faster than torch's; both call NaN the largest
+        logits = logits_SV.numpy()
+        ids = logits.argmax(axis=-1)
+        values = logits[np.arange(len(ids)), ids]
+        return [int(i) if ok else None for i, ok in zip(ids, np.isfinite(values), strict=True)]
+    ids_S = logits_SV.argmax(dim=-1)
+    are_finite = logits_SV.gather(-1, ids_S[:, None]).squeeze(-1).isfinite()
+    return [i if ok else None for i, ok in zip(ids_S.tolist(), are_finite.tolist(), strict=True)]
+
+
+def _choose(logits_RV: Tensor, rows: Sequence[Row], notes: Sequence[Notes]) -> list[int | None]:
+    """Edits the logits, which are a copy, in place."""
+    penalized = _follow(logits_RV, rows, notes)
+    _forbid(logits_RV, rows, notes)
+    _add_bias(logits_RV, notes)
+    if penalized:
+        _penalize(logits_RV, rows, penalized)
+    tokens = _largest(logits_RV)
+    drawn = [r for r, note in enumerate(notes) if tokens[r] is not None and not note.is_greedy]
+    if drawn:
+        weights_RV = target_weights(logits_RV[drawn], [rows[r].request.params for r in drawn])
+        keys = [(rows[r].request.seed, rows[r].position) for r in drawn]
+        for r, token in zip(drawn, noise.draw(weights_RV, keys), strict=True):
+            tokens[r] = token
     return tokens
 
 
-def target_probs(logits_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The distribution tokens are drawn from, after temperature, top-k and top-p in this order: fp64, (S, V)."""
-    temperature_S1 = logits_SV.new_tensor([[p.temperature] for p in params], dtype=torch.float64)
-    top_S1 = logits_SV.max(dim=-1, keepdim=True).values
-    probs_SV = torch.softmax((logits_SV - top_S1) / temperature_S1, dim=-1)
-    rows = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
-    if rows:
-        probs_SV[rows] = _keep_top(probs_SV[rows], [params[row] for row in rows])
-    return probs_SV
+@dataclass(frozen=True)
+class _Penalized:
+    """The tokens that row `row` has penalties for, and how often each was generated, both (E,)."""
+
+    row: int
+    ids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    counts: np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments (Philox, counter-based; top 53 bits)."""
-    bits = np.random.Philox(key=seed % 2**64, counter=position << 64).random_raw()
-    return float(int(bits) >> 11) * 2.0**-53
+def _follow(logits_RV: Tensor, rows: Sequence[Row], notes: Sequence[Notes]) -> list[_Penalized]:
+    """Brings notes up to date row by row, for rows of one request share them; applies grammars on the way."""
+    penalized = []
+    for r, (row, note) in enumerate(zip(rows, notes, strict=True)):
+        note.follow(row.request, row.ahead)
+        if note.grammar is not None:
+            request = row.request
+            late_ids = row.forbidden_ids
+            if request.params.ignore_eos:
+                late_ids |= request.stop_ids - frozenset(request.params.stop_token_ids)
+            allowed_V = note.grammar.allowed(logits_RV.shape[-1], request.stop_ids, late_ids)
+            # The logarithm of 0 or 1: a random mask costs ten times as much as a fill.
+            logits_RV[r] += torch.from_numpy(allowed_V).to(logits_RV.device).float().log_()
+        if note.history is not None:
+            penalized.append(_Penalized(r, *note.history.ids_and_counts()))
+    return penalized
 
 
-def _forbid(logits_SV: Tensor, choices: Sequence[Choice]) -> Tensor:
-    pairs = [(row, token) for row, choice in enumerate(choices) for token in choice.forbidden_ids]
-    if not pairs:
-        return logits_SV
-    rows, tokens = torch.tensor(pairs, device=logits_SV.device).unbind(dim=1)
-    return logits_SV.index_put((rows, tokens), logits_SV.new_tensor(-torch.inf))
+def _forbid(logits_RV: Tensor, rows: Sequence[Row], notes: Sequence[Notes]) -> None:
+    # A grammar's mask has seen to it already, and knows where nothing but a stop id is left.
+    forbidden = [row.forbidden_ids if note.grammar is None else () for row, note in zip(rows, notes, strict=True)]
+    if pairs := [(r, token_id) for r, token_ids in enumerate(forbidden) for token_id in token_ids]:
+        rows_E, ids_E = torch.tensor(pairs, device=logits_RV.device).unbind(dim=1)
+        logits_RV[rows_E, ids_E] = -torch.inf
 
 
-def _keep_top(probs_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    vocab_size = probs_SV.shape[-1]
-    top_ks = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-    top_k_S1 = torch.tensor(top_ks, device=probs_SV.device)[:, None]
-    top_p_S1 = probs_SV.new_tensor([[p.top_p] for p in params])
-    sorted_SV, ids_SV = probs_SV.sort(dim=-1, descending=True, stable=True)
-    ranks_V = torch.arange(vocab_size, device=probs_SV.device)
-    sorted_SV = sorted_SV * (ranks_V < top_k_S1)
-    before_SV = sorted_SV.cumsum(dim=-1) - sorted_SV
-    sorted_SV = sorted_SV * (before_SV < top_p_S1 * sorted_SV.sum(dim=-1, keepdim=True))
-    kept_SV = torch.zeros_like(probs_SV).scatter_(-1, ids_SV, sorted_SV)
-    return kept_SV / kept_SV.sum(dim=-1, keepdim=True)
+def _add_bias(logits_RV: Tensor, notes: Sequence[Notes]) -> None:
+    if biases := [(r, token_id, bias) for r, note in enumerate(notes) for token_id, bias in note.bias.items()]:
+        rows, ids, values = zip(*biases, strict=True)
+        rows_E, ids_E = torch.tensor([rows, ids], device=logits_RV.device)
+        logits_RV[rows_E, ids_E] += logits_RV.new_tensor(values)
 
 
-def _draw(logits_SV: Tensor, choices: Sequence[Choice]) -> list[int]:
-    cumulative_SV = target_probs(logits_SV, [choice.params for choice in choices]).cumsum(dim=-1)
-    noise_S1 = cumulative_SV.new_tensor([[uniform(choice.seed, choice.position)] for choice in choices])
-    # The first id whose cumulative probability is above the target: never one of probability zero.
-    target_S1 = noise_S1 * cumulative_SV[:, -1:]
-    tokens: list[int] = torch.searchsorted(cumulative_SV, target_S1, right=True).squeeze(-1).tolist()
-    return tokens
+def _penalize(logits_RV: Tensor, rows: Sequence[Row], penalized: Sequence[_Penalized]) -> None:
+    device = logits_RV.device
+    params = [rows[each.row].request.params for each in penalized]
+    lens = torch.tensor([len(each.ids) for each in penalized], device=device)
+
+    def spread(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=device).repeat_interleave(lens)
+
+    rows_E = spread([each.row for each in penalized])
+    ids_E = torch.from_numpy(np.concatenate([each.ids for each in penalized])).to(device)
+    counts_E = torch.from_numpy(np.concatenate([each.counts for each in penalized])).to(device)
+    repetition_E = spread([p.repetition_penalty for p in params])
+    values_E = logits_RV[rows_E, ids_E]
+    values_E = torch.where(values_E > 0, values_E / repetition_E, values_E * repetition_E)
+    values_E -= counts_E * spread([p.frequency_penalty for p in params])
+    values_E -= (counts_E > 0) * spread([p.presence_penalty for p in params])
+    logits_RV[rows_E, ids_E] = values_E
+
+
+def _cut(weights_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Zero for what top_k, top_p and min_p leave out. Of equal weights at the edge the lowest ids are kept."""
+    device, vocab_size = weights_SV.device, weights_SV.shape[-1]
+    top_k_S1 = torch.tensor([[min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size] for p in params], device=device)
+    top_p_S1 = torch.tensor([[p.top_p if p.top_p < 1 else torch.inf] for p in params], device=device).double()
+    min_p_S1 = torch.tensor([[p.min_p] for p in params], device=device)
+    sorted_SV = _sorted(weights_SV)
+    is_kept_SV = torch.arange(vocab_size, device=device) < top_k_S1
+    mass_SV = torch.where(is_kept_SV, sorted_SV, 0).cumsum(dim=-1, dtype=torch.float64)
+    is_kept_SV &= mass_SV - sorted_SV < top_p_S1 * mass_SV[:, -1:]
+    is_kept_SV &= sorted_SV >= min_p_S1 * sorted_SV[:, :1]
+    num_kept_S1 = is_kept_SV.sum(dim=-1, keepdim=True)  # the first of the sorted, at least one
+    edge_S1 = sorted_SV.gather(-1, num_kept_S1 - 1)
+    kept_SV = torch.where(weights_SV >= edge_S1, weights_SV, 0)
+    num_over_S1 = (weights_SV >= edge_S1).sum(dim=-1, keepdim=True) - num_kept_S1
+    for s in num_over_S1.squeeze(-1).nonzero().flatten().tolist():
+        at_edge = (weights_SV[s] == edge_S1[s]).nonzero().flatten()
+        kept_SV[s, at_edge[len(at_edge) - int(num_over_S1[s]) :]] = 0
+    return kept_SV
+
+
+def _sorted(weights_SV: Tensor) -> Tensor:
+    """The largest first."""
+    if weights_SV.is_cpu:  # numpy's is forty times faster than torch's
+        return torch.from_numpy(np.sort(weights_SV.numpy(), axis=-1)).flip(-1)
+    return weights_SV.sort(dim=-1, descending=True).values
+
+
+def _likeliest(logprobs_SV: Tensor, num_top: int) -> list[tuple[tuple[int, float], ...]]:
+    if num_top == 0:
+        return [()] * len(logprobs_SV)
+    edge_S = logprobs_SV.topk(num_top, dim=-1, sorted=False).values.amin(dim=-1)
+    tops = []
+    for logprobs_V, edge in zip(logprobs_SV, edge_S, strict=True):
+        ids = (logprobs_V >= edge).nonzero().flatten()
+        pairs = zip(ids.tolist(), logprobs_V[ids].tolist(), strict=True)
+        tops.append(tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:num_top]))
+    return tops

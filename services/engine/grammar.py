@@ -1,0 +1,223 @@
+"""Grammars: what text an answer must match, as a mask over the tokens that may come next.
+
+`GrammarCompiler.check` refuses a client's mistake where the request comes in; `GrammarCompiler.compile` belongs on a
+thread of its own (a large schema takes up to a second), before the request reaches the engine:
+
+    request.compiled_grammar = await asyncio.to_thread(compiler.compile, params.grammar)
+
+What ends an answer: a stop id of the request that is no text (an end-of-sequence token) is allowed exactly where the
+grammar may end, and nothing else once it can only end. A stop id that is ordinary text stays one wherever its text is
+allowed. So a request with a grammar needs the model's end-of-sequence ids among its `stop_ids` even where `ignore_eos`
+is asked for, which then means: not before the grammar can only end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from services.engine.request import Grammar, GrammarKind
+
+logger = logging.getLogger(__name__)
+_stack_size_lock = threading.Lock()  # the size is the process's, for threads to come
+
+MAX_GRAMMARS = 64  # compiled ones kept; each may hold MAX_LEXER_STATES of 1 to 2 kB
+MAX_LEXER_STATES = 20_000
+MAX_TEXT = 2**16  # characters of a grammar
+COMPILE_STACK = 2**28  # bytes; the library recurses: over a chain of rules as long as MAX_TEXT allows it takes 2**26
+# Without a bound, a model that is unsure between two tokens of JSON can go on with spaces for ever.
+OPTIONS = {"x-guidance": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,64}"}}
+EXCERPT = re.compile(r"\d+ \| ")
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledGrammar:
+    """A grammar at its beginning; requests share it and start from copies."""
+
+    matcher: LLMatcher
+    eos_ids: frozenset[int]
+
+    def start(self) -> GrammarState:
+        return GrammarState(self.matcher.deep_copy(), self.eos_ids)
+
+
+class GrammarState:
+    """Where one sequence stands in its grammar: tokens are pushed and popped.
+
+    A token the grammar refuses, and whatever is pushed on it, is remembered but not consumed: nothing may follow.
+    """
+
+    def __init__(self, matcher: LLMatcher, eos_ids: frozenset[int]) -> None:
+        self._matcher, self._eos_ids = matcher, eos_ids
+        self._num_refused = 0
+
+    def push(self, token_id: int) -> None:
+        is_text = token_id not in self._eos_ids
+        if self._num_refused or not is_text or not self._matcher.try_consume_tokens([token_id]):
+            self._num_refused += 1
+
+    def pop(self) -> None:
+        if self._num_refused:
+            self._num_refused -= 1
+        else:
+            self._matcher.rollback(1)
+
+    def allowed(self, vocab_size: int, stop_ids: frozenset[int], late_ids: frozenset[int]) -> NDArray[np.uint8]:
+        """(V,): 1 for each token id that may come next; ids beyond the tokenizer's are never allowed.
+
+        `late_ids` are those of `stop_ids` that may come only where nothing else may. All 0 if a token was refused.
+        """
+        allowed_V = np.zeros(vocab_size, dtype=np.uint8)
+        if self._num_refused:
+            return allowed_V
+        mask = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        if self._matcher.is_error():
+            logger.warning("A grammar gave up: %s", _one_sentence(self._matcher.get_error()))
+            return allowed_V
+        allowed_V[: len(mask)] = mask[:vocab_size]
+        allowed_V[[i for i in self._eos_ids if i < vocab_size]] = 0
+        may_end, text_V = self._matcher.is_accepting(), allowed_V
+        if late_ids:
+            allowed_V = allowed_V.copy()
+            allowed_V[list(late_ids)] = 0
+        if may_end:
+            allowed_V[list(stop_ids - late_ids)] = 1
+        if not allowed_V.any():
+            allowed_V = text_V
+            allowed_V[list(stop_ids) if may_end else []] = 1
+        return allowed_V
+
+
+class GrammarCompiler:
+    """Compiles grammars for the tokenizer of a model directory. Any thread may call it.
+
+    `eos_ids` are the model's end-of-sequence ids; a compiler that only checks grammars needs none.
+    """
+
+    def __init__(self, path: str | Path, eos_ids: Iterable[int] = ()) -> None:
+        self._eos_ids = frozenset(eos_ids)
+        self._tokenizer = _load(Path(path), sorted(self._eos_ids))
+        self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, grammar: Grammar) -> None:
+        """Raises ValueError, with one sentence that says what is wrong, for a grammar that cannot be used."""
+        self.compile(grammar)
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """The grammar ready for use, from the cache where it was compiled before; ValueError as in `check`."""
+        with self._lock:
+            if found := self._compiled.get(grammar):
+                self._compiled.move_to_end(grammar)
+                return found
+        compiled = CompiledGrammar(self._matcher(grammar), self._eos_ids)  # outside the lock: it may take a second
+        with self._lock:
+            self._compiled[grammar] = compiled
+            if len(self._compiled) > MAX_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return compiled
+
+    def _matcher(self, grammar: Grammar) -> LLMatcher:
+        name = parameter_name(grammar.kind)
+        if len(grammar.text) > MAX_TEXT:
+            raise ValueError(f"{name} must be at most {MAX_TEXT} characters long, not {len(grammar.text)}.")
+        definitions = [_definition(grammar, name) | {"name": "answer"}]
+        if grammar.after:
+            definitions.insert(0, _free_until(grammar.after, self._is_special(grammar.after)))
+        source = json.dumps({"grammars": definitions})
+        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        matcher = _on_large_stack(lambda: LLMatcher(self._tokenizer, source, log_level=0, limits=limits))
+        if matcher.is_error():
+            raise ValueError(f"{name} cannot be used: {_one_sentence(matcher.get_error())}")
+        beginning = matcher.deep_copy()
+        if not any(beginning.compute_bitmask()) or beginning.is_error():
+            raise ValueError(f"{name} must allow at least one answer that the model's tokens can write.")
+        return matcher
+
+    def _is_special(self, text: str) -> bool:
+        [*token_ids] = self._tokenizer.tokenize_str(text, parse_special=True)
+        return len(token_ids) == 1 and self._tokenizer.is_special_token(token_ids[0])
+
+
+def parameter_name(kind: GrammarKind) -> str:
+    """The API's name of what a client gave."""
+    match kind:
+        case GrammarKind.JSON_OBJECT | GrammarKind.JSON_SCHEMA:
+            return "response_format"
+        case GrammarKind.REGEX:
+            return "regex"
+        case GrammarKind.LARK:
+            return "grammar"
+
+
+def _definition(grammar: Grammar, name: str) -> dict[str, Any]:
+    """In the library's own format, where a client's text cannot be taken for anything but what `kind` says."""
+    match grammar.kind:
+        case GrammarKind.REGEX:
+            [definition] = json.loads(LLMatcher.grammar_from_regex(grammar.text))["grammars"]
+            return {"lark_grammar": definition["lark_grammar"]}
+        case GrammarKind.LARK:
+            return {"lark_grammar": grammar.text}
+        case GrammarKind.JSON_OBJECT:
+            return {"json_schema": {"type": "object"} | OPTIONS}
+        case GrammarKind.JSON_SCHEMA:
+            return {"json_schema": _schema(grammar.text, name) | OPTIONS}
+
+
+def _schema(text: str, name: str) -> dict[str, Any]:
+    try:
+        schema: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must hold a JSON schema in JSON: {error}.") from error
+    if not isinstance(schema, dict):
+        raise ValueError(f"{name} must hold a JSON schema that is an object, not {type(schema).__name__}.")
+    return schema
+
+
+def _free_until(marker: str, is_special: bool) -> dict[str, Any]:
+    """Anything up to the first marker, a little white space, then what is called `answer`."""
+    if is_special:
+        rules = f"start: free {marker} SPACE @answer\nfree: /(.|\\n)*/"
+    else:
+        rules = f"start: free SPACE @answer\nfree[suffix={json.dumps(marker)}]: /(.|\\n)*/"
+    return {"lark_grammar": f"{rules}\nSPACE: /[ \\n]{{0,8}}/"}
+
+
+def _on_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
+    made: list[LLMatcher] = []
+    with _stack_size_lock:
+        normal = threading.stack_size(COMPILE_STACK)
+        try:
+            thread = threading.Thread(target=lambda: made.append(make()), name="grammar")
+            thread.start()
+        finally:
+            threading.stack_size(normal)
+    thread.join()
+    [matcher] = made
+    return matcher
+
+
+def _one_sentence(error: str) -> str:
+    """The message without the excerpts that the library draws, and without the debugging hints after them."""
+    lines = [line.strip() for line in error.splitlines()]
+    said = " ".join(line for line in lines if line and not set(line) <= {"^", " "} and not EXCERPT.match(line))
+    return said.replace("<non-verbose/>", "").rpartition(" error: ")[2].strip().rstrip(".") + "."
+
+
+def _load(path: Path, eos_ids: Sequence[int]) -> LLTokenizer:
+    tokenizer: Any = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return LLTokenizer(tokenizer.to_str(), eos_token=list(eos_ids) or None)
