@@ -1,0 +1,313 @@
+"""Load on an OpenAI-compatible server on this machine: TTFT, ITL, end-to-end time and throughput.
+
+    python -m benchmarks.load --url http://127.0.0.1:8000 --rate 2 --requests 100        # open loop, Poisson arrivals
+    python -m benchmarks.load --url http://127.0.0.1:8000 --concurrency 8 --json out.json --plot out.png
+
+Open loop: requests arrive when they arrive, whatever the server does, so that queueing shows. Closed loop: so many at a
+time. Both end with the last request, or stop sending after `--seconds`. Times are the client's: TTFT runs from sending
+to the first token's text, ITL is the gap between two events of a stream. `benchmarks.load_overhead` tells what the
+generator itself adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from model.demo.corpus import read_corpus
+
+FIRST_ORDINARY_ID = 16  # ids below are special tokens
+CHARACTERS_PER_TOKEN = 4  # of the demo's tokenizer, about; the server's own count is what is reported
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request as its client saw it. Times in seconds, from the start of the run; `error` is empty if it went well.
+
+    `event_times` are the arrivals of events that carried text.
+    """
+
+    sent_at: float
+    ended_at: float
+    event_times: tuple[float, ...] = ()
+    num_prompt: int = 0
+    num_cached: int = 0
+    num_generated: int = 0
+    error: str = ""
+    cache: str = ""  # what the server says of its prefix cache
+
+    @property
+    def ttft_s(self) -> float:
+        return self.event_times[0] - self.sent_at
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [later - earlier for earlier, later in itertools.pairwise(self.event_times)]
+
+
+# One request ----------------------------------------------------------------------------------------------------------
+
+
+def new_client(timeout_s: float) -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=timeout_s, limits=httpx.Limits(max_connections=None), trust_env=False)
+
+
+async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], origin: float) -> Outcome:
+    """Streams one request; never raises for what the server or the connection does. `origin`: the run's start."""
+    sent_at = time.perf_counter() - origin
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    try:
+        async with client.stream("POST", url, json=body) as answer:
+            if answer.status_code != 200:
+                await answer.aread()
+                return Outcome(sent_at, time.perf_counter() - origin, error=f"HTTP {answer.status_code}")
+            times, usage, error = await _read_events(answer, origin)
+            cache = answer.headers.get("x-expertmesh-cache", "")
+    except httpx.HTTPError as failure:
+        return Outcome(sent_at, time.perf_counter() - origin, error=type(failure).__name__)
+    details = usage.get("prompt_tokens_details") or {}
+    counts = (usage.get("prompt_tokens", 0), details.get("cached_tokens") or 0, usage.get("completion_tokens", 0))
+    if not error and not times:
+        error = "no token"
+    return Outcome(sent_at, time.perf_counter() - origin, tuple(times), *counts, error, cache)
+
+
+async def _read_events(answer: httpx.Response, origin: float) -> tuple[list[float], dict[str, Any], str]:
+    """Arrival times of events with text, the usage, and the error a stream ended with. Parses only the last two."""
+    times: list[float] = []
+    usage: dict[str, Any] = {}
+    error, rest = "", b""
+    async for chunk in answer.aiter_raw():
+        now = time.perf_counter() - origin
+        *events, rest = (rest + chunk).split(b"\n\n")  # JSON holds no bare newline
+        for event in events:
+            if event.startswith(b'data: {"error"'):
+                error = str(json.loads(event[6:])["error"].get("type", "error"))
+            elif b'"choices":[]' in event or b'"choices": []' in event:
+                usage = json.loads(event[6:]).get("usage") or {}
+            elif has_text(event):
+                times.append(now)
+    return times, usage, error
+
+
+def has_text(event: bytes) -> bool:
+    """Whether a chunk of a completion or of a chat brings text, not only a role or a finish reason."""
+    if not event.startswith(b"data: {"):
+        return False
+    is_empty = b'"text":""' in event or b'"delta":{}' in event or b'"content":""' in event
+    return not is_empty
+
+
+# Many requests --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Bodies without end, drawn by `seed`: lengths in tokens, one of each list at a time."""
+
+    prompt_lens: tuple[int, ...]
+    output_lens: tuple[int, ...]
+    vocab_size: int  # 0: text, for servers whose token ids are unknown
+    seed: int
+    model: str = ""
+
+    def bodies(self) -> Iterator[dict[str, Any]]:
+        draw = random.Random(self.seed)
+        texts = [] if self.vocab_size else [text for text in read_corpus()[1] if len(text) > CHARACTERS_PER_TOKEN]
+        while True:
+            length = draw.choice(self.prompt_lens)
+            prompt = self._ids(draw, length) if self.vocab_size else self._text(draw, texts, length)
+            body = {"prompt": prompt, "max_tokens": draw.choice(self.output_lens), "temperature": 0, "ignore_eos": True}
+            yield {**body, "model": self.model} if self.model else body
+
+    def _ids(self, draw: random.Random, length: int) -> list[int]:
+        return [draw.randrange(FIRST_ORDINARY_ID, self.vocab_size) for _ in range(length)]
+
+    def _text(self, draw: random.Random, texts: Sequence[str], length: int) -> str:
+        text = draw.choice(texts)
+        start = draw.randrange(max(1, len(text) - CHARACTERS_PER_TOKEN * length))
+        return text[start : start + CHARACTERS_PER_TOKEN * length]
+
+
+async def closed_loop(
+    url: str, bodies: Iterable[dict[str, Any]], concurrency: int, seconds: float, timeout_s: float = 600
+) -> list[Outcome]:
+    """`concurrency` requests at a time until the bodies or the seconds are used up."""
+    outcomes: list[Outcome] = []
+    source, origin = iter(bodies), time.perf_counter()
+
+    async def one_after_another(client: httpx.AsyncClient) -> None:
+        for body in source:
+            outcomes.append(await ask(client, url, body, origin))
+            if time.perf_counter() - origin > seconds:
+                return
+
+    async with new_client(timeout_s) as client:
+        await asyncio.gather(*(one_after_another(client) for _ in range(concurrency)))
+    return outcomes
+
+
+async def open_loop(
+    url: str, bodies: Iterable[dict[str, Any]], rate: float, seconds: float, seed: int, timeout_s: float = 600
+) -> list[Outcome]:
+    """Poisson arrivals, `rate` a second, until the bodies or the seconds are used up."""
+    draw, origin, due = random.Random(seed), time.perf_counter(), 0.0
+    async with new_client(timeout_s) as client, asyncio.TaskGroup() as tasks:
+        running = []
+        for body in bodies:
+            due += draw.expovariate(rate)
+            if due > seconds:
+                break
+            await asyncio.sleep(origin + due - time.perf_counter())
+            running.append(tasks.create_task(ask(client, url, body, origin)))
+    return [task.result() for task in running]
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Between the two values nearest to it, in proportion; 0 for none."""
+    ordered = sorted(values)
+    if not ordered:
+        return 0.0
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def milliseconds(values_s: Sequence[float]) -> dict[str, float]:
+    mean = sum(values_s) / len(values_s) if values_s else 0.0
+    return {"mean": 1e3 * mean, **{name: 1e3 * quantile(values_s, share) for name, share in QUANTILES.items()}}
+
+
+def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Percentiles in milliseconds, tokens and requests per second of the whole run, and errors by kind."""
+    good = [outcome for outcome in outcomes if not outcome.error]
+    wall_s = max((outcome.ended_at for outcome in outcomes), default=0.0)
+    totals = {
+        name: sum(getattr(outcome, f"num_{name}") for outcome in good) for name in ("prompt", "cached", "generated")
+    }
+    return {
+        "num_requests": len(outcomes),
+        "num_good": len(good),
+        "errors": dict(Counter(outcome.error for outcome in outcomes if outcome.error)),
+        "seconds": wall_s,
+        "requests_per_s": len(good) / wall_s if wall_s else 0.0,
+        "tokens": totals,
+        "tokens_in_per_s": totals["prompt"] / wall_s if wall_s else 0.0,
+        "tokens_out_per_s": totals["generated"] / wall_s if wall_s else 0.0,
+        "ttft_ms": milliseconds([outcome.ttft_s for outcome in good]),
+        "itl_ms": milliseconds([gap for outcome in good for gap in outcome.gaps_s]),
+        "e2e_ms": milliseconds([outcome.ended_at - outcome.sent_at for outcome in good]),
+    }
+
+
+def tables(summary: dict[str, Any]) -> Iterator[Table]:
+    times = Table(title="milliseconds")
+    for name in ("", "mean", *QUANTILES):
+        times.add_column(name, justify="right")
+    for name in ("ttft", "itl", "e2e"):
+        times.add_row(name, *(f"{value:.1f}" for value in summary[f"{name}_ms"].values()))
+    yield times
+    rates = Table(title=f"{summary['num_good']} of {summary['num_requests']} requests in {summary['seconds']:.1f} s")
+    for name in ("requests/s", "tokens in/s", "tokens out/s", "errors"):
+        rates.add_column(name, justify="right")
+    errors = ", ".join(f"{count} × {kind}" for kind, count in summary["errors"].items()) or "none"
+    rates.add_row(*(f"{summary[f'{name}_per_s']:.2f}" for name in ("requests", "tokens_in", "tokens_out")), errors)
+    yield rates
+
+
+def plot(outcomes: Sequence[Outcome], path: Path) -> None:
+    """A PNG: the distributions of TTFT, ITL and end-to-end time, and the tokens of each second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    good = [outcome for outcome in outcomes if not outcome.error]
+    series = {
+        "TTFT, ms": [outcome.ttft_s for outcome in good],
+        "ITL, ms": [gap for outcome in good for gap in outcome.gaps_s],
+        "end to end, ms": [outcome.ended_at - outcome.sent_at for outcome in good],
+    }
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    for axis, (label, values) in zip(axes, series.items(), strict=False):
+        ordered = sorted(1e3 * value for value in values)
+        axis.plot(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], drawstyle="steps-post")
+        axis.set(xlabel=label, ylabel="share of requests" if "ITL" not in label else "share of gaps", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    arrivals = [when for outcome in good for when in outcome.event_times]
+    axes[3].hist(arrivals, bins=max(1, int(max(arrivals, default=1))))
+    axes[3].set(xlabel="second of the run", ylabel="events with text")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def local_url(url: str) -> str:
+    """Raises ValueError for any machine but this one: a load generator is no toy to point at others."""
+    if urlsplit(url).hostname != "127.0.0.1":
+        raise ValueError(f"--url must be http://127.0.0.1:PORT, not {url!r}")
+    return url.rstrip("/")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Load on an OpenAI-compatible server on this machine.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--model", default="", help="sent in the body; left out if empty")
+    loop = parser.add_mutually_exclusive_group(required=True)
+    loop.add_argument("--rate", type=float, help="open loop: requests a second, Poisson")
+    loop.add_argument("--concurrency", type=int, help="closed loop: requests at a time")
+    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=300, help="no request is sent after it")
+    parser.add_argument("--timeout", type=float, default=120, help="of one request without a byte, in seconds")
+    parser.add_argument("--prompt-lens", type=int, nargs="+", default=[128], metavar="TOKENS")
+    parser.add_argument("--output-lens", type=int, nargs="+", default=[32], metavar="TOKENS")
+    parser.add_argument("--vocab", type=int, default=2048, help="ids are drawn below it; 0 sends text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="PNG; needs the `bench` extra")
+    args = parser.parse_args()
+    try:
+        url = local_url(args.url) + "/v1/completions"
+    except ValueError as error:
+        parser.error(str(error))
+    for name in ("rate", "concurrency", "requests", "seconds"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            parser.error(f"--{name} must be above 0, not {value}")
+    prompts = Prompts(tuple(args.prompt_lens), tuple(args.output_lens), args.vocab, args.seed, args.model)
+    bodies = list(itertools.islice(prompts.bodies(), args.requests))
+    if args.rate:
+        outcomes = asyncio.run(open_loop(url, bodies, args.rate, args.seconds, args.seed, args.timeout))
+    else:
+        outcomes = asyncio.run(closed_loop(url, bodies, args.concurrency, args.seconds, args.timeout))
+    summary = summarize(outcomes)
+    for table in tables(summary):
+        Console().print(table)
+    if args.json:
+        args.json.write_text(json.dumps(summary, indent=2) + "\n")
+    if args.plot:
+        plot(outcomes, args.plot)
+
+
+if __name__ == "__main__":
+    main()

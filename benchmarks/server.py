@@ -1,0 +1,139 @@
+"""`expertmesh up` in a process of its own, and what it and its children take of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+READY_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 120
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where its REST surface is, and the process that everything else descends from."""
+
+    url: str
+    pid: int
+
+    def status(self) -> dict[str, Any]:
+        """What `expertmesh status` shows."""
+        return fetch_json(f"{self.url}/status")
+
+    def model_id(self) -> str:
+        return str(fetch_json(f"{self.url}/v1/models")["data"][0]["id"])
+
+    def processes(self) -> dict[int, str]:
+        """Every process of this server, by id: what it is."""
+        return {pid: command_of(pid) for pid in [self.pid, *descendants(self.pid)]}
+
+
+def fetch_json(url: str) -> dict[str, Any]:
+    with urlopen(url, timeout=30) as answer:
+        value: dict[str, Any] = json.load(answer)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(*options: str) -> Iterator[Server]:
+    """Starts `expertmesh up` with `options` on free ports, waits until it is ready, and stops it on exit.
+
+    Raises RuntimeError with the end of its output if it is not ready within 300 s.
+    """
+    port, grpc_port = free_port(), free_port()
+    command = [sys.executable, "-m", "services.cli", "up", "--port", str(port), "--grpc-port", str(grpc_port), *options]
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        started = Server(f"http://127.0.0.1:{port}", process.pid)
+        try:
+            if not _is_ready(started.url, process):
+                output.seek(0)
+                said = output.read()[-2000:].decode(errors="replace")
+                raise RuntimeError(
+                    f"`{' '.join(command[2:])}` did not become ready (at most {READY_TIMEOUT_S} s are waited): {said}"
+                )
+            yield started
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(STOP_TIMEOUT_S)
+
+
+def _is_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            fetch_json(f"{url}/health/ready")
+            return True
+        except OSError:  # refused, or 503 until the backbone is up
+            time.sleep(0.3)
+    return False
+
+
+# Linux's /proc --------------------------------------------------------------------------------------------------------
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that `pid` started, and those that they started."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        children.setdefault(int(after_name[1]), []).append(int(path.parent.name))
+    found, open_ = [], [pid]
+    while open_:
+        below = children.get(open_.pop(), [])
+        found += below
+        open_ += below
+    return found
+
+
+def command_of(pid: int) -> str:
+    """The name Ray gives a worker (`ray::ServeReplica:…`), or the program."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    first = words[0].decode(errors="replace").split()
+    if not first:
+        return ""
+    name = first[0].rpartition("/")[2]
+    return f"{name} {words[1].decode(errors='replace').rpartition('/')[2]}" if name.startswith("python") else name
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is its own (resident less shared with files); 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/statm").read_text().split()
+    except OSError:
+        return 0
+    return (int(fields[1]) - int(fields[2])) * PAGE_BYTES
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time a process has used; 0 if it has ended."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
