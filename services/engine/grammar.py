@@ -35,8 +35,8 @@ _stack_size_lock = threading.Lock()  # the size is the process's, for threads to
 
 MAX_GRAMMARS = 64  # compiled ones kept; each may hold MAX_LEXER_STATES of 1 to 2 kB
 MAX_LEXER_STATES = 20_000
-MAX_TEXT = 2**16  # characters of a grammar
-COMPILE_STACK = 2**28  # bytes; the library recurses: over a chain of rules as long as MAX_TEXT allows it takes 2**26
+MAX_TEXT = 2**17  # characters of a grammar
+COMPILE_STACK = 2**29  # bytes; the library recurses, and a chain of rules as long as MAX_TEXT allows takes 2**26
 # Without a bound, a model that is unsure between two tokens of JSON can go on with spaces for ever.
 OPTIONS = {"x-guidance": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,64}"}}
 EXCERPT = re.compile(r"\d+ \| ")
@@ -133,10 +133,7 @@ class GrammarCompiler:
         name = parameter_name(grammar.kind)
         if len(grammar.text) > MAX_TEXT:
             raise ValueError(f"{name} must be at most {MAX_TEXT} characters long, not {len(grammar.text)}.")
-        definitions = [_definition(grammar, name) | {"name": "answer"}]
-        if grammar.after:
-            definitions.insert(0, _free_until(grammar.after, self._is_special(grammar.after)))
-        source = json.dumps({"grammars": definitions})
+        source = json.dumps({"grammars": [_definition(grammar, name)]})
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         matcher = _on_large_stack(lambda: LLMatcher(self._tokenizer, source, log_level=0, limits=limits))
         if matcher.is_error():
@@ -145,10 +142,6 @@ class GrammarCompiler:
         if not any(beginning.compute_bitmask()) or beginning.is_error():
             raise ValueError(f"{name} must allow at least one answer that the model's tokens can write.")
         return matcher
-
-    def _is_special(self, text: str) -> bool:
-        [*token_ids] = self._tokenizer.tokenize_str(text, parse_special=True)
-        return len(token_ids) == 1 and self._tokenizer.is_special_token(token_ids[0])
 
 
 def parameter_name(kind: GrammarKind) -> str:
@@ -184,15 +177,6 @@ def _schema(text: str, name: str) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise ValueError(f"{name} must hold a JSON schema that is an object, not {type(schema).__name__}.")
     return schema
-
-
-def _free_until(marker: str, is_special: bool) -> dict[str, Any]:
-    """Anything up to the first marker, a little white space, then what is called `answer`."""
-    if is_special:
-        rules = f"start: free {marker} SPACE @answer\nfree: /(.|\\n)*/"
-    else:
-        rules = f"start: free SPACE @answer\nfree[suffix={json.dumps(marker)}]: /(.|\\n)*/"
-    return {"lark_grammar": f"{rules}\nSPACE: /[ \\n]{{0,8}}/"}
 
 
 def _on_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
