@@ -61,7 +61,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 def bad_value(error: ValueError) -> ApiError:
     """The engine's and SamplingParams' sentences open with the parameter's name when they are about one."""
-    name = re.match(r"[a-z][a-z_]*\b", str(error))
+    name = re.match(r"[a-z][a-z_.\[\]0-9]*\b\]?(?= )", str(error))
     return invalid(str(error), name and name.group())
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import math
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from services.engine.request import EngineFailed, FinishReason, SamplingParams, TokenOutput
+from services.engine.request import EngineFailed, Grammar, SamplingParams, TokenOutput
+from services.gateway import grammars
+from services.gateway.answer import Answer, Job, TextDelta
 from services.gateway.errors import ApiError, Refusal, bad_value, from_exception, invalid
 from services.gateway.metrics import Metrics
-from services.gateway.text import Chat, Detokenizer, StopMatcher, Tokenizer
+from services.gateway.text import THINK_START, Chat, Tokenizer
+from services.gateway.tools import ToolMode, ToolUse
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, in OpenAI's reference; a chat may use the whole context
+MAX_CHOICES = 128  # of one request: prompts times n
+MAX_REQUEST_ID_LEN = 128
 MERGE_QUEUE_LEN = 16
+RESERVED_KWARGS = ("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt")
 
 Prompt = str | list[int] | Chat
 
@@ -42,35 +50,106 @@ class Health:
 class TokenSource(Protocol):
     """The engine, or a handle to one in another process. Closing the generator frees what the request holds.
 
-    Raises ValueError (a sentence for the client), EngineOverloaded, EngineFailed, DeadlinePassed or ApiError.
+    Raises ValueError (a sentence for the client), EngineOverloaded, EngineFailed, DeadlinePassed (after `timeout`
+    seconds) or ApiError.
     """
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, timeout: float | None = None
     ) -> AsyncGenerator[TokenOutput, None]: ...
 
 
 @dataclass(frozen=True)
-class Job:
-    prompt_token_ids: list[int]
-    params: SamplingParams
+class Shape:
+    """What an answer must match; `place` is the parameter that says so."""
+
+    grammar: Grammar
+    place: str
 
 
 @dataclass(frozen=True)
-class TextDelta:
-    """What one step of the engine added to one completion; `text` may be empty while characters are held back."""
+class Ask:
+    """One prompt and what is wanted for it; `sampling` holds the fields of SamplingParams that the client gave."""
 
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-    num_prompt: int
-    num_generated: int
+    prompt: Prompt
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    n: int | None = None
+    echo: bool = False  # the prompt opens the text
+    shape: Shape | None = None
+    use: ToolUse = field(default_factory=ToolUse)
+    timeout: float | None = None  # seconds from now to the last token
+
+    def check(self) -> None:
+        """Raises ValueError for what contradicts itself."""
+        if self.n is not None and not 1 <= self.n <= MAX_CHOICES:
+            raise ValueError(f"n must be 1 to {MAX_CHOICES}, not {self.n}.")
+        if self.timeout is not None and not (self.timeout > 0 and math.isfinite(self.timeout)):
+            raise ValueError(f"timeout must be a number of seconds above 0, not {self.timeout}.")
+        if self.echo and isinstance(self.prompt, Chat):
+            raise ValueError("echo may only be given with a plain prompt, not with messages.")
+        self.use.check()
+        if self.shape and self.use.is_forced:
+            raise ValueError(f"{self.shape.place} may not be given together with a tool_choice that forces a call.")
+
+
+@dataclass
+class Tally:
+    """The tokens of one request with `n` choices for each prompt, for its usage: prompts count once, answers all."""
+
+    n: int
+    num_prompt: dict[int, int] = field(default_factory=dict)
+    num_cached: dict[int, int] = field(default_factory=dict)
+    num_generated: dict[int, int] = field(default_factory=dict)
+
+    def add(self, delta: TextDelta) -> None:
+        prompt = delta.index // self.n
+        if delta.index % self.n == 0 or prompt not in self.num_prompt:
+            self.num_prompt[prompt], self.num_cached[prompt] = delta.num_prompt, delta.num_cached
+        self.num_generated[delta.index] = delta.num_generated
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.num_prompt.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(self.num_cached.values())
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self.num_generated.values())
+
+
+def template_kwargs(kwargs: Mapping[str, Any] | None, enable_thinking: bool | None) -> dict[str, Any]:
+    """Arguments of the chat template; `enable_thinking` may be given by itself as well."""
+    given = dict(kwargs or {})
+    if reserved := sorted(given.keys() & set(RESERVED_KWARGS)):
+        raise ValueError(f"chat_template_kwargs must not hold {reserved[0]!r}, which the server itself sets.")
+    if enable_thinking is not None:
+        if given.get("enable_thinking", enable_thinking) is not enable_thinking:
+            raise ValueError("enable_thinking must be the same in chat_template_kwargs where both are given; give one.")
+        given["enable_thinking"] = enable_thinking
+    return given
+
+
+def check_request_id(request_id: str, place: str) -> None:
+    """Raises ApiError for one that is too long for logs and headers, or not printable."""
+    if len(request_id) > MAX_REQUEST_ID_LEN or not (request_id.isascii() and request_id.isprintable()):
+        raise invalid(f"{place} must be at most {MAX_REQUEST_ID_LEN} printable ASCII characters long.", place)
+
+
+def derived_seed(seed: int | None, choice: int) -> int | None:
+    """The first choice has the seed that was asked for; the others have seeds of their own that follow from it."""
+    if seed is None or choice == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}:{choice}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 class Generation:
     def __init__(self, source: TokenSource, tokenizer: Tokenizer, card: ModelCard) -> None:
-        self._source, self._tokenizer, self.card = source, tokenizer, card
+        self._source, self.tokenizer, self.card = source, tokenizer, card
+        self._markers = grammars.Markers.of(tokenizer)
         self.metrics = Metrics(card.id)
 
     def check_model(self, model: str | None) -> None:
@@ -79,64 +158,109 @@ class Generation:
             message = f"The model {model!r:.100} does not exist; this server serves {self.card.id!r}."
             raise ApiError(Refusal.NOT_FOUND, message, "model", "model_not_found")
 
-    async def prepare(self, prompt: Prompt, sampling: Mapping[str, Any]) -> Job:
-        """Checks and tokenizes; `sampling` holds the fields of SamplingParams that the client gave.
+    async def prepare(self, asks: Callable[[], Sequence[Ask]]) -> list[Job]:
+        """Checks and tokenizes: `n` jobs for each ask, in order.
 
-        Raises ApiError, for a request over the model's context with the numbers.
+        Raises ApiError, for a ValueError of `asks` too, and for a prompt over the model's context with the numbers.
         """
         try:
-            params = SamplingParams(**sampling)
-            token_ids, name = await self._token_ids(prompt)
+            jobs = [job for ask in asks() for job in await self._jobs(ask)]
         except ValueError as error:
             raise bad_value(error) from error
-        room = self._room(len(token_ids), name)
-        self._check_fits(len(token_ids), params)
-        if params.max_tokens is None and name == "prompt":
-            params = replace(params, max_tokens=min(room, max(DEFAULT_MAX_TOKENS, params.min_tokens)))
-        return Job(token_ids, params)
+        if len(jobs) > MAX_CHOICES:
+            raise invalid(f"n times the number of prompts must be at most {MAX_CHOICES}, not {len(jobs)}.", "n")
+        return jobs
 
-    async def _token_ids(self, prompt: Prompt) -> tuple[list[int], str]:
-        match prompt:
-            case str():
-                return await self._tokenizer.encode(prompt), "prompt"
-            case Chat():
-                return await self._tokenizer.encode_chat(prompt), "messages"
-        return prompt, "prompt"
+    async def tokenize(self, prompt: Callable[[], Prompt], add_special_tokens: bool) -> list[int]:
+        """Raises ApiError, for a ValueError of `prompt` too."""
+        try:
+            return await self._token_ids(prompt(), add_special_tokens)
+        except ValueError as error:
+            raise bad_value(error) from error
 
-    def _room(self, num_prompt: int, name: str) -> int:
-        longest = self.card.max_model_len
+    def detokenize(self, token_ids: list[int]) -> str:
+        """Raises ApiError for ids that are not in the vocabulary."""
+        try:
+            self._check_ids("tokens", token_ids)
+        except ValueError as error:
+            raise bad_value(error) from error
+        return self.tokenizer.decode(token_ids)
+
+    async def _token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        text = self.tokenizer.render(prompt) if isinstance(prompt, Chat) else prompt
+        return await self.tokenizer.encode(text, add_special_tokens)
+
+    async def _jobs(self, ask: Ask) -> list[Job]:
+        ask.check()
+        prompt, name = _with_tools(ask), "messages" if isinstance(ask.prompt, Chat) else "prompt"
+        is_prompt_only = ask.echo and ask.sampling.get("max_tokens") == 0
+        params = SamplingParams(**{**ask.sampling, **({"max_tokens": 1} if is_prompt_only else {})})
+        self._check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        text = self.tokenizer.render(prompt) if isinstance(prompt, Chat) else prompt
+        reasons = isinstance(prompt, Chat) and isinstance(text, str) and text.rstrip().endswith(THINK_START)
+        token_ids = await self._token_ids(text, add_special_tokens=name == "prompt")
+        params = self._fitting(params, len(token_ids), name)
+        grammar = await self._grammar(ask, reasons)
+        echo = (text if isinstance(text, str) else self.tokenizer.decode(token_ids)) if ask.echo else None
+        job = Job(token_ids, replace(params, grammar=grammar), reasons, ask.use, echo, is_prompt_only, ask.timeout)
+        return [
+            replace(job, params=replace(job.params, seed=derived_seed(params.seed, choice)))
+            for choice in range(ask.n or 1)
+        ]
+
+    async def _grammar(self, ask: Ask, reasons: bool) -> Grammar | None:
+        if ask.shape:
+            await grammars.check(ask.shape.grammar, ask.shape.place)
+        answer = ask.shape.grammar if ask.shape else None
+        composed = grammars.compose(answer, ask.use, reasons, self._markers)
+        if composed is not None and composed is not answer:
+            await grammars.check(composed, "tools" if ask.use.tools else ask.shape.place if ask.shape else "")
+        return composed
+
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self.tokenizer.vocab_size:
+                highest = self.tokenizer.vocab_size - 1
+                raise ValueError(f"{name} holds the token id {token_id}; allowed are 0 to {highest}.")
+
+    def _fitting(self, params: SamplingParams, num_prompt: int, name: str) -> SamplingParams:
+        """Raises ApiError unless prompt and answer fit the model's context."""
+        longest, num_asked = self.card.max_model_len, params.max_tokens or params.min_tokens
         if num_prompt >= longest:
             message = (
                 f"The prompt has {num_prompt} tokens; at most {longest - 1} are allowed, because the model's context "
                 f"is {longest} tokens for prompt and completion together."
             )
             raise invalid(message, name, "context_length_exceeded")
-        return longest - num_prompt
-
-    def _check_fits(self, num_prompt: int, params: SamplingParams) -> None:
-        longest, num_asked = self.card.max_model_len, params.max_tokens or params.min_tokens
         if num_prompt + num_asked > longest:
-            name = "max_tokens" if params.max_tokens else "min_tokens"
+            asked = "max_tokens" if params.max_tokens else "min_tokens"
             message = (
-                f"The prompt has {num_prompt} tokens and {name} is {num_asked}, together {num_prompt + num_asked}; the "
-                f"model's context is {longest} tokens."
+                f"The prompt has {num_prompt} tokens and {asked} is {num_asked}, together {num_prompt + num_asked}; "
+                f"the model's context is {longest} tokens."
             )
-            raise invalid(message, name, "context_length_exceeded")
+            raise invalid(message, asked, "context_length_exceeded")
+        if params.max_tokens is None and name == "prompt":
+            default = max(DEFAULT_MAX_TOKENS, params.min_tokens)
+            return replace(params, max_tokens=min(longest - num_prompt, default))
+        return params
 
-    async def stream(self, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:
+    async def stream(self, jobs: Sequence[Job], request_id: str) -> AsyncGenerator[TextDelta, None]:
         """Yields text as it is made, of several jobs mixed; closing the generator aborts them. Raises ApiError."""
-        streams = [self._stream_one(index, job) for index, job in enumerate(jobs)]
+        streams = [self._stream_one(index, job, request_id) for index, job in enumerate(jobs)]
         async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as deltas:
             async for delta in deltas:
                 yield delta
 
-    async def _stream_one(self, index: int, job: Job) -> AsyncGenerator[TextDelta, None]:
-        text = _Text(index, job.params, self._tokenizer)
-        with self.metrics.request() as clock:
-            async with aclosing(self._outputs(job)) as outputs:
+    async def _stream_one(self, index: int, job: Job, request_id: str) -> AsyncGenerator[TextDelta, None]:
+        answer = Answer(index, job, self.tokenizer)
+        with self.metrics.request(request_id, index) as clock:
+            async with aclosing(self._outputs(f"{request_id}-{index}", job)) as outputs:
                 async for output in outputs:
-                    delta = text.push(output)
-                    clock.count(delta.num_prompt, len(delta.token_ids))
+                    delta = answer.push(output)
+                    clock.count(delta, output.queued_s)
                     if delta.finish_reason:
                         clock.finish(delta.finish_reason)
                         break
@@ -145,10 +269,11 @@ class Generation:
                     raise from_exception(EngineFailed("The engine ended the request without a finish reason."))
         yield delta  # only now, so that a stop string has freed the engine before the client hears of it
 
-    async def _outputs(self, job: Job) -> AsyncGenerator[TokenOutput, None]:
+    async def _outputs(self, name: str, job: Job) -> AsyncGenerator[TokenOutput, None]:
         try:
-            # Our own id, because clients may repeat theirs.
-            source = self._source.generate(uuid.uuid4().hex, job.prompt_token_ids, job.params)
+            # An id of our own after the client's, because clients may repeat theirs.
+            engine_id = f"{name}-{uuid.uuid4().hex[:12]}"
+            source = self._source.generate(engine_id, job.prompt_token_ids, job.params, job.timeout)
             async with aclosing(source) as outputs:
                 async for output in outputs:
                     yield output
@@ -156,35 +281,11 @@ class Generation:
             raise from_exception(error) from error
 
 
-class _Text:
-    """The text of one completion. Like stop tokens, stop strings count only after `min_tokens` tokens."""
-
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
-        self._index, self._min_tokens, self._num_tokens = index, params.min_tokens, 0
-        self._detokenizer, self._stops = Detokenizer(tokenizer.token_bytes), StopMatcher(params.stop)
-
-    def push(self, output: TokenOutput) -> TextDelta:
-        # A stop token is the last id of its output and no part of the text.
-        num_shown = len(output.token_ids) - (output.finish_reason is FinishReason.STOP)
-        pieces = []
-        for n, token_id in enumerate(output.token_ids[:num_shown], 1):
-            piece, is_stopped = self._push_token(token_id)
-            pieces.append(piece)
-            if is_stopped:
-                stopped = replace(output, token_ids=output.token_ids[:n], finish_reason=FinishReason.STOP)
-                return self._delta("".join(pieces), replace(stopped, num_generated=self._num_tokens))
-        if output.finish_reason:
-            pieces.append(self._stops.flush())
-        return self._delta("".join(pieces), output)
-
-    def _push_token(self, token_id: int) -> tuple[str, bool]:
-        self._num_tokens += 1
-        text = self._detokenizer.push(token_id)
-        return (text, False) if self._num_tokens <= self._min_tokens else self._stops.push(text)
-
-    def _delta(self, text: str, output: TokenOutput) -> TextDelta:
-        tokens, reason = output.token_ids, output.finish_reason
-        return TextDelta(self._index, text, tokens, reason, output.num_prompt, output.num_generated)
+def _with_tools(ask: Ask) -> Prompt:
+    """The model is told of the tools unless it may not use them."""
+    if not isinstance(ask.prompt, Chat) or ask.use.mode is ToolMode.NONE:
+        return ask.prompt
+    return replace(ask.prompt, tools=tuple(tool.to_template() for tool in ask.use.tools))
 
 
 async def _merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:

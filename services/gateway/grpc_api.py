@@ -5,30 +5,48 @@ The methods are plain coroutines, because Ray Serve's gRPC proxy calls them on t
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import grpc
+from google.protobuf import json_format
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
-from services.engine.request import FinishReason
+from services.engine.request import FinishReason, Grammar, GrammarKind
+from services.gateway import grammars
+from services.gateway.answer import TOOL_CALLS, Job, Scored, TextDelta, collect
 from services.gateway.errors import ApiError, Refusal, invalid, unexpected
-from services.gateway.generation import Generation, Health, Job, Prompt, TextDelta
-from services.gateway.text import Chat, ChatMessage
+from services.gateway.generation import Ask, Generation, Health, Prompt, Shape, Tally, check_request_id, template_kwargs
+from services.gateway.splitter import CallDelta
+from services.gateway.text import Chat, ChatMessage, PastCall, check_message
+from services.gateway.tools import Tool, ToolMode, ToolUse, parse_arguments
 
-MAX_REQUEST_ID_LEN = 128
 SERVICES = ("", "expertmesh.inference.v1.Inference")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
 }
+TOOL_MODES = {
+    pb.ToolChoice.MODE_UNSPECIFIED: ToolMode.AUTO,
+    pb.ToolChoice.MODE_AUTO: ToolMode.AUTO,
+    pb.ToolChoice.MODE_NONE: ToolMode.NONE,
+    pb.ToolChoice.MODE_REQUIRED: ToolMode.REQUIRED,
+}
+
+
+class Context(Protocol):
+    """Of a call: gRPC's own, or Ray Serve's."""
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
 
 
 class GrpcError(Exception):
@@ -50,33 +68,66 @@ class _Head:
     model: str
     created: int
 
-    def fields(self) -> dict[str, Any]:
-        return {"request_id": self.request_id, "model": self.model, "created": self.created}
+    def fields(self, delta: TextDelta) -> dict[str, Any]:
+        head = {"request_id": self.request_id, "model": self.model, "created": self.created}
+        return {**head, "cache_reason": delta.cache_reason}
 
 
 class InferenceApi:
+    """`context`, where there is one, is told the trailing metadata."""
+
     def __init__(self, generation: Generation, health: Callable[[], Awaitable[Health]]) -> None:
         self._generation, self._health = generation, health
 
-    async def generate(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
+    async def generate(self, request: pb.GenerateRequest, context: Context | None = None) -> pb.GenerateResponse:
         with self._errors():
-            head, job = await self._prepare(request)
-            deltas = [delta async for delta in self._generation.stream([job])]
-            choice = _choice("".join(delta.text for delta in deltas), deltas)
-            return pb.GenerateResponse(**head.fields(), choices=[choice], usage=_usage(deltas[-1]))
+            head, jobs = await self._prepare(request, context)
+            choices = await collect(self._generation.stream(jobs, head.request_id), len(jobs))
+            tally = Tally(request.sampling.n or 1)
+            for choice in choices:
+                tally.add(choice)
+            _tell_trailers(context, head, choices[0])
+            return pb.GenerateResponse(
+                **head.fields(choices[0]), choices=[_choice(choice) for choice in choices], usage=_usage(tally)
+            )
 
-    async def generate_stream(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateChunk, None]:
+    async def generate_stream(
+        self, request: pb.GenerateRequest, context: Context | None = None
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
         with self._errors():
-            head, job = await self._prepare(request)
-            async with aclosing(self._generation.stream([job])) as deltas:
+            head, jobs = await self._prepare(request, context)
+            tally, num_open = Tally(request.sampling.n or 1), len(jobs)
+            async with aclosing(self._generation.stream(jobs, head.request_id)) as deltas:
                 async for delta in deltas:
-                    usage = _usage(delta) if delta.finish_reason else None
-                    yield pb.GenerateChunk(**head.fields(), choice=_choice(delta.text, [delta]), usage=usage)
+                    if not tally.num_prompt:
+                        _tell_trailers(context, head, delta)
+                    tally.add(delta)
+                    num_open -= delta.finish_reason is not None
+                    usage = None if num_open else _usage(tally)
+                    yield pb.GenerateChunk(**head.fields(delta), choice=_choice(delta), usage=usage)
 
     async def list_models(self, _: pb.ListModelsRequest) -> pb.ListModelsResponse:
-        card = self._generation.card
-        model = pb.Model(id=card.id, created=card.created, owned_by=card.owned_by, max_model_len=card.max_model_len)
-        return pb.ListModelsResponse(models=[model])
+        return pb.ListModelsResponse(models=[self._model()])
+
+    async def get_model(self, request: pb.GetModelRequest) -> pb.Model:
+        with self._errors():
+            self._generation.check_model(request.id)
+            return self._model()
+
+    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        with self._errors():
+            generation, is_chat = self._generation, request.HasField("chat")
+            generation.check_model(request.model)
+            adds = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
+            token_ids = await generation.tokenize(lambda: _text_or_chat(request), adds)
+            texts = [generation.tokenizer.decode([token_id]) for token_id in token_ids]
+            longest = generation.card.max_model_len
+            return pb.TokenizeResponse(token_ids=token_ids, max_model_len=longest, token_texts=texts)
+
+    async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        with self._errors():
+            self._generation.check_model(request.model)
+            return pb.DetokenizeResponse(text=self._generation.detokenize(list(request.token_ids)))
 
     async def check(self, request: HealthCheckRequest) -> HealthCheckResponse:
         """grpc.health.v1: a degraded server serves."""
@@ -87,11 +138,18 @@ class InferenceApi:
             is_ready = (await self._health()).is_ready
         return HealthCheckResponse(status=HealthCheckResponse.SERVING if is_ready else HealthCheckResponse.NOT_SERVING)
 
-    async def _prepare(self, request: pb.GenerateRequest) -> tuple[_Head, Job]:
+    def _model(self) -> pb.Model:
+        card = self._generation.card
+        return pb.Model(id=card.id, created=card.created, owned_by=card.owned_by, max_model_len=card.max_model_len)
+
+    async def _prepare(self, request: pb.GenerateRequest, context: Context | None) -> tuple[_Head, list[Job]]:
         generation = self._generation
         generation.check_model(request.model)
-        head = _Head(_request_id(request), generation.card.id, int(time.time()))
-        return head, await generation.prepare(_prompt(request), _sampling(request.sampling))
+        check_request_id(request.request_id, "request_id")
+        head = _Head(request.request_id or f"gen-{uuid.uuid4().hex}", generation.card.id, int(time.time()))
+        if context is not None:
+            context.set_trailing_metadata([("x-request-id", head.request_id)])
+        return head, await generation.prepare(lambda: [_ask(request)])
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -103,10 +161,20 @@ class InferenceApi:
             raise GrpcError(known.refusal.grpc_code, known.message) from error
 
 
-def _request_id(request: pb.GenerateRequest) -> str:
-    if len(request.request_id) > MAX_REQUEST_ID_LEN:
-        raise invalid(f"request_id must be at most {MAX_REQUEST_ID_LEN} characters long.", "request_id")
-    return request.request_id or f"gen-{uuid.uuid4().hex}"
+def _tell_trailers(context: Context | None, head: _Head, delta: TextDelta) -> None:
+    if context is not None:
+        trailers = [("x-request-id", head.request_id), ("x-expertmesh-cache", delta.cache_report)]
+        context.set_trailing_metadata(trailers)
+
+
+def _ask(request: pb.GenerateRequest) -> Ask:
+    sampling = _sampling(request.sampling)
+    if request.echo and "logprobs" in sampling:
+        sampling.setdefault("prompt_logprobs", sampling["logprobs"])
+    n = sampling.pop("n", None)
+    timeout = request.timeout if request.HasField("timeout") else None
+    use = _use(request.chat) if request.HasField("chat") else ToolUse()
+    return Ask(_prompt(request), sampling, n, request.echo, _shape(request.response_format), use, timeout)
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:
@@ -120,25 +188,122 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
     raise invalid("prompt is missing; one of text, token_ids and chat must be set.", "prompt")
 
 
+def _text_or_chat(request: pb.TokenizeRequest) -> Prompt:
+    match request.WhichOneof("prompt"):
+        case "text":
+            return request.text
+        case "chat":
+            use = _use(request.chat)
+            use.check()
+            adds = request.add_generation_prompt if request.HasField("add_generation_prompt") else True
+            tools = tuple(tool.to_template() for tool in use.tools)
+            return replace(_chat(request.chat), tools=tools, add_generation_prompt=adds)
+    raise invalid("prompt is missing; one of text and chat must be set.", "prompt")
+
+
 def _chat(chat: pb.Chat) -> Chat:
-    for index, message in enumerate(chat.messages):
-        if message.role not in ROLES:
-            name = f"messages[{index}].role"
-            raise invalid(f"{name} must be 'system', 'user' or 'assistant', not {message.role!r}.", name)
-    return Chat(tuple(ChatMessage(message.role, message.content) for message in chat.messages))
+    """Without tools."""
+    kwargs = json_format.MessageToDict(chat.template_kwargs) if chat.HasField("template_kwargs") else None
+    thinking = chat.enable_thinking if chat.HasField("enable_thinking") else None
+    messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(chat.messages))
+    return Chat(messages, template_kwargs=template_kwargs(kwargs, thinking))
+
+
+def _message(place: str, message: pb.ChatMessage) -> ChatMessage:
+    if message.role not in ROLES:
+        allowed = f"{', '.join(map(repr, ROLES[:-1]))} or {ROLES[-1]!r}"
+        raise invalid(f"{place}.role must be {allowed}, not {message.role!r}.", f"{place}.role")
+    calls = tuple(
+        PastCall(call.id, call.name, parse_arguments(call.arguments, f"{place}.tool_calls[{n}].function.arguments"))
+        for n, call in enumerate(message.tool_calls)
+    )
+    fields = (message.name, message.reasoning_content, calls, message.tool_call_id)
+    return check_message(ChatMessage(message.role, message.content, *fields), place)
+
+
+def _use(chat: pb.Chat) -> ToolUse:
+    tools = tuple(_tool(index, tool) for index, tool in enumerate(chat.tools))
+    is_named = chat.tool_choice.WhichOneof("choice") == "function"
+    mode = TOOL_MODES.get(chat.tool_choice.mode)
+    if mode is None:
+        highest = max(TOOL_MODES)
+        raise ValueError(f"tool_choice must be a mode of 0 to {highest} or a function, not {chat.tool_choice.mode}.")
+    is_parallel = chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else None
+    return ToolUse.of(tools, mode, chat.tool_choice.function if is_named else None, is_parallel)
+
+
+def _tool(index: int, tool: pb.Tool) -> Tool:
+    try:
+        schema = json.loads(tool.parameters or "{}")
+    except ValueError:
+        schema = None
+    if not isinstance(schema, dict):
+        place = f"tools[{index}].function.parameters"
+        raise ValueError(f"{place} must be a JSON schema of type 'object'.")
+    return Tool(tool.name, tool.description, schema, tool.strict)
+
+
+def _shape(asked: pb.ResponseFormat) -> Shape | None:
+    match asked.WhichOneof("format"):
+        case "json_object" if asked.json_object:
+            return Shape(Grammar(GrammarKind.JSON_OBJECT), "response_format")
+        case "json_schema":
+            return Shape(Grammar(GrammarKind.JSON_SCHEMA, asked.json_schema), "response_format.json_schema.schema")
+        case "regex":
+            return Shape(Grammar(GrammarKind.REGEX, asked.regex), "structured_outputs.regex")
+        case "grammar":
+            return Shape(Grammar(GrammarKind.LARK, asked.grammar), "structured_outputs.grammar")
+        case "choice":
+            return Shape(grammars.any_of(asked.choice.texts), "structured_outputs.choice")
+    return None
 
 
 def _sampling(sampling: pb.SamplingParams) -> dict[str, Any]:
     """The fields of SamplingParams that the client set."""
-    given = {field.name: value for field, value in sampling.ListFields()}
-    return {name: tuple(value) if name in ("stop", "stop_token_ids") else value for name, value in given.items()}
+    given: dict[str, Any] = {field.name: value for field, value in sampling.ListFields()}
+    for name in ("stop", "stop_token_ids"):
+        if name in given:
+            given[name] = tuple(given[name])
+    if "logit_bias" in given:
+        given["logit_bias"] = tuple(sorted(given["logit_bias"].items()))
+    return given
 
 
-def _choice(text: str, deltas: list[TextDelta]) -> pb.Choice:
-    token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
-    return pb.Choice(text=text, token_ids=token_ids, finish_reason=FINISH_REASONS[deltas[-1].finish_reason])
+def _choice(delta: TextDelta) -> pb.Choice:
+    return pb.Choice(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        finish_reason=FINISH_REASONS[delta.finish_reason],
+        reasoning_content=delta.reasoning,
+        tool_calls=[_call(call) for call in delta.calls],
+        logprobs=_scores(delta.logprobs),
+        prompt_logprobs=_scores(delta.prompt_logprobs),
+    )
 
 
-def _usage(delta: TextDelta) -> pb.Usage:
-    total = delta.num_prompt + delta.num_generated
-    return pb.Usage(prompt_tokens=delta.num_prompt, completion_tokens=delta.num_generated, total_tokens=total)
+def _call(call: CallDelta) -> pb.ToolCall:
+    return pb.ToolCall(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
+
+
+def _scores(scores: Sequence[Scored]) -> list[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(
+            token_id=score.token_id,
+            data=score.data,
+            logprob=score.logprob,
+            rank=score.rank,
+            top=_scores(score.top),
+            text_offset=score.offset,
+        )
+        for score in scores
+    ]
+
+
+def _usage(tally: Tally) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=tally.prompt_tokens,
+        completion_tokens=tally.completion_tokens,
+        total_tokens=tally.prompt_tokens + tally.completion_tokens,
+        cached_tokens=tally.cached_tokens,
+    )

@@ -7,20 +7,32 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from openai.types import CompletionUsage, Model
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway import openai_api
+from services.gateway import openai_response
+from services.gateway.answer import TextDelta, collect
 from services.gateway.connection import ClientGone, EventStream, read_body, unless_gone
 from services.gateway.errors import ApiError, Refusal, unexpected
-from services.gateway.generation import Generation, Health, Job, ModelCard, TextDelta
-from services.gateway.openai_api import Answer, Body, ChatBody, CompletionBody, Tally
+from services.gateway.generation import MAX_REQUEST_ID_LEN, Generation, Health, ModelCard, Tally, check_request_id
+from services.gateway.openai_body import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    TokenizeChatBody,
+    is_chat,
+    parse_body,
+)
+from services.gateway.openai_response import Head
 
 MAX_BODY_BYTES = 4 * 2**20
 CLIENT_GONE = 499  # nginx's number for it; nobody is there to read it
@@ -28,21 +40,6 @@ DONE = "data: [DONE]\n\n"
 
 HealthCheck = Callable[[], Awaitable[Health]]
 MoreMetrics = Callable[[], Awaitable[bytes]]
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """What differs between the two ways to ask for text."""
-
-    body: type[CompletionBody] | type[ChatBody]
-    id_prefix: str
-    whole: Callable[[Answer, list[tuple[str, str]], CompletionUsage], str]
-    chunk: Callable[[Answer, TextDelta], str]
-    is_chat: bool
-
-
-COMPLETIONS = Dialect(CompletionBody, "cmpl", openai_api.completion, openai_api.completion_chunk, is_chat=False)
-CHAT = Dialect(ChatBody, "chatcmpl", openai_api.chat_completion, openai_api.chat_chunk, is_chat=True)
 
 
 def build_rest(
@@ -54,13 +51,37 @@ def build_rest(
     """The application; `more_metrics` returns further lines in Prometheus' format, such as the engine's."""
     app = FastAPI(title="Expertmesh", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     surface = Rest(generation, max_body_bytes)
+    app.add_middleware(RequestIds)
     app.add_api_route("/v1/completions", surface.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", surface.chat_completions, methods=["POST"])
     app.add_api_route("/v1/models", surface.models, methods=["GET"])
     app.add_api_route("/v1/models/{model_id:path}", surface.model, methods=["GET"])
+    app.add_api_route("/tokenize", surface.tokenize, methods=["POST"])
+    app.add_api_route("/detokenize", surface.detokenize, methods=["POST"])
     _add_operations(app, generation, health, more_metrics)
     _add_error_handlers(app, generation)
     return app
+
+
+class RequestIds:
+    """Middleware: a request's `X-Request-Id`, or one made here, is in `request.state.id` and on the response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
+        scope.setdefault("state", {})["id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id[:MAX_REQUEST_ID_LEN]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
 
 
 class Rest:
@@ -68,10 +89,10 @@ class Rest:
         self._generation, self._max_body_bytes = generation, max_body_bytes
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, COMPLETIONS)
+        return await self._answer(request, CompletionBody)
 
     async def chat_completions(self, request: Request) -> Response:
-        return await self._answer(request, CHAT)
+        return await self._answer(request, ChatBody)
 
     async def models(self) -> JSONResponse:
         return JSONResponse({"object": "list", "data": [_model(self._generation.card)]})
@@ -80,69 +101,94 @@ class Rest:
         self._generation.check_model(model_id)
         return JSONResponse(_model(self._generation.card))
 
-    async def _answer(self, request: Request, dialect: Dialect) -> Response:
+    async def tokenize(self, request: Request) -> Response:
+        async def answer(data: bytes) -> Response:
+            body = parse_body(TokenizeChatBody, data) if is_chat(data) else parse_body(TokenizeBody, data)
+            self._generation.check_model(body.model)
+            token_ids = await self._generation.tokenize(body.to_prompt, body.add_special_tokens)
+            names = [self._generation.tokenizer.decode([token_id]) for token_id in token_ids]
+            shown = names if body.return_token_strs else None
+            longest = self._generation.card.max_model_len
+            fields = {"count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown}
+            return JSONResponse(fields)
+
+        return await self._with_body(request, answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        async def answer(data: bytes) -> Response:
+            body = parse_body(DetokenizeBody, data)
+            self._generation.check_model(body.model)
+            return JSONResponse({"prompt": self._generation.detokenize(body.tokens)})
+
+        return await self._with_body(request, answer)
+
+    async def _with_body(self, request: Request, answer: Callable[[bytes], Awaitable[Response]]) -> Response:
         try:
-            data = await read_body(request, self._max_body_bytes)
-            body = openai_api.parse_body(dialect.body, data)
-            return await unless_gone(request.receive, self._respond(body, dialect))
+            return await answer(await read_body(request, self._max_body_bytes))
         except ClientGone:
             return Response(status_code=CLIENT_GONE)
 
-    async def _respond(self, body: Body, dialect: Dialect) -> Response:
+    async def _answer(self, request: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
+        check_request_id(request.state.id, "X-Request-Id")
+
+        async def answer(data: bytes) -> Response:
+            body = parse_body(kind, data)
+            return await unless_gone(request.receive, self._respond(body, request.state.id))
+
+        return await self._with_body(request, answer)
+
+    async def _respond(self, body: Body, request_id: str) -> Response:
         generation = self._generation
         generation.check_model(body.model)
-        jobs = [await generation.prepare(prompt, body.sampling()) for prompt in body.prompts()]
-        answer = Answer(f"{dialect.id_prefix}-{uuid.uuid4().hex}", int(time.time()), generation.card.id)
+        jobs = await generation.prepare(body.asks)
+        head = Head(f"{'chatcmpl' if body.is_chat else 'cmpl'}-{request_id}", int(time.time()), generation.card.id)
+        deltas = generation.stream(jobs, head.id)
         if body.stream:
-            return await self._stream(answer, jobs, dialect, body.include_usage)
-        texts, usage = await _collect(generation.stream(jobs), len(jobs))
-        return Response(dialect.whole(answer, texts, usage), media_type="application/json")
-
-    async def _stream(self, answer: Answer, jobs: list[Job], dialect: Dialect, include_usage: bool) -> EventStream:
-        deltas = self._generation.stream(jobs)
-        # The status line waits for the first token, because a refusal by the engine needs its own.
-        first = await anext(deltas)
-        return EventStream(self._events(answer, first, deltas, dialect, include_usage))
+            # The status line waits for the first token, because a refusal by the engine needs its own.
+            first = await anext(deltas)
+            events = self._events(head, body, first, deltas)
+            return EventStream(events, openai_response.cache_header(first))
+        choices = await collect(deltas, len(jobs))
+        tally = Tally(body.n or 1)
+        for choice in choices:
+            tally.add(choice)
+        text = _whole(head, body, choices, openai_response.usage_of(tally))
+        return Response(text, media_type="application/json", headers=openai_response.cache_header(choices[0]))
 
     async def _events(
-        self,
-        answer: Answer,
-        first: TextDelta,
-        deltas: AsyncGenerator[TextDelta, None],
-        dialect: Dialect,
-        include_usage: bool,
+        self, head: Head, body: Body, first: TextDelta, deltas: AsyncGenerator[TextDelta, None]
     ) -> AsyncGenerator[str, None]:
-        tally = Tally()
+        tally, is_open = Tally(body.n or 1), set[int]()
         try:
             async with aclosing(deltas):
-                if dialect.is_chat:
-                    yield _event(openai_api.role_chunk(answer, first.index))
                 delta: TextDelta | None = first
                 while delta is not None:
                     tally.add(delta)
-                    if delta.text or delta.finish_reason:
-                        yield _event(dialect.chunk(answer, delta))
+                    if body.is_chat and delta.index not in is_open:
+                        is_open.add(delta.index)
+                        yield _event(openai_response.role_chunk(head, delta.index))
+                    if delta.is_shown:
+                        yield _event(_chunk(head, body, delta))
                     delta = await anext(deltas, None)
-            if include_usage:
-                yield _event(openai_api.usage_chunk(answer, tally.usage(), dialect.is_chat))
+            if body.include_usage:
+                yield _event(openai_response.usage_chunk(head, openai_response.usage_of(tally), body.is_chat))
         except ApiError as error:
             self._generation.metrics.count_refused(error.refusal.label)
             yield _event(json.dumps(error.to_json()))
         yield DONE
 
 
-async def _collect(
-    deltas: AsyncGenerator[TextDelta, None], num_jobs: int
-) -> tuple[list[tuple[str, str]], CompletionUsage]:
-    pieces: list[list[str]] = [[] for _ in range(num_jobs)]
-    reasons = [""] * num_jobs
-    tally = Tally()
-    async with aclosing(deltas):
-        async for delta in deltas:
-            tally.add(delta)
-            pieces[delta.index].append(delta.text)
-            reasons[delta.index] = delta.finish_reason or ""
-    return [("".join(text), reason) for text, reason in zip(pieces, reasons, strict=True)], tally.usage()
+def _whole(head: Head, body: Body, choices: list[TextDelta], usage: CompletionUsage) -> str:
+    tells_prompt = body.prompt_logprobs is not None
+    if isinstance(body, ChatBody):
+        return openai_response.chat_completion(head, choices, usage, tells_prompt)
+    return openai_response.completion(head, choices, usage, body.echoes_logprobs, tells_prompt)
+
+
+def _chunk(head: Head, body: Body, delta: TextDelta) -> str:
+    if isinstance(body, ChatBody):
+        return openai_response.chat_chunk(head, delta)
+    return openai_response.completion_chunk(head, delta, body.echoes_logprobs)
 
 
 def _event(data: str) -> str:

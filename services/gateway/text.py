@@ -1,11 +1,12 @@
-"""Text to tokens and back: chat template, incremental detokenizer, stop strings."""
+"""Text to tokens and back: tokenizer and chat template, incremental detokenizer, stop strings."""
 
 from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,60 @@ from transformers import AutoTokenizer
 INLINE_CHARS = 16_384  # about 5 ms of tokenizing; longer texts leave the event loop alone
 
 
+THINK_START, THINK_END = "<think>", "</think>"
+CALL_START, CALL_END = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True)
+class PastCall:
+    """A tool call of an earlier turn; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 @dataclass(frozen=True)
 class ChatMessage:
     role: str
-    content: str
+    content: str | None
+    name: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[PastCall, ...] = ()
+    tool_call_id: str = ""
+
+
+def check_message(message: ChatMessage, place: str) -> ChatMessage:
+    """Raises ValueError, with `place` in the sentence, for a field that does not fit the role."""
+    is_assistant, is_tool = message.role == "assistant", message.role == "tool"
+    if message.tool_calls and not is_assistant:
+        raise ValueError(f"{place}.tool_calls may only be given where the role is 'assistant'.")
+    if message.reasoning and not is_assistant:
+        raise ValueError(f"{place}.reasoning_content may only be given where the role is 'assistant'.")
+    if bool(message.tool_call_id) != is_tool:
+        raise ValueError(f"{place}.tool_call_id must be given where the role is 'tool', and only there.")
+    if message.content is None and not (message.tool_calls or message.reasoning):
+        raise ValueError(f"{place}.content is missing, but required.")
+    # "developer" is OpenAI's newer name of the system role; templates know the old one.
+    return replace(message, role="system") if message.role == "developer" else message
 
 
 @dataclass(frozen=True)
 class Chat:
+    """What the template renders; `tools` in OpenAI's shape, `template_kwargs` as the model's template defines them."""
+
     messages: tuple[ChatMessage, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A string that structures answers, and the single special token it is, where the tokenizer has it as one."""
+
+    text: str
+    special_id: int | None
 
 
 class Tokenizer:
@@ -37,13 +83,34 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         self._hf: Any = _load(Path(path))
         self.token_bytes = _token_bytes(self._hf, Path(path))
+        added = self._hf.backend_tokenizer.get_added_tokens_decoder()
+        self._special = {token_id: str(token.content) for token_id, token in added.items() if token.special}
 
-    async def encode(self, text: str) -> list[int]:
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    def spelled(self, token_id: int) -> bytes:
+        """The bytes of a token, those of special tokens being their names; b"" beyond the vocabulary."""
+        if token_id in self._special:
+            return self._special[token_id].encode()
+        return self.token_bytes[token_id] if token_id < self.vocab_size else b""
+
+    def marker(self, text: str) -> Marker:
+        return Marker(text, next((token_id for token_id, name in self._special.items() if name == text), None))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens by their names; bytes that are no character become U+FFFD."""
+        return b"".join(map(self.spelled, token_ids)).decode("utf-8", "replace")
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with what the tokenizer itself puts before it (usually nothing)."""
-        return await self._encode(text, add_special_tokens=True)
+        if len(text) <= INLINE_CHARS:
+            return self._token_ids(text, add_special_tokens)
+        return await asyncio.to_thread(self._token_ids, text, add_special_tokens)
 
-    async def encode_chat(self, chat: Chat) -> list[int]:
-        """Token ids of a conversation up to where the assistant speaks next.
+    def render(self, chat: Chat) -> str:
+        """The conversation as the template writes it, up to where the assistant speaks next.
 
         Raises ValueError where there are no messages or no chat template, or the template refuses the messages.
         """
@@ -51,23 +118,35 @@ class Tokenizer:
             raise ValueError("messages must hold at least one message.")
         if not self._hf.chat_template:
             raise ValueError("messages cannot be used because the model has no chat template; use /v1/completions.")
-        return await self._encode(self._render(chat), add_special_tokens=False)
-
-    def _render(self, chat: Chat) -> str:
-        conversation = [asdict(message) for message in chat.messages]
         try:
-            return str(self._hf.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-        except jinja2.TemplateError as error:
+            text = self._hf.apply_chat_template(
+                [_for_template(message) for message in chat.messages],
+                tools=[dict(tool) for tool in chat.tools] or None,
+                tokenize=False,
+                add_generation_prompt=chat.add_generation_prompt,
+                **chat.template_kwargs,
+            )
+        except (jinja2.TemplateError, TypeError) as error:  # a TypeError: a template without care for a missing content
             raise ValueError(f"messages do not fit the model's chat template: {str(error).rstrip('.')}.") from error
-
-    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) <= INLINE_CHARS:
-            return self._token_ids(text, add_special_tokens)
-        return await asyncio.to_thread(self._token_ids, text, add_special_tokens)
+        return str(text)
 
     def _token_ids(self, text: str, add_special_tokens: bool) -> list[int]:
         # The fast tokenizer underneath keeps no state between calls, so threads may share it.
         return list(self._hf.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+def _past_call(call: PastCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _for_template(message: ChatMessage) -> dict[str, Any]:
+    """A message as chat templates of Hugging Face expect it: arguments are an object, absent fields are absent."""
+    fields: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+    if message.tool_calls:
+        fields["tool_calls"] = [_past_call(call) for call in message.tool_calls]
+    optional = {"name": message.name, "reasoning_content": message.reasoning, "tool_call_id": message.tool_call_id}
+    return fields | {name: value for name, value in optional.items() if value}
 
 
 class Detokenizer:
@@ -77,11 +156,15 @@ class Detokenizer:
     still held when the request ends is half a character and is never shown.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+    def __init__(self, token_bytes: Sequence[bytes], markers: Iterable[Marker] = ()) -> None:
         self._token_bytes = token_bytes
+        self._markers = {marker.special_id: marker.text.encode() for marker in markers}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
+        """Special tokens have no text, but for `markers`."""
+        if (marker := self._markers.get(token_id)) is not None:
+            return self._utf8.decode(marker)
         # A model's vocabulary may be padded beyond the tokenizer's: such ids have no text.
         has_text = token_id < len(self._token_bytes)
         return self._utf8.decode(self._token_bytes[token_id]) if has_text else ""
@@ -97,16 +180,19 @@ class StopMatcher:
     def __init__(self, stops: Iterable[str]) -> None:
         self._automata = [_Automaton(stop) for stop in stops]
         self._held = ""
+        self.stop = ""  # the stop string that completed
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that may be shown now, and whether a stop string completed."""
+        """The text that may be shown now, and whether a stop string completed; then `flush` gives what follows it."""
         if not self._automata:
             return text, False
         self._held += text
         first_new = len(self._held) - len(text)
         for position, char in enumerate(text, first_new + 1):
             if stop_len := self._advance(char):
-                return self._held[: position - stop_len], True
+                shown, self.stop = self._held[: position - stop_len], self._held[position - stop_len : position]
+                self._held = self._held[position:]
+                return shown, True
         num_shown = len(self._held) - max(automaton.matched for automaton in self._automata)
         shown, self._held = self._held[:num_shown], self._held[num_shown:]
         return shown, False

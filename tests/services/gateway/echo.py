@@ -51,14 +51,16 @@ class EchoSource:
     num_good: int = 0
     forgets_reason: bool = False
     seen: list[SamplingParams] = field(default_factory=list)
+    timeouts: list[float | None] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, timeout: float | None = None
     ) -> AsyncGenerator[TokenOutput, None]:
         assert request_id not in self.active
         self.active.add(request_id)
         self.seen.append(params)
+        self.timeouts.append(timeout)
         try:
             for n, output in enumerate(self._outputs(request_id, prompt_token_ids, params)):
                 if self.fails and n == self.num_good:

@@ -82,7 +82,7 @@ def test_sampling_reaches_the_engine(api: InferenceApi, source: EchoSource) -> N
         (
             pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="robot")])),
             "INVALID_ARGUMENT",
-            "messages[0].role must be 'system', 'user' or 'assistant', not 'robot'.",
+            "messages[0].role must be 'system', 'developer', 'user', 'assistant' or 'tool', not 'robot'.",
         ),
         (pb.GenerateRequest(text="a", request_id="x" * 129), "INVALID_ARGUMENT", "request_id must be at most 128"),
     ],
@@ -96,7 +96,7 @@ def test_refusals(api: InferenceApi, request_: pb.GenerateRequest, code: str, me
 
 
 def test_an_overloaded_engine(api: InferenceApi, source: EchoSource) -> None:
-    source.fails = EngineOverloaded()
+    source.fails = EngineOverloaded("Too many requests wait.")
     with pytest.raises(GrpcError) as refusal:
         asyncio.run(api.generate(pb.GenerateRequest(text="a")))
     assert refusal.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED

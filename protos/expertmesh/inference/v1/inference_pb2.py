@@ -22,41 +22,70 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.protos/expertmesh/inference/v1/inference.proto\x12\x17\x65xpertmesh.inference.v1\"\xf0\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x36\n\ttoken_ids\x18\x03 \x01(\x0b\x32!.expertmesh.inference.v1.TokenIdsH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.expertmesh.inference.v1.ChatH\x00\x12\x39\n\x08sampling\x18\x05 \x01(\x0b\x32\'.expertmesh.inference.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\">\n\x04\x43hat\x12\x36\n\x08messages\x18\x01 \x03(\x0b\x32$.expertmesh.inference.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb0\x02\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x03\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\x03H\x06\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokens\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x03\"v\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12<\n\rfinish_reason\x18\x04 \x01(\x0e\x32%.expertmesh.inference.v1.FinishReason\"\xa7\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\x30\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x1f.expertmesh.inference.v1.Choice\x12-\n\x05usage\x18\x05 \x01(\x0b\x32\x1e.expertmesh.inference.v1.Usage\"\xa3\x01\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12/\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x1f.expertmesh.inference.v1.Choice\x12-\n\x05usage\x18\x05 \x01(\x0b\x32\x1e.expertmesh.inference.v1.Usage\"\x13\n\x11ListModelsRequest\"D\n\x12ListModelsResponse\x12.\n\x06models\x18\x01 \x03(\x0b\x32\x1e.expertmesh.inference.v1.Model\"M\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x03\x12\x10\n\x08owned_by\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb9\x02\n\tInference\x12_\n\x08Generate\x12(.expertmesh.inference.v1.GenerateRequest\x1a).expertmesh.inference.v1.GenerateResponse\x12\x64\n\x0eGenerateStream\x12(.expertmesh.inference.v1.GenerateRequest\x1a&.expertmesh.inference.v1.GenerateChunk0\x01\x12\x65\n\nListModels\x12*.expertmesh.inference.v1.ListModelsRequest\x1a+.expertmesh.inference.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.protos/expertmesh/inference/v1/inference.proto\x12\x17\x65xpertmesh.inference.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xe2\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x36\n\ttoken_ids\x18\x03 \x01(\x0b\x32!.expertmesh.inference.v1.TokenIdsH\x00\x12-\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1d.expertmesh.inference.v1.ChatH\x00\x12\x39\n\x08sampling\x18\x05 \x01(\x0b\x32\'.expertmesh.inference.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12@\n\x0fresponse_format\x18\x07 \x01(\x0b\x32\'.expertmesh.inference.v1.ResponseFormat\x12\x0c\n\x04\x65\x63ho\x18\x08 \x01(\x08\x12\x14\n\x07timeout\x18\t \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06promptB\n\n\x08_timeout\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"\xc4\x02\n\x04\x43hat\x12\x36\n\x08messages\x18\x01 \x03(\x0b\x32$.expertmesh.inference.v1.ChatMessage\x12,\n\x05tools\x18\x02 \x03(\x0b\x32\x1d.expertmesh.inference.v1.Tool\x12\x38\n\x0btool_choice\x18\x03 \x01(\x0b\x32#.expertmesh.inference.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x0f\x65nable_thinking\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12\x30\n\x0ftemplate_kwargs\x18\x06 \x01(\x0b\x32\x17.google.protobuf.StructB\x16\n\x14_parallel_tool_callsB\x12\n\x10_enable_thinking\"\xa2\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x19\n\x11reasoning_content\x18\x04 \x01(\t\x12\x35\n\ntool_calls\x18\x05 \x03(\x0b\x32!.expertmesh.inference.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x06 \x01(\t\"M\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\x0e\n\x06strict\x18\x04 \x01(\x08\"\xb3\x01\n\nToolChoice\x12\x38\n\x04mode\x18\x01 \x01(\x0e\x32(.expertmesh.inference.v1.ToolChoice.ModeH\x00\x12\x12\n\x08\x66unction\x18\x02 \x01(\tH\x00\"M\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\r\n\tMODE_NONE\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03\x42\x08\n\x06\x63hoice\"F\n\x08ToolCall\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\xa5\x01\n\x0eResponseFormat\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x37\n\x06\x63hoice\x18\x05 \x01(\x0b\x32%.expertmesh.inference.v1.AlternativesH\x00\x42\x08\n\x06\x66ormat\"\x1d\n\x0c\x41lternatives\x12\r\n\x05texts\x18\x01 \x03(\t\"\xfe\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x03\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\x03H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\x03H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x03H\x08\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0c \x01(\x03H\t\x88\x01\x01\x12\x12\n\x05min_p\x18\r \x01(\x01H\n\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x01H\x0b\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x01H\x0c\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x10 \x01(\x01H\r\x88\x01\x01\x12J\n\nlogit_bias\x18\x11 \x03(\x0b\x32\x36.expertmesh.inference.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08priority\x18\x12 \x01(\x03H\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_priority\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x03\x12\x15\n\rcached_tokens\x18\x04 \x01(\x03\"\xa7\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x04 \x01(\x03\x12\x32\n\x03top\x18\x05 \x03(\x0b\x32%.expertmesh.inference.v1.TokenLogprob\x12\x13\n\x0btext_offset\x18\x06 \x01(\rB\n\n\x08_logprob\"\xc1\x02\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12<\n\rfinish_reason\x18\x04 \x01(\x0e\x32%.expertmesh.inference.v1.FinishReason\x12\x19\n\x11reasoning_content\x18\x05 \x01(\t\x12\x35\n\ntool_calls\x18\x06 \x03(\x0b\x32!.expertmesh.inference.v1.ToolCall\x12\x37\n\x08logprobs\x18\x07 \x03(\x0b\x32%.expertmesh.inference.v1.TokenLogprob\x12>\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32%.expertmesh.inference.v1.TokenLogprob\"\xbd\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\x30\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x1f.expertmesh.inference.v1.Choice\x12-\n\x05usage\x18\x05 \x01(\x0b\x32\x1e.expertmesh.inference.v1.Usage\x12\x14\n\x0c\x63\x61\x63he_reason\x18\x06 \x01(\t\"\xb9\x01\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12/\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x1f.expertmesh.inference.v1.Choice\x12-\n\x05usage\x18\x05 \x01(\x0b\x32\x1e.expertmesh.inference.v1.Usage\x12\x14\n\x0c\x63\x61\x63he_reason\x18\x06 \x01(\t\"\x13\n\x11ListModelsRequest\"\x1d\n\x0fGetModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xdf\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12-\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1d.expertmesh.inference.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokensB\x18\n\x16_add_generation_prompt\"Q\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x15\n\rmax_model_len\x18\x02 \x01(\x03\x12\x13\n\x0btoken_texts\x18\x03 \x03(\t\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"D\n\x12ListModelsResponse\x12.\n\x06models\x18\x01 \x03(\x0b\x32\x1e.expertmesh.inference.v1.Model\"M\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x03\x12\x10\n\x08owned_by\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\x03*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\xd7\x04\n\tInference\x12_\n\x08Generate\x12(.expertmesh.inference.v1.GenerateRequest\x1a).expertmesh.inference.v1.GenerateResponse\x12\x64\n\x0eGenerateStream\x12(.expertmesh.inference.v1.GenerateRequest\x1a&.expertmesh.inference.v1.GenerateChunk0\x01\x12\x65\n\nListModels\x12*.expertmesh.inference.v1.ListModelsRequest\x1a+.expertmesh.inference.v1.ListModelsResponse\x12T\n\x08GetModel\x12(.expertmesh.inference.v1.GetModelRequest\x1a\x1e.expertmesh.inference.v1.Model\x12_\n\x08Tokenize\x12(.expertmesh.inference.v1.TokenizeRequest\x1a).expertmesh.inference.v1.TokenizeResponse\x12\x65\n\nDetokenize\x12*.expertmesh.inference.v1.DetokenizeRequest\x1a+.expertmesh.inference.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.expertmesh.inference.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1467
-  _globals['_FINISHREASON']._serialized_end=1562
-  _globals['_GENERATEREQUEST']._serialized_start=76
-  _globals['_GENERATEREQUEST']._serialized_end=316
-  _globals['_TOKENIDS']._serialized_start=318
-  _globals['_TOKENIDS']._serialized_end=341
-  _globals['_CHAT']._serialized_start=343
-  _globals['_CHAT']._serialized_end=405
-  _globals['_CHATMESSAGE']._serialized_start=407
-  _globals['_CHATMESSAGE']._serialized_end=451
-  _globals['_SAMPLINGPARAMS']._serialized_start=454
-  _globals['_SAMPLINGPARAMS']._serialized_end=758
-  _globals['_USAGE']._serialized_start=760
-  _globals['_USAGE']._serialized_end=839
-  _globals['_CHOICE']._serialized_start=841
-  _globals['_CHOICE']._serialized_end=959
-  _globals['_GENERATERESPONSE']._serialized_start=962
-  _globals['_GENERATERESPONSE']._serialized_end=1129
-  _globals['_GENERATECHUNK']._serialized_start=1132
-  _globals['_GENERATECHUNK']._serialized_end=1295
-  _globals['_LISTMODELSREQUEST']._serialized_start=1297
-  _globals['_LISTMODELSREQUEST']._serialized_end=1316
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1318
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1386
-  _globals['_MODEL']._serialized_start=1388
-  _globals['_MODEL']._serialized_end=1465
-  _globals['_INFERENCE']._serialized_start=1565
-  _globals['_INFERENCE']._serialized_end=1878
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=3859
+  _globals['_FINISHREASON']._serialized_end=3984
+  _globals['_GENERATEREQUEST']._serialized_start=106
+  _globals['_GENERATEREQUEST']._serialized_end=460
+  _globals['_TOKENIDS']._serialized_start=462
+  _globals['_TOKENIDS']._serialized_end=485
+  _globals['_CHAT']._serialized_start=488
+  _globals['_CHAT']._serialized_end=812
+  _globals['_CHATMESSAGE']._serialized_start=815
+  _globals['_CHATMESSAGE']._serialized_end=977
+  _globals['_TOOL']._serialized_start=979
+  _globals['_TOOL']._serialized_end=1056
+  _globals['_TOOLCHOICE']._serialized_start=1059
+  _globals['_TOOLCHOICE']._serialized_end=1238
+  _globals['_TOOLCHOICE_MODE']._serialized_start=1151
+  _globals['_TOOLCHOICE_MODE']._serialized_end=1228
+  _globals['_TOOLCALL']._serialized_start=1240
+  _globals['_TOOLCALL']._serialized_end=1310
+  _globals['_RESPONSEFORMAT']._serialized_start=1313
+  _globals['_RESPONSEFORMAT']._serialized_end=1478
+  _globals['_ALTERNATIVES']._serialized_start=1480
+  _globals['_ALTERNATIVES']._serialized_end=1509
+  _globals['_SAMPLINGPARAMS']._serialized_start=1512
+  _globals['_SAMPLINGPARAMS']._serialized_end=2278
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=2012
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=2060
+  _globals['_USAGE']._serialized_start=2280
+  _globals['_USAGE']._serialized_end=2382
+  _globals['_TOKENLOGPROB']._serialized_start=2385
+  _globals['_TOKENLOGPROB']._serialized_end=2552
+  _globals['_CHOICE']._serialized_start=2555
+  _globals['_CHOICE']._serialized_end=2876
+  _globals['_GENERATERESPONSE']._serialized_start=2879
+  _globals['_GENERATERESPONSE']._serialized_end=3068
+  _globals['_GENERATECHUNK']._serialized_start=3071
+  _globals['_GENERATECHUNK']._serialized_end=3256
+  _globals['_LISTMODELSREQUEST']._serialized_start=3258
+  _globals['_LISTMODELSREQUEST']._serialized_end=3277
+  _globals['_GETMODELREQUEST']._serialized_start=3279
+  _globals['_GETMODELREQUEST']._serialized_end=3308
+  _globals['_TOKENIZEREQUEST']._serialized_start=3311
+  _globals['_TOKENIZEREQUEST']._serialized_end=3534
+  _globals['_TOKENIZERESPONSE']._serialized_start=3536
+  _globals['_TOKENIZERESPONSE']._serialized_end=3617
+  _globals['_DETOKENIZEREQUEST']._serialized_start=3619
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3672
+  _globals['_DETOKENIZERESPONSE']._serialized_start=3674
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3708
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3710
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3778
+  _globals['_MODEL']._serialized_start=3780
+  _globals['_MODEL']._serialized_end=3857
+  _globals['_INFERENCE']._serialized_start=3987
+  _globals['_INFERENCE']._serialized_end=4586
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class InferenceStub(object):
-    """The same surface as POST /v1/completions and /v1/chat/completions, typed.
+    """The same surface as POST /v1/completions and /v1/chat/completions, typed. The trailing metadata of Generate and
+    GenerateStream holds x-request-id and x-expertmesh-cache.
     """
 
     def __init__(self, channel):
@@ -50,10 +51,26 @@ class InferenceStub(object):
                 request_serializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/expertmesh.inference.v1.Inference/GetModel',
+                request_serializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.Model.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/expertmesh.inference.v1.Inference/Tokenize',
+                request_serializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/expertmesh.inference.v1.Inference/Detokenize',
+                request_serializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
-    """The same surface as POST /v1/completions and /v1/chat/completions, typed.
+    """The same surface as POST /v1/completions and /v1/chat/completions, typed. The trailing metadata of Generate and
+    GenerateStream holds x-request-id and x-expertmesh-cache.
     """
 
     def Generate(self, request, context):
@@ -69,6 +86,24 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +127,21 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
                     response_serializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
             ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.GetModelRequest.FromString,
+                    response_serializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.Model.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'expertmesh.inference.v1.Inference', rpc_method_handlers)
@@ -101,7 +151,8 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference(object):
-    """The same surface as POST /v1/completions and /v1/chat/completions, typed.
+    """The same surface as POST /v1/completions and /v1/chat/completions, typed. The trailing metadata of Generate and
+    GenerateStream holds x-request-id and x-expertmesh-cache.
     """
 
     @staticmethod
@@ -175,6 +226,87 @@ class Inference(object):
             '/expertmesh.inference.v1.Inference/ListModels',
             protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
             protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.inference.v1.Inference/GetModel',
+            protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
+            protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.inference.v1.Inference/Tokenize',
+            protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.inference.v1.Inference/Detokenize',
+            protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            protos_dot_expertmesh_dot_inference_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,446 @@
+"""OpenAI's request bodies, and what they ask for.
+
+Source: OpenAI's API reference for completions and chat completions; vLLM's additions are `top_k`, `min_p`,
+`repetition_penalty`, `stop_token_ids`, `ignore_eos`, `min_tokens`, `prompt_logprobs`, `priority`,
+`structured_outputs`, `chat_template_kwargs`, and tokenize and detokenize; `timeout` and `enable_thinking` are ours.
+A field that is not listed here is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from services.engine.request import MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
+from services.gateway import grammars
+from services.gateway.errors import ApiError, invalid
+from services.gateway.generation import Ask, Prompt, Shape, template_kwargs
+from services.gateway.text import Chat, ChatMessage, PastCall, check_message
+from services.gateway.tools import Tool, ToolMode, ToolUse, mode_of, parse_arguments
+
+MAX_PROMPTS = 64  # in one body
+SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias", "grammar"}
+
+
+def _only(*allowed: object) -> AfterValidator:
+    """A field of OpenAI's that may be sent as long as it asks for nothing: any other value is refused by name."""
+    values = " or ".join("null" if value is None else repr(value) for value in allowed)
+
+    def check(value: object) -> object:
+        if value is not None and value not in allowed:
+            raise ValueError(f"must be {values}, because nothing else is supported yet, not {value!r:.100}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _check_prompt(value: object) -> object:
+    """One string, one list of token ids, or a list of either."""
+    if _is_one_prompt(value):
+        return value
+    if isinstance(value, list) and value and all(_is_one_prompt(item) for item in value):
+        if len(value) <= MAX_PROMPTS:
+            return value
+        raise ValueError(f"must hold at most {MAX_PROMPTS} prompts, not {len(value)}")
+    raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
+
+
+def _is_one_prompt(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(type(item) is int for item in value)
+    return isinstance(value, str)
+
+
+def _check_stop(value: object) -> object:
+    if isinstance(value, str):
+        return [value]
+    if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        return value
+    raise ValueError(f"must be a string or a list of strings, not {value!r:.100}")
+
+
+def _join_parts(value: object) -> object:
+    """Content given as parts is joined, as long as every part is text."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+        if not (is_text and isinstance(part["text"], str)):
+            raise ValueError('must be a string or a list of {"type": "text", "text": "..."} parts')
+    return "".join(part["text"] for part in value)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class StructuredOutputs(_Body):
+    """vLLM's way to say what the answer must match: exactly one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_object: Literal[True] | None = None
+    regex: str | None = None
+    choice: Annotated[list[str] | None, Field(min_length=1)] = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> StructuredOutputs:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("must hold exactly one of json, json_object, regex, choice and grammar")
+        return self
+
+    def shape(self) -> Shape:
+        place = "structured_outputs"
+        if self.json_ is not None:
+            schema = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
+            return Shape(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{place}.json")
+        if self.regex is not None:
+            return Shape(Grammar(GrammarKind.REGEX, self.regex), f"{place}.regex")
+        if self.choice is not None:
+            return Shape(grammars.any_of(self.choice), f"{place}.choice")
+        if self.grammar is not None:
+            return Shape(Grammar(GrammarKind.LARK, self.grammar), f"{place}.grammar")
+        return Shape(Grammar(GrammarKind.JSON_OBJECT), f"{place}.json_object")
+
+
+class JsonSchema(_Body):
+    name: str | None = None
+    description: str | None = None  # accepted and not used
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    strict: bool | None = None  # every schema is enforced
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("must hold a json_schema if, and only if, its type is 'json_schema'")
+        return self
+
+    def shape(self) -> Shape | None:
+        place = "response_format"
+        if self.json_schema is not None:
+            schema = json.dumps(self.json_schema.schema_)
+            return Shape(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{place}.json_schema.schema")
+        return Shape(Grammar(GrammarKind.JSON_OBJECT), place) if self.type == "json_object" else None
+
+
+class _RequestBody(_Body):
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_check_stop)] = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    user: str | None = None  # accepted and not used, as are the next two
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> _RequestBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options may only be given together with stream=true.")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs may only be given without stream=true.")
+        if self.structured_outputs and self.response_format and self.response_format.type != "text":
+            raise ValueError("structured_outputs may not be given together with response_format; give one.")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    def shape(self) -> Shape | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.shape()
+        return self.response_format.shape() if self.response_format else None
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of SamplingParams that the client gave."""
+        given = self.model_dump(include=set(SAMPLING_NAMES), exclude_none=True)
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        if self.num_logprobs is not None:
+            given["logprobs"] = self.num_logprobs
+        if self.logit_bias:
+            given["logit_bias"] = tuple((_token_id(key), bias) for key, bias in self.logit_bias.items())
+        return given
+
+
+def _token_id(key: str) -> int:
+    if not key.strip().isdecimal():
+        raise invalid(f"logit_bias must be keyed by token ids as strings, not {key!r:.100}.", "logit_bias")
+    return int(key)
+
+
+class CompletionBody(_RequestBody):
+    prompt: Annotated[Any, BeforeValidator(_check_prompt)]
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: Annotated[str | None, _only(None)] = None
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of must be equal to n ({self.n or 1}), because answers are not ranked.")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def is_chat(self) -> bool:
+        return False
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
+    def asks(self) -> list[Ask]:
+        """Raises ApiError or ValueError."""
+        sampling, shape = self.sampling(), self.shape()
+        if self.echoes_logprobs:
+            sampling.setdefault("prompt_logprobs", self.logprobs)
+        prompts = [self.prompt] if _is_one_prompt(self.prompt) else self.prompt
+        return [Ask(prompt, sampling, self.n, self.echo or False, shape, timeout=self.timeout) for prompt in prompts]
+
+
+class CallFunction(_Body):
+    name: str
+    arguments: str = ""
+
+
+class Call(_Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: CallFunction
+    index: int | None = None  # clients that joined a stream's pieces may send it back
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_join_parts)] = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+    # What clients send back of an answer they were given, when it holds nothing.
+    refusal: Annotated[str | None, _only(None)] = None
+    audio: Annotated[dict[str, Any] | None, _only(None)] = None
+    annotations: Annotated[list[Any] | None, _only([])] = None
+    function_call: Annotated[dict[str, Any] | None, _only(None)] = None
+
+
+class ToolFunction(_Body):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(_Body):
+    type: Literal["function"]
+    function: ToolFunction
+
+    def tool(self) -> Tool:
+        function = self.function
+        return Tool(function.name, function.description or "", function.parameters or {}, function.strict or False)
+
+
+class NamedFunction(_Body):
+    name: str
+
+
+class NamedTool(_Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class _ChatPart(_Body):
+    """What `/v1/chat/completions` and `/tokenize` share."""
+
+    messages: list[Message]
+    tools: list[ToolBody] | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def chat(self, add_generation_prompt: bool = True) -> Chat:
+        """Without tools. Raises ApiError or ValueError."""
+        messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(self.messages))
+        kwargs = template_kwargs(self.chat_template_kwargs, self.enable_thinking)
+        return Chat(messages, template_kwargs=kwargs, add_generation_prompt=add_generation_prompt)
+
+
+class ChatBody(_ChatPart, _RequestBody):
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tool_choice: str | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatBody:
+        asked = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(asked) > 1:
+            raise ValueError("max_tokens and max_completion_tokens must be equal where both are given; give one.")
+        self.max_tokens = asked.pop() if asked else None
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs may only be given together with logprobs=true.")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"top_logprobs must be 0 to {MAX_LOGPROBS}, not {self.top_logprobs}.")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def is_chat(self) -> bool:
+        return True
+
+    def asks(self) -> list[Ask]:
+        """Raises ApiError or ValueError."""
+        choice = self.tool_choice
+        function = choice.function.name if isinstance(choice, NamedTool) else None
+        mode = mode_of(choice) if isinstance(choice, str) else ToolMode.AUTO
+        tools = tuple(tool.tool() for tool in self.tools or ())
+        use = ToolUse.of(tools, mode, function, self.parallel_tool_calls)
+        return [Ask(self.chat(), self.sampling(), self.n, shape=self.shape(), use=use, timeout=self.timeout)]
+
+
+def _message(place: str, message: Message) -> ChatMessage:
+    calls = tuple(
+        PastCall(
+            call.id,
+            call.function.name,
+            parse_arguments(call.function.arguments, f"{place}.tool_calls[{n}].function.arguments"),
+        )
+        for n, call in enumerate(message.tool_calls or ())
+    )
+    fields = (message.name or "", message.reasoning_content or "", calls, message.tool_call_id or "")
+    return check_message(ChatMessage(message.role, message.content, *fields), place)
+
+
+class TokenizeBody(_Body):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    def to_prompt(self) -> Prompt:
+        return self.prompt
+
+
+class TokenizeChatBody(_ChatPart):
+    model: str | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+    return_token_strs: bool = False
+
+    def to_prompt(self) -> Prompt:
+        """Raises ApiError or ValueError."""
+        use = ToolUse(tuple(tool.tool() for tool in self.tools or ()))
+        use.check()
+        tools = tuple(tool.to_template() for tool in use.tools)
+        return replace(self.chat(self.add_generation_prompt), tools=tools)
+
+
+class DetokenizeBody(_Body):
+    model: str | None = None
+    tokens: list[int]
+
+
+Body = CompletionBody | ChatBody
+AnyBody = TypeVar("AnyBody", bound=_Body)
+
+
+def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
+    """Raises ApiError with one sentence about the first mistake."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise _explain(kind, error.errors(include_url=False)[0]) from error
+
+
+def is_chat(data: bytes) -> bool:
+    """Whether a body to be tokenized speaks of messages."""
+    try:
+        body = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(body, dict) and "messages" in body
+
+
+def _explain(kind: type[_Body], error: ErrorDetails) -> ApiError:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    match error["type"]:
+        case "json_invalid":
+            return invalid(f"The body is not valid JSON: {error['ctx']['error']}.")
+        case "model_type":
+            return invalid(
+                "The body must be a JSON object." if not path else f"{path} must be a JSON object.", path or None
+            )
+        case "extra_forbidden":
+            allowed = _allowed_names(kind, error["loc"])
+            return invalid(f"Unknown field {path!r:.100}; the allowed fields are {allowed}.", path, "unknown_parameter")
+        case "missing":
+            return invalid(f"{path} is missing, but required.", path)
+        case "value_error":
+            reason = str(error["ctx"]["error"])
+            return invalid(f"{path} {reason}." if path else reason, path or reason.split()[0])
+    expected = error["msg"].replace("Input should be", "must be")
+    return invalid(f"{path} {expected}, not {error['input']!r:.100}.", path)
+
+
+def _allowed_names(kind: type[_Body], path: tuple[int | str, ...]) -> str:
+    """The fields of the object that the last part of `path` is in."""
+    for part in path[:-1]:
+        if isinstance(part, str):
+            kind = CHILDREN.get(part, kind)
+    return ", ".join(sorted(field.alias or name for name, field in kind.model_fields.items()))
+
+
+CHILDREN: dict[str, type[_Body]] = {
+    "messages": Message,
+    "tool_calls": Call,
+    "stream_options": StreamOptions,
+    "structured_outputs": StructuredOutputs,
+    "response_format": ResponseFormat,
+    "json_schema": JsonSchema,
+    "tools": ToolBody,
+    "function": ToolFunction,
+    "NamedTool": NamedTool,
+}

@@ -1,0 +1,214 @@
+"""Functions that a client lets the model call, and the arguments of a call by their types.
+
+Models of this family write calls as XML whose values are untyped text (the qwen3_coder format):
+
+    <tool_call>
+    <function=NAME>
+    <parameter=ARGUMENT>
+    value
+    </parameter>
+    </function>
+    </tool_call>
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+MAX_TOOLS = 128
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+PYTHON_SPELLINGS = {"True": True, "False": False, "None": None}
+
+
+class ToolMode(StrEnum):
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """`parameters` is a JSON schema of type object; `is_strict` holds calls to it where the model may choose."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    is_strict: bool = False
+
+    def check(self, place: str) -> None:
+        """Raises ValueError with `place`, the parameter that holds this tool, in the sentence."""
+        if not TOOL_NAME.fullmatch(self.name):
+            allowed = "1 to 64 letters, digits, '_', '-' or '.'"
+            raise ValueError(f"{place}.function.name must be {allowed}, not {self.name!r:.100}.")
+        if self.parameters.get("type", "object") != "object" or not isinstance(self.properties, dict):
+            raise ValueError(f"{place}.function.parameters must be a JSON schema of type 'object'.")
+        for name, schema in self.properties.items():
+            if not re.fullmatch(r"[^<>\n]+", name) or not isinstance(schema, dict | bool):
+                allowed = "names without '<', '>' and line ends, and schemas"
+                raise ValueError(f"{place}.function.parameters.properties must hold {allowed}, not {name!r:.100}.")
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        properties: dict[str, Any] = self.parameters.get("properties") or {}
+        return properties
+
+    @property
+    def definitions(self) -> dict[str, Any]:
+        """What a property's schema may refer to."""
+        return {key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}
+
+    def types_of(self, name: str) -> frozenset[str] | None:
+        """The JSON types that an argument may have; None: its schema does not say."""
+        return json_types(self.properties.get(name, True), self.parameters)
+
+    def to_template(self) -> dict[str, Any]:
+        """In OpenAI's shape, as chat templates expect it."""
+        parameters = dict(self.parameters) or {"type": "object", "properties": {}}
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of one request; `function` is the name of the one that must be called, if any."""
+
+    tools: tuple[Tool, ...] = ()
+    mode: ToolMode = ToolMode.AUTO
+    function: str | None = None
+    is_parallel: bool = True
+
+    @classmethod
+    def of(cls, tools: tuple[Tool, ...], mode: ToolMode, function: str | None, is_parallel: bool | None) -> ToolUse:
+        """Raises ValueError for a `is_parallel` without tools."""
+        if is_parallel is not None and not tools:
+            raise ValueError("parallel_tool_calls may only be given together with tools.")
+        return cls(tools, mode, function, is_parallel is not False)
+
+    @property
+    def is_forced(self) -> bool:
+        return self.mode is ToolMode.REQUIRED or self.function is not None
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        if self.mode is ToolMode.NONE:
+            return ()
+        return tuple(tool for tool in self.tools if self.function in (None, tool.name))
+
+    def check(self) -> None:
+        """Raises ValueError where tools and choice do not fit each other."""
+        if len(self.tools) > MAX_TOOLS:
+            raise ValueError(f"tools must hold at most {MAX_TOOLS} functions, not {len(self.tools)}.")
+        for index, tool in enumerate(self.tools):
+            tool.check(f"tools[{index}]")
+        names = [tool.name for tool in self.tools]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"tools must hold each function once, but names {repeated[0]!r} twice.")
+        if self.is_forced and not self.tools:
+            raise ValueError("tool_choice may only be given together with tools.")
+        if self.function is not None and self.function not in names:
+            allowed = ", ".join(map(repr, names))
+            raise ValueError(f"tool_choice names the function {self.function!r:.100}; the tools are {allowed}.")
+
+
+def json_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str] | None:
+    """The types that `schema` allows, as far as its type, values, alternatives and references tell."""
+    if not isinstance(schema, dict) or depth > 8:
+        return None
+    if isinstance(reference := schema.get("$ref"), str):
+        return json_types(_resolve(reference, root), root, depth + 1)
+    if "type" in schema:
+        named = schema["type"]
+        return frozenset([named] if isinstance(named, str) else named)
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if values is not None:
+        return frozenset(map(_type_of, values))
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            found = [json_types(option, root, depth + 1) for option in schema[key]]
+            return None if None in found else frozenset().union(*(types for types in found if types))
+    return None
+
+
+def _resolve(reference: str, root: Any) -> Any:
+    for key in reference.removeprefix("#/").split("/"):
+        root = root.get(key) if isinstance(root, Mapping) else None
+    return root
+
+
+def _type_of(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int():
+            return "integer"
+        case float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+    return "object"
+
+
+def is_text(types: frozenset[str] | None) -> bool:
+    """Whether a value of these types is a string in any case: one without a type is."""
+    return types is None or types == {"string"}
+
+
+def argument(text: str, types: frozenset[str] | None) -> str:
+    """The JSON of a value that was written as text: a string, unless its type says otherwise and the text allows it."""
+    if is_text(types):
+        return to_json(text)
+    assert types is not None
+    try:
+        value = _parse(text.strip(), types)
+    except ValueError:
+        return to_json(text)  # the client sees what the model wrote
+    return to_json(value)
+
+
+def _parse(text: str, types: frozenset[str]) -> object:
+    value: Any = PYTHON_SPELLINGS[text] if text in PYTHON_SPELLINGS else json.loads(text, parse_constant=_refuse)
+    kind = _type_of(value)
+    if kind == "number" and "number" not in types and "integer" in types and float(value).is_integer():
+        return int(value)
+    if kind in types or (kind == "integer" and "number" in types):
+        return value
+    raise ValueError(kind)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)  # NaN and Infinity are not JSON
+
+
+def to_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def parse_arguments(text: str, place: str) -> str:
+    """Arguments of an earlier call as the client sends them back; ValueError unless they are a JSON object."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} must be a JSON object as a string, not {text!r:.100}.")
+    return to_json(value)
+
+
+def mode_of(mode: str, place: str = "tool_choice") -> ToolMode:
+    if mode not in list(ToolMode):
+        allowed = ", ".join(repr(str(known)) for known in ToolMode)
+        raise ValueError(f"{place} must be {allowed} or name a function, not {mode!r:.100}.")
+    return ToolMode(mode)
+
+
+def names_of(tools: Sequence[Tool]) -> dict[str, Tool]:
+    return {tool.name: tool for tool in tools}
