@@ -30,7 +30,7 @@ lint: $(INSTALLED) ## Check style, formatting and types
 protos: $(INSTALLED) ## Generate the Python code of protos/*.proto again
 	$(BIN)/python -m protos.generate
 
-bench: $(INSTALLED) ## Measure tokens per second, distributed and local, on the demo model
+bench: $(INSTALLED) ## Measure tokens per second, 3 shards against local experts and transformers, ~15 minutes
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 clean: ## Remove the virtual environment and caches

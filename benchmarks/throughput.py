@@ -1,152 +1,193 @@
-"""Tokens per second through REST, with expert shards in other processes and with the experts in the backbone.
+"""Tokens per second: 3 expert shards behind REST, against local experts, transformers and llama.cpp, in one run.
 
-    make bench                                          # the demo model, 1 and 8 streams
-    python -m benchmarks.throughput --json out.json
+    make bench                                                                   # 3 rounds, about 15 minutes
+    make bench ARGS="--llama-cpp /tmp/llama.cpp --rounds 5 --json out.json"
 
-Both set-ups run in turn in each round; what counts is the ratio of their medians, because these machines are small and
-shared. Prompts are beginnings of the demo's held-out files; greedy, `ignore_eos`.
+Each round starts one side after another, measures it alone and stops it: an idle server would take a twentieth of two
+cores. Medians over the rounds, and their ratios, beside the bars. All sides compute in bf16 with the same threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
-from model.demo.corpus import read_corpus
+from benchmarks.load import Outcome, Prompts, closed_loop
+from benchmarks.peers import TRIES, Speeds, Workload, has_llama_cpp, measure_llama_cpp, measure_transformers
+from benchmarks.server import Server, server
+from benchmarks.shape import write_shape
 
-READY_TIMEOUT_S = 300
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def server(*options: str) -> Iterator[str]:
-    """`expertmesh up` in a process of its own; its REST address."""
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "services.cli",
-        "up",
-        "--port",
-        str(port),
-        "--grpc-port",
-        str(free_port()),
-        *options,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_ready(url, process)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(120)
+SHAPE = Path("/tmp/expertmesh-shape")
+DISTRIBUTED, LOCAL, TRANSFORMERS, LLAMA_CPP = "distributed", "local experts", "transformers", "llama.cpp"
+BARS = {  # of the distributed path's tokens per second against each other side's
+    "decode × 1": {TRANSFORMERS: 2.5, LOCAL: 0.6, LLAMA_CPP: 0.6},
+    "decode × 8": {TRANSFORMERS: 3.0, LOCAL: 0.85, LLAMA_CPP: 1.0},
+    "decode × 16": {TRANSFORMERS: 4.0, LOCAL: 0.9, LLAMA_CPP: 1.1},
+    "prefill": {TRANSFORMERS: 1.5, LOCAL: 0.9, LLAMA_CPP: 1.0},
+}
 
 
-def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/health/ready", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise RuntimeError(f"the server at {url} was not ready within {READY_TIMEOUT_S} s")
+def decode_speed(outcomes: list[Outcome]) -> float:
+    """Tokens per second of all streams while every one of them decodes: after the last one's first token, until the
+    first one's last. An event counts as its stream's mean number of tokens, because drafts make it carry several."""
+    start = max(outcome.event_times[0] for outcome in outcomes)
+    end = min(outcome.event_times[-1] for outcome in outcomes)
+    assert start < end, "the streams did not decode at the same time"
+    tokens = sum(
+        outcome.num_generated / len(outcome.event_times) * sum(start < when <= end for when in outcome.event_times)
+        for outcome in outcomes
+    )
+    return tokens / (end - start)
 
 
-def complete(url: str, prompt: str, num_tokens: int) -> int:
-    """One greedy completion; returns the tokens it made."""
-    body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=600)
-    answer.raise_for_status()
-    return int(answer.json()["usage"]["completion_tokens"])
+class Client:
+    """Measures one running server; every prompt is new, so that no prefix cache can answer."""
+
+    def __init__(self, running: Server, vocab_size: int, seed: int) -> None:
+        self.url, self._vocab_size, self._seeds = f"{running.url}/v1/completions", vocab_size, itertools.count(seed)
+
+    def streams(self, num_streams: int, prompt_len: int, output_len: int) -> list[Outcome]:
+        prompts = Prompts((prompt_len,), (output_len,), self._vocab_size, next(self._seeds))
+        bodies = list(itertools.islice(prompts.bodies(), num_streams))
+        outcomes = asyncio.run(closed_loop(self.url, bodies, num_streams, seconds=600))
+        for outcome in outcomes:
+            if outcome.error:
+                raise RuntimeError(f"a request failed: {outcome.error}")
+        return outcomes
+
+    def measure(self, workload: Workload) -> Speeds:
+        self.streams(max(workload.batches), workload.prompt_len, 8)  # warm
+        lengths = workload.prompt_len, workload.output_len
+        decode = {
+            batch: max(decode_speed(self.streams(batch, *lengths)) for _ in range(TRIES)) for batch in workload.batches
+        }
+        first = min(self.streams(1, workload.prefill_len, 1)[0].ttft_s for _ in range(TRIES))
+        return Speeds(decode, workload.prefill_len / first)
 
 
-def tokens_per_second(url: str, prompts: list[str], num_streams: int, num_tokens: int) -> float:
-    """`num_streams` completions at once."""
-    chosen = [prompts[i % len(prompts)] for i in range(num_streams)]
-    started = time.perf_counter()
-    with ThreadPoolExecutor(num_streams) as threads:
-        made = sum(threads.map(lambda prompt: complete(url, prompt, num_tokens), chosen))
-    return made / (time.perf_counter() - started)
-
-
-def wire_per_row(url: str) -> dict[str, float]:
+def wire_per_row(status: dict[str, Any]) -> dict[str, float]:
     """Bytes and messages per row, which is one token in one MoE layer, since the server started."""
-    traffic = httpx.get(f"{url}/status", timeout=10).json()["traffic"]
-    rows = traffic["num_rows"]
-    assert rows, "nothing went over the wire"
-    names = ("sent_bytes", "received_bytes", "num_sent")
-    return {name: traffic[name] / rows for name in names}
+    traffic = status["traffic"]
+    assert traffic["num_rows"], "nothing went over the wire"
+    return {name: traffic[name] / traffic["num_rows"] for name in ("sent_bytes", "received_bytes", "num_sent")}
+
+
+def median(speeds: list[Speeds]) -> dict[str, float]:
+    """Tokens per second of each column."""
+    columns = {
+        f"decode × {batch}": statistics.median(speed.decode[batch] for speed in speeds) for batch in speeds[0].decode
+    }
+    return {**columns, "prefill": statistics.median(speed.prefill for speed in speeds)}
+
+
+def speed_table(speeds: dict[str, list[Speeds]]) -> Table:
+    table = Table(
+        title=f"tokens/s, median of {len(speeds[DISTRIBUTED])} rounds (least to most), {os.cpu_count()} cores"
+    )
+    columns = median(speeds[DISTRIBUTED])
+    for column in ("", *columns):
+        table.add_column(column, justify="right")
+    for name, rounds in speeds.items():
+        singles = [median([one]) for one in rounds]
+        middle = median(rounds)
+        words = [
+            f"{middle[column]:.0f} ({min(s[column] for s in singles):.0f} to {max(s[column] for s in singles):.0f})"
+            for column in columns
+        ]
+        table.add_row(name, *words)
+    return table
+
+
+def ratio_table(speeds: dict[str, list[Speeds]]) -> tuple[Table, dict[str, dict[str, float]]]:
+    """The distributed path over each other side, with the bar in brackets; and the ratios as numbers."""
+    medians = {name: median(rounds) for name, rounds in speeds.items()}
+    others = [name for name in (TRANSFORMERS, LOCAL, LLAMA_CPP) if name in speeds]
+    table = Table(title="3 shards through REST, against")
+    for column in ("", *others):
+        table.add_column(column, justify="right")
+    ratios = {}
+    for column, mine in medians[DISTRIBUTED].items():
+        ratios[column] = {other: mine / medians[other][column] for other in others}
+        bars = BARS.get(column, {})
+        words = [
+            f"{ratio:.2f}×" + (f" (bar {bars[other]}{', missed' if ratio < bars[other] else ''})" if bars else "")
+            for other, ratio in ratios[column].items()
+        ]
+        table.add_row(column, *words)
+    return table, ratios
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tokens per second, distributed against local experts.")
-    parser.add_argument("--model", default="", help="model directory; the demo model if left out")
+    parser = argparse.ArgumentParser(description="Distributed against local experts, transformers and llama.cpp.")
+    parser.add_argument("--model", type=Path, default=SHAPE, help=f"written to {SHAPE} if it is not there")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--shards", type=int, default=3)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens, where decoding is measured")
+    parser.add_argument("--output", type=int, default=32, help="tokens, likewise")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt where prefill is measured")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--llama-cpp", type=Path, help="a directory filled by: python -m benchmarks.peers build DIR")
+    parser.add_argument("--without-peers", action="store_true", help="only distributed and local experts")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model = ["--model", args.model] if args.model else []
-    prompts = [text[:400] for text in read_corpus()[1] if len(text) >= 400]
-    speeds: dict[tuple[str, int], list[float]] = {}
-    with server(*model, "--shards", str(args.shards)) as remote, server(*model, "--local-experts") as local:
-        servers = {"distributed": remote, "local": local}
-        for url in servers.values():
-            tokens_per_second(url, prompts, max(args.streams), 16)  # warm
-        for _ in range(args.rounds):
-            for num_streams in args.streams:
-                for name, url in servers.items():
-                    speed = tokens_per_second(url, prompts, num_streams, args.tokens)
-                    speeds.setdefault((name, num_streams), []).append(speed)
-        wire = wire_per_row(remote)
-    report(speeds, args.streams, wire, args.json)
+    if args.model == SHAPE and not (SHAPE / "config.json").exists():
+        write_shape(SHAPE)
+    workload = Workload(tuple(args.streams), args.prompt, args.output, args.prefill)
+    vocab_size = json.loads((args.model / "config.json").read_text())["vocab_size"]
+    options = ["--model", str(args.model), "--dtype", args.dtype]
+    wire: list[dict[str, float]] = []
 
+    def serve(*more: str, is_remote: bool) -> Callable[[int], Speeds]:
+        def measure(round_: int) -> Speeds:
+            with server(*options, *more) as running:
+                speeds = Client(running, vocab_size, 1000 * round_).measure(workload)
+                if is_remote:
+                    wire.append(wire_per_row(running.status()))
+                return speeds
 
-def report(
-    speeds: dict[tuple[str, int], list[float]], streams: list[int], wire: dict[str, float], out: Path | None
-) -> None:
-    table = Table(title=f"tokens/s, median (min to max), {os.cpu_count()} cores")
-    for column in ("streams", "distributed", "local experts", "ratio"):
-        table.add_column(column, justify="right")
-    rows = []
-    for num_streams in streams:
-        both = [speeds[name, num_streams] for name in ("distributed", "local")]
-        ratio = statistics.median(both[0]) / statistics.median(both[1])
-        words = [f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})" for values in both]
-        table.add_row(str(num_streams), *words, f"{ratio:.2f}")
-        rows.append({"streams": num_streams, "distributed": both[0], "local": both[1], "ratio": ratio})
+        return measure
+
+    sides: dict[str, Callable[[int], Speeds]] = {
+        DISTRIBUTED: serve("--shards", str(args.shards), is_remote=True),
+        LOCAL: serve("--local-experts", is_remote=False),
+    }
+    if not args.without_peers:
+        sides[TRANSFORMERS] = lambda _: measure_transformers(args.model, workload, args.threads)
+        if has_llama_cpp(args.llama_cpp):
+            sides[LLAMA_CPP] = lambda _: measure_llama_cpp(args.llama_cpp, args.model, workload, args.threads)
+        else:
+            print("llama.cpp is left out: --llama-cpp names no build (python -m benchmarks.peers build DIR makes one).")
     console = Console()
-    console.print(table)
+    load_before = os.getloadavg()
+    speeds: dict[str, list[Speeds]] = {}
+    for round_ in range(args.rounds):
+        for name, side in sides.items():
+            speeds.setdefault(name, []).append(side(round_))
+            console.print(f"round {round_ + 1}, {name}: {speeds[name][-1]}", soft_wrap=True)
+    ratios_table, ratios = ratio_table(speeds)
+    console.print(speed_table(speeds), ratios_table)
+    last = wire[-1]
     console.print(
-        f"wire per token and MoE layer: {wire['sent_bytes']:.0f} B out, {wire['received_bytes']:.0f} B back, "
-        f"{wire['num_sent']:.2f} messages"
+        f"wire per token and MoE layer: {last['sent_bytes']:.0f} B out, {last['received_bytes']:.0f} B back, "
+        f"{last['num_sent']:.2f} messages"
     )
-    if out:
-        out.write_text(json.dumps({"speeds": rows, "wire": wire}, indent=2) + "\n")
+    if args.json:
+        rounds = {name: [asdict(speed) for speed in values] for name, values in speeds.items()}
+        report = {"workload": asdict(workload), "speeds": rounds, "ratios": ratios, "wire": last}
+        args.json.write_text(json.dumps({**report, "load_average_before": load_before}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
