@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from model.family import ModelFamily
 from model.moe import Experts
 from model.state import State
 from services.engine.engine import Engine
+from services.engine.grammar import GrammarCompiler
 from services.engine.memory import MemoryPlan
 from services.engine.request import EngineFailed, SamplingParams
 from services.engine.runner import Runner
@@ -35,11 +37,15 @@ WATCH_PERIOD_S = 0.5
 FLUSH_PERIOD_S = 1.0
 RATE_KEPT = 0.9  # of the picks per second, from one flush to the next
 PLACEMENT_TIMEOUT_S = 600.0
+DEFAULT_DRAFT_TOKENS = 4  # at most; measured acceptance and cost decide
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """What a backbone needs to know beside the model; lengths in tokens."""
+    """What a backbone needs to know beside the model; lengths in tokens.
+
+    `draft_tokens`: the most that are drafted at once for a request; 0 turns drafting off, None leaves it to us.
+    """
 
     dtype: torch.dtype
     device: str
@@ -47,6 +53,9 @@ class BackboneConfig:
     max_batch_tokens: int
     memory: MemoryPlan
     num_threads: int
+    max_waiting: int = 256
+    draft_tokens: int | None = None
+    prefix_cache: bool = True
 
 
 class CountedExperts:
@@ -74,7 +83,8 @@ class Backbone:
         inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
         model = family.load_backbone(CountedExperts(inner, self.counter), config.dtype, config.device)
         plan = config.memory
-        state = State(family.config.state_spec, plan.num_slots, plan.num_blocks, config.dtype, config.device)
+        state = State(family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device)
+        draft_tokens = DEFAULT_DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens
         scheduler = Scheduler(
             SchedulerConfig(
                 plan.num_slots,
@@ -82,7 +92,15 @@ class Backbone:
                 plan.block_size,
                 config.max_model_len,
                 max_batch_tokens=config.max_batch_tokens,
+                max_waiting=config.max_waiting,
                 chunk_align=family.config.chunk_size,
+                checkpoint_align=family.config.chunk_size,
+                num_checkpoint_slots=plan.num_checkpoint_slots,
+                bytes_per_slot=plan.bytes_per_slot,
+                bytes_per_block=plan.bytes_per_block,
+                has_prefix_cache=config.prefix_cache,
+                turn_end_ids=frozenset(family.config.eos_token_ids),
+                max_draft_tokens=draft_tokens if family.has_mtp else 0,
             )
         )
         self.engine = Engine(
@@ -91,6 +109,7 @@ class Backbone:
             family.config.vocab_size,
             family.config.eos_token_ids,
             outages=(ExpertsUnavailable,),
+            compile_grammar=lambda grammar: self._grammars.compile(grammar),
         )
         self._placement: Placement | None = None
         self._placed_at = 0.0
@@ -98,6 +117,11 @@ class Backbone:
         self._wanted: dict[str, str] = {}  # what each shard should hold, as a digest
         self._rates: dict[int, NDArray[np.float64]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        # Made by the first grammar, on its thread: reading a large tokenizer takes a second.
+        return GrammarCompiler(self.family.checkpoint.path, self.family.config.eos_token_ids)
 
     async def start(self) -> None:
         """Returns when the first token could be served; raises TimeoutError if no placement comes."""

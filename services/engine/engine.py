@@ -12,12 +12,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from services.engine.request import (
     DeadlinePassed,
     EngineFailed,
     EngineOverloaded,
     FinishReason,
+    Grammar,
     Request,
     SamplingParams,
     TokenOutput,
@@ -35,21 +37,35 @@ Item = TokenOutput | Exception
 class Stream:
     """Where a request's items go; the queue belongs to `loop`'s thread."""
 
+    request: Request
     loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[Item]
 
 
 @dataclass(frozen=True)
 class EngineStats:
+    """Slots and pages "taken" are running requests'; "cached" ones are the prefix cache's, to be had on demand."""
+
     num_running: int
     num_waiting: int
     num_slots: int
     num_blocks: int
     num_slots_taken: int
     num_blocks_taken: int
+    num_slots_cached: int
+    num_blocks_cached: int
     num_preemptions: int
     num_steps: int
     num_failed_steps: int
+    num_refused: int  # because too many were waiting
+    num_prompt_tokens: int  # of requests that got their first token
+    num_generated_tokens: int
+    num_cached_tokens: int
+    num_checkpoints: int
+    num_evictions: int
+    cache_reasons: dict[str, int]  # started requests by the reason of TokenOutput.cache_reason
+    drafted_by_position: tuple[int, ...]
+    accepted_by_position: tuple[int, ...]
     is_healthy: bool
 
 
@@ -57,7 +73,8 @@ class Engine:
     """Continuous batching over one model. `generate` may be called from any event loop once `start` was called.
 
     Steps that fail with one of `outages` are the fault of something else that a restart of the engine would not mend:
-    their requests fail, the engine stays healthy.
+    their requests fail, the engine stays healthy. `compile_grammar` makes of a grammar what the sampler needs, on a
+    thread of its own, and raises ValueError for one that cannot be used.
     """
 
     def __init__(
@@ -67,19 +84,22 @@ class Engine:
         vocab_size: int,
         eos_token_ids: Iterable[int],
         outages: tuple[type[Exception], ...] = (),
+        compile_grammar: Callable[[Grammar], Any] | None = None,
     ) -> None:
         self.runner, self.scheduler, self.outages = runner, scheduler, outages
+        self.compile_grammar = compile_grammar
         self.vocab_size, self.eos_token_ids = vocab_size, frozenset(eos_token_ids)
         self._streams: dict[str, Stream] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._is_stopping = False
         self._num_steps = self._num_failed_steps = self._num_failed_in_a_row = 0
+        self._num_refused = 0
 
     def step(self) -> list[TokenOutput]:
         batch = self.scheduler.schedule()
-        sampled = self.runner.run(batch)
-        return self.scheduler.postprocess(batch, sampled)
+        results = self.runner.run(batch)
+        return self.scheduler.postprocess(batch, results)
 
     def start(self) -> None:
         self._thread.start()
@@ -102,11 +122,22 @@ class Engine:
             num_waiting=len(scheduler.waiting),
             num_slots=scheduler.slots.size,
             num_blocks=scheduler.blocks.size,
-            num_slots_taken=scheduler.slots.num_taken,
+            num_slots_taken=scheduler.num_slots_taken,
             num_blocks_taken=scheduler.blocks.num_taken,
+            num_slots_cached=scheduler.cache.num_slots,
+            num_blocks_cached=scheduler.blocks.num_idle,
             num_preemptions=scheduler.num_preemptions,
             num_steps=self._num_steps,
             num_failed_steps=self._num_failed_steps,
+            num_refused=self._num_refused,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
+            num_cached_tokens=scheduler.cache.counts.num_cached_tokens,
+            num_checkpoints=scheduler.cache.num_checkpoints,
+            num_evictions=scheduler.cache.counts.num_evictions,
+            cache_reasons=dict(scheduler.cache.counts.by_reason),
+            drafted_by_position=scheduler.drafting.drafted,
+            accepted_by_position=scheduler.drafting.accepted,
             is_healthy=self.is_healthy,
         )
 
@@ -119,10 +150,15 @@ class Engine:
     ) -> AsyncGenerator[TokenOutput, None]:
         """Yields the request's tokens as they are made; closing the generator frees what the request holds.
 
-        Raises ValueError (bad prompt or lengths), EngineOverloaded, EngineFailed, or DeadlinePassed after `timeout`
-        seconds; the first two before anything was yielded.
+        Raises ValueError (bad prompt, lengths or grammar), EngineOverloaded, EngineFailed, or DeadlinePassed after
+        `timeout` seconds; the first two before anything was yielded.
         """
         request = self._new_request(request_id, prompt_token_ids, params, timeout)
+        if overload := self.scheduler.overload:
+            self._inbox.put(self._count_refusal)
+            raise overload
+        if params.grammar is not None:
+            request.compiled_grammar = await asyncio.to_thread(self._compile, params.grammar)
         stream = self._open(request)
         try:
             while True:
@@ -142,15 +178,25 @@ class Engine:
     ) -> Request:
         self._check_ids("prompt", token_ids)
         self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
+        # Where a grammar can only end, it needs a token to end with.
+        eos_ids = frozenset() if params.ignore_eos and params.grammar is None else self.eos_token_ids
+        now = time.monotonic()
         return Request(
             id=request_id,
             token_ids=list(token_ids),
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             max_len=self._max_len(len(token_ids), params),
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
-            deadline=math.inf if timeout is None else time.monotonic() + timeout,
+            stop_ids=frozenset(params.stop_token_ids) | eos_ids,
+            deadline=math.inf if timeout is None else now + timeout,
+            arrived_at=now,
         )
+
+    def _compile(self, grammar: Grammar) -> Any:
+        if self.compile_grammar is None:
+            raise ValueError("grammar cannot be used: this server has no tokenizer to read it with.")
+        return self.compile_grammar(grammar)
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
@@ -174,7 +220,7 @@ class Engine:
     def _open(self, request: Request) -> Stream:
         if request.id in self._streams:
             raise ValueError(f"request_id {request.id!r} is in use by a request that has not ended; choose another.")
-        stream = self._streams[request.id] = Stream(asyncio.get_running_loop(), asyncio.Queue())
+        stream = self._streams[request.id] = Stream(request, asyncio.get_running_loop(), asyncio.Queue())
         # Asked after the stream is known: a thread that ends from here on will find it and tell it.
         if self._is_stopping or not self._thread.is_alive():
             stream.items.put_nowait(EngineFailed("The engine is not running."))
@@ -203,12 +249,25 @@ class Engine:
         try:
             self.scheduler.add(request)
         except EngineOverloaded as error:
+            self._count_refusal()
             self._deliver([(request.id, error)])
+
+    def _count_refusal(self) -> None:
+        self._num_refused += 1
 
     def _forget(self, request_id: str, stream: Stream) -> None:
         if self._streams.get(request_id) is stream:  # else it has ended, and the id may be another's by now
             del self._streams[request_id]
             self.scheduler.abort(request_id)
+            self._end(stream.request, "cancelled")
+
+    def _end(self, request: Request, reason: str) -> None:
+        self.runner.release(request)
+        logger.info(
+            "Request %s ended: %s after %d of %d tokens.",
+            *(request.id, reason, request.num_generated, request.max_len - request.num_prompt_tokens),
+            extra=_report(request, reason),
+        )
 
     def _guarded_step(self) -> list[tuple[str, Item]]:
         self._num_steps += 1
@@ -230,15 +289,43 @@ class Engine:
         # One wake-up per event loop and step, not one per token: a wake-up is a system call.
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = {}
         for request_id, item in items:
-            stream = self._streams.pop(request_id) if _is_last(item) else self._streams[request_id]
+            stream = self._streams[request_id]
+            if reason := _end_reason(item):
+                del self._streams[request_id]
+                self._end(stream.request, reason)
             by_loop.setdefault(stream.loop, []).append((stream, item))
         for loop, group in by_loop.items():
             with suppress(RuntimeError):  # a loop that closed in the meantime has no reader left
                 loop.call_soon_threadsafe(_put_all, group)
 
 
-def _is_last(item: Item) -> bool:
-    return isinstance(item, Exception) or item.finish_reason is not None
+def _end_reason(item: Item) -> str | None:
+    """Why this is a request's last item; None: it is not."""
+    if isinstance(item, Exception):
+        return _REASONS.get(type(item), "failed")
+    return item.finish_reason
+
+
+_REASONS: dict[type[Exception], str] = {EngineOverloaded: "overloaded", DeadlinePassed: "deadline"}
+
+
+def _report(request: Request, reason: str) -> dict[str, Any]:
+    """What the log says of a request that has ended, in tokens and seconds."""
+
+    def since_arrival(at: float | None) -> float | None:
+        return None if at is None else round(at - request.arrived_at, 6)
+
+    return {
+        "request_id": request.id,
+        "finish_reason": reason,
+        "num_prompt_tokens": request.num_prompt_tokens,
+        "num_generated_tokens": request.num_generated,
+        "num_cached_tokens": request.num_cached,
+        "cache_reason": request.cache_reason,
+        "queued_s": since_arrival(request.first_scheduled_at),
+        "first_token_s": since_arrival(request.first_token_at),
+        "total_s": since_arrival(time.monotonic()),
+    }
 
 
 def _put_all(group: list[tuple[Stream, Item]]) -> None:

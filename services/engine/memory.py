@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from model.state import StateSpec
+
+MAX_CHECKPOINTS_PER_REQUEST = 8  # slots beyond that are never worth their bytes
 
 
 class IdPool:
@@ -44,18 +46,105 @@ class IdPool:
         assert self.num_free + self.num_taken == self.size, "an id came back twice"
 
 
+class PagePool:
+    """Pages 0 .. size-1 with two kinds of owner: requests, which *use* a page, and cache entries, which *keep* it.
+
+    A page is free once nobody uses or keeps it. One that is only kept can be had by dropping what keeps it.
+    """
+
+    def __init__(self, size: int) -> None:
+        assert size > 0
+        self.size = size
+        self._free = list(reversed(range(size)))
+        self._num_users = [0] * size
+        self._num_keepers = [0] * size
+        self.num_taken = 0  # pages that requests use
+        self.num_idle = 0  # pages that are kept and not used
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def can_take(self, count: int) -> bool:
+        return count <= self.num_free
+
+    def take(self, count: int) -> list[int]:
+        """Free pages, used once."""
+        assert 0 <= count <= self.num_free
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._num_users[page] = 1
+        self.num_taken += count
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more request uses each of these, which were used or kept before."""
+        for page in pages:
+            assert self._num_users[page] or self._num_keepers[page], "a free page cannot be shared"
+            if not self._num_users[page]:
+                self.num_idle -= 1
+                self.num_taken += 1
+            self._num_users[page] += 1
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        """One request less uses each of these."""
+        for page in pages:
+            assert self._num_users[page] > 0, "a page came back that nobody used"
+            self._num_users[page] -= 1
+            if not self._num_users[page]:
+                self.num_taken -= 1
+                if self._num_keepers[page]:
+                    self.num_idle += 1
+                else:
+                    self._free.append(page)
+
+    def keep(self, page: int) -> None:
+        """One more cache entry keeps this page, which was used or kept before."""
+        assert self._num_users[page] or self._num_keepers[page], "a free page cannot be kept"
+        self._num_keepers[page] += 1
+
+    def drop(self, page: int) -> None:
+        """One cache entry less keeps this page."""
+        assert self._num_keepers[page] > 0, "a page was dropped that nobody kept"
+        self._num_keepers[page] -= 1
+        if not self._num_keepers[page] and not self._num_users[page]:
+            self.num_idle -= 1
+            self._free.append(page)
+
+    def is_idle(self, page: int) -> bool:
+        """Kept and not used."""
+        return self._num_keepers[page] > 0 and not self._num_users[page]
+
+    def is_freed_by_drop(self, page: int) -> bool:
+        return self._num_keepers[page] == 1 and not self._num_users[page]
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What fits a byte budget: `num_slots` requests at once, sharing `num_blocks` pages of KV."""
+    """What fits a byte budget: `num_slots` requests at once that share `num_blocks` pages of KV.
+
+    `num_checkpoint_slots` more slots hold recurrent states that prompts can start from.
+    """
 
     num_slots: int
     num_blocks: int
     block_size: int
     nbytes: int
+    num_checkpoint_slots: int = 0
+    bytes_per_slot: int = 1
+    bytes_per_block: int = 1
+
+    @property
+    def num_state_slots(self) -> int:
+        """Slots that `model.state.State` allocates."""
+        return self.num_slots + self.num_checkpoint_slots
 
     def __str__(self) -> str:
         tokens = self.num_blocks * self.block_size
-        return f"{self.num_slots} requests at once, {tokens:,} tokens of context between them, {self.nbytes:,} bytes"
+        return (
+            f"{self.num_slots} requests at once, {tokens:,} tokens of context between them, "
+            f"{self.num_checkpoint_slots} saved states for shared prefixes, {self.nbytes:,} bytes"
+        )
 
 
 def plan_memory(
@@ -65,12 +154,16 @@ def plan_memory(
     max_model_len: int,
     max_requests: int,
     expected_len: int = 1024,
+    checkpoint_share: float = 0.25,
 ) -> MemoryPlan:
     """Divides `budget` bytes between slots and pages before anything is allocated.
 
     As many requests as fit with `expected_len` tokens each, up to `max_requests`; the pages take what is left, up to
-    `max_model_len` tokens for each. ValueError if not even one request of `max_model_len` tokens fits.
+    `max_model_len` tokens for each. Up to `checkpoint_share` of the budget goes to slots for saved states, of what
+    the longest request leaves. ValueError if not even one request of `max_model_len` tokens fits.
     """
+    if not 0 <= checkpoint_share < 1:
+        raise ValueError(f"checkpoint_share must be at least 0 and below 1, not {checkpoint_share}.")
     slot, block = spec.bytes_per_slot(dtype), spec.bytes_per_block(dtype)
     full = spec.num_blocks(max_model_len)
     needed = slot + full * block
@@ -79,13 +172,19 @@ def plan_memory(
             f"The state of one request of max_model_len {max_model_len} takes {needed:,} bytes, but the state budget "
             f"is {budget:,} bytes; raise the budget or lower max_model_len."
         )
+    for_requests = max(needed, int(budget * (1 - checkpoint_share)))
     expected = slot + spec.num_blocks(min(expected_len, max_model_len)) * block
-    num_slots = min(max_requests, budget // max(expected, 1))
+    num_slots = min(max_requests, for_requests // max(expected, 1))
     if slot:
-        num_slots = min(num_slots, (budget - full * block) // slot)
+        num_slots = min(num_slots, (for_requests - full * block) // slot)
+    num_checkpoint_slots = 0
+    if slot and checkpoint_share:
+        num_checkpoint_slots = min(MAX_CHECKPOINTS_PER_REQUEST * num_slots, (budget - for_requests) // slot)
+    num_state_slots = num_slots + num_checkpoint_slots
     num_blocks = num_slots * full
     if block:
-        num_blocks = min(num_blocks, (budget - num_slots * slot) // block)
+        num_blocks = min(num_blocks, (budget - num_state_slots * slot) // block)
     assert num_slots >= 1
     assert num_blocks >= full
-    return MemoryPlan(num_slots, num_blocks, spec.block_size, num_slots * slot + num_blocks * block)
+    nbytes = num_state_slots * slot + num_blocks * block
+    return MemoryPlan(num_slots, num_blocks, spec.block_size, nbytes, num_checkpoint_slots, slot, block)

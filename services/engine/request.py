@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from services.engine.drafting import NO_DRAFTS_YET, Acceptance
+
 MAX_TOP_K = 2**31 - 1  # far beyond any vocabulary, and an integer that tensors can hold
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
@@ -16,7 +18,9 @@ MAX_LOGPROBS = 20  # alternatives per token, OpenAI's bound
 class EngineOverloaded(Exception):
     """Too many requests are waiting; ask again after `retry_after` seconds (REST 429, gRPC RESOURCE_EXHAUSTED)."""
 
-    retry_after: int = 1
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EngineFailed(Exception):
@@ -144,7 +148,18 @@ class Request:
     slot: int | None = None  # None: waiting
     block_table: list[int] = field(default_factory=list)
     draft_ids: tuple[int, ...] = ()  # guesses at what follows `token_ids`, to be verified by the next step
+    acceptance: Acceptance = NO_DRAFTS_YET
+    compiled_grammar: Any = None  # services.engine.grammar.CompiledGrammar of params.grammar, if that is not None
     sampling_state: Any = None  # the sampler's own notes about this request: penalties' counts, the grammar's state
+    arrived_at: float = 0.0  # these three in seconds of the scheduler's clock
+    first_scheduled_at: float | None = None
+    first_token_at: float | None = None
+    arrival: int = 0  # the scheduler's count of requests when this one was added
+    page_hashes: list[bytes] = field(default_factory=list)  # of its full pages so far, each with all before it
+    due_checkpoints: list[int] = field(default_factory=list)  # lengths, ascending, at which its state is to be saved
+    num_cached: int = 0  # prompt tokens that were reused when it first started
+    cache_reason: str = ""  # empty: it has not started yet
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected until the first output
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -161,6 +176,15 @@ class Request:
     def num_pending(self) -> int:
         """Tokens still to compute before the next one can be sampled."""
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The lower, the sooner it is served; the higher, the sooner it is preempted."""
+        return self.params.priority, self.arrival
+
+    @property
+    def queued_s(self) -> float:
+        return 0.0 if self.first_scheduled_at is None else self.first_scheduled_at - self.arrived_at
 
     @property
     def forbidden_ids(self) -> frozenset[int]:

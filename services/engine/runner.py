@@ -10,7 +10,7 @@ from torch import Tensor
 from model.state import Batch, State
 from services.engine.request import Request
 from services.engine.sampler import Row, Sampler
-from services.engine.scheduler import NewTokens, ScheduledBatch
+from services.engine.scheduler import ScheduledBatch, StepResult
 
 
 class LanguageModel(Protocol):
@@ -31,20 +31,35 @@ class Runner:
         self.sampler = Sampler()
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> list[NewTokens]:
+    def run(self, batch: ScheduledBatch) -> list[StepResult]:
         """New tokens of each request of the batch: none for a request that still lags behind."""
+        self._copy(batch)
         if not batch.requests:
             return []
         packed = self._pack(batch)
         hidden_TD = self.model.forward(packed, self.state)
-        caught_up = [i for i, (request, length) in enumerate(batch) if length == request.num_pending]
-        new_tokens: list[NewTokens] = [()] * len(batch.requests)
+        caught_up = [i for i in range(len(batch.requests)) if batch.catches_up(i)]
+        results = [StepResult()] * len(batch.requests)
         if caught_up:
             logits_SV = self.model.logits(hidden_TD[[packed.last_rows[i] for i in caught_up]])
             sampled = self.sampler.sample(logits_SV, [Row(batch.requests[i]) for i in caught_up])
             for i, token in zip(caught_up, sampled, strict=True):
-                new_tokens[i] = None if token is None else (token.token_id,)
-        return new_tokens
+                results[i] = StepResult(failed=True) if token is None else StepResult((token,))
+        return results
+
+    def release(self, request: Request) -> None:
+        """Forgets what is noted about a request that has ended."""
+        self.sampler.release(request)
+
+    def _copy(self, batch: ScheduledBatch) -> None:
+        for source, target in batch.slot_copies:
+            for tensors in self.state.slots.values():
+                for tensor in tensors:
+                    tensor[target] = tensor[source]
+        size = self.state.spec.block_size
+        for source, target in batch.page_copies:
+            for pages in self.state.pages.values():
+                pages[target * size : (target + 1) * size] = pages[source * size : (source + 1) * size]
 
     def _pack(self, batch: ScheduledBatch) -> Batch:
         token_ids: list[int] = []

@@ -1,25 +1,36 @@
 """Decides which tokens of which requests each step computes, and owns their memory. Touches no tensor.
 
-There is no prefill phase and no decode phase: every request has tokens to catch up with. A step first serves the
-requests that lack one token, then fills the token budget with pieces of longer ones, oldest first.
+There is no prefill phase and no decode phase: every request has tokens to catch up with, drafts included. A step first
+serves the requests that lack one token, then their drafts, then fills the token budget with pieces of longer ones and
+with requests that wait: lowest priority number first, then oldest. A request that has to make room keeps its tokens.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from services.engine.memory import IdPool
-from services.engine.request import EngineOverloaded, FinishReason, Request, TokenOutput
+from services.engine.drafting import REQUEST_KEPT, DraftingState, StepShape
+from services.engine.memory import IdPool, PagePool
+from services.engine.prefix_cache import CacheConfig, Checkpoint, PrefixCache, Start
+from services.engine.request import EngineOverloaded, FinishReason, Request, TokenLogprob, TokenOutput
+from services.engine.sampler import Sampled
 
-NewTokens = Sequence[int] | None  # of one request in one step; None: the model gave nothing to choose from
+RATE_KEPT = 0.99  # of the measured starts per second, from one step to the next
+MAX_RETRY_AFTER = 60
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Memory and limits. `chunk_align`: a prompt is split only at multiples of it (the model's scan chunk)."""
+    """Memory and limits. `chunk_align`: a prompt is split only at multiples of it (the model's scan chunk).
+
+    `num_checkpoint_slots` more slots than requests there may be hold saved states; `checkpoint_align` divides the
+    lengths within a prompt at which states are saved, `checkpoint_interval` is the most tokens between them. Bytes are
+    what the prefix cache weighs; `bytes_per_slot` 0 means that the model has no recurrent state.
+    """
 
     num_slots: int
     num_blocks: int
@@ -28,11 +39,21 @@ class SchedulerConfig:
     max_batch_tokens: int = 2048
     max_waiting: int = 256
     chunk_align: int = 1
+    checkpoint_align: int = 1
+    checkpoint_interval: int = 1024
+    num_checkpoint_slots: int = 0
+    bytes_per_slot: int = 1
+    bytes_per_block: int = 1
+    has_prefix_cache: bool = True
+    turn_end_ids: frozenset[int] = frozenset()
+    max_draft_tokens: int = 0
 
     def __post_init__(self) -> None:
+        can_be_0 = {"num_checkpoint_slots", "bytes_per_slot", "bytes_per_block", "max_draft_tokens", "has_prefix_cache"}
         for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}.")
+            least = 0 if name in can_be_0 else 1
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}.")
         least = self.num_slots + self.chunk_align
         if self.max_batch_tokens < least:
             raise ValueError(
@@ -45,16 +66,76 @@ class SchedulerConfig:
         """Tokens of the longest request: the model's context, or what all pages hold together."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
+    @property
+    def cache(self) -> CacheConfig:
+        return CacheConfig(
+            self.block_size,
+            self.bytes_per_slot,
+            self.bytes_per_block,
+            self.checkpoint_align,
+            self.checkpoint_interval,
+            self.turn_end_ids,
+            self.has_prefix_cache,
+        )
+
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """One step: the next `lens[i]` uncomputed tokens of `requests[i]`. May be empty."""
+    """One step: the next `lens[i]` uncomputed tokens of `requests[i]`. May be empty.
+
+    The last `num_drafts[i]` of them are its first drafts. `draft_depths[i]` tokens are to be drafted after the step for
+    a request that it lets catch up. Before anything is computed, recurrent states are copied between slots and KV
+    between pages, as (from, to) and in order: what was copied to may be copied from next.
+    """
 
     requests: tuple[Request, ...]
     lens: tuple[int, ...]
+    num_drafts: tuple[int, ...]
+    draft_depths: tuple[int, ...]
+    slot_copies: tuple[tuple[int, int], ...] = ()
+    page_copies: tuple[tuple[int, int], ...] = ()
 
     def __iter__(self) -> Iterator[tuple[Request, int]]:
         return zip(self.requests, self.lens, strict=True)
+
+    def catches_up(self, i: int) -> bool:
+        return self.lens[i] - self.num_drafts[i] == self.requests[i].num_pending
+
+    @property
+    def shape(self) -> StepShape:
+        depths = [depth for i, depth in enumerate(self.draft_depths) if self.catches_up(i)]
+        return StepShape(sum(self.lens), max(depths, default=0), sum(depths))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one request in one step: accepted drafts and the token sampled after them, or none if it still lags behind.
+
+    `draft_ids` are guesses at what follows; `prompt_logprobs` are those of the prompt's tokens that follow the ones
+    computed; `failed`: the logits hold NaN.
+    """
+
+    tokens: tuple[Sampled, ...] = ()
+    draft_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    failed: bool = False
+
+
+@dataclass
+class _Plan:
+    """A batch in the making."""
+
+    budget: int
+    lens: dict[Request, int] = field(default_factory=dict)
+    num_drafts: dict[Request, int] = field(default_factory=dict)
+    slot_copies: list[tuple[int, int]] = field(default_factory=list)
+    page_copies: list[tuple[int, int]] = field(default_factory=list)
+    saved: list[Checkpoint] = field(default_factory=list)
+
+    def add(self, request: Request, length: int, num_drafts: int = 0) -> None:
+        self.lens[request] = self.lens.get(request, 0) + length
+        self.num_drafts[request] = num_drafts
+        self.budget -= length
 
 
 class Scheduler:
@@ -62,25 +143,52 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
-        self.slots = IdPool(config.num_slots)
-        self.blocks = IdPool(config.num_blocks)
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in the order of admission
-        self.num_preemptions = 0
+        self.slots = IdPool(config.num_slots + config.num_checkpoint_slots)
+        self.blocks = PagePool(config.num_blocks)
+        self.cache = PrefixCache(config.cache, self.slots, self.blocks)
+        self.waiting: list[Request] = []  # both in the order in which they are served
+        self.running: list[Request] = []
+        self.drafting = DraftingState(config.max_draft_tokens)
+        self.num_preemptions = self.num_prompt_tokens = self.num_generated_tokens = 0
         self._clock = clock
+        self._num_added = 0
+        self._starts, self._seconds = 0.0, 0.0  # decayed: their ratio is the measured starts per second
         self._in_flight: ScheduledBatch | None = None
+        self._plan = _Plan(0)
+        self._began_at = 0.0
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_slots_taken(self) -> int:
+        """By requests; the prefix cache's come on top and are theirs to take."""
+        return self.slots.num_taken - self.cache.num_slots
+
     def add(self, request: Request) -> None:
         """Queues a request; EngineOverloaded if `max_waiting` others are queued already."""
         assert self._in_flight is None
         assert request.num_prompt_tokens < request.max_len <= self.config.max_len
-        if len(self.waiting) >= self.config.max_waiting:
-            raise EngineOverloaded(f"{len(self.waiting)} requests are waiting, which is the most this server queues.")
-        self.waiting.append(request)
+        if overload := self.overload:
+            raise overload
+        self._num_added += 1
+        request.arrival = self._num_added
+        insort(self.waiting, request, key=_order)
+
+    @property
+    def overload(self) -> EngineOverloaded | None:
+        """What `add` would refuse another request with."""
+        if len(self.waiting) < self.config.max_waiting:
+            return None
+        sentence = f"{len(self.waiting)} requests are waiting, which is the most this server queues."
+        return EngineOverloaded(sentence, self.retry_after)
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds in which half of those that wait will have started, at the rate of late: 1 to MAX_RETRY_AFTER."""
+        seconds = len(self.waiting) / 2 * self._seconds / max(self._starts, 1e-6)
+        return max(1, min(MAX_RETRY_AFTER, math.ceil(seconds)))
 
     def abort(self, request_id: str) -> None:
         """Forgets a request and frees its memory; one that has already ended is left alone."""
@@ -93,109 +201,211 @@ class Scheduler:
         """Forgets the requests of the step in flight, or every request if the step failed before it had any."""
         batch, self._in_flight = self._in_flight, None
         failed = list(batch.requests) if batch else [*self.running, *self.waiting]
+        for checkpoint in self._plan.saved:
+            self.cache.evict(checkpoint, is_valid=False)  # perhaps it was never copied
         for request in failed:
-            self.abort(request.id)
+            self._drop(request, is_intact=False)
         return failed
 
     def schedule(self) -> ScheduledBatch:
         """Chooses the next step's tokens and reserves the memory they need."""
         assert self._in_flight is None
+        self._began_at = self._clock()
+        self._plan = _Plan(self.config.max_batch_tokens)
+        self._save_due()
         self._grow_running()
-        self._admit_waiting()
-        self._in_flight = self._fill_budget()
+        self._fill_budget()
+        self._in_flight = self._batch()
         return self._in_flight
 
-    def postprocess(self, batch: ScheduledBatch, sampled: Sequence[NewTokens]) -> list[TokenOutput]:
-        """Commits a computed step: `sampled[i]` are the new tokens of `batch.requests[i]`, none if it lags behind."""
+    def postprocess(self, batch: ScheduledBatch, results: Sequence[StepResult]) -> list[TokenOutput]:
+        """Commits a computed step: `results[i]` is that of `batch.requests[i]`."""
         assert batch is self._in_flight
+        self._note_time(batch)
         outputs = []
-        for (request, length), token_ids in zip(batch, sampled, strict=True):
-            request.num_computed_tokens += length
-            assert 0 < request.num_computed_tokens <= request.num_tokens
-            if token_ids is None:
+        for i, (request, result) in enumerate(zip(batch.requests, results, strict=True)):
+            if result.failed:
                 outputs.append(self._end(request, FinishReason.FAILED))
-            elif token_ids:
-                outputs.append(self._commit(request, token_ids))
+                continue
+            assert batch.catches_up(i) == bool(result.tokens)
+            num_drafts, num_accepted = batch.num_drafts[i], max(0, len(result.tokens) - 1)
+            request.num_computed_tokens += batch.lens[i] - num_drafts + num_accepted
+            self._note_drafts(request, num_drafts, num_accepted)
+            if not request.num_generated:
+                request.prompt_logprobs += result.prompt_logprobs
+            if result.tokens:
+                outputs.append(self._commit(request, result))
         outputs += self._expire()
         self._in_flight = None
         return outputs
 
     # Memory
 
+    def _save_due(self) -> None:
+        for request in self.running:
+            if request.due_checkpoints and request.due_checkpoints[0] == request.num_computed_tokens:
+                del request.due_checkpoints[0]
+                if saved := self.cache.save_copy(request):
+                    self._plan.saved.append(saved)
+                    if saved.slot is not None:
+                        self._plan.slot_copies.append((_slot(request), saved.slot))
+
     def _grow_running(self) -> None:
         for request in list(self.running):
-            while request.slot is not None and not self._reserve(request):
+            while request.slot is not None and not self._reserve(request, request.num_tokens):
                 self._preempt(self.running[-1])
 
-    def _reserve(self, request: Request) -> bool:
-        missing = self._num_missing_blocks(request)
-        if can_take := self.blocks.can_take(missing):
+    def _reserve(self, request: Request, num_tokens: int) -> bool:
+        missing = max(0, -(-num_tokens // self.config.block_size) - len(request.block_table))
+        if can_take := self.cache.can_free_pages(missing):
+            self.cache.free_pages(missing)
             request.block_table += self.blocks.take(missing)
         return can_take
-
-    def _num_missing_blocks(self, request: Request) -> int:
-        return max(0, -(-request.num_tokens // self.config.block_size) - len(request.block_table))
 
     def _preempt(self, request: Request) -> None:
         """Takes the request's memory; its tokens stay and are computed again once it is admitted again."""
         self._release(request)
-        request.num_computed_tokens = 0
-        self.waiting.appendleft(request)
+        request.num_computed_tokens, request.draft_ids = 0, ()
+        if not request.num_generated:
+            request.prompt_logprobs.clear()
+        insort(self.waiting, request, key=_order)
         self.num_preemptions += 1
 
-    def _release(self, request: Request) -> None:
-        assert request.slot is not None
-        self.slots.give_back([request.slot])
-        self.blocks.give_back(request.block_table)
+    def _release(self, request: Request, is_intact: bool = True) -> None:
+        """`is_intact`: the state is that of the computed tokens, and worth keeping."""
+        if is_intact:
+            self.cache.take_over(request)
+        else:
+            self.slots.give_back([_slot(request)])
+            self.blocks.give_back(request.block_table)
         request.slot, request.block_table = None, []
         self.running.remove(request)
 
-    def _drop(self, request: Request) -> None:
+    def _drop(self, request: Request, is_intact: bool = True) -> None:
         if request.slot is None:
             self.waiting.remove(request)
         else:
-            self._release(request)
+            self._release(request, is_intact)
 
     # Choice
 
+    def _fill_budget(self) -> None:
+        lagging = [request for request in self.running if request.num_pending > 1]
+        current = [request for request in self.running if request.num_pending == 1]
+        for request in current:
+            self._plan.add(request, 1)
+        spare = self._plan.budget - (self.config.chunk_align if lagging or self.waiting else 0)
+        for request in current:
+            spare -= self._add_drafts(request, spare)
+        for request in lagging:
+            if length := self._chunk_len(request, request.num_computed_tokens):
+                self._plan.add(request, length)
+        self._admit_waiting()
+        assert self._plan.lens or not self.has_work, "there is work and yet nothing runs"
+
+    def _add_drafts(self, request: Request, spare: int) -> int:
+        most = min(len(request.draft_ids), spare, self._num_more(request))
+        num_drafts = most if most > 0 and self._reserve(request, request.num_tokens + most) else 0
+        if num_drafts:
+            self._plan.add(request, num_drafts, num_drafts)
+        return num_drafts
+
+    def _num_more(self, request: Request) -> int:
+        """Tokens that may follow the next one."""
+        return request.max_len - 1 - request.num_tokens
+
+    def _chunk_len(self, request: Request, start: int) -> int:
+        end = request.due_checkpoints[0] if request.due_checkpoints else request.num_tokens
+        if end - start <= self._plan.budget:
+            return end - start
+        align = self.config.chunk_align
+        return max(0, (start + self._plan.budget) // align * align - start)
+
     def _admit_waiting(self) -> None:
-        while self.waiting and self._can_admit(self.waiting[0]):
-            request = self.waiting.popleft()
-            [request.slot] = self.slots.take(1)
-            request.block_table = self.blocks.take(self._num_missing_blocks(request))
-            self.running.append(request)
-        assert self.running or not self.waiting, "memory is free and yet nothing runs"
+        num_held = 0
+        for request in list(self.waiting):
+            if self._plan.budget < 1 or len(self.running) + num_held >= self.config.num_slots:
+                break
+            start = self.cache.look_up(request)
+            if self.cache.is_on_its_way(request, start, self.running):
+                num_held += 1
+            elif not self._can_start(request, start):
+                break
+            else:
+                self._start(request, start)
 
-    def _can_admit(self, request: Request) -> bool:
+    def _can_start(self, request: Request, start: Start) -> bool:
+        if self._plan.budget < min(self.config.chunk_align, request.num_tokens - start.length):
+            return False
         # One page for each running request to grow into, or the newcomer would be preempted soon after.
-        needed = self._num_missing_blocks(request) + len(self.running)
-        return self.slots.can_take(1) and self.blocks.can_take(needed)
+        num_missing = -(-request.num_tokens // self.config.block_size) - len(start.pages)
+        num_woken = sum(self.blocks.is_idle(page) for page in start.pages)
+        return self.cache.can_free_pages(num_missing + len(self.running) + num_woken)
 
-    def _fill_budget(self) -> ScheduledBatch:
-        budget, requests, lens = self.config.max_batch_tokens, [], []
-        for request in sorted(self.running, key=lambda r: r.num_pending > 1):
-            if length := self._chunk_len(request, budget):
-                requests.append(request)
-                lens.append(length)
-                budget -= length
-        assert requests or not self.running, "every running request lacks a token"
-        return ScheduledBatch(tuple(requests), tuple(lens))
+    def _start(self, request: Request, start: Start) -> None:
+        self.waiting.remove(request)
+        insort(self.running, request, key=_order)
+        self.blocks.share(start.pages)
+        request.block_table = list(start.pages)
+        self.cache.begin(request, start)
+        self.cache.free_slot(rather_not=start.checkpoint)
+        [request.slot] = self.slots.take(1)
+        is_reserved = self._reserve(request, request.num_tokens)
+        assert is_reserved
+        if start.checkpoint and start.checkpoint.slot not in (None, request.slot):
+            self._plan.slot_copies.append((start.checkpoint.slot, request.slot))
+        if start.checkpoint and start.checkpoint.tail_page is not None:
+            self._plan.page_copies.append((start.checkpoint.tail_page, request.block_table[len(start.pages)]))
+        request.num_computed_tokens = start.length
+        if request.first_scheduled_at is None:
+            request.first_scheduled_at = self._began_at
+        self._starts += 1
+        self._plan.add(request, self._chunk_len(request, start.length))
 
-    def _chunk_len(self, request: Request, budget: int) -> int:
-        if request.num_pending <= budget:
-            return request.num_pending
-        start = request.num_computed_tokens
-        return max(0, (start + budget) // self.config.chunk_align * self.config.chunk_align - start)
+    def _batch(self) -> ScheduledBatch:
+        plan = self._plan
+        requests = tuple(plan.lens)
+        num_drafts = tuple(plan.num_drafts[request] for request in requests)
+        return ScheduledBatch(
+            requests,
+            tuple(plan.lens.values()),
+            num_drafts,
+            self._depths(requests, num_drafts),
+            tuple(plan.slot_copies),
+            tuple(plan.page_copies),
+        )
+
+    def _depths(self, requests: Sequence[Request], num_drafts: Sequence[int]) -> tuple[int, ...]:
+        """Of those that catch up in this step; drafting writes KV beyond the drafts that are being verified."""
+        lens = self._plan.lens
+        places = [i for i, request in enumerate(requests) if lens[request] - num_drafts[i] == request.num_pending]
+        if not self.config.max_draft_tokens or not places:
+            return (0,) * len(requests)
+        num_other_rows = sum(lens[request] for i, request in enumerate(requests) if i not in places)
+        allowed = [max(0, self._num_more(requests[i]) - 1) for i in places]
+        depths = [0] * len(requests)
+        acceptances = [requests[i].acceptance for i in places]
+        for i, depth in zip(places, self.drafting.depths(acceptances, num_other_rows, allowed), strict=True):
+            if depth and self._reserve(requests[i], requests[i].num_tokens + num_drafts[i] + depth):
+                depths[i] = depth
+        self.drafting = self.drafting.chosen(depths)
+        return tuple(depths)
 
     # Ends
 
-    def _commit(self, request: Request, token_ids: Sequence[int]) -> TokenOutput:
+    def _commit(self, request: Request, result: StepResult) -> TokenOutput:
         num_before, reason = request.num_tokens, None
-        for token_id in token_ids:
-            if reason := request.append(token_id):
-                self._release(request)
-                break
-        return _output(request, tuple(request.token_ids[num_before:]), reason)
+        for sampled in result.tokens:
+            assert reason is None, "tokens were sampled beyond the request's end"
+            reason = request.append(sampled.token_id)
+        request.draft_ids = () if reason else result.draft_ids
+        if request.first_token_at is None:
+            request.first_token_at = self._clock()
+            self.num_prompt_tokens += request.num_prompt_tokens
+        self.num_generated_tokens += len(result.tokens)
+        if reason:
+            self._release(request)
+        return _output(request, num_before, reason, [s.logprob for s in result.tokens if s.logprob is not None])
 
     def _expire(self) -> list[TokenOutput]:
         now = self._clock()
@@ -203,9 +413,46 @@ class Scheduler:
         return [self._end(request, FinishReason.DEADLINE) for request in expired]
 
     def _end(self, request: Request, reason: FinishReason) -> TokenOutput:
-        self._drop(request)
-        return _output(request, (), reason)
+        self._drop(request, is_intact=reason is not FinishReason.FAILED)
+        return _output(request, request.num_tokens, reason, ())
+
+    # Measurements
+
+    def _note_drafts(self, request: Request, num_drafts: int, num_accepted: int) -> None:
+        if num_drafts:
+            request.acceptance = request.acceptance.observe(num_drafts, num_accepted, REQUEST_KEPT)
+            self.drafting = self.drafting.verified(num_drafts, num_accepted)
+
+    def _note_time(self, batch: ScheduledBatch) -> None:
+        seconds = self._clock() - self._began_at
+        self._starts, self._seconds = RATE_KEPT * self._starts, RATE_KEPT * self._seconds + seconds
+        if batch.requests:
+            self.drafting = self.drafting.timed(batch.shape, seconds)
 
 
-def _output(request: Request, token_ids: tuple[int, ...], reason: FinishReason | None) -> TokenOutput:
-    return TokenOutput(request.id, token_ids, reason, request.num_prompt_tokens, request.num_generated)
+def _order(request: Request) -> tuple[int, int]:
+    return request.order
+
+
+def _slot(request: Request) -> int:
+    assert request.slot is not None, "only a running request has state"
+    return request.slot
+
+
+def _output(
+    request: Request, num_before: int, reason: FinishReason | None, logprobs: Sequence[TokenLogprob]
+) -> TokenOutput:
+    is_first = num_before == request.num_prompt_tokens and request.num_generated > 0
+    wants_prompt = is_first and request.params.prompt_logprobs is not None
+    return TokenOutput(
+        request.id,
+        tuple(request.token_ids[num_before:]),
+        reason,
+        request.num_prompt_tokens,
+        request.num_generated,
+        tuple(logprobs),
+        (None, *request.prompt_logprobs) if wants_prompt else (),
+        request.num_cached,
+        request.cache_reason,
+        request.queued_s,
+    )

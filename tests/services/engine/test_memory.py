@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.state import PagedSpec, RecurrentSpec, State, StateSpec
-from services.engine.memory import IdPool, plan_memory
+from services.engine.memory import IdPool, PagePool, plan_memory
 
 SPEC = StateSpec(
     paged=(PagedSpec(1, (2, 2, 16)), PagedSpec(3, (2, 2, 16))),
@@ -30,25 +30,65 @@ def test_pool_notices_ids_that_come_back_twice() -> None:
         pool.give_back([0])
 
 
+def test_a_page_is_free_once_nobody_uses_or_keeps_it() -> None:
+    pool = PagePool(3)
+    pages = pool.take(2)
+    pool.share(pages[:1])
+    pool.keep(pages[0])
+    assert (pool.num_taken, pool.num_idle, pool.num_free) == (2, 0, 1)
+    pool.give_back(pages)
+    pool.give_back(pages[:1])
+    assert (pool.num_taken, pool.num_idle, pool.num_free) == (0, 1, 2)
+    assert pool.is_idle(pages[0])
+    pool.share(pages[:1])
+    assert (pool.num_taken, pool.num_idle) == (1, 0)
+    pool.drop(pages[0])
+    pool.give_back(pages[:1])
+    assert (pool.num_taken, pool.num_idle, pool.num_free) == (0, 0, 3)
+    assert sorted(pool.take(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("action", ["give_back", "share", "keep", "drop"])
+def test_pages_that_are_free_belong_to_nobody(action: str) -> None:
+    pool = PagePool(2)
+    with pytest.raises(AssertionError):
+        getattr(pool, action)(0 if action in ("keep", "drop") else [0])
+
+
 @pytest.mark.parametrize("budget", [300_000, 1_000_000, 50_000_000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_plan_is_what_is_allocated_and_within_budget(budget: int, dtype: torch.dtype) -> None:
     plan = plan_memory(SPEC, dtype, budget, max_model_len=500, max_requests=16)
-    state = State(SPEC, plan.num_slots, plan.num_blocks, dtype)
+    state = State(SPEC, plan.num_state_slots, plan.num_blocks, dtype)
     assert state.nbytes == plan.nbytes <= budget
     assert plan.num_blocks * plan.block_size >= 500
+    assert plan.num_checkpoint_slots * plan.bytes_per_slot <= budget / 4
     assert f"{plan.num_slots} requests" in str(plan)
+    assert f"{plan.num_checkpoint_slots} saved states" in str(plan)
 
 
 def test_plan_takes_no_more_than_requests_can_use() -> None:
     plan = plan_memory(SPEC, torch.float32, 10**9, max_model_len=100, max_requests=4)
-    assert (plan.num_slots, plan.num_blocks) == (4, 4 * 7)
+    assert (plan.num_slots, plan.num_blocks, plan.num_checkpoint_slots) == (4, 4 * 7, 4 * 8)
+    plan = plan_memory(SPEC, torch.float32, 10**9, max_model_len=100, max_requests=4, checkpoint_share=0)
+    assert (plan.num_slots, plan.num_blocks, plan.num_checkpoint_slots) == (4, 4 * 7, 0)
 
 
 def test_plan_for_models_with_one_kind_of_state() -> None:
     only_slots, only_pages = StateSpec((), SPEC.recurrent), StateSpec(SPEC.paged, ())
-    assert plan_memory(only_slots, torch.float32, 10**4, 4096, 1000).num_slots == 10**4 // 224
-    assert plan_memory(only_pages, torch.float32, 512 * 16 * 10, 160, 8).num_slots == 1
+    plan = plan_memory(only_slots, torch.float32, 10**4, 4096, 1000)
+    assert plan.num_slots == 7500 // 224
+    assert plan.num_state_slots == 10**4 // 224
+    plan = plan_memory(only_pages, torch.float32, 512 * 16 * 10, 160, 8)
+    assert (plan.num_slots, plan.num_blocks, plan.num_checkpoint_slots) == (1, 10, 0)
+
+
+def test_the_longest_request_comes_before_saved_states() -> None:
+    one = 224 + 32 * 8192
+    assert plan_memory(SPEC, torch.float32, one, max_model_len=512, max_requests=4).num_checkpoint_slots == 0
+    assert plan_memory(SPEC, torch.float32, one + 3 * 224, max_model_len=512, max_requests=4).num_checkpoint_slots == 3
+    with pytest.raises(ValueError, match=r"checkpoint_share must be at least 0 and below 1, not 1\."):
+        plan_memory(SPEC, torch.float32, one, 512, 4, checkpoint_share=1)
 
 
 def test_plan_refuses_a_budget_below_one_request() -> None:

@@ -3,16 +3,22 @@ import random
 import pytest
 
 from services.engine.request import EngineOverloaded, FinishReason, Request, SamplingParams, TokenOutput
-from services.engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
+from services.engine.sampler import Sampled
+from services.engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig, StepResult
 
 
 def make(**limits: int) -> Scheduler:
     defaults = {"num_slots": 4, "num_blocks": 64, "block_size": 4, "max_model_len": 128, "max_batch_tokens": 16}
-    return Scheduler(SchedulerConfig(**(defaults | limits)))
+    return Scheduler(SchedulerConfig(**(defaults | limits)), clock=lambda: 0.0)
 
 
-def request(name: str, num_prompt: int, num_answer: int = 8, deadline: float = float("inf")) -> Request:
-    return Request(name, [1] * num_prompt, SamplingParams(), 0, num_prompt + num_answer, frozenset({0}), deadline)
+def request(
+    name: str, num_prompt: int, num_answer: int = 8, deadline: float = float("inf"), priority: int = 0
+) -> Request:
+    """Its tokens are its own: nobody else's prompt begins with them."""
+    prompt = [random.Random(name).randrange(10, 10**6) for _ in range(num_prompt)]
+    params = SamplingParams(priority=priority)
+    return Request(name, prompt, params, 0, num_prompt + num_answer, frozenset({0}), deadline)
 
 
 def lens(batch: ScheduledBatch) -> dict[str, int]:
@@ -20,7 +26,12 @@ def lens(batch: ScheduledBatch) -> dict[str, int]:
 
 
 def commit(scheduler: Scheduler, batch: ScheduledBatch, token: int = 9) -> list[TokenOutput]:
-    return scheduler.postprocess(batch, [(token,) if n == r.num_pending else () for r, n in batch])
+    results = [StepResult(tokens(token)) if batch.catches_up(i) else StepResult() for i in range(len(batch.requests))]
+    return scheduler.postprocess(batch, results)
+
+
+def tokens(*token_ids: int) -> tuple[Sampled, ...]:
+    return tuple(Sampled(token_id, None) for token_id in token_ids)
 
 
 def step(scheduler: Scheduler, token: int = 9) -> dict[str, int]:
@@ -32,7 +43,7 @@ def step(scheduler: Scheduler, token: int = 9) -> dict[str, int]:
 
 def assert_nothing_is_held(scheduler: Scheduler) -> None:
     assert not scheduler.has_work
-    assert scheduler.slots.num_taken == scheduler.blocks.num_taken == 0
+    assert scheduler.num_slots_taken == scheduler.blocks.num_taken == 0
 
 
 def test_prompts_are_computed_in_pieces_beside_running_requests() -> None:
@@ -65,22 +76,18 @@ def test_outputs_count_tokens_and_end_with_a_reason() -> None:
     scheduler.add(request("a", 3, num_answer=2))
     scheduler.add(request("b", 2))
     first = commit(scheduler, scheduler.schedule())
-    assert first == [TokenOutput("a", (9,), None, 3, 1), TokenOutput("b", (9,), None, 2, 1)]
+    assert first == [output("a", 9, None, 3, 1), output("b", 9, None, 2, 1)]
     last = commit(scheduler, scheduler.schedule(), token=0)
-    assert last == [TokenOutput("a", (0,), FinishReason.STOP, 3, 2), TokenOutput("b", (0,), FinishReason.STOP, 2, 2)]
+    assert last == [output("a", 0, FinishReason.STOP, 3, 2), output("b", 0, FinishReason.STOP, 2, 2)]
     assert_nothing_is_held(scheduler)
 
 
-def test_several_tokens_of_one_step_stop_at_the_first_end() -> None:
-    scheduler = make()
-    scheduler.add(request("a", 3))
-    [output] = scheduler.postprocess(scheduler.schedule(), [(5, 0, 6)])
-    assert output == TokenOutput("a", (5, 0), FinishReason.STOP, 3, 2)
-    assert_nothing_is_held(scheduler)
+def output(name: str, token: int, reason: FinishReason | None, num_prompt: int, num_generated: int) -> TokenOutput:
+    return TokenOutput(name, (token,), reason, num_prompt, num_generated, cache_reason="too_short")
 
 
 def test_admission_waits_for_memory_in_order_of_arrival() -> None:
-    scheduler = make(num_slots=3, num_blocks=10)
+    scheduler = make(num_slots=3, num_blocks=10, max_batch_tokens=64)
     for name in ("a", "b", "c"):
         scheduler.add(request(name, 16))
     scheduler.schedule()
@@ -126,7 +133,7 @@ def test_abort_frees_memory_at_once() -> None:
     step(scheduler)
     scheduler.abort("a")
     scheduler.abort("nobody")
-    assert scheduler.blocks.num_taken == scheduler.slots.num_taken == 0
+    assert scheduler.blocks.num_taken == scheduler.num_slots_taken == 0
     scheduler.abort("b")
     assert_nothing_is_held(scheduler)
 

@@ -1,0 +1,379 @@
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from services.engine.request import Request, SamplingParams
+from services.engine.scheduler import Scheduler, SchedulerConfig
+from tests.services.engine.machine import STOP, VOCAB_SIZE, Machine, naive
+
+TURN_END = 7
+
+
+def make(**limits: int) -> Machine:
+    defaults = {
+        "num_slots": 8,
+        "num_checkpoint_slots": 32,
+        "num_blocks": 4096,
+        "block_size": 16,
+        "max_model_len": 8192,
+        "max_batch_tokens": 2048,
+        "bytes_per_slot": 100,
+        "bytes_per_block": 3,
+    }
+    config = SchedulerConfig(**(defaults | limits), turn_end_ids=frozenset({TURN_END}))
+    return Machine(Scheduler(config, clock=lambda: 0.0))
+
+
+def text(name: str, length: int) -> list[int]:
+    """Tokens that nobody else has, none of which ends anything."""
+    rng = random.Random(name)
+    return [rng.randrange(10, VOCAB_SIZE) for _ in range(length)]
+
+
+def request(name: str, prompt: Sequence[int], num_answer: int = 8, params: SamplingParams | None = None) -> Request:
+    params = params or SamplingParams()
+    return Request(name, list(prompt), params, 0, len(prompt) + num_answer, frozenset({STOP}))
+
+
+def ask(machine: Machine, name: str, prompt: Sequence[int], num_answer: int = 8) -> Request:
+    """Runs one request to its end."""
+    asked = request(name, prompt, num_answer)
+    machine.scheduler.add(asked)
+    machine.finish()
+    assert machine.answer(name) == naive(prompt, num_answer)
+    return asked
+
+
+def assert_consistent(scheduler: Scheduler) -> None:
+    """Every page and slot has as many owners as are counted, and nothing is lost."""
+    cache, pages = scheduler.cache, scheduler.blocks
+    users = Counter(page for r in scheduler.running for page in r.block_table)
+    keepers = Counter(kept.page for kept in cache._kept.values())
+    keepers.update(c.tail_page for c in cache._checkpoints.values() if c.tail_page is not None)
+    for page in range(pages.size):
+        assert pages._num_users[page] == users[page]
+        assert pages._num_keepers[page] == keepers[page]
+    assert pages.num_taken == len(users)
+    assert pages.num_idle == len(keepers - Counter(dict.fromkeys(users, 10**6)))
+    assert pages.num_free + pages.num_taken + pages.num_idle == pages.size
+    holders = Counter(h for c in cache._checkpoints.values() for h in c.page_hashes)
+    assert {h: kept.num_checkpoints for h, kept in cache._kept.items()} == holders
+    held = [r.slot for r in scheduler.running] + [c.slot for c in cache._checkpoints.values() if c.slot is not None]
+    assert len(held) == len(set(held)) == scheduler.slots.num_taken
+    for checkpoint in cache._checkpoints.values():
+        assert checkpoint.base is None or cache._checkpoints[checkpoint.base.key] is checkpoint.base
+        assert checkpoint.num_above == sum(c.base is checkpoint for c in cache._checkpoints.values())
+
+
+# What is reused -------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_turn_starts_where_the_last_one_ended() -> None:
+    machine = make()
+    first = ask(machine, "first", text("first", 100))
+    second = ask(machine, "second", [*first.token_ids, *text("second", 50)])
+    # The last token of the answer was sampled and never computed.
+    assert (second.num_cached, second.cache_reason) == (first.num_tokens - 1, "hit")
+    assert first.num_cached == 0
+    assert machine.num_computed == first.num_tokens - 1 + 50 + 8
+
+
+def test_a_page_that_is_not_full_is_copied_and_never_shared() -> None:
+    machine = make(num_slots=3)
+    first = ask(machine, "first", text("first", 100))
+    for name in ("a", "b", "c"):  # side by side, each of them writing where the first one ended
+        machine.scheduler.add(request(name, [*first.token_ids, *text(name, 20)]))
+    batch = machine.step()
+    sources, targets = zip(*batch.page_copies, strict=True)
+    assert len(set(sources)) == 1
+    assert len(set(targets)) == 3
+    machine.finish()
+    for name in ("a", "b", "c"):
+        assert machine.answer(name) == naive([*first.token_ids, *text(name, 20)], 8)
+
+
+def test_a_branch_leaves_a_checkpoint_for_those_who_follow() -> None:
+    machine = make()
+    shared = text("shared", 200)
+    first, second, third = (ask(machine, name, [*shared, *text(name, 30)]) for name in ("a", "b", "c"))
+    assert (first.num_cached, first.cache_reason) == (0, "no_match")
+    assert (second.num_cached, second.cache_reason) == (0, "no_checkpoint_at_boundary")
+    assert (third.num_cached, third.cache_reason) == (192, "hit")
+
+
+def test_requests_wait_for_a_checkpoint_that_is_on_its_way() -> None:
+    machine = make()
+    shared = text("shared", 1000)
+    requests = [request(str(i), [*shared, *text(str(i), 50)]) for i in range(8)]
+    for each in requests:
+        machine.scheduler.add(each)
+    machine.finish()
+    assert [r.num_cached for r in requests] == [0, 0, *[992] * 6]
+    assert machine.num_computed < 3 * 1050 + 6 * 70
+
+
+def test_turn_ends_are_checkpoints() -> None:
+    machine = make()
+    system, question = [*text("system", 99), TURN_END], [*text("question", 60), TURN_END, 8, 9]
+    ask(machine, "first", [*system, *question])
+    other = ask(machine, "other", [*system, *text("other", 40)])
+    assert other.num_cached == 100
+    # The template leaves the reasoning out of what was answered, so the old answer is not in the new prompt.
+    again = ask(machine, "again", [*system, *text("question", 60), TURN_END, 8, *text("rewritten", 50)])
+    assert again.num_cached == 161
+
+
+def test_long_prompts_leave_checkpoints_every_so_often() -> None:
+    machine = make(checkpoint_interval=256)
+    prompt = text("long", 1000)
+    ask(machine, "first", prompt)
+    assert ask(machine, "fork", [*prompt[:800], *text("fork", 100)]).num_cached == 768
+
+
+def test_positions_are_rounded_down_to_where_a_scan_may_be_cut() -> None:
+    machine = make(checkpoint_align=128, chunk_align=128)
+    shared = text("shared", 500)
+    for name in ("a", "b"):
+        ask(machine, name, [*shared, TURN_END, *text(name, 30)])
+    assert ask(machine, "c", [*shared, TURN_END, *text("c", 30)]).num_cached == 384
+
+
+def test_a_family_without_recurrent_state_starts_at_any_page() -> None:
+    machine = make(bytes_per_slot=0, num_checkpoint_slots=0)
+    prompt = text("long", 1000)
+    ask(machine, "first", prompt)
+    fork = request("fork", [*prompt[:807], *text("fork", 100)])
+    machine.scheduler.add(fork)
+    machine.scheduler.schedule()
+    assert (fork.num_cached, fork.cache_reason) == (800, "hit")
+    assert machine.scheduler.cache.num_slots == 0
+
+
+def test_the_only_slot_is_handed_on_without_a_copy() -> None:
+    machine = make(num_slots=1, num_checkpoint_slots=0)
+    first = ask(machine, "first", text("first", 100))
+    second = request("second", [*first.token_ids, *text("second", 50)])
+    machine.scheduler.add(second)
+    assert not machine.step().slot_copies
+    machine.finish()
+    assert second.num_cached == first.num_tokens - 1
+    assert machine.answer("second") == naive([*first.token_ids, *text("second", 50)], 8)
+
+
+# Why not more is reused -----------------------------------------------------------------------------------------------
+
+
+def test_every_request_says_why() -> None:
+    machine = make()
+    assert ask(machine, "a", text("a", 20)).cache_reason == "too_short"
+    assert ask(machine, "b", text("b", 200)).cache_reason == "no_match"
+    assert ask(machine, "c", [*text("b", 200)[:150], *text("c", 50)]).cache_reason == "no_checkpoint_at_boundary"
+    assert ask(machine, "d", [*text("b", 200)[:150], *text("d", 50)]).cache_reason == "hit"
+    probed = request("e", text("b", 200), params=SamplingParams(prompt_logprobs=1))
+    machine.scheduler.add(probed)
+    machine.finish()
+    assert (probed.cache_reason, probed.num_cached) == ("prompt_logprobs", 0)
+    off = make(has_prefix_cache=False)
+    assert ask(off, "a", text("a", 100)).cache_reason == "disabled"
+    assert ask(off, "b", text("a", 100)).cache_reason == "disabled"
+    assert off.scheduler.cache.num_checkpoints == 0
+    assert machine.scheduler.cache.counts.by_reason == {
+        "too_short": 1,
+        "no_match": 1,
+        "no_checkpoint_at_boundary": 1,
+        "hit": 1,
+        "prompt_logprobs": 1,
+    }
+
+
+def test_an_evicted_prefix_is_named() -> None:
+    machine = make(num_slots=1, num_checkpoint_slots=1)
+    first = ask(machine, "first", text("first", 100))
+    ask(machine, "second", text("second", 100))
+    ask(machine, "third", text("third", 100))
+    assert machine.scheduler.cache.counts.num_evictions > 0
+    assert ask(machine, "again", [*first.token_ids, *text("again", 20)]).cache_reason == "evicted"
+
+
+def test_the_reason_is_that_of_the_first_start() -> None:
+    machine = make(num_blocks=24, num_slots=2)
+    for name in ("old", "young"):
+        machine.scheduler.add(request(name, text(name, 150), num_answer=100))
+    machine.finish()
+    assert machine.scheduler.num_preemptions > 0
+    outputs = [output for some in machine.outputs.values() for output in some]
+    assert {output.cache_reason for output in outputs} == {"no_match"}
+    assert {output.num_cached for output in outputs} == {0}
+    assert machine.answer("young") == naive(text("young", 150), 100)
+
+
+# What goes first ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_used_often_and_saves_much_outlives_the_rest() -> None:
+    machine = make(num_slots=1, num_checkpoint_slots=4)
+    shared = text("shared", 1000)
+    for i in range(40):
+        ask(machine, f"used-{i}", [*shared, *text(f"used-{i}", 20)])
+        ask(machine, f"once-{i}", text(f"once-{i}", 300))
+    reasons = Counter(outputs[0].cache_reason for name, outputs in machine.outputs.items() if name.startswith("used"))
+    assert reasons["hit"] == 38
+
+
+def test_what_nobody_uses_any_more_goes_in_the_end() -> None:
+    machine = make(num_slots=1, num_checkpoint_slots=4)
+    shared = text("shared", 1000)
+    for i in range(10):
+        ask(machine, f"used-{i}", [*shared, *text(f"used-{i}", 20)])
+    for i in range(300):
+        ask(machine, f"once-{i}", text(f"once-{i}", 300))
+    assert ask(machine, "late", [*shared, *text("late", 20)]).cache_reason == "evicted"
+
+
+def test_running_requests_win_over_cached_ones() -> None:
+    machine = make(num_blocks=64, num_slots=2, num_checkpoint_slots=8)
+    for i in range(6):
+        ask(machine, str(i), text(str(i), 100))
+    assert machine.scheduler.blocks.num_idle > 32
+    for name in ("a", "b"):
+        machine.scheduler.add(request(name, text(name, 400)))
+    batch = machine.step()
+    assert len(batch.requests) == 2
+    machine.finish()
+    assert machine.scheduler.num_preemptions == 0
+    assert_consistent(machine.scheduler)
+
+
+def test_a_failed_step_leaves_no_checkpoint_that_was_never_copied() -> None:
+    machine = make(checkpoint_interval=64)
+    machine.scheduler.add(request("a", text("a", 200)))
+    machine.step()
+    batch = machine.scheduler.schedule()
+    assert batch.slot_copies
+    machine.scheduler.abort_step()
+    assert machine.scheduler.cache.num_checkpoints == 0
+    assert_consistent(machine.scheduler)
+
+
+# The bars of the issue: four patterns, at least 50 of 64 requests hit ------------------------------------------------------
+
+
+def shared_prefix(length: int) -> list[list[int]]:
+    return [[*text("shared", length), *text(str(i), 30 + i)] for i in range(64)]
+
+
+def short_prompts() -> list[list[int]]:
+    return [[*text("shared", 300), *text(str(i), 20 + 3 * i)] for i in range(64)]
+
+
+PATTERNS: dict[str, Callable[[], list[list[int]]]] = {
+    "shared 1000": lambda: shared_prefix(1000),
+    "shifted by 100": lambda: shared_prefix(1100),
+    "under 528": short_prompts,
+}
+
+
+@pytest.mark.parametrize("align", [1, 64, 128])
+@pytest.mark.parametrize("concurrency", [1, 8, 64])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_shared_prefixes_hit(pattern: str, concurrency: int, align: int) -> None:
+    machine = make(num_slots=min(concurrency, 16), chunk_align=align, checkpoint_align=align)
+    prompts = PATTERNS[pattern]()
+    waiting = [request(str(i), prompt, num_answer=4) for i, prompt in enumerate(prompts)]
+    open_requests: list[Request] = []
+    while waiting or machine.scheduler.has_work:
+        while waiting and len(machine.scheduler.running) + len(machine.scheduler.waiting) < concurrency:
+            open_requests.append(waiting.pop(0))
+            machine.scheduler.add(open_requests[-1])
+        machine.step()
+    assert sum(r.num_cached > 0 for r in open_requests) >= 60
+    assert all(machine.answer(str(i)) == naive(prompt, 4) for i, prompt in enumerate(prompts))
+    assert_consistent(machine.scheduler)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_conversations_hit(concurrency: int) -> None:
+    machine = make()
+    system, histories, asked = [*text("system", 120), TURN_END], [list[int]() for _ in range(8)], list[Request]()
+    for turn in range(8):
+        for first in range(0, 8, concurrency):
+            for i in range(first, first + concurrency):
+                user = [*text(f"{i} {turn}", 25), TURN_END, 8, 9]
+                asked.append(request(f"{i} {turn}", [*system, *histories[i], *user], num_answer=20))
+                machine.scheduler.add(asked[-1])
+            machine.finish()
+            for r in asked[-concurrency:]:
+                histories[int(r.id[0])] = r.token_ids[len(system) :]
+    assert sum(r.num_cached > 0 for r in asked) >= 63
+    reused = sum(r.num_cached for r in asked) / sum(r.num_prompt_tokens for r in asked)
+    assert reused > 0.8
+
+
+# Anything that may happen, in any order -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bytes_per_slot", [0, 100])
+@pytest.mark.parametrize("seed", range(12))
+def test_random_load_reuses_only_true_prefixes_and_leaks_nothing(seed: int, bytes_per_slot: int) -> None:
+    """The machine fails where a request starts from a state or pages that are not those of its own tokens."""
+    rng = random.Random(seed)
+    align = rng.choice([1, 8])
+    machine = make(
+        num_slots=rng.randint(1, 5),
+        num_checkpoint_slots=rng.choice([0, 1, 3, 10]) if bytes_per_slot else 0,
+        num_blocks=rng.randint(40, 120),
+        block_size=4,
+        max_model_len=160,
+        max_batch_tokens=rng.randint(16, 64),
+        chunk_align=align,
+        checkpoint_align=align,
+        checkpoint_interval=rng.choice([16, 50]),
+        bytes_per_slot=bytes_per_slot,
+        max_draft_tokens=rng.choice([0, 3]),
+    )
+    if not bytes_per_slot:
+        machine = Stateless(machine.scheduler)
+    scheduler, asked, stems = machine.scheduler, dict[str, Request](), [text(f"stem {seed}", 60)]
+    for i in range(150):
+        stem = rng.choice(stems)
+        prompt = [*stem[: rng.randint(1, len(stem))], *text(str(i), rng.randint(0, 30))]
+        if rng.random() < 0.3:
+            prompt.insert(rng.randrange(len(prompt)), TURN_END)
+        params = SamplingParams(prompt_logprobs=1 if rng.random() < 0.05 else None, priority=rng.randint(0, 1))
+        asked[str(i)] = request(str(i), prompt, rng.randint(1, 30), params)
+        scheduler.add(asked[str(i)])
+        for _ in range(rng.randint(0, 8)):
+            event = rng.random()
+            if event < 0.04:
+                scheduler.abort(str(rng.randrange(i + 1)))
+            elif event < 0.06 and scheduler.has_work:
+                batch = scheduler.schedule()
+                if rng.random() < 0.5:
+                    machine.run(batch)
+                scheduler.abort_step()
+            elif scheduler.has_work:
+                machine.step()
+            assert_consistent(scheduler)
+        if rng.random() < 0.5:
+            stems.append(asked[rng.choice(list(asked))].token_ids[:100])
+    machine.finish()
+    assert_consistent(scheduler)
+    assert scheduler.num_slots_taken == scheduler.blocks.num_taken == 0
+    ended = [name for name, outputs in machine.outputs.items() if outputs[-1].finish_reason]
+    assert len(ended) > 75
+    for name in ended:
+        r = asked[name]
+        assert machine.answer(name) == naive(r.token_ids[: r.num_prompt_tokens], r.max_len - r.num_prompt_tokens)
+    if not bytes_per_slot or scheduler.config.num_checkpoint_slots >= 3:
+        assert sum(r.num_cached > 0 for r in asked.values()) > 10
+
+
+class Stateless(Machine):
+    """Has pages and no recurrent state."""
+
+    def _check_state(self, request: Request) -> None:
+        assert request.slot is not None
+        self.slots[request.slot] = request.token_ids[: request.num_computed_tokens]
+        super()._check_state(request)
