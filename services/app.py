@@ -26,6 +26,7 @@ from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.grammar import GrammarCompiler
 from services.engine.request import EngineFailed
 from services.engine.service import EngineServer
 from services.expert.shard import ExpertShard, ShardConfig
@@ -139,7 +140,7 @@ class GatewayDeployment:
         card = ModelCard(args.name, args.context(family), int(time.time()))
         self._args = args
         self._backbone = Backbones(_ask_all(backbone))
-        self._generation = Generation(self._backbone, Tokenizer(args.model), card)
+        self._generation = Generation(self._backbone, Tokenizer(args.model), card, GrammarCompiler(args.model).check)
         self._grpc = InferenceApi(self._generation, self._backbone.health)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -174,14 +175,14 @@ class GatewayDeployment:
             return b""
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
-        answer: pb.GenerateResponse = await _answer(self._grpc.generate(request), grpc_context)
+        answer: pb.GenerateResponse = await _answer(self._grpc.generate(request, grpc_context), grpc_context)
         return answer
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         try:
-            async with aclosing(self._grpc.generate_stream(request)) as chunks:
+            async with aclosing(self._grpc.generate_stream(request, grpc_context)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except GrpcError as error:
@@ -189,6 +190,20 @@ class GatewayDeployment:
 
     async def ListModels(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         return await self._grpc.list_models(request)
+
+    async def GetModel(self, request: pb.GetModelRequest, grpc_context: RayServegRPCContext) -> pb.Model:
+        model: pb.Model = await _answer(self._grpc.get_model(request), grpc_context)
+        return model
+
+    async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
+        tokens: pb.TokenizeResponse = await _answer(self._grpc.tokenize(request), grpc_context)
+        return tokens
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DetokenizeResponse:
+        text: pb.DetokenizeResponse = await _answer(self._grpc.detokenize(request), grpc_context)
+        return text
 
     async def Check(self, request: HealthCheckRequest, grpc_context: RayServegRPCContext) -> HealthCheckResponse:
         return await _answer(self._grpc.check(request), grpc_context)

@@ -15,6 +15,7 @@ from services.engine.request import EngineFailed, Grammar, SamplingParams, Token
 from services.gateway import grammars
 from services.gateway.answer import Answer, Job, TextDelta
 from services.gateway.errors import ApiError, Refusal, bad_value, from_exception, invalid
+from services.gateway.grammars import CheckGrammar
 from services.gateway.metrics import Metrics
 from services.gateway.text import THINK_START, Chat, Tokenizer
 from services.gateway.tools import ToolMode, ToolUse
@@ -147,8 +148,12 @@ def derived_seed(seed: int | None, choice: int) -> int | None:
 
 
 class Generation:
-    def __init__(self, source: TokenSource, tokenizer: Tokenizer, card: ModelCard) -> None:
-        self._source, self.tokenizer, self.card = source, tokenizer, card
+    """`check_grammar` refuses a client's mistake before the engine does, with the name of the client's parameter."""
+
+    def __init__(
+        self, source: TokenSource, tokenizer: Tokenizer, card: ModelCard, check_grammar: CheckGrammar | None = None
+    ) -> None:
+        self._source, self.tokenizer, self.card, self._check_grammar = source, tokenizer, card, check_grammar
         self._markers = grammars.Markers.of(tokenizer)
         self.metrics = Metrics(card.id)
 
@@ -212,12 +217,12 @@ class Generation:
         ]
 
     async def _grammar(self, ask: Ask, reasons: bool) -> Grammar | None:
-        if ask.shape:
-            await grammars.check(ask.shape.grammar, ask.shape.place)
         answer = ask.shape.grammar if ask.shape else None
+        if ask.shape and self._check_grammar:
+            await grammars.check(ask.shape.grammar, ask.shape.place, self._check_grammar)
         composed = grammars.compose(answer, ask.use, reasons, self._markers)
-        if composed is not None and composed is not answer:
-            await grammars.check(composed, "tools" if ask.use.tools else ask.shape.place if ask.shape else "")
+        if composed is not None and composed is not answer and self._check_grammar:
+            await grammars.check(composed, "tools" if ask.use.tools else "the answer's form", self._check_grammar)
         return composed
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:

@@ -8,19 +8,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from llguidance import LLMatcher
 
 from services.engine.request import Grammar, GrammarKind
 from services.gateway.text import CALL_END, CALL_START, THINK_END, Marker, Tokenizer
 from services.gateway.tools import Tool, ToolUse, is_text
 
-MAX_GRAMMAR_CHARS = 200_000
 MAX_COUNTED_CHARS = 2000  # a longer maxLength is not enforced: counting characters costs a state for each
 TEXT = r"(?s:.*)"
+JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,64}"}}  # else spaces have no end
+
+CheckGrammar = Callable[[Grammar], None]  # raises ValueError; `services.engine.grammar.GrammarCompiler.check`
 
 
 @dataclass(frozen=True)
@@ -39,40 +39,13 @@ def any_of(choices: Sequence[str]) -> Grammar:
     return Grammar(GrammarKind.LARK, f"start: {' | '.join(map(json.dumps, choices))}\n")
 
 
-async def check(grammar: Grammar, place: str) -> None:
-    """Raises ValueError, naming the parameter `place`, for a grammar that does not compile."""
-    if len(grammar.text) > MAX_GRAMMAR_CHARS:
-        raise ValueError(f"{place} must be at most {MAX_GRAMMAR_CHARS} characters long, not {len(grammar.text)}.")
+async def check(grammar: Grammar, place: str, check_grammar: CheckGrammar) -> None:
+    """Raises ValueError, with the parameter `place` in the sentence, for a grammar that cannot be used."""
     try:
-        error = await asyncio.to_thread(_first_error, grammar)
-    except ValueError as refusal:
-        error = str(refusal)
-    if error:
-        reason = " ".join(error.split())
-        raise ValueError(f"{place} cannot be used as {_names[grammar.kind]}: {reason.rstrip('.'):.300}.")
-
-
-_names = {
-    GrammarKind.JSON_OBJECT: "JSON",
-    GrammarKind.JSON_SCHEMA: "a JSON schema",
-    GrammarKind.REGEX: "a regular expression",
-    GrammarKind.LARK: "a Lark grammar",
-}
-
-
-def _first_error(grammar: Grammar) -> str:
-    return LLMatcher.validate_grammar(_compiled(grammar)).split("\n\n")[0] if grammar.text else ""
-
-
-def _compiled(grammar: Grammar) -> str:
-    match grammar.kind:
-        case GrammarKind.JSON_OBJECT:
-            return LLMatcher.grammar_from_json_schema('{"type": "object"}')
-        case GrammarKind.JSON_SCHEMA:
-            return LLMatcher.grammar_from_json_schema(grammar.text)
-        case GrammarKind.REGEX:
-            return LLMatcher.grammar_from_regex(grammar.text)
-    return LLMatcher.grammar_from_lark(grammar.text)
+        await asyncio.to_thread(check_grammar, grammar)  # a large schema takes up to a second
+    except ValueError as error:
+        reason = str(error).partition(" ")[2]  # after the engine's own name of the parameter
+        raise ValueError(f"{place} {reason}") from error
 
 
 def compose(answer: Grammar | None, use: ToolUse, reasons: bool, markers: Markers) -> Grammar | None:
@@ -106,12 +79,16 @@ def compose(answer: Grammar | None, use: ToolUse, reasons: bool, markers: Marker
 def _expression(grammar: Grammar) -> str:
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
-            return '%json {"type": "object"}'
+            return _json({"type": "object"})
         case GrammarKind.JSON_SCHEMA:
-            return f"%json {grammar.text}"
+            return _json(json.loads(grammar.text))
         case GrammarKind.REGEX:
             return _regex(grammar.text)
     return f"%lark {{\n{grammar.text}\n}}"
+
+
+def _json(schema: Any) -> str:
+    return f"%json {json.dumps(schema | JSON_OPTIONS if isinstance(schema, dict) else schema)}"
 
 
 def _regex(pattern: str) -> str:
@@ -166,7 +143,7 @@ def _function_rules(rule: str, tool: Tool) -> Iterator[str]:
 
 def _parameter_rules(rule: str, opening: str, tool: Tool, name: str, schema: Any) -> Iterator[str]:
     if not is_text(tool.types_of(name)):
-        yield f'{rule}: {opening} %json {json.dumps(_with_definitions(schema, tool))} "\\n</parameter>\\n"'
+        yield f'{rule}: {opening} {_json(_with_definitions(schema, tool))} "\\n</parameter>\\n"'
         return
     values = _string_values(schema)
     if values:
@@ -177,7 +154,7 @@ def _parameter_rules(rule: str, opening: str, tool: Tool, name: str, schema: Any
 
 
 def _with_definitions(schema: Any, tool: Tool) -> Any:
-    return {**schema, **tool.definitions} if isinstance(schema, Mapping) else schema
+    return {**schema, **tool.definitions} if isinstance(schema, dict) else schema
 
 
 def _string_values(schema: Any) -> list[str]:

@@ -80,7 +80,7 @@ class InferenceApi:
         self._generation, self._health = generation, health
 
     async def generate(self, request: pb.GenerateRequest, context: Context | None = None) -> pb.GenerateResponse:
-        with self._errors():
+        with self._errors(context):
             head, jobs = await self._prepare(request, context)
             choices = await collect(self._generation.stream(jobs, head.request_id), len(jobs))
             tally = Tally(request.sampling.n or 1)
@@ -94,7 +94,7 @@ class InferenceApi:
     async def generate_stream(
         self, request: pb.GenerateRequest, context: Context | None = None
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
-        with self._errors():
+        with self._errors(context):
             head, jobs = await self._prepare(request, context)
             tally, num_open = Tally(request.sampling.n or 1), len(jobs)
             async with aclosing(self._generation.stream(jobs, head.request_id)) as deltas:
@@ -106,15 +106,15 @@ class InferenceApi:
                     usage = None if num_open else _usage(tally)
                     yield pb.GenerateChunk(**head.fields(delta), choice=_choice(delta), usage=usage)
 
-    async def list_models(self, _: pb.ListModelsRequest) -> pb.ListModelsResponse:
+    async def list_models(self, _: pb.ListModelsRequest, __: Context | None = None) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._model()])
 
-    async def get_model(self, request: pb.GetModelRequest) -> pb.Model:
+    async def get_model(self, request: pb.GetModelRequest, _: Context | None = None) -> pb.Model:
         with self._errors():
             self._generation.check_model(request.id)
             return self._model()
 
-    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+    async def tokenize(self, request: pb.TokenizeRequest, _: Context | None = None) -> pb.TokenizeResponse:
         with self._errors():
             generation, is_chat = self._generation, request.HasField("chat")
             generation.check_model(request.model)
@@ -124,12 +124,12 @@ class InferenceApi:
             longest = generation.card.max_model_len
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=longest, token_texts=texts)
 
-    async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+    async def detokenize(self, request: pb.DetokenizeRequest, _: Context | None = None) -> pb.DetokenizeResponse:
         with self._errors():
             self._generation.check_model(request.model)
             return pb.DetokenizeResponse(text=self._generation.detokenize(list(request.token_ids)))
 
-    async def check(self, request: HealthCheckRequest) -> HealthCheckResponse:
+    async def check(self, request: HealthCheckRequest, _: Context | None = None) -> HealthCheckResponse:
         """grpc.health.v1: a degraded server serves."""
         with self._errors():
             if request.service not in SERVICES:
@@ -152,11 +152,13 @@ class InferenceApi:
         return head, await generation.prepare(lambda: [_ask(request)])
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, context: Context | None = None) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             known = error if isinstance(error, ApiError) else unexpected(error)
+            if context is not None and known.retry_after is not None:
+                context.set_trailing_metadata([("retry-after", str(known.retry_after))])
             self._generation.metrics.count_refused(known.refusal.label)
             raise GrpcError(known.refusal.grpc_code, known.message) from error
 

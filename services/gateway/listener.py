@@ -112,7 +112,7 @@ def _snake_case(name: str) -> str:
     return "".join(f"_{char.lower()}" if char.isupper() else char for char in name).lstrip("_")
 
 
-def _handler(method: MethodDescriptor, function: Callable[[Any], Any]) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(method: MethodDescriptor, function: Callable[[Any, Context], Any]) -> grpc.RpcMethodHandler[Any, Any]:
     make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
     behaviour = _streamed(function) if method.server_streaming else _answered(function)
     return make(behaviour, GetMessageClass(method.input_type).FromString, _serialize)
@@ -123,20 +123,20 @@ def _serialize(message: Any) -> bytes:
     return data
 
 
-def _answered(function: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
+def _answered(function: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
     async def answer(request: Any, context: Context) -> Any:
         try:
-            return await function(request)
+            return await function(request, context)
         except GrpcError as error:
             await context.abort(error.code, error.message)
 
     return answer
 
 
-def _streamed(function: Callable[[Any], Any]) -> Callable[[Any, Context], AsyncIterator[Any]]:
+def _streamed(function: Callable[[Any, Context], Any]) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async with aclosing(function(request)) as messages:
+            async with aclosing(function(request, context)) as messages:
                 async for message in messages:
                     yield message
         except GrpcError as error:
