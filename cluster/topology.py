@@ -31,7 +31,8 @@ class Shard:
     """What a shard says of itself in every heartbeat.
 
     `incarnation` is new at each start of the process, `memory_budget` is in bytes, `held_digest` is `held_digest()` of
-    the experts it holds, `queue_depth` counts the calls that wait for its device.
+    the experts it holds, `queue_depth` counts the calls that wait for its device. `endpoint` serves every rpc;
+    `compute_endpoint` serves only `Compute`, at less cost.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Shard:
     num_held: int = 0
     queue_depth: int = 0
     draining: bool = False
+    compute_endpoint: str = ""
 
     def to_record(self) -> dict[str, str]:
         """The fields as strings, for a Redis hash."""
@@ -54,7 +56,7 @@ class Shard:
     def from_record(cls, record: Mapping[str, str]) -> Self:
         """Reads what `to_record` wrote; a missing or unreadable field is a ValueError that names it."""
         numbers = {name: _number(record, name) for name in ("memory_budget", "num_held", "queue_depth", "draining")}
-        names = ("id", "endpoint", "node", "pool", "device", "incarnation", "held_digest")
+        names = ("id", "endpoint", "node", "pool", "device", "incarnation", "held_digest", "compute_endpoint")
         texts = {name: _field(record, name) for name in names}
         values: dict[str, Any] = {**texts, **numbers, "draining": numbers["draining"] == 1}
         return cls(**values)

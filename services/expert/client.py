@@ -1,7 +1,7 @@
 """`RemoteExperts`: a layer's routed experts, computed by the shards that hold them.
 
 One call sends every shard one message (or several pieces), adds the int64 sums that come back, and sends what was
-refused or lost to another home. The caller's thread decides and adds; the loop's thread only moves messages.
+refused or lost to another home. All of it happens on the caller's thread.
 
 Legend: N rows, L expert input dim, K picks a row, P = N·K picks; the picks of a row stand together.
 """
@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from cluster.routing import HomeTable, NoLiveHome, choose_homes
 from cluster.topology import Placement, Shard
 from model.exact import from_grid, grid_exponents
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.stream import Inbox, ShardStream, shared_loop_thread
+from services.expert.stream import Inbox, Receiver, ShardStream
 from services.expert.wire import PIECE_BYTES, WIRE_DTYPES, rows_as_numpy, sums_from_proto
 
 log = logging.getLogger(__name__)
@@ -109,8 +108,8 @@ class _Fleet:
 class RemoteExperts:
     """Implements `model.moe.Experts` over the shards of the last placement it was given; never asks Redis.
 
-    `update` belongs to one thread, any one; calls under way go on, and what they have to send again follows the new
-    placement.
+    Calls belong to one thread, several of which may be under way. `update` belongs to one thread, any one; calls under
+    way go on, and what they have to send again follows the new placement.
     """
 
     def __init__(self, policy: CallPolicy | None = None) -> None:
@@ -119,7 +118,7 @@ class RemoteExperts:
         self._fleet: _Fleet | None = None
         self._streams: dict[StreamKey, ShardStream] = {}
         self._leaving: deque[tuple[float, ShardStream]] = deque()
-        self._loop_thread = shared_loop_thread()
+        self._receiver = Receiver()
         self._ids = itertools.count(1)
 
     @property
@@ -142,9 +141,9 @@ class RemoteExperts:
             log.warning("Placement epoch %d is older than %d and is passed over.", placement.epoch, self.epoch)
             placement = self._fleet.placement
         known = {shard.id: shard for shard in shards}
-        wanted = {(id, known[id].incarnation, known[id].endpoint) for id in placement.shard_ids if id in known}
+        wanted = {_stream_key(known[id]) for id in placement.shard_ids if id in known}
         for key in wanted - self._streams.keys():
-            self._streams[key] = ShardStream(key[2], self._loop_thread)
+            self._streams[key] = ShardStream(key[2], self._receiver)
         streams = {key[0]: self._streams[key] for key in wanted}
         draining = frozenset(id for id, shard in known.items() if shard.draining)
         self._fleet = _Fleet(placement, self._tables(placement), streams, draining)
@@ -163,7 +162,7 @@ class RemoteExperts:
             self._leaving.append((time.monotonic() + self.policy.timeout_s, stream))
         now = time.monotonic()
         while self._leaving and self._leaving[0][0] <= now:
-            self._loop_thread.run(self._leaving.popleft()[1].close())
+            self._leaving.popleft()[1].close()
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         """Sends the rows off and returns a function that waits for the weighted sums: fp32 (N, L).
@@ -177,8 +176,16 @@ class RemoteExperts:
 
     def close(self) -> None:
         """Closes every stream; calls under way fail."""
-        for stream in (*self._streams.values(), *(stream for _, stream in self._leaving)):
-            self._loop_thread.run(stream.close())
+        streams = [*self._streams.values(), *(stream for _, stream in self._leaving)]
+        for stream in streams:
+            stream.close()
+        for stream in streams:
+            stream.join()
+        self._receiver.close()
+
+
+def _stream_key(shard: Shard) -> StreamKey:
+    return shard.id, shard.incarnation, shard.compute_endpoint or shard.endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +214,9 @@ class _Call:
         self.top_k = ids_NK.shape[1]
         self.expert_P = ids_NK.flatten().cpu().numpy().astype("<i4")
         self.weight_P = weights_NK.flatten().float().cpu().numpy()
-        self.grid_N = grid_exponents(x_NL, weights_NK, fleet.placement.gains[layer]).cpu()
+        self.grid_N = grid_exponents(x_NL, weights_NK, fleet.placement.gains[layer]).cpu().numpy()
         self.sums_NL = np.zeros(x_NL.shape, dtype=np.int64)
-        self.inbox: Inbox = SimpleQueue()
+        self.inbox: Inbox = deque()
         self.parts: dict[int, _Part] = {}
         self.expires_at = time.monotonic() + owner.policy.timeout_s
         owner.traffic.num_calls += 1
@@ -246,18 +253,10 @@ class _Call:
     def _send(self, picks: Ints, excluded: set[str] | frozenset[str], passed: frozenset[str], num_tries: int) -> None:
         depths = {id: stream.queue_depth for id, stream in self.fleet.streams.items()}
         home_P = choose_homes(self.expert_P[picks], self.table, depths, excluded)
-        outgoing: list[tuple[ShardStream, pb.ComputeRequest]] = []
         for home in np.flatnonzero(np.bincount(home_P)).tolist():
             shard_id = self.table.shard_ids[home]
             for piece in self._pieces(picks[home_P == home]):
-                part, request = self._request(shard_id, piece, passed, num_tries)
-                self.parts[request.id] = part
-                outgoing.append((part.stream, request))
-        self.owner._loop_thread.call_soon(self._hand_over, outgoing)
-
-    def _hand_over(self, outgoing: list[tuple[ShardStream, pb.ComputeRequest]]) -> None:
-        for stream, request in outgoing:
-            stream.send(request, self.inbox)
+                self._send_piece(shard_id, piece, passed, num_tries)
 
     def _pieces(self, picks: Ints) -> list[Ints]:
         """Cuts picks so that the rows of a piece stay within `piece_bytes`; a row is never cut."""
@@ -267,29 +266,30 @@ class _Call:
         starts_of_rows = np.flatnonzero(_starts_of_runs(picks // self.top_k))
         return np.split(picks, starts_of_rows[max_rows::max_rows])
 
-    def _request(
-        self, shard_id: str, picks: Ints, passed: frozenset[str], num_tries: int
-    ) -> tuple[_Part, pb.ComputeRequest]:
+    def _send_piece(self, shard_id: str, picks: Ints, passed: frozenset[str], num_tries: int) -> None:
         row_of_pick = picks // self.top_k
         is_first_P = _starts_of_runs(row_of_pick)
         rows, local_P = row_of_pick[is_first_P], np.cumsum(is_first_P, dtype="<i4") - np.int32(1)
         now = time.monotonic()
-        request = pb.ComputeRequest(
-            id=next(self.owner._ids),
+        request_id = next(self.owner._ids)
+        message = pb.ComputeRequest(
+            id=request_id,
             layer=self.layer,
             epoch=self.fleet.placement.epoch,
             num_rows=len(rows),
             dtype=WIRE_DTYPES[self.dtype],
             rows=self.x_NL[rows].tobytes(),
-            grid=self.grid_N.numpy()[rows].tobytes(),
+            grid=self.grid_N[rows].tobytes(),
             pick_rows=local_P.tobytes(),
             pick_experts=self.expert_P[picks].tobytes(),
             pick_weights=self.weight_P[picks].tobytes(),
             timeout_us=max(1, round((self.expires_at - now) * 1e6)),
-        )
+        ).SerializeToString()
         self.owner.traffic.num_sent += 1
-        self.owner.traffic.sent_bytes += request.ByteSize()
-        return _Part(shard_id, self.fleet.streams[shard_id], picks, rows, passed, num_tries, now), request
+        self.owner.traffic.sent_bytes += len(message)
+        stream = self.fleet.streams[shard_id]
+        self.parts[request_id] = _Part(shard_id, stream, picks, rows, passed, num_tries, now)
+        stream.send(request_id, len(rows), message, self.inbox)
 
     def wait(self) -> Tensor:
         """The weighted sums, fp32 (N, L); raises ExpertsUnavailable."""
@@ -298,8 +298,8 @@ class _Call:
                 self._take_one()
         finally:
             for request_id, part in self.parts.items():
-                self.owner._loop_thread.call_soon(part.stream.forget, request_id)
-        return from_grid(torch.from_numpy(self.sums_NL), self.grid_N).to(self.device)
+                part.stream.forget(request_id)
+        return from_grid(torch.from_numpy(self.sums_NL), torch.from_numpy(self.grid_N)).to(self.device)
 
     def _take_one(self) -> None:
         remaining = self.expires_at - time.monotonic()
@@ -309,11 +309,10 @@ class _Call:
                 f"Layer {self.layer} was not computed within timeout_s = {self.owner.policy.timeout_s}: "
                 f"the shards {waiting} still owe an answer."
             )
-        try:
-            request_id, reply = self.inbox.get(timeout=min(remaining, self.owner.policy.stall_s / 2))
-        except Empty:
+        if not self.inbox and not self.owner._receiver.receive(min(remaining, self.owner.policy.stall_s / 2)):
             self._pass_over_stalled()
-        else:
+        if self.inbox:
+            request_id, reply = self.inbox.popleft()
             part = self.parts.pop(request_id, None)
             if part is not None:  # else it was sent elsewhere meanwhile
                 self._take(part, reply)
@@ -372,7 +371,7 @@ class _Call:
                 continue
             self.owner.traffic.num_stalled += 1
             del self.parts[request_id]
-            self.owner._loop_thread.call_soon(part.stream.forget, request_id)
+            part.stream.forget(request_id)
 
     def _is_stalled(self, part: _Part, now: float) -> bool:
         silent_s = now - max(part.sent_at, part.stream.heard_at)

@@ -64,7 +64,7 @@ class ExpertHost:
             for layer, experts in missing.items():
                 for expert in experts:
                     self.banks[layer].load(expert, self._read(layer, expert))
-                self.banks[layer].plan()  # measured now, so that no request waits for it
+                self.banks[layer].warm_up()  # now, so that no request waits for it
         except BaseException:
             self._forget(missing)
             raise

@@ -63,7 +63,7 @@ class ExpertShard:
     def __init__(self, config: ShardConfig, family: ModelFamily, registry: RegistryStore) -> None:
         self.config, self.registry = config, registry
         self.incarnation = secrets.token_hex(8)
-        self.endpoint = ""
+        self.endpoint = self.compute_endpoint = ""
         shapes, device = family.expert_shapes, torch.device(config.device)
         self.host = ExpertHost(shapes, family.load_expert, config.dtype, device, config.memory_budget)
 
@@ -77,6 +77,7 @@ class ExpertShard:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self.endpoint = f"{config.host}:{self._bind()}"
+        self.compute_endpoint = self.service.open_front(config.host)
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         await self._heartbeat()
@@ -93,6 +94,7 @@ class ExpertShard:
             await asyncio.wait_for(self.service.worker.idle(), DRAIN_TIMEOUT_S)
         except TimeoutError:
             log.warning("Shard %s stops with %d requests unanswered.", self.config.shard_id, self.service.worker.depth)
+        await self.service.close_front()
         await self._server.stop(STOP_GRACE_S)
         await asyncio.to_thread(self.service.worker.close)
 
@@ -117,6 +119,7 @@ class ExpertShard:
             num_held=self.host.num_held,
             queue_depth=self.service.worker.depth,
             draining=self.service.is_draining,
+            compute_endpoint=self.compute_endpoint,
         )
 
     def _bind(self) -> int:

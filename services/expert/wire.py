@@ -14,6 +14,7 @@ from torch import Tensor
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 
+COMPUTE_PATH = f"/{pb.DESCRIPTOR.services_by_name['Expert'].full_name}/Compute"
 MAX_MESSAGE_BYTES = 64 << 20
 PIECE_BYTES = 512 << 10  # rows of one request; larger batches travel in several
 CHANNEL_OPTIONS = (

@@ -1,33 +1,44 @@
-"""The thread that computes, so that the event loop stays free to read, refuse and answer."""
+"""The thread that computes, so that the event loop stays free; between two jobs it serves sockets of its own.
+
+A message that it reads itself is computed and answered without waking another thread.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import selectors
+import socket
 import threading
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
+OnReady = Callable[[int], None]  # gets the events of `selectors`
 
 
 class Worker:
-    """Runs jobs one after the other on a thread of its own; jobs must not raise.
+    """Runs jobs one after the other on a thread of its own; jobs and what watches sockets must not raise.
 
-    `depth` counts jobs accepted and not yet finished. `submit` and `run` belong to one thread, the event loop's.
+    `depth` counts jobs accepted and not yet finished. `run` belongs to an event loop, the rest to any thread.
     """
 
     def __init__(self, max_depth: int, name: str) -> None:
         self.max_depth = max_depth
-        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._num_accepted = 0  # written by the caller only
-        self._num_finished = 0  # written by the thread only
+        self._jobs: deque[Callable[[], object] | None] = deque()
+        self._is_busy = False
+        self._selector = selectors.DefaultSelector()
+        self._waking, self._woken = socket.socketpair()
+        self._waking.setblocking(False)
+        self._woken.setblocking(False)
+        self.watch(self._woken, self._drain)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     @property
     def depth(self) -> int:
-        return self._num_accepted - self._num_finished
+        return len(self._jobs) + self._is_busy
 
     @property
     def is_full(self) -> bool:
@@ -37,10 +48,24 @@ class Worker:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    def watch(self, connection: socket.socket, on_ready: OnReady, events: int = selectors.EVENT_READ) -> None:
+        """Calls `on_ready` on the worker's thread whenever the socket is ready for `events`."""
+        self._selector.register(connection, events, on_ready)
+
+    def watch_for(self, connection: socket.socket, events: int) -> None:
+        """Changes what a watched socket is watched for."""
+        key = self._selector.get_key(connection)
+        if key.events != events:
+            self._selector.modify(connection, events, key.data)
+
+    def forget(self, connection: socket.socket) -> None:
+        with suppress(KeyError):  # a worker that has ended watches nothing
+            self._selector.unregister(connection)
+
     def submit(self, job: Callable[[], object]) -> None:
         """Takes a job, over the bound too: callers ask `is_full` before jobs that others may take as well."""
-        self._num_accepted += 1
-        self._jobs.put(job)
+        self._jobs.append(job)
+        self._wake()
 
     async def run(self, function: Callable[[], T]) -> T:
         """Runs `function` between two jobs and returns its result, or raises what it raised."""
@@ -64,13 +89,33 @@ class Worker:
 
     def close(self) -> None:
         """Finishes what was accepted and ends the thread."""
-        self._jobs.put(None)
+        self._jobs.append(None)
+        self._wake()
         self._thread.join()
+        self._selector.close()
+        self._waking.close()
+        self._woken.close()
+
+    def _wake(self) -> None:
+        if threading.get_ident() != self._thread.ident:
+            with suppress(BlockingIOError):  # it has enough to wake up for already
+                self._waking.send(b"\0")
+
+    def _drain(self, _: int) -> None:
+        with suppress(BlockingIOError):
+            self._woken.recv(4096)
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while True:
+            for key, events in self._selector.select(0 if self._jobs else None):
+                key.data(events)
+            if not self._jobs:
+                continue
+            if (job := self._jobs.popleft()) is None:
+                return
+            self._is_busy = True
             job()
-            self._num_finished += 1
+            self._is_busy = False
 
 
 def _settle(future: asyncio.Future[T], setter: Callable[[T], None], value: T) -> None:

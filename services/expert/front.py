@@ -1,0 +1,128 @@
+"""The port on which a shard takes `Compute` streams without grpcio: read, computed and answered by one thread."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from google.protobuf.message import DecodeError
+
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.http2 import GrpcSocket, ServerStream, StreamEnded
+from services.expert.wire import MAX_MESSAGE_BYTES
+from services.expert.worker import Worker
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 128
+MAX_UNSENT_BYTES = 8 << 20  # replies that a client has not taken; it is not read from until it has
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class ReplyTo(Protocol):
+    """A stream that replies go to; None ends it."""
+
+    is_open: bool
+
+    def reply(self, reply: pb.ComputeReply | None) -> None: ...
+
+
+Accept = Callable[[pb.ComputeRequest, int, ReplyTo], None]  # a request, its size in bytes, where its reply goes
+
+
+class Front:
+    """Listens from the start; belongs to the worker's thread, apart from the constructor."""
+
+    def __init__(self, worker: Worker, accept: Accept, host: str) -> None:
+        self._worker, self._accept, self._host = worker, accept, host
+        self._listening = socket.create_server((host, 0), backlog=BACKLOG)
+        self._listening.setblocking(False)
+        self._streams: set[_FrontStream] = set()
+        worker.watch(self._listening, self._on_connect)
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self._host}:{self._listening.getsockname()[1]}"
+
+    def close(self) -> None:
+        """Ends every stream with the replies that are written by then."""
+        self._worker.forget(self._listening)
+        self._listening.close()
+        for stream in list(self._streams):
+            stream.reply(None)
+            stream.close()
+
+    def _on_connect(self, _: int) -> None:
+        try:
+            connection, _address = self._listening.accept()
+        except OSError as error:  # it went away again, or there are no more file descriptors
+            log.warning("A connection could not be taken: %s", error)
+            return
+        stream = _FrontStream(GrpcSocket(connection, ServerStream(MAX_MESSAGE_BYTES)), self)
+        self._streams.add(stream)
+        self._worker.watch(connection, stream.on_ready)
+        stream.flush()
+
+
+class _FrontStream:
+    def __init__(self, link: GrpcSocket, front: Front) -> None:
+        self._link, self._front = link, front
+        self.is_open = True
+        self._num_owed = 0
+
+    def on_ready(self, events: int) -> None:
+        if events & READ:
+            self._read()
+        if self.is_open:
+            self.flush()
+
+    def _read(self) -> None:
+        try:
+            for message in self._link.receive():
+                self._num_owed += 1
+                self._front._accept(pb.ComputeRequest.FromString(message), len(message), self)
+            if self._link.stream.is_ended and not self._num_owed:
+                self.reply(None)
+        except (OSError, DecodeError) as error:
+            if not isinstance(error, StreamEnded) or self._num_owed:
+                log.warning("A stream broke with %d replies owed: %s", self._num_owed, error)
+            self.close()
+
+    def reply(self, reply: pb.ComputeReply | None) -> None:
+        if not self.is_open:
+            return
+        if reply is None:
+            self._end()
+        else:
+            self._num_owed -= 1
+            self._link.stream.send(reply.SerializeToString())
+            if self._link.stream.is_ended and not self._num_owed:
+                self._end()
+        self.flush()
+
+    def _end(self) -> None:
+        stream = self._link.stream
+        assert isinstance(stream, ServerStream)
+        stream.end()
+
+    def flush(self) -> None:
+        """Writes what can be written, and watches for what to do next."""
+        try:
+            self._link.flush()
+        except OSError as error:
+            log.warning("A client went away with %d replies owed: %s", self._num_owed, error)
+            self.close()
+            return
+        may_read = READ if self._link.stream.num_unsent <= MAX_UNSENT_BYTES else 0
+        events = may_read | (WRITE if self._link.has_unsent else 0)
+        self._front._worker.watch_for(self._link.connection, events or READ)
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self._front._streams.discard(self)
+            self._front._worker.forget(self._link.connection)
+            self._link.close()
