@@ -14,19 +14,20 @@ Legend: S rows to sample, R rows of them that need more than the largest logit, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine import noise
+from services.engine import noise, nucleus
 from services.engine.history import Notes
 from services.engine.request import Request, SamplingParams, TokenLogprob
 
 LEAST_TEMPERATURE = 1e-30  # any lower is the same in fp32: the largest logit has all the probability
-MAX_SORTED = 16  # rows sorted at once, which bounds the memory that takes
+MAX_LOGITS_CPU = 2**18  # edited at once, as many as a core's cache holds
+MAX_LOGITS_ELSEWHERE = 2**26  # or as a device has memory to spare for
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Sampler:
     """One per engine; what it knows of a request lies in `request.sampling_state`."""
 
     def __init__(self) -> None:
-        noise.draw(torch.ones(1, 1), [(0, 0)])  # compiles it, which no request should wait for
+        # Compiles what draws, which no request should wait for.
+        noise.draw(target_weights(torch.zeros(1, 1), [SamplingParams(top_p=0.5)]), [(0, 0)])
 
     def sample(self, logits_SV: Tensor, rows: Sequence[Row], with_logprobs: bool = True) -> list[Sampled | None]:
         """The token of each row of fp32 logits, with logarithms of probabilities where a request asked for them.
@@ -68,16 +70,12 @@ class Sampler:
         notes = [_notes(row.request) for row in rows]
         tokens = _largest(logits_SV)
         special = [s for s in range(len(rows)) if tokens[s] is not None and not _is_plain(rows[s], notes[s])]
-        if special:
-            chosen = _choose(logits_SV[special], [rows[s] for s in special], [notes[s] for s in special])
-            for s, token in zip(special, chosen, strict=True):
+        for some in _groups(special, logits_SV):
+            chosen = _choose(logits_SV[some], [rows[s] for s in some], [notes[s] for s in some])
+            for s, token in zip(some, chosen, strict=True):
                 tokens[s] = token
-        sampled = [None if token is None else Sampled(token) for token in tokens]
-        for s, token in enumerate(tokens):
-            num_top = rows[s].request.params.logprobs if with_logprobs else None
-            if token is not None and num_top is not None:  # row by row: few ask, and each for another number
-                sampled[s] = Sampled(token, *token_logprobs(logits_SV[s : s + 1], [token], num_top))
-        return sampled
+        logprobs = _logprobs(logits_SV, tokens, rows) if with_logprobs else {}
+        return [None if token is None else Sampled(token, logprobs.get(s)) for s, token in enumerate(tokens)]
 
     def release(self, request: Request) -> None:
         """Forgets a request that has ended."""
@@ -88,11 +86,8 @@ def target_weights(logits_SV: Tensor, params: Sequence[SamplingParams]) -> Tenso
     """(S, V) in fp32, proportional to the probabilities that tokens are drawn with."""
     temperature_S1 = logits_SV.new_tensor([[max(p.temperature, LEAST_TEMPERATURE)] for p in params])
     largest_S1 = logits_SV.amax(dim=-1, keepdim=True)
-    weights_SV = torch.softmax((logits_SV - largest_S1) / temperature_S1, dim=-1)
-    cut = [s for s, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
-    for start in range(0, len(cut), MAX_SORTED):
-        some = cut[start : start + MAX_SORTED]
-        weights_SV[some] = _cut(weights_SV[some], [params[s] for s in some])
+    weights_SV = torch.softmax((logits_SV - largest_S1).div_(temperature_S1), dim=-1)
+    nucleus.cut(weights_SV, params)
     return weights_SV
 
 
@@ -105,6 +100,24 @@ def token_logprobs(logits_SV: Tensor, token_ids: Sequence[int], num_top: int) ->
     tops = _likeliest(logprobs_SV, min(num_top, logits_SV.shape[-1]))
     own: list[float] = own_S1.squeeze(-1).tolist()
     return [TokenLogprob(*each) for each in zip(token_ids, own, ranks, tops, strict=True)]
+
+
+def _logprobs(logits_SV: Tensor, tokens: Sequence[int | None], rows: Sequence[Row]) -> dict[int, TokenLogprob]:
+    """By row, of those that asked."""
+    num_tops = {s: row.request.params.logprobs for s, row in enumerate(rows) if tokens[s] is not None}
+    asked = {s: num_top for s, num_top in num_tops.items() if num_top is not None}
+    found: dict[int, TokenLogprob] = {}
+    for some in _groups(list(asked), logits_SV):
+        token_ids = [token for s in some if (token := tokens[s]) is not None]
+        logprobs = token_logprobs(logits_SV[some], token_ids, max(asked[s] for s in some))
+        found |= {s: replace(each, top=each.top[: asked[s]]) for s, each in zip(some, logprobs, strict=True)}
+    return found
+
+
+def _groups(rows: list[int], logits_SV: Tensor) -> Iterator[list[int]]:
+    max_logits = MAX_LOGITS_CPU if logits_SV.is_cpu else MAX_LOGITS_ELSEWHERE
+    size = max(1, max_logits // logits_SV.shape[-1])
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _notes(request: Request) -> Notes:
@@ -208,41 +221,12 @@ def _penalize(logits_RV: Tensor, rows: Sequence[Row], penalized: Sequence[_Penal
     logits_RV[rows_E, ids_E] = values_E
 
 
-def _cut(weights_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Zero for what top_k, top_p and min_p leave out. Of equal weights at the edge the lowest ids are kept."""
-    device, vocab_size = weights_SV.device, weights_SV.shape[-1]
-    top_k_S1 = torch.tensor([[min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size] for p in params], device=device)
-    top_p_S1 = torch.tensor([[p.top_p if p.top_p < 1 else torch.inf] for p in params], device=device).double()
-    min_p_S1 = torch.tensor([[p.min_p] for p in params], device=device)
-    sorted_SV = _sorted(weights_SV)
-    is_kept_SV = torch.arange(vocab_size, device=device) < top_k_S1
-    mass_SV = torch.where(is_kept_SV, sorted_SV, 0).cumsum(dim=-1, dtype=torch.float64)
-    is_kept_SV &= mass_SV - sorted_SV < top_p_S1 * mass_SV[:, -1:]
-    is_kept_SV &= sorted_SV >= min_p_S1 * sorted_SV[:, :1]
-    num_kept_S1 = is_kept_SV.sum(dim=-1, keepdim=True)  # the first of the sorted, at least one
-    edge_S1 = sorted_SV.gather(-1, num_kept_S1 - 1)
-    kept_SV = torch.where(weights_SV >= edge_S1, weights_SV, 0)
-    num_over_S1 = (weights_SV >= edge_S1).sum(dim=-1, keepdim=True) - num_kept_S1
-    for s in num_over_S1.squeeze(-1).nonzero().flatten().tolist():
-        at_edge = (weights_SV[s] == edge_S1[s]).nonzero().flatten()
-        kept_SV[s, at_edge[len(at_edge) - int(num_over_S1[s]) :]] = 0
-    return kept_SV
-
-
-def _sorted(weights_SV: Tensor) -> Tensor:
-    """The largest first."""
-    if weights_SV.is_cpu:  # numpy's is forty times faster than torch's
-        return torch.from_numpy(np.sort(weights_SV.numpy(), axis=-1)).flip(-1)
-    return weights_SV.sort(dim=-1, descending=True).values
-
-
 def _likeliest(logprobs_SV: Tensor, num_top: int) -> list[tuple[tuple[int, float], ...]]:
-    if num_top == 0:
-        return [()] * len(logprobs_SV)
-    edge_S = logprobs_SV.topk(num_top, dim=-1, sorted=False).values.amin(dim=-1)
-    tops = []
-    for logprobs_V, edge in zip(logprobs_SV, edge_S, strict=True):
-        ids = (logprobs_V >= edge).nonzero().flatten()
-        pairs = zip(ids.tolist(), logprobs_V[ids].tolist(), strict=True)
-        tops.append(tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:num_top]))
-    return tops
+    found = logprobs_SV.topk(num_top, dim=-1)
+    tops = [list(zip(*row, strict=True)) for row in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
+    if num_top:  # which of equal ones topk finds is its own affair
+        num_over_S = (logprobs_SV >= found.values[:, -1:]).sum(dim=-1) - num_top
+        for s in num_over_S.nonzero().flatten().tolist():
+            ids = (logprobs_SV[s] >= found.values[s, -1]).nonzero().flatten()
+            tops[s] = list(zip(ids.tolist(), logprobs_SV[s, ids].tolist(), strict=True))
+    return [tuple(sorted(top, key=lambda pair: (-pair[1], pair[0]))[:num_top]) for top in tops]

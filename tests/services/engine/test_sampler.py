@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from services.engine.nucleus import cut, cut_on_device
 from services.engine.request import MAX_TOP_K, Request, SamplingParams
 from services.engine.sampler import Row, Sampler, target_weights, token_logprobs
 from tests.services.engine.sampling import chi_squared, chi_squared_bound, obvious_probs, request
@@ -56,6 +57,17 @@ def test_target_weights_are_those_of_the_obvious_way(params: dict[str, Any]) -> 
         [weights] = target_weights(logits, [SamplingParams(**params)]).double()
         expected = obvious_probs(logits[0].tolist(), SamplingParams(**params))
         assert torch.allclose(weights / weights.sum(), torch.from_numpy(expected), rtol=1e-5, atol=1e-12)
+
+
+def test_a_device_keeps_what_a_cpu_keeps() -> None:
+    params = [SamplingParams(**kind) for kind in KINDS]
+    generator = torch.Generator().manual_seed(2)
+    for vocab_size in (1, 6, 3000):
+        # Rounded, so that there are ties.
+        weights = torch.softmax((2 * torch.randn(len(KINDS), vocab_size, generator=generator)).round(), dim=-1)
+        expected = cut_on_device(weights, params)
+        cut(weights, params)
+        assert torch.equal(weights, expected)
 
 
 def test_the_edges_of_the_parameters() -> None:
