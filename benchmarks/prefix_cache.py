@@ -1,0 +1,184 @@
+"""How often the prefix cache helps, and what it saves: four patterns of 64 requests each, through REST.
+
+    python -m benchmarks.prefix_cache                        # the demo model, 3 shards; about 3 minutes
+    python -m benchmarks.prefix_cache --json out.json
+
+A request hits if at least half of the tokens that it shares with earlier requests were not computed again; the bar is
+50 of 64 in every pattern. Beside each request runs one of the same length that shares nothing: the difference between
+their times to the first token is what the cache saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.load import FIRST_ORDINARY_ID, Outcome, ask, new_client, quantile
+from benchmarks.server import Server, server
+from model.demo.corpus import read_corpus
+
+NUM_REQUESTS, BAR = 64, 50
+NUM_CONVERSATIONS = 8
+NUM_OUTPUT = 16
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Prompts as token ids; `num_shared` of each were in an earlier one, the first aside."""
+
+    name: str
+    num_shared: int
+    prompts: tuple[tuple[int, ...], ...]
+
+
+def prefix_patterns(vocab_size: int, seed: int) -> Iterator[Pattern]:
+    draw = random.Random(seed)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(count))
+
+    shared = ids(1000)
+    yield Pattern("1,000 shared", 1000, tuple(shared + ids(60) for _ in range(NUM_REQUESTS)))
+    head = ids(100)
+    yield Pattern("shifted by 100", 1100, tuple(head + shared + ids(60) for _ in range(NUM_REQUESTS)))
+    short = ids(400)
+    yield Pattern("under 528", 400, tuple(short + ids(60) for _ in range(NUM_REQUESTS)))
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """One request: what it shared, what was reused, why no more, and its time to the first token beside a cold one."""
+
+    num_shared: int
+    num_cached: int
+    reason: str
+    ttft_s: float
+    cold_ttft_s: float
+
+    @property
+    def is_hit(self) -> bool:
+        return self.num_cached >= max(1, self.num_shared / 2)
+
+
+def reuse(num_shared: int, warm: Outcome, cold: Outcome) -> Reuse:
+    for outcome in (warm, cold):
+        if outcome.error:
+            raise RuntimeError(f"a request failed: {outcome.error}")
+    reason = warm.cache.partition(";")[0]
+    return Reuse(num_shared, warm.num_cached, reason, warm.ttft_s, cold.ttft_s)
+
+
+async def run_prompts(running: Server, pattern: Pattern, vocab_size: int, concurrency: int) -> list[Reuse]:
+    """`concurrency` pairs at a time, warm and cold one after the other."""
+    draw, url, results = random.Random(repr(pattern.name)), f"{running.url}/v1/completions", list[Reuse]()
+    source = enumerate(pattern.prompts)
+
+    async def pairs(client: httpx.AsyncClient) -> None:
+        for i, prompt in source:
+            other = [draw.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in prompt]
+            warm, cold = [await complete(client, url, "prompt", ids) for ids in (list(prompt), other)]
+            results.append(reuse(pattern.num_shared if i else 0, warm, cold))
+
+    async with new_client(120) as client:
+        await asyncio.gather(*(pairs(client) for _ in range(concurrency)))
+    return results
+
+
+async def run_chats(running: Server, concurrency: int) -> list[Reuse]:
+    """Conversations that grow by a question and the answer that was given; a turn shares all that was said before."""
+    url = f"{running.url}/v1/chat/completions"
+    lines = [line.strip() for text in read_corpus()[1] for line in text.splitlines() if 40 < len(line) < 100]
+    results: list[Reuse] = []
+    is_free = asyncio.Semaphore(concurrency)
+
+    async def converse(client: httpx.AsyncClient, number: int) -> None:
+        draw, messages, num_before = random.Random(number), list[dict[str, str]](), 0
+        for _ in range(NUM_REQUESTS // NUM_CONVERSATIONS):
+            messages.append({"role": "user", "content": " ".join(draw.choices(lines, k=4))})
+            other = [{**message, "content": message["content"][::-1]} for message in messages]
+            async with is_free:
+                warm = await complete(client, url, "messages", messages)
+                cold = await complete(
+                    client, url, "messages", [{"role": "user", "content": str(draw.random())}, *other]
+                )
+            results.append(reuse(num_before, warm, cold))
+            answer = await client.post(url, json={"messages": messages, **OPTIONS})
+            messages.append({"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"] or ""})
+            num_before = warm.num_prompt
+
+    async with new_client(120) as client:
+        await asyncio.gather(*(converse(client, number) for number in range(NUM_CONVERSATIONS)))
+    return results
+
+
+OPTIONS: dict[str, Any] = {"max_tokens": NUM_OUTPUT, "temperature": 0}
+
+
+async def complete(client: httpx.AsyncClient, url: str, kind: str, prompt: Sequence[Any]) -> Outcome:
+    return await ask(client, url, {kind: prompt, **OPTIONS}, time.perf_counter())
+
+
+def summarize(results: Sequence[Reuse]) -> dict[str, Any]:
+    hits = [one for one in results if one.is_hit]
+    return {
+        "num_requests": len(results),
+        "num_hits": len(hits),
+        "reasons": dict(Counter(one.reason for one in results)),
+        "cached_share": sum(one.num_cached for one in results) / max(1, sum(one.num_shared for one in results)),
+        "ttft_ms": 1e3 * quantile([one.ttft_s for one in hits], 0.5),
+        "cold_ttft_ms": 1e3 * quantile([one.cold_ttft_s for one in hits], 0.5),
+    }
+
+
+def report(summaries: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title=f"prefix cache, {NUM_REQUESTS} requests a pattern, bar {BAR} hits; TTFT medians of the hits")
+    for column in ("pattern", "hits", "reused of shared", "TTFT, ms", "without, ms", "reasons"):
+        table.add_column(column, justify="left" if column in ("pattern", "reasons") else "right")
+    for name, one in summaries.items():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in one["reasons"].items())
+        hits = f"{one['num_hits']}" + ("" if one["num_hits"] >= BAR else " (missed)")
+        times = [f"{one[key]:.0f}" for key in ("ttft_ms", "cold_ttft_ms")]
+        table.add_row(name, hits, f"{one['cached_share']:.0%}", *times, reasons)
+    return table
+
+
+async def measure(running: Server, vocab_size: int, concurrency: int, seed: int) -> dict[str, dict[str, Any]]:
+    summaries = {}
+    for pattern in prefix_patterns(vocab_size, seed):
+        summaries[pattern.name] = summarize(await run_prompts(running, pattern, vocab_size, concurrency))
+    summaries["multi-turn chat"] = summarize(await run_chats(running, concurrency))
+    return summaries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Hits of the prefix cache in four patterns.")
+    parser.add_argument("--model", default="", help="model directory; the demo model if left out")
+    parser.add_argument("--vocab", type=int, default=2048, help="prompts' ids are drawn below it")
+    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--shards", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model = ["--model", args.model] if args.model else []
+    with server(*model, "--shards", str(args.shards)) as running:
+        summaries = asyncio.run(measure(running, args.vocab, args.concurrency, args.seed))
+        engine = running.status()["engine"]
+    Console().print(report(summaries))
+    if args.json:
+        args.json.write_text(json.dumps({"patterns": summaries, "engine": engine}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
