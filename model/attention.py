@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cpu.attention import attend_all
+from model.cpu.linear import Packed, linear, pack
 from model.linear import Linear
 from model.state import Batch, PagedSpec, State
 
@@ -30,7 +33,13 @@ class AttentionShape:
 
 
 def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
-    """Softmax attention of a request's last T tokens over all its L tokens: -> (T, H, D)."""
+    """Softmax attention of a request's last T tokens over all its L tokens: -> (T, H, D).
+
+    Where there are more queries than keys, the first ones come before every key: they see nothing and give zeros.
+    """
+    if (num_blind := q_THD.shape[0] - k_LJD.shape[0]) > 0:
+        seen_THD = causal_attention(q_THD[num_blind:], k_LJD, v_LJD) if len(k_LJD) else q_THD[:0]
+        return torch.cat([torch.zeros_like(q_THD[:num_blind]), seen_THD])
     num_new, num_all = q_THD.shape[0], k_LJD.shape[0]
     mask = None
     if num_new > 1 and num_new != num_all:
@@ -52,10 +61,18 @@ class Attention(nn.Module):
     def __init__(self, shape: AttentionShape, layer: int, bias: bool = False) -> None:
         super().__init__()
         self.shape, self.layer = shape, layer
+        self.packed: Packed | None = None
+        self.packed_bias: Tensor | None = None
         self.q_proj = Linear(shape.hidden_size, shape.num_heads * shape.head_dim, bias)
         self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
         self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
         self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias)
+
+    def pack(self) -> None:
+        """Lays the three input projections out as one for the CPU's kernels."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        self.packed = pack(torch.cat([part.take_weight() for part in parts]))
+        self.packed_bias = None if parts[0].bias is None else torch.cat([part.bias.float() for part in parts])
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., hidden) -> q (..., H, D), k and v (..., J, D)."""
@@ -63,12 +80,40 @@ class Attention(nn.Module):
         return tuple(p(h).unflatten(-1, by_head) for p in (self.q_proj, self.k_proj, self.v_proj))
 
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        if self.packed is not None:
+            return self._forward_packed(h_TD, batch, state)
         q_THD, k_TJD, v_TJD = self.qkv(h_TD)
         pages = state.pages[self.layer]
         pages[batch.new_places_T] = torch.stack([k_TJD, v_TJD], dim=1).to(pages.dtype)
         outputs = []
-        for q, places in zip(q_THD.split(list(batch.lens)), batch.places, strict=True):
-            kv_L2JD = pages[places]
+        first_keys = batch.first_keys or (0,) * len(batch.lens)
+        for q, places, first_key in zip(q_THD.split(list(batch.lens)), batch.places, first_keys, strict=True):
+            kv_L2JD = pages[places[first_key:]]
             outputs.append(causal_attention(q, kv_L2JD[:, 0], kv_L2JD[:, 1]))
         out: Tensor = self.o_proj(torch.cat(outputs).flatten(-2))
+        return out
+
+    def _forward_packed(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        assert self.packed is not None
+        qkv_TX = linear(h_TD, self.packed)
+        if self.packed_bias is not None:
+            qkv_TX = qkv_TX + self.packed_bias
+        pages, shape, arrays = state.pages[self.layer], self.shape, batch.arrays
+        is_bf16 = pages.dtype == torch.bfloat16
+        out_TX = torch.empty(h_TD.shape[0], shape.num_heads * shape.head_dim)
+        where = (arrays.starts_R, arrays.lens_R, arrays.contexts_R, arrays.first_keys_R, arrays.tables_RW)
+        num_pairs = sum(
+            length * (context + length) for length, context in zip(batch.lens, batch.context_lens, strict=True)
+        )
+        attend_all(
+            num_pairs * shape.num_heads * shape.head_dim,
+            np.ascontiguousarray(qkv_TX.numpy()),
+            *where,
+            (pages.view(torch.int16) if is_bf16 else pages).numpy(),
+            is_bf16,
+            batch.block_size,
+            shape.num_heads,
+            out_TX.numpy(),
+        )
+        out: Tensor = self.o_proj(out_TX)
         return out

@@ -17,8 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model import kernels
+from model.cpu import moe as cpu
+
 FRACTION_BITS = 22
 MAX_GRID_SUM = 2.0**62
+NOT_ADDABLE = "an expert's output is not finite or too large to add: its weights are damaged"
 
 
 def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
@@ -34,6 +38,11 @@ def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
 
 def grid_exponents(x_NL: Tensor, topk_weights_NK: Tensor, layer_gain_exponent: int) -> Tensor:
     """Exponent of the unit in which each row's contributions are added: int16 (N,)."""
+    if kernels.is_compiled(x_NL.device):
+        grid_N = torch.empty(len(x_NL), dtype=torch.int16)
+        shift = layer_gain_exponent - FRACTION_BITS - round(math.log2(x_NL.shape[-1]))
+        cpu.grids(x_NL.float().contiguous().numpy(), topk_weights_NK.float().numpy(), shift, grid_N.numpy())
+        return grid_N
     size_N = torch.linalg.vector_norm(x_NL, dim=-1, dtype=torch.float32)
     shift = layer_gain_exponent - FRACTION_BITS - round(math.log2(x_NL.shape[-1]))
     exponent_N = torch.frexp(size_N * size_N * topk_weights_NK.amax(-1)).exponent
@@ -53,7 +62,7 @@ def add_on_grid(y_PL: Tensor, scale_P: Tensor, row_P: Tensor, num_rows: int) -> 
     """
     units_PL = (y_PL * scale_P[:, None]).round_()  # float64: 24 bits by 24 bits, so only this rounding rounds
     if not bool(units_PL.abs().amax() < MAX_GRID_SUM):
-        raise ValueError("an expert's output is not finite or too large to add: its weights are damaged")
+        raise ValueError(NOT_ADDABLE)
     sums_NL = torch.zeros(num_rows, y_PL.shape[1], dtype=torch.int64, device=y_PL.device)
     return sums_NL.index_add_(0, row_P, units_PL.long())
 

@@ -1,13 +1,14 @@
-"""Which implementation runs: fused CUDA kernels where they are installed and the tensors lie there, else plain PyTorch.
+"""Which implementation runs: compiled kernels on a CPU, fused CUDA kernels where they are installed, else plain PyTorch.
 
-This is the one place that decides. Both give the same numbers up to rounding; `tests/model/test_kernels.py` shows it
-where a GPU is there.
+This is the one place that decides. All give the same numbers up to rounding; `tests/model/test_kernels.py` shows it.
+The CPU's (`model/cpu`) also promise that a token's bits depend on its own sequence alone.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,16 +19,36 @@ Kernel = Callable[..., Any]
 
 
 @cache
+def has_compiled() -> bool:
+    """Whether the CPU's kernels may run; EXPERTMESH_CPU_KERNELS=0 turns them off."""
+    return os.environ.get("EXPERTMESH_CPU_KERNELS", "1") != "0"
+
+
+def is_compiled(device: torch.device | str) -> bool:
+    """Whether a model on `device` packs its weights for the CPU's kernels."""
+    return torch.device(device).type == "cpu" and has_compiled()
+
+
+def is_reproducible(device: torch.device | str) -> bool:
+    """Whether a request's tokens are the same alone, in any company, after preemption and with or without drafts."""
+    return is_compiled(device)
+
+
+@cache
 def has_fused(package: str) -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec(package) is not None
 
 
 def describe(device: torch.device | str) -> str:
     """What runs on `device`, in words, for the log at start."""
+    if is_compiled(device):
+        return "compiled CPU kernels; a request's tokens are the same whoever shares the batch"
+    doubt = "; the last bits of a request's logits may depend on who shares the batch"
     if torch.device(device).type != "cuda":
-        return "plain PyTorch (fused kernels need CUDA)"
+        return f"plain PyTorch (EXPERTMESH_CPU_KERNELS=0){doubt}"
     names = [name for name in ("mamba_ssm", "causal_conv1d") if has_fused(name)]
-    return f"fused kernels from {' and '.join(names)}" if names else "plain PyTorch (mamba-ssm is not installed)"
+    used = f"fused kernels from {' and '.join(names)}" if names else "plain PyTorch (mamba-ssm is not installed)"
+    return used + doubt
 
 
 def _pick(device: torch.device, package: str, name: str) -> Kernel | None:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cpu.linear import Packed, linear, pack
+
 QUANTA = (1, 2, 4, 8, 16, 32)
 LIMITS = (256, 128, 64, 32)
 
@@ -66,22 +68,33 @@ def row_plan(weight_OI: Tensor) -> RowPlan:
     return find_row_plan(inputs, outputs, weight_OI.dtype, str(weight_OI.device), torch.get_num_threads())
 
 
-def stable_linear(x_NI: Tensor, weight_OI: Tensor, plan: RowPlan) -> Tensor:
-    """x·Wᵀ under `plan`: (N, I), (O, I) -> (N, O)."""
-    num_rows = x_NI.shape[0]
-    x_NI = F.pad(x_NI, (0, 0, 0, plan.padded(num_rows) - num_rows))
-    if x_NI.shape[0] <= plan.limit:
-        return F.linear(x_NI, weight_OI)[:num_rows]
-    return torch.cat([F.linear(block, weight_OI) for block in x_NI.split(plan.limit)])[:num_rows]
-
-
 class Linear(nn.Module):
     """A linear layer, weight (O, I) as in the checkpoint, uninitialised until it is loaded."""
+
+    weight: nn.Parameter | None
+    packed: Packed | None = None
 
     def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
         self.bias = nn.Parameter(torch.empty(num_outputs)) if bias else None
 
+    def take_weight(self) -> Tensor:
+        """The loaded weight, which somebody else holds from now on."""
+        assert self.weight is not None
+        weight, self.weight = self.weight, None
+        return weight.detach()
+
+    def pack(self) -> None:
+        """Lays the loaded weight out for the CPU's kernels and lets go of the original; from then on fp32 in and out."""
+        if self.weight is None:
+            return  # part of a larger one
+        self.packed = pack(self.take_weight())
+        self.bias = None if self.bias is None else nn.Parameter(self.bias.float(), requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            assert self.weight is not None
+            return F.linear(x, self.weight, self.bias)
+        y = linear(x, self.packed)
+        return y if self.bias is None else y + self.bias

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import kernels
+from model.cpu import mamba as cpu
 from model.linear import Linear
 from model.norm import GatedGroupRMSNorm
 from model.state import Batch, Group, RecurrentSpec, State
@@ -194,6 +197,7 @@ class Mamba2Mixer(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.layer = shape, layer
+        self.packed: tuple[Any, ...] = ()
         self.in_proj = Linear(shape.hidden_size, shape.inner_dim + shape.conv_dim + shape.num_heads, bias)
         self.conv1d = ConvWeights(shape, use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(shape.num_heads))
@@ -220,15 +224,64 @@ class Mamba2Mixer(nn.Module):
         return x, delta, a_H, b.unflatten(-1, by_group), c.unflatten(-1, by_group)
 
     def finish(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        """Skip term, gated norm and output projection: y and x (..., H, D), gate (..., inner) -> (..., hidden)."""
+        """Skip term and gated norm: y and x (..., H, D), gate (..., inner) -> (..., inner)."""
         y = y + x * self.D.float()[:, None]
-        normed: Tensor = self.out_proj(self.norm(y.flatten(-2), gate))
+        normed: Tensor = self.norm(y.flatten(-2), gate)
         return normed
 
+    def pack(self) -> None:
+        """Prepares what the CPU's kernel reads; the projections pack themselves."""
+        s, conv = self.shape, self.conv1d
+        bias = torch.zeros(s.conv_dim) if conv.bias is None else conv.bias
+        constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)
+        numbers = tuple(np.ascontiguousarray(c.detach().float().numpy()) for c in constants)
+        limits = tuple(np.float32(limit) for limit in s.delta_limit)
+        norm = (self.norm.weight.detach().float().numpy(), s.num_groups, np.float32(self.norm.eps))
+        self.packed = (*numbers, *limits, *norm)
+
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
-        gate_TI, xbc_TC, delta_TH = self.split(self.in_proj(h_TD))
+        projected_TP = self.in_proj(h_TD)
+        if batch.has_drafts:
+            state.guessed[self.layer] = projected_TP
+        mixed_TI = (
+            self._mix_packed(projected_TP, batch, state) if self.packed else self._mix(projected_TP, batch, state)
+        )
+        out: Tensor = self.out_proj(mixed_TI)
+        return out
+
+    def commit(self, rows: Tensor, batch: Batch, state: State) -> None:
+        """Moves the state past guesses that proved right: `batch` holds these tokens, `rows` their rows in the step."""
+        projected_TP = state.guessed.pop(self.layer)[rows]
+        if self.packed:
+            self._mix_packed(projected_TP, batch, state, has_output=False)
+        else:
+            self._mix(projected_TP, batch, state)
+
+    def _mix_packed(self, projected_TP: Tensor, batch: Batch, state: State, has_output: bool = True) -> Tensor:
+        arrays, (windows, states) = batch.arrays, state.slots[self.layer]
+        is_bf16 = windows.dtype == torch.bfloat16
+        out_TI = torch.empty(projected_TP.shape[0] if has_output else 0, self.shape.inner_dim)
+        cpu.mix(
+            projected_TP.numpy(),
+            arrays.starts_R,
+            arrays.lens_R,
+            arrays.slots_R,
+            arrays.is_new_R,
+            arrays.keeps_R,
+            (windows.view(torch.int16) if is_bf16 else windows).numpy(),
+            is_bf16,
+            states.numpy(),
+            *self.packed,
+            has_output,
+            out_TI.numpy(),
+        )
+        return out_TI
+
+    def _mix(self, projected_TP: Tensor, batch: Batch, state: State) -> Tensor:
+        """What lies between the projections, in plain PyTorch or fused CUDA kernels: (T, P) -> (T, inner)."""
+        gate_TI, xbc_TC, delta_TH = self.split(projected_TP)
         window_RKC, ssm_RHDN = state.read(self.layer, batch)
-        conv = kernels.causal_conv(h_TD.device) or causal_conv
+        conv = kernels.causal_conv(projected_TP.device) or causal_conv
         xbc_TC, window_RKC = conv(xbc_TC, self.conv1d.weight[:, 0], self.conv1d.bias, window_RKC, batch)
         x_THD, delta_TH, a_H, b_TGN, c_TGN = self.scan_inputs(xbc_TC, delta_TH)
         y_THD, ssm_RHDN = self.advance(x_THD, delta_TH, a_H, b_TGN, c_TGN, ssm_RHDN, batch)

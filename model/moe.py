@@ -19,7 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.exact import add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
+from model import kernels
+from model.cpu import moe as cpu
+from model.cpu.linear import Packed, linear, pack
+from model.exact import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
 from model.linear import Linear, RowPlan, row_plan
 from model.state import Batch, State
 
@@ -57,30 +60,46 @@ class ExpertBank:
     def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self._packed: dict[int, tuple[Packed, Packed]] = {}
+        self._addresses = np.zeros((2, shape.num_experts), np.int64)  # of the packed weights: up, down
         self._gains: dict[int, int] = {}
         self._plan: RowPlan | None = None
 
     @property
     def held(self) -> frozenset[int]:
-        return frozenset(self._weights)
+        return frozenset(self._gains)
 
     @property
     def nbytes(self) -> int:
-        return len(self._weights) * self.shape.nbytes(self.dtype)
+        return len(self._gains) * self.shape.nbytes(self.dtype)
 
     def load(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Takes an expert's {"up": (M, L), "down": (L, M)}."""
         assert 0 <= expert < self.shape.num_experts
         up, down = (tensors[name].to(self.device, self.dtype, copy=True) for name in ("up", "down"))
         assert up.shape == (self.shape.width, self.shape.input_dim) == down.shape[::-1]
+        if kernels.is_compiled(self.device):
+            packed = self._packed[expert] = pack(up), pack(down)
+            self._addresses[:, expert] = [part.address for part in packed]
+        else:
+            self._weights[expert] = up, down
         self._gains[expert] = gain_exponent(up, down)
-        self._weights[expert] = up, down
 
     def unload(self, expert: int) -> None:
-        del self._weights[expert], self._gains[expert]
+        for by_expert in (self._weights, self._packed, self._gains):
+            by_expert.pop(expert, None)  # type: ignore[attr-defined]
+        self._addresses[:, expert] = 0
 
     def gain_exponent(self, expert: int) -> int:
         return self._gains[expert]
+
+    def warm_up(self) -> None:
+        """Does now what the first call would wait for: compiling, or finding row counts."""
+        if not self._gains:
+            return
+        expert = torch.tensor([next(iter(self._gains))])
+        one, grid = torch.ones(1), torch.zeros(1, dtype=torch.int16)
+        self.partial_sums(torch.zeros(1, self.shape.input_dim), torch.tensor([0]), expert, one, grid)
 
     def plan(self) -> RowPlan:
         """Row counts that serve both of an expert's products, found once."""
@@ -92,8 +111,11 @@ class ExpertBank:
     def partial_sums(self, x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, grid_N: Tensor) -> Tensor:
         """Σ of weight·expert(x[row]) over the picks of each row: int64 (N, L), in units of 2**grid.
 
-        `row_P` and `expert_P` are int64 on the CPU; every expert named must be held.
+        `row_P` and `expert_P` are int64 on the CPU; every expert named must be held. Raises ValueError where an output
+        is not finite or too large to add.
         """
+        if kernels.is_compiled(self.device):
+            return self._partial_sums_packed(x_NL, row_P, expert_P, weight_P, grid_N)
         order_P = expert_P.numpy().argsort(kind="stable")
         rows_P = row_P.numpy()[order_P]
         blocks, place_P, num_padded = self._blocks(expert_P.numpy()[order_P])
@@ -105,6 +127,17 @@ class ExpertBank:
         scale_P = scale_to_grid(weight_P.cpu().numpy()[order_P], grid_N.cpu().numpy()[rows_P])
         scale, rows = (torch.from_numpy(v).to(self.device) for v in (scale_P, rows_P))
         return add_on_grid(y_PL, scale, rows, len(x_NL))
+
+    def _partial_sums_packed(
+        self, x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, grid_N: Tensor
+    ) -> Tensor:
+        sums_NL = np.zeros(x_NL.shape, np.int64)
+        is_bf16 = next(iter(self._packed.values()))[0].is_bf16
+        picks = (row_P.numpy(), expert_P.numpy(), weight_P.numpy(), grid_N.numpy())
+        rows = x_NL.float().contiguous().numpy()
+        if not cpu.partial_sums(rows, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
+            raise ValueError(NOT_ADDABLE)
+        return torch.from_numpy(sums_NL)
 
     def _blocks(self, expert_P: NDArray[np.int64]) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], int]:
         """Cuts sorted picks into an expert's blocks of rows that `plan` allows.
@@ -163,11 +196,17 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.empty(shape.num_experts))
         self.top_k, self.scaling_factor, self.normalize = shape.top_k, scaling_factor, normalize
         self.num_groups, self.topk_groups = num_groups, topk_groups
+        self.packed: Packed | None = None
+
+    def pack(self) -> None:
+        self.packed = pack(self.weight.float())
 
     def scores(self, h_ND: Tensor) -> Tensor:
         return torch.nn.functional.linear(h_ND.float(), self.weight.float()).sigmoid()
 
     def forward(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
+        if self.packed is not None:
+            return self._choose_packed(linear(h_ND, self.packed))
         scores_NE = self.scores(h_ND)
         choice_NE = self._keep_best_groups(scores_NE + self.e_score_correction_bias)
         topk_ids_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
@@ -175,6 +214,21 @@ class Router(nn.Module):
         if self.normalize:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         return topk_ids_NK, weights_NK * self.scaling_factor
+
+    def _choose_packed(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        ids_NK = torch.empty(len(logits_NE), self.top_k, dtype=torch.int64)
+        weights_NK = torch.empty(len(logits_NE), self.top_k)
+        groups = (self.num_groups, self.topk_groups)
+        cpu.choose_experts(
+            np.ascontiguousarray(logits_NE.numpy()),
+            self.e_score_correction_bias.numpy(),
+            *groups,
+            self.normalize,
+            np.float32(self.scaling_factor),
+            ids_NK.numpy(),
+            weights_NK.numpy(),
+        )
+        return ids_NK, weights_NK
 
     def _keep_best_groups(self, choice_NE: Tensor) -> Tensor:
         if self.topk_groups == self.num_groups:
@@ -215,6 +269,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.experts, self.gate, self.is_latent = shape, experts, router, is_latent
+        self.wire_dtype: torch.dtype | None = None  # of the rows sent to the experts; None: as they come
         if is_latent:
             self.fc1_latent_proj = Linear(hidden_size, shape.input_dim, bias)
             self.fc2_latent_proj = Linear(shape.input_dim, hidden_size, bias)
@@ -223,6 +278,7 @@ class MoE(nn.Module):
     def forward(self, h_ND: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
         topk_ids_NK, topk_weights_NK = self.gate(h_ND)
         x_NL = self.fc1_latent_proj(h_ND) if self.is_latent else h_ND
+        x_NL = x_NL.to(self.wire_dtype or x_NL.dtype)
         wait = self.experts(self.shape.layer, x_NL, topk_ids_NK, topk_weights_NK)
         shared_ND = self.shared_experts(h_ND)
         y_NL = wait().to(h_ND.dtype)

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK_SIZE = 16  # tokens a page
@@ -27,6 +30,20 @@ class Group:
 
 
 @dataclass(frozen=True)
+class BatchArrays:
+    """A `Batch` as numpy arrays (R,) and block tables (R, longest)."""
+
+    starts_R: NDArray[np.int64]
+    lens_R: NDArray[np.int64]
+    contexts_R: NDArray[np.int64]
+    slots_R: NDArray[np.int64]
+    is_new_R: NDArray[np.bool_]
+    keeps_R: NDArray[np.bool_]  # whether the request's recurrent state moves on: not while its last tokens are guesses
+    first_keys_R: NDArray[np.int64]
+    tables_RW: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Batch:
     """The tokens of one step, packed request after request without padding.
 
@@ -40,12 +57,39 @@ class Batch:
     slots: tuple[int, ...]
     block_tables: tuple[tuple[int, ...], ...]
     block_size: int = BLOCK_SIZE
+    num_drafts: tuple[int, ...] = ()  # of each request, how many of its last tokens are guesses; () stands for none
+    first_keys: tuple[int, ...] = ()  # of each request, the first position that attention sees; () stands for 0
 
     def __post_init__(self) -> None:
         assert sum(self.lens) == self.token_ids_T.numel()
         assert min(self.lens) > 0
         assert len(self.lens) == len(self.context_lens) == len(self.slots) == len(self.block_tables)
+        assert len(self.num_drafts) in (0, len(self.lens))
+        assert len(self.first_keys) in (0, len(self.lens))
         assert len(set(self.slots)) == len(self.slots), "two requests share a slot"
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(self.num_drafts)
+
+    @cached_property
+    def arrays(self) -> BatchArrays:
+        """The same numbers for the CPU's kernels."""
+        num_requests = len(self.lens)
+        tables_RW = np.zeros((num_requests, max(map(len, self.block_tables))), np.int64)
+        for row, table in zip(tables_RW, self.block_tables, strict=True):
+            row[: len(table)] = table
+        context_R = np.array(self.context_lens)
+        return BatchArrays(
+            np.array(self.starts),
+            np.array(self.lens),
+            context_R,
+            np.array(self.slots),
+            context_R == 0,
+            np.array(self.num_drafts or (0,) * num_requests) == 0,
+            np.array(self.first_keys or (0,) * num_requests),
+            tables_RW,
+        )
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -154,6 +198,7 @@ class State:
         self, spec: StateSpec, num_slots: int, num_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.spec, self.num_slots, self.num_blocks = spec, num_slots, num_blocks
+        self.guessed: dict[int, Any] = {}  # by recurrent layer: what `commit` needs of a step that held guesses
         self.pages = {
             p.layer: torch.zeros(num_blocks * spec.block_size, *p.shape, dtype=dtype, device=device) for p in spec.paged
         }
@@ -173,8 +218,26 @@ class State:
         )
 
     def write(self, layer: int, batch: Batch, values: Sequence[Tensor]) -> None:
+        """Writes the state (R, *shape) of the batch's requests, but for those whose last tokens are guesses."""
         for slots, value in zip(self.slots[layer], values, strict=True):
-            slots[batch.slots_R] = value.to(slots.dtype)
+            if batch.has_drafts:
+                keeps = [r for r, count in enumerate(batch.num_drafts) if not count]
+                slots[batch.slots_R[keeps]] = value[keeps].to(slots.dtype)
+            else:
+                slots[batch.slots_R] = value.to(slots.dtype)
+
+    def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies the recurrent state of whole slots, (from, to), one pair after the other."""
+        for source, target in pairs:
+            for slots in (tensor for tensors in self.slots.values() for tensor in tensors):
+                slots[target] = slots[source]
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies whole pages of every attention layer, (from, to), one pair after the other."""
+        size = self.spec.block_size
+        for source, target in pairs:
+            for pages in self.pages.values():
+                pages[target * size : (target + 1) * size] = pages[source * size : (source + 1) * size]
 
     @property
     def nbytes(self) -> int:

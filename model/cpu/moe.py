@@ -1,0 +1,160 @@
+"""The router's choice and the routed experts on a CPU: two products per expert, added on the token's own grid.
+
+Legend: N rows, E experts, K picks a row, P = N·K picks, L expert input, M expert width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from model.cpu.linear import PANEL, address_of, at, multiply_panels
+
+LARGEST = 2.0**62
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def choose_experts(
+    logits_NE: Any,
+    bias_E: Any,
+    num_groups: Any,
+    topk_groups: Any,
+    normalizes: Any,
+    scaling: Any,
+    ids_NK: Any,
+    weights_NK: Any,
+) -> None:
+    """Sigmoid scores; the best `topk_groups` groups by the sum of their two best, then the top K; ties: the lowest id."""
+    num_rows, num_experts = logits_NE.shape
+    top_k = ids_NK.shape[1]
+    per_group = num_experts // num_groups
+    score_E, choice_E = np.empty(num_experts, np.float32), np.empty(num_experts, np.float32)
+    group_G = np.empty(num_groups, np.float32)
+    for n in range(num_rows):
+        for e in range(num_experts):
+            score_E[e] = np.float32(1.0 / (1.0 + math.exp(-logits_NE[n, e])))
+            choice_E[e] = score_E[e] + bias_E[e]
+        if topk_groups < num_groups:
+            for g in range(num_groups):
+                best, second = np.float32(-np.inf), np.float32(-np.inf)
+                for e in range(g * per_group, (g + 1) * per_group):
+                    if choice_E[e] > best:
+                        best, second = choice_E[e], best
+                    elif choice_E[e] > second:
+                        second = choice_E[e]
+                group_G[g] = best + second if per_group > 1 else best
+            for _ in range(num_groups - topk_groups):
+                worst = 0
+                for g in range(num_groups):
+                    if group_G[g] <= group_G[worst]:
+                        worst = g
+                group_G[worst] = np.inf
+                choice_E[worst * per_group : (worst + 1) * per_group] = -np.inf
+        total = np.float32(0.0)
+        for k in range(top_k):
+            best_e = 0
+            for e in range(1, num_experts):
+                if choice_E[e] > choice_E[best_e]:
+                    best_e = e
+            choice_E[best_e] = -np.inf
+            ids_NK[n, k] = best_e
+            weights_NK[n, k] = score_E[best_e]
+            total += score_E[best_e]
+        for k in range(top_k):
+            if normalizes:
+                weights_NK[n, k] /= total + np.float32(1e-20)
+            weights_NK[n, k] *= scaling
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def grids(x_NL: Any, weights_NK: Any, shift: Any, grid_N: Any) -> None:
+    """Exponents of the units in which rows are added: see `model.exact.grid_exponents`."""
+    for n in range(x_NL.shape[0]):
+        total = np.float64(0.0)
+        for value in x_NL[n]:
+            total += np.float64(value) * np.float64(value)
+        _, exponent = math.frexp(total * np.float64(weights_NK[n].max()))
+        grid_N[n] = min(max(exponent + shift, -200), 200)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def partial_sums(
+    x_NL: Any,
+    row_P: Any,
+    expert_P: Any,
+    weight_P: Any,
+    grid_N: Any,
+    up_E: Any,
+    down_E: Any,
+    is_bf16: Any,
+    width: Any,
+    sums_NL: Any,
+) -> bool:
+    """Adds weight·expert(x[row]) of every pick to its row of `sums_NL` (int64, units of 2**grid).
+
+    `up_E` and `down_E` are the addresses of each expert's packed weights. Returns False, with the sums undefined, where
+    an output is not finite or too large to add.
+    """
+    num_picks, input_dim = len(row_P), x_NL.shape[1]
+    num_experts = len(up_E)
+    first_E = np.zeros(num_experts + 1, np.int64)
+    for p in range(num_picks):
+        first_E[expert_P[p] + 1] += 1
+    most = first_E.max()
+    first_E = np.cumsum(first_E)
+    place_E = first_E.copy()
+    order_P = np.empty(num_picks, np.int64)
+    for p in range(num_picks):
+        order_P[place_E[expert_P[p]]] = p
+        place_E[expert_P[p]] += 1
+    padded_width, padded_dim = -(-width // PANEL) * PANEL, -(-input_dim // PANEL) * PANEL
+    x_BL = np.empty((most, input_dim), np.float32)
+    hidden_BM = np.empty((most, padded_width), np.float32)
+    compact_BM = np.empty((most, width), np.float32)
+    y_BL = np.empty((most, padded_dim), np.float32)
+    for e in range(num_experts):
+        first, last = first_E[e], first_E[e + 1]
+        count = last - first
+        if count == 0:
+            continue
+        for b in range(count):
+            x_BL[b] = x_NL[row_P[order_P[first + b]]]
+        multiply_panels(
+            at(x_BL, 0),
+            count,
+            input_dim,
+            address_of(up_E[e]),
+            is_bf16,
+            at(hidden_BM, 0),
+            padded_width,
+            0,
+            padded_width // PANEL,
+        )
+        for b in range(count):
+            for m in range(width):
+                value = max(hidden_BM[b, m], np.float32(0.0))
+                compact_BM[b, m] = value * value
+        multiply_panels(
+            at(compact_BM, 0),
+            count,
+            width,
+            address_of(down_E[e]),
+            is_bf16,
+            at(y_BL, 0),
+            padded_dim,
+            0,
+            padded_dim // PANEL,
+        )
+        for b in range(count):
+            p = order_P[first + b]
+            row = row_P[p]
+            scale = math.ldexp(np.float64(weight_P[p]), -np.int32(grid_N[row]))
+            for i in range(input_dim):
+                units = np.rint(np.float64(y_BL[b, i]) * scale)
+                if not abs(units) < LARGEST:
+                    return False
+                sums_NL[row, i] += np.int64(units)
+    return True

@@ -1,0 +1,26 @@
+"""RMS normalisation of rows, each by itself.
+
+Legend: N rows, D numbers a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+
+@njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[untyped-decorator]
+def rms_norm(x_ND: Any, weight_D: Any, eps: Any, out_ND: Any) -> None:
+    """x / rms(x) · weight, fp32."""
+    dim = x_ND.shape[1]
+    for n in range(x_ND.shape[0]):
+        row = x_ND[n]
+        total = np.float32(0.0)
+        for d in range(dim):
+            total += row[d] * row[d]
+        scale = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(dim) + eps))
+        for d in range(dim):
+            out_ND[n, d] = row[d] * scale * weight_D[d]
