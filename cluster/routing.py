@@ -1,14 +1,16 @@
-"""Which home of an expert computes which rows of a batch: one decision per message to the shards, so it must be quick.
+"""Which home of an expert computes which rows of a batch: one decision per layer and step, so it is compiled.
 
-Legend: E experts of the layer, P picks (one row sent to one expert), S shards that are a home of something.
+Legend: E experts of the layer, P picks (one row sent to one expert), S shards that are a home of something, H homes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 
@@ -42,15 +44,13 @@ class HomeTable:
         self.shard_ids = tuple(sorted({id for ids in homes for id in ids}))
         index = {id: i for i, id in enumerate(self.shard_ids)}
         self.homes = tuple(tuple(index[id] for id in ids) for ids in homes)
+        self.homes_EH = np.full((len(homes), max(map(len, homes), default=0)), -1, dtype=np.int64)  # -1: no more
+        for expert, ids in enumerate(self.homes):
+            self.homes_EH[expert, : len(ids)] = ids
 
-    def live_homes(self, experts: Sequence[int], excluded: Collection[str]) -> list[tuple[int, ...]]:
-        """The homes of each of `experts` that are not excluded; NoLiveHome if one of them has none."""
-        homes = [self.homes[expert] for expert in experts]
-        if excluded:
-            homes = [tuple(h for h in ids if self.shard_ids[h] not in excluded) for ids in homes]
-        if not all(homes):
-            raise NoLiveHome([expert for expert, ids in zip(experts, homes, strict=True) if not ids])
-        return homes
+    def without_home(self, experts: Collection[int], excluded: Collection[str]) -> list[int]:
+        """Those of `experts` whose homes are all excluded."""
+        return [expert for expert in experts if all(self.shard_ids[home] in excluded for home in self.homes[expert])]
 
 
 def choose_homes(
@@ -59,58 +59,81 @@ def choose_homes(
     queue_depth: Mapping[str, int],
     excluded: Collection[str] = (),
     cost: CallCost = CallCost(),
-) -> NDArray[np.intp]:
+) -> NDArray[np.int64]:
     """The home of each pick, as an index into `homes.shard_ids`; raises NoLiveHome.
 
     Experts go to the home that would be done first, those without a choice before the others and big ones before small
     ones. The rows of one expert stay together unless it has more than `cost.max_piece` of them.
     """
-    counts_E = np.bincount(expert_P, minlength=len(homes.homes))
-    experts: list[int] = counts_E.nonzero()[0].tolist()
-    num_rows: list[int] = counts_E[experts].tolist()
-    options = homes.live_homes(experts, excluded)
-    order = sorted(range(len(experts)), key=lambda i: (len(options[i]) > 1, -num_rows[i]))
-
-    filling = _Filling([queue_depth.get(id, 0) * cost.queued for id in homes.shard_ids], cost)
-    home_E = np.zeros(len(homes.homes), dtype=np.intp)
-    split: list[tuple[int, list[int]]] = []
-    for i in order:
-        pieces = filling.add(options[i], num_rows[i])
-        home_E[experts[i]] = pieces[0]
-        if len(set(pieces)) > 1:
-            split.append((experts[i], pieces))
-
-    home_P: NDArray[np.intp] = home_E[expert_P]
-    for expert, pieces in split:
-        piece_of_row = np.arange(counts_E[expert]) // cost.max_piece
-        home_P[expert_P == expert] = np.array(pieces)[piece_of_row]
+    busy_S = np.array([queue_depth.get(id, 0) * cost.queued for id in homes.shard_ids], dtype=np.float64)
+    is_excluded_S = np.array([id in excluded for id in homes.shard_ids], dtype=np.bool_)
+    home_P = np.empty(len(expert_P), dtype=np.int64)
+    costs = float(cost.expert), float(cost.row), float(cost.message), cost.max_piece
+    if not _choose(expert_P, homes.homes_EH, is_excluded_S, busy_S, costs, home_P):
+        raise NoLiveHome(homes.without_home(np.unique(expert_P).tolist(), excluded))
     return home_P
 
 
-class _Filling:
-    """How long each shard will take, as experts are given to it."""
+@njit(nogil=True, cache=True)
+def _choose(expert_P: Any, homes_EH: Any, is_excluded_S: Any, busy_S: Any, costs: Any, home_P: Any) -> bool:
+    """Writes `home_P`; False where an expert has no home that may be asked. `tests/cluster/slow_routing.py` is the
+    same in plain Python."""
+    num_experts, max_homes = homes_EH.shape
+    count_E = np.zeros(num_experts, np.int64)
+    for expert in expert_P:
+        count_E[expert] += 1
+    options_EH = np.empty((num_experts, max_homes), np.int64)
+    num_options_E = np.zeros(num_experts, np.int64)
+    for expert in np.flatnonzero(count_E):
+        for home in homes_EH[expert]:
+            if home >= 0 and not is_excluded_S[home]:
+                options_EH[expert, num_options_E[expert]] = home
+                num_options_E[expert] += 1
+        if num_options_E[expert] == 0:
+            return False
 
-    def __init__(self, busy: list[float], cost: CallCost) -> None:
-        self.busy = busy
-        self.is_called = [False] * len(busy)
-        self.cost = cost
+    experts = np.flatnonzero(count_E)
+    has_choice = (num_options_E[experts] > 1).astype(np.int64)
+    order = np.argsort((has_choice << 40) - count_E[experts], kind="mergesort")
 
-    def add(self, options: tuple[int, ...], num_rows: int) -> list[int]:
-        """Gives out the rows of one expert piece by piece; returns the home of each piece."""
-        if len(options) == 1 or num_rows <= self.cost.max_piece:
-            return [self._give(options, num_rows, ())] * -(-num_rows // self.cost.max_piece)
-        pieces: list[int] = []
-        for start in range(0, num_rows, self.cost.max_piece):
-            pieces.append(self._give(options, min(self.cost.max_piece, num_rows - start), pieces))
-        return sorted(pieces)
+    max_piece = costs[3]
+    is_called_S = np.zeros(len(busy_S), np.bool_)
+    holds_S = np.empty(len(busy_S), np.bool_)
+    piece_home_P = np.empty(len(expert_P), np.int64)  # an expert has no more pieces than picks
+    first_piece_E = np.empty(num_experts, np.int64)
+    num_pieces = 0
+    for expert in experts[order]:
+        options, left = options_EH[expert, : num_options_E[expert]], count_E[expert]
+        first_piece_E[expert] = start = num_pieces
+        piece = left if len(options) == 1 else max_piece
+        holds_S[:] = False
+        while left > 0:
+            home = _give(options, min(piece, left), holds_S, is_called_S, busy_S, costs)
+            piece_home_P[num_pieces] = home
+            num_pieces += 1
+            left -= piece
+        if len(options) == 1:  # however many pieces, they have one home
+            num_pieces = start - (-count_E[expert] // max_piece)
+            piece_home_P[start:num_pieces] = options[0]
+        piece_home_P[start:num_pieces].sort()
 
-    def _give(self, options: tuple[int, ...], num_rows: int, holding: Collection[int]) -> int:
-        home, least = options[0], float("inf")
-        for option in options:
-            # A message costs the caller, not the shard: it counts in the choice, not in how busy the shard is.
-            extra = (0.0 if self.is_called[option] else self.cost.message) + (option not in holding) * self.cost.expert
-            if self.busy[option] + extra < least:
-                home, least = option, self.busy[option] + extra
-        self.busy[home] += num_rows * self.cost.row + (home not in holding) * self.cost.expert
-        self.is_called[home] = True
-        return home
+    num_seen_E = np.zeros(num_experts, np.int64)
+    for pick, expert in enumerate(expert_P):
+        home_P[pick] = piece_home_P[first_piece_E[expert] + num_seen_E[expert] // max_piece]
+        num_seen_E[expert] += 1
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _give(options: Any, num_rows: Any, holds_S: Any, is_called_S: Any, busy_S: Any, costs: Any) -> int:
+    """Gives some rows of one expert to the home that would be done first."""
+    expert_cost, row_cost, message_cost, _ = costs
+    home, least = options[0], np.inf
+    for option in options:
+        # A message costs the caller, not the shard: it counts in the choice, not in how busy the shard is.
+        extra = (0.0 if is_called_S[option] else message_cost) + (0.0 if holds_S[option] else expert_cost)
+        if busy_S[option] + extra < least:
+            home, least = option, busy_S[option] + extra
+    busy_S[home] += num_rows * row_cost + (0.0 if holds_S[home] else expert_cost)
+    is_called_S[home] = holds_S[home] = True
+    return int(home)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.routing import CallCost, HomeTable, NoLiveHome, choose_homes
+from tests.cluster import slow_routing
 
 NO_MESSAGES = CallCost(message=0.0)
 
@@ -72,3 +73,19 @@ def test_experts_without_a_live_home_are_named() -> None:
         choose_homes(np.array([2, 0, 1]), table, {}, excluded={"a", "b"})
     assert caught.value.experts == (0, 2)
     choose_homes(np.array([1]), table, {}, excluded={"a", "b"})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_compiled_choice_is_that_of_plain_python(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_shards = int(rng.integers(2, 9))
+    table = make_table(64, num_shards, seed)
+    depths = {id: int(rng.integers(0, 4)) for id in table.shard_ids}
+    excluded = {table.shard_ids[0]} if seed % 2 else set()
+    for num_picks in (1, 6, 100, 5000):
+        expert_P = (64 * rng.random(num_picks) ** 3).astype(np.int32)  # some are hot
+        if table.without_home(expert_P.tolist(), excluded):
+            continue
+        chosen = choose_homes(expert_P, table, depths, excluded)
+        expected = slow_routing.choose_homes(expert_P, table, depths, excluded, CallCost())
+        assert chosen.tolist() == expected.tolist()
