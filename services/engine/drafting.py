@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 
 PRIOR_RATE = 0.6  # accepted of drafts at any position, before anything was measured
 PRIOR_WEIGHT = 4.0  # in observations
-REQUEST_KEPT = 0.95  # of what a request's acceptance weighs, from one observation to the next
+REQUEST_KEPT = 0.98  # of what a request's acceptance weighs, from one observation to the next
 OVERALL_KEPT = 0.998
-COST_KEPT = 0.98
-# Seconds of a step, of a row, of a draft pass and of a row of it, before anything was measured. Only ratios count.
-PRIOR_COST = (1.0, 0.02, 0.15, 0.02)
-NOISE = 0.3  # of a step's seconds, relative
+COST_KEPT = 0.99  # likewise of a step's cost
+# Of a step, of a row, of a draft pass and of a row of it, before anything was measured, and how far each may be off.
+PRIOR_COST = (1.0, 0.05, 0.15, 0.02)
+PRIOR_SPREAD = (1.0, 0.3, 0.3, 0.1)
+NOISE = 0.1  # of a step's seconds, relative
 MAX_ROWS = 256  # of a step whose cost is learnt from: prompts follow another law
-# A probe drafts after so many steps without; a pause leaves it for one step after so many with: where depths never
+# A probe drafts after so many steps without; a pause leaves it for two steps after so many with: where depths never
 # change, nothing tells the cost of drafts from that of the model. Both become rarer.
-PROBE_AFTER = (64, 1024)
-PAUSE_AFTER = (8, 128)
+PROBE_AFTER, PROBE_LEN = (32, 256), 1
+PAUSE_AFTER, PAUSE_LEN = (8, 64), 2
 
 
 @dataclass(frozen=True)
@@ -79,32 +80,38 @@ class StepShape:
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
-    """Seconds of a step as a linear function of its shape: least squares in which old steps fade."""
+    """Seconds of a step as a linear function of its shape: least squares of relative errors, in which steps fade.
+
+    `moments_FF` and `sums_F` are of features per second of the step.
+    """
 
     moments_FF: NDArray[np.float64]
-    seconds_F: NDArray[np.float64]
-    num_seen: int = 0
+    sums_F: NDArray[np.float64]
+    num_steps: float = 0.0
 
     @staticmethod
     def unknown() -> StepCost:
         return StepCost(np.zeros((4, 4)), np.zeros(4))
 
     def observe(self, shape: StepShape, seconds: float) -> StepCost:
-        features_F = np.array(shape.features)
-        moments_FF = COST_KEPT * self.moments_FF + np.outer(features_F, features_F)
-        return StepCost(moments_FF, COST_KEPT * self.seconds_F + seconds * features_F, self.num_seen + 1)
+        features_F = np.array(shape.features) / seconds
+        return StepCost(
+            COST_KEPT * self.moments_FF + np.outer(features_F, features_F),
+            COST_KEPT * self.sums_F + features_F,
+            COST_KEPT * self.num_steps + 1,
+        )
 
     @property
     def weights(self) -> tuple[float, float, float, float]:
         """Seconds of a step, a row, a draft pass and a row of it. What the steps do not tell apart, PRIOR_COST does."""
-        if not self.seconds_F[0]:
+        if not self.num_steps:
             return PRIOR_COST
         prior_F = np.array(PRIOR_COST)
-        prior_F *= self.seconds_F[0] / (self.moments_FF[0] @ prior_F)  # as dear on the whole as what was measured
-        # Bayesian linear regression: each weight is expected to be off by as much as it is, each step by NOISE.
-        noise = NOISE * self.seconds_F[0] / self.moments_FF[0, 0]
-        precision_FF = self.moments_FF + np.diag((noise / prior_F) ** 2)
-        fitted_F = prior_F + np.linalg.solve(precision_FF, self.seconds_F - self.moments_FF @ prior_F)
+        prior_F *= self.num_steps / (self.sums_F @ prior_F)  # as dear on the whole as what was measured
+        # Bayesian linear regression: a normal prior of this spread, and steps that are off by NOISE.
+        spread_F = prior_F[0] * np.array(PRIOR_SPREAD)
+        precision_FF = self.moments_FF + np.diag((NOISE / spread_F) ** 2)
+        fitted_F = prior_F + np.linalg.solve(precision_FF, self.sums_F - self.moments_FF @ prior_F)
         step, row, a_pass, draft_row = np.maximum(fitted_F, prior_F * 1e-2).tolist()
         return step, row, a_pass, draft_row
 
@@ -146,20 +153,26 @@ def choose_depths(
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When to do for one step what was not chosen: `num_steps` alike have passed, `after` as many it is time."""
+    """When to do what was not chosen: for `length` steps, after `after` that were alike."""
 
-    num_steps: int
     after: int
     longest: int
+    length: int
+    num_alike: int = 0
+    num_others: int = 0
 
     @property
     def is_due(self) -> bool:
-        return self.num_steps >= self.after
+        return self.num_alike >= self.after
 
     def next(self, is_alike: bool) -> Rhythm:
         if is_alike:
-            return replace(self, num_steps=self.num_steps + 1)
-        return replace(self, num_steps=0, after=min(2 * self.after, self.longest) if self.is_due else self.after)
+            return replace(self, num_alike=self.num_alike + 1)
+        if not self.is_due:
+            return replace(self, num_alike=0)
+        if self.num_others + 1 < self.length:
+            return replace(self, num_others=self.num_others + 1)
+        return replace(self, num_alike=0, num_others=0, after=min(2 * self.after, self.longest))
 
 
 @dataclass(frozen=True)
@@ -169,8 +182,8 @@ class DraftingState:
     max_depth: int
     overall: Acceptance = NO_DRAFTS_YET
     cost: StepCost = field(default_factory=StepCost.unknown)
-    probe: Rhythm = Rhythm(0, *PROBE_AFTER)
-    pause: Rhythm = Rhythm(0, *PAUSE_AFTER)
+    probe: Rhythm = Rhythm(*PROBE_AFTER, PROBE_LEN)
+    pause: Rhythm = Rhythm(*PAUSE_AFTER, PAUSE_LEN)
     drafted: tuple[int, ...] = ()  # drafts that were verified, by position
     accepted: tuple[int, ...] = ()
 
@@ -200,7 +213,7 @@ class DraftingState:
 
     def timed(self, shape: StepShape, seconds: float) -> DraftingState:
         """After a step of this shape took `seconds`."""
-        if not self.max_depth or shape.num_rows > MAX_ROWS:
+        if not self.max_depth or not seconds or shape.num_rows > MAX_ROWS:
             return self
         return replace(self, cost=self.cost.observe(shape, seconds))
 

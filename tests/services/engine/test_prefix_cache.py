@@ -257,7 +257,7 @@ def test_a_failed_step_leaves_no_checkpoint_that_was_never_copied() -> None:
     assert_consistent(machine.scheduler)
 
 
-# The bars of the issue: four patterns, at least 50 of 64 requests hit ------------------------------------------------------
+# The bars of the issue: four patterns, at least 50 of 64 requests hit -----------------------------------------------
 
 
 def shared_prefix(length: int) -> list[list[int]]:
