@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from services.engine.grammar import GrammarCompiler
 from services.gateway.generation import Generation, Health, ModelCard
 from services.gateway.rest import build_rest
 from services.gateway.text import Tokenizer
@@ -27,14 +28,19 @@ def tokenizer(model_dir: Path) -> Tokenizer:
     return Tokenizer(model_dir)
 
 
+@pytest.fixture(scope="session")
+def compiler(model_dir: Path) -> GrammarCompiler:
+    return GrammarCompiler(model_dir)
+
+
 @pytest.fixture
 def source(tokenizer: Tokenizer) -> EchoSource:
     return EchoSource(eos_id=tokenizer._hf.convert_tokens_to_ids(EOS))
 
 
 @pytest.fixture
-def generation(source: EchoSource, tokenizer: Tokenizer) -> Generation:
-    return Generation(source, tokenizer, ModelCard("echo", max_model_len=64, created=1))
+def generation(source: EchoSource, tokenizer: Tokenizer, compiler: GrammarCompiler) -> Generation:
+    return Generation(source, tokenizer, ModelCard("echo", max_model_len=64, created=1), compiler.check)
 
 
 @pytest.fixture
