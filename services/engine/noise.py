@@ -79,7 +79,7 @@ def device_uniforms(
     return (bits_SV.double() + 0.5) * UNIT
 
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def _fill(noise_N, first_id, seed, position):  # type: ignore[no-untyped-def]
     """Uniforms of the ids from `first_id`, which is even, into a buffer of even length."""
     for i in range(noise_N.shape[0] // 2):
@@ -94,7 +94,7 @@ def _fill(noise_N, first_id, seed, position):  # type: ignore[no-untyped-def]
         noise_N[2 * i + 1] = (np.float64((c2 << HIGH_BITS) | (c3 >> LOW_BITS)) + 0.5) * UNIT
 
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def _draw_rows(weights_SV, seeds_S, positions_S, tokens_S):  # type: ignore[no-untyped-def]
     noise_P = np.empty(PIECE)
     for s in range(weights_SV.shape[0]):

@@ -36,7 +36,7 @@ def _top_k(params: SamplingParams, vocab_size: int) -> int:
     return min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
 
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def _cut_row(weights_V, ascending_V, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
     last, num_kept = len(ascending_V) - 1, top_k
     if top_p < 1:
