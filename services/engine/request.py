@@ -183,6 +183,11 @@ class Request:
         return self.params.priority, self.arrival
 
     @property
+    def slot_id(self) -> int:
+        assert self.slot is not None, "only a running request has state"
+        return self.slot
+
+    @property
     def queued_s(self) -> float:
         return 0.0 if self.first_scheduled_at is None else self.first_scheduled_at - self.arrived_at
 

@@ -1,26 +1,35 @@
-"""Runs one scheduled step through the model and samples the requests that have caught up."""
+"""Runs one scheduled step through the model: computes its tokens, verifies drafts, samples, and drafts anew."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from model.state import Batch, State
-from services.engine.request import Request
-from services.engine.sampler import Row, Sampler
+from services.engine.drafter import Drafter, DraftModel, Guess
+from services.engine.request import Request, TokenLogprob
+from services.engine.sampler import Row, Sampled, Sampler, token_logprobs
 from services.engine.scheduler import ScheduledBatch, StepResult
 
+PROMPT_LOGITS_ROWS = 128  # at once: a vocabulary's logits of a whole prompt chunk would not fit everywhere
 
-class LanguageModel(Protocol):
+
+class LanguageModel(DraftModel, Protocol):
     """What the engine asks of a model family."""
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether `draft` may be called."""
 
     def forward(self, batch: Batch, state: State, /) -> Tensor:
         """Hidden vectors (T, D) of the batch's tokens; reads and writes the requests' state."""
 
-    def logits(self, hidden_SD: Tensor, /) -> Tensor:
-        """Fp32 logits (S, V)."""
+    def commit(self, batch: Batch, num_accepted: Sequence[int], state: State, /) -> None:
+        """Moves recurrent state past the accepted drafts of the batch that `forward` computed last."""
 
 
 class Runner:
@@ -29,52 +38,119 @@ class Runner:
     def __init__(self, model: LanguageModel, state: State, device: torch.device | str = "cpu") -> None:
         self.model, self.state, self.device = model, state, device
         self.sampler = Sampler()
+        self.drafter = Drafter(model, state, self.sampler, device) if model.has_drafts else None
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[StepResult]:
         """New tokens of each request of the batch: none for a request that still lags behind."""
-        self._copy(batch)
+        self.state.copy_slots(batch.slot_copies)
+        self.state.copy_pages(batch.page_copies)
         if not batch.requests:
             return []
         packed = self._pack(batch)
         hidden_TD = self.model.forward(packed, self.state)
-        caught_up = [i for i in range(len(batch.requests)) if batch.catches_up(i)]
-        results = [StepResult()] * len(batch.requests)
-        if caught_up:
-            logits_SV = self.model.logits(hidden_TD[[packed.last_rows[i] for i in caught_up]])
-            sampled = self.sampler.sample(logits_SV, [Row(batch.requests[i]) for i in caught_up])
-            for i, token in zip(caught_up, sampled, strict=True):
-                results[i] = StepResult(failed=True) if token is None else StepResult((token,))
-        return results
+        new_tokens = self._verify(batch, packed, hidden_TD)
+        if packed.has_drafts:
+            self.model.commit(packed, [max(0, len(tokens or ()) - 1) for tokens in new_tokens], self.state)
+        drafts = self._draft(batch, packed, hidden_TD, new_tokens)
+        return [
+            StepResult(
+                tuple(tokens or ()),
+                drafts.get(i, ()),
+                self._prompt_logprobs(batch, packed, hidden_TD, i),
+                tokens is None,
+            )
+            for i, tokens in enumerate(new_tokens)
+        ]
 
     def release(self, request: Request) -> None:
         """Forgets what is noted about a request that has ended."""
         self.sampler.release(request)
+        if self.drafter:
+            self.drafter.release(request)
 
-    def _copy(self, batch: ScheduledBatch) -> None:
-        for source, target in batch.slot_copies:
-            for tensors in self.state.slots.values():
-                for tensor in tensors:
-                    tensor[target] = tensor[source]
-        size = self.state.spec.block_size
-        for source, target in batch.page_copies:
-            for pages in self.state.pages.values():
-                pages[target * size : (target + 1) * size] = pages[source * size : (source + 1) * size]
+    def _verify(self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor) -> list[list[Sampled] | None]:
+        """Of each request: its accepted drafts and the token after them, [] if it lags behind, None if it failed."""
+        places = [i for i in range(len(batch.requests)) if batch.catches_up(i)]
+        rows = [
+            Row(batch.requests[i], batch.requests[i].draft_ids[:n])
+            for i in places
+            for n in range(batch.num_drafts[i] + 1)
+        ]
+        found: list[list[Sampled] | None] = [[] for _ in batch.requests]
+        if not places:
+            return found
+        wanted = [packed.last_rows[i] - n for i in places for n in range(batch.num_drafts[i], -1, -1)]
+        sampled = self.sampler.sample(self.model.logits(hidden_TD[wanted]), rows)
+        ends = accumulate(batch.num_drafts[i] + 1 for i in places)
+        for i, end in zip(places, ends, strict=True):
+            drafts = batch.requests[i].draft_ids[: batch.num_drafts[i]]
+            found[i] = accept(sampled[end - len(drafts) - 1 : end], drafts, batch.requests[i])
+        return found
+
+    def _draft(
+        self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, new_tokens: Sequence[list[Sampled] | None]
+    ) -> dict[int, tuple[int, ...]]:
+        guesses = {}
+        for i, tokens in enumerate(new_tokens):
+            request, depth = batch.requests[i], batch.draft_depths[i]
+            if not tokens or tokens[-1].token_id in request.stop_ids:
+                continue
+            # The last token of all is never drafted: no draft is needed to verify the one before it.
+            depth = min(depth, request.max_len - request.num_tokens - len(tokens) - 1)
+            if depth > 0 and self.drafter:
+                start, context = packed.starts[i], packed.context_lens[i]
+                num_right = batch.lens[i] - batch.num_drafts[i] + len(tokens) - 1
+                new_ids = tuple(token.token_id for token in tokens)
+                guesses[i] = Guess(request, new_ids, context + 1, hidden_TD[start : start + num_right], depth)
+        if guesses and self.drafter:
+            self.drafter.draft(list(guesses.values()))
+        return {i: guess.draft_ids for i, guess in guesses.items()}
+
+    def _prompt_logprobs(
+        self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, i: int
+    ) -> tuple[TokenLogprob, ...]:
+        """Of the prompt's tokens that follow the ones just computed, where the request asked for them."""
+        request, start, context = batch.requests[i], packed.starts[i], packed.context_lens[i]
+        num_top = request.params.prompt_logprobs
+        if num_top is None or request.num_generated:
+            return ()
+        following = request.token_ids[context + 1 : context + 1 + batch.lens[i]]
+        found: list[TokenLogprob] = []
+        for first in range(0, len(following), PROMPT_LOGITS_ROWS):
+            ids = following[first : first + PROMPT_LOGITS_ROWS]
+            logits_SV = self.model.logits(hidden_TD[start + first : start + first + len(ids)])
+            found += token_logprobs(logits_SV, ids, num_top)
+        return tuple(found)
 
     def _pack(self, batch: ScheduledBatch) -> Batch:
         token_ids: list[int] = []
-        for request, length in batch:
+        for (request, length), num_drafts in zip(batch, batch.num_drafts, strict=True):
             start = request.num_computed_tokens
-            token_ids += request.token_ids[start : start + length]
+            token_ids += request.token_ids[start : start + length - num_drafts]
+            token_ids += request.draft_ids[:num_drafts]
         return Batch(
             token_ids_T=torch.tensor(token_ids, device=self.device),
             lens=batch.lens,
             context_lens=tuple(request.num_computed_tokens for request in batch.requests),
-            slots=tuple(_slot(request) for request in batch.requests),
+            slots=tuple(request.slot_id for request in batch.requests),
             block_tables=tuple(tuple(request.block_table) for request in batch.requests),
+            num_drafts=batch.num_drafts,
         )
 
 
-def _slot(request: Request) -> int:
-    assert request.slot is not None, "a scheduled request has a slot"
-    return request.slot
+def accept(sampled: Sequence[Sampled | None], drafts: Sequence[int], request: Request) -> list[Sampled] | None:
+    """The tokens that a step adds: drafts as long as they are what was sampled, and the first token that is not.
+
+    `sampled[n]` was drawn from the model's own logits after `drafts[:n]`, so the tokens are distributed as without
+    drafts. Nothing follows a stop token or the request's last place. None where the logits held no number.
+    """
+    accepted: list[Sampled] = []
+    for n, token in enumerate(sampled):
+        if token is None:
+            return None
+        accepted.append(token)
+        is_end = token.token_id in request.stop_ids or request.num_tokens + len(accepted) == request.max_len
+        if is_end or n == len(drafts) or token.token_id != drafts[n]:
+            break
+    return accepted

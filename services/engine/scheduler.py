@@ -248,7 +248,7 @@ class Scheduler:
                 if saved := self.cache.save_copy(request):
                     self._plan.saved.append(saved)
                     if saved.slot is not None:
-                        self._plan.slot_copies.append((_slot(request), saved.slot))
+                        self._plan.slot_copies.append((request.slot_id, saved.slot))
 
     def _grow_running(self) -> None:
         for request in list(self.running):
@@ -276,7 +276,7 @@ class Scheduler:
         if is_intact:
             self.cache.take_over(request)
         else:
-            self.slots.give_back([_slot(request)])
+            self.slots.give_back([request.slot_id])
             self.blocks.give_back(request.block_table)
         request.slot, request.block_table = None, []
         self.running.remove(request)
@@ -432,11 +432,6 @@ class Scheduler:
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
-
-
-def _slot(request: Request) -> int:
-    assert request.slot is not None, "only a running request has state"
-    return request.slot
 
 
 def _output(
