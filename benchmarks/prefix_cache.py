@@ -116,7 +116,7 @@ async def run_chats(running: Server, concurrency: int) -> list[Reuse]:
             results.append(reuse(num_before, warm, cold))
             answer = await client.post(url, json={"messages": messages, **OPTIONS})
             messages.append({"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"] or ""})
-            num_before = warm.num_prompt
+            num_before = warm.num_prompt + warm.num_generated
 
     async with new_client(120) as client:
         await asyncio.gather(*(converse(client, number) for number in range(NUM_CONVERSATIONS)))
@@ -175,7 +175,7 @@ def main() -> None:
     with server(*model, "--shards", str(args.shards)) as running:
         summaries = asyncio.run(measure(running, args.vocab, args.concurrency, args.seed))
         engine = running.status()["engine"]
-    Console().print(report(summaries))
+    Console(width=120).print(report(summaries))
     if args.json:
         args.json.write_text(json.dumps({"patterns": summaries, "engine": engine}, indent=2) + "\n")
 
