@@ -100,7 +100,7 @@ class Answer:
         self._num_chars += len(echo)
         self._is_first = False
         if self._job.is_prompt_only:
-            delta = TextDelta(self._index, echo, (), FinishReason.LENGTH, output.num_prompt, 0)
+            delta = TextDelta(self._index, "", (), FinishReason.LENGTH, output.num_prompt, 0)
         else:
             delta = self._delta(output)
         return replace(

@@ -1,12 +1,12 @@
-"""A small world for the gateway: a byte-level tokenizer made here, and a source of tokens that repeats its prompt."""
+"""A small world for the gateway: a byte-level tokenizer made here, and a source that says its prompt or a script."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from services.engine.request import FinishReason, SamplingParams, TokenOutput
+from services.engine.request import FinishReason, SamplingParams, TokenLogprob, TokenOutput
 
 EOS = "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if messages[0].content == 'refuse' %}{{ raise_exception('the first message may not be that') }}{% endif %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
 )
 
 
@@ -42,9 +42,14 @@ def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> Non
 
 @dataclass
 class EchoSource:
-    """Repeats the prompt and then ends with `eos_id`; with `ignore_eos`, repeats it without end."""
+    """Says `script`, or the prompt, and then ends with `eos_id`; with `ignore_eos`, repeats it without end.
+
+    A token's logprob is made up from its id; the alternatives are the ids that follow it.
+    """
 
     eos_id: int
+    script: list[int] | None = None
+    cached: tuple[int, str] = (0, "")  # tokens of each prompt, and the reason
     tokens_per_output: int = 1
     pause: float = 0.0
     fails: Exception | None = None  # raised after `num_good` outputs
@@ -71,17 +76,35 @@ class EchoSource:
             self.active.discard(request_id)
 
     def _outputs(self, request_id: str, prompt: list[int], params: SamplingParams) -> Iterator[TokenOutput]:
-        answer = cycle(prompt) if params.ignore_eos else iter([*prompt, self.eos_id])
+        said = prompt if self.script is None else self.script
+        answer = cycle(said) if params.ignore_eos else iter([*said, self.eos_id])
         limit = params.max_tokens or 1000
-        num_done = 0
+        num_done, is_first = 0, params.prompt_logprobs is not None
         while tokens := tuple(islice(answer, min(self.tokens_per_output, limit - num_done))):
             num_done += len(tokens)
             is_stop = not params.ignore_eos and tokens[-1] == self.eos_id
             reason = FinishReason.STOP if is_stop else FinishReason.LENGTH if num_done == limit else None
             told = None if self.forgets_reason else reason
-            yield TokenOutput(request_id, tokens, told, len(prompt), num_done)
+            output = TokenOutput(request_id, tokens, told, len(prompt), num_done, queued_s=0.001)
+            yield replace(
+                output,
+                logprobs=scores(tokens, params.logprobs),
+                prompt_logprobs=(None, *scores(prompt[1:], params.prompt_logprobs)) if is_first else (),
+                num_cached=self.cached[0],
+                cache_reason=self.cached[1],
+            )
+            is_first = False
             if reason:
                 return
+
+
+def scores(token_ids: Sequence[int], num_top: int | None) -> tuple[TokenLogprob, ...]:
+    if num_top is None:
+        return ()
+    return tuple(
+        TokenLogprob(token_id, -token_id / 1024, 2, tuple((token_id + n, -n / 8) for n in range(1, num_top + 1)))
+        for token_id in token_ids
+    )
 
 
 @contextmanager
