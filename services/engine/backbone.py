@@ -85,6 +85,8 @@ class Backbone:
         plan = config.memory
         state = State(family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device)
         draft_tokens = DEFAULT_DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens
+        # Where prompts go through the recurrence they may be cut anywhere, and their state be saved there.
+        align = 1 if kernels.is_compiled(config.device) else family.config.chunk_size
         scheduler = Scheduler(
             SchedulerConfig(
                 plan.num_slots,
@@ -93,14 +95,14 @@ class Backbone:
                 config.max_model_len,
                 max_batch_tokens=config.max_batch_tokens,
                 max_waiting=config.max_waiting,
-                chunk_align=family.config.chunk_size,
-                checkpoint_align=family.config.chunk_size,
+                chunk_align=align,
+                checkpoint_align=align,
                 num_checkpoint_slots=plan.num_checkpoint_slots,
                 bytes_per_slot=plan.bytes_per_slot,
                 bytes_per_block=plan.bytes_per_block,
                 has_prefix_cache=config.prefix_cache,
                 turn_end_ids=frozenset(family.config.eos_token_ids),
-                max_draft_tokens=draft_tokens if family.has_mtp else 0,
+                max_draft_tokens=draft_tokens if model.has_drafts else 0,
             )
         )
         self.engine = Engine(

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from model.state import Batch, State
 from services.engine.engine import Engine
-from services.engine.request import DeadlinePassed, EngineFailed, EngineOverloaded, SamplingParams, TokenOutput
+from services.engine.request import (
+    DeadlinePassed,
+    EngineFailed,
+    EngineOverloaded,
+    Grammar,
+    GrammarKind,
+    SamplingParams,
+    TokenOutput,
+)
 from tests.services.engine.tiny_model import DIM, EOS, VOCAB_SIZE, TinyModel, tiny_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -56,31 +64,50 @@ def assert_idle(engine: Engine) -> None:
     assert stats.num_running == stats.num_waiting == stats.num_slots_taken == stats.num_blocks_taken == 0
 
 
+@pytest.mark.parametrize("has_prefix_cache", [True, False])
+@pytest.mark.parametrize("max_draft_tokens", [0, 3])
 @pytest.mark.parametrize(
     "limits",
     [
         {"num_slots": 1},
         {"num_slots": 8, "max_batch_tokens": 16},
-        {"num_slots": 8, "max_batch_tokens": 16, "chunk_align": 8},
+        {"num_slots": 8, "max_batch_tokens": 16, "chunk_align": 8, "checkpoint_align": 8},
         {"num_slots": 8, "num_blocks": 20, "max_batch_tokens": 16},  # preempts
+        {"num_slots": 3, "num_checkpoint_slots": 6, "checkpoint_interval": 8},
     ],
 )
-def test_engine_equals_naive_generation_however_it_is_scheduled(limits: dict[str, int]) -> None:
-    model, prompts = TinyModel(), make_prompts(24)
+def test_engine_equals_naive_generation_however_it_is_scheduled(
+    limits: dict[str, int], max_draft_tokens: int, has_prefix_cache: bool
+) -> None:
+    model, prompts = TinyModel(), make_prompts(16)
+    prompts += [[*prompts[i % 3], *prompts[i]] for i in range(8)]
     expected = [model.naive_greedy(prompt, 20) for prompt in prompts]
-    with started(tiny_engine(model, **limits)) as engine:
+    options = {**limits, "max_draft_tokens": max_draft_tokens, "has_prefix_cache": has_prefix_cache}
+    with started(tiny_engine(model, **options)) as engine:
         assert generate_all(engine, prompts, GREEDY) == expected
         assert_idle(engine)
         assert engine.is_healthy
-        assert (engine.stats().num_preemptions > 0) == ("num_blocks" in limits)
+        stats = engine.stats()
+        assert (stats.num_preemptions > 0) == ("num_blocks" in limits)
+        assert (sum(stats.drafted_by_position) > 0) == (max_draft_tokens > 0)
+        assert (stats.num_checkpoints > 0) == has_prefix_cache
+        assert sum(stats.cache_reasons.values()) == len(prompts)
+        # The same again starts from what the first ones left behind.
+        assert generate_all(engine, prompts, GREEDY) == expected
+        assert (engine.stats().num_cached_tokens > stats.num_cached_tokens) == has_prefix_cache
+        assert_idle(engine)
     assert max(model.num_tokens) <= engine.scheduler.config.max_batch_tokens
 
 
 def test_sampling_depends_on_the_seed_alone() -> None:
     params = SamplingParams(temperature=1.5, top_p=0.95, seed=11, max_tokens=16, ignore_eos=True)
     prompts = make_prompts(12)
+    with started(tiny_engine(max_draft_tokens=0, has_prefix_cache=False)) as engine:
+        undrafted = generate_all(engine, prompts, params)
     with started(tiny_engine()) as engine:
         together = generate_all(engine, prompts, params)
+        assert together == undrafted
+        assert sum(engine.stats().accepted_by_position) > 0
         assert together == [run_one(engine, prompt, params) for prompt in prompts]
         assert run_one(engine, prompts[0], SamplingParams(temperature=1.5, seed=12, max_tokens=16)) != together[0]
         unseeded = SamplingParams(temperature=1.5, max_tokens=16, ignore_eos=True)
@@ -107,11 +134,80 @@ def test_usage_counts_and_the_last_output_names_its_reason() -> None:
         return [output async for output in engine.generate("x", [3, 4, 5], params)]
 
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    with started(tiny_engine()) as engine:
+    with started(tiny_engine(max_draft_tokens=0)) as engine:
         outputs = asyncio.run(run(engine))
     assert [o.num_generated for o in outputs] == [1, 2, 3, 4]
     assert [o.finish_reason for o in outputs] == [None, None, None, "length"]
-    assert {(o.request_id, o.num_prompt) for o in outputs} == {("x", 3)}
+    assert {(o.request_id, o.num_prompt, o.num_cached, o.cache_reason) for o in outputs} == {("x", 3, 0, "too_short")}
+    assert all(o.queued_s >= 0 for o in outputs)
+
+
+def test_drafts_bring_several_tokens_a_step_and_are_counted_by_position() -> None:
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    with started(tiny_engine()) as engine:
+        assert len(run_one(engine, [3, 4, 5], params)) == 60
+        stats = engine.stats()
+    assert stats.num_steps < 60
+    assert len(stats.drafted_by_position) >= 1
+    assert all(a <= d for a, d in zip(stats.accepted_by_position, stats.drafted_by_position, strict=True))
+    assert stats.num_generated_tokens == 60
+    assert stats.num_prompt_tokens == 3
+
+
+def test_logprobs_of_the_prompt_come_once_and_forgo_reuse() -> None:
+    async def run(engine: Engine, prompt: list[int]) -> list[TokenOutput]:
+        return [output async for output in engine.generate("x", prompt, params)]
+
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    [prompt] = [p for p in make_prompts(30) if len(p) == 35][:1]
+    with started(tiny_engine(max_batch_tokens=16)) as engine:
+        first, second = asyncio.run(run(engine, prompt)), asyncio.run(run(engine, prompt))
+    for outputs in (first, second):
+        assert [bool(o.prompt_logprobs) for o in outputs] == [True] + [False] * (len(outputs) - 1)
+        of_prompt = outputs[0].prompt_logprobs
+        assert of_prompt[0] is None
+        assert [entry.token_id for entry in of_prompt[1:] if entry] == prompt[1:]
+        assert [entry.token_id for o in outputs for entry in o.logprobs] == [t for o in outputs for t in o.token_ids]
+        assert {o.cache_reason for o in outputs} == {"prompt_logprobs"}
+    assert first[0].prompt_logprobs == second[0].prompt_logprobs
+
+
+def test_the_log_tells_what_became_of_every_request(caplog: pytest.LogCaptureFixture) -> None:
+    async def leave(engine: Engine) -> None:
+        async with aclosing(engine.generate("left", [1, 2], SamplingParams(temperature=0, ignore_eos=True))) as stream:
+            await anext(stream)
+
+    with caplog.at_level("INFO", "services.engine.engine"), started(tiny_engine(SlowModel())) as engine:
+        run_one(engine, [3, 4, 5], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+        asyncio.run(leave(engine))
+        with pytest.raises(DeadlinePassed):
+            run_one(engine, [1, 2], SamplingParams(temperature=0, ignore_eos=True), timeout=0.03)
+        assert_idle(engine)
+    records = [vars(record) for record in caplog.records if hasattr(record, "request_id")]
+    reasons = {(record["request_id"], record["finish_reason"]) for record in records}
+    assert reasons == {("one", "length"), ("left", "cancelled"), ("one", "deadline")}
+    assert len(records) == 3
+    first = records[0]
+    assert (first["num_prompt_tokens"], first["num_generated_tokens"], first["cache_reason"]) == (3, 4, "too_short")
+    assert 0 <= first["queued_s"] <= first["first_token_s"] <= first["total_s"] < 5
+
+
+def test_a_grammar_is_compiled_off_the_engines_thread_before_the_request_is_queued() -> None:
+    compiled_by: list[str] = []
+
+    def compile_grammar(grammar: Grammar) -> None:
+        compiled_by.append(threading.current_thread().name)
+        raise ValueError(f"grammar {grammar.text!r} cannot be used.")
+
+    params = SamplingParams(max_tokens=2, grammar=Grammar(GrammarKind.REGEX, "("))
+    with started(tiny_engine(compile_grammar=compile_grammar)) as engine:
+        with pytest.raises(ValueError, match=r"grammar '\(' cannot be used\."):
+            run_one(engine, [1, 2], params)
+        assert_idle(engine)
+    with started(tiny_engine()) as engine, pytest.raises(ValueError, match="this server has no tokenizer"):
+        run_one(engine, [1, 2], params)
+    assert len(compiled_by) == 1
+    assert compiled_by[0] not in ("engine", "MainThread")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +217,7 @@ def test_usage_counts_and_the_last_output_names_its_reason() -> None:
         ([1, VOCAB_SIZE], GREEDY, r"prompt holds the token id 50; allowed are 0 to 49\."),
         ([-1], GREEDY, r"prompt holds the token id -1; allowed are 0 to 49\."),
         ([1], SamplingParams(stop_token_ids=(99,)), r"stop_token_ids holds the token id 99; allowed are 0 to 49\."),
+        ([1], SamplingParams(logit_bias=((50, 1.0),)), r"logit_bias holds the token id 50; allowed are 0 to 49\."),
         (
             [1] * 256,
             SamplingParams(),
@@ -178,7 +275,8 @@ def test_more_requests_than_may_wait_are_refused() -> None:
     refused = [result for result in results if isinstance(result, EngineOverloaded)]
     served = [result for result in results if not isinstance(result, EngineOverloaded)]
     assert refused
-    assert refused[0].retry_after > 0
+    assert 1 <= refused[0].retry_after <= 60
+    assert engine.stats().num_refused == len(refused)
     assert len(served) in (4, 5)  # four wait; the first may be running already
     assert all(result == model.naive_greedy([1, 2], 20) for result in served)
 

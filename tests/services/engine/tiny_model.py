@@ -1,24 +1,33 @@
 """A real model of a few hundred weights with both kinds of state, and the slow obvious way to generate with it.
 
-Every row is computed by itself, so tokens may not depend on batches, chunks, pages or preemption: equality is exact.
+Every row is computed by itself, so tokens may not depend on batches, chunks, pages, preemption, drafts or on what is
+reused: equality is exact. Its draft module guesses well, being the same recurrence with an attention of its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.state import Batch, PagedSpec, RecurrentSpec, State, StateSpec
 from services.engine.engine import Engine
+from services.engine.request import Grammar
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler, SchedulerConfig
 
 VOCAB_SIZE, DIM, BLOCK_SIZE = 50, 8, 4
 EOS = 0
-SPEC = StateSpec((PagedSpec(1, (DIM,)),), (RecurrentSpec(0, ((DIM,),), (torch.float32,)),), BLOCK_SIZE)
+SPEC = StateSpec(
+    (PagedSpec(1, (DIM,)), PagedSpec(2, (DIM,))), (RecurrentSpec(0, ((DIM,),), (torch.float32,)),), BLOCK_SIZE
+)
 
 
 class TinyModel(nn.Module):
+    has_drafts = True
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -47,7 +56,29 @@ class TinyModel(nn.Module):
             pages[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = h
             past = pages[table].reshape(-1, DIM)[: position + 1].clone()
             rows.append(torch.cat([h, self.attend(past)]))
-        h_SD[batch.slots[r]] = h
+        if not batch.num_drafts or not batch.num_drafts[r]:
+            h_SD[batch.slots[r]] = h
+        return torch.stack(rows)
+
+    def commit(self, batch: Batch, num_accepted: Sequence[int], state: State) -> None:
+        [h_SD] = state.slots[0]
+        for r, num_drafts in enumerate(batch.num_drafts):
+            if num_drafts:
+                h = h_SD[batch.slots[r]] if batch.context_lens[r] else torch.zeros(DIM)
+                start = batch.starts[r]
+                for token_id in batch.token_ids_T[start : start + batch.lens[r] - num_drafts + num_accepted[r]]:
+                    h = self.recur(h, int(token_id))
+                h_SD[batch.slots[r]] = h
+
+    def draft(self, batch: Batch, hidden_TD: Tensor, state: State) -> Tensor:
+        rows, pages = [], state.pages[2].view(-1, BLOCK_SIZE, DIM)
+        for r, length in enumerate(batch.lens):
+            table, first = torch.tensor(batch.block_tables[r]), batch.first_keys[r] if batch.first_keys else 0
+            for i in range(batch.starts[r], batch.starts[r] + length):
+                position = batch.context_lens[r] + i - batch.starts[r]
+                h = self.recur(hidden_TD[i, :DIM], int(batch.token_ids_T[i]))
+                pages[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = h
+                rows.append(torch.cat([h, self.attend(pages[table].reshape(-1, DIM)[first : position + 1])]))
         return torch.stack(rows)
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
@@ -66,8 +97,21 @@ class TinyModel(nn.Module):
         return tokens[len(prompt) :]
 
 
-def tiny_engine(model: TinyModel | None = None, outages: tuple[type[Exception], ...] = (), **limits: int) -> Engine:
-    defaults = {"num_slots": 8, "num_blocks": 128, "max_model_len": 256, "max_batch_tokens": 64}
+def tiny_engine(
+    model: TinyModel | None = None,
+    outages: tuple[type[Exception], ...] = (),
+    compile_grammar: Callable[[Grammar], Any] | None = None,
+    **limits: Any,
+) -> Engine:
+    defaults = {
+        "num_slots": 8,
+        "num_checkpoint_slots": 8,
+        "num_blocks": 128,
+        "max_model_len": 256,
+        "max_batch_tokens": 64,
+        "max_draft_tokens": 3,
+        "turn_end_ids": frozenset({EOS}),
+    }
     config = SchedulerConfig(block_size=BLOCK_SIZE, **(defaults | limits))
-    state = State(SPEC, config.num_slots, config.num_blocks, torch.float32)
-    return Engine(Runner(model or TinyModel(), state), Scheduler(config), VOCAB_SIZE, [EOS], outages)
+    state = State(SPEC, config.num_slots + config.num_checkpoint_slots, config.num_blocks, torch.float32)
+    return Engine(Runner(model or TinyModel(), state), Scheduler(config), VOCAB_SIZE, [EOS], outages, compile_grammar)
