@@ -5,7 +5,6 @@ because Serve validates `args` by them.
 """
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -23,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from services import logs
 from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
@@ -39,8 +39,6 @@ from services.gateway.listener import Listener
 from services.gateway.rest import build_rest
 from services.gateway.text import Tokenizer
 
-log = logging.getLogger("ray.serve")
-
 GRPC_SERVICERS = [
     "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
@@ -53,6 +51,7 @@ class ShardDeployment:
     """A replica of a pool: one expert shard. Its rank names it, so that a restarted one takes up where it was."""
 
     async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
+        logs.configure(pool.name, args.log_format)
         torch.set_num_threads(max(1, int(pool.num_cpus)))
         family = load_family(args.model)
         config = ShardConfig(
@@ -78,6 +77,7 @@ class ControllerDeployment:
     """One replica; where it dies, backbones serve on and Serve starts another."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
+        logs.configure("controller", args.log_format)
         family = load_family(args.model)
         config = ControllerConfig(frozenset(args.shard_ids), family.checkpoint.digest, args.torch_dtype)
         controller = Controller(config, family.expert_shapes, args.registry())
@@ -90,6 +90,7 @@ class ControllerDeployment:
 
 class BackboneDeployment:
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
+        logs.configure("backbone", args.log_format)
         family = load_family(args.model)
         config = BackboneConfig(
             dtype=args.torch_dtype,
@@ -98,6 +99,9 @@ class BackboneDeployment:
             max_batch_tokens=max(args.max_batch_tokens, args.max_requests + family.config.chunk_size),
             memory=args.memory_plan(family),
             num_threads=args.threads(family),
+            max_waiting=args.max_waiting,
+            draft_tokens=args.draft_tokens,
+            prefix_cache=args.prefix_cache,
         )
         stores = (None, None) if args.experts == "local" else (args.registry(), args.loads())
         self._backbone = Backbone(config, family, *stores)
@@ -136,6 +140,7 @@ class GatewayDeployment:
     """
 
     def __init__(self, args: AppArgs, backbone: DeploymentHandle[Any], *_: DeploymentHandle[Any]) -> None:
+        logs.configure("gateway", args.log_format)
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
         self._args = args

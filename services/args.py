@@ -17,11 +17,14 @@ from services.controller.controller import layer_specs
 from services.engine.memory import MemoryPlan, plan_memory
 from services.gateway.listener import Listening
 from services.gateway.text import Tokenizer
+from services.logs import LogFormat
 
 MIN_HIDDEN_FOR_THREADS = 1024
+MAX_DRAFT_TOKENS = 16  # each further one is accepted more rarely, and this many never were
 NUM_HOMES = 2  # of every expert, on different shards
 SHARE_MARGIN = 1.1  # experts cannot be cut to make shares even
 DEFAULT_STATE_MEMORY = 1 << 30
+CHECKPOINT_SHARE = 0.25  # of it at most, for saved states that prompts can start from
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,12 +54,16 @@ class AppArgs(BaseModel):
     redis_url: str = "redis://127.0.0.1:6379"
     pools: list[PoolArgs] = Field(default_factory=lambda: [PoolArgs()], min_length=1)
     max_model_len: int | None = Field(None, ge=2)
-    max_requests: int = Field(64, ge=1)
+    max_requests: int = Field(64, ge=1, description="that are computed at once, where memory allows")
+    max_waiting: int = Field(256, ge=1, description="requests; beyond them, a refusal with Retry-After")
+    draft_tokens: int | None = Field(None, ge=0, le=MAX_DRAFT_TOKENS, description="at most, for a request; 0: none")
+    prefix_cache: bool = True
     max_batch_tokens: int = Field(2048, ge=64)
     state_memory: ByteSize | None = Field(None, gt=0, description="for requests' KV and recurrent state")
     backbone_replicas: int = Field(1, ge=1)
     backbone_threads: int | None = Field(None, ge=1, description="of one backbone's CPU arithmetic")
     gateway_replicas: int = Field(1, ge=1)
+    log_format: LogFormat = "json"
     host: str = Field("127.0.0.1", description="address of backbones and gateways; on a cluster, auto")
     http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, beside Serve's proxies")
     grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, likewise")
@@ -103,7 +110,8 @@ class AppArgs(BaseModel):
         spec, longest = family.config.state_spec, self.context(family)
         one = spec.bytes_per_slot(self.torch_dtype) + spec.num_blocks(longest) * spec.bytes_per_block(self.torch_dtype)
         budget = self.state_memory or max(DEFAULT_STATE_MEMORY, one)
-        return plan_memory(spec, self.torch_dtype, budget, longest, self.max_requests)
+        share = CHECKPOINT_SHARE if self.prefix_cache else 0.0
+        return plan_memory(spec, self.torch_dtype, budget, longest, self.max_requests, checkpoint_share=share)
 
     def check(self) -> ModelFamily:
         """Raises ValueError with one sentence where these arguments cannot be served. Reads no weights."""

@@ -21,6 +21,8 @@ from rich.table import Table
 RAY_DEFAULTS = {  # read when Ray is imported, and inherited by every process it starts
     "RAY_SERVE_LOG_TO_STDERR": "0",  # logs go to files under the session's folder; the terminal is the user's
     "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that spins while it waits takes the core that another process needs
+    "KMP_BLOCKTIME": "0",
     "RAY_worker_niceness": "0",  # Ray's 15 is for batch work; these processes answer people
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -82,6 +84,13 @@ def up(
     state_memory: Annotated[str, typer.Option(help="For requests' KV and recurrent state, such as 4GiB.")] = "",
     shard_memory: Annotated[str, typer.Option(help="For a shard's experts; an even share if left out.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda, for the backbone and every shard.")] = "cpu",
+    max_requests: Annotated[int, typer.Option(min=1, help="Computed at once, where memory allows.")] = 64,
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, max=16, help="Drafted at most for a request; 0: none. Measured if left out."),
+    ] = None,
+    no_prefix_cache: Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt anew.")] = False,
+    log_format: Annotated[str, typer.Option(help="json (one object a line) or text.")] = "json",
     local_experts: Annotated[bool, typer.Option("--local-experts", help="No shards: experts in the backbone.")] = False,
 ) -> None:
     """Start everything on this machine and serve until Ctrl-C."""
@@ -96,6 +105,10 @@ def up(
                 experts="local" if local_experts else "remote",
                 device=device,
                 state_memory=state_memory or None,
+                max_requests=max_requests,
+                draft_tokens=draft_tokens,
+                prefix_cache=not no_prefix_cache,
+                log_format=log_format,
                 pool={"shards": shards, "device": device, "memory_budget": shard_memory or None},
             ),
             port,
@@ -105,19 +118,23 @@ def up(
 
 
 def _app_args(model: str, pool: dict[str, Any], **others: Any) -> Any:
+    from model import kernels
     from services.args import AppArgs
 
     chosen = {"model": str(Path(model).resolve())} if model else {}
     args = AppArgs(pools=[{"name": f"experts-{pool['device']}", **pool}], **chosen, **others)
     family = args.check()
     console.print(f"Memory for requests: {args.memory_plan(family)}.")
+    console.print(f"Arithmetic: {kernels.describe(args.device)}.")
     if not family.has_mtp:
         console.print("This checkpoint has no MTP weights: it is served without drafting.")
+    elif args.draft_tokens == 0:
+        console.print("Drafting is off.")
     return args
 
 
 def _up(args: Any, port: int, grpc_port: int, ray_address: str) -> None:
-    from services.local import Ports, running
+    from services.local import Ports, logs_path, running
 
     _stop_on_signals()
     started = time.monotonic()
@@ -130,6 +147,7 @@ def _up(args: Any, port: int, grpc_port: int, ray_address: str) -> None:
             console.print(f"Ready after {time.monotonic() - started:.0f} s. Ctrl-C stops it.")
             console.print(f"  REST  http://127.0.0.1:{port}/v1   (OpenAI-compatible; model {args.name!r})")
             console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference)")
+            console.print(f"  logs  {logs_path()}   (worker-*.err, {args.log_format})")
             signal.pause()
     except KeyboardInterrupt:
         console.print("Stopped.")

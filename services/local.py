@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -54,6 +55,11 @@ def check_store(url: str) -> None:
         raise ValueError(
             f"--redis-url {url} does not answer ({error}); start a server there or use embedded://"
         ) from None
+
+
+def logs_path() -> Path:
+    """Where Ray keeps what the processes of this machine write to standard error."""
+    return Path("/tmp/ray/session_latest").resolve() / "logs"
 
 
 @contextmanager

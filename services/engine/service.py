@@ -18,6 +18,7 @@ from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from protos.expertmesh.engine.v1 import engine_pb2_grpc
 from services.engine.request import EngineFailed, EngineOverloaded, SamplingParams, TokenOutput
 from services.engine.wire import SERVER_OPTIONS, failure_to_proto, output_to_proto, params_from_proto
+from services.logs import current_request
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
@@ -71,6 +72,7 @@ class _Conversation:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, start: pb.Start) -> None:
+        current_request.set(start.request_id)  # of this task alone
         timeout_s = start.timeout_s if start.HasField("timeout_s") else None
         try:
             params = params_from_proto(start.params)

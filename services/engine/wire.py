@@ -123,8 +123,6 @@ def failure_to_proto(error: Exception) -> pb.Failure:
 def failure_from_proto(message: pb.Failure) -> Exception:
     """The exception that the engine raised, or EngineFailed where it was none of its own."""
     if message.kind == pb.Failure.OVERLOADED:
-        overloaded = EngineOverloaded(message.message)
-        overloaded.retry_after = message.retry_after_s
-        return overloaded
+        return EngineOverloaded(message.message, message.retry_after_s)
     kinds = {pb.Failure.INVALID: ValueError, pb.Failure.DEADLINE: DeadlinePassed}
     return kinds.get(message.kind, EngineFailed)(message.message)

@@ -1,0 +1,55 @@
+"""What every process of ours logs: one JSON object a line on its standard error, which Ray keeps in a file for each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Literal
+
+LogFormat = Literal["json", "text"]
+OURS = ("model", "cluster", "services", "expertmesh")
+REQUESTS = "expertmesh.requests"  # its messages are JSON objects themselves
+TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+current_request: ContextVar[str] = ContextVar("current_request", default="")
+
+
+class JsonLines(logging.Formatter):
+    """Time (UTC), level, logger, process, the request that is being served, the message and the traceback if any."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self.process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "process": self.process,
+            "pid": os.getpid(),
+        }
+        if request_id := getattr(record, "request_id", current_request.get()):
+            fields["request_id"] = request_id
+        if record.name == REQUESTS:
+            fields |= json.loads(record.getMessage())
+        else:
+            fields["message"] = record.getMessage()
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False, default=str)
+
+
+def configure(process: str, log_format: LogFormat) -> None:
+    """Sends what our modules log to standard error; `process` names this one, such as "backbone"."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines(process) if log_format == "json" else logging.Formatter(TEXT))
+    for name in OURS:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

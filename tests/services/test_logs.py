@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from services.logs import REQUESTS, JsonLines, current_request
+
+
+def line_of(name: str, message: str, *args: object, **extra: object) -> dict[str, object]:
+    record = logging.LogRecord(name, logging.WARNING, "file.py", 1, message, args, None)
+    vars(record).update(extra)
+    line = JsonLines("backbone").format(record)
+    assert "\n" not in line
+    fields: dict[str, object] = json.loads(line)
+    return fields
+
+
+def test_a_record_is_one_json_object_with_the_request_it_belongs_to() -> None:
+    token = current_request.set("r-1")
+    fields = line_of("services.engine", "A %s\nof two lines", "message")
+    current_request.reset(token)
+    assert (fields["message"], fields["level"], fields["process"]) == ("A message\nof two lines", "WARNING", "backbone")
+    assert fields["request_id"] == "r-1"
+    assert str(fields["time"]).endswith("+00:00")
+    assert "request_id" not in line_of("services.engine", "Nothing in particular")
+    assert line_of("services.engine", "Told by the record", request_id="r-2")["request_id"] == "r-2"
+
+
+def test_the_log_of_requests_keeps_its_fields() -> None:
+    fields = line_of(REQUESTS, "%s", json.dumps({"request_id": "r-3", "num_generated": 5}))
+    assert (fields["request_id"], fields["num_generated"]) == ("r-3", 5)
+    assert "message" not in fields
+
+
+def test_a_traceback_stays_in_its_line() -> None:
+    try:
+        raise ValueError("no")
+    except ValueError:
+        fields = line_of("services", "It failed.", exc_info=sys.exc_info())
+    assert "ValueError: no" in str(fields["traceback"])
