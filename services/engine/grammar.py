@@ -20,6 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,9 @@ class GrammarCompiler:
     """
 
     def __init__(self, path: str | Path, eos_ids: Iterable[int] = ()) -> None:
-        self._eos_ids = frozenset(eos_ids)
-        self._tokenizer = _load(Path(path), sorted(self._eos_ids))
+        self._path, self._eos_ids = Path(path), frozenset(eos_ids)
         self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
 
     def check(self, grammar: Grammar) -> None:
         """Raises ValueError, with one sentence that says what is wrong, for a grammar that cannot be used."""
@@ -129,13 +129,23 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
         return compiled
 
+    def _tokenizer(self) -> LLTokenizer:
+        with self._loading:
+            return self._loaded
+
+    @cached_property
+    def _loaded(self) -> LLTokenizer:
+        # By the first grammar: 131,072 tokens take seconds.
+        return _load(self._path, sorted(self._eos_ids))
+
     def _matcher(self, grammar: Grammar) -> LLMatcher:
         name = parameter_name(grammar.kind)
         if len(grammar.text) > MAX_TEXT:
             raise ValueError(f"{name} must be at most {MAX_TEXT} characters long, not {len(grammar.text)}.")
         source = json.dumps({"grammars": [_definition(grammar, name)]})
+        tokenizer = self._tokenizer()
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        matcher = _on_large_stack(lambda: LLMatcher(self._tokenizer, source, log_level=0, limits=limits))
+        matcher = _on_large_stack(lambda: LLMatcher(tokenizer, source, log_level=0, limits=limits))
         if matcher.is_error():
             raise ValueError(f"{name} cannot be used: {_one_sentence(matcher.get_error())}")
         beginning = matcher.deep_copy()
@@ -201,6 +211,8 @@ def _one_sentence(error: str) -> str:
 
 
 def _load(path: Path, eos_ids: Sequence[int]) -> LLTokenizer:
+    if not (path / "tokenizer.json").is_file():
+        raise ValueError(f"A grammar needs the tokenizer.json of the model directory {path}, which has none.")
     tokenizer: Any = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -180,8 +180,8 @@ def _follow(logits_RV: Tensor, rows: Sequence[Row], notes: Sequence[Notes]) -> l
             if request.params.ignore_eos:
                 late_ids |= request.stop_ids - frozenset(request.params.stop_token_ids)
             allowed_V = note.grammar.allowed(logits_RV.shape[-1], request.stop_ids, late_ids)
-            # The logarithm of 0 or 1: a random mask costs ten times as much as a fill.
-            logits_RV[r] += torch.from_numpy(allowed_V).to(logits_RV.device).float().log_()
+            # 1 - 1 / 1 is 0 and 1 - 1 / 0 is -infinity: ten times faster than to fill where a mask says so.
+            logits_RV[r] += 1 - torch.from_numpy(allowed_V).to(logits_RV.device).float().reciprocal_()
         if note.history is not None:
             penalized.append(_Penalized(r, *note.history.ids_and_counts()))
     return penalized
