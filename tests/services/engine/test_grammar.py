@@ -192,7 +192,7 @@ def test_a_grammar_that_cannot_be_used_is_refused_in_one_sentence(kind: GrammarK
 
 def test_a_model_without_a_tokenizer_has_no_grammars(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="A grammar needs the tokenizer.json of the model directory .*, which has none."
+        ValueError, match=r"A grammar needs the tokenizer.json of the model directory .*, which has none."
     ):
         GrammarCompiler(tmp_path).check(Grammar(GrammarKind.JSON_OBJECT))
 
