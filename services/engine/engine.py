@@ -277,13 +277,22 @@ class Engine:
             logger.exception("A step failed.")
             return self._fail_step(error)
         self._num_failed_in_a_row = 0
-        return [(output.request_id, _to_item(output)) for output in outputs]
+        return [(output.request_id, self._to_item(output)) for output in outputs]
 
     def _fail_step(self, error: Exception) -> list[tuple[str, Item]]:
         self._num_failed_steps += 1
         self._num_failed_in_a_row += not isinstance(error, self.outages)
         sentence = f"The step that computed this request failed with {type(error).__name__}: {error}"
         return [(request.id, EngineFailed(sentence)) for request in self.scheduler.abort_step()]
+
+    def _to_item(self, output: TokenOutput) -> Item:
+        if output.finish_reason is FinishReason.DEADLINE:
+            return DeadlinePassed(f"The request's deadline passed after {output.num_generated} generated tokens.")
+        if output.finish_reason is FinishReason.FAILED:
+            sentence = self.runner.sampler.explain(self._streams[output.request_id].request)
+            logger.error("Request %s failed: %s", output.request_id, sentence)
+            return EngineFailed(sentence)
+        return output
 
     def _deliver(self, items: list[tuple[str, Item]]) -> None:
         # One wake-up per event loop and step, not one per token: a wake-up is a system call.
@@ -331,13 +340,3 @@ def _report(request: Request, reason: str) -> dict[str, Any]:
 def _put_all(group: list[tuple[Stream, Item]]) -> None:
     for stream, item in group:
         stream.items.put_nowait(item)
-
-
-def _to_item(output: TokenOutput) -> Item:
-    if output.finish_reason is FinishReason.DEADLINE:
-        return DeadlinePassed(f"The request's deadline passed after {output.num_generated} generated tokens.")
-    if output.finish_reason is FinishReason.FAILED:
-        sentence = "The model's logits hold NaN or infinity, so no token can be chosen from them."
-        logger.error("Request %s failed: %s", output.request_id, sentence)
-        return EngineFailed(sentence)
-    return output

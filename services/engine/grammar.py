@@ -14,7 +14,6 @@ is asked for, which then means: not before the grammar can only end.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import threading
 from collections import OrderedDict
@@ -31,7 +30,6 @@ from tokenizers import Tokenizer
 
 from services.engine.request import Grammar, GrammarKind
 
-logger = logging.getLogger(__name__)
 _stack_size_lock = threading.Lock()  # the size is the process's, for threads to come
 
 MAX_GRAMMARS = 64  # compiled ones kept; each may hold MAX_LEXER_STATES of 1 to 2 kB
@@ -69,6 +67,11 @@ class GrammarState:
         if self._num_refused or not is_text or not self._matcher.try_consume_tokens([token_id]):
             self._num_refused += 1
 
+    @property
+    def error(self) -> str:
+        """Why the matcher gave up, which it does for good where a step would cost too much; empty: it did not."""
+        return _one_sentence(self._matcher.get_error()) if self._matcher.is_error() else ""
+
     def pop(self) -> None:
         if self._num_refused:
             self._num_refused -= 1
@@ -81,11 +84,10 @@ class GrammarState:
         `late_ids` are those of `stop_ids` that may come only where nothing else may. All 0 if a token was refused.
         """
         allowed_V = np.zeros(vocab_size, dtype=np.uint8)
-        if self._num_refused:
+        if self._num_refused or self._matcher.is_error():
             return allowed_V
         mask = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         if self._matcher.is_error():
-            logger.warning("A grammar gave up: %s", _one_sentence(self._matcher.get_error()))
             return allowed_V
         allowed_V[: len(mask)] = mask[:vocab_size]
         allowed_V[[i for i in self._eos_ids if i < vocab_size]] = 0

@@ -191,11 +191,6 @@ class Request:
     def queued_s(self) -> float:
         return 0.0 if self.first_scheduled_at is None else self.first_scheduled_at - self.arrived_at
 
-    @property
-    def forbidden_ids(self) -> frozenset[int]:
-        """Tokens that may not be sampled next, because they would end the request before `min_tokens`."""
-        return self.stop_ids if self.num_generated < self.params.min_tokens else frozenset()
-
     def append(self, token_id: int) -> FinishReason | None:
         """Adds a generated token and says whether the request ends with it."""
         assert self.num_tokens < self.max_len

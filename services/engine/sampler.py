@@ -77,6 +77,13 @@ class Sampler:
         logprobs = _logprobs(logits_SV, tokens, rows) if with_logprobs else {}
         return [None if token is None else Sampled(token, logprobs.get(s)) for s, token in enumerate(tokens)]
 
+    def explain(self, request: Request) -> str:
+        """Why no token could be chosen for a request that got None, in one sentence."""
+        notes: Notes | None = request.sampling_state
+        if notes is not None and notes.grammar is not None and notes.grammar.error:
+            return f"The grammar is too complex to go on with: {notes.grammar.error}"
+        return "The model's logits hold NaN or infinity, so no token can be chosen from them."
+
     def release(self, request: Request) -> None:
         """Forgets a request that has ended."""
         request.sampling_state = None

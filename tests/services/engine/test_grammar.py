@@ -158,6 +158,18 @@ def test_a_grammar_leaves_the_other_rows_alone() -> None:
     assert str(TOKENIZER.decode([tokens[1]])).isdigit()
 
 
+def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> None:
+    many = "start: " + " | ".join(['"a"'] * 3000)  # more ways to read an "a" than are followed at once
+    rows = [Row(request(GrammarKind.LARK, many), tuple(ids("a"))), Row(request(GrammarKind.REGEX, "a"))]
+    failed, fine = SAMPLER.sample(torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), rows)
+    assert failed is None
+    said = SAMPLER.explain(rows[0].request)
+    assert said.startswith("The grammar is too complex to go on with: Parser Error: Current row has 3001 items")
+    assert "\n" not in said
+    assert fine is not None
+    assert SAMPLER.explain(rows[1].request).startswith("The model's logits hold NaN")
+
+
 # A client's mistakes
 
 

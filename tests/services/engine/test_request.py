@@ -38,10 +38,8 @@ def test_min_tokens_above_max_tokens_is_refused() -> None:
 
 
 def test_a_request_ends_at_a_stop_token_or_its_length() -> None:
-    request = Request("r", [1, 2], SamplingParams(min_tokens=1), seed=0, max_len=4, stop_ids=frozenset({7}))
-    assert request.forbidden_ids == {7}
+    request = Request("r", [1, 2], SamplingParams(), seed=0, max_len=4, stop_ids=frozenset({7}))
     assert request.append(3) is None
-    assert request.forbidden_ids == frozenset()
     assert request.append(4) is FinishReason.LENGTH
     assert (request.num_prompt_tokens, request.num_generated, request.num_tokens) == (2, 2, 4)
     other = Request("s", [1], SamplingParams(), seed=0, max_len=4, stop_ids=frozenset({7}))
