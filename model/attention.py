@@ -72,7 +72,7 @@ class Attention(nn.Module):
         """Lays the three input projections out as one for the CPU's kernels."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         self.packed = pack(torch.cat([part.take_weight() for part in parts]))
-        self.packed_bias = None if parts[0].bias is None else torch.cat([part.bias.float() for part in parts])
+        self.packed_bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., hidden) -> q (..., H, D), k and v (..., J, D)."""

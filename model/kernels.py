@@ -1,4 +1,4 @@
-"""Which implementation runs: compiled kernels on a CPU, fused CUDA kernels where they are installed, else plain PyTorch.
+"""Which implementation runs: compiled kernels on a CPU, fused CUDA kernels where they are installed, or plain PyTorch.
 
 This is the one place that decides. All give the same numbers up to rounding; `tests/model/test_kernels.py` shows it.
 The CPU's (`model/cpu`) also promise that a token's bits depend on its own sequence alone.

@@ -79,6 +79,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
         self.bias = nn.Parameter(torch.empty(num_outputs)) if bias else None
 
+    def take_bias(self) -> Tensor:
+        assert self.bias is not None
+        return self.bias.detach().float()
+
     def take_weight(self) -> Tensor:
         """The loaded weight, which somebody else holds from now on."""
         assert self.weight is not None
@@ -86,11 +90,11 @@ class Linear(nn.Module):
         return weight.detach()
 
     def pack(self) -> None:
-        """Lays the loaded weight out for the CPU's kernels and lets go of the original; from then on fp32 in and out."""
+        """Lays the weight out for the CPU's kernels and lets go of the original; from then on fp32 in and out."""
         if self.weight is None:
             return  # part of a larger one
         self.packed = pack(self.take_weight())
-        self.bias = None if self.bias is None else nn.Parameter(self.bias.float(), requires_grad=False)
+        self.bias = None if self.bias is None else nn.Parameter(self.take_bias(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:

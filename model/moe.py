@@ -59,6 +59,7 @@ class ExpertBank:
 
     def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
+        self.is_compiled = kernels.is_compiled(device)
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: dict[int, tuple[Packed, Packed]] = {}
         self._addresses = np.zeros((2, shape.num_experts), np.int64)  # of the packed weights: up, down
@@ -78,7 +79,7 @@ class ExpertBank:
         assert 0 <= expert < self.shape.num_experts
         up, down = (tensors[name].to(self.device, self.dtype, copy=True) for name in ("up", "down"))
         assert up.shape == (self.shape.width, self.shape.input_dim) == down.shape[::-1]
-        if kernels.is_compiled(self.device):
+        if self.is_compiled:
             packed = self._packed[expert] = pack(up), pack(down)
             self._addresses[:, expert] = [part.address for part in packed]
         else:
@@ -87,7 +88,7 @@ class ExpertBank:
 
     def unload(self, expert: int) -> None:
         for by_expert in (self._weights, self._packed, self._gains):
-            by_expert.pop(expert, None)  # type: ignore[attr-defined]
+            by_expert.pop(expert, None)
         self._addresses[:, expert] = 0
 
     def gain_exponent(self, expert: int) -> int:
@@ -114,7 +115,7 @@ class ExpertBank:
         `row_P` and `expert_P` are int64 on the CPU; every expert named must be held. Raises ValueError where an output
         is not finite or too large to add.
         """
-        if kernels.is_compiled(self.device):
+        if self.is_compiled:
             return self._partial_sums_packed(x_NL, row_P, expert_P, weight_P, grid_N)
         order_P = expert_P.numpy().argsort(kind="stable")
         rows_P = row_P.numpy()[order_P]

@@ -25,7 +25,7 @@ NO_SCORE = np.float32(-3e38)
 MIN_WORK_TO_SHARE = 1 << 22  # multiply-adds
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=FAST, inline="never")
 def _meet_page(q_D: Any, key_BD: Any, value_BD: Any, num_keys: Any, best: Any, total: Any, sum_D: Any) -> Any:
     """Adds a page's first `num_keys` keys to a query's running softmax; returns the new maximum and sum."""
     head_dim = q_D.shape[0]
@@ -49,7 +49,7 @@ def _meet_page(q_D: Any, key_BD: Any, value_BD: Any, num_keys: Any, best: Any, t
     return highest, total
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=FAST, inline="never")
 def _attend_head(
     qkv_TX: Any,
     start: Any,
@@ -102,7 +102,7 @@ def _attend_head(
                 out_TX[row, head * head_dim + d] = sums[i, d] / total[i] if total[i] > 0 else np.float32(0.0)
 
 
-@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="never")
 def _append(
     qkv_TX: Any,
     start: Any,
@@ -130,7 +130,7 @@ def _append(
                         pages[place, part, j, d] = value
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def attend(
     qkv_TX: Any,
     starts_R: Any,
@@ -156,7 +156,7 @@ def attend(
             _attend_head(qkv_TX, *where, pages, is_bf16, block_size, kv_head, num_heads, first_keys_R[r], out_TX)
 
 
-@njit(nogil=True, cache=True, parallel=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True, parallel=True)
 def attend_shared(
     qkv_TX: Any,
     starts_R: Any,

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def bits_of(_: Any, value: Any) -> Any:
     """The bits of an fp32 number as int32."""
 
@@ -26,7 +26,7 @@ def bits_of(_: Any, value: Any) -> Any:
     return types.int32(types.float32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def from_bits(_: Any, value: Any) -> Any:
     """The fp32 number with these 32 bits."""
 
@@ -42,7 +42,7 @@ HALF = np.float32(0.5)
 LOWEST, HIGHEST = np.float32(-87.3), np.float32(88.3)
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def exp(x: Any) -> Any:
     """e**x in fp32; arguments below -87.3 give about 1e-38, above 88.3 about 2e38."""
     x = max(min(x, HIGHEST), LOWEST)
@@ -60,12 +60,12 @@ def exp(x: Any) -> Any:
     return p * scale
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def silu(x: Any) -> Any:
     return x / (np.float32(1.0) + exp(-x))
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def round_to_bf16(x: Any) -> Any:
     """The nearest bf16 number, ties to even, as fp32."""
     bits = bits_of(x)
@@ -73,7 +73,7 @@ def round_to_bf16(x: Any) -> Any:
     return from_bits(np.int32((bits + np.int32(0x7FFF) + odd) & np.int32(-0x10000)))
 
 
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True)
 def from_bf16(bits: Any) -> Any:
     """The fp32 number whose upper half is this int16."""
     return from_bits(np.int32(np.int32(bits) << np.int32(16)))

@@ -66,7 +66,7 @@ def _weights(builder: Any, panel: Any, base: Any, is_bf16: bool) -> list[list[An
 def _make_tile(num_rows: int, is_bf16: bool) -> Any:
     """Compiles out[:num_rows, :32] = x[:num_rows] · panel; the sums stay in registers throughout."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def tile(_: Any, x: Any, x_stride: Any, panel: Any, num_inputs: Any, out: Any, out_stride: Any) -> Any:
         signature = types.void(_POINTER, types.intp, _POINTER, types.intp, _POINTER, types.intp)
 
@@ -109,7 +109,7 @@ def _make_tile(num_rows: int, is_bf16: bool) -> Any:
     return tile
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def at(_: Any, array: Any, offset: Any) -> Any:
     """Pointer to element `offset` of a contiguous array of 32-bit numbers."""
 
@@ -120,7 +120,7 @@ def at(_: Any, array: Any, offset: Any) -> Any:
     return _POINTER(array, types.intp), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def address_of(_: Any, address: Any) -> Any:
     """Pointer from an address in an int64."""
 
@@ -130,7 +130,7 @@ def address_of(_: Any, address: Any) -> Any:
     return _POINTER(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def plus(_: Any, pointer: Any, offset: Any) -> Any:
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         return builder.gep(args[0], [args[1]])
@@ -142,7 +142,7 @@ _bf16_1, _bf16_2, _bf16_4, _bf16_8 = (_make_tile(rows, True) for rows in (1, 2, 
 _fp32_1, _fp32_2, _fp32_4, _fp32_8, _fp32_12 = (_make_tile(rows, False) for rows in (1, 2, 4, 8, 12))
 
 
-@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="never")
 def _fp32_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
     row = 0
     while row < num_rows:
@@ -165,7 +165,7 @@ def _fp32_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, ou
             row += 1
 
 
-@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="never")
 def _bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
     row = 0
     while row < num_rows:
@@ -185,7 +185,7 @@ def _bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, ou
             row += 1
 
 
-@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="never")
 def multiply_panels(
     x: Any, num_rows: Any, num_inputs: Any, panels: Any, is_bf16: Any, out: Any, out_stride: Any, first: Any, last: Any
 ) -> None:
@@ -199,14 +199,14 @@ def multiply_panels(
             _fp32_panel(x, num_rows, num_inputs, panel, target, out_stride)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _multiply(x_NI: Any, words: Any, is_bf16: Any, out_NO: Any) -> None:
     num_rows, num_inputs = x_NI.shape
     stride = out_NO.shape[1]
     multiply_panels(at(x_NI, 0), num_rows, num_inputs, at(words, 0), is_bf16, at(out_NO, 0), stride, 0, stride // PANEL)
 
 
-@njit(nogil=True, parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, parallel=True, cache=True)
 def _multiply_shared(x_NI: Any, words: Any, is_bf16: Any, out_NO: Any, num_parts: Any) -> None:
     num_rows, num_inputs = x_NI.shape
     stride = out_NO.shape[1]

@@ -24,7 +24,7 @@ FAST = {
 }  # sums over lanes in the compiler's order, which is one and the same for every row
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=FAST, inline="never")
 def _convolve(raw_LC: Any, weight_KC: Any, bias_C: Any, out_LC: Any) -> None:
     """SiLU of the causal convolution of one request's tokens; `raw_LC` begins with the K-1 columns before them."""
     num_channels = bias_C.shape[0]
@@ -40,7 +40,7 @@ def _convolve(raw_LC: Any, weight_KC: Any, bias_C: Any, out_LC: Any) -> None:
             out[c] = silu(out[c])
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=FAST, inline="never")
 def _recur_head(
     conv_LC: Any,
     first_x: Any,
@@ -71,7 +71,7 @@ def _recur_head(
                 y_LI[t, first_x + d] = total + skip * conv[first_x + d]
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath=FAST, inline="never")
 def _gated_norm(y: Any, gate: Any, weight: Any, num_groups: Any, eps: Any, out: Any) -> None:
     size = y.shape[0] // num_groups
     for g in range(num_groups):
@@ -85,7 +85,7 @@ def _gated_norm(y: Any, gate: Any, weight: Any, num_groups: Any, eps: Any, out: 
             out[i] = out[i] * scale * weight[i]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def mix(
     projected_TP: Any,
     starts_R: Any,
@@ -112,7 +112,8 @@ def mix(
     """`projected_TP` is in_proj's output, gate | x | B | C | Δ; writes the gated norm's output to `out_TI`.
 
     Requests of `keeps_R` leave their state in their slots; the others (whose last tokens are guesses) leave no trace.
-    Windows in bf16 come as int16: then the convolution's inputs are rounded to bf16, in this step as in the next. Without `has_output` only the state moves on.
+    Windows in bf16 come as int16: then the convolution's inputs are rounded to bf16, in this step as in the next.
+    Without `has_output` only the state moves on.
     """
     num_heads, head_dim, state_dim = state_SHDN.shape[1:]
     num_past, num_channels = window_SKC.shape[1:]

@@ -16,7 +16,7 @@ from model.cpu.linear import PANEL, address_of, at, multiply_panels
 LARGEST = 2.0**62
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def choose_experts(
     logits_NE: Any,
     bias_E: Any,
@@ -27,7 +27,7 @@ def choose_experts(
     ids_NK: Any,
     weights_NK: Any,
 ) -> None:
-    """Sigmoid scores; the best `topk_groups` groups by the sum of their two best, then the top K; ties: the lowest id."""
+    """Sigmoid scores; of the best `topk_groups` groups (by their two best) the top K; ties: the lowest id."""
     num_rows, num_experts = logits_NE.shape
     top_k = ids_NK.shape[1]
     per_group = num_experts // num_groups
@@ -69,7 +69,7 @@ def choose_experts(
             weights_NK[n, k] *= scaling
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def grids(x_NL: Any, weights_NK: Any, shift: Any, grid_N: Any) -> None:
     """Exponents of the units in which rows are added: see `model.exact.grid_exponents`."""
     for n in range(x_NL.shape[0]):
@@ -80,7 +80,7 @@ def grids(x_NL: Any, weights_NK: Any, shift: Any, grid_N: Any) -> None:
         grid_N[n] = min(max(exponent + shift, -200), 200)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def partial_sums(
     x_NL: Any,
     row_P: Any,
@@ -151,7 +151,7 @@ def partial_sums(
         for b in range(count):
             p = order_P[first + b]
             row = row_P[p]
-            scale = math.ldexp(np.float64(weight_P[p]), -np.int32(grid_N[row]))
+            scale = math.ldexp(np.float64(weight_P[p]), -int(grid_N[row]))
             for i in range(input_dim):
                 units = np.rint(np.float64(y_BL[b, i]) * scale)
                 if not abs(units) < LARGEST:

@@ -59,6 +59,7 @@ def loss_of(model: NemotronH, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden_BTD = sequence_draft(model, next_ids, hidden_BTD)
         wanted_BTV = target_BTV[:, depth:]
         assert model.lm_head is not None
+        assert model.lm_head.weight is not None
         total = total + weight * compiled_draft_loss(model.lm_head.weight, hidden_BTD[:, :-depth], wanted_BTV)
         if depth == 1:
             with torch.no_grad():

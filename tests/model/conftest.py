@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 
+from model import kernels
 from model.family import ModelFamily, load_family
 from model.nemotron_h import NemotronH
 from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny, write_tiny
@@ -27,13 +28,15 @@ def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
 
 
 @pytest.fixture(scope="session")
-def model_of(tiny_of: Callable[[str], Tiny]) -> Callable[[str], NemotronH]:
-    """Our model of each tiny checkpoint, in fp32 with local experts."""
-    return cache(lambda name: load_fp32(load_family(tiny_of(name).path)))
+def model_of(tiny_of: Callable[[str], Tiny]) -> Callable[..., NemotronH]:
+    """Our model of each tiny checkpoint, in fp32 with local experts; `plain` is without the CPU's kernels."""
+    return cache(lambda name, is_plain=False: load_fp32(load_family(tiny_of(name).path), is_plain))
 
 
-def load_fp32(family: ModelFamily) -> NemotronH:
-    return family.load_backbone(family.load_local_experts(torch.float32), torch.float32)
+def load_fp32(family: ModelFamily, is_plain: bool = False) -> NemotronH:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "has_compiled", lambda: not is_plain)
+        return family.load_backbone(family.load_local_experts(torch.float32), torch.float32)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -41,9 +44,9 @@ def tiny(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> Tiny
     return tiny_of(request.param)
 
 
-@pytest.fixture
-def model(tiny: Tiny, model_of: Callable[[str], NemotronH]) -> NemotronH:
-    return model_of(tiny.name)
+@pytest.fixture(params=["compiled", "plain"])
+def model(request: pytest.FixtureRequest, tiny: Tiny, model_of: Callable[..., NemotronH]) -> NemotronH:
+    return model_of(tiny.name, request.param == "plain")
 
 
 @pytest.fixture

@@ -172,18 +172,27 @@ def test_the_convolutions_agree(fused: Any, has_bias: bool, num_taps: int, lens:
 PICKERS = (kernels.ssd_scan, kernels.ssd_step, kernels.causal_conv)
 
 
-def test_the_cpu_runs_plain_pytorch() -> None:
+DOUBT = "; the last bits of a request's logits may depend on who shares the batch"
+
+
+def test_the_cpu_runs_our_kernels_unless_they_are_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [pick(torch.device("cpu")) for pick in PICKERS] == [None, None, None]
-    assert kernels.describe("cpu") == "plain PyTorch (fused kernels need CUDA)"
+    assert kernels.is_reproducible("cpu")
+    assert kernels.describe("cpu") == ("compiled CPU kernels; a request's tokens are the same whoever shares the batch")
+    monkeypatch.setattr(kernels, "has_compiled", kernels.has_compiled.__wrapped__)
+    monkeypatch.setenv("EXPERTMESH_CPU_KERNELS", "0")
+    assert not kernels.is_reproducible("cpu")
+    assert kernels.describe("cpu") == f"plain PyTorch (EXPERTMESH_CPU_KERNELS=0){DOUBT}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
 def test_without_cuda_nothing_is_fused() -> None:
     assert [pick(torch.device("cuda")) for pick in PICKERS] == [None, None, None]
-    assert kernels.describe("cuda") == "plain PyTorch (mamba-ssm is not installed)"
+    assert not kernels.is_reproducible("cuda")
+    assert kernels.describe("cuda") == f"plain PyTorch (mamba-ssm is not installed){DOUBT}"
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs CUDA, mamba-ssm and causal-conv1d")
 def test_on_a_gpu_the_fused_kernels_run() -> None:
     assert [pick(torch.device("cuda")).__module__ for pick in PICKERS] == ["model.fused"] * 3
-    assert kernels.describe("cuda") == "fused kernels from mamba_ssm and causal_conv1d"
+    assert kernels.describe("cuda") == f"fused kernels from mamba_ssm and causal_conv1d{DOUBT}"

@@ -1,4 +1,4 @@
-"""The promise of a row plan: a row's product has the same bits whatever rows are beside it, and wherever it lies."""
+"""The same bits whatever rows share a product: by the order of our kernels, elsewhere by row plans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.linear import RowPlan, find_row_plan, is_row_invariant, stable_linear
+from model.linear import Linear, RowPlan, find_row_plan, is_row_invariant
 from tests.model.steps import seeded
 
 SHAPES = [(64, 128), (128, 64), (40, 24), (256, 96), (33, 70), (512, 1024)]
@@ -23,27 +23,59 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    layer = Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}), assign=True)
+    layer.requires_grad_(False).pack()
+    return layer
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
-def test_rows_do_not_depend_on_their_company(
+def test_our_rows_do_not_depend_on_their_company(
+    num_threads: int, dtype: torch.dtype, num_inputs: int, num_outputs: int
+) -> None:
+    randn = seeded(num_inputs)
+    weight, x = randn(num_outputs, num_inputs).to(dtype), randn(700, num_inputs)
+    layer = packed_linear(weight)
+    whole = layer(x)
+    torch.testing.assert_close(whole.double(), x.double() @ weight.double().T, rtol=1e-4, atol=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    for num_rows in (0, 1, 2, 3, 5, 7, 8, 12, 13, 20, 31, 65, 130):
+        rows = torch.randperm(700, generator=generator)[:num_rows]
+        assert torch.equal(layer(x[rows]), whole[rows])
+
+
+def test_threads_change_no_bit() -> None:
+    randn, results = seeded(0), []
+    layer, x = packed_linear(randn(4000, 512)), randn(40, 512)
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(layer(x))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_a_bias_is_added_and_any_leading_shape_is_kept() -> None:
+    randn = seeded(0)
+    weight, bias, x = randn(33, 24), randn(33), randn(2, 3, 24)
+    torch.testing.assert_close(packed_linear(weight, bias)(x), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
+def test_planned_rows_do_not_depend_on_their_company(
     num_threads: int, dtype: torch.dtype, num_inputs: int, num_outputs: int
 ) -> None:
     plan = find_row_plan(num_inputs, num_outputs, dtype, "cpu", num_threads)
     randn = seeded(num_inputs)
-    weight, x = randn(num_outputs, num_inputs).to(dtype), randn(700, num_inputs).to(dtype)
-    whole = stable_linear(x, weight, plan)
+    weight, x = randn(num_outputs, num_inputs).to(dtype), randn(plan.limit, num_inputs).to(dtype)
+    whole = F.linear(x, weight)
     generator = torch.Generator().manual_seed(0)
-    for num_rows in (1, 2, 3, 5, 7, 13, 31, 65, 130, 700):
-        rows = torch.randperm(700, generator=generator)[:num_rows]
-        assert torch.equal(stable_linear(x[rows], weight, plan), whole[rows])
-
-
-def test_a_stable_product_is_the_product() -> None:
-    randn = seeded(0)
-    x, weight = randn(10, 24), randn(16, 24)
-    for plan in (RowPlan(1, 256), RowPlan(4, 64), RowPlan(8, 8)):
-        torch.testing.assert_close(stable_linear(x, weight, plan), x @ weight.T)
-    assert stable_linear(x[:0], weight, RowPlan(4, 64)).shape == (0, 16)
+    for num_rows in range(plan.quantum, plan.limit + 1, plan.quantum):
+        rows = torch.randperm(plan.limit, generator=generator)[:num_rows]
+        assert torch.equal(F.linear(x[rows], weight), whole[rows])
 
 
 def halves_added(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
