@@ -87,8 +87,8 @@ class Answer:
         self._index, self._job, self._tokenizer = index, job, tokenizer
         self._num_tokens = self._num_chars = 0
         self._stops = StopMatcher(job.params.stop)
-        tools, is_single = job.use.callable_tools, not job.use.is_parallel
-        self._splitter = Splitter(job.reasons, tools, job.use.is_forced, max_calls=1 if is_single else None)
+        tools = job.use.callable_tools
+        self._splitter = Splitter(job.reasons, tools, job.use.is_forced, job.use.max_calls)
         names = [*([THINK_END] if job.reasons else []), *([CALL_START, CALL_END] if tools else [])]
         self._detokenizer = Detokenizer(tokenizer.token_bytes, map(tokenizer.marker, names))
         self._is_first = True

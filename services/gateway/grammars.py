@@ -59,7 +59,7 @@ def compose(answer: Grammar | None, use: ToolUse, reasons: bool, markers: Marker
         return None
     if answer is not None and not tools and not reasons:
         return answer
-    rules = list(_call_rules(tools, use.is_parallel, markers)) if tools else []
+    rules = list(_call_rules(tools, use.max_calls, markers)) if tools else []
     if answer is not None:
         rules.append(f"answer: {_expression(answer)}")
         start = "answer | calls" if tools else "answer"
@@ -118,8 +118,8 @@ def _free_rules(marker: Marker) -> list[str]:
     return ["free: (text_to_call call_rest)* TEXT", _text_up_to("text_to_call", marker), without]
 
 
-def _call_rules(tools: Sequence[Tool], is_parallel: bool, markers: Markers) -> Iterator[str]:
-    yield 'calls: call ("\\n" call)*' if is_parallel else "calls: call"
+def _call_rules(tools: Sequence[Tool], max_calls: int | None, markers: Markers) -> Iterator[str]:
+    yield "calls: call" if max_calls == 1 else 'calls: call ("\\n" call)*'
     yield f"call: {_special(markers.call_start)} call_rest"
     yield f"call_rest: ({' | '.join(f'function_{n}' for n in range(len(tools)))}) {_special(markers.call_end)}"
     for n, tool in enumerate(tools):

@@ -94,6 +94,11 @@ class ToolUse:
         return self.mode is ToolMode.REQUIRED or self.function is not None
 
     @property
+    def max_calls(self) -> int | None:
+        """Of one answer; None: any number. A function that is named is called once, as OpenAI has it."""
+        return 1 if self.function is not None or not self.is_parallel else None
+
+    @property
     def callable_tools(self) -> tuple[Tool, ...]:
         if self.mode is ToolMode.NONE:
             return ()

@@ -155,10 +155,10 @@ def test_logprobs_of_chats(client: openai.OpenAI) -> None:
     assert logprobs is not None
     assert logprobs.content is not None
     assert bytes(byte for token in logprobs.content for byte in token.bytes or ()).decode() == "<|im_start|>user\nhi"
-    assert [len(token.top_logprobs) for token in logprobs.content] == [1] * 7
+    assert [len(token.top_logprobs) for token in logprobs.content] == [1] * 8
     bare = client.chat.completions.create(model="echo", messages=[USER], logprobs=True)
     assert bare.choices[0].logprobs is not None
-    assert [token.top_logprobs for token in bare.choices[0].logprobs.content or ()] == [[]] * 7
+    assert [token.top_logprobs for token in bare.choices[0].logprobs.content or ()] == [[]] * 8
 
 
 def test_echo(client: openai.OpenAI, source: EchoSource) -> None:

@@ -33,6 +33,7 @@ CASES = [
     (REQUIRED, CALL.replace("city", "town"), False),
     (ToolUse((WEATHER, NOW), function="now"), CALL_NOW, True),
     (ToolUse((WEATHER, NOW), function="now"), CALL, False),
+    (ToolUse((WEATHER, NOW), function="now"), f"{CALL_NOW}\n{CALL_NOW}", False),
     (ToolUse((NOW,), ToolMode.REQUIRED, is_parallel=False), f"{CALL_NOW}\n{CALL_NOW}", False),
     (ToolUse((WEATHER, NOW)), "plain text <tool", True),
     (ToolUse((WEATHER, NOW)), "", True),

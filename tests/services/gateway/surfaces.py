@@ -1,0 +1,324 @@
+"""One real engine with the demo model, and the same question to it over REST and gRPC, streamed and not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import torch
+from google.protobuf import json_format
+
+from model.demo import DEMO
+from model.family import load_family
+from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from protos.expertmesh.inference.v1 import inference_pb2_grpc
+from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.grammar import GrammarCompiler
+from services.engine.memory import plan_memory
+from services.gateway.generation import Generation, Health, ModelCard
+from services.gateway.grpc_api import InferenceApi
+from services.gateway.listener import Listener, Listening
+from services.gateway.rest import build_rest
+from services.gateway.text import Tokenizer
+from tests.services.application import free_port
+
+MAX_LEN = 512
+# The demo's own template with tools and the turns that calls make.
+CHAT_TEMPLATE = """{%- for tool in tools or [] %}{{ tool.function.name }}
+{% endfor %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>
+<function={{ call.function.name }}>
+{%- for name, value in call.function.arguments.items() %}
+<parameter={{ name }}>
+{{ value }}
+</parameter>
+{%- endfor %}
+</function>
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{{ '<think>
+' if enable_thinking | default(false) else '<think></think>' }}{% endif %}"""
+FINISH_REASONS = ["", "stop", "length", "tool_calls"]
+CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 504: "DEADLINE_EXCEEDED"}
+
+
+@dataclass
+class Told:
+    """What a client was told, in a form that all ways share; `error` is (gRPC code, sentence)."""
+
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    usage: tuple[int, int, int] = (0, 0, 0)  # prompt, completion, cached
+    cache: str = ""
+    request_id: str = ""
+    error: tuple[str, str] | None = None
+
+
+def make_model_dir(path: Path) -> Path:
+    for file in DEMO.iterdir():
+        if file.name != "chat_template.jinja":
+            (path / file.name).symlink_to(file)
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return path
+
+
+@contextmanager
+def serving(model_dir: Path) -> Iterator[Surfaces]:
+    """Engine and gateway in one thread with an event loop of its own, behind real ports."""
+    family = load_family(str(model_dir))
+    memory = plan_memory(family.config.state_spec, torch.float32, 64 << 20, MAX_LEN, 8)
+    config = BackboneConfig(torch.float32, "cpu", MAX_LEN, max_batch_tokens=256, memory=memory, num_threads=1)
+    backbone = Backbone(config, family, None, None)
+    card, tokenizer = ModelCard("demo", MAX_LEN, 1), Tokenizer(model_dir)
+    generation = Generation(backbone.engine, tokenizer, card, GrammarCompiler(model_dir).check)
+
+    async def health() -> Health:
+        return Health(is_ready=True)
+
+    where = Listening("127.0.0.1", free_port(), free_port())
+    listener = Listener(where, build_rest(generation, health), InferenceApi(generation, health))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def run(work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(120)
+
+    run(backbone.start())
+    run(listener.start())
+    with (
+        grpc.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel,
+        httpx.Client(base_url=f"http://127.0.0.1:{where.http_port}", timeout=120) as http,
+    ):
+        yield Surfaces(http, inference_pb2_grpc.InferenceStub(channel), backbone)  # type: ignore[no-untyped-call]
+    run(listener.stop())
+    run(backbone.stop())
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+@dataclass(frozen=True)
+class Surfaces:
+    http: httpx.Client
+    stub: Any
+    backbone: Backbone
+
+    def ask_all(self, body: dict[str, Any]) -> dict[str, Told]:
+        """The same question in four ways, after it was asked twice so that all find the same in the prefix cache."""
+        for _ in range(2):
+            self.rest(body, is_streamed=False)
+        return {
+            "rest": self.rest(body, is_streamed=False),
+            "rest stream": self.rest(body, is_streamed=True),
+            "grpc": self.grpc(body, is_streamed=False),
+            "grpc stream": self.grpc(body, is_streamed=True),
+        }
+
+    def rest(self, body: dict[str, Any], is_streamed: bool) -> Told:
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        if is_streamed:
+            body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        answer = self.http.post(path, json=body, headers={"X-Request-Id": "same"})
+        if answer.status_code != 200:
+            return Told(error=(CODES[answer.status_code], answer.json()["error"]["message"]))
+        assert answer.headers["x-request-id"] == "same"
+        told = _from_events(answer.text) if is_streamed else _from_whole(answer.json())
+        told.cache, told.request_id = answer.headers["x-expertmesh-cache"], answer.headers["x-request-id"]
+        return told
+
+    def grpc(self, body: dict[str, Any], is_streamed: bool) -> Told:
+        request = to_grpc(body)
+        try:
+            if is_streamed:
+                call = self.stub.GenerateStream(request, timeout=120)
+                told = _from_chunks(list(call))
+            else:
+                response, call = self.stub.Generate.with_call(request, timeout=120)
+                told = _from_response(response)
+        except grpc.RpcError as error:
+            return Told(error=(error.code().name, error.details()))  # type: ignore[attr-defined]
+        trailers = dict(call.trailing_metadata())
+        told.cache, told.request_id = trailers["x-expertmesh-cache"], trailers["x-request-id"]
+        return told
+
+
+def to_grpc(body: dict[str, Any]) -> pb.GenerateRequest:
+    """The typed form of a REST body."""
+    body = dict(body)
+    request = pb.GenerateRequest(model=body.pop("model", ""), request_id="same", echo=body.pop("echo", False))
+    if "timeout" in body:
+        request.timeout = body.pop("timeout")
+    if "messages" in body:
+        request.chat.CopyFrom(_chat(body))
+        logprobs = body.pop("top_logprobs", 0) if body.pop("logprobs", False) else None
+    else:
+        prompt = body.pop("prompt")
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+        logprobs = body.pop("logprobs", None)
+    if logprobs is not None:
+        request.sampling.logprobs = logprobs
+    _set_format(request.response_format, body.pop("response_format", {}), body.pop("structured_outputs", {}))
+    sampling = {
+        key: {int(k): v for k, v in value.items()} if key == "logit_bias" else value for key, value in body.items()
+    }
+    request.sampling.MergeFrom(pb.SamplingParams(**sampling))
+    return request
+
+
+def _chat(body: dict[str, Any]) -> pb.Chat:
+    chat = pb.Chat()
+    for message in body.pop("messages"):
+        fields = {**message, "tool_calls": [_past_call(call) for call in message.get("tool_calls", [])]}
+        chat.messages.append(pb.ChatMessage(**fields))
+    for tool in body.pop("tools", []):
+        function = tool["function"]
+        parameters = json.dumps(function["parameters"]) if "parameters" in function else ""
+        chat.tools.append(pb.Tool(**{**function, "parameters": parameters}))
+    choice = body.pop("tool_choice", None)
+    if isinstance(choice, dict):
+        chat.tool_choice.function = choice["function"]["name"]
+    elif choice:
+        chat.tool_choice.mode = pb.ToolChoice.Mode.Value(f"MODE_{choice.upper()}")
+    for name in ("parallel_tool_calls", "enable_thinking"):
+        if name in body:
+            setattr(chat, name, body.pop(name))
+    if "chat_template_kwargs" in body:
+        json_format.ParseDict(body.pop("chat_template_kwargs"), chat.template_kwargs)
+    return chat
+
+
+def _past_call(call: dict[str, Any]) -> pb.ToolCall:
+    return pb.ToolCall(id=call["id"], **call["function"])
+
+
+def _set_format(to: pb.ResponseFormat, asked: dict[str, Any], structured: dict[str, Any]) -> None:
+    if asked.get("type") == "json_object":
+        to.json_object = True
+    elif asked.get("type") == "json_schema":
+        to.json_schema = json.dumps(asked["json_schema"]["schema"])
+    for key, value in structured.items():
+        if key == "choice":
+            to.choice.texts.extend(value)
+        else:
+            setattr(to, key, value)
+
+
+def _empty() -> dict[str, Any]:
+    return {"text": "", "reasoning": "", "calls": {}, "logprobs": [], "prompt_logprobs": [], "finish": ""}
+
+
+def _from_whole(answer: dict[str, Any]) -> Told:
+    told = Told(usage=_usage(answer["usage"]))
+    for choice in answer["choices"]:
+        one = _empty()
+        _add_rest(one, choice, choice.get("message", {}))
+        told.choices.append(one)
+    return told
+
+
+def _from_events(text: str) -> Told:
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    told, choices = Told(), dict[int, dict[str, Any]]()
+    for event in map(json.loads, events):
+        if "error" in event:
+            return Told(error=("", event["error"]["message"]))
+        if event.get("usage"):
+            told.usage = _usage(event["usage"])
+        for choice in event["choices"]:
+            _add_rest(choices.setdefault(choice["index"], _empty()), choice, choice.get("delta", {}))
+    told.choices = [choices[index] for index in sorted(choices)]
+    return told
+
+
+def _add_rest(one: dict[str, Any], choice: dict[str, Any], message: dict[str, Any]) -> None:
+    one["text"] += choice.get("text", "") + (message.get("content") or "")
+    one["reasoning"] += message.get("reasoning_content", "")
+    for position, call in enumerate(message.get("tool_calls", [])):
+        _add_call(one, call.get("index", position), call["function"].get("name", ""), call["function"]["arguments"])
+    one["finish"] = choice["finish_reason"] or one["finish"]
+    logprobs = choice["logprobs"] or {}
+    for token in logprobs.get("content", []):
+        tops = [(bytes(top["bytes"]), top["logprob"]) for top in token["top_logprobs"]]
+        one["logprobs"].append((bytes(token["bytes"]), token["logprob"], tops))
+    columns = [logprobs.get(key, []) for key in ("tokens", "token_logprobs", "text_offset")]
+    for token, logprob, offset in zip(*columns, strict=True):
+        one["logprobs"].append((_data(token), logprob, offset))
+
+
+def _data(name: str) -> bytes:
+    if name.startswith("bytes:"):
+        return bytes.fromhex(name.removeprefix("bytes:").replace("\\x", ""))
+    return name.encode()
+
+
+def _from_response(response: pb.GenerateResponse) -> Told:
+    told = Told(usage=_grpc_usage(response.usage))
+    for choice in response.choices:
+        one = _empty()
+        _add_grpc(one, choice)
+        told.choices.append(one)
+    return told
+
+
+def _from_chunks(chunks: list[pb.GenerateChunk]) -> Told:
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        _add_grpc(choices.setdefault(chunk.choice.index, _empty()), chunk.choice)
+    assert [chunk.HasField("usage") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    return Told([choices[index] for index in sorted(choices)], _grpc_usage(chunks[-1].usage))
+
+
+def _add_grpc(one: dict[str, Any], choice: pb.Choice) -> None:
+    one["text"] += choice.text
+    one["reasoning"] += choice.reasoning_content
+    for call in choice.tool_calls:
+        _add_call(one, call.index, call.name, call.arguments)
+    one["finish"] = FINISH_REASONS[choice.finish_reason] or one["finish"]
+    for name in ("prompt_logprobs", "logprobs"):
+        one[name] += [
+            (token.data, token.logprob if token.HasField("logprob") else None, token.text_offset, token.top)
+            for token in getattr(choice, name)
+        ]
+
+
+def _add_call(one: dict[str, Any], index: int, name: str, arguments: str) -> None:
+    before = one["calls"].get(index, ("", ""))
+    one["calls"][index] = (before[0] + name, before[1] + arguments)
+
+
+def _usage(usage: dict[str, Any]) -> tuple[int, int, int]:
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    return usage["prompt_tokens"], usage["completion_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def _grpc_usage(usage: pb.Usage) -> tuple[int, int, int]:
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    return usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+
+
+def comparable(told: Told, is_chat: bool, echoes: bool) -> Told:
+    """Logprobs of gRPC in the shape that REST gives them in: by alternatives for chats, by offset for completions."""
+    for one in told.choices:
+        scores = [*(one.pop("prompt_logprobs") if echoes else one.pop("prompt_logprobs") and []), *one["logprobs"]]
+        one["logprobs"] = [_comparable(score, is_chat) if len(score) == 4 else score for score in scores]
+    return told
+
+
+def _comparable(score: tuple[Any, ...], is_chat: bool) -> tuple[Any, ...]:
+    data, logprob, offset, tops = score
+    return (data, logprob, [(top.data, top.logprob) for top in tops]) if is_chat else (data, logprob, offset)

@@ -1,0 +1,319 @@
+"""REST and gRPC, streamed and not, tell the same: every parameter and every refusal, on a real engine and model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from tests.services.application import wait_until
+from tests.services.gateway.surfaces import Surfaces, Told, comparable, make_model_dir, serving
+from tests.services.gateway.weather import NOW, WEATHER
+
+PROMPT = "    def close(self):"
+LONG_PROMPT = "import os\n" * 60
+USER = {"role": "user", "content": "def read(self):"}
+SCHEMA = {
+    "type": "object",
+    "properties": {"unit": {"enum": ["C", "F"]}, "ok": {"type": "boolean"}},
+    "required": ["unit", "ok"],
+    "additionalProperties": False,
+}
+SHORT = {
+    "type": "function",
+    "function": {"name": "set", "parameters": SCHEMA | {"properties": {"unit": {"enum": ["C", "F"]}}, "required": []}},
+}
+PICK = {
+    "type": "function",
+    "function": {
+        "name": "pick",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "unit": {"enum": ["C", "F"]},
+                "ok": {"type": "boolean"},
+                "why": {"type": "string", "maxLength": 8},
+            },
+            "required": ["unit", "ok"],
+        },
+    },
+}
+WEATHER_TOOL = WEATHER.to_template()
+CALLED: list[dict[str, Any]] = [
+    USER,
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "so",
+        "tool_calls": [{"id": "c1", "function": {"name": "pick", "arguments": '{"unit": "C"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "done"},
+]
+
+
+def completion(**more: Any) -> dict[str, Any]:
+    return {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, **more}
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    return {"messages": [USER], "max_tokens": 12, "temperature": 0, **more}
+
+
+SAMPLED = {"temperature": 1.0, "seed": 3}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "greedy": completion(),
+    "token ids": completion(prompt=[100, 200, 300]),
+    "default length": {"prompt": PROMPT, "temperature": 0},
+    "model": completion(model="demo"),
+    "seed": completion(**SAMPLED),
+    "temperature": completion(temperature=0.3, seed=-5),
+    "top_p": completion(top_p=0.5, **SAMPLED),
+    "top_k": completion(top_k=3, **SAMPLED),
+    "min_p": completion(min_p=0.2, **SAMPLED),
+    "presence_penalty": completion(presence_penalty=1.5, **SAMPLED),
+    "frequency_penalty": completion(frequency_penalty=-1.5),
+    "repetition_penalty": completion(repetition_penalty=1.7),
+    "logit_bias": completion(logit_bias={"300": 100, "301": -100}),
+    "stop": completion(stop=["self", "return"], max_tokens=40),
+    "stop over tokens": completion(stop=["f.t"], max_tokens=40),
+    "stop_token_ids": completion(stop_token_ids=[200, 201, 202, 203, 204, 205, 206, 207], ignore_eos=True),
+    "ignore_eos": completion(ignore_eos=True),
+    "min_tokens": completion(min_tokens=12, stop=["s"]),
+    "n": completion(n=3, **SAMPLED),
+    "n greedy": completion(n=2),
+    "logprobs 0": completion(logprobs=0),
+    "logprobs": completion(logprobs=5),
+    "logprobs and n": completion(logprobs=1, n=2, **SAMPLED),
+    "logprobs and stop": completion(logprobs=1, stop=["self"], max_tokens=40),
+    "echo": completion(echo=True),
+    "echo with logprobs": completion(echo=True, logprobs=2),
+    "echo alone": completion(echo=True, logprobs=0, max_tokens=0),
+    "priority": completion(priority=-2),
+    "timeout": completion(timeout=60.0),
+    "long prompt": completion(prompt=LONG_PROMPT),
+    "regex": completion(structured_outputs={"regex": "[a-f]{4}"}, **SAMPLED),
+    "choice": completion(structured_outputs={"choice": ["left", "right"]}, logprobs=1),
+    "grammar": completion(structured_outputs={"grammar": 'start: "x" /[0-9]{3}/'}, **SAMPLED),
+    "json_schema": completion(
+        response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}}, max_tokens=250, **SAMPLED
+    ),
+    "json_object": completion(response_format={"type": "json_object"}, max_tokens=30),
+    "chat": chat(),
+    "chat sampled": chat(**SAMPLED),
+    "chat logprobs": chat(logprobs=True, top_logprobs=3),
+    "chat n": chat(n=2, **SAMPLED),
+    "chat stop": chat(stop=["\n"], max_tokens=40),
+    "roles": chat(messages=[{"role": "developer", "content": "be brief"}, {**USER, "name": "me"}]),
+    "turns with calls": chat(messages=CALLED),
+    "thinking": chat(enable_thinking=True),
+    "thinking by kwargs": chat(chat_template_kwargs={"enable_thinking": True}, **SAMPLED),
+    "thinking then form": chat(
+        enable_thinking=True, logit_bias={"6": 60}, structured_outputs={"choice": ["yes", "no"]}, max_tokens=60
+    ),
+    "chat schema": chat(
+        response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}}, max_tokens=250, **SAMPLED
+    ),
+    "tools auto": chat(tools=[PICK]),
+    "tools none": chat(tools=[PICK], tool_choice="none"),
+    "tools required": chat(tools=[PICK], tool_choice="required", max_tokens=120, **SAMPLED),
+    "tools named": chat(
+        tools=[PICK, SHORT], tool_choice={"type": "function", "function": {"name": "set"}}, max_tokens=80
+    ),
+    "tools one": chat(tools=[PICK], tool_choice="required", parallel_tool_calls=False, max_tokens=120),
+    "tools cut off": chat(tools=[WEATHER_TOOL], tool_choice="required", max_tokens=30),
+    "tools after thinking": chat(
+        tools=[SHORT],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        enable_thinking=True,
+        logit_bias={"6": 60},
+        max_tokens=120,
+    ),
+}
+REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "model": (completion(model="gpt"), "NOT_FOUND", "The model 'gpt' does not exist; this server serves 'demo'."),
+    "context": (completion(prompt="x = 1\n" * 400), "INVALID_ARGUMENT", "The prompt has "),
+    "max_tokens": (completion(max_tokens=0), "INVALID_ARGUMENT", "max_tokens must be at least 1, not 0."),
+    "too many": (completion(max_tokens=511), "INVALID_ARGUMENT", "The prompt has 7 tokens and max_tokens is 511"),
+    "temperature": (completion(temperature=-1), "INVALID_ARGUMENT", "temperature must be a finite number of at lea"),
+    "top_p": (completion(top_p=0), "INVALID_ARGUMENT", "top_p must be above 0 and at most 1, not 0.0."),
+    "top_k": (completion(top_k=-2), "INVALID_ARGUMENT", "top_k must be 1 to "),
+    "min_p": (completion(min_p=2), "INVALID_ARGUMENT", "min_p must be 0 to 1, not 2.0."),
+    "penalty": (completion(presence_penalty=2.5), "INVALID_ARGUMENT", "presence_penalty must be -2 to 2, not 2.5."),
+    "repetition": (completion(repetition_penalty=-1), "INVALID_ARGUMENT", "repetition_penalty must be a finite num"),
+    "n": (completion(n=0), "INVALID_ARGUMENT", "n must be 1 to 128, not 0."),
+    "min_tokens": (
+        completion(min_tokens=13),
+        "INVALID_ARGUMENT",
+        "min_tokens must be at most max_tokens (12), not 13.",
+    ),
+    "logprobs": (completion(logprobs=21), "INVALID_ARGUMENT", "logprobs must be 0 to 20, not 21."),
+    "bias": (completion(logit_bias={"2048": 1}), "INVALID_ARGUMENT", "logit_bias holds the token id 2048; allowed"),
+    "bias size": (completion(logit_bias={"1": 101}), "INVALID_ARGUMENT", "logit_bias must be -100 to 100 for each"),
+    "stop ids": (completion(stop_token_ids=[9999]), "INVALID_ARGUMENT", "stop_token_ids holds the token id 9999;"),
+    "stop": (completion(stop=[""]), "INVALID_ARGUMENT", "stop must be strings of at least one character, not ''."),
+    "timeout": (completion(timeout=-1.0), "INVALID_ARGUMENT", "timeout must be a number of seconds above 0, not -1.0."),
+    "prompt ids": (completion(prompt=[5, 5000]), "INVALID_ARGUMENT", "prompt holds the token id 5000; allowed are 0"),
+    "regex": (completion(structured_outputs={"regex": "a("}), "INVALID_ARGUMENT", "structured_outputs.regex cannot be"),
+    "grammar": (completion(structured_outputs={"grammar": "start: a"}), "INVALID_ARGUMENT", "structured_outputs.gram"),
+    "schema": (
+        chat(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}),
+        "INVALID_ARGUMENT",
+        "response_format.json_schema.schema cannot be used: Invalid type: x.",
+    ),
+    "no messages": (chat(messages=[]), "INVALID_ARGUMENT", "messages must hold at least one message."),
+    "tool turn": (
+        chat(messages=[{"role": "tool", "content": "x"}]),
+        "INVALID_ARGUMENT",
+        "messages[0].tool_call_id must be given where the role is 'tool', and only there.",
+    ),
+    "kwargs": (
+        chat(chat_template_kwargs={"tokenize": True}),
+        "INVALID_ARGUMENT",
+        "chat_template_kwargs must not hold 'tokenize', which the server itself sets.",
+    ),
+    "thinking": (
+        chat(chat_template_kwargs={"enable_thinking": True}, enable_thinking=False),
+        "INVALID_ARGUMENT",
+        "enable_thinking must be the same in chat_template_kwargs where both are given; give one.",
+    ),
+    "no tools": (
+        chat(tool_choice="required"),
+        "INVALID_ARGUMENT",
+        "tool_choice may only be given together with tools.",
+    ),
+    "no parallel tools": (chat(parallel_tool_calls=True), "INVALID_ARGUMENT", "parallel_tool_calls may only be given"),
+    "other tool": (
+        chat(tools=[PICK], tool_choice={"type": "function", "function": {"name": "x"}}),
+        "INVALID_ARGUMENT",
+        "tool_choice names the function 'x'; the tools are 'pick'.",
+    ),
+    "tool twice": (
+        chat(tools=[PICK, PICK]),
+        "INVALID_ARGUMENT",
+        "tools must hold each function once, but names 'pick'",
+    ),
+    "form and call": (
+        chat(tools=[PICK], tool_choice="required", response_format={"type": "json_object"}),
+        "INVALID_ARGUMENT",
+        "response_format may not be given together with a tool_choice that forces a call.",
+    ),
+    "tool schema": (
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]),
+        "INVALID_ARGUMENT",
+        "tools[0].function.parameters must be a JSON schema of type 'object'.",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def surfaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surfaces]:
+    with serving(make_model_dir(tmp_path_factory.mktemp("demo"))) as surfaces:
+        yield surfaces
+
+
+def ask(surfaces: Surfaces, body: dict[str, Any]) -> Told:
+    """What all ways agree on."""
+    told = {way: comparable(one, "messages" in body, "echo" in body) for way, one in surfaces.ask_all(body).items()}
+    for way, one in told.items():
+        assert one == told["rest"], way
+    return told["rest"]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers(surfaces: Surfaces, name: str) -> None:
+    body = ANSWERS[name]
+    told = ask(surfaces, body)
+    assert told.error is None, told.error
+    assert told.request_id == "same"
+    assert len(told.choices) == body.get("n", 1)
+    assert told.usage[1] <= body.get("max_tokens", 16) * body.get("n", 1)
+    for choice in told.choices:
+        assert choice["finish"] in ("stop", "length", "tool_calls")
+        assert bool(choice["logprobs"]) == ("logprobs" in body)
+        assert "\ufffd" not in choice["text"]
+    # A stop string is the gateway's business: the engine hears of it within a step.
+    assert wait_until(lambda: surfaces.backbone.engine.stats().num_running == 0, 5)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(surfaces: Surfaces, name: str) -> None:
+    body, code, message = REFUSALS[name]
+    told = ask(surfaces, body)
+    assert told.error is not None
+    assert told.error[0] == code
+    assert told.error[1].startswith(message), told.error[1]
+
+
+@pytest.mark.parametrize("way", ["rest", "grpc"])
+def test_a_deadline_that_passes(surfaces: Surfaces, way: str) -> None:
+    body = completion(timeout=0.02, max_tokens=400, ignore_eos=True)
+    told = surfaces.rest(body, False) if way == "rest" else surfaces.grpc(body, False)
+    assert told.error is not None
+    assert told.error[0] == "DEADLINE_EXCEEDED"
+    assert told.error[1].startswith("The request's deadline passed after ")
+
+
+def test_parameters_have_an_effect(surfaces: Surfaces) -> None:
+    """What is compared above would be equal, too, if a parameter reached nobody."""
+    text = {name: ask(surfaces, ANSWERS[name]).choices[0]["text"] for name in ("greedy", "seed", "logit_bias")}
+    assert len(set(text.values())) == 3
+    changed = ("top_p", "top_k", "min_p", "presence_penalty")
+    assert sum(surfaces.rest(ANSWERS[name], False).choices[0]["text"] != text["seed"] for name in changed) >= 2
+    assert surfaces.rest(ANSWERS["repetition_penalty"], False).choices[0]["text"] != text["greedy"]
+    choices = surfaces.rest(ANSWERS["n"], False).choices
+    assert choices[0]["text"] == text["seed"]
+    assert len({choice["text"] for choice in choices}) == 3
+    stopped = surfaces.rest(ANSWERS["stop"], False).choices[0]
+    assert stopped["finish"] == "stop"
+    assert not any(stop in stopped["text"] for stop in ("self", "return"))
+    echoed = surfaces.rest(ANSWERS["echo"], False).choices[0]
+    assert echoed["text"] == PROMPT + text["greedy"]
+    assert ask(surfaces, ANSWERS["long prompt"]).usage[2] > 0
+
+
+def test_forms_are_kept(surfaces: Surfaces) -> None:
+    def text(name: str) -> str:
+        choice = surfaces.rest(ANSWERS[name], False).choices[0]
+        assert choice["finish"] == "stop"
+        return str(choice["text"])
+
+    assert set(text("regex")) <= set("abcdef")
+    assert text("choice") in ("left", "right")
+    assert text("grammar")[1:].isdecimal()
+    for name in ("json_schema", "chat schema"):
+        answer = json.loads(text(name))
+        assert answer["unit"] in ("C", "F")
+        assert isinstance(answer["ok"], bool)
+    assert text("thinking then form") in ("yes", "no")
+
+
+def test_even_the_demo_model_calls_tools(surfaces: Surfaces) -> None:
+    for name, function in [("tools named", "set"), ("tools one", "pick"), ("tools after thinking", "set")]:
+        choice = surfaces.rest(ANSWERS[name], False).choices[0]
+        assert choice["finish"] == "tool_calls", name
+        assert choice["text"] == ""
+        called, arguments = choice["calls"][0]
+        assert called == function
+        assert json.loads(arguments).get("unit", "C") in ("C", "F")
+
+
+def test_tokenize_detokenize_and_models(surfaces: Surfaces) -> None:
+    rest = surfaces.http.post("/tokenize", json={"prompt": "naïve 🦜", "return_token_strs": True}).json()
+    grpc = surfaces.stub.Tokenize(pb.TokenizeRequest(text="naïve 🦜"))
+    assert list(grpc.token_ids) == rest["tokens"]
+    assert list(grpc.token_texts) == rest["token_strs"]
+    assert grpc.max_model_len == rest["max_model_len"]
+    assert surfaces.stub.Detokenize(pb.DetokenizeRequest(token_ids=grpc.token_ids)).text == "naïve 🦜"
+    assert surfaces.http.post("/detokenize", json={"tokens": rest["tokens"]}).json() == {"prompt": "naïve 🦜"}
+    tools = [{"type": "function", "function": NOW.to_template()["function"]}]
+    chat = surfaces.http.post("/tokenize", json={"messages": [USER], "tools": tools}).json()
+    told = pb.Chat(messages=[pb.ChatMessage(**USER)], tools=[pb.Tool(name="now")])
+    assert list(surfaces.stub.Tokenize(pb.TokenizeRequest(chat=told)).token_ids) == chat["tokens"]
+    model = surfaces.http.get("/v1/models/demo").json()
+    named = surfaces.stub.GetModel(pb.GetModelRequest(id="demo"))
+    assert (named.id, named.max_model_len) == (model["id"], model["max_model_len"])
+    assert list(surfaces.stub.ListModels(pb.ListModelsRequest()).models) == [named]
