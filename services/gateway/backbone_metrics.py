@@ -1,4 +1,7 @@
-"""The backbone's own numbers in Prometheus' format, asked from it when somebody asks us."""
+"""The backbone's own numbers in Prometheus' format, asked from it when somebody asks us.
+
+Names are vLLM's, with our prefix, where it has the same number.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,22 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 ENGINE_GAUGES = {
-    "num_running": ("engine_requests_running", "Requests that the engine computes."),
+    "num_running": ("num_requests_running", "Requests that the engine computes."),
     "num_waiting": ("num_requests_waiting", "Requests that wait for memory."),
     "num_slots_taken": ("state_slots_taken", "Recurrent-state slots in use."),
     "num_slots": ("state_slots", "Recurrent-state slots in all."),
     "num_blocks_taken": ("kv_blocks_taken", "KV pages in use."),
     "num_blocks": ("kv_blocks", "KV pages in all."),
+    "num_slots_cached": ("state_slots_cached", "Recurrent-state slots that hold checkpoints of the prefix cache."),
+    "num_blocks_cached": ("kv_blocks_cached", "KV pages that only the prefix cache keeps."),
+    "num_checkpoints": ("prefix_cache_checkpoints", "Checkpoints of the prefix cache."),
 }
 ENGINE_COUNTERS = {
     "num_preemptions": ("num_preemptions", "Requests put back and computed again."),
+    "num_evictions": ("prefix_cache_evictions", "Checkpoints that were given up for memory."),
+    "num_prompt_tokens": ("prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache."),
+    "num_cached_tokens": ("prefix_cache_hits", "Tokens of prompts that were found there."),
+    "num_refused": ("engine_requests_refused", "Requests refused because too many were waiting."),
     "num_steps": ("engine_steps", "Steps of the engine."),
     "num_failed_steps": ("engine_failed_steps", "Steps that failed."),
 }
@@ -48,11 +58,47 @@ class _Status(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._family(GaugeMetricFamily, ENGINE_GAUGES, self.status["engine"])
         yield from self._family(CounterMetricFamily, ENGINE_COUNTERS, self.status["engine"])
+        yield from self._usage(self.status["engine"])
+        yield from self._drafts(self.status["engine"])
+        yield from self._labelled(
+            "engine_prefix_cache_requests",
+            "Requests by what the prefix cache did for them.",
+            "reason",
+            self.status["engine"]["cache_reasons"],
+        )
         if "traffic" in self.status:
             yield from self._family(CounterMetricFamily, TRAFFIC_COUNTERS, self.status["traffic"])
             yield from self._family(
                 GaugeMetricFamily, PLACEMENT_GAUGES, {**self.status, "down": len(self.status["down"])}
             )
+
+    def _usage(self, engine: Mapping[str, Any]) -> Iterator[Metric]:
+        for name, key in (("kv_cache_usage_perc", "num_blocks"), ("state_slot_usage_perc", "num_slots")):
+            help_text = "Share that running requests hold; 1 is all."
+            family = GaugeMetricFamily(f"expertmesh:{name}", help_text, labels=["model_name"])
+            family.add_metric([self.model], engine[f"{key}_taken"] / engine[key])
+            yield family
+
+    def _drafts(self, engine: Mapping[str, Any]) -> Iterator[Metric]:
+        for verb, help_text in (("draft", "Tokens drafted"), ("accepted", "Drafted tokens that were accepted")):
+            by_position = engine["drafted_by_position" if verb == "draft" else "accepted_by_position"]
+            name = f"expertmesh:spec_decode_num_{verb}_tokens"
+            total = CounterMetricFamily(name, f"{help_text}.", labels=["model_name"])
+            total.add_metric([self.model], sum(by_position))
+            yield total
+            positions = {str(position): count for position, count in enumerate(by_position)}
+            yield from self._labelled(
+                f"spec_decode_num_{verb}_tokens_per_pos",
+                f"{help_text}, by their place in the draft.",
+                "position",
+                positions,
+            )
+
+    def _labelled(self, name: str, help_text: str, label: str, counts: Mapping[str, int]) -> Iterator[Metric]:
+        family = CounterMetricFamily(f"expertmesh:{name}", help_text, labels=["model_name", label])
+        for value, count in counts.items():
+            family.add_metric([self.model, value], count)
+        yield family
 
     def _family(
         self,

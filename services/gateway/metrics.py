@@ -55,7 +55,10 @@ class Metrics:
         self.prompt_lens = histogram("request_prompt_tokens", "Tokens of each prompt.", LENGTH_BUCKETS)
         self.answer_lens = histogram("request_generation_tokens", "Tokens generated for each request.", LENGTH_BUCKETS)
         running = Gauge(
-            "expertmesh:num_requests_running", "Requests being answered.", ["model_name"], registry=registry
+            "expertmesh:num_requests_open",
+            "Requests being answered, from arrival on.",
+            ["model_name"],
+            registry=registry,
         )
         self.running = running.labels(model)
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.").labels(model)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from services.gateway.backbone_metrics import backbone_metrics
 from tests.services.application import wait_until
 from tests.services.gateway.surfaces import Surfaces, Told, comparable, make_model_dir, serving
 from tests.services.gateway.weather import NOW, WEATHER
@@ -299,6 +300,24 @@ def test_even_the_demo_model_calls_tools(surfaces: Surfaces) -> None:
         called, arguments = choice["calls"][0]
         assert called == function
         assert json.loads(arguments).get("unit", "C") in ("C", "F")
+
+
+def test_metrics_of_the_engine(surfaces: Surfaces) -> None:
+    ask(surfaces, ANSWERS["long prompt"])
+    lines = backbone_metrics("demo", surfaces.backbone.status()).decode().splitlines()
+    values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    def value(name: str, **labels: str) -> float:
+        told = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
+        return values[f"expertmesh:{name}{{{told}}}"]
+
+    model = {"model_name": "demo"}
+    assert 0 < value("prefix_cache_hits_total", **model) < value("prefix_cache_queries_total", **model)
+    assert value("engine_prefix_cache_requests_total", **model, reason="hit") > 0
+    drafted = value("spec_decode_num_draft_tokens_total", **model)
+    assert drafted >= value("spec_decode_num_accepted_tokens_total", **model) > 0
+    assert 0 < value("spec_decode_num_draft_tokens_per_pos_total", **model, position="0") <= drafted
+    assert value("num_requests_running", **model) == value("kv_cache_usage_perc", **model) == 0
 
 
 def test_tokenize_detokenize_and_models(surfaces: Surfaces) -> None:

@@ -395,7 +395,7 @@ def test_metrics(client: openai.OpenAI, http: httpx.Client, source: EchoSource) 
     assert lines[f"expertmesh:prompt_tokens_total{label}"] == "8.0"
     assert float(lines[f"expertmesh:inter_token_latency_seconds_count{label}"]) >= 2
     assert float(lines[f"expertmesh:generation_tokens_total{label}"]) >= 4
-    assert lines[f"expertmesh:num_requests_running{label}"] == "0.0"
+    assert lines[f"expertmesh:num_requests_open{label}"] == "0.0"
     assert lines['expertmesh:request_success_total{finished_reason="length",model_name="echo"}'] == "1.0"
     assert lines['expertmesh:request_refused_total{model_name="echo",reason="invalid"}'] == "1.0"
     assert lines["expertmesh:steps_total"] == "3.0"
