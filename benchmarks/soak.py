@@ -1,0 +1,222 @@
+"""Half an hour of everything at once through `expertmesh up`: does anything leak, stick or fail that should not?
+
+    python -m benchmarks.soak                                # 30 minutes
+    python -m benchmarks.soak --minutes 3 --json out.json    # exit code 1 if a check fails
+
+Clients draw from `benchmarks.soak_requests`: lengths, sampling, chats, grammars, several choices, streams, cancels
+midway and bad requests, each with the status it must get. In the end nobody may hold a slot or a page but the prefix
+cache, no request may have taken longer than two minutes, and no process may have grown over the second half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.load import new_client
+from benchmarks.server import Server, resident_bytes, server
+from benchmarks.soak_requests import Ask, draw_ask
+
+STUCK_AFTER_S = 120.0
+SAMPLE_PERIOD_S = 5.0
+DRAIN_S = 20.0
+MAX_GROWTH_BYTES, MAX_GROWTH_SHARE = 16 << 20, 0.03  # of a process over the second half; the larger counts
+NEVER = ("num_running", "num_waiting", "num_slots_taken", "num_blocks_taken", "num_failed_steps")
+
+
+@dataclass
+class Tally:
+    """What the clients saw: answers by kind and status, and each that was not what it should be."""
+
+    answers: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One process's memory: bytes at the middle and at the end by a straight line through the second half."""
+
+    process: str
+    middle_bytes: float
+    end_bytes: float
+
+    @property
+    def is_flat(self) -> bool:
+        return self.end_bytes - self.middle_bytes <= max(MAX_GROWTH_BYTES, MAX_GROWTH_SHARE * self.middle_bytes)
+
+
+async def one_request(client: httpx.AsyncClient, url: str, ask: Ask, tally: Tally) -> None:
+    """Sends one request and notes what became of it; never raises for what the server does."""
+    try:
+        async with asyncio.timeout(STUCK_AFTER_S):
+            status, said = await _send(client, url, ask)
+    except TimeoutError:
+        status, said = 0, f"no end within {STUCK_AFTER_S:.0f} s"
+    except httpx.HTTPError as error:
+        status, said = 0, type(error).__name__
+    tally.answers[f"{ask.kind}: {status}"] += 1
+    if status != ask.expected:
+        tally.wrong.append(f"{ask.kind} got {status}, not {ask.expected}: {said[:300]}; sent {ask.content[:200]!r}")
+    elif status == 200 and not ask.cancel_after:
+        tally.num_tokens += _num_generated(said)
+
+
+async def _send(client: httpx.AsyncClient, url: str, ask: Ask) -> tuple[int, str]:
+    """The status and the body; a cancelled stream ends after `cancel_after` pieces with what came so far."""
+    headers = {"content-type": "application/json"}
+    request = client.build_request(ask.method, url + ask.path, content=ask.content, headers=headers)
+    answer = await client.send(request, stream=True)
+    pieces: list[str] = []
+    try:
+        async for piece in answer.aiter_text():
+            pieces.append(piece)
+            if ask.cancel_after and len(pieces) >= ask.cancel_after:
+                break
+    finally:
+        await answer.aclose()
+    said = "".join(pieces)
+    if answer.status_code == 200 and not ask.cancel_after and '"error":' in said[-400:]:
+        return 500, said[-400:]  # a stream that ended with an error
+    return answer.status_code, said
+
+
+def _num_generated(said: str) -> int:
+    """From the usage that closes a stream or lies in a whole answer."""
+    _, found, number = said.rpartition('"completion_tokens":')
+    return int("".join(c for c in number[:12].strip() if c.isdigit()) or 0) if found else 0
+
+
+async def clients(url: str, concurrency: int, seconds: float, seed: int, tally: Tally) -> None:
+    ends_at = time.monotonic() + seconds
+
+    async def one_after_another(number: int) -> None:
+        draw = random.Random(seed * 1000 + number)
+        async with new_client(STUCK_AFTER_S) as client:
+            while time.monotonic() < ends_at:
+                await one_request(client, url, draw_ask(draw), tally)
+                await asyncio.sleep(draw.choice((0, 0, 0, 0.5)))
+
+    await asyncio.gather(*map(one_after_another, range(concurrency)))
+
+
+async def watch(running: Server, samples: list[dict[int, int]]) -> None:
+    """Appends each process's memory every five seconds, until cancelled."""
+    while True:
+        samples.append({pid: resident_bytes(pid) for pid in running.processes()})
+        await asyncio.sleep(SAMPLE_PERIOD_S)
+
+
+def growths(samples: Sequence[dict[int, int]], names: dict[int, str]) -> list[Growth]:
+    """Of every process that lived through the second half."""
+    half = samples[len(samples) // 2 :]
+    return [
+        Growth(f"{names.get(pid, '?')} ({pid})", *_line([sample[pid] for sample in half]))
+        for pid in half[0]
+        if all(sample.get(pid) for sample in half)
+    ]
+
+
+def _line(values: Sequence[float]) -> tuple[float, float]:
+    """Both ends of the least-squares line."""
+    count = len(values)
+    middle, mean = (count - 1) / 2, sum(values) / count
+    spread = sum((i - middle) ** 2 for i in range(count))
+    slope = sum((i - middle) * (value - mean) for i, value in enumerate(values)) / spread if spread else 0.0
+    return mean - slope * middle, mean + slope * middle
+
+
+def drained(running: Server) -> dict[str, Any]:
+    """The engine's numbers once nobody asks any more; waits a little for the last cancels."""
+    deadline = time.monotonic() + DRAIN_S
+    while True:
+        time.sleep(1)
+        engine: dict[str, Any] = running.status()["engine"]
+        if not any(engine[name] for name in NEVER) or time.monotonic() > deadline:
+            return engine
+
+
+async def soak(running: Server, concurrency: int, seconds: float, seed: int) -> tuple[Tally, list[dict[int, int]]]:
+    tally, samples = Tally(), list[dict[int, int]]()
+    watching = asyncio.create_task(watch(running, samples))
+    try:
+        await clients(running.url, concurrency, seconds, seed, tally)
+    finally:
+        watching.cancel()
+    return tally, samples
+
+
+def failures(
+    tally: Tally, engine: dict[str, Any], grown: Sequence[Growth], before: set[int], after: set[int]
+) -> list[str]:
+    """One sentence for each check that fails."""
+    found = [f"a wrong answer: {words}" for words in tally.wrong]
+    found += [f"{name} is {engine[name]} with no request left" for name in NEVER if engine[name]]
+    found += [
+        f"{one.process} grew from {one.middle_bytes / 2**20:.0f} to {one.end_bytes / 2**20:.0f} MiB in the second half"
+        for one in grown
+        if not one.is_flat
+    ]
+    if gone := before - after:
+        found.append(f"{len(gone)} processes died")
+    return found
+
+
+def memory_table(grown: Sequence[Growth]) -> Table:
+    table = Table(title="memory of the processes' own, MiB")
+    for column in ("process", "middle", "end"):
+        table.add_column(column, justify="left" if column == "process" else "right")
+    for one in grown:
+        table.add_row(one.process, f"{one.middle_bytes / 2**20:.1f}", f"{one.end_bytes / 2**20:.1f}")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Mixed load for half an hour, then what is left of it.")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--model", default="", help="model directory; the demo model if left out")
+    parser.add_argument("--shards", type=int, default=3)
+    parser.add_argument("--state-memory", default="256MiB", help="small, so that the cache fills and requests queue")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model = ["--model", args.model] if args.model else []
+    with server(*model, "--shards", str(args.shards), "--state-memory", args.state_memory) as running:
+        names = running.processes()
+        tally, samples = asyncio.run(soak(running, args.concurrency, 60 * args.minutes, args.seed))
+        engine = drained(running)
+        after = set(running.processes())
+    grown = growths(samples, names)
+    serving = {pid for pid, name in names.items() if "ServeReplica" in name}
+    found = failures(tally, engine, grown, serving, after)
+    console = Console(width=120)
+    console.print(memory_table(grown))
+    for kind, count in sorted(tally.answers.items()):
+        console.print(f"{count:>7,} {kind}")
+    console.print(f"{tally.num_tokens:,} tokens in whole answers; the engine: {engine}")
+    for sentence in found[:20]:
+        console.print(f"FAILED: {sentence}", markup=False)
+    console.print("failed" if found else "nothing leaked, nothing stuck, every answer as it should be")
+    if args.json:
+        report = {"answers": dict(tally.answers), "failures": found, "engine": engine, "tokens": tally.num_tokens}
+        memory = {"memory": [asdict(one) for one in grown], "samples": samples}
+        args.json.write_text(json.dumps({"minutes": args.minutes, **report, **memory}, indent=2) + "\n")
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
