@@ -36,8 +36,9 @@ MAX_GRAMMARS = 64  # compiled ones kept; each may hold MAX_LEXER_STATES of 1 to 
 MAX_LEXER_STATES = 20_000
 MAX_TEXT = 2**17  # characters of a grammar
 COMPILE_STACK = 2**29  # bytes; the library recurses, and a chain of rules as long as MAX_TEXT allows takes 2**26
-# Without a bound, a model that is unsure between two tokens of JSON can go on with spaces for ever.
-OPTIONS = {"x-guidance": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,64}"}}
+# A space, or a new line and its indentation. Without a bound, a model that is unsure of its next token of JSON goes on
+# with white space for ever.
+JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
 EXCERPT = re.compile(r"\d+ \| ")
 
 
@@ -176,9 +177,9 @@ def _definition(grammar: Grammar, name: str) -> dict[str, Any]:
         case GrammarKind.LARK:
             return {"lark_grammar": grammar.text}
         case GrammarKind.JSON_OBJECT:
-            return {"json_schema": {"type": "object"} | OPTIONS}
+            return {"json_schema": {"type": "object"} | JSON_OPTIONS}
         case GrammarKind.JSON_SCHEMA:
-            return {"json_schema": _schema(grammar.text, name) | OPTIONS}
+            return {"json_schema": _schema(grammar.text, name) | JSON_OPTIONS}
 
 
 def _schema(text: str, name: str) -> dict[str, Any]:

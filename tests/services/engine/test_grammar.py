@@ -116,9 +116,12 @@ def test_an_end_that_may_wait_waits_until_nothing_else_is_left() -> None:
 
 
 def test_json_cannot_go_on_with_spaces_for_ever() -> None:
-    space = set(ids(" ")) & allowed(request(GrammarKind.JSON_OBJECT), "{")
-    assert space
-    assert not space & allowed(request(GrammarKind.JSON_OBJECT), "{" + 64 * " ")
+    asked = request(GrammarKind.JSON_OBJECT)
+    spaces = {*ids(" "), *ids("\n"), *ids("\t")}
+    assert set(ids(" ")) | set(ids("\n")) <= allowed(asked, "{")
+    assert not spaces & allowed(asked, "{ ")
+    assert not spaces & allowed(asked, "{\n" + 16 * " ")
+    assert ids('"')[0] in allowed(asked, '{\n    "a": [\n        1,\n        2\n    ],\n    ')
 
 
 def test_rows_with_guesses_ahead_leave_no_trace() -> None:
