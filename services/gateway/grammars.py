@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.engine.grammar import JSON_OPTIONS
 from services.engine.request import Grammar, GrammarKind
 from services.gateway.text import CALL_END, CALL_START, THINK_END, Marker, Tokenizer
 from services.gateway.tools import Tool, ToolUse, is_text
 
 MAX_COUNTED_CHARS = 2000  # a longer maxLength is not enforced: counting characters costs a state for each
 TEXT = r"(?s:.*)"
-JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,64}"}}  # else spaces have no end
 
 CheckGrammar = Callable[[Grammar], None]  # raises ValueError; `services.engine.grammar.GrammarCompiler.check`
 
