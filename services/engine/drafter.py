@@ -1,12 +1,14 @@
 """Guesses at what follows, made by the model's own draft module (multi-token prediction).
 
 The module reads, for every position, the token there and the hidden vector before it, and keeps keys and values of its
-own in the request's pages. A request that was not drafted for a while begins anew: its module sees the positions from
-there on. Guesses can only be wrong, never harmful: each is verified by the model before anybody sees it.
+own in the request's pages. What it has not read is kept for when drafts are wanted again, so that it then guesses as
+well as if it had read all along; after more than MAX_UNREAD tokens it begins anew, and sees the positions from there on.
+Guesses can only be wrong, never harmful: each is verified by the model before anybody sees it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.state import Batch, State
+from services.engine.drafting import MAX_UNREAD
 from services.engine.request import Request
 from services.engine.sampler import Row, Sampler
 
@@ -50,12 +53,46 @@ class Guess:
         return Row(self.request, (*self.new_ids, *self.draft_ids))
 
 
+@dataclass
+class Unread:
+    """Hidden vectors of one request that the module has not read: those before the tokens from `first` on."""
+
+    first: int
+    rows: deque[Tensor]
+    num_rows: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.first + self.num_rows
+
+    def add(self, hidden_TD: Tensor) -> None:
+        self.rows.append(hidden_TD[-MAX_UNREAD:].clone())  # a view would keep the whole step's
+        self.first += max(0, len(hidden_TD) - MAX_UNREAD)
+        self.num_rows += len(self.rows[-1])
+        while self.num_rows > MAX_UNREAD:
+            dropped = len(self.rows.popleft())
+            self.first, self.num_rows = self.first + dropped, self.num_rows - dropped
+
+
 class Drafter:
     """Drafts for the requests of one engine; `state` is shared with the model."""
 
     def __init__(self, model: DraftModel, state: State, sampler: Sampler, device: torch.device | str) -> None:
         self.model, self.state, self.sampler, self.device = model, state, sampler, device
+        self._unread: dict[str, Unread] = {}
         self._seen: dict[str, tuple[int, int]] = {}  # by request: the positions whose keys are in its pages, from, to
+
+    def follow(self, request: Request, first: int, hidden_TD: Tensor) -> None:
+        """Notes the hidden vectors before the request's tokens from position `first` on, for when it is drafted for."""
+        unread = self._unread.get(request.id)
+        if unread is None or unread.end != first:
+            unread = self._unread[request.id] = Unread(first, deque())
+        unread.add(hidden_TD)
+
+    def guess(self, request: Request, new_ids: tuple[int, ...], depth: int) -> Guess:
+        """What `draft` needs, with all that was noted: `new_ids` end with the token before the drafts."""
+        unread = self._unread.pop(request.id)
+        return Guess(request, new_ids, unread.first, torch.cat(tuple(unread.rows)), depth)
 
     def draft(self, guesses: Sequence[Guess]) -> None:
         """Sets `draft_ids`, up to `depth` of them, of every guess."""
@@ -81,6 +118,7 @@ class Drafter:
 
     def release(self, request: Request) -> None:
         self._seen.pop(request.id, None)
+        self._unread.pop(request.id, None)
 
     def _pack(self, guesses: Sequence[Guess], ids: list[int], lens: list[int], positions: list[int]) -> Batch:
         requests = [guess.request for guess in guesses]

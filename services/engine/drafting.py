@@ -25,6 +25,7 @@ COST_KEPT = 0.99  # likewise of a step's cost
 PRIOR_COST = (1.0, 0.05, 0.15, 0.02)
 PRIOR_SPREAD = (1.0, 0.3, 0.3, 0.1)
 NOISE = 0.1  # of a step's seconds, relative
+MAX_UNREAD = 128  # tokens of a request that the draft module catches up with when drafts are wanted again
 MAX_ROWS = 256  # of a step whose cost is learnt from: prompts follow another law
 # A probe drafts after so many steps without; a pause leaves it for two steps after so many with: where depths never
 # change, nothing tells the cost of drafts from that of the model. Both become rarer.

@@ -149,6 +149,7 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     draft_ids: tuple[int, ...] = ()  # guesses at what follows `token_ids`, to be verified by the next step
     acceptance: Acceptance = NO_DRAFTS_YET
+    num_unread: int = 0  # tokens that were computed since it was last drafted for
     compiled_grammar: Any = None  # services.engine.grammar.CompiledGrammar of params.grammar, if that is not None
     sampling_state: Any = None  # the sampler's own notes about this request: penalties' counts, the grammar's state
     arrived_at: float = 0.0  # these three in seconds of the scheduler's clock

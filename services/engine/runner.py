@@ -91,19 +91,22 @@ class Runner:
     def _draft(
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, new_tokens: Sequence[list[Sampled] | None]
     ) -> dict[int, tuple[int, ...]]:
-        guesses = {}
+        guesses: dict[int, Guess] = {}
+        if self.drafter is None:
+            return {}
         for i, tokens in enumerate(new_tokens):
-            request, depth = batch.requests[i], batch.draft_depths[i]
+            if tokens is None:
+                continue
+            request, start = batch.requests[i], packed.starts[i]
+            num_right = batch.lens[i] - batch.num_drafts[i] + max(0, len(tokens) - 1)
+            self.drafter.follow(request, packed.context_lens[i] + 1, hidden_TD[start : start + num_right])
             if not tokens or tokens[-1].token_id in request.stop_ids:
                 continue
             # The last token of all is never drafted: no draft is needed to verify the one before it.
-            depth = min(depth, request.max_len - request.num_tokens - len(tokens) - 1)
-            if depth > 0 and self.drafter:
-                start, context = packed.starts[i], packed.context_lens[i]
-                num_right = batch.lens[i] - batch.num_drafts[i] + len(tokens) - 1
-                new_ids = tuple(token.token_id for token in tokens)
-                guesses[i] = Guess(request, new_ids, context + 1, hidden_TD[start : start + num_right], depth)
-        if guesses and self.drafter:
+            depth = min(batch.draft_depths[i], request.max_len - request.num_tokens - len(tokens) - 1)
+            if depth > 0:
+                guesses[i] = self.drafter.guess(request, tuple(token.token_id for token in tokens), depth)
+        if guesses:
             self.drafter.draft(list(guesses.values()))
         return {i: guess.draft_ids for i, guess in guesses.items()}
 

@@ -13,7 +13,7 @@ from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from services.engine.drafting import REQUEST_KEPT, DraftingState, StepShape
+from services.engine.drafting import MAX_UNREAD, REQUEST_KEPT, DraftingState, StepShape
 from services.engine.memory import IdPool, PagePool
 from services.engine.prefix_cache import CacheConfig, Checkpoint, PrefixCache, Start
 from services.engine.request import EngineOverloaded, FinishReason, Request, TokenLogprob, TokenOutput
@@ -103,8 +103,12 @@ class ScheduledBatch:
 
     @property
     def shape(self) -> StepShape:
-        depths = [depth for i, depth in enumerate(self.draft_depths) if self.catches_up(i)]
-        return StepShape(sum(self.lens), max(depths, default=0), sum(depths))
+        """What it costs, with the tokens that the draft module catches up with."""
+        depths = {i: depth for i, depth in enumerate(self.draft_depths) if depth and self.catches_up(i)}
+        num_unread = sum(min(MAX_UNREAD, self.requests[i].num_unread + self.lens[i]) for i in depths)
+        return StepShape(
+            sum(self.lens), max(depths.values(), default=0), num_unread + sum(depths.values()) - len(depths)
+        )
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,9 @@ class Scheduler:
                 continue
             assert batch.catches_up(i) == bool(result.tokens)
             num_drafts, num_accepted = batch.num_drafts[i], max(0, len(result.tokens) - 1)
-            request.num_computed_tokens += batch.lens[i] - num_drafts + num_accepted
+            num_new = batch.lens[i] - num_drafts + num_accepted
+            request.num_computed_tokens += num_new
+            request.num_unread = 0 if batch.draft_depths[i] and result.tokens else request.num_unread + num_new
             self._note_drafts(request, num_drafts, num_accepted)
             if not request.num_generated:
                 request.prompt_logprobs += result.prompt_logprobs
