@@ -22,8 +22,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import closed_loop, new_client
-from benchmarks.server import Server, server
+from benchmarks.load import closed_loop
+from benchmarks.server import Server, new_client, server
 from benchmarks.throughput import decode_speed
 from model.demo.corpus import read_corpus
 

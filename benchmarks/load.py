@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.stream import Answer, post
 from model.demo.corpus import read_corpus
 
 FIRST_ORDINARY_ID = 16  # ids below are special tokens
@@ -63,54 +63,44 @@ class Outcome:
 # One request ----------------------------------------------------------------------------------------------------------
 
 
-def new_client(timeout_s: float) -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=timeout_s, limits=httpx.Limits(max_connections=None), trust_env=False)
-
-
-async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], origin: float) -> Outcome:
+async def ask(url: str, body: dict[str, Any], origin: float, timeout_s: float = 600) -> Outcome:
     """Streams one request; never raises for what the server or the connection does. `origin`: the run's start."""
     sent_at = time.perf_counter() - origin
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
-        async with client.stream("POST", url, json=body) as answer:
-            if answer.status_code != 200:
-                await answer.aread()
-                return Outcome(sent_at, time.perf_counter() - origin, error=f"HTTP {answer.status_code}")
-            times, usage, error = await _read_events(answer, origin)
-            cache = answer.headers.get("x-expertmesh-cache", "")
-    except httpx.HTTPError as failure:
+        answer = await post(url, body, timeout_s)
+    except OSError as failure:  # a timeout is one too
         return Outcome(sent_at, time.perf_counter() - origin, error=type(failure).__name__)
+    ended_at = time.perf_counter() - origin
+    if answer.status != 200:
+        return Outcome(sent_at, ended_at, error=f"HTTP {answer.status}")
+    return read(answer, sent_at, ended_at, origin)
+
+
+def read(answer: Answer, sent_at: float, ended_at: float, origin: float) -> Outcome:
+    """What a stream of a completion or a chat says; only the usage and an error are parsed."""
+    times: list[float] = []
+    usage: dict[str, Any] = {}
+    error = ""
+    for event in answer.events():
+        if event.data.startswith(b'{"error"'):
+            error = str(json.loads(event.data)["error"].get("type", "error"))
+        elif b'"choices":[]' in event.data or b'"choices": []' in event.data:
+            usage = json.loads(event.data).get("usage") or {}
+        elif has_text(event.data):
+            times.append(event.came_at - origin)
     details = usage.get("prompt_tokens_details") or {}
     counts = (usage.get("prompt_tokens", 0), details.get("cached_tokens") or 0, usage.get("completion_tokens", 0))
     if not error and not times:
         error = "no token"
-    return Outcome(sent_at, time.perf_counter() - origin, tuple(times), *counts, error, cache)
+    cache = answer.headers.get("x-expertmesh-cache", "")
+    return Outcome(sent_at, ended_at, tuple(times), *counts, error, cache)
 
 
-async def _read_events(answer: httpx.Response, origin: float) -> tuple[list[float], dict[str, Any], str]:
-    """Arrival times of events with text, the usage, and the error a stream ended with. Parses only the last two."""
-    times: list[float] = []
-    usage: dict[str, Any] = {}
-    error, rest = "", b""
-    async for chunk in answer.aiter_raw():
-        now = time.perf_counter() - origin
-        *events, rest = (rest + chunk).split(b"\n\n")  # JSON holds no bare newline
-        for event in events:
-            if event.startswith(b'data: {"error"'):
-                error = str(json.loads(event[6:])["error"].get("type", "error"))
-            elif b'"choices":[]' in event or b'"choices": []' in event:
-                usage = json.loads(event[6:]).get("usage") or {}
-            elif has_text(event):
-                times.append(now)
-    return times, usage, error
-
-
-def has_text(event: bytes) -> bool:
+def has_text(data: bytes) -> bool:
     """Whether a chunk of a completion or of a chat brings text, not only a role or a finish reason."""
-    if not event.startswith(b"data: {"):
-        return False
-    is_empty = b'"text":""' in event or b'"delta":{}' in event or b'"content":""' in event
-    return not is_empty
+    is_empty = b'"text":""' in data or b'"delta":{}' in data or b'"content":""' in data
+    return data.startswith(b"{") and not is_empty
 
 
 # Many requests --------------------------------------------------------------------------------------------------------
@@ -151,14 +141,13 @@ async def closed_loop(
     outcomes: list[Outcome] = []
     source, origin = iter(bodies), time.perf_counter()
 
-    async def one_after_another(client: httpx.AsyncClient) -> None:
+    async def one_after_another() -> None:
         for body in source:
-            outcomes.append(await ask(client, url, body, origin))
+            outcomes.append(await ask(url, body, origin, timeout_s))
             if time.perf_counter() - origin > seconds:
                 return
 
-    async with new_client(timeout_s) as client:
-        await asyncio.gather(*(one_after_another(client) for _ in range(concurrency)))
+    await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
     return outcomes
 
 
@@ -167,14 +156,14 @@ async def open_loop(
 ) -> list[Outcome]:
     """Poisson arrivals, `rate` a second, until the bodies or the seconds are used up."""
     draw, origin, due = random.Random(seed), time.perf_counter(), 0.0
-    async with new_client(timeout_s) as client, asyncio.TaskGroup() as tasks:
-        running = []
+    running = []
+    async with asyncio.TaskGroup() as tasks:
         for body in bodies:
             due += draw.expovariate(rate)
             if due > seconds:
                 break
             await asyncio.sleep(origin + due - time.perf_counter())
-            running.append(tasks.create_task(ask(client, url, body, origin)))
+            running.append(tasks.create_task(ask(url, body, origin, timeout_s)))
     return [task.result() for task in running]
 
 
@@ -279,7 +268,7 @@ def main() -> None:
     loop.add_argument("--concurrency", type=int, help="closed loop: requests at a time")
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=300, help="no request is sent after it")
-    parser.add_argument("--timeout", type=float, default=120, help="of one request without a byte, in seconds")
+    parser.add_argument("--timeout", type=float, default=120, help="of one request, in seconds")
     parser.add_argument("--prompt-lens", type=int, nargs="+", default=[128], metavar="TOKENS")
     parser.add_argument("--output-lens", type=int, nargs="+", default=[32], metavar="TOKENS")
     parser.add_argument("--vocab", type=int, default=2048, help="ids are drawn below it; 0 sends text")

@@ -19,8 +19,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.load import Outcome, closed_loop, new_client, quantile
+from benchmarks.load import Outcome, closed_loop, quantile
 from benchmarks.server import free_port
+from benchmarks.stream import post
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 USAGE = '{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":%d}}'
@@ -38,6 +39,9 @@ async def serve(port: int) -> None:
                 await asyncio.sleep(body["temperature"])
                 writer.write(_chunk('{"choices":[{"index":0,"text":"%.9f"}]}' % time.perf_counter()))  # noqa: UP031
             writer.write(_chunk(USAGE % body["max_tokens"]) + _chunk("[DONE]") + b"0\r\n\r\n")
+            if b"connection: close" in head.lower():
+                writer.close()
+                return
 
     async def guarded(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -55,13 +59,10 @@ def _chunk(data: str) -> bytes:
 
 
 async def lateness(url: str, body: dict[str, Any]) -> list[float]:
-    """Seconds from the server's clock in each event to the client's reading of it."""
-    late = []
-    async with new_client(30) as client, client.stream("POST", url, json=body) as answer:
-        async for chunk in answer.aiter_raw():
-            now = time.perf_counter()
-            late += [now - float(sent) for sent in re.findall(rb'"text":"([\d.]+)"', chunk)]
-    return late
+    """Seconds from the server's clock in each event to the client's."""
+    answer = await post(url, body, timeout_s=60)
+    sent = ((json.loads(event.data), event.came_at) for event in answer.events() if b'"text"' in event.data)
+    return [came_at - float(data["choices"][0]["text"]) for data, came_at in sent]
 
 
 async def _measure(url: str, num_streams: int, num_events: int, gap_s: float) -> dict[str, Any]:

@@ -25,13 +25,13 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import FIRST_ORDINARY_ID, Outcome, ask, new_client, quantile
-from benchmarks.server import Server, server
+from benchmarks.load import FIRST_ORDINARY_ID, Outcome, ask, quantile
+from benchmarks.server import Server, new_client, server
 from model.demo.corpus import read_corpus
 
 NUM_REQUESTS, BAR = 64, 50
 NUM_CONVERSATIONS = 8
-NUM_OUTPUT = 16
+OPTIONS: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,13 @@ async def run_prompts(running: Server, pattern: Pattern, vocab_size: int, concur
     draw, url, results = random.Random(repr(pattern.name)), f"{running.url}/v1/completions", list[Reuse]()
     source = enumerate(pattern.prompts)
 
-    async def pairs(client: httpx.AsyncClient) -> None:
+    async def pairs() -> None:
         for i, prompt in source:
             other = [draw.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in prompt]
-            warm, cold = [await complete(client, url, "prompt", ids) for ids in (list(prompt), other)]
+            warm, cold = [await complete(url, "prompt", ids) for ids in (list(prompt), other)]
             results.append(reuse(pattern.num_shared if i else 0, warm, cold))
 
-    async with new_client(120) as client:
-        await asyncio.gather(*(pairs(client) for _ in range(concurrency)))
+    await asyncio.gather(*(pairs() for _ in range(concurrency)))
     return results
 
 
@@ -109,10 +108,8 @@ async def run_chats(running: Server, concurrency: int) -> list[Reuse]:
             messages.append({"role": "user", "content": " ".join(draw.choices(lines, k=4))})
             other = [{**message, "content": message["content"][::-1]} for message in messages]
             async with is_free:
-                warm = await complete(client, url, "messages", messages)
-                cold = await complete(
-                    client, url, "messages", [{"role": "user", "content": str(draw.random())}, *other]
-                )
+                warm = await complete(url, "messages", messages)
+                cold = await complete(url, "messages", [{"role": "user", "content": str(draw.random())}, *other])
             results.append(reuse(num_before, warm, cold))
             answer = await client.post(url, json={"messages": messages, **OPTIONS})
             messages.append({"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"] or ""})
@@ -123,11 +120,8 @@ async def run_chats(running: Server, concurrency: int) -> list[Reuse]:
     return results
 
 
-OPTIONS: dict[str, Any] = {"max_tokens": NUM_OUTPUT, "temperature": 0}
-
-
-async def complete(client: httpx.AsyncClient, url: str, kind: str, prompt: Sequence[Any]) -> Outcome:
-    return await ask(client, url, {kind: prompt, **OPTIONS}, time.perf_counter())
+async def complete(url: str, kind: str, prompt: Sequence[Any]) -> Outcome:
+    return await ask(url, {kind: prompt, **OPTIONS}, time.perf_counter())
 
 
 def summarize(results: Sequence[Reuse]) -> dict[str, Any]:

@@ -26,8 +26,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import new_client
-from benchmarks.server import Server, resident_bytes, server
+from benchmarks.server import Server, new_client, resident_bytes, server
 from benchmarks.soak_requests import Ask, draw_ask
 
 STUCK_AFTER_S = 120.0
