@@ -25,7 +25,9 @@ from services.engine import noise, nucleus
 from services.engine.history import Notes
 from services.engine.request import Request, SamplingParams, TokenLogprob
 
-LEAST_TEMPERATURE = 1e-30  # any lower is the same in fp32: the largest logit has all the probability
+# Beyond these nothing changes but that fp32 overflows: one logit has all the probability, or all have the same.
+TEMPERATURES = (1e-30, 1e30)
+REPETITIONS = (1e-6, 1e6)
 MAX_LOGITS_CPU = 2**18  # edited at once, as many as a core's cache holds
 MAX_LOGITS_ELSEWHERE = 2**26  # or as a device has memory to spare for
 
@@ -91,7 +93,7 @@ class Sampler:
 
 def target_weights(logits_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """(S, V) in fp32, proportional to the probabilities that tokens are drawn with."""
-    temperature_S1 = logits_SV.new_tensor([[max(p.temperature, LEAST_TEMPERATURE)] for p in params])
+    temperature_S1 = logits_SV.new_tensor([[_clamp(p.temperature, TEMPERATURES)] for p in params])
     largest_S1 = logits_SV.amax(dim=-1, keepdim=True)
     weights_SV = torch.softmax((logits_SV - largest_S1).div_(temperature_S1), dim=-1)
     nucleus.cut(weights_SV, params)
@@ -220,12 +222,16 @@ def _penalize(logits_RV: Tensor, rows: Sequence[Row], penalized: Sequence[_Penal
     rows_E = spread([each.row for each in penalized])
     ids_E = torch.from_numpy(np.concatenate([each.ids for each in penalized])).to(device)
     counts_E = torch.from_numpy(np.concatenate([each.counts for each in penalized])).to(device)
-    repetition_E = spread([p.repetition_penalty for p in params])
+    repetition_E = spread([_clamp(p.repetition_penalty, REPETITIONS) for p in params])
     values_E = logits_RV[rows_E, ids_E]
     values_E = torch.where(values_E > 0, values_E / repetition_E, values_E * repetition_E)
     values_E -= counts_E * spread([p.frequency_penalty for p in params])
     values_E -= (counts_E > 0) * spread([p.presence_penalty for p in params])
     logits_RV[rows_E, ids_E] = values_E
+
+
+def _clamp(value: float, limits: tuple[float, float]) -> float:
+    return min(max(value, limits[0]), limits[1])
 
 
 def _likeliest(logprobs_SV: Tensor, num_top: int) -> list[tuple[tuple[int, float], ...]]:

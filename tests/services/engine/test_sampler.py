@@ -94,6 +94,19 @@ def test_draws_follow_the_target_distribution(params: dict[str, Any]) -> None:
     assert chi_squared(counts, biased / biased.sum()) > bound, "the test would not see a bias"
 
 
+LOW, HIGH = [5e-324, 1e-60, 1e-30, 1.0], [1e30, 1e60, 1e308]
+EXTREMES = [(name, value) for name in ("temperature", "repetition_penalty") for value in LOW + HIGH]
+EXTREMES += [(name, value) for name in ("top_p", "min_p") for value in LOW]
+
+
+@pytest.mark.parametrize(("name", "extreme"), EXTREMES)
+def test_extremes_choose_a_token_that_may_be_chosen(name: str, extreme: float) -> None:
+    logits = torch.tensor([[0.0, -3.0, 5.0, 90.0, -torch.inf]])
+    for seed in range(20):
+        asked = request(generated=[0, 1, 2, 4], seed=seed, min_tokens=9, stop_ids={3}, **{name: extreme})
+        assert tokens_of(logits, Row(asked))[0] in (0, 1, 2)
+
+
 # Edits of the logits
 
 
