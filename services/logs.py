@@ -46,7 +46,7 @@ class JsonLines(logging.Formatter):
 
 def configure(process: str, log_format: LogFormat) -> None:
     """Sends what our modules log to standard error; `process` names this one, such as "backbone"."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.__stderr__)  # Serve puts a logger of its own in the place of sys.stderr
     handler.setFormatter(JsonLines(process) if log_format == "json" else logging.Formatter(TEXT))
     for name in OURS:
         logger = logging.getLogger(name)

@@ -79,6 +79,8 @@ class Listener:
             timeout_graceful_shutdown=round(STOP_GRACE_S),
         )
         listening = socket.create_server((self.where.host, port), backlog=BACKLOG, reuse_port=True)
+        # asyncio does it only for sockets that were made with the protocol's number, and Nagle's wait is 40 ms.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._http = uvicorn.Server(config)
         self._serving = asyncio.create_task(self._http.serve(sockets=[listening]))
         while not self._http.started and not self._serving.done():
