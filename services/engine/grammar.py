@@ -50,7 +50,7 @@ class CompiledGrammar:
     eos_ids: frozenset[int]
 
     def start(self) -> GrammarState:
-        return GrammarState(self.matcher.deep_copy(), self.eos_ids)
+        return GrammarState(self)
 
 
 class GrammarState:
@@ -59,25 +59,32 @@ class GrammarState:
     A token the grammar refuses, and whatever is pushed on it, is remembered but not consumed: nothing may follow.
     """
 
-    def __init__(self, matcher: LLMatcher, eos_ids: frozenset[int]) -> None:
-        self._matcher, self._eos_ids = matcher, eos_ids
+    def __init__(self, grammar: CompiledGrammar) -> None:
+        self._grammar, self._matcher = grammar, grammar.matcher.deep_copy()
+        self._consumed: list[int] = []
         self._num_refused = 0
-
-    def push(self, token_id: int) -> None:
-        is_text = token_id not in self._eos_ids
-        if self._num_refused or not is_text or not self._matcher.try_consume_tokens([token_id]):
-            self._num_refused += 1
 
     @property
     def error(self) -> str:
-        """Why the matcher gave up, which it does for good where a step would cost too much; empty: it did not."""
+        """Why the matcher gave up, which it does where a step would cost too much; empty: it did not."""
         return _one_sentence(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+    def push(self, token_id: int) -> None:
+        is_text = token_id not in self._grammar.eos_ids
+        if not self._num_refused and is_text and self._matcher.try_consume_tokens([token_id]):
+            self._consumed.append(token_id)
+        else:
+            self._num_refused += 1
 
     def pop(self) -> None:
         if self._num_refused:
             self._num_refused -= 1
         else:
+            self._consumed.pop()
             self._matcher.rollback(1)
+        if self._matcher.is_error():  # for good, whatever is rolled back
+            self._matcher = self._grammar.matcher.deep_copy()
+            self._matcher.consume_tokens(self._consumed)
 
     def allowed(self, vocab_size: int, stop_ids: frozenset[int], late_ids: frozenset[int]) -> NDArray[np.uint8]:
         """(V,): 1 for each token id that may come next; ids beyond the tokenizer's are never allowed.
@@ -91,7 +98,7 @@ class GrammarState:
         if self._matcher.is_error():
             return allowed_V
         allowed_V[: len(mask)] = mask[:vocab_size]
-        allowed_V[[i for i in self._eos_ids if i < vocab_size]] = 0
+        allowed_V[[i for i in self._grammar.eos_ids if i < vocab_size]] = 0
         may_end, text_V = self._matcher.is_accepting(), allowed_V
         if late_ids:
             allowed_V = allowed_V.copy()

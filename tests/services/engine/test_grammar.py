@@ -171,6 +171,9 @@ def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> 
     assert "\n" not in said
     assert fine is not None
     assert SAMPLER.explain(rows[1].request).startswith("The model's logits hold NaN")
+    [before] = SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [Row(rows[0].request)])
+    assert before is not None, "what only a guess made too complex can still be had otherwise"
+    assert before.token_id == ids("a")[0]
 
 
 # A client's mistakes
