@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -36,6 +37,21 @@ SERVER_OPTIONS = (
 # Fields of SamplingParams that look otherwise on the wire; all others have the same name and type there.
 RESHAPED = ("logit_bias", "grammar")
 PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in RESHAPED)
+
+
+def start_to_proto(
+    request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, timeout: float | None
+) -> pb.Start:
+    """Raises ValueError where a token id is no 64-bit integer; the engine knows which ones there are."""
+    try:
+        return pb.Start(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            params=params_to_proto(params),
+            timeout_s=timeout,
+        )
+    except ValueError:
+        raise ValueError("prompt, stop_token_ids or logit_bias holds a token id beyond 64 bits.") from None
 
 
 def params_to_proto(params: SamplingParams) -> pb.SamplingParams:

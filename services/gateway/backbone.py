@@ -14,7 +14,7 @@ import grpc
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from protos.expertmesh.engine.v1 import engine_pb2_grpc
 from services.engine.request import EngineFailed, SamplingParams, TokenOutput
-from services.engine.wire import CHANNEL_OPTIONS, failure_from_proto, output_from_proto, params_to_proto
+from services.engine.wire import CHANNEL_OPTIONS, failure_from_proto, output_from_proto, start_to_proto
 from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Health
 
@@ -59,11 +59,8 @@ class BackboneStream:
     async def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, timeout: float | None
     ) -> AsyncGenerator[TokenOutput, None]:
-        inbox: asyncio.Queue[pb.Output | None] = asyncio.Queue()
-        self._inboxes[request_id] = inbox
-        start = pb.Start(request_id=request_id, prompt_token_ids=prompt_token_ids, params=params_to_proto(params))
-        if timeout is not None:
-            start.timeout_s = timeout
+        start = start_to_proto(request_id, prompt_token_ids, params, timeout)
+        inbox = self._inboxes[request_id] = asyncio.Queue[pb.Output | None]()
         self._commands.put_nowait(pb.Command(start=start))
         is_over = False
         try:
@@ -81,9 +78,7 @@ class BackboneStream:
         try:
             call = engine_pb2_grpc.EngineStub(self._channel).Converse(self._send())  # type: ignore[no-untyped-call]
             async for message in call:
-                for output in message.outputs:
-                    if inbox := self._inboxes.get(output.request_id):  # else it was cancelled meanwhile
-                        inbox.put_nowait(output)
+                self._deliver(message)
         except grpc.aio.AioRpcError as error:
             reason = str(error.details())
         finally:
@@ -91,6 +86,11 @@ class BackboneStream:
             log.warning("The stream to the backbone %s is down: %s.", self.endpoint, reason)
             for inbox in self._inboxes.values():
                 inbox.put_nowait(None)
+
+    def _deliver(self, message: pb.Outputs) -> None:
+        for output in message.outputs:
+            if inbox := self._inboxes.get(output.request_id):  # else it was cancelled meanwhile
+                inbox.put_nowait(output)
 
     async def _send(self) -> AsyncIterator[pb.Command]:
         while True:

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from protos.expertmesh.inference.v1 import inference_pb2_grpc
+from services.gateway.generation import Generation, Health
+from services.gateway.grpc_api import InferenceApi
+from services.gateway.listener import SERVICES, Listener, Listening, grpc_handlers
+from services.gateway.rest import build_rest
+from tests.services.application import free_port
+from tests.services.gateway.echo import EchoSource
+
+
+@contextlib.asynccontextmanager
+async def listening(generation: Generation, where: Listening) -> AsyncIterator[Listener]:
+    async def health() -> Health:
+        return Health(is_ready=True)
+
+    listener = Listener(where, build_rest(generation, health), InferenceApi(generation, health))
+    await listener.start()
+    try:
+        yield listener
+    finally:
+        await listener.stop()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(test(), 60)
+
+    asyncio.run(bounded())
+
+
+def test_both_surfaces_answer_on_their_ports(generation: Generation) -> None:
+    async def test() -> None:
+        where = Listening("127.0.0.1", free_port(), free_port())
+        async with listening(generation, where) as listener, httpx.AsyncClient() as http:
+            assert listener.is_healthy
+            answer = await http.post(
+                f"http://127.0.0.1:{where.http_port}/v1/completions", json={"prompt": "hello", "max_tokens": 3}
+            )
+            assert answer.json()["usage"]["completion_tokens"] == 3
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel:
+                stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+                request = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=3))
+                assert (await stub.Generate(request)).usage.completion_tokens == 3
+                assert sum([len(chunk.choice.token_ids) async for chunk in stub.GenerateStream(request)]) == 3
+                health = health_pb2_grpc.HealthStub(channel)
+                assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1  # SERVING
+                reflecting = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+                listed = await anext(
+                    aiter(reflecting(iter([reflection_pb2.ServerReflectionRequest(list_services="")])))
+                )
+                names = {service.name for service in listed.list_services_response.service}
+                assert {service.full_name for service in SERVICES} <= names
+
+    run(test)
+
+
+def test_a_refusal_has_its_code_and_sentence(generation: Generation) -> None:
+    async def test() -> None:
+        where = Listening("127.0.0.1", grpc_port=free_port())
+        async with listening(generation, where), grpc.aio.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel:
+            stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+            request = pb.GenerateRequest(text="a", model="gpt")
+            for call in (stub.Generate(request), stub.GenerateStream(request).read()):
+                with pytest.raises(grpc.aio.AioRpcError, match="does not exist") as raised:
+                    await call
+                assert raised.value.code() == grpc.StatusCode.NOT_FOUND
+
+    run(test)
+
+
+def test_a_client_that_goes_away_frees_its_request(generation: Generation, source: EchoSource) -> None:
+    source.pause = 0.01
+
+    async def test() -> None:
+        where = Listening("127.0.0.1", free_port(), free_port())
+        body = {"prompt": "hello", "max_tokens": 50, "ignore_eos": True, "stream": True}
+        async with listening(generation, where):
+            async with (
+                httpx.AsyncClient() as http,
+                http.stream("POST", f"http://127.0.0.1:{where.http_port}/v1/completions", json=body) as answer,
+            ):
+                await anext(answer.aiter_lines())
+                assert source.active
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel:
+                stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+                sampling = pb.SamplingParams(max_tokens=50, ignore_eos=True)
+                call = stub.GenerateStream(pb.GenerateRequest(text="hello", sampling=sampling))
+                await call.read()
+                call.cancel()
+            for _ in range(20):  # well before the 50th token
+                await asyncio.sleep(0.01)
+                if not source.active:
+                    return
+            raise AssertionError(f"{source.active} are still computed")
+
+    run(test)
+
+
+def test_every_rpc_is_served() -> None:
+    [inference, _] = SERVICES
+    handlers: Any = grpc_handlers(inference, InferenceApi)  # type: ignore[arg-type]
+    assert {name.rpartition("/")[2] for name in handlers._method_handlers} == {m.name for m in inference.methods}
+
+
+def test_several_gateways_of_a_machine_share_a_port(generation: Generation) -> None:
+    async def test() -> None:
+        where = Listening("127.0.0.1", free_port(), free_port())
+        async with listening(generation, where), listening(generation, where), httpx.AsyncClient() as http:
+            assert (await http.get(f"http://127.0.0.1:{where.http_port}/v1/models")).status_code == 200
+
+    run(test)
