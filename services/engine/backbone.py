@@ -37,6 +37,7 @@ WATCH_PERIOD_S = 0.5
 FLUSH_PERIOD_S = 1.0
 RATE_KEPT = 0.9  # of the picks per second, from one flush to the next
 PLACEMENT_TIMEOUT_S = 600.0
+WARM_UP_TOKENS = 8  # enough for drafts to be made and verified
 DEFAULT_DRAFT_TOKENS = 4  # at most; measured acceptance and cost decide
 
 
@@ -199,8 +200,8 @@ class Backbone:
         return report
 
     async def _warm_up(self) -> None:
-        """A prompt and a step, so that no user meets the first call's cost; shards may still be loading."""
-        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        """A prompt and some steps, so that no user meets the first call's cost; shards may still be loading."""
+        params = SamplingParams(max_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
         deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
         while True:
             try:

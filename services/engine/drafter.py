@@ -2,8 +2,8 @@
 
 The module reads, for every position, the token there and the hidden vector before it, and keeps keys and values of its
 own in the request's pages. What it has not read is kept for when drafts are wanted again, so that it then guesses as
-well as if it had read all along; after more than MAX_UNREAD tokens it begins anew, and sees the positions from there on.
-Guesses can only be wrong, never harmful: each is verified by the model before anybody sees it.
+well as if it had read all along; after more than MAX_UNREAD tokens it begins anew, and sees only positions from there
+on. Guesses can only be wrong, never harmful: each is verified by the model before anybody sees it.
 """
 
 from __future__ import annotations

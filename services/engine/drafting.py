@@ -24,13 +24,18 @@ COST_KEPT = 0.99  # likewise of a step's cost
 # Of a step, of a row, of a draft pass and of a row of it, before anything was measured, and how far each may be off.
 PRIOR_COST = (1.0, 0.05, 0.15, 0.02)
 PRIOR_SPREAD = (1.0, 0.3, 0.3, 0.1)
+MAX_SURPRISE = 1.5  # of a step's seconds, as a factor, once NUM_TRUSTED have been seen
+NUM_TRUSTED = 16
 NOISE = 0.1  # of a step's seconds, relative
 MAX_UNREAD = 128  # tokens of a request that the draft module catches up with when drafts are wanted again
 MAX_ROWS = 256  # of a step whose cost is learnt from: prompts follow another law
-# A probe drafts after so many steps without; a pause leaves it for two steps after so many with: where depths never
+# A probe drafts for some steps after so many without; a pause leaves it for some after so many with: where depths never
 # change, nothing tells the cost of drafts from that of the model. Both become rarer.
-PROBE_AFTER, PROBE_LEN = (32, 256), 1
+PROBE_AFTER, PROBE_LEN = (32, 256), 4
 PAUSE_AFTER, PAUSE_LEN = (8, 64), 2
+
+
+Weights = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -83,42 +88,46 @@ class StepShape:
 class StepCost:
     """Seconds of a step as a linear function of its shape: least squares of relative errors, in which steps fade.
 
-    `moments_FF` and `sums_F` are of features per second of the step.
+    `weights` are the seconds of a step, a row, a draft pass and a row of it; what the steps do not tell apart,
+    PRIOR_COST does. `moments_FF` and `sums_F` are of features per second of the step.
     """
 
+    weights: Weights
     moments_FF: NDArray[np.float64]
     sums_F: NDArray[np.float64]
     num_steps: float = 0.0
 
     @staticmethod
     def unknown() -> StepCost:
-        return StepCost(np.zeros((4, 4)), np.zeros(4))
+        return StepCost(PRIOR_COST, np.zeros((4, 4)), np.zeros(4))
+
+    def seconds(self, shape: StepShape) -> float:
+        return sum((w * f for w, f in zip(self.weights, shape.features, strict=True)), 0.0)
 
     def observe(self, shape: StepShape, seconds: float) -> StepCost:
+        """A step that surprises, as one that had to wait for another process, counts as MAX_SURPRISE at most."""
+        if self.num_steps > NUM_TRUSTED:
+            expected = self.seconds(shape)
+            seconds = min(max(seconds, expected / MAX_SURPRISE), expected * MAX_SURPRISE)
         features_F = np.array(shape.features) / seconds
-        return StepCost(
-            COST_KEPT * self.moments_FF + np.outer(features_F, features_F),
-            COST_KEPT * self.sums_F + features_F,
-            COST_KEPT * self.num_steps + 1,
-        )
+        moments_FF = COST_KEPT * self.moments_FF + np.outer(features_F, features_F)
+        sums_F, num_steps = COST_KEPT * self.sums_F + features_F, COST_KEPT * self.num_steps + 1
+        return StepCost(_fit(moments_FF, sums_F, num_steps), moments_FF, sums_F, num_steps)
 
-    @property
-    def weights(self) -> tuple[float, float, float, float]:
-        """Seconds of a step, a row, a draft pass and a row of it. What the steps do not tell apart, PRIOR_COST does."""
-        if not self.num_steps:
-            return PRIOR_COST
-        prior_F = np.array(PRIOR_COST)
-        prior_F *= self.num_steps / (self.sums_F @ prior_F)  # as dear on the whole as what was measured
-        # Bayesian linear regression: a normal prior of this spread, and steps that are off by NOISE.
-        spread_F = prior_F[0] * np.array(PRIOR_SPREAD)
-        precision_FF = self.moments_FF + np.diag((NOISE / spread_F) ** 2)
-        fitted_F = prior_F + np.linalg.solve(precision_FF, self.sums_F - self.moments_FF @ prior_F)
-        step, row, a_pass, draft_row = np.maximum(fitted_F, prior_F * 1e-2).tolist()
-        return step, row, a_pass, draft_row
+
+def _fit(moments_FF: NDArray[np.float64], sums_F: NDArray[np.float64], num_steps: float) -> Weights:
+    """Bayesian linear regression: a normal prior of PRIOR_SPREAD, and steps that are off by NOISE."""
+    prior_F = np.array(PRIOR_COST)
+    prior_F *= num_steps / (sums_F @ prior_F)  # as dear on the whole as what was measured
+    spread_F = prior_F[0] * np.array(PRIOR_SPREAD)
+    precision_FF = moments_FF + np.diag((NOISE / spread_F) ** 2)
+    fitted_F = prior_F + np.linalg.solve(precision_FF, sums_F - moments_FF @ prior_F)
+    step, row, a_pass, draft_row = np.maximum(fitted_F, prior_F * 1e-2).tolist()
+    return step, row, a_pass, draft_row
 
 
 def choose_depths(
-    rates: Sequence[Sequence[float]], weights: Sequence[float], num_other_rows: int, max_depths: Sequence[int]
+    rates: Sequence[Sequence[float]], weights: Weights, num_other_rows: int, max_depths: Sequence[int]
 ) -> list[int]:
     """Depths, one per request, of the highest expected number of tokens per second.
 

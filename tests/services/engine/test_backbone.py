@@ -24,7 +24,7 @@ from model.moe import Experts, LocalExperts
 from model.nemotron_h import NemotronH
 from model.state import Batch, State
 from services.controller.controller import layer_specs
-from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.backbone import WARM_UP_TOKENS, Backbone, BackboneConfig
 from services.engine.memory import plan_memory
 from services.engine.request import SamplingParams
 from services.expert import control
@@ -54,9 +54,13 @@ def shards() -> Iterator[list[Shard]]:
         yield process.shards
 
 
-def make_backbone(family: ModelFamily, registry: RegistryStore | None, loads: LoadStore | None) -> Backbone:
+def make_backbone(
+    family: ModelFamily, registry: RegistryStore | None, loads: LoadStore | None, draft_tokens: int | None = None
+) -> Backbone:
     memory = plan_memory(family.config.state_spec, torch.float32, 64 << 20, MAX_LEN, 4)
-    config = BackboneConfig(torch.float32, "cpu", MAX_LEN, max_batch_tokens=256, memory=memory, num_threads=1)
+    config = BackboneConfig(
+        torch.float32, "cpu", MAX_LEN, max_batch_tokens=256, memory=memory, num_threads=1, draft_tokens=draft_tokens
+    )
     return Backbone(config, family, registry, loads)
 
 
@@ -137,9 +141,9 @@ def test_logits_and_tokens_are_the_same_to_the_bit_under_any_placement(
 
 @asynccontextmanager
 async def running(
-    family: ModelFamily, registry: RegistryStore | None, loads: LoadStore | None
+    family: ModelFamily, registry: RegistryStore | None, loads: LoadStore | None, draft_tokens: int | None = None
 ) -> AsyncGenerator[Backbone, None]:
-    backbone = make_backbone(family, registry, loads)
+    backbone = make_backbone(family, registry, loads, draft_tokens)
     await backbone.start()
     yield backbone
     await backbone.stop()
@@ -232,10 +236,10 @@ def test_expert_load_reaches_the_store_and_the_loss_of_the_store_is_survived(
         redis = connect(server.url)
         registry, loads = Registry(redis, "demo", ttl_s=3600), LoadStore(redis, "demo")
         await publish(registry, family, shards[:3])
-        async with running(family, registry, loads) as backbone:
+        async with running(family, registry, loads, draft_tokens=0) as backbone:
             assert await generate(backbone, held_out_prompts(1)[0]) == expected
             shape = family.expert_shapes[0]
-            num_rows = (3 + 1) + (64 + 11)  # the warm-up's and ours
+            num_rows = (3 + WARM_UP_TOKENS - 1) + (64 + 11)  # the warm-up's and ours
             counted = 0
             async with asyncio.timeout(10):
                 while counted < num_rows * shape.top_k:

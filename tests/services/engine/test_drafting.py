@@ -8,6 +8,7 @@ from services.engine.drafting import (
     NO_DRAFTS_YET,
     PRIOR_COST,
     PROBE_AFTER,
+    PROBE_LEN,
     REQUEST_KEPT,
     Acceptance,
     DraftingState,
@@ -128,7 +129,9 @@ def run(weights: Weights, rates: Sequence[float], num_steps: int, max_depth: int
             acceptance = acceptance.observe(num_drafts, num_accepted, REQUEST_KEPT)
         shape = StepShape(1 + num_drafts, depth, depth)
         took = seconds_of(weights, shape) * rng.uniform(0.9, 1.1)
-        state = state.timed(shape, took)
+        # Others use the machine too, and whatever happens for the first time takes long.
+        delay = 50 if not i or (depth and not any(depths[:-1])) else 3 if rng.random() < 0.05 else 1
+        state = state.timed(shape, took * delay)
         if i >= num_steps // 2:
             tokens, seconds = tokens + 1 + num_accepted, seconds + took
         num_drafts = depth
@@ -144,7 +147,7 @@ def test_speed_comes_close_to_the_best_depth_there_is(weights: Weights, rates: l
 
 def test_drafting_that_does_not_pay_stops_and_is_tried_ever_more_rarely() -> None:
     _, depths = run(DEAR_DRAFTS, [0.1] * 4, 4000)
-    assert sum(map(bool, depths[-2000:])) <= 2000 / PROBE_AFTER[1] + 1
+    assert sum(map(bool, depths[-2000:])) <= PROBE_LEN * (2000 / PROBE_AFTER[1] + 1)
     tried = [i for i, depth in enumerate(depths) if depth and i > 200]
     assert tried, "it must be tried again: texts change"
     gaps = [later - earlier for earlier, later in itertools.pairwise(tried) if later - earlier > 1]
