@@ -24,7 +24,11 @@ DEFAULT_MAX_TOKENS = 16  # of /v1/completions, in OpenAI's reference; a chat may
 MAX_CHOICES = 128  # of one request: prompts times n
 MAX_REQUEST_ID_LEN = 128
 MERGE_QUEUE_LEN = 16
-RESERVED_KWARGS = ("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt")
+RESERVED_KWARGS = {  # what transformers' apply_chat_template takes for itself
+    *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 
 Prompt = str | list[int] | Chat
 
@@ -124,7 +128,7 @@ class Tally:
 def template_kwargs(kwargs: Mapping[str, Any] | None, enable_thinking: bool | None) -> dict[str, Any]:
     """Arguments of the chat template; `enable_thinking` may be given by itself as well."""
     given = dict(kwargs or {})
-    if reserved := sorted(given.keys() & set(RESERVED_KWARGS)):
+    if reserved := sorted(given.keys() & RESERVED_KWARGS):
         raise ValueError(f"chat_template_kwargs must not hold {reserved[0]!r}, which the server itself sets.")
     if enable_thinking is not None:
         if given.get("enable_thinking", enable_thinking) is not enable_thinking:

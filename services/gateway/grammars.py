@@ -161,12 +161,12 @@ def _string_values(schema: Any) -> list[str]:
     if not isinstance(schema, Mapping):
         return []
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return [value for value in values if isinstance(value, str)]
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
 def _string_regex(schema: Any) -> str:
-    longest = schema.get("maxLength") if isinstance(schema, Mapping) else None
-    if not isinstance(longest, int) or not 0 <= longest <= MAX_COUNTED_CHARS:
+    limits = [schema.get(key) for key in ("minLength", "maxLength")] if isinstance(schema, Mapping) else []
+    shortest, longest = (limit if isinstance(limit, int) and limit >= 0 else None for limit in limits or (None, None))
+    if longest is None or longest > MAX_COUNTED_CHARS:
         return TEXT
-    shortest = schema.get("minLength", 0)
-    return rf"(?s:.{{{min(shortest, longest)},{longest}}})\n"
+    return rf"(?s:.{{{min(shortest or 0, longest)},{longest}}})\n"

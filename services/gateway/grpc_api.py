@@ -36,7 +36,7 @@ FINISH_REASONS = {
     TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
 }
 TOOL_MODES = {
-    pb.ToolChoice.MODE_UNSPECIFIED: ToolMode.AUTO,
+    pb.ToolChoice.MODE_UNSPECIFIED: None,
     pb.ToolChoice.MODE_AUTO: ToolMode.AUTO,
     pb.ToolChoice.MODE_NONE: ToolMode.NONE,
     pb.ToolChoice.MODE_REQUIRED: ToolMode.REQUIRED,
@@ -226,12 +226,13 @@ def _message(place: str, message: pb.ChatMessage) -> ChatMessage:
 def _use(chat: pb.Chat) -> ToolUse:
     tools = tuple(_tool(index, tool) for index, tool in enumerate(chat.tools))
     is_named = chat.tool_choice.WhichOneof("choice") == "function"
-    mode = TOOL_MODES.get(chat.tool_choice.mode)
-    if mode is None:
+    if chat.tool_choice.mode not in TOOL_MODES:
         highest = max(TOOL_MODES)
         raise ValueError(f"tool_choice must be a mode of 0 to {highest} or a function, not {chat.tool_choice.mode}.")
     is_parallel = chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else None
-    return ToolUse.of(tools, mode, chat.tool_choice.function if is_named else None, is_parallel)
+    return ToolUse.of(
+        tools, TOOL_MODES[chat.tool_choice.mode], chat.tool_choice.function if is_named else None, is_parallel
+    )
 
 
 def _tool(index: int, tool: pb.Tool) -> Tool:

@@ -20,7 +20,7 @@ from services.gateway import grammars
 from services.gateway.errors import ApiError, invalid
 from services.gateway.generation import Ask, Prompt, Shape, template_kwargs
 from services.gateway.text import Chat, ChatMessage, PastCall, check_message
-from services.gateway.tools import Tool, ToolMode, ToolUse, mode_of, parse_arguments
+from services.gateway.tools import Tool, ToolUse, mode_of, parse_arguments
 
 MAX_PROMPTS = 64  # in one body
 SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias", "grammar"}
@@ -138,7 +138,7 @@ class ResponseFormat(_Body):
 
 class _RequestBody(_Body):
     model: str | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -335,7 +335,7 @@ class ChatBody(_ChatPart, _RequestBody):
         """Raises ApiError or ValueError."""
         choice = self.tool_choice
         function = choice.function.name if isinstance(choice, NamedTool) else None
-        mode = mode_of(choice) if isinstance(choice, str) else ToolMode.AUTO
+        mode = mode_of(choice) if isinstance(choice, str) else None
         tools = tuple(tool.tool() for tool in self.tools or ())
         use = ToolUse.of(tools, mode, function, self.parallel_tool_calls)
         return [Ask(self.chat(), self.sampling(), self.n, shape=self.shape(), use=use, timeout=self.timeout)]

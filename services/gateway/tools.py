@@ -47,6 +47,9 @@ class Tool:
             raise ValueError(f"{place}.function.name must be {allowed}, not {self.name!r:.100}.")
         if self.parameters.get("type", "object") != "object" or not isinstance(self.properties, dict):
             raise ValueError(f"{place}.function.parameters must be a JSON schema of type 'object'.")
+        required = self.parameters.get("required", [])
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            raise ValueError(f"{place}.function.parameters.required must be a list of names, not {required!r:.100}.")
         for name, schema in self.properties.items():
             if not re.fullmatch(r"[^<>\n]+", name) or not isinstance(schema, dict | bool):
                 allowed = "names without '<', '>' and line ends, and schemas"
@@ -83,11 +86,15 @@ class ToolUse:
     is_parallel: bool = True
 
     @classmethod
-    def of(cls, tools: tuple[Tool, ...], mode: ToolMode, function: str | None, is_parallel: bool | None) -> ToolUse:
-        """Raises ValueError for a `is_parallel` without tools."""
+    def of(
+        cls, tools: tuple[Tool, ...], mode: ToolMode | None, function: str | None, is_parallel: bool | None
+    ) -> ToolUse:
+        """Of what a client gave, None being what it did not; raises ValueError for what needs tools without tools."""
         if is_parallel is not None and not tools:
             raise ValueError("parallel_tool_calls may only be given together with tools.")
-        return cls(tools, mode, function, is_parallel is not False)
+        if not tools and (function is not None or mode not in (None, ToolMode.NONE)):
+            raise ValueError("tool_choice may only be given together with tools.")
+        return cls(tools, mode or ToolMode.AUTO, function, is_parallel is not False)
 
     @property
     def is_forced(self) -> bool:
@@ -113,8 +120,6 @@ class ToolUse:
         names = [tool.name for tool in self.tools]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"tools must hold each function once, but names {repeated[0]!r} twice.")
-        if self.is_forced and not self.tools:
-            raise ValueError("tool_choice may only be given together with tools.")
         if self.function is not None and self.function not in names:
             allowed = ", ".join(map(repr, names))
             raise ValueError(f"tool_choice names the function {self.function!r:.100}; the tools are {allowed}.")
@@ -127,14 +132,14 @@ def json_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozense
     if isinstance(reference := schema.get("$ref"), str):
         return json_types(_resolve(reference, root), root, depth + 1)
     if "type" in schema:
-        named = schema["type"]
-        return frozenset([named] if isinstance(named, str) else named)
+        named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        return frozenset(name for name in named if isinstance(name, str))
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if values is not None:
+    if isinstance(values, list):
         return frozenset(map(_type_of, values))
-    for key in ("anyOf", "oneOf"):
-        if key in schema:
-            found = [json_types(option, root, depth + 1) for option in schema[key]]
+    for options in (schema.get("anyOf"), schema.get("oneOf")):
+        if isinstance(options, list):
+            found = [json_types(option, root, depth + 1) for option in options]
             return None if None in found else frozenset().union(*(types for types in found if types))
     return None
 

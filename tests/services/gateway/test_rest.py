@@ -201,6 +201,7 @@ BAD_CHATS = [
     ({"messages": [USER], "tools": [{}]}, "tools[0].type is missing, but required.", "tools[0].type"),
     ({"messages": [USER], "tools": [TOOL, TOOL]}, "tools must hold each function once, but names 'f' twice.", "tools"),
     ({"messages": [USER], "tool_choice": "required"}, "tool_choice may only be given together with tools.", None),
+    ({"messages": [USER], "tool_choice": "auto"}, "tool_choice may only be given together with tools.", "tool_choice"),
     ({"messages": [USER], "tools": [TOOL], "tool_choice": "any"}, "tool_choice must be 'auto', 'none', 'requir", None),
     (
         {"messages": [USER], "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},

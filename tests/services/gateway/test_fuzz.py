@@ -1,0 +1,87 @@
+"""Bodies made wrong at random places are answered or refused with a sentence, never with a failure."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from tests.services.gateway.echo import EchoSource
+from tests.services.gateway.weather import NOW, WEATHER
+
+VALUES: list[Any] = [
+    *(None, True, 0, 1, -1, 2**70, 0.5, -1e308, "", "auto", "é\n", "<tool_call>", "\ud83d"),
+    *([], [[]], [None], ["a", "a"], {}, {"type": 5}, {"a": {}}, {"$ref": "#/$defs/x"}, {"type": "object"}),
+]
+TURNS: dict[str, Any] = {
+    "model": "echo",
+    "messages": [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "now", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "b"}]},
+    ],
+    "tools": [WEATHER.to_template(), NOW.to_template()],
+    "chat_template_kwargs": {"enable_thinking": True},
+}
+MORE: dict[str, Any] = {
+    "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}},
+    "stop": ["x"],
+    "n": 2,
+    "logit_bias": {"3": 1},
+    "seed": 1,
+    "max_tokens": 3,
+    "top_p": 0.5,
+}
+FORCED = {**TURNS, "tool_choice": {"type": "function", "function": {"name": "now"}}, "stream": True, "logprobs": True}
+COMPLETION = {**MORE, "prompt": ["a", "b"], "echo": True, "logprobs": 2}
+SHAPED = {"prompt": [1, 2], "structured_outputs": {"choice": ["a", "b"]}, "stop_token_ids": [3], "stream": True}
+STARTS = [
+    ("/v1/chat/completions", {**TURNS, **MORE}),
+    ("/v1/chat/completions", FORCED),
+    ("/v1/completions", COMPLETION),
+    ("/v1/completions", SHAPED),
+    ("/tokenize", TURNS),
+    ("/detokenize", {"tokens": [1, 2, 3]}),
+]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+def mutate(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Puts something else at one or two places."""
+    body = copy.deepcopy(body)
+    for _ in range(rng.randrange(1, 3)):
+        *path, last = rng.choice(list(places(body)))
+        owner: Any = body
+        for key in path:
+            owner = owner[key]
+        owner[last] = copy.deepcopy(rng.choice(VALUES))
+    return body
+
+
+def test_wrong_bodies(http: httpx.Client, source: EchoSource, generation: Any) -> None:
+    object.__setattr__(generation.card, "max_model_len", 2000)
+    rng = random.Random(4)
+    num_answered = 0
+    for path, start in STARTS:
+        for _ in range(250):
+            body = mutate(start, rng)
+            content = json.dumps(body).encode()
+            answer = http.post(path, content=content)
+            assert answer.status_code in (200, 400, 404), (answer.text, body)
+            assert "Traceback" not in answer.text
+            num_answered += answer.status_code == 200
+            if answer.status_code == 400:
+                sentence = answer.json()["error"]["message"]
+                assert sentence.endswith("."), (sentence, body)
+    assert num_answered > 50
+    assert not source.active
