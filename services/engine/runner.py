@@ -13,7 +13,7 @@ from model.state import Batch, State
 from services.engine.drafter import Drafter, DraftModel, Guess
 from services.engine.request import Request, TokenLogprob
 from services.engine.sampler import Row, Sampled, Sampler, token_logprobs
-from services.engine.scheduler import ScheduledBatch, StepResult
+from services.engine.step import ScheduledBatch, StepResult
 
 PROMPT_LOGITS_ROWS = 128  # at once: a vocabulary's logits of a whole prompt chunk would not fit everywhere
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import time
 from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from services.engine.drafting import MAX_UNREAD, REQUEST_KEPT, DraftingState, StepShape
+from services.engine.drafting import REQUEST_KEPT, DraftingState
 from services.engine.memory import IdPool, PagePool
-from services.engine.prefix_cache import CacheConfig, Checkpoint, PrefixCache, Start
+from services.engine.prefix_cache import CacheConfig, PrefixCache, Start
 from services.engine.request import EngineOverloaded, FinishReason, Request, TokenLogprob, TokenOutput
-from services.engine.sampler import Sampled
+from services.engine.step import ScheduledBatch, StepPlan, StepResult
 
 RATE_KEPT = 0.99  # of the measured starts per second, from one step to the next
 MAX_RETRY_AFTER = 60
@@ -79,69 +79,6 @@ class SchedulerConfig:
         )
 
 
-@dataclass(frozen=True)
-class ScheduledBatch:
-    """One step: the next `lens[i]` uncomputed tokens of `requests[i]`. May be empty.
-
-    The last `num_drafts[i]` of them are its first drafts. `draft_depths[i]` tokens are to be drafted after the step for
-    a request that it lets catch up. Before anything is computed, recurrent states are copied between slots and KV
-    between pages, as (from, to) and in order: what was copied to may be copied from next.
-    """
-
-    requests: tuple[Request, ...]
-    lens: tuple[int, ...]
-    num_drafts: tuple[int, ...]
-    draft_depths: tuple[int, ...]
-    slot_copies: tuple[tuple[int, int], ...] = ()
-    page_copies: tuple[tuple[int, int], ...] = ()
-
-    def __iter__(self) -> Iterator[tuple[Request, int]]:
-        return zip(self.requests, self.lens, strict=True)
-
-    def catches_up(self, i: int) -> bool:
-        return self.lens[i] - self.num_drafts[i] == self.requests[i].num_pending
-
-    @property
-    def shape(self) -> StepShape:
-        """What it costs, with the tokens that the draft module catches up with."""
-        depths = {i: depth for i, depth in enumerate(self.draft_depths) if depth and self.catches_up(i)}
-        num_unread = sum(min(MAX_UNREAD, self.requests[i].num_unread + self.lens[i]) for i in depths)
-        return StepShape(
-            sum(self.lens), max(depths.values(), default=0), num_unread + sum(depths.values()) - len(depths)
-        )
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Of one request in one step: accepted drafts and the token sampled after them, or none if it still lags behind.
-
-    `draft_ids` are guesses at what follows; `prompt_logprobs` are those of the prompt's tokens that follow the ones
-    computed; `failed`: the logits hold NaN.
-    """
-
-    tokens: tuple[Sampled, ...] = ()
-    draft_ids: tuple[int, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    failed: bool = False
-
-
-@dataclass
-class _Plan:
-    """A batch in the making."""
-
-    budget: int
-    lens: dict[Request, int] = field(default_factory=dict)
-    num_drafts: dict[Request, int] = field(default_factory=dict)
-    slot_copies: list[tuple[int, int]] = field(default_factory=list)
-    page_copies: list[tuple[int, int]] = field(default_factory=list)
-    saved: list[Checkpoint] = field(default_factory=list)
-
-    def add(self, request: Request, length: int, num_drafts: int = 0) -> None:
-        self.lens[request] = self.lens.get(request, 0) + length
-        self.num_drafts[request] = num_drafts
-        self.budget -= length
-
-
 class Scheduler:
     """`schedule` and `postprocess` in turn; `add` and `abort` only between a postprocess and the next schedule."""
 
@@ -158,7 +95,7 @@ class Scheduler:
         self._num_added = 0
         self._starts, self._seconds = 0.0, 0.0  # decayed: their ratio is the measured starts per second
         self._in_flight: ScheduledBatch | None = None
-        self._plan = _Plan(0)
+        self._plan = StepPlan(0)
         self._began_at = 0.0
 
     @property
@@ -215,7 +152,7 @@ class Scheduler:
         """Chooses the next step's tokens and reserves the memory they need."""
         assert self._in_flight is None
         self._began_at = self._clock()
-        self._plan = _Plan(self.config.max_batch_tokens)
+        self._plan = StepPlan(self.config.max_batch_tokens)
         self._save_due()
         self._grow_running()
         self._fill_budget()
@@ -365,7 +302,7 @@ class Scheduler:
         request.num_computed_tokens = start.length
         if request.first_scheduled_at is None:
             request.first_scheduled_at = self._began_at
-        self._starts += 1
+        self._plan.num_started += 1
         self._plan.add(request, self._chunk_len(request, start.length))
 
     def _batch(self) -> ScheduledBatch:
@@ -431,7 +368,8 @@ class Scheduler:
 
     def _note_time(self, batch: ScheduledBatch) -> None:
         seconds = self._clock() - self._began_at
-        self._starts, self._seconds = RATE_KEPT * self._starts, RATE_KEPT * self._seconds + seconds
+        self._starts = RATE_KEPT * self._starts + self._plan.num_started
+        self._seconds = RATE_KEPT * self._seconds + seconds
         if batch.requests:
             self.drafting = self.drafting.timed(batch.shape, seconds)
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from services.engine.request import Request, TokenOutput
 from services.engine.sampler import Sampled
-from services.engine.scheduler import ScheduledBatch, Scheduler, StepResult
+from services.engine.scheduler import Scheduler
+from services.engine.step import ScheduledBatch, StepResult
 
 VOCAB_SIZE = 1000
 STOP = 0

@@ -1,10 +1,14 @@
 import random
+from collections.abc import Sequence
 
 import pytest
 
+from services.engine.drafting import Acceptance, DraftingState
 from services.engine.request import EngineOverloaded, FinishReason, Request, SamplingParams, TokenOutput
 from services.engine.sampler import Sampled
-from services.engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig, StepResult
+from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.step import ScheduledBatch, StepResult
+from tests.services.engine.machine import Machine, naive
 
 
 def make(**limits: int) -> Scheduler:
@@ -164,6 +168,8 @@ def test_limits_that_would_starve_a_prompt_are_refused() -> None:
         make(chunk_align=128)
     with pytest.raises(ValueError, match=r"num_slots must be at least 1, not 0\."):
         make(num_slots=0)
+    with pytest.raises(ValueError, match=r"max_draft_tokens must be at least 0, not -1\."):
+        make(max_draft_tokens=-1)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -184,3 +190,132 @@ def test_random_load_always_ends_and_leaks_nothing(seed: int) -> None:
         if rng.random() < 0.05:
             scheduler.abort(str(rng.randrange(40)))
     assert_nothing_is_held(scheduler)
+
+
+# Drafts ---------------------------------------------------------------------------------------------------------------
+
+
+def drafting_machine(**limits: int) -> Machine:
+    scheduler = make(**({"max_draft_tokens": 3} | limits))
+    scheduler.drafting = AlwaysDrafting(scheduler.config.max_draft_tokens)
+    return Machine(scheduler)
+
+
+class AlwaysDrafting(DraftingState):
+    """As deep as is allowed, whatever it costs."""
+
+    def depths(self, acceptances: Sequence[Acceptance], num_other_rows: int, allowed: Sequence[int]) -> list[int]:
+        return [min(self.max_depth, some) for some in allowed]
+
+
+def test_drafts_are_tokens_to_catch_up_with() -> None:
+    machine = drafting_machine()
+    a = request("a", 6, num_answer=20)
+    machine.scheduler.add(a)
+    first = machine.step()
+    assert (first.lens, first.num_drafts, first.draft_depths) == ((6,), (0,), (3,))
+    second = machine.step()
+    assert (second.lens, second.num_drafts) == ((4,), (3,))
+    assert a.num_computed_tokens == a.num_tokens - 1
+    machine.finish()
+    assert machine.answer("a") == naive(a.token_ids[:6], 20)
+
+
+def test_drafts_never_go_beyond_the_last_token() -> None:
+    machine = drafting_machine()
+    machine.draft_accuracy = 1.0
+    a = request("a", 6, num_answer=6)
+    machine.scheduler.add(a)
+    batches = [machine.step() for _ in range(3)]
+    # 1 token, then 3 drafts and 1, then the last one, for which no draft is of use.
+    assert [batch.num_drafts for batch in batches] == [(0,), (3,), (0,)]
+    # Had the second step's drafts been wrong, three more would have been of use.
+    assert [batch.draft_depths for batch in batches] == [(3,), (3,), (0,)]
+    assert a.num_tokens == a.max_len
+
+
+def test_the_budget_counts_drafts_and_leaves_prompts_their_share() -> None:
+    machine = drafting_machine(num_slots=4, chunk_align=8, max_batch_tokens=14)
+    for name in ("a", "b", "c"):
+        machine.scheduler.add(request(name, 2, num_answer=60))
+    machine.step()
+    machine.scheduler.add(request("long", 30))
+    while machine.scheduler.has_work:
+        batch = machine.step()
+        assert sum(batch.lens) <= 14
+        for r, length in batch:
+            if r.id == "long" and r.num_generated == 0:
+                assert length >= 6
+    assert sum(machine.scheduler.drafting.accepted) > 0
+
+
+def test_preemption_drops_drafts_and_keeps_tokens() -> None:
+    machine = drafting_machine(num_blocks=12, num_slots=3)
+    requests = [request(name, 10, num_answer=25) for name in ("a", "b", "c")]
+    for r in requests:
+        machine.scheduler.add(r)
+    while machine.scheduler.has_work:
+        machine.step()
+        assert all(not r.draft_ids for r in machine.scheduler.waiting)
+    assert machine.scheduler.num_preemptions > 0
+    for r in requests:
+        assert machine.answer(r.id) == naive(r.token_ids[:10], 25)
+
+
+# Fairness -------------------------------------------------------------------------------------------------------------
+
+
+def test_lower_priority_numbers_start_first_and_higher_ones_make_room_first() -> None:
+    scheduler = make(num_slots=2, num_blocks=12)
+    for name, priority in (("late", 1), ("soon", 0), ("last", 1), ("first", -1)):
+        scheduler.add(request(name, 8, num_answer=24, priority=priority))
+    step(scheduler)
+    assert [r.id for r in scheduler.running] == ["first", "soon"]
+    while scheduler.num_preemptions == 0:
+        step(scheduler)
+    assert [r.id for r in scheduler.running] == ["first"]
+    assert [r.id for r in scheduler.waiting] == ["soon", "late", "last"]
+
+
+def test_a_stream_of_short_requests_cannot_starve_a_long_prompt() -> None:
+    scheduler = make(num_slots=4, max_batch_tokens=16, max_waiting=1000, num_blocks=200, max_model_len=500)
+    for i in range(20):
+        scheduler.add(request(f"before-{i}", 12, num_answer=3))
+    long = request("long", 400)
+    scheduler.add(long)
+    num_steps = 0
+    while long.num_generated == 0:
+        scheduler.add(request(f"after-{num_steps}", 12, num_answer=3))
+        step(scheduler)
+        num_steps += 1
+    # 20 of 12 tokens and 2 steps each before it, then itself, beside at most 3 that decode.
+    assert num_steps <= 20 * 12 / 12 + 2 + 400 / 12 + 3
+
+
+def test_long_prompts_cannot_starve_those_who_generate() -> None:
+    scheduler = make(num_slots=4, max_batch_tokens=16, num_blocks=500, max_model_len=900)
+    short = request("short", 4, num_answer=60)
+    scheduler.add(short)
+    step(scheduler)
+    for i in range(3):
+        scheduler.add(request(f"long-{i}", 800))
+    for num_steps in range(1, 50):
+        assert sum(step(scheduler).values()) == 16
+        assert short.num_generated == 1 + num_steps
+
+
+def test_retry_after_follows_from_the_measured_rate() -> None:
+    now = 0.0
+    scheduler = Scheduler(make(num_slots=1, max_waiting=20).config, clock=lambda: now)
+    for i in range(20):
+        scheduler.add(request(str(i), 4, num_answer=1))
+    for i in range(10):  # each step takes 3 seconds, and each is one request
+        batch = scheduler.schedule()
+        now += 3.0
+        commit(scheduler, batch)
+        scheduler.add(request(f"more-{i}", 4, num_answer=1))
+    with pytest.raises(EngineOverloaded) as refused:
+        scheduler.add(request("one too many", 4))
+    assert refused.value.retry_after == 30  # 10 of the 20 that wait
+    now += 10_000.0
+    assert 1 <= scheduler.retry_after <= 60
