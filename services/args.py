@@ -15,8 +15,6 @@ from model.demo import DEMO
 from model.family import ModelFamily, load_family
 from services.controller.controller import layer_specs
 from services.engine.memory import MemoryPlan, plan_memory
-from services.gateway.listener import Listening
-from services.gateway.text import Tokenizer
 from services.logs import LogFormat
 
 MIN_HIDDEN_FOR_THREADS = 1024
@@ -73,10 +71,6 @@ class AppArgs(BaseModel):
         return self.model_name or ("demo" if self.model == str(DEMO) else Path(self.model).resolve().name)
 
     @property
-    def listening(self) -> Listening:
-        return Listening(self.host, self.http_port, self.grpc_port)
-
-    @property
     def torch_dtype(self) -> torch.dtype:
         """auto is bf16 on a GPU, where it is fast, and fp32 on a CPU, where it is exact."""
         return (
@@ -115,6 +109,8 @@ class AppArgs(BaseModel):
 
     def check(self) -> ModelFamily:
         """Raises ValueError with one sentence where these arguments cannot be served. Reads no weights."""
+        from services.gateway.text import Tokenizer  # only here, because it takes every process a second to read
+
         family = load_family(self.model)
         family.check()
         Tokenizer(self.model)

@@ -71,6 +71,7 @@ class Traffic:
     num_rows: int = 0
     num_picks: int = 0
     num_sent: int = 0
+    num_rows_sent: int = 0  # a row that goes to two shards counts twice
     sent_bytes: int = 0
     num_received: int = 0
     received_bytes: int = 0
@@ -286,6 +287,7 @@ class _Call:
             timeout_us=max(1, round((self.expires_at - now) * 1e6)),
         ).SerializeToString()
         self.owner.traffic.num_sent += 1
+        self.owner.traffic.num_rows_sent += len(rows)
         self.owner.traffic.sent_bytes += len(message)
         stream = self.fleet.streams[shard_id]
         self.parts[request_id] = _Part(shard_id, stream, picks, rows, passed, num_tries, now)

@@ -190,25 +190,28 @@ def test_what_goes_over_the_wire_is_latent_sized(server: Application) -> None:
     complete(server, [5], 128, ignore_eos=True)
     time.sleep(1.0)
     after = server.status()["traffic"]
-    rows, picks, sent, received, sent_bytes, received_bytes = (
+    rows, picks, copies, sent, received, sent_bytes, received_bytes = (
         after[key] - before[key]
-        for key in ("num_rows", "num_picks", "num_sent", "num_received", "sent_bytes", "received_bytes")
+        for key in (
+            *("num_rows", "num_picks", "num_rows_sent", "num_sent"),
+            *("num_received", "sent_bytes", "received_bytes"),
+        )
     )
     config = load_family(MODEL).config
     latent, wider = config.moe_latent_size, config.hidden_size - config.moe_latent_size
     assert latent
     assert sent == received
     ours = (sent_bytes + received_bytes) / rows
-    of_hidden = ours + 2 * 4 * wider * sent / rows  # the same messages with rows as wide as the hidden vector
-    of_one_pick = (sent_bytes + received_bytes - 12 * picks) / sent + 12  # a pick takes 12 bytes
+    of_hidden = ours + 2 * 4 * wider * copies / rows  # the same messages with rows as wide as the hidden vector
+    of_one_pick = (sent_bytes + received_bytes - 12 * picks) / copies + 12  # a pick takes 12 bytes
     per_pick = of_one_pick * picks / rows
     print(
         f"per token and MoE layer: {ours:.0f} bytes in {sent / rows:.2f} messages ({sent_bytes / rows:.0f} there, "
         f"{received_bytes / rows:.0f} back); hidden-sized {of_hidden:.0f}; one message per pick {per_pick:.0f}"
     )
-    assert sent / rows <= NUM_SHARDS
-    assert sent_bytes / sent < 4 * latent + 128
-    assert received_bytes / received < 4 * latent + 64
+    assert copies / rows <= NUM_SHARDS
+    assert sent_bytes / copies < 4 * latent + 128
+    assert received_bytes / copies < 4 * latent + 64
     assert ours < per_pick
     assert 2 * ours < of_hidden
 

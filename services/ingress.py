@@ -1,0 +1,139 @@
+"""The gateway as a Serve deployment.
+
+It stands apart from `services/app.py` because only its own process needs what it imports: OpenAI's types and the
+tokenizers take a process seconds to read. Annotations stay objects in this file, because Serve reads them.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from ray import serve
+from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.handle import DeploymentHandle
+
+from model.family import load_family
+from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from services import logs
+from services.args import AppArgs
+from services.engine.grammar import GrammarCompiler
+from services.engine.request import EngineFailed
+from services.gateway.backbone import Backbones
+from services.gateway.backbone_metrics import backbone_metrics
+from services.gateway.errors import ApiError, Refusal
+from services.gateway.generation import Generation, ModelCard
+from services.gateway.grpc_api import GrpcError, InferenceApi
+from services.gateway.listener import Listener, Listening
+from services.gateway.rest import build_rest
+from services.gateway.text import Tokenizer
+
+STATUS_TIMEOUT_S = 3.0
+
+
+def _ask_all(backbone: DeploymentHandle[Any]) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
+    """Asks every replica for its status; those that do not answer are left out."""
+
+    async def ask() -> list[dict[str, Any]]:
+        answers = backbone.broadcast("status").results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
+        return [answer for answer in await answers if isinstance(answer, dict)]
+
+    return ask
+
+
+@serve.ingress()
+class GatewayDeployment:
+    """REST and gRPC on ports of its own where `args` name some, and through Serve's proxies, where there are any.
+
+    Serve's gRPC proxy calls methods by the rpc's name.
+    """
+
+    def __init__(self, args: AppArgs, backbone: DeploymentHandle[Any], *_: DeploymentHandle[Any]) -> None:
+        logs.configure("gateway", args.log_format)
+        family = load_family(args.model)
+        card = ModelCard(args.name, args.context(family), int(time.time()))
+        self._where = Listening(args.host, args.http_port, args.grpc_port)
+        self._backbone = Backbones(_ask_all(backbone))
+        self._generation = Generation(self._backbone, Tokenizer(args.model), card, GrammarCompiler(args.model).check)
+        self._grpc = InferenceApi(self._generation, self._backbone.health)
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls it before the first request, on the loop that serves them."""
+        app = build_rest(self._generation, self._backbone.health, self._engine_metrics)
+        app.add_api_route("/status", self._report, methods=["GET"])
+        await self._backbone.start()
+        self._listener = Listener(self._where, app, self._grpc)
+        await self._listener.start()
+        return app
+
+    async def check_health(self) -> None:
+        if not self._listener.is_healthy:
+            raise RuntimeError("the gateway no longer listens on its own ports")
+
+    async def __del__(self) -> None:
+        await self._listener.stop()
+        await self._backbone.stop()
+
+    async def _report(self) -> dict[str, Any]:
+        """What `expertmesh status` shows."""
+        health = await self._backbone.health()
+        if not health.is_ready:
+            raise ApiError(Refusal.UNAVAILABLE, health.detail)
+        state = "degraded" if health.is_degraded else "ready"
+        return {"model": self._generation.card.id, "health": state, **await self._backbone.status()}
+
+    async def _engine_metrics(self) -> bytes:
+        try:
+            return backbone_metrics(self._generation.card.id, await self._backbone.status())
+        except EngineFailed:
+            return b""
+
+    async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
+        answer: pb.GenerateResponse = await _answer(self._grpc.generate(request, grpc_context), grpc_context)
+        return answer
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        try:
+            async with aclosing(self._grpc.generate_stream(request, grpc_context)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except GrpcError as error:
+            _refuse(grpc_context, error)
+
+    async def ListModels(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        return await self._grpc.list_models(request)
+
+    async def GetModel(self, request: pb.GetModelRequest, grpc_context: RayServegRPCContext) -> pb.Model:
+        model: pb.Model = await _answer(self._grpc.get_model(request), grpc_context)
+        return model
+
+    async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
+        tokens: pb.TokenizeResponse = await _answer(self._grpc.tokenize(request), grpc_context)
+        return tokens
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DetokenizeResponse:
+        text: pb.DetokenizeResponse = await _answer(self._grpc.detokenize(request), grpc_context)
+        return text
+
+    async def Check(self, request: HealthCheckRequest, grpc_context: RayServegRPCContext) -> HealthCheckResponse:
+        return await _answer(self._grpc.check(request), grpc_context)
+
+
+async def _answer(answer: Any, context: RayServegRPCContext) -> Any:
+    try:
+        return await answer
+    except GrpcError as error:
+        _refuse(context, error)
+
+
+def _refuse(context: RayServegRPCContext, error: GrpcError) -> None:
+    """Serve sends the code and details that the context holds when an exception leaves the method."""
+    context.set_code(error.code)
+    context.set_details(error.message)
+    raise error
