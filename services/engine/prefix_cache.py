@@ -131,13 +131,14 @@ class PrefixCache:
         return Start(checkpoint.length, tuple(self._kept[h].page for h in checkpoint.page_hashes), checkpoint)
 
     def is_on_its_way(self, request: Request, start: Start, running: Iterable[Request]) -> bool:
-        """Whether a running request is about to save a state from which this one could start later."""
+        """Whether a running request, served before this one, is about to save a state that it could start from."""
         if not self._can_reuse(request) or not self.can_free_slot():
             return False
         first = start.length + self.config.min_len
         return any(
             first <= length < request.num_tokens and self._key(request, length) == self._key(other, length)
             for other in running
+            if other.order < request.order
             for length in other.due_checkpoints
         )
 

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from model.family import load_family
 from model.state import PagedSpec, RecurrentSpec, State, StateSpec
 from services.engine.memory import IdPool, PagePool, plan_memory
+from tests.services.demo import MODEL
 
 SPEC = StateSpec(
     paged=(PagedSpec(1, (2, 2, 16)), PagedSpec(3, (2, 2, 16))),
@@ -65,6 +67,15 @@ def test_plan_is_what_is_allocated_and_within_budget(budget: int, dtype: torch.d
     assert plan.num_checkpoint_slots * plan.bytes_per_slot <= budget / 4
     assert f"{plan.num_slots} requests" in str(plan)
     assert f"{plan.num_checkpoint_slots} saved states" in str(plan)
+
+
+@pytest.mark.parametrize("gigabytes", [1, 8, 24])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_plan_of_a_large_machine_is_what_the_demo_allocates_there(gigabytes: int, dtype: torch.dtype) -> None:
+    spec = load_family(MODEL).config.state_spec
+    plan = plan_memory(spec, dtype, gigabytes << 30, max_model_len=4096, max_requests=4096)
+    state = State(spec, plan.num_state_slots, plan.num_blocks, dtype, device="meta")
+    assert 0.95 * (gigabytes << 30) <= state.nbytes == plan.nbytes <= gigabytes << 30
 
 
 def test_plan_takes_no_more_than_requests_can_use() -> None:

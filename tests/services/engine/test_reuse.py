@@ -1,0 +1,105 @@
+"""The demo model and its prefix cache: four patterns that hit, with the tokens of a server that has no cache."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+
+from model.family import load_family
+from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.memory import plan_memory
+from services.engine.request import SamplingParams, TokenOutput
+from tests.services.demo import MODEL, held_out_prompts
+
+NUM_REQUESTS, TOGETHER, MAX_LEN = 64, 8, 2048
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+FAMILY = load_family(MODEL)
+Answers = dict[str, list[TokenOutput]]
+
+
+def make_backbone(has_cache: bool) -> Backbone:
+    spec = FAMILY.config.state_spec
+    memory = plan_memory(spec, torch.float32, 256 << 20, MAX_LEN, TOGETHER, checkpoint_share=0.25 if has_cache else 0)
+    config = BackboneConfig(torch.float32, "cpu", MAX_LEN, 2048, memory, num_threads=1, prefix_cache=has_cache)
+    return Backbone(config, FAMILY, None, None)
+
+
+@cache
+def text() -> list[int]:
+    return [token for prompt in held_out_prompts(200) for token in prompt]
+
+
+def piece(place: int, length: int) -> list[int]:
+    """Tokens that no other piece has, unless places are close."""
+    return text()[2000 + place : 2000 + place + length]
+
+
+def token_ids(outputs: Sequence[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+async def ask(backbone: Backbone, prompts: dict[str, list[int]]) -> Answers:
+    gate = asyncio.Semaphore(TOGETHER)
+
+    async def one(name: str) -> list[TokenOutput]:
+        async with gate:
+            return [output async for output in backbone.engine.generate(name, prompts[name], GREEDY)]
+
+    return dict(zip(prompts, await asyncio.gather(*map(one, prompts)), strict=True))
+
+
+def answers(has_cache: bool, prompts: dict[str, list[int]]) -> Answers:
+    async def run() -> Answers:
+        backbone = make_backbone(has_cache)
+        await backbone.start()
+        try:
+            return await ask(backbone, prompts)
+        finally:
+            await backbone.stop()
+
+    return asyncio.run(run())
+
+
+def num_hits(found: Answers) -> int:
+    return sum(outputs[0].num_cached > 0 for outputs in found.values())
+
+
+@pytest.mark.parametrize(("num_shared", "num_own"), [(1000, 30), (1100, 30), (300, 200)], ids=str)
+def test_prompts_with_a_shared_beginning(num_shared: int, num_own: int) -> None:
+    prompts = {str(i): [*text()[:num_shared], *piece(100 * i, num_own - i % 20)] for i in range(NUM_REQUESTS)}
+    found = answers(True, prompts)
+    assert num_hits(found) >= 60
+    some = {name: prompts[name] for name in ("0", "1", "2", "33", "63")}
+    for name, outputs in answers(False, some).items():
+        assert token_ids(found[name]) == token_ids(outputs)
+        assert (outputs[0].num_cached, outputs[0].cache_reason) == (0, "disabled")
+
+
+def test_conversations() -> None:
+    """Eight of eight turns, side by side: each prompt is the one before it, its answer, and what the user says next."""
+    [end] = FAMILY.config.eos_token_ids[:1]
+    histories, found, prompts = {str(i): [*piece(0, 100), end] for i in range(8)}, Answers(), dict[str, list[int]]()
+
+    async def run() -> None:
+        backbone = make_backbone(has_cache=True)
+        await backbone.start()
+        for turn in range(8):
+            asked = {f"{i} {turn}": [*histories[i], *piece(3000 + 40 * int(i) + turn, 20), end] for i in histories}
+            prompts.update(asked)
+            found.update(turn_answers := await ask(backbone, asked))
+            for name, outputs in turn_answers.items():
+                histories[name.split()[0]] = [*asked[name], *token_ids(outputs)]
+        stats = backbone.engine.stats()
+        await backbone.stop()
+        assert stats.num_slots_taken == stats.num_blocks_taken == 0
+        assert stats.num_cached_tokens > 0.8 * stats.num_prompt_tokens
+
+    asyncio.run(run())
+    assert num_hits(found) >= 60
+    some = {name: prompts[name] for name in ("0 0", "1 0", "3 4", "7 7")}
+    for name, outputs in answers(False, some).items():
+        assert token_ids(found[name]) == token_ids(outputs)
