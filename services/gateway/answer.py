@@ -95,21 +95,18 @@ class Answer:
 
     def push(self, output: TokenOutput) -> TextDelta:
         """The last delta has a finish reason, which a stop string or the last call may give before the engine does."""
-        prompt_logprobs = tuple(self._scored_prompt(output)) if self._is_first else ()
-        echo = self._job.echo if self._is_first and self._job.echo is not None else ""
-        self._num_chars += len(echo)
+        if not self._is_first:
+            return self._delta(output)
         self._is_first = False
+        prompt_logprobs = tuple(self._scored_prompt(output))
+        echo = self._job.echo or ""
+        self._num_chars += len(echo)
         if self._job.is_prompt_only:
             delta = TextDelta(self._index, "", (), FinishReason.LENGTH, output.num_prompt, 0)
+            delta = replace(delta, num_cached=output.num_cached, cache_reason=output.cache_reason)
         else:
             delta = self._delta(output)
-        return replace(
-            delta,
-            text=echo + delta.text if echo else delta.text,
-            prompt_logprobs=prompt_logprobs,
-            num_cached=output.num_cached,
-            cache_reason=output.cache_reason,
-        )
+        return replace(delta, text=echo + delta.text, prompt_logprobs=prompt_logprobs)
 
     def _delta(self, output: TokenOutput) -> TextDelta:
         # A stop token is the last id of its output and no part of the text.
@@ -141,6 +138,9 @@ class Answer:
             "".join(part.reasoning for part in parts),
             _joined([call for part in parts for call in part.calls]),
             tuple(scored),
+            (),
+            output.num_cached,
+            output.cache_reason,
         )
 
     def _push_token(self, token_id: int) -> tuple[Parts, bool]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from openai.types import CompletionUsage, Model
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -152,7 +151,7 @@ class Rest:
         tally = Tally(body.n or 1)
         for choice in choices:
             tally.add(choice)
-        text = _whole(head, body, choices, openai_response.usage_of(tally))
+        text = _whole(head, body, choices, tally)
         return Response(text, media_type="application/json", headers=openai_response.cache_header(choices[0]))
 
     async def _events(
@@ -171,18 +170,18 @@ class Rest:
                         yield _event(_chunk(head, body, delta))
                     delta = await anext(deltas, None)
             if body.include_usage:
-                yield _event(openai_response.usage_chunk(head, openai_response.usage_of(tally), body.is_chat))
+                yield _event(openai_response.usage_chunk(head, tally, body.is_chat))
         except ApiError as error:
             self._generation.metrics.count_refused(error.refusal.label)
             yield _event(json.dumps(error.to_json()))
         yield DONE
 
 
-def _whole(head: Head, body: Body, choices: list[TextDelta], usage: CompletionUsage) -> str:
+def _whole(head: Head, body: Body, choices: list[TextDelta], tally: Tally) -> str:
     tells_prompt = body.prompt_logprobs is not None
     if isinstance(body, ChatBody):
-        return openai_response.chat_completion(head, choices, usage, tells_prompt)
-    return openai_response.completion(head, choices, usage, body.echoes_logprobs, tells_prompt)
+        return openai_response.chat_completion(head, choices, tally, tells_prompt)
+    return openai_response.completion(head, choices, tally, body.echoes_logprobs, tells_prompt)
 
 
 def _chunk(head: Head, body: Body, delta: TextDelta) -> str:
@@ -196,8 +195,8 @@ def _event(data: str) -> str:
 
 
 def _model(card: ModelCard) -> dict[str, Any]:
-    model = Model(id=card.id, created=card.created, object="model", owned_by=card.owned_by)
-    return {**model.model_dump(), "max_model_len": card.max_model_len}
+    fields = {"id": card.id, "object": "model", "created": card.created, "owned_by": card.owned_by}
+    return fields | {"max_model_len": card.max_model_len}
 
 
 def _add_operations(

@@ -199,7 +199,9 @@ def _refuse(name: str) -> None:
 
 
 def to_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    """Characters as themselves, but for halves of a pair that the model escaped by itself: those are not Unicode."""
+    text = json.dumps(value, ensure_ascii=False)
+    return json.dumps(value) if any("\ud800" <= char <= "\udfff" for char in text) else text
 
 
 def parse_arguments(text: str, place: str) -> str:

@@ -23,6 +23,7 @@ from services.gateway.tools import Tool, argument
         ({"type": "boolean"}, "True", "true"),
         ({"type": "boolean"}, "false", "false"),
         ({"type": "array"}, '["é"]', '["é"]'),
+        ({"type": "array"}, r'["\ud83d", "é"]', r'["\ud83d", "\u00e9"]'),
         ({"type": "object"}, '{"a": {"b": null}}', '{"a": {"b": null}}'),
         ({"type": ["string", "null"]}, "None", "null"),
         ({"type": ["string", "null"]}, "nothing", '"nothing"'),
