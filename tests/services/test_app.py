@@ -45,6 +45,18 @@ def test_memory_is_planned_from_the_checkpoint() -> None:
     assert args.memory_plan(family).nbytes <= 1 << 30
 
 
+def test_without_a_prefix_cache_no_memory_is_kept_for_one() -> None:
+    family = AppArgs().check()
+    assert AppArgs().memory_plan(family).num_checkpoint_slots > 0
+    assert AppArgs(prefix_cache=False).memory_plan(family).num_checkpoint_slots == 0
+
+
+@pytest.mark.parametrize("args", [{"draft_tokens": -1}, {"draft_tokens": 17}, {"max_waiting": 0}, {"http_port": 0}])
+def test_numbers_out_of_their_bounds_are_refused_by_name(args: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(args))):
+        AppArgs(**args)  # type: ignore[arg-type]
+
+
 def test_the_demo_is_served_under_its_name() -> None:
     assert AppArgs().name == "demo"
     assert AppArgs(model=str(DEMO), model_name="x").name == "x"

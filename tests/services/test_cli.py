@@ -80,7 +80,13 @@ def test_every_command_explains_itself(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["up", "--shards", "0"], "--shards"), (["up", "--shrads", "3"], "--shrads"), (["upp"], "upp")],
+    [
+        (["up", "--shards", "0"], "--shards"),
+        (["up", "--shrads", "3"], "--shrads"),
+        (["up", "--draft-tokens", "99"], "--draft-tokens"),
+        (["up", "--max-requests", "0"], "--max-requests"),
+        (["upp"], "upp"),
+    ],
 )
 def test_a_mistyped_command_is_refused(arguments: list[str], words: str) -> None:
     answer = CliRunner().invoke(cli.app, arguments)
@@ -115,6 +121,11 @@ def test_a_missing_tensor_is_one_sentence_that_names_it(tensor: str, tmp_path: P
 def test_a_missing_tokenizer_is_one_sentence(tmp_path: Path) -> None:
     path = copy_of_the_model(tmp_path / "model", without="tokenizer.json")
     assert str(path) in fails_with_one_sentence("up", "--model", str(path))
+
+
+def test_an_unknown_log_format_is_one_sentence() -> None:
+    sentence = fails_with_one_sentence("up", "--log-format", "xml")
+    assert sentence == "log_format is 'xml': Input should be 'json' or 'text'"
 
 
 def test_a_context_over_the_models_own_is_one_sentence() -> None:
