@@ -229,7 +229,9 @@ def test_expert_load_reaches_the_store(server: Application) -> None:
     before = asyncio.run(count())
     assert before > 0
     complete(server, [5, 6, 7], 8, ignore_eos=True)
-    assert wait_until(lambda: asyncio.run(count()) == before + (3 + 7) * shape.top_k, 10)
+    # What drafts were tried and rejected counts too: their experts worked.
+    assert wait_until(lambda: asyncio.run(count()) >= before + (3 + 7) * shape.top_k, 10)
+    assert asyncio.run(count()) % shape.top_k == 0
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
