@@ -1,4 +1,4 @@
-"""The demo model's tokens and probabilities, `==`: alone, in company, cut anyhow, drafted, preempted, from the cache."""
+"""The demo model, `==`: alone, in company, cut anyhow, drafted, preempted, from the cache."""
 
 from __future__ import annotations
 
