@@ -12,30 +12,27 @@ import json
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from services.engine.request import MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
 from services.gateway import grammars
 from services.gateway.errors import ApiError, invalid
-from services.gateway.generation import Ask, Prompt, Shape, template_kwargs
-from services.gateway.text import Chat, ChatMessage, PastCall, check_message
-from services.gateway.tools import Tool, ToolUse, mode_of, parse_arguments
+from services.gateway.generation import Ask, Prompt, Shape
+from services.gateway.openai_messages import (
+    BaseBody,
+    Call,
+    Conversation,
+    Message,
+    NamedTool,
+    ToolBody,
+    ToolFunction,
+    only,
+)
+from services.gateway.tools import ToolUse, mode_of
 
 MAX_PROMPTS = 64  # in one body
 SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias", "grammar"}
-
-
-def _only(*allowed: object) -> AfterValidator:
-    """A field of OpenAI's that may be sent as long as it asks for nothing: any other value is refused by name."""
-    values = " or ".join("null" if value is None else repr(value) for value in allowed)
-
-    def check(value: object) -> object:
-        if value is not None and value not in allowed:
-            raise ValueError(f"must be {values}, because nothing else is supported yet, not {value!r:.100}")
-        return value
-
-    return AfterValidator(check)
 
 
 def _check_prompt(value: object) -> object:
@@ -63,26 +60,11 @@ def _check_stop(value: object) -> object:
     raise ValueError(f"must be a string or a list of strings, not {value!r:.100}")
 
 
-def _join_parts(value: object) -> object:
-    """Content given as parts is joined, as long as every part is text."""
-    if not isinstance(value, list):
-        return value
-    for part in value:
-        is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-        if not (is_text and isinstance(part["text"], str)):
-            raise ValueError('must be a string or a list of {"type": "text", "text": "..."} parts')
-    return "".join(part["text"] for part in value)
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(BaseBody):
     include_usage: bool = False
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(BaseBody):
     """vLLM's way to say what the answer must match: exactly one of these."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
@@ -111,14 +93,14 @@ class StructuredOutputs(_Body):
         return Shape(Grammar(GrammarKind.JSON_OBJECT), f"{place}.json_object")
 
 
-class JsonSchema(_Body):
+class JsonSchema(BaseBody):
     name: str | None = None
     description: str | None = None  # accepted and not used
-    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
     strict: bool | None = None  # every schema is enforced
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(BaseBody):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -136,7 +118,7 @@ class ResponseFormat(_Body):
         return Shape(Grammar(GrammarKind.JSON_OBJECT), place) if self.type == "json_object" else None
 
 
-class _RequestBody(_Body):
+class _RequestBody(BaseBody):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -178,21 +160,17 @@ class _RequestBody(_Body):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @property
-    def num_logprobs(self) -> int | None:
-        raise NotImplementedError
-
     def shape(self) -> Shape | None:
         if self.structured_outputs is not None:
             return self.structured_outputs.shape()
         return self.response_format.shape() if self.response_format else None
 
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self, num_logprobs: int | None) -> dict[str, Any]:
         """The fields of SamplingParams that the client gave."""
         given = self.model_dump(include=set(SAMPLING_NAMES), exclude_none=True)
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        if self.num_logprobs is not None:
-            given["logprobs"] = self.num_logprobs
+        if num_logprobs is not None:
+            given["logprobs"] = num_logprobs
         if self.logit_bias:
             given["logit_bias"] = tuple((_token_id(key), bias) for key, bias in self.logit_bias.items())
         return given
@@ -209,17 +187,13 @@ class CompletionBody(_RequestBody):
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
-    suffix: Annotated[str | None, _only(None)] = None
+    suffix: Annotated[str | None, only(None)] = None
 
     @model_validator(mode="after")
     def _check_completion(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError(f"best_of must be equal to n ({self.n or 1}), because answers are not ranked.")
         return self
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
 
     @property
     def is_chat(self) -> bool:
@@ -231,80 +205,14 @@ class CompletionBody(_RequestBody):
 
     def asks(self) -> list[Ask]:
         """Raises ApiError or ValueError."""
-        sampling, shape = self.sampling(), self.shape()
+        sampling, shape = self.sampling(self.logprobs), self.shape()
         if self.echoes_logprobs:
             sampling.setdefault("prompt_logprobs", self.logprobs)
         prompts = [self.prompt] if _is_one_prompt(self.prompt) else self.prompt
         return [Ask(prompt, sampling, self.n, self.echo or False, shape, timeout=self.timeout) for prompt in prompts]
 
 
-class CallFunction(_Body):
-    name: str
-    arguments: str = ""
-
-
-class Call(_Body):
-    id: str
-    type: Literal["function"] = "function"
-    function: CallFunction
-    index: int | None = None  # clients that joined a stream's pieces may send it back
-
-
-class Message(_Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_join_parts)] = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[Call] | None = None
-    tool_call_id: str | None = None
-    # What clients send back of an answer they were given, when it holds nothing.
-    refusal: Annotated[str | None, _only(None)] = None
-    audio: Annotated[dict[str, Any] | None, _only(None)] = None
-    annotations: Annotated[list[Any] | None, _only([])] = None
-    function_call: Annotated[dict[str, Any] | None, _only(None)] = None
-
-
-class ToolFunction(_Body):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ToolBody(_Body):
-    type: Literal["function"]
-    function: ToolFunction
-
-    def tool(self) -> Tool:
-        function = self.function
-        return Tool(function.name, function.description or "", function.parameters or {}, function.strict or False)
-
-
-class NamedFunction(_Body):
-    name: str
-
-
-class NamedTool(_Body):
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class _ChatPart(_Body):
-    """What `/v1/chat/completions` and `/tokenize` share."""
-
-    messages: list[Message]
-    tools: list[ToolBody] | None = None
-    enable_thinking: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    def chat(self, add_generation_prompt: bool = True) -> Chat:
-        """Without tools. Raises ApiError or ValueError."""
-        messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(self.messages))
-        kwargs = template_kwargs(self.chat_template_kwargs, self.enable_thinking)
-        return Chat(messages, template_kwargs=kwargs, add_generation_prompt=add_generation_prompt)
-
-
-class ChatBody(_ChatPart, _RequestBody):
+class ChatBody(Conversation, _RequestBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -324,10 +232,6 @@ class ChatBody(_ChatPart, _RequestBody):
         return self
 
     @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
     def is_chat(self) -> bool:
         return True
 
@@ -338,23 +242,11 @@ class ChatBody(_ChatPart, _RequestBody):
         mode = mode_of(choice) if isinstance(choice, str) else None
         tools = tuple(tool.tool() for tool in self.tools or ())
         use = ToolUse.of(tools, mode, function, self.parallel_tool_calls)
-        return [Ask(self.chat(), self.sampling(), self.n, shape=self.shape(), use=use, timeout=self.timeout)]
+        sampling = self.sampling((self.top_logprobs or 0) if self.logprobs else None)
+        return [Ask(self.chat(), sampling, self.n, shape=self.shape(), use=use, timeout=self.timeout)]
 
 
-def _message(place: str, message: Message) -> ChatMessage:
-    calls = tuple(
-        PastCall(
-            call.id,
-            call.function.name,
-            parse_arguments(call.function.arguments, f"{place}.tool_calls[{n}].function.arguments"),
-        )
-        for n, call in enumerate(message.tool_calls or ())
-    )
-    fields = (message.name or "", message.reasoning_content or "", calls, message.tool_call_id or "")
-    return check_message(ChatMessage(message.role, message.content, *fields), place)
-
-
-class TokenizeBody(_Body):
+class TokenizeBody(BaseBody):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
@@ -364,7 +256,7 @@ class TokenizeBody(_Body):
         return self.prompt
 
 
-class TokenizeChatBody(_ChatPart):
+class TokenizeChatBody(Conversation):
     model: str | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
@@ -378,13 +270,13 @@ class TokenizeChatBody(_ChatPart):
         return replace(self.chat(self.add_generation_prompt), tools=tools)
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(BaseBody):
     model: str | None = None
     tokens: list[int]
 
 
 Body = CompletionBody | ChatBody
-AnyBody = TypeVar("AnyBody", bound=_Body)
+AnyBody = TypeVar("AnyBody", bound=BaseBody)
 
 
 def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
@@ -404,7 +296,7 @@ def is_chat(data: bytes) -> bool:
     return isinstance(body, dict) and "messages" in body
 
 
-def _explain(kind: type[_Body], error: ErrorDetails) -> ApiError:
+def _explain(kind: type[BaseBody], error: ErrorDetails) -> ApiError:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     match error["type"]:
         case "json_invalid":
@@ -425,7 +317,7 @@ def _explain(kind: type[_Body], error: ErrorDetails) -> ApiError:
     return invalid(f"{path} {expected}, not {error['input']!r:.100}.", path)
 
 
-def _allowed_names(kind: type[_Body], path: tuple[int | str, ...]) -> str:
+def _allowed_names(kind: type[BaseBody], path: tuple[int | str, ...]) -> str:
     """The fields of the object that the last part of `path` is in."""
     for part in path[:-1]:
         if isinstance(part, str):
@@ -433,7 +325,7 @@ def _allowed_names(kind: type[_Body], path: tuple[int | str, ...]) -> str:
     return ", ".join(sorted(field.alias or name for name, field in kind.model_fields.items()))
 
 
-CHILDREN: dict[str, type[_Body]] = {
+CHILDREN: dict[str, type[BaseBody]] = {
     "messages": Message,
     "tool_calls": Call,
     "stream_options": StreamOptions,

@@ -102,6 +102,36 @@ def test_an_overloaded_engine(api: InferenceApi, source: EchoSource) -> None:
     assert refusal.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+class Trailers:
+    """What a call's context is told last, as gRPC and Ray Serve keep it."""
+
+    told: dict[str, str]
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
+        self.told = dict(trailing_metadata)
+
+
+def test_trailing_metadata(api: InferenceApi, source: EchoSource) -> None:
+    source.cached = (1, "evicted")
+    context = Trailers()
+    asyncio.run(api.generate(pb.GenerateRequest(text="ab", request_id="mine"), context))
+    assert context.told == {"x-request-id": "mine", "x-expertmesh-cache": "evicted; cached=1"}
+    source.fails = EngineOverloaded("Too many requests wait.", retry_after=7)
+    with pytest.raises(GrpcError):
+        asyncio.run(api.generate(pb.GenerateRequest(text="ab"), context))
+    assert context.told["retry-after"] == "7"
+
+
+def test_several_choices_and_tools(api: InferenceApi) -> None:
+    several = pb.GenerateRequest(text="ab", sampling=pb.SamplingParams(n=2))
+    answer = asyncio.run(api.generate(several))
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "ab"), (1, "ab")]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 6)
+    bad = pb.Chat(messages=[pb.ChatMessage(role="user")], tools=[pb.Tool(name="f", parameters="[")])
+    with pytest.raises(GrpcError, match=r"tools\[0\]\.function\.parameters must be a JSON schema of type 'object'\."):
+        asyncio.run(api.generate(pb.GenerateRequest(chat=bad)))
+
+
 def test_closing_the_stream_frees_the_engine(api: InferenceApi, source: EchoSource) -> None:
     async def read_one() -> None:
         stream = api.generate_stream(pb.GenerateRequest(text="abcd"))
