@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -280,6 +281,8 @@ def main() -> None:
         url = local_url(args.url) + "/v1/completions"
     except ValueError as error:
         parser.error(str(error))
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib; install it with: .venv/bin/pip install -e '.[bench]'")
     for name in ("rate", "concurrency", "requests", "seconds"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name} must be above 0, not {value}")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,9 @@ def server(*options: str) -> Iterator[Server]:
     """
     port, grpc_port = free_port(), free_port()
     command = [sys.executable, "-m", "services.cli", "up", "--port", str(port), "--grpc-port", str(grpc_port), *options]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left running
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         started = Server(f"http://127.0.0.1:{port}", process.pid)
         try:
             if not _is_ready(started.url, process):
@@ -81,8 +82,7 @@ def server(*options: str) -> Iterator[Server]:
                 )
             yield started
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(STOP_TIMEOUT_S)
+            _stop(process)
 
 
 def _is_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
@@ -94,6 +94,18 @@ def _is_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
         except OSError:  # refused, or 503 until the backbone is up
             time.sleep(0.3)
     return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    below = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        for pid in [process.pid, *below]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise RuntimeError(f"the server did not stop within {STOP_TIMEOUT_S} s and was killed") from None
 
 
 # Linux's /proc --------------------------------------------------------------------------------------------------------
