@@ -26,6 +26,7 @@ PRIOR_COST = (1.0, 0.05, 0.15, 0.02)
 PRIOR_SPREAD = (1.0, 0.3, 0.3, 0.1)
 MAX_SURPRISE = 1.5  # of a step's seconds, as a factor, once NUM_TRUSTED have been seen
 NUM_TRUSTED = 16
+FIT_EVERY = 8  # steps, from then on: a fit takes as long as a small layer
 NOISE = 0.1  # of a step's seconds, relative
 MAX_UNREAD = 128  # tokens of a request that the draft module catches up with when drafts are wanted again
 MAX_ROWS = 256  # of a step whose cost is learnt from: prompts follow another law
@@ -95,7 +96,8 @@ class StepCost:
     weights: Weights
     moments_FF: NDArray[np.float64]
     sums_F: NDArray[np.float64]
-    num_steps: float = 0.0
+    num_steps: float = 0.0  # faded like the sums
+    num_seen: int = 0
 
     @staticmethod
     def unknown() -> StepCost:
@@ -106,13 +108,15 @@ class StepCost:
 
     def observe(self, shape: StepShape, seconds: float) -> StepCost:
         """A step that surprises, as one that had to wait for another process, counts as MAX_SURPRISE at most."""
-        if self.num_steps > NUM_TRUSTED:
+        if self.num_seen >= NUM_TRUSTED:
             expected = self.seconds(shape)
             seconds = min(max(seconds, expected / MAX_SURPRISE), expected * MAX_SURPRISE)
         features_F = np.array(shape.features) / seconds
         moments_FF = COST_KEPT * self.moments_FF + np.outer(features_F, features_F)
         sums_F, num_steps = COST_KEPT * self.sums_F + features_F, COST_KEPT * self.num_steps + 1
-        return StepCost(_fit(moments_FF, sums_F, num_steps), moments_FF, sums_F, num_steps)
+        is_fitted = self.num_seen < NUM_TRUSTED or self.num_seen % FIT_EVERY == 0
+        weights = _fit(moments_FF, sums_F, num_steps) if is_fitted else self.weights
+        return StepCost(weights, moments_FF, sums_F, num_steps, self.num_seen + 1)
 
 
 def _fit(moments_FF: NDArray[np.float64], sums_F: NDArray[np.float64], num_steps: float) -> Weights:
