@@ -1,7 +1,7 @@
 """The peers on the same machine: transformers, and llama.cpp where it was built. Decode and prefill, tokens per second.
 
     python -m benchmarks.peers --model /tmp/shape --llama-cpp /tmp/llama.cpp     # a table; --json FILE as well
-    python -m benchmarks.peers build /tmp/llama.cpp                              # fetches and builds it, ~25 minutes
+    python -m benchmarks.peers build /tmp/llama.cpp                              # fetches and builds it, ~8 minutes
 
 A measurement is a `Speeds`: decode at each batch size, prompt 128 and output 32, without the time of the prompt; and
 prefill of one longer prompt. Both peers compute in bf16, each in a process of its own.
