@@ -199,9 +199,9 @@ class _Call:
     def take(self) -> list[CallDelta]:
         """Its pieces since the last time, joined to as few as there can be."""
         deltas, self._deltas = self._deltas, []
-        if not deltas:
-            return []
         arguments = "".join(delta.arguments for delta in deltas)
+        if not deltas or not (deltas[0].id or arguments):
+            return []
         return [CallDelta(self._index, deltas[0].id, deltas[0].name, arguments)]
 
     def _enter(self, part: str) -> None:

@@ -23,6 +23,7 @@ def split(pieces: list[str], **kind: Any) -> Split:
     parts: list[Parts] = [*(splitter.push(piece) for piece in pieces), splitter.finish()]
     calls: dict[int, tuple[str, str]] = {}
     for delta in (delta for part in parts for delta in part.calls):
+        assert delta.id or delta.arguments, "no piece is empty"
         name, arguments = calls.get(delta.index, ("", ""))
         assert bool(delta.id) == bool(delta.name) == (delta.index not in calls), "the first piece names the call"
         calls[delta.index] = (name + delta.name, arguments + delta.arguments)
