@@ -236,8 +236,8 @@ class Mamba2Mixer(nn.Module):
         constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)
         numbers = tuple(np.ascontiguousarray(c.detach().float().numpy()) for c in constants)
         limits = tuple(np.float32(limit) for limit in s.delta_limit)
-        norm = (self.norm.weight.detach().float().numpy(), s.num_groups, np.float32(self.norm.eps))
-        self.packed = (*numbers, *limits, *norm)
+        norm = (self.norm.weight.detach().float().numpy(), np.float32(self.norm.eps))
+        self.packed = (s.num_groups, *numbers, *limits, *norm)
 
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
         projected_TP = self.in_proj(h_TD)

@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+PREFETCH_WORDS = 1024  # 4 KiB ahead: measured, 512 to 2048 are alike
 PANEL = 32  # outputs side by side: two vectors of 16
 MIN_WORK_TO_SHARE = (
     1 << 19
@@ -46,6 +47,15 @@ def _load_vector(builder: Any, pointer: Any, kind: Any) -> Any:
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=4)
 
 
+def _prefetch(builder: Any, pointer: Any, num_words: int) -> None:
+    """Asks for what lies `num_words` further on: arithmetic alone would not hide its way here from memory."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    place = builder.bitcast(builder.gep(pointer, [_i64(num_words)]), byte)
+    builder.call(prefetch, [place, *(ir.Constant(_I32, flag) for flag in (0, 2, 1))])
+
+
 def _broadcast(builder: Any, pointer: Any) -> Any:
     nothing = ir.Constant(_VEC, ir.Undefined)
     lane = builder.insert_element(nothing, builder.load(pointer), ir.Constant(_I32, 0))
@@ -55,6 +65,8 @@ def _broadcast(builder: Any, pointer: Any) -> Any:
 def _weights(builder: Any, panel: Any, base: Any, is_bf16: bool) -> list[list[Any]]:
     """The panel's vectors for one step: [input of the step][half of the panel]."""
     halves = [builder.gep(panel, [builder.add(base, _i64(16 * half))]) for half in range(2)]
+    for pointer in halves:
+        _prefetch(builder, pointer, PREFETCH_WORDS)
     if not is_bf16:
         return [[_load_vector(builder, pointer, _VEC) for pointer in halves]]
     words = [_load_vector(builder, pointer, _VEC_I) for pointer in halves]

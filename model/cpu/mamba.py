@@ -2,9 +2,11 @@
 
 What surprises: prompts run through the recurrence too. A head's state (head dim × state dim) stays in the first-level
 cache while its tokens pass, so the recurrence costs no more than the chunked scan, and a token's bits cannot depend on
-where its prompt was cut, on who shares the step, or on whether it was prompted, drafted, or computed again.
+where its prompt was cut, on who shares the step, or on whether it was prompted, drafted, or computed again. Groups of
+heads share B and C, have their own convolution channels and are normalised by themselves: each is a task of its own.
 
-Legend: T tokens of the step, R requests, H heads, D head dim, G groups, N state dim, C conv channels, K taps.
+Legend: T tokens of the step, L tokens of a request, R requests, H heads, D head dim, G groups, N state dim, C conv
+channels, K taps.
 """
 
 from __future__ import annotations
@@ -12,53 +14,81 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numba
 import numpy as np
-from numba import njit
+import torch
+from numba import njit, prange
 
 from model.cpu.functions import bits_of, from_bf16, round_to_bf16, silu
+from model.cpu.linear import SHARING
 
 FAST = {
     "contract",
     "reassoc",
     "nsz",
 }  # sums over lanes in the compiler's order, which is one and the same for every row
+MIN_WORK_TO_SHARE = 1 << 18  # numbers of state, times tokens
 
 
 @njit(nogil=True, fastmath=FAST, inline="never")
-def _convolve(raw_LC: Any, weight_KC: Any, bias_C: Any, out_LC: Any) -> None:
-    """SiLU of the causal convolution of one request's tokens; `raw_LC` begins with the K-1 columns before them."""
-    num_channels = bias_C.shape[0]
-    for t in range(out_LC.shape[0]):
+def _convolve(
+    projected_TP: Any,
+    start: Any,
+    first: Any,
+    channel: Any,
+    window_KC: Any,
+    is_bf16: Any,
+    weight_KC: Any,
+    bias_C: Any,
+    keeps: Any,
+    out_LC: Any,
+    place: Any,
+    size: Any,
+) -> None:
+    """SiLU of the causal convolution of `size` channels from `channel` on, which start at column `first`.
+
+    Writes to columns `place ..` of `out_LC`, and the last K-1 inputs to the window where the request `keeps` its state.
+    """
+    length, num_past = out_LC.shape[0], window_KC.shape[0]
+    raw_LC = np.empty((num_past + length, size), np.float32)  # the window, then this step's columns
+    for k in range(num_past):
+        for c in range(size):
+            value = window_KC[k, channel + c]
+            raw_LC[k, c] = from_bf16(value) if is_bf16 else np.float32(value)
+    for t in range(length):
+        for c in range(size):
+            value = projected_TP[start + t, first + channel + c]
+            raw_LC[num_past + t, c] = round_to_bf16(value) if is_bf16 else value
+    for t in range(length):
         out = out_LC[t]
-        for c in range(num_channels):
-            out[c] = bias_C[c]
-        for tap in range(weight_KC.shape[0]):
+        for c in range(size):
+            out[place + c] = bias_C[channel + c]
+        for tap in range(num_past + 1):
             raw, weight = raw_LC[t + tap], weight_KC[tap]
-            for c in range(num_channels):
-                out[c] += raw[c] * weight[c]
-        for c in range(num_channels):
-            out[c] = silu(out[c])
+            for c in range(size):
+                out[place + c] += raw[c] * weight[channel + c]
+        for c in range(size):
+            out[place + c] = silu(out[place + c])
+    if keeps:
+        for k in range(num_past):
+            for c in range(size):
+                value = raw_LC[length + k, c]
+                if is_bf16:
+                    window_KC[k, channel + c] = bits_of(value) >> np.int32(16)
+                else:
+                    window_KC[k, channel + c] = value
 
 
 @njit(nogil=True, fastmath=FAST, inline="never")
 def _recur_head(
-    conv_LC: Any,
-    first_x: Any,
-    first_b: Any,
-    first_c: Any,
-    delta_L: Any,
-    a: Any,
-    skip: Any,
-    state_DN: Any,
-    y_LI: Any,
-    has_output: Any,
+    conv_LC: Any, first_x: Any, first_b: Any, delta_L: Any, a: Any, skip: Any, state_DN: Any, y_LI: Any, has_output: Any
 ) -> None:
-    """S ← exp(ΔA)·S + Δ x ⊗ B, y = S·C + D·x for one head of one request; x, B and C start at these channels."""
+    """S ← exp(ΔA)·S + Δ x ⊗ B, y = S·C + D·x for one head of one request; C lies behind B."""
     head_dim, state_dim = state_DN.shape
     for t in range(conv_LC.shape[0]):
         decay, delta = np.float32(math.exp(delta_L[t] * a)), delta_L[t]
         conv = conv_LC[t]
-        b, c = conv[first_b : first_b + state_dim], conv[first_c : first_c + state_dim]
+        b, c = conv[first_b : first_b + state_dim], conv[first_b + state_dim : first_b + 2 * state_dim]
         for d in range(head_dim):
             added = conv[first_x + d] * delta
             row = state_DN[d]
@@ -72,21 +102,82 @@ def _recur_head(
 
 
 @njit(nogil=True, fastmath=FAST, inline="never")
-def _gated_norm(y: Any, gate: Any, weight: Any, num_groups: Any, eps: Any, out: Any) -> None:
-    size = y.shape[0] // num_groups
-    for g in range(num_groups):
-        total = np.float32(0.0)
-        for i in range(g * size, (g + 1) * size):
-            u = y[i] * silu(gate[i])
-            out[i] = u
-            total += u * u
-        scale = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(size) + eps))
-        for i in range(g * size, (g + 1) * size):
-            out[i] = out[i] * scale * weight[i]
+def _gated_norm(y: Any, gate: Any, weight: Any, eps: Any, first: Any, out: Any) -> None:
+    """The group of channels that begins at `first`: y·SiLU(gate), over its root mean square, times weight."""
+    size = y.shape[0]
+    total = np.float32(0.0)
+    for i in range(size):
+        u = y[i] * silu(gate[first + i])
+        out[first + i] = u
+        total += u * u
+    scale = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(size) + eps))
+    for i in range(size):
+        out[first + i] = out[first + i] * scale * weight[first + i]
+
+
+@njit(nogil=True, inline="never")
+def _mix_group(
+    projected_TP: Any,
+    start: Any,
+    length: Any,
+    is_new: Any,
+    keeps: Any,
+    window_KC: Any,
+    is_bf16: Any,
+    state_HDN: Any,
+    g: Any,
+    num_groups: Any,
+    weight_KC: Any,
+    bias_C: Any,
+    a_H: Any,
+    skip_H: Any,
+    delta_bias_H: Any,
+    least_delta: Any,
+    most_delta: Any,
+    norm_weight: Any,
+    eps: Any,
+    has_output: Any,
+    out_TI: Any,
+) -> None:
+    num_heads, head_dim, state_dim = state_HDN.shape
+    inner, num_channels = num_heads * head_dim, window_KC.shape[1]
+    heads, size = num_heads // num_groups, inner // num_groups
+    first_x, first_b, first_c = g * size, inner + g * state_dim, inner + (num_groups + g) * state_dim
+    if is_new:
+        window_KC[:, first_x : first_x + size] = 0
+        window_KC[:, first_b : first_b + state_dim] = 0
+        window_KC[:, first_c : first_c + state_dim] = 0
+        state_HDN[g * heads : (g + 1) * heads] = 0.0
+    conv_LC = np.empty((length, size + 2 * state_dim), np.float32)
+    for channel, place, width in (
+        (first_x, 0, size),
+        (first_b, size, state_dim),
+        (first_c, size + state_dim, state_dim),
+    ):
+        _convolve(
+            projected_TP, start, inner, channel, window_KC, is_bf16, weight_KC, bias_C, keeps, conv_LC, place, width
+        )
+    y_LI = np.empty((length, size), np.float32)
+    delta_L = np.empty(length, np.float32)
+    scratch_DN = np.empty((head_dim, state_dim), np.float32)
+    for h in range(heads):
+        head = g * heads + h
+        for t in range(length):
+            raw = projected_TP[start + t, inner + num_channels + head] + delta_bias_H[head]
+            soft = raw if raw > 20.0 else np.float32(math.log1p(math.exp(raw)))
+            delta_L[t] = min(max(soft, least_delta), most_delta)
+        state_DN = state_HDN[head]
+        if not keeps:
+            scratch_DN[:] = state_DN
+            state_DN = scratch_DN
+        _recur_head(conv_LC, h * head_dim, size, delta_L, a_H[head], skip_H[head], state_DN, y_LI, has_output)
+    if has_output:
+        for t in range(length):
+            _gated_norm(y_LI[t], projected_TP[start + t], norm_weight, eps, first_x, out_TI[start + t])
 
 
 @njit(nogil=True, cache=True)
-def mix(
+def _mix_serial(
     projected_TP: Any,
     starts_R: Any,
     lens_R: Any,
@@ -96,6 +187,7 @@ def mix(
     window_SKC: Any,
     is_bf16: Any,
     state_SHDN: Any,
+    num_groups: Any,
     weight_KC: Any,
     bias_C: Any,
     a_H: Any,
@@ -104,62 +196,61 @@ def mix(
     least_delta: Any,
     most_delta: Any,
     norm_weight: Any,
-    num_groups: Any,
     eps: Any,
     has_output: Any,
     out_TI: Any,
 ) -> None:
+    numbers = (weight_KC, bias_C, a_H, skip_H, delta_bias_H, least_delta, most_delta, norm_weight, eps)
+    for r in range(len(starts_R)):
+        own = (starts_R[r], lens_R[r], is_new_R[r], keeps_R[r], window_SKC[slots_R[r]], is_bf16, state_SHDN[slots_R[r]])
+        for g in range(num_groups):
+            _mix_group(projected_TP, *own, g, num_groups, *numbers, has_output, out_TI)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _mix_shared(
+    projected_TP: Any,
+    starts_R: Any,
+    lens_R: Any,
+    slots_R: Any,
+    is_new_R: Any,
+    keeps_R: Any,
+    window_SKC: Any,
+    is_bf16: Any,
+    state_SHDN: Any,
+    num_groups: Any,
+    weight_KC: Any,
+    bias_C: Any,
+    a_H: Any,
+    skip_H: Any,
+    delta_bias_H: Any,
+    least_delta: Any,
+    most_delta: Any,
+    norm_weight: Any,
+    eps: Any,
+    has_output: Any,
+    out_TI: Any,
+) -> None:
+    for task in prange(len(starts_R) * num_groups):
+        r, g = task // num_groups, task % num_groups
+        numbers = (weight_KC, bias_C, a_H, skip_H, delta_bias_H, least_delta, most_delta, norm_weight, eps)
+        own = (starts_R[r], lens_R[r], is_new_R[r], keeps_R[r], window_SKC[slots_R[r]], is_bf16, state_SHDN[slots_R[r]])
+        _mix_group(projected_TP, *own, g, num_groups, *numbers, has_output, out_TI)
+
+
+def mix(*args: Any) -> None:
     """`projected_TP` is in_proj's output, gate | x | B | C | Δ; writes the gated norm's output to `out_TI`.
 
     Requests of `keeps_R` leave their state in their slots; the others (whose last tokens are guesses) leave no trace.
     Windows in bf16 come as int16: then the convolution's inputs are rounded to bf16, in this step as in the next.
-    Without `has_output` only the state moves on.
+    Without `has_output` only the state moves on. The arguments are those of `_mix_serial`, on several threads where
+    the work is worth it.
     """
-    num_heads, head_dim, state_dim = state_SHDN.shape[1:]
-    num_past, num_channels = window_SKC.shape[1:]
-    inner = num_heads * head_dim
-    num_pairs = (num_channels - inner) // 2 // state_dim  # groups of B and C
-    heads_per_group = num_heads // num_pairs
-    for r in range(len(starts_R)):
-        start, length, slot = starts_R[r], lens_R[r], slots_R[r]
-        if is_new_R[r]:
-            window_SKC[slot] = 0
-            state_SHDN[slot] = 0.0
-        raw_LC = np.empty((num_past + length, num_channels), np.float32)  # the window, then this step's columns
-        for k in range(num_past):
-            for c in range(num_channels):
-                value = window_SKC[slot, k, c]
-                raw_LC[k, c] = from_bf16(value) if is_bf16 else np.float32(value)
-        for t in range(length):
-            for c in range(num_channels):
-                value = projected_TP[start + t, inner + c]
-                raw_LC[num_past + t, c] = round_to_bf16(value) if is_bf16 else value
-        conv_LC = np.empty((length, num_channels), np.float32)
-        _convolve(raw_LC, weight_KC, bias_C, conv_LC)
-        if keeps_R[r]:
-            for k in range(num_past):
-                for c in range(num_channels):
-                    value = raw_LC[length + k, c]
-                    if is_bf16:
-                        window_SKC[slot, k, c] = bits_of(value) >> np.int32(16)
-                    else:
-                        window_SKC[slot, k, c] = value
-        y_LI = np.empty((length, inner), np.float32)
-        delta_L = np.empty(length, np.float32)
-        scratch_DN = np.empty((head_dim, state_dim), np.float32)
-        for h in range(num_heads):
-            for t in range(length):
-                raw = projected_TP[start + t, inner + num_channels + h] + delta_bias_H[h]
-                soft = raw if raw > 20.0 else np.float32(math.log1p(math.exp(raw)))
-                delta_L[t] = min(max(soft, least_delta), most_delta)
-            state_DN = state_SHDN[slot, h]
-            if not keeps_R[r]:
-                scratch_DN[:] = state_DN
-                state_DN = scratch_DN
-            first_b = inner + h // heads_per_group * state_dim
-            first_c = first_b + num_pairs * state_dim
-            first_x = h * head_dim
-            _recur_head(conv_LC, first_x, first_b, first_c, delta_L, a_H[h], skip_H[h], state_DN, y_LI, has_output)
-        if has_output:
-            for t in range(length):
-                _gated_norm(y_LI[t], projected_TP[start + t], norm_weight, num_groups, eps, out_TI[start + t])
+    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    projected_TP, state_SHDN = args[0], args[8]
+    if num_threads > 1 and len(projected_TP) * state_SHDN[0].size >= MIN_WORK_TO_SHARE:
+        with SHARING:
+            numba.set_num_threads(num_threads)
+            _mix_shared(*args)
+    else:
+        _mix_serial(*args)
