@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ def running(args: AppArgs, ports: Ports, ray_address: str | None = None) -> Iter
         yield args
 
 
+def _quiet_ray() -> AbstractContextManager[object]:
+    """Ray prints on the terminal that Serve's controller, which it was told to kill, failed."""
+    return redirect_stdout(io.StringIO())
+
+
 @contextmanager
 def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
     num_cpus = (
@@ -89,7 +95,8 @@ def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with _quiet_ray():
+            ray.shutdown()
 
 
 @contextmanager
@@ -101,7 +108,8 @@ def _serve_own(args: AppArgs, ports: Ports) -> Iterator[None]:
         _run(args.model_copy(update={"http_port": ports.http, "grpc_port": ports.grpc}))
         yield
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        with _quiet_ray():
+            serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
