@@ -1,6 +1,6 @@
 """Long contexts on the demo architecture: memory while a prompt is read, and a token's time behind it.
 
-    python -m benchmarks.long_context                               # 8 k, 32 k and 128 k tokens; the last is read for long
+    python -m benchmarks.long_context                    # 8 k, 32 k and 128 k tokens; the last is read for long
     python -m benchmarks.long_context --lens 2048 8192 --json out.json
 
 The demo's weights with a larger `max_position_embeddings`, experts in this process, no drafts, no prefix cache. The
