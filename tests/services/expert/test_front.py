@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.topology import Shard
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert import control
+from services.expert.http2 import ClientStream, GrpcSocket
+from services.expert.wire import COMPUTE_PATH, MAX_MESSAGE_BYTES
+from tests.services.expert.checkpoint import LATENT
+from tests.services.expert.requests import make_request
+from tests.services.expert.shard_process import ShardProcess
+from tests.services.expert.test_client import everywhere, fill
+
+NUM_REQUESTS, NUM_ROWS = 120, 2000  # replies of 60 MB together
+
+
+@pytest.fixture
+def shard(model_dir: Path) -> Iterator[Shard]:
+    with ShardProcess(model_dir, 1, max_queue=NUM_REQUESTS) as process:
+        fill(process.shards, everywhere([process.shards[0].id]))
+        yield process.shards[0]
+
+
+@pytest.fixture
+def client(shard: Shard) -> Iterator[GrpcSocket]:
+    host, port = shard.compute_endpoint.split(":")
+    client = GrpcSocket(
+        socket.create_connection((host, int(port))), ClientStream(COMPUTE_PATH, host, MAX_MESSAGE_BYTES)
+    )
+    client.flush()
+    while not client.stream.is_greeted:  # what its windows are
+        assert client.receive() == []
+    yield client
+    client.close()
+
+
+def num_requests(shard: Shard) -> int:
+    return asyncio.run(control.status(shard.endpoint)).counters.num_requests
+
+
+def request_of_many_rows(request_id: int) -> bytes:
+    rows = np.arange(NUM_ROWS, dtype="<i4")
+    return make_request(
+        id=request_id,
+        num_rows=NUM_ROWS,
+        rows=np.ones((NUM_ROWS, LATENT), "<f4").tobytes(),
+        grid=np.full(NUM_ROWS, -40, "<i2").tobytes(),  # sums too large for 4 bytes
+        pick_rows=rows.tobytes(),
+        pick_experts=np.zeros(NUM_ROWS, "<i4").tobytes(),
+        pick_weights=np.ones(NUM_ROWS, "<f4").tobytes(),
+    ).SerializeToString()
+
+
+def test_a_client_that_does_not_read_is_not_read_from(shard: Shard, client: GrpcSocket) -> None:
+    for n in range(1, NUM_REQUESTS + 1):
+        client.send(request_of_many_rows(n))
+    seen, last_change = -1, time.monotonic()
+    while time.monotonic() - last_change < 2.0:
+        client.flush()
+        if (now := num_requests(shard)) != seen:
+            seen, last_change = now, time.monotonic()
+        time.sleep(0.05)
+    assert 0 < seen < NUM_REQUESTS
+    ids: list[int] = []
+    while len(ids) < NUM_REQUESTS:
+        client.flush()
+        ids += [pb.ComputeReply.FromString(message).id for message in client.receive()]
+    assert ids == list(range(1, NUM_REQUESTS + 1))
+
+
+def test_what_is_no_grpc_is_hung_up_on_and_hurts_nobody(shard: Shard, client: GrpcSocket) -> None:
+    host, port = shard.compute_endpoint.split(":")
+    for nonsense in (b"GET / HTTP/1.1\r\n\r\n", bytes(100)):
+        with socket.create_connection((host, int(port)), timeout=5) as stranger:
+            stranger.sendall(nonsense)
+            with suppress(ConnectionResetError):
+                while stranger.recv(4096):
+                    pass
+    client.send(make_request(id=7).SerializeToString())
+    replies: list[bytes] = []
+    while not replies:
+        replies = client.receive()
+    assert pb.ComputeReply.FromString(replies[0]).id == 7
