@@ -18,8 +18,8 @@ from services import logs
 from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
-from services.engine.service import EngineServer
 from services.expert.shard import ExpertShard, ShardConfig
+from services.link.server import EngineServer
 
 GRPC_SERVICERS = [
     "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",

@@ -21,7 +21,6 @@ from services import logs
 from services.args import AppArgs
 from services.engine.grammar import GrammarCompiler
 from services.engine.request import EngineFailed
-from services.gateway.backbone import Backbones
 from services.gateway.backbone_metrics import backbone_metrics
 from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Generation, ModelCard
@@ -29,6 +28,7 @@ from services.gateway.grpc_api import GrpcError, InferenceApi
 from services.gateway.listener import Listener, Listening
 from services.gateway.rest import build_rest
 from services.gateway.text import Tokenizer
+from services.link.client import Backbones
 
 STATUS_TIMEOUT_S = 3.0
 

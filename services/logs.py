@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -15,11 +14,9 @@ OURS = ("model", "cluster", "services", "expertmesh")
 REQUESTS = "expertmesh.requests"  # its messages are JSON objects themselves
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-current_request: ContextVar[str] = ContextVar("current_request", default="")
-
 
 class JsonLines(logging.Formatter):
-    """Time (UTC), level, logger, process, the request that is being served, the message and the traceback if any."""
+    """Time (UTC), level, logger, process, the request that it is about (`extra`), message, and traceback if any."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -33,7 +30,7 @@ class JsonLines(logging.Formatter):
             "process": self.process,
             "pid": os.getpid(),
         }
-        if request_id := getattr(record, "request_id", current_request.get()):
+        if request_id := getattr(record, "request_id", ""):
             fields["request_id"] = request_id
         if record.name == REQUESTS:
             fields |= json.loads(record.getMessage())

@@ -116,11 +116,12 @@ class _FrontStream:
             log.warning("A client went away with %d replies owed: %s", self._num_owed, error)
             self.close()
             return
-        if self._link.stream.num_unsent > MAX_MESSAGE_BYTES:  # read on for its windows' sake, but not for ever
-            log.warning("A client does not take its replies: %d of them wait; it is hung up on.", self._num_owed)
+        num_unsent = self._link.stream.num_unsent
+        if num_unsent > MAX_MESSAGE_BYTES:  # it was read from for its windows' sake, but that has an end
+            log.warning("A client has not taken %d bytes of replies, and is hung up on.", num_unsent)
             self.close()
             return
-        may_read = READ if self._link.stream.num_unsent <= MAX_UNSENT_BYTES else 0
+        may_read = READ if num_unsent <= MAX_UNSENT_BYTES else 0
         events = may_read | (WRITE if self._link.has_unsent else 0)
         self._front._worker.watch_for(self._link.connection, events or READ)
 

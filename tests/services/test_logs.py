@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 
-from services.logs import REQUESTS, JsonLines, current_request
+from services.logs import REQUESTS, JsonLines
 
 
 def line_of(name: str, message: str, *args: object, **extra: object) -> dict[str, object]:
@@ -17,14 +17,11 @@ def line_of(name: str, message: str, *args: object, **extra: object) -> dict[str
 
 
 def test_a_record_is_one_json_object_with_the_request_it_belongs_to() -> None:
-    token = current_request.set("r-1")
-    fields = line_of("services.engine", "A %s\nof two lines", "message")
-    current_request.reset(token)
+    fields = line_of("services.engine", "A %s\nof two lines", "message", request_id="r-1")
     assert (fields["message"], fields["level"], fields["process"]) == ("A message\nof two lines", "WARNING", "backbone")
     assert fields["request_id"] == "r-1"
     assert str(fields["time"]).endswith("+00:00")
     assert "request_id" not in line_of("services.engine", "Nothing in particular")
-    assert line_of("services.engine", "Told by the record", request_id="r-2")["request_id"] == "r-2"
 
 
 def test_the_log_of_requests_keeps_its_fields() -> None:

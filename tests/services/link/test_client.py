@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from services.engine.request import EngineOverloaded, SamplingParams, TokenOutput
-from services.engine.service import EngineServer
-from services.gateway import backbone
-from services.gateway.backbone import Backbones
 from services.gateway.errors import ApiError
+from services.link import client
+from services.link.client import Backbones
+from services.link.server import EngineServer
 from tests.services.gateway.echo import EchoSource
 
 ENDLESS = SamplingParams(ignore_eos=True, max_tokens=900)
@@ -152,7 +152,7 @@ def test_requests_go_where_fewest_are() -> None:
 
 
 def test_a_backbone_that_dies_costs_its_own_requests_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbone, "STATUS_TTL_S", 0.05)
+    monkeypatch.setattr(client, "STATUS_TTL_S", 0.05)
 
     async def test(fleet: Fleet, backbones: Backbones) -> None:
         first = await fleet.start(EchoSource(eos_id=0, pause=0.01))

@@ -14,9 +14,9 @@ import grpc
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from protos.expertmesh.engine.v1 import engine_pb2_grpc
 from services.engine.request import EngineFailed, SamplingParams, TokenOutput
-from services.engine.wire import CHANNEL_OPTIONS, failure_from_proto, output_from_proto, start_to_proto
 from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Health
+from services.link.wire import CHANNEL_OPTIONS, failure_from_proto, output_from_proto, start_to_proto
 
 log = logging.getLogger(__name__)
 

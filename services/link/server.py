@@ -17,8 +17,7 @@ import grpc
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from protos.expertmesh.engine.v1 import engine_pb2_grpc
 from services.engine.request import EngineFailed, EngineOverloaded, SamplingParams, TokenOutput
-from services.engine.wire import SERVER_OPTIONS, failure_to_proto, output_to_proto, params_from_proto
-from services.logs import current_request
+from services.link.wire import SERVER_OPTIONS, failure_to_proto, output_to_proto, params_from_proto
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
@@ -72,7 +71,6 @@ class _Conversation:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, start: pb.Start) -> None:
-        current_request.set(start.request_id)  # of this task alone
         timeout_s = start.timeout_s if start.HasField("timeout_s") else None
         try:
             params = params_from_proto(start.params)
@@ -82,7 +80,7 @@ class _Conversation:
                     self._send(output_to_proto(output))
         except Exception as error:
             if not isinstance(error, (ValueError, TimeoutError, EngineOverloaded, EngineFailed)):
-                log.exception("Request %s failed.", start.request_id)
+                log.exception("Request %s failed.", start.request_id, extra={"request_id": start.request_id})
             self._send(pb.Output(request_id=start.request_id, failure=failure_to_proto(error)))
         finally:
             self._tasks.pop(start.request_id, None)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
-from services.engine import wire
 from services.engine.request import (
     DeadlinePassed,
     EngineFailed,
@@ -18,6 +17,7 @@ from services.engine.request import (
     TokenLogprob,
     TokenOutput,
 )
+from services.link import wire
 
 EVERYTHING: dict[str, Any] = {
     "max_tokens": 9,
