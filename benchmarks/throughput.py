@@ -170,7 +170,7 @@ def main() -> None:
             sides[LLAMA_CPP] = lambda _: measure_llama_cpp(args.llama_cpp, args.model, workload, args.threads)
         else:
             print("llama.cpp is left out: --llama-cpp names no build (python -m benchmarks.peers build DIR makes one).")
-    console = Console()
+    console = Console(width=120)
     load_before = os.getloadavg()
     speeds: dict[str, list[Speeds]] = {}
     for round_ in range(args.rounds):
