@@ -1,9 +1,11 @@
-"""Causal attention of packed requests over paged keys and values, one query at a time.
+"""Causal attention of packed requests over paged keys and values.
 
-What surprises: a query meets its keys page by page, in pages of absolute position, with a running maximum and sum; so
-its bits depend on nothing but itself and what lies before it, whether it is decoded, drafted or part of a prompt.
+What surprises: a query meets its keys in blocks of absolute position, with a running maximum and sum, and both
+products are those of `model.cpu.linear`; so its bits depend on nothing but itself and what lies before it, whether it
+is decoded, drafted or part of a prompt.
 
-Legend: T tokens of the step, R requests, H query heads, J KV heads, D head dim, B keys of a page, W pages of a request.
+Legend: T tokens of the step, R requests, H query heads, J KV heads, D head dim, N queries of a tile times the heads
+that share keys, B keys of a block, W pages of a request.
 """
 
 from __future__ import annotations
@@ -17,39 +19,65 @@ import torch
 from numba import njit, prange
 
 from model.cpu.functions import bits_of, exp, from_bf16, round_to_bf16
-from model.cpu.linear import SHARING
+from model.cpu.linear import PANEL, SHARING, fp32_panel
+from model.cpu.vectors import at
 
 FAST = {"contract", "reassoc", "nsz"}
-TILE = 16  # queries that share a page once it is unpacked
+TILE = 16  # queries that share a block of keys once it is unpacked
 NO_SCORE = np.float32(-3e38)
 MIN_WORK_TO_SHARE = 1 << 22  # multiply-adds
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")
-def _meet_page(q_D: Any, key_BD: Any, value_BD: Any, num_keys: Any, best: Any, total: Any, sum_D: Any) -> Any:
-    """Adds a page's first `num_keys` keys to a query's running softmax; returns the new maximum and sum."""
-    head_dim = q_D.shape[0]
-    score_B = np.empty(key_BD.shape[0], np.float32)
-    highest = best
+@njit(nogil=True, error_model="numpy", inline="never")
+def _unpack(
+    first: Any,
+    num_keys: Any,
+    table_W: Any,
+    pages: Any,
+    is_bf16: Any,
+    block_size: Any,
+    kv_head: Any,
+    keys: Any,
+    values: Any,
+) -> None:
+    """The keys and values of PANEL positions from `first` on as panels: [dim][key] and [32 dims][key][dim].
+
+    What lies behind the last key is zero: it is given no weight, but zero times garbage need not be zero.
+    """
+    head_dim = pages.shape[3]
+    if num_keys < PANEL:
+        keys[:] = 0.0
+    values[:] = 0.0
     for j in range(num_keys):
-        score = np.float32(0.0)
+        place = table_W[(first + j) // block_size] * block_size + (first + j) % block_size
+        key, value = pages[place, 0, kv_head], pages[place, 1, kv_head]
         for d in range(head_dim):
-            score += q_D[d] * key_BD[j, d]
+            keys[d * PANEL + j] = from_bf16(key[d]) if is_bf16 else np.float32(key[d])
+        for start in range(0, head_dim, PANEL):
+            part = value[start : start + PANEL]
+            into = values[(start + j) * PANEL : (start + j + 1) * PANEL]
+            for d in range(part.shape[0]):
+                into[d] = from_bf16(part[d]) if is_bf16 else np.float32(part[d])
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
+def _weigh(score_B: Any, first_seen: Any, last_seen: Any, best: Any, total: Any) -> Any:
+    """Turns a block's scores into weights against the running maximum; returns it, the running sum, and how much what
+    was summed up before has to shrink."""
+    highest = best
+    for j in range(PANEL):
+        score = score_B[j] if first_seen <= j <= last_seen else NO_SCORE
         score_B[j] = score
         highest = max(highest, score)
-    shrink = exp(best - highest)
-    total *= shrink
-    for d in range(head_dim):
-        sum_D[d] *= shrink
-    for j in range(num_keys):
-        weight = exp(score_B[j] - highest)
-        total += weight
-        for d in range(head_dim):
-            sum_D[d] += weight * value_BD[j, d]
-    return highest, total
+    shrink, added = exp(best - highest), np.float32(0.0)
+    for j in range(PANEL):
+        weight = exp(score_B[j] - highest) if score_B[j] > NO_SCORE else np.float32(0.0)
+        score_B[j] = weight
+        added += weight
+    return highest, total * shrink + added, shrink
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")
+@njit(nogil=True, error_model="numpy", inline="never")
 def _attend_head(
     qkv_TX: Any,
     start: Any,
@@ -67,42 +95,48 @@ def _attend_head(
     """One request's queries of the heads that share KV head `kv_head`."""
     num_kv_heads, head_dim = pages.shape[2:]
     group = num_heads // num_kv_heads
+    num_panels = -(-head_dim // PANEL)
     scale = np.float32(1.0 / math.sqrt(head_dim))
-    key_BD = np.empty((block_size, head_dim), np.float32)
-    value_BD = np.empty((block_size, head_dim), np.float32)
+    keys = np.zeros(head_dim * PANEL, np.float32)
+    values = np.zeros(num_panels * PANEL * PANEL, np.float32)
+    most = min(TILE, length) * group
+    q_ND, score_NB = np.empty((most, head_dim), np.float32), np.empty((most, PANEL), np.float32)
+    sum_ND, part_ND = np.empty((2, most, num_panels * PANEL), np.float32)
+    best_N, total_N, shrink_N = np.empty((3, most), np.float32)
     for tile in range(0, length, TILE):
-        num_rows = min(TILE, length - tile)
-        q = np.empty((num_rows * group, head_dim), np.float32)
-        sums = np.zeros((num_rows * group, head_dim), np.float32)
-        best = np.full(num_rows * group, NO_SCORE)
-        total = np.zeros(num_rows * group, np.float32)
-        for i in range(num_rows * group):
-            row, head = start + tile + i // group, kv_head * group + i % group
+        num_rows = min(TILE, length - tile) * group
+        sum_ND[:], best_N[:], total_N[:] = 0.0, NO_SCORE, 0.0
+        for i in range(num_rows):
+            head = kv_head * group + i % group
+            own = qkv_TX[start + tile + i // group][head * head_dim : (head + 1) * head_dim]
             for d in range(head_dim):
-                q[i, d] = qkv_TX[row, head * head_dim + d] * scale
-        last = context + tile + num_rows - 1
-        for page in range(first_key // block_size, last // block_size + 1):
-            first = table_W[page] * block_size
-            for j in range(min(block_size, last + 1 - page * block_size)):
-                for d in range(head_dim):
-                    key, value = pages[first + j, 0, kv_head, d], pages[first + j, 1, kv_head, d]
-                    key_BD[j, d] = from_bf16(key) if is_bf16 else np.float32(key)
-                    value_BD[j, d] = from_bf16(value) if is_bf16 else np.float32(value)
-            skipped = max(0, first_key - page * block_size)
-            for i in range(num_rows * group):
-                num_keys = min(block_size, context + tile + i // group + 1 - page * block_size)
-                if num_keys > skipped:
-                    best[i], total[i] = _meet_page(
-                        q[i], key_BD[skipped:], value_BD[skipped:], num_keys - skipped, best[i], total[i], sums[i]
-                    )
-        for i in range(num_rows * group):
-            row, head = start + tile + i // group, kv_head * group + i % group
+                q_ND[i, d] = own[d] * scale
+        end = context + min(tile + TILE, length)
+        for first in range(first_key // PANEL * PANEL, end, PANEL):
+            num_keys = min(PANEL, end - first)
+            _unpack(first, num_keys, table_W, pages, is_bf16, block_size, kv_head, keys, values)
+            fp32_panel(at(q_ND, 0), num_rows, head_dim, at(keys, 0), at(score_NB, 0), PANEL)
+            for i in range(num_rows):
+                position = context + tile + i // group
+                best_N[i], total_N[i], shrink_N[i] = _weigh(
+                    score_NB[i], first_key - first, position - first, best_N[i], total_N[i]
+                )
+            for p in range(num_panels):
+                panel, target = at(values, p * PANEL * PANEL), at(part_ND, p * PANEL)
+                fp32_panel(at(score_NB, 0), num_rows, PANEL, panel, target, num_panels * PANEL)
+            for i in range(num_rows):
+                total, part = sum_ND[i], part_ND[i]
+                for d in range(total.shape[0]):
+                    total[d] = total[d] * shrink_N[i] + part[d]
+        for i in range(num_rows):
+            head = kv_head * group + i % group
+            own = out_TX[start + tile + i // group][head * head_dim : (head + 1) * head_dim]
+            share = np.float32(1.0) / total_N[i] if total_N[i] > 0 else np.float32(0.0)  # 0: no key to see
             for d in range(head_dim):
-                # A position before the first key sees nothing and gives nothing.
-                out_TX[row, head * head_dim + d] = sums[i, d] / total[i] if total[i] > 0 else np.float32(0.0)
+                own[d] = sum_ND[i, d] * share
 
 
-@njit(nogil=True, inline="never")
+@njit(nogil=True, error_model="numpy", inline="never")
 def _append(
     qkv_TX: Any,
     start: Any,
@@ -122,15 +156,15 @@ def _append(
         for part in range(2):
             first = (num_heads + part * num_kv_heads) * head_dim
             for j in range(num_kv_heads):
+                new, kept = qkv_TX[start + t][first + j * head_dim : first + (j + 1) * head_dim], pages[place, part, j]
                 for d in range(head_dim):
-                    value = qkv_TX[start + t, first + j * head_dim + d]
                     if is_bf16:
-                        pages[place, part, j, d] = bits_of(round_to_bf16(value)) >> np.int32(16)
+                        kept[d] = bits_of(round_to_bf16(new[d])) >> np.int32(16)
                     else:
-                        pages[place, part, j, d] = value
+                        kept[d] = new[d]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, error_model="numpy", cache=True)
 def attend(
     qkv_TX: Any,
     starts_R: Any,
@@ -156,7 +190,7 @@ def attend(
             _attend_head(qkv_TX, *where, pages, is_bf16, block_size, kv_head, num_heads, first_keys_R[r], out_TX)
 
 
-@njit(nogil=True, cache=True, parallel=True)
+@njit(nogil=True, error_model="numpy", cache=True, parallel=True)
 def attend_shared(
     qkv_TX: Any,
     starts_R: Any,

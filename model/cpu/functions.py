@@ -42,7 +42,7 @@ HALF = np.float32(0.5)
 LOWEST, HIGHEST = np.float32(-87.3), np.float32(88.3)
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def exp(x: Any) -> Any:
     """e**x in fp32; arguments below -87.3 give about 1e-38, above 88.3 about 2e38."""
     x = max(min(x, HIGHEST), LOWEST)
@@ -60,12 +60,12 @@ def exp(x: Any) -> Any:
     return p * scale
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def silu(x: Any) -> Any:
     return x / (np.float32(1.0) + exp(-x))
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def round_to_bf16(x: Any) -> Any:
     """The nearest bf16 number, ties to even, as fp32."""
     bits = bits_of(x)
@@ -73,7 +73,7 @@ def round_to_bf16(x: Any) -> Any:
     return from_bits(np.int32((bits + np.int32(0x7FFF) + odd) & np.int32(-0x10000)))
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def from_bf16(bits: Any) -> Any:
     """The fp32 number whose upper half is this int16."""
     return from_bits(np.int32(np.int32(bits) << np.int32(16)))

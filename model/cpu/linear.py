@@ -19,10 +19,25 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
+
+from model.cpu.vectors import (
+    I64,
+    POINTER,
+    VECTOR,
+    WORDS,
+    at,
+    broadcast,
+    fma,
+    i64,
+    load_vector,
+    plus,
+    prefetch,
+    store_vector,
+)
+from model.cpu.vectors import words as splat_words
 
 PREFETCH_WORDS = 1024  # 4 KiB ahead: measured, 512 to 2048 are alike
 PANEL = 32  # outputs side by side: two vectors of 16
@@ -30,48 +45,17 @@ MIN_WORK_TO_SHARE = (
     1 << 19
 )  # words of weights, times eighths of rows, below which a second thread costs more than it brings
 
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_VEC, _VEC_I = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16)
-_POINTER = types.CPointer(types.float32)
-
-
-def _i64(value: int) -> ir.Constant:
-    return ir.Constant(_I64, value)
-
-
-def _splat_int(value: int) -> ir.Constant:
-    return ir.Constant(_VEC_I, [value] * 16)
-
-
-def _load_vector(builder: Any, pointer: Any, kind: Any) -> Any:
-    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=4)
-
-
-def _prefetch(builder: Any, pointer: Any, num_words: int) -> None:
-    """Asks for what lies `num_words` further on: arithmetic alone would not hide its way here from memory."""
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    place = builder.bitcast(builder.gep(pointer, [_i64(num_words)]), byte)
-    builder.call(prefetch, [place, *(ir.Constant(_I32, flag) for flag in (0, 2, 1))])
-
-
-def _broadcast(builder: Any, pointer: Any) -> Any:
-    nothing = ir.Constant(_VEC, ir.Undefined)
-    lane = builder.insert_element(nothing, builder.load(pointer), ir.Constant(_I32, 0))
-    return builder.shuffle_vector(lane, nothing, _splat_int(0))
-
 
 def _weights(builder: Any, panel: Any, base: Any, is_bf16: bool) -> list[list[Any]]:
     """The panel's vectors for one step: [input of the step][half of the panel]."""
-    halves = [builder.gep(panel, [builder.add(base, _i64(16 * half))]) for half in range(2)]
+    halves = [builder.gep(panel, [builder.add(base, i64(16 * half))]) for half in range(2)]
     for pointer in halves:
-        _prefetch(builder, pointer, PREFETCH_WORDS)
+        prefetch(builder, pointer, PREFETCH_WORDS)
     if not is_bf16:
-        return [[_load_vector(builder, pointer, _VEC) for pointer in halves]]
-    words = [_load_vector(builder, pointer, _VEC_I) for pointer in halves]
-    even = [builder.bitcast(builder.shl(word, _splat_int(16)), _VEC) for word in words]
-    odd = [builder.bitcast(builder.and_(word, _splat_int(-0x10000)), _VEC) for word in words]
+        return [[load_vector(builder, pointer) for pointer in halves]]
+    words = [load_vector(builder, pointer, WORDS) for pointer in halves]
+    even = [builder.bitcast(builder.shl(word, splat_words(16)), VECTOR) for word in words]
+    odd = [builder.bitcast(builder.and_(word, splat_words(-0x10000)), VECTOR) for word in words]
     return [even, odd]
 
 
@@ -80,40 +64,38 @@ def _make_tile(num_rows: int, is_bf16: bool) -> Any:
 
     @intrinsic
     def tile(_: Any, x: Any, x_stride: Any, panel: Any, num_inputs: Any, out: Any, out_stride: Any) -> Any:
-        signature = types.void(_POINTER, types.intp, _POINTER, types.intp, _POINTER, types.intp)
+        signature = types.void(POINTER, types.intp, POINTER, types.intp, POINTER, types.intp)
 
         def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
             x, x_stride, panel, num_inputs, out, out_stride = args
-            kind = ir.FunctionType(_VEC, [_VEC, _VEC, _VEC])
-            fma = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
-            x_rows = [builder.gep(x, [builder.mul(x_stride, _i64(row))]) for row in range(num_rows)]
+            x_rows = [builder.gep(x, [builder.mul(x_stride, i64(row))]) for row in range(num_rows)]
             inputs_per_step = 2 if is_bf16 else 1
-            num_steps = builder.lshr(num_inputs, _i64(1)) if is_bf16 else num_inputs
+            num_steps = builder.lshr(num_inputs, i64(1)) if is_bf16 else num_inputs
             before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
             builder.branch(loop)
             builder.position_at_end(loop)
-            step = builder.phi(_I64)
-            step.add_incoming(_i64(0), before)
-            old = [[builder.phi(_VEC) for _ in range(2)] for _ in range(num_rows)]
+            step = builder.phi(I64)
+            step.add_incoming(i64(0), before)
+            old = [[builder.phi(VECTOR) for _ in range(2)] for _ in range(num_rows)]
             for phi in (phi for row in old for phi in row):
-                phi.add_incoming(ir.Constant(_VEC, [0.0] * 16), before)
+                phi.add_incoming(ir.Constant(VECTOR, [0.0] * 16), before)
             sums: list[list[Any]] = [list(row) for row in old]
-            first = builder.mul(step, _i64(inputs_per_step))
-            for place, halves in enumerate(_weights(builder, panel, builder.mul(step, _i64(PANEL)), is_bf16)):
+            first = builder.mul(step, i64(inputs_per_step))
+            for place, halves in enumerate(_weights(builder, panel, builder.mul(step, i64(PANEL)), is_bf16)):
                 for row, pointer in enumerate(x_rows):
-                    value = _broadcast(builder, builder.gep(pointer, [builder.add(first, _i64(place))]))
-                    sums[row] = [builder.call(fma, [value, w, s]) for w, s in zip(halves, sums[row], strict=True)]
-            following = builder.add(step, _i64(1))
+                    value = broadcast(builder, builder.gep(pointer, [builder.add(first, i64(place))]))
+                    sums[row] = [fma(builder, value, w, s) for w, s in zip(halves, sums[row], strict=True)]
+            following = builder.add(step, i64(1))
             step.add_incoming(following, builder.block)
             for phi, value in zip((p for row in old for p in row), (s for row in sums for s in row), strict=True):
                 phi.add_incoming(value, builder.block)
             builder.cbranch(builder.icmp_signed("<", following, num_steps), loop, after)
             builder.position_at_end(after)
             for row, halves in enumerate(sums):
-                target = builder.gep(out, [builder.mul(out_stride, _i64(row))])
+                target = builder.gep(out, [builder.mul(out_stride, i64(row))])
                 for half, value in enumerate(halves):
-                    pointer = builder.gep(target, [_i64(16 * half)])
-                    builder.store(value, builder.bitcast(pointer, _VEC.as_pointer()), align=4)
+                    pointer = builder.gep(target, [i64(16 * half)])
+                    store_vector(builder, value, pointer)
             return context.get_dummy_value()
 
         return signature, generate
@@ -121,41 +103,12 @@ def _make_tile(num_rows: int, is_bf16: bool) -> Any:
     return tile
 
 
-@intrinsic
-def at(_: Any, array: Any, offset: Any) -> Any:
-    """Pointer to element `offset` of a contiguous array of 32-bit numbers."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.gep(builder.bitcast(data, _F32.as_pointer()), [args[1]])
-
-    return _POINTER(array, types.intp), generate
-
-
-@intrinsic
-def address_of(_: Any, address: Any) -> Any:
-    """Pointer from an address in an int64."""
-
-    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], _F32.as_pointer())
-
-    return _POINTER(types.int64), generate
-
-
-@intrinsic
-def plus(_: Any, pointer: Any, offset: Any) -> Any:
-    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        return builder.gep(args[0], [args[1]])
-
-    return _POINTER(_POINTER, types.intp), generate
-
-
 _bf16_1, _bf16_2, _bf16_4, _bf16_8 = (_make_tile(rows, True) for rows in (1, 2, 4, 8))
 _fp32_1, _fp32_2, _fp32_4, _fp32_8, _fp32_12 = (_make_tile(rows, False) for rows in (1, 2, 4, 8, 12))
 
 
-@njit(nogil=True, inline="never")
-def _fp32_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
+@njit(nogil=True, error_model="numpy", inline="never")
+def fp32_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
     row = 0
     while row < num_rows:
         left = num_rows - row
@@ -177,8 +130,8 @@ def _fp32_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, ou
             row += 1
 
 
-@njit(nogil=True, inline="never")
-def _bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
+@njit(nogil=True, error_model="numpy", inline="never")
+def bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
     row = 0
     while row < num_rows:
         left = num_rows - row
@@ -197,7 +150,7 @@ def _bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, ou
             row += 1
 
 
-@njit(nogil=True, inline="never")
+@njit(nogil=True, error_model="numpy", inline="never")
 def multiply_panels(
     x: Any, num_rows: Any, num_inputs: Any, panels: Any, is_bf16: Any, out: Any, out_stride: Any, first: Any, last: Any
 ) -> None:
@@ -206,19 +159,19 @@ def multiply_panels(
     for p in range(first, last):
         panel, target = plus(panels, p * words), plus(out, p * PANEL)
         if is_bf16:
-            _bf16_panel(x, num_rows, num_inputs, panel, target, out_stride)
+            bf16_panel(x, num_rows, num_inputs, panel, target, out_stride)
         else:
-            _fp32_panel(x, num_rows, num_inputs, panel, target, out_stride)
+            fp32_panel(x, num_rows, num_inputs, panel, target, out_stride)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, error_model="numpy", cache=True)
 def _multiply(x_NI: Any, words: Any, is_bf16: Any, out_NO: Any) -> None:
     num_rows, num_inputs = x_NI.shape
     stride = out_NO.shape[1]
     multiply_panels(at(x_NI, 0), num_rows, num_inputs, at(words, 0), is_bf16, at(out_NO, 0), stride, 0, stride // PANEL)
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@njit(nogil=True, error_model="numpy", parallel=True, cache=True)
 def _multiply_shared(x_NI: Any, words: Any, is_bf16: Any, out_NO: Any, num_parts: Any) -> None:
     num_rows, num_inputs = x_NI.shape
     stride = out_NO.shape[1]
@@ -271,8 +224,9 @@ SHARING = threading.Lock()  # the pool of threads serves one caller at a time
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
     """x·Wᵀ: fp32 (..., I) -> fp32 (..., O)."""
-    out = torch.from_numpy(multiply(x.reshape(-1, weight.num_inputs).numpy(), weight))[:, : weight.num_outputs]
-    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.num_outputs)
+    out = torch.from_numpy(multiply(x.reshape(-1, weight.num_inputs).numpy(), weight))
+    # Contiguous without exception: numba compiles a kernel anew for another layout, perhaps to other bits.
+    return out[:, : weight.num_outputs].contiguous().view(*x.shape[:-1], weight.num_outputs)
 
 
 def multiply(x_NI: NDArray[np.float32], weight: Packed) -> NDArray[np.float32]:

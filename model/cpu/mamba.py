@@ -17,10 +17,25 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
 
 from model.cpu.functions import bits_of, from_bf16, round_to_bf16, silu
 from model.cpu.linear import SHARING
+from model.cpu.vectors import (
+    LANES,
+    POINTER,
+    VECTOR,
+    at,
+    broadcast,
+    fma,
+    i64,
+    load_vector,
+    splat,
+    store_vector,
+    sum_of_lanes,
+)
 
 FAST = {
     "contract",
@@ -30,7 +45,7 @@ FAST = {
 MIN_WORK_TO_SHARE = 1 << 18  # numbers of state, times tokens
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")
+@njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
 def _convolve(
     projected_TP: Any,
     start: Any,
@@ -49,73 +64,122 @@ def _convolve(
 
     Writes to columns `place ..` of `out_LC`, and the last K-1 inputs to the window where the request `keeps` its state.
     """
+    # Slices rather than sums of indices: an index that might be negative keeps a loop from becoming vectors.
     length, num_past = out_LC.shape[0], window_KC.shape[0]
+    own = slice(channel, channel + size)
     raw_LC = np.empty((num_past + length, size), np.float32)  # the window, then this step's columns
     for k in range(num_past):
+        past, raw = window_KC[k][own], raw_LC[k]
         for c in range(size):
-            value = window_KC[k, channel + c]
-            raw_LC[k, c] = from_bf16(value) if is_bf16 else np.float32(value)
+            raw[c] = from_bf16(past[c]) if is_bf16 else np.float32(past[c])
     for t in range(length):
+        column, raw = projected_TP[start + t][first + channel : first + channel + size], raw_LC[num_past + t]
         for c in range(size):
-            value = projected_TP[start + t, first + channel + c]
-            raw_LC[num_past + t, c] = round_to_bf16(value) if is_bf16 else value
+            raw[c] = round_to_bf16(column[c]) if is_bf16 else column[c]
+    bias = bias_C[own]
     for t in range(length):
-        out = out_LC[t]
+        out = out_LC[t][place : place + size]
         for c in range(size):
-            out[place + c] = bias_C[channel + c]
+            out[c] = bias[c]
         for tap in range(num_past + 1):
-            raw, weight = raw_LC[t + tap], weight_KC[tap]
+            raw, weight = raw_LC[t + tap], weight_KC[tap][own]
             for c in range(size):
-                out[place + c] += raw[c] * weight[channel + c]
+                out[c] += raw[c] * weight[c]
         for c in range(size):
-            out[place + c] = silu(out[place + c])
+            out[c] = silu(out[c])
     if keeps:
         for k in range(num_past):
+            past, raw = window_KC[k][own], raw_LC[length + k]
             for c in range(size):
-                value = raw_LC[length + k, c]
                 if is_bf16:
-                    window_KC[k, channel + c] = bits_of(value) >> np.int32(16)
+                    past[c] = bits_of(raw[c]) >> np.int32(16)
                 else:
-                    window_KC[k, channel + c] = value
+                    past[c] = raw[c]
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")
+def _make_rows(num_rows: int) -> Any:
+    """Compiles row ← decay·row + added·b and total = row·c for rows of a state, sharing what is loaded of b and c."""
+
+    @intrinsic
+    def rows(_: Any, state: Any, state_dim: Any, b: Any, c: Any, decay: Any, added: Any, total: Any) -> Any:
+        signature = types.void(POINTER, types.intp, POINTER, POINTER, types.float32, POINTER, POINTER)
+
+        def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+            state, state_dim, b, c, decay, added, total = args
+            decay = splat(builder, decay)
+            inputs = [broadcast(builder, builder.gep(added, [i64(row)])) for row in range(num_rows)]
+            firsts = [builder.gep(state, [builder.mul(state_dim, i64(row))]) for row in range(num_rows)]
+            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            place = builder.phi(i64(0).type)
+            place.add_incoming(i64(0), before)
+            sums = [builder.phi(VECTOR) for _ in range(num_rows)]
+            for phi in sums:
+                phi.add_incoming(ir.Constant(VECTOR, [0.0] * LANES), before)
+            b_lanes, c_lanes = (load_vector(builder, builder.gep(v, [place])) for v in (b, c))
+            for phi, first, value in zip(sums, firsts, inputs, strict=True):
+                pointer = builder.gep(first, [place])
+                kept = builder.fmul(load_vector(builder, pointer), decay)
+                new = fma(builder, value, b_lanes, kept)
+                store_vector(builder, new, pointer)
+                phi.add_incoming(fma(builder, new, c_lanes, phi), builder.block)
+            following = builder.add(place, i64(LANES))
+            place.add_incoming(following, builder.block)
+            builder.cbranch(builder.icmp_signed("<", following, state_dim), loop, after)
+            builder.position_at_end(after)
+            for row, phi in enumerate(sums):
+                last, _ = phi.incomings[-1]
+                builder.store(sum_of_lanes(builder, last), builder.gep(total, [i64(row)]))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return rows
+
+
+_four_rows, _one_row = _make_rows(4), _make_rows(1)
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
 def _recur_head(
     conv_LC: Any, first_x: Any, first_b: Any, delta_L: Any, a: Any, skip: Any, state_DN: Any, y_LI: Any, has_output: Any
 ) -> None:
     """S ← exp(ΔA)·S + Δ x ⊗ B, y = S·C + D·x for one head of one request; C lies behind B."""
     head_dim, state_dim = state_DN.shape
+    added_D, total_D = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
     for t in range(conv_LC.shape[0]):
         decay, delta = np.float32(math.exp(delta_L[t] * a)), delta_L[t]
         conv = conv_LC[t]
-        b, c = conv[first_b : first_b + state_dim], conv[first_b + state_dim : first_b + 2 * state_dim]
+        b, c = at(conv, first_b), at(conv, first_b + state_dim)
+        x, y = conv[first_x : first_x + head_dim], y_LI[t][first_x : first_x + head_dim]
         for d in range(head_dim):
-            added = conv[first_x + d] * delta
-            row = state_DN[d]
-            total = np.float32(0.0)
-            for n in range(state_dim):
-                value = row[n] * decay + added * b[n]
-                row[n] = value
-                total += value * c[n]
-            if has_output:
-                y_LI[t, first_x + d] = total + skip * conv[first_x + d]
+            added_D[d] = x[d] * delta
+        for d in range(0, head_dim - 3, 4):
+            _four_rows(at(state_DN, d * state_dim), state_dim, b, c, decay, at(added_D, d), at(total_D, d))
+        for d in range(head_dim // 4 * 4, head_dim):
+            _one_row(at(state_DN, d * state_dim), state_dim, b, c, decay, at(added_D, d), at(total_D, d))
+        if has_output:
+            for d in range(head_dim):
+                y[d] = total_D[d] + skip * x[d]
 
 
-@njit(nogil=True, fastmath=FAST, inline="never")
+@njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
 def _gated_norm(y: Any, gate: Any, weight: Any, eps: Any, first: Any, out: Any) -> None:
     """The group of channels that begins at `first`: y·SiLU(gate), over its root mean square, times weight."""
     size = y.shape[0]
+    gate, weight, out = gate[first : first + size], weight[first : first + size], out[first : first + size]
     total = np.float32(0.0)
     for i in range(size):
-        u = y[i] * silu(gate[first + i])
-        out[first + i] = u
+        u = y[i] * silu(gate[i])
+        out[i] = u
         total += u * u
     scale = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(size) + eps))
     for i in range(size):
-        out[first + i] = out[first + i] * scale * weight[first + i]
+        out[i] = out[i] * scale * weight[i]
 
 
-@njit(nogil=True, inline="never")
+@njit(nogil=True, error_model="numpy", inline="never")
 def _mix_group(
     projected_TP: Any,
     start: Any,
@@ -176,7 +240,7 @@ def _mix_group(
             _gated_norm(y_LI[t], projected_TP[start + t], norm_weight, eps, first_x, out_TI[start + t])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, error_model="numpy", cache=True)
 def _mix_serial(
     projected_TP: Any,
     starts_R: Any,
@@ -207,7 +271,7 @@ def _mix_serial(
             _mix_group(projected_TP, *own, g, num_groups, *numbers, has_output, out_TI)
 
 
-@njit(nogil=True, cache=True, parallel=True)
+@njit(nogil=True, error_model="numpy", cache=True, parallel=True)
 def _mix_shared(
     projected_TP: Any,
     starts_R: Any,

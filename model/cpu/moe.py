@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from model.cpu.linear import PANEL, address_of, at, multiply_panels
+from model.cpu.linear import PANEL, multiply_panels
+from model.cpu.vectors import address_of, at
 
 LARGEST = 2.0**62
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, error_model="numpy", cache=True)
 def choose_experts(
     logits_NE: Any,
     bias_E: Any,
@@ -69,7 +70,7 @@ def choose_experts(
             weights_NK[n, k] *= scaling
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, error_model="numpy", cache=True)
 def grids(x_NL: Any, weights_NK: Any, shift: Any, grid_N: Any) -> None:
     """Exponents of the units in which rows are added: see `model.exact.grid_exponents`."""
     for n in range(x_NL.shape[0]):
@@ -80,7 +81,7 @@ def grids(x_NL: Any, weights_NK: Any, shift: Any, grid_N: Any) -> None:
         grid_N[n] = min(max(exponent + shift, -200), 200)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, error_model="numpy", cache=True)
 def partial_sums(
     x_NL: Any,
     row_P: Any,

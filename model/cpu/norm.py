@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 
-@njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)
+@njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, cache=True)
 def rms_norm(x_ND: Any, weight_D: Any, eps: Any, out_ND: Any) -> None:
     """x / rms(x) · weight, fp32."""
     dim = x_ND.shape[1]

@@ -1,0 +1,102 @@
+"""Vectors of 16 fp32 lanes and pointers for kernels that a compiler would not vectorise well by itself.
+
+Everything here emits LLVM instructions: one AVX-512 register, or two of AVX2, or four of NEON.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+VECTOR, WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+POINTER = types.CPointer(types.float32)
+
+
+def i64(value: int) -> Any:
+    return ir.Constant(I64, value)
+
+
+def words(value: int) -> Any:
+    """The same 32-bit word in every lane."""
+    return ir.Constant(WORDS, [value] * LANES)
+
+
+def load_vector(builder: Any, pointer: Any, kind: Any = VECTOR) -> Any:
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=4)
+
+
+def store_vector(builder: Any, value: Any, pointer: Any) -> None:
+    builder.store(value, builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
+
+
+def splat(builder: Any, value: Any) -> Any:
+    """A number in every lane."""
+    nothing = ir.Constant(VECTOR, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(nothing, value, ir.Constant(I32, 0)), nothing, words(0))
+
+
+def broadcast(builder: Any, pointer: Any) -> Any:
+    return splat(builder, builder.load(pointer))
+
+
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c, rounded once."""
+    kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32"), [a, b, c])
+
+
+def sum_of_lanes(builder: Any, value: Any) -> Any:
+    """The lanes added up as a tree: 8 and 8, 4 and 4, ..."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        half = [ir.Constant(ir.VectorType(I32, width), list(range(start, start + width))) for start in (0, width)]
+        parts = [builder.shuffle_vector(value, value, lanes) for lanes in half]
+        value = builder.fadd(*parts)
+    return builder.extract_element(value, ir.Constant(I32, 0))
+
+
+def prefetch(builder: Any, pointer: Any, num_words: int) -> None:
+    """Asks for what lies `num_words` further on: arithmetic alone would not hide its way here from memory."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    place = builder.bitcast(builder.gep(pointer, [i64(num_words)]), byte)
+    builder.call(ask, [place, *(ir.Constant(I32, flag) for flag in (0, 2, 1))])  # to read, used again, data
+
+
+@intrinsic
+def at(_: Any, array: Any, offset: Any) -> Any:
+    """Pointer to element `offset` of a contiguous array of 32-bit numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.gep(builder.bitcast(data, F32.as_pointer()), [args[1]])
+
+    return POINTER(array, types.intp), generate
+
+
+@intrinsic
+def address_of(_: Any, address: Any) -> Any:
+    """Pointer from an address in an int64."""
+
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], F32.as_pointer())
+
+    return POINTER(types.int64), generate
+
+
+@intrinsic
+def plus(_: Any, pointer: Any, offset: Any) -> Any:
+    """The pointer `offset` numbers further."""
+
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return POINTER(POINTER, types.intp), generate
