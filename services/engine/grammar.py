@@ -28,7 +28,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from services.engine.request import Grammar, GrammarKind
+from services.engine.request import JSON_OPTIONS, Grammar, GrammarKind
 
 _stack_size_lock = threading.Lock()  # the size is the process's, for threads to come
 
@@ -36,9 +36,6 @@ MAX_GRAMMARS = 64  # compiled ones kept; each may hold MAX_LEXER_STATES of 1 to 
 MAX_LEXER_STATES = 20_000
 MAX_TEXT = 2**17  # characters of a grammar
 COMPILE_STACK = 2**29  # bytes; the library recurses, and a chain of rules as long as MAX_TEXT allows takes 2**26
-# A space, or a new line and its indentation. Without a bound, a model that is unsure of its next token of JSON goes on
-# with white space for ever.
-JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
 EXCERPT = re.compile(r"\d+ \| ")
 
 

@@ -13,6 +13,9 @@ MAX_TOP_K = 2**31 - 1  # far beyond any vocabulary, and an integer that tensors 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
 MAX_LOGPROBS = 20  # alternatives per token, OpenAI's bound
+# The white space of every JSON grammar: a space, or a new line and its indentation. Without a bound, a model that is
+# unsure of its next token of JSON goes on with white space for ever.
+JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
 
 
 class EngineOverloaded(Exception):

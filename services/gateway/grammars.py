@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.engine.grammar import JSON_OPTIONS
-from services.engine.request import Grammar, GrammarKind
+from services.engine.request import JSON_OPTIONS, Grammar, GrammarKind
 from services.gateway.text import CALL_END, CALL_START, THINK_END, Marker, Tokenizer
 from services.gateway.tools import Tool, ToolUse, is_text
 
