@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.cpu.attention import attend_all
+from model.cpu.attention import attend
 from model.cpu.linear import Packed, linear, pack
 from model.linear import Linear
 from model.state import Batch, PagedSpec, State
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         num_pairs = sum(
             length * (context + length) for length, context in zip(batch.lens, batch.context_lens, strict=True)
         )
-        attend_all(
+        attend(
             num_pairs * shape.num_heads * shape.head_dim,
             np.ascontiguousarray(qkv_TX.numpy()),
             *where,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from model import kernels
 from model.cpu import moe as cpu
 from model.cpu.linear import Packed, linear, pack
+from model.cpu.team import TEAM
 from model.exact import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
 from model.linear import Linear, RowPlan, row_plan
 from model.state import Batch, State
@@ -280,6 +281,7 @@ class MoE(nn.Module):
         topk_ids_NK, topk_weights_NK = self.gate(h_ND)
         x_NL = self.fc1_latent_proj(h_ND) if self.is_latent else h_ND
         x_NL = x_NL.to(self.wire_dtype or x_NL.dtype)
+        TEAM.rest()  # the cores are the shards' now
         wait = self.experts(self.shape.layer, x_NL, topk_ids_NK, topk_weights_NK)
         shared_ND = self.shared_experts(h_ND)
         y_NL = wait().to(h_ND.dtype)

@@ -3,7 +3,3 @@
 They live for two reasons: PyTorch's own operators cost more to call than a token costs to compute, and their rows
 depend on how many rows there are. `model.kernels` decides where they run; the plain PyTorch beside each is the oracle.
 """
-
-import numba
-
-numba.config.THREADING_LAYER = "workqueue"  # the others spin while they wait, and the shards need those cores

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 from model.cpu.functions import bits_of, exp, from_bf16, round_to_bf16
-from model.cpu.linear import PANEL, SHARING, fp32_panel
+from model.cpu.panels import PANEL, fp32_panel
+from model.cpu.team import TEAM, take_task, task_done
 from model.cpu.vectors import at
 
 FAST = {"contract", "reassoc", "nsz"}
@@ -146,26 +146,29 @@ def _append(
     pages: Any,
     is_bf16: Any,
     block_size: Any,
+    kv_head: Any,
     num_heads: Any,
 ) -> None:
-    """Writes the keys and values of one request's new tokens to its pages."""
+    """Writes one head's keys and values of one request's new tokens to its pages."""
     num_kv_heads, head_dim = pages.shape[2:]
     for t in range(length):
         position = context + t
         place = table_W[position // block_size] * block_size + position % block_size
         for part in range(2):
-            first = (num_heads + part * num_kv_heads) * head_dim
-            for j in range(num_kv_heads):
-                new, kept = qkv_TX[start + t][first + j * head_dim : first + (j + 1) * head_dim], pages[place, part, j]
-                for d in range(head_dim):
-                    if is_bf16:
-                        kept[d] = bits_of(round_to_bf16(new[d])) >> np.int32(16)
-                    else:
-                        kept[d] = new[d]
+            first = (num_heads + part * num_kv_heads + kv_head) * head_dim
+            new, kept = qkv_TX[start + t][first : first + head_dim], pages[place, part, kv_head]
+            for d in range(head_dim):
+                if is_bf16:
+                    kept[d] = bits_of(round_to_bf16(new[d])) >> np.int32(16)
+                else:
+                    kept[d] = new[d]
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def attend(
+def _attend_tasks(
+    control: Any,
+    ticket: Any,
+    num_tasks: Any,
     qkv_TX: Any,
     starts_R: Any,
     lens_R: Any,
@@ -178,49 +181,25 @@ def attend(
     num_heads: Any,
     out_TX: Any,
 ) -> None:
+    num_kv_heads = pages.shape[2]
+    while True:
+        task = take_task(control, ticket, num_tasks)
+        if task < 0:
+            return
+        r, kv_head = task // num_kv_heads, task % num_kv_heads
+        where = (starts_R[r], lens_R[r], contexts_R[r], tables_RW[r])
+        _append(qkv_TX, *where, pages, is_bf16, block_size, kv_head, num_heads)
+        _attend_head(qkv_TX, *where, pages, is_bf16, block_size, kv_head, num_heads, first_keys_R[r], out_TX)
+        task_done(control)
+
+
+def attend(work: int, *args: Any) -> None:
     """`qkv_TX` holds q (H·D), k (J·D) and v (J·D) of each row; `pages` (places, 2, J, D) is fp32, or bf16 as int16.
 
     Appends keys and values to the pages and writes softmax(q·k/√D)·v, fp32 (T, H·D). Positions before a request's first
-    key are not seen.
+    key are not seen. `work` is the number of multiply-adds; the other arguments are those of `_attend_tasks` from
+    `qkv_TX` on.
     """
-    for r in range(len(starts_R)):
-        where = (starts_R[r], lens_R[r], contexts_R[r], tables_RW[r])
-        _append(qkv_TX, *where, pages, is_bf16, block_size, num_heads)
-        for kv_head in range(pages.shape[2]):
-            _attend_head(qkv_TX, *where, pages, is_bf16, block_size, kv_head, num_heads, first_keys_R[r], out_TX)
-
-
-@njit(nogil=True, error_model="numpy", cache=True, parallel=True)
-def attend_shared(
-    qkv_TX: Any,
-    starts_R: Any,
-    lens_R: Any,
-    contexts_R: Any,
-    first_keys_R: Any,
-    tables_RW: Any,
-    pages: Any,
-    is_bf16: Any,
-    block_size: Any,
-    num_heads: Any,
-    out_TX: Any,
-) -> None:
-    """`attend` with the KV heads of all requests shared out over threads."""
-    num_kv_heads = pages.shape[2]
-    for r in range(len(starts_R)):
-        where = (starts_R[r], lens_R[r], contexts_R[r], tables_RW[r])
-        _append(qkv_TX, *where, pages, is_bf16, block_size, num_heads)
-    for task in prange(len(starts_R) * num_kv_heads):
-        r, kv_head = task // num_kv_heads, task % num_kv_heads
-        where = (starts_R[r], lens_R[r], contexts_R[r], tables_RW[r])
-        _attend_head(qkv_TX, *where, pages, is_bf16, block_size, kv_head, num_heads, first_keys_R[r], out_TX)
-
-
-def attend_all(work: int, *args: Any) -> None:
-    """`attend`, on several threads where `work` (multiply-adds) is worth it."""
-    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if num_threads > 1 and work >= MIN_WORK_TO_SHARE:
-        with SHARING:
-            numba.set_num_threads(num_threads)
-            attend_shared(*args)
-    else:
-        attend(*args)
+    starts_R, pages = args[1], args[6]
+    num_threads = torch.get_num_threads() if work >= MIN_WORK_TO_SHARE else 1
+    TEAM.run(_attend_tasks, len(starts_R) * pages.shape[2], num_threads, *args)

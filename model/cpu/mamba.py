@@ -14,15 +14,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from model.cpu.functions import bits_of, from_bf16, round_to_bf16, silu
-from model.cpu.linear import SHARING
+from model.cpu.team import TEAM, take_task, task_done
 from model.cpu.vectors import (
     LANES,
     POINTER,
@@ -42,7 +41,7 @@ FAST = {
     "reassoc",
     "nsz",
 }  # sums over lanes in the compiler's order, which is one and the same for every row
-MIN_WORK_TO_SHARE = 1 << 18  # numbers of state, times tokens
+MIN_WORK_TO_SHARE = 1 << 19  # numbers of state, times tokens
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
@@ -241,7 +240,10 @@ def _mix_group(
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _mix_serial(
+def _mix_tasks(
+    control: Any,
+    ticket: Any,
+    num_tasks: Any,
     projected_TP: Any,
     starts_R: Any,
     lens_R: Any,
@@ -265,41 +267,14 @@ def _mix_serial(
     out_TI: Any,
 ) -> None:
     numbers = (weight_KC, bias_C, a_H, skip_H, delta_bias_H, least_delta, most_delta, norm_weight, eps)
-    for r in range(len(starts_R)):
-        own = (starts_R[r], lens_R[r], is_new_R[r], keeps_R[r], window_SKC[slots_R[r]], is_bf16, state_SHDN[slots_R[r]])
-        for g in range(num_groups):
-            _mix_group(projected_TP, *own, g, num_groups, *numbers, has_output, out_TI)
-
-
-@njit(nogil=True, error_model="numpy", cache=True, parallel=True)
-def _mix_shared(
-    projected_TP: Any,
-    starts_R: Any,
-    lens_R: Any,
-    slots_R: Any,
-    is_new_R: Any,
-    keeps_R: Any,
-    window_SKC: Any,
-    is_bf16: Any,
-    state_SHDN: Any,
-    num_groups: Any,
-    weight_KC: Any,
-    bias_C: Any,
-    a_H: Any,
-    skip_H: Any,
-    delta_bias_H: Any,
-    least_delta: Any,
-    most_delta: Any,
-    norm_weight: Any,
-    eps: Any,
-    has_output: Any,
-    out_TI: Any,
-) -> None:
-    for task in prange(len(starts_R) * num_groups):
+    while True:
+        task = take_task(control, ticket, num_tasks)
+        if task < 0:
+            return
         r, g = task // num_groups, task % num_groups
-        numbers = (weight_KC, bias_C, a_H, skip_H, delta_bias_H, least_delta, most_delta, norm_weight, eps)
         own = (starts_R[r], lens_R[r], is_new_R[r], keeps_R[r], window_SKC[slots_R[r]], is_bf16, state_SHDN[slots_R[r]])
         _mix_group(projected_TP, *own, g, num_groups, *numbers, has_output, out_TI)
+        task_done(control)
 
 
 def mix(*args: Any) -> None:
@@ -307,14 +282,8 @@ def mix(*args: Any) -> None:
 
     Requests of `keeps_R` leave their state in their slots; the others (whose last tokens are guesses) leave no trace.
     Windows in bf16 come as int16: then the convolution's inputs are rounded to bf16, in this step as in the next.
-    Without `has_output` only the state moves on. The arguments are those of `_mix_serial`, on several threads where
-    the work is worth it.
+    Without `has_output` only the state moves on. The arguments are those of `_mix_tasks` from `projected_TP` on.
     """
-    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    projected_TP, state_SHDN = args[0], args[8]
-    if num_threads > 1 and len(projected_TP) * state_SHDN[0].size >= MIN_WORK_TO_SHARE:
-        with SHARING:
-            numba.set_num_threads(num_threads)
-            _mix_shared(*args)
-    else:
-        _mix_serial(*args)
+    projected_TP, starts_R, state_SHDN, num_groups = args[0], args[1], args[8], args[9]
+    is_long = len(projected_TP) * state_SHDN[0].size >= MIN_WORK_TO_SHARE
+    TEAM.run(_mix_tasks, len(starts_R) * num_groups, torch.get_num_threads() if is_long else 1, *args)

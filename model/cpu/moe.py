@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from model.cpu.linear import PANEL, multiply_panels
+from model.cpu.panels import PANEL, multiply_panels
 from model.cpu.vectors import address_of, at
 
 LARGEST = 2.0**62
