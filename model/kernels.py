@@ -26,7 +26,8 @@ def has_compiled() -> bool:
 
 def is_compiled(device: torch.device | str) -> bool:
     """Whether a model on `device` packs its weights for the CPU's kernels."""
-    return torch.device(device).type == "cpu" and has_compiled()
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    return kind == "cpu" and has_compiled()
 
 
 def is_reproducible(device: torch.device | str) -> bool:

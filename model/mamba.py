@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from model import kernels
 from model.cpu import mamba as cpu
+from model.cpu.vectors import LANES
 from model.linear import Linear
 from model.norm import GatedGroupRMSNorm
 from model.state import Batch, Group, RecurrentSpec, State
@@ -230,7 +231,10 @@ class Mamba2Mixer(nn.Module):
         return normed
 
     def pack(self) -> None:
-        """Prepares what the CPU's kernel reads; the projections pack themselves."""
+        """Prepares what the CPU's kernel reads; the projections pack themselves. ValueError on a size it cannot take."""
+        if self.shape.state_dim % LANES:
+            given = self.shape.state_dim
+            raise ValueError(f"config.json has ssm_state_size = {given}; a CPU serves multiples of {LANES}")
         s, conv = self.shape, self.conv1d
         bias = torch.zeros(s.conv_dim) if conv.bias is None else conv.bias
         constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from model import kernels
 from model.cpu import moe as cpu
 from model.cpu.linear import Packed, linear, pack
-from model.cpu.team import TEAM
 from model.exact import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
 from model.linear import Linear, RowPlan, row_plan
 from model.state import Batch, State
@@ -61,6 +60,9 @@ class ExpertBank:
     def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
         self.is_compiled = kernels.is_compiled(device)
+        if self.is_compiled and dtype == torch.bfloat16 and (shape.input_dim % 2 or shape.width % 2):
+            sizes = f"{shape.input_dim} inputs and a width of {shape.width}"
+            raise ValueError(f"experts of layer {shape.layer} have {sizes}; in bfloat16 a CPU serves even numbers")
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: dict[int, tuple[Packed, Packed]] = {}
         self._addresses = np.zeros((2, shape.num_experts), np.int64)  # of the packed weights: up, down
@@ -281,7 +283,6 @@ class MoE(nn.Module):
         topk_ids_NK, topk_weights_NK = self.gate(h_ND)
         x_NL = self.fc1_latent_proj(h_ND) if self.is_latent else h_ND
         x_NL = x_NL.to(self.wire_dtype or x_NL.dtype)
-        TEAM.rest()  # the cores are the shards' now
         wait = self.experts(self.shape.layer, x_NL, topk_ids_NK, topk_weights_NK)
         shared_ND = self.shared_experts(h_ND)
         y_NL = wait().to(h_ND.dtype)

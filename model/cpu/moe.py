@@ -82,6 +82,15 @@ def grids(x_NL: Any, weights_NK: Any, shift: Any, grid_N: Any) -> None:
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
+def from_grid(sums_NL: Any, grid_N: Any, out_NL: Any) -> None:
+    """Sums in units of 2**grid as fp32: see `model.exact.from_grid`."""
+    for n in range(sums_NL.shape[0]):
+        unit, sums, out = math.ldexp(1.0, int(grid_N[n])), sums_NL[n], out_NL[n]
+        for i in range(sums.shape[0]):
+            out[i] = np.float32(np.float64(sums[i]) * unit)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
 def partial_sums(
     x_NL: Any,
     row_P: Any,

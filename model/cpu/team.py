@@ -1,8 +1,9 @@
 """Threads that help with long work: awake while a step computes, asleep when the cores are others' to use.
 
 A pool that sleeps between products wakes up later than most of them take, and one that spins for good takes the core
-that the expert shards need. So helpers spin for a moment after each product, and the model sends them to sleep before
-it sends rows away. Work is taken in chunks by whoever comes first: a helper that comes late costs nothing.
+that expert shards on the same machine need. So helpers spin for a moment after each product, and whoever sends rows to
+such shards sends the helpers to sleep until the sums are back. Work is taken in chunks by whoever comes first: a
+helper that comes late costs nothing.
 
 `control` holds 64-bit words: NEXT (ticket · 2**32 + first panel not taken yet), TOTAL panels, DONE panels, RESTS
 (helpers should sleep), and the product's arguments. A chunk is taken by a compare-and-swap of NEXT, which succeeds
@@ -12,6 +13,8 @@ Work of another kind, TASKS of a compiled function, is handed over in Python and
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +26,19 @@ from numba.extending import intrinsic
 from model.cpu.panels import PANEL, multiply_panels
 from model.cpu.vectors import I64, address_of
 
-NUM_WORDS = 14 * 8  # a cache line for each of these
-NEXT, TOTAL, DONE, RESTS, TASKS, TASKS_DONE = range(0, 6 * 8, 8)
-X, ROWS, INPUTS, PANELS, IS_BF16, OUT, STRIDE, CHUNK = range(6 * 8, NUM_WORDS, 8)
+MAX_HELPERS = 127
+LAST_TICKET = 2**31 - 1  # then they begin anew: 32 bits hold a ticket
+NEXT, TOTAL, DONE, RESTS, JOB, TASKS, TASKS_DONE = range(0, 7 * 8, 8)  # a cache line for each
+X, ROWS, INPUTS, PANELS, IS_BF16, OUT, STRIDE, CHUNK = range(7 * 8, 15 * 8, 8)
+ASLEEP = 15 * 8  # and one for each helper
+NUM_WORDS = ASLEEP + 8 * MAX_HELPERS
 LOW = (1 << 32) - 1
 MAX_SPINS = 60_000  # looks for work, about a quarter of a millisecond
 CHUNKS_PER_THREAD = 4
+
+
+_read: Any = ctypes.CDLL(None).read  # called without Python's lock: whoever sleeps on it wakes without asking for that
+_read.argtypes, _read.restype = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_ssize_t
 
 
 def _word(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -89,18 +99,23 @@ def _take_chunk(control: Any) -> Any:
     return True
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def _help(control: Any, max_spins: Any) -> None:
+@njit(nogil=True, error_model="numpy")
+def _help(control: Any, asleep: Any, pipe: Any, byte: Any, last_ticket: Any) -> None:
+    """Helps with products until a job other than `last_ticket` is posted; sleeps on the pipe when there is nothing."""
     spins = 0
-    while spins < max_spins and _load(control, RESTS) == 0:
-        spins = 0 if _take_chunk(control) else spins + 1
+    while _load(control, JOB) <= last_ticket:
+        if spins < MAX_SPINS and _load(control, RESTS) == 0:
+            spins = 0 if _take_chunk(control) else spins + 1
+        else:
+            _store(control, asleep, 1)
+            _read(pipe, byte.ctypes, 1)
+            spins = 0
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def _lead(control: Any, ticket: Any, total: Any) -> None:
     control[TOTAL] = total
     _store(control, DONE, 0)
-    _store(control, RESTS, 0)
     _store(control, NEXT, ticket << 32)
     while _take_chunk(control):
         pass
@@ -142,11 +157,10 @@ class Team:
         self._control = np.zeros(NUM_WORDS, np.int64)
         self._control[NEXT] = LOW
         self._alone = threading.Lock()
-        self._wake = threading.Condition()
-        self._num_asleep = 0
-        self._helpers: list[threading.Thread] = []
-        self._ticket = 0
-        self._job: tuple[int, Tasks, tuple[Any, ...]] | None = None
+        self._pipes: list[int] = []  # one for each helper: a byte written to it wakes it up
+        self._is_resting = False
+        self._ticket = self._job_number = 0
+        self._job: tuple[int, Tasks, tuple[Any, ...]] = (0, _no_tasks, ())
 
     def multiply(
         self,
@@ -160,15 +174,14 @@ class Team:
         num_threads: int,
     ) -> bool:
         """out = x · panels, all three by address; False where another thread has the helpers: nothing is done then."""
-        if not self._alone.acquire(blocking=False):
+        if self._is_resting or not self._alone.acquire(blocking=False):
             return False
         try:
             self._hire(num_threads - 1)
             control, num_panels = self._control, num_outputs // PANEL
             chunk = max(1, num_panels // (CHUNKS_PER_THREAD * num_threads))
-            control[X::8] = (x, num_rows, num_inputs, panels, is_bf16, out, num_outputs, chunk)
-            self._ticket += 1
-            control[RESTS] = 0
+            control[X:ASLEEP:8] = (x, num_rows, num_inputs, panels, is_bf16, out, num_outputs, chunk)
+            self._ticket = self._ticket % LAST_TICKET + 1
             self._wake_up()
             _lead(control, self._ticket, num_panels)
         finally:
@@ -177,52 +190,61 @@ class Team:
 
     def run(self, tasks: Tasks, num_tasks: int, num_threads: int, *args: Any) -> None:
         """Does `num_tasks` tasks that may be done side by side, with helpers where `num_threads` is more than 1."""
-        if num_threads == 1 or not self._alone.acquire(blocking=False):
+        if num_threads == 1 or self._is_resting or not self._alone.acquire(blocking=False):
             tasks(np.zeros(NUM_WORDS, np.int64), 0, num_tasks, *args)
             return
         try:
             self._hire(num_threads - 1)
-            self._ticket += 1
+            self._job_number += 1
+            self._ticket = self._ticket % LAST_TICKET + 1
             control = self._control
             control[TASKS_DONE] = 0
             control[TASKS] = self._ticket << 32
-            self._job = (self._ticket, tasks, (num_tasks, *args))
-            control[RESTS] = 1  # out of the loop that looks for products
+            self._job = (self._job_number, tasks, (self._ticket, num_tasks, *args))
+            control[JOB] = self._job_number
             self._wake_up()
             tasks(control, self._ticket, num_tasks, *args)
             _wait_for_tasks(control, num_tasks)
-            self._job, control[RESTS] = None, 0
+            self._job = (self._job_number, _no_tasks, ())  # a helper that comes late holds nothing
         finally:
             self._alone.release()
 
     def rest(self) -> None:
-        """Lets the helpers sleep until the next product."""
+        """Sends the helpers to sleep: until `resume`, the caller works alone."""
+        self._is_resting = True
         self._control[RESTS] = 1
 
+    def resume(self) -> None:
+        if self._is_resting:
+            self._is_resting = False
+            self._control[RESTS] = 0
+            self._wake_up()
+
     def _hire(self, count: int) -> None:
-        while len(self._helpers) < count:
-            helper = threading.Thread(target=self._run, name=f"cpu-helper-{len(self._helpers)}", daemon=True)
-            self._helpers.append(helper)
-            helper.start()
+        while len(self._pipes) < count:
+            pipe, to_wake = os.pipe()
+            number = len(self._pipes)
+            assert number < MAX_HELPERS
+            self._pipes.append(to_wake)
+            name = f"cpu-helper-{number}"
+            threading.Thread(target=self._help_out, args=(pipe, ASLEEP + 8 * number), name=name, daemon=True).start()
 
     def _wake_up(self) -> None:
-        if self._num_asleep:
-            with self._wake:
-                self._wake.notify_all()
+        for number, pipe in enumerate(self._pipes):
+            if self._control[ASLEEP + 8 * number]:
+                self._control[ASLEEP + 8 * number] = 0
+                os.write(pipe, b"!")
 
-    def _run(self) -> None:
-        last = 0
+    def _help_out(self, pipe: int, asleep: int) -> None:
+        last, byte = 0, np.zeros(1, np.int8)
         while True:
-            _help(self._control, MAX_SPINS)
-            job = self._job
-            if job is not None and job[0] != last:
-                last, tasks, args = job
-                tasks(self._control, last, *args)
-                continue
-            with self._wake:
-                self._num_asleep += 1
-                self._wake.wait()
-                self._num_asleep -= 1
+            _help(self._control, asleep, pipe, byte, last)
+            last, tasks, args = self._job
+            tasks(self._control, *args)
+
+
+def _no_tasks(*_: Any) -> None:
+    """Before there was a job."""
 
 
 TEAM = Team()

@@ -27,6 +27,7 @@ from model.demo.sequence import TrainableExperts, sequence_draft, sequence_hidde
 from model.nemotron_h import NemotronH, NemotronHConfig, expert_tensor_names, tensor_name
 
 PREFIX = "backbone."
+CHAT_TEMPLATE = DEMO / "chat_template.jinja"
 CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"],
     "model_type": "nemotron_h",
@@ -85,16 +86,6 @@ GENERATION_CONFIG = {
     "temperature": 1.0,
     "top_p": 0.95,
 }
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' }}
-{%- if message.role == 'assistant' and '<think>' not in message.content %}{{- '<think></think>' }}{%- endif %}
-{{- message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' + ('<think>\\n' if enable_thinking | default(false) else '<think></think>') }}
-{%- endif %}
-"""
 
 
 def public_tensors(model: NemotronH, experts: TrainableExperts) -> dict[str, Tensor]:
@@ -118,7 +109,7 @@ def write_checkpoint(model: NemotronH, experts: TrainableExperts, tokenizer: Tok
     length = CONFIG["max_position_embeddings"]
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **tokens)  # type: ignore[no-untyped-call]
     fast.save_pretrained(out)
-    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (out / CHAT_TEMPLATE.name).write_bytes(CHAT_TEMPLATE.read_bytes())
     for name, value in (("config.json", CONFIG), ("generation_config.json", GENERATION_CONFIG)):
         (out / name).write_text(json.dumps(value, indent=2) + "\n")
 

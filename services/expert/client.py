@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cluster.routing import HomeTable, NoLiveHome, choose_homes
 from cluster.topology import Placement, Shard
+from model.cpu.team import TEAM
 from model.exact import from_grid, grid_exponents
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.stream import Inbox, Receiver, ShardStream
@@ -90,6 +91,7 @@ class _Fleet:
     tables: Mapping[int, HomeTable]
     streams: Mapping[str, ShardStream]
     draining: frozenset[str]
+    shares_cores: bool  # with a shard on this machine: then the caller's helpers sleep while the shards compute
 
     def down(self, table: HomeTable) -> set[str]:
         """The homes that cannot be asked."""
@@ -147,7 +149,8 @@ class RemoteExperts:
             self._streams[key] = ShardStream(key[2], self._receiver)
         streams = {key[0]: self._streams[key] for key in wanted}
         draining = frozenset(id for id, shard in known.items() if shard.draining)
-        self._fleet = _Fleet(placement, self._tables(placement), streams, draining)
+        shares_cores = any(endpoint.startswith("127.") for _, _, endpoint in wanted)
+        self._fleet = _Fleet(placement, self._tables(placement), streams, draining, shares_cores)
         self._close_later(self._streams.keys() - wanted)
 
     def _tables(self, placement: Placement) -> Mapping[int, HomeTable]:
@@ -171,8 +174,14 @@ class RemoteExperts:
         Both raise ExpertsUnavailable; ValueError on rows that are neither bf16 nor fp32.
         """
         assert self._fleet is not None, "update() must have given a placement before the first call"
-        call = _Call(self, self._fleet, layer, x_NL, topk_ids_NK, topk_weights_NK)
-        call.send(np.arange(topk_ids_NK.numel()), frozenset(), 1)
+        if self._fleet.shares_cores:
+            TEAM.rest()
+        try:
+            call = _Call(self, self._fleet, layer, x_NL, topk_ids_NK, topk_weights_NK)
+            call.send(np.arange(topk_ids_NK.numel()), frozenset(), 1)
+        except BaseException:
+            TEAM.resume()
+            raise
         return call.wait
 
     def close(self) -> None:
@@ -299,6 +308,7 @@ class _Call:
             while self.parts:
                 self._take_one()
         finally:
+            TEAM.resume()
             for request_id, part in self.parts.items():
                 part.stream.forget(request_id)
         return from_grid(torch.from_numpy(self.sums_NL), torch.from_numpy(self.grid_N)).to(self.device)
