@@ -231,7 +231,7 @@ class Mamba2Mixer(nn.Module):
         return normed
 
     def pack(self) -> None:
-        """Prepares what the CPU's kernel reads; the projections pack themselves. ValueError on a size it cannot take."""
+        """Prepares what the CPU's kernel reads; the projections pack themselves. ValueError on odd sizes."""
         if self.shape.state_dim % LANES:
             given = self.shape.state_dim
             raise ValueError(f"config.json has ssm_state_size = {given}; a CPU serves multiples of {LANES}")
