@@ -41,15 +41,19 @@ def has_fused(package: str) -> bool:
 
 
 def describe(device: torch.device | str) -> str:
-    """What runs on `device`, in words, for the log at start."""
+    """What runs on `device` and what it promises, in words, for the log at start."""
+    if is_reproducible(device):
+        return f"{_arithmetic(device)}; a request's tokens are the same whoever shares the batch"
+    return f"{_arithmetic(device)}; the last bits of a request's logits may depend on who shares the batch"
+
+
+def _arithmetic(device: torch.device | str) -> str:
     if is_compiled(device):
-        return "compiled CPU kernels; a request's tokens are the same whoever shares the batch"
-    doubt = "; the last bits of a request's logits may depend on who shares the batch"
+        return "compiled CPU kernels"
     if torch.device(device).type != "cuda":
-        return f"plain PyTorch (EXPERTMESH_CPU_KERNELS=0){doubt}"
+        return "plain PyTorch (EXPERTMESH_CPU_KERNELS=0)"
     names = [name for name in ("mamba_ssm", "causal_conv1d") if has_fused(name)]
-    used = f"fused kernels from {' and '.join(names)}" if names else "plain PyTorch (mamba-ssm is not installed)"
-    return used + doubt
+    return f"fused kernels from {' and '.join(names)}" if names else "plain PyTorch (mamba-ssm is not installed)"
 
 
 def _pick(device: torch.device, package: str, name: str) -> Kernel | None:

@@ -186,10 +186,6 @@ class NemotronHConfig:
     def num_layers(self) -> int:
         return len(self.pattern)
 
-    @property
-    def num_mtp_layers(self) -> int:
-        return self.num_nextn_predict_layers * len(self.mtp_pattern)
-
     @cached_property
     def layers(self) -> str:
         """Letters of all layers; those of the MTP module continue after the backbone's."""
