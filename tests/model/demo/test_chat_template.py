@@ -46,9 +46,20 @@ def test_tools_their_calls_and_their_results(tokenizer: Any) -> None:
     assert text.count("<|im_start|>system") == 1
     assert '"name": "add"' in text
     assert text.endswith(
-        "<|im_start|>assistant\n<think></think>\n<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n"
+        "<|im_start|>assistant\n<think></think><tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n"
         "<parameter=b>\nx\n</parameter>\n</function>\n</tool_call><|im_end|>\n"
         "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think></think>"
+    )
+
+
+def test_calls_side_by_side_and_what_was_said_before_them(tokenizer: Any) -> None:
+    called = {"role": "assistant", "content": "so", "tool_calls": [CALL, CALL]}
+    text = render(tokenizer, [turn("user", "u"), called, turn("tool", "3"), turn("tool", "4")], tools=[TOOL])
+    assert "<think></think>so\n<tool_call>\n" in text
+    assert text.count("</tool_call>\n<tool_call>\n") == 1
+    assert text.endswith(
+        "<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n<think></think>"
     )
 
 
@@ -58,3 +69,7 @@ def test_history_loses_its_reasoning_unless_asked_not_to(tokenizer: Any) -> None
     assert "because" not in render(tokenizer, messages)
     assert "<think>\nbecause</think>a" in render(tokenizer, messages, truncate_history_thinking=False)
     assert "<think>\nbecause</think>a" in render(tokenizer, messages[:2])  # the turn that goes on keeps it
+    written = turn("assistant", "<think>\nbecause\n</think>\n\na")
+    assert "<think></think>a<|im_end|>" in render(tokenizer, [messages[0], written, messages[2]])
+    about_tags = turn("assistant", "b </think> c")
+    assert "<think></think>b </think> c<|im_end|>" in render(tokenizer, [messages[0], about_tags, messages[2]])
