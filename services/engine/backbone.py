@@ -85,7 +85,8 @@ class Backbone:
         model = family.load_backbone(CountedExperts(inner, self.counter), config.dtype, config.device)
         plan = config.memory
         state = State(family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device)
-        draft_tokens = DEFAULT_DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens
+        most = DEFAULT_DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens
+        draft_tokens = most if model.has_drafts else 0
         # Where prompts go through the recurrence they may be cut anywhere, and their state be saved there.
         align = 1 if kernels.is_compiled(config.device) else family.config.chunk_size
         scheduler = Scheduler(
@@ -103,11 +104,11 @@ class Backbone:
                 bytes_per_block=plan.bytes_per_block,
                 has_prefix_cache=config.prefix_cache,
                 turn_end_ids=frozenset(family.config.eos_token_ids),
-                max_draft_tokens=draft_tokens if model.has_drafts else 0,
+                max_draft_tokens=draft_tokens,
             )
         )
         self.engine = Engine(
-            Runner(model, state, config.device),
+            Runner(model, state, config.device, has_drafts=draft_tokens > 0),
             scheduler,
             family.config.vocab_size,
             family.config.eos_token_ids,

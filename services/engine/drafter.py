@@ -46,7 +46,8 @@ class Guess:
     @property
     def token_ids(self) -> list[int]:
         """The tokens that the module reads, up to the newest."""
-        return [*self.request.token_ids, *self.new_ids][self.first :]
+        num_old = self.request.num_tokens
+        return [*self.request.token_ids[self.first :], *self.new_ids[max(0, self.first - num_old) :]]
 
     @property
     def row(self) -> Row:
@@ -97,8 +98,8 @@ class Drafter:
     def draft(self, guesses: Sequence[Guess]) -> None:
         """Sets `draft_ids`, up to `depth` of them, of every guess."""
         hidden_TD = torch.cat([guess.hidden_TD for guess in guesses])
-        lens = [len(guess.token_ids) for guess in guesses]
-        ids = [token for guess in guesses for token in guess.token_ids]
+        read = [guess.token_ids for guess in guesses]
+        lens, ids = [len(token_ids) for token_ids in read], [token for token_ids in read for token in token_ids]
         going, positions = list(guesses), [guess.first for guess in guesses]
         for guess, length in zip(guesses, lens, strict=True):
             start, end = self._seen.get(guess.request.id, (0, 0))

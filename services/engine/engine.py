@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from services.engine.compiling import Compiling
 from services.engine.request import (
     DeadlinePassed,
     EngineFailed,
@@ -73,8 +74,9 @@ class Engine:
     """Continuous batching over one model. `generate` may be called from any event loop once `start` was called.
 
     Steps that fail with one of `outages` are the fault of something else that a restart of the engine would not mend:
-    their requests fail, the engine stays healthy. `compile_grammar` makes of a grammar what the sampler needs, on a
-    thread of its own, and raises ValueError for one that cannot be used.
+    their requests fail with the error's text, the engine stays healthy. Any other error's text is for the log alone.
+    `compile_grammar` makes of a grammar what the sampler needs, on a thread of its own, and raises ValueError for one
+    that cannot be used.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Engine:
         compile_grammar: Callable[[Grammar], Any] | None = None,
     ) -> None:
         self.runner, self.scheduler, self.outages = runner, scheduler, outages
-        self.compile_grammar = compile_grammar
+        self._compiling = compile_grammar and Compiling(compile_grammar, scheduler.config.max_waiting)
         self.vocab_size, self.eos_token_ids = vocab_size, frozenset(eos_token_ids)
         self._streams: dict[str, Stream] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -108,6 +110,8 @@ class Engine:
         """Ends the thread after the step it is in; open streams end with EngineFailed."""
         self._is_stopping = True
         self._inbox.put(lambda: None)  # wakes it
+        if self._compiling:
+            self._compiling.close()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -158,7 +162,7 @@ class Engine:
             self._inbox.put(self._count_refusal)
             raise overload
         if params.grammar is not None:
-            request.compiled_grammar = await asyncio.to_thread(self._compile, params.grammar)
+            request.compiled_grammar = await self._compile(params.grammar, request.deadline)
         stream = self._open(request)
         try:
             while True:
@@ -193,10 +197,14 @@ class Engine:
             arrived_at=now,
         )
 
-    def _compile(self, grammar: Grammar) -> Any:
-        if self.compile_grammar is None:
+    async def _compile(self, grammar: Grammar, deadline: float) -> Any:
+        if self._compiling is None:
             raise ValueError("grammar cannot be used: this server has no tokenizer to read it with.")
-        return self.compile_grammar(grammar)
+        try:
+            return await self._compiling.compile(grammar, deadline, self.scheduler.retry_after)
+        except EngineOverloaded:
+            self._inbox.put(self._count_refusal)
+            raise
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
@@ -282,7 +290,8 @@ class Engine:
     def _fail_step(self, error: Exception) -> list[tuple[str, Item]]:
         self._num_failed_steps += 1
         self._num_failed_in_a_row += not isinstance(error, self.outages)
-        sentence = f"The step that computed this request failed with {type(error).__name__}: {error}"
+        why = f": {error}" if isinstance(error, self.outages) else "; the server's log says more."
+        sentence = f"The step that computed this request failed{why}"
         return [(request.id, EngineFailed(sentence)) for request in self.scheduler.abort_step()]
 
     def _to_item(self, output: TokenOutput) -> Item:

@@ -18,6 +18,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from services.engine.request import JSON_OPTIONS, Grammar, GrammarKind
 
 _stack_size_lock = threading.Lock()  # the size is the process's, for threads to come
 
-MAX_GRAMMARS = 64  # compiled ones kept; each may hold MAX_LEXER_STATES of 1 to 2 kB
+MAX_GRAMMARS = 16  # compiled ones kept; each may hold MAX_LEXER_STATES of 1 to 2 kB, all together 640 MB
 MAX_LEXER_STATES = 20_000
 MAX_TEXT = 2**17  # characters of a grammar
 COMPILE_STACK = 2**29  # bytes; the library recurses, and a chain of rules as long as MAX_TEXT allows takes 2**26
@@ -197,17 +198,23 @@ def _schema(text: str, name: str) -> dict[str, Any]:
 
 
 def _on_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
-    made: list[LLMatcher] = []
+    made: Future[LLMatcher] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:  # the library's panics are no Exception
+            made.set_exception(error)
+
     with _stack_size_lock:
         normal = threading.stack_size(COMPILE_STACK)
         try:
-            thread = threading.Thread(target=lambda: made.append(make()), name="grammar")
+            thread = threading.Thread(target=work, name="grammar")
             thread.start()
         finally:
             threading.stack_size(normal)
     thread.join()
-    [matcher] = made
-    return matcher
+    return made.result()
 
 
 def _one_sentence(error: str) -> str:

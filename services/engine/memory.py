@@ -111,6 +111,9 @@ class PagePool:
             self.num_idle -= 1
             self._free.append(page)
 
+    def num_users(self, page: int) -> int:
+        return self._num_users[page]
+
     def is_idle(self, page: int) -> bool:
         """Kept and not used."""
         return self._num_keepers[page] > 0 and not self._num_users[page]
@@ -155,36 +158,40 @@ def plan_memory(
     max_requests: int,
     expected_len: int = 1024,
     checkpoint_share: float = 0.25,
+    bytes_per_request: int = 0,
 ) -> MemoryPlan:
     """Divides `budget` bytes between slots and pages before anything is allocated.
 
     As many requests as fit with `expected_len` tokens each, up to `max_requests`; the pages take what is left, up to
     `max_model_len` tokens for each. Up to `checkpoint_share` of the budget goes to slots for saved states, of what
-    the longest request leaves. ValueError if not even one request of `max_model_len` tokens fits.
+    the longest request leaves. `bytes_per_request` are what each takes beside its state (for drafting). ValueError if
+    not even one request of `max_model_len` tokens fits.
     """
     if not 0 <= checkpoint_share < 1:
         raise ValueError(f"checkpoint_share must be at least 0 and below 1, not {checkpoint_share}.")
     slot, block = spec.bytes_per_slot(dtype), spec.bytes_per_block(dtype)
     full = spec.num_blocks(max_model_len)
-    needed = slot + full * block
+    one = slot + bytes_per_request
+    needed = one + full * block
     if budget < needed:
         raise ValueError(
             f"The state of one request of max_model_len {max_model_len} takes {needed:,} bytes, but the state budget "
             f"is {budget:,} bytes; raise the budget or lower max_model_len."
         )
     for_requests = max(needed, int(budget * (1 - checkpoint_share)))
-    expected = slot + spec.num_blocks(min(expected_len, max_model_len)) * block
+    expected = one + spec.num_blocks(min(expected_len, max_model_len)) * block
     num_slots = min(max_requests, for_requests // max(expected, 1))
-    if slot:
-        num_slots = min(num_slots, (for_requests - full * block) // slot)
+    if one:
+        num_slots = min(num_slots, (for_requests - full * block) // one)
     num_checkpoint_slots = 0
     if slot and checkpoint_share:
         num_checkpoint_slots = min(MAX_CHECKPOINTS_PER_REQUEST * num_slots, (budget - for_requests) // slot)
     num_state_slots = num_slots + num_checkpoint_slots
+    beside_pages = num_state_slots * slot + num_slots * bytes_per_request
     num_blocks = num_slots * full
     if block:
-        num_blocks = min(num_blocks, (budget - num_state_slots * slot) // block)
+        num_blocks = min(num_blocks, (budget - beside_pages) // block)
     assert num_slots >= 1
     assert num_blocks >= full
-    nbytes = num_state_slots * slot + num_blocks * block
+    nbytes = beside_pages + num_blocks * block
     return MemoryPlan(num_slots, num_blocks, spec.block_size, nbytes, num_checkpoint_slots, slot, block)

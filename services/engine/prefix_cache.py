@@ -62,6 +62,7 @@ class Checkpoint:
     page_hashes: tuple[bytes, ...]
     slot: int | None
     tail_page: int | None
+    tail_ids: tuple[int, ...]  # the tokens of `tail_page`
     base: Checkpoint | None  # the longest one of fewer tokens on its way
     base_value: float  # of the last evicted, when this was last used
     num_uses: int = 1
@@ -83,6 +84,7 @@ class Start:
 @dataclass
 class _Page:
     page: int
+    token_ids: array.array[int]
     num_checkpoints: int = 0
 
 
@@ -105,6 +107,7 @@ class PrefixCache:
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._evicted: OrderedDict[bytes, None] = OrderedDict()
         self._value = 0.0  # of the last evicted
+        self._num_changes = 0  # of what can be found
 
     @property
     def num_checkpoints(self) -> int:
@@ -120,6 +123,12 @@ class PrefixCache:
         """The longest saved beginning of the request, at most all tokens but the last; changes nothing."""
         if not self._can_reuse(request):
             return Start()
+        if request.looked_up is None or request.looked_up[0] != self._num_changes:
+            request.looked_up = (self._num_changes, self._look_up(request))
+        found: Start = request.looked_up[1]
+        return found
+
+    def _look_up(self, request: Request) -> Start:
         checkpoint = self._longest(request, request.num_tokens - 1)
         if not self.config.has_slots:
             hashes = self.hashes(request)[: (request.num_tokens - 1) // self.config.block_size]
@@ -144,6 +153,7 @@ class PrefixCache:
 
     def begin(self, request: Request, start: Start) -> None:
         """Counts a request that starts there, remembers its way, and sets when its own state is to be saved."""
+        request.looked_up = None  # its tokens will become more
         if used := start.checkpoint or self._keeper(request, start):
             used.num_uses += 1
             used.base_value = self._value
@@ -265,9 +275,10 @@ class PrefixCache:
         length, size = request.num_computed_tokens, self.config.block_size
         num_full = length // size
         hashes = tuple(self.hashes(request)[:num_full])
-        for page_hash, page in zip(hashes, request.block_table, strict=False):
+        for i, (page_hash, page) in enumerate(zip(hashes, request.block_table, strict=False)):
             if page_hash not in self._kept:
-                self._kept[page_hash] = _Page(page)
+                ids = array.array("i", request.token_ids[i * size : (i + 1) * size])
+                self._kept[page_hash] = _Page(page, ids)
                 self.pages.keep(page)
             self._kept[page_hash].num_checkpoints += 1
         tail_page = None
@@ -275,20 +286,30 @@ class PrefixCache:
             tail_page = request.block_table[num_full]
             self.pages.keep(tail_page)
             self._tails.setdefault(hashes[-1], Counter())[length % size] += 1
-        new = Checkpoint(key, length, hashes, slot, tail_page, base, self._value)
+        tail_ids = tuple(request.token_ids[num_full * size : length])
+        new = Checkpoint(key, length, hashes, slot, tail_page, tail_ids, base, self._value)
+        self._num_changes += 1
         self._put_between(base, new)
         self._checkpoints[key] = new
         self._evicted.pop(hashes[-1], None)
         return new
 
     def _put_between(self, base: Checkpoint | None, new: Checkpoint) -> None:
-        last = slice(len(new.page_hashes) - 1, len(new.page_hashes))
         for other in self._checkpoints.values():
-            if other.base is base and other.length > new.length and other.page_hashes[last] == new.page_hashes[last]:
+            if other.base is base and self._goes_on(other, new):
                 other.base = new
                 new.num_above += 1
         if base:
             base.num_above += 1 - new.num_above
+
+    def _goes_on(self, longer: Checkpoint, shorter: Checkpoint) -> bool:
+        num_full = len(shorter.page_hashes)
+        last = slice(num_full - 1, num_full)
+        if longer.length <= shorter.length or longer.page_hashes[last] != shorter.page_hashes[last]:
+            return False
+        next_full = longer.page_hashes[num_full : num_full + 1]
+        next_ids = self._kept[next_full[0]].token_ids if next_full else longer.tail_ids
+        return tuple(next_ids[: len(shorter.tail_ids)]) == shorter.tail_ids
 
     # Evicting
 
@@ -300,6 +321,7 @@ class PrefixCache:
         if self._checkpoints.get(checkpoint.key) is not checkpoint:
             return  # gone already
         del self._checkpoints[checkpoint.key]
+        self._num_changes += 1
         for other in self._checkpoints.values():
             if other.base is checkpoint:
                 other.base = checkpoint.base
@@ -360,7 +382,7 @@ class PrefixCache:
         return checkpoint.base_value + checkpoint.num_uses * saved / max(num_bytes, 1)
 
     def _worth_of_new(self, length: int, base: Checkpoint | None) -> float:
-        return self._worth(Checkpoint(ROOT, length, (), None, None, base, self._value))
+        return self._worth(Checkpoint(ROOT, length, (), None, None, (), base, self._value))
 
 
 def _digest(parent: bytes, token_ids: Sequence[int]) -> bytes:

@@ -66,8 +66,9 @@ class SamplingParams:
     """How to choose tokens and when to stop; a bad value is a ValueError that names the field.
 
     `stop` strings are matched by the gateway, which sees text; the engine only stops at token ids. Of requests that
-    wait, those of the lowest `priority` come first. `logprobs` and `prompt_logprobs` are the number of alternatives
-    to report beside each token's own logarithm of probability; None: report nothing.
+    wait, those of the lowest `priority` come first, and running ones of a higher number make way for them. `logprobs`
+    and `prompt_logprobs` are the number of alternatives to report beside each token's own logarithm of probability;
+    None: report nothing.
     """
 
     max_tokens: int | None = None  # None: up to the model's context
@@ -97,6 +98,8 @@ class SamplingParams:
         top_k_allowed = f"1 to {MAX_TOP_K}, or 0 or -1 for the whole vocabulary"
         _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", top_k_allowed, self.top_k)
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a signed 64-bit integer", self.seed)
+        priority_ok = -(2**31) <= self.priority < 2**31
+        _check(priority_ok, "priority", "a signed 32-bit integer", self.priority)
         self._check_stops()
         self._check_penalties()
         self._check_logprobs()
@@ -161,6 +164,7 @@ class Request:
     arrival: int = 0  # the scheduler's count of requests when this one was added
     page_hashes: list[bytes] = field(default_factory=list)  # of its full pages so far, each with all before it
     due_checkpoints: list[int] = field(default_factory=list)  # lengths, ascending, at which its state is to be saved
+    looked_up: Any = None  # while it waits: what the prefix cache found for it, and the state of the cache then
     num_cached: int = 0  # prompt tokens that were reused when it first started
     cache_reason: str = ""  # empty: it has not started yet
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected until the first output

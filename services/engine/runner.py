@@ -33,16 +33,21 @@ class LanguageModel(DraftModel, Protocol):
 
 
 class Runner:
-    """The only part of the engine that touches tensors. `device` is where the state lies."""
+    """The only part of the engine that touches tensors. `device` is where the state lies; `has_drafts`, if it can."""
 
-    def __init__(self, model: LanguageModel, state: State, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: LanguageModel, state: State, device: torch.device | str = "cpu", has_drafts: bool = True
+    ) -> None:
         self.model, self.state, self.device = model, state, device
         self.sampler = Sampler()
-        self.drafter = Drafter(model, state, self.sampler, device) if model.has_drafts else None
+        self.drafter = Drafter(model, state, self.sampler, device) if has_drafts and model.has_drafts else None
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[StepResult]:
         """New tokens of each request of the batch: none for a request that still lags behind."""
+        if self.drafter:
+            for request in batch.preempted:
+                self.drafter.release(request)
         self.state.copy_slots(batch.slot_copies)
         self.state.copy_pages(batch.page_copies)
         if not batch.requests:

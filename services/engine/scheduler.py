@@ -2,7 +2,8 @@
 
 There is no prefill phase and no decode phase: every request has tokens to catch up with, drafts included. A step first
 serves the requests that lack one token, then their drafts, then fills the token budget with pieces of longer ones and
-with requests that wait: lowest priority number first, then oldest. A request that has to make room keeps its tokens.
+with requests that wait: lowest priority number first, then oldest. A request that has to make room keeps its tokens:
+the last of those that run where their own pages are not enough, and those of lower priority than one that waits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from services.engine.drafting import REQUEST_KEPT, DraftingState
 from services.engine.memory import IdPool, PagePool
+from services.engine.preemption import Lack, lower_ones, make_way
 from services.engine.prefix_cache import CacheConfig, PrefixCache, Start
 from services.engine.request import EngineOverloaded, FinishReason, Request, TokenLogprob, TokenOutput
 from services.engine.step import ScheduledBatch, StepPlan, StepResult
@@ -207,8 +209,10 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Takes the request's memory; its tokens stay and are computed again once it is admitted again."""
+        self._plan.remove(request)
+        self._plan.preempted.append(request)
         self._release(request)
-        request.num_computed_tokens, request.draft_ids = 0, ()
+        request.num_computed_tokens, request.draft_ids, request.num_unread = 0, (), 0
         if not request.num_generated:
             request.prompt_logprobs.clear()
         insort(self.waiting, request, key=_order)
@@ -266,24 +270,35 @@ class Scheduler:
 
     def _admit_waiting(self) -> None:
         num_held = 0
-        for request in list(self.waiting):
-            if self._plan.budget < 1 or len(self.running) + num_held >= self.config.num_slots:
+        while num_held < len(self.waiting):
+            request = self.waiting[num_held]
+            lower = lower_ones(request, self.running)
+            is_full = self._plan.budget < 1 or len(self.running) + num_held >= self.config.num_slots
+            if is_full and not lower:
                 break
             start = self.cache.look_up(request)
             if self.cache.is_on_its_way(request, start, self.running):
                 num_held += 1
-            elif not self._can_start(request, start):
-                break
-            else:
-                self._start(request, start)
+                continue
+            lack = self._lack(request, start, num_held)
+            if not lack.is_over:
+                preempted = make_way(lower, lack, self._plan.lens, self.blocks.num_users, set(start.pages))
+                if not preempted:
+                    break
+                for other in preempted:
+                    self._preempt(other)
+                start = self.cache.look_up(request)  # what they leave behind may be of use
+            self._start(request, start)
 
-    def _can_start(self, request: Request, start: Start) -> bool:
-        if self._plan.budget < min(self.config.chunk_align, request.num_tokens - start.length):
-            return False
+    def _lack(self, request: Request, start: Start, num_held: int) -> Lack:
         # One page for each running request to grow into, or the newcomer would be preempted soon after.
-        num_missing = -(-request.num_tokens // self.config.block_size) - len(start.pages)
+        num_missing = -(-request.num_tokens // self.config.block_size) - len(start.pages) + len(self.running)
         num_woken = sum(self.blocks.is_idle(page) for page in start.pages)
-        return self.cache.can_free_pages(num_missing + len(self.running) + num_woken)
+        return Lack(
+            len(self.running) + num_held + 1 - self.config.num_slots,
+            num_missing + num_woken - self.blocks.num_free - self.blocks.num_idle,
+            min(self.config.chunk_align, request.num_tokens - start.length) - self._plan.budget,
+        )
 
     def _start(self, request: Request, start: Start) -> None:
         self.waiting.remove(request)
@@ -316,6 +331,7 @@ class Scheduler:
             self._depths(requests, num_drafts),
             tuple(plan.slot_copies),
             tuple(plan.page_copies),
+            tuple(plan.preempted),
         )
 
     def _depths(self, requests: Sequence[Request], num_drafts: Sequence[int]) -> tuple[int, ...]:

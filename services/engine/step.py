@@ -17,7 +17,8 @@ class ScheduledBatch:
 
     The last `num_drafts[i]` of them are its first drafts. `draft_depths[i]` tokens are to be drafted after the step for
     a request that it lets catch up. Before anything is computed, recurrent states are copied between slots and KV
-    between pages, as (from, to) and in order: what was copied to may be copied from next.
+    between pages, as (from, to) and in order: what was copied to may be copied from next. `preempted` requests lost
+    their memory since the last step; they may be back in this one.
     """
 
     requests: tuple[Request, ...]
@@ -26,6 +27,7 @@ class ScheduledBatch:
     draft_depths: tuple[int, ...]
     slot_copies: tuple[tuple[int, int], ...] = ()
     page_copies: tuple[tuple[int, int], ...] = ()
+    preempted: tuple[Request, ...] = ()
 
     def __iter__(self) -> Iterator[tuple[Request, int]]:
         return zip(self.requests, self.lens, strict=True)
@@ -67,9 +69,14 @@ class StepPlan:
     slot_copies: list[tuple[int, int]] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     saved: list[Checkpoint] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
     num_started: int = 0
 
     def add(self, request: Request, length: int, num_drafts: int = 0) -> None:
         self.lens[request] = self.lens.get(request, 0) + length
         self.num_drafts[request] = num_drafts
         self.budget -= length
+
+    def remove(self, request: Request) -> None:
+        self.budget += self.lens.pop(request, 0)
+        self.num_drafts.pop(request, None)

@@ -21,6 +21,7 @@ from services.engine.request import (
     SamplingParams,
     TokenOutput,
 )
+from services.engine.runner import Runner
 from tests.services.engine.tiny_model import DIM, EOS, VOCAB_SIZE, TinyModel, tiny_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -210,6 +211,57 @@ def test_a_grammar_is_compiled_off_the_engines_thread_before_the_request_is_queu
     assert compiled_by[0] not in ("engine", "MainThread")
 
 
+def test_grammars_being_compiled_are_bounded_and_keep_to_the_deadline() -> None:
+    may_go_on = threading.Event()
+
+    def compile_grammar(grammar: Grammar) -> None:
+        may_go_on.wait(10)
+        raise ValueError("grammar cannot be used.")
+
+    async def run(engine: Engine) -> list[Any]:
+        streams = [collect(engine.generate(str(i), [1, 2], params, timeout=0.1)) for i in range(7)]
+        return await asyncio.gather(*streams, return_exceptions=True)
+
+    params = SamplingParams(max_tokens=2, grammar=Grammar(GrammarKind.REGEX, "a"))
+    with started(tiny_engine(compile_grammar=compile_grammar, max_waiting=5)) as engine:
+        results = asyncio.run(run(engine))
+        assert [type(result) for result in results] == [DeadlinePassed] * 5 + [EngineOverloaded] * 2
+        assert "5 requests are being compiled" in str(results[-1])
+        may_go_on.set()
+        stop_at = time.monotonic() + 5
+        while True:  # until those that were given up have made room
+            with pytest.raises((ValueError, EngineOverloaded)) as refused:
+                run_one(engine, [1, 2], params)
+            if isinstance(refused.value, ValueError) or time.monotonic() > stop_at:
+                break
+        assert str(refused.value) == "grammar cannot be used."
+        assert_idle(engine)
+    with pytest.raises(EngineFailed, match="not running"):
+        run_one(engine, [1, 2], params)
+
+
+def test_a_higher_priority_preempts_and_changes_no_token() -> None:
+    async def run(engine: Engine) -> list[list[int]]:
+        low = [asyncio.create_task(collect(engine.generate(f"low{i}", prompts[i], slow))) for i in range(3)]
+        await asyncio.sleep(0.1)
+        high = await collect(engine.generate("high", prompts[3], urgent))
+        assert not all(task.done() for task in low)
+        return [*[await task for task in low], high]
+
+    model, prompts = SlowModel(), make_prompts(4)
+    slow = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, priority=1)
+    urgent = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    with started(tiny_engine(num_slots=2, max_draft_tokens=0)) as engine:
+        expected = [run_one(engine, prompt, urgent if i == 3 else slow) for i, prompt in enumerate(prompts)]
+    with started(tiny_engine(model, num_slots=2)) as engine:
+        assert asyncio.run(run(engine)) == expected
+        assert engine.stats().num_preemptions == 1
+        assert_idle(engine)
+        assert engine.runner.drafter is not None
+        assert not engine.runner.drafter._unread
+    assert Runner(model, engine.runner.state, has_drafts=False).drafter is None
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "sentence"),
     [
@@ -322,7 +374,7 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on() -> None:
     with started(tiny_engine(model)) as engine:
         for failures in (1, 2, 3):
             model.is_failing = True
-            with pytest.raises(EngineFailed, match=r"failed with ConnectionError: no shard answered\."):
+            with pytest.raises(EngineFailed, match=r"request failed; the server's log says more\.$"):
                 run_one(engine, [1, 2])
             assert engine.is_healthy == (failures < 3)
         model.is_failing = False
@@ -337,7 +389,7 @@ def test_an_outage_elsewhere_fails_requests_and_leaves_the_engine_healthy() -> N
     with started(tiny_engine(model, outages=(ConnectionError,))) as engine:
         model.is_failing = True
         for _ in range(4):
-            with pytest.raises(EngineFailed, match=r"failed with ConnectionError: no shard answered\."):
+            with pytest.raises(EngineFailed, match=r"request failed: no shard answered\.$"):
                 run_one(engine, [1, 2])
             assert engine.is_healthy
         assert engine.stats().num_failed_steps == 4

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 import model.demo
-from services.engine.grammar import MAX_GRAMMARS, MAX_TEXT, GrammarCompiler
+from services.engine.grammar import MAX_GRAMMARS, MAX_LEXER_STATES, MAX_TEXT, GrammarCompiler, _on_large_stack
 from services.engine.request import Grammar, GrammarKind, Request, SamplingParams
 from services.engine.sampler import Row, Sampler
 
@@ -245,6 +245,18 @@ def test_compiled_grammars_are_kept_and_only_so_many() -> None:
     for n in range(MAX_GRAMMARS):
         few.compile(Grammar(GrammarKind.REGEX, f"b{n}"))
     assert few.compile(Grammar(GrammarKind.REGEX, "first")) is not first
+
+
+def test_kept_grammars_take_less_than_a_gigabyte() -> None:
+    assert MAX_GRAMMARS * MAX_LEXER_STATES * 2048 < 1 << 30
+
+
+def test_what_goes_wrong_on_the_large_stack_is_carried_over() -> None:
+    def fail() -> Any:
+        raise MemoryError("no room for a grammar")
+
+    with pytest.raises(MemoryError, match="no room for a grammar"):
+        _on_large_stack(fail)
 
 
 def test_threads_share_a_compiler() -> None:

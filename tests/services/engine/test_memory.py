@@ -105,3 +105,13 @@ def test_the_longest_request_comes_before_saved_states() -> None:
 def test_plan_refuses_a_budget_below_one_request() -> None:
     with pytest.raises(ValueError, match=r"takes 135,344 bytes, but the state budget is 1,000 bytes; raise"):
         plan_memory(SPEC, torch.bfloat16, 1000, max_model_len=512 + 8, max_requests=1)
+
+
+def test_plan_counts_what_requests_take_beside_their_state() -> None:
+    plan = plan_memory(SPEC, torch.float32, 4 * 10**6, 500, 16, bytes_per_request=50_000)
+    without = plan_memory(SPEC, torch.float32, 4 * 10**6, 500, 16)
+    state = State(SPEC, plan.num_state_slots, plan.num_blocks, torch.float32)
+    assert plan.nbytes == state.nbytes + plan.num_slots * 50_000 <= 4 * 10**6
+    assert plan.num_blocks < without.num_blocks
+    with pytest.raises(ValueError, match="but the state budget is"):
+        plan_memory(SPEC, torch.float32, 50_000 + 224 + 8191, 16, 1, bytes_per_request=50_000)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from services.engine.prefix_cache import PrefixCache, Start
 from services.engine.request import Request, SamplingParams
 from services.engine.scheduler import Scheduler, SchedulerConfig
 from tests.services.engine.machine import STOP, VOCAB_SIZE, Machine, naive
@@ -186,6 +187,36 @@ def test_every_request_says_why() -> None:
         "hit": 1,
         "prompt_logprobs": 1,
     }
+
+
+def test_a_checkpoint_between_two_pages_is_the_base_of_its_own_continuations_alone() -> None:
+    machine, shared = make(), text("shared", 40)
+    ask(machine, "other", [*shared, *text("other", 60)], num_answer=1)
+    ask(machine, "longer", [*shared, *text("middle", 4), *text("longer", 60)], num_answer=1)
+    before = {id(c) for c in machine.scheduler.cache._checkpoints.values()}
+    ask(machine, "middle", [*shared, *text("middle", 4)], num_answer=1)
+    checkpoints = list(machine.scheduler.cache._checkpoints.values())
+    [new] = [c for c in checkpoints if id(c) not in before and c.length == 44]
+    assert [c.length for c in checkpoints if c.base is new] == [104]
+    assert_consistent(machine.scheduler)
+
+
+def test_a_request_that_cannot_start_is_not_looked_up_again_until_the_cache_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine, looked_up = make(num_slots=2, num_blocks=16), list[str]()
+    look_up = PrefixCache._look_up
+
+    def noting(self: PrefixCache, asked: Request) -> Start:
+        looked_up.append(asked.id)
+        return look_up(self, asked)
+
+    monkeypatch.setattr(PrefixCache, "_look_up", noting)
+    machine.scheduler.add(request("running", text("running", 100), 20))
+    machine.scheduler.add(request("blocked", text("blocked", 150), 2))
+    machine.finish()
+    assert looked_up.count("running") == 1
+    assert 1 <= looked_up.count("blocked") <= 3
 
 
 def test_an_evicted_prefix_is_named() -> None:

@@ -20,6 +20,8 @@ from services.engine.request import FinishReason, Request, SamplingParams
         ("top_k", 10**30, f"top_k must be 1 to 2147483647, or 0 or -1 for the whole vocabulary, not {10**30}."),
         ("seed", 2**63, f"seed must be a signed 64-bit integer, not {2**63}."),
         ("seed", -(10**30), f"seed must be a signed 64-bit integer, not {-(10**30)}."),
+        ("priority", 2**31, f"priority must be a signed 32-bit integer, not {2**31}."),
+        ("priority", -(10**30), f"priority must be a signed 32-bit integer, not {-(10**30)}."),
         ("min_tokens", -1, "min_tokens must be at least 0, not -1."),
         ("stop", ("a", ""), "stop must be strings of at least one character, not ''."),
         ("stop", ("a",) * 17, "stop must be at most 16 strings, not '17 strings'."),

@@ -277,6 +277,62 @@ def test_lower_priority_numbers_start_first_and_higher_ones_make_room_first() ->
     assert [r.id for r in scheduler.waiting] == ["soon", "late", "last"]
 
 
+def test_a_strictly_higher_priority_preempts_the_youngest_of_the_lowest() -> None:
+    scheduler = make(num_slots=3)
+    for name, priority in (("old", 5), ("young", 5), ("middle", 3)):
+        scheduler.add(request(name, 4, num_answer=20, priority=priority))
+        step(scheduler)
+    scheduler.add(request("equal", 4, num_answer=20, priority=5))
+    step(scheduler)
+    assert scheduler.num_preemptions == 0
+    scheduler.add(request("urgent", 4, num_answer=2, priority=-1))
+    batch = scheduler.schedule()
+    assert lens(batch) == {"middle": 1, "old": 1, "urgent": 4}
+    assert [r.id for r in batch.preempted] == ["young"]
+    commit(scheduler, batch)
+    step(scheduler)
+    assert [r.id for r in scheduler.running] == ["middle", "old"]
+    assert [r.id for r in scheduler.waiting] == ["young", "equal"]
+    step(scheduler)
+    assert [r.id for r in scheduler.running] == ["middle", "old", "young"]
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.num_preemptions == 1
+
+
+def test_nobody_is_preempted_unless_that_makes_enough_room() -> None:
+    scheduler = make(num_slots=4, num_blocks=16, max_batch_tokens=64)
+    scheduler.add(request("equal", 24, num_answer=4))
+    scheduler.add(request("low", 8, num_answer=4, priority=1))
+    step(scheduler)
+    scheduler.add(request("large", 40, num_answer=2))
+    step(scheduler)
+    assert [r.id for r in scheduler.running] == ["equal", "low"]
+    scheduler.abort("large")
+    scheduler.add(request("fits", 28, num_answer=2))
+    step(scheduler)
+    assert [r.id for r in scheduler.running] == ["equal", "fits"]
+    assert scheduler.num_preemptions == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_priorities_at_random_change_no_token_and_every_preemption_has_a_newcomer(seed: int) -> None:
+    rng = random.Random(seed)
+    machine = drafting_machine(num_slots=3, num_checkpoint_slots=rng.choice([0, 2]), num_blocks=rng.choice([40, 200]))
+    requests = [request(str(i), rng.randint(1, 30), 12, priority=rng.randint(-2, 2)) for i in range(40)]
+    prompts, coming = {r.id: list(r.token_ids) for r in requests}, list(requests)
+    while coming or machine.scheduler.has_work:
+        if coming and (rng.random() < 0.3 or not machine.scheduler.has_work):
+            machine.scheduler.add(coming.pop())
+        before = set(machine.scheduler.running)
+        batch = machine.step()
+        for gone in batch.preempted:
+            if machine.scheduler.config.num_blocks == 200:  # pages never miss: it was for a slot
+                assert any(r.params.priority < gone.params.priority for r in set(batch.requests) - before)
+    assert machine.scheduler.num_preemptions > 0
+    assert all(machine.answer(r.id) == naive(prompts[r.id], 12) for r in requests)
+
+
 def test_a_stream_of_short_requests_cannot_starve_a_long_prompt() -> None:
     scheduler = make(num_slots=4, max_batch_tokens=16, max_waiting=1000, num_blocks=200, max_model_len=500)
     for i in range(20):
