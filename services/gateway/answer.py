@@ -155,10 +155,14 @@ class Answer:
 
     def _scored_prompt(self, output: TokenOutput) -> Iterator[Scored]:
         spelled = self._tokenizer.spelled
-        detokenizer, offset = Detokenizer(self._tokenizer.token_bytes), 0
+        # Echo shows special tokens by their names, but not those that the tokenizer itself put before a text.
+        detokenizer = Detokenizer(self._tokenizer.token_bytes, self._tokenizer.special_markers)
+        echo, whole = self._job.echo, self._tokenizer.decode(self._job.prompt_token_ids)
+        position = 0 if echo is None else min(0, len(echo) - len(whole))
         for token_id, score in zip(self._job.prompt_token_ids, output.prompt_logprobs, strict=False):
+            offset = max(0, position)
             yield Scored(token_id, spelled(token_id), offset=offset) if score is None else self._scored(score, offset)
-            offset += len(detokenizer.push(token_id))
+            position += len(detokenizer.push(token_id))
 
     def _scored(self, score: TokenLogprob, offset: int) -> Scored:
         spelled = self._tokenizer.spelled

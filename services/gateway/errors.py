@@ -84,4 +84,4 @@ def from_exception(error: Exception) -> ApiError:
 
 def unexpected(error: Exception) -> ApiError:
     logger.error("A request failed unexpectedly.", exc_info=error)
-    return ApiError(Refusal.FAILED, f"The server failed with {type(error).__name__}; its log says more.")
+    return ApiError(Refusal.FAILED, "The server failed; its log says more.")

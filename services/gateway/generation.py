@@ -9,21 +9,24 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
-from services.engine.request import EngineFailed, Grammar, SamplingParams, TokenOutput
+from services.engine.request import DeadlinePassed, EngineFailed, EngineOverloaded, Grammar, SamplingParams, TokenOutput
 from services.gateway import grammars
 from services.gateway.answer import Answer, Job, TextDelta
 from services.gateway.errors import ApiError, Refusal, bad_value, from_exception, invalid
 from services.gateway.grammars import CheckGrammar
 from services.gateway.metrics import Metrics
 from services.gateway.text import THINK_START, Chat, Tokenizer
+from services.gateway.threads import Threads
 from services.gateway.tools import ToolMode, ToolUse
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, in OpenAI's reference; a chat may use the whole context
 MAX_CHOICES = 128  # of one request: prompts times n
 MAX_REQUEST_ID_LEN = 128
 MERGE_QUEUE_LEN = 16
+INLINE_CHARS = 16_384  # about 5 ms of tokenizing
+INLINE_TOKENS = 1024  # about 1 ms of spelling
 RESERVED_KWARGS = {  # what transformers' apply_chat_template takes for itself
     *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -31,6 +34,8 @@ RESERVED_KWARGS = {  # what transformers' apply_chat_template takes for itself
 }
 
 Prompt = str | list[int] | Chat
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,14 @@ class Generation:
     """`check_grammar` refuses a client's mistake before the engine does, with the name of the client's parameter."""
 
     def __init__(
-        self, source: TokenSource, tokenizer: Tokenizer, card: ModelCard, check_grammar: CheckGrammar | None = None
+        self,
+        source: TokenSource,
+        tokenizer: Tokenizer,
+        card: ModelCard,
+        check_grammar: CheckGrammar | None = None,
+        threads: Threads | None = None,
     ) -> None:
+        self._threads = threads or Threads()
         self._source, self.tokenizer, self.card, self._check_grammar = source, tokenizer, card, check_grammar
         self._markers = grammars.Markers.of(tokenizer)
         self.metrics = Metrics(card.id)
@@ -172,20 +183,30 @@ class Generation:
 
         Raises ApiError, for a ValueError of `asks` too, and for a prompt over the model's context with the numbers.
         """
+        start = asyncio.get_running_loop().time()
         try:
-            jobs = [job for ask in asks() for job in await self._jobs(ask)]
-        except ValueError as error:
-            raise bad_value(error) from error
+            jobs = [job for ask in asks() for job in await self._jobs_in_time(ask, start)]
+        except (ValueError, EngineOverloaded, DeadlinePassed) as error:
+            raise from_exception(error) from error
         if len(jobs) > MAX_CHOICES:
             raise invalid(f"n times the number of prompts must be at most {MAX_CHOICES}, not {len(jobs)}.", "n")
         return jobs
 
-    async def tokenize(self, prompt: Callable[[], Prompt], add_special_tokens: bool) -> list[int]:
-        """Raises ApiError, for a ValueError of `prompt` too."""
+    async def tokenize(self, ask: Callable[[], Ask], add_special_tokens: bool) -> list[int]:
+        """Token ids of a prompt; raises ApiError, for a ValueError of `ask` too."""
         try:
-            return await self._token_ids(prompt(), add_special_tokens)
-        except ValueError as error:
-            raise bad_value(error) from error
+            asked = ask()
+            asked.check()
+            return await self._token_ids(_with_tools(asked), add_special_tokens)
+        except (ValueError, EngineOverloaded) as error:
+            raise from_exception(error) from error
+
+    async def token_texts(self, token_ids: list[int]) -> list[str]:
+        """The text of each token; raises ApiError."""
+        try:
+            return await self._aside(len(token_ids) > INLINE_TOKENS, self.tokenizer.texts, token_ids)
+        except EngineOverloaded as error:
+            raise from_exception(error) from error
 
     def detokenize(self, token_ids: list[int]) -> str:
         """Raises ApiError for ids that are not in the vocabulary."""
@@ -197,12 +218,31 @@ class Generation:
 
     async def _token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, list):
+            if (lowest := min(prompt, default=0)) < 0:  # the engine, which knows the vocabulary, checks the highest
+                raise ValueError(f"prompt must hold token ids of at least 0, not {lowest}.")
             return prompt
         text = self.tokenizer.render(prompt) if isinstance(prompt, Chat) else prompt
-        return await self.tokenizer.encode(text, add_special_tokens)
+        return await self._aside(len(text) > INLINE_CHARS, self.tokenizer.encode, text, add_special_tokens)
+
+    async def _aside(self, is_long: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Long work leaves the event loop alone. Raises EngineOverloaded."""
+        return await self._threads.run(function, *args, **kwargs) if is_long else function(*args, **kwargs)
+
+    async def _jobs_in_time(self, ask: Ask, start: float) -> list[Job]:
+        """Jobs with the seconds left to them, of those asked for since `start` of the loop's clock."""
+        ask.check()
+        if ask.timeout is None:
+            return await self._jobs(ask)
+        deadline = start + ask.timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                jobs = await self._jobs(ask)
+        except TimeoutError as error:
+            raise DeadlinePassed("The request's deadline passed before its prompt was ready.") from error
+        left = max(0.0, deadline - asyncio.get_running_loop().time())
+        return [replace(job, timeout=left) for job in jobs]
 
     async def _jobs(self, ask: Ask) -> list[Job]:
-        ask.check()
         prompt, name = _with_tools(ask), "messages" if isinstance(ask.prompt, Chat) else "prompt"
         is_prompt_only = ask.echo and ask.sampling.get("max_tokens") == 0
         params = SamplingParams(**{**ask.sampling, **({"max_tokens": 1} if is_prompt_only else {})})
@@ -214,7 +254,7 @@ class Generation:
         params = self._fitting(params, len(token_ids), name)
         grammar = await self._grammar(ask, reasons)
         echo = (text if isinstance(text, str) else self.tokenizer.decode(token_ids)) if ask.echo else None
-        job = Job(token_ids, replace(params, grammar=grammar), reasons, ask.use, echo, is_prompt_only, ask.timeout)
+        job = Job(token_ids, replace(params, grammar=grammar), reasons, ask.use, echo, is_prompt_only)
         return [
             replace(job, params=replace(job.params, seed=derived_seed(params.seed, choice)))
             for choice in range(ask.n or 1)
@@ -223,10 +263,11 @@ class Generation:
     async def _grammar(self, ask: Ask, reasons: bool) -> Grammar | None:
         answer = ask.shape.grammar if ask.shape else None
         if ask.shape and self._check_grammar:
-            await grammars.check(ask.shape.grammar, ask.shape.place, self._check_grammar)
+            await self._threads.run(grammars.check, ask.shape.grammar, ask.shape.place, self._check_grammar)
         composed = grammars.compose(answer, ask.use, reasons, self._markers)
         if composed is not None and composed is not answer and self._check_grammar:
-            await grammars.check(composed, "tools" if ask.use.tools else "the answer's form", self._check_grammar)
+            place = "tools" if ask.use.tools else "the answer's form"
+            await self._threads.run(grammars.check, composed, place, self._check_grammar)  # up to a second
         return composed
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:

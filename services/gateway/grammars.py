@@ -5,7 +5,6 @@ The dialect is llguidance's of Lark (its docs/syntax.md). Special tokens have no
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,14 +33,16 @@ class Markers:
 
 
 def any_of(choices: Sequence[str]) -> Grammar:
-    """The answer is one of these strings."""
+    """The answer is one of these strings; ValueError if there are none."""
+    if not choices:
+        raise ValueError("structured_outputs.choice must hold at least one string.")
     return Grammar(GrammarKind.LARK, f"start: {' | '.join(map(json.dumps, choices))}\n")
 
 
-async def check(grammar: Grammar, place: str, check_grammar: CheckGrammar) -> None:
+def check(grammar: Grammar, place: str, check_grammar: CheckGrammar) -> None:
     """Raises ValueError, with the parameter `place` in the sentence, for a grammar that cannot be used."""
     try:
-        await asyncio.to_thread(check_grammar, grammar)  # a large schema takes up to a second
+        check_grammar(grammar)
     except ValueError as error:
         reason = str(error).partition(" ")[2]  # after the engine's own name of the parameter
         raise ValueError(f"{place} {reason}") from error

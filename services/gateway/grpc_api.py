@@ -73,6 +73,19 @@ class _Head:
         return {**head, "cache_reason": delta.cache_reason}
 
 
+class _Trailers:
+    """A call's trailing metadata; its context keeps only what it is told last, so that everything is told again."""
+
+    def __init__(self, context: Context | None) -> None:
+        self._context = context
+        self._told: dict[str, str] = {}
+
+    def tell(self, name: str, value: str) -> None:
+        self._told[name] = value
+        if self._context is not None:
+            self._context.set_trailing_metadata(list(self._told.items()))
+
+
 class InferenceApi:
     """`context`, where there is one, is told the trailing metadata."""
 
@@ -80,13 +93,13 @@ class InferenceApi:
         self._generation, self._health = generation, health
 
     async def generate(self, request: pb.GenerateRequest, context: Context | None = None) -> pb.GenerateResponse:
-        with self._errors(context):
-            head, jobs = await self._prepare(request, context)
+        with self._errors(context) as trailers:
+            head, jobs = await self._prepare(request, trailers)
             choices = await collect(self._generation.stream(jobs, head.request_id), len(jobs))
             tally = Tally(request.sampling.n or 1)
             for choice in choices:
                 tally.add(choice)
-            _tell_trailers(context, head, choices[0])
+            trailers.tell("x-expertmesh-cache", choices[0].cache_report)
             return pb.GenerateResponse(
                 **head.fields(choices[0]), choices=[_choice(choice) for choice in choices], usage=_usage(tally)
             )
@@ -94,13 +107,13 @@ class InferenceApi:
     async def generate_stream(
         self, request: pb.GenerateRequest, context: Context | None = None
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
-        with self._errors(context):
-            head, jobs = await self._prepare(request, context)
+        with self._errors(context) as trailers:
+            head, jobs = await self._prepare(request, trailers)
             tally, num_open = Tally(request.sampling.n or 1), len(jobs)
             async with aclosing(self._generation.stream(jobs, head.request_id)) as deltas:
                 async for delta in deltas:
                     if not tally.num_prompt:
-                        _tell_trailers(context, head, delta)
+                        trailers.tell("x-expertmesh-cache", delta.cache_report)
                     tally.add(delta)
                     num_open -= delta.finish_reason is not None
                     usage = None if num_open else _usage(tally)
@@ -114,13 +127,13 @@ class InferenceApi:
             self._generation.check_model(request.id)
             return self._model()
 
-    async def tokenize(self, request: pb.TokenizeRequest, _: Context | None = None) -> pb.TokenizeResponse:
-        with self._errors():
+    async def tokenize(self, request: pb.TokenizeRequest, context: Context | None = None) -> pb.TokenizeResponse:
+        with self._errors(context):
             generation, is_chat = self._generation, request.HasField("chat")
             generation.check_model(request.model)
             adds = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
-            token_ids = await generation.tokenize(lambda: _text_or_chat(request), adds)
-            texts = [generation.tokenizer.decode([token_id]) for token_id in token_ids]
+            token_ids = await generation.tokenize(lambda: _ask_to_tokenize(request), adds)
+            texts = await generation.token_texts(token_ids)
             longest = generation.card.max_model_len
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=longest, token_texts=texts)
 
@@ -142,31 +155,25 @@ class InferenceApi:
         card = self._generation.card
         return pb.Model(id=card.id, created=card.created, owned_by=card.owned_by, max_model_len=card.max_model_len)
 
-    async def _prepare(self, request: pb.GenerateRequest, context: Context | None) -> tuple[_Head, list[Job]]:
+    async def _prepare(self, request: pb.GenerateRequest, trailers: _Trailers) -> tuple[_Head, list[Job]]:
         generation = self._generation
         generation.check_model(request.model)
         check_request_id(request.request_id, "request_id")
         head = _Head(request.request_id or f"gen-{uuid.uuid4().hex}", generation.card.id, int(time.time()))
-        if context is not None:
-            context.set_trailing_metadata([("x-request-id", head.request_id)])
+        trailers.tell("x-request-id", head.request_id)
         return head, await generation.prepare(lambda: [_ask(request)])
 
     @contextmanager
-    def _errors(self, context: Context | None = None) -> Iterator[None]:
+    def _errors(self, context: Context | None = None) -> Iterator[_Trailers]:
+        trailers = _Trailers(context)
         try:
-            yield
+            yield trailers
         except Exception as error:
             known = error if isinstance(error, ApiError) else unexpected(error)
-            if context is not None and known.retry_after is not None:
-                context.set_trailing_metadata([("retry-after", str(known.retry_after))])
+            if known.retry_after is not None:
+                trailers.tell("retry-after", str(known.retry_after))
             self._generation.metrics.count_refused(known.refusal.label)
             raise GrpcError(known.refusal.grpc_code, known.message) from error
-
-
-def _tell_trailers(context: Context | None, head: _Head, delta: TextDelta) -> None:
-    if context is not None:
-        trailers = [("x-request-id", head.request_id), ("x-expertmesh-cache", delta.cache_report)]
-        context.set_trailing_metadata(trailers)
 
 
 def _ask(request: pb.GenerateRequest) -> Ask:
@@ -190,16 +197,13 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
     raise invalid("prompt is missing; one of text, token_ids and chat must be set.", "prompt")
 
 
-def _text_or_chat(request: pb.TokenizeRequest) -> Prompt:
+def _ask_to_tokenize(request: pb.TokenizeRequest) -> Ask:
     match request.WhichOneof("prompt"):
         case "text":
-            return request.text
+            return Ask(request.text)
         case "chat":
-            use = _use(request.chat)
-            use.check()
             adds = request.add_generation_prompt if request.HasField("add_generation_prompt") else True
-            tools = tuple(tool.to_template() for tool in use.tools)
-            return replace(_chat(request.chat), tools=tools, add_generation_prompt=adds)
+            return Ask(replace(_chat(request.chat), add_generation_prompt=adds), use=_use(request.chat))
     raise invalid("prompt is missing; one of text and chat must be set.", "prompt")
 
 

@@ -50,6 +50,7 @@ class Listener:
         self._http: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
+        self._grpc_serving: asyncio.Task[bool] | None = None
 
     async def start(self) -> None:
         """Raises OSError or RuntimeError where a port is taken."""
@@ -64,10 +65,13 @@ class Listener:
             await self._serving
         if self._grpc is not None:
             await self._grpc.stop(STOP_GRACE_S)
+        if self._grpc_serving is not None:
+            await self._grpc_serving
 
     @property
     def is_healthy(self) -> bool:
-        return self._serving is None or not self._serving.done()
+        """Whether each port that is asked for still answers."""
+        return not any(serving is not None and serving.done() for serving in (self._serving, self._grpc_serving))
 
     async def _start_http(self, port: int) -> None:
         config = uvicorn.Config(
@@ -101,6 +105,7 @@ class Listener:
         )
         self._grpc.add_insecure_port(f"{self.where.host}:{port}")
         await self._grpc.start()
+        self._grpc_serving = asyncio.create_task(self._grpc.wait_for_termination())
 
 
 def grpc_handlers(service: ServiceDescriptor, api: InferenceApi) -> grpc.GenericRpcHandler:

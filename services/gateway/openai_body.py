@@ -9,8 +9,9 @@ A field that is not listed here is refused by name.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -18,20 +19,12 @@ from pydantic_core import ErrorDetails
 from services.engine.request import MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
 from services.gateway import grammars
 from services.gateway.errors import ApiError, invalid
-from services.gateway.generation import Ask, Prompt, Shape
-from services.gateway.openai_messages import (
-    BaseBody,
-    Call,
-    Conversation,
-    Message,
-    NamedTool,
-    ToolBody,
-    ToolFunction,
-    only,
-)
+from services.gateway.generation import Ask, Shape
+from services.gateway.openai_messages import BaseBody, Conversation, NamedTool, only
 from services.gateway.tools import ToolUse, mode_of
 
 MAX_PROMPTS = 64  # in one body
+OBJECT = "a JSON object"
 SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias", "grammar"}
 
 
@@ -70,7 +63,7 @@ class StructuredOutputs(BaseBody):
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     json_object: Literal[True] | None = None
     regex: str | None = None
-    choice: Annotated[list[str] | None, Field(min_length=1)] = None
+    choice: list[str] | None = None
     grammar: str | None = None
 
     @model_validator(mode="after")
@@ -252,8 +245,8 @@ class TokenizeBody(BaseBody):
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
-    def to_prompt(self) -> Prompt:
-        return self.prompt
+    def ask(self) -> Ask:
+        return Ask(self.prompt)
 
 
 class TokenizeChatBody(Conversation):
@@ -262,12 +255,9 @@ class TokenizeChatBody(Conversation):
     add_special_tokens: bool = False
     return_token_strs: bool = False
 
-    def to_prompt(self) -> Prompt:
+    def ask(self) -> Ask:
         """Raises ApiError or ValueError."""
-        use = ToolUse(tuple(tool.tool() for tool in self.tools or ()))
-        use.check()
-        tools = tuple(tool.to_template() for tool in use.tools)
-        return replace(self.chat(self.add_generation_prompt), tools=tools)
+        return Ask(self.chat(self.add_generation_prompt), use=ToolUse(tuple(tool.tool() for tool in self.tools or ())))
 
 
 class DetokenizeBody(BaseBody):
@@ -284,7 +274,7 @@ def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise _explain(kind, error.errors(include_url=False)[0]) from error
+        raise _explain(kind, error.errors(include_url=False)) from error
 
 
 def is_chat(data: bytes) -> bool:
@@ -296,43 +286,73 @@ def is_chat(data: bytes) -> bool:
     return isinstance(body, dict) and "messages" in body
 
 
-def _explain(kind: type[BaseBody], error: ErrorDetails) -> ApiError:
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
+    error, expected = _most_telling(kind, errors)
+    place = _walk(kind, error["loc"])
+    path = place.path
     match error["type"]:
         case "json_invalid":
             return invalid(f"The body is not valid JSON: {error['ctx']['error']}.")
-        case "model_type":
-            return invalid(
-                "The body must be a JSON object." if not path else f"{path} must be a JSON object.", path or None
-            )
+        case "model_type" if not path:
+            return invalid("The body must be a JSON object.")
         case "extra_forbidden":
-            allowed = _allowed_names(kind, error["loc"])
+            allowed = ", ".join(sorted(place.fields))
             return invalid(f"Unknown field {path!r:.100}; the allowed fields are {allowed}.", path, "unknown_parameter")
         case "missing":
             return invalid(f"{path} is missing, but required.", path)
         case "value_error":
             reason = str(error["ctx"]["error"])
             return invalid(f"{path} {reason}." if path else reason, path or reason.split()[0])
-    expected = error["msg"].replace("Input should be", "must be")
-    return invalid(f"{path} {expected}, not {error['input']!r:.100}.", path)
+        case "model_type" if expected == OBJECT:
+            return invalid(f"{path} must be {OBJECT}.", path)
+    return invalid(f"{path} must be {expected}, not {error['input']!r:.100}.", path)
 
 
-def _allowed_names(kind: type[BaseBody], path: tuple[int | str, ...]) -> str:
-    """The fields of the object that the last part of `path` is in."""
-    for part in path[:-1]:
-        if isinstance(part, str):
-            kind = CHILDREN.get(part, kind)
-    return ", ".join(sorted(field.alias or name for name, field in kind.model_fields.items()))
+def _most_telling(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[ErrorDetails, str]:
+    """The first error and what was expected; where a value may have several forms, of the form it fails deepest in."""
+    first = errors[0]
+    if not _walk(kind, first["loc"]).is_form:
+        return first, _expected(first)
+    forms = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    deepest = max(forms, key=lambda error: len(error["loc"]))
+    if len(deepest["loc"]) > len(first["loc"]):
+        return deepest, _expected(deepest)
+    return first, " or ".join(map(_expected, forms))
 
 
-CHILDREN: dict[str, type[BaseBody]] = {
-    "messages": Message,
-    "tool_calls": Call,
-    "stream_options": StreamOptions,
-    "structured_outputs": StructuredOutputs,
-    "response_format": ResponseFormat,
-    "json_schema": JsonSchema,
-    "tools": ToolBody,
-    "function": ToolFunction,
-    "NamedTool": NamedTool,
-}
+def _expected(error: ErrorDetails) -> str:
+    if error["type"] in ("model_type", "dict_type"):
+        return OBJECT
+    return error["msg"].removeprefix("Input should be ")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a mistake is: `fields` are those of the object that the last part of `path` is in; `is_form` says that
+    pydantic ended the place with its own name of one form that the value may have."""
+
+    path: str
+    fields: tuple[str, ...]
+    is_form: bool
+
+
+def _walk(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _Place:
+    here: list[Any] = [kind]
+    path, fields, is_form = "", tuple[str, ...](), False
+    for part in loc:
+        is_form = len(here) > 1
+        if is_form:
+            here = [form for form in here if getattr(form, "__name__", "") == part] or [Any]
+            continue
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        if isinstance(here[0], type) and issubclass(here[0], BaseBody):
+            known = {field.alias or name: field.annotation for name, field in here[0].model_fields.items()}
+            fields, here = tuple(known), _forms(known.get(str(part), Any))
+        else:
+            here = _forms((*get_args(here[0]), Any)[-2 if get_args(here[0]) else 0])  # of a list or an object
+    return _Place(path.lstrip("."), fields, is_form)
+
+
+def _forms(annotation: Any) -> list[Any]:
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return [form for form in get_args(annotation) if form is not NoneType] if is_union else [annotation]

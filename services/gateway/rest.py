@@ -104,9 +104,8 @@ class Rest:
         async def answer(data: bytes) -> Response:
             body = parse_body(TokenizeChatBody, data) if is_chat(data) else parse_body(TokenizeBody, data)
             self._generation.check_model(body.model)
-            token_ids = await self._generation.tokenize(body.to_prompt, body.add_special_tokens)
-            names = [self._generation.tokenizer.decode([token_id]) for token_id in token_ids]
-            shown = names if body.return_token_strs else None
+            token_ids = await self._generation.tokenize(body.ask, body.add_special_tokens)
+            shown = await self._generation.token_texts(token_ids) if body.return_token_strs else None
             longest = self._generation.card.max_model_len
             fields = {"count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown}
             return JSONResponse(fields)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +12,6 @@ from typing import Any
 
 import jinja2
 from transformers import AutoTokenizer
-
-INLINE_CHARS = 16_384  # about 5 ms of tokenizing; longer texts leave the event loop alone
-
 
 THINK_START, THINK_END = "<think>", "</think>"
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
@@ -103,11 +99,19 @@ class Tokenizer:
         """The text of tokens, special tokens by their names; bytes that are no character become U+FFFD."""
         return b"".join(map(self.spelled, token_ids)).decode("utf-8", "replace")
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    @property
+    def special_markers(self) -> list[Marker]:
+        """Every special token, for a detokenizer that is to show their names."""
+        return [Marker(name, token_id) for token_id, name in self._special.items()]
+
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself, as of `decode`."""
+        return [self.decode([token_id]) for token_id in token_ids]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with what the tokenizer itself puts before it (usually nothing)."""
-        if len(text) <= INLINE_CHARS:
-            return self._token_ids(text, add_special_tokens)
-        return await asyncio.to_thread(self._token_ids, text, add_special_tokens)
+        # The fast tokenizer underneath keeps no state between calls, so threads may share it.
+        return list(self._hf.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def render(self, chat: Chat) -> str:
         """The conversation as the template writes it, up to where the assistant speaks next.
@@ -129,10 +133,6 @@ class Tokenizer:
         except (jinja2.TemplateError, TypeError) as error:  # a TypeError: a template without care for a missing content
             raise ValueError(f"messages do not fit the model's chat template: {str(error).rstrip('.')}.") from error
         return str(text)
-
-    def _token_ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        # The fast tokenizer underneath keeps no state between calls, so threads may share it.
-        return list(self._hf.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
 def _past_call(call: PastCall) -> dict[str, Any]:

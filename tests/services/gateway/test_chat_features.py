@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from typing import Any
@@ -22,7 +21,7 @@ TOOLS: Any = [WEATHER.to_template(), NOW.to_template()]
 
 
 def say(source: EchoSource, tokenizer: Tokenizer, text: str) -> None:
-    source.script = asyncio.run(tokenizer.encode(text))
+    source.script = tokenizer.encode(text)
 
 
 @pytest.fixture
@@ -181,6 +180,14 @@ def test_echo(client: openai.OpenAI, source: EchoSource) -> None:
     assert not source.active
 
 
+def test_offsets_after_special_tokens_of_an_echo(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    for prompt in ("a<|im_end|>bc", tokenizer.encode("a<|im_end|>bc")):
+        answer = client.completions.create(model="echo", prompt=prompt, echo=True, max_tokens=1, logprobs=0)
+        logprobs: Any = answer.choices[0].logprobs
+        assert answer.choices[0].text == "a<|im_end|>bca"
+        assert logprobs.text_offset == [0, 1, 11, 12, 13]
+
+
 def test_prompt_logprobs(http: httpx.Client) -> None:
     completion = http.post("/v1/completions", json={"prompt": "ab", "prompt_logprobs": 1}).json()["choices"][0]
     first, second = completion["prompt_logprobs"]
@@ -226,7 +233,10 @@ def test_request_ids(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> No
 def test_timeout_and_priority_reach_the_engine(http: httpx.Client, source: EchoSource) -> None:
     body = {"prompt": "ab", "timeout": 2.5, "priority": -3, "metadata": {"a": "b"}, "store": False, "user": "me"}
     assert http.post("/v1/completions", json=body).status_code == 200
-    assert (source.timeouts, source.seen[0].priority) == ([2.5], -3)
+    assert source.seen[0].priority == -3
+    [left] = source.timeouts
+    assert left is not None
+    assert 1.5 < left < 2.5  # what was left after the prompt was prepared
 
 
 def test_tokenize_and_detokenize(http: httpx.Client) -> None:

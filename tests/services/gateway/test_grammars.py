@@ -58,7 +58,7 @@ class World:
     def allows(self, grammar: Grammar, text: str) -> bool:
         """Whether the grammar takes the text's tokens one by one and may then end."""
         state, vocab_size = self.compiler.compile(grammar).start(), self.tokenizer.vocab_size
-        for token_id in asyncio.run(self.tokenizer.encode(text)):
+        for token_id in self.tokenizer.encode(text):
             if not state.allowed(vocab_size, frozenset([self.end]), frozenset())[token_id]:
                 return False
             state.push(token_id)

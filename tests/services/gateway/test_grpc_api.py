@@ -84,6 +84,11 @@ def test_sampling_reaches_the_engine(api: InferenceApi, source: EchoSource) -> N
             "INVALID_ARGUMENT",
             "messages[0].role must be 'system', 'developer', 'user', 'assistant' or 'tool', not 'robot'.",
         ),
+        (
+            pb.GenerateRequest(text="a", response_format=pb.ResponseFormat(choice={"texts": []})),
+            "INVALID_ARGUMENT",
+            "structured_outputs.choice must hold at least one string.",
+        ),
         (pb.GenerateRequest(text="a", request_id="x" * 129), "INVALID_ARGUMENT", "request_id must be at most 128"),
     ],
 )
@@ -116,10 +121,12 @@ def test_trailing_metadata(api: InferenceApi, source: EchoSource) -> None:
     context = Trailers()
     asyncio.run(api.generate(pb.GenerateRequest(text="ab", request_id="mine"), context))
     assert context.told == {"x-request-id": "mine", "x-expertmesh-cache": "evicted; cached=1"}
+    context = Trailers()
     source.fails = EngineOverloaded("Too many requests wait.", retry_after=7)
     with pytest.raises(GrpcError):
         asyncio.run(api.generate(pb.GenerateRequest(text="ab"), context))
     assert context.told["retry-after"] == "7"
+    assert context.told["x-request-id"].startswith("gen-")
 
 
 def test_several_choices_and_tools(api: InferenceApi) -> None:

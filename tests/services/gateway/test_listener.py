@@ -109,6 +109,18 @@ def test_a_client_that_goes_away_frees_its_request(generation: Generation, sourc
     run(test)
 
 
+def test_a_grpc_server_that_ended_is_not_healthy(generation: Generation) -> None:
+    async def test() -> None:
+        async with listening(generation, Listening("127.0.0.1", grpc_port=free_port())) as listener:
+            assert listener.is_healthy
+            assert listener._grpc is not None
+            await listener._grpc.stop(None)
+            await asyncio.sleep(0.1)
+            assert not listener.is_healthy
+
+    run(test)
+
+
 def test_every_rpc_is_served() -> None:
     [inference, _] = SERVICES
     handlers: Any = grpc_handlers(inference, InferenceApi)  # type: ignore[arg-type]

@@ -165,6 +165,18 @@ BAD_COMPLETIONS = [
         "structured_outputs may not be given together with response_format; give one.",
         "structured_outputs",
     ),
+    ({"prompt": [-100000000], "echo": True}, "prompt must hold token ids of at least 0, not -100000000.", "prompt"),
+    (
+        {"prompt": "a", "structured_outputs": {"json": 5}},
+        "structured_outputs.json must be a JSON object or a valid string, not 5.",
+        "structured_outputs.json",
+    ),
+    ({"prompt": "a", "metadata": {"k": 1}}, "metadata.k must be a valid string, not 1.", "metadata.k"),
+    (
+        {"prompt": "a", "structured_outputs": {"choice": []}},
+        "structured_outputs.choice must hold at least one string.",
+        "structured_outputs.choice",
+    ),
     ({"prompt": "a", "tools": []}, "Unknown field 'tools'; the allowed fields are best_of, echo, ", "tools"),
     ({"prompt": ["a"] * 65}, "prompt must hold at most 64 prompts, not 65.", "prompt"),
     ({"prompt": "a", "max_tokens": -1}, "max_tokens must be at least 1, not -1.", "max_tokens"),
@@ -203,6 +215,17 @@ BAD_CHATS = [
     ({"messages": [USER], "tool_choice": "required"}, "tool_choice may only be given together with tools.", None),
     ({"messages": [USER], "tool_choice": "auto"}, "tool_choice may only be given together with tools.", "tool_choice"),
     ({"messages": [USER], "tools": [TOOL], "tool_choice": "any"}, "tool_choice must be 'auto', 'none', 'requir", None),
+    ({"messages": [USER], "tool_choice": 5}, "tool_choice must be a valid string or a JSON object, not 5.", None),
+    (
+        {"messages": [USER], "tool_choice": {"type": "function"}},
+        "tool_choice.function is missing, but required.",
+        "tool_choice.function",
+    ),
+    (
+        {"messages": [USER], "tool_choice": {"type": "function", "function": {"name": "f", "x": 1}}},
+        "Unknown field 'tool_choice.function.x'; the allowed fields are name.",
+        "tool_choice.function.x",
+    ),
     (
         {"messages": [USER], "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
         "tool_choice names the function 'g'; the tools are 'f'.",
@@ -312,7 +335,7 @@ def test_unknown_routes_methods_and_models(http: httpx.Client) -> None:
         (EngineFailed("The step failed."), 500, "The step failed."),
         (DeadlinePassed("Too late."), 504, "Too late."),
         (ValueError("prompt holds the token id 9999; allowed are 0 to 99."), 400, "prompt holds the token id 9999;"),
-        (KeyError("x"), 500, "The server failed with KeyError; its log says more."),
+        (KeyError("x"), 500, "The server failed; its log says more."),
     ],
 )
 def test_refusals_by_the_engine(
