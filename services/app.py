@@ -5,6 +5,7 @@ because Serve validates `args` by them.
 """
 
 import asyncio
+import logging
 import os
 from typing import Any
 
@@ -20,6 +21,8 @@ from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
 from services.expert.shard import ExpertShard, ShardConfig
 from services.link.server import EngineServer
+
+log = logging.getLogger(__name__)
 
 GRPC_SERVICERS = [
     "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",
@@ -72,6 +75,7 @@ class ControllerDeployment:
 class BackboneDeployment:
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("backbone", args.log_format)
+        log.info("Arithmetic: %s.", "; ".join(args.arithmetic()))
         family = load_family(args.model)
         config = BackboneConfig(
             dtype=args.torch_dtype,

@@ -11,6 +11,7 @@ from cluster.load import LoadStore
 from cluster.planner import first_placement
 from cluster.registry import Registry, connect, key_prefix
 from cluster.topology import Shard
+from model import kernels
 from model.demo import DEMO
 from model.family import ModelFamily, load_family
 from services.controller.controller import layer_specs
@@ -106,6 +107,15 @@ class AppArgs(BaseModel):
         budget = self.state_memory or max(DEFAULT_STATE_MEMORY, one)
         share = CHECKPOINT_SHARE if self.prefix_cache else 0.0
         return plan_memory(spec, self.torch_dtype, budget, longest, self.max_requests, checkpoint_share=share)
+
+    def arithmetic(self) -> list[str]:
+        """What computes, and what it promises, in words; pools on another device may promise less."""
+        pools = self.pools if self.experts == "remote" else []
+        others = [pool for pool in pools if pool.device != self.device]
+        return [
+            kernels.describe(self.device),
+            *(f"experts of pool {pool.name} on {pool.device}: {kernels.describe(pool.device)}" for pool in others),
+        ]
 
     def check(self) -> ModelFamily:
         """Raises ValueError with one sentence where these arguments cannot be served. Reads no weights."""

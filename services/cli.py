@@ -118,14 +118,13 @@ def up(
 
 
 def _app_args(model: str, pool: dict[str, Any], **others: Any) -> Any:
-    from model import kernels
     from services.args import AppArgs
 
     chosen = {"model": str(Path(model).resolve())} if model else {}
     args = AppArgs(pools=[{"name": f"experts-{pool['device']}", **pool}], **chosen, **others)
     family = args.check()
     console.print(f"Memory for requests: {args.memory_plan(family)}.")
-    console.print(f"Arithmetic: {kernels.describe(args.device)}.")
+    console.print(f"Arithmetic: {'; '.join(args.arithmetic())}.")
     if not family.has_mtp:
         console.print("This checkpoint has no MTP weights: it is served without drafting.")
     elif args.draft_tokens == 0:
@@ -199,16 +198,17 @@ def status(
 
 
 def status_tables(report: dict[str, Any]) -> Iterator[Table]:
-    engine = report["engine"]
     model = Table(title=f"{report['model']}: {report['health']}", box=None, padding=(0, 1, 0, 0))
     for name in ("running", "waiting", "steps", "state slots", "KV pages", "placement", "age"):
         model.add_column(name, justify="right")
     placement = f"epoch {report['epoch']}, cover {report['cover']}" if report.get("epoch") else "local experts"
     age = f"{report['placement_age_s']:.1f} s" if report.get("epoch") else "–"
-    slots = f"{engine['num_slots_taken']}/{engine['num_slots']}"
-    pages = f"{engine['num_blocks_taken']}/{engine['num_blocks']}"
-    running, waiting, steps = (str(engine[key]) for key in ("num_running", "num_waiting", "num_steps"))
-    model.add_row(running, waiting, steps, slots, pages, placement, age)
+    for backbone in report.get("backbones", [report]):
+        engine = backbone["engine"]
+        slots = f"{engine['num_slots_taken']}/{engine['num_slots']}"
+        pages = f"{engine['num_blocks_taken']}/{engine['num_blocks']}"
+        running, waiting, steps = (str(engine[key]) for key in ("num_running", "num_waiting", "num_steps"))
+        model.add_row(running, waiting, steps, slots, pages, placement, age)
     yield model
     if not report.get("shards"):
         return

@@ -82,11 +82,13 @@ class GatewayDeployment:
         if not health.is_ready:
             raise ApiError(Refusal.UNAVAILABLE, health.detail)
         state = "degraded" if health.is_degraded else "ready"
-        return {"model": self._generation.card.id, "health": state, **await self._backbone.status()}
+        statuses = await self._backbone.statuses()
+        engines = [{"endpoint": status["endpoint"], "engine": status["engine"]} for status in statuses]
+        return {"model": self._generation.card.id, "health": state, **statuses[0], "backbones": engines}
 
     async def _engine_metrics(self) -> bytes:
         try:
-            return backbone_metrics(self._generation.card.id, await self._backbone.status())
+            return backbone_metrics(self._generation.card.id, await self._backbone.statuses())
         except EngineFailed:
             return b""
 

@@ -104,7 +104,7 @@ class _Fleet:
         return {
             id
             for id in table.shard_ids
-            if id not in streams or id in self.draining or streams[id].is_down or streams[id].is_resting(now)
+            if id in self.draining or id not in streams or streams[id].should_be_avoided(now)
         }
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import selectors
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.http2 import GrpcSocket, ServerStream, StreamEnded
-from services.expert.wire import MAX_MESSAGE_BYTES
+from services.expert.http2 import GrpcSocket, ServerStream, StreamEnded, keep_alive
 from services.expert.worker import Worker
+from services.grpc_options import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class Front:
         self._listening = socket.create_server((host, 0), backlog=BACKLOG)
         self._listening.setblocking(False)
         self._streams: set[_FrontStream] = set()
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
         worker.watch(self._listening, self._on_connect)
 
     @property
@@ -51,6 +55,8 @@ class Front:
         """Ends every stream with the replies that are written by then."""
         self._worker.forget(self._listening)
         self._listening.close()
+        if self._spare is not None:
+            os.close(self._spare)
         for stream in list(self._streams):
             stream.reply(None)
             stream.close()
@@ -58,13 +64,26 @@ class Front:
     def _on_connect(self, _: int) -> None:
         try:
             connection, _address = self._listening.accept()
-        except OSError as error:  # it went away again, or there are no more file descriptors
+            keep_alive(connection)
+        except OSError as error:
             log.warning("A connection could not be taken: %s", error)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._hang_up_on_one()
             return
         stream = _FrontStream(GrpcSocket(connection, ServerStream(MAX_MESSAGE_BYTES)), self)
         self._streams.add(stream)
         self._worker.watch(connection, stream.on_ready)
         stream.flush()
+
+    def _hang_up_on_one(self) -> None:
+        """Without a file descriptor for it, a connection would wait, and wake the worker again and again."""
+        with suppress(OSError):  # another thread may take the spare one
+            if self._spare is not None:
+                os.close(self._spare)
+                self._spare = None
+                self._listening.accept()[0].close()
+        with suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
 
 
 class _FrontStream:

@@ -21,9 +21,12 @@ END_STREAM, ACK, END_HEADERS, PADDED = 1, 1, 4, 8
 MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 3, 4, 5
 DEFAULT_WINDOW, DEFAULT_FRAME, MAX_WINDOW = 65_535, 16_384, 2**31 - 1
 OUR_MAX_FRAME = 1 << 20
-RENEW_WINDOW_AT = 1 << 30  # bytes taken since the peer was last given room
+RENEW_WINDOW_AT = 1 << 30  # bytes taken
 NO_ERROR, REFUSED_STREAM = 0, 7
 HEADER = struct.Struct(">HBBBI")  # length in 16 + 8 bits, type, flags, stream
+KEEPALIVE_S, KEEPALIVE_PROBES = 10, 3
+USER_TIMEOUT_MS = 30_000  # for the peer's kernel to acknowledge what was written
+SETTING = struct.Struct(">HI")  # name, value
 PREFIX_LEN = 5  # of a gRPC message: compressed or not, and its length
 
 
@@ -37,7 +40,7 @@ def _frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes
 
 
 def _settings(*pairs: tuple[int, int]) -> bytes:
-    return _frame(SETTINGS, 0, 0, b"".join(struct.pack(">HI", *pair) for pair in pairs))
+    return _frame(SETTINGS, 0, 0, b"".join(SETTING.pack(*pair) for pair in pairs))
 
 
 def _grow_window(stream_id: int, num_bytes: int) -> bytes:
@@ -87,7 +90,7 @@ class GrpcStream:
         self._held_back: list[bytes] = []  # what the peer's windows have no room for
         self._connection_window = self._stream_window = self._initial_window = DEFAULT_WINDOW
         self._max_frame = DEFAULT_FRAME
-        self._num_taken = 0
+        self._num_taken = self._num_taken_of_ours = 0  # bytes since the peer was last given room
 
     @property
     def num_unsent(self) -> int:
@@ -115,8 +118,13 @@ class GrpcStream:
         return messages
 
     def _take(self, kind: int, flags: int, stream_id: int, payload: bytes, messages: list[bytes]) -> None:
+        if kind in (DATA, HEADERS, RST_STREAM) and not stream_id:
+            raise StreamEnded(f"a frame of type {kind} came outside of any stream")
+        is_ours = stream_id == self._stream_id
         if kind == DATA:
-            self._take_data(flags, payload, messages)
+            self._make_room(len(payload), is_ours)
+            if is_ours:
+                self._take_data(flags, payload, messages)
         elif kind == HEADERS:
             self._take_headers(flags, stream_id)
         elif kind == SETTINGS and not flags & ACK:
@@ -125,20 +133,28 @@ class GrpcStream:
             self.unsent += _frame(PING, ACK, 0, payload)
         elif kind == WINDOW_UPDATE:
             self._widen(stream_id, int.from_bytes(payload, "big") & MAX_WINDOW)
-        elif kind == RST_STREAM:
+        elif kind == RST_STREAM and is_ours:
             raise StreamEnded(f"the other side reset the stream (code {int.from_bytes(payload, 'big')})")
         elif kind == GOAWAY and (code := int.from_bytes(payload[4:8], "big")) != NO_ERROR:
             raise StreamEnded(f"the other side is going away (code {code}): {payload[8:108].decode(errors='replace')}")
 
     def _take_headers(self, flags: int, stream_id: int) -> None:
-        raise NotImplementedError
+        self.is_ended = self.is_ended or (stream_id == self._stream_id and bool(flags & END_STREAM))
+
+    def _make_room(self, num_bytes: int, is_ours: bool) -> None:
+        """A refused stream's data fills the connection's window, too."""
+        self._num_taken += num_bytes
+        self._num_taken_of_ours += num_bytes if is_ours else 0
+        if self._num_taken >= RENEW_WINDOW_AT:
+            self.unsent += _grow_window(0, self._num_taken)
+            if self._num_taken_of_ours:  # no window grows by 0
+                self.unsent += _grow_window(self._stream_id, self._num_taken_of_ours)
+            self._num_taken = self._num_taken_of_ours = 0
 
     def _take_data(self, flags: int, payload: bytes, messages: list[bytes]) -> None:
-        self._num_taken += len(payload)
-        if self._num_taken >= RENEW_WINDOW_AT:
-            self.unsent += _grow_window(0, self._num_taken) + _grow_window(self._stream_id, self._num_taken)
-            self._num_taken = 0
         if flags & PADDED:
+            if not payload or payload[0] >= len(payload):
+                raise StreamEnded(f"a frame of {len(payload)} bytes is padded with more than it holds")
             payload = payload[1 : len(payload) - payload[0]]
         data = self._message + payload if self._message else payload
         start = 0
@@ -155,7 +171,9 @@ class GrpcStream:
         self.is_ended = self.is_ended or bool(flags & END_STREAM)
 
     def _take_settings(self, payload: bytes) -> None:
-        for name, value in struct.iter_unpack(">HI", payload):
+        if len(payload) % SETTING.size:
+            raise StreamEnded(f"settings of {len(payload)} bytes came, but each has {SETTING.size}")
+        for name, value in SETTING.iter_unpack(payload):
             if name == INITIAL_WINDOW_SIZE:
                 self._stream_window += value - self._initial_window
                 self._initial_window = value
@@ -168,7 +186,7 @@ class GrpcStream:
     def _widen(self, stream_id: int, num_bytes: int) -> None:
         if stream_id == 0:
             self._connection_window += num_bytes
-        else:
+        elif stream_id == self._stream_id:
             self._stream_window += num_bytes
         self._release()
 
@@ -198,7 +216,8 @@ class ClientStream(GrpcStream):
         self.unsent += PREFACE + OPENING + _frame(HEADERS, END_HEADERS, 1, headers)
 
     def _take_headers(self, flags: int, stream_id: int) -> None:
-        if flags & END_STREAM:  # trailers
+        super()._take_headers(flags, stream_id)
+        if self.is_ended:  # these were the trailers
             raise StreamEnded("the other side ended the stream")
 
 
@@ -230,7 +249,7 @@ class ServerStream(GrpcStream):
             self.unsent += _frame(HEADERS, END_HEADERS, stream_id, STATUS_200 + GRPC)
         elif stream_id != self._stream_id:
             self.unsent += _frame(RST_STREAM, 0, stream_id, REFUSED_STREAM.to_bytes(4, "big"))
-        self.is_ended = self.is_ended or bool(flags & END_STREAM)
+        super()._take_headers(flags, stream_id)
 
 
 class GrpcSocket:
@@ -273,3 +292,16 @@ class GrpcSocket:
 
     def close(self) -> None:
         self.connection.close()
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Lets the kernel find out that a host is gone; a process that hangs is the caller's business."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_S),
+        ("TCP_KEEPINTVL", KEEPALIVE_S),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
+    ):
+        if hasattr(socket, name):  # Linux has all of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -23,7 +23,8 @@ from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert.host import ExpertHost
 from services.expert.service import ExpertService
-from services.expert.wire import SERVER_OPTIONS, WIRE_DTYPES
+from services.expert.wire import WIRE_DTYPES
+from services.grpc_options import SERVER_OPTIONS
 
 log = logging.getLogger(__name__)
 

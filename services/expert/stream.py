@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from google.protobuf.message import DecodeError
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.http2 import ClientStream, GrpcSocket
-from services.expert.wire import COMPUTE_PATH, MAX_MESSAGE_BYTES
+from services.expert.http2 import ClientStream, GrpcSocket, keep_alive
+from services.expert.wire import COMPUTE_PATH
+from services.grpc_options import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ MAX_REST_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
 LAST_WORDS_S = 1.0  # for the asking thread to read what a shard wrote before its connection broke
 PACE_KEPT = 0.9  # of what earlier replies said about a shard's pace, with each new one
-KEEPALIVE_S, KEEPALIVE_PROBES = 10, 3
-USER_TIMEOUT_MS = 30_000  # for the peer's kernel to acknowledge what was written
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -113,8 +112,14 @@ class ShardStream:
         us_per_row = self._paced_us / self._paced_rows if self._paced_rows else 0.0
         return (self._queue_us + us_per_row * self._num_rows_owed) / 1e6
 
-    def is_resting(self, now: float) -> bool:
-        return now < self._rests_until
+    @property
+    def is_settled(self) -> bool:
+        """Whether an attempt to connect has succeeded or failed."""
+        return self._is_settled.is_set()
+
+    def should_be_avoided(self, now: float) -> bool:
+        """Not asked where there is another home: to wait for the first connection would hold up the whole call."""
+        return self.is_down or now < self._rests_until or not self.is_settled
 
     def rest(self, now: float) -> None:
         """Passes the shard over for a while because it owes answers: 1 s, doubled each time until it answers."""
@@ -123,7 +128,7 @@ class ShardStream:
 
     def send(self, request_id: int, num_rows: int, message: bytes, inbox: Inbox) -> None:
         """Waits for the first attempt to connect, no longer than that takes."""
-        if not self._is_settled.is_set():
+        if not self.is_settled:
             self._is_settled.wait(2 * CONNECT_TIMEOUT_S)
         link = self._owe(request_id, _Owed(num_rows, inbox))
         if link is None:
@@ -145,7 +150,8 @@ class ShardStream:
 
     def forget(self, request_id: int) -> None:
         """Drops the reply to a request that nobody waits for any more; the shard computes it all the same."""
-        if self._link is not None and (owed := self._link.pending.get(request_id)):
+        link = self._link  # read once: the other thread may lose it meanwhile
+        if link is not None and (owed := link.pending.get(request_id)):
             owed.inbox = None
 
     def on_ready(self, link: _Link, events: int) -> None:
@@ -176,7 +182,9 @@ class ShardStream:
         owed = link.pending.pop(reply.id, None)
         if owed is None:
             return
-        self._num_rows_owed -= owed.num_rows
+        with self._changing:
+            if link is self._link:  # else it was lost meanwhile, and what it owed with it
+                self._num_rows_owed -= owed.num_rows
         if reply.HasField("sums"):
             self._note_pace(reply, owed.num_rows)
         if owed.inbox is not None:
@@ -261,7 +269,7 @@ class ShardStream:
     def _greet(self, connection: socket.socket) -> GrpcSocket:
         """Opens the stream; raises OSError where the other side does not answer in time. A hung process takes
         connections, too."""
-        _keep_alive(connection)
+        keep_alive(connection)
         link = GrpcSocket(connection, ClientStream(COMPUTE_PATH, self.endpoint, MAX_MESSAGE_BYTES))
         poll = select.poll()
         poll.register(connection, select.POLLIN)
@@ -272,16 +280,3 @@ class ShardStream:
                 raise TimeoutError(f"no answer within {CONNECT_TIMEOUT_S} s")
             link.receive()
         return link
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Lets the kernel find out that a host is gone; a shard that hangs is the caller's business."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", KEEPALIVE_S),
-        ("TCP_KEEPINTVL", KEEPALIVE_S),
-        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
-    ):
-        if hasattr(socket, name):  # Linux has all of them
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

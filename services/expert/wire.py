@@ -15,23 +15,7 @@ from torch import Tensor
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 
 COMPUTE_PATH = f"/{pb.DESCRIPTOR.services_by_name['Expert'].full_name}/Compute"
-MAX_MESSAGE_BYTES = 64 << 20
 PIECE_BYTES = 512 << 10  # rows of one request; larger batches travel in several
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a reconnect must not wait out the back-off of the connection before it
-)
-SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.so_reuseport", 0),  # two shards on one port would share its connections without a word
-)
 TORCH_DTYPES = {pb.DTYPE_BF16: torch.bfloat16, pb.DTYPE_FP32: torch.float32}
 WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
 INT32 = np.iinfo(np.int32)

@@ -5,13 +5,16 @@ Names are vLLM's, with our prefix, where it has the same number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+LABELS = ["model_name", "backbone"]
+Values = Mapping[str, Mapping[str, Any]]  # of each backbone, by endpoint
+Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 ENGINE_GAUGES = {
     "num_running": ("num_requests_running", "Requests that the engine computes."),
     "num_waiting": ("num_requests_waiting", "Requests that wait for memory."),
@@ -51,69 +54,74 @@ PLACEMENT_GAUGES = {
 }
 
 
-class _Status(Collector):
-    def __init__(self, model: str, status: Mapping[str, Any]) -> None:
-        self.model, self.status = model, status
+class _Statuses(Collector):
+    """Every number is told of each backbone by itself: a sum would fall where one of them restarts."""
+
+    def __init__(self, model: str, statuses: Sequence[Mapping[str, Any]]) -> None:
+        self.model = model
+        self.statuses = {str(status["endpoint"]): status for status in statuses}
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._family(GaugeMetricFamily, ENGINE_GAUGES, self.status["engine"])
-        yield from self._family(CounterMetricFamily, ENGINE_COUNTERS, self.status["engine"])
-        yield from self._usage(self.status["engine"])
-        yield from self._drafts(self.status["engine"])
-        yield from self._labelled(
+        engines = {endpoint: status["engine"] for endpoint, status in self.statuses.items()}
+        yield from self._families(GaugeMetricFamily, ENGINE_GAUGES, engines)
+        yield from self._families(CounterMetricFamily, ENGINE_COUNTERS, engines)
+        yield from self._usage(engines)
+        yield from self._drafts(engines)
+        yield self._labelled(
             "engine_prefix_cache_requests",
             "Requests by what the prefix cache did for them.",
             "reason",
-            self.status["engine"]["cache_reasons"],
+            {endpoint: engine["cache_reasons"] for endpoint, engine in engines.items()},
         )
-        if "traffic" in self.status:
-            yield from self._family(CounterMetricFamily, TRAFFIC_COUNTERS, self.status["traffic"])
-            yield from self._family(
-                GaugeMetricFamily, PLACEMENT_GAUGES, {**self.status, "down": len(self.status["down"])}
-            )
+        remote = {endpoint: status for endpoint, status in self.statuses.items() if "traffic" in status}
+        if remote:
+            traffic = {endpoint: status["traffic"] for endpoint, status in remote.items()}
+            placement = {endpoint: {**status, "down": len(status["down"])} for endpoint, status in remote.items()}
+            yield from self._families(CounterMetricFamily, TRAFFIC_COUNTERS, traffic)
+            yield from self._families(GaugeMetricFamily, PLACEMENT_GAUGES, placement)
 
-    def _usage(self, engine: Mapping[str, Any]) -> Iterator[Metric]:
+    def _usage(self, engines: Values) -> Iterator[Metric]:
         for name, key in (("kv_cache_usage_perc", "num_blocks"), ("state_slot_usage_perc", "num_slots")):
-            help_text = "Share that running requests hold; 1 is all."
-            family = GaugeMetricFamily(f"expertmesh:{name}", help_text, labels=["model_name"])
-            family.add_metric([self.model], engine[f"{key}_taken"] / engine[key])
-            yield family
+            shares = {endpoint: engine[f"{key}_taken"] / engine[key] for endpoint, engine in engines.items()}
+            yield self._family(GaugeMetricFamily, name, "Share that running requests hold; 1 is all.", shares)
 
-    def _drafts(self, engine: Mapping[str, Any]) -> Iterator[Metric]:
+    def _drafts(self, engines: Values) -> Iterator[Metric]:
         for verb, help_text in (("draft", "Tokens drafted"), ("accepted", "Drafted tokens that were accepted")):
-            by_position = engine["drafted_by_position" if verb == "draft" else "accepted_by_position"]
-            name = f"expertmesh:spec_decode_num_{verb}_tokens"
-            total = CounterMetricFamily(name, f"{help_text}.", labels=["model_name"])
-            total.add_metric([self.model], sum(by_position))
-            yield total
-            positions = {str(position): count for position, count in enumerate(by_position)}
-            yield from self._labelled(
-                f"spec_decode_num_{verb}_tokens_per_pos",
+            key = "drafted_by_position" if verb == "draft" else "accepted_by_position"
+            name = f"spec_decode_num_{verb}_tokens"
+            totals = {endpoint: sum(engine[key]) for endpoint, engine in engines.items()}
+            yield self._family(CounterMetricFamily, name, f"{help_text}.", totals)
+            yield self._labelled(
+                f"{name}_per_pos",
                 f"{help_text}, by their place in the draft.",
                 "position",
-                positions,
+                {
+                    endpoint: {str(n): count for n, count in enumerate(engine[key])}
+                    for endpoint, engine in engines.items()
+                },
             )
 
-    def _labelled(self, name: str, help_text: str, label: str, counts: Mapping[str, int]) -> Iterator[Metric]:
-        family = CounterMetricFamily(f"expertmesh:{name}", help_text, labels=["model_name", label])
-        for value, count in counts.items():
-            family.add_metric([self.model, value], count)
-        yield family
+    def _labelled(self, name: str, help_text: str, label: str, counts: Mapping[str, Mapping[str, int]]) -> Metric:
+        family = CounterMetricFamily(f"expertmesh:{name}", help_text, labels=[*LABELS, label])
+        for endpoint, count_of in counts.items():
+            for value, count in count_of.items():
+                family.add_metric([self.model, endpoint, value], count)
+        return family
 
-    def _family(
-        self,
-        kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
-        names: Mapping[str, tuple[str, str]],
-        values: Mapping[str, Any],
-    ) -> Iterator[Metric]:
+    def _families(self, kind: Kind, names: Mapping[str, tuple[str, str]], values: Values) -> Iterator[Metric]:
         for key, (name, help_text) in names.items():
-            family = kind(f"expertmesh:{name}", help_text, labels=["model_name"])
-            family.add_metric([self.model], values[key])
-            yield family
+            told = {endpoint: of_one[key] for endpoint, of_one in values.items()}
+            yield self._family(kind, name, help_text, told)
+
+    def _family(self, kind: Kind, name: str, help_text: str, values: Mapping[str, float]) -> Metric:
+        family = kind(f"expertmesh:{name}", help_text, labels=LABELS)
+        for endpoint, value in values.items():
+            family.add_metric([self.model, endpoint], value)
+        return family
 
 
-def backbone_metrics(model: str, status: Mapping[str, Any]) -> bytes:
-    """`status` as `Backbone.status` returns it."""
+def backbone_metrics(model: str, statuses: Sequence[Mapping[str, Any]]) -> bytes:
+    """`statuses` as `Backbones.statuses` returns them; the label `backbone` holds the endpoint."""
     registry = CollectorRegistry()
-    registry.register(_Status(model, status))
+    registry.register(_Statuses(model, statuses))
     return generate_latest(registry)

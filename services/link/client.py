@@ -16,7 +16,8 @@ from protos.expertmesh.engine.v1 import engine_pb2_grpc
 from services.engine.request import EngineFailed, SamplingParams, TokenOutput
 from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Health
-from services.link.wire import CHANNEL_OPTIONS, failure_from_proto, output_from_proto, start_to_proto
+from services.grpc_options import CHANNEL_OPTIONS
+from services.link.wire import failure_from_proto, output_from_proto, start_to_proto
 
 log = logging.getLogger(__name__)
 
@@ -141,29 +142,33 @@ class Backbones:
         finally:
             await outputs.aclose()
 
-    async def status(self) -> dict[str, Any]:
-        """Of the first backbone that answers, not older than half a second; raises EngineFailed if none does."""
+    async def statuses(self) -> list[dict[str, Any]]:
+        """Of every backbone that answers, by endpoint, at most half a second old; EngineFailed if none does."""
         asked_at, statuses = self._last
         if time.monotonic() - asked_at > STATUS_TTL_S:
             try:
                 statuses = await asyncio.wait_for(self._ask_statuses(), STATUS_TIMEOUT_S)
             except Exception as error:
                 raise EngineFailed(f"No backbone answers ({type(error).__name__}).") from error
+            statuses = sorted(statuses, key=lambda status: str(status["endpoint"]))
             self._last = time.monotonic(), statuses
         if not statuses:
             raise EngineFailed("No backbone answers.")
-        return statuses[0]
+        return statuses
 
     async def health(self) -> Health:
         try:
-            status = await self.status()
+            statuses = await self.statuses()
         except EngineFailed as error:
             return Health(is_ready=False, detail=str(error))
-        if not status["engine"]["is_healthy"]:
+        failing = [status["endpoint"] for status in statuses if not status["engine"]["is_healthy"]]
+        if len(failing) == len(statuses):
             return Health(is_ready=False, detail="The engine's last steps failed.")
-        down = status.get("down", [])
-        detail = f"Shards that do not serve what they should: {', '.join(down)}." if down else ""
-        return Health(is_ready=True, is_degraded=bool(down), detail=detail)
+        down = sorted({shard_id for status in statuses for shard_id in status.get("down", [])})
+        details = [f"Backbones whose last steps failed: {', '.join(failing)}."] if failing else []
+        if down:
+            details.append(f"Shards that do not serve what they should: {', '.join(down)}.")
+        return Health(is_ready=True, is_degraded=bool(details), detail=" ".join(details))
 
     def _least_loaded(self) -> BackboneStream | None:
         is_open = [stream for stream in self._streams.values() if stream.is_open]
@@ -189,7 +194,7 @@ class Backbones:
 
     async def _search_once(self) -> None:
         with suppress(EngineFailed):
-            await self.status()
+            await self.statuses()
         endpoints = {status["endpoint"] for status in self._last[1]}
         for endpoint in [known for known, stream in self._streams.items() if not stream.is_open]:
             await self._streams.pop(endpoint).close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Protocol
@@ -17,10 +18,13 @@ import grpc
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from protos.expertmesh.engine.v1 import engine_pb2_grpc
 from services.engine.request import EngineFailed, EngineOverloaded, SamplingParams, TokenOutput
-from services.link.wire import SERVER_OPTIONS, failure_to_proto, output_to_proto, params_from_proto
+from services.grpc_options import MAX_MESSAGE_BYTES, SERVER_OPTIONS
+from services.link.wire import failure_to_proto, output_to_proto, params_from_proto
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
+MAX_OUTPUTS_BYTES = MAX_MESSAGE_BYTES // 4  # of one message, as far as it holds more than one output
+MAX_UNSENT_OUTPUTS = 1 << 16  # a gateway that takes none for so long is given up
 STOP_GRACE_S = 0.2  # streams never end by themselves; this is for the last outputs on them
 
 
@@ -38,13 +42,15 @@ class _Conversation:
     def __init__(self, engine: Generator) -> None:
         self._engine = engine
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._outbox: list[pb.Output] = []
+        self._outbox: deque[pb.Output] = deque()
         self._wake = asyncio.Event()
         self.is_over = False
 
     async def read(self, commands: AsyncIterator[pb.Command]) -> None:
         try:
             async for command in commands:
+                if self.is_over:
+                    return
                 self._obey(command)
         finally:
             self.is_over = True
@@ -58,11 +64,16 @@ class _Conversation:
             task.cancel()
 
     async def outputs(self) -> pb.Outputs:
-        """What was made since the last call, as soon as there is something."""
+        """What was made since the last call, or what of it a message has room for, as soon as there is something."""
         await self._wake.wait()
-        self._wake.clear()
-        taken, self._outbox = self._outbox, []
-        return pb.Outputs(outputs=taken)
+        taken, num_bytes = pb.Outputs(), 0
+        while self._outbox and num_bytes < MAX_OUTPUTS_BYTES:
+            output = self._outbox.popleft()
+            num_bytes += output.ByteSize()
+            taken.outputs.append(output)
+        if not self._outbox:
+            self._wake.clear()
+        return taken
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
@@ -86,7 +97,15 @@ class _Conversation:
             self._tasks.pop(start.request_id, None)
 
     def _send(self, output: pb.Output) -> None:
+        if output.prompt_logprobs and output.ByteSize() > MAX_MESSAGE_BYTES // 2:
+            raise ValueError("prompt_logprobs of this prompt are too many to send; ask for fewer, or for none.")
         self._outbox.append(output)
+        if len(self._outbox) > MAX_UNSENT_OUTPUTS:
+            log.warning("A gateway takes no outputs: its %d requests are given up.", len(self._tasks))
+            self.is_over = True
+            self._outbox.clear()
+            for task in self._tasks.values():
+                task.cancel()
         self._wake.set()
 
 

@@ -19,21 +19,6 @@ from services.engine.request import (
     TokenOutput,
 )
 
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a reconnect must not wait out the back-off of the connection before it
-)
-SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.so_reuseport", 0),
-)
 # Fields of SamplingParams that look otherwise on the wire; all others have the same name and type there.
 RESHAPED = ("logit_bias", "grammar")
 PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in RESHAPED)

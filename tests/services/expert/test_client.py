@@ -4,8 +4,10 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,12 @@ def bf16_fleet(model_dir: Path) -> Iterator[list[Shard]]:
 @pytest.fixture(scope="module")
 def local(family: ModelFamily) -> LocalExperts:
     return family.load_local_experts(torch.float32)
+
+
+def connect(remote: RemoteExperts) -> None:
+    """Until each shard has been tried: a shard that has not is passed over."""
+    while not all(stream.is_settled for stream in remote._streams.values()):
+        time.sleep(0.01)
 
 
 def placement_on(local: LocalExperts, homes: dict[int, Homes], epoch: int = 1) -> Placement:
@@ -145,6 +153,7 @@ def test_a_home_that_does_not_hold_the_expert_is_passed_over(
     with ShardProcess(model_dir, 1, name="empty") as empty:
         shards = [*empty.shards, *fleet[:1]]
         remote.update(placement_on(local, everywhere([shard.id for shard in shards])), shards)
+        connect(remote)
         rows = make_rows(20)
         assert torch.equal(remote(1, *rows)(), local(1, *rows)())
         assert remote.traffic.refusals["NOT_HOSTED"] >= 1
@@ -218,6 +227,7 @@ def test_a_draining_shard_is_passed_over(
         fill(shards, homes)
         asyncio.run(control.drain(leaving.shards[0].endpoint))
         remote.update(placement_on(local, homes), shards)
+        connect(remote)
         rows = make_rows(20)
         assert torch.equal(remote(1, *rows)(), local(1, *rows)())
         assert remote.traffic.refusals["DRAINING"] >= 1
@@ -240,6 +250,23 @@ def test_rows_of_a_dead_or_hung_shard_go_to_another_home(
             started_at = time.monotonic()
             assert torch.equal(remote(1, *rows)(), expected)
             assert time.monotonic() - started_at < 1.5
+
+
+def test_a_shard_that_was_never_connected_holds_up_nothing_another_can_do(
+    fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    remote.update(placement_on(local, everywhere([fleet[0].id]), epoch=1), fleet)
+    connect(remote)
+    rows = make_rows(30)
+    expected = local(1, *rows)()
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections and says nothing
+        endpoint = f"127.0.0.1:{mute.getsockname()[1]}"
+        silent = replace(fleet[0], id="silent", endpoint=endpoint, compute_endpoint=endpoint)
+        shards = [silent, fleet[0]]
+        started_at = time.monotonic()
+        remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
+        assert torch.equal(remote(1, *rows)(), expected)
+        assert time.monotonic() - started_at < 0.5
 
 
 def test_a_shard_that_comes_back_is_used_again(model_dir: Path, local: LocalExperts, remote: RemoteExperts) -> None:

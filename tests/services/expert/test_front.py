@@ -13,13 +13,16 @@ import pytest
 from cluster.topology import Shard
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert import control
-from services.expert.http2 import ClientStream, GrpcSocket
-from services.expert.wire import COMPUTE_PATH, MAX_MESSAGE_BYTES
+from services.expert.http2 import PREFACE, ClientStream, GrpcSocket
+from services.expert.wire import COMPUTE_PATH
+from services.grpc_options import MAX_MESSAGE_BYTES
 from tests.services.expert.checkpoint import LATENT
 from tests.services.expert.requests import make_request
 from tests.services.expert.shard_process import ShardProcess
 from tests.services.expert.test_client import everywhere, fill
 
+SHORT_SETTINGS = PREFACE + b"\0\0\5\4\0" + bytes(4) + b"12345"
+EMPTY_PADDED = PREFACE + b"\0\0\0\1\4\0\0\0\1" + b"\0\0\0\0\10\0\0\0\1"
 NUM_REQUESTS, NUM_ROWS = 120, 2000  # replies of 60 MB together
 
 
@@ -79,7 +82,7 @@ def test_a_client_that_does_not_read_is_not_read_from(shard: Shard, client: Grpc
 
 def test_what_is_no_grpc_is_hung_up_on_and_hurts_nobody(shard: Shard, client: GrpcSocket) -> None:
     host, port = shard.compute_endpoint.split(":")
-    for nonsense in (b"GET / HTTP/1.1\r\n\r\n", bytes(100)):
+    for nonsense in (b"GET / HTTP/1.1\r\n\r\n", bytes(100), SHORT_SETTINGS, EMPTY_PADDED):
         with socket.create_connection((host, int(port)), timeout=5) as stranger:
             stranger.sendall(nonsense)
             with suppress(ConnectionResetError):

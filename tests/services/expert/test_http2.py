@@ -15,6 +15,7 @@ from cluster.topology import Placement, Shard
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert import http2
 from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.http2 import PREFACE, ClientStream, GrpcStream, ServerStream, StreamEnded
 from tests.services.expert.requests import make_request
@@ -107,15 +108,22 @@ def frame(kind: int, stream_id: int, payload: bytes, flags: int = 0) -> bytes:
     return struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 255, kind, flags, stream_id) + payload
 
 
+OPENED = PREFACE + frame(1, 1, b"", flags=4)
+
+
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
         (b"GET / HTTP/1.1\r\n\r\n", "does not speak HTTP/2"),
-        (PREFACE + frame(0, 1, b"\1\0\0\0\1x"), "a message is compressed"),
-        (PREFACE + frame(0, 1, b"\0" + (MAX + 1).to_bytes(4, "big")), "1048577 bytes are over 1048576"),
+        (OPENED + frame(0, 1, b"\1\0\0\0\1x"), "a message is compressed"),
+        (OPENED + frame(0, 1, b"\0" + (MAX + 1).to_bytes(4, "big")), "1048577 bytes are over 1048576"),
         (PREFACE + struct.pack(">HBBBI", 0xFFFF, 255, 0, 0, 1), "a frame of 16777215 bytes came"),
-        (PREFACE + frame(3, 1, (8).to_bytes(4, "big")), r"reset the stream \(code 8\)"),
+        (OPENED + frame(3, 1, (8).to_bytes(4, "big")), r"reset the stream \(code 8\)"),
         (PREFACE + frame(7, 0, bytes(4) + (11).to_bytes(4, "big") + b"too_many_pings"), "too_many_pings"),
+        (PREFACE + frame(4, 0, b"12345"), "settings of 5 bytes came, but each has 6"),
+        (OPENED + frame(0, 1, b"", flags=8), "a frame of 0 bytes is padded with more than it holds"),
+        (OPENED + frame(0, 1, b"\3ab", flags=8), "a frame of 3 bytes is padded with more than it holds"),
+        (PREFACE + frame(0, 0, b"x"), "a frame of type 0 came outside of any stream"),
     ],
 )
 def test_what_may_not_be_is_told_in_a_sentence(data: bytes, sentence: str) -> None:
@@ -128,6 +136,7 @@ def test_pings_are_answered_and_padding_is_no_part_of_a_message() -> None:
     server.unsent.clear()
     server.receive(PREFACE + frame(6, 0, b"12345678"))
     assert server.unsent == frame(6, 0, b"12345678", flags=1)
+    server.receive(frame(1, 1, b"", flags=4))
     padded = b"\3" + b"\0\0\0\0\2hi" + bytes(3)
     assert server.receive(frame(0, 1, padded, flags=8)) == [b"hi"]
 
@@ -138,3 +147,25 @@ def test_a_second_stream_of_a_connection_is_refused() -> None:
     server.unsent.clear()
     server.receive(frame(1, 3, b"", flags=4))
     assert server.unsent == frame(3, 3, (7).to_bytes(4, "big"))
+
+
+def test_frames_of_a_refused_stream_are_no_part_of_ours() -> None:
+    server = ServerStream(MAX)
+    server.receive(OPENED + frame(0, 1, b"\0\0\0\0\4ab"))
+    server.receive(frame(1, 3, b"", flags=4 | 1))
+    server.receive(frame(0, 3, b"\0\0\0\0\1x", flags=1))
+    server.receive(frame(8, 3, (2**31 - 1).to_bytes(4, "big")))
+    server.receive(frame(3, 3, (8).to_bytes(4, "big")))
+    assert not server.is_ended
+    assert server.receive(frame(0, 1, b"cd")) == [b"abcd"]
+    server.send(bytes(70_000))
+    assert server.num_unsent - len(server.unsent) == 70_000 + 5 - 65_535
+
+
+def test_data_of_a_refused_stream_counts_for_the_connections_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "RENEW_WINDOW_AT", 1000)
+    server = ServerStream(MAX)
+    server.receive(OPENED + frame(0, 1, b"\0\0\0\2\0" + bytes(395)) + frame(1, 3, b"", flags=4))
+    server.unsent.clear()
+    server.receive(frame(0, 3, bytes(600)))
+    assert server.unsent == frame(8, 0, (1000).to_bytes(4, "big")) + frame(8, 1, (400).to_bytes(4, "big"))

@@ -304,14 +304,14 @@ def test_even_the_demo_model_calls_tools(surfaces: Surfaces) -> None:
 
 def test_metrics_of_the_engine(surfaces: Surfaces) -> None:
     ask(surfaces, ANSWERS["long prompt"])
-    lines = backbone_metrics("demo", surfaces.backbone.status()).decode().splitlines()
+    lines = backbone_metrics("demo", [{**surfaces.backbone.status(), "endpoint": "a:1"}]).decode().splitlines()
     values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
     def value(name: str, **labels: str) -> float:
         told = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
         return values[f"expertmesh:{name}{{{told}}}"]
 
-    model = {"model_name": "demo"}
+    model = {"model_name": "demo", "backbone": "a:1"}
     assert 0 < value("prefix_cache_hits_total", **model) < value("prefix_cache_queries_total", **model)
     assert value("engine_prefix_cache_requests_total", **model, reason="hit") > 0
     drafted = value("spec_decode_num_draft_tokens_total", **model)
