@@ -11,7 +11,7 @@ import grpc
 from cluster.topology import Homes, Placement, Shard
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
-from services.grpc_options import CHANNEL_OPTIONS
+from protos.options import CHANNEL_OPTIONS
 
 T = TypeVar("T")
 LOAD_TIMEOUT_S = 600.0

@@ -14,9 +14,9 @@ from typing import Protocol
 from google.protobuf.message import DecodeError
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from protos.options import MAX_MESSAGE_BYTES
 from services.expert.http2 import GrpcSocket, ServerStream, StreamEnded, keep_alive
 from services.expert.worker import Worker
-from services.grpc_options import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from cluster.topology import Shard
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from protos.options import SERVER_OPTIONS
 from services.expert.host import ExpertHost
 from services.expert.service import ExpertService
 from services.expert.wire import WIRE_DTYPES
-from services.grpc_options import SERVER_OPTIONS
 
 log = logging.getLogger(__name__)
 

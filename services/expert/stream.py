@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from google.protobuf.message import DecodeError
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from protos.options import MAX_MESSAGE_BYTES
 from services.expert.http2 import ClientStream, GrpcSocket, keep_alive
 from services.expert.wire import COMPUTE_PATH
-from services.grpc_options import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 

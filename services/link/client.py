@@ -13,10 +13,10 @@ import grpc
 
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from protos.expertmesh.engine.v1 import engine_pb2_grpc
+from protos.options import CHANNEL_OPTIONS
 from services.engine.request import EngineFailed, SamplingParams, TokenOutput
 from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Health
-from services.grpc_options import CHANNEL_OPTIONS
 from services.link.wire import failure_from_proto, output_from_proto, start_to_proto
 
 log = logging.getLogger(__name__)

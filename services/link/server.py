@@ -17,8 +17,8 @@ import grpc
 
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from protos.expertmesh.engine.v1 import engine_pb2_grpc
+from protos.options import MAX_MESSAGE_BYTES, SERVER_OPTIONS
 from services.engine.request import EngineFailed, EngineOverloaded, SamplingParams, TokenOutput
-from services.grpc_options import MAX_MESSAGE_BYTES, SERVER_OPTIONS
 from services.link.wire import failure_to_proto, output_to_proto, params_from_proto
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import pytest
 
 from cluster.topology import Shard
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from protos.options import MAX_MESSAGE_BYTES
 from services.expert import control
 from services.expert.http2 import PREFACE, ClientStream, GrpcSocket
 from services.expert.wire import COMPUTE_PATH
-from services.grpc_options import MAX_MESSAGE_BYTES
 from tests.services.expert.checkpoint import LATENT
 from tests.services.expert.requests import make_request
 from tests.services.expert.shard_process import ShardProcess
