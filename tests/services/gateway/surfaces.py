@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -31,24 +30,6 @@ from services.gateway.text import Tokenizer
 from tests.services.application import free_port
 
 MAX_LEN = 512
-# The demo's own template with tools and the turns that calls make.
-CHAT_TEMPLATE = """{%- for tool in tools or [] %}{{ tool.function.name }}
-{% endfor %}
-{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}
-{%- for call in message.tool_calls or [] %}<tool_call>
-<function={{ call.function.name }}>
-{%- for name, value in call.function.arguments.items() %}
-<parameter={{ name }}>
-{{ value }}
-</parameter>
-{%- endfor %}
-</function>
-</tool_call>{% endfor %}<|im_end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{{ '<think>
-' if enable_thinking | default(false) else '<think></think>' }}{% endif %}"""
 FINISH_REASONS = ["", "stop", "length", "tool_calls"]
 CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 504: "DEADLINE_EXCEEDED"}
 
@@ -64,23 +45,15 @@ class Told:
     error: tuple[str, str] | None = None
 
 
-def make_model_dir(path: Path) -> Path:
-    for file in DEMO.iterdir():
-        if file.name != "chat_template.jinja":
-            (path / file.name).symlink_to(file)
-    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return path
-
-
 @contextmanager
-def serving(model_dir: Path) -> Iterator[Surfaces]:
+def serving() -> Iterator[Surfaces]:
     """Engine and gateway in one thread with an event loop of its own, behind real ports."""
-    family = load_family(str(model_dir))
+    family = load_family(DEMO)
     memory = plan_memory(family.config.state_spec, torch.float32, 64 << 20, MAX_LEN, 8)
     config = BackboneConfig(torch.float32, "cpu", MAX_LEN, max_batch_tokens=256, memory=memory, num_threads=1)
     backbone = Backbone(config, family, None, None)
-    card, tokenizer = ModelCard("demo", MAX_LEN, 1), Tokenizer(model_dir)
-    generation = Generation(backbone.engine, tokenizer, card, GrammarCompiler(model_dir).check)
+    card, tokenizer = ModelCard("demo", MAX_LEN, 1), Tokenizer(DEMO)
+    generation = Generation(backbone.engine, tokenizer, card, GrammarCompiler(DEMO).check)
 
     async def health() -> Health:
         return Health(is_ready=True)

@@ -11,7 +11,7 @@ import pytest
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.gateway.backbone_metrics import backbone_metrics
 from tests.services.application import wait_until
-from tests.services.gateway.surfaces import Surfaces, Told, comparable, make_model_dir, serving
+from tests.services.gateway.surfaces import Surfaces, Told, comparable, serving
 from tests.services.gateway.weather import NOW, WEATHER
 
 PROMPT = "    def close(self):"
@@ -211,8 +211,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def surfaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surfaces]:
-    with serving(make_model_dir(tmp_path_factory.mktemp("demo"))) as surfaces:
+def surfaces() -> Iterator[Surfaces]:
+    with serving() as surfaces:
         yield surfaces
 
 
