@@ -116,7 +116,7 @@ def test_splitting_is_linear() -> None:
     value = "x" * 400_000
     text = f"{value}</think><tool_call><function=get_weather><parameter=city>{value}</parameter></function></tool_call>"
     splitter = Splitter(True, TOOLS)
-    start = time.perf_counter()
+    start = time.thread_time()
     parts = [splitter.push(text[i : i + 4]) for i in range(0, len(text), 4)]
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10
     assert len(parts[-1].calls[0].arguments) > len(value)

@@ -121,6 +121,6 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_string() -> None:
 
 def test_matching_is_linear_in_the_worst_case() -> None:
     matcher = StopMatcher(["a" * 20_000 + "b"])
-    start = time.perf_counter()
+    start = time.thread_time()
     matcher.push("a" * 200_000)
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
