@@ -2,8 +2,9 @@
 
     python -m benchmarks.exact_sums
 
-Plain: the same loop over experts without row padding, weighted sums added as fp32 in whatever order. Exact: what is
-served. Alternated call by call in one process; medians.
+Plain: a loop over experts with PyTorch's products, weighted sums added as fp32 in whatever order. Exact: what is served
+(on a CPU in compiled kernels, with EXPERTMESH_CPU_KERNELS=0 in PyTorch's). Alternated call by call in one
+process; medians.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +25,28 @@ from model.family import ModelFamily, load_family
 from model.moe import ExpertBank, ExpertShape, LocalExperts
 from model.state import Batch, State
 
+Weights = dict[tuple[int, int], dict[str, Tensor]]  # by layer and expert: up and down
+SUPER = ExpertShape(layer=0, num_experts=64, top_k=22, input_dim=1024, width=2688)
+
 
 class FloatExperts:
     """The same experts, added as floats: the result depends on the order and on the rows' company."""
 
-    def __init__(self, exact: LocalExperts) -> None:
-        self.banks = exact.banks
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.weights = {key: (part["up"].to(dtype), part["down"].to(dtype)) for key, part in weights.items()}
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         return lambda: self._sums(layer, x_NL, topk_ids_NK, topk_weights_NK)
 
     def _sums(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Tensor:
-        bank, num_picks = self.banks[layer], topk_ids_NK.shape[1]
+        num_picks = topk_ids_NK.shape[1]
         order_P = topk_ids_NK.flatten().argsort()
         experts, counts = topk_ids_NK.flatten()[order_P].unique_consecutive(return_counts=True)
         rows_P = order_P // num_picks
-        parts = x_NL.to(bank.dtype)[rows_P].split(counts.tolist())
-        y_PL = torch.cat([self._expert(bank._weights[e], x) for e, x in zip(experts.tolist(), parts, strict=True)])
+        parts = x_NL.to(self.dtype)[rows_P].split(counts.tolist())
+        picked = zip(experts.tolist(), parts, strict=True)
+        y_PL = torch.cat([self._expert(self.weights[layer, expert], x) for expert, x in picked])
         weighted_PL = y_PL.float() * topk_weights_NK.flatten()[order_P, None]
         return torch.zeros(x_NL.shape).index_add_(0, rows_P, weighted_PL)
 
@@ -62,26 +68,34 @@ def alternate(calls: dict[str, Callable[[], object]], num_rounds: int) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def super_experts(dtype: torch.dtype) -> LocalExperts:
+def super_weights() -> Weights:
     """One layer of random experts of Nemotron 3 Super's size; 64 of its 512, so that they fit a small machine."""
-    shape = ExpertShape(layer=0, num_experts=64, top_k=22, input_dim=1024, width=2688)
-    bank = ExpertBank(shape, dtype)
-    for expert in range(shape.num_experts):
-        bank.load(expert, {"up": torch.randn(2688, 1024) / 32, "down": torch.randn(1024, 2688) / 52})
-    return LocalExperts({0: bank})
+    one = {"up": (2688, 1024), "down": (1024, 2688)}
+    return {
+        (SUPER.layer, expert): {name: torch.randn(*size) / size[1] ** 0.5 for name, size in one.items()}
+        for expert in range(SUPER.num_experts)
+    }
 
 
-def layer_calls(shape: ExpertShape, exact: LocalExperts, num_rows: int) -> dict[str, Callable[[], object]]:
+def exact_experts(shapes: Sequence[ExpertShape], weights: Weights, dtype: torch.dtype) -> LocalExperts:
+    banks = {shape.layer: ExpertBank(shape, dtype) for shape in shapes}
+    for (layer, expert), tensors in weights.items():
+        banks[layer].load(expert, tensors)
+    return LocalExperts(banks)
+
+
+def layer_calls(
+    shape: ExpertShape, plain: FloatExperts, exact: LocalExperts, num_rows: int
+) -> dict[str, Callable[[], object]]:
     x_NL = torch.randn(num_rows, shape.input_dim)
     ids_NK = torch.stack([torch.randperm(shape.num_experts)[: shape.top_k] for _ in range(num_rows)])
     weights_NK = torch.rand(num_rows, shape.top_k)
-    plain = FloatExperts(exact)
     call = (shape.layer, x_NL, ids_NK, weights_NK)
     return {"plain": lambda: plain(*call)(), "exact": lambda: exact(*call)()}
 
 
 def step_calls(
-    family: ModelFamily, exact: LocalExperts, num_rows: int, dtype: torch.dtype
+    family: ModelFamily, plain: FloatExperts, exact: LocalExperts, num_rows: int, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
     """One decode step of `num_rows` requests."""
     spec = family.config.state_spec
@@ -89,7 +103,7 @@ def step_calls(
     tables = tuple((i,) for i in range(num_rows))
     batch = Batch(tokens, (1,) * num_rows, (8,) * num_rows, tuple(range(num_rows)), tables)
     calls: dict[str, Callable[[], object]] = {}
-    for name, experts in (("plain", FloatExperts(exact)), ("exact", exact)):
+    for name, experts in (("plain", plain), ("exact", exact)):
         model = family.load_backbone(experts, dtype)
         state = State(spec, num_rows, num_rows, dtype)
         calls[name] = lambda model=model, state=state: model.logits(model.forward(batch, state))  # type: ignore[misc]
@@ -108,13 +122,16 @@ def main() -> None:
     for column in ("dtype", "rows", "what", "plain", "exact", "ratio"):
         table.add_column(column, justify="right")
     family = load_family(args.model)
+    places = [(shape.layer, expert) for shape in family.expert_shapes for expert in range(shape.num_experts)]
+    own, huge = {place: family.load_expert(*place) for place in places}, super_weights()
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
-            exact, large = family.load_local_experts(dtype), super_experts(dtype)
+            plain, exact = FloatExperts(own, dtype), exact_experts(family.expert_shapes, own, dtype)
+            plain_large, large = FloatExperts(huge, dtype), exact_experts([SUPER], huge, dtype)
             for num_rows in (1, 8, 64):
-                layer = alternate(layer_calls(family.expert_shapes[0], exact, num_rows), args.rounds)
-                step = alternate(step_calls(family, exact, num_rows, dtype), args.rounds // 4)
-                large_layer = alternate(layer_calls(large.banks[0].shape, large, num_rows), args.rounds // 20)
+                layer = alternate(layer_calls(family.expert_shapes[0], plain, exact, num_rows), args.rounds)
+                step = alternate(step_calls(family, plain, exact, num_rows, dtype), args.rounds // 4)
+                large_layer = alternate(layer_calls(SUPER, plain_large, large, num_rows), args.rounds // 20)
                 for what, times in (("layer", layer), ("decode step", step), ("layer of Super's size", large_layer)):
                     words = [f"{times[name]:.0f}" for name in ("plain", "exact")]
                     ratio = f"{times['exact'] / times['plain']:.2f}"
