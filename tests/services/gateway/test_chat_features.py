@@ -236,7 +236,7 @@ def test_timeout_and_priority_reach_the_engine(http: httpx.Client, source: EchoS
     assert source.seen[0].priority == -3
     [left] = source.timeouts
     assert left is not None
-    assert 1.5 < left < 2.5  # what was left after the prompt was prepared
+    assert 1.5 < left <= 2.5  # what was left after the prompt was prepared, which may take no time
 
 
 def test_tokenize_and_detokenize(http: httpx.Client) -> None:
