@@ -24,11 +24,11 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from protos.options import MAX_MESSAGE_BYTES
 from services.gateway.grpc_api import GrpcError, InferenceApi
 
 Context = grpc.aio.ServicerContext[object, object]
 SERVICES = (pb.DESCRIPTOR.services_by_name["Inference"], health_pb2.DESCRIPTOR.services_by_name["Health"])
-MAX_MESSAGE_BYTES = 64 << 20
 BACKLOG = 2048
 STOP_GRACE_S = 1.0
 
