@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cpu import layers as cpu_layers
 from model.cpu.attention import attend
-from model.cpu.linear import Packed, linear, pack
-from model.linear import Linear
+from model.cpu.linear import Packed, pack
+from model.cpu.team import TEAM
+from model.linear import Linear, as_array
+from model.norm import RMSNorm
 from model.state import Batch, PagedSpec, State
 
 
@@ -62,17 +65,18 @@ class Attention(nn.Module):
         super().__init__()
         self.shape, self.layer = shape, layer
         self.packed: Packed | None = None
-        self.packed_bias: Tensor | None = None
         self.q_proj = Linear(shape.hidden_size, shape.num_heads * shape.head_dim, bias)
         self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
         self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
         self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias)
 
-    def pack(self) -> None:
-        """Lays the three input projections out as one for the CPU's kernels."""
+    def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        """Lays the three input projections out as one for the CPU's kernels, the layer's norm before them."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         self.packed = pack(torch.cat([part.take_weight() for part in parts]))
-        self.packed_bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])
+        bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])
+        self.o_proj.pack()
+        self.before = (*norm.compiled, self.packed.panels, as_array(bias))
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., hidden) -> q (..., H, D), k and v (..., J, D)."""
@@ -80,8 +84,6 @@ class Attention(nn.Module):
         return tuple(p(h).unflatten(-1, by_head) for p in (self.q_proj, self.k_proj, self.v_proj))
 
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
-        if self.packed is not None:
-            return self._forward_packed(h_TD, batch, state)
         q_THD, k_TJD, v_TJD = self.qkv(h_TD)
         pages = state.pages[self.layer]
         pages[batch.new_places_T] = torch.stack([k_TJD, v_TJD], dim=1).to(pages.dtype)
@@ -93,27 +95,26 @@ class Attention(nn.Module):
         out: Tensor = self.o_proj(torch.cat(outputs).flatten(-2))
         return out
 
-    def _forward_packed(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
-        assert self.packed is not None
-        qkv_TX = linear(h_TD, self.packed)
-        if self.packed_bias is not None:
-            qkv_TX = qkv_TX + self.packed_bias
+    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
+        """x += attention(norm(x)), by the CPU's kernels."""
+        num_threads, x = torch.get_num_threads(), x_TD.numpy()
+        control = TEAM.ready(num_threads)
+        qkv_TX = cpu_layers.project(control, num_threads, x, *self.before)
         pages, shape, arrays = state.pages[self.layer], self.shape, batch.arrays
         is_bf16 = pages.dtype == torch.bfloat16
-        out_TX = torch.empty(h_TD.shape[0], shape.num_heads * shape.head_dim)
+        out_TX = np.empty((x.shape[0], shape.num_heads * shape.head_dim), np.float32)
         where = (arrays.starts_R, arrays.lens_R, arrays.contexts_R, arrays.first_keys_R, arrays.tables_RW)
         num_pairs = sum(
             length * (context + length) for length, context in zip(batch.lens, batch.context_lens, strict=True)
         )
         attend(
             num_pairs * shape.num_heads * shape.head_dim,
-            np.ascontiguousarray(qkv_TX.numpy()),
+            qkv_TX,
             *where,
             (pages.view(torch.int16) if is_bf16 else pages).numpy(),
             is_bf16,
             batch.block_size,
             shape.num_heads,
-            out_TX.numpy(),
+            out_TX,
         )
-        out: Tensor = self.o_proj(out_TX)
-        return out
+        cpu_layers.add_projected(control, num_threads, out_TX, *self.o_proj.compiled, x)

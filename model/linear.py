@@ -12,11 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.cpu.linear import Packed, linear, pack
+from model.cpu.linear import Packed, Panels, linear, pack
 
 QUANTA = (1, 2, 4, 8, 16, 32)
 LIMITS = (256, 128, 64, 32)
@@ -68,11 +70,18 @@ def row_plan(weight_OI: Tensor) -> RowPlan:
     return find_row_plan(inputs, outputs, weight_OI.dtype, str(weight_OI.device), torch.get_num_threads())
 
 
+def as_array(parameter: Tensor | None) -> NDArray[np.float32]:
+    """A vector for compiled code, in fp32; nothing as one of length 0."""
+    array: NDArray[np.float32] = np.zeros(0, np.float32) if parameter is None else parameter.detach().float().numpy()
+    return array
+
+
 class Linear(nn.Module):
     """A linear layer, weight (O, I) as in the checkpoint, uninitialised until it is loaded."""
 
     weight: nn.Parameter | None
     packed: Packed | None = None
+    compiled: tuple[Panels, NDArray[np.float32]]  # weight and bias (of length 0 where there is none) for `cpu.layers`
 
     def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
         super().__init__()
@@ -95,6 +104,7 @@ class Linear(nn.Module):
             return  # part of a larger one
         self.packed = pack(self.take_weight())
         self.bias = None if self.bias is None else nn.Parameter(self.take_bias(), requires_grad=False)
+        self.compiled = (self.packed.panels, as_array(self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:

@@ -19,14 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model import kernels
+from model.cpu import layers as cpu_layers
 from model.cpu import mamba as cpu
+from model.cpu.team import TEAM
 from model.cpu.vectors import LANES
 from model.linear import Linear
-from model.norm import GatedGroupRMSNorm
+from model.norm import GatedGroupRMSNorm, RMSNorm
 from model.state import Batch, Group, RecurrentSpec, State
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -230,8 +235,8 @@ class Mamba2Mixer(nn.Module):
         normed: Tensor = self.norm(y.flatten(-2), gate)
         return normed
 
-    def pack(self) -> None:
-        """Prepares what the CPU's kernel reads; the projections pack themselves. ValueError on odd sizes."""
+    def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        """Prepares what the CPU's kernels read, the layer's norm included. ValueError on odd sizes."""
         if self.shape.state_dim % LANES:
             given = self.shape.state_dim
             raise ValueError(f"config.json has ssm_state_size = {given}; a CPU serves multiples of {LANES}")
@@ -240,33 +245,43 @@ class Mamba2Mixer(nn.Module):
         constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)
         numbers = tuple(np.ascontiguousarray(c.detach().float().numpy()) for c in constants)
         limits = tuple(np.float32(limit) for limit in s.delta_limit)
-        norm = (self.norm.weight.detach().float().numpy(), np.float32(self.norm.eps))
-        self.packed = (s.num_groups, *numbers, *limits, *norm)
+        own_norm = (self.norm.weight.detach().float().numpy(), np.float32(self.norm.eps))
+        self.packed = (s.num_groups, *numbers, *limits, *own_norm)
+        self.in_proj.pack()
+        self.out_proj.pack()
+        self.before, self.after = (*norm.compiled, *self.in_proj.compiled), self.out_proj.compiled
+
+    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
+        """x += mixer(norm(x)), by the CPU's kernels."""
+        num_threads, x = torch.get_num_threads(), x_TD.numpy()
+        control = TEAM.ready(num_threads)
+        projected_TP = cpu_layers.project(control, num_threads, x, *self.before)
+        if batch.has_drafts:
+            state.guessed[self.layer] = projected_TP
+        mixed_TI = self._mix_packed(projected_TP, batch, state)
+        cpu_layers.add_projected(control, num_threads, mixed_TI, *self.after, x)
 
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
         projected_TP = self.in_proj(h_TD)
         if batch.has_drafts:
             state.guessed[self.layer] = projected_TP
-        mixed_TI = (
-            self._mix_packed(projected_TP, batch, state) if self.packed else self._mix(projected_TP, batch, state)
-        )
-        out: Tensor = self.out_proj(mixed_TI)
+        out: Tensor = self.out_proj(self._mix(projected_TP, batch, state))
         return out
 
     def commit(self, rows: Tensor, batch: Batch, state: State) -> None:
         """Moves the state past guesses that proved right: `batch` holds these tokens, `rows` their rows in the step."""
-        projected_TP = state.guessed.pop(self.layer)[rows]
+        projected_TP = state.guessed.pop(self.layer)
         if self.packed:
-            self._mix_packed(projected_TP, batch, state, has_output=False)
+            self._mix_packed(projected_TP[rows.numpy()], batch, state, has_output=False)
         else:
-            self._mix(projected_TP, batch, state)
+            self._mix(projected_TP[rows], batch, state)
 
-    def _mix_packed(self, projected_TP: Tensor, batch: Batch, state: State, has_output: bool = True) -> Tensor:
+    def _mix_packed(self, projected_TP: Floats, batch: Batch, state: State, has_output: bool = True) -> Floats:
         arrays, (windows, states) = batch.arrays, state.slots[self.layer]
         is_bf16 = windows.dtype == torch.bfloat16
-        out_TI = torch.empty(projected_TP.shape[0] if has_output else 0, self.shape.inner_dim)
+        out_TI = np.empty((projected_TP.shape[0] if has_output else 0, self.shape.inner_dim), np.float32)
         cpu.mix(
-            projected_TP.numpy(),
+            projected_TP,
             arrays.starts_R,
             arrays.lens_R,
             arrays.slots_R,
@@ -277,7 +292,7 @@ class Mamba2Mixer(nn.Module):
             states.numpy(),
             *self.packed,
             has_output,
-            out_TI.numpy(),
+            out_TI,
         )
         return out_TI
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model import kernels
+from model.cpu import layers as cpu_layers
 from model.cpu import moe as cpu
-from model.cpu.linear import Packed, linear, pack
+from model.cpu.linear import Packed, pack
+from model.cpu.team import TEAM
 from model.exact import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
-from model.linear import Linear, RowPlan, row_plan
+from model.linear import Linear, RowPlan, as_array, row_plan
+from model.norm import RMSNorm
 from model.state import Batch, State
 
 
@@ -84,7 +87,7 @@ class ExpertBank:
         assert up.shape == (self.shape.width, self.shape.input_dim) == down.shape[::-1]
         if self.is_compiled:
             packed = self._packed[expert] = pack(up), pack(down)
-            self._addresses[:, expert] = [part.address for part in packed]
+            self._addresses[:, expert] = [part.panels.address for part in packed]
         else:
             self._weights[expert] = up, down
         self._gains[expert] = gain_exponent(up, down)
@@ -209,8 +212,6 @@ class Router(nn.Module):
         return torch.nn.functional.linear(h_ND.float(), self.weight.float()).sigmoid()
 
     def forward(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
-        if self.packed is not None:
-            return self._choose_packed(linear(h_ND, self.packed))
         scores_NE = self.scores(h_ND)
         choice_NE = self._keep_best_groups(scores_NE + self.e_score_correction_bias)
         topk_ids_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
@@ -219,20 +220,12 @@ class Router(nn.Module):
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         return topk_ids_NK, weights_NK * self.scaling_factor
 
-    def _choose_packed(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
-        ids_NK = torch.empty(len(logits_NE), self.top_k, dtype=torch.int64)
-        weights_NK = torch.empty(len(logits_NE), self.top_k)
-        groups = (self.num_groups, self.topk_groups)
-        cpu.choose_experts(
-            np.ascontiguousarray(logits_NE.numpy()),
-            self.e_score_correction_bias.numpy(),
-            *groups,
-            self.normalize,
-            np.float32(self.scaling_factor),
-            ids_NK.numpy(),
-            weights_NK.numpy(),
-        )
-        return ids_NK, weights_NK
+    @property
+    def compiled(self) -> tuple[Any, ...]:
+        """For `cpu.layers.route`: weight, correction bias, groups, whether weights add up to 1, their factor."""
+        assert self.packed is not None
+        groups, bias = (self.num_groups, self.topk_groups), as_array(self.e_score_correction_bias)
+        return self.packed.panels, bias, *groups, self.normalize, np.float32(self.scaling_factor)
 
     def _keep_best_groups(self, choice_NE: Tensor) -> Tensor:
         if self.topk_groups == self.num_groups:
@@ -250,6 +243,21 @@ class DenseMLP(nn.Module):
         super().__init__()
         self.up_proj = Linear(hidden_size, width, bias)
         self.down_proj = Linear(width, hidden_size, bias)
+
+    def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        """Prepares what the CPU's kernels read, the layer's norm included."""
+        self.up_proj.pack()
+        self.down_proj.pack()
+        self.before = norm.compiled
+
+    @property
+    def compiled(self) -> tuple[Any, ...]:
+        return *self.up_proj.compiled, *self.down_proj.compiled
+
+    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
+        """x += mlp(norm(x)), by the CPU's kernels."""
+        num_threads = torch.get_num_threads()
+        cpu_layers.add_mlp(TEAM.ready(num_threads), num_threads, x_TD.numpy(), *self.before, *self.compiled)
 
     def forward(self, h: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
         hidden = self.up_proj(h).relu()
@@ -273,16 +281,41 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.experts, self.gate, self.is_latent = shape, experts, router, is_latent
-        self.wire_dtype: torch.dtype | None = None  # of the rows sent to the experts; None: as they come
         if is_latent:
             self.fc1_latent_proj = Linear(hidden_size, shape.input_dim, bias)
             self.fc2_latent_proj = Linear(shape.input_dim, hidden_size, bias)
         self.shared_experts = DenseMLP(hidden_size, shared_width, bias)
 
+    def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        """Prepares what the CPU's kernels read, the layer's norm included; rows travel to the experts as `dtype`."""
+        self.gate.pack()
+        self.shared_experts.pack(norm, dtype)
+        there = self.back = (self.gate.compiled[0], as_array(None))  # never read
+        if self.is_latent:
+            self.fc1_latent_proj.pack()
+            self.fc2_latent_proj.pack()
+            there, self.back = self.fc1_latent_proj.compiled, self.fc2_latent_proj.compiled
+        self.before = (*norm.compiled, *self.gate.compiled, self.is_latent, *there)
+        self.shared = self.shared_experts.compiled
+        self.wire_dtype = dtype
+
+    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
+        """x += moe(norm(x)), by the CPU's kernels."""
+        num_threads, x, shape = torch.get_num_threads(), x_TD.numpy(), self.shape
+        control = TEAM.ready(num_threads)
+        is_bf16 = self.wire_dtype == torch.bfloat16
+        ids_NK, weights_NK = np.empty((len(x), shape.top_k), np.int64), np.empty((len(x), shape.top_k), np.float32)
+        wire_NL = np.empty((len(x), shape.input_dim), np.int16 if is_bf16 else np.float32)
+        h_ND = cpu_layers.route(control, num_threads, x, *self.before, ids_NK, weights_NK, wire_NL, is_bf16)
+        x_NL, topk_ids_NK, topk_weights_NK = map(torch.from_numpy, (wire_NL, ids_NK, weights_NK))
+        x_NL = x_NL.view(torch.bfloat16) if is_bf16 else x_NL
+        wait = self.experts(shape.layer, x_NL, topk_ids_NK, topk_weights_NK)
+        shared_ND = cpu_layers.mlp(control, num_threads, h_ND, *self.shared)
+        cpu_layers.add_routed(control, num_threads, wait().numpy(), self.is_latent, *self.back, shared_ND, x)
+
     def forward(self, h_ND: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
         topk_ids_NK, topk_weights_NK = self.gate(h_ND)
         x_NL = self.fc1_latent_proj(h_ND) if self.is_latent else h_ND
-        x_NL = x_NL.to(self.wire_dtype or x_NL.dtype)
         wait = self.experts(self.shape.layer, x_NL, topk_ids_NK, topk_weights_NK)
         shared_ND = self.shared_experts(h_ND)
         y_NL = wait().to(h_ND.dtype)

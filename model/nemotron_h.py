@@ -218,7 +218,19 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = make_mixer(config, layer, experts)
 
+        self.is_packed = False
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """From now on the CPU's kernels run, and change `x_TD` in place."""
+        mixer: Any = self.mixer
+        mixer.pack(self.norm, dtype)
+        self.is_packed = True
+
     def forward(self, x_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        if self.is_packed:
+            mixer: Any = self.mixer
+            mixer.add_to(x_TD, batch, state)
+            return x_TD
         out: Tensor = x_TD + self.mixer(self.norm(x_TD), batch, state)
         return out
 
@@ -301,9 +313,10 @@ class NemotronH(nn.Module):
         if self.lm_head is None:
             self.packed_head = pack(self.embeddings.weight)
         for module in self.modules():
-            if isinstance(module, MoE):
-                module.wire_dtype = dtype
-            elif isinstance(module, Linear | RMSNorm | Router | Attention | Mamba2Mixer):
+            if isinstance(module, Block):
+                module.pack(dtype)
+        for module in self.modules():
+            if isinstance(module, Linear | RMSNorm):
                 module.pack()
 
     def embed(self, token_ids: Tensor) -> Tensor:

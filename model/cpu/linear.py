@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,18 +15,47 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.cpu.panels import PANEL, multiply_panels
-from model.cpu.team import TEAM
-from model.cpu.vectors import at
+from model.cpu.panels import PANEL
+from model.cpu.team import TEAM, product
 
-MIN_WORK_TO_SHARE = 1 << 16  # words of weights, times quarters of rows, below which help costs more than it brings
+
+class Panels(NamedTuple):
+    """A weight for compiled code: where its panels lie, and its sizes."""
+
+    address: int
+    num_inputs: int
+    num_outputs: int
+    padded_outputs: int
+    is_bf16: bool
+
+
+@njit(nogil=True, error_model="numpy", inline="never")
+def apply(control: Any, num_threads: Any, x_NI: Any, weight: Any) -> Any:
+    """x·Wᵀ in compiled code: fp32 (N, I) -> (N, O)."""
+    num_rows, padded = x_NI.shape[0], weight.padded_outputs
+    out_NP = np.empty((num_rows, padded), np.float32)
+    product(
+        control,
+        num_threads,
+        x_NI.ctypes.data,
+        num_rows,
+        weight.num_inputs,
+        weight.address,
+        weight.is_bf16,
+        out_NP.ctypes.data,
+        padded,
+    )
+    if padded == weight.num_outputs:
+        return out_NP
+    out_NO = np.empty((num_rows, weight.num_outputs), np.float32)
+    for n in range(num_rows):
+        out_NO[n] = out_NP[n, : weight.num_outputs]
+    return out_NO
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _multiply(x_NI: Any, words: Any, is_bf16: Any, out_NO: Any) -> None:
-    num_rows, num_inputs = x_NI.shape
-    stride = out_NO.shape[1]
-    multiply_panels(at(x_NI, 0), num_rows, num_inputs, at(words, 0), is_bf16, at(out_NO, 0), stride, 0, stride // PANEL)
+def _multiply(control: Any, num_threads: Any, x_NI: Any, weight: Any) -> Any:
+    return apply(control, num_threads, x_NI, weight)
 
 
 @dataclass(frozen=True)
@@ -39,12 +68,9 @@ class Packed:
     is_bf16: bool
 
     @cached_property
-    def padded_outputs(self) -> int:
-        return -(-self.num_outputs // PANEL) * PANEL
-
-    @cached_property
-    def address(self) -> int:
-        return int(self.words.ctypes.data)
+    def panels(self) -> Panels:
+        padded = -(-self.num_outputs // PANEL) * PANEL
+        return Panels(int(self.words.ctypes.data), self.num_inputs, self.num_outputs, padded, self.is_bf16)
 
 
 def pack(weight_OI: Tensor) -> Packed:
@@ -66,22 +92,8 @@ def pack(weight_OI: Tensor) -> Packed:
 def linear(x: Tensor, weight: Packed) -> Tensor:
     """x·Wᵀ: fp32 (..., I) -> fp32 (..., O)."""
     x_NI = x if x.dim() == 2 else x.reshape(-1, weight.num_inputs)
-    x_NI = x_NI.contiguous()
-    num_rows, num_threads = x_NI.shape[0], torch.get_num_threads()
-    out_NO = torch.empty(num_rows, weight.padded_outputs)
-    is_long = num_threads > 1 and weight.words.size * max(1, num_rows // 4) >= MIN_WORK_TO_SHARE
-    if not is_long or not TEAM.multiply(
-        x_NI.data_ptr(),
-        num_rows,
-        weight.num_inputs,
-        weight.address,
-        weight.is_bf16,
-        out_NO.data_ptr(),
-        weight.padded_outputs,
-        num_threads,
-    ):
-        _multiply(x_NI.numpy(), weight.words, weight.is_bf16, out_NO.numpy())
-    if weight.padded_outputs != weight.num_outputs:
-        # Contiguous without exception: numba compiles a kernel anew for another layout, perhaps to other bits.
-        out_NO = out_NO[:, : weight.num_outputs].contiguous()
+    num_threads = torch.get_num_threads()
+    # Contiguous without exception: numba compiles a kernel anew for another layout, perhaps to other bits.
+    y_NO = _multiply(TEAM.ready(num_threads), num_threads, x_NI.contiguous().numpy(), weight.panels)
+    out_NO = torch.from_numpy(y_NO)
     return out_NO if x.dim() == 2 else out_NO.view(*x.shape[:-1], weight.num_outputs)

@@ -25,12 +25,13 @@ from cluster.topology import Placement, Shard
 from model.cpu.team import TEAM
 from model.exact import from_grid, grid_exponents
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.dispatch import Dispatch, combine, dispatch, warm_up
 from services.expert.stream import Inbox, Receiver, ShardStream
 from services.expert.wire import PIECE_BYTES, WIRE_DTYPES, rows_as_numpy, sums_from_proto
 
 log = logging.getLogger(__name__)
 
-Ints = NDArray[np.integer]
+Ints = NDArray[np.int64]
 StreamKey = tuple[str, str, str]  # shard id, incarnation, endpoint
 FIRST_PAUSE_S = 0.01  # before homes are asked a second time; three times as long before each time after
 
@@ -123,6 +124,7 @@ class RemoteExperts:
         self._leaving: deque[tuple[float, ShardStream]] = deque()
         self._receiver = Receiver()
         self._ids = itertools.count(1)
+        warm_up()
 
     @property
     def epoch(self) -> int:
@@ -222,8 +224,8 @@ class _Call:
         self.device, self.dtype = x_NL.device, x_NL.dtype
         self.x_NL = rows_as_numpy(x_NL)
         self.top_k = ids_NK.shape[1]
-        self.expert_P = ids_NK.flatten().cpu().numpy().astype("<i4")
-        self.weight_P = weights_NK.flatten().float().cpu().numpy()
+        self.expert_P = ids_NK.cpu().numpy().reshape(-1)
+        self.weight_P = weights_NK.float().cpu().numpy().reshape(-1)
         self.grid_N = grid_exponents(x_NL, weights_NK, fleet.placement.gains[layer]).cpu().numpy()
         self.sums_NL = np.zeros(x_NL.shape, dtype=np.int64)
         self.inbox: Inbox = deque()
@@ -263,44 +265,41 @@ class _Call:
     def _send(self, picks: Ints, excluded: set[str] | frozenset[str], passed: frozenset[str], num_tries: int) -> None:
         depths = {id: stream.queue_depth for id, stream in self.fleet.streams.items()}
         home_P = choose_homes(self.expert_P[picks], self.table, depths, excluded)
-        for home in np.flatnonzero(np.bincount(home_P)).tolist():
-            shard_id = self.table.shard_ids[home]
-            for piece in self._pieces(picks[home_P == home]):
-                self._send_piece(shard_id, piece, passed, num_tries)
-
-    def _pieces(self, picks: Ints) -> list[Ints]:
-        """Cuts picks so that the rows of a piece stay within `piece_bytes`; a row is never cut."""
+        whole = (self.x_NL, self.grid_N, self.expert_P, self.weight_P)
+        parts = dispatch(*whole, picks, home_P, self.top_k, len(self.table.shard_ids))
         max_rows = max(1, self.owner.policy.piece_bytes // self.x_NL[0].nbytes)
-        if len(picks) <= max_rows:
-            return [picks]
-        starts_of_rows = np.flatnonzero(_starts_of_runs(picks // self.top_k))
-        return np.split(picks, starts_of_rows[max_rows::max_rows])
+        starts, ends = parts.first_row_S.tolist(), parts.first_row_S[1:].tolist()
+        for shard, (start, end) in enumerate(zip(starts, ends, strict=False)):
+            for first in range(start, end, max_rows):
+                rows = slice(first, min(first + max_rows, end))
+                own = parts.picks_of(shard, rows)
+                self._send_piece(self.table.shard_ids[shard], parts, rows, own, passed, num_tries)
 
-    def _send_piece(self, shard_id: str, picks: Ints, passed: frozenset[str], num_tries: int) -> None:
-        row_of_pick = picks // self.top_k
-        is_first_P = _starts_of_runs(row_of_pick)
-        rows, local_P = row_of_pick[is_first_P], np.cumsum(is_first_P, dtype="<i4") - np.int32(1)
-        now = time.monotonic()
-        request_id = next(self.owner._ids)
+    def _send_piece(
+        self, shard_id: str, parts: Dispatch, rows: slice, picks: slice, passed: frozenset[str], num_tries: int
+    ) -> None:
+        now, request_id = time.monotonic(), next(self.owner._ids)
+        local_Q = parts.local_Q[picks]
         message = pb.ComputeRequest(
             id=request_id,
             layer=self.layer,
             epoch=self.fleet.placement.epoch,
-            num_rows=len(rows),
+            num_rows=rows.stop - rows.start,
             dtype=WIRE_DTYPES[self.dtype],
-            rows=self.x_NL[rows].tobytes(),
-            grid=self.grid_N[rows].tobytes(),
-            pick_rows=local_P.tobytes(),
-            pick_experts=self.expert_P[picks].tobytes(),
-            pick_weights=self.weight_P[picks].tobytes(),
+            rows=parts.x_ML[rows].tobytes(),
+            grid=parts.grid_M[rows].tobytes(),
+            pick_rows=(local_Q if local_Q[0] == 0 else local_Q - local_Q[0]).tobytes(),
+            pick_experts=parts.expert_Q[picks].tobytes(),
+            pick_weights=parts.weight_Q[picks].tobytes(),
             timeout_us=max(1, round((self.expires_at - now) * 1e6)),
         ).SerializeToString()
-        self.owner.traffic.num_sent += 1
-        self.owner.traffic.num_rows_sent += len(rows)
-        self.owner.traffic.sent_bytes += len(message)
-        stream = self.fleet.streams[shard_id]
-        self.parts[request_id] = _Part(shard_id, stream, picks, rows, passed, num_tries, now)
-        stream.send(request_id, len(rows), message, self.inbox)
+        traffic, stream = self.owner.traffic, self.fleet.streams[shard_id]
+        traffic.num_sent += 1
+        traffic.num_rows_sent += rows.stop - rows.start
+        traffic.sent_bytes += len(message)
+        own = (parts.pick_Q[picks], parts.row_M[rows])
+        self.parts[request_id] = _Part(shard_id, stream, *own, passed, num_tries, now)
+        stream.send(request_id, rows.stop - rows.start, message, self.inbox)
 
     def wait(self) -> Tensor:
         """The weighted sums, fp32 (N, L); raises ExpertsUnavailable."""
@@ -346,7 +345,7 @@ class _Call:
 
     def _add(self, part: _Part, sums: pb.Sums) -> None:
         try:
-            self.sums_NL[part.rows] += sums_from_proto(sums, len(part.rows), self.x_NL.shape[1])
+            combine(sums_from_proto(sums, len(part.rows), self.x_NL.shape[1]), part.rows, self.sums_NL)
         except ValueError as error:
             self._retry(part, str(error))
 
@@ -388,11 +387,3 @@ class _Call:
     def _is_stalled(self, part: _Part, now: float) -> bool:
         silent_s = now - max(part.sent_at, part.stream.heard_at)
         return silent_s > self.owner.policy.allowed_silence_s(part.stream.predicted_s)
-
-
-def _starts_of_runs(values: Ints) -> NDArray[np.bool_]:
-    """Where runs of equal neighbours start: 3 3 5 9 9 -> yes no yes yes no."""
-    is_first = np.empty(len(values), dtype=np.bool_)
-    is_first[0] = True
-    np.not_equal(values[1:], values[:-1], out=is_first[1:])
-    return is_first

@@ -12,6 +12,7 @@ from torch import Tensor
 from cluster.topology import held_digest
 from model.moe import ExpertBank, ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.dispatch import warm_up
 from services.expert.wire import TORCH_DTYPES, Picks, Refused, picks_from_proto, sums_to_proto
 
 Wanted = dict[int, list[int]]  # experts by layer
@@ -32,6 +33,7 @@ class ExpertHost:
         self.dtype, self.device, self.memory_budget = dtype, device, memory_budget
         self.epoch = 0
         self._read = read
+        warm_up()
         self._is_held: dict[int, NDArray[np.bool_]] = {
             layer: np.zeros(shape.num_experts, dtype=np.bool_) for layer, shape in self.shapes.items()
         }

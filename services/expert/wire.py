@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.dispatch import narrow, widen
 
 COMPUTE_PATH = f"/{pb.DESCRIPTOR.services_by_name['Expert'].full_name}/Compute"
 PIECE_BYTES = 512 << 10  # rows of one request; larger batches travel in several
 TORCH_DTYPES = {pb.DTYPE_BF16: torch.bfloat16, pb.DTYPE_FP32: torch.float32}
 WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
-INT32 = np.iinfo(np.int32)
 
 Ints = NDArray[np.integer]
 
@@ -35,7 +35,7 @@ class Refused(Exception):
 class Picks:
     """The decoded body of a request: rows of one layer, and which experts take them with which weight."""
 
-    x_NL: Tensor
+    x_NL: Tensor  # fp32
     grid_N: Tensor  # int16
     row_P: Tensor  # int64
     expert_P: Tensor  # int64
@@ -58,16 +58,25 @@ def picks_from_proto(request: pb.ComputeRequest, input_dim: int, num_experts: in
     num_rows, pick_rows = request.num_rows, request.pick_rows
     num_picks = len(pick_rows) // 4
     # Copies, because torch warns about read-only memory.
-    x = torch.frombuffer(bytearray(_sized("rows", request.rows, num_rows * input_dim, dtype.itemsize)), dtype=dtype)
+    rows = _sized("rows", request.rows, num_rows * input_dim, dtype.itemsize)
     grid_N = np.frombuffer(_sized("grid", request.grid, num_rows, 2), dtype="<i2").copy()
     weight_P = np.frombuffer(_sized("pick_weights", request.pick_weights, num_picks, 4), dtype="<f4").copy()
     return Picks(
-        x.view(num_rows, input_dim),
+        _as_fp32(rows, dtype, (num_rows, input_dim)),
         torch.from_numpy(grid_N),
         _ids("pick_rows", pick_rows, num_picks, num_rows),
         _ids("pick_experts", request.pick_experts, num_picks, num_experts),
         torch.from_numpy(weight_P),
     )
+
+
+def _as_fp32(rows: bytes, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+    x_NL = np.empty(shape, np.float32)
+    if dtype == torch.bfloat16:
+        widen(np.frombuffer(rows, dtype="<i2").reshape(shape), x_NL)
+    else:
+        x_NL.reshape(-1)[:] = np.frombuffer(rows, dtype="<f4")
+    return torch.from_numpy(x_NL)
 
 
 def _sized(name: str, data: bytes, num_numbers: int, width: int) -> bytes:
@@ -88,9 +97,10 @@ def _ids(name: str, data: bytes, num_ids: int, end: int) -> Tensor:
 def sums_to_proto(sums_NL: Tensor) -> pb.Sums:
     """Packs int64 sums (N, ℓ), in half the bytes where every one of them fits."""
     sums = sums_NL.cpu().numpy()
-    if sums.min() >= INT32.min and sums.max() <= INT32.max:
-        return pb.Sums(data=sums.astype("<i4").tobytes(), width=4)
-    return pb.Sums(data=sums.astype("<i8", copy=False).tobytes(), width=8)
+    half = np.empty(sums.shape, np.int32)
+    if narrow(sums, half):
+        return pb.Sums(data=half.tobytes(), width=4)
+    return pb.Sums(data=sums.tobytes(), width=8)
 
 
 def sums_from_proto(sums: pb.Sums, num_rows: int, input_dim: int) -> Ints:

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from model.attention import Attention, AttentionShape
 from model.cpu.linear import linear, pack
-from model.cpu.team import LAST_TICKET, TEAM
+from model.cpu.team import LAST_TICKET, TEAM, TICKET
 from model.mamba import Mamba2Mixer, MambaShape
+from model.norm import RMSNorm
 from model.state import Batch, State, StateSpec
 from tests.model.steps import seeded
 
 NUM_ROUNDS = 300
+WIDTH = 256
 LENS, CONTEXTS, TABLE_LEN = (30, 1, 7, 200), (5, 0, 40, 0), 20
 
 
@@ -58,35 +60,33 @@ def filled(spec: StateSpec, dtype: torch.dtype) -> State:
     return state
 
 
-def run(module: Any, spec: StateSpec, dtype: torch.dtype, width: int) -> tuple[Tensor, list[Tensor]]:
+def run(module: Any, spec: StateSpec, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     state = filled(spec, dtype)
-    out = module(seeded(2)(sum(LENS), width), batch(), state)
-    return out, [*state.pages.values(), *(t for tensors in state.slots.values() for t in tensors)]
+    x = seeded(2)(sum(LENS), WIDTH)
+    module.add_to(x, batch(), state)
+    return x, [*state.pages.values(), *(t for tensors in state.slots.values() for t in tensors)]
 
 
 def made(module: Any, dtype: torch.dtype) -> Any:
     randn = seeded(3)
     for parameter in module.parameters():
         parameter.data = (randn(*parameter.shape) / parameter.shape[-1] ** 0.5).to(dtype)
-    module.requires_grad_(False)
-    for part in module.modules():
-        if hasattr(part, "pack"):
-            part.pack()
+    module.requires_grad_(False).pack(RMSNorm(WIDTH, 1e-5), dtype)
     return module
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layers_keep_their_bits(threads: Callable[[int], None], dtype: torch.dtype) -> None:
-    shape = MambaShape(256, 16, 64, 4, 128, 4, 128)
+    shape = MambaShape(WIDTH, 16, 64, 4, 128, 4, 128)
     mamba = made(Mamba2Mixer(shape, 0, 1e-5), dtype), StateSpec((), (shape.state_spec(0),))
-    heads = AttentionShape(256, 16, 2, 64)
+    heads = AttentionShape(WIDTH, 16, 2, 64)
     attention = made(Attention(heads, 0), dtype), StateSpec((heads.state_spec(0),), ())
     for module, spec in (mamba, attention):
         threads(0)
-        out, state = run(module, spec, dtype, 256)
+        out, state = run(module, spec, dtype)
         threads(1)
         for _ in range(10):
-            found, after = run(module, spec, dtype, 256)
+            found, after = run(module, spec, dtype)
             assert torch.equal(found, out)
             assert all(torch.equal(one, other) for one, other in zip(after, state, strict=True))
 
@@ -135,17 +135,17 @@ def test_helpers_sleep_while_others_need_the_cores(threads: Callable[[int], None
     assert torch.equal(linear(x, weight), expected)
 
 
-def test_tickets_begin_anew(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tickets_begin_anew(threads: Callable[[int], None]) -> None:
     weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected = linear(x, weight)
     threads(1)
     linear(x, weight)
-    monkeypatch.setattr(TEAM, "_ticket", LAST_TICKET - 3)
+    TEAM.ready(1)[TICKET] = LAST_TICKET - 3
     assert all(torch.equal(linear(x, weight), expected) for _ in range(10))
 
 
 def test_a_state_that_is_no_multiple_of_a_vector_is_refused() -> None:
     mixer = Mamba2Mixer(MambaShape(64, 4, 16, 2, 24, 4, 8), 0, 1e-5)
     with pytest.raises(ValueError, match=r"ssm_state_size = 24; a CPU serves multiples of 16"):
-        mixer.pack()
+        mixer.pack(RMSNorm(64, 1e-5), torch.float32)
