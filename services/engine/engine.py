@@ -155,7 +155,8 @@ class Engine:
         """Yields the request's tokens as they are made; closing the generator frees what the request holds.
 
         Raises ValueError (bad prompt, lengths or grammar), EngineOverloaded, EngineFailed, or DeadlinePassed after
-        `timeout` seconds; the first two before anything was yielded.
+        `timeout` seconds; the first two before anything was yielded, but for a grammar that leads to where nothing may
+        follow, or becomes too complex to follow.
         """
         request = self._new_request(request_id, prompt_token_ids, params, timeout)
         if overload := self.scheduler.overload:
@@ -298,9 +299,10 @@ class Engine:
         if output.finish_reason is FinishReason.DEADLINE:
             return DeadlinePassed(f"The request's deadline passed after {output.num_generated} generated tokens.")
         if output.finish_reason is FinishReason.FAILED:
-            sentence = self.runner.sampler.explain(self._streams[output.request_id].request)
-            logger.error("Request %s failed: %s", output.request_id, sentence)
-            return EngineFailed(sentence)
+            why = self.runner.sampler.explain(self._streams[output.request_id].request)
+            level = logging.ERROR if isinstance(why, EngineFailed) else logging.INFO
+            logger.log(level, "Request %s failed: %s", output.request_id, why)
+            return why
         return output
 
     def _deliver(self, items: list[tuple[str, Item]]) -> None:
@@ -324,7 +326,11 @@ def _end_reason(item: Item) -> str | None:
     return item.finish_reason
 
 
-_REASONS: dict[type[Exception], str] = {EngineOverloaded: "overloaded", DeadlinePassed: "deadline"}
+_REASONS: dict[type[Exception], str] = {
+    EngineOverloaded: "overloaded",
+    DeadlinePassed: "deadline",
+    ValueError: "invalid",
+}
 
 
 def _report(request: Request, reason: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ MAX_GRAMMARS = 16  # compiled ones kept; each may hold MAX_LEXER_STATES of 1 to 
 MAX_LEXER_STATES = 20_000
 MAX_TEXT = 2**17  # characters of a grammar
 COMPILE_STACK = 2**29  # bytes; the library recurses, and a chain of rules as long as MAX_TEXT allows takes 2**26
+NO_TOKEN = "NoExtension"  # the library's word where none can follow
 EXCERPT = re.compile(r"\d+ \| ")
 
 
@@ -61,38 +62,62 @@ class GrammarState:
         self._grammar, self._matcher = grammar, grammar.matcher.deep_copy()
         self._consumed: list[int] = []
         self._num_refused = 0
+        self._has_old_mask = self._is_dead_end = False
 
     @property
-    def error(self) -> str:
-        """Why the matcher gave up, which it does where a step would cost too much; empty: it did not."""
-        return _one_sentence(self._matcher.get_error()) if self._matcher.is_error() else ""
+    def failure(self) -> str:
+        """Why nothing may follow, in one sentence; empty where something may. Of the last call of `allowed`."""
+        error = self._matcher.get_error() if self._matcher.is_error() else ""
+        if error and not error.startswith(NO_TOKEN):
+            return f"The grammar is too complex to go on with: {_one_sentence(error)}"
+        if error or self._num_refused or self._is_dead_end:
+            return "The grammar led to a dead end: no token of the model may follow what was generated."
+        return ""
 
     def push(self, token_id: int) -> None:
-        is_text = token_id not in self._grammar.eos_ids
-        if not self._num_refused and is_text and self._matcher.try_consume_tokens([token_id]):
+        self._is_dead_end = False
+        if not self._num_refused and token_id not in self._grammar.eos_ids and self._consume(token_id):
             self._consumed.append(token_id)
         else:
             self._num_refused += 1
 
     def pop(self) -> None:
+        self._is_dead_end = False
         if self._num_refused:
             self._num_refused -= 1
         else:
             self._consumed.pop()
             self._matcher.rollback(1)
+            self._has_old_mask = True
         if self._matcher.is_error():  # for good, whatever is rolled back
-            self._matcher = self._grammar.matcher.deep_copy()
+            self._matcher, self._has_old_mask = self._grammar.matcher.deep_copy(), False
             self._matcher.consume_tokens(self._consumed)
+
+    def _consume(self, token_id: int) -> bool:
+        # The library keeps its last mask by depth and lexer state alone, and does not forget it where it is rolled back
+        # (1.9.1): on another way to the same depth it would be taken for that one's. One of what is left replaces it.
+        if self._has_old_mask:
+            self._mask()
+        return self._matcher.try_consume_tokens([token_id]) == 1
+
+    def _mask(self) -> bytes:
+        self._has_old_mask = False
+        return self._matcher.compute_bitmask()
 
     def allowed(self, vocab_size: int, stop_ids: frozenset[int], late_ids: frozenset[int]) -> NDArray[np.uint8]:
         """(V,): 1 for each token id that may come next; ids beyond the tokenizer's are never allowed.
 
         `late_ids` are those of `stop_ids` that may come only where nothing else may. All 0 if a token was refused.
         """
+        allowed_V = self._allowed(vocab_size, stop_ids, late_ids)
+        self._is_dead_end = not allowed_V.any()
+        return allowed_V
+
+    def _allowed(self, vocab_size: int, stop_ids: frozenset[int], late_ids: frozenset[int]) -> NDArray[np.uint8]:
         allowed_V = np.zeros(vocab_size, dtype=np.uint8)
         if self._num_refused or self._matcher.is_error():
             return allowed_V
-        mask = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        mask = np.unpackbits(np.frombuffer(self._mask(), dtype=np.uint8), bitorder="little")
         if self._matcher.is_error():
             return allowed_V
         allowed_V[: len(mask)] = mask[:vocab_size]

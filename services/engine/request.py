@@ -45,7 +45,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     DEADLINE = "deadline"  # `Engine.generate` raises DeadlinePassed instead of yielding it
-    FAILED = "failed"  # `Engine.generate` raises EngineFailed instead of yielding it
+    FAILED = "failed"  # `Engine.generate` raises EngineFailed or ValueError instead of yielding it
 
 
 def _check(is_good: bool, name: str, allowed: str, value: object) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from services.engine import noise, nucleus
 from services.engine.history import Notes
-from services.engine.request import Request, SamplingParams, TokenLogprob
+from services.engine.request import EngineFailed, Request, SamplingParams, TokenLogprob
 
 # Beyond these nothing changes but that fp32 overflows: one logit has all the probability, or all have the same.
 TEMPERATURES = (1e-30, 1e30)
@@ -79,12 +79,12 @@ class Sampler:
         logprobs = _logprobs(logits_SV, tokens, rows) if with_logprobs else {}
         return [None if token is None else Sampled(token, logprobs.get(s)) for s, token in enumerate(tokens)]
 
-    def explain(self, request: Request) -> str:
-        """Why no token could be chosen for a request that got None, in one sentence."""
+    def explain(self, request: Request) -> ValueError | EngineFailed:
+        """Why no token could be chosen for a request that got None: its own grammar's fault, or ours."""
         notes: Notes | None = request.sampling_state
-        if notes is not None and notes.grammar is not None and notes.grammar.error:
-            return f"The grammar is too complex to go on with: {notes.grammar.error}"
-        return "The model's logits hold NaN or infinity, so no token can be chosen from them."
+        if notes is not None and notes.grammar is not None and notes.grammar.failure:
+            return ValueError(notes.grammar.failure)
+        return EngineFailed("The model's logits hold NaN or infinity, so no token can be chosen from them.")
 
     def release(self, request: Request) -> None:
         """Forgets a request that has ended."""

@@ -1,17 +1,19 @@
 import json
+import random
 import re
 import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 import model.demo
 from services.engine.grammar import MAX_GRAMMARS, MAX_LEXER_STATES, MAX_TEXT, GrammarCompiler, _on_large_stack
-from services.engine.request import Grammar, GrammarKind, Request, SamplingParams
+from services.engine.request import EngineFailed, Grammar, GrammarKind, Request, SamplingParams
 from services.engine.sampler import Row, Sampler
 
 DEMO = Path(model.demo.__file__).parent / "checkpoint"
@@ -166,14 +168,91 @@ def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> 
     rows = [Row(request(GrammarKind.LARK, many), tuple(ids("a"))), Row(request(GrammarKind.REGEX, "a"))]
     failed, fine = SAMPLER.sample(torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), rows)
     assert failed is None
-    said = SAMPLER.explain(rows[0].request)
-    assert said.startswith("The grammar is too complex to go on with: Parser Error: Current row has 3001 items")
-    assert "\n" not in said
+    why = SAMPLER.explain(rows[0].request)
+    assert isinstance(why, ValueError), "the client's grammar is no failure of ours"
+    assert str(why).startswith("The grammar is too complex to go on with: Parser Error: Current row has 3001 items")
+    assert "\n" not in str(why)
     assert fine is not None
-    assert SAMPLER.explain(rows[1].request).startswith("The model's logits hold NaN")
+    assert isinstance(SAMPLER.explain(rows[1].request), EngineFailed)
     [before] = SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [Row(rows[0].request)])
     assert before is not None, "what only a guess made too complex can still be had otherwise"
     assert before.token_id == ids("a")[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'start: "x" NOTHING\nNOTHING: /a/ & /b/',
+        f'start: "x" <[{EOS}]> "y"',  # an end-of-sequence token is no text
+        'start: "x" loop\nloop: "y" loop',  # which has no end
+    ],
+    ids=["unmatchable", "end in the middle", "endless"],
+)
+def test_a_grammar_that_leads_nowhere_is_the_clients_fault_in_one_sentence(text: str) -> None:
+    asked = request(GrammarKind.LARK, text)
+    row, failed = Row(asked), None
+    for _ in range(2):
+        [failed] = SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [row])
+        if failed is None:
+            break
+        asked.token_ids.append(failed.token_id)
+    assert failed is None
+    why = SAMPLER.explain(asked)
+    assert isinstance(why, ValueError)
+    assert re.fullmatch(r"The grammar (led to a dead end: |is too complex to go on with: )[^\n]+\.", str(why))
+
+
+@pytest.mark.parametrize("ends", [{"min_tokens": 50}, {"ignore_eos": True}, {"min_tokens": 50, "ignore_eos": True}])
+@pytest.mark.parametrize("bias", [(), ((EOS, -100.0), (IM_END, -100.0))])
+@pytest.mark.parametrize("stop_ids", [(EOS, IM_END), (EOS,)])
+def test_a_complete_grammar_ends_whatever_else_was_asked_for(
+    ends: dict[str, Any], bias: tuple[tuple[int, float], ...], stop_ids: tuple[int, ...]
+) -> None:
+    asked = request(GrammarKind.REGEX, "[0-9]{3}", stop_ids, logit_bias=bias, stop_token_ids=stop_ids, **ends)
+    assert re.fullmatch("[0-9]{3}", generate(asked, seed=0))
+
+
+def test_what_was_guessed_on_another_way_to_the_same_depth_says_nothing_of_this_one() -> None:
+    text = request(GrammarKind.JSON_OBJECT)
+    in_list, in_key = ids('{"a": ["'), ids('{"a": {"')
+    assert len(SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [Row(text, tuple(in_list))])) == 1
+    assert allowed(text, '{"a": {"') == allowed(request(GrammarKind.JSON_OBJECT), '{"a": {"')
+    [colon] = ids('":')
+    assert colon in allowed(text, '{"a": {"')
+    assert colon not in allowed(text, '{"a": ["')
+    assert in_list != in_key
+
+
+GUIDED = [  # lexemes that count tokens or stop elsewhere cannot be rolled back by the library
+    'start: "<" t ">"\nt[max_tokens=9]: /[a-z]+/',
+    'start: "<" t ">"\nt[stop="q"]: /[a-z]+/',
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("grammar", [Grammar(GrammarKind.JSON_OBJECT), *(Grammar(GrammarKind.LARK, g) for g in GUIDED)])
+def test_after_any_guesses_a_state_is_that_of_its_tokens(grammar: Grammar, seed: int) -> None:
+    draw, compiled = random.Random(seed), compiler().compile(grammar)
+    state, tokens, stops = compiled.start(), list[int](), frozenset({EOS})
+    telling = ids('{"a": ["b", {"": {"c": ["q') + ids(">") + ids("}")
+    for _ in range(400):
+        fresh = compiled.start()
+        for token in tokens:
+            fresh.push(token)
+        may_follow = fresh.allowed(VOCAB_SIZE, stops, frozenset())
+        if draw.random() < 0.7:
+            assert np.array_equal(state.allowed(VOCAB_SIZE, stops, frozenset()), may_follow)
+        for _ in range(min(len(tokens), draw.choice((0, 0, 0, 0, 1, 2, 3)))):
+            state.pop()
+            tokens.pop()
+            may_follow = None
+        if may_follow is None:
+            continue
+        good = [int(i) for i in may_follow.nonzero()[0] if i != EOS]
+        some = [i for i in telling if may_follow[i]] if draw.random() < 0.9 else good
+        token = draw.choice(telling) if draw.random() < 0.1 or not good else draw.choice(some or good)
+        state.push(token)
+        tokens.append(token)
 
 
 # A client's mistakes
