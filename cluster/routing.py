@@ -74,7 +74,7 @@ def choose_homes(
     return home_P
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _choose(expert_P: Any, homes_EH: Any, is_excluded_S: Any, busy_S: Any, costs: Any, home_P: Any) -> bool:
     """Writes `home_P`; False where an expert has no home that may be asked. `tests/cluster/slow_routing.py` is the
     same in plain Python."""
@@ -124,7 +124,7 @@ def _choose(expert_P: Any, homes_EH: Any, is_excluded_S: Any, busy_S: Any, costs
     return True
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _give(options: Any, num_rows: Any, holds_S: Any, is_called_S: Any, busy_S: Any, costs: Any) -> int:
     """Gives some rows of one expert to the home that would be done first."""
     expert_cost, row_cost, message_cost, _ = costs

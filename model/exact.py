@@ -37,14 +37,13 @@ def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
 
 
 def grid_exponents(x_NL: Tensor, topk_weights_NK: Tensor, layer_gain_exponent: int) -> Tensor:
-    """Exponent of the unit in which each row's contributions are added: int16 (N,)."""
-    if kernels.is_compiled(x_NL.device):
-        grid_N = torch.empty(len(x_NL), dtype=torch.int16)
-        shift = layer_gain_exponent - FRACTION_BITS - round(math.log2(x_NL.shape[-1]))
-        cpu.grids(x_NL.float().contiguous().numpy(), topk_weights_NK.float().numpy(), shift, grid_N.numpy())
-        return grid_N
-    size_N = torch.linalg.vector_norm(x_NL, dim=-1, dtype=torch.float32)
+    """Exponent of the unit in which each row's contributions are added: int16 (N,). Weights are fp32."""
     shift = layer_gain_exponent - FRACTION_BITS - round(math.log2(x_NL.shape[-1]))
+    if kernels.is_compiled(x_NL.device):
+        is_bf16 = x_NL.dtype == torch.bfloat16
+        rows = (x_NL.view(torch.int16) if is_bf16 else x_NL).contiguous().numpy()
+        return torch.from_numpy(cpu.grids(rows, is_bf16, topk_weights_NK.numpy(), shift))
+    size_N = torch.linalg.vector_norm(x_NL, dim=-1, dtype=torch.float32)
     exponent_N = torch.frexp(size_N * size_N * topk_weights_NK.amax(-1)).exponent
     return (exponent_N + shift).clamp_(-200, 200).to(torch.int16)
 
@@ -70,7 +69,5 @@ def add_on_grid(y_PL: Tensor, scale_P: Tensor, row_P: Tensor, num_rows: int) -> 
 def from_grid(sums_NL: Tensor, grid_N: Tensor) -> Tensor:
     """int64 sums back to fp32 (N, L)."""
     if kernels.is_compiled(sums_NL.device):
-        out_NL = torch.empty(sums_NL.shape)
-        cpu.from_grid(sums_NL.numpy(), grid_N.numpy(), out_NL.numpy())
-        return out_NL
+        return torch.from_numpy(cpu.from_grid(sums_NL.numpy(), grid_N.numpy()))
     return (sums_NL.double() * torch.exp2(grid_N.double())[:, None]).float()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from model.cpu.functions import from_bf16
 from model.cpu.panels import PANEL, multiply_panels
 from model.cpu.vectors import address_of, at
 
@@ -70,24 +71,29 @@ def choose_experts(
             weights_NK[n, k] *= scaling
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def grids(x_NL: Any, weights_NK: Any, shift: Any, grid_N: Any) -> None:
-    """Exponents of the units in which rows are added: see `model.exact.grid_exponents`."""
+@njit(error_model="numpy", cache=True)
+def grids(x_NL: Any, is_bf16: Any, weights_NK: Any, shift: Any) -> Any:
+    """Exponents of the units in which rows, fp32 or bf16 as int16, are added: see `model.exact.grid_exponents`."""
+    grid_N = np.empty(x_NL.shape[0], np.int16)
     for n in range(x_NL.shape[0]):
         total = np.float64(0.0)
-        for value in x_NL[n]:
-            total += np.float64(value) * np.float64(value)
+        for number in x_NL[n]:
+            value = np.float64(from_bf16(number) if is_bf16 else np.float32(number))
+            total += value * value
         _, exponent = math.frexp(total * np.float64(weights_NK[n].max()))
         grid_N[n] = min(max(exponent + shift, -200), 200)
+    return grid_N
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def from_grid(sums_NL: Any, grid_N: Any, out_NL: Any) -> None:
+@njit(error_model="numpy", cache=True)
+def from_grid(sums_NL: Any, grid_N: Any) -> Any:
     """Sums in units of 2**grid as fp32: see `model.exact.from_grid`."""
+    out_NL = np.empty(sums_NL.shape, np.float32)
     for n in range(sums_NL.shape[0]):
         unit, sums, out = math.ldexp(1.0, int(grid_N[n])), sums_NL[n], out_NL[n]
         for i in range(sums.shape[0]):
             out[i] = np.float32(np.float64(sums[i]) * unit)
+    return out_NL
 
 
 @njit(nogil=True, error_model="numpy", cache=True)

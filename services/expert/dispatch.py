@@ -41,7 +41,7 @@ class Dispatch(NamedTuple):
         return slice(first + start, first + stop)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
 def _dispatch(
     x_NL: Any, grid_N: Any, expert_P: Any, weight_P: Any, pick_Q: Any, home_Q: Any, top_k: Any, num_shards: Any
 ) -> Any:
@@ -101,7 +101,7 @@ def dispatch(
     return Dispatch(*_dispatch(x_NL, grid_N, expert_P, weight_P, pick_Q, home_Q, top_k, num_shards))
 
 
-@njit(nogil=True, error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
 def combine(sums_ML: Any, row_M: Any, sums_NL: Any) -> None:
     """Adds a shard's sums, int32 or int64, to those of the call; each row stands in `row_M` once."""
     for m in range(len(row_M)):
@@ -110,7 +110,7 @@ def combine(sums_ML: Any, row_M: Any, sums_NL: Any) -> None:
             total[i] += part[i]
 
 
-@njit(nogil=True, error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
 def narrow(sums_NL: Any, narrow_NL: Any) -> Any:
     """Copies int64 sums to int32 ones; False where one of them does not fit."""
     fits = True
@@ -122,7 +122,7 @@ def narrow(sums_NL: Any, narrow_NL: Any) -> Any:
     return fits
 
 
-@njit(nogil=True, error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
 def widen(bits_NL: Any, x_NL: Any) -> None:
     """bf16 rows, as int16, to fp32."""
     for n in range(bits_NL.shape[0]):

@@ -27,7 +27,9 @@ HEADER = struct.Struct(">HBBBI")  # length in 16 + 8 bits, type, flags, stream
 KEEPALIVE_S, KEEPALIVE_PROBES = 10, 3
 USER_TIMEOUT_MS = 30_000  # for the peer's kernel to acknowledge what was written
 SETTING = struct.Struct(">HI")  # name, value
-PREFIX_LEN = 5  # of a gRPC message: compressed or not, and its length
+PREFIX = struct.Struct(">BI")  # of a gRPC message: compressed or not, and its length
+PREFIX_LEN = PREFIX.size
+WHOLE = struct.Struct(">HBBBIBI")  # HEADER and PREFIX
 
 
 class StreamEnded(ConnectionError):
@@ -98,11 +100,19 @@ class GrpcStream:
         return len(self.unsent) + sum(map(len, self._held_back))
 
     def send(self, message: bytes) -> None:
-        self._held_back.append(b"\0" + len(message).to_bytes(4, "big") + message)
-        self._release()
+        size = len(message) + PREFIX_LEN
+        if self._held_back or size > min(self._max_frame, self._connection_window, self._stream_window):
+            self._held_back.append(PREFIX.pack(0, len(message)) + message)
+            self._release()
+        else:
+            self.unsent += WHOLE.pack(size >> 8, size & 0xFF, DATA, 0, self._stream_id, 0, len(message)) + message
+            self._connection_window -= size
+            self._stream_window -= size
 
     def receive(self, data: bytes) -> list[bytes]:
         """The messages that `data` completes; raises StreamEnded where there will be no more, or none that is valid."""
+        if (message := self._only_message(data)) is not None:
+            return [message]
         buffer, start, messages = self._buffer + data, 0, list[bytes]()
         while len(buffer) - start >= HEADER.size:
             high, low, kind, flags, stream_id = HEADER.unpack_from(buffer, start)
@@ -116,6 +126,19 @@ class GrpcStream:
             start = end
         self._buffer = buffer[start:]
         return messages
+
+    def _only_message(self, data: bytes) -> bytes | None:
+        """The message, where `data` is one whole frame with one whole message, as it mostly is."""
+        if self._buffer or self._message or len(data) < WHOLE.size:
+            return None
+        high, low, kind, flags, stream_id, compressed, length = WHOLE.unpack_from(data)
+        size = high << 8 | low
+        if kind != DATA or flags or stream_id != self._stream_id or compressed or size != length + PREFIX_LEN:
+            return None
+        if len(data) != HEADER.size + size or size > OUR_MAX_FRAME or length > self.max_message or not stream_id:
+            return None
+        self._make_room(size, is_ours=True)
+        return data[WHOLE.size :]
 
     def _take(self, kind: int, flags: int, stream_id: int, payload: bytes, messages: list[bytes]) -> None:
         if kind in (DATA, HEADERS, RST_STREAM) and not stream_id:

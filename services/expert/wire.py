@@ -46,7 +46,7 @@ def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
     """The bits of bf16 or fp32 rows (N, ℓ) as a numpy array: numpy has no bf16, so that one comes as int16."""
     if x_NL.dtype not in WIRE_DTYPES:
         raise ValueError(f"Rows travel as float32 or bfloat16, not as {x_NL.dtype}.")
-    x_NL = x_NL.detach().cpu().contiguous()
+    x_NL = x_NL.cpu().contiguous()
     return (x_NL.view(torch.int16) if x_NL.dtype == torch.bfloat16 else x_NL).numpy()
 
 
