@@ -91,11 +91,12 @@ class _FrontStream:
         self._link, self._front = link, front
         self.is_open = True
         self._num_owed = 0
+        self._watched = READ
 
     def on_ready(self, events: int) -> None:
         if events & READ:
             self._read()
-        if self.is_open:
+        if self.is_open and (self._watched != READ or self._link.has_unsent):
             self.flush()
 
     def _read(self) -> None:
@@ -142,7 +143,9 @@ class _FrontStream:
             return
         may_read = READ if num_unsent <= MAX_UNSENT_BYTES else 0
         events = may_read | (WRITE if self._link.has_unsent else 0)
-        self._front._worker.watch_for(self._link.connection, events or READ)
+        if (events or READ) != self._watched:
+            self._watched = events or READ
+            self._front._worker.watch_for(self._link.connection, self._watched)
 
     def close(self) -> None:
         if self.is_open:

@@ -310,7 +310,8 @@ class GrpcSocket:
         if not data:
             raise StreamEnded("the other side closed the connection")
         messages = self.stream.receive(data)
-        self.flush()  # acknowledgements, and what new windows let through
+        if self.stream.unsent:  # acknowledgements, and what new windows let through
+            self.flush()
         return messages
 
     def close(self) -> None:
