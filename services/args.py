@@ -15,6 +15,8 @@ from model import kernels
 from model.demo import DEMO
 from model.family import ModelFamily, load_family
 from services.controller.controller import layer_specs
+from services.engine.drafter import bytes_per_request
+from services.engine.drafting import DEFAULT_DRAFT_TOKENS
 from services.engine.memory import MemoryPlan, plan_memory
 from services.logs import LogFormat
 
@@ -103,10 +105,19 @@ class AppArgs(BaseModel):
     def memory_plan(self, family: ModelFamily) -> MemoryPlan:
         """How many requests fit; raises ValueError if not even one of the longest does."""
         spec, longest = family.config.state_spec, self.context(family)
-        one = spec.bytes_per_slot(self.torch_dtype) + spec.num_blocks(longest) * spec.bytes_per_block(self.torch_dtype)
-        budget = self.state_memory or max(DEFAULT_STATE_MEMORY, one)
-        share = CHECKPOINT_SHARE if self.prefix_cache else 0.0
-        return plan_memory(spec, self.torch_dtype, budget, longest, self.max_requests, checkpoint_share=share)
+        num_drafts = DEFAULT_DRAFT_TOKENS if self.draft_tokens is None else self.draft_tokens
+        beside = bytes_per_request(family.config, num_drafts) if family.has_mtp else 0
+        slot, block = spec.bytes_per_slot(self.torch_dtype), spec.bytes_per_block(self.torch_dtype)
+        one = slot + beside + spec.num_blocks(longest) * block
+        return plan_memory(
+            spec,
+            self.torch_dtype,
+            budget=self.state_memory or max(DEFAULT_STATE_MEMORY, one),
+            max_model_len=longest,
+            max_requests=self.max_requests,
+            checkpoint_share=CHECKPOINT_SHARE if self.prefix_cache else 0.0,
+            bytes_per_request=beside,
+        )
 
     def arithmetic(self) -> list[str]:
         """What computes, and what it promises, in words; pools on another device may promise less."""

@@ -23,6 +23,7 @@ from model import kernels
 from model.family import ModelFamily
 from model.moe import Experts
 from model.state import State
+from services.engine.drafting import DEFAULT_DRAFT_TOKENS
 from services.engine.engine import Engine
 from services.engine.grammar import GrammarCompiler
 from services.engine.memory import MemoryPlan
@@ -38,7 +39,6 @@ FLUSH_PERIOD_S = 1.0
 RATE_KEPT = 0.9  # of the picks per second, from one flush to the next
 PLACEMENT_TIMEOUT_S = 600.0
 WARM_UP_TOKENS = 8  # enough for drafts to be made and verified
-DEFAULT_DRAFT_TOKENS = 4  # at most; measured acceptance and cost decide
 
 
 @dataclass(frozen=True)

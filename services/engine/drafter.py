@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.nemotron_h import NemotronHConfig
 from model.state import Batch, State
 from services.engine.drafting import MAX_UNREAD
 from services.engine.request import Request
@@ -30,6 +31,19 @@ class DraftModel(Protocol):
 
     def logits(self, hidden_SD: Tensor, /) -> Tensor:
         """Fp32 logits (S, V)."""
+
+
+def bytes_per_request(config: NemotronHConfig, num_drafts: int) -> int:
+    """What a request takes beside its state where up to `num_drafts` tokens are drafted for it, in fp32.
+
+    Hidden vectors that the module has not read, and the inputs of each recurrent layer that `commit` replays.
+    """
+    if not num_drafts:
+        return 0
+    mamba, num_recurrent = config.mamba, len(config.state_spec.recurrent)
+    width = mamba.inner_dim + mamba.conv_dim + mamba.num_heads
+    values = MAX_UNREAD * config.hidden_size + (num_drafts + 1) * num_recurrent * width
+    return values * torch.float32.itemsize
 
 
 @dataclass

@@ -16,6 +16,7 @@ from operator import mul
 import numpy as np
 from numpy.typing import NDArray
 
+DEFAULT_DRAFT_TOKENS = 4  # at most; measured acceptance and cost decide
 PRIOR_RATE = 0.6  # accepted of drafts at any position, before anything was measured
 PRIOR_WEIGHT = 4.0  # in observations
 REQUEST_KEPT = 0.98  # of what a request's acceptance weighs, from one observation to the next
