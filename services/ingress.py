@@ -19,7 +19,7 @@ from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services import logs
 from services.args import AppArgs
-from services.engine.grammar import GrammarCompiler
+from services.engine.grammar_check import GrammarChecker
 from services.engine.request import EngineFailed
 from services.gateway.backbone_metrics import backbone_metrics
 from services.gateway.errors import ApiError, Refusal
@@ -56,7 +56,8 @@ class GatewayDeployment:
         card = ModelCard(args.name, args.context(family), int(time.time()))
         self._where = Listening(args.host, args.http_port, args.grpc_port)
         self._backbone = Backbones(_ask_all(backbone))
-        self._generation = Generation(self._backbone, Tokenizer(args.model), card, GrammarCompiler(args.model).check)
+        self._grammars = GrammarChecker(args.model)
+        self._generation = Generation(self._backbone, Tokenizer(args.model), card, self._grammars.check)
         self._grpc = InferenceApi(self._generation, self._backbone.health)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -75,6 +76,7 @@ class GatewayDeployment:
     async def __del__(self) -> None:
         await self._listener.stop()
         await self._backbone.stop()
+        self._grammars.close()
 
     async def _report(self) -> dict[str, Any]:
         """What `expertmesh status` shows."""

@@ -168,6 +168,7 @@ class Generation:
         threads: Threads | None = None,
     ) -> None:
         self._threads = threads or Threads()
+        self._checks = Threads()  # apart, because a grammar may take seconds
         self._source, self.tokenizer, self.card, self._check_grammar = source, tokenizer, card, check_grammar
         self._markers = grammars.Markers.of(tokenizer)
         self.metrics = Metrics(card.id)
@@ -186,7 +187,7 @@ class Generation:
         start = asyncio.get_running_loop().time()
         try:
             jobs = [job for ask in asks() for job in await self._jobs_in_time(ask, start)]
-        except (ValueError, EngineOverloaded, DeadlinePassed) as error:
+        except (ValueError, EngineOverloaded, EngineFailed, DeadlinePassed) as error:
             raise from_exception(error) from error
         if len(jobs) > MAX_CHOICES:
             raise invalid(f"n times the number of prompts must be at most {MAX_CHOICES}, not {len(jobs)}.", "n")
@@ -263,11 +264,11 @@ class Generation:
     async def _grammar(self, ask: Ask, reasons: bool) -> Grammar | None:
         answer = ask.shape.grammar if ask.shape else None
         if ask.shape and self._check_grammar:
-            await self._threads.run(grammars.check, ask.shape.grammar, ask.shape.place, self._check_grammar)
+            await self._checks.run(grammars.check, ask.shape.grammar, ask.shape.place, self._check_grammar)
         composed = grammars.compose(answer, ask.use, reasons, self._markers)
         if composed is not None and composed is not answer and self._check_grammar:
             place = "tools" if ask.use.tools else "the answer's form"
-            await self._threads.run(grammars.check, composed, place, self._check_grammar)  # up to a second
+            await self._checks.run(grammars.check, composed, place, self._check_grammar)
         return composed
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from services.gateway.tools import Tool, ToolUse, is_text
 MAX_COUNTED_CHARS = 2000  # a longer maxLength is not enforced: counting characters costs a state for each
 TEXT = r"(?s:.*)"
 
-CheckGrammar = Callable[[Grammar], None]  # raises ValueError; `services.engine.grammar.GrammarCompiler.check`
+CheckGrammar = Callable[[Grammar], None]  # raises ValueError; `services.engine.grammar_check.GrammarChecker.check`
 
 
 @dataclass(frozen=True)
