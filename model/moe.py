@@ -107,6 +107,18 @@ class ExpertBank:
         expert = torch.tensor([next(iter(self._gains))])
         one, grid = torch.ones(1), torch.zeros(1, dtype=torch.int16)
         self.partial_sums(torch.zeros(1, self.shape.input_dim), torch.tensor([0]), expert, one, grid)
+        if self.is_compiled:
+            self.packed_sums(*self._as_shards_ask(expert.numpy()))
+
+    def _as_shards_ask(self, expert: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+        """One pick as a message brings it, read-only: for other types a kernel is compiled anew."""
+
+        def received(array: NDArray[Any]) -> NDArray[Any]:
+            return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+
+        rows = np.zeros((1, self.shape.input_dim), np.int16 if self.dtype == torch.bfloat16 else np.float32)
+        numbers = (np.zeros(1, np.int32), expert.astype(np.int32), np.ones(1, np.float32), np.zeros(1, np.int16))
+        return tuple(map(received, (rows, *numbers)))
 
     def plan(self) -> RowPlan:
         """Row counts that serve both of an expert's products, found once."""
@@ -122,7 +134,8 @@ class ExpertBank:
         is not finite or too large to add.
         """
         if self.is_compiled:
-            return self._partial_sums_packed(x_NL, row_P, expert_P, weight_P, grid_N)
+            picks = (row_P.numpy(), expert_P.numpy(), weight_P.numpy(), grid_N.numpy())
+            return torch.from_numpy(self.packed_sums(x_NL.float().contiguous().numpy(), *picks))
         order_P = expert_P.numpy().argsort(kind="stable")
         rows_P = row_P.numpy()[order_P]
         blocks, place_P, num_padded = self._blocks(expert_P.numpy()[order_P])
@@ -135,16 +148,21 @@ class ExpertBank:
         scale, rows = (torch.from_numpy(v).to(self.device) for v in (scale_P, rows_P))
         return add_on_grid(y_PL, scale, rows, len(x_NL))
 
-    def _partial_sums_packed(
-        self, x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, grid_N: Tensor
-    ) -> Tensor:
+    def packed_sums(
+        self,
+        x_NL: NDArray[np.generic],
+        row_P: NDArray[np.integer],
+        expert_P: NDArray[np.integer],
+        weight_P: NDArray[np.float32],
+        grid_N: NDArray[np.int16],
+    ) -> NDArray[np.int64]:
+        """`partial_sums` by the CPU's kernels, on arrays; rows are fp32, or the bits of bf16 as int16."""
         sums_NL = np.zeros(x_NL.shape, np.int64)
         is_bf16 = next(iter(self._packed.values()))[0].is_bf16
-        picks = (row_P.numpy(), expert_P.numpy(), weight_P.numpy(), grid_N.numpy())
-        rows = x_NL.float().contiguous().numpy()
-        if not cpu.partial_sums(rows, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
+        picks = (x_NL.dtype == np.int16, row_P, expert_P, weight_P, grid_N)
+        if not cpu.partial_sums(x_NL, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
             raise ValueError(NOT_ADDABLE)
-        return torch.from_numpy(sums_NL)
+        return sums_NL
 
     def _blocks(self, expert_P: NDArray[np.int64]) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], int]:
         """Cuts sorted picks into an expert's blocks of rows that `plan` allows.

@@ -99,6 +99,7 @@ def from_grid(sums_NL: Any, grid_N: Any) -> Any:
 @njit(nogil=True, error_model="numpy", cache=True)
 def partial_sums(
     x_NL: Any,
+    are_bits: Any,
     row_P: Any,
     expert_P: Any,
     weight_P: Any,
@@ -111,8 +112,8 @@ def partial_sums(
 ) -> bool:
     """Adds weight·expert(x[row]) of every pick to its row of `sums_NL` (int64, units of 2**grid).
 
-    `up_E` and `down_E` are the addresses of each expert's packed weights. Returns False, with the sums undefined, where
-    an output is not finite or too large to add.
+    Rows are fp32, or bf16 as int16 where `are_bits`. `up_E` and `down_E` are the addresses of each expert's packed
+    weights. Returns False, with the sums undefined, where an output is not finite or too large to add.
     """
     num_picks, input_dim = len(row_P), x_NL.shape[1]
     num_experts = len(up_E)
@@ -137,7 +138,9 @@ def partial_sums(
         if count == 0:
             continue
         for b in range(count):
-            x_BL[b] = x_NL[row_P[order_P[first + b]]]
+            source, target = x_NL[row_P[order_P[first + b]]], x_BL[b]
+            for i in range(input_dim):
+                target[i] = from_bf16(source[i]) if are_bits else np.float32(source[i])
         multiply_panels(
             at(x_BL, 0),
             count,

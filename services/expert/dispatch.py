@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from model.cpu.functions import from_bf16
+import model.cpu  # noqa: F401 - which says where compiled code is kept
 
 
 class Dispatch(NamedTuple):
@@ -122,15 +122,6 @@ def narrow(sums_NL: Any, narrow_NL: Any) -> Any:
     return fits
 
 
-@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
-def widen(bits_NL: Any, x_NL: Any) -> None:
-    """bf16 rows, as int16, to fp32."""
-    for n in range(bits_NL.shape[0]):
-        bits, out = bits_NL[n], x_NL[n]
-        for i in range(len(bits)):
-            out[i] = from_bf16(bits[i])
-
-
 @cache
 def warm_up() -> None:
     """Compiles now what the first call would wait for."""
@@ -141,4 +132,3 @@ def warm_up() -> None:
     for width in (4, 8):
         combine(np.frombuffer(bytes(width), f"<i{width}").reshape(1, 1), ids, sums)
     narrow(sums, np.zeros((1, 1), np.int32))
-    widen(np.frombuffer(bytes(2), "<i2").reshape(1, 1), np.zeros((1, 1), np.float32))

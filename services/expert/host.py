@@ -102,12 +102,20 @@ class ExpertHost:
 
     def compute(self, request: pb.ComputeRequest) -> pb.Sums:
         """The partial sum of each row over its picks; raises Refused."""
-        picks = self._decode(request)
-        self._check_held(request, picks.expert_P.numpy())
-        sums_NL = self.banks[request.layer].partial_sums(
-            picks.x_NL.to(self.device), picks.row_P, picks.expert_P, picks.weight_P, picks.grid_N
-        )
+        picks, bank = self._decode(request), self.banks[request.layer]
+        self._check_held(request, picks.expert_P)
+        if bank.is_compiled:
+            sums_NL = bank.packed_sums(picks.x_NL, picks.row_P, picks.expert_P, picks.weight_P, picks.grid_N)
+        else:
+            sums_NL = bank.partial_sums(*self._as_tensors(picks)).cpu().numpy()
         return sums_to_proto(sums_NL)
+
+    def _as_tensors(self, picks: Picks) -> tuple[Tensor, ...]:
+        x_NL = torch.from_numpy(picks.x_NL.copy())  # copies, because torch warns about read-only memory
+        x_NL = x_NL.view(torch.bfloat16) if self.dtype == torch.bfloat16 else x_NL
+        row_P, expert_P = (torch.from_numpy(ids.astype(np.int64)) for ids in (picks.row_P, picks.expert_P))
+        weight_P, grid_N = (torch.from_numpy(numbers.copy()) for numbers in (picks.weight_P, picks.grid_N))
+        return x_NL.to(self.device), row_P, expert_P, weight_P, grid_N
 
     def _decode(self, request: pb.ComputeRequest) -> Picks:
         shape = self.shapes.get(request.layer)
@@ -119,7 +127,7 @@ class ExpertHost:
             raise Refused(pb.Refusal.BAD_SHAPE, detail)
         return picks_from_proto(request, shape.input_dim, shape.num_experts)
 
-    def _check_held(self, request: pb.ComputeRequest, expert_P: NDArray[np.int64]) -> None:
+    def _check_held(self, request: pb.ComputeRequest, expert_P: NDArray[np.int32]) -> None:
         is_held_P = self._is_held[request.layer][expert_P]
         if is_held_P.all():
             return

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.dispatch import narrow, widen
+from services.expert.dispatch import narrow
 
 COMPUTE_PATH = f"/{pb.DESCRIPTOR.services_by_name['Expert'].full_name}/Compute"
 PIECE_BYTES = 512 << 10  # rows of one request; larger batches travel in several
@@ -31,15 +31,15 @@ class Refused(Exception):
         self.code, self.detail, self.missing = code, detail, missing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picks:
-    """The decoded body of a request: rows of one layer, and which experts take them with which weight."""
+    """The decoded body of a request: rows of one layer, and which experts take them with which weight; read-only."""
 
-    x_NL: Tensor  # fp32
-    grid_N: Tensor  # int16
-    row_P: Tensor  # int64
-    expert_P: Tensor  # int64
-    weight_P: Tensor  # fp32
+    x_NL: NDArray[np.generic]  # fp32, or the bits of bf16 as int16
+    grid_N: NDArray[np.int16]
+    row_P: NDArray[np.int32]
+    expert_P: NDArray[np.int32]
+    weight_P: NDArray[np.float32]
 
 
 def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
@@ -57,26 +57,18 @@ def picks_from_proto(request: pb.ComputeRequest, input_dim: int, num_experts: in
         raise Refused(pb.Refusal.BAD_SHAPE, f"dtype is {request.dtype}, but must be DTYPE_BF16 or DTYPE_FP32.")
     num_rows, pick_rows = request.num_rows, request.pick_rows
     num_picks = len(pick_rows) // 4
-    # Copies, because torch warns about read-only memory.
     rows = _sized("rows", request.rows, num_rows * input_dim, dtype.itemsize)
-    grid_N = np.frombuffer(_sized("grid", request.grid, num_rows, 2), dtype="<i2").copy()
-    weight_P = np.frombuffer(_sized("pick_weights", request.pick_weights, num_picks, 4), dtype="<f4").copy()
+    grid, weights = (
+        _sized("grid", request.grid, num_rows, 2),
+        _sized("pick_weights", request.pick_weights, num_picks, 4),
+    )
     return Picks(
-        _as_fp32(rows, dtype, (num_rows, input_dim)),
-        torch.from_numpy(grid_N),
+        np.frombuffer(rows, dtype="<i2" if dtype == torch.bfloat16 else "<f4").reshape(num_rows, input_dim),
+        np.frombuffer(grid, dtype="<i2"),
         _ids("pick_rows", pick_rows, num_picks, num_rows),
         _ids("pick_experts", request.pick_experts, num_picks, num_experts),
-        torch.from_numpy(weight_P),
+        np.frombuffer(weights, dtype="<f4"),
     )
-
-
-def _as_fp32(rows: bytes, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    x_NL = np.empty(shape, np.float32)
-    if dtype == torch.bfloat16:
-        widen(np.frombuffer(rows, dtype="<i2").reshape(shape), x_NL)
-    else:
-        x_NL.reshape(-1)[:] = np.frombuffer(rows, dtype="<f4")
-    return torch.from_numpy(x_NL)
 
 
 def _sized(name: str, data: bytes, num_numbers: int, width: int) -> bytes:
@@ -86,17 +78,16 @@ def _sized(name: str, data: bytes, num_numbers: int, width: int) -> bytes:
     return data
 
 
-def _ids(name: str, data: bytes, num_ids: int, end: int) -> Tensor:
+def _ids(name: str, data: bytes, num_ids: int, end: int) -> NDArray[np.int32]:
     ids = np.frombuffer(_sized(name, data, num_ids, 4), dtype="<i4")
     if ids.view(np.uint32).max() >= end:  # a negative number is a big one here
         bounds = f"from {ids.min()} to {ids.max()}, but must stay within 0 to {end - 1}"
         raise Refused(pb.Refusal.BAD_SHAPE, f"{name} runs {bounds}.")
-    return torch.from_numpy(ids.astype(np.int64))
+    return ids
 
 
-def sums_to_proto(sums_NL: Tensor) -> pb.Sums:
+def sums_to_proto(sums: NDArray[np.int64]) -> pb.Sums:
     """Packs int64 sums (N, ℓ), in half the bytes where every one of them fits."""
-    sums = sums_NL.cpu().numpy()
     half = np.empty(sums.shape, np.int32)
     if narrow(sums, half):
         return pb.Sums(data=half.tobytes(), width=4)
