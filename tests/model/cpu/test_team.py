@@ -135,6 +135,22 @@ def test_helpers_sleep_while_others_need_the_cores(threads: Callable[[int], None
     assert torch.equal(linear(x, weight), expected)
 
 
+def test_a_helper_that_fails_is_told_of_and_helps_on(threads: Callable[[int], None]) -> None:
+    """Without a word its task would be waited for without end."""
+    weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    threads(0)
+    expected = linear(x, weight)
+
+    def tasks(control: Any, ticket: int, num_tasks: int) -> None:
+        if threading.current_thread().name.startswith("cpu-helper"):
+            raise ValueError("planted")
+
+    threads(1)
+    with pytest.raises(RuntimeError, match="A helper failed in the middle of a task"):
+        TEAM.run(tasks, 2, torch.get_num_threads())
+    assert all(torch.equal(linear(x, weight), expected) for _ in range(10))
+
+
 def test_tickets_begin_anew(threads: Callable[[int], None]) -> None:
     weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
