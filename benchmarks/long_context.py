@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,21 +71,22 @@ class AttentionTime:
     """Seconds spent in attention layers since `reset`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.seconds, self._entered = 0.0, 0.0
+        self.seconds = 0.0
         layers = [module for module in model.modules() if isinstance(module, Attention)]
         assert layers, "the model has no attention layer"
         for layer in layers:
-            layer.register_forward_pre_hook(self._enter)
-            layer.register_forward_hook(self._leave)
+            setattr(layer, "add_to", self._timed(layer.add_to))  # noqa: B010 - a method of this one layer
 
     def reset(self) -> None:
         self.seconds = 0.0
 
-    def _enter(self, *_: object) -> None:
-        self._entered = time.perf_counter()
+    def _timed(self, add_to: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: Any) -> None:
+            started = time.perf_counter()
+            add_to(*args)
+            self.seconds += time.perf_counter() - started
 
-    def _leave(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._entered
+        return timed
 
 
 def reset_peak() -> None:
