@@ -29,7 +29,8 @@ from services.engine.grammar import GrammarCompiler
 from services.engine.memory import MemoryPlan
 from services.engine.request import EngineFailed, SamplingParams
 from services.engine.runner import Runner
-from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.scheduler import Scheduler
+from services.engine.scheduler_config import SchedulerConfig
 from services.expert.client import ExpertsUnavailable, RemoteExperts
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """Which running requests make way for a waiting one of strictly higher priority. Touches nothing.
 
 Strictly, so that nobody is preempted by a request that it could preempt in turn, and only where the newcomer then
-starts in the same step, so that no work is thrown away for nothing.
+starts in the same step, so that no work is thrown away for nothing. Waiting protects and never attacks: who waited so
+long that it is level with the newcomer goes on, but nobody is preempted for what another gained by waiting.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ class Lack:
 
 def lower_ones(request: Request, running: Sequence[Request]) -> list[Request]:
     """Running requests, in the order in which they are served, that `request` may preempt: the first to go first."""
-    return [other for other in reversed(running) if other.params.priority > request.params.priority]
+    return [
+        other
+        for other in reversed(running)
+        if other.params.priority > request.params.priority and other.level > request.level
+    ]
 
 
 def make_way(
@@ -38,7 +43,8 @@ def make_way(
     num_users: Callable[[int], int],
     reused: Collection[int],
 ) -> list[Request]:
-    """The first of `lower` that are enough to end the lack; none if all are not, or if only the budget is missing.
+    """The first of `lower` that are enough to end the lack; none if all are not, or if only the budget is missing,
+    which is shared (`Scheduler._share`) and there again in the next step.
 
     `planned`: tokens of the budget that each would take in this step. `num_users`: of a page. `reused`: the pages that
     the newcomer starts with, which are no use to it beyond that.

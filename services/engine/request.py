@@ -66,9 +66,9 @@ class SamplingParams:
     """How to choose tokens and when to stop; a bad value is a ValueError that names the field.
 
     `stop` strings are matched by the gateway, which sees text; the engine only stops at token ids. Of requests that
-    wait, those of the lowest `priority` come first, and running ones of a higher number make way for them. `logprobs`
-    and `prompt_logprobs` are the number of alternatives to report beside each token's own logarithm of probability;
-    None: report nothing.
+    wait, those of the lowest `priority` come first, and running ones of a higher number make way for them; time spent
+    waiting lowers the number (`services.engine.waiting`). `logprobs` and `prompt_logprobs` are the number of
+    alternatives to report beside each token's own logarithm of probability; None: report nothing.
     """
 
     max_tokens: int | None = None  # None: up to the model's context
@@ -162,6 +162,9 @@ class Request:
     first_scheduled_at: float | None = None
     first_token_at: float | None = None
     arrival: int = 0  # the scheduler's count of requests when this one was added
+    level: int = field(init=False)  # its priority, less what it gained by waiting
+    waiting_since: float = 0.0  # and, in seconds too, how long it waited before that
+    waited_s: float = 0.0
     page_hashes: list[bytes] = field(default_factory=list)  # of its full pages so far, each with all before it
     due_checkpoints: list[int] = field(default_factory=list)  # lengths, ascending, at which its state is to be saved
     looked_up: Any = None  # while it waits: what the prefix cache found for it, and the state of the cache then
@@ -171,6 +174,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        self.level = self.params.priority
 
     @property
     def num_tokens(self) -> int:
@@ -188,7 +192,7 @@ class Request:
     @property
     def order(self) -> tuple[int, int]:
         """The lower, the sooner it is served; the higher, the sooner it is preempted."""
-        return self.params.priority, self.arrival
+        return self.level, self.arrival
 
     @property
     def slot_id(self) -> int:

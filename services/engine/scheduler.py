@@ -2,83 +2,26 @@
 
 There is no prefill phase and no decode phase: every request has tokens to catch up with, drafts included. A step first
 serves the requests that lack one token, then their drafts, then fills the token budget with pieces of longer ones and
-with requests that wait: lowest priority number first, then oldest. A request that has to make room keeps its tokens:
-the last of those that run where their own pages are not enough, and those of lower priority than one that waits.
+with requests that wait: lowest level first (priority, less what waiting gained), then oldest. The first prompt has half
+of that budget, so that it ends whatever comes; requests that wait and shorter prompts have the rest, so that none waits
+for a long one. A request that has to make room keeps its tokens: the last of those that run where their own pages are
+not enough, and those of lower priority than one that waits.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from bisect import insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from services.engine.drafting import REQUEST_KEPT, DraftingState
 from services.engine.memory import IdPool, PagePool
 from services.engine.preemption import Lack, lower_ones, make_way
-from services.engine.prefix_cache import CacheConfig, PrefixCache, Start
+from services.engine.prefix_cache import PrefixCache, Start
 from services.engine.request import EngineOverloaded, FinishReason, Request, TokenLogprob, TokenOutput
+from services.engine.scheduler_config import SchedulerConfig
 from services.engine.step import ScheduledBatch, StepPlan, StepResult
-
-RATE_KEPT = 0.99  # of the measured starts per second, from one step to the next
-MAX_RETRY_AFTER = 60
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Memory and limits. `chunk_align`: a prompt is split only at multiples of it (the model's scan chunk).
-
-    `num_checkpoint_slots` more slots than requests there may be hold saved states; `checkpoint_align` divides the
-    lengths within a prompt at which states are saved, `checkpoint_interval` is the most tokens between them. Bytes are
-    what the prefix cache weighs; `bytes_per_slot` 0 means that the model has no recurrent state.
-    """
-
-    num_slots: int
-    num_blocks: int
-    block_size: int
-    max_model_len: int
-    max_batch_tokens: int = 2048
-    max_waiting: int = 256
-    chunk_align: int = 1
-    checkpoint_align: int = 1
-    checkpoint_interval: int = 1024
-    num_checkpoint_slots: int = 0
-    bytes_per_slot: int = 1
-    bytes_per_block: int = 1
-    has_prefix_cache: bool = True
-    turn_end_ids: frozenset[int] = frozenset()
-    max_draft_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        can_be_0 = {"num_checkpoint_slots", "bytes_per_slot", "bytes_per_block", "max_draft_tokens", "has_prefix_cache"}
-        for name, value in vars(self).items():
-            least = 0 if name in can_be_0 else 1
-            if isinstance(value, int) and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}.")
-        least = self.num_slots + self.chunk_align
-        if self.max_batch_tokens < least:
-            raise ValueError(
-                f"max_batch_tokens must be at least num_slots + chunk_align = {least}, not {self.max_batch_tokens}: "
-                "otherwise running requests could keep a prompt waiting for ever."
-            )
-
-    @property
-    def max_len(self) -> int:
-        """Tokens of the longest request: the model's context, or what all pages hold together."""
-        return min(self.max_model_len, self.num_blocks * self.block_size)
-
-    @property
-    def cache(self) -> CacheConfig:
-        return CacheConfig(
-            self.block_size,
-            self.bytes_per_slot,
-            self.bytes_per_block,
-            self.checkpoint_align,
-            self.checkpoint_interval,
-            self.turn_end_ids,
-            self.has_prefix_cache,
-        )
+from services.engine.waiting import StartRate, age, begin_to_wait, end_to_wait
 
 
 class Scheduler:
@@ -95,7 +38,7 @@ class Scheduler:
         self.num_preemptions = self.num_prompt_tokens = self.num_generated_tokens = 0
         self._clock = clock
         self._num_added = 0
-        self._starts, self._seconds = 0.0, 0.0  # decayed: their ratio is the measured starts per second
+        self._start_rate = StartRate()
         self._in_flight: ScheduledBatch | None = None
         self._plan = StepPlan(0)
         self._began_at = 0.0
@@ -117,6 +60,7 @@ class Scheduler:
             raise overload
         self._num_added += 1
         request.arrival = self._num_added
+        begin_to_wait(request, self._clock())
         insort(self.waiting, request, key=_order)
 
     @property
@@ -129,9 +73,8 @@ class Scheduler:
 
     @property
     def retry_after(self) -> int:
-        """Seconds in which half of those that wait will have started, at the rate of late: 1 to MAX_RETRY_AFTER."""
-        seconds = len(self.waiting) / 2 * self._seconds / max(self._starts, 1e-6)
-        return max(1, min(MAX_RETRY_AFTER, math.ceil(seconds)))
+        """Seconds in which half of those that wait will have started, at the rate of late."""
+        return self._start_rate.retry_after(len(self.waiting))
 
     def abort(self, request_id: str) -> None:
         """Forgets a request and frees its memory; one that has already ended is left alone."""
@@ -155,6 +98,8 @@ class Scheduler:
         assert self._in_flight is None
         self._began_at = self._clock()
         self._plan = StepPlan(self.config.max_batch_tokens)
+        age(self.waiting, self._began_at)
+        self.waiting.sort(key=_order)
         self._save_due()
         self._grow_running()
         self._fill_budget()
@@ -215,6 +160,7 @@ class Scheduler:
         request.num_computed_tokens, request.draft_ids, request.num_unread = 0, (), 0
         if not request.num_generated:
             request.prompt_logprobs.clear()
+        begin_to_wait(request, self._began_at)
         insort(self.waiting, request, key=_order)
         self.num_preemptions += 1
 
@@ -237,17 +183,18 @@ class Scheduler:
     # Choice
 
     def _fill_budget(self) -> None:
-        lagging = [request for request in self.running if request.num_pending > 1]
+        lagging = self._lagging()
         current = [request for request in self.running if request.num_pending == 1]
         for request in current:
             self._plan.add(request, 1)
         spare = self._plan.budget - (self.config.chunk_align if lagging or self.waiting else 0)
         for request in current:
             spare -= self._add_drafts(request, spare)
-        for request in lagging:
-            if length := self._chunk_len(request, request.num_computed_tokens):
-                self._plan.add(request, length)
+        if lagging:
+            self._compute_more(lagging[0], self._share(lagging[0]))
         self._admit_waiting()
+        for request in sorted(self._lagging(), key=lambda request: (request.level, request.num_pending)):
+            self._compute_more(request, self._plan.budget)
         assert self._plan.lens or not self.has_work, "there is work and yet nothing runs"
 
     def _add_drafts(self, request: Request, spare: int) -> int:
@@ -261,12 +208,25 @@ class Scheduler:
         """Tokens that may follow the next one."""
         return request.max_len - 1 - request.num_tokens
 
-    def _chunk_len(self, request: Request, start: int) -> int:
+    def _lagging(self) -> list[Request]:
+        """Running requests with more to compute than a token, and than this step does so far."""
+        planned = self._plan.lens
+        return [request for request in self.running if request.num_pending > max(1, planned.get(request, 0))]
+
+    def _share(self, request: Request) -> int:
+        """Of the budget that is left: half, while others of this level or a lower one are to be computed too."""
+        others = [other for other in (*self.waiting, *self._lagging()) if other is not request]
+        is_shared = any(other.level <= request.level for other in others)
+        return max(self._plan.budget // 2, self.config.chunk_align) if is_shared else self._plan.budget
+
+    def _compute_more(self, request: Request, most: int) -> None:
+        most = min(most, self._plan.budget)
+        start = request.num_computed_tokens + self._plan.lens.get(request, 0)
         end = request.due_checkpoints[0] if request.due_checkpoints else request.num_tokens
-        if end - start <= self._plan.budget:
-            return end - start
         align = self.config.chunk_align
-        return max(0, (start + self._plan.budget) // align * align - start)
+        length = end - start if end - start <= most else (start + most) // align * align - start
+        if length > 0:
+            self._plan.add(request, length)
 
     def _admit_waiting(self) -> None:
         num_held = 0
@@ -315,10 +275,11 @@ class Scheduler:
         if start.checkpoint and start.checkpoint.tail_page is not None:
             self._plan.page_copies.append((start.checkpoint.tail_page, request.block_table[len(start.pages)]))
         request.num_computed_tokens = start.length
+        end_to_wait(request, self._began_at)
         if request.first_scheduled_at is None:
             request.first_scheduled_at = self._began_at
         self._plan.num_started += 1
-        self._plan.add(request, self._chunk_len(request, start.length))
+        self._compute_more(request, self._share(request))
 
     def _batch(self) -> ScheduledBatch:
         plan = self._plan
@@ -384,8 +345,7 @@ class Scheduler:
 
     def _note_time(self, batch: ScheduledBatch) -> None:
         seconds = self._clock() - self._began_at
-        self._starts = RATE_KEPT * self._starts + self._plan.num_started
-        self._seconds = RATE_KEPT * self._seconds + seconds
+        self._start_rate = self._start_rate.after_step(self._plan.num_started, seconds)
         if batch.requests:
             self.drafting = self.drafting.timed(batch.shape, seconds)
 

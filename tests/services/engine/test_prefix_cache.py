@@ -6,7 +6,8 @@ import pytest
 
 from services.engine.prefix_cache import PrefixCache, Start
 from services.engine.request import Request, SamplingParams
-from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.scheduler import Scheduler
+from services.engine.scheduler_config import SchedulerConfig
 from tests.services.engine.machine import STOP, VOCAB_SIZE, Machine, naive
 
 TURN_END = 7

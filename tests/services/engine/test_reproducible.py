@@ -19,7 +19,8 @@ from services.engine.drafting import DraftingState
 from services.engine.engine import Engine
 from services.engine.request import SamplingParams, TokenLogprob
 from services.engine.runner import Runner
-from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.scheduler import Scheduler
+from services.engine.scheduler_config import SchedulerConfig
 from tests.services.demo import MODEL, held_out_prompts
 
 FAMILY = load_family(MODEL)

@@ -6,8 +6,10 @@ import pytest
 from services.engine.drafting import Acceptance, DraftingState
 from services.engine.request import EngineOverloaded, FinishReason, Request, SamplingParams, TokenOutput
 from services.engine.sampler import Sampled
-from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.scheduler import Scheduler
+from services.engine.scheduler_config import SchedulerConfig
 from services.engine.step import ScheduledBatch, StepResult
+from services.engine.waiting import AGEING_S
 from tests.services.engine.machine import Machine, naive
 
 
@@ -57,8 +59,8 @@ def test_prompts_are_computed_in_pieces_beside_running_requests() -> None:
     scheduler.add(request("long", 40))
     assert step(scheduler) == {"a": 1, "long": 15}
     scheduler.add(request("b", 2))
-    assert step(scheduler) == {"a": 1, "long": 15}
-    assert step(scheduler) == {"a": 1, "long": 10, "b": 2}
+    assert step(scheduler) == {"a": 1, "long": 13, "b": 2}
+    assert step(scheduler) == {"a": 1, "long": 12, "b": 1}
     assert step(scheduler) == {"a": 1, "long": 1, "b": 1}
 
 
@@ -68,11 +70,10 @@ def test_prompts_are_split_only_at_multiples_of_the_scan_chunk() -> None:
     step(scheduler)
     scheduler.add(request("long", 45))
     scheduler.add(request("b", 30))
-    assert step(scheduler) == {"a": 1, "long": 16}
-    assert step(scheduler) == {"a": 1, "long": 16}
-    assert step(scheduler) == {"a": 1, "long": 13}  # 7 are left of the budget: less than one chunk
-    assert step(scheduler) == {"a": 1, "long": 1, "b": 16}
-    assert step(scheduler) == {"a": 1, "long": 1, "b": 14}
+    assert [step(scheduler) for _ in range(3)] == 3 * [{"a": 1, "long": 8, "b": 8}]
+    assert step(scheduler) == {"a": 1, "long": 8, "b": 6}
+    assert step(scheduler) == {"a": 1, "long": 13, "b": 1}
+    assert step(scheduler) == {"a": 1, "long": 1, "b": 1}
 
 
 def test_outputs_count_tokens_and_end_with_a_reason() -> None:
@@ -344,8 +345,86 @@ def test_a_stream_of_short_requests_cannot_starve_a_long_prompt() -> None:
         scheduler.add(request(f"after-{num_steps}", 12, num_answer=3))
         step(scheduler)
         num_steps += 1
-    # 20 of 12 tokens and 2 steps each before it, then itself, beside at most 3 that decode.
-    assert num_steps <= 20 * 12 / 12 + 2 + 400 / 12 + 3
+    # 20 of 12 tokens and 2 steps each before it, then itself with half of the budget, beside at most 3 that decode.
+    assert num_steps <= 20 * 12 / 12 + 2 + 2 * 400 / 12 + 3
+
+
+@pytest.mark.parametrize(("num_long", "align"), [(1, 1), (4, 64)])
+def test_a_short_prompt_does_not_wait_for_long_ones_and_these_end(num_long: int, align: int) -> None:
+    length = 100_000  # tokens
+    sizes = {"num_blocks": 50_000, "block_size": 16, "max_model_len": 131_072}
+    scheduler = make(num_slots=16, max_batch_tokens=2048, chunk_align=align, **sizes)
+    long = [request(f"long-{n}", length) for n in range(num_long)]
+    for each in long:
+        scheduler.add(each)
+    step(scheduler)
+    short = request("short", 20, num_answer=2)
+    scheduler.add(short)
+    num_steps = 0
+    while not short.num_generated:
+        step(scheduler)
+        num_steps += 1
+    assert num_steps <= 3
+    assert long[0].num_computed_tokens < 10_000
+    for n in range(2 * length // 2048):  # newcomers without end
+        scheduler.add(request(f"after-{n}", 1500, num_answer=1))
+        step(scheduler)
+    assert long[0].num_generated
+    while scheduler.has_work:
+        step(scheduler, token=0)
+    assert all(each.num_generated for each in long)
+
+
+def test_the_budget_is_shared_with_no_one_of_lower_priority() -> None:
+    scheduler = make(max_batch_tokens=64, max_model_len=256, num_blocks=200)
+    scheduler.add(request("first", 150, priority=1))
+    assert step(scheduler) == {"first": 64}
+    scheduler.add(request("second", 64, priority=2))
+    assert step(scheduler) == {"first": 64}
+    urgent = request("urgent", 20, priority=0)
+    scheduler.add(urgent)
+    assert step(scheduler) == {"first": 22, "urgent": 20, "second": 22}
+    assert urgent.num_generated == 1
+
+
+def busy(now: list[float]) -> tuple[Scheduler, Request]:
+    """One request of low priority beside two a second of high priority for two slots that have no time for it."""
+    config = SchedulerConfig(2, 64, 4, 128, max_batch_tokens=16, max_waiting=10_000)
+    scheduler = Scheduler(config, clock=lambda: now[0])
+    low = request("low", 4, num_answer=30, priority=2)
+    for n in range(4):
+        scheduler.add(request(f"high-{n}", 4, num_answer=10))
+    scheduler.add(low)
+    return scheduler, low
+
+
+def test_who_waits_long_enough_starts_and_ends_under_a_load_of_higher_priority() -> None:
+    now = [0.0]
+    scheduler, low = busy(now)
+    started_at = 0.0
+    for n in range(1000):
+        now[0] += 0.1
+        if n % 4 == 0:
+            scheduler.add(request(f"next-{n}", 4, num_answer=10))
+        step(scheduler)
+        started_at = started_at or (now[0] if low.num_generated else 0.0)
+    assert 2 * AGEING_S <= started_at < 3 * AGEING_S + 1
+    assert low.num_generated == 30
+    assert scheduler.num_preemptions == 0, "what waited so long is not preempted by what has just come"
+
+
+def test_nobody_is_preempted_for_what_another_gained_by_waiting() -> None:
+    now = [0.0]
+    scheduler = Scheduler(SchedulerConfig(1, 64, 4, 128, max_batch_tokens=16), clock=lambda: now[0])
+    scheduler.add(request("first", 4, num_answer=100))
+    step(scheduler)
+    scheduler.add(request("equal", 4, num_answer=100))
+    scheduler.add(request("low", 4, num_answer=100, priority=1))
+    for _ in range(50):
+        now[0] += AGEING_S / 4
+        assert step(scheduler) == {"first": 1}
+    scheduler.add(request("urgent", 4, num_answer=100, priority=-50))
+    assert step(scheduler) == {"urgent": 4}, "a distance of 50 outlasts 50 times as much waiting"
 
 
 def test_long_prompts_cannot_starve_those_who_generate() -> None:
