@@ -21,7 +21,8 @@ from services.engine.request import (
 
 # Fields of SamplingParams that look otherwise on the wire; all others have the same name and type there.
 RESHAPED = ("logit_bias", "grammar")
-PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in RESHAPED)
+GATEWAYS_OWN = ("stop",)  # strings, which only the gateway sees in an answer: they stay there
+PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in (*RESHAPED, *GATEWAYS_OWN))
 
 
 def start_to_proto(
