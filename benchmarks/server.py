@@ -26,9 +26,10 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where its REST surface is, and the process that everything else descends from."""
+    """A running server: where its surfaces are, and the process that everything else descends from."""
 
     url: str
+    grpc_address: str
     pid: int
 
     def status(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def server(*options: str) -> Iterator[Server]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left running
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        started = Server(f"http://127.0.0.1:{port}", process.pid)
+        started = Server(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", process.pid)
         try:
             if not _is_ready(started.url, process):
                 output.seek(0)

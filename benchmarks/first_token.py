@@ -1,0 +1,116 @@
+"""What the way to the engine and back adds to the time to the first token, through REST and gRPC.
+
+    python -m benchmarks.first_token                      # the demo model, 3 shards, one stream at a time
+    python -m benchmarks.first_token --requests 200 --json out.json
+
+The client's time runs from before it connects (REST; the gRPC channel stays open) to the first token's bytes. The
+engine's own is what the backbone logs for the same request, from its arrival there to its first token. The difference
+is two processes, two protocols, tokenizer and detokenizer, and the client itself. Prompts share nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.load import FIRST_ORDINARY_ID
+from benchmarks.server import Server, server
+from benchmarks.stream import post
+from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from protos.expertmesh.inference.v1 import inference_pb2_grpc
+
+VOCAB_SIZE, PROMPT_LEN, OUTPUT_LEN, WARM_UP = 512, 64, 4, 10
+TIMEOUT_S, LOG_DELAY_S = 60.0, 0.5
+BAR_MS = 5.0
+
+Ask = Callable[[list[int], str], Awaitable[float]]  # (prompt, request id) -> seconds to the first token
+
+
+def rest(running: Server, model: str) -> Ask:
+    async def ask(prompt: list[int], request_id: str) -> float:
+        body = {"model": model, "prompt": prompt, "max_tokens": OUTPUT_LEN, "temperature": 0, "stream": True}
+        started = time.perf_counter()
+        answer = await post(f"{running.url}/v1/completions", {**body, "ignore_eos": True}, TIMEOUT_S)
+        assert answer.status == 200, answer.body
+        return next(answer.events()).came_at - started
+
+    return ask
+
+
+def through_grpc(stub: Any) -> Ask:
+    async def ask(prompt: list[int], request_id: str) -> float:
+        sampling = pb.SamplingParams(max_tokens=OUTPUT_LEN, temperature=0, ignore_eos=True)
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling, request_id=request_id)
+        started, first = time.perf_counter(), 0.0
+        async for chunk in stub.GenerateStream(request):
+            first = first or (time.perf_counter() if chunk.choice.token_ids else 0.0)
+        return first - started
+
+    return ask
+
+
+def engine_times(running: Server) -> list[float]:
+    """Seconds to the first token of every request so far, in the order in which they ended."""
+    backbone = next(pid for pid, name in running.processes().items() if "backbone" in name.lower())
+    lines = Path(f"/proc/{backbone}/fd/2").resolve().read_text().splitlines()
+    records = [json.loads(line) for line in lines if '"first_token_s"' in line]
+    return [record["first_token_s"] for record in records if record["num_prompt_tokens"] == PROMPT_LEN]
+
+
+async def measure(running: Server, ask: Ask, num_requests: int) -> list[tuple[float, float]]:
+    """Of each request: the client's seconds, and the engine's."""
+    draw, times = random.Random(time.time_ns()), list[float]()
+    for n in range(WARM_UP + num_requests):
+        prompt = [draw.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(PROMPT_LEN)]
+        times.append(await ask(prompt, f"first-token-{time.time_ns()}-{n}"))
+    await asyncio.sleep(LOG_DELAY_S)  # until the last line is written
+    return list(zip(times, engine_times(running)[-len(times) :], strict=True))[WARM_UP:]
+
+
+async def run(running: Server, num_requests: int) -> dict[str, dict[str, float]]:
+    found = {"REST": await measure(running, rest(running, running.model_id()), num_requests)}
+    async with grpc.aio.insecure_channel(running.grpc_address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+        found["gRPC"] = await measure(running, through_grpc(stub), num_requests)
+    return {surface: summary(pairs) for surface, pairs in found.items()}
+
+
+def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Milliseconds."""
+    added = sorted(1000 * (client - engine) for client, engine in pairs)
+    return {
+        "client_ms": 1000 * statistics.median(client for client, _ in pairs),
+        "engine_ms": 1000 * statistics.median(engine for _, engine in pairs),
+        "added_ms": statistics.median(added),
+        "added_p90_ms": added[len(added) * 9 // 10],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--requests", type=int, default=100, help="through each surface")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with server("--log-format", "json") as running:
+        found = asyncio.run(run(running, arguments.requests))
+    table = Table("", "client, ms", "engine, ms", "added, ms", "90 % below", title="time to the first token, medians")
+    for surface, row in found.items():
+        table.add_row(surface, *(f"{value:.1f}" for value in row.values()))
+    Console().print(table, f"bar: less than {BAR_MS:g} ms added")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
