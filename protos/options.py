@@ -6,6 +6,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 KEEPALIVE = (  # either end finds out that the other's host is gone
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # without it a ping may take a minute, whatever the line above says
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +30,15 @@ NUM_REQUESTS, NUM_ROWS = 120, 2000  # replies of 60 MB together
 
 
 @pytest.fixture
-def shard(model_dir: Path) -> Iterator[Shard]:
+def process(model_dir: Path) -> Iterator[ShardProcess]:
     with ShardProcess(model_dir, 1, max_queue=NUM_REQUESTS) as process:
         fill(process.shards, everywhere([process.shards[0].id]))
-        yield process.shards[0]
+        yield process
+
+
+@pytest.fixture
+def shard(process: ShardProcess) -> Shard:
+    return process.shards[0]
 
 
 @pytest.fixture
@@ -93,3 +101,44 @@ def test_what_is_no_grpc_is_hung_up_on_and_hurts_nobody(shard: Shard, client: Gr
     while not replies:
         replies = client.receive()
     assert pb.ComputeReply.FromString(replies[0]).id == 7
+
+
+def greeting(shard: Shard) -> bytes:
+    """What a new connection hears first; nothing where it is hung up on."""
+    host, port = shard.compute_endpoint.split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        try:
+            return connection.recv(1)
+        except ConnectionResetError:
+            return b""
+
+
+def answers(client: GrpcSocket, request_id: int) -> bool:
+    client.send(make_request(id=request_id).SerializeToString())
+    replies: list[bytes] = []
+    while not replies:
+        replies = client.receive()
+    return pb.ComputeReply.FromString(replies[0]).id == request_id
+
+
+def test_without_file_descriptors_open_streams_are_served_and_new_ones_hung_up_on(
+    process: ShardProcess, shard: Shard, client: GrpcSocket
+) -> None:
+    pid = process.process.pid
+    assert answers(client, 1)
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    lowest_free = next(n for n in count() if not Path(f"/proc/{pid}/fd/{n}").exists())
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))  # not one more
+    assert [greeting(shard) for _ in range(20)] == [b""] * 20
+    assert answers(client, 2)
+    used_s = cpu_seconds(pid)
+    time.sleep(1.0)
+    assert cpu_seconds(pid) - used_s < 0.5, "who cannot be taken keeps nobody awake"
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    assert greeting(shard)
+    assert answers(client, 3)
+
+
+def cpu_seconds(pid: int) -> float:
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
