@@ -99,7 +99,7 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-async def measure(model: str, num_tokens: int, num_output: int, max_batch_tokens: int) -> Measurement:
+async def measure(model: str, num_tokens: int, num_output: int, max_batch_tokens: int, num_threads: int) -> Measurement:
     """Reads a random prompt, then decodes `num_output` tokens."""
     context = num_tokens + num_output
     args = AppArgs(model=model, experts="local", max_requests=1, max_model_len=context, state_memory=None)
@@ -114,7 +114,7 @@ async def measure(model: str, num_tokens: int, num_output: int, max_batch_tokens
         max_model_len=context,
         max_batch_tokens=max_batch_tokens,
         memory=args.memory_plan(family),
-        num_threads=args.threads(family),
+        num_threads=num_threads or args.threads(family),
         draft_tokens=0,
         prefix_cache=False,
     )
@@ -152,11 +152,11 @@ def long_model(source: Path, context: int) -> Iterator[str]:
         yield folder
 
 
-def measure_apart(model: str, num_tokens: int, num_output: int, max_batch_tokens: int) -> Measurement:
+def measure_apart(model: str, num_tokens: int, *numbers: int) -> Measurement:
     """In a process of its own, so that one length's memory is not another's."""
     command = [sys.executable, "-m", "benchmarks.long_context", "one", model]
-    numbers = [str(value) for value in (num_tokens, num_output, max_batch_tokens)]
-    output = subprocess.run([*command, *numbers], stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=True).stdout
+    command += [str(number) for number in (num_tokens, *numbers)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=True).stdout
     return Measurement(**json.loads(output.splitlines()[-1]))
 
 
@@ -191,7 +191,7 @@ def summarize(measured: list[Measurement]) -> dict[str, Any]:
 
 def main() -> None:
     if sys.argv[1:2] == ["one"]:
-        measurement = asyncio.run(measure(sys.argv[2], *map(int, sys.argv[3:6])))
+        measurement = asyncio.run(measure(sys.argv[2], *map(int, sys.argv[3:7])))
         print(json.dumps(asdict(measurement)))
         return
     parser = argparse.ArgumentParser(description="Memory and time at long contexts.")
@@ -199,11 +199,12 @@ def main() -> None:
     parser.add_argument("--lens", type=int, nargs="+", default=[8192, 32768, 131072], help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="decoded behind each prompt")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of one step at most")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as a server takes for this model")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     lens = sorted(args.lens)
     with long_model(args.model, lens[-1] + args.tokens) as model:
-        measured = [measure_apart(model, length, args.tokens, args.chunk) for length in lens]
+        measured = [measure_apart(model, length, args.tokens, args.chunk, args.threads) for length in lens]
     console = Console(width=120)
     console.print(report(measured))
     summary = summarize(measured)
