@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -138,7 +139,7 @@ def _help(control: Any, helper: Any, last_job: Any) -> None:
             spins = 0
 
 
-@njit(nogil=True, error_model="numpy", inline="never")
+@njit(nogil=True, error_model="numpy", inline="never", cache=True)
 def _wake_up(control: Any) -> None:
     for helper in range(control[HELPERS]):
         if _load(control, ASLEEP + 8 * helper) != 0:
@@ -236,14 +237,15 @@ class Team:
         self._control[SPARE] = self._control[SPARE + 1 :].ctypes.data
         self._hiring = threading.Lock()
         self._num_helpers = 0
+        self._is_busy: list[bool] = []  # each helper, with tasks
         self._is_resting = False
         self._ticket = self._job_number = 0
         self._job: tuple[int, Tasks, tuple[Any, ...]] = (0, _no_tasks, ())
 
     def ready(self, num_threads: int) -> NDArray[np.int64]:
         """What `product` needs, with helpers for so many threads."""
-        if self._num_helpers < num_threads - 1:
-            self._hire(num_threads - 1)
+        if self._num_helpers < (count := min(num_threads - 1, MAX_HELPERS)):
+            self._hire(count)
         return self._control
 
     def run(self, tasks: Tasks, num_tasks: int, num_threads: int, *args: Any) -> None:
@@ -267,8 +269,13 @@ class Team:
             _wait_for_tasks(control, num_tasks)
             if control[FAILED]:
                 raise RuntimeError("A helper failed in the middle of a task; the log says how.")
-            self._job = (self._job_number, _no_tasks, ())  # a helper that comes late holds nothing
+        except BaseException:
+            control[TASKS] = self._ticket << 32 | LOW  # no more are taken, and those that were are waited for:
+            while any(self._is_busy):  # they write to what the next job may be given
+                time.sleep(0)
+            raise
         finally:
+            self._job = (self._job_number, _no_tasks, ())  # a helper that comes late holds nothing
             control[LED] = 0
 
     def rest(self) -> None:
@@ -286,7 +293,7 @@ class Team:
         with self._hiring:
             while self._num_helpers < count:
                 number = self._num_helpers
-                assert number < MAX_HELPERS
+                self._is_busy.append(False)
                 self._control[PIPE + 8 * number : PIPE + 8 * number + 2] = os.pipe()
                 name = f"cpu-helper-{number}"
                 threading.Thread(target=self._help_out, args=(number,), name=name, daemon=True).start()
@@ -296,12 +303,15 @@ class Team:
         last = 0
         while True:
             _help(self._control, number, last)
+            self._is_busy[number] = True  # before it is known with what, or it might be overlooked
             last, tasks, args = self._job
             try:
                 tasks(self._control, *args)
             except Exception:
                 log.exception("Helper %d failed.", number)
                 self._control[FAILED] = 1
+            finally:
+                self._is_busy[number] = False
 
 
 def _no_tasks(*_: Any) -> None:

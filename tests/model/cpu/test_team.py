@@ -151,6 +151,27 @@ def test_a_helper_that_fails_is_told_of_and_helps_on(threads: Callable[[int], No
     assert all(torch.equal(linear(x, weight), expected) for _ in range(10))
 
 
+def test_a_task_under_way_is_waited_for_when_another_fails(threads: Callable[[int], None]) -> None:
+    """It writes to what the next job may be given, and would be counted as one of the next job's tasks."""
+    threads(1)
+    has_begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def tasks(control: Any, ticket: int, num_tasks: int) -> None:
+        if threading.current_thread().name.startswith("cpu-helper"):
+            has_begun.set()
+            assert may_end.wait(10)
+            time.sleep(0.1)
+            ended.set()
+        else:
+            assert has_begun.wait(10)
+            may_end.set()
+            raise MemoryError("planted")
+
+    with pytest.raises(MemoryError, match="planted"):
+        TEAM.run(tasks, 2, torch.get_num_threads())
+    assert ended.is_set()
+
+
 def test_tickets_begin_anew(threads: Callable[[int], None]) -> None:
     weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
