@@ -50,26 +50,25 @@ def _dispatch(
     for q in range(num_picks):
         first_pick_S[home_Q[q] + 1] += 1
     first_pick_S = np.cumsum(first_pick_S)
+    place_S, order_Q = first_pick_S.copy(), np.empty(num_picks, np.int64)
+    for q in range(num_picks):
+        order_Q[place_S[home_Q[q]]] = q
+        place_S[home_Q[q]] += 1
     first_row_S = np.zeros(num_shards + 1, np.int64)
-    sorted_Q = np.empty(num_picks, np.int64)
+    sorted_Q = pick_Q[order_Q]
     row_M, grid_M = np.empty(num_picks, np.int64), np.empty(num_picks, np.int16)
     local_Q, expert_Q = np.empty(num_picks, np.int32), np.empty(num_picks, np.int32)
     weight_Q = np.empty(num_picks, np.float32)
-    place, num_rows = 0, 0
+    num_rows = 0
     for s in range(num_shards):
         first_row, last = num_rows, -1
-        if first_pick_S[s + 1] > first_pick_S[s]:
-            for q in range(num_picks):
-                if home_Q[q] != s:
-                    continue
-                pick = pick_Q[q]
-                row = pick // top_k
-                if row != last:
-                    row_M[num_rows], grid_M[num_rows], last = row, grid_N[row], row
-                    num_rows += 1
-                sorted_Q[place], local_Q[place] = pick, num_rows - 1 - first_row
-                expert_Q[place], weight_Q[place] = expert_P[pick], weight_P[pick]
-                place += 1
+        for q in range(first_pick_S[s], first_pick_S[s + 1]):
+            pick = sorted_Q[q]
+            row = pick // top_k
+            if row != last:
+                row_M[num_rows], grid_M[num_rows], last = row, grid_N[row], row
+                num_rows += 1
+            local_Q[q], expert_Q[q], weight_Q[q] = num_rows - 1 - first_row, expert_P[pick], weight_P[pick]
         first_row_S[s + 1] = num_rows
     x_ML = np.empty((num_rows, x_NL.shape[1]), x_NL.dtype)
     for m in range(num_rows):
