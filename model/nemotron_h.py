@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model import kernels
 from model.attention import Attention, AttentionShape
 from model.checkpoint import Checkpoint
+from model.cpu import layers as cpu_layers
 from model.cpu.linear import Packed, linear, pack
 from model.linear import Linear
 from model.mamba import Mamba2Mixer, MambaShape
@@ -300,8 +303,8 @@ class NemotronH(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.mtp = MTPModule(config, experts) if with_mtp and config.num_nextn_predict_layers else None
-        self.is_packed = False
         self.packed_head: Packed | None = None  # where the embeddings serve as the head
+        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # of the embeddings, and whether they are bf16
 
     @property
     def has_drafts(self) -> bool:
@@ -309,7 +312,9 @@ class NemotronH(nn.Module):
 
     def pack(self, dtype: torch.dtype) -> None:
         """Lays the weights out for the CPU's kernels; from now on activations are fp32, rows to experts `dtype`."""
-        self.is_packed = True
+        rows = self.embeddings.weight.detach()
+        is_bf16 = rows.dtype == torch.bfloat16
+        self.packed_rows = (rows.view(torch.int16) if is_bf16 else rows.float()).contiguous().numpy(), is_bf16
         if self.lm_head is None:
             self.packed_head = pack(self.embeddings.weight)
         for module in self.modules():
@@ -320,8 +325,10 @@ class NemotronH(nn.Module):
                 module.pack()
 
     def embed(self, token_ids: Tensor) -> Tensor:
+        if self.packed_rows is not None:
+            return torch.from_numpy(cpu_layers.embed(token_ids.numpy(), *self.packed_rows))
         embedded: Tensor = self.embeddings(token_ids)
-        return embedded.float() if self.is_packed else embedded
+        return embedded
 
     def forward(self, batch: Batch, state: State) -> Tensor:
         """The hidden vectors after the final norm: (T, D).

@@ -3,7 +3,8 @@
 A step of one token is a hundred products of a few microseconds; what PyTorch and Python take to call them one by one
 would cost more than the arithmetic. `x_TD` is the residual stream, changed in place; biases of length 0 stand for none.
 
-Legend: T rows of the step, D hidden, I and O inputs and outputs, E experts, K picks a row, L expert input.
+Legend: T rows of the step, V vocabulary, D hidden, I and O inputs and outputs, E experts, K picks a row, L expert
+input.
 """
 
 from __future__ import annotations
@@ -13,10 +14,21 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from model.cpu.functions import bits_of, round_to_bf16
+from model.cpu.functions import bits_of, from_bf16, round_to_bf16
 from model.cpu.linear import apply
 from model.cpu.moe import choose_experts
 from model.cpu.norm import rms_norm
+
+
+@njit(error_model="numpy", cache=True)
+def embed(ids_T: Any, weight_VD: Any, is_bf16: Any) -> Any:
+    """The rows of fp32 weights, or of the bits of bf16 as int16, in fp32: (T, D)."""
+    x_TD = np.empty((len(ids_T), weight_VD.shape[1]), np.float32)
+    for t in range(len(ids_T)):
+        weight, x = weight_VD[ids_T[t]], x_TD[t]
+        for d in range(len(x)):
+            x[d] = from_bf16(weight[d]) if is_bf16 else np.float32(weight[d])
+    return x_TD
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
