@@ -65,7 +65,11 @@ def engine_times(running: Server) -> list[float]:
     backbone = next(pid for pid, name in running.processes().items() if "backbone" in name.lower())
     lines = Path(f"/proc/{backbone}/fd/2").resolve().read_text().splitlines()
     records = [json.loads(line) for line in lines if '"first_token_s"' in line]
-    return [record["first_token_s"] for record in records if record["num_prompt_tokens"] == PROMPT_LEN]
+    return [
+        record["first_token_s"]
+        for record in records
+        if record["num_prompt_tokens"] == PROMPT_LEN and record["first_token_s"]
+    ]
 
 
 async def measure(running: Server, ask: Ask, num_requests: int) -> list[tuple[float, float]]:

@@ -12,11 +12,12 @@ from typing import Literal
 LogFormat = Literal["json", "text"]
 OURS = ("model", "cluster", "services", "expertmesh")
 REQUESTS = "expertmesh.requests"  # its messages are JSON objects themselves
+USUAL = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}  # what every record has
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonLines(logging.Formatter):
-    """Time (UTC), level, logger, process, the request that it is about (`extra`), message, and traceback if any."""
+    """Time (UTC), level, logger, process, what was given as `extra` (such as `request_id`), message, traceback."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -30,8 +31,7 @@ class JsonLines(logging.Formatter):
             "process": self.process,
             "pid": os.getpid(),
         }
-        if request_id := getattr(record, "request_id", ""):
-            fields["request_id"] = request_id
+        fields |= {name: value for name, value in vars(record).items() if name not in USUAL}
         if record.name == REQUESTS:
             fields |= json.loads(record.getMessage())
         else:
