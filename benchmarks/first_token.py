@@ -34,11 +34,11 @@ VOCAB_SIZE, PROMPT_LEN, OUTPUT_LEN, WARM_UP = 512, 64, 4, 10
 TIMEOUT_S, LOG_DELAY_S = 60.0, 0.5
 BAR_MS = 5.0
 
-Ask = Callable[[list[int], str], Awaitable[float]]  # (prompt, request id) -> seconds to the first token
+Ask = Callable[[list[int]], Awaitable[float]]  # prompt -> seconds to the first token
 
 
 def rest(running: Server, model: str) -> Ask:
-    async def ask(prompt: list[int], request_id: str) -> float:
+    async def ask(prompt: list[int]) -> float:
         body = {"model": model, "prompt": prompt, "max_tokens": OUTPUT_LEN, "temperature": 0, "stream": True}
         started = time.perf_counter()
         answer = await post(f"{running.url}/v1/completions", {**body, "ignore_eos": True}, TIMEOUT_S)
@@ -49,9 +49,9 @@ def rest(running: Server, model: str) -> Ask:
 
 
 def through_grpc(stub: Any) -> Ask:
-    async def ask(prompt: list[int], request_id: str) -> float:
+    async def ask(prompt: list[int]) -> float:
         sampling = pb.SamplingParams(max_tokens=OUTPUT_LEN, temperature=0, ignore_eos=True)
-        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling, request_id=request_id)
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
         started, first = time.perf_counter(), 0.0
         async for chunk in stub.GenerateStream(request):
             first = first or (time.perf_counter() if chunk.choice.token_ids else 0.0)
@@ -75,9 +75,8 @@ def engine_times(running: Server) -> list[float]:
 async def measure(running: Server, ask: Ask, num_requests: int) -> list[tuple[float, float]]:
     """Of each request: the client's seconds, and the engine's."""
     draw, times = random.Random(time.time_ns()), list[float]()
-    for n in range(WARM_UP + num_requests):
-        prompt = [draw.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(PROMPT_LEN)]
-        times.append(await ask(prompt, f"first-token-{time.time_ns()}-{n}"))
+    for _ in range(WARM_UP + num_requests):
+        times.append(await ask([draw.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(PROMPT_LEN)]))
     await asyncio.sleep(LOG_DELAY_S)  # until the last line is written
     return list(zip(times, engine_times(running)[-len(times) :], strict=True))[WARM_UP:]
 

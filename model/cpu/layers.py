@@ -49,6 +49,14 @@ def _normed(x_TD: Any, norm_D: Any, eps: Any) -> Any:
     return h_TD
 
 
+@njit(nogil=True, error_model="numpy", inline="never")
+def _add(out_TD: Any, x_TD: Any) -> None:
+    for t in range(x_TD.shape[0]):
+        x, out = x_TD[t], out_TD[t]
+        for d in range(len(x)):
+            x[d] += out[d]
+
+
 @njit(nogil=True, error_model="numpy", cache=True)
 def project(control: Any, num_threads: Any, x_TD: Any, norm_D: Any, eps: Any, weight: Any, bias_O: Any) -> Any:
     """W·norm(x) + bias: (T, O)."""
@@ -58,15 +66,12 @@ def project(control: Any, num_threads: Any, x_TD: Any, norm_D: Any, eps: Any, we
 @njit(nogil=True, error_model="numpy", cache=True)
 def add_projected(control: Any, num_threads: Any, y_TI: Any, weight: Any, bias_D: Any, x_TD: Any) -> None:
     """x += W·y + bias."""
-    out_TD = _affine(control, num_threads, y_TI, weight, bias_D)
-    for t in range(x_TD.shape[0]):
-        x, out = x_TD[t], out_TD[t]
-        for d in range(len(x)):
-            x[d] += out[d]
+    _add(_affine(control, num_threads, y_TI, weight, bias_D), x_TD)
 
 
-@njit(nogil=True, error_model="numpy", inline="never")
-def _mlp(control: Any, num_threads: Any, h_TD: Any, up: Any, up_bias: Any, down: Any, down_bias: Any) -> Any:
+@njit(nogil=True, error_model="numpy", cache=True)
+def mlp(control: Any, num_threads: Any, h_TD: Any, up: Any, up_bias: Any, down: Any, down_bias: Any) -> Any:
+    """down·relu(up·h)²: (T, D)."""
     hidden_TI = _affine(control, num_threads, h_TD, up, up_bias)
     for t in range(hidden_TI.shape[0]):
         hidden = hidden_TI[t]
@@ -74,12 +79,6 @@ def _mlp(control: Any, num_threads: Any, h_TD: Any, up: Any, up_bias: Any, down:
             value = max(hidden[i], np.float32(0.0))
             hidden[i] = value * value
     return _affine(control, num_threads, hidden_TI, down, down_bias)
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def mlp(control: Any, num_threads: Any, h_TD: Any, up: Any, up_bias: Any, down: Any, down_bias: Any) -> Any:
-    """down·relu(up·h)²: (T, D)."""
-    return _mlp(control, num_threads, h_TD, up, up_bias, down, down_bias)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -95,11 +94,7 @@ def add_mlp(
     down_bias: Any,
 ) -> None:
     """x += mlp(norm(x))."""
-    out_TD = _mlp(control, num_threads, _normed(x_TD, norm_D, eps), up, up_bias, down, down_bias)
-    for t in range(x_TD.shape[0]):
-        x, out = x_TD[t], out_TD[t]
-        for d in range(len(x)):
-            x[d] += out[d]
+    _add(mlp(control, num_threads, _normed(x_TD, norm_D, eps), up, up_bias, down, down_bias), x_TD)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)

@@ -29,9 +29,9 @@ class Panels(NamedTuple):
     is_bf16: bool
 
 
-@njit(nogil=True, error_model="numpy", inline="never")
+@njit(nogil=True, error_model="numpy", inline="never", cache=True)
 def apply(control: Any, num_threads: Any, x_NI: Any, weight: Any) -> Any:
-    """x·Wᵀ in compiled code: fp32 (N, I) -> (N, O)."""
+    """x·Wᵀ, for compiled code too: fp32 (N, I) -> (N, O)."""
     num_rows, padded = x_NI.shape[0], weight.padded_outputs
     out_NP = np.empty((num_rows, padded), np.float32)
     product(
@@ -51,11 +51,6 @@ def apply(control: Any, num_threads: Any, x_NI: Any, weight: Any) -> Any:
     for n in range(num_rows):
         out_NO[n] = out_NP[n, : weight.num_outputs]
     return out_NO
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def _multiply(control: Any, num_threads: Any, x_NI: Any, weight: Any) -> Any:
-    return apply(control, num_threads, x_NI, weight)
 
 
 @dataclass(frozen=True)
@@ -94,6 +89,6 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
     x_NI = x if x.dim() == 2 else x.reshape(-1, weight.num_inputs)
     num_threads = torch.get_num_threads()
     # Contiguous without exception: numba compiles a kernel anew for another layout, perhaps to other bits.
-    y_NO = _multiply(TEAM.ready(num_threads), num_threads, x_NI.contiguous().numpy(), weight.panels)
+    y_NO = apply(TEAM.ready(num_threads), num_threads, x_NI.contiguous().numpy(), weight.panels)
     out_NO = torch.from_numpy(y_NO)
     return out_NO if x.dim() == 2 else out_NO.view(*x.shape[:-1], weight.num_outputs)

@@ -58,10 +58,8 @@ def picks_from_proto(request: pb.ComputeRequest, input_dim: int, num_experts: in
     num_rows, pick_rows = request.num_rows, request.pick_rows
     num_picks = len(pick_rows) // 4
     rows = _sized("rows", request.rows, num_rows * input_dim, dtype.itemsize)
-    grid, weights = (
-        _sized("grid", request.grid, num_rows, 2),
-        _sized("pick_weights", request.pick_weights, num_picks, 4),
-    )
+    grid = _sized("grid", request.grid, num_rows, 2)
+    weights = _sized("pick_weights", request.pick_weights, num_picks, 4)
     return Picks(
         np.frombuffer(rows, dtype="<i2" if dtype == torch.bfloat16 else "<f4").reshape(num_rows, input_dim),
         np.frombuffer(grid, dtype="<i2"),
