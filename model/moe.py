@@ -101,24 +101,25 @@ class ExpertBank:
         return self._gains[expert]
 
     def warm_up(self) -> None:
-        """Does now what the first call would wait for: compiling, or finding row counts."""
+        """Does now what a shard's first call would wait for: compiling, or finding row counts."""
         if not self._gains:
             return
-        expert = torch.tensor([next(iter(self._gains))])
-        one, grid = torch.ones(1), torch.zeros(1, dtype=torch.int16)
-        self.partial_sums(torch.zeros(1, self.shape.input_dim), torch.tensor([0]), expert, one, grid)
+        expert = next(iter(self._gains))
         if self.is_compiled:
-            self.packed_sums(*self._as_shards_ask(expert.numpy()))
+            self.packed_sums(*self._as_shards_ask(expert))
+        else:
+            ids, weight, grid = torch.tensor([[0], [expert]]), torch.ones(1), torch.zeros(1, dtype=torch.int16)
+            self.partial_sums(torch.zeros(1, self.shape.input_dim), *ids, weight, grid)
 
-    def _as_shards_ask(self, expert: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+    def _as_shards_ask(self, expert: int) -> tuple[NDArray[Any], ...]:
         """One pick as a message brings it, read-only: for other types a kernel is compiled anew."""
 
         def received(array: NDArray[Any]) -> NDArray[Any]:
             return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
 
         rows = np.zeros((1, self.shape.input_dim), np.int16 if self.dtype == torch.bfloat16 else np.float32)
-        numbers = (np.zeros(1, np.int32), expert.astype(np.int32), np.ones(1, np.float32), np.zeros(1, np.int16))
-        return tuple(map(received, (rows, *numbers)))
+        ids, weight, grid = np.array([[0], [expert]], np.int32), np.ones(1, np.float32), np.zeros(1, np.int16)
+        return tuple(map(received, (rows, *ids, weight, grid)))
 
     def plan(self) -> RowPlan:
         """Row counts that serve both of an expert's products, found once."""
