@@ -108,8 +108,8 @@ class ExpertBank:
         if self.is_compiled:
             self.packed_sums(*self._as_shards_ask(expert))
         else:
-            ids, weight, grid = torch.tensor([[0], [expert]]), torch.ones(1), torch.zeros(1, dtype=torch.int16)
-            self.partial_sums(torch.zeros(1, self.shape.input_dim), *ids, weight, grid)
+            x_NL, row, picked = torch.zeros(1, self.shape.input_dim), torch.tensor([0]), torch.tensor([expert])
+            self.partial_sums(x_NL, row, picked, torch.ones(1), torch.zeros(1, dtype=torch.int16))
 
     def _as_shards_ask(self, expert: int) -> tuple[NDArray[Any], ...]:
         """One pick as a message brings it, read-only: for other types a kernel is compiled anew."""
