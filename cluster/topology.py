@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 Homes = tuple[tuple[str, ...], ...]  # homes[expert] = ids of the shards that hold it, the preferred one first
+Experts = Mapping[int, Sequence[int]]  # expert ids by layer
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,27 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How long a shard takes for a call, in µs: call + MiB of one expert · (weight · experts touched + row · rows).
+
+    The experts' size stands in for the shape: both reading weights and multiplying by them grow with it.
+    """
+
+    call_us: float = 50.0
+    weight_us_per_mib: float = 100.0
+    row_us_per_mib: float = 10.0
+
+    def __post_init__(self) -> None:
+        assert min(self.call_us, self.weight_us_per_mib, self.row_us_per_mib) >= 0
+
+
+@dataclass(frozen=True)
 class Shard:
     """What a shard says of itself in every heartbeat.
 
-    `incarnation` is new at each start of the process, `memory_budget` is in bytes, `held_digest` is `held_digest()` of
-    the experts it holds, `queue_depth` counts the calls that wait for its device. `endpoint` serves every rpc;
+    `incarnation` is new at each start of the process. `memory_budget` is in bytes of the device's memory, `host_budget`
+    in bytes of host memory for experts that stand by. `held_digest` is `held_digest()` of what it holds, `queue_depth`
+    counts the calls that wait for its device, `pace` is fitted to its own calls. `endpoint` serves every rpc;
     `compute_endpoint` serves only `Compute`, at less cost.
     """
 
@@ -47,18 +64,24 @@ class Shard:
     queue_depth: int = 0
     draining: bool = False
     compute_endpoint: str = ""
+    host_budget: int = 0
+    pace: Pace = Pace()
 
     def to_record(self) -> dict[str, str]:
         """The fields as strings, for a Redis hash."""
-        return {name: str(int(value) if isinstance(value, bool) else value) for name, value in asdict(self).items()}
+        values = asdict(self)
+        values |= values.pop("pace")
+        return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
     @classmethod
     def from_record(cls, record: Mapping[str, str]) -> Self:
         """Reads what `to_record` wrote; a missing or unreadable field is a ValueError that names it."""
-        numbers = {name: _number(record, name) for name in ("memory_budget", "num_held", "queue_depth", "draining")}
+        counts = ("memory_budget", "num_held", "queue_depth", "draining", "host_budget")
         names = ("id", "endpoint", "node", "pool", "device", "incarnation", "held_digest", "compute_endpoint")
+        numbers = {name: _number(record, name) for name in counts}
         texts = {name: _field(record, name) for name in names}
-        values: dict[str, Any] = {**texts, **numbers, "draining": numbers["draining"] == 1}
+        pace = Pace(**{one.name: _real_number(record, one.name) for one in fields(Pace)})
+        values: dict[str, Any] = {**texts, **numbers, "draining": numbers["draining"] == 1, "pace": pace}
         return cls(**values)
 
 
@@ -77,44 +100,81 @@ def _number(record: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
+def _real_number(record: Mapping[str, str], name: str) -> float:
+    value = _field(record, name)
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"The field {name!r} of a shard record is {value!r}, but it must be a number from 0 up.")
+    return number
+
+
 @dataclass(frozen=True)
 class Placement:
     """Which shards hold which expert, from one epoch on.
 
-    `homes[layer][expert]` are shard ids; `gains[layer]` is the layer's largest gain exponent, which the backbone needs
-    for sums that do not depend on the placement. `model` is the digest of the checkpoint that it was made for.
+    `homes[layer][expert]` are the ids of shards that hold it in device memory. `standby[layer][expert]` are those that
+    keep it in host memory or on disk, and bring it to the device when asked: nobody asks them as long as a home
+    answers. `gains[layer]` is the layer's largest gain exponent, which the backbone needs for sums that do not depend
+    on the placement. `model` is the digest of the checkpoint that it was made for.
     """
 
     epoch: int
     homes: Mapping[int, Homes]
     gains: Mapping[int, int]
     model: str = ""
+    standby: Mapping[int, Homes] = field(default_factory=dict)  # a layer that is not there has none
 
     def __post_init__(self) -> None:
         assert self.epoch >= 0
-        for homes in self.homes.values():
-            assert all(len(set(ids)) == len(ids) for ids in homes), "an expert has the same home twice"
+        assert self.standby.keys() <= self.homes.keys()
+        for layer in self.homes:
+            assert all(len(set(ids)) == len(ids) for ids in self.all_homes(layer)), "an expert has the same home twice"
+
+    def all_homes(self, layer: int) -> Homes:
+        """Of each expert the homes, then those that stand by."""
+        homes, standby = self.homes[layer], self.standby.get(layer)
+        return homes if standby is None else tuple(of + more for of, more in zip(homes, standby, strict=True))
 
     @property
     def shard_ids(self) -> tuple[str, ...]:
-        """Every shard that is a home of something, sorted."""
-        return tuple(sorted({id for homes in self.homes.values() for ids in homes for id in ids}))
+        """Every shard that is a home of something or stands by for it, sorted."""
+        both = (*self.homes.values(), *self.standby.values())
+        return tuple(sorted({id for homes in both for ids in homes for id in ids}))
 
     def experts_of(self, shard_id: str) -> dict[int, list[int]]:
         """The experts that one shard should hold, by layer; layers of which it holds none are left out."""
-        held = {layer: [e for e, ids in enumerate(homes) if shard_id in ids] for layer, homes in self.homes.items()}
-        return {layer: experts for layer, experts in held.items() if experts}
+        return _experts_of(self.homes, shard_id)
+
+    def standby_of(self, shard_id: str) -> dict[int, list[int]]:
+        """The experts that one shard should stand by for, likewise."""
+        return _experts_of(self.standby, shard_id)
+
+    def digest_of(self, shard_id: str) -> str:
+        """The `held_digest` of a shard that holds what it should."""
+        return held_digest(self.experts_of(shard_id), self.standby_of(shard_id))
 
     def cover(self, live: Collection[str] | None = None) -> int:
-        """The number of homes of the expert that has fewest; only those in `live` count where it is given."""
-        counts = (len(ids if live is None else set(ids) & set(live)) for homes in self.homes.values() for ids in homes)
-        return min(counts, default=0)
+        """The number of homes, standing by or not, of the expert that has fewest; only those in `live` if given."""
+        all_ids = (ids for layer in self.homes for ids in self.all_homes(layer))
+        return min((len(ids if live is None else set(ids) & set(live)) for ids in all_ids), default=0)
 
     def to_json(self) -> str:
-        ids = self.shard_ids
-        index = {id: i for i, id in enumerate(ids)}
-        homes = {layer: [[index[id] for id in of_one] for of_one in homes] for layer, homes in self.homes.items()}
-        body = {"epoch": self.epoch, "shards": ids, "homes": homes, "gains": dict(self.gains), "model": self.model}
+        index = {id: i for i, id in enumerate(self.shard_ids)}
+        homes, standby = (
+            {layer: [[index[id] for id in of_one] for of_one in homes] for layer, homes in by_layer.items()}
+            for by_layer in (self.homes, self.standby)
+        )
+        body = {
+            "epoch": self.epoch,
+            "shards": self.shard_ids,
+            "homes": homes,
+            "standby": standby,
+            "gains": dict(self.gains),
+            "model": self.model,
+        }
         return json.dumps(body, separators=(",", ":"))
 
     @classmethod
@@ -123,16 +183,26 @@ class Placement:
         try:
             body = json.loads(text)
             ids = [str(id) for id in body["shards"]]
-            homes = {int(la): tuple(tuple(ids[i] for i in one) for one in rows) for la, rows in body["homes"].items()}
+            homes, standby = (
+                {int(la): tuple(tuple(ids[i] for i in one) for one in rows) for la, rows in body[name].items()}
+                for name in ("homes", "standby")
+            )
             gains = {int(layer): int(gain) for layer, gain in body["gains"].items()}
-            return cls(int(body["epoch"]), homes, gains, str(body["model"]))
+            return cls(int(body["epoch"]), homes, gains, str(body["model"]), standby)
         except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
-            keys = "epoch, shards, homes, gains and model"
+            keys = "epoch, shards, homes, standby, gains and model"
             raise ValueError(f"The stored placement is not a JSON object with the keys {keys} ({error!r}).") from error
 
 
-def held_digest(held: Mapping[int, Iterable[int]]) -> str:
-    """A short name for a set of experts: equal for equal sets, whatever the order they were loaded in."""
-    experts = sorted((layer, sorted(experts)) for layer, experts in held.items())
-    body = json.dumps([entry for entry in experts if entry[1]], separators=(",", ":"))
-    return hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
+def _experts_of(homes_of: Mapping[int, Homes], shard_id: str) -> dict[int, list[int]]:
+    held = {layer: [e for e, ids in enumerate(homes) if shard_id in ids] for layer, homes in homes_of.items()}
+    return {layer: experts for layer, experts in held.items() if experts}
+
+
+def held_digest(held: Mapping[int, Iterable[int]], standby: Mapping[int, Iterable[int]] | None = None) -> str:
+    """A short name for what a shard holds and stands by for: equal for equal sets, whatever the order."""
+    both = [
+        sorted((layer, sorted(experts)) for layer, experts in by_layer.items() if experts)
+        for by_layer in (held, standby or {})
+    ]
+    return hashlib.blake2b(json.dumps(both, separators=(",", ":")).encode(), digest_size=8).hexdigest()

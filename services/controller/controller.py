@@ -15,7 +15,7 @@ import torch
 
 from cluster.planner import first_placement
 from cluster.registry import RegistryStore, StalePlacement, StoreUnavailable
-from cluster.topology import LayerSpec, Placement, Shard, held_digest
+from cluster.topology import LayerSpec, Placement, Shard
 from model.moe import ExpertShape
 from services.expert import control
 
@@ -45,7 +45,7 @@ def stale_shards(placement: Placement, shards: Sequence[Shard]) -> list[Shard]:
     return [
         shard
         for shard in shards
-        if shard.id in homes and shard.held_digest != held_digest(placement.experts_of(shard.id))
+        if shard.id in homes and shard.held_digest != placement.digest_of(shard.id)
     ]
 
 

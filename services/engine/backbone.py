@@ -18,7 +18,7 @@ from torch import Tensor
 from cluster.load import LoadCounter, LoadStore
 from cluster.planner import shard_loads
 from cluster.registry import RegistryStore, StoreUnavailable
-from cluster.topology import Placement, Shard, held_digest
+from cluster.topology import Placement, Shard
 from model import kernels
 from model.family import ModelFamily
 from model.moe import Experts
@@ -235,7 +235,7 @@ class Backbone:
             return False
         if self._placement is None or placement.epoch > self._placement.epoch:
             self._placement = placement
-            self._wanted = {shard_id: held_digest(placement.experts_of(shard_id)) for shard_id in placement.shard_ids}
+            self._wanted = {shard_id: placement.digest_of(shard_id) for shard_id in placement.shard_ids}
         self._placed_at = time.time()
         self.remote.update(self._placement, self._shards.values())
         return True
