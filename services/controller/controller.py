@@ -42,11 +42,7 @@ def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[Layer
 def stale_shards(placement: Placement, shards: Sequence[Shard]) -> list[Shard]:
     """The placement's live shards that do not hold exactly what it gives them, as after a restart."""
     homes = set(placement.shard_ids)
-    return [
-        shard
-        for shard in shards
-        if shard.id in homes and shard.held_digest != placement.digest_of(shard.id)
-    ]
+    return [shard for shard in shards if shard.id in homes and shard.held_digest != placement.digest_of(shard.id)]
 
 
 class Controller:
