@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 
-from cluster.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, Lease, stale_placement
+from cluster.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, MAX_DECISIONS, Lease, stale_placement
 from cluster.topology import Placement, Shard
 
 
@@ -21,6 +22,8 @@ class MemoryRegistry:
         self._lease: Lease | None = None
         self._lease_end = 0.0
         self._fencing = 0
+        self._followers: dict[str, tuple[int, float]] = {}
+        self._decisions: deque[dict[str, str]] = deque(maxlen=MAX_DECISIONS)
 
     async def heartbeat(self, shard: Shard) -> None:
         self._seen[shard.id] = (shard, self.clock())
@@ -41,9 +44,27 @@ class MemoryRegistry:
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
         assert placement.epoch > expected_epoch >= 0
         epoch = self._placement.epoch if self._placement else 0
-        if epoch != expected_epoch or self._placement_fencing > fencing:
-            raise stale_placement(placement, expected_epoch, fencing, epoch, self._placement_fencing)
+        newest = max(self._placement_fencing, self._fencing if fencing > 0 else 0)
+        if epoch != expected_epoch or newest > fencing:
+            raise stale_placement(placement, expected_epoch, fencing, epoch, newest)
         self._placement, self._placement_fencing = placement, fencing
+
+    async def follow(self, follower: str, epoch: int) -> None:
+        self._followers[follower] = epoch, self.clock()
+
+    async def unfollow(self, follower: str) -> None:
+        self._followers.pop(follower, None)
+
+    async def followers(self) -> dict[str, int]:
+        now = self.clock()
+        self._followers = {name: (epoch, at) for name, (epoch, at) in self._followers.items() if now - at < self.ttl_s}
+        return {name: epoch for name, (epoch, _) in sorted(self._followers.items())}
+
+    async def note_decision(self, decision: Mapping[str, str]) -> None:
+        self._decisions.appendleft(dict(decision))
+
+    async def decisions(self, count: int) -> list[dict[str, str]]:
+        return [*self._decisions][:count]
 
     async def acquire_lease(self, owner: str) -> Lease | None:
         if self._lease is not None and self.clock() < self._lease_end:

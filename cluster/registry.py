@@ -19,11 +19,12 @@ from redis.exceptions import RedisError
 
 from cluster.topology import Placement, Shard
 
-HEARTBEAT_TTL_S = 5.0
-LEASE_TTL_S = 5.0
+HEARTBEAT_TTL_S = 3.0
+LEASE_TTL_S = 3.0
 CONNECT_TIMEOUT_S = 0.2
 CALL_TIMEOUT_S = 1.0
 MAX_CONNECTIONS = 16
+MAX_DECISIONS = 1000
 
 
 class StoreUnavailable(ConnectionError):
@@ -50,6 +51,11 @@ class RegistryStore(Protocol):
     async def shards(self) -> list[Shard]: ...
     async def placement(self, known_epoch: int | None = None) -> Placement | None: ...
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None: ...
+    async def follow(self, follower: str, epoch: int) -> None: ...
+    async def unfollow(self, follower: str) -> None: ...
+    async def followers(self) -> dict[str, int]: ...
+    async def note_decision(self, decision: Mapping[str, str]) -> None: ...
+    async def decisions(self, count: int) -> list[dict[str, str]]: ...
     async def acquire_lease(self, owner: str) -> Lease | None: ...
     async def renew_lease(self, lease: Lease) -> bool: ...
     async def release_lease(self, lease: Lease) -> None: ...
@@ -92,10 +98,12 @@ redis.call('SREM', KEYS[2], ARGV[2])
 return redis.call('DEL', KEYS[1])
 """
 
-# Returns the epoch and the fencing token that stood in the way, or nothing.
+# Returns the epoch and the fencing token that stood in the way, or nothing. A leader's token must be the last one given
+# out: a new leader may have read the placement already. Without a token nothing but an empty place may be filled.
 PUBLISH = """
 local stored = redis.call('HMGET', KEYS[1], 'epoch', 'fencing')
 local epoch, fencing = tonumber(stored[1] or 0), tonumber(stored[2] or 0)
+if tonumber(ARGV[3]) > 0 then fencing = math.max(fencing, tonumber(redis.call('GET', KEYS[2]) or 0)) end
 if epoch ~= tonumber(ARGV[1]) or fencing > tonumber(ARGV[3]) then return {tostring(epoch), tostring(fencing)} end
 redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'fencing', ARGV[3], 'value', ARGV[4])
 return false
@@ -175,9 +183,43 @@ class Registry:
         """
         assert placement.epoch > expected_epoch >= 0
         arguments = (expected_epoch, placement.epoch, fencing, placement.to_json())
-        stood_in_the_way = await self._eval(PUBLISH, [self.prefix + "placement"], *arguments)
+        keys = [self.prefix + "placement", self.prefix + "fencing"]
+        stood_in_the_way = await self._eval(PUBLISH, keys, *arguments)
         if stood_in_the_way is not None:
             raise stale_placement(placement, expected_epoch, fencing, *map(int, stood_in_the_way))
+
+    async def follow(self, follower: str, epoch: int) -> None:
+        """A backbone says which epoch it uses, as a heartbeat."""
+        with store_errors():
+            async with self.redis.pipeline(transaction=True) as pipe:
+                pipe.set(self.prefix + "backbone:" + follower, epoch, px=self.ttl_ms)
+                pipe.sadd(self.prefix + "backbones", follower)
+                await pipe.execute()
+
+    async def unfollow(self, follower: str) -> None:
+        """Says goodbye before the time to live ends."""
+        await self._call("DEL", self.prefix + "backbone:" + follower)
+
+    async def followers(self) -> dict[str, int]:
+        """The epoch that each live backbone uses."""
+        names = sorted(await self._call("SMEMBERS", self.prefix + "backbones"))
+        if not names:
+            return {}
+        epochs = await self._call("MGET", *(self.prefix + "backbone:" + name for name in names))
+        if dead := [name for name, epoch in zip(names, epochs, strict=True) if epoch is None]:
+            await self._call("SREM", self.prefix + "backbones", *dead)
+        return {name: int(epoch) for name, epoch in zip(names, epochs, strict=True) if epoch is not None}
+
+    async def note_decision(self, decision: Mapping[str, str]) -> None:
+        """Adds to the log of what was decided, which keeps about the last thousand."""
+        words = [word for field in decision.items() for word in field]
+        await self._call("XADD", self.prefix + "decisions", "MAXLEN", "~", MAX_DECISIONS, "*", *words)
+
+    async def decisions(self, count: int) -> list[dict[str, str]]:
+        """The last decisions, the newest first."""
+        with store_errors():
+            entries = await self.redis.xrevrange(self.prefix + "decisions", count=count)
+        return [dict(fields) for _, fields in entries]
 
     async def acquire_lease(self, owner: str) -> Lease | None:
         """The lease, or None while somebody (the owner itself included) holds it."""
