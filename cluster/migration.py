@@ -135,12 +135,12 @@ def next_target(
     held = held_homes(holdings) | done.loads
     told = Target.of(published)
     after = {
-        (layer, expert): _next_homes(told, target, layer, expert, held, holdings, limits.min_cover, not done.num_left)
-        for layer, expert in _differences(told, target)
+        key: _next_homes(key, told, target, done.loads, held, limits.min_cover, not done.num_left, holdings)
+        for key in _differences(told, target)
     }
     changed = {key: homes for key, homes in after.items() if homes != told.tiers(*key)}
     if not changed and done.num_left and not done.loads:
-        changed = _make_room(told, target, after, held, holdings)
+        changed = _make_room(target, after, held)
     return _with(told, changed) if changed else None
 
 
@@ -173,42 +173,38 @@ def _differences(told: Target, target: Target) -> list[tuple[int, int]]:
 
 
 def _next_homes(
+    key: tuple[int, int],
     told: Target,
     target: Target,
-    layer: int,
-    expert: int,
+    verified: Collection[Home],
     held: Collection[Home],
-    holdings: Holdings,
     min_cover: int,
     is_complete: bool,
+    alive: Collection[str],
 ) -> dict[str, str]:
-    """Of one expert: what is loaded joins, then what is not wanted leaves as far as enough stays."""
-    wanted, now = target.tiers(layer, expert), told.tiers(layer, expert)
+    """Of one expert: what is loaded and verified joins, then what is not wanted leaves as far as enough stays."""
+    wanted, now = target.tiers(*key), told.tiers(*key)
     least, needs_device = min(min_cover, len(wanted)), DEVICE in wanted.values()
 
     def is_enough(homes: Mapping[str, str]) -> bool:
-        live = [tier for id, tier in homes.items() if Home(layer, expert, id, tier) in held]
+        live = [tier for id, tier in homes.items() if Home(*key, id, tier) in held]
         return len(live) >= least and (DEVICE in live or not needs_device)
 
     for id, tier in wanted.items():
-        if now.get(id) != tier and Home(layer, expert, id, tier) in held:
+        if now.get(id) != tier and Home(*key, id, tier) in verified:
             after = {**now, id: tier}
             if now.get(id) != DEVICE or is_enough(after):
                 now = after
     for id in [id for id in now if id not in wanted]:
         after = {other: tier for other, tier in now.items() if other != id}
-        if is_enough(after) or (is_complete and id not in holdings):
+        if is_enough(after) or (is_complete and id not in alive):
             now = after
     order = [*wanted, *now]
     return {id: now[id] for id in sorted(now, key=order.index)}
 
 
 def _make_room(
-    told: Target,
-    target: Target,
-    after: Mapping[tuple[int, int], dict[str, str]],
-    held: Collection[Home],
-    holdings: Holdings,
+    target: Target, after: Mapping[tuple[int, int], dict[str, str]], held: Collection[Home]
 ) -> dict[tuple[int, int], dict[str, str]]:
     """One live home that is not wanted leaves a shard which something else waits for, if the expert has another."""
     waiting = {home.shard_id for home in set(target.all_homes()) - set(held) if home.tier == DEVICE}

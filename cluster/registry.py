@@ -218,7 +218,7 @@ class Registry:
     async def decisions(self, count: int) -> list[dict[str, str]]:
         """The last decisions, the newest first."""
         with store_errors():
-            entries = await self.redis.xrevrange(self.prefix + "decisions", count=count)
+            entries: Any = await self.redis.xrevrange(self.prefix + "decisions", count=count)
         return [dict(fields) for _, fields in entries]
 
     async def acquire_lease(self, owner: str) -> Lease | None:
