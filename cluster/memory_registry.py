@@ -37,9 +37,15 @@ class MemoryRegistry:
         self._seen = {id: (shard, at) for id, (shard, at) in self._seen.items() if now - at < self.ttl_s}
         return [self._seen[id][0] for id in sorted(self._seen)]
 
-    async def placement(self, known_epoch: int | None = None) -> Placement | None:
-        is_known = self._placement is not None and self._placement.epoch == known_epoch
-        return None if is_known else self._placement
+    @property
+    def known_epoch(self) -> int:
+        return self._placement.epoch if self._placement else 0
+
+    async def epoch(self) -> int:
+        return self.known_epoch
+
+    async def placement(self) -> Placement | None:
+        return self._placement
 
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
         assert placement.epoch > expected_epoch >= 0
@@ -56,6 +62,9 @@ class MemoryRegistry:
         self._followers.pop(follower, None)
 
     async def followers(self) -> dict[str, int]:
+        return self.known_followers()
+
+    def known_followers(self) -> dict[str, int]:
         now = self.clock()
         self._followers = {name: (epoch, at) for name, (epoch, at) in self._followers.items() if now - at < self.ttl_s}
         return {name: epoch for name, (epoch, _) in sorted(self._followers.items())}
@@ -69,7 +78,7 @@ class MemoryRegistry:
     async def acquire_lease(self, owner: str) -> Lease | None:
         if self._lease is not None and self.clock() < self._lease_end:
             return None
-        self._fencing += 1
+        self._fencing = max(self._fencing + 1, round(1000 * self.clock()))
         self._lease, self._lease_end = Lease(owner, self._fencing), self.clock() + self.lease_ttl_s
         return self._lease
 

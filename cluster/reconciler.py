@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -74,7 +74,7 @@ Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[PlanLike]]
 @dataclass(frozen=True)
 class Timing:
     """Seconds: between turns, between plans for load's sake, from all backbones following an epoch to dropping what it
-    gave up, that a failing shard is left alone, and that a store without a placement is given to get it back."""
+    gave up, that a failing shard is left alone, and that backbones are given to bring back a placement that was lost."""
 
     period_s: float = 0.5
     plan_every_s: float = 10.0
@@ -89,6 +89,17 @@ class _Ready:
 
     incarnation: str
     homes: set[Home] = field(default_factory=set)
+
+
+def as_placement(layers: Sequence[LayerSpec], holdings: Mapping[str, Holding]) -> Placement | None:
+    """What shards hold as if it were published, for a plan that makes the most of it; None if they hold nothing."""
+    held = sorted(held_homes(holdings))
+    homes: dict[int, list[list[str]]] = {spec.layer: [[] for _ in range(spec.num_experts)] for spec in layers}
+    for home in held:
+        if home.tier == DEVICE:
+            homes[home.layer][home.expert].append(home.shard_id)
+    found = {layer: tuple(tuple(own) for own in of_layer) for layer, of_layer in homes.items()}
+    return Placement(0, found, {}) if held else None
 
 
 class Reconciler:
@@ -113,7 +124,7 @@ class Reconciler:
         self.placement: Placement | None = None
         self.target: Target | None = None
         self._lease: Lease | None = None
-        self._started_at = clock()
+        self._bare_since: float | None = None  # since when no placement is published
         self._planned_at = 0.0
         self._planned_for: object = None
         self._followed_since: tuple[int, float] | None = None
@@ -148,13 +159,18 @@ class Reconciler:
         alive = [known[id] for id in sorted(holdings)]
         if not await self._plan(alive, holdings) or self.target is None:
             return
-        target = self.target
+        target, followed = self.target, [*(await self.registry.followers()).values()]
         wanted = next_round(self.layers, target, self.placement, alive, holdings, self.limits)
         ready = {home for shard in alive for home in self._ready_on(shard)} & held_homes(holdings)
         done = wanted.without(wanted.loads - ready)
-        if after := next_target(target, self.placement, done, holdings, self.limits):
-            await self._publish(after)
-        self._start_drops(known, holdings, target, await self._is_drained())
+        if next_target(target, self.placement, done, holdings, self.limits):
+            sure = await self._ask_again(alive)  # a heartbeat may be seconds old: a home that goes leaves two behind
+            done = done.without(done.loads - held_homes(sure))
+            if after := next_target(target, self.placement, done, sure, self.limits):
+                await self._publish(after)
+        elif self.placement and any(epoch > self.placement.epoch for epoch in followed):
+            await self._publish(Target.of(self.placement))  # a store that lost one got an older one back
+        self._start_drops(known, garbage(self.placement, target, holdings) if self._is_drained(followed) else set())
         self._start_loads(known, wanted.loads - ready)
 
     async def settled(self) -> None:
@@ -179,10 +195,11 @@ class Reconciler:
 
     async def _published(self) -> Placement | None:
         """The placement that is published for this checkpoint; a store that lost it gets it back."""
-        stored = await self.registry.placement()
-        if stored is None and self.placement is not None:
-            await self.registry.publish(self.placement, expected_epoch=0, fencing=self._order.fencing)
-            return self.placement
+        stored, known = await self.registry.placement(), self.placement
+        stored_epoch = stored.epoch if stored else 0
+        if known is not None and stored_epoch < known.epoch:
+            await self.registry.publish(known, stored_epoch, self._order.fencing)
+            return known
         layers = {spec.layer: spec.num_experts for spec in self.layers}
         if stored is None or stored.model != self.model:
             return None
@@ -191,13 +208,6 @@ class Reconciler:
     async def _holdings(self, known: Mapping[str, Shard]) -> dict[str, Holding]:
         """Of every shard, asked again when its digest has changed. One that does not answer is taken to hold what it
         held: whether it is alive is for its heartbeat to say."""
-
-        async def ask(shard: Shard) -> None:
-            try:
-                self._held[shard.id] = (shard.incarnation, shard.held_digest), await self.shards.holding(shard)
-            except ShardFailed as error:
-                log.warning("Shard %s does not say what it holds: %s", shard.id, error)
-
         self._held = {
             id: held for id, held in self._held.items() if id in known and held[0][0] == known[id].incarnation
         }
@@ -207,13 +217,30 @@ class Reconciler:
             if id not in self._held or id in self._to_ask or self._held[id][0] != (shard.incarnation, shard.held_digest)
         ]
         self._to_ask.clear()
-        await asyncio.gather(*map(ask, is_old))
+        await self._ask_again(is_old)
         return {id: holding for id, (_, holding) in self._held.items()}
+
+    async def _ask_again(self, shards: Sequence[Shard]) -> dict[str, Holding]:
+        """What those that answer hold at this moment."""
+
+        async def ask(shard: Shard) -> Holding | None:
+            try:
+                holding = await self.shards.holding(shard)
+            except ShardFailed as error:
+                log.warning("Shard %s does not say what it holds: %s", shard.id, error)
+                return None
+            self._held[shard.id] = (shard.incarnation, shard.held_digest), holding
+            return holding
+
+        answers = await asyncio.gather(*map(ask, shards))
+        return {shard.id: holding for shard, holding in zip(shards, answers, strict=True) if holding is not None}
 
     async def _plan(self, alive: Sequence[Shard], holdings: Mapping[str, Holding]) -> bool:
         """Plans anew when the fleet has changed, or now and then for load's sake; whether there is a plan to follow."""
-        if self.placement is None and not await self._may_begin(alive):
+        if self.placement is None and not self._may_begin(alive):
             return False
+        if self.placement is not None:
+            self._bare_since = None
         now, fleet = self.clock(), [(shard.id, shard.incarnation, shard.draining) for shard in alive]
         running = Target.of(self.placement) if self.placement else None
         patience = self.timing.plan_every_s * (
@@ -223,7 +250,7 @@ class Reconciler:
         if fleet == self._planned_for and not is_due:
             return True
         try:
-            plan = await self.planner(alive, self.placement)
+            plan = await self.planner(alive, self.placement or as_placement(self.layers, holdings))
         except ValueError as error:
             log.warning("No plan for these shards: %s", error)
             return False
@@ -234,11 +261,12 @@ class Reconciler:
                 await self.registry.note_decision({"at": f"{now:.3f}", "by": self.owner, **plan.to_record()})
         return True
 
-    async def _may_begin(self, alive: Sequence[Shard]) -> bool:
+    def _may_begin(self, alive: Sequence[Shard]) -> bool:
         """Whether a first placement may be made: the fleet is there, and no backbone brings one back."""
-        waited = self.clock() - self._started_at
-        followers = await self.registry.followers()
-        return len(alive) >= self.num_expected and (waited >= self.timing.first_wait_s or not followers)
+        now = self.clock()
+        self._bare_since = now if self._bare_since is None else self._bare_since
+        is_new = not any(shard.num_held for shard in alive)
+        return len(alive) >= self.num_expected and (is_new or now - self._bare_since >= self.timing.first_wait_s)
 
     async def _publish(self, after: Target) -> None:
         assert self._lease is not None
@@ -252,12 +280,11 @@ class Reconciler:
         self.placement = placement
         log.info("Epoch %d is published; cover %d.", epoch, placement.cover())
 
-    async def _is_drained(self) -> bool:
+    def _is_drained(self, followed: Collection[int]) -> bool:
         """Whether every backbone has followed the placement for long enough that no call of an older one is left."""
         if self.placement is None:
-            return True
-        epochs = (await self.registry.followers()).values()
-        if any(epoch < self.placement.epoch for epoch in epochs):
+            return False
+        if any(epoch != self.placement.epoch for epoch in followed):
             self._followed_since = None
         elif self._followed_since is None or self._followed_since[0] != self.placement.epoch:
             self._followed_since = self.placement.epoch, self.clock()
@@ -267,10 +294,7 @@ class Reconciler:
         ready = self._ready.get(shard.id)
         return ready.homes if ready and ready.incarnation == shard.incarnation else set()
 
-    def _start_drops(
-        self, known: Mapping[str, Shard], holdings: Mapping[str, Holding], target: Target, is_drained: bool
-    ) -> None:
-        unwanted = garbage(self.placement, target, holdings) if is_drained else set()
+    def _start_drops(self, known: Mapping[str, Shard], unwanted: set[Home]) -> None:
         for id in sorted({home.shard_id for home in unwanted}):
             homes = {home for home in unwanted if home.shard_id == id}
             self._start(known[id], self._drop(known[id], homes))

@@ -49,7 +49,8 @@ class RegistryStore(Protocol):
     async def heartbeat(self, shard: Shard) -> None: ...
     async def remove(self, shard: Shard) -> None: ...
     async def shards(self) -> list[Shard]: ...
-    async def placement(self, known_epoch: int | None = None) -> Placement | None: ...
+    async def epoch(self) -> int: ...
+    async def placement(self) -> Placement | None: ...
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None: ...
     async def follow(self, follower: str, epoch: int) -> None: ...
     async def unfollow(self, follower: str) -> None: ...
@@ -167,13 +168,13 @@ class Registry:
             await self._call("SREM", self.prefix + "shards", *dead)
         return [Shard.from_record(record) for record in records if record]
 
-    async def placement(self, known_epoch: int | None = None) -> Placement | None:
-        """The published placement; None if there is none, or if its epoch is the one already known (cheap to poll)."""
-        key = self.prefix + "placement"
-        epoch = await self._call("HGET", key, "epoch")
-        if epoch is None or (known_epoch is not None and int(epoch) == known_epoch):
-            return None
-        value = await self._call("HGET", key, "value")
+    async def epoch(self) -> int:
+        """Of the published placement, cheap to poll; 0 if there is none."""
+        return int(await self._call("HGET", self.prefix + "placement", "epoch") or 0)
+
+    async def placement(self) -> Placement | None:
+        """The published placement, if there is one."""
+        value = await self._call("HGET", self.prefix + "placement", "value")
         return Placement.from_json(value) if value is not None else None
 
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
