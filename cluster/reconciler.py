@@ -73,8 +73,9 @@ Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[PlanLike]]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: between turns, between plans for load's sake, from all backbones following an epoch to dropping what it
-    gave up, that a failing shard is left alone, and that backbones are given to bring back a placement that was lost."""
+    """Seconds: between turns; between plans for load's sake; from all backbones following an epoch to dropping what it
+    gave up; that a failing shard is left alone; that backbones are given to bring back a placement that was lost.
+    """
 
     period_s: float = 0.5
     plan_every_s: float = 10.0
@@ -282,8 +283,9 @@ class Reconciler:
 
     def _is_drained(self, followed: Collection[int]) -> bool:
         """Whether every backbone has followed the placement for long enough that no call of an older one is left."""
-        if self.placement is None:
-            return False
+        if self.placement is None:  # then what is held is either wanted, or in the way of a first placement
+            bare_s = 0.0 if self._bare_since is None else self.clock() - self._bare_since
+            return not followed and bare_s > self.timing.first_wait_s
         if any(epoch != self.placement.epoch for epoch in followed):
             self._followed_since = None
         elif self._followed_since is None or self._followed_since[0] != self.placement.epoch:

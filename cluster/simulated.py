@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -355,10 +356,8 @@ class SimBackbone(Process):
         try:
             while True:
                 await self.runs()
-                try:
+                with suppress(StoreUnavailable):
                     await self.follower.refresh()
-                except StoreUnavailable:
-                    pass  # serving on
                 await asyncio.sleep(REFRESH_S)
         finally:
             for task in tasks:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -150,10 +151,8 @@ class World:
         store = RemoteStore(shard, self.store, self.network)
         while True:
             await shard.runs()
-            try:
+            with suppress(StoreUnavailable):
                 await store.heartbeat(shard.record)
-            except StoreUnavailable:
-                self.trace(f"{shard.name} cannot register itself")
             if shard.used_bytes > self.budget:
                 self.fail(f"{shard.name} holds {shard.used_bytes} bytes of {self.budget}")
             await asyncio.sleep(HEARTBEAT_S)
