@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.checksum import checksum_of_reply, checksum_of_request
 from services.expert.dispatch import narrow
 
 COMPUTE_PATH = f"/{pb.DESCRIPTOR.services_by_name['Expert'].full_name}/Compute"
-PIECE_BYTES = 512 << 10  # rows of one request; larger batches travel in several
 TORCH_DTYPES = {pb.DTYPE_BF16: torch.bfloat16, pb.DTYPE_FP32: torch.float32}
 WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
+
+CORRUPT_REPLY = "its reply was changed on the way: the checksum is another"
 
 Ints = NDArray[np.integer]
 
@@ -40,6 +42,14 @@ class Picks:
     row_P: NDArray[np.int32]
     expert_P: NDArray[np.int32]
     weight_P: NDArray[np.float32]
+
+
+def check_request(request: pb.ComputeRequest) -> None:
+    """Raises Refused with CORRUPT where the request is not what the client sent."""
+    checksum = checksum_of_request(request)
+    if checksum != request.checksum:
+        detail = f"The request was changed on its way, or has none of ours: its checksum is {request.checksum:#x}"
+        raise Refused(pb.Refusal.CORRUPT, f"{detail}, but must be {checksum:#x}.")
 
 
 def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
@@ -92,9 +102,15 @@ def sums_to_proto(sums: NDArray[np.int64]) -> pb.Sums:
     return pb.Sums(data=sums.tobytes(), width=8)
 
 
-def sums_from_proto(sums: pb.Sums, num_rows: int, input_dim: int) -> Ints:
-    """Unpacks what `sums_to_proto` packed: int32 or int64 (N, ℓ), read-only; ValueError on any other size."""
+def sums_from_proto(reply: pb.ComputeReply, num_rows: int, input_dim: int) -> Ints:
+    """Unpacks what `sums_to_proto` packed: int32 or int64 (N, ℓ), read-only.
+
+    ValueError where the size is another, or the reply is not what the shard sent.
+    """
+    sums = reply.sums
     data, width = sums.data, sums.width
+    if checksum_of_reply(reply, data) != reply.checksum:
+        raise ValueError(CORRUPT_REPLY)
     if width not in (4, 8) or len(data) != num_rows * input_dim * width:
         wanted = f"{num_rows} × {input_dim} sums of 4 or 8 bytes"
         raise ValueError(f"A shard answered {len(data)} bytes of width {width} where {wanted} were asked for.")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.checksum import checksum_of_request
 from tests.services.expert.checkpoint import LATENT
 
 
@@ -24,4 +25,6 @@ def make_request(experts: tuple[int, ...] = (0, 1), **changes: Any) -> pb.Comput
         "pick_experts": np.array(experts, "<i4").tobytes(),
         "pick_weights": np.ones(len(experts), "<f4").tobytes(),
     }
-    return pb.ComputeRequest(**{**fields, **changes})
+    request = pb.ComputeRequest(**{**fields, **changes})
+    request.checksum = checksum_of_request(request)
+    return request
