@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from cluster.call_policy import CallPolicy, Traffic
 from cluster.fleet import NEVER, Fleet, FleetView
-from cluster.grouping import group
 from cluster.health import Link, ShardHealth, Timing, Work
-from cluster.routing import NoLiveHome
+from cluster.routing import Grouped, NoLiveHome, group
 from cluster.topology import Placement
 
 Picks = NDArray[np.int64]
@@ -252,16 +251,15 @@ class LayerCall:
         one rather than to none. The rest waits."""
         if not len(picks):
             return []
+        sizes = (self.top_k, self.max_rows)
         try:
-            home_Q = self.fleet.choose(self.layer, self.expert_P[picks], past.passed, now, is_picky=not may_hurt)
+            grouped = self.fleet.route(self.layer, picks, self.expert_P, sizes, past.passed, now, is_picky=not may_hurt)
         except NoLiveHome as none_left:
             is_stuck = np.isin(self.expert_P[picks], none_left.experts)
             asks = self._send(picks[~is_stuck], past, now, may_hurt)
             stuck = picks[is_stuck]
-            return asks + (
-                self._send(stuck, past, now, may_hurt=True) if not may_hurt else self._park(stuck, past, now)
-            )
-        asks = self._post(picks, home_Q, now)
+            return asks + (self._park(stuck, past, now) if may_hurt else self._send(stuck, past, now, may_hurt=True))
+        asks = self._post(grouped, now)
         for ask in asks:
             lane = ask.lane = Lane([ask], 1)
             look_at = now + ask.late_after_s
@@ -272,12 +270,11 @@ class LayerCall:
         self.fleet.budget.earn(len(asks))
         return asks
 
-    def _post(self, picks: Picks, home_Q: Picks, now: float) -> list[Ask]:
+    def _post(self, grouped: Grouped, now: float) -> list[Ask]:
         fleet = self.fleet
         assert fleet.view is not None
         table = fleet.view.tables[self.layer]
-        sizes = (self.top_k, len(table.shard_ids), len(table.homes), self.max_rows)
-        pick_Q, first_M, shard_M, num_rows_M, num_experts_M = group(picks, home_Q, self.expert_P, *sizes)
+        pick_Q, first_M, shard_M, num_rows_M, num_experts_M = grouped
         mib, asks, policy = self._mib, [], fleet.policy
         for m, place in enumerate(shard_M):
             own = pick_Q[first_M[m] : first_M[m + 1]]
@@ -305,7 +302,8 @@ class LayerCall:
             fleet.postpone(health, now)
             return []
         picks = picks[picks // self.top_k == picks[0] // self.top_k][:PROBED_PICKS]
-        asks = self._post(picks, np.full(len(picks), health.place), now)
+        sizes = (self.top_k, len(table.shard_ids), len(table.homes), self.max_rows)
+        asks = self._post(group(picks, np.full(len(picks), health.place), self.expert_P, *sizes), now)
         for ask in asks:
             fleet.note_probe(ask)
         self._traffic.num_probes += len(asks)
@@ -324,16 +322,18 @@ class LayerCall:
         if len(race.lanes) >= policy.max_lanes or not (is_stalled or race.may_hedge):
             return []
         passed = race.past.passed | {ask.shard_id for lane in race.lanes for ask in lane.asks}
-        experts = self.expert_P[race.picks]
+        sizes = (self.top_k, self.max_rows)
         try:
-            home_Q = self.fleet.choose(self.layer, experts, passed, now, may_promote=is_stalled)
+            grouped = self.fleet.route(
+                self.layer, race.picks, self.expert_P, sizes, passed, now, may_promote=is_stalled
+            )
         except NoLiveHome:
             return []
-        if not is_stalled and not self.fleet.budget.take(len(set(home_Q.tolist()))):
+        if not is_stalled and not self.fleet.budget.take(len(grouped.shard_M)):
             self._traffic.num_hedges_denied += 1
             race.may_hedge = False
             return []
-        return self._join(race, self._post(race.picks, home_Q, now), not is_stalled)
+        return self._join(race, self._post(grouped, now), not is_stalled)
 
     def _join(self, race: Race, asks: list[Ask], is_hedge: bool) -> list[Ask]:
         """Adds a lane."""

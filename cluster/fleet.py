@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from cluster.call_policy import CallPolicy, Traffic
 from cluster.health import Circuit, HedgeBudget, Link, ShardHealth, Timing
-from cluster.routing import HomeTable, ShardCosts, assign_homes
+from cluster.routing import Grouped, HomeTable, route
 from cluster.topology import Pace, Placement
 
 if TYPE_CHECKING:
     from cluster.calls import Ask
 
 MESSAGE_US = 200.0  # what one more message costs the caller
+MAX_TO_LEARN = 64
 NEVER = float("inf")
 
 Tables = Mapping[int, HomeTable]
@@ -76,6 +77,7 @@ class Fleet:
         self.is_changed = False  # a link came up or went down
         self.probe_at = NEVER  # when a shard that rests is to be tried, or a try to be given up
         self._probes: dict[int, Ask] = {}
+        self._to_learn: list[tuple[Ask, Timing, float]] = []
         self._unanswered: list[ShardHealth] = []
         self.view: FleetView | None = None
 
@@ -121,29 +123,30 @@ class Fleet:
 
     # Choosing
 
-    def choose(
+    def route(
         self,
         layer: int,
+        picks: Ids,
         expert_P: Ids,
+        sizes: tuple[int, int],
         passed: Collection[str],
         now: float,
         may_promote: bool = True,
         is_picky: bool = True,
-    ) -> Ids:
-        """The home of each pick, as a place in `view.shard_ids`; raises NoLiveHome.
+    ) -> Grouped:
+        """The messages for some picks, their shards as places in `view.shard_ids`; raises NoLiveHome.
 
-        None is among `passed`; where it `is_picky`, none that should be avoided.
+        No home is among `passed`; where it `is_picky`, none that should be avoided. Sizes: picks of a row, and rows of
+        a message at most.
         """
         assert self.view is not None
         self.refresh()
         is_excluded_S = self._avoided_S if is_picky else self._down_S
         if passed:
             is_excluded_S = is_excluded_S | np.array([id in passed for id in self.view.shard_ids], dtype=np.bool_)
-        weight_S, row_S, message_S, free_S = self.costs_CS
-        mib = self.expert_mib.get(layer, 1.0)
-        busy_S = np.maximum(free_S - now, 0.0) * 1e6
-        costs = ShardCosts(busy_S, weight_S * mib, row_S * mib, message_S, self._max_piece)
-        return assign_homes(expert_P, self.view.tables[layer], costs, is_excluded_S, may_promote)
+        table, mib = self.view.tables[layer], self.expert_mib.get(layer, 1.0)
+        costs = (self.costs_CS, now, mib, self._max_piece)
+        return route(picks, expert_P, table, *costs, is_excluded_S, *sizes, may_promote)
 
     def shard_at(self, place: int) -> ShardHealth:
         health = self._shards[place]
@@ -164,23 +167,32 @@ class Fleet:
         if ask is None:
             return None
         health, took_s = ask.health, now - ask.sent_at
-        was, is_slow = health.circuit, False
-        if timing is None:
-            health.heard_at = now
-        elif not ask.is_promoting:
-            is_slow = health.is_far_slower(took_s, ask.predicted_s)
-            health.answer(ask.work, timing, took_s, ask.predicted_s, now)
-        if ask.is_beaten:
-            health.come_late()
-        elif is_slow:
-            health.fail(now)
-        elif was is not Circuit.CLOSED or health.num_failures:
-            health.succeed()
-        self._note_costs(health)
-        self._probes.pop(request_id, None)
-        if health.circuit is not was:
-            self.is_changed = True
+        health.heard_at = now
+        is_slow = timing is not None and not ask.is_promoting and health.is_far_slower(took_s, ask.predicted_s)
+        if is_slow or ask.is_beaten or health.num_failures:
+            self._judge(ask, is_slow, now)
+        if timing is not None and not ask.is_promoting:
+            self._to_learn.append((ask, timing, now))
+            if len(self._to_learn) >= MAX_TO_LEARN:
+                self.learn()
         return ask
+
+    def _judge(self, ask: Ask, is_slow: bool, now: float) -> None:
+        if ask.is_beaten:
+            ask.health.come_late()
+        elif is_slow:
+            ask.health.fail(now)
+        else:
+            ask.health.succeed()
+        self._probes.pop(ask.id, None)
+        self.is_changed = True
+
+    def learn(self) -> None:
+        """Learns from the replies noted; best called while there is nothing to do but wait."""
+        for ask, timing, at in self._to_learn:
+            ask.health.answer(ask.work, timing, at - ask.sent_at, ask.predicted_s, at)
+            self._note_costs(ask.health)
+        self._to_learn.clear()
 
     def note_failed(self, request_id: int, now: float) -> Ask | None:
         """Takes note of a message that came to nothing: its stream was lost, or what came back was corrupt."""

@@ -292,7 +292,7 @@ class _Call:
             pick_experts=pick_experts,
             pick_weights=pick_weights,
             timeout_us=timeout_us,
-            checksum=request_checksum(head, rows, grid, picked),
+            checksum=request_checksum(head, rows, grid, *picked),
         ).SerializeToString()
 
     def wait(self) -> Tensor:
@@ -315,6 +315,7 @@ class _Call:
     def _wait_for_more(self) -> None:
         """Reads what has come, before anything is called late."""
         owner, routing = self.owner, self.routing
+        self.fleet.learn()
         owner._receiver.receive(max(0.0, routing.wake_at - time.monotonic()))
         if owner._receiver.inbox:
             return

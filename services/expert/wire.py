@@ -6,6 +6,7 @@ Legend: N rows, P picks (one row sent to one expert).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.checksum import checksum_of_reply, checksum_of_request
+from services.expert.checksum import REQUEST, checksum_of_reply, request_checksum
 from services.expert.dispatch import narrow
 
 COMPUTE_PATH = f"/{pb.DESCRIPTOR.services_by_name['Expert'].full_name}/Compute"
@@ -44,14 +45,6 @@ class Picks:
     weight_P: NDArray[np.float32]
 
 
-def check_request(request: pb.ComputeRequest) -> None:
-    """Raises Refused with CORRUPT where the request is not what the client sent."""
-    checksum = checksum_of_request(request)
-    if checksum != request.checksum:
-        detail = f"The request was changed on its way, or has none of ours: its checksum is {request.checksum:#x}"
-        raise Refused(pb.Refusal.CORRUPT, f"{detail}, but must be {checksum:#x}.")
-
-
 def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
     """The bits of bf16 or fp32 rows (N, ℓ) as a numpy array: numpy has no bf16, so that one comes as int16."""
     if x_NL.dtype not in WIRE_DTYPES:
@@ -60,21 +53,42 @@ def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
     return (x_NL.view(torch.int16) if x_NL.dtype == torch.bfloat16 else x_NL).numpy()
 
 
-def picks_from_proto(request: pb.ComputeRequest, input_dim: int, num_experts: int) -> Picks:
+class Body(NamedTuple):
+    """The arrays of a request: each access to a field of the message would copy it."""
+
+    rows: bytes
+    grid: bytes
+    pick_rows: bytes
+    pick_experts: bytes
+    pick_weights: bytes
+
+
+def checked_body(request: pb.ComputeRequest) -> Body:
+    """Raises Refused with CORRUPT where the request is not what the client sent."""
+    body = Body(request.rows, request.grid, request.pick_rows, request.pick_experts, request.pick_weights)
+    numbers = (request.id, request.layer, request.epoch, request.num_rows, request.dtype, request.timeout_us)
+    checksum = request_checksum(REQUEST.pack(*numbers), *body)
+    if checksum != request.checksum:
+        detail = f"The request was changed on its way, or has none of ours: its checksum is {request.checksum:#x}"
+        raise Refused(pb.Refusal.CORRUPT, f"{detail}, but must be {checksum:#x}.")
+    return body
+
+
+def picks_from_proto(request: pb.ComputeRequest, body: Body, input_dim: int, num_experts: int) -> Picks:
     """Decodes a request for a layer of this shape; raises Refused with BAD_SHAPE where it contradicts the shape."""
     dtype = TORCH_DTYPES.get(request.dtype)
     if dtype is None:
         raise Refused(pb.Refusal.BAD_SHAPE, f"dtype is {request.dtype}, but must be DTYPE_BF16 or DTYPE_FP32.")
-    num_rows, pick_rows = request.num_rows, request.pick_rows
+    num_rows, pick_rows = request.num_rows, body.pick_rows
     num_picks = len(pick_rows) // 4
-    rows = _sized("rows", request.rows, num_rows * input_dim, dtype.itemsize)
-    grid = _sized("grid", request.grid, num_rows, 2)
-    weights = _sized("pick_weights", request.pick_weights, num_picks, 4)
+    rows = _sized("rows", body.rows, num_rows * input_dim, dtype.itemsize)
+    grid = _sized("grid", body.grid, num_rows, 2)
+    weights = _sized("pick_weights", body.pick_weights, num_picks, 4)
     return Picks(
         np.frombuffer(rows, dtype="<i2" if dtype == torch.bfloat16 else "<f4").reshape(num_rows, input_dim),
         np.frombuffer(grid, dtype="<i2"),
         _ids("pick_rows", pick_rows, num_picks, num_rows),
-        _ids("pick_experts", request.pick_experts, num_picks, num_experts),
+        _ids("pick_experts", body.pick_experts, num_picks, num_experts),
         np.frombuffer(weights, dtype="<f4"),
     )
 

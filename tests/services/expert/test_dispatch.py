@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.grouping import group
+from cluster.routing import group
 from services.expert.dispatch import combine, dispatch, narrow
 
 TOP_K, INPUT_DIM = 3, 4

@@ -9,7 +9,7 @@ from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.checksum import checksum_of_reply
 from services.expert.wire import Refused, picks_from_proto, sums_from_proto, sums_to_proto
 from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS
-from tests.services.expert.requests import make_request
+from tests.services.expert.requests import body_of, make_request
 
 
 def signed(sums: pb.Sums) -> pb.ComputeReply:
@@ -48,7 +48,8 @@ def test_sums_of_the_wrong_size_are_refused() -> None:
     ],
 )
 def test_a_request_that_contradicts_itself_is_refused(changes: dict[str, Any], detail: str) -> None:
+    request = make_request(**changes)
     with pytest.raises(Refused) as refused:
-        picks_from_proto(make_request(**changes), LATENT, NUM_EXPERTS)
+        picks_from_proto(request, body_of(request), LATENT, NUM_EXPERTS)
     assert refused.value.code == pb.Refusal.BAD_SHAPE
     assert detail in refused.value.detail
