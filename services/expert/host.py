@@ -13,7 +13,7 @@ from cluster.topology import held_digest
 from model.moe import ExpertBank, ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.dispatch import warm_up
-from services.expert.wire import TORCH_DTYPES, Picks, Refused, picks_from_proto, sums_to_proto
+from services.expert.wire import TORCH_DTYPES, Picks, Refused, checked_body, picks_from_proto, sums_to_proto
 
 Wanted = dict[int, list[int]]  # experts by layer
 Read = Callable[[int, int], Mapping[str, Tensor]]  # (layer, expert) -> its tensors; ValueError names what is missing
@@ -118,6 +118,7 @@ class ExpertHost:
         return x_NL.to(self.device), row_P, expert_P, weight_P, grid_N
 
     def _decode(self, request: pb.ComputeRequest) -> Picks:
+        body = checked_body(request)
         shape = self.shapes.get(request.layer)
         if shape is None:
             detail = f"layer is {request.layer}, but the layers with routed experts are {sorted(self.shapes)}."
@@ -125,7 +126,7 @@ class ExpertHost:
         if TORCH_DTYPES.get(request.dtype, self.dtype) != self.dtype:
             detail = f"dtype is {TORCH_DTYPES[request.dtype]}, but this shard computes in {self.dtype}."
             raise Refused(pb.Refusal.BAD_SHAPE, detail)
-        return picks_from_proto(request, shape.input_dim, shape.num_experts)
+        return picks_from_proto(request, body, shape.input_dim, shape.num_experts)
 
     def _check_held(self, request: pb.ComputeRequest, expert_P: NDArray[np.int32]) -> None:
         is_held_P = self._is_held[request.layer][expert_P]

@@ -19,6 +19,7 @@ import grpc
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert.checksum import checksum_of_reply
 from services.expert.front import Front, ReplyTo
 from services.expert.host import ExpertHost, Wanted
 from services.expert.wire import Refused
@@ -116,7 +117,9 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             self.worker.submit(lambda: self._serve(request, stream, arrived_at))
 
     def _refuse(self, request: pb.ComputeRequest, stream: ReplyTo, code: pb.Refusal.Code, detail: str) -> None:
-        stream.reply(self._refusal(request, Refused(code, detail)))
+        refusal = self._refusal(request, Refused(code, detail))
+        refusal.checksum = checksum_of_reply(refusal)
+        stream.reply(refusal)
 
     def _serve(self, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float) -> None:
         """Runs on the worker's thread."""
@@ -127,6 +130,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         reply.queue_us = round((started_at - arrived_at) * 1e6)
         reply.compute_us = round((time.monotonic() - started_at) * 1e6)
         reply.queue_depth = self.worker.depth - 1
+        reply.checksum = checksum_of_reply(reply)
         self._count(request, reply)
         stream.reply(reply)
 

@@ -16,7 +16,7 @@ DTYPE_BF16: Dtype
 DTYPE_FP32: Dtype
 
 class ComputeRequest(_message.Message):
-    __slots__ = ("id", "layer", "epoch", "num_rows", "dtype", "rows", "grid", "pick_rows", "pick_experts", "pick_weights", "timeout_us", "traceparent")
+    __slots__ = ("id", "layer", "epoch", "num_rows", "dtype", "rows", "grid", "pick_rows", "pick_experts", "pick_weights", "timeout_us", "traceparent", "checksum")
     ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class ComputeRequest(_message.Message):
     PICK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     id: int
     layer: int
     epoch: int
@@ -41,23 +42,26 @@ class ComputeRequest(_message.Message):
     pick_weights: bytes
     timeout_us: int
     traceparent: str
-    def __init__(self, id: _Optional[int] = ..., layer: _Optional[int] = ..., epoch: _Optional[int] = ..., num_rows: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[bytes] = ..., grid: _Optional[bytes] = ..., pick_rows: _Optional[bytes] = ..., pick_experts: _Optional[bytes] = ..., pick_weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    checksum: int
+    def __init__(self, id: _Optional[int] = ..., layer: _Optional[int] = ..., epoch: _Optional[int] = ..., num_rows: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[bytes] = ..., grid: _Optional[bytes] = ..., pick_rows: _Optional[bytes] = ..., pick_experts: _Optional[bytes] = ..., pick_weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class ComputeReply(_message.Message):
-    __slots__ = ("id", "sums", "refusal", "queue_us", "compute_us", "queue_depth")
+    __slots__ = ("id", "sums", "refusal", "queue_us", "compute_us", "queue_depth", "checksum")
     ID_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     id: int
     sums: Sums
     refusal: Refusal
     queue_us: int
     compute_us: int
     queue_depth: int
-    def __init__(self, id: _Optional[int] = ..., sums: _Optional[_Union[Sums, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., queue_depth: _Optional[int] = ...) -> None: ...
+    checksum: int
+    def __init__(self, id: _Optional[int] = ..., sums: _Optional[_Union[Sums, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., queue_depth: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Sums(_message.Message):
     __slots__ = ("data", "width")
@@ -79,6 +83,7 @@ class Refusal(_message.Message):
         BAD_SHAPE: _ClassVar[Refusal.Code]
         DEADLINE: _ClassVar[Refusal.Code]
         FAILED: _ClassVar[Refusal.Code]
+        CORRUPT: _ClassVar[Refusal.Code]
     CODE_UNSPECIFIED: Refusal.Code
     NOT_HOSTED: Refusal.Code
     STALE_EPOCH: Refusal.Code
@@ -87,6 +92,7 @@ class Refusal(_message.Message):
     BAD_SHAPE: Refusal.Code
     DEADLINE: Refusal.Code
     FAILED: Refusal.Code
+    CORRUPT: Refusal.Code
     CODE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
