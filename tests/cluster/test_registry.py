@@ -54,11 +54,9 @@ async def only_its_own_incarnation_says_goodbye(registry: RegistryStore) -> None
 
 
 async def a_placement_replaces_only_the_one_it_knows(registry: RegistryStore) -> None:
-    assert await registry.placement() is None
+    assert (await registry.placement(), await registry.epoch()) == (None, 0)
     await registry.publish(placement_of(1), expected_epoch=0, fencing=0)
-    assert await registry.placement() == placement_of(1)
-    assert await registry.placement(known_epoch=1) is None
-    assert await registry.placement(known_epoch=0) == placement_of(1)
+    assert (await registry.placement(), await registry.epoch()) == (placement_of(1), 1)
     with pytest.raises(StalePlacement, match="it replaces epoch 0 with fencing token 0, but epoch 1 "):
         await registry.publish(placement_of(2), expected_epoch=0, fencing=0)
     await registry.publish(placement_of(2), expected_epoch=1, fencing=0)
