@@ -433,8 +433,7 @@ class SimBackbone(Process):
 
     def _start(self, spec: LayerSpec) -> None:
         num_rows = self.random.randint(1, 3)
-        popular = [min(int(self.random.expovariate(2.5 / spec.num_experts)), spec.num_experts - 1) for _ in range(64)]
-        rows = [self.random.sample(sorted(set(popular)), spec.top_k) for _ in range(num_rows)]
+        rows = [self._pick(spec) for _ in range(num_rows)]
         expert_P = np.array(list(itertools.chain(*rows)), np.int64)
         self.counter.add(spec.layer, expert_P)
         self.num_counted += len(expert_P)
@@ -442,6 +441,15 @@ class SimBackbone(Process):
         self._counts[call], self._answers[call] = Counter(), {}
         self.num_calls += 1
         self._take(call, call.start(self._now))
+
+    def _pick(self, spec: LayerSpec) -> list[int]:
+        """The experts of one row; low numbers are popular."""
+        picked: list[int] = []
+        while len(picked) < spec.top_k:
+            expert = int(spec.num_experts * self.random.random() ** 3)
+            if expert not in picked:
+                picked.append(expert)
+        return picked
 
     def _take(self, call: LayerCall, asks: list[Ask]) -> None:
         for ask in asks:
