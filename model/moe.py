@@ -165,7 +165,8 @@ class ExpertBank:
         """`partial_sums` by the CPU's kernels, on arrays; rows are fp32, or the bits of bf16 as int16."""
         sums_NL = np.zeros(x_NL.shape, np.int64)
         picks = (x_NL.dtype == np.int16, row_P, expert_P, weight_P, grid_N)
-        if not cpu.partial_sums(x_NL, *picks, *self._addresses, self.dtype == torch.bfloat16, self.shape.width, sums_NL):
+        is_bf16 = self.dtype == torch.bfloat16  # of the weights; a packed one may not be asked while others are loaded
+        if not cpu.partial_sums(x_NL, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
             raise ValueError(NOT_ADDABLE)
         return sums_NL
 
