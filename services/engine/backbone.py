@@ -226,8 +226,7 @@ class Backbone:
         assert self.remote is not None
         try:
             placement = await self.registry.placement(self.remote.epoch or None) or self._placement
-            # A shard that misses from a store that came back empty may well be alive: its stream will tell.
-            self._shards |= {shard.id: shard for shard in await self.registry.shards()}
+            registered = {shard.id: shard for shard in await self.registry.shards()}
         except StoreUnavailable as error:
             log.warning("Serving on with epoch %d: %s", self.epoch, error)
             return False
@@ -237,6 +236,9 @@ class Backbone:
             self._placement = placement
             self._wanted = {shard_id: placement.digest_of(shard_id) for shard_id in placement.shard_ids}
         self._placed_at = time.time()
+        # A shard that misses from a store that came back empty may well be alive: its stream will tell.
+        placed = {id: self._shards[id] for id in self._wanted if id in self._shards}
+        self._shards = placed | registered
         self.remote.update(self._placement, self._shards.values())
         return True
 
