@@ -24,6 +24,7 @@ class MemoryRegistry:
         self._fencing = 0
         self._followers: dict[str, tuple[int, float]] = {}
         self._decisions: deque[dict[str, str]] = deque(maxlen=MAX_DECISIONS)
+        self._manifest: dict[tuple[str, int], dict[int, int]] = {}
 
     async def heartbeat(self, shard: Shard) -> None:
         self._seen[shard.id] = (shard, self.clock())
@@ -91,3 +92,15 @@ class MemoryRegistry:
     async def release_lease(self, lease: Lease) -> None:
         if self._lease == lease:
             self._lease = None
+
+    async def has_leader(self) -> bool:
+        return self._lease is not None and self.clock() < self._lease_end
+
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]:
+        return dict(self._manifest.get((weights, layer), {}))
+
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]:
+        known = self._manifest.setdefault((weights, layer), {})
+        for expert, checksum in seen.items():
+            known.setdefault(expert, checksum)
+        return {expert: known[expert] for expert in seen}

@@ -105,7 +105,11 @@ def next_round(
     sizes = {spec.layer: spec.expert_bytes for spec in layers}
     held = held_homes(holdings)
     told = set(Target.of(published).all_homes()) if published else set()
-    missing = {home for home in target.all_homes() if home.shard_id in holdings} - (held & told)
+    missing = {
+        home
+        for home in target.all_homes()
+        if home.shard_id in holdings and not (home in told and home in held) and not _is_above(home, held)
+    }
     alive = Counter((home.layer, home.expert) for home in held & told)
     room = {shard.id: shard.memory_budget - holdings[shard.id].used_bytes for shard in shards if shard.id in holdings}
     in_flight: Counter[str] = Counter()
@@ -132,7 +136,7 @@ def next_target(
     """
     if published is None:
         return None if done.num_left else target
-    held = held_homes(holdings) | done.loads
+    held = held_homes(holdings)
     told = Target.of(published)
     after = {
         key: _next_homes(key, told, target, done.loads, held, limits.min_cover, not done.num_left, holdings)
@@ -145,9 +149,30 @@ def next_target(
 
 
 def garbage(published: Placement | None, target: Target, holdings: Holdings) -> set[Home]:
-    """What live shards hold though neither the placement nor the target names it."""
-    named = set(target.all_homes()) | (set(Target.of(published).all_homes()) if published else set())
-    return held_homes(holdings) - named
+    """What live shards hold though neither the placement nor the target names the shard as its home."""
+    named = {home[:3] for home in _named(published, target)}
+    return {home for home in held_homes(holdings) if home[:3] not in named}
+
+
+def demotions(published: Placement | None, target: Target, holdings: Holdings) -> set[Home]:
+    """What live shards hold in device memory though they need only stand by for it; as it should become."""
+    named = _named(published, target)
+    above = {home for home in held_homes(holdings) if home.tier == DEVICE and home not in named}
+    return {home._replace(tier=STANDBY) for home in above} & named
+
+
+def _named(published: Placement | None, target: Target) -> set[Home]:
+    return set(target.all_homes()) | (set(Target.of(published).all_homes()) if published else set())
+
+
+def _is_above(home: Home, held: Collection[Home]) -> bool:
+    """Whether a shard that should stand by for an expert has it in device memory, which is as good."""
+    return home.tier == STANDBY and home._replace(tier=DEVICE) in held
+
+
+def _is_live(home: Home, held: Collection[Home]) -> bool:
+    """Whether the shard has the expert in either tier."""
+    return home in held or home._replace(tier=STANDBY if home.tier == DEVICE else DEVICE) in held
 
 
 def by_shard(homes: Iterable[Home], tier: str) -> dict[str, dict[int, list[int]]]:
@@ -187,11 +212,12 @@ def _next_homes(
     least, needs_device = min(min_cover, len(wanted)), DEVICE in wanted.values()
 
     def is_enough(homes: Mapping[str, str]) -> bool:
-        live = [tier for id, tier in homes.items() if Home(*key, id, tier) in held]
+        live = [tier for id, tier in homes.items() if _is_live(Home(*key, id, tier), held)]
         return len(live) >= least and (DEVICE in live or not needs_device)
 
     for id, tier in wanted.items():
-        if now.get(id) != tier and Home(*key, id, tier) in verified:
+        home = Home(*key, id, tier)
+        if now.get(id) != tier and (home in verified or _is_above(home, held)):
             after = {**now, id: tier}
             if now.get(id) != DEVICE or is_enough(after):
                 now = after
@@ -209,7 +235,7 @@ def _make_room(
     """One live home that is not wanted leaves a shard which something else waits for, if the expert has another."""
     waiting = {home.shard_id for home in set(target.all_homes()) - set(held) if home.tier == DEVICE}
     for key, homes in sorted(after.items()):
-        live = [id for id, tier in homes.items() if Home(*key, id, tier) in held]
+        live = [id for id, tier in homes.items() if _is_live(Home(*key, id, tier), held)]
         for id in live:
             is_leaving = id not in target.tiers(*key) and id in waiting and homes[id] == DEVICE
             if is_leaving and len(live) > 1:

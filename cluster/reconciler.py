@@ -21,6 +21,7 @@ from cluster.migration import (
     Limits,
     Target,
     by_shard,
+    demotions,
     garbage,
     held_homes,
     next_round,
@@ -171,7 +172,9 @@ class Reconciler:
                 await self._publish(after)
         elif self.placement and any(epoch > self.placement.epoch for epoch in followed):
             await self._publish(Target.of(self.placement))  # a store that lost one got an older one back
-        self._start_drops(known, garbage(self.placement, target, holdings) if self._is_drained(followed) else set())
+        if self._is_drained(followed):
+            self._start_drops(known, garbage(self.placement, target, holdings))
+            self._start_loads(known, demotions(self.placement, target, holdings))
         self._start_loads(known, wanted.loads - ready)
 
     async def settled(self) -> None:

@@ -60,6 +60,9 @@ class RegistryStore(Protocol):
     async def acquire_lease(self, owner: str) -> Lease | None: ...
     async def renew_lease(self, lease: Lease) -> bool: ...
     async def release_lease(self, lease: Lease) -> None: ...
+    async def has_leader(self) -> bool: ...
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]: ...
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]: ...
 
 
 def connect(url: str) -> Redis:
@@ -235,6 +238,31 @@ class Registry:
     async def release_lease(self, lease: Lease) -> None:
         """Gives the lease back; does nothing if it is lost."""
         await self._eval(RELEASE, [self.prefix + "leader"], _lease_text(lease))
+
+    async def has_leader(self) -> bool:
+        """Whether somebody holds the lease."""
+        return bool(await self._call("EXISTS", self.prefix + "leader"))
+
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]:
+        """The checksums known of a layer's experts; `weights` names the checkpoint and the dtype they are held in."""
+        known = await self._call("HGETALL", self._manifest_key(weights, layer))
+        return {int(expert): int(checksum, 16) for expert, checksum in known.items()}
+
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]:
+        """Notes what was seen for the first time and nothing else; returns what is known of these experts then."""
+        if not seen:
+            return {}
+        key = self._manifest_key(weights, layer)
+        with store_errors():
+            async with self.redis.pipeline(transaction=True) as pipe:
+                for expert, checksum in seen.items():
+                    pipe.hsetnx(key, str(expert), f"{checksum:016x}")
+                pipe.hmget(key, [str(expert) for expert in seen])
+                known: list[str] = (await pipe.execute())[-1]
+        return {expert: int(checksum, 16) for expert, checksum in zip(seen, known, strict=True)}
+
+    def _manifest_key(self, weights: str, layer: int) -> str:
+        return f"{self.prefix}manifest:{weights}:{layer}"
 
     def _shard_key(self, shard_id: str) -> str:
         return f"{self.prefix}shard:{shard_id}"

@@ -172,6 +172,12 @@ class RemoteStore:
     async def decisions(self, count: int) -> list[dict[str, str]]:
         return await self._ask(lambda registry: registry.decisions(count))
 
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]:
+        return await self._ask(lambda registry: registry.checksums(weights, layer))
+
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]:
+        return await self._ask(lambda registry: registry.note_checksums(weights, layer, seen))
+
     async def acquire_lease(self, owner: str) -> Lease | None:
         return await self._ask(lambda registry: registry.acquire_lease(owner))
 
@@ -234,7 +240,8 @@ class SimShard(Process):
         if self.used_bytes + num_bytes > self.base.memory_budget:
             raise ShardFailed(f"{num_bytes} bytes more are over the budget")
         if self.is_up:
-            self.held |= wanted
+            keys = {one[:2] for one in wanted}
+            self.held = {one for one in self.held if one[:2] not in keys} | wanted
         return {layer: 3 for layer, _, _ in wanted}
 
     def drop(self, unwanted: set[Held], order: Order) -> set[Held]:

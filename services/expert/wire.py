@@ -44,6 +44,14 @@ class Picks:
     expert_P: NDArray[np.int32]
     weight_P: NDArray[np.float32]
 
+    def only(self, is_chosen_P: NDArray[np.bool_]) -> Picks:
+        """Some of the picks, of the same rows; read-only too, because kernels are compiled for that."""
+        row_P, expert_P, weight_P = self.row_P[is_chosen_P], self.expert_P[is_chosen_P], self.weight_P[is_chosen_P]
+        row_P.setflags(write=False)
+        expert_P.setflags(write=False)
+        weight_P.setflags(write=False)
+        return Picks(self.x_NL, self.grid_N, row_P, expert_P, weight_P)
+
 
 def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
     """The bits of bf16 or fp32 rows (N, ℓ) as a numpy array: numpy has no bf16, so that one comes as int16."""

@@ -65,8 +65,9 @@ def test_it_registers_loads_computes_and_leaves(family: ModelFamily) -> None:
         async with serving(family, registry) as shard:
             assert await registry.shards() == [shard.record]
             assert (shard.record.num_held, shard.record.node, shard.record.pool) == (0, "n0", "experts-cpu")
-            gains = await control.load(shard.endpoint, {1: [0, 1], 3: [2]}, epoch=7)
-            assert gains == shard.host.gains([1, 3])
+            loaded = await control.load(shard.endpoint, {1: [0, 1], 3: [2]}, epoch=7)
+            assert loaded.gains == shard.host.gains({1: [], 3: []})
+            assert {layer: list(of) for layer, of in loaded.checksums.items()} == {1: [0, 1], 3: [2]}
             async with stream_to(shard) as stream:
                 await stream.write(make_request(id=42))
                 reply = await stream.read()
@@ -201,8 +202,8 @@ def test_a_caller_that_leaves_does_not_free_the_lock(family: ModelFamily, method
             stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
             await control.load(shard.endpoint, {1: [0, 1]})
             gate = threading.Event()
-            change = shard.host.remove if method == "Unload" else shard.host.load
-            setattr(shard.host, change.__name__, lambda wanted: (gate.wait(), change(wanted)))
+            worker = shard.service.worker  # `Unload` and the end of `Load` are jobs of its
+            worker.submit(gate.wait)
             request: Any = getattr(pb, f"{method}Request")
             call = getattr(stub, method)(request(experts=[pb.LayerExperts(layer=1, experts=[1, 2])], epoch=5))
             while not shard.service._changing.locked():

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(protos/expertmesh/expert/v1/expert.proto\x12\x14\x65xpertmesh.expert.v1\"\x8e\x02\n\x0e\x43omputeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12*\n\x05\x64type\x18\x05 \x01(\x0e\x32\x1b.expertmesh.expert.v1.Dtype\x12\x0c\n\x04rows\x18\x06 \x01(\x0c\x12\x0c\n\x04grid\x18\x07 \x01(\x0c\x12\x11\n\tpick_rows\x18\x08 \x01(\x0c\x12\x14\n\x0cpick_experts\x18\t \x01(\x0c\x12\x14\n\x0cpick_weights\x18\n \x01(\x0c\x12\x12\n\ntimeout_us\x18\x0b \x01(\x04\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x10\n\x08\x63hecksum\x18\r \x01(\x07\"\xd0\x01\n\x0c\x43omputeReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12*\n\x04sums\x18\x02 \x01(\x0b\x32\x1a.expertmesh.expert.v1.SumsH\x00\x12\x30\n\x07refusal\x18\x03 \x01(\x0b\x32\x1d.expertmesh.expert.v1.RefusalH\x00\x12\x10\n\x08queue_us\x18\x04 \x01(\x04\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x07\x42\t\n\x07outcome\"#\n\x04Sums\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05width\x18\x02 \x01(\r\"\xff\x01\n\x07Refusal\x12\x30\n\x04\x63ode\x18\x01 \x01(\x0e\x32\".expertmesh.expert.v1.Refusal.Code\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07missing\x18\x04 \x03(\r\"\x91\x01\n\x04\x43ode\x12\x14\n\x10\x43ODE_UNSPECIFIED\x10\x00\x12\x0e\n\nNOT_HOSTED\x10\x01\x12\x0f\n\x0bSTALE_EPOCH\x10\x02\x12\x0e\n\nOVERLOADED\x10\x03\x12\x0c\n\x08\x44RAINING\x10\x04\x12\r\n\tBAD_SHAPE\x10\x05\x12\x0c\n\x08\x44\x45\x41\x44LINE\x10\x06\x12\n\n\x06\x46\x41ILED\x10\x07\x12\x0b\n\x07\x43ORRUPT\x10\x08\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"Q\n\x0bLoadRequest\x12\x33\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"f\n\tLoadReply\x12.\n\x05gains\x18\x01 \x03(\x0b\x32\x1f.expertmesh.expert.v1.LayerGain\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x15\n\rmemory_budget\x18\x03 \x01(\x04\",\n\tLayerGain\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08\x65xponent\x18\x02 \x01(\x11\"S\n\rUnloadRequest\x12\x33\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"!\n\x0bUnloadReply\x12\x12\n\nused_bytes\x18\x01 \x01(\x04\"\x0f\n\rStatusRequest\"\x96\x02\n\x0bStatusReply\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x15\n\rmemory_budget\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\x30\n\x04held\x18\x07 \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x13\n\x0bqueue_depth\x18\n \x01(\r\x12\x30\n\x08\x63ounters\x18\x0b \x01(\x0b\x32\x1e.expertmesh.expert.v1.Counters\"\xad\x01\n\x08\x43ounters\x12\x14\n\x0cnum_requests\x18\x01 \x01(\x04\x12\x14\n\x0cnum_refusals\x18\x02 \x01(\x04\x12\x10\n\x08num_rows\x18\x03 \x01(\x04\x12\x11\n\tnum_picks\x18\x04 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x05 \x01(\x04\x12\x12\n\nsent_bytes\x18\x06 \x01(\x04\x12\x10\n\x08queue_us\x18\x07 \x01(\x04\x12\x12\n\ncompute_us\x18\x08 \x01(\x04\"\x0e\n\x0c\x44rainRequest\"!\n\nDrainReply\x12\x13\n\x0bqueue_depth\x18\x01 \x01(\r*>\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BF16\x10\x01\x12\x0e\n\nDTYPE_FP32\x10\x02\x32\xa0\x03\n\x06\x45xpert\x12W\n\x07\x43ompute\x12$.expertmesh.expert.v1.ComputeRequest\x1a\".expertmesh.expert.v1.ComputeReply(\x01\x30\x01\x12J\n\x04Load\x12!.expertmesh.expert.v1.LoadRequest\x1a\x1f.expertmesh.expert.v1.LoadReply\x12P\n\x06Unload\x12#.expertmesh.expert.v1.UnloadRequest\x1a!.expertmesh.expert.v1.UnloadReply\x12P\n\x06Status\x12#.expertmesh.expert.v1.StatusRequest\x1a!.expertmesh.expert.v1.StatusReply\x12M\n\x05\x44rain\x12\".expertmesh.expert.v1.DrainRequest\x1a .expertmesh.expert.v1.DrainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(protos/expertmesh/expert/v1/expert.proto\x12\x14\x65xpertmesh.expert.v1\"\x8e\x02\n\x0e\x43omputeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12*\n\x05\x64type\x18\x05 \x01(\x0e\x32\x1b.expertmesh.expert.v1.Dtype\x12\x0c\n\x04rows\x18\x06 \x01(\x0c\x12\x0c\n\x04grid\x18\x07 \x01(\x0c\x12\x11\n\tpick_rows\x18\x08 \x01(\x0c\x12\x14\n\x0cpick_experts\x18\t \x01(\x0c\x12\x14\n\x0cpick_weights\x18\n \x01(\x0c\x12\x12\n\ntimeout_us\x18\x0b \x01(\x04\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x10\n\x08\x63hecksum\x18\r \x01(\x07\"\xd0\x01\n\x0c\x43omputeReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12*\n\x04sums\x18\x02 \x01(\x0b\x32\x1a.expertmesh.expert.v1.SumsH\x00\x12\x30\n\x07refusal\x18\x03 \x01(\x0b\x32\x1d.expertmesh.expert.v1.RefusalH\x00\x12\x10\n\x08queue_us\x18\x04 \x01(\x04\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x07\x42\t\n\x07outcome\"#\n\x04Sums\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05width\x18\x02 \x01(\r\"\xff\x01\n\x07Refusal\x12\x30\n\x04\x63ode\x18\x01 \x01(\x0e\x32\".expertmesh.expert.v1.Refusal.Code\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07missing\x18\x04 \x03(\r\"\x91\x01\n\x04\x43ode\x12\x14\n\x10\x43ODE_UNSPECIFIED\x10\x00\x12\x0e\n\nNOT_HOSTED\x10\x01\x12\x0f\n\x0bSTALE_EPOCH\x10\x02\x12\x0e\n\nOVERLOADED\x10\x03\x12\x0c\n\x08\x44RAINING\x10\x04\x12\r\n\tBAD_SHAPE\x10\x05\x12\x0c\n\x08\x44\x45\x41\x44LINE\x10\x06\x12\n\n\x06\x46\x41ILED\x10\x07\x12\x0b\n\x07\x43ORRUPT\x10\x08\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"C\n\x0eLayerChecksums\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x06\"M\n\x04Peer\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x33\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\"\xe9\x01\n\x0bLoadRequest\x12\x33\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x33\n\x07standby\x18\x03 \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12)\n\x05peers\x18\x04 \x03(\x0b\x32\x1a.expertmesh.expert.v1.Peer\x12\x36\n\x08\x65xpected\x18\x05 \x03(\x0b\x32$.expertmesh.expert.v1.LayerChecksums\"\x9f\x01\n\tLoadReply\x12.\n\x05gains\x18\x01 \x03(\x0b\x32\x1f.expertmesh.expert.v1.LayerGain\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x15\n\rmemory_budget\x18\x03 \x01(\x04\x12\x37\n\tchecksums\x18\x04 \x03(\x0b\x32$.expertmesh.expert.v1.LayerChecksums\",\n\tLayerGain\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08\x65xponent\x18\x02 \x01(\x11\"\x88\x01\n\rUnloadRequest\x12\x33\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x33\n\x07standby\x18\x03 \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\"!\n\x0bUnloadReply\x12\x12\n\nused_bytes\x18\x01 \x01(\x04\"Z\n\x0c\x46\x65tchRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12*\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1b.expertmesh.expert.v1.Dtype\"M\n\nFetchChunk\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0f\n\x07is_last\x18\x03 \x01(\x08\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"\x0f\n\rStatusRequest\"\xeb\x03\n\x0bStatusReply\x12\x10\n\x08shard_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x15\n\rmemory_budget\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\x30\n\x04held\x18\x07 \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x13\n\x0bqueue_depth\x18\n \x01(\r\x12\x30\n\x08\x63ounters\x18\x0b \x01(\x0b\x32\x1e.expertmesh.expert.v1.Counters\x12\x33\n\x07standby\x18\x0c \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12:\n\x0ein_host_memory\x18\r \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12\x34\n\x08promoted\x18\x0e \x03(\x0b\x32\".expertmesh.expert.v1.LayerExperts\x12\x13\n\x0bhost_budget\x18\x0f \x01(\x04\x12\x17\n\x0fhost_used_bytes\x18\x10 \x01(\x04\"\xdb\x01\n\x08\x43ounters\x12\x14\n\x0cnum_requests\x18\x01 \x01(\x04\x12\x14\n\x0cnum_refusals\x18\x02 \x01(\x04\x12\x10\n\x08num_rows\x18\x03 \x01(\x04\x12\x11\n\tnum_picks\x18\x04 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x05 \x01(\x04\x12\x12\n\nsent_bytes\x18\x06 \x01(\x04\x12\x10\n\x08queue_us\x18\x07 \x01(\x04\x12\x12\n\ncompute_us\x18\x08 \x01(\x04\x12\x16\n\x0enum_promotions\x18\t \x01(\x04\x12\x14\n\x0cpromotion_us\x18\n \x01(\x04\"$\n\x0c\x44rainRequest\x12\x14\n\x0ckeep_serving\x18\x01 \x01(\x08\"!\n\nDrainReply\x12\x13\n\x0bqueue_depth\x18\x01 \x01(\r*>\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BF16\x10\x01\x12\x0e\n\nDTYPE_FP32\x10\x02\x32\xf1\x03\n\x06\x45xpert\x12W\n\x07\x43ompute\x12$.expertmesh.expert.v1.ComputeRequest\x1a\".expertmesh.expert.v1.ComputeReply(\x01\x30\x01\x12J\n\x04Load\x12!.expertmesh.expert.v1.LoadRequest\x1a\x1f.expertmesh.expert.v1.LoadReply\x12P\n\x06Unload\x12#.expertmesh.expert.v1.UnloadRequest\x1a!.expertmesh.expert.v1.UnloadReply\x12O\n\x05\x46\x65tch\x12\".expertmesh.expert.v1.FetchRequest\x1a .expertmesh.expert.v1.FetchChunk0\x01\x12P\n\x06Status\x12#.expertmesh.expert.v1.StatusRequest\x1a!.expertmesh.expert.v1.StatusReply\x12M\n\x05\x44rain\x12\".expertmesh.expert.v1.DrainRequest\x1a .expertmesh.expert.v1.DrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.expertmesh.expert.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1771
-  _globals['_DTYPE']._serialized_end=1833
+  _globals['_DTYPE']._serialized_start=2636
+  _globals['_DTYPE']._serialized_end=2698
   _globals['_COMPUTEREQUEST']._serialized_start=67
   _globals['_COMPUTEREQUEST']._serialized_end=337
   _globals['_COMPUTEREPLY']._serialized_start=340
@@ -45,26 +45,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REFUSAL_CODE']._serialized_end=843
   _globals['_LAYEREXPERTS']._serialized_start=845
   _globals['_LAYEREXPERTS']._serialized_end=891
-  _globals['_LOADREQUEST']._serialized_start=893
-  _globals['_LOADREQUEST']._serialized_end=974
-  _globals['_LOADREPLY']._serialized_start=976
-  _globals['_LOADREPLY']._serialized_end=1078
-  _globals['_LAYERGAIN']._serialized_start=1080
-  _globals['_LAYERGAIN']._serialized_end=1124
-  _globals['_UNLOADREQUEST']._serialized_start=1126
-  _globals['_UNLOADREQUEST']._serialized_end=1209
-  _globals['_UNLOADREPLY']._serialized_start=1211
-  _globals['_UNLOADREPLY']._serialized_end=1244
-  _globals['_STATUSREQUEST']._serialized_start=1246
-  _globals['_STATUSREQUEST']._serialized_end=1261
-  _globals['_STATUSREPLY']._serialized_start=1264
-  _globals['_STATUSREPLY']._serialized_end=1542
-  _globals['_COUNTERS']._serialized_start=1545
-  _globals['_COUNTERS']._serialized_end=1718
-  _globals['_DRAINREQUEST']._serialized_start=1720
-  _globals['_DRAINREQUEST']._serialized_end=1734
-  _globals['_DRAINREPLY']._serialized_start=1736
-  _globals['_DRAINREPLY']._serialized_end=1769
-  _globals['_EXPERT']._serialized_start=1836
-  _globals['_EXPERT']._serialized_end=2252
+  _globals['_LAYERCHECKSUMS']._serialized_start=893
+  _globals['_LAYERCHECKSUMS']._serialized_end=960
+  _globals['_PEER']._serialized_start=962
+  _globals['_PEER']._serialized_end=1039
+  _globals['_LOADREQUEST']._serialized_start=1042
+  _globals['_LOADREQUEST']._serialized_end=1275
+  _globals['_LOADREPLY']._serialized_start=1278
+  _globals['_LOADREPLY']._serialized_end=1437
+  _globals['_LAYERGAIN']._serialized_start=1439
+  _globals['_LAYERGAIN']._serialized_end=1483
+  _globals['_UNLOADREQUEST']._serialized_start=1486
+  _globals['_UNLOADREQUEST']._serialized_end=1622
+  _globals['_UNLOADREPLY']._serialized_start=1624
+  _globals['_UNLOADREPLY']._serialized_end=1657
+  _globals['_FETCHREQUEST']._serialized_start=1659
+  _globals['_FETCHREQUEST']._serialized_end=1749
+  _globals['_FETCHCHUNK']._serialized_start=1751
+  _globals['_FETCHCHUNK']._serialized_end=1828
+  _globals['_STATUSREQUEST']._serialized_start=1830
+  _globals['_STATUSREQUEST']._serialized_end=1845
+  _globals['_STATUSREPLY']._serialized_start=1848
+  _globals['_STATUSREPLY']._serialized_end=2339
+  _globals['_COUNTERS']._serialized_start=2342
+  _globals['_COUNTERS']._serialized_end=2561
+  _globals['_DRAINREQUEST']._serialized_start=2563
+  _globals['_DRAINREQUEST']._serialized_end=2599
+  _globals['_DRAINREPLY']._serialized_start=2601
+  _globals['_DRAINREPLY']._serialized_end=2634
+  _globals['_EXPERT']._serialized_start=2701
+  _globals['_EXPERT']._serialized_end=3198
 # @@protoc_insertion_point(module_scope)
