@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from cluster.reconciler import ShardFailed
 from cluster.topology import Homes, Placement, Shard
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
@@ -21,7 +22,7 @@ LOAD_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 5.0
 
 
-class ShardError(RuntimeError):
+class ShardError(ShardFailed):
     """A shard did not do what it was asked; `code` is the gRPC status."""
 
     def __init__(self, endpoint: str, code: grpc.StatusCode, detail: str) -> None:
@@ -61,6 +62,7 @@ async def load(
     epoch: int = 0,
     standby: ByLayer | None = None,
     sources: Sources = Sources(),
+    fencing: int = 0,
 ) -> Loaded:
     """Has a shard hold `experts` and stand by for `standby`; one that is there in the other role changes it.
 
@@ -72,6 +74,7 @@ async def load(
         standby=_to_proto(standby or {}),
         peers=[pb.Peer(endpoint=peer, experts=_to_proto(of)) for peer, of in _by_peer(sources.peers).items()],
         expected=_checksums_to_proto(sources.expected),
+        fencing=fencing,
     )
     reply: pb.LoadReply = await call(endpoint, lambda stub: stub.Load(request, timeout=LOAD_TIMEOUT_S))
     checksums = {of.layer: dict(zip(of.experts, of.checksums, strict=True)) for of in reply.checksums}
@@ -79,9 +82,10 @@ async def load(
     return Loaded(gains, checksums, reply.used_bytes, reply.memory_budget)
 
 
-async def unload(endpoint: str, experts: ByLayer, epoch: int, standby: ByLayer | None = None) -> None:
+async def unload(endpoint: str, experts: ByLayer, epoch: int, standby: ByLayer | None = None, fencing: int = 0) -> None:
     """Has a shard let experts go, and not stand by for others; `epoch` is the first one without them there."""
-    request = pb.UnloadRequest(experts=_to_proto(experts), epoch=epoch, standby=_to_proto(standby or {}))
+    experts_proto, standby_proto = _to_proto(experts), _to_proto(standby or {})
+    request = pb.UnloadRequest(experts=experts_proto, epoch=epoch, standby=standby_proto, fencing=fencing)
     await call(endpoint, lambda stub: stub.Unload(request, timeout=CALL_TIMEOUT_S))
 
 

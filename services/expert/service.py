@@ -36,6 +36,10 @@ Context = grpc.aio.ServicerContext[object, object]
 MAX_UNREAD = 256  # requests of one stream whose replies it has not taken
 
 
+class Deposed(Exception):
+    """A change that a controller asks for after another has taken over."""
+
+
 @dataclass
 class Counters:
     """What a shard did since it started."""
@@ -82,6 +86,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self.is_draining = False  # and refuses what comes
         self.last_request_at = -math.inf
         self._changing = asyncio.Lock()
+        self._fencing = 0  # the newest leader's token
         self._counting = threading.Lock()  # requests and refusals, which the loop and the worker both count
 
     def open_front(self, host: str) -> str:
@@ -198,7 +203,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
 
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadReply:
         host, order = self.host, _order(request)
-        await self._change(lambda: self.loader.load(order), request.epoch, context)
+        await self._change(lambda: self.loader.load(order), request, context)
         gains = host.gains({**order.homes, **order.standby})
         return pb.LoadReply(
             gains=[pb.LayerGain(layer=layer, exponent=gain) for layer, gain in sorted(gains.items())],
@@ -209,21 +214,28 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
 
     async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadReply:
         host, homes, standby = self.host, _wanted(request.experts), _wanted(request.standby)
-        await self._change(lambda: self.worker.run(lambda: host.remove(homes, standby)), request.epoch, context)
+        await self._change(lambda: self.worker.run(lambda: host.remove(homes, standby)), request, context)
         return pb.UnloadReply(used_bytes=host.used_bytes)
 
-    async def _change(self, change: Callable[[], Awaitable[None]], epoch: int, context: Context) -> None:
+    async def _change(
+        self, change: Callable[[], Awaitable[None]], request: pb.LoadRequest | pb.UnloadRequest, context: Context
+    ) -> None:
         """Changes what is held, one change at a time; a caller that leaves neither stops it nor frees the lock."""
 
         async def change_alone() -> None:
             async with self._changing:
+                if 0 < request.fencing < self._fencing:
+                    raise Deposed(f"The token {request.fencing} is older than {self._fencing}: there is a new leader.")
+                self._fencing = max(self._fencing, request.fencing)
                 await change()
-                self.host.epoch = max(self.host.epoch, epoch)
+                self.host.epoch = max(self.host.epoch, request.epoch)
 
         try:
             await asyncio.shield(asyncio.create_task(change_alone()))
         except ValueError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        except Deposed as error:
+            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, error)
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchChunk]:
         host, layer = self.host, request.layer

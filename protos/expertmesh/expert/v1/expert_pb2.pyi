@@ -130,18 +130,20 @@ class Peer(_message.Message):
     def __init__(self, endpoint: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("experts", "epoch", "standby", "peers", "expected")
+    __slots__ = ("experts", "epoch", "standby", "peers", "expected", "fencing")
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STANDBY_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    FENCING_FIELD_NUMBER: _ClassVar[int]
     experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
     epoch: int
     standby: _containers.RepeatedCompositeFieldContainer[LayerExperts]
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
     expected: _containers.RepeatedCompositeFieldContainer[LayerChecksums]
-    def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ..., standby: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., expected: _Optional[_Iterable[_Union[LayerChecksums, _Mapping]]] = ...) -> None: ...
+    fencing: int
+    def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ..., standby: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., expected: _Optional[_Iterable[_Union[LayerChecksums, _Mapping]]] = ..., fencing: _Optional[int] = ...) -> None: ...
 
 class LoadReply(_message.Message):
     __slots__ = ("gains", "used_bytes", "memory_budget", "checksums")
@@ -164,14 +166,16 @@ class LayerGain(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., exponent: _Optional[int] = ...) -> None: ...
 
 class UnloadRequest(_message.Message):
-    __slots__ = ("experts", "epoch", "standby")
+    __slots__ = ("experts", "epoch", "standby", "fencing")
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STANDBY_FIELD_NUMBER: _ClassVar[int]
+    FENCING_FIELD_NUMBER: _ClassVar[int]
     experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
     epoch: int
     standby: _containers.RepeatedCompositeFieldContainer[LayerExperts]
-    def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ..., standby: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
+    fencing: int
+    def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ..., standby: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., fencing: _Optional[int] = ...) -> None: ...
 
 class UnloadReply(_message.Message):
     __slots__ = ("used_bytes",)
