@@ -8,18 +8,27 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from cluster.reconciler import ShardFailed
 from cluster.topology import Homes, Placement, Shard
+from model.exact import grid_exponents
+from model.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import CHANNEL_OPTIONS
+from services.expert.wire import WIRE_DTYPES, rows_as_numpy, sums_from_proto
 
 T = TypeVar("T")
 ByLayer = Mapping[int, Sequence[int]]  # expert ids by layer
 Key = tuple[int, int]  # layer, expert
 LOAD_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 5.0
+CANARY_TIMEOUT_S = 10.0
+# Between devices of different kinds, of a row's largest number; another expert's sums differ by about as much as that.
+CANARY_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
 class ShardError(ShardFailed):
@@ -121,6 +130,80 @@ async def fill(
         for layer, gain in loaded.gains.items():
             gains[layer] = max(gain, gains.get(layer, gain))
     return Placement(epoch, homes, gains, standby=standby or {})
+
+
+async def canary(
+    old_endpoint: str,
+    new_endpoint: str,
+    experts: ByLayer,
+    shapes: Iterable[ExpertShape],
+    dtype: torch.dtype,
+    gains: Mapping[int, int],
+) -> list[Key]:
+    """The experts on whose sums an old home and a new one disagree: one row for each, one message per layer and shard.
+
+    Bit for bit where both compute on the same kind of device, else within CANARY_TOLERANCES. `gains` are the layers'
+    gain exponents. Raises ShardError where a shard does not compute what it is asked.
+    """
+    asked = [shape for shape in shapes if experts.get(shape.layer)]
+    requests = [_canary_request(shape, experts[shape.layer], dtype, gains[shape.layer]) for shape in asked]
+    endpoints = (old_endpoint, new_endpoint)
+    statuses = await asyncio.gather(*map(status, endpoints))
+    old_sums, new_sums = await asyncio.gather(*(_compute(endpoint, requests) for endpoint in endpoints))
+    is_same_kind = len({of.device.partition(":")[0] for of in statuses}) == 1
+    disagreeing = []
+    for shape, old, new in zip(asked, old_sums, new_sums, strict=True):
+        ids = experts[shape.layer]
+        old_EL, new_EL = (sums_from_proto(sums, len(ids), shape.input_dim) for sums in (old, new))
+        is_same_E = sums_agree(old_EL, new_EL, 0.0 if is_same_kind else CANARY_TOLERANCES[dtype])
+        disagreeing += [(shape.layer, expert) for expert, is_same in zip(ids, is_same_E, strict=True) if not is_same]
+    return disagreeing
+
+
+def sums_agree(old_NL: NDArray[np.integer], new_NL: NDArray[np.integer], tolerance: float) -> NDArray[np.bool_]:
+    """Whether each row is the same, or differs by at most `tolerance` of its largest number."""
+    is_same_N: NDArray[np.bool_] = (old_NL == new_NL).all(1)
+    if tolerance:
+        old, new = old_NL.astype(np.float64), new_NL.astype(np.float64)
+        is_same_N |= np.abs(old - new).max(1) <= tolerance * np.abs(old).max(1)
+    return is_same_N
+
+
+def _canary_request(shape: ExpertShape, ids: Sequence[int], dtype: torch.dtype, gain: int) -> pb.ComputeRequest:
+    generator = torch.Generator().manual_seed(shape.layer)
+    x_EL = torch.randn(len(ids), shape.input_dim, generator=generator).to(dtype)
+    weight_E1 = torch.ones(len(ids), 1)
+    return pb.ComputeRequest(
+        id=shape.layer,
+        layer=shape.layer,
+        num_rows=len(ids),
+        dtype=WIRE_DTYPES[dtype],
+        rows=rows_as_numpy(x_EL).tobytes(),
+        grid=grid_exponents(x_EL, weight_E1, gain).numpy().tobytes(),
+        pick_rows=np.arange(len(ids), dtype="<i4").tobytes(),
+        pick_experts=np.array(ids, "<i4").tobytes(),
+        pick_weights=weight_E1.numpy().tobytes(),
+        timeout_us=round(CANARY_TIMEOUT_S * 1e6),
+    )
+
+
+async def _compute(endpoint: str, requests: Sequence[pb.ComputeRequest]) -> list[pb.Sums]:
+    """One after the other: all at once they could be more than the shard lets wait."""
+
+    async def ask(stub: Any) -> list[Any]:
+        stream, replies = stub.Compute(timeout=CANARY_TIMEOUT_S), []
+        for request in requests:
+            await stream.write(request)
+            replies.append(await stream.read())
+        await stream.done_writing()
+        return replies
+
+    replies = await call(endpoint, ask)
+    for reply in replies:
+        if reply is grpc.aio.EOF or not reply.HasField("sums"):
+            detail = "nothing, and ended the stream" if reply is grpc.aio.EOF else reply.refusal.detail
+            raise ShardError(endpoint, grpc.StatusCode.FAILED_PRECONDITION, detail)
+    return [reply.sums for reply in replies]
 
 
 async def call(endpoint: str, method: Callable[[Any], Awaitable[T]]) -> T:

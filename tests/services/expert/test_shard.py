@@ -3,8 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,46 +16,18 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.embedded import EmbeddedRedis
 from cluster.memory_registry import MemoryRegistry
-from cluster.registry import Registry, RegistryStore, connect
+from cluster.registry import Registry, connect
 from cluster.topology import Shard
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert import control
 from services.expert.service import MAX_UNREAD
-from services.expert.shard import SERVICE_NAME, ExpertShard, ShardConfig
+from services.expert.shard import SERVICE_NAME, ExpertShard
 from services.expert.worker import Worker
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
 from tests.services.expert.requests import make_request
-
-CONFIG = ShardConfig("s0", memory_budget=1 << 30, node="n0", max_queue=2)
-
-
-@asynccontextmanager
-async def serving(
-    family: ModelFamily, registry: RegistryStore | None = None, config: ShardConfig = CONFIG
-) -> AsyncIterator[ExpertShard]:
-    shard = ExpertShard(config, family, registry or MemoryRegistry(time.monotonic))
-    await shard.start()
-    try:
-        yield shard
-    finally:
-        await shard.stop()
-
-
-@asynccontextmanager
-async def stream_to(shard: ExpertShard) -> AsyncIterator[Any]:
-    async with grpc.aio.insecure_channel(shard.endpoint) as channel:
-        call = expert_pb2_grpc.ExpertStub(channel).Compute()  # type: ignore[no-untyped-call]
-        yield call
-        call.cancel()
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(test(), 60)
-
-    asyncio.run(bounded())
+from tests.services.expert.serving import CONFIG, run, serving, stream_to
 
 
 def test_it_registers_loads_computes_and_leaves(family: ModelFamily) -> None:
