@@ -63,9 +63,7 @@ def fill(
     for _ in range(max_sweeps):
         largest = 0.0
         for expert in shared:
-            largest = max(
-                largest, _level(expert, cost_EC, pace_SP, homes_EH, num_E[expert], share_EH, busy_S)
-            )
+            largest = max(largest, _level(expert, cost_EC, pace_SP, homes_EH, num_E[expert], share_EH, busy_S))
         if largest <= tolerance * busy_S.max():
             break
     return float(busy_S.max())
@@ -191,7 +189,9 @@ def _keep_best(worth: float, step: Any, steps_XK: Any, worth_X: Any) -> None:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _spare_homes(cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, is_cold_E: Any, shards: int) -> Any:
+def _spare_homes(
+    cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, is_cold_E: Any, shards: int
+) -> Any:
     """For each shard the expert whose home there is missed least (-1: none may go), and the µs it carries there."""
     out_S, load_S = np.full(shards, -1, np.int64), np.full(shards, np.inf)
     for expert in range(len(num_E)):
@@ -350,9 +350,7 @@ def _best_step(
             moved = 2 if step[3] >= 0 else 1
             if worth_X[i] * 4 < best:
                 break
-            trial_level = _try(
-                step, cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, slots_S, fallback_E, wake_us
-            )
+            trial_level = _try(step, cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, slots_S, fallback_E, wake_us)
             if (level - trial_level) / moved > best:
                 chosen, chosen_level, best = step, trial_level, (level - trial_level) / moved
         if chosen[0] >= 0:
@@ -472,3 +470,29 @@ def wanted_homes(cost_EC: Any, num_E: Any, num_slots: int, num_shards: int, leve
                 wanted_E[expert] = 2
                 left -= 1
     return wanted_E
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def occupy(
+    cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, wake_us: float
+) -> None:
+    """Fills `slots_S` with homes of experts that burden slower shards, in place, those first that relieve most."""
+    share_EH, busy_S = settle(cost_EC, pace_SP, homes_EH, num_E, fallback_E, wake_us)
+    enough = 0.02 * ideal_level(cost_EC, pace_SP)
+    while True:
+        most, chosen, to = enough, -1, -1
+        for shard in np.flatnonzero(slots_S > 0):
+            for expert in range(len(num_E)):
+                if num_E[expert] >= homes_EH.shape[1] or is_home(homes_EH, num_E, expert, shard):
+                    continue
+                carried, slowest = 0.0, busy_S[shard]
+                for i in range(num_E[expert]):
+                    carried += share_EH[expert, i] * rate(cost_EC, pace_SP, expert, homes_EH[expert, i])
+                    slowest = max(slowest, busy_S[homes_EH[expert, i]])
+                relief = min(carried, (slowest - busy_S[shard]) / 2)
+                if relief > most:
+                    most, chosen, to = relief, expert, shard
+        if chosen < 0:
+            return
+        _add(chosen, to, homes_EH, num_E, share_EH, slots_S)
+        fill(cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, TRIAL_SWEEPS, 10 * TOLERANCE)

@@ -1,0 +1,171 @@
+"""The planner: from the placement that runs to a better one, with few moves.
+
+In this order: every expert gets a home, shards without experts get some, the slowest shard of each layer gets faster
+where that is worth the bytes, and every expert gets the second home that it lacks. What the first, second and last do
+is always done; the third is weighed, and refused as a whole where it gains too little.
+Pure: the same fleet, load and placement give the same plan, in whatever order the shards come.
+
+Legend: E experts of a layer, S shards that may hold experts (those that drain come after them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cluster import balance, cover
+from cluster.fleet import Fleet, PlannedLayer
+from cluster.load import ExpectedLoad
+from cluster.plan import Plan, PlanPolicy
+from cluster.plan_report import Weighed, report
+from cluster.topology import LayerSpec, Placement, Shard
+
+MAX_STEPS = 400  # of one layer in one plan
+
+
+def plan(
+    layers: Sequence[LayerSpec],
+    shards: Sequence[Shard],
+    placement: Placement | None,
+    load: Mapping[int, ExpectedLoad],
+    policy: PlanPolicy = PlanPolicy(),
+) -> Plan:
+    """Where experts should be, starting from where they are.
+
+    `shards` are those alive; homes on others count as lost, and those on draining shards are replaced. A layer without
+    a load counts as even. No shard to place on, or a load of the wrong length, is a ValueError.
+    """
+    fleet = Fleet(shards, layers, policy)
+    planned = [PlannedLayer(spec, fleet, placement, load.get(spec.layer), policy) for spec in layers]
+    fleet.count(planned)
+    for layer in planned:
+        fleet.make_room(layer)
+    for number, layer in enumerate(planned):
+        _deal(number, layer, fleet, policy)
+    for layer in planned:
+        _place_the_homeless(layer, fleet)
+    for number, layer in enumerate(planned):
+        _fill_empty_shards(number, layer, fleet, policy)
+    weighed = _rebalance(planned, fleet, policy)
+    for number, layer in enumerate(planned):
+        _repair_cover(number, layer, fleet, policy)
+    return report(planned, fleet, weighed, policy)
+
+
+def _deal(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) -> None:
+    """Homes for experts that have none, as far as the layer's part of the memory goes."""
+    table = layer.table
+    if table.num_E.all():
+        return
+    slots_S = fleet.slots_S(number, layer)
+    wanted_E = np.maximum(table.num_E, 1)
+    level = balance.ideal_level(layer.cost_EC, fleet.pace_SP)
+    if layer.is_new:
+        most = policy.max_homes if policy.is_device_cover else 1
+        num_slots = int(np.minimum(slots_S, layer.spec.num_experts).sum())
+        wanted_E = balance.wanted_homes(layer.cost_EC, table.num_E, num_slots, fleet.num_shards, level, most)
+        table = table.resized(max(int(wanted_E.max()), 1))
+    busy_S = layer.settled(fleet, table)[1]
+    balance.deal(
+        layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, slots_S, fleet.node_S, wanted_E, busy_S
+    )  # fmt: skip
+    layer.table = table.resized(min(fleet.num_shards, int(table.num_E.max()) + 4))
+    if layer.is_new:
+        slots_S = fleet.slots_S(number, layer)
+        _improve(layer, fleet, slots_S, level, 0.0)
+    fleet.take(layer)
+
+
+def _improve(layer: PlannedLayer, fleet: Fleet, slots_S: np.ndarray, aim: float, price: float) -> tuple[float, float]:
+    _, before, after = balance.improve(
+        layer.cost_EC, fleet.pace_SP, layer.table.homes_EH, layer.table.num_E, slots_S, layer.fallback_E,
+        layer.is_cold_E, fleet.policy.wake_us_per_mib, aim, price, MAX_STEPS,
+    )  # fmt: skip
+    return float(before), float(after)
+
+
+def _place_the_homeless(layer: PlannedLayer, fleet: Fleet) -> None:
+    """Homes for what is left, the hottest first: wherever there is memory, else in place of a home that others back up.
+
+    What finds nothing stays on its draining shard if it has one, else it stands by, in place of the coldest.
+    """
+    table = layer.table
+    homeless = np.flatnonzero(table.num_E == 0)
+    if not len(homeless):
+        return
+    slots_S = fleet.free_slots_S(layer)
+    busy_S = layer.settled(fleet)[1]
+    costs_E = layer.cost_EC.sum(axis=1)
+    for expert in homeless[np.argsort(-costs_E[homeless], kind="stable")].tolist():
+        free = np.flatnonzero(slots_S > 0)
+        if len(free):
+            to = int(free[np.argmin(busy_S[free])])
+            slots_S[to] -= 1
+        else:
+            out, to = layer.least_needed(expert)
+            if out < 0:
+                continue
+            layer.drop(out, to)
+        layer.add(expert, to)
+        busy_S[to] += balance.rate(layer.cost_EC, fleet.pace_SP, expert, to)
+    fleet.take(layer)
+
+
+def _fill_empty_shards(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) -> None:
+    """Copies of what burdens the slowest shards for shards that hold nothing of a layer yet."""
+    if layer.is_new or layer.table.held_S(fleet.num_shards).all():
+        return
+    slots_S = fleet.slots_S(number, layer)
+    slots_S[layer.table.held_S(fleet.num_shards) > 0] = 0
+    if not (slots_S > 0).any():
+        return
+    layer.table = layer.table.resized(min(fleet.num_shards, layer.table.homes_EH.shape[1] + 4))
+    balance.occupy(
+        layer.cost_EC, fleet.pace_SP, layer.table.homes_EH, layer.table.num_E, slots_S, layer.fallback_E,
+        policy.wake_us_per_mib,
+    )  # fmt: skip
+    fleet.take(layer)
+
+
+def _rebalance(planned: Sequence[PlannedLayer], fleet: Fleet, policy: PlanPolicy) -> Weighed:
+    """Makes the slowest shards of running layers faster, and takes all of it back where it gains too little."""
+    levels = [float(layer.settled(fleet)[1].max()) for layer in planned]
+    before_us = sum(levels)
+    saved_per_us = policy.share_of_time / before_us if before_us else 0.0
+    tables = [layer.table for layer in planned]
+    after_us, num_bytes, num_moved = before_us, 0, 0
+    for number, (layer, level) in enumerate(zip(planned, levels, strict=True)):
+        ideal = balance.ideal_level(layer.cost_EC, fleet.pace_SP)
+        if layer.is_new or ideal >= policy.good_enough * level or saved_per_us * policy.stay_s == 0:
+            continue
+        table = layer.table
+        layer.table = table.resized(min(fleet.num_shards, table.homes_EH.shape[1] + 4))
+        price = layer.spec.expert_bytes / policy.bytes_per_s / (saved_per_us * policy.stay_s)
+        slots_S = fleet.slots_S(number, layer)
+        _, after = _improve(layer, fleet, slots_S, ideal / policy.aim, price)
+        if after < level:
+            after_us += after - level
+            added = len(np.setdiff1d(layer.table.keys(fleet.num_shards), table.keys(fleet.num_shards)))
+            num_moved, num_bytes = num_moved + added, num_bytes + added * layer.spec.expert_bytes
+        else:
+            layer.table = table
+    weighed = Weighed(before_us, after_us, num_moved, num_bytes, policy)
+    if weighed.refusal:
+        for layer, table in zip(planned, tables, strict=True):
+            layer.table = table
+    for layer in planned:
+        fleet.take(layer)
+    return weighed
+
+
+def _repair_cover(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) -> None:
+    table, standby = layer.table, layer.standby
+    slots_S = fleet.slots_S(number, layer) if policy.is_device_cover else np.zeros(fleet.num_shards, np.int64)
+    layer.table = table = table.resized(max(table.homes_EH.shape[1], min(2, fleet.num_shards)))
+    busy_S = layer.settled(fleet)[1]
+    cover.repair(
+        layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, standby.homes_EH, standby.num_E,
+        layer.before.homes_EH, slots_S, fleet.host_slots_S(number, layer), fleet.node_S, busy_S,
+    )  # fmt: skip
+    fleet.take(layer)
