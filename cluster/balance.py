@@ -108,7 +108,7 @@ def ideal_level(cost_EC: Any, pace_SP: Any) -> float:
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def is_home(homes_EH: Any, num_E: Any, expert: int, shard: int) -> bool:
-    for i in range(num_E[expert]):
+    for i in range(num_E[expert]):  # noqa: SIM110 (compiled, and any() of a generator is not)
         if homes_EH[expert, i] == shard:
             return True
     return False
@@ -228,7 +228,7 @@ def _promising(
     level = busy_S.max()
     is_slow_S = busy_S >= level * (1 - 10 * TOLERANCE)
     num_slow = is_slow_S.sum()
-    group_S, size_S = _groups(cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S)
+    _, size_S = _groups(cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S)
     out_S, out_load_S = _spare_homes(cost_EC, pace_SP, homes_EH, num_E, share_EH, is_cold_E, len(busy_S))
     steps_XK, worth_X = np.full((num_trials, 4), -1, np.int64), np.zeros(num_trials)
     max_homes = homes_EH.shape[1]
@@ -293,8 +293,8 @@ def _promise_swaps(
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def improve(
-    cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, is_cold_E: Any, wake_us: float,
-    aim: float, price: float, max_steps: int,
+    cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, is_cold_E: Any,
+    wake_us: float, aim: float, price: float, max_steps: int,
 ) -> Any:  # fmt: skip
     """Takes the step that shortens the slowest shard's time most per expert moved, again and again, in place.
 
@@ -306,7 +306,7 @@ def improve(
     taken_XK = np.empty((max_steps, 4), np.int64)
     best_worth, num_best, num_taken, num_moved, best_level = 0.0, 0, 0, 0, first
     while num_taken < max_steps and level > aim:
-        chosen, chosen_level = _best_step(
+        chosen = _best_step(
             cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, slots_S, is_cold_E, fallback_E, wake_us
         )
         if chosen[0] < 0:
@@ -332,12 +332,12 @@ def _best_step(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_cold_E: Any,
     fallback_E: Any, wake_us: float,
 ) -> Any:  # fmt: skip
-    """Tries the most promising steps and returns the one that shortens the time most, with the time after it.
+    """Tries the most promising steps and returns the one that shortens the time most per expert moved.
 
-    The first number of the step is -1 where none shortens it. Swaps are looked at only where nothing cheaper helps.
+    Its first number is -1 where none shortens it. Swaps are looked at only where nothing cheaper helps.
     """
     level = busy_S.max()
-    chosen, chosen_level, best = (-1, -1, -1, -1), level, 1e-6 * level
+    chosen, best = (-1, -1, -1, -1), 1e-6 * level
     for can_swap in (False, True):
         num_trials = MANY_TRIALS if can_swap else FEW_TRIALS
         steps_XK, worth_X = _promising(
@@ -352,10 +352,10 @@ def _best_step(
                 break
             trial_level = _try(step, cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, slots_S, fallback_E, wake_us)
             if (level - trial_level) / moved > best:
-                chosen, chosen_level, best = step, trial_level, (level - trial_level) / moved
+                chosen, best = step, (level - trial_level) / moved
         if chosen[0] >= 0:
             break
-    return chosen, chosen_level
+    return chosen
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -481,7 +481,9 @@ def occupy(
     enough = 0.02 * ideal_level(cost_EC, pace_SP)
     while True:
         most, chosen, to = enough, -1, -1
-        for shard in np.flatnonzero(slots_S > 0):
+        for shard in range(len(slots_S)):
+            if slots_S[shard] <= 0:
+                continue
             for expert in range(len(num_E)):
                 if num_E[expert] >= homes_EH.shape[1] or is_home(homes_EH, num_E, expert, shard):
                     continue

@@ -21,9 +21,9 @@ def repair(
     """Drops the standbys that nobody needs, then gives every expert the homes that it lacks, in place.
 
     In this order: a device with one of `slots_S` (only for an expert with one home and none that stands by), host
-    memory with one of `host_slots_S` on another node, then on the same, disk likewise. A shard in `former_EH`, which
-    has the weights on its device now, keeps them in host memory rather than another fetching them. Of equal ones, the
-    shard that would be done first if those that it stands by for died.
+    memory with one of `host_slots_S`, each on another node before the same; disk comes last. A shard in `former_EH`,
+    which has the weights on its device now, keeps them in host memory rather than another fetching them. Of equal ones,
+    the shard that would be done first if those that it stands by for died.
     """
     num_shards, num_nodes = len(slots_S), len(np.unique(node_S))
     failover_SS = np.zeros((num_shards, num_shards))
@@ -50,9 +50,9 @@ def repair(
                 if num >= 2 and not (is_apart and (is_free or host_slots_S[shard] > 0)):
                     continue
                 kind = _preference(is_apart, is_free, host_slots_S[shard] > 0)
-                is_former = kind > 1 and _is_in(former_EH, expert, shard)
+                is_former = not is_free and _is_in(former_EH, expert, shard)
                 last = busy_S[shard] + (failover_SS[home, shard] if num > 0 else 0.0)
-                worth = kind * 1e15 - is_former * 1e14 + last
+                worth = kind * 1e12 - is_former * 1e11 + last
                 if worth < best:
                     best, to, is_device = worth, shard, is_free
             if to < 0:

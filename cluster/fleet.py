@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster import balance
-from cluster.layer_homes import Array, Floats, Table, costs_of_experts, rows_of_experts
+from cluster.layer_homes import Array, Floats, ShardNumbers, Table, costs_of_experts, rows_of_experts
 from cluster.load import ExpectedLoad
 from cluster.plan import PlanPolicy
 from cluster.topology import LayerSpec, Placement, Shard
@@ -27,7 +27,7 @@ class Fleet:
         self.policy = policy
         self.ids = tuple(shard.id for shard in ordered)
         self.num_shards = len(able)
-        self.index = {id: i for i, id in enumerate(self.ids)}
+        self.index = ShardNumbers((id, i) for i, id in enumerate(self.ids))
         paces = [(shard.pace.call_us, shard.pace.weight_us_per_mib, shard.pace.row_us_per_mib) for shard in ordered]
         self.all_paces_SP = np.array(paces, np.float64)
         self.all_paces_SP[:, 2] = np.maximum(self.all_paces_SP[:, 2], 1e-9)  # so that every expert costs something
@@ -81,16 +81,20 @@ class Fleet:
     def slots_S(self, number: int, layer: PlannedLayer) -> Array:
         """How many more experts a layer may put on each shard: within its part of the memory, with headroom left."""
         free_S = (self.budget_S - self.headroom - self.used_S) // layer.spec.expert_bytes
-        return np.maximum(np.minimum(free_S, self.quota_LS[number] - layer.table.held_S(self.num_shards)), 0)
+        own_S = self.quota_LS[number] - layer.table.held_S(self.num_shards)
+        slots_S: Array = np.maximum(np.minimum(free_S, own_S), 0)
+        return slots_S
 
     def free_slots_S(self, layer: PlannedLayer) -> Array:
         """How many more experts of a layer fit on each shard at all."""
-        return np.maximum((self.budget_S - self.used_S) // layer.spec.expert_bytes, 0)
+        slots_S: Array = np.maximum((self.budget_S - self.used_S) // layer.spec.expert_bytes, 0)
+        return slots_S
 
     def host_slots_S(self, number: int, layer: PlannedLayer) -> Array:
         """How many more of a layer's experts may stand by in each shard's host memory."""
         free_S = (self.host_budget_S - self.host_used_S) // layer.spec.expert_bytes
-        return np.minimum(free_S, self.host_quota_LS[number] - layer.standby.held_S(self.num_shards))
+        slots_S: Array = np.minimum(free_S, self.host_quota_LS[number] - layer.standby.held_S(self.num_shards))
+        return slots_S
 
     def make_room(self, layer: PlannedLayer) -> None:
         """Drops a layer's homes on shards that hold more than their budget: those with other homes first, then cold."""
@@ -120,6 +124,8 @@ class PlannedLayer:
             )
         self.before = Table.of(self.homes or empty, fleet.index, 1)
         self.standby_before = Table.of(self.standby_homes or empty, fleet.index, 3)
+        num_named = sum(map(len, self.homes)) + sum(map(len, self.standby_homes))
+        self.is_whole = num_named == self.before.num_E.sum() + self.standby_before.num_E.sum()  # no home is lost
         self.is_new = not self.before.num_E.any()
         has_draining = fleet.num_shards < len(fleet.ids)
         self.table = self.before.only_below(fleet.num_shards) if has_draining else self.before.copy()
@@ -133,22 +139,30 @@ class PlannedLayer:
         self.counted_S = np.zeros(fleet.num_shards, np.int64)
         self.host_counted_S = np.zeros(fleet.num_shards, np.int64)
         self.wake_us = policy.wake_us_per_mib
+        self.level_at_rest: float | None = None  # µs of the slowest shard, where nothing had to be repaired
+        self._settled: tuple[Table, Array, Floats] | None = None  # the homes for which busy_S is known
 
     @property
     def fallback_E(self) -> Array:
-        """The first shard that stands by for each expert, -1 where none does."""
-        return self.standby.homes_EH[:, 0].copy()
+        """The first shard that stands by for each expert without a home, -1 where none does."""
+        return np.where(self.table.num_E == 0, self.standby.homes_EH[:, 0], -1)
 
-    def settled(self, fleet: Fleet, table: Table | None = None) -> tuple[Floats, Floats]:
-        """Shares [E, H] and µs per shard [S] with rows shared out best."""
-        table = table or self.table
-        share_EH, busy_S = balance.settle(
-            self.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, self.fallback_E, self.wake_us
-        )
-        return share_EH, busy_S
+    def busy_S(self, fleet: Fleet) -> Floats:
+        """The µs of each shard with rows shared out best."""
+        fallback_E = self.fallback_E
+        if self._settled is None or not (
+            self._settled[0].is_same(self.table) and np.array_equal(self._settled[1], fallback_E)
+        ):
+            busy_S = balance.settle(
+                self.cost_EC, fleet.pace_SP, self.table.homes_EH, self.table.num_E, fallback_E, self.wake_us
+            )[1]
+            self._settled = self.table.copy(), fallback_E, busy_S
+        return self._settled[2].copy()
 
     def level_before(self, fleet: Fleet) -> float:
         """µs of the slowest shard as it runs, those that drain included; experts without a live home cost nothing."""
+        if self.level_at_rest is not None:
+            return self.level_at_rest
         busy_S = balance.settle(
             self.cost_EC, fleet.all_paces_SP, self.before.homes_EH, self.before.num_E,
             self.standby_before.homes_EH[:, 0].copy(), self.wake_us,
@@ -170,11 +184,8 @@ class PlannedLayer:
 
     def draining_home(self, expert: int, num_shards: int) -> int:
         """A draining shard (they come from `num_shards` on) on whose device an expert is now; -1: none."""
-        return (
-            int(max(self.before.homes_EH[expert], default=-1))
-            if self.before.homes_EH[expert].max(initial=-1) >= num_shards
-            else -1
-        )
+        last = int(self.before.homes_EH[expert].max(initial=-1))
+        return last if last >= num_shards else -1
 
     def least_needed(self, expert: int) -> tuple[int, int]:
         """An expert and the shard on which it may give way to `expert`; (-1, -1) if none may.

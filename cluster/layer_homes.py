@@ -5,8 +5,9 @@ Legend: E experts of the layer, H homes of one (padded with -1), C the two parts
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,13 @@ from cluster.topology import Homes, LayerSpec
 Array = NDArray[np.int64]
 Floats = NDArray[np.float64]
 MIB = 2**20
+
+
+class ShardNumbers(dict[str, int]):
+    """The number of each shard by its name; -1 for one that is not there."""
+
+    def __missing__(self, id: str) -> int:
+        return -1
 
 
 @dataclass
@@ -31,14 +39,14 @@ class Table:
         return cls(np.full((num_experts, width), -1, np.int64), np.zeros(num_experts, np.int64))
 
     @classmethod
-    def of(cls, homes: Homes, index: Mapping[str, int], width: int) -> Table:
+    def of(cls, homes: Homes, index: ShardNumbers, width: int) -> Table:
         """Reads homes by the names of shards; those that `index` does not know are left out."""
         num_E = np.fromiter(map(len, homes), np.int64, len(homes))
-        flat = [index.get(id, -1) for ids in homes for id in ids]
+        flat = np.fromiter(map(index.__getitem__, chain.from_iterable(homes)), np.int64, int(num_E.sum()))
         table = cls.empty(len(homes), max(width, int(num_E.max(initial=0))))
         table.homes_EH[np.arange(table.homes_EH.shape[1]) < num_E[:, None]] = flat
         table.num_E = num_E
-        return table if min(flat, default=0) >= 0 else table.only_below(len(index))
+        return table if flat.min(initial=0) >= 0 else table.only_below(len(index))
 
     def only_below(self, num_shards: int) -> Table:
         """Without the homes that are no shard (-1) or a shard from `num_shards` on; the order of the others stays."""
@@ -61,7 +69,14 @@ class Table:
 
     def held_S(self, num_shards: int) -> Array:
         """The number of experts on each shard."""
-        return np.bincount(self.homes_EH[self.homes_EH >= 0], minlength=num_shards)
+        return np.bincount(self.homes_EH.ravel() + 1, minlength=num_shards + 1)[1:]
+
+    def is_same(self, other: Table) -> bool:
+        """Whether it has the same homes in the same order."""
+        if self.homes_EH.shape == other.homes_EH.shape:
+            return np.array_equal(self.homes_EH, other.homes_EH)
+        width = max(self.homes_EH.shape[1], other.homes_EH.shape[1])
+        return self.resized(width).is_same(other.resized(width))
 
     def keys(self, num_shards: int) -> Array:
         """One number for each pair of expert and home, sorted."""
@@ -77,9 +92,9 @@ def rows_of_experts(spec: LayerSpec, load: ExpectedLoad | None, risk: float) -> 
     if load is None:
         even_E = np.full(spec.num_experts, spec.top_k / spec.num_experts)
         return even_E, even_E
-    if len(load.mean_E) != spec.num_experts or not np.isfinite(load.mean_E).all() or load.mean_E.min() < 0:
+    if len(load.mean_E) != spec.num_experts or not (load.mean_E >= 0).all() or not np.isfinite(load.mean_E.sum()):
         raise ValueError(
-            f"The load of layer {spec.layer} has {len(load.mean_E)} entries, least {load.mean_E.min(initial=np.inf)}; "
+            f"The load of layer {spec.layer} has {len(load.mean_E)} entries, the least {min(load.mean_E, default=0)}; "
             f"it needs {spec.num_experts} finite numbers, one for each expert, none below zero."
         )
     total = load.mean_E.sum()

@@ -9,6 +9,7 @@ from typing import Literal
 from cluster.topology import Homes
 
 MIB = 2**20
+Tier = Literal["device", "standby"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Move:
     expert: int
     shard_id: str
     kind: Literal["add", "drop"]
-    tier: Literal["device", "standby"]
+    tier: Tier
     bytes: int
     reason: str
 
@@ -86,9 +87,10 @@ class Plan:
         num_adds = sum(move.kind == "add" for move in self.moves)
         worst = [max(radius.values(), default=0.0) for radius in (self.blast_radius_before, self.blast_radius_after)]
         lines = [
-            f"{num_adds} experts to add, {len(self.moves) - num_adds} to drop, {self.num_bytes / MIB:,.1f} MiB to move.",
+            f"{num_adds} homes to add, {len(self.moves) - num_adds} to drop, {self.num_bytes / MIB:,.1f} MiB to move.",
             f"Predicted time per step: {1e3 * self.predicted_s_before:.3f} ms now, "
-            f"{1e3 * self.predicted_s_after:.3f} ms then; saves {self.gain_s:.4f} s per second for {self.cost_s:.2f} s.",
+            f"{1e3 * self.predicted_s_after:.3f} ms then; it saves {self.gain_s:.4f} s per second "
+            f"and takes {self.cost_s:.2f} s.",
             f"Cover (fewest live homes of an expert): {self.cover_before} now, {self.cover_after} then.",
             f"Largest blast radius: {worst[0]:.2%} of picks now, {worst[1]:.2%} then.",
             *self.reasons,

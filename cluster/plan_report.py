@@ -9,7 +9,7 @@ import numpy as np
 
 from cluster.fleet import Fleet, PlannedLayer
 from cluster.layer_homes import MIB, Array, Table
-from cluster.plan import Move, Plan, PlanPolicy
+from cluster.plan import Move, Plan, PlanPolicy, Tier
 from cluster.topology import Homes
 
 
@@ -24,6 +24,10 @@ class Weighed:
     policy: PlanPolicy
 
     @property
+    def what(self) -> str:
+        return f"{self.num_moved} experts on other devices ({self.num_bytes / MIB:,.1f} MiB)"
+
+    @property
     def gain(self) -> float:
         """The part of the time per step that is saved."""
         return 1 - self.after_us / self.before_us if self.before_us else 0.0
@@ -35,7 +39,7 @@ class Weighed:
             return ""
         gain_s = self.policy.share_of_time * self.gain * self.policy.stay_s
         cost_s = self.num_bytes / self.policy.bytes_per_s
-        what = f"Refused: {self.num_moved} experts ({self.num_bytes / MIB:,.1f} MiB) would shorten a step by {self.gain:.2%}"
+        what = f"Refused: {self.what} would shorten a step by {self.gain:.2%}"
         if self.gain < self.policy.min_gain:
             return f"{what}, and less than {self.policy.min_gain:.2%} is not worth moving for."
         if gain_s < cost_s:
@@ -53,14 +57,9 @@ def report(planned: Sequence[PlannedLayer], fleet: Fleet, weighed: Weighed, poli
     moves = _moves(planned, fleet)
     num_bytes = sum(move.bytes for move in moves)
     before_us = sum(layer.level_before(fleet) for layer in planned)
-    after_us = sum(float(layer.settled(fleet)[1].max()) for layer in planned)
+    after_us = sum(float(layer.busy_S(fleet).max()) for layer in planned)
     lives_before = [layer.before.num_E + layer.standby_before.num_E for layer in planned]
-    lives_after = [
-        layer.table.num_E
-        + layer.standby.num_E
-        + np.isin(np.arange(layer.spec.num_experts), list(kept_homes(layer, fleet)))
-        for layer in planned
-    ]
+    lives_after = [layer.table.num_E + layer.standby.num_E + _is_kept_E(layer, fleet) for layer in planned]
     return Plan(
         homes=homes,
         standby={layer: of for layer, of in standby.items() if any(of)},
@@ -90,9 +89,17 @@ def kept_homes(layer: PlannedLayer, fleet: Fleet) -> dict[int, int]:
     }
 
 
+def _is_kept_E(layer: PlannedLayer, fleet: Fleet) -> Array:
+    is_kept_E = np.zeros(layer.spec.num_experts, np.int64)
+    is_kept_E[list(kept_homes(layer, fleet))] = 1
+    return is_kept_E
+
+
 def _named(layer: PlannedLayer, fleet: Fleet, table: Table, before: Table, homes: Homes) -> Homes:
     """Homes by name; those of an expert that doesn't change stay the same objects, which is quick."""
     kept = kept_homes(layer, fleet) if table is layer.table else {}
+    if not kept and homes and layer.is_whole and table.is_same(before):
+        return homes
     named = list(homes or ((),) * layer.spec.num_experts)
     width = max(table.homes_EH.shape[1], before.homes_EH.shape[1])
     is_changed_E = (table.resized(width).homes_EH != before.resized(width).homes_EH).any(axis=1)
@@ -109,14 +116,16 @@ def _moves(planned: Sequence[PlannedLayer], fleet: Fleet) -> tuple[Move, ...]:
     drops: list[Move] = []
     num = len(fleet.ids)
     for layer in planned:
-        if _is_same(layer.table, layer.before) and _is_same(layer.standby, layer.standby_before):
+        if layer.table.is_same(layer.before) and layer.standby.is_same(layer.standby_before):
             continue
         kept = [expert * num + home for expert, home in kept_homes(layer, fleet).items()]
         devices_before, stands_before = layer.before.keys(num), layer.standby_before.keys(num)
         devices, stands = np.union1d(layer.table.keys(num), np.array(kept, np.int64)), layer.standby.keys(num)
         held = set(devices_before.tolist()) | set(stands_before.tolist())
         heat_E = layer.cost_EC.sum(axis=1)
-        for tier, before, after in (("device", devices_before, devices), ("standby", stands_before, stands)):
+        both: tuple[tuple[Tier, Array, Array], ...]
+        both = (("device", devices_before, devices), ("standby", stands_before, stands))
+        for tier, before, after in both:
             for key in np.setdiff1d(after, before).tolist():
                 expert, shard = divmod(key, num)
                 reason, urgency = _why_added(layer, expert, tier)
@@ -130,23 +139,18 @@ def _moves(planned: Sequence[PlannedLayer], fleet: Fleet) -> tuple[Move, ...]:
     return (*(move for _, move in sorted(adds, key=lambda one: one[0])), *drops)
 
 
-def _is_same(one: Table, other: Table) -> bool:
-    width = max(one.homes_EH.shape[1], other.homes_EH.shape[1])
-    return np.array_equal(one.resized(width).homes_EH, other.resized(width).homes_EH)
-
-
-def _why_added(layer: PlannedLayer, expert: int, tier: str) -> tuple[str, int]:
+def _why_added(layer: PlannedLayer, expert: int, tier: Tier) -> tuple[str, int]:
     num_lives = layer.before.num_E[expert] + layer.standby_before.num_E[expert]
     if num_lives == 0:
         return "it has no live home", 0
     if tier == "standby":
-        return ("it has one live home" if num_lives == 1 else "its homes should not die together"), 1
+        return ("it has one live home" if num_lives == 1 else "its other homes are fewer than two, or on one node"), 1
     if layer.table.num_E[expert] <= 1:
         return "its home goes", 1
     return "it shortens the slowest shard's time", 2
 
 
-def _why_dropped(layer: PlannedLayer, fleet: Fleet, expert: int, shard: int, tier: str) -> str:
+def _why_dropped(layer: PlannedLayer, fleet: Fleet, expert: int, shard: int, tier: Tier) -> str:
     if shard >= fleet.num_shards:
         return "the shard drains"
     if tier == "device":
@@ -165,10 +169,9 @@ def _blast_radius(
     for layer, (table, standby) in zip(planned, tables, strict=True):
         kept = kept_homes(layer, fleet) if table is layer.table else {}
         alone_E: Array = np.flatnonzero(table.num_E + standby.num_E == 1)
+        alone_E = alone_E[~np.isin(alone_E, list(kept))] if kept else alone_E
         home_E = np.where(table.num_E[alone_E] > 0, table.homes_EH[alone_E, 0], standby.homes_EH[alone_E, 0])
-        for expert, home in zip(alone_E.tolist(), home_E.tolist(), strict=True):
-            if expert not in kept:
-                radius_S[home] += layer.picked_E[expert]
+        np.add.at(radius_S, home_E, layer.picked_E[alone_E])
         for expert, home in kept.items():
             if standby.num_E[expert] == 0:
                 radius_S[home] += layer.picked_E[expert]
@@ -205,7 +208,5 @@ def _reasons(
     if weighed.refusal:
         reasons.append(weighed.refusal)
     elif weighed.num_moved:
-        reasons.append(
-            f"Time: {weighed.num_moved} experts ({weighed.num_bytes / MIB:,.1f} MiB) shorten a step by {weighed.gain:.2%}."
-        )
+        reasons.append(f"Time: {weighed.what} shorten a step by {weighed.gain:.2%}.")
     return tuple(reasons)

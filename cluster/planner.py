@@ -22,6 +22,7 @@ from cluster.plan_report import Weighed, report
 from cluster.topology import LayerSpec, Placement, Shard
 
 MAX_STEPS = 400  # of one layer in one plan
+DEFAULT_POLICY = PlanPolicy()
 
 
 def plan(
@@ -29,7 +30,7 @@ def plan(
     shards: Sequence[Shard],
     placement: Placement | None,
     load: Mapping[int, ExpectedLoad],
-    policy: PlanPolicy = PlanPolicy(),
+    policy: PlanPolicy = DEFAULT_POLICY,
 ) -> Plan:
     """Where experts should be, starting from where they are.
 
@@ -66,7 +67,7 @@ def _deal(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) ->
         num_slots = int(np.minimum(slots_S, layer.spec.num_experts).sum())
         wanted_E = balance.wanted_homes(layer.cost_EC, table.num_E, num_slots, fleet.num_shards, level, most)
         table = table.resized(max(int(wanted_E.max()), 1))
-    busy_S = layer.settled(fleet, table)[1]
+    busy_S = layer.busy_S(fleet)
     balance.deal(
         layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, slots_S, fleet.node_S, wanted_E, busy_S
     )  # fmt: skip
@@ -95,7 +96,7 @@ def _place_the_homeless(layer: PlannedLayer, fleet: Fleet) -> None:
     if not len(homeless):
         return
     slots_S = fleet.free_slots_S(layer)
-    busy_S = layer.settled(fleet)[1]
+    busy_S = layer.busy_S(fleet)
     costs_E = layer.cost_EC.sum(axis=1)
     for expert in homeless[np.argsort(-costs_E[homeless], kind="stable")].tolist():
         free = np.flatnonzero(slots_S > 0)
@@ -130,7 +131,10 @@ def _fill_empty_shards(number: int, layer: PlannedLayer, fleet: Fleet, policy: P
 
 def _rebalance(planned: Sequence[PlannedLayer], fleet: Fleet, policy: PlanPolicy) -> Weighed:
     """Makes the slowest shards of running layers faster, and takes all of it back where it gains too little."""
-    levels = [float(layer.settled(fleet)[1].max()) for layer in planned]
+    levels = [float(layer.busy_S(fleet).max()) for layer in planned]
+    for layer, level in zip(planned, levels, strict=True):
+        if layer.table.is_same(layer.before):
+            layer.level_at_rest = level
     before_us = sum(levels)
     saved_per_us = policy.share_of_time / before_us if before_us else 0.0
     tables = [layer.table for layer in planned]
@@ -163,7 +167,7 @@ def _repair_cover(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPo
     table, standby = layer.table, layer.standby
     slots_S = fleet.slots_S(number, layer) if policy.is_device_cover else np.zeros(fleet.num_shards, np.int64)
     layer.table = table = table.resized(max(table.homes_EH.shape[1], min(2, fleet.num_shards)))
-    busy_S = layer.settled(fleet)[1]
+    busy_S = layer.busy_S(fleet)
     cover.repair(
         layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, standby.homes_EH, standby.num_E,
         layer.before.homes_EH, slots_S, fleet.host_slots_S(number, layer), fleet.node_S, busy_S,
