@@ -75,16 +75,24 @@ class Table:
         """Whether it has the same homes in the same order."""
         if self.homes_EH.shape == other.homes_EH.shape:
             return np.array_equal(self.homes_EH, other.homes_EH)
-        width = max(self.homes_EH.shape[1], other.homes_EH.shape[1])
-        return self.resized(width).is_same(other.resized(width))
+        return len(self.changed(other)) == 0
 
-    def keys(self, num_shards: int) -> Array:
-        """One number for each pair of expert and home, sorted."""
-        experts, columns = np.nonzero(self.homes_EH >= 0)
-        return np.sort(experts * num_shards + self.homes_EH[experts, columns])
+    def changed(self, other: Table) -> Array:
+        """The experts that have other homes, or another order of them, in `other`."""
+        width = max(self.homes_EH.shape[1], other.homes_EH.shape[1])
+        differs_EH = self.resized(width).homes_EH != other.resized(width).homes_EH
+        return np.flatnonzero(differs_EH.any(axis=1))
+
+    def num_added(self, other: Table) -> int:
+        """How many homes it has that `other` does not."""
+        return sum(len(set(self.of_expert(e)) - set(other.of_expert(e))) for e in self.changed(other).tolist())
+
+    def of_expert(self, expert: int) -> list[int]:
+        homes: list[int] = self.homes_EH[expert, : self.num_E[expert]].tolist()
+        return homes
 
     def ids_of(self, expert: int, ids: Sequence[str]) -> tuple[str, ...]:
-        return tuple(ids[home] for home in self.homes_EH[expert, : self.num_E[expert]].tolist())
+        return tuple(ids[home] for home in self.of_expert(expert))
 
 
 def rows_of_experts(spec: LayerSpec, load: ExpectedLoad | None, risk: float) -> tuple[Floats, Floats]:

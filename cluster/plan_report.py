@@ -101,9 +101,8 @@ def _named(layer: PlannedLayer, fleet: Fleet, table: Table, before: Table, homes
     if not kept and homes and layer.is_whole and table.is_same(before):
         return homes
     named = list(homes or ((),) * layer.spec.num_experts)
-    width = max(table.homes_EH.shape[1], before.homes_EH.shape[1])
-    is_changed_E = (table.resized(width).homes_EH != before.resized(width).homes_EH).any(axis=1)
-    is_changed_E |= before.num_E != np.fromiter(map(len, named), np.int64, len(named))
+    is_changed_E = before.num_E != np.fromiter(map(len, named), np.int64, len(named))
+    is_changed_E[table.changed(before)] = True
     for expert in np.flatnonzero(is_changed_E).tolist():
         named[expert] = table.ids_of(expert, fleet.ids)
     for expert, home in kept.items():
@@ -112,30 +111,28 @@ def _named(layer: PlannedLayer, fleet: Fleet, table: Table, before: Table, homes
 
 
 def _moves(planned: Sequence[PlannedLayer], fleet: Fleet) -> tuple[Move, ...]:
+    """What differs: those who add before those who drop, and of these what nobody serves, then the hottest, first."""
     adds: list[tuple[tuple[float, ...], Move]] = []
     drops: list[Move] = []
-    num = len(fleet.ids)
     for layer in planned:
-        if layer.table.is_same(layer.before) and layer.standby.is_same(layer.standby_before):
-            continue
-        kept = [expert * num + home for expert, home in kept_homes(layer, fleet).items()]
-        devices_before, stands_before = layer.before.keys(num), layer.standby_before.keys(num)
-        devices, stands = np.union1d(layer.table.keys(num), np.array(kept, np.int64)), layer.standby.keys(num)
-        held = set(devices_before.tolist()) | set(stands_before.tolist())
-        heat_E = layer.cost_EC.sum(axis=1)
-        both: tuple[tuple[Tier, Array, Array], ...]
-        both = (("device", devices_before, devices), ("standby", stands_before, stands))
-        for tier, before, after in both:
-            for key in np.setdiff1d(after, before).tolist():
-                expert, shard = divmod(key, num)
-                reason, urgency = _why_added(layer, expert, tier)
-                size = 0 if key in held else layer.spec.expert_bytes
-                move = Move(layer.spec.layer, expert, fleet.ids[shard], "add", tier, size, reason)
-                adds.append(((urgency, -heat_E[expert], layer.spec.layer, expert, shard), move))
-            for key in np.setdiff1d(before, after).tolist():
-                expert, shard = divmod(key, num)
-                reason = _why_dropped(layer, fleet, expert, shard, tier)
-                drops.append(Move(layer.spec.layer, expert, fleet.ids[shard], "drop", tier, 0, reason))
+        kept = kept_homes(layer, fleet)
+        costs_E = layer.cost_EC.sum(axis=1)
+        changed = set(layer.table.changed(layer.before).tolist())
+        changed |= set(layer.standby.changed(layer.standby_before).tolist())
+        for expert in sorted(changed):
+            device_before, standby_before = layer.before.of_expert(expert), layer.standby_before.of_expert(expert)
+            device = [*layer.table.of_expert(expert), *([kept[expert]] if expert in kept else [])]
+            both: tuple[tuple[Tier, list[int], list[int]], ...]
+            both = ("device", device_before, device), ("standby", standby_before, layer.standby.of_expert(expert))
+            for tier, before, after in both:
+                for shard in sorted(set(after) - set(before)):
+                    size = 0 if shard in device_before or shard in standby_before else layer.spec.expert_bytes
+                    reason, urgency = _why_added(layer, expert, tier)
+                    move = Move(layer.spec.layer, expert, fleet.ids[shard], "add", tier, size, reason)
+                    adds.append(((urgency, -costs_E[expert], layer.spec.layer, expert, shard), move))
+                for shard in sorted(set(before) - set(after)):
+                    reason = _why_dropped(layer, fleet, expert, shard, tier)
+                    drops.append(Move(layer.spec.layer, expert, fleet.ids[shard], "drop", tier, 0, reason))
     return (*(move for _, move in sorted(adds, key=lambda one: one[0])), *drops)
 
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cluster import balance, cover
+from cluster import balance, cover, deal, search
 from cluster.fleet import Fleet, PlannedLayer
+from cluster.layer_homes import Array
 from cluster.load import ExpectedLoad
 from cluster.plan import Plan, PlanPolicy
 from cluster.plan_report import Weighed, report
@@ -65,23 +66,25 @@ def _deal(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) ->
     if layer.is_new:
         most = policy.max_homes if policy.is_device_cover else 1
         num_slots = int(np.minimum(slots_S, layer.spec.num_experts).sum())
-        wanted_E = balance.wanted_homes(layer.cost_EC, table.num_E, num_slots, fleet.num_shards, level, most)
+        wanted_E = deal.wanted_homes(layer.cost_EC, table.num_E, num_slots, fleet.num_shards, level, most)
         table = table.resized(max(int(wanted_E.max()), 1))
     busy_S = layer.busy_S(fleet)
-    balance.deal(
+    deal.deal(
         layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, slots_S, fleet.node_S, wanted_E, busy_S
     )  # fmt: skip
     layer.table = table.resized(min(fleet.num_shards, int(table.num_E.max()) + 4))
     if layer.is_new:
         slots_S = fleet.slots_S(number, layer)
-        _improve(layer, fleet, slots_S, level, 0.0)
+        _improve(layer, fleet, slots_S, level, level, 0.0)
     fleet.take(layer)
 
 
-def _improve(layer: PlannedLayer, fleet: Fleet, slots_S: np.ndarray, aim: float, price: float) -> tuple[float, float]:
-    _, before, after = balance.improve(
+def _improve(
+    layer: PlannedLayer, fleet: Fleet, slots_S: Array, enough: float, aim: float, price: float
+) -> tuple[float, float]:
+    _, before, after = search.improve(
         layer.cost_EC, fleet.pace_SP, layer.table.homes_EH, layer.table.num_E, slots_S, layer.fallback_E,
-        layer.is_cold_E, fleet.policy.wake_us_per_mib, aim, price, MAX_STEPS,
+        layer.is_cold_E, fleet.policy.wake_us_per_mib, enough, aim, price, MAX_STEPS,
     )  # fmt: skip
     return float(before), float(after)
 
@@ -122,7 +125,7 @@ def _fill_empty_shards(number: int, layer: PlannedLayer, fleet: Fleet, policy: P
     if not (slots_S > 0).any():
         return
     layer.table = layer.table.resized(min(fleet.num_shards, layer.table.homes_EH.shape[1] + 4))
-    balance.occupy(
+    search.occupy(
         layer.cost_EC, fleet.pace_SP, layer.table.homes_EH, layer.table.num_E, slots_S, layer.fallback_E,
         policy.wake_us_per_mib,
     )  # fmt: skip
@@ -147,10 +150,10 @@ def _rebalance(planned: Sequence[PlannedLayer], fleet: Fleet, policy: PlanPolicy
         layer.table = table.resized(min(fleet.num_shards, table.homes_EH.shape[1] + 4))
         price = layer.spec.expert_bytes / policy.bytes_per_s / (saved_per_us * policy.stay_s)
         slots_S = fleet.slots_S(number, layer)
-        _, after = _improve(layer, fleet, slots_S, ideal / policy.aim, price)
+        _, after = _improve(layer, fleet, slots_S, ideal / policy.good_enough, ideal / policy.aim, price)
         if after < level:
             after_us += after - level
-            added = len(np.setdiff1d(layer.table.keys(fleet.num_shards), table.keys(fleet.num_shards)))
+            added = layer.table.num_added(table)
             num_moved, num_bytes = num_moved + added, num_bytes + added * layer.spec.expert_bytes
         else:
             layer.table = table
