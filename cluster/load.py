@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -129,18 +130,51 @@ def _packed(counts_E: Counts) -> str:
 
 @dataclass(frozen=True)
 class ExpectedLoad:
-    """Picks per second of each expert of a layer, float64 [E]: what has changed lately, and what holds over hours."""
+    """Picks per second of each expert of a layer, float64 [E]: lately, over hours, what to expect, and how it varies.
+
+    `std_E` is the standard deviation of an expert's load from one window to another, its counting noise left out, and
+    of the error of `mean_E`.
+    """
 
     short_E: NDArray[np.float64]
     long_E: NDArray[np.float64]
+    mean_E: NDArray[np.float64]
+    std_E: NDArray[np.float64]
+
+    @classmethod
+    def steady(cls, mean: ArrayLike, std: ArrayLike = 0.0) -> Self:
+        """A load that is known."""
+        mean_E = np.asarray(mean, np.float64)
+        return cls(mean_E, mean_E, mean_E, np.broadcast_to(np.asarray(std, np.float64), mean_E.shape))
 
 
 def expected_load(
     counts_WE: Counts, ages_s: Sequence[float], window_s: float, half_lives_s: tuple[float, float] = (120.0, 3600.0)
 ) -> ExpectedLoad:
-    """Averages over windows in which a pick counts half after each half-life; `ages_s[w]` is how old window w is."""
+    """Averages over windows in which a pick counts half after each half-life; `ages_s[w]` is how old window w is.
+
+    The mean is the short average as far as its samples can be told from the long one, else the long average: the weight
+    is that of empirical Bayes, with the drift common to the layer's experts, relative to their load, as the prior.
+    """
     short_E, long_E = (decayed_rate(counts_WE, ages_s, window_s, half_life) for half_life in half_lives_s)
-    return ExpectedLoad(short_E, long_E)
+    noise_E, long_noise_E = (
+        long_E * _noise_per_pick(ages_s, window_s, half_life) for half_life in half_lives_s
+    )  # Poisson: the variance of a count is its mean
+    drift = np.sum((short_E - long_E) ** 2 - noise_E - long_noise_E) / max(float(np.sum(long_E**2)), 1e-300)
+    prior_E = max(float(drift), 0.0) * long_E**2
+    weight_E = np.divide(prior_E, prior_E + noise_E, out=np.zeros_like(prior_E), where=prior_E > 0)
+    weights_W = 0.5 ** (np.asarray(ages_s, np.float64) / half_lives_s[1])
+    spread_E = weights_W @ (counts_WE / window_s - long_E) ** 2 / weights_W.sum()
+    varies_E = np.maximum(spread_E - long_E / window_s, 0.0)
+    error_E = weight_E * noise_E + (1 - weight_E) * np.minimum(long_noise_E, noise_E)
+    mean_E = long_E + weight_E * (short_E - long_E)
+    return ExpectedLoad(short_E, long_E, mean_E, np.sqrt(varies_E + error_E))
+
+
+def _noise_per_pick(ages_s: Sequence[float], window_s: float, half_life_s: float) -> float:
+    """The variance of a decayed rate for each pick per second that it counts."""
+    weights_W = 0.5 ** (np.asarray(ages_s, np.float64) / half_life_s)
+    return float((weights_W**2).sum() / (weights_W.sum() ** 2 * window_s))
 
 
 def decayed_rate(

@@ -1,171 +1,178 @@
-"""The first placement of experts on an empty fleet: every expert gets its homes, every shard an even part of the load.
+"""The planner: from the placement that runs to a better one, with few moves.
 
-Two homes of an expert are never in the same failure domain. A domain is a node if there are enough nodes with room,
-else a shard. The planner first says how many experts of a layer each shard takes (its slots), then deals the experts
-out, those with most load first, each to the domains that are least loaded so far.
+In this order: every expert gets a home, shards without experts get some, the slowest shard of each layer gets faster
+where that is worth the bytes, and every expert gets the second home that it lacks. What the first, second and last do
+is always done; the third is weighed, and refused as a whole where it gains too little.
+Pure: the same fleet, load and placement give the same plan, in whatever order the shards come.
+
+Legend: E experts of a layer, S shards that may hold experts (those that drain come after them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from cluster.topology import Homes, LayerSpec, Shard
+import numpy as np
+
+from cluster import balance, cover, deal, search
+from cluster.planned_fleet import Fleet, PlannedLayer
+from cluster.layer_homes import Array
+from cluster.load import ExpectedLoad
+from cluster.plan import Plan, PlanPolicy
+from cluster.plan_report import Weighed, report
+from cluster.topology import LayerSpec, Placement, Shard
+
+MAX_STEPS = 400  # of one layer in one plan
+DEFAULT_POLICY = PlanPolicy()
 
 
-def first_placement(
+def plan(
     layers: Sequence[LayerSpec],
     shards: Sequence[Shard],
-    load: Mapping[int, Sequence[float]] | None = None,
-    num_homes: int = 2,
-) -> dict[int, Homes]:
-    """Homes for every expert of every layer, the same for the same input in any order of shards.
+    placement: Placement | None,
+    load: Mapping[int, ExpectedLoad],
+    policy: PlanPolicy = DEFAULT_POLICY,
+) -> Plan:
+    """Where experts should be, starting from where they are.
 
-    `load[layer][expert]` are expected picks (a layer that is not there counts as even). Every expert has
-    min(num_homes, number of shards) homes. A fleet without the memory for that is a ValueError with the numbers.
+    `shards` are those alive; homes on others count as lost, and those on draining shards are replaced. A layer without
+    a load counts as even. No shard to place on, or a load of the wrong length, is a ValueError.
     """
-    assert num_homes >= 1
-    hosts = [_Host(shard) for shard in sorted(shards, key=lambda shard: shard.id) if not shard.draining]
-    if not hosts:
-        raise ValueError("There is no shard to place experts on: start at least one that is not draining.")
-    num_homes = min(num_homes, len(hosts))
-    _choose_domains(hosts, layers, num_homes)
-    return {spec.layer: _place_layer(spec, hosts, _load_of(spec, load), num_homes) for spec in layers}
+    fleet = Fleet(shards, layers, policy)
+    planned = [PlannedLayer(spec, fleet, placement, load.get(spec.layer), policy) for spec in layers]
+    fleet.count(planned)
+    for layer in planned:
+        fleet.make_room(layer)
+    for number, layer in enumerate(planned):
+        _deal(number, layer, fleet, policy)
+    for layer in planned:
+        _place_the_homeless(layer, fleet)
+    for number, layer in enumerate(planned):
+        _fill_empty_shards(number, layer, fleet, policy)
+    weighed = _rebalance(planned, fleet, policy)
+    for number, layer in enumerate(planned):
+        _repair_cover(number, layer, fleet, policy)
+    return report(planned, fleet, weighed, policy)
 
 
-def balancedness(loads: Sequence[float]) -> float:
-    """Mean over shards divided by the maximum: 1 is perfect. Take it per layer, then average (EPLB's usage)."""
-    return sum(loads) / len(loads) / max(loads) if loads and max(loads) > 0 else 1.0
+def _deal(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) -> None:
+    """Homes for experts that have none, as far as the layer's part of the memory goes."""
+    table = layer.table
+    if table.num_E.all():
+        return
+    slots_S = fleet.slots_S(number, layer)
+    wanted_E = np.maximum(table.num_E, 1)
+    level = balance.ideal_level(layer.cost_EC, fleet.pace_SP)
+    if layer.is_new:
+        most = policy.max_homes if policy.is_device_cover else 1
+        num_slots = int(np.minimum(slots_S, layer.spec.num_experts).sum())
+        wanted_E = deal.wanted_homes(layer.cost_EC, table.num_E, num_slots, fleet.num_shards, level, most)
+        table = table.resized(max(int(wanted_E.max()), 1))
+    busy_S = layer.busy_S(fleet)
+    deal.deal(
+        layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, slots_S, fleet.node_S, wanted_E, busy_S
+    )  # fmt: skip
+    layer.table = table.resized(min(fleet.num_shards, int(table.num_E.max()) + 4))
+    if layer.is_new:
+        slots_S = fleet.slots_S(number, layer)
+        _improve(layer, fleet, slots_S, level, level, 0.0)
+    fleet.take(layer)
 
 
-def shard_loads(homes: Homes, load: Sequence[float], shard_ids: Sequence[str]) -> list[float]:
-    """The load of each shard in one layer if every expert's picks are shared evenly among its homes."""
-    loads = dict.fromkeys(shard_ids, 0.0)
-    for ids, picks in zip(homes, load, strict=True):
-        for id in ids:
-            loads[id] += picks / len(ids)
-    return list(loads.values())
+def _improve(
+    layer: PlannedLayer, fleet: Fleet, slots_S: Array, enough: float, aim: float, price: float
+) -> tuple[float, float]:
+    _, before, after = search.improve(
+        layer.cost_EC, fleet.pace_SP, layer.table.homes_EH, layer.table.num_E, slots_S, layer.fallback_E,
+        layer.is_cold_E, fleet.policy.wake_us_per_mib, enough, aim, price, MAX_STEPS,
+    )  # fmt: skip
+    return float(before), float(after)
 
 
-@dataclass
-class _Host:
-    """A shard while experts are dealt out: `share` is the part of every layer it should take."""
+def _place_the_homeless(layer: PlannedLayer, fleet: Fleet) -> None:
+    """Homes for what is left, the hottest first: wherever there is memory, else in place of a home that others back up.
 
-    shard: Shard
-    domain: str = ""
-    share: float = 0.0
-    used_bytes: int = 0
-    num_slots: int = 0
-    load: float = 0.0
-
-    def has_room(self, spec: LayerSpec) -> bool:
-        return self.used_bytes + (self.num_slots + 1) * spec.expert_bytes <= self.shard.memory_budget
-
-
-def _load_of(spec: LayerSpec, load: Mapping[int, Sequence[float]] | None) -> list[float]:
-    picks = list((load or {}).get(spec.layer, [1.0] * spec.num_experts))
-    if len(picks) != spec.num_experts or min(picks) < 0:
-        raise ValueError(
-            f"The load of layer {spec.layer} has {len(picks)} entries, least {min(picks, default=0)}; "
-            f"it needs {spec.num_experts}, one for each expert, none below zero."
-        )
-    return picks
-
-
-def _choose_domains(hosts: Sequence[_Host], layers: Sequence[LayerSpec], num_homes: int) -> None:
-    """Sets every host's domain and share: nodes if they have the memory, else shards, else a ValueError."""
-    total_bytes = num_homes * sum(spec.num_experts * spec.expert_bytes for spec in layers)
-    for by_node in (True, False):
-        for host in hosts:
-            host.domain = host.shard.node if by_node else host.shard.id
-        if len({host.domain for host in hosts}) >= num_homes and _share_out(hosts, total_bytes, num_homes):
-            return
-    num_experts = sum(spec.num_experts for spec in layers)
-    raise ValueError(
-        f"{num_experts} experts with {num_homes} homes each need {total_bytes:,} bytes, but the {len(hosts)} shards "
-        f"have room for {_room(hosts, total_bytes, num_homes):,} of them; "
-        f"add shards, raise their memory budget, or ask for fewer homes."
-    )
-
-
-def _room(hosts: Sequence[_Host], total_bytes: int, num_homes: int) -> int:
-    return sum(min(host.shard.memory_budget, total_bytes // num_homes) for host in hosts)
-
-
-def _share_out(hosts: Sequence[_Host], total_bytes: int, num_homes: int) -> bool:
-    """Raises all shares together until they sum to 1; a host stops at its memory, a domain at one home per expert."""
-    for host in hosts:
-        host.share = 0.0
-    growing = list(hosts)
-    left = 1.0
-    while left > 1e-12 and growing:
-        step = min(left / len(growing), *(_headroom(host, hosts, growing, total_bytes, num_homes) for host in growing))
-        for host in growing:
-            host.share += step
-        left -= step * len(growing)
-        growing = [h for h in growing if _headroom(h, hosts, growing, total_bytes, num_homes) > 1e-12]
-    return left <= 1e-9
-
-
-def _headroom(host: _Host, hosts: Sequence[_Host], growing: Sequence[_Host], total_bytes: int, num_homes: int) -> float:
-    in_memory = host.shard.memory_budget / total_bytes - host.share
-    in_domain = 1 / num_homes - sum(other.share for other in hosts if other.domain == host.domain)
-    return min(in_memory, in_domain / sum(other.domain == host.domain for other in growing))
-
-
-def _place_layer(spec: LayerSpec, hosts: Sequence[_Host], load: Sequence[float], num_homes: int) -> Homes:
-    _set_slots(spec, hosts, num_homes)
-    homes: list[tuple[str, ...]] = [()] * spec.num_experts
-    order = sorted(range(spec.num_experts), key=lambda expert: (-load[expert], expert))
-    for num_left, expert in zip(range(spec.num_experts, 0, -1), order, strict=True):
-        chosen = _choose_hosts(hosts, num_left, num_homes)
-        for host in chosen:
-            host.num_slots -= 1
-            host.used_bytes += spec.expert_bytes
-            host.load += load[expert] / num_homes
-        homes[expert] = tuple(host.shard.id for host in chosen)
-    assert all(host.used_bytes <= host.shard.memory_budget for host in hosts)
-    return tuple(homes)
-
-
-def _set_slots(spec: LayerSpec, hosts: Sequence[_Host], num_homes: int) -> None:
-    """Gives each host its share of the layer's homes in whole experts; what rounding leaves goes to the emptiest."""
-    num_slots = spec.num_experts * num_homes
-    for host in hosts:
-        host.load = 0.0
-        fits = (host.shard.memory_budget - host.used_bytes) // spec.expert_bytes
-        host.num_slots = min(int(host.share * num_slots + 1e-6), fits)
-    for _ in range(num_slots - sum(host.num_slots for host in hosts)):
-        free = [host for host in hosts if host.has_room(spec) and _domain_slots(hosts, host.domain) < spec.num_experts]
-        if not free:
-            raise ValueError(
-                f"Layer {spec.layer} needs {num_homes} homes for each of {spec.num_experts} experts of "
-                f"{spec.expert_bytes:,} bytes, but the {len(hosts)} shards are full; add shards or memory budget."
-            )
-        min(free, key=lambda host: _fullness(host, spec)).num_slots += 1
-
-
-def _fullness(host: _Host, spec: LayerSpec) -> float:
-    return (host.used_bytes + host.num_slots * spec.expert_bytes) / max(host.share, 1e-12)
-
-
-def _domain_slots(hosts: Sequence[_Host], domain: str) -> int:
-    return sum(host.num_slots for host in hosts if host.domain == domain)
-
-
-def _choose_hosts(hosts: Sequence[_Host], num_left: int, num_homes: int) -> list[_Host]:
-    """The homes of the next expert, in different domains.
-
-    A domain with as many slots as experts are left must take part in every one of them, or its slots cannot be filled.
+    What finds nothing stays on its draining shard if it has one, else it stands by, in place of the coldest.
     """
-    slots: dict[str, int] = {}
-    best: dict[str, _Host] = {}
-    for host in hosts:
-        slots[host.domain] = slots.get(host.domain, 0) + host.num_slots
-        rival = best.get(host.domain)
-        if host.num_slots and (rival is None or host.load < rival.load):
-            best[host.domain] = host
-    chosen = sorted(best.values(), key=lambda host: (slots[host.domain] < num_left, host.load))[:num_homes]
-    assert len(chosen) == num_homes
-    assert max(slots.values()) <= num_left
-    return sorted(chosen, key=lambda host: host.load)
+    table = layer.table
+    homeless = np.flatnonzero(table.num_E == 0)
+    if not len(homeless):
+        return
+    slots_S = fleet.free_slots_S(layer)
+    busy_S = layer.busy_S(fleet)
+    costs_E = layer.cost_EC.sum(axis=1)
+    for expert in homeless[np.argsort(-costs_E[homeless], kind="stable")].tolist():
+        free = np.flatnonzero(slots_S > 0)
+        if len(free):
+            to = int(free[np.argmin(busy_S[free])])
+            slots_S[to] -= 1
+        else:
+            out, to = layer.least_needed(expert)
+            if out < 0:
+                continue
+            layer.drop(out, to)
+        layer.add(expert, to)
+        busy_S[to] += balance.rate(layer.cost_EC, fleet.pace_SP, expert, to)
+    fleet.take(layer)
+
+
+def _fill_empty_shards(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) -> None:
+    """Copies of what burdens the slowest shards for shards that hold nothing of a layer yet."""
+    if layer.is_new or layer.table.held_S(fleet.num_shards).all():
+        return
+    slots_S = fleet.slots_S(number, layer)
+    slots_S[layer.table.held_S(fleet.num_shards) > 0] = 0
+    if not (slots_S > 0).any():
+        return
+    layer.table = layer.table.resized(min(fleet.num_shards, layer.table.homes_EH.shape[1] + 4))
+    search.occupy(
+        layer.cost_EC, fleet.pace_SP, layer.table.homes_EH, layer.table.num_E, slots_S, layer.fallback_E,
+        policy.wake_us_per_mib,
+    )  # fmt: skip
+    fleet.take(layer)
+
+
+def _rebalance(planned: Sequence[PlannedLayer], fleet: Fleet, policy: PlanPolicy) -> Weighed:
+    """Makes the slowest shards of running layers faster, and takes all of it back where it gains too little."""
+    levels = [float(layer.busy_S(fleet).max()) for layer in planned]
+    for layer, level in zip(planned, levels, strict=True):
+        if layer.table.is_same(layer.before):
+            layer.level_at_rest = level
+    before_us = sum(levels)
+    saved_per_us = policy.share_of_time / before_us if before_us else 0.0
+    tables = [layer.table for layer in planned]
+    after_us, num_bytes, num_moved = before_us, 0, 0
+    for number, (layer, level) in enumerate(zip(planned, levels, strict=True)):
+        ideal = balance.ideal_level(layer.cost_EC, fleet.pace_SP)
+        if layer.is_new or ideal >= policy.good_enough * level or saved_per_us * policy.stay_s == 0:
+            continue
+        table = layer.table
+        layer.table = table.resized(min(fleet.num_shards, table.homes_EH.shape[1] + 4))
+        price = layer.spec.expert_bytes / policy.bytes_per_s / (saved_per_us * policy.stay_s)
+        slots_S = fleet.slots_S(number, layer)
+        _, after = _improve(layer, fleet, slots_S, ideal / policy.good_enough, ideal / policy.aim, price)
+        if after < level:
+            after_us += after - level
+            added = layer.table.num_added(table)
+            num_moved, num_bytes = num_moved + added, num_bytes + added * layer.spec.expert_bytes
+        else:
+            layer.table = table
+    weighed = Weighed(before_us, after_us, num_moved, num_bytes, policy)
+    if weighed.refusal:
+        for layer, table in zip(planned, tables, strict=True):
+            layer.table = table
+    for layer in planned:
+        fleet.take(layer)
+    return weighed
+
+
+def _repair_cover(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) -> None:
+    table, standby = layer.table, layer.standby
+    slots_S = fleet.slots_S(number, layer) if policy.is_device_cover else np.zeros(fleet.num_shards, np.int64)
+    layer.table = table = table.resized(max(table.homes_EH.shape[1], min(2, fleet.num_shards)))
+    busy_S = layer.busy_S(fleet)
+    cover.repair(
+        layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, standby.homes_EH, standby.num_E,
+        layer.before.homes_EH, slots_S, fleet.host_slots_S(number, layer), fleet.node_S, busy_S,
+    )  # fmt: skip
+    fleet.take(layer)

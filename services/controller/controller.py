@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cluster.planner import first_placement
+from cluster.first_placement import first_placement
 from cluster.registry import RegistryStore, StalePlacement, StoreUnavailable
 from cluster.topology import Homes, LayerSpec, Placement, Shard
 from model.moe import ExpertShape

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cluster.follower import Follower
 from cluster.load import LoadCounter, LoadStore
-from cluster.planner import shard_loads
+from cluster.first_placement import shard_loads
 from cluster.registry import RegistryStore, StoreUnavailable
 from cluster.topology import Placement, Shard
 from model import kernels

@@ -16,7 +16,7 @@ from torch import Tensor
 from cluster.embedded import EmbeddedRedis
 from cluster.load import LoadStore
 from cluster.memory_registry import MemoryRegistry
-from cluster.planner import first_placement
+from cluster.first_placement import first_placement
 from cluster.registry import Registry, RegistryStore, connect
 from cluster.topology import Homes, Shard, held_digest
 from model.family import ModelFamily, load_family

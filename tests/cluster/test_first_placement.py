@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.planner import balancedness, first_placement, shard_loads
+from cluster.first_placement import balancedness, first_placement, shard_loads
 from cluster.topology import LayerSpec, Placement
 from tests.cluster.fleet import make_layers, make_shard
 

@@ -1,0 +1,68 @@
+"""EPLB as DeepSeek describes it, to compare with: replicate the hottest expert per copy, pack the longest first.
+
+Global policy, one node. It knows nothing of the placement that runs. Layers are replicated together with numpy; the
+packing is a loop over slots, in `pack_by_layer` for one layer after another (as DeepSeek publishes it, but with lists
+instead of tensors, which is several times quicker), in `pack_together` for all layers at once.
+
+Legend: L layers, E experts of a layer, N = E + R slots of all shards, G shards.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+def replicate(load_LE: Floats, num_slots: int) -> tuple[Array, Array]:
+    """Which expert each slot holds [L, N], and the number of copies of each expert [L, E]."""
+    num_layers, num_experts = load_LE.shape
+    expert_LN = np.tile(np.arange(num_slots), (num_layers, 1))
+    copies_LE = np.ones((num_layers, num_experts), np.int64)
+    rows = np.arange(num_layers)
+    for slot in range(num_experts, num_slots):
+        hottest_L = (load_LE / copies_LE).argmax(axis=1)
+        expert_LN[:, slot] = hottest_L
+        copies_LE[rows, hottest_L] += 1
+    return expert_LN, copies_LE
+
+
+def pack_by_layer(load_LN: Floats, num_shards: int) -> Array:
+    """The shard of each slot [L, N]: in falling order of load to the least loaded shard that still has room."""
+    num_layers, num_slots = load_LN.shape
+    capacity = num_slots // num_shards
+    order_LN = (-load_LN).argsort(axis=1, kind="stable").tolist()
+    shard_LN = np.empty((num_layers, num_slots), np.int64)
+    for layer in range(num_layers):
+        loads, sizes, load_N = [0.0] * num_shards, [0] * num_shards, load_LN[layer].tolist()
+        for slot in order_LN[layer]:
+            shard = min((i for i in range(num_shards) if sizes[i] < capacity), key=loads.__getitem__)
+            shard_LN[layer, slot] = shard
+            loads[shard] += load_N[slot]
+            sizes[shard] += 1
+    return shard_LN
+
+
+def pack_together(load_LN: Floats, num_shards: int) -> Array:
+    """The same, all layers a slot at a time."""
+    num_layers, num_slots = load_LN.shape
+    capacity = num_slots // num_shards
+    rows = np.arange(num_layers)
+    order_LN = (-load_LN).argsort(axis=1, kind="stable")
+    load_LG, size_LG = np.zeros((num_layers, num_shards)), np.zeros((num_layers, num_shards), np.int64)
+    shard_LN = np.empty((num_layers, num_slots), np.int64)
+    for slot_L in order_LN.T:
+        shard_L = np.where(size_LG < capacity, load_LG, np.inf).argmin(axis=1)
+        shard_LN[rows, slot_L] = shard_L
+        load_LG[rows, shard_L] += load_LN[rows, slot_L]
+        size_LG[rows, shard_L] += 1
+    return shard_LN
+
+
+def rebalance(load_LE: Floats, num_slots: int, num_shards: int, is_together: bool = False) -> tuple[Array, Array]:
+    """The expert [L, N] and the shard [L, N] of every slot."""
+    expert_LN, copies_LE = replicate(load_LE, num_slots)
+    load_LN = np.take_along_axis(load_LE / copies_LE, expert_LN, axis=1)
+    return expert_LN, (pack_together if is_together else pack_by_layer)(load_LN, num_shards)

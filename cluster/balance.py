@@ -1,0 +1,136 @@
+"""How long a layer's shards take when the client shares out every expert's rows best over its homes.
+
+Compiled, because one decision compares thousands of placements. An expert's cost on a shard is linear in the share of
+its rows that the shard gets. With equal paces the levels that `fill` finds are those of the linear programme.
+
+Legend: E experts of one layer, S shards, H most homes of an expert (-1: no more), C = 2 parts of a cost: MiB of weights
+that a step reads, MiB · rows that it computes; P = 3 parts of a pace: µs per call, per MiB read, per MiB · row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+SWEEPS = 200  # of a fill at most; it ends once nothing changes
+TOLERANCE = 1e-4  # of the highest level
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def rate(cost_EC: Any, pace_SP: Any, expert: int, shard: int) -> float:
+    """The µs that all of an expert's rows take on a shard."""
+    return pace_SP[shard, 1] * cost_EC[expert, 0] + pace_SP[shard, 2] * cost_EC[expert, 1]  # type: ignore[no-any-return]
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _level_two(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, share_EH: Any, busy_S: Any) -> float:
+    """`_level` for two homes, which most experts with several have."""
+    first, second = homes_EH[expert, 0], homes_EH[expert, 1]
+    first_rate, second_rate = rate(cost_EC, pace_SP, expert, first), rate(cost_EC, pace_SP, expert, second)
+    step: float = (busy_S[second] - busy_S[first]) / (first_rate + second_rate)
+    step = min(max(step, -share_EH[expert, 0]), share_EH[expert, 1])
+    share_EH[expert, 0] += step
+    share_EH[expert, 1] -= step
+    busy_S[first] += step * first_rate
+    busy_S[second] -= step * second_rate
+    return float(abs(step) * max(first_rate, second_rate))
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _level(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_homes: int, share_EH: Any, busy_S: Any) -> float:
+    """Shares one expert's rows out so that its homes end together; returns the largest change in µs."""
+    if num_homes == 2:
+        return _level_two(expert, cost_EC, pace_SP, homes_EH, share_EH, busy_S)
+    level = float("inf")
+    for _ in range(num_homes):  # each turn but the last leaves out a home that is above the level as it is
+        before, above, slope = level, 1.0, 0.0
+        for i in range(num_homes):
+            home = homes_EH[expert, i]
+            one = rate(cost_EC, pace_SP, expert, home)
+            base = busy_S[home] - share_EH[expert, i] * one
+            if base < before:
+                above += base / one
+                slope += 1.0 / one
+        level = above / slope
+        if level >= before:
+            break
+    largest = 0.0
+    for i in range(num_homes):
+        home = homes_EH[expert, i]
+        one = rate(cost_EC, pace_SP, expert, home)
+        base = busy_S[home] - share_EH[expert, i] * one
+        share = max(0.0, level - base) / one
+        largest = max(largest, abs(share - share_EH[expert, i]) * one)
+        share_EH[expert, i] = share
+        busy_S[home] = base + share * one
+    return largest
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def fill(
+    cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, max_sweeps: int, tolerance: float
+) -> float:
+    """Levels the homes of one expert after another until nothing changes; returns the time of the slowest shard."""
+    shared = np.flatnonzero((num_E > 1) & (cost_EC.sum(axis=1) > 0))
+    for _ in range(max_sweeps):
+        largest = 0.0
+        for expert in shared:
+            largest = max(largest, _level(expert, cost_EC, pace_SP, homes_EH, num_E[expert], share_EH, busy_S))
+        if largest <= tolerance * busy_S.max():
+            break
+    return float(busy_S.max())
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def settle(cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, fallback_E: Any, wake_us: float) -> Any:
+    """Shares [E, H] and µs per shard [S] of a placement whose rows are shared out best.
+
+    An expert without a home is computed at its `fallback_E` (-1: by nobody), which first brings its weights to the
+    device at `wake_us` per MiB.
+    """
+    busy_S = pace_SP[:, 0].copy()
+    share_EH = np.zeros(homes_EH.shape)
+    for expert in range(len(num_E)):
+        num = num_E[expert]
+        for i in range(num):
+            share_EH[expert, i] = 1.0 / num
+            busy_S[homes_EH[expert, i]] += rate(cost_EC, pace_SP, expert, homes_EH[expert, i]) / num
+        if num == 0 and fallback_E[expert] >= 0:
+            fall_back(expert, fallback_E[expert], cost_EC, pace_SP, busy_S, wake_us)
+    fill(cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, SWEEPS, TOLERANCE)
+    return share_EH, busy_S
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def fall_back(expert: int, shard: int, cost_EC: Any, pace_SP: Any, busy_S: Any, wake_us: float) -> None:
+    busy_S[shard] += rate(cost_EC, pace_SP, expert, shard) + wake_us * cost_EC[expert, 0]
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def ideal_level(cost_EC: Any, pace_SP: Any) -> float:
+    """The lower bound: what every shard would take if every expert could be shared out over all of them."""
+    above, slope = 1.0, 0.0
+    weights, rows = cost_EC[:, 0].sum(), cost_EC[:, 1].sum()
+    for shard in range(len(pace_SP)):
+        one = max(pace_SP[shard, 1] * weights + pace_SP[shard, 2] * rows, 1e-12)
+        above += pace_SP[shard, 0] / one
+        slope += 1.0 / one
+    return above / slope
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def is_home(homes_EH: Any, num_E: Any, expert: int, shard: int) -> bool:
+    for i in range(num_E[expert]):  # noqa: SIM110 (compiled, and any() of a generator is not)
+        if homes_EH[expert, i] == shard:
+            return True
+    return False
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def join(group_S: Any, one: int, other: int) -> None:
+    old, new = group_S[other], group_S[one]
+    for shard in range(len(group_S)):
+        if group_S[shard] == old:
+            group_S[shard] = new
