@@ -172,6 +172,9 @@ class RemoteStore:
     async def decisions(self, count: int) -> list[dict[str, str]]:
         return await self._ask(lambda registry: registry.decisions(count))
 
+    async def has_leader(self) -> bool:
+        return await self._ask(lambda registry: registry.has_leader())
+
     async def checksums(self, weights: str, layer: int) -> dict[int, int]:
         return await self._ask(lambda registry: registry.checksums(weights, layer))
 

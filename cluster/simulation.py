@@ -27,7 +27,10 @@ from random import Random
 from typing import Any
 
 from cluster import virtual_time
-from cluster.reconciler import PlanLike, Reconciler, Timing
+from cluster.load import ExpectedLoad
+from cluster.plan import Plan
+from cluster.planner import plan
+from cluster.reconciler import Reconciler, Timing
 from cluster.registry import StoreUnavailable
 from cluster.simulated import (
     HEARTBEAT_S,
@@ -43,7 +46,7 @@ from cluster.simulated import (
 )
 from cluster.topology import LayerSpec, Placement, Shard
 
-MODEL = "simulated"
+MODEL, POOL = "simulated", "pool"
 CALM_S, FAULTS_S = 2.0, 6.0  # without failures at first, then with some
 MAX_CALL_S = 20.0
 MAX_REST_S = 40.0
@@ -142,7 +145,7 @@ class World:
         self._num_started += 1
         id = f"s{self._num_started:02}"
         start = f"i{self._num_started}"
-        record = Shard(id, f"{id}:1", node, "pool", "cpu", start, self.budget, host_budget=self.host_budget)
+        record = Shard(id, f"{id}:1", node, POOL, "cpu", start, self.budget, host_budget=self.host_budget)
         shard = self.shards[id] = SimShard(record, self.layers, 0.01, self.scenario.is_fenced)
         self._start(shard, self._beat(shard))
         return shard
@@ -163,7 +166,7 @@ class World:
         remote = RemoteShards(process, self.shards, self.network, self.on_drop)
         timing = Timing(plan_every_s=3.0, shun_s=3.0)
         controller = self.scenario.controller(
-            name, MODEL, self.layers, self.num_shards, store, remote, self.plan, now, timing
+            name, MODEL, self.layers, {POOL: self.num_shards}, store, remote, self.plan, now, timing
         )
         self._start(process, controller.run())
 
@@ -182,8 +185,12 @@ class World:
         if not task.cancelled() and (error := task.exception()):
             self.fail(str(error) if isinstance(error, Broken) else repr(error))
 
-    async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> PlanLike:
-        raise NotImplementedError
+    async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
+        loads = {
+            spec.layer: ExpectedLoad.steady([1.0 + self.store.loads[spec.layer, e] for e in range(spec.num_experts)])
+            for spec in self.layers
+        }
+        return plan(self.layers, alive, placement, loads)
 
     # Failures
 

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.first_placement import shard_loads
 from cluster.follower import Follower
 from cluster.load import LoadCounter, LoadStore
-from cluster.first_placement import shard_loads
 from cluster.registry import RegistryStore, StoreUnavailable
 from cluster.topology import Placement, Shard
 from model import kernels

@@ -149,12 +149,12 @@ async def canary(
     requests = [_canary_request(shape, experts[shape.layer], dtype, gains[shape.layer]) for shape in asked]
     endpoints = (old_endpoint, new_endpoint)
     statuses = await asyncio.gather(*map(status, endpoints))
-    old_sums, new_sums = await asyncio.gather(*(_compute(endpoint, requests) for endpoint in endpoints))
+    old_replies, new_replies = await asyncio.gather(*(_compute(endpoint, requests) for endpoint in endpoints))
     is_same_kind = len({of.device.partition(":")[0] for of in statuses}) == 1
     disagreeing = []
-    for shape, old, new in zip(asked, old_sums, new_sums, strict=True):
+    for shape, old, new in zip(asked, old_replies, new_replies, strict=True):
         ids = experts[shape.layer]
-        old_EL, new_EL = (sums_from_proto(sums, len(ids), shape.input_dim) for sums in (old, new))
+        old_EL, new_EL = (sums_from_proto(reply, len(ids), shape.input_dim) for reply in (old, new))
         is_same_E = sums_agree(old_EL, new_EL, 0.0 if is_same_kind else CANARY_TOLERANCES[dtype])
         disagreeing += [(shape.layer, expert) for expert, is_same in zip(ids, is_same_E, strict=True) if not is_same]
     return disagreeing
@@ -187,7 +187,7 @@ def _canary_request(shape: ExpertShape, ids: Sequence[int], dtype: torch.dtype, 
     )
 
 
-async def _compute(endpoint: str, requests: Sequence[pb.ComputeRequest]) -> list[pb.Sums]:
+async def _compute(endpoint: str, requests: Sequence[pb.ComputeRequest]) -> list[pb.ComputeReply]:
     """One after the other: all at once they could be more than the shard lets wait."""
 
     async def ask(stub: Any) -> list[Any]:
@@ -198,12 +198,12 @@ async def _compute(endpoint: str, requests: Sequence[pb.ComputeRequest]) -> list
         await stream.done_writing()
         return replies
 
-    replies = await call(endpoint, ask)
+    replies: list[Any] = await call(endpoint, ask)
     for reply in replies:
         if reply is grpc.aio.EOF or not reply.HasField("sums"):
             detail = "nothing, and ended the stream" if reply is grpc.aio.EOF else reply.refusal.detail
             raise ShardError(endpoint, grpc.StatusCode.FAILED_PRECONDITION, detail)
-    return [reply.sums for reply in replies]
+    return replies
 
 
 async def call(endpoint: str, method: Callable[[Any], Awaitable[T]]) -> T:
