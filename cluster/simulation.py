@@ -353,9 +353,10 @@ class World:
         """After a shard has let experts go."""
         self.trace(f"{shard.name} drops {sorted(dropped)} for {by}")
         frames = [(backbone.name, backbone.follower.placement) for backbone in self._up_to_date()]
-        for name, placement in [("the placement", self.published), *frames]:
+        is_there = self.published is not None and self.store.registry.known_epoch == self.published.epoch
+        for name, placement in [("the placement", self.published if is_there else None), *frames]:
             if placement is None:
-                continue
+                continue  # nobody knows of one
             for layer, expert in {(layer, expert) for layer, expert, _ in dropped}:
                 ids = placement.all_homes(layer)[expert]
                 if shard.name in ids and not self._is_served(ids, (layer, expert)):

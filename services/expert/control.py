@@ -19,7 +19,7 @@ from model.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import CHANNEL_OPTIONS
-from services.expert.wire import WIRE_DTYPES, rows_as_numpy, sums_from_proto
+from services.expert.wire import WIRE_DTYPES, body_of, checksum_of_request, rows_as_numpy, sums_from_proto
 
 T = TypeVar("T")
 ByLayer = Mapping[int, Sequence[int]]  # expert ids by layer
@@ -173,7 +173,7 @@ def _canary_request(shape: ExpertShape, ids: Sequence[int], dtype: torch.dtype, 
     generator = torch.Generator().manual_seed(shape.layer)
     x_EL = torch.randn(len(ids), shape.input_dim, generator=generator).to(dtype)
     weight_E1 = torch.ones(len(ids), 1)
-    return pb.ComputeRequest(
+    request = pb.ComputeRequest(
         id=shape.layer,
         layer=shape.layer,
         num_rows=len(ids),
@@ -185,6 +185,8 @@ def _canary_request(shape: ExpertShape, ids: Sequence[int], dtype: torch.dtype, 
         pick_weights=weight_E1.numpy().tobytes(),
         timeout_us=round(CANARY_TIMEOUT_S * 1e6),
     )
+    request.checksum = checksum_of_request(request, body_of(request))
+    return request
 
 
 async def _compute(endpoint: str, requests: Sequence[pb.ComputeRequest]) -> list[pb.ComputeReply]:
