@@ -73,6 +73,7 @@ class ShardHealth:
     lateness: float = 0.0  # 95th percentile of time to answer over what was predicted; 0 before the first
     mean_us: float = 0.0  # to compute a message
     adopted_at: float = 0.0
+    learn_at: float = 0.0
     place: int = -1  # among the shards of the placement
     last_work: Work = SMALL_WORK
 

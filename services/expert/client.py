@@ -315,7 +315,8 @@ class _Call:
     def _wait_for_more(self) -> None:
         """Reads what has come, before anything is called late."""
         owner, routing = self.owner, self.routing
-        self.fleet.learn()
+        if self.fleet.to_learn:
+            self.fleet.learn()
         owner._receiver.receive(max(0.0, routing.wake_at - time.monotonic()))
         if owner._receiver.inbox:
             return

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import socket
 import struct
-from contextlib import suppress
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
@@ -297,9 +296,11 @@ class GrpcSocket:
 
     def flush(self) -> None:
         unsent = self.stream.unsent
-        with suppress(BlockingIOError):
+        try:  # sooner than `suppress`, for every message
             while unsent:
                 del unsent[: self.connection.send(unsent)]
+        except BlockingIOError:
+            pass
 
     def receive(self) -> list[bytes]:
         """The messages that have come; raises StreamEnded or OSError where there will be no more."""
