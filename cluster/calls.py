@@ -114,7 +114,7 @@ class Race:
     is_over: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Parked:
     """Picks that no home computes just now."""
 
@@ -175,7 +175,7 @@ class LayerCall:
     def on_reply(self, request_id: int, timing: Timing, now: float) -> list[int]:
         """Sums have come: the ids of those that count now, which are this one, and others that came before, or none."""
         ask = self.fleet.note_reply(request_id, timing, now)
-        if ask is None or ask.race is None or ask.race.is_over or ask.lane is None:
+        if ask is None or ask.race is None or ask.race.is_over or ask.lane is None or self.failure is not None:
             return []
         race, lane = ask.race, ask.lane
         ask.is_answered = True
@@ -226,6 +226,8 @@ class LayerCall:
     def on_tick(self, now: float) -> list[Ask]:
         """Time has passed, and everything that has come was taken."""
         asks: list[Ask] = []
+        if self.failure is not None:
+            return asks
         for parked in [parked for parked in self.parked if parked.resume_at <= now]:
             self.parked.remove(parked)
             asks += self._resume(parked, now)
@@ -375,6 +377,9 @@ class LayerCall:
             reason=f"shard {ask.shard_id} last said: {reason.rstrip('.')}",
             is_busy=is_busy,
         )
+        if not race.lanes:
+            race.is_over = True
+            self.races.remove(race)
         if past.num_errors >= self.fleet.policy.max_tries:
             tries = f"max_tries = {past.num_errors} tries"
             self.failure = f"Picks of layer {self.layer} were not computed in {tries}; {past.reason}."
@@ -382,8 +387,6 @@ class LayerCall:
         if race.lanes:
             race.look_at = self.wake_at = now
             return []
-        race.is_over = True
-        self.races.remove(race)
         return self._send(race.picks, past, now)
 
     def _park(self, picks: Picks, past: Past, now: float) -> list[Ask]:

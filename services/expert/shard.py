@@ -121,6 +121,7 @@ class ExpertShard:
             queue_depth=self.service.worker.depth,
             draining=self.service.is_draining,
             compute_endpoint=self.compute_endpoint,
+            pace=self.service.pace.pace,
         )
 
     def _bind(self) -> int:
@@ -145,6 +146,7 @@ class ExpertShard:
                 log.exception("Shard %s failed to register itself and will try again.", self.config.shard_id)
 
     async def _heartbeat(self) -> None:
+        self.service.learn_pace()
         try:
             await self.registry.heartbeat(self.record)
         except StoreUnavailable as error:
