@@ -111,6 +111,7 @@ class Race:
     lanes: list[Lane]
     look_at: float  # when to see whether it is late
     may_hedge: bool = True
+    is_doubted: bool = False
     is_over: bool = False
 
 
@@ -330,12 +331,21 @@ class LayerCall:
                 self.layer, race.picks, self.expert_P, sizes, passed, now, may_promote=is_stalled
             )
         except NoLiveHome:
+            self._doubt(race, now)
             return []
         if not is_stalled and not self.fleet.budget.take(len(grouped.shard_M)):
             self._traffic.num_hedges_denied += 1
             race.may_hedge = False
             return []
         return self._join(race, self._post(grouped, now), not is_stalled)
+
+    def _doubt(self, race: Race, now: float) -> None:
+        """There is no other home. The stream may be out of step and not the shard: it is opened anew, once."""
+        for ask in race.lanes[-1].asks:
+            silent_s = now - max(ask.sent_at, ask.health.heard_at)
+            if not race.is_doubted and silent_s >= self.fleet.policy.doubt * ask.stalled_after_s:
+                race.is_doubted = True
+                self.fleet.ask_anew(ask.health)
 
     def _join(self, race: Race, asks: list[Ask], is_hedge: bool) -> list[Ask]:
         """Adds a lane."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MESSAGE_US = 200.0  # what one more message costs the caller
 LEARN_EVERY_S = 0.005  # from a shard's replies: each would cost more than it tells
+SURPRISING = 4.0  # times what was predicted: learned from before the next message
 EXPERT, ROW, MESSAGE, FREE = range(4)  # rows of `costs_CS`
 NEVER = float("inf")
 
@@ -119,7 +120,8 @@ class Fleet:
         if place >= 0:
             costs_CS[EXPERT, place] = health.slowness * health.pace.weight_us_per_mib
             costs_CS[ROW, place] = health.slowness * health.pace.row_us_per_mib
-            costs_CS[MESSAGE, place] = MESSAGE_US + max(0.0, health.overhead_us - 2 * self._usual_overhead_us)
+            excess_us = max(0.0, health.overhead_us - 2 * self._usual_overhead_us)
+            costs_CS[MESSAGE, place] = MESSAGE_US + health.slowness * health.pace.call_us + excess_us
             costs_CS[FREE, place] = health.free_at
 
     # Choosing
@@ -180,6 +182,8 @@ class Fleet:
             if now >= health.learn_at and not ask.is_promoting:
                 health.learn_at = now + LEARN_EVERY_S
                 self.to_learn.append((ask, timing, now))
+                if took_s > SURPRISING * ask.predicted_s:
+                    self.learn()
         return ask
 
     def _judge(self, ask: Ask, is_slow: bool, now: float) -> None:
@@ -239,12 +243,16 @@ class Fleet:
         health.rests_until = now + self.policy.first_rest_s
         self.is_changed = True
 
+    def ask_anew(self, health: ShardHealth) -> None:
+        """Has its stream opened anew: what is owed on it is lost, and sent again."""
+        self._unanswered.append(health)
+
     @property
     def has_unanswered(self) -> bool:
         return bool(self._unanswered)
 
     def take_unanswered(self) -> list[ShardHealth]:
-        """Shards that left a probe unanswered: their streams are to be opened anew, or what they owe would grow."""
+        """Shards that do not answer: their streams are to be opened anew, or what they owe would grow."""
         shards, self._unanswered = self._unanswered, []
         return shards
 

