@@ -292,7 +292,18 @@ class GrpcSocket:
     def send(self, message: bytes) -> None:
         """Writes what the socket takes; the rest waits for `flush`. Raises OSError where the peer is gone."""
         self.stream.send(message)
-        self.flush()
+        unsent = self.stream.unsent
+        if not unsent:
+            return
+        try:
+            num_sent = self.connection.send(unsent)
+        except BlockingIOError:
+            return
+        if num_sent == len(unsent):
+            unsent.clear()
+        else:
+            del unsent[:num_sent]
+            self.flush()
 
     def flush(self) -> None:
         unsent = self.stream.unsent
