@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -22,10 +23,11 @@ from services.link.client import Backbones
 from services.link.server import EngineServer
 
 MAX_LEN = 512
-START_TIMEOUT_S = 60
-# Forked from one process that has imported everything: there are many to kill, and imports take seconds.
+START_TIMEOUT_S = 30
+# Forked from one process that has imported everything: there are many to kill, and imports take seconds. torch reads
+# the last one when a model is made.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+CONTEXT.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 class BackboneProcess:
@@ -115,6 +117,7 @@ class Replicas:
 
 
 def _main(pipe: Connection, pause_s: float, draft_tokens: int | None) -> None:
+    faulthandler.dump_traceback_later(START_TIMEOUT_S / 2)  # says where a start hangs
     torch.set_num_threads(1)
     asyncio.run(_serve(pipe, pause_s, draft_tokens))
 
@@ -128,6 +131,7 @@ async def _serve(pipe: Connection, pause_s: float, draft_tokens: int | None) -> 
     _slow_down(backbone, pause_s)
     server = EngineServer(backbone.engine, "127.0.0.1")
     pipe.send(await server.start())
+    faulthandler.cancel_dump_traceback_later()
     while (command := await asyncio.to_thread(_receive, pipe)) == "stats":
         pipe.send(asdict(backbone.engine.stats()))
     if command == "stop":

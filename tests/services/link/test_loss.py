@@ -12,7 +12,9 @@ import signal
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,11 +23,13 @@ from services.engine.request import DeadlinePassed, SamplingParams, TokenOutput
 from services.gateway.errors import ApiError, Refusal
 from services.link import resume
 from services.link.client import Backbones
+from tests.services.application import wait_until
 from tests.services.demo import held_out_prompts
-from tests.services.engine.resumable import KINDS
+from tests.services.engine.resumable import KINDS, SCHEMA
+from tests.services.gateway.surfaces import Surfaces, Told, listening
 from tests.services.link.backbone_process import BackboneProcess, Replicas
 
-NUM_TRIALS = int(os.environ.get("EXPERTMESH_TRIALS", "5"))
+NUM_TRIALS = int(os.environ.get("EXPERTMESH_TRIALS", "3"))
 PAUSE_S = 0.008  # of each step, so that most answers take half a second or more
 PROMPTS = dict(zip(KINDS, held_out_prompts(len(KINDS), 40), strict=True))
 LONG = SamplingParams(seed=3, max_tokens=300, ignore_eos=True)
@@ -203,3 +207,62 @@ def test_the_deadline_holds_while_backbones_hang(replicas: Replicas) -> None:
         return time.monotonic() - start
 
     assert 1.5 <= run(replicas, work) < 3
+
+
+STOPPED = {"max_tokens": 120, "temperature": 0.9, "seed": 5, "n": 3, "stop": ["return", "self."], "min_tokens": 15}
+SHAPED = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
+BODIES: dict[str, dict[str, Any]] = {
+    "n and stop strings": {"prompt": "class Parser:\n", "logprobs": 2, **STOPPED},
+    "greedy chat": {
+        "messages": [{"role": "user", "content": "Write a class."}],
+        "max_tokens": 100,
+        "temperature": 0,
+        "ignore_eos": True,
+    },
+    "schema": {
+        "messages": [{"role": "user", "content": "Describe it."}],
+        "max_tokens": 200,
+        "seed": 4,
+        "response_format": SHAPED,
+    },
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_clients_of_every_surface_are_told_the_same(replicas: Replicas, name: str) -> None:
+    backbones, chooser = Backbones(replicas.ask), random.Random(name)
+    with listening(backbones, backbones) as (http, stub), ThreadPoolExecutor(1) as pool:
+        surfaces = Surfaces(http, stub)
+        ways: dict[str, Callable[[], Told]] = {
+            f"{surface} {is_streamed}": partial(getattr(surfaces, surface), BODIES[name], is_streamed=is_streamed)
+            for surface in ("rest", "grpc")
+            for is_streamed in (False, True)
+        }
+        for way, ask_it in ways.items():
+            expected = ask_it()
+            answer = pool.submit(ask_it)
+            time.sleep(chooser.uniform(0.1, 0.4))
+            replicas.busiest(backbones).send(signal.SIGKILL)
+            told = answer.result()
+            assert told.choices == expected.choices, way
+            assert told.usage[:2] == expected.usage[:2], way  # what was cached is the replica's affair
+            assert told.error is None
+            replicas.refill()
+            wait_until(lambda: sum(stream.is_open for stream in list(backbones._streams.values())) == 2, 10)
+
+
+def test_a_client_is_told_in_one_sentence_that_nobody_is_left(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "RESUME_WAIT_S", 0.5)
+    backbones = Backbones(replicas.ask)
+    body = {"prompt": "class Parser:", "max_tokens": 400, "ignore_eos": True}
+    with listening(backbones, backbones) as (http, _), ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(http.post, "/v1/completions", json=body)
+        time.sleep(0.5)
+        for one in replicas.all:
+            one.send(signal.SIGKILL)
+        response = answer.result(10)
+    assert response.status_code == 503
+    sentence = "The backbone that answered this request is gone, and no other came within 0.5 s."
+    assert response.json()["error"]["message"] == sentence
