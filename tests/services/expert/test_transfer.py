@@ -95,6 +95,7 @@ def test_chunks_are_bounded_and_the_last_one_has_the_checksum(family: ModelFamil
                 assert [chunk.is_last for chunk in own] == [False] * (len(own) - 1) + [True]
                 weights = Weights.from_bytes(data, shard.host.shapes[3], dtype)
                 assert weights.checksum == own[-1].checksum == loaded.checksums[3][expert]
+                assert own[-1].gain_exponent == weights.gain_exponent()
                 raw = family.load_expert(3, expert)
                 assert torch.equal(weights.up, raw["up"].to(dtype))
                 assert torch.equal(weights.down, raw["down"].to(dtype))
