@@ -26,7 +26,7 @@ from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert.checksum import checksum_of_reply
 from services.expert.front import Front, ReplyTo
-from services.expert.host import Asleep, ExpertHost, Unfinished, Wanted, by_layer, keys_of
+from services.expert.host import Asleep, ExpertHost, Known, Unfinished, Wanted, by_layer, keys_of
 from services.expert.loader import PROMOTE_TIMEOUT_S, Loader, Order, Read
 from services.expert.standbys import Key
 from services.expert.transfer import MAX_TRANSFER_BYTES, ByteBudget, send
@@ -266,7 +266,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         if missing := [expert for expert in request.experts if host.known((layer, expert)) is None]:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Experts {missing} of layer {layer} are not here.")
 
-        async def weights_of(expert: int) -> tuple[Weights, int]:
+        async def weights_of(expert: int) -> tuple[Weights, Known]:
             found = await self.loader.weights_of((layer, expert))
             if found is None:
                 raise ValueError(f"Expert {expert} of layer {layer} is not here any more.")
