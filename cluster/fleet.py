@@ -1,206 +1,249 @@
-"""The fleet as the planner fills it: how much room each shard has left, and which experts each layer has on it.
+"""The shards as a client sees them: the placement, the health of each, and what they owe.
 
-Legend: E experts of a layer, S shards that may hold experts, P parts of a pace, C parts of a cost (`cluster.balance`).
+No sockets, threads or clock: the real client and the simulation drive the same code. Everything belongs to the thread
+that calls, except that any thread may set a shard's `link` and then `is_changed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cluster import balance
-from cluster.layer_homes import Array, Floats, ShardNumbers, Table, costs_of_experts, rows_of_experts
-from cluster.load import ExpectedLoad
-from cluster.plan import PlanPolicy
-from cluster.topology import LayerSpec, Placement, Shard
+from cluster.call_policy import CallPolicy, Traffic
+from cluster.health import Circuit, HedgeBudget, Link, ShardHealth, Timing
+from cluster.routing import Grouped, HomeTable, route
+from cluster.topology import Pace, Placement
+
+if TYPE_CHECKING:
+    from cluster.calls import Ask
+
+MESSAGE_US = 200.0  # what one more message costs the caller
+MAX_TO_LEARN = 64
+NEVER = float("inf")
+
+Tables = Mapping[int, HomeTable]
+Ids = NDArray[np.int64]
+
+
+class FleetView:
+    """A placement, the shards that are registered, and their paces; replaced as a whole."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        healths: Mapping[str, ShardHealth],
+        paces: Mapping[str, Pace] | None = None,
+        draining: Collection[str] = (),
+        before: FleetView | None = None,
+    ) -> None:
+        self.placement, self.paces, self.draining = placement, paces or {}, frozenset(draining)
+        self.shard_ids = placement.shard_ids
+        self.healths = {id: healths[id] for id in self.shard_ids if id in healths}
+        self.tables = _tables(placement, self.shard_ids, before)
+
+    def is_like(self, other: FleetView) -> bool:
+        """Whether there is nothing in it that calls which wait might have waited for."""
+        mine, theirs = ((v.placement.homes, v.placement.standby, v.draining, v.healths) for v in (self, other))
+        return mine == theirs
+
+
+def _tables(placement: Placement, shard_ids: tuple[str, ...], before: FleetView | None) -> Tables:
+    """Those of before where nothing changed: they take a while to make."""
+
+    def table(layer: int) -> HomeTable:
+        homes, standby = placement.homes[layer], placement.standby.get(layer)
+        if before is not None and before.shard_ids == shard_ids and layer in before.tables:
+            was = before.placement
+            if was.homes[layer] == homes and was.standby.get(layer) == standby:
+                return before.tables[layer]
+        return HomeTable(homes, standby, shard_ids)
+
+    return {layer: table(layer) for layer in placement.homes}
 
 
 class Fleet:
-    """The shards that may hold experts, sorted by id, and the bytes that are taken on each; those that drain follow."""
+    """What calls share. `expert_mib` says by layer how large one expert is; where it does not, 1 MiB is assumed."""
 
-    def __init__(self, shards: Sequence[Shard], layers: Sequence[LayerSpec], policy: PlanPolicy) -> None:
-        ordered = sorted(shards, key=lambda shard: (shard.draining, shard.id))
-        able = [shard for shard in ordered if not shard.draining]
-        if not able:
-            raise ValueError("There is no shard to place experts on: start at least one that is not draining.")
-        self.policy = policy
-        self.ids = tuple(shard.id for shard in ordered)
-        self.num_shards = len(able)
-        self.index = ShardNumbers((id, i) for i, id in enumerate(self.ids))
-        paces = [(shard.pace.call_us, shard.pace.weight_us_per_mib, shard.pace.row_us_per_mib) for shard in ordered]
-        self.all_paces_SP = np.array(paces, np.float64)
-        self.all_paces_SP[:, 2] = np.maximum(self.all_paces_SP[:, 2], 1e-9)  # so that every expert costs something
-        self.pace_SP = self.all_paces_SP[: self.num_shards]
-        self.num_nodes = len({shard.node for shard in able})
-        self.node_S = np.unique([shard.node for shard in able], return_inverse=True)[1].astype(np.int64)
-        self.budget_S = np.array([shard.memory_budget for shard in able], np.int64)
-        self.host_budget_S = np.array([shard.host_budget for shard in able], np.int64)
-        self.used_S = np.zeros(self.num_shards, np.int64)
-        self.host_used_S = np.zeros(self.num_shards, np.int64)
-        self._set_headroom(layers)
-        self._set_quotas(layers)
+    def __init__(self, policy: CallPolicy, expert_mib: Mapping[int, float] | None = None) -> None:
+        self.policy, self.expert_mib = policy, expert_mib or {}
+        self.traffic = Traffic()
+        self.budget = HedgeBudget(policy.hedge_share, policy.hedge_burst, policy.hedge_burst)
+        self.ids = itertools.count(1)
+        self.owed: dict[int, Ask] = {}  # what was sent and neither answered nor lost
+        self.is_changed = False  # a link came up or went down
+        self.probe_at = NEVER  # when a shard that rests is to be tried, or a try to be given up
+        self._probes: dict[int, Ask] = {}
+        self._to_learn: list[tuple[Ask, Timing, float]] = []
+        self._unanswered: list[ShardHealth] = []
+        self.view: FleetView | None = None
 
-    def _set_headroom(self, layers: Sequence[LayerSpec]) -> None:
-        """What stays free on every shard, so that an expert can come before another goes."""
-        largest = max((spec.expert_bytes for spec in layers), default=0)
-        needed = sum(spec.num_experts * spec.expert_bytes for spec in layers)
-        self.headroom = largest if self.policy.headroom is None else self.policy.headroom
-        if self.policy.headroom is None and np.maximum(self.budget_S - largest, 0).sum() < needed:
-            self.headroom = 0
+    def adopt(self, view: FleetView, now: float) -> None:
+        """Uses this view for all that is sent from now on."""
+        for health in self.view.healths.values() if self.view else ():
+            health.place = -1
+        self.view = view
+        num_shards = len(view.shard_ids)
+        self.costs_CS = np.zeros((4, num_shards))  # per MiB: an expert, a row; a message; when it is free
+        self._shards: list[ShardHealth | None] = [view.healths.get(id) for id in view.shard_ids]
+        for place, shard in enumerate(self._shards):
+            if shard is not None:
+                shard.place, shard.is_draining = place, shard.shard_id in view.draining
+                shard.adopt(view.paces.get(shard.shard_id, shard.pace), now)
+        shards = view.healths.values()
+        self._usual_overhead_us = min((health.overhead_us for health in shards), default=0.0)
+        for health in view.healths.values():
+            self._note_costs(health)
+        paces = [health.pace for health in shards] or [Pace()]
+        per_row = sum(pace.row_us_per_mib for pace in paces)
+        self._max_piece = max(1, int(sum(pace.weight_us_per_mib for pace in paces) / max(per_row, 1e-9)))
+        self.is_changed = True
 
-    def _set_quotas(self, layers: Sequence[LayerSpec]) -> None:
-        """A layer's part of each shard's memory, in experts: what rounding leaves over goes on to the next layer."""
-        total = sum(spec.num_experts * spec.expert_bytes for spec in layers)
-        room_S = np.maximum(self.budget_S - self.headroom, 0)
-        self.quota_LS = np.zeros((len(layers), self.num_shards), np.int64)
-        self.host_quota_LS = np.zeros((len(layers), self.num_shards), np.int64)
-        done = 0
-        given_S, host_given_S = np.zeros_like(room_S), np.zeros_like(room_S)
-        for number, spec in enumerate(layers):
-            done += spec.num_experts * spec.expert_bytes
-            part = done / total + 1e-12
-            self.quota_LS[number] = (np.floor(room_S * part) - given_S) // spec.expert_bytes
-            self.host_quota_LS[number] = (np.floor(self.host_budget_S * part) - host_given_S) // spec.expert_bytes
-            given_S += self.quota_LS[number] * spec.expert_bytes
-            host_given_S += self.host_quota_LS[number] * spec.expert_bytes
+    def refresh(self) -> None:
+        """Looks again at which shards can be asked, if something has changed."""
+        if self.is_changed:
+            self.is_changed = False  # first: it may be set again meanwhile
+            shards = self._shards
+            self._avoided_S = np.array([h is None or h.should_be_avoided for h in shards], dtype=np.bool_)
+            self._down_S = np.array([h is None or h.link is not Link.UP for h in shards], dtype=np.bool_)
+            resting = [h.rests_until for h in shards if h is not None and h.circuit is Circuit.OPEN]
+            waiting = [ask.sent_at + self.policy.stall_s for ask in self._probes.values()]
+            self.probe_at = min((*resting, *waiting), default=NEVER)
 
-    def count(self, planned: Sequence[PlannedLayer]) -> None:
-        """Takes the bytes of all layers as they run."""
-        for layer in planned:
-            self.take(layer)
+    def _note_costs(self, health: ShardHealth) -> None:
+        costs_CS, place = self.costs_CS, health.place
+        if place >= 0:
+            costs_CS[0, place] = health.slowness * health.pace.weight_us_per_mib
+            costs_CS[1, place] = health.slowness * health.pace.row_us_per_mib
+            costs_CS[2, place] = MESSAGE_US + max(0.0, health.overhead_us - 2 * self._usual_overhead_us)
+            costs_CS[3, place] = health.free_at
 
-    def take(self, layer: PlannedLayer) -> None:
-        """Counts a layer's experts as they are now, instead of as they were when last counted."""
-        size = layer.spec.expert_bytes
-        held_S, stands_S = layer.table.held_S(self.num_shards), layer.standby.held_S(self.num_shards)
-        self.used_S += (held_S - layer.counted_S) * size
-        self.host_used_S += (stands_S - layer.host_counted_S) * size
-        layer.counted_S, layer.host_counted_S = held_S, stands_S
+    # Choosing
 
-    def slots_S(self, number: int, layer: PlannedLayer) -> Array:
-        """How many more experts a layer may put on each shard: within its part of the memory, with headroom left."""
-        free_S = (self.budget_S - self.headroom - self.used_S) // layer.spec.expert_bytes
-        own_S = self.quota_LS[number] - layer.table.held_S(self.num_shards)
-        slots_S: Array = np.maximum(np.minimum(free_S, own_S), 0)
-        return slots_S
+    def route(
+        self,
+        layer: int,
+        picks: Ids,
+        expert_P: Ids,
+        sizes: tuple[int, int],
+        passed: Collection[str],
+        now: float,
+        may_promote: bool = True,
+        is_picky: bool = True,
+    ) -> Grouped:
+        """The messages for some picks, their shards as places in `view.shard_ids`; raises NoLiveHome.
 
-    def free_slots_S(self, layer: PlannedLayer) -> Array:
-        """How many more experts of a layer fit on each shard at all."""
-        slots_S: Array = np.maximum((self.budget_S - self.used_S) // layer.spec.expert_bytes, 0)
-        return slots_S
+        No home is among `passed`; where it `is_picky`, none that should be avoided. Sizes: picks of a row, and rows of
+        a message at most.
+        """
+        assert self.view is not None
+        self.refresh()
+        is_excluded_S = self._avoided_S if is_picky else self._down_S
+        if passed:
+            is_excluded_S = is_excluded_S | np.array([id in passed for id in self.view.shard_ids], dtype=np.bool_)
+        table, mib = self.view.tables[layer], self.expert_mib.get(layer, 1.0)
+        costs = (self.costs_CS, now, mib, self._max_piece)
+        return route(picks, expert_P, table, *costs, is_excluded_S, *sizes, may_promote)
 
-    def host_slots_S(self, number: int, layer: PlannedLayer) -> Array:
-        """How many more of a layer's experts may stand by in each shard's host memory."""
-        free_S = (self.host_budget_S - self.host_used_S) // layer.spec.expert_bytes
-        slots_S: Array = np.minimum(free_S, self.host_quota_LS[number] - layer.standby.held_S(self.num_shards))
-        return slots_S
+    def shard_at(self, place: int) -> ShardHealth:
+        health = self._shards[place]
+        assert health is not None
+        return health
 
-    def make_room(self, layer: PlannedLayer) -> None:
-        """Drops a layer's homes on shards that hold more than their budget: those with other homes first, then cold."""
-        for shard in np.flatnonzero(self.used_S > self.budget_S).tolist():
-            held = np.flatnonzero((layer.table.homes_EH == shard).any(axis=1))
-            order = held[np.lexsort((layer.cost_EC[held].sum(axis=1), layer.table.num_E[held] < 2))]
-            excess = int(-((self.budget_S[shard] - self.used_S[shard]) // layer.spec.expert_bytes))
-            for expert in order[:excess].tolist():
-                layer.drop(expert, shard)
-        self.take(layer)
+    # What was sent, and what came of it
 
+    def note_sent(self, ask: Ask) -> None:
+        self.owed[ask.id] = ask
+        health = ask.health
+        if health.place >= 0:
+            self.costs_CS[3, health.place] = health.free_at
 
-class PlannedLayer:
-    """One layer: as it runs (`before`, `standby_before`, with draining shards) and as planned (`table`, `standby`)."""
+    def note_reply(self, request_id: int, timing: Timing | None, now: float) -> Ask | None:
+        """Takes note of sums, or without a timing of a refusal; returns what was asked, unless that is not known."""
+        ask = self.owed.pop(request_id, None)
+        if ask is None:
+            return None
+        health, took_s = ask.health, now - ask.sent_at
+        health.heard_at = now
+        is_slow = timing is not None and not ask.is_promoting and health.is_far_slower(took_s, ask.predicted_s)
+        if is_slow or ask.is_beaten or health.num_failures:
+            self._judge(ask, is_slow, now)
+        if timing is not None and not ask.is_promoting:
+            self._to_learn.append((ask, timing, now))
+            if len(self._to_learn) >= MAX_TO_LEARN:
+                self.learn()
+        return ask
 
-    def __init__(
-        self, spec: LayerSpec, fleet: Fleet, placement: Placement | None, load: ExpectedLoad | None, policy: PlanPolicy
-    ) -> None:
-        self.spec = spec
-        self.homes = placement.homes.get(spec.layer, ()) if placement else ()
-        self.standby_homes = placement.standby.get(spec.layer, ()) if placement else ()
-        empty = ((),) * spec.num_experts
-        if len(self.homes or empty) != spec.num_experts:
-            raise ValueError(
-                f"The placement has {len(self.homes)} experts in layer {spec.layer}, but the model has "
-                f"{spec.num_experts}; a placement is made for one model."
-            )
-        self.before = Table.of(self.homes or empty, fleet.index, 1)
-        self.standby_before = Table.of(self.standby_homes or empty, fleet.index, 3)
-        num_named = sum(map(len, self.homes)) + sum(map(len, self.standby_homes))
-        self.is_whole = num_named == self.before.num_E.sum() + self.standby_before.num_E.sum()  # no home is lost
-        self.is_new = not self.before.num_E.any()
-        has_draining = fleet.num_shards < len(fleet.ids)
-        self.table = self.before.only_below(fleet.num_shards) if has_draining else self.before.copy()
-        self.standby = self.standby_before.only_below(fleet.num_shards) if has_draining else self.standby_before.copy()
-        self.picked_E, risky_E = rows_of_experts(spec, load, policy.risk)
-        self.cost_EC: Floats = costs_of_experts(spec, risky_E, policy.rows_per_step)
-        is_known = load is not None and policy.cold_below > 0
-        self.is_cold_E = (
-            load.mean_E < policy.cold_below if load is not None and is_known else np.zeros(spec.num_experts, np.bool_)
+    def _judge(self, ask: Ask, is_slow: bool, now: float) -> None:
+        if ask.is_beaten:
+            ask.health.come_late()
+        elif is_slow:
+            ask.health.fail(now)
+        else:
+            ask.health.succeed()
+        self._probes.pop(ask.id, None)
+        self.is_changed = True
+
+    def learn(self) -> None:
+        """Learns from the replies noted; best called while there is nothing to do but wait."""
+        for ask, timing, at in self._to_learn:
+            ask.health.answer(ask.work, timing, at - ask.sent_at, ask.predicted_s, at)
+            self._note_costs(ask.health)
+        self._to_learn.clear()
+
+    def note_failed(self, request_id: int, now: float) -> Ask | None:
+        """Takes note of a message that came to nothing: its stream was lost, or what came back was corrupt."""
+        ask = self.owed.pop(request_id, None)
+        if ask is not None:
+            self._probes.pop(request_id, None)
+            self.note_fault(ask.health, now)
+        return ask
+
+    def note_fault(self, health: ShardHealth, now: float) -> None:
+        health.fail(now)
+        self.is_changed = True
+
+    # Shards that rest
+
+    def due_probe(self, now: float) -> ShardHealth | None:
+        """A shard that has rested, to be asked for something whose answer nobody waits for."""
+        for ask in [ask for ask in self._probes.values() if now >= ask.sent_at + self.policy.stall_s]:
+            del self._probes[ask.id]
+            ask.is_beaten = True
+            ask.health.fail(now)
+            self._unanswered.append(ask.health)
+        self.is_changed = True
+        self.refresh()
+        is_due = (
+            h
+            for h in self._shards
+            if h is not None and h.circuit is Circuit.OPEN and now >= h.rests_until and h.link is Link.UP
         )
-        self.counted_S = np.zeros(fleet.num_shards, np.int64)
-        self.host_counted_S = np.zeros(fleet.num_shards, np.int64)
-        self.wake_us = policy.wake_us_per_mib
-        self.level_at_rest: float | None = None  # µs of the slowest shard, where nothing had to be repaired
-        self._settled: tuple[Table, Array, Floats] | None = None  # the homes for which busy_S is known
+        return next(is_due, None)
+
+    def note_probe(self, ask: Ask) -> None:
+        ask.health.circuit = Circuit.HALF_OPEN
+        self._probes[ask.id] = ask
+        self.is_changed = True
+
+    def postpone(self, health: ShardHealth, now: float) -> None:
+        """There was nothing to ask it for."""
+        health.rests_until = now + self.policy.first_rest_s
+        self.is_changed = True
 
     @property
-    def fallback_E(self) -> Array:
-        """The first shard that stands by for each expert without a home, -1 where none does."""
-        return np.where(self.table.num_E == 0, self.standby.homes_EH[:, 0], -1)
+    def has_unanswered(self) -> bool:
+        return bool(self._unanswered)
 
-    def busy_S(self, fleet: Fleet) -> Floats:
-        """The µs of each shard with rows shared out best."""
-        fallback_E = self.fallback_E
-        if self._settled is None or not (
-            self._settled[0].is_same(self.table) and np.array_equal(self._settled[1], fallback_E)
-        ):
-            busy_S = balance.settle(
-                self.cost_EC, fleet.pace_SP, self.table.homes_EH, self.table.num_E, fallback_E, self.wake_us
-            )[1]
-            self._settled = self.table.copy(), fallback_E, busy_S
-        return self._settled[2].copy()
+    def take_unanswered(self) -> list[ShardHealth]:
+        """Shards that left a probe unanswered: their streams are to be opened anew, or what they owe would grow."""
+        shards, self._unanswered = self._unanswered, []
+        return shards
 
-    def level_before(self, fleet: Fleet) -> float:
-        """µs of the slowest shard as it runs, those that drain included; experts without a live home cost nothing."""
-        if self.level_at_rest is not None:
-            return self.level_at_rest
-        busy_S = balance.settle(
-            self.cost_EC, fleet.all_paces_SP, self.before.homes_EH, self.before.num_E,
-            self.standby_before.homes_EH[:, 0].copy(), self.wake_us,
-        )[1]  # fmt: skip
-        return float(busy_S.max())
-
-    def add(self, expert: int, shard: int) -> None:
-        if self.table.num_E[expert] == self.table.homes_EH.shape[1]:
-            self.table = self.table.resized(self.table.homes_EH.shape[1] + 1)
-        self.table.homes_EH[expert, self.table.num_E[expert]] = shard
-        self.table.num_E[expert] += 1
-
-    def drop(self, expert: int, shard: int) -> None:
-        homes_H = self.table.homes_EH[expert]
-        kept = homes_H[(homes_H >= 0) & (homes_H != shard)]
-        homes_H[:] = -1
-        homes_H[: len(kept)] = kept
-        self.table.num_E[expert] = len(kept)
-
-    def draining_home(self, expert: int, num_shards: int) -> int:
-        """A draining shard (they come from `num_shards` on) on whose device an expert is now; -1: none."""
-        last = int(self.before.homes_EH[expert].max(initial=-1))
-        return last if last >= num_shards else -1
-
-    def least_needed(self, expert: int) -> tuple[int, int]:
-        """An expert and the shard on which it may give way to `expert`; (-1, -1) if none may.
-
-        That is the coldest with another home, else the coldest of all if it is colder, unless `expert` can stay on a
-        shard that drains.
-        """
-        costs_E = self.cost_EC.sum(axis=1)
-        num_E = self.table.num_E
-        backed = np.flatnonzero(num_E > 1)
-        if len(backed):
-            out = int(backed[np.argmin(costs_E[backed] / num_E[backed])])
-            return out, int(self.table.homes_EH[out, num_E[out] - 1])
-        held = np.flatnonzero(num_E == 1)
-        if not len(held) or self.draining_home(expert, len(self.counted_S)) >= 0:
-            return -1, -1
-        out = int(held[np.argmin(costs_E[held])])
-        return (out, int(self.table.homes_EH[out, 0])) if costs_E[out] < costs_E[expert] else (-1, -1)
+    @property
+    def circuits(self) -> dict[str, str]:
+        shards: Iterable[ShardHealth] = self.view.healths.values() if self.view else ()
+        return {health.shard_id: health.circuit.value for health in shards}

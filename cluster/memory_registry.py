@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 
-from cluster.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, Lease, stale_placement
+from cluster.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, MAX_DECISIONS, Lease, stale_placement
 from cluster.topology import Placement, Shard
 
 
@@ -21,6 +22,9 @@ class MemoryRegistry:
         self._lease: Lease | None = None
         self._lease_end = 0.0
         self._fencing = 0
+        self._followers: dict[str, tuple[int, float]] = {}
+        self._decisions: deque[dict[str, str]] = deque(maxlen=MAX_DECISIONS)
+        self._manifest: dict[tuple[str, int], dict[int, int]] = {}
 
     async def heartbeat(self, shard: Shard) -> None:
         self._seen[shard.id] = (shard, self.clock())
@@ -34,21 +38,48 @@ class MemoryRegistry:
         self._seen = {id: (shard, at) for id, (shard, at) in self._seen.items() if now - at < self.ttl_s}
         return [self._seen[id][0] for id in sorted(self._seen)]
 
-    async def placement(self, known_epoch: int | None = None) -> Placement | None:
-        is_known = self._placement is not None and self._placement.epoch == known_epoch
-        return None if is_known else self._placement
+    @property
+    def known_epoch(self) -> int:
+        return self._placement.epoch if self._placement else 0
+
+    async def epoch(self) -> int:
+        return self.known_epoch
+
+    async def placement(self) -> Placement | None:
+        return self._placement
 
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
         assert placement.epoch > expected_epoch >= 0
         epoch = self._placement.epoch if self._placement else 0
-        if epoch != expected_epoch or self._placement_fencing > fencing:
-            raise stale_placement(placement, expected_epoch, fencing, epoch, self._placement_fencing)
+        newest = max(self._placement_fencing, self._fencing if fencing > 0 else 0)
+        if epoch != expected_epoch or newest > fencing:
+            raise stale_placement(placement, expected_epoch, fencing, epoch, newest)
         self._placement, self._placement_fencing = placement, fencing
+
+    async def follow(self, follower: str, epoch: int) -> None:
+        self._followers[follower] = epoch, self.clock()
+
+    async def unfollow(self, follower: str) -> None:
+        self._followers.pop(follower, None)
+
+    async def followers(self) -> dict[str, int]:
+        return self.known_followers()
+
+    def known_followers(self) -> dict[str, int]:
+        now = self.clock()
+        self._followers = {name: (epoch, at) for name, (epoch, at) in self._followers.items() if now - at < self.ttl_s}
+        return {name: epoch for name, (epoch, _) in sorted(self._followers.items())}
+
+    async def note_decision(self, decision: Mapping[str, str]) -> None:
+        self._decisions.appendleft(dict(decision))
+
+    async def decisions(self, count: int) -> list[dict[str, str]]:
+        return [*self._decisions][:count]
 
     async def acquire_lease(self, owner: str) -> Lease | None:
         if self._lease is not None and self.clock() < self._lease_end:
             return None
-        self._fencing += 1
+        self._fencing = max(self._fencing + 1, round(1000 * self.clock()))
         self._lease, self._lease_end = Lease(owner, self._fencing), self.clock() + self.lease_ttl_s
         return self._lease
 
@@ -61,3 +92,15 @@ class MemoryRegistry:
     async def release_lease(self, lease: Lease) -> None:
         if self._lease == lease:
             self._lease = None
+
+    async def has_leader(self) -> bool:
+        return self._lease is not None and self.clock() < self._lease_end
+
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]:
+        return dict(self._manifest.get((weights, layer), {}))
+
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]:
+        known = self._manifest.setdefault((weights, layer), {})
+        for expert, checksum in seen.items():
+            known.setdefault(expert, checksum)
+        return {expert: known[expert] for expert in seen}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.fleet import Fleet, PlannedLayer
+from cluster.planned_fleet import Fleet, PlannedLayer
 from cluster.layer_homes import MIB, Array, Table
 from cluster.plan import Move, Plan, PlanPolicy, Tier
 from cluster.topology import Homes

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cluster import balance, cover, deal, search
-from cluster.fleet import Fleet, PlannedLayer
+from cluster.planned_fleet import Fleet, PlannedLayer
 from cluster.layer_homes import Array
 from cluster.load import ExpectedLoad
 from cluster.plan import Plan, PlanPolicy

@@ -19,11 +19,12 @@ from redis.exceptions import RedisError
 
 from cluster.topology import Placement, Shard
 
-HEARTBEAT_TTL_S = 5.0
-LEASE_TTL_S = 5.0
+HEARTBEAT_TTL_S = 3.0
+LEASE_TTL_S = 3.0
 CONNECT_TIMEOUT_S = 0.2
 CALL_TIMEOUT_S = 1.0
 MAX_CONNECTIONS = 16
+MAX_DECISIONS = 1000
 
 
 class StoreUnavailable(ConnectionError):
@@ -48,11 +49,20 @@ class RegistryStore(Protocol):
     async def heartbeat(self, shard: Shard) -> None: ...
     async def remove(self, shard: Shard) -> None: ...
     async def shards(self) -> list[Shard]: ...
-    async def placement(self, known_epoch: int | None = None) -> Placement | None: ...
+    async def epoch(self) -> int: ...
+    async def placement(self) -> Placement | None: ...
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None: ...
+    async def follow(self, follower: str, epoch: int) -> None: ...
+    async def unfollow(self, follower: str) -> None: ...
+    async def followers(self) -> dict[str, int]: ...
+    async def note_decision(self, decision: Mapping[str, str]) -> None: ...
+    async def decisions(self, count: int) -> list[dict[str, str]]: ...
     async def acquire_lease(self, owner: str) -> Lease | None: ...
     async def renew_lease(self, lease: Lease) -> bool: ...
     async def release_lease(self, lease: Lease) -> None: ...
+    async def has_leader(self) -> bool: ...
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]: ...
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]: ...
 
 
 def connect(url: str) -> Redis:
@@ -92,10 +102,12 @@ redis.call('SREM', KEYS[2], ARGV[2])
 return redis.call('DEL', KEYS[1])
 """
 
-# Returns the epoch and the fencing token that stood in the way, or nothing.
+# Returns the epoch and the fencing token that stood in the way, or nothing. A leader's token must be the last one given
+# out: a new leader may have read the placement already. Without a token nothing but an empty place may be filled.
 PUBLISH = """
 local stored = redis.call('HMGET', KEYS[1], 'epoch', 'fencing')
 local epoch, fencing = tonumber(stored[1] or 0), tonumber(stored[2] or 0)
+if tonumber(ARGV[3]) > 0 then fencing = math.max(fencing, tonumber(redis.call('GET', KEYS[2]) or 0)) end
 if epoch ~= tonumber(ARGV[1]) or fencing > tonumber(ARGV[3]) then return {tostring(epoch), tostring(fencing)} end
 redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'fencing', ARGV[3], 'value', ARGV[4])
 return false
@@ -159,13 +171,13 @@ class Registry:
             await self._call("SREM", self.prefix + "shards", *dead)
         return [Shard.from_record(record) for record in records if record]
 
-    async def placement(self, known_epoch: int | None = None) -> Placement | None:
-        """The published placement; None if there is none, or if its epoch is the one already known (cheap to poll)."""
-        key = self.prefix + "placement"
-        epoch = await self._call("HGET", key, "epoch")
-        if epoch is None or (known_epoch is not None and int(epoch) == known_epoch):
-            return None
-        value = await self._call("HGET", key, "value")
+    async def epoch(self) -> int:
+        """Of the published placement, cheap to poll; 0 if there is none."""
+        return int(await self._call("HGET", self.prefix + "placement", "epoch") or 0)
+
+    async def placement(self) -> Placement | None:
+        """The published placement, if there is one."""
+        value = await self._call("HGET", self.prefix + "placement", "value")
         return Placement.from_json(value) if value is not None else None
 
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
@@ -175,9 +187,43 @@ class Registry:
         """
         assert placement.epoch > expected_epoch >= 0
         arguments = (expected_epoch, placement.epoch, fencing, placement.to_json())
-        stood_in_the_way = await self._eval(PUBLISH, [self.prefix + "placement"], *arguments)
+        keys = [self.prefix + "placement", self.prefix + "fencing"]
+        stood_in_the_way = await self._eval(PUBLISH, keys, *arguments)
         if stood_in_the_way is not None:
             raise stale_placement(placement, expected_epoch, fencing, *map(int, stood_in_the_way))
+
+    async def follow(self, follower: str, epoch: int) -> None:
+        """A backbone says which epoch it uses, as a heartbeat."""
+        with store_errors():
+            async with self.redis.pipeline(transaction=True) as pipe:
+                pipe.set(self.prefix + "backbone:" + follower, epoch, px=self.ttl_ms)
+                pipe.sadd(self.prefix + "backbones", follower)
+                await pipe.execute()
+
+    async def unfollow(self, follower: str) -> None:
+        """Says goodbye before the time to live ends."""
+        await self._call("DEL", self.prefix + "backbone:" + follower)
+
+    async def followers(self) -> dict[str, int]:
+        """The epoch that each live backbone uses."""
+        names = sorted(await self._call("SMEMBERS", self.prefix + "backbones"))
+        if not names:
+            return {}
+        epochs = await self._call("MGET", *(self.prefix + "backbone:" + name for name in names))
+        if dead := [name for name, epoch in zip(names, epochs, strict=True) if epoch is None]:
+            await self._call("SREM", self.prefix + "backbones", *dead)
+        return {name: int(epoch) for name, epoch in zip(names, epochs, strict=True) if epoch is not None}
+
+    async def note_decision(self, decision: Mapping[str, str]) -> None:
+        """Adds to the log of what was decided, which keeps about the last thousand."""
+        words = [word for field in decision.items() for word in field]
+        await self._call("XADD", self.prefix + "decisions", "MAXLEN", "~", MAX_DECISIONS, "*", *words)
+
+    async def decisions(self, count: int) -> list[dict[str, str]]:
+        """The last decisions, the newest first."""
+        with store_errors():
+            entries: Any = await self.redis.xrevrange(self.prefix + "decisions", count=count)
+        return [dict(fields) for _, fields in entries]
 
     async def acquire_lease(self, owner: str) -> Lease | None:
         """The lease, or None while somebody (the owner itself included) holds it."""
@@ -192,6 +238,31 @@ class Registry:
     async def release_lease(self, lease: Lease) -> None:
         """Gives the lease back; does nothing if it is lost."""
         await self._eval(RELEASE, [self.prefix + "leader"], _lease_text(lease))
+
+    async def has_leader(self) -> bool:
+        """Whether somebody holds the lease."""
+        return bool(await self._call("EXISTS", self.prefix + "leader"))
+
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]:
+        """The checksums known of a layer's experts; `weights` names the checkpoint and the dtype they are held in."""
+        known = await self._call("HGETALL", self._manifest_key(weights, layer))
+        return {int(expert): int(checksum, 16) for expert, checksum in known.items()}
+
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]:
+        """Notes what was seen for the first time and nothing else; returns what is known of these experts then."""
+        if not seen:
+            return {}
+        key = self._manifest_key(weights, layer)
+        with store_errors():
+            async with self.redis.pipeline(transaction=True) as pipe:
+                for expert, checksum in seen.items():
+                    pipe.hsetnx(key, str(expert), f"{checksum:016x}")
+                pipe.hmget(key, [str(expert) for expert in seen])
+                known: list[str] = (await pipe.execute())[-1]
+        return {expert: int(checksum, 16) for expert, checksum in zip(seen, known, strict=True)}
+
+    def _manifest_key(self, weights: str, layer: int) -> str:
+        return f"{self.prefix}manifest:{weights}:{layer}"
 
     def _shard_key(self, shard_id: str) -> str:
         return f"{self.prefix}shard:{shard_id}"

@@ -43,6 +43,7 @@ class Checkpoint:
         if not self.path.is_dir():
             raise ValueError(f"the model path {self.path} is not a directory")
         self._open: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -81,6 +82,7 @@ class Checkpoint:
     def _file(self, file_name: str) -> Any:
         if file_name not in self._open:
             try:
+                self._sizes[file_name] = (self.path / file_name).stat().st_size
                 self._open[file_name] = safe_open(self.path / file_name, framework="pt")
             except FileNotFoundError:
                 raise ValueError(f"{self.path} lacks the file {file_name} that its index names") from None
@@ -88,12 +90,24 @@ class Checkpoint:
                 raise ValueError(f"{self.path / file_name} is not a readable safetensors file: {error}") from None
         return self._open[file_name]
 
+    def _check_size(self, file_name: str) -> None:
+        """Reading a mapped file behind its end would kill the process."""
+        try:
+            size = (self.path / file_name).stat().st_size
+        except OSError as error:
+            raise ValueError(f"{self.path / file_name} cannot be read any more: {error}") from None
+        if size != self._sizes[file_name]:
+            numbers = f"{size} bytes long, but {self._sizes[file_name]} when it was opened"
+            raise ValueError(f"{self.path / file_name} is {numbers}; it must not change while it is served")
+
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor called `name`, as stored; its shape is checked if one is given."""
         if name not in self._files:
             raise ValueError(f"the checkpoint {self.path} has no tensor {name}")
+        file = self._file(self._files[name])
+        self._check_size(self._files[name])
         try:
-            tensor: Tensor = self._file(self._files[name]).get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
         except SafetensorError:
             raise ValueError(f"{self.path / self._files[name]} lacks the tensor {name} that the index names") from None
         if shape is not None and tensor.shape != shape:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model import kernels
 from model.cpu import layers as cpu_layers
 from model.cpu import moe as cpu
-from model.cpu.linear import Packed, pack
+from model.cpu.linear import Packed, pack, unpack
 from model.cpu.team import TEAM
 from model.exact import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
 from model.linear import Linear, RowPlan, as_array, row_plan
@@ -80,8 +80,11 @@ class ExpertBank:
     def nbytes(self) -> int:
         return len(self._gains) * self.shape.nbytes(self.dtype)
 
-    def load(self, expert: int, tensors: Mapping[str, Tensor]) -> None:
-        """Takes an expert's {"up": (M, L), "down": (L, M)}."""
+    def load(self, expert: int, tensors: Mapping[str, Tensor], gain: int | None = None) -> None:
+        """Takes an expert's {"up": (M, L), "down": (L, M)}; finding its gain exponent takes longer than all the rest.
+
+        Experts may be loaded on one thread while others are computed on another.
+        """
         assert 0 <= expert < self.shape.num_experts
         up, down = (tensors[name].to(self.device, self.dtype, copy=True) for name in ("up", "down"))
         assert up.shape == (self.shape.width, self.shape.input_dim) == down.shape[::-1]
@@ -90,7 +93,12 @@ class ExpertBank:
             self._addresses[:, expert] = [part.panels.address for part in packed]
         else:
             self._weights[expert] = up, down
-        self._gains[expert] = gain_exponent(up, down)
+        self._gains[expert] = gain_exponent(up, down) if gain is None else gain
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """What `load` was given, on the CPU and in the bank's dtype; KeyError if it is not held."""
+        up_down = map(unpack, self._packed[expert]) if self.is_compiled else (w.cpu() for w in self._weights[expert])
+        return dict(zip(("up", "down"), up_down, strict=True))
 
     def unload(self, expert: int) -> None:
         for by_expert in (self._weights, self._packed, self._gains):
@@ -100,11 +108,8 @@ class ExpertBank:
     def gain_exponent(self, expert: int) -> int:
         return self._gains[expert]
 
-    def warm_up(self) -> None:
-        """Does now what a shard's first call would wait for: compiling, or finding row counts."""
-        if not self._gains:
-            return
-        expert = next(iter(self._gains))
+    def warm_up(self, expert: int) -> None:
+        """Does now what a shard's first call would wait for: compiling, or finding row counts. `expert` is held."""
         if self.is_compiled:
             self.packed_sums(*self._as_shards_ask(expert))
         else:
@@ -159,8 +164,8 @@ class ExpertBank:
     ) -> NDArray[np.int64]:
         """`partial_sums` by the CPU's kernels, on arrays; rows are fp32, or the bits of bf16 as int16."""
         sums_NL = np.zeros(x_NL.shape, np.int64)
-        is_bf16 = next(iter(self._packed.values()))[0].is_bf16
         picks = (x_NL.dtype == np.int16, row_P, expert_P, weight_P, grid_N)
+        is_bf16 = self.dtype == torch.bfloat16  # of the weights; a packed one may not be asked while others are loaded
         if not cpu.partial_sums(x_NL, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
             raise ValueError(NOT_ADDABLE)
         return sums_NL

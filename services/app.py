@@ -19,7 +19,8 @@ from services import logs
 from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
-from services.expert.shard import ExpertShard, ShardConfig
+from services.expert.leaving import LEAVE_TIMEOUT_S
+from services.expert.shard import DRAIN_TIMEOUT_S, ExpertShard, ShardConfig
 from services.link.server import EngineServer
 
 log = logging.getLogger(__name__)
@@ -28,19 +29,21 @@ GRPC_SERVICERS = [
     "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
+SHARD_STOP_TIMEOUT_S = LEAVE_TIMEOUT_S + DRAIN_TIMEOUT_S + 10  # Serve kills a replica that takes longer
 MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
 
 
 class ShardDeployment:
-    """A replica of a pool: one expert shard. Its rank names it, so that a restarted one takes up where it was."""
+    """A replica of a pool: one expert shard. Its id is new with every replica: ranks are given to others later."""
 
     async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
         logs.configure(pool.name, args.log_format)
         torch.set_num_threads(max(1, int(pool.num_cpus)))
         family = load_family(args.model)
         config = ShardConfig(
-            shard_id=f"{pool.name}-{serve.get_replica_context().rank.rank}",
+            shard_id=f"{pool.name}-{serve.get_replica_context().replica_id.unique_id}",
             memory_budget=args.shard_memory(pool, family),
+            host_budget=args.shard_host_memory(pool, family),
             pool=pool.name,
             host=_address(pool.host),
             device=pool.device,
@@ -63,7 +66,7 @@ class ControllerDeployment:
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("controller", args.log_format)
         family = load_family(args.model)
-        config = ControllerConfig(frozenset(args.shard_ids), family.checkpoint.digest, args.torch_dtype)
+        config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype)
         controller = Controller(config, family.expert_shapes, args.registry())
         self._loop = asyncio.create_task(controller.run())
 
@@ -155,5 +158,5 @@ def _pool(pool: PoolArgs) -> Any:
         pool.name,
         num_replicas=pool.shards,
         ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": num_gpus},
-        graceful_shutdown_timeout_s=15,
+        graceful_shutdown_timeout_s=SHARD_STOP_TIMEOUT_S,
     )

@@ -38,7 +38,12 @@ class PoolArgs(BaseModel):
     shards: int = Field(3, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     num_cpus: float = Field(1, ge=0)
-    memory_budget: ByteSize | None = Field(None, gt=0, description="of expert weights; an even share if left out")
+    memory_budget: ByteSize | None = Field(
+        None, gt=0, description="of expert weights on the device; enough for all of them without one shard if left out"
+    )
+    host_budget: ByteSize | None = Field(
+        None, ge=0, description="of expert weights that stand by in host memory; see AppArgs.shard_host_memory"
+    )
     host: str = Field("127.0.0.1", description="address a shard listens on; on a cluster, auto for the node's own")
 
 
@@ -92,15 +97,29 @@ class AppArgs(BaseModel):
         return self.backbone_threads or (1 if is_small else os.cpu_count() or 1)
 
     @property
-    def shard_ids(self) -> list[str]:
-        """Every shard of every pool; a replica's rank names it."""
-        return [f"{pool.name}-{rank}" for pool in self.pools for rank in range(pool.shards)]
+    def num_shards(self) -> dict[str, int]:
+        """The shards that each pool starts with."""
+        return {pool.name: pool.shards for pool in self.pools}
+
+    def experts_nbytes(self, family: ModelFamily) -> int:
+        """Bytes of one home of every expert."""
+        return sum(shape.num_experts * shape.nbytes(self.torch_dtype) for shape in family.expert_shapes)
 
     def shard_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
-        """Bytes of expert weights that a shard of `pool` may hold."""
-        whole = sum(shape.num_experts * shape.nbytes(self.torch_dtype) for shape in family.expert_shapes)
-        even_share = NUM_HOMES * whole / len(self.shard_ids)
-        return int(pool.memory_budget or min(whole, SHARE_MARGIN * even_share))
+        """Bytes of expert weights that a shard of `pool` may hold: with one shard lost, the others hold all homes."""
+        whole, num_left = self.experts_nbytes(family), max(1, sum(self.num_shards.values()) - 1)
+        return int(pool.memory_budget or min(whole, SHARE_MARGIN * NUM_HOMES * whole / num_left))
+
+    def shard_host_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
+        """Bytes of expert weights that may stand by in a shard's host memory.
+
+        Left out, a GPU's shard takes an even share of one home of everything: the way from disk is long. A CPU's takes
+        none: the device's memory is the host's, and the system keeps the checkpoint's pages in what is free of it.
+        """
+        if pool.host_budget is not None:
+            return int(pool.host_budget)
+        share = SHARE_MARGIN * self.experts_nbytes(family) / sum(self.num_shards.values())
+        return int(share) if pool.device == "cuda" else 0
 
     def memory_plan(self, family: ModelFamily) -> MemoryPlan:
         """How many requests fit; raises ValueError if not even one of the longest does."""
@@ -136,6 +155,8 @@ class AppArgs(BaseModel):
         family.check()
         Tokenizer(self.model)
         key_prefix(self.name)
+        if len(self.num_shards) < len(self.pools):
+            raise ValueError(f"the pools are named {[pool.name for pool in self.pools]}; each needs a name of its own")
         self.memory_plan(family)
         if self.experts == "remote":
             first_placement(
@@ -146,11 +167,9 @@ class AppArgs(BaseModel):
     def _fleet(self, family: ModelFamily) -> list[Shard]:
         """The shards that there will be, as far as placing experts on them goes."""
         return [
-            Shard(
-                f"{pool.name}-{rank}", "", f"node-{rank}", pool.name, pool.device, "", self.shard_memory(pool, family)
-            )
+            Shard(f"{pool.name}-{i}", "", f"node-{i}", pool.name, pool.device, "", self.shard_memory(pool, family))
             for pool in self.pools
-            for rank in range(pool.shards)
+            for i in range(pool.shards)
         ]
 
     def registry(self) -> Registry:

@@ -82,7 +82,9 @@ def up(
     ray_address: Annotated[str, typer.Option(help="A running Ray cluster to join; a new local one if left out.")] = "",
     max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt and completion together.")] = None,
     state_memory: Annotated[str, typer.Option(help="For requests' KV and recurrent state, such as 4GiB.")] = "",
-    shard_memory: Annotated[str, typer.Option(help="For a shard's experts; an even share if left out.")] = "",
+    shard_memory: Annotated[
+        str, typer.Option(help="For a shard's experts; enough without one shard if left out.")
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda, for the backbone and every shard.")] = "cpu",
     max_requests: Annotated[int, typer.Option(min=1, help="Computed at once, where memory allows.")] = 64,
     draft_tokens: Annotated[

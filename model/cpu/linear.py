@@ -84,6 +84,17 @@ def pack(weight_OI: Tensor) -> Packed:
     return Packed(words, num_inputs, num_outputs, is_bf16)
 
 
+def unpack(packed: Packed) -> Tensor:
+    """The weight (O, I) that `pack` was given, bit for bit, in the dtype in which it is held."""
+    num_panels = packed.panels.padded_outputs // PANEL
+    if packed.is_bf16:
+        pairs = torch.from_numpy(packed.words.view(np.int16)).view(torch.bfloat16)
+        panels = pairs.view(num_panels, packed.num_inputs // 2, PANEL, 2).permute(0, 2, 1, 3)
+    else:
+        panels = torch.from_numpy(packed.words).view(num_panels, packed.num_inputs, PANEL).permute(0, 2, 1)
+    return panels.reshape(num_panels * PANEL, packed.num_inputs)[: packed.num_outputs]
+
+
 def linear(x: Tensor, weight: Packed) -> Tensor:
     """x·Wᵀ: fp32 (..., I) -> fp32 (..., O)."""
     x_NI = x if x.dim() == 2 else x.reshape(-1, weight.num_inputs)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from cluster.first_placement import first_placement
 from cluster.registry import RegistryStore, StalePlacement, StoreUnavailable
-from cluster.topology import LayerSpec, Placement, Shard
+from cluster.topology import Homes, LayerSpec, Placement, Shard
 from model.moe import ExpertShape
 from services.expert import control
 
@@ -26,12 +26,17 @@ PERIOD_S = 0.5
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """`shard_ids`: who must have registered before a placement is made; `model`: the checkpoint's digest."""
+    """`num_shards` of each pool must have registered before a placement is made; `model` is the checkpoint's digest.
 
-    shard_ids: frozenset[str]
+    A shard that is missing from the store for `gone_after_s` is replaced by a new one; a store that came back empty is
+    full again by then.
+    """
+
+    num_shards: Mapping[str, int]
     model: str
     dtype: torch.dtype
     num_homes: int = 2
+    gone_after_s: float = 2.0
 
 
 def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[LayerSpec]:
@@ -45,6 +50,19 @@ def stale_shards(placement: Placement, shards: Sequence[Shard]) -> list[Shard]:
     return [shard for shard in shards if shard.id in homes and shard.held_digest != placement.digest_of(shard.id)]
 
 
+def hand_over(placement: Placement, gone: Collection[str], shards: Sequence[Shard]) -> tuple[Placement, list[Shard]]:
+    """Gives each shard that is gone one that is new in the fleet; returns the next epoch, and who is new in it."""
+    named = placement.shard_ids
+    new = [shard for shard in shards if shard.id not in named and not shard.draining]
+    heirs = {old: shard.id for old, shard in zip(sorted(gone), new, strict=False)}
+
+    def renamed(homes_of: Mapping[int, Homes]) -> dict[int, Homes]:
+        return {la: tuple(tuple(heirs.get(id, id) for id in ids) for ids in homes) for la, homes in homes_of.items()}
+
+    homes, standby = renamed(placement.homes), renamed(placement.standby)
+    return replace(placement, epoch=placement.epoch + 1, homes=homes, standby=standby), new[: len(heirs)]
+
+
 class Controller:
     """One loop over registry and shards."""
 
@@ -53,6 +71,7 @@ class Controller:
         self.layers = layer_specs(shapes, config.dtype)
         self.placement: Placement | None = None
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self._missing_since: dict[str, float] = {}
 
     async def run(self) -> None:
         """Until cancelled. A store or a shard that fails is tried again at the next turn."""
@@ -68,25 +87,27 @@ class Controller:
     async def turn(self) -> None:
         shards, stored = await self.registry.shards(), await self.registry.placement()
         if self.placement is None:
-            self.placement = stored if stored is not None and self.fits(stored) else await self._place(shards, stored)
+            self.placement = stored if stored and self.fits(stored, shards) else await self._place(shards, stored)
         elif stored is None:  # a store that came back empty gets the placement that is running
             await self.registry.publish(self.placement, expected_epoch=0, fencing=0)
         if self.placement is not None:
+            self.placement = await self._replace_the_gone(self.placement, shards)
             self._refill(self.placement, shards)
 
-    def fits(self, placement: Placement) -> bool:
+    def fits(self, placement: Placement, shards: Sequence[Shard]) -> bool:
         """Whether it was made for this fleet and this checkpoint; a store may outlive both."""
         layers = {layer: len(homes) for layer, homes in placement.homes.items()}
         return (
             placement.model == self.config.model
-            and self.config.shard_ids == set(placement.shard_ids)
+            and sum(self.config.num_shards.values()) == len(placement.shard_ids)
+            and any(shard.id in placement.shard_ids for shard in shards)
             and layers == {spec.layer: spec.num_experts for spec in self.layers}
         )
 
     async def _place(self, shards: Sequence[Shard], stored: Placement | None) -> Placement | None:
         """Places and publishes once all shards have registered; the first epoch is the time: none comes twice."""
-        ours = [shard for shard in shards if shard.id in self.config.shard_ids]
-        if len(ours) < len(self.config.shard_ids):
+        ours = [shard for shard in shards if not shard.draining]
+        if any(sum(shard.pool == pool for shard in ours) < num for pool, num in self.config.num_shards.items()):
             return None
         homes = first_placement(self.layers, ours, num_homes=self.config.num_homes)
         before = stored.epoch if stored else 0
@@ -95,6 +116,22 @@ class Controller:
         await self.registry.publish(placement, expected_epoch=before, fencing=0)
         log.info("Epoch %d places %d layers, cover %d.", placement.epoch, len(homes), placement.cover())
         return placement
+
+    async def _replace_the_gone(self, placement: Placement, shards: Sequence[Shard]) -> Placement:
+        """Publishes a placement with new shards in the places of those that have been missing for long enough."""
+        now, alive = time.monotonic(), {shard.id for shard in shards}
+        gone = [shard_id for shard_id in placement.shard_ids if shard_id not in alive]
+        self._missing_since = {shard_id: self._missing_since.get(shard_id, now) for shard_id in gone}
+        given_up = [shard_id for shard_id in gone if now - self._missing_since[shard_id] >= self.config.gone_after_s]
+        following, heirs = hand_over(placement, given_up, shards)
+        if not heirs:
+            return placement
+        for heir in heirs:
+            experts, standby = following.experts_of(heir.id), following.standby_of(heir.id)
+            await control.load(heir.endpoint, experts, following.epoch, standby)
+        await self.registry.publish(following, expected_epoch=placement.epoch, fencing=0)
+        log.info("Epoch %d: %s take the places of %s.", following.epoch, [heir.id for heir in heirs], given_up)
+        return following
 
     def _refill(self, placement: Placement, shards: Sequence[Shard]) -> None:
         """Starts loading on every stale shard; one that is slow or broken holds up none of the others."""
@@ -109,6 +146,7 @@ class Controller:
 
     async def _load(self, placement: Placement, shard: Shard) -> None:
         try:
-            await control.load(shard.endpoint, placement.experts_of(shard.id), placement.epoch)
+            experts, standby = placement.experts_of(shard.id), placement.standby_of(shard.id)
+            await control.load(shard.endpoint, experts, placement.epoch, standby)
         except control.ShardError as error:
             log.warning("Shard %s was not filled: %s", shard.id, error)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.follower import Follower
 from cluster.load import LoadCounter, LoadStore
 from cluster.first_placement import shard_loads
 from cluster.registry import RegistryStore, StoreUnavailable
@@ -79,7 +83,7 @@ class Backbone:
         self, config: BackboneConfig, family: ModelFamily, registry: RegistryStore | None, loads: LoadStore | None
     ) -> None:
         torch.set_num_threads(config.num_threads)
-        self.config, self.family, self.registry, self.loads = config, family, registry, loads
+        self.config, self.family, self.loads = config, family, loads
         self.counter = LoadCounter({shape.layer: shape.num_experts for shape in family.expert_shapes})
         self.remote = None if registry is None else RemoteExperts()
         inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
@@ -116,9 +120,9 @@ class Backbone:
             outages=(ExpertsUnavailable,),
             compile_grammar=lambda grammar: self._grammars.compile(grammar),
         )
-        self._placement: Placement | None = None
+        name, digest = f"{socket.gethostname()}-{secrets.token_hex(4)}", family.checkpoint.digest
+        self.follower = None if registry is None else Follower(name, digest, registry, self._adopt)
         self._placed_at = 0.0
-        self._shards: dict[str, Shard] = {}
         self._wanted: dict[str, str] = {}  # what each shard should hold, as a digest
         self._rates: dict[int, NDArray[np.float64]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -144,6 +148,9 @@ class Backbone:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self.engine.stop)
+        if self.follower is not None:
+            with suppress(StoreUnavailable):
+                await self.follower.leave()
         if self.remote is not None:
             await asyncio.to_thread(self.remote.close)
 
@@ -158,17 +165,22 @@ class Backbone:
     def status(self) -> dict[str, Any]:
         """Engine, placement and traffic in numbers, for health and metrics."""
         status: dict[str, Any] = {"engine": asdict(self.engine.stats()), "has_mtp": self.family.has_mtp}
-        if self.remote is not None and self._placement is not None:
-            states = self._shard_states(self._placement, self.remote.down)
+        follower, remote = self.follower, self.remote
+        if remote is not None and follower is not None and (placement := follower.placement) is not None:
+            states = self._shard_states(placement, remote.down)
             status |= {
-                "epoch": self.remote.epoch,
-                "cover": self._placement.cover([shard_id for shard_id, state in states.items() if state == "live"]),
+                "epoch": remote.epoch,
+                "cover": placement.cover([shard_id for shard_id, state in states.items() if state == "live"]),
                 "placement_age_s": time.time() - self._placed_at,
                 "down": sorted(shard_id for shard_id, state in states.items() if state != "live"),
-                "traffic": asdict(self.remote.traffic),
-                "shards": self._shard_report(self._placement, states),
+                "traffic": asdict(remote.traffic),
+                "shards": self._shard_report(placement, states),
             }
         return status
+
+    @property
+    def _known(self) -> Mapping[str, Shard]:
+        return self.follower.shards if self.follower else {}
 
     def _shard_states(self, placement: Placement, unreachable: Collection[str]) -> dict[str, str]:
         """Of each shard of the placement: live, or why it does not serve what it should."""
@@ -180,9 +192,7 @@ class Backbone:
                 return "draining"
             return "live" if shard.held_digest == self._wanted[shard.id] else "loading"
 
-        return {
-            shard_id: state(self._shards.get(shard_id) or _never_seen(shard_id)) for shard_id in placement.shard_ids
-        }
+        return {shard_id: state(self._known.get(shard_id) or _never_seen(shard_id)) for shard_id in placement.shard_ids}
 
     def _shard_report(self, placement: Placement, states: Mapping[str, str]) -> list[dict[str, Any]]:
         """The placement's shards and their picks of late, each expert's shared out evenly over its homes."""
@@ -191,7 +201,7 @@ class Backbone:
             np.array(shard_loads(placement.homes[layer], rates.tolist(), ids)) for layer, rates in self._rates.items()
         )
         report = []
-        for i, shard in enumerate(self._shards.get(id) or _never_seen(id) for id in ids):
+        for i, shard in enumerate(self._known.get(id) or _never_seen(id) for id in ids):
             own = {
                 key: getattr(shard, key)
                 for key in ("id", "pool", "node", "endpoint", "device", "num_held", "incarnation")
@@ -222,23 +232,19 @@ class Backbone:
 
     async def _refresh(self) -> bool:
         """Takes the newest placement and shards; a registry that is down changes nothing."""
-        assert self.registry is not None
-        assert self.remote is not None
+        assert self.follower is not None
         try:
-            placement = await self.registry.placement(self.remote.epoch or None) or self._placement
-            # A shard that misses from a store that came back empty may well be alive: its stream will tell.
-            self._shards |= {shard.id: shard for shard in await self.registry.shards()}
+            return await self.follower.refresh()
         except StoreUnavailable as error:
             log.warning("Serving on with epoch %d: %s", self.epoch, error)
             return False
-        if placement is None:
-            return False
-        if self._placement is None or placement.epoch > self._placement.epoch:
-            self._placement = placement
+
+    def _adopt(self, placement: Placement, shards: Iterable[Shard]) -> None:
+        assert self.remote is not None
+        if placement.epoch != self.remote.epoch:
             self._wanted = {shard_id: placement.digest_of(shard_id) for shard_id in placement.shard_ids}
         self._placed_at = time.time()
-        self.remote.update(self._placement, self._shards.values())
-        return True
+        self.remote.update(placement, shards)
 
     async def _watch(self) -> None:
         while True:

@@ -1,7 +1,7 @@
 """`RemoteExperts`: a layer's routed experts, computed by the shards that hold them.
 
-One call sends every shard one message (or several pieces), adds the int64 sums that come back, and sends what was
-refused or lost to another home. All of it happens on the caller's thread.
+What goes where, and what follows from what comes back, is decided by `cluster.calls`; here are the messages, the
+streams and the sums. All of it happens on the caller's thread.
 
 Legend: N rows, L expert input dim, K picks a row, P = N·K picks; the picks of a row stand together.
 """
@@ -12,378 +12,346 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.routing import HomeTable, NoLiveHome, choose_homes
+from cluster.call_policy import CallPolicy, Traffic
+from cluster.calls import Ask, LayerCall, Refusal
+from cluster.calls import warm_up as warm_up_routing
+from cluster.fleet import Fleet, FleetView
+from cluster.health import Link, ShardHealth, Timing
 from cluster.topology import Placement, Shard
 from model.cpu.team import TEAM
 from model.exact import from_grid, grid_exponents
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.dispatch import Dispatch, combine, dispatch, warm_up
-from services.expert.stream import Inbox, Receiver, ShardStream
-from services.expert.wire import PIECE_BYTES, WIRE_DTYPES, rows_as_numpy, sums_from_proto
+from services.expert.checksum import REQUEST, checksum_of_reply, request_checksum
+from services.expert.dispatch import combine, dispatch, warm_up
+from services.expert.stream import Receiver, ShardStream
+from services.expert.wire import CORRUPT_REPLY, WIRE_DTYPES, rows_as_numpy, sums_from_proto
 
 log = logging.getLogger(__name__)
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer]
 StreamKey = tuple[str, str, str]  # shard id, incarnation, endpoint
-FIRST_PAUSE_S = 0.01  # before homes are asked a second time; three times as long before each time after
 
 
 class ExpertsUnavailable(RuntimeError):
     """No live home computed some of the picks in time; the message says which and why."""
 
 
-@dataclass(frozen=True)
-class CallPolicy:
-    """Bounds of one call: seconds for all of it, tries for each of its picks, bytes of rows in one message.
-
-    A shard that owes an answer and says nothing for `stall_s`, and `patience` times as long as its work should take, is
-    passed over where the picks have another home.
-    """
-
-    timeout_s: float = 30.0
-    stall_s: float = 0.5
-    patience: float = 8.0
-    max_tries: int = 6
-    piece_bytes: int = PIECE_BYTES
-
-    def __post_init__(self) -> None:
-        assert 0 < self.stall_s <= self.timeout_s
-        assert self.patience >= 0
-        assert self.max_tries > 0
-        assert self.piece_bytes > 0
-
-    def allowed_silence_s(self, predicted_s: float) -> float:
-        """Grows with the work, but leaves most of the time to another home: the shard may be hung for all that."""
-        return self.stall_s + min(self.patience * predicted_s, self.timeout_s / 4)
-
-
-@dataclass
-class Traffic:
-    """What went over the wire since the start; message bytes without gRPC's framing."""
-
-    num_calls: int = 0
-    num_rows: int = 0
-    num_picks: int = 0
-    num_sent: int = 0
-    num_rows_sent: int = 0  # a row that goes to two shards counts twice
-    sent_bytes: int = 0
-    num_received: int = 0
-    received_bytes: int = 0
-    num_lost: int = 0
-    num_stalled: int = 0
-    queue_us: int = 0
-    compute_us: int = 0
-    refusals: dict[str, int] = field(default_factory=dict)  # by code
-
-
-@dataclass(frozen=True)
-class _Fleet:
-    """A placement and the streams to its shards; replaced as a whole."""
-
-    placement: Placement
-    tables: Mapping[int, HomeTable]
-    streams: Mapping[str, ShardStream]
-    draining: frozenset[str]
-    shares_cores: bool  # with a shard on this machine: then the caller's helpers sleep while the shards compute
-
-    def down(self, table: HomeTable) -> set[str]:
-        """The homes that cannot be asked."""
-        streams = self.streams
-        return {id for id in table.shard_ids if id not in streams or streams[id].is_down}
-
-    def avoided(self, table: HomeTable) -> set[str]:
-        """The homes that should not be asked if there are others."""
-        now, streams = time.monotonic(), self.streams
-        return {
-            id
-            for id in table.shard_ids
-            if id in self.draining or id not in streams or streams[id].should_be_avoided(now)
-        }
-
-
 class RemoteExperts:
     """Implements `model.moe.Experts` over the shards of the last placement it was given; never asks Redis.
 
     Calls belong to one thread, several of which may be under way. `update` belongs to one thread, any one; calls under
-    way go on, and what they have to send again follows the new placement.
+    way go on, and what they have to send again follows the new placement. `expert_mib` is the size of one expert, by
+    layer.
     """
 
-    def __init__(self, policy: CallPolicy | None = None) -> None:
+    def __init__(self, policy: CallPolicy | None = None, expert_mib: Mapping[int, float] | None = None) -> None:
         self.policy = policy or CallPolicy()
-        self.traffic = Traffic()
-        self._fleet: _Fleet | None = None
+        self._fleet = Fleet(self.policy, expert_mib)
+        self._view: FleetView | None = None  # the newest, which the calling thread has yet to adopt
         self._streams: dict[StreamKey, ShardStream] = {}
-        self._leaving: deque[tuple[float, ShardStream]] = deque()
+        self._healths: dict[StreamKey, ShardHealth] = {}
+        self._stream_of: dict[ShardHealth, ShardStream] = {}
+        self._leaving: deque[tuple[float, ShardHealth, ShardStream]] = deque()
         self._receiver = Receiver()
-        self._ids = itertools.count(1)
+        self._parts: dict[int, _Part] = {}  # by request id
+        self._shares_cores = False  # with a shard on this machine: the caller's helpers sleep while the shards compute
+        self._is_closed = False
+        self._changes = itertools.count(1)
+        self._last_change = 0
         warm_up()
+        warm_up_routing()
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._fleet.traffic
+
+    @property
+    def circuits(self) -> dict[str, str]:
+        """Of each shard of the placement: closed, open, or half-open."""
+        return self._fleet.circuits
 
     @property
     def epoch(self) -> int:
         """The epoch of the placement in use; 0 before the first `update`."""
-        return self._fleet.placement.epoch if self._fleet else 0
+        return self._view.placement.epoch if self._view else 0
 
     @property
     def down(self) -> frozenset[str]:
         """The shards of the placement that cannot be reached now."""
-        fleet = self._fleet
-        return frozenset(id for t in fleet.tables.values() for id in fleet.down(t)) if fleet else frozenset()
+        view = self._view
+        if view is None:
+            return frozenset()
+        return frozenset(
+            id for id in view.shard_ids if (health := view.healths.get(id)) is None or health.link is Link.DOWN
+        )
 
     def update(self, placement: Placement, shards: Iterable[Shard]) -> None:
         """Uses this placement for the calls that start from now on; opens and closes streams to match.
 
         A placement older than the one in use (from a Redis that lost its data) is passed over, its shards are not.
         """
-        if self._fleet and placement.epoch < self.epoch:
+        if self._view and placement.epoch < self.epoch:
             log.warning("Placement epoch %d is older than %d and is passed over.", placement.epoch, self.epoch)
-            placement = self._fleet.placement
+            placement = self._view.placement
         known = {shard.id: shard for shard in shards}
-        wanted = {_stream_key(known[id]) for id in placement.shard_ids if id in known}
-        for key in wanted - self._streams.keys():
-            self._streams[key] = ShardStream(key[2], self._receiver)
-        streams = {key[0]: self._streams[key] for key in wanted}
-        draining = frozenset(id for id, shard in known.items() if shard.draining)
-        shares_cores = any(endpoint.startswith("127.") for _, _, endpoint in wanted)
-        self._fleet = _Fleet(placement, self._tables(placement), streams, draining, shares_cores)
-        self._close_later(self._streams.keys() - wanted)
+        wanted = {id: _stream_key(known[id]) for id in placement.shard_ids if id in known}
+        for key in wanted.values():
+            if key not in self._streams:
+                self._healths[key] = health = ShardHealth(key[0], self.policy, known[key[0]].pace)
+                self._streams[key] = stream = ShardStream(key[2], self._receiver, partial(self._note_link, health))
+                self._stream_of[health] = stream
+        self._shares_cores = any(endpoint.startswith("127.") for _, _, endpoint in wanted.values())
+        healths = {id: self._healths[key] for id, key in wanted.items()}
+        paces = {id: known[id].pace for id in wanted}
+        draining = [id for id, shard in known.items() if shard.draining]
+        before, view = self._view, FleetView(placement, healths, paces, draining, self._view)
+        self._view = view
+        if before is None or not view.is_like(before):
+            self._last_change = next(self._changes)
+        self._close_later(self._streams.keys() - set(wanted.values()))
+        self._receiver.wake()
 
-    def _tables(self, placement: Placement) -> Mapping[int, HomeTable]:
-        known = self._fleet.placement.homes if self._fleet else None
-        if self._fleet and (placement.homes is known or placement.homes == known):
-            return self._fleet.tables
-        return {layer: HomeTable(homes) for layer, homes in placement.homes.items()}
+    def _note_link(self, health: ShardHealth, link: Link) -> None:
+        health.link = link
+        self._fleet.is_changed = True
+        self._last_change = next(self._changes)
 
     def _close_later(self, keys: set[StreamKey]) -> None:
         """Calls that started before may still wait for the streams that are no longer wanted."""
         for key in keys:
-            stream = self._streams.pop(key)
-            self._leaving.append((time.monotonic() + self.policy.timeout_s, stream))
+            leaving = (self._healths.pop(key), self._streams.pop(key))
+            self._leaving.append((time.monotonic() + self.policy.timeout_s, *leaving))
         now = time.monotonic()
         while self._leaving and self._leaving[0][0] <= now:
-            self._leaving.popleft()[1].close()
+            _, health, stream = self._leaving.popleft()
+            del self._stream_of[health]
+            stream.close()
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         """Sends the rows off and returns a function that waits for the weighted sums: fp32 (N, L).
 
         Both raise ExpertsUnavailable; ValueError on rows that are neither bf16 nor fp32.
         """
-        assert self._fleet is not None, "update() must have given a placement before the first call"
-        if self._fleet.shares_cores:
+        assert self._view is not None, "update() must have given a placement before the first call"
+        if self._shares_cores:
             TEAM.rest()
         try:
-            call = _Call(self, self._fleet, layer, x_NL, topk_ids_NK, topk_weights_NK)
-            call.send(np.arange(topk_ids_NK.numel()), frozenset(), 1)
+            return _Call(self, layer, x_NL, topk_ids_NK, topk_weights_NK).wait
         except BaseException:
             TEAM.resume()
             raise
-        return call.wait
 
     def close(self) -> None:
         """Closes every stream; calls under way fail."""
-        streams = [*self._streams.values(), *(stream for _, stream in self._leaving)]
+        self.give_up()
+        streams = [*self._streams.values(), *(stream for _, _, stream in self._leaving)]
         for stream in streams:
             stream.close()
         for stream in streams:
             stream.join()
         self._receiver.close()
 
+    def give_up(self) -> None:
+        """Has calls under way, and all later ones, fail rather than wait for a home; may be called from any thread."""
+        self._is_closed = True
+        self._receiver.wake()
+
+    # The calling thread
+
+    def _adopt(self, now: float) -> None:
+        view = self._view
+        if view is not None and view is not self._fleet.view:
+            self._fleet.adopt(view, now)
+
+    def _post(self, ask: Ask, part: _Part, message: bytes) -> None:
+        self._parts[ask.id] = part
+        stream = self._stream_of.get(ask.health)
+        if stream is None:  # it has left since
+            self._receiver.inbox.append((ask.id, None))
+        else:
+            stream.send(ask.id, message)
+
+    def _reset_streams(self) -> None:
+        for health in self._fleet.take_unanswered():
+            if stream := self._stream_of.get(health):
+                stream.reset()
+
+    def _take(self, request_id: int, reply: pb.ComputeReply | None) -> None:
+        now, part, fleet = time.monotonic(), self._parts.pop(request_id, None), self._fleet
+        if reply is not None:
+            traffic = fleet.traffic
+            traffic.num_received += 1
+            traffic.received_bytes += reply.ByteSize()
+            traffic.queue_us += reply.queue_us
+            traffic.compute_us += reply.compute_us
+        if part is None:  # its call is over
+            self._take_late(request_id, reply, now)
+        elif reply is None:
+            part.call.take_loss(request_id, now)
+        elif reply.HasField("sums"):
+            part.call.take_sums(part, reply, now)
+        else:
+            part.call.take_refusal(reply, now)
+
+    def _take_late(self, request_id: int, reply: pb.ComputeReply | None, now: float) -> None:
+        if reply is None:
+            self._fleet.note_failed(request_id, now)
+        elif checksum_of_reply(reply) != reply.checksum:
+            self._fleet.traffic.num_corrupt += 1
+            self._fleet.note_failed(request_id, now)
+        else:
+            timing = Timing(reply.queue_us, reply.compute_us, reply.queue_depth)
+            self._fleet.note_reply(request_id, timing if reply.HasField("sums") else None, now)
+
 
 def _stream_key(shard: Shard) -> StreamKey:
     return shard.id, shard.incarnation, shard.compute_endpoint or shard.endpoint
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One request under way: which picks it carries, and to which rows its sums belong."""
+class _Part(NamedTuple):
+    """One request under way, and to which rows its sums belong."""
 
-    shard_id: str
-    stream: ShardStream
-    picks: Ints
-    rows: Ints
-    passed: frozenset[str]  # shards that were asked for these picks before
-    num_tries: int
-    sent_at: float
+    call: _Call
+    rows: NDArray[np.int64]
 
 
 class _Call:
     """One layer's rows on their way through the shards and back."""
 
-    def __init__(
-        self, owner: RemoteExperts, fleet: _Fleet, layer: int, x_NL: Tensor, ids_NK: Tensor, weights_NK: Tensor
-    ) -> None:
-        self.owner, self.fleet, self.layer = owner, fleet, layer
-        self.table = fleet.tables[layer]
-        self.device, self.dtype = x_NL.device, x_NL.dtype
+    def __init__(self, owner: RemoteExperts, layer: int, x_NL: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> None:
+        now = time.monotonic()
+        owner._adopt(now)
+        self.owner, self.fleet, self.layer = owner, owner._fleet, layer
+        assert self.fleet.view is not None
+        self.view = self.fleet.view
+        self.placement = self.view.placement
+        self.device, self.wire_dtype = x_NL.device, WIRE_DTYPES.get(x_NL.dtype)
         self.x_NL = rows_as_numpy(x_NL)
         self.top_k = ids_NK.shape[1]
         self.expert_P = ids_NK.cpu().numpy().reshape(-1)
         self.weight_P = weights_NK.float().cpu().numpy().reshape(-1)
-        self.grid_N = grid_exponents(x_NL, weights_NK, fleet.placement.gains[layer]).cpu().numpy()
+        self.grid_N = grid_exponents(x_NL, weights_NK, self.placement.gains[layer]).cpu().numpy()
         self.sums_NL = np.zeros(x_NL.shape, dtype=np.int64)
-        self.inbox: Inbox = deque()
-        self.parts: dict[int, _Part] = {}
-        self.expires_at = time.monotonic() + owner.policy.timeout_s
-        owner.traffic.num_calls += 1
-        owner.traffic.num_rows += x_NL.shape[0]
-        owner.traffic.num_picks += len(self.expert_P)
+        traffic = self.fleet.traffic
+        traffic.num_calls += 1
+        traffic.num_rows += x_NL.shape[0]
+        traffic.num_picks += len(self.expert_P)
+        max_rows = max(1, owner.policy.piece_bytes // (x_NL.shape[1] * x_NL.itemsize))
+        self.routing = LayerCall(self.fleet, layer, self.expert_P, self.top_k, max_rows, now)
+        self.held: dict[int, tuple[NDArray[np.int64], Ints]] = {}  # sums that do not count yet
+        self.last_change = owner._last_change
+        self.send(self.routing.start(now))
+        if self.fleet.has_unanswered:
+            owner._reset_streams()
 
-    def send(self, picks: Ints, passed: frozenset[str], num_tries: int) -> None:
-        """Sends picks to homes that were not asked for them yet, or where there are none, to any."""
-        if not len(picks):
+    def send(self, asks: Sequence[Ask]) -> None:
+        if not asks:
             return
-        try:
-            self._send(picks, self.fleet.avoided(self.table) | passed, passed, num_tries)
-        except NoLiveHome as none_left:
-            is_stuck = np.isin(self.expert_P[picks], none_left.experts)
-            self.send(picks[~is_stuck], passed, num_tries)
-            self._send_to_any(picks[is_stuck], num_tries)
-
-    def _send_to_any(self, picks: Ints, num_tries: int) -> None:
-        for num in range(num_tries, self.owner.policy.max_tries + 1):
-            if num > 1:
-                time.sleep(FIRST_PAUSE_S * 3 ** (num - 2))
-                self._follow_placement()
-            try:
-                return self._send(picks, self.fleet.down(self.table), frozenset(), num)
-            except NoLiveHome as none_left:
-                reason = str(none_left)
-        raise ExpertsUnavailable(f"Layer {self.layer} cannot be computed: {reason}")
-
-    def _follow_placement(self) -> None:
-        assert self.owner._fleet is not None
-        self.fleet = self.owner._fleet
-        self.table = self.fleet.tables[self.layer]
-
-    def _send(self, picks: Ints, excluded: set[str] | frozenset[str], passed: frozenset[str], num_tries: int) -> None:
-        depths = {id: stream.queue_depth for id, stream in self.fleet.streams.items()}
-        home_P = choose_homes(self.expert_P[picks], self.table, depths, excluded)
+        traffic = self.fleet.traffic
+        picks = [ask.picks for ask in asks]
+        pick_Q = picks[0] if len(picks) == 1 else np.concatenate(picks)
+        firsts = [0]
+        for own in picks:
+            firsts.append(firsts[-1] + len(own))
         whole = (self.x_NL, self.grid_N, self.expert_P, self.weight_P)
-        parts = dispatch(*whole, picks, home_P, self.top_k, len(self.table.shard_ids))
-        max_rows = max(1, self.owner.policy.piece_bytes // self.x_NL[0].nbytes)
-        starts, ends = parts.first_row_S.tolist(), parts.first_row_S[1:].tolist()
-        for shard, (start, end) in enumerate(zip(starts, ends, strict=False)):
-            for first in range(start, end, max_rows):
-                rows = slice(first, min(first + max_rows, end))
-                own = parts.picks_of(shard, rows)
-                self._send_piece(self.table.shard_ids[shard], parts, rows, own, passed, num_tries)
+        parts = dispatch(*whole, pick_Q, np.array(firsts), self.top_k)
+        first_rows = parts.first_row_M.tolist()
+        for m, ask in enumerate(asks):
+            rows, own_Q = slice(first_rows[m], first_rows[m + 1]), slice(firsts[m], firsts[m + 1])
+            picked = (parts.local_Q[own_Q].tobytes(), parts.expert_Q[own_Q].tobytes(), parts.weight_Q[own_Q].tobytes())
+            message = self._message(ask, parts.x_RL[rows].tobytes(), parts.grid_R[rows].tobytes(), picked)
+            traffic.num_sent += 1
+            traffic.num_rows_sent += ask.work.num_rows
+            traffic.sent_bytes += len(message)
+            self.owner._post(ask, _Part(self, parts.row_R[rows]), message)
 
-    def _send_piece(
-        self, shard_id: str, parts: Dispatch, rows: slice, picks: slice, passed: frozenset[str], num_tries: int
-    ) -> None:
-        now, request_id = time.monotonic(), next(self.owner._ids)
-        local_Q = parts.local_Q[picks]
-        message = pb.ComputeRequest(
-            id=request_id,
+    def _message(self, ask: Ask, rows: bytes, grid: bytes, picked: tuple[bytes, bytes, bytes]) -> bytes:
+        timeout_us = max(1, round((self.routing.expires_at - ask.sent_at) * 1e6))
+        assert self.fleet.view is not None
+        num_rows, epoch = ask.work.num_rows, self.fleet.view.placement.epoch
+        head = REQUEST.pack(ask.id, self.layer, epoch, num_rows, self.wire_dtype, timeout_us)
+        pick_rows, pick_experts, pick_weights = picked
+        return pb.ComputeRequest(
+            id=ask.id,
             layer=self.layer,
-            epoch=self.fleet.placement.epoch,
-            num_rows=rows.stop - rows.start,
-            dtype=WIRE_DTYPES[self.dtype],
-            rows=parts.x_ML[rows].tobytes(),
-            grid=parts.grid_M[rows].tobytes(),
-            pick_rows=(local_Q if local_Q[0] == 0 else local_Q - local_Q[0]).tobytes(),
-            pick_experts=parts.expert_Q[picks].tobytes(),
-            pick_weights=parts.weight_Q[picks].tobytes(),
-            timeout_us=max(1, round((self.expires_at - now) * 1e6)),
+            epoch=epoch,
+            num_rows=num_rows,
+            dtype=self.wire_dtype,
+            rows=rows,
+            grid=grid,
+            pick_rows=pick_rows,
+            pick_experts=pick_experts,
+            pick_weights=pick_weights,
+            timeout_us=timeout_us,
+            checksum=request_checksum(head, rows, grid, *picked),
         ).SerializeToString()
-        traffic, stream = self.owner.traffic, self.fleet.streams[shard_id]
-        traffic.num_sent += 1
-        traffic.num_rows_sent += rows.stop - rows.start
-        traffic.sent_bytes += len(message)
-        own = (parts.pick_Q[picks], parts.row_M[rows])
-        self.parts[request_id] = _Part(shard_id, stream, *own, passed, num_tries, now)
-        stream.send(request_id, rows.stop - rows.start, message, self.inbox)
 
     def wait(self) -> Tensor:
         """The weighted sums, fp32 (N, L); raises ExpertsUnavailable."""
+        routing, inbox = self.routing, self.owner._receiver.inbox
         try:
-            while self.parts:
-                self._take_one()
+            while not routing.is_done:
+                if inbox:
+                    self.owner._take(*inbox.popleft())
+                else:
+                    self._wait_for_more()
         finally:
             TEAM.resume()
-            for request_id, part in self.parts.items():
-                part.stream.forget(request_id)
+            for ask in routing.under_way:
+                self.owner._parts.pop(ask.id, None)
+        if routing.failure is not None:
+            raise ExpertsUnavailable(routing.failure)
         return from_grid(torch.from_numpy(self.sums_NL), torch.from_numpy(self.grid_N)).to(self.device)
 
-    def _take_one(self) -> None:
-        remaining = self.expires_at - time.monotonic()
-        if remaining <= 0:
-            waiting = sorted({part.shard_id for part in self.parts.values()})
-            raise ExpertsUnavailable(
-                f"Layer {self.layer} was not computed within timeout_s = {self.owner.policy.timeout_s}: "
-                f"the shards {waiting} still owe an answer."
-            )
-        if not self.inbox and not self.owner._receiver.receive(min(remaining, self.owner.policy.stall_s / 2)):
-            self._pass_over_stalled()
-        if self.inbox:
-            request_id, reply = self.inbox.popleft()
-            part = self.parts.pop(request_id, None)
-            if part is not None:  # else it was sent elsewhere meanwhile
-                self._take(part, reply)
-
-    def _take(self, part: _Part, reply: pb.ComputeReply | None) -> None:
-        traffic = self.owner.traffic
-        if reply is None:
-            traffic.num_lost += 1
-            self._retry(part, "the stream was lost")
+    def _wait_for_more(self) -> None:
+        """Reads what has come, before anything is called late."""
+        owner, routing = self.owner, self.routing
+        self.fleet.learn()
+        owner._receiver.receive(max(0.0, routing.wake_at - time.monotonic()))
+        if owner._receiver.inbox:
             return
-        traffic.num_received += 1
-        traffic.received_bytes += reply.ByteSize()
-        traffic.queue_us += reply.queue_us
-        traffic.compute_us += reply.compute_us
-        if reply.HasField("sums"):
-            self._add(part, reply.sums)
-        else:
-            self._take_refusal(part, reply.refusal)
-
-    def _add(self, part: _Part, sums: pb.Sums) -> None:
-        try:
-            combine(sums_from_proto(sums, len(part.rows), self.x_NL.shape[1]), part.rows, self.sums_NL)
-        except ValueError as error:
-            self._retry(part, str(error))
-
-    def _take_refusal(self, part: _Part, refusal: pb.Refusal) -> None:
-        refusals, code = self.owner.traffic.refusals, pb.Refusal.Code.Name(refusal.code)
-        refusals[code] = refusals.get(code, 0) + 1
-        if refusal.code == pb.Refusal.BAD_SHAPE:
-            raise ExpertsUnavailable(f"Shard {part.shard_id} does not serve this model: {refusal.detail}")
-        if refusal.code == pb.Refusal.OVERLOADED:  # it works, so this is no try that failed; the deadline is the bound
-            time.sleep(FIRST_PAUSE_S)
-            part = replace(part, num_tries=part.num_tries - 1)
-        self._retry(part, refusal.detail)
-
-    def _retry(self, part: _Part, reason: str) -> None:
-        if part.num_tries >= self.owner.policy.max_tries:
-            raise ExpertsUnavailable(
-                f"Picks of layer {self.layer} were not computed in max_tries = {part.num_tries} tries; "
-                f"shard {part.shard_id} last said: {reason}"
-            )
-        self._follow_placement()
-        self.send(part.picks, part.passed | {part.shard_id}, part.num_tries + 1)
-
-    def _pass_over_stalled(self) -> None:
-        """Sends the picks of shards that say nothing to another home; without one there is nothing but to wait."""
         now = time.monotonic()
-        stalled = [(id, part) for id, part in self.parts.items() if self._is_stalled(part, now)]
-        for stream in {part.stream for _, part in stalled}:
-            stream.rest(now)
-        for request_id, part in stalled:
-            passed = part.passed | {part.shard_id}
-            try:
-                self._send(part.picks, self.fleet.avoided(self.table) | passed, passed, part.num_tries + 1)
-            except NoLiveHome:
-                continue
-            self.owner.traffic.num_stalled += 1
-            del self.parts[request_id]
-            part.stream.forget(request_id)
+        if owner._last_change != self.last_change:
+            self.last_change = owner._last_change
+            owner._adopt(now)
+            self.send(routing.on_change(now))
+        elif now >= routing.wake_at:
+            self.send(routing.on_tick(now))
+        if routing.parked and owner._is_closed:
+            routing.failure = f"Layer {self.layer} is not waited for: this backbone stops."
 
-    def _is_stalled(self, part: _Part, now: float) -> bool:
-        silent_s = now - max(part.sent_at, part.stream.heard_at)
-        return silent_s > self.owner.policy.allowed_silence_s(part.stream.predicted_s)
+    def take_loss(self, request_id: int, now: float) -> None:
+        self.send(self.routing.on_lost(request_id, now))
+
+    def take_sums(self, part: _Part, reply: pb.ComputeReply, now: float) -> None:
+        try:
+            sums = sums_from_proto(reply, len(part.rows), self.x_NL.shape[1])
+        except ValueError as error:
+            self.send(self.routing.on_corrupt(reply.id, str(error), now))
+            return
+        timing = Timing(reply.queue_us, reply.compute_us, reply.queue_depth)
+        counting = self.routing.on_reply(reply.id, timing, now)
+        if len(counting) != 1:
+            self.held[reply.id] = (part.rows, sums)
+            for request_id in counting:
+                rows, of_one = self.held.pop(request_id)
+                combine(of_one, rows, self.sums_NL)
+        else:
+            combine(sums, part.rows, self.sums_NL)
+
+    def take_refusal(self, reply: pb.ComputeReply, now: float) -> None:
+        if checksum_of_reply(reply) != reply.checksum:
+            self.send(self.routing.on_corrupt(reply.id, CORRUPT_REPLY, now))
+            return
+        name = pb.Refusal.Code.Name(reply.refusal.code) if reply.refusal.code in pb.Refusal.Code.values() else ""
+        code = Refusal.__members__.get(name, Refusal.FAILED)
+        self.send(self.routing.on_refusal(reply.id, code, reply.refusal.detail, now))

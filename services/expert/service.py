@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
@@ -19,14 +20,24 @@ import grpc
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert.checksum import checksum_of_reply
 from services.expert.front import Front, ReplyTo
-from services.expert.host import ExpertHost, Wanted
-from services.expert.wire import Refused
+from services.expert.host import Asleep, ExpertHost, Unfinished, Wanted, by_layer, keys_of
+from services.expert.loader import PROMOTE_TIMEOUT_S, Loader, Order, Read
+from services.expert.standbys import Key
+from services.expert.transfer import MAX_TRANSFER_BYTES, ByteBudget, send
+from services.expert.waking import Waking
+from services.expert.weights import Weights
+from services.expert.wire import WIRE_DTYPES, Refused
 from services.expert.worker import Worker
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
 MAX_UNREAD = 256  # requests of one stream whose replies it has not taken
+
+
+class Deposed(Exception):
+    """A change that a controller asks for after another has taken over."""
 
 
 @dataclass
@@ -64,12 +75,18 @@ class _Stream:
 class ExpertService(expert_pb2_grpc.ExpertServicer):
     """Serves one `ExpertHost`; at most `max_queue` requests wait, the rest are refused as OVERLOADED."""
 
-    def __init__(self, host: ExpertHost, shard_id: str, incarnation: str, max_queue: int) -> None:
+    def __init__(self, host: ExpertHost, read: Read, shard_id: str, incarnation: str, max_queue: int) -> None:
         self.host, self.shard_id, self.incarnation = host, shard_id, incarnation
         self.worker = Worker(max_queue, name=f"experts-{shard_id}")
+        self.loader = Loader(host, self.worker, read)
+        self.waking = Waking(self.loader, self.worker, max_queue)
+        self.outgoing = ByteBudget(MAX_TRANSFER_BYTES)
         self.counters = Counters()
-        self.is_draining = False
+        self.is_leaving = False  # says that it drains
+        self.is_draining = False  # and refuses what comes
+        self.last_request_at = -math.inf
         self._changing = asyncio.Lock()
+        self._fencing = 0  # the newest leader's token
         self._counting = threading.Lock()  # requests and refusals, which the loop and the worker both count
 
     def open_front(self, host: str) -> str:
@@ -99,11 +116,17 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             async for request in requests:
                 self._accept(request, request.ByteSize(), stream)
                 await stream.room.acquire()
+            await self.answered()
         finally:
             self.worker.submit(lambda: stream.reply(None))  # after the replies to everything accepted before
 
+    async def answered(self) -> None:
+        """Returns when everything accepted so far has its reply."""
+        await self.worker.idle()  # from then on what is not answered waits for an expert
+        await self.waking.idle()
+
     def _accept(self, request: pb.ComputeRequest, num_bytes: int, stream: ReplyTo) -> None:
-        arrived_at = time.monotonic()
+        arrived_at = self.last_request_at = time.monotonic()
         with self._counting:
             self.counters.num_requests += 1
             self.counters.received_bytes += num_bytes
@@ -116,27 +139,48 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             self.worker.submit(lambda: self._serve(request, stream, arrived_at))
 
     def _refuse(self, request: pb.ComputeRequest, stream: ReplyTo, code: pb.Refusal.Code, detail: str) -> None:
-        stream.reply(self._refusal(request, Refused(code, detail)))
+        refusal = self._refusal(request, Refused(code, detail))
+        refusal.checksum = checksum_of_reply(refusal)
+        stream.reply(refusal)
 
-    def _serve(self, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float) -> None:
+    def _serve(
+        self, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float, begun: Unfinished | None = None
+    ) -> None:
         """Runs on the worker's thread."""
         if not stream.is_open:
             return
         started_at = time.monotonic()
-        reply = self._compute(request, started_at - arrived_at)
+        try:
+            reply = self._compute(request, started_at - arrived_at, begun)
+        except Asleep as asleep:
+            self._wake(asleep.unfinished, request, stream, arrived_at)
+            return
         reply.queue_us = round((started_at - arrived_at) * 1e6)
         reply.compute_us = round((time.monotonic() - started_at) * 1e6)
         reply.queue_depth = self.worker.depth - 1
+        reply.checksum = checksum_of_reply(reply)
         self._count(request, reply)
         stream.reply(reply)
 
-    def _compute(self, request: pb.ComputeRequest, waited: float) -> pb.ComputeReply:
+    def _wake(self, begun: Unfinished, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float) -> None:
+        left_s = request.timeout_us / 1e6 if request.timeout_us else PROMOTE_TIMEOUT_S
+        self.waking.park(
+            begun,
+            min(PROMOTE_TIMEOUT_S, left_s) - (time.monotonic() - arrived_at),
+            lambda: self._serve(request, stream, arrived_at, begun),
+            lambda refused: stream.reply(self._refusal(request, refused)),
+        )
+
+    def _compute(self, request: pb.ComputeRequest, waited: float, begun: Unfinished | None) -> pb.ComputeReply:
         try:
             if 0 < request.timeout_us < waited * 1e6:
                 raise Refused(pb.Refusal.DEADLINE, f"It waited {waited:.3f} s, longer than its timeout_us allows.")
-            return pb.ComputeReply(id=request.id, sums=self.host.compute(request))
+            sums = self.host.compute(request) if begun is None else self.host.resume(begun)
+            return pb.ComputeReply(id=request.id, sums=sums)
         except Refused as refused:
             return self._refusal(request, refused)
+        except Asleep:
+            raise
         except Exception as error:
             log.exception("A request for layer %d failed.", request.layer)
             return self._refusal(request, Refused(pb.Refusal.FAILED, f"Computing failed with {error!r}."))
@@ -158,28 +202,60 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         counters.compute_us += reply.compute_us
 
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadReply:
-        host, wanted = self.host, _wanted(request.experts)
-        await self._change(lambda: asyncio.to_thread(host.load, wanted), request.epoch, context)
-        gains = [pb.LayerGain(layer=layer, exponent=gain) for layer, gain in host.gains(sorted(wanted)).items()]
-        return pb.LoadReply(gains=gains, used_bytes=host.used_bytes, memory_budget=host.memory_budget)
+        host, order = self.host, _order(request)
+        await self._change(lambda: self.loader.load(order), request, context)
+        gains = host.gains({**order.homes, **order.standby})
+        return pb.LoadReply(
+            gains=[pb.LayerGain(layer=layer, exponent=gain) for layer, gain in sorted(gains.items())],
+            used_bytes=host.used_bytes,
+            memory_budget=host.memory_budget,
+            checksums=_checksums(host, keys_of(order.homes) | keys_of(order.standby)),
+        )
 
     async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadReply:
-        host, wanted = self.host, _wanted(request.experts)
-        await self._change(lambda: self.worker.run(lambda: host.remove(wanted)), request.epoch, context)
+        host, homes, standby = self.host, _wanted(request.experts), _wanted(request.standby)
+        await self._change(lambda: self.worker.run(lambda: host.remove(homes, standby)), request, context)
         return pb.UnloadReply(used_bytes=host.used_bytes)
 
-    async def _change(self, change: Callable[[], Awaitable[None]], epoch: int, context: Context) -> None:
+    async def _change(
+        self, change: Callable[[], Awaitable[None]], request: pb.LoadRequest | pb.UnloadRequest, context: Context
+    ) -> None:
         """Changes what is held, one change at a time; a caller that leaves neither stops it nor frees the lock."""
 
         async def change_alone() -> None:
             async with self._changing:
+                if 0 < request.fencing < self._fencing:
+                    raise Deposed(f"The token {request.fencing} is older than {self._fencing}: there is a new leader.")
+                self._fencing = max(self._fencing, request.fencing)
                 await change()
-                self.host.epoch = max(self.host.epoch, epoch)
+                self.host.epoch = max(self.host.epoch, request.epoch)
 
         try:
             await asyncio.shield(asyncio.create_task(change_alone()))
         except ValueError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
+        except Deposed as error:
+            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, error)
+
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchChunk]:
+        host, layer = self.host, request.layer
+        if request.dtype != WIRE_DTYPES[host.dtype]:
+            detail = f"This shard computes in {host.dtype} and can give its experts in nothing else."
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, detail)
+        if missing := [expert for expert in request.experts if host.known((layer, expert)) is None]:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"Experts {missing} of layer {layer} are not here.")
+
+        async def weights_of(expert: int) -> tuple[Weights, int]:
+            found = await self.loader.weights_of((layer, expert))
+            if found is None:
+                raise ValueError(f"Expert {expert} of layer {layer} is not here any more.")
+            return found
+
+        try:
+            async for chunk in send(request.experts, host.nbytes((layer, 0)), weights_of, self.outgoing):
+                yield chunk
+        except ValueError as error:
+            await _abort(context, grpc.StatusCode.DATA_LOSS, error)
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
         host = self.host
@@ -190,15 +266,25 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             device=str(host.device),
             memory_budget=host.memory_budget,
             used_bytes=host.used_bytes,
-            held=[pb.LayerExperts(layer=layer, experts=experts) for layer, experts in host.held.items()],
+            held=_experts(host.held),
+            standby=_experts(host.standby),
+            in_host_memory=_experts(by_layer(host.standbys.in_host_memory)),
+            promoted=_experts(host.promoted),
+            host_budget=host.standbys.host_budget,
+            host_used_bytes=host.standbys.used_bytes,
             epoch=host.epoch,
-            draining=self.is_draining,
+            draining=self.is_leaving or self.is_draining,
             queue_depth=self.worker.depth,
-            counters=pb.Counters(**vars(self.counters)),
+            counters=pb.Counters(
+                **vars(self.counters),
+                num_promotions=self.loader.num_promotions,
+                promotion_us=self.loader.promotion_us,
+            ),
         )
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
-        self.is_draining = True
+        self.is_leaving = True
+        self.is_draining = self.is_draining or not request.keep_serving
         return pb.DrainReply(queue_depth=self.worker.depth)
 
 
@@ -207,6 +293,28 @@ def _wanted(experts: Iterable[pb.LayerExperts]) -> Wanted:
     for entry in experts:
         wanted.setdefault(entry.layer, []).extend(entry.experts)
     return wanted
+
+
+def _order(request: pb.LoadRequest) -> Order:
+    peers = {key: peer.endpoint for peer in request.peers for key in keys_of(_wanted(peer.experts))}
+    expected = {
+        (of.layer, expert): checksum
+        for of in request.expected
+        for expert, checksum in zip(of.experts, of.checksums, strict=True)
+    }
+    return Order(_wanted(request.experts), _wanted(request.standby), peers, expected)
+
+
+def _experts(wanted: Wanted) -> list[pb.LayerExperts]:
+    return [pb.LayerExperts(layer=layer, experts=experts) for layer, experts in wanted.items()]
+
+
+def _checksums(host: ExpertHost, keys: Iterable[Key]) -> list[pb.LayerChecksums]:
+    known = {key: found.checksum for key in keys if (found := host.known(key)) is not None}
+    return [
+        pb.LayerChecksums(layer=layer, experts=experts, checksums=[known[layer, expert] for expert in experts])
+        for layer, experts in by_layer(known).items()
+    ]
 
 
 async def _abort(context: Context, code: grpc.StatusCode, error: Exception) -> NoReturn:

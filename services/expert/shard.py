@@ -9,6 +9,7 @@ import asyncio
 import logging
 import secrets
 import socket
+import time
 from dataclasses import dataclass, field
 
 import grpc
@@ -23,6 +24,7 @@ from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import SERVER_OPTIONS
 from services.expert.host import ExpertHost
+from services.expert.leaving import LEAVE_POLL_S, LEAVE_TIMEOUT_S, Outlook, Waited, may_go, outlook
 from services.expert.service import ExpertService
 from services.expert.wire import WIRE_DTYPES
 
@@ -36,7 +38,11 @@ STOP_GRACE_S = 0.2  # streams never end by themselves; this is for the last repl
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """Where a shard listens and how much it may hold; `memory_budget` is in bytes, port 0 takes a free one."""
+    """Where a shard listens and how much it may hold; budgets are in bytes, port 0 takes a free one.
+
+    `memory_budget` is for the device, `host_budget` for experts that stand by in host memory. A shard that is stopped
+    serves on for at most `leave_timeout_s`, until its experts have moved.
+    """
 
     shard_id: str
     memory_budget: int
@@ -47,6 +53,8 @@ class ShardConfig:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     max_queue: int = 64
+    host_budget: int = 0
+    leave_timeout_s: float = LEAVE_TIMEOUT_S
 
     def __post_init__(self) -> None:
         if not self.shard_id:
@@ -54,6 +62,9 @@ class ShardConfig:
         if self.memory_budget <= 0 or self.max_queue <= 0:
             numbers = f"memory_budget is {self.memory_budget} and max_queue {self.max_queue}"
             raise ValueError(f"{numbers}, but both must be above 0.")
+        if self.host_budget < 0 or self.leave_timeout_s < 0:
+            numbers = f"host_budget is {self.host_budget} and leave_timeout_s {self.leave_timeout_s}"
+            raise ValueError(f"{numbers}, but both must be at least 0.")
         if self.dtype not in WIRE_DTYPES:
             raise ValueError(f"dtype is {self.dtype}, but a shard computes in float32 or bfloat16.")
 
@@ -66,12 +77,13 @@ class ExpertShard:
         self.incarnation = secrets.token_hex(8)
         self.endpoint = self.compute_endpoint = ""
         shapes, device = family.expert_shapes, torch.device(config.device)
-        self.host = ExpertHost(shapes, family.load_expert, config.dtype, device, config.memory_budget)
+        self.host = ExpertHost(shapes, config.dtype, device, config.memory_budget, config.host_budget)
+        self._read = family.load_expert
 
     async def start(self) -> None:
         """Serves and registers; RuntimeError if the port is taken. A registry that is down is tried again and again."""
         config = self.config
-        self.service = ExpertService(self.host, config.shard_id, self.incarnation, config.max_queue)
+        self.service = ExpertService(self.host, self._read, config.shard_id, self.incarnation, config.max_queue)
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         expert_pb2_grpc.add_ExpertServicer_to_server(self.service, self._server)  # type: ignore[no-untyped-call]
@@ -85,19 +97,45 @@ class ExpertShard:
         self._beating = asyncio.create_task(self._beat())
 
     async def stop(self) -> None:
-        """Drains: says so, answers what was accepted, leaves the registry, closes."""
+        """Drains: says so, serves on until its experts have moved, answers what was accepted, leaves, closes."""
+        self.service.is_leaving = True
+        await self._heartbeat()
+        await self._wait_for_moves()
         self.service.is_draining = True
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._beating.cancel()
         await asyncio.gather(self._beating, return_exceptions=True)
         await self._leave()
         try:
-            await asyncio.wait_for(self.service.worker.idle(), DRAIN_TIMEOUT_S)
+            await asyncio.wait_for(self.service.answered(), DRAIN_TIMEOUT_S)
         except TimeoutError:
             log.warning("Shard %s stops with %d requests unanswered.", self.config.shard_id, self.service.worker.depth)
         await self.service.close_front()
         await self._server.stop(STOP_GRACE_S)
         await asyncio.to_thread(self.service.worker.close)
+
+    async def _wait_for_moves(self) -> None:
+        started = since = time.monotonic()
+        before, now = None, await self._outlook()
+        while True:
+            at = time.monotonic()
+            since = since if now is before else at
+            if may_go(now, Waited(at - self.service.last_request_at, at - since)):
+                log.info("Shard %s goes: %s.", self.config.shard_id, now.value)
+                return
+            if at - started >= self.config.leave_timeout_s:
+                bound = f"leave_timeout_s = {self.config.leave_timeout_s}"
+                log.warning("Shard %s goes after %s, though %s.", self.config.shard_id, bound, now.value)
+                return
+            await asyncio.sleep(min(LEAVE_POLL_S, self.config.leave_timeout_s))
+            before, now = now, await self._outlook()
+
+    async def _outlook(self) -> Outlook:
+        try:
+            placement, shards = await self.registry.placement(), await self.registry.shards()
+            return outlook(self.config.shard_id, placement, shards, await self.registry.has_leader())
+        except StoreUnavailable:
+            return Outlook.ABANDONED
 
     @property
     def is_healthy(self) -> bool:
@@ -119,7 +157,8 @@ class ExpertShard:
             held_digest=self.host.digest,
             num_held=self.host.num_held,
             queue_depth=self.service.worker.depth,
-            draining=self.service.is_draining,
+            draining=self.service.is_leaving or self.service.is_draining,
+            host_budget=config.host_budget,
             compute_endpoint=self.compute_endpoint,
         )
 

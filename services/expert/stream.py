@@ -1,7 +1,7 @@
 """The client's end of one shard's stream, which is opened again whenever it breaks.
 
-Replies go into the inbox given with the request, as (request id, reply), or (request id, None) if the stream was lost.
-The thread that asks also reads: a reply that a second thread would have to hand over costs two switches more.
+Replies go into the inbox as (request id, reply), or (request id, None) if the stream was lost. The thread that asks
+also reads: a reply that a second thread would have to hand over costs two switches more.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
+from cluster.health import Link
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.options import MAX_MESSAGE_BYTES
 from services.expert.http2 import ClientStream, GrpcSocket, keep_alive
@@ -27,22 +29,16 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 1.0
 MIN_RECONNECT_S, MAX_RECONNECT_S = 0.05, 1.0
-MAX_REST_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
 LAST_WORDS_S = 1.0  # for the asking thread to read what a shard wrote before its connection broke
-PACE_KEPT = 0.9  # of what earlier replies said about a shard's pace, with each new one
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 Inbox = deque[tuple[int, pb.ComputeReply | None]]
 
 
-@dataclass(slots=True)
-class _Owed:
-    """A request that the shard has not answered; `inbox` is None where nobody waits for it any more."""
-
-    num_rows: int
-    inbox: Inbox | None
+class ProtocolError(ConnectionError):
+    """A shard does what no shard does: what comes over its stream cannot be trusted."""
 
 
 @dataclass(eq=False, slots=True)
@@ -50,23 +46,36 @@ class _Link:
     """One connection to a shard, and what is owed on it."""
 
     socket: GrpcSocket
-    pending: dict[int, _Owed] = field(default_factory=dict)
+    pending: set[int] = field(default_factory=set)
     is_lost: threading.Event = field(default_factory=threading.Event)
 
 
 class Receiver:
-    """Reads the replies of several streams; `receive` belongs to one thread, the one that asks."""
+    """Reads the replies of several streams; `receive` belongs to one thread, the one that asks, `wake` to any."""
 
     def __init__(self) -> None:
+        self.inbox: Inbox = deque()
         self._selector = selectors.DefaultSelector()
+        self._waking, self._woken = socket.socketpair()
+        for end in (self._waking, self._woken):
+            end.setblocking(False)
+        self._selector.register(self._woken, READ, None)
 
     def receive(self, timeout_s: float) -> bool:
-        """Puts what has come into the inboxes; waits for something at most that long. Whether there was something."""
+        """Puts what has come into the inbox; waits for something at most that long. Whether there was something."""
         ready = self._selector.select(timeout_s)
         for key, events in ready:
-            stream, link = key.data
-            stream.on_ready(link, events)
+            if key.data is None:
+                self._woken.recv(4096)
+            else:
+                stream, link = key.data
+                stream.on_ready(link, events)
         return bool(ready)
+
+    def wake(self) -> None:
+        """Has a `receive` that waits return."""
+        with suppress(OSError):  # it has enough to wake up for already, or is closed
+            self._waking.send(b"\0")
 
     def add(self, stream: ShardStream, link: _Link) -> None:
         self._selector.register(link.socket.connection, READ, (stream, link))
@@ -81,25 +90,21 @@ class Receiver:
 
     def close(self) -> None:
         self._selector.close()
+        self._waking.close()
+        self._woken.close()
 
 
 class ShardStream:
-    """`send`, `forget` and `on_ready` belong to the thread that asks; the rest may be asked from any.
+    """`send`, `reset` and `on_ready` belong to the thread that asks; the rest may be asked from any.
 
-    A thread of its own connects, and learns of a broken connection that nobody reads from.
+    A thread of its own connects, and learns of a broken connection that nobody reads from. `on_link` hears of the
+    link's state whenever it may have changed, on whatever thread.
     """
 
-    def __init__(self, endpoint: str, receiver: Receiver) -> None:
+    def __init__(self, endpoint: str, receiver: Receiver, on_link: Callable[[Link], None]) -> None:
         self.endpoint = endpoint
-        self.queue_depth = 0  # as of the last reply
         self.is_down = False  # hopeful until the first attempt to connect has failed
-        self.heard_at = 0.0
-        self._receiver = receiver
-        self._rests_until = 0.0
-        self._num_rests = 0
-        self._num_rows_owed = 0
-        self._paced_rows = self._paced_us = 0.0  # recent replies, each counting by its rows
-        self._queue_us = 0  # as of the last reply
+        self._receiver, self._on_link = receiver, on_link
         self._link: _Link | None = None
         self._changing = threading.Lock()
         self._is_settled, self._is_closed = threading.Event(), threading.Event()
@@ -107,32 +112,17 @@ class ShardStream:
         self._thread.start()
 
     @property
-    def predicted_s(self) -> float:
-        """How long the shard should take for the rows it owes, going by what its replies said; 0 before the first."""
-        us_per_row = self._paced_us / self._paced_rows if self._paced_rows else 0.0
-        return (self._queue_us + us_per_row * self._num_rows_owed) / 1e6
-
-    @property
     def is_settled(self) -> bool:
         """Whether an attempt to connect has succeeded or failed."""
         return self._is_settled.is_set()
 
-    def should_be_avoided(self, now: float) -> bool:
-        """Not asked where there is another home: to wait for the first connection would hold up the whole call."""
-        return self.is_down or now < self._rests_until or not self.is_settled
-
-    def rest(self, now: float) -> None:
-        """Passes the shard over for a while because it owes answers: 1 s, doubled each time until it answers."""
-        self._rests_until = now + min(MAX_REST_S, 2.0**self._num_rests)
-        self._num_rests += 1
-
-    def send(self, request_id: int, num_rows: int, message: bytes, inbox: Inbox) -> None:
-        """Waits for the first attempt to connect, no longer than that takes."""
-        if not self.is_settled:
-            self._is_settled.wait(2 * CONNECT_TIMEOUT_S)
-        link = self._owe(request_id, _Owed(num_rows, inbox))
+    def send(self, request_id: int, message: bytes) -> None:
+        """Never waits."""
+        with self._changing:  # or the other thread might find nothing owed, and close
+            if (link := self._link) is not None:
+                link.pending.add(request_id)
         if link is None:
-            inbox.append((request_id, None))
+            self._receiver.inbox.append((request_id, None))
             return
         try:
             link.socket.send(message)
@@ -141,24 +131,16 @@ class ShardStream:
         except (OSError, KeyError) as error:
             self._lose(link, str(error))
 
-    def _owe(self, request_id: int, owed: _Owed) -> _Link | None:
-        with self._changing:  # or the other thread might find nothing owed, and close
-            if self._link is not None:
-                self._link.pending[request_id] = owed
-                self._num_rows_owed += owed.num_rows
-            return self._link
-
-    def forget(self, request_id: int) -> None:
-        """Drops the reply to a request that nobody waits for any more; the shard computes it all the same."""
-        link = self._link  # read once: the other thread may lose it meanwhile
-        if link is not None and (owed := link.pending.get(request_id)):
-            owed.inbox = None
+    def reset(self) -> None:
+        """Breaks the connection, to be opened anew: nothing more is hoped for from what is owed on it."""
+        if link := self._link:
+            self._lose(link, "it does not answer")
 
     def on_ready(self, link: _Link, events: int) -> None:
         try:
             messages = link.socket.receive() if events & READ else []
             for message in messages:
-                self._deliver(link, pb.ComputeReply.FromString(message), len(message))
+                self._deliver(link, pb.ComputeReply.FromString(message))
             if events & WRITE:
                 link.socket.flush()
             self._receiver.watch(self, link)
@@ -175,41 +157,27 @@ class ShardStream:
         """Waits after `close` until nothing is left of it."""
         self._thread.join(CLOSE_TIMEOUT_S)
 
-    def _deliver(self, link: _Link, reply: pb.ComputeReply, num_bytes: int) -> None:
-        self.heard_at = time.monotonic()
-        self.queue_depth = reply.queue_depth
-        self._rests_until, self._num_rests = 0.0, 0
-        owed = link.pending.pop(reply.id, None)
-        if owed is None:
-            return
-        with self._changing:
-            if link is self._link:  # else it was lost meanwhile, and what it owed with it
-                self._num_rows_owed -= owed.num_rows
-        if reply.HasField("sums"):
-            self._note_pace(reply, owed.num_rows)
-        if owed.inbox is not None:
-            owed.inbox.append((reply.id, reply))
-
-    def _note_pace(self, reply: pb.ComputeReply, num_rows: int) -> None:
-        self._queue_us = reply.queue_us
-        self._paced_rows = PACE_KEPT * self._paced_rows + num_rows
-        self._paced_us = PACE_KEPT * self._paced_us + reply.compute_us
+    def _deliver(self, link: _Link, reply: pb.ComputeReply) -> None:
+        try:
+            link.pending.remove(reply.id)
+        except KeyError:
+            raise ProtocolError(f"it answers {reply.id}, which is not what it was asked") from None
+        self._receiver.inbox.append((reply.id, reply))
 
     def _lose(self, link: _Link, reason: str) -> None:
         with self._changing:
             if self._link is not link:
                 return
             self._link, self.is_down = None, True
-            self._num_rows_owed = 0
         if not self._is_closed.is_set():
             log.warning("The stream to shard %s is down: %s.", self.endpoint, reason)
         self._receiver.remove(link)
         link.is_lost.set()
         with suppress(OSError):  # the other thread waits for it
             link.socket.connection.shutdown(socket.SHUT_RDWR)
-        for request_id, owed in list(link.pending.items()):
-            if owed.inbox is not None:
-                owed.inbox.append((request_id, None))
+        self._on_link(Link.DOWN)
+        self._receiver.inbox.extend((request_id, None) for request_id in sorted(link.pending))
+        self._receiver.wake()
 
     # The other thread: from here on
 
@@ -230,6 +198,8 @@ class ShardStream:
         with self._changing:
             self._link, self.is_down = link, False
         self._is_settled.set()
+        self._on_link(Link.UP)
+        self._receiver.wake()
         if self._is_closed.is_set():
             self._lose(link, "it was closed")
         self._wait_until_broken(link)
@@ -265,6 +235,8 @@ class ShardStream:
             log.warning("The stream to shard %s is down: %s.", self.endpoint, reason)
         self.is_down = True
         self._is_settled.set()
+        self._on_link(Link.DOWN)
+        self._receiver.wake()
 
     def _greet(self, connection: socket.socket) -> GrpcSocket:
         """Opens the stream; raises OSError where the other side does not answer in time. A hung process takes

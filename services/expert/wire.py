@@ -6,6 +6,7 @@ Legend: N rows, P picks (one row sent to one expert).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.checksum import REQUEST, checksum_of_reply, request_checksum
 from services.expert.dispatch import narrow
 
 COMPUTE_PATH = f"/{pb.DESCRIPTOR.services_by_name['Expert'].full_name}/Compute"
-PIECE_BYTES = 512 << 10  # rows of one request; larger batches travel in several
 TORCH_DTYPES = {pb.DTYPE_BF16: torch.bfloat16, pb.DTYPE_FP32: torch.float32}
 WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
+
+CORRUPT_REPLY = "its reply was changed on the way: the checksum is another"
 
 Ints = NDArray[np.integer]
 
@@ -41,6 +44,14 @@ class Picks:
     expert_P: NDArray[np.int32]
     weight_P: NDArray[np.float32]
 
+    def only(self, is_chosen_P: NDArray[np.bool_]) -> Picks:
+        """Some of the picks, of the same rows; read-only too, because kernels are compiled for that."""
+        row_P, expert_P, weight_P = self.row_P[is_chosen_P], self.expert_P[is_chosen_P], self.weight_P[is_chosen_P]
+        row_P.setflags(write=False)
+        expert_P.setflags(write=False)
+        weight_P.setflags(write=False)
+        return Picks(self.x_NL, self.grid_N, row_P, expert_P, weight_P)
+
 
 def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
     """The bits of bf16 or fp32 rows (N, ℓ) as a numpy array: numpy has no bf16, so that one comes as int16."""
@@ -50,21 +61,42 @@ def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
     return (x_NL.view(torch.int16) if x_NL.dtype == torch.bfloat16 else x_NL).numpy()
 
 
-def picks_from_proto(request: pb.ComputeRequest, input_dim: int, num_experts: int) -> Picks:
+class Body(NamedTuple):
+    """The arrays of a request: each access to a field of the message would copy it."""
+
+    rows: bytes
+    grid: bytes
+    pick_rows: bytes
+    pick_experts: bytes
+    pick_weights: bytes
+
+
+def checked_body(request: pb.ComputeRequest) -> Body:
+    """Raises Refused with CORRUPT where the request is not what the client sent."""
+    body = Body(request.rows, request.grid, request.pick_rows, request.pick_experts, request.pick_weights)
+    numbers = (request.id, request.layer, request.epoch, request.num_rows, request.dtype, request.timeout_us)
+    checksum = request_checksum(REQUEST.pack(*numbers), *body)
+    if checksum != request.checksum:
+        detail = f"The request was changed on its way, or has none of ours: its checksum is {request.checksum:#x}"
+        raise Refused(pb.Refusal.CORRUPT, f"{detail}, but must be {checksum:#x}.")
+    return body
+
+
+def picks_from_proto(request: pb.ComputeRequest, body: Body, input_dim: int, num_experts: int) -> Picks:
     """Decodes a request for a layer of this shape; raises Refused with BAD_SHAPE where it contradicts the shape."""
     dtype = TORCH_DTYPES.get(request.dtype)
     if dtype is None:
         raise Refused(pb.Refusal.BAD_SHAPE, f"dtype is {request.dtype}, but must be DTYPE_BF16 or DTYPE_FP32.")
-    num_rows, pick_rows = request.num_rows, request.pick_rows
+    num_rows, pick_rows = request.num_rows, body.pick_rows
     num_picks = len(pick_rows) // 4
-    rows = _sized("rows", request.rows, num_rows * input_dim, dtype.itemsize)
-    grid = _sized("grid", request.grid, num_rows, 2)
-    weights = _sized("pick_weights", request.pick_weights, num_picks, 4)
+    rows = _sized("rows", body.rows, num_rows * input_dim, dtype.itemsize)
+    grid = _sized("grid", body.grid, num_rows, 2)
+    weights = _sized("pick_weights", body.pick_weights, num_picks, 4)
     return Picks(
         np.frombuffer(rows, dtype="<i2" if dtype == torch.bfloat16 else "<f4").reshape(num_rows, input_dim),
         np.frombuffer(grid, dtype="<i2"),
         _ids("pick_rows", pick_rows, num_picks, num_rows),
-        _ids("pick_experts", request.pick_experts, num_picks, num_experts),
+        _ids("pick_experts", body.pick_experts, num_picks, num_experts),
         np.frombuffer(weights, dtype="<f4"),
     )
 
@@ -92,9 +124,15 @@ def sums_to_proto(sums: NDArray[np.int64]) -> pb.Sums:
     return pb.Sums(data=sums.tobytes(), width=8)
 
 
-def sums_from_proto(sums: pb.Sums, num_rows: int, input_dim: int) -> Ints:
-    """Unpacks what `sums_to_proto` packed: int32 or int64 (N, ℓ), read-only; ValueError on any other size."""
+def sums_from_proto(reply: pb.ComputeReply, num_rows: int, input_dim: int) -> Ints:
+    """Unpacks what `sums_to_proto` packed: int32 or int64 (N, ℓ), read-only.
+
+    ValueError where the size is another, or the reply is not what the shard sent.
+    """
+    sums = reply.sums
     data, width = sums.data, sums.width
+    if checksum_of_reply(reply, data) != reply.checksum:
+        raise ValueError(CORRUPT_REPLY)
     if width not in (4, 8) or len(data) != num_rows * input_dim * width:
         wanted = f"{num_rows} × {input_dim} sums of 4 or 8 bytes"
         raise ValueError(f"A shard answered {len(data)} bytes of width {width} where {wanted} were asked for.")

@@ -54,15 +54,41 @@ async def only_its_own_incarnation_says_goodbye(registry: RegistryStore) -> None
 
 
 async def a_placement_replaces_only_the_one_it_knows(registry: RegistryStore) -> None:
-    assert await registry.placement() is None
+    assert (await registry.placement(), await registry.epoch()) == (None, 0)
     await registry.publish(placement_of(1), expected_epoch=0, fencing=0)
-    assert await registry.placement() == placement_of(1)
-    assert await registry.placement(known_epoch=1) is None
-    assert await registry.placement(known_epoch=0) == placement_of(1)
+    assert (await registry.placement(), await registry.epoch()) == (placement_of(1), 1)
     with pytest.raises(StalePlacement, match="it replaces epoch 0 with fencing token 0, but epoch 1 "):
         await registry.publish(placement_of(2), expected_epoch=0, fencing=0)
     await registry.publish(placement_of(2), expected_epoch=1, fencing=0)
     assert await registry.placement() == placement_of(2)
+
+
+async def an_empty_place_may_be_filled_by_anyone(registry: RegistryStore) -> None:
+    lease = await registry.acquire_lease("leader")
+    assert lease is not None
+    await registry.publish(placement_of(5), 0, fencing=0)
+    await registry.publish(placement_of(6), 5, lease.fencing)
+    with pytest.raises(StalePlacement):
+        await registry.publish(placement_of(7), 6, fencing=0)
+
+
+async def backbones_say_what_they_follow(registry: RegistryStore) -> None:
+    assert await registry.followers() == {}
+    await registry.follow("b1", 4)
+    await registry.follow("b0", 3)
+    await registry.follow("b1", 5)
+    assert await registry.followers() == {"b0": 3, "b1": 5}
+    await registry.unfollow("b1")
+    assert await registry.followers() == {"b0": 3}
+    await asyncio.sleep(TTL_S * 1.2)
+    assert await registry.followers() == {}
+
+
+async def the_newest_decisions_come_first(registry: RegistryStore) -> None:
+    assert await registry.decisions(3) == []
+    for number in "1234":
+        await registry.note_decision({"epoch": number, "why": "a reason"})
+    assert [decision["epoch"] for decision in await registry.decisions(3)] == ["4", "3", "2"]
 
 
 async def an_old_leader_cannot_publish(registry: RegistryStore) -> None:
@@ -73,6 +99,8 @@ async def an_old_leader_cannot_publish(registry: RegistryStore) -> None:
     second = await registry.acquire_lease("second")
     assert second is not None
     assert second.fencing > first.fencing
+    with pytest.raises(StalePlacement, match=f"but epoch 1 with fencing token {second.fencing} is there"):
+        await registry.publish(placement_of(2), 1, first.fencing)
     await registry.publish(placement_of(2), 1, second.fencing)
     with pytest.raises(StalePlacement, match=f"but epoch 2 with fencing token {second.fencing} is there"):
         await registry.publish(placement_of(3), 2, first.fencing)
@@ -98,6 +126,9 @@ CONTRACTS: list[Contract] = [
     heartbeats_keep_shards_alive,
     only_its_own_incarnation_says_goodbye,
     a_placement_replaces_only_the_one_it_knows,
+    an_empty_place_may_be_filled_by_anyone,
+    backbones_say_what_they_follow,
+    the_newest_decisions_come_first,
     an_old_leader_cannot_publish,
     one_leader_at_a_time,
 ]

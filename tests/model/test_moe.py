@@ -172,3 +172,19 @@ def test_the_router_keeps_to_the_best_groups() -> None:
     with torch.no_grad():
         ids, _ = router(seeded(1)(40, 8))
     assert all(len({expert // 2 for expert in row}) <= 2 for row in ids.tolist())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bank_gives_back_what_it_computes_with(shape: ExpertShape, dtype: torch.dtype, stored: torch.dtype) -> None:
+    world = World(shape, dtype)
+    tensors = {name: tensor.to(stored) for name, tensor in world.experts[3].items()}
+    world.bank.load(3, tensors)
+    given = world.bank.tensors(3)
+    assert all(torch.equal(given[name], tensors[name].to(dtype)) for name in ("up", "down"))
+    assert all(given[name].dtype == dtype for name in ("up", "down"))
+    other = ExpertBank(shape, dtype)
+    other.load(3, given)
+    rows, ids, ones = torch.arange(NUM_ROWS), torch.full((NUM_ROWS,), 3), torch.ones(NUM_ROWS)
+    sums = [bank.partial_sums(world.x, rows, ids, ones, world.grid) for bank in (world.bank, other)]
+    assert torch.equal(*sums)

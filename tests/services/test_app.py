@@ -28,6 +28,7 @@ def test_serve_validates_the_args_of_a_config() -> None:
         ({"state_memory": "1KiB"}, "the state budget is 1,024 bytes"),
         ({"pools": [{"memory_budget": "1MiB"}]}, "the 3 shards have room for"),
         ({"model_name": "a{b}"}, "braces"),
+        ({"pools": [{}, {}]}, "each needs a name of its own"),
     ],
 )
 def test_what_cannot_be_served_is_told_before_anything_starts(args: dict[str, Any], sentence: str) -> None:
@@ -40,8 +41,12 @@ def test_memory_is_planned_from_the_checkpoint() -> None:
     family = args.check()
     whole = sum(shape.num_experts * shape.nbytes(torch.float32) for shape in family.expert_shapes)
     share = args.shard_memory(args.pools[0], family)
-    assert whole / 2 <= share <= 0.6 * whole
-    assert args.shard_ids == ["experts-cpu-0", "experts-cpu-1", "experts-cpu-2", "experts-cpu-3"]
+    assert 2 * whole / 3 <= share <= 0.75 * whole  # three of the four hold two homes of everything
+    assert AppArgs().shard_memory(PoolArgs(), family) == whole
+    assert args.num_shards == {"experts-cpu": 4}
+    assert args.shard_host_memory(args.pools[0], family) == 0
+    assert args.shard_host_memory(PoolArgs(device="cuda"), family) == int(1.1 * whole / 4)
+    assert args.shard_host_memory(PoolArgs(host_budget=7), family) == 7
     assert args.memory_plan(family).nbytes <= 1 << 30
 
 

@@ -15,8 +15,7 @@ from services.controller.controller import Controller, ControllerConfig, layer_s
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoint
 
-SHARD_IDS = frozenset({"s0", "s1", "s2"})
-CONFIG = ControllerConfig(SHARD_IDS, "digest", torch.float32)
+CONFIG = ControllerConfig({"experts-cpu": 3}, "digest", torch.float32, gone_after_s=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
 
 
 def new_shard(family: ModelFamily, registry: MemoryRegistry, number: int) -> ExpertShard:
-    return ExpertShard(ShardConfig(f"s{number}", memory_budget=1 << 30), family, registry)
+    return ExpertShard(ShardConfig(f"s{number}", memory_budget=1 << 30, leave_timeout_s=0.0), family, registry)
 
 
 @asynccontextmanager
@@ -78,7 +77,7 @@ def test_the_first_placement_waits_for_all_shards_and_fills_them(family: ModelFa
     asyncio.run(run())
 
 
-def test_a_shard_that_restarts_empty_is_filled_again(family: ModelFamily) -> None:
+def test_a_new_shard_takes_the_place_of_one_that_is_gone(family: ModelFamily) -> None:
     async def run() -> None:
         registry = MemoryRegistry(lambda: 0.0)
         controller = Controller(CONFIG, family.expert_shapes, registry)
@@ -91,12 +90,18 @@ def test_a_shard_that_restarts_empty_is_filled_again(family: ModelFamily) -> Non
             num_held = third.host.num_held
             await third.stop()
             await controller.turn()  # a shard that is away is no reason to fail
-            again = new_shard(family, registry, 2)
+            before = await registry.placement()
+            again = new_shard(family, registry, 7)
             await again.start()
             assert again.host.num_held == 0
             await controller.turn()
-            await controller.settled()
             assert again.host.num_held == num_held
+            after = await registry.placement()
+            assert before is not None
+            assert after is not None
+            assert (before.shard_ids, after.shard_ids) == (("s0", "s1", "s2"), ("s0", "s1", "s7"))
+            assert after.digest_of("s7") == before.digest_of("s2") == again.record.held_digest
+            assert after.epoch == before.epoch + 1
             await again.stop()
 
     asyncio.run(run())
@@ -126,11 +131,13 @@ def test_a_placement_of_another_fleet_or_checkpoint_is_replaced(family: ModelFam
             await first.turn()
             old = await registry.placement()
             assert old is not None
-            assert first.fits(old)
+            alive = await registry.shards()
+            assert first.fits(old, alive)
+            assert not first.fits(old, [])
             other = Controller(replace(CONFIG, model="other"), family.expert_shapes, registry)
-            smaller = Controller(replace(CONFIG, shard_ids=SHARD_IDS - {"s2"}), family.expert_shapes, registry)
-            assert not other.fits(old)
-            assert not smaller.fits(old)
+            smaller = Controller(replace(CONFIG, num_shards={"experts-cpu": 2}), family.expert_shapes, registry)
+            assert not other.fits(old, alive)
+            assert not smaller.fits(old, alive)
             await other.turn()
             new = await registry.placement()
             assert new is not None
@@ -152,7 +159,7 @@ def test_a_shard_that_cannot_be_filled_holds_up_none_of_the_others(family: Model
             dead = replace(shards[0].record, endpoint="127.0.0.1:1", held_digest="")
             await registry.heartbeat(dead)
             await third.stop()
-            again = new_shard(family, registry, 2)
+            again = new_shard(family, registry, 2)  # the same name: it is only filled again
             await again.start()
             await controller.turn()
             await controller.settled()

@@ -164,7 +164,8 @@ async def publish(registry: RegistryStore, family: ModelFamily, shards: list[Sha
     placement = await control.fill(shards, planned(family, shards), epoch)
     for shard in shards:
         await registry.heartbeat(replace(shard, held_digest=held_digest(placement.experts_of(shard.id))))
-    await registry.publish(placement, expected_epoch=epoch - 1, fencing=0)
+    placement = replace(placement, model=family.checkpoint.digest)
+    await registry.publish(placement, expected_epoch=epoch - 1, fencing=1 << 60)
 
 
 @pytest.fixture(scope="module")

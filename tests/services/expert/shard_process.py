@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -47,7 +47,7 @@ class ShardProcess:
         """Waits until they serve."""
         if not self._shards:
             assert self.process.stdout is not None
-            self._shards = [Shard(**record) for record in json.loads(self.process.stdout.readline())]
+            self._shards = [Shard.from_record(record) for record in json.loads(self.process.stdout.readline())]
         return self._shards
 
     def __enter__(self) -> Self:
@@ -77,7 +77,7 @@ async def serve(
     for shard in shards:
         slow_down(shard.host, us_per_row)
         await shard.start()
-    print(json.dumps([asdict(shard.record) for shard in shards]), flush=True)
+    print(json.dumps([shard.record.to_record() for shard in shards]), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     for shard in shards:
         await shard.stop()

@@ -192,10 +192,10 @@ def test_the_tables_of_a_placement_are_made_once(
     fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
 ) -> None:
     remote.update(placement_on(local, everywhere([fleet[0].id]), epoch=1), fleet)
-    assert remote._fleet is not None
-    tables = remote._fleet.tables
+    assert remote._view is not None
+    table = remote._view.tables[LAYERS[0]]
     remote.update(placement_on(local, everywhere([fleet[0].id]), epoch=2), fleet)
-    assert remote._fleet.tables is tables
+    assert remote._view.tables[LAYERS[0]] is table
 
 
 def test_the_silence_allowed_grows_with_the_work_and_leaves_time_for_another_home() -> None:
@@ -209,7 +209,7 @@ def test_a_shard_that_computes_for_long_is_left_to_it(model_dir: Path, fleet: li
         shards = [*slow.shards, fleet[0]]
         fill(slow.shards, everywhere([slow.shards[0].id]))
         for patience, num_stalled in ((0.0, 1), (8.0, 0)):
-            remote = RemoteExperts(CallPolicy(stall_s=0.2, patience=patience))
+            remote = RemoteExperts(CallPolicy(stall_s=0.2, patience=patience, hedge_burst=0.0))
             remote.update(placement_on(local, everywhere([slow.shards[0].id]), epoch=1), shards)
             remote(1, *few)()  # from here on it is known how long a row takes
             remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)

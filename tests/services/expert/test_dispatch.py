@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cluster.routing import group
 from services.expert.dispatch import combine, dispatch, narrow
 
 TOP_K, INPUT_DIM = 3, 4
@@ -20,23 +21,25 @@ def test_every_pick_goes_to_its_home_once(seed: int, kind: type[np.generic]) -> 
     expert_P, weight_P = draw.integers(0, 9, num_rows * TOP_K), draw.random(num_rows * TOP_K, np.float32)
     pick_Q = np.flatnonzero(draw.random(num_rows * TOP_K) < 0.7)
     home_Q = draw.integers(0, num_shards, len(pick_Q))
-    parts = dispatch(x_NL, grid_N, expert_P, weight_P, pick_Q, home_Q, TOP_K, num_shards)
+    sorted_Q, *lists = group(pick_Q, home_Q, expert_P, TOP_K, num_shards, 9, max_rows)
+    first_M, shard_M, num_rows_M, num_experts_M = lists
+    parts = dispatch(x_NL, grid_N, expert_P, weight_P, sorted_Q, np.array(first_M), TOP_K)
+    first_row_M = parts.first_row_M.tolist()
     found = []
-    for shard in range(num_shards):
-        start, end = int(parts.first_row_S[shard]), int(parts.first_row_S[shard + 1])
-        assert len(set(parts.row_M[start:end].tolist())) == end - start
-        for first in range(start, end, max_rows):
-            rows = slice(first, min(first + max_rows, end))
-            picks = parts.picks_of(shard, rows)
-            local_Q = parts.local_Q[picks] - parts.local_Q[picks][0]
-            assert sorted(set(local_Q.tolist())) == list(range(rows.stop - rows.start))
-            row_Q = parts.row_M[rows][local_Q]
-            assert np.array_equal(row_Q, parts.pick_Q[picks] // TOP_K)
-            assert np.array_equal(parts.x_ML[rows][local_Q], x_NL[row_Q])
-            assert np.array_equal(parts.grid_M[rows][local_Q], grid_N[row_Q])
-            assert np.array_equal(parts.expert_Q[picks], expert_P[parts.pick_Q[picks]])
-            assert np.array_equal(parts.weight_Q[picks], weight_P[parts.pick_Q[picks]])
-            found += [(pick, shard) for pick in parts.pick_Q[picks].tolist()]
+    for m, shard in enumerate(shard_M):
+        rows, picks = slice(first_row_M[m], first_row_M[m + 1]), slice(first_M[m], first_M[m + 1])
+        num_rows = rows.stop - rows.start
+        assert len(set(parts.row_R[rows].tolist())) == num_rows == num_rows_M[m] <= max_rows
+        local_Q, pick_M = parts.local_Q[picks], sorted_Q[picks]
+        assert sorted(set(local_Q.tolist())) == list(range(num_rows))
+        row_Q = parts.row_R[rows][local_Q]
+        assert np.array_equal(row_Q, pick_M // TOP_K)
+        assert np.array_equal(parts.x_RL[rows][local_Q], x_NL[row_Q])
+        assert np.array_equal(parts.grid_R[rows][local_Q], grid_N[row_Q])
+        assert np.array_equal(parts.expert_Q[picks], expert_P[pick_M])
+        assert np.array_equal(parts.weight_Q[picks], weight_P[pick_M])
+        assert len(set(expert_P[pick_M].tolist())) == num_experts_M[m]
+        found += [(pick, shard) for pick in pick_M.tolist()]
     assert sorted(found) == sorted(zip(pick_Q.tolist(), home_Q.tolist(), strict=True))
 
 

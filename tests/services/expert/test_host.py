@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,36 @@ import torch
 
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.host import ExpertHost
+from services.expert.host import ExpertHost, Wanted
+from services.expert.loader import Loader, Order
 from services.expert.wire import Refused
+from services.expert.worker import Worker
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
 from tests.services.expert.requests import make_request
 
 EXPERT_BYTES = 2 * LATENT * WIDTH * 4
 
 
-def make_host(family: ModelFamily, num_experts: int = 100) -> ExpertHost:
-    budget = num_experts * EXPERT_BYTES
-    return ExpertHost(family.expert_shapes, family.load_expert, torch.float32, torch.device("cpu"), budget)
+class FilledHost(ExpertHost):
+    """A host and what fills it, for tests in which nobody calls meanwhile."""
+
+    def __init__(self, family: ModelFamily, num_experts: int) -> None:
+        super().__init__(family.expert_shapes, torch.float32, torch.device("cpu"), num_experts * EXPERT_BYTES)
+        self.family = family
+
+    def load(self, homes: Wanted, standby: Wanted | None = None) -> None:
+        async def load() -> None:
+            worker = Worker(9, "filling")
+            try:
+                await Loader(self, worker, self.family.load_expert).load(Order(homes, standby or {}))
+            finally:
+                await asyncio.to_thread(worker.close)
+
+        asyncio.run(load())
+
+
+def make_host(family: ModelFamily, num_experts: int = 100) -> FilledHost:
+    return FilledHost(family, num_experts)
 
 
 def test_it_starts_empty_and_counts_what_it_holds(family: ModelFamily) -> None:
@@ -27,7 +47,7 @@ def test_it_starts_empty_and_counts_what_it_holds(family: ModelFamily) -> None:
     host.load({1: [3, 1, 3], 3: [0]})
     host.load({1: [1]})
     assert (host.held, host.num_held, host.used_bytes) == ({1: [1, 3], 3: [0]}, 3, 3 * EXPERT_BYTES)
-    host.remove({1: [1, 3, 9], 3: [0]})
+    host.remove({1: [1, 3, 9], 3: [0]}, {})
     assert (host.held, host.used_bytes, host.digest) == ({}, 0, empty)
 
 
@@ -64,7 +84,7 @@ def test_what_does_not_exist_is_refused(wanted: dict[int, list[int]], sentence: 
     with pytest.raises(ValueError, match=sentence):
         host.load(wanted)
     with pytest.raises(ValueError, match=sentence):
-        host.remove(wanted)
+        host.remove(wanted, {})
 
 
 def test_a_missing_tensor_is_named_and_nothing_is_held(tmp_path: Path) -> None:
@@ -100,7 +120,7 @@ def test_an_old_epoch_is_told_so_only_where_it_matters(family: ModelFamily) -> N
     host.load({1: [0, 1]})
     host.epoch = 5
     assert host.compute(make_request((0, 1), epoch=4)).width
-    host.remove({1: [1]})
+    host.remove({1: [1]}, {})
     with pytest.raises(Refused, match="any more: the request is of epoch 4, this shard of 5") as refused:
         host.compute(make_request((0, 1), epoch=4))
     assert refused.value.code == pb.Refusal.STALE_EPOCH

@@ -3,8 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,46 +16,18 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.embedded import EmbeddedRedis
 from cluster.memory_registry import MemoryRegistry
-from cluster.registry import Registry, RegistryStore, connect
+from cluster.registry import Registry, connect
 from cluster.topology import Shard
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert import control
 from services.expert.service import MAX_UNREAD
-from services.expert.shard import SERVICE_NAME, ExpertShard, ShardConfig
+from services.expert.shard import SERVICE_NAME, ExpertShard
 from services.expert.worker import Worker
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
 from tests.services.expert.requests import make_request
-
-CONFIG = ShardConfig("s0", memory_budget=1 << 30, node="n0", max_queue=2)
-
-
-@asynccontextmanager
-async def serving(
-    family: ModelFamily, registry: RegistryStore | None = None, config: ShardConfig = CONFIG
-) -> AsyncIterator[ExpertShard]:
-    shard = ExpertShard(config, family, registry or MemoryRegistry(time.monotonic))
-    await shard.start()
-    try:
-        yield shard
-    finally:
-        await shard.stop()
-
-
-@asynccontextmanager
-async def stream_to(shard: ExpertShard) -> AsyncIterator[Any]:
-    async with grpc.aio.insecure_channel(shard.endpoint) as channel:
-        call = expert_pb2_grpc.ExpertStub(channel).Compute()  # type: ignore[no-untyped-call]
-        yield call
-        call.cancel()
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(test(), 60)
-
-    asyncio.run(bounded())
+from tests.services.expert.serving import CONFIG, run, serving, stream_to
 
 
 def test_it_registers_loads_computes_and_leaves(family: ModelFamily) -> None:
@@ -65,8 +36,9 @@ def test_it_registers_loads_computes_and_leaves(family: ModelFamily) -> None:
         async with serving(family, registry) as shard:
             assert await registry.shards() == [shard.record]
             assert (shard.record.num_held, shard.record.node, shard.record.pool) == (0, "n0", "experts-cpu")
-            gains = await control.load(shard.endpoint, {1: [0, 1], 3: [2]}, epoch=7)
-            assert gains == shard.host.gains([1, 3])
+            loaded = await control.load(shard.endpoint, {1: [0, 1], 3: [2]}, epoch=7)
+            assert loaded.gains == shard.host.gains({1: [], 3: []})
+            assert {layer: list(of) for layer, of in loaded.checksums.items()} == {1: [0, 1], 3: [2]}
             async with stream_to(shard) as stream:
                 await stream.write(make_request(id=42))
                 reply = await stream.read()
@@ -201,8 +173,8 @@ def test_a_caller_that_leaves_does_not_free_the_lock(family: ModelFamily, method
             stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
             await control.load(shard.endpoint, {1: [0, 1]})
             gate = threading.Event()
-            change = shard.host.remove if method == "Unload" else shard.host.load
-            setattr(shard.host, change.__name__, lambda wanted: (gate.wait(), change(wanted)))
+            worker = shard.service.worker  # `Unload` and the end of `Load` are jobs of its
+            worker.submit(gate.wait)
             request: Any = getattr(pb, f"{method}Request")
             call = getattr(stub, method)(request(experts=[pb.LayerExperts(layer=1, experts=[1, 2])], epoch=5))
             while not shard.service._changing.locked():

@@ -16,7 +16,7 @@ DTYPE_BF16: Dtype
 DTYPE_FP32: Dtype
 
 class ComputeRequest(_message.Message):
-    __slots__ = ("id", "layer", "epoch", "num_rows", "dtype", "rows", "grid", "pick_rows", "pick_experts", "pick_weights", "timeout_us", "traceparent")
+    __slots__ = ("id", "layer", "epoch", "num_rows", "dtype", "rows", "grid", "pick_rows", "pick_experts", "pick_weights", "timeout_us", "traceparent", "checksum")
     ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class ComputeRequest(_message.Message):
     PICK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     id: int
     layer: int
     epoch: int
@@ -41,23 +42,26 @@ class ComputeRequest(_message.Message):
     pick_weights: bytes
     timeout_us: int
     traceparent: str
-    def __init__(self, id: _Optional[int] = ..., layer: _Optional[int] = ..., epoch: _Optional[int] = ..., num_rows: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[bytes] = ..., grid: _Optional[bytes] = ..., pick_rows: _Optional[bytes] = ..., pick_experts: _Optional[bytes] = ..., pick_weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    checksum: int
+    def __init__(self, id: _Optional[int] = ..., layer: _Optional[int] = ..., epoch: _Optional[int] = ..., num_rows: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., rows: _Optional[bytes] = ..., grid: _Optional[bytes] = ..., pick_rows: _Optional[bytes] = ..., pick_experts: _Optional[bytes] = ..., pick_weights: _Optional[bytes] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class ComputeReply(_message.Message):
-    __slots__ = ("id", "sums", "refusal", "queue_us", "compute_us", "queue_depth")
+    __slots__ = ("id", "sums", "refusal", "queue_us", "compute_us", "queue_depth", "checksum")
     ID_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     id: int
     sums: Sums
     refusal: Refusal
     queue_us: int
     compute_us: int
     queue_depth: int
-    def __init__(self, id: _Optional[int] = ..., sums: _Optional[_Union[Sums, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., queue_depth: _Optional[int] = ...) -> None: ...
+    checksum: int
+    def __init__(self, id: _Optional[int] = ..., sums: _Optional[_Union[Sums, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., queue_depth: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Sums(_message.Message):
     __slots__ = ("data", "width")
@@ -79,6 +83,7 @@ class Refusal(_message.Message):
         BAD_SHAPE: _ClassVar[Refusal.Code]
         DEADLINE: _ClassVar[Refusal.Code]
         FAILED: _ClassVar[Refusal.Code]
+        CORRUPT: _ClassVar[Refusal.Code]
     CODE_UNSPECIFIED: Refusal.Code
     NOT_HOSTED: Refusal.Code
     STALE_EPOCH: Refusal.Code
@@ -87,6 +92,7 @@ class Refusal(_message.Message):
     BAD_SHAPE: Refusal.Code
     DEADLINE: Refusal.Code
     FAILED: Refusal.Code
+    CORRUPT: Refusal.Code
     CODE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -105,23 +111,51 @@ class LayerExperts(_message.Message):
     experts: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class LayerChecksums(_message.Message):
+    __slots__ = ("layer", "experts", "checksums")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Peer(_message.Message):
+    __slots__ = ("endpoint", "experts")
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    endpoint: str
+    experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    def __init__(self, endpoint: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
+
 class LoadRequest(_message.Message):
-    __slots__ = ("experts", "epoch")
+    __slots__ = ("experts", "epoch", "standby", "peers", "expected", "fencing")
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    FENCING_FIELD_NUMBER: _ClassVar[int]
     experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
     epoch: int
-    def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    standby: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    expected: _containers.RepeatedCompositeFieldContainer[LayerChecksums]
+    fencing: int
+    def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ..., standby: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., expected: _Optional[_Iterable[_Union[LayerChecksums, _Mapping]]] = ..., fencing: _Optional[int] = ...) -> None: ...
 
 class LoadReply(_message.Message):
-    __slots__ = ("gains", "used_bytes", "memory_budget")
+    __slots__ = ("gains", "used_bytes", "memory_budget", "checksums")
     GAINS_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     gains: _containers.RepeatedCompositeFieldContainer[LayerGain]
     used_bytes: int
     memory_budget: int
-    def __init__(self, gains: _Optional[_Iterable[_Union[LayerGain, _Mapping]]] = ..., used_bytes: _Optional[int] = ..., memory_budget: _Optional[int] = ...) -> None: ...
+    checksums: _containers.RepeatedCompositeFieldContainer[LayerChecksums]
+    def __init__(self, gains: _Optional[_Iterable[_Union[LayerGain, _Mapping]]] = ..., used_bytes: _Optional[int] = ..., memory_budget: _Optional[int] = ..., checksums: _Optional[_Iterable[_Union[LayerChecksums, _Mapping]]] = ...) -> None: ...
 
 class LayerGain(_message.Message):
     __slots__ = ("layer", "exponent")
@@ -132,12 +166,16 @@ class LayerGain(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., exponent: _Optional[int] = ...) -> None: ...
 
 class UnloadRequest(_message.Message):
-    __slots__ = ("experts", "epoch")
+    __slots__ = ("experts", "epoch", "standby", "fencing")
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    FENCING_FIELD_NUMBER: _ClassVar[int]
     experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
     epoch: int
-    def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    standby: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    fencing: int
+    def __init__(self, experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ..., standby: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., fencing: _Optional[int] = ...) -> None: ...
 
 class UnloadReply(_message.Message):
     __slots__ = ("used_bytes",)
@@ -145,12 +183,34 @@ class UnloadReply(_message.Message):
     used_bytes: int
     def __init__(self, used_bytes: _Optional[int] = ...) -> None: ...
 
+class FetchRequest(_message.Message):
+    __slots__ = ("layer", "experts", "dtype")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    dtype: Dtype
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
+
+class FetchChunk(_message.Message):
+    __slots__ = ("expert", "data", "is_last", "checksum")
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    IS_LAST_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    expert: int
+    data: bytes
+    is_last: bool
+    checksum: int
+    def __init__(self, expert: _Optional[int] = ..., data: _Optional[bytes] = ..., is_last: bool = ..., checksum: _Optional[int] = ...) -> None: ...
+
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("shard_id", "incarnation", "pid", "device", "memory_budget", "used_bytes", "held", "epoch", "draining", "queue_depth", "counters")
+    __slots__ = ("shard_id", "incarnation", "pid", "device", "memory_budget", "used_bytes", "held", "epoch", "draining", "queue_depth", "counters", "standby", "in_host_memory", "promoted", "host_budget", "host_used_bytes")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +222,11 @@ class StatusReply(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
+    IN_HOST_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_FIELD_NUMBER: _ClassVar[int]
+    HOST_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    HOST_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     shard_id: str
     incarnation: str
     pid: int
@@ -173,10 +238,15 @@ class StatusReply(_message.Message):
     draining: bool
     queue_depth: int
     counters: Counters
-    def __init__(self, shard_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., memory_budget: _Optional[int] = ..., used_bytes: _Optional[int] = ..., held: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ..., draining: bool = ..., queue_depth: _Optional[int] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ...) -> None: ...
+    standby: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    in_host_memory: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    promoted: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    host_budget: int
+    host_used_bytes: int
+    def __init__(self, shard_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., memory_budget: _Optional[int] = ..., used_bytes: _Optional[int] = ..., held: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., epoch: _Optional[int] = ..., draining: bool = ..., queue_depth: _Optional[int] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., standby: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., in_host_memory: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., promoted: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., host_budget: _Optional[int] = ..., host_used_bytes: _Optional[int] = ...) -> None: ...
 
 class Counters(_message.Message):
-    __slots__ = ("num_requests", "num_refusals", "num_rows", "num_picks", "received_bytes", "sent_bytes", "queue_us", "compute_us")
+    __slots__ = ("num_requests", "num_refusals", "num_rows", "num_picks", "received_bytes", "sent_bytes", "queue_us", "compute_us", "num_promotions", "promotion_us")
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_REFUSALS_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +255,8 @@ class Counters(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMOTIONS_FIELD_NUMBER: _ClassVar[int]
+    PROMOTION_US_FIELD_NUMBER: _ClassVar[int]
     num_requests: int
     num_refusals: int
     num_rows: int
@@ -193,11 +265,15 @@ class Counters(_message.Message):
     sent_bytes: int
     queue_us: int
     compute_us: int
-    def __init__(self, num_requests: _Optional[int] = ..., num_refusals: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_picks: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+    num_promotions: int
+    promotion_us: int
+    def __init__(self, num_requests: _Optional[int] = ..., num_refusals: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_picks: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., num_promotions: _Optional[int] = ..., promotion_us: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("keep_serving",)
+    KEEP_SERVING_FIELD_NUMBER: _ClassVar[int]
+    keep_serving: bool
+    def __init__(self, keep_serving: bool = ...) -> None: ...
 
 class DrainReply(_message.Message):
     __slots__ = ("queue_depth",)

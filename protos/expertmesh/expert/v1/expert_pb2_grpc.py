@@ -50,6 +50,11 @@ class ExpertStub(object):
                 request_serializer=protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.UnloadRequest.SerializeToString,
                 response_deserializer=protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.UnloadReply.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/expertmesh.expert.v1.Expert/Fetch',
+                request_serializer=protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.FetchRequest.SerializeToString,
+                response_deserializer=protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.FetchChunk.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/expertmesh.expert.v1.Expert/Status',
                 request_serializer=protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.StatusRequest.SerializeToString,
@@ -74,7 +79,8 @@ class ExpertServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
-        """Reads experts from the checkpoint. All or nothing: on an error nothing of the request is held that was not held before.
+        """Reads experts from peers or the checkpoint. All or nothing: on an error nothing of the request is held that was not
+        held before. An expert that is held may be asked for as a standby, and the other way round: it changes its role.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +92,13 @@ class ExpertServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """Streams the weights of experts that are held or stood by for, one expert after the other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -93,7 +106,7 @@ class ExpertServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Computes what was accepted, refuses everything else from then on.
+        """Computes what was accepted, refuses everything else from then on; with `keep_serving` only says that it drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +129,11 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Unload,
                     request_deserializer=protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.UnloadRequest.FromString,
                     response_serializer=protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.UnloadReply.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.FetchRequest.FromString,
+                    response_serializer=protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.FetchChunk.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -210,6 +228,33 @@ class Expert(object):
             '/expertmesh.expert.v1.Expert/Unload',
             protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.UnloadRequest.SerializeToString,
             protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.UnloadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.expert.v1.Expert/Fetch',
+            protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.FetchRequest.SerializeToString,
+            protos_dot_expertmesh_dot_expert_dot_v1_dot_expert__pb2.FetchChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,69 @@
+"""One layer's call through `RemoteExperts`, against three small shards in another process: medians in microseconds.
+
+    python -m benchmarks.layer_call
+
+The experts are so small that what is measured is the path: choosing homes, messages, sockets, sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from services.expert import control
+from services.expert.client import RemoteExperts
+from tests.services.expert.checkpoint import LATENT, LAYERS, NUM_EXPERTS, TOP_K, write_checkpoint
+from tests.services.expert.shard_process import ShardProcess
+
+NUM_SHARDS = 3
+
+
+def measure(remote: RemoteExperts, num_rows: int, num_calls: int) -> list[float]:
+    """Microseconds of each call; the rows differ from call to call, as tokens do."""
+    generator = torch.Generator().manual_seed(num_rows)
+    times = []
+    for i in range(num_calls):
+        x_NL = torch.randn(num_rows, LATENT, generator=generator)
+        weights, ids = torch.rand(num_rows, NUM_EXPERTS, generator=generator).topk(TOP_K, dim=-1)
+        started_at = time.perf_counter()
+        remote(LAYERS[i % len(LAYERS)], x_NL, ids, weights)()
+        times.append(1e6 * (time.perf_counter() - started_at))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=4000, help="calls of each size")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ShardProcess(write_checkpoint(Path(folder) / "m"), NUM_SHARDS) as process,
+    ):
+        ids = [shard.id for shard in process.shards]
+        for name, spread in (("one home each", 1), ("everywhere", NUM_SHARDS)):
+            homes_of = tuple(tuple(ids[(e + i) % NUM_SHARDS] for i in range(spread)) for e in range(NUM_EXPERTS))
+            homes = dict.fromkeys(LAYERS, homes_of)
+            remote = RemoteExperts()
+            remote.update(asyncio.run(control.fill(process.shards, homes, epoch=1)), process.shards)
+            for num_rows in (1, 8):
+                measure(remote, num_rows, args.calls // 4)
+                times = measure(remote, num_rows, args.calls)
+                sent = remote.traffic.num_sent / remote.traffic.num_calls
+                quartiles = statistics.quantiles(times, n=4)
+                print(
+                    f"{name}, {num_rows} rows: median {quartiles[1]:.0f} µs, quartiles {quartiles[0]:.0f} and "
+                    f"{quartiles[2]:.0f}, {sent:.2f} messages a call",
+                    flush=True,
+                )
+            remote.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""The controller's loop: one leader that brings the fleet to where the planner wants it, a round at a time.
+
+It talks to the registry and to shards through two small protocols, so that the simulator runs this very code. It keeps
+nothing that the next leader would need: what is published, and what shards hold, is all there is to know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cluster.migration import (
+    DEVICE,
+    STANDBY,
+    Holding,
+    Home,
+    Limits,
+    Target,
+    by_shard,
+    demotions,
+    garbage,
+    held_homes,
+    next_round,
+    next_target,
+)
+from cluster.registry import Lease, RegistryStore, StalePlacement, StoreUnavailable
+from cluster.topology import Experts, LayerSpec, Placement, Shard
+
+log = logging.getLogger(__name__)
+
+
+class ShardFailed(RuntimeError):
+    """A shard did not do what it was asked; the message says what."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every change on a shard carries: the newest epoch, and the leader's token. Shards refuse older tokens."""
+
+    epoch: int
+    fencing: int
+
+
+class Shards(Protocol):
+    """What the controller asks of shards; every method may raise ShardFailed, and ends in bounded time."""
+
+    async def holding(self, shard: Shard) -> Holding: ...
+
+    async def load(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> Mapping[int, int]:
+        """Loads and verifies; returns the largest gain exponent of each of these layers."""
+
+    async def drop(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> None: ...
+
+    async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
+        """The experts for which the two do not compute the same."""
+
+
+class PlanLike(Protocol):
+    """What the loop needs of a plan."""
+
+    @property
+    def target(self) -> Target: ...
+    @property
+    def is_accepted(self) -> bool: ...
+    def to_record(self) -> Mapping[str, str]: ...
+
+
+Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[PlanLike]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: between turns; between plans for load's sake; from all backbones following an epoch to dropping what it
+    gave up; that a failing shard is left alone; that backbones are given to bring back a placement that was lost.
+    """
+
+    period_s: float = 0.5
+    plan_every_s: float = 10.0
+    drain_s: float = 1.0
+    shun_s: float = 10.0
+    first_wait_s: float = 2.0
+
+
+@dataclass
+class _Ready:
+    """Homes that this leader has had loaded and verified on one start of a shard."""
+
+    incarnation: str
+    homes: set[Home] = field(default_factory=set)
+
+
+def as_placement(layers: Sequence[LayerSpec], holdings: Mapping[str, Holding]) -> Placement | None:
+    """What shards hold as if it were published, for a plan that makes the most of it; None if they hold nothing."""
+    held = sorted(held_homes(holdings))
+    homes: dict[int, list[list[str]]] = {spec.layer: [[] for _ in range(spec.num_experts)] for spec in layers}
+    for home in held:
+        if home.tier == DEVICE:
+            homes[home.layer][home.expert].append(home.shard_id)
+    found = {layer: tuple(tuple(own) for own in of_layer) for layer, of_layer in homes.items()}
+    return Placement(0, found, {}) if held else None
+
+
+class Reconciler:
+    """`turn` is the loop's body; `clock` gives seconds since 1970."""
+
+    def __init__(
+        self,
+        owner: str,
+        model: str,
+        layers: Sequence[LayerSpec],
+        num_expected: int,
+        registry: RegistryStore,
+        shards: Shards,
+        planner: Planner,
+        clock: Callable[[], float],
+        timing: Timing = Timing(),
+        limits: Limits | None = None,
+    ) -> None:
+        self.owner, self.model, self.layers, self.num_expected = owner, model, layers, num_expected
+        self.registry, self.shards, self.planner, self.clock = registry, shards, planner, clock
+        self.timing, self.limits = timing, limits or Limits()
+        self.placement: Placement | None = None
+        self.target: Target | None = None
+        self._lease: Lease | None = None
+        self._bare_since: float | None = None  # since when no placement is published
+        self._planned_at = 0.0
+        self._planned_for: object = None
+        self._followed_since: tuple[int, float] | None = None
+        self._work: dict[str, asyncio.Task[None]] = {}
+        self._held: dict[str, tuple[tuple[str, str], Holding]] = {}  # with the start and the digest that it belongs to
+        self._to_ask: set[str] = set()  # shards that hold something else by now
+        self._ready: dict[str, _Ready] = {}
+        self._gains: dict[int, int] = {}
+        self._shunned: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """Until cancelled. A store or a shard that fails is tried again at the next turn."""
+        try:
+            while True:
+                try:
+                    await self.turn()
+                except (StoreUnavailable, StalePlacement, ShardFailed) as error:
+                    log.warning("This turn of the controller failed: %s", error)
+                except Exception:
+                    log.exception("This turn of the controller failed.")
+                await asyncio.sleep(self.timing.period_s)
+        finally:
+            for task in self._work.values():
+                task.cancel()
+
+    async def turn(self) -> None:
+        if not await self._lead():
+            return
+        known = {shard.id: shard for shard in await self.registry.shards()}
+        self.placement = await self._published()
+        holdings = await self._holdings(known)
+        alive = [known[id] for id in sorted(holdings)]
+        if not await self._plan(alive, holdings) or self.target is None:
+            return
+        target, followed = self.target, [*(await self.registry.followers()).values()]
+        wanted = next_round(self.layers, target, self.placement, alive, holdings, self.limits)
+        ready = {home for shard in alive for home in self._ready_on(shard)} & held_homes(holdings)
+        done = wanted.without(wanted.loads - ready)
+        if next_target(target, self.placement, done, holdings, self.limits):
+            sure = await self._ask_again(alive)  # a heartbeat may be seconds old: a home that goes leaves two behind
+            done = done.without(done.loads - held_homes(sure))
+            if after := next_target(target, self.placement, done, sure, self.limits):
+                await self._publish(after)
+        elif self.placement and any(epoch > self.placement.epoch for epoch in followed):
+            await self._publish(Target.of(self.placement))  # a store that lost one got an older one back
+        if self._is_drained(followed):
+            self._start_drops(known, garbage(self.placement, target, holdings))
+            self._start_loads(known, demotions(self.placement, target, holdings))
+        self._start_loads(known, wanted.loads - ready)
+
+    async def settled(self) -> None:
+        """Waits for what is under way on shards."""
+        await asyncio.gather(*self._work.values())
+
+    async def _lead(self) -> bool:
+        """Whether this controller decides; a lease that is lost ends what it has begun."""
+        lease = self._lease
+        if lease is not None and await self.registry.renew_lease(lease):
+            return True
+        self._lease = await self.registry.acquire_lease(self.owner)
+        self.target, self._ready, self._followed_since, self._planned_for = None, {}, None, None
+        if self._lease is not None:
+            log.info("%s leads, with token %d.", self.owner, self._lease.fencing)
+        return self._lease is not None
+
+    @property
+    def _order(self) -> Order:
+        assert self._lease is not None
+        return Order(self.placement.epoch if self.placement else 0, self._lease.fencing)
+
+    async def _published(self) -> Placement | None:
+        """The placement that is published for this checkpoint; a store that lost it gets it back."""
+        stored, known = await self.registry.placement(), self.placement
+        stored_epoch = stored.epoch if stored else 0
+        if known is not None and stored_epoch < known.epoch:
+            await self.registry.publish(known, stored_epoch, self._order.fencing)
+            return known
+        layers = {spec.layer: spec.num_experts for spec in self.layers}
+        if stored is None or stored.model != self.model:
+            return None
+        return stored if {layer: len(homes) for layer, homes in stored.homes.items()} == layers else None
+
+    async def _holdings(self, known: Mapping[str, Shard]) -> dict[str, Holding]:
+        """Of every shard, asked again when its digest has changed. One that does not answer is taken to hold what it
+        held: whether it is alive is for its heartbeat to say."""
+        self._held = {
+            id: held for id, held in self._held.items() if id in known and held[0][0] == known[id].incarnation
+        }
+        is_old = [
+            shard
+            for id, shard in sorted(known.items())
+            if id not in self._held or id in self._to_ask or self._held[id][0] != (shard.incarnation, shard.held_digest)
+        ]
+        self._to_ask.clear()
+        await self._ask_again(is_old)
+        return {id: holding for id, (_, holding) in self._held.items()}
+
+    async def _ask_again(self, shards: Sequence[Shard]) -> dict[str, Holding]:
+        """What those that answer hold at this moment."""
+
+        async def ask(shard: Shard) -> Holding | None:
+            try:
+                holding = await self.shards.holding(shard)
+            except ShardFailed as error:
+                log.warning("Shard %s does not say what it holds: %s", shard.id, error)
+                return None
+            self._held[shard.id] = (shard.incarnation, shard.held_digest), holding
+            return holding
+
+        answers = await asyncio.gather(*map(ask, shards))
+        return {shard.id: holding for shard, holding in zip(shards, answers, strict=True) if holding is not None}
+
+    async def _plan(self, alive: Sequence[Shard], holdings: Mapping[str, Holding]) -> bool:
+        """Plans anew when the fleet has changed, or now and then for load's sake; whether there is a plan to follow."""
+        if self.placement is None and not self._may_begin(alive):
+            return False
+        if self.placement is not None:
+            self._bare_since = None
+        now, fleet = self.clock(), [(shard.id, shard.incarnation, shard.draining) for shard in alive]
+        running = Target.of(self.placement) if self.placement else None
+        patience = self.timing.plan_every_s * (
+            1 if self.target in (None, running) else 6
+        )  # a plan gets time to be done
+        is_due = now - self._planned_at >= patience
+        if fleet == self._planned_for and not is_due:
+            return True
+        try:
+            plan = await self.planner(alive, self.placement or as_placement(self.layers, holdings))
+        except ValueError as error:
+            log.warning("No plan for these shards: %s", error)
+            return False
+        self._planned_at, self._planned_for = now, fleet
+        self.target = plan.target if plan.is_accepted or running is None else running
+        if plan.is_accepted:
+            with suppress(StoreUnavailable):
+                await self.registry.note_decision({"at": f"{now:.3f}", "by": self.owner, **plan.to_record()})
+        return True
+
+    def _may_begin(self, alive: Sequence[Shard]) -> bool:
+        """Whether a first placement may be made: the fleet is there, and no backbone brings one back."""
+        now = self.clock()
+        self._bare_since = now if self._bare_since is None else self._bare_since
+        is_new = not any(shard.num_held for shard in alive)
+        return len(alive) >= self.num_expected and (is_new or now - self._bare_since >= self.timing.first_wait_s)
+
+    async def _publish(self, after: Target) -> None:
+        assert self._lease is not None
+        stored = await self.registry.placement()
+        before = stored.epoch if stored else 0
+        known = self.placement.gains if self.placement else {}
+        gains = {layer: max(gain, known.get(layer, gain)) for layer, gain in {**known, **self._gains}.items()}
+        epoch = max(before + 1, round(1000 * self.clock()))
+        placement = Placement(epoch, after.homes, gains, self.model, after.standby)
+        await self.registry.publish(placement, before, self._lease.fencing)
+        self.placement = placement
+        log.info("Epoch %d is published; cover %d.", epoch, placement.cover())
+
+    def _is_drained(self, followed: Collection[int]) -> bool:
+        """Whether every backbone has followed the placement for long enough that no call of an older one is left."""
+        if self.placement is None:  # then what is held is either wanted, or in the way of a first placement
+            bare_s = 0.0 if self._bare_since is None else self.clock() - self._bare_since
+            return not followed and bare_s > self.timing.first_wait_s
+        if any(epoch != self.placement.epoch for epoch in followed):
+            self._followed_since = None
+        elif self._followed_since is None or self._followed_since[0] != self.placement.epoch:
+            self._followed_since = self.placement.epoch, self.clock()
+        return self._followed_since is not None and self.clock() - self._followed_since[1] >= self.timing.drain_s
+
+    def _ready_on(self, shard: Shard) -> set[Home]:
+        ready = self._ready.get(shard.id)
+        return ready.homes if ready and ready.incarnation == shard.incarnation else set()
+
+    def _start_drops(self, known: Mapping[str, Shard], unwanted: set[Home]) -> None:
+        for id in sorted({home.shard_id for home in unwanted}):
+            homes = {home for home in unwanted if home.shard_id == id}
+            self._start(known[id], self._drop(known[id], homes))
+
+    def _start_loads(self, known: Mapping[str, Shard], homes: Iterable[Home]) -> None:
+        now = self.clock()
+        self._shunned = {id: until for id, until in self._shunned.items() if until > now}
+        for id in sorted({home.shard_id for home in homes} - self._shunned.keys()):
+            own = {home for home in homes if home.shard_id == id}
+            self._start(known[id], self._load(known, known[id], own))
+
+    def _start(self, shard: Shard, work: Coroutine[Any, Any, None]) -> None:
+        """One thing at a time on each shard, none of which holds up another shard."""
+        self._work = {id: task for id, task in self._work.items() if not task.done()}
+        if shard.id in self._work:
+            work.close()
+        else:
+            self._work[shard.id] = asyncio.create_task(self._guarded(shard, work))
+
+    async def _guarded(self, shard: Shard, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except ShardFailed as error:
+            log.warning("Shard %s loads nothing for %.0f s: %s", shard.id, self.timing.shun_s, error)
+            self._shunned[shard.id] = self.clock() + self.timing.shun_s
+        finally:
+            self._to_ask.add(shard.id)
+
+    async def _drop(self, shard: Shard, homes: set[Home]) -> None:
+        self._ready_on(shard).difference_update(homes)
+        device, standby = (by_shard(homes, tier).get(shard.id, {}) for tier in (DEVICE, STANDBY))
+        await self.shards.drop(shard, device, standby, self._order)
+
+    async def _load(self, known: Mapping[str, Shard], shard: Shard, homes: set[Home]) -> None:
+        """Loads, then has each expert's sums compared with those of a home that serves it."""
+        device, standby = (by_shard(homes, tier).get(shard.id, {}) for tier in (DEVICE, STANDBY))
+        gains = await self.shards.load(shard, device, standby, self._order)
+        for layer, gain in gains.items():
+            self._gains[layer] = max(gain, self._gains.get(layer, gain))
+        for other_id, experts in self._witnesses(known, shard.id, homes).items():
+            try:
+                different = await self.shards.disagreements(known[other_id], shard, experts)
+            except ShardFailed as error:
+                log.warning("No comparison of %s with %s: %s", shard.id, other_id, error)
+                continue
+            if different:
+                await self.shards.drop(shard, different, {}, self._order)
+                raise ShardFailed(f"it computes the experts {different} (by layer) otherwise than {other_id}")
+        ready = self._ready.get(shard.id)
+        if ready is None or ready.incarnation != shard.incarnation:
+            ready = self._ready[shard.id] = _Ready(shard.incarnation)
+        ready.homes |= homes
+
+    def _witnesses(self, known: Mapping[str, Shard], shard_id: str, homes: Iterable[Home]) -> dict[str, Experts]:
+        """A serving home for each expert that has one, as experts by layer of each such home."""
+        if self.placement is None:
+            return {}
+        chosen = set()
+        for home in homes:
+            others = [id for id in self.placement.homes[home.layer][home.expert] if id in known and id != shard_id]
+            if home.tier == DEVICE and others:
+                chosen.add(Home(home.layer, home.expert, others[0]))
+        return dict(by_shard(chosen, DEVICE))

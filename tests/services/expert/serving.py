@@ -1,0 +1,46 @@
+"""Shards in this process, and streams to them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from cluster.memory_registry import MemoryRegistry
+from cluster.registry import RegistryStore
+from model.family import ModelFamily
+from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert.shard import ExpertShard, ShardConfig
+
+CONFIG = ShardConfig("s0", memory_budget=1 << 30, node="n0", max_queue=2)
+
+
+@asynccontextmanager
+async def serving(
+    family: ModelFamily, registry: RegistryStore | None = None, config: ShardConfig = CONFIG
+) -> AsyncIterator[ExpertShard]:
+    shard = ExpertShard(config, family, registry or MemoryRegistry(time.monotonic))
+    await shard.start()
+    try:
+        yield shard
+    finally:
+        await shard.stop()
+
+
+@asynccontextmanager
+async def stream_to(shard: ExpertShard) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(shard.endpoint) as channel:
+        call = expert_pb2_grpc.ExpertStub(channel).Compute()  # type: ignore[no-untyped-call]
+        yield call
+        call.cancel()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(test(), 60)
+
+    asyncio.run(bounded())
