@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.planned_fleet import Fleet, PlannedLayer
 from cluster.layer_homes import MIB, Array, Table
 from cluster.plan import Move, Plan, PlanPolicy, Tier
+from cluster.planned_fleet import Fleet, PlannedLayer
 from cluster.topology import Homes
 
 

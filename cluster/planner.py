@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cluster import balance, cover, deal, search
-from cluster.planned_fleet import Fleet, PlannedLayer
 from cluster.layer_homes import Array
 from cluster.load import ExpectedLoad
 from cluster.plan import Plan, PlanPolicy
 from cluster.plan_report import Weighed, report
+from cluster.planned_fleet import Fleet, PlannedLayer
 from cluster.topology import LayerSpec, Placement, Shard
 
 MAX_STEPS = 400  # of one layer in one plan
