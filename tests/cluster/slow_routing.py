@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -87,7 +88,7 @@ class _Filling:
             chain = [last]
             while chain[-1] != slowest:
                 chain.append(reached[chain[-1]][1])
-            hops = [(reached[to][0], giver, to) for to, giver in zip(chain, chain[1:], strict=False)]
+            hops = [(reached[to][0], giver, to) for to, giver in itertools.pairwise(chain)]
             num_rows = min([num_rows, *(self.given[expert][giver] for expert, giver, _ in hops)])
             self.busy[slowest] -= num_rows * self.cost.row
             self.busy[last] += num_rows * self.cost.row
