@@ -53,7 +53,7 @@ def _level(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_homes: in
             if base < before:
                 above += base / one
                 slope += 1.0 / one
-        level = above / slope
+        level = float(above / slope)
         if level >= before:
             break
     largest = 0.0
