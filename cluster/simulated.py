@@ -95,7 +95,8 @@ class Network:
 class Store:
     """A Redis: what it holds, and whether it answers. Wiping it leaves an empty one."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_fenced: bool = True) -> None:
+        self.is_fenced = is_fenced
         self.process = Process("store")
         self.loads: Counter[tuple[int, int]] = Counter()  # wiping spares them, or nothing could be said of them
         self.on_publish: Callable[[Placement], None] = lambda _: None
@@ -127,8 +128,7 @@ class RemoteStore:
         if store.is_stopped or self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store does not answer")
-        result = await do(self._store.registry)
-        await asyncio.sleep(self._network.hop_s())
+        result = await do(self._store.registry)  # the way back is part of the hop
         if self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store's answer was lost")
@@ -152,7 +152,8 @@ class RemoteStore:
 
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
         async def publish(registry: MemoryRegistry) -> None:
-            await registry.publish(placement, expected_epoch, fencing)
+            token = fencing if self._store.is_fenced or not fencing else 1 << 62
+            await registry.publish(placement, expected_epoch, token)
             self._store.on_publish(placement)
 
         await self._ask(publish)
@@ -436,7 +437,7 @@ class SimBackbone(Process):
 
     async def _ask_experts(self) -> None:
         while True:
-            await asyncio.sleep(0.1 + 0.3 * self.random.random())
+            await asyncio.sleep(0.1 + 0.5 * self.random.random())
             await self.runs()
             if self.fleet.view is not None:
                 self._start(self.random.choice(self.layers))

@@ -63,6 +63,7 @@ class Scenario:
     num_faults: int = 3
     controller: type[Reconciler] = Reconciler
     is_fenced: bool = True
+    is_about_leaders: bool = False  # then controllers are stopped in the middle of moves, and nothing else happens
     has_trace: bool = False
 
 
@@ -83,7 +84,7 @@ class World:
         self.scenario = scenario
         self.random = rng = Random(scenario.seed)
         self.network = Network(Random(scenario.seed + 1))
-        self.store = Store()
+        self.store = Store(scenario.is_fenced)
         self.store.on_publish = self.on_publish
         self.layers = [LayerSpec(layer, rng.choice((4, 6, 8)), 100, 2) for layer in range(rng.choice((1, 2)))]
         self.num_shards = rng.choice((3, 4, 5))
@@ -195,7 +196,7 @@ class World:
     # Failures
 
     async def _fault(self) -> None:
-        faults = (
+        faults: tuple[tuple[int, Callable[[], Coroutine[Any, Any, None]]], ...] = (
             (4, self._kill_shard),
             (3, self._stop_shard),
             (3, self._kill_controller),
@@ -211,6 +212,8 @@ class World:
             (1, self._slow_shard),
             (1, self._corrupt_shard),
         )
+        if self.scenario.is_about_leaders:
+            faults = ((3, self._stop_controller), (1, self._drain), (1, self._grow), (1, self._kill_shard))
         await asyncio.sleep(self.random.uniform(0, FAULTS_S))
         (fault,) = self.random.choices([fault for _, fault in faults], [weight for weight, _ in faults])
         await fault()
@@ -231,7 +234,9 @@ class World:
         process.resume()
 
     def _some_shard(self) -> SimShard:
-        return self.random.choice([shard for shard in self.shards.values() if shard.is_up])
+        """Of a fleet that has enough of them, or it is given one more."""
+        live = [shard for shard in self.shards.values() if shard.is_up]
+        return self.random.choice(live) if len(live) >= 3 else self.start_shard(self.random.choice(self.nodes))
 
     def _remove(self, shard: SimShard) -> None:
         self._kill(shard)
