@@ -90,6 +90,8 @@ class Replicas:
     def __init__(self, pause_s: float) -> None:
         self._pause_s = pause_s
         self.all = [BackboneProcess(pause_s, draft_tokens) for draft_tokens in (None, 0)]
+        for one in self.all:
+            assert one.endpoint
 
     async def ask(self) -> list[dict[str, Any]]:
         """What Serve would say: those that are dead or hang do not answer."""
@@ -107,9 +109,10 @@ class Replicas:
         self.all = [one for one in self.all if one.answers]
         for one in over:
             one.close()
-        self.all += [BackboneProcess(self._pause_s) for _ in range(2 - len(self.all))]
-        for one in self.all:
+        new = [BackboneProcess(self._pause_s) for _ in range(2 - len(self.all))]
+        for one in new:
             assert one.endpoint
+        self.all += new  # only now: gateways ask for the endpoints of these from threads of their own
 
     def close(self) -> None:
         for one in self.all:
