@@ -159,6 +159,7 @@ class Reconciler:
         finally:
             for task in self._work.values():
                 task.cancel()
+            await self._resign()
 
     async def turn(self) -> None:
         if not await self._lead():
@@ -185,9 +186,11 @@ class Reconciler:
             self._start_loads(known, demotions(self.placement, target, holdings))
         self._start_loads(known, wanted.loads - ready)
 
-    async def settled(self) -> None:
-        """Waits for what is under way on shards."""
-        await asyncio.gather(*self._work.values())
+    async def _resign(self) -> None:
+        """Lets another lead at once."""
+        if self._lease is not None:
+            with suppress(StoreUnavailable):
+                await self.registry.release_lease(self._lease)
 
     async def _lead(self) -> bool:
         """Whether this controller decides; a lease that is lost ends what it has begun."""

@@ -121,6 +121,8 @@ class RemoteStore:
 
     async def _ask(self, do: Callable[[MemoryRegistry], Awaitable[T]]) -> T:
         await self._process.runs()
+        if not self._process.is_up:
+            raise StoreUnavailable("the process that asks is dead")
         await asyncio.sleep(self._network.hop_s())
         store = self._store.process
         if not store.is_up:
@@ -267,6 +269,7 @@ class RemoteShards:
 
     def __init__(self, process: Process, fleet: Mapping[str, SimShard], network: Network, on_drop: OnDrop) -> None:
         self._process, self._fleet, self._network, self._on_drop = process, fleet, network, on_drop
+        self.before_drop: Callable[[Process, Experts], None] = lambda *_: None
 
     async def _ask(self, shard: Shard, do: Callable[[SimShard], Awaitable[T]]) -> T:
         await self._process.runs()
@@ -314,6 +317,8 @@ class RemoteShards:
         return await self._ask(shard, lambda target: target.load(_flat(device, standby), order))
 
     async def drop(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> None:
+        self.before_drop(self._process, device)
+
         async def drop(target: SimShard) -> None:
             dropped = target.drop(_flat(device, standby), order)
             self._on_drop(target, dropped, self._process.name)

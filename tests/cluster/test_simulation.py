@@ -61,7 +61,7 @@ class NeverRepairs(Reconciler):
 @pytest.mark.parametrize(
     ("broken", "found"),
     [
-        (Scenario(0, controller=DropsBeforeDrain), r"drop expert .* of which b\d has no other home"),
+        (Scenario(0, controller=DropsBeforeDrain), r"drop expert .* for which b\d counts on it"),
         (Scenario(0, controller=PublishesBeforeLoad), r"moves expert .* no home has it"),
         (Scenario(0, controller=NeverRepairs), r"did not come to rest: cover is [01]"),
         (
