@@ -216,6 +216,8 @@ def test_a_shard_that_computes_for_long_is_left_to_it(model_dir: Path, fleet: li
             remote.update(placement_on(local, everywhere([slow.shards[0].id]), epoch=1), shards)
             remote(1, *few)()  # from here on it is known how long a row takes
             remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
+            connect(remote)
+            prefer(remote, slow.shards[0].id)
             assert torch.equal(remote(1, *many)(), local(1, *many)())
             assert remote.traffic.num_stalled == num_stalled
             remote.close()
