@@ -142,7 +142,9 @@ class ShardHealth:
 
     def adopt(self, pace: Pace, now: float) -> None:
         """Takes a new pace without a jump in what is predicted; what is known of old fades away."""
-        if pace != self.pace:
+        if not self.num_learned:  # what it says of itself is all that is known
+            self.pace = pace
+        elif pace != self.pace:
             before = self.compute_us(self.last_work)
             self.pace, self.slowness = pace, 1.0
             self.slowness = before / self.compute_us(self.last_work)

@@ -13,7 +13,7 @@ import pytest
 from cluster.call_policy import CallPolicy
 from cluster.calls import Ask, LayerCall, Refusal
 from cluster.fleet import Fleet, FleetView
-from cluster.health import Circuit, Link, ShardHealth, Timing
+from cluster.health import Circuit, Link, ShardHealth, Timing, Work
 from cluster.topology import Homes, Pace, Placement
 
 TOP_K, NUM_EXPERTS = 3, 12
@@ -443,6 +443,17 @@ def test_a_pace_that_a_shard_publishes_moves_work() -> None:
     _, asks = world.start(list(range(NUM_EXPERTS)) * 8)
     num_picks = {ask.shard_id: len(ask.picks) for ask in asks}
     assert num_picks.get("a", 0) < num_picks["b"] / 4
+
+
+def test_a_new_pace_counts_at_once_for_a_shard_that_was_never_asked_and_fades_in_for_others() -> None:
+    fresh, known = (ShardHealth(id, POLICY, link=Link.UP) for id in "ab")
+    work, slower = Work(4, 8, 1.0), Pace(500.0, 1000.0, 100.0)
+    known.answer(work, Timing(0, 530, 0), 0.001, 0.001, now=1.0)
+    before = known.compute_us(work)
+    for health in (fresh, known):
+        health.adopt(slower, now=1.0)
+    assert fresh.compute_us(work) == 500.0 + 4 * 1000.0 + 8 * 100.0
+    assert known.compute_us(work) == pytest.approx(before)
 
 
 def test_standby_homes_are_asked_only_where_no_home_may_be() -> None:

@@ -216,6 +216,8 @@ def test_a_shard_that_computes_for_long_is_left_to_it(model_dir: Path, fleet: li
             remote.update(placement_on(local, everywhere([slow.shards[0].id]), epoch=1), shards)
             remote(1, *few)()  # from here on it is known how long a row takes
             remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
+            connect(remote)
+            prefer(remote, slow.shards[0].id)
             assert torch.equal(remote(1, *many)(), local(1, *many)())
             assert remote.traffic.num_stalled == num_stalled
             remote.close()
@@ -251,11 +253,11 @@ def ask_many(
 
 
 def prefer(remote: RemoteExperts, shard_id: str) -> None:
-    """Makes it look quick, so that it is asked first."""
+    """Has the others look so slow that all is sent to this one, as long as it can be asked."""
     view = remote._view
     assert view is not None
-    view.healths[shard_id].pace = Pace(1.0, 0.001, 0.001)
-    remote._view = FleetView(view.placement, view.healths, {shard_id: Pace(1.0, 0.001, 0.001)})
+    paces = {id: Pace(call_us=1e5) for id in view.shard_ids if id != shard_id}
+    remote._view = FleetView(view.placement, view.healths, paces)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
@@ -269,7 +271,9 @@ def test_rows_of_a_dead_or_hung_shard_go_to_another_home_at_once(
         remote.update(placement_on(local, homes), shards)
         connect(remote)
         prefer(remote, doomed.shards[0].id)
+        num_asked = remote.traffic.num_sent
         ask_many(remote, local, 20)
+        assert remote.traffic.num_sent == num_asked + 20  # one message each: all to the one that is to be lost
         os.kill(doomed.process.pid, sent)
         stopped_at, times = time.monotonic(), []
         while time.monotonic() < stopped_at + (10.0 if sent is signal.SIGSTOP else 2.0):
