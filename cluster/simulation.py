@@ -5,9 +5,10 @@ it, and `--trace` tells its story. Planner, migration, controller, follower and 
 that serve; network, store and shards are `cluster.simulated`. After the way FoundationDB and TigerBeetle are tested.
 
 What must hold: no placement is published that leaves an expert without a live home; no expert is dropped where the
-placement, or that of a backbone that is up to date, names the shard as its home; epochs do not go backwards; every pick of every call counts exactly once; no count of expert load is lost; no shard exceeds its budget; a
-call takes at most `MAX_CALL_S`; and when failures have ended, the fleet comes to rest within `MAX_REST_S`: full cover,
-every shard holding what the placement says and nothing else, every backbone on that placement.
+placement, or that of a backbone that is up to date, names the shard as its home; epochs do not go backwards; every pick
+of every call counts exactly once; no count of expert load is lost; no shard exceeds its budget; a call takes at most
+`MAX_CALL_S`; and when failures have ended, the fleet comes to rest within `MAX_REST_S`: full cover, every shard holding
+what the placement says and nothing else, every backbone on that placement.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class World:
         self.backbones: list[SimBackbone] = []
         self.published: Placement | None = None
         self.error: str | None = None
+        self.is_failing = True
         self.num_epochs = 0
         self._num_started = 0
         self._tasks: dict[Process, list[asyncio.Task[Any]]] = {}
@@ -120,6 +122,7 @@ class World:
         await asyncio.sleep(CALM_S)
         await asyncio.gather(*(self._fault() for _ in range(self.scenario.num_faults)))
         shifting.cancel()
+        self.is_failing = False
         ended_at = self.time
         while self.error is None and (unrest := self.unrest()) is not None:
             if self.time - ended_at > MAX_REST_S:
@@ -283,7 +286,14 @@ class World:
 
     def _maybe_stop(self, process: Process, experts: Experts) -> None:
         """Another leads for a while, and for it a home of what is about to be dropped dies."""
-        if self.random.random() < 0.5 and self.published is not None and experts:
+        if (
+            self.is_failing
+            and not process.is_stopped
+            and self.random.random() < 0.5
+            and self.published is not None
+            and experts
+        ):
+            process.stop()
             self._start(process, self._stop(process, self.random.uniform(5.0, 8.0)))
             layer = self.random.choice(sorted(experts))
             homes = self.published.all_homes(layer)[self.random.choice(experts[layer])]
