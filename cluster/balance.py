@@ -21,7 +21,7 @@ TOLERANCE = 1e-4  # of the highest level
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def rate(cost_EC: Any, pace_SP: Any, expert: int, shard: int) -> float:
     """The µs that all of an expert's rows take on a shard."""
-    return pace_SP[shard, 1] * cost_EC[expert, 0] + pace_SP[shard, 2] * cost_EC[expert, 1]  # type: ignore[no-any-return]
+    return float(pace_SP[shard, 1] * cost_EC[expert, 0] + pace_SP[shard, 2] * cost_EC[expert, 1])
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -42,7 +42,7 @@ def _level_two(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, share_EH:
 def _level(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_homes: int, share_EH: Any, busy_S: Any) -> float:
     """Shares one expert's rows out so that its homes end together; returns the largest change in µs."""
     if num_homes == 2:
-        return _level_two(expert, cost_EC, pace_SP, homes_EH, share_EH, busy_S)
+        return float(_level_two(expert, cost_EC, pace_SP, homes_EH, share_EH, busy_S))
     level = float("inf")
     for _ in range(num_homes):  # each turn but the last leaves out a home that is above the level as it is
         before, above, slope = level, 1.0, 0.0
