@@ -3,7 +3,8 @@
 How to read it. A popularity is lognormal (σ = 1.1), one for each layer, and drifts from one plan to the next: w' = w ·
 exp(drift · N(0, 1)). Both planners have (E + R) / G device slots on each of G shards; ours may also let experts stand
 by in host memory. "moved" is the share of device slots that hold another expert than before, for EPLB after the copies
-of an expert on one shard are counted once. Balance is mean over shards / maximum, for each layer, then averaged, in rows:
+of an expert on one shard are counted once. Balance is mean over shards / maximum, for each layer, then averaged, in
+rows:
 
 - `split`: planned, with the best split of rows over homes (what the client does). **The bars are judged by this.**
 - `even`: planned, an even split (what EPLB assumes).
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import eplb
-from cluster.balance import settle
+from cluster.balance import busy_times
 from cluster.load import ExpectedLoad
 from cluster.plan import Plan, PlanPolicy
 from cluster.planner import plan
@@ -64,7 +65,7 @@ def balance_of(homes: Homes, load_E: Floats, num_shards: int, is_even: bool = Fa
     else:
         cost_EC = np.stack([np.zeros_like(load_E), load_E], axis=1)
         pace_SP = np.tile([0.0, 0.0, 1.0], (num_shards, 1))
-        busy_S = settle(cost_EC, pace_SP, homes_EH, num_E, np.full(len(homes), -1), 0.0)[1]
+        busy_S = busy_times(cost_EC, pace_SP, homes_EH, num_E, np.full(len(homes), -1))
     return float(busy_S.mean() / busy_S.max())
 
 

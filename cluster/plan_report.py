@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.layer_homes import MIB, Array, Table
+from cluster.balance import Array
+from cluster.layer_homes import MIB, Table
 from cluster.plan import Move, Plan, PlanPolicy, Tier
 from cluster.planned_fleet import Fleet, PlannedLayer
 from cluster.topology import Homes

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster import balance
-from cluster.layer_homes import Array, Floats, ShardNumbers, Table, costs_of_experts, rows_of_experts
+from cluster.balance import Array, Floats
+from cluster.layer_homes import ShardNumbers, Table, costs_of_experts, rows_of_experts
 from cluster.load import ExpectedLoad
 from cluster.plan import PlanPolicy
 from cluster.topology import LayerSpec, Placement, Shard
@@ -157,9 +158,9 @@ class PlannedLayer:
         if self._settled is None or not (
             self._settled[0].is_same(self.table) and np.array_equal(self._settled[1], fallback_E)
         ):
-            busy_S = balance.settle(
+            busy_S = balance.busy_times(
                 self.cost_EC, fleet.pace_SP, self.table.homes_EH, self.table.num_E, fallback_E, self.wake_us
-            )[1]
+            )
             self._settled = self.table.copy(), fallback_E, busy_S
         return self._settled[2].copy()
 
@@ -167,10 +168,10 @@ class PlannedLayer:
         """µs of the slowest shard as it runs, those that drain included; experts without a live home cost nothing."""
         if self.level_at_rest is not None:
             return self.level_at_rest
-        busy_S = balance.settle(
+        busy_S = balance.busy_times(
             self.cost_EC, fleet.all_paces_SP, self.before.homes_EH, self.before.num_E,
             self.standby_before.homes_EH[:, 0].copy(), self.wake_us,
-        )[1]  # fmt: skip
+        )  # fmt: skip
         return float(busy_S.max())
 
     def add(self, expert: int, shard: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cluster import balance, cover, deal, search
-from cluster.layer_homes import Array, Floats
+from cluster.balance import Array, Floats
 from cluster.load import ExpectedLoad
 from cluster.plan import Plan, PlanPolicy
 from cluster.plan_report import Weighed, report
@@ -60,9 +60,10 @@ def _deal(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) ->
         return
     slots_S = fleet.slots_S(number, layer)
     level = balance.ideal_level(layer.cost_EC, fleet.pace_SP)
-    most = policy.max_homes if policy.is_device_cover else 1
+    most = min(policy.max_homes, fleet.num_shards) if policy.is_device_cover else 1
     num_slots = int(np.minimum(slots_S, layer.spec.num_experts).sum())
-    wanted_E = deal.wanted_homes(layer.cost_EC, layer.table.num_E, num_slots, fleet.num_shards, level, most)
+    wanted_E = np.ones(layer.spec.num_experts, np.int64)
+    deal.count_homes(layer.cost_EC, num_slots, level, most, wanted_E)
     table = layer.table.resized(max(int(wanted_E.max()), 1))
     deal.deal(
         layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, slots_S, fleet.node_S, wanted_E,
@@ -77,7 +78,7 @@ def _deal(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) ->
 def _improve(
     layer: PlannedLayer, fleet: Fleet, slots_S: Array, enough: float, aim: float, price: float
 ) -> tuple[float, float]:
-    _, before, after = search.improve(
+    before, after = search.improve(
         layer.cost_EC, fleet.pace_SP, layer.table.homes_EH, layer.table.num_E, slots_S, layer.fallback_E,
         layer.is_cold_E, fleet.policy.wake_us_per_mib, enough, aim, price, MAX_STEPS,
     )  # fmt: skip

@@ -263,9 +263,10 @@ def improve(
 
     Looks further than the most promising steps only above the level `enough` (µs). Ends at `aim` or where no step
     helps, then goes back to the point at which time saved less `price` (µs) per expert moved was highest. Returns the
-    steps taken [X, 4], the level before and after, in µs.
+    level before and after, in µs.
     """
-    share_EH, busy_S = settle(cost_EC, pace_SP, homes_EH, num_E, fallback_E, wake_us)
+    share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(pace_SP))
+    settle(cost_EC, pace_SP, homes_EH, num_E, fallback_E, wake_us, share_EH, busy_S)
     first = level = busy_S.max()
     taken_XK = np.empty((max_steps, 5), np.int64)
     best_worth, num_best, num_taken, num_moved, best_level = 0.0, 0, 0, 0, first
@@ -304,7 +305,7 @@ def improve(
     for i in range(num_taken - 1, num_best - 1, -1):
         step = (taken_XK[i, 0], taken_XK[i, 1], taken_XK[i, 2], taken_XK[i, 3], taken_XK[i, 4])
         _undo(step, cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, slots_S)
-    return taken_XK[:num_best], first, best_level
+    return first, best_level
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -372,7 +373,8 @@ def occupy(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, wake_us: float
 ) -> None:
     """Fills `slots_S` with homes of experts that burden slower shards, in place, those first that relieve most."""
-    share_EH, busy_S = settle(cost_EC, pace_SP, homes_EH, num_E, fallback_E, wake_us)
+    share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(pace_SP))
+    settle(cost_EC, pace_SP, homes_EH, num_E, fallback_E, wake_us, share_EH, busy_S)
     enough = 0.02 * ideal_level(cost_EC, pace_SP)
     while True:
         most, chosen, to = enough, -1, -1
