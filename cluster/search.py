@@ -18,11 +18,11 @@ from numba import njit
 from cluster.balance import SWEEPS, TOLERANCE, fall_back, fill, ideal_level, is_home, join, rate, settle
 
 TRIAL_SWEEPS = 12  # of a fill that only compares steps
-FEW_TRIALS, MANY_TRIALS = 8, 40  # of the most promising steps are tried in full: many where none of a few helps
+FEW_TRIALS, MANY_TRIALS = 8, 20  # of the most promising steps are tried in full: many where none of a few helps
 EVENNESS = (
     1e-3  # what a µs of the root mean square counts beside one of the maximum: of several slowest, one goes first
 )
-PATIENCE = 16  # steps in a row that only relieve one of several slowest shards
+PATIENCE = 8  # steps in a row that only relieve one of several slowest shards
 GOOD_TRIAL = 0.7  # the part of the next step's promise at which no further one is tried
 
 
