@@ -128,6 +128,33 @@ def _packed(counts_E: Counts) -> str:
     return json.dumps(np.stack([experts, counts_E[experts]], axis=1).reshape(-1).tolist(), separators=(",", ":"))
 
 
+class LoadHistory:
+    """What a controller knows of the load: windows that are over are read once and kept."""
+
+    def __init__(self, store: LoadStore, num_experts: Mapping[int, int], num_windows: int = 40) -> None:
+        self.store, self.num_experts, self.num_windows = store, dict(num_experts), num_windows
+        self._known: dict[tuple[int, int], Counts] = {}  # by layer and window
+
+    async def expected(self, now: float) -> dict[int, ExpectedLoad]:
+        """Of every layer that was used lately. Raises StoreUnavailable."""
+        present = self.store.window(now)
+        windows = range(present - self.num_windows + 1, present + 1)
+        first = windows[0]
+        self._known = {key: counts for key, counts in self._known.items() if first <= key[1] < present - 1}
+        loads = {}
+        for layer, num_experts in self.num_experts.items():
+            missing = [window for window in windows if (layer, window) not in self._known]
+            counts_WE = await self.store.read(layer, num_experts, missing)
+            self._known |= {(layer, window): row for window, row in zip(missing, counts_WE, strict=True)}
+            counts_WE = np.stack([self._known[layer, window] for window in windows])
+            is_used = counts_WE.any(axis=1)
+            if is_used.any():  # from the first window with picks on: before it there was no fleet
+                start = int(is_used.argmax())
+                ages_s = [(present - window) * float(self.store.window_s) for window in windows[start:]]
+                loads[layer] = expected_load(counts_WE[start:], ages_s, self.store.window_s)
+        return loads
+
+
 @dataclass(frozen=True)
 class ExpectedLoad:
     """Picks per second of each expert of a layer, float64 [E]: lately, over hours, what to expect, and how it varies.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,10 +28,13 @@ from cluster.migration import (
     next_round,
     next_target,
 )
+from cluster.plan import Plan
 from cluster.registry import Lease, RegistryStore, StalePlacement, StoreUnavailable
 from cluster.topology import Experts, LayerSpec, Placement, Shard
 
 log = logging.getLogger(__name__)
+
+REGRET = 0.01  # a plan that made steps longer by this part is taken back
 
 
 class ShardFailed(RuntimeError):
@@ -59,23 +63,14 @@ class Shards(Protocol):
         """The experts for which the two do not compute the same."""
 
 
-class PlanLike(Protocol):
-    """What the loop needs of a plan."""
-
-    @property
-    def target(self) -> Target: ...
-    @property
-    def is_accepted(self) -> bool: ...
-    def to_record(self) -> Mapping[str, str]: ...
-
-
-Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[PlanLike]]
+Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[Plan]]
 
 
 @dataclass(frozen=True)
 class Timing:
     """Seconds: between turns; between plans for load's sake; from all backbones following an epoch to dropping what it
-    gave up; that a failing shard is left alone; that backbones are given to bring back a placement that was lost.
+    gave up; that a failing shard is left alone; that backbones are given to bring back a placement that was lost; until
+    a plan is judged by the load that came; without plans for load's sake after one was taken back.
     """
 
     period_s: float = 0.5
@@ -83,6 +78,8 @@ class Timing:
     drain_s: float = 1.0
     shun_s: float = 10.0
     first_wait_s: float = 2.0
+    judge_s: float = 60.0
+    regret_s: float = 300.0
 
 
 @dataclass
@@ -104,6 +101,15 @@ def as_placement(layers: Sequence[LayerSpec], holdings: Mapping[str, Holding]) -
     return Placement(0, found, {}) if held else None
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """A plan that has yet to prove itself."""
+
+    before: Target
+    predicted: float  # part of the time per step that it saves
+    judge_at: float
+
+
 class Reconciler:
     """`turn` is the loop's body; `clock` gives seconds since 1970."""
 
@@ -112,7 +118,7 @@ class Reconciler:
         owner: str,
         model: str,
         layers: Sequence[LayerSpec],
-        num_expected: int,
+        num_expected: Mapping[str, int],
         registry: RegistryStore,
         shards: Shards,
         planner: Planner,
@@ -129,6 +135,8 @@ class Reconciler:
         self._bare_since: float | None = None  # since when no placement is published
         self._planned_at = 0.0
         self._planned_for: object = None
+        self._trial: _Trial | None = None
+        self._regrets_until = 0.0
         self._followed_since: tuple[int, float] | None = None
         self._work: dict[str, asyncio.Task[None]] = {}
         self._held: dict[str, tuple[tuple[str, str], Holding]] = {}  # with the start and the digest that it belongs to
@@ -151,6 +159,7 @@ class Reconciler:
         finally:
             for task in self._work.values():
                 task.cancel()
+            await self._resign()
 
     async def turn(self) -> None:
         if not await self._lead():
@@ -177,9 +186,11 @@ class Reconciler:
             self._start_loads(known, demotions(self.placement, target, holdings))
         self._start_loads(known, wanted.loads - ready)
 
-    async def settled(self) -> None:
-        """Waits for what is under way on shards."""
-        await asyncio.gather(*self._work.values())
+    async def _resign(self) -> None:
+        """Lets another lead at once."""
+        if self._lease is not None:
+            with suppress(StoreUnavailable):
+                await self.registry.release_lease(self._lease)
 
     async def _lead(self) -> bool:
         """Whether this controller decides; a lease that is lost ends what it has begun."""
@@ -247,11 +258,12 @@ class Reconciler:
             self._bare_since = None
         now, fleet = self.clock(), [(shard.id, shard.incarnation, shard.draining) for shard in alive]
         running = Target.of(self.placement) if self.placement else None
-        patience = self.timing.plan_every_s * (
-            1 if self.target in (None, running) else 6
-        )  # a plan gets time to be done
-        is_due = now - self._planned_at >= patience
+        is_under_way = self.target is not None and self.target != running
+        patience = self.timing.plan_every_s * (6 if is_under_way else 1)
+        is_due = now - self._planned_at >= patience and now >= self._regrets_until
         if fleet == self._planned_for and not is_due:
+            return True
+        if running is not None and not is_under_way and await self._take_back(alive, holdings):
             return True
         try:
             plan = await self.planner(alive, self.placement or as_placement(self.layers, holdings))
@@ -259,18 +271,49 @@ class Reconciler:
             log.warning("No plan for these shards: %s", error)
             return False
         self._planned_at, self._planned_for = now, fleet
-        self.target = plan.target if plan.is_accepted or running is None else running
-        if plan.is_accepted:
-            with suppress(StoreUnavailable):
-                await self.registry.note_decision({"at": f"{now:.3f}", "by": self.owner, **plan.to_record()})
+        self.target = Target(plan.homes, plan.standby)
+        if plan.moves:
+            await self._note(plan)
+            if plan.gain_s > 0 and self._trial is None and running is not None:
+                saved = 1.0 - plan.predicted_s_after / plan.predicted_s_before
+                self._trial = _Trial(running, saved, now + self.timing.judge_s)
         return True
+
+    async def _take_back(self, alive: Sequence[Shard], holdings: Mapping[str, Holding]) -> bool:
+        """Judges the last plan by the load that has come since: whether it made things worse and is taken back."""
+        trial, now = self._trial, self.clock()
+        if trial is None or now < trial.judge_at:
+            return False
+        self._trial = None
+        before = Placement(0, trial.before.homes, {}, standby=trial.before.standby)
+        if not holdings.keys() >= set(before.shard_ids):
+            return False  # it cannot be had back
+        was, now_is = await self.planner(alive, before), await self.planner(alive, self.placement)
+        achieved = 1.0 - now_is.predicted_s_before / was.predicted_s_before if was.predicted_s_before else 0.0
+        is_worse = achieved < -REGRET
+        numbers = {"predicted": f"{trial.predicted:.4f}", "achieved": f"{achieved:.4f}"}
+        await self._record({"kind": "rollback" if is_worse else "verdict", **numbers})
+        if is_worse:
+            self.target, self._regrets_until = trial.before, now + self.timing.regret_s
+        return is_worse
+
+    async def _note(self, plan: Plan) -> None:
+        covers = {"cover_before": str(plan.cover_before), "cover_after": str(plan.cover_after)}
+        numbers = {"moves": str(len(plan.moves)), "bytes": str(plan.num_bytes), "gain_s": f"{plan.gain_s:.4f}"}
+        await self._record({"kind": "plan", **numbers, **covers, "why": " ".join(plan.reasons)})
+
+    async def _record(self, decision: Mapping[str, str]) -> None:
+        log.info("Decided: %s", decision)
+        with suppress(StoreUnavailable):
+            await self.registry.note_decision({"at": f"{self.clock():.3f}", "by": self.owner, **decision})
 
     def _may_begin(self, alive: Sequence[Shard]) -> bool:
         """Whether a first placement may be made: the fleet is there, and no backbone brings one back."""
-        now = self.clock()
+        now, pools = self.clock(), Counter(shard.pool for shard in alive if not shard.draining)
         self._bare_since = now if self._bare_since is None else self._bare_since
         is_new = not any(shard.num_held for shard in alive)
-        return len(alive) >= self.num_expected and (is_new or now - self._bare_since >= self.timing.first_wait_s)
+        is_complete = all(pools[pool] >= count for pool, count in self.num_expected.items())
+        return is_complete and (is_new or now - self._bare_since >= self.timing.first_wait_s)
 
     async def _publish(self, after: Target) -> None:
         assert self._lease is not None

@@ -67,7 +67,7 @@ class ControllerDeployment:
         logs.configure("controller", args.log_format)
         family = load_family(args.model)
         config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype)
-        controller = Controller(config, family.expert_shapes, args.registry())
+        controller = Controller(config, family.expert_shapes, args.registry(), args.loads())
         self._loop = asyncio.create_task(controller.run())
 
     async def check_health(self) -> None:

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from cluster.load import LoadStore
 from cluster.first_placement import first_placement
+from cluster.load import LoadStore
 from cluster.registry import Registry, connect, key_prefix
 from cluster.topology import Shard
 from model import kernels

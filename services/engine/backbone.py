@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.first_placement import shard_loads
 from cluster.follower import Follower
 from cluster.load import LoadCounter, LoadStore
-from cluster.first_placement import shard_loads
 from cluster.registry import RegistryStore, StoreUnavailable
 from cluster.topology import Placement, Shard
 from model import kernels
@@ -85,7 +85,8 @@ class Backbone:
         torch.set_num_threads(config.num_threads)
         self.config, self.family, self.loads = config, family, loads
         self.counter = LoadCounter({shape.layer: shape.num_experts for shape in family.expert_shapes})
-        self.remote = None if registry is None else RemoteExperts()
+        expert_mib = {shape.layer: shape.nbytes(config.dtype) / 2**20 for shape in family.expert_shapes}
+        self.remote = None if registry is None else RemoteExperts(expert_mib=expert_mib)
         inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
         model = family.load_backbone(CountedExperts(inner, self.counter), config.dtype, config.device)
         plan = config.memory
@@ -147,6 +148,8 @@ class Backbone:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.remote is not None:
+            self.remote.give_up()  # or the engine might wait for a home, and we for the engine
         await asyncio.to_thread(self.engine.stop)
         if self.follower is not None:
             with suppress(StoreUnavailable):
@@ -174,6 +177,7 @@ class Backbone:
                 "placement_age_s": time.time() - self._placed_at,
                 "down": sorted(shard_id for shard_id, state in states.items() if state != "live"),
                 "traffic": asdict(remote.traffic),
+                "circuits": remote.circuits,
                 "shards": self._shard_report(placement, states),
             }
         return status

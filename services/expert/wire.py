@@ -71,11 +71,19 @@ class Body(NamedTuple):
     pick_weights: bytes
 
 
+def body_of(request: pb.ComputeRequest) -> Body:
+    return Body(request.rows, request.grid, request.pick_rows, request.pick_experts, request.pick_weights)
+
+
+def checksum_of_request(request: pb.ComputeRequest, body: Body) -> int:
+    numbers = (request.id, request.layer, request.epoch, request.num_rows, request.dtype, request.timeout_us)
+    return request_checksum(REQUEST.pack(*numbers), *body)
+
+
 def checked_body(request: pb.ComputeRequest) -> Body:
     """Raises Refused with CORRUPT where the request is not what the client sent."""
-    body = Body(request.rows, request.grid, request.pick_rows, request.pick_experts, request.pick_weights)
-    numbers = (request.id, request.layer, request.epoch, request.num_rows, request.dtype, request.timeout_us)
-    checksum = request_checksum(REQUEST.pack(*numbers), *body)
+    body = body_of(request)
+    checksum = checksum_of_request(request, body)
     if checksum != request.checksum:
         detail = f"The request was changed on its way, or has none of ours: its checksum is {request.checksum:#x}"
         raise Refused(pb.Refusal.CORRUPT, f"{detail}, but must be {checksum:#x}.")

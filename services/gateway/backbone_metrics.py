@@ -43,6 +43,10 @@ TRAFFIC_COUNTERS = {
     "received_bytes": ("expert_received_bytes", "Bytes received from shards."),
     "num_lost": ("expert_calls_lost", "Messages whose shard or stream was lost."),
     "num_stalled": ("expert_calls_stalled", "Messages resent because a shard was silent."),
+    "num_hedged": ("expert_calls_hedged", "Messages sent to a second home because the first was late."),
+    "num_hedges_won": ("expert_hedges_won", "Times that the second home answered first."),
+    "num_corrupt": ("expert_replies_corrupt", "Replies whose checksum was wrong."),
+    "num_heals": ("expert_heals", "Times that rows waited because no home would compute them."),
 }
 
 

@@ -122,7 +122,31 @@ async def one_leader_at_a_time(registry: RegistryStore) -> None:
     assert await registry.renew_lease(second)
 
 
+async def a_leader_is_seen_as_long_as_it_leads(registry: RegistryStore) -> None:
+    assert not await registry.has_leader()
+    lease = await registry.acquire_lease("first")
+    assert lease is not None
+    assert await registry.has_leader()
+    await registry.release_lease(lease)
+    assert not await registry.has_leader()
+    await registry.acquire_lease("second")
+    await asyncio.sleep(TTL_S * 1.2)
+    assert not await registry.has_leader()
+
+
+async def the_first_checksum_of_an_expert_stays(registry: RegistryStore) -> None:
+    largest = 2**64 - 1
+    assert await registry.checksums("w", 1) == {}
+    assert await registry.note_checksums("w", 1, {}) == {}
+    assert await registry.note_checksums("w", 1, {0: 5, 7: largest}) == {0: 5, 7: largest}
+    assert await registry.note_checksums("w", 1, {7: 1, 8: 2}) == {7: largest, 8: 2}
+    assert await registry.checksums("w", 1) == {0: 5, 7: largest, 8: 2}
+    assert await registry.checksums("w", 2) == await registry.checksums("other", 1) == {}
+
+
 CONTRACTS: list[Contract] = [
+    a_leader_is_seen_as_long_as_it_leads,
+    the_first_checksum_of_an_expert_stays,
     heartbeats_keep_shards_alive,
     only_its_own_incarnation_says_goodbye,
     a_placement_replaces_only_the_one_it_knows,

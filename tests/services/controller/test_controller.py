@@ -1,21 +1,30 @@
+"""The controller with real shards: gRPC, a checkpoint on disk, and a registry in memory."""
+
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
 
+import grpc
 import pytest
 import torch
 
+from cluster.manifest import weights_name
 from cluster.memory_registry import MemoryRegistry
-from cluster.topology import Placement, Shard, held_digest
+from cluster.reconciler import Timing
+from cluster.topology import Placement
 from model.family import ModelFamily, load_family
-from services.controller.controller import Controller, ControllerConfig, layer_specs, stale_shards
+from services.controller.controller import Controller, ControllerConfig, layer_specs
+from services.expert import control
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoint
 
-CONFIG = ControllerConfig({"experts-cpu": 3}, "digest", torch.float32, gone_after_s=0.0)
+POOL = "experts-cpu"
+TIMING = Timing(period_s=0.1, drain_s=0.2, first_wait_s=0.5, shun_s=1.0)
+TIMEOUT_S = 60.0  # kernels may have to be compiled
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +32,64 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
     return load_family(write_checkpoint(tmp_path_factory.mktemp("model")))
 
 
-def new_shard(family: ModelFamily, registry: MemoryRegistry, number: int) -> ExpertShard:
-    return ExpertShard(ShardConfig(f"s{number}", memory_budget=1 << 30, leave_timeout_s=0.0), family, registry)
+@dataclass
+class Fleet:
+    """Shards that come and go, and a controller that may be replaced."""
+
+    family: ModelFamily
+    stack: AsyncExitStack
+    registry: MemoryRegistry = field(default_factory=lambda: MemoryRegistry(time.time))
+    shards: dict[str, ExpertShard] = field(default_factory=dict)
+    dead: set[str] = field(default_factory=set)
+
+    async def add(self) -> ExpertShard:
+        id = f"s{len(self.shards)}"
+        shard = self.shards[id] = ExpertShard(ShardConfig(id, memory_budget=1 << 30), self.family, self.registry)
+        await shard.start()
+        self.stack.push_async_callback(self.kill, shard)
+        return shard
+
+    async def kill(self, shard: ExpertShard) -> None:
+        """It goes without a word."""
+        id = shard.config.shard_id
+        if id not in self.dead and shard.service.worker.is_alive:
+            self.dead.add(id)
+            shard._beating.cancel()
+            await shard._server.stop(0)
+            await shard.service.close_front()
+
+    def start_controller(self, num_shards: int = 3) -> asyncio.Task[None]:
+        config = ControllerConfig({POOL: num_shards}, "digest", torch.float32, timing=TIMING)
+        return asyncio.create_task(Controller(config, self.family.expert_shapes, self.registry).run())
+
+    async def placement(self) -> Placement:
+        found = await self.registry.placement()
+        assert found is not None
+        return found
+
+    async def reaches(self, is_so: Callable[[Placement], bool]) -> Placement:
+        async with asyncio.timeout(TIMEOUT_S):
+            while (found := await self.registry.placement()) is None or not is_so(found):
+                await asyncio.sleep(0.05)
+        return found
+
+    def is_settled_on(self, *ids: str) -> Callable[[Placement], bool]:
+        """Two homes for everything, on these shards, which hold just that."""
+
+        def is_so(placement: Placement) -> bool:
+            holds = all(self.shards[id].host.digest == placement.digest_of(id) for id in ids)
+            return placement.cover() == 2 and set(placement.shard_ids) == set(ids) and holds
+
+        return is_so
 
 
 @asynccontextmanager
-async def fleet(family: ModelFamily, registry: MemoryRegistry, count: int) -> AsyncGenerator[list[ExpertShard], None]:
-    shards = [new_shard(family, registry, number) for number in range(count)]
+async def fleet(family: ModelFamily, num_shards: int = 3) -> AsyncGenerator[Fleet, None]:
     async with AsyncExitStack() as stack:
-        for shard in shards:
-            await shard.start()
-            stack.push_async_callback(shard.stop)
-        yield shards
-
-
-async def beat(registry: MemoryRegistry, shards: list[ExpertShard]) -> None:
-    for shard in shards:
-        await registry.heartbeat(shard.record)
+        made = Fleet(family, stack)
+        for _ in range(num_shards):
+            await made.add()
+        yield made
 
 
 def test_the_planner_sees_every_expert_of_the_model(family: ModelFamily) -> None:
@@ -49,121 +99,115 @@ def test_the_planner_sees_every_expert_of_the_model(family: ModelFamily) -> None
     assert {spec.expert_bytes for spec in layer_specs(family.expert_shapes, torch.bfloat16)} == {2 * 64 * 128 * 2}
 
 
-def test_only_shards_of_the_placement_that_hold_something_else_are_stale() -> None:
-    placement = Placement(1, {1: (("a", "b"), ("a",))}, {1: 0})
-    empty = Shard("a", "127.0.0.1:1", "n", "p", "cpu", "i", 10)
-    right = replace(empty, id="b", held_digest=held_digest({1: [0]}))
-    stranger = replace(empty, id="c")
-    assert stale_shards(placement, [empty, right, stranger]) == [empty]
-
-
-def test_the_first_placement_waits_for_all_shards_and_fills_them(family: ModelFamily) -> None:
+def test_the_first_placement_waits_for_all_shards(family: ModelFamily) -> None:
     async def run() -> None:
-        registry = MemoryRegistry(lambda: 0.0)
-        controller = Controller(CONFIG, family.expert_shapes, registry)
-        async with fleet(family, registry, 2) as shards:
-            await controller.turn()
-            assert await registry.placement() is None
-            third = new_shard(family, registry, 2)
-            await third.start()
-            await controller.turn()
-            placement = await registry.placement()
-            assert placement is not None
-            assert (placement.model, placement.cover()) == ("digest", 2)
-            assert placement.epoch > 1_700_000_000  # the time, so that a store that lost its data repeats none
-            assert sum(shard.host.num_held for shard in (*shards, third)) == 2 * NUM_EXPERTS * len(LAYERS)
-            await third.stop()
+        async with fleet(family, 2) as ours:
+            controller = ours.start_controller()
+            await asyncio.sleep(0.6)
+            assert await ours.registry.placement() is None
+            await ours.add()
+            placement = await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
+            assert placement.model == "digest"
+            assert set(placement.gains) == set(LAYERS)
+            assert placement.epoch > 1_700_000_000_000  # the time, so that a store that lost its data repeats none
+            controller.cancel()
 
     asyncio.run(run())
 
 
-def test_a_new_shard_takes_the_place_of_one_that_is_gone(family: ModelFamily) -> None:
+def test_a_shard_that_dies_is_replaced_by_those_that_are_left_and_a_new_one_is_used(family: ModelFamily) -> None:
     async def run() -> None:
-        registry = MemoryRegistry(lambda: 0.0)
-        controller = Controller(CONFIG, family.expert_shapes, registry)
-        async with fleet(family, registry, 2) as shards:
-            third = new_shard(family, registry, 2)
-            await third.start()
-            await controller.turn()
-            await controller.settled()
-            await beat(registry, [*shards, third])
-            num_held = third.host.num_held
-            await third.stop()
-            await controller.turn()  # a shard that is away is no reason to fail
-            before = await registry.placement()
-            again = new_shard(family, registry, 7)
-            await again.start()
-            assert again.host.num_held == 0
-            await controller.turn()
-            assert again.host.num_held == num_held
-            after = await registry.placement()
-            assert before is not None
-            assert after is not None
-            assert (before.shard_ids, after.shard_ids) == (("s0", "s1", "s2"), ("s0", "s1", "s7"))
-            assert after.digest_of("s7") == before.digest_of("s2") == again.record.held_digest
-            assert after.epoch == before.epoch + 1
-            await again.stop()
+        async with fleet(family) as ours:
+            controller = ours.start_controller()
+            await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
+            await ours.kill(ours.shards["s1"])
+            await ours.reaches(ours.is_settled_on("s0", "s2"))
+            await ours.add()
+            await ours.reaches(lambda placement: "s3" in placement.shard_ids and placement.cover() == 2)
+            controller.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_shard_that_leaves_hands_over_first(family: ModelFamily) -> None:
+    async def run() -> None:
+        async with fleet(family) as ours:
+            controller = ours.start_controller()
+            await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
+            covers = []
+            leaving = asyncio.create_task(ours.shards["s2"].stop())
+            while not leaving.done():
+                placement = await ours.placement()
+                held = {id for id, shard in ours.shards.items() if shard.host.num_held}
+                covers.append(placement.cover(held))
+                await asyncio.sleep(0.02)
+            assert min(covers) == 2
+            assert ours.is_settled_on("s0", "s1")(await ours.placement())
+            assert ours.shards["s2"].service.counters.num_refusals == 0
+            controller.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_controller_that_dies_at_any_step_is_succeeded(family: ModelFamily) -> None:
+    async def run() -> None:
+        async with fleet(family) as ours:
+            for number in range(12):
+                controller = ours.start_controller()
+                if number % 4 == 3:
+                    await ours.add()
+                await asyncio.sleep(0.15 * number % 0.7)
+                controller.cancel()
+                await asyncio.gather(controller, return_exceptions=True)
+                ours.registry._lease = None  # as when its time is up
+            controller = ours.start_controller()
+            everyone = ours.is_settled_on(*ours.shards)
+            await ours.reaches(everyone)
+            controller.cancel()
 
     asyncio.run(run())
 
 
 def test_a_store_that_comes_back_empty_gets_the_running_placement(family: ModelFamily) -> None:
     async def run() -> None:
-        registry = MemoryRegistry(lambda: 0.0)
-        controller = Controller(CONFIG, family.expert_shapes, registry)
-        async with fleet(family, registry, 3) as shards:
-            await controller.turn()
-            await controller.turn()
-            placement = await registry.placement()
-            controller.registry = MemoryRegistry(lambda: 0.0)
-            await beat(controller.registry, shards)
-            await controller.turn()
-            assert await controller.registry.placement() == placement
+        async with fleet(family) as ours:
+            controller = ours.start_controller()
+            placement = await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
+            ours.registry.__init__(time.time)  # type: ignore[misc]
+            assert await ours.reaches(lambda found: True) == placement
+            controller.cancel()
 
     asyncio.run(run())
 
 
-def test_a_placement_of_another_fleet_or_checkpoint_is_replaced(family: ModelFamily) -> None:
+def test_an_expert_made_of_other_bytes_is_not_served(family: ModelFamily) -> None:
     async def run() -> None:
-        registry = MemoryRegistry(lambda: 0.0)
-        async with fleet(family, registry, 3):
-            first = Controller(CONFIG, family.expert_shapes, registry)
-            await first.turn()
-            old = await registry.placement()
-            assert old is not None
-            alive = await registry.shards()
-            assert first.fits(old, alive)
-            assert not first.fits(old, [])
-            other = Controller(replace(CONFIG, model="other"), family.expert_shapes, registry)
-            smaller = Controller(replace(CONFIG, num_shards={"experts-cpu": 2}), family.expert_shapes, registry)
-            assert not other.fits(old, alive)
-            assert not smaller.fits(old, alive)
-            await other.turn()
-            new = await registry.placement()
-            assert new is not None
-            assert (new.model, new.epoch > old.epoch) == ("other", True)
+        async with fleet(family) as ours:
+            await ours.registry.note_checksums(weights_name("digest", "float32"), LAYERS[0], {1: 12345})
+            controller = ours.start_controller()
+            await asyncio.sleep(2.0)
+            assert await ours.registry.placement() is None
+            assert all(1 not in shard.host.held.get(LAYERS[0], []) for shard in ours.shards.values())
+            controller.cancel()
 
     asyncio.run(run())
 
 
-def test_a_shard_that_cannot_be_filled_holds_up_none_of_the_others(family: ModelFamily) -> None:
+def test_the_orders_of_a_leader_that_was_replaced_are_refused(family: ModelFamily) -> None:
     async def run() -> None:
-        registry = MemoryRegistry(lambda: 0.0)
-        controller = Controller(CONFIG, family.expert_shapes, registry)
-        async with fleet(family, registry, 2) as shards:
-            third = new_shard(family, registry, 2)
-            await third.start()
-            await controller.turn()
-            await controller.settled()
-            assert controller.placement is not None
-            dead = replace(shards[0].record, endpoint="127.0.0.1:1", held_digest="")
-            await registry.heartbeat(dead)
-            await third.stop()
-            again = new_shard(family, registry, 2)  # the same name: it is only filled again
-            await again.start()
-            await controller.turn()
-            await controller.settled()
-            assert again.record.held_digest == held_digest(controller.placement.experts_of("s2"))
-            await again.stop()
+        async with fleet(family, 1) as ours:
+            endpoint = ours.shards["s0"].endpoint
+            await control.load(endpoint, {LAYERS[0]: [0, 1]}, fencing=7)
+            for order in (
+                control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6),
+                control.load(endpoint, {LAYERS[0]: [2]}, fencing=6),
+            ):
+                with pytest.raises(control.ShardError, match="The token 6 is older than 7: there is a new leader"):
+                    await order
+            assert ours.shards["s0"].host.held == {LAYERS[0]: [0, 1]}
+            with pytest.raises(control.ShardError) as refusal:
+                await control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6)
+            assert refusal.value.code == grpc.StatusCode.FAILED_PRECONDITION
+            await control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1)  # who has no token, leads nobody: an operator
 
     asyncio.run(run())

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cluster.embedded import EmbeddedRedis
+from cluster.first_placement import first_placement
 from cluster.load import LoadStore
 from cluster.memory_registry import MemoryRegistry
-from cluster.first_placement import first_placement
 from cluster.registry import Registry, RegistryStore, connect
 from cluster.topology import Homes, Shard, held_digest
 from model.family import ModelFamily, load_family

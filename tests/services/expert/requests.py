@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.checksum import REQUEST, request_checksum
-from services.expert.wire import Body
+from services.expert.wire import body_of, checksum_of_request
 from tests.services.expert.checkpoint import LATENT
 
 
@@ -27,10 +26,5 @@ def make_request(experts: tuple[int, ...] = (0, 1), **changes: Any) -> pb.Comput
         "pick_weights": np.ones(len(experts), "<f4").tobytes(),
     }
     request = pb.ComputeRequest(**{**fields, **changes})
-    numbers = (request.id, request.layer, request.epoch, request.num_rows, request.dtype, request.timeout_us)
-    request.checksum = request_checksum(REQUEST.pack(*numbers), *body_of(request))
+    request.checksum = checksum_of_request(request, body_of(request))
     return request
-
-
-def body_of(request: pb.ComputeRequest) -> Body:
-    return Body(request.rows, request.grid, request.pick_rows, request.pick_experts, request.pick_weights)

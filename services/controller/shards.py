@@ -1,0 +1,66 @@
+"""What the controller asks of shards, over gRPC; what they load is checked against the manifest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from cluster.manifest import Manifest, weights_name
+from cluster.migration import DEVICE, STANDBY, Holding
+from cluster.reconciler import Order, ShardFailed
+from cluster.registry import RegistryStore
+from cluster.topology import Experts, Shard
+from model.moe import ExpertShape
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert import control
+
+log = logging.getLogger(__name__)
+
+
+class GrpcShards:
+    """Implements `cluster.reconciler.Shards`."""
+
+    def __init__(self, registry: RegistryStore, shapes: Sequence[ExpertShape], model: str, dtype: torch.dtype) -> None:
+        self.registry, self.shapes, self.dtype = registry, shapes, dtype
+        self.weights = weights_name(model, str(dtype).removeprefix("torch."))
+        self._gains: dict[int, int] = {}
+
+    async def holding(self, shard: Shard) -> Holding:
+        status = await control.status(shard.endpoint)
+        experts = {*_flat(status.held, DEVICE), *_flat(status.standby, STANDBY)}
+        return Holding(frozenset(experts), status.used_bytes)
+
+    async def load(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> Mapping[int, int]:
+        """Raises ShardFailed also for experts that are not made of the bytes that were seen first; they are dropped."""
+        layers = sorted({*device, *standby})
+        known = {layer: await self.registry.checksums(self.weights, layer) for layer in layers}
+        wanted = [(layer, expert) for by in (device, standby) for layer, own in by.items() for expert in own]
+        expected = {(layer, expert): known[layer][expert] for layer, expert in wanted if expert in known[layer]}
+        sources = control.Sources(expected=expected)
+        loaded = await control.load(shard.endpoint, device, order.epoch, standby, sources, order.fencing)
+        first = {
+            layer: await self.registry.note_checksums(self.weights, layer, seen)
+            for layer, seen in loaded.checksums.items()
+        }
+        if wrong := Manifest(first).mismatches(loaded.checksums):
+            await self.drop(shard, device, standby, order)
+            raise ShardFailed(" ".join(map(str, wrong)))
+        for layer, gain in loaded.gains.items():
+            self._gains[layer] = max(gain, self._gains.get(layer, gain))
+        return loaded.gains
+
+    async def drop(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> None:
+        await control.unload(shard.endpoint, device, order.epoch, standby, order.fencing)
+
+    async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
+        wrong = await control.canary(old.endpoint, new.endpoint, experts, self.shapes, self.dtype, self._gains)
+        by_layer: dict[int, list[int]] = {}
+        for layer, expert in wrong:
+            by_layer.setdefault(layer, []).append(expert)
+        return by_layer
+
+
+def _flat(experts: Iterable[pb.LayerExperts], tier: str) -> Iterable[tuple[int, int, str]]:
+    return ((of.layer, expert, tier) for of in experts for expert in of.experts)
