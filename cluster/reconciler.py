@@ -112,7 +112,7 @@ class _Trial:
 
 
 class Reconciler:
-    """`turn` is the loop's body; `clock` gives seconds since 1970; `ordered_planner` makes the plans that were ordered."""
+    """`turn` is the loop's body; `clock` gives seconds since 1970; `ordered_planner` makes the plans of operators."""
 
     def __init__(
         self,

@@ -25,8 +25,8 @@ from cluster.follower import Follower
 from cluster.health import Link, ShardHealth, Timing
 from cluster.load import LoadCounter
 from cluster.memory_registry import MemoryRegistry
-from cluster.orders import StandingOrder
 from cluster.migration import DEVICE, STANDBY, Holding
+from cluster.orders import StandingOrder
 from cluster.reconciler import Order, ShardFailed
 from cluster.registry import Lease, StoreUnavailable
 from cluster.topology import Experts, LayerSpec, Placement, Shard, held_digest

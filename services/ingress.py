@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
@@ -22,6 +23,7 @@ from services.args import AppArgs
 from services.engine.grammar_check import GrammarChecker
 from services.engine.request import EngineFailed
 from services.gateway.backbone_metrics import backbone_metrics
+from services.gateway.degraded import degraded_report
 from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.grpc_api import GrpcError, InferenceApi
@@ -64,6 +66,7 @@ class GatewayDeployment:
         """Serve calls it before the first request, on the loop that serves them."""
         app = build_rest(self._generation, self._backbone.health, self._engine_metrics)
         app.add_api_route("/status", self._report, methods=["GET"])
+        app.add_api_route("/health/degraded", self._degraded, methods=["GET"])
         await self._backbone.start()
         self._listener = Listener(self._where, app, self._grpc)
         await self._listener.start()
@@ -87,6 +90,14 @@ class GatewayDeployment:
         statuses = await self._backbone.statuses()
         engines = [{"endpoint": status["endpoint"], "engine": status["engine"]} for status in statuses]
         return {"model": self._generation.card.id, "health": state, **statuses[0], "backbones": engines}
+
+    async def _degraded(self) -> JSONResponse:
+        """503 as /health/ready: where what the path asks about is not well, or not known. No probe for restarts."""
+        try:
+            report = degraded_report(await self._backbone.statuses())
+        except EngineFailed as error:
+            return JSONResponse({"status": "unknown", "detail": str(error)}, 503)
+        return JSONResponse(report, 503 if report["status"] == "degraded" else 200)
 
     async def _engine_metrics(self) -> bytes:
         try:
