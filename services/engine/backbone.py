@@ -32,6 +32,7 @@ from services.engine.drafting import DEFAULT_DRAFT_TOKENS
 from services.engine.engine import Engine
 from services.engine.grammar import GrammarCompiler
 from services.engine.memory import MemoryPlan
+from services.engine.recorder import Recorder
 from services.engine.request import EngineFailed, SamplingParams
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler
@@ -67,14 +68,16 @@ class BackboneConfig:
 
 
 class CountedExperts:
-    """Passes calls on and counts the picks of each expert."""
+    """Passes calls on, counts the picks of each expert, and has them recorded where somebody asked for it."""
 
-    def __init__(self, experts: Experts, counter: LoadCounter) -> None:
-        self.experts, self.counter = experts, counter
+    def __init__(self, experts: Experts, counter: LoadCounter, recorder: Recorder) -> None:
+        self.experts, self.counter, self.recorder = experts, counter, recorder
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         wait = self.experts(layer, x_NL, topk_ids_NK, topk_weights_NK)
-        self.counter.add(layer, topk_ids_NK.cpu().numpy())
+        picks_NK = topk_ids_NK.cpu().numpy()
+        self.counter.add(layer, picks_NK)
+        self.recorder.add(layer, picks_NK)
         return wait
 
 
@@ -86,10 +89,11 @@ class Backbone:
     ) -> None:
         torch.set_num_threads(config.num_threads)
         self.config, self.family, self.loads = config, family, loads
-        self.counter = LoadCounter({shape.layer: shape.num_experts for shape in family.expert_shapes})
+        num_experts = {shape.layer: shape.num_experts for shape in family.expert_shapes}
+        self.counter, self.recorder = LoadCounter(num_experts), Recorder(family.checkpoint.digest, num_experts)
         self.remote = None if registry is None else RemoteExperts()
         inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
-        model = family.load_backbone(CountedExperts(inner, self.counter), config.dtype, config.device)
+        model = family.load_backbone(CountedExperts(inner, self.counter, self.recorder), config.dtype, config.device)
         plan = config.memory
         state = State(family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device)
         most = DEFAULT_DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens
@@ -151,6 +155,7 @@ class Backbone:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self.engine.stop)
+        await asyncio.to_thread(self.recorder.stop)
         if self.follower is not None:
             with suppress(StoreUnavailable):
                 await self.follower.leave()
