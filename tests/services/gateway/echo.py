@@ -109,7 +109,7 @@ def scores(token_ids: Sequence[int], num_top: int | None) -> tuple[TokenLogprob,
 
 
 @contextmanager
-def serving(app: FastAPI, lifespan: Literal[on, off] = "off") -> Iterator[str]:
+def serving(app: FastAPI, lifespan: Literal["on", "off"] = "off") -> Iterator[str]:
     """The application under a real uvicorn on a free port; yields its address."""
     config = uvicorn.Config(app, host="127.0.0.1", port=0, ws="none", lifespan=lifespan, log_level="error")
     server = uvicorn.Server(config)
