@@ -88,7 +88,7 @@ def test_every_command_explains_itself(command: str) -> None:
         (["up", "--draft-tokens", "99"], "--draft-tokens"),
         (["up", "--max-requests", "0"], "--max-requests"),
         (["upp"], "upp"),
-        (["scale", "experts-cpu", "0"], "0"),
+        (["scale", "experts-cpu", "0"], "shards"),
         (["load", "--top", "0"], "--top"),
         (["drill"], "--kill"),
     ],
