@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.exposure import Layout, balancedness
+from cluster.balance import settle
 from cluster.load import Counts, ExpectedLoad, expected_load
-from cluster.topology import Homes, Placement
+from cluster.topology import Homes
 
 FORMAT, VERSION = "expertmesh-trace", 1
 WINDOW_S = 1.0
@@ -63,11 +63,21 @@ class Trace:
         }
 
     def balancedness(self, homes: Mapping[int, Homes]) -> dict[int, float]:
-        """Of each layer that was used: mean over maximum of the shards' picks, an expert's shared out evenly."""
-        layout = Layout(Placement(0, {layer: homes[layer] for layer in self.counts}, {}))
-        rates = {layer: counts_WE.sum(axis=0).astype(np.float64) for layer, counts_WE in self.counts.items()}
-        values = balancedness(layout.loads(layout.rates(rates))).tolist()
-        return dict(zip(layout.layers, values, strict=True))
+        """Of each layer that was used: mean over maximum of the shards' picks, shared out over homes as evenly as they
+        can be, which is what backbones aim at."""
+        ids = sorted({id for of_layer in homes.values() for of_one in of_layer for id in of_one})
+        index = {id: number for number, id in enumerate(ids)}
+        values = {}
+        for layer, counts_WE in self.counts.items():
+            num_E = np.fromiter(map(len, homes[layer]), np.int64, len(homes[layer]))
+            homes_EH = np.full((len(num_E), max(1, int(num_E.max(initial=0)))), -1, np.int64)
+            for expert, of_one in enumerate(homes[layer]):
+                homes_EH[expert, : len(of_one)] = [index[id] for id in of_one]
+            cost_EC = np.stack([np.zeros(len(num_E)), counts_WE.sum(axis=0).astype(np.float64)], axis=1)
+            pace_SP = np.tile([0.0, 0.0, 1.0], (len(ids), 1))
+            picks_S = settle(cost_EC, pace_SP, homes_EH, num_E, np.full(len(num_E), -1, np.int64), 0.0)[1]
+            values[layer] = float(picks_S.mean() / picks_S.max()) if picks_S.any() else 1.0
+        return values
 
 
 def read_trace(path: Path) -> Trace:
