@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from cluster.orders import StandingOrder, scale_targets
 from cluster.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, MAX_DECISIONS, Lease, stale_placement
 from cluster.topology import Placement, Shard
 
@@ -24,6 +25,7 @@ class MemoryRegistry:
         self._fencing = 0
         self._followers: dict[str, tuple[int, float]] = {}
         self._decisions: deque[dict[str, str]] = deque(maxlen=MAX_DECISIONS)
+        self._orders: dict[str, StandingOrder] = {}
         self._manifest: dict[tuple[str, int], dict[int, int]] = {}
 
     async def heartbeat(self, shard: Shard) -> None:
@@ -95,6 +97,24 @@ class MemoryRegistry:
 
     async def has_leader(self) -> bool:
         return self._lease is not None and self.clock() < self._lease_end
+
+    async def leader(self) -> str | None:
+        return self._lease.owner if self._lease is not None and await self.has_leader() else None
+
+    async def give_order(self, order: StandingOrder) -> None:
+        self._orders[order.name] = order
+
+    async def lift_order(self, order: StandingOrder) -> bool:
+        is_it = self._orders.get(order.name) == order
+        if is_it:
+            del self._orders[order.name]
+        return is_it
+
+    async def orders(self) -> dict[str, StandingOrder]:
+        return dict(sorted(self._orders.items()))
+
+    async def scale_targets(self) -> dict[str, int]:
+        return scale_targets(self._orders)
 
     async def checksums(self, weights: str, layer: int) -> dict[int, int]:
         return dict(self._manifest.get((weights, layer), {}))

@@ -28,6 +28,7 @@ from cluster.migration import (
     next_round,
     next_target,
 )
+from cluster.orders import Kind, StandingOrder, obeyed
 from cluster.plan import Plan
 from cluster.registry import Lease, RegistryStore, StalePlacement, StoreUnavailable
 from cluster.topology import Experts, LayerSpec, Placement, Shard
@@ -111,7 +112,7 @@ class _Trial:
 
 
 class Reconciler:
-    """`turn` is the loop's body; `clock` gives seconds since 1970."""
+    """`turn` is the loop's body; `clock` gives seconds since 1970; `ordered_planner` makes the plans that were ordered."""
 
     def __init__(
         self,
@@ -125,10 +126,12 @@ class Reconciler:
         clock: Callable[[], float],
         timing: Timing = Timing(),
         limits: Limits | None = None,
+        ordered_planner: Planner | None = None,
     ) -> None:
         self.owner, self.model, self.layers, self.num_expected = owner, model, layers, num_expected
         self.registry, self.shards, self.planner, self.clock = registry, shards, planner, clock
         self.timing, self.limits = timing, limits or Limits()
+        self.ordered_planner = ordered_planner or planner
         self.placement: Placement | None = None
         self.target: Target | None = None
         self._lease: Lease | None = None
@@ -164,11 +167,13 @@ class Reconciler:
     async def turn(self) -> None:
         if not await self._lead():
             return
-        known = {shard.id: shard for shard in await self.registry.shards()}
+        orders = await self.registry.orders()
+        known = {shard.id: shard for shard in obeyed(await self.registry.shards(), orders)}
         self.placement = await self._published()
         holdings = await self._holdings(known)
         alive = [known[id] for id in sorted(holdings)]
-        if not await self._plan(alive, holdings) or self.target is None:
+        ordered = next((order for order in orders.values() if order.kind is Kind.REBALANCE), None)
+        if not await self._plan(alive, holdings, ordered) or self.target is None:
             return
         target, followed = self.target, [*(await self.registry.followers()).values()]
         wanted = next_round(self.layers, target, self.placement, alive, holdings, self.limits)
@@ -250,8 +255,11 @@ class Reconciler:
         answers = await asyncio.gather(*map(ask, shards))
         return {shard.id: holding for shard, holding in zip(shards, answers, strict=True) if holding is not None}
 
-    async def _plan(self, alive: Sequence[Shard], holdings: Mapping[str, Holding]) -> bool:
-        """Plans anew when the fleet has changed, or now and then for load's sake; whether there is a plan to follow."""
+    async def _plan(
+        self, alive: Sequence[Shard], holdings: Mapping[str, Holding], ordered: StandingOrder | None
+    ) -> bool:
+        """Plans anew when the fleet has changed, when it is ordered, or now and then for load's sake; whether there is
+        a plan to follow."""
         if self.placement is None and not self._may_begin(alive):
             return False
         if self.placement is not None:
@@ -261,22 +269,25 @@ class Reconciler:
         is_under_way = self.target is not None and self.target != running
         patience = self.timing.plan_every_s * (6 if is_under_way else 1)
         is_due = now - self._planned_at >= patience and now >= self._regrets_until
-        if fleet == self._planned_for and not is_due:
+        if fleet == self._planned_for and not is_due and ordered is None:
             return True
-        if running is not None and not is_under_way and await self._take_back(alive, holdings):
+        if running is not None and not is_under_way and ordered is None and await self._take_back(alive, holdings):
             return True
         try:
-            plan = await self.planner(alive, self.placement or as_placement(self.layers, holdings))
+            planner = self.planner if ordered is None else self.ordered_planner
+            plan = await planner(alive, self.placement or as_placement(self.layers, holdings))
         except ValueError as error:
             log.warning("No plan for these shards: %s", error)
             return False
         self._planned_at, self._planned_for = now, fleet
         self.target = Target(plan.homes, plan.standby)
-        if plan.moves:
-            await self._note(plan)
+        if plan.moves or ordered is not None:
+            await self._note(plan, ordered)
             if plan.gain_s > 0 and self._trial is None and running is not None:
                 saved = 1.0 - plan.predicted_s_after / plan.predicted_s_before
                 self._trial = _Trial(running, saved, now + self.timing.judge_s)
+        if ordered is not None:  # last: who dies before it leaves the order to a successor
+            await self.registry.lift_order(ordered)
         return True
 
     async def _take_back(self, alive: Sequence[Shard], holdings: Mapping[str, Holding]) -> bool:
@@ -297,10 +308,11 @@ class Reconciler:
             self.target, self._regrets_until = trial.before, now + self.timing.regret_s
         return is_worse
 
-    async def _note(self, plan: Plan) -> None:
+    async def _note(self, plan: Plan, ordered: StandingOrder | None = None) -> None:
         covers = {"cover_before": str(plan.cover_before), "cover_after": str(plan.cover_after)}
         numbers = {"moves": str(len(plan.moves)), "bytes": str(plan.num_bytes), "gain_s": f"{plan.gain_s:.4f}"}
-        await self._record({"kind": "plan", **numbers, **covers, "why": " ".join(plan.reasons)})
+        asked = {} if ordered is None else {"ordered_by": ordered.by}
+        await self._record({"kind": "plan", **numbers, **covers, **asked, "why": " ".join(plan.reasons)})
 
     async def _record(self, decision: Mapping[str, str]) -> None:
         log.info("Decided: %s", decision)

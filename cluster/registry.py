@@ -6,6 +6,7 @@ it read last and comes again. A Redis that comes back empty fills itself from th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from cluster.orders import StandingOrder, scale_targets
 from cluster.topology import Placement, Shard
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_TTL_S = 3.0
 LEASE_TTL_S = 3.0
@@ -61,6 +65,11 @@ class RegistryStore(Protocol):
     async def renew_lease(self, lease: Lease) -> bool: ...
     async def release_lease(self, lease: Lease) -> None: ...
     async def has_leader(self) -> bool: ...
+    async def leader(self) -> str | None: ...
+    async def give_order(self, order: StandingOrder) -> None: ...
+    async def lift_order(self, order: StandingOrder) -> bool: ...
+    async def orders(self) -> dict[str, StandingOrder]: ...
+    async def scale_targets(self) -> dict[str, int]: ...
     async def checksums(self, weights: str, layer: int) -> dict[int, int]: ...
     async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]: ...
 
@@ -132,6 +141,12 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 RELEASE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
+"""
+
+# An order that was given anew meanwhile is another one.
+LIFT = """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+return redis.call('HDEL', KEYS[1], ARGV[1])
 """
 
 
@@ -242,6 +257,33 @@ class Registry:
     async def has_leader(self) -> bool:
         """Whether somebody holds the lease."""
         return bool(await self._call("EXISTS", self.prefix + "leader"))
+
+    async def leader(self) -> str | None:
+        """Who holds the lease."""
+        text = await self._call("GET", self.prefix + "leader")
+        return None if text is None else str(text).partition(" ")[2]
+
+    async def give_order(self, order: StandingOrder) -> None:
+        """Notes it in place of an older one of its kind and subject; it stands until it is lifted, or Redis is lost."""
+        await self._call("HSET", self.prefix + "orders", order.name, order.to_json())
+
+    async def lift_order(self, order: StandingOrder) -> bool:
+        """Whether just this order stood; it does no longer."""
+        return bool(await self._eval(LIFT, [self.prefix + "orders"], order.name, order.to_json()))
+
+    async def orders(self) -> dict[str, StandingOrder]:
+        """All that stand, by name; one that cannot be read stops no controller: it is passed over."""
+        orders = {}
+        for name, text in sorted((await self._call("HGETALL", self.prefix + "orders")).items()):
+            try:
+                orders[name] = StandingOrder.from_json(text)
+            except ValueError as error:
+                log.warning("%s", error)
+        return orders
+
+    async def scale_targets(self) -> dict[str, int]:
+        """The number of shards that each pool was ordered to have; pools without an order are left out."""
+        return scale_targets(await self.orders())
 
     async def checksums(self, weights: str, layer: int) -> dict[int, int]:
         """The checksums known of a layer's experts; `weights` names the checkpoint and the dtype they are held in."""

@@ -25,6 +25,7 @@ from cluster.follower import Follower
 from cluster.health import Link, ShardHealth, Timing
 from cluster.load import LoadCounter
 from cluster.memory_registry import MemoryRegistry
+from cluster.orders import StandingOrder
 from cluster.migration import DEVICE, STANDBY, Holding
 from cluster.reconciler import Order, ShardFailed
 from cluster.registry import Lease, StoreUnavailable
@@ -174,6 +175,21 @@ class RemoteStore:
 
     async def decisions(self, count: int) -> list[dict[str, str]]:
         return await self._ask(lambda registry: registry.decisions(count))
+
+    async def leader(self) -> str | None:
+        return await self._ask(lambda registry: registry.leader())
+
+    async def give_order(self, order: StandingOrder) -> None:
+        await self._ask(lambda registry: registry.give_order(order))
+
+    async def lift_order(self, order: StandingOrder) -> bool:
+        return await self._ask(lambda registry: registry.lift_order(order))
+
+    async def orders(self) -> dict[str, StandingOrder]:
+        return await self._ask(lambda registry: registry.orders())
+
+    async def scale_targets(self) -> dict[str, int]:
+        return await self._ask(lambda registry: registry.scale_targets())
 
     async def has_leader(self) -> bool:
         return await self._ask(lambda registry: registry.has_leader())

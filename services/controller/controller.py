@@ -11,11 +11,12 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from cluster.load import ExpectedLoad, LoadHistory, LoadStore
+from cluster.orders import obeyed
 from cluster.plan import Plan, PlanPolicy
 from cluster.planner import plan
 from cluster.reconciler import Reconciler, Timing
@@ -43,6 +44,11 @@ def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[Layer
     return [LayerSpec(shape.layer, shape.num_experts, shape.nbytes(dtype), shape.top_k) for shape in shapes]
 
 
+def eager(policy: PlanPolicy) -> PlanPolicy:
+    """A policy that takes whatever gains anything, and that counts no cost."""
+    return replace(policy, min_gain=0.0, good_enough=policy.aim, stay_s=1e9)
+
+
 class Controller:
     """Without `loads` every expert counts as equally popular."""
 
@@ -67,6 +73,7 @@ class Controller:
             self.plan,
             time.time,
             config.timing,
+            ordered_planner=self.plan_as_ordered,
         )
 
     async def run(self) -> None:
@@ -75,9 +82,22 @@ class Controller:
 
     async def plan(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
         """What the planner would do now; raises ValueError where it finds no place for the experts."""
+        return await self._plan(shards, placement, self.config.policy)
+
+    async def plan_as_ordered(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
+        """The same without hysteresis: an operator who asks has decided that it is worth the moves."""
+        return await self._plan(shards, placement, eager(self.config.policy))
+
+    async def preview(self) -> Plan | None:
+        """What an order to rebalance would lead to now; None where no placement is published yet."""
+        shards = obeyed(await self.registry.shards(), await self.registry.orders())
+        placement = await self.registry.placement()
+        return None if placement is None else await self.plan_as_ordered(shards, placement)
+
+    async def _plan(self, shards: Sequence[Shard], placement: Placement | None, policy: PlanPolicy) -> Plan:
         if self._history:
             try:
                 self._last_load = await self._history.expected(time.time())
             except StoreUnavailable as error:
                 log.warning("Planning with the load of before: %s", error)
-        return await asyncio.to_thread(plan, self.layers, shards, placement, self._last_load, self.config.policy)
+        return await asyncio.to_thread(plan, self.layers, shards, placement, self._last_load, policy)

@@ -15,6 +15,7 @@ import pytest
 
 from cluster.embedded import EmbeddedRedis
 from cluster.memory_registry import MemoryRegistry
+from cluster.orders import Kind, StandingOrder
 from cluster.registry import Registry, RegistryStore, StalePlacement, StoreUnavailable, connect, key_prefix
 from cluster.topology import Placement
 from tests.cluster.fleet import make_shard
@@ -144,9 +145,39 @@ async def the_first_checksum_of_an_expert_stays(registry: RegistryStore) -> None
     assert await registry.checksums("w", 2) == await registry.checksums("other", 1) == {}
 
 
+async def an_order_stands_until_it_is_lifted(registry: RegistryStore) -> None:
+    assert await registry.orders() == {}
+    drain = StandingOrder(Kind.DRAIN, "s00", by="ada", at=1.5)
+    scale = StandingOrder(Kind.SCALE, "experts-cpu", 4, "ada", 2.0)
+    for order in (scale, drain, StandingOrder(Kind.REBALANCE, by="bob", at=3.0)):
+        await registry.give_order(order)
+    assert list(await registry.orders()) == ["drain:s00", "rebalance:", "scale:experts-cpu"]
+    assert await registry.scale_targets() == {"experts-cpu": 4}
+    again = replace(drain, by="bob", at=9.0)
+    await registry.give_order(again)
+    assert not await registry.lift_order(drain)  # it was given anew meanwhile
+    assert (await registry.orders())["drain:s00"] == again
+    assert await registry.lift_order(again)
+    assert not await registry.lift_order(again)
+    assert "drain:s00" not in await registry.orders()
+    await registry.give_order(replace(scale, count=2))
+    assert await registry.scale_targets() == {"experts-cpu": 2}
+
+
+async def the_leader_has_a_name(registry: RegistryStore) -> None:
+    assert await registry.leader() is None
+    lease = await registry.acquire_lease("the first of many")
+    assert lease is not None
+    assert await registry.leader() == "the first of many"
+    await registry.release_lease(lease)
+    assert await registry.leader() is None
+
+
 CONTRACTS: list[Contract] = [
     a_leader_is_seen_as_long_as_it_leads,
     the_first_checksum_of_an_expert_stays,
+    an_order_stands_until_it_is_lifted,
+    the_leader_has_a_name,
     heartbeats_keep_shards_alive,
     only_its_own_incarnation_says_goodbye,
     a_placement_replaces_only_the_one_it_knows,
@@ -241,6 +272,17 @@ def test_a_killed_and_a_hung_redis_are_said_within_the_timeout() -> None:
                 assert await seconds_to_fail(registry) < 0.5
 
     asyncio.run(run())
+
+
+def test_an_order_that_cannot_be_read_is_passed_over(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> dict[str, StandingOrder]:
+        async with registry_at(redis_url) as registry:
+            await registry.redis.hset(registry.prefix + "orders", "drain:s1", '{"kind": "drian"}')
+            await registry.give_order(StandingOrder(Kind.DRAIN, "s0"))
+            return await registry.orders()
+
+    assert asyncio.run(run()) == {"drain:s0": StandingOrder(Kind.DRAIN, "s0")}
+    assert "is not one that Expertmesh wrote" in caplog.text
 
 
 def test_bad_names_are_a_sentence() -> None:

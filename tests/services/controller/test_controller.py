@@ -14,6 +14,7 @@ import torch
 
 from cluster.manifest import weights_name
 from cluster.memory_registry import MemoryRegistry
+from cluster.orders import Kind, StandingOrder
 from cluster.reconciler import Timing
 from cluster.topology import Placement
 from model.family import ModelFamily, load_family
@@ -144,6 +145,45 @@ def test_a_shard_that_leaves_hands_over_first(family: ModelFamily) -> None:
             assert min(covers) == 2
             assert ours.is_settled_on("s0", "s1")(await ours.placement())
             assert ours.shards["s2"].service.counters.num_refusals == 0
+            controller.cancel()
+
+    asyncio.run(run())
+
+
+def test_an_order_to_drain_empties_a_shard_that_goes_on_and_is_filled_again_once_it_is_lifted(
+    family: ModelFamily,
+) -> None:
+    async def run() -> None:
+        async with fleet(family) as ours:
+            controller = ours.start_controller()
+            await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
+            order = StandingOrder(Kind.DRAIN, "s1", by="a test", at=time.time())
+            await ours.registry.give_order(order)
+            await ours.reaches(ours.is_settled_on("s0", "s2"))
+            async with asyncio.timeout(TIMEOUT_S):
+                while ours.shards["s1"].host.num_held:
+                    await asyncio.sleep(0.05)
+            assert not ours.shards["s1"].record.draining  # it is not told, and ready to be used again
+            await ours.registry.lift_order(order)
+            await ours.reaches(lambda placement: "s1" in placement.shard_ids and placement.cover() == 2)
+            controller.cancel()
+
+    asyncio.run(run())
+
+
+def test_an_order_to_rebalance_is_followed_at_once_and_only_once(family: ModelFamily) -> None:
+    async def run() -> None:
+        async with fleet(family) as ours:
+            controller = ours.start_controller()
+            await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
+            order = StandingOrder(Kind.REBALANCE, by="a test", at=time.time())
+            await ours.registry.give_order(order)
+            async with asyncio.timeout(TIMING.plan_every_s / 2):
+                while await ours.registry.orders():
+                    await asyncio.sleep(0.02)
+            await asyncio.sleep(3 * TIMING.period_s)
+            decisions = await ours.registry.decisions(20)
+            assert [one["kind"] for one in decisions if one.get("ordered_by") == "a test"] == ["plan"]
             controller.cancel()
 
     asyncio.run(run())
