@@ -112,7 +112,7 @@ class _Trial:
 
 
 class Reconciler:
-    """`turn` is the loop's body; `clock` gives seconds since 1970; `ordered_planner` makes the plans that were ordered."""
+    """`turn` is the loop's body; `clock` gives seconds since 1970; `ordered_planner` makes those of operators."""
 
     def __init__(
         self,
@@ -190,6 +190,16 @@ class Reconciler:
             self._start_drops(known, garbage(self.placement, target, holdings))
             self._start_loads(known, demotions(self.placement, target, holdings))
         self._start_loads(known, wanted.loads - ready)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this controller decided at its last turn."""
+        return self._lease is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether what is published is what was planned for the shards that there are."""
+        return self.placement is not None and self.target == Target.of(self.placement)
 
     async def _resign(self) -> None:
         """Lets another lead at once."""
