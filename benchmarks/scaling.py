@@ -4,9 +4,9 @@
     python -m benchmarks.scaling --cycles 3 --requests 0
 
 Starts `expertmesh up --shards 3 --max-shards 4` on the demo model, orders 4 shards and 3 in turn, and asks meanwhile
-for greedy completions, `--concurrency` at a time. Tells the requests that failed, those whose text is not that of a run
-in which nothing changed, the gaps between tokens (ITL) and the tokens per second during rebalances and outside of them,
-and how soon a new shard was useful.
+for greedy completions: `--concurrency` clients, each for 60 % of the time. Tells the requests that failed, those whose
+text is not that of a run in which nothing changed, the gaps between tokens (ITL) and the tokens per second during
+rebalances and outside of them, and how soon a new shard was useful.
 
 A rebalance lasts, upwards, from the new shard's first heartbeat until all moves are done and dropped; downwards, from
 the order until the shard is gone. The seconds in which a new process starts are told apart from both: on a machine of
@@ -77,11 +77,12 @@ def text_of(answer: Answer) -> str:
 
 @dataclass
 class Clients:
-    """So many requests at a time until `is_over` is set."""
+    """So many requests at a time until `is_over` is set; each client asks for `share` of the time and rests between."""
 
     url: str
     bodies: Sequence[dict[str, Any]]
     concurrency: int
+    share: float
     asked: list[Asked] = field(default_factory=list)
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -90,7 +91,8 @@ class Clients:
 
         async def one_after_another() -> None:
             while not self.is_over.is_set():
-                self.asked.append(await ask(self.url, *next(source)))
+                self.asked.append(one := await ask(self.url, *next(source)))
+                await asyncio.sleep((one.outcome.ended_at - one.outcome.sent_at) * (1 / self.share - 1))
 
         await asyncio.gather(*(one_after_another() for _ in range(self.concurrency)))
 
@@ -251,7 +253,7 @@ async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[
         raise RuntimeError(f"{len(failed)} of {len(undisturbed)} requests failed before anything changed: {failed[0]}")
     redis = connect(redis_url)
     fleet = Fleet(Registry(redis, target.model_id()))
-    clients = Clients(target.url, bodies, args.concurrency)
+    clients = Clients(target.url, bodies, args.concurrency, args.share)
     asking = asyncio.create_task(clients.run())
     await asyncio.sleep(args.rest)  # until the load is even
     start = time.perf_counter()
@@ -275,6 +277,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=20)
     parser.add_argument("--requests", type=int, default=2000, help="at least")
     parser.add_argument("--concurrency", type=int, default=3, help="requests at a time")
+    parser.add_argument("--share", type=float, default=0.6, help="of the time that each client asks; 1 saturates")
     parser.add_argument("--tokens", type=int, default=24, help="of each answer")
     parser.add_argument("--rest", type=float, default=6.0, help="seconds after each change in which nothing changes")
     parser.add_argument("--seed", type=int, default=0)
@@ -283,6 +286,8 @@ def main() -> None:
     for name in ("cycles", "concurrency", "tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 < args.share <= 1:
+        parser.error(f"--share must be above 0 and at most 1, not {args.share}")
     with EmbeddedRedis() as redis:
         options = ("--shards", str(NUM_SHARDS), "--max-shards", str(NUM_SHARDS + 1), "--redis-url", redis.url)
         with server(*options) as target:
