@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from cluster.orders import StandingOrder, scale_targets
-from cluster.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, MAX_DECISIONS, Lease, stale_placement
+from cluster.orders import StandingOrder, Wanted, scale_targets
+from cluster.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, MAX_DECISIONS, WANTED_TTL_S, Lease, stale_placement
 from cluster.topology import Placement, Shard
 
 
@@ -26,6 +26,7 @@ class MemoryRegistry:
         self._followers: dict[str, tuple[int, float]] = {}
         self._decisions: deque[dict[str, str]] = deque(maxlen=MAX_DECISIONS)
         self._orders: dict[str, StandingOrder] = {}
+        self._wanted: dict[str, tuple[Wanted, float]] = {}
         self._manifest: dict[tuple[str, int], dict[int, int]] = {}
 
     async def heartbeat(self, shard: Shard) -> None:
@@ -115,6 +116,13 @@ class MemoryRegistry:
 
     async def scale_targets(self) -> dict[str, int]:
         return scale_targets(self._orders)
+
+    async def want_shards(self, pool: str, wanted: Wanted) -> None:
+        self._wanted[pool] = wanted, self.clock() + WANTED_TTL_S
+
+    async def wanted_shards(self, pool: str) -> Wanted | None:
+        wanted, end = self._wanted.get(pool, (None, 0.0))
+        return wanted if self.clock() < end else None
 
     async def checksums(self, weights: str, layer: int) -> dict[int, int]:
         return dict(self._manifest.get((weights, layer), {}))

@@ -59,6 +59,28 @@ class StandingOrder:
             raise ValueError(f"The stored order {text!r} is not one that Expertmesh wrote ({error}).") from error
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """How many shards a pool was decided to have, and when (seconds since 1970)."""
+
+    shards: int
+    at: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote; anything else is a ValueError."""
+        try:
+            body = json.loads(text)
+            return cls(int(body["shards"]), float(body["at"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The stored pool size {text!r} is not an object with shards and at ({error!r})."
+            ) from error
+
+
 def obeyed(shards: Iterable[Shard], orders: Mapping[str, StandingOrder]) -> list[Shard]:
     """The shards as a planner should see them: those that are ordered to drain count as draining."""
     drained = {order.subject for order in orders.values() if order.kind is Kind.DRAIN}

@@ -54,6 +54,22 @@ class PaceFit:
         return self.pace
 
 
+@dataclass
+class RowsPerCall:
+    """The mean rows of a call, of which old ones fade as they do for the pace."""
+
+    mean: float = 0.0
+    _num_calls: float = 0.0
+
+    def observe(self, num_calls: int, num_rows: int) -> float:
+        """Learns from calls that came in since the last time; returns the new mean."""
+        if num_calls > 0:
+            kept = 0.5 ** (num_calls / HALF_LIFE_CALLS) * self._num_calls
+            self.mean = (kept * self.mean + num_rows) / (kept + num_calls)
+            self._num_calls = kept + num_calls
+        return self.mean
+
+
 def _vector(pace: Pace) -> Floats:
     return np.array([pace.call_us, pace.weight_us_per_mib, pace.row_us_per_mib])
 

@@ -212,6 +212,16 @@ class Reconciler:
         rest = self._rest
         return rest is None or len(rest) != len(sight) or any(a is not b for a, b in zip(rest, sight, strict=True))
 
+    @property
+    def leads(self) -> bool:
+        """Whether this controller decided at its last turn."""
+        return self._lease is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether what is published is what was planned for the shards that there are."""
+        return self.placement is not None and self.target == Target.of(self.placement)
+
     async def _resign(self) -> None:
         """Lets another lead at once."""
         if self._lease is not None:

@@ -18,13 +18,14 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from cluster.orders import StandingOrder, scale_targets
+from cluster.orders import StandingOrder, Wanted, scale_targets
 from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_TTL_S = 3.0
 LEASE_TTL_S = 3.0
+WANTED_TTL_S = 60.0  # long enough for the next leader to go on from it
 CONNECT_TIMEOUT_S = 0.2
 CALL_TIMEOUT_S = 1.0
 MAX_CONNECTIONS = 16
@@ -70,6 +71,8 @@ class RegistryStore(Protocol):
     async def lift_order(self, order: StandingOrder) -> bool: ...
     async def orders(self) -> dict[str, StandingOrder]: ...
     async def scale_targets(self) -> dict[str, int]: ...
+    async def want_shards(self, pool: str, wanted: Wanted) -> None: ...
+    async def wanted_shards(self, pool: str) -> Wanted | None: ...
     async def checksums(self, weights: str, layer: int) -> dict[int, int]: ...
     async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]: ...
 
@@ -285,6 +288,15 @@ class Registry:
         """The number of shards that each pool was ordered to have; pools without an order are left out."""
         return scale_targets(await self.orders())
 
+    async def want_shards(self, pool: str, wanted: Wanted) -> None:
+        """Says how many shards a pool should have, to be forgotten unless it is said again in time."""
+        await self._call("SET", self._pool_key(pool), wanted.to_json(), "PX", round(1000 * WANTED_TTL_S))
+
+    async def wanted_shards(self, pool: str) -> Wanted | None:
+        """What was said last, if it was lately."""
+        text = await self._call("GET", self._pool_key(pool))
+        return None if text is None else Wanted.from_json(text)
+
     async def checksums(self, weights: str, layer: int) -> dict[int, int]:
         """The checksums known of a layer's experts; `weights` names the checkpoint and the dtype they are held in."""
         known = await self._call("HGETALL", self._manifest_key(weights, layer))
@@ -305,6 +317,9 @@ class Registry:
 
     def _manifest_key(self, weights: str, layer: int) -> str:
         return f"{self.prefix}manifest:{weights}:{layer}"
+
+    def _pool_key(self, pool: str) -> str:
+        return f"{self.prefix}pool:{pool}"
 
     def _shard_key(self, shard_id: str) -> str:
         return f"{self.prefix}shard:{shard_id}"

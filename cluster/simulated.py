@@ -26,7 +26,7 @@ from cluster.health import Link, ShardHealth, Timing
 from cluster.load import LoadCounter
 from cluster.memory_registry import MemoryRegistry
 from cluster.migration import DEVICE, STANDBY, Holding
-from cluster.orders import StandingOrder
+from cluster.orders import StandingOrder, Wanted
 from cluster.reconciler import Order, ShardFailed
 from cluster.registry import Lease, StoreUnavailable
 from cluster.topology import Experts, LayerSpec, Placement, Shard, held_digest
@@ -190,6 +190,12 @@ class RemoteStore:
 
     async def scale_targets(self) -> dict[str, int]:
         return await self._ask(lambda registry: registry.scale_targets())
+
+    async def want_shards(self, pool: str, wanted: Wanted) -> None:
+        await self._ask(lambda registry: registry.want_shards(pool, wanted))
+
+    async def wanted_shards(self, pool: str) -> Wanted | None:
+        return await self._ask(lambda registry: registry.wanted_shards(pool))
 
     async def has_leader(self) -> bool:
         return await self._ask(lambda registry: registry.has_leader())

@@ -49,7 +49,7 @@ class Shard:
     `incarnation` is new at each start of the process. `memory_budget` is in bytes of the device's memory, `host_budget`
     in bytes of host memory for experts that stand by. `held_digest` is `held_digest()` of what it holds, `queue_depth`
     counts the calls that wait for its device, `pace` is fitted to its own calls. `endpoint` serves every rpc;
-    `compute_endpoint` serves only `Compute`, at less cost.
+    `compute_endpoint` serves only `Compute`, at less cost. `rows_per_call` is the mean of its last calls.
     """
 
     id: str
@@ -66,6 +66,7 @@ class Shard:
     compute_endpoint: str = ""
     host_budget: int = 0
     pace: Pace = Pace()
+    rows_per_call: float = 0.0
 
     def to_record(self) -> dict[str, str]:
         """The fields as strings, for a Redis hash."""
@@ -81,8 +82,9 @@ class Shard:
         numbers = {name: _number(record, name) for name in counts}
         texts = {name: _field(record, name) for name in names}
         pace = Pace(**{one.name: _real_number(record, one.name) for one in fields(Pace)})
+        rows = _real_number(record, "rows_per_call")
         values: dict[str, Any] = {**texts, **numbers, "draining": numbers["draining"] == 1, "pace": pace}
-        return cls(**values)
+        return cls(**values, rows_per_call=rows)
 
 
 def _field(record: Mapping[str, str], name: str) -> str:

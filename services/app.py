@@ -7,12 +7,14 @@ because Serve validates `args` by them.
 import asyncio
 import logging
 import os
+import warnings
 from typing import Any
 
 import ray
 import torch
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.registry import StoreUnavailable
 from model.family import load_family
@@ -24,6 +26,7 @@ from services.engine.recorder import Bounds
 from services.expert.leaving import LEAVE_TIMEOUT_S
 from services.expert.shard import DRAIN_TIMEOUT_S, ExpertShard, ShardConfig
 from services.link.server import EngineServer
+from services.scaling_policy import report
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ GRPC_SERVICERS = [
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
 SHARD_STOP_TIMEOUT_S = LEAVE_TIMEOUT_S + DRAIN_TIMEOUT_S + 10  # Serve kills a replica that takes longer
+SCALING_POLICY = "services.scaling_policy:follow_the_controller"
+METRICS_INTERVAL_S = 1.0  # from a shard to Serve
 MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
 
 
@@ -54,6 +59,11 @@ class ShardDeployment:
         self._shard = ExpertShard(config, family, args.registry())
         await self._shard.start()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve asks every replica of a pool that may grow."""
+        wanted = self._shard.wanted
+        return report(wanted.shards, wanted.at) if wanted else {}
+
     async def check_health(self) -> None:
         if not self._shard.is_healthy:
             raise RuntimeError("the shard's heartbeat or its worker has ended")
@@ -68,7 +78,8 @@ class ControllerDeployment:
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("controller", args.log_format)
         family = load_family(args.model)
-        config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype)
+        pools = {pool.name: pool.scaling for pool in args.pools if pool.is_elastic}
+        config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype, pools=pools)
         self._controller = Controller(config, family.expert_shapes, args.registry(), args.loads())
         self._loop = asyncio.create_task(self._controller.run())
 
@@ -175,7 +186,24 @@ def _pool(pool: PoolArgs) -> Any:
     return _deployment(
         ShardDeployment,
         pool.name,
-        num_replicas=pool.shards,
+        **({"autoscaling_config": _autoscaling(pool)} if pool.is_elastic else {"num_replicas": pool.shards}),
         ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": num_gpus},
         graceful_shutdown_timeout_s=SHARD_STOP_TIMEOUT_S,
     )
+
+
+def _autoscaling(pool: PoolArgs) -> AutoscalingConfig:
+    """Delays are the controller's: Serve does at once what was decided."""
+    with warnings.catch_warnings():
+        # What is said to replace metrics_interval_s is read by nothing in Ray 2.60, and the default is 10 s.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=pool.least_shards,
+            initial_replicas=pool.shards,
+            max_replicas=pool.most_shards,
+            upscale_delay_s=0,
+            downscale_delay_s=0,
+            metrics_interval_s=METRICS_INTERVAL_S,
+            look_back_period_s=5 * METRICS_INTERVAL_S,
+            policy=AutoscalingPolicy(policy_function=SCALING_POLICY),  # type: ignore[no-untyped-call]
+        )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
 from cluster.first_placement import first_placement
 from cluster.load import LoadStore
 from cluster.registry import Registry, connect, key_prefix
+from cluster.scaling import PoolPolicy
 from cluster.topology import Shard
 from model import kernels
 from model.demo import DEMO
@@ -40,7 +41,12 @@ class PoolArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = "experts-cpu"
-    shards: int = Field(3, ge=1)
+    shards: int = Field(3, ge=1, description="that it starts with")
+    min_shards: int | None = Field(None, ge=1, description="as many as it starts with if left out")
+    max_shards: int | None = Field(None, ge=1, description="likewise; the pool has a fixed size if both are left out")
+    target_busy: float = Field(0.6, gt=0, le=1, description="share of time that its slowest shard may compute")
+    upscale_delay_s: float = Field(5, ge=0, description="for which more shards must have been wanted")
+    downscale_delay_s: float = Field(120, ge=0, description="for which one shard less must have been enough")
     device: Literal["cpu", "cuda"] = "cpu"
     num_cpus: float = Field(1, ge=0)
     memory_budget: ByteSize | None = Field(
@@ -50,6 +56,36 @@ class PoolArgs(BaseModel):
         None, ge=0, description="of expert weights that stand by in host memory; see AppArgs.shard_host_memory"
     )
     host: str = Field("127.0.0.1", description="address a shard listens on; on a cluster, auto for the node's own")
+
+    @property
+    def least_shards(self) -> int:
+        return self.min_shards or self.shards
+
+    @property
+    def most_shards(self) -> int:
+        return self.max_shards or self.shards
+
+    def check(self) -> None:
+        """Raises ValueError where it starts out of its bounds."""
+        if not self.least_shards <= self.shards <= self.most_shards:
+            raise ValueError(
+                f"pool {self.name} starts with {self.shards} shards; that must be from min_shards = "
+                f"{self.least_shards} to max_shards = {self.most_shards}"
+            )
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.least_shards < self.most_shards
+
+    @property
+    def scaling(self) -> PoolPolicy:
+        return PoolPolicy(
+            self.least_shards,
+            self.most_shards,
+            self.target_busy,
+            upscale_delay_s=self.upscale_delay_s,
+            downscale_delay_s=self.downscale_delay_s,
+        )
 
 
 class AppArgs(BaseModel):
@@ -106,15 +142,16 @@ class AppArgs(BaseModel):
 
     @property
     def num_shards(self) -> dict[str, int]:
-        """The shards that each pool starts with."""
-        return {pool.name: pool.shards for pool in self.pools}
+        """The shards that each pool always has."""
+        return {pool.name: pool.least_shards for pool in self.pools}
 
     def experts_nbytes(self, family: ModelFamily) -> int:
         """Bytes of one home of every expert."""
         return sum(shape.num_experts * shape.nbytes(self.torch_dtype) for shape in family.expert_shapes)
 
     def shard_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
-        """Bytes of expert weights that a shard of `pool` may hold: with one shard lost, the others hold all homes."""
+        """Bytes of expert weights that a shard of `pool` may hold: with one shard of
+        the smallest fleet lost, the others hold all homes."""
         whole, num_left = self.experts_nbytes(family), max(1, sum(self.num_shards.values()) - 1)
         return int(pool.memory_budget or min(whole, SHARE_MARGIN * NUM_HOMES * whole / num_left))
 
@@ -165,6 +202,8 @@ class AppArgs(BaseModel):
         key_prefix(self.name)
         if len(self.num_shards) < len(self.pools):
             raise ValueError(f"the pools are named {[pool.name for pool in self.pools]}; each needs a name of its own")
+        for pool in self.pools:
+            pool.check()
         self.memory_plan(family)
         if self.experts == "remote":
             first_placement(

@@ -52,6 +52,9 @@ def up(
     model: Annotated[str, typer.Option(help="Hugging Face model directory; the demo model if left out.")] = "",
     model_name: Annotated[str, typer.Option(help="Name that clients use; the directory's if left out.")] = "",
     shards: Annotated[int, typer.Option(min=1, help="Expert shards, each a process of its own.")] = 3,
+    max_shards: Annotated[
+        int | None, typer.Option(min=1, help="As many where --shards would be too busy; --shards if left out.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is float32 on a CPU.")] = "auto",
     port: Annotated[int, typer.Option(min=1, max=65535, help="REST port on 127.0.0.1.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC port on 127.0.0.1.")] = 9000,
@@ -90,7 +93,12 @@ def up(
                 draft_tokens=draft_tokens,
                 prefix_cache=not no_prefix_cache,
                 log_format=log_format,
-                pool={"shards": shards, "device": device, "memory_budget": shard_memory or None},
+                pool={
+                    "shards": shards,
+                    "max_shards": max_shards,
+                    "device": device,
+                    "memory_budget": shard_memory or None,
+                },
             ),
             port,
             grpc_port,

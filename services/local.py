@@ -88,7 +88,9 @@ def _quiet_ray() -> AbstractContextManager[object]:
 @contextmanager
 def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
     num_cpus = (
-        args.threads(load_family(args.model)) + 8 + int(sum(pool.shards * max(1, pool.num_cpus) for pool in args.pools))
+        args.threads(load_family(args.model))
+        + 8
+        + int(sum(pool.most_shards * max(1, pool.num_cpus) for pool in args.pools))
     )
     own: dict[str, Any] = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
     ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)

@@ -21,8 +21,10 @@ from cluster.plan import Plan, PlanPolicy
 from cluster.planner import plan
 from cluster.reconciler import Reconciler, Timing
 from cluster.registry import RegistryStore, StoreUnavailable
+from cluster.scaling import PoolPolicy
 from cluster.topology import LayerSpec, Placement, Shard
 from model.moe import ExpertShape
+from services.controller.scaler import Scaler
 from services.controller.shards import GrpcShards
 
 log = logging.getLogger(__name__)
@@ -30,13 +32,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """`num_shards` of each pool must have registered before a placement is made; `model` is the checkpoint's digest."""
+    """`num_shards` of each pool must have registered before a placement is made; `model` is the checkpoint's digest.
+
+    `pools` are those that grow and shrink.
+    """
 
     num_shards: Mapping[str, int]
     model: str
     dtype: torch.dtype
     policy: PlanPolicy = field(default_factory=PlanPolicy)
     timing: Timing = field(default_factory=Timing)
+    pools: Mapping[str, PoolPolicy] = field(default_factory=dict)
 
 
 def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[LayerSpec]:
@@ -75,10 +81,15 @@ class Controller:
             config.timing,
             ordered_planner=self.plan_as_ordered,
         )
+        self.scaler = Scaler(
+            config.pools, self.layers, registry, self.reconciler, self.expected_load, time.time, config.policy
+        )
 
     async def run(self) -> None:
         """Until cancelled."""
-        await self.reconciler.run()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.reconciler.run())
+            tasks.create_task(self.scaler.run())
 
     async def plan(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
         """What the planner would do now; raises ValueError where it finds no place for the experts."""
@@ -95,9 +106,14 @@ class Controller:
         return None if placement is None else await self.plan_as_ordered(shards, placement)
 
     async def _plan(self, shards: Sequence[Shard], placement: Placement | None, policy: PlanPolicy) -> Plan:
+        load = await self.expected_load()
+        return await asyncio.to_thread(plan, self.layers, shards, placement, load, policy)
+
+    async def expected_load(self) -> Mapping[int, ExpectedLoad]:
+        """Of every layer that was used lately; what was known before where the store does not answer."""
         if self._history:
             try:
                 self._last_load = await self._history.expected(time.time())
             except StoreUnavailable as error:
-                log.warning("Planning with the load of before: %s", error)
-        return await asyncio.to_thread(plan, self.layers, shards, placement, self._last_load, policy)
+                log.warning("The load of before must do: %s", error)
+        return self._last_load

@@ -20,7 +20,7 @@ from typing import NoReturn
 import grpc
 import numpy as np
 
-from cluster.pace import PaceFit
+from cluster.pace import PaceFit, RowsPerCall
 from cluster.topology import Pace
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
@@ -89,6 +89,8 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self.outgoing = ByteBudget(MAX_TRANSFER_BYTES)
         self.counters = Counters()
         self.pace = PaceFit()
+        self.rows_per_call = RowsPerCall()
+        self._counted = (0, 0)  # calls and rows that it knows already
         self.is_leaving = False  # says that it drains
         self.is_draining = False  # and refuses what comes
         self.last_request_at = -math.inf
@@ -202,7 +204,10 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         return pb.ComputeReply(id=request.id, refusal=refusal, queue_depth=self.worker.depth)
 
     def learn_pace(self) -> Pace:
-        """What the calls since the last time say of this shard's pace."""
+        """What the calls since the last time say of this shard's pace, and how many rows they had."""
+        counted = (self.counters.num_requests, self.counters.num_rows)
+        self.rows_per_call.observe(*(now - before for now, before in zip(counted, self._counted, strict=True)))
+        self._counted = counted
         samples = [self._samples.popleft() for _ in range(len(self._samples))]
         mib = {layer: shape.nbytes(self.host.dtype) / 2**20 for layer, shape in self.host.shapes.items()}
         columns = [

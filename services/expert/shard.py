@@ -17,6 +17,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.orders import Wanted
 from cluster.registry import RegistryStore, StoreUnavailable
 from cluster.topology import Shard
 from model.family import ModelFamily
@@ -76,6 +77,7 @@ class ExpertShard:
         self.config, self.registry = config, registry
         self.incarnation = secrets.token_hex(8)
         self.endpoint = self.compute_endpoint = ""
+        self.wanted: Wanted | None = None  # what was last decided of its pool
         shapes, device = family.expert_shapes, torch.device(config.device)
         self.host = ExpertHost(shapes, config.dtype, device, config.memory_budget, config.host_budget)
         self._read = family.load_expert
@@ -161,6 +163,7 @@ class ExpertShard:
             host_budget=config.host_budget,
             compute_endpoint=self.compute_endpoint,
             pace=self.service.pace.pace,
+            rows_per_call=self.service.rows_per_call.mean,
         )
 
     def _bind(self) -> int:
@@ -188,6 +191,7 @@ class ExpertShard:
         self.service.learn_pace()
         try:
             await self.registry.heartbeat(self.record)
+            self.wanted = await self.registry.wanted_shards(self.config.pool) or self.wanted
         except StoreUnavailable as error:
             log.warning("Shard %s serves on, but is not registered: %s", self.config.shard_id, error)
 

@@ -51,7 +51,7 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float) -> bool:
 class Application:
     """`expertmesh up` in a process group of its own, as a terminal starts it."""
 
-    def __init__(self, num_shards: int) -> None:
+    def __init__(self, num_shards: int, *options: str) -> None:
         self.port, self.grpc_port = free_port(), free_port()
         self.url, self.grpc_target = f"http://127.0.0.1:{self.port}", f"127.0.0.1:{self.grpc_port}"
         chosen = [] if MODEL == DEMO else ["--model", str(MODEL), "--model-name", "demo"]
@@ -59,7 +59,7 @@ class Application:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed on exit
         self.started_at = time.monotonic()
         self.process = subprocess.Popen(
-            [*COMMAND, "up", "--shards", str(num_shards), "--dtype", "float32", *ports, *chosen],
+            [*COMMAND, "up", "--shards", str(num_shards), "--dtype", "float32", *ports, *chosen, *options],
             cwd=ROOT,
             env=ENVIRONMENT,
             stdout=self._log,

@@ -1,0 +1,175 @@
+"""The scaler beside a real reconciler, on a registry in memory and a clock that the test turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from cluster.load import ExpectedLoad
+from cluster.memory_registry import MemoryRegistry
+from cluster.migration import DEVICE, STANDBY, Holding
+from cluster.orders import Kind, StandingOrder, Wanted
+from cluster.plan import Plan, PlanPolicy
+from cluster.planner import plan
+from cluster.reconciler import Order, Reconciler
+from cluster.scaling import PoolPolicy
+from cluster.topology import Experts, Pace, Placement, Shard, held_digest
+from services.controller.scaler import Scaler
+from tests.cluster.fleet import make_layers, make_shard
+
+LAYERS = make_layers()
+SLOW = Pace(call_us=50.0, weight_us_per_mib=2e6, row_us_per_mib=4e5)
+POLICY = PoolPolicy(min_shards=2, max_shards=6, target_busy=0.5, upscale_delay_s=5.0, downscale_delay_s=60.0)
+
+
+@dataclass
+class Hosts:
+    """Shards that load and drop at once."""
+
+    held: dict[str, set[tuple[int, int, str]]] = field(default_factory=dict)
+
+    async def holding(self, shard: Shard) -> Holding:
+        return Holding(frozenset(self.held.setdefault(shard.id, set())), 100 * len(self.held[shard.id]))
+
+    async def load(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> Mapping[int, int]:
+        self.held.setdefault(shard.id, set()).update(_flat(device, DEVICE), _flat(standby, STANDBY))
+        return dict.fromkeys({*device, *standby}, 0)
+
+    async def drop(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> None:
+        self.held.setdefault(shard.id, set()).difference_update(_flat(device, DEVICE), _flat(standby, STANDBY))
+
+    async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
+        return {}
+
+
+def _flat(experts: Experts, tier: str) -> set[tuple[int, int, str]]:
+    return {(layer, expert, tier) for layer, own in experts.items() for expert in own}
+
+
+class World:
+    """A pool of slow shards, the two loops that look after it, and a clock."""
+
+    def __init__(self, num_shards: int = 3) -> None:
+        self.now, self.rows_per_s = 1.8e9, 0.0
+        self.registry, self.hosts = MemoryRegistry(lambda: self.now), Hosts()
+        self.shards = [make_shard(i, memory_budget=10_000) for i in range(num_shards)]
+        self.lead()
+
+    def lead(self) -> None:
+        clock = lambda: self.now  # noqa: E731
+        self.reconciler = Reconciler("me", "m", LAYERS, {"cpu": 2}, self.registry, self.hosts, self.planner, clock)
+        self.scaler = Scaler({"cpu": POLICY}, LAYERS, self.registry, self.reconciler, self.load, clock, PlanPolicy())
+
+    async def planner(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
+        return plan(LAYERS, shards, placement, {})
+
+    async def load(self) -> Mapping[int, ExpectedLoad]:
+        rate = self.rows_per_s * 4 / 32
+        return {spec.layer: ExpectedLoad.steady(np.full(32, rate)) for spec in LAYERS} if rate else {}
+
+    async def passes(self, seconds: int) -> int:
+        """Lets time pass and returns how many shards are wanted then."""
+        for _ in range(seconds):
+            self.now += 1.0
+            for shard in self.shards:
+                held = self.hosts.held.get(shard.id, set())
+                by_tier = [
+                    {layer: [e for la, e, of in held if la == layer and of == tier] for layer, _, _ in held}
+                    for tier in (DEVICE, STANDBY)
+                ]
+                record = replace(shard, pace=SLOW, rows_per_call=8.0, held_digest=held_digest(*by_tier))
+                await self.registry.heartbeat(record)
+            for _ in range(2):  # turns of the reconciler
+                await self.reconciler.turn()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            await self.scaler.turn()
+        return await self.wanted()
+
+    async def wanted(self) -> int:
+        wanted = await self.registry.wanted_shards("cpu")
+        assert wanted is not None
+        return wanted.shards
+
+    def start(self, number: int) -> None:
+        self.shards.append(make_shard(number, memory_budget=10_000))
+
+
+def test_a_pool_grows_after_its_delay_and_shrinks_after_a_longer_one_by_one_shard_at_a_time() -> None:
+    async def run() -> None:
+        world = World()
+        assert await world.passes(10) == 3
+        world.rows_per_s = 1200.0
+        assert await world.passes(4) == 3
+        grown = await world.passes(4)
+        assert grown > 3
+        for number in range(3, grown):
+            world.start(number)
+        assert await world.passes(30) == grown  # shards with nothing to do yet bring in no others
+        world.rows_per_s = 1.0
+        assert await world.passes(59) == grown
+        assert await world.passes(3) == grown - 1
+        assert await world.passes(100) == grown - 1  # as long as the one that is to go is there
+        world.shards[-1] = replace(world.shards[-1], draining=True)
+        assert await world.passes(65) == grown - 1
+        del world.shards[-1]
+        assert await world.passes(80) == grown - 2
+        kinds = [decision["kind"] for decision in await world.registry.decisions(100)]
+        assert kinds.count("scale") == 3
+
+    asyncio.run(run())
+
+
+def test_an_order_is_followed_at_once_and_until_it_is_lifted() -> None:
+    async def run() -> None:
+        world = World()
+        await world.passes(10)
+        order = StandingOrder(Kind.SCALE, "cpu", 5, "ada", world.now)
+        await world.registry.give_order(order)
+        assert await world.passes(1) == 5
+        world.start(3)
+        world.start(4)
+        assert await world.passes(70) == 5  # though there is no load at all
+        await world.registry.lift_order(order)
+        assert await world.passes(62) == 4
+
+    asyncio.run(run())
+
+
+def test_a_dead_shard_does_not_make_the_pool_smaller() -> None:
+    async def run() -> None:
+        world = World()
+        await world.passes(10)
+        del world.shards[0]
+        assert await world.passes(70) == 3
+
+    asyncio.run(run())
+
+
+def test_the_next_leader_goes_on_from_what_was_decided() -> None:
+    async def run() -> None:
+        world = World()
+        await world.passes(10)
+        await world.registry.want_shards("cpu", Wanted(5, world.now))  # by a leader that then died
+        world.now += 10.0
+        world.lead()
+        assert await world.passes(5) == 5
+        assert world.reconciler.leads
+
+    asyncio.run(run())
+
+
+def test_without_the_lease_nothing_is_decided() -> None:
+    async def run() -> None:
+        world = World()
+        await world.passes(10)
+        world.now += 10.0
+        await world.registry.acquire_lease("another")
+        before = await world.registry.wanted_shards("cpu")
+        await world.passes(2)
+        assert await world.registry.wanted_shards("cpu") == before
+
+    asyncio.run(run())
