@@ -47,7 +47,7 @@ def main() -> None:
         ShardProcess(write_checkpoint(Path(folder) / "m"), NUM_SHARDS) as process,
     ):
         ids = [shard.id for shard in process.shards]
-        for name, spread in (("one home each", 1), ("everywhere", NUM_SHARDS)):
+        for name, spread in (("one home each", 1), ("two homes each", 2), ("everywhere", NUM_SHARDS)):
             homes_of = tuple(tuple(ids[(e + i) % NUM_SHARDS] for i in range(spread)) for e in range(NUM_EXPERTS))
             homes = dict.fromkeys(LAYERS, homes_of)
             remote = RemoteExperts()

@@ -5,6 +5,9 @@ its rows that the shard gets. With equal paces the levels that `fill` finds are 
 
 Legend: E experts of one layer, S shards, H most homes of an expert (-1: no more), C = 2 parts of a cost: MiB of weights
 that a step reads, MiB · rows that it computes; P = 3 parts of a pace: µs per call, per MiB read, per MiB · row.
+
+What Python calls, here and in the files that use it, writes to arrays that it is given and returns at most numbers: one
+run in many failed inside numba as an array was handed back, for a cause that was not found.
 """
 
 from __future__ import annotations
@@ -13,6 +16,10 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
+
+Array = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 SWEEPS = 200  # of a fill at most; it ends once nothing changes
 TOLERANCE = 1e-4  # of the highest level
@@ -21,7 +28,7 @@ TOLERANCE = 1e-4  # of the highest level
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def rate(cost_EC: Any, pace_SP: Any, expert: int, shard: int) -> float:
     """The µs that all of an expert's rows take on a shard."""
-    return pace_SP[shard, 1] * cost_EC[expert, 0] + pace_SP[shard, 2] * cost_EC[expert, 1]  # type: ignore[no-any-return]
+    return float(pace_SP[shard, 1] * cost_EC[expert, 0] + pace_SP[shard, 2] * cost_EC[expert, 1])
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -53,7 +60,7 @@ def _level(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_homes: in
             if base < before:
                 above += base / one
                 slope += 1.0 / one
-        level = above / slope
+        level = float(above / slope)
         if level >= before:
             break
     largest = 0.0
@@ -84,14 +91,16 @@ def fill(
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def settle(cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, fallback_E: Any, wake_us: float) -> Any:
-    """Shares [E, H] and µs per shard [S] of a placement whose rows are shared out best.
+def settle(
+    cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, fallback_E: Any, wake_us: float, share_EH: Any, busy_S: Any
+) -> None:
+    """Writes the shares and the µs of each shard of a placement whose rows are shared out best.
 
     An expert without a home is computed at its `fallback_E` (-1: by nobody), which first brings its weights to the
     device at `wake_us` per MiB.
     """
-    busy_S = pace_SP[:, 0].copy()
-    share_EH = np.zeros(homes_EH.shape)
+    busy_S[:] = pace_SP[:, 0]
+    share_EH[:] = 0.0
     for expert in range(len(num_E)):
         num = num_E[expert]
         for i in range(num):
@@ -100,7 +109,15 @@ def settle(cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, fallback_E: An
         if num == 0 and fallback_E[expert] >= 0:
             fall_back(expert, fallback_E[expert], cost_EC, pace_SP, busy_S, wake_us)
     fill(cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, SWEEPS, TOLERANCE)
-    return share_EH, busy_S
+
+
+def busy_times(
+    cost_EC: Floats, pace_SP: Floats, homes_EH: Array, num_E: Array, fallback_E: Array, wake_us: float = 0.0
+) -> Floats:
+    """The µs of each shard that `settle` writes."""
+    busy_S = np.empty(len(pace_SP))
+    settle(cost_EC, pace_SP, homes_EH, num_E, fallback_E, wake_us, np.empty(homes_EH.shape), busy_S)
+    return busy_S
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]

@@ -15,6 +15,7 @@ class CallPolicy:
     first_pause_s, max_pause_s: before homes that all refused are asked again; twice as long each time.
     stall_s, patience: a shard that says nothing for `stall_s`, and `patience` times as long as its work should take, is
         passed over where the picks have another home.
+    doubt: where they have no other, its stream is opened anew after so many times as long, once.
     hedge_floor_s: sooner than that no shard is late, whatever its 95th percentile says.
     hedge_share, hedge_burst: messages sent to a second home because the first was late, as a share of all messages,
         and how many may be saved up.
@@ -32,6 +33,7 @@ class CallPolicy:
     max_pause_s: float = 0.5
     stall_s: float = 0.5
     patience: float = 8.0
+    doubt: float = 4.0
     hedge_floor_s: float = 0.03
     hedge_share: float = 0.03
     hedge_burst: float = 8.0
@@ -45,6 +47,7 @@ class CallPolicy:
     def __post_init__(self) -> None:
         assert 0 < self.hedge_floor_s <= self.stall_s <= self.timeout_s
         assert self.patience >= 0
+        assert self.doubt >= 1
         assert self.max_tries > 0
         assert self.max_lanes > 0
         assert 0 < self.first_pause_s <= self.max_pause_s

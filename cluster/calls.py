@@ -111,10 +111,11 @@ class Race:
     lanes: list[Lane]
     look_at: float  # when to see whether it is late
     may_hedge: bool = True
+    is_doubted: bool = False
     is_over: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Parked:
     """Picks that no home computes just now."""
 
@@ -175,7 +176,7 @@ class LayerCall:
     def on_reply(self, request_id: int, timing: Timing, now: float) -> list[int]:
         """Sums have come: the ids of those that count now, which are this one, and others that came before, or none."""
         ask = self.fleet.note_reply(request_id, timing, now)
-        if ask is None or ask.race is None or ask.race.is_over or ask.lane is None:
+        if ask is None or ask.race is None or ask.race.is_over or ask.lane is None or self.failure is not None:
             return []
         race, lane = ask.race, ask.lane
         ask.is_answered = True
@@ -226,6 +227,8 @@ class LayerCall:
     def on_tick(self, now: float) -> list[Ask]:
         """Time has passed, and everything that has come was taken."""
         asks: list[Ask] = []
+        if self.failure is not None:
+            return asks
         for parked in [parked for parked in self.parked if parked.resume_at <= now]:
             self.parked.remove(parked)
             asks += self._resume(parked, now)
@@ -328,12 +331,21 @@ class LayerCall:
                 self.layer, race.picks, self.expert_P, sizes, passed, now, may_promote=is_stalled
             )
         except NoLiveHome:
+            self._doubt(race, now)
             return []
         if not is_stalled and not self.fleet.budget.take(len(grouped.shard_M)):
             self._traffic.num_hedges_denied += 1
             race.may_hedge = False
             return []
         return self._join(race, self._post(grouped, now), not is_stalled)
+
+    def _doubt(self, race: Race, now: float) -> None:
+        """There is no other home. The stream may be out of step and not the shard: it is opened anew, once."""
+        for ask in race.lanes[-1].asks:
+            silent_s = now - max(ask.sent_at, ask.health.heard_at)
+            if not race.is_doubted and silent_s >= self.fleet.policy.doubt * ask.stalled_after_s:
+                race.is_doubted = True
+                self.fleet.ask_anew(ask.health)
 
     def _join(self, race: Race, asks: list[Ask], is_hedge: bool) -> list[Ask]:
         """Adds a lane."""
@@ -375,6 +387,9 @@ class LayerCall:
             reason=f"shard {ask.shard_id} last said: {reason.rstrip('.')}",
             is_busy=is_busy,
         )
+        if not race.lanes:
+            race.is_over = True
+            self.races.remove(race)
         if past.num_errors >= self.fleet.policy.max_tries:
             tries = f"max_tries = {past.num_errors} tries"
             self.failure = f"Picks of layer {self.layer} were not computed in {tries}; {past.reason}."
@@ -382,8 +397,6 @@ class LayerCall:
         if race.lanes:
             race.look_at = self.wake_at = now
             return []
-        race.is_over = True
-        self.races.remove(race)
         return self._send(race.picks, past, now)
 
     def _park(self, picks: Picks, past: Past, now: float) -> list[Ask]:

@@ -11,12 +11,14 @@ from cluster.balance import ideal_level, is_home, join, rate
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def wanted_homes(cost_EC: Any, num_E: Any, num_slots: int, num_shards: int, level: float, max_homes: int) -> Any:
-    """How many homes each expert should have on a device: the costliest per home get more until half a shard's time
-    bears each, then every expert gets a second one, the costliest first, as far as slots go."""
-    wanted_E = np.maximum(num_E, 1)
+def count_homes(cost_EC: Any, num_slots: int, level: float, most: int, wanted_E: Any) -> None:
+    """Writes how many homes each expert should have on a device, as far as slots go.
+
+    The costliest per home get more until half a shard's time bears each, then every expert gets a second one, the
+    costliest first.
+    """
+    wanted_E[:] = 1
     cost_E = cost_EC.sum(axis=1)
-    most = min(num_shards, max_homes)
     left = num_slots - wanted_E.sum()
     while left > 0:
         expert = np.argmax(np.where(wanted_E < most, cost_E / wanted_E, -1.0))
@@ -29,7 +31,6 @@ def wanted_homes(cost_EC: Any, num_E: Any, num_slots: int, num_shards: int, leve
             if left > 0 and wanted_E[expert] == 1:
                 wanted_E[expert] = 2
                 left -= 1
-    return wanted_E
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]

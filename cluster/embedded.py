@@ -8,10 +8,12 @@ the starting *thread* ends, and other systems have none.)
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import IO, Self
@@ -20,9 +22,12 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+log = logging.getLogger(__name__)
+
 SERVER_NAMES = ("redis-server", "valkey-server")
 MAX_START_TRIES = 5
 MAX_START_S = 10.0
+RESTART_PAUSE_S = 0.2
 
 # "$@" is the server's command line; its pid is the first line of output.
 SUPERVISOR = """
@@ -38,7 +43,8 @@ kill -9 $watcher 2>/dev/null; exit $status
 class EmbeddedRedis:
     """Starts a server on a free port of 127.0.0.1; `url` and `pid` say where and what it is.
 
-    A RuntimeError says so if no server is installed or it does not start.
+    One that dies is started again on the same port: it comes back empty, and those who use it fill it. A RuntimeError
+    says so if no server is installed or it does not start.
     """
 
     url: str
@@ -47,14 +53,17 @@ class EmbeddedRedis:
 
     def __init__(self) -> None:
         program = find_server()
+        self._is_stopping = threading.Event()
         for _ in range(MAX_START_TRIES):
             # Another process may take the free port before the server does; then the next one is tried.
             self.port = _free_port()
             self.url = f"redis://127.0.0.1:{self.port}/0"
             if self._start(program):
+                self._keeper = threading.Thread(target=self._keep_up, args=(program,), name="store keeper", daemon=True)
+                self._keeper.start()
                 return
             last_line = self._last_log_line()
-            self.stop()
+            self._end()
         raise RuntimeError(f"The embedded server {program} did not start in {MAX_START_TRIES} tries: {last_line}")
 
     def _start(self, program: Path) -> bool:
@@ -77,6 +86,16 @@ class EmbeddedRedis:
             time.sleep(0.01)
         return False
 
+    def _keep_up(self, program: Path) -> None:
+        while True:
+            self._supervisor.wait()
+            if self._is_stopping.is_set():
+                return
+            log.warning("The embedded store has died and is started again.")
+            self._end()
+            while not self._start(program) and not self._is_stopping.wait(RESTART_PAUSE_S):
+                self._end()
+
     def _answers(self) -> bool:
         client = redis.Redis(port=self.port, socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
         with contextlib.suppress(redis.RedisError), client:
@@ -90,6 +109,13 @@ class EmbeddedRedis:
 
     def stop(self) -> None:
         """Ends the server; may be called twice."""
+        self._is_stopping.set()
+        while self._keeper.is_alive():
+            self._end()
+            self._keeper.join(timeout=0.1)
+        self._end()
+
+    def _end(self) -> None:
         assert self._supervisor.stdin is not None
         assert self._supervisor.stdout is not None
         self._supervisor.stdin.close()

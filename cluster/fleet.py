@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from cluster.calls import Ask
 
 MESSAGE_US = 200.0  # what one more message costs the caller
-MAX_TO_LEARN = 64
+LEARN_EVERY_S = 0.005  # from a shard's replies: each would cost more than it tells
+SURPRISING = 4.0  # times what was predicted: learned from before the next message
+EXPERT, ROW, MESSAGE, FREE = range(4)  # rows of `costs_CS`
 NEVER = float("inf")
 
 Tables = Mapping[int, HomeTable]
@@ -77,7 +79,7 @@ class Fleet:
         self.is_changed = False  # a link came up or went down
         self.probe_at = NEVER  # when a shard that rests is to be tried, or a try to be given up
         self._probes: dict[int, Ask] = {}
-        self._to_learn: list[tuple[Ask, Timing, float]] = []
+        self.to_learn: list[tuple[Ask, Timing, float]] = []
         self._unanswered: list[ShardHealth] = []
         self.view: FleetView | None = None
 
@@ -116,10 +118,11 @@ class Fleet:
     def _note_costs(self, health: ShardHealth) -> None:
         costs_CS, place = self.costs_CS, health.place
         if place >= 0:
-            costs_CS[0, place] = health.slowness * health.pace.weight_us_per_mib
-            costs_CS[1, place] = health.slowness * health.pace.row_us_per_mib
-            costs_CS[2, place] = MESSAGE_US + max(0.0, health.overhead_us - 2 * self._usual_overhead_us)
-            costs_CS[3, place] = health.free_at
+            costs_CS[EXPERT, place] = health.slowness * health.pace.weight_us_per_mib
+            costs_CS[ROW, place] = health.slowness * health.pace.row_us_per_mib
+            excess_us = max(0.0, health.overhead_us - 2 * self._usual_overhead_us)
+            costs_CS[MESSAGE, place] = MESSAGE_US + health.slowness * health.pace.call_us + excess_us
+            costs_CS[FREE, place] = health.free_at
 
     # Choosing
 
@@ -159,7 +162,7 @@ class Fleet:
         self.owed[ask.id] = ask
         health = ask.health
         if health.place >= 0:
-            self.costs_CS[3, health.place] = health.free_at
+            self.costs_CS[FREE, health.place] = health.free_at
 
     def note_reply(self, request_id: int, timing: Timing | None, now: float) -> Ask | None:
         """Takes note of sums, or without a timing of a refusal; returns what was asked, unless that is not known."""
@@ -171,10 +174,16 @@ class Fleet:
         is_slow = timing is not None and not ask.is_promoting and health.is_far_slower(took_s, ask.predicted_s)
         if is_slow or ask.is_beaten or health.num_failures:
             self._judge(ask, is_slow, now)
-        if timing is not None and not ask.is_promoting:
-            self._to_learn.append((ask, timing, now))
-            if len(self._to_learn) >= MAX_TO_LEARN:
-                self.learn()
+        if timing is not None:
+            if not timing.queue_depth:
+                health.free_at = now
+                if health.place >= 0:
+                    self.costs_CS[FREE, health.place] = now
+            if now >= health.learn_at and not ask.is_promoting:
+                health.learn_at = now + LEARN_EVERY_S
+                self.to_learn.append((ask, timing, now))
+                if took_s > SURPRISING * ask.predicted_s:
+                    self.learn()
         return ask
 
     def _judge(self, ask: Ask, is_slow: bool, now: float) -> None:
@@ -189,10 +198,10 @@ class Fleet:
 
     def learn(self) -> None:
         """Learns from the replies noted; best called while there is nothing to do but wait."""
-        for ask, timing, at in self._to_learn:
+        for ask, timing, at in self.to_learn:
             ask.health.answer(ask.work, timing, at - ask.sent_at, ask.predicted_s, at)
             self._note_costs(ask.health)
-        self._to_learn.clear()
+        self.to_learn.clear()
 
     def note_failed(self, request_id: int, now: float) -> Ask | None:
         """Takes note of a message that came to nothing: its stream was lost, or what came back was corrupt."""
@@ -234,12 +243,16 @@ class Fleet:
         health.rests_until = now + self.policy.first_rest_s
         self.is_changed = True
 
+    def ask_anew(self, health: ShardHealth) -> None:
+        """Has its stream opened anew: what is owed on it is lost, and sent again."""
+        self._unanswered.append(health)
+
     @property
     def has_unanswered(self) -> bool:
         return bool(self._unanswered)
 
     def take_unanswered(self) -> list[ShardHealth]:
-        """Shards that left a probe unanswered: their streams are to be opened anew, or what they owe would grow."""
+        """Shards that do not answer: their streams are to be opened anew, or what they owe would grow."""
         shards, self._unanswered = self._unanswered, []
         return shards
 

@@ -16,6 +16,7 @@ NEW_SAMPLE = 0.2  # its weight in an average
 MAX_STEP = 8.0  # one sample counts as at most so many times the average
 LATE_UP, LATE_DOWN = 1.1, 1.1 ** -(0.05 / 0.95)  # balance where 5 % of the samples are above
 SLOWNESS_HALF_LIFE_S = 10.0  # of what is known of a shard that is not asked
+NO_BOUND = 1e9
 MIN_PACE_US = 1.0
 
 
@@ -73,6 +74,8 @@ class ShardHealth:
     lateness: float = 0.0  # 95th percentile of time to answer over what was predicted; 0 before the first
     mean_us: float = 0.0  # to compute a message
     adopted_at: float = 0.0
+    learn_at: float = 0.0
+    num_learned: int = 0
     place: int = -1  # among the shards of the placement
     last_work: Work = SMALL_WORK
 
@@ -105,12 +108,14 @@ class ShardHealth:
         queue_us, said_us, depth = timing
         took_us = 1e6 * took_s
         compute_us = min(said_us, took_us)  # whatever it says
+        self.num_learned += 1
+        weight, step = (1 / self.num_learned, NO_BOUND) if self.num_learned < 4 else (NEW_SAMPLE, MAX_STEP)
         expected = self.compute_us(work) / self.slowness
-        sample = min(max(compute_us, MIN_PACE_US) / expected, MAX_STEP * self.slowness)
-        self.slowness += NEW_SAMPLE * (sample - self.slowness)
-        overhead = min(max(0.0, took_us - compute_us - queue_us), MAX_STEP * self.overhead_us)
-        self.overhead_us += NEW_SAMPLE * (overhead - self.overhead_us)
-        self.mean_us += NEW_SAMPLE * (min(compute_us, MAX_STEP * (self.mean_us or compute_us)) - self.mean_us)
+        sample = min(max(compute_us, MIN_PACE_US) / expected, step * self.slowness)
+        self.slowness += weight * (sample - self.slowness)
+        overhead = min(max(0.0, took_us - compute_us - queue_us), step * self.overhead_us)
+        self.overhead_us += weight * (overhead - self.overhead_us)
+        self.mean_us += weight * (min(compute_us, step * max(1.0, self.mean_us)) - self.mean_us)
         self.free_at = now + min(1e-6 * depth * self.mean_us, self.policy.stall_s)
         late = self.lateness or self.policy.patience
         self.lateness = max(1.0, late * (LATE_UP if took_s > late * predicted_s else LATE_DOWN))
@@ -137,7 +142,9 @@ class ShardHealth:
 
     def adopt(self, pace: Pace, now: float) -> None:
         """Takes a new pace without a jump in what is predicted; what is known of old fades away."""
-        if pace != self.pace:
+        if not self.num_learned:  # what it says of itself is all that is known
+            self.pace = pace
+        elif pace != self.pace:
             before = self.compute_us(self.last_work)
             self.pace, self.slowness = pace, 1.0
             self.slowness = before / self.compute_us(self.last_work)

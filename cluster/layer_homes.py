@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cluster.balance import Array, Floats
 from cluster.load import ExpectedLoad
 from cluster.topology import Homes, LayerSpec
 
-Array = NDArray[np.int64]
-Floats = NDArray[np.float64]
 MIB = 2**20
 
 

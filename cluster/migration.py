@@ -105,11 +105,8 @@ def next_round(
     sizes = {spec.layer: spec.expert_bytes for spec in layers}
     held = held_homes(holdings)
     told = set(Target.of(published).all_homes()) if published else set()
-    missing = {
-        home
-        for home in target.all_homes()
-        if home.shard_id in holdings and not (home in told and home in held) and not _is_above(home, held)
-    }
+    goes_down = {home._replace(tier=STANDBY) for home in held & told if home.tier == DEVICE}
+    missing = {home for home in target.all_homes() if home.shard_id in holdings} - (held & told) - goes_down
     alive = Counter((home.layer, home.expert) for home in held & told)
     room = {shard.id: shard.memory_budget - holdings[shard.id].used_bytes for shard in shards if shard.id in holdings}
     in_flight: Counter[str] = Counter()
@@ -142,7 +139,11 @@ def next_target(
         key: _next_homes(key, told, target, done.loads, held, limits.min_cover, not done.num_left, holdings)
         for key in _differences(told, target)
     }
-    changed = {key: homes for key, homes in after.items() if homes != told.tiers(*key)}
+    changed = {
+        key: homes
+        for key, homes in after.items()
+        if homes != (before := told.tiers(*key)) or (homes == target.tiers(*key) and [*homes] != [*before])
+    }
     if not changed and done.num_left and not done.loads:
         changed = _make_room(target, after, held)
     return _with(told, changed) if changed else None
@@ -217,7 +218,7 @@ def _next_homes(
 
     for id, tier in wanted.items():
         home = Home(*key, id, tier)
-        if now.get(id) != tier and (home in verified or _is_above(home, held)):
+        if now.get(id) != tier and (home in verified or (id in now and _is_above(home, held))):
             after = {**now, id: tier}
             if now.get(id) != DEVICE or is_enough(after):
                 now = after

@@ -25,8 +25,8 @@ class PlanPolicy:
     share_of_time: float = 0.5  # of serving time that is spent waiting for experts
     stay_s: float = 600.0  # how long a load is expected to stay as it is
     bytes_per_s: float = 1e9  # of one move; moves are counted as if the fleet stood still meanwhile
-    good_enough: float = 0.96  # a layer whose ideal is this part of its slowest shard's time stays as it is
-    aim: float = 0.98  # the same ratio, at which work on a layer ends
+    good_enough: float = 0.97  # a layer whose ideal is this part of its slowest shard's time stays as it is
+    aim: float = 0.985  # the same ratio, at which work on a layer ends
     min_gain: float = 0.005  # of the time per step; less is within the error of the load
     cold_below: float = 0.0  # picks per second; experts with less may have only standby homes
     wake_us_per_mib: float = 100.0  # to bring an expert that stands by to the device

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.layer_homes import MIB, Array, Table
+from cluster.balance import Array
+from cluster.layer_homes import MIB, Table
 from cluster.plan import Move, Plan, PlanPolicy, Tier
 from cluster.planned_fleet import Fleet, PlannedLayer
 from cluster.topology import Homes
@@ -127,7 +128,8 @@ def _moves(planned: Sequence[PlannedLayer], fleet: Fleet) -> tuple[Move, ...]:
             for tier, before, after in both:
                 for shard in sorted(set(after) - set(before)):
                     size = 0 if shard in device_before or shard in standby_before else layer.spec.expert_bytes
-                    reason, urgency = _why_added(layer, expert, tier)
+                    stays = tier == "standby" and shard in device_before
+                    reason, urgency = ("it gives way on the device", 2) if stays else _why_added(layer, expert, tier)
                     move = Move(layer.spec.layer, expert, fleet.ids[shard], "add", tier, size, reason)
                     adds.append(((urgency, -costs_E[expert], layer.spec.layer, expert, shard), move))
                 for shard in sorted(set(before) - set(after)):
@@ -141,7 +143,7 @@ def _why_added(layer: PlannedLayer, expert: int, tier: Tier) -> tuple[str, int]:
     if num_lives == 0:
         return "it has no live home", 0
     if tier == "standby":
-        return ("it has one live home" if num_lives == 1 else "its other homes are fewer than two, or on one node"), 1
+        return ("it has one live home" if num_lives == 1 else "its other homes go, or are on one node"), 1
     if layer.table.num_E[expert] <= 1:
         return "its home goes", 1
     return "it shortens the slowest shard's time", 2

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster import balance
-from cluster.layer_homes import Array, Floats, ShardNumbers, Table, costs_of_experts, rows_of_experts
+from cluster.balance import Array, Floats
+from cluster.layer_homes import ShardNumbers, Table, costs_of_experts, rows_of_experts
 from cluster.load import ExpectedLoad
 from cluster.plan import PlanPolicy
 from cluster.topology import LayerSpec, Placement, Shard
@@ -96,15 +97,19 @@ class Fleet:
         slots_S: Array = np.minimum(free_S, self.host_quota_LS[number] - layer.standby.held_S(self.num_shards))
         return slots_S
 
-    def make_room(self, layer: PlannedLayer) -> None:
-        """Drops a layer's homes on shards that hold more than their budget: those with other homes first, then cold."""
+    def make_room(self, planned: Sequence[PlannedLayer]) -> None:
+        """Drops homes on shards that hold more than their budget, first of experts with others, then of cold ones."""
         for shard in np.flatnonzero(self.used_S > self.budget_S).tolist():
-            held = np.flatnonzero((layer.table.homes_EH == shard).any(axis=1))
-            order = held[np.lexsort((layer.cost_EC[held].sum(axis=1), layer.table.num_E[held] < 2))]
-            excess = int(-((self.budget_S[shard] - self.used_S[shard]) // layer.spec.expert_bytes))
-            for expert in order[:excess].tolist():
-                layer.drop(expert, shard)
-        self.take(layer)
+            held = [
+                (int(layer.table.num_E[expert]) < 2, float(layer.cost_EC[expert].sum()), number, expert)
+                for number, layer in enumerate(planned)
+                for expert in np.flatnonzero((layer.table.homes_EH == shard).any(axis=1)).tolist()
+            ]
+            for _, _, number, expert in sorted(held):
+                if self.used_S[shard] <= self.budget_S[shard]:
+                    break
+                planned[number].drop(expert, shard)
+                self.take(planned[number])
 
 
 class PlannedLayer:
@@ -153,9 +158,9 @@ class PlannedLayer:
         if self._settled is None or not (
             self._settled[0].is_same(self.table) and np.array_equal(self._settled[1], fallback_E)
         ):
-            busy_S = balance.settle(
+            busy_S = balance.busy_times(
                 self.cost_EC, fleet.pace_SP, self.table.homes_EH, self.table.num_E, fallback_E, self.wake_us
-            )[1]
+            )
             self._settled = self.table.copy(), fallback_E, busy_S
         return self._settled[2].copy()
 
@@ -163,10 +168,10 @@ class PlannedLayer:
         """µs of the slowest shard as it runs, those that drain included; experts without a live home cost nothing."""
         if self.level_at_rest is not None:
             return self.level_at_rest
-        busy_S = balance.settle(
+        busy_S = balance.busy_times(
             self.cost_EC, fleet.all_paces_SP, self.before.homes_EH, self.before.num_E,
             self.standby_before.homes_EH[:, 0].copy(), self.wake_us,
-        )[1]  # fmt: skip
+        )  # fmt: skip
         return float(busy_S.max())
 
     def add(self, expert: int, shard: int) -> None:
@@ -187,20 +192,16 @@ class PlannedLayer:
         last = int(self.before.homes_EH[expert].max(initial=-1))
         return last if last >= num_shards else -1
 
-    def least_needed(self, expert: int) -> tuple[int, int]:
-        """An expert and the shard on which it may give way to `expert`; (-1, -1) if none may.
+    def coldest_with_others(self, shard: int) -> int:
+        """Of the experts with other homes that a shard holds, the coldest; -1 if it holds none."""
+        held = np.flatnonzero((self.table.homes_EH == shard).any(axis=1) & (self.table.num_E > 1))
+        return int(held[np.argmin(self.cost_EC[held].sum(axis=1) / self.table.num_E[held])]) if len(held) else -1
 
-        That is the coldest with another home, else the coldest of all if it is colder, unless `expert` can stay on a
-        shard that drains.
-        """
-        costs_E = self.cost_EC.sum(axis=1)
-        num_E = self.table.num_E
-        backed = np.flatnonzero(num_E > 1)
-        if len(backed):
-            out = int(backed[np.argmin(costs_E[backed] / num_E[backed])])
-            return out, int(self.table.homes_EH[out, num_E[out] - 1])
-        held = np.flatnonzero(num_E == 1)
-        if not len(held) or self.draining_home(expert, len(self.counted_S)) >= 0:
+    def coldest(self, min_homes: int) -> tuple[int, int]:
+        """Of the experts with so many homes that of least cost a home, and its last home; -1 if there is none."""
+        candidates = np.flatnonzero(self.table.num_E >= min_homes)
+        if not len(candidates):
             return -1, -1
-        out = int(held[np.argmin(costs_E[held])])
-        return (out, int(self.table.homes_EH[out, 0])) if costs_E[out] < costs_E[expert] else (-1, -1)
+        num_E = self.table.num_E[candidates]
+        expert = int(candidates[np.argmin(self.cost_EC[candidates].sum(axis=1) / num_E)])
+        return expert, int(self.table.homes_EH[expert, self.table.num_E[expert] - 1])

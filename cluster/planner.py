@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cluster import balance, cover, deal, search
-from cluster.layer_homes import Array
+from cluster.balance import Array, Floats
 from cluster.load import ExpectedLoad
 from cluster.plan import Plan, PlanPolicy
 from cluster.plan_report import Weighed, report
@@ -41,12 +41,11 @@ def plan(
     fleet = Fleet(shards, layers, policy)
     planned = [PlannedLayer(spec, fleet, placement, load.get(spec.layer), policy) for spec in layers]
     fleet.count(planned)
-    for layer in planned:
-        fleet.make_room(layer)
+    fleet.make_room(planned)
     for number, layer in enumerate(planned):
         _deal(number, layer, fleet, policy)
     for layer in planned:
-        _place_the_homeless(layer, fleet)
+        _place_the_homeless(layer, planned, fleet)
     for number, layer in enumerate(planned):
         _fill_empty_shards(number, layer, fleet, policy)
     weighed = _rebalance(planned, fleet, policy)
@@ -56,64 +55,93 @@ def plan(
 
 
 def _deal(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) -> None:
-    """Homes for experts that have none, as far as the layer's part of the memory goes."""
-    table = layer.table
-    if table.num_E.all():
+    """Homes for the experts of a layer that has none at all, as far as the layer's part of the memory goes."""
+    if not layer.is_new:
         return
     slots_S = fleet.slots_S(number, layer)
-    wanted_E = np.maximum(table.num_E, 1)
     level = balance.ideal_level(layer.cost_EC, fleet.pace_SP)
-    if layer.is_new:
-        most = policy.max_homes if policy.is_device_cover else 1
-        num_slots = int(np.minimum(slots_S, layer.spec.num_experts).sum())
-        wanted_E = deal.wanted_homes(layer.cost_EC, table.num_E, num_slots, fleet.num_shards, level, most)
-        table = table.resized(max(int(wanted_E.max()), 1))
-    busy_S = layer.busy_S(fleet)
+    most = min(policy.max_homes, fleet.num_shards) if policy.is_device_cover else 1
+    num_slots = int(np.minimum(slots_S, layer.spec.num_experts).sum())
+    wanted_E = np.ones(layer.spec.num_experts, np.int64)
+    deal.count_homes(layer.cost_EC, num_slots, level, most, wanted_E)
+    table = layer.table.resized(max(int(wanted_E.max()), 1))
     deal.deal(
-        layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, slots_S, fleet.node_S, wanted_E, busy_S
+        layer.cost_EC, fleet.pace_SP, table.homes_EH, table.num_E, slots_S, fleet.node_S, wanted_E,
+        fleet.pace_SP[:, 0].copy(),
     )  # fmt: skip
     layer.table = table.resized(min(fleet.num_shards, int(table.num_E.max()) + 4))
-    if layer.is_new:
-        slots_S = fleet.slots_S(number, layer)
-        _improve(layer, fleet, slots_S, level, level, 0.0)
+    fleet.take(layer)
+    _improve(layer, fleet, fleet.slots_S(number, layer), level, level, 0.0)
     fleet.take(layer)
 
 
 def _improve(
     layer: PlannedLayer, fleet: Fleet, slots_S: Array, enough: float, aim: float, price: float
 ) -> tuple[float, float]:
-    _, before, after = search.improve(
+    before, after = search.improve(
         layer.cost_EC, fleet.pace_SP, layer.table.homes_EH, layer.table.num_E, slots_S, layer.fallback_E,
         layer.is_cold_E, fleet.policy.wake_us_per_mib, enough, aim, price, MAX_STEPS,
     )  # fmt: skip
     return float(before), float(after)
 
 
-def _place_the_homeless(layer: PlannedLayer, fleet: Fleet) -> None:
+def _place_the_homeless(layer: PlannedLayer, planned: Sequence[PlannedLayer], fleet: Fleet) -> None:
     """Homes for what is left, the hottest first: wherever there is memory, else in place of a home that others back up.
 
     What finds nothing stays on its draining shard if it has one, else it stands by, in place of the coldest.
     """
-    table = layer.table
-    homeless = np.flatnonzero(table.num_E == 0)
+    homeless = np.flatnonzero(layer.table.num_E == 0)
     if not len(homeless):
         return
-    slots_S = fleet.free_slots_S(layer)
     busy_S = layer.busy_S(fleet)
     costs_E = layer.cost_EC.sum(axis=1)
     for expert in homeless[np.argsort(-costs_E[homeless], kind="stable")].tolist():
-        free = np.flatnonzero(slots_S > 0)
-        if len(free):
-            to = int(free[np.argmin(busy_S[free])])
-            slots_S[to] -= 1
-        else:
-            out, to = layer.least_needed(expert)
-            if out < 0:
-                continue
-            layer.drop(out, to)
-        layer.add(expert, to)
-        busy_S[to] += balance.rate(layer.cost_EC, fleet.pace_SP, expert, to)
-    fleet.take(layer)
+        to = _room_for(layer, expert, planned, fleet, busy_S)
+        if to >= 0:
+            layer.add(expert, to)
+            fleet.take(layer)
+            busy_S[to] += balance.rate(layer.cost_EC, fleet.pace_SP, expert, to)
+
+
+def _room_for(layer: PlannedLayer, expert: int, planned: Sequence[PlannedLayer], fleet: Fleet, busy_S: Floats) -> int:
+    """A shard with room for one more home, which is made if need be; best where it stands by. -1: there is none."""
+    free = np.flatnonzero(fleet.free_slots_S(layer) > 0)
+    standby = layer.standby.of_expert(expert)
+    for shard in standby:
+        if shard in free:
+            return shard
+    for shard in standby:
+        out = layer.coldest_with_others(shard)
+        if out >= 0:
+            layer.drop(out, shard)
+            return shard
+    if len(free):
+        return int(free[np.argmin(busy_S[free])])
+    giver, out, shard = _least_needed(layer, expert, planned, fleet)
+    if out >= 0:
+        giver.drop(out, shard)
+        fleet.take(giver)
+    return shard
+
+
+def _least_needed(
+    layer: PlannedLayer, expert: int, planned: Sequence[PlannedLayer], fleet: Fleet
+) -> tuple[PlannedLayer, int, int]:
+    """The layer, expert and shard of a home that may give way to `expert`; the expert is -1 if none may.
+
+    That is the coldest with another home, of the same layer if it has one, else the coldest of the layer if it is
+    colder, unless `expert` can stay on a shard that drains.
+    """
+    others = [other for other in planned if other.spec.expert_bytes >= layer.spec.expert_bytes and other is not layer]
+    for giver in (layer, *others):
+        out, shard = giver.coldest(2)
+        if out >= 0:
+            return giver, out, shard
+    out, shard = layer.coldest(1)
+    is_colder = layer.cost_EC[out].sum() < layer.cost_EC[expert].sum()
+    if out < 0 or not is_colder or layer.draining_home(expert, fleet.num_shards) >= 0:
+        return layer, -1, -1
+    return layer, out, shard
 
 
 def _fill_empty_shards(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) -> None:

@@ -159,45 +159,119 @@ def _choose(
 
     max_piece = costs[3]
     is_called_S = np.zeros(len(busy_S), np.bool_)
-    holds_S = np.empty(len(busy_S), np.bool_)
-    piece_home_P = np.empty(len(expert_P), np.int64)  # an expert has no more pieces than picks
-    first_piece_E = np.empty(num_experts, np.int64)
-    num_pieces = 0
+    given_EH = np.empty((num_experts, max_homes), np.int64)  # rows of each of an expert's options
+    num_split = 0
     for expert in experts[order]:
-        options, left = options_EH[expert, : num_options_E[expert]], count_E[expert]
-        first_piece_E[expert] = start = num_pieces
+        options, given_H = options_EH[expert, : num_options_E[expert]], given_EH[expert]
+        given_H[: len(options)] = 0
+        left = count_E[expert]
         piece = left if len(options) == 1 else max_piece
-        holds_S[:] = False
+        num_split += left > piece
         while left > 0:
-            home = _give(options, min(piece, left), holds_S, is_called_S, busy_S, costs)
-            piece_home_P[num_pieces] = home
-            num_pieces += 1
+            given_H[_give(options, min(piece, left), given_H, is_called_S, busy_S, costs)] += min(piece, left)
             left -= piece
-        if len(options) == 1:  # however many pieces, they have one home
-            num_pieces = start - (-count_E[expert] // max_piece)
-            piece_home_P[start:num_pieces] = options[0]
-        piece_home_P[start:num_pieces].sort()
+    if num_split > 0:
+        is_split_E = (count_E > max_piece) & (num_options_E > 1)
+        _relieve(np.flatnonzero(is_split_E), options_EH, num_options_E, given_EH, busy_S, costs)
 
-    num_seen_E = np.zeros(num_experts, np.int64)
+    option_E = np.zeros(num_experts, np.int64)
     for pick, expert in enumerate(expert_P):
-        home_P[pick] = piece_home_P[first_piece_E[expert] + num_seen_E[expert] // max_piece]
-        num_seen_E[expert] += 1
+        while given_EH[expert, option_E[expert]] == 0:
+            option_E[expert] += 1
+        given_EH[expert, option_E[expert]] -= 1
+        home_P[pick] = options_EH[expert, option_E[expert]]
     return True
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _give(options: Any, num_rows: Any, holds_S: Any, is_called_S: Any, busy_S: Any, costs: Any) -> int:
-    """Gives some rows of one expert to the home that would be done first."""
+def _give(options: Any, num_rows: Any, given_H: Any, is_called_S: Any, busy_S: Any, costs: Any) -> int:
+    """Gives some rows of one expert to the option that would be done first."""
     expert_S, row_S, message_S, _ = costs
-    home, least = options[0], np.inf
-    for option in options:
+    chosen, least = 0, np.inf
+    for i, option in enumerate(options):
         # A message costs the caller, not the shard: it counts in the choice, not in how busy the shard is.
-        extra = (0.0 if is_called_S[option] else message_S[option]) + (0.0 if holds_S[option] else expert_S[option])
+        extra = (0.0 if is_called_S[option] else message_S[option]) + (0.0 if given_H[i] > 0 else expert_S[option])
         if busy_S[option] + extra < least:
-            home, least = option, busy_S[option] + extra
-    busy_S[home] += num_rows * row_S[home] + (0.0 if holds_S[home] else expert_S[home])
-    is_called_S[home] = holds_S[home] = True
-    return int(home)
+            chosen, least = i, busy_S[option] + extra
+    home = options[chosen]
+    busy_S[home] += num_rows * row_S[home] + (0.0 if given_H[chosen] > 0 else expert_S[home])
+    is_called_S[home] = True
+    return chosen
+
+
+RELIEF = 0.004  # of the slowest shard's time: less is not worth another path
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _relieve(experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, costs: Any) -> None:
+    """Passes rows on from the slowest shard along a chain of experts' homes to one that is done earlier, and again.
+
+    Giving rows out one expert after another cannot see that a shard's neighbours could pass some on in turn. Where the
+    slowest shard reaches none that is done earlier, its time is the least there is: no split has a smaller maximum.
+    """
+    expert_S, row_S = costs[0], costs[1]
+    by_S, from_S, to_S = (
+        np.empty(len(busy_S), np.int64),
+        np.empty(len(busy_S), np.int64),
+        np.empty(len(busy_S), np.int64),
+    )
+    for _ in range(4 * len(busy_S)):
+        slowest = np.argmax(busy_S)
+        last = _reach(slowest, experts, options_EH, num_options_E, given_EH, busy_S, expert_S, by_S, from_S, to_S)
+        if last < 0:
+            return
+        new = 0.0 if given_EH[by_S[last], to_S[last]] > 0 else expert_S[last]
+        num_rows = int((busy_S[slowest] - busy_S[last] - new) / (row_S[slowest] + row_S[last]))
+        if num_rows == 0 or num_rows * row_S[slowest] <= RELIEF * busy_S[slowest]:
+            return
+        shard = last
+        while shard != slowest:
+            num_rows = min(num_rows, given_EH[by_S[shard], from_S[shard]])
+            shard = options_EH[by_S[shard], from_S[shard]]
+        busy_S[slowest] -= num_rows * row_S[slowest]
+        busy_S[last] += num_rows * row_S[last]
+        shard = last
+        while shard != slowest:
+            expert, giver = by_S[shard], options_EH[by_S[shard], from_S[shard]]
+            busy_S[shard] += 0.0 if given_EH[expert, to_S[shard]] > 0 else expert_S[shard]
+            given_EH[expert, from_S[shard]] -= num_rows
+            given_EH[expert, to_S[shard]] += num_rows
+            busy_S[giver] -= 0.0 if given_EH[expert, from_S[shard]] > 0 else expert_S[giver]
+            shard = giver
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _reach(
+    slowest: Any, experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, expert_S: Any,
+    by_S: Any, from_S: Any, to_S: Any,
+) -> int:  # fmt: skip
+    """Of the shards that rows can be passed on to, the one that is done first; -1 if the slowest can pass none on.
+
+    Writes by which expert each is reached, and which of its options gives and takes.
+    """
+    by_S[:] = -1
+    queue, num_seen, best, least = np.empty(len(busy_S), np.int64), 1, -1, busy_S[slowest]
+    queue[0] = slowest
+    at = 0
+    while at < num_seen:
+        shard = queue[at]
+        at += 1
+        for expert in experts:
+            for i in range(num_options_E[expert]):
+                if options_EH[expert, i] != shard or given_EH[expert, i] == 0:
+                    continue
+                for k in range(num_options_E[expert]):
+                    to = options_EH[expert, k]
+                    new = 0.0 if given_EH[expert, k] > 0 else expert_S[to]  # others pass on as much as they take
+                    done = busy_S[to] + new
+                    if to == slowest or by_S[to] >= 0 or (new > 0 and done >= busy_S[slowest]):
+                        continue
+                    by_S[to], from_S[to], to_S[to] = expert, i, k
+                    queue[num_seen] = to
+                    num_seen += 1
+                    if done < least:
+                        best, least = to, done
+    return best
 
 
 class Grouped(NamedTuple):

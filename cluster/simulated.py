@@ -96,7 +96,8 @@ class Network:
 class Store:
     """A Redis: what it holds, and whether it answers. Wiping it leaves an empty one."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_fenced: bool = True) -> None:
+        self.is_fenced = is_fenced
         self.process = Process("store")
         self.loads: Counter[tuple[int, int]] = Counter()  # wiping spares them, or nothing could be said of them
         self.on_publish: Callable[[Placement], None] = lambda _: None
@@ -121,6 +122,8 @@ class RemoteStore:
 
     async def _ask(self, do: Callable[[MemoryRegistry], Awaitable[T]]) -> T:
         await self._process.runs()
+        if not self._process.is_up:
+            raise StoreUnavailable("the process that asks is dead")
         await asyncio.sleep(self._network.hop_s())
         store = self._store.process
         if not store.is_up:
@@ -128,8 +131,7 @@ class RemoteStore:
         if store.is_stopped or self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store does not answer")
-        result = await do(self._store.registry)
-        await asyncio.sleep(self._network.hop_s())
+        result = await do(self._store.registry)  # the way back is part of the hop
         if self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store's answer was lost")
@@ -153,7 +155,8 @@ class RemoteStore:
 
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
         async def publish(registry: MemoryRegistry) -> None:
-            await registry.publish(placement, expected_epoch, fencing)
+            token = fencing if self._store.is_fenced or not fencing else 1 << 62
+            await registry.publish(placement, expected_epoch, token)
             self._store.on_publish(placement)
 
         await self._ask(publish)
@@ -282,6 +285,7 @@ class RemoteShards:
 
     def __init__(self, process: Process, fleet: Mapping[str, SimShard], network: Network, on_drop: OnDrop) -> None:
         self._process, self._fleet, self._network, self._on_drop = process, fleet, network, on_drop
+        self.before_drop: Callable[[Process, Experts], None] = lambda *_: None
 
     async def _ask(self, shard: Shard, do: Callable[[SimShard], Awaitable[T]]) -> T:
         await self._process.runs()
@@ -329,6 +333,8 @@ class RemoteShards:
         return await self._ask(shard, lambda target: target.load(_flat(device, standby), order))
 
     async def drop(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> None:
+        self.before_drop(self._process, device)
+
         async def drop(target: SimShard) -> None:
             dropped = target.drop(_flat(device, standby), order)
             self._on_drop(target, dropped, self._process.name)
@@ -452,7 +458,7 @@ class SimBackbone(Process):
 
     async def _ask_experts(self) -> None:
         while True:
-            await asyncio.sleep(0.1 + 0.3 * self.random.random())
+            await asyncio.sleep(0.1 + 0.5 * self.random.random())
             await self.runs()
             if self.fleet.view is not None:
                 self._start(self.random.choice(self.layers))

@@ -4,10 +4,11 @@
 it, and `--trace` tells its story. Planner, migration, controller, follower and the clients' state machine are the ones
 that serve; network, store and shards are `cluster.simulated`. After the way FoundationDB and TigerBeetle are tested.
 
-What must hold: publishing a placement or dropping an expert leaves no expert without a live home; epochs do not go
-backwards; every pick of every call counts exactly once; no count of expert load is lost; no shard exceeds its budget; a
-call takes at most `MAX_CALL_S`; and when failures have ended, the fleet comes to rest within `MAX_REST_S`: full cover,
-every shard holding what the placement says and nothing else, every backbone on that placement.
+What must hold: no placement is published that leaves an expert without a live home; no expert is dropped where the
+placement, or that of a backbone that is up to date, names the shard as its home; epochs do not go backwards; every pick
+of every call counts exactly once; no count of expert load is lost; no shard exceeds its budget; a call takes at most
+`MAX_CALL_S`; and when failures have ended, the fleet comes to rest within `MAX_REST_S`: full cover, every shard holding
+what the placement says and nothing else, every backbone on that placement.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any
 
 from cluster import virtual_time
 from cluster.load import ExpectedLoad
-from cluster.plan import Plan
+from cluster.migration import Limits
+from cluster.plan import Plan, PlanPolicy
 from cluster.planner import plan
 from cluster.reconciler import Reconciler, Timing
 from cluster.registry import StoreUnavailable
@@ -44,13 +46,17 @@ from cluster.simulated import (
     Store,
     now,
 )
-from cluster.topology import LayerSpec, Placement, Shard
+from cluster.topology import Experts, LayerSpec, Placement, Shard
 
 MODEL, POOL = "simulated", "pool"
 CALM_S, FAULTS_S = 2.0, 6.0  # without failures at first, then with some
 MAX_CALL_S = 20.0
 MAX_REST_S = 40.0
 UNSEEN_S = 1.5
+EXPERT_BYTES = 1 << 20
+LIMITS = Limits(bytes_in_flight=3 * EXPERT_BYTES)
+# Plans for little gain, so that much is moved.
+RESTLESS = PlanPolicy(rows_per_step=2.0, risk=0.0, stay_s=1e6, min_gain=0.0, good_enough=0.999, aim=1.0)
 
 Key = tuple[int, int]  # layer, expert
 
@@ -63,6 +69,7 @@ class Scenario:
     num_faults: int = 3
     controller: type[Reconciler] = Reconciler
     is_fenced: bool = True
+    is_about_leaders: bool = False  # then one may be stopped at the moment when it has something dropped
     has_trace: bool = False
 
 
@@ -83,19 +90,22 @@ class World:
         self.scenario = scenario
         self.random = rng = Random(scenario.seed)
         self.network = Network(Random(scenario.seed + 1))
-        self.store = Store()
+        self.store = Store(scenario.is_fenced)
         self.store.on_publish = self.on_publish
-        self.layers = [LayerSpec(layer, rng.choice((4, 6, 8)), 100, 2) for layer in range(rng.choice((1, 2)))]
+        self.layers = [LayerSpec(layer, rng.choice((4, 6, 8)), EXPERT_BYTES, 2) for layer in range(rng.choice((1, 2)))]
         self.num_shards = rng.choice((3, 4, 5))
         self.nodes = [f"n{i}" for i in range(rng.choice((1, 2, 3)))]
-        self.host_budget = rng.choice((0, 100_000))
+        self.host_budget = rng.choice((0, 100 * EXPERT_BYTES))
         whole = sum(spec.num_experts * spec.expert_bytes for spec in self.layers)
-        self.budget = min(whole, int(2.3 * whole / (self.num_shards - 1)) + 200)
+        self.budget = min(whole, int(2.3 * whole / self.num_shards) + 2 * EXPERT_BYTES)
+        self.popularity: dict[int, list[float]] = {}
+        self.policy = replace(RESTLESS, is_device_cover=rng.random() < 0.7)
         self.shards: dict[str, SimShard] = {}
         self.controllers: dict[str, Process] = {}
         self.backbones: list[SimBackbone] = []
         self.published: Placement | None = None
         self.error: str | None = None
+        self.is_failing = True
         self.num_epochs = 0
         self._num_started = 0
         self._tasks: dict[Process, list[asyncio.Task[Any]]] = {}
@@ -108,8 +118,11 @@ class World:
             self.start_controller(name)
         for name in ("b0", "b1"):
             self.start_backbone(name)
+        shifting = asyncio.ensure_future(self._keep_shifting())
         await asyncio.sleep(CALM_S)
         await asyncio.gather(*(self._fault() for _ in range(self.scenario.num_faults)))
+        shifting.cancel()
+        self.is_failing = False
         ended_at = self.time
         while self.error is None and (unrest := self.unrest()) is not None:
             if self.time - ended_at > MAX_REST_S:
@@ -120,6 +133,8 @@ class World:
         if slowest > MAX_CALL_S:
             self.fail(f"a call took {slowest:.1f} s")
         num_calls = sum(backbone.num_calls for backbone in self.backbones)
+        for process in list(self._tasks):
+            self._kill(process)
         return Outcome(self.scenario.seed, self.error, num_calls, slowest, self.num_epochs, self.time)
 
     @property
@@ -164,9 +179,11 @@ class World:
         process = self.controllers[name] = Process(name)
         store = RemoteStore(process, self.store, self.network)
         remote = RemoteShards(process, self.shards, self.network, self.on_drop)
+        if self.scenario.is_about_leaders:
+            remote.before_drop = self._maybe_stop
         timing = Timing(plan_every_s=3.0, shun_s=3.0)
         controller = self.scenario.controller(
-            name, MODEL, self.layers, {POOL: self.num_shards}, store, remote, self.plan, now, timing
+            name, MODEL, self.layers, {POOL: self.num_shards}, store, remote, self.plan, now, timing, LIMITS
         )
         self._start(process, controller.run())
 
@@ -186,16 +203,25 @@ class World:
             self.fail(str(error) if isinstance(error, Broken) else repr(error))
 
     async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
-        loads = {
-            spec.layer: ExpectedLoad.steady([1.0 + self.store.loads[spec.layer, e] for e in range(spec.num_experts)])
-            for spec in self.layers
-        }
-        return plan(self.layers, alive, placement, loads)
+        loads = {layer: ExpectedLoad.steady(popularity) for layer, popularity in self.popularity.items()}
+        # The planner moves as little as it can; now and then it forgets what runs, so that there is much to do.
+        forgets = self.random.random() < 0.3
+        return plan(self.layers, alive, None if forgets else placement, loads, self.policy)
+
+    def _shift(self) -> None:
+        """Other experts are popular from now on."""
+        for spec in self.layers:
+            self.popularity[spec.layer] = [self.random.lognormvariate(0.0, 1.1) for _ in range(spec.num_experts)]
+
+    async def _keep_shifting(self) -> None:
+        while True:
+            self._shift()
+            await asyncio.sleep(self.random.uniform(1.0, 4.0))
 
     # Failures
 
     async def _fault(self) -> None:
-        faults = (
+        faults: tuple[tuple[int, Callable[[], Coroutine[Any, Any, None]]], ...] = (
             (4, self._kill_shard),
             (3, self._stop_shard),
             (3, self._kill_controller),
@@ -211,6 +237,8 @@ class World:
             (1, self._slow_shard),
             (1, self._corrupt_shard),
         )
+        if self.scenario.is_about_leaders:
+            faults = ((1, self._drain), (1, self._grow))
         await asyncio.sleep(self.random.uniform(0, FAULTS_S))
         (fault,) = self.random.choices([fault for _, fault in faults], [weight for weight, _ in faults])
         await fault()
@@ -231,7 +259,9 @@ class World:
         process.resume()
 
     def _some_shard(self) -> SimShard:
-        return self.random.choice([shard for shard in self.shards.values() if shard.is_up])
+        """Of a fleet that has enough of them, or it is given one more."""
+        live = [shard for shard in self.shards.values() if shard.is_up]
+        return self.random.choice(live) if len(live) >= 3 else self.start_shard(self.random.choice(self.nodes))
 
     def _remove(self, shard: SimShard) -> None:
         self._kill(shard)
@@ -253,6 +283,23 @@ class World:
         await asyncio.sleep(self.random.uniform(0.1, 3.0))
         if not self.controllers[name].is_up:
             self.start_controller(name)
+
+    def _maybe_stop(self, process: Process, experts: Experts) -> None:
+        """Another leads for a while, and for it a home of what is about to be dropped dies."""
+        if (
+            self.is_failing
+            and not process.is_stopped
+            and self.random.random() < 0.5
+            and self.published is not None
+            and experts
+        ):
+            process.stop()
+            self._start(process, self._stop(process, self.random.uniform(5.0, 8.0)))
+            layer = self.random.choice(sorted(experts))
+            homes = self.published.all_homes(layer)[self.random.choice(experts[layer])]
+            if homes and self.shards[homes[0]].is_up:
+                self._remove(self.shards[homes[0]])
+                asyncio.get_running_loop().call_later(9.0, self.start_shard, self.nodes[0])
 
     async def _stop_controller(self) -> None:
         name = self.random.choice(sorted(self.controllers))
@@ -357,10 +404,9 @@ class World:
         for name, placement in [("the placement", self.published if is_there else None), *frames]:
             if placement is None:
                 continue  # nobody knows of one
-            for layer, expert in {(layer, expert) for layer, expert, _ in dropped}:
-                ids = placement.all_homes(layer)[expert]
-                if shard.name in ids and not self._is_served(ids, (layer, expert)):
-                    self.fail(f"{by} has {shard.name} drop expert {layer}/{expert}, of which {name} has no other home")
+            for layer, expert, _ in sorted(dropped):
+                if shard.name in placement.all_homes(layer)[expert]:
+                    self.fail(f"{by} has {shard.name} drop expert {layer}/{expert}, for which {name} counts on it")
 
     def _up_to_date(self) -> list[SimBackbone]:
         """Backbones that the store knows as alive; others have been cut off, and wait when they come back."""

@@ -6,7 +6,7 @@ tokenizers take a process seconds to read. Annotations stay objects in this file
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -33,6 +33,7 @@ from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.grpc_api import GrpcError, InferenceApi
 from services.gateway.listener import Listener, Listening
+from services.gateway.metrics import Metrics
 from services.gateway.operations import Operations, Tier
 from services.gateway.rest import build_rest
 from services.gateway.text import Tokenizer
@@ -41,14 +42,17 @@ from services.link.client import Backbones
 STATUS_TIMEOUT_S = 3.0
 TRACE_TIMEOUT_S = 10.0
 PREVIEW_TIMEOUT_S = 30.0
+OTHERS_TIMEOUT_S = 0.5  # for the rest, once one has answered
 
 
 def _ask_all(backbone: DeploymentHandle[Any]) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
     """Asks every replica for its status; those that do not answer are left out."""
 
     async def ask() -> list[dict[str, Any]]:
-        answers = backbone.broadcast("status").results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
-        return [answer for answer in await answers if isinstance(answer, dict)]
+        # Not `results_async`, which forgets who has answered where one replica hangs.
+        asked = backbone.broadcast("status")._fetch_replica_results_async()
+        replicas: list[Any] = await asyncio.wait_for(asked, STATUS_TIMEOUT_S)
+        return await _answers([replica.get_async() for replica in replicas])
 
     return ask
 
@@ -76,6 +80,23 @@ def _preview(controller: DeploymentHandle[Any]) -> Callable[[], Awaitable[dict[s
     return preview
 
 
+async def _answers(asked: Sequence[Awaitable[Any]]) -> list[dict[str, Any]]:
+    """What comes within STATUS_TIMEOUT_S, and within OTHERS_TIMEOUT_S of the first."""
+    answers: list[dict[str, Any]] = []
+    late = {asyncio.ensure_future(one) for one in asked}
+    stop_at = time.monotonic() + STATUS_TIMEOUT_S
+    while late and (left := stop_at - time.monotonic()) > 0:
+        done, late = await asyncio.wait(late, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        told = [task.result() for task in done if not task.cancelled() and task.exception() is None]
+        if told and not answers:
+            stop_at = min(stop_at, time.monotonic() + OTHERS_TIMEOUT_S)
+        answers += told
+    for task in late:
+        task.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
+    return answers
+
+
 @serve.ingress()
 class GatewayDeployment:
     """REST and gRPC on ports of its own where `args` name some, and through Serve's proxies, where there are any.
@@ -94,9 +115,11 @@ class GatewayDeployment:
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
         self._where = Listening(args.host, args.http_port, args.grpc_port)
-        self._backbone = Backbones(_ask_all(backbone))
+        metrics = Metrics(card.id)
+        self._backbone = Backbones(_ask_all(backbone), metrics.count_resumed)
         self._grammars = GrammarChecker(args.model)
-        self._generation = Generation(self._backbone, Tokenizer(args.model), card, self._grammars.check)
+        tokenizer = Tokenizer(args.model)
+        self._generation = Generation(self._backbone, tokenizer, card, self._grammars.check, metrics=metrics)
         self._grpc = InferenceApi(self._generation, self._backbone.health)
         self._admin_key = args.admin_key.get_secret_value() if args.admin_key else None
         self._operations: Operations | None = None

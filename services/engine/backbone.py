@@ -91,7 +91,8 @@ class Backbone:
         self.config, self.family, self.loads = config, family, loads
         num_experts = {shape.layer: shape.num_experts for shape in family.expert_shapes}
         self.counter, self.recorder = LoadCounter(num_experts), Recorder(family.checkpoint.digest, num_experts)
-        self.remote = None if registry is None else RemoteExperts()
+        expert_mib = {shape.layer: shape.nbytes(config.dtype) / 2**20 for shape in family.expert_shapes}
+        self.remote = None if registry is None else RemoteExperts(expert_mib=expert_mib)
         inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
         model = family.load_backbone(CountedExperts(inner, self.counter, self.recorder), config.dtype, config.device)
         plan = config.memory
@@ -154,6 +155,8 @@ class Backbone:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.remote is not None:
+            self.remote.give_up()  # or the engine might wait for a home, and we for the engine
         await asyncio.to_thread(self.engine.stop)
         await asyncio.to_thread(self.recorder.stop)
         if self.follower is not None:
@@ -183,6 +186,7 @@ class Backbone:
                 "placement_age_s": time.time() - self._placed_at,
                 "down": sorted(shard_id for shard_id, state in states.items() if state != "live"),
                 "traffic": asdict(remote.traffic),
+                "circuits": circuits,
                 "tier": tier,
                 "shards": self._shard_report(placement, states, tier, circuits),
             }

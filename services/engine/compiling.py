@@ -22,15 +22,16 @@ class Compiling:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammars")
         self._room = threading.BoundedSemaphore(max_requests)
 
-    async def compile(self, grammar: Grammar, deadline: float, retry_after: int) -> Any:
+    async def compile(self, grammar: Grammar, deadline: float, retry_after: int | None) -> Any:
         """What `compile_grammar` makes of it, or its ValueError; `deadline` in seconds of `time.monotonic`.
 
         Raises EngineOverloaded if too many are being compiled, EngineFailed after `close`, and DeadlinePassed.
+        `retry_after` None: it was accepted elsewhere, and waits for a thread without taking others' room.
         """
-        if not self._room.acquire(blocking=False):
+        if retry_after is not None and not self._room.acquire(blocking=False):
             sentence = f"The grammars of {self._max_requests} requests are being compiled, which is the most at a time."
             raise EngineOverloaded(sentence, retry_after)
-        work = self._submit(grammar)
+        work = self._submit(grammar, has_room=retry_after is not None)
         try:
             async with asyncio.timeout(None) as limit:
                 if deadline < float("inf"):
@@ -41,14 +42,18 @@ class Compiling:
                 raise
             raise DeadlinePassed("The request's deadline passed before its grammar was compiled.") from error
 
-    def _submit(self, grammar: Grammar) -> Future[Any]:
+    def _submit(self, grammar: Grammar, has_room: bool) -> Future[Any]:
+        def leave_room(_: object) -> None:
+            if has_room:
+                self._room.release()
+
         try:
             work = self._threads.submit(self._compile, grammar)
         except RuntimeError as error:  # it was closed
-            self._room.release()
+            leave_room(error)
             raise EngineFailed("The engine is not running.") from error
         # By the work, not by who waits for it: what was given up on still takes a thread.
-        work.add_done_callback(lambda _: self._room.release())
+        work.add_done_callback(leave_room)
         return work
 
     def close(self) -> None:

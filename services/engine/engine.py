@@ -151,19 +151,23 @@ class Engine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         timeout: float | None = None,
+        sent_token_ids: Sequence[int] | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
         """Yields the request's tokens as they are made; closing the generator frees what the request holds.
+
+        `sent_token_ids`: another engine accepted the request, generated these, and is gone. What follows them is what
+        would have followed there, counts included; `prompt_logprobs` come only where there are none of these.
 
         Raises ValueError (bad prompt, lengths or grammar), EngineOverloaded, EngineFailed, or DeadlinePassed after
         `timeout` seconds; the first two before anything was yielded, but for a grammar that leads to where nothing may
         follow, or becomes too complex to follow.
         """
-        request = self._new_request(request_id, prompt_token_ids, params, timeout)
-        if overload := self.scheduler.overload:
+        request = self._new_request(request_id, prompt_token_ids, params, timeout, sent_token_ids)
+        if (overload := self.scheduler.overload) and not request.is_resumed:
             self._inbox.put(self._count_refusal)
             raise overload
         if params.grammar is not None:
-            request.compiled_grammar = await self._compile(params.grammar, request.deadline)
+            request.compiled_grammar = await self._compile(params.grammar, request)
         stream = self._open(request)
         try:
             while True:
@@ -179,30 +183,41 @@ class Engine:
     # The client's side
 
     def _new_request(
-        self, request_id: str, token_ids: Sequence[int], params: SamplingParams, timeout: float | None
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None,
+        sent_token_ids: Sequence[int] | None,
     ) -> Request:
         self._check_ids("prompt", token_ids)
+        self._check_ids("sent_token_ids", sent_token_ids or ())
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
         # Where a grammar can only end, it needs a token to end with.
         eos_ids = frozenset() if params.ignore_eos and params.grammar is None else self.eos_token_ids
         now = time.monotonic()
+        max_len = self._max_len(len(token_ids), params)
+        if sent_token_ids and len(token_ids) + len(sent_token_ids) >= max_len:
+            raise EngineFailed(f"The answer of {len(sent_token_ids)} tokens leaves no room here for the next one.")
         return Request(
             id=request_id,
-            token_ids=list(token_ids),
+            token_ids=[*token_ids, *(sent_token_ids or ())],
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
-            max_len=self._max_len(len(token_ids), params),
+            max_len=max_len,
             stop_ids=frozenset(params.stop_token_ids) | eos_ids,
             deadline=math.inf if timeout is None else now + timeout,
+            num_sent=None if sent_token_ids is None else len(sent_token_ids),
             arrived_at=now,
         )
 
-    async def _compile(self, grammar: Grammar, deadline: float) -> Any:
+    async def _compile(self, grammar: Grammar, request: Request) -> Any:
         if self._compiling is None:
             raise ValueError("grammar cannot be used: this server has no tokenizer to read it with.")
+        retry_after = None if request.is_resumed else self.scheduler.retry_after
         try:
-            return await self._compiling.compile(grammar, deadline, self.scheduler.retry_after)
+            return await self._compiling.compile(grammar, request.deadline, retry_after)
         except EngineOverloaded:
             self._inbox.put(self._count_refusal)
             raise

@@ -149,6 +149,7 @@ class Request:
     max_len: int  # prompt and generated tokens together
     stop_ids: frozenset[int] = frozenset()
     deadline: float = math.inf
+    num_sent: int | None = None  # last of `token_ids` that another engine generated; None: it begins here
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
     slot: int | None = None  # None: waiting
@@ -173,7 +174,7 @@ class Request:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected until the first output
 
     def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.token_ids)
+        self.num_prompt_tokens = len(self.token_ids) - (self.num_sent or 0)
         self.level = self.params.priority
 
     @property
@@ -183,6 +184,11 @@ class Request:
     @property
     def num_generated(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether another engine accepted it before, and is gone."""
+        return self.num_sent is not None
 
     @property
     def num_pending(self) -> int:

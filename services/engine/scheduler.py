@@ -23,6 +23,8 @@ from services.engine.scheduler_config import SchedulerConfig
 from services.engine.step import ScheduledBatch, StepPlan, StepResult
 from services.engine.waiting import StartRate, age, begin_to_wait, end_to_wait
 
+HEAD_START = 1 << 62  # more than requests ever arrive
+
 
 class Scheduler:
     """`schedule` and `postprocess` in turn; `add` and `abort` only between a postprocess and the next schedule."""
@@ -53,13 +55,17 @@ class Scheduler:
         return self.slots.num_taken - self.cache.num_slots
 
     def add(self, request: Request) -> None:
-        """Queues a request; EngineOverloaded if `max_waiting` others are queued already."""
+        """Queues a request; EngineOverloaded if `max_waiting` others are queued already.
+
+        One that is resumed was accepted before: it is not refused, and it is served like those that run already. So
+        what may wait beyond the bound is what the engines that are gone had accepted, each within its own.
+        """
         assert self._in_flight is None
-        assert request.num_prompt_tokens < request.max_len <= self.config.max_len
-        if overload := self.overload:
+        assert request.num_tokens < request.max_len <= self.config.max_len
+        if (overload := self.overload) and not request.is_resumed:
             raise overload
         self._num_added += 1
-        request.arrival = self._num_added
+        request.arrival = self._num_added - (HEAD_START if request.is_resumed else 0)
         begin_to_wait(request, self._clock())
         insort(self.waiting, request, key=_order)
 

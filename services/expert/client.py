@@ -265,19 +265,20 @@ class _Call:
         whole = (self.x_NL, self.grid_N, self.expert_P, self.weight_P)
         parts = dispatch(*whole, pick_Q, np.array(firsts), self.top_k)
         first_rows = parts.first_row_M.tolist()
+        assert self.fleet.view is not None
+        epoch = self.fleet.view.placement.epoch
         for m, ask in enumerate(asks):
             rows, own_Q = slice(first_rows[m], first_rows[m + 1]), slice(firsts[m], firsts[m + 1])
             picked = (parts.local_Q[own_Q].tobytes(), parts.expert_Q[own_Q].tobytes(), parts.weight_Q[own_Q].tobytes())
-            message = self._message(ask, parts.x_RL[rows].tobytes(), parts.grid_R[rows].tobytes(), picked)
+            message = self._message(ask, epoch, parts.x_RL[rows].tobytes(), parts.grid_R[rows].tobytes(), picked)
             traffic.num_sent += 1
             traffic.num_rows_sent += ask.work.num_rows
             traffic.sent_bytes += len(message)
             self.owner._post(ask, _Part(self, parts.row_R[rows]), message)
 
-    def _message(self, ask: Ask, rows: bytes, grid: bytes, picked: tuple[bytes, bytes, bytes]) -> bytes:
-        timeout_us = max(1, round((self.routing.expires_at - ask.sent_at) * 1e6))
-        assert self.fleet.view is not None
-        num_rows, epoch = ask.work.num_rows, self.fleet.view.placement.epoch
+    def _message(self, ask: Ask, epoch: int, rows: bytes, grid: bytes, picked: tuple[bytes, bytes, bytes]) -> bytes:
+        timeout_us = max(1, int((self.routing.expires_at - ask.sent_at) * 1e6))
+        num_rows = ask.work.num_rows
         head = REQUEST.pack(ask.id, self.layer, epoch, num_rows, self.wire_dtype, timeout_us)
         pick_rows, pick_experts, pick_weights = picked
         return pb.ComputeRequest(
@@ -315,7 +316,8 @@ class _Call:
     def _wait_for_more(self) -> None:
         """Reads what has come, before anything is called late."""
         owner, routing = self.owner, self.routing
-        self.fleet.learn()
+        if self.fleet.to_learn:
+            self.fleet.learn()
         owner._receiver.receive(max(0.0, routing.wake_at - time.monotonic()))
         if owner._receiver.inbox:
             return
@@ -326,6 +328,8 @@ class _Call:
             self.send(routing.on_change(now))
         elif now >= routing.wake_at:
             self.send(routing.on_tick(now))
+            if self.fleet.has_unanswered:
+                owner._reset_streams()
         if routing.parked and owner._is_closed:
             routing.failure = f"Layer {self.layer} is not waited for: this backbone stops."
 

@@ -140,9 +140,10 @@ async def canary(
     dtype: torch.dtype,
     gains: Mapping[int, int],
 ) -> list[Key]:
-    """The experts on whose sums an old home and a new one disagree: one row for each, one message per layer and shard.
+    """The experts on whose sums an old home and a new one disagree: two rows for each, one message per layer and shard.
 
-    Bit for bit where both compute on the same kind of device, else within CANARY_TOLERANCES. `gains` are the layers'
+    A row and its opposite, because one alone says nothing of the weights behind a hidden unit that it leaves at 0. Bit
+    for bit where both compute on the same kind of device, else within CANARY_TOLERANCES. `gains` are the layers'
     gain exponents. Raises ShardError where a shard does not compute what it is asked.
     """
     asked = [shape for shape in shapes if experts.get(shape.layer)]
@@ -154,8 +155,9 @@ async def canary(
     disagreeing = []
     for shape, old, new in zip(asked, old_replies, new_replies, strict=True):
         ids = experts[shape.layer]
-        old_EL, new_EL = (sums_from_proto(reply, len(ids), shape.input_dim) for reply in (old, new))
-        is_same_E = sums_agree(old_EL, new_EL, 0.0 if is_same_kind else CANARY_TOLERANCES[dtype])
+        old_NL, new_NL = (sums_from_proto(reply, 2 * len(ids), shape.input_dim) for reply in (old, new))
+        is_same_N = sums_agree(old_NL, new_NL, 0.0 if is_same_kind else CANARY_TOLERANCES[dtype])
+        is_same_E = is_same_N[: len(ids)] & is_same_N[len(ids) :]
         disagreeing += [(shape.layer, expert) for expert, is_same in zip(ids, is_same_E, strict=True) if not is_same]
     return disagreeing
 
@@ -171,18 +173,19 @@ def sums_agree(old_NL: NDArray[np.integer], new_NL: NDArray[np.integer], toleran
 
 def _canary_request(shape: ExpertShape, ids: Sequence[int], dtype: torch.dtype, gain: int) -> pb.ComputeRequest:
     generator = torch.Generator().manual_seed(shape.layer)
-    x_EL = torch.randn(len(ids), shape.input_dim, generator=generator).to(dtype)
-    weight_E1 = torch.ones(len(ids), 1)
+    x_EL = torch.randn(len(ids), shape.input_dim, generator=generator)
+    x_NL = torch.cat([x_EL, -x_EL]).to(dtype)
+    weight_N1 = torch.ones(len(x_NL), 1)
     request = pb.ComputeRequest(
         id=shape.layer,
         layer=shape.layer,
-        num_rows=len(ids),
+        num_rows=len(x_NL),
         dtype=WIRE_DTYPES[dtype],
-        rows=rows_as_numpy(x_EL).tobytes(),
-        grid=grid_exponents(x_EL, weight_E1, gain).numpy().tobytes(),
-        pick_rows=np.arange(len(ids), dtype="<i4").tobytes(),
-        pick_experts=np.array(ids, "<i4").tobytes(),
-        pick_weights=weight_E1.numpy().tobytes(),
+        rows=rows_as_numpy(x_NL).tobytes(),
+        grid=grid_exponents(x_NL, weight_N1, gain).numpy().tobytes(),
+        pick_rows=np.arange(len(x_NL), dtype="<i4").tobytes(),
+        pick_experts=np.array([*ids, *ids], "<i4").tobytes(),
+        pick_weights=weight_N1.numpy().tobytes(),
         timeout_us=round(CANARY_TIMEOUT_S * 1e6),
     )
     request.checksum = checksum_of_request(request, body_of(request))

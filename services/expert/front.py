@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import selectors
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,13 +15,12 @@ from google.protobuf.message import DecodeError
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.options import MAX_MESSAGE_BYTES
 from services.expert.http2 import GrpcSocket, ServerStream, StreamEnded, keep_alive
-from services.expert.worker import Worker
+from services.expert.worker import READ, WRITE, Worker
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
 MAX_UNSENT_BYTES = 8 << 20  # replies that a client has not taken; it is not read from until it has
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class ReplyTo(Protocol):
@@ -135,6 +133,8 @@ class _FrontStream:
         except OSError as error:
             log.warning("A client went away with %d replies owed: %s", self._num_owed, error)
             self.close()
+            return
+        if self._watched == READ and not self._link.has_unsent and not self._link.stream.num_unsent:
             return
         num_unsent = self._link.stream.num_unsent
         if num_unsent > MAX_MESSAGE_BYTES:  # it was read from for its windows' sake, but that has an end

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import socket
 import struct
-from contextlib import suppress
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
@@ -293,13 +292,26 @@ class GrpcSocket:
     def send(self, message: bytes) -> None:
         """Writes what the socket takes; the rest waits for `flush`. Raises OSError where the peer is gone."""
         self.stream.send(message)
-        self.flush()
+        unsent = self.stream.unsent
+        if not unsent:
+            return
+        try:
+            num_sent = self.connection.send(unsent)
+        except BlockingIOError:
+            return
+        if num_sent == len(unsent):
+            unsent.clear()
+        else:
+            del unsent[:num_sent]
+            self.flush()
 
     def flush(self) -> None:
         unsent = self.stream.unsent
-        with suppress(BlockingIOError):
+        try:  # sooner than `suppress`, for every message
             while unsent:
                 del unsent[: self.connection.send(unsent)]
+        except BlockingIOError:
+            pass
 
     def receive(self) -> list[bytes]:
         """The messages that have come; raises StreamEnded or OSError where there will be no more."""

@@ -142,7 +142,7 @@ class Loader:
 
     async def _to_device(self, key: Key, weights: Weights) -> Known:
         (layer, expert), known = key, self.host.known(key)
-        bank, gain = self.host.banks[layer], known.gain if known else None
+        bank, gain = self.host.banks[layer], known.gain if known else weights.gain
         await asyncio.to_thread(bank.load, expert, weights.tensors, gain)
         return Known(weights.checksum, bank.gain_exponent(expert))
 
@@ -185,17 +185,17 @@ class Loader:
         check_expected(weights, expected)
         return weights
 
-    async def weights_of(self, key: Key) -> tuple[Weights, int] | None:
-        """An expert from whichever tier has it, and its checksum when it was loaded; None if it is not here."""
+    async def weights_of(self, key: Key) -> tuple[Weights, Known] | None:
+        """An expert from whichever tier has it, and what was found when it was loaded; None if it is not here."""
         known, host = self.host.known(key), self.host
         if known is None:
             return None
         standby = host.standbys.get(key)
         if standby is not None and (weights := standby.weights) is not None:
-            return weights, known.checksum
+            return weights, known
         with suppress(KeyError):
-            return Weights.of(await asyncio.to_thread(host.banks[key[0]].tensors, key[1]), host.dtype), known.checksum
-        return await asyncio.to_thread(self.read_checkpoint, key, known.checksum), known.checksum
+            return Weights.of(await asyncio.to_thread(host.banks[key[0]].tensors, key[1]), host.dtype), known
+        return await asyncio.to_thread(self.read_checkpoint, key, known.checksum), known
 
     # What calls ask for ----------------------------------------------------------------------------------------------
 

@@ -12,17 +12,21 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
 import grpc
+import numpy as np
 
+from cluster.pace import PaceFit
+from cluster.topology import Pace
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert.checksum import checksum_of_reply
 from services.expert.front import Front, ReplyTo
-from services.expert.host import Asleep, ExpertHost, Unfinished, Wanted, by_layer, keys_of
+from services.expert.host import Asleep, ExpertHost, Known, Unfinished, Wanted, by_layer, keys_of
 from services.expert.loader import PROMOTE_TIMEOUT_S, Loader, Order, Read
 from services.expert.standbys import Key
 from services.expert.transfer import MAX_TRANSFER_BYTES, ByteBudget, send
@@ -34,6 +38,8 @@ from services.expert.worker import Worker
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
 MAX_UNREAD = 256  # requests of one stream whose replies it has not taken
+PACE_SAMPLES = 256  # calls at most that the pace learns from at a time; every fourth is noted
+Sample = tuple[int, int, bytes, int]  # layer, rows, experts of the picks, µs
 
 
 class Deposed(Exception):
@@ -82,9 +88,11 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self.waking = Waking(self.loader, self.worker, max_queue)
         self.outgoing = ByteBudget(MAX_TRANSFER_BYTES)
         self.counters = Counters()
+        self.pace = PaceFit()
         self.is_leaving = False  # says that it drains
         self.is_draining = False  # and refuses what comes
         self.last_request_at = -math.inf
+        self._samples: deque[Sample] = deque(maxlen=PACE_SAMPLES)
         self._changing = asyncio.Lock()
         self._fencing = 0  # the newest leader's token
         self._counting = threading.Lock()  # requests and refusals, which the loop and the worker both count
@@ -193,8 +201,21 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         )
         return pb.ComputeReply(id=request.id, refusal=refusal, queue_depth=self.worker.depth)
 
+    def learn_pace(self) -> Pace:
+        """What the calls since the last time say of this shard's pace."""
+        samples = [self._samples.popleft() for _ in range(len(self._samples))]
+        mib = {layer: shape.nbytes(self.host.dtype) / 2**20 for layer, shape in self.host.shapes.items()}
+        columns = [
+            (len(np.unique(np.frombuffer(experts, "<i4"))), num_rows, mib[layer], took_us)
+            for layer, num_rows, experts, took_us in samples
+        ]
+        num_experts, num_rows, sizes, took_us = np.array(columns, dtype=np.float64).reshape(-1, 4).T
+        return self.pace.observe(num_experts, num_rows, sizes, took_us)
+
     def _count(self, request: pb.ComputeRequest, reply: pb.ComputeReply) -> None:
         counters = self.counters
+        if not counters.num_requests % 4 and reply.HasField("sums"):
+            self._samples.append((request.layer, request.num_rows, request.pick_experts, reply.compute_us))
         counters.num_rows += request.num_rows
         counters.num_picks += len(request.pick_rows) // 4
         counters.sent_bytes += reply.ByteSize()
@@ -245,7 +266,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         if missing := [expert for expert in request.experts if host.known((layer, expert)) is None]:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Experts {missing} of layer {layer} are not here.")
 
-        async def weights_of(expert: int) -> tuple[Weights, int]:
+        async def weights_of(expert: int) -> tuple[Weights, Known]:
             found = await self.loader.weights_of((layer, expert))
             if found is None:
                 raise ValueError(f"Expert {expert} of layer {layer} is not here any more.")

@@ -160,6 +160,7 @@ class ExpertShard:
             draining=self.service.is_leaving or self.service.is_draining,
             host_budget=config.host_budget,
             compute_endpoint=self.compute_endpoint,
+            pace=self.service.pace.pace,
         )
 
     def _bind(self) -> int:
@@ -184,6 +185,7 @@ class ExpertShard:
                 log.exception("Shard %s failed to register itself and will try again.", self.config.shard_id)
 
     async def _heartbeat(self) -> None:
+        self.service.learn_pace()
         try:
             await self.registry.heartbeat(self.record)
         except StoreUnavailable as error:

@@ -13,11 +13,15 @@ import torch
 from model.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
-from services.expert.weights import Weights
+from services.expert.host import Known
+from services.expert.weights import Weights, seal
 from services.expert.wire import WIRE_DTYPES
 
 MAX_TRANSFER_BYTES = 64 << 20  # of experts that a shard is sending, and as many again that it is receiving
 FETCH_STALL_S = 2.0  # a peer that says nothing for as long is given up
+
+
+WeightsOf = Callable[[int], Awaitable[tuple[Weights, Known]]]  # an expert, and what was found when it was loaded
 
 
 class PeerError(RuntimeError):
@@ -47,18 +51,20 @@ class ByteBudget:
 
 
 async def send(
-    experts: Iterable[int], num_bytes: int, weights_of: Callable[[int], Awaitable[tuple[Weights, int]]], out: ByteBudget
+    experts: Iterable[int], num_bytes: int, weights_of: WeightsOf, out: ByteBudget
 ) -> AsyncIterator[pb.FetchChunk]:
-    """The chunks of experts of `num_bytes` each; `weights_of` gives an expert and the checksum it was loaded with."""
+    """The chunks of experts of `num_bytes` each; `out` bounds what is under way."""
     for expert in experts:
         async with out.hold(num_bytes):
-            weights, checksum = await weights_of(expert)
+            weights, known = await weights_of(expert)
             left = weights.nbytes
             for view in weights.chunks():
                 left -= len(view)
-                yield pb.FetchChunk(
-                    expert=expert, data=view.tobytes(), is_last=left == 0, checksum=0 if left else checksum
-                )
+                chunk = pb.FetchChunk(expert=expert, data=view.tobytes())
+                if left == 0:
+                    chunk.is_last, chunk.checksum, chunk.gain_exponent = True, known.checksum, known.gain
+                    chunk.seal = seal(known.checksum, known.gain)
+                yield chunk
 
 
 async def fetch(channel: grpc.aio.Channel, shape: ExpertShape, expert: int, dtype: torch.dtype) -> Weights:
@@ -84,14 +90,16 @@ async def _receive(call: Any, shape: ExpertShape, expert: int, dtype: torch.dtyp
         data[end : end + len(piece)] = piece
         end += len(piece)
         if chunk.is_last:
-            return await asyncio.to_thread(_verified, data, end, shape, dtype, chunk.checksum)
+            return await asyncio.to_thread(_verified, data, end, shape, dtype, chunk)
     raise PeerError(f"it ended after {end} of {len(data)} bytes")
 
 
-def _verified(data: bytearray, end: int, shape: ExpertShape, dtype: torch.dtype, checksum: int) -> Weights:
+def _verified(data: bytearray, end: int, shape: ExpertShape, dtype: torch.dtype, last: pb.FetchChunk) -> Weights:
     if end != len(data):
         raise PeerError(f"it sent {end} bytes where {len(data)} were asked for")
-    weights = Weights.from_bytes(data, shape, dtype)
-    if weights.checksum != checksum:
-        raise PeerError(f"its bytes have the checksum {weights.checksum:016x}, but it said {checksum:016x}")
+    weights = Weights.from_bytes(data, shape, dtype, last.gain_exponent)
+    if weights.checksum != last.checksum:
+        raise PeerError(f"its bytes have the checksum {weights.checksum:016x}, but it said {last.checksum:016x}")
+    if last.seal != seal(last.checksum, last.gain_exponent):
+        raise PeerError(f"it said that the gain exponent is {last.gain_exponent}, and that is damaged")
     return weights

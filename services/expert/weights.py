@@ -24,10 +24,14 @@ CHUNK_BYTES = 512 << 10
 
 @dataclass(frozen=True)
 class Weights:
-    """An expert's up (M, L) and down (L, M), contiguous and on the CPU, in the dtype that the shard computes in."""
+    """An expert's up (M, L) and down (L, M), contiguous and on the CPU, in the dtype that the shard computes in.
+
+    `gain` is its gain exponent, where somebody has found it already.
+    """
 
     up: Tensor
     down: Tensor
+    gain: int | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
@@ -36,12 +40,12 @@ class Weights:
         return cls(up, down)
 
     @classmethod
-    def from_bytes(cls, data: bytearray, shape: ExpertShape, dtype: torch.dtype) -> Weights:
+    def from_bytes(cls, data: bytearray, shape: ExpertShape, dtype: torch.dtype, gain: int | None = None) -> Weights:
         """From the bytes that `chunks` gives; shares their memory."""
         assert len(data) == shape.nbytes(dtype)
         both = torch.frombuffer(data, dtype=dtype)
         up, down = both.split(shape.input_dim * shape.width)
-        return cls(up.view(shape.width, shape.input_dim), down.view(shape.input_dim, shape.width))
+        return cls(up.view(shape.width, shape.input_dim), down.view(shape.input_dim, shape.width), gain)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -60,7 +64,7 @@ class Weights:
 
     def gain_exponent(self) -> int:
         """As a bank finds it when it loads the expert."""
-        return gain_exponent(self.up, self.down)
+        return gain_exponent(self.up, self.down) if self.gain is None else self.gain
 
     def chunks(self) -> Iterator[memoryview]:
         """All bytes in order, in pieces of CHUNK_BYTES."""
@@ -73,4 +77,10 @@ class Weights:
 
     def in_host_memory(self, is_pinned: bool) -> Weights:
         """A copy in memory of its own, and not in a file's; pinned memory goes to a GPU without another copy."""
-        return Weights(*(t.pin_memory() if is_pinned else t.clone() for t in (self.up, self.down)))
+        up, down = (tensor.pin_memory() if is_pinned else tensor.clone() for tensor in (self.up, self.down))
+        return Weights(up, down, self.gain)
+
+
+def seal(checksum: int, gain: int) -> int:
+    """Tells whether what was found out about an expert arrived as it was sent."""
+    return int.from_bytes(hashlib.sha256(f"{checksum} {gain}".encode()).digest()[:8], "little")

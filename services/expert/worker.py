@@ -6,16 +6,17 @@ A message that it reads itself is computed and answered without waking another t
 from __future__ import annotations
 
 import asyncio
-import selectors
+import select
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-OnReady = Callable[[int], None]  # gets the events of `selectors`
+OnReady = Callable[[int], None]  # gets READ, WRITE or both
+READ, WRITE = select.POLLIN, select.POLLOUT
 
 
 class Worker:
@@ -28,12 +29,14 @@ class Worker:
         self.max_depth = max_depth
         self._jobs: deque[Callable[[], object] | None] = deque()
         self._is_busy = False
-        self._selector = selectors.DefaultSelector()
+        # Not `selectors`, which takes longer than the system call.
+        self._poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
+        self._watched: dict[int, tuple[OnReady, int]] = {}  # by file descriptor
         self._waking, self._woken = socket.socketpair()
         self._waking.setblocking(False)
         self._woken.setblocking(False)
-        self.watch(self._woken, self._drain)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self.watch(self._woken, self._drain)
         self._thread.start()
 
     @property
@@ -48,19 +51,23 @@ class Worker:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def watch(self, connection: socket.socket, on_ready: OnReady, events: int = selectors.EVENT_READ) -> None:
+    def watch(self, connection: socket.socket, on_ready: OnReady, events: int = READ) -> None:
         """Calls `on_ready` on the worker's thread whenever the socket is ready for `events`."""
-        self._selector.register(connection, events, on_ready)
+        self._watched[connection.fileno()] = on_ready, events
+        self._poll.register(connection, events)
+        self._wake()  # a `poll` under way does not know of it
 
     def watch_for(self, connection: socket.socket, events: int) -> None:
         """Changes what a watched socket is watched for."""
-        key = self._selector.get_key(connection)
-        if key.events != events:
-            self._selector.modify(connection, events, key.data)
+        on_ready, before = self._watched[connection.fileno()]
+        if before != events:
+            self._watched[connection.fileno()] = on_ready, events
+            self._poll.modify(connection, events)
 
     def forget(self, connection: socket.socket) -> None:
-        with suppress(KeyError):  # a worker that has ended watches nothing
-            self._selector.unregister(connection)
+        with suppress(KeyError, ValueError):  # a worker that has ended watches nothing
+            del self._watched[connection.fileno()]
+            self._poll.unregister(connection)
 
     def submit(self, job: Callable[[], object]) -> None:
         """Takes a job, over the bound too: callers ask `is_full` before jobs that others may take as well."""
@@ -92,7 +99,9 @@ class Worker:
         self._jobs.append(None)
         self._wake()
         self._thread.join()
-        self._selector.close()
+        self._watched.clear()
+        if hasattr(self._poll, "close"):
+            self._poll.close()
         self._waking.close()
         self._woken.close()
 
@@ -107,8 +116,9 @@ class Worker:
 
     def _work(self) -> None:
         while True:
-            for key, events in self._selector.select(0 if self._jobs else None):
-                key.data(events)
+            for file, events in self._poll.poll(0 if self._jobs else None):
+                if watched := self._watched.get(file):
+                    watched[0](events & (READ | WRITE) or READ)  # an error is found by reading
             if not self._jobs:
                 continue
             if (job := self._jobs.popleft()) is None:

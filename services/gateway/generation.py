@@ -166,12 +166,13 @@ class Generation:
         card: ModelCard,
         check_grammar: CheckGrammar | None = None,
         threads: Threads | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._threads = threads or Threads()
         self._checks = Threads()  # apart, because a grammar may take seconds
         self._source, self.tokenizer, self.card, self._check_grammar = source, tokenizer, card, check_grammar
         self._markers = grammars.Markers.of(tokenizer)
-        self.metrics = Metrics(card.id)
+        self.metrics = metrics or Metrics(card.id)
 
     def check_model(self, model: str | None) -> None:
         """Raises ApiError unless `model` is the served one; none or an empty name means the served one."""

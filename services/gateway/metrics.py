@@ -70,6 +70,11 @@ class Metrics:
         self._success = counter(
             "request_success", "Requests that ended without an error, by reason.", "finished_reason"
         )
+        self._resumed = counter("requests_resumed", "Requests that lost their backbone and went on at another.").labels(
+            model
+        )
+        pause_help = "Time between two outputs of a request that lost its backbone between them."
+        self._pauses = histogram("request_pause_seconds", pause_help, TOKEN_BUCKETS)
         self._refused = counter("request_refused", "Requests that were refused or failed.", "reason")
 
     @contextmanager
@@ -96,6 +101,12 @@ class Metrics:
 
     def count_refused(self, reason: str) -> None:
         self._refused.labels(self._model, reason).inc()
+
+    def count_resumed(self, pause: float | None) -> None:
+        """`pause`: seconds between two outputs; None where the backbone was lost before the first."""
+        self._resumed.inc()
+        if pause is not None:
+            self._pauses.observe(pause)
 
     def to_text(self) -> bytes:
         """The Prometheus text format."""

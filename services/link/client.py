@@ -1,126 +1,69 @@
-"""The backbones as a gateway sees them: one gRPC stream to each, and every request on the least loaded one."""
+"""The backbones as a gateway sees them: one gRPC stream to each, and every request on the least loaded one.
+
+A backbone says something several times a second, busy or not (`services.link.server.HEARTBEAT_S`). One that is silent
+is stopped, hung or cut off; its requests go on elsewhere.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
-import grpc
-
-from protos.expertmesh.engine.v1 import engine_pb2 as pb
-from protos.expertmesh.engine.v1 import engine_pb2_grpc
-from protos.options import CHANNEL_OPTIONS
 from services.engine.request import EngineFailed, SamplingParams, TokenOutput
 from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Health
-from services.link.wire import failure_from_proto, output_from_proto, start_to_proto
+from services.link.resume import Continued, OnResumed
+from services.link.stream import CONNECT_TIMEOUT_S, BackboneStream
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 1.0
 FIND_PERIOD_S = 5.0  # between two questions which backbones there are, as long as nothing is amiss
 STATUS_TTL_S = 0.5
 STATUS_TIMEOUT_S = 5.0
+SILENCE_TICK_S = 0.1
+MAX_SILENT_S = 1.0  # of a backbone, where another one answers
+# Where none does there is nowhere to go, and who was only held up is worth more than one that is to be started.
+MAX_SILENT_ALONE_S = 10.0
 
 AskStatuses = Callable[[], Awaitable[list[dict[str, Any]]]]  # of every backbone that answers; each names its `endpoint`
 
 
-class BackboneStream:
-    """One stream to one backbone; it belongs to the loop that made it, and is of no use once it is broken."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint, self.is_open = endpoint, False
-        self._commands: asyncio.Queue[pb.Command] = asyncio.Queue()
-        self._inboxes: dict[str, asyncio.Queue[pb.Output | None]] = {}
-        self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
-        self._task: asyncio.Task[None] | None = None
-
-    @property
-    def num_requests(self) -> int:
-        return len(self._inboxes)
-
-    async def open(self) -> None:
-        """Raises TimeoutError where nobody answers."""
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await self._channel.channel_ready()
-        self.is_open = True
-        self._task = asyncio.create_task(self._listen())
-
-    async def close(self) -> None:
-        """Requests under way end as if the backbone had gone."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        await self._channel.close()
-
-    async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, timeout: float | None
-    ) -> AsyncGenerator[TokenOutput, None]:
-        start = start_to_proto(request_id, prompt_token_ids, params, timeout)
-        inbox = self._inboxes[request_id] = asyncio.Queue[pb.Output | None]()
-        self._commands.put_nowait(pb.Command(start=start))
-        is_over = False
-        try:
-            while not is_over:
-                message = await inbox.get()
-                is_over = message is None or bool(message.finish_reason) or message.HasField("failure")
-                yield _output(message)
-        finally:
-            self._inboxes.pop(request_id, None)
-            if not is_over:
-                self._commands.put_nowait(pb.Command(cancel=request_id))
-
-    async def _listen(self) -> None:
-        reason = "it ended the stream"
-        try:
-            call = engine_pb2_grpc.EngineStub(self._channel).Converse(self._send())  # type: ignore[no-untyped-call]
-            async for message in call:
-                self._deliver(message)
-        except grpc.aio.AioRpcError as error:
-            reason = str(error.details())
-        finally:
-            self.is_open = False
-            log.warning("The stream to the backbone %s is down: %s.", self.endpoint, reason)
-            for inbox in self._inboxes.values():
-                inbox.put_nowait(None)
-
-    def _deliver(self, message: pb.Outputs) -> None:
-        for output in message.outputs:
-            if inbox := self._inboxes.get(output.request_id):  # else it was cancelled meanwhile
-                inbox.put_nowait(output)
-
-    async def _send(self) -> AsyncIterator[pb.Command]:
-        while True:
-            yield await self._commands.get()
+def whom_to_give_up(silent_s: Mapping[str, float]) -> list[str]:
+    """Of backbones with the seconds for which each has been silent: those whose requests are to go on elsewhere."""
+    is_one_there = any(seconds < MAX_SILENT_S for seconds in silent_s.values())
+    most = MAX_SILENT_S if is_one_there else MAX_SILENT_ALONE_S
+    return [endpoint for endpoint, seconds in silent_s.items() if seconds >= most]
 
 
-def _output(message: pb.Output | None) -> TokenOutput:
-    if message is None:
-        raise ApiError(Refusal.UNAVAILABLE, "The backbone that answered this request is gone; try again.")
-    if message.HasField("failure"):
-        raise failure_from_proto(message.failure)
-    return output_from_proto(message)
+def _tell_nobody(pause: float | None) -> None: ...
 
 
 class Backbones:
-    """A `TokenSource` over every backbone replica; `start` and `stop` belong to the loop that asks it."""
+    """A `TokenSource` over every backbone replica; `start` and `stop` belong to the loop that asks it.
 
-    def __init__(self, ask_statuses: AskStatuses) -> None:
-        self._ask_statuses = ask_statuses
+    `on_resumed` is called whenever a request goes on at another backbone than it began at.
+    """
+
+    def __init__(self, ask_statuses: AskStatuses, on_resumed: OnResumed = _tell_nobody) -> None:
+        self._ask_statuses, self._on_resumed = ask_statuses, on_resumed
         self._streams: dict[str, BackboneStream] = {}
         self._last: tuple[float, list[dict[str, Any]]] = (0.0, [])
-        self._watching: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._search: asyncio.Task[None] | None = None
+        self._opened = asyncio.Event()
+        self._is_stopping = False
 
     async def start(self) -> None:
-        self._watching = asyncio.create_task(self._watch())
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._count_silence())]
 
     async def stop(self) -> None:
-        tasks = [task for task in (self._watching, self._search) if task is not None]
+        self._is_stopping = True
+        self._opened.set()
+        tasks = [*self._tasks, *([self._search] if self._search else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -134,13 +77,11 @@ class Backbones:
         timeout: float | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
         """Raises what `Engine.generate` raises, and ApiError (UNAVAILABLE) where no backbone answers."""
+        request = Continued(request_id, prompt_token_ids, params, timeout, self._on_resumed)
         stream = self._least_loaded() or await self._find_one()
-        outputs = stream.generate(request_id, prompt_token_ids, params, timeout)
-        try:
+        async with aclosing(request.run(stream, self._pick)) as outputs:
             async for output in outputs:
                 yield output
-        finally:
-            await outputs.aclose()
 
     async def statuses(self) -> list[dict[str, Any]]:
         """Of every backbone that answers, by endpoint, at most half a second old; EngineFailed if none does."""
@@ -170,9 +111,14 @@ class Backbones:
             details.append(f"Shards that do not serve what they should: {', '.join(down)}.")
         return Health(is_ready=True, is_degraded=bool(details), detail=" ".join(details))
 
-    def _least_loaded(self) -> BackboneStream | None:
+    def _least_loaded(self, but: str = "") -> BackboneStream | None:
+        """Of those that answer; not the one at that endpoint, if there is another."""
         is_open = [stream for stream in self._streams.values() if stream.is_open]
-        return min(is_open, key=lambda stream: stream.num_requests, default=None)
+        return min(
+            is_open,
+            key=lambda stream: (stream.silent_s >= MAX_SILENT_S, stream.endpoint == but, stream.num_requests),
+            default=None,
+        )
 
     async def _find_one(self) -> BackboneStream:
         await self._find()
@@ -180,17 +126,43 @@ class Backbones:
             return stream
         raise ApiError(Refusal.UNAVAILABLE, "No backbone answers; try again.", retry_after=1)
 
+    async def _pick(self, but: str, wait_s: float) -> BackboneStream | None:
+        """A stream for a request that lost its own, at once where one is open; None if none came in time."""
+        stop_at = time.monotonic() + wait_s
+        while not (stream := self._least_loaded(but)) and time.monotonic() < stop_at:
+            if self._is_stopping:
+                raise ApiError(Refusal.UNAVAILABLE, "The gateway that answered this request stops; try again.")
+            self._opened.clear()
+            self._begin_search()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._opened.wait(), min(STATUS_TTL_S, stop_at - time.monotonic()))
+        return stream
+
     async def _watch(self) -> None:
         while True:
             await self._find()
-            is_well = self._streams and all(stream.is_open for stream in self._streams.values())
+            streams = self._streams.values()
+            is_well = streams and all(stream.is_open and stream.silent_s < MAX_SILENT_S for stream in streams)
             await asyncio.sleep(FIND_PERIOD_S if is_well else STATUS_TTL_S)
+
+    async def _count_silence(self) -> None:
+        while True:
+            await asyncio.sleep(SILENCE_TICK_S)
+            # By ticks and not by the clock: where this process is held up itself, nobody else was silent meanwhile.
+            for stream in self._streams.values():
+                stream.silent_s += SILENCE_TICK_S
+            silent_s = {endpoint: stream.silent_s for endpoint, stream in self._streams.items() if stream.is_open}
+            for endpoint in whom_to_give_up(silent_s):
+                self._streams[endpoint].give_up(f"nothing was heard of it for {silent_s[endpoint]:.1f} s")
 
     async def _find(self) -> None:
         """Opens streams to backbones that are new, drops those that broke; all who ask at once share one search."""
+        await asyncio.shield(self._begin_search())
+
+    def _begin_search(self) -> asyncio.Task[None]:
         if self._search is None or self._search.done():
             self._search = asyncio.create_task(self._search_once())
-        await asyncio.shield(self._search)
+        return self._search
 
     async def _search_once(self) -> None:
         with suppress(EngineFailed):
@@ -209,3 +181,4 @@ class Backbones:
             log.warning("The backbone %s does not answer within %s s.", endpoint, CONNECT_TIMEOUT_S)
         else:
             self._streams[endpoint] = stream
+            self._opened.set()

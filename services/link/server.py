@@ -25,14 +25,20 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
 MAX_OUTPUTS_BYTES = MAX_MESSAGE_BYTES // 4  # of one message, as far as it holds more than one output
 MAX_UNSENT_OUTPUTS = 1 << 16  # a gateway that takes none for so long is given up
-STOP_GRACE_S = 0.2  # streams never end by themselves; this is for the last outputs on them
+HEARTBEAT_S = 0.2  # from one sign of life to the next, whatever the engine does meanwhile
+STOP_GRACE_S = 0.2  # for the last outputs on streams
 
 
 class Generator(Protocol):
     """The engine. Closing the generator frees what the request holds."""
 
     def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, timeout: float | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None = None,
+        sent_token_ids: Sequence[int] | None = None,
     ) -> AsyncGenerator[TokenOutput, None]: ...
 
 
@@ -53,8 +59,18 @@ class _Conversation:
                     return
                 self._obey(command)
         finally:
-            self.is_over = True
+            self.end()
+
+    async def beat(self) -> None:
+        """An empty message now and then: a gateway takes silence for the end."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
             self._wake.set()
+
+    def end(self) -> None:
+        """What was made leaves, and then the stream ends; so others know that they may go on with its requests."""
+        self.is_over = True
+        self._wake.set()
 
     def _obey(self, command: pb.Command) -> None:
         if command.HasField("start"):
@@ -64,7 +80,10 @@ class _Conversation:
             task.cancel()
 
     async def outputs(self) -> pb.Outputs:
-        """What was made since the last call, or what of it a message has room for, as soon as there is something."""
+        """What was made since the last call, or what of it a message has room for, as soon as there is something.
+
+        Nothing at times, as a sign of life.
+        """
         await self._wake.wait()
         taken, num_bytes = pb.Outputs(), 0
         while self._outbox and num_bytes < MAX_OUTPUTS_BYTES:
@@ -85,7 +104,8 @@ class _Conversation:
         timeout_s = start.timeout_s if start.HasField("timeout_s") else None
         try:
             params = params_from_proto(start.params)
-            stream = self._engine.generate(start.request_id, list(start.prompt_token_ids), params, timeout_s)
+            sent = list(start.resume.token_ids) if start.HasField("resume") else None
+            stream = self._engine.generate(start.request_id, list(start.prompt_token_ids), params, timeout_s, sent)
             async with aclosing(stream) as outputs:
                 async for output in outputs:
                     self._send(output_to_proto(output))
@@ -112,16 +132,25 @@ class _Conversation:
 class EngineService(engine_pb2_grpc.EngineServicer):
     def __init__(self, engine: Generator) -> None:
         self._engine = engine
+        self._conversations: set[_Conversation] = set()
+
+    def end(self) -> None:
+        """Ends every stream in good order."""
+        for conversation in self._conversations:
+            conversation.end()
 
     async def Converse(self, requests: AsyncIterator[pb.Command], context: Context) -> AsyncIterator[pb.Outputs]:
         conversation = _Conversation(self._engine)
-        reading = asyncio.create_task(conversation.read(requests))
+        self._conversations.add(conversation)
+        tasks = [asyncio.create_task(work) for work in (conversation.read(requests), conversation.beat())]
         try:
             while not conversation.is_over:
                 yield await conversation.outputs()
         finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            self._conversations.discard(conversation)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await conversation.close()
 
 
@@ -133,11 +162,15 @@ class EngineServer:
 
     async def start(self) -> str:
         """Listens on a free port; returns host:port."""
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        engine_pb2_grpc.add_EngineServicer_to_server(EngineService(self._engine), self._server)  # type: ignore[no-untyped-call]
+        self._server, self._service = grpc.aio.server(options=SERVER_OPTIONS), EngineService(self._engine)
+        engine_pb2_grpc.add_EngineServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port(f"{self._host}:0")
         await self._server.start()
         return f"{self._host}:{port}"
 
     async def stop(self) -> None:
-        await self._server.stop(STOP_GRACE_S)
+        """Hands its requests over: gateways go on with them elsewhere."""
+        stopping = asyncio.create_task(self._server.stop(STOP_GRACE_S))
+        await asyncio.sleep(0)  # it accepts no more streams by then
+        self._service.end()
+        await stopping

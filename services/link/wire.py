@@ -26,7 +26,11 @@ PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not i
 
 
 def start_to_proto(
-    request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, timeout: float | None
+    request_id: str,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    timeout: float | None,
+    sent_token_ids: Sequence[int] | None = None,
 ) -> pb.Start:
     """Raises ValueError where a token id is no 64-bit integer; the engine knows which ones there are."""
     try:
@@ -35,6 +39,7 @@ def start_to_proto(
             prompt_token_ids=prompt_token_ids,
             params=params_to_proto(params),
             timeout_s=timeout,
+            resume=None if sent_token_ids is None else pb.Resume(token_ids=sent_token_ids),
         )
     except ValueError:
         raise ValueError("prompt, stop_token_ids or logit_bias holds a token id beyond 64 bits.") from None

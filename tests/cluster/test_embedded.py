@@ -39,6 +39,25 @@ def test_it_serves_until_it_is_stopped() -> None:
     server.stop()
 
 
+def test_a_server_that_dies_comes_back_empty_where_it_was() -> None:
+    with EmbeddedRedis() as server, redis.Redis.from_url(server.url) as client:
+        client.set("key", "value")
+        for _ in range(2):
+            dead = server.pid
+            os.kill(dead, signal.SIGKILL)
+            stop_at = time.monotonic() + 10
+            while time.monotonic() < stop_at:
+                try:
+                    assert client.get("key") is None
+                    break
+                except redis.ConnectionError:
+                    time.sleep(0.02)
+            assert is_running(server.pid)
+            assert server.pid != dead
+        last = server.pid
+    assert wait_until_gone(last)
+
+
 def test_two_servers_are_two() -> None:
     with EmbeddedRedis() as one, EmbeddedRedis() as two:
         assert one.pid != two.pid

@@ -97,3 +97,35 @@ def test_a_steady_load_is_its_own_average() -> None:
     load = expected_load(np.full((20, 3), 50), [30 * age for age in range(20)], 30)
     assert np.allclose(load.short_E, 50 / 30)
     assert np.allclose(load.long_E, 50 / 30)
+
+
+def test_few_samples_are_believed_less_than_many() -> None:
+    """Half of the experts double in the last window: seen in many picks it counts, in a few it is noise."""
+    rng = np.random.default_rng(0)
+    ages_s = [30.0 * age for age in range(240)]
+
+    def mean_of_doubled(picks: float) -> float:
+        rates_WE = np.full((240, 200), picks)
+        rates_WE[:8, :100] *= 2
+        load = expected_load(rng.poisson(rates_WE), ages_s, 30)
+        assert (np.minimum(load.short_E, load.long_E) - 1e-9 <= load.mean_E).all()
+        assert (load.mean_E <= np.maximum(load.short_E, load.long_E) + 1e-9).all()
+        return float((load.mean_E - load.long_E)[:100].mean() / (load.short_E - load.long_E)[:100].mean())
+
+    assert mean_of_doubled(1000.0) > 0.99
+    assert mean_of_doubled(0.1) < 0.7
+
+
+def test_a_steady_load_varies_less_than_one_that_swings() -> None:
+    rng = np.random.default_rng(0)
+    ages_s = [30.0 * age for age in range(120)]
+    swing_W = np.where(np.arange(120) % 2, 300.0, 100.0)
+    rates_WE = np.stack([np.full(120, 200.0), swing_W], axis=1).repeat(50, axis=1)
+    load = expected_load(rng.poisson(rates_WE), ages_s, 30)
+    assert load.std_E[50:].mean() == pytest.approx(100 / 30, rel=0.1)
+    assert load.std_E[:50].mean() < 0.2 * load.std_E[50:].mean()
+
+
+def test_no_load_at_all() -> None:
+    load = expected_load(np.zeros((4, 3), np.int64), [90, 60, 30, 0], 30)
+    assert load.mean_E.tolist() == load.std_E.tolist() == [0, 0, 0]

@@ -151,9 +151,33 @@ async def the_leader_has_a_name(registry: RegistryStore) -> None:
     assert await registry.leader() is None
 
 
+async def a_leader_is_seen_as_long_as_it_leads(registry: RegistryStore) -> None:
+    assert not await registry.has_leader()
+    lease = await registry.acquire_lease("first")
+    assert lease is not None
+    assert await registry.has_leader()
+    await registry.release_lease(lease)
+    assert not await registry.has_leader()
+    await registry.acquire_lease("second")
+    await asyncio.sleep(TTL_S * 1.2)
+    assert not await registry.has_leader()
+
+
+async def the_first_checksum_of_an_expert_stays(registry: RegistryStore) -> None:
+    largest = 2**64 - 1
+    assert await registry.checksums("w", 1) == {}
+    assert await registry.note_checksums("w", 1, {}) == {}
+    assert await registry.note_checksums("w", 1, {0: 5, 7: largest}) == {0: 5, 7: largest}
+    assert await registry.note_checksums("w", 1, {7: 1, 8: 2}) == {7: largest, 8: 2}
+    assert await registry.checksums("w", 1) == {0: 5, 7: largest, 8: 2}
+    assert await registry.checksums("w", 2) == await registry.checksums("other", 1) == {}
+
+
 CONTRACTS: list[Contract] = [
     an_order_stands_until_it_is_lifted,
     the_leader_has_a_name,
+    a_leader_is_seen_as_long_as_it_leads,
+    the_first_checksum_of_an_expert_stays,
     heartbeats_keep_shards_alive,
     only_its_own_incarnation_says_goodbye,
     a_placement_replaces_only_the_one_it_knows,

@@ -13,6 +13,7 @@ import grpc
 from cluster.memory_registry import MemoryRegistry
 from cluster.registry import RegistryStore
 from model.family import ModelFamily
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert.shard import ExpertShard, ShardConfig
 
@@ -37,6 +38,15 @@ async def stream_to(shard: ExpertShard) -> AsyncIterator[Any]:
         call = expert_pb2_grpc.ExpertStub(channel).Compute()  # type: ignore[no-untyped-call]
         yield call
         call.cancel()
+
+
+async def ask(shard: ExpertShard, *requests: pb.ComputeRequest) -> dict[int, pb.ComputeReply]:
+    """All at once on one stream; the replies by id."""
+    async with stream_to(shard) as stream:
+        for request in requests:
+            await stream.write(request)
+        await stream.done_writing()
+        return {reply.id: reply async for reply in stream}
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:

@@ -1,4 +1,4 @@
-"""Shards in a process of their own: prints their records as JSON, serves until its standard input ends."""
+"""Shards in a process of their own, in trouble if asked: prints their records as JSON, serves until its input ends."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from cluster.memory_registry import MemoryRegistry
 from cluster.topology import Shard
 from model.family import load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.expert.front import _FrontStream
 from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
+from services.expert.wire import Refused
 
 ROOT = Path(__file__).parents[3]
+PROMOTION_S = 0.7
 
 
 class ShardProcess:
@@ -35,8 +38,9 @@ class ShardProcess:
         name: str = "s",
         max_queue: int = 64,
         us_per_row: int = 0,
+        trouble: str = "none",
     ) -> None:
-        arguments = map(str, (model_dir, num_shards, dtype, name, max_queue, us_per_row))
+        arguments = map(str, (model_dir, num_shards, dtype, name, max_queue, us_per_row, trouble))
         command = [sys.executable, "-m", __name__, *arguments]
         env, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, env=env)
@@ -68,14 +72,47 @@ def slow_down(host: ExpertHost, us_per_row: int) -> None:
     host.compute = compute_slowly  # type: ignore[method-assign]
 
 
+def promote_when_asked(host: ExpertHost) -> None:
+    """As a shard that stands by: what it does not hold, it loads, and takes its time."""
+    compute = host.compute
+
+    def load_and_compute(request: pb.ComputeRequest) -> pb.Sums:
+        try:
+            return compute(request)
+        except Refused as refused:
+            time.sleep(PROMOTION_S)
+            host.load({request.layer: list(refused.missing)})
+            return compute(request)
+
+    host.compute = load_and_compute  # type: ignore[method-assign]
+
+
+def corrupt_replies() -> None:
+    """Changes one byte of every sum, after the checksum was made."""
+    reply_as_it_is = _FrontStream.reply
+
+    def reply_changed(stream: _FrontStream, reply: pb.ComputeReply | None) -> None:
+        if reply is not None and reply.HasField("sums"):
+            data = bytearray(reply.sums.data)
+            data[len(data) // 2] ^= 4
+            reply.sums.data = bytes(data)
+        reply_as_it_is(stream, reply)
+
+    _FrontStream.reply = reply_changed  # type: ignore[method-assign]
+
+
 async def serve(
-    model_dir: str, num_shards: int, dtype: torch.dtype, name: str, max_queue: int, us_per_row: int
+    model_dir: str, num_shards: int, dtype: torch.dtype, name: str, max_queue: int, us_per_row: int, trouble: str
 ) -> None:
+    if trouble == "corrupt":
+        corrupt_replies()
     family, registry = load_family(model_dir), MemoryRegistry(time.monotonic)
     base = ShardConfig("base", memory_budget=1 << 30, dtype=dtype, max_queue=max_queue)
     shards = [ExpertShard(replace(base, shard_id=f"{name}{i}"), family, registry) for i in range(num_shards)]
     for shard in shards:
         slow_down(shard.host, us_per_row)
+        if trouble == "promote":
+            promote_when_asked(shard.host)
         await shard.start()
     print(json.dumps([shard.record.to_record() for shard in shards]), flush=True)
     await asyncio.to_thread(sys.stdin.read)
@@ -85,5 +122,5 @@ async def serve(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    path, num, dtype, name, depth, slowness = sys.argv[1:]
-    asyncio.run(serve(path, int(num), getattr(torch, dtype), name, int(depth), int(slowness)))
+    path, num, dtype, name, depth, slowness, trouble = sys.argv[1:]
+    asyncio.run(serve(path, int(num), getattr(torch, dtype), name, int(depth), int(slowness), trouble))

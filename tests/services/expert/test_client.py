@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,13 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.topology import Homes, Placement, Shard
+from cluster.fleet import FleetView
+from cluster.topology import Homes, Pace, Placement, Shard
 from model.family import ModelFamily
 from model.moe import LocalExperts
 from services.expert import control
 from services.expert.client import CallPolicy, ExpertsUnavailable, RemoteExperts
 from tests.services.expert.checkpoint import LATENT, LAYERS, NUM_EXPERTS, TOP_K
-from tests.services.expert.shard_process import ShardProcess
+from tests.services.expert.corrupting_proxy import CorruptingProxy
+from tests.services.expert.shard_process import PROMOTION_S, ShardProcess
 
 Rows = tuple[Tensor, Tensor, Tensor]
 
@@ -213,6 +216,8 @@ def test_a_shard_that_computes_for_long_is_left_to_it(model_dir: Path, fleet: li
             remote.update(placement_on(local, everywhere([slow.shards[0].id]), epoch=1), shards)
             remote(1, *few)()  # from here on it is known how long a row takes
             remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
+            connect(remote)
+            prefer(remote, slow.shards[0].id)
             assert torch.equal(remote(1, *many)(), local(1, *many)())
             assert remote.traffic.num_stalled == num_stalled
             remote.close()
@@ -233,8 +238,30 @@ def test_a_draining_shard_is_passed_over(
         assert remote.traffic.refusals["DRAINING"] >= 1
 
 
+def ask_many(
+    remote: RemoteExperts, local: LocalExperts, num_calls: int, num_rows: int = 8, between: float = 0.0
+) -> list[float]:
+    """Seconds of each call; each equals the local sums bit for bit."""
+    times = []
+    for seed in range(num_calls):
+        rows = make_rows(num_rows, seed=seed)
+        started_at = time.monotonic()
+        assert torch.equal(remote(1, *rows)(), local(1, *rows)())
+        times.append(time.monotonic() - started_at)
+        time.sleep(between)
+    return times
+
+
+def prefer(remote: RemoteExperts, shard_id: str) -> None:
+    """Has the others look so slow that all is sent to this one, as long as it can be asked."""
+    view = remote._view
+    assert view is not None
+    paces = {id: Pace(call_us=1e5) for id in view.shard_ids if id != shard_id}
+    remote._view = FleetView(view.placement, view.healths, paces)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-def test_rows_of_a_dead_or_hung_shard_go_to_another_home(
+def test_rows_of_a_dead_or_hung_shard_go_to_another_home_at_once(
     sent: signal.Signals, model_dir: Path, fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
 ) -> None:
     with ShardProcess(model_dir, 1, name="doomed") as doomed:
@@ -242,14 +269,122 @@ def test_rows_of_a_dead_or_hung_shard_go_to_another_home(
         homes = everywhere([shard.id for shard in shards])
         fill(shards, homes)
         remote.update(placement_on(local, homes), shards)
-        rows = make_rows(30)
-        expected = local(1, *rows)()
-        assert torch.equal(remote(1, *rows)(), expected)
+        connect(remote)
+        prefer(remote, doomed.shards[0].id)
+        num_asked = remote.traffic.num_sent
+        ask_many(remote, local, 20)
+        assert remote.traffic.num_sent == num_asked + 20  # one message each: all to the one that is to be lost
         os.kill(doomed.process.pid, sent)
-        for _ in range(20):
-            started_at = time.monotonic()
-            assert torch.equal(remote(1, *rows)(), expected)
-            assert time.monotonic() - started_at < 1.5
+        stopped_at, times = time.monotonic(), []
+        while time.monotonic() < stopped_at + (10.0 if sent is signal.SIGSTOP else 2.0):
+            times += ask_many(remote, local, 5, between=0.02)
+        assert max(times) < 0.5
+        assert sum(taken > 0.1 for taken in times) <= 2
+        if sent is signal.SIGSTOP:
+            assert remote.traffic.num_hedged >= 1
+            assert remote.circuits["doomed0"] != "closed"
+            assert remote.traffic.num_hedged <= remote.policy.hedge_burst + 0.03 * remote.traffic.num_sent
+            os.kill(doomed.process.pid, signal.SIGCONT)
+            ended_at = time.monotonic() + 30
+            while remote.circuits["doomed0"] != "closed" and time.monotonic() < ended_at:
+                ask_many(remote, local, 5, between=0.02)
+            assert remote.circuits["doomed0"] == "closed"
+
+
+def test_a_shard_twenty_times_slower_is_hardly_asked(
+    model_dir: Path, local: LocalExperts, remote: RemoteExperts
+) -> None:
+    with (
+        ShardProcess(model_dir, 1, name="quick", us_per_row=500) as quick,
+        ShardProcess(model_dir, 1, name="slow", us_per_row=10_000) as slow,
+    ):
+        shards = [*quick.shards, *slow.shards]
+        fill(shards, everywhere([shard.id for shard in shards]))
+        remote.update(placement_on(local, everywhere(["quick0"])), quick.shards)
+        connect(remote)
+        usual = sorted(ask_many(remote, local, 30))[15]
+        remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
+        connect(remote)
+        prefer(remote, "slow0")
+        times = ask_many(remote, local, 60)
+        assert max(times) < 0.5
+        assert sorted(times)[30] < 2 * usual + 0.01
+
+
+def test_corrupt_sums_are_found_out_and_computed_elsewhere(
+    model_dir: Path, fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    with ShardProcess(model_dir, 1, name="liar", trouble="corrupt") as liar:
+        shards = [*liar.shards, *fleet[:1]]
+        homes = everywhere([shard.id for shard in shards])
+        fill(shards, homes)
+        remote.update(placement_on(local, homes), shards)
+        connect(remote)
+        prefer(remote, "liar0")
+        assert max(ask_many(remote, local, 100, between=0.01)) < 0.5
+        assert 1 <= remote.traffic.num_corrupt <= 10  # it rests, longer and longer
+        assert remote.circuits["liar0"] != "closed"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("to", ["to_client", "to_shard"])
+def test_bytes_that_change_on_the_way_change_no_sum(
+    seed: int, to: str, fleet: list[Shard], local: LocalExperts
+) -> None:
+    remote = RemoteExperts(CallPolicy(stall_s=0.1))
+    rate = {to: 10_000}
+    with CorruptingProxy(fleet[0].compute_endpoint, **rate, seed=seed) as proxy:
+        shards = [replace(fleet[0], compute_endpoint=proxy.endpoint), fleet[1]]
+        both = tuple(shard.id for shard in shards)
+        homes: dict[int, Homes] = dict.fromkeys(LAYERS, (both, both[:1]) * (NUM_EXPERTS // 2))  # half have no choice
+        remote.update(placement_on(local, homes), shards)
+        ask_many(remote, local, 100)
+        assert proxy.num_changed > 5
+        traffic = remote.traffic
+        assert traffic.num_corrupt + traffic.num_lost + sum(traffic.refusals.values()) > 3
+    remote.close()
+
+
+def test_a_call_without_a_live_home_waits_until_the_fleet_has_healed(
+    model_dir: Path, fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    with ShardProcess(model_dir, 1, name="lost") as lost:
+        homes = everywhere(["lost0"])
+        fill(lost.shards, homes)
+        remote.update(placement_on(local, homes), lost.shards)
+        ask_many(remote, local, 3)
+        lost.process.kill()
+        lost.process.wait()
+        rows = make_rows(8)
+        wait = remote(1, *rows)
+        healed = placement_on(local, everywhere([fleet[0].id]), epoch=2)
+        threading.Timer(1.5, lambda: remote.update(healed, fleet)).start()
+        started_at, busy_s = time.monotonic(), time.thread_time()
+        assert torch.equal(wait(), local(1, *rows)())
+        assert 1.4 < time.monotonic() - started_at < 2.5
+        assert time.thread_time() - busy_s < 0.2
+
+
+def test_a_call_that_waits_is_given_up_when_the_backbone_stops(
+    fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+) -> None:
+    remote.update(placement_on(local, everywhere(["gone"])), fleet)
+    wait = remote(1, *make_rows(2))
+    threading.Timer(0.3, remote.give_up).start()
+    with pytest.raises(ExpertsUnavailable, match=r"Layer 1 is not waited for: this backbone stops\."):
+        wait()
+
+
+def test_a_shard_that_stands_by_is_waited_for(model_dir: Path, local: LocalExperts, remote: RemoteExperts) -> None:
+    with ShardProcess(model_dir, 2, name="cold", trouble="promote") as cold:
+        nowhere: dict[int, Homes] = dict.fromkeys(LAYERS, ((),) * NUM_EXPERTS)
+        standby = everywhere([shard.id for shard in cold.shards])
+        remote.update(Placement(1, nowhere, local.gains, standby=standby), cold.shards)
+        connect(remote)
+        first, second = ask_many(remote, local, 1)[0], ask_many(remote, local, 1)[0]
+        assert PROMOTION_S < first < PROMOTION_S + 1.5
+        assert second < PROMOTION_S
+        assert (remote.traffic.num_hedged, remote.traffic.num_stalled) == (0, 0)
 
 
 def test_a_shard_that_was_never_connected_holds_up_nothing_another_can_do(
@@ -283,9 +418,8 @@ def test_a_shard_that_comes_back_is_used_again(model_dir: Path, local: LocalExpe
         assert not remote.down
 
 
-def test_without_a_live_home_the_error_says_what_is_missing(
-    model_dir: Path, local: LocalExperts, remote: RemoteExperts
-) -> None:
+def test_without_a_live_home_the_error_says_what_is_missing(model_dir: Path, local: LocalExperts) -> None:
+    remote = RemoteExperts(CallPolicy(heal_timeout_s=0.5))
     with ShardProcess(model_dir, 1) as process:
         homes = everywhere([process.shards[0].id])
         fill(process.shards, homes)
@@ -294,9 +428,11 @@ def test_without_a_live_home_the_error_says_what_is_missing(
         remote(1, *rows)()
         process.process.kill()
         process.process.wait()
-        with pytest.raises(ExpertsUnavailable, match=r"Layer 1 cannot be computed: The experts \[.*no live home"):
+        sentence = r"Layer 1 cannot be computed: The experts \[.*\] had no live home for heal_timeout_s = 0.5; "
+        with pytest.raises(ExpertsUnavailable, match=sentence):
             remote(1, *rows)()
         assert remote.down == {process.shards[0].id}
+    remote.close()
 
 
 def test_a_shard_of_another_dtype_is_not_asked_twice(

@@ -22,7 +22,7 @@ from services.expert.host import Wanted
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS, WIDTH
 from tests.services.expert.requests import make_request
-from tests.services.expert.serving import run, serving, stream_to
+from tests.services.expert.serving import ask, run, serving, stream_to
 from tests.services.expert.test_client import make_rows
 
 ONE = 2 * LATENT * WIDTH * 4
@@ -41,15 +41,6 @@ async def filled(
     async with serving(family, config=chosen) as shard:
         await control.load(shard.endpoint, homes, 1, standby)
         yield shard
-
-
-async def ask(shard: ExpertShard, *requests: pb.ComputeRequest) -> dict[int, pb.ComputeReply]:
-    """All at once on one stream; the replies by id."""
-    async with stream_to(shard) as stream:
-        for request in requests:
-            await stream.write(request)
-        await stream.done_writing()
-        return {reply.id: reply async for reply in stream}
 
 
 async def expected(family: ModelFamily, requests: Sequence[pb.ComputeRequest]) -> dict[int, bytes]:
@@ -178,9 +169,11 @@ def test_a_call_waits_no_longer_than_its_time(family: ModelFamily) -> None:
             await stream.write(make_request((0, 5), id=1, timeout_us=200_000))
             reply = await asyncio.wait_for(stream.read(), 2)
             assert (reply.id, reply.refusal.code, list(reply.refusal.missing)) == (1, pb.Refusal.OVERLOADED, [5])
-            for number in range(2, 5):
-                await stream.write(make_request((6,), id=number))
-                await shard.service.worker.idle()
+            await stream.write(make_request((6,), id=2))
+            await stream.write(make_request((6,), id=3))
+            while shard.service.waking.num_parked < 2:
+                await asyncio.sleep(0.01)
+            await stream.write(make_request((6,), id=4))
             reply = await stream.read()
             assert (reply.id, reply.refusal.code) == (4, pb.Refusal.OVERLOADED)
             assert reply.refusal.detail == "2 requests wait for experts that stand by; the bound is 2."

@@ -59,16 +59,26 @@ class EchoSource:
     seen: list[SamplingParams] = field(default_factory=list)
     timeouts: list[float | None] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
+    resumed: list[tuple[int, ...]] = field(default_factory=list)  # of requests that began elsewhere: what they had
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, timeout: float | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None = None,
+        sent_token_ids: Sequence[int] | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
         assert request_id not in self.active
         self.active.add(request_id)
         self.seen.append(params)
         self.timeouts.append(timeout)
+        if sent_token_ids is not None:
+            self.resumed.append(tuple(sent_token_ids))
         try:
-            for n, output in enumerate(self._outputs(request_id, prompt_token_ids, params)):
+            outputs = self._outputs(request_id, list(prompt_token_ids), params)
+            left = (output for output in outputs if output.num_generated > len(sent_token_ids or ()))
+            for n, output in enumerate(left):
                 if self.fails and n == self.num_good:
                     raise self.fails
                 await asyncio.sleep(self.pause)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import httpx
@@ -22,7 +22,7 @@ from protos.expertmesh.inference.v1 import inference_pb2_grpc
 from services.engine.backbone import Backbone, BackboneConfig
 from services.engine.grammar import GrammarCompiler
 from services.engine.memory import plan_memory
-from services.gateway.generation import Generation, Health, ModelCard
+from services.gateway.generation import Generation, Health, ModelCard, TokenSource
 from services.gateway.grpc_api import InferenceApi
 from services.gateway.listener import Listener, Listening
 from services.gateway.rest import build_rest
@@ -52,8 +52,21 @@ def serving() -> Iterator[Surfaces]:
     memory = plan_memory(family.config.state_spec, torch.float32, 64 << 20, MAX_LEN, 8)
     config = BackboneConfig(torch.float32, "cpu", MAX_LEN, max_batch_tokens=256, memory=memory, num_threads=1)
     backbone = Backbone(config, family, None, None)
+    with listening(backbone.engine, backbone) as (http, stub):
+        yield Surfaces(http, stub, backbone)
+
+
+class Startable(Protocol):
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+@contextmanager
+def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Client, Any]]:
+    """A gateway in front of `source`: clients of its REST and its gRPC port."""
     card, tokenizer = ModelCard("demo", MAX_LEN, 1), Tokenizer(DEMO)
-    generation = Generation(backbone.engine, tokenizer, card, GrammarCompiler(DEMO).check)
+    generation = Generation(source, tokenizer, card, GrammarCompiler(DEMO).check)
 
     async def health() -> Health:
         return Health(is_ready=True)
@@ -67,15 +80,15 @@ def serving() -> Iterator[Surfaces]:
     def run(work: Any) -> None:
         asyncio.run_coroutine_threadsafe(work, loop).result(120)
 
-    run(backbone.start())
+    run(life.start())
     run(listener.start())
     with (
         grpc.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel,
         httpx.Client(base_url=f"http://127.0.0.1:{where.http_port}", timeout=120) as http,
     ):
-        yield Surfaces(http, inference_pb2_grpc.InferenceStub(channel), backbone)  # type: ignore[no-untyped-call]
+        yield http, inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
     run(listener.stop())
-    run(backbone.stop())
+    run(life.stop())
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
     loop.close()
@@ -85,7 +98,7 @@ def serving() -> Iterator[Surfaces]:
 class Surfaces:
     http: httpx.Client
     stub: Any
-    backbone: Backbone
+    backbone: Backbone | None = None  # where it is in this process
 
     def ask_all(self, body: dict[str, Any]) -> dict[str, Told]:
         """The same question in four ways, after it was asked twice so that all find the same in the prefix cache."""

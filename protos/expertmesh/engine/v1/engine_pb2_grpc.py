@@ -48,7 +48,8 @@ class EngineServicer(object):
 
     def Converse(self, request_iterator, context):
         """One long-lived stream per gateway: requests and cancels one way, the outputs of all its requests the other, those
-        of one step in one message. A stream that ends cancels its requests.
+        of one step in one message, and an empty message now and then, so that silence means that nobody is there. A stream
+        that ends cancels its requests. A backbone that stops ends it without an error: others may go on with them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -194,16 +194,20 @@ class FetchRequest(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
 
 class FetchChunk(_message.Message):
-    __slots__ = ("expert", "data", "is_last", "checksum")
+    __slots__ = ("expert", "data", "is_last", "checksum", "gain_exponent", "seal")
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     IS_LAST_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    GAIN_EXPONENT_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     expert: int
     data: bytes
     is_last: bool
     checksum: int
-    def __init__(self, expert: _Optional[int] = ..., data: _Optional[bytes] = ..., is_last: bool = ..., checksum: _Optional[int] = ...) -> None: ...
+    gain_exponent: int
+    seal: int
+    def __init__(self, expert: _Optional[int] = ..., data: _Optional[bytes] = ..., is_last: bool = ..., checksum: _Optional[int] = ..., gain_exponent: _Optional[int] = ..., seal: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -1,0 +1,254 @@
+"""The planner against EPLB: balance, experts moved, cover and speed; and the client's split against the best one.
+
+How to read it. A popularity is lognormal (σ = 1.1), one for each layer, and drifts from one plan to the next: w' = w ·
+exp(drift · N(0, 1)). Both planners have (E + R) / G device slots on each of G shards; ours may also let experts stand
+by in host memory. "moved" is the share of device slots that hold another expert than before, for EPLB after the copies
+of an expert on one shard are counted once. Balance is mean over shards / maximum, for each layer, then averaged, in
+rows:
+
+- `split`: planned, with the best split of rows over homes (what the client does). **The bars are judged by this.**
+- `even`: planned, an even split (what EPLB assumes).
+- `batch`: of batches of 256 rows drawn from the drifted popularity, through `choose_homes`, rows alone counted. A batch
+  is noisier than its mean, so this is lower for everybody.
+
+"keep" is our placement before it is planned anew. Times are medians of runs in turn, in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import eplb
+from cluster.balance import busy_times
+from cluster.load import ExpectedLoad
+from cluster.plan import Plan, PlanPolicy
+from cluster.planner import plan
+from cluster.routing import CallCost, HomeTable, choose_homes
+from cluster.topology import Homes, LayerSpec, Pace, Placement, Shard
+from tests.cluster.split_oracle import least_maximum
+
+SIGMA = 1.1
+SIZE = 11 * 2**20  # bytes of one of Nemotron 3 Super's experts in bf16
+SHAPES = ((256, 32, 32, 8), (512, 32, 32, 22), (512, 8, 16, 22))  # E, G, R, top-k
+DRIFTS = (0.02, 0.1, 0.3)
+POLICY = PlanPolicy(headroom=0, rows_per_step=256)  # EPLB leaves no slot free either
+ROWS_ONLY = CallCost(expert=0.0, row=1.0, message=0.0)
+
+Floats = NDArray[np.float64]
+
+
+def make_fleet(num_shards: int, slots: int) -> list[Shard]:
+    """Shards with so many slots of device memory, room for all to stand by, on nodes of 8; rows alone take time."""
+    return [
+        Shard(
+            f"s{i:04}", "", f"n{i // 8}", "gpu", "gpu", "1", slots * SIZE, host_budget=10**15, pace=Pace(0.0, 0.0, 1.0)
+        )
+        for i in range(num_shards)
+    ]  # fmt: skip
+
+
+def balance_of(homes: Homes, load_E: Floats, num_shards: int, is_even: bool = False) -> float:
+    """Mean over shards / maximum of a layer's rows, each expert's shared out best or evenly over its homes."""
+    homes_EH = np.full((len(homes), max(map(len, homes))), -1, np.int64)
+    for expert, ids in enumerate(homes):
+        homes_EH[expert, : len(ids)] = [int(id[1:]) for id in ids]
+    num_E = np.array([len(ids) for ids in homes])
+    if is_even:
+        busy_S = np.zeros(num_shards)
+        for homes_H, num, load in zip(homes_EH, num_E, load_E, strict=True):
+            busy_S[homes_H[:num]] += load / num
+    else:
+        cost_EC = np.stack([np.zeros_like(load_E), load_E], axis=1)
+        pace_SP = np.tile([0.0, 0.0, 1.0], (num_shards, 1))
+        busy_S = busy_times(cost_EC, pace_SP, homes_EH, num_E, np.full(len(homes), -1))
+    return float(busy_S.mean() / busy_S.max())
+
+
+def draw_batch(rng: np.random.Generator, load_E: Floats, num_rows: int, top_k: int) -> NDArray[np.int64]:
+    """The experts that each row picks, without picking one twice."""
+    keys_TE = np.log(load_E) + rng.gumbel(size=(num_rows, len(load_E)))
+    return np.argpartition(-keys_TE, top_k, axis=1)[:, :top_k].reshape(-1)
+
+
+def batch_balance(homes: Homes, batches: Sequence[NDArray[np.int64]], num_shards: int) -> float:
+    """The same of batches as the client splits them."""
+    table = HomeTable(homes)
+    rows = [np.bincount(choose_homes(ids, table, {}, cost=ROWS_ONLY), minlength=num_shards) for ids in batches]
+    return float(np.mean([len(ids) / num_shards / rows_S.max() for ids, rows_S in zip(batches, rows, strict=True)]))
+
+
+def eplb_homes(load_LE: Floats, num_slots: int, num_shards: int) -> tuple[list[Homes], NDArray[np.int64]]:
+    """EPLB's homes by layer, and the slots of each that hold an expert which is on that shard anyway."""
+    expert_LN, shard_LN = eplb.rebalance(load_LE, num_slots, num_shards)
+    layers = []
+    for expert_N, shard_N in zip(expert_LN.tolist(), shard_LN.tolist(), strict=True):
+        held: list[set[int]] = [set() for _ in range(load_LE.shape[1])]
+        for expert, shard in zip(expert_N, shard_N, strict=True):
+            held[expert].add(shard)
+        layers.append(tuple(tuple(f"s{shard:04}" for shard in sorted(shards)) for shards in held))
+    kept = np.array([sum(map(len, homes)) for homes in layers])
+    return layers, num_slots - kept
+
+
+def num_moved(before: Homes, after: Homes) -> int:
+    return sum(len(set(new) - set(old)) for old, new in zip(before, after, strict=True))
+
+
+def running(of: Plan) -> Placement:
+    return Placement(1, of.homes, {}, "", of.standby)
+
+
+def planned(layers: Sequence[LayerSpec], shards: Sequence[Shard], of: Plan | None, load_LE: Floats) -> Plan:
+    load = {layer: ExpectedLoad.steady(load_E) for layer, load_E in enumerate(load_LE)}
+    return plan(layers, shards, running(of) if of else None, load, POLICY)
+
+
+def compare(num_layers: int, num_rounds: int) -> None:
+    """Balance and moves of both, over rounds of drift."""
+    print(
+        f"\n{num_layers} layers, {num_rounds} rounds of drift. Balance: split / even / batch. Moved: % of device slots."
+    )
+    print(
+        "E G R, drift     keep   ours                   EPLB                   ratio   moved: ours  EPLB  fewer  double"
+    )
+    for num_experts, num_shards, spare, top_k in SHAPES:
+        slots = (num_experts + spare) // num_shards
+        layers = [LayerSpec(layer, num_experts, SIZE, top_k) for layer in range(num_layers)]
+        shards = make_fleet(num_shards, slots * num_layers)
+        for drift in DRIFTS:
+            rng = np.random.default_rng(0)
+            load_LE = rng.lognormal(0, SIGMA, (num_layers, num_experts))
+            ours = planned(layers, shards, None, load_LE)
+            theirs, _ = eplb_homes(load_LE, num_experts + spare, num_shards)
+            rows, blasts = [], 0.0
+            for _ in range(num_rounds):
+                load_LE = load_LE * np.exp(drift * rng.normal(size=load_LE.shape))
+                before, ours = ours, planned(layers, shards, ours, load_LE)
+                their_before, (theirs, doubles_L) = theirs, eplb_homes(load_LE, num_experts + spare, num_shards)
+                blasts = max(blasts, *ours.blast_radius_after.values())
+                for layer, load_E in enumerate(load_LE):
+                    batches = [draw_batch(rng, load_E, 256, top_k) for _ in range(4)]
+                    row = [balance_of(before.homes[layer], load_E, num_shards)]
+                    for homes in (ours.homes[layer], theirs[layer]):
+                        row.append(balance_of(homes, load_E, num_shards))
+                        row.append(balance_of(homes, load_E, num_shards, is_even=True))
+                        row.append(batch_balance(homes, batches, num_shards))
+                    row.append(num_moved(before.homes[layer], ours.homes[layer]) / (num_experts + spare))
+                    row.append(num_moved(their_before[layer], theirs[layer]) / (num_experts + spare))
+                    row.append(float(doubles_L[layer]))
+                    rows.append(row)
+            keep, *balances, moved, their_moved, doubles = np.mean(rows, axis=0)
+            fewer = f"{their_moved / moved:5.0f}x" if moved else "  none"
+            own, other = (" / ".join(f"{one:.3f}" for one in three) for three in (balances[:3], balances[3:]))
+            print(
+                f"{num_experts:3} {num_shards:2} {spare:2}, {drift:4.0%}  {keep:.3f}  {own}  {other}  "
+                f"{balances[0] / balances[3]:.3f}          {moved:6.2%} {their_moved:5.1%} {fewer}     {doubles:.2f}"
+            )
+            assert blasts == 0, "an expert had no live home after the loss of one shard"
+    print("Ours: no expert twice on a shard (Placement asserts it), no pick without a live home after any single loss.")
+
+
+def median_s(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each, all run once in every round."""
+    times = []
+    for _ in range(rounds):
+        times.append([])
+        for run in runs:
+            start = time.perf_counter()
+            run()
+            times[-1].append(time.perf_counter() - start)
+    return np.median(times, axis=0).tolist()
+
+
+def speed(rounds: int) -> None:
+    """One decision for 58 layers × 256 experts × 32 shards."""
+    num_layers, num_experts, num_shards, spare = 58, 256, 32, 32
+    slots = (num_experts + spare) // num_shards
+    layers = [LayerSpec(layer, num_experts, SIZE, 8) for layer in range(num_layers)]
+    shards = make_fleet(num_shards, slots * num_layers)
+    rng = np.random.default_rng(0)
+    load_LE = rng.lognormal(0, SIGMA, (num_layers, num_experts))
+    first = planned(layers, shards, None, load_LE)
+    print("\n58 layers × 256 experts × 32 shards, ms; EPLB: tensors as published / lists / all layers at once in numpy")
+    for drift in (0.0, *DRIFTS):
+        new_LE = load_LE * np.exp(drift * rng.normal(size=load_LE.shape))
+        published, lists, together, ours = median_s(
+            [
+                lambda load=new_LE: eplb.rebalance(load, num_experts + spare, num_shards, eplb.pack_tensors),
+                lambda load=new_LE: eplb.rebalance(load, num_experts + spare, num_shards, eplb.pack_lists),
+                lambda load=new_LE: eplb.rebalance(load, num_experts + spare, num_shards, eplb.pack_together),
+                lambda load=new_LE: planned(layers, shards, first, load),
+            ],
+            rounds,
+        )  # fmt: skip
+        print(
+            f"drift {drift:4.0%}: plan() {1e3 * ours:6.1f}   EPLB {1e3 * published:6.0f} / {1e3 * lists:5.0f} / "
+            f"{1e3 * together:4.0f}   {published / ours:.1f}x / {lists / ours:.1f}x / {together / ours:.2f}x"
+        )
+
+
+def large() -> None:
+    """One decision for 1,000 shards × 512 experts × 88 layers."""
+    layers = [LayerSpec(layer, 512, SIZE, 22) for layer in range(88)]
+    shards = make_fleet(1000, 88)
+    rng = np.random.default_rng(0)
+    load_LE = rng.lognormal(0, SIGMA, (88, 512))
+    start = time.perf_counter()
+    of = planned(layers, shards, None, load_LE)
+    print(f"\n1,000 shards × 512 experts × 88 layers: first placement {time.perf_counter() - start:.1f} s")
+    for drift in DRIFTS:
+        new_LE = load_LE * np.exp(drift * rng.normal(size=load_LE.shape))
+        start = time.perf_counter()
+        later = planned(layers, shards, of, new_LE)
+        print(f"drift {drift:4.0%}: {time.perf_counter() - start:.1f} s, {later.num_bytes / SIZE:,.0f} experts to move")
+    start = time.perf_counter()
+    later = planned(layers, shards[:500] + shards[501:], of, load_LE)
+    print(f"a shard lost: {time.perf_counter() - start:.1f} s, {later.num_bytes / SIZE:,.0f} experts to move")
+
+
+def routing(num_seeds: int) -> None:
+    """The client's split of batches against the linear programme's, in rows."""
+    print(
+        "\nBatches: balance of the even split, `choose_homes` and the linear programme rounded up to whole rows; ratio"
+    )
+    for num_experts, num_shards, spare, top_k in SHAPES:
+        shards = make_fleet(num_shards, (num_experts + spare) // num_shards)
+        for drift in (0.0, 0.2):
+            for num_rows in (32, 256, 2048):
+                rows = []
+                for seed in range(num_seeds):
+                    rng = np.random.default_rng(seed)
+                    load_E = rng.lognormal(0, SIGMA, num_experts)
+                    homes = planned([LayerSpec(0, num_experts, SIZE, top_k)], shards, None, load_E[None]).homes[0]
+                    load_E = load_E * np.exp(drift * rng.normal(size=num_experts))
+                    ids = draw_batch(rng, load_E, num_rows, top_k)
+                    counts_E = np.bincount(ids, minlength=num_experts).astype(np.float64)
+                    numbers = [[int(id[1:]) for id in of] for of in homes]
+                    best = np.ceil(least_maximum(numbers, counts_E[:, None], num_shards) - 1e-6)
+                    even, own = balance_of(homes, counts_E, num_shards, True), batch_balance(homes, [ids], num_shards)
+                    rows.append((even, own, len(ids) / num_shards / best))
+                even, own, best = np.mean(rows, axis=0)
+                shape = f"{num_experts:3} {num_shards:2} {spare:2} top {top_k:2}, drift {drift:3.0%}, {num_rows:4} rows"
+                print(f"{shape}: {even:.3f}  {own:.3f}  {best:.3f}  {own / best:.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12, help="layers of the comparison, each with its own seed")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of drift")
+    parser.add_argument("--skip-large", action="store_true", help="without 1,000 shards, which takes a minute")
+    arguments = parser.parse_args()
+    compare(arguments.layers, arguments.rounds)
+    routing(6)
+    speed(7)
+    if not arguments.skip_large:
+        large()
+
+
+if __name__ == "__main__":
+    main()

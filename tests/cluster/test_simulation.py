@@ -1,0 +1,80 @@
+"""Ten thousand fleets, and whether the simulation would notice if something were wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import simulation
+from cluster.migration import Target
+from cluster.reconciler import Reconciler
+from cluster.simulation import Scenario, run_scenario
+
+ROOT = Path(__file__).parents[2]
+NUM_FLEETS = 10_000
+MAX_SEEDS = 200  # within which a planted bug must be found
+
+
+def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cluster.simulation", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.timeout(900)
+def test_ten_thousand_fleets_survive() -> None:
+    done = simulate("--seeds", str(NUM_FLEETS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rf"{NUM_FLEETS} fleets.* 0 fleets failed", done.stdout, re.DOTALL), done.stdout
+
+
+def test_a_fleet_lives_the_same_life_again() -> None:
+    lives = [simulate("--seed", "7", "--faults", "4", "--trace").stdout for _ in range(2)]
+    told = [[line for line in life.splitlines() if "hours" not in line] for life in lives]
+    assert told[0] == told[1]
+    assert len(told[0]) > 5
+
+
+class DropsBeforeDrain(Reconciler):
+    def _is_drained(self, followed: Any) -> bool:
+        return True
+
+
+class PublishesBeforeLoad(Reconciler):
+    async def _publish(self, after: Target) -> None:
+        await super()._publish(self.target or after)
+
+
+class NeverRepairs(Reconciler):
+    """Loads nothing once there is a placement."""
+
+    def _start_loads(self, known: Any, homes: Any) -> None:
+        if self.placement is None:
+            super()._start_loads(known, homes)
+
+
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        (Scenario(0, controller=DropsBeforeDrain), r"drop expert .* for which b\d counts on it"),
+        (Scenario(0, controller=PublishesBeforeLoad), r"moves expert .* no home has it"),
+        (Scenario(0, controller=NeverRepairs), r"did not come to rest"),
+        (
+            Scenario(0, num_faults=8, is_fenced=False, is_about_leaders=True),
+            r"drop expert|moves expert|was published after",
+        ),
+    ],
+    ids=["drop before drain", "publish before load", "no repair", "no fencing"],
+)
+def test_a_planted_bug_is_found(broken: Scenario, found: str) -> None:
+    simulation.quiet()
+    for seed in range(MAX_SEEDS):
+        error = run_scenario(replace(broken, seed=seed)).error
+        if error is not None and re.search(found, error):
+            return
+    pytest.fail(f"{MAX_SEEDS} fleets did not show it")

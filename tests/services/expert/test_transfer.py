@@ -1,0 +1,284 @@
+"""Weights from peers: verified, bounded, and read from the checkpoint where a peer fails, and the other way round."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from cluster.manifest import Manifest
+from model.family import ModelFamily, load_family
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert import control
+from services.expert.control import Sources
+from services.expert.shard import ExpertShard
+from services.expert.transfer import ByteBudget
+from services.expert.weights import CHUNK_BYTES, Weights
+from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS, WIDTH, write_checkpoint
+from tests.services.expert.proxy import Damage, cut_at, flip_at, proxy_to
+from tests.services.expert.requests import make_request
+from tests.services.expert.serving import CONFIG, ask, run, serving
+from tests.services.expert.shard_process import ShardProcess
+
+ONE = 2 * LATENT * WIDTH * 4
+ALL = list(range(NUM_EXPERTS))
+IN_EXPERT = 20_000  # a byte of a stream's that belongs to the first expert that it brings
+DAMAGED = "its bytes are damaged or another checkpoint's"
+
+
+def without(tmp_path: Path, expert: int) -> ModelFamily:
+    """A checkpoint that lacks an expert of layer 1."""
+    return load_family(
+        write_checkpoint(tmp_path / "lacking", f"backbone.layers.1.mixer.experts.{expert}.up_proj.weight")
+    )
+
+
+@asynccontextmanager
+async def two(family: ModelFamily, own: ModelFamily | None = None) -> AsyncIterator[tuple[ExpertShard, ExpertShard]]:
+    """A peer that holds and stands by for all experts of layer 1, and a shard that holds nothing."""
+    async with (
+        serving(family, config=replace(CONFIG, host_budget=8 * ONE)) as peer,
+        serving(own or family, config=replace(CONFIG, shard_id="s1")) as shard,
+    ):
+        await control.load(peer.endpoint, {1: ALL[:16]}, 1, {1: ALL[16:]})
+        yield peer, shard
+
+
+def same_weights(one: ExpertShard, other: ExpertShard, expert: int) -> bool:
+    tensors = [shard.host.banks[1].tensors(expert) for shard in (one, other)]
+    return all(torch.equal(tensors[0][name], tensors[1][name]) for name in ("up", "down"))
+
+
+def from_peer(endpoint: str, *experts: int, **expected: Any) -> Sources:
+    return Sources({(1, expert): endpoint for expert in experts}, **expected)
+
+
+def test_every_tier_of_a_peer_gives_the_bytes_that_it_loaded(family: ModelFamily) -> None:
+    async def test() -> None:
+        async with two(family) as (peer, shard):
+            shard.service.loader._read = lambda layer, expert: pytest.fail("the checkpoint was read")
+            loaded = await control.load(shard.endpoint, {1: ALL}, 1, sources=from_peer(peer.endpoint, *ALL))
+            assert shard.host.held == {1: ALL}
+            assert all(same_weights(peer, shard, expert) for expert in ALL[:16])
+            known = {expert: peer.host.known((1, expert)) for expert in ALL}
+            assert loaded.checksums[1] == {expert: of.checksum for expert, of in known.items() if of}
+            assert loaded.gains == peer.host.gains({1: []})
+            assert (shard.service.loader.incoming.used_bytes, peer.service.outgoing.used_bytes) == (0, 0)
+
+    run(test)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_are_bounded_and_the_last_one_has_the_checksum(family: ModelFamily, dtype: torch.dtype) -> None:
+    async def test() -> None:
+        async with serving(family, config=replace(CONFIG, dtype=dtype)) as shard:
+            loaded = await control.load(shard.endpoint, {3: [4]}, 1, {3: [9]})
+            async with grpc.aio.insecure_channel(shard.endpoint) as channel:
+                stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
+                wire = pb.DTYPE_FP32 if dtype == torch.float32 else pb.DTYPE_BF16
+                chunks = [c async for c in stub.Fetch(pb.FetchRequest(layer=3, experts=[9, 4], dtype=wire))]
+            assert max(len(chunk.data) for chunk in chunks) <= CHUNK_BYTES
+            for expert in (4, 9):
+                own = [chunk for chunk in chunks if chunk.expert == expert]
+                data = bytearray(b"".join(chunk.data for chunk in own))
+                assert [chunk.is_last for chunk in own] == [False] * (len(own) - 1) + [True]
+                weights = Weights.from_bytes(data, shard.host.shapes[3], dtype)
+                assert weights.checksum == own[-1].checksum == loaded.checksums[3][expert]
+                assert own[-1].gain_exponent == weights.gain_exponent()
+                raw = family.load_expert(3, expert)
+                assert torch.equal(weights.up, raw["up"].to(dtype))
+                assert torch.equal(weights.down, raw["down"].to(dtype))
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "sentence"),
+    [
+        (pb.FetchRequest(layer=1, experts=[0, 40], dtype=pb.DTYPE_FP32), "NOT_FOUND", r"Experts \[40\] of layer 1"),
+        (pb.FetchRequest(layer=2, experts=[0], dtype=pb.DTYPE_FP32), "NOT_FOUND", r"Experts \[0\] of layer 2"),
+        (
+            pb.FetchRequest(layer=1, experts=[0], dtype=pb.DTYPE_BF16),
+            "FAILED_PRECONDITION",
+            "computes in torch.float32",
+        ),
+    ],
+)
+def test_what_a_shard_cannot_give_is_a_sentence(
+    request_: pb.FetchRequest, code: str, sentence: str, family: ModelFamily
+) -> None:
+    async def test() -> None:
+        async with two(family) as (peer, _), grpc.aio.insecure_channel(peer.endpoint) as channel:
+            stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
+            with pytest.raises(grpc.aio.AioRpcError, match=sentence) as raised:
+                [chunk async for chunk in stub.Fetch(request_)]
+            assert raised.value.code().name == code
+
+    run(test)
+
+
+@pytest.mark.parametrize("damage", [flip_at(IN_EXPERT), cut_at(IN_EXPERT), cut_at(0)], ids=["flip", "cut", "refuse"])
+def test_a_peer_that_fails_is_replaced_by_the_checkpoint(family: ModelFamily, damage: Damage) -> None:
+    async def test() -> None:
+        async with two(family) as (peer, shard), proxy_to(peer.endpoint, damage) as endpoint:
+            loaded = await control.load(shard.endpoint, {1: [0, 1, 2]}, 1, sources=from_peer(endpoint, 0, 1, 2))
+            assert shard.host.held == {1: [0, 1, 2]}
+            assert all(same_weights(peer, shard, expert) for expert in (0, 1, 2))
+            assert len(loaded.checksums[1]) == 3
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [(flip_at(IN_EXPERT), "its bytes have the checksum"), (cut_at(IN_EXPERT), "it answered|it ended after")],
+    ids=["flip", "cut"],
+)
+def test_where_both_fail_the_expert_is_named_and_not_held(
+    family: ModelFamily, tmp_path: Path, damage: Damage, sentence: str
+) -> None:
+    async def test() -> None:
+        own = without(tmp_path, 5)
+        async with two(family, own) as (peer, shard), proxy_to(peer.endpoint, damage) as endpoint:
+            await control.load(shard.endpoint, {1: [1]})
+            with pytest.raises(control.ShardError, match="Expert 5 of layer 1 was not loaded") as error:
+                await control.load(shard.endpoint, {1: [5]}, 1, sources=from_peer(endpoint, 5))
+            error.match(sentence)
+            error.match("experts.5.up_proj.weight")
+            assert (shard.host.held, shard.host.used_bytes, shard.host.banks[1].held) == ({1: [1]}, ONE, {1})
+
+    run(test)
+
+
+def test_a_peer_has_what_the_checkpoint_lacks(family: ModelFamily, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with two(family, without(tmp_path, 5)) as (peer, shard):
+            with pytest.raises(control.ShardError, match=r"experts.5.up_proj.weight"):
+                await control.load(shard.endpoint, {1: [5]})
+            await control.load(shard.endpoint, {1: [5]}, 1, sources=from_peer(peer.endpoint, 5))
+            assert same_weights(peer, shard, 5)
+
+    run(test)
+
+
+def test_a_hung_peer_costs_one_stall(family: ModelFamily, model_dir: Path) -> None:
+    async def test() -> None:
+        with ShardProcess(model_dir) as process:
+            [peer] = process.shards
+            await control.load(peer.endpoint, {1: ALL})
+            os.kill(process.process.pid, signal.SIGSTOP)
+            async with serving(family) as shard:
+                started = asyncio.get_running_loop().time()
+                await control.load(shard.endpoint, {1: ALL}, sources=from_peer(peer.endpoint, *ALL))
+                assert shard.host.held == {1: ALL}
+                assert asyncio.get_running_loop().time() - started < 6
+
+    run(test)
+
+
+def test_a_peer_that_is_killed_meanwhile_is_replaced_by_the_checkpoint(family: ModelFamily, model_dir: Path) -> None:
+    async def test() -> None:
+        with ShardProcess(model_dir) as process:
+            [peer] = process.shards
+            await control.load(peer.endpoint, {1: ALL, 3: ALL})
+            num_seen = 0
+
+            def kill_after_three(data: bytes, before: int) -> bytes:
+                nonlocal num_seen
+                num_seen = before
+                if before > 3 * ONE:
+                    process.process.kill()
+                return data
+
+            async with serving(family) as shard, proxy_to(peer.endpoint, kill_after_three) as endpoint:
+                peers = {(layer, expert): endpoint for layer in (1, 3) for expert in ALL}
+                await control.load(shard.endpoint, {1: ALL, 3: ALL}, sources=Sources(peers))
+                assert shard.host.held == {1: ALL, 3: ALL}
+                assert 3 * ONE < num_seen < 40 * ONE
+                raw = family.load_expert(3, 31)
+                assert torch.equal(shard.host.banks[3].tensors(31)["up"], raw["up"])
+
+    run(test)
+
+
+def damaged(tmp_path: Path, model_dir: Path, family: ModelFamily, expert: int) -> ModelFamily:
+    """The same checkpoint, but for the sign of one weight of an expert of layer 1."""
+    path = Path(shutil.copytree(model_dir, tmp_path / "damaged")) / "model.safetensors"
+    weights, data = family.load_expert(1, expert)["up"], bytearray(path.read_bytes())
+    data[data.index(weights.numpy().tobytes()) + 1003] ^= 0x80
+    path.write_bytes(data)
+    return load_family(path.parent)
+
+
+def test_other_bytes_than_the_manifest_has_are_not_taken(family: ModelFamily, model_dir: Path, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with two(family, damaged(tmp_path, model_dir, family, 7)) as (peer, shard):
+            right = await control.load(peer.endpoint, {1: [6, 7]})
+            manifest = Manifest().with_seen(right.checksums)
+            expected = {(1, expert): checksum for expert, checksum in manifest.known[1].items()}
+            for homes, standby in (({1: [6, 7]}, {}), ({}, {1: [7]})):
+                with pytest.raises(control.ShardError, match=f"Expert 7 of layer 1 was not loaded .*{DAMAGED}"):
+                    await control.load(shard.endpoint, homes, 1, standby, Sources(expected=expected))
+                assert (shard.host.held, shard.host.standby, shard.host.used_bytes) == ({}, {}, 0)
+            unchecked = await control.load(shard.endpoint, {1: [6, 7]})
+            assert [(of.layer, of.expert) for of in manifest.mismatches(unchecked.checksums)] == [(1, 7)]
+            with pytest.raises(control.ShardError, match=r"Expert 7 of layer 1 is here with .*have it unloaded first"):
+                await control.load(shard.endpoint, {1: [7]}, sources=Sources(expected=expected))
+            await control.unload(shard.endpoint, {1: [7]}, 2)
+            await control.load(shard.endpoint, {1: [7]}, 3, sources=from_peer(peer.endpoint, 7, expected=expected))
+            assert same_weights(peer, shard, 7)
+
+    run(test)
+
+
+def test_a_checkpoint_that_changes_under_a_standby_is_noticed(model_dir: Path, tmp_path: Path) -> None:
+    async def test() -> None:
+        path = Path(shutil.copytree(model_dir, tmp_path / "own")) / "model.safetensors"
+        own = load_family(path.parent)
+        async with serving(own) as shard:
+            await control.load(shard.endpoint, {1: [0]}, 1, {1: [7]})
+            place = path.read_bytes().index(own.load_expert(1, 7)["up"].numpy().tobytes())
+            with path.open("r+b") as file:
+                file.seek(place + 1000)
+                file.write(b"\xff\xff\xff\xff")
+            refusal = (await ask(shard, make_request((0, 7))))[1].refusal
+            assert (refusal.code, list(refusal.missing)) == (pb.Refusal.NOT_HOSTED, [7])
+            assert DAMAGED in refusal.detail
+            with path.open("r+b") as file:
+                file.truncate(1000)
+            refusal = (await ask(shard, make_request((0, 7))))[1].refusal
+            assert "1000 bytes long" in refusal.detail
+            with pytest.raises(control.ShardError, match=r"Expert 9 of layer 1 was not loaded .* must not change"):
+                await control.load(shard.endpoint, {1: [9]})
+            assert shard.host.held == {1: [0]}
+
+    run(test)
+
+
+def test_a_byte_budget_is_kept_in_turn() -> None:
+    async def test() -> None:
+        budget, order, highest = ByteBudget(100), [], 0
+
+        async def hold(name: int, num_bytes: int) -> None:
+            nonlocal highest
+            async with budget.hold(num_bytes):
+                order.append(name)
+                highest = max(highest, budget.used_bytes)
+                await asyncio.sleep(0.01)
+
+        sizes = [60, 60, 30, 500, 10, 90]
+        await asyncio.gather(*(hold(name, size) for name, size in enumerate(sizes)))
+        assert (order, highest, budget.used_bytes) == (list(range(6)), 100, 0)
+
+    run(test)
