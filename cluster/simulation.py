@@ -53,6 +53,7 @@ CALM_S, FAULTS_S = 2.0, 6.0  # without failures at first, then with some
 MAX_CALL_S = 20.0
 MAX_REST_S = 40.0
 UNSEEN_S = 1.5
+MAX_LEAVE_S = 30.0  # as in services/expert/leaving.py
 EXPERT_BYTES = 1 << 20
 LIMITS = Limits(bytes_in_flight=3 * EXPERT_BYTES)
 # Plans for little gain, so that much is moved.
@@ -344,7 +345,8 @@ class World:
         self.trace(f"{shard.name} drains")
         self.start_shard(shard.base.node)
         shard.is_draining = True
-        while shard.is_up and self._names(shard.name):
+        leaves_at = self.time + MAX_LEAVE_S
+        while shard.is_up and self._names(shard.name) and self.time < leaves_at:
             await asyncio.sleep(0.5)
         if shard.is_up:
             self._remove(shard)

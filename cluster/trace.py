@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.balance import settle
+from cluster.balance import busy_times
 from cluster.load import Counts, ExpectedLoad, expected_load
 from cluster.topology import Homes
 
@@ -75,7 +75,7 @@ class Trace:
                 homes_EH[expert, : len(of_one)] = [index[id] for id in of_one]
             cost_EC = np.stack([np.zeros(len(num_E)), counts_WE.sum(axis=0).astype(np.float64)], axis=1)
             pace_SP = np.tile([0.0, 0.0, 1.0], (len(ids), 1))
-            picks_S = settle(cost_EC, pace_SP, homes_EH, num_E, np.full(len(num_E), -1, np.int64), 0.0)[1]
+            picks_S = busy_times(cost_EC, pace_SP, homes_EH, num_E, np.full(len(num_E), -1, np.int64))
             values[layer] = float(picks_S.mean() / picks_S.max()) if picks_S.any() else 1.0
         return values
 

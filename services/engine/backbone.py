@@ -186,6 +186,7 @@ class Backbone:
                 "placement_age_s": time.time() - self._placed_at,
                 "down": sorted(shard_id for shard_id, state in states.items() if state != "live"),
                 "traffic": asdict(remote.traffic),
+                "circuits": circuits,
                 "tier": tier,
                 "shards": self._shard_report(placement, states, tier, circuits),
             }

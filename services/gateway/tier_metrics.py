@@ -18,12 +18,12 @@ TRAFFIC_COUNTERS = {
     "received_bytes": ("expert_received_bytes", "Bytes received from shards."),
     "num_lost": ("expert_calls_lost", "Messages whose shard or stream was lost."),
     "num_stalled": ("expert_calls_stalled", "Messages resent because a shard was silent."),
-    "num_hedged": ("expert_hedges", "Messages sent to a second home because the first was late."),
-    "num_hedges_won": ("expert_hedges_won", "Hedges whose second home answered first."),
+    "num_hedged": ("expert_calls_hedged", "Messages sent to a second home because the first was late."),
+    "num_hedges_won": ("expert_hedges_won", "Times that the second home answered first."),
     "num_hedges_denied": ("expert_hedges_denied", "Hedges that were not sent because their budget was used up."),
     "num_probes": ("expert_probes", "Messages to shards that rest, to learn whether they work again."),
     "num_corrupt": ("expert_replies_corrupt", "Replies whose checksum was wrong."),
-    "num_heals": ("expert_calls_waited_for_home", "Times that picks waited because no home would compute them."),
+    "num_heals": ("expert_heals", "Times that rows waited because no home would compute them."),
 }
 
 PLACEMENT_GAUGES = {

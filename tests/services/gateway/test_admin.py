@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
 import httpx
@@ -34,6 +35,12 @@ PLACEMENT = Placement(3, {0: (("a", "b"), ("b",), ("a", "b")), 4: (("a", "b"), (
 def redis_url() -> Iterator[str]:
     with EmbeddedRedis() as server:
         yield server.url
+
+
+@cache
+def planned() -> dict[str, Any]:
+    """Made before anything is served: the planner may have to be compiled."""
+    return plan(LAYERS, SHARDS, PLACEMENT, {}).to_dict()
 
 
 class Fleet:
@@ -69,7 +76,7 @@ class Fleet:
         return asyncio.run(run())
 
     async def preview(self) -> dict[str, Any] | None:
-        return plan(LAYERS, SHARDS, PLACEMENT, {}).to_dict()
+        return planned()
 
     async def trace(self, bounds: dict[str, Any] | None) -> list[dict[str, Any]]:
         self.traces.append(bounds)
@@ -78,6 +85,7 @@ class Fleet:
 
 @pytest.fixture
 def fleet(redis_url: str) -> Fleet:
+    planned()
     made = Fleet(redis_url)
     made.fill()
     return made

@@ -92,7 +92,7 @@ def test_metrics_tell_cover_balance_and_load_in_bounded_series() -> None:
     assert values["shard_circuits_open"] == 1
     assert values["repair_remaining_seconds"] == 4.0
     assert values["expert_replies_corrupt_total"] == 3
-    assert values["expert_hedges_total"] == 5
+    assert values["expert_calls_hedged_total"] == 5
     assert values["hot_expert_picks_per_s 1"] == 6.0
     assert values["hot_expert_layer 20"] == 4
     assert "hot_expert_layer 21" not in values
