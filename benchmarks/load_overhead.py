@@ -21,7 +21,7 @@ import httpx
 
 from benchmarks.load import Outcome, closed_loop, quantile
 from benchmarks.server import free_port
-from benchmarks.stream import post
+from services.drill.stream import post
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 USAGE = '{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":%d}}'

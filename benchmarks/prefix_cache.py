@@ -25,9 +25,10 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import FIRST_ORDINARY_ID, Outcome, ask, quantile
+from benchmarks.load import FIRST_ORDINARY_ID, quantile
 from benchmarks.server import Server, new_client, server
 from model.demo.corpus import read_corpus
+from services.drill.load import Outcome, ask
 
 NUM_REQUESTS, BAR = 64, 50
 NUM_CONVERSATIONS = 8

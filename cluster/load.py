@@ -128,6 +128,19 @@ def _packed(counts_E: Counts) -> str:
     return json.dumps(np.stack([experts, counts_E[experts]], axis=1).reshape(-1).tolist(), separators=(",", ":"))
 
 
+async def recent_rates(
+    store: LoadStore, num_experts: Mapping[int, int], now: float, num_windows: int = 4
+) -> tuple[float, dict[int, NDArray[np.float64]]]:
+    """Seconds, and picks per second of each expert over them, by layer: of so many windows and the present one, from
+    the first in which anything was picked. Raises StoreUnavailable."""
+    windows = range(store.window(now) - num_windows, store.window(now) + 1)
+    counts = {layer: await store.read(layer, count, windows) for layer, count in num_experts.items()}
+    is_used_W = np.any([counts_WE.any(axis=1) for counts_WE in counts.values()], axis=0)
+    first = int(is_used_W.argmax()) if is_used_W.any() else len(windows) - 1
+    seconds = max(1.0, now - windows[first] * store.window_s)
+    return seconds, {layer: counts_WE[first:].sum(axis=0) / seconds for layer, counts_WE in counts.items()}
+
+
 class LoadHistory:
     """What a controller knows of the load: windows that are over are read once and kept."""
 

@@ -139,7 +139,11 @@ def next_target(
         key: _next_homes(key, told, target, done.loads, held, limits.min_cover, not done.num_left, holdings)
         for key in _differences(told, target)
     }
-    changed = {key: homes for key, homes in after.items() if homes != told.tiers(*key)}
+    changed = {
+        key: homes
+        for key, homes in after.items()
+        if homes != (before := told.tiers(*key)) or (homes == target.tiers(*key) and [*homes] != [*before])
+    }
     if not changed and done.num_left and not done.loads:
         changed = _make_room(target, after, held)
     return _with(told, changed) if changed else None

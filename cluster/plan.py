@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from cluster.topology import Homes
 
 MIB = 2**20
+NUMBERS = (
+    *("num_bytes", "predicted_s_before", "predicted_s_after", "gain_s", "cost_s"),
+    *("cover_before", "cover_after", "is_worth_it"),
+)  # of a plan, as JSON tells them
 Tier = Literal["device", "standby"]
 
 
@@ -99,3 +103,15 @@ class Plan:
         if len(self.moves) > max_moves:
             lines.append(f"  and {len(self.moves) - max_moves} more")
         return "\n".join(lines)
+
+    def to_dict(self, max_moves: int = 200) -> dict[str, Any]:
+        """The plan's numbers, its words and some of its moves, for JSON."""
+        return {
+            **{name: getattr(self, name) for name in NUMBERS},
+            "blast_radius_before": dict(self.blast_radius_before),
+            "blast_radius_after": dict(self.blast_radius_after),
+            "reasons": list(self.reasons),
+            "num_moves": len(self.moves),
+            "moves": [asdict(move) for move in self.moves[:max_moves]],
+            "text": self.describe(),
+        }

@@ -69,13 +69,20 @@ Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[Plan]]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: between turns; between plans for load's sake; from all backbones following an epoch to dropping what it
-    gave up; that a failing shard is left alone; that backbones are given to bring back a placement that was lost; until
-    a plan is judged by the load that came; without plans for load's sake after one was taken back.
+    """Seconds.
+
+    period_s, plan_every_s: between turns, and between plans for the load's sake.
+    ask_s: that shards have to say what they hold, and to show that they live before homes are given up for theirs.
+    drain_s: from all backbones following an epoch to dropping what it gave up.
+    shun_s: that a shard which failed to load is left alone.
+    first_wait_s: that backbones are given to bring back a placement that the store has lost.
+    judge_s: until a plan is judged by the load that came.
+    regret_s: without plans for the load's sake after one was taken back.
     """
 
     period_s: float = 0.5
     plan_every_s: float = 10.0
+    ask_s: float = 0.5
     drain_s: float = 1.0
     shun_s: float = 10.0
     first_wait_s: float = 2.0
@@ -112,7 +119,7 @@ class _Trial:
 
 
 class Reconciler:
-    """`turn` is the loop's body; `clock` gives seconds since 1970; `ordered_planner` makes those of operators."""
+    """`turn` is the loop's body; `clock` gives seconds since 1970; `ordered_planner` makes the plans of operators."""
 
     def __init__(
         self,
@@ -140,6 +147,7 @@ class Reconciler:
         self._planned_for: object = None
         self._trial: _Trial | None = None
         self._regrets_until = 0.0
+        self._rest: Sequence[object] | None = None  # what was looked at when there was nothing to do
         self._followed_since: tuple[int, float] | None = None
         self._work: dict[str, asyncio.Task[None]] = {}
         self._held: dict[str, tuple[tuple[str, str], Holding]] = {}  # with the start and the digest that it belongs to
@@ -176,20 +184,33 @@ class Reconciler:
         if not await self._plan(alive, holdings, ordered) or self.target is None:
             return
         target, followed = self.target, [*(await self.registry.followers()).values()]
+        is_overtaken = self.placement is not None and max(followed, default=0) > self.placement.epoch
+        sight = (self.placement, target, is_overtaken, *holdings.values())
+        if not self._is_news(sight):
+            return
         wanted = next_round(self.layers, target, self.placement, alive, holdings, self.limits)
         ready = {home for shard in alive for home in self._ready_on(shard)} & held_homes(holdings)
         done = wanted.without(wanted.loads - ready)
         if next_target(target, self.placement, done, holdings, self.limits):
-            sure = await self._ask_again(alive)  # a heartbeat may be seconds old: a home that goes leaves two behind
+            # A heartbeat may be seconds old: a home that goes must leave others that answer now.
+            sure = await self._ask_again(alive)
             done = done.without(done.loads - held_homes(sure))
             if after := next_target(target, self.placement, done, sure, self.limits):
                 await self._publish(after)
-        elif self.placement and any(epoch > self.placement.epoch for epoch in followed):
+        elif self.placement is not None and is_overtaken:
             await self._publish(Target.of(self.placement))  # a store that lost one got an older one back
+        unwanted, too_high = (what(self.placement, target, holdings) for what in (garbage, demotions))
         if self._is_drained(followed):
-            self._start_drops(known, garbage(self.placement, target, holdings))
-            self._start_loads(known, demotions(self.placement, target, holdings))
+            self._start_drops(known, unwanted)
+            self._start_loads(known, too_high)
         self._start_loads(known, wanted.loads - ready)
+        is_at_rest = not (wanted.loads or wanted.num_left or unwanted or too_high)
+        self._rest = sight if is_at_rest else None
+
+    def _is_news(self, sight: Sequence[object]) -> bool:
+        """Whether there may be something to do: finding out takes a second where there are a thousand shards."""
+        rest = self._rest
+        return rest is None or len(rest) != len(sight) or any(a is not b for a, b in zip(rest, sight, strict=True))
 
     @property
     def leads(self) -> bool:
@@ -213,7 +234,7 @@ class Reconciler:
         if lease is not None and await self.registry.renew_lease(lease):
             return True
         self._lease = await self.registry.acquire_lease(self.owner)
-        self.target, self._ready, self._followed_since, self._planned_for = None, {}, None, None
+        self.target, self._ready, self._followed_since, self._planned_for, self._rest = None, {}, None, None, None
         if self._lease is not None:
             log.info("%s leads, with token %d.", self.owner, self._lease.fencing)
         return self._lease is not None
@@ -225,11 +246,12 @@ class Reconciler:
 
     async def _published(self) -> Placement | None:
         """The placement that is published for this checkpoint; a store that lost it gets it back."""
-        stored, known = await self.registry.placement(), self.placement
-        stored_epoch = stored.epoch if stored else 0
+        stored_epoch, known = await self.registry.epoch(), self.placement
         if known is not None and stored_epoch < known.epoch:
             await self.registry.publish(known, stored_epoch, self._order.fencing)
+        if known is not None and stored_epoch <= known.epoch:
             return known
+        stored = await self.registry.placement()
         layers = {spec.layer: spec.num_experts for spec in self.layers}
         if stored is None or stored.model != self.model:
             return None
@@ -247,11 +269,12 @@ class Reconciler:
             if id not in self._held or id in self._to_ask or self._held[id][0] != (shard.incarnation, shard.held_digest)
         ]
         self._to_ask.clear()
-        await self._ask_again(is_old)
+        answered = await self._ask_again(is_old)
+        self._to_ask |= {shard.id for shard in is_old} - answered.keys()
         return {id: holding for id, (_, holding) in self._held.items()}
 
     async def _ask_again(self, shards: Sequence[Shard]) -> dict[str, Holding]:
-        """What those that answer hold at this moment."""
+        """What those that answer, in time, hold at this moment."""
 
         async def ask(shard: Shard) -> Holding | None:
             try:
@@ -262,8 +285,11 @@ class Reconciler:
             self._held[shard.id] = (shard.incarnation, shard.held_digest), holding
             return holding
 
-        answers = await asyncio.gather(*map(ask, shards))
-        return {shard.id: holding for shard, holding in zip(shards, answers, strict=True) if holding is not None}
+        tasks = {shard.id: asyncio.ensure_future(ask(shard)) for shard in shards}
+        if tasks:
+            await asyncio.wait(tasks.values(), timeout=self.timing.ask_s)
+        answers = {id: task.result() if task.done() else None for id, task in tasks.items()}
+        return {id: holding for id, holding in answers.items() if holding is not None}
 
     async def _plan(
         self, alive: Sequence[Shard], holdings: Mapping[str, Holding], ordered: StandingOrder | None

@@ -16,11 +16,13 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from cluster.registry import StoreUnavailable
 from model.family import load_family
 from services import logs
 from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.recorder import Bounds
 from services.expert.leaving import LEAVE_TIMEOUT_S
 from services.expert.shard import DRAIN_TIMEOUT_S, ExpertShard, ShardConfig
 from services.link.server import EngineServer
@@ -78,8 +80,19 @@ class ControllerDeployment:
         family = load_family(args.model)
         pools = {pool.name: pool.scaling for pool in args.pools if pool.is_elastic}
         config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype, pools=pools)
-        controller = Controller(config, family.expert_shapes, args.registry(), args.loads())
-        self._loop = asyncio.create_task(controller.run())
+        self._controller = Controller(config, family.expert_shapes, args.registry(), args.loads())
+        self._loop = asyncio.create_task(self._controller.run())
+
+    async def preview(self) -> dict[str, Any] | None:
+        """The plan that an order to rebalance would be, as JSON tells it; None before the first placement.
+
+        A ValueError comes back as {"error": its sentence}: Serve would wrap it in a traceback.
+        """
+        try:
+            plan = await self._controller.preview()
+        except (StoreUnavailable, ValueError) as error:
+            return {"error": str(error)}
+        return None if plan is None else plan.to_dict()
 
     async def check_health(self) -> None:
         if self._loop.done():
@@ -111,6 +124,12 @@ class BackboneDeployment:
     async def status(self) -> dict[str, Any]:
         """The engine's numbers, and where gateways open their stream to it."""
         return {**self._backbone.status(), "pid": os.getpid(), "endpoint": self._endpoint}
+
+    async def trace(self, bounds: dict[str, Any] | None) -> dict[str, Any]:
+        """Begins to record routing within `bounds`, or ends it where there are none; what was recorded where."""
+        recorder = self._backbone.recorder
+        report = recorder.start(Bounds(**bounds)) if bounds is not None else await asyncio.to_thread(recorder.stop)
+        return {"endpoint": self._endpoint, **report}
 
     async def check_health(self) -> None:
         if not self._backbone.is_healthy:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
 
 from cluster.first_placement import first_placement
 from cluster.load import LoadStore
@@ -28,6 +28,11 @@ SHARE_MARGIN = 1.1  # experts cannot be cut to make shares even
 DEFAULT_STATE_MEMORY = 1 << 30
 CHECKPOINT_SHARE = 0.25  # of it at most, for saved states that prompts can start from
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _admin_key_of_environment() -> SecretStr | None:
+    key = os.environ.get("EXPERTMESH_ADMIN_KEY", "")
+    return SecretStr(key) if key else None
 
 
 class PoolArgs(BaseModel):
@@ -109,6 +114,9 @@ class AppArgs(BaseModel):
     host: str = Field("127.0.0.1", description="address of backbones and gateways; on a cluster, auto")
     http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, beside Serve's proxies")
     grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, likewise")
+    admin_key: SecretStr | None = Field(
+        default_factory=_admin_key_of_environment, min_length=8, description="without one the admin API is closed"
+    )
 
     @property
     def name(self) -> str:

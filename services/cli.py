@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
+
+from services import operator_cli
+from services.terminal import DEFAULT_URL, Url, console, fetch, plain_errors
 
 RAY_DEFAULTS = {  # read when Ray is imported, and inherited by every process it starts
     "RAY_SERVE_LOG_TO_STDERR": "0",  # logs go to files under the session's folder; the terminal is the user's
@@ -37,25 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(highlight=False, soft_wrap=True)
-Url = Annotated[str, typer.Option("--url", help="Where the server listens.")]
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """A user's mistake is one sentence on stderr and exit code 2."""
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        _fail(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}")
-    except (ValueError, RuntimeError) as error:  # Serve tells of a deployment that does not start by a RuntimeError
-        _fail(str(error))
-
-
-def _fail(sentence: str) -> NoReturn:
-    typer.echo(f"expertmesh: {sentence}", err=True)
-    raise typer.Exit(2)
+app.add_typer(operator_cli.app)
 
 
 def check_own_packages() -> None:
@@ -156,6 +135,8 @@ def _up(args: Any, port: int, grpc_port: int, ray_address: str) -> None:
             console.print(f"Ready after {time.monotonic() - started:.0f} s. Ctrl-C stops it.")
             console.print(f"  REST  http://127.0.0.1:{port}/v1   (OpenAI-compatible; model {args.name!r})")
             console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference)")
+            key = "open to EXPERTMESH_ADMIN_KEY" if args.admin_key else "closed: EXPERTMESH_ADMIN_KEY is not set"
+            console.print(f"  admin http://127.0.0.1:{port}/admin   ({key})")
             console.print(f"  logs  {logs_path()}   (worker-*.err, {args.log_format})")
             signal.pause()
     except KeyboardInterrupt:
@@ -178,72 +159,16 @@ def _tier(args: Any) -> str:
     return f"{sum(pool.shards for pool in args.pools)} expert shards, store {args.redis_url}"
 
 
-def _get(url: str, path: str) -> Any:
-    import httpx
-
-    try:
-        answer = httpx.get(url.rstrip("/") + path, timeout=10)
-    except httpx.HTTPError as error:
-        raise ValueError(
-            f"no Expertmesh server answers at {url} ({type(error).__name__}); start one with: expertmesh up"
-        ) from None
-    if answer.is_error:
-        raise ValueError(f"{url}{path} answered {answer.status_code}: {answer.text[:200]}")
-    return answer.json()
-
-
-@app.command()
-def status(
-    url: Url = "http://127.0.0.1:8000",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-) -> None:
-    """Show pools, shards, experts, load and the placement's age."""
-    with plain_errors():
-        report = _get(url, "/status")
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-        return
-    for table in status_tables(report):
-        console.print(table)
-
-
-def status_tables(report: dict[str, Any]) -> Iterator[Table]:
-    model = Table(title=f"{report['model']}: {report['health']}", box=None, padding=(0, 1, 0, 0))
-    for name in ("running", "waiting", "steps", "state slots", "KV pages", "placement", "age"):
-        model.add_column(name, justify="right")
-    placement = f"epoch {report['epoch']}, cover {report['cover']}" if report.get("epoch") else "local experts"
-    age = f"{report['placement_age_s']:.1f} s" if report.get("epoch") else "–"
-    for backbone in report.get("backbones", [report]):
-        engine = backbone["engine"]
-        slots = f"{engine['num_slots_taken']}/{engine['num_slots']}"
-        pages = f"{engine['num_blocks_taken']}/{engine['num_blocks']}"
-        running, waiting, steps = (str(engine[key]) for key in ("num_running", "num_waiting", "num_steps"))
-        model.add_row(running, waiting, steps, slots, pages, placement, age)
-    yield model
-    if not report.get("shards"):
-        return
-    shards = Table(title="Expert shards", box=None, padding=(0, 1, 0, 0))
-    for name in ("shard", "pool", "node", "endpoint", "device", "experts", "picks/s", "share", "state"):
-        is_number, may_wrap = name in ("experts", "picks/s", "share"), name in ("pool", "node")
-        shards.add_column(name, justify="right" if is_number else "left", no_wrap=not may_wrap, overflow="fold")
-    total = sum(shard["picks_per_s"] for shard in report["shards"]) or 1
-    for shard in report["shards"]:
-        words = [shard[key] for key in ("id", "pool", "node", "endpoint", "device")]
-        load = [str(shard["num_held"]), f"{shard['picks_per_s']:.0f}", f"{shard['picks_per_s'] / total:.0%}"]
-        shards.add_row(*words, *load, shard["state"])
-    yield shards
-
-
 @app.command()
 def chat(
     message: Annotated[str, typer.Argument(help="One message; a conversation on the terminal if left out.")] = "",
-    url: Url = "http://127.0.0.1:8000",
+    url: Url = DEFAULT_URL,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
 ) -> None:
     """Talk to a running server."""
     with plain_errors():
-        model = _get(url, "/v1/models")["data"][0]["id"]
+        model = fetch(url, "/v1/models")["data"][0]["id"]
         messages: list[dict[str, str]] = []
         while text := message or _ask():
             messages.append({"role": "user", "content": text})

@@ -11,8 +11,11 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
@@ -20,20 +23,26 @@ from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services import logs
 from services.args import AppArgs
+from services.controller.controller import layer_specs
 from services.engine.grammar_check import GrammarChecker
 from services.engine.request import EngineFailed
+from services.gateway.admin import add_admin
 from services.gateway.backbone_metrics import backbone_metrics
+from services.gateway.degraded import degraded_report
 from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.grpc_api import GrpcError, InferenceApi
 from services.gateway.listener import Listener, Listening
 from services.gateway.metrics import Metrics
+from services.gateway.operations import Operations, Tier
 from services.gateway.rest import build_rest
 from services.gateway.text import Tokenizer
 from services.link.client import Backbones
 
 STATUS_TIMEOUT_S = 3.0
 OTHERS_TIMEOUT_S = 0.5  # for the rest, once one has answered
+TRACE_TIMEOUT_S = 10.0
+PREVIEW_TIMEOUT_S = 30.0
 
 
 def _ask_all(backbone: DeploymentHandle[Any]) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
@@ -65,6 +74,29 @@ async def _answers(asked: Sequence[Awaitable[Any]]) -> list[dict[str, Any]]:
     return answers
 
 
+def _trace_all(backbone: DeploymentHandle[Any]) -> Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]:
+    """Has every replica begin or end a trace."""
+
+    async def trace(bounds: dict[str, Any] | None) -> list[dict[str, Any]]:
+        answers = backbone.broadcast("trace", bounds).results_async(timeout_s=TRACE_TIMEOUT_S, return_exceptions=True)
+        return [answer if isinstance(answer, dict) else {"error": str(answer)} for answer in await answers]
+
+    return trace
+
+
+def _preview(controller: DeploymentHandle[Any]) -> Callable[[], Awaitable[dict[str, Any] | None]]:
+    async def preview() -> dict[str, Any] | None:
+        try:
+            async with asyncio.timeout(PREVIEW_TIMEOUT_S):
+                plan: dict[str, Any] | None = await controller.preview.remote()
+        except (TimeoutError, RayError, RayServeException) as error:
+            sentence = f"The controller, who makes plans, does not answer ({type(error).__name__})."
+            raise ApiError(Refusal.UNAVAILABLE, sentence, retry_after=1) from error
+        return plan
+
+    return preview
+
+
 @serve.ingress()
 class GatewayDeployment:
     """REST and gRPC on ports of its own where `args` name some, and through Serve's proxies, where there are any.
@@ -72,7 +104,13 @@ class GatewayDeployment:
     Serve's gRPC proxy calls methods by the rpc's name.
     """
 
-    def __init__(self, args: AppArgs, backbone: DeploymentHandle[Any], *_: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self,
+        args: AppArgs,
+        backbone: DeploymentHandle[Any],
+        controller: DeploymentHandle[Any] | None = None,
+        *_: DeploymentHandle[Any],
+    ) -> None:
         logs.configure("gateway", args.log_format)
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
@@ -83,11 +121,20 @@ class GatewayDeployment:
         tokenizer = Tokenizer(args.model)
         self._generation = Generation(self._backbone, tokenizer, card, self._grammars.check, metrics=metrics)
         self._grpc = InferenceApi(self._generation, self._backbone.health)
+        self._admin_key = args.admin_key.get_secret_value() if args.admin_key else None
+        self._operations: Operations | None = None
+        if controller is not None:
+            layers = layer_specs(family.expert_shapes, args.torch_dtype)
+            tier = Tier(layers, list(args.num_shards), _preview(controller), _trace_all(backbone))
+            self._registry, self._loads = args.registry(), args.loads()
+            self._operations = Operations(tier, self._registry, self._loads)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls it before the first request, on the loop that serves them."""
         app = build_rest(self._generation, self._backbone.health, self._engine_metrics)
         app.add_api_route("/status", self._report, methods=["GET"])
+        app.add_api_route("/health/degraded", self._degraded, methods=["GET"])
+        add_admin(app, self._admin_key, self._operations)
         await self._backbone.start()
         self._listener = Listener(self._where, app, self._grpc)
         await self._listener.start()
@@ -100,6 +147,8 @@ class GatewayDeployment:
     async def __del__(self) -> None:
         await self._listener.stop()
         await self._backbone.stop()
+        if self._operations is not None:
+            await asyncio.gather(self._registry.redis.aclose(), self._loads.redis.aclose())
         self._grammars.close()
 
     async def _report(self) -> dict[str, Any]:
@@ -110,7 +159,21 @@ class GatewayDeployment:
         state = "degraded" if health.is_degraded else "ready"
         statuses = await self._backbone.statuses()
         engines = [{"endpoint": status["endpoint"], "engine": status["engine"]} for status in statuses]
-        return {"model": self._generation.card.id, "health": state, **statuses[0], "backbones": engines}
+        fleet: dict[str, Any] = {}
+        if self._operations is not None:
+            try:
+                fleet = await self._operations.fleet()
+            except ApiError as error:  # backbones serve without the store, and say so
+                fleet = {"store": error.message}
+        return {"model": self._generation.card.id, "health": state, **statuses[0], "backbones": engines, **fleet}
+
+    async def _degraded(self) -> JSONResponse:
+        """503 as /health/ready: where what the path asks about is not well, or not known. No probe for restarts."""
+        try:
+            report = degraded_report(await self._backbone.statuses())
+        except EngineFailed as error:
+            return JSONResponse({"status": "unknown", "detail": str(error)}, 503)
+        return JSONResponse(report, 503 if report["status"] == "degraded" else 200)
 
     async def _engine_metrics(self) -> bytes:
         try:

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.first_placement import shard_loads
+from cluster.exposure import Exposure
 from cluster.follower import Follower
+from cluster.health import Circuit
 from cluster.load import LoadCounter, LoadStore
 from cluster.registry import RegistryStore, StoreUnavailable
 from cluster.topology import Placement, Shard
@@ -31,10 +32,12 @@ from services.engine.drafting import DEFAULT_DRAFT_TOKENS
 from services.engine.engine import Engine
 from services.engine.grammar import GrammarCompiler
 from services.engine.memory import MemoryPlan
+from services.engine.recorder import Recorder
 from services.engine.request import EngineFailed, SamplingParams
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler
 from services.engine.scheduler_config import SchedulerConfig
+from services.engine.tier_watch import TierWatch
 from services.expert.client import ExpertsUnavailable, RemoteExperts
 
 log = logging.getLogger(__name__)
@@ -65,14 +68,16 @@ class BackboneConfig:
 
 
 class CountedExperts:
-    """Passes calls on and counts the picks of each expert."""
+    """Passes calls on, counts the picks of each expert, and has them recorded where somebody asked for it."""
 
-    def __init__(self, experts: Experts, counter: LoadCounter) -> None:
-        self.experts, self.counter = experts, counter
+    def __init__(self, experts: Experts, counter: LoadCounter, recorder: Recorder) -> None:
+        self.experts, self.counter, self.recorder = experts, counter, recorder
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         wait = self.experts(layer, x_NL, topk_ids_NK, topk_weights_NK)
-        self.counter.add(layer, topk_ids_NK.cpu().numpy())
+        picks_NK = topk_ids_NK.cpu().numpy()
+        self.counter.add(layer, picks_NK)
+        self.recorder.add(layer, picks_NK)
         return wait
 
 
@@ -84,11 +89,12 @@ class Backbone:
     ) -> None:
         torch.set_num_threads(config.num_threads)
         self.config, self.family, self.loads = config, family, loads
-        self.counter = LoadCounter({shape.layer: shape.num_experts for shape in family.expert_shapes})
+        num_experts = {shape.layer: shape.num_experts for shape in family.expert_shapes}
+        self.counter, self.recorder = LoadCounter(num_experts), Recorder(family.checkpoint.digest, num_experts)
         expert_mib = {shape.layer: shape.nbytes(config.dtype) / 2**20 for shape in family.expert_shapes}
         self.remote = None if registry is None else RemoteExperts(expert_mib=expert_mib)
         inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
-        model = family.load_backbone(CountedExperts(inner, self.counter), config.dtype, config.device)
+        model = family.load_backbone(CountedExperts(inner, self.counter, self.recorder), config.dtype, config.device)
         plan = config.memory
         state = State(family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device)
         most = DEFAULT_DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens
@@ -126,6 +132,7 @@ class Backbone:
         self._placed_at = 0.0
         self._wanted: dict[str, str] = {}  # what each shard should hold, as a digest
         self._rates: dict[int, NDArray[np.float64]] = {}
+        self._tier = TierWatch({shape.layer: shape.nbytes(config.dtype) for shape in family.expert_shapes})
         self._tasks: list[asyncio.Task[None]] = []
 
     @cached_property
@@ -151,6 +158,7 @@ class Backbone:
         if self.remote is not None:
             self.remote.give_up()  # or the engine might wait for a home, and we for the engine
         await asyncio.to_thread(self.engine.stop)
+        await asyncio.to_thread(self.recorder.stop)
         if self.follower is not None:
             with suppress(StoreUnavailable):
                 await self.follower.leave()
@@ -170,15 +178,16 @@ class Backbone:
         status: dict[str, Any] = {"engine": asdict(self.engine.stats()), "has_mtp": self.family.has_mtp}
         follower, remote = self.follower, self.remote
         if remote is not None and follower is not None and (placement := follower.placement) is not None:
-            states = self._shard_states(placement, remote.down)
+            states, circuits = self._shard_states(placement, remote.down), remote.circuits
+            tier = self._tier.report(self._watch_tier(placement), self._rates, time.time())
             status |= {
                 "epoch": remote.epoch,
                 "cover": placement.cover([shard_id for shard_id, state in states.items() if state == "live"]),
                 "placement_age_s": time.time() - self._placed_at,
                 "down": sorted(shard_id for shard_id, state in states.items() if state != "live"),
                 "traffic": asdict(remote.traffic),
-                "circuits": remote.circuits,
-                "shards": self._shard_report(placement, states),
+                "tier": tier,
+                "shards": self._shard_report(placement, states, tier, circuits),
             }
         return status
 
@@ -198,21 +207,36 @@ class Backbone:
 
         return {shard_id: state(self._known.get(shard_id) or _never_seen(shard_id)) for shard_id in placement.shard_ids}
 
-    def _shard_report(self, placement: Placement, states: Mapping[str, str]) -> list[dict[str, Any]]:
-        """The placement's shards and their picks of late, each expert's shared out evenly over its homes."""
-        ids = sorted(placement.shard_ids)
-        picks_per_s = sum(
-            np.array(shard_loads(placement.homes[layer], rates.tolist(), ids)) for layer, rates in self._rates.items()
-        )
+    def _watch_tier(self, placement: Placement) -> Exposure:
+        """Which shards serve what the placement says. One that changes holds other experts, but none too few: it gets
+        the new ones before they are published, and keeps the old ones until they are published no more."""
+        assert self.remote is not None
+        unreachable, circuits = self.remote.down, self.remote.circuits
+        live = [
+            id
+            for id in placement.shard_ids
+            if id not in unreachable
+            and circuits.get(id) != Circuit.OPEN
+            and (shard := self._known.get(id)) is not None
+            and (shard.num_held > 0 or shard.held_digest == self._wanted[id])
+        ]
+        return self._tier.note(placement, live, time.time())
+
+    def _shard_report(
+        self, placement: Placement, states: Mapping[str, str], tier: Mapping[str, Any], circuits: Mapping[str, str]
+    ) -> list[dict[str, Any]]:
+        """The placement's shards, with their picks of late."""
         report = []
-        for i, shard in enumerate(self._known.get(id) or _never_seen(id) for id in ids):
-            own = {
-                key: getattr(shard, key)
-                for key in ("id", "pool", "node", "endpoint", "device", "num_held", "incarnation")
+        for shard in (self._known.get(id) or _never_seen(id) for id in sorted(placement.shard_ids)):
+            names = ("id", "pool", "node", "endpoint", "device", "num_held", "incarnation", "queue_depth")
+            told = {
+                "pace": asdict(shard.pace),
+                "picks_per_s": tier["shard_picks_per_s"][shard.id],
+                "blast_radius": tier["blast_radius"][shard.id],
+                "circuit": circuits.get(shard.id, "unknown"),
+                "state": states[shard.id],
             }
-            report.append(
-                {**own, "picks_per_s": float(np.broadcast_to(picks_per_s, len(ids))[i]), "state": states[shard.id]}
-            )
+            report.append({name: getattr(shard, name) for name in names} | told)
         return report
 
     async def _warm_up(self) -> None:
@@ -255,6 +279,8 @@ class Backbone:
             await asyncio.sleep(WATCH_PERIOD_S)
             try:
                 await self._refresh()
+                if self.follower is not None and (placement := self.follower.placement) is not None:
+                    self._watch_tier(placement)
             except Exception:
                 log.exception("Serving on with epoch %d.", self.epoch)
 

@@ -18,6 +18,8 @@ class Refusal(Enum):
     """Why a request was refused: (label in metrics, HTTP status, type in the JSON body, gRPC code)."""
 
     INVALID = ("invalid", 400, "invalid_request_error", grpc.StatusCode.INVALID_ARGUMENT)
+    UNAUTHENTICATED = ("unauthenticated", 401, "authentication_error", grpc.StatusCode.UNAUTHENTICATED)
+    FORBIDDEN = ("forbidden", 403, "permission_error", grpc.StatusCode.PERMISSION_DENIED)
     NOT_FOUND = ("not_found", 404, "invalid_request_error", grpc.StatusCode.NOT_FOUND)
     METHOD = ("method", 405, "invalid_request_error", grpc.StatusCode.UNIMPLEMENTED)
     TOO_LARGE = ("too_large", 413, "invalid_request_error", grpc.StatusCode.RESOURCE_EXHAUSTED)

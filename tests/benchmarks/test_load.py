@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from benchmarks.load import Outcome, Prompts, ask, closed_loop, has_text, local_url, open_loop, quantile, summarize
+from benchmarks.load import Prompts, local_url, quantile, summarize
 from benchmarks.load_overhead import serve
 from benchmarks.server import free_port
 from benchmarks.soak import Growth, growths
-from benchmarks.stream import parse
 from benchmarks.throughput import decode_speed
+from services.drill.load import Outcome, ask, closed_loop, has_text, open_loop
+from services.drill.stream import parse
 
 GAP_S = 0.01
 

@@ -18,7 +18,7 @@ from cluster.simulation import Scenario, run_scenario
 
 ROOT = Path(__file__).parents[2]
 NUM_FLEETS = 10_000
-MAX_SEEDS = 400  # within which a planted bug must be found
+MAX_SEEDS = 200  # within which a planted bug must be found
 
 
 def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -63,7 +63,7 @@ class NeverRepairs(Reconciler):
     [
         (Scenario(0, controller=DropsBeforeDrain), r"drop expert .* for which b\d counts on it"),
         (Scenario(0, controller=PublishesBeforeLoad), r"moves expert .* no home has it"),
-        (Scenario(0, controller=NeverRepairs), r"did not come to rest: cover is [01]"),
+        (Scenario(0, controller=NeverRepairs), r"did not come to rest"),
         (
             Scenario(0, num_faults=8, is_fenced=False, is_about_leaders=True),
             r"drop expert|moves expert|was published after",

@@ -24,6 +24,7 @@ from tests.services.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "services.cli"]
+ENVIRONMENT = {**os.environ, "EXPERTMESH_ADMIN_KEY": "the key of these tests"}  # of servers and commands alike
 START_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
 
 
@@ -35,7 +36,9 @@ def free_port() -> int:
 
 def expertmesh(*arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
     """Runs one command to its end."""
-    return subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s
+    )
 
 
 def wait_until(is_true: Callable[[], bool], timeout_s: float) -> bool:
@@ -58,6 +61,7 @@ class Application:
         self.process = subprocess.Popen(
             [*COMMAND, "up", "--shards", str(num_shards), "--dtype", "float32", *ports, *chosen, *options],
             cwd=ROOT,
+            env=ENVIRONMENT,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

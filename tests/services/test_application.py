@@ -242,9 +242,88 @@ def test_status_is_a_table_or_json(server: Application) -> None:
     assert table.returncode == 0, table.stderr
     assert "demo: ready" in table.stdout
     assert "Expert shards" in table.stdout
-    assert table.stdout.count("experts-cpu-") == table.stdout.count("live") == NUM_SHARDS
+    assert sum("experts-cpu-" in line and line.rstrip().endswith("live") for line in table.stdout.splitlines()) == 3
     report = json.loads(expertmesh("status", "--url", server.url, "--json").stdout)
     assert (report["model"], report["cover"], len(report["shards"])) == ("demo", 2, NUM_SHARDS)
+
+
+def ask_admin(server: Application, *arguments: str) -> Any:
+    """A command's JSON."""
+    answer = expertmesh(*arguments, "--url", server.url, "--json")
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+def test_the_expert_tier_is_told_in_health_and_metrics(server: Application) -> None:
+    health = httpx.get(f"{server.url}/health/degraded", timeout=10)
+    report = health.json()
+    assert (health.status_code, report["status"], report["experts_below_cover"]) == (200, "covered", 0)
+    assert len(report["blast_radius"]) == NUM_SHARDS
+    text = httpx.get(f"{server.url}/metrics", timeout=10).text
+    for name in ("experts_below_cover", "blast_radius", "placement_age_seconds", "balancedness", "hot_expert_layer"):
+        assert f"\nexpertmesh:{name}{{" in text
+    status = server.status()
+    assert status["leader"]
+    assert [(pool["name"], pool["num_shards"]) for pool in status["pools"]] == [("experts-cpu", NUM_SHARDS)]
+    assert {shard["circuit"] for shard in status["shards"]} == {"closed"}
+
+
+def test_the_load_names_the_experts_that_are_picked(server: Application) -> None:
+    complete(server, [5, 6, 7], 8, ignore_eos=True)
+    shape = load_family(MODEL).expert_shapes[0]
+    whole = ask_admin(server, "load", "--all")
+    assert len(whole["layers"][str(shape.layer)]) == shape.num_experts
+    experts = ask_admin(server, "load", "--top", "5")["experts"]
+    assert len(experts) == 5
+    assert all(len(one["homes"]) >= 2 for one in experts)
+    table = expertmesh("load", "--url", server.url)
+    assert "Most picked in" in table.stdout
+
+
+def test_a_plan_is_printed_and_carried_out(server: Application) -> None:
+    planned = expertmesh("plan", "--dry-run", "--url", server.url)
+    assert planned.returncode == 0, planned.stderr
+    assert "Cover (fewest live homes of an expert): 2 now, 2 then." in planned.stdout
+    ordered = ask_admin(server, "plan")["order"]
+
+    def is_done() -> bool:
+        decisions = ask_admin(server, "decisions")["decisions"]
+        return any(one.get("ordered_by") == ordered["by"] for one in decisions)
+
+    assert wait_until(is_done, 20)
+    assert not server.status()["orders"]
+
+
+def test_a_recorded_trace_is_replayed_through_the_planner(server: Application) -> None:
+    [recording] = ask_admin(server, "trace", "start")["backbones"]
+    complete(server, [5, 6, 7], 16, ignore_eos=True)
+    [recorded] = ask_admin(server, "trace", "stop")["backbones"]
+    assert recorded["path"] == recording["path"]
+    assert recorded["num_calls"] > 0 == recorded["num_dropped"]
+    plan = ask_admin(server, "plan", "--trace", recorded["path"])
+    assert 0 < plan["balancedness"]["before"] <= plan["balancedness"]["after"] + 0.05
+    assert f"{recorded['num_calls']} calls of " in plan["text"]
+    os.unlink(recorded["path"])
+
+
+def test_a_shard_is_drained_and_used_again(server: Application) -> None:
+    shard_id = min(shards_by_id(server))
+    assert ask_admin(server, "drain", shard_id)["order"]["subject"] == shard_id
+    assert wait_until(lambda: shard_id not in shards_by_id(server), 30), server.status()
+    assert server.status()["cover"] == 2
+    assert [order["subject"] for order in server.status()["orders"]] == [shard_id]
+    assert ask_admin(server, "drain", shard_id, "--undo") == {"lifted": True}
+    is_back = lambda: shards_by_id(server).get(shard_id, {}).get("state") == "live"  # noqa: E731
+    assert wait_until(is_back, 30), server.status()
+
+
+def test_the_wrong_key_and_an_unknown_shard_are_one_sentence(server: Application) -> None:
+    answer = expertmesh("drain", "nobody", "--url", server.url)
+    assert answer.returncode == 2
+    assert "There is no shard 'nobody'; there are " in answer.stderr
+    answer = expertmesh("rebalance", "--url", server.url, "--admin-key", "guess")
+    assert (answer.returncode, answer.stderr.count("\n")) == (2, 1)
+    assert "/admin/rebalance answered 401: The admin API needs the header" in answer.stderr
 
 
 def test_chat_answers(server: Application) -> None:
@@ -332,15 +411,29 @@ def test_a_shard_that_is_killed_costs_no_token_and_comes_back(
     killed_at = time.monotonic()
 
     def is_back() -> bool:
-        after = shards_by_id(server)
-        new = [after[id] for id in after.keys() - before.keys()]
-        return victim["id"] not in after and [(s["state"], s["num_held"]) for s in new] == [
-            ("live", victim["num_held"])
-        ]
+        """As many shards as before, all of which serve; the new one holds what the planner finds worth moving there."""
+        status = server.status()
+        after = {shard["id"]: shard for shard in status["shards"]}
+        is_replaced = len(after) == len(before) and len(after.keys() - before.keys()) == 1 and victim["id"] not in after
+        return is_replaced and status["cover"] == 2 and all(shard["num_held"] for shard in after.values())
 
     assert wait_until(is_back, 60), server.status()
     print(f"refilled {time.monotonic() - killed_at:.0f} s after the stream's end")
     assert stream_tokens(stub, request) == expected
+
+
+def test_a_drill_kills_a_shard_under_load_and_nobody_notices(server: Application) -> None:
+    before = shards_by_id(server)
+    arguments = ["--kill", "shard", "--under-load", "--rate", "1", "--seconds", "12", "--max-tokens", "16"]
+    answer = expertmesh("drill", *arguments, "--url", server.url, "--json", timeout_s=240)
+    print(answer.stdout)
+    report = json.loads(answer.stdout)
+    assert report["shard"] in before
+    assert report["num_requests"] > 3
+    assert (report["num_failed"], report["num_different"]) == (0, 0)
+    assert 0 < report["full_cover_s"] < 60
+    assert answer.returncode == (0 if report["is_unnoticed"] else 1)
+    assert wait_until(lambda: len(shards_by_id(server)) == NUM_SHARDS, 60), server.status()
 
 
 def test_without_the_store_it_serves_on(

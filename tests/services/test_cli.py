@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from services import cli
+from services.status_tables import status_tables
 from tests.services.application import expertmesh, free_port
 from tests.services.demo import MODEL
 
@@ -32,12 +33,13 @@ SHARD = {
     "picks_per_s": 30.0,
     "state": "live",
 }
+COMMANDS = (*("up", "chat", "status", "plan", "rebalance", "scale", "drain", "load", "decisions", "trace", "drill"),)
 REPORT = {"model": "demo", "health": "ready", "engine": ENGINE, "epoch": 3, "cover": 2, "placement_age_s": 0.25}
 
 
 def shown(report: dict[str, Any], width: int = 80) -> str:
     output = io.StringIO()
-    for table in cli.status_tables(report):
+    for table in status_tables(report):
         Console(width=width, file=output).print(table)
     return output.getvalue()
 
@@ -67,11 +69,11 @@ def fails_with_one_sentence(*arguments: str) -> str:
 def test_help_lists_the_commands() -> None:
     answer = CliRunner().invoke(cli.app, ["--help"])
     assert answer.exit_code == 0
-    for command in ("up", "status", "chat"):
+    for command in COMMANDS:
         assert f"\n  {command} " in answer.output
 
 
-@pytest.mark.parametrize("command", ["up", "status", "chat"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
     answer = CliRunner().invoke(cli.app, [command, "--help"])
     assert answer.exit_code == 0
@@ -86,6 +88,9 @@ def test_every_command_explains_itself(command: str) -> None:
         (["up", "--draft-tokens", "99"], "--draft-tokens"),
         (["up", "--max-requests", "0"], "--max-requests"),
         (["upp"], "upp"),
+        (["scale", "experts-cpu", "0"], "shards"),
+        (["load", "--top", "0"], "--top"),
+        (["drill"], "--kill"),
     ],
 )
 def test_a_mistyped_command_is_refused(arguments: list[str], words: str) -> None:
@@ -94,13 +99,39 @@ def test_a_mistyped_command_is_refused(arguments: list[str], words: str) -> None
     assert words in answer.output
 
 
-@pytest.mark.parametrize("command", [["status"], ["chat", "hello"]])
+ASKING = (
+    *(["status"], ["chat", "hello"], ["plan"], ["rebalance"], ["scale", "experts-cpu", "2"], ["drain", "s"], ["load"]),
+    *(["decisions"], ["trace", "start"]),
+)
+
+
+@pytest.mark.parametrize("command", ASKING, ids=lambda command: command[0])
 def test_without_a_server_it_says_how_to_start_one(command: list[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     answer = CliRunner().invoke(cli.app, [*command, "--url", url])
     assert answer.exit_code == 2
     sentence = f"expertmesh: no Expertmesh server answers at {url} (ConnectError); start one with: expertmesh up\n"
     assert answer.output == sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["scale", "experts-cpu"],
+            "scale needs either a number of shards or --auto, which leaves the number to the load",
+        ),
+        (["scale", "experts-cpu", "2", "--auto"], "scale needs either a number of shards or --auto"),
+        (["trace", "pause"], "trace 'pause' is neither start nor stop"),
+        (["drill", "--kill", "redis"], "--kill is 'redis'; the only thing that a drill kills is a shard"),
+        (["drill", "--kill", "shard", "--url", "http://10.0.0.1:8000"], "--url is http://10.0.0.1:8000, but a drill "),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(arguments: list[str], sentence: str) -> None:
+    answer = CliRunner().invoke(cli.app, arguments)
+    assert answer.exit_code == 2
+    assert answer.output.startswith(f"expertmesh: {sentence}")
+    assert answer.output.count("\n") == 1
 
 
 def test_a_wrong_path_is_one_sentence(tmp_path: Path) -> None:
@@ -137,6 +168,25 @@ def test_status_fits_a_narrow_terminal() -> None:
     text = shown({**REPORT, "shards": [SHARD, {**SHARD, "id": "experts-cpu-1", "state": "unreachable"}]})
     for words in ("demo: ready", "epoch 3, cover 2", "0.2 s", "experts-cpu-0", "127.0.0.1:40001", "50%", "150"):
         assert words in text
+
+
+def test_status_tells_risk_and_orders_in_a_narrow_terminal() -> None:
+    pace = {"call_us": 50.0, "weight_us_per_mib": 100.0, "row_us_per_mib": 10.0}
+    shard = {**SHARD, "pace": pace, "queue_depth": 3, "blast_radius": 0.125, "circuit": "half-open"}
+    pool = {"name": "experts-cpu", "num_shards": 3, "num_draining": 1, "num_ordered": 4, "queue_depth": 3}
+    order = {"kind": "drain", "subject": "experts-cpu-0", "count": 0, "by": "ada", "at": 0.0}
+    tier = {
+        "experts_below_cover": 7,
+        "time_to_repair_s": 4.2,
+        "last_repair_s": None,
+        "balancedness": {"1": 0.5, "3": 1.0},
+        "blast_radius": {"experts-cpu-0": 0.125},
+    }
+    told = {"tier": tier, "leader": "host-1", "pools": [pool], "orders": [order]}
+    text = shown({**REPORT, **told, "shards": [shard], "decisions": [{"at": "0", "kind": "plan", "why": "A test."}]})
+    for words in ("7 experts", "12.50%", "~4 s left", "0.75", "host-1", "half-open", "drain", "ada", "A test.", "4"):
+        assert words in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_status_without_shards_says_that_the_experts_are_local() -> None:

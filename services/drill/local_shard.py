@@ -1,0 +1,62 @@
+"""Shards that run on this machine, to be killed in drills. A shard elsewhere is for a drill on that machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from services.expert import control
+
+LISTENING = "0A"  # in /proc/net/tcp
+
+
+async def local_pid(shard_id: str, endpoint: str) -> int:
+    """The process that serves `endpoint`, by its own word and the kernel's; ValueError where it is not on this machine.
+
+    The word alone is not enough: through a forwarded port it would name some other process of ours.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not _is_here(host):
+        raise ValueError(f"the shard {shard_id} is at {endpoint}, on another machine; run the drill there")
+    try:
+        pid = (await control.status(endpoint)).pid
+    except control.ShardError as error:
+        raise ValueError(f"the shard {shard_id} does not answer: {error}") from None
+    if not _listens(pid, int(port)):
+        what = f"process {pid}, which the shard {shard_id} says it is, does not listen on {endpoint} on this machine"
+        raise ValueError(f"{what}; run the drill where the shard runs, as its user, on Linux")
+    return pid
+
+
+async def kill(shard_id: str, endpoint: str) -> None:
+    """SIGKILL; raises ValueError as `local_pid` does."""
+    os.kill(await local_pid(shard_id, endpoint), signal.SIGKILL)
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address is one of this machine's: then, and only then, can it be bound."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _listens(pid: int, port: int) -> bool:
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+    held = set()
+    with suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                held.add(os.readlink(descriptor))
+    return bool(inodes & held)

@@ -1,0 +1,73 @@
+"""What a backbone tells of the expert tier: experts below cover, what a shard's death would cost, load and balance."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from cluster.exposure import WANTED_COVER, Exposure, Layout, Rates, Repair, balancedness
+from cluster.plan import PlanPolicy
+from cluster.registry import HEARTBEAT_TTL_S
+from cluster.topology import Placement
+
+NUM_HOTTEST = 20
+MAX_NAMED = 20  # experts below cover that are told by name
+
+
+class TierWatch:
+    """Remembers what is costly to find, and since when something is amiss. `expert_bytes` by layer."""
+
+    def __init__(self, expert_bytes: Mapping[int, int]) -> None:
+        self._expert_bytes = expert_bytes
+        self._exposure: Exposure | None = None
+        self._repair = Repair()
+
+    def note(self, placement: Placement, live: Collection[str], now: float) -> Exposure:
+        """Takes note of who serves what the placement says; to be called whenever that may have changed."""
+        known, live = self._exposure, frozenset(live) & set(placement.shard_ids)
+        if known is None or known.layout.placement is not placement:
+            known = Exposure(Layout(placement), live)
+        elif known.live != live:
+            known = Exposure(known.layout, live)
+        self._exposure = known
+        self._repair = self._repair.note(known.num_missing > 0, now)
+        return known
+
+    def report(self, exposure: Exposure, rates: Rates, now: float) -> dict[str, Any]:
+        """Plain numbers for health, metrics and `expertmesh status`."""
+        layout = exposure.layout
+        rate_E = layout.rates(rates)
+        loads_LS = layout.loads(rate_E)
+        balance = zip(layout.layers, balancedness(loads_LS).tolist(), strict=True)
+        picks_S = loads_LS.sum(axis=0)
+        return {
+            "blast_radius": exposure.blast_radius(rate_E),
+            "balancedness": {str(layer): value for layer, value in balance},
+            "shard_picks_per_s": dict(zip(layout.shard_ids, picks_S.tolist(), strict=True)),
+            "hottest": [vars(hot) for hot in layout.hottest(rate_E, NUM_HOTTEST)],
+            **self._cover(exposure, now),
+        }
+
+    def _cover(self, exposure: Exposure, now: float) -> dict[str, Any]:
+        below, layout = exposure.below_cover, exposure.layout
+        named = below[np.argsort(exposure.num_lives_E[below], kind="stable")[:MAX_NAMED]].tolist()
+        lives = exposure.num_lives_E[below]
+        # Detected when the heartbeats stop, repaired at the pace that the planner assumes of moves.
+        usual_s = HEARTBEAT_TTL_S + self._missing_bytes(exposure) / PlanPolicy().bytes_per_s
+        return {
+            "experts_below_cover": len(below),
+            "below_cover_by_homes": {str(num): int((lives == num).sum()) for num in range(WANTED_COVER)},
+            "below_cover": [[*layout.name(number), int(exposure.num_lives_E[number])] for number in named],
+            "missing_bytes": self._missing_bytes(exposure),
+            "below_cover_since": self._repair.below_since,
+            "time_to_repair_s": self._repair.seconds_left(now, self._repair.last_took_s or usual_s),
+            "last_repair_s": self._repair.last_took_s,
+            "num_repairs": self._repair.num_repaired,
+        }
+
+    def _missing_bytes(self, exposure: Exposure) -> int:
+        below, layout = exposure.below_cover, exposure.layout
+        size_L = np.array([self._expert_bytes[layer] for layer in layout.layers], np.int64)
+        return int((size_L[layout.layer_E[below]] * (WANTED_COVER - exposure.num_lives_E[below])).sum())

@@ -1,0 +1,57 @@
+"""What every command shares: where it prints, how it fails, and how it asks a running server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+console = Console(highlight=False, soft_wrap=True)
+DEFAULT_URL = "http://127.0.0.1:8000"
+Url = Annotated[str, typer.Option("--url", help="Where the server listens.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}")
+    except (ValueError, RuntimeError) as error:  # Serve tells of a deployment that does not start by a RuntimeError
+        _fail(str(error))
+
+
+def _fail(sentence: str) -> NoReturn:
+    typer.echo(f"expertmesh: {sentence}", err=True)
+    raise typer.Exit(2)
+
+
+def fetch(url: str, path: str, key: str = "", body: dict[str, Any] | None = None) -> Any:
+    """JSON from a server, asked with POST where there is a body; ValueError with one sentence where it has none."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    method = "GET" if body is None else "POST"
+    try:
+        answer = httpx.request(method, url.rstrip("/") + path, headers=headers, json=body, timeout=60)
+    except httpx.HTTPError as error:
+        raise ValueError(
+            f"no Expertmesh server answers at {url} ({type(error).__name__}); start one with: expertmesh up"
+        ) from None
+    if answer.is_error:
+        raise ValueError(f"{url}{path} answered {answer.status_code}: {_sentence(answer)}")
+    return answer.json()
+
+
+def _sentence(answer: Any) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(answer.text[:200])
