@@ -28,13 +28,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import Outcome, Prompts, quantile, read
+from benchmarks.load import Prompts, quantile
 from benchmarks.server import Server, server
-from benchmarks.stream import Answer, post
 from cluster.embedded import EmbeddedRedis
 from cluster.orders import Kind, StandingOrder
 from cluster.registry import Registry, StoreUnavailable, connect
 from cluster.topology import Placement, Shard
+from services.drill.load import Outcome, read
+from services.drill.stream import Answer, post
 from services.expert import control
 
 POOL, NUM_SHARDS = "experts-cpu", 3

@@ -218,7 +218,7 @@ def _relieve(experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, b
     for _ in range(4 * len(busy_S)):
         slowest = np.argmax(busy_S)
         last = _reach(slowest, experts, options_EH, num_options_E, given_EH, busy_S, expert_S, by_S, from_S, to_S)
-        if last < 0:
+        if last < 0 or row_S[slowest] <= 0:  # a pace may be fitted to rows that cost nothing
             return
         new = 0.0 if given_EH[by_S[last], to_S[last]] > 0 else expert_S[last]
         num_rows = int((busy_S[slowest] - busy_S[last] - new) / (row_S[slowest] + row_S[last]))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.routing import CallCost, HomeTable, NoLiveHome, choose_homes
+from cluster.routing import CallCost, HomeTable, NoLiveHome, ShardCosts, assign_homes, choose_homes
 from tests.cluster import slow_routing
 
 NO_MESSAGES = CallCost(message=0.0)
@@ -37,6 +37,13 @@ def test_the_rows_of_an_expert_stay_together_while_they_are_few() -> None:
 def test_a_hot_expert_is_split_over_its_homes() -> None:
     home_P = choose_homes(np.zeros(1000, np.int64), HomeTable([["a", "b"]]), {})
     assert np.bincount(home_P).min() > 350
+
+
+def test_rows_that_cost_nothing_have_homes_too() -> None:
+    """As on shards whose few calls so far are explained best by the experts they touched."""
+    table, expert_P = HomeTable([["a", "b"]]), np.zeros(100, np.int64)
+    costs = ShardCosts(np.zeros(2), np.array([50.0, 10.0]), np.zeros(2), np.array([1.0, 60.0]), max_piece=10)
+    assert set(assign_homes(expert_P, table, costs, np.zeros(2, np.bool_)).tolist()) == {0}  # one message, not two
 
 
 def test_distinct_experts_are_balanced() -> None:
