@@ -34,8 +34,7 @@ from cluster.embedded import EmbeddedRedis
 from cluster.orders import Kind, StandingOrder
 from cluster.registry import Registry, StoreUnavailable, connect
 from cluster.topology import Placement, Shard
-from services.drill.load import Outcome, read
-from services.drill.stream import Answer, post
+from services.drill.load import Outcome, ask
 from services.expert import control
 
 POOL, NUM_SHARDS = "experts-cpu", 3
@@ -51,29 +50,14 @@ OUTSIDE, STARTING, REBALANCE = "outside", "a process starts", "rebalance"
 
 @dataclass(frozen=True)
 class Asked:
-    """A request's outcome and its text."""
+    """A request's outcome, by the number of its prompt."""
 
     prompt: int
-    text: str
     outcome: Outcome
 
 
-async def ask(url: str, number: int, body: dict[str, Any], timeout_s: float = 60.0) -> Asked:
-    sent_at = time.perf_counter()
-    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    try:
-        answer = await post(f"{url}/v1/completions", body, timeout_s)
-    except OSError as error:  # a timeout is one too
-        return Asked(number, "", Outcome(sent_at, time.perf_counter(), error=type(error).__name__))
-    ended_at = time.perf_counter()
-    if answer.status != 200:
-        return Asked(number, "", Outcome(sent_at, ended_at, error=f"HTTP {answer.status}"))
-    return Asked(number, text_of(answer), read(answer, sent_at, ended_at, 0.0))
-
-
-def text_of(answer: Answer) -> str:
-    chunks = [json.loads(event.data) for event in answer.events() if event.data.startswith(b"{")]
-    return "".join(choice.get("text", "") for chunk in chunks for choice in chunk.get("choices", ()))
+async def ask_for(url: str, number: int, body: dict[str, Any]) -> Asked:
+    return Asked(number, await ask(f"{url}/v1/completions", body, origin=0.0, timeout_s=60.0))
 
 
 @dataclass
@@ -92,7 +76,7 @@ class Clients:
 
         async def one_after_another() -> None:
             while not self.is_over.is_set():
-                self.asked.append(one := await ask(self.url, *next(source)))
+                self.asked.append(one := await ask_for(self.url, *next(source)))
                 await asyncio.sleep((one.outcome.ended_at - one.outcome.sent_at) * (1 / self.share - 1))
 
         await asyncio.gather(*(one_after_another() for _ in range(self.concurrency)))
@@ -211,7 +195,7 @@ def report(asked: Sequence[Asked], expected: Sequence[str], fleet: Fleet, start:
         "num_requests": len(asked),
         "errors": sorted({one.outcome.error for one in asked} - {""}),
         "num_failed": len(asked) - len(good),
-        "num_different": sum(one.text != expected[one.prompt] for one in good),
+        "num_different": sum(one.outcome.text != expected[one.prompt] for one in good),
         "lowest_cover": fleet.lowest_cover,
         "cycles": len(fleet.placed_s),
         "parts": parts,
@@ -249,7 +233,7 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
 async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[str, Any]:
     prompts = Prompts((16, 64), (args.tokens,), 2048, seed=args.seed)
     bodies = list(itertools.islice(prompts.bodies(), NUM_PROMPTS))
-    undisturbed = [await ask(target.url, *numbered) for numbered in enumerate(bodies)]
+    undisturbed = [await ask_for(target.url, *numbered) for numbered in enumerate(bodies)]
     if failed := [one.outcome.error for one in undisturbed if one.outcome.error]:
         raise RuntimeError(f"{len(failed)} of {len(undisturbed)} requests failed before anything changed: {failed[0]}")
     redis = connect(redis_url)
@@ -270,7 +254,7 @@ async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[
     clients.is_over.set()
     await asking
     await redis.aclose()
-    return report(clients.asked, [one.text for one in undisturbed], fleet, start, end)
+    return report(clients.asked, [one.outcome.text for one in undisturbed], fleet, start, end)
 
 
 def main() -> None:
