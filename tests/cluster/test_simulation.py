@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,13 @@ def test_a_fleet_lives_the_same_life_again() -> None:
     assert len(told[0]) > 5
 
 
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    simulation.quiet()
+    yield
+    logging.disable(logging.NOTSET)
+
+
 class DropsBeforeDrain(Reconciler):
     def _is_drained(self, followed: Any) -> bool:
         return True
@@ -71,8 +80,7 @@ class NeverRepairs(Reconciler):
     ],
     ids=["drop before drain", "publish before load", "no repair", "no fencing"],
 )
-def test_a_planted_bug_is_found(broken: Scenario, found: str) -> None:
-    simulation.quiet()
+def test_a_planted_bug_is_found(broken: Scenario, found: str, quiet: None) -> None:
     for seed in range(MAX_SEEDS):
         error = run_scenario(replace(broken, seed=seed)).error
         if error is not None and re.search(found, error):

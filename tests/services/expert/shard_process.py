@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from cluster.memory_registry import MemoryRegistry
 from cluster.topology import Shard
-from model.family import load_family
+from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.front import _FrontStream
 from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
-from services.expert.wire import Refused
 
 ROOT = Path(__file__).parents[3]
-PROMOTION_S = 0.7
+READ_S = 0.03
 
 
 class ShardProcess:
@@ -72,19 +72,12 @@ def slow_down(host: ExpertHost, us_per_row: int) -> None:
     host.compute = compute_slowly  # type: ignore[method-assign]
 
 
-def promote_when_asked(host: ExpertHost) -> None:
-    """As a shard that stands by: what it does not hold, it loads, and takes its time."""
-    compute = host.compute
+class SlowlyRead(ModelFamily):
+    """A checkpoint on a slow disk."""
 
-    def load_and_compute(request: pb.ComputeRequest) -> pb.Sums:
-        try:
-            return compute(request)
-        except Refused as refused:
-            time.sleep(PROMOTION_S)
-            host.load({request.layer: list(refused.missing)})
-            return compute(request)
-
-    host.compute = load_and_compute  # type: ignore[method-assign]
+    def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        time.sleep(READ_S)
+        return super().load_expert(layer, expert)
 
 
 def corrupt_replies() -> None:
@@ -107,12 +100,12 @@ async def serve(
     if trouble == "corrupt":
         corrupt_replies()
     family, registry = load_family(model_dir), MemoryRegistry(time.monotonic)
+    if trouble == "slow disk":
+        family = SlowlyRead(**vars(family))
     base = ShardConfig("base", memory_budget=1 << 30, dtype=dtype, max_queue=max_queue)
     shards = [ExpertShard(replace(base, shard_id=f"{name}{i}"), family, registry) for i in range(num_shards)]
     for shard in shards:
         slow_down(shard.host, us_per_row)
-        if trouble == "promote":
-            promote_when_asked(shard.host)
         await shard.start()
     print(json.dumps([shard.record.to_record() for shard in shards]), flush=True)
     await asyncio.to_thread(sys.stdin.read)
