@@ -235,9 +235,11 @@ class Reconciler:
             return True
         self._lease = await self.registry.acquire_lease(self.owner)
         self.target, self._ready, self._followed_since, self._planned_for, self._rest = None, {}, None, None, None
-        if self._lease is not None:
-            log.info("%s leads, with token %d.", self.owner, self._lease.fencing)
-        return self._lease is not None
+        if self._lease is None:  # whoever leads may do away with what this one knows of
+            self.placement = None
+            return False
+        log.info("%s leads, with token %d.", self.owner, self._lease.fencing)
+        return True
 
     @property
     def _order(self) -> Order:
