@@ -164,6 +164,7 @@ class Reconciler:
                     await self.turn()
                 except (StoreUnavailable, StalePlacement, ShardFailed) as error:
                     log.warning("This turn of the controller failed: %s", error)
+                    self._bare_since = None  # backbones could not bring back what was lost either
                 except Exception:
                     log.exception("This turn of the controller failed.")
                 await asyncio.sleep(self.timing.period_s)

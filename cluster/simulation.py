@@ -49,7 +49,7 @@ from cluster.simulated import (
 from cluster.topology import Experts, LayerSpec, Placement, Shard
 
 MODEL, POOL = "simulated", "pool"
-CALM_S, FAULTS_S = 2.0, 6.0  # without failures at first, then with some
+CALM_S, FAULTS_S = 1.5, 5.0  # without failures at first, then with some
 MAX_CALL_S = 20.0
 MAX_REST_S = 40.0
 UNSEEN_S = 1.5
