@@ -25,7 +25,7 @@ from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoi
 
 POOL = "experts-cpu"
 TIMING = Timing(period_s=0.1, drain_s=0.2, first_wait_s=0.5, shun_s=1.0)
-TIMEOUT_S = 60.0  # kernels may have to be compiled
+TIMEOUT_S = 120.0  # kernels may have to be compiled
 
 
 @pytest.fixture(scope="module")
