@@ -33,20 +33,6 @@ def first_placement(
     return {spec.layer: _place_layer(spec, hosts, _load_of(spec, load), num_homes) for spec in layers}
 
 
-def balancedness(loads: Sequence[float]) -> float:
-    """Mean over shards divided by the maximum: 1 is perfect. Take it per layer, then average (EPLB's usage)."""
-    return sum(loads) / len(loads) / max(loads) if loads and max(loads) > 0 else 1.0
-
-
-def shard_loads(homes: Homes, load: Sequence[float], shard_ids: Sequence[str]) -> list[float]:
-    """The load of each shard in one layer if every expert's picks are shared evenly among its homes."""
-    loads = dict.fromkeys(shard_ids, 0.0)
-    for ids, picks in zip(homes, load, strict=True):
-        for id in ids:
-            loads[id] += picks / len(ids)
-    return list(loads.values())
-
-
 @dataclass
 class _Host:
     """A shard while experts are dealt out: `share` is the part of every layer it should take."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from cluster.orders import StandingOrder, Wanted, scale_targets
+from cluster.orders import StandingOrder, Wanted
 from cluster.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, MAX_DECISIONS, WANTED_TTL_S, Lease, stale_placement
 from cluster.topology import Placement, Shard
 
@@ -113,9 +113,6 @@ class MemoryRegistry:
 
     async def orders(self) -> dict[str, StandingOrder]:
         return dict(sorted(self._orders.items()))
-
-    async def scale_targets(self) -> dict[str, int]:
-        return scale_targets(self._orders)
 
     async def want_shards(self, pool: str, wanted: Wanted) -> None:
         self._wanted[pool] = wanted, self.clock() + WANTED_TTL_S

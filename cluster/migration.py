@@ -14,7 +14,6 @@ from typing import NamedTuple
 from cluster.topology import Homes, LayerSpec, Placement, Shard
 
 DEVICE, STANDBY = "device", "standby"
-TIERS = (DEVICE, STANDBY)
 
 
 class Home(NamedTuple):
@@ -149,21 +148,14 @@ def next_target(
     return _with(told, changed) if changed else None
 
 
-def garbage(published: Placement | None, target: Target, holdings: Holdings) -> set[Home]:
-    """What live shards hold though neither the placement nor the target names the shard as its home."""
-    named = {home[:3] for home in _named(published, target)}
-    return {home for home in held_homes(holdings) if home[:3] not in named}
-
-
-def demotions(published: Placement | None, target: Target, holdings: Holdings) -> set[Home]:
-    """What live shards hold in device memory though they need only stand by for it; as it should become."""
-    named = _named(published, target)
-    above = {home for home in held_homes(holdings) if home.tier == DEVICE and home not in named}
-    return {home._replace(tier=STANDBY) for home in above} & named
-
-
-def _named(published: Placement | None, target: Target) -> set[Home]:
-    return set(target.all_homes()) | (set(Target.of(published).all_homes()) if published else set())
+def leftovers(published: Placement | None, target: Target, holdings: Holdings) -> tuple[set[Home], set[Home]]:
+    """What live shards hold though neither the placement nor the target names the shard as its home; and what they have
+    in device memory though they need only stand by for it, as it should become."""
+    named = set(target.all_homes()) | (set(Target.of(published).all_homes()) if published else set())
+    places = {home[:3] for home in named}
+    unnamed = held_homes(holdings) - named
+    garbage = {home for home in unnamed if home[:3] not in places}
+    return garbage, {home._replace(tier=STANDBY) for home in unnamed - garbage if home.tier == DEVICE}
 
 
 def _is_above(home: Home, held: Collection[Home]) -> bool:

@@ -22,9 +22,8 @@ from cluster.migration import (
     Limits,
     Target,
     by_shard,
-    demotions,
-    garbage,
     held_homes,
+    leftovers,
     next_round,
     next_target,
 )
@@ -200,7 +199,7 @@ class Reconciler:
                 await self._publish(after)
         elif self.placement is not None and is_overtaken:
             await self._publish(Target.of(self.placement))  # a store that lost one got an older one back
-        unwanted, too_high = (what(self.placement, target, holdings) for what in (garbage, demotions))
+        unwanted, too_high = leftovers(self.placement, target, holdings)
         if self._is_drained(followed):
             self._start_drops(known, unwanted)
             self._start_loads(known, too_high)

@@ -18,7 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from cluster.orders import StandingOrder, Wanted, scale_targets
+from cluster.orders import StandingOrder, Wanted
 from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,6 @@ class RegistryStore(Protocol):
     async def give_order(self, order: StandingOrder) -> None: ...
     async def lift_order(self, order: StandingOrder) -> bool: ...
     async def orders(self) -> dict[str, StandingOrder]: ...
-    async def scale_targets(self) -> dict[str, int]: ...
     async def want_shards(self, pool: str, wanted: Wanted) -> None: ...
     async def wanted_shards(self, pool: str) -> Wanted | None: ...
     async def checksums(self, weights: str, layer: int) -> dict[int, int]: ...
@@ -283,10 +282,6 @@ class Registry:
             except ValueError as error:
                 log.warning("%s", error)
         return orders
-
-    async def scale_targets(self) -> dict[str, int]:
-        """The number of shards that each pool was ordered to have; pools without an order are left out."""
-        return scale_targets(await self.orders())
 
     async def want_shards(self, pool: str, wanted: Wanted) -> None:
         """Says how many shards a pool should have, to be forgotten unless it is said again in time."""

@@ -2,7 +2,8 @@
 
 `python -m cluster.simulation --seeds 1000` runs a thousand fleets; a seed that fails prints the command that repeats
 it, and `--trace` tells its story. Planner, migration, controller, follower and the clients' state machine are the ones
-that serve; network, store and shards are `cluster.simulated`. After the way FoundationDB and TigerBeetle are tested.
+that serve; the rest is `cluster.simulated` and `cluster.simulated_backbone`. After the way FoundationDB and TigerBeetle
+are tested.
 
 What must hold: no placement is published that leaves an expert without a live home; no expert is dropped where the
 placement, or that of a backbone that is up to date, names the shard as its home; epochs do not go backwards; every pick
@@ -41,11 +42,11 @@ from cluster.simulated import (
     Process,
     RemoteShards,
     RemoteStore,
-    SimBackbone,
     SimShard,
     Store,
     now,
 )
+from cluster.simulated_backbone import SimBackbone
 from cluster.topology import Experts, LayerSpec, Placement, Shard
 
 MODEL, POOL = "simulated", "pool"

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
 from cluster.load import ExpectedLoad
-from cluster.orders import Wanted, obeyed
+from cluster.orders import Wanted, obeyed, scale_targets
 from cluster.plan import PlanPolicy
 from cluster.reconciler import Reconciler
 from cluster.registry import RegistryStore, StoreUnavailable
@@ -59,7 +59,7 @@ class Scaler:
         shards = obeyed(await self.registry.shards(), orders)
         if all(shard.draining for shard in shards):
             return
-        ordered, load = await self.registry.scale_targets(), await self.load()
+        ordered, load = scale_targets(orders), await self.load()
         shares = await asyncio.to_thread(busy_shares, self.layers, shards, placement, load, self.policy)
         for name, policy in self.pools.items():
             own = [shard for shard in shards if shard.pool == name]

@@ -15,6 +15,7 @@ from cluster.topology import Experts, Shard
 from model.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert import control
+from services.expert.host import by_layer
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,7 @@ class GrpcShards:
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
         wrong = await control.canary(old.endpoint, new.endpoint, experts, self.shapes, self.dtype, self._gains)
-        by_layer: dict[int, list[int]] = {}
-        for layer, expert in wrong:
-            by_layer.setdefault(layer, []).append(expert)
-        return by_layer
+        return by_layer(wrong)
 
 
 def _flat(experts: Iterable[pb.LayerExperts], tier: str) -> Iterable[tuple[int, int, str]]:

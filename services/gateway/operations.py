@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster.exposure import Layout
 from cluster.load import LoadStore, recent_rates
-from cluster.orders import Kind, StandingOrder
+from cluster.orders import Kind, StandingOrder, obeyed, scale_targets
 from cluster.registry import RegistryStore, StoreUnavailable
 from cluster.topology import LayerSpec, Placement, Shard
 from services.gateway.errors import ApiError, Refusal, invalid
@@ -57,8 +57,7 @@ class Operations:
             known = {shard.id: shard for shard in shards}
             if shard_id not in known:
                 raise ApiError(Refusal.NOT_FOUND, f"There is no shard {shard_id!r:.100}; there are {_names(known)}.")
-            drained = {order.subject for order in orders.values() if order.kind is Kind.DRAIN}
-            if not [shard for shard in shards if shard.id not in {shard_id, *drained} and not shard.draining]:
+            if not [one for one in obeyed(shards, orders) if one.id != shard_id and not one.draining]:
                 raise invalid(f"{shard_id} is the last shard that is not draining, and somebody must hold the experts.")
             await self._forget_the_dead(known, orders)
             return await self._give(StandingOrder(Kind.DRAIN, shard_id, by=by, at=time.time()))
@@ -134,13 +133,12 @@ class Operations:
         with _plain_refusals():
             leader, orders = await self._registry.leader(), await self._registry.orders()
             decisions, shards = await self._registry.decisions(5), await self._registry.shards()
-        drained = {order.subject for order in orders.values() if order.kind is Kind.DRAIN}
-        targets = {order.subject: order.count for order in orders.values() if order.kind is Kind.SCALE}
+        shards, targets = obeyed(shards, orders), scale_targets(orders)
         pools = [
             {
                 "name": pool,
                 "num_shards": sum(shard.pool == pool for shard in shards),
-                "num_draining": sum(shard.pool == pool and (shard.draining or shard.id in drained) for shard in shards),
+                "num_draining": sum(shard.pool == pool and shard.draining for shard in shards),
                 "num_ordered": targets.get(pool),
                 "queue_depth": sum(shard.queue_depth for shard in shards if shard.pool == pool),
             }

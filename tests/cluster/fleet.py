@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.topology import LayerSpec, Shard
+from collections.abc import Sequence
+
+from cluster.topology import Homes, LayerSpec, Shard
 
 
 def make_shard(number: int, node: str = "node", memory_budget: int = 10**9, draining: bool = False) -> Shard:
@@ -12,3 +14,17 @@ def make_shard(number: int, node: str = "node", memory_budget: int = 10**9, drai
 
 def make_layers(num_layers: int = 3, num_experts: int = 32, expert_bytes: int = 100) -> list[LayerSpec]:
     return [LayerSpec(layer, num_experts, expert_bytes, top_k=4) for layer in range(num_layers)]
+
+
+def balancedness(loads: Sequence[float]) -> float:
+    """Mean over shards divided by the maximum: 1 is perfect. Take it per layer, then average (EPLB's usage)."""
+    return sum(loads) / len(loads) / max(loads) if loads and max(loads) > 0 else 1.0
+
+
+def shard_loads(homes: Homes, load: Sequence[float], shard_ids: Sequence[str]) -> list[float]:
+    """The load of each shard in one layer if every expert's picks are shared evenly among its homes."""
+    loads = dict.fromkeys(shard_ids, 0.0)
+    for ids, picks in zip(homes, load, strict=True):
+        for id in ids:
+            loads[id] += picks / len(ids)
+    return list(loads.values())

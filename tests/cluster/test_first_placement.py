@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.first_placement import balancedness, first_placement, shard_loads
+from cluster.first_placement import first_placement
 from cluster.topology import LayerSpec, Placement
-from tests.cluster.fleet import make_layers, make_shard
+from tests.cluster.fleet import balancedness, make_layers, make_shard, shard_loads
 
 SKEW = 1.1  # of a lognormal popularity that looks like the published traces
 

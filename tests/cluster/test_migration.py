@@ -15,8 +15,7 @@ from cluster.migration import (
     Limits,
     Target,
     by_shard,
-    demotions,
-    garbage,
+    leftovers,
     next_round,
     next_target,
 )
@@ -62,7 +61,7 @@ def test_nothing_to_do_is_nothing() -> None:
     round_ = next_round(LAYERS, target, published(target), shards(), holdings(target))
     assert (round_.loads, round_.num_left) == (frozenset(), 0)
     assert next_target(target, published(target), round_, holdings(target)) is None
-    assert garbage(published(target), target, holdings(target)) == set()
+    assert leftovers(published(target), target, holdings(target))[0] == set()
 
 
 def test_a_move_is_published_only_when_it_is_loaded_and_then_the_old_home_goes() -> None:
@@ -74,8 +73,8 @@ def test_a_move_is_published_only_when_it_is_loaded_and_then_the_old_home_goes()
     held["s02"] = holding({*held["s02"].experts, (0, 0, DEVICE)})
     after = next_target(target, published(before), round_, held)
     assert after == target
-    assert garbage(published(before), target, held) == set()  # the old epoch still counts on it
-    assert garbage(published(after), target, held) == {Home(0, 0, "s00")}
+    assert leftovers(published(before), target, held)[0] == set()  # the old epoch still counts on it
+    assert leftovers(published(after), target, held)[0] == {Home(0, 0, "s00")}
 
 
 def test_the_home_of_a_dead_shard_stays_named_until_it_is_replaced() -> None:
@@ -140,11 +139,11 @@ def test_a_home_that_goes_down_stands_by_before_it_leaves_the_device() -> None:
     held = holdings(before)
     round_ = next_round(LAYERS, target, published(before), shards(), held)
     assert not round_.loads  # it has it already
-    assert demotions(published(before), target, held) == set()
+    assert leftovers(published(before), target, held)[1] == set()
     after = next_target(target, published(before), round_, held)
     assert after == target
-    assert garbage(published(after), target, held) == set()
-    assert demotions(published(after), target, held) == {Home(0, 0, "s01", STANDBY)}
+    assert leftovers(published(after), target, held)[0] == set()
+    assert leftovers(published(after), target, held)[1] == {Home(0, 0, "s01", STANDBY)}
 
 
 def test_what_nobody_named_is_loaded_again_to_hear_who_leads() -> None:
@@ -196,7 +195,7 @@ def walk(seed: int) -> Iterator[int]:
         assert all(held[shard.id].used_bytes <= shard.memory_budget for shard in fleet)
         if after := next_target(target, placement, done, held):
             placement = published(after, epoch)
-        for home in garbage(placement, target, held):
+        for home in leftovers(placement, target, held)[0]:
             held[home.shard_id] = holding({*held[home.shard_id].experts} - {(home.layer, home.expert, home.tier)})
         live = [
             sum(Home(0, expert, id) in {Home(*one[:2], id, one[2]) for one in held[id].experts} for id in ids)
