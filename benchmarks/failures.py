@@ -5,10 +5,12 @@ seeded requests at a steady rate again and again: once undisturbed, and once for
 server at a random moment. Each answer's text and number of tokens are compared with those of the undisturbed run. A row
 of the table is one kind of failure: requests, failed ones, different ones, the longest gap between two pieces of an
 answer (median and worst of the trials, beside the worst of the undisturbed run), the part of the tokens that is missing
-in the seconds after the failure, and the time until every expert had two live homes again.
+in the seconds after the failure, the time until every expert had two live homes again, and the time until there were as
+many shards and backbones as before: a new process takes several seconds of a core to start, and then to load.
 
 Nothing in the server knows of this: processes are killed and stopped from outside. A shard is made 20 times slower by
-stopping it for 19 of every 20 ms.
+stopping it for 19 of every 20 ms; one that returns corrupt bytes is a fourth, which joins the server for these trials.
+Those that kill a backbone have a server of their own, with two.
 """
 
 from __future__ import annotations
@@ -19,11 +21,16 @@ import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from benchmarks.corrupt_shard import CORRUPT_S
 from benchmarks.server import Server, new_client, server
 from services.drill.drill import Disturbance, Load, under_load
 from services.drill.load import Outcome, closed_loop
@@ -36,7 +43,9 @@ MAX_TOKENS = 48
 LOAD_SHARE = 0.5  # of what the server can do
 STOP_S = 10.0
 SLOW_S, SLOW_STEP_S = 6.0, 0.02
-SHARD, CONTROLLER, STORE = "experts-cpu", "controller", "-server"
+SHARD, CONTROLLER, STORE, BACKBONE = "experts-cpu", "controller", "-server", "backbone"
+CORRUPT = "a shard that returns corrupt bytes for 6 s"
+TIMEOUT_S = 120.0
 
 Deed = Callable[["Victims"], Awaitable[None]]
 
@@ -47,11 +56,34 @@ class Victims:
 
     server: Server
     random: random.Random
+    corrupt: subprocess.Popen[bytes] | None = None
 
-    def one(self, kind: str) -> int:
+    def all(self, kind: str) -> list[int]:
         pids = sorted(pid for pid, name in self.server.processes().items() if name.split(".")[0].endswith(kind))
         assert pids, f"no process of the server is called {kind}: {self.server.processes()}"
-        return self.random.choice(pids)
+        return pids
+
+    def one(self, kind: str) -> int:
+        return self.random.choice(self.all(kind))
+
+    @property
+    def store_url(self) -> str:
+        """The server writes where it listens into its command line."""
+        words = Path(f"/proc/{self.one(STORE)}/cmdline").read_bytes().decode().replace("\0", " ").split()
+        return f"redis://{next(word for word in words if word.startswith('127.0.0.1:'))}/0"
+
+    @asynccontextmanager
+    async def with_corrupt_shard(self) -> AsyncIterator[None]:
+        """It has its part of the experts when this begins, and has given them up when it ends."""
+        command = [sys.executable, "-m", "benchmarks.corrupt_shard", self.store_url]
+        self.corrupt = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            await wait_until_whole(self.server.url, NUM_SHARDS + 1)
+            yield
+        finally:
+            self.corrupt.terminate()
+            self.corrupt.wait()
+            await wait_until_whole(self.server.url, NUM_SHARDS)
 
     def kill(self, kind: str) -> None:
         os.kill(self.one(kind), signal.SIGKILL)
@@ -106,10 +138,25 @@ async def kill_shard_and_store(victims: Victims) -> None:
     victims.kill(STORE)
 
 
+async def corrupt_shard(victims: Victims) -> None:
+    assert victims.corrupt is not None
+    victims.corrupt.send_signal(signal.SIGUSR1)
+    await asyncio.sleep(CORRUPT_S)
+
+
+async def kill_backbone(victims: Victims) -> None:
+    victims.kill(BACKBONE)
+
+
+async def stop_backbone(victims: Victims) -> None:
+    await victims.stop(BACKBONE, STOP_S)
+
+
 KINDS: dict[str, Deed] = {
     "kill -9 of a shard": kill_shard,
     "SIGSTOP of a shard for 10 s": stop_shard,
     "a shard 20 times slower for 6 s": slow_shard,
+    CORRUPT: corrupt_shard,
     "kill -9 of the store": kill_store,
     "SIGSTOP of the store for 10 s": stop_store,
     "kill -9 of the controller in a migration": kill_controller_in_a_migration,
@@ -117,14 +164,52 @@ KINDS: dict[str, Deed] = {
 }
 
 
-async def is_whole(url: str) -> bool:
-    """Whether every expert has two live homes, on as many shards as there should be."""
+KINDS_OF_TWO_BACKBONES: dict[str, Deed] = {
+    "kill -9 of one of two backbones": kill_backbone,
+    "SIGSTOP of one of two backbones for 10 s": stop_backbone,
+}
+
+
+async def look(url: str) -> tuple[bool, int]:
+    """Whether every expert has two live homes, and on how many shards; (False, 0) where the server does not say."""
     async with new_client(5.0) as client:
         try:
             report = (await client.get(f"{url}/health/degraded")).json()
         except Exception:
-            return False
-    return report.get("status") == "covered" and len(report["blast_radius"]) >= NUM_SHARDS
+            return False, 0
+    return report.get("status") == "covered", len(report.get("blast_radius", ()))
+
+
+async def wait_until_whole(url: str, num_shards: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while await look(url) != (True, num_shards):
+        assert time.monotonic() < deadline, f"not every expert had two live homes on {num_shards} shards in time"
+        await asyncio.sleep(0.2)
+
+
+@dataclass
+class Watch:
+    """A server after a failure. Times in seconds after it."""
+
+    victims: Victims
+    num_shards: int
+    num_backbones: int
+    at: float = field(default_factory=time.monotonic)
+    is_done: bool = False
+    covered_s: float = 0.0
+
+    async def is_whole(self) -> bool:
+        """As before, from where on it is not looked any more; notes when cover was last seen broken before."""
+        is_covered, num_shards = await look(self.victims.server.url)
+        if not is_covered:
+            self.covered_s = time.monotonic() - self.at
+        is_full = num_shards >= self.num_shards and len(self.victims.all(BACKBONE)) >= self.num_backbones
+        return self.is_done and is_covered and is_full and await self._are_backbones_up()
+
+    async def _are_backbones_up(self) -> bool:
+        async with new_client(5.0) as client:
+            status = (await client.get(f"{self.victims.server.url}/status")).json()
+        return sum(backbone["engine"]["is_healthy"] for backbone in status["backbones"]) >= self.num_backbones
 
 
 async def measure_rate(url: str, bodies: list[dict[str, Any]]) -> float:
@@ -144,55 +229,78 @@ def load_of(url: str, rate: float) -> Load:
     return replace(load, bodies=tuple(seeded))
 
 
-async def trial(victims: Victims, deed: Deed, load: Load, undisturbed: list[Outcome]) -> tuple[Verdict, float | None]:
-    done = asyncio.Event()
+@dataclass(frozen=True)
+class Trial:
+    """`whole_s` is None where the server was not as before in time."""
+
+    verdict: Verdict
+    covered_s: float
+    whole_s: float | None
+
+
+async def trial(victims: Victims, deed: Deed, load: Load, undisturbed: list[Outcome], num_backbones: int) -> Trial:
+    tasks = []
+    watch = Watch(victims, NUM_SHARDS + (victims.corrupt is not None), num_backbones)
 
     async def do() -> None:
-        asyncio.get_running_loop().create_task(run_deed())
+        watch.at = time.monotonic()
+        tasks.append(asyncio.create_task(run_deed()))
 
     async def run_deed() -> None:
         try:
             await deed(victims)
         finally:
-            done.set()
+            watch.is_done = True
 
-    async def is_over() -> bool:
-        return done.is_set() and await is_whole(victims.server.url)
+    disturbance = Disturbance(do, watch.is_whole, victims.random.uniform(*AT_S), TIMEOUT_S)
+    verdict, whole_s = await under_load(load, disturbance, undisturbed, window_s=SECONDS)
+    await asyncio.gather(*tasks)
+    return Trial(verdict, watch.covered_s, whole_s)
 
-    at_s = victims.random.uniform(*AT_S)
-    return await under_load(load, Disturbance(do, is_over, at_s), undisturbed, window_s=SECONDS)
 
-
-def row(kind: str, verdicts: list[Verdict], whole: list[float]) -> str:
-    gaps = [verdict.longest_gap_s for verdict in verdicts]
+def row(kind: str, trials: list[Trial]) -> str:
+    verdicts = [trial.verdict for trial in trials]
     num_requests = sum(verdict.num_requests for verdict in verdicts)
     failed, different = (sum(getattr(v, name) for v in verdicts) for name in ("num_failed", "num_different"))
     dip = statistics.median(verdict.dip for verdict in verdicts)
-    cover = f"{statistics.median(whole):.1f} / {max(whole):.1f}" if whole else "–"
+    gaps = [verdict.longest_gap_s for verdict in verdicts]
     gap = f"{statistics.median(gaps):.3f} / {max(gaps):.3f} ({verdicts[0].undisturbed_gap_s:.3f})"
-    return f"| {kind} | {len(verdicts)} | {num_requests} | {failed} | {different} | {gap} | {dip:+.1%} | {cover} |"
+    covered = [trial.covered_s for trial in trials]
+    cover = f"{statistics.median(covered):.1f} / {max(covered):.1f}"
+    took = [trial.whole_s for trial in trials if trial.whole_s is not None]
+    whole = f"{statistics.median(took):.1f} / {max(took):.1f}" if len(took) == len(trials) else "not in time"
+    numbers = f"{len(trials)} | {num_requests} | {failed} | {different}"
+    return f"| {kind} | {numbers} | {gap} | {dip:+.1%} | {cover} | {whole} |"
 
 
-async def run(started: Server, kinds: dict[str, Deed], num_trials: int, seed: int) -> None:
+async def run(started: Server, kinds: dict[str, Deed], num_trials: int, seed: int, num_backbones: int) -> None:
     victims = Victims(started, random.Random(seed))
     warm_up = load_of(started.url, 2.0)
     rate = LOAD_SHARE * await measure_rate(started.url, list(warm_up.bodies[:24]))
     load = load_of(started.url, rate)
-    while not await is_whole(started.url):
-        await asyncio.sleep(0.5)
+    await wait_until_whole(started.url, NUM_SHARDS)
     undisturbed = await load.run()
-    print(f"{rate:.2f} requests/s of {MAX_TOKENS} tokens, half of what the server can do.\n")
+    print(f"\n{rate:.2f} requests/s of {MAX_TOKENS} tokens, half of what the server can do.\n")
     print("| failure | trials | requests | failed | different | longest gap, s: median / worst (undisturbed)", end="")
-    print(" | tokens missing | full cover after, s: median / worst |\n|---|---|---|---|---|---|---|---|")
-    for kind, deed in kinds.items():
-        verdicts, whole = [], []
+    print(" | tokens missing | full cover after, s: median / worst | as before after, s |\n|" + "---|" * 9)
+
+    async def repeat(kind: str, deed: Deed) -> None:
+        trials = []
         for _ in range(num_trials):
-            verdict, whole_s = await trial(victims, deed, load, undisturbed)
-            verdicts.append(verdict)
-            whole += [whole_s] if whole_s is not None else []
-            if verdict.errors:
-                print(f"  {kind}: {verdict.errors}", flush=True)
-        print(row(kind, verdicts, whole), flush=True)
+            trials.append(await trial(victims, deed, load, undisturbed, num_backbones))
+            if errors := trials[-1].verdict.errors:
+                print(f"  {kind}: {errors}", flush=True)
+        print(row(kind, trials), flush=True)
+
+    for kind, deed in kinds.items():
+        if kind != CORRUPT:
+            await repeat(kind, deed)
+            continue
+        async with victims.with_corrupt_shard():
+            await repeat(kind, deed)
+            num_corrupt = started.status()["traffic"]["num_corrupt"]
+            assert num_corrupt >= num_trials, "the backbone asked the corrupt shard for nothing"
+        victims.corrupt = None
 
 
 def main() -> None:
@@ -201,11 +309,17 @@ def main() -> None:
     parser.add_argument("--kinds", default="", help="only those whose names contain this")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    kinds = {name: deed for name, deed in KINDS.items() if args.kinds in name}
-    if not kinds:
-        parser.error(f"--kinds {args.kinds!r} matches none of: {', '.join(KINDS)}")
-    with server("--shards", str(NUM_SHARDS)) as started:
-        asyncio.run(run(started, kinds, args.trials, args.seed))
+    groups = {num: of_kinds(kinds, args.kinds) for num, kinds in ((1, KINDS), (2, KINDS_OF_TWO_BACKBONES))}
+    if not any(groups.values()):
+        parser.error(f"--kinds {args.kinds!r} matches none of: {', '.join(KINDS | KINDS_OF_TWO_BACKBONES)}")
+    for num_backbones, kinds in groups.items():
+        if kinds:
+            with server("--shards", str(NUM_SHARDS), "--backbones", str(num_backbones)) as started:
+                asyncio.run(run(started, kinds, args.trials, args.seed, num_backbones))
+
+
+def of_kinds(kinds: dict[str, Deed], wanted: str) -> dict[str, Deed]:
+    return {name: deed for name, deed in kinds.items() if wanted in name}
 
 
 if __name__ == "__main__":

@@ -256,7 +256,10 @@ class Fleet:
         shards, self._unanswered = self._unanswered, []
         return shards
 
-    @property
-    def circuits(self) -> dict[str, str]:
+    def circuits(self, now: float) -> dict[str, Circuit]:
+        """Of each shard; one whose rest is over counts as half open already: while nobody calls, none would close."""
         shards: Iterable[ShardHealth] = self.view.healths.values() if self.view else ()
-        return {health.shard_id: health.circuit.value for health in shards}
+        return {
+            h.shard_id: Circuit.HALF_OPEN if h.circuit is Circuit.OPEN and now >= h.rests_until else h.circuit
+            for h in shards
+        }

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
 
-from cluster.first_placement import first_placement
 from cluster.load import LoadStore
 from cluster.registry import Registry, connect, key_prefix
+from cluster.room import check_room
 from cluster.scaling import PoolPolicy
 from cluster.topology import Shard
 from model import kernels
@@ -206,15 +206,22 @@ class AppArgs(BaseModel):
             pool.check()
         self.memory_plan(family)
         if self.experts == "remote":
-            first_placement(
-                layer_specs(family.expert_shapes, self.torch_dtype), self._fleet(family), num_homes=NUM_HOMES
-            )
+            check_room(layer_specs(family.expert_shapes, self.torch_dtype), self._fleet(family), NUM_HOMES)
         return family
 
     def _fleet(self, family: ModelFamily) -> list[Shard]:
         """The shards that there will be, as far as placing experts on them goes."""
         return [
-            Shard(f"{pool.name}-{i}", "", f"node-{i}", pool.name, pool.device, "", self.shard_memory(pool, family))
+            Shard(
+                f"{pool.name}-{i}",
+                "",
+                f"node-{i}",
+                pool.name,
+                pool.device,
+                "",
+                self.shard_memory(pool, family),
+                host_budget=self.shard_host_memory(pool, family),
+            )
             for pool in self.pools
             for i in range(pool.shards)
         ]

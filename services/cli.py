@@ -55,6 +55,7 @@ def up(
     max_shards: Annotated[
         int | None, typer.Option(min=1, help="As many where --shards would be too busy; --shards if left out.")
     ] = None,
+    backbones: Annotated[int, typer.Option(min=1, help="Replicas of the backbone; one that dies loses nothing.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is float32 on a CPU.")] = "auto",
     port: Annotated[int, typer.Option(min=1, max=65535, help="REST port on 127.0.0.1.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC port on 127.0.0.1.")] = 9000,
@@ -93,6 +94,7 @@ def up(
                 draft_tokens=draft_tokens,
                 prefix_cache=not no_prefix_cache,
                 log_format=log_format,
+                backbone_replicas=backbones,
                 pool={
                     "shards": shards,
                     "max_shards": max_shards,

@@ -88,7 +88,7 @@ def _quiet_ray() -> AbstractContextManager[object]:
 @contextmanager
 def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
     num_cpus = (
-        args.threads(load_family(args.model))
+        args.backbone_replicas * args.threads(load_family(args.model))
         + 8
         + int(sum(pool.most_shards * max(1, pool.num_cpus) for pool in args.pools))
     )

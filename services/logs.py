@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -37,7 +38,8 @@ class JsonLines(logging.Formatter):
         else:
             fields["message"] = record.getMessage()
         if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
+            # Not `formatException`: it prints, and Ray puts a `print` of its own in place that mangles the lines.
+            fields["traceback"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
         return json.dumps(fields, ensure_ascii=False, default=str)
 
 

@@ -27,7 +27,7 @@ from cluster.topology import Placement, Shard
 from model import kernels
 from model.family import ModelFamily
 from model.moe import Experts
-from model.state import State
+from model.state import Batch, State
 from services.engine.drafting import DEFAULT_DRAFT_TOKENS
 from services.engine.engine import Engine
 from services.engine.grammar import GrammarCompiler
@@ -94,9 +94,12 @@ class Backbone:
         expert_mib = {shape.layer: shape.nbytes(config.dtype) / 2**20 for shape in family.expert_shapes}
         self.remote = None if registry is None else RemoteExperts(expert_mib=expert_mib)
         inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
-        model = family.load_backbone(CountedExperts(inner, self.counter, self.recorder), config.dtype, config.device)
+        self._experts = CountedExperts(inner, self.counter, self.recorder)
+        model = self._model = family.load_backbone(self._experts, config.dtype, config.device)
         plan = config.memory
-        state = State(family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device)
+        state = self._state = State(
+            family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device
+        )
         most = DEFAULT_DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens
         draft_tokens = most if model.has_drafts else 0
         # Where prompts go through the recurrence they may be cut anywhere, and their state be saved there.
@@ -146,6 +149,7 @@ class Backbone:
         if not self.family.has_mtp:
             log.warning("%s has no MTP weights and is served without drafting.", self.family.checkpoint.path)
         if self.remote is not None:
+            await asyncio.to_thread(self._compile)
             await asyncio.wait_for(self._first_placement(), PLACEMENT_TIMEOUT_S)
             self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._flush())]
         self.engine.start()
@@ -255,6 +259,21 @@ class Backbone:
                 log.warning("Not ready yet: %s", error)
                 await asyncio.sleep(0.5)
 
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        """Computes a prompt and a step without experts: what kernels they need is compiled while others place them.
+
+        The state that this writes belongs to no request yet.
+        """
+        device, shards = self.config.device, self._experts.experts
+        self._experts.experts = _nothing
+        for num_tokens, context in ((3, 0), (1, 3)):
+            token_ids_T = torch.zeros(num_tokens, dtype=torch.long, device=device)
+            batch = Batch(token_ids_T, (num_tokens,), (context,), (0,), ((0,),))
+            self._model.logits(self._model.forward(batch, self._state))
+        self._experts.experts = shards
+        self.counter.take()
+
     async def _first_placement(self) -> None:
         while not await self._refresh():
             await asyncio.sleep(0.1)
@@ -306,6 +325,11 @@ class Backbone:
                 self.counter.merge(taken)
             except Exception:
                 log.exception("The expert load of the last second is lost.")
+
+
+def _nothing(layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+    """Experts that add nothing."""
+    return lambda: torch.zeros(x_NL.shape, dtype=torch.float32, device=x_NL.device)
 
 
 def _never_seen(shard_id: str) -> Shard:

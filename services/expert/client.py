@@ -77,7 +77,7 @@ class RemoteExperts:
     @property
     def circuits(self) -> dict[str, str]:
         """Of each shard of the placement: closed, open, or half-open."""
-        return self._fleet.circuits
+        return {id: circuit.value for id, circuit in self._fleet.circuits(time.monotonic()).items()}
 
     @property
     def epoch(self) -> int:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from cluster.topology import Homes, LayerSpec, Shard
 
 
-def make_shard(number: int, node: str = "node", memory_budget: int = 10**9, draining: bool = False) -> Shard:
+def make_shard(
+    number: int, node: str = "node", memory_budget: int = 10**9, draining: bool = False, host_budget: int = 0
+) -> Shard:
     endpoint = f"127.0.0.1:{5000 + number}"
-    return Shard(f"s{number:02}", endpoint, node, "cpu", "cpu", "i1", memory_budget, draining=draining)
+    budgets = {"memory_budget": memory_budget, "host_budget": host_budget}
+    return Shard(f"s{number:02}", endpoint, node, "cpu", "cpu", "i1", draining=draining, **budgets)
 
 
 def make_layers(num_layers: int = 3, num_experts: int = 32, expert_bytes: int = 100) -> list[LayerSpec]:

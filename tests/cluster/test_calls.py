@@ -252,7 +252,7 @@ def test_what_was_lost_or_corrupt_goes_to_another_home_and_the_shard_rests() -> 
         call, [first] = world.start([0, 1, 2])
         [second] = fault(world, call, first)
         assert second.shard_id != first.shard_id
-        assert world.fleet.circuits == {first.shard_id: "open", second.shard_id: "closed"}
+        assert world.fleet.circuits(world.now) == {first.shard_id: "open", second.shard_id: "closed"}
         assert not world.answer(call, first)  # what comes for all that
         world.answer(call, second)
         assert world.is_exact(call)
@@ -338,7 +338,7 @@ def test_a_stalled_shard_is_passed_over_even_without_a_budget() -> None:
     world.answer(call, second)
     assert world.is_exact(call)
     assert (world.fleet.traffic.num_hedged, world.fleet.traffic.num_stalled) == (0, 1)
-    assert world.fleet.circuits[first.shard_id] == "open"
+    assert world.fleet.circuits(world.now)[first.shard_id] == "open"
 
 
 def test_a_shard_that_works_through_its_messages_is_not_late() -> None:
@@ -362,7 +362,7 @@ def test_a_shard_that_lost_a_hedge_rests_until_it_answers() -> None:
         assert shards_of(asks) == [second.shard_id]
         world.answer(call, asks[0])
     call.on_reply(first.id, QUICK, world.now)
-    assert world.fleet.circuits == {"a": "closed", "b": "closed"}
+    assert world.fleet.circuits(world.now) == {"a": "closed", "b": "closed"}
 
 
 def test_a_shard_that_keeps_losing_rests_longer_and_longer_and_is_probed() -> None:
@@ -376,7 +376,9 @@ def test_a_shard_that_keeps_losing_rests_longer_and_longer_and_is_probed() -> No
     for _ in range(4):
         world.fleet.refresh()
         rests.append(health.rests_until - world.now)
+        assert world.fleet.circuits(world.now)["a"] == "open"
         world.now = health.rests_until + 0.001
+        assert world.fleet.circuits(world.now)["a"] == "half-open"  # although nobody has called
         call, asks = world.start([0, 1, 2])
         probe = next(ask for ask in asks if ask.shard_id == "a")
         assert probe.race is None
@@ -415,7 +417,7 @@ def test_a_resting_shard_is_asked_where_there_is_no_other() -> None:
     call, [ask] = world.start([0, 1, 2])
     world.answer(call, ask)
     assert world.is_exact(call)
-    assert world.fleet.circuits == {"a": "closed"}
+    assert world.fleet.circuits(world.now) == {"a": "closed"}
 
 
 def test_a_shard_that_becomes_much_slower_gets_less() -> None:

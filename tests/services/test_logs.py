@@ -38,4 +38,5 @@ def test_a_traceback_stays_in_its_line() -> None:
         raise ValueError("no")
     except ValueError:
         fields = line_of("services", "It failed.", exc_info=sys.exc_info())
-    assert "ValueError: no" in str(fields["traceback"])
+    assert str(fields["traceback"]).startswith("Traceback (most recent call last):\n")
+    assert str(fields["traceback"]).endswith("\nValueError: no")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cluster.embedded import EmbeddedRedis
-from cluster.first_placement import first_placement
 from cluster.load import LoadStore
 from cluster.memory_registry import MemoryRegistry
+from cluster.planner import plan
 from cluster.registry import Registry, RegistryStore, connect
 from cluster.topology import Homes, Shard, held_digest
 from model.family import ModelFamily, load_family
@@ -65,7 +65,7 @@ def make_backbone(
 
 
 def planned(family: ModelFamily, shards: Sequence[Shard]) -> dict[int, Homes]:
-    return first_placement(layer_specs(family.expert_shapes, torch.float32), shards)
+    return dict(plan(layer_specs(family.expert_shapes, torch.float32), shards, None, {}).homes)
 
 
 def shuffled(homes: dict[int, Homes], seed: int) -> dict[int, Homes]:

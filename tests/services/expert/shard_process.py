@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from benchmarks.corrupt_shard import Corruption
 from cluster.memory_registry import MemoryRegistry
 from cluster.topology import Shard
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.front import _FrontStream
 from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
 
@@ -80,25 +81,11 @@ class SlowlyRead(ModelFamily):
         return super().load_expert(layer, expert)
 
 
-def corrupt_replies() -> None:
-    """Changes one byte of every sum, after the checksum was made."""
-    reply_as_it_is = _FrontStream.reply
-
-    def reply_changed(stream: _FrontStream, reply: pb.ComputeReply | None) -> None:
-        if reply is not None and reply.HasField("sums"):
-            data = bytearray(reply.sums.data)
-            data[len(data) // 2] ^= 4
-            reply.sums.data = bytes(data)
-        reply_as_it_is(stream, reply)
-
-    _FrontStream.reply = reply_changed  # type: ignore[method-assign]
-
-
 async def serve(
     model_dir: str, num_shards: int, dtype: torch.dtype, name: str, max_queue: int, us_per_row: int, trouble: str
 ) -> None:
     if trouble == "corrupt":
-        corrupt_replies()
+        Corruption(until=math.inf)
     family, registry = load_family(model_dir), MemoryRegistry(time.monotonic)
     if trouble == "slow disk":
         family = SlowlyRead(**vars(family))

@@ -1,0 +1,59 @@
+"""A real expert shard that joins a running server and returns corrupt bytes while it is told to.
+
+`python -m benchmarks.corrupt_shard STORE_URL`: each SIGUSR1 makes one byte of every reply wrong for some seconds, as a
+broken network card or memory would, after the shard has computed its checksum. SIGTERM makes it leave in good order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+
+import torch
+
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.args import AppArgs
+from services.expert.front import _FrontStream
+from services.expert.shard import ExpertShard, ShardConfig
+
+CORRUPT_S = 6.0
+
+
+class Corruption:
+    """Stands between a shard and its streams, for as long as `until` has not passed."""
+
+    def __init__(self, until: float = 0.0) -> None:
+        self.until = until
+        reply_as_it_is = _FrontStream.reply
+
+        def reply_changed(stream: _FrontStream, reply: pb.ComputeReply | None) -> None:
+            if reply is not None and reply.HasField("sums") and time.monotonic() < self.until:
+                data = bytearray(reply.sums.data)
+                data[len(data) // 2] ^= 4
+                reply.sums.data = bytes(data)
+            reply_as_it_is(stream, reply)
+
+        _FrontStream.reply = reply_changed  # type: ignore[method-assign]
+
+    def begin(self) -> None:
+        self.until = time.monotonic() + CORRUPT_S
+
+
+async def serve(store_url: str) -> None:
+    args = AppArgs(redis_url=store_url)
+    family, pool = args.check(), args.pools[0]
+    corruption, ended = Corruption(), asyncio.Event()
+    shard = ExpertShard(ShardConfig("corrupt", args.shard_memory(pool, family)), family, args.registry())
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, corruption.begin)
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    await shard.start()
+    await ended.wait()
+    await shard.stop()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    asyncio.run(serve(sys.argv[1]))

@@ -1,0 +1,29 @@
+"""Whether a fleet has the memory for what it is to hold: known before a process starts, from sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.topology import LayerSpec, Shard
+
+
+def check_room(layers: Sequence[LayerSpec], shards: Sequence[Shard], num_homes: int) -> None:
+    """Raises ValueError where `num_homes` homes of every expert, or as many as there are shards, do not fit.
+
+    One home of each has to fit on devices; the others may stand by in host memory. No shard takes an expert twice.
+    """
+    num_homes = min(num_homes, len(shards))
+    one = sum(spec.num_experts * spec.expert_bytes for spec in layers)
+    on_devices = sum(min(shard.memory_budget, one) for shard in shards)
+    anywhere = sum(min(shard.memory_budget + shard.host_budget, one) for shard in shards)
+    num_experts = sum(spec.num_experts for spec in layers)
+    if on_devices < one:
+        raise ValueError(
+            f"{num_experts} experts need {one:,} bytes on devices, but the {len(shards)} shards have room for "
+            f"{on_devices:,} there; add shards or raise their memory_budget."
+        )
+    if anywhere < num_homes * one:
+        raise ValueError(
+            f"{num_experts} experts with {num_homes} homes each need {num_homes * one:,} bytes, but the {len(shards)} "
+            f"shards have room for {anywhere:,} of them; add shards, or raise memory_budget or host_budget."
+        )
