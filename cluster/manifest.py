@@ -37,11 +37,6 @@ class Manifest:
             if self.known.get(layer, {}).get(expert, checksum) != checksum
         ]
 
-    def with_seen(self, seen: Checksums) -> Manifest:
-        """Records what is seen for the first time, and leaves the rest as it is."""
-        layers = sorted({*self.known, *seen})
-        return Manifest({layer: {**seen.get(layer, {}), **self.known.get(layer, {})} for layer in layers})
-
 
 def weights_name(model_digest: str, dtype: str) -> str:
     """What a registry keeps a manifest under: the same checkpoint has other bytes in another dtype."""

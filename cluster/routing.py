@@ -74,11 +74,6 @@ class HomeTable:
     def has_standby(self) -> bool:
         return bool(self.standby_EH.size)
 
-    def without_home(self, experts: Collection[int], excluded: Collection[str]) -> list[int]:
-        """Those of `experts` whose homes are all excluded."""
-        both = ((expert, (*self.homes[expert], *self.standby[expert])) for expert in experts)
-        return [expert for expert, homes in both if all(self.shard_ids[home] in excluded for home in homes)]
-
 
 def _as_array(homes: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     homes_EH = np.full((len(homes), max(map(len, homes), default=0)), -1, dtype=np.int64)  # -1: no more

@@ -125,7 +125,8 @@ class GatewayDeployment:
         self._operations: Operations | None = None
         if controller is not None:
             layers = layer_specs(family.expert_shapes, args.torch_dtype)
-            tier = Tier(layers, list(args.num_shards), _preview(controller), _trace_all(backbone))
+            pools = {pool.name: (pool.least_shards, pool.most_shards) for pool in args.pools}
+            tier = Tier(layers, pools, _preview(controller), _trace_all(backbone))
             self._registry, self._loads = args.registry(), args.loads()
             self._operations = Operations(tier, self._registry, self._loads)
 

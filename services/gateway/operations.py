@@ -27,11 +27,12 @@ Trace = Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]
 class Tier:
     """What there is to operate: the experts of each layer, the pools, and the two who can be asked.
 
-    `preview` tells the controller's plan; `trace` has every backbone record within bounds, or without them stop.
+    `pools` says how many shards each may have, from and to. `preview` tells the controller's plan; `trace` has every
+    backbone record within bounds, or without them stop.
     """
 
     layers: Sequence[LayerSpec]
-    pools: Sequence[str]
+    pools: Mapping[str, tuple[int, int]]
     preview: Preview
     trace: Trace
 
@@ -68,6 +69,11 @@ class Operations:
     async def scale(self, pool: str, num_shards: int, by: str) -> dict[str, Any]:
         """Has a pool grow or shrink to so many shards, as far as the cluster allows."""
         self._check_pool(pool)
+        least, most = self.tier.pools[pool]
+        if not least <= num_shards <= most:
+            allowed = f"{least} alone: its size is fixed" if least == most else f"from {least} to {most}"
+            bounds = "min_shards and max_shards in its arguments"
+            raise invalid(f"shards of {pool} must be {allowed}, not {num_shards}; {bounds} say so.", "shards")
         try:
             order = StandingOrder(Kind.SCALE, pool, num_shards, by, time.time())
         except ValueError as error:

@@ -3,11 +3,6 @@ from __future__ import annotations
 from cluster.manifest import Manifest, Mismatch, weights_name
 
 
-def test_the_first_sight_counts() -> None:
-    manifest = Manifest().with_seen({1: {0: 10, 1: 11}}).with_seen({1: {1: 99, 2: 12}, 3: {0: 30}})
-    assert manifest.known == {1: {0: 10, 1: 11, 2: 12}, 3: {0: 30}}
-
-
 def test_what_differs_is_named_and_what_is_new_is_not() -> None:
     manifest = Manifest({1: {0: 10, 1: 11}})
     assert manifest.mismatches({1: {0: 10, 5: 15}, 2: {0: 7}}) == []

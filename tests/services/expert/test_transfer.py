@@ -225,7 +225,7 @@ def test_other_bytes_than_the_manifest_has_are_not_taken(family: ModelFamily, mo
     async def test() -> None:
         async with two(family, damaged(tmp_path, model_dir, family, 7)) as (peer, shard):
             right = await control.load(peer.endpoint, {1: [6, 7]})
-            manifest = Manifest().with_seen(right.checksums)
+            manifest = Manifest(right.checksums)
             expected = {(1, expert): checksum for expert, checksum in manifest.known[1].items()}
             for homes, standby in (({1: [6, 7]}, {}), ({}, {1: [7]})):
                 with pytest.raises(control.ShardError, match=f"Expert 7 of layer 1 was not loaded .*{DAMAGED}"):

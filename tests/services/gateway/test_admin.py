@@ -100,7 +100,7 @@ def serve(generation: Generation, key: str | None, fleet: Fleet | None) -> Any:
         add_admin(app, key, None)
         return serving(app)
     registry, loads = fleet.registry(), LoadStore(connect(fleet.redis_url), fleet.model)
-    tier = Tier(LAYERS, ["experts-cpu", "experts-gpu"], fleet.preview, fleet.trace)
+    tier = Tier(LAYERS, {"experts-cpu": (1, 5), "experts-gpu": (2, 2)}, fleet.preview, fleet.trace)
     add_admin(app, key, Operations(tier, registry, loads))
 
     @asynccontextmanager
@@ -189,6 +189,8 @@ def test_a_pool_is_scaled_and_left_to_its_load_again(http: httpx.Client, fleet: 
         ("pools/experts-cpu/scale", "{}", 400, "shards is missing, but required."),
         ("pools/experts-cpu/scale", '{"shards": 0}', 400, "shards must be greater than or equal to 1, not 0."),
         ("pools/experts-cpu/scale", '{"shards": "many"}', 400, "shards must be "),
+        ("pools/experts-cpu/scale", '{"shards": 6}', 400, "shards of experts-cpu must be from 1 to 5, not 6; "),
+        ("pools/experts-gpu/scale", '{"shards": 3}', 400, "shards of experts-gpu must be 2 alone: its size is fixed, "),
         (
             "pools/experts-cpu/scale",
             '{"shards": 1, "shrads": 2}',
