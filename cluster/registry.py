@@ -76,12 +76,16 @@ class RegistryStore(Protocol):
     async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]: ...
 
 
-def connect(url: str) -> Redis:
-    """A client that says within a second that Redis is gone; it recovers by itself. Close it with `aclose()`."""
+def connect(url: str, password: str | None = None) -> Redis:
+    """A client that says within a second that Redis is gone; it recovers by itself. Close it with `aclose()`.
+
+    A password in the URL comes before `password`.
+    """
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError(f"The registry URL {url!r} must start with redis://, rediss:// or unix://.")
     return Redis.from_url(
         url,
+        password=password,
         decode_responses=True,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         socket_timeout=CALL_TIMEOUT_S,

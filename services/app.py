@@ -7,6 +7,7 @@ because Serve validates `args` by them.
 import asyncio
 import logging
 import os
+import socket
 import warnings
 from typing import Any
 
@@ -52,6 +53,7 @@ class ShardDeployment:
             memory_budget=args.shard_memory(pool, family),
             host_budget=args.shard_host_memory(pool, family),
             pool=pool.name,
+            node=os.environ.get("EXPERTMESH_NODE") or socket.gethostname(),
             host=_address(pool.host),
             device=pool.device,
             dtype=args.torch_dtype,
@@ -144,20 +146,25 @@ def _address(host: str) -> str:
     return str(ray.util.get_node_ip_address()) if host == "auto" else host  # type: ignore[no-untyped-call]
 
 
-def _deployment(cls: type, name: str, **options: Any) -> Any:
-    return serve.deployment(name=name, **options)(cls)
+def _deployment(
+    cls: type, name: str, labels: dict[str, str], num_cpus: float, num_gpus: int = 0, **options: Any
+) -> Any:
+    resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    where = {"label_selector": labels} if labels else {}
+    return serve.deployment(name=name, ray_actor_options=resources | where, **options)(cls)
 
 
 def build_app(args: AppArgs) -> Application:
     """The whole application: gateway, backbone, and, unless the experts are local, controller and expert pools."""
     family = args.check()  # before anything starts
-    gpu = 1 if args.device == "cuda" else 0
     backbone = _deployment(
         BackboneDeployment,
         "backbone",
+        args.labels,
+        num_cpus=args.threads(family),
+        num_gpus=1 if args.device == "cuda" else 0,
         num_replicas=args.backbone_replicas,
         max_ongoing_requests=MAX_OPEN,
-        ray_actor_options={"num_cpus": args.threads(family), "num_gpus": gpu},
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
     )
@@ -167,9 +174,10 @@ def build_app(args: AppArgs) -> Application:
     gateway = _deployment(
         GatewayDeployment,
         "gateway",
+        args.labels,
+        num_cpus=0.5,
         num_replicas=args.gateway_replicas,
         max_ongoing_requests=MAX_OPEN,
-        ray_actor_options={"num_cpus": 0.5},
     )
     extras = [] if args.experts == "local" else _expert_tier(args)
     app: Application = gateway.bind(args, backbone.bind(args), *extras)
@@ -177,17 +185,18 @@ def build_app(args: AppArgs) -> Application:
 
 
 def _expert_tier(args: AppArgs) -> list[Application]:
-    controller = _deployment(ControllerDeployment, "controller", num_replicas=1, ray_actor_options={"num_cpus": 0.1})
+    controller = _deployment(ControllerDeployment, "controller", args.labels, num_cpus=0.1, num_replicas=1)
     return [controller.bind(args), *(_pool(pool).bind(args, pool) for pool in args.pools)]
 
 
 def _pool(pool: PoolArgs) -> Any:
-    num_gpus = 1 if pool.device == "cuda" else 0
     return _deployment(
         ShardDeployment,
         pool.name,
+        pool.labels,
+        num_cpus=pool.num_cpus,
+        num_gpus=1 if pool.device == "cuda" else 0,
         **({"autoscaling_config": _autoscaling(pool)} if pool.is_elastic else {"num_replicas": pool.shards}),
-        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": num_gpus},
         graceful_shutdown_timeout_s=SHARD_STOP_TIMEOUT_S,
     )
 

@@ -1,11 +1,13 @@
 """The application's arguments: what a Serve config or the command line may say, and whether it can be served."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
+from redis.asyncio import Redis
 
 from cluster.load import LoadStore
 from cluster.registry import Registry, connect, key_prefix
@@ -30,9 +32,16 @@ CHECKPOINT_SHARE = 0.25  # of it at most, for saved states that prompts can star
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def _admin_key_of_environment() -> SecretStr | None:
-    key = os.environ.get("EXPERTMESH_ADMIN_KEY", "")
-    return SecretStr(key) if key else None
+Labels = dict[str, str]
+
+
+def _secret_of_environment(name: str) -> SecretStr | None:
+    secret = os.environ.get(name, "")
+    return SecretStr(secret) if secret else None
+
+
+def _redis_url_of_environment() -> str:
+    return os.environ.get("EXPERTMESH_REDIS_URL") or "redis://127.0.0.1:6379"
 
 
 class PoolArgs(BaseModel):
@@ -56,6 +65,7 @@ class PoolArgs(BaseModel):
         None, ge=0, description="of expert weights that stand by in host memory; see AppArgs.shard_host_memory"
     )
     host: str = Field("127.0.0.1", description="address a shard listens on; on a cluster, auto for the node's own")
+    labels: Labels = Field(default_factory=dict, description="of the Ray nodes that shards may run on; all if empty")
 
     @property
     def least_shards(self) -> int:
@@ -98,7 +108,11 @@ class AppArgs(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
     experts: Literal["remote", "local"] = Field("remote", description="local: no shards, everything in the backbone")
-    redis_url: str = "redis://127.0.0.1:6379"
+    redis_url: str = Field(default_factory=_redis_url_of_environment)
+    redis_password: SecretStr | None = Field(
+        default_factory=partial(_secret_of_environment, "EXPERTMESH_REDIS_PASSWORD"),
+        description="unless redis_url has one; better in the environment than in a config",
+    )
     pools: list[PoolArgs] = Field(default_factory=lambda: [PoolArgs()], min_length=1)
     max_model_len: int | None = Field(None, ge=2)
     max_requests: int = Field(64, ge=1, description="that are computed at once, where memory allows")
@@ -111,11 +125,16 @@ class AppArgs(BaseModel):
     backbone_threads: int | None = Field(None, ge=1, description="of one backbone's CPU arithmetic")
     gateway_replicas: int = Field(1, ge=1)
     log_format: LogFormat = "json"
+    labels: Labels = Field(
+        default_factory=dict, description="of the Ray nodes for gateways, backbones and controller; all if empty"
+    )
     host: str = Field("127.0.0.1", description="address of backbones and gateways; on a cluster, auto")
     http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, beside Serve's proxies")
     grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, likewise")
     admin_key: SecretStr | None = Field(
-        default_factory=_admin_key_of_environment, min_length=8, description="without one the admin API is closed"
+        default_factory=partial(_secret_of_environment, "EXPERTMESH_ADMIN_KEY"),
+        min_length=8,
+        description="without one the admin API is closed",
     )
 
     @property
@@ -227,7 +246,11 @@ class AppArgs(BaseModel):
         ]
 
     def registry(self) -> Registry:
-        return Registry(connect(self.redis_url), self.name)
+        return Registry(self._redis(), self.name)
 
     def loads(self) -> LoadStore:
-        return LoadStore(connect(self.redis_url), self.name)
+        return LoadStore(self._redis(), self.name)
+
+    def _redis(self) -> Redis:
+        password = self.redis_password
+        return connect(self.redis_url, password.get_secret_value() if password else None)

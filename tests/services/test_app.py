@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from ray.serve import Application, Deployment
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_serve_does
+from ray.serve._private.build_app import build_app as build_app_of_serve
+from redis import Redis
 
+from cluster.embedded import EmbeddedRedis
+from cluster.registry import StoreUnavailable
+from cluster.topology import Shard
 from model.demo import DEMO
 from services.app import build_app
 from services.args import AppArgs, PoolArgs
@@ -66,3 +73,36 @@ def test_the_demo_is_served_under_its_name() -> None:
     assert AppArgs().name == "demo"
     assert AppArgs(model=str(DEMO), model_name="x").name == "x"
     assert AppArgs(model="/models/Nano-30B/").name == "Nano-30B"
+
+
+def test_the_environment_says_where_the_store_is_and_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    with EmbeddedRedis() as server:
+        monkeypatch.setenv("EXPERTMESH_REDIS_URL", server.url)
+        monkeypatch.setenv("EXPERTMESH_REDIS_PASSWORD", "open sesame")
+        args = AppArgs()
+        assert args.redis_url == server.url
+        assert "sesame" not in repr(args)
+        with Redis(port=server.port) as redis:
+            redis.config_set("requirepass", "open sesame")
+        assert asyncio.run(shards_of(args)) == []
+        with pytest.raises(StoreUnavailable, match=r"(?i)invalid username-password"):
+            asyncio.run(shards_of(AppArgs(redis_password="wrong")))
+
+
+async def shards_of(args: AppArgs) -> list[Shard]:
+    registry = args.registry()
+    try:
+        return await registry.shards()
+    finally:
+        await registry.redis.aclose()
+
+
+def test_replicas_run_on_nodes_with_their_labels() -> None:
+    here, there = {"group": "backbone"}, {"group": "experts"}
+    app = build_as_serve_does(build_app, {"labels": here, "pools": [{"name": "a", "labels": there}, {"name": "b"}]})
+    labels = {built.name: built.ray_actor_options.get("label_selector") for built in build(app)}
+    assert labels == {"gateway": here, "backbone": here, "controller": here, "a": there, "b": None}
+
+
+def build(app: Application) -> list[Deployment]:
+    return build_app_of_serve(app, name="app").deployments
