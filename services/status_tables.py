@@ -78,11 +78,11 @@ def _pools(report: Report) -> Table:
 
 def _shards(shards: list[Report]) -> Table:
     numbers = ("experts", "picks/s", "share")
-    names = ("shard", "pool", "node", "endpoint", "device", *numbers, "state")
-    table = _table("Expert shards", *names, numbers=numbers, wraps=("pool", "node"))
+    names = ("shard", "endpoint", "device", *numbers, "state")  # its id starts with the name of its pool
+    table = _table("Expert shards", *names, numbers=numbers, wraps=("shard",))
     total = sum(shard["picks_per_s"] for shard in shards) or 1
     for shard in shards:
-        words = [shard[key] for key in ("id", "pool", "node", "endpoint", "device")]
+        words = [shard[key] for key in ("id", "endpoint", "device")]
         load = [str(shard["num_held"]), f"{shard['picks_per_s']:.0f}", f"{shard['picks_per_s'] / total:.0%}"]
         table.add_row(*words, *load, shard["state"])
     return table
@@ -90,11 +90,13 @@ def _shards(shards: list[Report]) -> Table:
 
 def _paces(shards: list[Report]) -> Table:
     numbers = ("queue", "µs/call", "µs/MiB", "µs/row·MiB", "blast radius")
-    table = _table("Pace and risk", "of shard", *numbers, "circuit", numbers=numbers, wraps=("of shard",))
+    names = ("of shard", *numbers, "circuit", "node")
+    table = _table("Pace and risk", *names, numbers=numbers, wraps=("of shard", "node"))
     for shard in shards:
         pace = [f"{shard['pace'][key]:.0f}" for key in ("call_us", "weight_us_per_mib", "row_us_per_mib")]
         risk = f"{shard['blast_radius']:.2%}"
-        table.add_row(shard["id"].rpartition("-")[2], str(shard["queue_depth"]), *pace, risk, shard["circuit"])
+        short = shard["id"].rpartition("-")[2]
+        table.add_row(short, str(shard["queue_depth"]), *pace, risk, shard["circuit"], shard["node"])
     return table
 
 
@@ -110,11 +112,15 @@ def decisions_table(decisions: list[Report]) -> Table:
     table = _table("Last decisions", "when", "kind", "what and why", wraps=("what and why",))
     for decision in decisions:
         others = {key: value for key, value in decision.items() if key not in ("at", "kind", "by", "why")}
-        numbers = ", ".join(f"{key} {value}" for key, value in others.items())
+        numbers = ", ".join(_number(key, value) for key, value in others.items())
         table.add_row(
             _ago(float(decision.get("at", 0))), decision.get("kind", ""), f"{numbers}. {decision.get('why', '')}"
         )
     return table
+
+
+def _number(name: str, value: str) -> str:
+    return f"{int(value) / 2**20:,.1f} MiB" if name == "bytes" else f"{name} {value}"
 
 
 def load_table(report: Report) -> Table:
