@@ -57,6 +57,7 @@ class Victims:
     server: Server
     random: random.Random
     corrupt: subprocess.Popen[bytes] | None = None
+    num_killed: int = 0  # shards, in this trial
 
     def all(self, kind: str) -> list[int]:
         pids = sorted(pid for pid, name in self.server.processes().items() if name.split(".")[0].endswith(kind))
@@ -86,6 +87,7 @@ class Victims:
             await wait_until_whole(self.server.url, NUM_SHARDS)
 
     def kill(self, kind: str) -> None:
+        self.num_killed += kind == SHARD
         os.kill(self.one(kind), signal.SIGKILL)
 
     async def stop(self, kind: str, seconds: float) -> None:
@@ -170,19 +172,23 @@ KINDS_OF_TWO_BACKBONES: dict[str, Deed] = {
 }
 
 
-async def look(url: str) -> tuple[bool, int]:
-    """Whether every expert has two live homes, and on how many shards; (False, 0) where the server does not say."""
+async def look(url: str) -> tuple[bool, frozenset[str]]:
+    """Whether every expert has two live homes, and on which shards; (False, none) where the server does not say."""
     async with new_client(5.0) as client:
         try:
             report = (await client.get(f"{url}/health/degraded")).json()
         except Exception:
-            return False, 0
-    return report.get("status") == "covered", len(report.get("blast_radius", ()))
+            return False, frozenset()
+    return report.get("status") == "covered", frozenset(report.get("blast_radius", ()))
 
 
-async def wait_until_whole(url: str, num_shards: int) -> None:
+async def wait_until_whole(url: str, num_shards: int) -> frozenset[str]:
+    """The shards."""
     deadline = time.monotonic() + TIMEOUT_S
-    while await look(url) != (True, num_shards):
+    while True:
+        is_covered, shards = await look(url)
+        if is_covered and len(shards) == num_shards:
+            return shards
         assert time.monotonic() < deadline, f"not every expert had two live homes on {num_shards} shards in time"
         await asyncio.sleep(0.2)
 
@@ -192,7 +198,7 @@ class Watch:
     """A server after a failure. Times in seconds after it."""
 
     victims: Victims
-    num_shards: int
+    shards: frozenset[str]  # before
     num_backbones: int
     at: float = field(default_factory=time.monotonic)
     is_done: bool = False
@@ -200,11 +206,13 @@ class Watch:
 
     async def is_whole(self) -> bool:
         """As before, from where on it is not looked any more; notes when cover was last seen broken before."""
-        is_covered, num_shards = await look(self.victims.server.url)
+        is_covered, shards = await look(self.victims.server.url)
         if not is_covered:
             self.covered_s = time.monotonic() - self.at
-        is_full = num_shards >= self.num_shards and len(self.victims.all(BACKBONE)) >= self.num_backbones
-        return self.is_done and is_covered and is_full and await self._are_backbones_up()
+        is_noticed = len(self.shards - shards) >= self.victims.num_killed
+        is_full = len(shards) >= len(self.shards) and len(self.victims.all(BACKBONE)) >= self.num_backbones
+        is_over = self.is_done and is_noticed and is_covered and is_full
+        return is_over and await self._are_backbones_up()
 
     async def _are_backbones_up(self) -> bool:
         async with new_client(5.0) as client:
@@ -239,8 +247,9 @@ class Trial:
 
 
 async def trial(victims: Victims, deed: Deed, load: Load, undisturbed: list[Outcome], num_backbones: int) -> Trial:
-    tasks = []
-    watch = Watch(victims, NUM_SHARDS + (victims.corrupt is not None), num_backbones)
+    tasks, victims.num_killed = [], 0
+    shards = await wait_until_whole(victims.server.url, NUM_SHARDS + (victims.corrupt is not None))
+    watch = Watch(victims, shards, num_backbones)
 
     async def do() -> None:
         watch.at = time.monotonic()
