@@ -10,7 +10,9 @@ Legend: E experts of a layer, S shards that may hold experts (those that drain c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from cluster.planned_fleet import Fleet, PlannedLayer
 from cluster.topology import LayerSpec, Placement, Shard
 
 MAX_STEPS = 400  # of one layer in one plan
+MANY_LAYERS = 16  # from which threads are worth starting
 DEFAULT_POLICY = PlanPolicy()
 
 
@@ -169,16 +172,20 @@ def _rebalance(planned: Sequence[PlannedLayer], fleet: Fleet, policy: PlanPolicy
     before_us = sum(levels)
     saved_per_us = policy.share_of_time / before_us if before_us else 0.0
     tables = [layer.table for layer in planned]
-    after_us, num_bytes, num_moved = before_us, 0, 0
-    for number, (layer, level) in enumerate(zip(planned, levels, strict=True)):
+
+    def improved(number: int) -> float:
+        """The level that the layer comes to; layers have nothing to do with each other here."""
+        layer, level = planned[number], levels[number]
         ideal = balance.ideal_level(layer.cost_EC, fleet.pace_SP)
         if layer.is_new or ideal >= policy.good_enough * level or saved_per_us * policy.stay_s == 0:
-            continue
-        table = layer.table
-        layer.table = table.resized(min(fleet.num_shards, table.homes_EH.shape[1] + 4))
+            return level
+        layer.table = layer.table.resized(min(fleet.num_shards, layer.table.homes_EH.shape[1] + 4))
         price = layer.spec.expert_bytes / policy.bytes_per_s / (saved_per_us * policy.stay_s)
         slots_S = fleet.slots_S(number, layer)
-        _, after = _improve(layer, fleet, slots_S, ideal / policy.good_enough, ideal / policy.aim, price)
+        return _improve(layer, fleet, slots_S, ideal / policy.good_enough, ideal / policy.aim, price)[1]
+
+    after_us, num_bytes, num_moved = before_us, 0, 0
+    for layer, table, level, after in zip(planned, tables, levels, _for_all(improved, len(planned)), strict=True):
         if after < level:
             after_us += after - level
             added = layer.table.num_added(table)
@@ -192,6 +199,14 @@ def _rebalance(planned: Sequence[PlannedLayer], fleet: Fleet, policy: PlanPolicy
     for layer in planned:
         fleet.take(layer)
     return weighed
+
+
+def _for_all(work: Callable[[int], float], num_layers: int) -> list[float]:
+    """Of every layer; several at once where they are many, because the compiled search lets go of the interpreter."""
+    if num_layers < MANY_LAYERS:
+        return [work(number) for number in range(num_layers)]
+    with ThreadPoolExecutor(min(num_layers, os.cpu_count() or 1)) as threads:
+        return list(threads.map(work, range(num_layers)))
 
 
 def _repair_cover(number: int, layer: PlannedLayer, fleet: Fleet, policy: PlanPolicy) -> None:

@@ -254,7 +254,7 @@ def _promise_swaps(
             _keep_best(fall, (expert, to, other, slow, expert), steps_XK, worth_X)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def improve(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, is_cold_E: Any,
     wake_us: float, enough: float, aim: float, price: float, max_steps: int,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cluster import planner
 from cluster.load import ExpectedLoad
 from cluster.plan import Plan, PlanPolicy
 from cluster.planner import plan
@@ -376,3 +377,13 @@ def test_bad_input_is_a_sentence() -> None:
         plan(layers, make_fleet(2), None, {0: ExpectedLoad.steady([-1.0] + [1.0] * 7)})
     with pytest.raises(ValueError, match="The placement has 2 experts in layer 0, but the model has 8"):
         plan(layers, make_fleet(2), Placement(1, {0: (("s00",), ("s01",))}, {}), {})
+
+
+def test_layers_at_once_are_planned_like_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, shards = make_layers(planner.MANY_LAYERS, 64, SIZE), make_fleet(8, slots=9 * planner.MANY_LAYERS)
+    load = skewed(layers)
+    before, later = plan(layers, shards, None, load, ALL_DEVICES), drifted(load, 1)
+    at_once = plan(layers, shards, running(before), later, ALL_DEVICES)
+    assert at_once.homes != before.homes
+    monkeypatch.setattr(planner, "MANY_LAYERS", len(layers) + 1)
+    assert plan(layers, shards, running(before), later, ALL_DEVICES) == at_once
