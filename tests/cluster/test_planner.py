@@ -381,9 +381,9 @@ def test_bad_input_is_a_sentence() -> None:
 
 def test_layers_at_once_are_planned_like_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     layers, shards = make_layers(planner.MANY_LAYERS, 64, SIZE), make_fleet(8, slots=9 * planner.MANY_LAYERS)
-    load = skewed(layers)
-    before, later = plan(layers, shards, None, load, ALL_DEVICES), drifted(load, 1)
-    at_once = plan(layers, shards, running(before), later, ALL_DEVICES)
+    load, eager = skewed(layers), PlanPolicy(headroom=0, min_gain=0.0, stay_s=1e9)
+    before, later = plan(layers, shards, None, load, eager), drifted(load, 1)
+    at_once = plan(layers, shards, running(before), later, eager)
     assert at_once.homes != before.homes
     monkeypatch.setattr(planner, "MANY_LAYERS", len(layers) + 1)
-    assert plan(layers, shards, running(before), later, ALL_DEVICES) == at_once
+    assert plan(layers, shards, running(before), later, eager) == at_once
