@@ -88,6 +88,8 @@ class Outcome:
 class World:
     """One fleet: shards on nodes, two controllers, backbones and a store."""
 
+    forgetful_share = 0.3  # of plans that forget what runs, so that there is much to do: the planner moves little
+
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.random = rng = Random(scenario.seed)
@@ -98,8 +100,7 @@ class World:
         self.num_shards = rng.choice((3, 4, 5))
         self.nodes = [f"n{i}" for i in range(rng.choice((1, 2, 3)))]
         self.host_budget = rng.choice((0, 100 * EXPERT_BYTES))
-        whole = sum(spec.num_experts * spec.expert_bytes for spec in self.layers)
-        self.budget = min(whole, int(2.3 * whole / self.num_shards) + 2 * EXPERT_BYTES)
+        self.set_budget()
         self.popularity: dict[int, list[float]] = {}
         self.policy = replace(RESTLESS, is_device_cover=rng.random() < 0.7)
         self.shards: dict[str, SimShard] = {}
@@ -111,6 +112,11 @@ class World:
         self.num_epochs = 0
         self._num_started = 0
         self._tasks: dict[Process, list[asyncio.Task[Any]]] = {}
+
+    def set_budget(self) -> None:
+        """Room for two homes of everything, and some more."""
+        whole = sum(spec.num_experts * spec.expert_bytes for spec in self.layers)
+        self.budget = min(whole, int(2.3 * whole / self.num_shards) + 2 * EXPERT_BYTES)
 
     async def run(self) -> Outcome:
         asyncio.get_running_loop().set_exception_handler(self._on_error)
@@ -206,8 +212,7 @@ class World:
 
     async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
         loads = {layer: ExpectedLoad.steady(popularity) for layer, popularity in self.popularity.items()}
-        # The planner moves as little as it can; now and then it forgets what runs, so that there is much to do.
-        forgets = self.random.random() < 0.3
+        forgets = self.random.random() < self.forgetful_share
         return plan(self.layers, alive, None if forgets else placement, loads, self.policy)
 
     def _shift(self) -> None:

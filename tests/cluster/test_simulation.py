@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from cluster import simulation
+from cluster import simulation, virtual_time
+from cluster.large_simulation import LargeWorld, Size
 from cluster.migration import Target
 from cluster.reconciler import Reconciler
 from cluster.simulation import Scenario, run_scenario
@@ -86,3 +87,15 @@ def test_a_planted_bug_is_found(broken: Scenario, found: str, quiet: None) -> No
         if error is not None and re.search(found, error):
             return
     pytest.fail(f"{MAX_SEEDS} fleets did not show it")
+
+
+def test_a_larger_fleet_lives_and_its_decisions_are_timed() -> None:
+    world = LargeWorld(
+        Size(num_shards=24, num_experts=32, num_layers=3, top_k=4), seed=0, num_faults=2, has_trace=False
+    )
+    outcome = virtual_time.run(world.run())
+    assert outcome.error is None
+    assert world.published is not None
+    assert len(world.published.shard_ids) >= 23
+    assert world.decisions.plans_s
+    assert max(world.decisions.turns_s) >= max(world.decisions.plans_s)
