@@ -38,6 +38,7 @@ GRPC_SERVICERS = [
 SHARD_STOP_TIMEOUT_S = LEAVE_TIMEOUT_S + DRAIN_TIMEOUT_S + 10  # Serve kills a replica that takes longer
 SCALING_POLICY = "services.scaling_policy:follow_the_controller"
 METRICS_INTERVAL_S = 1.0  # from a shard to Serve
+GATEWAY_STOP_S = 20  # beside draining
 MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
 
 
@@ -178,6 +179,7 @@ def build_app(args: AppArgs) -> Application:
         num_cpus=0.5,
         num_replicas=args.gateway_replicas,
         max_ongoing_requests=MAX_OPEN,
+        graceful_shutdown_timeout_s=args.drain_s + GATEWAY_STOP_S,
     )
     extras = [] if args.experts == "local" else _expert_tier(args)
     app: Application = gateway.bind(args, backbone.bind(args), *extras)

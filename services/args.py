@@ -131,6 +131,7 @@ class AppArgs(BaseModel):
     host: str = Field("127.0.0.1", description="address of backbones and gateways; on a cluster, auto")
     http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, beside Serve's proxies")
     grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, likewise")
+    drain_s: float = Field(1, ge=0, description="that open streams have when their gateway stops")
     admin_key: SecretStr | None = Field(
         default_factory=partial(_secret_of_environment, "EXPERTMESH_ADMIN_KEY"),
         min_length=8,

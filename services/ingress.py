@@ -32,7 +32,7 @@ from services.gateway.degraded import degraded_report
 from services.gateway.errors import ApiError, Refusal
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.grpc_api import GrpcError, InferenceApi
-from services.gateway.listener import Listener, Listening
+from services.gateway.listener import EVERYWHERE, Listener, Listening
 from services.gateway.metrics import Metrics
 from services.gateway.operations import Operations, Tier
 from services.gateway.rest import build_rest
@@ -114,7 +114,8 @@ class GatewayDeployment:
         logs.configure("gateway", args.log_format)
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
-        self._where = Listening(args.host, args.http_port, args.grpc_port)
+        host = EVERYWHERE if args.host == "auto" else args.host  # a forwarded port comes from the pod's own 127.0.0.1
+        self._where = Listening(host, args.http_port, args.grpc_port, args.drain_s)
         metrics = Metrics(card.id)
         self._backbone = Backbones(_ask_all(backbone), metrics.count_resumed)
         self._grammars = GrammarChecker(args.model)

@@ -9,6 +9,7 @@ change of replicas by two minutes.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -30,16 +31,17 @@ from services.gateway.grpc_api import GrpcError, InferenceApi
 Context = grpc.aio.ServicerContext[object, object]
 SERVICES = (pb.DESCRIPTOR.services_by_name["Inference"], health_pb2.DESCRIPTOR.services_by_name["Health"])
 BACKLOG = 2048
-STOP_GRACE_S = 1.0
+EVERYWHERE = "0.0.0.0"
 
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a gateway listens itself; None: only Serve's proxies do."""
+    """Where a gateway listens itself; None: only Serve's proxies do. Open streams have `drain_s` when it stops."""
 
     host: str
     http_port: int | None = None
     grpc_port: int | None = None
+    drain_s: float = 1.0
 
 
 class Listener:
@@ -60,11 +62,12 @@ class Listener:
             await self._start_grpc(self.where.grpc_port)
 
     async def stop(self) -> None:
-        if self._http is not None and self._serving is not None:
+        if self._http is not None:
             self._http.should_exit = True
-            await self._serving
         if self._grpc is not None:
-            await self._grpc.stop(STOP_GRACE_S)
+            await self._grpc.stop(self.where.drain_s)
+        if self._serving is not None:
+            await self._serving
         if self._grpc_serving is not None:
             await self._grpc_serving
 
@@ -80,7 +83,7 @@ class Listener:
             access_log=False,
             lifespan="off",
             ws="none",
-            timeout_graceful_shutdown=round(STOP_GRACE_S),
+            timeout_graceful_shutdown=math.ceil(self.where.drain_s),
         )
         listening = socket.create_server((self.where.host, port), backlog=BACKLOG, reuse_port=True)
         # asyncio does it only for sockets that were made with the protocol's number, and Nagle's wait is 40 ms.

@@ -134,3 +134,45 @@ def test_several_gateways_of_a_machine_share_a_port(generation: Generation) -> N
             assert (await http.get(f"http://127.0.0.1:{where.http_port}/v1/models")).status_code == 200
 
     run(test)
+
+
+@pytest.mark.parametrize(("drain_s", "is_whole"), [(20.0, True), (0.1, False)])
+def test_open_streams_end_normally_within_the_time_to_drain(
+    generation: Generation, source: EchoSource, drain_s: float, is_whole: bool
+) -> None:
+    source.pause = 0.05
+
+    async def lines(http: httpx.AsyncClient, port: int) -> list[str]:
+        body = {"prompt": "hello", "max_tokens": 40, "ignore_eos": True, "stream": True}
+        found = []
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            async with http.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
+                async for line in answer.aiter_lines():
+                    found.append(line)
+        return found
+
+    async def tokens(port: int) -> int:
+        found = 0
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+            sampling = pb.SamplingParams(max_tokens=40, ignore_eos=True)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for chunk in stub.GenerateStream(pb.GenerateRequest(text="hello", sampling=sampling)):
+                    found += len(chunk.choice.token_ids)
+        return found
+
+    async def test() -> None:
+        where = Listening("127.0.0.1", free_port(), free_port(), drain_s)
+        async with listening(generation, where) as listener, httpx.AsyncClient() as http:
+            assert where.http_port is not None
+            assert where.grpc_port is not None
+            rest, typed = (
+                asyncio.create_task(lines(http, where.http_port)),
+                asyncio.create_task(tokens(where.grpc_port)),
+            )
+            await asyncio.sleep(0.5)
+            await listener.stop()
+            assert ("data: [DONE]" in await rest) == is_whole
+            assert (await typed == 40) == is_whole
+
+    run(test)
