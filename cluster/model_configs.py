@@ -125,9 +125,10 @@ def _nemotron(keys: Keys) -> Family:
         matrices += _of_mtp([*_nemotron_layers(keys, drafts), fused, _vector("norms", hidden, 3)])
     layers = [layer for layer, letter in enumerate(pattern + drafts) if letter == "E"]
     latent = keys.whole("moe_latent_size", 0) or hidden
-    sizes = [keys.need(key) if layers else 1 for key in ("n_routed_experts", "num_experts_per_tok")]
-    width = keys.need("moe_intermediate_size") if layers else 1
-    experts = ExpertSizes(tuple(layers), drafts.count("E"), *sizes, latent, width, 2)
+    num_experts, top_k, width = (
+        keys.need(key) if layers else 1 for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+    )
+    experts = ExpertSizes(tuple(layers), drafts.count("E"), num_experts, top_k, latent, width, 2)
     kv = 2 * _kv_heads(keys) * keys.need("head_dim") if "*" in pattern + drafts else 0
     if "M" not in pattern:
         return matrices, experts, StateSizes(kv * pattern.count("*"), kv * drafts.count("*"))

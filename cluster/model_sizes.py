@@ -1,7 +1,8 @@
 """What a model is made of, in numbers: its weights by part, the state of a request, the shapes of its experts.
 
-`cluster/model_configs.py` reads them from a `config.json`. Legend of the parts: mixers are attention, Mamba-2 and DeltaNet layers; latent, the projections to and from the width
-that Nemotron's experts work in; copies, DeepSeek's second embedding and head, which no device needs.
+`cluster/model_configs.py` reads them from a `config.json`. Legend of the parts: mixers are attention, Mamba-2 and
+DeltaNet layers; latent, the projections to and from the width that Nemotron's experts work in; copies, the embedding
+and head that DeepSeek's checkpoints bring once more for the MTP module, and that no device needs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 from math import ceil
 
 from cluster.topology import LayerSpec
-from cluster.weight_formats import RECIPES, Counts, Dtype, Format, known_counts, matrix_bytes
+from cluster.weight_formats import RECIPES, Counts, Dtype, Format, matrix_bytes
 
 PARTS = (
     *("embedding", "head", "norms", "mixers", "routers", "latent", "shared", "dense", "routed"),
@@ -121,15 +122,19 @@ class ModelSizes:
         return sum(self._held(one, dtype) for one in self.matrices if one.part not in ("routed", "copies"))
 
     def step_bytes(self, dtype: Dtype) -> int:
-        """Of the backbone's weights, what one decode step reads that drafts nothing: not the embedding of most tokens."""
-        skipped = ("routed", "copies", "embedding")
-        return sum(self._held(one, dtype) for one in self.matrices if one.part not in skipped and not one.is_mtp)
+        """Of the backbone's weights, what one decode step reads that drafts nothing: of the embedding, single rows."""
+        return sum(self._held(one, dtype) for one in self._step)
 
     @property
     def step_params(self) -> int:
-        """Of the backbone's parameters, what a token is multiplied by."""
-        skipped = ("routed", "copies", "embedding", "norms")
-        return sum(one.num_params for one in self.matrices if one.part not in skipped and not one.is_mtp)
+        """Of the backbone's parameters, those that a token is multiplied by."""
+        return sum(one.num_params for one in self._step)
+
+    @property
+    def _step(self) -> list[Matrices]:
+        has_head = any(one.part == "head" for one in self.matrices)  # else the embedding is the head
+        skipped = ("routed", "copies", "embedding") if has_head else ("routed", "copies")
+        return [one for one in self.matrices if one.part not in skipped and not one.is_mtp]
 
     def layer_specs(self, dtype: Dtype) -> tuple[LayerSpec, ...]:
         """The layers of experts as the planner knows them, the MTP module's last."""
