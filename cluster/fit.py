@@ -24,6 +24,7 @@ PAGE = 16  # tokens of KV
 TRANSFER_SHARE = 0.2
 DRAFT_TOKENS, UNREAD_TOKENS = 4, 128  # at most: of a request, drafted at once; not yet read by the MTP module
 MAX_REQUESTS = 100_000
+NUM_HOMES = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Fit:
                 "them"
             )
         if self.least_shards is None:
-            return f"an expert takes {self.largest_expert / GB:.1f} GB, and {gpu} has no room for it and another"
+            return f"an expert takes {self.largest_expert / GB:.1f} GB, and {gpu} has no room for three"
         if self.fleet is None:
             num_calls = len(self.model.experts.main_layers)
             return (
@@ -142,29 +143,33 @@ class Fit:
 
     @property
     def shard_memory(self) -> int:
-        """For experts, on one GPU."""
-        return min(self.usable, whole_gib(self.experts_bytes))
+        """For experts, on one GPU: never more than all of them, and one that is free, for moves."""
+        return min(self.usable, whole_gib(self.experts_bytes + self.largest_expert))
 
     @property
     def shard_filled(self) -> int:
-        """What a shard of many can hold at least: less than an expert's bytes may be left over."""
-        return self.shard_memory - self.largest_expert
+        """What one of many shards holds at least: an expert is free, and of another less than its bytes is left over."""
+        return self.shard_memory - 2 * self.largest_expert
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one shard can hold every expert."""
+        return self.shard_memory >= self.experts_bytes + self.largest_expert
 
     @cached_property
     def least_shards(self) -> int | None:
         """That memory asks for: one home of every expert fits without any one of them, and with all there is room for
         more homes of hot experts. None where a shard has hardly room for an expert."""
-        if self.shard_memory >= self.experts_bytes:
+        if self.is_whole:
             return 2
         if self.shard_filled < 1:
             return None
-        return max(
-            1 + ceil(self.experts_bytes / self.shard_filled), ceil(MARGIN * self.experts_bytes / self.shard_memory)
-        )
+        after_a_loss = 1 + ceil(self.experts_bytes / self.shard_filled)
+        return max(after_a_loss, ceil(MARGIN * self.experts_bytes / self.shard_memory))
 
     def has_device_cover(self, num_shards: int) -> bool:
-        """Whether two homes of every expert fit on so many GPUs."""
-        return self.shard_memory >= self.experts_bytes or num_shards * self.shard_filled >= 2 * self.experts_bytes
+        """Whether two homes of every expert fit on so many GPUs, also when one of three or more is lost."""
+        return self.is_whole or (num_shards - 1) * self.shard_filled >= NUM_HOMES * self.experts_bytes
 
     # Pace
 

@@ -10,9 +10,10 @@ Legend: D hidden, L expert input, M expert width, E experts, K taps of a convolu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from cluster.config_keys import Keys
 from cluster.model_sizes import ExpertSizes, Matrices, ModelSizes, StateSizes
 from cluster.weight_formats import DTYPES, known_counts
 
@@ -27,7 +28,7 @@ LETTERS = {
 def model_sizes(raw: Mapping[str, Any]) -> ModelSizes:
     """Reads a parsed `config.json`. Raises ValueError naming the key that is missing or not allowed."""
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json has model_type = {model_type!r}; sized are {', '.join(FAMILIES)}")
     keys = Keys(raw)
     matrices, experts, state = FAMILIES[model_type](keys)
@@ -40,44 +41,6 @@ def model_sizes(raw: Mapping[str, Any]) -> ModelSizes:
     return ModelSizes(model_type, keys.need("hidden_size"), longest or None, tuple(matrices), experts, state, counts)
 
 
-@dataclass(frozen=True)
-class Keys:
-    """A config whose values are checked as they are read."""
-
-    raw: Mapping[str, Any]
-
-    def need(self, key: str) -> int:
-        value = self.raw.get(key)
-        if value is None:
-            raise ValueError(f"config.json lacks the key {key}")
-        if not _is_whole(value) or value < 1:
-            raise ValueError(f"config.json has {key} = {value!r}; allowed is a positive integer")
-        return int(value)
-
-    def whole(self, key: str, default: int) -> int:
-        """`default` where the key is missing or null."""
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if not _is_whole(value) or value < 0:
-            raise ValueError(f"config.json has {key} = {value!r}; allowed is an integer from 0 up")
-        return int(value)
-
-    def upto(self, key: str, default: int, most: int) -> int:
-        value = self.whole(key, default)
-        if value > most:
-            raise ValueError(f"config.json has {key} = {value}; sized are 0 to {most}")
-        return value
-
-    @property
-    def is_tied(self) -> bool:
-        return bool(self.raw.get("tie_word_embeddings", False))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 Family = tuple[list[Matrices], ExpertSizes, StateSizes]
 
 
@@ -88,7 +51,7 @@ def _vector(part: str, size: int, count: int = 1, role: str = "vector") -> Matri
 def _ends(keys: Keys) -> list[Matrices]:
     """Embedding, head and final norm."""
     vocab, hidden = keys.need("vocab_size"), keys.need("hidden_size")
-    head = [] if keys.is_tied else [Matrices("head", "head", vocab, hidden, 1)]
+    head = [] if keys.flag("tie_word_embeddings", False) else [Matrices("head", "head", vocab, hidden, 1)]
     return [Matrices("embedding", "embedding", vocab, hidden, 1), *head, _vector("norms", hidden)]
 
 
@@ -99,26 +62,26 @@ def _of_mtp(matrices: Iterable[Matrices]) -> list[Matrices]:
 # Nemotron -------------------------------------------------------------------------------------------------------------
 
 
-def pattern_of(raw: Mapping[str, Any], prefix: str = "") -> str:
+def pattern_of(keys: Keys, prefix: str = "") -> str:
     """M Mamba-2, E MoE, * attention, - MLP for each layer, from any of the dialects; "" where there is none."""
-    text, names = raw.get(f"{prefix}hybrid_override_pattern"), raw.get(f"{prefix}layers_block_type")
+    text, names = keys.raw.get(f"{prefix}hybrid_override_pattern"), keys.items(f"{prefix}layers_block_type", str)
     if text:
         if wrong := [letter for letter in str(text) if letter not in "ME*-"]:
             raise ValueError(f"{prefix}hybrid_override_pattern has the layer {wrong[0]!r}; allowed are M, E, * and -")
         return str(text)
-    if wrong := [name for name in names or () if name not in LETTERS]:
+    if wrong := [name for name in names if name not in LETTERS]:
         raise ValueError(f"{prefix}layers_block_type has the layer {wrong[0]!r}; allowed are {', '.join(LETTERS)}")
-    return "".join(LETTERS[name] for name in names or ())
+    return "".join(LETTERS[name] for name in names)
 
 
 def _nemotron(keys: Keys) -> Family:
-    hidden, pattern = keys.need("hidden_size"), pattern_of(keys.raw)
+    hidden, pattern = keys.need("hidden_size"), pattern_of(keys)
     if not pattern:
         raise ValueError("config.json lacks the key hybrid_override_pattern (or layers_block_type)")
     if (given := keys.whole("num_hidden_layers", len(pattern))) != len(pattern):
         raise ValueError(f"config.json has num_hidden_layers = {given}, but a pattern of {len(pattern)} layers")
     has_mtp = keys.upto("num_nextn_predict_layers", 0, 1) == 1
-    drafts = (pattern_of(keys.raw, "mtp_") or "*E") if has_mtp else ""
+    drafts = (pattern_of(keys, "mtp_") or "*E") if has_mtp else ""
     matrices = _ends(keys) + _nemotron_layers(keys, pattern)
     if has_mtp:
         fused = Matrices("mixers", "fused", hidden, 2 * hidden, 1)
@@ -176,7 +139,7 @@ def _nemotron_layers(keys: Keys, pattern: str) -> list[Matrices]:
             Matrices("mixers", "mixer_in", inner + conv + heads, hidden, num),
             Matrices("mixers", "mixer_out", hidden, inner, num),
             Matrices("mixers", "conv", conv, taps, num),
-            _vector("mixers", conv, num if keys.raw.get("use_conv_bias", True) else 0),
+            _vector("mixers", conv, num if keys.flag("use_conv_bias", True) else 0),
             _vector("mixers", heads, 3 * num),  # A, D and the bias of Δ
             _vector("norms", inner, num),
         ]
@@ -282,7 +245,7 @@ def _qwen(keys: Keys) -> Family:
     hidden, num_layers = keys.need("hidden_size"), keys.need("num_hidden_layers")
     num_full = _qwen_kinds(keys, num_layers).count("full_attention")
     num_linear, num_mtp = num_layers - num_full, keys.upto("num_nextn_predict_layers", 0, 1)
-    step, dense_only = keys.whole("decoder_sparse_step", 1) or 1, keys.raw.get("mlp_only_layers") or []
+    step, dense_only = keys.whole("decoder_sparse_step", 1) or 1, keys.items("mlp_only_layers", int)
     moe = [layer for layer in range(num_layers) if layer not in dense_only and (layer + 1) % step == 0]
     num_experts, top_k = keys.need("num_experts"), keys.need("num_experts_per_tok")
     key_heads, value_heads = keys.need("linear_num_key_heads"), keys.need("linear_num_value_heads")
@@ -322,14 +285,14 @@ def _qwen(keys: Keys) -> Family:
 
 
 def _qwen_kinds(keys: Keys, num_layers: int) -> list[str]:
-    kinds = keys.raw.get("layer_types")
-    if kinds is None:
+    kinds = keys.items("layer_types", str)
+    if not kinds:
         interval = keys.whole("full_attention_interval", 4) or 4
         return ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)]
     allowed = ("linear_attention", "full_attention")
     if len(kinds) != num_layers or any(kind not in allowed for kind in kinds):
         raise ValueError(f"config.json must list {num_layers} layer_types, each {allowed[0]} or {allowed[1]}")
-    return list(kinds)
+    return kinds
 
 
 def _qwen_attention(keys: Keys, num: int) -> list[Matrices]:

@@ -138,14 +138,12 @@ def _reasons(fit: Fit, made: Sizing) -> Iterator[str]:
         f"{fit.most_requests:,} requests of {fit.slo.context_len:,} tokens, {fit.request_bytes / GB:.2f} GB each, and "
         f"for states that later prompts start from."
     )
-    is_paced = made.expert_gpus > (fit.least_shards or 0)
-    why = f"pace decides, memory would do with {fit.least_shards}" if is_paced else "memory decides"
     yield (
-        f"Expert GPUs: {why}. {fit.experts_bytes / GB:.1f} GB of experts, {fit.shard_memory / GB:.1f} GB on each at "
-        f"most, and they still hold one home of all when any one is lost."
+        f"Expert GPUs: {_why_shards(fit, made)}. {fit.experts_bytes / GB:.1f} GB of experts, "
+        f"{fit.shard_memory / GB:.1f} GB on each at most, and they still hold one home of all when any one is lost."
     )
     if made.device_homes == 2:
-        yield "Homes: two of every expert fit on GPUs, so host memory holds none."
+        yield "Homes: two of every expert fit on GPUs, also when one is lost, so host memory holds none."
     else:
         yield (
             f"Homes: one of every expert on a GPU; the second in host memory of another shard, "
@@ -172,3 +170,9 @@ def _why_backbones(fit: Fit, made: Sizing) -> str:
     if made.backbone_gpus > by_memory:
         return f"{made.backbone_gpus} were asked for, memory would do with {by_memory}"
     return "memory decides" if by_memory > 1 else "one is enough"
+
+
+def _why_shards(fit: Fit, made: Sizing) -> str:
+    if made.expert_gpus > (fit.least_shards or 0):
+        return f"pace decides, memory would do with {fit.least_shards}"
+    return "two, so that one may be lost" if fit.is_whole else "memory decides"

@@ -74,10 +74,10 @@ def matrix_bytes(format: Format, rows: int, columns: int) -> int:
 
 def dtype_of(raw: Mapping[str, Any]) -> Dtype:
     """What a `config.json` says of its checkpoint's weights. Raises ValueError for a quantization that is not sized."""
-    quantization = raw.get("quantization_config")
+    quantization = _object(raw, "quantization_config")
     if not quantization:
         return "bf16"
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    method = quantization.get("quant_method")
     if method == "fp8":
         block = quantization.get("weight_block_size")
         if block != [BLOCK, BLOCK]:
@@ -99,12 +99,26 @@ def known_counts(raw: Mapping[str, Any], dtype: Dtype) -> Counts | None:
     `quantized_matrices` is a key of our own, {dtype: {role: {format: how many}}}, in `cluster/configs`;
     `quantized_layers` is what Model Optimizer writes, {module: {"quant_algo": …}}.
     """
-    ours = raw.get("quantized_matrices", {}).get(dtype)
-    if ours is not None:
-        counts: Counts = ours
-        return counts
-    layers = (raw.get("quantization_config") or {}).get("quantized_layers")
+    ours = _object(raw, "quantized_matrices")
+    if dtype in ours:
+        return {role: _formats(_object(_object(ours, dtype), role)) for role in _object(ours, dtype)}
+    layers = _object(_object(raw, "quantization_config"), "quantized_layers")
     return _counted(layers.items()) if layers and dtype == dtype_of(raw) else None
+
+
+def _formats(counts: Mapping[Any, Any]) -> Mapping[str, int]:
+    for format, num in counts.items():
+        if format not in MODELOPT.values() or not isinstance(num, int):
+            raise ValueError(f"config.json has {format!r}: {num!r} in quantized_matrices; allowed are fp8 and nvfp4")
+    return counts
+
+
+def _object(raw: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
+    """Empty where the key is missing or null."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"config.json has {key} = {value!r}; allowed is an object")
+    return value or {}
 
 
 def _counted(layers: Iterable[tuple[str, Any]]) -> Counts:

@@ -16,7 +16,7 @@ from cluster.known_models import find_model, known_config, known_models
 from cluster.model_configs import model_sizes
 from cluster.sizing import Sizing, size
 from cluster.weight_formats import Dtype, dtype_of
-from services.size_tables import all_table, size_tables
+from services.size_tables import LEGEND, all_table, size_tables
 from services.terminal import AsJson, console, plain_errors
 
 app = typer.Typer(rich_markup_mode=None)
@@ -116,6 +116,7 @@ def _show_all(configs: Mapping[str, Mapping[str, Any]], gpu: Gpu, dtype: str, sl
         typer.echo(json.dumps(told, indent=2))
         return
     console.print(all_table(gpu.name, slo, rows))
+    _say([LEGEND])
     _say(f"{name} in {one}: {made}." for name, one, made in rows if isinstance(made, str))
 
 

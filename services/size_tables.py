@@ -13,6 +13,11 @@ from cluster.sizing import Sizing
 from cluster.weight_formats import Dtype
 
 MIB, MB = 2**20, 10**6
+LEGEND = (
+    "GB: checkpoint. GPUs: backbones + expert shards. Homes of an expert: on GPUs + in host memory, for which each "
+    "shard has the GiB of host. KV, state: MiB of a request. Wire: MB of a token. Gbit/s: cards of a backbone / of a "
+    "shard."
+)
 PART_NAMES = {
     "mixers": "attention, Mamba-2, DeltaNet",
     "latent": "latent projections",
@@ -83,7 +88,7 @@ def _one(made: Sizing) -> Iterator[tuple[str, str]]:
 
 def all_table(gpu: str, slo: Slo, rows: Iterable[tuple[str, Dtype, Sizing | str]]) -> Table:
     """Of many models, a line each; one that cannot be sized has dashes."""
-    table = Table(title=_title(gpu, slo), box=None, padding=(0, 1, 0, 0), caption_justify="left")
+    table = Table(title=_title(gpu, slo), box=None, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
     table.add_column("in", no_wrap=True)
     names = ("GB", "GPUs", "homes", "host", "KV", "state", "wire", "Gbit/s")
@@ -93,10 +98,6 @@ def all_table(gpu: str, slo: Slo, rows: Iterable[tuple[str, Dtype, Sizing | str]
     for name, dtype, made in rows:
         shown, last = "" if name == last else name.removeprefix("NVIDIA-"), name
         table.add_row(shown, dtype, *(("–",) * len(names) if isinstance(made, str) else _cells(made)))
-    table.caption = (
-        "GB: checkpoint. GPUs: backbones + expert shards. Homes: of an expert, on GPUs + in host memory, for which each "
-        "shard has host GiB. KV, state: MiB of a request. Wire: MB of a token. Gbit/s: cards of a backbone / a shard."
-    )
     return table
 
 
