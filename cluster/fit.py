@@ -148,7 +148,7 @@ class Fit:
 
     @property
     def shard_filled(self) -> int:
-        """What one of many shards holds at least: an expert is free, and of another less than its bytes is left over."""
+        """What one of many shards holds at least: an expert is free, and less than the bytes of one is left over."""
         return self.shard_memory - 2 * self.largest_expert
 
     @property

@@ -51,8 +51,8 @@ def size_tables(name: str, model: ModelSizes, made: Sizing, slo: Slo) -> Iterato
     one = Table(title="Of one request and one token", box=None, padding=(0, 2, 0, 0), show_header=False)
     one.add_column()
     one.add_column(justify="right")
-    for row in _one(made):
-        one.add_row(*row)
+    for name_and_number in _one(made):
+        one.add_row(*name_and_number)
     yield one
 
 
