@@ -203,21 +203,18 @@ class Fit:
         """Backbones and shards: fewest GPUs in all, and of those fewest backbones. None if no number is fast enough."""
         assert self.least_shards is not None
         best = None
+        if self.fastest_ms > self.slo.itl_ms:
+            return best
         for num_backbones in range(self.least_backbones, self.slo.num_requests + 1):
             if best and num_backbones + self.least_shards >= sum(best):
                 break
-            num_shards = self._fewest_shards(num_backbones)
+            num_shards = self._fewest_shards(num_backbones, self.least_shards)
             if num_shards and (best is None or num_backbones + num_shards < sum(best)):
                 best = num_backbones, num_shards
         return best
 
-    @property
-    def most_shards(self) -> int:
-        """With more, a shard would have less than one expert of a layer."""
-        return max(self.least_shards or 0, self.model.experts.num_experts)
-
-    def _fewest_shards(self, num_backbones: int) -> int | None:
-        low, high = self.least_shards or 0, self.most_shards
+    def _fewest_shards(self, num_backbones: int, least: int) -> int | None:
+        low, high = least, max(least, self.costs.most_shards(num_backbones, self.batch(num_backbones)))
         if not self.is_fast(num_backbones, high):
             return None
         while low < high:
@@ -228,5 +225,4 @@ class Fit:
     @property
     def fastest_ms(self) -> float:
         """Between tokens, with as many GPUs as help."""
-        choices = range(self.least_backbones, self.slo.num_requests + 1)
-        return min(sum(self.step_of(num, self.most_shards).values()) for num in choices) / (1 - TRANSFER_SHARE)
+        return self.costs.fastest_ms(self.slo.context_len) / (1 - TRANSFER_SHARE)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import comb
+from math import ceil, comb
 
 from cluster.gpus import Gpu
 from cluster.model_sizes import STATE_BYTES, ModelSizes
@@ -78,20 +78,38 @@ class StepCosts:
         """Weights once, and every request's KV and recurrent state, which is written back."""
         state = self.model.state
         per_row = context_len * state.kv_bytes + STATE_BYTES * state.recurrent + state.sequence_bytes
-        num_bytes = self.model.step_bytes(self.dtype) + num_rows * per_row
-        return self._longer_ms(num_bytes, 2.0 * num_rows * self.model.step_params)
+        num_bytes = self._step_bytes + num_rows * per_row
+        return self._longer_ms(num_bytes, 2.0 * num_rows * self._step_params)
 
     def experts_ms(self, num_backbones: int, num_rows: int, num_shards: int) -> float:
-        """Of the busiest shard, which computes the calls of backbones one after the other: `num_rows` rows of each."""
-        experts, share = self.model.experts, 1 / (BALANCE * num_shards)
-        num_touched = touched_experts(experts.num_experts, experts.top_k, num_rows)
-        num_read = max(1.0, share * num_touched)  # experts cannot be cut
+        """Of the busiest shard, which computes the calls of backbones one after the other: `num_rows` rows of each.
+
+        Calls for the same experts go to different homes where there are; a shard that is called reads one at least.
+        """
+        experts, share = self.model.experts, num_backbones / (BALANCE * num_shards)
+        num_read = max(1.0, share * touched_experts(experts.num_experts, experts.top_k, num_rows))
         num_picks = max(1.0, share * num_rows * experts.top_k)
-        one_ms = self._longer_ms(num_read * self.expert_bytes, 2.0 * num_picks * experts.num_params)
-        return num_backbones * len(experts.main_layers) * one_ms
+        one_ms = self._longer_ms(num_read * self._expert_bytes, 2.0 * num_picks * experts.num_params)
+        return len(experts.main_layers) * one_ms
+
+    def most_shards(self, num_backbones: int, num_rows: int) -> int:
+        """More make nothing faster: with so many, the busiest computes one pick of a layer."""
+        return ceil(num_backbones * num_rows * self.model.experts.top_k / BALANCE)
+
+    def fastest_ms(self, context_len: int) -> float:
+        """Of a step, with as many backbones as requests and as many shards as help."""
+        return self.calls_ms + self.backbone_ms(1, context_len) + self.experts_ms(1, 1, self.most_shards(1, 1))
 
     @cached_property
-    def expert_bytes(self) -> int:
+    def _step_bytes(self) -> int:
+        return self.model.step_bytes(self.dtype)
+
+    @cached_property
+    def _step_params(self) -> int:
+        return self.model.step_params
+
+    @cached_property
+    def _expert_bytes(self) -> int:
         return self.model.layer_specs(self.dtype)[0].expert_bytes
 
     def _longer_ms(self, num_bytes: float, flops: float) -> float:

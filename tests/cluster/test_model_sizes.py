@@ -127,7 +127,10 @@ def test_layers_of_experts_are_numbered_as_in_the_model() -> None:
     assert model_sizes(known_config("deepseek-v3")).experts.layers == tuple(range(3, 62))
 
 
-def test_the_mtp_modules_experts_are_not_quantized_with_nemotrons() -> None:
+def test_the_mtp_modules_experts_are_quantized_where_public_checkpoints_have_it() -> None:
+    deepseek = model_sizes(known_config("deepseek-v3"))
+    assert deepseek.layer_specs("fp8")[-1].expert_bytes == deepseek.layer_specs("fp8")[0].expert_bytes
+    assert deepseek.layer_specs("nvfp4")[-1].expert_bytes == 88_080_384
     specs = model_sizes(known_config("super")).layer_specs("nvfp4")
     assert specs[-1].expert_bytes == 11_010_048 > 3 * specs[0].expert_bytes
 

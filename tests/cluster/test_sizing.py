@@ -220,6 +220,10 @@ def test_a_step_reads_what_it_must() -> None:
     experts = 23 * 6 * 19_955_712 / (0.8 * 2)
     assert costs.experts_ms(1, 1, 2) == pytest.approx(1e3 * experts / (0.6 * 4.8e12), rel=0.001)
     assert costs.experts_ms(3, 1, 2) == pytest.approx(3 * costs.experts_ms(1, 1, 2))
+    one = 23 * 19_955_712  # of each layer, however many shards there are
+    assert costs.experts_ms(1, 1, 500) == pytest.approx(1e3 * one / (0.6 * 4.8e12), rel=0.001)
+    assert costs.experts_ms(1, 1, 7) == pytest.approx(6 / 5.6 * costs.experts_ms(1, 1, 500))
+    assert costs.experts_ms(4, 9, costs.most_shards(4, 9)) == pytest.approx(costs.experts_ms(1, 1, 500))
     many = 2 * 100_000 * 6 * 9_977_856 * 23 / (0.8 * 2)  # multiplying takes longer than reading
     assert costs.experts_ms(1, 100_000, 2) == pytest.approx(1e3 * many / (0.4 * 989e12), rel=0.001)
 
@@ -244,7 +248,7 @@ def numbers(made: Sizing) -> tuple[int, int]:
 def test_asking_for_more_never_takes_fewer_gpus(name: str) -> None:
     config, base = known_config(name), Slo(num_requests=32, itl_ms=200.0)
     harder: list[list[Slo]] = [
-        [replace(base, num_requests=num) for num in (1, 2, 7, 32, 33, 100, 257, 1000)],
+        [replace(base, num_requests=num) for num in (1, 2, 7, 32, 33, 100, 257, 1000, 20_000)],
         [replace(base, context_len=num) for num in (1, 100, 1024, 8192, 30_000, 131_072)],
         [replace(base, itl_ms=ms) for ms in (2000.0, 500.0, 200.0, 150.0, 120.0)],
         [replace(base, min_backbones=num) for num in (1, 2, 3, 8)],
