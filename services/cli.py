@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from services import operator_cli
+from services import operator_cli, size_cli
 from services.terminal import DEFAULT_URL, Url, console, fetch, plain_errors
 
 RAY_DEFAULTS = {  # read when Ray is imported, and inherited by every process it starts
@@ -35,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(operator_cli.app)
+app.add_typer(size_cli.app)
 
 
 def check_own_packages() -> None:

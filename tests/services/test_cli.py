@@ -33,7 +33,10 @@ SHARD = {
     "picks_per_s": 30.0,
     "state": "live",
 }
-COMMANDS = (*("up", "chat", "status", "plan", "rebalance", "scale", "drain", "load", "decisions", "trace", "drill"),)
+COMMANDS = (
+    *("up", "chat", "status", "plan", "rebalance", "scale", "drain", "load", "decisions", "trace", "drill"),
+    "size",
+)
 REPORT = {"model": "demo", "health": "ready", "engine": ENGINE, "epoch": 3, "cover": 2, "placement_age_s": 0.25}
 
 

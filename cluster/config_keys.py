@@ -1,0 +1,58 @@
+"""The keys of a `config.json`, each checked as it is read; a mistake is a ValueError that names the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LISTED = {str: "names", int: "integers"}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A parsed config."""
+
+    raw: Mapping[str, Any]
+
+    def need(self, key: str) -> int:
+        value = self.raw.get(key)
+        if value is None:
+            raise ValueError(f"config.json lacks the key {key}")
+        if not _is_whole(value) or value < 1:
+            raise ValueError(f"config.json has {key} = {value!r}; allowed is a positive integer")
+        return int(value)
+
+    def whole(self, key: str, default: int) -> int:
+        """`default` where the key is missing or null."""
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if not _is_whole(value) or value < 0:
+            raise ValueError(f"config.json has {key} = {value!r}; allowed is an integer from 0 up")
+        return int(value)
+
+    def upto(self, key: str, default: int, most: int) -> int:
+        value = self.whole(key, default)
+        if value > most:
+            raise ValueError(f"config.json has {key} = {value}; sized are 0 to {most}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"config.json has {key} = {value!r}; allowed are true and false")
+        return default if value is None else value
+
+    def items(self, key: str, kind: type[str] | type[int]) -> list[Any]:
+        """A list of strings or integers; empty where the key is missing or null."""
+        values = self.raw.get(key)
+        if values is None:
+            return []
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"config.json has {key} = {values!r}; allowed is a list of {LISTED[kind]}")
+        return values
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,42 @@
+"""GPUs that a deployment can be sized for, by the figures of their public data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`memory_bytes` counts a gigabyte as 10**9 bytes, which errs on the safe side; FLOP/s are dense.
+
+    `fp8_flops` is None where 8-bit weights are widened before they are multiplied. The B200 carries 192 GB, of which a
+    board leaves 180 GB to programs.
+    """
+
+    name: str
+    memory_bytes: int
+    bytes_per_s: float
+    bf16_flops: float
+    fp8_flops: float | None
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("l4", 24 * GB, 0.300e12, 121e12, 242e12),
+        Gpu("l40s", 48 * GB, 0.864e12, 362e12, 733e12),
+        Gpu("a100", 80 * GB, 2.039e12, 312e12, None),
+        Gpu("h100", 80 * GB, 3.35e12, 989e12, 1979e12),
+        Gpu("h200", 141 * GB, 4.8e12, 989e12, 1979e12),
+        Gpu("b200", 180 * GB, 8.0e12, 2250e12, 4500e12),
+    )
+}
+
+
+def gpu_of(name: str) -> Gpu:
+    """The GPU of that name, whatever its case; raises ValueError with the names there are."""
+    if name.lower() not in GPUS:
+        raise ValueError(f"there is no GPU {name!r} to size for; allowed are {', '.join(GPUS)}")
+    return GPUS[name.lower()]
