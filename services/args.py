@@ -56,6 +56,7 @@ class PoolArgs(BaseModel):
         None, ge=0, description="of expert weights that stand by in host memory; see AppArgs.shard_host_memory"
     )
     host: str = Field("127.0.0.1", description="address a shard listens on; on a cluster, auto for the node's own")
+    labels: dict[str, str] = Field(default_factory=dict, description="that a Ray node must have to run a shard")
 
     @property
     def least_shards(self) -> int:
@@ -112,6 +113,7 @@ class AppArgs(BaseModel):
     gateway_replicas: int = Field(1, ge=1)
     log_format: LogFormat = "json"
     host: str = Field("127.0.0.1", description="address of backbones and gateways; on a cluster, auto")
+    labels: dict[str, str] = Field(default_factory=dict, description="that a Ray node must have to run them")
     http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, beside Serve's proxies")
     grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, likewise")
     admin_key: SecretStr | None = Field(
