@@ -115,11 +115,12 @@ def _spread_faults(manifests: Manifests) -> list[str]:
 
 
 def apart_faults(manifests: Manifests) -> list[str]:
-    """Pods of experts that Kubernetes would rather leave waiting than put where an expert has one node only."""
+    """Pods that Kubernetes would put on one node, where an expert's homes, or all backbones, would go with it."""
+    several = AppArgs(**app_args(manifests)).backbone_replicas > 1
     return [
         f"pods of group {each.group} may all be on one node"
         for each in ray_pods(manifests)
-        if each.group.startswith("experts-")
+        if (each.group.startswith("experts-") or (each.group == "backbone" and several))
         and not any(
             constraint["topologyKey"] == HOSTNAME
             and constraint["whenUnsatisfiable"] == "DoNotSchedule"

@@ -13,7 +13,7 @@ def test_the_pods_are_what_the_application_asks_for(manifests: Manifests) -> Non
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "gpu-ha"])
-def test_an_experts_homes_are_on_nodes_apart(overlay: str, rendered: Callable[[str], Manifests]) -> None:
+def test_what_is_there_twice_is_on_nodes_apart(overlay: str, rendered: Callable[[str], Manifests]) -> None:
     assert apart_faults(rendered(overlay)) == []
 
 
@@ -42,13 +42,13 @@ def budget(manifests: Manifests, name: str) -> Manifest:
         ),
         (lambda m: rewrite_serve(m, "num_cpus: 8", "num_cpus: 4"), "one shard of 4 must fit and no second"),
         (lambda m: rewrite_serve(m, "num_cpus: 8", "num_cpus: 9"), "one shard of 9 must fit"),
-        (lambda m: rewrite_serve(m, "host_budget: 48GiB", "host_budget: 80GiB"), "host_budget of pool experts-gpu"),
-        (lambda m: worker_group(m, "experts-gpu").update(minReplicas=7), "has 7 to 9 pods for 6 to 8 replicas"),
-        (lambda m: worker_group(m, "experts-gpu").update(maxReplicas=8), "has 6 to 8 pods for 6 to 8 replicas"),
+        (lambda m: rewrite_serve(m, "host_budget: 79GiB", "host_budget: 95GiB"), "host_budget of pool experts-gpu"),
+        (lambda m: worker_group(m, "experts-gpu").update(minReplicas=5), "has 5 to 7 pods for 4 to 6 replicas"),
+        (lambda m: worker_group(m, "experts-gpu").update(maxReplicas=6), "has 4 to 6 pods for 4 to 6 replicas"),
         (lambda m: rewrite_serve(m, "backbone_replicas: 2", "backbone_replicas: 3"), "2 to 3 pods for 3 to 3 replicas"),
         (lambda m: worker_group(m, "experts-cpu").update(minReplicas=1), "and nothing is placed on them"),
         (lambda m: m.remove(named(m, "PodDisruptionBudget", "expertmesh-backbone")), "of group backbone, None pods"),
-        (lambda m: budget(m, "experts-gpu").update(minAvailable=6), "6 pods must stay; that should be 5"),
+        (lambda m: budget(m, "experts-gpu").update(minAvailable=4), "4 pods must stay; that should be 3"),
         (
             lambda m: (budget(m, "experts-gpu").pop("minAvailable"), budget(m, "experts-gpu").update(maxUnavailable=1)),
             "of group experts-gpu, None pods must stay",
@@ -62,9 +62,10 @@ def test_a_planted_fault_is_found(plant: Plant, words: str, everything: Manifest
     assert any(words in fault for fault in pool_faults(everything))
 
 
+@pytest.mark.parametrize("group", ["backbone", "experts-gpu"])
 @pytest.mark.parametrize(
     "change", [{"whenUnsatisfiable": "ScheduleAnyway"}, {"minDomains": 1}, {"topologyKey": "zone"}]
 )
-def test_homes_that_may_share_a_node_are_found(change: Manifest, everything: Manifests) -> None:
-    spread_of(everything, "experts-gpu")[0].update(change)
-    assert apart_faults(everything) == ["pods of group experts-gpu may all be on one node"]
+def test_pods_that_may_share_a_node_are_found(group: str, change: Manifest, everything: Manifests) -> None:
+    spread_of(everything, group)[0].update(change)
+    assert apart_faults(everything) == [f"pods of group {group} may all be on one node"]

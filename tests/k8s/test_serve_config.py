@@ -58,7 +58,7 @@ def test_an_application_is_reached_on_every_node(manifests: Manifests) -> None:
         ("backbone_replicas:", "backbones:", "args: backbones: Extra inputs"),
         ("max_shards:", "most_shards:", "args: pools.0.most_shards: Extra inputs"),
         ("device: cuda", "device: gpu", "args: device: Input should be"),
-        ("memory_budget: 120GiB", "memory_budget: much", "args: pools.0.memory_budget"),
+        ("memory_budget: 118GiB", "memory_budget: much", "args: pools.0.memory_budget"),
     ],
 )
 def test_a_planted_fault_is_found(old: str, new: str, words: str, everything: Manifests) -> None:
