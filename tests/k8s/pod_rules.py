@@ -91,14 +91,15 @@ def termination_faults(manifests: Manifests) -> list[str]:
     faults = []
     for each in ray_pods(manifests):
         grace = each.spec.get("terminationGracePeriodSeconds", 30)
-        drain = float(_value(each, DRAIN) or 0)
+        drain = float(variable_of(each, DRAIN) or 0)
         if not grace > drain > SHARD_STOP_TIMEOUT_S:
             numbers = f"a shard {SHARD_STOP_TIMEOUT_S:g} s, a node's draining {drain:g} s, a pod {grace} s"
             faults.append(f"{each.owner}: {numbers}; each must have more than the one before")
     return faults
 
 
-def _value(each: Pods, name: str) -> str | None:
+def variable_of(each: Pods, name: str) -> str | None:
+    """What stands in the manifest, not in a Secret or the like."""
     return next((variable.get("value") for variable in each.main.get("env", ()) if variable["name"] == name), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from copy import deepcopy
 from functools import cache
@@ -52,10 +53,14 @@ def is_builtin(manifest: Manifest) -> bool:
 
 
 def schema_faults(manifests: Manifests) -> list[str]:
-    faults = []
-    for manifest in manifests:
-        faults += _builtin_faults(manifest) if is_builtin(manifest) else _crd_faults(manifest)
-    return faults
+    return [fault for manifest in manifests for fault in _faults(json.dumps(manifest))]
+
+
+@cache
+def _faults(text: str) -> list[str]:
+    """Of one manifest, which is rendered anew for every test and is mostly as it was."""
+    manifest: Manifest = json.loads(text)
+    return _builtin_faults(manifest) if is_builtin(manifest) else _crd_faults(manifest)
 
 
 def _builtin_faults(manifest: Manifest) -> list[str]:

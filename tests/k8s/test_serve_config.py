@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_serve_does
+from ray.serve._private.build_app import build_app as deployments_of
 
-from services.app import build_app
+from services.app import SHARD_STOP_TIMEOUT_S, build_app
 from services.args import AppArgs
-from tests.k8s.manifests import Manifests, app_args, ray_service, rewrite_serve, serve_config
+from tests.k8s.manifests import Manifests, app_args, ray_pods, ray_service, rewrite_serve, serve_config
+from tests.k8s.pod_rules import DRAIN, variable_of
+from tests.k8s.pools import CONTROLLER_CPUS, GATEWAY_CPUS
 from tests.k8s.serve_config import serve_faults
 
 
@@ -16,10 +20,25 @@ def test_every_serve_config_is_valid(manifests: Manifests) -> None:
     assert serve_faults(serve_config(manifests)) == []
 
 
-def test_the_demo_is_what_serve_would_build(rendered: Callable[[str], Manifests]) -> None:
+@pytest.fixture(scope="module")
+def demo(rendered: Callable[[str], Manifests]) -> dict[str, Any]:
+    """The deployments of the demo, as Serve builds them from its config."""
     args = app_args(rendered("cpu-demo"))
     assert AppArgs(**args).name == "demo"
-    assert build_as_serve_does(build_app, args)
+    built = deployments_of(build_as_serve_does(build_app, args), name="expertmesh")
+    return {each.name: each for each in built.deployments}
+
+
+def test_the_demo_is_what_serve_would_build(demo: dict[str, Any]) -> None:
+    assert demo.keys() == {"gateway", "backbone", "controller", "experts-cpu"}
+    cpus = {name: each._replica_config.ray_actor_options["num_cpus"] for name, each in demo.items()}
+    assert cpus == {"gateway": GATEWAY_CPUS, "controller": CONTROLLER_CPUS, "backbone": 1, "experts-cpu": 1}
+
+
+def test_a_node_drains_longer_than_any_replica_takes_to_stop(demo: dict[str, Any], manifests: Manifests) -> None:
+    longest = max(each._deployment_config.graceful_shutdown_timeout_s for each in demo.values())
+    assert longest == SHARD_STOP_TIMEOUT_S
+    assert all(float(variable_of(each, DRAIN) or 0) > longest for each in ray_pods(manifests))
 
 
 def test_an_application_is_reached_on_every_node(manifests: Manifests) -> None:
