@@ -45,6 +45,9 @@ def _cluster_faults(cluster: Manifest) -> Iterator[str]:
         yield "redisPassword of gcsFaultToleranceOptions is not from a Secret"
     if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
         yield "num-cpus of the head is not 0, so replicas may start there"
+    ports = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    if ("dashboard", 8265) not in [(port["name"], port["containerPort"]) for port in ports]:
+        yield "the head has no port dashboard 8265, by which KubeRay deploys serveConfigV2"
     names = [group["groupName"] for group in cluster["workerGroupSpecs"]]
     if len(set(names)) < len(names):
         yield f"worker groups are named {names}; each needs a name of its own"
