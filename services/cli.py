@@ -163,6 +163,18 @@ def _tier(args: Any) -> str:
 
 
 @app.command()
+def check(model: Annotated[str, typer.Option(help="Hugging Face model directory.")]) -> None:
+    """Tell whether a model directory is whole and can be served. Reads no weights."""
+    with plain_errors():
+        from services.args import AppArgs
+
+        args = AppArgs(model=str(Path(model).resolve()), experts="local")
+        family = args.check()
+        num_experts = sum(shape.num_experts for shape in family.expert_shapes)
+        console.print(f"{args.model} can be served: {num_experts:,} routed experts, none of its tensors is missing.")
+
+
+@app.command()
 def chat(
     message: Annotated[str, typer.Argument(help="One message; a conversation on the terminal if left out.")] = "",
     url: Url = DEFAULT_URL,

@@ -34,7 +34,7 @@ SHARD = {
     "state": "live",
 }
 COMMANDS = (
-    *("up", "chat", "status", "plan", "rebalance", "scale", "drain", "load", "decisions", "trace", "drill"),
+    *("up", "check", "chat", "status", "plan", "rebalance", "scale", "drain", "load", "decisions", "trace", "drill"),
     "size",
 )
 REPORT = {"model": "demo", "health": "ready", "engine": ENGINE, "epoch": 3, "cover": 2, "placement_age_s": 0.25}
@@ -155,6 +155,17 @@ def test_a_missing_tensor_is_one_sentence_that_names_it(tensor: str, tmp_path: P
 def test_a_missing_tokenizer_is_one_sentence(tmp_path: Path) -> None:
     path = copy_of_the_model(tmp_path / "model", without="tokenizer.json")
     assert str(path) in fails_with_one_sentence("up", "--model", str(path))
+
+
+def test_check_tells_a_whole_model_from_one_that_is_cut_off(tmp_path: Path) -> None:
+    answer = expertmesh("check", "--model", str(MODEL))
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.startswith(f"{MODEL.resolve()} can be served: ")
+    path = copy_of_the_model(tmp_path / "model", without="tokenizer.json")
+    assert str(path) in fails_with_one_sentence("check", "--model", str(path))
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert f"{weights} is not a readable safetensors file" in fails_with_one_sentence("check", "--model", str(path))
 
 
 def test_an_unknown_log_format_is_one_sentence() -> None:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from tests.k8s.manifests import OVERLAYS, Manifests, copy_with_secrets, render
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """k8s/ with its Secrets filled in."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl, which renders kustomizations, is not installed, and no package of PyPI does it")
+    return copy_with_secrets(tmp_path_factory.mktemp("k8s") / "k8s")
+
+
+@pytest.fixture(scope="session")
+def rendered(tree: Path) -> Callable[[str], Manifests]:
+    """An overlay's manifests, for a test to change."""
+    once: dict[str, Manifests] = {}
+
+    def of(overlay: str) -> Manifests:
+        if overlay not in once:
+            once[overlay] = render(tree / "overlays" / overlay)
+        return deepcopy(once[overlay])
+
+    return of
+
+
+@pytest.fixture(params=OVERLAYS)
+def manifests(request: pytest.FixtureRequest, rendered: Callable[[str], Manifests]) -> Manifests:
+    """Of every overlay in turn."""
+    return rendered(request.param)
+
+
+@pytest.fixture
+def everything(rendered: Callable[[str], Manifests]) -> Manifests:
+    """Of the overlay that has one of every kind, for faults to be planted in."""
+    return rendered("gpu-ha")

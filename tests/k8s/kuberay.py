@@ -1,0 +1,79 @@
+"""What KubeRay's operator asks of a RayService, or makes of it, that its schema does not say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from tests.k8s.manifests import Manifest, Manifests, Pods, ray_cluster, ray_pods, ray_service
+
+UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
+MAX_NAME = 47
+OPERATORS_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/created-by")  # its Service of the head selects by them
+OPERATORS_VARIABLES = ("RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_ADDRESS", "FQ_RAY_IP", "RAY_IP")
+
+
+def kuberay_faults(manifests: Manifests) -> list[str]:
+    cluster = ray_cluster(manifests)
+    return [
+        *_service_faults(ray_service(manifests)),
+        *_cluster_faults(cluster),
+        *(fault for group in cluster["workerGroupSpecs"] for fault in _group_faults(group)),
+        *(fault for each in ray_pods(manifests) for fault in _pod_faults(each)),
+    ]
+
+
+def _service_faults(service: Manifest) -> Iterator[str]:
+    name, upgrade = service["metadata"]["name"], service["spec"].get("upgradeStrategy", {}).get("type")
+    if len(name) > MAX_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        yield f"{name} is not a DNS label of at most {MAX_NAME} characters"
+    if upgrade not in UPGRADES:
+        yield f"upgradeStrategy.type is {upgrade}; it must say one of {UPGRADES}"
+    if not service["spec"].get("excludeHeadPodFromServeSvc"):
+        yield "excludeHeadPodFromServeSvc is not set, so clients are sent to the head"
+
+
+def _cluster_faults(cluster: Manifest) -> Iterator[str]:
+    autoscaler, gcs = cluster.get("autoscalerOptions", {}), cluster.get("gcsFaultToleranceOptions")
+    if not cluster.get("enableInTreeAutoscaling") or autoscaler.get("version") != "v2":
+        yield "the autoscaler is not on, or not version v2, which alone knows nodes by their labels"
+    if "idleTimeoutSeconds" not in autoscaler:
+        yield "autoscalerOptions do not say idleTimeoutSeconds"
+    if gcs and "externalStorageNamespace" in gcs:
+        yield "both clusters of an upgrade would write into externalStorageNamespace"
+    if gcs and "valueFrom" not in gcs.get("redisPassword", {}):
+        yield "redisPassword of gcsFaultToleranceOptions is not from a Secret"
+    if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
+        yield "num-cpus of the head is not 0, so replicas may start there"
+    ports = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    if ("dashboard", 8265) not in [(port["name"], port["containerPort"]) for port in ports]:
+        yield "the head has no port dashboard 8265, by which KubeRay deploys serveConfigV2"
+    names = [group["groupName"] for group in cluster["workerGroupSpecs"]]
+    if len(set(names)) < len(names):
+        yield f"worker groups are named {names}; each needs a name of its own"
+
+
+def _group_faults(group: Manifest) -> Iterator[str]:
+    name, least, most = group["groupName"], group.get("minReplicas", 0), group.get("maxReplicas", 0)
+    if not least <= group.get("replicas", least) <= most:
+        yield f"group {name} has {group.get('replicas', least)} replicas of {least} to {most}"
+    if "labels" in group.get("rayStartParams", {}):
+        yield f"group {name} has labels in rayStartParams, which KubeRay refuses; they belong into labels of the group"
+    if "resources" in group and {"num-cpus", "num-gpus", "memory", "resources"} & group["rayStartParams"].keys():
+        yield f"group {name} has resources twice, in resources and in rayStartParams"
+
+
+def _pod_faults(each: Pods) -> Iterator[str]:
+    if each.spec.get("restartPolicy", "Never") != "Never":
+        yield f"{each.owner} has restartPolicy {each.spec['restartPolicy']}; under autoscaler v2 it must be Never"
+    for label in OPERATORS_LABELS:
+        if label in each.labels:
+            yield f"{each.owner} sets {label}, by which KubeRay's Service finds the head"
+    for probe in ("readinessProbe", "livenessProbe"):
+        if probe in each.main:
+            yield f"{each.owner} sets {probe}, so KubeRay leaves out its own, which asks Serve's proxy"
+    for variable in each.main.get("env", ()):
+        if variable["name"] in OPERATORS_VARIABLES:
+            yield f"{each.owner} sets {variable['name']}, which is KubeRay's to set"
+    if "command" in each.main or "args" in each.main:
+        yield f"{each.owner} has a command of its own in front of KubeRay's ray start"

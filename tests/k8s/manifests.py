@@ -1,0 +1,154 @@
+"""The manifests as `kubectl kustomize` renders them, and the pods that they describe."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Manifest = dict[str, Any]
+Manifests = list[Manifest]
+Plant = Callable[[Manifests], object]  # changes manifests, so that there is a fault in them
+
+ROOT = Path(__file__).parents[2]
+K8S = ROOT / "k8s"
+OVERLAYS = ("cpu-demo", "gpu", "gpu-ha")
+SECRET_VALUE = "a-value-of-these-tests"
+
+
+class NotRendered(ValueError):
+    """What kubectl says of a kustomization that it cannot render."""
+
+
+def copy_with_secrets(target: Path) -> Path:
+    """The tree as an operator has it, who copied every example of a Secret and put a value in."""
+    shutil.copytree(K8S, target, ignore=shutil.ignore_patterns("*.env"))
+    for example in target.rglob("*.env.example"):
+        lines = [f"{line.rstrip()}{SECRET_VALUE}" for line in example.read_text().splitlines()]
+        example.with_suffix("").write_text("\n".join(lines))
+    return target
+
+
+def render(folder: Path) -> Manifests:
+    """Raises NotRendered where kubectl refuses."""
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise NotRendered(done.stderr.strip())
+    return [manifest for manifest in yaml.load_all(done.stdout, yaml.CSafeLoader) if manifest]
+
+
+def of_kind(manifests: Manifests, kind: str) -> Manifests:
+    return [manifest for manifest in manifests if manifest["kind"] == kind]
+
+
+def named(manifests: Manifests, kind: str, name: str) -> Manifest:
+    return next(manifest for manifest in of_kind(manifests, kind) if manifest["metadata"]["name"] == name)
+
+
+def title(manifest: Manifest) -> str:
+    return f"{manifest['kind']} {manifest['metadata']['name']}"
+
+
+def ray_service(manifests: Manifests) -> Manifest:
+    (service,) = of_kind(manifests, "RayService")
+    return service
+
+
+def ray_cluster(manifests: Manifests) -> Manifest:
+    cluster: Manifest = ray_service(manifests)["spec"]["rayClusterConfig"]
+    return cluster
+
+
+def worker_group(manifests: Manifests, name: str) -> Manifest:
+    groups: Manifests = ray_cluster(manifests)["workerGroupSpecs"]
+    return next(group for group in groups if group["groupName"] == name)
+
+
+def serve_config(manifests: Manifests) -> Manifest:
+    config: Manifest = yaml.load(ray_service(manifests)["spec"]["serveConfigV2"], yaml.CSafeLoader)
+    return config
+
+
+def app_args(manifests: Manifests) -> Manifest:
+    args: Manifest = serve_config(manifests)["applications"][0]["args"]
+    return args
+
+
+@dataclass(frozen=True)
+class Pods:
+    """Pods of one template; `group` is what a RayCluster calls its groups, "head" for the head, and else empty."""
+
+    owner: str
+    group: str
+    labels: dict[str, str]
+    spec: Manifest
+    claims: tuple[str, ...] = ()  # volumes that come with the pod
+
+    @property
+    def is_head(self) -> bool:
+        return self.group == "head"
+
+    @property
+    def main(self) -> Manifest:
+        container: Manifest = self.spec["containers"][0]
+        return container
+
+    @property
+    def containers(self) -> Manifests:
+        return [*self.spec.get("initContainers", ()), *self.spec["containers"]]
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return {port["name"]: port["containerPort"] for each in self.containers for port in each.get("ports", ())}
+
+
+def pods(manifests: Manifests) -> list[Pods]:
+    return [*_pods_of_sets(manifests), *ray_pods(manifests)]
+
+
+def _pods_of_sets(manifests: Manifests) -> Iterator[Pods]:
+    for manifest in of_kind(manifests, "StatefulSet"):
+        spec = manifest["spec"]
+        claims = tuple(claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", ()))
+        template = spec["template"]
+        yield Pods(title(manifest), "", template["metadata"]["labels"], template["spec"], claims)
+
+
+def ray_pods(manifests: Manifests) -> list[Pods]:
+    """The head's first. KubeRay gives pods the labels of their group, too."""
+    cluster = ray_cluster(manifests)
+    groups = [("head", cluster["headGroupSpec"]), *((each["groupName"], each) for each in cluster["workerGroupSpecs"])]
+    return [
+        Pods(
+            f"{title(ray_service(manifests))}, group {name}",
+            name,
+            {**group.get("labels", {}), **group["template"]["metadata"]["labels"]},
+            group["template"]["spec"],
+        )
+        for name, group in groups
+    ]
+
+
+def quantity(text: str | int) -> float:
+    """A number as Kubernetes writes it: 500m, 4Gi, 2."""
+    units = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    text = str(text)
+    unit = next((unit for unit in sorted(units, key=len, reverse=True) if text.endswith(unit)), "")
+    return float(text.removesuffix(unit)) * units.get(unit, 1)
+
+
+def container(manifests: Manifests, owner: str) -> Manifest:
+    """The first one of the pods whose owner or group is called that."""
+    return next(each for each in pods(manifests) if owner in (each.group, each.owner)).main
+
+
+def rewrite_serve(manifests: Manifests, old: str, new: str) -> None:
+    """Changes the text of serveConfigV2, which must have `old`."""
+    spec = ray_service(manifests)["spec"]
+    assert old in spec["serveConfigV2"]
+    spec["serveConfigV2"] = spec["serveConfigV2"].replace(old, new)

@@ -1,0 +1,58 @@
+"""What NetworkPolicies let through, by the rules that Kubernetes has for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tests.k8s.manifests import Manifest, Manifests, of_kind
+from tests.k8s.references import peers, selects
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A pod, ours or another's; `namespace` is None for ours, and "" for what is no pod at all."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+    namespace: str | None = None
+
+
+def allows(manifests: Manifests, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
+    """Whether both ends let a connection through."""
+    return _lets(manifests, source, target, port, protocol, "egress") and _lets(
+        manifests, target, source, port, protocol, "ingress"
+    )
+
+
+def _lets(manifests: Manifests, own: Peer, other: Peer, port: int, protocol: str, direction: str) -> bool:
+    """Policies add up, and a pod that none selects for a direction lets everything through there."""
+    if own.namespace is not None:
+        return True  # what others allow is not ours to say
+    policies = [
+        policy
+        for policy in of_kind(manifests, "NetworkPolicy")
+        if direction.capitalize() in policy["spec"]["policyTypes"]
+        and selects(policy["spec"]["podSelector"], own.labels)
+    ]
+    return not policies or any(
+        _is_meant(peer, other) and _is_open(rule, port, protocol)
+        for policy in policies
+        for way, peer, rule in peers(policy)
+        if way == direction
+    )
+
+
+def _is_meant(peer: Manifest, other: Peer) -> bool:
+    if not peer:
+        return True  # everybody
+    if other.namespace == "" or "ipBlock" in peer:
+        return False  # no policy here has addresses
+    if "namespaceSelector" in peer:
+        namespace = {"kubernetes.io/metadata.name": other.namespace or "expertmesh"}
+        return selects(peer["namespaceSelector"], namespace) and selects(peer.get("podSelector", {}), other.labels)
+    return other.namespace is None and selects(peer["podSelector"], other.labels)
+
+
+def _is_open(rule: Manifest, port: int, protocol: str) -> bool:
+    return "ports" not in rule or any(
+        one.get("port", port) == port and one.get("protocol", "TCP") == protocol for one in rule["ports"]
+    )

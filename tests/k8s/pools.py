@@ -1,0 +1,130 @@
+"""The application's arguments against the pods that are to run it: labels, CPUs, GPUs, numbers, spread, budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from services.args import AppArgs, PoolArgs
+from tests.k8s.manifests import Manifest, Manifests, app_args, of_kind, quantity, ray_cluster, ray_pods
+from tests.k8s.references import selects
+
+GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1  # of services/app.py
+HOSTNAME = "kubernetes.io/hostname"
+
+
+def pool_faults(manifests: Manifests) -> list[str]:
+    args = AppArgs(**app_args(manifests))
+    groups = ray_cluster(manifests)["workerGroupSpecs"]
+    faults = list(_backbone_faults(args, groups))
+    for pool in args.pools:
+        faults += _pool_faults(pool, groups)
+    used = [args.labels, *(pool.labels for pool in args.pools)]
+    for group in groups:
+        if group.get("labels") not in used and group["minReplicas"] > 0:
+            faults.append(f"group {group['groupName']} always has pods, and nothing is placed on them")
+    return faults + list(_budget_faults(args, manifests)) + _spread_faults(manifests)
+
+
+def _group_of(labels: dict[str, str], groups: list[Manifest], what: str) -> Manifest | str:
+    """The one group whose Ray nodes have these labels, or what is wrong."""
+    found = [group for group in groups if labels and labels.items() <= group.get("labels", {}).items()]
+    if len(found) != 1:
+        return f"{what} asks for nodes with {labels}, which are of {[group['groupName'] for group in found]}"
+    return found[0]
+
+
+def _backbone_faults(args: AppArgs, groups: list[Manifest]) -> Iterator[str]:
+    group = _group_of(args.labels, groups, "the backbone")
+    if isinstance(group, str):
+        yield group
+        return
+    if args.device == "cuda" and args.backbone_threads is None:
+        yield "backbone_threads is left to the machine that the application happens to be built on"
+    cpus, gpus = _limits(group)
+    beside = GATEWAY_CPUS * args.gateway_replicas + CONTROLLER_CPUS
+    wanted = (args.backbone_threads or 1) + beside  # where one pod has them all
+    if cpus < wanted:
+        yield f"a pod of group {group['groupName']} has {cpus:g} CPUs, and needs {wanted:g}"
+    if gpus != (args.device == "cuda"):
+        yield f"a pod of group {group['groupName']} has {gpus:g} GPUs for a backbone on {args.device}"
+    yield from _number_faults(group, args.backbone_replicas, args.backbone_replicas)
+
+
+def _pool_faults(pool: PoolArgs, groups: list[Manifest]) -> Iterator[str]:
+    group = _group_of(pool.labels, groups, f"pool {pool.name}")
+    if isinstance(group, str):
+        yield group
+        return
+    if pool.name != group["groupName"]:
+        yield f"pool {pool.name} is on group {group['groupName']}; they have one name"
+    cpus, gpus = _limits(group)
+    if gpus != (pool.device == "cuda"):
+        yield f"a pod of group {pool.name} has {gpus:g} GPUs for a shard on {pool.device}"
+    if not pool.num_cpus <= cpus < 2 * pool.num_cpus:
+        yield f"a pod of group {pool.name} has {cpus:g} CPUs, and one shard of {pool.num_cpus:g} must fit and no second"
+    if pool.host_budget is not None and pool.host_budget >= _memory(group):
+        yield f"host_budget of pool {pool.name} is all of the memory of its pods, or more"
+    if pool.device == "cpu" and pool.memory_budget is not None and pool.memory_budget >= _memory(group):
+        yield f"memory_budget of pool {pool.name} is all of the memory of its pods, or more"
+    yield from _number_faults(group, pool.least_shards, pool.most_shards)
+
+
+def _number_faults(group: Manifest, least: int, most: int) -> Iterator[str]:
+    """Pods for all replicas, and for one that starts before another goes."""
+    if group["minReplicas"] > least or group["maxReplicas"] != most + 1:
+        bounds = f"{group['minReplicas']} to {group['maxReplicas']}"
+        yield f"group {group['groupName']} has {bounds} pods for {least} to {most} replicas and one more"
+
+
+def _limits(group: Manifest) -> tuple[float, float]:
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return quantity(limits["cpu"]), quantity(limits.get("nvidia.com/gpu", 0))
+
+
+def _memory(group: Manifest) -> float:
+    return quantity(group["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
+
+
+def _budget_faults(args: AppArgs, manifests: Manifests) -> Iterator[str]:
+    """One pod of a pool may be taken away at a time; of backbones one, if there are several."""
+    wanted = {pool.name: pool.least_shards - 1 for pool in args.pools}
+    wanted["backbone"] = max(1, args.backbone_replicas - 1)
+    if not ray_cluster(manifests).get("gcsFaultToleranceOptions"):
+        wanted["head"] = 1
+    found: dict[str, object] = {}
+    for budget in of_kind(manifests, "PodDisruptionBudget"):
+        for each in ray_pods(manifests):
+            if selects(budget["spec"]["selector"], each.labels):
+                found[each.group] = budget["spec"].get("minAvailable")
+    for group in sorted(wanted.keys() | found.keys()):
+        if found.get(group) != wanted.get(group):
+            yield f"of group {group}, {found.get(group)} pods must stay; that should be {wanted.get(group)}"
+
+
+def _spread_faults(manifests: Manifests) -> list[str]:
+    """Workers are spread over nodes, those of one cluster by themselves: an upgrade has two."""
+    return [
+        f"pods of group {each.group} are not spread over nodes"
+        for each in ray_pods(manifests)
+        if not each.is_head
+        and not any(
+            constraint["topologyKey"] == HOSTNAME and constraint.get("matchLabelKeys") == ["ray.io/cluster"]
+            for constraint in each.spec.get("topologySpreadConstraints", ())
+        )
+    ]
+
+
+def apart_faults(manifests: Manifests) -> list[str]:
+    """Pods that Kubernetes would put on one node, where an expert's homes, or all backbones, would go with it."""
+    several = AppArgs(**app_args(manifests)).backbone_replicas > 1
+    return [
+        f"pods of group {each.group} may all be on one node"
+        for each in ray_pods(manifests)
+        if (each.group.startswith("experts-") or (each.group == "backbone" and several))
+        and not any(
+            constraint["topologyKey"] == HOSTNAME
+            and constraint["whenUnsatisfiable"] == "DoNotSchedule"
+            and constraint.get("minDomains", 1) >= 2
+            for constraint in each.spec.get("topologySpreadConstraints", ())
+        )
+    ]

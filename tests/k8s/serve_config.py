@@ -1,0 +1,79 @@
+"""`serveConfigV2`, which the CRD takes as any string: Serve's schema, its keys, our arguments, and what it imports.
+
+Serve's own models ignore a key that they do not know, so a misspelt one would be served with its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from services.app import GRPC_SERVICERS
+from services.args import AppArgs
+from tests.k8s.manifests import Manifest
+
+
+def serve_faults(config: Manifest) -> list[str]:
+    return [
+        *_errors(ServeDeploySchema, config, "serveConfigV2"),
+        *unknown_keys(ServeDeploySchema, config),
+        *(fault for each in config.get("applications", ()) for fault in _errors(AppArgs, each.get("args"), "args")),
+        *import_faults(config),
+        *servicer_faults(config),
+    ]
+
+
+def _errors(model: type[BaseModel], value: Any, name: str) -> list[str]:
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        return [f"{name}: {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+    return []
+
+
+def unknown_keys(model: type[BaseModel], value: Any, path: str = "") -> list[str]:
+    """Keys that `model`, or a model of one of its fields, does not have."""
+    if not isinstance(value, dict):
+        return []
+    fields = {name: field for key, field in model.model_fields.items() for name in {key, field.alias or key}}
+    faults = [f"{path}{key} is no field of {model.__name__}" for key in value if key not in fields]
+    for key, inner in value.items():
+        for nested in _models(fields[key].annotation) if key in fields else ():
+            items = inner if isinstance(inner, list) else [inner]
+            for i, item in enumerate(items):
+                where = f"{path}{key}.{i}." if isinstance(inner, list) else f"{path}{key}."
+                faults += unknown_keys(nested, item, where)
+    return faults
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in `X`, `X | None`, `list[X]`, `dict | X`; what is only a dict may have any key."""
+    if get_origin(annotation) is None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield annotation
+    else:
+        for argument in get_args(annotation):
+            yield from _models(argument)
+
+
+def import_faults(config: Manifest) -> list[str]:
+    """`module:name` of applications and servicers, imported as Serve does."""
+    paths = [each["import_path"] for each in config.get("applications", ()) if "import_path" in each]
+    faults = []
+    for path in [*paths, *config.get("grpc_options", {}).get("grpc_servicer_functions", ())]:
+        module, _, name = path.partition(":")
+        try:
+            getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            faults.append(f"{path} cannot be imported: {error}")
+    return faults
+
+
+def servicer_faults(config: Manifest) -> list[str]:
+    """The application answers these services and no others."""
+    named = config.get("grpc_options", {}).get("grpc_servicer_functions", [])
+    return [] if sorted(named) == sorted(GRPC_SERVICERS) else [f"servicers are {named}, and not {GRPC_SERVICERS}"]

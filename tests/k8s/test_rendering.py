@@ -1,0 +1,59 @@
+"""Every kustomization renders, and says so where it lacks what only an operator has."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.k8s.manifests import K8S, OVERLAYS, Manifests, NotRendered, copy_with_secrets, of_kind, pods, render
+
+
+def test_every_kustomization_renders(tree: Path) -> None:
+    folders = [file.parent for file in tree.rglob("kustomization.yaml")]
+    assert {folder.name for folder in folders} >= {"base", "redis", *OVERLAYS}
+    for folder in folders:
+        assert render(folder)
+
+
+def test_every_file_is_part_of_one() -> None:
+    """A manifest that no kustomization names would be forgotten in silence."""
+    named = {
+        (file.parent / name).resolve()
+        for file in K8S.rglob("kustomization.yaml")
+        for word in file.read_text().split()
+        for name in [word.strip('",')]
+        if (file.parent / name).exists()
+    }
+    there = {file.resolve() for file in K8S.rglob("*") if file.suffix in (".yaml", ".conf")}
+    assert {file for file in there if file.name != "kustomization.yaml"} <= named
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "gpu-ha"])
+def test_nothing_renders_without_its_secrets(overlay: str, tree: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "k8s"
+    shutil.copytree(tree, bare, ignore=shutil.ignore_patterns("*.env"))
+    with pytest.raises(NotRendered, match=r"redis\.env|admin\.env"):
+        render(bare / "overlays" / overlay)
+
+
+def test_a_patch_that_meets_another_group_is_refused(tmp_path: Path) -> None:
+    """Groups are patched by their places in a list; each patch tests which group it meets."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl, which renders kustomizations, is not installed, and no package of PyPI does it")
+    tree = copy_with_secrets(tmp_path / "k8s")
+    base = tree / "base" / "rayservice.yaml"
+    base.write_text(base.read_text().replace("groupName: experts-cpu", "groupName: experts-xpu"))
+    for overlay in OVERLAYS:
+        with pytest.raises(NotRendered, match="groupName failed"):
+            render(tree / "overlays" / overlay)
+
+
+def test_all_is_in_one_namespace_and_every_image_has_a_version(manifests: Manifests) -> None:
+    (namespace,) = of_kind(manifests, "Namespace")
+    assert {each["metadata"].get("namespace") for each in manifests if each is not namespace} == {
+        namespace["metadata"]["name"]
+    }
+    images = {container["image"] for each in pods(manifests) for container in each.containers}
+    assert all(":" in image and not image.endswith(":latest") for image in images)

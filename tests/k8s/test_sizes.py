@@ -1,0 +1,87 @@
+"""The GPU overlays have what `expertmesh size` says of Nemotron 3 Super in bf16 on H200s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from cluster.fit import Slo
+from cluster.gpus import gpu_of
+from cluster.known_models import known_config
+from cluster.model_configs import model_sizes
+from cluster.sizing import size
+
+from cluster.room import check_room
+from cluster.topology import Shard
+from services.args import NUM_HOMES, AppArgs
+from tests.k8s.manifests import Manifest, Manifests, Plant, app_args, container, quantity, rewrite_serve
+
+WANTED = {"gpu": Slo(), "gpu-ha": Slo(num_requests=128, min_backbones=2)}
+MODEL = "NVIDIA-Nemotron-3-Super-120B-A12B"
+
+
+def size_faults(manifests: Manifests, slo: Slo) -> list[str]:
+    """Numbers of the manifests that are not those of the sizing."""
+    args = AppArgs(**app_args(manifests))
+    (pool,) = args.pools
+    sized = size(known_config(MODEL), gpu_of("h200"), "bf16", slo)
+    pairs = {
+        "backbone_replicas": (args.backbone_replicas, sized.backbone_gpus),
+        "max_requests": (args.max_requests, sized.requests_per_backbone),
+        "state_memory": (args.state_memory, sized.state_memory_bytes),
+        "shards": (pool.shards, sized.expert_gpus),
+        "memory_budget": (pool.memory_budget, sized.shard_memory_bytes),
+        "host_budget": (pool.host_budget, sized.shard_host_bytes),
+        "memory of the backbone's pod": (_memory(manifests, "backbone"), sized.backbone_pod_memory_bytes),
+        "memory of a shard's pod": (_memory(manifests, "experts-gpu"), sized.shard_pod_memory_bytes),
+    }
+    return [f"{what} is {has}, and should be {should}" for what, (has, should) in pairs.items() if has != should]
+
+
+def limits_of(manifests: Manifests, group: str) -> Manifest:
+    limits: Manifest = container(manifests, group)["resources"]["limits"]
+    return limits
+
+
+def _memory(manifests: Manifests, group: str) -> int:
+    return int(quantity(limits_of(manifests, group)["memory"]))
+
+
+@pytest.mark.parametrize("overlay", WANTED)
+def test_an_overlay_is_as_large_as_it_has_to_be(overlay: str, rendered: Callable[[str], Manifests]) -> None:
+    manifests = rendered(overlay)
+    assert MODEL in app_args(manifests)["model"]
+    assert size_faults(manifests, WANTED[overlay]) == []
+
+
+@pytest.mark.parametrize("overlay", WANTED)
+def test_the_planner_finds_room_for_two_homes(overlay: str, rendered: Callable[[str], Manifests]) -> None:
+    (pool,) = AppArgs(**app_args(rendered(overlay))).pools
+    assert pool.memory_budget is not None
+    assert pool.host_budget is not None
+    shards = [
+        Shard(f"s{i}", "", f"node-{i}", pool.name, "cuda", "", int(pool.memory_budget), host_budget=pool.host_budget)
+        for i in range(pool.shards)
+    ]
+    layers = model_sizes(known_config(MODEL)).layer_specs("bf16")
+    check_room(layers, shards, NUM_HOMES)
+    with pytest.raises(ValueError, match="room for"):
+        check_room(layers, shards[:1], NUM_HOMES)
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (lambda m: rewrite_serve(m, "shards: 4", "shards: 5"), "shards is 5"),
+        (lambda m: rewrite_serve(m, "memory_budget: 118GiB", "memory_budget: 118GB"), "memory_budget is 118000000000"),
+        (lambda m: rewrite_serve(m, "state_memory: 21GiB", "state_memory: 2GiB"), "state_memory is"),
+        (lambda m: rewrite_serve(m, "backbone_replicas: 2", "backbone_replicas: 1"), "backbone_replicas is 1"),
+        (
+            lambda m: container(m, "experts-gpu")["resources"]["limits"].update(memory="8Gi"),
+            "memory of a shard's pod is",
+        ),
+    ],
+)
+def test_a_planted_fault_is_found(plant: Plant, words: str, everything: Manifests) -> None:
+    plant(everything)
+    assert any(fault.startswith(words) for fault in size_faults(everything, WANTED["gpu-ha"]))
