@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
-from redis.asyncio import Redis
 
 from cluster.load import LoadStore
 from cluster.registry import Registry, connect, key_prefix
@@ -246,12 +245,12 @@ class AppArgs(BaseModel):
             for i in range(pool.shards)
         ]
 
+    @property
+    def _password(self) -> str | None:
+        return self.redis_password.get_secret_value() if self.redis_password else None
+
     def registry(self) -> Registry:
-        return Registry(self._redis(), self.name)
+        return Registry(connect(self.redis_url, self._password), self.name)
 
     def loads(self) -> LoadStore:
-        return LoadStore(self._redis(), self.name)
-
-    def _redis(self) -> Redis:
-        password = self.redis_password
-        return connect(self.redis_url, password.get_secret_value() if password else None)
+        return LoadStore(connect(self.redis_url, self._password), self.name)
