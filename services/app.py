@@ -180,6 +180,7 @@ def build_app(args: AppArgs) -> Application:
         num_replicas=args.gateway_replicas,
         max_ongoing_requests=MAX_OPEN,
         graceful_shutdown_timeout_s=args.drain_s + GATEWAY_STOP_S,
+        **({"max_replicas_per_node": 1} if args.host == "auto" and args.http_port else {}),  # each pod's is its own
     )
     extras = [] if args.experts == "local" else _expert_tier(args)
     app: Application = gateway.bind(args, backbone.bind(args), *extras)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from tests.k8s.manifests import Manifest, Manifests, Pods, ray_cluster, ray_pods, ray_service
+from tests.k8s.manifests import Manifest, Manifests, Pods, app_args, ray_cluster, ray_pods, ray_service
 
 UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 MAX_NAME = 47
@@ -19,7 +19,7 @@ def kuberay_faults(manifests: Manifests) -> list[str]:
         *_service_faults(ray_service(manifests)),
         *_cluster_faults(cluster),
         *(fault for group in cluster["workerGroupSpecs"] for fault in _group_faults(group)),
-        *(fault for each in ray_pods(manifests) for fault in _pod_faults(each)),
+        *(fault for each in ray_pods(manifests) for fault in _pod_faults(each, app_args(manifests))),
     ]
 
 
@@ -63,15 +63,20 @@ def _group_faults(group: Manifest) -> Iterator[str]:
         yield f"group {name} has resources twice, in resources and in rayStartParams"
 
 
-def _pod_faults(each: Pods) -> Iterator[str]:
+def _pod_faults(each: Pods, args: Manifest) -> Iterator[str]:
     if each.spec.get("restartPolicy", "Never") != "Never":
         yield f"{each.owner} has restartPolicy {each.spec['restartPolicy']}; under autoscaler v2 it must be Never"
     for label in OPERATORS_LABELS:
         if label in each.labels:
             yield f"{each.owner} sets {label}, by which KubeRay's Service finds the head"
-    for probe in ("readinessProbe", "livenessProbe"):
+    has_gateway = args["labels"].items() <= each.labels.items()
+    asked = each.main.get("readinessProbe", {}).get("httpGet", {})
+    port = each.ports.get(asked.get("port"), asked.get("port"))
+    if has_gateway and (asked.get("path"), port) != ("/health/ready", args.get("http_port")):
+        yield f"{each.owner} is not Ready by its gateway's own word, /health/ready on port {args.get('http_port')}"
+    for probe in ("livenessProbe",) if has_gateway else ("readinessProbe", "livenessProbe"):
         if probe in each.main:
-            yield f"{each.owner} sets {probe}, so KubeRay leaves out its own, which asks Serve's proxy"
+            yield f"{each.owner} sets {probe}, so KubeRay leaves out its own"
     for variable in each.main.get("env", ()):
         if variable["name"] in OPERATORS_VARIABLES:
             yield f"{each.owner} sets {variable['name']}, which is KubeRay's to set"

@@ -7,7 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.k8s.manifests import Manifest, Manifests, Pods, of_kind, pods, ray_pods, ray_service, serve_config, title
+from tests.k8s.manifests import (
+    Manifest,
+    Manifests,
+    Pods,
+    app_args,
+    named,
+    of_kind,
+    pods,
+    ray_pods,
+    ray_service,
+    serve_config,
+    title,
+)
 
 
 def selects(selector: Manifest, labels: dict[str, str]) -> bool:
@@ -57,6 +69,7 @@ def port_faults(manifests: Manifests) -> list[str]:
     return [
         *_service_port_faults(manifests, all_pods),
         *_serve_port_faults(manifests),
+        *_gateway_port_faults(manifests),
         *_policy_port_faults(manifests, all_pods),
         *_probe_port_faults(all_pods),
         *_url_faults(manifests, all_pods),
@@ -90,6 +103,20 @@ def _serve_port_faults(manifests: Manifests) -> Iterator[str]:
             yield f"serveService has {name} on ports {numbers}, and serveConfigV2 on {wanted[name]}"
     if described.get("serve-grpc", {}).get("appProtocol") != "kubernetes.io/h2c":
         yield "serveService does not say of serve-grpc that it is kubernetes.io/h2c"
+
+
+def _gateway_port_faults(manifests: Manifests) -> Iterator[str]:
+    """Clients come to gateways, which listen where the arguments say, on pods with the arguments' labels."""
+    args = app_args(manifests)
+    wanted = {"rest": args.get("http_port"), "grpc": args.get("grpc_port")}
+    for each in ray_pods(manifests):
+        if args["labels"].items() <= each.labels.items():
+            for name, port in wanted.items():
+                if each.ports.get(name) != port:
+                    yield f"{each.owner} has {name} on port {each.ports.get(name)}, and gateways listen on {port}"
+    described = {port["name"]: port for port in named(manifests, "Service", "expertmesh")["spec"]["ports"]}
+    if described.get("grpc", {}).get("appProtocol") != "kubernetes.io/h2c":
+        yield "Service expertmesh does not say of grpc that it is kubernetes.io/h2c"
 
 
 def _policy_port_faults(manifests: Manifests, all_pods: list[Pods]) -> Iterator[str]:

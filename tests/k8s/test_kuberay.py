@@ -42,6 +42,12 @@ def test_the_operator_takes_every_overlay(manifests: Manifests) -> None:
             "sets app.kubernetes.io/name",
         ),
         (lambda m: container(m, "experts-gpu").update(readinessProbe={}), "sets readinessProbe"),
+        (lambda m: container(m, "backbone").update(livenessProbe={}), "sets livenessProbe"),
+        (lambda m: container(m, "backbone").pop("readinessProbe"), "is not Ready by its gateway's own word"),
+        (
+            lambda m: container(m, "backbone")["readinessProbe"]["httpGet"].update(path="/health/live"),
+            "is not Ready by its gateway's own word",
+        ),
         (lambda m: container(m, "head")["env"].append({"name": "REDIS_PASSWORD", "value": ""}), "KubeRay's to set"),
         (lambda m: container(m, "head").update(command=["sleep"]), "a command of its own"),
     ],

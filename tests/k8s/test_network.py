@@ -29,8 +29,8 @@ def unmet_needs(manifests: Manifests) -> list[str]:
     head, redis = peer(manifests, "head"), peer(manifests, "StatefulSet expertmesh-redis")
     needs = [("Ray and shards", one, other, 33333) for one in ray(manifests) for other in ray(manifests)]
     needs += [("the store", one, redis, 6379) for one in ray(manifests)]
-    for port in (8000, 9000):
-        needs += [("clients", one, other, port) for one in (STRANGER, OUTSIDE) for other in ray(manifests)]
+    gateway = peer(manifests, "backbone")
+    needs += [("clients", one, gateway, port) for one in (STRANGER, OUTSIDE) for port in (8001, 9001)]
     needs += [("metrics", PROMETHEUS, one, 8080) for one in ray(manifests)]
     needs += [("metrics of the head", PROMETHEUS, head, port) for port in (44217, 44227)]
     needs += [("the operator", OPERATOR, head, 8265), ("the API server", head, OUTSIDE, 443)]
@@ -49,6 +49,7 @@ def holes(manifests: Manifests) -> list[str]:
     closed += [("a store calls", store, other, 443) for store in stores for other in [*others, *ray(manifests)]]
     closed += [("the dashboard", one, head, 8265) for one in (PROMETHEUS, STRANGER, NEIGHBOUR, OUTSIDE)]
     closed += [("Ray and shards", one, other, 33333) for one in others for other in ray(manifests)]
+    closed += [("Serve's proxy", one, other, 8000) for one in (STRANGER, OUTSIDE) for other in ray(manifests)]
     closed += [("metrics", one, worker, 8080) for one in (STRANGER, NEIGHBOUR, OUTSIDE)]
     closed += [("a worker calls", worker, other, 443) for other in (STRANGER, OUTSIDE)]
     closed += [("another store", worker, one, 6379) for one in stores if one.labels.get(COMPONENT) == "gcs-redis"]
@@ -78,7 +79,7 @@ def gcs_rule(manifests: Manifests) -> Manifest:
         (lambda m: rules(m, "ray", "egress").pop(1), "the store"),
         (lambda m: rules(m, "ray", "egress").pop(2), "names"),
         (lambda m: rules(m, "ray", "egress")[2]["ports"].pop(0), "names"),
-        (lambda m: rules(m, "ray", "ingress")[1]["ports"].pop(), "clients, port 9000"),
+        (lambda m: rules(m, "clients", "ingress")[0]["ports"].pop(), "clients, port 9001"),
         (lambda m: rules(m, "ray", "ingress").pop(), "metrics, port 8080"),
         (lambda m: rules(m, "head", "ingress").pop(0), "the operator"),
         (lambda m: rules(m, "head", "egress").clear(), "the API server"),
@@ -99,7 +100,7 @@ def test_a_need_that_is_not_met_is_found(plant: Plant, words: str, everything: M
         (lambda m: rules(m, "redis", "ingress")[0].pop("from"), "a store, port 6379"),
         (lambda m: rules(m, "redis", "ingress")[0]["from"][0].update(podSelector={}), "a store, port 6379"),
         (lambda m: rules(m, "ray", "ingress")[1].pop("ports"), "Ray and shards"),
-        (lambda m: rules(m, "ray", "ingress")[2].pop("from"), "metrics"),
+        (lambda m: rules(m, "ray", "ingress")[1].pop("from"), "metrics"),
         (lambda m: rules(m, "head", "ingress")[0]["from"][0].pop("podSelector"), "the dashboard"),
         (lambda m: rules(m, "ray", "egress").append({}), "a worker calls"),
         (lambda m: [rules(m, "ray", "egress").append({}), gcs_rule(m).pop("from")], "another store"),

@@ -87,6 +87,21 @@ def test_a_selector_that_finds_nothing_is_found(plant: Plant, words: str, everyt
         (lambda m: container(m, "backbone")["ports"][2].update(containerPort=9001), "has serve-grpc on port 9001"),
         (lambda m: container(m, "head")["ports"].pop(), "has serve-grpc on port None"),
         (
+            lambda m: rewrite_serve(m, "http_port: 8001", "http_port: 8002"),
+            "rest on port 8001, and gateways listen on 8002",
+        ),
+        (lambda m: rewrite_serve(m, "grpc_port: 9001", ""), "has grpc on port 9001, and gateways listen on None"),
+        (
+            lambda m: named(m, "Service", "expertmesh")["spec"]["ports"][1].pop("appProtocol"),
+            "Service expertmesh does not say of grpc",
+        ),
+        (
+            lambda m: named(m, "Service", "expertmesh")["spec"]["selector"].update(
+                {"app.kubernetes.io/component": "experts-gpu"}
+            ),
+            "Service expertmesh sends to port rest",
+        ),
+        (
             lambda m: ray_service(m)["spec"]["serveService"]["spec"]["ports"][1].update(name="grpc"),
             "do not both have a port grpc",
         ),

@@ -37,7 +37,7 @@ def test_the_demo_is_what_serve_would_build(demo: dict[str, Any]) -> None:
 
 def test_a_node_drains_longer_than_any_replica_takes_to_stop(demo: dict[str, Any], manifests: Manifests) -> None:
     longest = max(each._deployment_config.graceful_shutdown_timeout_s for each in demo.values())
-    assert longest == SHARD_STOP_TIMEOUT_S
+    assert longest >= SHARD_STOP_TIMEOUT_S
     assert all(float(variable_of(each, DRAIN) or 0) > longest for each in ray_pods(manifests))
 
 
