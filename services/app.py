@@ -39,6 +39,7 @@ SHARD_STOP_TIMEOUT_S = LEAVE_TIMEOUT_S + DRAIN_TIMEOUT_S + 10  # Serve kills a r
 SCALING_POLICY = "services.scaling_policy:follow_the_controller"
 METRICS_INTERVAL_S = 1.0  # from a shard to Serve
 GATEWAY_STOP_S = 20  # beside draining
+SURGE_PERCENT = 100  # of backbones and gateways: a new one serves before an old one stops, where nodes have room
 MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
 
 
@@ -165,6 +166,7 @@ def build_app(args: AppArgs) -> Application:
         num_cpus=args.threads(family),
         num_gpus=1 if args.device == "cuda" else 0,
         num_replicas=args.backbone_replicas,
+        max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
@@ -178,6 +180,7 @@ def build_app(args: AppArgs) -> Application:
         args.labels,
         num_cpus=0.5,
         num_replicas=args.gateway_replicas,
+        max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
         graceful_shutdown_timeout_s=args.drain_s + GATEWAY_STOP_S,
         **({"max_replicas_per_node": 1} if args.host == "auto" and args.http_port else {}),  # each pod's is its own
