@@ -77,9 +77,12 @@ class Table:
 
     def changed(self, other: Table) -> Array:
         """The experts that have other homes, or another order of them, in `other`."""
-        width = max(self.homes_EH.shape[1], other.homes_EH.shape[1])
-        differs_EH = self.resized(width).homes_EH != other.resized(width).homes_EH
-        return np.flatnonzero(differs_EH.any(axis=1))
+        width = min(self.homes_EH.shape[1], other.homes_EH.shape[1])
+        differs_E = (self.homes_EH[:, :width] != other.homes_EH[:, :width]).any(axis=1)
+        for table in (self, other):
+            if table.homes_EH.shape[1] > width:
+                differs_E |= table.num_E > width
+        return np.flatnonzero(differs_E)
 
     def num_added(self, other: Table) -> int:
         """How many homes it has that `other` does not."""
