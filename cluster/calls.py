@@ -190,7 +190,8 @@ class LayerCall:
         return [ask.id for ask in lane.asks]
 
     def on_refusal(self, request_id: int, code: Refusal, detail: str, now: float) -> list[Ask]:
-        ask = self.fleet.note_reply(request_id, None, now)
+        is_fault = code in (Refusal.FAILED, Refusal.CORRUPT)
+        ask = self.fleet.note_failed(request_id, now) if is_fault else self.fleet.note_reply(request_id, None, now)
         self._traffic.refusals[code] = self._traffic.refusals.get(code, 0) + 1
         if ask is None:
             return []
@@ -199,8 +200,6 @@ class LayerCall:
             return []
         if code is Refusal.DRAINING:
             ask.health.is_draining = self.fleet.is_changed = True
-        if code in (Refusal.FAILED, Refusal.CORRUPT):
-            self.fleet.note_fault(ask.health, now)
         is_busy, is_error = code is Refusal.OVERLOADED, code in (Refusal.FAILED, Refusal.BAD_SHAPE)
         return self._give_up(ask, detail, now, is_busy, is_error)
 

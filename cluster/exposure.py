@@ -122,6 +122,11 @@ class Exposure:
         self._last_expert, self._last_shard = layout.expert_H[is_last_H], layout.shard_H[is_last_H]
 
     @property
+    def cover(self) -> int:
+        """Live homes of the expert that has fewest."""
+        return int(self.num_lives_E.min(initial=len(self.layout.shard_ids)))
+
+    @property
     def below_cover(self) -> Ids:
         """The experts with fewer live homes than every expert should have."""
         return np.flatnonzero(self.num_lives_E < WANTED_COVER)

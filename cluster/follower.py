@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from cluster.registry import RegistryStore, StalePlacement
 from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)
+
+MAX_MISSED = 8  # answers: a store that came back empty hears of every shard within so many
 
 Adopt = Callable[[Placement, Iterable[Shard]], None]
 
@@ -23,7 +25,13 @@ class Follower:
         self.name, self.model, self.registry = name, model, registry
         self.placement: Placement | None = None
         self.shards: dict[str, Shard] = {}
+        self._num_missed: dict[str, int] = {}  # of each shard, the store's answers in a row without it
         self._adopt = adopt
+
+    @property
+    def gone(self) -> Collection[str]:
+        """The shards of the placement that the store, whenever it answered lately, did not know as alive."""
+        return [id for id, num_missed in self._num_missed.items() if num_missed >= MAX_MISSED]
 
     @property
     def epoch(self) -> int:
@@ -43,6 +51,8 @@ class Follower:
         homes = set(self.placement.shard_ids)
         self.shards = {id: shard for id, shard in self.shards.items() if id in homes}
         self.shards |= {shard.id: shard for shard in shards}
+        there = {shard.id for shard in shards}
+        self._num_missed = {id: self._num_missed.get(id, 0) + 1 for id in homes if id not in there}
         self._adopt(self.placement, self.shards.values())
         await self.registry.follow(self.name, self.epoch)
         return True

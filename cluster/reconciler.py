@@ -41,6 +41,10 @@ class ShardFailed(RuntimeError):
     """A shard did not do what it was asked; the message says what."""
 
 
+class WitnessFailed(ShardFailed):
+    """Of two shards that were to be compared, it was the old one, which says nothing of the new one."""
+
+
 @dataclass(frozen=True)
 class Order:
     """What every change on a shard carries: the newest epoch, and the leader's token. Shards refuse older tokens."""
@@ -60,7 +64,7 @@ class Shards(Protocol):
     async def drop(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> None: ...
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
-        """The experts for which the two do not compute the same."""
+        """The experts for which the two do not compute the same. Raises WitnessFailed where `old` is to blame."""
 
 
 Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[Plan]]
@@ -307,7 +311,9 @@ class Reconciler:
         is_under_way = self.target is not None and self.target != running
         patience = self.timing.plan_every_s * (6 if is_under_way else 1)
         is_due = now - self._planned_at >= patience and now >= self._regrets_until
-        if fleet == self._planned_for and not is_due and ordered is None:
+        if fleet != self._planned_for:
+            self._trial = None  # what was before is no place to go back to, nor a time to compare with
+        elif not is_due and ordered is None:
             return True
         if running is not None and not is_under_way and ordered is None and await self._take_back(alive, holdings):
             return True
@@ -435,7 +441,7 @@ class Reconciler:
         for other_id, experts in self._witnesses(known, shard.id, homes).items():
             try:
                 different = await self.shards.disagreements(known[other_id], shard, experts)
-            except ShardFailed as error:
+            except WitnessFailed as error:
                 log.warning("No comparison of %s with %s: %s", shard.id, other_id, error)
                 continue
             if different:

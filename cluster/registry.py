@@ -190,7 +190,13 @@ class Registry:
                 records: list[Mapping[str, str]] = await pipe.execute()
         if dead := [id for id, record in zip(ids, records, strict=True) if not record]:
             await self._call("SREM", self.prefix + "shards", *dead)
-        return [Shard.from_record(record) for record in records if record]
+        shards = []
+        for id, record in zip(ids, records, strict=True):
+            try:
+                shards += [Shard.from_record(record)] if record else []
+            except ValueError as error:  # of another version of this code: the others go on without it
+                log.warning("The record of shard %s cannot be read: %s", id, error)
+        return shards
 
     async def epoch(self) -> int:
         """Of the published placement, cheap to poll; 0 if there is none."""

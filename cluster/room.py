@@ -14,8 +14,14 @@ def check_room(layers: Sequence[LayerSpec], shards: Sequence[Shard], num_homes: 
     """
     num_homes = min(num_homes, len(shards))
     one = sum(spec.num_experts * spec.expert_bytes for spec in layers)
-    on_devices = sum(min(shard.memory_budget, one) for shard in shards)
-    anywhere = sum(min(shard.memory_budget + shard.host_budget, one) for shard in shards)
+    smallest = min((spec.expert_bytes for spec in layers), default=1)
+
+    def whole(budget: int) -> int:
+        """What experts can take of it: they cannot be cut."""
+        return budget - budget % smallest
+
+    on_devices = sum(min(whole(shard.memory_budget), one) for shard in shards)
+    anywhere = sum(min(whole(shard.memory_budget) + whole(shard.host_budget), one) for shard in shards)
     num_experts = sum(spec.num_experts for spec in layers)
     if on_devices < one:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from cluster.memory_registry import MemoryRegistry
 from cluster.migration import DEVICE, STANDBY, Holding
 from cluster.orders import StandingOrder, Wanted
-from cluster.reconciler import Order, ShardFailed
+from cluster.reconciler import Order, ShardFailed, WitnessFailed
 from cluster.registry import Lease, StoreUnavailable
 from cluster.topology import Experts, LayerSpec, Placement, Shard, held_digest
 
@@ -337,7 +337,10 @@ class RemoteShards:
             if any(not target.has(layer, expert) for layer, own in experts.items() for expert in own):
                 raise ShardFailed(f"{target.name} does not hold all of them")
 
-        await self._ask(old, ask)
+        try:
+            await self._ask(old, ask)
+        except ShardFailed as error:
+            raise WitnessFailed(str(error)) from error
         await self._ask(new, ask)
         return {}
 

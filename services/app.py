@@ -70,7 +70,7 @@ class ShardDeployment:
 
     async def check_health(self) -> None:
         if not self._shard.is_healthy:
-            raise RuntimeError("the shard's heartbeat or its worker has ended")
+            raise RuntimeError("the shard's heartbeat or its worker has ended, or its device hangs or always fails")
 
     async def __del__(self) -> None:
         await self._shard.stop()
@@ -86,6 +86,11 @@ class ControllerDeployment:
         config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype, pools=pools)
         self._controller = Controller(config, family.expert_shapes, args.registry(), args.loads())
         self._loop = asyncio.create_task(self._controller.run())
+
+    async def __del__(self) -> None:
+        """Lets another lead at once."""
+        self._loop.cancel()
+        await asyncio.gather(self._loop, return_exceptions=True)
 
     async def preview(self) -> dict[str, Any] | None:
         """The plan that an order to rebalance would be, as JSON tells it; None before the first placement.
@@ -182,7 +187,7 @@ def build_app(args: AppArgs) -> Application:
         num_replicas=args.gateway_replicas,
         max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
-        graceful_shutdown_timeout_s=args.drain_s + GATEWAY_STOP_S,
+        graceful_shutdown_timeout_s=args.linger_s + args.drain_s + GATEWAY_STOP_S,
         **({"max_replicas_per_node": 1} if args.host == "auto" and args.http_port else {}),  # each pod's is its own
     )
     extras = [] if args.experts == "local" else _expert_tier(args)

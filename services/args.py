@@ -107,7 +107,7 @@ class AppArgs(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
     experts: Literal["remote", "local"] = Field("remote", description="local: no shards, everything in the backbone")
-    redis_url: str = Field(default_factory=_redis_url_of_environment)
+    redis_url: str = Field(default_factory=_redis_url_of_environment, repr=False)
     redis_password: SecretStr | None = Field(
         default_factory=partial(_secret_of_environment, "EXPERTMESH_REDIS_PASSWORD"),
         description="unless redis_url has one; better in the environment than in a config",
@@ -130,10 +130,14 @@ class AppArgs(BaseModel):
     host: str = Field("127.0.0.1", description="address of backbones and gateways; on a cluster, auto")
     http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, beside Serve's proxies")
     grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, likewise")
+    linger_s: float = Field(
+        0, ge=0, description="for which a gateway that stops still takes requests, and says that it is not ready"
+    )
     drain_s: float = Field(1, ge=0, description="that open streams have when their gateway stops")
     admin_key: SecretStr | None = Field(
         default_factory=partial(_secret_of_environment, "EXPERTMESH_ADMIN_KEY"),
         min_length=8,
+        validate_default=True,
         description="without one the admin API is closed",
     )
 
@@ -244,6 +248,12 @@ class AppArgs(BaseModel):
             for pool in self.pools
             for i in range(pool.shards)
         ]
+
+    @property
+    def shown_redis_url(self) -> str:
+        """Without user and password."""
+        scheme, _, rest = self.redis_url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
 
     @property
     def _password(self) -> str | None:

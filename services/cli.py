@@ -159,7 +159,7 @@ def _stop_on_signals() -> None:
 def _tier(args: Any) -> str:
     if args.experts == "local":
         return "experts in the backbone"
-    return f"{sum(pool.shards for pool in args.pools)} expert shards, store {args.redis_url}"
+    return f"{sum(pool.shards for pool in args.pools)} expert shards, store {args.shown_redis_url}"
 
 
 @app.command()

@@ -30,7 +30,7 @@ from services.gateway.admin import add_admin
 from services.gateway.backbone_metrics import backbone_metrics
 from services.gateway.degraded import degraded_report
 from services.gateway.errors import ApiError, Refusal
-from services.gateway.generation import Generation, ModelCard
+from services.gateway.generation import Generation, Health, ModelCard
 from services.gateway.grpc_api import GrpcError, InferenceApi
 from services.gateway.listener import EVERYWHERE, Listener, Listening
 from services.gateway.metrics import Metrics
@@ -43,6 +43,7 @@ STATUS_TIMEOUT_S = 3.0
 OTHERS_TIMEOUT_S = 0.5  # for the rest, once one has answered
 TRACE_TIMEOUT_S = 10.0
 PREVIEW_TIMEOUT_S = 30.0
+STOPPING = Health(is_ready=False, detail="This gateway stops.")
 
 
 def _ask_all(backbone: DeploymentHandle[Any]) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
@@ -79,7 +80,11 @@ def _trace_all(backbone: DeploymentHandle[Any]) -> Callable[[dict[str, Any] | No
 
     async def trace(bounds: dict[str, Any] | None) -> list[dict[str, Any]]:
         answers = backbone.broadcast("trace", bounds).results_async(timeout_s=TRACE_TIMEOUT_S, return_exceptions=True)
-        return [answer if isinstance(answer, dict) else {"error": str(answer)} for answer in await answers]
+        told = {"error": "This backbone did not do it: {}."}
+        return [
+            answer if isinstance(answer, dict) else {"error": told["error"].format(type(answer).__name__)}
+            for answer in await answers
+        ]
 
     return trace
 
@@ -121,7 +126,8 @@ class GatewayDeployment:
         self._grammars = GrammarChecker(args.model)
         tokenizer = Tokenizer(args.model)
         self._generation = Generation(self._backbone, tokenizer, card, self._grammars.check, metrics=metrics)
-        self._grpc = InferenceApi(self._generation, self._backbone.health)
+        self._linger_s, self._is_stopping = args.linger_s, False
+        self._grpc = InferenceApi(self._generation, self._health)
         self._admin_key = args.admin_key.get_secret_value() if args.admin_key else None
         self._operations: Operations | None = None
         if controller is not None:
@@ -133,7 +139,7 @@ class GatewayDeployment:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls it before the first request, on the loop that serves them."""
-        app = build_rest(self._generation, self._backbone.health, self._engine_metrics)
+        app = build_rest(self._generation, self._health, self._engine_metrics)
         app.add_api_route("/status", self._report, methods=["GET"])
         app.add_api_route("/health/degraded", self._degraded, methods=["GET"])
         add_admin(app, self._admin_key, self._operations)
@@ -146,7 +152,12 @@ class GatewayDeployment:
         if not self._listener.is_healthy:
             raise RuntimeError("the gateway no longer listens on its own ports")
 
+    async def _health(self) -> Health:
+        return STOPPING if self._is_stopping else await self._backbone.health()
+
     async def __del__(self) -> None:
+        self._is_stopping = True
+        await asyncio.sleep(self._linger_s)  # until those who send clients here have heard of it
         await self._listener.stop()
         await self._backbone.stop()
         if self._operations is not None:

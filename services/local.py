@@ -16,7 +16,7 @@ import ray
 from ray import serve
 
 from cluster.embedded import EmbeddedRedis
-from cluster.registry import Registry, StoreUnavailable, connect
+from cluster.registry import StoreUnavailable
 from model.family import load_family
 from services.app import GRPC_SERVICERS, build_app
 from services.args import AppArgs
@@ -42,19 +42,19 @@ def check_port(name: str, port: int, host: str) -> None:
             raise ValueError(f"{name} {port} is in use; choose another one or stop what listens there") from None
 
 
-def check_store(url: str) -> None:
-    """Raises ValueError if no store answers there."""
+def check_store(args: AppArgs) -> None:
+    """Raises ValueError if no store answers, or not to this password."""
 
     async def ask() -> None:
-        redis = connect(url)
-        await Registry(redis, "check").shards()
-        await redis.aclose()
+        registry = args.registry()
+        await registry.shards()
+        await registry.redis.aclose()
 
     try:
         asyncio.run(ask())
     except StoreUnavailable as error:
         raise ValueError(
-            f"--redis-url {url} does not answer ({error}); start a server there or use embedded://"
+            f"--redis-url {args.shown_redis_url} does not answer ({error}); start a server there or use embedded://"
         ) from None
 
 
@@ -74,7 +74,7 @@ def running(args: AppArgs, ports: Ports, ray_address: str | None = None) -> Iter
         if args.experts == "remote":
             if args.redis_url == "embedded://":
                 args = args.model_copy(update={"redis_url": stack.enter_context(EmbeddedRedis()).url})
-            check_store(args.redis_url)
+            check_store(args)
         stack.enter_context(_ray(args, ray_address))
         stack.enter_context(_serve_joined(args, ports) if ray_address else _serve_own(args, ports))
         yield args

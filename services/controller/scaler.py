@@ -37,6 +37,7 @@ class Scaler:
         self.registry, self.reconciler, self.load, self.clock = registry, reconciler, load, clock
         self._wanted: dict[str, int] = {}
         self._wishes: dict[str, Wish] = {}
+        self._leaving: set[str] = set()  # shards that stop; one that an operator has emptied stays
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -56,7 +57,9 @@ class Scaler:
             self._wishes.clear()
             return
         orders = await self.registry.orders()
-        shards = obeyed(await self.registry.shards(), orders)
+        registered = await self.registry.shards()
+        self._leaving = {shard.id for shard in registered if shard.draining}
+        shards = obeyed(registered, orders)
         if all(shard.draining for shard in shards):
             return
         ordered, load = scale_targets(orders), await self.load()
@@ -94,11 +97,12 @@ class Scaler:
         ordered: int | None,
     ) -> Pool:
         staying = [shard for shard in own if not shard.draining]
+        is_leaving = any(shard.id in self._leaving for shard in own)
         return Pool(
             wanted=wanted,
             shares={shard.id: shares[shard.id] for shard in staying},
             fewest=fewest_for_cover(self.layers, staying, others),
-            is_settled=self.reconciler.is_settled and len(staying) == len(own) == wanted,
+            is_settled=self.reconciler.is_settled and not is_leaving and len(own) == wanted,
             ordered=ordered,
         )
 

@@ -9,7 +9,7 @@ import torch
 
 from cluster.manifest import Manifest, weights_name
 from cluster.migration import DEVICE, STANDBY, Holding
-from cluster.reconciler import Order, ShardFailed
+from cluster.reconciler import Order, ShardFailed, WitnessFailed
 from cluster.registry import RegistryStore
 from cluster.topology import Experts, Shard
 from model.moe import ExpertShape
@@ -25,13 +25,16 @@ class GrpcShards:
 
     def __init__(self, registry: RegistryStore, shapes: Sequence[ExpertShape], model: str, dtype: torch.dtype) -> None:
         self.registry, self.shapes, self.dtype = registry, shapes, dtype
+        self._sizes = {shape.layer: shape.nbytes(dtype) for shape in shapes}
         self.weights = weights_name(model, str(dtype).removeprefix("torch."))
         self._gains: dict[int, int] = {}
 
     async def holding(self, shard: Shard) -> Holding:
+        """Bytes of homes alone: what is promoted for calls makes room for homes, and would hold one up for ever."""
         status = await control.status(shard.endpoint)
         experts = {*_flat(status.held, DEVICE), *_flat(status.standby, STANDBY)}
-        return Holding(frozenset(experts), status.used_bytes)
+        used_bytes = sum(len(of.experts) * self._sizes[of.layer] for of in status.held)
+        return Holding(frozenset(experts), used_bytes)
 
     async def load(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> Mapping[int, int]:
         """Raises ShardFailed also for experts that are not made of the bytes that were seen first; they are dropped."""
@@ -56,7 +59,12 @@ class GrpcShards:
         await control.unload(shard.endpoint, device, order.epoch, standby, order.fencing)
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
-        wrong = await control.canary(old.endpoint, new.endpoint, experts, self.shapes, self.dtype, self._gains)
+        try:
+            wrong = await control.canary(old.endpoint, new.endpoint, experts, self.shapes, self.dtype, self._gains)
+        except control.ShardError as error:
+            if error.endpoint == old.endpoint:
+                raise WitnessFailed(str(error)) from error
+            raise
         return by_layer(wrong)
 
 

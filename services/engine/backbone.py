@@ -182,13 +182,14 @@ class Backbone:
         status: dict[str, Any] = {"engine": asdict(self.engine.stats()), "has_mtp": self.family.has_mtp}
         follower, remote = self.follower, self.remote
         if remote is not None and follower is not None and (placement := follower.placement) is not None:
-            states, circuits = self._shard_states(placement, remote.down), remote.circuits
-            tier = self._tier.report(self._watch_tier(placement), self._rates, time.time())
+            states, circuits = self._shard_states(placement, self._unreachable), remote.circuits
+            exposure = self._watch_tier(placement)
+            tier = self._tier.report(exposure, self._rates, time.time())
             status |= {
                 "epoch": remote.epoch,
-                "cover": placement.cover([shard_id for shard_id, state in states.items() if state == "live"]),
+                "cover": exposure.cover,
                 "placement_age_s": time.time() - self._placed_at,
-                "down": sorted(shard_id for shard_id, state in states.items() if state != "live"),
+                "down": sorted(set(placement.shard_ids) - exposure.live),
                 "traffic": asdict(remote.traffic),
                 "circuits": circuits,
                 "tier": tier,
@@ -199,6 +200,13 @@ class Backbone:
     @property
     def _known(self) -> Mapping[str, Shard]:
         return self.follower.shards if self.follower else {}
+
+    @property
+    def _unreachable(self) -> set[str]:
+        """By their streams, or gone from the store: a process that hangs keeps its stream open while nobody calls."""
+        assert self.remote is not None
+        assert self.follower is not None
+        return {*self.remote.down, *self.follower.gone}
 
     def _shard_states(self, placement: Placement, unreachable: Collection[str]) -> dict[str, str]:
         """Of each shard of the placement: live, or why it does not serve what it should."""
@@ -216,7 +224,7 @@ class Backbone:
         """Which shards serve what the placement says. One that changes holds other experts, but none too few: it gets
         the new ones before they are published, and keeps the old ones until they are published no more."""
         assert self.remote is not None
-        unreachable, circuits = self.remote.down, self.remote.circuits
+        unreachable, circuits = self._unreachable, self.remote.circuits
         live = [
             id
             for id in placement.shard_ids

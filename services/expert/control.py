@@ -36,7 +36,7 @@ class ShardError(ShardFailed):
 
     def __init__(self, endpoint: str, code: grpc.StatusCode, detail: str) -> None:
         super().__init__(f"The shard at {endpoint} answered {code.name}: {detail}")
-        self.code = code
+        self.endpoint, self.code = endpoint, code
 
 
 @dataclass(frozen=True)

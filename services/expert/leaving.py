@@ -11,7 +11,8 @@ from cluster.topology import Placement, Shard
 LEAVE_TIMEOUT_S = 30.0  # for its experts to move; whoever kills what does not stop must wait longer than that
 LEAVE_POLL_S = 0.2
 QUIET_S = 1.0  # without a call: every backbone has seen the placement that no longer names it
-ABANDONED_S = 2.0  # without a leader or a store: nobody will move anything
+ABANDONED_S = 15.0  # without a leader; another one starts in less than that
+CUT_OFF_S = 2.0  # without a store: nobody will move anything
 
 
 class Outlook(Enum):
@@ -21,6 +22,7 @@ class Outlook(Enum):
     MOVED = "the placement does not name it any more"
     ALONE = "there is no other shard that stays"
     ABANDONED = "nobody is there who could move its experts"
+    CUT_OFF = "the store does not answer"
     WAITING = "its experts are still to be moved"
 
 
@@ -51,4 +53,6 @@ def may_go(now: Outlook, waited: Waited) -> bool:
         return waited.quiet_s >= QUIET_S
     if now is Outlook.ABANDONED:
         return waited.same_s >= ABANDONED_S
+    if now is Outlook.CUT_OFF:
+        return waited.same_s >= CUT_OFF_S
     return now is not Outlook.WAITING

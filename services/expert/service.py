@@ -91,6 +91,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self.pace = PaceFit()
         self.rows_per_call = RowsPerCall()
         self._counted = (0, 0)  # calls and rows that it knows already
+        self.num_failed_in_a_row = 0  # requests
         self.is_leaving = False  # says that it drains
         self.is_draining = False  # and refuses what comes
         self.last_request_at = -math.inf
@@ -149,9 +150,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             self.worker.submit(lambda: self._serve(request, stream, arrived_at))
 
     def _refuse(self, request: pb.ComputeRequest, stream: ReplyTo, code: pb.Refusal.Code, detail: str) -> None:
-        refusal = self._refusal(request, Refused(code, detail))
-        refusal.checksum = checksum_of_reply(refusal)
-        stream.reply(refusal)
+        stream.reply(self._refusal(request, Refused(code, detail)))
 
     def _serve(
         self, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float, begun: Unfinished | None = None
@@ -186,6 +185,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             if 0 < request.timeout_us < waited * 1e6:
                 raise Refused(pb.Refusal.DEADLINE, f"It waited {waited:.3f} s, longer than its timeout_us allows.")
             sums = self.host.compute(request) if begun is None else self.host.resume(begun)
+            self.num_failed_in_a_row = 0
             return pb.ComputeReply(id=request.id, sums=sums)
         except Refused as refused:
             return self._refusal(request, refused)
@@ -193,6 +193,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             raise
         except Exception as error:
             log.exception("A request for layer %d failed.", request.layer)
+            self.num_failed_in_a_row += 1
             return self._refusal(request, Refused(pb.Refusal.FAILED, f"Computing failed with {error!r}."))
 
     def _refusal(self, request: pb.ComputeRequest, refused: Refused) -> pb.ComputeReply:
@@ -201,7 +202,9 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         refusal = pb.Refusal(
             code=refused.code, detail=refused.detail, epoch=self.host.epoch, missing=list(refused.missing)
         )
-        return pb.ComputeReply(id=request.id, refusal=refusal, queue_depth=self.worker.depth)
+        reply = pb.ComputeReply(id=request.id, refusal=refusal, queue_depth=self.worker.depth)
+        reply.checksum = checksum_of_reply(reply)
+        return reply
 
     def learn_pace(self) -> Pace:
         """What the calls since the last time say of this shard's pace, and how many rows they had."""

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Expert"].full_name
 HEARTBEAT_S = 1.0
 DRAIN_TIMEOUT_S = 10.0
+MAX_FAILED = 20  # requests in a row
+MAX_BUSY_S = 30.0  # at one request
 STOP_GRACE_S = 0.2  # streams never end by themselves; this is for the last replies on them
 
 
@@ -137,12 +139,17 @@ class ExpertShard:
             placement, shards = await self.registry.placement(), await self.registry.shards()
             return outlook(self.config.shard_id, placement, shards, await self.registry.has_leader())
         except StoreUnavailable:
-            return Outlook.ABANDONED
+            return Outlook.CUT_OFF
 
     @property
     def is_healthy(self) -> bool:
-        """Whether it still registers itself and computes; asked between `start` and `stop`."""
-        return not self._beating.done() and self.service.worker.is_alive
+        """Whether it still registers itself and computes; asked between `start` and `stop`.
+
+        A device that hangs, or that fails whatever it is asked, would else keep its homes for ever.
+        """
+        service = self.service
+        can_compute = service.num_failed_in_a_row < MAX_FAILED and service.worker.busy_s < MAX_BUSY_S
+        return not self._beating.done() and service.worker.is_alive and can_compute
 
     @property
     def record(self) -> Shard:

@@ -9,6 +9,7 @@ import asyncio
 import select
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,6 +30,7 @@ class Worker:
         self.max_depth = max_depth
         self._jobs: deque[Callable[[], object] | None] = deque()
         self._is_busy = False
+        self._busy_since = 0.0
         # Not `selectors`, which takes longer than the system call.
         self._poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
         self._watched: dict[int, tuple[OnReady, int]] = {}  # by file descriptor
@@ -50,6 +52,12 @@ class Worker:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def busy_s(self) -> float:
+        """For how long it has been at one job; 0 between jobs."""
+        since = self._busy_since
+        return time.monotonic() - since if self._is_busy else 0.0
 
     def watch(self, connection: socket.socket, on_ready: OnReady, events: int = READ) -> None:
         """Calls `on_ready` on the worker's thread whenever the socket is ready for `events`."""
@@ -123,7 +131,7 @@ class Worker:
                 continue
             if (job := self._jobs.popleft()) is None:
                 return
-            self._is_busy = True
+            self._busy_since, self._is_busy = time.monotonic(), True
             job()
             self._is_busy = False
 

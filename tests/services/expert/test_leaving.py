@@ -16,9 +16,9 @@ from cluster.memory_registry import MemoryRegistry
 from cluster.topology import Homes, Placement, Shard
 from model.family import ModelFamily
 from model.moe import LocalExperts
-from services.expert import control
+from services.expert import control, leaving
 from services.expert.client import RemoteExperts
-from services.expert.leaving import ABANDONED_S, QUIET_S, Outlook, Waited, may_go, outlook
+from services.expert.leaving import ABANDONED_S, CUT_OFF_S, QUIET_S, Outlook, Waited, may_go, outlook
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.cluster.fleet import make_shard
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS
@@ -54,6 +54,8 @@ def test_it_goes_when_nobody_calls_any_more_or_nobody_moves_anything() -> None:
     assert may_go(Outlook.MOVED, Waited(QUIET_S, 0))
     assert not may_go(Outlook.ABANDONED, Waited(1e9, ABANDONED_S / 2))
     assert may_go(Outlook.ABANDONED, Waited(0, ABANDONED_S))
+    assert not may_go(Outlook.CUT_OFF, Waited(1e9, CUT_OFF_S / 2))
+    assert may_go(Outlook.CUT_OFF, Waited(0, CUT_OFF_S))
     assert may_go(Outlook.ALONE, Waited(0, 0))
     assert may_go(Outlook.NEVER_PLACED, Waited(0, 0))
 
@@ -142,8 +144,12 @@ def test_a_shard_leaves_under_calls_and_refuses_none(family: ModelFamily) -> Non
     run(test)
 
 
-@pytest.mark.parametrize(("has_leader", "seconds"), [(True, 3.0), (False, ABANDONED_S)])
-def test_without_a_new_placement_it_goes_after_its_bound(family: ModelFamily, has_leader: bool, seconds: float) -> None:
+@pytest.mark.parametrize(("has_leader", "seconds"), [(True, 3.0), (False, 1.0)])
+def test_without_a_new_placement_it_goes_after_its_bound(
+    family: ModelFamily, has_leader: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leaving, "ABANDONED_S", 1.0)
+
     async def test() -> None:
         registry = MemoryRegistry(time.monotonic, lease_ttl_s=60.0)
         if has_leader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.memory_registry import MemoryRegistry
+from cluster.migration import DEVICE, STANDBY
 from cluster.topology import Placement, held_digest
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from services.controller.shards import GrpcShards
 from services.expert import control
+from services.expert.checksum import checksum_of_reply
 from services.expert.client import RemoteExperts
 from services.expert.host import Wanted
 from services.expert.shard import ExpertShard, ShardConfig
@@ -186,7 +191,9 @@ def test_a_call_waits_no_longer_than_its_time(family: ModelFamily) -> None:
 def test_without_device_memory_it_is_refused_in_a_sentence(family: ModelFamily) -> None:
     async def test() -> None:
         async with filled(family, config(2), {1: [0, 1]}, {1: [5]}) as shard:
-            refusal = (await ask(shard, make_request((0, 5), id=1)))[1].refusal
+            reply = (await ask(shard, make_request((0, 5), id=1)))[1]
+            refusal = reply.refusal
+            assert reply.checksum == checksum_of_reply(reply)  # or a client would take it for damaged
             assert (refusal.code, list(refusal.missing)) == (pb.Refusal.NOT_HOSTED, [5])
             assert refusal.detail == (
                 "Experts [5] of layer 1 stand by, but no device memory is left to promote them to."
@@ -223,6 +230,21 @@ def test_a_home_that_is_to_stand_by_serves_on_and_comes_back(family: ModelFamily
             assert (shard.host.standbys.used_bytes, shard.service.loader.num_promotions) == (0, 0)
             with pytest.raises(control.ShardError, match="cannot be held and stand by at once"):
                 await control.load(shard.endpoint, {1: [1]}, 4, {1: [1]})
+
+    run(test)
+
+
+def test_a_controller_finds_room_for_homes_in_what_is_promoted(family: ModelFamily) -> None:
+    async def test() -> None:
+        async with filled(family, config(3), {1: [0, 1]}, {1: [2]}) as shard:
+            assert (await ask(shard, make_request((0, 2))))[1].HasField("sums")
+            assert (shard.host.promoted, shard.host.used_bytes) == ({1: [2]}, 3 * ONE)
+            shards = GrpcShards(MemoryRegistry(time.monotonic), family.expert_shapes, "m", CONFIG.dtype)
+            holding = await shards.holding(shard.record)
+            assert holding.experts == {(1, 0, DEVICE), (1, 1, DEVICE), (1, 2, STANDBY)}
+            assert holding.used_bytes == 2 * ONE
+            await control.load(shard.endpoint, {1: [2]}, 2)
+            assert shard.host.held == {1: [0, 1, 2]}
 
     run(test)
 
