@@ -10,7 +10,10 @@ from tests.k8s.manifests import Manifest, Manifests, Pods, app_args, ray_cluster
 UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 MAX_NAME = 47
 OPERATORS_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/created-by")  # its Service of the head selects by them
-OPERATORS_VARIABLES = ("RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_ADDRESS", "FQ_RAY_IP", "RAY_IP")
+OPERATORS_VARIABLES = (
+    *("RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_ADDRESS", "FQ_RAY_IP", "RAY_IP"),
+    *("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"),
+)
 
 
 def kuberay_faults(manifests: Manifests) -> list[str]:
@@ -37,6 +40,8 @@ def _cluster_faults(cluster: Manifest) -> Iterator[str]:
     autoscaler, gcs = cluster.get("autoscalerOptions", {}), cluster.get("gcsFaultToleranceOptions")
     if not cluster.get("enableInTreeAutoscaling") or autoscaler.get("version") != "v2":
         yield "the autoscaler is not on, or not version v2, which alone knows nodes by their labels"
+    if cluster.get("authOptions", {}).get("mode") != "token":
+        yield "authOptions do not ask for a token, so whoever reaches a port of Ray may run code"
     if "idleTimeoutSeconds" not in autoscaler:
         yield "autoscalerOptions do not say idleTimeoutSeconds"
     if gcs and "externalStorageNamespace" in gcs:

@@ -26,6 +26,7 @@ def test_the_operator_takes_every_overlay(manifests: Manifests) -> None:
         ),
         (lambda m: ray_cluster(m)["gcsFaultToleranceOptions"].pop("redisPassword"), "redisPassword"),
         (lambda m: ray_cluster(m)["headGroupSpec"]["rayStartParams"].pop("num-cpus"), "num-cpus of the head"),
+        (lambda m: ray_cluster(m).pop("authOptions"), "authOptions do not ask for a token"),
         (lambda m: container(m, "head")["ports"][1].update(name="ui"), "has no port dashboard 8265"),
         (lambda m: worker_group(m, "experts-cpu").update(groupName="backbone"), "each needs a name of its own"),
         (lambda m: worker_group(m, "backbone").update(minReplicas=9), "group backbone has 9 replicas of 9 to 3"),
