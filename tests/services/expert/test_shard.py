@@ -22,6 +22,7 @@ from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert import control
+from services.expert import shard as shard_module
 from services.expert.service import MAX_UNREAD
 from services.expert.shard import SERVICE_NAME, ExpertShard
 from services.expert.worker import Worker
@@ -229,6 +230,26 @@ def test_it_is_healthy_while_it_beats_and_computes(family: ModelFamily) -> None:
             await asyncio.to_thread(shard.service.worker.close)
             assert not shard.is_healthy
             shard.service.worker = Worker(1, "another")  # stopping waits for it
+
+    run(test)
+
+
+def test_a_device_that_always_fails_or_hangs_is_not_healthy(
+    family: ModelFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with serving(family) as shard:
+            shard.service.num_failed_in_a_row = shard_module.MAX_FAILED
+            assert not shard.is_healthy
+            shard.service.num_failed_in_a_row = 0
+            monkeypatch.setattr(shard_module, "MAX_BUSY_S", 0.1)
+            hang = threading.Event()
+            shard.service.worker.submit(hang.wait)
+            await asyncio.sleep(0.3)
+            assert not shard.is_healthy
+            hang.set()
+            await shard.service.worker.idle()
+            assert shard.is_healthy
 
     run(test)
 
