@@ -186,21 +186,3 @@ def test_a_shard_that_an_operator_emptied_holds_up_no_order_to_shrink() -> None:
         assert await world.passes(2) == 3
 
     asyncio.run(run())
-
-
-def test_no_plan_is_taken_back_across_a_drain() -> None:
-    """Where one shard had all the time, the steps of before look shorter than those without it."""
-
-    async def run() -> None:
-        world = World(4)
-        world.rows_per_s = 100.0
-        await world.passes(10)
-        world.start(4)  # a plan with a gain, which is to be judged after a minute
-        await world.passes(10)
-        assert world.hosts.held["s04"]
-        await world.registry.give_order(StandingOrder(Kind.DRAIN, "s00", by="ada", at=world.now))
-        await world.passes(90)
-        assert not world.hosts.held["s00"]
-        assert "rollback" not in [decision["kind"] for decision in await world.registry.decisions(100)]
-
-    asyncio.run(run())
