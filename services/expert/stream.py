@@ -216,6 +216,7 @@ class ShardStream:
         if self._is_closed.is_set():
             self._lose(link, "it was closed")
         self._wait_until_broken(link)
+        link.is_lost.wait(CLOSE_TIMEOUT_S)  # the other thread may have lost it first, and still need its number
         link.socket.close()
 
     def _wait_until_broken(self, link: _Link) -> None:
