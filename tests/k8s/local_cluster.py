@@ -63,6 +63,7 @@ class Node:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
         for pid in below:
             try:
                 os.kill(pid, signal.SIGKILL)
