@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
-from tests.k8s.manifests import OVERLAYS, Manifests, copy_with_secrets, render
+from tests.k8s.manifests import OVERLAYS, Manifests, copy_with_secrets, need_kubectl, render
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """k8s/ with its Secrets filled in."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl, which renders kustomizations, is not installed, and no package of PyPI does it")
+    need_kubectl()
     return copy_with_secrets(tmp_path_factory.mktemp("k8s") / "k8s")
 
 

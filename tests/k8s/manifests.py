@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 Manifest = dict[str, Any]
@@ -23,6 +24,12 @@ SECRET_VALUE = "a-value-of-these-tests"
 
 class NotRendered(ValueError):
     """What kubectl says of a kustomization that it cannot render."""
+
+
+def need_kubectl() -> None:
+    """Skips the test where it is missing."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl, which renders kustomizations, is not installed, and no package of PyPI does it")
 
 
 def copy_with_secrets(target: Path) -> Path:

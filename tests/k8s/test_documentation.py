@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 from services.cli import app
-from tests.k8s.manifests import ROOT, Manifests, of_kind
+from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind
 
 DOCUMENT = (ROOT / "docs" / "kubernetes.md").read_text()
 BLOCKS = re.findall(r"^```(.*?)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
@@ -25,8 +25,7 @@ CLUSTER = "\n".join(code for kind, code in BLOCKS if kind == "sh cluster")
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the commands touch, without anybody's Secrets."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl, which renders kustomizations, is not installed")
+    need_kubectl()
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "k8s", folder / "k8s", ignore=shutil.ignore_patterns("*.env"))
     (folder / "model").symlink_to(ROOT / "model")
@@ -48,7 +47,7 @@ def test_what_runs_here_runs(number: int, checkout: Path) -> None:
 
 
 def test_overlays_that_are_applied_exist() -> None:
-    named = set(re.findall(r"k8s/[\w./-]+", DOCUMENT))
+    named = set(re.findall(r"(?:tests/)?k8s/[\w./-]+", DOCUMENT))
     assert {"k8s/overlays/cpu-demo", "k8s/overlays/gpu", "k8s/overlays/gpu-ha"} <= named
     paths = [f"{name}.example" if name.endswith(".env") else name.rstrip(".") for name in sorted(named)]
     assert [path for path in paths if not (ROOT / path).exists()] == []
