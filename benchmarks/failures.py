@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Victims:
         finally:
             self.corrupt.terminate()
             self.corrupt.wait()
+            self.corrupt = None
             await wait_until_whole(self.server.url, NUM_SHARDS)
 
     def kill(self, kind: str) -> None:
@@ -200,7 +201,7 @@ class Watch:
     victims: Victims
     shards: frozenset[str]  # before
     num_backbones: int
-    at: float = field(default_factory=time.monotonic)
+    at: float = 0.0
     is_done: bool = False
     covered_s: float = 0.0
 
@@ -309,7 +310,6 @@ async def run(started: Server, kinds: dict[str, Deed], num_trials: int, seed: in
             await repeat(kind, deed)
             num_corrupt = started.status()["traffic"]["num_corrupt"]
             assert num_corrupt >= num_trials, "the backbone asked the corrupt shard for nothing"
-        victims.corrupt = None
 
 
 def main() -> None:

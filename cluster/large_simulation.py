@@ -7,7 +7,6 @@ run, what fails and what must hold are those of `cluster.simulation`.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any
 from cluster import virtual_time
 from cluster.plan import Plan
 from cluster.reconciler import Reconciler
-from cluster.simulation import EXPERT_BYTES, Scenario, World, quiet
+from cluster.simulation import EXPERT_BYTES, Scenario, World, fix_hashes, quiet
 from cluster.topology import LayerSpec, Placement, Shard
 
 SHARDS_OF_NODE = 8
@@ -111,8 +110,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=3, help="failures in its life")
     parser.add_argument("--trace", action="store_true", help="tell what happens")
     args = parser.parse_args()
-    if os.environ.get("PYTHONHASHSEED") != "0":  # the order of sets of strings is part of a fleet's life
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
+    fix_hashes()
     quiet()
     world = LargeWorld(Size(args.shards, args.experts, args.layers), args.seed, args.faults, args.trace)
     started = time.perf_counter()

@@ -462,6 +462,12 @@ def run_seeds(seeds: Sequence[int], num_processes: int, run: Callable[[int], Out
         yield from pool.map(run, seeds, chunksize=20)
 
 
+def fix_hashes() -> None:
+    """Starts the program anew where sets of strings have an order of chance: it is part of a fleet's life."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
+
+
 def quiet() -> None:
     """What the controller warns of is what is being done to it."""
     logging.disable(logging.ERROR)
@@ -480,8 +486,7 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="tell what happens")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    if os.environ.get("PYTHONHASHSEED") != "0":  # the order of sets of strings is part of a fleet's life
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
+    fix_hashes()
     seeds = range(args.first, args.first + args.seeds) if args.seed is None else [args.seed]
     started, failed, calls, slowest, epochs, lived = time.perf_counter(), 0, 0, 0.0, 0, 0.0
     run = partial(_run, num_faults=args.faults, has_trace=args.trace)

@@ -38,6 +38,7 @@ GRPC_SERVICERS = [
 SHARD_STOP_TIMEOUT_S = LEAVE_TIMEOUT_S + DRAIN_TIMEOUT_S + 10  # Serve kills a replica that takes longer
 SCALING_POLICY = "services.scaling_policy:follow_the_controller"
 METRICS_INTERVAL_S = 1.0  # from a shard to Serve
+GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1
 GATEWAY_STOP_S = 20  # beside draining
 SURGE_PERCENT = 100  # of backbones and gateways: a new one serves before an old one stops, where nodes have room
 MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
@@ -154,9 +155,9 @@ def _address(host: str) -> str:
 
 
 def _deployment(
-    cls: type, name: str, labels: dict[str, str], num_cpus: float, num_gpus: int = 0, **options: Any
+    cls: type, name: str, labels: dict[str, str], num_cpus: float, device: str = "cpu", **options: Any
 ) -> Any:
-    resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": 1 if device == "cuda" else 0}
     where = {"label_selector": labels} if labels else {}
     return serve.deployment(name=name, ray_actor_options=resources | where, **options)(cls)
 
@@ -169,7 +170,7 @@ def build_app(args: AppArgs) -> Application:
         "backbone",
         args.labels,
         num_cpus=args.threads(family),
-        num_gpus=1 if args.device == "cuda" else 0,
+        device=args.device,
         num_replicas=args.backbone_replicas,
         max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
@@ -179,16 +180,18 @@ def build_app(args: AppArgs) -> Application:
     # Imported here, because in every other process it would cost seconds and memory for nothing.
     from services.ingress import GatewayDeployment
 
+    # Where pods have addresses, each has one gateway on its ports.
+    spread: dict[str, Any] = {"max_replicas_per_node": 1} if args.host == "auto" and args.http_port else {}
     gateway = _deployment(
         GatewayDeployment,
         "gateway",
         args.labels,
-        num_cpus=0.5,
+        num_cpus=GATEWAY_CPUS,
         num_replicas=args.gateway_replicas,
         max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
         graceful_shutdown_timeout_s=args.linger_s + args.drain_s + GATEWAY_STOP_S,
-        **({"max_replicas_per_node": 1} if args.host == "auto" and args.http_port else {}),  # each pod's is its own
+        **spread,
     )
     extras = [] if args.experts == "local" else _expert_tier(args)
     app: Application = gateway.bind(args, backbone.bind(args), *extras)
@@ -196,18 +199,21 @@ def build_app(args: AppArgs) -> Application:
 
 
 def _expert_tier(args: AppArgs) -> list[Application]:
-    controller = _deployment(ControllerDeployment, "controller", args.labels, num_cpus=0.1, num_replicas=1)
+    controller = _deployment(ControllerDeployment, "controller", args.labels, num_cpus=CONTROLLER_CPUS, num_replicas=1)
     return [controller.bind(args), *(_pool(pool).bind(args, pool) for pool in args.pools)]
 
 
 def _pool(pool: PoolArgs) -> Any:
+    size: dict[str, Any] = (
+        {"autoscaling_config": _autoscaling(pool)} if pool.is_elastic else {"num_replicas": pool.shards}
+    )
     return _deployment(
         ShardDeployment,
         pool.name,
         pool.labels,
         num_cpus=pool.num_cpus,
-        num_gpus=1 if pool.device == "cuda" else 0,
-        **({"autoscaling_config": _autoscaling(pool)} if pool.is_elastic else {"num_replicas": pool.shards}),
+        device=pool.device,
+        **size,
         graceful_shutdown_timeout_s=SHARD_STOP_TIMEOUT_S,
     )
 

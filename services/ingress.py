@@ -80,9 +80,8 @@ def _trace_all(backbone: DeploymentHandle[Any]) -> Callable[[dict[str, Any] | No
 
     async def trace(bounds: dict[str, Any] | None) -> list[dict[str, Any]]:
         answers = backbone.broadcast("trace", bounds).results_async(timeout_s=TRACE_TIMEOUT_S, return_exceptions=True)
-        told = {"error": "This backbone did not do it: {}."}
         return [
-            answer if isinstance(answer, dict) else {"error": told["error"].format(type(answer).__name__)}
+            answer if isinstance(answer, dict) else {"error": f"This backbone did not do it: {type(answer).__name__}."}
             for answer in await answers
         ]
 

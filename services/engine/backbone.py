@@ -7,7 +7,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -95,11 +95,9 @@ class Backbone:
         self.remote = None if registry is None else RemoteExperts(expert_mib=expert_mib)
         inner: Experts = self.remote or family.load_local_experts(config.dtype, config.device)
         self._experts = CountedExperts(inner, self.counter, self.recorder)
-        model = self._model = family.load_backbone(self._experts, config.dtype, config.device)
+        model = family.load_backbone(self._experts, config.dtype, config.device)
         plan = config.memory
-        state = self._state = State(
-            family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device
-        )
+        state = State(family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device)
         most = DEFAULT_DRAFT_TOKENS if config.draft_tokens is None else config.draft_tokens
         draft_tokens = most if model.has_drafts else 0
         # Where prompts go through the recurrence they may be cut anywhere, and their state be saved there.
@@ -182,7 +180,7 @@ class Backbone:
         status: dict[str, Any] = {"engine": asdict(self.engine.stats()), "has_mtp": self.family.has_mtp}
         follower, remote = self.follower, self.remote
         if remote is not None and follower is not None and (placement := follower.placement) is not None:
-            states, circuits = self._shard_states(placement, self._unreachable), remote.circuits
+            states, circuits = self._shard_states(placement), remote.circuits
             exposure = self._watch_tier(placement)
             tier = self._tier.report(exposure, self._rates, time.time())
             status |= {
@@ -208,8 +206,9 @@ class Backbone:
         assert self.follower is not None
         return {*self.remote.down, *self.follower.gone}
 
-    def _shard_states(self, placement: Placement, unreachable: Collection[str]) -> dict[str, str]:
+    def _shard_states(self, placement: Placement) -> dict[str, str]:
         """Of each shard of the placement: live, or why it does not serve what it should."""
+        unreachable = self._unreachable
 
         def state(shard: Shard) -> str:
             if shard.id in unreachable:
@@ -274,11 +273,12 @@ class Backbone:
         The state that this writes belongs to no request yet.
         """
         device, shards = self.config.device, self._experts.experts
+        model, state = self.engine.runner.model, self.engine.runner.state
         self._experts.experts = _nothing
         for num_tokens, context in ((3, 0), (1, 3)):
             token_ids_T = torch.zeros(num_tokens, dtype=torch.long, device=device)
             batch = Batch(token_ids_T, (num_tokens,), (context,), (0,), ((0,),))
-            self._model.logits(self._model.forward(batch, self._state))
+            model.logits(model.forward(batch, state))
         self._experts.experts = shards
         self.counter.take()
 

@@ -150,7 +150,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             self.worker.submit(lambda: self._serve(request, stream, arrived_at))
 
     def _refuse(self, request: pb.ComputeRequest, stream: ReplyTo, code: pb.Refusal.Code, detail: str) -> None:
-        stream.reply(self._refusal(request, Refused(code, detail)))
+        stream.reply(_sealed(self._refusal(request, Refused(code, detail))))
 
     def _serve(
         self, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float, begun: Unfinished | None = None
@@ -167,8 +167,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         reply.queue_us = round((started_at - arrived_at) * 1e6)
         reply.compute_us = round((time.monotonic() - started_at) * 1e6)
         reply.queue_depth = self.worker.depth - 1
-        reply.checksum = checksum_of_reply(reply)
-        self._count(request, reply)
+        self._count(request, _sealed(reply))
         stream.reply(reply)
 
     def _wake(self, begun: Unfinished, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float) -> None:
@@ -177,7 +176,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             begun,
             min(PROMOTE_TIMEOUT_S, left_s) - (time.monotonic() - arrived_at),
             lambda: self._serve(request, stream, arrived_at, begun),
-            lambda refused: stream.reply(self._refusal(request, refused)),
+            lambda refused: stream.reply(_sealed(self._refusal(request, refused))),
         )
 
     def _compute(self, request: pb.ComputeRequest, waited: float, begun: Unfinished | None) -> pb.ComputeReply:
@@ -202,9 +201,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         refusal = pb.Refusal(
             code=refused.code, detail=refused.detail, epoch=self.host.epoch, missing=list(refused.missing)
         )
-        reply = pb.ComputeReply(id=request.id, refusal=refusal, queue_depth=self.worker.depth)
-        reply.checksum = checksum_of_reply(reply)
-        return reply
+        return pb.ComputeReply(id=request.id, refusal=refusal, queue_depth=self.worker.depth)
 
     def learn_pace(self) -> Pace:
         """What the calls since the last time say of this shard's pace, and how many rows they had."""
@@ -315,6 +312,12 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self.is_leaving = True
         self.is_draining = self.is_draining or not request.keep_serving
         return pb.DrainReply(queue_depth=self.worker.depth)
+
+
+def _sealed(reply: pb.ComputeReply) -> pb.ComputeReply:
+    """A reply that is complete, with its checksum."""
+    reply.checksum = checksum_of_reply(reply)
+    return reply
 
 
 def _wanted(experts: Iterable[pb.LayerExperts]) -> Wanted:

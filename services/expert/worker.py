@@ -29,8 +29,7 @@ class Worker:
     def __init__(self, max_depth: int, name: str) -> None:
         self.max_depth = max_depth
         self._jobs: deque[Callable[[], object] | None] = deque()
-        self._is_busy = False
-        self._busy_since = 0.0
+        self._busy_since: float | None = None  # None between jobs
         # Not `selectors`, which takes longer than the system call.
         self._poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
         self._watched: dict[int, tuple[OnReady, int]] = {}  # by file descriptor
@@ -43,7 +42,7 @@ class Worker:
 
     @property
     def depth(self) -> int:
-        return len(self._jobs) + self._is_busy
+        return len(self._jobs) + (self._busy_since is not None)
 
     @property
     def is_full(self) -> bool:
@@ -57,7 +56,7 @@ class Worker:
     def busy_s(self) -> float:
         """For how long it has been at one job; 0 between jobs."""
         since = self._busy_since
-        return time.monotonic() - since if self._is_busy else 0.0
+        return 0.0 if since is None else time.monotonic() - since
 
     def watch(self, connection: socket.socket, on_ready: OnReady, events: int = READ) -> None:
         """Calls `on_ready` on the worker's thread whenever the socket is ready for `events`."""
@@ -131,9 +130,9 @@ class Worker:
                 continue
             if (job := self._jobs.popleft()) is None:
                 return
-            self._busy_since, self._is_busy = time.monotonic(), True
+            self._busy_since = time.monotonic()
             job()
-            self._is_busy = False
+            self._busy_since = None
 
 
 def _settle(future: asyncio.Future[T], setter: Callable[[T], None], value: T) -> None:

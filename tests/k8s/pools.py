@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from services.app import CONTROLLER_CPUS, GATEWAY_CPUS
 from services.args import AppArgs, PoolArgs
 from tests.k8s.manifests import Manifest, Manifests, app_args, of_kind, quantity, ray_cluster, ray_pods
 from tests.k8s.references import selects
 
-GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1  # of services/app.py
 HOSTNAME = "kubernetes.io/hostname"
 
 
