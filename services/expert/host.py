@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -84,6 +85,14 @@ class Loaded:
     standbys: dict[Key, tuple[Weights | None, str]] = field(default_factory=dict)  # and the peer that had it
 
 
+@cache
+def _warm_up_bank(dtype: torch.dtype, device: torch.device) -> None:
+    """Loads or compiles the kernels that loading and computing need, before the first expert comes."""
+    bank = ExpertBank(ExpertShape(layer=0, num_experts=1, top_k=1, input_dim=2, width=2), dtype, device)
+    bank.load(0, {"up": torch.ones(2, 2), "down": torch.ones(2, 2)})
+    bank.warm_up(0)
+
+
 class ExpertHost:
     """The experts in one process: empty at first, counted against a budget for the device and one for host memory.
 
@@ -106,6 +115,7 @@ class ExpertHost:
         self.standbys = Standbys(host_budget)
         self.epoch = 0
         warm_up()
+        _warm_up_bank(dtype, device)
         self._is_home, self._is_ready = (
             {layer: np.zeros(shape.num_experts, dtype=np.bool_) for layer, shape in self.shapes.items()}
             for _ in range(2)

@@ -117,6 +117,25 @@ def test_a_call_promotes_what_stands_by(family: ModelFamily, num_in_memory: int)
     run(test)
 
 
+def test_what_a_call_waits_for_does_not_give_way_and_what_is_loaded_does(family: ModelFamily) -> None:
+    readers: list[str] = []
+
+    async def test() -> None:
+        async with filled(family, config(4), {1: [0]}, {1: [5]}) as shard:
+            read = shard.service.loader._read
+
+            def note_reader(layer: int, expert: int) -> Any:
+                readers.append(threading.current_thread().name)
+                return read(layer, expert)
+
+            shard.service.loader._read = note_reader
+            await ask(shard, make_request((5,)))
+            await control.load(shard.endpoint, {1: [3]})
+
+    run(test)
+    assert [name.startswith("background") for name in readers] == [False, True]
+
+
 def test_calls_at_once_get_the_right_sums_in_little_memory(family: ModelFamily) -> None:
     chooser = random.Random(3)
     requests = [
