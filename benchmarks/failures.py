@@ -59,24 +59,26 @@ class Victims:
     corrupt: subprocess.Popen[bytes] | None = None
     num_killed: int = 0  # shards, in this trial
 
-    def all(self, kind: str) -> list[int]:
-        pids = sorted(pid for pid, name in self.server.processes().items() if name.split(".")[0].endswith(kind))
-        assert pids, f"no process of the server is called {kind}: {self.server.processes()}"
+    async def all(self, kind: str) -> list[int]:
+        """On another thread: Linux tells the name of a process that starts up to a second late, and answers would seem
+        to come as late."""
+        names = await asyncio.to_thread(self.server.processes)
+        pids = sorted(pid for pid, name in names.items() if name.split(".")[0].endswith(kind))
+        assert pids, f"no process of the server is called {kind}: {names}"
         return pids
 
-    def one(self, kind: str) -> int:
-        return self.random.choice(self.all(kind))
+    async def one(self, kind: str) -> int:
+        return self.random.choice(await self.all(kind))
 
-    @property
-    def store_url(self) -> str:
+    async def store_url(self) -> str:
         """The server writes where it listens into its command line."""
-        words = Path(f"/proc/{self.one(STORE)}/cmdline").read_bytes().decode().replace("\0", " ").split()
+        words = Path(f"/proc/{await self.one(STORE)}/cmdline").read_bytes().decode().replace("\0", " ").split()
         return f"redis://{next(word for word in words if word.startswith('127.0.0.1:'))}/0"
 
     @asynccontextmanager
     async def with_corrupt_shard(self) -> AsyncIterator[None]:
         """It has its part of the experts when this begins, and has given them up when it ends."""
-        command = [sys.executable, "-m", "benchmarks.corrupt_shard", self.store_url]
+        command = [sys.executable, "-m", "benchmarks.corrupt_shard", await self.store_url()]
         self.corrupt = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
             await wait_until_whole(self.server.url, NUM_SHARDS + 1)
@@ -87,12 +89,12 @@ class Victims:
             self.corrupt = None
             await wait_until_whole(self.server.url, NUM_SHARDS)
 
-    def kill(self, kind: str) -> None:
+    async def kill(self, kind: str) -> None:
         self.num_killed += kind == SHARD
-        os.kill(self.one(kind), signal.SIGKILL)
+        os.kill(await self.one(kind), signal.SIGKILL)
 
     async def stop(self, kind: str, seconds: float) -> None:
-        pid = self.one(kind)
+        pid = await self.one(kind)
         os.kill(pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(seconds)
@@ -100,7 +102,7 @@ class Victims:
             os.kill(pid, signal.SIGCONT)
 
     async def slow_down(self, kind: str) -> None:
-        pid, stop_at = self.one(kind), time.monotonic() + SLOW_S
+        pid, stop_at = await self.one(kind), time.monotonic() + SLOW_S
         while time.monotonic() < stop_at:
             os.kill(pid, signal.SIGSTOP)
             await asyncio.sleep(0.95 * SLOW_STEP_S)
@@ -109,7 +111,7 @@ class Victims:
 
 
 async def kill_shard(victims: Victims) -> None:
-    victims.kill(SHARD)
+    await victims.kill(SHARD)
 
 
 async def stop_shard(victims: Victims) -> None:
@@ -121,7 +123,7 @@ async def slow_shard(victims: Victims) -> None:
 
 
 async def kill_store(victims: Victims) -> None:
-    victims.kill(STORE)  # and it comes back empty
+    await victims.kill(STORE)  # and it comes back empty
 
 
 async def stop_store(victims: Victims) -> None:
@@ -130,15 +132,15 @@ async def stop_store(victims: Victims) -> None:
 
 async def kill_controller_in_a_migration(victims: Victims) -> None:
     """The shard's homes are moved a heartbeat's time to live after its death."""
-    victims.kill(SHARD)
+    await victims.kill(SHARD)
     await asyncio.sleep(victims.random.uniform(2.5, 4.0))
-    victims.kill(CONTROLLER)
+    await victims.kill(CONTROLLER)
 
 
 async def kill_shard_and_store(victims: Victims) -> None:
-    victims.kill(SHARD)
+    await victims.kill(SHARD)
     await asyncio.sleep(victims.random.uniform(0.0, 1.0))
-    victims.kill(STORE)
+    await victims.kill(STORE)
 
 
 async def corrupt_shard(victims: Victims) -> None:
@@ -148,7 +150,7 @@ async def corrupt_shard(victims: Victims) -> None:
 
 
 async def kill_backbone(victims: Victims) -> None:
-    victims.kill(BACKBONE)
+    await victims.kill(BACKBONE)
 
 
 async def stop_backbone(victims: Victims) -> None:
@@ -211,7 +213,7 @@ class Watch:
         if not is_covered:
             self.covered_s = time.monotonic() - self.at
         is_noticed = len(self.shards - shards) >= self.victims.num_killed
-        is_full = len(shards) >= len(self.shards) and len(self.victims.all(BACKBONE)) >= self.num_backbones
+        is_full = len(shards) >= len(self.shards) and len(await self.victims.all(BACKBONE)) >= self.num_backbones
         is_over = self.is_done and is_noticed and is_covered and is_full
         return is_over and await self._are_backbones_up()
 

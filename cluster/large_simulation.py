@@ -1,12 +1,14 @@
 """One large fleet's life under the virtual clock, and the real seconds that its controller takes to decide.
 
-`python -m cluster.large_simulation` has 1,000 shards with 88 layers of 512 experts, and takes several minutes. What is
-run, what fails and what must hold are those of `cluster.simulation`.
+`python -m cluster.large_simulation` has 1,000 shards with 88 layers of 512 experts, and takes several minutes. Once all
+is placed, shards and controllers die, shards drain and shards come. What is run and what must hold are those of
+`cluster.simulation`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import statistics
 import sys
 import time
@@ -19,7 +21,7 @@ from typing import Any
 from cluster import virtual_time
 from cluster.plan import Plan
 from cluster.reconciler import Reconciler
-from cluster.simulation import EXPERT_BYTES, Scenario, World, fix_hashes, quiet
+from cluster.simulation import EXPERT_BYTES, Faults, Scenario, World, fix_hashes, quiet
 from cluster.topology import LayerSpec, Placement, Shard
 
 SHARDS_OF_NODE = 8
@@ -95,6 +97,15 @@ class LargeWorld(World):
         self.nodes = [f"n{i}" for i in range(max(2, size.num_shards // SHARDS_OF_NODE))]
         self.set_budget()
 
+    async def calm(self) -> None:
+        """Until all is placed."""
+        while self.error is None and self.unrest() is not None:
+            await asyncio.sleep(0.5)
+        self.trace("all is placed")
+
+    def faults(self) -> Faults:
+        return (2, self._kill_shard), (1, self._kill_controller), (1, self._drain), (1, self._grow)
+
     async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
         started = time.perf_counter()
         made = await super().plan(alive, placement)
@@ -107,7 +118,7 @@ def main() -> None:
     for name, default in (("shards", 1000), ("experts", 512), ("layers", 88)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", type=int, default=3, help="failures in its life")
+    parser.add_argument("--faults", type=int, default=4, help="failures in its life")
     parser.add_argument("--trace", action="store_true", help="tell what happens")
     args = parser.parse_args()
     fix_hashes()

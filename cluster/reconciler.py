@@ -29,12 +29,13 @@ from cluster.migration import (
 )
 from cluster.orders import Kind, StandingOrder, obeyed
 from cluster.plan import Plan
-from cluster.registry import Lease, RegistryStore, StalePlacement, StoreUnavailable
+from cluster.registry import LEASE_TTL_S, Lease, RegistryStore, StalePlacement, StoreUnavailable
 from cluster.topology import Experts, LayerSpec, Placement, Shard
 
 log = logging.getLogger(__name__)
 
 REGRET = 0.01  # a plan that made steps longer by this part is taken back
+MAX_TURN_S = 60.0  # after which a leader that is still at a turn loses the lease
 
 
 class ShardFailed(RuntimeError):
@@ -146,7 +147,7 @@ class Reconciler:
         self.target: Target | None = None
         self._lease: Lease | None = None
         self._bare_since: float | None = None  # since when no placement is published
-        self._planned_at = 0.0
+        self._turn_began = self._planned_at = 0.0
         self._planned_for: object = None
         self._trial: _Trial | None = None
         self._regrets_until = 0.0
@@ -161,8 +162,10 @@ class Reconciler:
 
     async def run(self) -> None:
         """Until cancelled. A store or a shard that fails is tried again at the next turn."""
+        keeping = asyncio.create_task(self._keep_lease())
         try:
             while True:
+                self._turn_began = self.clock()
                 try:
                     await self.turn()
                 except (StoreUnavailable, StalePlacement, ShardFailed) as error:
@@ -172,9 +175,18 @@ class Reconciler:
                     log.exception("This turn of the controller failed.")
                 await asyncio.sleep(self.timing.period_s)
         finally:
-            for task in self._work.values():
+            for task in (keeping, *self._work.values()):
                 task.cancel()
             await self._resign()
+
+    async def _keep_lease(self) -> None:
+        """Renews it during turns that take longer than it lasts, as with a thousand shards; whether it is lost is found
+        out when a turn begins."""
+        while True:
+            await asyncio.sleep(LEASE_TTL_S / 3)
+            if self._lease is not None and self.clock() - self._turn_began < MAX_TURN_S:
+                with suppress(StoreUnavailable):
+                    await self.registry.renew_lease(self._lease)
 
     async def turn(self) -> None:
         if not await self._lead():

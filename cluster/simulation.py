@@ -61,6 +61,7 @@ LIMITS = Limits(bytes_in_flight=3 * EXPERT_BYTES)
 RESTLESS = PlanPolicy(rows_per_step=2.0, risk=0.0, stay_s=1e6, min_gain=0.0, good_enough=0.999, aim=1.0)
 
 Key = tuple[int, int]  # layer, expert
+Faults = Sequence[tuple[int, Callable[[], Coroutine[Any, Any, None]]]]
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class World:
         for name in ("b0", "b1"):
             self.start_backbone(name)
         shifting = asyncio.ensure_future(self._keep_shifting())
-        await asyncio.sleep(CALM_S)
+        await self.calm()
         await asyncio.gather(*(self._fault() for _ in range(self.scenario.num_faults)))
         shifting.cancel()
         self.is_failing = False
@@ -144,6 +145,10 @@ class World:
         for process in list(self._tasks):
             self._kill(process)
         return Outcome(self.scenario.seed, self.error, num_calls, slowest, self.num_epochs, self.time)
+
+    async def calm(self) -> None:
+        """Before the first failure, which may come before anything is placed."""
+        await asyncio.sleep(CALM_S)
 
     @property
     def time(self) -> float:
@@ -227,8 +232,11 @@ class World:
 
     # Failures
 
-    async def _fault(self) -> None:
-        faults: tuple[tuple[int, Callable[[], Coroutine[Any, Any, None]]], ...] = (
+    def faults(self) -> Faults:
+        """What may happen, and how often."""
+        if self.scenario.is_about_leaders:
+            return (1, self._drain), (1, self._grow)
+        return (
             (4, self._kill_shard),
             (3, self._stop_shard),
             (3, self._kill_controller),
@@ -244,9 +252,10 @@ class World:
             (1, self._slow_shard),
             (1, self._corrupt_shard),
         )
-        if self.scenario.is_about_leaders:
-            faults = ((1, self._drain), (1, self._grow))
+
+    async def _fault(self) -> None:
         await asyncio.sleep(self.random.uniform(0, FAULTS_S))
+        faults = self.faults()
         (fault,) = self.random.choices([fault for _, fault in faults], [weight for weight, _ in faults])
         await fault()
 

@@ -4,6 +4,7 @@
 because Serve validates `args` by them.
 """
 
+import services.gentle_start  # isort: skip  # noqa: F401
 import asyncio
 import logging
 import os
@@ -24,6 +25,7 @@ from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
 from services.engine.backbone import Backbone, BackboneConfig
 from services.engine.recorder import Bounds
+from services.expert.background import in_background
 from services.expert.leaving import LEAVE_TIMEOUT_S
 from services.expert.shard import DRAIN_TIMEOUT_S, ExpertShard, ShardConfig
 from services.link.server import EngineServer
@@ -50,7 +52,7 @@ class ShardDeployment:
     async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
         logs.configure(pool.name, args.log_format)
         torch.set_num_threads(max(1, int(pool.num_cpus)))
-        family = load_family(args.model)
+        family = await in_background(load_family, args.model)
         config = ShardConfig(
             shard_id=f"{pool.name}-{serve.get_replica_context().replica_id.unique_id}",
             memory_budget=args.shard_memory(pool, family),
@@ -61,7 +63,7 @@ class ShardDeployment:
             device=pool.device,
             dtype=args.torch_dtype,
         )
-        self._shard = ExpertShard(config, family, args.registry())
+        self._shard = await in_background(ExpertShard, config, family, args.registry())
         await self._shard.start()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -82,7 +84,7 @@ class ControllerDeployment:
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("controller", args.log_format)
-        family = load_family(args.model)
+        family = await in_background(load_family, args.model)
         pools = {pool.name: pool.scaling for pool in args.pools if pool.is_elastic}
         config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype, pools=pools)
         self._controller = Controller(config, family.expert_shapes, args.registry(), args.loads())

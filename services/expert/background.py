@@ -1,4 +1,4 @@
-"""Threads that give way: what is loaded for later must not slow down the answers of now."""
+"""Threads that give way: what is loaded or started for later must not slow down the answers of now."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NICENESS = 10  # a tenth of a core where threads that answer want all of it, and
 
 async def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """`asyncio.to_thread` on a thread that gives way to others, where the system lets threads differ in that."""
-    return await asyncio.get_running_loop().run_in_executor(_threads(), partial(function, *args, **kwargs))
+    return await asyncio.get_running_loop().run_in_executor(threads(), partial(function, *args, **kwargs))
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(NUM_THREADS, "background", initializer=_give_way)
 
 

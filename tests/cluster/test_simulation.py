@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import pytest
 from cluster import simulation, virtual_time
 from cluster.large_simulation import LargeWorld, Size
 from cluster.migration import Target
-from cluster.reconciler import Reconciler
-from cluster.simulation import Scenario, run_scenario
+from cluster.plan import Plan
+from cluster.reconciler import MAX_TURN_S, Reconciler
+from cluster.registry import LEASE_TTL_S
+from cluster.simulation import Scenario, World, run_scenario
+from cluster.topology import Placement, Shard
 
 ROOT = Path(__file__).parents[2]
 NUM_FLEETS = 10_000
@@ -87,6 +91,48 @@ def test_a_planted_bug_is_found(broken: Scenario, found: str, quiet: None) -> No
         if error is not None and re.search(found, error):
             return
     pytest.fail(f"{MAX_SEEDS} fleets did not show it")
+
+
+class SlowToPlan(World):
+    """Where plans take longer than the lease lasts."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        super().__init__(scenario)
+        self.tokens: set[int] = set()
+
+    async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
+        self.tokens.add(self.store.registry._fencing)
+        await asyncio.sleep(2 * LEASE_TTL_S)
+        self.tokens.add(self.store.registry._fencing)
+        return await super().plan(alive, placement)
+
+
+def test_a_leader_that_plans_for_long_stays_the_leader() -> None:
+    world = SlowToPlan(Scenario(seed=0, num_faults=0))
+    outcome = virtual_time.run(world.run())
+    assert outcome.error is None
+    assert world.published is not None
+    assert len(world.tokens) == 1
+
+
+def test_a_leader_that_is_stuck_is_replaced() -> None:
+    class Stuck(Reconciler):
+        async def turn(self) -> None:
+            await super().turn()
+            if self.leads and self.owner == "c0":
+                await asyncio.sleep(1e9)
+
+    world = World(Scenario(seed=1, num_faults=0, controller=Stuck))
+
+    async def live() -> None:
+        for name in ("c0", "c1"):
+            world.start_controller(name)
+        for _ in range(world.num_shards):
+            world.start_shard("n0")
+        await asyncio.sleep(MAX_TURN_S + 3 * LEASE_TTL_S)
+        assert world.published is not None
+
+    virtual_time.run(live())
 
 
 def test_a_larger_fleet_lives_and_its_decisions_are_timed() -> None:
