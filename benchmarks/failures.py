@@ -131,10 +131,11 @@ async def stop_store(victims: Victims) -> None:
 
 
 async def kill_controller_in_a_migration(victims: Victims) -> None:
-    """The shard's homes are moved a heartbeat's time to live after its death."""
+    """The shard's homes are moved a heartbeat's time to live after its death, by the controller that leads."""
     await victims.kill(SHARD)
     await asyncio.sleep(victims.random.uniform(2.5, 4.0))
-    await victims.kill(CONTROLLER)
+    leader = (await asyncio.to_thread(victims.server.status)).get("leader")
+    os.kill(int(leader.split("-")[-2]) if leader else await victims.one(CONTROLLER), signal.SIGKILL)
 
 
 async def kill_shard_and_store(victims: Victims) -> None:
@@ -318,6 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=30, help="of each kind of failure")
     parser.add_argument("--kinds", default="", help="only those whose names contain this")
+    parser.add_argument("--controllers", type=int, default=1, help="of which one leads")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     groups = {num: of_kinds(kinds, args.kinds) for num, kinds in ((1, KINDS), (2, KINDS_OF_TWO_BACKBONES))}
@@ -325,7 +327,8 @@ def main() -> None:
         parser.error(f"--kinds {args.kinds!r} matches none of: {', '.join(KINDS | KINDS_OF_TWO_BACKBONES)}")
     for num_backbones, kinds in groups.items():
         if kinds:
-            with server("--shards", str(NUM_SHARDS), "--backbones", str(num_backbones)) as started:
+            replicas = ("--backbones", str(num_backbones), "--controllers", str(args.controllers))
+            with server("--shards", str(NUM_SHARDS), *replicas) as started:
                 asyncio.run(run(started, kinds, args.trials, args.seed, num_backbones))
 
 

@@ -43,6 +43,7 @@ METRICS_INTERVAL_S = 1.0  # from a shard to Serve
 GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1
 GATEWAY_STOP_S = 20  # beside draining
 SURGE_PERCENT = 100  # of backbones and gateways: a new one serves before an old one stops, where nodes have room
+APART: dict[str, Any] = {"max_replicas_per_node": 1}
 MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
 
 
@@ -80,7 +81,7 @@ class ShardDeployment:
 
 
 class ControllerDeployment:
-    """One replica; where it dies, backbones serve on and Serve starts another."""
+    """One replica leads. Where it dies, backbones serve on, and another leads or Serve starts one."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("controller", args.log_format)
@@ -182,8 +183,7 @@ def build_app(args: AppArgs) -> Application:
     # Imported here, because in every other process it would cost seconds and memory for nothing.
     from services.ingress import GatewayDeployment
 
-    # Where pods have addresses, each has one gateway on its ports.
-    spread: dict[str, Any] = {"max_replicas_per_node": 1} if args.host == "auto" and args.http_port else {}
+    is_on_pods = args.host == "auto"  # of which each has one gateway on its ports
     gateway = _deployment(
         GatewayDeployment,
         "gateway",
@@ -193,7 +193,7 @@ def build_app(args: AppArgs) -> Application:
         max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
         graceful_shutdown_timeout_s=args.linger_s + args.drain_s + GATEWAY_STOP_S,
-        **spread,
+        **(APART if is_on_pods and args.http_port else {}),
     )
     extras = [] if args.experts == "local" else _expert_tier(args)
     app: Application = gateway.bind(args, backbone.bind(args), *extras)
@@ -201,7 +201,14 @@ def build_app(args: AppArgs) -> Application:
 
 
 def _expert_tier(args: AppArgs) -> list[Application]:
-    controller = _deployment(ControllerDeployment, "controller", args.labels, num_cpus=CONTROLLER_CPUS, num_replicas=1)
+    controller = _deployment(
+        ControllerDeployment,
+        "controller",
+        args.labels,
+        num_cpus=CONTROLLER_CPUS,
+        num_replicas=args.controller_replicas,
+        **(APART if args.host == "auto" else {}),  # they are not to die together
+    )
     return [controller.bind(args), *(_pool(pool).bind(args, pool) for pool in args.pools)]
 
 

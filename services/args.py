@@ -123,6 +123,7 @@ class AppArgs(BaseModel):
     backbone_replicas: int = Field(1, ge=1)
     backbone_threads: int | None = Field(None, ge=1, description="of one backbone's CPU arithmetic")
     gateway_replicas: int = Field(1, ge=1)
+    controller_replicas: int = Field(1, ge=1, description="of which one leads; where it dies, another does in seconds")
     log_format: LogFormat = "json"
     labels: Labels = Field(
         default_factory=dict, description="of the Ray nodes for gateways, backbones and controller; all if empty"

@@ -57,6 +57,9 @@ def up(
         int | None, typer.Option(min=1, help="As many where --shards would be too busy; --shards if left out.")
     ] = None,
     backbones: Annotated[int, typer.Option(min=1, help="Replicas of the backbone; one that dies loses nothing.")] = 1,
+    controllers: Annotated[
+        int, typer.Option(min=1, help="Replicas of the controller; where one dies, another takes over.")
+    ] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is float32 on a CPU.")] = "auto",
     port: Annotated[int, typer.Option(min=1, max=65535, help="REST port on 127.0.0.1.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC port on 127.0.0.1.")] = 9000,
@@ -96,6 +99,7 @@ def up(
                 prefix_cache=not no_prefix_cache,
                 log_format=log_format,
                 backbone_replicas=backbones,
+                controller_replicas=controllers,
                 pool={
                     "shards": shards,
                     "max_shards": max_shards,

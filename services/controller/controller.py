@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import socket
 import time
@@ -70,7 +71,7 @@ class Controller:
         self._history = loads and LoadHistory(loads, {spec.layer: spec.num_experts for spec in self.layers})
         self._last_load: dict[int, ExpectedLoad] = {}
         self.reconciler = Reconciler(
-            f"{socket.gethostname()}-{secrets.token_hex(4)}",
+            f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
             config.model,
             self.layers,
             config.num_shards,

@@ -41,7 +41,7 @@ def _backbone_faults(args: AppArgs, groups: list[Manifest]) -> Iterator[str]:
     if args.device == "cuda" and args.backbone_threads is None:
         yield "backbone_threads is left to the machine that the application happens to be built on"
     cpus, gpus = _limits(group)
-    beside = GATEWAY_CPUS * args.gateway_replicas + CONTROLLER_CPUS
+    beside = GATEWAY_CPUS * args.gateway_replicas + CONTROLLER_CPUS * args.controller_replicas
     wanted = (args.backbone_threads or 1) + beside  # where one pod has them all
     if cpus < wanted:
         yield f"a pod of group {group['groupName']} has {cpus:g} CPUs, and needs {wanted:g}"

@@ -34,7 +34,7 @@ def budget(manifests: Manifests, name: str) -> Manifest:
         (lambda m: worker_group(m, "experts-gpu")["labels"].update({"expertmesh.io/group": "x"}), "pool experts-gpu"),
         (lambda m: rewrite_serve(m, "group: experts-gpu", "group: experts-cpu"), "is on group experts-cpu"),
         (lambda m: rewrite_serve(m, "backbone_threads: 8", ""), "backbone_threads is left"),
-        (lambda m: rewrite_serve(m, "backbone_threads: 8", "backbone_threads: 32"), "has 10 CPUs, and needs 33.1"),
+        (lambda m: rewrite_serve(m, "backbone_threads: 8", "backbone_threads: 32"), "has 10 CPUs, and needs 33.2"),
         (lambda m: container(m, "backbone")["resources"]["limits"].pop("nvidia.com/gpu"), "has 0 GPUs for a backbone"),
         (
             lambda m: container(m, "experts-gpu")["resources"]["limits"].update({"nvidia.com/gpu": "8"}),
