@@ -25,13 +25,13 @@ SWEEPS = 200  # of a fill at most; it ends once nothing changes
 TOLERANCE = 1e-4  # of the highest level
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def rate(cost_EC: Any, pace_SP: Any, expert: int, shard: int) -> float:
     """The µs that all of an expert's rows take on a shard."""
     return float(pace_SP[shard, 1] * cost_EC[expert, 0] + pace_SP[shard, 2] * cost_EC[expert, 1])
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _level_two(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, share_EH: Any, busy_S: Any) -> float:
     """`_level` for two homes, which most experts with several have."""
     first, second = homes_EH[expert, 0], homes_EH[expert, 1]
@@ -45,7 +45,7 @@ def _level_two(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, share_EH:
     return float(abs(step) * max(first_rate, second_rate))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _level(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_homes: int, share_EH: Any, busy_S: Any) -> float:
     """Shares one expert's rows out so that its homes end together; returns the largest change in µs."""
     if num_homes == 2:
@@ -75,7 +75,7 @@ def _level(expert: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_homes: in
     return largest
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def fill(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, max_sweeps: int, tolerance: float
 ) -> float:
@@ -90,7 +90,7 @@ def fill(
     return float(busy_S.max())
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def settle(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, fallback_E: Any, wake_us: float, share_EH: Any, busy_S: Any
 ) -> None:
@@ -120,12 +120,12 @@ def busy_times(
     return busy_S
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def fall_back(expert: int, shard: int, cost_EC: Any, pace_SP: Any, busy_S: Any, wake_us: float) -> None:
     busy_S[shard] += rate(cost_EC, pace_SP, expert, shard) + wake_us * cost_EC[expert, 0]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def ideal_level(cost_EC: Any, pace_SP: Any) -> float:
     """The lower bound: what every shard would take if every expert could be shared out over all of them."""
     above, slope = 1.0, 0.0
@@ -137,7 +137,7 @@ def ideal_level(cost_EC: Any, pace_SP: Any) -> float:
     return above / slope
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def is_home(homes_EH: Any, num_E: Any, expert: int, shard: int) -> bool:
     for i in range(num_E[expert]):  # noqa: SIM110 (compiled, and any() of a generator is not)
         if homes_EH[expert, i] == shard:
@@ -145,7 +145,7 @@ def is_home(homes_EH: Any, num_E: Any, expert: int, shard: int) -> bool:
     return False
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def join(group_S: Any, one: int, other: int) -> None:
     old, new = group_S[other], group_S[one]
     for shard in range(len(group_S)):

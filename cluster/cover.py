@@ -13,7 +13,7 @@ from numba import njit
 from cluster.balance import is_home, rate
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def repair(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, former_EH: Any,
     slots_S: Any, host_slots_S: Any, node_S: Any, busy_S: Any,
@@ -69,7 +69,7 @@ def repair(
                 host_slots_S[to] -= 1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _preference(is_apart: bool, is_free: bool, has_host_room: bool) -> int:
     if is_free:
         return 0 if is_apart else 2  # a device on the same node comes after another node's host memory
@@ -78,12 +78,12 @@ def _preference(is_apart: bool, is_free: bool, has_host_room: bool) -> int:
     return 4 if is_apart else 5
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _is_in(former_EH: Any, expert: int, shard: int) -> bool:
     return bool((former_EH[expert] == shard).any())
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _is_on_two_nodes(expert: int, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, node_S: Any) -> bool:
     node = -1
     for i in range(num_E[expert] + num_standby_E[expert]):
@@ -94,7 +94,7 @@ def _is_on_two_nodes(expert: int, homes_EH: Any, num_E: Any, standby_EJ: Any, nu
     return False
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _drop_surplus(
     expert: int, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, host_slots_S: Any, node_S: Any,
     num_nodes: int,

@@ -10,7 +10,7 @@ from numba import njit
 from cluster.balance import ideal_level, is_home, join, rate
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def count_homes(cost_EC: Any, num_slots: int, level: float, most: int, wanted_E: Any) -> None:
     """Writes how many homes each expert should have on a device, as far as slots go.
 
@@ -33,7 +33,7 @@ def count_homes(cost_EC: Any, num_slots: int, level: float, most: int, wanted_E:
                 left -= 1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def deal(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, node_S: Any, num_wanted_E: Any, busy_S: Any
 ) -> int:
@@ -66,7 +66,7 @@ def deal(
     return num_left
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _freest(
     expert: int, share: float, slack: float, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any,
     node_S: Any, group_S: Any, busy_S: Any,

@@ -26,7 +26,7 @@ PATIENCE = 8  # steps in a row that only relieve one of several slowest shards
 GOOD_TRIAL = 0.7  # the part of the next step's promise at which no further one is tried
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _add(expert: int, shard: int, homes_EH: Any, num_E: Any, share_EH: Any, slots_S: Any) -> None:
     homes_EH[expert, num_E[expert]] = shard
     share_EH[expert, num_E[expert]] = 0.0
@@ -34,7 +34,7 @@ def _add(expert: int, shard: int, homes_EH: Any, num_E: Any, share_EH: Any, slot
     slots_S[shard] -= 1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _drop(
     expert: int, shard: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any,
     slots_S: Any,
@@ -55,7 +55,7 @@ def _drop(
         busy_S[homes_EH[expert, i]] += dropped / (num - 1) * rate(cost_EC, pace_SP, expert, homes_EH[expert, i])
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _apply(
     step: Any, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any
 ) -> None:
@@ -69,7 +69,7 @@ def _apply(
         _drop(out, to, cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, slots_S)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _undo(
     step: Any, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any
 ) -> None:
@@ -83,7 +83,7 @@ def _undo(
     _drop(expert, to, cost_EC, pace_SP, homes_EH, num_E, share_EH, busy_S, slots_S)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _keep_best(worth: float, step: Any, steps_XK: Any, worth_X: Any) -> None:
     """Puts a step among the best so far, in order of their worth."""
     last = len(worth_X) - 1
@@ -98,7 +98,7 @@ def _keep_best(worth: float, step: Any, steps_XK: Any, worth_X: Any) -> None:
         steps_XK[last, i] = step[i]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _spare_homes(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, is_cold_E: Any, shards: int
 ) -> Any:
@@ -114,7 +114,7 @@ def _spare_homes(
     return out_S, load_S
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _groups(cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any) -> Any:
     """Which shards share rows of some expert, directly or through others, and so rise and fall together; how many."""
     group_S = np.arange(len(busy_S))
@@ -129,7 +129,7 @@ def _groups(cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any
     return group_S, np.bincount(group_S, minlength=len(group_S))[group_S]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _promising(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_cold_E: Any,
     can_swap: bool, num_trials: int,
@@ -189,7 +189,7 @@ def _promising(
     return steps_XK, worth_X
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _promise_detours(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_slow_S: Any,
     out_S: Any, out_load_S: Any, steps_XK: Any, worth_X: Any,
@@ -228,7 +228,7 @@ def _promise_detours(
                 _keep_best(fall, (expert, to, light, back, other), steps_XK, worth_X)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _promise_swaps(
     expert: int, position: int, level: float, num_slow: int, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any,
     share_EH: Any, busy_S: Any, is_slow_S: Any, steps_XK: Any, worth_X: Any,
@@ -254,7 +254,7 @@ def _promise_swaps(
             _keep_best(fall, (expert, to, other, slow, expert), steps_XK, worth_X)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def improve(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, is_cold_E: Any,
     wake_us: float, enough: float, aim: float, price: float, max_steps: int,
@@ -308,7 +308,7 @@ def improve(
     return first, best_level
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _best_step(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_cold_E: Any,
     fallback_E: Any, wake_us: float, is_thorough: bool,
@@ -343,7 +343,7 @@ def _best_step(
     return chosen
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _try(
     step: Any, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any,
     fallback_E: Any, wake_us: float,
@@ -368,7 +368,7 @@ def _try(
     return float(level), float(np.sqrt((trial_busy_S**2).mean()))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def occupy(
     cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, wake_us: float
 ) -> None:
