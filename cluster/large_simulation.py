@@ -19,7 +19,8 @@ from functools import partial
 from typing import Any
 
 from cluster import virtual_time
-from cluster.plan import Plan
+from cluster.migration import Limits
+from cluster.plan import Plan, PlanPolicy
 from cluster.reconciler import Reconciler
 from cluster.simulation import EXPERT_BYTES, Faults, Scenario, World, fix_hashes, quiet
 from cluster.topology import LayerSpec, Placement, Shard
@@ -87,6 +88,7 @@ class LargeWorld(World):
     """A fleet of a given size, with room for two homes of everything on devices."""
 
     forgetful_share = 0.0
+    limits = Limits()
 
     def __init__(self, size: Size, seed: int, num_faults: int, has_trace: bool) -> None:
         self.decisions = Decisions()
@@ -96,6 +98,11 @@ class LargeWorld(World):
         self.num_shards, self.host_budget = size.num_shards, 0
         self.nodes = [f"n{i}" for i in range(max(2, size.num_shards // SHARDS_OF_NODE))]
         self.set_budget()
+        self.policy = PlanPolicy()
+
+    async def _keep_shifting(self) -> None:
+        """Experts stay as popular as they are: what is to be moved is for the failures to say."""
+        self._shift()
 
     async def calm(self) -> None:
         """Until all is placed."""

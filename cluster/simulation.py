@@ -89,6 +89,7 @@ class Outcome:
 class World:
     """One fleet: shards on nodes, two controllers, backbones and a store."""
 
+    limits = LIMITS
     forgetful_share = 0.3  # of plans that forget what runs, so that there is much to do: the planner moves little
 
     def __init__(self, scenario: Scenario) -> None:
@@ -196,7 +197,7 @@ class World:
             remote.before_drop = self._maybe_stop
         timing = Timing(plan_every_s=3.0, shun_s=3.0)
         controller = self.scenario.controller(
-            name, MODEL, self.layers, {POOL: self.num_shards}, store, remote, self.plan, now, timing, LIMITS
+            name, MODEL, self.layers, {POOL: self.num_shards}, store, remote, self.plan, now, timing, self.limits
         )
         self._start(process, controller.run())
 
