@@ -23,7 +23,7 @@ def repair(
     In this order: a device with one of `slots_S` (only for an expert with one home and none that stands by), host
     memory with one of `host_slots_S`, each on another node before the same; disk comes last. A shard in `former_EH`,
     which has the weights on its device now, keeps them in host memory rather than another fetching them. Of equal ones,
-    the shard that would be done first if those that it stands by for died.
+    the shard with the fewest on disk, then the one that would be done first if those that it stands by for died.
     """
     num_shards, num_nodes = len(slots_S), len(np.unique(node_S))
     failover_SS = np.zeros((num_shards, num_shards))
@@ -52,7 +52,8 @@ def repair(
                 kind = _preference(is_apart, is_free, host_slots_S[shard] > 0)
                 is_former = not is_free and _is_in(former_EH, expert, shard)
                 last = busy_S[shard] + (failover_SS[home, shard] if num > 0 else 0.0)
-                worth = kind * 1e12 - is_former * 1e11 + last
+                num_on_disk = max(0, -host_slots_S[shard])
+                worth = kind * 1e12 - is_former * 1e11 + num_on_disk * 1e7 + last
                 if worth < best:
                     best, to, is_device = worth, shard, is_free
             if to < 0:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -348,6 +349,14 @@ def test_host_memory_that_is_full_is_followed_by_disk() -> None:
     of = plan(layers, shards, None, skewed(layers), ALL_DEVICES)
     assert of.cover_after == 2
     assert any("24.0 MiB of experts that stand by do not fit into host memory" in reason for reason in of.reasons)
+
+
+def test_no_shard_has_far_more_on_disk_than_others() -> None:
+    layers, shards = make_layers(3, 64, SIZE), make_fleet(8, 33, host_slots=0)
+    first = plan(layers, shards, None, skewed(layers))
+    counts = Counter(id for homes in first.standby.values() for ids in homes for id in ids)
+    assert sum(counts.values()) > 100
+    assert max(counts.values()) <= 2 * min(counts[shard.id] for shard in shards)
 
 
 def test_a_home_that_gives_way_stands_by_where_it_was() -> None:
