@@ -19,7 +19,7 @@ from services.drill.drill import Disturbance, Load, under_load
 from tests.k8s.local_cluster import LocalCluster, Node, why_not
 from tests.k8s.manifests import Manifests, app_args, ray_service, worker_group
 
-IS_WANTED = "EXPERTMESH_CLUSTER_TEST" in os.environ  # three minutes
+IS_WANTED = "EXPERTMESH_CLUSTER_TEST" in os.environ  # two minutes
 WHY_NOT = why_not() if IS_WANTED else "set EXPERTMESH_CLUSTER_TEST to run it"
 PASSWORD = "of-this-test"
 NUM_EXPERT_NODES, CPUS_OF_NODE = 4, 2
