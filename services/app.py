@@ -183,7 +183,6 @@ def build_app(args: AppArgs) -> Application:
     # Imported here, because in every other process it would cost seconds and memory for nothing.
     from services.ingress import GatewayDeployment
 
-    is_on_pods = args.host == "auto"  # of which each has one gateway on its ports
     gateway = _deployment(
         GatewayDeployment,
         "gateway",
@@ -193,7 +192,7 @@ def build_app(args: AppArgs) -> Application:
         max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
         graceful_shutdown_timeout_s=args.linger_s + args.drain_s + GATEWAY_STOP_S,
-        **(APART if is_on_pods and args.http_port else {}),
+        **(APART if args.host == "auto" and args.http_port else {}),  # a pod has one on its ports
     )
     extras = [] if args.experts == "local" else _expert_tier(args)
     app: Application = gateway.bind(args, backbone.bind(args), *extras)

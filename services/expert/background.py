@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import cache, partial
 from typing import ParamSpec, TypeVar
 
@@ -16,6 +17,14 @@ T = TypeVar("T")
 
 NUM_THREADS = 2
 NICENESS = 10  # a tenth of a core where threads that answer want all of it, and a whole one where they do not
+
+
+is_awaited: ContextVar[bool] = ContextVar("is_awaited", default=False)  # what this task does, by a call
+
+
+async def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """On another thread, which gives way to those that answer unless a call waits for it."""
+    return await (asyncio.to_thread if is_awaited.get() else in_background)(function, *args, **kwargs)
 
 
 async def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

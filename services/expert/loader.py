@@ -7,16 +7,14 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
 
 import grpc
 from torch import Tensor
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.options import CHANNEL_OPTIONS
-from services.expert.background import in_background
+from services.expert.background import aside, is_awaited
 from services.expert.host import ExpertHost, Known, Loaded, NoRoom, Wanted, keys_of
 from services.expert.standbys import Key
 from services.expert.transfer import MAX_TRANSFER_BYTES, ByteBudget, PeerError, fetch
@@ -24,14 +22,10 @@ from services.expert.weights import Weights
 from services.expert.wire import Refused
 from services.expert.worker import Worker
 
-P = ParamSpec("P")
-T = TypeVar("T")
 Read = Callable[[int, int], Mapping[str, Tensor]]  # (layer, expert) -> its tensors; ValueError names what is missing
 
 LOADS_AT_ONCE = 2  # one comes over the wire while another one is packed
 PROMOTE_TIMEOUT_S = 5.0  # that a call waits for experts that stand by, at most
-
-_is_awaited: ContextVar[bool] = ContextVar("is_awaited", default=False)  # by a call
 
 
 @dataclass(frozen=True)
@@ -127,7 +121,7 @@ class Loader:
         await _each(sorted(key for key in standby if key not in host.standbys), stand_by)
         for layer, expert in {key[0]: key for key in new_homes}.items():
             bank, held = host.banks[layer], expert[1]
-            await self._run(bank.warm_up, held)  # now, so that no request waits for it
+            await aside(bank.warm_up, held)  # now, so that no request waits for it
         return loaded
 
     async def _from_memory_or(self, key: Key, order: Order, peers: Peers) -> Weights:
@@ -140,25 +134,21 @@ class Loader:
         """Reads an expert once even if it stays on disk: what cannot be read is no standby, and its gain counts."""
         host, endpoint = self.host, order.peers.get(key, "")
         if host.is_home(key):
-            weights = Weights.of(await self._run(host.banks[key[0]].tensors, key[1]), host.dtype)
+            weights = Weights.of(await aside(host.banks[key[0]].tensors, key[1]), host.dtype)
             return weights if fits else None, endpoint
         sources = order if fits else Order({}, {}, {}, order.expected)  # bytes from a peer would be thrown away
         weights = await self._obtain(key, sources, peers)
-        loaded.known[key] = Known(weights.checksum, await self._run(weights.gain_exponent))
-        return await self._run(self._keep, weights) if fits else None, endpoint
+        loaded.known[key] = Known(weights.checksum, await aside(weights.gain_exponent))
+        return await aside(self._keep, weights) if fits else None, endpoint
 
     async def _to_device(self, key: Key, weights: Weights) -> Known:
         (layer, expert), known = key, self.host.known(key)
         bank, gain = self.host.banks[layer], known.gain if known else weights.gain
-        await self._run(bank.load, expert, weights.tensors, gain)
+        await aside(bank.load, expert, weights.tensors, gain)
         return Known(weights.checksum, bank.gain_exponent(expert))
 
     def _keep(self, weights: Weights) -> Weights:
         return weights.in_host_memory(is_pinned=self.host.device.type == "cuda")
-
-    async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """On another thread, which gives way to those that answer unless a call waits for it."""
-        return await (asyncio.to_thread if _is_awaited.get() else in_background)(function, *args, **kwargs)
 
     # Where it comes from ---------------------------------------------------------------------------------------------
 
@@ -167,7 +157,7 @@ class Loader:
         endpoint, problems = order.peers.get(key, ""), []
         expected = order.expected.get(key)
         ways: list[tuple[str, Callable[[], Awaitable[Weights]]]] = [
-            ("the checkpoint", lambda: self._run(self.read_checkpoint, key, expected))
+            ("the checkpoint", lambda: aside(self.read_checkpoint, key, expected))
         ]
         if endpoint and endpoint not in peers.failed:
             from_peer = (f"the peer {endpoint}", lambda: self._from_peer(key, endpoint, peers, expected))
@@ -205,8 +195,8 @@ class Loader:
         if standby is not None and (weights := standby.weights) is not None:
             return weights, known
         with suppress(KeyError):
-            return Weights.of(await self._run(host.banks[key[0]].tensors, key[1]), host.dtype), known
-        return await self._run(self.read_checkpoint, key, known.checksum), known
+            return Weights.of(await aside(host.banks[key[0]].tensors, key[1]), host.dtype), known
+        return await aside(self.read_checkpoint, key, known.checksum), known
 
     # What calls ask for ----------------------------------------------------------------------------------------------
 
@@ -260,7 +250,7 @@ class Loader:
 
     async def _promote(self, key: Key) -> None:
         started, host = time.monotonic(), self.host
-        _is_awaited.set(True)
+        is_awaited.set(True)
         try:
             kept = await self._load_promoted(key)
             await self.worker.run(lambda: host.settle_promoted(key, kept))
@@ -285,7 +275,7 @@ class Loader:
             order = Order({}, {}, {key: standby.peer} if standby.peer else {}, {key: known.checksum})
             weights = await self._obtain(key, order, peers, disk_first=True)
         await self._to_device(key, weights)
-        return await self._run(self._keep, weights) if weights.nbytes <= host.standbys.host_budget else None
+        return await aside(self._keep, weights) if weights.nbytes <= host.standbys.host_budget else None
 
     async def release(self, keys: Iterable[Key]) -> None:
         """Lets experts go that `promote` brought, when the call that asked for them is computed."""

@@ -13,6 +13,7 @@ import torch
 from model.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert.background import aside
 from services.expert.host import Known
 from services.expert.weights import Weights, seal
 from services.expert.wire import WIRE_DTYPES
@@ -90,7 +91,7 @@ async def _receive(call: Any, shape: ExpertShape, expert: int, dtype: torch.dtyp
         data[end : end + len(piece)] = piece
         end += len(piece)
         if chunk.is_last:
-            return await asyncio.to_thread(_verified, data, end, shape, dtype, chunk)
+            return await aside(_verified, data, end, shape, dtype, chunk)
     raise PeerError(f"it ended after {end} of {len(data)} bytes")
 
 
