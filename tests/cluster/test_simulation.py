@@ -116,10 +116,13 @@ def test_a_leader_that_plans_for_long_stays_the_leader() -> None:
 
 
 def test_a_leader_that_is_stuck_is_replaced() -> None:
+    stuck: list[str] = []
+
     class Stuck(Reconciler):
         async def turn(self) -> None:
             await super().turn()
-            if self.leads and self.owner == "c0":
+            if self.leads and not stuck:
+                stuck.append(self.owner)
                 await asyncio.sleep(1e9)
 
     world = World(Scenario(seed=1, num_faults=0, controller=Stuck))
@@ -129,7 +132,10 @@ def test_a_leader_that_is_stuck_is_replaced() -> None:
             world.start_controller(name)
         for _ in range(world.num_shards):
             world.start_shard("n0")
-        await asyncio.sleep(MAX_TURN_S + 3 * LEASE_TTL_S)
+        await asyncio.sleep(MAX_TURN_S / 2)
+        assert stuck
+        assert world.published is None
+        await asyncio.sleep(MAX_TURN_S / 2 + 3 * LEASE_TTL_S)
         assert world.published is not None
 
     virtual_time.run(live())
