@@ -232,9 +232,9 @@ async def measure_rate(url: str, bodies: list[dict[str, Any]]) -> float:
     return len(outcomes) / (time.monotonic() - started)
 
 
-def load_of(url: str, rate: float) -> Load:
+def load_of(url: str, rate: float, seconds: float = SECONDS) -> Load:
     """Every other request is sampled, with a seed."""
-    load = Load.of_sentences(url, rate, SECONDS, MAX_TOKENS)
+    load = Load.of_sentences(url, rate, seconds, MAX_TOKENS)
     seeded = [
         {**body, "temperature": 0.8, "seed": number} if number % 2 else body for number, body in enumerate(load.bodies)
     ]
@@ -271,6 +271,12 @@ async def trial(victims: Victims, deed: Deed, load: Load, undisturbed: list[Outc
     return Trial(verdict, watch.covered_s, whole_s)
 
 
+def print_header(rate: float, cover: str = "full cover after, s") -> None:
+    print(f"\n{rate:.2f} requests/s of {MAX_TOKENS} tokens, half of what the server can do.\n")
+    print("| failure | trials | requests | failed | different | longest gap, s: median / worst (undisturbed)", end="")
+    print(f" | tokens missing | {cover}: median / worst | as before after, s |\n|" + "---|" * 9, flush=True)
+
+
 def row(kind: str, trials: list[Trial]) -> str:
     verdicts = [trial.verdict for trial in trials]
     num_requests = sum(verdict.num_requests for verdict in verdicts)
@@ -293,9 +299,7 @@ async def run(started: Server, kinds: dict[str, Deed], num_trials: int, seed: in
     load = load_of(started.url, rate)
     await wait_until_whole(started.url, NUM_SHARDS)
     undisturbed = await load.run()
-    print(f"\n{rate:.2f} requests/s of {MAX_TOKENS} tokens, half of what the server can do.\n")
-    print("| failure | trials | requests | failed | different | longest gap, s: median / worst (undisturbed)", end="")
-    print(" | tokens missing | full cover after, s: median / worst | as before after, s |\n|" + "---|" * 9)
+    print_header(rate)
 
     async def repeat(kind: str, deed: Deed) -> None:
         trials = []

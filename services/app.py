@@ -158,9 +158,9 @@ def _address(host: str) -> str:
 
 
 def _deployment(
-    cls: type, name: str, labels: dict[str, str], num_cpus: float, device: str = "cpu", **options: Any
+    cls: type, name: str, labels: dict[str, str], num_cpus: float, num_gpus: float = 0, **options: Any
 ) -> Any:
-    resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": 1 if device == "cuda" else 0}
+    resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     where = {"label_selector": labels} if labels else {}
     return serve.deployment(name=name, ray_actor_options=resources | where, **options)(cls)
 
@@ -173,7 +173,7 @@ def build_app(args: AppArgs) -> Application:
         "backbone",
         args.labels,
         num_cpus=args.threads(family),
-        device=args.device,
+        num_gpus=args.gpus,
         num_replicas=args.backbone_replicas,
         max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
@@ -220,7 +220,7 @@ def _pool(pool: PoolArgs) -> Any:
         pool.name,
         pool.labels,
         num_cpus=pool.num_cpus,
-        device=pool.device,
+        num_gpus=pool.gpus,
         **size,
         graceful_shutdown_timeout_s=SHARD_STOP_TIMEOUT_S,
     )

@@ -43,6 +43,18 @@ def _redis_url_of_environment() -> str:
     return os.environ.get("EXPERTMESH_REDIS_URL") or "redis://127.0.0.1:6379"
 
 
+def _gpus(asked: float | None, device: str) -> float:
+    return float(device == "cuda") if asked is None else asked
+
+
+def _check_gpus(gpus: float, device: str, name: str) -> None:
+    """Raises ValueError for a number that Ray cannot give, or that hides the device."""
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError(f"{name} is {gpus:g}; a GPU may be shared (0.5), and above 1 only whole ones are given")
+    if device == "cuda" and not gpus:
+        raise ValueError(f"{name} is 0, and without a GPU of Ray's a process on cuda sees none; that must be above 0")
+
+
 class PoolArgs(BaseModel):
     """One pool of expert shards."""
 
@@ -57,6 +69,7 @@ class PoolArgs(BaseModel):
     downscale_delay_s: float = Field(120, ge=0, description="for which one shard less must have been enough")
     device: Literal["cpu", "cuda"] = "cpu"
     num_cpus: float = Field(1, ge=0)
+    num_gpus: float | None = Field(None, ge=0, description="that a shard takes; 1 on cuda, 0 on cpu if left out")
     memory_budget: ByteSize | None = Field(
         None, gt=0, description="of expert weights on the device; enough for all of them without one shard if left out"
     )
@@ -74,8 +87,13 @@ class PoolArgs(BaseModel):
     def most_shards(self) -> int:
         return self.max_shards or self.shards
 
+    @property
+    def gpus(self) -> float:
+        return _gpus(self.num_gpus, self.device)
+
     def check(self) -> None:
-        """Raises ValueError where it starts out of its bounds."""
+        """Raises ValueError where it starts out of its bounds, or its shards would see no GPU."""
+        _check_gpus(self.gpus, self.device, f"num_gpus of pool {self.name}")
         if not self.least_shards <= self.shards <= self.most_shards:
             raise ValueError(
                 f"pool {self.name} starts with {self.shards} shards; that must be from min_shards = "
@@ -121,6 +139,9 @@ class AppArgs(BaseModel):
     max_batch_tokens: int = Field(2048, ge=64)
     state_memory: ByteSize | None = Field(None, gt=0, description="for requests' KV and recurrent state")
     backbone_replicas: int = Field(1, ge=1)
+    backbone_gpus: float | None = Field(
+        None, ge=0, description="that a backbone takes; 1 on cuda, 0 on cpu if left out"
+    )
     backbone_threads: int | None = Field(None, ge=1, description="of one backbone's CPU arithmetic")
     gateway_replicas: int = Field(1, ge=1)
     controller_replicas: int = Field(1, ge=1, description="of which one leads; where it dies, another does in seconds")
@@ -163,6 +184,10 @@ class AppArgs(BaseModel):
         """Small products wait for a second thread longer than they compute: the demo is 1.8 times faster with one."""
         is_small = family.config.hidden_size < MIN_HIDDEN_FOR_THREADS
         return self.backbone_threads or (1 if is_small else os.cpu_count() or 1)
+
+    @property
+    def gpus(self) -> float:
+        return _gpus(self.backbone_gpus, self.device)
 
     @property
     def num_shards(self) -> dict[str, int]:
@@ -226,6 +251,7 @@ class AppArgs(BaseModel):
         key_prefix(self.name)
         if len(self.num_shards) < len(self.pools):
             raise ValueError(f"the pools are named {[pool.name for pool in self.pools]}; each needs a name of its own")
+        _check_gpus(self.gpus, self.device, "backbone_gpus")
         for pool in self.pools:
             pool.check()
         self.memory_plan(family)

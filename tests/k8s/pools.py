@@ -45,8 +45,8 @@ def _backbone_faults(args: AppArgs, groups: list[Manifest]) -> Iterator[str]:
     wanted = (args.backbone_threads or 1) + beside  # where one pod has them all
     if cpus < wanted:
         yield f"a pod of group {group['groupName']} has {cpus:g} CPUs, and needs {wanted:g}"
-    if gpus != (args.device == "cuda"):
-        yield f"a pod of group {group['groupName']} has {gpus:g} GPUs for a backbone on {args.device}"
+    if gpus != args.gpus:
+        yield f"a pod of group {group['groupName']} has {gpus:g} GPUs for a backbone that takes {args.gpus:g}"
     yield from _number_faults(group, args.backbone_replicas, args.backbone_replicas)
 
 
@@ -58,8 +58,8 @@ def _pool_faults(pool: PoolArgs, groups: list[Manifest]) -> Iterator[str]:
     if pool.name != group["groupName"]:
         yield f"pool {pool.name} is on group {group['groupName']}; they have one name"
     cpus, gpus = _limits(group)
-    if gpus != (pool.device == "cuda"):
-        yield f"a pod of group {pool.name} has {gpus:g} GPUs for a shard on {pool.device}"
+    if gpus != pool.gpus:
+        yield f"a pod of group {pool.name} has {gpus:g} GPUs for a shard that takes {pool.gpus:g}"
     if not pool.num_cpus <= cpus < 2 * pool.num_cpus:
         yield f"a pod of group {pool.name} has {cpus:g} CPUs, and one shard of {pool.num_cpus:g} must fit and no second"
     if pool.host_budget is not None and pool.host_budget >= _memory(group):

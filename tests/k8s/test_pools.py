@@ -38,7 +38,7 @@ def budget(manifests: Manifests, name: str) -> Manifest:
         (lambda m: container(m, "backbone")["resources"]["limits"].pop("nvidia.com/gpu"), "has 0 GPUs for a backbone"),
         (
             lambda m: container(m, "experts-gpu")["resources"]["limits"].update({"nvidia.com/gpu": "8"}),
-            "has 8 GPUs for a shard on cuda",
+            "has 8 GPUs for a shard that takes 1",
         ),
         (lambda m: rewrite_serve(m, "num_cpus: 8", "num_cpus: 4"), "one shard of 4 must fit and no second"),
         (lambda m: rewrite_serve(m, "num_cpus: 8", "num_cpus: 9"), "one shard of 9 must fit"),

@@ -36,6 +36,8 @@ def test_serve_validates_the_args_of_a_config() -> None:
         ({"pools": [{"memory_budget": "1MiB"}]}, "the 3 shards have room for"),
         ({"model_name": "a{b}"}, "braces"),
         ({"pools": [{}, {}]}, "each needs a name of its own"),
+        ({"pools": [{"device": "cuda", "num_gpus": 0}]}, "num_gpus of pool experts-cpu is 0"),
+        ({"backbone_gpus": 1.5}, "backbone_gpus is 1.5; a GPU may be shared"),
     ],
 )
 def test_what_cannot_be_served_is_told_before_anything_starts(args: dict[str, Any], sentence: str) -> None:
@@ -102,6 +104,18 @@ def test_replicas_run_on_nodes_with_their_labels() -> None:
     app = build_as_serve_does(build_app, {"labels": here, "pools": [{"name": "a", "labels": there}, {"name": "b"}]})
     labels = {built.name: built.ray_actor_options.get("label_selector") for built in build(app)}
     assert labels == {"gateway": here, "backbone": here, "controller": here, "a": there, "b": None}
+
+
+def test_gpus_are_asked_for_by_device_or_by_number() -> None:
+    pools = [
+        {"name": "a", "device": "cuda"},
+        {"name": "b", "device": "cuda", "num_gpus": 0.5},
+        {"name": "c"},
+        {"name": "d", "num_gpus": 1},
+    ]
+    app = build_as_serve_does(build_app, {"device": "cuda", "pools": pools})
+    gpus = {built.name: built.ray_actor_options["num_gpus"] for built in build(app)}
+    assert gpus == {"gateway": 0, "backbone": 1, "controller": 0, "a": 1, "b": 0.5, "c": 0, "d": 1}
 
 
 def build(app: Application) -> list[Deployment]:

@@ -1,0 +1,293 @@
+"""What a day of a cluster costs requests that are under way: `python -m benchmarks.day_two --trials 10` (as root).
+
+Deploys `serveConfigV2` of `k8s/overlays/gpu-ha` with `serve deploy` on a Ray cluster of nine nodes, each in a network
+namespace with an address of its own: a head whose state is in a Redis, three for backbones, gateways and controllers,
+and five for expert shards, one of each kind to spare. GPUs are counted and not there; the model is the demo. Then load
+runs again and again, once undisturbed, and once for every trial with something done at a random moment. Clients come
+through a balancer that follows readiness as a Service does; where a backbone's node is lost, through the gateway of
+another, because a stream ends with the gateway that it comes from. Columns are those of `benchmarks.failures`, but for
+the time that an expert had fewer than two live homes, or no gateway said so, all in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import functools
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import yaml
+
+from benchmarks.failures import LOAD_SHARE, Trial, load_of, look, measure_rate, print_header, row
+from benchmarks.local_cluster import DASHBOARD_PORT, ROOT, LocalCluster, Node, why_not
+from benchmarks.server import new_client
+from services.drill.drill import Disturbance, Load, under_load
+from services.drill.load import Outcome
+
+OVERLAYS = ROOT / "k8s" / "overlays"
+PASSWORD = "of-this-benchmark"
+BACKBONE, EXPERTS = "backbone", "experts"
+NUM_NODES = {BACKBONE: 3, "experts-gpu": 5}
+NODE_CPUS = {BACKBONE: 2}  # 1 of a node for experts, which has room for one shard
+AT_S = (1.0, 4.0)
+TIMEOUT_S, HEAD_AWAY_S = 240.0, 5.0
+
+Deed = Callable[["Fleet"], Coroutine[Any, Any, frozenset[str]]]  # what it returns: replicas that must go
+
+
+def gpu_ha_config() -> dict[str, Any]:
+    """The overlay's, with what differs here: the model, its memory, and GPUs that are counted and not there."""
+    overlay = yaml.safe_load((OVERLAYS / "gpu-ha" / "serve.yaml").read_text())
+    config: dict[str, Any] = yaml.safe_load(overlay["spec"]["serveConfigV2"])
+    args = config["applications"][0]["args"]
+    del args["model"], args["state_memory"]
+    args |= {"device": "cpu", "backbone_gpus": 1, "backbone_threads": 1}
+    for pool in args["pools"]:
+        del pool["memory_budget"], pool["host_budget"]
+        pool |= {"device": "cpu", "num_gpus": 1, "num_cpus": 1}
+    return config
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What Serve says: whether all is as it was told, and its replicas by id: deployment and address."""
+
+    is_settled: bool
+    replicas: dict[str, tuple[str, str]]
+
+    def addresses(self, deployment: str) -> set[str]:
+        return {address for name, address in self.replicas.values() if name == deployment}
+
+
+@dataclass
+class Fleet:
+    """An application on a cluster whose nodes are in groups, as worker groups of pods; `args.labels` name them."""
+
+    cluster: LocalCluster
+    config: dict[str, Any]
+    num_nodes: Mapping[str, int]
+    num_gpus: int  # of a node
+    random: random.Random
+    service: str = ""
+    kept: str = ""  # the address of a gateway whose node is not to be lost
+    lost: list[Node] = field(default_factory=list)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        args: dict[str, Any] = self.config["applications"][0]["args"]
+        return args
+
+    @property
+    def pool(self) -> dict[str, Any]:
+        pool: dict[str, Any] = self.args["pools"][0]
+        return pool
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.kept}:{self.args['http_port']}" if self.kept else self.service
+
+    def start(self) -> None:
+        self.cluster.add_node("head", 0, {})
+        self.cluster.wait_for_dashboard()
+        for group, number in self.num_nodes.items():
+            for i in range(number):
+                self._add(f"{group}-{i}")
+        backbones = [node for node in self.cluster.nodes if node.name.startswith(BACKBONE)]
+        self.service = self.cluster.balance(backbones, self.args["http_port"])
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump(self.config, file)
+            file.flush()
+            self.cluster.serve("deploy", file.name)
+
+    def _add(self, name: str) -> None:
+        group = name.rpartition("-")[0]
+        self.cluster.add_node(name, NODE_CPUS.get(group, 1), {"expertmesh.io/group": group}, self.num_gpus)
+
+    @property
+    def applications_url(self) -> str:
+        return f"http://{self.cluster.head.address}:{DASHBOARD_PORT}/api/serve/applications/"
+
+    async def see(self) -> Seen:
+        async with new_client(5.0) as client:
+            told = (await client.get(self.applications_url)).json()["applications"]["expertmesh"]
+        deployments = told["deployments"].items()
+        replicas = [(name, each) for name, deployment in deployments for each in deployment["replicas"]]
+        are_all_up = all(each["state"] == "RUNNING" for _, each in replicas)
+        are_healthy = all(deployment["status"] == "HEALTHY" for _, deployment in deployments)
+        return Seen(
+            told["status"] == "RUNNING" and are_healthy and are_all_up,
+            {each["replica_id"]: (name, each["node_ip"]) for name, each in replicas if each.get("node_ip")},
+        )
+
+    async def is_whole(self, without: frozenset[str] = frozenset()) -> bool:
+        """Everything that should run does, every expert has two homes, and none of `without` is left."""
+        try:
+            seen = await self.see()
+        except Exception:  # the head, or the gateway, does not answer
+            return False
+        is_covered, shards = await look(self.url)
+        num_shards = sum(name == self.pool["name"] for name, _ in seen.replicas.values())
+        are_enough = len(shards) == num_shards >= self.pool["shards"]
+        return seen.is_settled and is_covered and are_enough and not without & seen.replicas.keys()
+
+    async def wait_until_whole(self) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not await self.is_whole():
+            assert time.monotonic() < deadline, (
+                f"not whole in time: {self.cluster.serve('status')}{self.cluster.said()}"
+            )
+            await asyncio.sleep(0.5)
+
+    async def choose(self, deployment: str) -> tuple[Node, frozenset[str]]:
+        """A node that runs one of these, but not of the gateway that is kept; and the replicas there."""
+        seen = await self.see()
+        chosen = self.random.choice(sorted(seen.addresses(deployment) - {self.kept}))
+        node = next(node for node in self.cluster.nodes if node.address == chosen)
+        return node, frozenset(id for id, (_, address) in seen.replicas.items() if address == node.address)
+
+    async def keep_a_gateway(self) -> None:
+        self.kept = self.random.choice(sorted((await self.see()).addresses("gateway")))
+
+    def mend(self) -> None:
+        """A new machine for every one that was lost, as Kubernetes would bring a pod."""
+        for node in self.lost:
+            self.cluster.remove_node(node)
+            self._add(node.name)
+        self.lost, self.kept = [], ""
+
+
+@contextmanager
+def fleet_of(
+    config: dict[str, Any], num_nodes: Mapping[str, int], num_gpus: int, seed: int = 0, *, keeps_state: bool = False
+) -> Iterator[Fleet]:
+    env = {"EXPERTMESH_REDIS_PASSWORD": PASSWORD, "OMP_NUM_THREADS": "1"}
+    with LocalCluster(env, keeps_state) as cluster:
+        cluster.env |= {"EXPERTMESH_REDIS_URL": cluster.start_redis(PASSWORD)}
+        fleet = Fleet(cluster, config, num_nodes, num_gpus, random.Random(seed))
+        fleet.start()
+        yield fleet
+
+
+async def lose(fleet: Fleet, role: str, how: Callable[[Node], None]) -> frozenset[str]:
+    """A node that runs a backbone, or a shard."""
+    node, replicas = await fleet.choose(fleet.pool["name"] if role == EXPERTS else role)
+    fleet.lost.append(node)
+    await asyncio.to_thread(how, node)
+    return replicas
+
+
+def kill_raylet(node: Node) -> None:
+    os.kill(node.pid_of("raylet"), signal.SIGKILL)
+
+
+async def lose_head(fleet: Fleet) -> frozenset[str]:
+    await asyncio.to_thread(fleet.cluster.head.stop)
+    await asyncio.sleep(HEAD_AWAY_S)
+    await asyncio.to_thread(fleet.cluster.restart_head)
+    return frozenset()
+
+
+async def upgrade(fleet: Fleet) -> frozenset[str]:
+    """Other arguments, as KubeRay tells Serve of them when serveConfigV2 has changed."""
+    replicas = frozenset((await fleet.see()).replicas)
+    fleet.config = copy.deepcopy(fleet.config)
+    fleet.args["max_waiting"] = fleet.args.get("max_waiting", 256) + 1
+    async with new_client(30.0) as client:
+        (await client.put(fleet.applications_url, json=fleet.config)).raise_for_status()
+    return replicas
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    deed: Deed
+    seconds: float = 34.0  # of load
+    keeps_gateway: bool = False
+
+
+def losing(role: str, how: Callable[[Node], None]) -> Deed:
+    return functools.partial(lose, role=role, how=how)
+
+
+KINDS = (
+    Kind("kill -9 of the raylet of an expert node", losing(EXPERTS, kill_raylet)),
+    Kind("an expert node cut off from the network", losing(EXPERTS, Node.cut_off)),
+    Kind("an expert node drained", losing(EXPERTS, Node.drain)),
+    Kind("kill -9 of the raylet of another backbone's node", losing(BACKBONE, kill_raylet), keeps_gateway=True),
+    Kind("another backbone's node cut off from the network", losing(BACKBONE, Node.cut_off), keeps_gateway=True),
+    Kind("a backbone's node drained", losing(BACKBONE, Node.drain), 60.0),
+    Kind("kill -9 of all of the head, which comes back", lose_head),
+    Kind("serveConfigV2 with other arguments", upgrade, 150.0),
+)
+
+
+async def trial(fleet: Fleet, kind: Kind, load: Load, undisturbed: list[Outcome]) -> Trial:
+    await fleet.wait_until_whole()
+    if kind.keeps_gateway:
+        await fleet.keep_a_gateway()
+    begun: list[asyncio.Task[frozenset[str]]] = []
+    uncovered_s, looked_at = 0.0, 0.0
+
+    async def do() -> None:
+        nonlocal looked_at
+        looked_at = time.monotonic()
+        begun.append(asyncio.create_task(kind.deed(fleet)))
+
+    async def is_whole() -> bool:
+        nonlocal uncovered_s, looked_at
+        is_covered, _ = await look(fleet.url)
+        before, looked_at = looked_at, time.monotonic()
+        uncovered_s += 0.0 if is_covered else looked_at - before
+        return begun[0].done() and await fleet.is_whole(without=begun[0].result())
+
+    load = replace(load, url=f"{fleet.url}/v1/completions")
+    disturbance = Disturbance(do, is_whole, fleet.random.uniform(*AT_S), TIMEOUT_S)
+    verdict, whole_s = await under_load(load, disturbance, undisturbed, window_s=kind.seconds)
+    await asyncio.to_thread(fleet.mend)
+    return Trial(verdict, uncovered_s, whole_s)
+
+
+async def run(fleet: Fleet, kinds: list[Kind], num_trials: int) -> None:
+    await fleet.wait_until_whole()
+    warm_up = load_of(fleet.service, 2.0, 12.0)
+    rate = LOAD_SHARE * await measure_rate(fleet.service, list(warm_up.bodies[:24]))
+    print_header(rate, "without full cover, s")
+    for kind in kinds:
+        load = load_of(fleet.service, rate, kind.seconds)
+        await fleet.wait_until_whole()
+        undisturbed, trials = await load.run(), []
+        for _ in range(num_trials):
+            trials.append(await trial(fleet, kind, load, undisturbed))
+            if errors := trials[-1].verdict.errors:
+                print(f"  {kind.name}: {errors}", flush=True)
+        print(row(kind.name, trials), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=10, help="of each kind")
+    parser.add_argument("--kinds", default="", help="only those whose names contain this")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    kinds = [kind for kind in KINDS if args.kinds in kind.name]
+    if not kinds:
+        parser.error(f"--kinds {args.kinds!r} matches none of: {', '.join(kind.name for kind in KINDS)}")
+    if reason := why_not():
+        parser.error(f"there can be no cluster of several nodes here: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left running
+    with fleet_of(gpu_ha_config(), NUM_NODES, 1, args.seed, keeps_state=True) as fleet:
+        asyncio.run(run(fleet, kinds, args.trials))
+
+
+if __name__ == "__main__":
+    main()

