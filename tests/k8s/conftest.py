@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.k8s.documentation import NEXT, make_next
 from tests.k8s.manifests import OVERLAYS, Manifests, copy_with_secrets, need_kubectl, render
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """k8s/ with its Secrets filled in."""
+    """k8s/ with its Secrets filled in, and the overlay that the documentation makes of another one."""
     need_kubectl()
-    return copy_with_secrets(tmp_path_factory.mktemp("k8s") / "k8s")
+    made = copy_with_secrets(tmp_path_factory.mktemp("k8s") / "k8s")
+    make_next(made.parent)
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +32,7 @@ def rendered(tree: Path) -> Callable[[str], Manifests]:
     return of
 
 
-@pytest.fixture(params=OVERLAYS)
+@pytest.fixture(params=(*OVERLAYS, NEXT))
 def manifests(request: pytest.FixtureRequest, rendered: Callable[[str], Manifests]) -> Manifests:
     """Of every overlay in turn."""
     return rendered(request.param)

@@ -45,6 +45,19 @@ def security_faults(manifests: Manifests) -> list[str]:
     return faults + list(_container_faults("the autoscaler's container", autoscaler))
 
 
+def image_faults(manifests: Manifests) -> list[str]:
+    """Ours has a version; those of others say by their digest what is in them."""
+    faults = []
+    for each in pods(manifests):
+        for container in each.containers:
+            name, _, version = container["image"].partition(":")
+            if name == "expertmesh" and version in ("", "latest"):
+                faults.append(f"{each.owner} runs any version of our image")
+            if name != "expertmesh" and "@sha256:" not in version:
+                faults.append(f"{each.owner} runs {container['image']}, which is not pinned by a digest")
+    return sorted(set(faults))
+
+
 def _pod_security_faults(each: Pods) -> Iterator[str]:
     context = each.spec.get("securityContext", {})
     if not context.get("runAsNonRoot") or not context.get("runAsUser"):

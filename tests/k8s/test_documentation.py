@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +11,8 @@ import pytest
 from typer.main import get_command
 
 from services.cli import app
+from tests.k8s.documentation import BLOCKS, CLUSTER, DOCUMENT, HERE, NEXT, run_here
 from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind
-
-DOCUMENT = (ROOT / "docs" / "kubernetes.md").read_text()
-BLOCKS = re.findall(r"^```(.*?)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
-HERE = [code for kind, code in BLOCKS if kind == "sh here"]
-CLUSTER = "\n".join(code for kind, code in BLOCKS if kind == "sh cluster")
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +33,11 @@ def test_every_block_says_where_it_runs() -> None:
 @pytest.mark.parametrize("number", range(len(HERE)))
 def test_what_runs_here_runs(number: int, checkout: Path) -> None:
     """In their order: some make the files that later ones read."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    command = ["/bin/bash", "-euo", "pipefail", "-c", HERE[number]]
-    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_here(HERE[number], checkout)
 
 
 def test_overlays_that_are_applied_exist() -> None:
-    named = set(re.findall(r"(?:tests/)?k8s/[\w./-]+", DOCUMENT))
+    named = set(re.findall(r"(?:tests/)?k8s/[\w./-]+", DOCUMENT.replace(f"k8s/overlays/{NEXT}", "")))
     assert {"k8s/overlays/cpu-demo", "k8s/overlays/gpu", "k8s/overlays/gpu-ha"} <= named
     paths = [f"{name}.example" if name.endswith(".env") else name.rstrip(".") for name in sorted(named)]
     assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -17,6 +17,7 @@ RULES = (
     pod_rules.memory_faults,
     pod_rules.model_faults,
     pod_rules.log_faults,
+    pod_rules.image_faults,
 )
 REDIS = "StatefulSet expertmesh-redis"
 
@@ -105,6 +106,8 @@ def config_of(manifests: Manifests) -> Manifest:
         ),
         (lambda m: config_of(m).update({"valkey.conf": "dir /data\nappendonly no"}), "does not write its log"),
         (lambda m: config_of(m).update({"valkey.conf": "dir /tmp\nappendonly yes"}), "does not write its log"),
+        (lambda m: container(m, REDIS).update(image="valkey/valkey:8.1"), "is not pinned by a digest"),
+        (lambda m: container(m, "backbone").update(image="expertmesh:latest"), "any version of our image"),
     ],
 )
 def test_a_planted_fault_is_found(plant: Plant, words: str, everything: Manifests) -> None:
