@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import httpx
 import yaml
 
 from benchmarks.failures import LOAD_SHARE, Trial, load_of, look, measure_rate, print_header, row
@@ -136,8 +137,12 @@ class Fleet:
         return f"http://{self.cluster.head.address}:{DASHBOARD_PORT}/api/serve/applications/"
 
     async def see(self) -> Seen:
-        async with new_client(5.0) as client:
-            told = (await client.get(self.applications_url)).json()["applications"]["expertmesh"]
+        """Nothing, and unsettled, where the head does not answer."""
+        try:
+            async with new_client(5.0) as client:
+                told = (await client.get(self.applications_url)).json()["applications"]["expertmesh"]
+        except (httpx.HTTPError, LookupError, ValueError):
+            return Seen(is_settled=False, replicas={})
         deployments = told["deployments"].items()
         replicas = [(name, each) for name, deployment in deployments for each in deployment["replicas"]]
         are_all_up = all(each["state"] == "RUNNING" for _, each in replicas)
@@ -149,10 +154,7 @@ class Fleet:
 
     async def is_whole(self, without: frozenset[str] = frozenset()) -> bool:
         """Everything that should run does, every expert has two homes, and none of `without` is left."""
-        try:
-            seen = await self.see()
-        except Exception:  # the head, or the gateway, does not answer
-            return False
+        seen = await self.see()
         is_covered, shards = await look(self.url)
         num_shards = sum(name == self.pool["name"] for name, _ in seen.replicas.values())
         are_enough = len(shards) == num_shards >= self.pool["shards"]
