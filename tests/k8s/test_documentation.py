@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.main import get_command
 
 from services.cli import app
 from tests.k8s.documentation import BLOCKS, CLUSTER, DOCUMENT, HERE, NEXT, run_here
-from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind
+from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind, ray_cluster
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,20 @@ def test_objects_that_are_asked_for_exist(rendered: Callable[[str], Manifests]) 
     assert len(asked) >= 4
     for kind, name in asked:
         assert name in {one["metadata"]["name"] for one in of_kind(manifests, kinds[kind])}
+
+
+def test_pods_that_get_another_image_exist(rendered: Callable[[str], Manifests]) -> None:
+    groups = ray_cluster(rendered("gpu"))["workerGroupSpecs"]
+    (numbers,) = re.findall(r"^for group in ([\d ]+);", CLUSTER, re.MULTILINE)
+    (selected,) = re.findall(r"app\.kubernetes\.io/component in \(([\w, -]+)\)", CLUSTER)
+    assert {groups[int(number)]["groupName"] for number in numbers.split()} == set(selected.split(", "))
+    paths = re.findall(r"path: /spec/workerGroupSpecs/\$group/([\w/]+),", CLUSTER)
+    assert len(paths) == 2
+    for number, path in product(numbers.split(), paths):
+        value = groups[int(number)]
+        for key in path.split("/"):
+            value = value[int(key)] if key.isdigit() else value[key]
+        assert str(value).startswith("expertmesh:")
 
 
 def test_our_commands_exist() -> None:
