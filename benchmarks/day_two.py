@@ -22,14 +22,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 import yaml
 
-from benchmarks.failures import LOAD_SHARE, Trial, load_of, look, measure_rate, print_header, row
+from benchmarks.failures import AT_S, LOAD_SHARE, Trial, load_of, look, measure_rate, print_header, row
 from benchmarks.local_cluster import DASHBOARD_PORT, PASSWORD, ROOT, LocalCluster, Network, Node, why_not
 from benchmarks.server import new_client
 from services.drill.drill import Disturbance, Load, under_load
@@ -43,7 +43,6 @@ SWITCH_S = 10.0  # for which two clusters serve; rayClusterDeletionDelaySeconds 
 BACKBONE, EXPERTS = "backbone", "experts"
 NUM_NODES = {BACKBONE: 3, "experts-gpu": 5}
 NODE_CPUS = {BACKBONE: 2}  # 1 of a node for experts, which has room for one shard
-AT_S = (1.0, 4.0)
 TIMEOUT_S, HEAD_AWAY_S = 400.0, 5.0
 
 Deed = Callable[["Fleet"], Coroutine[Any, Any, frozenset[str]]]  # what it returns: replicas that must go
@@ -58,7 +57,8 @@ def gpu_ha_config() -> dict[str, Any]:
     args |= {"device": "cpu", "backbone_gpus": 1, "backbone_threads": 1}
     for pool in args["pools"]:
         del pool["memory_budget"], pool["host_budget"]
-        pool |= {"device": "cpu", "num_gpus": 1, "num_cpus": 1}
+        # No pool that grows: there are no nodes for more shards.
+        pool |= {"device": "cpu", "num_gpus": 1, "num_cpus": 1, "max_shards": pool["shards"]}
     return config
 
 
@@ -117,7 +117,7 @@ class Fleet:
         first = next(first for first in FIRSTS if first not in {cluster.first for cluster in self.clusters})
         env = {"EXPERTMESH_REDIS_URL": f"redis://{self.store}/0", "EXPERTMESH_REDIS_PASSWORD": PASSWORD}
         env |= {"OMP_NUM_THREADS": "1", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S)}
-        self.clusters.append(LocalCluster(self.network, env, self.gcs_store, first).__enter__())
+        self.clusters.append(LocalCluster(self.network, env, self.gcs_store, first))
         self.cluster.add_node(f"head-{first}", 0, {})
         self.cluster.wait_for_dashboard()
         for group, number in self.num_nodes.items():
@@ -163,9 +163,7 @@ class Fleet:
     async def wait_until_whole(self) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while not await self.is_whole():
-            assert time.monotonic() < deadline, (
-                f"not whole in time: {self.cluster.serve('status')}{self.cluster.said()}"
-            )
+            assert time.monotonic() < deadline, f"not whole in time: {await self.see()}\n{self.cluster.said()}"
             await asyncio.sleep(0.5)
 
     async def choose(self, deployment: str) -> tuple[Node, frozenset[str]]:
@@ -179,8 +177,9 @@ class Fleet:
         self.kept = self.random.choice(sorted((await self.see()).addresses("gateway")))
 
     def stop(self) -> None:
-        while self.clusters:
-            self.clusters.pop().stop()
+        with ExitStack() as stack:
+            for cluster in self.clusters:
+                stack.callback(cluster.stop)
 
     def mend(self) -> None:
         """A new machine for every one that was lost, as Kubernetes would bring a pod."""
@@ -239,8 +238,9 @@ async def replace_cluster(fleet: Fleet) -> frozenset[str]:
     replicas = frozenset((await fleet.see()).replicas)
     old = fleet.cluster
     await asyncio.to_thread(fleet.start_cluster)
-    while not (await fleet.see()).is_settled:
-        await asyncio.sleep(1.0)
+    async with asyncio.timeout(TIMEOUT_S):
+        while not (await fleet.see()).is_settled:
+            await asyncio.sleep(1.0)
     await asyncio.sleep(SWITCH_S)
     for node in old.nodes:
         node.drain()
@@ -298,8 +298,10 @@ async def trial(fleet: Fleet, kind: Kind, load: Load, undisturbed: list[Outcome]
 
     load = replace(load, url=f"{fleet.url}/v1/completions")
     disturbance = Disturbance(do, is_whole, fleet.random.uniform(*AT_S), TIMEOUT_S)
-    verdict, whole_s = await under_load(load, disturbance, undisturbed, window_s=kind.seconds)
-    await asyncio.to_thread(fleet.mend)
+    try:
+        verdict, whole_s = await under_load(load, disturbance, undisturbed, window_s=kind.seconds)
+    finally:
+        await asyncio.gather(*begun)
     return Trial(verdict, uncovered_s, whole_s)
 
 
@@ -314,6 +316,7 @@ async def run(fleet: Fleet, kinds: list[Kind], num_trials: int) -> None:
         undisturbed, trials = await load.run(), []
         for _ in range(num_trials):
             trials.append(await trial(fleet, kind, load, undisturbed))
+            await asyncio.to_thread(fleet.mend)
             if errors := trials[-1].verdict.errors:
                 print(f"  {kind.name}: {errors}", flush=True)
         print(row(kind.name, trials), flush=True)

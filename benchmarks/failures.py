@@ -243,10 +243,10 @@ def load_of(url: str, rate: float, seconds: float = SECONDS) -> Load:
 
 @dataclass(frozen=True)
 class Trial:
-    """`whole_s` is None where the server was not as before in time."""
+    """`cover_s`: until there was full cover again; `whole_s` is None where the server was not as before in time."""
 
     verdict: Verdict
-    covered_s: float
+    cover_s: float
     whole_s: float | None
 
 
@@ -284,7 +284,7 @@ def row(kind: str, trials: list[Trial]) -> str:
     dip = statistics.median(verdict.dip for verdict in verdicts)
     gaps = [verdict.longest_gap_s for verdict in verdicts]
     gap = f"{statistics.median(gaps):.3f} / {max(gaps):.3f} ({verdicts[0].undisturbed_gap_s:.3f})"
-    covered = [trial.covered_s for trial in trials]
+    covered = [trial.cover_s for trial in trials]
     cover = f"{statistics.median(covered):.1f} / {max(covered):.1f}"
     took = [trial.whole_s for trial in trials if trial.whole_s is not None]
     whole = f"{statistics.median(took):.1f} / {max(took):.1f}" if len(took) == len(trials) else "not in time"

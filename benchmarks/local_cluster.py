@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,6 @@ START_TIMEOUT_S = 90.0
 # A readiness probe of k8s/base, and how Kubernetes' Services follow it: connections that are open stay open.
 BALANCER = """
 defaults
-  mode http
   timeout connect 5s
   timeout client 600s
   timeout server 600s
@@ -49,10 +49,15 @@ def why_not() -> str:
     """Why there can be no such cluster here; empty if there can."""
     if shutil.which("ip") is None:
         return "no `ip` (iproute2)"
-    done = subprocess.run(["ip", "netns", "add", probe := f"em-{secrets.token_hex(2)}"], capture_output=True, text=True)
-    if done.returncode:
-        return f"no network namespaces: {done.stderr.strip()}"
-    _ip("netns", "del", probe)
+    probe = f"em{secrets.token_hex(2)}"
+    for add, remove in (
+        (["netns", "add", probe], ["netns", "del"]),
+        (["link", "add", probe, "type", "bridge"], ["link", "del"]),
+    ):
+        done = subprocess.run(["ip", *add], capture_output=True, text=True)
+        if done.returncode:
+            return f"`ip {' '.join(add)}`: {done.stderr.strip()}"
+        _ip(*remove, probe)
     return ""
 
 
@@ -89,13 +94,19 @@ class Node:
         if not self.is_up:
             return
         self.is_up = False
-        listed = subprocess.run(["ip", "netns", "pids", self.namespace], check=True, capture_output=True, text=True)
-        for pid in map(int, listed.stdout.split()):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
+        while pids := self._pids():  # again, for those that were started meanwhile
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
         _ip("link", "del", self.link)
         _ip("netns", "del", self.namespace)
+
+    def _pids(self) -> list[int]:
+        listed = subprocess.run(["ip", "netns", "pids", self.namespace], check=True, capture_output=True, text=True)
+        return [int(pid) for pid in listed.stdout.split()]
 
 
 class Network:
@@ -124,7 +135,7 @@ class Network:
     def start_redis(self, port: int) -> str:
         """HOST:PORT; its password is PASSWORD."""
         options = ["--bind", self.host, "--port", str(port), "--requirepass", PASSWORD, "--save", ""]
-        self._run([find_server(), *options])
+        self._run([find_server(), *options], port)
         return f"{self.host}:{port}"
 
     def balance(self, numbers: Sequence[int], port: int) -> str:
@@ -137,14 +148,23 @@ class Network:
         config = self._folder / "balancer.cfg"
         servers = "\n".join(f"  server gateway-{number} {self.net}.{number}:{port}" for number in numbers)
         config.write_text(BALANCER.format(host=self.host, port=port, servers=servers))
-        self._run([get_haproxy_binary(), "-f", config])
+        self._run([get_haproxy_binary(), "-f", config], port)
         return f"http://{self.host}:{port}"
 
-    def _run(self, command: Sequence[str | Path]) -> None:
-        """Until the network goes."""
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def _run(self, command: Sequence[str | Path], port: int) -> None:
+        """Until the network goes; AssertionError with what was printed where it does not listen."""
+        printed = self._folder / f"{port}.txt"
+        with printed.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            with suppress(OSError), socket.create_connection((self.host, port), timeout=1):
+                return
+            is_over = process.poll() is not None or time.monotonic() > deadline
+            assert not is_over, f"{command[0]} does not listen: {printed.read_text(errors='replace')[-2000:]}"
+            time.sleep(0.1)
 
 
 @dataclass
@@ -160,18 +180,16 @@ class LocalCluster:
     first: int = 2
     nodes: list[Node] = field(default_factory=list)
 
-    def __enter__(self) -> Self:
-        self._made = tempfile.TemporaryDirectory(prefix="em-")
+    def __post_init__(self) -> None:
+        self._name = secrets.token_hex(4)  # of what the head knows
+        self._made = tempfile.TemporaryDirectory(prefix="em-", ignore_cleanup_errors=True)
         self._folder = Path(self._made.name)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def stop(self) -> None:
-        for node in self.nodes:
-            node.stop()
-        self._made.cleanup()
+        with ExitStack() as stack:  # all of it, where a part fails too
+            stack.callback(self._made.cleanup)
+            for node in self.nodes:
+                stack.callback(node.stop)
 
     @property
     def head(self) -> Node:
@@ -184,14 +202,16 @@ class LocalCluster:
         """
         taken = {node.address for node in self.nodes}
         number = next(i for i in itertools.count(self.first) if f"{self.network.net}.{i}" not in taken)
-        node = self._start_node(name, number, self._node_options(num_cpus, num_gpus, labels))
+        node, printed = self._begin_node(name, number, self._node_options(num_cpus, num_gpus, labels))
         self.nodes.append(node)
+        self._wait_for(node, printed)
         return node
 
     def restart_head(self) -> None:
         """At its address, after it was stopped, as a pod of which nothing was kept."""
         (self._folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
-        self.nodes[0] = self._start_node(self.head.name, self.first, self._node_options(0, 0, {}))
+        self.nodes[0], printed = self._begin_node(self.head.name, self.first, self._node_options(0, 0, {}))
+        self._wait_for(self.head, printed)
 
     def remove_node(self, node: Node) -> None:
         node.stop()
@@ -203,8 +223,8 @@ class LocalCluster:
             *(["--labels", ",".join(f"{key}={value}" for key, value in labels.items())] if labels else []),
         ]
 
-    def _start_node(self, name: str, number: int, options: list[str]) -> Node:
-        """Waits for it: together they take minutes on two cores."""
+    def _begin_node(self, name: str, number: int, options: list[str]) -> tuple[Node, Path]:
+        """The node, and the file that it prints to."""
         net = self.network
         namespace, link, address = f"{net.name}-{number}", f"{net.name}v{number}", f"{net.net}.{number}"
         is_head = number == self.first
@@ -221,19 +241,20 @@ class LocalCluster:
         every = {**os.environ, **RAY_DEFAULTS, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **self.env}
         every["EXPERTMESH_NODE"] = name
         if self.gcs_store:  # as KubeRay sets them
-            ours = {"RAY_REDIS_ADDRESS": self.gcs_store, "RAY_external_storage_namespace": f"{net.name}-{self.first}"}
+            ours = {"RAY_REDIS_ADDRESS": self.gcs_store, "RAY_external_storage_namespace": self._name}
             every |= ours if is_head else {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
         printed = self._folder / f"{name}.txt"
         with printed.open("wb") as output:
             process = subprocess.Popen(command, env=every, cwd=ROOT, stdout=output, stderr=output)
-        node = Node(name, namespace, address, link, process)
+        return Node(name, namespace, address, link, process), printed
+
+    def _wait_for(self, node: Node, printed: Path) -> None:
+        """One by one: together they take minutes on two cores."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while b"Ray runtime started" not in printed.read_bytes():
-            if process.poll() is not None or time.monotonic() > deadline:
-                node.stop()
-                raise AssertionError(f"node {name} did not start: {printed.read_text(errors='replace')[-2000:]}")
+            is_over = node.process.poll() is not None or time.monotonic() > deadline
+            assert not is_over, f"node {node.name} did not start: {printed.read_text(errors='replace')[-2000:]}"
             time.sleep(0.2)
-        return node
 
     def _head_options(self) -> list[str]:
         ports = ["--port", str(GCS_PORT), "--dashboard-port", str(DASHBOARD_PORT)]

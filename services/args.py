@@ -48,11 +48,9 @@ def _gpus(asked: float | None, device: str) -> float:
 
 
 def _check_gpus(gpus: float, device: str, name: str) -> None:
-    """Raises ValueError for a number that Ray cannot give, or that hides the device."""
-    if gpus > 1 and not gpus.is_integer():
-        raise ValueError(f"{name} is {gpus:g}; a GPU may be shared (0.5), and above 1 only whole ones are given")
+    """Raises ValueError where nothing is reserved of the device that is used."""
     if device == "cuda" and not gpus:
-        raise ValueError(f"{name} is 0, and without a GPU of Ray's a process on cuda sees none; that must be above 0")
+        raise ValueError(f"{name} is 0, but the device is cuda; it must be above 0 and at most 1, or be left out")
 
 
 class PoolArgs(BaseModel):
@@ -69,7 +67,7 @@ class PoolArgs(BaseModel):
     downscale_delay_s: float = Field(120, ge=0, description="for which one shard less must have been enough")
     device: Literal["cpu", "cuda"] = "cpu"
     num_cpus: float = Field(1, ge=0)
-    num_gpus: float | None = Field(None, ge=0, description="that a shard takes; 1 on cuda, 0 on cpu if left out")
+    num_gpus: float | None = Field(None, ge=0, le=1, description="that a shard takes; 1 on cuda, 0 on cpu if left out")
     memory_budget: ByteSize | None = Field(
         None, gt=0, description="of expert weights on the device; enough for all of them without one shard if left out"
     )

@@ -50,7 +50,7 @@ def image_faults(manifests: Manifests) -> list[str]:
     faults = []
     for each in pods(manifests):
         for container in each.containers:
-            name, _, version = container["image"].partition(":")
+            name, _, version = container["image"].rpartition("/")[2].partition(":")
             if name == "expertmesh" and version in ("", "latest"):
                 faults.append(f"{each.owner} runs any version of our image")
             if name != "expertmesh" and "@sha256:" not in version:

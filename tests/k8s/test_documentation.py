@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from services.cli import app
 from tests.k8s.documentation import BLOCKS, CLUSTER, DOCUMENT, HERE, NEXT, run_here
-from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind, ray_cluster
+from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind, ray_cluster, ray_pods
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +54,20 @@ def test_objects_that_are_asked_for_exist(rendered: Callable[[str], Manifests]) 
 
 
 def test_pods_that_get_another_image_exist(rendered: Callable[[str], Manifests]) -> None:
-    groups = ray_cluster(rendered("gpu"))["workerGroupSpecs"]
-    (numbers,) = re.findall(r"^for group in ([\d ]+);", CLUSTER, re.MULTILINE)
-    (selected,) = re.findall(r"app\.kubernetes\.io/component in \(([\w, -]+)\)", CLUSTER)
-    assert {groups[int(number)]["groupName"] for number in numbers.split()} == set(selected.split(", "))
-    paths = re.findall(r"path: /spec/workerGroupSpecs/\$group/([\w/]+),", CLUSTER)
+    (groups,) = re.findall(r"^for group in ([\w/ ]+);", CLUSTER, re.MULTILINE)
+    paths = re.findall(r"path: /spec/\$group/([\w/]+),", CLUSTER)
     assert len(paths) == 2
-    for number, path in product(numbers.split(), paths):
-        value = groups[int(number)]
-        for key in path.split("/"):
+    for group, path in product(groups.split(), paths):
+        value = ray_cluster(rendered("gpu"))
+        for key in f"{group}/{path}".split("/"):
             value = value[int(key)] if key.isdigit() else value[key]
         assert str(value).startswith("expertmesh:")
+
+
+def test_pods_that_are_selected_exist(rendered: Callable[[str], Manifests]) -> None:
+    selected = set(re.findall(r"app\.kubernetes\.io/component=([\w-]+)", CLUSTER))
+    assert selected
+    assert selected <= {each.labels["app.kubernetes.io/component"] for each in ray_pods(rendered("gpu"))}
 
 
 def test_our_commands_exist() -> None:

@@ -37,7 +37,7 @@ def test_serve_validates_the_args_of_a_config() -> None:
         ({"model_name": "a{b}"}, "braces"),
         ({"pools": [{}, {}]}, "each needs a name of its own"),
         ({"pools": [{"device": "cuda", "num_gpus": 0}]}, "num_gpus of pool experts-cpu is 0"),
-        ({"backbone_gpus": 1.5}, "backbone_gpus is 1.5; a GPU may be shared"),
+        ({"device": "cuda", "backbone_gpus": 0}, "backbone_gpus is 0"),
     ],
 )
 def test_what_cannot_be_served_is_told_before_anything_starts(args: dict[str, Any], sentence: str) -> None:
@@ -65,7 +65,9 @@ def test_without_a_prefix_cache_no_memory_is_kept_for_one() -> None:
     assert AppArgs(prefix_cache=False).memory_plan(family).num_checkpoint_slots == 0
 
 
-@pytest.mark.parametrize("args", [{"draft_tokens": -1}, {"draft_tokens": 17}, {"max_waiting": 0}, {"http_port": 0}])
+@pytest.mark.parametrize(
+    "args", [{"backbone_gpus": 2}, {"draft_tokens": -1}, {"draft_tokens": 17}, {"max_waiting": 0}, {"http_port": 0}]
+)
 def test_numbers_out_of_their_bounds_are_refused_by_name(args: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match=next(iter(args))):
         AppArgs(**args)  # type: ignore[arg-type]
