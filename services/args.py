@@ -138,7 +138,7 @@ class AppArgs(BaseModel):
     state_memory: ByteSize | None = Field(None, gt=0, description="for requests' KV and recurrent state")
     backbone_replicas: int = Field(1, ge=1)
     backbone_gpus: float | None = Field(
-        None, ge=0, description="that a backbone takes; 1 on cuda, 0 on cpu if left out"
+        None, ge=0, le=1, description="that a backbone takes; 1 on cuda, 0 on cpu if left out"
     )
     backbone_threads: int | None = Field(None, ge=1, description="of one backbone's CPU arithmetic")
     gateway_replicas: int = Field(1, ge=1)
