@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
 import functools
 import os
 import random
@@ -35,7 +34,7 @@ from benchmarks.server import new_client
 from services.drill.drill import Disturbance, Load, under_load
 from services.drill.load import Outcome
 
-OVERLAYS = ROOT / "k8s" / "overlays"
+OVERLAY = ROOT / "k8s" / "overlays" / "gpu-ha" / "serve.yaml"
 STORE_PORT, GCS_STORE_PORT = 6390, 6391
 FIRSTS = (2, 30)  # of the addresses of a cluster's nodes, and of those of the cluster that takes over
 DRAIN_S, GRACE_S = 120, 150  # of a node and of its pod, as in k8s/base
@@ -50,7 +49,7 @@ Deed = Callable[["Fleet"], Coroutine[Any, Any, frozenset[str]]]  # what it retur
 
 def gpu_ha_config() -> dict[str, Any]:
     """The overlay's, with what differs here: the model, its memory, and GPUs that are counted and not there."""
-    overlay = yaml.safe_load((OVERLAYS / "gpu-ha" / "serve.yaml").read_text())
+    overlay = yaml.safe_load(OVERLAY.read_text())
     config: dict[str, Any] = yaml.safe_load(overlay["spec"]["serveConfigV2"])
     args = config["applications"][0]["args"]
     del args["model"], args["state_memory"]
@@ -226,7 +225,6 @@ async def lose_head(fleet: Fleet) -> frozenset[str]:
 async def upgrade(fleet: Fleet) -> frozenset[str]:
     """Other arguments, as KubeRay tells Serve of them when serveConfigV2 has changed."""
     replicas = frozenset((await fleet.see()).replicas)
-    fleet.config = copy.deepcopy(fleet.config)
     fleet.args["max_waiting"] = fleet.args.get("max_waiting", 256) + 1
     async with new_client(30.0) as client:
         (await client.put(fleet.applications_url, json=fleet.config)).raise_for_status()

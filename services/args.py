@@ -90,7 +90,7 @@ class PoolArgs(BaseModel):
         return _gpus(self.num_gpus, self.device)
 
     def check(self) -> None:
-        """Raises ValueError where it starts out of its bounds, or its shards would see no GPU."""
+        """Raises ValueError where it starts out of its bounds, or takes no GPU on cuda."""
         _check_gpus(self.gpus, self.device, f"num_gpus of pool {self.name}")
         if not self.least_shards <= self.shards <= self.most_shards:
             raise ValueError(
