@@ -53,7 +53,7 @@ COPY services services
 # The command `expertmesh`; the code stays where it is.
 RUN pip install --no-deps --editable .
 
-# What `expertmesh up` sets itself is set here for a Ray that KubeRay starts (services/cli.py says why). No secret: the
+# What `expertmesh up` sets itself is set here for a Ray that KubeRay starts (services/cli/main.py says why). No secret: the
 # tokenizers' threads.
 # hadolint ignore=DL3064
 ENV PYTHONPATH=/app \

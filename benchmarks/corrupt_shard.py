@@ -15,8 +15,8 @@ import torch
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.args import AppArgs
-from services.expert.front import _FrontStream
 from services.expert.shard import ExpertShard, ShardConfig
+from services.expert.transport.compute_server import _ComputeServerStream
 
 CORRUPT_S = 6.0
 
@@ -26,16 +26,16 @@ class Corruption:
 
     def __init__(self, until: float = 0.0) -> None:
         self.until = until
-        reply_as_it_is = _FrontStream.reply
+        reply_as_it_is = _ComputeServerStream.reply
 
-        def reply_changed(stream: _FrontStream, reply: pb.ComputeReply | None) -> None:
+        def reply_changed(stream: _ComputeServerStream, reply: pb.ComputeReply | None) -> None:
             if reply is not None and reply.HasField("sums") and time.monotonic() < self.until:
                 data = bytearray(reply.sums.data)
                 data[len(data) // 2] ^= 4
                 reply.sums.data = bytes(data)
             reply_as_it_is(stream, reply)
 
-        _FrontStream.reply = reply_changed  # type: ignore[method-assign]
+        _ComputeServerStream.reply = reply_changed  # type: ignore[method-assign]
 
     def begin(self) -> None:
         self.until = time.monotonic() + CORRUPT_S

@@ -28,11 +28,11 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks.failures import AT_S, LOAD_SHARE, Trial, load_of, look, measure_rate, print_header, row
-from benchmarks.local_cluster import DASHBOARD_PORT, PASSWORD, ROOT, LocalCluster, Network, Node, why_not
+from benchmarks.failures import AT_S, LOAD_SHARE, FailureTrial, load_of, look, measure_rate, print_header, row
+from benchmarks.local_cluster import DASHBOARD_PORT, PASSWORD, ROOT, LocalCluster, NamespaceNetwork, Node, why_not
 from benchmarks.server import new_client
-from services.drill.drill import Disturbance, Load, under_load
-from services.drill.load import Outcome
+from services.cli.drill.drill import Disturbance, Load, under_load
+from services.cli.drill.load import RequestOutcome
 
 OVERLAY = ROOT / "k8s" / "overlays" / "gpu-ha" / "serve.yaml"
 STORE_PORT, GCS_STORE_PORT = 6390, 6391
@@ -44,7 +44,7 @@ NUM_NODES = {BACKBONE: 3, "experts-gpu": 5}
 NODE_CPUS = {BACKBONE: 2}  # 1 of a node for experts, which has room for one shard
 TIMEOUT_S, HEAD_AWAY_S = 400.0, 5.0
 
-Deed = Callable[["Fleet"], Coroutine[Any, Any, frozenset[str]]]  # what it returns: replicas that must go
+Deed = Callable[["ClusterFleet"], Coroutine[Any, Any, frozenset[str]]]  # what it returns: replicas that must go
 
 
 def gpu_ha_config() -> dict[str, Any]:
@@ -73,10 +73,10 @@ class Seen:
 
 
 @dataclass
-class Fleet:
+class ClusterFleet:
     """An application on a cluster whose nodes are in groups, as worker groups of pods; `args.labels` name them."""
 
-    network: Network
+    network: NamespaceNetwork
     config: dict[str, Any]
     num_nodes: Mapping[str, int]
     num_gpus: int  # of a node
@@ -191,11 +191,11 @@ class Fleet:
 @contextmanager
 def fleet_of(
     config: dict[str, Any], num_nodes: Mapping[str, int], num_gpus: int, seed: int = 0, *, keeps_state: bool = False
-) -> Iterator[Fleet]:
-    with Network() as network:
+) -> Iterator[ClusterFleet]:
+    with NamespaceNetwork() as network:
         gcs_store = network.start_redis(GCS_STORE_PORT) if keeps_state else ""
         store = network.start_redis(STORE_PORT)
-        fleet = Fleet(network, config, num_nodes, num_gpus, random.Random(seed), store, gcs_store)
+        fleet = ClusterFleet(network, config, num_nodes, num_gpus, random.Random(seed), store, gcs_store)
         try:
             fleet.start()
             yield fleet
@@ -203,7 +203,7 @@ def fleet_of(
             fleet.stop()
 
 
-async def lose(fleet: Fleet, role: str, how: Callable[[Node], None]) -> frozenset[str]:
+async def lose(fleet: ClusterFleet, role: str, how: Callable[[Node], None]) -> frozenset[str]:
     """A node that runs a backbone, or a shard."""
     node, replicas = await fleet.choose(fleet.pool["name"] if role == EXPERTS else role)
     fleet.lost.append(node)
@@ -215,14 +215,14 @@ def kill_raylet(node: Node) -> None:
     os.kill(node.pid_of("raylet"), signal.SIGKILL)
 
 
-async def lose_head(fleet: Fleet) -> frozenset[str]:
+async def lose_head(fleet: ClusterFleet) -> frozenset[str]:
     await asyncio.to_thread(fleet.cluster.head.stop)
     await asyncio.sleep(HEAD_AWAY_S)
     await asyncio.to_thread(fleet.cluster.restart_head)
     return frozenset()
 
 
-async def upgrade(fleet: Fleet) -> frozenset[str]:
+async def upgrade(fleet: ClusterFleet) -> frozenset[str]:
     """Other arguments, as KubeRay tells Serve of them when serveConfigV2 has changed."""
     replicas = frozenset((await fleet.see()).replicas)
     fleet.args["max_waiting"] = fleet.args.get("max_waiting", 256) + 1
@@ -231,7 +231,7 @@ async def upgrade(fleet: Fleet) -> frozenset[str]:
     return replicas
 
 
-async def replace_cluster(fleet: Fleet) -> frozenset[str]:
+async def replace_cluster(fleet: ClusterFleet) -> frozenset[str]:
     """What KubeRay does where a pod's template has changed: all of the old cluster goes when the new one serves."""
     replicas = frozenset((await fleet.see()).replicas)
     old = fleet.cluster
@@ -251,7 +251,7 @@ async def replace_cluster(fleet: Fleet) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Kind:
+class FailureKind:
     name: str
     deed: Deed
     seconds: float = 34.0  # of load
@@ -263,19 +263,19 @@ def losing(role: str, how: Callable[[Node], None]) -> Deed:
 
 
 KINDS = (
-    Kind("kill -9 of the raylet of an expert node", losing(EXPERTS, kill_raylet)),
-    Kind("an expert node cut off from the network", losing(EXPERTS, Node.cut_off)),
-    Kind("an expert node drained", losing(EXPERTS, Node.drain)),
-    Kind("kill -9 of the raylet of another backbone's node", losing(BACKBONE, kill_raylet), keeps_gateway=True),
-    Kind("another backbone's node cut off from the network", losing(BACKBONE, Node.cut_off), keeps_gateway=True),
-    Kind("a backbone's node drained", losing(BACKBONE, Node.drain), 60.0),
-    Kind("kill -9 of all of the head, which comes back", lose_head),
-    Kind("serveConfigV2 with other arguments", upgrade, 150.0),
-    Kind("another cluster takes over", replace_cluster, 300.0),
+    FailureKind("kill -9 of the raylet of an expert node", losing(EXPERTS, kill_raylet)),
+    FailureKind("an expert node cut off from the network", losing(EXPERTS, Node.cut_off)),
+    FailureKind("an expert node drained", losing(EXPERTS, Node.drain)),
+    FailureKind("kill -9 of the raylet of another backbone's node", losing(BACKBONE, kill_raylet), keeps_gateway=True),
+    FailureKind("another backbone's node cut off from the network", losing(BACKBONE, Node.cut_off), keeps_gateway=True),
+    FailureKind("a backbone's node drained", losing(BACKBONE, Node.drain), 60.0),
+    FailureKind("kill -9 of all of the head, which comes back", lose_head),
+    FailureKind("serveConfigV2 with other arguments", upgrade, 150.0),
+    FailureKind("another cluster takes over", replace_cluster, 300.0),
 )
 
 
-async def trial(fleet: Fleet, kind: Kind, load: Load, undisturbed: list[Outcome]) -> Trial:
+async def trial(fleet: ClusterFleet, kind: FailureKind, load: Load, undisturbed: list[RequestOutcome]) -> FailureTrial:
     await fleet.wait_until_whole()
     if kind.keeps_gateway:
         await fleet.keep_a_gateway()
@@ -300,10 +300,10 @@ async def trial(fleet: Fleet, kind: Kind, load: Load, undisturbed: list[Outcome]
         verdict, whole_s = await under_load(load, disturbance, undisturbed, window_s=kind.seconds)
     finally:
         await asyncio.gather(*begun)
-    return Trial(verdict, uncovered_s, whole_s)
+    return FailureTrial(verdict, uncovered_s, whole_s)
 
 
-async def run(fleet: Fleet, kinds: list[Kind], num_trials: int) -> None:
+async def run(fleet: ClusterFleet, kinds: list[FailureKind], num_trials: int) -> None:
     await fleet.wait_until_whole()
     warm_up = load_of(fleet.service, 2.0, 12.0)
     rate = LOAD_SHARE * await measure_rate(fleet.service, list(warm_up.bodies[:24]))

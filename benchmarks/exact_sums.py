@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from model.blocks.moe import ExpertBank, ExpertShape, LocalExperts
 from model.demo import DEMO
 from model.family import ModelFamily, load_family
-from model.moe import ExpertBank, ExpertShape, LocalExperts
 from model.state import Batch, State
 
 Weights = dict[tuple[int, int], dict[str, Tensor]]  # by layer and expert: up and down

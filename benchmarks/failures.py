@@ -32,9 +32,9 @@ from typing import Any
 
 from benchmarks.corrupt_shard import CORRUPT_S
 from benchmarks.server import Server, new_client, server
-from services.drill.drill import Disturbance, Load, under_load
-from services.drill.load import Outcome, closed_loop
-from services.drill.verdict import Verdict
+from services.cli.drill.drill import Disturbance, Load, under_load
+from services.cli.drill.load import RequestOutcome, closed_loop
+from services.cli.drill.verdict import Verdict
 
 NUM_SHARDS = 3
 SECONDS = 12.0  # of load in a trial
@@ -242,7 +242,7 @@ def load_of(url: str, rate: float, seconds: float = SECONDS) -> Load:
 
 
 @dataclass(frozen=True)
-class Trial:
+class FailureTrial:
     """`cover_s`: until there was full cover again; `whole_s` is None where the server was not as before in time."""
 
     verdict: Verdict
@@ -250,7 +250,9 @@ class Trial:
     whole_s: float | None
 
 
-async def trial(victims: Victims, deed: Deed, load: Load, undisturbed: list[Outcome], num_backbones: int) -> Trial:
+async def trial(
+    victims: Victims, deed: Deed, load: Load, undisturbed: list[RequestOutcome], num_backbones: int
+) -> FailureTrial:
     tasks, victims.num_killed = [], 0
     shards = await wait_until_whole(victims.server.url, NUM_SHARDS + (victims.corrupt is not None))
     watch = Watch(victims, shards, num_backbones)
@@ -268,7 +270,7 @@ async def trial(victims: Victims, deed: Deed, load: Load, undisturbed: list[Outc
     disturbance = Disturbance(do, watch.is_whole, victims.random.uniform(*AT_S), TIMEOUT_S)
     verdict, whole_s = await under_load(load, disturbance, undisturbed, window_s=SECONDS)
     await asyncio.gather(*tasks)
-    return Trial(verdict, watch.covered_s, whole_s)
+    return FailureTrial(verdict, watch.covered_s, whole_s)
 
 
 def print_header(rate: float, cover: str = "full cover after, s") -> None:
@@ -277,7 +279,7 @@ def print_header(rate: float, cover: str = "full cover after, s") -> None:
     print(f" | tokens missing | {cover}: median / worst | as before after, s |\n|" + "---|" * 9, flush=True)
 
 
-def row(kind: str, trials: list[Trial]) -> str:
+def row(kind: str, trials: list[FailureTrial]) -> str:
     verdicts = [trial.verdict for trial in trials]
     num_requests = sum(verdict.num_requests for verdict in verdicts)
     failed, different = (sum(getattr(v, name) for v in verdicts) for name in ("num_failed", "num_different"))

@@ -28,7 +28,7 @@ from benchmarks.load import FIRST_ORDINARY_ID
 from benchmarks.server import Server, server
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from protos.expertmesh.inference.v1 import inference_pb2_grpc
-from services.drill.stream import post
+from services.cli.drill.event_stream import post
 
 VOCAB_SIZE, PROMPT_LEN, OUTPUT_LEN, WARM_UP = 512, 64, 4, 10
 TIMEOUT_S, LOG_DELAY_S = 60.0, 0.5

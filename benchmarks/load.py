@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.demo.corpus import read_corpus
-from services.drill.load import Outcome, closed_loop, open_loop
+from services.cli.drill.load import RequestOutcome, closed_loop, open_loop
 
 FIRST_ORDINARY_ID = 16  # ids below are special tokens
 CHARACTERS_PER_TOKEN = 4  # of the demo's tokenizer, about; the server's own count is what is reported
@@ -85,7 +85,7 @@ def milliseconds(values_s: Sequence[float]) -> dict[str, float]:
     return {"mean": 1e3 * mean, **{name: 1e3 * quantile(values_s, share) for name, share in QUANTILES.items()}}
 
 
-def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def summarize(outcomes: Sequence[RequestOutcome]) -> dict[str, Any]:
     """Percentiles in milliseconds, tokens and requests per second of the whole run, and errors by kind."""
     good = [outcome for outcome in outcomes if not outcome.error]
     wall_s = max((outcome.ended_at for outcome in outcomes), default=0.0)
@@ -122,7 +122,7 @@ def tables(summary: dict[str, Any]) -> Iterator[Table]:
     yield rates
 
 
-def plot(outcomes: Sequence[Outcome], path: Path) -> None:
+def plot(outcomes: Sequence[RequestOutcome], path: Path) -> None:
     """A PNG: the distributions of TTFT, ITL and end-to-end time, and the tokens of each second."""
     import matplotlib
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.load import Outcome, closed_loop, quantile
+from benchmarks.load import RequestOutcome, closed_loop, quantile
 from benchmarks.server import free_port
-from services.drill.stream import post
+from services.cli.drill.event_stream import post
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 USAGE = '{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":%d}}'
@@ -69,7 +69,7 @@ async def _measure(url: str, num_streams: int, num_events: int, gap_s: float) ->
     body = {"prompt": [17] * 128, "max_tokens": num_events, "temperature": gap_s}
     late = await asyncio.gather(*(lateness(url, body) for _ in range(num_streams)))
     cpu = time.process_time()
-    outcomes: list[Outcome] = await closed_loop(url, [body] * num_streams, num_streams, seconds=60)
+    outcomes: list[RequestOutcome] = await closed_loop(url, [body] * num_streams, num_streams, seconds=60)
     per_event = (time.process_time() - cpu) / (num_streams * num_events)
     assert all(len(outcome.event_times) == num_events and not outcome.error for outcome in outcomes)
     cpu = time.process_time()

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Self
 
 from benchmarks.server import command_of, descendants
-from cluster.embedded import find_server
-from services.cli import RAY_DEFAULTS
+from cluster.control.embedded_redis import find_server
+from services.cli.main import RAY_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
@@ -125,7 +125,7 @@ class Node:
         return [int(pid) for pid in listed.stdout.split()]
 
 
-class Network:
+class NamespaceNetwork:
     """A bridge on this machine that nodes are plugged into, and what has an address of this machine's end of it."""
 
     def __enter__(self) -> Self:
@@ -184,7 +184,7 @@ class LocalCluster:
     With `gcs_store`, HOST:PORT of a Redis, what the head knows is there, and a head that comes back goes on with it.
     """
 
-    network: Network
+    network: NamespaceNetwork
     env: Mapping[str, str]
     gcs_store: str
     first: int

@@ -31,11 +31,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from model.attention import Attention
+from model.blocks.attention import Attention
 from model.demo import DEMO
 from services.args import AppArgs
 from services.engine.backbone import Backbone, BackboneConfig
-from services.engine.request import SamplingParams
+from services.engine.contract.sampling_params import SamplingParams
 
 WARM_LEN, WARM_OUTPUT = 2048, 4
 TIMEOUT_S = 3600

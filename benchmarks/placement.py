@@ -24,13 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import eplb
-from cluster.balance import busy_times
+from cluster.dispatch.routing import CallCost, HomeTable, choose_homes
 from cluster.load import ExpectedLoad
-from cluster.plan import Plan, PlanPolicy
-from cluster.planner import plan
-from cluster.routing import CallCost, HomeTable, choose_homes
-from cluster.topology import Homes, LayerSpec, Pace, Placement, Shard
-from tests.cluster.split_oracle import least_maximum
+from cluster.placement.balance import busy_times
+from cluster.placement.plan import Plan, PlanPolicy
+from cluster.placement.planner import plan
+from cluster.topology import CostModel, Homes, LayerSpec, Placement, Shard
+from tests.cluster.placement.split_oracle import least_maximum
 
 SIGMA = 1.1
 SIZE = 11 * 2**20  # bytes of one of Nemotron 3 Super's experts in bf16
@@ -46,7 +46,7 @@ def make_fleet(num_shards: int, slots: int) -> list[Shard]:
     """Shards with so many slots of device memory, room for all to stand by, on nodes of 8; rows alone take time."""
     return [
         Shard(
-            f"s{i:04}", "", f"n{i // 8}", "gpu", "gpu", "1", slots * SIZE, host_budget=10**15, pace=Pace(0.0, 0.0, 1.0)
+            f"s{i:04}", "", f"n{i // 8}", "gpu", "gpu", "1", slots * SIZE, host_budget=10**15, cost_model=CostModel(0.0, 0.0, 1.0)
         )
         for i in range(num_shards)
     ]  # fmt: skip

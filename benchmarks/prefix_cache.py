@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.load import FIRST_ORDINARY_ID, quantile
 from benchmarks.server import Server, new_client, server
 from model.demo.corpus import read_corpus
-from services.drill.load import Outcome, ask
+from services.cli.drill.load import RequestOutcome, ask
 
 NUM_REQUESTS, BAR = 64, 50
 NUM_CONVERSATIONS = 8
@@ -73,7 +73,7 @@ class Reuse:
         return self.num_cached >= max(1, self.num_shared / 2)
 
 
-def reuse(num_shared: int, warm: Outcome, cold: Outcome) -> Reuse:
+def reuse(num_shared: int, warm: RequestOutcome, cold: RequestOutcome) -> Reuse:
     for outcome in (warm, cold):
         if outcome.error:
             raise RuntimeError(f"a request failed: {outcome.error}")
@@ -121,7 +121,7 @@ async def run_chats(running: Server, concurrency: int) -> list[Reuse]:
     return results
 
 
-async def complete(url: str, kind: str, prompt: Sequence[Any]) -> Outcome:
+async def complete(url: str, kind: str, prompt: Sequence[Any]) -> RequestOutcome:
     return await ask(url, {kind: prompt, **OPTIONS}, time.perf_counter())
 
 

@@ -30,11 +30,11 @@ from rich.table import Table
 
 from benchmarks.load import Prompts, quantile
 from benchmarks.server import Server, server
-from cluster.embedded import EmbeddedRedis
-from cluster.orders import Kind, StandingOrder
-from cluster.registry import Registry, StoreUnavailable, connect
+from cluster.control.embedded_redis import EmbeddedRedis
+from cluster.control.operator_orders import OrderKind, StandingOrder
+from cluster.control.registry import Registry, StoreUnavailable, connect
 from cluster.topology import Placement, Shard
-from services.drill.load import Outcome, ask
+from services.cli.drill.load import RequestOutcome, ask
 from services.expert import control
 
 POOL, NUM_SHARDS = "experts-cpu", 3
@@ -53,7 +53,7 @@ class Asked:
     """A request's outcome, by the number of its prompt."""
 
     prompt: int
-    outcome: Outcome
+    outcome: RequestOutcome
 
 
 async def ask_for(url: str, number: int, body: dict[str, Any]) -> Asked:
@@ -95,7 +95,7 @@ class Span:
 
 
 @dataclass
-class Fleet:
+class PoolFleet:
     """The pool as the registry shows it, and what is noted of its changes."""
 
     registry: Registry
@@ -116,7 +116,7 @@ class Fleet:
             return placement, shards
 
     async def _order(self, num_shards: int) -> None:
-        await self.registry.give_order(StandingOrder(Kind.SCALE, POOL, num_shards, "benchmark", time.time()))
+        await self.registry.give_order(StandingOrder(OrderKind.SCALE, POOL, num_shards, "benchmark", time.time()))
 
     async def grow(self) -> None:
         known = {shard.id for shard in (await self.look())[1]}
@@ -177,7 +177,9 @@ def by_span(spans: Sequence[Span], times: Sequence[float]) -> list[str]:
     return [next((span.what for span in spans if span.start <= at < span.end), OUTSIDE) for at in times]
 
 
-def report(asked: Sequence[Asked], expected: Sequence[str], fleet: Fleet, start: float, end: float) -> dict[str, Any]:
+def report(
+    asked: Sequence[Asked], expected: Sequence[str], fleet: PoolFleet, start: float, end: float
+) -> dict[str, Any]:
     """Everything that is to be known, in milliseconds, seconds and tokens per second."""
     good = [one for one in asked if not one.outcome.error]
     events = [time for one in good for time in one.outcome.event_times if start <= time < end]
@@ -237,7 +239,7 @@ async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[
     if failed := [one.outcome.error for one in undisturbed if one.outcome.error]:
         raise RuntimeError(f"{len(failed)} of {len(undisturbed)} requests failed before anything changed: {failed[0]}")
     redis = connect(redis_url)
-    fleet = Fleet(Registry(redis, target.model_id()))
+    fleet = PoolFleet(Registry(redis, target.model_id()))
     clients = Clients(target.url, bodies, args.concurrency, args.share)
     asking = asyncio.create_task(clients.run())
     await asyncio.sleep(args.rest)  # until the load is even

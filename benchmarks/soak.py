@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.server import Server, new_client, resident_bytes, server
-from benchmarks.soak_requests import Ask, draw_ask
+from benchmarks.soak_requests import SoakRequest, draw_ask
 
 STUCK_AFTER_S = 120.0
 SAMPLE_PERIOD_S = 5.0
@@ -37,7 +37,7 @@ NEVER = ("num_running", "num_waiting", "num_slots_taken", "num_blocks_taken", "n
 
 
 @dataclass
-class Tally:
+class SoakTally:
     """What the clients saw: answers by kind and status, and each that was not what it should be."""
 
     answers: Counter[str] = field(default_factory=Counter)
@@ -58,7 +58,7 @@ class Growth:
         return self.end_bytes - self.middle_bytes <= max(MAX_GROWTH_BYTES, MAX_GROWTH_SHARE * self.middle_bytes)
 
 
-async def one_request(client: httpx.AsyncClient, url: str, ask: Ask, tally: Tally) -> None:
+async def one_request(client: httpx.AsyncClient, url: str, ask: SoakRequest, tally: SoakTally) -> None:
     """Sends one request and notes what became of it; never raises for what the server does."""
     try:
         async with asyncio.timeout(STUCK_AFTER_S):
@@ -74,7 +74,7 @@ async def one_request(client: httpx.AsyncClient, url: str, ask: Ask, tally: Tall
         tally.num_tokens += _num_generated(said)
 
 
-async def _send(client: httpx.AsyncClient, url: str, ask: Ask) -> tuple[int, str]:
+async def _send(client: httpx.AsyncClient, url: str, ask: SoakRequest) -> tuple[int, str]:
     """The status and the body; a cancelled stream ends after `cancel_after` pieces with what came so far."""
     headers = {"content-type": "application/json"}
     request = client.build_request(ask.method, url + ask.path, content=ask.content, headers=headers)
@@ -99,7 +99,7 @@ def _num_generated(said: str) -> int:
     return int("".join(c for c in number[:12].strip() if c.isdigit()) or 0) if found else 0
 
 
-async def clients(url: str, concurrency: int, seconds: float, seed: int, tally: Tally) -> None:
+async def clients(url: str, concurrency: int, seconds: float, seed: int, tally: SoakTally) -> None:
     ends_at = time.monotonic() + seconds
 
     async def one_after_another(number: int) -> None:
@@ -148,8 +148,8 @@ def drained(running: Server) -> dict[str, Any]:
             return engine
 
 
-async def soak(running: Server, concurrency: int, seconds: float, seed: int) -> tuple[Tally, list[dict[int, int]]]:
-    tally, samples = Tally(), list[dict[int, int]]()
+async def soak(running: Server, concurrency: int, seconds: float, seed: int) -> tuple[SoakTally, list[dict[int, int]]]:
+    tally, samples = SoakTally(), list[dict[int, int]]()
     watching = asyncio.create_task(watch(running, samples))
     try:
         await clients(running.url, concurrency, seconds, seed, tally)
@@ -159,7 +159,7 @@ async def soak(running: Server, concurrency: int, seconds: float, seed: int) -> 
 
 
 def failures(
-    tally: Tally, engine: dict[str, Any], grown: Sequence[Growth], before: set[int], after: set[int]
+    tally: SoakTally, engine: dict[str, Any], grown: Sequence[Growth], before: set[int], after: set[int]
 ) -> list[str]:
     """One sentence for each check that fails."""
     found = [f"a wrong answer: {words}" for words in tally.wrong]

@@ -19,7 +19,7 @@ BAD = 400
 
 
 @dataclass(frozen=True)
-class Ask:
+class SoakRequest:
     """`cancel_after`: the client goes away after that many pieces of the stream; 0: it stays."""
 
     kind: str
@@ -85,36 +85,36 @@ def _body(body: dict[str, Any]) -> bytes:
     return json.dumps(body).encode()
 
 
-def completion(draw: random.Random) -> Ask:
+def completion(draw: random.Random) -> SoakRequest:
     body = _prompt(draw) | _sampling(draw) | _stream(draw)
-    return Ask("completion", COMPLETIONS, _body(body))
+    return SoakRequest("completion", COMPLETIONS, _body(body))
 
 
-def chat(draw: random.Random) -> Ask:
-    return Ask("chat", CHAT, _body(_messages(draw) | _sampling(draw) | _stream(draw)))
+def chat(draw: random.Random) -> SoakRequest:
+    return SoakRequest("chat", CHAT, _body(_messages(draw) | _sampling(draw) | _stream(draw)))
 
 
-def logprobs(draw: random.Random) -> Ask:
+def logprobs(draw: random.Random) -> SoakRequest:
     if draw.random() < 0.5:
         body = _messages(draw) | {"logprobs": True, "top_logprobs": draw.randrange(6)} | _stream(draw)
-        return Ask("logprobs", CHAT, _body(body))
-    return Ask("logprobs", COMPLETIONS, _body(_prompt(draw) | {"logprobs": draw.randrange(6)} | _stream(draw)))
+        return SoakRequest("logprobs", CHAT, _body(body))
+    return SoakRequest("logprobs", COMPLETIONS, _body(_prompt(draw) | {"logprobs": draw.randrange(6)} | _stream(draw)))
 
 
-def grammar(draw: random.Random) -> Ask:
+def grammar(draw: random.Random) -> SoakRequest:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     named = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     body = _messages(draw) | {"response_format": draw.choice(({"type": "json_object"}, named)), "temperature": 1.0}
-    return Ask("grammar", CHAT, _body(body | _stream(draw)))
+    return SoakRequest("grammar", CHAT, _body(body | _stream(draw)))
 
 
-def cancel(draw: random.Random) -> Ask:
+def cancel(draw: random.Random) -> SoakRequest:
     path, body = (COMPLETIONS, _prompt(draw)) if draw.random() < 0.5 else (CHAT, _messages(draw))
     long = {"max_tokens": 400, "ignore_eos": True, "stream": True, "n": draw.choice((1, 1, 2))}
-    return Ask("cancel", path, _body(body | long), cancel_after=draw.choice((1, 3, 20)))
+    return SoakRequest("cancel", path, _body(body | long), cancel_after=draw.choice((1, 3, 20)))
 
 
-def bad(draw: random.Random) -> Ask:
+def bad(draw: random.Random) -> SoakRequest:
     prompt = _prompt(draw)
     bodies: list[tuple[str, bytes]] = [
         ("unknown field", _body(prompt | {"temprature": 1})),
@@ -127,17 +127,17 @@ def bad(draw: random.Random) -> Ask:
         ("empty", b""),
     ]
     name, content = draw.choice(bodies)
-    return Ask(f"bad: {name}", COMPLETIONS, content, BAD)
+    return SoakRequest(f"bad: {name}", COMPLETIONS, content, BAD)
 
 
-def lost(draw: random.Random) -> Ask:
-    unknown_model = Ask("bad: model", COMPLETIONS, _body(_prompt(draw) | {"model": "another"}), 404)
-    unknown_path = Ask("bad: path", "/v1/nothing", b"{}", 404)
-    wrong_method = Ask("bad: method", COMPLETIONS, b"", 405, method="GET")
+def lost(draw: random.Random) -> SoakRequest:
+    unknown_model = SoakRequest("bad: model", COMPLETIONS, _body(_prompt(draw) | {"model": "another"}), 404)
+    unknown_path = SoakRequest("bad: path", "/v1/nothing", b"{}", 404)
+    wrong_method = SoakRequest("bad: method", COMPLETIONS, b"", 405, method="GET")
     return draw.choice((unknown_model, unknown_path, wrong_method))
 
 
-WEIGHTS: dict[Callable[[random.Random], Ask], int] = {
+WEIGHTS: dict[Callable[[random.Random], SoakRequest], int] = {
     completion: 30,
     chat: 20,
     logprobs: 8,
@@ -148,6 +148,6 @@ WEIGHTS: dict[Callable[[random.Random], Ask], int] = {
 }
 
 
-def draw_ask(draw: random.Random) -> Ask:
+def draw_ask(draw: random.Random) -> SoakRequest:
     (make,) = draw.choices(list(WEIGHTS), list(WEIGHTS.values()))
     return make(draw)

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import Outcome, Prompts, closed_loop
+from benchmarks.load import Prompts, RequestOutcome, closed_loop
 from benchmarks.peers import TRIES, Speeds, Workload, has_llama_cpp, measure_llama_cpp, measure_transformers
 from benchmarks.server import Server, server
 from benchmarks.shape import write_shape
@@ -38,7 +38,7 @@ BARS = {  # of the distributed path's tokens per second against each other side'
 }
 
 
-def decode_speed(outcomes: list[Outcome]) -> float:
+def decode_speed(outcomes: list[RequestOutcome]) -> float:
     """Tokens per second of all streams while every one of them decodes: after the last one's first token, until the
     first one's last. An event counts as its stream's mean number of tokens, because drafts make it carry several."""
     start = max(outcome.event_times[0] for outcome in outcomes)
@@ -57,7 +57,7 @@ class Client:
     def __init__(self, running: Server, vocab_size: int, seed: int) -> None:
         self.url, self._vocab_size, self._seeds = f"{running.url}/v1/completions", vocab_size, itertools.count(seed)
 
-    def streams(self, num_streams: int, prompt_len: int, output_len: int) -> list[Outcome]:
+    def streams(self, num_streams: int, prompt_len: int, output_len: int) -> list[RequestOutcome]:
         prompts = Prompts((prompt_len,), (output_len,), self._vocab_size, next(self._seeds))
         bodies = list(itertools.islice(prompts.bodies(), num_streams))
         outcomes = asyncio.run(closed_loop(self.url, bodies, num_streams, seconds=600))

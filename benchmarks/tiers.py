@@ -22,11 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.moe import ExpertBank, ExpertShape
+from model.blocks.moe import ExpertBank, ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import SERVER_OPTIONS
 from services.expert.host import ExpertHost
-from services.expert.loader import PROMOTE_TIMEOUT_S, Order
+from services.expert.loader import PROMOTE_TIMEOUT_S, LoadOrder
 from services.expert.service import ExpertService
 from services.expert.weights import Weights
 
@@ -51,7 +51,7 @@ def reader(path: Path) -> Callable[[int, int], dict[str, Tensor]]:
     return lambda _, expert: {part: file.get_tensor(f"{part}.{expert}") for part in ("up", "down")}
 
 
-class Shard:
+class MeasuredShard:
     """A shard without a registry."""
 
     def __init__(self, shape: ExpertShape, path: Path, dtype: torch.dtype, in_memory: bool) -> None:
@@ -100,25 +100,28 @@ async def measure_parts(shape: ExpertShape, path: Path, dtype: torch.dtype) -> d
 
 
 async def measure_ways(shape: ExpertShape, path: Path, dtype: torch.dtype) -> dict[str, float]:
-    experts, shards = range(shape.num_experts), [Shard(shape, path, dtype, tier) for tier in (False, True, False)]
+    experts, shards = (
+        range(shape.num_experts),
+        [MeasuredShard(shape, path, dtype, tier) for tier in (False, True, False)],
+    )
     on_disk, in_memory, third = shards
     peer, _, _ = [await shard.serve() for shard in shards]
 
-    async def promote(shard: Shard, expert: int) -> None:
+    async def promote(shard: MeasuredShard, expert: int) -> None:
         await shard.loader.release(await shard.loader.promote(LAYER, [expert], PROMOTE_TIMEOUT_S))
 
     for shard in (on_disk, in_memory):
-        await shard.loader.load(Order({}, {LAYER: list(experts)}))
+        await shard.loader.load(LoadOrder({}, {LAYER: list(experts)}))
     times = {
         "promoted from disk": await milliseconds(lambda expert: promote(on_disk, expert), experts),
         "promoted from host memory": await milliseconds(lambda expert: promote(in_memory, expert), experts),
         "loaded from a peer": await milliseconds(
-            lambda expert: third.loader.load(Order({LAYER: [expert]}, {}, {(LAYER, expert): peer})), experts
+            lambda expert: third.loader.load(LoadOrder({LAYER: [expert]}, {}, {(LAYER, expert): peer})), experts
         ),
     }
     third.host.remove({LAYER: list(experts)}, {})
     times["loaded from the checkpoint"] = await milliseconds(
-        lambda expert: third.loader.load(Order({LAYER: [expert]}, {})), experts
+        lambda expert: third.loader.load(LoadOrder({LAYER: [expert]}, {})), experts
     )
     for shard in shards:
         await shard.close()

@@ -28,7 +28,7 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class Pace:
+class CostModel:
     """How long a shard takes for a call, in µs: call + MiB of one expert · (weight · experts touched + row · rows).
 
     The experts' size stands in for the shape: both reading weights and multiplying by them grow with it.
@@ -48,7 +48,7 @@ class Shard:
 
     `incarnation` is new at each start of the process. `memory_budget` is in bytes of the device's memory, `host_budget`
     in bytes of host memory for experts that stand by. `held_digest` is `held_digest()` of what it holds, `queue_depth`
-    counts the calls that wait for its device, `pace` is fitted to its own calls. `endpoint` serves every rpc;
+    counts the calls that wait for its device, `cost_model` is fitted to its own calls. `endpoint` serves every rpc;
     `compute_endpoint` serves only `Compute`, at less cost. `rows_per_call` is the mean of its last calls.
     """
 
@@ -65,14 +65,27 @@ class Shard:
     draining: bool = False
     compute_endpoint: str = ""
     host_budget: int = 0
-    pace: Pace = Pace()
+    cost_model: CostModel = CostModel()
     rows_per_call: float = 0.0
 
     def to_record(self) -> dict[str, str]:
         """The fields as strings, for a Redis hash."""
         values = asdict(self)
-        values |= values.pop("pace")
+        values |= values.pop("cost_model")
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields for the admin API, which calls the cost model `pace`."""
+        values = asdict(self)
+        values["pace"] = values.pop("cost_model")
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_json` returned."""
+        named = dict(values)
+        cost_model = CostModel(**named.pop("pace"))
+        return cls(**named, cost_model=cost_model)
 
     @classmethod
     def from_record(cls, record: Mapping[str, str]) -> Self:
@@ -81,9 +94,9 @@ class Shard:
         names = ("id", "endpoint", "node", "pool", "device", "incarnation", "held_digest", "compute_endpoint")
         numbers = {name: _number(record, name) for name in counts}
         texts = {name: _field(record, name) for name in names}
-        pace = Pace(**{one.name: _real_number(record, one.name) for one in fields(Pace)})
+        cost = CostModel(**{one.name: _real_number(record, one.name) for one in fields(CostModel)})
         rows = _real_number(record, "rows_per_call")
-        values: dict[str, Any] = {**texts, **numbers, "draining": numbers["draining"] == 1, "pace": pace}
+        values: dict[str, Any] = {**texts, **numbers, "draining": numbers["draining"] == 1, "cost_model": cost}
         return cls(**values, rows_per_call=rows)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.balance import busy_times
 from cluster.load import Counts, ExpectedLoad, expected_load
+from cluster.placement.balance import busy_times
 from cluster.topology import Homes
 
 FORMAT, VERSION = "expertmesh-trace", 1

@@ -9,9 +9,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model import nemotron_h
+from model.blocks.moe import ExpertBank, Experts, ExpertShape, LocalExperts
 from model.checkpoint import Checkpoint
-from model.moe import ExpertBank, Experts, ExpertShape, LocalExperts
+from model.families import nemotron_h
 
 FAMILIES: dict[str, ModuleType] = {"nemotron_h": nemotron_h}
 

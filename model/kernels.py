@@ -59,7 +59,7 @@ def _arithmetic(device: torch.device | str) -> str:
 def _pick(device: torch.device, package: str, name: str) -> Kernel | None:
     if device.type != "cuda" or not has_fused(package):
         return None
-    module = importlib.import_module("model.fused")
+    module = importlib.import_module("model.cuda.fused_mamba")
     kernel: Kernel = getattr(module, name)
     return kernel
 

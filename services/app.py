@@ -4,7 +4,7 @@
 because Serve validates `args` by them.
 """
 
-import services.gentle_start  # isort: skip  # noqa: F401
+import services.low_priority_imports  # isort: skip  # noqa: F401
 import asyncio
 import logging
 import os
@@ -18,18 +18,18 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from cluster.registry import StoreUnavailable
+from cluster.control.registry import StoreUnavailable
 from model.family import load_family
 from services import logs
 from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
+from services.controller.serve_policy import report
 from services.engine.backbone import Backbone, BackboneConfig
 from services.engine.recorder import Bounds
-from services.expert.background import in_background
-from services.expert.leaving import LEAVE_TIMEOUT_S
+from services.engine.server import EngineServer
+from services.expert.drain import LEAVE_TIMEOUT_S
 from services.expert.shard import DRAIN_TIMEOUT_S, ExpertShard, ShardConfig
-from services.link.server import EngineServer
-from services.scaling_policy import report
+from services.low_priority import in_background
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ GRPC_SERVICERS = [
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
 SHARD_STOP_TIMEOUT_S = LEAVE_TIMEOUT_S + DRAIN_TIMEOUT_S + 10  # Serve kills a replica that takes longer
-SCALING_POLICY = "services.scaling_policy:follow_the_controller"
+SCALING_POLICY = "services.controller.serve_policy:follow_the_controller"
 METRICS_INTERVAL_S = 1.0  # from a shard to Serve
 GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1
 GATEWAY_STOP_S = 20  # beside draining

@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
 
-from cluster.load import LoadStore
-from cluster.registry import Registry, connect, key_prefix
-from cluster.room import check_room
-from cluster.scaling import PoolPolicy
+from cluster.control.load_store import LoadStore
+from cluster.control.registry import Registry, connect, key_prefix
+from cluster.control.scaling import PoolPolicy
+from cluster.placement.capacity import check_room
 from cluster.topology import Shard
 from model import kernels
 from model.demo import DEMO
 from model.family import ModelFamily, load_family
 from services.controller.controller import layer_specs
-from services.engine.drafter import bytes_per_request
-from services.engine.drafting import DEFAULT_DRAFT_TOKENS
+from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS
+from services.engine.drafting.drafter import bytes_per_request
 from services.engine.memory import MemoryPlan, plan_memory
 from services.logs import LogFormat
 
@@ -241,7 +241,7 @@ class AppArgs(BaseModel):
 
     def check(self) -> ModelFamily:
         """Raises ValueError with one sentence where these arguments cannot be served. Reads no weights."""
-        from services.gateway.text import Tokenizer  # only here, because it takes every process a second to read
+        from services.gateway.chat.text import Tokenizer  # only here, because it takes every process a second to read
 
         family = load_family(self.model)
         family.check()

@@ -24,20 +24,20 @@ from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services import logs
 from services.args import AppArgs
 from services.controller.controller import layer_specs
-from services.engine.grammar_check import GrammarChecker
-from services.engine.request import EngineFailed
-from services.gateway.admin import add_admin
-from services.gateway.backbone_metrics import backbone_metrics
-from services.gateway.degraded import degraded_report
-from services.gateway.errors import ApiError, Refusal
+from services.engine.contract.errors import EngineFailed
+from services.engine.grammar.grammar_checker import GrammarChecker
+from services.gateway.backbones.backbone_pool import BackbonePool
+from services.gateway.chat.text import Tokenizer
+from services.gateway.errors import ApiError, ApiRefusal
 from services.gateway.generation import Generation, Health, ModelCard
 from services.gateway.grpc_api import GrpcError, InferenceApi
 from services.gateway.listener import EVERYWHERE, Listener, Listening
-from services.gateway.metrics import Metrics
-from services.gateway.operations import Operations, Tier
-from services.gateway.rest import build_rest
-from services.gateway.text import Tokenizer
-from services.link.client import Backbones
+from services.gateway.metrics.backbone_metrics import backbone_metrics
+from services.gateway.metrics.metrics import Metrics
+from services.gateway.openai.rest import build_rest
+from services.gateway.operator.admin import add_admin
+from services.gateway.operator.degraded import degraded_report
+from services.gateway.operator.operations import Operations, Tier
 
 STATUS_TIMEOUT_S = 3.0
 OTHERS_TIMEOUT_S = 0.5  # for the rest, once one has answered
@@ -95,7 +95,7 @@ def _preview(controller: DeploymentHandle[Any]) -> Callable[[], Awaitable[dict[s
                 plan: dict[str, Any] | None = await controller.preview.remote()
         except (TimeoutError, RayError, RayServeException) as error:
             sentence = f"The controller, who makes plans, does not answer ({type(error).__name__})."
-            raise ApiError(Refusal.UNAVAILABLE, sentence, retry_after=1) from error
+            raise ApiError(ApiRefusal.UNAVAILABLE, sentence, retry_after=1) from error
         return plan
 
     return preview
@@ -121,7 +121,7 @@ class GatewayDeployment:
         host = EVERYWHERE if args.host == "auto" else args.host  # a forwarded port comes from the pod's own 127.0.0.1
         self._where = Listening(host, args.http_port, args.grpc_port, args.drain_s)
         metrics = Metrics(card.id)
-        self._backbone = Backbones(_ask_all(backbone), metrics.count_resumed)
+        self._backbone = BackbonePool(_ask_all(backbone), metrics.count_resumed)
         self._grammars = GrammarChecker(args.model)
         tokenizer = Tokenizer(args.model)
         self._generation = Generation(self._backbone, tokenizer, card, self._grammars.check, metrics=metrics)
@@ -167,7 +167,7 @@ class GatewayDeployment:
         """What `expertmesh status` shows."""
         health = await self._backbone.health()
         if not health.is_ready:
-            raise ApiError(Refusal.UNAVAILABLE, health.detail)
+            raise ApiError(ApiRefusal.UNAVAILABLE, health.detail)
         state = "degraded" if health.is_degraded else "ready"
         statuses = await self._backbone.statuses()
         engines = [{"endpoint": status["endpoint"], "engine": status["engine"]} for status in statuses]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from dockerfile_parse import DockerfileParser
 
-from services.cli import RAY_DEFAULTS
+from services.cli.main import RAY_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "Dockerfile"

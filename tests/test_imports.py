@@ -1,34 +1,88 @@
-"""Who may import whom (DESIGN.md, "Rooms"): read from the source, so that a file nobody imports is held to it too."""
+"""The structure of the code: who may import whom, how large folders and classes may be, and names that are unique.
+
+Everything is read from the source, so that a file which nobody imports is held to the rules as well.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Collection, Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 OURS = ("model", "cluster", "protos", "services")
-REDIS_FILES = {"cluster/registry.py", "cluster/load.py", "cluster/embedded.py"}
-RAY_FILES = {"services/app.py", "services/ingress.py", "services/local.py"}
+REDIS_FILES = {"cluster/control/registry.py", "cluster/control/load_store.py", "cluster/control/embedded_redis.py"}
+RAY_FILES = {"services/app.py", "services/ingress.py", "services/cli/local_application.py"}
+MAX_MODULES = 16  # of one folder, without its __init__.py
+MAX_CLASS_LINES = 280
+
+# The folders beside each other, lowest first: a folder imports only from folders that stand before it in the list.
+SIBLINGS = {
+    "model": ("cpu", "cuda", "blocks", "families", "demo"),
+    "cluster": ("placement", "dispatch", "sizing", "control", "simulation"),
+    "services": ("expert", "engine", "controller", "gateway", "cli"),
+    "services/engine": ("contract", "grammar", "sampling", "drafting"),
+    "services/expert": ("transport",),
+    "services/gateway": ("chat", "metrics", "backbones", "openai", "operator"),
+    "services/cli": ("drill",),
+}
+OTHERS_PRIVATE = {  # of libraries: what has no public name there
+    "_replace",  # named tuples; public in spite of its name
+    "handle_now._run",  # asyncio's handles, which the virtual clock runs itself
+    "backbone.broadcast('status')._fetch_replica_results_async",  # Ray Serve: replies one by one, errors included
+}
 
 
-def imports() -> Iterator[tuple[str, str]]:
-    """Every (file, imported module) of ours; `from a.b import c` counts as a.b.c, for c may be a module."""
-    for path in sorted(file for room in OURS for file in (ROOT / room).rglob("*.py")):
-        file = path.relative_to(ROOT)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                yield from ((str(file), alias.name) for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                here = ".".join(file.parent.parts[: len(file.parent.parts) - node.level + 1]) if node.level else ""
-                module = ".".join(part for part in (here, node.module or "") if part)
-                yield from ((str(file), f"{module}.{alias.name}") for alias in node.names)
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Return the syntax tree of every file of ours, by its path from the root; generated code is left out."""
+    files = sorted(file for room in OURS for file in (ROOT / room).rglob("*.py") if "_pb2" not in file.name)
+    return {str(file.relative_to(ROOT)): ast.parse(file.read_text()) for file in files}
+
+
+@cache
+def imports() -> tuple[tuple[str, str], ...]:
+    """Return every (file, imported name) of ours; `from a.b import c` counts as a.b.c, because c may be a module."""
+    return tuple(pair for file, tree in trees().items() for pair in _imports_of(Path(file), tree))
+
+
+def _imports_of(file: Path, tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((str(file), alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = ".".join(file.parent.parts[: len(file.parent.parts) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (here, node.module or "") if part)
+            yield from ((str(file), f"{module}.{alias.name}") for alias in node.names)
 
 
 def breaches(file_prefix: str, *forbidden: str, but: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Return the imports of a `forbidden` package in files whose path starts with `file_prefix`."""
     is_in = [(file, name) for file, name in imports() if file.startswith(file_prefix) and file not in but]
     return [(file, name) for file, name in is_in if any(f"{name}.".startswith(f"{ban}.") for ban in forbidden)]
+
+
+def file_of(name: str) -> str | None:
+    """Return the file of ours that an imported name comes from, or None if it is not ours."""
+    parts = name.split(".")
+    while parts:
+        path = Path(*parts)
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if str(file) in trees():
+                return str(file)
+        parts.pop()
+    return None
+
+
+def classes() -> Iterator[tuple[str, ast.ClassDef]]:
+    """Yield every (file, class) of ours."""
+    for file, tree in trees().items():
+        yield from ((file, node) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
 
 
 def test_the_model_knows_nothing_of_ours() -> None:
@@ -48,31 +102,83 @@ def test_ray_is_spoken_in_three_files() -> None:
     assert not breaches("", "ray", but=RAY_FILES)
 
 
-def test_gateway_and_engine_share_only_the_request() -> None:
+def test_gateway_and_engine_share_only_the_contract() -> None:
     assert not breaches("services/engine/", "services.gateway", "services.app", "services.cli")
     from_gateway = breaches("services/gateway/", "services.engine", "services.app", "services.cli")
-    assert all(name.startswith("services.engine.request") for _, name in from_gateway)
+    assert [pair for pair in from_gateway if not pair[1].startswith("services.engine.contract.")] == []
 
 
-def folder_of(module: str) -> str:
-    """The folder a module is in: the module itself if it is a folder (then the name is imported from its __init__)."""
-    parts = module.split(".")
-    while parts and not (ROOT.joinpath(*parts)).is_dir():
-        parts.pop()
-    return "/".join(parts)
+@pytest.mark.parametrize("parent", SIBLINGS)
+def test_a_folder_imports_only_from_lower_siblings(parent: str) -> None:
+    order = SIBLINGS[parent]
+    found = {file.parent.name for file in (ROOT / parent).glob("*/*.py")}
+    assert found == set(order), f"the folders of {parent} and their order in SIBLINGS differ"
+    for i, folder in enumerate(order):
+        upward = [f"{parent}/{sibling}".replace("/", ".") for sibling in order[i + 1 :]]
+        assert not breaches(f"{parent}/{folder}/", *upward)
 
 
-def test_folders_do_not_import_in_circles() -> None:
-    folders: dict[str, set[str]] = {}
+def test_files_do_not_import_in_circles() -> None:
+    files: dict[str, set[str]] = {}
     for file, name in imports():
-        here, there = str(Path(file).parent), folder_of(name)
-        if name.split(".")[0] in OURS and there != here:
-            folders.setdefault(here, set()).add(there)
-    tuple(TopologicalSorter(folders).static_order())  # a circle is a CycleError that names it
+        imported = file_of(name)
+        if imported is not None and imported != file:
+            files.setdefault(file, set()).add(imported)
+    tuple(TopologicalSorter(files).static_order())  # a circle is a CycleError that names its files
+
+
+def test_folders_stay_small() -> None:
+    modules: dict[str, list[str]] = defaultdict(list)
+    for file in trees():
+        if not file.endswith("__init__.py"):
+            modules[str(Path(file).parent)].append(file)
+    assert {folder: len(files) for folder, files in modules.items() if len(files) > MAX_MODULES} == {}
+
+
+def test_classes_stay_small() -> None:
+    lines = {f"{file}: {node.name}": (node.end_lineno or 0) - node.lineno + 1 for file, node in classes()}
+    assert {name: count for name, count in lines.items() if count > MAX_CLASS_LINES} == {}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    files: dict[str, list[str]] = defaultdict(list)
+    for file, node in classes():
+        files[node.name.lstrip("_")].append(file)
+    assert {name: where for name, where in files.items() if len(where) > 1} == {}
+
+
+def test_private_attributes_belong_to_their_object() -> None:
+    touched = [
+        f"{file}:{node.lineno} {ast.unparse(node)}"
+        for file, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node.value)
+        if not {node.attr, ast.unparse(node)} & OTHERS_PRIVATE
+    ]
+    assert touched == []
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def is_own(value: ast.expr) -> bool:
+    """Return True for `self`, `cls` and `super()`."""
+    if isinstance(value, ast.Call):
+        value = value.func
+    return isinstance(value, ast.Name) and value.id in ("self", "cls", "super")
+
+
+def test_tests_mirror_the_tree() -> None:
+    folders = {str(Path(file).parent) for file in trees()} | {"benchmarks", "k8s"}
+    ours = [str(file.parent.relative_to(ROOT / "tests")) for file in (ROOT / "tests").rglob("test_*.py")]
+    assert set(ours) - folders <= {".", "protos"}
 
 
 def test_the_rules_see_what_is_there() -> None:
     seen = set(imports())
-    assert ("cluster/registry.py", "redis.asyncio.Redis") in seen
-    assert ("cluster/registry.py", "cluster.topology.Placement") in seen
-    assert folder_of("cluster.topology.Placement") == "cluster"
+    assert ("cluster/control/registry.py", "redis.asyncio.Redis") in seen
+    assert ("cluster/control/registry.py", "cluster.topology.Placement") in seen
+    assert file_of("cluster.topology.Placement") == "cluster/topology.py"
+    assert file_of("services.engine.contract.wire") == "services/engine/contract/wire.py"
+    assert file_of("numpy.float32") is None

@@ -18,8 +18,8 @@ import torch
 from numba import njit
 
 from model.cpu.functions import bits_of, exp, from_bf16, round_to_bf16
-from model.cpu.panels import PANEL, fp32_panel
-from model.cpu.team import TEAM, take_task, task_done
+from model.cpu.packed_matrix import PANEL, fp32_panel
+from model.cpu.thread_pool import THREAD_POOL, take_task, task_done
 from model.cpu.vectors import at
 
 FAST = {"contract", "reassoc", "nsz"}
@@ -202,4 +202,4 @@ def attend(work: int, *args: Any) -> None:
     """
     starts_R, pages = args[1], args[6]
     num_threads = torch.get_num_threads() if work >= MIN_WORK_TO_SHARE else 1
-    TEAM.run(_attend_tasks, len(starts_R) * pages.shape[2], num_threads, *args)
+    THREAD_POOL.run(_attend_tasks, len(starts_R) * pages.shape[2], num_threads, *args)

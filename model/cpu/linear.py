@@ -15,8 +15,8 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.cpu.panels import PANEL
-from model.cpu.team import TEAM, product
+from model.cpu.packed_matrix import PANEL
+from model.cpu.thread_pool import THREAD_POOL, product
 
 
 class Panels(NamedTuple):
@@ -100,6 +100,6 @@ def linear(x: Tensor, weight: Packed) -> Tensor:
     x_NI = x if x.dim() == 2 else x.reshape(-1, weight.num_inputs)
     num_threads = torch.get_num_threads()
     # Contiguous without exception: numba compiles a kernel anew for another layout, perhaps to other bits.
-    y_NO = apply(TEAM.ready(num_threads), num_threads, x_NI.contiguous().numpy(), weight.panels)
+    y_NO = apply(THREAD_POOL.ready(num_threads), num_threads, x_NI.contiguous().numpy(), weight.panels)
     out_NO = torch.from_numpy(y_NO)
     return out_NO if x.dim() == 2 else out_NO.view(*x.shape[:-1], weight.num_outputs)

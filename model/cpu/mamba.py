@@ -21,7 +21,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from model.cpu.functions import bits_of, from_bf16, round_to_bf16, silu
-from model.cpu.team import TEAM, take_task, task_done
+from model.cpu.thread_pool import THREAD_POOL, take_task, task_done
 from model.cpu.vectors import (
     LANES,
     POINTER,
@@ -286,4 +286,4 @@ def mix(*args: Any) -> None:
     """
     projected_TP, starts_R, state_SHDN, num_groups = args[0], args[1], args[8], args[9]
     is_long = len(projected_TP) * state_SHDN[0].size >= MIN_WORK_TO_SHARE
-    TEAM.run(_mix_tasks, len(starts_R) * num_groups, torch.get_num_threads() if is_long else 1, *args)
+    THREAD_POOL.run(_mix_tasks, len(starts_R) * num_groups, torch.get_num_threads() if is_long else 1, *args)

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from model.cpu.functions import from_bf16
-from model.cpu.panels import PANEL, multiply_panels
+from model.cpu.packed_matrix import PANEL, multiply_panels
 from model.cpu.vectors import address_of, at
 
 LARGEST = 2.0**62
@@ -73,7 +73,7 @@ def choose_experts(
 
 @njit(error_model="numpy", cache=True)
 def grids(x_NL: Any, is_bf16: Any, weights_NK: Any, shift: Any) -> Any:
-    """Exponents of the units in which rows, fp32 or bf16 as int16, are added: see `model.exact.grid_exponents`."""
+    """Exponents of the units in which rows, fp32 or bf16 as int16, are added: see `model.exact_sums.grid_exponents`."""
     grid_N = np.empty(x_NL.shape[0], np.int16)
     for n in range(x_NL.shape[0]):
         total = np.float64(0.0)
@@ -87,7 +87,7 @@ def grids(x_NL: Any, is_bf16: Any, weights_NK: Any, shift: Any) -> Any:
 
 @njit(error_model="numpy", cache=True)
 def from_grid(sums_NL: Any, grid_N: Any) -> Any:
-    """Sums in units of 2**grid as fp32: see `model.exact.from_grid`."""
+    """Sums in units of 2**grid as fp32: see `model.exact_sums.from_grid`."""
     out_NL = np.empty(sums_NL.shape, np.float32)
     for n in range(sums_NL.shape[0]):
         unit, sums, out = math.ldexp(1.0, int(grid_N[n])), sums_NL[n], out_NL[n]

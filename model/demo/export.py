@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from model.demo import DEMO
 from model.demo.corpus import EOS, IM_END, encode_all, read_corpus, train_tokenizer, xz_bits_per_byte
 from model.demo.sequence import TrainableExperts, sequence_draft, sequence_hidden
-from model.nemotron_h import NemotronH, NemotronHConfig, expert_tensor_names, tensor_name
+from model.families.nemotron_h import NemotronH, NemotronHConfig, expert_tensor_names, tensor_name
 
 PREFIX = "backbone."
 CHAT_TEMPLATE = DEMO / "chat_template.jinja"

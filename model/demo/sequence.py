@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Attention
-from model.mamba import Mamba2Mixer, ssd_scan
-from model.nemotron_h import Block, NemotronH, NemotronHConfig
+from model.blocks.attention import Attention
+from model.blocks.mamba import Mamba2Mixer, ssd_scan
+from model.families.nemotron_h import Block, NemotronH, NemotronHConfig
 
 
 class TrainableExperts:

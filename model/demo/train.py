@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
+from model.blocks.moe import MoE
 from model.demo import DEMO
 from model.demo.corpus import IM_END, VOCAB_SIZE, encode_all, read_corpus, train_tokenizer
 from model.demo.export import CONFIG, export, restore
 from model.demo.sequence import TrainableExperts, sequence_draft, sequence_hidden
-from model.moe import MoE
-from model.nemotron_h import NemotronH, NemotronHConfig
+from model.families.nemotron_h import NemotronH, NemotronHConfig
 
 MTP_WEIGHTS = (0.5, 0.25)  # of the first and second draft in the loss
 # Auxiliary-loss-free balancing, DeepSeek-V3 section 2.1.2; at its 1e-3 a run this short leaves most experts unused.

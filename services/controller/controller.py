@@ -16,15 +16,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from cluster.load import ExpectedLoad, LoadHistory, LoadStore
-from cluster.orders import obeyed
-from cluster.plan import Plan, PlanPolicy
-from cluster.planner import plan
-from cluster.reconciler import Reconciler, Timing
-from cluster.registry import RegistryStore, StoreUnavailable
-from cluster.scaling import PoolPolicy
+from cluster.control.load_store import LoadHistory, LoadStore
+from cluster.control.operator_orders import obeyed
+from cluster.control.reconciler import ControllerTiming, Reconciler
+from cluster.control.registry import RegistryStore, StoreUnavailable
+from cluster.control.scaling import PoolPolicy
+from cluster.load import ExpectedLoad
+from cluster.placement.plan import Plan, PlanPolicy
+from cluster.placement.planner import plan
 from cluster.topology import LayerSpec, Placement, Shard
-from model.moe import ExpertShape
+from model.blocks.moe import ExpertShape
 from services.controller.scaler import Scaler
 from services.controller.shards import GrpcShards
 
@@ -42,7 +43,7 @@ class ControllerConfig:
     model: str
     dtype: torch.dtype
     policy: PlanPolicy = field(default_factory=PlanPolicy)
-    timing: Timing = field(default_factory=Timing)
+    timing: ControllerTiming = field(default_factory=ControllerTiming)
     pools: Mapping[str, PoolPolicy] = field(default_factory=dict)
 
 

@@ -7,12 +7,21 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
+from cluster.control.operator_orders import Wanted, obeyed, scale_targets
+from cluster.control.reconciler import Reconciler
+from cluster.control.registry import RegistryStore, StoreUnavailable
+from cluster.control.scaling import (
+    BusyShare,
+    Decision,
+    Pool,
+    PoolPolicy,
+    Wish,
+    busy_shares,
+    desired_shards,
+    fewest_for_cover,
+)
 from cluster.load import ExpectedLoad
-from cluster.orders import Wanted, obeyed, scale_targets
-from cluster.plan import PlanPolicy
-from cluster.reconciler import Reconciler
-from cluster.registry import RegistryStore, StoreUnavailable
-from cluster.scaling import BusyShare, Decision, Pool, PoolPolicy, Wish, busy_shares, desired_shards, fewest_for_cover
+from cluster.placement.plan import PlanPolicy
 from cluster.topology import LayerSpec, Shard
 
 log = logging.getLogger(__name__)

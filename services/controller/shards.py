@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from cluster.manifest import Manifest, weights_name
-from cluster.migration import DEVICE, STANDBY, Holding
-from cluster.reconciler import Order, ShardFailed, WitnessFailed
-from cluster.registry import RegistryStore
+from cluster.control.manifest import Manifest, weights_name
+from cluster.control.reconciler import LeaderOrder, ShardFailed, WitnessFailed
+from cluster.control.registry import RegistryStore
+from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.topology import Experts, Shard
-from model.moe import ExpertShape
+from model.blocks.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert import control
 from services.expert.host import by_layer
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class GrpcShards:
-    """Implements `cluster.reconciler.Shards`."""
+    """Implements `cluster.control.reconciler.Shards`."""
 
     def __init__(self, registry: RegistryStore, shapes: Sequence[ExpertShape], model: str, dtype: torch.dtype) -> None:
         self.registry, self.shapes, self.dtype = registry, shapes, dtype
@@ -36,7 +36,7 @@ class GrpcShards:
         used_bytes = sum(len(of.experts) * self._sizes[of.layer] for of in status.held)
         return Holding(frozenset(experts), used_bytes)
 
-    async def load(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> Mapping[int, int]:
+    async def load(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> Mapping[int, int]:
         """Raises ShardFailed also for experts that are not made of the bytes that were seen first; they are dropped."""
         layers = sorted({*device, *standby})
         known = {layer: await self.registry.checksums(self.weights, layer) for layer in layers}
@@ -55,7 +55,7 @@ class GrpcShards:
             self._gains[layer] = max(gain, self._gains.get(layer, gain))
         return loaded.gains
 
-    async def drop(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> None:
+    async def drop(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> None:
         await control.unload(shard.endpoint, device, order.epoch, standby, order.fencing)
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:

@@ -18,22 +18,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.exposure import Exposure
-from cluster.follower import Follower
-from cluster.health import Circuit
-from cluster.load import LoadCounter, LoadStore
-from cluster.registry import RegistryStore, StoreUnavailable
+from cluster.control.follower import Follower
+from cluster.control.load_store import LoadStore
+from cluster.control.registry import RegistryStore, StoreUnavailable
+from cluster.dispatch.shard_health import Circuit
+from cluster.load import LoadCounter
+from cluster.placement.coverage import CoverageReport
 from cluster.topology import Placement, Shard
 from model import kernels
+from model.blocks.moe import Experts
 from model.family import ModelFamily
-from model.moe import Experts
 from model.state import Batch, State
-from services.engine.drafting import DEFAULT_DRAFT_TOKENS
+from services.engine.contract.errors import EngineFailed
+from services.engine.contract.sampling_params import SamplingParams
+from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS
 from services.engine.engine import Engine
-from services.engine.grammar import GrammarCompiler
+from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.engine.memory import MemoryPlan
 from services.engine.recorder import Recorder
-from services.engine.request import EngineFailed, SamplingParams
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler
 from services.engine.scheduler_config import SchedulerConfig
@@ -219,7 +221,7 @@ class Backbone:
 
         return {shard_id: state(self._known.get(shard_id) or _never_seen(shard_id)) for shard_id in placement.shard_ids}
 
-    def _watch_tier(self, placement: Placement) -> Exposure:
+    def _watch_tier(self, placement: Placement) -> CoverageReport:
         """Which shards serve what the placement says. One that changes holds other experts, but none too few: it gets
         the new ones before they are published, and keeps the old ones until they are published no more."""
         assert self.remote is not None
@@ -242,7 +244,7 @@ class Backbone:
         for shard in (self._known.get(id) or _never_seen(id) for id in sorted(placement.shard_ids)):
             names = ("id", "pool", "node", "endpoint", "device", "num_held", "incarnation", "queue_depth")
             told = {
-                "pace": asdict(shard.pace),
+                "pace": asdict(shard.cost_model),
                 "picks_per_s": tier["shard_picks_per_s"][shard.id],
                 "blast_radius": tier["blast_radius"][shard.id],
                 "circuit": circuits.get(shard.id, "unknown"),

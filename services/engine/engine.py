@@ -14,17 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from services.engine.compiling import Compiling
-from services.engine.request import (
-    DeadlinePassed,
-    EngineFailed,
-    EngineOverloaded,
-    FinishReason,
-    Grammar,
-    Request,
-    SamplingParams,
-    TokenOutput,
-)
+from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
+from services.engine.contract.sampling_params import Grammar, SamplingParams
+from services.engine.contract.token_output import FinishReason, TokenOutput
+from services.engine.grammar.grammar_pool import GrammarPool
+from services.engine.request import Request
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler
 
@@ -35,7 +29,7 @@ Item = TokenOutput | Exception
 
 
 @dataclass(frozen=True)
-class Stream:
+class TokenStream:
     """Where a request's items go; the queue belongs to `loop`'s thread."""
 
     request: Request
@@ -89,9 +83,9 @@ class Engine:
         compile_grammar: Callable[[Grammar], Any] | None = None,
     ) -> None:
         self.runner, self.scheduler, self.outages = runner, scheduler, outages
-        self._compiling = compile_grammar and Compiling(compile_grammar, scheduler.config.max_waiting)
+        self._compiling = compile_grammar and GrammarPool(compile_grammar, scheduler.config.max_waiting)
         self.vocab_size, self.eos_token_ids = vocab_size, frozenset(eos_token_ids)
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, TokenStream] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._is_stopping = False
@@ -241,10 +235,10 @@ class Engine:
             )
         return min(longest, num_prompt + params.max_tokens) if params.max_tokens else longest
 
-    def _open(self, request: Request) -> Stream:
+    def _open(self, request: Request) -> TokenStream:
         if request.id in self._streams:
             raise ValueError(f"request_id {request.id!r} is in use by a request that has not ended; choose another.")
-        stream = self._streams[request.id] = Stream(request, asyncio.get_running_loop(), asyncio.Queue())
+        stream = self._streams[request.id] = TokenStream(request, asyncio.get_running_loop(), asyncio.Queue())
         # Asked after the stream is known: a thread that ends from here on will find it and tell it.
         if self._is_stopping or not self._thread.is_alive():
             stream.items.put_nowait(EngineFailed("The engine is not running."))
@@ -279,7 +273,7 @@ class Engine:
     def _count_refusal(self) -> None:
         self._num_refused += 1
 
-    def _forget(self, request_id: str, stream: Stream) -> None:
+    def _forget(self, request_id: str, stream: TokenStream) -> None:
         if self._streams.get(request_id) is stream:  # else it has ended, and the id may be another's by now
             del self._streams[request_id]
             self.scheduler.abort(request_id)
@@ -322,7 +316,7 @@ class Engine:
 
     def _deliver(self, items: list[tuple[str, Item]]) -> None:
         # One wake-up per event loop and step, not one per token: a wake-up is a system call.
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, Item]]] = {}
         for request_id, item in items:
             stream = self._streams[request_id]
             if reason := _end_reason(item):
@@ -367,6 +361,6 @@ def _report(request: Request, reason: str) -> dict[str, Any]:
     }
 
 
-def _put_all(group: list[tuple[Stream, Item]]) -> None:
+def _put_all(group: list[tuple[TokenStream, Item]]) -> None:
     for stream, item in group:
         stream.items.put_nowait(item)

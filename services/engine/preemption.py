@@ -15,7 +15,7 @@ from services.engine.request import Request
 
 
 @dataclass(frozen=True)
-class Lack:
+class Shortage:
     """What a waiting request misses to start, `num_tokens` of the step's budget; nothing where 0 or below."""
 
     num_slots: int
@@ -38,7 +38,7 @@ def lower_ones(request: Request, running: Sequence[Request]) -> list[Request]:
 
 def make_way(
     lower: Sequence[Request],
-    lack: Lack,
+    lack: Shortage,
     planned: Mapping[Request, int],
     num_users: Callable[[int], int],
     reused: Collection[int],
@@ -57,6 +57,6 @@ def make_way(
         left.update(other.block_table)
         num_pages += 1 + sum(num_users(page) == left[page] and page not in reused for page in other.block_table)
         num_tokens += planned.get(other, 0)
-        if Lack(lack.num_slots - count, lack.num_pages - num_pages, lack.num_tokens - num_tokens).is_over:
+        if Shortage(lack.num_slots - count, lack.num_pages - num_pages, lack.num_tokens - num_tokens).is_over:
             return list(lower[:count])
     return []

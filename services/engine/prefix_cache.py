@@ -51,7 +51,7 @@ class CacheConfig:
 
 
 @dataclass(eq=False, slots=True)
-class Checkpoint:
+class StateCheckpoint:
     """The state after `length` tokens: a slot (None: there is no recurrent state) and the pages of these tokens.
 
     Full pages are found by `page_hashes`; `tail_page` holds the rest, where `length` is no multiple of a page.
@@ -63,7 +63,7 @@ class Checkpoint:
     slot: int | None
     tail_page: int | None
     tail_ids: tuple[int, ...]  # the tokens of `tail_page`
-    base: Checkpoint | None  # the longest one of fewer tokens on its way
+    base: StateCheckpoint | None  # the longest one of fewer tokens on its way
     base_value: float  # of the last evicted, when this was last used
     num_uses: int = 1
     num_above: int = 0  # checkpoints whose base this is
@@ -78,7 +78,7 @@ class Start:
 
     length: int = 0
     pages: tuple[int, ...] = ()
-    checkpoint: Checkpoint | None = None
+    checkpoint: StateCheckpoint | None = None
 
 
 @dataclass
@@ -101,7 +101,7 @@ class PrefixCache:
     def __init__(self, config: CacheConfig, slots: IdPool, pages: PagePool) -> None:
         self.config, self.slots, self.pages = config, slots, pages
         self.counts = CacheCounts()
-        self._checkpoints: dict[bytes, Checkpoint] = {}
+        self._checkpoints: dict[bytes, StateCheckpoint] = {}
         self._kept: dict[bytes, _Page] = {}  # full pages of checkpoints
         self._tails: dict[bytes, Counter[int]] = {}  # by hash of the full pages: how many tokens follow, how often
         self._seen: OrderedDict[bytes, None] = OrderedDict()
@@ -181,7 +181,7 @@ class PrefixCache:
         tail = request.token_ids[num_full * self.config.block_size : length]
         return _digest(parent, tail) if tail else parent
 
-    def _longest(self, request: Request, limit: int) -> Checkpoint | None:
+    def _longest(self, request: Request, limit: int) -> StateCheckpoint | None:
         """The longest checkpoint of at most `limit` tokens that the request begins with."""
         size, hashes = self.config.block_size, self.hashes(request)
         for num_full in range(limit // size, 0, -1):
@@ -197,7 +197,7 @@ class PrefixCache:
     def _can_reuse(self, request: Request) -> bool:
         return self.config.is_on and request.params.prompt_logprobs is None
 
-    def _keeper(self, request: Request, start: Start) -> Checkpoint | None:
+    def _keeper(self, request: Request, start: Start) -> StateCheckpoint | None:
         """A checkpoint that keeps the pages which the request starts with."""
         if not start.pages:
             return None
@@ -236,7 +236,7 @@ class PrefixCache:
 
     # Saving
 
-    def save_copy(self, request: Request) -> Checkpoint | None:
+    def save_copy(self, request: Request) -> StateCheckpoint | None:
         """Saves the request's state as it is now; the slot is to be copied to the checkpoint's. None: not worth it."""
         key, length = self._key(request, request.num_computed_tokens), request.num_computed_tokens
         if not self.config.is_on or length < self.config.min_len or self._is_known(key):
@@ -271,7 +271,7 @@ class PrefixCache:
             known.base_value = self._value
         return known is not None
 
-    def _insert(self, request: Request, key: bytes, slot: int | None, base: Checkpoint | None) -> Checkpoint:
+    def _insert(self, request: Request, key: bytes, slot: int | None, base: StateCheckpoint | None) -> StateCheckpoint:
         length, size = request.num_computed_tokens, self.config.block_size
         num_full = length // size
         hashes = tuple(self.hashes(request)[:num_full])
@@ -287,14 +287,14 @@ class PrefixCache:
             self.pages.keep(tail_page)
             self._tails.setdefault(hashes[-1], Counter())[length % size] += 1
         tail_ids = tuple(request.token_ids[num_full * size : length])
-        new = Checkpoint(key, length, hashes, slot, tail_page, tail_ids, base, self._value)
+        new = StateCheckpoint(key, length, hashes, slot, tail_page, tail_ids, base, self._value)
         self._num_changes += 1
         self._put_between(base, new)
         self._checkpoints[key] = new
         self._evicted.pop(hashes[-1], None)
         return new
 
-    def _put_between(self, base: Checkpoint | None, new: Checkpoint) -> None:
+    def _put_between(self, base: StateCheckpoint | None, new: StateCheckpoint) -> None:
         for other in self._checkpoints.values():
             if other.base is base and self._goes_on(other, new):
                 other.base = new
@@ -302,7 +302,7 @@ class PrefixCache:
         if base:
             base.num_above += 1 - new.num_above
 
-    def _goes_on(self, longer: Checkpoint, shorter: Checkpoint) -> bool:
+    def _goes_on(self, longer: StateCheckpoint, shorter: StateCheckpoint) -> bool:
         num_full = len(shorter.page_hashes)
         last = slice(num_full - 1, num_full)
         if longer.length <= shorter.length or longer.page_hashes[last] != shorter.page_hashes[last]:
@@ -313,7 +313,7 @@ class PrefixCache:
 
     # Evicting
 
-    def evict(self, checkpoint: Checkpoint, is_valid: bool = True) -> None:
+    def evict(self, checkpoint: StateCheckpoint, is_valid: bool = True) -> None:
         """Frees the checkpoint's slot, and its pages as far as nobody else keeps or uses them.
 
         `is_valid`: whether it held what it said; one that never did is forgotten without a trace.
@@ -335,7 +335,7 @@ class PrefixCache:
             self.slots.give_back([checkpoint.slot])
         self._forget_pages(checkpoint)
 
-    def _forget_pages(self, checkpoint: Checkpoint) -> None:
+    def _forget_pages(self, checkpoint: StateCheckpoint) -> None:
         for page_hash in checkpoint.page_hashes:
             kept = self._kept[page_hash]
             kept.num_checkpoints -= 1
@@ -362,27 +362,27 @@ class PrefixCache:
     def can_free_slot(self) -> bool:
         return not self.config.has_slots or self.slots.can_take(1) or self.num_slots > 0
 
-    def free_slot(self, rather_not: Checkpoint | None = None) -> None:
+    def free_slot(self, rather_not: StateCheckpoint | None = None) -> None:
         """Evicts a checkpoint unless a slot is free; `rather_not` only if there is no other."""
         assert self.can_free_slot()
         if not self.slots.can_take(1):
             others = [c for c in self._checkpoints.values() if c is not rather_not]
             self.evict(min(others or self._checkpoints.values(), key=self._worth))
 
-    def _frees_last_page(self, checkpoint: Checkpoint) -> bool:
+    def _frees_last_page(self, checkpoint: StateCheckpoint) -> bool:
         if checkpoint.tail_page is not None and self.pages.is_freed_by_drop(checkpoint.tail_page):
             return True
         kept = self._kept[checkpoint.page_hashes[-1]]
         return kept.num_checkpoints == 1 and self.pages.is_freed_by_drop(kept.page)
 
-    def _worth(self, checkpoint: Checkpoint) -> float:
+    def _worth(self, checkpoint: StateCheckpoint) -> float:
         saved = checkpoint.length - (checkpoint.base.length if checkpoint.base else 0)
         num_pages = 0 if checkpoint.num_above else -(-saved // self.config.block_size)
         num_bytes = self.config.bytes_per_slot + num_pages * self.config.bytes_per_block
         return checkpoint.base_value + checkpoint.num_uses * saved / max(num_bytes, 1)
 
-    def _worth_of_new(self, length: int, base: Checkpoint | None) -> float:
-        return self._worth(Checkpoint(ROOT, length, (), None, None, (), base, self._value))
+    def _worth_of_new(self, length: int, base: StateCheckpoint | None) -> float:
+        return self._worth(StateCheckpoint(ROOT, length, (), None, None, (), base, self._value))
 
 
 def _digest(parent: bytes, token_ids: Sequence[int]) -> bytes:

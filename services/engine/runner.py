@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from model.state import Batch, State
-from services.engine.drafter import Drafter, DraftModel, Guess
-from services.engine.request import Request, TokenLogprob
-from services.engine.sampler import Row, Sampled, Sampler, token_logprobs
+from services.engine.contract.token_output import TokenLogprob
+from services.engine.drafting.drafter import Draft, Drafter, DraftModel
+from services.engine.request import Request
+from services.engine.sampling.sampler import Row, Sampled, Sampler, token_logprobs
 from services.engine.step import ScheduledBatch, StepResult
 
 PROMPT_LOGITS_ROWS = 128  # at once: a vocabulary's logits of a whole prompt chunk would not fit everywhere
@@ -96,7 +97,7 @@ class Runner:
     def _draft(
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, new_tokens: Sequence[list[Sampled] | None]
     ) -> dict[int, tuple[int, ...]]:
-        guesses: dict[int, Guess] = {}
+        guesses: dict[int, Draft] = {}
         if self.drafter is None:
             return {}
         for i, tokens in enumerate(new_tokens):

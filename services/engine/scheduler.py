@@ -14,11 +14,13 @@ import time
 from bisect import insort
 from collections.abc import Callable, Sequence
 
-from services.engine.drafting import REQUEST_KEPT, DraftingState
+from services.engine.contract.errors import EngineOverloaded
+from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
+from services.engine.drafting.draft_depth import REQUEST_KEPT, DraftingState
 from services.engine.memory import IdPool, PagePool
-from services.engine.preemption import Lack, lower_ones, make_way
+from services.engine.preemption import Shortage, lower_ones, make_way
 from services.engine.prefix_cache import PrefixCache, Start
-from services.engine.request import EngineOverloaded, FinishReason, Request, TokenLogprob, TokenOutput
+from services.engine.request import Request
 from services.engine.scheduler_config import SchedulerConfig
 from services.engine.step import ScheduledBatch, StepPlan, StepResult
 from services.engine.waiting import StartRate, age, begin_to_wait, end_to_wait
@@ -256,11 +258,11 @@ class Scheduler:
                 start = self.cache.look_up(request)  # what they leave behind may be of use
             self._start(request, start)
 
-    def _lack(self, request: Request, start: Start, num_held: int) -> Lack:
+    def _lack(self, request: Request, start: Start, num_held: int) -> Shortage:
         # One page for each running request to grow into, or the newcomer would be preempted soon after.
         num_missing = -(-request.num_tokens // self.config.block_size) - len(start.pages) + len(self.running)
         num_woken = sum(self.blocks.is_idle(page) for page in start.pages)
-        return Lack(
+        return Shortage(
             len(self.running) + num_held + 1 - self.config.num_slots,
             num_missing + num_woken - self.blocks.num_free - self.blocks.num_idle,
             min(self.config.chunk_align, request.num_tokens - start.length) - self._plan.budget,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from services.engine.drafting import MAX_UNREAD, StepShape
-from services.engine.prefix_cache import Checkpoint
-from services.engine.request import Request, TokenLogprob
-from services.engine.sampler import Sampled
+from services.engine.contract.token_output import TokenLogprob
+from services.engine.drafting.draft_depth import MAX_UNREAD, StepShape
+from services.engine.prefix_cache import StateCheckpoint
+from services.engine.request import Request
+from services.engine.sampling.sampler import Sampled
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class StepPlan:
     num_drafts: dict[Request, int] = field(default_factory=dict)
     slot_copies: list[tuple[int, int]] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
-    saved: list[Checkpoint] = field(default_factory=list)
+    saved: list[StateCheckpoint] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     num_started: int = 0
 

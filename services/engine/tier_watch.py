@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cluster.exposure import WANTED_COVER, Exposure, Layout, Rates, Repair, balancedness
-from cluster.plan import PlanPolicy
-from cluster.registry import HEARTBEAT_TTL_S
+from cluster.control.registry import HEARTBEAT_TTL_S
+from cluster.placement.coverage import WANTED_COVER, CoverageReport, Layout, Rates, Repair, balancedness
+from cluster.placement.plan import PlanPolicy
 from cluster.topology import Placement
 
 NUM_HOTTEST = 20
@@ -21,21 +21,21 @@ class TierWatch:
 
     def __init__(self, expert_bytes: Mapping[int, int]) -> None:
         self._expert_bytes = expert_bytes
-        self._exposure: Exposure | None = None
+        self._exposure: CoverageReport | None = None
         self._repair = Repair()
 
-    def note(self, placement: Placement, live: Collection[str], now: float) -> Exposure:
+    def note(self, placement: Placement, live: Collection[str], now: float) -> CoverageReport:
         """Takes note of who serves what the placement says; to be called whenever that may have changed."""
         known, live = self._exposure, frozenset(live) & set(placement.shard_ids)
         if known is None or known.layout.placement is not placement:
-            known = Exposure(Layout(placement), live)
+            known = CoverageReport(Layout(placement), live)
         elif known.live != live:
-            known = Exposure(known.layout, live)
+            known = CoverageReport(known.layout, live)
         self._exposure = known
         self._repair = self._repair.note(known.num_missing > 0, now)
         return known
 
-    def report(self, exposure: Exposure, rates: Rates, now: float) -> dict[str, Any]:
+    def report(self, exposure: CoverageReport, rates: Rates, now: float) -> dict[str, Any]:
         """Plain numbers for health, metrics and `expertmesh status`."""
         layout = exposure.layout
         rate_E = layout.rates(rates)
@@ -50,7 +50,7 @@ class TierWatch:
             **self._cover(exposure, now),
         }
 
-    def _cover(self, exposure: Exposure, now: float) -> dict[str, Any]:
+    def _cover(self, exposure: CoverageReport, now: float) -> dict[str, Any]:
         below, layout = exposure.below_cover, exposure.layout
         named = below[np.argsort(exposure.num_lives_E[below], kind="stable")[:MAX_NAMED]].tolist()
         lives = exposure.num_lives_E[below]
@@ -67,7 +67,7 @@ class TierWatch:
             "num_repairs": self._repair.num_repaired,
         }
 
-    def _missing_bytes(self, exposure: Exposure) -> int:
+    def _missing_bytes(self, exposure: CoverageReport) -> int:
         below, layout = exposure.below_cover, exposure.layout
         size_L = np.array([self._expert_bytes[layer] for layer in layout.layers], np.int64)
         return int((size_L[layout.layer_E[below]] * (WANTED_COVER - exposure.num_lives_E[below])).sum())

@@ -1,6 +1,6 @@
 """`RemoteExperts`: a layer's routed experts, computed by the shards that hold them.
 
-What goes where, and what follows from what comes back, is decided by `cluster.calls`; here are the messages, the
+What goes where, and what follows from what comes back, is decided by `cluster.dispatch.layer_call`; here are the messages, the
 streams and the sums. All of it happens on the caller's thread.
 
 Legend: N rows, L expert input dim, K picks a row, P = N·K picks; the picks of a row stand together.
@@ -21,19 +21,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.call_policy import CallPolicy, Traffic
-from cluster.calls import Ask, LayerCall, Refusal
-from cluster.calls import warm_up as warm_up_routing
-from cluster.fleet import Fleet, FleetView
-from cluster.health import Link, ShardHealth, Timing
+from cluster.dispatch.call_policy import CallPolicy, Traffic
+from cluster.dispatch.fleet_view import FleetView, ShardFleet
+from cluster.dispatch.layer_call import LayerCall, RefusalCode, ShardRequest
+from cluster.dispatch.layer_call import warm_up as warm_up_routing
+from cluster.dispatch.shard_health import LinkState, ReplyTiming, ShardHealth
 from cluster.topology import Placement, Shard
-from model.cpu.team import TEAM
-from model.exact import from_grid, grid_exponents
+from model.cpu.thread_pool import THREAD_POOL
+from model.exact_sums import from_grid, grid_exponents
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.checksum import REQUEST, checksum_of_reply, request_checksum
-from services.expert.dispatch import combine, dispatch, warm_up
-from services.expert.stream import Receiver, ShardStream
-from services.expert.wire import CORRUPT_REPLY, WIRE_DTYPES, rows_as_numpy, sums_from_proto
+from services.expert.transport.checksum import REQUEST, checksum_of_reply, request_checksum
+from services.expert.transport.dispatch_combine import combine, dispatch, warm_up
+from services.expert.transport.shard_stream import Receiver, ShardStream
+from services.expert.transport.wire import CORRUPT_REPLY, WIRE_DTYPES, rows_as_numpy, sums_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ExpertsUnavailable(RuntimeError):
 
 
 class RemoteExperts:
-    """Implements `model.moe.Experts` over the shards of the last placement it was given; never asks Redis.
+    """Implements `model.blocks.moe.Experts` over the shards of the last placement it was given; never asks Redis.
 
     Calls belong to one thread, several of which may be under way. `update` belongs to one thread, any one; calls under
     way go on, and what they have to send again follows the new placement. `expert_mib` is the size of one expert, by
@@ -55,7 +55,7 @@ class RemoteExperts:
 
     def __init__(self, policy: CallPolicy | None = None, expert_mib: Mapping[int, float] | None = None) -> None:
         self.policy = policy or CallPolicy()
-        self._fleet = Fleet(self.policy, expert_mib)
+        self._fleet = ShardFleet(self.policy, expert_mib)
         self._view: FleetView | None = None  # the newest, which the calling thread has yet to adopt
         self._streams: dict[StreamKey, ShardStream] = {}
         self._healths: dict[StreamKey, ShardHealth] = {}
@@ -91,7 +91,7 @@ class RemoteExperts:
         if view is None:
             return frozenset()
         return frozenset(
-            id for id in view.shard_ids if (health := view.healths.get(id)) is None or health.link is Link.DOWN
+            id for id in view.shard_ids if (health := view.healths.get(id)) is None or health.link is LinkState.DOWN
         )
 
     def update(self, placement: Placement, shards: Iterable[Shard]) -> None:
@@ -106,12 +106,12 @@ class RemoteExperts:
         wanted = {id: _stream_key(known[id]) for id in placement.shard_ids if id in known}
         for key in wanted.values():
             if key not in self._streams:
-                self._healths[key] = health = ShardHealth(key[0], self.policy, known[key[0]].pace)
+                self._healths[key] = health = ShardHealth(key[0], self.policy, known[key[0]].cost_model)
                 self._streams[key] = stream = ShardStream(key[2], self._receiver, partial(self._note_link, health))
                 self._stream_of[health] = stream
         self._shares_cores = any(endpoint.startswith("127.") for _, _, endpoint in wanted.values())
         healths = {id: self._healths[key] for id, key in wanted.items()}
-        paces = {id: known[id].pace for id in wanted}
+        paces = {id: known[id].cost_model for id in wanted}
         draining = [id for id, shard in known.items() if shard.draining]
         before, view = self._view, FleetView(placement, healths, paces, draining, self._view)
         self._view = view
@@ -120,7 +120,7 @@ class RemoteExperts:
         self._close_later(self._streams.keys() - set(wanted.values()))
         self._receiver.wake()
 
-    def _note_link(self, health: ShardHealth, link: Link) -> None:
+    def _note_link(self, health: ShardHealth, link: LinkState) -> None:
         health.link = link
         self._fleet.is_changed = True
         self._last_change = next(self._changes)
@@ -143,11 +143,11 @@ class RemoteExperts:
         """
         assert self._view is not None, "update() must have given a placement before the first call"
         if self._shares_cores:
-            TEAM.rest()
+            THREAD_POOL.rest()
         try:
-            return _Call(self, layer, x_NL, topk_ids_NK, topk_weights_NK).wait
+            return _ExpertCall(self, layer, x_NL, topk_ids_NK, topk_weights_NK).wait
         except BaseException:
-            TEAM.resume()
+            THREAD_POOL.resume()
             raise
 
     def close(self) -> None:
@@ -172,7 +172,7 @@ class RemoteExperts:
         if view is not None and view is not self._fleet.view:
             self._fleet.adopt(view, now)
 
-    def _post(self, ask: Ask, part: _Part, message: bytes) -> None:
+    def _post(self, ask: ShardRequest, part: _Part, message: bytes) -> None:
         self._parts[ask.id] = part
         stream = self._stream_of.get(ask.health)
         if stream is None:  # it has left since
@@ -209,7 +209,7 @@ class RemoteExperts:
             self._fleet.traffic.num_corrupt += 1
             self._fleet.note_failed(request_id, now)
         else:
-            timing = Timing(reply.queue_us, reply.compute_us, reply.queue_depth)
+            timing = ReplyTiming(reply.queue_us, reply.compute_us, reply.queue_depth)
             self._fleet.note_reply(request_id, timing if reply.HasField("sums") else None, now)
 
 
@@ -220,11 +220,11 @@ def _stream_key(shard: Shard) -> StreamKey:
 class _Part(NamedTuple):
     """One request under way, and to which rows its sums belong."""
 
-    call: _Call
+    call: _ExpertCall
     rows: NDArray[np.int64]
 
 
-class _Call:
+class _ExpertCall:
     """One layer's rows on their way through the shards and back."""
 
     def __init__(self, owner: RemoteExperts, layer: int, x_NL: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> None:
@@ -253,7 +253,7 @@ class _Call:
         if self.fleet.has_unanswered:
             owner._reset_streams()
 
-    def send(self, asks: Sequence[Ask]) -> None:
+    def send(self, asks: Sequence[ShardRequest]) -> None:
         if not asks:
             return
         traffic = self.fleet.traffic
@@ -276,7 +276,9 @@ class _Call:
             traffic.sent_bytes += len(message)
             self.owner._post(ask, _Part(self, parts.row_R[rows]), message)
 
-    def _message(self, ask: Ask, epoch: int, rows: bytes, grid: bytes, picked: tuple[bytes, bytes, bytes]) -> bytes:
+    def _message(
+        self, ask: ShardRequest, epoch: int, rows: bytes, grid: bytes, picked: tuple[bytes, bytes, bytes]
+    ) -> bytes:
         timeout_us = max(1, int((self.routing.expires_at - ask.sent_at) * 1e6))
         num_rows = ask.work.num_rows
         head = REQUEST.pack(ask.id, self.layer, epoch, num_rows, self.wire_dtype, timeout_us)
@@ -306,7 +308,7 @@ class _Call:
                 else:
                     self._wait_for_more()
         finally:
-            TEAM.resume()
+            THREAD_POOL.resume()
             for ask in routing.under_way:
                 self.owner._parts.pop(ask.id, None)
         if routing.failure is not None:
@@ -342,7 +344,7 @@ class _Call:
         except ValueError as error:
             self.send(self.routing.on_corrupt(reply.id, str(error), now))
             return
-        timing = Timing(reply.queue_us, reply.compute_us, reply.queue_depth)
+        timing = ReplyTiming(reply.queue_us, reply.compute_us, reply.queue_depth)
         counting = self.routing.on_reply(reply.id, timing, now)
         if len(counting) != 1:
             self.held[reply.id] = (part.rows, sums)
@@ -357,5 +359,5 @@ class _Call:
             self.send(self.routing.on_corrupt(reply.id, CORRUPT_REPLY, now))
             return
         name = pb.Refusal.Code.Name(reply.refusal.code) if reply.refusal.code in pb.Refusal.Code.values() else ""
-        code = Refusal.__members__.get(name, Refusal.FAILED)
+        code = RefusalCode.__members__.get(name, RefusalCode.FAILED)
         self.send(self.routing.on_refusal(reply.id, code, reply.refusal.detail, now))

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster.reconciler import ShardFailed
+from cluster.control.reconciler import ShardFailed
 from cluster.topology import Homes, Placement, Shard
-from model.exact import grid_exponents
-from model.moe import ExpertShape
+from model.blocks.moe import ExpertShape
+from model.exact_sums import grid_exponents
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import CHANNEL_OPTIONS
-from services.expert.wire import WIRE_DTYPES, body_of, checksum_of_request, rows_as_numpy, sums_from_proto
+from services.expert.transport.wire import WIRE_DTYPES, body_of, checksum_of_request, rows_as_numpy, sums_from_proto
 
 T = TypeVar("T")
 ByLayer = Mapping[int, Sequence[int]]  # expert ids by layer
@@ -52,7 +52,7 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadResult:
     """What a shard says after a load.
 
     `gains` are the largest gain exponents of what it holds or stands by for, of the layers asked for; `checksums`, by
@@ -72,7 +72,7 @@ async def load(
     standby: ByLayer | None = None,
     sources: Sources = Sources(),
     fencing: int = 0,
-) -> Loaded:
+) -> LoadResult:
     """Has a shard hold `experts` and stand by for `standby`; one that is there in the other role changes it.
 
     Raises ShardError, after which the shard holds what it held before.
@@ -88,7 +88,7 @@ async def load(
     reply: pb.LoadReply = await call(endpoint, lambda stub: stub.Load(request, timeout=LOAD_TIMEOUT_S))
     checksums = {of.layer: dict(zip(of.experts, of.checksums, strict=True)) for of in reply.checksums}
     gains = {gain.layer: gain.exponent for gain in reply.gains}
-    return Loaded(gains, checksums, reply.used_bytes, reply.memory_budget)
+    return LoadResult(gains, checksums, reply.used_bytes, reply.memory_budget)
 
 
 async def unload(endpoint: str, experts: ByLayer, epoch: int, standby: ByLayer | None = None, fencing: int = 0) -> None:

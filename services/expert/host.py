@@ -12,34 +12,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.topology import held_digest
-from model.moe import ExpertBank, ExpertShape
+from model.blocks.moe import ExpertBank, ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.dispatch import warm_up
-from services.expert.standbys import Key, Standbys
+from services.expert.standbys import Key, StandbyStore
+from services.expert.transport.dispatch_combine import warm_up
+from services.expert.transport.wire import TORCH_DTYPES, Picks, Refused, checked_body, picks_from_proto, sums_to_proto
 from services.expert.weights import Weights
-from services.expert.wire import TORCH_DTYPES, Picks, Refused, checked_body, picks_from_proto, sums_to_proto
 
-Wanted = dict[int, list[int]]  # experts by layer
+ExpertsByLayer = dict[int, list[int]]  # experts by layer
 HOT_PROMOTIONS = 3  # an expert that was promoted as often makes room for others last
 
 
-def keys_of(wanted: Wanted) -> set[Key]:
+def keys_of(wanted: ExpertsByLayer) -> set[Key]:
     return {(layer, expert) for layer, experts in wanted.items() for expert in experts}
 
 
-def by_layer(keys: Iterable[Key]) -> Wanted:
-    wanted: Wanted = {}
+def by_layer(keys: Iterable[Key]) -> ExpertsByLayer:
+    wanted: ExpertsByLayer = {}
     for layer, expert in sorted(keys):
         wanted.setdefault(layer, []).append(expert)
     return wanted
 
 
-class NoRoom(Exception):
+class NoDeviceMemory(Exception):
     """The device's memory is taken by experts that cannot go right now."""
 
 
 @dataclass
-class Unfinished:
+class PartialResult:
     """A request of which some picks wait for experts that stand by."""
 
     layer: int
@@ -53,10 +53,10 @@ class Unfinished:
         return [int(expert) for expert in np.unique(self.picks.expert_P[self.is_left_P])]
 
 
-class Asleep(Exception):
+class NeedsPromotion(Exception):
     """Some experts of a request stand by and must be promoted before `resume` can go on with it."""
 
-    def __init__(self, unfinished: Unfinished) -> None:
+    def __init__(self, unfinished: PartialResult) -> None:
         super().__init__(f"Experts {unfinished.experts} of layer {unfinished.layer} stand by.")
         self.unfinished = unfinished
 
@@ -70,7 +70,7 @@ class _OnDevice:
 
 
 @dataclass(frozen=True)
-class Known:
+class ExpertFacts:
     """What was found out about an expert when it was loaded."""
 
     checksum: int
@@ -78,10 +78,10 @@ class Known:
 
 
 @dataclass
-class Loaded:
+class LoadedExperts:
     """What a load brings besides the homes, whose weights are in their banks by then."""
 
-    known: dict[Key, Known] = field(default_factory=dict)
+    known: dict[Key, ExpertFacts] = field(default_factory=dict)
     standbys: dict[Key, tuple[Weights | None, str]] = field(default_factory=dict)  # and the peer that had it
 
 
@@ -113,7 +113,7 @@ class ExpertHost:
         self.shapes = {shape.layer: shape for shape in shapes}
         self.banks = {layer: ExpertBank(shape, dtype, device) for layer, shape in self.shapes.items()}
         self.dtype, self.device, self.memory_budget = dtype, device, memory_budget
-        self.standbys = Standbys(host_budget)
+        self.standbys = StandbyStore(host_budget)
         self.epoch = 0
         warm_up()
         _warm_up_bank(dtype, device)
@@ -123,23 +123,23 @@ class ExpertHost:
         )
         self._on_device: dict[Key, _OnDevice] = {}
         self._promoted: set[Key] = set()  # on the device and ready, but not at home here
-        self._known: dict[Key, Known] = {}
+        self._known: dict[Key, ExpertFacts] = {}
         self._num_calls = 0
         self.used_bytes = 0  # on the device, with what is promoted or being loaded
 
     @property
-    def held(self) -> Wanted:
+    def held(self) -> ExpertsByLayer:
         """The experts whose home is here, by layer; layers without one are left out."""
         held = {layer: is_home.nonzero()[0].tolist() for layer, is_home in self._is_home.items()}
         return {layer: experts for layer, experts in held.items() if experts}
 
     @property
-    def standby(self) -> Wanted:
+    def standby(self) -> ExpertsByLayer:
         """The experts that stand by here, wherever they are, likewise."""
         return by_layer(self.standbys.keys)
 
     @property
-    def promoted(self) -> Wanted:
+    def promoted(self) -> ExpertsByLayer:
         """Those of `standby` that are on the device for now."""
         return by_layer(self._promoted.copy())
 
@@ -164,11 +164,11 @@ class ExpertHost:
     def nbytes(self, key: Key) -> int:
         return self.shapes[key[0]].nbytes(self.dtype)
 
-    def known(self, key: Key) -> Known | None:
+    def known(self, key: Key) -> ExpertFacts | None:
         """Its checksum and gain, once it was loaded here."""
         return self._known.get(key)
 
-    def gains(self, wanted: Wanted) -> dict[int, int]:
+    def gains(self, wanted: ExpertsByLayer) -> dict[int, int]:
         """The largest gain exponent of all that is held or stands by, of these layers."""
         gains: dict[int, int] = {}
         for (layer, _), known in list(self._known.items()):
@@ -178,7 +178,7 @@ class ExpertHost:
 
     # What is where ---------------------------------------------------------------------------------------------------
 
-    def check_fits(self, homes: Wanted, standby: Wanted) -> None:
+    def check_fits(self, homes: ExpertsByLayer, standby: ExpertsByLayer) -> None:
         """Raises ValueError where an expert does not exist, is asked for twice or does not fit with those held."""
         self.check_exists(homes)
         self.check_exists(standby)
@@ -189,7 +189,7 @@ class ExpertHost:
             numbers = f"{num_bytes} bytes more than the {self.held_bytes} in use, over a budget of {self.memory_budget}"
             raise ValueError(f"The experts asked for need {numbers}; raise memory_budget or place fewer here.")
 
-    def check_exists(self, wanted: Wanted) -> None:
+    def check_exists(self, wanted: ExpertsByLayer) -> None:
         for layer, experts in wanted.items():
             if layer not in self.shapes:
                 known = sorted(self.shapes)
@@ -206,7 +206,7 @@ class ExpertHost:
         """Device memory for experts, which `release` lets go; returns those that are to be loaded into it.
 
         Promoted experts make room, the least recently used first and hot ones last; those that others need stay, unless
-        the room is for homes. Raises NoRoom, after which nothing is taken.
+        the room is for homes. Raises NoDeviceMemory, after which nothing is taken.
         """
         wanted = set(keys)
         new = {key for key in wanted if key not in self._on_device}
@@ -218,7 +218,7 @@ class ExpertHost:
             if missing <= 0:
                 break
         if missing > 0:
-            raise NoRoom(f"{missing} bytes are missing on the device, and nothing more can make room.")
+            raise NoDeviceMemory(f"{missing} bytes are missing on the device, and nothing more can make room.")
         self.drop(evicted)
         self.used_bytes += self._nbytes(new)
         for key in wanted:
@@ -252,7 +252,7 @@ class ExpertHost:
             if self._on_device.pop((layer, expert), None) is not None:
                 self.used_bytes -= self.nbytes((layer, expert))
 
-    def settle(self, homes: Wanted, standby: Wanted, loaded: Loaded) -> None:
+    def settle(self, homes: ExpertsByLayer, standby: ExpertsByLayer, loaded: LoadedExperts) -> None:
         """Makes what was loaded count, all at once; an expert that was held and is to stand by stays on the device."""
         self._known |= loaded.known
         for key in keys_of(homes):
@@ -278,7 +278,7 @@ class ExpertHost:
         self.standbys.note_promotion(key, weights)
         return True
 
-    def remove(self, homes: Wanted, standby: Wanted) -> None:
+    def remove(self, homes: ExpertsByLayer, standby: ExpertsByLayer) -> None:
         """Lets experts go; those that are not here are passed over. ValueError where one does not exist."""
         self.check_exists(homes)
         self.check_exists(standby)
@@ -299,24 +299,24 @@ class ExpertHost:
     # Arithmetic ------------------------------------------------------------------------------------------------------
 
     def compute(self, request: pb.ComputeRequest) -> pb.Sums:
-        """The partial sum of each row over its picks; raises Refused, or Asleep where experts stand by."""
+        """The partial sum of each row over its picks; raises Refused, or NeedsPromotion where experts stand by."""
         picks, layer = self._decode(request), request.layer
         is_ready_P = self._is_ready[layer][picks.expert_P]
         if is_ready_P.all():
             return sums_to_proto(self._sums(layer, picks))
         self._check_known(request, picks.expert_P[~is_ready_P])
         sums_NL = np.zeros(picks.x_NL.shape, np.int64)
-        return self.resume(Unfinished(layer, picks, sums_NL, np.ones(len(is_ready_P), np.bool_)))
+        return self.resume(PartialResult(layer, picks, sums_NL, np.ones(len(is_ready_P), np.bool_)))
 
-    def resume(self, unfinished: Unfinished) -> pb.Sums:
-        """Computes what can be computed by now; raises Asleep until nothing is left."""
+    def resume(self, unfinished: PartialResult) -> pb.Sums:
+        """Computes what can be computed by now; raises NeedsPromotion until nothing is left."""
         picks, layer = unfinished.picks, unfinished.layer
         is_next_P = unfinished.is_left_P & self._is_ready[layer][picks.expert_P]
         if is_next_P.any():
             unfinished.sums_NL += self._sums(layer, picks.only(is_next_P))
             unfinished.is_left_P &= ~is_next_P
         if unfinished.is_left_P.any():
-            raise Asleep(unfinished)
+            raise NeedsPromotion(unfinished)
         return sums_to_proto(unfinished.sums_NL)
 
     def _sums(self, layer: int, picks: Picks) -> NDArray[np.int64]:

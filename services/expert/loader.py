@@ -14,13 +14,13 @@ from torch import Tensor
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.options import CHANNEL_OPTIONS
-from services.expert.background import aside, is_awaited
-from services.expert.host import ExpertHost, Known, Loaded, NoRoom, Wanted, keys_of
+from services.expert.host import ExpertFacts, ExpertHost, ExpertsByLayer, LoadedExperts, NoDeviceMemory, keys_of
 from services.expert.standbys import Key
 from services.expert.transfer import MAX_TRANSFER_BYTES, ByteBudget, PeerError, fetch
+from services.expert.transport.wire import Refused
+from services.expert.transport.worker import Worker
 from services.expert.weights import Weights
-from services.expert.wire import Refused
-from services.expert.worker import Worker
+from services.low_priority import aside, is_awaited
 
 Read = Callable[[int, int], Mapping[str, Tensor]]  # (layer, expert) -> its tensors; ValueError names what is missing
 
@@ -29,11 +29,11 @@ PROMOTE_TIMEOUT_S = 5.0  # that a call waits for experts that stand by, at most
 
 
 @dataclass(frozen=True)
-class Order:
+class LoadOrder:
     """What a shard is to hold and to stand by for; of some experts, the peer to ask first and the right checksum."""
 
-    homes: Wanted
-    standby: Wanted
+    homes: ExpertsByLayer
+    standby: ExpertsByLayer
     peers: Mapping[Key, str] = field(default_factory=dict)
     expected: Mapping[Key, int] = field(default_factory=dict)
 
@@ -70,7 +70,7 @@ class Loader:
 
     # What a placement asks for ---------------------------------------------------------------------------------------
 
-    async def load(self, order: Order) -> None:
+    async def load(self, order: LoadOrder) -> None:
         """Brings what is not there yet and makes it count, all or nothing; raises ValueError."""
         host, worker = self.host, self.worker
         host.check_fits(order.homes, order.standby)
@@ -87,7 +87,7 @@ class Loader:
         finally:
             await self.release(homes)
 
-    def _check_known(self, order: Order) -> None:
+    def _check_known(self, order: LoadOrder) -> None:
         for (layer, expert), expected in order.expected.items():
             known = self.host.known((layer, expert))
             if known is not None and known.checksum != expected:
@@ -99,13 +99,13 @@ class Loader:
             while True:
                 under_way = dict(self._promotions)
                 if not homes & under_way.keys():
-                    with suppress(NoRoom):
+                    with suppress(NoDeviceMemory):
                         return await self.worker.run(lambda: self.host.take(homes, for_homes=True))
                 assert under_way, "what is held fits, and what is promoted makes room"
                 await asyncio.wait(under_way.values())
 
-    async def _bring(self, new_homes: set[Key], standby: set[Key], order: Order, peers: Peers) -> Loaded:
-        loaded, host = Loaded(), self.host
+    async def _bring(self, new_homes: set[Key], standby: set[Key], order: LoadOrder, peers: Peers) -> LoadedExperts:
+        loaded, host = LoadedExperts(), self.host
         room = [host.standbys.host_budget - host.standbys.used_bytes]
 
         async def bring_home(key: Key) -> None:
@@ -124,35 +124,35 @@ class Loader:
             await aside(bank.warm_up, held)  # now, so that no request waits for it
         return loaded
 
-    async def _from_memory_or(self, key: Key, order: Order, peers: Peers) -> Weights:
+    async def _from_memory_or(self, key: Key, order: LoadOrder, peers: Peers) -> Weights:
         standby = self.host.standbys.get(key)
         return standby.weights if standby and standby.weights else await self._obtain(key, order, peers)
 
     async def _prepare_standby(
-        self, key: Key, order: Order, peers: Peers, loaded: Loaded, fits: bool
+        self, key: Key, order: LoadOrder, peers: Peers, loaded: LoadedExperts, fits: bool
     ) -> tuple[Weights | None, str]:
         """Reads an expert once even if it stays on disk: what cannot be read is no standby, and its gain counts."""
         host, endpoint = self.host, order.peers.get(key, "")
         if host.is_home(key):
             weights = Weights.of(await aside(host.banks[key[0]].tensors, key[1]), host.dtype)
             return weights if fits else None, endpoint
-        sources = order if fits else Order({}, {}, {}, order.expected)  # bytes from a peer would be thrown away
+        sources = order if fits else LoadOrder({}, {}, {}, order.expected)  # bytes from a peer would be thrown away
         weights = await self._obtain(key, sources, peers)
-        loaded.known[key] = Known(weights.checksum, await aside(weights.gain_exponent))
+        loaded.known[key] = ExpertFacts(weights.checksum, await aside(weights.gain_exponent))
         return await aside(self._keep, weights) if fits else None, endpoint
 
-    async def _to_device(self, key: Key, weights: Weights) -> Known:
+    async def _to_device(self, key: Key, weights: Weights) -> ExpertFacts:
         (layer, expert), known = key, self.host.known(key)
         bank, gain = self.host.banks[layer], known.gain if known else weights.gain
         await aside(bank.load, expert, weights.tensors, gain)
-        return Known(weights.checksum, bank.gain_exponent(expert))
+        return ExpertFacts(weights.checksum, bank.gain_exponent(expert))
 
     def _keep(self, weights: Weights) -> Weights:
         return weights.in_host_memory(is_pinned=self.host.device.type == "cuda")
 
     # Where it comes from ---------------------------------------------------------------------------------------------
 
-    async def _obtain(self, key: Key, order: Order, peers: Peers, *, disk_first: bool = False) -> Weights:
+    async def _obtain(self, key: Key, order: LoadOrder, peers: Peers, *, disk_first: bool = False) -> Weights:
         """From the peer that is named, else from the checkpoint; verified. Raises ValueError that names the expert."""
         endpoint, problems = order.peers.get(key, ""), []
         expected = order.expected.get(key)
@@ -186,7 +186,7 @@ class Loader:
         check_expected(weights, expected)
         return weights
 
-    async def weights_of(self, key: Key) -> tuple[Weights, Known] | None:
+    async def weights_of(self, key: Key) -> tuple[Weights, ExpertFacts] | None:
         """An expert from whichever tier has it, and what was found when it was loaded; None if it is not here."""
         known, host = self.host.known(key), self.host
         if known is None:
@@ -226,7 +226,7 @@ class Loader:
     async def _take_slots(self, layer: int, experts: list[int], deadline: float) -> set[Key]:
         while True:
             self._freed.clear()
-            with suppress(NoRoom):
+            with suppress(NoDeviceMemory):
                 keys, new = await self.worker.run(lambda: self._take_now(layer, experts))
                 for key in new:
                     self._promotions[key] = asyncio.create_task(self._promote(key))
@@ -272,7 +272,7 @@ class Loader:
             await self._to_device(key, kept)
             return None
         async with Peers() as peers:
-            order = Order({}, {}, {key: standby.peer} if standby.peer else {}, {key: known.checksum})
+            order = LoadOrder({}, {}, {key: standby.peer} if standby.peer else {}, {key: known.checksum})
             weights = await self._obtain(key, order, peers, disk_first=True)
         await self._to_device(key, weights)
         return await aside(self._keep, weights) if weights.nbytes <= host.standbys.host_budget else None

@@ -1,6 +1,6 @@
 """The gRPC servicer of a shard: messages in, messages out, the arithmetic on the worker's thread.
 
-`Compute` is served twice: by grpcio on the shard's endpoint, for any client, and by `Front` on a port of its own, where
+`Compute` is served twice: by grpcio on the shard's endpoint, for any client, and by `ComputeServer` on a port of its own, where
 it costs a fraction of that.
 """
 
@@ -20,29 +20,37 @@ from typing import NoReturn
 import grpc
 import numpy as np
 
-from cluster.pace import PaceFit, RowsPerCall
-from cluster.topology import Pace
+from cluster.cost_fit import CostFit, RowsPerCall
+from cluster.topology import CostModel
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
-from services.expert.checksum import checksum_of_reply
-from services.expert.front import Front, ReplyTo
-from services.expert.host import Asleep, ExpertHost, Known, Unfinished, Wanted, by_layer, keys_of
-from services.expert.loader import PROMOTE_TIMEOUT_S, Loader, Order, Read
+from services.expert.host import (
+    ExpertFacts,
+    ExpertHost,
+    ExpertsByLayer,
+    NeedsPromotion,
+    PartialResult,
+    by_layer,
+    keys_of,
+)
+from services.expert.loader import PROMOTE_TIMEOUT_S, Loader, LoadOrder, Read
+from services.expert.promotion import PromotionQueue
 from services.expert.standbys import Key
 from services.expert.transfer import MAX_TRANSFER_BYTES, ByteBudget, send
-from services.expert.waking import Waking
+from services.expert.transport.checksum import checksum_of_reply
+from services.expert.transport.compute_server import ComputeServer, ReplyTo
+from services.expert.transport.wire import WIRE_DTYPES, Refused
+from services.expert.transport.worker import Worker
 from services.expert.weights import Weights
-from services.expert.wire import WIRE_DTYPES, Refused
-from services.expert.worker import Worker
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
 MAX_UNREAD = 256  # requests of one stream whose replies it has not taken
-PACE_SAMPLES = 256  # calls at most that the pace learns from at a time; every fourth is noted
+COST_SAMPLES = 256  # calls at most that the pace learns from at a time; every fourth is noted
 Sample = tuple[int, int, bytes, int]  # layer, rows, experts of the picks, µs
 
 
-class Deposed(Exception):
+class StaleLeader(Exception):
     """A change that a controller asks for after another has taken over."""
 
 
@@ -60,7 +68,7 @@ class Counters:
     compute_us: int = 0
 
 
-class _Stream:
+class _ComputeStream:
     """One backbone's stream: where its replies go, and whether anybody still waits for them.
 
     A client that does not read its replies is not read from either, or they would pile up here without end.
@@ -85,24 +93,24 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self.host, self.shard_id, self.incarnation = host, shard_id, incarnation
         self.worker = Worker(max_queue, name=f"experts-{shard_id}")
         self.loader = Loader(host, self.worker, read)
-        self.waking = Waking(self.loader, self.worker, max_queue)
+        self.waking = PromotionQueue(self.loader, self.worker, max_queue)
         self.outgoing = ByteBudget(MAX_TRANSFER_BYTES)
         self.counters = Counters()
-        self.pace = PaceFit()
+        self.cost_fit = CostFit()
         self.rows_per_call = RowsPerCall()
         self._counted = (0, 0)  # calls and rows that it knows already
         self.num_failed_in_a_row = 0  # requests
         self.is_leaving = False  # says that it drains
         self.is_draining = False  # and refuses what comes
         self.last_request_at = -math.inf
-        self._samples: deque[Sample] = deque(maxlen=PACE_SAMPLES)
+        self._samples: deque[Sample] = deque(maxlen=COST_SAMPLES)
         self._changing = asyncio.Lock()
         self._fencing = 0  # the newest leader's token
         self._counting = threading.Lock()  # requests and refusals, which the loop and the worker both count
 
     def open_front(self, host: str) -> str:
         """Listens on a free port for streams that the worker's thread reads and answers; returns host:port."""
-        self._front = Front(self.worker, self._accept, host)
+        self._front = ComputeServer(self.worker, self._accept, host)
         return self._front.endpoint
 
     async def close_front(self) -> None:
@@ -111,7 +119,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
     async def Compute(
         self, requests: AsyncIterator[pb.ComputeRequest], context: Context
     ) -> AsyncIterator[pb.ComputeReply]:
-        stream = _Stream()
+        stream = _ComputeStream()
         reading = asyncio.create_task(self._read(requests, stream))
         try:
             while (reply := await stream.replies.get()) is not None:
@@ -122,7 +130,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             stream.is_open = False
             reading.cancel()
 
-    async def _read(self, requests: AsyncIterator[pb.ComputeRequest], stream: _Stream) -> None:
+    async def _read(self, requests: AsyncIterator[pb.ComputeRequest], stream: _ComputeStream) -> None:
         try:
             async for request in requests:
                 self._accept(request, request.ByteSize(), stream)
@@ -153,7 +161,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         stream.reply(_sealed(self._refusal(request, Refused(code, detail))))
 
     def _serve(
-        self, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float, begun: Unfinished | None = None
+        self, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float, begun: PartialResult | None = None
     ) -> None:
         """Runs on the worker's thread."""
         if not stream.is_open:
@@ -161,7 +169,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         started_at = time.monotonic()
         try:
             reply = self._compute(request, started_at - arrived_at, begun)
-        except Asleep as asleep:
+        except NeedsPromotion as asleep:
             self._wake(asleep.unfinished, request, stream, arrived_at)
             return
         reply.queue_us = round((started_at - arrived_at) * 1e6)
@@ -170,7 +178,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self._count(request, _sealed(reply))
         stream.reply(reply)
 
-    def _wake(self, begun: Unfinished, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float) -> None:
+    def _wake(self, begun: PartialResult, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float) -> None:
         left_s = request.timeout_us / 1e6 if request.timeout_us else PROMOTE_TIMEOUT_S
         self.waking.park(
             begun,
@@ -179,7 +187,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             lambda refused: stream.reply(_sealed(self._refusal(request, refused))),
         )
 
-    def _compute(self, request: pb.ComputeRequest, waited: float, begun: Unfinished | None) -> pb.ComputeReply:
+    def _compute(self, request: pb.ComputeRequest, waited: float, begun: PartialResult | None) -> pb.ComputeReply:
         try:
             if 0 < request.timeout_us < waited * 1e6:
                 raise Refused(pb.Refusal.DEADLINE, f"It waited {waited:.3f} s, longer than its timeout_us allows.")
@@ -188,7 +196,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             return pb.ComputeReply(id=request.id, sums=sums)
         except Refused as refused:
             return self._refusal(request, refused)
-        except Asleep:
+        except NeedsPromotion:
             raise
         except Exception as error:
             log.exception("A request for layer %d failed.", request.layer)
@@ -203,7 +211,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         )
         return pb.ComputeReply(id=request.id, refusal=refusal, queue_depth=self.worker.depth)
 
-    def learn_pace(self) -> Pace:
+    def learn_pace(self) -> CostModel:
         """What the calls since the last time say of this shard's pace, and how many rows they had."""
         counted = (self.counters.num_requests, self.counters.num_rows)
         self.rows_per_call.observe(*(now - before for now, before in zip(counted, self._counted, strict=True)))
@@ -215,7 +223,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             for layer, num_rows, experts, took_us in samples
         ]
         num_experts, num_rows, sizes, took_us = np.array(columns, dtype=np.float64).reshape(-1, 4).T
-        return self.pace.observe(num_experts, num_rows, sizes, took_us)
+        return self.cost_fit.observe(num_experts, num_rows, sizes, took_us)
 
     def _count(self, request: pb.ComputeRequest, reply: pb.ComputeReply) -> None:
         counters = self.counters
@@ -251,7 +259,9 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         async def change_alone() -> None:
             async with self._changing:
                 if 0 < request.fencing < self._fencing:
-                    raise Deposed(f"The token {request.fencing} is older than {self._fencing}: there is a new leader.")
+                    raise StaleLeader(
+                        f"The token {request.fencing} is older than {self._fencing}: there is a new leader."
+                    )
                 self._fencing = max(self._fencing, request.fencing)
                 await change()
                 self.host.epoch = max(self.host.epoch, request.epoch)
@@ -260,7 +270,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             await asyncio.shield(asyncio.create_task(change_alone()))
         except ValueError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, error)
-        except Deposed as error:
+        except StaleLeader as error:
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, error)
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchChunk]:
@@ -271,7 +281,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         if missing := [expert for expert in request.experts if host.known((layer, expert)) is None]:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Experts {missing} of layer {layer} are not here.")
 
-        async def weights_of(expert: int) -> tuple[Weights, Known]:
+        async def weights_of(expert: int) -> tuple[Weights, ExpertFacts]:
             found = await self.loader.weights_of((layer, expert))
             if found is None:
                 raise ValueError(f"Expert {expert} of layer {layer} is not here any more.")
@@ -320,24 +330,24 @@ def _sealed(reply: pb.ComputeReply) -> pb.ComputeReply:
     return reply
 
 
-def _wanted(experts: Iterable[pb.LayerExperts]) -> Wanted:
-    wanted: Wanted = {}
+def _wanted(experts: Iterable[pb.LayerExperts]) -> ExpertsByLayer:
+    wanted: ExpertsByLayer = {}
     for entry in experts:
         wanted.setdefault(entry.layer, []).extend(entry.experts)
     return wanted
 
 
-def _order(request: pb.LoadRequest) -> Order:
+def _order(request: pb.LoadRequest) -> LoadOrder:
     peers = {key: peer.endpoint for peer in request.peers for key in keys_of(_wanted(peer.experts))}
     expected = {
         (of.layer, expert): checksum
         for of in request.expected
         for expert, checksum in zip(of.experts, of.checksums, strict=True)
     }
-    return Order(_wanted(request.experts), _wanted(request.standby), peers, expected)
+    return LoadOrder(_wanted(request.experts), _wanted(request.standby), peers, expected)
 
 
-def _experts(wanted: Wanted) -> list[pb.LayerExperts]:
+def _experts(wanted: ExpertsByLayer) -> list[pb.LayerExperts]:
     return [pb.LayerExperts(layer=layer, experts=experts) for layer, experts in wanted.items()]
 
 

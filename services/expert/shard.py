@@ -17,17 +17,17 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.orders import Wanted
-from cluster.registry import RegistryStore, StoreUnavailable
+from cluster.control.operator_orders import Wanted
+from cluster.control.registry import RegistryStore, StoreUnavailable
 from cluster.topology import Shard
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import SERVER_OPTIONS
+from services.expert.drain import LEAVE_POLL_S, LEAVE_TIMEOUT_S, DrainOutlook, DrainWait, may_go, outlook
 from services.expert.host import ExpertHost
-from services.expert.leaving import LEAVE_POLL_S, LEAVE_TIMEOUT_S, Outlook, Waited, may_go, outlook
 from services.expert.service import ExpertService
-from services.expert.wire import WIRE_DTYPES
+from services.expert.transport.wire import WIRE_DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class ExpertShard:
         while True:
             at = time.monotonic()
             since = since if now is before else at
-            if may_go(now, Waited(at - self.service.last_request_at, at - since)):
+            if may_go(now, DrainWait(at - self.service.last_request_at, at - since)):
                 log.info("Shard %s goes: %s.", self.config.shard_id, now.value)
                 return
             if at - started >= self.config.leave_timeout_s:
@@ -134,12 +134,12 @@ class ExpertShard:
             await asyncio.sleep(min(LEAVE_POLL_S, self.config.leave_timeout_s))
             before, now = now, await self._outlook()
 
-    async def _outlook(self) -> Outlook:
+    async def _outlook(self) -> DrainOutlook:
         try:
             placement, shards = await self.registry.placement(), await self.registry.shards()
             return outlook(self.config.shard_id, placement, shards, await self.registry.has_leader())
         except StoreUnavailable:
-            return Outlook.CUT_OFF
+            return DrainOutlook.CUT_OFF
 
     @property
     def is_healthy(self) -> bool:
@@ -169,7 +169,7 @@ class ExpertShard:
             draining=self.service.is_leaving or self.service.is_draining,
             host_budget=config.host_budget,
             compute_endpoint=self.compute_endpoint,
-            pace=self.service.pace.pace,
+            cost_model=self.service.cost_fit.cost_model,
             rows_per_call=self.service.rows_per_call.mean,
         )
 

@@ -19,7 +19,7 @@ class Standby:
     last_promotion: int = 0  # a number that grows with every promotion of any expert
 
 
-class Standbys:
+class StandbyStore:
     """First come, first kept in host memory; later, what was promoted last replaces what was promoted longest ago."""
 
     def __init__(self, host_budget: int) -> None:

@@ -10,19 +10,19 @@ from typing import Any
 import grpc
 import torch
 
-from model.moe import ExpertShape
+from model.blocks.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
-from services.expert.background import aside
-from services.expert.host import Known
+from services.expert.host import ExpertFacts
+from services.expert.transport.wire import WIRE_DTYPES
 from services.expert.weights import Weights, seal
-from services.expert.wire import WIRE_DTYPES
+from services.low_priority import aside
 
 MAX_TRANSFER_BYTES = 64 << 20  # of experts that a shard is sending, and as many again that it is receiving
 FETCH_STALL_S = 2.0  # a peer that says nothing for as long is given up
 
 
-WeightsOf = Callable[[int], Awaitable[tuple[Weights, Known]]]  # an expert, and what was found when it was loaded
+WeightsOf = Callable[[int], Awaitable[tuple[Weights, ExpertFacts]]]  # an expert, and what was found when it was loaded
 
 
 class PeerError(RuntimeError):

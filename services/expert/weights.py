@@ -16,8 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from model.exact import gain_exponent
-from model.moe import ExpertShape
+from model.blocks.moe import ExpertShape
+from model.exact_sums import gain_exponent
 
 CHUNK_BYTES = 512 << 10
 

@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.errors import ApiError, Refusal
+from services.gateway.errors import ApiError, ApiRefusal
 
 DRAIN_FACTOR = 16  # a client hears of its too large body only once it was read: read that much, then hang up
 
@@ -36,7 +36,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     except ClientDisconnect as error:
         raise ClientGone from error
     if size > max_bytes:
-        raise ApiError(Refusal.TOO_LARGE, f"The body must be at most {max_bytes} bytes long, but is longer.")
+        raise ApiError(ApiRefusal.TOO_LARGE, f"The body must be at most {max_bytes} bytes long, but is longer.")
     return b"".join(chunks)
 
 

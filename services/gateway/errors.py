@@ -9,12 +9,12 @@ from typing import Any
 
 import grpc
 
-from services.engine.request import DeadlinePassed, EngineFailed, EngineOverloaded
+from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
 
 logger = logging.getLogger(__name__)
 
 
-class Refusal(Enum):
+class ApiRefusal(Enum):
     """Why a request was refused: (label in metrics, HTTP status, type in the JSON body, gRPC code)."""
 
     INVALID = ("invalid", 400, "invalid_request_error", grpc.StatusCode.INVALID_ARGUMENT)
@@ -37,7 +37,7 @@ class ApiError(Exception):
 
     def __init__(
         self,
-        refusal: Refusal,
+        refusal: ApiRefusal,
         message: str,
         param: str | None = None,
         code: str | None = None,
@@ -58,7 +58,7 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    return ApiError(Refusal.INVALID, message, param, code)
+    return ApiError(ApiRefusal.INVALID, message, param, code)
 
 
 def bad_value(error: ValueError) -> ApiError:
@@ -74,11 +74,11 @@ def from_exception(error: Exception) -> ApiError:
             return error
         case EngineOverloaded():
             message = str(error) or "Too many requests are waiting; try again later."
-            return ApiError(Refusal.OVERLOADED, message, code="rate_limit_exceeded", retry_after=error.retry_after)
+            return ApiError(ApiRefusal.OVERLOADED, message, code="rate_limit_exceeded", retry_after=error.retry_after)
         case DeadlinePassed():
-            return ApiError(Refusal.DEADLINE, str(error))
+            return ApiError(ApiRefusal.DEADLINE, str(error))
         case EngineFailed():
-            return ApiError(Refusal.FAILED, str(error))
+            return ApiError(ApiRefusal.FAILED, str(error))
         case ValueError():
             return bad_value(error)
     return unexpected(error)
@@ -86,4 +86,4 @@ def from_exception(error: Exception) -> ApiError:
 
 def unexpected(error: Exception) -> ApiError:
     logger.error("A request failed unexpectedly.", exc_info=error)
-    return ApiError(Refusal.FAILED, "The server failed; its log says more.")
+    return ApiError(ApiRefusal.FAILED, "The server failed; its log says more.")

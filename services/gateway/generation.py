@@ -11,15 +11,17 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from services.engine.request import DeadlinePassed, EngineFailed, EngineOverloaded, Grammar, SamplingParams, TokenOutput
-from services.gateway import grammars
-from services.gateway.answer import Answer, Job, TextDelta
-from services.gateway.errors import ApiError, Refusal, bad_value, from_exception, invalid
-from services.gateway.grammars import CheckGrammar
-from services.gateway.metrics import Metrics
-from services.gateway.text import THINK_START, Chat, Tokenizer
-from services.gateway.threads import Threads
-from services.gateway.tools import ToolMode, ToolUse
+from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
+from services.engine.contract.sampling_params import Grammar, SamplingParams
+from services.engine.contract.token_output import TokenOutput
+from services.gateway.chat import grammars
+from services.gateway.chat.answer import Answer, Job, TextDelta
+from services.gateway.chat.grammars import CheckGrammar
+from services.gateway.chat.text import THINK_START, Chat, Tokenizer
+from services.gateway.chat.tools import ToolMode, ToolUse
+from services.gateway.errors import ApiError, ApiRefusal, bad_value, from_exception, invalid
+from services.gateway.metrics.metrics import Metrics
+from services.gateway.threads import BoundedThreads
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, in OpenAI's reference; a chat may use the whole context
 MAX_CHOICES = 128  # of one request: prompts times n
@@ -78,7 +80,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """One prompt and what is wanted for it; `sampling` holds the fields of SamplingParams that the client gave."""
 
     prompt: Prompt
@@ -103,7 +105,7 @@ class Ask:
 
 
 @dataclass
-class Tally:
+class UsageTally:
     """The tokens of one request with `n` choices for each prompt, for its usage: prompts count once, answers all."""
 
     n: int
@@ -165,11 +167,11 @@ class Generation:
         tokenizer: Tokenizer,
         card: ModelCard,
         check_grammar: CheckGrammar | None = None,
-        threads: Threads | None = None,
+        threads: BoundedThreads | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        self._threads = threads or Threads()
-        self._checks = Threads()  # apart, because a grammar may take seconds
+        self._threads = threads or BoundedThreads()
+        self._checks = BoundedThreads()  # apart, because a grammar may take seconds
         self._source, self.tokenizer, self.card, self._check_grammar = source, tokenizer, card, check_grammar
         self._markers = grammars.Markers.of(tokenizer)
         self.metrics = metrics or Metrics(card.id)
@@ -178,9 +180,9 @@ class Generation:
         """Raises ApiError unless `model` is the served one; none or an empty name means the served one."""
         if model and model != self.card.id:
             message = f"The model {model!r:.100} does not exist; this server serves {self.card.id!r}."
-            raise ApiError(Refusal.NOT_FOUND, message, "model", "model_not_found")
+            raise ApiError(ApiRefusal.NOT_FOUND, message, "model", "model_not_found")
 
-    async def prepare(self, asks: Callable[[], Sequence[Ask]]) -> list[Job]:
+    async def prepare(self, asks: Callable[[], Sequence[GenerationRequest]]) -> list[Job]:
         """Checks and tokenizes: `n` jobs for each ask, in order.
 
         Raises ApiError, for a ValueError of `asks` too, and for a prompt over the model's context with the numbers.
@@ -194,7 +196,7 @@ class Generation:
             raise invalid(f"n times the number of prompts must be at most {MAX_CHOICES}, not {len(jobs)}.", "n")
         return jobs
 
-    async def tokenize(self, ask: Callable[[], Ask], add_special_tokens: bool) -> list[int]:
+    async def tokenize(self, ask: Callable[[], GenerationRequest], add_special_tokens: bool) -> list[int]:
         """Token ids of a prompt; raises ApiError, for a ValueError of `ask` too."""
         try:
             asked = ask()
@@ -230,7 +232,7 @@ class Generation:
         """Long work leaves the event loop alone. Raises EngineOverloaded."""
         return await self._threads.run(function, *args, **kwargs) if is_long else function(*args, **kwargs)
 
-    async def _jobs_in_time(self, ask: Ask, start: float) -> list[Job]:
+    async def _jobs_in_time(self, ask: GenerationRequest, start: float) -> list[Job]:
         """Jobs with the seconds left to them, of those asked for since `start` of the loop's clock."""
         ask.check()
         if ask.timeout is None:
@@ -244,7 +246,7 @@ class Generation:
         left = max(0.0, deadline - asyncio.get_running_loop().time())
         return [replace(job, timeout=left) for job in jobs]
 
-    async def _jobs(self, ask: Ask) -> list[Job]:
+    async def _jobs(self, ask: GenerationRequest) -> list[Job]:
         prompt, name = _with_tools(ask), "messages" if isinstance(ask.prompt, Chat) else "prompt"
         is_prompt_only = ask.echo and ask.sampling.get("max_tokens") == 0
         params = SamplingParams(**{**ask.sampling, **({"max_tokens": 1} if is_prompt_only else {})})
@@ -262,7 +264,7 @@ class Generation:
             for choice in range(ask.n or 1)
         ]
 
-    async def _grammar(self, ask: Ask, reasons: bool) -> Grammar | None:
+    async def _grammar(self, ask: GenerationRequest, reasons: bool) -> Grammar | None:
         answer = ask.shape.grammar if ask.shape else None
         if ask.shape and self._check_grammar:
             await self._checks.run(grammars.check, ask.shape.grammar, ask.shape.place, self._check_grammar)
@@ -333,7 +335,7 @@ class Generation:
             raise from_exception(error) from error
 
 
-def _with_tools(ask: Ask) -> Prompt:
+def _with_tools(ask: GenerationRequest) -> Prompt:
     """The model is told of the tools unless it may not use them."""
     if not isinstance(ask.prompt, Chat) or ask.use.mode is ToolMode.NONE:
         return ask.prompt

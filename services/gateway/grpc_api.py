@@ -18,14 +18,24 @@ from google.protobuf import json_format
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
-from services.engine.request import FinishReason, Grammar, GrammarKind
-from services.gateway import grammars
-from services.gateway.answer import TOOL_CALLS, Job, Scored, TextDelta, collect
-from services.gateway.errors import ApiError, Refusal, invalid, unexpected
-from services.gateway.generation import Ask, Generation, Health, Prompt, Shape, Tally, check_request_id, template_kwargs
-from services.gateway.splitter import CallDelta
-from services.gateway.text import Chat, ChatMessage, PastCall, check_message
-from services.gateway.tools import Tool, ToolMode, ToolUse, parse_arguments
+from services.engine.contract.sampling_params import Grammar, GrammarKind
+from services.engine.contract.token_output import FinishReason
+from services.gateway.chat import grammars
+from services.gateway.chat.answer import TOOL_CALLS, Job, Scored, TextDelta, collect
+from services.gateway.chat.answer_parser import CallDelta
+from services.gateway.chat.text import Chat, ChatMessage, PastCall, check_message
+from services.gateway.chat.tools import Tool, ToolMode, ToolUse, parse_arguments
+from services.gateway.errors import ApiError, ApiRefusal, invalid, unexpected
+from services.gateway.generation import (
+    Generation,
+    GenerationRequest,
+    Health,
+    Prompt,
+    Shape,
+    UsageTally,
+    check_request_id,
+    template_kwargs,
+)
 
 SERVICES = ("", "expertmesh.inference.v1.Inference")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -43,7 +53,7 @@ TOOL_MODES = {
 }
 
 
-class Context(Protocol):
+class RpcContext(Protocol):
     """Of a call: gRPC's own, or Ray Serve's."""
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
@@ -61,7 +71,7 @@ class GrpcError(Exception):
 
 
 @dataclass(frozen=True)
-class _Head:
+class _GrpcReplyHead:
     """What every message of one answer repeats."""
 
     request_id: str
@@ -76,7 +86,7 @@ class _Head:
 class _Trailers:
     """A call's trailing metadata; its context keeps only what it is told last, so that everything is told again."""
 
-    def __init__(self, context: Context | None) -> None:
+    def __init__(self, context: RpcContext | None) -> None:
         self._context = context
         self._told: dict[str, str] = {}
 
@@ -92,11 +102,11 @@ class InferenceApi:
     def __init__(self, generation: Generation, health: Callable[[], Awaitable[Health]]) -> None:
         self._generation, self._health = generation, health
 
-    async def generate(self, request: pb.GenerateRequest, context: Context | None = None) -> pb.GenerateResponse:
+    async def generate(self, request: pb.GenerateRequest, context: RpcContext | None = None) -> pb.GenerateResponse:
         with self._errors(context) as trailers:
             head, jobs = await self._prepare(request, trailers)
             choices = await collect(self._generation.stream(jobs, head.request_id), len(jobs))
-            tally = Tally(request.sampling.n or 1)
+            tally = UsageTally(request.sampling.n or 1)
             for choice in choices:
                 tally.add(choice)
             trailers.tell("x-expertmesh-cache", choices[0].cache_report)
@@ -105,11 +115,11 @@ class InferenceApi:
             )
 
     async def generate_stream(
-        self, request: pb.GenerateRequest, context: Context | None = None
+        self, request: pb.GenerateRequest, context: RpcContext | None = None
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         with self._errors(context) as trailers:
             head, jobs = await self._prepare(request, trailers)
-            tally, num_open = Tally(request.sampling.n or 1), len(jobs)
+            tally, num_open = UsageTally(request.sampling.n or 1), len(jobs)
             async with aclosing(self._generation.stream(jobs, head.request_id)) as deltas:
                 async for delta in deltas:
                     if not tally.num_prompt:
@@ -119,15 +129,15 @@ class InferenceApi:
                     usage = None if num_open else _usage(tally)
                     yield pb.GenerateChunk(**head.fields(delta), choice=_choice(delta), usage=usage)
 
-    async def list_models(self, _: pb.ListModelsRequest, __: Context | None = None) -> pb.ListModelsResponse:
+    async def list_models(self, _: pb.ListModelsRequest, __: RpcContext | None = None) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._model()])
 
-    async def get_model(self, request: pb.GetModelRequest, _: Context | None = None) -> pb.Model:
+    async def get_model(self, request: pb.GetModelRequest, _: RpcContext | None = None) -> pb.Model:
         with self._errors():
             self._generation.check_model(request.id)
             return self._model()
 
-    async def tokenize(self, request: pb.TokenizeRequest, context: Context | None = None) -> pb.TokenizeResponse:
+    async def tokenize(self, request: pb.TokenizeRequest, context: RpcContext | None = None) -> pb.TokenizeResponse:
         with self._errors(context):
             generation, is_chat = self._generation, request.HasField("chat")
             generation.check_model(request.model)
@@ -137,17 +147,17 @@ class InferenceApi:
             longest = generation.card.max_model_len
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=longest, token_texts=texts)
 
-    async def detokenize(self, request: pb.DetokenizeRequest, _: Context | None = None) -> pb.DetokenizeResponse:
+    async def detokenize(self, request: pb.DetokenizeRequest, _: RpcContext | None = None) -> pb.DetokenizeResponse:
         with self._errors():
             self._generation.check_model(request.model)
             return pb.DetokenizeResponse(text=self._generation.detokenize(list(request.token_ids)))
 
-    async def check(self, request: HealthCheckRequest, _: Context | None = None) -> HealthCheckResponse:
+    async def check(self, request: HealthCheckRequest, _: RpcContext | None = None) -> HealthCheckResponse:
         """grpc.health.v1: a degraded server serves."""
         with self._errors():
             if request.service not in SERVICES:
                 allowed = " or ".join(map(repr, SERVICES))
-                raise ApiError(Refusal.NOT_FOUND, f"service must be {allowed}, not {request.service!r}.")
+                raise ApiError(ApiRefusal.NOT_FOUND, f"service must be {allowed}, not {request.service!r}.")
             is_ready = (await self._health()).is_ready
         return HealthCheckResponse(status=HealthCheckResponse.SERVING if is_ready else HealthCheckResponse.NOT_SERVING)
 
@@ -155,16 +165,16 @@ class InferenceApi:
         card = self._generation.card
         return pb.Model(id=card.id, created=card.created, owned_by=card.owned_by, max_model_len=card.max_model_len)
 
-    async def _prepare(self, request: pb.GenerateRequest, trailers: _Trailers) -> tuple[_Head, list[Job]]:
+    async def _prepare(self, request: pb.GenerateRequest, trailers: _Trailers) -> tuple[_GrpcReplyHead, list[Job]]:
         generation = self._generation
         generation.check_model(request.model)
         check_request_id(request.request_id, "request_id")
-        head = _Head(request.request_id or f"gen-{uuid.uuid4().hex}", generation.card.id, int(time.time()))
+        head = _GrpcReplyHead(request.request_id or f"gen-{uuid.uuid4().hex}", generation.card.id, int(time.time()))
         trailers.tell("x-request-id", head.request_id)
         return head, await generation.prepare(lambda: [_ask(request)])
 
     @contextmanager
-    def _errors(self, context: Context | None = None) -> Iterator[_Trailers]:
+    def _errors(self, context: RpcContext | None = None) -> Iterator[_Trailers]:
         trailers = _Trailers(context)
         try:
             yield trailers
@@ -176,14 +186,14 @@ class InferenceApi:
             raise GrpcError(known.refusal.grpc_code, known.message) from error
 
 
-def _ask(request: pb.GenerateRequest) -> Ask:
+def _ask(request: pb.GenerateRequest) -> GenerationRequest:
     sampling = _sampling(request.sampling)
     if request.echo and "logprobs" in sampling:
         sampling.setdefault("prompt_logprobs", sampling["logprobs"])
     n = sampling.pop("n", None)
     timeout = request.timeout if request.HasField("timeout") else None
     use = _use(request.chat) if request.HasField("chat") else ToolUse()
-    return Ask(_prompt(request), sampling, n, request.echo, _shape(request.response_format), use, timeout)
+    return GenerationRequest(_prompt(request), sampling, n, request.echo, _shape(request.response_format), use, timeout)
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:
@@ -197,13 +207,13 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
     raise invalid("prompt is missing; one of text, token_ids and chat must be set.", "prompt")
 
 
-def _ask_to_tokenize(request: pb.TokenizeRequest) -> Ask:
+def _ask_to_tokenize(request: pb.TokenizeRequest) -> GenerationRequest:
     match request.WhichOneof("prompt"):
         case "text":
-            return Ask(request.text)
+            return GenerationRequest(request.text)
         case "chat":
             adds = request.add_generation_prompt if request.HasField("add_generation_prompt") else True
-            return Ask(replace(_chat(request.chat), add_generation_prompt=adds), use=_use(request.chat))
+            return GenerationRequest(replace(_chat(request.chat), add_generation_prompt=adds), use=_use(request.chat))
     raise invalid("prompt is missing; one of text and chat must be set.", "prompt")
 
 
@@ -307,7 +317,7 @@ def _scores(scores: Sequence[Scored]) -> list[pb.TokenLogprob]:
     ]
 
 
-def _usage(tally: Tally) -> pb.Usage:
+def _usage(tally: UsageTally) -> pb.Usage:
     return pb.Usage(
         prompt_tokens=tally.prompt_tokens,
         completion_tokens=tally.completion_tokens,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from services.engine.request import EngineOverloaded
+from services.engine.contract.errors import EngineOverloaded
 
 NUM_THREADS = 4
 MAX_OPEN = 256  # as many as the engine lets wait
@@ -17,8 +17,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Threads:
-    """Threads of their own, because asyncio's line before its default ones has no end."""
+class BoundedThreads:
+    """BoundedThreads of their own, because asyncio's line before its default ones has no end."""
 
     def __init__(self, num_threads: int = NUM_THREADS, max_open: int = MAX_OPEN) -> None:
         self._executor = ThreadPoolExecutor(num_threads, "gateway")

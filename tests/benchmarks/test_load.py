@@ -12,8 +12,8 @@ from benchmarks.load_overhead import serve
 from benchmarks.server import free_port
 from benchmarks.soak import Growth, growths
 from benchmarks.throughput import decode_speed
-from services.drill.load import Outcome, ask, closed_loop, has_text, open_loop
-from services.drill.stream import parse
+from services.cli.drill.event_stream import parse
+from services.cli.drill.load import RequestOutcome, ask, closed_loop, has_text, open_loop
 
 GAP_S = 0.01
 
@@ -35,7 +35,7 @@ async def trivial_server() -> AsyncIterator[str]:
 
 
 def test_every_event_of_every_stream_is_seen_when_it_comes() -> None:
-    async def run() -> list[Outcome]:
+    async def run() -> list[RequestOutcome]:
         async with trivial_server() as url:
             bodies = [{"max_tokens": count, "temperature": GAP_S} for count in (1, 5, 20)]
             return await closed_loop(url, bodies, concurrency=2, seconds=60)
@@ -50,7 +50,7 @@ def test_every_event_of_every_stream_is_seen_when_it_comes() -> None:
 
 
 def test_open_loop_sends_at_its_own_times_whatever_the_server_does() -> None:
-    async def run() -> list[Outcome]:
+    async def run() -> list[RequestOutcome]:
         async with trivial_server() as url:
             bodies = [{"max_tokens": 1, "temperature": 0.5}] * 10
             return await open_loop(url, bodies, rate=200, seconds=60, seed=1)
@@ -112,8 +112,10 @@ def test_prompts_repeat_with_the_seed() -> None:
 
 
 def test_decoding_is_measured_while_all_streams_decode() -> None:
-    late = Outcome(0.0, 9.0, event_times=(4.0, 5.0, 6.0), num_generated=3)
-    early = Outcome(0.0, 9.0, event_times=(1.0, 2.0, 3.0, 4.5, 5.5, 7.0), num_generated=12)  # two tokens an event
+    late = RequestOutcome(0.0, 9.0, event_times=(4.0, 5.0, 6.0), num_generated=3)
+    early = RequestOutcome(
+        0.0, 9.0, event_times=(1.0, 2.0, 3.0, 4.5, 5.5, 7.0), num_generated=12
+    )  # two tokens an event
     assert decode_speed([late, early]) == pytest.approx((2 * 1 + 2 * 2) / 2.0)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.embedded import EmbeddedRedis
+from cluster.control.embedded_redis import EmbeddedRedis
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ import threading
 import numpy as np
 import pytest
 
-from cluster.load import LoadCounter, LoadStore, decayed_rate, expected_load
-from cluster.registry import StoreUnavailable, connect
+from cluster.control.load_store import LoadStore
+from cluster.control.registry import StoreUnavailable, connect
+from cluster.load import LoadCounter, decayed_rate, expected_load
 
 NOW = 1_800_000_000.0
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.topology import Pace, Placement, Shard, held_digest
+from cluster.topology import CostModel, Placement, Shard, held_digest
 from tests.cluster.fleet import make_shard
 
 PLACEMENT = Placement(7, {1: (("a", "b"), ("b", "c")), 4: (("c", "a"), ("a",))}, {1: -3, 4: 2})
@@ -47,8 +47,8 @@ def test_an_expert_has_no_home_twice() -> None:
 
 @pytest.mark.parametrize("draining", [False, True])
 def test_a_shard_survives_its_record(draining: bool) -> None:
-    pace = Pace(12.5, 0.1, 3e-7)
-    shard = replace(make_shard(1), held_digest="abc", num_held=12, queue_depth=3, draining=draining, pace=pace)
+    pace = CostModel(12.5, 0.1, 3e-7)
+    shard = replace(make_shard(1), held_digest="abc", num_held=12, queue_depth=3, draining=draining, cost_model=pace)
     assert Shard.from_record(shard.to_record()) == shard
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from services.cli import app
+from services.cli.main import app
 from tests.k8s.documentation import BLOCKS, CLUSTER, DOCUMENT, HERE, NEXT, run_here
 from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind, ray_cluster, ray_pods
 

@@ -19,8 +19,8 @@ from benchmarks.day_two import (
     DRAIN_S,
     EXPERTS,
     GRACE_S,
-    Fleet,
-    Kind,
+    ClusterFleet,
+    FailureKind,
     fleet_of,
     gpu_ha_config,
     kill_raylet,
@@ -28,7 +28,7 @@ from benchmarks.day_two import (
     trial,
 )
 from benchmarks.local_cluster import why_not
-from services.drill.drill import Load
+from services.cli.drill.drill import Load
 from tests.k8s.manifests import Manifests, ray_pods, serve_config
 from tests.k8s.pod_rules import DRAIN
 
@@ -65,14 +65,14 @@ def test_requests_do_not_notice_the_loss_of_a_node_of_the_demo(rendered: Callabl
         assert asyncio.run(lose_one(fleet)) == []
 
 
-async def lose_one(fleet: Fleet) -> list[str]:
+async def lose_one(fleet: ClusterFleet) -> list[str]:
     """Kills the raylet of a node that has a shard, under load; what is wrong before, meanwhile and afterwards."""
     await fleet.wait_until_whole()
     assert await asyncio.to_thread(answer, fleet.service)
     async with httpx.AsyncClient(base_url=fleet.service, trust_env=False) as client:
         nodes = [shard["node"] for shard in (await client.get("/status")).json()["shards"]]
     load = Load.of_sentences(fleet.service, RATE, SECONDS, MAX_TOKENS)
-    kind = Kind("kill -9 of a raylet", losing(EXPERTS, kill_raylet), SECONDS)
+    kind = FailureKind("kill -9 of a raylet", losing(EXPERTS, kill_raylet), SECONDS)
     done = await trial(fleet, kind, load, await load.run())
     verdict = done.verdict
     found = {

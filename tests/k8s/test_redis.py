@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from cluster.embedded import find_server
+from cluster.control.embedded_redis import find_server
 from tests.k8s.manifests import SECRET_VALUE, Manifests, container, named, pods
 from tests.services.application import free_port
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.fit import Slo
-from cluster.gpus import gpu_of
-from cluster.known_models import known_config
-from cluster.model_configs import model_sizes
-from cluster.room import check_room
-from cluster.sizing import size
+from cluster.placement.capacity import check_room
+from cluster.sizing.fit import Slo
+from cluster.sizing.gpus import gpu_of
+from cluster.sizing.known_models import known_config
+from cluster.sizing.model_configs import model_sizes
+from cluster.sizing.sizing import size
 from cluster.topology import Shard
 from services.args import NUM_HOMES, AppArgs
 from tests.k8s.manifests import Manifest, Manifests, Plant, app_args, container, quantity, rewrite_serve

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import kernels
+from model.families.nemotron_h import NemotronH
 from model.family import ModelFamily, load_family
-from model.nemotron_h import NemotronH
 from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny, write_tiny
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from model.nemotron_h import NemotronH
+from model.families.nemotron_h import NemotronH
 from model.state import Batch, State
 
 NUM_SLOTS, BLOCKS_PER_SLOT = 6, 6

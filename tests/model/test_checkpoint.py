@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.blocks.moe import ExpertBank
 from model.checkpoint import INDEX, Checkpoint
 from model.family import load_family
-from model.moe import ExpertBank
 from tests.model.checkpoints import SEVERAL_FILES, Tiny, edit
 from tests.model.conftest import load_fp32
 from tests.model.steps import full_logits, random_tokens

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import kernels, mamba
+from model import kernels
+from model.blocks import mamba
 from model.state import Batch, Group
 from tests.model import oracles
+from tests.model.blocks.test_mamba import group_of
 from tests.model.steps import relative_error, seeded
-from tests.model.test_mamba import group_of
 
 HEADS, HEAD_DIM, GROUPS, STATE_DIM, CHANNELS = 4, 16, 2, 16, 64
 ON_GPU = kernels.has_fused("mamba_ssm") and kernels.has_fused("causal_conv1d")
@@ -103,9 +104,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     if not ON_GPU:
         for name, module in standins().items():
             monkeypatch.setitem(sys.modules, name, module)
-    yield importlib.import_module("model.fused")
+    yield importlib.import_module("model.cuda.fused_mamba")
     if not ON_GPU:
-        sys.modules.pop("model.fused")
+        sys.modules.pop("model.cuda.fused_mamba")
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -194,5 +195,5 @@ def test_without_cuda_nothing_is_fused() -> None:
 
 @pytest.mark.skipif(not ON_GPU, reason="needs CUDA, mamba-ssm and causal-conv1d")
 def test_on_a_gpu_the_fused_kernels_run() -> None:
-    assert [pick(torch.device("cuda")).__module__ for pick in PICKERS] == ["model.fused"] * 3
+    assert [pick(torch.device("cuda")).__module__ for pick in PICKERS] == ["model.cuda.fused_mamba"] * 3
     assert kernels.describe("cuda") == f"fused kernels from mamba_ssm and causal_conv1d{DOUBT}"

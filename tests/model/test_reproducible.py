@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from model import kernels
+from model.families.nemotron_h import NemotronH
 from model.family import load_family
-from model.nemotron_h import NemotronH
 from model.state import Batch
 from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny
 from tests.model.steps import Steps, full_logits, random_tokens

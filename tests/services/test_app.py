@@ -13,8 +13,8 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary 
 from ray.serve._private.build_app import build_app as build_app_of_serve
 from redis import Redis
 
-from cluster.embedded import EmbeddedRedis
-from cluster.registry import StoreUnavailable
+from cluster.control.embedded_redis import EmbeddedRedis
+from cluster.control.registry import StoreUnavailable
 from cluster.topology import Shard
 from model.demo import DEMO
 from services.app import build_app

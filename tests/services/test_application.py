@@ -21,9 +21,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from cluster.embedded import EmbeddedRedis
-from cluster.load import LoadStore
-from cluster.registry import connect
+from cluster.control.embedded_redis import EmbeddedRedis
+from cluster.control.load_store import LoadStore
+from cluster.control.registry import connect
 from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.expert import control

@@ -16,8 +16,8 @@ from typing import Self
 import httpx
 import pytest
 
-from cluster.orders import Kind, StandingOrder
-from cluster.registry import Registry, StoreUnavailable, connect
+from cluster.control.operator_orders import OrderKind, StandingOrder
+from cluster.control.registry import Registry, StoreUnavailable, connect
 from tests.services.application import Application, wait_until
 from tests.services.demo import held_out_prompts
 
@@ -119,7 +119,7 @@ def server() -> Iterator[Application]:
 
 async def order(server: Application, num_shards: int) -> None:
     redis = connect(server.redis[1])
-    await Registry(redis, "demo").give_order(StandingOrder(Kind.SCALE, POOL, num_shards, "a test", time.time()))
+    await Registry(redis, "demo").give_order(StandingOrder(OrderKind.SCALE, POOL, num_shards, "a test", time.time()))
     await redis.aclose()
 
 

@@ -12,10 +12,10 @@ import grpc
 import pytest
 import torch
 
-from cluster.manifest import weights_name
-from cluster.memory_registry import MemoryRegistry
-from cluster.orders import Kind, StandingOrder
-from cluster.reconciler import Timing
+from cluster.control.manifest import weights_name
+from cluster.control.memory_registry import MemoryRegistry
+from cluster.control.operator_orders import OrderKind, StandingOrder
+from cluster.control.reconciler import ControllerTiming
 from cluster.topology import Placement
 from model.family import ModelFamily, load_family
 from services.controller.controller import Controller, ControllerConfig, layer_specs
@@ -24,7 +24,7 @@ from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoint
 
 POOL = "experts-cpu"
-TIMING = Timing(period_s=0.1, drain_s=0.2, first_wait_s=0.5, shun_s=1.0)
+TIMING = ControllerTiming(period_s=0.1, drain_s=0.2, first_wait_s=0.5, shun_s=1.0)
 TIMEOUT_S = 120.0  # kernels may have to be compiled
 
 
@@ -157,7 +157,7 @@ def test_an_order_to_drain_empties_a_shard_that_goes_on_and_is_filled_again_once
         async with fleet(family) as ours:
             controller = ours.start_controller()
             await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
-            order = StandingOrder(Kind.DRAIN, "s1", by="a test", at=time.time())
+            order = StandingOrder(OrderKind.DRAIN, "s1", by="a test", at=time.time())
             await ours.registry.give_order(order)
             await ours.reaches(ours.is_settled_on("s0", "s2"))
             async with asyncio.timeout(TIMEOUT_S):
@@ -176,7 +176,7 @@ def test_an_order_to_rebalance_is_followed_at_once_and_only_once(family: ModelFa
         async with fleet(family) as ours:
             controller = ours.start_controller()
             await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
-            order = StandingOrder(Kind.REBALANCE, by="a test", at=time.time())
+            order = StandingOrder(OrderKind.REBALANCE, by="a test", at=time.time())
             await ours.registry.give_order(order)
             async with asyncio.timeout(TIMING.plan_every_s / 2):
                 while await ours.registry.orders():

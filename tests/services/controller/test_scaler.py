@@ -8,20 +8,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cluster.control.memory_registry import MemoryRegistry
+from cluster.control.operator_orders import OrderKind, StandingOrder, Wanted
+from cluster.control.reconciler import LeaderOrder, Reconciler
+from cluster.control.scaling import PoolPolicy
 from cluster.load import ExpectedLoad
-from cluster.memory_registry import MemoryRegistry
-from cluster.migration import DEVICE, STANDBY, Holding
-from cluster.orders import Kind, StandingOrder, Wanted
-from cluster.plan import Plan, PlanPolicy
-from cluster.planner import plan
-from cluster.reconciler import Order, Reconciler
-from cluster.scaling import PoolPolicy
-from cluster.topology import Experts, Pace, Placement, Shard, held_digest
+from cluster.placement.migration import DEVICE, STANDBY, Holding
+from cluster.placement.plan import Plan, PlanPolicy
+from cluster.placement.planner import plan
+from cluster.topology import CostModel, Experts, Placement, Shard, held_digest
 from services.controller.scaler import Scaler
 from tests.cluster.fleet import make_layers, make_shard
 
 LAYERS = make_layers()
-SLOW = Pace(call_us=50.0, weight_us_per_mib=2e6, row_us_per_mib=4e5)
+SLOW = CostModel(call_us=50.0, weight_us_per_mib=2e6, row_us_per_mib=4e5)
 POLICY = PoolPolicy(min_shards=2, max_shards=6, target_busy=0.5, upscale_delay_s=5.0, downscale_delay_s=60.0)
 
 
@@ -34,11 +34,11 @@ class Hosts:
     async def holding(self, shard: Shard) -> Holding:
         return Holding(frozenset(self.held.setdefault(shard.id, set())), 100 * len(self.held[shard.id]))
 
-    async def load(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> Mapping[int, int]:
+    async def load(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> Mapping[int, int]:
         self.held.setdefault(shard.id, set()).update(_flat(device, DEVICE), _flat(standby, STANDBY))
         return dict.fromkeys({*device, *standby}, 0)
 
-    async def drop(self, shard: Shard, device: Experts, standby: Experts, order: Order) -> None:
+    async def drop(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> None:
         self.held.setdefault(shard.id, set()).difference_update(_flat(device, DEVICE), _flat(standby, STANDBY))
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
@@ -80,7 +80,7 @@ class World:
                     {layer: [e for la, e, of in held if la == layer and of == tier] for layer, _, _ in held}
                     for tier in (DEVICE, STANDBY)
                 ]
-                record = replace(shard, pace=SLOW, rows_per_call=8.0, held_digest=held_digest(*by_tier))
+                record = replace(shard, cost_model=SLOW, rows_per_call=8.0, held_digest=held_digest(*by_tier))
                 await self.registry.heartbeat(record)
             for _ in range(2):  # turns of the reconciler
                 await self.reconciler.turn()
@@ -127,7 +127,7 @@ def test_an_order_is_followed_at_once_and_until_it_is_lifted() -> None:
     async def run() -> None:
         world = World()
         await world.passes(10)
-        order = StandingOrder(Kind.SCALE, "cpu", 5, "ada", world.now)
+        order = StandingOrder(OrderKind.SCALE, "cpu", 5, "ada", world.now)
         await world.registry.give_order(order)
         assert await world.passes(1) == 5
         world.start(3)
@@ -179,10 +179,10 @@ def test_a_shard_that_an_operator_emptied_holds_up_no_order_to_shrink() -> None:
     async def run() -> None:
         world = World(4)
         assert await world.passes(10) == 4
-        await world.registry.give_order(StandingOrder(Kind.DRAIN, "s03", by="ada", at=world.now))
+        await world.registry.give_order(StandingOrder(OrderKind.DRAIN, "s03", by="ada", at=world.now))
         assert await world.passes(20) == 4
         assert not world.hosts.held["s03"]
-        await world.registry.give_order(StandingOrder(Kind.SCALE, "cpu", 3, "ada", world.now))
+        await world.registry.give_order(StandingOrder(OrderKind.SCALE, "cpu", 3, "ada", world.now))
         assert await world.passes(2) == 3
 
     asyncio.run(run())

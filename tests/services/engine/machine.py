@@ -9,8 +9,9 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-from services.engine.request import Request, TokenOutput
-from services.engine.sampler import Sampled
+from services.engine.contract.token_output import TokenOutput
+from services.engine.request import Request
+from services.engine.sampling.sampler import Sampled
 from services.engine.scheduler import Scheduler
 from services.engine.step import ScheduledBatch, StepResult
 

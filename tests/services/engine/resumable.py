@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from services.engine.request import Grammar, GrammarKind, SamplingParams
+from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
 
 SCHEMA = {
     "type": "object",

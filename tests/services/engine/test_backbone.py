@@ -13,20 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.embedded import EmbeddedRedis
-from cluster.load import LoadStore
-from cluster.memory_registry import MemoryRegistry
-from cluster.planner import plan
-from cluster.registry import Registry, RegistryStore, connect
+from cluster.control.embedded_redis import EmbeddedRedis
+from cluster.control.load_store import LoadStore
+from cluster.control.memory_registry import MemoryRegistry
+from cluster.control.registry import Registry, RegistryStore, connect
+from cluster.placement.planner import plan
 from cluster.topology import Homes, Shard, held_digest
+from model.blocks.moe import Experts, LocalExperts
+from model.families.nemotron_h import NemotronH
 from model.family import ModelFamily, load_family
-from model.moe import Experts, LocalExperts
-from model.nemotron_h import NemotronH
 from model.state import Batch, State
 from services.controller.controller import layer_specs
 from services.engine.backbone import WARM_UP_TOKENS, Backbone, BackboneConfig
+from services.engine.contract.sampling_params import SamplingParams
 from services.engine.memory import plan_memory
-from services.engine.request import SamplingParams
 from services.expert import control
 from services.expert.client import RemoteExperts
 from tests.services.demo import MODEL, held_out_prompts

@@ -11,16 +11,10 @@ import torch
 from torch import Tensor
 
 from model.state import Batch, State
+from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
+from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.engine.contract.token_output import TokenOutput
 from services.engine.engine import Engine
-from services.engine.request import (
-    DeadlinePassed,
-    EngineFailed,
-    EngineOverloaded,
-    Grammar,
-    GrammarKind,
-    SamplingParams,
-    TokenOutput,
-)
 from services.engine.runner import Runner
 from tests.services.engine.tiny_model import DIM, EOS, VOCAB_SIZE, TinyModel, tiny_engine
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from services.engine.contract.sampling_params import SamplingParams
 from services.engine.prefix_cache import PrefixCache, Start
-from services.engine.request import Request, SamplingParams
+from services.engine.request import Request
 from services.engine.scheduler import Scheduler
 from services.engine.scheduler_config import SchedulerConfig
 from tests.services.engine.machine import STOP, VOCAB_SIZE, Machine, naive

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from model.families.nemotron_h import NemotronH
 from model.family import load_family
-from model.nemotron_h import NemotronH
 from model.state import State
-from services.engine.drafting import DraftingState
+from services.engine.contract.sampling_params import SamplingParams
+from services.engine.contract.token_output import TokenLogprob
+from services.engine.drafting.draft_depth import DraftingState
 from services.engine.engine import Engine
-from services.engine.request import SamplingParams, TokenLogprob
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler
 from services.engine.scheduler_config import SchedulerConfig

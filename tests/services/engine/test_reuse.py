@@ -11,8 +11,9 @@ import torch
 
 from model.family import load_family
 from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.contract.sampling_params import SamplingParams
+from services.engine.contract.token_output import TokenOutput
 from services.engine.memory import plan_memory
-from services.engine.request import SamplingParams, TokenOutput
 from tests.services.demo import MODEL, held_out_prompts
 
 NUM_REQUESTS, TOGETHER, MAX_LEN = 64, 8, 2048

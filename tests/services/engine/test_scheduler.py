@@ -3,9 +3,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.engine.drafting import Acceptance, DraftingState
-from services.engine.request import EngineOverloaded, FinishReason, Request, SamplingParams, TokenOutput
-from services.engine.sampler import Sampled
+from services.engine.contract.errors import EngineOverloaded
+from services.engine.contract.sampling_params import SamplingParams
+from services.engine.contract.token_output import FinishReason, TokenOutput
+from services.engine.drafting.draft_depth import Acceptance, DraftingState
+from services.engine.request import Request
+from services.engine.sampling.sampler import Sampled
 from services.engine.scheduler import Scheduler
 from services.engine.scheduler_config import SchedulerConfig
 from services.engine.step import ScheduledBatch, StepResult

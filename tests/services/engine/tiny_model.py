@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from model.state import Batch, PagedSpec, RecurrentSpec, State, StateSpec
+from services.engine.contract.sampling_params import Grammar
 from services.engine.engine import Engine
-from services.engine.request import Grammar
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler
 from services.engine.scheduler_config import SchedulerConfig

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.wire import body_of, checksum_of_request
+from services.expert.transport.wire import body_of, checksum_of_request
 from tests.services.expert.checkpoint import LATENT
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
-from cluster.memory_registry import MemoryRegistry
-from cluster.registry import RegistryStore
+from cluster.control.memory_registry import MemoryRegistry
+from cluster.control.registry import RegistryStore
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.corrupt_shard import Corruption
-from cluster.memory_registry import MemoryRegistry
+from cluster.control.memory_registry import MemoryRegistry
 from cluster.topology import Shard
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb

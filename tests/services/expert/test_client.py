@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.fleet import FleetView
-from cluster.topology import Homes, Pace, Placement, Shard
+from cluster.dispatch.fleet_view import FleetView
+from cluster.topology import CostModel, Homes, Placement, Shard
+from model.blocks.moe import LocalExperts
 from model.family import ModelFamily
-from model.moe import LocalExperts
 from services.expert import control
 from services.expert.client import CallPolicy, ExpertsUnavailable, RemoteExperts
 from tests.services.expert.checkpoint import LATENT, LAYERS, NUM_EXPERTS, TOP_K
@@ -256,7 +256,7 @@ def prefer(remote: RemoteExperts, shard_id: str) -> None:
     """Has the others look so slow that all is sent to this one, as long as it can be asked."""
     view = remote._view
     assert view is not None
-    paces = {id: Pace(call_us=1e5) for id in view.shard_ids if id != shard_id}
+    paces = {id: CostModel(call_us=1e5) for id in view.shard_ids if id != shard_id}
     remote._view = FleetView(view.placement, view.healths, paces)
 
 

@@ -8,10 +8,10 @@ import torch
 
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.host import ExpertHost, Wanted
-from services.expert.loader import Loader, Order
-from services.expert.wire import Refused
-from services.expert.worker import Worker
+from services.expert.host import ExpertHost, ExpertsByLayer
+from services.expert.loader import Loader, LoadOrder
+from services.expert.transport.wire import Refused
+from services.expert.transport.worker import Worker
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
 from tests.services.expert.requests import make_request
 
@@ -25,11 +25,11 @@ class FilledHost(ExpertHost):
         super().__init__(family.expert_shapes, torch.float32, torch.device("cpu"), num_experts * EXPERT_BYTES)
         self.family = family
 
-    def load(self, homes: Wanted, standby: Wanted | None = None) -> None:
+    def load(self, homes: ExpertsByLayer, standby: ExpertsByLayer | None = None) -> None:
         async def load() -> None:
             worker = Worker(9, "filling")
             try:
-                await Loader(self, worker, self.family.load_expert).load(Order(homes, standby or {}))
+                await Loader(self, worker, self.family.load_expert).load(LoadOrder(homes, standby or {}))
             finally:
                 await asyncio.to_thread(worker.close)
 

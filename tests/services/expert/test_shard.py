@@ -14,9 +14,9 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.embedded import EmbeddedRedis
-from cluster.memory_registry import MemoryRegistry
-from cluster.registry import Registry, connect
+from cluster.control.embedded_redis import EmbeddedRedis
+from cluster.control.memory_registry import MemoryRegistry
+from cluster.control.registry import Registry, connect
 from cluster.topology import Shard
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
@@ -25,7 +25,7 @@ from services.expert import control
 from services.expert import shard as shard_module
 from services.expert.service import MAX_UNREAD
 from services.expert.shard import SERVICE_NAME, ExpertShard
-from services.expert.worker import Worker
+from services.expert.transport.worker import Worker
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
 from tests.services.expert.requests import make_request
 from tests.services.expert.serving import CONFIG, run, serving, stream_to

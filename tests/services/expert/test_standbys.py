@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from services.expert.standbys import Standbys
+from services.expert.standbys import StandbyStore
 from services.expert.weights import Weights
 
 
@@ -13,19 +13,19 @@ def make_weights(num_rows: int = 2) -> Weights:
 ONE = make_weights().nbytes
 
 
-def in_memory(standbys: Standbys) -> list[int]:
+def in_memory(standbys: StandbyStore) -> list[int]:
     return sorted(expert for _, expert in standbys.in_host_memory)
 
 
 def test_who_comes_first_stands_by_in_host_memory() -> None:
-    standbys = Standbys(2 * ONE)
+    standbys = StandbyStore(2 * ONE)
     for expert in range(4):
         standbys.add((1, expert), make_weights())
     assert (in_memory(standbys), len(standbys.keys), standbys.used_bytes) == ([0, 1], 4, 2 * ONE)
 
 
 def test_what_was_promoted_last_replaces_what_was_promoted_longest_ago() -> None:
-    standbys = Standbys(2 * ONE)
+    standbys = StandbyStore(2 * ONE)
     for expert in range(4):
         standbys.add((1, expert), make_weights())
     standbys.note_promotion((1, 0), None)
@@ -38,7 +38,7 @@ def test_what_was_promoted_last_replaces_what_was_promoted_longest_ago() -> None
 
 
 def test_what_is_larger_than_the_budget_stays_on_disk_and_harms_nobody() -> None:
-    standbys = Standbys(2 * ONE)
+    standbys = StandbyStore(2 * ONE)
     standbys.add((1, 0), make_weights())
     standbys.add((1, 1), None)
     standbys.note_promotion((1, 1), make_weights(5))
@@ -46,7 +46,7 @@ def test_what_is_larger_than_the_budget_stays_on_disk_and_harms_nobody() -> None
 
 
 def test_what_leaves_gives_its_memory_back() -> None:
-    standbys = Standbys(2 * ONE)
+    standbys = StandbyStore(2 * ONE)
     standbys.add((1, 0), make_weights())
     standbys.add((1, 0), make_weights())
     assert standbys.used_bytes == ONE

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.memory_registry import MemoryRegistry
-from cluster.migration import DEVICE, STANDBY
+from cluster.control.memory_registry import MemoryRegistry
+from cluster.placement.migration import DEVICE, STANDBY
 from cluster.topology import Placement, held_digest
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.controller.shards import GrpcShards
 from services.expert import control
-from services.expert.checksum import checksum_of_reply
 from services.expert.client import RemoteExperts
-from services.expert.host import Wanted
+from services.expert.host import ExpertsByLayer
 from services.expert.shard import ExpertShard, ShardConfig
+from services.expert.transport.checksum import checksum_of_reply
 from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS, WIDTH
 from tests.services.expert.requests import make_request
 from tests.services.expert.serving import ask, run, serving, stream_to
@@ -41,7 +41,7 @@ def config(num_on_device: int, num_in_memory: int = 0, **changes: Any) -> ShardC
 
 @asynccontextmanager
 async def filled(
-    family: ModelFamily, chosen: ShardConfig, homes: Wanted, standby: Wanted
+    family: ModelFamily, chosen: ShardConfig, homes: ExpertsByLayer, standby: ExpertsByLayer
 ) -> AsyncIterator[ExpertShard]:
     async with serving(family, config=chosen) as shard:
         await control.load(shard.endpoint, homes, 1, standby)

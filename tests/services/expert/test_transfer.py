@@ -16,7 +16,7 @@ import grpc
 import pytest
 import torch
 
-from cluster.manifest import Manifest
+from cluster.control.manifest import Manifest
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc

@@ -7,10 +7,10 @@ import httpx
 import openai
 import pytest
 
-from services.engine.grammar import GrammarCompiler
+from services.engine.grammar.compiled_grammar import GrammarCompiler
+from services.gateway.chat.text import Tokenizer
 from services.gateway.generation import Generation, Health, ModelCard
-from services.gateway.rest import build_rest
-from services.gateway.text import Tokenizer
+from services.gateway.openai.rest import build_rest
 from tests.services.gateway.echo import EOS, EchoSource, save_tokenizer, serving
 
 MAX_BODY_BYTES = 100_000

@@ -17,7 +17,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from services.engine.request import FinishReason, SamplingParams, TokenLogprob, TokenOutput
+from services.engine.contract.sampling_params import SamplingParams
+from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
 
 EOS = "<|im_end|>"
 CHAT_TEMPLATE = (

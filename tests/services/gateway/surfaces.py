@@ -20,13 +20,13 @@ from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from protos.expertmesh.inference.v1 import inference_pb2_grpc
 from services.engine.backbone import Backbone, BackboneConfig
-from services.engine.grammar import GrammarCompiler
+from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.engine.memory import plan_memory
+from services.gateway.chat.text import Tokenizer
 from services.gateway.generation import Generation, Health, ModelCard, TokenSource
 from services.gateway.grpc_api import InferenceApi
 from services.gateway.listener import Listener, Listening
-from services.gateway.rest import build_rest
-from services.gateway.text import Tokenizer
+from services.gateway.openai.rest import build_rest
 from tests.services.application import free_port
 
 MAX_LEN = 512

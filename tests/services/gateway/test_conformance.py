@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
-from services.gateway.backbone_metrics import backbone_metrics
+from services.gateway.metrics.backbone_metrics import backbone_metrics
 from tests.services.application import wait_until
 from tests.services.gateway.surfaces import Surfaces, Told, comparable, serving
 from tests.services.gateway.weather import NOW, WEATHER

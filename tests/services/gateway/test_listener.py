@@ -16,7 +16,7 @@ from protos.expertmesh.inference.v1 import inference_pb2_grpc
 from services.gateway.generation import Generation, Health
 from services.gateway.grpc_api import InferenceApi
 from services.gateway.listener import SERVICES, Listener, Listening, grpc_handlers
-from services.gateway.rest import build_rest
+from services.gateway.openai.rest import build_rest
 from tests.services.application import free_port
 from tests.services.gateway.echo import EchoSource
 

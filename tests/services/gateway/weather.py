@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.gateway.tools import Tool
+from services.gateway.chat.tools import Tool
 
 WEATHER = Tool(
     "get_weather",

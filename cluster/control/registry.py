@@ -1,0 +1,352 @@
+"""The fleet's notice board in Redis: who is alive, which placement holds, who may change it.
+
+Nothing here is on the token path. Every call is one round trip with a short timeout and no retry: a caller keeps what
+it read last and comes again. A Redis that comes back empty fills itself from the next heartbeats.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from cluster.control.operator_orders import StandingOrder, Wanted
+from cluster.topology import Placement, Shard
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_TTL_S = 3.0
+LEASE_TTL_S = 3.0
+WANTED_TTL_S = 60.0  # long enough for the next leader to go on from it
+CONNECT_TIMEOUT_S = 0.2
+CALL_TIMEOUT_S = 1.0
+MAX_CONNECTIONS = 16
+MAX_DECISIONS = 1000
+
+
+class StoreUnavailable(ConnectionError):
+    """Redis did not answer in time, or answered with an error."""
+
+
+class StalePlacement(RuntimeError):
+    """A placement was not published because a newer placement or a newer leader was there first."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to change the placement; `fencing` grows with every new lease, even over a Redis that lost its data."""
+
+    owner: str
+    fencing: int
+
+
+class RegistryStore(Protocol):
+    """What services ask of a registry; `Registry` keeps it in Redis, `MemoryRegistry` in one process."""
+
+    async def heartbeat(self, shard: Shard) -> None: ...
+    async def remove(self, shard: Shard) -> None: ...
+    async def shards(self) -> list[Shard]: ...
+    async def epoch(self) -> int: ...
+    async def placement(self) -> Placement | None: ...
+    async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None: ...
+    async def follow(self, follower: str, epoch: int) -> None: ...
+    async def unfollow(self, follower: str) -> None: ...
+    async def followers(self) -> dict[str, int]: ...
+    async def note_decision(self, decision: Mapping[str, str]) -> None: ...
+    async def decisions(self, count: int) -> list[dict[str, str]]: ...
+    async def acquire_lease(self, owner: str) -> Lease | None: ...
+    async def renew_lease(self, lease: Lease) -> bool: ...
+    async def release_lease(self, lease: Lease) -> None: ...
+    async def has_leader(self) -> bool: ...
+    async def leader(self) -> str | None: ...
+    async def give_order(self, order: StandingOrder) -> None: ...
+    async def lift_order(self, order: StandingOrder) -> bool: ...
+    async def orders(self) -> dict[str, StandingOrder]: ...
+    async def want_shards(self, pool: str, wanted: Wanted) -> None: ...
+    async def wanted_shards(self, pool: str) -> Wanted | None: ...
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]: ...
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]: ...
+
+
+def connect(url: str, password: str | None = None) -> Redis:
+    """A client that says within a second that Redis is gone; it recovers by itself. Close it with `aclose()`.
+
+    A password in the URL comes before `password`.
+    """
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError(f"The registry URL {url!r} must start with redis://, rediss:// or unix://.")
+    return Redis.from_url(
+        url,
+        password=password,
+        decode_responses=True,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=CALL_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        max_connections=MAX_CONNECTIONS,
+    )
+
+
+def key_prefix(model: str) -> str:
+    """What all keys of a model start with; the braces keep them on one node of a Redis Cluster."""
+    if not model or set(model) & set("{} \n"):
+        raise ValueError(f"The model name {model!r} must not be empty nor hold braces or white space.")
+    return f"expertmesh:{{{model}}}:"
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Turns what redis-py raises into StoreUnavailable, so that nobody else needs to know redis-py."""
+    try:
+        yield
+    except RedisError as error:
+        raise StoreUnavailable(f"Redis did not do what it was asked ({type(error).__name__}: {error}).") from error
+
+
+# The record of another incarnation stays: the shard was replaced by one of the same name.
+REMOVE = """
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
+redis.call('SREM', KEYS[2], ARGV[2])
+return redis.call('DEL', KEYS[1])
+"""
+
+# Returns the epoch and the fencing token that stood in the way, or nothing. A leader's token must be the last one given
+# out: a new leader may have read the placement already. Without a token nothing but an empty place may be filled.
+PUBLISH = """
+local stored = redis.call('HMGET', KEYS[1], 'epoch', 'fencing')
+local epoch, fencing = tonumber(stored[1] or 0), tonumber(stored[2] or 0)
+if tonumber(ARGV[3]) > 0 then fencing = math.max(fencing, tonumber(redis.call('GET', KEYS[2]) or 0)) end
+if epoch ~= tonumber(ARGV[1]) or fencing > tonumber(ARGV[3]) then return {tostring(epoch), tostring(fencing)} end
+redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'fencing', ARGV[3], 'value', ARGV[4])
+return false
+"""
+
+# Milliseconds of the clock keep tokens growing when Redis comes back empty.
+ACQUIRE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return false end
+local now = redis.call('TIME')
+local fencing = math.max(tonumber(redis.call('GET', KEYS[2]) or 0) + 1, now[1] * 1000 + math.floor(now[2] / 1000))
+local text = string.format('%.0f', fencing)
+redis.call('SET', KEYS[2], text)
+redis.call('SET', KEYS[1], text .. ' ' .. ARGV[1], 'PX', ARGV[2])
+return text
+"""
+
+RENEW = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+
+RELEASE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+"""
+
+# An order that was given anew meanwhile is another one.
+LIFT = """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+return redis.call('HDEL', KEYS[1], ARGV[1])
+"""
+
+
+class Registry:
+    """The registry of one model in Redis; every method may raise StoreUnavailable."""
+
+    def __init__(self, redis: Redis, model: str, ttl_s: float = HEARTBEAT_TTL_S, lease_ttl_s: float = LEASE_TTL_S):
+        self.redis = redis
+        self.prefix = key_prefix(model)
+        self.ttl_ms = round(ttl_s * 1000)
+        self.lease_ttl_ms = round(lease_ttl_s * 1000)
+
+    async def heartbeat(self, shard: Shard) -> None:
+        """Writes the whole record, to vanish unless it is written again within the time to live."""
+        key = self._shard_key(shard.id)
+        with store_errors():
+            async with self.redis.pipeline(transaction=True) as pipe:
+                pipe.delete(key)
+                pipe.hset(key, items=list(chain(*shard.to_record().items())))
+                pipe.pexpire(key, self.ttl_ms)
+                pipe.sadd(self.prefix + "shards", shard.id)
+                await pipe.execute()
+
+    async def remove(self, shard: Shard) -> None:
+        """Says goodbye before the time to live ends; does nothing if the record is another incarnation's."""
+        await self._eval(REMOVE, [self._shard_key(shard.id), self.prefix + "shards"], shard.incarnation, shard.id)
+
+    async def shards(self) -> list[Shard]:
+        """The shards that are alive, by id."""
+        ids = sorted(await self._call("SMEMBERS", self.prefix + "shards"))
+        with store_errors():
+            async with self.redis.pipeline(transaction=False) as pipe:
+                for id in ids:
+                    pipe.hgetall(self._shard_key(id))
+                records: list[Mapping[str, str]] = await pipe.execute()
+        if dead := [id for id, record in zip(ids, records, strict=True) if not record]:
+            await self._call("SREM", self.prefix + "shards", *dead)
+        shards = []
+        for id, record in zip(ids, records, strict=True):
+            try:
+                shards += [Shard.from_record(record)] if record else []
+            except ValueError as error:  # of another version of this code: the others go on without it
+                log.warning("The record of shard %s cannot be read: %s", id, error)
+        return shards
+
+    async def epoch(self) -> int:
+        """Of the published placement, cheap to poll; 0 if there is none."""
+        return int(await self._call("HGET", self.prefix + "placement", "epoch") or 0)
+
+    async def placement(self) -> Placement | None:
+        """The published placement, if there is one."""
+        value = await self._call("HGET", self.prefix + "placement", "value")
+        return Placement.from_json(value) if value is not None else None
+
+    async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
+        """Replaces the placement of epoch `expected_epoch` (0: none yet); StalePlacement if another one is there.
+
+        `fencing` is the token of the caller's lease, or 0 where there is no controller.
+        """
+        assert placement.epoch > expected_epoch >= 0
+        arguments = (expected_epoch, placement.epoch, fencing, placement.to_json())
+        keys = [self.prefix + "placement", self.prefix + "fencing"]
+        stood_in_the_way = await self._eval(PUBLISH, keys, *arguments)
+        if stood_in_the_way is not None:
+            raise stale_placement(placement, expected_epoch, fencing, *map(int, stood_in_the_way))
+
+    async def follow(self, follower: str, epoch: int) -> None:
+        """A backbone says which epoch it uses, as a heartbeat."""
+        with store_errors():
+            async with self.redis.pipeline(transaction=True) as pipe:
+                pipe.set(self.prefix + "backbone:" + follower, epoch, px=self.ttl_ms)
+                pipe.sadd(self.prefix + "backbones", follower)
+                await pipe.execute()
+
+    async def unfollow(self, follower: str) -> None:
+        """Says goodbye before the time to live ends."""
+        await self._call("DEL", self.prefix + "backbone:" + follower)
+
+    async def followers(self) -> dict[str, int]:
+        """The epoch that each live backbone uses."""
+        names = sorted(await self._call("SMEMBERS", self.prefix + "backbones"))
+        if not names:
+            return {}
+        epochs = await self._call("MGET", *(self.prefix + "backbone:" + name for name in names))
+        if dead := [name for name, epoch in zip(names, epochs, strict=True) if epoch is None]:
+            await self._call("SREM", self.prefix + "backbones", *dead)
+        return {name: int(epoch) for name, epoch in zip(names, epochs, strict=True) if epoch is not None}
+
+    async def note_decision(self, decision: Mapping[str, str]) -> None:
+        """Adds to the log of what was decided, which keeps about the last thousand."""
+        words = [word for field in decision.items() for word in field]
+        await self._call("XADD", self.prefix + "decisions", "MAXLEN", "~", MAX_DECISIONS, "*", *words)
+
+    async def decisions(self, count: int) -> list[dict[str, str]]:
+        """The last decisions, the newest first."""
+        with store_errors():
+            entries: Any = await self.redis.xrevrange(self.prefix + "decisions", count=count)
+        return [dict(fields) for _, fields in entries]
+
+    async def acquire_lease(self, owner: str) -> Lease | None:
+        """The lease, or None while somebody (the owner itself included) holds it."""
+        keys = [self.prefix + "leader", self.prefix + "fencing"]
+        fencing = await self._eval(ACQUIRE, keys, owner, self.lease_ttl_ms)
+        return None if fencing is None else Lease(owner, int(fencing))
+
+    async def renew_lease(self, lease: Lease) -> bool:
+        """Starts the lease's time anew; False if it is lost."""
+        return bool(await self._eval(RENEW, [self.prefix + "leader"], _lease_text(lease), self.lease_ttl_ms))
+
+    async def release_lease(self, lease: Lease) -> None:
+        """Gives the lease back; does nothing if it is lost."""
+        await self._eval(RELEASE, [self.prefix + "leader"], _lease_text(lease))
+
+    async def has_leader(self) -> bool:
+        """Whether somebody holds the lease."""
+        return bool(await self._call("EXISTS", self.prefix + "leader"))
+
+    async def leader(self) -> str | None:
+        """Who holds the lease."""
+        text = await self._call("GET", self.prefix + "leader")
+        return None if text is None else str(text).partition(" ")[2]
+
+    async def give_order(self, order: StandingOrder) -> None:
+        """Notes it in place of an older one of its kind and subject; it stands until it is lifted, or Redis is lost."""
+        await self._call("HSET", self.prefix + "orders", order.name, order.to_json())
+
+    async def lift_order(self, order: StandingOrder) -> bool:
+        """Whether just this order stood; it does no longer."""
+        return bool(await self._eval(LIFT, [self.prefix + "orders"], order.name, order.to_json()))
+
+    async def orders(self) -> dict[str, StandingOrder]:
+        """All that stand, by name; one that cannot be read stops no controller: it is passed over."""
+        orders = {}
+        for name, text in sorted((await self._call("HGETALL", self.prefix + "orders")).items()):
+            try:
+                orders[name] = StandingOrder.from_json(text)
+            except ValueError as error:
+                log.warning("%s", error)
+        return orders
+
+    async def want_shards(self, pool: str, wanted: Wanted) -> None:
+        """Says how many shards a pool should have, to be forgotten unless it is said again in time."""
+        await self._call("SET", self._pool_key(pool), wanted.to_json(), "PX", round(1000 * WANTED_TTL_S))
+
+    async def wanted_shards(self, pool: str) -> Wanted | None:
+        """What was said last, if it was lately."""
+        text = await self._call("GET", self._pool_key(pool))
+        return None if text is None else Wanted.from_json(text)
+
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]:
+        """The checksums known of a layer's experts; `weights` names the checkpoint and the dtype they are held in."""
+        known = await self._call("HGETALL", self._manifest_key(weights, layer))
+        return {int(expert): int(checksum, 16) for expert, checksum in known.items()}
+
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]:
+        """Notes what was seen for the first time and nothing else; returns what is known of these experts then."""
+        if not seen:
+            return {}
+        key = self._manifest_key(weights, layer)
+        with store_errors():
+            async with self.redis.pipeline(transaction=True) as pipe:
+                for expert, checksum in seen.items():
+                    pipe.hsetnx(key, str(expert), f"{checksum:016x}")
+                pipe.hmget(key, [str(expert) for expert in seen])
+                known: list[str] = (await pipe.execute())[-1]
+        return {expert: int(checksum, 16) for expert, checksum in zip(seen, known, strict=True)}
+
+    def _manifest_key(self, weights: str, layer: int) -> str:
+        return f"{self.prefix}manifest:{weights}:{layer}"
+
+    def _pool_key(self, pool: str) -> str:
+        return f"{self.prefix}pool:{pool}"
+
+    def _shard_key(self, shard_id: str) -> str:
+        return f"{self.prefix}shard:{shard_id}"
+
+    async def _eval(self, script: str, keys: list[str], *arguments: str | int) -> Any:
+        # EVAL, not EVALSHA: a Redis that comes back empty has forgotten its scripts too.
+        return await self._call("EVAL", script, len(keys), *keys, *arguments)
+
+    async def _call(self, *command: str | int) -> Any:
+        with store_errors():
+            return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+def _lease_text(lease: Lease) -> str:
+    return f"{lease.fencing} {lease.owner}"
+
+
+def stale_placement(
+    placement: Placement, expected_epoch: int, fencing: int, stored_epoch: int, stored_fencing: int
+) -> StalePlacement:
+    """The sentence for a placement that came too late."""
+    return StalePlacement(
+        f"The placement of epoch {placement.epoch} was not published: it replaces epoch {expected_epoch} with fencing "
+        f"token {fencing}, but epoch {stored_epoch} with fencing token {stored_fencing} is there."
+    )

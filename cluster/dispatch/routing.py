@@ -1,0 +1,374 @@
+"""Which home of an expert computes which rows of a batch: one decision per layer and step, so it is compiled.
+
+Legend: E experts of the layer, P picks (one row sent to one expert; the picks of a row stand together), S shards that
+are a home of something, H homes; Q picks to send, M messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class CallCost:
+    """What makes a shard slow, in microseconds: a queued call, an expert's weights, one row, one more message."""
+
+    queued: float = 200.0
+    expert: float = 20.0
+    row: float = 1.0
+    message: float = 200.0
+
+    @property
+    def max_piece(self) -> int:
+        """Rows of one expert that are worth keeping together: their arithmetic costs what reading the weights does."""
+        return max(1, int(self.expert / self.row))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCosts:
+    """What makes each shard of a table slow, in µs, for experts of one size; `max_piece` as in `CallCost`."""
+
+    busy_S: NDArray[np.float64]  # until it is done with what it has; written to
+    expert_S: NDArray[np.float64]
+    row_S: NDArray[np.float64]
+    message_S: NDArray[np.float64]
+    max_piece: int
+
+
+class NoLiveHome(LookupError):
+    """Some experts have no home that may be asked; `experts` lists them."""
+
+    def __init__(self, experts: Sequence[int]) -> None:
+        super().__init__(f"The experts {list(experts)} have no live home among the shards of the placement.")
+        self.experts = tuple(experts)
+
+
+class HomeTable:
+    """The homes of one layer with shards as small numbers: `shard_ids[i]` is shard i. Made once per placement.
+
+    `standby` are homes that are chosen only for experts none of whose `homes` may be asked. `shard_ids` may name more
+    shards than those that occur, so that the tables of all layers count alike.
+    """
+
+    def __init__(
+        self,
+        homes: Sequence[Sequence[str]],
+        standby: Sequence[Sequence[str]] | None = None,
+        shard_ids: Sequence[str] | None = None,
+    ) -> None:
+        named = {id for ids in (*homes, *(standby or ())) for id in ids}
+        self.shard_ids = tuple(sorted(named) if shard_ids is None else shard_ids)
+        index = {id: i for i, id in enumerate(self.shard_ids)}
+        self.homes = tuple(tuple(index[id] for id in ids) for ids in homes)
+        self.standby = tuple(tuple(index[id] for id in ids) for ids in standby or ((),) * len(homes))
+        self.homes_EH, self.standby_EH = _as_array(self.homes), _as_array(self.standby)
+        self.no_standby_EH = np.empty((len(homes), 0), dtype=np.int64)
+
+    @property
+    def has_standby(self) -> bool:
+        return bool(self.standby_EH.size)
+
+
+def _as_array(homes: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    homes_EH = np.full((len(homes), max(map(len, homes), default=0)), -1, dtype=np.int64)  # -1: no more
+    for expert, ids in enumerate(homes):
+        homes_EH[expert, : len(ids)] = ids
+    return homes_EH
+
+
+def choose_homes(
+    expert_P: NDArray[np.integer],
+    homes: HomeTable,
+    queue_depth: Mapping[str, int],
+    excluded: Collection[str] = (),
+    cost: CallCost = CallCost(),
+) -> NDArray[np.int64]:
+    """The home of each pick, as an index into `homes.shard_ids`; raises NoLiveHome.
+
+    Experts go to the home that would be done first, those without a choice before the others and big ones before small
+    ones. The rows of one expert stay together unless it has more than `cost.max_piece` of them.
+    """
+    busy_S = np.array([queue_depth.get(id, 0) * cost.queued for id in homes.shard_ids], dtype=np.float64)
+    is_excluded_S = np.array([id in excluded for id in homes.shard_ids], dtype=np.bool_)
+    expert_S, row_S, message_S = (np.full(len(busy_S), float(us)) for us in (cost.expert, cost.row, cost.message))
+    return assign_homes(expert_P, homes, ShardCosts(busy_S, expert_S, row_S, message_S, cost.max_piece), is_excluded_S)
+
+
+def assign_homes(
+    expert_P: NDArray[np.integer],
+    homes: HomeTable,
+    costs: ShardCosts,
+    is_excluded_S: NDArray[np.bool_],
+    may_promote: bool = True,
+) -> NDArray[np.int64]:
+    """`choose_homes` for shards that each have their own costs; without `may_promote` none that stands by is asked."""
+    home_P = np.empty(len(expert_P), dtype=np.int64)
+    by_shard = (costs.expert_S, costs.row_S, costs.message_S, costs.max_piece)
+    standby_EH = homes.standby_EH if may_promote else homes.no_standby_EH
+    if not _choose(expert_P, homes.homes_EH, standby_EH, is_excluded_S, costs.busy_S, by_shard, home_P):
+        raise _no_live_home(expert_P, homes.homes_EH, standby_EH, is_excluded_S)
+    return home_P
+
+
+def _no_live_home(expert_P: Any, homes_EH: Any, standby_EH: Any, is_excluded_S: Any) -> NoLiveHome:
+    experts = np.unique(expert_P)
+    options = np.concatenate((homes_EH, standby_EH), axis=1)[experts]
+    has_home = ((options >= 0) & ~is_excluded_S[options]).any(axis=1)
+    return NoLiveHome(experts[~has_home].tolist())
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _choose(
+    expert_P: Any, homes_EH: Any, standby_EH: Any, is_excluded_S: Any, busy_S: Any, costs: Any, home_P: Any
+) -> bool:
+    """Writes `home_P`; False where an expert has no home that may be asked. `tests/cluster/dispatch/slow_routing.py` is the
+    same in plain Python."""
+    num_experts, max_homes = homes_EH.shape[0], max(homes_EH.shape[1], standby_EH.shape[1])
+    count_E = np.zeros(num_experts, np.int64)
+    for expert in expert_P:
+        count_E[expert] += 1
+    options_EH = np.empty((num_experts, max_homes), np.int64)
+    num_options_E = np.zeros(num_experts, np.int64)
+    for expert in np.flatnonzero(count_E):
+        for home in homes_EH[expert]:
+            if home >= 0 and not is_excluded_S[home]:
+                options_EH[expert, num_options_E[expert]] = home
+                num_options_E[expert] += 1
+        if num_options_E[expert] == 0:
+            for home in standby_EH[expert]:
+                if home >= 0 and not is_excluded_S[home]:
+                    options_EH[expert, num_options_E[expert]] = home
+                    num_options_E[expert] += 1
+        if num_options_E[expert] == 0:
+            return False
+
+    experts = np.flatnonzero(count_E)
+    has_choice = (num_options_E[experts] > 1).astype(np.int64)
+    order = np.argsort((has_choice << 40) - count_E[experts], kind="mergesort")
+
+    max_piece = costs[3]
+    is_called_S = np.zeros(len(busy_S), np.bool_)
+    given_EH = np.empty((num_experts, max_homes), np.int64)  # rows of each of an expert's options
+    num_split = 0
+    for expert in experts[order]:
+        options, given_H = options_EH[expert, : num_options_E[expert]], given_EH[expert]
+        given_H[: len(options)] = 0
+        left = count_E[expert]
+        piece = left if len(options) == 1 else max_piece
+        num_split += left > piece
+        while left > 0:
+            given_H[_give(options, min(piece, left), given_H, is_called_S, busy_S, costs)] += min(piece, left)
+            left -= piece
+    if num_split > 0:
+        is_split_E = (count_E > max_piece) & (num_options_E > 1)
+        _relieve(np.flatnonzero(is_split_E), options_EH, num_options_E, given_EH, busy_S, costs)
+
+    option_E = np.zeros(num_experts, np.int64)
+    for pick, expert in enumerate(expert_P):
+        while given_EH[expert, option_E[expert]] == 0:
+            option_E[expert] += 1
+        given_EH[expert, option_E[expert]] -= 1
+        home_P[pick] = options_EH[expert, option_E[expert]]
+    return True
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _give(options: Any, num_rows: Any, given_H: Any, is_called_S: Any, busy_S: Any, costs: Any) -> int:
+    """Gives some rows of one expert to the option that would be done first."""
+    expert_S, row_S, message_S, _ = costs
+    chosen, least = 0, np.inf
+    for i, option in enumerate(options):
+        # A message costs the caller, not the shard: it counts in the choice, not in how busy the shard is.
+        extra = (0.0 if is_called_S[option] else message_S[option]) + (0.0 if given_H[i] > 0 else expert_S[option])
+        if busy_S[option] + extra < least:
+            chosen, least = i, busy_S[option] + extra
+    home = options[chosen]
+    busy_S[home] += num_rows * row_S[home] + (0.0 if given_H[chosen] > 0 else expert_S[home])
+    is_called_S[home] = True
+    return chosen
+
+
+RELIEF = 0.004  # of the slowest shard's time: less is not worth another path
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _relieve(experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, costs: Any) -> None:
+    """Passes rows on from the slowest shard along a chain of experts' homes to one that is done earlier, and again.
+
+    Giving rows out one expert after another cannot see that a shard's neighbours could pass some on in turn. Where the
+    slowest shard reaches none that is done earlier, its time is the least there is: no split has a smaller maximum.
+    """
+    expert_S, row_S = costs[0], costs[1]
+    by_S, from_S, to_S = (
+        np.empty(len(busy_S), np.int64),
+        np.empty(len(busy_S), np.int64),
+        np.empty(len(busy_S), np.int64),
+    )
+    for _ in range(4 * len(busy_S)):
+        slowest = np.argmax(busy_S)
+        last = _reach(slowest, experts, options_EH, num_options_E, given_EH, busy_S, expert_S, by_S, from_S, to_S)
+        if last < 0 or row_S[slowest] <= 0:  # a pace may be fitted to rows that cost nothing
+            return
+        new = 0.0 if given_EH[by_S[last], to_S[last]] > 0 else expert_S[last]
+        num_rows = int((busy_S[slowest] - busy_S[last] - new) / (row_S[slowest] + row_S[last]))
+        if num_rows == 0 or num_rows * row_S[slowest] <= RELIEF * busy_S[slowest]:
+            return
+        shard = last
+        while shard != slowest:
+            num_rows = min(num_rows, given_EH[by_S[shard], from_S[shard]])
+            shard = options_EH[by_S[shard], from_S[shard]]
+        busy_S[slowest] -= num_rows * row_S[slowest]
+        busy_S[last] += num_rows * row_S[last]
+        shard = last
+        while shard != slowest:
+            expert, giver = by_S[shard], options_EH[by_S[shard], from_S[shard]]
+            busy_S[shard] += 0.0 if given_EH[expert, to_S[shard]] > 0 else expert_S[shard]
+            given_EH[expert, from_S[shard]] -= num_rows
+            given_EH[expert, to_S[shard]] += num_rows
+            busy_S[giver] -= 0.0 if given_EH[expert, from_S[shard]] > 0 else expert_S[giver]
+            shard = giver
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _reach(
+    slowest: Any, experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, expert_S: Any,
+    by_S: Any, from_S: Any, to_S: Any,
+) -> int:  # fmt: skip
+    """Of the shards that rows can be passed on to, the one that is done first; -1 if the slowest can pass none on.
+
+    Writes by which expert each is reached, and which of its options gives and takes.
+    """
+    by_S[:] = -1
+    queue, num_seen, best, least = np.empty(len(busy_S), np.int64), 1, -1, busy_S[slowest]
+    queue[0] = slowest
+    at = 0
+    while at < num_seen:
+        shard = queue[at]
+        at += 1
+        for expert in experts:
+            for i in range(num_options_E[expert]):
+                if options_EH[expert, i] != shard or given_EH[expert, i] == 0:
+                    continue
+                for k in range(num_options_E[expert]):
+                    to = options_EH[expert, k]
+                    new = 0.0 if given_EH[expert, k] > 0 else expert_S[to]  # others pass on as much as they take
+                    done = busy_S[to] + new
+                    if to == slowest or by_S[to] >= 0 or (new > 0 and done >= busy_S[slowest]):
+                        continue
+                    by_S[to], from_S[to], to_S[to] = expert, i, k
+                    queue[num_seen] = to
+                    num_seen += 1
+                    if done < least:
+                        best, least = to, done
+    return best
+
+
+class Grouped(NamedTuple):
+    """Message m takes the picks `pick_Q[first_M[m] : first_M[m + 1]]`, in the order of their rows."""
+
+    pick_Q: NDArray[np.int64]
+    first_M: list[int]  # one more than there are messages
+    shard_M: list[int]
+    num_rows_M: list[int]
+    num_experts_M: list[int]  # distinct ones
+
+
+def group(
+    pick_Q: NDArray[np.int64],
+    home_Q: NDArray[np.int64],
+    expert_P: NDArray[np.int64],
+    top_k: int,
+    num_shards: int,
+    num_experts: int,
+    max_rows: int,
+) -> Grouped:
+    """Messages of at most `max_rows` rows for picks (ascending) that go to the shards `home_Q`."""
+    return _grouped(*_group(pick_Q, home_Q, expert_P, top_k, num_shards, num_experts, max_rows))
+
+
+def _grouped(sorted_Q: NDArray[np.int64], numbers: NDArray[np.int64]) -> Grouped:
+    firsts, *columns = numbers.tolist()
+    firsts.append(len(sorted_Q))
+    return Grouped(sorted_Q, firsts, *columns)
+
+
+def route(
+    pick_Q: NDArray[np.int64],
+    expert_P: NDArray[np.int64],
+    homes: HomeTable,
+    costs_CS: NDArray[np.float64],
+    now: float,
+    mib: float,
+    max_piece: int,
+    is_excluded_S: NDArray[np.bool_],
+    top_k: int,
+    max_rows: int,
+    may_promote: bool,
+) -> Grouped:
+    """`assign_homes` and `group` in one, for picks (ascending) of a call; raises NoLiveHome.
+
+    `costs_CS`: of each shard, in µs per MiB of an expert, that of an expert and of a row, then the µs of a message, and
+    the time in seconds when it will be free.
+    """
+    standby_EH = homes.standby_EH if may_promote else homes.no_standby_EH
+    limits = (now, mib, max_piece, top_k, max_rows)
+    is_chosen, *grouped = _route(pick_Q, expert_P, homes.homes_EH, standby_EH, is_excluded_S, costs_CS, limits)
+    if not is_chosen:
+        raise _no_live_home(expert_P[pick_Q], homes.homes_EH, standby_EH, is_excluded_S)
+    return _grouped(*grouped)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _route(
+    pick_Q: Any, expert_P: Any, homes_EH: Any, standby_EH: Any, is_excluded_S: Any, costs_CS: Any, limits: Any
+) -> Any:
+    now, mib, max_piece, top_k, max_rows = limits
+    expert_Q, home_Q = expert_P[pick_Q], np.empty(len(pick_Q), np.int64)
+    busy_S = np.maximum(costs_CS[3] - now, 0.0) * 1e6
+    costs = (costs_CS[0] * mib, costs_CS[1] * mib, costs_CS[2].copy(), max_piece)
+    is_chosen = _choose(expert_Q, homes_EH, standby_EH, is_excluded_S, busy_S, costs, home_Q)
+    if not is_chosen:
+        home_Q[:] = 0
+    sizes = (len(is_excluded_S), len(homes_EH))
+    sorted_Q, numbers = _group(pick_Q, home_Q, expert_P, top_k, sizes[0], sizes[1], max_rows)
+    return is_chosen, sorted_Q, numbers
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _group(
+    pick_Q: Any, home_Q: Any, expert_P: Any, top_k: Any, num_shards: Any, num_experts: Any, max_rows: Any
+) -> Any:
+    num_picks = len(pick_Q)
+    place_S = np.zeros(num_shards + 1, np.int64)
+    for q in range(num_picks):
+        place_S[home_Q[q] + 1] += 1
+    place_S = np.cumsum(place_S)
+    sorted_Q, shard_Q = np.empty(num_picks, np.int64), np.empty(num_picks, np.int64)
+    for q in range(num_picks):
+        place = place_S[home_Q[q]]
+        sorted_Q[place], shard_Q[place] = pick_Q[q], home_Q[q]
+        place_S[home_Q[q]] += 1
+    seen_by_E = np.full(num_experts, -1, np.int64)  # the last message that an expert was seen in
+    numbers = np.zeros((4, num_picks), np.int64)  # first pick, shard, rows, experts
+    num_messages, last_row = 0, -1
+    for q in range(num_picks):
+        row, current = sorted_Q[q] // top_k, num_messages - 1
+        is_new_row = row != last_row
+        if q == 0 or shard_Q[q] != numbers[1, current] or (is_new_row and numbers[2, current] == max_rows):
+            current = num_messages
+            num_messages += 1
+            numbers[0, current], numbers[1, current] = q, shard_Q[q]
+            is_new_row = True
+        numbers[2, current] += is_new_row
+        last_row = row
+        expert = expert_P[sorted_Q[q]]
+        if seen_by_E[expert] != current:
+            seen_by_E[expert] = current
+            numbers[3, current] += 1
+    return sorted_Q, numbers[:, :num_messages].copy()

@@ -1,0 +1,167 @@
+"""What the fleet stands to lose: experts with too few live homes, and what each shard's death would cost.
+
+Everything about a placement that takes long to find out is found once for an epoch; what depends on who is alive or on
+the load takes a few numpy calls, so that a backbone can be asked several times a second.
+
+Legend: E experts of all layers one after the other, H homes of all of them, S shards, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.topology import Homes, Placement
+
+Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Rates = Mapping[int, NDArray[np.float64]]  # picks per second of each expert, by layer
+
+WANTED_COVER = 2
+
+
+@dataclass(frozen=True)
+class HotExpert:
+    """An expert and its picks per second."""
+
+    layer: int
+    expert: int
+    picks_per_s: float
+
+
+class Layout:
+    """A placement as arrays."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.shard_ids = placement.shard_ids
+        self.layers = sorted(placement.homes)
+        sizes = [len(placement.homes[layer]) for layer in self.layers]
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self.num_experts = int(self.starts[-1])
+        homes = [self._homes(placement.homes), self._homes(placement.standby)]
+        self.expert_H, self.shard_H = (np.concatenate(parts) for parts in zip(*homes, strict=True))
+        self.is_device_H: NDArray[np.bool_] = np.arange(len(self.expert_H)) < len(homes[0][0])
+
+    def _homes(self, homes_of: Mapping[int, Homes]) -> tuple[Ids, Ids]:
+        """Expert and shard of every home."""
+        index = {id: number for number, id in enumerate(self.shard_ids)}
+        experts, shards = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for layer, start in zip(self.layers, self.starts.tolist(), strict=False):
+            homes = homes_of.get(layer, ())
+            nums = np.fromiter(map(len, homes), np.int64, len(homes))
+            experts.append(start + np.repeat(np.arange(len(homes)), nums))
+            shards.append(np.fromiter((index[id] for ids in homes for id in ids), np.int64, int(nums.sum())))
+        return np.concatenate(experts), np.concatenate(shards)
+
+    @cached_property
+    def _shares(self) -> tuple[Ids, Ids, Floats]:
+        """Of each device home its expert, its shard, and the part of the picks that it gets if all get as many."""
+        experts, shards = self.expert_H[self.is_device_H], self.shard_H[self.is_device_H]
+        num_E = np.bincount(experts, minlength=self.num_experts)
+        return experts, shards, 1.0 / num_E[experts]
+
+    @cached_property
+    def layer_E(self) -> Ids:
+        """Which of `layers` each expert is of, as a place."""
+        return np.repeat(np.arange(len(self.layers)), np.diff(self.starts))
+
+    def name(self, number: int) -> tuple[int, int]:
+        """Layer and expert."""
+        place = int(self.layer_E[number])
+        return self.layers[place], number - int(self.starts[place])
+
+    def rates(self, by_layer: Rates) -> Floats:
+        """Picks per second of all experts; those of layers without any count as 0."""
+        rate_E = np.zeros(self.num_experts)
+        for place, layer in enumerate(self.layers):
+            if layer in by_layer:
+                rate_E[self.starts[place] : self.starts[place + 1]] = by_layer[layer]
+        return rate_E
+
+    def loads(self, rate_E: Floats) -> Floats:
+        """Picks per second of each layer on each shard, [L, S], every expert's shared out evenly over its homes."""
+        experts, shards, share = self._shares
+        cells = self.layer_E[experts] * len(self.shard_ids) + shards
+        size = len(self.layers) * len(self.shard_ids)
+        load_C: Floats = np.bincount(cells, rate_E[experts] * share, size).astype(np.float64)
+        return load_C.reshape(len(self.layers), len(self.shard_ids))
+
+    def lives(self, live: Collection[str]) -> Ids:
+        """The number of live homes of each expert, standing by or not."""
+        is_live_S = np.array([id in live for id in self.shard_ids], np.bool_)
+        return np.bincount(self.expert_H[is_live_S[self.shard_H]], minlength=self.num_experts)
+
+    def hottest(self, rate_E: Floats, count: int) -> list[HotExpert]:
+        """The experts with most picks, the hottest first; those without any are left out."""
+        count = min(count, self.num_experts)
+        found = np.argpartition(-rate_E, count - 1)[:count] if count else np.zeros(0, np.int64)
+        found = found[np.lexsort((found, -rate_E[found]))]
+        return [HotExpert(*self.name(int(number)), float(rate_E[number])) for number in found if rate_E[number] > 0]
+
+
+def balancedness(loads_LS: Floats) -> Floats:
+    """Mean over maximum of each layer's shards; 1 for a layer without load."""
+    most_L = loads_LS.max(axis=1, initial=0.0)
+    even_L: Floats = np.divide(loads_LS.mean(axis=1), most_L, out=np.ones_like(most_L), where=most_L > 0)
+    return even_L
+
+
+class CoverageReport:
+    """A layout as long as the same shards are alive."""
+
+    def __init__(self, layout: Layout, live: Collection[str]) -> None:
+        self.layout, self.live = layout, frozenset(live)
+        self.num_lives_E = layout.lives(live)
+        is_live_S = np.array([id in self.live for id in layout.shard_ids], np.bool_)
+        is_last_H = (self.num_lives_E[layout.expert_H] == 1) & is_live_S[layout.shard_H]
+        self._last_expert, self._last_shard = layout.expert_H[is_last_H], layout.shard_H[is_last_H]
+
+    @property
+    def cover(self) -> int:
+        """Live homes of the expert that has fewest."""
+        return int(self.num_lives_E.min(initial=len(self.layout.shard_ids)))
+
+    @property
+    def below_cover(self) -> Ids:
+        """The experts with fewer live homes than every expert should have."""
+        return np.flatnonzero(self.num_lives_E < WANTED_COVER)
+
+    @property
+    def num_missing(self) -> int:
+        """Homes that experts below cover lack."""
+        return int((WANTED_COVER - self.num_lives_E[self.below_cover]).sum())
+
+    def blast_radius(self, rate_E: Floats) -> dict[str, float]:
+        """By shard the share of routed picks that would have no live home if it died now.
+
+        Before anything was picked, every expert counts as picked equally often.
+        """
+        weight_E = rate_E if rate_E.any() else np.ones_like(rate_E)
+        lost_S = np.bincount(self._last_shard, weight_E[self._last_expert], len(self.layout.shard_ids))
+        return dict(zip(self.layout.shard_ids, (lost_S / max(float(weight_E.sum()), 1e-300)).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Since when (in seconds since 1970) experts have been below cover, and how long it took the last time."""
+
+    below_since: float | None = None
+    last_took_s: float | None = None
+    num_repaired: int = 0
+
+    def note(self, is_below: bool, now: float) -> Repair:
+        """What is known once this has been found."""
+        if is_below == (self.below_since is not None):
+            return self
+        if self.below_since is None:
+            return replace(self, below_since=now)
+        return Repair(None, now - self.below_since, self.num_repaired + 1)
+
+    def seconds_left(self, now: float, usual_s: float) -> float | None:
+        """An estimate, if a repair takes `usual_s`; None where nothing is to be repaired."""
+        return None if self.below_since is None else max(0.0, self.below_since + usual_s - now)

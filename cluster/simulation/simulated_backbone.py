@@ -1,0 +1,247 @@
+"""A simulated backbone: a model's calls without a model, over connections that break, and each pick counted once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from random import Random
+
+import numpy as np
+
+from cluster.control.follower import Follower
+from cluster.control.registry import StoreUnavailable
+from cluster.dispatch.call_policy import CallPolicy
+from cluster.dispatch.fleet_view import FleetView, ShardFleet
+from cluster.dispatch.layer_call import LayerCall, RefusalCode, ShardRequest
+from cluster.dispatch.shard_health import LinkState, ReplyTiming, ShardHealth
+from cluster.load import LoadCounter
+from cluster.simulation.simulated_parts import Broken, RemoteStore, SimNetwork, SimProcess, SimShard, SimStore
+from cluster.topology import LayerSpec, Placement, Shard
+
+REFRESH_S = 0.5
+
+
+class SimBackbone(SimProcess):
+    """A backbone without a model: it follows the placement, makes calls, and checks that each pick counts once."""
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        layers: Sequence[LayerSpec],
+        shards: Mapping[str, SimShard],
+        store: SimStore,
+        network: SimNetwork,
+        rng: Random,
+    ) -> None:
+        super().__init__(name)
+        self.layers, self.shards, self.network, self.random = layers, shards, network, rng
+        self.store = RemoteStore(self, store, network)
+        self.follower = Follower(name, model, self.store, self._adopt)
+        self.fleet = ShardFleet(CallPolicy(), {spec.layer: spec.expert_bytes / 2**20 for spec in layers})
+        self.counter = LoadCounter({spec.layer: spec.num_experts for spec in layers})
+        self.num_counted = self.num_in_flight = 0
+        self.slowest_call_s = 0.0
+        self.num_calls = 0
+        self._healths: dict[tuple[str, str], ShardHealth] = {}
+        self._under_way: dict[int, tuple[LayerCall, SimShard, list[int]]] = {}
+        self._answers: dict[LayerCall, dict[int, list[int]]] = {}
+        self._counts: dict[LayerCall, Counter[int]] = {}
+
+    async def run(self) -> None:
+        tasks = [asyncio.ensure_future(work) for work in (self._flush(), self._ask_experts())]
+        try:
+            while True:
+                await self.runs()
+                with suppress(StoreUnavailable):
+                    await self.follower.refresh()
+                await asyncio.sleep(REFRESH_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _flush(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            await self.runs()
+            taken = self.counter.take()
+            self.num_in_flight = sum(int(counts.sum()) for counts in taken.values())
+            try:
+                await self.store.add_loads(taken)
+                self.counter.sent()
+            except StoreUnavailable:
+                self.counter.merge(taken)
+            self.num_in_flight = 0
+
+    # Calls
+
+    def _adopt(self, placement: Placement, shards: Iterable[Shard]) -> None:
+        epoch = self.fleet.view.placement.epoch if self.fleet.view else 0
+        if placement.epoch < epoch:
+            raise Broken(f"{self.name} went from epoch {epoch} back to {placement.epoch}")
+        known = {shard.id: shard for shard in shards}
+        healths = {}
+        for id in placement.shard_ids:
+            if id in known:
+                key = id, known[id].incarnation
+                if key not in self._healths:
+                    self._healths[key] = ShardHealth(id, self.fleet.policy)
+                    self._connect(self._healths[key])
+                healths[id] = self._healths[key]
+        paces = {id: shard.cost_model for id, shard in known.items()}
+        draining = [id for id, shard in known.items() if shard.draining]
+        self.fleet.adopt(FleetView(placement, healths, paces, draining, self.fleet.view), self._now)
+        self._changed()
+
+    @property
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _connect(self, health: ShardHealth) -> None:
+        def settle() -> None:
+            shard = self.shards.get(health.shard_id)
+            health.link = LinkState.UP if shard is not None and shard.is_up else LinkState.DOWN
+            self.fleet.is_changed = True
+            self._changed()
+
+        asyncio.get_running_loop().call_later(self.network.hop_s(), settle)
+
+    def lose(self, shard: SimShard) -> None:
+        """The connection to a shard breaks; a shard that lives is connected to again."""
+        for (id, _), health in self._healths.items():
+            if id == shard.name:
+                health.link = LinkState.DOWN
+                self.fleet.is_changed = True
+                self._connect(health)
+        for request_id in [id for id, (_, asked, _) in self._under_way.items() if asked is shard]:
+            call, _, _ = self._under_way.pop(request_id)
+            self._take(call, call.on_lost(request_id, self._now))
+
+    def _changed(self) -> None:
+        for call in list(self._counts):
+            self._take(call, call.on_change(self._now))
+
+    async def _ask_experts(self) -> None:
+        while True:
+            await asyncio.sleep(0.1 + 0.5 * self.random.random())
+            await self.runs()
+            if self.fleet.view is not None:
+                self._start(self.random.choice(self.layers))
+
+    def _start(self, spec: LayerSpec) -> None:
+        num_rows = self.random.randint(1, 3)
+        rows = [self._pick(spec) for _ in range(num_rows)]
+        expert_P = np.array(list(itertools.chain(*rows)), np.int64)
+        self.counter.add(spec.layer, expert_P)
+        self.num_counted += len(expert_P)
+        call = LayerCall(self.fleet, spec.layer, expert_P, spec.top_k, 64, self._now)
+        self._counts[call], self._answers[call] = Counter(), {}
+        self.num_calls += 1
+        self._take(call, call.start(self._now))
+
+    def _pick(self, spec: LayerSpec) -> list[int]:
+        """The experts of one row; low numbers are popular."""
+        picked: list[int] = []
+        while len(picked) < spec.top_k:
+            expert = int(spec.num_experts * self.random.random() ** 3)
+            if expert not in picked:
+                picked.append(expert)
+        return picked
+
+    def _take(self, call: LayerCall, asks: list[ShardRequest]) -> None:
+        for ask in asks:
+            self._send(call, ask)
+        if call not in self._counts:
+            return
+        if call.is_done:
+            self._finish(call)
+        else:
+            asyncio.get_running_loop().call_at(max(call.wake_at, self._now + 0.001), self._tick, call)
+
+    def _tick(self, call: LayerCall) -> None:
+        if call in self._counts and call.wake_at <= self._now and not self.is_stopped:
+            self._take(call, call.on_tick(self._now))
+        elif call in self._counts and self.is_stopped:
+            asyncio.get_running_loop().call_later(0.2, self._tick, call)
+
+    def _send(self, call: LayerCall, ask: ShardRequest) -> None:
+        shard = self.shards.get(ask.shard_id)
+        if shard is None or not shard.is_up:
+            asyncio.get_running_loop().call_soon(self._lost, call, ask.id)
+            return
+        self._under_way[ask.id] = call, shard, ask.picks.tolist()
+        self._transmit(shard, partial(self._arrive, call, ask, shard))
+
+    def _transmit(self, shard: SimShard, deliver: Callable[[], None], after_s: float = 0.0) -> None:
+        """As TCP does: what is lost is sent again until it arrives, or the connection breaks."""
+        network, loop = self.network, asyncio.get_running_loop()
+        if frozenset((self.name, shard.name)) in network.cut:
+            loop.call_later(0.2, self._transmit, shard, deliver, after_s)
+        elif not network.loses(self.name, shard.name):
+            loop.call_later(after_s + network.hop_s(), deliver)
+        elif self.random.random() < 0.5:
+            loop.call_later(after_s + self.random.uniform(0.2, 2.0), deliver)
+        else:
+            loop.call_later(network.hop_s(), self.lose, shard)
+
+    def _lost(self, call: LayerCall, request_id: int) -> None:
+        self._under_way.pop(request_id, None)
+        self._take(call, call.on_lost(request_id, self._now))
+
+    def _arrive(self, call: LayerCall, ask: ShardRequest, shard: SimShard) -> None:
+        """At the shard. A stopped one leaves it in its socket until it goes on."""
+        if shard.is_stopped:
+            asyncio.get_running_loop().call_later(0.1, self._arrive, call, ask, shard)
+            return
+        if not shard.is_up:
+            return  # which breaks the connection
+        compute_s = 0.0005 * shard.slowness
+        experts = {int(call.expert_P[pick]) for pick in ask.picks}
+        missing = [expert for expert in sorted(experts) if not shard.has(call.layer, expert)]
+        self._reply(call, ask, shard, missing, compute_s)
+        if self.network.is_repeated():
+            self._reply(call, ask, shard, missing, compute_s)
+
+    def _reply(self, call: LayerCall, ask: ShardRequest, shard: SimShard, missing: list[int], compute_s: float) -> None:
+        self._transmit(shard, partial(self._on_reply, call, ask, shard, missing, compute_s), compute_s)
+
+    def _on_reply(
+        self, call: LayerCall, ask: ShardRequest, shard: SimShard, missing: list[int], compute_s: float
+    ) -> None:
+        if self.is_stopped:
+            asyncio.get_running_loop().call_later(0.1, self._on_reply, call, ask, shard, missing, compute_s)
+            return
+        if self._under_way.pop(ask.id, None) is None and not self.network.repeats:
+            return  # the connection had broken by then
+        if missing:
+            code = RefusalCode.STALE_EPOCH if self.follower.epoch < shard.epoch else RefusalCode.NOT_HOSTED
+            self._take(call, call.on_refusal(ask.id, code, f"{missing} are not here", self._now))
+            return
+        if shard.is_corrupt and self.random.random() < 0.5:
+            self._take(call, call.on_corrupt(ask.id, "the checksum is wrong", self._now))
+            return
+        if call in self._answers and ask.id not in self._answers[call]:
+            self._answers[call][ask.id] = ask.picks.tolist()
+        for counted in call.on_reply(ask.id, ReplyTiming(0, round(1e6 * compute_s), 0), self._now):
+            if call in self._counts:
+                self._counts[call].update(self._answers[call][counted])
+        self._take(call, [])
+
+    def _finish(self, call: LayerCall) -> None:
+        counts = self._counts.pop(call)
+        self._answers.pop(call)
+        if call.failure is not None:
+            raise Broken(f"{self.name}: {call.failure}")
+        if counts != Counter(range(len(call.expert_P))):
+            raise Broken(
+                f"{self.name} combined picks {dict(counts)} of {len(call.expert_P)}, each of which counts once"
+            )
+        self.slowest_call_s = max(self.slowest_call_s, self._now - call.started_at)
+
+    @property
+    def open_calls(self) -> list[LayerCall]:
+        return list(self._counts)

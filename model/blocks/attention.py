@@ -1,0 +1,120 @@
+"""Grouped-query attention over paged KV, causal, without position encoding (Nemotron's attention layers carry none).
+
+Legend: T tokens of the step, L tokens of one request so far, H query heads, J KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.blocks.linear import Linear, as_array
+from model.blocks.norm import RMSNorm
+from model.cpu import layers as cpu_layers
+from model.cpu.attention import attend
+from model.cpu.linear import Packed, pack
+from model.cpu.thread_pool import THREAD_POOL
+from model.state import Batch, PagedSpec, State
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one attention layer."""
+
+    hidden_size: int
+    num_heads: int  # H
+    num_kv_heads: int  # J
+    head_dim: int  # D
+
+    def state_spec(self, layer: int) -> PagedSpec:
+        """Keys and values of a token: (2, J, D)."""
+        return PagedSpec(layer, (2, self.num_kv_heads, self.head_dim))
+
+
+def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
+    """Softmax attention of a request's last T tokens over all its L tokens: -> (T, H, D).
+
+    Where there are more queries than keys, the first ones come before every key: they see nothing and give zeros.
+    """
+    if (num_blind := q_THD.shape[0] - k_LJD.shape[0]) > 0:
+        seen_THD = causal_attention(q_THD[num_blind:], k_LJD, v_LJD) if len(k_LJD) else q_THD[:0]
+        return torch.cat([torch.zeros_like(q_THD[:num_blind]), seen_THD])
+    num_new, num_all = q_THD.shape[0], k_LJD.shape[0]
+    mask = None
+    if num_new > 1 and num_new != num_all:
+        mask = torch.ones(num_new, num_all, dtype=torch.bool, device=q_THD.device).tril(num_all - num_new)
+    out_HTD = F.scaled_dot_product_attention(
+        q_THD.transpose(0, 1)[None],
+        k_LJD.transpose(0, 1)[None],
+        v_LJD.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=num_new > 1 and mask is None,
+        enable_gqa=True,
+    )[0]
+    return out_HTD.transpose(0, 1)
+
+
+class Attention(nn.Module):
+    """An attention layer: (T, hidden) -> (T, hidden), appending to the requests' KV pages."""
+
+    def __init__(self, shape: AttentionShape, layer: int, bias: bool = False) -> None:
+        super().__init__()
+        self.shape, self.layer = shape, layer
+        self.packed: Packed | None = None
+        self.q_proj = Linear(shape.hidden_size, shape.num_heads * shape.head_dim, bias)
+        self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
+        self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
+        self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias)
+
+    def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        """Lays the three input projections out as one for the CPU's kernels, the layer's norm before them."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        self.packed = pack(torch.cat([part.take_weight() for part in parts]))
+        bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])
+        self.o_proj.pack()
+        self.before = (*norm.compiled, self.packed.panels, as_array(bias))
+
+    def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., hidden) -> q (..., H, D), k and v (..., J, D)."""
+        by_head = (-1, self.shape.head_dim)
+        return tuple(p(h).unflatten(-1, by_head) for p in (self.q_proj, self.k_proj, self.v_proj))
+
+    def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        q_THD, k_TJD, v_TJD = self.qkv(h_TD)
+        pages = state.pages[self.layer]
+        pages[batch.new_places_T] = torch.stack([k_TJD, v_TJD], dim=1).to(pages.dtype)
+        outputs = []
+        first_keys = batch.first_keys or (0,) * len(batch.lens)
+        for q, places, first_key in zip(q_THD.split(list(batch.lens)), batch.places, first_keys, strict=True):
+            kv_L2JD = pages[places[first_key:]]
+            outputs.append(causal_attention(q, kv_L2JD[:, 0], kv_L2JD[:, 1]))
+        out: Tensor = self.o_proj(torch.cat(outputs).flatten(-2))
+        return out
+
+    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
+        """x += attention(norm(x)), by the CPU's kernels."""
+        num_threads, x = torch.get_num_threads(), x_TD.numpy()
+        control = THREAD_POOL.ready(num_threads)
+        qkv_TX = cpu_layers.project(control, num_threads, x, *self.before)
+        pages, shape, arrays = state.pages[self.layer], self.shape, batch.arrays
+        is_bf16 = pages.dtype == torch.bfloat16
+        out_TX = np.empty((x.shape[0], shape.num_heads * shape.head_dim), np.float32)
+        where = (arrays.starts_R, arrays.lens_R, arrays.contexts_R, arrays.first_keys_R, arrays.tables_RW)
+        num_pairs = sum(
+            length * (context + length) for length, context in zip(batch.lens, batch.context_lens, strict=True)
+        )
+        attend(
+            num_pairs * shape.num_heads * shape.head_dim,
+            qkv_TX,
+            *where,
+            (pages.view(torch.int16) if is_bf16 else pages).numpy(),
+            is_bf16,
+            batch.block_size,
+            shape.num_heads,
+            out_TX,
+        )
+        cpu_layers.add_projected(control, num_threads, out_TX, *self.o_proj.compiled, x)

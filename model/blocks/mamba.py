@@ -1,0 +1,326 @@
+"""The Mamba-2 mixer: a causal convolution, then a selective state space with one scalar decay per head.
+
+What surprises: the projection's order is gate | x | B | C | Δ, the convolution runs over x|B|C together, Δ, A and the
+state are fp32 whatever the model's dtype, and padding with Δ = 0 is harmless (decay 1, input 0). Requests of different
+lengths are cut into pieces that end at absolute multiples of the chunk length, so a token's arithmetic does not depend
+on how its prompt was split into steps, as long as the splits lie on those multiples.
+
+Legend: T tokens, R requests, P pieces, Q chunk length, H heads, D head dim, G groups, N state dim, C conv channels,
+K taps.
+Source: Dao & Gu, "Transformers are SSMs" (2024), sections 6 and 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model import kernels
+from model.blocks.linear import Linear
+from model.blocks.norm import GatedGroupRMSNorm, RMSNorm
+from model.cpu import layers as cpu_layers
+from model.cpu import mamba as cpu
+from model.cpu.thread_pool import THREAD_POOL
+from model.cpu.vectors import LANES
+from model.state import Batch, Group, RecurrentSpec, State
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class MambaShape:
+    """Sizes of one Mamba-2 mixer."""
+
+    hidden_size: int
+    num_heads: int  # H
+    head_dim: int  # D
+    num_groups: int  # G
+    state_dim: int  # N
+    conv_kernel: int  # K
+    chunk_size: int  # Q
+    delta_limit: tuple[float, float] = (0.0, float("inf"))
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.inner_dim + 2 * self.num_groups * self.state_dim  # C
+
+    def state_spec(self, layer: int) -> RecurrentSpec:
+        """The last K-1 columns before the convolution, in the model's dtype, and the SSM state, in fp32."""
+        shapes = ((self.conv_kernel - 1, self.conv_dim), (self.num_heads, self.head_dim, self.state_dim))
+        return RecurrentSpec(layer, shapes, (None, torch.float32))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Requests cut at absolute multiples of the chunk length.
+
+    `rows_PQ` are rows of the packed batch, T where there is padding; `chain[c]` holds the pieces that come c-th in
+    their request and those requests, so that the state passes on in max(c) steps for all requests at once.
+    """
+
+    rows_PQ: Tensor
+    chain: tuple[tuple[Tensor, Tensor], ...]
+
+
+@lru_cache(maxsize=8)
+def cut_pieces(lens: tuple[int, ...], context_lens: tuple[int, ...], chunk_size: int) -> Pieces:
+    total, start = sum(lens), 0
+    rows: list[list[int]] = []
+    chain: list[tuple[list[int], list[int]]] = []
+    for request, (length, context_len) in enumerate(zip(lens, context_lens, strict=True)):
+        row, position, end, depth = start, context_len, context_len + length, 0
+        while position < end:
+            stop = min(end, (position // chunk_size + 1) * chunk_size)
+            piece = list(range(row, row + stop - position))
+            if depth == len(chain):
+                chain.append(([], []))
+            chain[depth][0].append(len(rows))
+            chain[depth][1].append(request)
+            rows.append(piece + [total] * (chunk_size - len(piece)))
+            row, position, depth = row + stop - position, stop, depth + 1
+        start += length
+    return Pieces(torch.tensor(rows), tuple((torch.tensor(p), torch.tensor(r)) for p, r in chain))
+
+
+def ssd_scan(
+    x_PQHD: Tensor,
+    delta_PQH: Tensor,
+    a_H: Tensor,
+    b_PQGN: Tensor,
+    c_PQGN: Tensor,
+    state_RHDN: Tensor,
+    chain: tuple[tuple[Tensor, Tensor], ...],
+) -> tuple[Tensor, Tensor]:
+    """The chunked selective scan in fp32: y (P, Q, H, D) without the skip term, and the final state (R, H, D, N)."""
+    per_group = x_PQHD.shape[2] // b_PQGN.shape[2]
+    log_decay_PHQ = (delta_PQH * a_H).transpose(1, 2).cumsum(-1)
+    # 1. "Compute the output for each intra-chunk (diagonal blocks)": (C Bᵀ ∘ L) (Δ x)
+    mask_QQ = torch.ones(x_PQHD.shape[1], x_PQHD.shape[1], dtype=torch.bool, device=x_PQHD.device).tril()
+    decay_PHQQ = (log_decay_PHQ[..., :, None] - log_decay_PHQ[..., None, :]).masked_fill(~mask_QQ, -torch.inf).exp()
+    # Contiguous operands, because the BLAS call, and with it the last bits, would else depend on the number of pieces.
+    scores_PGQQ = c_PQGN.transpose(1, 2).contiguous() @ b_PQGN.permute(0, 2, 3, 1).contiguous()
+    input_PHQD = (x_PQHD * delta_PQH[..., None]).transpose(1, 2)
+    y_PHQD = (scores_PGQQ.repeat_interleave(per_group, 1) * decay_PHQQ) @ input_PHQD
+    # 2. "Compute the state for each intra-chunk": Σ_j decay to the chunk's end · Δ_j x_j ⊗ B_j
+    to_end_PHQ = (log_decay_PHQ[..., -1:] - log_decay_PHQ).exp()
+    b_PHQN = b_PQGN.transpose(1, 2).repeat_interleave(per_group, 1)
+    added_PHDN = (input_PHQD * to_end_PHQ[..., None]).transpose(-1, -2) @ b_PHQN
+    # 3. "Compute the inter-chunk recurrence": the state that enters each piece
+    whole_P = log_decay_PHQ[..., -1].exp()
+    entering: list[Tensor] = []
+    for pieces, requests in chain:
+        before = state_RHDN[requests]
+        entering.append(before)
+        after = before * whole_P[pieces, :, None, None] + added_PHDN[pieces]
+        state_RHDN = state_RHDN.index_copy(0, requests, after)
+    order = torch.cat([pieces for pieces, _ in chain]).argsort()
+    entering_PHDN = torch.cat(entering)[order]
+    # 4. "Compute state -> output conversion per chunk": decay from the chunk's start · C · state
+    c_PHQN = c_PQGN.transpose(1, 2).repeat_interleave(per_group, 1)
+    y_PHQD = y_PHQD + (c_PHQN @ entering_PHDN.transpose(-1, -2)) * log_decay_PHQ.exp()[..., None]
+    return y_PHQD.transpose(1, 2), state_RHDN
+
+
+def ssd_step(
+    x_RHD: Tensor, delta_RH: Tensor, a_H: Tensor, b_RGN: Tensor, c_RGN: Tensor, state_RHDN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence: S ← exp(ΔA)·S + Δ x ⊗ B, y = S·C. Returns y (R, H, D) and the state (R, H, D, N)."""
+    per_group = x_RHD.shape[1] // b_RGN.shape[1]
+    b_RHN, c_RHN = b_RGN.repeat_interleave(per_group, 1), c_RGN.repeat_interleave(per_group, 1)
+    decay_RH = (delta_RH * a_H).exp()
+    state_RHDN = state_RHDN * decay_RH[..., None, None] + (x_RHD * delta_RH[..., None])[..., None] * b_RHN[:, :, None]
+    return (state_RHDN @ c_RHN[..., None])[..., 0], state_RHDN
+
+
+def causal_conv(
+    xbc_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, window_RKC: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution and SiLU over packed requests: (T, C), state (R, K-1, C) -> (T, C), new state."""
+    num_past = window_RKC.shape[1]
+    parts: list[Tensor] = []
+    for window, own in zip(window_RKC.unbind(), xbc_TC.split(list(batch.lens)), strict=True):
+        parts += [window, own]
+    padded = torch.cat(parts)
+    lens = torch.tensor(batch.lens, device=xbc_TC.device)
+    shift_T = (torch.arange(len(batch.lens), device=xbc_TC.device) * num_past).repeat_interleave(lens)
+    rows_T = torch.arange(xbc_TC.shape[0], device=xbc_TC.device) + shift_T
+    out = sum(padded[rows_T + tap] * weight_CK[:, tap] for tap in range(num_past + 1))
+    assert isinstance(out, Tensor)
+    ends_R = (lens + num_past).cumsum(0)
+    last_RK = ends_R[:, None] + torch.arange(-num_past, 0, device=xbc_TC.device)
+    return F.silu(out if bias_C is None else out + bias_C), padded[last_RK]
+
+
+def packed_scan(
+    x_THD: Tensor,
+    delta_TH: Tensor,
+    a_H: Tensor,
+    b_TGN: Tensor,
+    c_TGN: Tensor,
+    ssm_RHDN: Tensor,
+    group: Group,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`ssd_scan` over requests packed one after another: y (T, H, D) and the final state (R, H, D, N)."""
+    pieces = cut_pieces(group.lens, group.context_lens, chunk_size)
+    rows = pieces.rows_PQ.to(x_THD.device)
+    chain = tuple((p.to(x_THD.device), r.to(x_THD.device)) for p, r in pieces.chain)
+
+    def pad(v: Tensor) -> Tensor:
+        return torch.cat([v, v.new_zeros(1, *v.shape[1:])])[rows]
+
+    y_PQHD, ssm_RHDN = ssd_scan(pad(x_THD), pad(delta_TH), a_H, pad(b_TGN), pad(c_TGN), ssm_RHDN, chain)
+    is_real = rows < x_THD.shape[0]
+    y_THD = torch.empty_like(x_THD)
+    y_THD[rows[is_real]] = y_PQHD[is_real]
+    return y_THD, ssm_RHDN
+
+
+class ConvWeights(nn.Module):
+    """The convolution's parameters under their names in the checkpoint: weight (C, 1, K), bias (C,)."""
+
+    def __init__(self, shape: MambaShape, use_bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.conv_dim, 1, shape.conv_kernel))
+        self.bias = nn.Parameter(torch.empty(shape.conv_dim)) if use_bias else None
+
+
+class Mamba2Mixer(nn.Module):
+    """A Mamba-2 layer: (T, hidden) -> (T, hidden), reading and writing the requests' conv and SSM state."""
+
+    def __init__(
+        self, shape: MambaShape, layer: int, eps: float, use_conv_bias: bool = True, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.shape, self.layer = shape, layer
+        self.packed: tuple[Any, ...] = ()
+        self.in_proj = Linear(shape.hidden_size, shape.inner_dim + shape.conv_dim + shape.num_heads, bias)
+        self.conv1d = ConvWeights(shape, use_conv_bias)
+        self.A_log = nn.Parameter(torch.empty(shape.num_heads))
+        self.D = nn.Parameter(torch.empty(shape.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(shape.num_heads))
+        self.norm = GatedGroupRMSNorm(shape.inner_dim, shape.num_groups, eps)
+        self.out_proj = Linear(shape.inner_dim, shape.hidden_size, bias)
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """in_proj's output -> gate (..., inner), x|B|C before the convolution (..., C), Δ before softplus (..., H)."""
+        s = self.shape
+        gate, xbc, delta = projected.split([s.inner_dim, s.conv_dim, s.num_heads], dim=-1)
+        return gate, xbc, delta
+
+    def scan_inputs(self, xbc: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """After the convolution, in fp32: x (..., H, D), Δ (..., H), A (H,), B and C (..., G, N)."""
+        s = self.shape
+        groups = s.num_groups * s.state_dim
+        x, b, c = xbc.float().split([s.inner_dim, groups, groups], dim=-1)
+        delta = F.softplus(delta.float() + self.dt_bias.float()).clamp(*s.delta_limit)
+        a_H = -self.A_log.float().exp()
+        by_group = (s.num_groups, s.state_dim)
+        x = x.unflatten(-1, (s.num_heads, s.head_dim))
+        return x, delta, a_H, b.unflatten(-1, by_group), c.unflatten(-1, by_group)
+
+    def finish(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        """Skip term and gated norm: y and x (..., H, D), gate (..., inner) -> (..., inner)."""
+        y = y + x * self.D.float()[:, None]
+        normed: Tensor = self.norm(y.flatten(-2), gate)
+        return normed
+
+    def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        """Prepares what the CPU's kernels read, the layer's norm included. ValueError on odd sizes."""
+        if self.shape.state_dim % LANES:
+            given = self.shape.state_dim
+            raise ValueError(f"config.json has ssm_state_size = {given}; a CPU serves multiples of {LANES}")
+        s, conv = self.shape, self.conv1d
+        bias = torch.zeros(s.conv_dim) if conv.bias is None else conv.bias
+        constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)
+        numbers = tuple(np.ascontiguousarray(c.detach().float().numpy()) for c in constants)
+        limits = tuple(np.float32(limit) for limit in s.delta_limit)
+        own_norm = (self.norm.weight.detach().float().numpy(), np.float32(self.norm.eps))
+        self.packed = (s.num_groups, *numbers, *limits, *own_norm)
+        self.in_proj.pack()
+        self.out_proj.pack()
+        self.before, self.after = (*norm.compiled, *self.in_proj.compiled), self.out_proj.compiled
+
+    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
+        """x += mixer(norm(x)), by the CPU's kernels."""
+        num_threads, x = torch.get_num_threads(), x_TD.numpy()
+        control = THREAD_POOL.ready(num_threads)
+        projected_TP = cpu_layers.project(control, num_threads, x, *self.before)
+        if batch.has_drafts:
+            state.guessed[self.layer] = projected_TP
+        mixed_TI = self._mix_packed(projected_TP, batch, state)
+        cpu_layers.add_projected(control, num_threads, mixed_TI, *self.after, x)
+
+    def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        projected_TP = self.in_proj(h_TD)
+        if batch.has_drafts:
+            state.guessed[self.layer] = projected_TP
+        out: Tensor = self.out_proj(self._mix(projected_TP, batch, state))
+        return out
+
+    def commit(self, rows: Tensor, batch: Batch, state: State) -> None:
+        """Moves the state past guesses that proved right: `batch` holds these tokens, `rows` their rows in the step."""
+        projected_TP = state.guessed.pop(self.layer)
+        if self.packed:
+            self._mix_packed(projected_TP[rows.numpy()], batch, state, has_output=False)
+        else:
+            self._mix(projected_TP[rows], batch, state)
+
+    def _mix_packed(self, projected_TP: Floats, batch: Batch, state: State, has_output: bool = True) -> Floats:
+        arrays, (windows, states) = batch.arrays, state.slots[self.layer]
+        is_bf16 = windows.dtype == torch.bfloat16
+        out_TI = np.empty((projected_TP.shape[0] if has_output else 0, self.shape.inner_dim), np.float32)
+        cpu.mix(
+            projected_TP,
+            arrays.starts_R,
+            arrays.lens_R,
+            arrays.slots_R,
+            arrays.is_new_R,
+            arrays.keeps_R,
+            (windows.view(torch.int16) if is_bf16 else windows).numpy(),
+            is_bf16,
+            states.numpy(),
+            *self.packed,
+            has_output,
+            out_TI,
+        )
+        return out_TI
+
+    def _mix(self, projected_TP: Tensor, batch: Batch, state: State) -> Tensor:
+        """What lies between the projections, in plain PyTorch or fused CUDA kernels: (T, P) -> (T, inner)."""
+        gate_TI, xbc_TC, delta_TH = self.split(projected_TP)
+        window_RKC, ssm_RHDN = state.read(self.layer, batch)
+        conv = kernels.causal_conv(projected_TP.device) or causal_conv
+        xbc_TC, window_RKC = conv(xbc_TC, self.conv1d.weight[:, 0], self.conv1d.bias, window_RKC, batch)
+        x_THD, delta_TH, a_H, b_TGN, c_TGN = self.scan_inputs(xbc_TC, delta_TH)
+        y_THD, ssm_RHDN = self.advance(x_THD, delta_TH, a_H, b_TGN, c_TGN, ssm_RHDN, batch)
+        state.write(self.layer, batch, (window_RKC, ssm_RHDN))
+        return self.finish(y_THD, x_THD, gate_TI)
+
+    def advance(
+        self, x: Tensor, delta: Tensor, a_H: Tensor, b: Tensor, c: Tensor, ssm: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The state space over packed requests: one step for those with one token, the chunked scan for the others."""
+        step, scan = kernels.ssd_step(x.device) or ssd_step, kernels.ssd_scan(x.device) or packed_scan
+        ones, runs = batch.single_token_group, batch.many_token_group
+        if runs is None:
+            return step(x, delta, a_H, b, c, ssm)
+        if ones is None:
+            return scan(x, delta, a_H, b, c, ssm, runs, self.shape.chunk_size)
+        y, new_ssm = torch.empty_like(x), torch.empty_like(ssm)
+        t, r = ones.rows, ones.requests
+        y[t], new_ssm[r] = step(x[t], delta[t], a_H, b[t], c[t], ssm[r])
+        t, r = runs.rows, runs.requests
+        y[t], new_ssm[r] = scan(x[t], delta[t], a_H, b[t], c[t], ssm[r], runs, self.shape.chunk_size)
+        return y, new_ssm

@@ -1,0 +1,348 @@
+"""The sparse mixture of experts: router, shared expert, latent projections, and the one seam to where the experts live.
+
+LatentMoE routes on the full hidden vector but sends only fc1's output, a quarter as wide, to the experts; fc2 brings
+the weighted sum back. A plain MoE is the same with fc1 = fc2 = identity.
+
+Legend: N rows, D hidden, L expert input (latent, or hidden where there is none), M expert width, E experts, K picks a
+row, P = N·K picks.
+Source: NVIDIA, "LatentMoE" (arXiv 2601.18089); router: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model import kernels
+from model.blocks.linear import Linear, RowPlan, as_array, row_plan
+from model.blocks.norm import RMSNorm
+from model.cpu import layers as cpu_layers
+from model.cpu import moe as cpu
+from model.cpu.linear import Packed, pack, unpack
+from model.cpu.thread_pool import THREAD_POOL
+from model.exact_sums import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
+from model.state import Batch, State
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """The routed experts of one MoE layer: y = down·relu(up·x)², up (M, L), down (L, M)."""
+
+    layer: int
+    num_experts: int  # E
+    top_k: int  # K
+    input_dim: int  # L
+    width: int  # M
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of one expert."""
+        return 2 * self.input_dim * self.width
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one expert."""
+        return self.num_params * dtype.itemsize
+
+
+class Experts(Protocol):
+    """Runs a layer's routed experts, wherever they live."""
+
+    def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+        """Sends the rows off and returns a function that waits for the weighted sums: fp32 (N, L)."""
+
+
+class ExpertBank:
+    """The experts of one layer that this process holds."""
+
+    def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
+        self.is_compiled = kernels.is_compiled(device)
+        if self.is_compiled and dtype == torch.bfloat16 and (shape.input_dim % 2 or shape.width % 2):
+            sizes = f"{shape.input_dim} inputs and a width of {shape.width}"
+            raise ValueError(f"experts of layer {shape.layer} have {sizes}; in bfloat16 a CPU serves even numbers")
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self._packed: dict[int, tuple[Packed, Packed]] = {}
+        self._addresses = np.zeros((2, shape.num_experts), np.int64)  # of the packed weights: up, down
+        self._gains: dict[int, int] = {}
+        self._plan: RowPlan | None = None
+
+    @property
+    def held(self) -> frozenset[int]:
+        return frozenset(self._gains)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._gains) * self.shape.nbytes(self.dtype)
+
+    def load(self, expert: int, tensors: Mapping[str, Tensor], gain: int | None = None) -> None:
+        """Takes an expert's {"up": (M, L), "down": (L, M)}; finding its gain exponent takes longer than all the rest.
+
+        Experts may be loaded on one thread while others are computed on another.
+        """
+        assert 0 <= expert < self.shape.num_experts
+        up, down = (tensors[name].to(self.device, self.dtype, copy=True) for name in ("up", "down"))
+        assert up.shape == (self.shape.width, self.shape.input_dim) == down.shape[::-1]
+        if self.is_compiled:
+            packed = self._packed[expert] = pack(up), pack(down)
+            self._addresses[:, expert] = [part.panels.address for part in packed]
+        else:
+            self._weights[expert] = up, down
+        self._gains[expert] = gain_exponent(up, down) if gain is None else gain
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """What `load` was given, on the CPU and in the bank's dtype; KeyError if it is not held."""
+        up_down = map(unpack, self._packed[expert]) if self.is_compiled else (w.cpu() for w in self._weights[expert])
+        return dict(zip(("up", "down"), up_down, strict=True))
+
+    def unload(self, expert: int) -> None:
+        for by_expert in (self._weights, self._packed, self._gains):
+            by_expert.pop(expert, None)
+        self._addresses[:, expert] = 0
+
+    def gain_exponent(self, expert: int) -> int:
+        return self._gains[expert]
+
+    def warm_up(self, expert: int) -> None:
+        """Does now what a shard's first call would wait for: compiling, or finding row counts. `expert` is held."""
+        if self.is_compiled:
+            self.packed_sums(*self._as_shards_ask(expert))
+        else:
+            x_NL, row, picked = torch.zeros(1, self.shape.input_dim), torch.tensor([0]), torch.tensor([expert])
+            self.partial_sums(x_NL, row, picked, torch.ones(1), torch.zeros(1, dtype=torch.int16))
+
+    def _as_shards_ask(self, expert: int) -> tuple[NDArray[Any], ...]:
+        """One pick as a message brings it, read-only: for other types a kernel is compiled anew."""
+
+        def received(array: NDArray[Any]) -> NDArray[Any]:
+            return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+
+        rows = np.zeros((1, self.shape.input_dim), np.int16 if self.dtype == torch.bfloat16 else np.float32)
+        ids, weight, grid = np.array([[0], [expert]], np.int32), np.ones(1, np.float32), np.zeros(1, np.int16)
+        return tuple(map(received, (rows, *ids, weight, grid)))
+
+    def plan(self) -> RowPlan:
+        """Row counts that serve both of an expert's products, found once."""
+        if self._plan is None:
+            plans = [row_plan(weight) for weight in next(iter(self._weights.values()))]
+            self._plan = RowPlan(max(p.quantum for p in plans), min(p.limit for p in plans))
+        return self._plan
+
+    def partial_sums(self, x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, grid_N: Tensor) -> Tensor:
+        """Σ of weight·expert(x[row]) over the picks of each row: int64 (N, L), in units of 2**grid.
+
+        `row_P` and `expert_P` are int64 on the CPU; every expert named must be held. Raises ValueError where an output
+        is not finite or too large to add.
+        """
+        if self.is_compiled:
+            picks = (row_P.numpy(), expert_P.numpy(), weight_P.numpy(), grid_N.numpy())
+            return torch.from_numpy(self.packed_sums(x_NL.float().contiguous().numpy(), *picks))
+        order_P = expert_P.numpy().argsort(kind="stable")
+        rows_P = row_P.numpy()[order_P]
+        blocks, place_P, num_padded = self._blocks(expert_P.numpy()[order_P])
+        source = np.zeros(num_padded, dtype=np.int64)  # padding repeats row 0: its result is thrown away
+        source[place_P] = rows_P
+        x = x_NL.to(self.device, self.dtype)[torch.from_numpy(source).to(self.device)]
+        y = torch.cat([self._expert(expert, x[start:stop]) for expert, start, stop in blocks])
+        y_PL = y[torch.from_numpy(place_P).to(self.device)]
+        scale_P = scale_to_grid(weight_P.cpu().numpy()[order_P], grid_N.cpu().numpy()[rows_P])
+        scale, rows = (torch.from_numpy(v).to(self.device) for v in (scale_P, rows_P))
+        return add_on_grid(y_PL, scale, rows, len(x_NL))
+
+    def packed_sums(
+        self,
+        x_NL: NDArray[np.generic],
+        row_P: NDArray[np.integer],
+        expert_P: NDArray[np.integer],
+        weight_P: NDArray[np.float32],
+        grid_N: NDArray[np.int16],
+    ) -> NDArray[np.int64]:
+        """`partial_sums` by the CPU's kernels, on arrays; rows are fp32, or the bits of bf16 as int16."""
+        sums_NL = np.zeros(x_NL.shape, np.int64)
+        picks = (x_NL.dtype == np.int16, row_P, expert_P, weight_P, grid_N)
+        is_bf16 = self.dtype == torch.bfloat16  # of the weights; a packed one may not be asked while others are loaded
+        if not cpu.partial_sums(x_NL, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
+            raise ValueError(NOT_ADDABLE)
+        return sums_NL
+
+    def _blocks(self, expert_P: NDArray[np.int64]) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], int]:
+        """Cuts sorted picks into an expert's blocks of rows that `plan` allows.
+
+        Returns (expert, start, stop) of each block among the padded rows, each pick's padded row, and their number.
+        """
+        plan = self.plan()
+        starts = np.flatnonzero(np.diff(expert_P, prepend=-1)).tolist()
+        blocks: list[tuple[int, int, int]] = []
+        shift_P = np.empty(len(expert_P), dtype=np.int64)
+        end = 0
+        for start, stop in zip(starts, [*starts[1:], len(expert_P)], strict=True):
+            shift_P[start:stop] = end - start
+            first, end = end, end + plan.padded(stop - start)
+            expert = int(expert_P[start])
+            blocks += [(expert, row, min(row + plan.limit, end)) for row in range(first, end, plan.limit)]
+        return blocks, shift_P + np.arange(len(expert_P)), end
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        up, down = self._weights[expert]
+        hidden = torch.nn.functional.linear(x, up).relu_()
+        return torch.nn.functional.linear(hidden.mul_(hidden), down)
+
+
+class LocalExperts:
+    """Every expert of every layer in this process."""
+
+    def __init__(self, banks: Mapping[int, ExpertBank]) -> None:
+        assert all(len(bank.held) == bank.shape.num_experts for bank in banks.values())
+        self.banks = dict(banks)
+        self.gains = {layer: max(map(bank.gain_exponent, bank.held)) for layer, bank in banks.items()}
+
+    def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
+        grid_N = grid_exponents(x_NL, topk_weights_NK, self.gains[layer])
+        row_P = torch.from_numpy(np.arange(x_NL.shape[0]).repeat(topk_ids_NK.shape[1]))
+        picks = row_P, topk_ids_NK.flatten().cpu(), topk_weights_NK.flatten()
+        return lambda: from_grid(self.banks[layer].partial_sums(x_NL, *picks, grid_N), grid_N)
+
+
+class Router(nn.Module):
+    """Sigmoid scores in fp32; the correction bias chooses experts, never weighs them. (N, D) -> ids, weights (N, K)."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        shape: ExpertShape,
+        scaling_factor: float,
+        num_groups: int,
+        topk_groups: int,
+        normalize: bool,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.num_experts, hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.empty(shape.num_experts))
+        self.top_k, self.scaling_factor, self.normalize = shape.top_k, scaling_factor, normalize
+        self.num_groups, self.topk_groups = num_groups, topk_groups
+        self.packed: Packed | None = None
+
+    def pack(self) -> None:
+        self.packed = pack(self.weight.float())
+
+    def scores(self, h_ND: Tensor) -> Tensor:
+        return torch.nn.functional.linear(h_ND.float(), self.weight.float()).sigmoid()
+
+    def forward(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
+        scores_NE = self.scores(h_ND)
+        choice_NE = self._keep_best_groups(scores_NE + self.e_score_correction_bias)
+        topk_ids_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
+        weights_NK = scores_NE.gather(1, topk_ids_NK)
+        if self.normalize:
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        return topk_ids_NK, weights_NK * self.scaling_factor
+
+    @property
+    def compiled(self) -> tuple[Any, ...]:
+        """For `cpu.layers.route`: weight, correction bias, groups, whether weights add up to 1, their factor."""
+        assert self.packed is not None
+        groups, bias = (self.num_groups, self.topk_groups), as_array(self.e_score_correction_bias)
+        return self.packed.panels, bias, *groups, self.normalize, np.float32(self.scaling_factor)
+
+    def _keep_best_groups(self, choice_NE: Tensor) -> Tensor:
+        if self.topk_groups == self.num_groups:
+            return choice_NE
+        by_group: Tensor = choice_NE.unflatten(-1, (self.num_groups, -1))
+        best = by_group.topk(2, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
+        is_kept = torch.zeros(by_group.shape[:2], dtype=torch.bool, device=choice_NE.device).scatter_(1, best, True)
+        return by_group.masked_fill(~is_kept[..., None], -torch.inf).flatten(-2)
+
+
+class DenseMLP(nn.Module):
+    """down·relu(up·h)²: the shared expert, and the `-` layers."""
+
+    def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
+        super().__init__()
+        self.up_proj = Linear(hidden_size, width, bias)
+        self.down_proj = Linear(width, hidden_size, bias)
+
+    def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        """Prepares what the CPU's kernels read, the layer's norm included."""
+        self.up_proj.pack()
+        self.down_proj.pack()
+        self.before = norm.compiled
+
+    @property
+    def compiled(self) -> tuple[Any, ...]:
+        return *self.up_proj.compiled, *self.down_proj.compiled
+
+    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
+        """x += mlp(norm(x)), by the CPU's kernels."""
+        num_threads = torch.get_num_threads()
+        cpu_layers.add_mlp(THREAD_POOL.ready(num_threads), num_threads, x_TD.numpy(), *self.before, *self.compiled)
+
+    def forward(self, h: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
+        hidden = self.up_proj(h).relu()
+        out: Tensor = self.down_proj(hidden * hidden)
+        return out
+
+
+class MoE(nn.Module):
+    """A MoE layer: (N, D) -> (N, D). The shared expert is computed while the rows are away."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        shape: ExpertShape,
+        shared_width: int,
+        router: Router,
+        experts: Experts,
+        *,
+        is_latent: bool,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape, self.experts, self.gate, self.is_latent = shape, experts, router, is_latent
+        if is_latent:
+            self.fc1_latent_proj = Linear(hidden_size, shape.input_dim, bias)
+            self.fc2_latent_proj = Linear(shape.input_dim, hidden_size, bias)
+        self.shared_experts = DenseMLP(hidden_size, shared_width, bias)
+
+    def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        """Prepares what the CPU's kernels read, the layer's norm included; rows travel to the experts as `dtype`."""
+        self.gate.pack()
+        self.shared_experts.pack(norm, dtype)
+        there = self.back = (self.gate.compiled[0], as_array(None))  # never read
+        if self.is_latent:
+            self.fc1_latent_proj.pack()
+            self.fc2_latent_proj.pack()
+            there, self.back = self.fc1_latent_proj.compiled, self.fc2_latent_proj.compiled
+        self.before = (*norm.compiled, *self.gate.compiled, self.is_latent, *there)
+        self.shared = self.shared_experts.compiled
+        self.wire_dtype = dtype
+
+    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
+        """x += moe(norm(x)), by the CPU's kernels."""
+        num_threads, x, shape = torch.get_num_threads(), x_TD.numpy(), self.shape
+        control = THREAD_POOL.ready(num_threads)
+        is_bf16 = self.wire_dtype == torch.bfloat16
+        ids_NK, weights_NK = np.empty((len(x), shape.top_k), np.int64), np.empty((len(x), shape.top_k), np.float32)
+        wire_NL = np.empty((len(x), shape.input_dim), np.int16 if is_bf16 else np.float32)
+        h_ND = cpu_layers.route(control, num_threads, x, *self.before, ids_NK, weights_NK, wire_NL, is_bf16)
+        x_NL, topk_ids_NK, topk_weights_NK = map(torch.from_numpy, (wire_NL, ids_NK, weights_NK))
+        x_NL = x_NL.view(torch.bfloat16) if is_bf16 else x_NL
+        wait = self.experts(shape.layer, x_NL, topk_ids_NK, topk_weights_NK)
+        shared_ND = cpu_layers.mlp(control, num_threads, h_ND, *self.shared)
+        cpu_layers.add_routed(control, num_threads, wait().numpy(), self.is_latent, *self.back, shared_ND, x)
+
+    def forward(self, h_ND: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
+        topk_ids_NK, topk_weights_NK = self.gate(h_ND)
+        x_NL = self.fc1_latent_proj(h_ND) if self.is_latent else h_ND
+        wait = self.experts(self.shape.layer, x_NL, topk_ids_NK, topk_weights_NK)
+        shared_ND = self.shared_experts(h_ND)
+        y_NL = wait().to(h_ND.dtype)
+        routed_ND = self.fc2_latent_proj(y_NL) if self.is_latent else y_NL
+        out: Tensor = routed_ND + shared_ND
+        return out

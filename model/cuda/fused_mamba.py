@@ -1,0 +1,106 @@
+"""The fused CUDA kernels of mamba-ssm and causal-conv1d behind the signatures of `model.blocks.mamba`. Imported only on CUDA.
+
+What surprises: neither package takes an initial state per request of a packed batch, so the scan pads requests into a
+rectangle and the convolution writes each request's past columns before its own. Δ arrives ready, so the kernels get no
+softplus. Matrix products inside the scan use TF32 where x is fp32.
+
+Legend: as in `model.blocks.mamba`; L the rectangle's length.
+Source: mamba-ssm 2.2 `ops/triton/{ssd_combined,selective_state_update}.py`, causal-conv1d 1.5
+`causal_conv1d_interface.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+from torch import Tensor
+
+from model.state import Batch, Group
+
+
+def ssd_scan(
+    x_THD: Tensor,
+    delta_TH: Tensor,
+    a_H: Tensor,
+    b_TGN: Tensor,
+    c_TGN: Tensor,
+    ssm_RHDN: Tensor,
+    group: Group,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`model.blocks.mamba.packed_scan`: y (T, H, D) and the final state (R, H, D, N)."""
+    request_T, column_T = rectangle(group, chunk_size, x_THD.device)
+    shape_RL = len(group.lens), int(column_T.max()) + 1
+
+    def pad(v: Tensor) -> Tensor:
+        return v.new_zeros(*shape_RL, *v.shape[1:]).index_put_((request_T, column_T), v)
+
+    y_RLHD, final_RHDN = mamba_chunk_scan_combined(
+        pad(x_THD),
+        pad(delta_TH),
+        a_H,
+        pad(b_TGN),
+        pad(c_TGN),
+        chunk_size,
+        initial_states=ssm_RHDN.contiguous(),
+        dt_softplus=False,
+        return_final_states=True,
+    )
+    return y_RLHD[request_T, column_T], final_RHDN.to(ssm_RHDN.dtype)
+
+
+def rectangle(group: Group, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Request and column of each packed row: two (T,). A request starts at its place within a chunk.
+
+    So chunks end at absolute multiples of their length, as in `model.blocks.mamba.cut_pieces`; Δ = 0 in front is harmless.
+    """
+    firsts_R = torch.tensor([context_len % chunk_size for context_len in group.context_lens], device=device)
+    lens_R = torch.tensor(group.lens, device=device)
+    request_T = torch.arange(len(group.lens), device=device).repeat_interleave(lens_R)
+    starts_R = lens_R.cumsum(0) - lens_R
+    return request_T, torch.arange(len(request_T), device=device) + (firsts_R - starts_R)[request_T]
+
+
+def ssd_step(
+    x_RHD: Tensor, delta_RH: Tensor, a_H: Tensor, b_RGN: Tensor, c_RGN: Tensor, state_RHDN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`model.blocks.mamba.ssd_step`: y (R, H, D) and the state (R, H, D, N), which is a new tensor."""
+    _, head_dim, state_dim = state_RHDN.shape[1:]
+    state_RHDN = state_RHDN.clone()  # the kernel writes into it
+    y_RHD: Tensor = selective_state_update(
+        state_RHDN,
+        x_RHD,
+        delta_RH[..., None].expand(-1, -1, head_dim),
+        a_H[:, None, None].expand(-1, head_dim, state_dim),
+        b_RGN,
+        c_RGN,
+        # Expanded strides select the kernel's scalar-decay path, which also reads dt_bias's stride: None would crash.
+        dt_bias=torch.zeros_like(a_H)[:, None].expand(-1, head_dim),
+        dt_softplus=False,
+    )
+    return y_RHD, state_RHDN
+
+
+def causal_conv(
+    xbc_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, window_RKC: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """`model.blocks.mamba.causal_conv`: (T, C) and the new state (R, K-1, C). The kernel wants C to be a multiple of 8."""
+    weight_CK = weight_CK.contiguous()
+    if max(batch.lens) == 1:
+        window_RCK = window_RKC.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # written into
+        out_TC: Tensor = causal_conv1d_update(xbc_TC, window_RCK, weight_CK, bias_C, activation="silu")
+        return out_TC, window_RCK.transpose(1, 2)
+    num_past = window_RKC.shape[1]
+    lens_R = torch.tensor(batch.lens, device=xbc_TC.device)
+    parts = zip(window_RKC.unbind(), xbc_TC.split(list(batch.lens)), strict=True)
+    padded_SC = torch.cat([part for pair in parts for part in pair])
+    request_S = torch.arange(len(batch.lens), device=xbc_TC.device).repeat_interleave(lens_R + num_past)
+    out_SC = causal_conv1d_fn(padded_SC.t()[None], weight_CK, bias_C, seq_idx=request_S.int()[None], activation="silu")[
+        0
+    ].t()
+    ends_R = (lens_R + num_past).cumsum(0)
+    shift_T = (torch.arange(len(batch.lens), device=xbc_TC.device) + 1).repeat_interleave(lens_R) * num_past
+    last_RK = ends_R[:, None] + torch.arange(-num_past, 0, device=xbc_TC.device)
+    return out_SC[torch.arange(xbc_TC.shape[0], device=xbc_TC.device) + shift_T], padded_SC[last_RK]

@@ -1,0 +1,484 @@
+"""Nemotron 3 (Super, Nano, Ultra): Mamba-2, attention, (latent) MoE or dense mixers, one a layer, and an MTP module.
+
+What surprises: attention has no position encoding, though the config carries `rope_theta`; every layer is one norm and
+one mixer; the MTP module reads the output of the *final* norm and puts the embedding half first; its weights are flat
+(`mtp.layers.{step·len(pattern) + inner}`) and it shares the embedding and the head.
+
+Legend: T tokens of the step, D hidden, V vocabulary, L expert input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model import kernels
+from model.blocks.attention import Attention, AttentionShape
+from model.blocks.linear import Linear
+from model.blocks.mamba import Mamba2Mixer, MambaShape
+from model.blocks.moe import DenseMLP, Experts, ExpertShape, LocalExperts, MoE, Router
+from model.blocks.norm import RMSNorm
+from model.checkpoint import Checkpoint
+from model.cpu import layers as cpu_layers
+from model.cpu.linear import Packed, linear, pack
+from model.state import Batch, State, StateSpec
+
+LETTERS = {
+    "M": ("mamba", "linear_attention"),
+    "E": ("moe",),
+    "*": ("attention", "full_attention"),
+    "-": ("mlp",),
+}
+PREFIXES = ("backbone.", "model.", "language_model.backbone.", "language_model.model.")
+FP32_PARAMETERS = ("A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias")
+FIXED = {  # what this family never varies; another value would compute something else
+    "residual_in_fp32": (False,),
+    "sliding_window": (None,),
+    "mlp_hidden_act": ("relu2",),
+    "mamba_hidden_act": ("silu",),
+    "n_shared_experts": (1,),
+}
+
+
+def _pattern(raw: dict[str, Any], prefix: str) -> str | None:
+    """The layer pattern in letters, from a pattern string, an old list or a new list."""
+    if pattern := raw.get(f"{prefix}hybrid_override_pattern"):
+        for letter in pattern:
+            if letter not in LETTERS:
+                raise ValueError(f"{prefix}hybrid_override_pattern has the layer {letter!r}; allowed are M, E, * and -")
+        return str(pattern)
+    names = raw.get(f"{prefix}layers_block_type")
+    if names is None:
+        return None
+    letters = {name: letter for letter, aliases in LETTERS.items() for name in aliases}
+    for name in names:
+        if name not in letters:
+            raise ValueError(f"{prefix}layers_block_type has the layer {name!r}; allowed are {', '.join(letters)}")
+    return "".join(letters[name] for name in names)
+
+
+@dataclass(frozen=True)
+class NemotronHConfig:
+    """What `config.json` and `generation_config.json` say, checked. Patterns: M Mamba-2, E MoE, * attention, - MLP."""
+
+    vocab_size: int
+    hidden_size: int
+    pattern: str
+    mtp_pattern: str
+    num_nextn_predict_layers: int
+    mamba: MambaShape
+    attention: AttentionShape
+    intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    moe_shared_expert_intermediate_size: int
+    moe_latent_size: int | None
+    routed_scaling_factor: float
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    layer_norm_epsilon: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    use_conv_bias: bool
+    use_bias: bool
+    attention_bias: bool
+    mlp_bias: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> NemotronHConfig:
+        """Reads the public dialects of the config. Raises ValueError naming the key that is missing or not allowed."""
+
+        def need(key: str) -> int:
+            value = raw.get(key)
+            if value is None:
+                raise ValueError(f"config.json lacks the key {key}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"config.json has {key} = {value!r}; allowed is a positive integer")
+            return value
+
+        for key, allowed in FIXED.items():
+            if key in raw and raw[key] not in allowed:
+                raise ValueError(f"config.json has {key} = {raw[key]!r}; supported is {allowed[0]!r}")
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise ValueError(f"config.json has a quantization_config ({method}); supported are bf16 and fp32 weights")
+        pattern = _pattern(raw, "")
+        if pattern is None:
+            raise ValueError("config.json lacks the key hybrid_override_pattern (or layers_block_type)")
+        if raw.get("num_hidden_layers") not in (None, len(pattern)):
+            given = raw["num_hidden_layers"]
+            raise ValueError(f"config.json has num_hidden_layers = {given!r}, but a pattern of {len(pattern)} layers")
+        hidden = need("hidden_size")
+        limit = raw.get("time_step_limit") or (0.0, float("inf"))
+        mamba = MambaShape(
+            hidden,
+            need("mamba_num_heads"),
+            need("mamba_head_dim"),
+            raw.get("mamba_n_groups") or need("n_groups"),
+            need("ssm_state_size"),
+            raw.get("mamba_d_conv") or need("conv_kernel"),
+            raw.get("mamba_chunk_size") or need("chunk_size"),
+            (float(limit[0]), float(limit[1])),
+        )
+        num_heads = need("num_attention_heads")
+        num_kv_heads = raw.get("num_key_value_heads") or num_heads
+        has_moe = "E" in pattern
+        eos = (generation or {}).get("eos_token_id")
+        if eos is None:
+            eos = raw.get("eos_token_id")
+        return cls(
+            vocab_size=need("vocab_size"),
+            hidden_size=hidden,
+            pattern=pattern,
+            mtp_pattern=_pattern(raw, "mtp_") or "*E",
+            num_nextn_predict_layers=raw.get("num_nextn_predict_layers") or 0,
+            mamba=mamba,
+            attention=AttentionShape(hidden, num_heads, num_kv_heads, need("head_dim")),
+            intermediate_size=need("intermediate_size") if "-" in pattern else 0,
+            n_routed_experts=need("n_routed_experts") if has_moe else 0,
+            num_experts_per_tok=need("num_experts_per_tok") if has_moe else 0,
+            moe_intermediate_size=need("moe_intermediate_size") if has_moe else 0,
+            moe_shared_expert_intermediate_size=need("moe_shared_expert_intermediate_size") if has_moe else 0,
+            moe_latent_size=need("moe_latent_size") if raw.get("moe_latent_size") else None,
+            routed_scaling_factor=float(raw.get("routed_scaling_factor", 1.0)),
+            n_group=raw.get("n_group") or 1,
+            topk_group=raw.get("topk_group") or 1,
+            norm_topk_prob=raw.get("norm_topk_prob", True),
+            layer_norm_epsilon=raw.get("layer_norm_epsilon") or raw.get("norm_eps") or 1e-5,
+            max_position_embeddings=need("max_position_embeddings"),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            use_conv_bias=raw.get("use_conv_bias", True),
+            use_bias=raw.get("use_bias", False) or raw.get("mamba_proj_bias", False),
+            attention_bias=raw.get("attention_bias", False),
+            mlp_bias=raw.get("mlp_bias", False),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        )
+
+    def __post_init__(self) -> None:
+        def divides(large: str, big: int, small: str, part: int) -> None:
+            if part < 1 or big % part:
+                raise ValueError(f"config.json has {large} = {big}, which {small} = {part} does not divide")
+
+        if self.num_nextn_predict_layers not in (0, 1):
+            given = self.num_nextn_predict_layers
+            raise ValueError(f"config.json has num_nextn_predict_layers = {given!r}; supported are 0 and 1")
+        mamba, attention = self.mamba, self.attention
+        divides("mamba_num_heads", mamba.num_heads, "n_groups", mamba.num_groups)
+        divides("num_attention_heads", attention.num_heads, "num_key_value_heads", attention.num_kv_heads)
+        if "E" in self.pattern:
+            divides("n_routed_experts", self.n_routed_experts, "n_group", self.n_group)
+            for small, large in (("num_experts_per_tok", "n_routed_experts"), ("topk_group", "n_group")):
+                value, most = getattr(self, small), getattr(self, large)
+                if not 1 <= value <= most:
+                    raise ValueError(f"config.json has {small} = {value}; allowed is 1 to {large} = {most}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pattern)
+
+    @cached_property
+    def layers(self) -> str:
+        """Letters of all layers; those of the MTP module continue after the backbone's."""
+        return self.pattern + self.mtp_pattern * self.num_nextn_predict_layers
+
+    @cached_property
+    def expert_shapes(self) -> tuple[ExpertShape, ...]:
+        input_dim = self.moe_latent_size or self.hidden_size
+        sizes = (self.n_routed_experts, self.num_experts_per_tok, input_dim, self.moe_intermediate_size)
+        return tuple(ExpertShape(layer, *sizes) for layer, letter in enumerate(self.layers) if letter == "E")
+
+    @cached_property
+    def state_spec(self) -> StateSpec:
+        return StateSpec(
+            tuple(self.attention.state_spec(layer) for layer, letter in enumerate(self.layers) if letter == "*"),
+            tuple(self.mamba.state_spec(layer) for layer, letter in enumerate(self.layers) if letter == "M"),
+        )
+
+    @property
+    def chunk_size(self) -> int:
+        """Prompts split between steps are split at multiples of this many tokens."""
+        return self.mamba.chunk_size
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)): (T, D) -> (T, D)."""
+
+    def __init__(self, config: NemotronHConfig, layer: int, experts: Experts) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = make_mixer(config, layer, experts)
+
+        self.is_packed = False
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """From now on the CPU's kernels run, and change `x_TD` in place."""
+        mixer: Any = self.mixer
+        mixer.pack(self.norm, dtype)
+        self.is_packed = True
+
+    def forward(self, x_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        if self.is_packed:
+            mixer: Any = self.mixer
+            mixer.add_to(x_TD, batch, state)
+            return x_TD
+        out: Tensor = x_TD + self.mixer(self.norm(x_TD), batch, state)
+        return out
+
+
+def make_mixer(config: NemotronHConfig, layer: int, experts: Experts) -> nn.Module:
+    match config.layers[layer]:
+        case "M":
+            return Mamba2Mixer(config.mamba, layer, config.layer_norm_epsilon, config.use_conv_bias, config.use_bias)
+        case "*":
+            return Attention(config.attention, layer, config.attention_bias)
+        case "-":
+            return DenseMLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        case _:
+            return make_moe(config, layer, experts)
+
+
+def make_moe(config: NemotronHConfig, layer: int, experts: Experts) -> MoE:
+    shape = next(shape for shape in config.expert_shapes if shape.layer == layer)
+    groups = (config.n_group, config.topk_group)
+    router = Router(config.hidden_size, shape, config.routed_scaling_factor, *groups, config.norm_topk_prob)
+    is_latent = config.moe_latent_size is not None
+    shared_width = config.moe_shared_expert_intermediate_size
+    return MoE(config.hidden_size, shape, shared_width, router, experts, is_latent=is_latent, bias=config.mlp_bias)
+
+
+class MTPModule(nn.Module):
+    """Drafts the token after next, from a position's final hidden vector and the embedding of the next token."""
+
+    def __init__(self, config: NemotronHConfig, experts: Experts) -> None:
+        super().__init__()
+        inner = len(config.mtp_pattern)
+        assert config.num_nextn_predict_layers == 1, "checked by the config"
+        self.layers = nn.ModuleList(Block(config, config.num_layers + i, experts) for i in range(inner))
+        eps = config.layer_norm_epsilon
+        first, last = self.layers[0], self.layers[inner - 1]
+        first.enorm = RMSNorm(config.hidden_size, eps)
+        first.hnorm = RMSNorm(config.hidden_size, eps)
+        first.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        last.final_layernorm = RMSNorm(config.hidden_size, eps)
+
+    def fuse(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """eh_proj of [enorm(embedding) | hnorm(hidden)]: (..., D), (..., D) -> (..., D)."""
+        first: Any = self.layers[0]
+        fused: Tensor = first.eh_proj(torch.cat([first.enorm(embedded), first.hnorm(hidden)], dim=-1))
+        return fused
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        last: Any = self.layers[-1]
+        normed: Tensor = last.final_layernorm(x)
+        return normed
+
+    def forward(self, embedded_TD: Tensor, hidden_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        x_TD = self.fuse(embedded_TD, hidden_TD)
+        for block in self.layers:
+            x_TD = block(x_TD, batch, state)
+        return self.final_norm(x_TD)
+
+
+class NemotronH(nn.Module):
+    """The backbone. `mtp` is None where the checkpoint brings no MTP weights."""
+
+    def __init__(self, config: NemotronHConfig, experts: Experts, with_mtp: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, experts) for layer in range(config.num_layers))
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.mtp = MTPModule(config, experts) if with_mtp and config.num_nextn_predict_layers else None
+        self.packed_head: Packed | None = None  # where the embeddings serve as the head
+        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # of the embeddings, and whether they are bf16
+
+    @property
+    def has_drafts(self) -> bool:
+        return self.mtp is not None
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Lays the weights out for the CPU's kernels; from now on activations are fp32, rows to experts `dtype`."""
+        rows = self.embeddings.weight.detach()
+        is_bf16 = rows.dtype == torch.bfloat16
+        self.packed_rows = (rows.view(torch.int16) if is_bf16 else rows.float()).contiguous().numpy(), is_bf16
+        if self.lm_head is None:
+            self.packed_head = pack(self.embeddings.weight)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.pack(dtype)
+        for module in self.modules():
+            if isinstance(module, Linear | RMSNorm):
+                module.pack()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        if self.packed_rows is not None:
+            return torch.from_numpy(cpu_layers.embed(token_ids.numpy(), *self.packed_rows))
+        embedded: Tensor = self.embeddings(token_ids)
+        return embedded
+
+    def forward(self, batch: Batch, state: State) -> Tensor:
+        """The hidden vectors after the final norm: (T, D).
+
+        Recurrent state of requests with drafts stays as it was until `commit`.
+        """
+        x_TD = self.embed(batch.token_ids_T)
+        for block in self.layers:
+            x_TD = block(x_TD, batch, state)
+        out: Tensor = self.norm_f(x_TD)
+        return out
+
+    def commit(self, batch: Batch, num_accepted: Sequence[int], state: State) -> None:
+        """Moves recurrent state past the drafts that proved right, `num_accepted` of each request of the last `batch`.
+
+        The inputs of the step are replayed. Copies of the state before each draft would take 1 + drafts times the state
+        of every running request: 974 MiB a sequence for Super at 5 drafts, where a token's inputs take 0.7 MiB.
+        """
+        chosen = [r for r, drafts in enumerate(batch.num_drafts) if drafts]
+        lens = [batch.lens[r] - batch.num_drafts[r] + num_accepted[r] for r in chosen]
+        spans = [range(batch.starts[r], batch.starts[r] + length) for r, length in zip(chosen, lens, strict=True)]
+        rows = torch.tensor([row for span in spans for row in span], device=batch.token_ids_T.device)
+        right = Batch(
+            batch.token_ids_T[rows],
+            tuple(lens),
+            tuple(batch.context_lens[r] for r in chosen),
+            tuple(batch.slots[r] for r in chosen),
+            tuple(batch.block_tables[r] for r in chosen),
+        )
+        for block in self.layers:
+            if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):
+                block.mixer.commit(rows, right, state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> fp32 (..., V)."""
+        if self.lm_head is not None:
+            logits: Tensor = self.lm_head(hidden)
+            return logits.float()
+        if self.packed_head is not None:
+            return linear(hidden, self.packed_head)
+        return F.linear(hidden, self.embeddings.weight).float()
+
+    def draft(self, batch: Batch, hidden_TD: Tensor, state: State) -> Tensor:
+        """One step of the MTP module.
+
+        `batch.token_ids_T` are the tokens that follow the positions of `hidden_TD` (T, D), which is `forward`'s output
+        or, for deeper drafts, this method's. Returns (T, D); `logits` of it predict the token after.
+        """
+        assert self.mtp is not None
+        out: Tensor = self.mtp(self.embed(batch.token_ids_T), hidden_TD, batch, state)
+        return out
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_prefix(checkpoint: Checkpoint) -> str:
+    """What the backbone's tensor names start with."""
+    for prefix in PREFIXES:
+        if f"{prefix}embeddings.weight" in checkpoint:
+            return prefix
+    raise ValueError(f"the checkpoint {checkpoint.path} has no tensor backbone.embeddings.weight")
+
+
+def tensor_name(own_name: str, prefix: str) -> str:
+    """Name in the checkpoint of one of our parameters: all but the head and the MTP module live under the prefix."""
+    if own_name.startswith(("lm_head.", "mtp.")):
+        return prefix.removesuffix("backbone.").removesuffix("model.") + own_name
+    return prefix + own_name
+
+
+def expert_tensor_names(config: NemotronHConfig, layer: int, expert: int, prefix: str) -> dict[str, str]:
+    """{"up": …, "down": …}: names in the checkpoint of one routed expert's matrices."""
+    is_mtp = layer >= config.num_layers
+    place = f"mtp.layers.{layer - config.num_layers}" if is_mtp else f"layers.{layer}"
+    stem = tensor_name(f"{place}.mixer.experts.{expert}", prefix)
+    return {"up": f"{stem}.up_proj.weight", "down": f"{stem}.down_proj.weight"}
+
+
+def load_expert(checkpoint: Checkpoint, config: NemotronHConfig, layer: int, expert: int) -> dict[str, Tensor]:
+    """One routed expert, as stored: {"up": (M, L), "down": (L, M)}."""
+    shape = next((shape for shape in config.expert_shapes if shape.layer == layer), None)
+    if shape is None or not 0 <= expert < shape.num_experts:
+        raise ValueError(f"the model has no expert {expert} in layer {layer}")
+    names = expert_tensor_names(config, layer, expert, checkpoint_prefix(checkpoint))
+    sizes = {"up": (shape.width, shape.input_dim), "down": (shape.input_dim, shape.width)}
+    return {part: checkpoint.tensor(name, sizes[part]) for part, name in names.items()}
+
+
+def has_mtp(checkpoint: Checkpoint, config: NemotronHConfig) -> bool:
+    """Whether drafting is possible: the config asks for an MTP module and the checkpoint brings one."""
+    root = tensor_name("mtp.", checkpoint_prefix(checkpoint))
+    return config.num_nextn_predict_layers > 0 and any(name.startswith(root) for name in checkpoint.names)
+
+
+def served_expert_shapes(checkpoint: Checkpoint, config: NemotronHConfig) -> tuple[ExpertShape, ...]:
+    """Expert layers that the checkpoint can fill: the MTP module's only if it is there."""
+    num_layers = len(config.layers) if has_mtp(checkpoint, config) else config.num_layers
+    return tuple(shape for shape in config.expert_shapes if shape.layer < num_layers)
+
+
+def check_names(checkpoint: Checkpoint, config: NemotronHConfig, own_names: Iterator[str]) -> None:
+    """Raises ValueError naming the first tensor that the checkpoint lacks or that the model does not know."""
+    prefix = checkpoint_prefix(checkpoint)
+    wanted = {tensor_name(name, prefix) for name in own_names}
+    for shape in served_expert_shapes(checkpoint, config):
+        for expert in range(shape.num_experts):
+            wanted.update(expert_tensor_names(config, shape.layer, expert, prefix).values())
+    names = set(checkpoint.names)
+    if missing := sorted(wanted - names):
+        raise ValueError(f"the checkpoint {checkpoint.path} has no tensor {missing[0]} ({len(missing)} missing in all)")
+    if extra := sorted(names - wanted):
+        raise ValueError(f"the checkpoint {checkpoint.path} has the unknown tensor {extra[0]} ({len(extra)} in all)")
+
+
+def load_backbone(
+    checkpoint: Checkpoint,
+    config: NemotronHConfig,
+    experts: Experts,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> NemotronH:
+    """The backbone with its weights, none of the routed experts read. fp32 where the reference computes in fp32."""
+    with torch.device("meta"):
+        model = NemotronH(config, experts, with_mtp=has_mtp(checkpoint, config))
+    weights = {}
+    for name, tensor in _mapped(checkpoint, config, model):
+        weights[name] = tensor.to(device, torch.float32 if name.endswith(FP32_PARAMETERS) else dtype, copy=True)
+    model.load_state_dict(weights, assign=True)
+    model = model.requires_grad_(False).eval()
+    if kernels.is_compiled(device):
+        model.pack(dtype)
+    return model
+
+
+def _mapped(checkpoint: Checkpoint, config: NemotronHConfig, model: NemotronH) -> Iterator[tuple[str, Tensor]]:
+    """The backbone's tensors under our own names, memory-mapped; raises ValueError as `check` does."""
+    own = model.state_dict()
+    check_names(checkpoint, config, iter(own))
+    prefix = checkpoint_prefix(checkpoint)
+    for name, value in own.items():
+        yield name, checkpoint.tensor(tensor_name(name, prefix), tuple(value.shape))
+
+
+def check(checkpoint: Checkpoint, config: NemotronHConfig) -> None:
+    """Raises ValueError naming the first tensor that is missing, unknown or misshapen. Maps the weights, reads none."""
+    with torch.device("meta"):
+        model = NemotronH(config, LocalExperts({}), with_mtp=has_mtp(checkpoint, config))
+    for _ in _mapped(checkpoint, config, model):
+        pass
+    for shape in served_expert_shapes(checkpoint, config):
+        for expert in range(shape.num_experts):
+            load_expert(checkpoint, config, shape.layer, expert)

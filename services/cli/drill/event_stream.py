@@ -1,0 +1,123 @@
+"""One streamed request over a connection of its own, read as cheaply as it can be.
+
+The client shares two cores with what it measures, so while tokens arrive it only notes the bytes and the clock; what
+they say is found out once the answer is complete. A fifth of what httpx takes: see `benchmarks.load_overhead`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True)
+class Event:
+    """One server-sent event's data, and when its last byte came (`time.perf_counter`)."""
+
+    data: bytes
+    came_at: float
+
+
+@dataclass(frozen=True)
+class StreamedReply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    ends: tuple[int, ...]  # lengths of `body` known at each of `times`
+    times: tuple[float, ...]
+
+    def events(self) -> Iterator[Event]:
+        """Of a text/event-stream, comments left out."""
+        start = 0
+        while (end := self.body.find(b"\n\n", start)) >= 0:
+            end += 2
+            event = self.body[start:end].strip()
+            if event.startswith(b"data: "):
+                yield Event(event[6:], self.times[bisect_left(self.ends, end)])
+            start = end
+
+
+class _Exchange(asyncio.Protocol):
+    """Sends one request and keeps what comes until the server closes the connection."""
+
+    def __init__(self, request: bytes) -> None:
+        self.request, self.pieces = request, list[tuple[float, bytes]]()
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter(), data))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None) if exc is None else self.closed.set_exception(exc)
+
+
+async def post(url: str, body: Mapping[str, Any], timeout_s: float) -> StreamedReply:
+    """Raises OSError where the connection fails or ends too early, TimeoutError after `timeout_s`."""
+    where, content = urlsplit(url), json.dumps(body).encode()
+    head = f"POST {where.path} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(timeout_s):
+        place = where.hostname or "", where.port or 80
+        transport, exchange = await loop.create_connection(lambda: _Exchange(request), *place)
+        try:
+            await exchange.closed
+        finally:
+            transport.close()
+    return parse(exchange.pieces)
+
+
+def parse(pieces: list[tuple[float, bytes]]) -> StreamedReply:
+    """An HTTP/1.1 answer, chunked or not. Raises ConnectionError if it is not complete."""
+    raw = b"".join(data for _, data in pieces)
+    raw_ends = list(itertools.accumulate(len(data) for _, data in pieces))
+    head, found, _ = raw.partition(b"\r\n\r\n")
+    if not found:
+        raise ConnectionResetError("the connection ended before an answer")
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    body = _BodyReader()
+    at = len(head) + 4
+    if headers.get("transfer-encoding", "").lower() != "chunked":
+        body.add(raw[at:], pieces[bisect_left(raw_ends, len(raw))][0])
+    else:
+        while size := _chunk_size(raw, at):
+            start = raw.index(b"\r\n", at) + 2
+            if start + size > len(raw):
+                raise ConnectionResetError("the connection ended in the middle of the answer")
+            body.add(raw[start : start + size], pieces[bisect_left(raw_ends, start + size)][0])
+            at = start + size + 2
+    return StreamedReply(
+        int(status_line.split()[1]), headers, b"".join(body.parts), tuple(body.ends), tuple(body.times)
+    )
+
+
+@dataclass
+class _BodyReader:
+    parts: list[bytes] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def add(self, part: bytes, came_at: float) -> None:
+        self.parts.append(part)
+        self.ends.append(len(part) + (self.ends[-1] if self.ends else 0))
+        self.times.append(came_at)
+
+
+def _chunk_size(raw: bytes, at: int) -> int:
+    end = raw.find(b"\r\n", at)
+    if end < 0:
+        raise ConnectionResetError("the connection ended in the middle of the answer")
+    return int(raw[at:end].partition(b";")[0], 16)

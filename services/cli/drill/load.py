@@ -1,0 +1,121 @@
+"""Requests to an OpenAI-compatible server, timed by their client, in an open or a closed loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.cli.drill.event_stream import StreamedReply, post
+
+
+@dataclass(frozen=True)
+class RequestOutcome:
+    """One request as its client saw it. Times in seconds, from the start of the run; `error` is empty if it went well.
+
+    `event_times` are the arrivals of events that carried text, `events` what they said.
+    """
+
+    sent_at: float
+    ended_at: float
+    event_times: tuple[float, ...] = ()
+    num_prompt: int = 0
+    num_cached: int = 0
+    num_generated: int = 0
+    error: str = ""
+    cache: str = ""  # what the server says of its prefix cache
+    events: tuple[bytes, ...] = field(default=(), repr=False)
+
+    @property
+    def ttft_s(self) -> float:
+        return self.event_times[0] - self.sent_at
+
+    @property
+    def text(self) -> str:
+        """Of the first choice, read only when asked for: not while the clock runs."""
+        choices = (json.loads(event)["choices"][0] for event in self.events)
+        return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [later - earlier for earlier, later in itertools.pairwise(self.event_times)]
+
+
+async def ask(url: str, body: dict[str, Any], origin: float, timeout_s: float = 600) -> RequestOutcome:
+    """Streams one request; never raises for what the server or the connection does. `origin`: the run's start."""
+    sent_at = time.perf_counter() - origin
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    try:
+        answer = await post(url, body, timeout_s)
+    except OSError as failure:  # a timeout is one too
+        return RequestOutcome(sent_at, time.perf_counter() - origin, error=type(failure).__name__)
+    ended_at = time.perf_counter() - origin
+    if answer.status != 200:
+        return RequestOutcome(sent_at, ended_at, error=f"HTTP {answer.status}")
+    return read(answer, sent_at, ended_at, origin)
+
+
+def read(answer: StreamedReply, sent_at: float, ended_at: float, origin: float) -> RequestOutcome:
+    """What a stream of a completion or a chat says; only the usage and an error are parsed."""
+    times: list[float] = []
+    events: list[bytes] = []
+    usage: dict[str, Any] = {}
+    error = ""
+    for event in answer.events():
+        if event.data.startswith(b'{"error"'):
+            error = str(json.loads(event.data)["error"].get("type", "error"))
+        elif b'"choices":[]' in event.data or b'"choices": []' in event.data:
+            usage = json.loads(event.data).get("usage") or {}
+        elif has_text(event.data):
+            times.append(event.came_at - origin)
+            events.append(event.data)
+    details = usage.get("prompt_tokens_details") or {}
+    counts = (usage.get("prompt_tokens", 0), details.get("cached_tokens") or 0, usage.get("completion_tokens", 0))
+    if not error and not times:
+        error = "no token"
+    cache = answer.headers.get("x-expertmesh-cache", "")
+    return RequestOutcome(sent_at, ended_at, tuple(times), *counts, error, cache, tuple(events))
+
+
+def has_text(data: bytes) -> bool:
+    """Whether a chunk of a completion or of a chat brings text, not only a role or a finish reason."""
+    is_empty = b'"text":""' in data or b'"delta":{}' in data or b'"content":""' in data
+    return data.startswith(b"{") and not is_empty
+
+
+async def closed_loop(
+    url: str, bodies: Iterable[dict[str, Any]], concurrency: int, seconds: float, timeout_s: float = 600
+) -> list[RequestOutcome]:
+    """`concurrency` requests at a time until the bodies or the seconds are used up."""
+    outcomes: list[RequestOutcome] = []
+    source, origin = iter(bodies), time.perf_counter()
+
+    async def one_after_another() -> None:
+        for body in source:
+            outcomes.append(await ask(url, body, origin, timeout_s))
+            if time.perf_counter() - origin > seconds:
+                return
+
+    await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
+    return outcomes
+
+
+async def open_loop(
+    url: str, bodies: Iterable[dict[str, Any]], rate: float, seconds: float, seed: int, timeout_s: float = 600
+) -> list[RequestOutcome]:
+    """Poisson arrivals, `rate` a second, until the bodies or the seconds are used up."""
+    draw, origin, due = random.Random(seed), time.perf_counter(), 0.0
+    running = []
+    async with asyncio.TaskGroup() as tasks:
+        for body in bodies:
+            due += draw.expovariate(rate)
+            if due > seconds:
+                break
+            await asyncio.sleep(origin + due - time.perf_counter())
+            running.append(tasks.create_task(ask(url, body, origin, timeout_s)))
+    return [task.result() for task in running]

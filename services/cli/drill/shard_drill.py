@@ -1,0 +1,114 @@
+"""`expertmesh drill --kill shard`: one shard of this machine dies while requests are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from services.cli.drill.drill import Disturbance, Load, under_load
+from services.cli.drill.load import ask
+from services.cli.drill.local_shard import local_pid
+from services.cli.drill.verdict import Verdict
+
+DEGRADED = 503  # of /health/degraded
+LONGEST_GAP_S = 1.0
+MIN_AT_S, AT_SHARE = 2.0, 0.25  # of the load's seconds have passed when the shard is killed
+
+
+@dataclass(frozen=True)
+class Drilled:
+    """What came of it; `verdict` is None without load, `full_cover_s` None where cover was not full again in time."""
+
+    shard: str
+    full_cover_s: float | None
+    verdict: Verdict | None
+
+    @property
+    def is_unnoticed(self) -> bool:
+        """No request failed, stalled or changed, and every expert got its two homes back."""
+        verdict = self.verdict
+        is_good = verdict is None or (
+            verdict.num_failed == verdict.num_different == 0 and verdict.longest_gap_s < LONGEST_GAP_S
+        )
+        return is_good and self.full_cover_s is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        told = {} if self.verdict is None else self.verdict.to_dict()
+        return {"shard": self.shard, "full_cover_s": self.full_cover_s, "is_unnoticed": self.is_unnoticed, **told}
+
+    def describe(self) -> str:
+        cover = "not within two minutes" if self.full_cover_s is None else f"after {self.full_cover_s:.1f} s"
+        lines = [f"Killed {self.shard}. Full cover again {cover}."]
+        if (verdict := self.verdict) is not None:
+            lines += [
+                f"{verdict.num_requests} requests: {verdict.num_failed} failed, {verdict.num_different} with other "
+                "tokens than undisturbed.",
+                f"Longest gap between two tokens: {1e3 * verdict.longest_gap_s:.0f} ms, undisturbed "
+                f"{1e3 * verdict.undisturbed_gap_s:.0f} ms.",
+                f"Throughput in the {verdict.window_s:.0f} s after it: {verdict.tokens_per_s:.1f} tokens/s, "
+                f"undisturbed {verdict.undisturbed_tokens_per_s:.1f} ({-verdict.dip:+.1%}).",
+            ]
+        return "\n".join(lines)
+
+
+async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | None) -> Drilled:
+    """Kills the shard, or where no id is given the one with most picks; `load` is rate, seconds and tokens a request.
+
+    Raises ValueError where there is no such shard on this machine, or where requests fail even undisturbed.
+    """
+    url = url.rstrip("/")
+    async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
+        victim = _victim(await _json(client, "/status"), shard_id)
+        pid = await local_pid(victim["id"], victim["endpoint"])  # before any load: it may be on another machine
+
+        async def kill() -> None:
+            os.kill(pid, signal.SIGKILL)
+
+        is_whole = _watch(client, victim["id"])
+        if load is None:
+            return Drilled(victim["id"], await Disturbance(kill, is_whole, 0.0).run(), None)
+        rate, seconds, max_tokens = load
+        steady = Load.of_sentences(url, rate, seconds, max_tokens)
+        await asyncio.gather(*(ask(steady.url, body, 0.0) for body in steady.bodies[-2:]))  # nobody's first call
+        at_s = max(MIN_AT_S, AT_SHARE * seconds)
+        verdict, whole_s = await under_load(steady, Disturbance(kill, is_whole, at_s))
+        return Drilled(victim["id"], whole_s, verdict)
+
+
+def _victim(status: dict[str, Any], shard_id: str) -> dict[str, Any]:
+    shards: dict[str, dict[str, Any]] = {shard["id"]: shard for shard in status.get("shards", [])}
+    if not shards:
+        raise ValueError("the server has no shards: its experts are in the backbone")
+    if not shard_id:
+        return max(shards.values(), key=lambda shard: (shard["picks_per_s"], shard["num_held"]))
+    if shard_id not in shards:
+        raise ValueError(f"there is no shard {shard_id!r}; there are {', '.join(sorted(shards))}")
+    return shards[shard_id]
+
+
+def _watch(client: httpx.AsyncClient, shard_id: str) -> Callable[[], Awaitable[bool]]:
+    async def is_whole() -> bool:
+        """Whether the placement does without the shard, and every expert has two live homes all the same."""
+        try:
+            report = await _json(client, "/health/degraded")
+        except ValueError:
+            return False  # a server that does not answer is not whole
+        return report["status"] == "covered" and shard_id not in report["blast_radius"]
+
+    return is_whole
+
+
+async def _json(client: httpx.AsyncClient, path: str) -> Any:
+    try:
+        answer = await client.get(path)
+    except httpx.HTTPError as error:
+        raise ValueError(f"no Expertmesh server answers at {client.base_url} ({type(error).__name__})") from None
+    if answer.is_error and answer.status_code != DEGRADED:
+        raise ValueError(f"{client.base_url}{path} answered {answer.status_code}")
+    return answer.json()

@@ -1,0 +1,83 @@
+"""What a disturbance cost: a disturbed run against an undisturbed one of the same requests, one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from services.cli.drill.load import RequestOutcome
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of a run that was disturbed. Times in seconds.
+
+    `num_different` counts requests that were answered with another text or another number of tokens than undisturbed;
+    `longest_gap_s` is between two pieces of one answer, and `undisturbed_gap_s` the same of the other run. `dip` is the
+    part of the undisturbed run's tokens that is missing in the `window_s` after the disturbance; below 0 there were
+    more.
+    """
+
+    num_requests: int
+    num_failed: int
+    errors: dict[str, int]
+    num_different: int
+    longest_gap_s: float
+    undisturbed_gap_s: float
+    longest_ttft_s: float
+    window_s: float
+    tokens_per_s: float
+    undisturbed_tokens_per_s: float
+
+    @property
+    def dip(self) -> float:
+        usual = self.undisturbed_tokens_per_s
+        return 1.0 - self.tokens_per_s / usual if usual else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "dip": self.dip}
+
+
+def compare(
+    undisturbed: Sequence[RequestOutcome], disturbed: Sequence[RequestOutcome], disturbed_at: float, window_s: float
+) -> Verdict:
+    """Both runs sent the same requests in the same order; ValueError if the undisturbed one failed itself."""
+    if len(undisturbed) != len(disturbed):
+        raise ValueError(f"The runs cannot be compared: {len(undisturbed)} requests were sent, then {len(disturbed)}.")
+    if failed := [outcome.error for outcome in undisturbed if outcome.error]:
+        raise ValueError(f"{len(failed)} of {len(undisturbed)} requests failed undisturbed already ({failed[0]}).")
+    pairs = [(before, after) for before, after in zip(undisturbed, disturbed, strict=True) if not after.error]
+    different = [1 for before, after in pairs if _said(before) != _said(after)]
+    window = disturbed_at, disturbed_at + window_s
+    return Verdict(
+        num_requests=len(disturbed),
+        num_failed=len(disturbed) - len(pairs),
+        errors=dict(Counter(outcome.error for outcome in disturbed if outcome.error)),
+        num_different=len(different),
+        longest_gap_s=longest_gap(disturbed),
+        undisturbed_gap_s=longest_gap(undisturbed),
+        longest_ttft_s=max((after.ttft_s for _, after in pairs), default=0.0),
+        window_s=window_s,
+        tokens_per_s=num_tokens(disturbed, *window) / window_s,
+        undisturbed_tokens_per_s=num_tokens(undisturbed, *window) / window_s,
+    )
+
+
+def _said(outcome: RequestOutcome) -> tuple[str, int]:
+    return outcome.text, outcome.num_generated
+
+
+def longest_gap(outcomes: Sequence[RequestOutcome]) -> float:
+    """Between two pieces of one answer; of answers that broke off too."""
+    return max((gap for outcome in outcomes for gap in outcome.gaps_s), default=0.0)
+
+
+def num_tokens(outcomes: Sequence[RequestOutcome], start: float, end: float) -> float:
+    """That came between two moments, each answer's shared out evenly over its pieces."""
+    return sum(
+        outcome.num_generated / len(outcome.event_times) * sum(start <= at < end for at in outcome.event_times)
+        for outcome in outcomes
+        if outcome.event_times
+    )

@@ -1,0 +1,40 @@
+"""A recorded routing trace through the planner: what would be planned if the load were that of the trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cluster.placement.plan import PlanPolicy
+from cluster.placement.planner import plan
+from cluster.topology import Homes, LayerSpec, Placement, Shard
+from cluster.trace import read_trace
+
+
+def replay(path: Path, fleet: dict[str, Any]) -> dict[str, Any]:
+    """The plan as JSON tells it, with the balancedness that the trace has before and after; `fleet` is what
+    /admin/placement answers. Raises ValueError for a trace of another model."""
+    trace = read_trace(path)
+    layers = [LayerSpec(**spec) for spec in fleet["layers"]]
+    shards = [Shard.from_json(shard) for shard in fleet["shards"]]
+    if fleet["placement"] is None:
+        raise ValueError("there is no placement yet that a plan could start from")
+    stored = fleet["placement"]
+    placement = Placement(stored["epoch"], _homes(stored["homes"]), {}, stored["model"], _homes(stored["standby"]))
+    if trace.model != placement.model or dict(trace.num_experts) != {spec.layer: spec.num_experts for spec in layers}:
+        raise ValueError(f"the trace {path} was recorded with the checkpoint {trace.model}, not with {placement.model}")
+    planned = plan(layers, shards, placement, trace.loads(), PlanPolicy(rows_per_step=max(1.0, trace.rows_per_call)))
+    before, after = trace.balancedness(placement.homes), trace.balancedness(planned.homes)
+    means = [sum(values.values()) / len(values) for values in (before, after)]
+    told = planned.to_dict()
+    told["text"] = (
+        f"{trace.num_calls} calls of {trace.rows_per_call:.1f} rows on average, in {path}.\n"
+        f"Balancedness (mean over maximum of the shards' picks, mean of the layers): {means[0]:.3f} now, "
+        f"{means[1]:.3f} then.\n{told['text']}"
+    )
+    balance = {"before": means[0], "after": means[1], "by_layer": {"before": before, "after": after}}
+    return {**told, "balancedness": balance}
+
+
+def _homes(of_layers: dict[str, list[list[str]]]) -> dict[int, Homes]:
+    return {int(layer): tuple(tuple(ids) for ids in homes) for layer, homes in of_layers.items()}

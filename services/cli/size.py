@@ -1,0 +1,125 @@
+"""`expertmesh size`: how many GPUs a model needs, from its config alone; nothing is started and no weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from cluster.sizing.fit import Slo
+from cluster.sizing.gpus import GPUS, Gpu, gpu_of
+from cluster.sizing.known_models import find_model, known_config, known_models
+from cluster.sizing.model_configs import model_sizes
+from cluster.sizing.sizing import Sizing, size
+from cluster.sizing.weight_formats import Dtype, dtype_of
+from services.cli.size_tables import LEGEND, all_table, size_tables
+from services.cli.terminal import AsJson, console, plain_errors
+
+app = typer.Typer(rich_markup_mode=None)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+DEFAULT = Slo()
+SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # by this version; the others are sized ahead of it
+
+
+@app.command("size")
+def size_command(
+    model: Annotated[str, typer.Option(help="Model directory, config.json, or part of a public model's name; or all.")],
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
+    dtype: Annotated[str, typer.Option(help=f"Of weights: {', '.join(DTYPES)}; auto is the checkpoint's.")] = "auto",
+    requests: Annotated[int, typer.Option(help="That are answered at once.")] = DEFAULT.num_requests,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a request, prompt and answer; 8192, or all that the model can.")
+    ] = None,
+    itl_ms: Annotated[float, typer.Option(help="Longest time between tokens of a request.")] = DEFAULT.itl_ms,
+    call_ms: Annotated[float, typer.Option(help="Of a call to shards, beside what they compute.")] = DEFAULT.call_ms,
+    min_backbones: Annotated[int, typer.Option(help="Of two, one may die and the other answers.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how many GPUs a model needs, and how much memory and network, from its config alone."""
+    with plain_errors():
+        slo = Slo(requests, DEFAULT.context_len if context is None else context, itl_ms, min_backbones, call_ms)
+        if model == "all":
+            _show_all({name: known_config(name) for name in known_models()}, gpu_of(gpu), dtype, slo, as_json)
+            return
+        name, config = read_config(model)
+        longest = model_sizes(config).max_context
+        if context is None and longest is not None:
+            slo = replace(slo, context_len=min(slo.context_len, longest))
+        _show_one(name, config, gpu_of(gpu), dtype, slo, as_json)
+
+
+def read_config(model: str) -> tuple[str, dict[str, Any]]:
+    """A model's name and its config; raises ValueError with one sentence where there is none."""
+    path = Path(model)
+    if path.is_dir():
+        path /= "config.json"
+    elif not path.is_file():
+        return find_model(model), known_config(model)
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+    return path.resolve().parent.name if path.name == "config.json" else path.stem, config
+
+
+def _dtype(name: str, config: Mapping[str, Any]) -> Dtype:
+    for dtype in DTYPES:
+        if name == dtype:
+            return dtype
+    if name != "auto":
+        raise ValueError(f"--dtype is {name!r}; allowed are auto, {', '.join(DTYPES)}")
+    return dtype_of(config)
+
+
+def not_served(model_type: str, dtype: Dtype) -> Iterator[str]:
+    """What of it this version cannot serve, however many GPUs there are."""
+    if model_type not in SERVED_TYPES:
+        yield f"Note: this version serves {' and '.join(SERVED_TYPES)}; {model_type} is sized ahead of it."
+    if dtype not in SERVED_DTYPES:
+        yield f"Note: on GPUs this version serves {' and '.join(SERVED_DTYPES)} weights; {dtype} is sized ahead of it."
+
+
+def _show_one(name: str, config: Mapping[str, Any], gpu: Gpu, dtype: str, slo: Slo, as_json: bool) -> None:
+    made = size(config, gpu, _dtype(dtype, config), slo)
+    model, notes = model_sizes(config), list(not_served(made.model_type, made.dtype))
+    if as_json:
+        parts = {"params": model.params, "stored_bytes": model.stored(made.dtype)}
+        typer.echo(json.dumps({"model": name, **made.to_dict(), **parts, "notes": notes}, indent=2))
+        return
+    for table in size_tables(name, model, made, slo):
+        console.print(table)
+    _say((*made.reasons, *notes))
+
+
+def _show_all(configs: Mapping[str, Mapping[str, Any]], gpu: Gpu, dtype: str, slo: Slo, as_json: bool) -> None:
+    """Each model in the given dtype, or in every one where that is `auto`."""
+    rows: list[tuple[str, Dtype, Sizing | str]] = []
+    for name, config in configs.items():
+        for one in DTYPES if dtype == "auto" else (_dtype(dtype, config),):
+            try:
+                rows.append((name, one, size(config, gpu, one, slo)))
+            except ValueError as error:
+                rows.append((name, one, str(error)))
+    if as_json:
+        told = [
+            {"model": name, "dtype": one, **({"error": made} if isinstance(made, str) else made.to_dict())}
+            for name, one, made in rows
+        ]
+        typer.echo(json.dumps(told, indent=2))
+        return
+    console.print(all_table(gpu.name, slo, rows))
+    _say([LEGEND])
+    _say(f"{name} in {one}: {made}." for name, one, made in rows if isinstance(made, str))
+
+
+def _say(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        console.print(f"• {sentence}", soft_wrap=False)

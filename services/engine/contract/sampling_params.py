@@ -1,0 +1,112 @@
+"""What a client asks of the engine: how to choose tokens, when to stop, and what the text must match."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+MAX_TOP_K = 2**31 - 1  # far beyond any vocabulary, and an integer that tensors can hold
+MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 128
+MAX_LOGPROBS = 20  # alternatives per token, OpenAI's bound
+# The white space of every JSON grammar: a space, or a new line and its indentation. Without a bound, a model that is
+# unsure of its next token of JSON goes on with white space for ever.
+JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
+
+
+class GrammarKind(StrEnum):
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+def _check(is_good: bool, name: str, allowed: str, value: object) -> None:
+    if not is_good:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text of an answer must match, in the syntax of `kind`."""
+
+    kind: GrammarKind
+    text: str = ""  # a JSON schema, a regular expression or a Lark grammar; nothing for JSON_OBJECT
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop; a bad value is a ValueError that names the field.
+
+    `stop` strings are matched by the gateway, which sees text; the engine only stops at token ids. Of requests that
+    wait, those of the lowest `priority` come first, and running ones of a higher number make way for them; time spent
+    waiting lowers the number (`services.engine.waiting`). `logprobs` and `prompt_logprobs` are the number of
+    alternatives to report beside each token's own logarithm of probability; None: report nothing.
+    """
+
+    max_tokens: int | None = None  # None: up to the model's context
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: the whole vocabulary
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    min_p: float = 0.0  # relative to the likeliest token
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_lengths()
+        temperature_ok = self.temperature >= 0 and math.isfinite(self.temperature)
+        _check(temperature_ok, "temperature", "a finite number of at least 0", self.temperature)
+        _check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        top_k_allowed = f"1 to {MAX_TOP_K}, or 0 or -1 for the whole vocabulary"
+        _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", top_k_allowed, self.top_k)
+        _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a signed 64-bit integer", self.seed)
+        priority_ok = -(2**31) <= self.priority < 2**31
+        _check(priority_ok, "priority", "a signed 32-bit integer", self.priority)
+        self._check_stops()
+        self._check_penalties()
+        self._check_logprobs()
+
+    def _check_penalties(self) -> None:
+        _check(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2 <= getattr(self, name) <= 2, name, "-2 to 2", getattr(self, name))
+        repetition_ok = self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)
+        _check(repetition_ok, "repetition_penalty", "a finite number above 0", self.repetition_penalty)
+        for token_id, bias in self.logit_bias:
+            _check(token_id >= 0, "logit_bias", "keyed by token ids of at least 0", token_id)
+            _check(-100 <= bias <= 100, "logit_bias", "-100 to 100 for each token", bias)
+
+    def _check_logprobs(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}", value)
+
+    def _check_lengths(self) -> None:
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _check(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
+        if self.max_tokens is not None:
+            allowed = f"at most max_tokens ({self.max_tokens})"
+            _check(self.min_tokens <= self.max_tokens, "min_tokens", allowed, self.min_tokens)
+
+    def _check_stops(self) -> None:
+        num_stops, num_tokens = len(self.stop), len(self.stop_token_ids)
+        _check(num_stops <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", f"{num_stops} strings")
+        _check(all(self.stop), "stop", "strings of at least one character", "")
+        _check(num_tokens <= MAX_STOP_TOKENS, "stop_token_ids", f"at most {MAX_STOP_TOKENS} ids", f"{num_tokens} ids")
+        _check(min(self.stop_token_ids, default=0) >= 0, "stop_token_ids", "at least 0 each", self.stop_token_ids)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0

@@ -1,0 +1,127 @@
+"""Requests and outputs as messages and back, for both ends of `Engine.Converse`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from protos.expertmesh.engine.v1 import engine_pb2 as pb
+from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
+from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
+
+# Fields of SamplingParams that look otherwise on the wire; all others have the same name and type there.
+RESHAPED = ("logit_bias", "grammar")
+GATEWAYS_OWN = ("stop",)  # strings, which only the gateway sees in an answer: they stay there
+PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in (*RESHAPED, *GATEWAYS_OWN))
+
+
+def start_to_proto(
+    request_id: str,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    timeout: float | None,
+    sent_token_ids: Sequence[int] | None = None,
+) -> pb.Start:
+    """Raises ValueError where a token id is no 64-bit integer; the engine knows which ones there are."""
+    try:
+        return pb.Start(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            params=params_to_proto(params),
+            timeout_s=timeout,
+            resume=None if sent_token_ids is None else pb.Resume(token_ids=sent_token_ids),
+        )
+    except ValueError:
+        raise ValueError("prompt, stop_token_ids or logit_bias holds a token id beyond 64 bits.") from None
+
+
+def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
+    given: dict[str, Any] = {name: value for name in PLAIN if (value := getattr(params, name)) is not None}
+    if params.grammar is not None:
+        given["grammar"] = pb.Grammar(kind=params.grammar.kind, text=params.grammar.text)
+    ids, bias = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
+    return pb.SamplingParams(bias_ids=ids, bias=bias, **given)
+
+
+def params_from_proto(message: pb.SamplingParams) -> SamplingParams:
+    """Raises ValueError where a value is out of its bounds."""
+    values: dict[str, Any] = {name: _value(message, name) for name in PLAIN}
+    if message.HasField("grammar"):
+        values["grammar"] = Grammar(GrammarKind(message.grammar.kind), message.grammar.text)
+    bias = tuple(zip(message.bias_ids, message.bias, strict=True))
+    return SamplingParams(logit_bias=bias, **values)
+
+
+def _value(message: pb.SamplingParams, name: str) -> Any:
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if field.has_presence and not message.HasField(name):
+        return None
+    value = getattr(message, name)
+    return tuple(value) if field.is_repeated else value
+
+
+def output_to_proto(output: TokenOutput) -> pb.Output:
+    return pb.Output(
+        request_id=output.request_id,
+        token_ids=output.token_ids,
+        finish_reason=output.finish_reason or "",
+        num_prompt=output.num_prompt,
+        num_generated=output.num_generated,
+        logprobs=map(_logprob_to_proto, output.logprobs),
+        prompt_logprobs=map(_logprob_to_proto, output.prompt_logprobs),
+        num_cached=output.num_cached,
+        cache_reason=output.cache_reason,
+        queued_s=output.queued_s,
+    )
+
+
+def output_from_proto(message: pb.Output) -> TokenOutput:
+    return TokenOutput(
+        request_id=message.request_id,
+        token_ids=tuple(message.token_ids),
+        finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
+        num_prompt=message.num_prompt,
+        num_generated=message.num_generated,
+        logprobs=tuple(map(_logprob_from_proto, message.logprobs)),
+        prompt_logprobs=tuple(_logprob_from_proto(one) if one.rank else None for one in message.prompt_logprobs),
+        num_cached=message.num_cached,
+        cache_reason=message.cache_reason,
+        queued_s=message.queued_s,
+    )
+
+
+def _logprob_to_proto(logprob: TokenLogprob | None) -> pb.TokenLogprob:
+    if logprob is None:
+        return pb.TokenLogprob()
+    ids, values = zip(*logprob.top, strict=True) if logprob.top else ((), ())
+    return pb.TokenLogprob(
+        token_id=logprob.token_id, logprob=logprob.logprob, rank=logprob.rank, top_ids=ids, top_logprobs=values
+    )
+
+
+def _logprob_from_proto(message: pb.TokenLogprob) -> TokenLogprob:
+    top = tuple(zip(message.top_ids, message.top_logprobs, strict=True))
+    return TokenLogprob(message.token_id, message.logprob, message.rank, top)
+
+
+def failure_to_proto(error: Exception) -> pb.Failure:
+    match error:
+        case EngineOverloaded():
+            return pb.Failure(kind=pb.Failure.OVERLOADED, message=str(error), retry_after_s=error.retry_after)
+        case DeadlinePassed():
+            return pb.Failure(kind=pb.Failure.DEADLINE, message=str(error))
+        case EngineFailed():
+            return pb.Failure(kind=pb.Failure.FAILED, message=str(error))
+        case ValueError():
+            return pb.Failure(kind=pb.Failure.INVALID, message=str(error))
+    return pb.Failure(kind=pb.Failure.FAILED, message=f"The backbone failed with {type(error).__name__}: {error}")
+
+
+def failure_from_proto(message: pb.Failure) -> Exception:
+    """The exception that the engine raised, or EngineFailed where it was none of its own."""
+    if message.kind == pb.Failure.OVERLOADED:
+        return EngineOverloaded(message.message, message.retry_after_s)
+    kinds = {pb.Failure.INVALID: ValueError, pb.Failure.DEADLINE: DeadlinePassed}
+    return kinds.get(message.kind, EngineFailed)(message.message)

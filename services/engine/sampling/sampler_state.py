@@ -1,0 +1,97 @@
+"""What the sampler notes about a request between steps: the tokens its penalties count and where its grammar stands.
+
+SamplerState follow the tokens of a sequence that mostly grows by one, but whose end may be a guess and be taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.engine.grammar.compiled_grammar import GrammarState
+from services.engine.request import Request
+
+
+class History:
+    """The distinct tokens of a sequence and how often each was generated: 0 for one that is in the prompt only."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._ids = np.unique(np.asarray(prompt, dtype=np.int64))
+        self._num_fixed = self._num_ids = len(self._ids)
+        self._counts = np.zeros(self._num_ids, dtype=np.float32)
+        self._index = {int(token_id): i for i, token_id in enumerate(self._ids)}
+
+    def push(self, token_id: int) -> None:
+        index = self._index.setdefault(token_id, self._num_ids)
+        if index == self._num_ids:
+            self._grow()
+            self._ids[index], self._counts[index] = token_id, 0
+            self._num_ids += 1
+        self._counts[index] += 1
+
+    def pop(self, token_id: int) -> None:
+        """Takes back the last push, which was of this token."""
+        index = self._index[token_id]
+        self._counts[index] -= 1
+        if self._counts[index] == 0 and index >= self._num_fixed:
+            self._num_ids -= 1
+            assert index == self._num_ids, "pushes are taken back in reverse"
+            del self._index[token_id]
+
+    def _grow(self) -> None:
+        if self._num_ids == len(self._ids):
+            size = max(64, 2 * self._num_ids)
+            self._ids, self._counts = np.resize(self._ids, size), np.resize(self._counts, size)
+
+    def ids_and_counts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        return self._ids[: self._num_ids].copy(), self._counts[: self._num_ids].copy()
+
+
+class SamplerState:
+    """One request's, made from its parameters once."""
+
+    def __init__(self, request: Request) -> None:
+        params = request.params
+        is_repetitive = params.repetition_penalty != 1
+        has_penalty = is_repetitive or params.presence_penalty != 0 or params.frequency_penalty != 0
+        prompt = request.token_ids[: request.num_prompt_tokens] if is_repetitive else ()
+        self.history = History(prompt) if has_penalty else None
+        self.grammar: GrammarState | None = None
+        if params.grammar is not None:
+            assert request.compiled_grammar is not None, "a grammar is compiled before its request reaches the engine"
+            self.grammar = request.compiled_grammar.start()
+        self.bias = dict(params.logit_bias)
+        self.is_greedy = params.is_greedy
+        self.is_edited = has_penalty or self.grammar is not None or bool(self.bias)
+        self._num_followed, self._ahead = request.num_prompt_tokens, list[int]()
+
+    def follow(self, request: Request, ahead: Sequence[int]) -> None:
+        """Makes these the notes of the request's tokens and then `ahead`, whatever they followed before."""
+        if self.history is None and self.grammar is None:
+            return
+        tail = [*request.token_ids[self._num_followed :], *ahead]
+        num_same = _num_same(tail, self._ahead)
+        for token_id in reversed(self._ahead[num_same:]):
+            self._pop(token_id)
+        for token_id in tail[num_same:]:
+            self._push(token_id)
+        self._num_followed, self._ahead = request.num_tokens, list(ahead)
+
+    def _push(self, token_id: int) -> None:
+        if self.history is not None:
+            self.history.push(token_id)
+        if self.grammar is not None:
+            self.grammar.push(token_id)
+
+    def _pop(self, token_id: int) -> None:
+        if self.history is not None:
+            self.history.pop(token_id)
+        if self.grammar is not None:
+            self.grammar.pop()
+
+
+def _num_same(tokens: Sequence[int], others: Sequence[int]) -> int:
+    length = min(len(tokens), len(others))
+    return next((i for i in range(length) if tokens[i] != others[i]), length)

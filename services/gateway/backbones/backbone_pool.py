@@ -1,0 +1,186 @@
+"""The backbones as a gateway sees them: one gRPC stream to each, and every request on the least loaded one.
+
+A backbone says something several times a second, busy or not (`services.engine.server.HEARTBEAT_S`). One that is silent
+is stopped, hung or cut off; its requests go on elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
+
+from services.engine.contract.errors import EngineFailed
+from services.engine.contract.sampling_params import SamplingParams
+from services.engine.contract.token_output import TokenOutput
+from services.gateway.backbones.backbone_stream import CONNECT_TIMEOUT_S, BackboneStream
+from services.gateway.backbones.failover import FailoverStream, OnResumed
+from services.gateway.errors import ApiError, ApiRefusal
+from services.gateway.generation import Health
+
+log = logging.getLogger(__name__)
+
+FIND_PERIOD_S = 5.0  # between two questions which backbones there are, as long as nothing is amiss
+STATUS_TTL_S = 0.5
+STATUS_TIMEOUT_S = 5.0
+SILENCE_TICK_S = 0.1
+MAX_SILENT_S = 1.0  # of a backbone, where another one answers
+# Where none does there is nowhere to go, and who was only held up is worth more than one that is to be started.
+MAX_SILENT_ALONE_S = 10.0
+
+AskStatuses = Callable[[], Awaitable[list[dict[str, Any]]]]  # of every backbone that answers; each names its `endpoint`
+
+
+def whom_to_give_up(silent_s: Mapping[str, float]) -> list[str]:
+    """Of backbones with the seconds for which each has been silent: those whose requests are to go on elsewhere."""
+    is_one_there = any(seconds < MAX_SILENT_S for seconds in silent_s.values())
+    most = MAX_SILENT_S if is_one_there else MAX_SILENT_ALONE_S
+    return [endpoint for endpoint, seconds in silent_s.items() if seconds >= most]
+
+
+def _tell_nobody(pause: float | None) -> None: ...
+
+
+class BackbonePool:
+    """A `TokenSource` over every backbone replica; `start` and `stop` belong to the loop that asks it.
+
+    `on_resumed` is called whenever a request goes on at another backbone than it began at.
+    """
+
+    def __init__(self, ask_statuses: AskStatuses, on_resumed: OnResumed = _tell_nobody) -> None:
+        self._ask_statuses, self._on_resumed = ask_statuses, on_resumed
+        self._streams: dict[str, BackboneStream] = {}
+        self._last: tuple[float, list[dict[str, Any]]] = (0.0, [])
+        self._tasks: list[asyncio.Task[None]] = []
+        self._search: asyncio.Task[None] | None = None
+        self._opened = asyncio.Event()
+        self._is_stopping = False
+
+    async def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._count_silence())]
+
+    async def stop(self) -> None:
+        self._is_stopping = True
+        self._opened.set()
+        tasks = [*self._tasks, *([self._search] if self._search else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(stream.close() for stream in self._streams.values()))
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """Raises what `Engine.generate` raises, and ApiError (UNAVAILABLE) where no backbone answers."""
+        request = FailoverStream(request_id, prompt_token_ids, params, timeout, self._on_resumed)
+        stream = self._least_loaded() or await self._find_one()
+        async with aclosing(request.run(stream, self._pick)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def statuses(self) -> list[dict[str, Any]]:
+        """Of every backbone that answers, by endpoint, at most half a second old; EngineFailed if none does."""
+        asked_at, statuses = self._last
+        if time.monotonic() - asked_at > STATUS_TTL_S:
+            try:
+                statuses = await asyncio.wait_for(self._ask_statuses(), STATUS_TIMEOUT_S)
+            except Exception as error:
+                raise EngineFailed(f"No backbone answers ({type(error).__name__}).") from error
+            statuses = sorted(statuses, key=lambda status: str(status["endpoint"]))
+            self._last = time.monotonic(), statuses
+        if not statuses:
+            raise EngineFailed("No backbone answers.")
+        return statuses
+
+    async def health(self) -> Health:
+        try:
+            statuses = await self.statuses()
+        except EngineFailed as error:
+            return Health(is_ready=False, detail=str(error))
+        failing = [status["endpoint"] for status in statuses if not status["engine"]["is_healthy"]]
+        if len(failing) == len(statuses):
+            return Health(is_ready=False, detail="The engine's last steps failed.")
+        down = sorted({shard_id for status in statuses for shard_id in status.get("down", [])})
+        details = [f"BackbonePool whose last steps failed: {', '.join(failing)}."] if failing else []
+        if down:
+            details.append(f"Shards that do not serve what they should: {', '.join(down)}.")
+        return Health(is_ready=True, is_degraded=bool(details), detail=" ".join(details))
+
+    def _least_loaded(self, but: str = "") -> BackboneStream | None:
+        """Of those that answer; not the one at that endpoint, if there is another."""
+        is_open = [stream for stream in self._streams.values() if stream.is_open]
+        return min(
+            is_open,
+            key=lambda stream: (stream.silent_s >= MAX_SILENT_S, stream.endpoint == but, stream.num_requests),
+            default=None,
+        )
+
+    async def _find_one(self) -> BackboneStream:
+        await self._find()
+        if stream := self._least_loaded():
+            return stream
+        raise ApiError(ApiRefusal.UNAVAILABLE, "No backbone answers; try again.", retry_after=1)
+
+    async def _pick(self, but: str, wait_s: float) -> BackboneStream | None:
+        """A stream for a request that lost its own, at once where one is open; None if none came in time."""
+        stop_at = time.monotonic() + wait_s
+        while not (stream := self._least_loaded(but)) and time.monotonic() < stop_at:
+            if self._is_stopping:
+                raise ApiError(ApiRefusal.UNAVAILABLE, "The gateway that answered this request stops; try again.")
+            self._opened.clear()
+            self._begin_search()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._opened.wait(), min(STATUS_TTL_S, stop_at - time.monotonic()))
+        return stream
+
+    async def _watch(self) -> None:
+        while True:
+            await self._find()
+            streams = self._streams.values()
+            is_well = streams and all(stream.is_open and stream.silent_s < MAX_SILENT_S for stream in streams)
+            await asyncio.sleep(FIND_PERIOD_S if is_well else STATUS_TTL_S)
+
+    async def _count_silence(self) -> None:
+        while True:
+            await asyncio.sleep(SILENCE_TICK_S)
+            # By ticks and not by the clock: where this process is held up itself, nobody else was silent meanwhile.
+            for stream in self._streams.values():
+                stream.silent_s += SILENCE_TICK_S
+            silent_s = {endpoint: stream.silent_s for endpoint, stream in self._streams.items() if stream.is_open}
+            for endpoint in whom_to_give_up(silent_s):
+                self._streams[endpoint].give_up(f"nothing was heard of it for {silent_s[endpoint]:.1f} s")
+
+    async def _find(self) -> None:
+        """Opens streams to backbones that are new, drops those that broke; all who ask at once share one search."""
+        await asyncio.shield(self._begin_search())
+
+    def _begin_search(self) -> asyncio.Task[None]:
+        if self._search is None or self._search.done():
+            self._search = asyncio.create_task(self._search_once())
+        return self._search
+
+    async def _search_once(self) -> None:
+        with suppress(EngineFailed):
+            await self.statuses()
+        endpoints = {status["endpoint"] for status in self._last[1]}
+        for endpoint in [known for known, stream in self._streams.items() if not stream.is_open]:
+            await self._streams.pop(endpoint).close()
+        await asyncio.gather(*(self._open(endpoint) for endpoint in endpoints - self._streams.keys()))
+
+    async def _open(self, endpoint: str) -> None:
+        stream = BackboneStream(endpoint)
+        try:
+            await stream.open()
+        except TimeoutError:
+            await stream.close()
+            log.warning("The backbone %s does not answer within %s s.", endpoint, CONNECT_TIMEOUT_S)
+        else:
+            self._streams[endpoint] = stream
+            self._opened.set()

@@ -1,0 +1,130 @@
+"""One gRPC stream from a gateway to a backbone, and the requests that travel on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+import grpc
+
+from protos.expertmesh.engine.v1 import engine_pb2 as pb
+from protos.expertmesh.engine.v1 import engine_pb2_grpc
+from protos.options import CHANNEL_OPTIONS
+from services.engine.contract.sampling_params import SamplingParams
+from services.engine.contract.token_output import TokenOutput
+from services.engine.contract.wire import failure_from_proto, output_from_proto, start_to_proto
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 1.0
+# A backbone looks at deadlines between its steps. One that is this late is not heard of: it is stuck.
+DEADLINE_GRACE_S = 0.5
+
+
+class BackboneLost(Exception):
+    """The stream ended before the request did. `is_handover`: the backbone ended it, as it does where it stops."""
+
+    def __init__(self, reason: str, is_handover: bool = False) -> None:
+        super().__init__(reason)
+        self.is_handover = is_handover
+
+
+class BackboneStream:
+    """One stream to one backbone; it belongs to the loop that made it, and is of no use once it is broken."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint, self.is_open = endpoint, False
+        self.silent_s = 0.0  # since anything came; who counts it is `Backbones`
+        self._commands: asyncio.Queue[pb.Command] = asyncio.Queue()
+        self._inboxes: dict[str, asyncio.Queue[pb.Output | None]] = {}
+        self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        self._task: asyncio.Task[None] | None = None
+        self._reason, self._is_handover = "the stream was closed", False
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._inboxes)
+
+    async def open(self) -> None:
+        """Raises TimeoutError where nobody answers."""
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await self._channel.channel_ready()
+        self.is_open = True
+        self._task = asyncio.create_task(self._listen())
+
+    async def close(self) -> None:
+        """Requests under way end as if the backbone had gone."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._channel.close()
+
+    def give_up(self, reason: str) -> None:
+        """Like `close`, and at once. A backbone that wakes up later finds its requests cancelled."""
+        self._reason, self.is_open = reason, False
+        if self._task is not None:
+            self._task.cancel()
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None,
+        sent_token_ids: Sequence[int] | None = None,
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """Raises what `Engine.generate` raises, and BackboneLost; what came before that was yielded before."""
+        start = start_to_proto(request_id, prompt_token_ids, params, timeout, sent_token_ids)
+        inbox = self._inboxes[request_id] = asyncio.Queue[pb.Output | None]()
+        self._commands.put_nowait(pb.Command(start=start))
+        if not self.is_open:
+            inbox.put_nowait(None)
+        alarm = None if timeout is None else _set_alarm(timeout, inbox)
+        is_over = False
+        try:
+            while not is_over:
+                message = await inbox.get()
+                if message is None:
+                    raise BackboneLost(self._reason, self._is_handover)
+                if message.HasField("failure"):
+                    raise failure_from_proto(message.failure)
+                is_over = bool(message.finish_reason)
+                yield output_from_proto(message)
+        finally:
+            self._inboxes.pop(request_id, None)
+            if alarm:
+                alarm.cancel()
+            if not is_over:
+                self._commands.put_nowait(pb.Command(cancel=request_id))
+
+    async def _listen(self) -> None:
+        try:
+            call = engine_pb2_grpc.EngineStub(self._channel).Converse(self._send())  # type: ignore[no-untyped-call]
+            async for message in call:
+                self._deliver(message)
+            self._reason, self._is_handover = "it ended the stream", True
+        except grpc.aio.AioRpcError as error:
+            self._reason = str(error.details())
+        finally:
+            self.is_open = False
+            log.warning("The stream to the backbone %s is down: %s.", self.endpoint, self._reason)
+            for inbox in self._inboxes.values():
+                inbox.put_nowait(None)
+
+    def _deliver(self, message: pb.Outputs) -> None:
+        self.silent_s = 0.0
+        for output in message.outputs:
+            if inbox := self._inboxes.get(output.request_id):  # else it was cancelled meanwhile
+                inbox.put_nowait(output)
+
+    async def _send(self) -> AsyncIterator[pb.Command]:
+        while True:
+            yield await self._commands.get()
+
+
+def _set_alarm(timeout: float, inbox: asyncio.Queue[pb.Output | None]) -> asyncio.TimerHandle:
+    sentence = "The request's deadline passed, and nothing was heard of the backbone that answered it."
+    failure = pb.Failure(kind=pb.Failure.DEADLINE, message=sentence)
+    loop = asyncio.get_running_loop()
+    return loop.call_later(timeout + DEADLINE_GRACE_S, inbox.put_nowait, pb.Output(failure=failure))

@@ -1,0 +1,261 @@
+"""Takes an answer's text apart as it comes: reasoning, content and tool calls. Linear in the text."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from services.gateway.chat.text import CALL_END, CALL_START, THINK_END, StopMatcher
+from services.gateway.chat.tools import Tool, argument, is_text, names_of, to_json
+
+FUNCTION, FUNCTION_END = "<function=", "</function>"
+PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A piece of the `index`-th call: its first has id and name, and all pieces of `arguments` make a JSON object."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    content: str = ""
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
+
+
+class _At(Enum):
+    REASONING = 0
+    CONTENT = 1
+    CALL = 2
+
+
+class AnswerParser:
+    """One answer.
+
+    `reasons`: it begins with reasoning, up to `</think>`. With tools, `<tool_call>` opens a call. `is_forced`: a
+    grammar makes calls valid, so they are shown as they come; else a call is shown once it is whole, and what turns out
+    to be none is content, of which nothing is lost. Line ends around `</think>` and calls belong to the markup.
+    """
+
+    def __init__(
+        self, reasons: bool, tools: Sequence[Tool] = (), is_forced: bool = False, max_calls: int | None = None
+    ) -> None:
+        self._tools, self._is_forced, self._max_calls = names_of(tools), is_forced, max_calls
+        self._at = _At.REASONING if reasons else _At.CONTENT
+        self._matcher = StopMatcher([THINK_END] if reasons else self._openings)
+        self._edges = _Edges()
+        self._call: _ToolCallParser | None = None
+        self.num_calls = 0
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._deltas: list[CallDelta] = []
+
+    @property
+    def _openings(self) -> list[str]:
+        return [CALL_START] if self._tools else []
+
+    @property
+    def is_done(self) -> bool:
+        """As many calls as are allowed were made."""
+        return self._max_calls is not None and self.num_calls >= self._max_calls
+
+    def push(self, text: str) -> Parts:
+        while text and not self.is_done:
+            text = self._push_call(text) if self._at is _At.CALL else self._push_text(text)
+        return self._take()
+
+    def finish(self) -> Parts:
+        """What was held back; the answer has ended."""
+        if self._call is not None:
+            self._deltas += self._call.take() if self._is_forced else []
+            self._show("" if self._is_forced else self._call.raw)
+        held = self._matcher.flush() if self._at is not _At.CALL and not self.is_done else ""
+        self._show(held)
+        if self._edges.is_inside:
+            self._book(self._edges.rest())
+        return self._take()
+
+    def _push_text(self, text: str) -> str:
+        shown, is_marked = self._matcher.push(text)
+        self._show(shown)
+        if not is_marked:
+            return ""
+        rest = self._matcher.flush()
+        if self._at is _At.REASONING:
+            self._enter_content()
+        else:
+            self._at, self._call = _At.CALL, _ToolCallParser(self._tools, self.num_calls)
+        return rest
+
+    def _push_call(self, text: str) -> str:
+        assert self._call is not None
+        rest = self._call.push(text)
+        if self._is_forced or self._call.is_whole:
+            self._deltas += self._call.take()
+        if self._call.is_whole:
+            self.num_calls += 1
+            self._enter_content()
+        elif self._call.is_broken:
+            raw, self._call = self._call.raw, None
+            self._at, self._matcher = _At.CONTENT, StopMatcher(self._openings)
+            # Its opening is content now, and another call may begin in what follows it.
+            self._show(CALL_START)
+            return raw[len(CALL_START) :] + rest
+        return rest
+
+    def _enter_content(self) -> None:
+        self._at, self._call = _At.CONTENT, None
+        self._matcher, self._edges = StopMatcher(self._openings), _Edges(is_inside=False)
+
+    def _show(self, text: str) -> None:
+        if self._at is _At.REASONING or self._tools or not self._edges.is_inside:
+            text = self._edges.push(text)
+        self._book(text)
+
+    def _book(self, text: str) -> None:
+        (self._reasoning if self._at is _At.REASONING else self._content).append(text)
+
+    def _take(self) -> Parts:
+        parts = Parts("".join(self._content), "".join(self._reasoning), tuple(self._deltas))
+        self._content, self._reasoning, self._deltas = [], [], []
+        return parts
+
+
+class _Edges:
+    """Drops line ends before a text and holds back those that may be its last."""
+
+    def __init__(self, is_inside: bool = True) -> None:
+        self.is_inside, self._held = is_inside, ""
+
+    def push(self, text: str) -> str:
+        if not self.is_inside:
+            text = text.lstrip("\n")
+            self.is_inside = bool(text)
+        body = text.rstrip("\n")
+        if not body:
+            self._held += text
+            return ""
+        shown, self._held = self._held + body, text[len(body) :]
+        return shown
+
+    def rest(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+ENDS = {  # of each part of a call
+    "call": [FUNCTION],
+    "name": [">"],
+    "body": [PARAMETER, FUNCTION_END],
+    "key": [">"],
+    "value": [PARAMETER_END],
+    "end": [CALL_END],
+}
+MARKUP = ("call", "body", "end")  # parts that hold nothing but white space
+
+
+class _ToolCallParser:
+    """One call, after its `<tool_call>`. `is_broken` as soon as it cannot become one."""
+
+    def __init__(self, tools: dict[str, Tool], index: int) -> None:
+        self._tools, self._index = tools, index
+        self._raw: list[str] = [CALL_START]
+        self._deltas: list[CallDelta] = []
+        self._num_keys = 0
+        self.is_whole = self.is_broken = False
+        self._enter("call")
+
+    @property
+    def raw(self) -> str:
+        """All of its text so far."""
+        return "".join(self._raw)
+
+    def push(self, text: str) -> str:
+        """Returns what follows the call."""
+        raw = text
+        while text and not (self.is_whole or self.is_broken):
+            shown, is_ended = self._matcher.push(text)
+            text = self._matcher.flush() if is_ended else ""
+            if self._part in MARKUP:
+                self.is_broken = bool(shown.strip())
+            elif self._is_shown_at_once:
+                self._show_string(shown)
+            else:
+                self._text.append(shown)
+            if is_ended and not self.is_broken:
+                self._leave(self._matcher.stop)
+        rest = text if self.is_whole else ""
+        self._raw.append(raw[: len(raw) - len(rest)])
+        return rest
+
+    def take(self) -> list[CallDelta]:
+        """Its pieces since the last time, joined to as few as there can be."""
+        deltas, self._deltas = self._deltas, []
+        arguments = "".join(delta.arguments for delta in deltas)
+        if not deltas or not (deltas[0].id or arguments):
+            return []
+        return [CallDelta(self._index, deltas[0].id, deltas[0].name, arguments)]
+
+    def _enter(self, part: str) -> None:
+        self._part, self._matcher = part, StopMatcher(ENDS[part])
+        self._text: list[str] = []
+        self._is_shown_at_once = False
+
+    def _leave(self, stop: str) -> None:
+        text = "".join(self._text)
+        match self._part:
+            case "call":
+                self._enter("name")
+            case "name":
+                self._open(text)
+            case "body" if stop == PARAMETER:
+                self._enter("key")
+            case "body":
+                self._add("}" if self._num_keys else "{}")
+                self._enter("end")
+            case "key":
+                self._enter_value(text)
+            case "value":
+                is_string = self._is_shown_at_once
+                value = text.removeprefix("\n").removesuffix("\n")
+                self._add('"' if is_string else argument(value, self._types))
+                self._enter("body")
+            case "end":
+                self.is_whole = True
+
+    def _open(self, name: str) -> None:
+        if name not in self._tools:
+            self.is_broken = True
+            return
+        self._tool = self._tools[name]
+        self._deltas.append(CallDelta(self._index, f"call_{uuid.uuid4().hex[:24]}", name, ""))
+        self._enter("body")
+
+    def _enter_value(self, key: str) -> None:
+        self._types = self._tool.types_of(key)
+        self._add(f"{', ' if self._num_keys else '{'}{to_json(key)}: ")
+        self._num_keys += 1
+        self._enter("value")
+        self._is_shown_at_once = is_text(self._types)
+        if self._is_shown_at_once:
+            self._add('"')
+            self._is_first, self._held = True, ""
+
+    def _show_string(self, text: str) -> None:
+        """A piece of a string, without the one line end before and after the value, which is markup."""
+        text = self._held + text
+        if self._is_first and text:
+            text, self._is_first = text.removeprefix("\n"), False
+        self._held = "\n" if text.endswith("\n") else ""
+        self._add(to_json(text.removesuffix("\n"))[1:-1])
+
+    def _add(self, arguments: str) -> None:
+        self._deltas.append(CallDelta(self._index, "", "", arguments))

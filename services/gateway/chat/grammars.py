@@ -1,0 +1,174 @@
+"""What the text of an answer must match: response formats and forced tool calls, as grammars.
+
+The dialect is llguidance's of Lark (its docs/syntax.md). Special tokens have no text there and are named by their ids.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.engine.contract.sampling_params import JSON_OPTIONS, Grammar, GrammarKind
+from services.gateway.chat.text import CALL_END, CALL_START, THINK_END, Marker, Tokenizer
+from services.gateway.chat.tools import Tool, ToolUse, is_text
+
+MAX_COUNTED_CHARS = 2000  # a longer maxLength is not enforced: counting characters costs a state for each
+TEXT = r"(?s:.*)"
+
+CheckGrammar = Callable[
+    [Grammar], None
+]  # raises ValueError; `services.engine.grammar.grammar_checker.GrammarChecker.check`
+
+
+@dataclass(frozen=True)
+class Markers:
+    think_end: Marker
+    call_start: Marker
+    call_end: Marker
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Markers:
+        return cls(tokenizer.marker(THINK_END), tokenizer.marker(CALL_START), tokenizer.marker(CALL_END))
+
+
+def any_of(choices: Sequence[str]) -> Grammar:
+    """The answer is one of these strings; ValueError if there are none."""
+    if not choices:
+        raise ValueError("structured_outputs.choice must hold at least one string.")
+    return Grammar(GrammarKind.LARK, f"start: {' | '.join(map(json.dumps, choices))}\n")
+
+
+def check(grammar: Grammar, place: str, check_grammar: CheckGrammar) -> None:
+    """Raises ValueError, with the parameter `place` in the sentence, for a grammar that cannot be used."""
+    try:
+        check_grammar(grammar)
+    except ValueError as error:
+        reason = str(error).partition(" ")[2]  # after the engine's own name of the parameter
+        raise ValueError(f"{place} {reason}") from error
+
+
+def compose(answer: Grammar | None, use: ToolUse, reasons: bool, markers: Markers) -> Grammar | None:
+    """One grammar for the whole text: reasoning up to its end, then an answer or calls. None: the text is free.
+
+    Where the model may choose between text and calls, calls are held to their schemas if a tool is strict.
+    """
+    tools = use.callable_tools
+    is_strict = any(tool.is_strict for tool in tools)
+    if answer is None and not use.is_forced and not is_strict:
+        return None
+    if answer is not None and not tools and not reasons:
+        return answer
+    rules = list(_call_rules(tools, use.max_calls, markers)) if tools else []
+    if answer is not None:
+        rules.append(f"answer: {_expression(answer)}")
+        start = "answer | calls" if tools else "answer"
+    elif use.is_forced:
+        start = "calls"
+    else:
+        rules += _free_rules(markers.call_start)
+        start = "free"
+    if reasons:
+        rules.append(f"start: {_reasoning(markers.think_end)} GAP ({start})")
+        rules += [r"GAP: /\n{0,2}/", _text_up_to("think", markers.think_end)]
+    else:
+        rules.append(f"start: {start}")
+    return Grammar(GrammarKind.LARK, "\n".join(rules) + "\n")
+
+
+def _expression(grammar: Grammar) -> str:
+    match grammar.kind:
+        case GrammarKind.JSON_OBJECT:
+            return _json({"type": "object"})
+        case GrammarKind.JSON_SCHEMA:
+            return _json(json.loads(grammar.text))
+        case GrammarKind.REGEX:
+            return _regex(grammar.text)
+    return f"%lark {{\n{grammar.text}\n}}"
+
+
+def _json(schema: Any) -> str:
+    return f"%json {json.dumps(schema | JSON_OPTIONS if isinstance(schema, dict) else schema)}"
+
+
+def _regex(pattern: str) -> str:
+    """A regular expression between slashes; one that is escaped already stays as it is."""
+    escaped = re.sub(r"\\.|/", lambda found: found[0] if found[0] != "/" else r"\/", pattern, flags=re.DOTALL)
+    return f"/{escaped}/".replace("\n", r"\n")
+
+
+def _special(marker: Marker) -> str:
+    return json.dumps(marker.text) if marker.special_id is None else f"<[{marker.special_id}]>"
+
+
+def _text_up_to(rule: str, marker: Marker) -> str:
+    """A rule for any text up to and, unless the marker is a special token, including the marker."""
+    suffix = f"[suffix={json.dumps(marker.text)}]" if marker.special_id is None else ""
+    return f"{rule}{suffix}: /{TEXT}/"
+
+
+def _reasoning(marker: Marker) -> str:
+    return "think" if marker.special_id is None else f"think {_special(marker)}"
+
+
+def _free_rules(marker: Marker) -> list[str]:
+    if marker.special_id is not None:
+        return ["free: TEXT (call TEXT)*", f"TEXT: /{TEXT}/"]
+    without = f"TEXT: /{TEXT}/ & ~/{TEXT}{re.escape(marker.text)}{TEXT}/"
+    return ["free: (text_to_call call_rest)* TEXT", _text_up_to("text_to_call", marker), without]
+
+
+def _call_rules(tools: Sequence[Tool], max_calls: int | None, markers: Markers) -> Iterator[str]:
+    yield "calls: call" if max_calls == 1 else 'calls: call ("\\n" call)*'
+    yield f"call: {_special(markers.call_start)} call_rest"
+    yield f"call_rest: ({' | '.join(f'function_{n}' for n in range(len(tools)))}) {_special(markers.call_end)}"
+    for n, tool in enumerate(tools):
+        yield from _function_rules(f"function_{n}", tool)
+
+
+def _function_rules(rule: str, tool: Tool) -> Iterator[str]:
+    """Parameters come in the schema's order; those that are not required may be left out."""
+    required = tool.parameters.get("required", ())
+    places = [f"{rule}_{n}" + ("" if name in required else "?") for n, name in enumerate(tool.properties)]
+    if not tool.properties and tool.parameters.get("additionalProperties", bool(tool.parameters)):
+        places = [f"{rule}_any*"]
+        yield f'{rule}_any: "<parameter=" /[^<>\\n]+/ ">\\n" {rule}_text "\\n"'
+        yield f'{rule}_text[suffix="</parameter>"]: /{TEXT}/'
+    body = " ".join(places)
+    yield f'{rule}: "\\n<function={tool.name}>\\n" {body} "</function>\\n"'
+    for n, (name, schema) in enumerate(tool.properties.items()):
+        opening = json.dumps(f"<parameter={name}>\n")
+        yield from _parameter_rules(f"{rule}_{n}", opening, tool, name, schema)
+
+
+def _parameter_rules(rule: str, opening: str, tool: Tool, name: str, schema: Any) -> Iterator[str]:
+    if not is_text(tool.types_of(name)):
+        yield f'{rule}: {opening} {_json(_with_definitions(schema, tool))} "\\n</parameter>\\n"'
+        return
+    values = _string_values(schema)
+    if values:
+        yield f'{rule}: {opening} ({" | ".join(map(json.dumps, values))}) "\\n</parameter>\\n"'
+        return
+    yield f'{rule}: {opening} {rule}_text "\\n"'
+    yield f'{rule}_text[suffix="</parameter>"]: /{_string_regex(schema)}/'
+
+
+def _with_definitions(schema: Any, tool: Tool) -> Any:
+    return {**schema, **tool.definitions} if isinstance(schema, dict) else schema
+
+
+def _string_values(schema: Any) -> list[str]:
+    if not isinstance(schema, Mapping):
+        return []
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
+
+
+def _string_regex(schema: Any) -> str:
+    limits = [schema.get(key) for key in ("minLength", "maxLength")] if isinstance(schema, Mapping) else []
+    shortest, longest = (limit if isinstance(limit, int) and limit >= 0 else None for limit in limits or (None, None))
+    if longest is None or longest > MAX_COUNTED_CHARS:
+        return TEXT
+    return rf"(?s:.{{{min(shortest or 0, longest)},{longest}}})\n"

@@ -1,0 +1,363 @@
+"""OpenAI's request bodies, and what they ask for.
+
+Source: OpenAI's API reference for completions and chat completions; vLLM's additions are `top_k`, `min_p`,
+`repetition_penalty`, `stop_token_ids`, `ignore_eos`, `min_tokens`, `prompt_logprobs`, `priority`,
+`structured_outputs`, `chat_template_kwargs`, and tokenize and detokenize; `timeout` and `enable_thinking` are ours.
+A field that is not listed here is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from services.engine.contract.sampling_params import MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
+from services.gateway.chat import grammars
+from services.gateway.chat.tools import ToolUse, mode_of
+from services.gateway.errors import ApiError, invalid
+from services.gateway.generation import GenerationRequest, Shape
+from services.gateway.openai.messages import BaseBody, Conversation, NamedTool, only
+
+MAX_PROMPTS = 64  # in one body
+OBJECT = "a JSON object"
+SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias", "grammar"}
+
+
+def _check_prompt(value: object) -> object:
+    """One string, one list of token ids, or a list of either."""
+    if _is_one_prompt(value):
+        return value
+    if isinstance(value, list) and value and all(_is_one_prompt(item) for item in value):
+        if len(value) <= MAX_PROMPTS:
+            return value
+        raise ValueError(f"must hold at most {MAX_PROMPTS} prompts, not {len(value)}")
+    raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
+
+
+def _is_one_prompt(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(type(item) is int for item in value)
+    return isinstance(value, str)
+
+
+def _check_stop(value: object) -> object:
+    if isinstance(value, str):
+        return [value]
+    if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        return value
+    raise ValueError(f"must be a string or a list of strings, not {value!r:.100}")
+
+
+class StreamOptions(BaseBody):
+    include_usage: bool = False
+
+
+class StructuredOutputs(BaseBody):
+    """vLLM's way to say what the answer must match: exactly one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_object: Literal[True] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> StructuredOutputs:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("must hold exactly one of json, json_object, regex, choice and grammar")
+        return self
+
+    def shape(self) -> Shape:
+        place = "structured_outputs"
+        if self.json_ is not None:
+            schema = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
+            return Shape(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{place}.json")
+        if self.regex is not None:
+            return Shape(Grammar(GrammarKind.REGEX, self.regex), f"{place}.regex")
+        if self.choice is not None:
+            return Shape(grammars.any_of(self.choice), f"{place}.choice")
+        if self.grammar is not None:
+            return Shape(Grammar(GrammarKind.LARK, self.grammar), f"{place}.grammar")
+        return Shape(Grammar(GrammarKind.JSON_OBJECT), f"{place}.json_object")
+
+
+class JsonSchema(BaseBody):
+    name: str | None = None
+    description: str | None = None  # accepted and not used
+    schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
+    strict: bool | None = None  # every schema is enforced
+
+
+class ResponseFormat(BaseBody):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("must hold a json_schema if, and only if, its type is 'json_schema'")
+        return self
+
+    def shape(self) -> Shape | None:
+        place = "response_format"
+        if self.json_schema is not None:
+            schema = json.dumps(self.json_schema.schema_)
+            return Shape(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{place}.json_schema.schema")
+        return Shape(Grammar(GrammarKind.JSON_OBJECT), place) if self.type == "json_object" else None
+
+
+class _RequestBody(BaseBody):
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_check_stop)] = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    user: str | None = None  # accepted and not used, as are the next two
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> _RequestBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options may only be given together with stream=true.")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs may only be given without stream=true.")
+        if self.structured_outputs and self.response_format and self.response_format.type != "text":
+            raise ValueError("structured_outputs may not be given together with response_format; give one.")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def shape(self) -> Shape | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.shape()
+        return self.response_format.shape() if self.response_format else None
+
+    def sampling(self, num_logprobs: int | None) -> dict[str, Any]:
+        """The fields of SamplingParams that the client gave."""
+        given = self.model_dump(include=set(SAMPLING_NAMES), exclude_none=True)
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        if num_logprobs is not None:
+            given["logprobs"] = num_logprobs
+        if self.logit_bias:
+            given["logit_bias"] = tuple((_token_id(key), bias) for key, bias in self.logit_bias.items())
+        return given
+
+
+def _token_id(key: str) -> int:
+    if not key.strip().isdecimal():
+        raise invalid(f"logit_bias must be keyed by token ids as strings, not {key!r:.100}.", "logit_bias")
+    return int(key)
+
+
+class CompletionBody(_RequestBody):
+    prompt: Annotated[Any, BeforeValidator(_check_prompt)]
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: Annotated[str | None, only(None)] = None
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of must be equal to n ({self.n or 1}), because answers are not ranked.")
+        return self
+
+    @property
+    def is_chat(self) -> bool:
+        return False
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
+    def asks(self) -> list[GenerationRequest]:
+        """Raises ApiError or ValueError."""
+        sampling, shape = self.sampling(self.logprobs), self.shape()
+        if self.echoes_logprobs:
+            sampling.setdefault("prompt_logprobs", self.logprobs)
+        prompts = [self.prompt] if _is_one_prompt(self.prompt) else self.prompt
+        return [
+            GenerationRequest(prompt, sampling, self.n, self.echo or False, shape, timeout=self.timeout)
+            for prompt in prompts
+        ]
+
+
+class ChatBody(Conversation, _RequestBody):
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tool_choice: str | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatBody:
+        asked = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(asked) > 1:
+            raise ValueError("max_tokens and max_completion_tokens must be equal where both are given; give one.")
+        self.max_tokens = asked.pop() if asked else None
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs may only be given together with logprobs=true.")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"top_logprobs must be 0 to {MAX_LOGPROBS}, not {self.top_logprobs}.")
+        return self
+
+    @property
+    def is_chat(self) -> bool:
+        return True
+
+    def asks(self) -> list[GenerationRequest]:
+        """Raises ApiError or ValueError."""
+        choice = self.tool_choice
+        function = choice.function.name if isinstance(choice, NamedTool) else None
+        mode = mode_of(choice) if isinstance(choice, str) else None
+        tools = tuple(tool.tool() for tool in self.tools or ())
+        use = ToolUse.of(tools, mode, function, self.parallel_tool_calls)
+        sampling = self.sampling((self.top_logprobs or 0) if self.logprobs else None)
+        return [GenerationRequest(self.chat(), sampling, self.n, shape=self.shape(), use=use, timeout=self.timeout)]
+
+
+class TokenizeBody(BaseBody):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    def ask(self) -> GenerationRequest:
+        return GenerationRequest(self.prompt)
+
+
+class TokenizeChatBody(Conversation):
+    model: str | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+    return_token_strs: bool = False
+
+    def ask(self) -> GenerationRequest:
+        """Raises ApiError or ValueError."""
+        return GenerationRequest(
+            self.chat(self.add_generation_prompt), use=ToolUse(tuple(tool.tool() for tool in self.tools or ()))
+        )
+
+
+class DetokenizeBody(BaseBody):
+    model: str | None = None
+    tokens: list[int]
+
+
+Body = CompletionBody | ChatBody
+AnyBody = TypeVar("AnyBody", bound=BaseBody)
+
+
+def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
+    """Raises ApiError with one sentence about the first mistake."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise _explain(kind, error.errors(include_url=False)) from error
+
+
+def is_chat(data: bytes) -> bool:
+    """Whether a body to be tokenized speaks of messages."""
+    try:
+        body = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(body, dict) and "messages" in body
+
+
+def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
+    error, expected = _most_telling(kind, errors)
+    place = _walk(kind, error["loc"])
+    path = place.path
+    match error["type"]:
+        case "json_invalid":
+            return invalid(f"The body is not valid JSON: {error['ctx']['error']}.")
+        case "model_type" if not path:
+            return invalid("The body must be a JSON object.")
+        case "extra_forbidden":
+            allowed = ", ".join(sorted(place.fields))
+            return invalid(f"Unknown field {path!r:.100}; the allowed fields are {allowed}.", path, "unknown_parameter")
+        case "missing":
+            return invalid(f"{path} is missing, but required.", path)
+        case "value_error":
+            reason = str(error["ctx"]["error"])
+            return invalid(f"{path} {reason}." if path else reason, path or reason.split()[0])
+        case "model_type" if expected == OBJECT:
+            return invalid(f"{path} must be {OBJECT}.", path)
+    return invalid(f"{path} must be {expected}, not {error['input']!r:.100}.", path)
+
+
+def _most_telling(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[ErrorDetails, str]:
+    """The first error and what was expected; where a value may have several forms, of the form it fails deepest in."""
+    first = errors[0]
+    if not _walk(kind, first["loc"]).is_form:
+        return first, _expected(first)
+    forms = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    deepest = max(forms, key=lambda error: len(error["loc"]))
+    if len(deepest["loc"]) > len(first["loc"]):
+        return deepest, _expected(deepest)
+    return first, " or ".join(map(_expected, forms))
+
+
+def _expected(error: ErrorDetails) -> str:
+    if error["type"] in ("model_type", "dict_type"):
+        return OBJECT
+    return error["msg"].removeprefix("Input should be ")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a mistake is: `fields` are those of the object that the last part of `path` is in; `is_form` says that
+    pydantic ended the place with its own name of one form that the value may have."""
+
+    path: str
+    fields: tuple[str, ...]
+    is_form: bool
+
+
+def _walk(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _Place:
+    here: list[Any] = [kind]
+    path, fields, is_form = "", tuple[str, ...](), False
+    for part in loc:
+        is_form = len(here) > 1
+        if is_form:
+            here = [form for form in here if getattr(form, "__name__", "") == part] or [Any]
+            continue
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        if isinstance(here[0], type) and issubclass(here[0], BaseBody):
+            known = {field.alias or name: field.annotation for name, field in here[0].model_fields.items()}
+            fields, here = tuple(known), _forms(known.get(str(part), Any))
+        else:
+            here = _forms((*get_args(here[0]), Any)[-2 if get_args(here[0]) else 0])  # of a list or an object
+    return _Place(path.lstrip("."), fields, is_form)
+
+
+def _forms(annotation: Any) -> list[Any]:
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return [form for form in get_args(annotation) if form is not NoneType] if is_union else [annotation]

@@ -1,0 +1,117 @@
+"""Conversations and tools in OpenAI's shape, as chat completions and tokenize take them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+
+from services.gateway.chat.text import Chat, ChatMessage, PastCall, check_message
+from services.gateway.chat.tools import Tool, parse_arguments
+from services.gateway.generation import template_kwargs
+
+
+class BaseBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def only(*allowed: object) -> AfterValidator:
+    """A field of OpenAI's that may be sent as long as it asks for nothing: any other value is refused by name."""
+    values = " or ".join("null" if value is None else repr(value) for value in allowed)
+
+    def check(value: object) -> object:
+        if value is not None and value not in allowed:
+            raise ValueError(f"must be {values}, because nothing else is supported yet, not {value!r:.100}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _join_parts(value: object) -> object:
+    """Content given as parts is joined, as long as every part is text."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+        if not (is_text and isinstance(part["text"], str)):
+            raise ValueError('must be a string or a list of {"type": "text", "text": "..."} parts')
+    return "".join(part["text"] for part in value)
+
+
+class CallFunction(BaseBody):
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(BaseBody):
+    id: str
+    type: Literal["function"] = "function"
+    function: CallFunction
+    index: int | None = None  # clients that joined a stream's pieces may send it back
+
+
+class Message(BaseBody):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_join_parts)] = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    # What clients send back of an answer they were given, when it holds nothing.
+    refusal: Annotated[str | None, only(None)] = None
+    audio: Annotated[dict[str, Any] | None, only(None)] = None
+    annotations: Annotated[list[Any] | None, only([])] = None
+    function_call: Annotated[dict[str, Any] | None, only(None)] = None
+
+
+class ToolFunction(BaseBody):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(BaseBody):
+    type: Literal["function"]
+    function: ToolFunction
+
+    def tool(self) -> Tool:
+        function = self.function
+        return Tool(function.name, function.description or "", function.parameters or {}, function.strict or False)
+
+
+class NamedFunction(BaseBody):
+    name: str
+
+
+class NamedTool(BaseBody):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class Conversation(BaseBody):
+    """What `/v1/chat/completions` and `/tokenize` share."""
+
+    messages: list[Message]
+    tools: list[ToolBody] | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def chat(self, add_generation_prompt: bool = True) -> Chat:
+        """Without tools. Raises ApiError or ValueError."""
+        messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(self.messages))
+        kwargs = template_kwargs(self.chat_template_kwargs, self.enable_thinking)
+        return Chat(messages, template_kwargs=kwargs, add_generation_prompt=add_generation_prompt)
+
+
+def _message(place: str, message: Message) -> ChatMessage:
+    calls = tuple(
+        PastCall(
+            call.id,
+            call.function.name,
+            parse_arguments(call.function.arguments, f"{place}.tool_calls[{n}].function.arguments"),
+        )
+        for n, call in enumerate(message.tool_calls or ())
+    )
+    fields = (message.name or "", message.reasoning_content or "", calls, message.tool_call_id or "")
+    return check_message(ChatMessage(message.role, message.content, *fields), place)

@@ -1,0 +1,164 @@
+"""OpenAI's responses as JSON.
+
+Source: OpenAI's API reference for completions and chat completions; `reasoning_content` and `prompt_logprobs` are in
+vLLM's shapes. Plain dictionaries, because building the `openai` package's own types takes 150 µs for every token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.gateway.chat.answer import Scored, TextDelta
+from services.gateway.chat.answer_parser import CallDelta
+from services.gateway.generation import UsageTally
+
+COMPLETION, CHAT, CHAT_CHUNK = "text_completion", "chat.completion", "chat.completion.chunk"
+
+ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@dataclass(frozen=True)
+class ResponseHead:
+    """What every response to one request repeats."""
+
+    id: str
+    created: int
+    model: str
+
+    def with_choices(self, object_: str, choices: list[dict[str, Any]], **more: Any) -> str:
+        fields = {"id": self.id, "object": object_, "created": self.created, "model": self.model, "choices": choices}
+        return ENCODE(fields | more)
+
+
+def usage_of(tally: UsageTally) -> dict[str, Any]:
+    return {
+        "prompt_tokens": tally.prompt_tokens,
+        "completion_tokens": tally.completion_tokens,
+        "total_tokens": tally.prompt_tokens + tally.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": tally.cached_tokens},
+    }
+
+
+def cache_header(delta: TextDelta) -> dict[str, str]:
+    """What the prefix cache did for a request, and why no more."""
+    return {"X-Expertmesh-Cache": delta.cache_report}
+
+
+def completion(
+    head: ResponseHead, choices: Sequence[TextDelta], tally: UsageTally, echo: bool, tell_prompt: bool
+) -> str:
+    """A whole answer. `echo`: the prompts' logprobs stand before the answers' own."""
+    listed = [_completion_choice(choice, echo) for choice in choices]
+    if tell_prompt:
+        for choice, delta in zip(listed, choices, strict=True):
+            choice["prompt_logprobs"] = _prompt_logprobs(delta.prompt_logprobs)
+    return head.with_choices(COMPLETION, listed, usage=usage_of(tally))
+
+
+def completion_chunk(head: ResponseHead, delta: TextDelta, echo: bool) -> str:
+    return head.with_choices(COMPLETION, [_completion_choice(delta, echo)])
+
+
+def chat_completion(head: ResponseHead, choices: Sequence[TextDelta], tally: UsageTally, tell_prompt: bool) -> str:
+    prompt = {"prompt_logprobs": _prompt_logprobs(choices[0].prompt_logprobs)} if tell_prompt else {}
+    return head.with_choices(CHAT, [_chat_choice(choice) for choice in choices], usage=usage_of(tally), **prompt)
+
+
+def chat_chunk(head: ResponseHead, delta: TextDelta) -> str:
+    fields: dict[str, Any] = {}
+    if delta.text:
+        fields["content"] = delta.text
+    if delta.reasoning:
+        fields["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        fields["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.calls]
+    return head.with_choices(CHAT_CHUNK, [_choice(delta, "delta", fields, _chat_logprobs(delta.logprobs))])
+
+
+def role_chunk(head: ResponseHead, index: int) -> str:
+    """Each choice of a chat stream opens with the role of the speaker."""
+    fields = {"role": "assistant", "content": ""}
+    return head.with_choices(CHAT_CHUNK, [{"index": index, "delta": fields, "logprobs": None, "finish_reason": None}])
+
+
+def usage_chunk(head: ResponseHead, tally: UsageTally, is_chat: bool) -> str:
+    """The last chunk of a stream that was asked for its usage: no choice, only the numbers."""
+    return head.with_choices(CHAT_CHUNK if is_chat else COMPLETION, [], usage=usage_of(tally))
+
+
+def _choice(delta: TextDelta, key: str, value: Any, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    return {"index": delta.index, key: value, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+
+def _completion_choice(delta: TextDelta, echo: bool) -> dict[str, Any]:
+    scores = [*(delta.prompt_logprobs if echo else ()), *delta.logprobs]
+    return _choice(delta, "text", delta.text, _completion_logprobs(scores))
+
+
+def _chat_choice(delta: TextDelta) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": delta.text}
+    if delta.reasoning:
+        message["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        message |= {"content": delta.text or None, "tool_calls": [_call(call) for call in delta.calls]}
+    return _choice(delta, "message", message, _chat_logprobs(delta.logprobs))
+
+
+def _call(call: CallDelta) -> dict[str, Any]:
+    if not call.id:
+        return {"function": {"arguments": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _completion_logprobs(scores: Sequence[Scored]) -> dict[str, Any] | None:
+    if not scores:
+        return None
+    return {
+        "tokens": [_name(score) for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": [None if score.logprob is None else _by_name([score, *score.top]) for score in scores],
+        "text_offset": [score.offset for score in scores],
+    }
+
+
+def _by_name(scores: Iterable[Scored]) -> dict[str, float | None]:
+    """The token itself is always among them, as OpenAI has it."""
+    return {_name(score): score.logprob for score in scores}
+
+
+def _name(score: Scored) -> str:
+    """Half a character's bytes are written out, as OpenAI does, so that different tokens have different names."""
+    if "\ufffd" in score.text:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in score.data)
+    return score.text
+
+
+def _chat_logprobs(scores: Sequence[Scored]) -> dict[str, Any] | None:
+    if not scores:
+        return None
+    content = [{**_chat_score(score), "top_logprobs": list(map(_chat_score, score.top))} for score in scores]
+    return {"content": content, "refusal": None}
+
+
+def _chat_score(score: Scored) -> dict[str, Any]:
+    return {"token": score.text, "logprob": score.logprob, "bytes": list(score.data)}
+
+
+def _prompt_logprobs(scores: Sequence[Scored]) -> list[dict[str, Any] | None]:
+    """vLLM's shape: by token id, the prompt's own token among them; null for the first."""
+    return [
+        None if score.logprob is None else {str(one.token_id): _ranked(one, rank) for one, rank in _ranks(score)}
+        for score in scores
+    ]
+
+
+def _ranks(score: Scored) -> Iterable[tuple[Scored, int]]:
+    others = [(one, rank) for rank, one in enumerate(score.top, 1) if one.token_id != score.token_id]
+    return [(score, score.rank), *others]
+
+
+def _ranked(score: Scored, rank: int) -> dict[str, Any]:
+    return {"logprob": score.logprob, "rank": rank, "decoded_token": score.text}

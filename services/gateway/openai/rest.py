@@ -1,0 +1,246 @@
+"""OpenAI's REST surface as a FastAPI application."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.gateway.chat.answer import TextDelta, collect
+from services.gateway.connection import ClientGone, EventStream, read_body, unless_gone
+from services.gateway.errors import ApiError, ApiRefusal, unexpected
+from services.gateway.generation import MAX_REQUEST_ID_LEN, Generation, Health, ModelCard, UsageTally, check_request_id
+from services.gateway.openai import response
+from services.gateway.openai.body import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    TokenizeChatBody,
+    is_chat,
+    parse_body,
+)
+from services.gateway.openai.response import ResponseHead
+
+MAX_BODY_BYTES = 4 * 2**20
+CLIENT_GONE = 499  # nginx's number for it; nobody is there to read it
+DONE = "data: [DONE]\n\n"
+
+HealthCheck = Callable[[], Awaitable[Health]]
+MoreMetrics = Callable[[], Awaitable[bytes]]
+
+
+def build_rest(
+    generation: Generation,
+    health: HealthCheck,
+    more_metrics: MoreMetrics | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """The application; `more_metrics` returns further lines in Prometheus' format, such as the engine's."""
+    app = FastAPI(title="Expertmesh", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    surface = Rest(generation, max_body_bytes)
+    app.add_middleware(RequestIds)
+    app.add_api_route("/v1/completions", surface.completions, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", surface.chat_completions, methods=["POST"])
+    app.add_api_route("/v1/models", surface.models, methods=["GET"])
+    app.add_api_route("/v1/models/{model_id:path}", surface.model, methods=["GET"])
+    app.add_api_route("/tokenize", surface.tokenize, methods=["POST"])
+    app.add_api_route("/detokenize", surface.detokenize, methods=["POST"])
+    _add_operations(app, generation, health, more_metrics)
+    _add_error_handlers(app, generation)
+    return app
+
+
+class RequestIds:
+    """Middleware: a request's `X-Request-Id`, or one made here, is in `request.state.id` and on the response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
+        scope.setdefault("state", {})["id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id[:MAX_REQUEST_ID_LEN]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class Rest:
+    def __init__(self, generation: Generation, max_body_bytes: int) -> None:
+        self._generation, self._max_body_bytes = generation, max_body_bytes
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, CompletionBody)
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._answer(request, ChatBody)
+
+    async def models(self) -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [_model(self._generation.card)]})
+
+    async def model(self, model_id: str) -> JSONResponse:
+        self._generation.check_model(model_id)
+        return JSONResponse(_model(self._generation.card))
+
+    async def tokenize(self, request: Request) -> Response:
+        async def answer(data: bytes) -> Response:
+            body = parse_body(TokenizeChatBody, data) if is_chat(data) else parse_body(TokenizeBody, data)
+            self._generation.check_model(body.model)
+            token_ids = await self._generation.tokenize(body.ask, body.add_special_tokens)
+            shown = await self._generation.token_texts(token_ids) if body.return_token_strs else None
+            longest = self._generation.card.max_model_len
+            fields = {"count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown}
+            return JSONResponse(fields)
+
+        return await self._with_body(request, answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        async def answer(data: bytes) -> Response:
+            body = parse_body(DetokenizeBody, data)
+            self._generation.check_model(body.model)
+            return JSONResponse({"prompt": self._generation.detokenize(body.tokens)})
+
+        return await self._with_body(request, answer)
+
+    async def _with_body(self, request: Request, answer: Callable[[bytes], Awaitable[Response]]) -> Response:
+        try:
+            return await answer(await read_body(request, self._max_body_bytes))
+        except ClientGone:
+            return Response(status_code=CLIENT_GONE)
+
+    async def _answer(self, request: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
+        check_request_id(request.state.id, "X-Request-Id")
+
+        async def answer(data: bytes) -> Response:
+            body = parse_body(kind, data)
+            return await unless_gone(request.receive, self._respond(body, request.state.id))
+
+        return await self._with_body(request, answer)
+
+    async def _respond(self, body: Body, request_id: str) -> Response:
+        generation = self._generation
+        generation.check_model(body.model)
+        jobs = await generation.prepare(body.asks)
+        head = ResponseHead(
+            f"{'chatcmpl' if body.is_chat else 'cmpl'}-{request_id}", int(time.time()), generation.card.id
+        )
+        deltas = generation.stream(jobs, head.id)
+        if body.stream:
+            # The status line waits for the first token, because a refusal by the engine needs its own.
+            first = await anext(deltas)
+            events = self._events(head, body, first, deltas)
+            return EventStream(events, response.cache_header(first))
+        choices = await collect(deltas, len(jobs))
+        tally = UsageTally(body.n or 1)
+        for choice in choices:
+            tally.add(choice)
+        text = _whole(head, body, choices, tally)
+        return Response(text, media_type="application/json", headers=response.cache_header(choices[0]))
+
+    async def _events(
+        self, head: ResponseHead, body: Body, first: TextDelta, deltas: AsyncGenerator[TextDelta, None]
+    ) -> AsyncGenerator[str, None]:
+        tally, is_open = UsageTally(body.n or 1), set[int]()
+        try:
+            async with aclosing(deltas):
+                delta: TextDelta | None = first
+                while delta is not None:
+                    tally.add(delta)
+                    if body.is_chat and delta.index not in is_open:
+                        is_open.add(delta.index)
+                        yield _event(response.role_chunk(head, delta.index))
+                    if delta.is_shown:
+                        yield _event(_chunk(head, body, delta))
+                    delta = await anext(deltas, None)
+            if body.include_usage:
+                yield _event(response.usage_chunk(head, tally, body.is_chat))
+        except ApiError as error:
+            self._generation.metrics.count_refused(error.refusal.label)
+            yield _event(json.dumps(error.to_json()))
+        yield DONE
+
+
+def _whole(head: ResponseHead, body: Body, choices: list[TextDelta], tally: UsageTally) -> str:
+    tells_prompt = body.prompt_logprobs is not None
+    if isinstance(body, ChatBody):
+        return response.chat_completion(head, choices, tally, tells_prompt)
+    return response.completion(head, choices, tally, body.echoes_logprobs, tells_prompt)
+
+
+def _chunk(head: ResponseHead, body: Body, delta: TextDelta) -> str:
+    if isinstance(body, ChatBody):
+        return response.chat_chunk(head, delta)
+    return response.completion_chunk(head, delta, body.echoes_logprobs)
+
+
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"
+
+
+def _model(card: ModelCard) -> dict[str, Any]:
+    fields = {"id": card.id, "object": "model", "created": card.created, "owned_by": card.owned_by}
+    return fields | {"max_model_len": card.max_model_len}
+
+
+def _add_operations(
+    app: FastAPI, generation: Generation, health: HealthCheck, more_metrics: MoreMetrics | None
+) -> None:
+    @app.get("/health/live")
+    async def live() -> JSONResponse:
+        return JSONResponse({"status": "live"})
+
+    @app.get("/health/ready")
+    async def ready() -> JSONResponse:
+        now = await health()
+        status = "not_ready" if not now.is_ready else "degraded" if now.is_degraded else "ready"
+        return JSONResponse({"status": status, "detail": now.detail}, 200 if now.is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        more = await more_metrics() if more_metrics else b""
+        return Response(generation.metrics.to_text() + more, media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_error_handlers(app: FastAPI, generation: Generation) -> None:
+    def refuse(error: ApiError) -> JSONResponse:
+        generation.metrics.count_refused(error.refusal.label)
+        return JSONResponse(error.to_json(), error.refusal.status, error.headers)
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
+        return refuse(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return refuse(_routing_error(request, error))
+
+    @app.exception_handler(Exception)
+    async def on_unexpected(_: Request, error: Exception) -> JSONResponse:
+        return refuse(unexpected(error))
+
+
+def _routing_error(request: Request, error: HTTPException) -> ApiError:
+    """FastAPI itself raises only for a path or a method that it does not know."""
+    path = request.url.path
+    if error.status_code == ApiRefusal.METHOD.status:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return ApiError(ApiRefusal.METHOD, f"{path} must be asked with {allowed}, not {request.method}.")
+    return ApiError(ApiRefusal.NOT_FOUND, f"There is no {path} here; /v1/models tells what is served.")

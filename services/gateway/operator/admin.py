@@ -1,0 +1,154 @@
+"""The admin API: reads and orders for operators, as JSON, behind a key.
+
+Without a key it is closed, to this machine's clients as well: a proxy, a port-forward or a web page that posts to
+127.0.0.1 would otherwise pass for an operator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import Field
+from starlette.responses import Response
+
+from cluster.control.operator_orders import MAX_SHARDS
+from services.gateway.connection import ClientGone, read_body
+from services.gateway.errors import ApiError, ApiRefusal, invalid
+from services.gateway.openai.body import parse_body
+from services.gateway.openai.messages import BaseBody
+from services.gateway.operator.operations import Operations
+
+MAX_BODY_BYTES = 64 << 10
+CLIENT_GONE = 499
+MAX_LISTED = 1000
+Who = Annotated[str, Field(max_length=128)]
+
+
+class OrderBody(BaseBody):
+    """`by` says who orders it; the client's address if left out."""
+
+    by: Who = ""
+
+
+class DrainBody(OrderBody):
+    undo: bool = False
+
+
+class ScaleBody(OrderBody):
+    """`shards`: null lifts the order, and the pool is scaled by its load again."""
+
+    shards: Annotated[int, Field(ge=1, le=MAX_SHARDS)] | None
+
+
+class TraceBody(BaseBody):
+    action: Literal["start", "stop"]
+    max_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 64 << 20
+    max_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+
+
+def add_admin(app: FastAPI, key: str | None, operations: Operations | None) -> None:
+    """Adds the routes under /admin; without `operations` (the experts are local) there is nothing to administer."""
+    admin = Admin(key, operations)
+    for method, path, answer in (
+        ("GET", "/plan", admin.plan),
+        ("GET", "/load", admin.load),
+        ("GET", "/decisions", admin.decisions),
+        ("GET", "/placement", admin.placement),
+        ("POST", "/rebalance", admin.rebalance),
+        ("POST", "/pools/{pool}/scale", admin.scale),
+        ("POST", "/shards/{shard_id}/drain", admin.drain),
+        ("POST", "/traces", admin.traces),
+    ):
+        app.add_api_route(f"/admin{path}", admin.guarded(answer), methods=[method])
+
+
+Answer = Callable[[Operations, Request], Awaitable[dict[str, Any]]]
+
+
+class Admin:
+    def __init__(self, key: str | None, operations: Operations | None) -> None:
+        self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
+        self._operations = operations
+
+    def guarded(self, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
+        """The route that answers to those who know the key."""
+
+        async def route(request: Request) -> Response:
+            self._check_key(request.headers.get("authorization", ""))
+            if self._operations is None:
+                raise ApiError(
+                    ApiRefusal.NOT_FOUND, "The experts are in the backbone: there are no shards to administer."
+                )
+            try:
+                return JSONResponse(await answer(self._operations, request))
+            except ClientGone:
+                return Response(status_code=CLIENT_GONE)
+
+        return route
+
+    def _check_key(self, authorization: str) -> None:
+        if self._digest is None:
+            what = "set EXPERTMESH_ADMIN_KEY, or admin_key in the application's arguments, where the server starts"
+            raise ApiError(
+                ApiRefusal.FORBIDDEN, f"The admin API is closed because the server has no admin key; {what}."
+            )
+        scheme, _, key = authorization.partition(" ")
+        # Digests of equal length, so that the time to compare tells neither the key nor how long it is.
+        is_it = hmac.compare_digest(hashlib.sha256(key.strip().encode()).digest(), self._digest)
+        if scheme.lower() != "bearer" or not is_it:
+            sentence = "The admin API needs the header `Authorization: Bearer KEY` with the server's admin key."
+            raise ApiError(ApiRefusal.UNAUTHENTICATED, sentence)
+
+    async def plan(self, operations: Operations, _: Request) -> dict[str, Any]:
+        return await operations.plan()
+
+    async def load(self, operations: Operations, request: Request) -> dict[str, Any]:
+        return await operations.load(_number(request, "top") if "top" in request.query_params else None)
+
+    async def decisions(self, operations: Operations, request: Request) -> dict[str, Any]:
+        return await operations.decisions(_number(request, "count", 20))
+
+    async def placement(self, operations: Operations, _: Request) -> dict[str, Any]:
+        return await operations.placement()
+
+    async def rebalance(self, operations: Operations, request: Request) -> dict[str, Any]:
+        body = parse_body(OrderBody, await _body(request))
+        return await operations.rebalance(_who(body, request))
+
+    async def scale(self, operations: Operations, request: Request) -> dict[str, Any]:
+        body, pool = parse_body(ScaleBody, await _body(request)), request.path_params["pool"]
+        if body.shards is None:
+            return await operations.lift_scale(pool)
+        return await operations.scale(pool, body.shards, _who(body, request))
+
+    async def drain(self, operations: Operations, request: Request) -> dict[str, Any]:
+        body, shard_id = parse_body(DrainBody, await _body(request)), request.path_params["shard_id"]
+        if body.undo:
+            return await operations.lift_drain(shard_id)
+        return await operations.drain(shard_id, _who(body, request))
+
+    async def traces(self, operations: Operations, request: Request) -> dict[str, Any]:
+        body = parse_body(TraceBody, await _body(request))
+        bounds = {"max_bytes": body.max_bytes, "max_seconds": body.max_seconds}
+        return await operations.trace(bounds if body.action == "start" else None)
+
+
+async def _body(request: Request) -> bytes:
+    """An empty body is one without fields."""
+    return await read_body(request, MAX_BODY_BYTES) or b"{}"
+
+
+def _who(body: OrderBody, request: Request) -> str:
+    return body.by or (request.client.host if request.client else "unknown")
+
+
+def _number(request: Request, name: str, default: int = 0) -> int:
+    text = request.query_params.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:6]) <= MAX_LISTED):
+        raise invalid(f"{name} must be a whole number from 1 to {MAX_LISTED}, not {text!r:.40}.", name)
+    return int(text)

@@ -1,0 +1,215 @@
+"""How large pools should be: a table of cases, what holds for every load, and the planner's own costs behind it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cluster.control.scaling import (
+    BusyShare,
+    Pool,
+    PoolPolicy,
+    Wish,
+    busy_shares,
+    desired_shards,
+    fewest_for_cover,
+    predicted,
+)
+from cluster.cost_fit import RowsPerCall
+from cluster.load import ExpectedLoad
+from cluster.placement.plan import PlanPolicy
+from cluster.placement.planner import plan
+from cluster.topology import CostModel, Placement, Shard
+from tests.cluster.fleet import make_layers, make_shard
+
+POLICY = PoolPolicy(min_shards=2, max_shards=8, target_busy=0.6, slack=0.2)
+
+
+def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: object) -> Pool:
+    """`work` is what all shards together do."""
+    shares = {f"s{i}": BusyShare(calls, work / num_shards) for i in range(num_shards)}
+    pool = Pool(num_shards, shares, fewest=2)
+    return replace(pool, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pool", "shards", "why"),
+    [
+        (even_pool(3, 1.5), 3, "busy for 50%"),  # between the boundaries
+        (even_pool(3, 2.0), 4, "with 3 the slowest is predicted to be busy for 67%"),
+        (even_pool(3, 4.0), 7, "60% is aimed at"),  # several up
+        (even_pool(3, 90.0), 8, "busy for 3000%"),
+        (even_pool(6, 0.0), 5, "with one less"),  # one down
+        (even_pool(2, 0.0), 2, "busy for 0%"),  # not below the pool's bounds
+        (even_pool(4, 0.0, fewest=4), 4, "busy for 0%"),  # nor below what holds every expert twice
+        (even_pool(4, 0.0, is_settled=False), 4, "once the moves under way are done"),
+        (even_pool(4, 0.0, fewest=6), 6, "from 6 to 8 are possible"),
+        (even_pool(4, 0.0, fewest=20), 8, "from 8 to 8 are possible"),
+        (even_pool(3, 0.9, calls=0.4), 5, "busy for 70%"),  # calls cost each shard the same, however many there are
+        (even_pool(3, 90.0, ordered=4), 4, "an operator ordered 4"),  # an order wins over the load
+        (even_pool(6, 1.0, ordered=2), 5, "an operator ordered 2"),  # but one at a time goes down
+        (even_pool(6, 1.0, ordered=2, is_settled=False), 6, "once the moves"),
+        (even_pool(3, 1.0, ordered=20), 8, "an operator ordered 20; from 2 to 8 are possible"),
+        (even_pool(4, 1.0, ordered=1, fewest=4), 4, "an operator ordered 1; from 4 to 8 are possible"),
+        (
+            replace(even_pool(3, 1.5), wanted=4),
+            4,
+            "busy for 38%",
+        ),  # one of four is dead: the pool does not shrink for it
+    ],
+)
+def test_decisions(pool: Pool, shards: int, why: str) -> None:
+    decision = desired_shards(pool, POLICY)
+    assert decision.shards == shards, decision
+    assert why in decision.why
+    assert decision.is_ordered == (pool.ordered is not None)
+
+
+def test_an_uneven_pool_goes_by_its_slowest_shard() -> None:
+    uneven = {"a": BusyShare(0, 0.78), "b": BusyShare(0, 0.4), "c": BusyShare(0, 0.3)}
+    assert predicted(uneven.values(), 3) == pytest.approx(0.78)
+    assert desired_shards(Pool(3, uneven, 2), POLICY).shards == 4
+    new = {**uneven, "d": BusyShare(), "e": BusyShare()}  # which have nothing to do yet, and must not bring in more
+    assert predicted(new.values(), 5) == pytest.approx(0.78 * 3 / 5)
+    assert desired_shards(Pool(5, new, 2), POLICY).shards == 5
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_more_load_never_means_fewer_shards(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    wanted, num_live = draw.integers(2, 9), draw.integers(1, 9)
+    works, calls = draw.lognormal(-1.5, 1.0, num_live), float(draw.uniform(0, 0.7))
+    fewest, is_settled = int(draw.integers(1, 9)), bool(draw.integers(2))
+    sizes = [
+        desired_shards(
+            Pool(
+                int(wanted),
+                {str(i): BusyShare(calls * factor, float(work * factor)) for i, work in enumerate(works)},
+                fewest,
+                is_settled,
+            ),
+            POLICY,
+        ).shards
+        for factor in np.geomspace(0.01, 100, 200)
+    ]
+    assert sizes == sorted(sizes)
+    assert min(fewest, 8) <= max(sizes) <= 8
+    assert min(sizes) >= min(int(wanted) - 1, 8)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_steady_load_settles_and_stays_even_where_it_trembles(seed: int) -> None:
+    """From any size, under a load that varies by 10 %, a pool changes in one direction and then never again."""
+    draw = np.random.default_rng(seed)
+    work, size, sizes = float(draw.uniform(0, 6)), int(draw.integers(2, 9)), list[int]()
+    for _ in range(60):
+        size = desired_shards(even_pool(size, work * draw.uniform(0.9, 1.0), calls=0.05), POLICY).shards
+        sizes.append(size)
+    steps = np.diff(sizes)
+    assert (steps >= 0).all() or (steps <= 0).all()
+    assert len(set(sizes[30:])) == 1
+
+
+def test_a_wish_must_last() -> None:
+    policy = replace(POLICY, upscale_delay_s=5.0, downscale_delay_s=60.0)
+    wish = Wish().then(1, 100.0)
+    assert not wish.then(1, 104.0).is_ripe(104.0, policy)
+    assert wish.then(1, 105.0).is_ripe(105.0, policy)
+    assert not wish.then(0, 103.0).then(1, 104.0).is_ripe(106.0, policy)  # it was given up meanwhile
+    down = wish.then(-1, 106.0)
+    assert not down.is_ripe(165.0, policy)
+    assert down.is_ripe(166.0, policy)
+    assert not Wish().is_ripe(1e9, policy)
+
+
+# The predicted share --------------------------------------------------------------------------------------------------
+
+
+def fleet_of(num_shards: int, rows_per_call: float = 8.0, row_us: float = 20_000.0) -> list[Shard]:
+    pace = CostModel(call_us=50.0, weight_us_per_mib=1e5, row_us_per_mib=row_us)
+    return [replace(make_shard(i), cost_model=pace, rows_per_call=rows_per_call) for i in range(num_shards)]
+
+
+def placed(shards: list[Shard]) -> Placement:
+    made = plan(make_layers(), shards, None, {})
+    return Placement(1, made.homes, {}, standby=made.standby)
+
+
+def load_of(rows_per_s: float) -> dict[int, ExpectedLoad]:
+    return {layer: ExpectedLoad.steady(np.full(32, rows_per_s * 4 / 32)) for layer in range(3)}
+
+
+def test_the_share_is_what_the_planner_predicts_for_a_step_times_the_steps() -> None:
+    shards = fleet_of(4)
+    placement, load, policy = placed(shards), load_of(800.0), PlanPolicy(rows_per_step=8.0)
+    per_step = plan(make_layers(), shards, placement, load, policy).predicted_s_before
+    shares = busy_shares(make_layers(), shards, placement, load, PlanPolicy())  # of 8 rows, as the shards say
+    assert max(share.total for share in shares.values()) == pytest.approx(100 * per_step, rel=0.02)
+    assert shares["s00"].calls == pytest.approx(3 * 100 * 50e-6)
+
+
+def test_no_load_means_no_work_and_draining_shards_are_left_out() -> None:
+    shards = fleet_of(4)
+    placement = placed(shards)
+    idle = busy_shares(make_layers(), shards, placement, {}, PlanPolicy())
+    assert {share.total for share in idle.values()} == {0.0}
+    leaving = [replace(shards[0], draining=True), *shards[1:]]
+    assert "s00" not in busy_shares(make_layers(), leaving, placement, load_of(100.0), PlanPolicy())
+
+
+def test_a_shard_without_experts_is_not_called() -> None:
+    shards = fleet_of(5)
+    shares = busy_shares(make_layers(), shards, placed(shards[:4]), load_of(800.0), PlanPolicy())
+    assert shares["s04"] == BusyShare()
+    assert min(shares[f"s0{i}"].work for i in range(4)) > 0
+
+
+def test_pools_side_by_side_decide_by_their_own_shards() -> None:
+    """A CPU pool ten times slower beside a GPU pool: rows are shared out so that both end together, and the pool whose
+    target is lower is the one that grows."""
+    fast = [replace(shard, pool="experts-gpu", device="cuda") for shard in fleet_of(4)[:2]]
+    slow = [
+        replace(s, pool="experts-cpu", cost_model=replace(s.cost_model, row_us_per_mib=200_000.0))
+        for s in fleet_of(4)[2:]
+    ]
+    shards = [*fast, *slow]
+    shares = busy_shares(make_layers(), shards, placed(shards), load_of(4000.0), PlanPolicy())
+    gpu, cpu = ({s.id: shares[s.id] for s in pool} for pool in (fast, slow))
+    level = predicted(cpu.values(), 2)
+    assert desired_shards(Pool(2, gpu, 2), replace(POLICY, target_busy=1.5 * level)).shards == 2
+    assert desired_shards(Pool(2, cpu, 2), replace(POLICY, target_busy=0.8 * level)).shards > 2
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "host_budget", "num_others", "fewest"),
+    [
+        (100 * 97, 0, 0, 2),  # everything, and room for one more: two shards hold it twice
+        (100 * 96, 0, 0, 3),  # without that room, not
+        (100 * 49, 0, 0, 4),
+        (100 * 49, 0, 2, 2),  # the other pool's two shards hold one home of each
+        (100 * 97, 0, 4, 1),  # the other pool needs none of these
+        (100 * 49, 100 * 48, 0, 2),  # second homes in host memory
+        (100 * 25, 10**9, 0, 4),  # but one on a device
+        (100, 0, 0, 1),
+    ],
+)
+def test_every_expert_keeps_two_homes(budget: int, host_budget: int, num_others: int, fewest: int) -> None:
+    own = [replace(make_shard(i, memory_budget=budget), host_budget=host_budget) for i in range(3)]
+    others = [make_shard(10 + i, memory_budget=budget) for i in range(num_others)]
+    assert fewest_for_cover(make_layers(), own, others) == fewest
+
+
+def test_the_mean_rows_of_a_call_follow_the_load() -> None:
+    rows = RowsPerCall()
+    assert rows.observe(0, 0) == 0.0
+    assert rows.observe(100, 400) == 4.0
+    assert 4.0 < rows.observe(100, 800) < 8.0
+    for _ in range(50):
+        rows.observe(200, 1600)
+    assert rows.mean == pytest.approx(8.0, rel=0.01)
+    assert rows.observe(0, 0) == rows.mean

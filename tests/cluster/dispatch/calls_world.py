@@ -1,0 +1,93 @@
+"""A fleet for the state machine of a call; sums are sets of picks, so that none can count twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cluster.dispatch.call_policy import CallPolicy
+from cluster.dispatch.fleet_view import FleetView, ShardFleet
+from cluster.dispatch.layer_call import LayerCall, RefusalCode, ShardRequest
+from cluster.dispatch.shard_health import LinkState, ReplyTiming, ShardHealth
+from cluster.topology import Homes, Placement
+
+TOP_K, NUM_EXPERTS = 3, 12
+QUICK = ReplyTiming(0, 100, 0)
+POLICY = CallPolicy(timeout_s=10.0, heal_timeout_s=5.0)
+
+
+@dataclass
+class World:
+    """A fleet, and a clock that only the test moves; picks that count are counted."""
+
+    homes: Homes
+    policy: CallPolicy = POLICY
+    standby: Homes | None = None
+    now: float = 100.0
+    epoch: int = 1
+    mib: float = 0.01  # so small that three experts are worth no second message
+    counts: Counter[int] = field(default_factory=Counter)
+    asks: dict[int, ShardRequest] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.fleet = ShardFleet(self.policy, {0: self.mib})
+        self.healths: dict[str, ShardHealth] = {}
+        self.place(self.homes, self.standby)
+
+    def place(self, homes: Homes, standby: Homes | None = None) -> None:
+        placement = Placement(self.epoch, {0: homes}, {0: 0}, standby={0: standby} if standby else {})
+        for id in placement.shard_ids:
+            self.healths.setdefault(id, ShardHealth(id, self.policy, link=LinkState.UP))
+        self.fleet.adopt(FleetView(placement, self.healths, before=self.fleet.view), self.now)
+        self.epoch += 1
+
+    def link(self, shard_id: str, link: LinkState) -> None:
+        self.healths[shard_id].link = link
+        self.fleet.is_changed = True
+
+    def start(self, experts: Sequence[int], max_rows: int = 100) -> tuple[LayerCall, list[ShardRequest]]:
+        call = LayerCall(self.fleet, 0, np.array(experts, dtype=np.int64), TOP_K, max_rows, self.now)
+        return call, self.sent(call.start(self.now))
+
+    def sent(self, asks: list[ShardRequest]) -> list[ShardRequest]:
+        self.asks |= {ask.id: ask for ask in asks}
+        return asks
+
+    def answer(self, call: LayerCall, ask: ShardRequest, timing: ReplyTiming = QUICK) -> list[int]:
+        counting = call.on_reply(ask.id, timing, self.now)
+        for id in counting:
+            self.counts.update(self.asks[id].picks.tolist())
+        return counting
+
+    def tick(self, call: LayerCall, seconds: float) -> list[ShardRequest]:
+        self.now += seconds
+        return self.sent(call.on_tick(self.now))
+
+    def refuse(self, call: LayerCall, ask: ShardRequest, code: RefusalCode) -> list[ShardRequest]:
+        return self.sent(call.on_refusal(ask.id, code, "No.", self.now))
+
+    def lose(self, call: LayerCall, ask: ShardRequest) -> list[ShardRequest]:
+        return self.sent(call.on_lost(ask.id, self.now))
+
+    def corrupt(self, call: LayerCall, ask: ShardRequest) -> list[ShardRequest]:
+        return self.sent(call.on_corrupt(ask.id, "It was changed.", self.now))
+
+    def is_exact(self, call: LayerCall) -> bool:
+        return call.failure is None and self.counts == Counter(range(len(call.expert_P)))
+
+
+def on(*shard_ids: str) -> Homes:
+    """Every expert has these homes."""
+    return (shard_ids,) * NUM_EXPERTS
+
+
+def shards_of(asks: Sequence[ShardRequest]) -> list[str]:
+    return sorted(ask.shard_id for ask in asks)
+
+
+def hit_late(world: World, call: LayerCall, ask: ShardRequest) -> list[ShardRequest]:
+    """Lets the time pass in which its shard should have answered."""
+    return world.tick(call, ask.late_after_s + 1e-6)

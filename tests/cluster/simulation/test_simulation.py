@@ -1,0 +1,153 @@
+"""Ten thousand fleets, and whether the simulation would notice if something were wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.control.reconciler import MAX_TURN_S, Reconciler
+from cluster.control.registry import LEASE_TTL_S
+from cluster.placement.migration import Target
+from cluster.placement.plan import Plan
+from cluster.simulation import virtual_time, world
+from cluster.simulation.large_fleet import LargeWorld, Size
+from cluster.simulation.world import Scenario, World, run_scenario
+from cluster.topology import Placement, Shard
+
+ROOT = Path(__file__).parents[3]
+NUM_FLEETS = 10_000
+MAX_SEEDS = 200  # within which a planted bug must be found
+
+
+def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cluster.simulation", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.timeout(900)
+def test_ten_thousand_fleets_survive() -> None:
+    done = simulate("--seeds", str(NUM_FLEETS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rf"{NUM_FLEETS} fleets.* 0 fleets failed", done.stdout, re.DOTALL), done.stdout
+
+
+def test_a_fleet_lives_the_same_life_again() -> None:
+    lives = [simulate("--seed", "7", "--faults", "4", "--trace").stdout for _ in range(2)]
+    told = [[line for line in life.splitlines() if "hours" not in line] for life in lives]
+    assert told[0] == told[1]
+    assert len(told[0]) > 5
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    world.quiet()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class DropsBeforeDrain(Reconciler):
+    def _is_drained(self, followed: Any) -> bool:
+        return True
+
+
+class PublishesBeforeLoad(Reconciler):
+    async def _publish(self, after: Target) -> None:
+        await super()._publish(self.target or after)
+
+
+class NeverRepairs(Reconciler):
+    """Loads nothing once there is a placement."""
+
+    def _start_loads(self, known: Any, homes: Any) -> None:
+        if self.placement is None:
+            super()._start_loads(known, homes)
+
+
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        (Scenario(0, controller=DropsBeforeDrain), r"drop expert .* for which b\d counts on it"),
+        (Scenario(0, controller=PublishesBeforeLoad), r"moves expert .* no home has it"),
+        (Scenario(0, controller=NeverRepairs), r"did not come to rest"),
+        (
+            Scenario(0, num_faults=8, is_fenced=False, is_about_leaders=True),
+            r"drop expert|moves expert|was published after",
+        ),
+    ],
+    ids=["drop before drain", "publish before load", "no repair", "no fencing"],
+)
+def test_a_planted_bug_is_found(broken: Scenario, found: str, quiet: None) -> None:
+    for seed in range(MAX_SEEDS):
+        error = run_scenario(replace(broken, seed=seed)).error
+        if error is not None and re.search(found, error):
+            return
+    pytest.fail(f"{MAX_SEEDS} fleets did not show it")
+
+
+class SlowToPlan(World):
+    """Where plans take longer than the lease lasts."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        super().__init__(scenario)
+        self.tokens: set[int] = set()
+
+    async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
+        self.tokens.add(self.store.registry._fencing)
+        await asyncio.sleep(2 * LEASE_TTL_S)
+        self.tokens.add(self.store.registry._fencing)
+        return await super().plan(alive, placement)
+
+
+def test_a_leader_that_plans_for_long_stays_the_leader() -> None:
+    world = SlowToPlan(Scenario(seed=0, num_faults=0))
+    outcome = virtual_time.run(world.run())
+    assert outcome.error is None
+    assert world.published is not None
+    assert len(world.tokens) == 1
+
+
+def test_a_leader_that_is_stuck_is_replaced() -> None:
+    stuck: list[str] = []
+
+    class Stuck(Reconciler):
+        async def turn(self) -> None:
+            await super().turn()
+            if self.leads and not stuck:
+                stuck.append(self.owner)
+                await asyncio.sleep(1e9)
+
+    world = World(Scenario(seed=1, num_faults=0, controller=Stuck))
+
+    async def live() -> None:
+        for name in ("c0", "c1"):
+            world.start_controller(name)
+        for _ in range(world.num_shards):
+            world.start_shard("n0")
+        await asyncio.sleep(MAX_TURN_S / 2)
+        assert stuck
+        assert world.published is None
+        await asyncio.sleep(MAX_TURN_S / 2 + 3 * LEASE_TTL_S)
+        assert world.published is not None
+
+    virtual_time.run(live())
+
+
+def test_a_larger_fleet_lives_and_its_decisions_are_timed() -> None:
+    world = LargeWorld(
+        Size(num_shards=24, num_experts=32, num_layers=3, top_k=4), seed=0, num_faults=2, has_trace=False
+    )
+    outcome = virtual_time.run(world.run())
+    assert outcome.error is None
+    assert world.published is not None
+    assert len(world.published.shard_ids) >= 23
+    assert world.decisions.plans_s
+    assert max(world.decisions.turns_s) >= max(world.decisions.plans_s)

@@ -1,0 +1,328 @@
+"""Sizes that follow from a config, against lists of tensors, published totals, and the demo's own checkpoint."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from cluster.sizing.known_models import known_config, known_models
+from cluster.sizing.model_configs import model_sizes
+from cluster.sizing.weight_formats import DTYPES, Dtype, dtype_of
+from model.demo import DEMO
+from tests.cluster.sizing import tensors
+
+Config = dict[str, Any]
+TINY: Config = {**json.loads((DEMO / "config.json").read_text())}
+
+
+@pytest.mark.parametrize("name", tensors.CHECKPOINTS)
+def test_bytes_are_the_sum_of_the_tensors(name: str) -> None:
+    model, dtype, listed, nbytes = tensors.CHECKPOINTS[name]
+    stored = model_sizes(known_config(model)).stored(dtype)
+    assert sum(stored.values()) == sum(nbytes(tensor, shape) for tensor, shape in listed())
+
+
+def test_parts_are_the_sums_of_their_tensors() -> None:
+    listed = list(tensors.nemotron_super())
+    params = model_sizes(known_config("super")).params
+
+    def total(*words: str, start: str = "backbone.") -> int:
+        return sum(prod(shape) for name, shape in listed if name.startswith(start) and any(w in name for w in words))
+
+    assert len([name for name, _ in listed if name.startswith("mtp.")]) == 1040
+    assert len(listed) == 41_643 + 1040
+    assert params["routed"] == total(".experts.")
+    assert params["shared"] == total(".shared_experts.")
+    assert params["latent"] == total("latent_proj")
+    assert params["routers"] == total(".gate.")
+    assert params["embedding"] == params["head"] == total("embeddings")
+    assert params["mtp routed"] == total(".experts.", start="mtp.")
+    assert params["mtp backbone"] == total("", start="mtp.") - params["mtp routed"]
+
+
+def test_the_demos_bytes_are_those_of_its_file() -> None:
+    with safe_open(DEMO / "model.safetensors", framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    sizes = model_sizes(TINY)
+    nbytes = sum(tensor.nbytes for tensor in found.values())
+    assert sum(sizes.params.values()) == sum(tensor.numel() for tensor in found.values())
+    assert sum(sizes.stored("bf16").values()) == pytest.approx(nbytes, rel=0.01)
+    experts = sum(tensor.nbytes for name, tensor in found.items() if ".experts." in name)
+    assert sum(spec.num_experts * spec.expert_bytes for spec in sizes.layer_specs("bf16")) == experts
+
+
+@pytest.mark.parametrize(
+    ("name", "main", "with_mtp"),
+    [
+        ("super", 120.67, 123.6),
+        ("nano", 31.58, 31.58),
+        ("ultra", 549.3, 560.5),
+        ("deepseek-v3", 671.03, 671.03 + 11.61 + 2 * 0.927),
+        ("qwen3-coder-next", 79.67, 79.67),
+    ],
+)
+def test_totals_are_those_that_are_published(name: str, main: float, with_mtp: float) -> None:
+    sizes = model_sizes(known_config(name))
+    assert sizes.num_params / 1e9 == pytest.approx(main, rel=2e-4)
+    assert sum(sizes.params.values()) / 1e9 == pytest.approx(with_mtp, rel=2e-4)
+    assert sizes.has_mtp == (with_mtp > main)
+
+
+def test_ultra_in_nvfp4_has_the_published_bits_of_a_weight() -> None:
+    sizes = model_sizes(known_config("ultra"))
+    assert 8 * sum(sizes.stored("nvfp4").values()) / sum(sizes.params.values()) == pytest.approx(5.03, rel=0.01)
+
+
+def test_a_qwen_with_a_module_for_drafts_has_its_tensors() -> None:
+    sizes = model_sizes({**known_config("qwen3-coder-next"), "num_nextn_predict_layers": 1})
+    listed = sum(prod(shape) for _, shape in tensors.qwen3_coder_next(has_mtp=True))
+    assert sum(sizes.params.values()) == listed
+    assert listed / 1e9 == pytest.approx(81.32, rel=2e-4)
+    assert sizes.state.mtp_kv_bytes == 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "bf16", "fp8", "nvfp4"),
+    [
+        ("super", 5_505_024, 11_010_048, 5_505_024, 3_096_576),
+        ("nano", 9_977_856, 19_955_712, 9_977_856, 5_612_544),
+        ("ultra", 20_971_520, 41_943_040, 20_971_520, 11_796_480),
+        ("deepseek-v3", 44_040_192, 88_080_384, 44_040_192 + 10_752, 24_772_608),
+        ("qwen3-coder-next", 3_145_728, 6_291_456, 3_145_728 + 768, 1_769_472),
+    ],
+)
+def test_an_expert_has_its_bytes_and_few_of_scales(name: str, params: int, bf16: int, fp8: int, nvfp4: int) -> None:
+    sizes = model_sizes(known_config(name))
+    assert sizes.experts.num_params == params
+    for dtype, expected in zip(DTYPES, (bf16, fp8, nvfp4), strict=True):
+        spec = sizes.layer_specs(dtype)[0]
+        assert 0 <= spec.expert_bytes - expected <= 24
+        assert (spec.num_experts, spec.top_k) == (sizes.experts.num_experts, sizes.experts.top_k)
+
+
+@pytest.mark.parametrize(
+    ("name", "kv", "mtp_kv", "per_sequence"),
+    [
+        ("super", 8192, 1024, 170_229_760),
+        ("nano", 6144, 0, 49_082_368),
+        ("ultra", 12_288, 1024, 407_961_600),
+        ("deepseek-v3", 70_272, 1152, 0),
+        ("qwen3-coder-next", 24_576, 0, 77_266_944),
+    ],
+)
+def test_state_is_what_the_layers_keep(name: str, kv: int, mtp_kv: int, per_sequence: int) -> None:
+    state = model_sizes(known_config(name)).state
+    assert (state.kv_bytes, state.mtp_kv_bytes, state.sequence_bytes) == (kv, mtp_kv, per_sequence)
+
+
+def test_layers_of_experts_are_numbered_as_in_the_model() -> None:
+    layers = model_sizes(known_config("super")).experts.layers
+    assert layers[:4] == (1, 3, 5, 8)
+    assert len(layers) == 41
+    assert layers[-1] == 88 + 1  # the MTP module's second layer
+    assert model_sizes(known_config("deepseek-v3")).experts.layers == tuple(range(3, 62))
+
+
+def test_the_mtp_modules_experts_are_quantized_where_public_checkpoints_have_it() -> None:
+    deepseek = model_sizes(known_config("deepseek-v3"))
+    assert deepseek.layer_specs("fp8")[-1].expert_bytes == deepseek.layer_specs("fp8")[0].expert_bytes
+    assert deepseek.layer_specs("nvfp4")[-1].expert_bytes == 88_080_384
+    specs = model_sizes(known_config("super")).layer_specs("nvfp4")
+    assert specs[-1].expert_bytes == 11_010_048 > 3 * specs[0].expert_bytes
+
+
+@pytest.mark.parametrize("name", known_models())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_backbone_and_the_experts_are_the_checkpoint(name: str, dtype: Dtype) -> None:
+    """But for the router, which is widened on the device, and copies, which stay on disk."""
+    sizes = model_sizes(known_config(name))
+    stored = sizes.stored(dtype)
+    experts = sum(spec.num_experts * spec.expert_bytes for spec in sizes.layer_specs(dtype))
+    loaded = sizes.backbone_bytes(dtype) + experts - (sum(stored.values()) - stored.get("mtp copies", 0))
+    assert 0 < loaded <= 2.2 * stored["routers"]
+
+
+def test_three_dialects_of_nemotrons_layers_are_one() -> None:
+    letters = {"M": ("mamba", "linear_attention"), "E": ("moe", "moe"), "*": ("attention", "full_attention")}
+    plain = {key: value for key, value in TINY.items() if "hybrid_override_pattern" not in key}
+    for dialect in (0, 1):
+        lists = {
+            "layers_block_type": [letters[letter][dialect] for letter in TINY["hybrid_override_pattern"]],
+            "mtp_layers_block_type": [letters[letter][dialect] for letter in "*E"],
+        }
+        assert model_sizes({**plain, **lists}) == model_sizes(TINY)
+
+
+def test_dense_layers_and_shared_embeddings_are_counted() -> None:
+    with_dense = model_sizes({**TINY, "hybrid_override_pattern": "ME-*E", "num_hidden_layers": None})
+    assert with_dense.params["dense"] == 2 * 384 * 256
+    tied = model_sizes({**TINY, "tie_word_embeddings": True})
+    assert "head" not in tied.params
+    assert tied.step_params == model_sizes(TINY).step_params
+    qwen = {**known_config("qwen3-coder-next"), "mlp_only_layers": [0], "intermediate_size": 5120}
+    assert model_sizes(qwen).params["dense"] == 3 * 5120 * 2048
+    assert model_sizes(qwen).experts.layers[0] == 1
+
+
+def test_the_list_of_a_quantized_checkpoint_is_counted() -> None:
+    """Model Optimizer's list of modules; the first Mamba layer stays bf16."""
+    layers = {}
+    for i, letter in enumerate(TINY["hybrid_override_pattern"]):
+        stem = f"backbone.layers.{i}.mixer"
+        if letter == "M" and i:
+            layers[f"{stem}.in_proj"] = layers[f"{stem}.out_proj"] = {"quant_algo": "FP8"}
+        if letter == "E":
+            for part in ("up_proj", "down_proj"):
+                layers[f"{stem}.shared_experts.{part}"] = {"quant_algo": "FP8"}
+                layers |= {f"{stem}.experts.{k}.{part}": {"quant_algo": "NVFP4", "group_size": 16} for k in range(32)}
+    config = {
+        **TINY,
+        "quantization_config": {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": layers,
+        },
+    }
+    assert dtype_of(config) == "nvfp4"
+    listed, plain = model_sizes(config), model_sizes(TINY)
+    in_proj, out_proj = (8 * 64 + (8 * 64 + 2 * 2 * 64) + 8) * 256, 256 * 8 * 64
+    more = sum(listed.stored("nvfp4").values()) - sum(plain.stored("nvfp4").values())
+    assert more == in_proj + out_proj - 16  # a byte of each of their weights more than FP8 takes, without its scales
+    assert listed.stored("bf16") == plain.stored("bf16")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        (None, "bf16"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+    ],
+)
+def test_the_dtype_is_the_checkpoints(quantization: Any, expected: str) -> None:
+    assert dtype_of({"quantization_config": quantization}) == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (
+            {"model_type": "llama"},
+            "config.json has model_type = 'llama'; sized are nemotron_h, deepseek_v3, qwen3_next",
+        ),
+        ({"hidden_size": None}, "config.json lacks the key hidden_size"),
+        ({"hidden_size": -4}, "config.json has hidden_size = -4; allowed is a positive integer"),
+        ({"hidden_size": True}, "config.json has hidden_size = True; allowed is a positive integer"),
+        ({"vocab_size": "2048"}, "config.json has vocab_size = '2048'; allowed is a positive integer"),
+        ({"moe_latent_size": 1.5}, "config.json has moe_latent_size = 1.5; allowed is an integer from 0 up"),
+        ({"hybrid_override_pattern": "MEX"}, "hybrid_override_pattern has the layer 'X'; allowed are M, E, * and -"),
+        ({"hybrid_override_pattern": ""}, "config.json lacks the key hybrid_override_pattern (or layers_block_type)"),
+        ({"num_hidden_layers": 9}, "config.json has num_hidden_layers = 9, but a pattern of 14 layers"),
+        ({"num_nextn_predict_layers": 2}, "config.json has num_nextn_predict_layers = 2; sized are 0 to 1"),
+        ({"num_experts_per_tok": 33}, "config.json has num_experts_per_tok = 33, but 32 experts"),
+        ({"n_shared_experts": 2}, "config.json has n_shared_experts = 2; sized is 1"),
+        ({"n_groups": 3}, "config.json has mamba_num_heads = 8, which n_groups = 3 does not divide"),
+        (
+            {"hybrid_override_pattern": "", "layers_block_type": ["mamba", "conv"]},
+            "layers_block_type has the layer 'conv'; allowed are mamba, linear_attention, attention, full_attention, ",
+        ),
+        (
+            {"hybrid_override_pattern": "M*", "num_hidden_layers": 2, "num_nextn_predict_layers": 0},
+            "config.json describes no layer with routed experts, so there is nothing to put on shards",
+        ),
+    ],
+)
+def test_a_mistake_in_a_config_is_one_sentence(changed: Config, sentence: str) -> None:
+    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+        model_sizes({**TINY, **changed})
+    assert str(told.value).startswith(sentence)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "sentence"),
+    [
+        (
+            "deepseek-v3",
+            {"first_k_dense_replace": 61},
+            "config.json has first_k_dense_replace = 61, but only 61 layers",
+        ),
+        ("deepseek-v3", {"moe_layer_freq": 2}, "config.json has moe_layer_freq = 2; sized is 1"),
+        ("deepseek-v3", {"kv_lora_rank": None}, "config.json lacks the key kv_lora_rank"),
+        ("qwen3-coder-next", {"layer_types": ["mamba"]}, "config.json must list 48 layer_types, each linear_attention"),
+        ("qwen3-coder-next", {"linear_conv_kernel_dim": 0}, "config.json has linear_conv_kernel_dim = 0; allowed is a"),
+    ],
+)
+def test_a_mistake_in_another_family_is_one_sentence(name: str, changed: Config, sentence: str) -> None:
+    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+        model_sizes({**known_config(name), **changed})
+    assert str(told.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "sentence"),
+    [
+        ({"quant_method": "awq"}, "config.json has quant_method = 'awq'; sized are fp8 and modelopt"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [64, 64]},
+            "config.json has weight_block_size = [64, 64]; sized ",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "INT4"},
+            "config.json has quant_algo = 'INT4'; sized are FP8, NVFP4",
+        ),
+    ],
+)
+def test_a_quantization_that_is_not_sized_is_one_sentence(quantization: Config, sentence: str) -> None:
+    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+        dtype_of({**TINY, "quantization_config": quantization})
+    assert str(told.value).startswith(sentence)
+
+
+def test_an_unknown_quantized_module_is_one_sentence() -> None:
+    quantization = {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "quantized_layers": {"a.b": {"quant_algo": "FP8"}},
+    }
+    with pytest.raises(ValueError, match=r"lists a\.b among quantized_layers as .*, which is not sized"):
+        model_sizes({**TINY, "quantization_config": quantization})
+
+
+def test_a_name_is_one_model_or_a_sentence_with_all() -> None:
+    assert known_config("NEMOTRON-3-super")["hidden_size"] == 4096
+    with pytest.raises(ValueError, match=r"could be NVIDIA-Nemotron-3-Nano.* or NVIDIA-Nemotron-3-Super.* or "):
+        known_config("nemotron")
+    with pytest.raises(ValueError, match=r"none of DeepSeek-V3, .*, Qwen3-Coder-Next$"):
+        known_config("gpt")
+
+
+def told_of(config: Config) -> str:
+    """What is said against a config; nothing where it can be sized."""
+    try:
+        sizes, _ = model_sizes(config), dtype_of(config)
+        return "" if all(sum(sizes.stored(dtype).values()) > 0 for dtype in DTYPES) else "It has no bytes.\n"
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ["demo", *known_models()])
+def test_whatever_a_key_holds_it_is_a_size_or_a_sentence(name: str) -> None:
+    config = TINY if name == "demo" else known_config(name)
+    keys = {
+        *config,
+        "layers_block_type",
+        "layer_types",
+        "mlp_only_layers",
+        "quantization_config",
+        "decoder_sparse_step",
+    }
+    wrong: tuple[Any, ...] = (None, 0, -1, 1.5, True, "x", [], ["x"], [0], {}, {"quantized_layers": 1}, {"nvfp4": 1})
+    told = {(key, str(value)): told_of({**config, key: value}) for key in keys for value in wrong}
+    assert all("\n" not in sentence for sentence in told.values())
+    assert {"model_type", "hidden_size", "max_position_embeddings"} <= {key for (key, _), why in told.items() if why}

@@ -1,0 +1,339 @@
+"""What a deployment needs: that it suffices, that less does not, and that asking for more never gives less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from math import comb
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.placement.capacity import check_room
+from cluster.placement.planner import plan
+from cluster.sizing.fit import GIB, Fit, Slo
+from cluster.sizing.gpus import GB, GPUS, Gpu, gpu_of
+from cluster.sizing.known_models import known_config, known_models
+from cluster.sizing.model_configs import model_sizes
+from cluster.sizing.sizing import Sizing, size
+from cluster.sizing.step_time import StepCosts, touched_experts, unique_shards, wire_of
+from cluster.sizing.weight_formats import DTYPES, Dtype
+from cluster.topology import LayerSpec, Shard
+from tests.cluster.sizing.test_model_sizes import TINY
+
+H200 = GPUS["h200"]
+SLOW = Slo(itl_ms=10_000.0)  # memory alone decides
+NUM_HOMES = 2
+
+
+def fleet_of(made: Sizing) -> list[Shard]:
+    return [
+        Shard(
+            *(f"s{i}", "", f"node-{i}", "experts", "cuda", ""),
+            memory_budget=made.shard_memory_bytes,
+            host_budget=made.shard_host_bytes,
+        )
+        for i in range(made.expert_gpus)
+    ]
+
+
+def layers_of(config: dict[str, Any], dtype: Dtype) -> tuple[LayerSpec, ...]:
+    return model_sizes(config).layer_specs(dtype)
+
+
+def every_sizing(gpus: tuple[str, ...], slo: Slo = SLOW) -> list[tuple[str, Sizing]]:
+    return [
+        (name, size(known_config(name), GPUS[gpu], dtype, slo))
+        for name, gpu, dtype in product(known_models(), gpus, DTYPES)
+    ]
+
+
+# The wire
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "nemotron", "deepseek", "qwen", "nano"),
+    [
+        (2, 2.00, 1.99, 2.00, 1.97),
+        (4, 3.99, 3.61, 3.78, 3.32),
+        (8, 7.60, 5.29, 5.92, 4.47),
+        (16, 12.25, 6.52, 7.66, 5.22),
+        (32, 16.32, 7.27, 8.77, 5.65),
+        (64, 19.07, 7.68, 9.40, 5.88),
+    ],
+)
+def test_a_token_goes_to_as_many_shards_as_uniform_picks_do(
+    num_shards: int, nemotron: float, deepseek: float, qwen: float, nano: float
+) -> None:
+    shapes = {(512, 22): nemotron, (256, 8): deepseek, (512, 10): qwen, (128, 6): nano}
+    for (num_experts, top_k), expected in shapes.items():
+        assert unique_shards(num_experts, top_k, num_shards) == pytest.approx(expected, abs=0.005)
+
+
+def test_unequal_shares_are_counted_one_by_one() -> None:
+    """Of 7 experts on 3 shards (3, 2, 2), 2 picks: by counting all pairs."""
+    shard_of = [0, 0, 0, 1, 1, 2, 2]
+    pairs = [(a, b) for a in range(7) for b in range(a)]
+    mean = sum(len({shard_of[a], shard_of[b]}) for a, b in pairs) / comb(7, 2)
+    assert unique_shards(7, 2, 3) == pytest.approx(mean)
+    assert unique_shards(7, 2, 50) == pytest.approx(2)  # more shards than experts
+
+
+def test_a_batch_touches_as_many_experts_as_random_ones_do() -> None:
+    rng = np.random.default_rng(1)
+    found = [len({e for _ in range(32) for e in rng.choice(512, 22, replace=False)}) for _ in range(40)]
+    assert touched_experts(512, 22, 32) == pytest.approx(float(np.mean(found)), rel=0.01)
+    assert touched_experts(512, 22, 1) == pytest.approx(22)
+
+
+@pytest.mark.parametrize(
+    ("name", "row_and_sum_bf16"),
+    [("super", 4096), ("ultra", 8192), ("deepseek-v3", 28_672), ("qwen3-coder-next", 8192), ("nano", 10_752)],
+)
+def test_the_wire_carries_a_row_and_a_sum_for_each_shard(name: str, row_and_sum_bf16: int) -> None:
+    """Sums are 4 bytes a number here, where the figures count 2: their order must not change a token."""
+    sizes = model_sizes(known_config(name))
+    assert 2 * 2 * sizes.experts.input_dim == row_and_sum_bf16
+    wire, shards = wire_of(sizes, 8), unique_shards(sizes.experts.num_experts, sizes.experts.top_k, 8)
+    num_layers, row = len(sizes.experts.main_layers), row_and_sum_bf16 // 2
+    picks = 12 * sizes.experts.top_k
+    assert wire.out == pytest.approx(num_layers * (shards * (row + 2) + picks), abs=1)
+    assert wire.back == pytest.approx(num_layers * shards * 2 * row, abs=1)
+    assert wire.total == wire.out + wire.back
+
+
+# Memory
+
+
+@pytest.mark.parametrize("gpu", ["l40s", "h100", "h200", "b200"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", known_models())
+def test_what_is_sized_fits(name: str, dtype: Dtype, gpu: str) -> None:
+    config, slo = known_config(name), Slo(itl_ms=60_000.0)
+    if ("Ultra" in name, dtype, gpu) == (True, "bf16", "l40s"):
+        with pytest.raises(ValueError, match="a backbone is one GPU"):
+            size(config, GPUS[gpu], dtype, slo)
+        return
+    made = size(config, GPUS[gpu], dtype, slo)
+    memory, layers = GPUS[gpu].memory_bytes, layers_of(config, dtype)
+    assert made.backbone_weight_bytes + made.state_memory_bytes <= memory
+    per_request = made.kv_bytes_per_request + made.state_bytes_per_request + made.draft_bytes_per_request
+    assert made.requests_per_backbone * per_request <= 0.75 * made.state_memory_bytes
+    assert made.backbone_gpus * made.requests_per_backbone >= slo.num_requests
+    assert made.shard_memory_bytes <= memory
+    check_room(layers, fleet_of(made), NUM_HOMES)
+    check_room(layers, fleet_of(made)[1:], NUM_HOMES)  # any one is lost
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_one_shard_less_would_be_too_few(gpu: str) -> None:
+    """After a loss, or where there are many and that is a small part, for more homes of hot experts."""
+    for name, made in every_sizing((gpu,), Slo(num_requests=1, itl_ms=60_000.0, context_len=1)):
+        layers = layers_of(known_config(name), made.dtype)
+        left = len(fleet_of(made)) - 2  # one fewer, and one lost
+        largest = max(spec.expert_bytes for spec in layers)
+        holds_less = left * (made.shard_memory_bytes - 2 * largest) < made.experts_bytes
+        assert holds_less or (left + 1) * made.shard_memory_bytes < 1.1 * made.experts_bytes
+
+
+LARGE = {  # few and large experts, of which a planner's answer comes at once: 60.1 GB in 96 of them
+    **TINY,
+    "hidden_size": 1024,
+    "hybrid_override_pattern": "MEMEMEMEMEME",
+    "num_hidden_layers": 12,
+    "num_nextn_predict_layers": 0,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_latent_size": 8192,
+    "moe_intermediate_size": 19_100,
+    "max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("gpu", ["l4", "l40s", "h100"])
+def test_the_planner_finds_two_homes_and_one_after_any_loss(gpu: str) -> None:
+    made = size(LARGE, GPUS[gpu], slo=SLOW)
+    layers, shards = layers_of(LARGE, "bf16"), fleet_of(made)
+    assert (made.device_homes, made.expert_gpus) == {"l4": (1, 4), "l40s": (1, 3), "h100": (2, 2)}[gpu]
+    plans = [plan(layers, shards, None, {})]
+    plans += [plan(layers, shards[:lost] + shards[lost + 1 :], None, {}) for lost in range(len(shards))]
+    for planned, num_live in zip(plans, [len(shards)] + len(shards) * [len(shards) - 1], strict=True):
+        assert planned.cover_after == min(NUM_HOMES, num_live)
+        assert all(ids for homes in planned.homes.values() for ids in homes)  # on a device
+    has_standby = any(ids for planned in plans for homes in planned.standby.values() for ids in homes)
+    assert has_standby == (made.device_homes == 1)
+
+
+def test_second_homes_are_in_host_memory_where_gpus_lack_the_room() -> None:
+    made = size(known_config("super"), H200, "bf16", SLOW)
+    assert (made.backbone_gpus, made.expert_gpus, made.device_homes) == (1, 3, 1)
+    assert made.host_homes_bytes == made.experts_bytes == 41 * 512 * 11_010_048
+    assert made.shard_host_bytes == 119 * GIB  # 1.1 of half of them: two shards are left when one is lost
+    assert made.shard_pod_memory_bytes == made.shard_host_bytes + 16 * GIB
+    smaller = size(known_config("super"), H200, "nvfp4", SLOW)
+    assert (smaller.expert_gpus, smaller.device_homes, smaller.shard_host_bytes) == (2, 2, 0)
+
+
+def test_memory_alone_asks_for_a_second_backbone() -> None:
+    fit = Fit(model_sizes(known_config("super")), H200, "bf16", SLOW)
+    most = fit.most_requests
+    for num_requests, expected in ((most, 1), (most + 1, 2), (2 * most, 2), (2 * most + 1, 3)):
+        slo = replace(SLOW, num_requests=num_requests, itl_ms=100_000.0)
+        made = size(known_config("super"), H200, "bf16", slo)
+        assert made.backbone_gpus == expected
+    assert made.reasons[0].startswith("Backbones: memory decides.")
+
+
+def test_a_backbone_that_does_not_fit_is_one_sentence_with_gpus_that_do() -> None:
+    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+        size(known_config("ultra"), GPUS["l40s"], "bf16", SLOW)
+    assert str(told.value) == (
+        "a backbone is one GPU: 69.2 GB of bf16 weights and one request of 8,192 tokens need 70.3 GB, and l40s has "
+        "42.9 GB for them; a100 or h100 or h200 or b200 would do"
+    )
+    size(known_config("ultra"), GPUS["a100"], "bf16", SLOW)
+    with pytest.raises(ValueError, match=r"none of l4, .*, b200 would do$"):
+        size({**known_config("ultra"), "hidden_size": 10**6}, GPUS["l40s"], "bf16", SLOW)
+
+
+# Pace
+
+
+def test_a_fleet_is_as_fast_as_wanted_and_one_gpu_less_is_not() -> None:
+    for name, num_requests, itl_ms in product(("super", "deepseek-v3"), (1, 40, 200), (70.0, 100.0, 300.0)):
+        fit = Fit(model_sizes(known_config(name)), H200, "fp8", Slo(num_requests=num_requests, itl_ms=itl_ms))
+        assert fit.fleet is not None
+        assert fit.is_fast(*fit.fleet)
+        total = sum(fit.fleet)
+        for num_backbones in range(fit.least_backbones, total):
+            num_shards = total - 1 - num_backbones
+            assert num_shards < (fit.least_shards or 0) or not fit.is_fast(num_backbones, num_shards)
+
+
+def test_a_step_reads_what_it_must() -> None:
+    """Nano on an H200, a request: the weights once, six experts in 23 layers, a state and a context."""
+    costs = StepCosts(model_sizes(known_config("nano")), H200, "bf16", call_ms=0.5)
+    assert costs.calls_ms == 11.5
+    backbone = 4.422e9 - 131_072 * 2688 * 2 + 1000 * 6144 + 2 * 49_082_368
+    assert costs.backbone_ms(1, 1000) == pytest.approx(1e3 * backbone / (0.6 * 4.8e12), rel=0.001)
+    experts = 23 * 6 * 19_955_712 / (0.8 * 2)
+    assert costs.experts_ms(1, 1, 2) == pytest.approx(1e3 * experts / (0.6 * 4.8e12), rel=0.001)
+    assert costs.experts_ms(3, 1, 2) == pytest.approx(3 * costs.experts_ms(1, 1, 2))
+    one = 23 * 19_955_712  # of each layer, however many shards there are
+    assert costs.experts_ms(1, 1, 500) == pytest.approx(1e3 * one / (0.6 * 4.8e12), rel=0.001)
+    assert costs.experts_ms(1, 1, 7) == pytest.approx(6 / 5.6 * costs.experts_ms(1, 1, 500))
+    assert costs.experts_ms(4, 9, costs.most_shards(4, 9)) == pytest.approx(costs.experts_ms(1, 1, 500))
+    many = 2 * 100_000 * 6 * 9_977_856 * 23 / (0.8 * 2)  # multiplying takes longer than reading
+    assert costs.experts_ms(1, 100_000, 2) == pytest.approx(1e3 * many / (0.4 * 989e12), rel=0.001)
+
+
+def test_what_no_number_of_gpus_can_do_is_one_sentence() -> None:
+    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+        size(known_config("super"), H200, "bf16", Slo(itl_ms=10.0))
+    sentence = str(told.value)
+    assert sentence.startswith("no number of h200 decodes a token every 10 ms in bf16: the fastest would take ")
+    assert sentence.endswith("with 40 calls to shards of 0.4 ms; none of l4, l40s, a100, h100, h200, b200 would do")
+    fastest = float(sentence.split("would take ")[1].split(" ms")[0])
+    size(known_config("super"), H200, "bf16", Slo(itl_ms=fastest + 0.1))
+    with pytest.raises(ValueError, match="no number of h200"):
+        size(known_config("super"), H200, "bf16", Slo(itl_ms=fastest - 0.1))
+
+
+def numbers(made: Sizing) -> tuple[int, int]:
+    return made.num_gpus, made.backbone_gpus * made.backbone_weight_bytes + made.expert_gpus * made.shard_memory_bytes
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_asking_for_more_never_takes_fewer_gpus(name: str) -> None:
+    config, base = known_config(name), Slo(num_requests=32, itl_ms=200.0)
+    harder: list[list[Slo]] = [
+        [replace(base, num_requests=num) for num in (1, 2, 7, 32, 33, 100, 257, 1000, 20_000)],
+        [replace(base, context_len=num) for num in (1, 100, 1024, 8192, 30_000, 131_072)],
+        [replace(base, itl_ms=ms) for ms in (2000.0, 500.0, 200.0, 150.0, 120.0)],
+        [replace(base, min_backbones=num) for num in (1, 2, 3, 8)],
+        [replace(base, call_ms=ms) for ms in (0.0, 0.2, 0.4, 0.8)],
+    ]
+    for slos in harder:
+        totals = [size(config, GPUS["b200"], "fp8", slo).num_gpus for slo in slos]
+        assert totals == sorted(totals)
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_a_better_gpu_never_takes_more(name: str) -> None:
+    gpus = [
+        replace(H200, memory_bytes=memory * GB, bytes_per_s=speed * 1e12)
+        for memory, speed in ((100, 3.0), (141, 3.0), (141, 4.8), (200, 4.8), (200, 9.0))
+    ]
+    totals = [size(known_config(name), gpu, "fp8", Slo(itl_ms=200.0)).num_gpus for gpu in gpus]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_two_backbones_can_be_asked_for() -> None:
+    made = size(known_config("super"), H200, "nvfp4", Slo(min_backbones=2))
+    assert (made.backbone_gpus, made.requests_per_backbone) == (2, 32)
+    assert made.reasons[0].startswith("Backbones: 2 were asked for, memory would do with 1.")
+
+
+def test_the_network_follows_from_the_tokens() -> None:
+    made = size(known_config("super"), H200, "bf16", Slo(itl_ms=100.0))
+    tokens_per_s = 64 / made.backbone_gpus / 0.1
+    assert made.backbone_bits_per_s == pytest.approx(8 * tokens_per_s * made.wire_bytes_per_token, rel=1e-6)
+    assert made.backbone_link_bits_per_s == pytest.approx(5 * made.backbone_bits_per_s, rel=1e-6)
+    assert made.shard_bits_per_s == pytest.approx(made.backbone_bits_per_s / made.expert_gpus / 0.8, rel=1e-6)
+
+
+# Words
+
+
+def test_each_number_has_its_reason() -> None:
+    for name, made in every_sizing(("h200",), Slo()):
+        starts = [reason.split(":")[0].split(" (")[0] for reason in made.reasons]
+        assert starts == ["Backbones", "Expert GPUs", "Homes", "Pace", "Network"], name
+        assert all(reason.endswith(".") for reason in made.reasons)
+    made = size(known_config("nano"), GPUS["a100"], "fp8")
+    assert made.reasons[-1] == "Arithmetic: a100 multiplies no 8-bit numbers, so fp8 weights are widened to bf16."
+    assert "two, so that one may be lost" in made.reasons[1]
+
+
+def test_the_checkpoints_own_dtype_is_taken() -> None:
+    assert size(known_config("deepseek-v3"), H200).dtype == "fp8"
+    assert size(known_config("super"), H200).dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"num_requests": 0}, "0 requests cannot be sized for; allowed are 1 to 100,000"),
+        ({"num_requests": 100_001}, "100001 requests cannot be sized for; allowed are 1 to 100,000"),
+        ({"context_len": 0}, "a context of 0 tokens cannot be sized for; allowed is 1 or more"),
+        ({"itl_ms": 0.0}, "0 ms between tokens cannot be sized for; allowed is a positive number"),
+        ({"itl_ms": float("nan")}, "nan ms between tokens cannot be sized for; allowed is a positive number"),
+        ({"call_ms": -1.0}, "-1 ms for a call cannot be sized for; allowed is a number from 0 up"),
+        (
+            {"num_requests": 2, "min_backbones": 3},
+            "at least 3 backbones for 2 requests cannot be sized for; allowed is ",
+        ),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_one_sentence(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+        Slo(**wrong)
+    assert str(told.value).startswith(sentence)
+
+
+def test_a_context_over_the_models_own_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^the context is 262145 tokens; the model's own is 262144$"):
+        size(known_config("super"), H200, slo=Slo(context_len=262_145))
+
+
+def test_a_gpu_is_known_by_name() -> None:
+    assert gpu_of("H200") is H200
+    with pytest.raises(ValueError, match=r"^there is no GPU 'v100' to size for; allowed are l4, .*, b200$"):
+        gpu_of("v100")
+
+
+def test_experts_that_are_too_large_are_one_sentence() -> None:
+    tiny, one = Gpu("tiny", 4 * GB, 1e12, 1e12, None), replace(SLOW, num_requests=1, context_len=1)
+    with pytest.raises(ValueError, match=r"^an expert takes 2\.0 GB, and tiny has no room for three; l4 or "):
+        size({**LARGE, "moe_intermediate_size": 60_000}, tiny, slo=one)

@@ -1,0 +1,125 @@
+"""The same bits whatever rows share a product: by the order of our kernels, elsewhere by row plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.blocks.linear import Linear, RowPlan, find_row_plan, is_row_invariant
+from tests.model.steps import seeded
+
+SHAPES = [(64, 128), (128, 64), (40, 24), (256, 96), (33, 70), (512, 1024)]
+
+
+@pytest.fixture(params=[1, 2], ids="{} threads".format)
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    layer = Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}), assign=True)
+    layer.requires_grad_(False).pack()
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
+def test_our_rows_do_not_depend_on_their_company(
+    num_threads: int, dtype: torch.dtype, num_inputs: int, num_outputs: int
+) -> None:
+    randn = seeded(num_inputs)
+    weight, x = randn(num_outputs, num_inputs).to(dtype), randn(700, num_inputs)
+    layer = packed_linear(weight)
+    whole = layer(x)
+    torch.testing.assert_close(whole.double(), x.double() @ weight.double().T, rtol=1e-4, atol=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    for num_rows in (0, 1, 2, 3, 5, 7, 8, 12, 13, 20, 31, 65, 130):
+        rows = torch.randperm(700, generator=generator)[:num_rows]
+        assert torch.equal(layer(x[rows]), whole[rows])
+
+
+def test_threads_change_no_bit() -> None:
+    randn, results = seeded(0), []
+    layer, x = packed_linear(randn(4000, 512)), randn(40, 512)
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(layer(x))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_a_bias_is_added_and_any_leading_shape_is_kept() -> None:
+    randn = seeded(0)
+    weight, bias, x = randn(33, 24), randn(33), randn(2, 3, 24)
+    torch.testing.assert_close(packed_linear(weight, bias)(x), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
+def test_planned_rows_do_not_depend_on_their_company(
+    num_threads: int, dtype: torch.dtype, num_inputs: int, num_outputs: int
+) -> None:
+    plan = find_row_plan(num_inputs, num_outputs, dtype, "cpu", num_threads)
+    randn = seeded(num_inputs)
+    weight, x = randn(num_outputs, num_inputs).to(dtype), randn(plan.limit, num_inputs).to(dtype)
+    whole = F.linear(x, weight)
+    generator = torch.Generator().manual_seed(0)
+    for num_rows in range(plan.quantum, plan.limit + 1, plan.quantum):
+        rows = torch.randperm(plan.limit, generator=generator)[:num_rows]
+        assert torch.equal(F.linear(x[rows], weight), whole[rows])
+
+
+def halves_added(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same product, its terms added in another order."""
+    cut = x.shape[1] // 3
+    return x[:, :cut] @ weight[:, :cut].T + x[:, cut:] @ weight[:, cut:].T
+
+
+plain_linear = F.linear
+
+
+def other_unless_multiple_of_4(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return plain_linear(x, weight) if x.shape[0] % 4 == 0 else halves_added(x, weight)
+
+
+def other_beyond_100_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return plain_linear(x, weight) if x.shape[0] <= 100 else halves_added(x, weight)
+
+
+def other_at_136_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return plain_linear(x, weight) if x.shape[0] != 136 else halves_added(x, weight)
+
+
+def other_in_the_first_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.cat([halves_added(x[:1], weight), plain_linear(x[1:], weight)])
+
+
+# One row count per call to the real product, so that only what is planted varies.
+def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return (x.double()[:, None] * weight.double()).sum(-1).to(x.dtype)
+
+
+def test_planted_products_that_vary_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "plain_linear", row_by_row)
+    weight = seeded(0)(48, 96)
+    find = find_row_plan.__wrapped__
+    monkeypatch.setattr(F, "linear", other_unless_multiple_of_4)
+    assert not is_row_invariant(weight, RowPlan(2, 64))
+    assert is_row_invariant(weight, RowPlan(4, 64))
+    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(4, 256)
+    monkeypatch.setattr(F, "linear", other_beyond_100_rows)
+    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(1, 64)
+    monkeypatch.setattr(F, "linear", other_at_136_rows)
+    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(1, 128)
+    monkeypatch.setattr(F, "linear", other_in_the_first_row)
+    with pytest.raises(RuntimeError, match="products of 96x48 on cpu independent of their company"):
+        find(96, 48, torch.float32, "cpu", 1)

@@ -1,0 +1,190 @@
+"""A layer's experts: right against a loop in float64, and the same bits whichever experts and rows share a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import kernels
+from model.blocks.moe import ExpertBank, ExpertShape, MoE, Router
+from model.exact_sums import from_grid, grid_exponents
+from model.families.nemotron_h import NemotronH
+from tests.model import oracles
+from tests.model.checkpoints import Tiny
+from tests.model.steps import relative_error, seeded
+
+NUM_ROWS = 70
+SHAPES = [ExpertShape(1, 12, 4, 32, 48), ExpertShape(1, 7, 2, 20, 36), ExpertShape(1, 16, 6, 64, 128)]
+
+
+class World:
+    """A bank that holds all experts, rows, and each row's picks."""
+
+    def __init__(self, shape: ExpertShape, dtype: torch.dtype = torch.float32) -> None:
+        randn = seeded(4)
+        self.shape, self.bank = shape, ExpertBank(shape, dtype)
+        self.experts = {
+            expert: {
+                "up": randn(shape.width, shape.input_dim) / shape.input_dim**0.5,
+                "down": randn(shape.input_dim, shape.width) / shape.width**0.5,
+            }
+            for expert in range(shape.num_experts)
+        }
+        for expert, tensors in self.experts.items():
+            self.bank.load(expert, tensors)
+        self.x = randn(NUM_ROWS, shape.input_dim)
+        scores = randn(NUM_ROWS, shape.num_experts)
+        self.topk_ids = scores.topk(shape.top_k, sorted=False).indices
+        self.topk_weights = scores.gather(1, self.topk_ids).sigmoid()
+        gain = max(map(self.bank.gain_exponent, self.bank.held))
+        self.grid = grid_exponents(self.x, self.topk_weights, gain)
+
+    @property
+    def picks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, expert and weight of every pick."""
+        row_P = torch.arange(NUM_ROWS).repeat_interleave(self.shape.top_k)
+        return row_P, self.topk_ids.flatten(), self.topk_weights.flatten()
+
+    def sums(self, is_own_P: Tensor | None = None) -> Tensor:
+        row_P, expert_P, weight_P = self.picks
+        own = torch.ones(len(row_P), dtype=torch.bool) if is_own_P is None else is_own_P
+        return self.bank.partial_sums(self.x, row_P[own], expert_P[own], weight_P[own], self.grid)
+
+
+@pytest.fixture(params=["compiled", "plain"], autouse=True)
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernels, then PyTorch alone."""
+    monkeypatch.setattr(kernels, "has_compiled", lambda: request.param == "compiled")
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def shape(request: pytest.FixtureRequest) -> ExpertShape:
+    assert isinstance(request.param, ExpertShape)
+    return request.param
+
+
+def test_partial_sums_equal_a_loop_over_picks(shape: ExpertShape) -> None:
+    world = World(shape)
+    expected = oracles.weighted_experts(world.x, *world.picks, world.experts)
+    assert relative_error(from_grid(world.sums(), world.grid), expected) < 1e-5
+
+
+def test_bfloat16_sums_are_near(shape: ExpertShape) -> None:
+    world = World(shape, torch.bfloat16)
+    expected = oracles.weighted_experts(world.x, *world.picks, world.experts)
+    assert relative_error(from_grid(world.sums(), world.grid), expected) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_shards", [2, 3, 5])
+def test_any_split_of_the_experts_gives_the_same_bits(shape: ExpertShape, dtype: torch.dtype, num_shards: int) -> None:
+    world = World(shape, dtype)
+    home = torch.randint(0, num_shards, (shape.num_experts,), generator=torch.Generator().manual_seed(num_shards))
+    owns = [home[world.picks[1]] == shard for shard in range(num_shards)]
+    parts = [world.sums(own) for own in owns if bool(own.any())]
+    assert torch.equal(torch.stack(parts).sum(0), world.sums())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_split_of_the_picks_gives_the_same_bits(shape: ExpertShape, dtype: torch.dtype) -> None:
+    """Two homes of one expert share its rows: each computes some of them."""
+    world = World(shape, dtype)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        is_here = torch.rand(len(world.picks[0]), generator=generator) < 0.4
+        assert torch.equal(world.sums(is_here) + world.sums(~is_here), world.sums())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [[0], [69], [5, 3], list(range(1, 30))], ids=len)
+def test_rows_alone_give_the_same_bits(shape: ExpertShape, dtype: torch.dtype, rows: list[int]) -> None:
+    world = World(shape, dtype)
+    row_P = torch.arange(len(rows)).repeat_interleave(shape.top_k)
+    picks = row_P, world.topk_ids[rows].flatten(), world.topk_weights[rows].flatten()
+    assert torch.equal(world.bank.partial_sums(world.x[rows], *picks, world.grid[rows]), world.sums()[rows])
+
+
+def test_more_rows_than_one_product_takes() -> None:
+    world = World(SHAPES[0])
+    num_rows = (world.bank.plan().limit if not world.bank.is_compiled else 256) + 37
+    x, expert = world.x[:1].expand(num_rows, -1), torch.zeros(num_rows, dtype=torch.long)
+    sums = world.bank.partial_sums(
+        x, torch.arange(num_rows), expert, torch.ones(num_rows), world.grid[:1].expand(num_rows)
+    )
+    assert torch.equal(sums, sums[:1].expand_as(sums))
+
+
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf])
+def test_a_damaged_expert_is_refused(damage: float) -> None:
+    world = World(SHAPES[0])
+    up = world.experts[2]["up"].clone()
+    up[0, 0] = damage
+    world.bank.load(2, {"up": up, "down": world.experts[2]["down"]})
+    with pytest.raises(ValueError, match="an expert's output is not finite"):
+        world.sums()
+
+
+def test_a_bank_forgets_what_it_unloads() -> None:
+    bank = World(SHAPES[0]).bank
+    one = SHAPES[0].nbytes(torch.float32)
+    assert one == 2 * 32 * 48 * 4
+    bank.unload(3)
+    assert bank.held == set(range(12)) - {3}
+    assert bank.nbytes == 11 * one
+    with pytest.raises(KeyError):
+        bank.gain_exponent(3)
+
+
+@pytest.mark.parametrize("name", ["latent", "plain", "grouped"])
+def test_a_layer_equals_transformers(
+    tiny_of: Callable[[str], Tiny], model_of: Callable[[str], NemotronH], name: str
+) -> None:
+    h = seeded(0)(50, 64)
+    ours, theirs = model_of(name).layers[1].mixer, tiny_of(name).oracle.model.layers[1].mixer
+    assert isinstance(ours, MoE)
+    with torch.no_grad():
+        assert relative_error(ours(h), theirs(h[None])[0]) < 1e-5
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_router_weighs_without_the_bias(normalize: bool) -> None:
+    """The bias alone chooses: with a huge one on experts 1 and 4 they are picked, and weighed by their own scores."""
+    router = Router(8, ExpertShape(1, 6, 2, 8, 4), 5.0, 1, 1, normalize)
+    router.weight.data = seeded(0)(6, 8)
+    router.e_score_correction_bias = torch.tensor([0.0, 9.0, 0.0, 0.0, 9.0, 0.0])
+    h = seeded(1)(5, 8)
+    with torch.no_grad():
+        ids, weights = router(h)
+    scores = (h @ router.weight.detach().T).sigmoid()[:, [1, 4]]
+    expected = 5.0 * (scores / scores.sum(-1, keepdim=True) if normalize else scores)
+    order = ids.argsort(-1)
+    assert torch.equal(ids.gather(1, order), torch.tensor([[1, 4]]).expand(5, 2))
+    torch.testing.assert_close(weights.gather(1, order), expected)
+
+
+def test_the_router_keeps_to_the_best_groups() -> None:
+    router = Router(8, ExpertShape(1, 8, 3, 8, 4), 1.0, 4, 2, True)
+    router.weight.data = seeded(0)(8, 8)
+    router.e_score_correction_bias = torch.zeros(8)
+    with torch.no_grad():
+        ids, _ = router(seeded(1)(40, 8))
+    assert all(len({expert // 2 for expert in row}) <= 2 for row in ids.tolist())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bank_gives_back_what_it_computes_with(shape: ExpertShape, dtype: torch.dtype, stored: torch.dtype) -> None:
+    world = World(shape, dtype)
+    tensors = {name: tensor.to(stored) for name, tensor in world.experts[3].items()}
+    world.bank.load(3, tensors)
+    given = world.bank.tensors(3)
+    assert all(torch.equal(given[name], tensors[name].to(dtype)) for name in ("up", "down"))
+    assert all(given[name].dtype == dtype for name in ("up", "down"))
+    other = ExpertBank(shape, dtype)
+    other.load(3, given)
+    rows, ids, ones = torch.arange(NUM_ROWS), torch.full((NUM_ROWS,), 3), torch.ones(NUM_ROWS)
+    sums = [bank.partial_sums(world.x, rows, ids, ones, world.grid) for bank in (world.bank, other)]
+    assert torch.equal(*sums)

@@ -1,0 +1,188 @@
+"""Helpers share work without changing it, sleep when told to, and wake up for whoever has work next."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.blocks.attention import Attention, AttentionShape
+from model.blocks.mamba import Mamba2Mixer, MambaShape
+from model.blocks.norm import RMSNorm
+from model.cpu.linear import linear, pack
+from model.cpu.thread_pool import LAST_TICKET, THREAD_POOL, TICKET
+from model.state import Batch, State, StateSpec
+from tests.model.steps import seeded
+
+NUM_ROUNDS = 300
+WIDTH = 256
+LENS, CONTEXTS, TABLE_LEN = (30, 1, 7, 200), (5, 0, 40, 0), 20
+
+
+@pytest.fixture(params=[2, 4], ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads: the parameter's, or 1."""
+    before = torch.get_num_threads()
+    yield lambda count: torch.set_num_threads(request.param if count else 1)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_keep_their_bits(threads: Callable[[int], None], dtype: torch.dtype) -> None:
+    randn = seeded(0)
+    weights = [pack(randn(outputs, inputs).to(dtype)) for outputs, inputs in ((700, 256), (4000, 64), (96, 2048))]
+    asked = [(weight, randn(rows, weight.num_inputs)) for weight in weights for rows in (1, 5, 40)]
+    threads(0)
+    alone = [linear(x, weight) for weight, x in asked]
+    threads(1)
+    for _ in range(NUM_ROUNDS // 10):
+        for (weight, x), expected in zip(asked, alone, strict=True):
+            assert torch.equal(linear(x, weight), expected)
+
+
+def batch() -> Batch:
+    num_requests = len(LENS)
+    tables = tuple(tuple(range(r, TABLE_LEN * num_requests, num_requests)) for r in range(num_requests))
+    return Batch(torch.zeros(sum(LENS), dtype=torch.long), LENS, CONTEXTS, tuple(range(num_requests)), tables)
+
+
+def filled(spec: StateSpec, dtype: torch.dtype) -> State:
+    state, randn = State(spec, len(LENS), TABLE_LEN * len(LENS), dtype), seeded(1)
+    for tensor in [*state.pages.values(), *(t for tensors in state.slots.values() for t in tensors)]:
+        tensor.copy_(randn(*tensor.shape))
+    return state
+
+
+def run(module: Any, spec: StateSpec, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    state = filled(spec, dtype)
+    x = seeded(2)(sum(LENS), WIDTH)
+    module.add_to(x, batch(), state)
+    return x, [*state.pages.values(), *(t for tensors in state.slots.values() for t in tensors)]
+
+
+def made(module: Any, dtype: torch.dtype) -> Any:
+    randn = seeded(3)
+    for parameter in module.parameters():
+        parameter.data = (randn(*parameter.shape) / parameter.shape[-1] ** 0.5).to(dtype)
+    module.requires_grad_(False).pack(RMSNorm(WIDTH, 1e-5), dtype)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_keep_their_bits(threads: Callable[[int], None], dtype: torch.dtype) -> None:
+    shape = MambaShape(WIDTH, 16, 64, 4, 128, 4, 128)
+    mamba = made(Mamba2Mixer(shape, 0, 1e-5), dtype), StateSpec((), (shape.state_spec(0),))
+    heads = AttentionShape(WIDTH, 16, 2, 64)
+    attention = made(Attention(heads, 0), dtype), StateSpec((heads.state_spec(0),), ())
+    for module, spec in (mamba, attention):
+        threads(0)
+        out, state = run(module, spec, dtype)
+        threads(1)
+        for _ in range(10):
+            found, after = run(module, spec, dtype)
+            assert torch.equal(found, out)
+            assert all(torch.equal(one, other) for one, other in zip(after, state, strict=True))
+
+
+def test_two_callers_do_not_wait_for_each_other(threads: Callable[[int], None]) -> None:
+    """One has the helpers, the other works alone; both are right."""
+    weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    threads(0)
+    expected, wrong = linear(x, weight), list[int]()
+    threads(1)
+
+    def call() -> None:
+        wrong.extend(i for i in range(NUM_ROUNDS) if not torch.equal(linear(x, weight), expected))
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def busy_s() -> float:
+    """Processor time of the helpers, in seconds."""
+    helpers = [thread for thread in threading.enumerate() if thread.name.startswith("cpu-helper")]
+    assert helpers
+    stats = [Path(f"/proc/self/task/{helper.native_id}/stat").read_text() for helper in helpers]
+    return sum(sum(map(int, stat.rsplit(")", 1)[1].split()[11:13])) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def test_helpers_sleep_while_others_need_the_cores(threads: Callable[[int], None]) -> None:
+    weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    threads(1)
+    expected = linear(x, weight)
+    started, before = time.monotonic(), busy_s()
+    while time.monotonic() < started + 0.5:
+        linear(x, weight)
+    assert busy_s() - before > 0.05
+    THREAD_POOL.rest()
+    assert torch.equal(linear(x, weight), expected)  # alone
+    time.sleep(0.05)
+    before = busy_s()
+    time.sleep(0.5)
+    assert busy_s() - before < 0.05
+    THREAD_POOL.resume()
+    assert torch.equal(linear(x, weight), expected)
+
+
+def test_a_helper_that_fails_is_told_of_and_helps_on(threads: Callable[[int], None]) -> None:
+    """Without a word its task would be waited for without end."""
+    weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    threads(0)
+    expected = linear(x, weight)
+
+    def tasks(control: Any, ticket: int, num_tasks: int) -> None:
+        if threading.current_thread().name.startswith("cpu-helper"):
+            raise ValueError("planted")
+
+    threads(1)
+    with pytest.raises(RuntimeError, match="A helper failed in the middle of a task"):
+        THREAD_POOL.run(tasks, 2, torch.get_num_threads())
+    assert all(torch.equal(linear(x, weight), expected) for _ in range(10))
+
+
+def test_a_task_under_way_is_waited_for_when_another_fails(threads: Callable[[int], None]) -> None:
+    """It writes to what the next job may be given, and would be counted as one of the next job's tasks."""
+    threads(1)
+    has_begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def tasks(control: Any, ticket: int, num_tasks: int) -> None:
+        if threading.current_thread().name.startswith("cpu-helper"):
+            has_begun.set()
+            assert may_end.wait(10)
+            time.sleep(0.1)
+            ended.set()
+        else:
+            assert has_begun.wait(10)
+            may_end.set()
+            raise MemoryError("planted")
+
+    with pytest.raises(MemoryError, match="planted"):
+        THREAD_POOL.run(tasks, 2, torch.get_num_threads())
+    assert ended.is_set()
+
+
+def test_tickets_begin_anew(threads: Callable[[int], None]) -> None:
+    weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    threads(0)
+    expected = linear(x, weight)
+    threads(1)
+    linear(x, weight)
+    THREAD_POOL.ready(1)[TICKET] = LAST_TICKET - 3
+    assert all(torch.equal(linear(x, weight), expected) for _ in range(10))
+
+
+def test_a_state_that_is_no_multiple_of_a_vector_is_refused() -> None:
+    mixer = Mamba2Mixer(MambaShape(64, 4, 16, 2, 24, 4, 8), 0, 1e-5)
+    with pytest.raises(ValueError, match=r"ssm_state_size = 24; a CPU serves multiples of 16"):
+        mixer.pack(RMSNorm(64, 1e-5), torch.float32)

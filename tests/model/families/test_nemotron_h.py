@@ -1,0 +1,163 @@
+"""The whole model against transformers, and every way of cutting the work into steps against the full pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.families.nemotron_h import NemotronH
+from model.family import load_family
+from tests.model import oracles
+from tests.model.checkpoints import SMALL_STEPS, Tiny, edit
+from tests.model.conftest import load_fp32
+from tests.model.steps import Steps, full_logits, greedy, random_tokens, relative_error, split_logits
+
+LENGTHS = (1, 2, 8, 21, 37)
+BOUND = 1e-4  # the issue's; what is found is near 1e-6
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_logits_equal_transformers(tiny: Tiny, model: NemotronH, length: int) -> None:
+    tokens = random_tokens(length, seed=length)
+    assert relative_error(full_logits(model, tokens), tiny.logits(tokens)) < BOUND
+
+
+def test_greedy_tokens_are_identical_to_transformers(tiny: Tiny, model: NemotronH) -> None:
+    prompt = random_tokens(13, seed=5)
+    assert greedy(model, prompt, 24) == tiny.generate(prompt, 24)
+
+
+@pytest.mark.parametrize("cuts", [[8], [16, 32], [5, 6, 19], [1], [36], [3, 4, 5, 30]], ids=str)
+def test_chunked_prefill_equals_the_full_pass(model: NemotronH, cuts: list[int]) -> None:
+    tokens = random_tokens(37)
+    assert relative_error(split_logits(model, tokens, cuts), full_logits(model, tokens)) < 1e-5
+
+
+def test_step_by_step_decode_equals_the_full_pass(model: NemotronH) -> None:
+    tokens = random_tokens(37)
+    assert relative_error(split_logits(model, tokens, list(range(1, 37))), full_logits(model, tokens)) < 1e-5
+
+
+def test_packed_mixed_batches_equal_single_runs(model: NemotronH) -> None:
+    """New requests, a prompt's later chunk and decoding ones in one step, slots not in order."""
+    prompts = {slot: random_tokens(length, seed=slot) for slot, length in ((4, 30), (1, 12), (5, 21), (0, 7), (2, 1))}
+    alone = {slot: full_logits(model, tokens) for slot, tokens in prompts.items()}
+    steps, done, found = Steps(model), dict.fromkeys(prompts, 0), {slot: list[Tensor]() for slot in prompts}
+    plan = [{4: 16, 1: 11}, {5: 8, 1: 1, 4: 13}, {0: 7, 2: 1, 4: 1, 5: 13}]
+    for step in plan:
+        parts = [(slot, prompts[slot][done[slot] : done[slot] + num], done[slot]) for slot, num in step.items()]
+        for (slot, tokens, _), logits in zip(parts, steps.logits(*parts), strict=True):
+            found[slot].append(logits)
+            done[slot] += len(tokens)
+    for slot, tokens in prompts.items():
+        assert done[slot] == len(tokens)
+        assert relative_error(torch.cat(found[slot]), alone[slot]) < 1e-5
+
+
+def test_a_slot_used_again_starts_from_zeros(latent_model: NemotronH) -> None:
+    steps = Steps(latent_model)
+    steps.forward((0, random_tokens(20, seed=1), 0))
+    tokens = random_tokens(9, seed=2)
+    assert torch.equal(steps.logits((0, tokens, 0))[0], full_logits(latent_model, tokens))
+
+
+def test_the_small_steps_would_show_a_clamp(tiny_of: Callable[[str], Tiny]) -> None:
+    """The pitfall is real: with transformers' own limit, the logits of this checkpoint change."""
+    tiny, tokens = tiny_of(SMALL_STEPS), random_tokens(21)
+    exact = tiny.logits(tokens)
+    mixers = [layer.mixer for layer in tiny.oracle.model.layers if hasattr(layer.mixer, "dt_bias")]
+    for mixer in mixers:
+        mixer.time_step_limit = (0.001, float("inf"))
+    clamped = tiny.logits(tokens)
+    for mixer in mixers:
+        mixer.time_step_limit = (0.0, float("inf"))
+    assert relative_error(clamped, exact) > 10 * BOUND
+
+
+def test_bfloat16_is_near_fp32(latent: Tiny, latent_model: NemotronH) -> None:
+    family, tokens = load_family(latent.path), random_tokens(21)
+    model = family.load_backbone(family.load_local_experts(torch.bfloat16), torch.bfloat16)
+    router = model.state_dict()["layers.1.mixer.gate.weight"]
+    assert model.embeddings.weight.dtype == torch.bfloat16
+    assert router.dtype == torch.float32
+    error = (full_logits(model, tokens) - full_logits(latent_model, tokens)).double().square().mean()
+    assert error < 0.02 * full_logits(latent_model, tokens).double().square().mean()
+
+
+# MTP ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensors(latent: Tiny) -> dict[str, Tensor]:
+    return load_file(latent.path / "model.safetensors")
+
+
+def test_draft_equals_the_equations(latent: Tiny, latent_model: NemotronH, tensors: dict[str, Tensor]) -> None:
+    tokens, steps = random_tokens(22), Steps(latent_model)
+    hidden = steps.forward((0, tokens[:21], 0))[0]
+    expected = oracles.draft(tensors, latent.raw, hidden, tokens[1:])
+    assert relative_error(steps.draft(hidden, tokens[1:], 0), expected) < 1e-5
+
+
+def test_draft_one_token_at_a_time_equals_the_equations(
+    latent: Tiny, latent_model: NemotronH, tensors: dict[str, Tensor]
+) -> None:
+    tokens, steps = random_tokens(19), Steps(latent_model)
+    hidden = steps.forward((3, tokens[:18], 0))[0]
+    found = [steps.draft(hidden[t : t + 1], tokens[t + 1 : t + 2], t, slot=3) for t in range(18)]
+    assert relative_error(torch.cat(found), oracles.draft(tensors, latent.raw, hidden, tokens[1:])) < 1e-5
+
+
+def test_second_draft_feeds_the_first_back(latent: Tiny, latent_model: NemotronH, tensors: dict[str, Tensor]) -> None:
+    """Serving: the module's own output and token follow the target's in the same KV. Training: a second full pass."""
+    tokens, steps = random_tokens(18), Steps(latent_model)
+    hidden = steps.forward((0, tokens[:17], 0))[0]
+    first = steps.draft(hidden, tokens[1:], 0)
+    drafted = int(latent_model.logits(first[-1]).argmax())
+    second = steps.draft(first[-1:], [drafted], 17)
+    inputs, next_ids = torch.cat([hidden, first[-1:]]), [*tokens[1:], drafted]
+    assert relative_error(second[0], oracles.draft(tensors, latent.raw, inputs, next_ids)[-1]) < 1e-5
+    whole = Steps(latent_model).draft(first[:-1], tokens[2:], 0)
+    assert relative_error(whole, oracles.draft(tensors, latent.raw, first[:-1], tokens[2:])) < 1e-5
+
+
+def test_drafting_leaves_the_backbone_as_it_is(latent_model: NemotronH) -> None:
+    tokens, steps = random_tokens(30), Steps(latent_model)
+    hidden = steps.forward((0, tokens[:20], 0))[0]
+    steps.draft(hidden, tokens[1:21], 0)
+    later = steps.logits((0, tokens[20:], 20))[0]
+    assert relative_error(later, full_logits(latent_model, tokens)[20:]) < 1e-5
+
+
+def test_a_checkpoint_without_mtp_is_served_without_drafting(tiny_of: Callable[[str], Tiny]) -> None:
+    family = load_family(tiny_of(SMALL_STEPS).path)
+    assert family.config.num_nextn_predict_layers == 1
+    assert not family.has_mtp
+    assert [shape.layer for shape in family.expert_shapes] == [2]
+    assert load_fp32(family).mtp is None
+
+
+def test_mtp_is_never_dropped(latent: Tiny, latent_model: NemotronH) -> None:
+    family = load_family(latent.path)
+    assert family.has_mtp
+    assert [shape.layer for shape in family.expert_shapes] == [1, 4, 6, 8]
+    assert latent_model.mtp is not None
+
+
+@pytest.mark.parametrize("name", ["0.eh_proj.weight", "1.final_layernorm.weight", "1.mixer.experts.3.up_proj.weight"])
+def test_a_missing_mtp_tensor_is_named(latent: Tiny, tmp_path: Path, name: str) -> None:
+    family = load_family(edit(latent.path, tmp_path, lambda tensors: tensors.pop(f"mtp.layers.{name}")))
+    with pytest.raises(ValueError, match=f"no tensor mtp.layers.{name}"):
+        load_fp32(family)
+
+
+def test_transformers_ignores_the_mtp_tensors(latent: Tiny) -> None:
+    again = type(latent.oracle).from_pretrained(latent.path)
+    tokens = torch.tensor([random_tokens(9)])
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, latent.oracle(tokens).logits)

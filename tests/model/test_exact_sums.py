@@ -1,0 +1,116 @@
+"""Sums that do not depend on their order, hence not on which shard adds them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.exact_sums import FRACTION_BITS, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
+from tests.model.steps import relative_error, seeded
+
+NUM_ROWS, NUM_PICKS, DIM = 6, 40, 9
+
+
+def contributions(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, weight, row and grid for picks whose sizes differ by orders of magnitude."""
+    randn = seeded(seed)
+    y = randn(NUM_PICKS, DIM) * torch.exp(3 * randn(NUM_PICKS, 1))
+    weight = randn(NUM_PICKS).abs()
+    row = torch.randint(0, NUM_ROWS, (NUM_PICKS,), generator=torch.Generator().manual_seed(seed))
+    return y, weight, row, grid_exponents(randn(NUM_ROWS, DIM), weight[:NUM_ROWS, None], 1)
+
+
+def add(y: Tensor, weight: Tensor, row: Tensor, grid: Tensor) -> Tensor:
+    scale = scale_to_grid(weight.numpy(), grid[row].numpy())
+    return add_on_grid(y, torch.from_numpy(scale), row, len(grid))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_order_gives_the_same_bits(seed: int) -> None:
+    y, weight, row, grid = contributions(seed)
+    expected = from_grid(add(y, weight, row, grid), grid)
+    for _ in range(20):
+        order = torch.randperm(NUM_PICKS)
+        assert torch.equal(from_grid(add(y[order], weight[order], row[order], grid), grid), expected)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 5, 11])
+def test_any_partition_gives_the_same_bits(num_shards: int) -> None:
+    y, weight, row, grid = contributions(7)
+    expected = from_grid(add(y, weight, row, grid), grid)
+    for seed in range(10):
+        shard = torch.randint(0, num_shards, (NUM_PICKS,), generator=torch.Generator().manual_seed(seed))
+        picks = [shard == s for s in range(num_shards) if bool((shard == s).any())]
+        partial = [add(y[own], weight[own], row[own], grid) for own in picks]
+        assert torch.equal(from_grid(torch.stack(partial).sum(0), grid), expected)
+
+
+def test_float_sums_would_differ() -> None:
+    """Without the grid the same picks in another order give other bits: the test above can fail."""
+    y, weight, row, grid = contributions(7)
+    terms = y * weight[:, None]
+    plain = [
+        torch.zeros(NUM_ROWS, DIM).index_add_(0, row[order], terms[order]) for order in map(torch.randperm, [40] * 20)
+    ]
+    assert any(not torch.equal(plain[0], other) for other in plain)
+    assert grid.dtype == torch.int16
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_error_is_half_a_unit_a_pick_and_one_rounding(seed: int) -> None:
+    y, weight, row, grid = contributions(seed)
+    terms = y.double() * weight.double()[:, None]
+    expected = torch.zeros(NUM_ROWS, DIM, dtype=torch.float64).index_add_(0, row, terms)
+    num_picks = torch.bincount(row, minlength=NUM_ROWS)[:, None]
+    bound = num_picks * torch.exp2(grid.double())[:, None] / 2 + expected.abs() * 2.0**-23
+    assert bool(((from_grid(add(y, weight, row, grid), grid) - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_a_unit_is_small_against_what_experts_give(scale: float, size: float) -> None:
+    """The root mean square of real contributions is 2**FRACTION_BITS units within a few bits, at any scale."""
+    randn = seeded(3)
+    up, down, x = scale * randn(64, 32), randn(32, 64), size * randn(50, 32)
+    y = torch.relu(x @ up.T).square() @ down.T
+    grid = grid_exponents(x, torch.ones(50, 1), gain_exponent(up, down))
+    units = y.double() / torch.exp2(grid.double())[:, None]
+    assert 2.0 ** (FRACTION_BITS - 4) < float(units.square().mean().sqrt()) < 2.0 ** (FRACTION_BITS + 2)
+
+
+def test_the_grid_belongs_to_the_row_alone() -> None:
+    randn = seeded(0)
+    x, weights = randn(8, 16), randn(8, 3).abs()
+    whole = grid_exponents(x, weights, 2)
+    for rows in ([3], [7, 0], [1, 2, 3, 4]):
+        assert torch.equal(grid_exponents(x[rows], weights[rows], 2), whole[rows])
+
+
+def test_zero_rows_and_zero_weights() -> None:
+    grid = grid_exponents(torch.zeros(2, 4), torch.zeros(2, 3), gain_exponent(torch.zeros(5, 4), torch.zeros(4, 5)))
+    sums = add(torch.zeros(2, 4), torch.zeros(2), torch.tensor([0, 1]), grid)
+    assert torch.equal(from_grid(sums, grid), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_cannot_be_added_is_refused(value: float) -> None:
+    y, weight, row, grid = contributions(0)
+    y[3, 2] = value
+    with pytest.raises(ValueError, match="not finite or too large to add"):
+        add(y, weight, row, grid)
+
+
+def test_damaged_weights_do_not_stop_the_loading() -> None:
+    """They stop the first sum instead, with its sentence."""
+    assert gain_exponent(torch.full((2, 3), torch.inf), torch.ones(3, 2)) == 0
+    assert gain_exponent(torch.full((2, 3), torch.nan), torch.ones(3, 2)) == 0
+
+
+def test_sums_come_back_as_fp32() -> None:
+    y, weight, row, grid = contributions(1)
+    sums = add(y, weight, row, grid)
+    assert (sums.dtype, sums.shape) == (torch.int64, (NUM_ROWS, DIM))
+    assert from_grid(sums, grid).dtype == torch.float32
+    again = torch.zeros(NUM_ROWS, DIM).index_add_(0, row, y * weight[:, None])
+    assert relative_error(from_grid(sums, grid), again) < 1e-6

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from services.engine.contract.sampling_params import Grammar, GrammarKind
+from services.engine.grammar.grammar_checker import NUM_PROCESSES, GrammarChecker, _CheckerProcess
+from services.gateway.chat.text import Tokenizer
+from services.gateway.errors import ApiError, ApiRefusal
+from services.gateway.generation import Generation, GenerationRequest, ModelCard, Shape
+from tests.services.demo import MODEL
+from tests.services.gateway.echo import EchoSource
+
+MAX_SECONDS = 1.5
+FINE = Grammar(GrammarKind.REGEX, "[0-9]+")
+
+
+def slow(salt: int = 0) -> Grammar:
+    """A thousand characters that would take minutes and gigabytes."""
+    terms = " & ".join(f"/(?s:.*)a.{{{n + salt}}}(?s:.*)/" for n in range(40))
+    return Grammar(GrammarKind.LARK, f"start: T\nT: {terms}")
+
+
+@pytest.fixture(scope="module")
+def checker() -> Iterator[GrammarChecker]:
+    made = GrammarChecker(MODEL, MAX_SECONDS)
+    yield made
+    made.close()
+
+
+def test_it_says_what_the_compiler_says(checker: GrammarChecker) -> None:
+    for _ in range(2):
+        checker.check(FINE)
+        with pytest.raises(ValueError, match=r"^regex cannot be used: unclosed group\.$"):
+            checker.check(Grammar(GrammarKind.REGEX, "(a"))
+
+
+def test_a_grammar_that_takes_too_long_is_refused_in_time_and_in_one_sentence(checker: GrammarChecker) -> None:
+    checker.check(FINE)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"^grammar cannot be used: it takes more than the 1\.5 s and 1024 MiB that"):
+        checker.check(slow())
+    assert time.monotonic() - start < MAX_SECONDS + 10
+    checker.check(Grammar(GrammarKind.REGEX, "after it"))
+
+
+def test_what_has_passed_passes_while_slow_ones_take_every_process(checker: GrammarChecker) -> None:
+    checker.check(FINE)
+    refused: list[ValueError] = []
+
+    def try_slow(salt: int) -> None:
+        try:
+            checker.check(slow(salt))
+        except ValueError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=try_slow, args=(n,)) for n in range(NUM_PROCESSES)]
+    for thread in threads:
+        thread.start()
+    checker.check(FINE)
+    assert not refused
+    for thread in threads:
+        thread.join()
+    assert len(refused) == NUM_PROCESSES
+
+
+def test_a_process_that_died_is_replaced() -> None:
+    process = _CheckerProcess(MODEL)
+    assert process.ask(FINE, MAX_SECONDS) == ""
+    os.kill(process._child.pid, signal.SIGKILL)
+    process._child.wait()
+    assert not process.is_alive
+    checker = GrammarChecker(MODEL)
+    checker._idle.put(process)
+    for n in range(2 * NUM_PROCESSES):
+        checker.check(Grammar(GrammarKind.REGEX, f"a{n}"))
+    checker.close()
+
+
+def test_the_client_is_told_and_prompts_are_prepared_meanwhile(
+    checker: GrammarChecker, source: EchoSource, tokenizer: Tokenizer
+) -> None:
+    async def test() -> None:
+        generation = Generation(source, tokenizer, ModelCard("echo", 10**6, 1), checker.check)
+        asks = [GenerationRequest("a", shape=Shape(slow(n), "structured_outputs.grammar")) for n in range(5)]
+        slow_ones = [asyncio.create_task(generation.prepare(lambda ask=ask: [ask])) for ask in asks]  # type: ignore[misc]
+        await asyncio.sleep(0.1)
+        await generation.prepare(lambda: [GenerationRequest("a" * 100_000)])
+        assert not any(task.done() for task in slow_ones)
+        for refused in await asyncio.gather(*slow_ones, return_exceptions=True):
+            assert isinstance(refused, ApiError)
+            assert refused.refusal is ApiRefusal.INVALID
+            assert refused.message.startswith("structured_outputs.grammar cannot be used: it takes more than")
+
+    asyncio.run(test())

@@ -1,0 +1,171 @@
+"""Our framing against grpcio's, in both directions, and against what a peer may not do."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from cluster.topology import Placement, Shard
+from model.family import ModelFamily
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
+from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert.client import CallPolicy, RemoteExperts
+from services.expert.transport import http2
+from services.expert.transport.http2 import PREFACE, ClientStream, GrpcStream, ServerStream, StreamEnded
+from tests.services.expert.requests import make_request
+from tests.services.expert.shard_process import ShardProcess
+from tests.services.expert.test_client import everywhere, fill, make_rows
+
+MAX = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def shard(model_dir: Path) -> Iterator[Shard]:
+    with ShardProcess(model_dir, 1) as process:
+        fill(process.shards, everywhere([process.shards[0].id]))
+        yield process.shards[0]
+
+
+def exchange(client: GrpcStream, server: GrpcStream, piece: int = 1 << 20) -> tuple[list[bytes], list[bytes]]:
+    """Carries bytes both ways, `piece` at a time, until nothing is left; what came at the client and at the server."""
+    at_client, at_server = list[bytes](), list[bytes]()
+    while client.unsent or server.unsent:
+        for sender, receiver, messages in ((client, server, at_server), (server, client, at_client)):
+            data = bytes(sender.unsent[:piece])
+            del sender.unsent[:piece]
+            messages += receiver.receive(data)
+    return at_client, at_server
+
+
+def pair() -> tuple[ClientStream, ServerStream]:
+    return ClientStream("/a.B/C", "host:1", MAX), ServerStream(MAX)
+
+
+# Each end against grpcio's --------------------------------------------------------------------------------------------
+
+
+def test_grpcios_client_is_answered_at_the_compute_endpoint(shard: Shard) -> None:
+    requests = [make_request(id=n) for n in range(1, 50)] + [make_request((77,), id=50)]
+    with grpc.insecure_channel(shard.compute_endpoint) as channel:
+        replies = list(expert_pb2_grpc.ExpertStub(channel).Compute(iter(requests)))  # type: ignore[no-untyped-call]
+    assert sorted(reply.id for reply in replies) == list(range(1, 51))
+    assert {reply.WhichOneof("outcome") for reply in replies if reply.id < 50} == {"sums"}
+    [refused] = [reply for reply in replies if reply.id == 50]
+    assert refused.refusal.code == pb.Refusal.BAD_SHAPE
+
+
+def test_grpcios_server_answers_our_client(shard: Shard, family: ModelFamily) -> None:
+    """More than its windows hold, in one message of many frames."""
+    local = family.load_local_experts(torch.float32)
+    remote = RemoteExperts(CallPolicy(timeout_s=20.0, piece_bytes=8 << 20))
+    remote.update(Placement(1, everywhere([shard.id]), local.gains), [replace(shard, compute_endpoint="")])
+    for num_rows in (1, 3, 5000):
+        rows = make_rows(num_rows)
+        assert torch.equal(remote(1, *rows)(), local(1, *rows)())
+    assert remote.traffic.num_sent == 3
+    remote.close()
+
+
+# Both of our ends -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [1, 7, 4096, 1 << 20])
+def test_messages_arrive_whole_and_in_order_however_they_are_cut(piece: int) -> None:
+    client, server = pair()
+    sent = [b"", b"a", b"b" * 5000, b"c" * 40_000]
+    for message in sent:
+        client.send(message)
+    assert exchange(client, server, piece) == ([], sent)
+    for message in sent:
+        server.send(message)
+    assert exchange(client, server, piece) == (sent, [])
+
+
+def test_what_a_window_has_no_room_for_waits() -> None:
+    client, _ = pair()
+    client.send(bytes(100_000))
+    assert client.num_unsent - len(client.unsent) == 100_000 + 5 - 65_535
+    server = ServerStream(MAX)  # gives room for more with its first words
+    assert exchange(client, server) == ([], [bytes(100_000)])
+    assert client.num_unsent == 0
+
+
+def test_the_end_is_told() -> None:
+    client, server = pair()
+    server.receive(bytes(client.unsent))
+    server.end()
+    with pytest.raises(StreamEnded, match="the other side ended the stream"):
+        client.receive(bytes(server.unsent))
+
+
+def frame(kind: int, stream_id: int, payload: bytes, flags: int = 0) -> bytes:
+    return struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 255, kind, flags, stream_id) + payload
+
+
+OPENED = PREFACE + frame(1, 1, b"", flags=4)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "does not speak HTTP/2"),
+        (OPENED + frame(0, 1, b"\1\0\0\0\1x"), "a message is compressed"),
+        (OPENED + frame(0, 1, b"\0" + (MAX + 1).to_bytes(4, "big")), "1048577 bytes are over 1048576"),
+        (PREFACE + struct.pack(">HBBBI", 0xFFFF, 255, 0, 0, 1), "a frame of 16777215 bytes came"),
+        (OPENED + frame(3, 1, (8).to_bytes(4, "big")), r"reset the stream \(code 8\)"),
+        (PREFACE + frame(7, 0, bytes(4) + (11).to_bytes(4, "big") + b"too_many_pings"), "too_many_pings"),
+        (PREFACE + frame(4, 0, b"12345"), "settings of 5 bytes came, but each has 6"),
+        (OPENED + frame(0, 1, b"", flags=8), "a frame of 0 bytes is padded with more than it holds"),
+        (OPENED + frame(0, 1, b"\3ab", flags=8), "a frame of 3 bytes is padded with more than it holds"),
+        (PREFACE + frame(0, 0, b"x"), "a frame of type 0 came outside of any stream"),
+    ],
+)
+def test_what_may_not_be_is_told_in_a_sentence(data: bytes, sentence: str) -> None:
+    with pytest.raises(StreamEnded, match=sentence):
+        ServerStream(MAX).receive(data)
+
+
+def test_pings_are_answered_and_padding_is_no_part_of_a_message() -> None:
+    server = ServerStream(MAX)
+    server.unsent.clear()
+    server.receive(PREFACE + frame(6, 0, b"12345678"))
+    assert server.unsent == frame(6, 0, b"12345678", flags=1)
+    server.receive(frame(1, 1, b"", flags=4))
+    padded = b"\3" + b"\0\0\0\0\2hi" + bytes(3)
+    assert server.receive(frame(0, 1, padded, flags=8)) == [b"hi"]
+
+
+def test_a_second_stream_of_a_connection_is_refused() -> None:
+    server = ServerStream(MAX)
+    server.receive(PREFACE + frame(1, 1, b"", flags=4))
+    server.unsent.clear()
+    server.receive(frame(1, 3, b"", flags=4))
+    assert server.unsent == frame(3, 3, (7).to_bytes(4, "big"))
+
+
+def test_frames_of_a_refused_stream_are_no_part_of_ours() -> None:
+    server = ServerStream(MAX)
+    server.receive(OPENED + frame(0, 1, b"\0\0\0\0\4ab"))
+    server.receive(frame(1, 3, b"", flags=4 | 1))
+    server.receive(frame(0, 3, b"\0\0\0\0\1x", flags=1))
+    server.receive(frame(8, 3, (2**31 - 1).to_bytes(4, "big")))
+    server.receive(frame(3, 3, (8).to_bytes(4, "big")))
+    assert not server.is_ended
+    assert server.receive(frame(0, 1, b"cd")) == [b"abcd"]
+    server.send(bytes(70_000))
+    assert server.num_unsent - len(server.unsent) == 70_000 + 5 - 65_535
+
+
+def test_data_of_a_refused_stream_counts_for_the_connections_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "RENEW_WINDOW_AT", 1000)
+    server = ServerStream(MAX)
+    server.receive(OPENED + frame(0, 1, b"\0\0\0\2\0" + bytes(395)) + frame(1, 3, b"", flags=4))
+    server.unsent.clear()
+    server.receive(frame(0, 3, bytes(600)))
+    assert server.unsent == frame(8, 0, (1000).to_bytes(4, "big")) + frame(8, 1, (400).to_bytes(4, "big"))

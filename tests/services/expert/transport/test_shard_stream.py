@@ -1,0 +1,44 @@
+"""A stream to a shard, between the two threads that it belongs to."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+
+import pytest
+
+from cluster.dispatch.shard_health import LinkState
+from model.family import ModelFamily
+from services.expert.transport.shard_stream import Receiver, ShardStream, _Connection
+from tests.services.expert.serving import run, serving
+
+
+def test_a_connection_that_breaks_while_it_is_given_up_is_closed_after_that(
+    family: ModelFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = Receiver()
+    remove = receiver.remove
+
+    def break_first(link: _Connection) -> None:
+        link.socket.connection.shutdown(socket.SHUT_RDWR)  # which the other thread hears
+        time.sleep(0.3)
+        remove(link)
+
+    monkeypatch.setattr(receiver, "remove", break_first)
+
+    async def test() -> None:
+        async with serving(family) as shard:
+            heard: list[LinkState] = []
+            stream = ShardStream(shard.compute_endpoint, receiver, heard.append)
+            while LinkState.UP not in heard:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(stream.reset)  # raised a KeyError
+            assert LinkState.DOWN in heard
+            while heard[-1] is not LinkState.UP:  # and comes up again
+                await asyncio.sleep(0.01)
+            stream.close()
+            await asyncio.to_thread(stream.join)
+
+    run(test)
+    receiver.close()

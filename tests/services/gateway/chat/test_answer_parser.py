@@ -1,0 +1,122 @@
+"""Reasoning, content and calls, wherever the text is cut into pieces."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from services.gateway.chat.answer_parser import AnswerParser, Parts
+from tests.services.gateway.weather import ANY, ARGUMENTS, CALL, CALL_NOW, NOW, WEATHER
+
+TOOLS = (WEATHER, NOW, ANY)
+Split = tuple[str, str, list[tuple[str, str]]]
+
+
+def split(pieces: list[str], **kind: Any) -> Split:
+    """Content, reasoning, and (name, arguments) of each call."""
+    splitter = AnswerParser(**kind)
+    parts: list[Parts] = [*(splitter.push(piece) for piece in pieces), splitter.finish()]
+    calls: dict[int, tuple[str, str]] = {}
+    for delta in (delta for part in parts for delta in part.calls):
+        assert delta.id or delta.arguments, "no piece is empty"
+        name, arguments = calls.get(delta.index, ("", ""))
+        assert bool(delta.id) == bool(delta.name) == (delta.index not in calls), "the first piece names the call"
+        calls[delta.index] = (name + delta.name, arguments + delta.arguments)
+    return (
+        "".join(part.content for part in parts),
+        "".join(part.reasoning for part in parts),
+        [calls[index] for index in range(len(calls))],
+    )
+
+
+def split_anyhow(text: str, **kind: Any) -> Split:
+    """The same however the text is cut: in one piece, by the character, and at random."""
+    rng = random.Random(len(text))
+    whole = split([text], **kind)
+    assert split(list(text), **kind) == whole
+    for _ in range(20):
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(1, 12)))
+        assert split([text[a:b] for a, b in pairwise([0, *cuts, len(text)])], **kind) == whole
+    return whole
+
+
+@pytest.mark.parametrize("is_forced", [False, True])
+def test_reasoning_content_and_calls(is_forced: bool) -> None:
+    text = f"Hm.\n\n</think>\n\nLook:\n{CALL}\n{CALL_NOW}\n"
+    content, reasoning, calls = split_anyhow(text, reasons=True, tools=TOOLS, is_forced=is_forced)
+    assert (content, reasoning) == ("Look:", "Hm.")
+    assert [name for name, _ in calls] == ["get_weather", "now"]
+    assert [json.loads(arguments) for _, arguments in calls] == [ARGUMENTS, {}]
+
+
+@pytest.mark.parametrize(
+    ("text", "reasons", "has_tools", "content", "reasoning"),
+    [
+        ("\nplain\n\n", False, False, "\nplain\n\n", ""),
+        ("a\n\nb\n", False, True, "a\n\nb\n", ""),
+        ("never ends\n", True, True, "", "never ends\n"),
+        ("</think>\n\nyes\n", True, False, "yes\n", ""),
+        ("so\n</think>", True, False, "", "so"),
+        ("a </thin b </think> c </think> d", True, False, " c </think> d", "a </thin b "),
+        (CALL_NOW, False, False, CALL_NOW, ""),
+    ],
+)
+def test_texts_without_calls(text: str, reasons: bool, has_tools: bool, content: str, reasoning: str) -> None:
+    tools = TOOLS if has_tools else ()
+    assert split_anyhow(text, reasons=reasons, tools=tools) == (content, reasoning, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a <tool_call> b <tool_call>\n<function=no>\n</function>\n</tool_call>\n\n",  # no such function
+        "a\n" + CALL[:-3],  # cut off
+        CALL.replace("</function>", "oops</function>"),
+        CALL.replace("<function=get_weather>", "<function=get_weather"),
+        "<tool_call>{}</tool_call>",
+        "<tool_call",
+        "x <tool_call>\n<function=now></function></tool_call".replace("now", "NOW"),
+    ],
+)
+def test_what_is_no_call_is_content_and_nothing_is_lost(text: str) -> None:
+    assert split_anyhow(text, reasons=False, tools=TOOLS) == (text, "", [])
+
+
+def test_a_call_after_a_broken_one() -> None:
+    assert split_anyhow("<tool_call>" + CALL_NOW, reasons=False, tools=TOOLS) == ("<tool_call>", "", [("now", "{}")])
+    content, _, calls = split_anyhow(f"{CALL_NOW}\ntail\n", reasons=False, tools=TOOLS)
+    assert (content, calls) == ("tail\n", [("now", "{}")])
+
+
+def test_a_forced_call_that_is_cut_off_shows_what_there_is() -> None:
+    _, _, calls = split_anyhow(CALL[: CALL.index(" <b>")], reasons=False, tools=TOOLS, is_forced=True)
+    assert calls == [("get_weather", '{"city": "Paris')]
+
+
+def test_a_forced_call_is_shown_as_it_comes_and_a_free_one_when_it_is_whole() -> None:
+    forced, free = AnswerParser(False, TOOLS, is_forced=True), AnswerParser(False, TOOLS)
+    assert [delta.name for delta in forced.push(CALL[:40]).calls] == ["get_weather"]
+    assert free.push(CALL[:-1]).calls == ()
+    assert free.push(CALL[-1:]).calls[0].name == "get_weather"
+
+
+def test_after_the_last_allowed_call_nothing_is_read() -> None:
+    splitter = AnswerParser(False, TOOLS, max_calls=1)
+    assert len(splitter.push(f"{CALL_NOW}\n{CALL_NOW} tail").calls) == 1
+    assert splitter.is_done
+    assert splitter.finish() == Parts()
+
+
+def test_splitting_is_linear() -> None:
+    value = "x" * 400_000
+    text = f"{value}</think><tool_call><function=get_weather><parameter=city>{value}</parameter></function></tool_call>"
+    splitter = AnswerParser(True, TOOLS)
+    start = time.thread_time()
+    parts = [splitter.push(text[i : i + 4]) for i in range(0, len(text), 4)]
+    assert time.thread_time() - start < 10
+    assert len(parts[-1].calls[0].arguments) > len(value)

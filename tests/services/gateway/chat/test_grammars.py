@@ -1,0 +1,123 @@
+"""Composed grammars, held against texts that they must allow or refuse, by the engine's own compiler."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from model.demo import DEMO
+from services.engine.contract.sampling_params import Grammar, GrammarKind
+from services.engine.grammar.compiled_grammar import GrammarCompiler
+from services.gateway.chat import grammars
+from services.gateway.chat.grammars import Markers
+from services.gateway.chat.text import Tokenizer
+from services.gateway.chat.tools import ToolMode, ToolUse
+from tests.services.gateway.weather import ANY, CALL, CALL_ANY, CALL_NOW, NOW, WEATHER
+
+REQUIRED = ToolUse((WEATHER, NOW, ANY), ToolMode.REQUIRED)
+THOUGHT = "hm\nso </thin\n</think>\n\n"
+CASES = [
+    (REQUIRED, CALL, True),
+    (REQUIRED, CALL_NOW, True),
+    (REQUIRED, CALL_ANY, True),
+    (REQUIRED, f"{CALL}\n{CALL_NOW}", True),
+    (REQUIRED, "hi", False),
+    (REQUIRED, "", False),
+    (REQUIRED, CALL.replace("\n3\n", "\nthree\n"), False),
+    (REQUIRED, CALL.replace("\nF\n", "\nK\n"), False),
+    (REQUIRED, CALL.replace("\nab\n", "\nabcdef\n"), False),
+    (REQUIRED, CALL.replace("city", "town"), False),
+    (ToolUse((WEATHER, NOW), function="now"), CALL_NOW, True),
+    (ToolUse((WEATHER, NOW), function="now"), CALL, False),
+    (ToolUse((WEATHER, NOW), function="now"), f"{CALL_NOW}\n{CALL_NOW}", False),
+    (ToolUse((NOW,), ToolMode.REQUIRED, is_parallel=False), f"{CALL_NOW}\n{CALL_NOW}", False),
+    (ToolUse((WEATHER, NOW)), "plain text <tool", True),
+    (ToolUse((WEATHER, NOW)), "", True),
+    (ToolUse((WEATHER, NOW)), f"look:\n{CALL}", True),
+    (ToolUse((WEATHER, NOW)), f"a {CALL_NOW}\n{CALL_NOW} b", True),
+    (ToolUse((WEATHER, NOW)), "a <tool_call>\nfoo", False),
+]
+
+
+@dataclass(frozen=True)
+class World:
+    """A tokenizer, the compiler for it, and the id that ends an answer."""
+
+    tokenizer: Tokenizer
+    compiler: GrammarCompiler
+    end: int
+
+    @property
+    def markers(self) -> Markers:
+        return Markers.of(self.tokenizer)
+
+    def allows(self, grammar: Grammar, text: str) -> bool:
+        """Whether the grammar takes the text's tokens one by one and may then end."""
+        state, vocab_size = self.compiler.compile(grammar).start(), self.tokenizer.vocab_size
+        for token_id in self.tokenizer.encode(text):
+            if not state.allowed(vocab_size, frozenset([self.end]), frozenset())[token_id]:
+                return False
+            state.push(token_id)
+        return bool(state.allowed(vocab_size, frozenset([self.end]), frozenset())[self.end])
+
+
+@pytest.fixture(scope="module")
+def worlds(model_dir: Path) -> dict[bool, World]:
+    """By whether the markers are special tokens: in the demo's tokenizer they are, in the small one they are text."""
+    made = {is_special: Tokenizer(path) for is_special, path in [(True, DEMO), (False, model_dir)]}
+    ends = {is_special: tokenizer.marker("<|im_end|>").special_id for is_special, tokenizer in made.items()}
+    return {
+        is_special: World(made[is_special], GrammarCompiler(path, [ends[is_special] or 0]), ends[is_special] or 0)
+        for is_special, path in [(True, DEMO), (False, model_dir)]
+    }
+
+
+@pytest.mark.parametrize("reasons", [True, False])
+@pytest.mark.parametrize("is_special", [True, False])
+def test_calls(worlds: dict[bool, World], is_special: bool, reasons: bool) -> None:
+    world = worlds[is_special]
+    assert world.markers.call_start.special_id == (7 if is_special else None)
+    for use, text, is_allowed in CASES:
+        grammar = grammars.compose(None, use, reasons, world.markers)
+        assert grammar is not None
+        assert world.allows(grammar, (THOUGHT if reasons else "") + text) == is_allowed, (use, text)
+
+
+SHAPES = [
+    (Grammar(GrammarKind.REGEX, r"a/b\/c\n[0-9]+"), "a/b/c\n12", "a/b/c"),
+    (Grammar(GrammarKind.JSON_SCHEMA, '{"type": "object", "required": ["a"]}'), '{"a": 3}', "{}"),
+    (Grammar(GrammarKind.LARK, 'start: x "}"\nx: /[{]+/\n'), "{{}", "{"),
+    (grammars.any_of(['é"', "b\n"]), "b\n", "c"),
+    (Grammar(GrammarKind.JSON_OBJECT), '{"b": []}', "3"),
+]
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize(("shape", "good", "bad"), SHAPES)
+def test_an_answers_form_holds_after_the_reasoning_and_beside_tools(
+    worlds: dict[bool, World], shape: Grammar, good: str, bad: str, is_special: bool
+) -> None:
+    world = worlds[is_special]
+    assert grammars.compose(shape, ToolUse(), False, world.markers) is shape
+    for reasons, use in product([True, False], [ToolUse(), ToolUse((NOW,))]):
+        grammar = grammars.compose(shape, use, reasons, world.markers)
+        assert grammar is not None
+        for text, is_allowed in [(good, True), (bad, False), (CALL_NOW, bool(use.tools))]:
+            allowed = world.allows(grammar, (THOUGHT if reasons else "") + text)
+            assert allowed == is_allowed, (reasons, use, text)
+
+
+def test_free_text_has_no_grammar(worlds: dict[bool, World]) -> None:
+    markers = worlds[True].markers
+    assert grammars.compose(None, ToolUse(), True, markers) is None
+    assert grammars.compose(None, ToolUse((NOW,)), True, markers) is None
+    assert grammars.compose(None, ToolUse((WEATHER,), ToolMode.NONE), True, markers) is None
+
+
+def test_a_mistake_is_told_with_the_clients_parameter(compiler: GrammarCompiler) -> None:
+    with pytest.raises(ValueError, match=r"structured_outputs\.regex cannot be used: unclosed group\."):
+        asyncio.run(grammars.check(Grammar(GrammarKind.REGEX, "a("), "structured_outputs.regex", compiler.check))

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from services.gateway.chat.tools import Tool, argument
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "expected"),
+    [
+        ({"type": "string"}, "3", '"3"'),
+        ({}, "true", '"true"'),
+        (True, "[1]", '"[1]"'),
+        ({"type": "integer"}, "3", "3"),
+        ({"type": "integer"}, "3.0", "3"),
+        ({"type": "integer"}, "3.5", '"3.5"'),
+        ({"type": "integer"}, "three", '"three"'),
+        ({"type": "number"}, "3", "3"),
+        ({"type": "number"}, " 2.50 ", "2.5"),
+        ({"type": "number"}, "NaN", '"NaN"'),
+        ({"type": "boolean"}, "True", "true"),
+        ({"type": "boolean"}, "false", "false"),
+        ({"type": "array"}, '["é"]', '["é"]'),
+        ({"type": "array"}, r'["\ud83d", "é"]', r'["\ud83d", "\u00e9"]'),
+        ({"type": "object"}, '{"a": {"b": null}}', '{"a": {"b": null}}'),
+        ({"type": ["string", "null"]}, "None", "null"),
+        ({"type": ["string", "null"]}, "nothing", '"nothing"'),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "null", "null"),
+        ({"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/flag"}]}, "true", "true"),
+        ({"enum": [1, "auto"]}, "1", "1"),
+        ({"enum": [1, "auto"]}, "auto", '"auto"'),
+        ({"const": False}, "false", "false"),
+        ({"$ref": "#/$defs/loop"}, "7", '"7"'),
+    ],
+)
+def test_arguments_have_the_types_of_the_schema(schema: Any, text: str, expected: str) -> None:
+    definitions = {"flag": {"type": "boolean"}, "loop": {"$ref": "#/$defs/loop"}}
+    tool = Tool("f", parameters={"type": "object", "properties": {"x": schema}, "$defs": definitions})
+    assert argument(text, tool.types_of("x")) == expected
+
+
+@pytest.mark.parametrize(
+    ("tool", "sentence"),
+    [
+        (Tool("a" * 65), r"tools\[0\]\.function\.name must be 1 to 64 letters, digits"),
+        (Tool("f", parameters={"type": "array"}), "must be a JSON schema of type 'object'"),
+        (Tool("f", parameters={"properties": {"a>b": {}}}), "must hold names without '<', '>' and line ends"),
+        (Tool("f", parameters={"properties": {"a": 3}}), "must hold names without '<', '>' and line ends, and schemas"),
+    ],
+)
+def test_tools_that_cannot_be_called(tool: Tool, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        tool.check("tools[0]")

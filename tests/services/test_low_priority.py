@@ -1,0 +1,33 @@
+"""Loading gives way to answering, and what a call waits for does not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+
+import pytest
+
+from services.low_priority import NICENESS, in_background
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads differ in priority on Linux only")
+
+
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_only_the_threads_of_the_background_give_way() -> None:
+    async def both() -> tuple[int, int]:
+        return await in_background(niceness), await asyncio.to_thread(niceness)
+
+    own = niceness()
+    assert asyncio.run(both()) == (max(NICENESS, own), own)
+    assert niceness() == own
+    assert asyncio.run(in_background(niceness)) == max(NICENESS, own), "by another loop, too"
+
+
+def test_what_fails_there_fails_here() -> None:
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(in_background(lambda: 1 // 0))
