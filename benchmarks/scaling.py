@@ -35,7 +35,7 @@ from cluster.control.operator_orders import OrderKind, StandingOrder
 from cluster.control.registry import Registry, StoreUnavailable, connect
 from cluster.topology import Placement, Shard
 from services.cli.drill.load import RequestOutcome, ask
-from services.expert import control
+from services.expert import shard_control
 
 POOL, NUM_SHARDS = "experts-cpu", 3
 NUM_PROMPTS = 24
@@ -127,7 +127,7 @@ class PoolFleet:
         self.spans.append(Span(STARTING, start, seen))
         placed = await self._until(lambda placement, _: new.id in placement.shard_ids)
         self.placed_s.append(placed - seen)
-        while not (await control.status(new.endpoint)).counters.num_requests:
+        while not (await shard_control.status(new.endpoint)).counters.num_requests:
             await asyncio.sleep(LOOK_S)
         self.answered_s.append(time.perf_counter() - seen)
         done = await self._until(lambda placement, shards: _is_settled(placement, shards, NUM_SHARDS + 1))

@@ -14,7 +14,7 @@ from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.topology import Experts, Shard
 from model.blocks.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert import control
+from services.expert import shard_control
 from services.expert.host import by_layer
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class GrpcShards:
 
     async def holding(self, shard: Shard) -> Holding:
         """Bytes of homes alone: what is promoted for calls makes room for homes, and would hold one up for ever."""
-        status = await control.status(shard.endpoint)
+        status = await shard_control.status(shard.endpoint)
         experts = {*_flat(status.held, DEVICE), *_flat(status.standby, STANDBY)}
         used_bytes = sum(len(of.experts) * self._sizes[of.layer] for of in status.held)
         return Holding(frozenset(experts), used_bytes)
@@ -42,8 +42,8 @@ class GrpcShards:
         known = {layer: await self.registry.checksums(self.weights, layer) for layer in layers}
         wanted = [(layer, expert) for by in (device, standby) for layer, own in by.items() for expert in own]
         expected = {(layer, expert): known[layer][expert] for layer, expert in wanted if expert in known[layer]}
-        sources = control.Sources(expected=expected)
-        loaded = await control.load(shard.endpoint, device, order.epoch, standby, sources, order.fencing)
+        sources = shard_control.Sources(expected=expected)
+        loaded = await shard_control.load(shard.endpoint, device, order.epoch, standby, sources, order.fencing)
         first = {
             layer: await self.registry.note_checksums(self.weights, layer, seen)
             for layer, seen in loaded.checksums.items()
@@ -56,12 +56,14 @@ class GrpcShards:
         return loaded.gains
 
     async def drop(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> None:
-        await control.unload(shard.endpoint, device, order.epoch, standby, order.fencing)
+        await shard_control.unload(shard.endpoint, device, order.epoch, standby, order.fencing)
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
         try:
-            wrong = await control.canary(old.endpoint, new.endpoint, experts, self.shapes, self.dtype, self._gains)
-        except control.ShardError as error:
+            wrong = await shard_control.canary(
+                old.endpoint, new.endpoint, experts, self.shapes, self.dtype, self._gains
+            )
+        except shard_control.ShardError as error:
             if error.endpoint == old.endpoint:
                 raise WitnessFailed(str(error)) from error
             raise

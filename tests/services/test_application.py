@@ -26,7 +26,7 @@ from cluster.control.load_store import LoadStore
 from cluster.control.registry import connect
 from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
-from services.expert import control
+from services.expert import shard_control
 from tests.services.application import STOP_TIMEOUT_S, Application, expertmesh, inference, wait_until
 from tests.services.demo import MODEL, held_out_prompts, load_tokenizer, text_of, transformers_greedy
 from tests.services.processes import command_of, descendants, wait_until_gone
@@ -89,7 +89,7 @@ def shards_by_id(server: Application) -> dict[str, Any]:
 
 
 def shard_pid(endpoint: str) -> int:
-    return asyncio.run(control.status(endpoint)).pid
+    return asyncio.run(shard_control.status(endpoint)).pid
 
 
 # The surface ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from cluster.control.reconciler import ControllerTiming
 from cluster.topology import Placement
 from model.family import ModelFamily, load_family
 from services.controller.controller import Controller, ControllerConfig, layer_specs
-from services.expert import control
+from services.expert import shard_control
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoint
 
@@ -237,17 +237,21 @@ def test_the_orders_of_a_leader_that_was_replaced_are_refused(family: ModelFamil
     async def run() -> None:
         async with fleet(family, 1) as ours:
             endpoint = ours.shards["s0"].endpoint
-            await control.load(endpoint, {LAYERS[0]: [0, 1]}, fencing=7)
+            await shard_control.load(endpoint, {LAYERS[0]: [0, 1]}, fencing=7)
             for order in (
-                control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6),
-                control.load(endpoint, {LAYERS[0]: [2]}, fencing=6),
+                shard_control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6),
+                shard_control.load(endpoint, {LAYERS[0]: [2]}, fencing=6),
             ):
-                with pytest.raises(control.ShardError, match="The token 6 is older than 7: there is a new leader"):
+                with pytest.raises(
+                    shard_control.ShardError, match="The token 6 is older than 7: there is a new leader"
+                ):
                     await order
             assert ours.shards["s0"].host.held == {LAYERS[0]: [0, 1]}
-            with pytest.raises(control.ShardError) as refusal:
-                await control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6)
+            with pytest.raises(shard_control.ShardError) as refusal:
+                await shard_control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6)
             assert refusal.value.code == grpc.StatusCode.FAILED_PRECONDITION
-            await control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1)  # who has no token, leads nobody: an operator
+            await shard_control.unload(
+                endpoint, {LAYERS[0]: [0]}, epoch=1
+            )  # who has no token, leads nobody: an operator
 
     asyncio.run(run())

@@ -19,7 +19,7 @@ from cluster.dispatch.fleet_view import FleetView
 from cluster.topology import CostModel, Homes, Placement, Shard
 from model.blocks.moe import LocalExperts
 from model.family import ModelFamily
-from services.expert import control
+from services.expert import shard_control
 from services.expert.client import CallPolicy, ExpertsUnavailable, RemoteExperts
 from tests.services.expert.checkpoint import LATENT, LAYERS, NUM_EXPERTS, TOP_K
 from tests.services.expert.corrupting_proxy import CorruptingProxy
@@ -47,7 +47,7 @@ def everywhere(shard_ids: Sequence[str]) -> dict[int, Homes]:
 
 
 def fill(shards: Sequence[Shard], homes: dict[int, Homes], epoch: int = 1) -> Placement:
-    return asyncio.run(control.fill(shards, homes, epoch))
+    return asyncio.run(shard_control.fill(shards, homes, epoch))
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_a_draining_shard_is_passed_over(
         shards = [*leaving.shards, *fleet[:1]]
         homes = everywhere([shard.id for shard in shards])
         fill(shards, homes)
-        asyncio.run(control.drain(leaving.shards[0].endpoint))
+        asyncio.run(shard_control.drain(leaving.shards[0].endpoint))
         remote.update(placement_on(local, homes), shards)
         connect(remote)
         rows = make_rows(20)
@@ -379,7 +379,7 @@ def test_a_shard_that_stands_by_is_waited_for(model_dir: Path, local: LocalExper
     with ShardProcess(model_dir, 2, name="cold", trouble="slow disk") as cold:
         everything = {layer: list(range(NUM_EXPERTS)) for layer in LAYERS}
         for shard in cold.shards:
-            asyncio.run(control.load(shard.endpoint, {}, standby=everything))
+            asyncio.run(shard_control.load(shard.endpoint, {}, standby=everything))
         nowhere: dict[int, Homes] = dict.fromkeys(LAYERS, ((),) * NUM_EXPERTS)
         standby = everywhere([shard.id for shard in cold.shards])
         remote.update(Placement(1, nowhere, local.gains, standby=standby), cold.shards)
