@@ -32,7 +32,8 @@ from benchmarks.load import Prompts, quantile
 from benchmarks.server import Server, server
 from cluster.control.embedded_redis import EmbeddedRedis
 from cluster.control.operator_orders import OrderKind, StandingOrder
-from cluster.control.registry import Registry, StoreUnavailable, connect
+from cluster.control.registry import Registry, connect
+from cluster.control.registry_store import StoreUnavailable
 from cluster.topology import Placement, Shard
 from services.cli.drill.load import RequestOutcome, ask
 from services.expert import shard_control

@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from cluster.control.registry import StoreUnavailable
+from cluster.control.registry_store import StoreUnavailable
 from model.family import load_family
 from services import logs
 from services.args import AppArgs, PoolArgs
@@ -69,8 +69,8 @@ class ShardDeployment:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve asks every replica of a pool that may grow."""
-        wanted = self._shard.wanted
-        return report(wanted.shards, wanted.at) if wanted else {}
+        size = self._shard.pool_size
+        return report(size.shards, size.at) if size else {}
 
     async def check_health(self) -> None:
         if not self._shard.is_healthy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable
 
-from cluster.control.registry import RegistryStore, StalePlacement
+from cluster.control.registry_store import RegistryStore, StalePlacement
 from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)

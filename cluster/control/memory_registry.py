@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from cluster.control.operator_orders import StandingOrder, Wanted
-from cluster.control.registry import HEARTBEAT_TTL_S, LEASE_TTL_S, MAX_DECISIONS, WANTED_TTL_S, Lease, stale_placement
+from cluster.control.operator_orders import PoolSize, StandingOrder
+from cluster.control.registry_store import (
+    HEARTBEAT_TTL_S,
+    LEASE_TTL_S,
+    MAX_DECISIONS,
+    POOL_SIZE_TTL_S,
+    Lease,
+    stale_placement,
+)
 from cluster.topology import Placement, Shard
 
 
@@ -26,7 +33,7 @@ class MemoryRegistry:
         self._followers: dict[str, tuple[int, float]] = {}
         self._decisions: deque[dict[str, str]] = deque(maxlen=MAX_DECISIONS)
         self._orders: dict[str, StandingOrder] = {}
-        self._wanted: dict[str, tuple[Wanted, float]] = {}
+        self._wanted: dict[str, tuple[PoolSize, float]] = {}
         self._manifest: dict[tuple[str, int], dict[int, int]] = {}
 
     async def heartbeat(self, shard: Shard) -> None:
@@ -114,10 +121,10 @@ class MemoryRegistry:
     async def orders(self) -> dict[str, StandingOrder]:
         return dict(sorted(self._orders.items()))
 
-    async def want_shards(self, pool: str, wanted: Wanted) -> None:
-        self._wanted[pool] = wanted, self.clock() + WANTED_TTL_S
+    async def set_pool_size(self, pool: str, wanted: PoolSize) -> None:
+        self._wanted[pool] = wanted, self.clock() + POOL_SIZE_TTL_S
 
-    async def wanted_shards(self, pool: str) -> Wanted | None:
+    async def pool_size(self, pool: str) -> PoolSize | None:
         wanted, end = self._wanted.get(pool, (None, 0.0))
         return wanted if self.clock() < end else None
 

@@ -60,7 +60,7 @@ class StandingOrder:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PoolSize:
     """How many shards a pool was decided to have, and when (seconds since 1970)."""
 
     shards: int
@@ -81,7 +81,7 @@ class Wanted:
             ) from error
 
 
-def obeyed(shards: Iterable[Shard], orders: Mapping[str, StandingOrder]) -> list[Shard]:
+def with_drain_orders(shards: Iterable[Shard], orders: Mapping[str, StandingOrder]) -> list[Shard]:
     """The shards as a planner should see them: those that are ordered to drain count as draining."""
     drained = {order.subject for order in orders.values() if order.kind is OrderKind.DRAIN}
     return [replace(shard, draining=True) if shard.id in drained else shard for shard in shards]

@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cluster.control.operator_orders import OrderKind, StandingOrder, obeyed
-from cluster.control.registry import LEASE_TTL_S, Lease, RegistryStore, StalePlacement, StoreUnavailable
+from cluster.control.operator_orders import OrderKind, StandingOrder, with_drain_orders
+from cluster.control.registry_store import LEASE_TTL_S, Lease, RegistryStore, StalePlacement, StoreUnavailable
 from cluster.placement.migration import (
     DEVICE,
     STANDBY,
@@ -192,7 +192,7 @@ class Reconciler:
         if not await self._lead():
             return
         orders = await self.registry.orders()
-        known = {shard.id: shard for shard in obeyed(await self.registry.shards(), orders)}
+        known = {shard.id: shard for shard in with_drain_orders(await self.registry.shards(), orders)}
         self.placement = await self._published()
         holdings = await self._holdings(known)
         alive = [known[id] for id in sorted(holdings)]

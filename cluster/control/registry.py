@@ -9,71 +9,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from cluster.control.operator_orders import StandingOrder, Wanted
+from cluster.control.operator_orders import PoolSize, StandingOrder
+from cluster.control.registry_store import (
+    HEARTBEAT_TTL_S,
+    LEASE_TTL_S,
+    MAX_DECISIONS,
+    POOL_SIZE_TTL_S,
+    Lease,
+    StoreUnavailable,
+    stale_placement,
+)
 from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_TTL_S = 3.0
-LEASE_TTL_S = 3.0
-WANTED_TTL_S = 60.0  # long enough for the next leader to go on from it
 CONNECT_TIMEOUT_S = 0.2
 CALL_TIMEOUT_S = 1.0
 MAX_CONNECTIONS = 16
-MAX_DECISIONS = 1000
-
-
-class StoreUnavailable(ConnectionError):
-    """Redis did not answer in time, or answered with an error."""
-
-
-class StalePlacement(RuntimeError):
-    """A placement was not published because a newer placement or a newer leader was there first."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    """The right to change the placement; `fencing` grows with every new lease, even over a Redis that lost its data."""
-
-    owner: str
-    fencing: int
-
-
-class RegistryStore(Protocol):
-    """What services ask of a registry; `Registry` keeps it in Redis, `MemoryRegistry` in one process."""
-
-    async def heartbeat(self, shard: Shard) -> None: ...
-    async def remove(self, shard: Shard) -> None: ...
-    async def shards(self) -> list[Shard]: ...
-    async def epoch(self) -> int: ...
-    async def placement(self) -> Placement | None: ...
-    async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None: ...
-    async def follow(self, follower: str, epoch: int) -> None: ...
-    async def unfollow(self, follower: str) -> None: ...
-    async def followers(self) -> dict[str, int]: ...
-    async def note_decision(self, decision: Mapping[str, str]) -> None: ...
-    async def decisions(self, count: int) -> list[dict[str, str]]: ...
-    async def acquire_lease(self, owner: str) -> Lease | None: ...
-    async def renew_lease(self, lease: Lease) -> bool: ...
-    async def release_lease(self, lease: Lease) -> None: ...
-    async def has_leader(self) -> bool: ...
-    async def leader(self) -> str | None: ...
-    async def give_order(self, order: StandingOrder) -> None: ...
-    async def lift_order(self, order: StandingOrder) -> bool: ...
-    async def orders(self) -> dict[str, StandingOrder]: ...
-    async def want_shards(self, pool: str, wanted: Wanted) -> None: ...
-    async def wanted_shards(self, pool: str) -> Wanted | None: ...
-    async def checksums(self, weights: str, layer: int) -> dict[int, int]: ...
-    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]: ...
 
 
 def connect(url: str, password: str | None = None) -> Redis:
@@ -293,14 +253,14 @@ class Registry:
                 log.warning("%s", error)
         return orders
 
-    async def want_shards(self, pool: str, wanted: Wanted) -> None:
+    async def set_pool_size(self, pool: str, wanted: PoolSize) -> None:
         """Says how many shards a pool should have, to be forgotten unless it is said again in time."""
-        await self._call("SET", self._pool_key(pool), wanted.to_json(), "PX", round(1000 * WANTED_TTL_S))
+        await self._call("SET", self._pool_key(pool), wanted.to_json(), "PX", round(1000 * POOL_SIZE_TTL_S))
 
-    async def wanted_shards(self, pool: str) -> Wanted | None:
+    async def pool_size(self, pool: str) -> PoolSize | None:
         """What was said last, if it was lately."""
         text = await self._call("GET", self._pool_key(pool))
-        return None if text is None else Wanted.from_json(text)
+        return None if text is None else PoolSize.from_json(text)
 
     async def checksums(self, weights: str, layer: int) -> dict[int, int]:
         """The checksums known of a layer's experts; `weights` names the checkpoint and the dtype they are held in."""
@@ -340,13 +300,3 @@ class Registry:
 
 def _lease_text(lease: Lease) -> str:
     return f"{lease.fencing} {lease.owner}"
-
-
-def stale_placement(
-    placement: Placement, expected_epoch: int, fencing: int, stored_epoch: int, stored_fencing: int
-) -> StalePlacement:
-    """The sentence for a placement that came too late."""
-    return StalePlacement(
-        f"The placement of epoch {placement.epoch} was not published: it replaces epoch {expected_epoch} with fencing "
-        f"token {fencing}, but epoch {stored_epoch} with fencing token {stored_fencing} is there."
-    )

@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 
 from cluster.control.follower import Follower
-from cluster.control.registry import StoreUnavailable
+from cluster.control.registry_store import StoreUnavailable
 from cluster.dispatch.call_policy import CallPolicy
 from cluster.dispatch.fleet_view import FleetView, ShardFleet
 from cluster.dispatch.layer_call import LayerCall, RefusalCode, ShardRequest

@@ -14,9 +14,9 @@ from random import Random
 from typing import Any, TypeVar
 
 from cluster.control.memory_registry import MemoryRegistry
-from cluster.control.operator_orders import StandingOrder, Wanted
+from cluster.control.operator_orders import PoolSize, StandingOrder
 from cluster.control.reconciler import LeaderOrder, ShardFailed, WitnessFailed
-from cluster.control.registry import Lease, StoreUnavailable
+from cluster.control.registry_store import Lease, StoreUnavailable
 from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.topology import Experts, LayerSpec, Placement, Shard, held_digest
 
@@ -176,11 +176,11 @@ class RemoteStore:
     async def orders(self) -> dict[str, StandingOrder]:
         return await self._ask(lambda registry: registry.orders())
 
-    async def want_shards(self, pool: str, wanted: Wanted) -> None:
-        await self._ask(lambda registry: registry.want_shards(pool, wanted))
+    async def set_pool_size(self, pool: str, wanted: PoolSize) -> None:
+        await self._ask(lambda registry: registry.set_pool_size(pool, wanted))
 
-    async def wanted_shards(self, pool: str) -> Wanted | None:
-        return await self._ask(lambda registry: registry.wanted_shards(pool))
+    async def pool_size(self, pool: str) -> PoolSize | None:
+        return await self._ask(lambda registry: registry.pool_size(pool))
 
     async def has_leader(self) -> bool:
         return await self._ask(lambda registry: registry.has_leader())

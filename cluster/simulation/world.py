@@ -29,7 +29,7 @@ from random import Random
 from typing import Any
 
 from cluster.control.reconciler import ControllerTiming, Reconciler
-from cluster.control.registry import StoreUnavailable
+from cluster.control.registry_store import StoreUnavailable
 from cluster.load import ExpectedLoad
 from cluster.placement.migration import Limits
 from cluster.placement.plan import Plan, PlanPolicy

@@ -16,7 +16,7 @@ import ray
 from ray import serve
 
 from cluster.control.embedded_redis import EmbeddedRedis
-from cluster.control.registry import StoreUnavailable
+from cluster.control.registry_store import StoreUnavailable
 from model.family import load_family
 from services.app import GRPC_SERVICERS, build_app
 from services.args import AppArgs

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from cluster.control.load_store import LoadHistory, LoadStore
-from cluster.control.operator_orders import obeyed
+from cluster.control.operator_orders import with_drain_orders
 from cluster.control.reconciler import ControllerTiming, Reconciler
-from cluster.control.registry import RegistryStore, StoreUnavailable
+from cluster.control.registry_store import RegistryStore, StoreUnavailable
 from cluster.control.scaling import PoolPolicy
 from cluster.load import ExpectedLoad
 from cluster.placement.plan import Plan, PlanPolicy
@@ -103,7 +103,7 @@ class Controller:
 
     async def preview(self) -> Plan | None:
         """What an order to rebalance would lead to now; None where no placement is published yet."""
-        shards = obeyed(await self.registry.shards(), await self.registry.orders())
+        shards = with_drain_orders(await self.registry.shards(), await self.registry.orders())
         placement = await self.registry.placement()
         return None if placement is None else await self.plan_as_ordered(shards, placement)
 

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
-from cluster.control.operator_orders import Wanted, obeyed, scale_targets
+from cluster.control.operator_orders import PoolSize, scale_targets, with_drain_orders
 from cluster.control.reconciler import Reconciler
-from cluster.control.registry import RegistryStore, StoreUnavailable
+from cluster.control.registry_store import RegistryStore, StoreUnavailable
 from cluster.control.scaling import (
     BusyShare,
     Decision,
@@ -68,7 +68,7 @@ class Scaler:
         orders = await self.registry.orders()
         registered = await self.registry.shards()
         self._leaving = {shard.id for shard in registered if shard.draining}
-        shards = obeyed(registered, orders)
+        shards = with_drain_orders(registered, orders)
         if all(shard.draining for shard in shards):
             return
         ordered, load = scale_targets(orders), await self.load()
@@ -83,7 +83,7 @@ class Scaler:
     async def _last(self, name: str, own: Sequence[Shard]) -> int:
         """What was decided last, by this leader or the one before; else the shards that are there."""
         if name not in self._wanted:
-            before = await self.registry.wanted_shards(name)
+            before = await self.registry.pool_size(name)
             self._wanted[name] = before.shards if before else sum(not shard.draining for shard in own)
         return self._wanted[name]
 
@@ -121,7 +121,7 @@ class Scaler:
         wish = self._wishes.get(name, Wish()).then((change > 0) - (change < 0), now)
         self._wishes[name] = wish
         is_due = change != 0 and (decision.is_ordered or wish.is_ripe(now, policy))
-        await self.registry.want_shards(name, Wanted(decision.shards if is_due else wanted, now))
+        await self.registry.set_pool_size(name, PoolSize(decision.shards if is_due else wanted, now))
         if is_due:
             self._wanted[name], self._wishes[name] = decision.shards, Wish()
             log.info("Pool %s: %d shards instead of %d: %s.", name, decision.shards, wanted, decision.why)

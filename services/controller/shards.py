@@ -9,7 +9,7 @@ import torch
 
 from cluster.control.manifest import Manifest, weights_name
 from cluster.control.reconciler import LeaderOrder, ShardFailed, WitnessFailed
-from cluster.control.registry import RegistryStore
+from cluster.control.registry_store import RegistryStore
 from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.topology import Experts, Shard
 from model.blocks.moe import ExpertShape

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cluster.control.follower import Follower
 from cluster.control.load_store import LoadStore
-from cluster.control.registry import RegistryStore, StoreUnavailable
+from cluster.control.registry_store import RegistryStore, StoreUnavailable
 from cluster.dispatch.shard_health import Circuit
 from cluster.load import LoadCounter
 from cluster.placement.coverage import CoverageReport

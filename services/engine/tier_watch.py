@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.control.registry import HEARTBEAT_TTL_S
+from cluster.control.registry_store import HEARTBEAT_TTL_S
 from cluster.placement.coverage import WANTED_COVER, CoverageReport, Layout, Rates, Repair, balancedness
 from cluster.placement.plan import PlanPolicy
 from cluster.topology import Placement

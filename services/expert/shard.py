@@ -17,8 +17,8 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.control.operator_orders import Wanted
-from cluster.control.registry import RegistryStore, StoreUnavailable
+from cluster.control.operator_orders import PoolSize
+from cluster.control.registry_store import RegistryStore, StoreUnavailable
 from cluster.topology import Shard
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
@@ -79,7 +79,7 @@ class ExpertShard:
         self.config, self.registry = config, registry
         self.incarnation = secrets.token_hex(8)
         self.endpoint = self.compute_endpoint = ""
-        self.wanted: Wanted | None = None  # what was last decided of its pool
+        self.pool_size: PoolSize | None = None  # what was last decided of its pool
         shapes, device = family.expert_shapes, torch.device(config.device)
         self.host = ExpertHost(shapes, config.dtype, device, config.memory_budget, config.host_budget)
         self._read = family.load_expert
@@ -198,7 +198,7 @@ class ExpertShard:
         self.service.learn_pace()
         try:
             await self.registry.heartbeat(self.record)
-            self.wanted = await self.registry.wanted_shards(self.config.pool) or self.wanted
+            self.pool_size = await self.registry.pool_size(self.config.pool) or self.pool_size
         except StoreUnavailable as error:
             log.warning("Shard %s serves on, but is not registered: %s", self.config.shard_id, error)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cluster.control.load_store import LoadStore
-from cluster.control.registry import StoreUnavailable, connect
+from cluster.control.registry import connect
+from cluster.control.registry_store import StoreUnavailable
 from cluster.load import LoadCounter, decayed_rate, expected_load
 
 NOW = 1_800_000_000.0

@@ -14,7 +14,7 @@ from ray.serve._private.build_app import build_app as build_app_of_serve
 from redis import Redis
 
 from cluster.control.embedded_redis import EmbeddedRedis
-from cluster.control.registry import StoreUnavailable
+from cluster.control.registry_store import StoreUnavailable
 from cluster.topology import Shard
 from model.demo import DEMO
 from services.app import build_app

@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from cluster.control.operator_orders import OrderKind, StandingOrder
-from cluster.control.registry import Registry, StoreUnavailable, connect
+from cluster.control.registry import Registry, connect
+from cluster.control.registry_store import StoreUnavailable
 from tests.services.application import Application, wait_until
 from tests.services.demo import held_out_prompts
 

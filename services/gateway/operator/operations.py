@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from cluster.control.load_store import LoadStore, recent_rates
-from cluster.control.operator_orders import OrderKind, StandingOrder, obeyed, scale_targets
-from cluster.control.registry import RegistryStore, StoreUnavailable
+from cluster.control.operator_orders import OrderKind, StandingOrder, scale_targets, with_drain_orders
+from cluster.control.registry_store import RegistryStore, StoreUnavailable
 from cluster.placement.coverage import Layout
 from cluster.topology import LayerSpec, Placement, Shard
 from services.gateway.errors import ApiError, ApiRefusal, invalid
@@ -58,7 +58,7 @@ class Operations:
             known = {shard.id: shard for shard in shards}
             if shard_id not in known:
                 raise ApiError(ApiRefusal.NOT_FOUND, f"There is no shard {shard_id!r:.100}; there are {_names(known)}.")
-            if not [one for one in obeyed(shards, orders) if one.id != shard_id and not one.draining]:
+            if not [one for one in with_drain_orders(shards, orders) if one.id != shard_id and not one.draining]:
                 raise invalid(f"{shard_id} is the last shard that is not draining, and somebody must hold the experts.")
             await self._forget_the_dead(known, orders)
             return await self._give(StandingOrder(OrderKind.DRAIN, shard_id, by=by, at=time.time()))
@@ -139,7 +139,7 @@ class Operations:
         with _plain_refusals():
             leader, orders = await self._registry.leader(), await self._registry.orders()
             decisions, shards = await self._registry.decisions(5), await self._registry.shards()
-        shards, targets = obeyed(shards, orders), scale_targets(orders)
+        shards, targets = with_drain_orders(shards, orders), scale_targets(orders)
         pools = [
             {
                 "name": pool,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.control.operator_orders import MAX_SHARDS, OrderKind, StandingOrder, obeyed, scale_targets
+from cluster.control.operator_orders import MAX_SHARDS, OrderKind, StandingOrder, scale_targets, with_drain_orders
 from tests.cluster.fleet import make_shard
 
 DRAIN = StandingOrder(OrderKind.DRAIN, "s01", by="ada", at=3.5)
@@ -39,6 +39,6 @@ def test_an_order_that_makes_no_sense_is_one_sentence(kind: OrderKind, subject: 
 
 def test_a_planner_sees_the_shards_as_ordered() -> None:
     shards, orders = [make_shard(0), make_shard(1)], {order.name: order for order in (DRAIN, SCALE)}
-    assert obeyed(shards, orders) == [shards[0], replace(shards[1], draining=True)]
-    assert obeyed(shards, {}) == shards
+    assert with_drain_orders(shards, orders) == [shards[0], replace(shards[1], draining=True)]
+    assert with_drain_orders(shards, {}) == shards
     assert scale_targets(orders) == {"experts-cpu": 4}

@@ -16,7 +16,8 @@ import pytest
 from cluster.control.embedded_redis import EmbeddedRedis
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.control.operator_orders import OrderKind, StandingOrder, scale_targets
-from cluster.control.registry import Registry, RegistryStore, StalePlacement, StoreUnavailable, connect, key_prefix
+from cluster.control.registry import Registry, connect, key_prefix
+from cluster.control.registry_store import RegistryStore, StalePlacement, StoreUnavailable
 from cluster.topology import Placement
 from tests.cluster.fleet import make_shard
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.control.reconciler import MAX_TURN_S, Reconciler
-from cluster.control.registry import LEASE_TTL_S
+from cluster.control.registry_store import LEASE_TTL_S
 from cluster.placement.migration import Target
 from cluster.placement.plan import Plan
 from cluster.simulation import virtual_time, world

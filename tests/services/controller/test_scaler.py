@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cluster.control.memory_registry import MemoryRegistry
-from cluster.control.operator_orders import OrderKind, StandingOrder, Wanted
+from cluster.control.operator_orders import OrderKind, PoolSize, StandingOrder
 from cluster.control.reconciler import LeaderOrder, Reconciler
 from cluster.control.scaling import PoolPolicy
 from cluster.load import ExpectedLoad
@@ -90,7 +90,7 @@ class World:
         return await self.wanted()
 
     async def wanted(self) -> int:
-        wanted = await self.registry.wanted_shards("cpu")
+        wanted = await self.registry.pool_size("cpu")
         assert wanted is not None
         return wanted.shards
 
@@ -153,7 +153,7 @@ def test_the_next_leader_goes_on_from_what_was_decided() -> None:
     async def run() -> None:
         world = World()
         await world.passes(10)
-        await world.registry.want_shards("cpu", Wanted(5, world.now))  # by a leader that then died
+        await world.registry.set_pool_size("cpu", PoolSize(5, world.now))  # by a leader that then died
         world.now += 10.0
         world.lead()
         assert await world.passes(5) == 5
@@ -168,9 +168,9 @@ def test_without_the_lease_nothing_is_decided() -> None:
         await world.passes(10)
         world.now += 10.0
         await world.registry.acquire_lease("another")
-        before = await world.registry.wanted_shards("cpu")
+        before = await world.registry.pool_size("cpu")
         await world.passes(2)
-        assert await world.registry.wanted_shards("cpu") == before
+        assert await world.registry.pool_size("cpu") == before
 
     asyncio.run(run())
 

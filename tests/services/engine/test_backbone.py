@@ -16,7 +16,8 @@ from torch import Tensor
 from cluster.control.embedded_redis import EmbeddedRedis
 from cluster.control.load_store import LoadStore
 from cluster.control.memory_registry import MemoryRegistry
-from cluster.control.registry import Registry, RegistryStore, connect
+from cluster.control.registry import Registry, connect
+from cluster.control.registry_store import RegistryStore
 from cluster.placement.planner import plan
 from cluster.topology import Homes, Shard, held_digest
 from model.blocks.moe import Experts, LocalExperts

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from cluster.control.memory_registry import MemoryRegistry
-from cluster.control.registry import RegistryStore
+from cluster.control.registry_store import RegistryStore
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.control.registry import HEARTBEAT_TTL_S
+from cluster.control.registry_store import HEARTBEAT_TTL_S
 from cluster.dispatch.call_policy import Traffic
 from cluster.topology import Placement
 from services.engine.tier_watch import TierWatch
