@@ -63,9 +63,9 @@ def balance_of(homes: Homes, load_E: Floats, num_shards: int, is_even: bool = Fa
         for homes_H, num, load in zip(homes_EH, num_E, load_E, strict=True):
             busy_S[homes_H[:num]] += load / num
     else:
-        cost_EC = np.stack([np.zeros_like(load_E), load_E], axis=1)
-        pace_SP = np.tile([0.0, 0.0, 1.0], (num_shards, 1))
-        busy_S = busy_times(cost_EC, pace_SP, homes_EH, num_E, np.full(len(homes), -1))
+        work_EC = np.stack([np.zeros_like(load_E), load_E], axis=1)
+        cost_SP = np.tile([0.0, 0.0, 1.0], (num_shards, 1))
+        busy_S = busy_times(work_EC, cost_SP, homes_EH, num_E, np.full(len(homes), -1))
     return float(busy_S.mean() / busy_S.max())
 
 

@@ -57,7 +57,7 @@ class LoadCounter:
             for layer, counts in taken.items():
                 self._counts[layer] += counts
 
-    def sent(self) -> None:
+    def mark_sent(self) -> None:
         """What was taken has arrived: the next failure is the first in a row."""
         self._num_merges = 0
 

@@ -73,9 +73,9 @@ class Trace:
             homes_EH = np.full((len(num_E), max(1, int(num_E.max(initial=0)))), -1, np.int64)
             for expert, of_one in enumerate(homes[layer]):
                 homes_EH[expert, : len(of_one)] = [index[id] for id in of_one]
-            cost_EC = np.stack([np.zeros(len(num_E)), counts_WE.sum(axis=0).astype(np.float64)], axis=1)
-            pace_SP = np.tile([0.0, 0.0, 1.0], (len(ids), 1))
-            picks_S = busy_times(cost_EC, pace_SP, homes_EH, num_E, np.full(len(num_E), -1, np.int64))
+            work_EC = np.stack([np.zeros(len(num_E)), counts_WE.sum(axis=0).astype(np.float64)], axis=1)
+            cost_SP = np.tile([0.0, 0.0, 1.0], (len(ids), 1))
+            picks_S = busy_times(work_EC, cost_SP, homes_EH, num_E, np.full(len(num_E), -1, np.int64))
             values[layer] = float(picks_S.mean() / picks_S.max()) if picks_S.any() else 1.0
         return values
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
 from cluster.control.load_store import LoadStore
 from cluster.control.registry import Registry, connect, key_prefix
 from cluster.control.scaling import PoolPolicy
-from cluster.placement.capacity import check_room
+from cluster.placement.capacity import check_capacity
 from cluster.topology import Shard
 from model import kernels
 from model.demo import DEMO
@@ -254,7 +254,7 @@ class AppArgs(BaseModel):
             pool.check()
         self.memory_plan(family)
         if self.experts == "remote":
-            check_room(layer_specs(family.expert_shapes, self.torch_dtype), self._fleet(family), NUM_HOMES)
+            check_capacity(layer_specs(family.expert_shapes, self.torch_dtype), self._fleet(family), NUM_HOMES)
         return family
 
     def _fleet(self, family: ModelFamily) -> list[Shard]:

@@ -40,10 +40,6 @@ class LoadStore:
         """The number of the window that `now` (seconds since 1970) is in."""
         return int(now // self.window_s)
 
-    def recent_windows(self, now: float) -> range:
-        """All windows that are kept, the present one last."""
-        return range(self.window(now) - self.keep_s // self.window_s + 1, self.window(now) + 1)
-
     async def add(self, taken: Mapping[int, Counts], now: float) -> None:
         """Adds what a LoadCounter counted to the present window, in one round trip."""
         with store_errors():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cluster.topology import LayerSpec, Shard
 
 
-def check_room(layers: Sequence[LayerSpec], shards: Sequence[Shard], num_homes: int) -> None:
+def check_capacity(layers: Sequence[LayerSpec], shards: Sequence[Shard], num_homes: int) -> None:
     """Raises ValueError where `num_homes` homes of every expert, or as many as there are shards, do not fit.
 
     One home of each has to fit on devices; the others may stand by in host memory. No shard takes an expert twice.

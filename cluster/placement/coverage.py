@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 Rates = Mapping[int, NDArray[np.float64]]  # picks per second of each expert, by layer
 
-WANTED_COVER = 2
+FULL_COVER = 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HotExpert:
     picks_per_s: float
 
 
-class Layout:
+class PlacementArrays:
     """A placement as arrays."""
 
     def __init__(self, placement: Placement) -> None:
@@ -91,7 +91,7 @@ class Layout:
         load_C: Floats = np.bincount(cells, rate_E[experts] * share, size).astype(np.float64)
         return load_C.reshape(len(self.layers), len(self.shard_ids))
 
-    def lives(self, live: Collection[str]) -> Ids:
+    def num_live_homes(self, live: Collection[str]) -> Ids:
         """The number of live homes of each expert, standing by or not."""
         is_live_S = np.array([id in live for id in self.shard_ids], np.bool_)
         return np.bincount(self.expert_H[is_live_S[self.shard_H]], minlength=self.num_experts)
@@ -112,29 +112,29 @@ def balancedness(loads_LS: Floats) -> Floats:
 
 
 class CoverageReport:
-    """A layout as long as the same shards are alive."""
+    """A arrays as long as the same shards are alive."""
 
-    def __init__(self, layout: Layout, live: Collection[str]) -> None:
-        self.layout, self.live = layout, frozenset(live)
-        self.num_lives_E = layout.lives(live)
-        is_live_S = np.array([id in self.live for id in layout.shard_ids], np.bool_)
-        is_last_H = (self.num_lives_E[layout.expert_H] == 1) & is_live_S[layout.shard_H]
-        self._last_expert, self._last_shard = layout.expert_H[is_last_H], layout.shard_H[is_last_H]
+    def __init__(self, arrays: PlacementArrays, live: Collection[str]) -> None:
+        self.arrays, self.live = arrays, frozenset(live)
+        self.num_live_E = arrays.num_live_homes(live)
+        is_live_S = np.array([id in self.live for id in arrays.shard_ids], np.bool_)
+        is_last_H = (self.num_live_E[arrays.expert_H] == 1) & is_live_S[arrays.shard_H]
+        self._last_expert, self._last_shard = arrays.expert_H[is_last_H], arrays.shard_H[is_last_H]
 
     @property
     def cover(self) -> int:
         """Live homes of the expert that has fewest."""
-        return int(self.num_lives_E.min(initial=len(self.layout.shard_ids)))
+        return int(self.num_live_E.min(initial=len(self.arrays.shard_ids)))
 
     @property
     def below_cover(self) -> Ids:
         """The experts with fewer live homes than every expert should have."""
-        return np.flatnonzero(self.num_lives_E < WANTED_COVER)
+        return np.flatnonzero(self.num_live_E < FULL_COVER)
 
     @property
     def num_missing(self) -> int:
         """Homes that experts below cover lack."""
-        return int((WANTED_COVER - self.num_lives_E[self.below_cover]).sum())
+        return int((FULL_COVER - self.num_live_E[self.below_cover]).sum())
 
     def blast_radius(self, rate_E: Floats) -> dict[str, float]:
         """By shard the share of routed picks that would have no live home if it died now.
@@ -142,8 +142,8 @@ class CoverageReport:
         Before anything was picked, every expert counts as picked equally often.
         """
         weight_E = rate_E if rate_E.any() else np.ones_like(rate_E)
-        lost_S = np.bincount(self._last_shard, weight_E[self._last_expert], len(self.layout.shard_ids))
-        return dict(zip(self.layout.shard_ids, (lost_S / max(float(weight_E.sum()), 1e-300)).tolist(), strict=True))
+        lost_S = np.bincount(self._last_shard, weight_E[self._last_expert], len(self.arrays.shard_ids))
+        return dict(zip(self.arrays.shard_ids, (lost_S / max(float(weight_E.sum()), 1e-300)).tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -7,68 +7,70 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from cluster.placement.balance import ideal_level, is_home, join, rate
+from cluster.placement.balance import expert_time, ideal_level, is_home, merge_groups
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def count_homes(cost_EC: Any, num_slots: int, level: float, most: int, wanted_E: Any) -> None:
+def count_homes(work_EC: Any, num_slots: int, level: float, most: int, target_E: Any) -> None:
     """Writes how many homes each expert should have on a device, as far as slots go.
 
     The costliest per home get more until half a shard's time bears each, then every expert gets a second one, the
     costliest first.
     """
-    wanted_E[:] = 1
-    cost_E = cost_EC.sum(axis=1)
-    left = num_slots - wanted_E.sum()
+    target_E[:] = 1
+    cost_E = work_EC.sum(axis=1)
+    left = num_slots - target_E.sum()
     while left > 0:
-        expert = np.argmax(np.where(wanted_E < most, cost_E / wanted_E, -1.0))
-        if wanted_E[expert] >= most or cost_E[expert] / wanted_E[expert] <= 0.5 * level:
+        expert = np.argmax(np.where(target_E < most, cost_E / target_E, -1.0))
+        if target_E[expert] >= most or cost_E[expert] / target_E[expert] <= 0.5 * level:
             break
-        wanted_E[expert] += 1
+        target_E[expert] += 1
         left -= 1
     if most > 1:
         for expert in np.argsort(-cost_E, kind="mergesort"):
-            if left > 0 and wanted_E[expert] == 1:
-                wanted_E[expert] = 2
+            if left > 0 and target_E[expert] == 1:
+                target_E[expert] = 2
                 left -= 1
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def deal(
-    cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, node_S: Any, num_wanted_E: Any, busy_S: Any
+def assign(
+    work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, node_S: Any, target_E: Any, busy_S: Any
 ) -> int:
-    """Gives experts homes until each has `num_wanted_E`, the costliest copies first; returns how many found no room.
+    """Gives experts homes until each has `target_E`, the costliest copies first; returns how many found no room.
 
     Of the shards that are about as free as the freest, a copy takes one that links two groups of shards which share no
     expert yet: rows can then flow from any shard to any other when the load drifts, without moving an expert.
     """
     num_experts, num_shards = len(num_E), len(slots_S)
-    order = np.argsort(-cost_EC.sum(axis=1) / np.maximum(num_wanted_E, 1), kind="mergesort")
+    order = np.argsort(-work_EC.sum(axis=1) / np.maximum(target_E, 1), kind="mergesort")
     group_S = np.arange(num_shards)
     for expert in range(num_experts):
         for i in range(1, num_E[expert]):
-            join(group_S, homes_EH[expert, 0], homes_EH[expert, i])
-    slack = 0.25 * ideal_level(cost_EC, pace_SP)
+            merge_groups(group_S, homes_EH[expert, 0], homes_EH[expert, i])
+    slack = 0.25 * ideal_level(work_EC, cost_SP)
     num_left = 0
     for expert in order:
-        for _ in range(num_wanted_E[expert] - num_E[expert]):
-            share = 1.0 / num_wanted_E[expert]
-            to = _freest(expert, share, slack, cost_EC, pace_SP, homes_EH, num_E, slots_S, node_S, group_S, busy_S)
+        for _ in range(target_E[expert] - num_E[expert]):
+            share = 1.0 / target_E[expert]
+            to = _choose_shard(
+                expert, share, slack, work_EC, cost_SP, homes_EH, num_E, slots_S, node_S, group_S, busy_S
+            )
             if to < 0:
                 num_left += 1
                 continue
             if num_E[expert] > 0:
-                join(group_S, homes_EH[expert, 0], to)
+                merge_groups(group_S, homes_EH[expert, 0], to)
             homes_EH[expert, num_E[expert]] = to
             num_E[expert] += 1
             slots_S[to] -= 1
-            busy_S[to] += share * rate(cost_EC, pace_SP, expert, to)
+            busy_S[to] += share * expert_time(work_EC, cost_SP, expert, to)
     return num_left
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _freest(
-    expert: int, share: float, slack: float, cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any,
+def _choose_shard(
+    expert: int, share: float, slack: float, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any,
     node_S: Any, group_S: Any, busy_S: Any,
 ) -> int:  # fmt: skip
     """The shard that would be done first with one more copy, on a node of its own if that can be; -1: no room."""
@@ -78,7 +80,7 @@ def _freest(
         if slots_S[shard] <= 0 or is_home(homes_EH, num_E, expert, shard):
             continue
         apart = num_E[expert] != 1 or node_S[shard] != node_S[first]
-        done = busy_S[shard] + share * rate(cost_EC, pace_SP, expert, shard)
+        done = busy_S[shard] + share * expert_time(work_EC, cost_SP, expert, shard)
         if (apart and not is_apart) or (apart == is_apart and done < least):
             least, to, is_apart = done, shard, apart
     if num_E[expert] == 0 or to < 0:
@@ -89,7 +91,7 @@ def _freest(
             continue
         if is_apart and num_E[expert] == 1 and node_S[shard] == node_S[first]:
             continue
-        done = busy_S[shard] + share * rate(cost_EC, pace_SP, expert, shard)
+        done = busy_S[shard] + share * expert_time(work_EC, cost_SP, expert, shard)
         if done <= least + slack and done < linked_done:
             linked, linked_done = shard, done
     return linked

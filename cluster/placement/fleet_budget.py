@@ -12,7 +12,8 @@ import numpy as np
 from cluster.load import ExpectedLoad
 from cluster.placement import balance
 from cluster.placement.balance import Array, Floats
-from cluster.placement.home_table import ShardNumbers, Table, costs_of_experts, rows_of_experts
+from cluster.placement.expert_work import expert_work, pick_probabilities
+from cluster.placement.home_matrix import HomeMatrix, ShardNumbers
 from cluster.placement.plan import PlanPolicy
 from cluster.topology import LayerSpec, Placement, Shard
 
@@ -22,24 +23,24 @@ class FleetBudget:
 
     def __init__(self, shards: Sequence[Shard], layers: Sequence[LayerSpec], policy: PlanPolicy) -> None:
         ordered = sorted(shards, key=lambda shard: (shard.draining, shard.id))
-        able = [shard for shard in ordered if not shard.draining]
-        if not able:
+        active = [shard for shard in ordered if not shard.draining]
+        if not active:
             raise ValueError("There is no shard to place experts on: start at least one that is not draining.")
         self.policy = policy
         self.ids = tuple(shard.id for shard in ordered)
-        self.num_shards = len(able)
+        self.num_shards = len(active)
         self.index = ShardNumbers((id, i) for i, id in enumerate(self.ids))
-        paces = [
+        costs = [
             (shard.cost_model.call_us, shard.cost_model.weight_us_per_mib, shard.cost_model.row_us_per_mib)
             for shard in ordered
         ]
-        self.all_paces_SP = np.array(paces, np.float64)
-        self.all_paces_SP[:, 2] = np.maximum(self.all_paces_SP[:, 2], 1e-9)  # so that every expert costs something
-        self.pace_SP = self.all_paces_SP[: self.num_shards]
-        self.num_nodes = len({shard.node for shard in able})
-        self.node_S = np.unique([shard.node for shard in able], return_inverse=True)[1].astype(np.int64)
-        self.budget_S = np.array([shard.memory_budget for shard in able], np.int64)
-        self.host_budget_S = np.array([shard.host_budget for shard in able], np.int64)
+        self.all_costs_SP = np.array(costs, np.float64)
+        self.all_costs_SP[:, 2] = np.maximum(self.all_costs_SP[:, 2], 1e-9)  # so that every expert costs something
+        self.cost_SP = self.all_costs_SP[: self.num_shards]
+        self.num_nodes = len({shard.node for shard in active})
+        self.node_S = np.unique([shard.node for shard in active], return_inverse=True)[1].astype(np.int64)
+        self.budget_S = np.array([shard.memory_budget for shard in active], np.int64)
+        self.host_budget_S = np.array([shard.host_budget for shard in active], np.int64)
         self.used_S = np.zeros(self.num_shards, np.int64)
         self.host_used_S = np.zeros(self.num_shards, np.int64)
         self._set_headroom(layers)
@@ -56,37 +57,37 @@ class FleetBudget:
     def _set_quotas(self, layers: Sequence[LayerSpec]) -> None:
         """A layer's part of each shard's memory, in experts: what rounding leaves over goes on to the next layer."""
         total = sum(spec.num_experts * spec.expert_bytes for spec in layers)
-        room_S = np.maximum(self.budget_S - self.headroom, 0)
+        usable_S = np.maximum(self.budget_S - self.headroom, 0)
         self.quota_LS = np.zeros((len(layers), self.num_shards), np.int64)
         self.host_quota_LS = np.zeros((len(layers), self.num_shards), np.int64)
         done = 0
-        given_S, host_given_S = np.zeros_like(room_S), np.zeros_like(room_S)
+        assigned_S, host_assigned_S = np.zeros_like(usable_S), np.zeros_like(usable_S)
         for number, spec in enumerate(layers):
             done += spec.num_experts * spec.expert_bytes
             part = done / total + 1e-12
-            self.quota_LS[number] = (np.floor(room_S * part) - given_S) // spec.expert_bytes
-            self.host_quota_LS[number] = (np.floor(self.host_budget_S * part) - host_given_S) // spec.expert_bytes
-            given_S += self.quota_LS[number] * spec.expert_bytes
-            host_given_S += self.host_quota_LS[number] * spec.expert_bytes
+            self.quota_LS[number] = (np.floor(usable_S * part) - assigned_S) // spec.expert_bytes
+            self.host_quota_LS[number] = (np.floor(self.host_budget_S * part) - host_assigned_S) // spec.expert_bytes
+            assigned_S += self.quota_LS[number] * spec.expert_bytes
+            host_assigned_S += self.host_quota_LS[number] * spec.expert_bytes
 
     def count(self, planned: Sequence[PlannedLayer]) -> None:
         """Takes the bytes of all layers as they run."""
         for layer in planned:
-            self.take(layer)
+            self.update_usage(layer)
 
-    def take(self, layer: PlannedLayer) -> None:
+    def update_usage(self, layer: PlannedLayer) -> None:
         """Counts a layer's experts as they are now, instead of as they were when last counted."""
         size = layer.spec.expert_bytes
-        held_S, stands_S = layer.table.held_S(self.num_shards), layer.standby.held_S(self.num_shards)
+        held_S, standby_S = layer.table.held_S(self.num_shards), layer.standby.held_S(self.num_shards)
         self.used_S += (held_S - layer.counted_S) * size
-        self.host_used_S += (stands_S - layer.host_counted_S) * size
-        layer.counted_S, layer.host_counted_S = held_S, stands_S
+        self.host_used_S += (standby_S - layer.host_counted_S) * size
+        layer.counted_S, layer.host_counted_S = held_S, standby_S
 
     def slots_S(self, number: int, layer: PlannedLayer) -> Array:
         """How many more experts a layer may put on each shard: within its part of the memory, with headroom left."""
         free_S = (self.budget_S - self.headroom - self.used_S) // layer.spec.expert_bytes
-        own_S = self.quota_LS[number] - layer.table.held_S(self.num_shards)
-        slots_S: Array = np.maximum(np.minimum(free_S, own_S), 0)
+        quota_left_S = self.quota_LS[number] - layer.table.held_S(self.num_shards)
+        slots_S: Array = np.maximum(np.minimum(free_S, quota_left_S), 0)
         return slots_S
 
     def free_slots_S(self, layer: PlannedLayer) -> Array:
@@ -100,11 +101,11 @@ class FleetBudget:
         slots_S: Array = np.minimum(free_S, self.host_quota_LS[number] - layer.standby.held_S(self.num_shards))
         return slots_S
 
-    def make_room(self, planned: Sequence[PlannedLayer]) -> None:
+    def evict_over_budget(self, planned: Sequence[PlannedLayer]) -> None:
         """Drops homes on shards that hold more than their budget, first of experts with others, then of cold ones."""
         for shard in np.flatnonzero(self.used_S > self.budget_S).tolist():
             held = [
-                (int(layer.table.num_E[expert]) < 2, float(layer.cost_EC[expert].sum()), number, expert)
+                (int(layer.table.num_E[expert]) < 2, float(layer.work_EC[expert].sum()), number, expert)
                 for number, layer in enumerate(planned)
                 for expert in np.flatnonzero((layer.table.homes_EH == shard).any(axis=1)).tolist()
             ]
@@ -112,7 +113,7 @@ class FleetBudget:
                 if self.used_S[shard] <= self.budget_S[shard]:
                     break
                 planned[number].drop(expert, shard)
-                self.take(planned[number])
+                self.update_usage(planned[number])
 
 
 class PlannedLayer:
@@ -135,16 +136,16 @@ class PlannedLayer:
                 f"The placement has {len(self.homes)} experts in layer {spec.layer}, but the model has "
                 f"{spec.num_experts}; a placement is made for one model."
             )
-        self.before = Table.of(self.homes or empty, fleet.index, 1)
-        self.standby_before = Table.of(self.standby_homes or empty, fleet.index, 3)
+        self.before = HomeMatrix.of(self.homes or empty, fleet.index, 1)
+        self.standby_before = HomeMatrix.of(self.standby_homes or empty, fleet.index, 3)
         num_named = sum(map(len, self.homes)) + sum(map(len, self.standby_homes))
         self.is_whole = num_named == self.before.num_E.sum() + self.standby_before.num_E.sum()  # no home is lost
         self.is_new = not self.before.num_E.any()
         has_draining = fleet.num_shards < len(fleet.ids)
         self.table = self.before.only_below(fleet.num_shards) if has_draining else self.before.copy()
         self.standby = self.standby_before.only_below(fleet.num_shards) if has_draining else self.standby_before.copy()
-        self.picked_E, risky_E = rows_of_experts(spec, load, policy.risk)
-        self.cost_EC: Floats = costs_of_experts(spec, risky_E, policy.rows_per_step)
+        self.picked_E, cautious_E = pick_probabilities(spec, load, policy.risk)
+        self.work_EC: Floats = expert_work(spec, cautious_E, policy.rows_per_step)
         is_known = load is not None and policy.cold_below > 0
         self.is_cold_E = (
             load.mean_E < policy.cold_below if load is not None and is_known else np.zeros(spec.num_experts, np.bool_)
@@ -153,7 +154,7 @@ class PlannedLayer:
         self.host_counted_S = np.zeros(fleet.num_shards, np.int64)
         self.wake_us = policy.wake_us_per_mib
         self.level_at_rest: float | None = None  # µs of the slowest shard, where nothing had to be repaired
-        self._settled: tuple[Table, Array, Floats] | None = None  # the homes for which busy_S is known
+        self._settled: tuple[HomeMatrix, Array, Floats] | None = None  # the homes for which busy_S is known
 
     @property
     def fallback_E(self) -> Array:
@@ -167,7 +168,7 @@ class PlannedLayer:
             self._settled[0].is_same(self.table) and np.array_equal(self._settled[1], fallback_E)
         ):
             busy_S = balance.busy_times(
-                self.cost_EC, fleet.pace_SP, self.table.homes_EH, self.table.num_E, fallback_E, self.wake_us
+                self.work_EC, fleet.cost_SP, self.table.homes_EH, self.table.num_E, fallback_E, self.wake_us
             )
             self._settled = self.table.copy(), fallback_E, busy_S
         return self._settled[2].copy()
@@ -177,7 +178,7 @@ class PlannedLayer:
         if self.level_at_rest is not None:
             return self.level_at_rest
         busy_S = balance.busy_times(
-            self.cost_EC, fleet.all_paces_SP, self.before.homes_EH, self.before.num_E,
+            self.work_EC, fleet.all_costs_SP, self.before.homes_EH, self.before.num_E,
             self.standby_before.homes_EH[:, 0].copy(), self.wake_us,
         )  # fmt: skip
         return float(busy_S.max())
@@ -203,7 +204,7 @@ class PlannedLayer:
     def coldest_with_others(self, shard: int) -> int:
         """Of the experts with other homes that a shard holds, the coldest; -1 if it holds none."""
         held = np.flatnonzero((self.table.homes_EH == shard).any(axis=1) & (self.table.num_E > 1))
-        return int(held[np.argmin(self.cost_EC[held].sum(axis=1) / self.table.num_E[held])]) if len(held) else -1
+        return int(held[np.argmin(self.work_EC[held].sum(axis=1) / self.table.num_E[held])]) if len(held) else -1
 
     def coldest(self, min_homes: int) -> tuple[int, int]:
         """Of the experts with so many homes that of least cost a home, and its last home; -1 if there is none."""
@@ -211,5 +212,5 @@ class PlannedLayer:
         if not len(candidates):
             return -1, -1
         num_E = self.table.num_E[candidates]
-        expert = int(candidates[np.argmin(self.cost_EC[candidates].sum(axis=1) / num_E)])
+        expert = int(candidates[np.argmin(self.work_EC[candidates].sum(axis=1) / num_E)])
         return expert, int(self.table.homes_EH[expert, self.table.num_E[expert] - 1])

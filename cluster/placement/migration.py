@@ -103,20 +103,22 @@ def next_round(
     """
     sizes = {spec.layer: spec.expert_bytes for spec in layers}
     held = held_homes(holdings)
-    told = set(Target.of(published).all_homes()) if published else set()
-    goes_down = {home._replace(tier=STANDBY) for home in held & told if home.tier == DEVICE}
-    missing = {home for home in target.all_homes() if home.shard_id in holdings} - (held & told) - goes_down
-    alive = Counter((home.layer, home.expert) for home in held & told)
-    room = {shard.id: shard.memory_budget - holdings[shard.id].used_bytes for shard in shards if shard.id in holdings}
+    current = set(Target.of(published).all_homes()) if published else set()
+    demoted = {home._replace(tier=STANDBY) for home in held & current if home.tier == DEVICE}
+    missing = {home for home in target.all_homes() if home.shard_id in holdings} - (held & current) - demoted
+    alive = Counter((home.layer, home.expert) for home in held & current)
+    free_bytes = {
+        shard.id: shard.memory_budget - holdings[shard.id].used_bytes for shard in shards if shard.id in holdings
+    }
     in_flight: Counter[str] = Counter()
     loads = set()
     for home in sorted(missing, key=lambda home: (alive[home.layer, home.expert], home)):
         size = 0 if home in held or home.tier == STANDBY else sizes[home.layer]
         id = home.shard_id
         is_too_much = published is not None and in_flight[id] > 0 and in_flight[id] + size > limits.bytes_in_flight
-        if size <= room.get(id, 0) and not (size and is_too_much):
+        if size <= free_bytes.get(id, 0) and not (size and is_too_much):
             loads.add(home)
-            room[id] -= size
+            free_bytes[id] -= size
             in_flight[id] += size
     return Round(frozenset(loads), len(missing) - len(loads))
 
@@ -133,19 +135,19 @@ def next_target(
     if published is None:
         return None if done.num_left else target
     held = held_homes(holdings)
-    told = Target.of(published)
+    current = Target.of(published)
     after = {
-        key: _next_homes(key, told, target, done.loads, held, limits.min_cover, not done.num_left, holdings)
-        for key in _differences(told, target)
+        key: _next_homes(key, current, target, done.loads, held, limits.min_cover, not done.num_left, holdings)
+        for key in _differences(current, target)
     }
     changed = {
         key: homes
         for key, homes in after.items()
-        if homes != (before := told.tiers(*key)) or (homes == target.tiers(*key) and [*homes] != [*before])
+        if homes != (before := current.tiers(*key)) or (homes == target.tiers(*key) and [*homes] != [*before])
     }
     if not changed and done.num_left and not done.loads:
-        changed = _make_room(target, after, held)
-    return _with(told, changed) if changed else None
+        changed = _free_a_slot(target, after, held)
+    return _replace_homes(current, changed) if changed else None
 
 
 def leftovers(published: Placement | None, target: Target, holdings: Holdings) -> tuple[set[Home], set[Home]]:
@@ -158,7 +160,7 @@ def leftovers(published: Placement | None, target: Target, holdings: Holdings) -
     return garbage, {home._replace(tier=STANDBY) for home in unnamed - garbage if home.tier == DEVICE}
 
 
-def _is_above(home: Home, held: Collection[Home]) -> bool:
+def _is_on_device(home: Home, held: Collection[Home]) -> bool:
     """Whether a shard that should stand by for an expert has it in device memory, which is as good."""
     return home.tier == STANDBY and home._replace(tier=DEVICE) in held
 
@@ -177,22 +179,22 @@ def by_shard(homes: Iterable[Home], tier: str) -> dict[str, dict[int, list[int]]
     return result
 
 
-def _differences(told: Target, target: Target) -> list[tuple[int, int]]:
+def _differences(current: Target, target: Target) -> list[tuple[int, int]]:
     return [
         (layer, expert)
         for layer, homes in target.homes.items()
         for expert in range(len(homes))
-        if told.homes[layer][expert] != homes[expert]
+        if current.homes[layer][expert] != homes[expert]
         or (
-            (layer in told.standby or layer in target.standby)
-            and told.tiers(layer, expert) != target.tiers(layer, expert)
+            (layer in current.standby or layer in target.standby)
+            and current.tiers(layer, expert) != target.tiers(layer, expert)
         )
     ]
 
 
 def _next_homes(
     key: tuple[int, int],
-    told: Target,
+    current: Target,
     target: Target,
     verified: Collection[Home],
     held: Collection[Home],
@@ -201,7 +203,7 @@ def _next_homes(
     alive: Collection[str],
 ) -> dict[str, str]:
     """Of one expert: what is loaded and verified joins, then what is not wanted leaves as far as enough stays."""
-    wanted, now = target.tiers(*key), told.tiers(*key)
+    wanted, now = target.tiers(*key), current.tiers(*key)
     least, needs_device = min(min_cover, len(wanted)), DEVICE in wanted.values()
 
     def is_enough(homes: Mapping[str, str]) -> bool:
@@ -210,7 +212,7 @@ def _next_homes(
 
     for id, tier in wanted.items():
         home = Home(*key, id, tier)
-        if now.get(id) != tier and (home in verified or (id in now and _is_above(home, held))):
+        if now.get(id) != tier and (home in verified or (id in now and _is_on_device(home, held))):
             after = {**now, id: tier}
             if now.get(id) != DEVICE or is_enough(after):
                 now = after
@@ -222,7 +224,7 @@ def _next_homes(
     return {id: now[id] for id in sorted(now, key=order.index)}
 
 
-def _make_room(
+def _free_a_slot(
     target: Target, after: Mapping[tuple[int, int], dict[str, str]], held: Collection[Home]
 ) -> dict[tuple[int, int], dict[str, str]]:
     """One live home that is not wanted leaves a shard which something else waits for, if the expert has another."""
@@ -236,12 +238,12 @@ def _make_room(
     return {}
 
 
-def _with(told: Target, changed: Mapping[tuple[int, int], Mapping[str, str]]) -> Target:
+def _replace_homes(current: Target, changed: Mapping[tuple[int, int], Mapping[str, str]]) -> Target:
     tiers = {}
-    for tier, homes_of in ((DEVICE, told.homes), (STANDBY, told.standby)):
+    for tier, homes_of in ((DEVICE, current.homes), (STANDBY, current.standby)):
         rows = {layer: list(homes) for layer, homes in homes_of.items()}
         for (layer, expert), homes in changed.items():
-            row = rows.setdefault(layer, [()] * len(told.homes[layer]))
+            row = rows.setdefault(layer, [()] * len(current.homes[layer]))
             row[expert] = tuple(id for id, of in homes.items() if of == tier)
         tiers[tier] = {layer: tuple(row) for layer, row in rows.items() if tier == DEVICE or any(row)}
     return Target(tiers[DEVICE], tiers[STANDBY])

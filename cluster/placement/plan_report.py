@@ -9,13 +9,13 @@ import numpy as np
 
 from cluster.placement.balance import Array
 from cluster.placement.fleet_budget import FleetBudget, PlannedLayer
-from cluster.placement.home_table import MIB, Table
-from cluster.placement.plan import Move, Plan, PlanPolicy, Tier
+from cluster.placement.home_matrix import HomeMatrix
+from cluster.placement.plan import MIB, Move, Plan, PlanPolicy, Tier
 from cluster.topology import Homes
 
 
 @dataclass(frozen=True)
-class Weighed:
+class RebalanceEstimate:
     """What the moves that only save time would save: µs per step, and the bytes that they need."""
 
     before_us: float
@@ -48,7 +48,9 @@ class Weighed:
         return ""
 
 
-def report(planned: Sequence[PlannedLayer], fleet: FleetBudget, weighed: Weighed, policy: PlanPolicy) -> Plan:
+def report(
+    planned: Sequence[PlannedLayer], fleet: FleetBudget, rebalance: RebalanceEstimate, policy: PlanPolicy
+) -> Plan:
     """The plan that leads from the layers as they run to the layers as planned."""
     homes = {layer.spec.layer: _named(layer, fleet, layer.table, layer.before, layer.homes) for layer in planned}
     standby = {
@@ -74,8 +76,8 @@ def report(planned: Sequence[PlannedLayer], fleet: FleetBudget, weighed: Weighed
         cover_after=min((int(num_E.min()) for num_E in lives_after), default=0),
         blast_radius_before=_blast_radius(planned, fleet, [(la.before, la.standby_before) for la in planned]),
         blast_radius_after=_blast_radius(planned, fleet, [(la.table, la.standby) for la in planned]),
-        reasons=_reasons(planned, fleet, weighed, lives_before),
-        is_worth_it=not weighed.refusal,
+        reasons=_reasons(planned, fleet, rebalance, lives_before),
+        is_worth_it=not rebalance.refusal,
     )
 
 
@@ -96,7 +98,7 @@ def _is_kept_E(layer: PlannedLayer, fleet: FleetBudget) -> Array:
     return is_kept_E
 
 
-def _named(layer: PlannedLayer, fleet: FleetBudget, table: Table, before: Table, homes: Homes) -> Homes:
+def _named(layer: PlannedLayer, fleet: FleetBudget, table: HomeMatrix, before: HomeMatrix, homes: Homes) -> Homes:
     """Homes by name; those of an expert that doesn't change stay the same objects, which is quick."""
     kept = kept_homes(layer, fleet) if table is layer.table else {}
     if not kept and homes and layer.is_whole and table.is_same(before):
@@ -117,7 +119,7 @@ def _moves(planned: Sequence[PlannedLayer], fleet: FleetBudget) -> tuple[Move, .
     drops: list[Move] = []
     for layer in planned:
         kept = kept_homes(layer, fleet)
-        costs_E = layer.cost_EC.sum(axis=1)
+        costs_E = layer.work_EC.sum(axis=1)
         changed = set(layer.table.changed(layer.before).tolist())
         changed |= set(layer.standby.changed(layer.standby_before).tolist())
         for expert in sorted(changed):
@@ -160,7 +162,7 @@ def _why_dropped(layer: PlannedLayer, fleet: FleetBudget, expert: int, shard: in
 
 
 def _blast_radius(
-    planned: Sequence[PlannedLayer], fleet: FleetBudget, tables: Sequence[tuple[Table, Table]]
+    planned: Sequence[PlannedLayer], fleet: FleetBudget, tables: Sequence[tuple[HomeMatrix, HomeMatrix]]
 ) -> dict[str, float]:
     """By shard the share of routed picks whose only live home is there."""
     total = sum(float(layer.picked_E.sum()) for layer in planned)
@@ -178,7 +180,7 @@ def _blast_radius(
 
 
 def _reasons(
-    planned: Sequence[PlannedLayer], fleet: FleetBudget, weighed: Weighed, lives_before: Sequence[Array]
+    planned: Sequence[PlannedLayer], fleet: FleetBudget, rebalance: RebalanceEstimate, lives_before: Sequence[Array]
 ) -> tuple[str, ...]:
     reasons = []
     num_experts = sum(layer.spec.num_experts for layer in planned)
@@ -204,8 +206,8 @@ def _reasons(
         )
     if len(fleet.ids) < 2:
         reasons.append("One shard cannot give an expert two homes: start another.")
-    if weighed.refusal:
-        reasons.append(weighed.refusal)
-    elif weighed.num_moved:
-        reasons.append(f"Time: {weighed.what} shorten a step by {weighed.gain:.2%}.")
+    if rebalance.refusal:
+        reasons.append(rebalance.refusal)
+    elif rebalance.num_moved:
+        reasons.append(f"Time: {rebalance.what} shorten a step by {rebalance.gain:.2%}.")
     return tuple(reasons)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from cluster.placement.balance import is_home, rate
+from cluster.placement.balance import expert_time, is_home
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def repair(
-    cost_EC: Any, pace_SP: Any, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, former_EH: Any,
+    work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, former_EH: Any,
     slots_S: Any, host_slots_S: Any, node_S: Any, busy_S: Any,
 ) -> None:  # fmt: skip
     """Drops the standbys that nobody needs, then gives every expert the homes that it lacks, in place.
@@ -33,8 +33,8 @@ def repair(
             home = homes_EH[expert, 0]
             for j in range(num_standby_E[expert]):
                 shard = standby_EJ[expert, j]
-                failover_SS[home, shard] += rate(cost_EC, pace_SP, expert, shard)
-    for expert in np.argsort(-cost_EC.sum(axis=1), kind="mergesort"):
+                failover_SS[home, shard] += expert_time(work_EC, cost_SP, expert, shard)
+    for expert in np.argsort(-work_EC.sum(axis=1), kind="mergesort"):
         while num_E[expert] + num_standby_E[expert] < min(2, num_shards) or (
             num_nodes > 1 and not _is_on_two_nodes(expert, homes_EH, num_E, standby_EJ, num_standby_E, node_S)
         ):
@@ -59,7 +59,7 @@ def repair(
             if to < 0:
                 break
             if num > 0:
-                failover_SS[home, to] += rate(cost_EC, pace_SP, expert, to)
+                failover_SS[home, to] += expert_time(work_EC, cost_SP, expert, to)
             if is_device:
                 homes_EH[expert, num_E[expert]] = to
                 num_E[expert] += 1
@@ -71,10 +71,10 @@ def repair(
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _preference(is_apart: bool, is_free: bool, has_host_room: bool) -> int:
+def _preference(is_apart: bool, is_free: bool, fits_in_host: bool) -> int:
     if is_free:
         return 0 if is_apart else 2  # a device on the same node comes after another node's host memory
-    if has_host_room:
+    if fits_in_host:
         return 1 if is_apart else 3
     return 4 if is_apart else 5
 
@@ -104,7 +104,7 @@ def _drop_surplus(
     given, num_given = standby_EJ[expert].copy(), num_standby_E[expert]
     standby_EJ[expert] = -1
     num_standby_E[expert] = 0
-    for wants_node in (True, False):  # those on another node first: they may make the rest needless
+    for needs_other_node in (True, False):  # those on another node first: they may make the rest needless
         for j in range(num_given):
             shard = given[j]
             if shard < 0:
@@ -112,7 +112,7 @@ def _drop_surplus(
             total = num_E[expert] + num_standby_E[expert]
             first = homes_EH[expert, 0] if num_E[expert] > 0 else standby_EJ[expert, 0]
             is_apart = total == 0 or node_S[shard] != node_S[first]
-            if wants_node and not is_apart:
+            if needs_other_node and not is_apart:
                 continue
             is_needed = total < 2 or (
                 num_nodes > 1

@@ -72,7 +72,7 @@ class SimBackbone(SimProcess):
             self.num_in_flight = sum(int(counts.sum()) for counts in taken.values())
             try:
                 await self.store.add_loads(taken)
-                self.counter.sent()
+                self.counter.mark_sent()
             except StoreUnavailable:
                 self.counter.merge(taken)
             self.num_in_flight = 0

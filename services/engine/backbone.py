@@ -329,7 +329,7 @@ class Backbone:
             self._note_rates(taken)
             try:
                 await self.loads.add(taken, time.time())
-                self.counter.sent()
+                self.counter.mark_sent()
             except StoreUnavailable as error:
                 log.warning("Expert load is kept for later: %s", error)
                 self.counter.merge(taken)

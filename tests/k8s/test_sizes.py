@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.placement.capacity import check_room
+from cluster.placement.capacity import check_capacity
 from cluster.sizing.fit import Slo
 from cluster.sizing.gpus import gpu_of
 from cluster.sizing.known_models import known_config
@@ -64,9 +64,9 @@ def test_the_planner_finds_room_for_two_homes(overlay: str, rendered: Callable[[
         for i in range(pool.shards)
     ]
     layers = model_sizes(known_config(MODEL)).layer_specs("bf16")
-    check_room(layers, shards, NUM_HOMES)
+    check_capacity(layers, shards, NUM_HOMES)
     with pytest.raises(ValueError, match="room for"):
-        check_room(layers, shards[:1], NUM_HOMES)
+        check_capacity(layers, shards[:1], NUM_HOMES)
 
 
 @pytest.mark.parametrize(

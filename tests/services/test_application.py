@@ -27,6 +27,7 @@ from cluster.control.registry import connect
 from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.expert import shard_control
+from tests.cluster.recent_windows import recent_windows
 from tests.services.application import STOP_TIMEOUT_S, Application, expertmesh, inference, wait_until
 from tests.services.demo import MODEL, held_out_prompts, load_tokenizer, text_of, transformers_greedy
 from tests.services.processes import command_of, descendants, wait_until_gone
@@ -222,7 +223,7 @@ def test_expert_load_reaches_the_store(server: Application) -> None:
     async def count() -> int:
         redis = connect(server.redis[1])
         store = LoadStore(redis, "demo")
-        counts_WE = await store.read(shape.layer, shape.num_experts, store.recent_windows(time.time()))
+        counts_WE = await store.read(shape.layer, shape.num_experts, recent_windows(store, time.time()))
         await redis.aclose()
         return int(counts_WE.sum())
 

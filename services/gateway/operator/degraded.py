@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.placement.coverage import WANTED_COVER
+from cluster.placement.coverage import FULL_COVER
 
 TOLD = (
     *("experts_below_cover", "below_cover_by_homes", "missing_bytes", "below_cover_since"),
@@ -40,8 +40,8 @@ def degraded_report(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _sentence(tier: Mapping[str, Any]) -> str:
     num_below = tier["experts_below_cover"]
     if not num_below:
-        return f"Every expert has {WANTED_COVER} live homes."
+        return f"Every expert has {FULL_COVER} live homes."
     num_dead = tier["below_cover_by_homes"]["0"]
     lost = f", {num_dead} of them none" if num_dead else ""
     left = tier["time_to_repair_s"]
-    return f"{num_below} experts have fewer than {WANTED_COVER} live homes{lost}; repair is expected in {left:.0f} s."
+    return f"{num_below} experts have fewer than {FULL_COVER} live homes{lost}; repair is expected in {left:.0f} s."

@@ -13,7 +13,7 @@ import numpy as np
 from cluster.control.load_store import LoadStore, recent_rates
 from cluster.control.operator_orders import OrderKind, StandingOrder, scale_targets, with_drain_orders
 from cluster.control.registry_store import RegistryStore, StoreUnavailable
-from cluster.placement.coverage import Layout
+from cluster.placement.coverage import PlacementArrays
 from cluster.topology import LayerSpec, Placement, Shard
 from services.gateway.errors import ApiError, ApiRefusal, invalid
 
@@ -123,11 +123,11 @@ class Operations:
                 return {"seconds": seconds, "layers": layers}
             placement = await self._registry.placement()
         unplaced = Placement(0, {layer: ((),) * count for layer, count in num_experts.items()}, {})
-        layout = Layout(placement or unplaced)
+        arrays = PlacementArrays(placement or unplaced)
         total = {layer: float(rate_E.sum()) for layer, rate_E in rates.items()}
         experts = [
             {**asdict(hot), "share": hot.picks_per_s / total[hot.layer], **_homes(placement, hot.layer, hot.expert)}
-            for hot in layout.hottest(layout.rates(rates), top)
+            for hot in arrays.hottest(arrays.rates(rates), top)
         ]
         return {"seconds": seconds, "experts": experts}
 

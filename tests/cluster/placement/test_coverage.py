@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from cluster.placement.coverage import CoverageReport, HotExpert, Layout, Repair, balancedness
+from cluster.placement.coverage import CoverageReport, HotExpert, PlacementArrays, Repair, balancedness
 from cluster.topology import Homes, Placement
 
 IDS = ("a", "b", "c", "d")
@@ -28,7 +28,7 @@ def test_arrays_say_what_loops_say(seed: int) -> None:
     placement, draw = random_placement(seed), np.random.default_rng(seed)
     rates = {3: draw.random(5), 7: draw.random(4)}
     live = set(random.Random(seed).sample(IDS, 3))
-    layout = Layout(placement)
+    layout = PlacementArrays(placement)
     exposure = CoverageReport(layout, live)
     lost, loads, num_below = dict.fromkeys(placement.shard_ids, 0.0), np.zeros((2, len(placement.shard_ids))), 0
     missing = 0
@@ -51,7 +51,7 @@ def test_arrays_say_what_loops_say(seed: int) -> None:
 
 
 def test_the_hottest_are_named_and_the_unused_are_not() -> None:
-    layout = Layout(Placement(1, {2: (("a",), ("a",)), 5: (("a",), ("a",), ("a",))}, {}))
+    layout = PlacementArrays(Placement(1, {2: (("a",), ("a",)), 5: (("a",), ("a",), ("a",))}, {}))
     rate_E = layout.rates({2: np.array([1.0, 0.0]), 5: np.array([0.0, 4.0, 1.0])})
     assert layout.hottest(rate_E, 2) == [HotExpert(5, 1, 4.0), HotExpert(2, 0, 1.0)]
     assert layout.hottest(rate_E, 99) == [HotExpert(5, 1, 4.0), HotExpert(2, 0, 1.0), HotExpert(5, 2, 1.0)]
@@ -59,7 +59,7 @@ def test_the_hottest_are_named_and_the_unused_are_not() -> None:
 
 
 def test_before_anything_is_picked_every_expert_counts_the_same() -> None:
-    layout = Layout(Placement(1, {0: (("a",), ("a", "b"), ("b",), ("b",))}, {}))
+    layout = PlacementArrays(Placement(1, {0: (("a",), ("a", "b"), ("b",), ("b",))}, {}))
     assert CoverageReport(layout, ["a", "b"]).blast_radius(layout.rates({})) == {"a": 0.25, "b": 0.5}
     assert balancedness(layout.loads(layout.rates({}))).tolist() == [1.0]
 

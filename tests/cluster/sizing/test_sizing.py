@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.placement.capacity import check_room
+from cluster.placement.capacity import check_capacity
 from cluster.placement.planner import plan
 from cluster.sizing.fit import GIB, Fit, Slo
 from cluster.sizing.gpus import GB, GPUS, Gpu, gpu_of
@@ -122,8 +122,8 @@ def test_what_is_sized_fits(name: str, dtype: Dtype, gpu: str) -> None:
     assert made.requests_per_backbone * per_request <= 0.75 * made.state_memory_bytes
     assert made.backbone_gpus * made.requests_per_backbone >= slo.num_requests
     assert made.shard_memory_bytes <= memory
-    check_room(layers, fleet_of(made), NUM_HOMES)
-    check_room(layers, fleet_of(made)[1:], NUM_HOMES)  # any one is lost
+    check_capacity(layers, fleet_of(made), NUM_HOMES)
+    check_capacity(layers, fleet_of(made)[1:], NUM_HOMES)  # any one is lost
 
 
 @pytest.mark.parametrize("gpu", ["h100", "h200"])

@@ -30,6 +30,7 @@ from services.engine.contract.sampling_params import SamplingParams
 from services.engine.memory import plan_memory
 from services.expert import shard_control
 from services.expert.client import RemoteExperts
+from tests.cluster.recent_windows import recent_windows
 from tests.services.demo import MODEL, held_out_prompts
 from tests.services.expert.shard_process import ShardProcess
 
@@ -245,7 +246,7 @@ def test_expert_load_reaches_the_store_and_the_loss_of_the_store_is_survived(
             counted = 0
             async with asyncio.timeout(10):
                 while counted < num_rows * shape.top_k:
-                    counts_WE = await loads.read(shape.layer, shape.num_experts, loads.recent_windows(time.time()))
+                    counts_WE = await loads.read(shape.layer, shape.num_experts, recent_windows(loads, time.time()))
                     counted = int(counts_WE.sum())
                     await asyncio.sleep(0.05)
             assert counted == num_rows * shape.top_k

@@ -11,11 +11,8 @@ from itertools import chain
 
 import numpy as np
 
-from cluster.load import ExpectedLoad
-from cluster.placement.balance import Array, Floats
-from cluster.topology import Homes, LayerSpec
-
-MIB = 2**20
+from cluster.placement.balance import Array
+from cluster.topology import Homes
 
 
 class ShardNumbers(dict[str, int]):
@@ -26,18 +23,18 @@ class ShardNumbers(dict[str, int]):
 
 
 @dataclass
-class Table:
+class HomeMatrix:
     """Homes of each expert: the first `num_E[e]` of `homes_EH[e]` are numbers of shards, in the order of preference."""
 
     homes_EH: Array
     num_E: Array
 
     @classmethod
-    def empty(cls, num_experts: int, width: int) -> Table:
+    def empty(cls, num_experts: int, width: int) -> HomeMatrix:
         return cls(np.full((num_experts, width), -1, np.int64), np.zeros(num_experts, np.int64))
 
     @classmethod
-    def of(cls, homes: Homes, index: ShardNumbers, width: int) -> Table:
+    def of(cls, homes: Homes, index: ShardNumbers, width: int) -> HomeMatrix:
         """Reads homes by the names of shards; those that `index` does not know are left out."""
         num_E = np.fromiter(map(len, homes), np.int64, len(homes))
         flat = np.fromiter(map(index.__getitem__, chain.from_iterable(homes)), np.int64, int(num_E.sum()))
@@ -46,20 +43,20 @@ class Table:
         table.num_E = num_E
         return table if flat.min(initial=0) >= 0 else table.only_below(len(index))
 
-    def only_below(self, num_shards: int) -> Table:
+    def only_below(self, num_shards: int) -> HomeMatrix:
         """Without the homes that are no shard (-1) or a shard from `num_shards` on; the order of the others stays."""
         is_kept_EH = (self.homes_EH >= 0) & (self.homes_EH < num_shards)
         order = np.argsort(~is_kept_EH, axis=1, kind="stable")
         kept_EH = np.where(is_kept_EH, self.homes_EH, -1)
-        return Table(np.take_along_axis(kept_EH, order, axis=1), is_kept_EH.sum(axis=1))
+        return HomeMatrix(np.take_along_axis(kept_EH, order, axis=1), is_kept_EH.sum(axis=1))
 
-    def copy(self) -> Table:
-        return Table(self.homes_EH.copy(), self.num_E.copy())
+    def copy(self) -> HomeMatrix:
+        return HomeMatrix(self.homes_EH.copy(), self.num_E.copy())
 
-    def resized(self, width: int) -> Table:
+    def resized(self, width: int) -> HomeMatrix:
         """The same with room for `width` homes of an expert."""
         assert width >= self.num_E.max(initial=0)
-        table = Table.empty(len(self.num_E), width)
+        table = HomeMatrix.empty(len(self.num_E), width)
         most = min(width, self.homes_EH.shape[1])
         table.homes_EH[:, :most] = self.homes_EH[:, :most]
         table.num_E = self.num_E.copy()
@@ -69,13 +66,13 @@ class Table:
         """The number of experts on each shard."""
         return np.bincount(self.homes_EH.ravel() + 1, minlength=num_shards + 1)[1:]
 
-    def is_same(self, other: Table) -> bool:
+    def is_same(self, other: HomeMatrix) -> bool:
         """Whether it has the same homes in the same order."""
         if self.homes_EH.shape == other.homes_EH.shape:
             return np.array_equal(self.homes_EH, other.homes_EH)
         return len(self.changed(other)) == 0
 
-    def changed(self, other: Table) -> Array:
+    def changed(self, other: HomeMatrix) -> Array:
         """The experts that have other homes, or another order of them, in `other`."""
         width = min(self.homes_EH.shape[1], other.homes_EH.shape[1])
         differs_E = (self.homes_EH[:, :width] != other.homes_EH[:, :width]).any(axis=1)
@@ -84,7 +81,7 @@ class Table:
                 differs_E |= table.num_E > width
         return np.flatnonzero(differs_E)
 
-    def num_added(self, other: Table) -> int:
+    def num_added(self, other: HomeMatrix) -> int:
         """How many homes it has that `other` does not."""
         return sum(len(set(self.of_expert(e)) - set(other.of_expert(e))) for e in self.changed(other).tolist())
 
@@ -94,31 +91,3 @@ class Table:
 
     def ids_of(self, expert: int, ids: Sequence[str]) -> tuple[str, ...]:
         return tuple(ids[home] for home in self.of_expert(expert))
-
-
-def rows_of_experts(spec: LayerSpec, load: ExpectedLoad | None, risk: float) -> tuple[Floats, Floats]:
-    """How likely a row picks each expert, as expected and with `risk` standard deviations more; [E] each."""
-    if load is None:
-        even_E = np.full(spec.num_experts, spec.top_k / spec.num_experts)
-        return even_E, even_E
-    if len(load.mean_E) != spec.num_experts or not (load.mean_E >= 0).all() or not np.isfinite(load.mean_E.sum()):
-        raise ValueError(
-            f"The load of layer {spec.layer} has {len(load.mean_E)} entries, the least {min(load.mean_E, default=0)}; "
-            f"it needs {spec.num_experts} finite numbers, one for each expert, none below zero."
-        )
-    total = load.mean_E.sum()
-    if total == 0:
-        return rows_of_experts(spec, None, risk)
-    scale = spec.top_k / total
-    return np.minimum(1.0, scale * load.mean_E), np.minimum(1.0, scale * (load.mean_E + risk * load.std_E))
-
-
-def costs_of_experts(spec: LayerSpec, picked_E: Floats, rows_per_step: float) -> Floats:
-    """What a step of so many rows costs by expert, [E, C]: MiB of weights that it reads, MiB · rows that it computes.
-
-    An expert's weights are read if any row picks it, once in all: the client keeps few rows of one expert together, so
-    a second home shares the reading as it shares the rows. (With many rows both read them, which is then little.)
-    """
-    size = spec.expert_bytes / MIB
-    touched_E = -np.expm1(rows_per_step * np.log1p(-np.minimum(picked_E, 1 - 1e-12)))
-    return size * np.stack([touched_E, rows_per_step * picked_E], axis=1)
