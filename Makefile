@@ -1,37 +1,45 @@
-# Everything a developer or a user does goes through here; CI calls `make test`.
+# Everything that a developer or a user does goes through this file. CI calls `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CODE := model cluster protos services tests benchmarks
+# A stamp file is newer than pyproject.toml if the packages that the stamp stands for are installed. `make up` needs the
+# first stamp. The second stamp adds the tools and schemas that only tests, linters and benchmarks need.
+RUNTIME := $(VENV)/.installed-runtime
+DEVELOPMENT := $(VENV)/.installed-development
 
 .DEFAULT_GOAL := help
 .PHONY: help up test lint protos bench clean
 
-help: ## Show this list
+help: ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-$(INSTALLED): pyproject.toml
+$(RUNTIME): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) install --editable .
 	@touch $@
 
-up: $(INSTALLED) ## Install, then serve the demo model on 127.0.0.1 (REST 8000, gRPC 9000) until Ctrl-C
+$(DEVELOPMENT): $(RUNTIME)
+	$(PIP) install --editable '.[dev,bench]'
+	@touch $@
+
+up: $(RUNTIME) ## Install what serving needs, then serve the demo model on 127.0.0.1 (REST 8000, gRPC 9000) until Ctrl-C.
 	$(BIN)/expertmesh up $(ARGS)
 
-test: lint ## Install, then lint, check types and run every test
+test: lint ## Install everything, then check style and types and run every test.
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(INSTALLED) ## Check style, formatting and types
+lint: $(DEVELOPMENT) ## Check style, formatting and types.
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-protos: $(INSTALLED) ## Generate the Python code of protos/*.proto again
+protos: $(DEVELOPMENT) ## Generate the Python code of protos/*.proto again.
 	$(BIN)/python -m protos.generate
 
-bench: $(INSTALLED) ## Measure tokens per second, 3 shards against local experts and transformers, ~15 minutes
+bench: $(DEVELOPMENT) ## Measure tokens per second: 3 shards against local experts and transformers (about 15 minutes).
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
-clean: ## Remove the virtual environment and caches
+clean: ## Remove the virtual environment and the caches.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
