@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.corrupt_shard import CORRUPT_S
+from benchmarks.load import closed_loop
 from benchmarks.server import Server, new_client, server
 from services.cli.drill.drill import Disturbance, Load, under_load
-from services.cli.drill.load import RequestOutcome, closed_loop
+from services.cli.drill.load import RequestOutcome
 from services.cli.drill.verdict import Verdict
 
 NUM_SHARDS = 3

@@ -16,8 +16,9 @@ import asyncio
 import itertools
 import json
 import random
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.demo.corpus import read_corpus
-from services.cli.drill.load import RequestOutcome, closed_loop, open_loop
+from services.cli.drill.load import RequestOutcome, ask, open_loop
 
 FIRST_ORDINARY_ID = 16  # ids below are special tokens
 CHARACTERS_PER_TOKEN = 4  # of the demo's tokenizer, about; the server's own count is what is reported
@@ -64,6 +65,29 @@ class Prompts:
         text = draw.choice(texts)
         start = draw.randrange(max(1, len(text) - CHARACTERS_PER_TOKEN * length))
         return text[start : start + CHARACTERS_PER_TOKEN * length]
+
+
+# The closed loop ------------------------------------------------------------------------------------------------------
+
+
+async def closed_loop(
+    url: str, bodies: Iterable[dict[str, Any]], concurrency: int, seconds: float, timeout_s: float = 600
+) -> list[RequestOutcome]:
+    """Send `bodies`, `concurrency` requests at a time, until the bodies or the seconds are used up.
+
+    A request that has begun when the seconds are over is completed.
+    """
+    outcomes: list[RequestOutcome] = []
+    source, origin = iter(bodies), time.perf_counter()
+
+    async def one_after_another() -> None:
+        for body in source:
+            outcomes.append(await ask(url, body, origin, timeout_s))
+            if time.perf_counter() - origin > seconds:
+                return
+
+    await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
+    return outcomes
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------

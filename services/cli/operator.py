@@ -16,7 +16,6 @@ import typer
 from services.cli.status_tables import decisions_table, load_table, status_tables
 from services.cli.terminal import DEFAULT_URL, AsJson, Url, console, fetch, plain_errors
 
-app = typer.Typer(rich_markup_mode=None)
 Key = Annotated[
     str, typer.Option("--admin-key", envvar="EXPERTMESH_ADMIN_KEY", help="The server's.", show_default=False)
 ]
@@ -34,7 +33,6 @@ def _by() -> str:
     return f"{getpass.getuser()}@{socket.gethostname()}"[:128]
 
 
-@app.command()
 def status(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
     """Show pools, shards, experts, load, cover, orders and the last decisions."""
 
@@ -46,7 +44,6 @@ def status(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
         _show(fetch(url, "/status"), as_json, show)
 
 
-@app.command()
 def plan(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print it.")] = False,
     trace: Annotated[
@@ -75,7 +72,6 @@ def plan(
     _show(report, as_json, show)
 
 
-@app.command()
 def rebalance(url: Url = DEFAULT_URL, admin_key: Key = "", as_json: AsJson = False) -> None:
     """Have the controller plan at once, and move experts for any gain."""
     with plain_errors():
@@ -83,7 +79,6 @@ def rebalance(url: Url = DEFAULT_URL, admin_key: Key = "", as_json: AsJson = Fal
     _show(report, as_json, lambda _: typer.echo("The controller plans at its next turn."))
 
 
-@app.command()
 def scale(
     pool: Annotated[str, typer.Argument(help="Name of the pool.")],
     shards: Annotated[int | None, typer.Argument(min=1, help="How many it is to have.", show_default=False)] = None,
@@ -101,7 +96,6 @@ def scale(
     _show(report, as_json, lambda _: typer.echo(sentence))
 
 
-@app.command()
 def drain(
     shard: Annotated[str, typer.Argument(help="Id of the shard; `expertmesh status` lists them.")],
     undo: Annotated[bool, typer.Option("--undo", help="Use it again.")] = False,
@@ -118,7 +112,6 @@ def drain(
     _show(report, as_json, lambda _: typer.echo(sentence))
 
 
-@app.command()
 def load(
     top: Annotated[int, typer.Option(min=1, max=1000, help="How many experts.")] = 20,
     everything: Annotated[bool, typer.Option("--all", help="Of every expert by layer, as JSON.")] = False,
@@ -132,7 +125,6 @@ def load(
     _show(report, as_json or everything, lambda told: console.print(load_table(told)))
 
 
-@app.command()
 def decisions(
     count: Annotated[int, typer.Option(min=1, max=1000, help="How many, the newest first.")] = 20,
     url: Url = DEFAULT_URL,
@@ -145,7 +137,6 @@ def decisions(
     _show(report, as_json, lambda told: console.print(decisions_table(told["decisions"])))
 
 
-@app.command()
 def trace(
     action: Annotated[str, typer.Argument(help="start or stop")],
     max_seconds: Annotated[float, typer.Option(help="It stops by itself after so long.")] = 60.0,
@@ -176,7 +167,6 @@ def _recording(one: dict[str, Any]) -> str:
     return f"{one['path']}: {one['num_calls']} calls, {one['num_dropped']} left out; {one['why_ended']}"
 
 
-@app.command()
 def drill(
     kill: Annotated[str, typer.Option("--kill", help="What is killed: shard.")],
     load: Annotated[bool, typer.Option("--under-load", help="While requests are answered.")] = False,

@@ -19,14 +19,12 @@ from cluster.sizing.weight_formats import Dtype, dtype_of
 from services.cli.size_tables import LEGEND, all_table, size_tables
 from services.cli.terminal import AsJson, console, plain_errors
 
-app = typer.Typer(rich_markup_mode=None)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
 SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # by this version; the others are sized ahead of it
 
 
-@app.command("size")
-def size_command(
+def size_model(
     model: Annotated[str, typer.Option(help="Model directory, config.json, or part of a public model's name; or all.")],
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
     dtype: Annotated[str, typer.Option(help=f"Of weights: {', '.join(DTYPES)}; auto is the checkpoint's.")] = "auto",

@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from benchmarks.load import Prompts, local_url, quantile, summarize
+from benchmarks.load import Prompts, closed_loop, local_url, quantile, summarize
 from benchmarks.load_overhead import serve
 from benchmarks.server import free_port
 from benchmarks.soak import Growth, growths
 from benchmarks.throughput import decode_speed
 from services.cli.drill.event_stream import parse
-from services.cli.drill.load import RequestOutcome, ask, closed_loop, has_text, open_loop
+from services.cli.drill.load import RequestOutcome, ask, has_text, open_loop
 
 GAP_S = 0.01
 

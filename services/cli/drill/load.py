@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible server, timed by their client, in an open or a closed loop."""
+"""Requests to an OpenAI-compatible server, timed by their client."""
 
 from __future__ import annotations
 
@@ -86,23 +86,6 @@ def has_text(data: bytes) -> bool:
     """Whether a chunk of a completion or of a chat brings text, not only a role or a finish reason."""
     is_empty = b'"text":""' in data or b'"delta":{}' in data or b'"content":""' in data
     return data.startswith(b"{") and not is_empty
-
-
-async def closed_loop(
-    url: str, bodies: Iterable[dict[str, Any]], concurrency: int, seconds: float, timeout_s: float = 600
-) -> list[RequestOutcome]:
-    """`concurrency` requests at a time until the bodies or the seconds are used up."""
-    outcomes: list[RequestOutcome] = []
-    source, origin = iter(bodies), time.perf_counter()
-
-    async def one_after_another() -> None:
-        for body in source:
-            outcomes.append(await ask(url, body, origin, timeout_s))
-            if time.perf_counter() - origin > seconds:
-                return
-
-    await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
-    return outcomes
 
 
 async def open_loop(

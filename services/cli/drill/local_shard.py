@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -29,11 +28,6 @@ async def local_pid(shard_id: str, endpoint: str) -> int:
         what = f"process {pid}, which the shard {shard_id} says it is, does not listen on {endpoint} on this machine"
         raise ValueError(f"{what}; run the drill where the shard runs, as its user, on Linux")
     return pid
-
-
-async def kill(shard_id: str, endpoint: str) -> None:
-    """SIGKILL; raises ValueError as `local_pid` does."""
-    os.kill(await local_pid(shard_id, endpoint), signal.SIGKILL)
 
 
 def _is_here(host: str) -> bool:

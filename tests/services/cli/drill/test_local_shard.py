@@ -13,19 +13,24 @@ from tests.services.expert.checkpoint import write_checkpoint
 from tests.services.expert.shard_process import ShardProcess
 
 
+def kill(shard_id: str, endpoint: str) -> None:
+    """Kill the process of a shard as `expertmesh drill` does: first find it, then send SIGKILL."""
+    os.kill(asyncio.run(local_shard.local_pid(shard_id, endpoint)), signal.SIGKILL)
+
+
 def test_a_shard_of_this_machine_is_killed(tmp_path: Path) -> None:
     with ShardProcess(write_checkpoint(tmp_path)) as process:
         [shard] = process.shards
         assert asyncio.run(local_shard.local_pid(shard.id, shard.endpoint)) == process.process.pid
-        asyncio.run(local_shard.kill(shard.id, shard.endpoint))
+        kill(shard.id, shard.endpoint)
         assert process.process.wait(10) == -signal.SIGKILL
         with pytest.raises(ValueError, match=f"the shard {shard.id} does not answer"):
-            asyncio.run(local_shard.kill(shard.id, shard.endpoint))
+            kill(shard.id, shard.endpoint)
 
 
 def test_a_shard_elsewhere_is_left_alone() -> None:
     with pytest.raises(ValueError, match=r"the shard s is at 192\.0\.2\.1:1, on another machine; run the drill there"):
-        asyncio.run(local_shard.kill("s", "192.0.2.1:1"))
+        kill("s", "192.0.2.1:1")
 
 
 def test_a_process_that_does_not_listen_there_is_not_the_shard() -> None:
