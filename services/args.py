@@ -241,7 +241,7 @@ class AppArgs(BaseModel):
 
     def check(self) -> ModelFamily:
         """Raises ValueError with one sentence where these arguments cannot be served. Reads no weights."""
-        from services.gateway.chat.text import Tokenizer  # only here, because it takes every process a second to read
+        from services.gateway.chat.tokenizer import Tokenizer
 
         family = load_family(self.model)
         family.check()

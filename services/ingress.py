@@ -27,17 +27,18 @@ from services.controller.controller import layer_specs
 from services.engine.contract.errors import EngineFailed
 from services.engine.grammar.grammar_checker import GrammarChecker
 from services.gateway.backbones.backbone_pool import BackbonePool
-from services.gateway.chat.text import Tokenizer
+from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.errors import ApiError, ApiRefusal
-from services.gateway.generation import Generation, Health, ModelCard
+from services.gateway.generation import Generation, ModelCard
 from services.gateway.grpc_api import GrpcError, InferenceApi
-from services.gateway.listener import EVERYWHERE, Listener, Listening
+from services.gateway.health import Health
+from services.gateway.listener import ALL_INTERFACES, Listener, ListenerConfig
 from services.gateway.metrics.backbone_metrics import backbone_metrics
-from services.gateway.metrics.metrics import Metrics
+from services.gateway.metrics.request_metrics import RequestMetrics
 from services.gateway.openai.rest import build_rest
 from services.gateway.operator.admin import add_admin
 from services.gateway.operator.degraded import degraded_report
-from services.gateway.operator.operations import Operations, Tier
+from services.gateway.operator.operations import ExpertTier, Operations
 
 STATUS_TIMEOUT_S = 3.0
 OTHERS_TIMEOUT_S = 0.5  # for the rest, once one has answered
@@ -118,9 +119,11 @@ class GatewayDeployment:
         logs.configure("gateway", args.log_format)
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
-        host = EVERYWHERE if args.host == "auto" else args.host  # a forwarded port comes from the pod's own 127.0.0.1
-        self._where = Listening(host, args.http_port, args.grpc_port, args.drain_s)
-        metrics = Metrics(card.id)
+        host = (
+            ALL_INTERFACES if args.host == "auto" else args.host
+        )  # a forwarded port comes from the pod's own 127.0.0.1
+        self._where = ListenerConfig(host, args.http_port, args.grpc_port, args.drain_s)
+        metrics = RequestMetrics(card.id)
         self._backbone = BackbonePool(_ask_all(backbone), metrics.count_resumed)
         self._grammars = GrammarChecker(args.model)
         tokenizer = Tokenizer(args.model)
@@ -132,7 +135,7 @@ class GatewayDeployment:
         if controller is not None:
             layers = layer_specs(family.expert_shapes, args.torch_dtype)
             pools = {pool.name: (pool.least_shards, pool.most_shards) for pool in args.pools}
-            tier = Tier(layers, pools, _preview(controller), _trace_all(backbone))
+            tier = ExpertTier(layers, pools, _preview(controller), _trace_all(backbone))
             self._registry, self._loads = args.registry(), args.loads()
             self._operations = Operations(tier, self._registry, self._loads)
 

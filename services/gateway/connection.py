@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway.errors import ApiError, ApiRefusal
 
+CLIENT_CLOSED_REQUEST = 499  # nginx's HTTP status for it; no client is left to read it
 DRAIN_FACTOR = 16  # a client hears of its too large body only once it was read: read that much, then hang up
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Runs `work`; if the client goes away first, cancels it and raises ClientGone."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
     try:
@@ -74,4 +75,4 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
             with suppress(ClientGone):
-                await unless_gone(receive, self.stream_response(send))
+                await run_while_connected(receive, self.stream_response(send))

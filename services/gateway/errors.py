@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -61,17 +63,19 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(ApiRefusal.INVALID, message, param, code)
 
 
-def bad_value(error: ValueError) -> ApiError:
-    """The engine's and SamplingParams' sentences open with the parameter's name when they are about one."""
-    name = re.match(r"[a-z][a-z_.\[\]0-9]*\b\]?(?= )", str(error))
-    return invalid(str(error), name and name.group())
+@contextmanager
+def client_errors() -> Iterator[None]:
+    """Turn every exception of the block into the ApiError that the client is told."""
+    try:
+        yield
+    except ApiError:
+        raise
+    except Exception as error:
+        raise _from_exception(error) from error
 
 
-def from_exception(error: Exception) -> ApiError:
-    """What to tell the client about an exception that came out of the engine."""
+def _from_exception(error: Exception) -> ApiError:
     match error:
-        case ApiError():
-            return error
         case EngineOverloaded():
             message = str(error) or "Too many requests are waiting; try again later."
             return ApiError(ApiRefusal.OVERLOADED, message, code="rate_limit_exceeded", retry_after=error.retry_after)
@@ -80,8 +84,17 @@ def from_exception(error: Exception) -> ApiError:
         case EngineFailed():
             return ApiError(ApiRefusal.FAILED, str(error))
         case ValueError():
-            return bad_value(error)
+            return _bad_value(error)
     return unexpected(error)
+
+
+def _bad_value(error: ValueError) -> ApiError:
+    """Return the refusal of a bad value, with the parameter's name if the error's sentence begins with one.
+
+    The sentences of SamplingParams, of the engine and of the request parsers do so when they are about a parameter.
+    """
+    name = re.match(r"[a-z][a-z_.\[\]0-9]*\b\]?(?= )", str(error))
+    return invalid(str(error), name and name.group())
 
 
 def unexpected(error: Exception) -> ApiError:

@@ -21,21 +21,18 @@ from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.contract.token_output import FinishReason
 from services.gateway.chat import grammars
-from services.gateway.chat.answer import TOOL_CALLS, Job, Scored, TextDelta, collect
-from services.gateway.chat.answer_parser import CallDelta
-from services.gateway.chat.text import Chat, ChatMessage, PastCall, check_message
+from services.gateway.chat.answer_parser import ToolCallDelta
+from services.gateway.chat.choice_request import ChoiceRequest
+from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall, check_message, template_kwargs
+from services.gateway.chat.output_processor import TOOL_CALLS
+from services.gateway.chat.text_delta import ScoredToken, TextDelta, collect
+from services.gateway.chat.token_usage import TokenUsage
 from services.gateway.chat.tools import Tool, ToolMode, ToolUse, parse_arguments
-from services.gateway.errors import ApiError, ApiRefusal, invalid, unexpected
-from services.gateway.generation import (
-    Generation,
-    GenerationRequest,
-    Health,
-    Prompt,
-    Shape,
-    UsageTally,
-    check_request_id,
-    template_kwargs,
-)
+from services.gateway.errors import ApiError, ApiRefusal, client_errors, invalid, unexpected
+from services.gateway.generation import Generation
+from services.gateway.generation_request import AnswerFormat, GenerationRequest, Prompt
+from services.gateway.health import Health
+from services.gateway.request_id import check_request_id
 
 SERVICES = ("", "expertmesh.inference.v1.Inference")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -104,9 +101,9 @@ class InferenceApi:
 
     async def generate(self, request: pb.GenerateRequest, context: RpcContext | None = None) -> pb.GenerateResponse:
         with self._errors(context) as trailers:
-            head, jobs = await self._prepare(request, trailers)
-            choices = await collect(self._generation.stream(jobs, head.request_id), len(jobs))
-            tally = UsageTally(request.sampling.n or 1)
+            head, choice_requests = await self._prepare(request, trailers)
+            choices = await collect(self._generation.stream(choice_requests, head.request_id), len(choice_requests))
+            tally = TokenUsage(request.sampling.n or 1)
             for choice in choices:
                 tally.add(choice)
             trailers.tell("x-expertmesh-cache", choices[0].cache_report)
@@ -118,9 +115,9 @@ class InferenceApi:
         self, request: pb.GenerateRequest, context: RpcContext | None = None
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         with self._errors(context) as trailers:
-            head, jobs = await self._prepare(request, trailers)
-            tally, num_open = UsageTally(request.sampling.n or 1), len(jobs)
-            async with aclosing(self._generation.stream(jobs, head.request_id)) as deltas:
+            head, choice_requests = await self._prepare(request, trailers)
+            tally, num_open = TokenUsage(request.sampling.n or 1), len(choice_requests)
+            async with aclosing(self._generation.stream(choice_requests, head.request_id)) as deltas:
                 async for delta in deltas:
                     if not tally.num_prompt:
                         trailers.tell("x-expertmesh-cache", delta.cache_report)
@@ -142,15 +139,17 @@ class InferenceApi:
             generation, is_chat = self._generation, request.HasField("chat")
             generation.check_model(request.model)
             adds = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
-            token_ids = await generation.tokenize(lambda: _ask_to_tokenize(request), adds)
-            texts = await generation.token_texts(token_ids)
+            with client_errors():
+                token_ids = await generation.tokenize(_tokenize_request(request), adds)
+                texts = await generation.token_texts(token_ids)
             longest = generation.card.max_model_len
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=longest, token_texts=texts)
 
     async def detokenize(self, request: pb.DetokenizeRequest, _: RpcContext | None = None) -> pb.DetokenizeResponse:
         with self._errors():
             self._generation.check_model(request.model)
-            return pb.DetokenizeResponse(text=self._generation.detokenize(list(request.token_ids)))
+            with client_errors():
+                return pb.DetokenizeResponse(text=self._generation.detokenize(list(request.token_ids)))
 
     async def check(self, request: HealthCheckRequest, _: RpcContext | None = None) -> HealthCheckResponse:
         """grpc.health.v1: a degraded server serves."""
@@ -165,13 +164,16 @@ class InferenceApi:
         card = self._generation.card
         return pb.Model(id=card.id, created=card.created, owned_by=card.owned_by, max_model_len=card.max_model_len)
 
-    async def _prepare(self, request: pb.GenerateRequest, trailers: _Trailers) -> tuple[_GrpcReplyHead, list[Job]]:
+    async def _prepare(
+        self, request: pb.GenerateRequest, trailers: _Trailers
+    ) -> tuple[_GrpcReplyHead, list[ChoiceRequest]]:
         generation = self._generation
         generation.check_model(request.model)
         check_request_id(request.request_id, "request_id")
         head = _GrpcReplyHead(request.request_id or f"gen-{uuid.uuid4().hex}", generation.card.id, int(time.time()))
         trailers.tell("x-request-id", head.request_id)
-        return head, await generation.prepare(lambda: [_ask(request)])
+        with client_errors():
+            return head, await generation.prepare([_generation_request(request)])
 
     @contextmanager
     def _errors(self, context: RpcContext | None = None) -> Iterator[_Trailers]:
@@ -186,14 +188,16 @@ class InferenceApi:
             raise GrpcError(known.refusal.grpc_code, known.message) from error
 
 
-def _ask(request: pb.GenerateRequest) -> GenerationRequest:
+def _generation_request(request: pb.GenerateRequest) -> GenerationRequest:
     sampling = _sampling(request.sampling)
     if request.echo and "logprobs" in sampling:
         sampling.setdefault("prompt_logprobs", sampling["logprobs"])
     n = sampling.pop("n", None)
     timeout = request.timeout if request.HasField("timeout") else None
-    use = _use(request.chat) if request.HasField("chat") else ToolUse()
-    return GenerationRequest(_prompt(request), sampling, n, request.echo, _shape(request.response_format), use, timeout)
+    tool_use = _tool_use(request.chat) if request.HasField("chat") else ToolUse()
+    return GenerationRequest(
+        _prompt(request), sampling, n, request.echo, _answer_format(request.response_format), tool_use, timeout
+    )
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:
@@ -203,26 +207,28 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
         case "token_ids":
             return list(request.token_ids.ids)
         case "chat":
-            return _chat(request.chat)
+            return _conversation(request.chat)
     raise invalid("prompt is missing; one of text, token_ids and chat must be set.", "prompt")
 
 
-def _ask_to_tokenize(request: pb.TokenizeRequest) -> GenerationRequest:
+def _tokenize_request(request: pb.TokenizeRequest) -> GenerationRequest:
     match request.WhichOneof("prompt"):
         case "text":
             return GenerationRequest(request.text)
         case "chat":
-            adds = request.add_generation_prompt if request.HasField("add_generation_prompt") else True
-            return GenerationRequest(replace(_chat(request.chat), add_generation_prompt=adds), use=_use(request.chat))
+            conversation = _conversation(request.chat)
+            if request.HasField("add_generation_prompt"):
+                conversation = replace(conversation, add_generation_prompt=request.add_generation_prompt)
+            return GenerationRequest(conversation, tool_use=_tool_use(request.chat))
     raise invalid("prompt is missing; one of text and chat must be set.", "prompt")
 
 
-def _chat(chat: pb.Chat) -> Chat:
+def _conversation(chat: pb.Chat) -> Conversation:
     """Without tools."""
     kwargs = json_format.MessageToDict(chat.template_kwargs) if chat.HasField("template_kwargs") else None
     thinking = chat.enable_thinking if chat.HasField("enable_thinking") else None
     messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(chat.messages))
-    return Chat(messages, template_kwargs=template_kwargs(kwargs, thinking))
+    return Conversation(messages, template_kwargs=template_kwargs(kwargs, thinking))
 
 
 def _message(place: str, message: pb.ChatMessage) -> ChatMessage:
@@ -237,7 +243,7 @@ def _message(place: str, message: pb.ChatMessage) -> ChatMessage:
     return check_message(ChatMessage(message.role, message.content, *fields), place)
 
 
-def _use(chat: pb.Chat) -> ToolUse:
+def _tool_use(chat: pb.Chat) -> ToolUse:
     tools = tuple(_tool(index, tool) for index, tool in enumerate(chat.tools))
     is_named = chat.tool_choice.WhichOneof("choice") == "function"
     if chat.tool_choice.mode not in TOOL_MODES:
@@ -260,18 +266,20 @@ def _tool(index: int, tool: pb.Tool) -> Tool:
     return Tool(tool.name, tool.description, schema, tool.strict)
 
 
-def _shape(asked: pb.ResponseFormat) -> Shape | None:
-    match asked.WhichOneof("format"):
-        case "json_object" if asked.json_object:
-            return Shape(Grammar(GrammarKind.JSON_OBJECT), "response_format")
+def _answer_format(response_format: pb.ResponseFormat) -> AnswerFormat | None:
+    match response_format.WhichOneof("format"):
+        case "json_object" if response_format.json_object:
+            return AnswerFormat(Grammar(GrammarKind.JSON_OBJECT), "response_format")
         case "json_schema":
-            return Shape(Grammar(GrammarKind.JSON_SCHEMA, asked.json_schema), "response_format.json_schema.schema")
+            return AnswerFormat(
+                Grammar(GrammarKind.JSON_SCHEMA, response_format.json_schema), "response_format.json_schema.schema"
+            )
         case "regex":
-            return Shape(Grammar(GrammarKind.REGEX, asked.regex), "structured_outputs.regex")
+            return AnswerFormat(Grammar(GrammarKind.REGEX, response_format.regex), "structured_outputs.regex")
         case "grammar":
-            return Shape(Grammar(GrammarKind.LARK, asked.grammar), "structured_outputs.grammar")
+            return AnswerFormat(Grammar(GrammarKind.LARK, response_format.grammar), "structured_outputs.grammar")
         case "choice":
-            return Shape(grammars.any_of(asked.choice.texts), "structured_outputs.choice")
+            return AnswerFormat(grammars.any_of(response_format.choice.texts), "structured_outputs.choice")
     return None
 
 
@@ -299,11 +307,11 @@ def _choice(delta: TextDelta) -> pb.Choice:
     )
 
 
-def _call(call: CallDelta) -> pb.ToolCall:
+def _call(call: ToolCallDelta) -> pb.ToolCall:
     return pb.ToolCall(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
 
 
-def _scores(scores: Sequence[Scored]) -> list[pb.TokenLogprob]:
+def _scores(scores: Sequence[ScoredToken]) -> list[pb.TokenLogprob]:
     return [
         pb.TokenLogprob(
             token_id=score.token_id,
@@ -317,7 +325,7 @@ def _scores(scores: Sequence[Scored]) -> list[pb.TokenLogprob]:
     ]
 
 
-def _usage(tally: UsageTally) -> pb.Usage:
+def _usage(tally: TokenUsage) -> pb.Usage:
     return pb.Usage(
         prompt_tokens=tally.prompt_tokens,
         completion_tokens=tally.completion_tokens,

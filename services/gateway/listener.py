@@ -31,11 +31,11 @@ from services.gateway.grpc_api import GrpcError, InferenceApi
 Context = grpc.aio.ServicerContext[object, object]
 SERVICES = (pb.DESCRIPTOR.services_by_name["Inference"], health_pb2.DESCRIPTOR.services_by_name["Health"])
 BACKLOG = 2048
-EVERYWHERE = "0.0.0.0"
+ALL_INTERFACES = "0.0.0.0"
 
 
 @dataclass(frozen=True)
-class Listening:
+class ListenerConfig:
     """Where a gateway listens itself; None: only Serve's proxies do. Open streams have `drain_s` when it stops."""
 
     host: str
@@ -47,7 +47,7 @@ class Listening:
 class Listener:
     """`start` and `stop` belong to one event loop. Several gateways of one machine share the ports between them."""
 
-    def __init__(self, where: Listening, rest: FastAPI, api: InferenceApi) -> None:
+    def __init__(self, where: ListenerConfig, rest: FastAPI, api: InferenceApi) -> None:
         self.where, self._rest, self._api = where, rest, api
         self._http: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None

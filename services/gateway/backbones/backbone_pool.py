@@ -17,9 +17,9 @@ from services.engine.contract.errors import EngineFailed
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.contract.token_output import TokenOutput
 from services.gateway.backbones.backbone_stream import CONNECT_TIMEOUT_S, BackboneStream
-from services.gateway.backbones.failover import FailoverStream, OnResumed
+from services.gateway.backbones.failover import OnResumed, ResumableRequest
 from services.gateway.errors import ApiError, ApiRefusal
-from services.gateway.generation import Health
+from services.gateway.health import Health
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,14 @@ MAX_SILENT_ALONE_S = 10.0
 AskStatuses = Callable[[], Awaitable[list[dict[str, Any]]]]  # of every backbone that answers; each names its `endpoint`
 
 
-def whom_to_give_up(silent_s: Mapping[str, float]) -> list[str]:
+def unresponsive_endpoints(silent_s: Mapping[str, float]) -> list[str]:
     """Of backbones with the seconds for which each has been silent: those whose requests are to go on elsewhere."""
     is_one_there = any(seconds < MAX_SILENT_S for seconds in silent_s.values())
     most = MAX_SILENT_S if is_one_there else MAX_SILENT_ALONE_S
     return [endpoint for endpoint, seconds in silent_s.items() if seconds >= most]
 
 
-def _tell_nobody(pause: float | None) -> None: ...
+def _ignore_pause(pause: float | None) -> None: ...
 
 
 class BackbonePool:
@@ -50,7 +50,7 @@ class BackbonePool:
     `on_resumed` is called whenever a request goes on at another backbone than it began at.
     """
 
-    def __init__(self, ask_statuses: AskStatuses, on_resumed: OnResumed = _tell_nobody) -> None:
+    def __init__(self, ask_statuses: AskStatuses, on_resumed: OnResumed = _ignore_pause) -> None:
         self._ask_statuses, self._on_resumed = ask_statuses, on_resumed
         self._streams: dict[str, BackboneStream] = {}
         self._last: tuple[float, list[dict[str, Any]]] = (0.0, [])
@@ -79,7 +79,7 @@ class BackbonePool:
         timeout: float | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
         """Raises what `Engine.generate` raises, and ApiError (UNAVAILABLE) where no backbone answers."""
-        request = FailoverStream(request_id, prompt_token_ids, params, timeout, self._on_resumed)
+        request = ResumableRequest(request_id, prompt_token_ids, params, timeout, self._on_resumed)
         stream = self._least_loaded() or await self._find_one()
         async with aclosing(request.run(stream, self._pick)) as outputs:
             async for output in outputs:
@@ -154,7 +154,7 @@ class BackbonePool:
             for stream in self._streams.values():
                 stream.silent_s += SILENCE_TICK_S
             silent_s = {endpoint: stream.silent_s for endpoint, stream in self._streams.items() if stream.is_open}
-            for endpoint in whom_to_give_up(silent_s):
+            for endpoint in unresponsive_endpoints(silent_s):
                 self._streams[endpoint].give_up(f"nothing was heard of it for {silent_s[endpoint]:.1f} s")
 
     async def _find(self) -> None:

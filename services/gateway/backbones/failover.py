@@ -35,14 +35,14 @@ Pick = Callable[[str, float], Awaitable[BackboneStream | None]]  # not that endp
 
 
 @dataclass(frozen=True)
-class Trials:
+class FailoverBudget:
     """What a request has been through."""
 
     num_losses: int = 0
     num_handovers: int = 0
     num_failures: int = 0
 
-    def after(self, error: BackboneLost | EngineFailed) -> Trials:
+    def after(self, error: BackboneLost | EngineFailed) -> FailoverBudget:
         """Raises ApiError or `error` where that was the last trial."""
         if isinstance(error, EngineFailed):
             if self.num_failures == MAX_FAILURES:
@@ -60,7 +60,7 @@ class Trials:
         return self.num_losses + self.num_handovers + self.num_failures
 
 
-class FailoverStream:
+class ResumableRequest:
     """One request, with what its client has of it."""
 
     def __init__(
@@ -83,7 +83,7 @@ class FailoverStream:
 
     async def run(self, stream: BackboneStream, pick: Pick) -> AsyncGenerator[TokenOutput, None]:
         """Yields outputs as if one backbone had made them. Raises what `Engine.generate` raises, and ApiError."""
-        trials = Trials()
+        trials = FailoverBudget()
         while True:
             try:
                 async with aclosing(self._go_on(stream, trials)) as outputs:
@@ -121,7 +121,7 @@ class FailoverStream:
             raise DeadlinePassed(f"The request's deadline passed after {len(self._sent)} generated tokens.")
         return left
 
-    async def _go_on(self, stream: BackboneStream, trials: Trials) -> AsyncGenerator[TokenOutput, None]:
+    async def _go_on(self, stream: BackboneStream, trials: FailoverBudget) -> AsyncGenerator[TokenOutput, None]:
         # An id of its own for each trial: a backbone that was given up may hold the last one still.
         name = f"{self.request_id}.{trials.number}" if trials.number else self.request_id
         sent = self._sent if trials.number else None

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from services.gateway.chat.text import CALL_END, CALL_START, THINK_END, StopMatcher
-from services.gateway.chat.tools import Tool, argument, is_text, names_of, to_json
+from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END
+from services.gateway.chat.stop_strings import StopMatcher
+from services.gateway.chat.tools import Tool, argument_json, is_string_type, to_json, tools_by_name
 
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 
 @dataclass(frozen=True)
-class CallDelta:
+class ToolCallDelta:
     """A piece of the `index`-th call: its first has id and name, and all pieces of `arguments` make a JSON object."""
 
     index: int
@@ -25,38 +26,45 @@ class CallDelta:
 
 
 @dataclass(frozen=True)
-class Parts:
+class AnswerParts:
     content: str = ""
     reasoning: str = ""
-    calls: tuple[CallDelta, ...] = ()
+    calls: tuple[ToolCallDelta, ...] = ()
 
 
-class _At(Enum):
+class _Section(Enum):
     REASONING = 0
     CONTENT = 1
     CALL = 2
 
 
 class AnswerParser:
-    """One answer.
+    """An `AnswerParser` divides the text of one answer into reasoning, content and tool calls, as the text comes.
 
-    `reasons`: it begins with reasoning, up to `</think>`. With tools, `<tool_call>` opens a call. `is_forced`: a
-    grammar makes calls valid, so they are shown as they come; else a call is shown once it is whole, and what turns out
-    to be none is content, of which nothing is lost. Line ends around `</think>` and calls belong to the markup.
+    - `in_reasoning`: the answer begins with reasoning, which ends at `</think>`.
+    - `tools`: if there are any, `<tool_call>` begins a call.
+    - `is_forced`: a grammar makes every call valid, so a call is shown as it comes. Otherwise a call is shown when it
+      is complete, and text that turns out to be no call becomes content, without a character lost.
+
+    Line ends around `</think>` and around calls belong to the markup and are not shown.
     """
 
     def __init__(
-        self, reasons: bool, tools: Sequence[Tool] = (), is_forced: bool = False, max_calls: int | None = None
+        self,
+        in_reasoning: bool,
+        tools: Sequence[Tool] = (),
+        is_forced: bool = False,
+        max_calls: int | None = None,
     ) -> None:
-        self._tools, self._is_forced, self._max_calls = names_of(tools), is_forced, max_calls
-        self._at = _At.REASONING if reasons else _At.CONTENT
-        self._matcher = StopMatcher([THINK_END] if reasons else self._openings)
-        self._edges = _Edges()
+        self._tools, self._is_forced, self._max_calls = tools_by_name(tools), is_forced, max_calls
+        self._at = _Section.REASONING if in_reasoning else _Section.CONTENT
+        self._matcher = StopMatcher([THINK_END] if in_reasoning else self._openings)
+        self._edges = _LineEndTrimmer()
         self._call: _ToolCallParser | None = None
         self.num_calls = 0
         self._content: list[str] = []
         self._reasoning: list[str] = []
-        self._deltas: list[CallDelta] = []
+        self._deltas: list[ToolCallDelta] = []
 
     @property
     def _openings(self) -> list[str]:
@@ -67,17 +75,17 @@ class AnswerParser:
         """As many calls as are allowed were made."""
         return self._max_calls is not None and self.num_calls >= self._max_calls
 
-    def push(self, text: str) -> Parts:
+    def push(self, text: str) -> AnswerParts:
         while text and not self.is_done:
-            text = self._push_call(text) if self._at is _At.CALL else self._push_text(text)
+            text = self._push_call(text) if self._at is _Section.CALL else self._push_text(text)
         return self._take()
 
-    def finish(self) -> Parts:
+    def finish(self) -> AnswerParts:
         """What was held back; the answer has ended."""
         if self._call is not None:
             self._deltas += self._call.take() if self._is_forced else []
             self._show("" if self._is_forced else self._call.raw)
-        held = self._matcher.flush() if self._at is not _At.CALL and not self.is_done else ""
+        held = self._matcher.flush() if self._at is not _Section.CALL and not self.is_done else ""
         self._show(held)
         if self._edges.is_inside:
             self._book(self._edges.rest())
@@ -89,10 +97,10 @@ class AnswerParser:
         if not is_marked:
             return ""
         rest = self._matcher.flush()
-        if self._at is _At.REASONING:
+        if self._at is _Section.REASONING:
             self._enter_content()
         else:
-            self._at, self._call = _At.CALL, _ToolCallParser(self._tools, self.num_calls)
+            self._at, self._call = _Section.CALL, _ToolCallParser(self._tools, self.num_calls)
         return rest
 
     def _push_call(self, text: str) -> str:
@@ -105,31 +113,31 @@ class AnswerParser:
             self._enter_content()
         elif self._call.is_broken:
             raw, self._call = self._call.raw, None
-            self._at, self._matcher = _At.CONTENT, StopMatcher(self._openings)
+            self._at, self._matcher = _Section.CONTENT, StopMatcher(self._openings)
             # Its opening is content now, and another call may begin in what follows it.
             self._show(CALL_START)
             return raw[len(CALL_START) :] + rest
         return rest
 
     def _enter_content(self) -> None:
-        self._at, self._call = _At.CONTENT, None
-        self._matcher, self._edges = StopMatcher(self._openings), _Edges(is_inside=False)
+        self._at, self._call = _Section.CONTENT, None
+        self._matcher, self._edges = StopMatcher(self._openings), _LineEndTrimmer(is_inside=False)
 
     def _show(self, text: str) -> None:
-        if self._at is _At.REASONING or self._tools or not self._edges.is_inside:
+        if self._at is _Section.REASONING or self._tools or not self._edges.is_inside:
             text = self._edges.push(text)
         self._book(text)
 
     def _book(self, text: str) -> None:
-        (self._reasoning if self._at is _At.REASONING else self._content).append(text)
+        (self._reasoning if self._at is _Section.REASONING else self._content).append(text)
 
-    def _take(self) -> Parts:
-        parts = Parts("".join(self._content), "".join(self._reasoning), tuple(self._deltas))
+    def _take(self) -> AnswerParts:
+        parts = AnswerParts("".join(self._content), "".join(self._reasoning), tuple(self._deltas))
         self._content, self._reasoning, self._deltas = [], [], []
         return parts
 
 
-class _Edges:
+class _LineEndTrimmer:
     """Drops line ends before a text and holds back those that may be its last."""
 
     def __init__(self, is_inside: bool = True) -> None:
@@ -168,7 +176,7 @@ class _ToolCallParser:
     def __init__(self, tools: dict[str, Tool], index: int) -> None:
         self._tools, self._index = tools, index
         self._raw: list[str] = [CALL_START]
-        self._deltas: list[CallDelta] = []
+        self._deltas: list[ToolCallDelta] = []
         self._num_keys = 0
         self.is_whole = self.is_broken = False
         self._enter("call")
@@ -196,13 +204,13 @@ class _ToolCallParser:
         self._raw.append(raw[: len(raw) - len(rest)])
         return rest
 
-    def take(self) -> list[CallDelta]:
+    def take(self) -> list[ToolCallDelta]:
         """Its pieces since the last time, joined to as few as there can be."""
         deltas, self._deltas = self._deltas, []
         arguments = "".join(delta.arguments for delta in deltas)
         if not deltas or not (deltas[0].id or arguments):
             return []
-        return [CallDelta(self._index, deltas[0].id, deltas[0].name, arguments)]
+        return [ToolCallDelta(self._index, deltas[0].id, deltas[0].name, arguments)]
 
     def _enter(self, part: str) -> None:
         self._part, self._matcher = part, StopMatcher(ENDS[part])
@@ -226,7 +234,7 @@ class _ToolCallParser:
             case "value":
                 is_string = self._is_shown_at_once
                 value = text.removeprefix("\n").removesuffix("\n")
-                self._add('"' if is_string else argument(value, self._types))
+                self._add('"' if is_string else argument_json(value, self._types))
                 self._enter("body")
             case "end":
                 self.is_whole = True
@@ -236,7 +244,7 @@ class _ToolCallParser:
             self.is_broken = True
             return
         self._tool = self._tools[name]
-        self._deltas.append(CallDelta(self._index, f"call_{uuid.uuid4().hex[:24]}", name, ""))
+        self._deltas.append(ToolCallDelta(self._index, f"call_{uuid.uuid4().hex[:24]}", name, ""))
         self._enter("body")
 
     def _enter_value(self, key: str) -> None:
@@ -244,7 +252,7 @@ class _ToolCallParser:
         self._add(f"{', ' if self._num_keys else '{'}{to_json(key)}: ")
         self._num_keys += 1
         self._enter("value")
-        self._is_shown_at_once = is_text(self._types)
+        self._is_shown_at_once = is_string_type(self._types)
         if self._is_shown_at_once:
             self._add('"')
             self._is_first, self._held = True, ""
@@ -258,4 +266,4 @@ class _ToolCallParser:
         self._add(to_json(text.removesuffix("\n"))[1:-1])
 
     def _add(self, arguments: str) -> None:
-        self._deltas.append(CallDelta(self._index, "", "", arguments))
+        self._deltas.append(ToolCallDelta(self._index, "", "", arguments))

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.engine.contract.sampling_params import JSON_OPTIONS, Grammar, GrammarKind
-from services.gateway.chat.text import CALL_END, CALL_START, THINK_END, Marker, Tokenizer
-from services.gateway.chat.tools import Tool, ToolUse, is_text
+from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END, Marker
+from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.chat.tools import Tool, ToolUse, is_string_type
 
 MAX_COUNTED_CHARS = 2000  # a longer maxLength is not enforced: counting characters costs a state for each
 TEXT = r"(?s:.*)"
@@ -41,36 +42,36 @@ def any_of(choices: Sequence[str]) -> Grammar:
     return Grammar(GrammarKind.LARK, f"start: {' | '.join(map(json.dumps, choices))}\n")
 
 
-def check(grammar: Grammar, place: str, check_grammar: CheckGrammar) -> None:
-    """Raises ValueError, with the parameter `place` in the sentence, for a grammar that cannot be used."""
+def check(grammar: Grammar, param: str, check_grammar: CheckGrammar) -> None:
+    """Raises ValueError, with the parameter `param` in the sentence, for a grammar that cannot be used."""
     try:
         check_grammar(grammar)
     except ValueError as error:
         reason = str(error).partition(" ")[2]  # after the engine's own name of the parameter
-        raise ValueError(f"{place} {reason}") from error
+        raise ValueError(f"{param} {reason}") from error
 
 
-def compose(answer: Grammar | None, use: ToolUse, reasons: bool, markers: Markers) -> Grammar | None:
+def compose(answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, markers: Markers) -> Grammar | None:
     """One grammar for the whole text: reasoning up to its end, then an answer or calls. None: the text is free.
 
     Where the model may choose between text and calls, calls are held to their schemas if a tool is strict.
     """
-    tools = use.callable_tools
+    tools = tool_use.callable_tools
     is_strict = any(tool.is_strict for tool in tools)
-    if answer is None and not use.is_forced and not is_strict:
+    if answer is None and not tool_use.is_forced and not is_strict:
         return None
-    if answer is not None and not tools and not reasons:
+    if answer is not None and not tools and not in_reasoning:
         return answer
-    rules = list(_call_rules(tools, use.max_calls, markers)) if tools else []
+    rules = list(_call_rules(tools, tool_use.max_calls, markers)) if tools else []
     if answer is not None:
         rules.append(f"answer: {_expression(answer)}")
         start = "answer | calls" if tools else "answer"
-    elif use.is_forced:
+    elif tool_use.is_forced:
         start = "calls"
     else:
         rules += _free_rules(markers.call_start)
         start = "free"
-    if reasons:
+    if in_reasoning:
         rules.append(f"start: {_reasoning(markers.think_end)} GAP ({start})")
         rules += [r"GAP: /\n{0,2}/", _text_up_to("think", markers.think_end)]
     else:
@@ -131,12 +132,12 @@ def _call_rules(tools: Sequence[Tool], max_calls: int | None, markers: Markers) 
 def _function_rules(rule: str, tool: Tool) -> Iterator[str]:
     """Parameters come in the schema's order; those that are not required may be left out."""
     required = tool.parameters.get("required", ())
-    places = [f"{rule}_{n}" + ("" if name in required else "?") for n, name in enumerate(tool.properties)]
+    parts = [f"{rule}_{n}" + ("" if name in required else "?") for n, name in enumerate(tool.properties)]
     if not tool.properties and tool.parameters.get("additionalProperties", bool(tool.parameters)):
-        places = [f"{rule}_any*"]
+        parts = [f"{rule}_any*"]
         yield f'{rule}_any: "<parameter=" /[^<>\\n]+/ ">\\n" {rule}_text "\\n"'
         yield f'{rule}_text[suffix="</parameter>"]: /{TEXT}/'
-    body = " ".join(places)
+    body = " ".join(parts)
     yield f'{rule}: "\\n<function={tool.name}>\\n" {body} "</function>\\n"'
     for n, (name, schema) in enumerate(tool.properties.items()):
         opening = json.dumps(f"<parameter={name}>\n")
@@ -144,7 +145,7 @@ def _function_rules(rule: str, tool: Tool) -> Iterator[str]:
 
 
 def _parameter_rules(rule: str, opening: str, tool: Tool, name: str, schema: Any) -> Iterator[str]:
-    if not is_text(tool.types_of(name)):
+    if not is_string_type(tool.types_of(name)):
         yield f'{rule}: {opening} {_json(_with_definitions(schema, tool))} "\\n</parameter>\\n"'
         return
     values = _string_values(schema)

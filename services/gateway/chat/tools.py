@@ -167,14 +167,14 @@ def _type_of(value: object) -> str:
     return "object"
 
 
-def is_text(types: frozenset[str] | None) -> bool:
+def is_string_type(types: frozenset[str] | None) -> bool:
     """Whether a value of these types is a string in any case: one without a type is."""
     return types is None or types == {"string"}
 
 
-def argument(text: str, types: frozenset[str] | None) -> str:
+def argument_json(text: str, types: frozenset[str] | None) -> str:
     """The JSON of a value that was written as text: a string, unless its type says otherwise and the text allows it."""
-    if is_text(types):
+    if is_string_type(types):
         return to_json(text)
     assert types is not None
     try:
@@ -215,12 +215,12 @@ def parse_arguments(text: str, place: str) -> str:
     return to_json(value)
 
 
-def mode_of(mode: str, place: str = "tool_choice") -> ToolMode:
+def parse_tool_mode(mode: str, place: str = "tool_choice") -> ToolMode:
     if mode not in list(ToolMode):
         allowed = ", ".join(repr(str(known)) for known in ToolMode)
         raise ValueError(f"{place} must be {allowed} or name a function, not {mode!r:.100}.")
     return ToolMode(mode)
 
 
-def names_of(tools: Sequence[Tool]) -> dict[str, Tool]:
+def tools_by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
     return {tool.name: tool for tool in tools}

@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from services.gateway.metrics.prometheus import MetricFamilies, Values
+from services.gateway.metrics.status_collector import StatusCollector, Values
 from services.gateway.metrics.tier_metrics import TierMetrics
 
 ENGINE_GAUGES = {
@@ -36,7 +36,7 @@ ENGINE_COUNTERS = {
 }
 
 
-class _Statuses(MetricFamilies):
+class EngineMetrics(StatusCollector):
     """Every number is told of each backbone by itself: a sum would fall where one of them restarts."""
 
     def collect(self) -> Iterator[Metric]:
@@ -77,6 +77,6 @@ class _Statuses(MetricFamilies):
 def backbone_metrics(model: str, statuses: Sequence[Mapping[str, Any]]) -> bytes:
     """`statuses` as `Backbones.statuses` returns them; the label `backbone` holds the endpoint."""
     registry = CollectorRegistry()
-    registry.register(_Statuses(model, statuses))
+    registry.register(EngineMetrics(model, statuses))
     registry.register(TierMetrics(model, statuses))
     return generate_latest(registry)

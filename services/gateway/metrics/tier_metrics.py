@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeHistogramMetricFamily, GaugeMetricFamily, Metric
 
-from services.gateway.metrics.prometheus import LABELS, MetricFamilies
+from services.gateway.metrics.status_collector import LABELS, StatusCollector
 
 TRAFFIC_COUNTERS = {
     "num_calls": ("expert_calls", "MoE layer calls to the expert tier."),
@@ -72,7 +72,7 @@ def _bound(value: float) -> str:
     return "+Inf" if value == float("inf") else str(value)
 
 
-class TierMetrics(MetricFamilies):
+class TierMetrics(StatusCollector):
     """Nothing where the experts are in the backbone."""
 
     def collect(self) -> Iterator[Metric]:

@@ -9,22 +9,19 @@ A field that is not listed here is refused by name.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, model_validator
 
 from services.engine.contract.sampling_params import MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
 from services.gateway.chat import grammars
-from services.gateway.chat.tools import ToolUse, mode_of
-from services.gateway.errors import ApiError, invalid
-from services.gateway.generation import GenerationRequest, Shape
-from services.gateway.openai.messages import BaseBody, Conversation, NamedTool, only
+from services.gateway.chat.tools import ToolUse, parse_tool_mode
+from services.gateway.errors import invalid
+from services.gateway.generation_request import AnswerFormat, GenerationRequest
+from services.gateway.openai.messages import ConversationBody, NamedTool
+from services.gateway.request_body import BaseBody, only
 
 MAX_PROMPTS = 64  # in one body
-OBJECT = "a JSON object"
 SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias", "grammar"}
 
 
@@ -72,18 +69,18 @@ class StructuredOutputs(BaseBody):
             raise ValueError("must hold exactly one of json, json_object, regex, choice and grammar")
         return self
 
-    def shape(self) -> Shape:
-        place = "structured_outputs"
+    def answer_format(self) -> AnswerFormat:
+        param = "structured_outputs"
         if self.json_ is not None:
             schema = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
-            return Shape(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{place}.json")
+            return AnswerFormat(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{param}.json")
         if self.regex is not None:
-            return Shape(Grammar(GrammarKind.REGEX, self.regex), f"{place}.regex")
+            return AnswerFormat(Grammar(GrammarKind.REGEX, self.regex), f"{param}.regex")
         if self.choice is not None:
-            return Shape(grammars.any_of(self.choice), f"{place}.choice")
+            return AnswerFormat(grammars.any_of(self.choice), f"{param}.choice")
         if self.grammar is not None:
-            return Shape(Grammar(GrammarKind.LARK, self.grammar), f"{place}.grammar")
-        return Shape(Grammar(GrammarKind.JSON_OBJECT), f"{place}.json_object")
+            return AnswerFormat(Grammar(GrammarKind.LARK, self.grammar), f"{param}.grammar")
+        return AnswerFormat(Grammar(GrammarKind.JSON_OBJECT), f"{param}.json_object")
 
 
 class JsonSchema(BaseBody):
@@ -103,12 +100,12 @@ class ResponseFormat(BaseBody):
             raise ValueError("must hold a json_schema if, and only if, its type is 'json_schema'")
         return self
 
-    def shape(self) -> Shape | None:
-        place = "response_format"
+    def answer_format(self) -> AnswerFormat | None:
+        param = "response_format"
         if self.json_schema is not None:
             schema = json.dumps(self.json_schema.schema_)
-            return Shape(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{place}.json_schema.schema")
-        return Shape(Grammar(GrammarKind.JSON_OBJECT), place) if self.type == "json_object" else None
+            return AnswerFormat(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{param}.json_schema.schema")
+        return AnswerFormat(Grammar(GrammarKind.JSON_OBJECT), param) if self.type == "json_object" else None
 
 
 class _RequestBody(BaseBody):
@@ -153,10 +150,10 @@ class _RequestBody(BaseBody):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def shape(self) -> Shape | None:
+    def answer_format(self) -> AnswerFormat | None:
         if self.structured_outputs is not None:
-            return self.structured_outputs.shape()
-        return self.response_format.shape() if self.response_format else None
+            return self.structured_outputs.answer_format()
+        return self.response_format.answer_format() if self.response_format else None
 
     def sampling(self, num_logprobs: int | None) -> dict[str, Any]:
         """The fields of SamplingParams that the client gave."""
@@ -196,19 +193,19 @@ class CompletionBody(_RequestBody):
     def echoes_logprobs(self) -> bool:
         return bool(self.echo) and self.logprobs is not None
 
-    def asks(self) -> list[GenerationRequest]:
+    def requests(self) -> list[GenerationRequest]:
         """Raises ApiError or ValueError."""
-        sampling, shape = self.sampling(self.logprobs), self.shape()
+        sampling, answer_format = self.sampling(self.logprobs), self.answer_format()
         if self.echoes_logprobs:
             sampling.setdefault("prompt_logprobs", self.logprobs)
         prompts = [self.prompt] if _is_one_prompt(self.prompt) else self.prompt
         return [
-            GenerationRequest(prompt, sampling, self.n, self.echo or False, shape, timeout=self.timeout)
+            GenerationRequest(prompt, sampling, self.n, self.echo or False, answer_format, timeout=self.timeout)
             for prompt in prompts
         ]
 
 
-class ChatBody(Conversation, _RequestBody):
+class ChatBody(ConversationBody, _RequestBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -231,15 +228,24 @@ class ChatBody(Conversation, _RequestBody):
     def is_chat(self) -> bool:
         return True
 
-    def asks(self) -> list[GenerationRequest]:
+    def requests(self) -> list[GenerationRequest]:
         """Raises ApiError or ValueError."""
         choice = self.tool_choice
         function = choice.function.name if isinstance(choice, NamedTool) else None
-        mode = mode_of(choice) if isinstance(choice, str) else None
+        mode = parse_tool_mode(choice) if isinstance(choice, str) else None
         tools = tuple(tool.tool() for tool in self.tools or ())
-        use = ToolUse.of(tools, mode, function, self.parallel_tool_calls)
+        tool_use = ToolUse.of(tools, mode, function, self.parallel_tool_calls)
         sampling = self.sampling((self.top_logprobs or 0) if self.logprobs else None)
-        return [GenerationRequest(self.chat(), sampling, self.n, shape=self.shape(), use=use, timeout=self.timeout)]
+        return [
+            GenerationRequest(
+                self.conversation(),
+                sampling,
+                self.n,
+                answer_format=self.answer_format(),
+                tool_use=tool_use,
+                timeout=self.timeout,
+            )
+        ]
 
 
 class TokenizeBody(BaseBody):
@@ -248,20 +254,21 @@ class TokenizeBody(BaseBody):
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
-    def ask(self) -> GenerationRequest:
+    def request(self) -> GenerationRequest:
         return GenerationRequest(self.prompt)
 
 
-class TokenizeChatBody(Conversation):
+class TokenizeChatBody(ConversationBody):
     model: str | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     return_token_strs: bool = False
 
-    def ask(self) -> GenerationRequest:
+    def request(self) -> GenerationRequest:
         """Raises ApiError or ValueError."""
         return GenerationRequest(
-            self.chat(self.add_generation_prompt), use=ToolUse(tuple(tool.tool() for tool in self.tools or ()))
+            self.conversation(self.add_generation_prompt),
+            tool_use=ToolUse(tuple(tool.tool() for tool in self.tools or ())),
         )
 
 
@@ -271,15 +278,6 @@ class DetokenizeBody(BaseBody):
 
 
 Body = CompletionBody | ChatBody
-AnyBody = TypeVar("AnyBody", bound=BaseBody)
-
-
-def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
-    """Raises ApiError with one sentence about the first mistake."""
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        raise _explain(kind, error.errors(include_url=False)) from error
 
 
 def is_chat(data: bytes) -> bool:
@@ -289,75 +287,3 @@ def is_chat(data: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(body, dict) and "messages" in body
-
-
-def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
-    error, expected = _most_telling(kind, errors)
-    place = _walk(kind, error["loc"])
-    path = place.path
-    match error["type"]:
-        case "json_invalid":
-            return invalid(f"The body is not valid JSON: {error['ctx']['error']}.")
-        case "model_type" if not path:
-            return invalid("The body must be a JSON object.")
-        case "extra_forbidden":
-            allowed = ", ".join(sorted(place.fields))
-            return invalid(f"Unknown field {path!r:.100}; the allowed fields are {allowed}.", path, "unknown_parameter")
-        case "missing":
-            return invalid(f"{path} is missing, but required.", path)
-        case "value_error":
-            reason = str(error["ctx"]["error"])
-            return invalid(f"{path} {reason}." if path else reason, path or reason.split()[0])
-        case "model_type" if expected == OBJECT:
-            return invalid(f"{path} must be {OBJECT}.", path)
-    return invalid(f"{path} must be {expected}, not {error['input']!r:.100}.", path)
-
-
-def _most_telling(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[ErrorDetails, str]:
-    """The first error and what was expected; where a value may have several forms, of the form it fails deepest in."""
-    first = errors[0]
-    if not _walk(kind, first["loc"]).is_form:
-        return first, _expected(first)
-    forms = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
-    deepest = max(forms, key=lambda error: len(error["loc"]))
-    if len(deepest["loc"]) > len(first["loc"]):
-        return deepest, _expected(deepest)
-    return first, " or ".join(map(_expected, forms))
-
-
-def _expected(error: ErrorDetails) -> str:
-    if error["type"] in ("model_type", "dict_type"):
-        return OBJECT
-    return error["msg"].removeprefix("Input should be ")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a mistake is: `fields` are those of the object that the last part of `path` is in; `is_form` says that
-    pydantic ended the place with its own name of one form that the value may have."""
-
-    path: str
-    fields: tuple[str, ...]
-    is_form: bool
-
-
-def _walk(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _Place:
-    here: list[Any] = [kind]
-    path, fields, is_form = "", tuple[str, ...](), False
-    for part in loc:
-        is_form = len(here) > 1
-        if is_form:
-            here = [form for form in here if getattr(form, "__name__", "") == part] or [Any]
-            continue
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-        if isinstance(here[0], type) and issubclass(here[0], BaseBody):
-            known = {field.alias or name: field.annotation for name, field in here[0].model_fields.items()}
-            fields, here = tuple(known), _forms(known.get(str(part), Any))
-        else:
-            here = _forms((*get_args(here[0]), Any)[-2 if get_args(here[0]) else 0])  # of a list or an object
-    return _Place(path.lstrip("."), fields, is_form)
-
-
-def _forms(annotation: Any) -> list[Any]:
-    is_union = get_origin(annotation) in (Union, UnionType)
-    return [form for form in get_args(annotation) if form is not NoneType] if is_union else [annotation]

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import BeforeValidator
 
-from services.gateway.chat.text import Chat, ChatMessage, PastCall, check_message
+from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall, check_message, template_kwargs
 from services.gateway.chat.tools import Tool, parse_arguments
-from services.gateway.generation import template_kwargs
-
-
-class BaseBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-def only(*allowed: object) -> AfterValidator:
-    """A field of OpenAI's that may be sent as long as it asks for nothing: any other value is refused by name."""
-    values = " or ".join("null" if value is None else repr(value) for value in allowed)
-
-    def check(value: object) -> object:
-        if value is not None and value not in allowed:
-            raise ValueError(f"must be {values}, because nothing else is supported yet, not {value!r:.100}")
-        return value
-
-    return AfterValidator(check)
+from services.gateway.request_body import BaseBody, only
 
 
 def _join_parts(value: object) -> object:
@@ -89,7 +73,7 @@ class NamedTool(BaseBody):
     function: NamedFunction
 
 
-class Conversation(BaseBody):
+class ConversationBody(BaseBody):
     """What `/v1/chat/completions` and `/tokenize` share."""
 
     messages: list[Message]
@@ -97,11 +81,11 @@ class Conversation(BaseBody):
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def chat(self, add_generation_prompt: bool = True) -> Chat:
+    def conversation(self, add_generation_prompt: bool = True) -> Conversation:
         """Without tools. Raises ApiError or ValueError."""
         messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(self.messages))
         kwargs = template_kwargs(self.chat_template_kwargs, self.enable_thinking)
-        return Chat(messages, template_kwargs=kwargs, add_generation_prompt=add_generation_prompt)
+        return Conversation(messages, template_kwargs=kwargs, add_generation_prompt=add_generation_prompt)
 
 
 def _message(place: str, message: Message) -> ChatMessage:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.gateway.chat.answer import Scored, TextDelta
-from services.gateway.chat.answer_parser import CallDelta
-from services.gateway.generation import UsageTally
+from services.gateway.chat.answer_parser import ToolCallDelta
+from services.gateway.chat.text_delta import ScoredToken, TextDelta
+from services.gateway.chat.token_usage import TokenUsage
 
 COMPLETION, CHAT, CHAT_CHUNK = "text_completion", "chat.completion", "chat.completion.chunk"
 
@@ -33,7 +33,7 @@ class ResponseHead:
         return ENCODE(fields | more)
 
 
-def usage_of(tally: UsageTally) -> dict[str, Any]:
+def usage_of(tally: TokenUsage) -> dict[str, Any]:
     return {
         "prompt_tokens": tally.prompt_tokens,
         "completion_tokens": tally.completion_tokens,
@@ -48,7 +48,7 @@ def cache_header(delta: TextDelta) -> dict[str, str]:
 
 
 def completion(
-    head: ResponseHead, choices: Sequence[TextDelta], tally: UsageTally, echo: bool, tell_prompt: bool
+    head: ResponseHead, choices: Sequence[TextDelta], tally: TokenUsage, echo: bool, tell_prompt: bool
 ) -> str:
     """A whole answer. `echo`: the prompts' logprobs stand before the answers' own."""
     listed = [_completion_choice(choice, echo) for choice in choices]
@@ -62,7 +62,7 @@ def completion_chunk(head: ResponseHead, delta: TextDelta, echo: bool) -> str:
     return head.with_choices(COMPLETION, [_completion_choice(delta, echo)])
 
 
-def chat_completion(head: ResponseHead, choices: Sequence[TextDelta], tally: UsageTally, tell_prompt: bool) -> str:
+def chat_completion(head: ResponseHead, choices: Sequence[TextDelta], tally: TokenUsage, tell_prompt: bool) -> str:
     prompt = {"prompt_logprobs": _prompt_logprobs(choices[0].prompt_logprobs)} if tell_prompt else {}
     return head.with_choices(CHAT, [_chat_choice(choice) for choice in choices], usage=usage_of(tally), **prompt)
 
@@ -84,7 +84,7 @@ def role_chunk(head: ResponseHead, index: int) -> str:
     return head.with_choices(CHAT_CHUNK, [{"index": index, "delta": fields, "logprobs": None, "finish_reason": None}])
 
 
-def usage_chunk(head: ResponseHead, tally: UsageTally, is_chat: bool) -> str:
+def usage_chunk(head: ResponseHead, tally: TokenUsage, is_chat: bool) -> str:
     """The last chunk of a stream that was asked for its usage: no choice, only the numbers."""
     return head.with_choices(CHAT_CHUNK if is_chat else COMPLETION, [], usage=usage_of(tally))
 
@@ -107,13 +107,13 @@ def _chat_choice(delta: TextDelta) -> dict[str, Any]:
     return _choice(delta, "message", message, _chat_logprobs(delta.logprobs))
 
 
-def _call(call: CallDelta) -> dict[str, Any]:
+def _call(call: ToolCallDelta) -> dict[str, Any]:
     if not call.id:
         return {"function": {"arguments": call.arguments}}
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _completion_logprobs(scores: Sequence[Scored]) -> dict[str, Any] | None:
+def _completion_logprobs(scores: Sequence[ScoredToken]) -> dict[str, Any] | None:
     if not scores:
         return None
     return {
@@ -124,30 +124,30 @@ def _completion_logprobs(scores: Sequence[Scored]) -> dict[str, Any] | None:
     }
 
 
-def _by_name(scores: Iterable[Scored]) -> dict[str, float | None]:
+def _by_name(scores: Iterable[ScoredToken]) -> dict[str, float | None]:
     """The token itself is always among them, as OpenAI has it."""
     return {_name(score): score.logprob for score in scores}
 
 
-def _name(score: Scored) -> str:
+def _name(score: ScoredToken) -> str:
     """Half a character's bytes are written out, as OpenAI does, so that different tokens have different names."""
     if "\ufffd" in score.text:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in score.data)
     return score.text
 
 
-def _chat_logprobs(scores: Sequence[Scored]) -> dict[str, Any] | None:
+def _chat_logprobs(scores: Sequence[ScoredToken]) -> dict[str, Any] | None:
     if not scores:
         return None
     content = [{**_chat_score(score), "top_logprobs": list(map(_chat_score, score.top))} for score in scores]
     return {"content": content, "refusal": None}
 
 
-def _chat_score(score: Scored) -> dict[str, Any]:
+def _chat_score(score: ScoredToken) -> dict[str, Any]:
     return {"token": score.text, "logprob": score.logprob, "bytes": list(score.data)}
 
 
-def _prompt_logprobs(scores: Sequence[Scored]) -> list[dict[str, Any] | None]:
+def _prompt_logprobs(scores: Sequence[ScoredToken]) -> list[dict[str, Any] | None]:
     """vLLM's shape: by token id, the prompt's own token among them; null for the first."""
     return [
         None if score.logprob is None else {str(one.token_id): _ranked(one, rank) for one, rank in _ranks(score)}
@@ -155,10 +155,10 @@ def _prompt_logprobs(scores: Sequence[Scored]) -> list[dict[str, Any] | None]:
     ]
 
 
-def _ranks(score: Scored) -> Iterable[tuple[Scored, int]]:
+def _ranks(score: ScoredToken) -> Iterable[tuple[ScoredToken, int]]:
     others = [(one, rank) for rank, one in enumerate(score.top, 1) if one.token_id != score.token_id]
     return [(score, score.rank), *others]
 
 
-def _ranked(score: Scored, rank: int) -> dict[str, Any]:
+def _ranked(score: ScoredToken, rank: int) -> dict[str, Any]:
     return {"logprob": score.logprob, "rank": rank, "decoded_token": score.text}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -12,14 +11,14 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.chat.answer import TextDelta, collect
-from services.gateway.connection import ClientGone, EventStream, read_body, unless_gone
-from services.gateway.errors import ApiError, ApiRefusal, unexpected
-from services.gateway.generation import MAX_REQUEST_ID_LEN, Generation, Health, ModelCard, UsageTally, check_request_id
+from services.gateway.chat.text_delta import TextDelta, collect
+from services.gateway.chat.token_usage import TokenUsage
+from services.gateway.connection import CLIENT_CLOSED_REQUEST, ClientGone, EventStream, read_body, run_while_connected
+from services.gateway.errors import ApiError, ApiRefusal, client_errors, unexpected
+from services.gateway.generation import Generation, ModelCard
+from services.gateway.health import Health
 from services.gateway.openai import response
 from services.gateway.openai.body import (
     Body,
@@ -29,12 +28,12 @@ from services.gateway.openai.body import (
     TokenizeBody,
     TokenizeChatBody,
     is_chat,
-    parse_body,
 )
 from services.gateway.openai.response import ResponseHead
+from services.gateway.request_body import parse_body
+from services.gateway.request_id import RequestIdMiddleware, check_request_id
 
 MAX_BODY_BYTES = 4 * 2**20
-CLIENT_GONE = 499  # nginx's number for it; nobody is there to read it
 DONE = "data: [DONE]\n\n"
 
 HealthCheck = Callable[[], Awaitable[Health]]
@@ -50,7 +49,7 @@ def build_rest(
     """The application; `more_metrics` returns further lines in Prometheus' format, such as the engine's."""
     app = FastAPI(title="Expertmesh", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     surface = Rest(generation, max_body_bytes)
-    app.add_middleware(RequestIds)
+    app.add_middleware(RequestIdMiddleware)
     app.add_api_route("/v1/completions", surface.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", surface.chat_completions, methods=["POST"])
     app.add_api_route("/v1/models", surface.models, methods=["GET"])
@@ -60,27 +59,6 @@ def build_rest(
     _add_operations(app, generation, health, more_metrics)
     _add_error_handlers(app, generation)
     return app
-
-
-class RequestIds:
-    """Middleware: a request's `X-Request-Id`, or one made here, is in `request.state.id` and on the response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
-        scope.setdefault("state", {})["id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id[:MAX_REQUEST_ID_LEN]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
 
 
 class Rest:
@@ -104,8 +82,9 @@ class Rest:
         async def answer(data: bytes) -> Response:
             body = parse_body(TokenizeChatBody, data) if is_chat(data) else parse_body(TokenizeBody, data)
             self._generation.check_model(body.model)
-            token_ids = await self._generation.tokenize(body.ask, body.add_special_tokens)
-            shown = await self._generation.token_texts(token_ids) if body.return_token_strs else None
+            with client_errors():
+                token_ids = await self._generation.tokenize(body.request(), body.add_special_tokens)
+                shown = await self._generation.token_texts(token_ids) if body.return_token_strs else None
             longest = self._generation.card.max_model_len
             fields = {"count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown}
             return JSONResponse(fields)
@@ -116,7 +95,8 @@ class Rest:
         async def answer(data: bytes) -> Response:
             body = parse_body(DetokenizeBody, data)
             self._generation.check_model(body.model)
-            return JSONResponse({"prompt": self._generation.detokenize(body.tokens)})
+            with client_errors():
+                return JSONResponse({"prompt": self._generation.detokenize(body.tokens)})
 
         return await self._with_body(request, answer)
 
@@ -124,32 +104,33 @@ class Rest:
         try:
             return await answer(await read_body(request, self._max_body_bytes))
         except ClientGone:
-            return Response(status_code=CLIENT_GONE)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     async def _answer(self, request: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
         check_request_id(request.state.id, "X-Request-Id")
 
         async def answer(data: bytes) -> Response:
             body = parse_body(kind, data)
-            return await unless_gone(request.receive, self._respond(body, request.state.id))
+            return await run_while_connected(request.receive, self._respond(body, request.state.id))
 
         return await self._with_body(request, answer)
 
     async def _respond(self, body: Body, request_id: str) -> Response:
         generation = self._generation
         generation.check_model(body.model)
-        jobs = await generation.prepare(body.asks)
+        with client_errors():
+            choice_requests = await generation.prepare(body.requests())
         head = ResponseHead(
             f"{'chatcmpl' if body.is_chat else 'cmpl'}-{request_id}", int(time.time()), generation.card.id
         )
-        deltas = generation.stream(jobs, head.id)
+        deltas = generation.stream(choice_requests, head.id)
         if body.stream:
             # The status line waits for the first token, because a refusal by the engine needs its own.
             first = await anext(deltas)
             events = self._events(head, body, first, deltas)
             return EventStream(events, response.cache_header(first))
-        choices = await collect(deltas, len(jobs))
-        tally = UsageTally(body.n or 1)
+        choices = await collect(deltas, len(choice_requests))
+        tally = TokenUsage(body.n or 1)
         for choice in choices:
             tally.add(choice)
         text = _whole(head, body, choices, tally)
@@ -158,7 +139,7 @@ class Rest:
     async def _events(
         self, head: ResponseHead, body: Body, first: TextDelta, deltas: AsyncGenerator[TextDelta, None]
     ) -> AsyncGenerator[str, None]:
-        tally, is_open = UsageTally(body.n or 1), set[int]()
+        tally, is_open = TokenUsage(body.n or 1), set[int]()
         try:
             async with aclosing(deltas):
                 delta: TextDelta | None = first
@@ -178,7 +159,7 @@ class Rest:
         yield DONE
 
 
-def _whole(head: ResponseHead, body: Body, choices: list[TextDelta], tally: UsageTally) -> str:
+def _whole(head: ResponseHead, body: Body, choices: list[TextDelta], tally: TokenUsage) -> str:
     tells_prompt = body.prompt_logprobs is not None
     if isinstance(body, ChatBody):
         return response.chat_completion(head, choices, tally, tells_prompt)

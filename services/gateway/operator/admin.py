@@ -17,14 +17,12 @@ from pydantic import Field
 from starlette.responses import Response
 
 from cluster.control.operator_orders import MAX_SHARDS
-from services.gateway.connection import ClientGone, read_body
+from services.gateway.connection import CLIENT_CLOSED_REQUEST, ClientGone, read_body
 from services.gateway.errors import ApiError, ApiRefusal, invalid
-from services.gateway.openai.body import parse_body
-from services.gateway.openai.messages import BaseBody
 from services.gateway.operator.operations import Operations
+from services.gateway.request_body import BaseBody, parse_body
 
 MAX_BODY_BYTES = 64 << 10
-CLIENT_GONE = 499
 MAX_LISTED = 1000
 Who = Annotated[str, Field(max_length=128)]
 
@@ -87,7 +85,7 @@ class Admin:
             try:
                 return JSONResponse(await answer(self._operations, request))
             except ClientGone:
-                return Response(status_code=CLIENT_GONE)
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
 
         return route
 

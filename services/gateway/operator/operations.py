@@ -24,7 +24,7 @@ Trace = Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
-class Tier:
+class ExpertTier:
     """What there is to operate: the experts of each layer, the pools, and the two who can be asked.
 
     `pools` says how many shards each may have, from and to. `preview` tells the controller's plan; `trace` has every
@@ -48,7 +48,7 @@ def _plain_refusals() -> Iterator[None]:
 class Operations:
     """Every method may raise ApiError. Orders are idempotent: giving one again replaces it."""
 
-    def __init__(self, tier: Tier, registry: RegistryStore, loads: LoadStore) -> None:
+    def __init__(self, tier: ExpertTier, registry: RegistryStore, loads: LoadStore) -> None:
         self.tier, self._registry, self._loads = tier, registry, loads
 
     async def drain(self, shard_id: str, by: str) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import openai
 import pytest
 
 from services.engine.grammar.compiled_grammar import GrammarCompiler
-from services.gateway.chat.text import Tokenizer
-from services.gateway.generation import Generation, Health, ModelCard
+from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.generation import Generation, ModelCard
+from services.gateway.health import Health
 from services.gateway.openai.rest import build_rest
 from tests.services.gateway.echo import EOS, EchoSource, save_tokenizer, serving
 

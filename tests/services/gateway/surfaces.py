@@ -22,10 +22,11 @@ from protos.expertmesh.inference.v1 import inference_pb2_grpc
 from services.engine.backbone import Backbone, BackboneConfig
 from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.engine.memory import plan_memory
-from services.gateway.chat.text import Tokenizer
-from services.gateway.generation import Generation, Health, ModelCard, TokenSource
+from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.generation import Generation, ModelCard, TokenSource
 from services.gateway.grpc_api import InferenceApi
-from services.gateway.listener import Listener, Listening
+from services.gateway.health import Health
+from services.gateway.listener import Listener, ListenerConfig
 from services.gateway.openai.rest import build_rest
 from tests.services.application import free_port
 
@@ -71,7 +72,7 @@ def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Clie
     async def health() -> Health:
         return Health(is_ready=True)
 
-    where = Listening("127.0.0.1", free_port(), free_port())
+    where = ListenerConfig("127.0.0.1", free_port(), free_port())
     listener = Listener(where, build_rest(generation, health), InferenceApi(generation, health))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)

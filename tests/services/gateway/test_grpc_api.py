@@ -10,8 +10,9 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.engine.contract.errors import EngineOverloaded
 from services.engine.contract.sampling_params import SamplingParams
-from services.gateway.generation import Generation, Health
+from services.gateway.generation import Generation
 from services.gateway.grpc_api import GrpcError, InferenceApi
+from services.gateway.health import Health
 from tests.services.gateway.echo import EchoSource
 
 

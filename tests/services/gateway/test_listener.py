@@ -13,16 +13,17 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from protos.expertmesh.inference.v1 import inference_pb2_grpc
-from services.gateway.generation import Generation, Health
+from services.gateway.generation import Generation
 from services.gateway.grpc_api import InferenceApi
-from services.gateway.listener import SERVICES, Listener, Listening, grpc_handlers
+from services.gateway.health import Health
+from services.gateway.listener import SERVICES, Listener, ListenerConfig, grpc_handlers
 from services.gateway.openai.rest import build_rest
 from tests.services.application import free_port
 from tests.services.gateway.echo import EchoSource
 
 
 @contextlib.asynccontextmanager
-async def listening(generation: Generation, where: Listening) -> AsyncIterator[Listener]:
+async def listening(generation: Generation, where: ListenerConfig) -> AsyncIterator[Listener]:
     async def health() -> Health:
         return Health(is_ready=True)
 
@@ -43,7 +44,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 def test_both_surfaces_answer_on_their_ports(generation: Generation) -> None:
     async def test() -> None:
-        where = Listening("127.0.0.1", free_port(), free_port())
+        where = ListenerConfig("127.0.0.1", free_port(), free_port())
         async with listening(generation, where) as listener, httpx.AsyncClient() as http:
             assert listener.is_healthy
             answer = await http.post(
@@ -69,7 +70,7 @@ def test_both_surfaces_answer_on_their_ports(generation: Generation) -> None:
 
 def test_a_refusal_has_its_code_and_sentence(generation: Generation) -> None:
     async def test() -> None:
-        where = Listening("127.0.0.1", grpc_port=free_port())
+        where = ListenerConfig("127.0.0.1", grpc_port=free_port())
         async with listening(generation, where), grpc.aio.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel:
             stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
             request = pb.GenerateRequest(text="a", model="gpt")
@@ -85,7 +86,7 @@ def test_a_client_that_goes_away_frees_its_request(generation: Generation, sourc
     source.pause = 0.01
 
     async def test() -> None:
-        where = Listening("127.0.0.1", free_port(), free_port())
+        where = ListenerConfig("127.0.0.1", free_port(), free_port())
         body = {"prompt": "hello", "max_tokens": 50, "ignore_eos": True, "stream": True}
         async with listening(generation, where):
             async with (
@@ -111,7 +112,7 @@ def test_a_client_that_goes_away_frees_its_request(generation: Generation, sourc
 
 def test_a_grpc_server_that_ended_is_not_healthy(generation: Generation) -> None:
     async def test() -> None:
-        async with listening(generation, Listening("127.0.0.1", grpc_port=free_port())) as listener:
+        async with listening(generation, ListenerConfig("127.0.0.1", grpc_port=free_port())) as listener:
             assert listener.is_healthy
             assert listener._grpc is not None
             await listener._grpc.stop(None)
@@ -129,7 +130,7 @@ def test_every_rpc_is_served() -> None:
 
 def test_several_gateways_of_a_machine_share_a_port(generation: Generation) -> None:
     async def test() -> None:
-        where = Listening("127.0.0.1", free_port(), free_port())
+        where = ListenerConfig("127.0.0.1", free_port(), free_port())
         async with listening(generation, where), listening(generation, where), httpx.AsyncClient() as http:
             assert (await http.get(f"http://127.0.0.1:{where.http_port}/v1/models")).status_code == 200
 
@@ -162,7 +163,7 @@ def test_open_streams_end_normally_within_the_time_to_drain(
         return found
 
     async def test() -> None:
-        where = Listening("127.0.0.1", free_port(), free_port(), drain_s)
+        where = ListenerConfig("127.0.0.1", free_port(), free_port(), drain_s)
         async with listening(generation, where) as listener, httpx.AsyncClient() as http:
             assert where.http_port is not None
             assert where.grpc_port is not None

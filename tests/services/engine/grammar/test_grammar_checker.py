@@ -11,9 +11,10 @@ import pytest
 
 from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.grammar.grammar_checker import NUM_PROCESSES, GrammarChecker, _CheckerProcess
-from services.gateway.chat.text import Tokenizer
-from services.gateway.errors import ApiError, ApiRefusal
-from services.gateway.generation import Generation, GenerationRequest, ModelCard, Shape
+from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.errors import ApiError, ApiRefusal, client_errors
+from services.gateway.generation import Generation, ModelCard
+from services.gateway.generation_request import AnswerFormat, GenerationRequest
 from tests.services.demo import MODEL
 from tests.services.gateway.echo import EchoSource
 
@@ -86,12 +87,17 @@ def test_a_process_that_died_is_replaced() -> None:
 def test_the_client_is_told_and_prompts_are_prepared_meanwhile(
     checker: GrammarChecker, source: EchoSource, tokenizer: Tokenizer
 ) -> None:
+    async def prepare(generation: Generation, request: GenerationRequest) -> None:
+        with client_errors():
+            await generation.prepare([request])
+
     async def test() -> None:
         generation = Generation(source, tokenizer, ModelCard("echo", 10**6, 1), checker.check)
-        asks = [GenerationRequest("a", shape=Shape(slow(n), "structured_outputs.grammar")) for n in range(5)]
-        slow_ones = [asyncio.create_task(generation.prepare(lambda ask=ask: [ask])) for ask in asks]  # type: ignore[misc]
+        formats = [AnswerFormat(slow(n), "structured_outputs.grammar") for n in range(5)]
+        requests = [GenerationRequest("a", answer_format=answer_format) for answer_format in formats]
+        slow_ones = [asyncio.create_task(prepare(generation, request)) for request in requests]
         await asyncio.sleep(0.1)
-        await generation.prepare(lambda: [GenerationRequest("a" * 100_000)])
+        await prepare(generation, GenerationRequest("a" * 100_000))
         assert not any(task.done() for task in slow_ones)
         for refused in await asyncio.gather(*slow_ones, return_exceptions=True):
             assert isinstance(refused, ApiError)

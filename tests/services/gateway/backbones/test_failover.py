@@ -15,10 +15,10 @@ from services.engine.contract.sampling_params import SamplingParams
 from services.engine.contract.token_output import TokenOutput
 from services.engine.server import EngineServer
 from services.gateway.backbones import backbone_pool
-from services.gateway.backbones.backbone_pool import BackbonePool, whom_to_give_up
+from services.gateway.backbones.backbone_pool import BackbonePool, unresponsive_endpoints
 from services.gateway.backbones.failover import MAX_HANDOVERS, MAX_LOSSES
 from services.gateway.errors import ApiError, ApiRefusal
-from services.gateway.metrics.metrics import Metrics
+from services.gateway.metrics.request_metrics import RequestMetrics
 from tests.services.gateway.backbones.test_backbone_pool import ENDLESS, Fleet, run, until
 from tests.services.gateway.echo import EchoSource
 
@@ -247,10 +247,10 @@ def test_a_silent_backbone_is_given_up_where_another_answers(monkeypatch: pytest
 
 
 def test_who_is_given_up() -> None:
-    assert whom_to_give_up({}) == []
-    assert whom_to_give_up({"a": 0.0, "b": 0.9, "c": 1.0, "d": 30.0}) == ["c", "d"]
-    assert whom_to_give_up({"a": 1.5, "b": 9.9}) == [], "there is nowhere to go"
-    assert whom_to_give_up({"a": 1.5, "b": 10.0}) == ["b"]
+    assert unresponsive_endpoints({}) == []
+    assert unresponsive_endpoints({"a": 0.0, "b": 0.9, "c": 1.0, "d": 30.0}) == ["c", "d"]
+    assert unresponsive_endpoints({"a": 1.5, "b": 9.9}) == [], "there is nowhere to go"
+    assert unresponsive_endpoints({"a": 1.5, "b": 10.0}) == ["b"]
 
 
 def test_a_busy_backbone_is_not_silent() -> None:
@@ -266,7 +266,7 @@ def test_a_busy_backbone_is_not_silent() -> None:
 
 
 def test_resumed_requests_are_counted() -> None:
-    metrics = Metrics("m")
+    metrics = RequestMetrics("m")
     for pause in (0.3, None):
         metrics.count_resumed(pause)
     text = metrics.to_text().decode()

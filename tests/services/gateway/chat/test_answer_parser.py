@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.chat.answer_parser import AnswerParser, Parts
+from services.gateway.chat.answer_parser import AnswerParser, AnswerParts
 from tests.services.gateway.weather import ANY, ARGUMENTS, CALL, CALL_NOW, NOW, WEATHER
 
 TOOLS = (WEATHER, NOW, ANY)
@@ -20,7 +20,7 @@ Split = tuple[str, str, list[tuple[str, str]]]
 def split(pieces: list[str], **kind: Any) -> Split:
     """Content, reasoning, and (name, arguments) of each call."""
     splitter = AnswerParser(**kind)
-    parts: list[Parts] = [*(splitter.push(piece) for piece in pieces), splitter.finish()]
+    parts: list[AnswerParts] = [*(splitter.push(piece) for piece in pieces), splitter.finish()]
     calls: dict[int, tuple[str, str]] = {}
     for delta in (delta for part in parts for delta in part.calls):
         assert delta.id or delta.arguments, "no piece is empty"
@@ -48,7 +48,7 @@ def split_anyhow(text: str, **kind: Any) -> Split:
 @pytest.mark.parametrize("is_forced", [False, True])
 def test_reasoning_content_and_calls(is_forced: bool) -> None:
     text = f"Hm.\n\n</think>\n\nLook:\n{CALL}\n{CALL_NOW}\n"
-    content, reasoning, calls = split_anyhow(text, reasons=True, tools=TOOLS, is_forced=is_forced)
+    content, reasoning, calls = split_anyhow(text, in_reasoning=True, tools=TOOLS, is_forced=is_forced)
     assert (content, reasoning) == ("Look:", "Hm.")
     assert [name for name, _ in calls] == ["get_weather", "now"]
     assert [json.loads(arguments) for _, arguments in calls] == [ARGUMENTS, {}]
@@ -68,7 +68,7 @@ def test_reasoning_content_and_calls(is_forced: bool) -> None:
 )
 def test_texts_without_calls(text: str, reasons: bool, has_tools: bool, content: str, reasoning: str) -> None:
     tools = TOOLS if has_tools else ()
-    assert split_anyhow(text, reasons=reasons, tools=tools) == (content, reasoning, [])
+    assert split_anyhow(text, in_reasoning=reasons, tools=tools) == (content, reasoning, [])
 
 
 @pytest.mark.parametrize(
@@ -84,17 +84,22 @@ def test_texts_without_calls(text: str, reasons: bool, has_tools: bool, content:
     ],
 )
 def test_what_is_no_call_is_content_and_nothing_is_lost(text: str) -> None:
-    assert split_anyhow(text, reasons=False, tools=TOOLS) == (text, "", [])
+    assert split_anyhow(text, in_reasoning=False, tools=TOOLS) == (text, "", [])
 
 
 def test_a_call_after_a_broken_one() -> None:
-    assert split_anyhow("<tool_call>" + CALL_NOW, reasons=False, tools=TOOLS) == ("<tool_call>", "", [("now", "{}")])
-    content, _, calls = split_anyhow(f"{CALL_NOW}\ntail\n", reasons=False, tools=TOOLS)
+    after = split_anyhow("<tool_call>" + CALL_NOW, in_reasoning=False, tools=TOOLS)
+    assert after == (
+        "<tool_call>",
+        "",
+        [("now", "{}")],
+    )
+    content, _, calls = split_anyhow(f"{CALL_NOW}\ntail\n", in_reasoning=False, tools=TOOLS)
     assert (content, calls) == ("tail\n", [("now", "{}")])
 
 
 def test_a_forced_call_that_is_cut_off_shows_what_there_is() -> None:
-    _, _, calls = split_anyhow(CALL[: CALL.index(" <b>")], reasons=False, tools=TOOLS, is_forced=True)
+    _, _, calls = split_anyhow(CALL[: CALL.index(" <b>")], in_reasoning=False, tools=TOOLS, is_forced=True)
     assert calls == [("get_weather", '{"city": "Paris')]
 
 
@@ -109,7 +114,7 @@ def test_after_the_last_allowed_call_nothing_is_read() -> None:
     splitter = AnswerParser(False, TOOLS, max_calls=1)
     assert len(splitter.push(f"{CALL_NOW}\n{CALL_NOW} tail").calls) == 1
     assert splitter.is_done
-    assert splitter.finish() == Parts()
+    assert splitter.finish() == AnswerParts()
 
 
 def test_splitting_is_linear() -> None:

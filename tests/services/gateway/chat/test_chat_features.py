@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from services.engine.contract.sampling_params import GrammarKind
-from services.gateway.chat.text import Tokenizer
+from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.generation import derived_seed
 from tests.services.gateway.echo import EchoSource
 from tests.services.gateway.weather import ARGUMENTS, CALL, CALL_NOW, NOW, WEATHER

@@ -14,7 +14,7 @@ from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.gateway.chat import grammars
 from services.gateway.chat.grammars import Markers
-from services.gateway.chat.text import Tokenizer
+from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.chat.tools import ToolMode, ToolUse
 from tests.services.gateway.weather import ANY, CALL, CALL_ANY, CALL_NOW, NOW, WEATHER
 

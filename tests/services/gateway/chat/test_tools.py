@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.chat.tools import Tool, argument
+from services.gateway.chat.tools import Tool, argument_json
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ from services.gateway.chat.tools import Tool, argument
 def test_arguments_have_the_types_of_the_schema(schema: Any, text: str, expected: str) -> None:
     definitions = {"flag": {"type": "boolean"}, "loop": {"$ref": "#/$defs/loop"}}
     tool = Tool("f", parameters={"type": "object", "properties": {"x": schema}, "$defs": definitions})
-    assert argument(text, tool.types_of("x")) == expected
+    assert argument_json(text, tool.types_of("x")) == expected
 
 
 @pytest.mark.parametrize(

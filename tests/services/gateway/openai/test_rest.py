@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
-from services.gateway.generation import Generation, Health
+from services.gateway.generation import Generation
+from services.gateway.health import Health
 from tests.services.gateway.conftest import MAX_BODY_BYTES
 from tests.services.gateway.echo import EchoSource
 

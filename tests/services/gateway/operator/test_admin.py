@@ -19,10 +19,11 @@ from cluster.control.load_store import LoadStore
 from cluster.control.registry import Registry, connect
 from cluster.placement.planner import plan
 from cluster.topology import LayerSpec, Placement, Shard
-from services.gateway.generation import Generation, Health
+from services.gateway.generation import Generation
+from services.gateway.health import Health
 from services.gateway.openai.rest import build_rest
 from services.gateway.operator.admin import add_admin
-from services.gateway.operator.operations import Operations, Tier
+from services.gateway.operator.operations import ExpertTier, Operations
 from tests.services.gateway.echo import serving
 
 KEY = "the key of this test"
@@ -100,7 +101,7 @@ def serve(generation: Generation, key: str | None, fleet: Fleet | None) -> Any:
         add_admin(app, key, None)
         return serving(app)
     registry, loads = fleet.registry(), LoadStore(connect(fleet.redis_url), fleet.model)
-    tier = Tier(LAYERS, {"experts-cpu": (1, 5), "experts-gpu": (2, 2)}, fleet.preview, fleet.trace)
+    tier = ExpertTier(LAYERS, {"experts-cpu": (1, 5), "experts-gpu": (2, 2)}, fleet.preview, fleet.trace)
     add_admin(app, key, Operations(tier, registry, loads))
 
     @asynccontextmanager

@@ -14,7 +14,7 @@ from cluster.control.registry_store import HEARTBEAT_TTL_S
 from cluster.dispatch.call_policy import Traffic
 from cluster.topology import Placement
 from services.engine.tier_watch import TierWatch
-from services.gateway.metrics.prometheus import LABELS
+from services.gateway.metrics.status_collector import LABELS
 from services.gateway.metrics.tier_metrics import RELATIVE_LOADS, TierMetrics, relative
 from services.gateway.operator.degraded import degraded_report
 

@@ -13,7 +13,7 @@ Values = Mapping[str, Mapping[str, Any]]  # of each backbone, by endpoint
 Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
 
-class MetricFamilies(Collector):
+class StatusCollector(Collector):
     """Every number is told of each backbone by itself: a sum would fall where one of them restarts."""
 
     def __init__(self, model: str, statuses: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from services.gateway.chat.answer import TextDelta
+from services.gateway.chat.text_delta import TextDelta
 
 log = logging.getLogger("expertmesh.requests")  # one JSON object a line
 
@@ -30,7 +30,7 @@ REQUEST_BUCKETS = (
 LENGTH_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2, 5))
 
 
-class Metrics:
+class RequestMetrics:
     """One model's counters in their own registry, so that two gateways in one process do not collide."""
 
     def __init__(self, model: str) -> None:
@@ -116,7 +116,7 @@ class Metrics:
 class RequestClock:
     """The times and tokens of one choice."""
 
-    def __init__(self, metrics: Metrics, request_id: str, index: int) -> None:
+    def __init__(self, metrics: RequestMetrics, request_id: str, index: int) -> None:
         self._metrics, self._start = metrics, time.perf_counter()
         self._request_id, self._index = request_id, index
         self._first: float | None = None

@@ -17,7 +17,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class BoundedThreads:
+class BoundedThreadPool:
     """BoundedThreads of their own, because asyncio's line before its default ones has no end."""
 
     def __init__(self, num_threads: int = NUM_THREADS, max_open: int = MAX_OPEN) -> None:

@@ -1,0 +1,128 @@
+"""One choice of an answer on its way from tokens to what the client is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
+from services.gateway.chat.answer_parser import AnswerParser, AnswerParts, ToolCallDelta
+from services.gateway.chat.choice_request import ChoiceRequest
+from services.gateway.chat.detokenizer import Detokenizer
+from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END
+from services.gateway.chat.stop_strings import StopMatcher
+from services.gateway.chat.text_delta import ScoredToken, TextDelta
+from services.gateway.chat.tokenizer import Tokenizer
+
+TOOL_CALLS = "tool_calls"  # the finish reason of an answer that calls tools, OpenAI's
+FLOOR = -9999.0  # stands for a logarithm of probability 0, as JSON has no infinity
+
+
+class OutputProcessor:
+    """Text, reasoning, tool calls and logprobs of one choice.
+
+    Like stop tokens, stop strings count only after `min_tokens` tokens. A stop token has no text and no logprob; the
+    tokens of a stop string have logprobs although their text is not shown.
+    """
+
+    def __init__(self, index: int, request: ChoiceRequest, tokenizer: Tokenizer) -> None:
+        self._index, self._request, self._tokenizer = index, request, tokenizer
+        self._num_tokens = self._num_chars = 0
+        self._stops = StopMatcher(request.params.stop)
+        tool_use, tools = request.tool_use, request.tool_use.callable_tools
+        self._parser = AnswerParser(request.in_reasoning, tools, tool_use.is_forced, tool_use.max_calls)
+        names = [*([THINK_END] if request.in_reasoning else []), *([CALL_START, CALL_END] if tools else [])]
+        self._detokenizer = Detokenizer(tokenizer.token_bytes, map(tokenizer.marker, names))
+        self._is_first = True
+
+    def push(self, output: TokenOutput) -> TextDelta:
+        """The last delta has a finish reason, which a stop string or the last call may give before the engine does."""
+        if not self._is_first:
+            return self._delta(output)
+        self._is_first = False
+        prompt_logprobs = tuple(self._scored_prompt(output))
+        echo = self._request.echo or ""
+        self._num_chars += len(echo)
+        if self._request.is_prompt_only:
+            delta = TextDelta(self._index, "", (), FinishReason.LENGTH, output.num_prompt, 0)
+            delta = replace(delta, num_cached=output.num_cached, cache_reason=output.cache_reason)
+        else:
+            delta = self._delta(output)
+        return replace(delta, text=echo + delta.text, prompt_logprobs=prompt_logprobs)
+
+    def _delta(self, output: TokenOutput) -> TextDelta:
+        # A stop token is the last id of its output and no part of the text.
+        num_shown = len(output.token_ids) - (output.finish_reason is FinishReason.STOP)
+        first = self._num_tokens
+        parts: list[AnswerParts] = []
+        scored: list[ScoredToken] = []
+        token_ids, reason = output.token_ids, output.finish_reason
+        for n, token_id in enumerate(output.token_ids[:num_shown]):
+            if output.logprobs:
+                scored.append(self._scored(output.logprobs[n], self._num_chars))
+            part, is_over = self._push_token(token_id)
+            parts.append(part)
+            if is_over:
+                token_ids, reason = output.token_ids[: n + 1], FinishReason.STOP
+                break
+        is_cut = len(token_ids) < len(output.token_ids) or reason is not output.finish_reason
+        if reason:
+            parts += [] if is_cut else [self._parser.push(self._stops.flush())]
+            parts.append(self._parser.finish())
+        is_call = reason is FinishReason.STOP and self._parser.num_calls > 0
+        return TextDelta(
+            self._index,
+            "".join(part.content for part in parts),
+            token_ids,
+            TOOL_CALLS if is_call else reason,
+            output.num_prompt,
+            first + len(token_ids) if is_cut else output.num_generated,
+            "".join(part.reasoning for part in parts),
+            _joined([call for part in parts for call in part.calls]),
+            tuple(scored),
+            (),
+            output.num_cached,
+            output.cache_reason,
+        )
+
+    def _push_token(self, token_id: int) -> tuple[AnswerParts, bool]:
+        self._num_tokens += 1
+        text = self._detokenizer.push(token_id)
+        self._num_chars += len(text)
+        is_stopped = False
+        if self._num_tokens > self._request.params.min_tokens:
+            text, is_stopped = self._stops.push(text)
+        parts = self._parser.push(text)
+        return parts, is_stopped or self._parser.is_done
+
+    def _scored_prompt(self, output: TokenOutput) -> Iterator[ScoredToken]:
+        spelling = self._tokenizer.spelling
+        # Echo shows special tokens by their names, but not those that the tokenizer itself put before a text.
+        detokenizer = Detokenizer(self._tokenizer.token_bytes, self._tokenizer.special_markers)
+        echo, whole = self._request.echo, self._tokenizer.decode(self._request.prompt_token_ids)
+        position = 0 if echo is None else min(0, len(echo) - len(whole))
+        for token_id, score in zip(self._request.prompt_token_ids, output.prompt_logprobs, strict=False):
+            offset = max(0, position)
+            yield (
+                ScoredToken(token_id, spelling(token_id), offset=offset)
+                if score is None
+                else self._scored(score, offset)
+            )
+            position += len(detokenizer.push(token_id))
+
+    def _scored(self, score: TokenLogprob, offset: int) -> ScoredToken:
+        spelling = self._tokenizer.spelling
+        top = tuple(ScoredToken(token_id, spelling(token_id), max(value, FLOOR)) for token_id, value in score.top)
+        return ScoredToken(score.token_id, spelling(score.token_id), max(score.logprob, FLOOR), score.rank, top, offset)
+
+
+def _joined(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+    """Neighbouring pieces of one call as one."""
+    joined: list[ToolCallDelta] = []
+    for delta in deltas:
+        if joined and joined[-1].index == delta.index:
+            last = joined[-1]
+            joined[-1] = replace(last, arguments=last.arguments + delta.arguments)
+        else:
+            joined.append(delta)
+    return tuple(joined)

@@ -1,0 +1,39 @@
+"""The token counts of one request, for the `usage` of its response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.gateway.chat.text_delta import TextDelta
+
+
+@dataclass
+class TokenUsage:
+    """A `TokenUsage` adds up the tokens of one request with `n` choices for each prompt.
+
+    A prompt counts once, however many choices it has; the generated tokens of all choices count.
+    """
+
+    n: int  # choices of each prompt
+    num_prompt: dict[int, int] = field(default_factory=dict)  # tokens by index of the prompt
+    num_cached: dict[int, int] = field(default_factory=dict)  # tokens by index of the prompt
+    num_generated: dict[int, int] = field(default_factory=dict)  # tokens by index of the choice
+
+    def add(self, delta: TextDelta) -> None:
+        """Count the tokens that `delta` reports; its counts are totals of its choice so far."""
+        prompt = delta.index // self.n
+        if delta.index % self.n == 0 or prompt not in self.num_prompt:
+            self.num_prompt[prompt], self.num_cached[prompt] = delta.num_prompt, delta.num_cached
+        self.num_generated[delta.index] = delta.num_generated
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.num_prompt.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(self.num_cached.values())
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self.num_generated.values())

@@ -1,0 +1,115 @@
+"""The tokenizer and the chat template of a model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer
+
+from services.gateway.chat.conversation import Conversation
+from services.gateway.chat.markers import Marker
+
+
+class Tokenizer:
+    """The tokenizer and chat template of a model directory, read from disk only.
+
+    Only byte-level tokenizers are supported (Nemotron, DeepSeek and Qwen have them): every token is a fixed string of
+    bytes, so detokenizing is joining bytes. A directory without one is a ValueError.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._hf: Any = _load(Path(path))
+        self.token_bytes = _token_bytes(self._hf, Path(path))
+        added = self._hf.backend_tokenizer.get_added_tokens_decoder()
+        self._special = {token_id: str(token.content) for token_id, token in added.items() if token.special}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    def spelling(self, token_id: int) -> bytes:
+        """The bytes of a token, those of special tokens being their names; b"" beyond the vocabulary."""
+        if token_id in self._special:
+            return self._special[token_id].encode()
+        return self.token_bytes[token_id] if token_id < self.vocab_size else b""
+
+    def marker(self, text: str) -> Marker:
+        return Marker(text, next((token_id for token_id, name in self._special.items() if name == text), None))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens by their names; bytes that are no character become U+FFFD."""
+        return b"".join(map(self.spelling, token_ids)).decode("utf-8", "replace")
+
+    @property
+    def special_markers(self) -> list[Marker]:
+        """Every special token, for a detokenizer that is to show their names."""
+        return [Marker(name, token_id) for token_id, name in self._special.items()]
+
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself, as of `decode`."""
+        return [self.decode([token_id]) for token_id in token_ids]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a plain prompt, with what the tokenizer itself puts before it (usually nothing)."""
+        # The fast tokenizer underneath keeps no state between calls, so threads may share it.
+        return list(self._hf.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def render(self, chat: Conversation) -> str:
+        """The conversation as the template writes it, up to where the assistant speaks next.
+
+        Raises ValueError where there are no messages or no chat template, or the template refuses the messages.
+        """
+        if not chat.messages:
+            raise ValueError("messages must hold at least one message.")
+        if not self._hf.chat_template:
+            raise ValueError("messages cannot be used because the model has no chat template; use /v1/completions.")
+        try:
+            text = self._hf.apply_chat_template(
+                [message.to_template() for message in chat.messages],
+                tools=[dict(tool) for tool in chat.tools] or None,
+                tokenize=False,
+                add_generation_prompt=chat.add_generation_prompt,
+                **chat.template_kwargs,
+            )
+        except (jinja2.TemplateError, TypeError) as error:  # a TypeError: a template without care for a missing content
+            raise ValueError(f"messages do not fit the model's chat template: {str(error).rstrip('.')}.") from error
+        return str(text)
+
+
+def _load(path: Path) -> Any:
+    if not (path / "tokenizer.json").is_file():
+        raise ValueError(f"The model directory {path} must hold a tokenizer.json.")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"The tokenizer in {path} cannot be loaded: {error}") from error
+
+
+def _token_bytes(hf: Any, path: Path) -> list[bytes]:
+    """The bytes of every token id; special tokens have none. Source: the byte alphabet of GPT-2's encoder.py."""
+    backend = hf.backend_tokenizer
+    if "ByteLevel" not in repr(backend.decoder):
+        raise ValueError(f"The tokenizer in {path} must be byte-level (its decoder ByteLevel), not {backend.decoder}.")
+    table = [b""] * (max(backend.get_vocab().values()) + 1)
+    for token, token_id in backend.get_vocab().items():
+        table[token_id] = _bytes_of(token)
+    for token_id, added in backend.get_added_tokens_decoder().items():
+        table[token_id] = b"" if added.special else added.content.encode()
+    return table
+
+
+def _bytes_of(token: str) -> bytes:
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[char] for char in token) if all(char in alphabet for char in token) else token.encode()
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level tokenizers write printable Latin-1 bytes as themselves and the other 68 as U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

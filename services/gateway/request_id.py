@@ -1,0 +1,42 @@
+"""The id of a request, which a client may choose and which logs and responses repeat."""
+
+from __future__ import annotations
+
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.gateway.errors import invalid
+
+MAX_REQUEST_ID_LEN = 128  # characters; ids go into logs and response headers
+
+
+def check_request_id(request_id: str, param: str) -> None:
+    """Raise ApiError about `param` if `request_id` is too long for logs and headers, or not printable."""
+    if len(request_id) > MAX_REQUEST_ID_LEN or not (request_id.isascii() and request_id.isprintable()):
+        raise invalid(f"{param} must be at most {MAX_REQUEST_ID_LEN} printable ASCII characters long.", param)
+
+
+class RequestIdMiddleware:
+    """`RequestIdMiddleware` gives every HTTP request an id: its `X-Request-Id` header, or a new random one.
+
+    The id is stored in `request.state.id` and sent back in the response's `X-Request-Id` header.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
+        scope.setdefault("state", {})["id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id[:MAX_REQUEST_ID_LEN]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

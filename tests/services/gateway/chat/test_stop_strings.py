@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import random
+import time
+from itertools import pairwise
+
+from services.gateway.chat.stop_strings import StopMatcher
+
+
+def _first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The slow definition: the shortest beginning of the text that ends in a stop string, without that string."""
+    for end in range(len(text) + 1):
+        if ended := [stop for stop in stops if text[:end].endswith(stop)]:
+            return text[: end - max(map(len, ended))], True
+    return text, False
+
+
+def _match(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
+    matcher, shown = StopMatcher(stops), ""
+    for piece in pieces:
+        new, is_stopped = matcher.push(piece)
+        shown += new
+        if is_stopped:
+            return shown, True
+        text = "".join(pieces)
+        held = matcher._held
+        assert text.startswith(shown + held)
+        assert not held or any(stop.startswith(held) for stop in stops), "held back without need"
+    return shown + matcher.flush(), False
+
+
+def test_stop_strings_wherever_the_text_is_cut() -> None:
+    rng = random.Random(2)
+    for _ in range(3000):
+        text = "".join(rng.choices("ab", k=rng.randrange(14)))
+        stops = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(5)))
+        pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+        assert _match(pieces, stops) == _first_stop(text, stops)
+
+
+def test_text_is_held_back_only_while_it_may_become_a_stop_string() -> None:
+    matcher = StopMatcher(["<end>"])
+    pushed = [matcher.push(piece) for piece in ["a<", "en", "x", "<", "b"]]
+    assert pushed == [("a", False), ("", False), ("<enx", False), ("", False), ("<b", False)]
+
+
+def test_matching_is_linear_in_the_worst_case() -> None:
+    matcher = StopMatcher(["a" * 20_000 + "b"])
+    start = time.thread_time()
+    matcher.push("a" * 200_000)
+    assert time.thread_time() - start < 5
