@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import eplb
-from cluster.dispatch.routing import CallCost, HomeTable, choose_homes
+from benchmarks.home_choice import CallCost, choose_homes
+from cluster.dispatch.routing import HomeTable
 from cluster.load import ExpectedLoad
 from cluster.placement.balance import busy_times
 from cluster.placement.plan import Plan, PlanPolicy

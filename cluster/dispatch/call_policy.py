@@ -1,4 +1,4 @@
-"""The bounds of a layer's call to its shards, and what is counted of the calls made."""
+"""The bounds of a layer call, and the counters of the calls that were made."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CallPolicy:
-    """Bounds of one call and of what it may ask of a shard; times in seconds.
+    """A `CallPolicy` is the bounds of a layer call and of what it may ask of a shard; all times are in seconds.
 
-    timeout_s: for a call, not counting the time in which some picks had no live home.
-    heal_timeout_s: how long picks may be without a home that computes them before the call fails.
-    max_tries: of one message's picks that end in an error of the shard's, before the call fails.
-    first_pause_s, max_pause_s: before homes that all refused are asked again; twice as long each time.
-    stall_s, patience: a shard that says nothing for `stall_s`, and `patience` times as long as its work should take, is
-        passed over where the picks have another home.
-    doubt: where they have no other, its stream is opened anew after so many times as long, once.
-    hedge_floor_s: sooner than that no shard is late, whatever its 95th percentile says.
-    hedge_share, hedge_burst: messages sent to a second home because the first was late, as a share of all messages,
-        and how many may be saved up.
-    max_lanes: homes that may work on the same picks at a time.
-    promote_s: a home that stands by may take so much longer, to bring experts to its device.
-    far_slower: a shard that takes so many times as long as was predicted is given a rest.
-    first_rest_s, max_rest_s: for which a shard that failed is not asked if there is another; twice as long each time.
-    piece_bytes: of rows in one message.
+    timeout_s: a call fails after this time. The time in which some picks had no live home is not counted.
+    heal_timeout_s: a call fails if some of its picks have had no home to compute them for this long.
+    max_tries: a call fails after this many errors of shards for the same picks.
+    first_pause_s, max_pause_s: the pause before homes that all refused are asked again; it doubles up to the
+        maximum.
+    stall_s, patience: a shard is stalled after a silence of `stall_s` plus `patience` times the predicted time. The
+        picks of its request then go to another home if they have one.
+    reset_after: if they have none, the shard's stream is opened anew, once, after this many times as long a silence.
+    hedge_floor_s: no request is hedged before this time, whatever the 95th percentile of the shard's times is.
+    hedge_share, hedge_burst: the hedged messages as a share of all messages, and how many may be saved up.
+    max_attempts: how many attempts may run for the same picks at the same time.
+    promote_s: how much longer a standby may take, in which it brings experts to its device.
+    far_slower: the circuit of a shard opens if its reply takes this many times the predicted time.
+    first_rest_s, max_rest_s: how long a circuit stays open, which doubles each time up to the maximum.
+    piece_bytes: the largest size of the rows in one message.
     """
 
     timeout_s: float = 30.0
@@ -33,11 +33,11 @@ class CallPolicy:
     max_pause_s: float = 0.5
     stall_s: float = 0.5
     patience: float = 8.0
-    doubt: float = 4.0
+    reset_after: float = 4.0
     hedge_floor_s: float = 0.03
     hedge_share: float = 0.03
     hedge_burst: float = 8.0
-    max_lanes: int = 3
+    max_attempts: int = 3
     promote_s: float = 5.0
     far_slower: float = 20.0
     first_rest_s: float = 0.25
@@ -47,9 +47,9 @@ class CallPolicy:
     def __post_init__(self) -> None:
         assert 0 < self.hedge_floor_s <= self.stall_s <= self.timeout_s
         assert self.patience >= 0
-        assert self.doubt >= 1
+        assert self.reset_after >= 1
         assert self.max_tries > 0
-        assert self.max_lanes > 0
+        assert self.max_attempts > 0
         assert 0 < self.first_pause_s <= self.max_pause_s
         assert 0 < self.first_rest_s <= self.max_rest_s
         assert 0 <= self.hedge_share < 1
@@ -59,13 +59,16 @@ class CallPolicy:
         assert self.piece_bytes > 0
 
     def allowed_silence_s(self, predicted_s: float) -> float:
-        """Grows with the work, but leaves most of the time to another home: the shard may be hung for all that."""
+        """Return the seconds of silence after which a shard counts as stalled, given the predicted time of a request.
+
+        The time grows with the work. It leaves most of the call's time to another home, because the shard may be hung.
+        """
         return self.stall_s + min(self.patience * predicted_s, self.timeout_s / 4)
 
 
 @dataclass
 class Traffic:
-    """What went over the wire since the start; message bytes without gRPC's framing."""
+    """`Traffic` counts what went over the wire since the start; the bytes do not include gRPC's framing."""
 
     num_calls: int = 0
     num_rows: int = 0
@@ -75,14 +78,14 @@ class Traffic:
     sent_bytes: int = 0
     num_received: int = 0
     received_bytes: int = 0
-    num_lost: int = 0
-    num_stalled: int = 0  # messages whose picks went to another home because nothing was heard
-    num_hedged: int = 0  # messages sent to a second home because the first was late
-    num_hedges_won: int = 0  # times that the second home answered first
-    num_hedges_denied: int = 0  # because hedge_share was used up
-    num_probes: int = 0  # messages to a shard that rests, to learn whether it works again
+    num_lost: int = 0  # messages whose stream broke before the reply
+    num_stalled: int = 0  # messages sent to another home because the first one was stalled
+    num_hedged: int = 0  # messages sent to another home because the first one was late
+    num_hedges_won: int = 0  # hedges that were complete before the attempt they hedged
+    num_hedges_denied: int = 0  # hedges that were not sent because the hedge budget was used up
+    num_probes: int = 0  # messages to a shard whose circuit is open, to learn whether the shard works again
     num_corrupt: int = 0  # replies whose checksum was wrong
-    num_heals: int = 0  # times that picks had to wait because no home would compute them
+    num_heals: int = 0  # times that picks had to wait because no home could compute them
     queue_us: int = 0
     compute_us: int = 0
-    refusals: dict[str, int] = field(default_factory=dict)  # by code
+    refusals: dict[str, int] = field(default_factory=dict)  # number of refusals by code

@@ -1,130 +1,141 @@
-"""The shards as a client sees them: the placement, the health of each, and what they owe.
+"""The shards as a client sees them: the placement, the health of each shard, and the requests in flight.
 
-No sockets, threads or clock: the real client and the simulation drive the same code. Everything belongs to the thread
-that calls, except that any thread may set a shard's `link` and then `is_changed`.
+There are no sockets, threads or clock here: the real client and the simulation drive the same code. Everything belongs
+to the calling thread, with one exception: any thread may set a shard's `link` and then `is_changed`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.dispatch.call_policy import CallPolicy, Traffic
 from cluster.dispatch.routing import Grouped, HomeTable, route
-from cluster.dispatch.shard_health import Circuit, HedgeBudget, LinkState, ReplyTiming, ShardHealth
+from cluster.dispatch.shard_health import Circuit, HedgeBudget, LinkState, ReplyTiming, ShardHealth, Work
+from cluster.dispatch.shard_request import NEVER, ShardRequest
 from cluster.topology import CostModel, Placement
 
-if TYPE_CHECKING:
-    from cluster.dispatch.layer_call import ShardRequest
-
 MESSAGE_US = 200.0  # what one more message costs the caller
-LEARN_EVERY_S = 0.005  # from a shard's replies: each would cost more than it tells
-SURPRISING = 4.0  # times what was predicted: learned from before the next message
+LEARN_EVERY_S = 0.005  # between two lessons from one shard's replies: more lessons would cost more than they tell
+SURPRISING = 4.0  # a reply this many times later than predicted is learned from before the next message is sent
 EXPERT, ROW, MESSAGE, FREE = range(4)  # rows of `costs_CS`
-NEVER = float("inf")
 
 Tables = Mapping[int, HomeTable]
 Ids = NDArray[np.int64]
 
 
 class FleetView:
-    """A placement, the shards that are registered, and their paces; replaced as a whole."""
+    """A `FleetView` is a placement with the registered shards and their cost models; it is replaced as a whole.
+
+    placement: the placement that calls follow.
+    healths: the health of each registered shard, by shard id; shards outside the placement are ignored.
+    cost_models: the cost model that each shard publishes, by shard id.
+    draining: the ids of the shards that drain.
+    previous: the view that this one replaces. Its home tables are used again where the placement is the same.
+    """
 
     def __init__(
         self,
         placement: Placement,
         healths: Mapping[str, ShardHealth],
-        paces: Mapping[str, CostModel] | None = None,
+        cost_models: Mapping[str, CostModel] | None = None,
         draining: Collection[str] = (),
-        before: FleetView | None = None,
+        previous: FleetView | None = None,
     ) -> None:
-        self.placement, self.paces, self.draining = placement, paces or {}, frozenset(draining)
+        self.placement, self.cost_models, self.draining = placement, cost_models or {}, frozenset(draining)
         self.shard_ids = placement.shard_ids
         self.healths = {id: healths[id] for id in self.shard_ids if id in healths}
-        self.tables = _tables(placement, self.shard_ids, before)
+        self.tables = _tables(placement, self.shard_ids, previous)
 
     def is_like(self, other: FleetView) -> bool:
-        """Whether there is nothing in it that calls which wait might have waited for."""
+        """Return True if no waiting call needs to be routed again when this view replaces `other`."""
         mine, theirs = ((v.placement.homes, v.placement.standby, v.draining, v.healths) for v in (self, other))
         return mine == theirs
 
 
-def _tables(placement: Placement, shard_ids: tuple[str, ...], before: FleetView | None) -> Tables:
-    """Those of before where nothing changed: they take a while to make."""
+def _tables(placement: Placement, shard_ids: tuple[str, ...], previous: FleetView | None) -> Tables:
+    """Return the home table of every layer.
+
+    The previous view's tables are used again where the placement did not change, because building one is slow.
+    """
 
     def table(layer: int) -> HomeTable:
         homes, standby = placement.homes[layer], placement.standby.get(layer)
-        if before is not None and before.shard_ids == shard_ids and layer in before.tables:
-            was = before.placement
+        if previous is not None and previous.shard_ids == shard_ids and layer in previous.tables:
+            was = previous.placement
             if was.homes[layer] == homes and was.standby.get(layer) == standby:
-                return before.tables[layer]
+                return previous.tables[layer]
         return HomeTable(homes, standby, shard_ids)
 
     return {layer: table(layer) for layer in placement.homes}
 
 
 class ShardFleet:
-    """What calls share. `expert_mib` says by layer how large one expert is; where it does not, 1 MiB is assumed."""
+    """A `ShardFleet` is what all calls of a client share: the view in use, the costs of the shards, and the counters.
+
+    policy: the bounds of a call.
+    expert_mib: the size of one expert in MiB, by layer; 1 MiB is assumed for a layer that is missing.
+    """
 
     def __init__(self, policy: CallPolicy, expert_mib: Mapping[int, float] | None = None) -> None:
         self.policy, self.expert_mib = policy, expert_mib or {}
         self.traffic = Traffic()
         self.budget = HedgeBudget(policy.hedge_share, policy.hedge_burst, policy.hedge_burst)
-        self.ids = itertools.count(1)
-        self.owed: dict[int, ShardRequest] = {}  # what was sent and neither answered nor lost
-        self.is_changed = False  # a link came up or went down
-        self.probe_at = NEVER  # when a shard that rests is to be tried, or a try to be given up
-        self._probes: dict[int, ShardRequest] = {}
-        self.to_learn: list[tuple[ShardRequest, ReplyTiming, float]] = []
-        self._unanswered: list[ShardHealth] = []
+        self.in_flight: dict[int, ShardRequest] = {}  # by id: requests that are neither answered nor lost
+        self.is_changed = False  # the link or the circuit of a shard has changed
+        self.probe_at = NEVER  # when to probe a shard whose circuit is open, or to give up a probe
+        self.to_learn: list[tuple[ShardRequest, ReplyTiming, float]] = []  # with the time of the reply
         self.view: FleetView | None = None
+        self._ids = itertools.count(1)
+        self._probes: dict[int, ShardRequest] = {}
+        self._resets: list[ShardHealth] = []
 
     def adopt(self, view: FleetView, now: float) -> None:
-        """Uses this view for all that is sent from now on."""
+        """Use `view` for everything that is sent from now on."""
         for health in self.view.healths.values() if self.view else ():
-            health.place = -1
+            health.shard_index = -1
         self.view = view
         num_shards = len(view.shard_ids)
-        self.costs_CS = np.zeros((4, num_shards))  # per MiB: an expert, a row; a message; when it is free
+        self.costs_CS = np.zeros((4, num_shards))  # `costs_CS` of `routing.route`
         self._shards: list[ShardHealth | None] = [view.healths.get(id) for id in view.shard_ids]
-        for place, shard in enumerate(self._shards):
+        for shard_index, shard in enumerate(self._shards):
             if shard is not None:
-                shard.place, shard.is_draining = place, shard.shard_id in view.draining
-                shard.adopt(view.paces.get(shard.shard_id, shard.cost_model), now)
+                shard.shard_index, shard.is_draining = shard_index, shard.shard_id in view.draining
+                shard.adopt(view.cost_models.get(shard.shard_id, shard.cost_model), now)
         shards = view.healths.values()
         self._usual_overhead_us = min((health.overhead_us for health in shards), default=0.0)
         for health in view.healths.values():
             self._note_costs(health)
-        paces = [health.cost_model for health in shards] or [CostModel()]
-        per_row = sum(pace.row_us_per_mib for pace in paces)
-        self._max_piece = max(1, int(sum(pace.weight_us_per_mib for pace in paces) / max(per_row, 1e-9)))
+        cost_models = [health.cost_model for health in shards] or [CostModel()]
+        per_row = sum(cost_model.row_us_per_mib for cost_model in cost_models)
+        per_expert = sum(cost_model.weight_us_per_mib for cost_model in cost_models)
+        self._max_piece = max(1, int(per_expert / max(per_row, 1e-9)))
         self.is_changed = True
 
     def refresh(self) -> None:
-        """Looks again at which shards can be asked, if something has changed."""
+        """Find out again which shards can be asked and when a probe is due, if something has changed."""
         if self.is_changed:
-            self.is_changed = False  # first: it may be set again meanwhile
+            self.is_changed = False  # first, because another thread may set it again meanwhile
             shards = self._shards
             self._avoided_S = np.array([h is None or h.should_be_avoided for h in shards], dtype=np.bool_)
             self._down_S = np.array([h is None or h.link is not LinkState.UP for h in shards], dtype=np.bool_)
             resting = [h.rests_until for h in shards if h is not None and h.circuit is Circuit.OPEN]
-            waiting = [ask.sent_at + self.policy.stall_s for ask in self._probes.values()]
+            waiting = [request.sent_at + self.policy.stall_s for request in self._probes.values()]
             self.probe_at = min((*resting, *waiting), default=NEVER)
 
     def _note_costs(self, health: ShardHealth) -> None:
-        costs_CS, place = self.costs_CS, health.place
-        if place >= 0:
-            costs_CS[EXPERT, place] = health.slowness * health.cost_model.weight_us_per_mib
-            costs_CS[ROW, place] = health.slowness * health.cost_model.row_us_per_mib
+        costs_CS, shard_index = self.costs_CS, health.shard_index
+        if shard_index >= 0:
+            costs_CS[EXPERT, shard_index] = health.slowness * health.cost_model.weight_us_per_mib
+            costs_CS[ROW, shard_index] = health.slowness * health.cost_model.row_us_per_mib
             excess_us = max(0.0, health.overhead_us - 2 * self._usual_overhead_us)
-            costs_CS[MESSAGE, place] = MESSAGE_US + health.slowness * health.cost_model.call_us + excess_us
-            costs_CS[FREE, place] = health.free_at
+            costs_CS[MESSAGE, shard_index] = MESSAGE_US + health.slowness * health.cost_model.call_us + excess_us
+            costs_CS[FREE, shard_index] = health.free_at
 
-    # Choosing
+    # Choosing homes
 
     def route(
         self,
@@ -132,98 +143,123 @@ class ShardFleet:
         picks: Ids,
         expert_P: Ids,
         sizes: tuple[int, int],
-        passed: Collection[str],
+        asked_shards: Collection[str],
         now: float,
         may_promote: bool = True,
-        is_picky: bool = True,
+        may_ask_avoided: bool = False,
     ) -> Grouped:
-        """The messages for some picks, their shards as places in `view.shard_ids`; raises NoLiveHome.
+        """Return which picks go to which shards, a shard being an index into `view.shard_ids`; raise NoLiveHome.
 
-        No home is among `passed`; where it `is_picky`, none that should be avoided. Sizes: picks of a row, and rows of
-        a message at most.
+        picks: the picks to send, ascending, as indices into `expert_P`.
+        sizes: the picks of a row, and the largest number of rows in a message.
+        asked_shards: shards that are not asked again.
+        may_promote: standbys may be asked for experts none of whose homes can be asked.
+        may_ask_avoided: shards that should be avoided may be asked too, as long as they are connected.
         """
         assert self.view is not None
         self.refresh()
-        is_excluded_S = self._avoided_S if is_picky else self._down_S
-        if passed:
-            is_excluded_S = is_excluded_S | np.array([id in passed for id in self.view.shard_ids], dtype=np.bool_)
-        table, mib = self.view.tables[layer], self.expert_mib.get(layer, 1.0)
-        costs = (self.costs_CS, now, mib, self._max_piece)
+        is_excluded_S = self._down_S if may_ask_avoided else self._avoided_S
+        if asked_shards:
+            is_excluded_S = is_excluded_S | np.array([id in asked_shards for id in self.view.shard_ids], dtype=np.bool_)
+        table, expert_mib = self.view.tables[layer], self.expert_mib.get(layer, 1.0)
+        costs = (self.costs_CS, now, expert_mib, self._max_piece)
         return route(picks, expert_P, table, *costs, is_excluded_S, *sizes, may_promote)
 
-    def shard_at(self, place: int) -> ShardHealth:
-        health = self._shards[place]
-        assert health is not None
-        return health
+    # Requests and their outcomes
 
-    # What was sent, and what came of it
-
-    def note_sent(self, ask: ShardRequest) -> None:
-        self.owed[ask.id] = ask
-        health = ask.health
-        if health.place >= 0:
-            self.costs_CS[FREE, health.place] = health.free_at
+    def make_requests(self, layer: int, expert_P: Ids, grouped: Grouped, now: float) -> list[ShardRequest]:
+        """Return a request for each message of `grouped`, and note that the requests are sent now."""
+        assert self.view is not None
+        table, policy, expert_mib = self.view.tables[layer], self.policy, self.expert_mib.get(layer, 1.0)
+        pick_Q, first_M, shard_M, num_rows_M, num_experts_M = grouped
+        requests = []
+        for m, shard_index in enumerate(shard_M):
+            picks = pick_Q[first_M[m] : first_M[m + 1]]
+            health, work = self._shards[shard_index], Work(num_experts_M[m], num_rows_M[m], expert_mib)
+            assert health is not None
+            is_promoting = table.has_standby and not (table.homes_EH[expert_P[picks]] == shard_index).any(1).all()
+            predicted_s = health.note_sent(health.compute_us(work), now)
+            late_s, stalled_s = health.late_after_s(predicted_s), policy.allowed_silence_s(predicted_s)
+            if is_promoting:
+                late_s, stalled_s = policy.promote_s + predicted_s, policy.promote_s + stalled_s
+            request = ShardRequest(
+                next(self._ids), health, picks, work, now, predicted_s, late_s, stalled_s, is_promoting
+            )
+            self.in_flight[request.id] = request
+            self.costs_CS[FREE, shard_index] = health.free_at
+            requests.append(request)
+        return requests
 
     def note_reply(self, request_id: int, timing: ReplyTiming | None, now: float) -> ShardRequest | None:
-        """Takes note of sums, or without a timing of a refusal; returns what was asked, unless that is not known."""
-        ask = self.owed.pop(request_id, None)
-        if ask is None:
+        """Note that a request was answered, and return it; None if the request is not in flight.
+
+        `timing` is that of a reply with sums, and None for a refusal.
+        """
+        request = self.in_flight.pop(request_id, None)
+        if request is None:
             return None
-        health, took_s = ask.health, now - ask.sent_at
+        health, took_s = request.health, now - request.sent_at
         health.heard_at = now
-        is_slow = timing is not None and not ask.is_promoting and health.is_far_slower(took_s, ask.predicted_s)
-        if is_slow or ask.is_beaten or health.num_failures:
-            self._judge(ask, is_slow, now)
+        is_slow = timing is not None and not request.is_promoting and health.is_far_slower(took_s, request.predicted_s)
+        if is_slow or request.is_beaten or health.num_failures:
+            self._judge(request, is_slow, now)
         if timing is not None:
             if not timing.queue_depth:
                 health.free_at = now
-                if health.place >= 0:
-                    self.costs_CS[FREE, health.place] = now
-            if now >= health.learn_at and not ask.is_promoting:
+                if health.shard_index >= 0:
+                    self.costs_CS[FREE, health.shard_index] = now
+            if now >= health.learn_at and not request.is_promoting:
                 health.learn_at = now + LEARN_EVERY_S
-                self.to_learn.append((ask, timing, now))
-                if took_s > SURPRISING * ask.predicted_s:
+                self.to_learn.append((request, timing, now))
+                if took_s > SURPRISING * request.predicted_s:
                     self.learn()
-        return ask
+        return request
 
-    def _judge(self, ask: ShardRequest, is_slow: bool, now: float) -> None:
-        if ask.is_beaten:
-            ask.health.come_late()
+    def _judge(self, request: ShardRequest, is_slow: bool, now: float) -> None:
+        if request.is_beaten:
+            request.health.note_late_reply()
         elif is_slow:
-            ask.health.fail(now)
+            request.health.fail(now)
         else:
-            ask.health.succeed()
-        self._probes.pop(ask.id, None)
+            request.health.succeed()
+        self._probes.pop(request.id, None)
         self.is_changed = True
 
     def learn(self) -> None:
-        """Learns from the replies noted; best called while there is nothing to do but wait."""
-        for ask, timing, at in self.to_learn:
-            ask.health.answer(ask.work, timing, at - ask.sent_at, ask.predicted_s, at)
-            self._note_costs(ask.health)
+        """Learn from the replies in `to_learn`; best called while there is nothing to do but wait."""
+        for request, timing, at in self.to_learn:
+            request.health.learn(request.work, timing, at - request.sent_at, request.predicted_s, at)
+            self._note_costs(request.health)
         self.to_learn.clear()
 
     def note_failed(self, request_id: int, now: float) -> ShardRequest | None:
-        """Takes note of a message that came to nothing: its stream was lost, or what came back was corrupt."""
-        ask = self.owed.pop(request_id, None)
-        if ask is not None:
+        """Note that the stream of a request was lost, or that its reply was corrupt or a failure; return the request.
+
+        Return None if the request is not in flight.
+        """
+        request = self.in_flight.pop(request_id, None)
+        if request is not None:
             self._probes.pop(request_id, None)
-            self.note_fault(ask.health, now)
-        return ask
+            self.note_fault(request.health, now)
+        return request
 
     def note_fault(self, health: ShardHealth, now: float) -> None:
+        """Open the circuit of a shard that did not do what was asked of it."""
         health.fail(now)
         self.is_changed = True
 
-    # Shards that rest
+    # Shards whose circuit is open
 
     def due_probe(self, now: float) -> ShardHealth | None:
-        """A shard that has rested, to be asked for something whose answer nobody waits for."""
-        for ask in [ask for ask in self._probes.values() if now >= ask.sent_at + self.policy.stall_s]:
-            del self._probes[ask.id]
-            ask.is_beaten = True
-            ask.health.fail(now)
-            self._unanswered.append(ask.health)
+        """Return a shard whose circuit has been open long enough to probe it, or None; give up probes without a reply.
+
+        The streams of shards that did not answer their probe are to be reset.
+        """
+        for request in [request for request in self._probes.values() if now >= request.sent_at + self.policy.stall_s]:
+            del self._probes[request.id]
+            request.is_beaten = True
+            request.health.fail(now)
+            self._resets.append(request.health)
         self.is_changed = True
         self.refresh()
         is_due = (
@@ -233,31 +269,36 @@ class ShardFleet:
         )
         return next(is_due, None)
 
-    def note_probe(self, ask: ShardRequest) -> None:
-        ask.health.circuit = Circuit.HALF_OPEN
-        self._probes[ask.id] = ask
+    def note_probe(self, request: ShardRequest) -> None:
+        """Note that `request` is a probe of its shard, whose circuit is half-open until the probe is answered."""
+        request.health.circuit = Circuit.HALF_OPEN
+        self._probes[request.id] = request
         self.is_changed = True
 
-    def postpone(self, health: ShardHealth, now: float) -> None:
-        """There was nothing to ask it for."""
+    def postpone_probe(self, health: ShardHealth, now: float) -> None:
+        """Probe a shard later, because the call has no picks for it."""
         health.rests_until = now + self.policy.first_rest_s
         self.is_changed = True
 
-    def ask_anew(self, health: ShardHealth) -> None:
-        """Has its stream opened anew: what is owed on it is lost, and sent again."""
-        self._unanswered.append(health)
+    def request_reset(self, health: ShardHealth) -> None:
+        """Ask the client to reset a shard's stream; the requests in flight on the stream are lost and sent again."""
+        self._resets.append(health)
 
     @property
-    def has_unanswered(self) -> bool:
-        return bool(self._unanswered)
+    def has_resets(self) -> bool:
+        return bool(self._resets)
 
-    def take_unanswered(self) -> list[ShardHealth]:
-        """Shards that do not answer: their streams are to be opened anew, or what they owe would grow."""
-        shards, self._unanswered = self._unanswered, []
+    def take_resets(self) -> list[ShardHealth]:
+        """Return the shards whose streams are to be reset, and forget them."""
+        shards, self._resets = self._resets, []
         return shards
 
     def circuits(self, now: float) -> dict[str, Circuit]:
-        """Of each shard; one whose rest is over counts as half open already: while nobody calls, none would close."""
+        """Return the circuit of each shard.
+
+        A circuit that has been open long enough for a probe is reported as half-open already, because without calls
+        there is no probe, and no circuit would close.
+        """
         shards: Iterable[ShardHealth] = self.view.healths.values() if self.view else ()
         return {
             h.shard_id: Circuit.HALF_OPEN if h.circuit is Circuit.OPEN and now >= h.rests_until else h.circuit

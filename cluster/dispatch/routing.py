@@ -1,13 +1,12 @@
-"""Which home of an expert computes which rows of a batch: one decision per layer and step, so it is compiled.
+"""Routing chooses the home that computes each pick of a layer call; it runs in every layer and is therefore compiled.
 
-Legend: E experts of the layer, P picks (one row sent to one expert; the picks of a row stand together), S shards that
-are a home of something, H homes; Q picks to send, M messages.
+Legend: E experts of the layer, P picks of the call (the picks of a row stand together), Q picks to send, S shards that
+are a home or standby of an expert, H homes or standbys of an expert, M messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,34 +14,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class CallCost:
-    """What makes a shard slow, in microseconds: a queued call, an expert's weights, one row, one more message."""
-
-    queued: float = 200.0
-    expert: float = 20.0
-    row: float = 1.0
-    message: float = 200.0
-
-    @property
-    def max_piece(self) -> int:
-        """Rows of one expert that are worth keeping together: their arithmetic costs what reading the weights does."""
-        return max(1, int(self.expert / self.row))
-
-
-@dataclass(frozen=True, slots=True)
-class ShardCosts:
-    """What makes each shard of a table slow, in µs, for experts of one size; `max_piece` as in `CallCost`."""
-
-    busy_S: NDArray[np.float64]  # until it is done with what it has; written to
-    expert_S: NDArray[np.float64]
-    row_S: NDArray[np.float64]
-    message_S: NDArray[np.float64]
-    max_piece: int
-
-
 class NoLiveHome(LookupError):
-    """Some experts have no home that may be asked; `experts` lists them."""
+    """A `NoLiveHome` error says that some experts have no home that may be asked; `experts` lists those experts."""
 
     def __init__(self, experts: Sequence[int]) -> None:
         super().__init__(f"The experts {list(experts)} have no live home among the shards of the placement.")
@@ -50,10 +23,11 @@ class NoLiveHome(LookupError):
 
 
 class HomeTable:
-    """The homes of one layer with shards as small numbers: `shard_ids[i]` is shard i. Made once per placement.
+    """A `HomeTable` holds the homes and standbys of one layer's experts, with each shard as an index into `shard_ids`.
 
-    `standby` are homes that are chosen only for experts none of whose `homes` may be asked. `shard_ids` may name more
-    shards than those that occur, so that the tables of all layers count alike.
+    A table is built once per placement. A standby of an expert is chosen only if none of the expert's homes may be
+    asked. `shard_ids` may name shards that hold nothing of this layer, so that the tables of all layers use the same
+    indices.
     """
 
     def __init__(
@@ -76,47 +50,14 @@ class HomeTable:
 
 
 def _as_array(homes: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    homes_EH = np.full((len(homes), max(map(len, homes), default=0)), -1, dtype=np.int64)  # -1: no more
+    homes_EH = np.full((len(homes), max(map(len, homes), default=0)), -1, dtype=np.int64)  # -1: no further home
     for expert, ids in enumerate(homes):
         homes_EH[expert, : len(ids)] = ids
     return homes_EH
 
 
-def choose_homes(
-    expert_P: NDArray[np.integer],
-    homes: HomeTable,
-    queue_depth: Mapping[str, int],
-    excluded: Collection[str] = (),
-    cost: CallCost = CallCost(),
-) -> NDArray[np.int64]:
-    """The home of each pick, as an index into `homes.shard_ids`; raises NoLiveHome.
-
-    Experts go to the home that would be done first, those without a choice before the others and big ones before small
-    ones. The rows of one expert stay together unless it has more than `cost.max_piece` of them.
-    """
-    busy_S = np.array([queue_depth.get(id, 0) * cost.queued for id in homes.shard_ids], dtype=np.float64)
-    is_excluded_S = np.array([id in excluded for id in homes.shard_ids], dtype=np.bool_)
-    expert_S, row_S, message_S = (np.full(len(busy_S), float(us)) for us in (cost.expert, cost.row, cost.message))
-    return assign_homes(expert_P, homes, ShardCosts(busy_S, expert_S, row_S, message_S, cost.max_piece), is_excluded_S)
-
-
-def assign_homes(
-    expert_P: NDArray[np.integer],
-    homes: HomeTable,
-    costs: ShardCosts,
-    is_excluded_S: NDArray[np.bool_],
-    may_promote: bool = True,
-) -> NDArray[np.int64]:
-    """`choose_homes` for shards that each have their own costs; without `may_promote` none that stands by is asked."""
-    home_P = np.empty(len(expert_P), dtype=np.int64)
-    by_shard = (costs.expert_S, costs.row_S, costs.message_S, costs.max_piece)
-    standby_EH = homes.standby_EH if may_promote else homes.no_standby_EH
-    if not _choose(expert_P, homes.homes_EH, standby_EH, is_excluded_S, costs.busy_S, by_shard, home_P):
-        raise _no_live_home(expert_P, homes.homes_EH, standby_EH, is_excluded_S)
-    return home_P
-
-
-def _no_live_home(expert_P: Any, homes_EH: Any, standby_EH: Any, is_excluded_S: Any) -> NoLiveHome:
+def no_live_home(expert_P: Any, homes_EH: Any, standby_EH: Any, is_excluded_S: Any) -> NoLiveHome:
+    """Return the error that names the experts of some picks for which `choose` found no home."""
     experts = np.unique(expert_P)
     options = np.concatenate((homes_EH, standby_EH), axis=1)[experts]
     has_home = ((options >= 0) & ~is_excluded_S[options]).any(axis=1)
@@ -124,11 +65,18 @@ def _no_live_home(expert_P: Any, homes_EH: Any, standby_EH: Any, is_excluded_S: 
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _choose(
+def choose(
     expert_P: Any, homes_EH: Any, standby_EH: Any, is_excluded_S: Any, busy_S: Any, costs: Any, home_P: Any
 ) -> bool:
-    """Writes `home_P`; False where an expert has no home that may be asked. `tests/cluster/dispatch/slow_routing.py` is the
-    same in plain Python."""
+    """Write the home of each pick to `home_P`; return False if an expert has no home that may be asked.
+
+    Experts go to the home that would be done first: experts with one possible home before the others, and experts with
+    many rows before those with few. The rows of one expert stay together unless the expert has more than `max_piece` of
+    them. `tests/cluster/dispatch/slow_routing.py` does the same in plain Python.
+
+    busy_S: µs until each shard is done with the work that it has; the work of this call is added to it.
+    costs: µs of an expert, of a row and of a message by shard, and then `max_piece`.
+    """
     num_experts, max_homes = homes_EH.shape[0], max(homes_EH.shape[1], standby_EH.shape[1])
     count_E = np.zeros(num_experts, np.int64)
     for expert in expert_P:
@@ -154,7 +102,7 @@ def _choose(
 
     max_piece = costs[3]
     is_called_S = np.zeros(len(busy_S), np.bool_)
-    given_EH = np.empty((num_experts, max_homes), np.int64)  # rows of each of an expert's options
+    given_EH = np.empty((num_experts, max_homes), np.int64)  # rows of the expert that each of its options computes
     num_split = 0
     for expert in experts[order]:
         options, given_H = options_EH[expert, : num_options_E[expert]], given_EH[expert]
@@ -180,7 +128,7 @@ def _choose(
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def _give(options: Any, num_rows: Any, given_H: Any, is_called_S: Any, busy_S: Any, costs: Any) -> int:
-    """Gives some rows of one expert to the option that would be done first."""
+    """Give some rows of one expert to the home that would be done first, and return its index among `options`."""
     expert_S, row_S, message_S, _ = costs
     chosen, least = 0, np.inf
     for i, option in enumerate(options):
@@ -194,15 +142,16 @@ def _give(options: Any, num_rows: Any, given_H: Any, is_called_S: Any, busy_S: A
     return chosen
 
 
-RELIEF = 0.004  # of the slowest shard's time: less is not worth another path
+RELIEF = 0.004  # share of the slowest shard's time; a smaller gain is not worth the search for another chain
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def _relieve(experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, costs: Any) -> None:
-    """Passes rows on from the slowest shard along a chain of experts' homes to one that is done earlier, and again.
+    """Move rows from the slowest shard along a chain of experts' homes to a shard that is done earlier; repeat.
 
-    Giving rows out one expert after another cannot see that a shard's neighbours could pass some on in turn. Where the
-    slowest shard reaches none that is done earlier, its time is the least there is: no split has a smaller maximum.
+    Assigning one expert after another cannot see that the neighbours of a shard could pass on rows in turn. If the
+    slowest shard reaches no shard that is done earlier, its time is the least possible: no split of the rows has a
+    smaller maximum.
     """
     expert_S, row_S = costs[0], costs[1]
     by_S, from_S, to_S = (
@@ -213,7 +162,7 @@ def _relieve(experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, b
     for _ in range(4 * len(busy_S)):
         slowest = np.argmax(busy_S)
         last = _reach(slowest, experts, options_EH, num_options_E, given_EH, busy_S, expert_S, by_S, from_S, to_S)
-        if last < 0 or row_S[slowest] <= 0:  # a pace may be fitted to rows that cost nothing
+        if last < 0 or row_S[slowest] <= 0:  # a cost model may be fitted such that rows cost nothing
             return
         new = 0.0 if given_EH[by_S[last], to_S[last]] > 0 else expert_S[last]
         num_rows = int((busy_S[slowest] - busy_S[last] - new) / (row_S[slowest] + row_S[last]))
@@ -240,9 +189,10 @@ def _reach(
     slowest: Any, experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, expert_S: Any,
     by_S: Any, from_S: Any, to_S: Any,
 ) -> int:  # fmt: skip
-    """Of the shards that rows can be passed on to, the one that is done first; -1 if the slowest can pass none on.
+    """Return the shard that is done first among those that rows of the slowest shard can reach; -1 if there is none.
 
-    Writes by which expert each is reached, and which of its options gives and takes.
+    For each shard that is reached, write the expert whose rows reach it to `by_S`, and the indices of the giving and
+    the taking home among the expert's options to `from_S` and `to_S`.
     """
     by_S[:] = -1
     queue, num_seen, best, least = np.empty(len(busy_S), np.int64), 1, -1, busy_S[slowest]
@@ -257,7 +207,8 @@ def _reach(
                     continue
                 for k in range(num_options_E[expert]):
                     to = options_EH[expert, k]
-                    new = 0.0 if given_EH[expert, k] > 0 else expert_S[to]  # others pass on as much as they take
+                    # Rows do not count here: a shard within the chain passes on as many rows as it takes.
+                    new = 0.0 if given_EH[expert, k] > 0 else expert_S[to]
                     done = busy_S[to] + new
                     if to == slowest or by_S[to] >= 0 or (new > 0 and done >= busy_S[slowest]):
                         continue
@@ -270,13 +221,16 @@ def _reach(
 
 
 class Grouped(NamedTuple):
-    """Message m takes the picks `pick_Q[first_M[m] : first_M[m + 1]]`, in the order of their rows."""
+    """`Grouped` says which picks travel in which message: message m carries `pick_Q[first_M[m] : first_M[m + 1]]`.
+
+    The picks of a message are in the order of their rows.
+    """
 
     pick_Q: NDArray[np.int64]
-    first_M: list[int]  # one more than there are messages
+    first_M: list[int]  # M + 1 numbers
     shard_M: list[int]
     num_rows_M: list[int]
-    num_experts_M: list[int]  # distinct ones
+    num_experts_M: list[int]  # distinct experts
 
 
 def group(
@@ -288,7 +242,7 @@ def group(
     num_experts: int,
     max_rows: int,
 ) -> Grouped:
-    """Messages of at most `max_rows` rows for picks (ascending) that go to the shards `home_Q`."""
+    """Return messages of at most `max_rows` rows for the ascending picks `pick_Q`, which go to the shards `home_Q`."""
     return _grouped(*_group(pick_Q, home_Q, expert_P, top_k, num_shards, num_experts, max_rows))
 
 
@@ -304,23 +258,29 @@ def route(
     homes: HomeTable,
     costs_CS: NDArray[np.float64],
     now: float,
-    mib: float,
+    expert_mib: float,
     max_piece: int,
     is_excluded_S: NDArray[np.bool_],
     top_k: int,
     max_rows: int,
     may_promote: bool,
 ) -> Grouped:
-    """`assign_homes` and `group` in one, for picks (ascending) of a call; raises NoLiveHome.
+    """Choose the home of each pick and group the picks into messages; raise NoLiveHome.
 
-    `costs_CS`: of each shard, in µs per MiB of an expert, that of an expert and of a row, then the µs of a message, and
-    the time in seconds when it will be free.
+    pick_Q: the picks to send, ascending, as indices into `expert_P`.
+    costs_CS: four rows of costs by shard: µs per MiB of an expert for its weights, the same for one row, µs of a
+        message, and the time in seconds at which the shard will be free.
+    expert_mib: the size of one expert in MiB.
+    max_piece: the number of rows of one expert that stay together.
+    is_excluded_S: shards that may not be asked.
+    top_k, max_rows: the picks of a row, and the largest number of rows in a message.
+    may_promote: standbys may be chosen.
     """
     standby_EH = homes.standby_EH if may_promote else homes.no_standby_EH
-    limits = (now, mib, max_piece, top_k, max_rows)
+    limits = (now, expert_mib, max_piece, top_k, max_rows)
     is_chosen, *grouped = _route(pick_Q, expert_P, homes.homes_EH, standby_EH, is_excluded_S, costs_CS, limits)
     if not is_chosen:
-        raise _no_live_home(expert_P[pick_Q], homes.homes_EH, standby_EH, is_excluded_S)
+        raise no_live_home(expert_P[pick_Q], homes.homes_EH, standby_EH, is_excluded_S)
     return _grouped(*grouped)
 
 
@@ -328,11 +288,11 @@ def route(
 def _route(
     pick_Q: Any, expert_P: Any, homes_EH: Any, standby_EH: Any, is_excluded_S: Any, costs_CS: Any, limits: Any
 ) -> Any:
-    now, mib, max_piece, top_k, max_rows = limits
+    now, expert_mib, max_piece, top_k, max_rows = limits
     expert_Q, home_Q = expert_P[pick_Q], np.empty(len(pick_Q), np.int64)
     busy_S = np.maximum(costs_CS[3] - now, 0.0) * 1e6
-    costs = (costs_CS[0] * mib, costs_CS[1] * mib, costs_CS[2].copy(), max_piece)
-    is_chosen = _choose(expert_Q, homes_EH, standby_EH, is_excluded_S, busy_S, costs, home_Q)
+    costs = (costs_CS[0] * expert_mib, costs_CS[1] * expert_mib, costs_CS[2].copy(), max_piece)
+    is_chosen = choose(expert_Q, homes_EH, standby_EH, is_excluded_S, busy_S, costs, home_Q)
     if not is_chosen:
         home_Q[:] = 0
     sizes = (len(is_excluded_S), len(homes_EH))
@@ -345,17 +305,17 @@ def _group(
     pick_Q: Any, home_Q: Any, expert_P: Any, top_k: Any, num_shards: Any, num_experts: Any, max_rows: Any
 ) -> Any:
     num_picks = len(pick_Q)
-    place_S = np.zeros(num_shards + 1, np.int64)
+    next_S = np.zeros(num_shards + 1, np.int64)  # where the next pick of each shard goes in `sorted_Q`
     for q in range(num_picks):
-        place_S[home_Q[q] + 1] += 1
-    place_S = np.cumsum(place_S)
+        next_S[home_Q[q] + 1] += 1
+    next_S = np.cumsum(next_S)
     sorted_Q, shard_Q = np.empty(num_picks, np.int64), np.empty(num_picks, np.int64)
     for q in range(num_picks):
-        place = place_S[home_Q[q]]
-        sorted_Q[place], shard_Q[place] = pick_Q[q], home_Q[q]
-        place_S[home_Q[q]] += 1
-    seen_by_E = np.full(num_experts, -1, np.int64)  # the last message that an expert was seen in
-    numbers = np.zeros((4, num_picks), np.int64)  # first pick, shard, rows, experts
+        position = next_S[home_Q[q]]
+        sorted_Q[position], shard_Q[position] = pick_Q[q], home_Q[q]
+        next_S[home_Q[q]] += 1
+    seen_by_E = np.full(num_experts, -1, np.int64)  # the last message with a pick of this expert
+    numbers = np.zeros((4, num_picks), np.int64)  # by message: first pick, shard, number of rows, number of experts
     num_messages, last_row = 0, -1
     for q in range(num_picks):
         row, current = sorted_Q[q] // top_k, num_messages - 1

@@ -1,6 +1,6 @@
-"""What a client knows of one shard: whether it can be asked, how fast it is, when it is late.
+"""What a client knows of one shard: whether it can be asked, how fast it is, and when it is late.
 
-Whatever a shard says is one sample among many: nothing that happens once moves a prediction far.
+Each statement of a shard is one sample among many: no single event moves a prediction far.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import NamedTuple
 from cluster.dispatch.call_policy import CallPolicy
 from cluster.topology import CostModel
 
-NEW_SAMPLE = 0.2  # its weight in an average
-MAX_STEP = 8.0  # one sample counts as at most so many times the average
-LATE_UP, LATE_DOWN = 1.1, 1.1 ** -(0.05 / 0.95)  # balance where 5 % of the samples are above
-SLOWNESS_HALF_LIFE_S = 10.0  # of what is known of a shard that is not asked
+NEW_SAMPLE = 0.2  # weight of a new sample in an average
+MAX_STEP = 8.0  # one sample counts as at most this many times the average
+LATE_UP, LATE_DOWN = 1.1, 1.1 ** -(0.05 / 0.95)  # these factors balance where 5 % of the samples are above
+SLOWNESS_HALF_LIFE_S = 10.0  # in which half of a shard's measured slowness is forgotten while it is not asked
 NO_BOUND = 1e9
 MIN_COST_US = 1.0
+MAX_DOUBLINGS = 32  # of the time for which a circuit stays open, so that the power of two stays a finite number
 
 
 class LinkState(StrEnum):
-    """The connection to a shard; it is not known yet whether a new one comes up."""
+    """A `LinkState` is the state of the connection to a shard; of a NEW one it is not known yet whether it comes up."""
 
     NEW = "new"
     UP = "up"
@@ -29,7 +30,12 @@ class LinkState(StrEnum):
 
 
 class Circuit(StrEnum):
-    """Closed: asked like any other. Open: asked only where there is no other. Half open: one message finds out."""
+    """A `Circuit` says whether a shard is called.
+
+    CLOSED: yes, like any other.
+    OPEN: only for picks that have no other home.
+    HALF_OPEN: one request is on its way to find out whether the shard works again.
+    """
 
     CLOSED = "closed"
     OPEN = "open"
@@ -37,18 +43,18 @@ class Circuit(StrEnum):
 
 
 class Work(NamedTuple):
-    """What a message asks for: experts touched, rows, MiB of one expert."""
+    """`Work` is what a message asks a shard to compute."""
 
-    num_experts: int
+    num_experts: int  # distinct experts
     num_rows: int
-    mib: float
+    expert_mib: float  # size of one expert
 
 
 UNKNOWN_COST, SMALL_WORK = CostModel(), Work(1, 1, 1.0)
 
 
 class ReplyTiming(NamedTuple):
-    """What a reply says of itself."""
+    """A `ReplyTiming` is what a reply says about the shard's time and queue."""
 
     queue_us: int = 0
     compute_us: int = 0
@@ -57,7 +63,10 @@ class ReplyTiming(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class ShardHealth:
-    """One incarnation of a shard. `link` may be set by any thread, the rest belongs to the one that calls."""
+    """A `ShardHealth` is what a client knows of one incarnation of a shard.
+
+    Any thread may set `link`; everything else belongs to the calling thread.
+    """
 
     shard_id: str
     policy: CallPolicy
@@ -66,48 +75,48 @@ class ShardHealth:
     is_draining: bool = False
     circuit: Circuit = Circuit.CLOSED
     num_failures: int = 0  # in a row
-    rests_until: float = 0.0
-    heard_at: float = 0.0
-    free_at: float = 0.0  # when it should be done with all that it is known to have
-    overhead_us: float = 500.0  # of a message and its reply, apart from waiting and computing
-    slowness: float = 1.0  # time to compute over what `pace` says
-    lateness: float = 0.0  # 95th percentile of time to answer over what was predicted; 0 before the first
-    mean_us: float = 0.0  # to compute a message
+    rests_until: float = 0.0  # when an open circuit may be probed
+    heard_at: float = 0.0  # when the last reply came
+    free_at: float = 0.0  # when the shard should be done with all the work that it is known to have
+    overhead_us: float = 500.0  # time of a message and its reply without waiting and computing
+    slowness: float = 1.0  # time to compute / time that the cost model predicts
+    lateness: float = 0.0  # 95th percentile of time to answer / predicted time; 0 before the first reply
+    mean_us: float = 0.0  # mean time to compute a message
     adopted_at: float = 0.0
-    learn_at: float = 0.0
+    learn_at: float = 0.0  # replies before this time are not learned from
     num_learned: int = 0
-    place: int = -1  # among the shards of the placement
+    shard_index: int = -1  # index among the shards of the placement; -1 outside the placement
     last_work: Work = SMALL_WORK
 
     @property
     def should_be_avoided(self) -> bool:
-        """Not asked where there is another home."""
+        """Return True if the shard is asked only for picks that have no other home."""
         return self.link is not LinkState.UP or self.circuit is not Circuit.CLOSED or self.is_draining
 
     def compute_us(self, work: Work) -> float:
-        """How long it should compute."""
-        num_experts, num_rows, mib = work
-        pace = self.cost_model
-        unit = pace.weight_us_per_mib * num_experts + pace.row_us_per_mib * num_rows
-        return max(MIN_COST_US, self.slowness * (pace.call_us + mib * unit))
+        """Return the microseconds that the shard should take to compute `work`."""
+        num_experts, num_rows, expert_mib = work
+        cost_model = self.cost_model
+        unit = cost_model.weight_us_per_mib * num_experts + cost_model.row_us_per_mib * num_rows
+        return max(MIN_COST_US, self.slowness * (cost_model.call_us + expert_mib * unit))
 
-    def send(self, compute_us: float, now: float) -> float:
-        """Takes note of a message; returns in how many seconds its answer should be here."""
+    def note_sent(self, compute_us: float, now: float) -> float:
+        """Note that a message was sent; return the seconds until its reply should be here."""
         self.free_at = max(self.free_at, now) + 1e-6 * compute_us
         return self.free_at - now + 1e-6 * self.overhead_us
 
     def late_after_s(self, predicted_s: float) -> float:
-        """How long it may be silent until its picks are sent to another home as well, if that may be."""
+        """Return the seconds of silence after which a request may be hedged."""
         policy = self.policy
         late_s = (self.lateness or policy.patience) * predicted_s
         return max(policy.hedge_floor_s, min(late_s, policy.allowed_silence_s(predicted_s)))
 
-    def answer(self, work: Work, timing: ReplyTiming, took_s: float, predicted_s: float, now: float) -> None:
-        """Learns from a reply."""
+    def learn(self, work: Work, timing: ReplyTiming, took_s: float, predicted_s: float, now: float) -> None:
+        """Learn from a reply to `work` that came `took_s` after its request, where `predicted_s` was expected."""
         self.heard_at, self.last_work = now, work
-        queue_us, said_us, depth = timing
+        queue_us, reported_us, depth = timing
         took_us = 1e6 * took_s
-        compute_us = min(said_us, took_us)  # whatever it says
+        compute_us = min(reported_us, took_us)  # the shard cannot have computed for longer than the reply took
         self.num_learned += 1
         weight, step = (1 / self.num_learned, NO_BOUND) if self.num_learned < 4 else (NEW_SAMPLE, MAX_STEP)
         expected = self.compute_us(work) / self.slowness
@@ -124,29 +133,34 @@ class ShardHealth:
         return took_s > self.policy.hedge_floor_s + self.policy.far_slower * predicted_s
 
     def fail(self, now: float) -> None:
-        """It rests: it was late, or broke the connection; however many messages failed, for one rest at a time."""
+        """Open the circuit, because the shard was late or broke the connection.
+
+        The circuit stays open longer each time. Further failures while it is open count as the same one, however many
+        messages fail.
+        """
         if self.circuit is Circuit.OPEN:
             return
         self.circuit = Circuit.OPEN
-        rest_s = self.policy.first_rest_s * 2.0 ** min(self.num_failures, 32)
+        rest_s = self.policy.first_rest_s * 2.0 ** min(self.num_failures, MAX_DOUBLINGS)
         self.rests_until = now + min(rest_s, self.policy.max_rest_s)
         self.num_failures += 1
 
     def succeed(self) -> None:
+        """Close the circuit, because the shard answered in time."""
         self.circuit, self.num_failures = Circuit.CLOSED, 0
 
-    def come_late(self) -> None:
-        """It answered after another home had: the first time, that ends its rest."""
+    def note_late_reply(self) -> None:
+        """Close the circuit if it opened for the first time; the shard answered, but after another home."""
         if self.circuit is Circuit.OPEN and self.num_failures < 2:
             self.circuit = Circuit.CLOSED
 
-    def adopt(self, pace: CostModel, now: float) -> None:
-        """Takes a new pace without a jump in what is predicted; what is known of old fades away."""
-        if not self.num_learned:  # what it says of itself is all that is known
-            self.cost_model = pace
-        elif pace != self.cost_model:
+    def adopt(self, cost_model: CostModel, now: float) -> None:
+        """Use a newly published cost model without a jump in the predictions; let the old measurements fade."""
+        if not self.num_learned:  # there are no measurements yet, so the published cost model is all that is known
+            self.cost_model = cost_model
+        elif cost_model != self.cost_model:
             before = self.compute_us(self.last_work)
-            self.cost_model, self.slowness = pace, 1.0
+            self.cost_model, self.slowness = cost_model, 1.0
             self.slowness = before / self.compute_us(self.last_work)
         if self.heard_at:
             silent_s = max(0.0, now - max(self.heard_at, self.adopted_at))
@@ -156,16 +170,17 @@ class ShardHealth:
 
 @dataclass(slots=True)
 class HedgeBudget:
-    """A token for each message that may be sent on suspicion; every other message adds `share` of one."""
+    """A `HedgeBudget` limits hedges: a hedged message costs a token, and every other message earns `share` of one."""
 
     share: float
-    burst: float
+    burst: float  # largest number of tokens that can be saved up
     tokens: float
 
     def earn(self, num_messages: int) -> None:
         self.tokens = min(self.burst, self.tokens + self.share * num_messages)
 
     def take(self, num_messages: int) -> bool:
+        """Take a token for each message and return True, or return False if there are too few tokens."""
         if self.tokens < num_messages:
             return False
         self.tokens -= num_messages

@@ -16,8 +16,9 @@ from cluster.control.follower import Follower
 from cluster.control.registry_store import StoreUnavailable
 from cluster.dispatch.call_policy import CallPolicy
 from cluster.dispatch.fleet_view import FleetView, ShardFleet
-from cluster.dispatch.layer_call import LayerCall, RefusalCode, ShardRequest
+from cluster.dispatch.layer_call import LayerCall
 from cluster.dispatch.shard_health import LinkState, ReplyTiming, ShardHealth
+from cluster.dispatch.shard_request import RefusalCode, ShardRequest
 from cluster.load import LoadCounter
 from cluster.simulation.simulated_parts import Broken, RemoteStore, SimNetwork, SimProcess, SimShard, SimStore
 from cluster.topology import LayerSpec, Placement, Shard
@@ -92,9 +93,9 @@ class SimBackbone(SimProcess):
                     self._healths[key] = ShardHealth(id, self.fleet.policy)
                     self._connect(self._healths[key])
                 healths[id] = self._healths[key]
-        paces = {id: shard.cost_model for id, shard in known.items()}
+        cost_models = {id: shard.cost_model for id, shard in known.items()}
         draining = [id for id, shard in known.items() if shard.draining]
-        self.fleet.adopt(FleetView(placement, healths, paces, draining, self.fleet.view), self._now)
+        self.fleet.adopt(FleetView(placement, healths, cost_models, draining, self.fleet.view), self._now)
         self._changed()
 
     @property
@@ -152,9 +153,9 @@ class SimBackbone(SimProcess):
                 picked.append(expert)
         return picked
 
-    def _take(self, call: LayerCall, asks: list[ShardRequest]) -> None:
-        for ask in asks:
-            self._send(call, ask)
+    def _take(self, call: LayerCall, requests: list[ShardRequest]) -> None:
+        for request in requests:
+            self._send(call, request)
         if call not in self._counts:
             return
         if call.is_done:
@@ -168,13 +169,13 @@ class SimBackbone(SimProcess):
         elif call in self._counts and self.is_stopped:
             asyncio.get_running_loop().call_later(0.2, self._tick, call)
 
-    def _send(self, call: LayerCall, ask: ShardRequest) -> None:
-        shard = self.shards.get(ask.shard_id)
+    def _send(self, call: LayerCall, request: ShardRequest) -> None:
+        shard = self.shards.get(request.shard_id)
         if shard is None or not shard.is_up:
-            asyncio.get_running_loop().call_soon(self._lost, call, ask.id)
+            asyncio.get_running_loop().call_soon(self._lost, call, request.id)
             return
-        self._under_way[ask.id] = call, shard, ask.picks.tolist()
-        self._transmit(shard, partial(self._arrive, call, ask, shard))
+        self._under_way[request.id] = call, shard, request.picks.tolist()
+        self._transmit(shard, partial(self._arrive, call, request, shard))
 
     def _transmit(self, shard: SimShard, deliver: Callable[[], None], after_s: float = 0.0) -> None:
         """As TCP does: what is lost is sent again until it arrives, or the connection breaks."""
@@ -192,41 +193,43 @@ class SimBackbone(SimProcess):
         self._under_way.pop(request_id, None)
         self._take(call, call.on_lost(request_id, self._now))
 
-    def _arrive(self, call: LayerCall, ask: ShardRequest, shard: SimShard) -> None:
+    def _arrive(self, call: LayerCall, request: ShardRequest, shard: SimShard) -> None:
         """At the shard. A stopped one leaves it in its socket until it goes on."""
         if shard.is_stopped:
-            asyncio.get_running_loop().call_later(0.1, self._arrive, call, ask, shard)
+            asyncio.get_running_loop().call_later(0.1, self._arrive, call, request, shard)
             return
         if not shard.is_up:
             return  # which breaks the connection
         compute_s = 0.0005 * shard.slowness
-        experts = {int(call.expert_P[pick]) for pick in ask.picks}
+        experts = {int(call.expert_P[pick]) for pick in request.picks}
         missing = [expert for expert in sorted(experts) if not shard.has(call.layer, expert)]
-        self._reply(call, ask, shard, missing, compute_s)
+        self._reply(call, request, shard, missing, compute_s)
         if self.network.is_repeated():
-            self._reply(call, ask, shard, missing, compute_s)
+            self._reply(call, request, shard, missing, compute_s)
 
-    def _reply(self, call: LayerCall, ask: ShardRequest, shard: SimShard, missing: list[int], compute_s: float) -> None:
-        self._transmit(shard, partial(self._on_reply, call, ask, shard, missing, compute_s), compute_s)
+    def _reply(
+        self, call: LayerCall, request: ShardRequest, shard: SimShard, missing: list[int], compute_s: float
+    ) -> None:
+        self._transmit(shard, partial(self._on_reply, call, request, shard, missing, compute_s), compute_s)
 
     def _on_reply(
-        self, call: LayerCall, ask: ShardRequest, shard: SimShard, missing: list[int], compute_s: float
+        self, call: LayerCall, request: ShardRequest, shard: SimShard, missing: list[int], compute_s: float
     ) -> None:
         if self.is_stopped:
-            asyncio.get_running_loop().call_later(0.1, self._on_reply, call, ask, shard, missing, compute_s)
+            asyncio.get_running_loop().call_later(0.1, self._on_reply, call, request, shard, missing, compute_s)
             return
-        if self._under_way.pop(ask.id, None) is None and not self.network.repeats:
+        if self._under_way.pop(request.id, None) is None and not self.network.repeats:
             return  # the connection had broken by then
         if missing:
             code = RefusalCode.STALE_EPOCH if self.follower.epoch < shard.epoch else RefusalCode.NOT_HOSTED
-            self._take(call, call.on_refusal(ask.id, code, f"{missing} are not here", self._now))
+            self._take(call, call.on_refusal(request.id, code, f"{missing} are not here", self._now))
             return
         if shard.is_corrupt and self.random.random() < 0.5:
-            self._take(call, call.on_corrupt(ask.id, "the checksum is wrong", self._now))
+            self._take(call, call.on_corrupt(request.id, "the checksum is wrong", self._now))
             return
-        if call in self._answers and ask.id not in self._answers[call]:
-            self._answers[call][ask.id] = ask.picks.tolist()
-        for counted in call.on_reply(ask.id, ReplyTiming(0, round(1e6 * compute_s), 0), self._now):
+        if call in self._answers and request.id not in self._answers[call]:
+            self._answers[call][request.id] = request.picks.tolist()
+        for counted in call.on_reply(request.id, ReplyTiming(0, round(1e6 * compute_s), 0), self._now):
             if call in self._counts:
                 self._counts[call].update(self._answers[call][counted])
         self._take(call, [])

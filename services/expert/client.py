@@ -23,9 +23,10 @@ from torch import Tensor
 
 from cluster.dispatch.call_policy import CallPolicy, Traffic
 from cluster.dispatch.fleet_view import FleetView, ShardFleet
-from cluster.dispatch.layer_call import LayerCall, RefusalCode, ShardRequest
+from cluster.dispatch.layer_call import LayerCall
 from cluster.dispatch.layer_call import warm_up as warm_up_routing
 from cluster.dispatch.shard_health import LinkState, ReplyTiming, ShardHealth
+from cluster.dispatch.shard_request import RefusalCode, ShardRequest
 from cluster.topology import Placement, Shard
 from model.cpu.thread_pool import THREAD_POOL
 from model.exact_sums import from_grid, grid_exponents
@@ -181,7 +182,7 @@ class RemoteExperts:
             stream.send(ask.id, message)
 
     def _reset_streams(self) -> None:
-        for health in self._fleet.take_unanswered():
+        for health in self._fleet.take_resets():
             if stream := self._stream_of.get(health):
                 stream.reset()
 
@@ -250,7 +251,7 @@ class _ExpertCall:
         self.held: dict[int, tuple[NDArray[np.int64], Ints]] = {}  # sums that do not count yet
         self.last_change = owner._last_change
         self.send(self.routing.start(now))
-        if self.fleet.has_unanswered:
+        if self.fleet.has_resets:
             owner._reset_streams()
 
     def send(self, asks: Sequence[ShardRequest]) -> None:
@@ -309,7 +310,7 @@ class _ExpertCall:
                     self._wait_for_more()
         finally:
             THREAD_POOL.resume()
-            for ask in routing.under_way:
+            for ask in routing.in_flight:
                 self.owner._parts.pop(ask.id, None)
         if routing.failure is not None:
             raise ExpertsUnavailable(routing.failure)
@@ -330,9 +331,9 @@ class _ExpertCall:
             self.send(routing.on_change(now))
         elif now >= routing.wake_at:
             self.send(routing.on_tick(now))
-            if self.fleet.has_unanswered:
+            if self.fleet.has_resets:
                 owner._reset_streams()
-        if routing.parked and owner._is_closed:
+        if routing.waiting and owner._is_closed:
             routing.failure = f"Layer {self.layer} is not waited for: this backbone stops."
 
     def take_loss(self, request_id: int, now: float) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 
 from cluster.dispatch.call_policy import CallPolicy
 from cluster.dispatch.fleet_view import FleetView, ShardFleet
-from cluster.dispatch.layer_call import LayerCall, RefusalCode, ShardRequest
+from cluster.dispatch.layer_call import LayerCall
 from cluster.dispatch.shard_health import LinkState, ReplyTiming, ShardHealth
+from cluster.dispatch.shard_request import RefusalCode, ShardRequest
 from cluster.topology import Homes, Placement
 
 TOP_K, NUM_EXPERTS = 3, 12
@@ -28,12 +29,12 @@ class World:
     standby: Homes | None = None
     now: float = 100.0
     epoch: int = 1
-    mib: float = 0.01  # so small that three experts are worth no second message
+    expert_mib: float = 0.01  # so small that three experts are worth no second message
     counts: Counter[int] = field(default_factory=Counter)
-    asks: dict[int, ShardRequest] = field(default_factory=dict)
+    requests: dict[int, ShardRequest] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.fleet = ShardFleet(self.policy, {0: self.mib})
+        self.fleet = ShardFleet(self.policy, {0: self.expert_mib})
         self.healths: dict[str, ShardHealth] = {}
         self.place(self.homes, self.standby)
 
@@ -41,7 +42,7 @@ class World:
         placement = Placement(self.epoch, {0: homes}, {0: 0}, standby={0: standby} if standby else {})
         for id in placement.shard_ids:
             self.healths.setdefault(id, ShardHealth(id, self.policy, link=LinkState.UP))
-        self.fleet.adopt(FleetView(placement, self.healths, before=self.fleet.view), self.now)
+        self.fleet.adopt(FleetView(placement, self.healths, previous=self.fleet.view), self.now)
         self.epoch += 1
 
     def link(self, shard_id: str, link: LinkState) -> None:
@@ -52,28 +53,28 @@ class World:
         call = LayerCall(self.fleet, 0, np.array(experts, dtype=np.int64), TOP_K, max_rows, self.now)
         return call, self.sent(call.start(self.now))
 
-    def sent(self, asks: list[ShardRequest]) -> list[ShardRequest]:
-        self.asks |= {ask.id: ask for ask in asks}
-        return asks
+    def sent(self, requests: list[ShardRequest]) -> list[ShardRequest]:
+        self.requests |= {request.id: request for request in requests}
+        return requests
 
-    def answer(self, call: LayerCall, ask: ShardRequest, timing: ReplyTiming = QUICK) -> list[int]:
-        counting = call.on_reply(ask.id, timing, self.now)
+    def answer(self, call: LayerCall, request: ShardRequest, timing: ReplyTiming = QUICK) -> list[int]:
+        counting = call.on_reply(request.id, timing, self.now)
         for id in counting:
-            self.counts.update(self.asks[id].picks.tolist())
+            self.counts.update(self.requests[id].picks.tolist())
         return counting
 
     def tick(self, call: LayerCall, seconds: float) -> list[ShardRequest]:
         self.now += seconds
         return self.sent(call.on_tick(self.now))
 
-    def refuse(self, call: LayerCall, ask: ShardRequest, code: RefusalCode) -> list[ShardRequest]:
-        return self.sent(call.on_refusal(ask.id, code, "No.", self.now))
+    def refuse(self, call: LayerCall, request: ShardRequest, code: RefusalCode) -> list[ShardRequest]:
+        return self.sent(call.on_refusal(request.id, code, "No.", self.now))
 
-    def lose(self, call: LayerCall, ask: ShardRequest) -> list[ShardRequest]:
-        return self.sent(call.on_lost(ask.id, self.now))
+    def lose(self, call: LayerCall, request: ShardRequest) -> list[ShardRequest]:
+        return self.sent(call.on_lost(request.id, self.now))
 
-    def corrupt(self, call: LayerCall, ask: ShardRequest) -> list[ShardRequest]:
-        return self.sent(call.on_corrupt(ask.id, "It was changed.", self.now))
+    def corrupt(self, call: LayerCall, request: ShardRequest) -> list[ShardRequest]:
+        return self.sent(call.on_corrupt(request.id, "It was changed.", self.now))
 
     def is_exact(self, call: LayerCall) -> bool:
         return call.failure is None and self.counts == Counter(range(len(call.expert_P)))
@@ -84,10 +85,10 @@ def on(*shard_ids: str) -> Homes:
     return (shard_ids,) * NUM_EXPERTS
 
 
-def shards_of(asks: Sequence[ShardRequest]) -> list[str]:
-    return sorted(ask.shard_id for ask in asks)
+def shards_of(requests: Sequence[ShardRequest]) -> list[str]:
+    return sorted(request.shard_id for request in requests)
 
 
-def hit_late(world: World, call: LayerCall, ask: ShardRequest) -> list[ShardRequest]:
+def hit_late(world: World, call: LayerCall, request: ShardRequest) -> list[ShardRequest]:
     """Lets the time pass in which its shard should have answered."""
-    return world.tick(call, ask.late_after_s + 1e-6)
+    return world.tick(call, request.late_after_s + 1e-6)

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.dispatch.routing import RELIEF, CallCost, HomeTable
+from benchmarks.home_choice import CallCost
+from cluster.dispatch.routing import RELIEF, HomeTable
 
 Given = dict[int, dict[int, int]]  # rows by expert and home, the homes in the order of preference
 

@@ -9,43 +9,43 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from cluster.dispatch.call_policy import CallPolicy
-from cluster.dispatch.layer_call import RefusalCode, ShardRequest
 from cluster.dispatch.shard_health import LinkState, ReplyTiming
+from cluster.dispatch.shard_request import RefusalCode, ShardRequest
 from cluster.topology import Homes
 from tests.cluster.dispatch.calls_world import NUM_EXPERTS, POLICY, TOP_K, World, hit_late, on, shards_of
 
 
 def test_every_pick_goes_to_a_home_and_counts_once() -> None:
     world = World(tuple((f"s{e % 3}",) for e in range(NUM_EXPERTS)))
-    call, asks = world.start([0, 1, 2, 5, 4, 3])
-    assert shards_of(asks) == ["s0", "s1", "s2"]
-    for ask in asks:
+    call, requests = world.start([0, 1, 2, 5, 4, 3])
+    assert shards_of(requests) == ["s0", "s1", "s2"]
+    for request in requests:
         assert not call.is_done
-        assert world.answer(call, ask) == [ask.id]
+        assert world.answer(call, request) == [request.id]
     assert call.is_done
     assert world.is_exact(call)
 
 
 def test_many_rows_travel_in_several_messages() -> None:
     world = World(on("a"))
-    call, asks = world.start([0, 1, 2] * 10, max_rows=4)
-    assert [ask.num_rows for ask in asks] == [4, 4, 2]
-    for ask in reversed(asks):
-        world.answer(call, ask)
+    call, requests = world.start([0, 1, 2] * 10, max_rows=4)
+    assert [request.num_rows for request in requests] == [4, 4, 2]
+    for request in reversed(requests):
+        world.answer(call, request)
     assert world.is_exact(call)
 
 
 def test_no_picks_need_nobody() -> None:
-    call, asks = World(on("a")).start([])
+    call, requests = World(on("a")).start([])
     assert call.is_done
-    assert not asks
+    assert not requests
 
 
 def test_a_second_answer_counts_nothing() -> None:
     world = World(on("a"))
-    call, [ask] = world.start([0, 1, 2])
-    assert world.answer(call, ask)
-    assert not world.answer(call, ask)
+    call, [request] = world.start([0, 1, 2])
+    assert world.answer(call, request)
+    assert not world.answer(call, request)
     assert world.is_exact(call)
 
 
@@ -130,9 +130,10 @@ def test_a_shard_of_another_model_ends_the_call() -> None:
 
 def test_errors_end_the_call_after_max_tries() -> None:
     world = World(on("a", "b"), CallPolicy(max_tries=3))
-    call, asks = world.start([0, 1, 2])
+    call, requests = world.start([0, 1, 2])
     while not call.is_done:
-        asks = [again for ask in asks for again in world.refuse(call, ask, RefusalCode.FAILED)] or world.tick(call, 1.0)
+        requests = [again for request in requests for again in world.refuse(call, request, RefusalCode.FAILED)]
+        requests = requests or world.tick(call, 1.0)
     assert call.failure is not None
     assert "in max_tries = 3 tries; shard" in call.failure
     assert world.fleet.traffic.refusals == {"FAILED": 3}
@@ -140,15 +141,15 @@ def test_errors_end_the_call_after_max_tries() -> None:
 
 def test_a_storm_of_refusals_is_answered_with_longer_and_longer_pauses() -> None:
     world = World(on("a", "b"), replace(POLICY, heal_timeout_s=5.0))
-    call, asks = world.start([0, 1, 2])
-    started_at, num_asked = world.now, len(asks)
+    call, requests = world.start([0, 1, 2])
+    started_at, num_asked = world.now, len(requests)
     while not call.is_done:
-        asks = [again for ask in asks for again in world.refuse(call, ask, RefusalCode.NOT_HOSTED)]
-        num_asked += len(asks)
-        if not asks and not call.is_done:
+        requests = [again for request in requests for again in world.refuse(call, request, RefusalCode.NOT_HOSTED)]
+        num_asked += len(requests)
+        if not requests and not call.is_done:
             assert call.wake_at > world.now
-            asks = world.tick(call, call.wake_at - world.now)
-            num_asked += len(asks)
+            requests = world.tick(call, call.wake_at - world.now)
+            num_asked += len(requests)
     assert call.failure is not None
     assert "experts [0, 1, 2] had no live home for heal_timeout_s = 5.0; shard" in call.failure
     assert 5.0 <= world.now - started_at < 5.6
@@ -157,11 +158,11 @@ def test_a_storm_of_refusals_is_answered_with_longer_and_longer_pauses() -> None
 
 def test_a_busy_shard_is_asked_again_until_the_calls_deadline() -> None:
     world = World(on("a"), replace(POLICY, timeout_s=1.0, heal_timeout_s=60.0))
-    call, asks = world.start([0, 1, 2])
+    call, requests = world.start([0, 1, 2])
     started_at = world.now
     while not call.is_done:
-        asks = [again for ask in asks for again in world.refuse(call, ask, RefusalCode.OVERLOADED)]
-        asks = asks or world.tick(call, call.wake_at - world.now)
+        requests = [again for request in requests for again in world.refuse(call, request, RefusalCode.OVERLOADED)]
+        requests = requests or world.tick(call, call.wake_at - world.now)
     assert "within timeout_s = 1.0" in str(call.failure)
     assert world.now - started_at < 1.1
 
@@ -182,8 +183,8 @@ def test_what_was_lost_or_corrupt_goes_to_another_home_and_the_shard_rests() -> 
 def test_without_a_live_home_the_call_waits_and_goes_on_when_one_comes_up() -> None:
     world = World(on("a"))
     world.link("a", LinkState.DOWN)
-    call, asks = world.start([0, 1, 2])
-    assert not asks
+    call, requests = world.start([0, 1, 2])
+    assert not requests
     assert not call.is_done
     num_ticks = 0
     while world.now < 103.0:
@@ -191,8 +192,8 @@ def test_without_a_live_home_the_call_waits_and_goes_on_when_one_comes_up() -> N
         assert not world.tick(call, call.wake_at - world.now)
     assert num_ticks < 20
     world.link("a", LinkState.UP)
-    [ask] = world.sent(call.on_change(world.now))
-    world.answer(call, ask)
+    [request] = world.sent(call.on_change(world.now))
+    world.answer(call, request)
     assert world.is_exact(call)
     assert world.fleet.traffic.num_heals == 1
 
@@ -204,20 +205,20 @@ def test_the_time_without_a_home_does_not_count_towards_the_calls() -> None:
     while world.now < 104.0:
         assert not world.tick(call, call.wake_at - world.now)
     world.link("a", LinkState.UP)
-    [ask] = world.sent(call.on_change(world.now))
+    [request] = world.sent(call.on_change(world.now))
     assert not world.tick(call, 0.9)
     assert not call.is_done
     world.tick(call, 0.2)
     assert "within timeout_s = 1.0: the shards ['a'] still owe an answer" in str(call.failure)
-    assert not world.answer(call, ask)
+    assert not world.answer(call, request)
 
 
 def test_only_the_picks_without_a_home_wait() -> None:
     world = World(tuple(("a" if e % 2 else "b",) for e in range(NUM_EXPERTS)))
     world.link("a", LinkState.DOWN)
-    call, [ask] = world.start([0, 1, 2])
-    assert ask.shard_id == "b"
-    world.answer(call, ask)
+    call, [request] = world.start([0, 1, 2])
+    assert request.shard_id == "b"
+    world.answer(call, request)
     assert world.counts == Counter([0, 2])
     world.place(on("b"))
     [rest] = world.sent(call.on_change(world.now))
@@ -239,12 +240,12 @@ def test_what_a_silent_shard_owes_goes_to_the_homes_of_a_new_placement() -> None
 def test_hedges_have_a_budget() -> None:
     world = World(on("a", "b"), replace(POLICY, hedge_share=0.03, hedge_burst=2.0))
     for _ in range(500):
-        call, [ask] = world.start([0, 1, 2])
-        hedge = hit_late(world, call, ask)
-        for one in [*hedge, ask]:
+        call, [request] = world.start([0, 1, 2])
+        hedge = hit_late(world, call, request)
+        for one in [*hedge, request]:
             world.answer(call, one)
         world.now += 60.0  # rests are over
-        world.healths[ask.shard_id].succeed()
+        world.healths[request.shard_id].succeed()
     traffic = world.fleet.traffic
     assert 2 + 0.03 * 500 - 2 <= traffic.num_hedged <= 2 + 0.03 * 500
     assert traffic.num_hedges_denied > 100
@@ -266,7 +267,7 @@ class Event:
     at: float
     order: int
     what: str = field(compare=False)
-    ask_id: int = field(compare=False, default=0)
+    request_id: int = field(compare=False, default=0)
 
 
 def run_by_seed(seed: int) -> None:
@@ -282,24 +283,24 @@ def run_by_seed(seed: int) -> None:
     troubles = chance.uniform(0.0, 0.6)
     events: list[Event] = []
 
-    def post(asks: list[ShardRequest]) -> None:
-        for ask in world.sent(asks):
+    def post(requests: list[ShardRequest]) -> None:
+        for request in world.sent(requests):
             roll = chance.random() / max(troubles, 1e-9)
             delay = chance.choice([0.0005, 0.002, 0.04, 0.8]) * chance.random()
             kinds = ["refuse", "lose", "corrupt", "silent", "twice"] if roll < 1 else ["reply"]
             kind = chance.choice(kinds)
             for _ in range(2 if kind == "twice" else 1):
-                events.append(Event(world.now + delay, len(world.asks), kind, ask.id))
+                events.append(Event(world.now + delay, len(world.requests), kind, request.id))
                 delay *= 1.5
             if kind == "silent":  # a hung stream is broken in the end, by whoever notices
-                events[-1] = Event(world.now + 3.0, len(world.asks), "lose", ask.id)
+                events[-1] = Event(world.now + 3.0, len(world.requests), "lose", request.id)
 
     for _ in range(3):
         world.counts.clear()
         num_rows = chance.randint(1, 6)
         experts = [e for _ in range(num_rows) for e in chance.sample(range(NUM_EXPERTS), TOP_K)]
-        call, asks = world.start(experts, max_rows=chance.randint(1, 4))
-        post(asks)
+        call, requests = world.start(experts, max_rows=chance.randint(1, 4))
+        post(requests)
         while not call.is_done:
             if world.now > call.started_at + 20.0:  # the fleet heals, in the end
                 troubles = 0.0
@@ -318,19 +319,22 @@ def run_by_seed(seed: int) -> None:
                 troubles *= 0.9
             else:
                 event = events.pop(0)
-                world.now, ask = max(world.now, event.at), world.asks[event.ask_id]
+                world.now, request = max(world.now, event.at), world.requests[event.request_id]
                 if event.what in ("reply", "twice"):
-                    assert not world.answer(call, ask, ReplyTiming(0, 50, chance.randint(0, 3))) or not ask.is_beaten
+                    assert (
+                        not world.answer(call, request, ReplyTiming(0, 50, chance.randint(0, 3)))
+                        or not request.is_beaten
+                    )
                 elif event.what == "refuse":
                     code = chance.choice([code for code in RefusalCode if code is not RefusalCode.BAD_SHAPE])
-                    post(call.on_refusal(ask.id, code, "No.", world.now))
-                    world.healths[ask.shard_id].is_draining = False
+                    post(call.on_refusal(request.id, code, "No.", world.now))
+                    world.healths[request.shard_id].is_draining = False
                 elif event.what == "lose":
-                    post(call.on_lost(ask.id, world.now))
+                    post(call.on_lost(request.id, world.now))
                 else:
-                    post(call.on_corrupt(ask.id, "It was changed.", world.now))
+                    post(call.on_corrupt(request.id, "It was changed.", world.now))
         assert world.is_exact(call), (call.failure, world.counts)
-    traffic, num_asked = world.fleet.traffic, len(world.asks)
+    traffic, num_asked = world.fleet.traffic, len(world.requests)
     assert traffic.num_hedged <= policy.hedge_burst + policy.hedge_share * num_asked
 
 

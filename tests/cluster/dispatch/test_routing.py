@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.dispatch.routing import CallCost, HomeTable, NoLiveHome, ShardCosts, assign_homes, choose_homes
+from benchmarks.home_choice import CallCost, ShardCosts, assign_homes, choose_homes
+from cluster.dispatch.routing import HomeTable, NoLiveHome
 from tests.cluster.dispatch import slow_routing
 
 NO_MESSAGES = CallCost(message=0.0)
