@@ -37,8 +37,7 @@ from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.engine.memory import MemoryPlan
 from services.engine.recorder import Recorder
 from services.engine.runner import Runner
-from services.engine.scheduler import Scheduler
-from services.engine.scheduler_config import SchedulerConfig
+from services.engine.scheduler import Scheduler, SchedulerConfig
 from services.engine.tier_watch import TierWatch
 from services.expert.client import ExpertsUnavailable, RemoteExperts
 

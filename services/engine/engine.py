@@ -118,22 +118,22 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_slots=scheduler.slots.size,
-            num_blocks=scheduler.blocks.size,
-            num_slots_taken=scheduler.num_slots_taken,
-            num_blocks_taken=scheduler.blocks.num_taken,
-            num_slots_cached=scheduler.cache.num_slots,
-            num_blocks_cached=scheduler.blocks.num_idle,
+            num_slots=scheduler.memory.slots.size,
+            num_blocks=scheduler.memory.pages.size,
+            num_slots_taken=scheduler.memory.num_slots_taken,
+            num_blocks_taken=scheduler.memory.pages.num_taken,
+            num_slots_cached=scheduler.memory.cache.checkpoints.num_slots,
+            num_blocks_cached=scheduler.memory.pages.num_idle,
             num_preemptions=scheduler.num_preemptions,
             num_steps=self._num_steps,
             num_failed_steps=self._num_failed_steps,
             num_refused=self._num_refused,
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_generated_tokens=scheduler.num_generated_tokens,
-            num_cached_tokens=scheduler.cache.counts.num_cached_tokens,
-            num_checkpoints=scheduler.cache.num_checkpoints,
-            num_evictions=scheduler.cache.counts.num_evictions,
-            cache_reasons=dict(scheduler.cache.counts.by_reason),
+            num_cached_tokens=scheduler.memory.cache.counts.num_cached_tokens,
+            num_checkpoints=len(scheduler.memory.cache.checkpoints),
+            num_evictions=scheduler.memory.cache.checkpoints.num_evictions,
+            cache_reasons=dict(scheduler.memory.cache.counts.by_reason),
             drafted_by_position=scheduler.drafting.drafted,
             accepted_by_position=scheduler.drafting.accepted,
             is_healthy=self.is_healthy,
@@ -157,7 +157,7 @@ class Engine:
         follow, or becomes too complex to follow.
         """
         request = self._new_request(request_id, prompt_token_ids, params, timeout, sent_token_ids)
-        if (overload := self.scheduler.overload) and not request.is_resumed:
+        if (overload := self.scheduler.waiting.overload) and not request.is_resumed:
             self._inbox.put(self._count_refusal)
             raise overload
         if params.grammar is not None:
@@ -209,7 +209,7 @@ class Engine:
     async def _compile(self, grammar: Grammar, request: Request) -> Any:
         if self._compiling is None:
             raise ValueError("grammar cannot be used: this server has no tokenizer to read it with.")
-        retry_after = None if request.is_resumed else self.scheduler.retry_after
+        retry_after = None if request.is_resumed else self.scheduler.waiting.retry_after
         try:
             return await self._compiling.compile(grammar, request.deadline, retry_after)
         except EngineOverloaded:

@@ -1,8 +1,11 @@
-"""Which running requests make way for a waiting one of strictly higher priority. Touches nothing.
+"""Chooses which running requests are preempted for a waiting one of strictly higher priority; changes nothing itself.
 
-Strictly, so that nobody is preempted by a request that it could preempt in turn, and only where the newcomer then
-starts in the same step, so that no work is thrown away for nothing. Waiting protects and never attacks: who waited so
-long that it is level with the newcomer goes on, but nobody is preempted for what another gained by waiting.
+The rules:
+
+- Only strictly lower priorities are preempted. Otherwise two requests could preempt each other in turn.
+- Requests are preempted only if the newcomer then starts in the same step, so that no work is thrown away in vain.
+- Waiting protects a request but never preempts another one. A running request that had waited until its level was as
+  good as the newcomer's goes on, and the level that the newcomer gained by waiting does not count.
 """
 
 from __future__ import annotations
@@ -16,19 +19,23 @@ from services.engine.request import Request
 
 @dataclass(frozen=True)
 class Shortage:
-    """What a waiting request misses to start, `num_tokens` of the step's budget; nothing where 0 or below."""
+    """What a waiting request lacks in order to start; a number of 0 or below means that nothing is lacking."""
 
     num_slots: int
     num_pages: int
-    num_tokens: int
+    num_tokens: int  # of the step's token budget
 
     @property
     def is_over(self) -> bool:
+        """Return True if nothing is lacking."""
         return max(self.num_slots, self.num_pages, self.num_tokens) <= 0
 
 
-def lower_ones(request: Request, running: Sequence[Request]) -> list[Request]:
-    """Running requests, in the order in which they are served, that `request` may preempt: the first to go first."""
+def preemption_candidates(request: Request, running: Sequence[Request]) -> list[Request]:
+    """Return the running requests that `request` may preempt, the first to be preempted first.
+
+    `running` is in serving order, so the candidates come in the reverse of it.
+    """
     return [
         other
         for other in reversed(running)
@@ -36,27 +43,32 @@ def lower_ones(request: Request, running: Sequence[Request]) -> list[Request]:
     ]
 
 
-def make_way(
-    lower: Sequence[Request],
-    lack: Shortage,
+def choose_preempted(
+    candidates: Sequence[Request],
+    shortage: Shortage,
     planned: Mapping[Request, int],
     num_users: Callable[[int], int],
     reused: Collection[int],
 ) -> list[Request]:
-    """The first of `lower` that are enough to end the lack; none if all are not, or if only the budget is missing,
-    which is shared (`Scheduler._share`) and there again in the next step.
+    """Return the first candidates that are just enough to end the shortage.
 
-    `planned`: tokens of the budget that each would take in this step. `num_users`: of a page. `reused`: the pages that
-    the newcomer starts with, which are no use to it beyond that.
+    Return none if all candidates together are not enough, or if only the token budget is short: the budget is shared
+    (`Scheduler._share`) and is there again in the next step.
+
+    - `planned`: tokens of this step's budget that each candidate would use.
+    - `num_users(page)`: how many running requests use the page.
+    - `reused`: pages that the newcomer starts with; freeing them does not help it.
     """
-    if lack.num_slots <= 0 and lack.num_pages <= 0:
+    if shortage.num_slots <= 0 and shortage.num_pages <= 0:
         return []
-    left: Counter[int] = Counter()  # by page: how many of those that go use it
+    num_leaving: Counter[int] = Counter()  # by page: how many of the preempted requests use the page
     num_pages, num_tokens = 0, 0
-    for count, other in enumerate(lower, 1):
-        left.update(other.block_table)
-        num_pages += 1 + sum(num_users(page) == left[page] and page not in reused for page in other.block_table)
+    for count, other in enumerate(candidates, 1):
+        num_leaving.update(other.block_table)
+        # 1 more: each running request has a page in reserve to grow into (`Scheduler._shortage`).
+        num_pages += 1 + sum(num_users(page) == num_leaving[page] and page not in reused for page in other.block_table)
         num_tokens += planned.get(other, 0)
-        if Shortage(lack.num_slots - count, lack.num_pages - num_pages, lack.num_tokens - num_tokens).is_over:
-            return list(lower[:count])
+        rest = Shortage(shortage.num_slots - count, shortage.num_pages - num_pages, shortage.num_tokens - num_tokens)
+        if rest.is_over:
+            return list(candidates[:count])
     return []

@@ -1,51 +1,60 @@
-"""A request as the engine keeps it, from its arrival to its last token."""
+"""A request as the engine keeps it from its arrival to its last token, and the checks that a new request must pass."""
 
 from __future__ import annotations
 
+import array
+import hashlib
 import math
+import secrets
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.engine.contract.errors import EngineFailed
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.contract.token_output import FinishReason, TokenLogprob
 from services.engine.drafting.draft_depth import NO_DRAFTS_YET, Acceptance
 
+DIGEST_BYTES = 16
+HASH_OF_NOTHING = b""  # the hash of the empty prefix
+
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One sequence: `num_computed_tokens` catches up with `num_tokens`, whether those were prompted or generated."""
+    """A `Request` is one sequence of tokens whose `num_computed_tokens` catches up with `num_tokens`.
+
+    Prompt tokens and generated tokens are not told apart in this. Times are in seconds of the scheduler's clock.
+    """
 
     id: str
-    token_ids: list[int]  # the prompt, then what was generated
+    token_ids: list[int]  # the prompt, followed by the generated tokens
     params: SamplingParams
     seed: int
-    max_len: int  # prompt and generated tokens together
+    max_len: int  # the most tokens of prompt and answer together
     stop_ids: frozenset[int] = frozenset()
     deadline: float = math.inf
-    num_sent: int | None = None  # last of `token_ids` that another engine generated; None: it begins here
+    num_sent: int | None = None  # tokens at the end of `token_ids` that a lost engine generated; None: not resumed
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
-    slot: int | None = None  # None: waiting
-    block_table: list[int] = field(default_factory=list)
-    draft_ids: tuple[int, ...] = ()  # guesses at what follows `token_ids`, to be verified by the next step
+    slot: int | None = None  # the state slot; None while the request waits
+    block_table: list[int] = field(default_factory=list)  # the KV pages, in the order of the tokens
+    draft_ids: tuple[int, ...] = ()  # drafts of the tokens after `token_ids`, which the next step verifies
     acceptance: Acceptance = NO_DRAFTS_YET
-    num_unread: int = 0  # tokens that were computed since it was last drafted for
-    compiled_grammar: Any = (
-        None  # services.engine.grammar.compiled_grammar.CompiledGrammar of params.grammar, if that is not None
-    )
-    sampling_state: Any = None  # the sampler's own notes about this request: penalties' counts, the grammar's state
-    arrived_at: float = 0.0  # these three in seconds of the scheduler's clock
+    num_unread: int = 0  # tokens computed since the request was last drafted for
+    compiled_grammar: Any = None  # the `CompiledGrammar` of `params.grammar`, if there is one
+    sampling_state: Any = None  # the sampler's `SamplerState` of this request
+    arrived_at: float = 0.0
     first_scheduled_at: float | None = None
     first_token_at: float | None = None
-    arrival: int = 0  # the scheduler's count of requests when this one was added
-    level: int = field(init=False)  # its priority, less what it gained by waiting
-    waiting_since: float = 0.0  # and, in seconds too, how long it waited before that
-    waited_s: float = 0.0
-    page_hashes: list[bytes] = field(default_factory=list)  # of its full pages so far, each with all before it
-    due_checkpoints: list[int] = field(default_factory=list)  # lengths, ascending, at which its state is to be saved
-    looked_up: Any = None  # while it waits: what the prefix cache found for it, and the state of the cache then
-    num_cached: int = 0  # prompt tokens that were reused when it first started
-    cache_reason: str = ""  # empty: it has not started yet
+    arrival: int = 0  # number of the request in the order of arrival at the scheduler
+    level: int = field(init=False)  # the priority number, lowered by the time spent waiting
+    waiting_since: float = 0.0
+    waited_s: float = 0.0  # seconds waited before the last start
+    page_hashes: list[bytes] = field(default_factory=list)  # filled by `hash_pages`
+    due_checkpoints: list[int] = field(default_factory=list)  # ascending lengths at which the state is to be saved
+    looked_up: Any = None  # while it waits: what the prefix cache found, and the cache's state at that time
+    num_cached: int = 0  # prompt tokens that were reused at the first start
+    cache_reason: str = ""  # empty until the request has started
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected until the first output
 
     def __post_init__(self) -> None:
@@ -62,32 +71,147 @@ class Request:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether another engine accepted it before, and is gone."""
+        """Return True if another engine, which is lost now, had accepted the request."""
         return self.num_sent is not None
 
     @property
     def num_pending(self) -> int:
-        """Tokens still to compute before the next one can be sampled."""
+        """Return how many tokens must be computed before the next token can be sampled."""
         return self.num_tokens - self.num_computed_tokens
 
     @property
+    def num_after_next(self) -> int:
+        """Return how many more tokens may follow the next token."""
+        return self.max_len - 1 - self.num_tokens
+
+    @property
     def order(self) -> tuple[int, int]:
-        """The lower, the sooner it is served; the higher, the sooner it is preempted."""
+        """Return the sort key: lower keys are served sooner, higher keys are preempted sooner."""
         return self.level, self.arrival
 
     @property
     def slot_id(self) -> int:
+        """Return the state slot of a running request."""
         assert self.slot is not None, "only a running request has state"
         return self.slot
 
     @property
     def queued_s(self) -> float:
+        """Return the seconds from arrival to the first step; 0 before that step."""
         return 0.0 if self.first_scheduled_at is None else self.first_scheduled_at - self.arrived_at
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Adds a generated token and says whether the request ends with it."""
+        """Add a generated token and return the finish reason if the request ends with this token."""
         assert self.num_tokens < self.max_len
         self.token_ids.append(token_id)
         if token_id in self.stop_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_tokens == self.max_len else None
+
+    def hash_pages(self, page_size: int) -> list[bytes]:
+        """Return the hash of each full page of tokens; the hash of a page covers all tokens before it as well."""
+        hashes = self.page_hashes
+        for i in range(len(hashes), self.num_tokens // page_size):
+            page_ids = self.token_ids[i * page_size : (i + 1) * page_size]
+            hashes.append(_hash_tokens(hashes[-1] if hashes else HASH_OF_NOTHING, page_ids))
+        return hashes
+
+    def prefix_key(self, length: int, page_size: int) -> bytes:
+        """Return the hash of the first `length` tokens."""
+        num_full = length // page_size
+        parent = self.hash_pages(page_size)[num_full - 1] if num_full else HASH_OF_NOTHING
+        tail = self.token_ids[num_full * page_size : length]
+        return _hash_tokens(parent, tail) if tail else parent
+
+    def log_fields(self, reason: str, now: float) -> dict[str, Any]:
+        """Return the log fields of a request that has ended for `reason`: counts of tokens, and seconds."""
+
+        def since_arrival(at: float | None) -> float | None:
+            return None if at is None else round(at - self.arrived_at, 6)
+
+        return {
+            "request_id": self.id,
+            "finish_reason": reason,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_generated_tokens": self.num_generated,
+            "num_cached_tokens": self.num_cached,
+            "cache_reason": self.cache_reason,
+            "queued_s": since_arrival(self.first_scheduled_at),
+            "first_token_s": since_arrival(self.first_token_at),
+            "total_s": since_arrival(now),
+        }
+
+
+def serving_order(request: Request) -> tuple[int, int]:
+    """Return `request.order`, as a sort key."""
+    return request.order
+
+
+def _hash_tokens(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Return the hash of `token_ids` after the tokens whose hash is `parent`."""
+    return hashlib.blake2b(parent + array.array("i", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
+
+
+class RequestFactory:
+    """A `RequestFactory` makes requests from what clients send, and refuses what the engine could not serve.
+
+    `max_model_len` is the model's context, `max_len` the longest request that also fits into memory, both in tokens.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: Iterable[int], max_len: int, max_model_len: int) -> None:
+        self.vocab_size, self.eos_token_ids = vocab_size, frozenset(eos_token_ids)
+        self.max_len, self.max_model_len = max_len, max_model_len
+
+    def make(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        timeout: float | None,
+        sent_token_ids: Sequence[int] | None,
+        now: float,
+    ) -> Request:
+        """Return a request that arrives at `now`; its arguments are those of `Engine.generate`.
+
+        Raise ValueError for token ids outside the vocabulary and for lengths that do not fit, and EngineFailed if the
+        tokens that another engine has sent already leave no place for the next token.
+        """
+        self._check_ids("prompt", prompt_token_ids)
+        self._check_ids("sent_token_ids", sent_token_ids or ())
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
+        # A request with a grammar always needs an end-of-sequence token: where the grammar can only end, no other
+        # token is allowed.
+        eos_ids = frozenset() if params.ignore_eos and params.grammar is None else self.eos_token_ids
+        max_len = self._max_len(len(prompt_token_ids), params)
+        if sent_token_ids and len(prompt_token_ids) + len(sent_token_ids) >= max_len:
+            raise EngineFailed(f"The answer of {len(sent_token_ids)} tokens leaves no room here for the next one.")
+        return Request(
+            id=request_id,
+            token_ids=[*prompt_token_ids, *(sent_token_ids or ())],
+            params=params,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            max_len=max_len,
+            stop_ids=frozenset(params.stop_token_ids) | eos_ids,
+            deadline=math.inf if timeout is None else now + timeout,
+            num_sent=None if sent_token_ids is None else len(sent_token_ids),
+            arrived_at=now,
+        )
+
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"{name} holds the token id {token_id}; allowed are 0 to {self.vocab_size - 1}.")
+
+    def _max_len(self, num_prompt: int, params: SamplingParams) -> int:
+        if num_prompt == 0:
+            raise ValueError("prompt must hold at least one token.")
+        num_asked = max(params.max_tokens or 0, params.min_tokens, 1)
+        if num_prompt + num_asked > self.max_len:
+            is_context = self.max_len == self.max_model_len
+            why = "the model's context" if is_context else "which is all that memory holds"
+            raise ValueError(
+                f"The prompt of {num_prompt} tokens and an answer of {num_asked} make {num_prompt + num_asked} tokens; "
+                f"at most {self.max_len} are allowed, {why}."
+            )
+        return min(self.max_len, num_prompt + params.max_tokens) if params.max_tokens else self.max_len

@@ -13,8 +13,8 @@ from model.state import Batch, State
 from services.engine.contract.token_output import TokenLogprob
 from services.engine.drafting.drafter import Draft, Drafter, DraftModel
 from services.engine.request import Request
-from services.engine.sampling.sampler import Row, Sampled, Sampler, token_logprobs
-from services.engine.step import ScheduledBatch, StepResult
+from services.engine.sampling.sampler import Row, SampledToken, Sampler, token_logprobs
+from services.engine.scheduled_batch import ScheduledBatch, StepResult
 
 PROMPT_LOGITS_ROWS = 128  # at once: a vocabulary's logits of a whole prompt chunk would not fit everywhere
 
@@ -75,7 +75,7 @@ class Runner:
         if self.drafter:
             self.drafter.release(request)
 
-    def _verify(self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor) -> list[list[Sampled] | None]:
+    def _verify(self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor) -> list[list[SampledToken] | None]:
         """Of each request: its accepted drafts and the token after them, [] if it lags behind, None if it failed."""
         places = [i for i in range(len(batch.requests)) if batch.catches_up(i)]
         rows = [
@@ -83,7 +83,7 @@ class Runner:
             for i in places
             for n in range(batch.num_drafts[i] + 1)
         ]
-        found: list[list[Sampled] | None] = [[] for _ in batch.requests]
+        found: list[list[SampledToken] | None] = [[] for _ in batch.requests]
         if not places:
             return found
         wanted = [packed.last_rows[i] - n for i in places for n in range(batch.num_drafts[i], -1, -1)]
@@ -95,7 +95,7 @@ class Runner:
         return found
 
     def _draft(
-        self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, new_tokens: Sequence[list[Sampled] | None]
+        self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, new_tokens: Sequence[list[SampledToken] | None]
     ) -> dict[int, tuple[int, ...]]:
         guesses: dict[int, Draft] = {}
         if self.drafter is None:
@@ -148,13 +148,15 @@ class Runner:
         )
 
 
-def accept(sampled: Sequence[Sampled | None], drafts: Sequence[int], request: Request) -> list[Sampled] | None:
+def accept(
+    sampled: Sequence[SampledToken | None], drafts: Sequence[int], request: Request
+) -> list[SampledToken] | None:
     """The tokens that a step adds: drafts as long as they are what was sampled, and the first token that is not.
 
     `sampled[n]` was drawn from the model's own logits after `drafts[:n]`, so the tokens are distributed as without
     drafts. Nothing follows a stop token or the request's last place. None where the logits held no number.
     """
-    accepted: list[Sampled] = []
+    accepted: list[SampledToken] = []
     for n, token in enumerate(sampled):
         if token is None:
             return None

@@ -36,7 +36,7 @@ MAX_LOGITS_ELSEWHERE = 2**26  # or as a device has memory to spare for
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledToken:
     token_id: int
     logprob: TokenLogprob | None = None  # None unless the request asked
 
@@ -66,7 +66,7 @@ class Sampler:
         # Compiles what draws, which no request should wait for.
         noise.draw(target_weights(torch.zeros(1, 1), [SamplingParams(top_p=0.5)]), [(0, 0)])
 
-    def sample(self, logits_SV: Tensor, rows: Sequence[Row], with_logprobs: bool = True) -> list[Sampled | None]:
+    def sample(self, logits_SV: Tensor, rows: Sequence[Row], with_logprobs: bool = True) -> list[SampledToken | None]:
         """The token of each row of fp32 logits, with logarithms of probabilities where a request asked for them.
 
         None where no token can be chosen: the row holds NaN or +infinity, or its request's grammar refuses `ahead`.
@@ -80,7 +80,7 @@ class Sampler:
             for s, token in zip(some, chosen, strict=True):
                 tokens[s] = token
         logprobs = _logprobs(logits_SV, tokens, rows) if with_logprobs else {}
-        return [None if token is None else Sampled(token, logprobs.get(s)) for s, token in enumerate(tokens)]
+        return [None if token is None else SampledToken(token, logprobs.get(s)) for s, token in enumerate(tokens)]
 
     def explain(self, request: Request) -> ValueError | EngineFailed:
         """Why no token could be chosen for a request that got None: its own grammar's fault, or ours."""

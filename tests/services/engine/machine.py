@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from services.engine.contract.token_output import TokenOutput
 from services.engine.request import Request
-from services.engine.sampling.sampler import Sampled
+from services.engine.sampling.sampler import SampledToken
+from services.engine.scheduled_batch import ScheduledBatch, StepResult
 from services.engine.scheduler import Scheduler
-from services.engine.step import ScheduledBatch, StepResult
 
 VOCAB_SIZE = 1000
 STOP = 0
@@ -89,7 +89,7 @@ class Machine:
         num_right = context_len + length - num_drafts + len(accepted)
         self.slots[request.slot] = [*request.token_ids, *accepted][:num_right]
         drafts = self._draft(request, tokens, batch.draft_depths[i]) if tokens else ()
-        return StepResult(tuple(Sampled(token, None) for token in tokens), drafts)
+        return StepResult(tuple(SampledToken(token, None) for token in tokens), drafts)
 
     def _check_state(self, request: Request) -> None:
         assert request.slot is not None

@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from services.engine.contract.sampling_params import SamplingParams
-from services.engine.prefix_cache import PrefixCache, Start
+from services.engine.prefix_cache import CachedPrefix, PrefixCache
 from services.engine.request import Request
-from services.engine.scheduler import Scheduler
-from services.engine.scheduler_config import SchedulerConfig
+from services.engine.scheduler import Scheduler, SchedulerConfig
 from tests.services.engine.machine import STOP, VOCAB_SIZE, Machine, naive
 
 TURN_END = 7
@@ -51,23 +50,25 @@ def ask(machine: Machine, name: str, prompt: Sequence[int], num_answer: int = 8)
 
 def assert_consistent(scheduler: Scheduler) -> None:
     """Every page and slot has as many owners as are counted, and nothing is lost."""
-    cache, pages = scheduler.cache, scheduler.blocks
+    cache, pages = scheduler.memory.cache, scheduler.memory.pages
     users = Counter(page for r in scheduler.running for page in r.block_table)
-    keepers = Counter(kept.page for kept in cache._kept.values())
-    keepers.update(c.tail_page for c in cache._checkpoints.values() if c.tail_page is not None)
+    keepers = Counter(kept.page for kept in cache.checkpoints.kept.values())
+    keepers.update(c.tail_page for c in cache.checkpoints._by_key.values() if c.tail_page is not None)
     for page in range(pages.size):
         assert pages._num_users[page] == users[page]
         assert pages._num_keepers[page] == keepers[page]
     assert pages.num_taken == len(users)
     assert pages.num_idle == len(keepers - Counter(dict.fromkeys(users, 10**6)))
     assert pages.num_free + pages.num_taken + pages.num_idle == pages.size
-    holders = Counter(h for c in cache._checkpoints.values() for h in c.page_hashes)
-    assert {h: kept.num_checkpoints for h, kept in cache._kept.items()} == holders
-    held = [r.slot for r in scheduler.running] + [c.slot for c in cache._checkpoints.values() if c.slot is not None]
-    assert len(held) == len(set(held)) == scheduler.slots.num_taken
-    for checkpoint in cache._checkpoints.values():
-        assert checkpoint.base is None or cache._checkpoints[checkpoint.base.key] is checkpoint.base
-        assert checkpoint.num_above == sum(c.base is checkpoint for c in cache._checkpoints.values())
+    holders = Counter(h for c in cache.checkpoints._by_key.values() for h in c.page_hashes)
+    assert {h: kept.num_checkpoints for h, kept in cache.checkpoints.kept.items()} == holders
+    held = [r.slot for r in scheduler.running] + [
+        c.slot for c in cache.checkpoints._by_key.values() if c.slot is not None
+    ]
+    assert len(held) == len(set(held)) == scheduler.memory.slots.num_taken
+    for checkpoint in cache.checkpoints._by_key.values():
+        assert checkpoint.base is None or cache.checkpoints._by_key[checkpoint.base.key] is checkpoint.base
+        assert checkpoint.num_above == sum(c.base is checkpoint for c in cache.checkpoints._by_key.values())
 
 
 # What is reused -------------------------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def test_a_family_without_recurrent_state_starts_at_any_page() -> None:
     machine.scheduler.add(fork)
     machine.scheduler.schedule()
     assert (fork.num_cached, fork.cache_reason) == (800, "hit")
-    assert machine.scheduler.cache.num_slots == 0
+    assert machine.scheduler.memory.cache.checkpoints.num_slots == 0
 
 
 def test_the_only_slot_is_handed_on_without_a_copy() -> None:
@@ -181,8 +182,8 @@ def test_every_request_says_why() -> None:
     off = make(has_prefix_cache=False)
     assert ask(off, "a", text("a", 100)).cache_reason == "disabled"
     assert ask(off, "b", text("a", 100)).cache_reason == "disabled"
-    assert off.scheduler.cache.num_checkpoints == 0
-    assert machine.scheduler.cache.counts.by_reason == {
+    assert len(off.scheduler.memory.cache.checkpoints) == 0
+    assert machine.scheduler.memory.cache.counts.by_reason == {
         "too_short": 1,
         "no_match": 1,
         "no_checkpoint_at_boundary": 1,
@@ -195,9 +196,9 @@ def test_a_checkpoint_between_two_pages_is_the_base_of_its_own_continuations_alo
     machine, shared = make(), text("shared", 40)
     ask(machine, "other", [*shared, *text("other", 60)], num_answer=1)
     ask(machine, "longer", [*shared, *text("middle", 4), *text("longer", 60)], num_answer=1)
-    before = {id(c) for c in machine.scheduler.cache._checkpoints.values()}
+    before = {id(c) for c in machine.scheduler.memory.cache.checkpoints._by_key.values()}
     ask(machine, "middle", [*shared, *text("middle", 4)], num_answer=1)
-    checkpoints = list(machine.scheduler.cache._checkpoints.values())
+    checkpoints = list(machine.scheduler.memory.cache.checkpoints._by_key.values())
     [new] = [c for c in checkpoints if id(c) not in before and c.length == 44]
     assert [c.length for c in checkpoints if c.base is new] == [104]
     assert_consistent(machine.scheduler)
@@ -209,7 +210,7 @@ def test_a_request_that_cannot_start_is_not_looked_up_again_until_the_cache_chan
     machine, looked_up = make(num_slots=2, num_blocks=16), list[str]()
     look_up = PrefixCache._look_up
 
-    def noting(self: PrefixCache, asked: Request) -> Start:
+    def noting(self: PrefixCache, asked: Request) -> CachedPrefix:
         looked_up.append(asked.id)
         return look_up(self, asked)
 
@@ -226,7 +227,7 @@ def test_an_evicted_prefix_is_named() -> None:
     first = ask(machine, "first", text("first", 100))
     ask(machine, "second", text("second", 100))
     ask(machine, "third", text("third", 100))
-    assert machine.scheduler.cache.counts.num_evictions > 0
+    assert machine.scheduler.memory.cache.checkpoints.num_evictions > 0
     assert ask(machine, "again", [*first.token_ids, *text("again", 20)]).cache_reason == "evicted"
 
 
@@ -269,7 +270,7 @@ def test_running_requests_win_over_cached_ones() -> None:
     machine = make(num_blocks=64, num_slots=2, num_checkpoint_slots=8)
     for i in range(6):
         ask(machine, str(i), text(str(i), 100))
-    assert machine.scheduler.blocks.num_idle > 32
+    assert machine.scheduler.memory.pages.num_idle > 32
     for name in ("a", "b"):
         machine.scheduler.add(request(name, text(name, 400)))
     batch = machine.step()
@@ -286,7 +287,7 @@ def test_a_failed_step_leaves_no_checkpoint_that_was_never_copied() -> None:
     batch = machine.scheduler.schedule()
     assert batch.slot_copies
     machine.scheduler.abort_step()
-    assert machine.scheduler.cache.num_checkpoints == 0
+    assert len(machine.scheduler.memory.cache.checkpoints) == 0
     assert_consistent(machine.scheduler)
 
 
@@ -393,7 +394,7 @@ def test_random_load_reuses_only_true_prefixes_and_leaks_nothing(seed: int, byte
             stems.append(asked[rng.choice(list(asked))].token_ids[:100])
     machine.finish()
     assert_consistent(scheduler)
-    assert scheduler.num_slots_taken == scheduler.blocks.num_taken == 0
+    assert scheduler.memory.num_slots_taken == scheduler.memory.pages.num_taken == 0
     ended = [name for name, outputs in machine.outputs.items() if outputs[-1].finish_reason]
     assert len(ended) > 75
     for name in ended:

@@ -8,11 +8,10 @@ from services.engine.contract.sampling_params import SamplingParams
 from services.engine.contract.token_output import FinishReason, TokenOutput
 from services.engine.drafting.draft_depth import Acceptance, DraftingState
 from services.engine.request import Request
-from services.engine.sampling.sampler import Sampled
-from services.engine.scheduler import Scheduler
-from services.engine.scheduler_config import SchedulerConfig
-from services.engine.step import ScheduledBatch, StepResult
-from services.engine.waiting import AGEING_S
+from services.engine.sampling.sampler import SampledToken
+from services.engine.scheduled_batch import ScheduledBatch, StepResult
+from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.waiting_queue import AGEING_S
 from tests.services.engine.machine import Machine, naive
 
 
@@ -39,8 +38,8 @@ def commit(scheduler: Scheduler, batch: ScheduledBatch, token: int = 9) -> list[
     return scheduler.postprocess(batch, results)
 
 
-def tokens(*token_ids: int) -> tuple[Sampled, ...]:
-    return tuple(Sampled(token_id, None) for token_id in token_ids)
+def tokens(*token_ids: int) -> tuple[SampledToken, ...]:
+    return tuple(SampledToken(token_id, None) for token_id in token_ids)
 
 
 def step(scheduler: Scheduler, token: int = 9) -> dict[str, int]:
@@ -52,7 +51,7 @@ def step(scheduler: Scheduler, token: int = 9) -> dict[str, int]:
 
 def assert_nothing_is_held(scheduler: Scheduler) -> None:
     assert not scheduler.has_work
-    assert scheduler.num_slots_taken == scheduler.blocks.num_taken == 0
+    assert scheduler.memory.num_slots_taken == scheduler.memory.pages.num_taken == 0
 
 
 def test_prompts_are_computed_in_pieces_beside_running_requests() -> None:
@@ -141,7 +140,7 @@ def test_abort_frees_memory_at_once() -> None:
     step(scheduler)
     scheduler.abort("a")
     scheduler.abort("nobody")
-    assert scheduler.blocks.num_taken == scheduler.num_slots_taken == 0
+    assert scheduler.memory.pages.num_taken == scheduler.memory.num_slots_taken == 0
     scheduler.abort("b")
     assert_nothing_is_held(scheduler)
 
@@ -189,7 +188,7 @@ def test_random_load_always_ends_and_leaks_nothing(seed: int) -> None:
         batch = scheduler.schedule()
         assert 0 < sum(batch.lens) <= scheduler.config.max_batch_tokens
         held = [block for r in scheduler.running for block in r.block_table]
-        assert len(held) == len(set(held)) == scheduler.blocks.num_taken
+        assert len(held) == len(set(held)) == scheduler.memory.pages.num_taken
         commit(scheduler, batch)
         if rng.random() < 0.05:
             scheduler.abort(str(rng.randrange(40)))
@@ -456,4 +455,4 @@ def test_retry_after_follows_from_the_measured_rate() -> None:
         scheduler.add(request("one too many", 4))
     assert refused.value.retry_after == 30  # 10 of the 20 that wait
     now += 10_000.0
-    assert 1 <= scheduler.retry_after <= 60
+    assert 1 <= scheduler.waiting.retry_after <= 60

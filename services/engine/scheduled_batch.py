@@ -1,0 +1,111 @@
+"""One step of the engine: the batch that it computes, and the result of each request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from services.engine.contract.token_output import TokenLogprob
+from services.engine.drafting.draft_depth import MAX_UNREAD, StepShape
+from services.engine.request import Request
+from services.engine.sampling.sampler import SampledToken
+from services.engine.state_checkpoints import StateCheckpoint
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """A `ScheduledBatch` says what one step computes: the next `lens[i]` uncomputed tokens of `requests[i]`.
+
+    - The last `num_drafts[i]` of these tokens are the first drafts of the request.
+    - `draft_depths[i]`: how many tokens to draft after the step, if the step lets the request catch up.
+    - `slot_copies`, `page_copies`: copies of recurrent states between slots and of KV between pages, as (from, to).
+      They are made in order and before anything is computed: the target of one copy may be the source of the next.
+    - `preempted`: requests that lost their memory since the last step. A request may be preempted and be in this batch.
+
+    A batch may be empty.
+    """
+
+    requests: tuple[Request, ...]
+    lens: tuple[int, ...]
+    num_drafts: tuple[int, ...]
+    draft_depths: tuple[int, ...]
+    slot_copies: tuple[tuple[int, int], ...] = ()
+    page_copies: tuple[tuple[int, int], ...] = ()
+    preempted: tuple[Request, ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[Request, int]]:
+        return zip(self.requests, self.lens, strict=True)
+
+    def catches_up(self, i: int) -> bool:
+        """Return True if the step computes all pending tokens of `requests[i]`, so that a new token can be sampled."""
+        return self.lens[i] - self.num_drafts[i] == self.requests[i].num_pending
+
+    @property
+    def shape(self) -> StepShape:
+        """Return what the step's cost depends on, including the tokens that the draft module has yet to read."""
+        depths = {i: depth for i, depth in enumerate(self.draft_depths) if depth and self.catches_up(i)}
+        num_unread = sum(min(MAX_UNREAD, self.requests[i].num_unread + self.lens[i]) for i in depths)
+        return StepShape(
+            sum(self.lens), max(depths.values(), default=0), num_unread + sum(depths.values()) - len(depths)
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A `StepResult` says what one step found out about one request.
+
+    - `tokens`: the accepted drafts and the token sampled after them; empty if the request still has pending tokens.
+    - `draft_ids`: drafts of the tokens that follow, to be verified by the next step.
+    - `prompt_logprobs`: those of the prompt tokens that follow the tokens just computed, if the request asked for them.
+    - `failed`: True if the request's logits hold NaN or infinity, or if its grammar allows no token.
+    """
+
+    tokens: tuple[SampledToken, ...] = ()
+    draft_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    failed: bool = False
+
+
+@dataclass
+class BatchBuilder:
+    """A `BatchBuilder` collects the tokens and copies of the next `ScheduledBatch` within a budget of tokens."""
+
+    budget: int  # tokens that may still be added
+    lens: dict[Request, int] = field(default_factory=dict)
+    num_drafts: dict[Request, int] = field(default_factory=dict)
+    draft_depths: dict[Request, int] = field(default_factory=dict)  # requests without an entry are not drafted for
+    slot_copies: list[tuple[int, int]] = field(default_factory=list)
+    page_copies: list[tuple[int, int]] = field(default_factory=list)
+    saved: list[StateCheckpoint] = field(default_factory=list)  # checkpoints that the slot copies fill
+    preempted: list[Request] = field(default_factory=list)
+    num_started: int = 0
+
+    def add(self, request: Request, length: int, num_drafts: int = 0) -> None:
+        """Add `length` tokens of a request, of which the last `num_drafts` are drafts."""
+        self.lens[request] = self.lens.get(request, 0) + length
+        self.num_drafts[request] = num_drafts
+        self.budget -= length
+
+    def remove(self, request: Request) -> None:
+        """Take a request out of the batch and give its tokens back to the budget."""
+        self.budget += self.lens.pop(request, 0)
+        self.num_drafts.pop(request, None)
+
+    @property
+    def catching_up(self) -> list[Request]:
+        """Return the requests whose pending tokens are all in the batch."""
+        return [
+            request for request, length in self.lens.items() if length - self.num_drafts[request] == request.num_pending
+        ]
+
+    def build(self) -> ScheduledBatch:
+        """Return the finished batch."""
+        return ScheduledBatch(
+            tuple(self.lens),
+            tuple(self.lens.values()),
+            tuple(self.num_drafts[request] for request in self.lens),
+            tuple(self.draft_depths.get(request, 0) for request in self.lens),
+            tuple(self.slot_copies),
+            tuple(self.page_copies),
+            tuple(self.preempted),
+        )

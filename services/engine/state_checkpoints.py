@@ -1,0 +1,285 @@
+"""Saved states that later requests can start from: how they are stored, found by their tokens, and evicted.
+
+A checkpoint keeps KV pages and, in families with recurrent state, a slot. This is free memory with a use: whenever a
+running request needs a slot or a page, checkpoints are evicted for it. The checkpoint that goes first has the lowest
+value per byte (greedy-dual-size-frequency, Cherkasova 1998): the tokens that it saves beyond its base, times its uses,
+divided by its bytes, plus the value of the last evicted checkpoint at the time of the checkpoint's last use.
+"""
+
+from __future__ import annotations
+
+import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from services.engine.memory import IdPool, PagePool
+from services.engine.request import HASH_OF_NOTHING, Request
+
+MAX_REMEMBERED = 1 << 16  # hashes in a `RecentHashes`; at 16 bytes each they take a few megabytes
+
+
+@dataclass(eq=False, slots=True)
+class StateCheckpoint:
+    """A `StateCheckpoint` is the saved state after `length` tokens: a slot, and the KV pages of these tokens.
+
+    `slot` is None in families without recurrent state. Full pages are found by `page_hashes`; `tail_page` holds the
+    tokens after the last full page, if there are any.
+    """
+
+    key: bytes  # the hash of all its tokens
+    length: int
+    page_hashes: tuple[bytes, ...]
+    slot: int | None
+    tail_page: int | None
+    tail_ids: tuple[int, ...]  # the tokens of `tail_page`
+    base: StateCheckpoint | None  # the longest checkpoint of a shorter prefix of its tokens
+    value_at_use: float  # the value of the last evicted checkpoint when this one was last used
+    num_uses: int = 1
+    num_above: int = 0  # checkpoints whose base this one is
+
+
+@dataclass
+class KeptPage:
+    """A full KV page that at least one checkpoint keeps."""
+
+    page: int
+    token_ids: array.array[int]
+    num_checkpoints: int = 0
+
+
+class RecentHashes:
+    """A set of at most MAX_REMEMBERED hashes, which forgets the hash that was added longest ago."""
+
+    def __init__(self) -> None:
+        self._hashes: OrderedDict[bytes, None] = OrderedDict()
+
+    def __contains__(self, page_hash: object) -> bool:
+        return page_hash in self._hashes
+
+    def add(self, page_hash: bytes) -> None:
+        """Add a hash, or make it the most recent one."""
+        self._hashes[page_hash] = None
+        self._hashes.move_to_end(page_hash)
+        if len(self._hashes) > MAX_REMEMBERED:
+            self._hashes.popitem(last=False)
+
+    def discard(self, page_hash: bytes) -> None:
+        """Forget a hash if it is known."""
+        self._hashes.pop(page_hash, None)
+
+
+class CheckpointStore:
+    """Stores checkpoints, finds them by a request's tokens, and evicts the least valuable ones when memory is needed.
+
+    `slots` and `pages` are shared with the running requests. Sizes are in bytes, and `page_size` in tokens; a
+    `bytes_per_slot` of 0 means that the family has no recurrent state, so that checkpoints take no slots.
+    """
+
+    def __init__(
+        self, page_size: int, bytes_per_slot: int, bytes_per_page: int, slots: IdPool, pages: PagePool
+    ) -> None:
+        self.page_size, self.bytes_per_slot, self.bytes_per_page = page_size, bytes_per_slot, bytes_per_page
+        self.slots, self.pages = slots, pages
+        self.kept: dict[bytes, KeptPage] = {}  # full pages of checkpoints, by hash
+        self.evicted = RecentHashes()  # of the last full page of each evicted checkpoint
+        self.num_evictions = 0
+        self.num_changes = 0  # of what `longest` may find
+        self._by_key: dict[bytes, StateCheckpoint] = {}
+        self._tail_lens: dict[bytes, Counter[int]] = {}  # by hash of the last full page: checkpoints by length of tail
+        self._evicted_value = 0.0  # the highest value that an evicted checkpoint had
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __iter__(self) -> Iterator[StateCheckpoint]:
+        return iter(self._by_key.values())
+
+    @property
+    def has_slots(self) -> bool:
+        """Return True if a checkpoint needs a slot for its recurrent state."""
+        return self.bytes_per_slot > 0
+
+    @property
+    def num_slots(self) -> int:
+        """Return the number of slots that checkpoints hold."""
+        return len(self._by_key) if self.has_slots else 0
+
+    # Finding
+
+    def longest(self, request: Request, limit: int) -> StateCheckpoint | None:
+        """Return the longest checkpoint of at most `limit` tokens that the request begins with."""
+        size, hashes = self.page_size, request.hash_pages(self.page_size)
+        for num_full in range(limit // size, 0, -1):
+            parent = hashes[num_full - 1]
+            for num_tail in sorted(self._tail_lens.get(parent, ()), reverse=True):
+                length = num_full * size + num_tail
+                if length <= limit and (found := self._by_key.get(request.prefix_key(length, size))):
+                    return found
+            if found := self._by_key.get(parent):
+                return found
+        return None
+
+    def keeper(self, page_hashes: Sequence[bytes]) -> StateCheckpoint | None:
+        """Return a checkpoint that keeps the pages of these hashes, or None if there are no hashes."""
+        if not page_hashes:
+            return None
+        i, last = len(page_hashes) - 1, page_hashes[-1]
+        return next((c for c in self._by_key.values() if c.page_hashes[i : i + 1] == (last,)), None)
+
+    def note_use(self, checkpoint: StateCheckpoint) -> None:
+        """Count one more request that starts from the checkpoint, which makes the checkpoint more valuable."""
+        checkpoint.num_uses += 1
+        checkpoint.value_at_use = self._evicted_value
+
+    def refresh(self, key: bytes) -> bool:
+        """Return True if there is a checkpoint of this key, and treat it as if it had just been saved."""
+        if known := self._by_key.get(key):
+            known.value_at_use = self._evicted_value
+        return known is not None
+
+    # Saving
+
+    def save_copy(self, request: Request) -> StateCheckpoint | None:
+        """Insert a checkpoint of the request's computed tokens with a slot of its own, to which the state is copied.
+
+        Evict the least valuable checkpoint if no slot is free. Return None if that one is worth more than the new one.
+        """
+        length = request.num_computed_tokens
+        base = self.longest(request, length)
+        if not self.has_slots:
+            return self._insert(request, None, base)
+        if not self.slots.can_take(1):
+            worst = min(self._by_key.values(), key=self._value, default=None)
+            if worst is None or self._value(worst) > self._value_of_new(length, base):
+                return None
+            self.evict(worst)
+            base = base.base if worst is base and base else base
+        [slot] = self.slots.take(1)
+        return self._insert(request, slot, base)
+
+    def take_over(self, request: Request) -> None:
+        """Insert a checkpoint of the request's computed tokens that takes over the slot of the request."""
+        assert request.slot is not None
+        base = self.longest(request, request.num_computed_tokens)
+        self._insert(request, request.slot if self.has_slots else None, base)
+        if not self.has_slots:
+            self.slots.give_back([request.slot])
+
+    def _insert(self, request: Request, slot: int | None, base: StateCheckpoint | None) -> StateCheckpoint:
+        length, size = request.num_computed_tokens, self.page_size
+        key, num_full = request.prefix_key(length, size), length // size
+        hashes = tuple(request.hash_pages(size)[:num_full])
+        for i, (page_hash, page) in enumerate(zip(hashes, request.block_table, strict=False)):
+            if page_hash not in self.kept:
+                ids = array.array("i", request.token_ids[i * size : (i + 1) * size])
+                self.kept[page_hash] = KeptPage(page, ids)
+                self.pages.keep(page)
+            self.kept[page_hash].num_checkpoints += 1
+        tail_page = None
+        if length % size:
+            tail_page = request.block_table[num_full]
+            self.pages.keep(tail_page)
+            self._tail_lens.setdefault(hashes[-1], Counter())[length % size] += 1
+        tail_ids = tuple(request.token_ids[num_full * size : length])
+        new = StateCheckpoint(key, length, hashes, slot, tail_page, tail_ids, base, self._evicted_value)
+        self.num_changes += 1
+        self._put_between(base, new)
+        self._by_key[key] = new
+        self.evicted.discard(hashes[-1])
+        return new
+
+    def _put_between(self, base: StateCheckpoint | None, new: StateCheckpoint) -> None:
+        """Make `new` the base of those checkpoints above `base` that continue it."""
+        for other in self._by_key.values():
+            if other.base is base and self._continues(other, new):
+                other.base = new
+                new.num_above += 1
+        if base:
+            base.num_above += 1 - new.num_above
+
+    def _continues(self, longer: StateCheckpoint, shorter: StateCheckpoint) -> bool:
+        """Return True if the tokens of `longer` begin with all tokens of `shorter`."""
+        num_full = len(shorter.page_hashes)
+        last = slice(num_full - 1, num_full)
+        if longer.length <= shorter.length or longer.page_hashes[last] != shorter.page_hashes[last]:
+            return False
+        next_full = longer.page_hashes[num_full : num_full + 1]
+        next_ids = self.kept[next_full[0]].token_ids if next_full else longer.tail_ids
+        return tuple(next_ids[: len(shorter.tail_ids)]) == shorter.tail_ids
+
+    # Evicting
+
+    def evict(self, checkpoint: StateCheckpoint, is_valid: bool = True) -> None:
+        """Free the slot of a checkpoint, and its pages unless another checkpoint or a request needs them.
+
+        `is_valid` is False for a checkpoint whose state was never copied; it leaves no trace in the statistics.
+        """
+        if self._by_key.get(checkpoint.key) is not checkpoint:
+            return  # it was evicted before
+        del self._by_key[checkpoint.key]
+        self.num_changes += 1
+        for other in self._by_key.values():
+            if other.base is checkpoint:
+                other.base = checkpoint.base
+        if checkpoint.base:
+            checkpoint.base.num_above += checkpoint.num_above - 1
+        if is_valid:
+            self._evicted_value = max(self._evicted_value, self._value(checkpoint))
+            self.num_evictions += 1
+            self.evicted.add(checkpoint.page_hashes[-1])
+        if checkpoint.slot is not None:
+            self.slots.give_back([checkpoint.slot])
+        self._drop_pages(checkpoint)
+
+    def _drop_pages(self, checkpoint: StateCheckpoint) -> None:
+        for page_hash in checkpoint.page_hashes:
+            kept = self.kept[page_hash]
+            kept.num_checkpoints -= 1
+            if not kept.num_checkpoints:
+                del self.kept[page_hash]
+                self.pages.drop(kept.page)
+        if checkpoint.tail_page is not None:
+            self.pages.drop(checkpoint.tail_page)
+            parent = checkpoint.page_hashes[-1]
+            self._tail_lens[parent] -= Counter([checkpoint.length % self.page_size])
+            if not self._tail_lens[parent]:
+                del self._tail_lens[parent]
+
+    def can_free_pages(self, count: int) -> bool:
+        """Return True if `count` pages are free or can be freed by evicting checkpoints."""
+        return self.pages.num_free + self.pages.num_idle >= count
+
+    def free_pages(self, count: int) -> None:
+        """Evict checkpoints until `count` pages are free."""
+        assert self.can_free_pages(count)
+        while not self.pages.can_take(count):
+            some = [c for c in self._by_key.values() if self._frees_last_page(c)]
+            self.evict(min(some or self._by_key.values(), key=self._value))
+
+    def can_free_slot(self) -> bool:
+        """Return True if a slot is free or can be freed by evicting a checkpoint."""
+        return not self.has_slots or self.slots.can_take(1) or self.num_slots > 0
+
+    def free_slot(self, spare: StateCheckpoint | None = None) -> None:
+        """Evict a checkpoint unless a slot is free; evict `spare` only if there is no other checkpoint."""
+        assert self.can_free_slot()
+        if not self.slots.can_take(1):
+            others = [c for c in self._by_key.values() if c is not spare]
+            self.evict(min(others or self._by_key.values(), key=self._value))
+
+    def _frees_last_page(self, checkpoint: StateCheckpoint) -> bool:
+        if checkpoint.tail_page is not None and self.pages.is_freed_by_drop(checkpoint.tail_page):
+            return True
+        kept = self.kept[checkpoint.page_hashes[-1]]
+        return kept.num_checkpoints == 1 and self.pages.is_freed_by_drop(kept.page)
+
+    def _value(self, checkpoint: StateCheckpoint) -> float:
+        """Return the value of a checkpoint as the module's docstring defines it."""
+        saved = checkpoint.length - (checkpoint.base.length if checkpoint.base else 0)
+        num_pages = 0 if checkpoint.num_above else -(-saved // self.page_size)
+        num_bytes = self.bytes_per_slot + num_pages * self.bytes_per_page
+        return checkpoint.value_at_use + checkpoint.num_uses * saved / max(num_bytes, 1)
+
+    def _value_of_new(self, length: int, base: StateCheckpoint | None) -> float:
+        return self._value(StateCheckpoint(HASH_OF_NOTHING, length, (), None, None, (), base, self._evicted_value))

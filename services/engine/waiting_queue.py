@@ -1,0 +1,110 @@
+"""The queue of requests that wait to be started: its bound, its order, and how long a client should wait."""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from services.engine.contract.errors import EngineOverloaded
+from services.engine.request import Request, serving_order
+
+AGEING_S = 10.0  # seconds of waiting that lower a request's priority number by one, so that no request waits for ever
+RATE_KEPT = 0.99  # weight that measured starts and seconds keep from one step to the next
+MAX_RETRY_AFTER = 60  # seconds
+HEAD_START = 1 << 62  # greater than any count of arrivals: resumed requests come before all that arrive here
+
+
+class WaitingQueue:
+    """Requests that wait to be started, in the order in which they are to be served.
+
+    At most `max_waiting` new requests wait. Resumed and preempted requests were accepted earlier and are never refused.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting = max_waiting
+        self._requests: list[Request] = []
+        self._num_added = 0
+        self._start_rate = StartRate()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
+
+    def __getitem__(self, place: int) -> Request:
+        return self._requests[place]
+
+    @property
+    def overload(self) -> EngineOverloaded | None:
+        """Return the error with which `add` would refuse a new request now, or None if the queue has a free place."""
+        if len(self) < self.max_waiting:
+            return None
+        sentence = f"{len(self)} requests are waiting, which is the most this server queues."
+        return EngineOverloaded(sentence, self.retry_after)
+
+    @property
+    def retry_after(self) -> int:
+        """Return the seconds in which half of the waiting requests will have started, at the rate of the last steps."""
+        return self._start_rate.retry_after(len(self))
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request that has just arrived; raise EngineOverloaded if `max_waiting` requests wait already.
+
+        A resumed request is served like the requests that run already, and it is accepted even if the queue is full.
+        So the queue exceeds its bound by at most what the lost engines had accepted, each within its own bound.
+        """
+        if (overload := self.overload) and not request.is_resumed:
+            raise overload
+        self._num_added += 1
+        request.arrival = self._num_added - (HEAD_START if request.is_resumed else 0)
+        self.put_back(request, now)
+
+    def put_back(self, request: Request, now: float) -> None:
+        """Queue a preempted request again, at the place that its level and its first arrival give it."""
+        request.waiting_since = now
+        insort(self._requests, request, key=serving_order)
+
+    def start(self, request: Request, now: float) -> None:
+        """Remove a request that starts, and add the time that it waited to its `waited_s`."""
+        self.remove(request)
+        request.waited_s += now - request.waiting_since
+
+    def remove(self, request: Request) -> None:
+        """Remove a request that ends without a start."""
+        self._requests.remove(request)
+
+    def age(self, now: float) -> None:
+        """Set the level of every waiting request by all the time that it ever waited, and restore the queue's order.
+
+        A request keeps its level while it runs.
+        """
+        for request in self._requests:
+            waited_s = request.waited_s + now - request.waiting_since
+            request.level = request.params.priority - int(waited_s / AGEING_S)
+        self._requests.sort(key=serving_order)
+
+    def note_step(self, num_started: int, seconds: float) -> None:
+        """Take into account that a step of `seconds` started `num_started` requests."""
+        self._start_rate = self._start_rate.after_step(num_started, seconds)
+
+
+@dataclass(frozen=True)
+class StartRate:
+    """Requests that started, and the seconds that their steps took; older steps have less weight."""
+
+    num_starts: float = 0.0
+    seconds: float = 0.0
+
+    def after_step(self, num_started: int, seconds: float) -> StartRate:
+        """Return the rate with one more step."""
+        return replace(
+            self, num_starts=RATE_KEPT * self.num_starts + num_started, seconds=RATE_KEPT * self.seconds + seconds
+        )
+
+    def retry_after(self, num_waiting: int) -> int:
+        """Return the seconds in which half of `num_waiting` requests will have started: 1 to MAX_RETRY_AFTER."""
+        seconds = num_waiting / 2 * self.seconds / max(self.num_starts, 1e-6)
+        return max(1, min(MAX_RETRY_AFTER, math.ceil(seconds)))
