@@ -239,7 +239,7 @@ class Scheduler:
         return max(self._batch.budget // 2, self.config.chunk_align) if is_shared else self._batch.budget
 
     def _compute_more(self, request: Request, most: int) -> None:
-        """Add up to `most` tokens of a prompt to the batch, up to its next checkpoint or a multiple of `chunk_align`."""
+        """Add up to `most` tokens of a prompt to the batch, to its next checkpoint or a multiple of `chunk_align`."""
         most = min(most, self._batch.budget)
         start = request.num_computed_tokens + self._batch.lens.get(request, 0)
         end = request.due_checkpoints[0] if request.due_checkpoints else request.num_tokens

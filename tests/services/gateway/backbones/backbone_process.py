@@ -18,8 +18,8 @@ from model.demo import DEMO
 from model.family import load_family
 from services.engine.backbone import Backbone, BackboneConfig
 from services.engine.memory import plan_memory
-from services.engine.server import EngineServer
 from services.engine.scheduled_batch import ScheduledBatch, StepResult
+from services.engine.server import EngineServer
 from services.gateway.backbones.backbone_pool import BackbonePool
 
 MAX_LEN = 512
