@@ -26,7 +26,8 @@ from model.blocks.moe import ExpertBank, ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import SERVER_OPTIONS
 from services.expert.host import ExpertHost
-from services.expert.loader import PROMOTE_TIMEOUT_S, LoadOrder
+from services.expert.load_order import LoadOrder, Sources
+from services.expert.promotion import PROMOTE_TIMEOUT_S
 from services.expert.service import ExpertService
 from services.expert.weights import Weights
 
@@ -108,7 +109,8 @@ async def measure_ways(shape: ExpertShape, path: Path, dtype: torch.dtype) -> di
     peer, _, _ = [await shard.serve() for shard in shards]
 
     async def promote(shard: MeasuredShard, expert: int) -> None:
-        await shard.loader.release(await shard.loader.promote(LAYER, [expert], PROMOTE_TIMEOUT_S))
+        promoter = shard.service.promoter
+        await promoter.unpin(await promoter.promote(LAYER, [expert], PROMOTE_TIMEOUT_S))
 
     for shard in (on_disk, in_memory):
         await shard.loader.load(LoadOrder({}, {LAYER: list(experts)}))
@@ -116,10 +118,11 @@ async def measure_ways(shape: ExpertShape, path: Path, dtype: torch.dtype) -> di
         "promoted from disk": await milliseconds(lambda expert: promote(on_disk, expert), experts),
         "promoted from host memory": await milliseconds(lambda expert: promote(in_memory, expert), experts),
         "loaded from a peer": await milliseconds(
-            lambda expert: third.loader.load(LoadOrder({LAYER: [expert]}, {}, {(LAYER, expert): peer})), experts
+            lambda expert: third.loader.load(LoadOrder({LAYER: [expert]}, {}, Sources({(LAYER, expert): peer}))),
+            experts,
         ),
     }
-    third.host.remove({LAYER: list(experts)}, {})
+    third.host.unload({LAYER: list(experts)}, {})
     times["loaded from the checkpoint"] = await milliseconds(
         lambda expert: third.loader.load(LoadOrder({LAYER: [expert]}, {})), experts
     )

@@ -27,9 +27,9 @@ from services.controller.serve_policy import report
 from services.engine.backbone import Backbone, BackboneConfig
 from services.engine.recorder import Bounds
 from services.engine.server import EngineServer
-from services.expert.drain import LEAVE_TIMEOUT_S
-from services.expert.shard import DRAIN_TIMEOUT_S, ExpertShard, ShardConfig
-from services.low_priority import in_background
+from services.expert.drain import MOVE_TIMEOUT_S
+from services.expert.shard import ANSWER_TIMEOUT_S, ExpertShard, ShardConfig
+from services.low_priority import run_at_low_priority
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ GRPC_SERVICERS = [
     "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
-SHARD_STOP_TIMEOUT_S = LEAVE_TIMEOUT_S + DRAIN_TIMEOUT_S + 10  # Serve kills a replica that takes longer
+SHARD_STOP_TIMEOUT_S = MOVE_TIMEOUT_S + ANSWER_TIMEOUT_S + 10  # Serve kills a replica that takes longer
 SCALING_POLICY = "services.controller.serve_policy:follow_the_controller"
 METRICS_INTERVAL_S = 1.0  # from a shard to Serve
 GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1
@@ -53,7 +53,7 @@ class ShardDeployment:
     async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
         logs.configure(pool.name, args.log_format)
         torch.set_num_threads(max(1, int(pool.num_cpus)))
-        family = await in_background(load_family, args.model)
+        family = await run_at_low_priority(load_family, args.model)
         config = ShardConfig(
             shard_id=f"{pool.name}-{serve.get_replica_context().replica_id.unique_id}",
             memory_budget=args.shard_memory(pool, family),
@@ -64,7 +64,7 @@ class ShardDeployment:
             device=pool.device,
             dtype=args.torch_dtype,
         )
-        self._shard = await in_background(ExpertShard, config, family, args.registry())
+        self._shard = await run_at_low_priority(ExpertShard, config, family, args.registry())
         await self._shard.start()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -85,7 +85,7 @@ class ControllerDeployment:
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("controller", args.log_format)
-        family = await in_background(load_family, args.model)
+        family = await run_at_low_priority(load_family, args.model)
         pools = {pool.name: pool.scaling for pool in args.pools if pool.is_elastic}
         config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype, pools=pools)
         self._controller = Controller(config, family.expert_shapes, args.registry(), args.loads())

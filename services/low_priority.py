@@ -1,4 +1,4 @@
-"""Threads that give way: what is loaded or started for later must not slow down the answers of now."""
+"""Threads of low priority: loading and starting up must not slow down the requests that are being answered."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NUM_THREADS = 2
-NICENESS = 10  # a tenth of a core where threads that answer want all of it, and a whole one where they do not
+# Of a core, such a thread gets about a tenth if threads of normal priority want all of it, and all of it otherwise.
+NICENESS = 10
+
+is_request_waiting: ContextVar[bool] = ContextVar("is_request_waiting", default=False)  # for what this task does
 
 
-is_awaited: ContextVar[bool] = ContextVar("is_awaited", default=False)  # what this task does, by a call
+async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run `function` on another thread, of normal priority if a request waits for it, else of low priority."""
+    return await (asyncio.to_thread if is_request_waiting.get() else run_at_low_priority)(function, *args, **kwargs)
 
 
-async def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """On another thread, which gives way to those that answer unless a call waits for it."""
-    return await (asyncio.to_thread if is_awaited.get() else in_background)(function, *args, **kwargs)
-
-
-async def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`asyncio.to_thread` on a thread that gives way to others, where the system lets threads differ in that."""
-    return await asyncio.get_running_loop().run_in_executor(threads(), partial(function, *args, **kwargs))
+async def run_at_low_priority(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run `function` as `asyncio.to_thread` does, but on a thread of low priority if the system has such threads."""
+    return await asyncio.get_running_loop().run_in_executor(low_priority_threads(), partial(function, *args, **kwargs))
 
 
 @cache
-def threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(NUM_THREADS, "background", initializer=_give_way)
+def low_priority_threads() -> ThreadPoolExecutor:
+    """Return this process's pool of low-priority threads, which is made at the first call."""
+    return ThreadPoolExecutor(NUM_THREADS, "background", initializer=_lower_priority)
 
 
-def _give_way() -> None:
-    if sys.platform == "linux":  # elsewhere it would be the whole process
+def _lower_priority() -> None:
+    if sys.platform == "linux":  # on other systems the call would lower the priority of the whole process
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

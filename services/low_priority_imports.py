@@ -1,11 +1,14 @@
-"""Imported first where a process of the application starts: what takes seconds of a core is imported by a thread that
-gives way to the processes that answer meanwhile."""
+"""Imports, on a low-priority thread, the packages whose import takes seconds of a core.
+
+A process of the application imports this module first, so that its start does not slow down the processes that answer
+requests meanwhile.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from services.low_priority import threads
+from services.low_priority import low_priority_threads
 
 for slow in ("torch", "numba"):
-    threads().submit(import_module, slow).result()
+    low_priority_threads().submit(import_module, slow).result()

@@ -15,7 +15,7 @@ from cluster.topology import Experts, Shard
 from model.blocks.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert import shard_control
-from services.expert.host import by_layer
+from services.expert.load_order import Sources, group_by_layer
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class GrpcShards:
         known = {layer: await self.registry.checksums(self.weights, layer) for layer in layers}
         wanted = [(layer, expert) for by in (device, standby) for layer, own in by.items() for expert in own]
         expected = {(layer, expert): known[layer][expert] for layer, expert in wanted if expert in known[layer]}
-        sources = shard_control.Sources(expected=expected)
+        sources = Sources(expected=expected)
         loaded = await shard_control.load(shard.endpoint, device, order.epoch, standby, sources, order.fencing)
         first = {
             layer: await self.registry.note_checksums(self.weights, layer, seen)
@@ -67,7 +67,7 @@ class GrpcShards:
             if error.endpoint == old.endpoint:
                 raise WitnessFailed(str(error)) from error
             raise
-        return by_layer(wrong)
+        return group_by_layer(wrong)
 
 
 def _flat(experts: Iterable[pb.LayerExperts], tier: str) -> Iterable[tuple[int, int, str]]:

@@ -1,4 +1,4 @@
-"""When a shard that was told to stop may go: it serves on until its experts have moved, or until nobody moves them."""
+"""When a draining shard may stop: after its experts have moved to other shards, or when nobody will move them."""
 
 from __future__ import annotations
 
@@ -8,51 +8,54 @@ from enum import Enum
 
 from cluster.topology import Placement, Shard
 
-LEAVE_TIMEOUT_S = 30.0  # for its experts to move; whoever kills what does not stop must wait longer than that
-LEAVE_POLL_S = 0.2
-QUIET_S = 1.0  # without a call: every backbone has seen the placement that no longer names it
-ABANDONED_S = 15.0  # without a leader; another one starts in less than that
-CUT_OFF_S = 2.0  # without a store: nobody will move anything
+# A draining shard waits at most this long for its experts to move. A supervisor that kills processes which do not stop
+# must wait longer than that.
+MOVE_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.2  # between two looks at the registry
+QUIET_S = 1.0  # without a request; by then every backbone uses the placement that no longer names the shard
+ABANDONED_S = 15.0  # without a leader; a new one takes over sooner than that
+CUT_OFF_S = 2.0  # without an answer from the store; no controller can move experts without the store either
 
 
-class DrainOutlook(Enum):
-    """What a leaving shard may hope for."""
+class DrainState(Enum):
+    """How far a shard's drain has come; the values are clauses for the log."""
 
     NEVER_PLACED = "no placement was published"
     MOVED = "the placement does not name it any more"
     ALONE = "there is no other shard that stays"
-    ABANDONED = "nobody is there who could move its experts"
+    ABANDONED = "there is no leader that could move its experts"
     CUT_OFF = "the store does not answer"
     WAITING = "its experts are still to be moved"
 
 
-def outlook(shard_id: str, placement: Placement | None, shards: Sequence[Shard], has_leader: bool) -> DrainOutlook:
-    """Of a shard that has said that it drains; `shards` are those that are alive.
+def drain_state(shard_id: str, placement: Placement | None, shards: Sequence[Shard], has_leader: bool) -> DrainState:
+    """Return the state of the draining shard `shard_id`, where `shards` are the live ones.
 
-    Where the whole application stops, every shard drains at once, and so each of them is alone.
+    When the whole application stops, all shards drain at the same time, so each of them is ALONE.
     """
     if placement is None:
-        return DrainOutlook.NEVER_PLACED
+        return DrainState.NEVER_PLACED
     if shard_id not in placement.shard_ids:
-        return DrainOutlook.MOVED
+        return DrainState.MOVED
     if all(shard.draining or shard.id == shard_id for shard in shards):
-        return DrainOutlook.ALONE
-    return DrainOutlook.WAITING if has_leader else DrainOutlook.ABANDONED
+        return DrainState.ALONE
+    return DrainState.WAITING if has_leader else DrainState.ABANDONED
 
 
 @dataclass(frozen=True)
-class DrainWait:
-    """For how many seconds nobody has called, and for how many the outlook has been what it is."""
+class DrainTimes:
+    """How long a draining shard has waited, in seconds."""
 
-    quiet_s: float
-    same_s: float
+    since_request_s: float  # since the last compute request
+    in_state_s: float  # since the drain state last changed
 
 
-def may_go(now: DrainOutlook, waited: DrainWait) -> bool:
-    if now is DrainOutlook.MOVED:
-        return waited.quiet_s >= QUIET_S
-    if now is DrainOutlook.ABANDONED:
-        return waited.same_s >= ABANDONED_S
-    if now is DrainOutlook.CUT_OFF:
-        return waited.same_s >= CUT_OFF_S
-    return now is not DrainOutlook.WAITING
+def may_stop(state: DrainState, times: DrainTimes) -> bool:
+    """Return True if a shard whose drain is in `state` need not serve any longer."""
+    if state is DrainState.MOVED:
+        return times.since_request_s >= QUIET_S
+    if state is DrainState.ABANDONED:
+        return times.in_state_s >= ABANDONED_S
+    if state is DrainState.CUT_OFF:
+        return times.in_state_s >= CUT_OFF_S
+    return state is not DrainState.WAITING

@@ -1,73 +1,206 @@
-"""Requests that wait until the experts that they ask for are on the device."""
+"""How standbys reach the device because a request needs them, and where such requests wait meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.host import PartialResult
-from services.expert.loader import Loader
+from services.expert.device_experts import NoDeviceMemory
+from services.expert.host import ExpertHost, PendingRequest
+from services.expert.load_order import Key, Sources
+from services.expert.transfer import PeerChannels, WeightSource
 from services.expert.transport.wire import Refused
 from services.expert.transport.worker import Worker
+from services.expert.weights import Weights
+from services.low_priority import is_request_waiting, run_in_thread
 
+PROMOTE_TIMEOUT_S = 5.0  # a request waits at most this long for standbys
 IDLE_POLL_S = 0.01
 
 
-class PromotionQueue:
-    """At most `max_parked` requests wait, the rest are refused as OVERLOADED; made on the event loop of the loader."""
+class Promoter:
+    """Pins device memory for experts and promotes standbys to it; it belongs to one event loop.
 
-    def __init__(self, loader: Loader, worker: Worker, max_parked: int) -> None:
-        self.loader, self.worker, self.max_parked = loader, worker, max_parked
-        self.num_parked = 0  # changed by the worker's thread alone
-        self._is_resuming = False  # then one of them has left already, unless it comes back
+    An expert that several requests need is promoted once for all of them.
+    """
+
+    def __init__(self, host: ExpertHost, worker: Worker, source: WeightSource) -> None:
+        self.host, self.worker, self.source = host, worker, source
+        self.num_promotions = self.promotion_us = 0
+        self.in_progress: dict[Key, asyncio.Task[None]] = {}
+        self._admission = asyncio.Lock()  # held by the one caller that waits for device memory
+        self._freed = asyncio.Event()  # some device memory may have become available
+
+    async def pin_homes(self, homes: set[Key]) -> set[Key]:
+        """Pin device memory for `homes` and return those that have to be loaded; the caller unpins `homes`.
+
+        Promotions in progress are waited for if they hold the memory, or if they load one of `homes`.
+        """
+        async with self._admission:  # otherwise new promotions could take the memory again and again
+            while True:
+                in_progress = dict(self.in_progress)
+                if not homes & in_progress.keys():
+                    with suppress(NoDeviceMemory):
+                        return await self.worker.run(lambda: self.host.on_device.pin(homes, for_homes=True))
+                assert in_progress, "the homes fit into the budget, and every promoted expert may be evicted for them"
+                await asyncio.wait(in_progress.values())
+
+    async def unpin(self, keys: Iterable[Key]) -> None:
+        """Take back one pin of each expert, which may be evicted when it has no pin left."""
+        await self.worker.run(lambda: self.host.on_device.unpin(keys))
+        self._freed.set()
+
+    async def promote(self, layer: int, experts: list[int], timeout_s: float) -> set[Key]:
+        """Promote as many of `experts` as fit on the device together, at least one, and pin them.
+
+        Return the promoted experts, which the caller has to unpin. Raise Refused: NOT_HOSTED if the shard cannot
+        promote them, OVERLOADED if it cannot promote them within `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._admission.acquire()
+        except TimeoutError:
+            raise _too_late(layer, experts) from None
+        try:
+            keys = await self._pin_standbys(layer, experts, deadline)
+        finally:
+            self._admission.release()
+        tasks = [self.in_progress[key] for key in keys if key in self.in_progress]
+        done, late = await asyncio.wait(tasks, timeout=max(0, deadline - time.monotonic())) if tasks else ((), ())
+        if late or any(task.exception() for task in done):
+            await self.unpin(keys)
+            failed = next((str(task.exception()) for task in done if task.exception()), "")
+            raise Refused(pb.Refusal.NOT_HOSTED, failed, tuple(experts)) if failed else _too_late(layer, experts)
+        return keys
+
+    async def _pin_standbys(self, layer: int, experts: list[int], deadline: float) -> set[Key]:
+        """Pin some of `experts` as soon as there is device memory, and start the promotions of those not loaded."""
+        while True:
+            self._freed.clear()
+            with suppress(NoDeviceMemory):
+                keys, new = await self.worker.run(lambda: self._pin_now(layer, experts))
+                for key in new:
+                    self.in_progress[key] = asyncio.create_task(self._promote(key))
+                return keys
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._freed.wait()
+            except TimeoutError:
+                raise _too_late(layer, experts) from None
+
+    def _pin_now(self, layer: int, experts: list[int]) -> tuple[set[Key], set[Key]]:
+        """Return the experts that are now pinned, and those of them that have to be loaded."""
+        host = self.host
+        if gone := [expert for expert in experts if (layer, expert) not in host.standbys]:
+            detail = f"Experts {gone} of layer {layer} are not held here any more."
+            raise Refused(pb.Refusal.NOT_HOSTED, detail, tuple(gone))
+        if (max_promoted := host.max_promoted(layer)) < 1:
+            detail = f"Experts {experts} of layer {layer} stand by, but no device memory is left to promote them to."
+            raise Refused(pb.Refusal.NOT_HOSTED, detail, tuple(experts))
+        keys = {(layer, expert) for expert in experts[:max_promoted]}
+        return keys, host.on_device.pin(keys)
+
+    async def _promote(self, key: Key) -> None:
+        """Load a pinned standby and put it into effect; if that fails, free its memory."""
+        started, host = time.monotonic(), self.host
+        is_request_waiting.set(True)
+        try:
+            copy = await self._load(key)
+            await self.worker.run(lambda: host.commit_promotion(key, copy))
+        except BaseException:
+            await self.worker.run(lambda: host.free([key]))
+            raise
+        finally:
+            del self.in_progress[key]
+            self._freed.set()
+        self.num_promotions += 1
+        self.promotion_us += round((time.monotonic() - started) * 1e6)
+
+    async def _load(self, key: Key) -> Weights | None:
+        """Load a standby to the device; if it was on disk and is not too large, return a copy for host memory."""
+        host, metadata, standby = self.host, self.host.metadata(key), self.host.standbys.get(key)
+        if standby is None or metadata is None:
+            raise ValueError(f"Expert {key[1]} of layer {key[0]} does not stand by here any more.")
+        if (kept := standby.weights) is not None:
+            await run_in_thread(host.fill_device, key, kept)
+            return None
+        async with PeerChannels() as peers:
+            sources = Sources({key: standby.peer} if standby.peer else {}, {key: metadata.checksum})
+            weights = await self.source.obtain(key, sources, peers, checkpoint_first=True)
+        await run_in_thread(host.fill_device, key, weights)
+        fits = weights.nbytes <= host.standbys.host_budget
+        return await run_in_thread(host.copy_to_host_memory, weights) if fits else None
+
+
+class PromotionQueue:
+    """Requests that wait for promotions: at most `max_parked`, the others are refused as OVERLOADED.
+
+    It must be created on the event loop of its `Promoter`.
+    """
+
+    def __init__(self, promoter: Promoter, worker: Worker, max_parked: int) -> None:
+        self.promoter, self.worker, self.max_parked = promoter, worker, max_parked
+        self.num_parked = 0  # changed on the worker's thread only
+        self._is_resuming = False  # one parked request is being computed, and is parked no more unless it comes back
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def park(
         self,
-        unfinished: PartialResult,
+        pending: PendingRequest,
         timeout_s: float,
         resume: Callable[[], None],
         refuse: Callable[[Refused], None],
     ) -> None:
-        """On the worker's thread, where later `resume` or `refuse` is called."""
+        """Promote the experts that `pending` needs, and then call `resume`, or `refuse` if that fails.
+
+        Call it on the worker's thread, which also calls `resume` or `refuse`.
+        """
         if self.num_parked - self._is_resuming >= self.max_parked:
             detail = f"{self.num_parked} requests wait for experts that stand by; the bound is {self.max_parked}."
             refuse(Refused(pb.Refusal.OVERLOADED, detail))
             return
         self.num_parked += 1
-        self._loop.call_soon_threadsafe(self._start, unfinished, timeout_s, resume, refuse)
+        self._loop.call_soon_threadsafe(self._start, pending, timeout_s, resume, refuse)
 
     async def idle(self) -> None:
-        """Returns when nobody waits."""
+        """Return as soon as no request is parked."""
         while self.num_parked:
             await asyncio.sleep(IDLE_POLL_S)
 
     def _start(self, *arguments: object) -> None:
-        task = asyncio.create_task(self._wake(*arguments))  # type: ignore[arg-type]
+        task = asyncio.create_task(self._promote_and_resume(*arguments))  # type: ignore[arg-type]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _wake(
+    async def _promote_and_resume(
         self,
-        unfinished: PartialResult,
+        pending: PendingRequest,
         timeout_s: float,
         resume: Callable[[], None],
         refuse: Callable[[Refused], None],
     ) -> None:
         try:
-            keys = await self.loader.promote(unfinished.layer, unfinished.experts, timeout_s)
+            keys = await self.promoter.promote(pending.layer, pending.experts, timeout_s)
         except Exception as error:
             failed = Refused(pb.Refusal.FAILED, f"Promoting experts failed with {error!r}.")
             refused = error if isinstance(error, Refused) else failed
             await self.worker.run(lambda: self._leave(lambda: refuse(refused)))
         else:
             await self.worker.run(lambda: self._leave(resume))
-            await self.loader.release(keys)
+            await self.promoter.unpin(keys)
 
     def _leave(self, then: Callable[[], None]) -> None:
         self._is_resuming = True
-        then()  # may park it again, for what did not fit this time
+        then()  # may park the request again, for the experts that did not fit this time
         self._is_resuming = False
         self.num_parked -= 1
+
+
+def _too_late(layer: int, experts: list[int]) -> Refused:
+    detail = f"Experts {experts} of layer {layer} stand by, and could not be promoted in time."
+    return Refused(pb.Refusal.OVERLOADED, detail, tuple(experts))

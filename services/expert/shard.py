@@ -1,6 +1,6 @@
-"""An expert shard: a generic host for routed experts, with a gRPC server and a heartbeat.
+"""`ExpertShard`: one expert shard, which is a generic host for routed experts with a gRPC server and a heartbeat.
 
-It starts empty, registers itself, and is told what to hold.
+A shard starts empty and registers itself. A controller then tells it which experts to load.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import SERVER_OPTIONS
-from services.expert.drain import LEAVE_POLL_S, LEAVE_TIMEOUT_S, DrainOutlook, DrainWait, may_go, outlook
+from services.expert.drain import DRAIN_POLL_S, MOVE_TIMEOUT_S, DrainState, DrainTimes, drain_state, may_stop
 from services.expert.host import ExpertHost
 from services.expert.service import ExpertService
 from services.expert.transport.wire import WIRE_DTYPES
@@ -33,31 +33,27 @@ log = logging.getLogger(__name__)
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Expert"].full_name
 HEARTBEAT_S = 1.0
-DRAIN_TIMEOUT_S = 10.0
-MAX_FAILED = 20  # requests in a row
-MAX_BUSY_S = 30.0  # at one request
-STOP_GRACE_S = 0.2  # streams never end by themselves; this is for the last replies on them
+ANSWER_TIMEOUT_S = 10.0  # for the replies to the requests that a stopping shard has accepted
+MAX_FAILED = 20  # requests that fail one after the other; then the shard is not healthy
+MAX_BUSY_S = 30.0  # with one request; then the shard is not healthy
+STOP_GRACE_S = 0.2  # for the last replies on open streams, which never end by themselves
 
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """Where a shard listens and how much it may hold; budgets are in bytes, port 0 takes a free one.
-
-    `memory_budget` is for the device, `host_budget` for experts that stand by in host memory. A shard that is stopped
-    serves on for at most `leave_timeout_s`, until its experts have moved.
-    """
+    """Where a shard runs and listens, and how much it may hold."""
 
     shard_id: str
-    memory_budget: int
+    memory_budget: int  # bytes of device memory for homes and promoted experts
     pool: str = "experts-cpu"
     node: str = field(default_factory=socket.gethostname)
-    host: str = "127.0.0.1"
-    port: int = 0
+    host: str = "127.0.0.1"  # the address to listen on
+    port: int = 0  # of the gRPC server; 0 takes a free port
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    max_queue: int = 64
-    host_budget: int = 0
-    leave_timeout_s: float = LEAVE_TIMEOUT_S
+    max_queue: int = 64  # requests that may wait for the device, and as many again that may wait for promotions
+    host_budget: int = 0  # bytes of host memory for standbys
+    move_timeout_s: float = MOVE_TIMEOUT_S  # a stopping shard serves on at most this long while its experts move
 
     def __post_init__(self) -> None:
         if not self.shard_id:
@@ -65,8 +61,8 @@ class ShardConfig:
         if self.memory_budget <= 0 or self.max_queue <= 0:
             numbers = f"memory_budget is {self.memory_budget} and max_queue {self.max_queue}"
             raise ValueError(f"{numbers}, but both must be above 0.")
-        if self.host_budget < 0 or self.leave_timeout_s < 0:
-            numbers = f"host_budget is {self.host_budget} and leave_timeout_s {self.leave_timeout_s}"
+        if self.host_budget < 0 or self.move_timeout_s < 0:
+            numbers = f"host_budget is {self.host_budget} and move_timeout_s {self.move_timeout_s}"
             raise ValueError(f"{numbers}, but both must be at least 0.")
         if self.dtype not in WIRE_DTYPES:
             raise ValueError(f"dtype is {self.dtype}, but a shard computes in float32 or bfloat16.")
@@ -85,7 +81,10 @@ class ExpertShard:
         self._read = family.load_expert
 
     async def start(self) -> None:
-        """Serves and registers; RuntimeError if the port is taken. A registry that is down is tried again and again."""
+        """Serve and register; raise RuntimeError if the port is taken.
+
+        If the registry is down, the shard serves all the same, and every heartbeat tries to register it again.
+        """
         config = self.config
         self.service = ExpertService(self.host, self._read, config.shard_id, self.incarnation, config.max_queue)
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -94,66 +93,71 @@ class ExpertShard:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self.endpoint = f"{config.host}:{self._bind()}"
-        self.compute_endpoint = self.service.open_front(config.host)
+        self.compute_endpoint = self.service.open_compute_port(config.host)
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         await self._heartbeat()
         self._beating = asyncio.create_task(self._beat())
 
     async def stop(self) -> None:
-        """Drains: says so, serves on until its experts have moved, answers what was accepted, leaves, closes."""
-        self.service.is_leaving = True
+        """Drain the shard and stop it.
+
+        The shard announces the drain and serves on until its experts have moved. Then it refuses new requests, removes
+        itself from the registry, answers what it accepted before, and closes its ports.
+        """
+        self.service.has_announced_drain = True
         await self._heartbeat()
         await self._wait_for_moves()
-        self.service.is_draining = True
+        self.service.handler.is_draining = True
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._beating.cancel()
         await asyncio.gather(self._beating, return_exceptions=True)
-        await self._leave()
+        await self._unregister()
         try:
-            await asyncio.wait_for(self.service.answered(), DRAIN_TIMEOUT_S)
+            await asyncio.wait_for(self.service.handler.idle(), ANSWER_TIMEOUT_S)
         except TimeoutError:
             log.warning("Shard %s stops with %d requests unanswered.", self.config.shard_id, self.service.worker.depth)
-        await self.service.close_front()
+        await self.service.close_compute_port()
         await self._server.stop(STOP_GRACE_S)
         await asyncio.to_thread(self.service.worker.close)
 
     async def _wait_for_moves(self) -> None:
+        """Return when the shard may stop, or after `move_timeout_s`."""
         started = since = time.monotonic()
-        before, now = None, await self._outlook()
+        previous, state = None, await self._drain_state()
         while True:
-            at = time.monotonic()
-            since = since if now is before else at
-            if may_go(now, DrainWait(at - self.service.last_request_at, at - since)):
-                log.info("Shard %s goes: %s.", self.config.shard_id, now.value)
+            now = time.monotonic()
+            since = since if state is previous else now
+            if may_stop(state, DrainTimes(now - self.service.handler.last_request_at, now - since)):
+                log.info("Shard %s stops: %s.", self.config.shard_id, state.value)
                 return
-            if at - started >= self.config.leave_timeout_s:
-                bound = f"leave_timeout_s = {self.config.leave_timeout_s}"
-                log.warning("Shard %s goes after %s, though %s.", self.config.shard_id, bound, now.value)
+            if now - started >= self.config.move_timeout_s:
+                bound = f"move_timeout_s = {self.config.move_timeout_s}"
+                log.warning("Shard %s stops after %s, although %s.", self.config.shard_id, bound, state.value)
                 return
-            await asyncio.sleep(min(LEAVE_POLL_S, self.config.leave_timeout_s))
-            before, now = now, await self._outlook()
+            await asyncio.sleep(min(DRAIN_POLL_S, self.config.move_timeout_s))
+            previous, state = state, await self._drain_state()
 
-    async def _outlook(self) -> DrainOutlook:
+    async def _drain_state(self) -> DrainState:
         try:
             placement, shards = await self.registry.placement(), await self.registry.shards()
-            return outlook(self.config.shard_id, placement, shards, await self.registry.has_leader())
+            return drain_state(self.config.shard_id, placement, shards, await self.registry.has_leader())
         except StoreUnavailable:
-            return DrainOutlook.CUT_OFF
+            return DrainState.CUT_OFF
 
     @property
     def is_healthy(self) -> bool:
-        """Whether it still registers itself and computes; asked between `start` and `stop`.
+        """Return True if the heartbeat runs and the device computes; read it between `start` and `stop` only.
 
-        A device that hangs, or that fails whatever it is asked, would else keep its homes for ever.
+        Without this check, a shard whose device hangs or fails at every request would keep its homes for ever.
         """
-        service = self.service
-        can_compute = service.num_failed_in_a_row < MAX_FAILED and service.worker.busy_s < MAX_BUSY_S
-        return not self._beating.done() and service.worker.is_alive and can_compute
+        worker = self.service.worker
+        can_compute = self.service.handler.num_failed_in_a_row < MAX_FAILED and worker.busy_s < MAX_BUSY_S
+        return not self._beating.done() and worker.is_alive and can_compute
 
     @property
     def record(self) -> Shard:
-        """What this shard says of itself in the registry."""
+        """Return the shard's record for the registry."""
         config = self.config
         return Shard(
             id=config.shard_id,
@@ -166,11 +170,11 @@ class ExpertShard:
             held_digest=self.host.digest,
             num_held=self.host.num_held,
             queue_depth=self.service.worker.depth,
-            draining=self.service.is_leaving or self.service.is_draining,
+            draining=self.service.is_draining,
             host_budget=config.host_budget,
             compute_endpoint=self.compute_endpoint,
-            cost_model=self.service.cost_fit.cost_model,
-            rows_per_call=self.service.rows_per_call.mean,
+            cost_model=self.service.handler.cost_fit.cost_model,
+            rows_per_call=self.service.handler.rows_per_call.mean,
         )
 
     def _bind(self) -> int:
@@ -188,22 +192,22 @@ class ExpertShard:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
-                if self.service.is_draining:
+                if self.service.handler.is_draining:
                     await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
                 await self._heartbeat()
             except Exception:
                 log.exception("Shard %s failed to register itself and will try again.", self.config.shard_id)
 
     async def _heartbeat(self) -> None:
-        self.service.learn_pace()
+        self.service.handler.update_cost_model()
         try:
             await self.registry.heartbeat(self.record)
             self.pool_size = await self.registry.pool_size(self.config.pool) or self.pool_size
         except StoreUnavailable as error:
             log.warning("Shard %s serves on, but is not registered: %s", self.config.shard_id, error)
 
-    async def _leave(self) -> None:
+    async def _unregister(self) -> None:
         try:
             await self.registry.remove(self.record)
         except StoreUnavailable as error:
-            log.warning("Shard %s leaves without a word to the registry: %s", self.config.shard_id, error)
+            log.warning("Shard %s stops, but stays in the registry: %s", self.config.shard_id, error)

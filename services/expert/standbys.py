@@ -1,26 +1,31 @@
-"""The experts that a shard stands by for: in host memory as far as its budget goes, else on disk."""
+"""The experts for which a shard is the standby: in host memory as far as its budget goes, the others on disk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.expert.load_order import Key
 from services.expert.weights import Weights
 
-Key = tuple[int, int]  # layer, expert
+HOT_PROMOTIONS = 3  # an expert that was promoted this often is hot: it is evicted from the device after the others
 
 
 @dataclass
 class Standby:
-    """One expert that stands by; `weights` if it does so in host memory, `peer` had it when it was loaded."""
+    """One expert for which the shard is a standby."""
 
-    weights: Weights | None = None
-    peer: str = ""
+    weights: Weights | None = None  # if the expert is kept in host memory
+    peer: str = ""  # endpoint of the shard that was named as a source when the expert was loaded
     num_promotions: int = 0
-    last_promotion: int = 0  # a number that grows with every promotion of any expert
+    last_promotion: int = 0  # the number of the expert's last promotion, counted over all experts
 
 
 class StandbyStore:
-    """First come, first kept in host memory; later, what was promoted last replaces what was promoted longest ago."""
+    """The standbys of a shard; it decides which of them are kept in host memory.
+
+    The first standbys to come are kept, until the budget is used up. After that, an expert that is promoted from disk
+    replaces the experts in host memory whose last promotion is the longest ago.
+    """
 
     def __init__(self, host_budget: int) -> None:
         self.host_budget, self.used_bytes = host_budget, 0
@@ -32,6 +37,10 @@ class StandbyStore:
 
     def get(self, key: Key) -> Standby | None:
         return self._by_key.get(key)
+
+    def is_hot(self, key: Key) -> bool:
+        standby = self._by_key.get(key)
+        return standby is not None and standby.num_promotions >= HOT_PROMOTIONS
 
     @property
     def keys(self) -> list[Key]:
@@ -45,18 +54,19 @@ class StandbyStore:
         return self.used_bytes + num_bytes <= self.host_budget
 
     def add(self, key: Key, weights: Weights | None, peer: str = "") -> None:
-        """Stands by in host memory if weights are given and fit, else on disk."""
+        """Add a standby; it is kept in host memory if `weights` are given and fit, else it is read from disk later."""
         self.remove(key)
         standby = self._by_key[key] = Standby(peer=peer)
         if weights is not None and self.has_room(weights.nbytes):
             self._keep(standby, weights)
 
     def remove(self, key: Key) -> None:
+        """Remove the standby if there is one."""
         if (standby := self._by_key.pop(key, None)) is not None:
             self._drop(standby)
 
     def note_promotion(self, key: Key, weights: Weights | None) -> None:
-        """Counts it; weights that were read from disk may stay in host memory, in the place of colder ones."""
+        """Count a promotion of `key`; `weights`, if read from disk for it, replace colder experts in host memory."""
         standby = self._by_key[key]
         self._num_promotions += 1
         standby.num_promotions += 1

@@ -1,36 +1,43 @@
-"""Experts' weights from one shard to another: `Expert.Fetch`, both ends, with their bytes in flight bounded."""
+"""How experts' weights reach a shard, from a peer or from the checkpoint, and how the shard sends them to its peers.
+
+Every expert that arrives is verified: against the checksum that the peer states, and against the checksum in the
+manifest if the caller knows it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
 import torch
+from torch import Tensor
 
 from model.blocks.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
-from services.expert.host import ExpertFacts
+from protos.options import CHANNEL_OPTIONS
+from services.expert.host import ExpertHost
+from services.expert.load_order import Key, Sources
 from services.expert.transport.wire import WIRE_DTYPES
-from services.expert.weights import Weights, seal
-from services.low_priority import aside
+from services.expert.weights import ExpertMetadata, Weights
+from services.low_priority import run_in_thread
 
-MAX_TRANSFER_BYTES = 64 << 20  # of experts that a shard is sending, and as many again that it is receiving
-FETCH_STALL_S = 2.0  # a peer that says nothing for as long is given up
+MAX_TRANSFER_BYTES = 64 << 20  # of experts that a shard sends at the same time; it may receive as many bytes besides
+FETCH_STALL_S = 2.0  # a peer that sends no message for this long is given up
 
-
-WeightsOf = Callable[[int], Awaitable[tuple[Weights, ExpertFacts]]]  # an expert, and what was found when it was loaded
+ReadExpert = Callable[[int, int], Mapping[str, Tensor]]  # (layer, expert) -> tensors; ValueError names a missing one
+WeightsOf = Callable[[int], Awaitable[tuple[Weights, ExpertMetadata]]]  # by expert id, within one layer
 
 
 class PeerError(RuntimeError):
-    """A peer did not send what it was asked for."""
+    """A peer did not send the expert that it was asked for."""
 
 
 class ByteBudget:
-    """At most `max_bytes` at once, first come, first served; something larger than that goes alone."""
+    """A limit on the bytes in flight, granted first come, first served; a larger transfer than the limit runs alone."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.used_bytes = max_bytes, 0
@@ -38,6 +45,7 @@ class ByteBudget:
 
     @asynccontextmanager
     async def hold(self, num_bytes: int) -> AsyncIterator[None]:
+        """Wait until `num_bytes` fit, and hold them until the `async with` block ends."""
         num_bytes = min(num_bytes, self.max_bytes)
         async with self._turn:
             while self.used_bytes + num_bytes > self.max_bytes:
@@ -51,25 +59,129 @@ class ByteBudget:
             self._freed.set()
 
 
+class PeerChannels:
+    """Channels to peers, for the duration of one load; a peer that failed once is not asked again."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self.failed: set[str] = set()
+
+    def __getitem__(self, endpoint: str) -> grpc.aio.Channel:
+        if endpoint not in self._channels:
+            self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        return self._channels[endpoint]
+
+    async def __aenter__(self) -> PeerChannels:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+
+class WeightSource:
+    """Gets the weights of a shard's experts: for a load, for a promotion, or for a peer that fetches them."""
+
+    def __init__(self, host: ExpertHost, read: ReadExpert) -> None:
+        self.host, self.read = host, read
+        self.incoming = ByteBudget(MAX_TRANSFER_BYTES)
+
+    async def obtain(
+        self, key: Key, sources: Sources, peers: PeerChannels, *, checkpoint_first: bool = False
+    ) -> Weights:
+        """Return verified weights from the peer that `sources` names or from the checkpoint, whichever has them first.
+
+        The peer is asked first, unless `checkpoint_first`. Raise ValueError that names the expert if both fail.
+        """
+        endpoint, expected, problems = sources.peers.get(key, ""), sources.expected.get(key), []
+        ways: list[tuple[str, Callable[[], Awaitable[Weights]]]] = [
+            ("the checkpoint", lambda: run_in_thread(self.read_checkpoint, key, expected))
+        ]
+        if endpoint and endpoint not in peers.failed:
+            from_peer = (f"the peer {endpoint}", lambda: self._from_peer(key, endpoint, peers, expected))
+            ways = [*ways, from_peer] if checkpoint_first else [from_peer, *ways]
+        for where, way in ways:
+            try:
+                return await way()
+            except (ValueError, OSError, PeerError) as error:
+                problems.append(f"from {where}: {error}")
+        raise ValueError(f"Expert {key[1]} of layer {key[0]} was not loaded {'; '.join(problems)}.")
+
+    async def _from_peer(self, key: Key, endpoint: str, peers: PeerChannels, expected: int | None) -> Weights:
+        (layer, expert), host = key, self.host
+        async with self.incoming.hold(host.nbytes(key)):
+            try:
+                weights = await fetch(peers[endpoint], host.shapes[layer], expert, host.dtype)
+                check_expected(weights, expected)
+                return weights
+            except (PeerError, ValueError):
+                peers.failed.add(endpoint)
+                raise
+
+    def read_checkpoint(self, key: Key, expected: int | None) -> Weights:
+        """Return an expert's weights from the checkpoint, verified against `expected` if it is not None.
+
+        Reading and hashing take long, so call it on a thread of its own. Raise ValueError if a tensor is missing or
+        the checksum differs.
+        """
+        weights = Weights.of(self.read(*key), self.host.dtype)
+        check_expected(weights, expected)
+        return weights
+
+    async def current(self, key: Key) -> tuple[Weights, ExpertMetadata] | None:
+        """Return the weights and the metadata of an expert that is here, or None if the expert is not here.
+
+        The weights come from host memory, else from the device, else from the checkpoint.
+        """
+        host, metadata = self.host, self.host.metadata(key)
+        if metadata is None:
+            return None
+        standby = host.standbys.get(key)
+        if standby is not None and (weights := standby.weights) is not None:
+            return weights, metadata
+        with suppress(KeyError):
+            return await self.from_device(key), metadata
+        return await run_in_thread(self.read_checkpoint, key, metadata.checksum), metadata
+
+    async def from_device(self, key: Key) -> Weights:
+        """Return the weights of an expert on the device; raise KeyError if it is not there."""
+        layer, expert = key
+        return Weights.of(await run_in_thread(self.host.on_device.banks[layer].tensors, expert), self.host.dtype)
+
+
+def check_expected(weights: Weights, expected: int | None) -> None:
+    """Raise ValueError if the checksum of `weights` is not `expected`, unless `expected` is None.
+
+    The checksum is computed and cached in either case.
+    """
+    checksum = weights.checksum
+    if expected not in (None, checksum):
+        numbers = f"the checksum {checksum:016x}, but {expected:016x} was expected"
+        raise ValueError(f"it has {numbers}: its bytes are damaged or another checkpoint's")
+
+
 async def send(
     experts: Iterable[int], num_bytes: int, weights_of: WeightsOf, out: ByteBudget
 ) -> AsyncIterator[pb.FetchChunk]:
-    """The chunks of experts of `num_bytes` each; `out` bounds what is under way."""
+    """Yield the chunks of `experts`, each of which has `num_bytes`; `out` limits the bytes in flight."""
     for expert in experts:
         async with out.hold(num_bytes):
-            weights, known = await weights_of(expert)
+            weights, metadata = await weights_of(expert)
             left = weights.nbytes
             for view in weights.chunks():
                 left -= len(view)
                 chunk = pb.FetchChunk(expert=expert, data=view.tobytes())
                 if left == 0:
-                    chunk.is_last, chunk.checksum, chunk.gain_exponent = True, known.checksum, known.gain
-                    chunk.seal = seal(known.checksum, known.gain)
+                    chunk.is_last, chunk.checksum, chunk.gain_exponent = True, metadata.checksum, metadata.gain
+                    chunk.seal = metadata.seal
                 yield chunk
 
 
 async def fetch(channel: grpc.aio.Channel, shape: ExpertShape, expert: int, dtype: torch.dtype) -> Weights:
-    """One expert from a peer, its checksum verified; raises PeerError."""
+    """Return the weights of one expert from a peer, verified against the checksum that the peer states.
+
+    Raise PeerError if the peer fails, falls silent for FETCH_STALL_S seconds or sends something else.
+    """
     request = pb.FetchRequest(layer=shape.layer, experts=[expert], dtype=WIRE_DTYPES[dtype])
     call: Any = expert_pb2_grpc.ExpertStub(channel).Fetch(request)  # type: ignore[no-untyped-call]
     try:
@@ -77,7 +189,7 @@ async def fetch(channel: grpc.aio.Channel, shape: ExpertShape, expert: int, dtyp
     except grpc.aio.AioRpcError as error:
         raise PeerError(f"it answered {error.code().name}: {error.details()}") from None
     except TimeoutError:
-        raise PeerError(f"it said nothing for {FETCH_STALL_S} s") from None
+        raise PeerError(f"it sent nothing for {FETCH_STALL_S} s") from None
     finally:
         call.cancel()
 
@@ -87,20 +199,21 @@ async def _receive(call: Any, shape: ExpertShape, expert: int, dtype: torch.dtyp
     while (chunk := await asyncio.wait_for(call.read(), FETCH_STALL_S)) is not grpc.aio.EOF:
         piece = chunk.data
         if chunk.expert != expert or end + len(piece) > len(data):
-            raise PeerError(f"it sent {len(piece)} bytes of expert {chunk.expert} that nobody asked for")
+            raise PeerError(f"it sent {len(piece)} bytes of expert {chunk.expert} that were not requested")
         data[end : end + len(piece)] = piece
         end += len(piece)
         if chunk.is_last:
-            return await aside(_verified, data, end, shape, dtype, chunk)
+            return await run_in_thread(_verified, data, end, shape, dtype, chunk)
     raise PeerError(f"it ended after {end} of {len(data)} bytes")
 
 
 def _verified(data: bytearray, end: int, shape: ExpertShape, dtype: torch.dtype, last: pb.FetchChunk) -> Weights:
+    """Return the received weights; raise PeerError if their size, checksum or metadata is wrong."""
     if end != len(data):
-        raise PeerError(f"it sent {end} bytes where {len(data)} were asked for")
+        raise PeerError(f"it sent {end} bytes, but the expert has {len(data)}")
     weights = Weights.from_bytes(data, shape, dtype, last.gain_exponent)
     if weights.checksum != last.checksum:
-        raise PeerError(f"its bytes have the checksum {weights.checksum:016x}, but it said {last.checksum:016x}")
-    if last.seal != seal(last.checksum, last.gain_exponent):
-        raise PeerError(f"it said that the gain exponent is {last.gain_exponent}, and that is damaged")
+        raise PeerError(f"its bytes have the checksum {weights.checksum:016x}, but it stated {last.checksum:016x}")
+    if last.seal != ExpertMetadata(last.checksum, last.gain_exponent).seal:
+        raise PeerError(f"the gain exponent {last.gain_exponent} that it stated is damaged")
     return weights

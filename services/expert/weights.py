@@ -1,9 +1,9 @@
-"""One routed expert on its way between disk, host memory, peers and the device: its bytes and their checksum.
+"""One routed expert's weights on their way between disk, host memory, peers and the device, and their checksum.
 
 The checksum is the first 8 bytes of SHA-256 over up, then down, row by row, little-endian, in the dtype that the shard
-computes in, so that it is the same wherever the bytes came from. Measured for an expert of 11 MB in bf16: 10 ms
-(CRC-32: 7 ms, but it tells experts apart with 32 bits only; BLAKE2b: 22 ms), where packing takes 25 ms and finding the
-gain 70 ms.
+computes in. So the checksum is the same wherever the bytes came from. Measured for an expert of 11 MB in bf16: 10 ms.
+CRC-32 takes 7 ms, but tells experts apart with 32 bits only; BLAKE2b takes 22 ms. For comparison, packing the expert
+takes 25 ms and finding its gain exponent 70 ms.
 """
 
 from __future__ import annotations
@@ -19,32 +19,29 @@ from torch import Tensor
 from model.blocks.moe import ExpertShape
 from model.exact_sums import gain_exponent
 
-CHUNK_BYTES = 512 << 10
+CHUNK_BYTES = 512 << 10  # of one message when weights are streamed to a peer
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An expert's up (M, L) and down (L, M), contiguous and on the CPU, in the dtype that the shard computes in.
+    """The weights of one expert, contiguous and on the CPU, in the dtype that the shard computes in."""
 
-    `gain` is its gain exponent, where somebody has found it already.
-    """
-
-    up: Tensor
-    down: Tensor
-    gain: int | None = None
+    up: Tensor  # (M, L): M expert width, L expert input dim
+    down: Tensor  # (L, M)
+    gain: int | None = None  # the gain exponent, if it has been found already
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
-        """From what a checkpoint or a bank gives."""
+        """Return the weights that a checkpoint or an `ExpertBank` gives, converted to `dtype`."""
         up, down = (tensors[name].to("cpu", dtype).contiguous() for name in ("up", "down"))
         return cls(up, down)
 
     @classmethod
     def from_bytes(cls, data: bytearray, shape: ExpertShape, dtype: torch.dtype, gain: int | None = None) -> Weights:
-        """From the bytes that `chunks` gives; shares their memory."""
+        """Return the weights whose `chunks` were joined to `data`; the tensors share the memory of `data`."""
         assert len(data) == shape.nbytes(dtype)
-        both = torch.frombuffer(data, dtype=dtype)
-        up, down = both.split(shape.input_dim * shape.width)
+        numbers = torch.frombuffer(data, dtype=dtype)
+        up, down = numbers.split(shape.input_dim * shape.width)
         return cls(up.view(shape.width, shape.input_dim), down.view(shape.input_dim, shape.width), gain)
 
     @property
@@ -57,17 +54,18 @@ class Weights:
 
     @cached_property
     def checksum(self) -> int:
+        """Return the checksum that the manifest records for these weights; the first access hashes all bytes."""
         digest = hashlib.sha256()
         for view in self._views():
             digest.update(view)
         return int.from_bytes(digest.digest()[:8], "little")
 
     def gain_exponent(self) -> int:
-        """As a bank finds it when it loads the expert."""
+        """Return the gain exponent that an `ExpertBank` finds when it loads the expert."""
         return gain_exponent(self.up, self.down) if self.gain is None else self.gain
 
     def chunks(self) -> Iterator[memoryview]:
-        """All bytes in order, in pieces of CHUNK_BYTES."""
+        """Yield the bytes of up, then of down, in pieces of at most CHUNK_BYTES."""
         for view in self._views():
             for start in range(0, len(view), CHUNK_BYTES):
                 yield view[start : start + CHUNK_BYTES]
@@ -76,11 +74,22 @@ class Weights:
         return [memoryview(tensor.view(-1).view(torch.uint8).numpy()) for tensor in (self.up, self.down)]  # type: ignore[arg-type]
 
     def in_host_memory(self, is_pinned: bool) -> Weights:
-        """A copy in memory of its own, and not in a file's; pinned memory goes to a GPU without another copy."""
+        """Return a copy in memory of its own, because the original may be mapped from the checkpoint's file.
+
+        Pinned memory can be copied to a GPU without another copy in between.
+        """
         up, down = (tensor.pin_memory() if is_pinned else tensor.clone() for tensor in (self.up, self.down))
         return Weights(up, down, self.gain)
 
 
-def seal(checksum: int, gain: int) -> int:
-    """Tells whether what was found out about an expert arrived as it was sent."""
-    return int.from_bytes(hashlib.sha256(f"{checksum} {gain}".encode()).digest()[:8], "little")
+@dataclass(frozen=True)
+class ExpertMetadata:
+    """The checksum and the gain exponent of an expert, as found when the expert was loaded."""
+
+    checksum: int
+    gain: int
+
+    @property
+    def seal(self) -> int:
+        """Return a checksum over these two numbers, with which a receiver finds out whether they arrived undamaged."""
+        return int.from_bytes(hashlib.sha256(f"{self.checksum} {self.gain}".encode()).digest()[:8], "little")

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from services.low_priority import NICENESS, in_background
+from services.low_priority import NICENESS, run_at_low_priority
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads differ in priority on Linux only")
 
@@ -20,14 +20,14 @@ def niceness() -> int:
 
 def test_only_the_threads_of_the_background_give_way() -> None:
     async def both() -> tuple[int, int]:
-        return await in_background(niceness), await asyncio.to_thread(niceness)
+        return await run_at_low_priority(niceness), await asyncio.to_thread(niceness)
 
     own = niceness()
     assert asyncio.run(both()) == (max(NICENESS, own), own)
     assert niceness() == own
-    assert asyncio.run(in_background(niceness)) == max(NICENESS, own), "by another loop, too"
+    assert asyncio.run(run_at_low_priority(niceness)) == max(NICENESS, own), "by another loop, too"
 
 
 def test_what_fails_there_fails_here() -> None:
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(in_background(lambda: 1 // 0))
+        asyncio.run(run_at_low_priority(lambda: 1 // 0))

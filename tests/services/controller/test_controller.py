@@ -57,7 +57,7 @@ class Fleet:
             self.dead.add(id)
             shard._beating.cancel()
             await shard._server.stop(0)
-            await shard.service.close_front()
+            await shard.service.close_compute_port()
 
     def start_controller(self, num_shards: int = 3) -> asyncio.Task[None]:
         config = ControllerConfig({POOL: num_shards}, "digest", torch.float32, timing=TIMING)
@@ -144,7 +144,7 @@ def test_a_shard_that_leaves_hands_over_first(family: ModelFamily) -> None:
                 await asyncio.sleep(0.02)
             assert min(covers) == 2
             assert ours.is_settled_on("s0", "s1")(await ours.placement())
-            assert ours.shards["s2"].service.counters.num_refusals == 0
+            assert ours.shards["s2"].service.handler.counters.num_refusals == 0
             controller.cancel()
 
     asyncio.run(run())

@@ -18,7 +18,7 @@ from model.blocks.moe import LocalExperts
 from model.family import ModelFamily
 from services.expert import drain, shard_control
 from services.expert.client import RemoteExperts
-from services.expert.drain import ABANDONED_S, CUT_OFF_S, QUIET_S, DrainOutlook, DrainWait, may_go, outlook
+from services.expert.drain import ABANDONED_S, CUT_OFF_S, QUIET_S, DrainState, DrainTimes, drain_state, may_stop
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.cluster.fleet import make_shard
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS
@@ -33,38 +33,36 @@ DRAINING, OTHER = make_shard(0, draining=True), make_shard(1)
 @pytest.mark.parametrize(
     ("placement", "shards", "has_leader", "expected"),
     [
-        (None, [DRAINING, OTHER], True, DrainOutlook.NEVER_PLACED),
-        (replace(PLACED, homes={1: (("s01",),)}), [DRAINING, OTHER], True, DrainOutlook.MOVED),
+        (None, [DRAINING, OTHER], True, DrainState.NEVER_PLACED),
+        (replace(PLACED, homes={1: (("s01",),)}), [DRAINING, OTHER], True, DrainState.MOVED),
         (
             replace(PLACED, homes={1: (("s01",),)}, standby={1: (("s00",),)}),
             [DRAINING, OTHER],
             True,
-            DrainOutlook.WAITING,
+            DrainState.WAITING,
         ),
-        (PLACED, [DRAINING, OTHER], True, DrainOutlook.WAITING),
-        (PLACED, [DRAINING, OTHER], False, DrainOutlook.ABANDONED),
-        (PLACED, [DRAINING], True, DrainOutlook.ALONE),
-        (PLACED, [DRAINING, replace(OTHER, draining=True)], True, DrainOutlook.ALONE),
-        (PLACED, [], True, DrainOutlook.ALONE),
+        (PLACED, [DRAINING, OTHER], True, DrainState.WAITING),
+        (PLACED, [DRAINING, OTHER], False, DrainState.ABANDONED),
+        (PLACED, [DRAINING], True, DrainState.ALONE),
+        (PLACED, [DRAINING, replace(OTHER, draining=True)], True, DrainState.ALONE),
+        (PLACED, [], True, DrainState.ALONE),
     ],
 )
-def test_the_outlook(
-    placement: Placement | None, shards: list[Shard], has_leader: bool, expected: DrainOutlook
-) -> None:
-    assert outlook("s00", placement, shards, has_leader) is expected
+def test_the_outlook(placement: Placement | None, shards: list[Shard], has_leader: bool, expected: DrainState) -> None:
+    assert drain_state("s00", placement, shards, has_leader) is expected
 
 
 def test_it_goes_when_nobody_calls_any_more_or_nobody_moves_anything() -> None:
-    forever = DrainWait(1e9, 1e9)
-    assert not may_go(DrainOutlook.WAITING, forever)
-    assert not may_go(DrainOutlook.MOVED, DrainWait(QUIET_S / 2, 1e9))
-    assert may_go(DrainOutlook.MOVED, DrainWait(QUIET_S, 0))
-    assert not may_go(DrainOutlook.ABANDONED, DrainWait(1e9, ABANDONED_S / 2))
-    assert may_go(DrainOutlook.ABANDONED, DrainWait(0, ABANDONED_S))
-    assert not may_go(DrainOutlook.CUT_OFF, DrainWait(1e9, CUT_OFF_S / 2))
-    assert may_go(DrainOutlook.CUT_OFF, DrainWait(0, CUT_OFF_S))
-    assert may_go(DrainOutlook.ALONE, DrainWait(0, 0))
-    assert may_go(DrainOutlook.NEVER_PLACED, DrainWait(0, 0))
+    forever = DrainTimes(1e9, 1e9)
+    assert not may_stop(DrainState.WAITING, forever)
+    assert not may_stop(DrainState.MOVED, DrainTimes(QUIET_S / 2, 1e9))
+    assert may_stop(DrainState.MOVED, DrainTimes(QUIET_S, 0))
+    assert not may_stop(DrainState.ABANDONED, DrainTimes(1e9, ABANDONED_S / 2))
+    assert may_stop(DrainState.ABANDONED, DrainTimes(0, ABANDONED_S))
+    assert not may_stop(DrainState.CUT_OFF, DrainTimes(1e9, CUT_OFF_S / 2))
+    assert may_stop(DrainState.CUT_OFF, DrainTimes(0, CUT_OFF_S))
+    assert may_stop(DrainState.ALONE, DrainTimes(0, 0))
+    assert may_stop(DrainState.NEVER_PLACED, DrainTimes(0, 0))
 
 
 def homes_on(*ids: str) -> dict[int, Homes]:
@@ -74,10 +72,10 @@ def homes_on(*ids: str) -> dict[int, Homes]:
 
 @asynccontextmanager
 async def fleet(
-    family: ModelFamily, registry: MemoryRegistry, leave_timeout_s: float
+    family: ModelFamily, registry: MemoryRegistry, move_timeout_s: float
 ) -> AsyncIterator[dict[str, ExpertShard]]:
     """Three filled shards; they stop at once at the end."""
-    configs = [ShardConfig(f"s{i}", 1 << 30, leave_timeout_s=leave_timeout_s) for i in range(3)]
+    configs = [ShardConfig(f"s{i}", 1 << 30, move_timeout_s=move_timeout_s) for i in range(3)]
     shards = {config.shard_id: ExpertShard(config, family, registry) for config in configs}
     async with AsyncExitStack() as stack:
         for shard in shards.values():
@@ -144,7 +142,7 @@ def test_a_shard_leaves_under_calls_and_refuses_none(family: ModelFamily) -> Non
             await leaving
             await asyncio.sleep(0.3)
             assert [shard.id for shard in await registry.shards()] == ["s1", "s2"]
-            assert shards.pop("s0").service.counters.num_refusals == 0
+            assert shards.pop("s0").service.handler.counters.num_refusals == 0
             assert client.remote.traffic.refusals == {}
             assert (client.num_wrong, client.num_right > before > 0) == (0, True)
 

@@ -8,8 +8,11 @@ import torch
 
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.host import ExpertHost, ExpertsByLayer
-from services.expert.loader import Loader, LoadOrder
+from services.expert.host import ExpertHost
+from services.expert.load_order import ExpertsByLayer, LoadOrder
+from services.expert.loader import Loader
+from services.expert.promotion import Promoter
+from services.expert.transfer import WeightSource
 from services.expert.transport.wire import Refused
 from services.expert.transport.worker import Worker
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
@@ -29,7 +32,9 @@ class FilledHost(ExpertHost):
         async def load() -> None:
             worker = Worker(9, "filling")
             try:
-                await Loader(self, worker, self.family.load_expert).load(LoadOrder(homes, standby or {}))
+                source = WeightSource(self, self.family.load_expert)
+                loader = Loader(self, worker, source, Promoter(self, worker, source))
+                await loader.load(LoadOrder(homes, standby or {}))
             finally:
                 await asyncio.to_thread(worker.close)
 
@@ -47,7 +52,7 @@ def test_it_starts_empty_and_counts_what_it_holds(family: ModelFamily) -> None:
     host.load({1: [3, 1, 3], 3: [0]})
     host.load({1: [1]})
     assert (host.held, host.num_held, host.used_bytes) == ({1: [1, 3], 3: [0]}, 3, 3 * EXPERT_BYTES)
-    host.remove({1: [1, 3, 9], 3: [0]}, {})
+    host.unload({1: [1, 3, 9], 3: [0]}, {})
     assert (host.held, host.used_bytes, host.digest) == ({}, 0, empty)
 
 
@@ -84,7 +89,7 @@ def test_what_does_not_exist_is_refused(wanted: dict[int, list[int]], sentence: 
     with pytest.raises(ValueError, match=sentence):
         host.load(wanted)
     with pytest.raises(ValueError, match=sentence):
-        host.remove(wanted, {})
+        host.unload(wanted, {})
 
 
 def test_a_missing_tensor_is_named_and_nothing_is_held(tmp_path: Path) -> None:
@@ -94,7 +99,7 @@ def test_a_missing_tensor_is_named_and_nothing_is_held(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=missing):
         host.load({1: [0, 1], 3: [4, 5]})
     assert host.held == {3: [4]}
-    assert {layer: set(bank.held) for layer, bank in host.banks.items()} == {1: set(), 3: {4}}
+    assert {layer: set(bank.held) for layer, bank in host.on_device.banks.items()} == {1: set(), 3: {4}}
 
 
 def test_a_layer_without_experts_is_a_bad_shape(family: ModelFamily) -> None:
@@ -120,7 +125,7 @@ def test_an_old_epoch_is_told_so_only_where_it_matters(family: ModelFamily) -> N
     host.load({1: [0, 1]})
     host.epoch = 5
     assert host.compute(make_request((0, 1), epoch=4)).width
-    host.remove({1: [1]}, {})
+    host.unload({1: [1]}, {})
     with pytest.raises(Refused, match="any more: the request is of epoch 4, this shard of 5") as refused:
         host.compute(make_request((0, 1), epoch=4))
     assert refused.value.code == pb.Refusal.STALE_EPOCH

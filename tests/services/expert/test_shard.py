@@ -229,7 +229,7 @@ def test_it_is_healthy_while_it_beats_and_computes(family: ModelFamily) -> None:
         async with serving(family) as shard:
             await asyncio.to_thread(shard.service.worker.close)
             assert not shard.is_healthy
-            shard.service.worker = Worker(1, "another")  # stopping waits for it
+            shard.service.worker = shard.service.handler.worker = Worker(1, "another")  # `stop` waits for it
 
     run(test)
 
@@ -239,9 +239,9 @@ def test_a_device_that_always_fails_or_hangs_is_not_healthy(
 ) -> None:
     async def test() -> None:
         async with serving(family) as shard:
-            shard.service.num_failed_in_a_row = shard_module.MAX_FAILED
+            shard.service.handler.num_failed_in_a_row = shard_module.MAX_FAILED
             assert not shard.is_healthy
-            shard.service.num_failed_in_a_row = 0
+            shard.service.handler.num_failed_in_a_row = 0
             monkeypatch.setattr(shard_module, "MAX_BUSY_S", 0.1)
             hang = threading.Event()
             shard.service.worker.submit(hang.wait)

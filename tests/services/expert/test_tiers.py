@@ -22,7 +22,7 @@ from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.controller.shards import GrpcShards
 from services.expert import shard_control
 from services.expert.client import RemoteExperts
-from services.expert.host import ExpertsByLayer
+from services.expert.load_order import ExpertsByLayer
 from services.expert.shard import ExpertShard, ShardConfig
 from services.expert.transport.checksum import checksum_of_reply
 from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS, WIDTH
@@ -60,13 +60,13 @@ def sums(replies: dict[int, pb.ComputeReply]) -> dict[int, bytes]:
 
 def hold_back(shard: ExpertShard) -> threading.Event:
     """The checkpoint is read only when the event is set."""
-    gate, read = threading.Event(), shard.service.loader._read
+    gate, read = threading.Event(), shard.service.source.read
 
     def read_later(layer: int, expert: int) -> Any:
         assert gate.wait(30)
         return read(layer, expert)
 
-    shard.service.loader._read = read_later
+    shard.service.source.read = read_later
     return gate
 
 
@@ -122,13 +122,13 @@ def test_what_a_call_waits_for_does_not_give_way_and_what_is_loaded_does(family:
 
     async def test() -> None:
         async with filled(family, config(4), {1: [0]}, {1: [5]}) as shard:
-            read = shard.service.loader._read
+            read = shard.service.source.read
 
             def note_reader(layer: int, expert: int) -> Any:
                 readers.append(threading.current_thread().name)
                 return read(layer, expert)
 
-            shard.service.loader._read = note_reader
+            shard.service.source.read = note_reader
             await ask(shard, make_request((5,)))
             await shard_control.load(shard.endpoint, {1: [3]})
 
@@ -160,8 +160,8 @@ def test_calls_at_once_get_the_right_sums_in_little_memory(family: ModelFamily) 
             assert highest <= 4 * ONE
             assert shard.host.used_bytes == ONE * (1 + sum(map(len, shard.host.promoted.values())))
             assert shard.host.standbys.used_bytes <= 5 * ONE
-            assert not any(on.num_pins for on in shard.host._on_device.values())
-            assert {layer: len(bank.held) for layer, bank in shard.host.banks.items()} == {
+            assert not any(on.num_pins for on in shard.host.on_device._slots.values())
+            assert {layer: len(bank.held) for layer, bank in shard.host.on_device.banks.items()} == {
                 layer: len(shard.host.held.get(layer, [])) + len(shard.host.promoted.get(layer, [])) for layer in (1, 3)
             }
 
@@ -181,7 +181,7 @@ def test_those_who_wait_for_an_expert_share_its_load_and_hold_up_nobody(family: 
             replies = [await stream.read() for _ in range(10)]
             assert sorted(reply.id for reply in replies) == list(range(1, 11))
             assert len({reply.sums.data for reply in replies}) == 1
-            assert shard.service.loader.num_promotions == 1
+            assert shard.service.promoter.num_promotions == 1
 
     run(test)
 
@@ -195,7 +195,7 @@ def test_a_call_waits_no_longer_than_its_time(family: ModelFamily) -> None:
             assert (reply.id, reply.refusal.code, list(reply.refusal.missing)) == (1, pb.Refusal.OVERLOADED, [5])
             await stream.write(make_request((6,), id=2))
             await stream.write(make_request((6,), id=3))
-            while shard.service.waking.num_parked < 2:
+            while shard.service.promotion_queue.num_parked < 2:
                 await asyncio.sleep(0.01)
             await stream.write(make_request((6,), id=4))
             reply = await stream.read()
@@ -246,7 +246,7 @@ def test_a_home_that_is_to_stand_by_serves_on_and_comes_back(family: ModelFamily
             assert (await ask(shard, make_request((0, 1))))[1].HasField("sums")
             await shard_control.load(shard.endpoint, {1: [1]}, 3)
             assert (shard.host.held, shard.host.standby, shard.host.promoted) == ({1: [0, 1]}, {}, {})
-            assert (shard.host.standbys.used_bytes, shard.service.loader.num_promotions) == (0, 0)
+            assert (shard.host.standbys.used_bytes, shard.service.promoter.num_promotions) == (0, 0)
             with pytest.raises(shard_control.ShardError, match="cannot be held and stand by at once"):
                 await shard_control.load(shard.endpoint, {1: [1]}, 4, {1: [1]})
 
@@ -273,7 +273,7 @@ def test_a_load_joins_a_promotion_that_is_under_way(family: ModelFamily) -> None
         async with filled(family, config(2), {1: [0]}, {1: [5]}) as shard, stream_to(shard) as stream:
             gate = hold_back(shard)
             await stream.write(make_request((0, 5)))
-            while not shard.service.loader._promotions:
+            while not shard.service.promoter.in_progress:
                 await asyncio.sleep(0.01)
             loading = asyncio.create_task(shard_control.load(shard.endpoint, {1: [5]}, 2))
             await asyncio.sleep(0.1)
@@ -291,12 +291,12 @@ def test_what_is_unloaded_while_it_is_promoted_is_refused_and_gone(family: Model
         async with filled(family, config(4), {1: [0]}, {1: [5]}) as shard, stream_to(shard) as stream:
             gate = hold_back(shard)
             await stream.write(make_request((0, 5)))
-            while not shard.service.loader._promotions:
+            while not shard.service.promoter.in_progress:
                 await asyncio.sleep(0.01)
             await shard_control.unload(shard.endpoint, {}, 2, {1: [5]})
             gate.set()
             assert (await stream.read()).refusal.code == pb.Refusal.NOT_HOSTED
-            assert (shard.host.used_bytes, shard.host.banks[1].held) == (ONE, {0})
+            assert (shard.host.used_bytes, shard.host.on_device.banks[1].held) == (ONE, {0})
 
     run(test)
 
@@ -324,11 +324,11 @@ def test_stopping_answers_those_who_wait(family: ModelFamily) -> None:
         async with filled(family, config(4), {1: [0]}, {1: [5]}) as shard, stream_to(shard) as stream:
             gate = hold_back(shard)
             await stream.write(make_request((0, 5)))
-            while not shard.service.waking.num_parked:
+            while not shard.service.promotion_queue.num_parked:
                 await asyncio.sleep(0.01)
             reading = asyncio.create_task(stream.read())
             asyncio.get_running_loop().call_later(0.3, gate.set)
-            await shard.service.answered()
+            await shard.service.handler.idle()
             assert (await reading).HasField("sums")
 
     run(test)

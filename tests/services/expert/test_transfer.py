@@ -21,8 +21,8 @@ from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert import shard_control
+from services.expert.load_order import Sources
 from services.expert.shard import ExpertShard
-from services.expert.shard_control import Sources
 from services.expert.transfer import ByteBudget
 from services.expert.weights import CHUNK_BYTES, Weights
 from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS, WIDTH, write_checkpoint
@@ -56,7 +56,7 @@ async def two(family: ModelFamily, own: ModelFamily | None = None) -> AsyncItera
 
 
 def same_weights(one: ExpertShard, other: ExpertShard, expert: int) -> bool:
-    tensors = [shard.host.banks[1].tensors(expert) for shard in (one, other)]
+    tensors = [shard.host.on_device.banks[1].tensors(expert) for shard in (one, other)]
     return all(torch.equal(tensors[0][name], tensors[1][name]) for name in ("up", "down"))
 
 
@@ -67,14 +67,14 @@ def from_peer(endpoint: str, *experts: int, **expected: Any) -> Sources:
 def test_every_tier_of_a_peer_gives_the_bytes_that_it_loaded(family: ModelFamily) -> None:
     async def test() -> None:
         async with two(family) as (peer, shard):
-            shard.service.loader._read = lambda layer, expert: pytest.fail("the checkpoint was read")
+            shard.service.source.read = lambda layer, expert: pytest.fail("the checkpoint was read")
             loaded = await shard_control.load(shard.endpoint, {1: ALL}, 1, sources=from_peer(peer.endpoint, *ALL))
             assert shard.host.held == {1: ALL}
             assert all(same_weights(peer, shard, expert) for expert in ALL[:16])
-            known = {expert: peer.host.known((1, expert)) for expert in ALL}
+            known = {expert: peer.host.metadata((1, expert)) for expert in ALL}
             assert loaded.checksums[1] == {expert: of.checksum for expert, of in known.items() if of}
             assert loaded.gains == peer.host.gains({1: []})
-            assert (shard.service.loader.incoming.used_bytes, peer.service.outgoing.used_bytes) == (0, 0)
+            assert (shard.service.source.incoming.used_bytes, peer.service.outgoing.used_bytes) == (0, 0)
 
     run(test)
 
@@ -156,7 +156,7 @@ def test_where_both_fail_the_expert_is_named_and_not_held(
                 await shard_control.load(shard.endpoint, {1: [5]}, 1, sources=from_peer(endpoint, 5))
             error.match(sentence)
             error.match("experts.5.up_proj.weight")
-            assert (shard.host.held, shard.host.used_bytes, shard.host.banks[1].held) == ({1: [1]}, ONE, {1})
+            assert (shard.host.held, shard.host.used_bytes, shard.host.on_device.banks[1].held) == ({1: [1]}, ONE, {1})
 
     run(test)
 
@@ -207,7 +207,7 @@ def test_a_peer_that_is_killed_meanwhile_is_replaced_by_the_checkpoint(family: M
                 assert shard.host.held == {1: ALL, 3: ALL}
                 assert 3 * ONE < num_seen < 40 * ONE
                 raw = family.load_expert(3, 31)
-                assert torch.equal(shard.host.banks[3].tensors(31)["up"], raw["up"])
+                assert torch.equal(shard.host.on_device.banks[3].tensors(31)["up"], raw["up"])
 
     run(test)
 
