@@ -3,10 +3,10 @@
 Deploys `serveConfigV2` of `k8s/overlays/gpu-ha` with `serve deploy` on a Ray cluster of nine nodes, each in a network
 namespace with an address of its own: a head whose state is in a Redis, three for backbones, gateways and controllers,
 and five for expert shards, one of each kind to spare. GPUs are counted and not there; the model is the demo. Then load
-runs again and again, once undisturbed, and once for every trial with something done at a random moment. Clients come
-through a balancer that follows readiness as a Service does; where a backbone's node is lost, through the gateway of
+runs again and again, once undisturbed, and once for every run_trial with something done at a random moment. Clients come
+through a balancer that follows readiness as a Service does; where a backbone's node is lost_nodes, through the gateway of
 another, because a stream ends with the gateway that it comes from. Columns are those of `benchmarks.failures`, but for
-the time that an expert had fewer than two live homes, or no gateway said so, all in all.
+the time that an expert had fewer than two live homes, or no gateway output_tail so, all in all.
 """
 
 from __future__ import annotations
@@ -28,8 +28,25 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks.failures import AT_S, LOAD_SHARE, FailureTrial, load_of, look, measure_rate, print_header, row
-from benchmarks.local_cluster import DASHBOARD_PORT, PASSWORD, ROOT, LocalCluster, NamespaceNetwork, Node, why_not
+from benchmarks.failures import (
+    AT_S,
+    LOAD_SHARE,
+    FailureTrial,
+    make_load,
+    measure_rate,
+    print_header,
+    read_coverage,
+    table_row,
+)
+from benchmarks.local_cluster import (
+    DASHBOARD_PORT,
+    PASSWORD,
+    ROOT,
+    ClusterNode,
+    LocalCluster,
+    NamespaceNetwork,
+    reason_unavailable,
+)
 from benchmarks.server import new_client
 from services.cli.drill.drill import Disturbance, Load, under_load
 from services.cli.drill.load import RequestOutcome
@@ -44,7 +61,9 @@ NUM_NODES = {BACKBONE: 3, "experts-gpu": 5}
 NODE_CPUS = {BACKBONE: 2}  # 1 of a node for experts, which has room for one shard
 TIMEOUT_S, HEAD_AWAY_S = 400.0, 5.0
 
-Deed = Callable[["ClusterFleet"], Coroutine[Any, Any, frozenset[str]]]  # what it returns: replicas that must go
+ClusterAction = Callable[
+    ["ServedCluster"], Coroutine[Any, Any, frozenset[str]]
+]  # what it returns: replicas that must go
 
 
 def gpu_ha_config() -> dict[str, Any]:
@@ -62,8 +81,8 @@ def gpu_ha_config() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What Serve says: whether all is as it was told, and its replicas by id: deployment and address."""
+class ServeStatus:
+    """What Serve says: whether all is as it was application, and its replicas by id: deployment and address."""
 
     is_settled: bool
     replicas: dict[str, tuple[str, str]]
@@ -73,7 +92,7 @@ class Seen:
 
 
 @dataclass
-class ClusterFleet:
+class ServedCluster:
     """An application on a cluster whose nodes are in groups, as worker groups of pods; `args.labels` name them."""
 
     network: NamespaceNetwork
@@ -85,8 +104,8 @@ class ClusterFleet:
     gcs_store: str
     clusters: list[LocalCluster] = field(default_factory=list)  # the newest is the one that is looked at
     service: str = ""
-    kept: str = ""  # the address of a gateway whose node is not to be lost
-    lost: list[Node] = field(default_factory=list)
+    protected_gateway: str = ""  # the address of a gateway whose node is not to be lost_nodes
+    lost_nodes: list[ClusterNode] = field(default_factory=list)
 
     @property
     def args(self) -> dict[str, Any]:
@@ -100,7 +119,7 @@ class ClusterFleet:
 
     @property
     def url(self) -> str:
-        return f"http://{self.kept}:{self.args['http_port']}" if self.kept else self.service
+        return f"http://{self.protected_gateway}:{self.args['http_port']}" if self.protected_gateway else self.service
 
     @property
     def cluster(self) -> LocalCluster:
@@ -121,13 +140,13 @@ class ClusterFleet:
         self.cluster.wait_for_dashboard()
         for group, number in self.num_nodes.items():
             for i in range(first, first + number):
-                self._add(f"{group}-{i}")
+                self._add_node(f"{group}-{i}")
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump(self.config, file)
             file.flush()
             self.cluster.serve("deploy", file.name)
 
-    def _add(self, name: str) -> None:
+    def _add_node(self, name: str) -> None:
         group = name.rpartition("-")[0]
         self.cluster.add_node(name, NODE_CPUS.get(group, 1), {"expertmesh.io/group": group}, self.num_gpus)
 
@@ -135,67 +154,69 @@ class ClusterFleet:
     def applications_url(self) -> str:
         return f"http://{self.cluster.head.address}:{DASHBOARD_PORT}/api/serve/applications/"
 
-    async def see(self) -> Seen:
+    async def read_status(self) -> ServeStatus:
         """Nothing, and unsettled, where the head does not answer."""
         try:
             async with new_client(5.0) as client:
-                told = (await client.get(self.applications_url)).json()["applications"]["expertmesh"]
+                application = (await client.get(self.applications_url)).json()["applications"]["expertmesh"]
         except (httpx.HTTPError, LookupError, ValueError):
-            return Seen(is_settled=False, replicas={})
-        deployments = told["deployments"].items()
+            return ServeStatus(is_settled=False, replicas={})
+        deployments = application["deployments"].items()
         replicas = [(name, each) for name, deployment in deployments for each in deployment["replicas"]]
         are_all_up = all(each["state"] == "RUNNING" for _, each in replicas)
         are_healthy = all(deployment["status"] == "HEALTHY" for _, deployment in deployments)
-        return Seen(
-            told["status"] == "RUNNING" and are_healthy and are_all_up,
+        return ServeStatus(
+            application["status"] == "RUNNING" and are_healthy and are_all_up,
             {each["replica_id"]: (name, each["node_ip"]) for name, each in replicas if each.get("node_ip")},
         )
 
-    async def is_whole(self, without: frozenset[str] = frozenset()) -> bool:
+    async def is_complete(self, without: frozenset[str] = frozenset()) -> bool:
         """Everything that should run does, every expert has two homes, and none of `without` is left."""
-        seen = await self.see()
-        is_covered, shards = await look(self.url)
-        num_shards = sum(name == self.pool["name"] for name, _ in seen.replicas.values())
+        status = await self.read_status()
+        is_covered, shards = await read_coverage(self.url)
+        num_shards = sum(name == self.pool["name"] for name, _ in status.replicas.values())
         are_enough = len(shards) == num_shards >= self.pool["shards"]
-        return seen.is_settled and is_covered and are_enough and not without & seen.replicas.keys()
+        return status.is_settled and is_covered and are_enough and not without & status.replicas.keys()
 
-    async def wait_until_whole(self) -> None:
+    async def wait_until_complete(self) -> None:
         deadline = time.monotonic() + TIMEOUT_S
-        while not await self.is_whole():
-            assert time.monotonic() < deadline, f"not whole in time: {await self.see()}\n{self.cluster.said()}"
+        while not await self.is_complete():
+            assert time.monotonic() < deadline, (
+                f"not whole in time: {await self.read_status()}\n{self.cluster.output_tail()}"
+            )
             await asyncio.sleep(0.5)
 
-    async def choose(self, deployment: str) -> tuple[Node, frozenset[str]]:
-        """A node that runs one of these, but not of the gateway that is kept; and the replicas there."""
-        seen = await self.see()
-        chosen = self.random.choice(sorted(seen.addresses(deployment) - {self.kept}))
+    async def choose_node(self, deployment: str) -> tuple[ClusterNode, frozenset[str]]:
+        """A node that runs one of these, but not of the gateway that is protected_gateway; and the replicas there."""
+        status = await self.read_status()
+        chosen = self.random.choice(sorted(status.addresses(deployment) - {self.protected_gateway}))
         node = next(node for node in self.cluster.nodes if node.address == chosen)
-        return node, frozenset(id for id, (_, address) in seen.replicas.items() if address == node.address)
+        return node, frozenset(id for id, (_, address) in status.replicas.items() if address == node.address)
 
-    async def keep_a_gateway(self) -> None:
-        self.kept = self.random.choice(sorted((await self.see()).addresses("gateway")))
+    async def protect_gateway(self) -> None:
+        self.protected_gateway = self.random.choice(sorted((await self.read_status()).addresses("gateway")))
 
     def stop(self) -> None:
         with ExitStack() as stack:
             for cluster in self.clusters:
                 stack.callback(cluster.stop)
 
-    def mend(self) -> None:
-        """A new machine for every one that was lost, as Kubernetes would bring a pod."""
-        for node in self.lost:
+    def replace_lost_nodes(self) -> None:
+        """A new machine for every one that was lost_nodes, as Kubernetes would bring a pod."""
+        for node in self.lost_nodes:
             self.cluster.remove_node(node)
-            self._add(node.name)
-        self.lost, self.kept = [], ""
+            self._add_node(node.name)
+        self.lost_nodes, self.protected_gateway = [], ""
 
 
 @contextmanager
-def fleet_of(
+def served_cluster(
     config: dict[str, Any], num_nodes: Mapping[str, int], num_gpus: int, seed: int = 0, *, keeps_state: bool = False
-) -> Iterator[ClusterFleet]:
+) -> Iterator[ServedCluster]:
     with NamespaceNetwork() as network:
         gcs_store = network.start_redis(GCS_STORE_PORT) if keeps_state else ""
         store = network.start_redis(STORE_PORT)
-        fleet = ClusterFleet(network, config, num_nodes, num_gpus, random.Random(seed), store, gcs_store)
+        fleet = ServedCluster(network, config, num_nodes, num_gpus, random.Random(seed), store, gcs_store)
         try:
             fleet.start()
             yield fleet
@@ -203,41 +224,41 @@ def fleet_of(
             fleet.stop()
 
 
-async def lose(fleet: ClusterFleet, role: str, how: Callable[[Node], None]) -> frozenset[str]:
+async def lose_node(fleet: ServedCluster, role: str, how: Callable[[ClusterNode], None]) -> frozenset[str]:
     """A node that runs a backbone, or a shard."""
-    node, replicas = await fleet.choose(fleet.pool["name"] if role == EXPERTS else role)
-    fleet.lost.append(node)
+    node, replicas = await fleet.choose_node(fleet.pool["name"] if role == EXPERTS else role)
+    fleet.lost_nodes.append(node)
     await asyncio.to_thread(how, node)
     return replicas
 
 
-def kill_raylet(node: Node) -> None:
+def kill_raylet(node: ClusterNode) -> None:
     os.kill(node.pid_of("raylet"), signal.SIGKILL)
 
 
-async def lose_head(fleet: ClusterFleet) -> frozenset[str]:
+async def lose_head(fleet: ServedCluster) -> frozenset[str]:
     await asyncio.to_thread(fleet.cluster.head.stop)
     await asyncio.sleep(HEAD_AWAY_S)
     await asyncio.to_thread(fleet.cluster.restart_head)
     return frozenset()
 
 
-async def upgrade(fleet: ClusterFleet) -> frozenset[str]:
+async def upgrade(fleet: ServedCluster) -> frozenset[str]:
     """Other arguments, as KubeRay tells Serve of them when serveConfigV2 has changed."""
-    replicas = frozenset((await fleet.see()).replicas)
+    replicas = frozenset((await fleet.read_status()).replicas)
     fleet.args["max_waiting"] = fleet.args.get("max_waiting", 256) + 1
     async with new_client(30.0) as client:
         (await client.put(fleet.applications_url, json=fleet.config)).raise_for_status()
     return replicas
 
 
-async def replace_cluster(fleet: ClusterFleet) -> frozenset[str]:
+async def replace_cluster(fleet: ServedCluster) -> frozenset[str]:
     """What KubeRay does where a pod's template has changed: all of the old cluster goes when the new one serves."""
-    replicas = frozenset((await fleet.see()).replicas)
+    replicas = frozenset((await fleet.read_status()).replicas)
     old = fleet.cluster
     await asyncio.to_thread(fleet.start_cluster)
     async with asyncio.timeout(TIMEOUT_S):
-        while not (await fleet.see()).is_settled:
+        while not (await fleet.read_status()).is_settled:
             await asyncio.sleep(1.0)
     await asyncio.sleep(SWITCH_S)
     for node in old.nodes:
@@ -251,73 +272,79 @@ async def replace_cluster(fleet: ClusterFleet) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class FailureKind:
+class ClusterFailure:
     name: str
-    deed: Deed
+    action: ClusterAction
     seconds: float = 34.0  # of load
-    keeps_gateway: bool = False
+    protects_gateway: bool = False
 
 
-def losing(role: str, how: Callable[[Node], None]) -> Deed:
-    return functools.partial(lose, role=role, how=how)
+def losing(role: str, how: Callable[[ClusterNode], None]) -> ClusterAction:
+    return functools.partial(lose_node, role=role, how=how)
 
 
-KINDS = (
-    FailureKind("kill -9 of the raylet of an expert node", losing(EXPERTS, kill_raylet)),
-    FailureKind("an expert node cut off from the network", losing(EXPERTS, Node.cut_off)),
-    FailureKind("an expert node drained", losing(EXPERTS, Node.drain)),
-    FailureKind("kill -9 of the raylet of another backbone's node", losing(BACKBONE, kill_raylet), keeps_gateway=True),
-    FailureKind("another backbone's node cut off from the network", losing(BACKBONE, Node.cut_off), keeps_gateway=True),
-    FailureKind("a backbone's node drained", losing(BACKBONE, Node.drain), 60.0),
-    FailureKind("kill -9 of all of the head, which comes back", lose_head),
-    FailureKind("serveConfigV2 with other arguments", upgrade, 150.0),
-    FailureKind("another cluster takes over", replace_cluster, 300.0),
+CLUSTER_FAILURES = (
+    ClusterFailure("kill -9 of the raylet of an expert node", losing(EXPERTS, kill_raylet)),
+    ClusterFailure("an expert node cut off from the network", losing(EXPERTS, ClusterNode.cut_off)),
+    ClusterFailure("an expert node drained", losing(EXPERTS, ClusterNode.drain)),
+    ClusterFailure(
+        "kill -9 of the raylet of another backbone's node", losing(BACKBONE, kill_raylet), protects_gateway=True
+    ),
+    ClusterFailure(
+        "another backbone's node cut off from the network", losing(BACKBONE, ClusterNode.cut_off), protects_gateway=True
+    ),
+    ClusterFailure("a backbone's node drained", losing(BACKBONE, ClusterNode.drain), 60.0),
+    ClusterFailure("kill -9 of all of the head, which comes back", lose_head),
+    ClusterFailure("serveConfigV2 with other arguments", upgrade, 150.0),
+    ClusterFailure("another cluster takes over", replace_cluster, 300.0),
 )
 
 
-async def trial(fleet: ClusterFleet, kind: FailureKind, load: Load, undisturbed: list[RequestOutcome]) -> FailureTrial:
-    await fleet.wait_until_whole()
-    if kind.keeps_gateway:
-        await fleet.keep_a_gateway()
+async def run_trial(
+    fleet: ServedCluster, kind: ClusterFailure, load: Load, undisturbed: list[RequestOutcome]
+) -> FailureTrial:
+    await fleet.wait_until_complete()
+    if kind.protects_gateway:
+        await fleet.protect_gateway()
     begun: list[asyncio.Task[frozenset[str]]] = []
     uncovered_s, looked_at = 0.0, 0.0
 
-    async def do() -> None:
+    async def start_action() -> None:
         nonlocal looked_at
         looked_at = time.monotonic()
-        begun.append(asyncio.create_task(kind.deed(fleet)))
+        begun.append(asyncio.create_task(kind.action(fleet)))
 
-    async def is_whole() -> bool:
+    async def is_complete() -> bool:
         nonlocal uncovered_s, looked_at
-        is_covered, _ = await look(fleet.url)
+        is_covered, _ = await read_coverage(fleet.url)
         before, looked_at = looked_at, time.monotonic()
         uncovered_s += 0.0 if is_covered else looked_at - before
-        return begun[0].done() and await fleet.is_whole(without=begun[0].result())
+        return begun[0].done() and await fleet.is_complete(without=begun[0].result())
 
     load = replace(load, url=f"{fleet.url}/v1/completions")
-    disturbance = Disturbance(do, is_whole, fleet.random.uniform(*AT_S), TIMEOUT_S)
+    disturbance = Disturbance(start_action, is_complete, fleet.random.uniform(*AT_S), TIMEOUT_S)
     try:
-        verdict, whole_s = await under_load(load, disturbance, undisturbed, window_s=kind.seconds)
+        verdict, recovered_s = await under_load(load, disturbance, undisturbed, window_s=kind.seconds)
     finally:
         await asyncio.gather(*begun)
-    return FailureTrial(verdict, uncovered_s, whole_s)
+    return FailureTrial(verdict, uncovered_s, recovered_s)
 
 
-async def run(fleet: ClusterFleet, kinds: list[FailureKind], num_trials: int) -> None:
-    await fleet.wait_until_whole()
-    warm_up = load_of(fleet.service, 2.0, 12.0)
+async def run(fleet: ServedCluster, kinds: list[ClusterFailure], num_trials: int) -> None:
+    await fleet.wait_until_complete()
+    warm_up = make_load(fleet.service, 2.0, 12.0)
     rate = LOAD_SHARE * await measure_rate(fleet.service, list(warm_up.bodies[:24]))
     print_header(rate, "without full cover, s")
     for kind in kinds:
-        load = load_of(fleet.service, rate, kind.seconds)
-        await fleet.wait_until_whole()
+        load = make_load(fleet.service, rate, kind.seconds)
+        await fleet.wait_until_complete()
         undisturbed, trials = await load.run(), []
         for _ in range(num_trials):
-            trials.append(await trial(fleet, kind, load, undisturbed))
-            await asyncio.to_thread(fleet.mend)
+            trials.append(await run_trial(fleet, kind, load, undisturbed))
+            await asyncio.to_thread(fleet.replace_lost_nodes)
             if errors := trials[-1].verdict.errors:
                 print(f"  {kind.name}: {errors}", flush=True)
-        print(row(kind.name, trials), flush=True)
+        print(table_row(kind.name, trials), flush=True)
 
 
 def main() -> None:
@@ -326,13 +353,13 @@ def main() -> None:
     parser.add_argument("--kinds", default="", help="only those whose names contain this")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    kinds = [kind for kind in KINDS if args.kinds in kind.name]
+    kinds = [kind for kind in CLUSTER_FAILURES if args.kinds in kind.name]
     if not kinds:
-        parser.error(f"--kinds {args.kinds!r} matches none of: {', '.join(kind.name for kind in KINDS)}")
-    if reason := why_not():
+        parser.error(f"--kinds {args.kinds!r} matches none of: {', '.join(kind.name for kind in CLUSTER_FAILURES)}")
+    if reason := reason_unavailable():
         parser.error(f"there can be no cluster of several nodes here: {reason}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left running
-    with fleet_of(gpu_ha_config(), NUM_NODES, 1, args.seed, keeps_state=True) as fleet:
+    with served_cluster(gpu_ha_config(), NUM_NODES, 1, args.seed, keeps_state=True) as fleet:
         asyncio.run(run(fleet, kinds, args.trials))
 
 

@@ -41,7 +41,7 @@ def body(prompt: str, num_tokens: int) -> dict[str, Any]:
 
 
 @dataclass
-class Side:
+class DraftingResult:
     """Everything measured with or without drafts: tokens per second by streams, and texts by prompt."""
 
     speeds: dict[int, list[float]] = field(default_factory=dict)
@@ -65,7 +65,9 @@ async def texts(url: str, prompts: list[str], num_tokens: int) -> list[str]:
         return list(await asyncio.gather(*map(text, prompts)))
 
 
-def measure(running: Server, side: Side, streams: list[int], num_tokens: int, num_samples: int, round_: int) -> None:
+def measure(
+    running: Server, side: DraftingResult, streams: list[int], num_tokens: int, num_samples: int, round_: int
+) -> None:
     url, prompts = f"{running.url}/v1/completions", held_out_prompts()
     asyncio.run(closed_loop(url, [body(prompt, num_tokens) for prompt in prompts[-4:]], 1, seconds=600))  # warm
     for num_streams in streams:
@@ -82,7 +84,7 @@ def measure(running: Server, side: Side, streams: list[int], num_tokens: int, nu
     side.engine = running.status()["engine"]
 
 
-def report(sides: dict[str, Side], streams: list[int]) -> tuple[Table, dict[int, float]]:
+def report(sides: dict[str, DraftingResult], streams: list[int]) -> tuple[Table, dict[int, float]]:
     table = Table(title="tokens/s of the demo model through REST, medians")
     for column in ("streams", *sides, "ratio"):
         table.add_column(column, justify="right")
@@ -106,7 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     options = [*(["--model", args.model] if args.model else []), *(["--local-experts"] if args.local_experts else [])]
-    sides = {name: Side() for name in SIDES}
+    sides = {name: DraftingResult() for name in SIDES}
     for round_ in range(args.rounds):
         for name, side in sides.items():
             with server(*options, *SIDES[name]) as running:

@@ -2,7 +2,7 @@
 
 Starts `expertmesh up` with the demo model and three shards, measures its capacity, and then sends the same greedy and
 seeded requests at a steady rate again and again: once undisturbed, and once for every trial, with something done to the
-server at a random moment. Each answer's text and number of tokens are compared with those of the undisturbed run. A row
+server at a random moment. Each answer's text and number of tokens are compared with those of the undisturbed run. A table_row
 of the table is one kind of failure: requests, failed ones, different ones, the longest gap between two pieces of an
 answer (median and worst of the trials, beside the worst of the undisturbed run), the part of the tokens that is missing
 in the seconds after the failure, the time until every expert had two live homes again, and the time until there were as
@@ -48,11 +48,11 @@ SHARD, CONTROLLER, STORE, BACKBONE = "experts-cpu", "controller", "-server", "ba
 CORRUPT = "a shard that returns corrupt bytes for 6 s"
 TIMEOUT_S = 120.0
 
-Deed = Callable[["Victims"], Awaitable[None]]
+FailureAction = Callable[["ServerProcesses"], Awaitable[None]]
 
 
 @dataclass
-class Victims:
+class ServerProcesses:
     """A server's processes, by what they are."""
 
     server: Server
@@ -60,7 +60,7 @@ class Victims:
     corrupt: subprocess.Popen[bytes] | None = None
     num_killed: int = 0  # shards, in this trial
 
-    async def all(self, kind: str) -> list[int]:
+    async def pids_of(self, kind: str) -> list[int]:
         """On another thread: Linux tells the name of a process that starts up to a second late, and answers would seem
         to come as late."""
         names = await asyncio.to_thread(self.server.processes)
@@ -68,12 +68,12 @@ class Victims:
         assert pids, f"no process of the server is called {kind}: {names}"
         return pids
 
-    async def one(self, kind: str) -> int:
-        return self.random.choice(await self.all(kind))
+    async def random_pid(self, kind: str) -> int:
+        return self.random.choice(await self.pids_of(kind))
 
     async def store_url(self) -> str:
         """The server writes where it listens into its command line."""
-        words = Path(f"/proc/{await self.one(STORE)}/cmdline").read_bytes().decode().replace("\0", " ").split()
+        words = Path(f"/proc/{await self.random_pid(STORE)}/cmdline").read_bytes().decode().replace("\0", " ").split()
         return f"redis://{next(word for word in words if word.startswith('127.0.0.1:'))}/0"
 
     @asynccontextmanager
@@ -82,20 +82,20 @@ class Victims:
         command = [sys.executable, "-m", "benchmarks.corrupt_shard", await self.store_url()]
         self.corrupt = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
-            await wait_until_whole(self.server.url, NUM_SHARDS + 1)
+            await wait_for_full_cover(self.server.url, NUM_SHARDS + 1)
             yield
         finally:
             self.corrupt.terminate()
             self.corrupt.wait()
             self.corrupt = None
-            await wait_until_whole(self.server.url, NUM_SHARDS)
+            await wait_for_full_cover(self.server.url, NUM_SHARDS)
 
     async def kill(self, kind: str) -> None:
         self.num_killed += kind == SHARD
-        os.kill(await self.one(kind), signal.SIGKILL)
+        os.kill(await self.random_pid(kind), signal.SIGKILL)
 
     async def stop(self, kind: str, seconds: float) -> None:
-        pid = await self.one(kind)
+        pid = await self.random_pid(kind)
         os.kill(pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(seconds)
@@ -103,7 +103,7 @@ class Victims:
             os.kill(pid, signal.SIGCONT)
 
     async def slow_down(self, kind: str) -> None:
-        pid, stop_at = await self.one(kind), time.monotonic() + SLOW_S
+        pid, stop_at = await self.random_pid(kind), time.monotonic() + SLOW_S
         while time.monotonic() < stop_at:
             os.kill(pid, signal.SIGSTOP)
             await asyncio.sleep(0.95 * SLOW_STEP_S)
@@ -111,55 +111,55 @@ class Victims:
             await asyncio.sleep(0.05 * SLOW_STEP_S)
 
 
-async def kill_shard(victims: Victims) -> None:
-    await victims.kill(SHARD)
+async def kill_shard(processes: ServerProcesses) -> None:
+    await processes.kill(SHARD)
 
 
-async def stop_shard(victims: Victims) -> None:
-    await victims.stop(SHARD, STOP_S)
+async def stop_shard(processes: ServerProcesses) -> None:
+    await processes.stop(SHARD, STOP_S)
 
 
-async def slow_shard(victims: Victims) -> None:
-    await victims.slow_down(SHARD)
+async def slow_shard(processes: ServerProcesses) -> None:
+    await processes.slow_down(SHARD)
 
 
-async def kill_store(victims: Victims) -> None:
-    await victims.kill(STORE)  # and it comes back empty
+async def kill_store(processes: ServerProcesses) -> None:
+    await processes.kill(STORE)  # and it comes back empty
 
 
-async def stop_store(victims: Victims) -> None:
-    await victims.stop(STORE, STOP_S)
+async def stop_store(processes: ServerProcesses) -> None:
+    await processes.stop(STORE, STOP_S)
 
 
-async def kill_controller_in_a_migration(victims: Victims) -> None:
+async def kill_controller_in_a_migration(processes: ServerProcesses) -> None:
     """The shard's homes are moved a heartbeat's time to live after its death, by the controller that leads."""
-    await victims.kill(SHARD)
-    await asyncio.sleep(victims.random.uniform(2.5, 4.0))
-    leader = (await asyncio.to_thread(victims.server.status)).get("leader")
-    os.kill(int(leader.split("-")[-2]) if leader else await victims.one(CONTROLLER), signal.SIGKILL)
+    await processes.kill(SHARD)
+    await asyncio.sleep(processes.random.uniform(2.5, 4.0))
+    leader = (await asyncio.to_thread(processes.server.status)).get("leader")
+    os.kill(int(leader.split("-")[-2]) if leader else await processes.random_pid(CONTROLLER), signal.SIGKILL)
 
 
-async def kill_shard_and_store(victims: Victims) -> None:
-    await victims.kill(SHARD)
-    await asyncio.sleep(victims.random.uniform(0.0, 1.0))
-    await victims.kill(STORE)
+async def kill_shard_and_store(processes: ServerProcesses) -> None:
+    await processes.kill(SHARD)
+    await asyncio.sleep(processes.random.uniform(0.0, 1.0))
+    await processes.kill(STORE)
 
 
-async def corrupt_shard(victims: Victims) -> None:
-    assert victims.corrupt is not None
-    victims.corrupt.send_signal(signal.SIGUSR1)
+async def corrupt_shard(processes: ServerProcesses) -> None:
+    assert processes.corrupt is not None
+    processes.corrupt.send_signal(signal.SIGUSR1)
     await asyncio.sleep(CORRUPT_S)
 
 
-async def kill_backbone(victims: Victims) -> None:
-    await victims.kill(BACKBONE)
+async def kill_backbone(processes: ServerProcesses) -> None:
+    await processes.kill(BACKBONE)
 
 
-async def stop_backbone(victims: Victims) -> None:
-    await victims.stop(BACKBONE, STOP_S)
+async def stop_backbone(processes: ServerProcesses) -> None:
+    await processes.stop(BACKBONE, STOP_S)
 
 
-KINDS: dict[str, Deed] = {
+FAILURES: dict[str, FailureAction] = {
     "kill -9 of a shard": kill_shard,
     "SIGSTOP of a shard for 10 s": stop_shard,
     "a shard 20 times slower for 6 s": slow_shard,
@@ -171,13 +171,13 @@ KINDS: dict[str, Deed] = {
 }
 
 
-KINDS_OF_TWO_BACKBONES: dict[str, Deed] = {
+BACKBONE_FAILURES: dict[str, FailureAction] = {
     "kill -9 of one of two backbones": kill_backbone,
     "SIGSTOP of one of two backbones for 10 s": stop_backbone,
 }
 
 
-async def look(url: str) -> tuple[bool, frozenset[str]]:
+async def read_coverage(url: str) -> tuple[bool, frozenset[str]]:
     """Whether every expert has two live homes, and on which shards; (False, none) where the server does not say."""
     async with new_client(5.0) as client:
         try:
@@ -187,11 +187,11 @@ async def look(url: str) -> tuple[bool, frozenset[str]]:
     return report.get("status") == "covered", frozenset(report.get("blast_radius", ()))
 
 
-async def wait_until_whole(url: str, num_shards: int) -> frozenset[str]:
+async def wait_for_full_cover(url: str, num_shards: int) -> frozenset[str]:
     """The shards."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        is_covered, shards = await look(url)
+        is_covered, shards = await read_coverage(url)
         if is_covered and len(shards) == num_shards:
             return shards
         assert time.monotonic() < deadline, f"not every expert had two live homes on {num_shards} shards in time"
@@ -199,29 +199,29 @@ async def wait_until_whole(url: str, num_shards: int) -> frozenset[str]:
 
 
 @dataclass
-class Watch:
+class RecoveryMonitor:
     """A server after a failure. Times in seconds after it."""
 
-    victims: Victims
+    processes: ServerProcesses
     shards: frozenset[str]  # before
     num_backbones: int
     at: float = 0.0
     is_done: bool = False
     covered_s: float = 0.0
 
-    async def is_whole(self) -> bool:
+    async def is_recovered(self) -> bool:
         """As before, from where on it is not looked any more; notes when cover was last seen broken before."""
-        is_covered, shards = await look(self.victims.server.url)
+        is_covered, shards = await read_coverage(self.processes.server.url)
         if not is_covered:
             self.covered_s = time.monotonic() - self.at
-        is_noticed = len(self.shards - shards) >= self.victims.num_killed
-        is_full = len(shards) >= len(self.shards) and len(await self.victims.all(BACKBONE)) >= self.num_backbones
+        is_noticed = len(self.shards - shards) >= self.processes.num_killed
+        is_full = len(shards) >= len(self.shards) and len(await self.processes.pids_of(BACKBONE)) >= self.num_backbones
         is_over = self.is_done and is_noticed and is_covered and is_full
         return is_over and await self._are_backbones_up()
 
     async def _are_backbones_up(self) -> bool:
         async with new_client(5.0) as client:
-            status = (await client.get(f"{self.victims.server.url}/status")).json()
+            status = (await client.get(f"{self.processes.server.url}/status")).json()
         return sum(backbone["engine"]["is_healthy"] for backbone in status["backbones"]) >= self.num_backbones
 
 
@@ -233,7 +233,7 @@ async def measure_rate(url: str, bodies: list[dict[str, Any]]) -> float:
     return len(outcomes) / (time.monotonic() - started)
 
 
-def load_of(url: str, rate: float, seconds: float = SECONDS) -> Load:
+def make_load(url: str, rate: float, seconds: float = SECONDS) -> Load:
     """Every other request is sampled, with a seed."""
     load = Load.of_sentences(url, rate, seconds, MAX_TOKENS)
     seeded = [
@@ -244,34 +244,34 @@ def load_of(url: str, rate: float, seconds: float = SECONDS) -> Load:
 
 @dataclass(frozen=True)
 class FailureTrial:
-    """`cover_s`: until there was full cover again; `whole_s` is None where the server was not as before in time."""
+    """`cover_s`: until there was full cover again; `recovered_s` is None where the server was not as before in time."""
 
     verdict: Verdict
     cover_s: float
-    whole_s: float | None
+    recovered_s: float | None
 
 
-async def trial(
-    victims: Victims, deed: Deed, load: Load, undisturbed: list[RequestOutcome], num_backbones: int
+async def run_trial(
+    processes: ServerProcesses, action: FailureAction, load: Load, undisturbed: list[RequestOutcome], num_backbones: int
 ) -> FailureTrial:
-    tasks, victims.num_killed = [], 0
-    shards = await wait_until_whole(victims.server.url, NUM_SHARDS + (victims.corrupt is not None))
-    watch = Watch(victims, shards, num_backbones)
+    tasks, processes.num_killed = [], 0
+    shards = await wait_for_full_cover(processes.server.url, NUM_SHARDS + (processes.corrupt is not None))
+    monitor = RecoveryMonitor(processes, shards, num_backbones)
 
-    async def do() -> None:
-        watch.at = time.monotonic()
-        tasks.append(asyncio.create_task(run_deed()))
+    async def start_action() -> None:
+        monitor.at = time.monotonic()
+        tasks.append(asyncio.create_task(run_action()))
 
-    async def run_deed() -> None:
+    async def run_action() -> None:
         try:
-            await deed(victims)
+            await action(processes)
         finally:
-            watch.is_done = True
+            monitor.is_done = True
 
-    disturbance = Disturbance(do, watch.is_whole, victims.random.uniform(*AT_S), TIMEOUT_S)
-    verdict, whole_s = await under_load(load, disturbance, undisturbed, window_s=SECONDS)
+    disturbance = Disturbance(start_action, monitor.is_recovered, processes.random.uniform(*AT_S), TIMEOUT_S)
+    verdict, recovered_s = await under_load(load, disturbance, undisturbed, window_s=SECONDS)
     await asyncio.gather(*tasks)
-    return FailureTrial(verdict, watch.covered_s, whole_s)
+    return FailureTrial(verdict, monitor.covered_s, recovered_s)
 
 
 def print_header(rate: float, cover: str = "full cover after, s") -> None:
@@ -280,7 +280,7 @@ def print_header(rate: float, cover: str = "full cover after, s") -> None:
     print(f" | tokens missing | {cover}: median / worst | as before after, s |\n|" + "---|" * 9, flush=True)
 
 
-def row(kind: str, trials: list[FailureTrial]) -> str:
+def table_row(kind: str, trials: list[FailureTrial]) -> str:
     verdicts = [trial.verdict for trial in trials]
     num_requests = sum(verdict.num_requests for verdict in verdicts)
     failed, different = (sum(getattr(v, name) for v in verdicts) for name in ("num_failed", "num_different"))
@@ -289,35 +289,35 @@ def row(kind: str, trials: list[FailureTrial]) -> str:
     gap = f"{statistics.median(gaps):.3f} / {max(gaps):.3f} ({verdicts[0].undisturbed_gap_s:.3f})"
     covered = [trial.cover_s for trial in trials]
     cover = f"{statistics.median(covered):.1f} / {max(covered):.1f}"
-    took = [trial.whole_s for trial in trials if trial.whole_s is not None]
+    took = [trial.recovered_s for trial in trials if trial.recovered_s is not None]
     whole = f"{statistics.median(took):.1f} / {max(took):.1f}" if len(took) == len(trials) else "not in time"
     numbers = f"{len(trials)} | {num_requests} | {failed} | {different}"
     return f"| {kind} | {numbers} | {gap} | {dip:+.1%} | {cover} | {whole} |"
 
 
-async def run(started: Server, kinds: dict[str, Deed], num_trials: int, seed: int, num_backbones: int) -> None:
-    victims = Victims(started, random.Random(seed))
-    warm_up = load_of(started.url, 2.0)
+async def run(started: Server, kinds: dict[str, FailureAction], num_trials: int, seed: int, num_backbones: int) -> None:
+    processes = ServerProcesses(started, random.Random(seed))
+    warm_up = make_load(started.url, 2.0)
     rate = LOAD_SHARE * await measure_rate(started.url, list(warm_up.bodies[:24]))
-    load = load_of(started.url, rate)
-    await wait_until_whole(started.url, NUM_SHARDS)
+    load = make_load(started.url, rate)
+    await wait_for_full_cover(started.url, NUM_SHARDS)
     undisturbed = await load.run()
     print_header(rate)
 
-    async def repeat(kind: str, deed: Deed) -> None:
+    async def repeat(kind: str, action: FailureAction) -> None:
         trials = []
         for _ in range(num_trials):
-            trials.append(await trial(victims, deed, load, undisturbed, num_backbones))
+            trials.append(await run_trial(processes, action, load, undisturbed, num_backbones))
             if errors := trials[-1].verdict.errors:
                 print(f"  {kind}: {errors}", flush=True)
-        print(row(kind, trials), flush=True)
+        print(table_row(kind, trials), flush=True)
 
-    for kind, deed in kinds.items():
+    for kind, action in kinds.items():
         if kind != CORRUPT:
-            await repeat(kind, deed)
+            await repeat(kind, action)
             continue
-        async with victims.with_corrupt_shard():
-            await repeat(kind, deed)
+        async with processes.with_corrupt_shard():
+            await repeat(kind, action)
             num_corrupt = started.status()["traffic"]["num_corrupt"]
             assert num_corrupt >= num_trials, "the backbone asked the corrupt shard for nothing"
 
@@ -329,9 +329,9 @@ def main() -> None:
     parser.add_argument("--controllers", type=int, default=1, help="of which one leads")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    groups = {num: of_kinds(kinds, args.kinds) for num, kinds in ((1, KINDS), (2, KINDS_OF_TWO_BACKBONES))}
+    groups = {num: select_kinds(kinds, args.kinds) for num, kinds in ((1, FAILURES), (2, BACKBONE_FAILURES))}
     if not any(groups.values()):
-        parser.error(f"--kinds {args.kinds!r} matches none of: {', '.join(KINDS | KINDS_OF_TWO_BACKBONES)}")
+        parser.error(f"--kinds {args.kinds!r} matches none of: {', '.join(FAILURES | BACKBONE_FAILURES)}")
     for num_backbones, kinds in groups.items():
         if kinds:
             replicas = ("--backbones", str(num_backbones), "--controllers", str(args.controllers))
@@ -339,8 +339,8 @@ def main() -> None:
                 asyncio.run(run(started, kinds, args.trials, args.seed, num_backbones))
 
 
-def of_kinds(kinds: dict[str, Deed], wanted: str) -> dict[str, Deed]:
-    return {name: deed for name, deed in kinds.items() if wanted in name}
+def select_kinds(kinds: dict[str, FailureAction], pattern: str) -> dict[str, FailureAction]:
+    return {name: action for name, action in kinds.items() if pattern in name}
 
 
 if __name__ == "__main__":

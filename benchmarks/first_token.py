@@ -34,22 +34,22 @@ VOCAB_SIZE, PROMPT_LEN, OUTPUT_LEN, WARM_UP = 512, 64, 4, 10
 TIMEOUT_S, LOG_DELAY_S = 60.0, 0.5
 BAR_MS = 5.0
 
-Ask = Callable[[list[int]], Awaitable[float]]  # prompt -> seconds to the first token
+SendPrompt = Callable[[list[int]], Awaitable[float]]  # prompt -> seconds to the first token
 
 
-def rest(running: Server, model: str) -> Ask:
-    async def ask(prompt: list[int]) -> float:
+def through_rest(running: Server, model: str) -> SendPrompt:
+    async def send(prompt: list[int]) -> float:
         body = {"model": model, "prompt": prompt, "max_tokens": OUTPUT_LEN, "temperature": 0, "stream": True}
         started = time.perf_counter()
         answer = await post(f"{running.url}/v1/completions", {**body, "ignore_eos": True}, TIMEOUT_S)
         assert answer.status == 200, answer.body
         return next(answer.events()).came_at - started
 
-    return ask
+    return send
 
 
-def through_grpc(stub: Any) -> Ask:
-    async def ask(prompt: list[int]) -> float:
+def through_grpc(stub: Any) -> SendPrompt:
+    async def send(prompt: list[int]) -> float:
         sampling = pb.SamplingParams(max_tokens=OUTPUT_LEN, temperature=0, ignore_eos=True)
         request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
         started, first = time.perf_counter(), 0.0
@@ -57,7 +57,7 @@ def through_grpc(stub: Any) -> Ask:
             first = first or (time.perf_counter() if chunk.choice.token_ids else 0.0)
         return first - started
 
-    return ask
+    return send
 
 
 def engine_times(running: Server) -> list[float]:
@@ -72,17 +72,17 @@ def engine_times(running: Server) -> list[float]:
     ]
 
 
-async def measure(running: Server, ask: Ask, num_requests: int) -> list[tuple[float, float]]:
+async def measure(running: Server, send: SendPrompt, num_requests: int) -> list[tuple[float, float]]:
     """Of each request: the client's seconds, and the engine's."""
-    draw, times = random.Random(time.time_ns()), list[float]()
+    rng, times = random.Random(time.time_ns()), list[float]()
     for _ in range(WARM_UP + num_requests):
-        times.append(await ask([draw.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(PROMPT_LEN)]))
+        times.append(await send([rng.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(PROMPT_LEN)]))
     await asyncio.sleep(LOG_DELAY_S)  # until the last line is written
     return list(zip(times, engine_times(running)[-len(times) :], strict=True))[WARM_UP:]
 
 
 async def run(running: Server, num_requests: int) -> dict[str, dict[str, float]]:
-    found = {"REST": await measure(running, rest(running, running.model_id()), num_requests)}
+    found = {"REST": await measure(running, through_rest(running, running.model_id()), num_requests)}
     async with grpc.aio.insecure_channel(running.grpc_address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
         found["gRPC"] = await measure(running, through_grpc(stub), num_requests)

@@ -50,20 +50,20 @@ class Prompts:
     model: str = ""
 
     def bodies(self) -> Iterator[dict[str, Any]]:
-        draw = random.Random(self.seed)
+        rng = random.Random(self.seed)
         texts = [] if self.vocab_size else [text for text in read_corpus()[1] if len(text) > CHARACTERS_PER_TOKEN]
         while True:
-            length = draw.choice(self.prompt_lens)
-            prompt = self._ids(draw, length) if self.vocab_size else self._text(draw, texts, length)
-            body = {"prompt": prompt, "max_tokens": draw.choice(self.output_lens), "temperature": 0, "ignore_eos": True}
+            length = rng.choice(self.prompt_lens)
+            prompt = self._ids(rng, length) if self.vocab_size else self._text(rng, texts, length)
+            body = {"prompt": prompt, "max_tokens": rng.choice(self.output_lens), "temperature": 0, "ignore_eos": True}
             yield {**body, "model": self.model} if self.model else body
 
-    def _ids(self, draw: random.Random, length: int) -> list[int]:
-        return [draw.randrange(FIRST_ORDINARY_ID, self.vocab_size) for _ in range(length)]
+    def _ids(self, rng: random.Random, length: int) -> list[int]:
+        return [rng.randrange(FIRST_ORDINARY_ID, self.vocab_size) for _ in range(length)]
 
-    def _text(self, draw: random.Random, texts: Sequence[str], length: int) -> str:
-        text = draw.choice(texts)
-        start = draw.randrange(max(1, len(text) - CHARACTERS_PER_TOKEN * length))
+    def _text(self, rng: random.Random, texts: Sequence[str], length: int) -> str:
+        text = rng.choice(texts)
+        start = rng.randrange(max(1, len(text) - CHARACTERS_PER_TOKEN * length))
         return text[start : start + CHARACTERS_PER_TOKEN * length]
 
 

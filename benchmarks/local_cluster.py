@@ -46,7 +46,7 @@ listen service
 """
 
 
-def why_not() -> str:
+def reason_unavailable() -> str:
     """Why there can be no such cluster here; empty if there can."""
     if shutil.which("ip") is None:
         return "no `ip` (iproute2)"
@@ -82,7 +82,7 @@ def _listens(host: str, port: int) -> bool:
 
 
 @dataclass
-class Node:
+class ClusterNode:
     """A machine of the cluster; `address` is reachable from here and from the other nodes."""
 
     name: str  # as shards are told that their node is called
@@ -188,7 +188,7 @@ class LocalCluster:
     env: Mapping[str, str]
     gcs_store: str
     first: int
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[ClusterNode] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._name = secrets.token_hex(4)  # of what the head knows
@@ -202,10 +202,10 @@ class LocalCluster:
                 stack.callback(node.stop)
 
     @property
-    def head(self) -> Node:
+    def head(self) -> ClusterNode:
         return self.nodes[0]
 
-    def add_node(self, name: str, num_cpus: int, labels: Mapping[str, str], num_gpus: int = 0) -> Node:
+    def add_node(self, name: str, num_cpus: int, labels: Mapping[str, str], num_gpus: int = 0) -> ClusterNode:
         """At the first address that is free. A GPU is only counted; there need be none.
 
         Raises AssertionError with what was printed if it does not start.
@@ -223,7 +223,7 @@ class LocalCluster:
         self.nodes[0], printed = self._begin_node(self.head.name, self.first, self._node_options(0, 0, {}))
         wait_for(self.head.process, printed, lambda: STARTED in printed.read_bytes())
 
-    def remove_node(self, node: Node) -> None:
+    def remove_node(self, node: ClusterNode) -> None:
         node.stop()
         self.nodes.remove(node)
 
@@ -233,7 +233,7 @@ class LocalCluster:
             *(["--labels", ",".join(f"{key}={value}" for key, value in labels.items())] if labels else []),
         ]
 
-    def _begin_node(self, name: str, number: int, options: list[str]) -> tuple[Node, Path]:
+    def _begin_node(self, name: str, number: int, options: list[str]) -> tuple[ClusterNode, Path]:
         """The node, and the file that it prints to."""
         net = self.network
         namespace, link, address = f"{net.name}-{number}", f"{net.name}v{number}", f"{net.prefix}.{number}"
@@ -256,7 +256,7 @@ class LocalCluster:
         printed = self._folder / f"{name}.txt"
         with printed.open("wb") as output:
             process = subprocess.Popen(command, env=every, cwd=ROOT, stdout=output, stderr=output)
-        return Node(name, namespace, address, link, process), printed
+        return ClusterNode(name, namespace, address, link, process), printed
 
     def _head_options(self) -> list[str]:
         ports = ["--port", str(GCS_PORT), "--dashboard-port", str(DASHBOARD_PORT)]
@@ -283,6 +283,6 @@ class LocalCluster:
                     raise RuntimeError(f"the head's dashboard does not answer: {error.stderr[-1000:]}") from None
                 time.sleep(1.0)
 
-    def said(self) -> str:
+    def output_tail(self) -> str:
         """The end of what the nodes printed."""
         return "\n".join(path.read_text(errors="replace")[-800:] for path in sorted(self._folder.glob("*.txt")))

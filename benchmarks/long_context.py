@@ -43,7 +43,7 @@ SLOWDOWN_BAR = 1.5  # of a token's time at the longest context against the short
 
 
 @dataclass(frozen=True)
-class Measurement:
+class ContextMeasurement:
     """At one context of `num_tokens`."""
 
     num_tokens: int
@@ -67,7 +67,7 @@ def write_model(source: Path, out: Path, context: int) -> None:
     (out / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context}))
 
 
-class AttentionTime:
+class AttentionTimer:
     """Seconds spent in attention layers since `reset`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -99,7 +99,9 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-async def measure(model: str, num_tokens: int, num_output: int, max_batch_tokens: int, num_threads: int) -> Measurement:
+async def measure(
+    model: str, num_tokens: int, num_output: int, max_batch_tokens: int, num_threads: int
+) -> ContextMeasurement:
     """Reads a random prompt, then decodes `num_output` tokens."""
     context = num_tokens + num_output
     args = AppArgs(model=model, experts="local", max_requests=1, max_model_len=context, state_memory=None)
@@ -121,12 +123,12 @@ async def measure(model: str, num_tokens: int, num_output: int, max_batch_tokens
     backbone = Backbone(config, family, None, None)
     await backbone.start()
     try:
-        attention = AttentionTime(backbone.engine.runner.model)  # type: ignore[arg-type]
-        draw = random.Random(0)
+        attention = AttentionTimer(backbone.engine.runner.model)  # type: ignore[arg-type]
+        rng = random.Random(0)
 
         async def tokens(length: int, num_output: int) -> list[tuple[float, float]]:
             """When each token came, and the seconds in attention by then."""
-            ids = [draw.randrange(16, family.config.vocab_size) for _ in range(length)]
+            ids = [rng.randrange(16, family.config.vocab_size) for _ in range(length)]
             params = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
             return [
                 (time.perf_counter(), attention.seconds)
@@ -142,7 +144,7 @@ async def measure(model: str, num_tokens: int, num_output: int, max_batch_tokens
         await backbone.stop()
     token_s, attention_s = (statistics.median(column) for column in zip(*steps, strict=True))
     prefill_s = came[0][0] - started
-    return Measurement(num_tokens, kv_bytes, peak_bytes(), prefill_s, 1e3 * token_s, 1e3 * attention_s)
+    return ContextMeasurement(num_tokens, kv_bytes, peak_bytes(), prefill_s, 1e3 * token_s, 1e3 * attention_s)
 
 
 @contextmanager
@@ -152,15 +154,15 @@ def long_model(source: Path, context: int) -> Iterator[str]:
         yield folder
 
 
-def measure_apart(model: str, num_tokens: int, *numbers: int) -> Measurement:
+def measure_apart(model: str, num_tokens: int, *numbers: int) -> ContextMeasurement:
     """In a process of its own, so that one length's memory is not another's."""
     command = [sys.executable, "-m", "benchmarks.long_context", "one", model]
     command += [str(number) for number in (num_tokens, *numbers)]
     output = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=True).stdout
-    return Measurement(**json.loads(output.splitlines()[-1]))
+    return ContextMeasurement(**json.loads(output.splitlines()[-1]))
 
 
-def report(measured: list[Measurement]) -> Table:
+def report(measured: list[ContextMeasurement]) -> Table:
     table = Table(title="one request at a time, experts in the process")
     for column in ("tokens", "KV, MiB", "peak, MiB", "growth / KV's", "prefill, s", "tokens/s"):
         table.add_column(column, justify="right")
@@ -179,7 +181,7 @@ def report(measured: list[Measurement]) -> Table:
     return table
 
 
-def summarize(measured: list[Measurement]) -> dict[str, Any]:
+def summarize(measured: list[ContextMeasurement]) -> dict[str, Any]:
     first, last = measured[0], measured[-1]
     return {
         "lens": [asdict(one) for one in measured],

@@ -125,30 +125,33 @@ def compare(num_layers: int, num_rounds: int) -> None:
             rng = np.random.default_rng(0)
             load_LE = rng.lognormal(0, SIGMA, (num_layers, num_experts))
             ours = planned(layers, shards, None, load_LE)
-            theirs, _ = eplb_homes(load_LE, num_experts + spare, num_shards)
+            eplb_layers, _ = eplb_homes(load_LE, num_experts + spare, num_shards)
             rows, blasts = [], 0.0
             for _ in range(num_rounds):
                 load_LE = load_LE * np.exp(drift * rng.normal(size=load_LE.shape))
                 before, ours = ours, planned(layers, shards, ours, load_LE)
-                their_before, (theirs, doubles_L) = theirs, eplb_homes(load_LE, num_experts + spare, num_shards)
+                eplb_before, (eplb_layers, doubles_L) = (
+                    eplb_layers,
+                    eplb_homes(load_LE, num_experts + spare, num_shards),
+                )
                 blasts = max(blasts, *ours.blast_radius_after.values())
                 for layer, load_E in enumerate(load_LE):
                     batches = [draw_batch(rng, load_E, 256, top_k) for _ in range(4)]
                     row = [balance_of(before.homes[layer], load_E, num_shards)]
-                    for homes in (ours.homes[layer], theirs[layer]):
+                    for homes in (ours.homes[layer], eplb_layers[layer]):
                         row.append(balance_of(homes, load_E, num_shards))
                         row.append(balance_of(homes, load_E, num_shards, is_even=True))
                         row.append(batch_balance(homes, batches, num_shards))
                     row.append(num_moved(before.homes[layer], ours.homes[layer]) / (num_experts + spare))
-                    row.append(num_moved(their_before[layer], theirs[layer]) / (num_experts + spare))
+                    row.append(num_moved(eplb_before[layer], eplb_layers[layer]) / (num_experts + spare))
                     row.append(float(doubles_L[layer]))
                     rows.append(row)
-            keep, *balances, moved, their_moved, doubles = np.mean(rows, axis=0)
-            fewer = f"{their_moved / moved:5.0f}x" if moved else "  none"
+            keep, *balances, moved, eplb_moved, doubles = np.mean(rows, axis=0)
+            fewer = f"{eplb_moved / moved:5.0f}x" if moved else "  none"
             own, other = (" / ".join(f"{one:.3f}" for one in three) for three in (balances[:3], balances[3:]))
             print(
                 f"{num_experts:3} {num_shards:2} {spare:2}, {drift:4.0%}  {keep:.3f}  {own}  {other}  "
-                f"{balances[0] / balances[3]:.3f}          {moved:6.2%} {their_moved:5.1%} {fewer}     {doubles:.2f}"
+                f"{balances[0] / balances[3]:.3f}          {moved:6.2%} {eplb_moved:5.1%} {fewer}     {doubles:.2f}"
             )
             assert blasts == 0, "an expert had no live home after the loss of one shard"
     print("Ours: no expert twice on a shard (Placement asserts it), no pick without a live home after any single loss.")

@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
 
 
 @dataclass(frozen=True)
-class Pattern:
+class PromptPattern:
     """Prompts as token ids; `num_shared` of each were in an earlier one, the first aside."""
 
     name: str
@@ -44,22 +44,22 @@ class Pattern:
     prompts: tuple[tuple[int, ...], ...]
 
 
-def prefix_patterns(vocab_size: int, seed: int) -> Iterator[Pattern]:
-    draw = random.Random(seed)
+def prefix_patterns(vocab_size: int, seed: int) -> Iterator[PromptPattern]:
+    rng = random.Random(seed)
 
     def ids(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(count))
+        return tuple(rng.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(count))
 
     shared = ids(1000)
-    yield Pattern("1,000 shared", 1000, tuple(shared + ids(60) for _ in range(NUM_REQUESTS)))
+    yield PromptPattern("1,000 shared", 1000, tuple(shared + ids(60) for _ in range(NUM_REQUESTS)))
     head = ids(100)
-    yield Pattern("shifted by 100", 1100, tuple(head + shared + ids(60) for _ in range(NUM_REQUESTS)))
+    yield PromptPattern("shifted by 100", 1100, tuple(head + shared + ids(60) for _ in range(NUM_REQUESTS)))
     short = ids(400)
-    yield Pattern("under 528", 400, tuple(short + ids(60) for _ in range(NUM_REQUESTS)))
+    yield PromptPattern("under 528", 400, tuple(short + ids(60) for _ in range(NUM_REQUESTS)))
 
 
 @dataclass(frozen=True)
-class Reuse:
+class PrefixReuse:
     """One request: what it shared, what was reused, why no more, and its time to the first token beside a cold one."""
 
     num_shared: int
@@ -73,45 +73,45 @@ class Reuse:
         return self.num_cached >= max(1, self.num_shared / 2)
 
 
-def reuse(num_shared: int, warm: RequestOutcome, cold: RequestOutcome) -> Reuse:
+def make_reuse(num_shared: int, warm: RequestOutcome, cold: RequestOutcome) -> PrefixReuse:
     for outcome in (warm, cold):
         if outcome.error:
             raise RuntimeError(f"a request failed: {outcome.error}")
     reason = warm.cache.partition(";")[0]
-    return Reuse(num_shared, warm.num_cached, reason, warm.ttft_s, cold.ttft_s)
+    return PrefixReuse(num_shared, warm.num_cached, reason, warm.ttft_s, cold.ttft_s)
 
 
-async def run_prompts(running: Server, pattern: Pattern, vocab_size: int, concurrency: int) -> list[Reuse]:
+async def run_prompts(running: Server, pattern: PromptPattern, vocab_size: int, concurrency: int) -> list[PrefixReuse]:
     """`concurrency` pairs at a time, warm and cold one after the other."""
-    draw, url, results = random.Random(repr(pattern.name)), f"{running.url}/v1/completions", list[Reuse]()
+    rng, url, results = random.Random(repr(pattern.name)), f"{running.url}/v1/completions", list[PrefixReuse]()
     source = enumerate(pattern.prompts)
 
     async def pairs() -> None:
         for i, prompt in source:
-            other = [draw.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in prompt]
+            other = [rng.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in prompt]
             warm, cold = [await complete(url, "prompt", ids) for ids in (list(prompt), other)]
-            results.append(reuse(pattern.num_shared if i else 0, warm, cold))
+            results.append(make_reuse(pattern.num_shared if i else 0, warm, cold))
 
     await asyncio.gather(*(pairs() for _ in range(concurrency)))
     return results
 
 
-async def run_chats(running: Server, concurrency: int) -> list[Reuse]:
+async def run_chats(running: Server, concurrency: int) -> list[PrefixReuse]:
     """Conversations that grow by a question and the answer that was given; a turn shares all that was said before."""
     url = f"{running.url}/v1/chat/completions"
     lines = [line.strip() for text in read_corpus()[1] for line in text.splitlines() if 40 < len(line) < 100]
-    results: list[Reuse] = []
-    is_free = asyncio.Semaphore(concurrency)
+    results: list[PrefixReuse] = []
+    semaphore = asyncio.Semaphore(concurrency)
 
     async def converse(client: httpx.AsyncClient, number: int) -> None:
-        draw, messages, num_before = random.Random(number), list[dict[str, str]](), 0
+        rng, messages, num_before = random.Random(number), list[dict[str, str]](), 0
         for _ in range(NUM_REQUESTS // NUM_CONVERSATIONS):
-            messages.append({"role": "user", "content": " ".join(draw.choices(lines, k=4))})
+            messages.append({"role": "user", "content": " ".join(rng.choices(lines, k=4))})
             other = [{**message, "content": message["content"][::-1]} for message in messages]
-            async with is_free:
+            async with semaphore:
                 warm = await complete(url, "messages", messages)
-                cold = await complete(url, "messages", [{"role": "user", "content": str(draw.random())}, *other])
-            results.append(reuse(num_before, warm, cold))
+                cold = await complete(url, "messages", [{"role": "user", "content": str(rng.random())}, *other])
+            results.append(make_reuse(num_before, warm, cold))
             answer = await client.post(url, json={"messages": messages, **OPTIONS})
             messages.append({"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"] or ""})
             num_before = warm.num_prompt + warm.num_generated
@@ -125,7 +125,7 @@ async def complete(url: str, kind: str, prompt: Sequence[Any]) -> RequestOutcome
     return await ask(url, {kind: prompt, **OPTIONS}, time.perf_counter())
 
 
-def summarize(results: Sequence[Reuse]) -> dict[str, Any]:
+def summarize(results: Sequence[PrefixReuse]) -> dict[str, Any]:
     hits = [one for one in results if one.is_hit]
     return {
         "num_requests": len(results),

@@ -9,7 +9,7 @@ text is not that of a run in which nothing changed, the gaps between tokens (ITL
 rebalances and outside of them, and how soon a new shard was useful.
 
 A rebalance lasts, upwards, from the new shard's first heartbeat until all moves are done and dropped; downwards, from
-the order until the shard is gone. The seconds in which a new process starts are told apart from both: on a machine of
+the order until the shard is gone. The seconds in which a new process starts are delays apart from both: on a machine of
 two cores an interpreter that imports its libraries takes one of them, wherever it comes from.
 """
 
@@ -40,8 +40,8 @@ from services.expert import shard_control
 
 POOL, NUM_SHARDS = "experts-cpu", 3
 NUM_PROMPTS = 24
-LOOK_S = 0.1
-SETTLE_S = 2.0  # from the last epoch until what it gave up is dropped
+POLL_PERIOD_S = 0.1
+SETTLE_S = 2.0  # from the last epoch until name it gave up is dropped
 CHANGE_TIMEOUT_S = 120.0
 OUTSIDE, STARTING, REBALANCE = "outside", "a process starts", "rebalance"
 
@@ -50,26 +50,26 @@ OUTSIDE, STARTING, REBALANCE = "outside", "a process starts", "rebalance"
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptOutcome:
     """A request's outcome, by the number of its prompt."""
 
     prompt: int
     outcome: RequestOutcome
 
 
-async def ask_for(url: str, number: int, body: dict[str, Any]) -> Asked:
-    return Asked(number, await ask(f"{url}/v1/completions", body, origin=0.0, timeout_s=60.0))
+async def send_prompt(url: str, number: int, body: dict[str, Any]) -> PromptOutcome:
+    return PromptOutcome(number, await ask(f"{url}/v1/completions", body, origin=0.0, timeout_s=60.0))
 
 
 @dataclass
-class Clients:
+class ClosedLoopClients:
     """So many requests at a time until `is_over` is set; each client asks for `share` of the time and rests between."""
 
     url: str
     bodies: Sequence[dict[str, Any]]
     concurrency: int
     share: float
-    asked: list[Asked] = field(default_factory=list)
+    outcomes: list[PromptOutcome] = field(default_factory=list)
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
@@ -77,7 +77,7 @@ class Clients:
 
         async def one_after_another() -> None:
             while not self.is_over.is_set():
-                self.asked.append(one := await ask_for(self.url, *next(source)))
+                self.outcomes.append(one := await send_prompt(self.url, *next(source)))
                 await asyncio.sleep((one.outcome.ended_at - one.outcome.sent_at) * (1 / self.share - 1))
 
         await asyncio.gather(*(one_after_another() for _ in range(self.concurrency)))
@@ -87,30 +87,30 @@ class Clients:
 
 
 @dataclass(frozen=True)
-class Span:
+class Phase:
     """From when to when (`time.perf_counter`) something went on."""
 
-    what: str
+    name: str
     start: float
     end: float
 
 
 @dataclass
-class PoolFleet:
-    """The pool as the registry shows it, and what is noted of its changes."""
+class PoolObserver:
+    """The pool as the registry shows it, and name is noted of its changes."""
 
     registry: Registry
-    spans: list[Span] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
     placed_s: list[float] = field(default_factory=list)  # from a new shard's first heartbeat to a placement with it
     answered_s: list[float] = field(default_factory=list)  # and to its first answered call
     lowest_cover: int = 1000
 
-    async def look(self) -> tuple[Placement | None, list[Shard]]:
+    async def observe(self) -> tuple[Placement | None, list[Shard]]:
         while True:
             try:
                 placement, shards = await self.registry.placement(), await self.registry.shards()
             except StoreUnavailable:
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_PERIOD_S)
                 continue
             if placement is not None:
                 self.lowest_cover = min(self.lowest_cover, placement.cover({shard.id for shard in shards}))
@@ -120,45 +120,45 @@ class PoolFleet:
         await self.registry.give_order(StandingOrder(OrderKind.SCALE, POOL, num_shards, "benchmark", time.time()))
 
     async def grow(self) -> None:
-        known = {shard.id for shard in (await self.look())[1]}
+        known = {shard.id for shard in (await self.observe())[1]}
         start = time.perf_counter()
         await self._order(NUM_SHARDS + 1)
-        new = await self._first_new(known)
+        new = await self._first_new_shard(known)
         seen = time.perf_counter()
-        self.spans.append(Span(STARTING, start, seen))
-        placed = await self._until(lambda placement, _: new.id in placement.shard_ids)
+        self.phases.append(Phase(STARTING, start, seen))
+        placed = await self._wait_until(lambda placement, _: new.id in placement.shard_ids)
         self.placed_s.append(placed - seen)
         while not (await shard_control.status(new.endpoint)).counters.num_requests:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_PERIOD_S)
         self.answered_s.append(time.perf_counter() - seen)
-        done = await self._until(lambda placement, shards: _is_settled(placement, shards, NUM_SHARDS + 1))
+        done = await self._wait_until(lambda placement, shards: _is_settled(placement, shards, NUM_SHARDS + 1))
         await asyncio.sleep(SETTLE_S)
-        self.spans.append(Span(REBALANCE, seen, done + SETTLE_S))
+        self.phases.append(Phase(REBALANCE, seen, done + SETTLE_S))
 
     async def shrink(self) -> None:
         start = time.perf_counter()
         await self._order(NUM_SHARDS)
-        done = await self._until(lambda placement, shards: _is_settled(placement, shards, NUM_SHARDS))
-        self.spans.append(Span(REBALANCE, start, done))
+        done = await self._wait_until(lambda placement, shards: _is_settled(placement, shards, NUM_SHARDS))
+        self.phases.append(Phase(REBALANCE, start, done))
 
-    async def _first_new(self, known: set[str]) -> Shard:
+    async def _first_new_shard(self, known: set[str]) -> Shard:
         async with asyncio.timeout(CHANGE_TIMEOUT_S):
             while True:
-                if new := [shard for shard in (await self.look())[1] if shard.id not in known]:
+                if new := [shard for shard in (await self.observe())[1] if shard.id not in known]:
                     return new[0]
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_PERIOD_S)
 
-    async def _until(self, is_true: Callable[[Placement, Sequence[Shard]], bool]) -> float:
+    async def _wait_until(self, is_true: Callable[[Placement, Sequence[Shard]], bool]) -> float:
         async with asyncio.timeout(CHANGE_TIMEOUT_S):
             while True:
-                placement, shards = await self.look()
+                placement, shards = await self.observe()
                 if placement is not None and is_true(placement, shards):
                     return time.perf_counter()
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_PERIOD_S)
 
 
 def _is_settled(placement: Placement, shards: Sequence[Shard], count: int) -> bool:
-    """Whether the pool has its size, nothing drains, and every shard holds just what is published."""
+    """Whether the pool has its size, nothing drains, and every shard holds just name is published."""
     return len(shards) == count and all(
         not shard.draining and shard.held_digest == placement.digest_of(shard.id) for shard in shards
     )
@@ -167,45 +167,47 @@ def _is_settled(placement: Placement, shards: Sequence[Shard], count: int) -> bo
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(spans: Sequence[Span], start: float, end: float) -> dict[str, float]:
+def seconds_by_phase(phases: Sequence[Phase], start: float, end: float) -> dict[str, float]:
     """How long each thing went on between two times; outside is the rest."""
-    took = {what: sum(span.end - span.start for span in spans if span.what == what) for what in (STARTING, REBALANCE)}
+    took = {
+        name: sum(phase.end - phase.start for phase in phases if phase.name == name) for name in (STARTING, REBALANCE)
+    }
     return {**took, OUTSIDE: end - start - sum(took.values())}
 
 
-def by_span(spans: Sequence[Span], times: Sequence[float]) -> list[str]:
+def phases_at(phases: Sequence[Phase], times: Sequence[float]) -> list[str]:
     """What went on at each time."""
-    return [next((span.what for span in spans if span.start <= at < span.end), OUTSIDE) for at in times]
+    return [next((phase.name for phase in phases if phase.start <= at < phase.end), OUTSIDE) for at in times]
 
 
 def report(
-    asked: Sequence[Asked], expected: Sequence[str], fleet: PoolFleet, start: float, end: float
+    outcomes: Sequence[PromptOutcome], expected: Sequence[str], observer: PoolObserver, start: float, end: float
 ) -> dict[str, Any]:
     """Everything that is to be known, in milliseconds, seconds and tokens per second."""
-    good = [one for one in asked if not one.outcome.error]
+    good = [one for one in outcomes if not one.outcome.error]
     events = [time for one in good for time in one.outcome.event_times if start <= time < end]
     gaps = [(b, b - a) for one in good for a, b in itertools.pairwise(one.outcome.event_times) if start <= b < end]
-    of_events, of_gaps = by_span(fleet.spans, events), by_span(fleet.spans, [at for at, _ in gaps])
+    of_events, of_gaps = phases_at(observer.phases, events), phases_at(observer.phases, [at for at, _ in gaps])
     parts = {}
-    for what, seconds in seconds_of(fleet.spans, start, end).items():
-        own = [1e3 * gap for (_, gap), where in zip(gaps, of_gaps, strict=True) if where == what]
-        rate = of_events.count(what) / seconds if seconds else 0.0
-        parts[what] = {"seconds": seconds, "events_per_s": rate}
-        parts[what] |= {f"itl_p{share:.0f}_ms": quantile(own, share / 100) for share in (50, 99)}
-        parts[what] |= {"longest_gap_ms": max(own, default=0.0)}
+    for name, seconds in seconds_by_phase(observer.phases, start, end).items():
+        own = [1e3 * gap for (_, gap), where in zip(gaps, of_gaps, strict=True) if where == name]
+        rate = of_events.count(name) / seconds if seconds else 0.0
+        parts[name] = {"seconds": seconds, "events_per_s": rate}
+        parts[name] |= {f"itl_p{share:.0f}_ms": quantile(own, share / 100) for share in (50, 99)}
+        parts[name] |= {"longest_gap_ms": max(own, default=0.0)}
     outside, rebalance = parts[OUTSIDE], parts[REBALANCE]
     return {
-        "num_requests": len(asked),
-        "errors": sorted({one.outcome.error for one in asked} - {""}),
-        "num_failed": len(asked) - len(good),
+        "num_requests": len(outcomes),
+        "errors": sorted({one.outcome.error for one in outcomes} - {""}),
+        "num_failed": len(outcomes) - len(good),
         "num_different": sum(one.outcome.text != expected[one.prompt] for one in good),
-        "lowest_cover": fleet.lowest_cover,
-        "cycles": len(fleet.placed_s),
+        "lowest_cover": observer.lowest_cover,
+        "cycles": len(observer.placed_s),
         "parts": parts,
         "itl_p99_ratio": rebalance["itl_p99_ms"] / max(outside["itl_p99_ms"], 1e-9),
         "throughput_ratio": rebalance["events_per_s"] / max(outside["events_per_s"], 1e-9),
-        "placed_s": {"median": quantile(fleet.placed_s, 0.5), "most": max(fleet.placed_s, default=0.0)},
-        "answered_s": {"median": quantile(fleet.answered_s, 0.5), "most": max(fleet.answered_s, default=0.0)},
+        "placed_s": {"median": quantile(observer.placed_s, 0.5), "most": max(observer.placed_s, default=0.0)},
+        "answered_s": {"median": quantile(observer.answered_s, 0.5), "most": max(observer.answered_s, default=0.0)},
     }
 
 
@@ -213,8 +215,8 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
     parts = Table(title=f"{found['cycles']} cycles of a shard more and a shard less, {found['num_requests']} requests")
     for name in ("", "seconds", "events/s", "ITL p50, ms", "ITL p99, ms", "longest gap, ms"):
         parts.add_column(name, justify="right")
-    for what, numbers in found["parts"].items():
-        parts.add_row(what, *(f"{value:.1f}" for value in numbers.values()))
+    for name, numbers in found["parts"].items():
+        parts.add_row(name, *(f"{value:.1f}" for value in numbers.values()))
     yield parts
     whole = Table(title="what must hold")
     for name in ("", "found", "bar"):
@@ -225,8 +227,8 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
     whole.add_row("ITL p99, rebalance / outside", f"{found['itl_p99_ratio']:.3f}", "1.1")
     whole.add_row("throughput, rebalance / outside", f"{found['throughput_ratio']:.3f}", "0.97")
     for name in ("placed", "answered"):
-        told = found[f"{name}_s"]
-        whole.add_row(f"heartbeat to {name}, s", f"{told['median']:.2f}, at most {told['most']:.2f}", "3")
+        delays = found[f"{name}_s"]
+        whole.add_row(f"heartbeat to {name}, s", f"{delays['median']:.2f}, at most {delays['most']:.2f}", "3")
     yield whole
 
 
@@ -236,28 +238,28 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
 async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[str, Any]:
     prompts = Prompts((16, 64), (args.tokens,), 2048, seed=args.seed)
     bodies = list(itertools.islice(prompts.bodies(), NUM_PROMPTS))
-    undisturbed = [await ask_for(target.url, *numbered) for numbered in enumerate(bodies)]
+    undisturbed = [await send_prompt(target.url, *numbered) for numbered in enumerate(bodies)]
     if failed := [one.outcome.error for one in undisturbed if one.outcome.error]:
         raise RuntimeError(f"{len(failed)} of {len(undisturbed)} requests failed before anything changed: {failed[0]}")
     redis = connect(redis_url)
-    fleet = PoolFleet(Registry(redis, target.model_id()))
-    clients = Clients(target.url, bodies, args.concurrency, args.share)
-    asking = asyncio.create_task(clients.run())
+    observer = PoolObserver(Registry(redis, target.model_id()))
+    clients = ClosedLoopClients(target.url, bodies, args.concurrency, args.share)
+    load = asyncio.create_task(clients.run())
     await asyncio.sleep(args.rest)  # until the load is even
     start = time.perf_counter()
     for cycle in range(args.cycles):
-        await fleet.grow()
+        await observer.grow()
         await asyncio.sleep(args.rest)
-        await fleet.shrink()
+        await observer.shrink()
         await asyncio.sleep(args.rest)
-        print(f"cycle {cycle + 1}: {len(clients.asked)} requests, {time.perf_counter() - start:.0f} s", flush=True)
-    while len(clients.asked) < args.requests:
+        print(f"cycle {cycle + 1}: {len(clients.outcomes)} requests, {time.perf_counter() - start:.0f} s", flush=True)
+    while len(clients.outcomes) < args.requests:
         await asyncio.sleep(1.0)
     end = time.perf_counter()
     clients.is_over.set()
-    await asking
+    await load
     await redis.aclose()
-    return report(clients.asked, [one.outcome.text for one in undisturbed], fleet, start, end)
+    return report(clients.outcomes, [one.outcome.text for one in undisturbed], observer, start, end)
 
 
 def main() -> None:

@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.server import Server, new_client, resident_bytes, server
-from benchmarks.soak_requests import SoakRequest, draw_ask
+from benchmarks.soak_requests import SoakRequest, draw_request
 
 STUCK_AFTER_S = 120.0
 SAMPLE_PERIOD_S = 5.0
 DRAIN_S = 20.0
 MAX_GROWTH_BYTES, MAX_GROWTH_SHARE = 16 << 20, 0.03  # of a process over the second half; the larger counts
-NEVER = ("num_running", "num_waiting", "num_slots_taken", "num_blocks_taken", "num_failed_steps")
+ZERO_WHEN_IDLE = ("num_running", "num_waiting", "num_slots_taken", "num_blocks_taken", "num_failed_steps")
 
 
 @dataclass
@@ -58,44 +58,46 @@ class Growth:
         return self.end_bytes - self.middle_bytes <= max(MAX_GROWTH_BYTES, MAX_GROWTH_SHARE * self.middle_bytes)
 
 
-async def one_request(client: httpx.AsyncClient, url: str, ask: SoakRequest, tally: SoakTally) -> None:
+async def one_request(client: httpx.AsyncClient, url: str, request: SoakRequest, tally: SoakTally) -> None:
     """Sends one request and notes what became of it; never raises for what the server does."""
     try:
         async with asyncio.timeout(STUCK_AFTER_S):
-            status, said = await _send(client, url, ask)
+            status, body = await _send(client, url, request)
     except TimeoutError:
-        status, said = 0, f"no end within {STUCK_AFTER_S:.0f} s"
+        status, body = 0, f"no end within {STUCK_AFTER_S:.0f} s"
     except httpx.HTTPError as error:
-        status, said = 0, type(error).__name__
-    tally.answers[f"{ask.kind}: {status}"] += 1
-    if status != ask.expected:
-        tally.wrong.append(f"{ask.kind} got {status}, not {ask.expected}: {said[:300]}; sent {ask.content[:200]!r}")
-    elif status == 200 and not ask.cancel_after:
-        tally.num_tokens += _num_generated(said)
+        status, body = 0, type(error).__name__
+    tally.answers[f"{request.kind}: {status}"] += 1
+    if status != request.expected:
+        tally.wrong.append(
+            f"{request.kind} got {status}, not {request.expected}: {body[:300]}; sent {request.content[:200]!r}"
+        )
+    elif status == 200 and not request.cancel_after:
+        tally.num_tokens += _num_generated(body)
 
 
-async def _send(client: httpx.AsyncClient, url: str, ask: SoakRequest) -> tuple[int, str]:
+async def _send(client: httpx.AsyncClient, url: str, request: SoakRequest) -> tuple[int, str]:
     """The status and the body; a cancelled stream ends after `cancel_after` pieces with what came so far."""
     headers = {"content-type": "application/json"}
-    request = client.build_request(ask.method, url + ask.path, content=ask.content, headers=headers)
-    answer = await client.send(request, stream=True)
+    message = client.build_request(request.method, url + request.path, content=request.content, headers=headers)
+    answer = await client.send(message, stream=True)
     pieces: list[str] = []
     try:
         async for piece in answer.aiter_text():
             pieces.append(piece)
-            if ask.cancel_after and len(pieces) >= ask.cancel_after:
+            if request.cancel_after and len(pieces) >= request.cancel_after:
                 break
     finally:
         await answer.aclose()
-    said = "".join(pieces)
-    if answer.status_code == 200 and not ask.cancel_after and '"error":' in said[-400:]:
-        return 500, said[-400:]  # a stream that ended with an error
-    return answer.status_code, said
+    body = "".join(pieces)
+    if answer.status_code == 200 and not request.cancel_after and '"error":' in body[-400:]:
+        return 500, body[-400:]  # a stream that ended with an error
+    return answer.status_code, body
 
 
-def _num_generated(said: str) -> int:
+def _num_generated(body: str) -> int:
     """From the usage that closes a stream or lies in a whole answer."""
-    _, found, number = said.rpartition('"completion_tokens":')
+    _, found, number = body.rpartition('"completion_tokens":')
     return int("".join(c for c in number[:12].strip() if c.isdigit()) or 0) if found else 0
 
 
@@ -103,11 +105,11 @@ async def clients(url: str, concurrency: int, seconds: float, seed: int, tally: 
     ends_at = time.monotonic() + seconds
 
     async def one_after_another(number: int) -> None:
-        draw = random.Random(seed * 1000 + number)
+        rng = random.Random(seed * 1000 + number)
         async with new_client(STUCK_AFTER_S) as client:
             while time.monotonic() < ends_at:
-                await one_request(client, url, draw_ask(draw), tally)
-                await asyncio.sleep(draw.choice((0, 0, 0, 0.5)))
+                await one_request(client, url, draw_request(rng), tally)
+                await asyncio.sleep(rng.choice((0, 0, 0, 0.5)))
 
     await asyncio.gather(*map(one_after_another, range(concurrency)))
 
@@ -138,13 +140,13 @@ def _line(values: Sequence[float]) -> tuple[float, float]:
     return mean - slope * middle, mean + slope * middle
 
 
-def drained(running: Server) -> dict[str, Any]:
+def wait_for_idle(running: Server) -> dict[str, Any]:
     """The engine's numbers once nobody asks any more; waits a little for the last cancels."""
     deadline = time.monotonic() + DRAIN_S
     while True:
         time.sleep(1)
         engine: dict[str, Any] = running.status()["engine"]
-        if not any(engine[name] for name in NEVER) or time.monotonic() > deadline:
+        if not any(engine[name] for name in ZERO_WHEN_IDLE) or time.monotonic() > deadline:
             return engine
 
 
@@ -163,7 +165,7 @@ def failures(
 ) -> list[str]:
     """One sentence for each check that fails."""
     found = [f"a wrong answer: {words}" for words in tally.wrong]
-    found += [f"{name} is {engine[name]} with no request left" for name in NEVER if engine[name]]
+    found += [f"{name} is {engine[name]} with no request left" for name in ZERO_WHEN_IDLE if engine[name]]
     found += [
         f"{one.process} grew from {one.middle_bytes / 2**20:.0f} to {one.end_bytes / 2**20:.0f} MiB in the second half"
         for one in grown
@@ -197,7 +199,7 @@ def main() -> None:
     with server(*model, "--shards", str(args.shards), "--state-memory", args.state_memory) as running:
         names = running.processes()
         tally, samples = asyncio.run(soak(running, args.concurrency, 60 * args.minutes, args.seed))
-        engine = drained(running)
+        engine = wait_for_idle(running)
         after = set(running.processes())
     grown = growths(samples, names)
     serving = {pid for pid, name in names.items() if "ServeReplica" in name}

@@ -51,7 +51,7 @@ def decode_speed(outcomes: list[RequestOutcome]) -> float:
     return tokens / (end - start)
 
 
-class Client:
+class ThroughputClient:
     """Measures one running server; every prompt is new, so that no prefix cache can answer."""
 
     def __init__(self, running: Server, vocab_size: int, seed: int) -> None:
@@ -153,7 +153,7 @@ def main() -> None:
     def serve(*more: str, is_remote: bool) -> Callable[[int], Speeds]:
         def measure(round_: int) -> Speeds:
             with server(*options, *more) as running:
-                speeds = Client(running, vocab_size, 1000 * round_).measure(workload)
+                speeds = ThroughputClient(running, vocab_size, 1000 * round_).measure(workload)
                 if is_remote:
                     wire.append(wire_per_row(running.status()))
                 return speeds

@@ -56,7 +56,7 @@ def _arithmetic(device: torch.device | str) -> str:
     return f"fused kernels from {' and '.join(names)}" if names else "plain PyTorch (mamba-ssm is not installed)"
 
 
-def _pick(device: torch.device, package: str, name: str) -> Kernel | None:
+def _fused_kernel(device: torch.device, package: str, name: str) -> Kernel | None:
     if device.type != "cuda" or not has_fused(package):
         return None
     module = importlib.import_module("model.cuda.fused_mamba")
@@ -65,12 +65,12 @@ def _pick(device: torch.device, package: str, name: str) -> Kernel | None:
 
 
 def ssd_scan(device: torch.device) -> Kernel | None:
-    return _pick(device, "mamba_ssm", "ssd_scan")
+    return _fused_kernel(device, "mamba_ssm", "ssd_scan")
 
 
 def ssd_step(device: torch.device) -> Kernel | None:
-    return _pick(device, "mamba_ssm", "ssd_step")
+    return _fused_kernel(device, "mamba_ssm", "ssd_step")
 
 
 def causal_conv(device: torch.device) -> Kernel | None:
-    return _pick(device, "causal_conv1d", "causal_conv")
+    return _fused_kernel(device, "causal_conv1d", "causal_conv")

@@ -20,7 +20,7 @@ BLOCK_SIZE = 16  # tokens a page
 
 
 @dataclass(frozen=True)
-class Group:
+class SubBatch:
     """Some requests of a batch: their places among the requests, their rows, and their lengths."""
 
     requests: Tensor
@@ -111,19 +111,19 @@ class Batch:
         return tuple(start + length - 1 for start, length in zip(self.starts, self.lens, strict=True))
 
     @cached_property
-    def single_token_group(self) -> Group | None:
-        return self._group([r for r, length in enumerate(self.lens) if length == 1])
+    def single_token_requests(self) -> SubBatch | None:
+        return self._sub_batch([r for r, length in enumerate(self.lens) if length == 1])
 
     @cached_property
-    def many_token_group(self) -> Group | None:
-        return self._group([r for r, length in enumerate(self.lens) if length > 1])
+    def multi_token_requests(self) -> SubBatch | None:
+        return self._sub_batch([r for r, length in enumerate(self.lens) if length > 1])
 
-    def _group(self, requests: list[int]) -> Group | None:
+    def _sub_batch(self, requests: list[int]) -> SubBatch | None:
         if not requests:
             return None
         device = self.token_ids_T.device
         rows = [row for r in requests for row in range(self.starts[r], self.starts[r] + self.lens[r])]
-        return Group(
+        return SubBatch(
             torch.tensor(requests, device=device),
             torch.tensor(rows, device=device),
             tuple(self.lens[r] for r in requests),
@@ -131,20 +131,20 @@ class Batch:
         )
 
     @cached_property
-    def places(self) -> tuple[Tensor, ...]:
+    def kv_indices(self) -> tuple[Tensor, ...]:
         """Places of each request's tokens, this step's included, in a layer's pages: R tensors (context_len + len,)."""
         offsets = torch.arange(self.block_size, device=self.token_ids_T.device)
-        places = []
+        kv_indices = []
         for table, context_len, length in zip(self.block_tables, self.context_lens, self.lens, strict=True):
             assert context_len + length <= len(table) * self.block_size, "block table shorter than the request"
             blocks = torch.tensor(table, device=offsets.device)
-            places.append((blocks[:, None] * self.block_size + offsets).flatten()[: context_len + length])
-        return tuple(places)
+            kv_indices.append((blocks[:, None] * self.block_size + offsets).flatten()[: context_len + length])
+        return tuple(kv_indices)
 
     @cached_property
-    def new_places_T(self) -> Tensor:
+    def new_kv_indices_T(self) -> Tensor:
         """Place of each row of this step in a layer's pages, as block·block_size + offset: int64, (T,)."""
-        return torch.cat([places[-length:] for places, length in zip(self.places, self.lens, strict=True)])
+        return torch.cat([kv_indices[-length:] for kv_indices, length in zip(self.kv_indices, self.lens, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class State:
         self, spec: StateSpec, num_slots: int, num_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.spec, self.num_slots, self.num_blocks = spec, num_slots, num_blocks
-        self.guessed: dict[int, Any] = {}  # by recurrent layer: what `commit` needs of a step that held guesses
+        self.uncommitted: dict[int, Any] = {}  # by recurrent layer: what `commit` needs of a step that held guesses
         self.pages = {
             p.layer: torch.zeros(num_blocks * spec.block_size, *p.shape, dtype=dtype, device=device) for p in spec.paged
         }

@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.packed = pack(torch.cat([part.take_weight() for part in parts]))
         bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])
         self.o_proj.pack()
-        self.before = (*norm.compiled, self.packed.panels, as_array(bias))
+        self.input_params = (*norm.kernel_params, self.packed.panels, as_array(bias))
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., hidden) -> q (..., H, D), k and v (..., J, D)."""
@@ -86,11 +86,11 @@ class Attention(nn.Module):
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
         q_THD, k_TJD, v_TJD = self.qkv(h_TD)
         pages = state.pages[self.layer]
-        pages[batch.new_places_T] = torch.stack([k_TJD, v_TJD], dim=1).to(pages.dtype)
+        pages[batch.new_kv_indices_T] = torch.stack([k_TJD, v_TJD], dim=1).to(pages.dtype)
         outputs = []
         first_keys = batch.first_keys or (0,) * len(batch.lens)
-        for q, places, first_key in zip(q_THD.split(list(batch.lens)), batch.places, first_keys, strict=True):
-            kv_L2JD = pages[places[first_key:]]
+        for q, kv_indices, first_key in zip(q_THD.split(list(batch.lens)), batch.kv_indices, first_keys, strict=True):
+            kv_L2JD = pages[kv_indices[first_key:]]
             outputs.append(causal_attention(q, kv_L2JD[:, 0], kv_L2JD[:, 1]))
         out: Tensor = self.o_proj(torch.cat(outputs).flatten(-2))
         return out
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         """x += attention(norm(x)), by the CPU's kernels."""
         num_threads, x = torch.get_num_threads(), x_TD.numpy()
         control = THREAD_POOL.ready(num_threads)
-        qkv_TX = cpu_layers.project(control, num_threads, x, *self.before)
+        qkv_TX = cpu_layers.project(control, num_threads, x, *self.input_params)
         pages, shape, arrays = state.pages[self.layer], self.shape, batch.arrays
         is_bf16 = pages.dtype == torch.bfloat16
         out_TX = np.empty((x.shape[0], shape.num_heads * shape.head_dim), np.float32)
@@ -117,4 +117,4 @@ class Attention(nn.Module):
             shape.num_heads,
             out_TX,
         )
-        cpu_layers.add_projected(control, num_threads, out_TX, *self.o_proj.compiled, x)
+        cpu_layers.add_projected(control, num_threads, out_TX, *self.o_proj.kernel_params, x)

@@ -2,10 +2,10 @@
 
 What surprises: the projection's order is gate | x | B | C | Δ, the convolution runs over x|B|C together, Δ, A and the
 state are fp32 whatever the model's dtype, and padding with Δ = 0 is harmless (decay 1, input 0). Requests of different
-lengths are cut into pieces that end at absolute multiples of the chunk length, so a token's arithmetic does not depend
+lengths are cut into chunks that end at absolute multiples of the chunk length, so a token's arithmetic does not depend
 on how its prompt was split into steps, as long as the splits lie on those multiples.
 
-Legend: T tokens, R requests, P pieces, Q chunk length, H heads, D head dim, G groups, N state dim, C conv channels,
+Legend: T tokens, R requests, P chunks, Q chunk length, H heads, D head dim, G groups, N state dim, C conv channels,
 K taps.
 Source: Dao & Gu, "Transformers are SSMs" (2024), sections 6 and 7.
 """
@@ -29,7 +29,7 @@ from model.cpu import layers as cpu_layers
 from model.cpu import mamba as cpu
 from model.cpu.thread_pool import THREAD_POOL
 from model.cpu.vectors import LANES
-from model.state import Batch, Group, RecurrentSpec, State
+from model.state import Batch, RecurrentSpec, State, SubBatch
 
 Floats = NDArray[np.float32]
 
@@ -62,10 +62,10 @@ class MambaShape:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Chunks:
     """Requests cut at absolute multiples of the chunk length.
 
-    `rows_PQ` are rows of the packed batch, T where there is padding; `chain[c]` holds the pieces that come c-th in
+    `rows_PQ` are rows of the packed batch, T where there is padding; `chain[c]` holds the chunks that come c-th in
     their request and those requests, so that the state passes on in max(c) steps for all requests at once.
     """
 
@@ -74,7 +74,7 @@ class Pieces:
 
 
 @lru_cache(maxsize=8)
-def cut_pieces(lens: tuple[int, ...], context_lens: tuple[int, ...], chunk_size: int) -> Pieces:
+def split_into_chunks(lens: tuple[int, ...], context_lens: tuple[int, ...], chunk_size: int) -> Chunks:
     total, start = sum(lens), 0
     rows: list[list[int]] = []
     chain: list[tuple[list[int], list[int]]] = []
@@ -82,15 +82,15 @@ def cut_pieces(lens: tuple[int, ...], context_lens: tuple[int, ...], chunk_size:
         row, position, end, depth = start, context_len, context_len + length, 0
         while position < end:
             stop = min(end, (position // chunk_size + 1) * chunk_size)
-            piece = list(range(row, row + stop - position))
+            chunk = list(range(row, row + stop - position))
             if depth == len(chain):
                 chain.append(([], []))
             chain[depth][0].append(len(rows))
             chain[depth][1].append(request)
-            rows.append(piece + [total] * (chunk_size - len(piece)))
+            rows.append(chunk + [total] * (chunk_size - len(chunk)))
             row, position, depth = row + stop - position, stop, depth + 1
         start += length
-    return Pieces(torch.tensor(rows), tuple((torch.tensor(p), torch.tensor(r)) for p, r in chain))
+    return Chunks(torch.tensor(rows), tuple((torch.tensor(p), torch.tensor(r)) for p, r in chain))
 
 
 def ssd_scan(
@@ -108,7 +108,7 @@ def ssd_scan(
     # 1. "Compute the output for each intra-chunk (diagonal blocks)": (C Bᵀ ∘ L) (Δ x)
     mask_QQ = torch.ones(x_PQHD.shape[1], x_PQHD.shape[1], dtype=torch.bool, device=x_PQHD.device).tril()
     decay_PHQQ = (log_decay_PHQ[..., :, None] - log_decay_PHQ[..., None, :]).masked_fill(~mask_QQ, -torch.inf).exp()
-    # Contiguous operands, because the BLAS call, and with it the last bits, would else depend on the number of pieces.
+    # Contiguous operands, because the BLAS call, and with it the last bits, would else depend on the number of chunks.
     scores_PGQQ = c_PQGN.transpose(1, 2).contiguous() @ b_PQGN.permute(0, 2, 3, 1).contiguous()
     input_PHQD = (x_PQHD * delta_PQH[..., None]).transpose(1, 2)
     y_PHQD = (scores_PGQQ.repeat_interleave(per_group, 1) * decay_PHQQ) @ input_PHQD
@@ -116,15 +116,15 @@ def ssd_scan(
     to_end_PHQ = (log_decay_PHQ[..., -1:] - log_decay_PHQ).exp()
     b_PHQN = b_PQGN.transpose(1, 2).repeat_interleave(per_group, 1)
     added_PHDN = (input_PHQD * to_end_PHQ[..., None]).transpose(-1, -2) @ b_PHQN
-    # 3. "Compute the inter-chunk recurrence": the state that enters each piece
-    whole_P = log_decay_PHQ[..., -1].exp()
+    # 3. "Compute the inter-chunk recurrence": the state that enters each chunk
+    chunk_decay_P = log_decay_PHQ[..., -1].exp()
     entering: list[Tensor] = []
-    for pieces, requests in chain:
+    for chunks, requests in chain:
         before = state_RHDN[requests]
         entering.append(before)
-        after = before * whole_P[pieces, :, None, None] + added_PHDN[pieces]
+        after = before * chunk_decay_P[chunks, :, None, None] + added_PHDN[chunks]
         state_RHDN = state_RHDN.index_copy(0, requests, after)
-    order = torch.cat([pieces for pieces, _ in chain]).argsort()
+    order = torch.cat([chunks for chunks, _ in chain]).argsort()
     entering_PHDN = torch.cat(entering)[order]
     # 4. "Compute state -> output conversion per chunk": decay from the chunk's start · C · state
     c_PHQN = c_PQGN.transpose(1, 2).repeat_interleave(per_group, 1)
@@ -169,13 +169,13 @@ def packed_scan(
     b_TGN: Tensor,
     c_TGN: Tensor,
     ssm_RHDN: Tensor,
-    group: Group,
+    sub_batch: SubBatch,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """`ssd_scan` over requests packed one after another: y (T, H, D) and the final state (R, H, D, N)."""
-    pieces = cut_pieces(group.lens, group.context_lens, chunk_size)
-    rows = pieces.rows_PQ.to(x_THD.device)
-    chain = tuple((p.to(x_THD.device), r.to(x_THD.device)) for p, r in pieces.chain)
+    chunks = split_into_chunks(sub_batch.lens, sub_batch.context_lens, chunk_size)
+    rows = chunks.rows_PQ.to(x_THD.device)
+    chain = tuple((p.to(x_THD.device), r.to(x_THD.device)) for p, r in chunks.chain)
 
     def pad(v: Tensor) -> Tensor:
         return torch.cat([v, v.new_zeros(1, *v.shape[1:])])[rows]
@@ -246,32 +246,35 @@ class Mamba2Mixer(nn.Module):
         constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)
         numbers = tuple(np.ascontiguousarray(c.detach().float().numpy()) for c in constants)
         limits = tuple(np.float32(limit) for limit in s.delta_limit)
-        own_norm = (self.norm.weight.detach().float().numpy(), np.float32(self.norm.eps))
-        self.packed = (s.num_groups, *numbers, *limits, *own_norm)
+        norm_params = (self.norm.weight.detach().float().numpy(), np.float32(self.norm.eps))
+        self.packed = (s.num_groups, *numbers, *limits, *norm_params)
         self.in_proj.pack()
         self.out_proj.pack()
-        self.before, self.after = (*norm.compiled, *self.in_proj.compiled), self.out_proj.compiled
+        self.input_params, self.output_params = (
+            (*norm.kernel_params, *self.in_proj.kernel_params),
+            self.out_proj.kernel_params,
+        )
 
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
         """x += mixer(norm(x)), by the CPU's kernels."""
         num_threads, x = torch.get_num_threads(), x_TD.numpy()
         control = THREAD_POOL.ready(num_threads)
-        projected_TP = cpu_layers.project(control, num_threads, x, *self.before)
+        projected_TP = cpu_layers.project(control, num_threads, x, *self.input_params)
         if batch.has_drafts:
-            state.guessed[self.layer] = projected_TP
+            state.uncommitted[self.layer] = projected_TP
         mixed_TI = self._mix_packed(projected_TP, batch, state)
-        cpu_layers.add_projected(control, num_threads, mixed_TI, *self.after, x)
+        cpu_layers.add_projected(control, num_threads, mixed_TI, *self.output_params, x)
 
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
         projected_TP = self.in_proj(h_TD)
         if batch.has_drafts:
-            state.guessed[self.layer] = projected_TP
+            state.uncommitted[self.layer] = projected_TP
         out: Tensor = self.out_proj(self._mix(projected_TP, batch, state))
         return out
 
     def commit(self, rows: Tensor, batch: Batch, state: State) -> None:
         """Moves the state past guesses that proved right: `batch` holds these tokens, `rows` their rows in the step."""
-        projected_TP = state.guessed.pop(self.layer)
+        projected_TP = state.uncommitted.pop(self.layer)
         if self.packed:
             self._mix_packed(projected_TP[rows.numpy()], batch, state, has_output=False)
         else:
@@ -313,14 +316,14 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The state space over packed requests: one step for those with one token, the chunked scan for the others."""
         step, scan = kernels.ssd_step(x.device) or ssd_step, kernels.ssd_scan(x.device) or packed_scan
-        ones, runs = batch.single_token_group, batch.many_token_group
-        if runs is None:
+        single, multi = batch.single_token_requests, batch.multi_token_requests
+        if multi is None:
             return step(x, delta, a_H, b, c, ssm)
-        if ones is None:
-            return scan(x, delta, a_H, b, c, ssm, runs, self.shape.chunk_size)
+        if single is None:
+            return scan(x, delta, a_H, b, c, ssm, multi, self.shape.chunk_size)
         y, new_ssm = torch.empty_like(x), torch.empty_like(ssm)
-        t, r = ones.rows, ones.requests
+        t, r = single.rows, single.requests
         y[t], new_ssm[r] = step(x[t], delta[t], a_H, b[t], c[t], ssm[r])
-        t, r = runs.rows, runs.requests
-        y[t], new_ssm[r] = scan(x[t], delta[t], a_H, b[t], c[t], ssm[r], runs, self.shape.chunk_size)
+        t, r = multi.rows, multi.requests
+        y[t], new_ssm[r] = scan(x[t], delta[t], a_H, b[t], c[t], ssm[r], multi, self.shape.chunk_size)
         return y, new_ssm

@@ -1,7 +1,7 @@
 """The sparse mixture of experts: router, shared expert, latent projections, and the one seam to where the experts live.
 
 LatentMoE routes on the full hidden vector but sends only fc1's output, a quarter as wide, to the experts; fc2 brings
-the weighted sum back. A plain MoE is the same with fc1 = fc2 = identity.
+the weighted sum fc2_params. A plain MoE is the same with fc1 = fc2 = identity.
 
 Legend: N rows, D hidden, L expert input (latent, or hidden where there is none), M expert width, E experts, K picks a
 row, P = N·K picks.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model import kernels
-from model.blocks.linear import Linear, RowPlan, as_array, row_plan
+from model.blocks.linear import Linear, RowBlocking, as_array, row_blocking
 from model.blocks.norm import RMSNorm
 from model.cpu import layers as cpu_layers
 from model.cpu import moe as cpu
@@ -70,7 +70,7 @@ class ExpertBank:
         self._packed: dict[int, tuple[Packed, Packed]] = {}
         self._addresses = np.zeros((2, shape.num_experts), np.int64)  # of the packed weights: up, down
         self._gains: dict[int, int] = {}
-        self._plan: RowPlan | None = None
+        self._row_blocking: RowBlocking | None = None
 
     @property
     def held(self) -> frozenset[int]:
@@ -111,12 +111,12 @@ class ExpertBank:
     def warm_up(self, expert: int) -> None:
         """Does now what a shard's first call would wait for: compiling, or finding row counts. `expert` is held."""
         if self.is_compiled:
-            self.packed_sums(*self._as_shards_ask(expert))
+            self.packed_sums(*self._example_message(expert))
         else:
             x_NL, row, picked = torch.zeros(1, self.shape.input_dim), torch.tensor([0]), torch.tensor([expert])
             self.partial_sums(x_NL, row, picked, torch.ones(1), torch.zeros(1, dtype=torch.int16))
 
-    def _as_shards_ask(self, expert: int) -> tuple[NDArray[Any], ...]:
+    def _example_message(self, expert: int) -> tuple[NDArray[Any], ...]:
         """One pick as a message brings it, read-only: for other types a kernel is compiled anew."""
 
         def received(array: NDArray[Any]) -> NDArray[Any]:
@@ -126,12 +126,12 @@ class ExpertBank:
         ids, weight, grid = np.array([[0], [expert]], np.int32), np.ones(1, np.float32), np.zeros(1, np.int16)
         return tuple(map(received, (rows, *ids, weight, grid)))
 
-    def plan(self) -> RowPlan:
+    def row_blocking(self) -> RowBlocking:
         """Row counts that serve both of an expert's products, found once."""
-        if self._plan is None:
-            plans = [row_plan(weight) for weight in next(iter(self._weights.values()))]
-            self._plan = RowPlan(max(p.quantum for p in plans), min(p.limit for p in plans))
-        return self._plan
+        if self._row_blocking is None:
+            blockings = [row_blocking(weight) for weight in next(iter(self._weights.values()))]
+            self._row_blocking = RowBlocking(max(p.multiple for p in blockings), min(p.max_rows for p in blockings))
+        return self._row_blocking
 
     def partial_sums(self, x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, grid_N: Tensor) -> Tensor:
         """Σ of weight·expert(x[row]) over the picks of each row: int64 (N, L), in units of 2**grid.
@@ -171,20 +171,20 @@ class ExpertBank:
         return sums_NL
 
     def _blocks(self, expert_P: NDArray[np.int64]) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], int]:
-        """Cuts sorted picks into an expert's blocks of rows that `plan` allows.
+        """Cuts sorted picks into an expert's blocks of rows that `blocking` allows.
 
         Returns (expert, start, stop) of each block among the padded rows, each pick's padded row, and their number.
         """
-        plan = self.plan()
+        blocking = self.row_blocking()
         starts = np.flatnonzero(np.diff(expert_P, prepend=-1)).tolist()
         blocks: list[tuple[int, int, int]] = []
         shift_P = np.empty(len(expert_P), dtype=np.int64)
         end = 0
         for start, stop in zip(starts, [*starts[1:], len(expert_P)], strict=True):
             shift_P[start:stop] = end - start
-            first, end = end, end + plan.padded(stop - start)
+            first, end = end, end + blocking.padded(stop - start)
             expert = int(expert_P[start])
-            blocks += [(expert, row, min(row + plan.limit, end)) for row in range(first, end, plan.limit)]
+            blocks += [(expert, row, min(row + blocking.max_rows, end)) for row in range(first, end, blocking.max_rows)]
         return blocks, shift_P + np.arange(len(expert_P)), end
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class Router(nn.Module):
         return topk_ids_NK, weights_NK * self.scaling_factor
 
     @property
-    def compiled(self) -> tuple[Any, ...]:
+    def kernel_params(self) -> tuple[Any, ...]:
         """For `cpu.layers.route`: weight, correction bias, groups, whether weights add up to 1, their factor."""
         assert self.packed is not None
         groups, bias = (self.num_groups, self.topk_groups), as_array(self.e_score_correction_bias)
@@ -272,16 +272,18 @@ class DenseMLP(nn.Module):
         """Prepares what the CPU's kernels read, the layer's norm included."""
         self.up_proj.pack()
         self.down_proj.pack()
-        self.before = norm.compiled
+        self.norm_params = norm.kernel_params
 
     @property
-    def compiled(self) -> tuple[Any, ...]:
-        return *self.up_proj.compiled, *self.down_proj.compiled
+    def kernel_params(self) -> tuple[Any, ...]:
+        return *self.up_proj.kernel_params, *self.down_proj.kernel_params
 
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
         """x += mlp(norm(x)), by the CPU's kernels."""
         num_threads = torch.get_num_threads()
-        cpu_layers.add_mlp(THREAD_POOL.ready(num_threads), num_threads, x_TD.numpy(), *self.before, *self.compiled)
+        cpu_layers.add_mlp(
+            THREAD_POOL.ready(num_threads), num_threads, x_TD.numpy(), *self.norm_params, *self.kernel_params
+        )
 
     def forward(self, h: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
         hidden = self.up_proj(h).relu()
@@ -314,13 +316,13 @@ class MoE(nn.Module):
         """Prepares what the CPU's kernels read, the layer's norm included; rows travel to the experts as `dtype`."""
         self.gate.pack()
         self.shared_experts.pack(norm, dtype)
-        there = self.back = (self.gate.compiled[0], as_array(None))  # never read
+        fc1_params = self.fc2_params = (self.gate.kernel_params[0], as_array(None))  # never read
         if self.is_latent:
             self.fc1_latent_proj.pack()
             self.fc2_latent_proj.pack()
-            there, self.back = self.fc1_latent_proj.compiled, self.fc2_latent_proj.compiled
-        self.before = (*norm.compiled, *self.gate.compiled, self.is_latent, *there)
-        self.shared = self.shared_experts.compiled
+            fc1_params, self.fc2_params = self.fc1_latent_proj.kernel_params, self.fc2_latent_proj.kernel_params
+        self.route_params = (*norm.kernel_params, *self.gate.kernel_params, self.is_latent, *fc1_params)
+        self.shared_params = self.shared_experts.kernel_params
         self.wire_dtype = dtype
 
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
@@ -330,12 +332,12 @@ class MoE(nn.Module):
         is_bf16 = self.wire_dtype == torch.bfloat16
         ids_NK, weights_NK = np.empty((len(x), shape.top_k), np.int64), np.empty((len(x), shape.top_k), np.float32)
         wire_NL = np.empty((len(x), shape.input_dim), np.int16 if is_bf16 else np.float32)
-        h_ND = cpu_layers.route(control, num_threads, x, *self.before, ids_NK, weights_NK, wire_NL, is_bf16)
+        h_ND = cpu_layers.route(control, num_threads, x, *self.route_params, ids_NK, weights_NK, wire_NL, is_bf16)
         x_NL, topk_ids_NK, topk_weights_NK = map(torch.from_numpy, (wire_NL, ids_NK, weights_NK))
         x_NL = x_NL.view(torch.bfloat16) if is_bf16 else x_NL
         wait = self.experts(shape.layer, x_NL, topk_ids_NK, topk_weights_NK)
-        shared_ND = cpu_layers.mlp(control, num_threads, h_ND, *self.shared)
-        cpu_layers.add_routed(control, num_threads, wait().numpy(), self.is_latent, *self.back, shared_ND, x)
+        shared_ND = cpu_layers.mlp(control, num_threads, h_ND, *self.shared_params)
+        cpu_layers.add_routed(control, num_threads, wait().numpy(), self.is_latent, *self.fc2_params, shared_ND, x)
 
     def forward(self, h_ND: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
         topk_ids_NK, topk_weights_NK = self.gate(h_ND)

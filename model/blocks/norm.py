@@ -21,14 +21,14 @@ class RMSNorm(nn.Module):
         self.packed: NDArray[np.float32] | None = None
 
     @property
-    def compiled(self) -> tuple[NDArray[np.float32], np.float32]:
+    def kernel_params(self) -> tuple[NDArray[np.float32], np.float32]:
         """Weight and epsilon for `cpu.layers`."""
         weight: NDArray[np.float32] = self.weight.detach().float().numpy()
         return weight, np.float32(self.eps)
 
     def pack(self) -> None:
         """From now on the CPU's kernel runs: fp32 in and out."""
-        self.packed, _ = self.compiled
+        self.packed, _ = self.kernel_params
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:

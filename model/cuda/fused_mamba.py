@@ -17,7 +17,7 @@ from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 
-from model.state import Batch, Group
+from model.state import Batch, SubBatch
 
 
 def ssd_scan(
@@ -27,12 +27,12 @@ def ssd_scan(
     b_TGN: Tensor,
     c_TGN: Tensor,
     ssm_RHDN: Tensor,
-    group: Group,
+    sub_batch: SubBatch,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """`model.blocks.mamba.packed_scan`: y (T, H, D) and the final state (R, H, D, N)."""
-    request_T, column_T = rectangle(group, chunk_size, x_THD.device)
-    shape_RL = len(group.lens), int(column_T.max()) + 1
+    request_T, column_T = rectangle(sub_batch, chunk_size, x_THD.device)
+    shape_RL = len(sub_batch.lens), int(column_T.max()) + 1
 
     def pad(v: Tensor) -> Tensor:
         return v.new_zeros(*shape_RL, *v.shape[1:]).index_put_((request_T, column_T), v)
@@ -51,14 +51,14 @@ def ssd_scan(
     return y_RLHD[request_T, column_T], final_RHDN.to(ssm_RHDN.dtype)
 
 
-def rectangle(group: Group, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rectangle(sub_batch: SubBatch, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Request and column of each packed row: two (T,). A request starts at its place within a chunk.
 
-    So chunks end at absolute multiples of their length, as in `model.blocks.mamba.cut_pieces`; Δ = 0 in front is harmless.
+    So chunks end at absolute multiples of their length, as in `model.blocks.mamba.split_into_chunks`; Δ = 0 in front is harmless.
     """
-    firsts_R = torch.tensor([context_len % chunk_size for context_len in group.context_lens], device=device)
-    lens_R = torch.tensor(group.lens, device=device)
-    request_T = torch.arange(len(group.lens), device=device).repeat_interleave(lens_R)
+    firsts_R = torch.tensor([context_len % chunk_size for context_len in sub_batch.context_lens], device=device)
+    lens_R = torch.tensor(sub_batch.lens, device=device)
+    request_T = torch.arange(len(sub_batch.lens), device=device).repeat_interleave(lens_R)
     starts_R = lens_R.cumsum(0) - lens_R
     return request_T, torch.arange(len(request_T), device=device) + (firsts_R - starts_R)[request_T]
 

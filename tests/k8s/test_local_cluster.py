@@ -19,15 +19,15 @@ from benchmarks.day_two import (
     DRAIN_S,
     EXPERTS,
     GRACE_S,
-    ClusterFleet,
-    FailureKind,
-    fleet_of,
+    ClusterFailure,
+    ServedCluster,
     gpu_ha_config,
     kill_raylet,
     losing,
-    trial,
+    run_trial,
+    served_cluster,
 )
-from benchmarks.local_cluster import why_not
+from benchmarks.local_cluster import reason_unavailable
 from services.cli.drill.drill import Load
 from tests.k8s.manifests import Manifests, ray_pods, serve_config
 from tests.k8s.pod_rules import DRAIN
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.timeout(1200)
 @pytest.fixture
 def can_be_here() -> None:
     """Not asked at import, because that makes a namespace and a bridge, in every run of any test."""
-    if reason := why_not():
+    if reason := reason_unavailable():
         pytest.skip(reason)
 
 
@@ -54,33 +54,33 @@ def test_nodes_have_the_time_of_pods(rendered: Callable[[str], Manifests]) -> No
 
 @pytest.mark.usefixtures("can_be_here")
 def test_requests_do_not_notice_the_loss_of_a_node_with_gpus() -> None:
-    with fleet_of(gpu_ha_config(), {BACKBONE: 2, "experts-gpu": 5}, num_gpus=1) as fleet:
+    with served_cluster(gpu_ha_config(), {BACKBONE: 2, "experts-gpu": 5}, num_gpus=1) as fleet:
         assert asyncio.run(lose_one(fleet)) == []
 
 
 @pytest.mark.usefixtures("can_be_here")
 @pytest.mark.skipif(not IS_ASKED_FOR, reason="set EXPERTMESH_CLUSTER_TEST to run it")
 def test_requests_do_not_notice_the_loss_of_a_node_of_the_demo(rendered: Callable[[str], Manifests]) -> None:
-    with fleet_of(serve_config(rendered("cpu-demo")), {BACKBONE: 1, "experts-cpu": 4}, num_gpus=0) as fleet:
+    with served_cluster(serve_config(rendered("cpu-demo")), {BACKBONE: 1, "experts-cpu": 4}, num_gpus=0) as fleet:
         assert asyncio.run(lose_one(fleet)) == []
 
 
-async def lose_one(fleet: ClusterFleet) -> list[str]:
+async def lose_one(fleet: ServedCluster) -> list[str]:
     """Kills the raylet of a node that has a shard, under load; what is wrong before, meanwhile and afterwards."""
-    await fleet.wait_until_whole()
+    await fleet.wait_until_complete()
     assert await asyncio.to_thread(answer, fleet.service)
     async with httpx.AsyncClient(base_url=fleet.service, trust_env=False) as client:
         nodes = [shard["node"] for shard in (await client.get("/status")).json()["shards"]]
     load = Load.of_sentences(fleet.service, RATE, SECONDS, MAX_TOKENS)
-    kind = FailureKind("kill -9 of a raylet", losing(EXPERTS, kill_raylet), SECONDS)
-    done = await trial(fleet, kind, load, await load.run())
+    kind = ClusterFailure("kill -9 of a raylet", losing(EXPERTS, kill_raylet), SECONDS)
+    done = await run_trial(fleet, kind, load, await load.run())
     verdict = done.verdict
     found = {
         f"shards share a node: {nodes}": len(set(nodes)) == len(nodes) >= fleet.pool["shards"],
         f"{verdict.num_failed} of {verdict.num_requests} failed: {verdict.errors}": not verdict.num_failed,
         f"{verdict.num_different} of {verdict.num_requests} were answered otherwise": not verdict.num_different,
         f"the longest gap between two tokens was {verdict.longest_gap_s:.2f} s": verdict.longest_gap_s < MAX_GAP_S,
-        "full cover and another shard did not come in time": done.whole_s is not None,
+        "full cover and another shard did not come in time": done.recovered_s is not None,
     }
     return [sentence for sentence, is_good in found.items() if not is_good]
 

@@ -81,10 +81,10 @@ def moe(h: Tensor, tensors: dict[str, Tensor], prefix: str, raw: dict[str, Any])
     z = h @ weight("fc1_latent_proj").T
     rows = []
     for t in range(h.shape[0]):
-        own = scores[t, chosen[t]] / (scores[t, chosen[t]].sum() + 1e-20) * raw["routed_scaling_factor"]
+        weights = scores[t, chosen[t]] / (scores[t, chosen[t]].sum() + 1e-20) * raw["routed_scaling_factor"]
         outputs = [
             w * relu2_mlp(z[t], weight(f"experts.{e}.up_proj"), weight(f"experts.{e}.down_proj"))
-            for w, e in zip(own, chosen[t].tolist(), strict=True)
+            for w, e in zip(weights, chosen[t].tolist(), strict=True)
         ]
         rows.append(torch.stack(outputs).sum(0))
     shared = relu2_mlp(h, weight("shared_experts.up_proj"), weight("shared_experts.down_proj"))

@@ -62,13 +62,13 @@ def split_logits(model: NemotronH, token_ids: Sequence[int], cuts: Sequence[int]
 
 
 def greedy(model: NemotronH, token_ids: Sequence[int], num_tokens: int) -> list[int]:
-    steps, own = Steps(model), list(token_ids)
+    steps, tokens = Steps(model), list(token_ids)
     num_computed = 0
-    while len(own) < len(token_ids) + num_tokens:
-        logits = steps.logits((0, own[num_computed:], num_computed))[0]
-        num_computed = len(own)
-        own.append(int(logits[-1].argmax()))
-    return own[len(token_ids) :]
+    while len(tokens) < len(token_ids) + num_tokens:
+        logits = steps.logits((0, tokens[num_computed:], num_computed))[0]
+        num_computed = len(tokens)
+        tokens.append(int(logits[-1].argmax()))
+    return tokens[len(token_ids) :]
 
 
 def random_tokens(num_tokens: int, seed: int = 0) -> list[int]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from model import kernels
 from model.blocks import mamba
-from model.state import Batch, Group
+from model.state import Batch, SubBatch
 from tests.model import oracles
-from tests.model.blocks.test_mamba import group_of
+from tests.model.blocks.test_mamba import sub_batch_of
 from tests.model.steps import relative_error, seeded
 
 HEADS, HEAD_DIM, GROUPS, STATE_DIM, CHANNELS = 4, 16, 2, 16, 64
@@ -78,7 +78,7 @@ def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Te
     return torch.cat(rows)
 
 
-def standins() -> dict[str, ModuleType]:
+def stub_modules() -> dict[str, ModuleType]:
     modules = {
         name: ModuleType(name)
         for name in (
@@ -102,7 +102,7 @@ def standins() -> dict[str, ModuleType]:
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     if not ON_GPU:
-        for name, module in standins().items():
+        for name, module in stub_modules().items():
             monkeypatch.setitem(sys.modules, name, module)
     yield importlib.import_module("model.cuda.fused_mamba")
     if not ON_GPU:
@@ -134,15 +134,15 @@ def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None
 )
 def test_the_scans_agree(fused: Any, lens: tuple[int, ...], context_lens: tuple[int, ...]) -> None:
     tensors, state = inputs(sum(lens), len(lens))
-    group: Group = group_of(lens, context_lens)
+    sub_batch: SubBatch = sub_batch_of(lens, context_lens)
     before = state.clone()
-    found = fused.ssd_scan(*tensors, state, group, 16)
+    found = fused.ssd_scan(*tensors, state, sub_batch, 16)
     assert torch.equal(state, before)
-    agree(found, mamba.packed_scan(*tensors, state, group, 16))
+    agree(found, mamba.packed_scan(*tensors, state, sub_batch, 16))
 
 
 def test_the_rectangle_starts_requests_within_a_chunk(fused: Any) -> None:
-    request_T, column_T = fused.rectangle(group_of((3, 5), (6, 8)), 4, torch.device("cpu"))
+    request_T, column_T = fused.rectangle(sub_batch_of((3, 5), (6, 8)), 4, torch.device("cpu"))
     assert request_T.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
     assert column_T.tolist() == [2, 3, 4, 0, 1, 2, 3, 4]
 
@@ -170,14 +170,14 @@ def test_the_convolutions_agree(fused: Any, has_bias: bool, num_taps: int, lens:
     agree(found, mamba.causal_conv(xbc, weight, bias, past, batch))
 
 
-PICKERS = (kernels.ssd_scan, kernels.ssd_step, kernels.causal_conv)
+KERNEL_GETTERS = (kernels.ssd_scan, kernels.ssd_step, kernels.causal_conv)
 
 
 DOUBT = "; the last bits of a request's logits may depend on who shares the batch"
 
 
 def test_the_cpu_runs_our_kernels_unless_they_are_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [pick(torch.device("cpu")) for pick in PICKERS] == [None, None, None]
+    assert [get_kernel(torch.device("cpu")) for get_kernel in KERNEL_GETTERS] == [None, None, None]
     assert kernels.is_reproducible("cpu")
     assert kernels.describe("cpu") == ("compiled CPU kernels; a request's tokens are the same whoever shares the batch")
     monkeypatch.setattr(kernels, "has_compiled", kernels.has_compiled.__wrapped__)
@@ -188,12 +188,14 @@ def test_the_cpu_runs_our_kernels_unless_they_are_turned_off(monkeypatch: pytest
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
 def test_without_cuda_nothing_is_fused() -> None:
-    assert [pick(torch.device("cuda")) for pick in PICKERS] == [None, None, None]
+    assert [get_kernel(torch.device("cuda")) for get_kernel in KERNEL_GETTERS] == [None, None, None]
     assert not kernels.is_reproducible("cuda")
     assert kernels.describe("cuda") == f"plain PyTorch (mamba-ssm is not installed){DOUBT}"
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs CUDA, mamba-ssm and causal-conv1d")
 def test_on_a_gpu_the_fused_kernels_run() -> None:
-    assert [pick(torch.device("cuda")).__module__ for pick in PICKERS] == ["model.cuda.fused_mamba"] * 3
+    assert [get_kernel(torch.device("cuda")).__module__ for get_kernel in KERNEL_GETTERS] == [
+        "model.cuda.fused_mamba"
+    ] * 3
     assert kernels.describe("cuda") == f"fused kernels from mamba_ssm and causal_conv1d{DOUBT}"

@@ -79,7 +79,7 @@ def test_drafts_leave_no_trace(exact: NemotronH, num_right: int) -> None:
         exact.commit(batch, [num_right, 0], steps.state)
     assert torch.equal(logits[: num_right + 1], whole[12 : 13 + num_right])
     assert torch.equal(logits[4:], whole_other[9:11])
-    assert not steps.state.guessed
+    assert not steps.state.uncommitted
     end = 13 + num_right
     rest, rest_other = steps.logits((3, tokens[end:], end), (1, other[11:], 11))
     assert torch.equal(rest, whole[end:])

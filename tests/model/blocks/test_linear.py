@@ -1,4 +1,4 @@
-"""The same bits whatever rows share a product: by the order of our kernels, elsewhere by row plans."""
+"""The same bits whatever rows share a product: by the order of our kernels, elsewhere by row blockings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.blocks.linear import Linear, RowPlan, find_row_plan, is_row_invariant
+from model.blocks.linear import Linear, RowBlocking, find_row_blocking, is_batch_invariant
 from tests.model.steps import seeded
 
 SHAPES = [(64, 128), (128, 64), (40, 24), (256, 96), (33, 70), (512, 1024)]
@@ -68,13 +68,13 @@ def test_a_bias_is_added_and_any_leading_shape_is_kept() -> None:
 def test_planned_rows_do_not_depend_on_their_company(
     num_threads: int, dtype: torch.dtype, num_inputs: int, num_outputs: int
 ) -> None:
-    plan = find_row_plan(num_inputs, num_outputs, dtype, "cpu", num_threads)
+    blocking = find_row_blocking(num_inputs, num_outputs, dtype, "cpu", num_threads)
     randn = seeded(num_inputs)
-    weight, x = randn(num_outputs, num_inputs).to(dtype), randn(plan.limit, num_inputs).to(dtype)
+    weight, x = randn(num_outputs, num_inputs).to(dtype), randn(blocking.max_rows, num_inputs).to(dtype)
     whole = F.linear(x, weight)
     generator = torch.Generator().manual_seed(0)
-    for num_rows in range(plan.quantum, plan.limit + 1, plan.quantum):
-        rows = torch.randperm(plan.limit, generator=generator)[:num_rows]
+    for num_rows in range(blocking.multiple, blocking.max_rows + 1, blocking.multiple):
+        rows = torch.randperm(blocking.max_rows, generator=generator)[:num_rows]
         assert torch.equal(F.linear(x[rows], weight), whole[rows])
 
 
@@ -111,15 +111,15 @@ def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def test_planted_products_that_vary_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "plain_linear", row_by_row)
     weight = seeded(0)(48, 96)
-    find = find_row_plan.__wrapped__
+    find = find_row_blocking.__wrapped__
     monkeypatch.setattr(F, "linear", other_unless_multiple_of_4)
-    assert not is_row_invariant(weight, RowPlan(2, 64))
-    assert is_row_invariant(weight, RowPlan(4, 64))
-    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(4, 256)
+    assert not is_batch_invariant(weight, RowBlocking(2, 64))
+    assert is_batch_invariant(weight, RowBlocking(4, 64))
+    assert find(96, 48, torch.float32, "cpu", 1) == RowBlocking(4, 256)
     monkeypatch.setattr(F, "linear", other_beyond_100_rows)
-    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(1, 64)
+    assert find(96, 48, torch.float32, "cpu", 1) == RowBlocking(1, 64)
     monkeypatch.setattr(F, "linear", other_at_136_rows)
-    assert find(96, 48, torch.float32, "cpu", 1) == RowPlan(1, 128)
+    assert find(96, 48, torch.float32, "cpu", 1) == RowBlocking(1, 128)
     monkeypatch.setattr(F, "linear", other_in_the_first_row)
     with pytest.raises(RuntimeError, match="products of 96x48 on cpu independent of their company"):
         find(96, 48, torch.float32, "cpu", 1)

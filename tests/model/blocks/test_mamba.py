@@ -8,15 +8,15 @@ from torch import Tensor
 
 from model.blocks import mamba
 from model.blocks.norm import GatedGroupRMSNorm
-from model.state import Batch, Group
+from model.state import Batch, SubBatch
 from tests.model import oracles
 from tests.model.steps import relative_error, seeded
 
 HEADS, HEAD_DIM, STATE_DIM = 6, 5, 7
 
 
-def group_of(lens: tuple[int, ...], context_lens: tuple[int, ...]) -> Group:
-    return Group(torch.arange(len(lens)), torch.arange(sum(lens)), lens, context_lens)
+def sub_batch_of(lens: tuple[int, ...], context_lens: tuple[int, ...]) -> SubBatch:
+    return SubBatch(torch.arange(len(lens)), torch.arange(sum(lens)), lens, context_lens)
 
 
 def scan_inputs(num_tokens: int, num_groups: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -39,7 +39,7 @@ def test_the_chunked_scan_equals_the_recurrence(
 ) -> None:
     x, delta, a, b, c = scan_inputs(sum(lens), num_groups)
     state = seeded(1)(len(lens), HEADS, HEAD_DIM, STATE_DIM)
-    y, final = mamba.packed_scan(x, delta, a, b, c, state, group_of(lens, context_lens), chunk_size)
+    y, final = mamba.packed_scan(x, delta, a, b, c, state, sub_batch_of(lens, context_lens), chunk_size)
     start = 0
     for r, length in enumerate(lens):
         rows = slice(start, start + length)
@@ -52,12 +52,12 @@ def test_the_chunked_scan_equals_the_recurrence(
 def test_the_scan_split_at_chunks_is_the_same_bit_for_bit() -> None:
     x, delta, a, b, c = scan_inputs(40, 2)
     zeros = torch.zeros(1, HEADS, HEAD_DIM, STATE_DIM)
-    whole, final = mamba.packed_scan(x, delta, a, b, c, zeros, group_of((40,), (0,)), 8)
+    whole, final = mamba.packed_scan(x, delta, a, b, c, zeros, sub_batch_of((40,), (0,)), 8)
     parts, state = [], zeros
     for start, stop in ((0, 16), (16, 24), (24, 40)):
         rows = slice(start, stop)
-        group = group_of((stop - start,), (start,))
-        y, state = mamba.packed_scan(x[rows], delta[rows], a, b[rows], c[rows], state, group, 8)
+        sub_batch = sub_batch_of((stop - start,), (start,))
+        y, state = mamba.packed_scan(x[rows], delta[rows], a, b[rows], c[rows], state, sub_batch, 8)
         parts.append(y)
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(state, final)
@@ -67,7 +67,7 @@ def test_large_steps_do_not_overflow() -> None:
     """Δ·A of thousands: the decay is 0, and no exp(+large) may appear on the way."""
     x, delta, a, b, c = scan_inputs(32, 1)
     state = seeded(1)(1, HEADS, HEAD_DIM, STATE_DIM)
-    y, final = mamba.packed_scan(x, delta + 300, a * 50, b, c, state, group_of((32,), (0,)), 16)
+    y, final = mamba.packed_scan(x, delta + 300, a * 50, b, c, state, sub_batch_of((32,), (0,)), 16)
     expected_y, expected_final = oracles.recurrence(x, delta + 300, a * 50, b, c, state[0])
     assert relative_error(y, expected_y) < 1e-5
     assert relative_error(final[0], expected_final) < 1e-5
@@ -112,13 +112,13 @@ def test_the_gated_norm_gates_first_and_norms_each_group_alone() -> None:
 
 
 def test_pieces_end_at_absolute_multiples_of_the_chunk() -> None:
-    pieces = mamba.cut_pieces((5, 9), (3, 8), 4)
+    chunks = mamba.split_into_chunks((5, 9), (3, 8), 4)
     pad = 14
-    assert pieces.rows_PQ.tolist() == [
+    assert chunks.rows_PQ.tolist() == [
         [0, pad, pad, pad],
         [1, 2, 3, 4],
         [5, 6, 7, 8],
         [9, 10, 11, 12],
         [13, pad, pad, pad],
     ]
-    assert [(p.tolist(), r.tolist()) for p, r in pieces.chain] == [([0, 2], [0, 1]), ([1, 3], [0, 1]), ([4], [1])]
+    assert [(p.tolist(), r.tolist()) for p, r in chunks.chain] == [([0, 2], [0, 1]), ([1, 3], [0, 1]), ([4], [1])]

@@ -20,7 +20,7 @@ NUM_ROWS = 70
 SHAPES = [ExpertShape(1, 12, 4, 32, 48), ExpertShape(1, 7, 2, 20, 36), ExpertShape(1, 16, 6, 64, 128)]
 
 
-class World:
+class SingleLayer:
     """A bank that holds all experts, rows, and each row's picks."""
 
     def __init__(self, shape: ExpertShape, dtype: torch.dtype = torch.float32) -> None:
@@ -48,10 +48,10 @@ class World:
         row_P = torch.arange(NUM_ROWS).repeat_interleave(self.shape.top_k)
         return row_P, self.topk_ids.flatten(), self.topk_weights.flatten()
 
-    def sums(self, is_own_P: Tensor | None = None) -> Tensor:
+    def sums(self, is_here_P: Tensor | None = None) -> Tensor:
         row_P, expert_P, weight_P = self.picks
-        own = torch.ones(len(row_P), dtype=torch.bool) if is_own_P is None else is_own_P
-        return self.bank.partial_sums(self.x, row_P[own], expert_P[own], weight_P[own], self.grid)
+        mask = torch.ones(len(row_P), dtype=torch.bool) if is_here_P is None else is_here_P
+        return self.bank.partial_sums(self.x, row_P[mask], expert_P[mask], weight_P[mask], self.grid)
 
 
 @pytest.fixture(params=["compiled", "plain"], autouse=True)
@@ -67,68 +67,68 @@ def shape(request: pytest.FixtureRequest) -> ExpertShape:
 
 
 def test_partial_sums_equal_a_loop_over_picks(shape: ExpertShape) -> None:
-    world = World(shape)
-    expected = oracles.weighted_experts(world.x, *world.picks, world.experts)
-    assert relative_error(from_grid(world.sums(), world.grid), expected) < 1e-5
+    setup = SingleLayer(shape)
+    expected = oracles.weighted_experts(setup.x, *setup.picks, setup.experts)
+    assert relative_error(from_grid(setup.sums(), setup.grid), expected) < 1e-5
 
 
 def test_bfloat16_sums_are_near(shape: ExpertShape) -> None:
-    world = World(shape, torch.bfloat16)
-    expected = oracles.weighted_experts(world.x, *world.picks, world.experts)
-    assert relative_error(from_grid(world.sums(), world.grid), expected) < 0.02
+    setup = SingleLayer(shape, torch.bfloat16)
+    expected = oracles.weighted_experts(setup.x, *setup.picks, setup.experts)
+    assert relative_error(from_grid(setup.sums(), setup.grid), expected) < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_shards", [2, 3, 5])
 def test_any_split_of_the_experts_gives_the_same_bits(shape: ExpertShape, dtype: torch.dtype, num_shards: int) -> None:
-    world = World(shape, dtype)
+    setup = SingleLayer(shape, dtype)
     home = torch.randint(0, num_shards, (shape.num_experts,), generator=torch.Generator().manual_seed(num_shards))
-    owns = [home[world.picks[1]] == shard for shard in range(num_shards)]
-    parts = [world.sums(own) for own in owns if bool(own.any())]
-    assert torch.equal(torch.stack(parts).sum(0), world.sums())
+    masks = [home[setup.picks[1]] == shard for shard in range(num_shards)]
+    parts = [setup.sums(mask) for mask in masks if bool(mask.any())]
+    assert torch.equal(torch.stack(parts).sum(0), setup.sums())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_split_of_the_picks_gives_the_same_bits(shape: ExpertShape, dtype: torch.dtype) -> None:
     """Two homes of one expert share its rows: each computes some of them."""
-    world = World(shape, dtype)
+    setup = SingleLayer(shape, dtype)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        is_here = torch.rand(len(world.picks[0]), generator=generator) < 0.4
-        assert torch.equal(world.sums(is_here) + world.sums(~is_here), world.sums())
+        is_here = torch.rand(len(setup.picks[0]), generator=generator) < 0.4
+        assert torch.equal(setup.sums(is_here) + setup.sums(~is_here), setup.sums())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [[0], [69], [5, 3], list(range(1, 30))], ids=len)
 def test_rows_alone_give_the_same_bits(shape: ExpertShape, dtype: torch.dtype, rows: list[int]) -> None:
-    world = World(shape, dtype)
+    setup = SingleLayer(shape, dtype)
     row_P = torch.arange(len(rows)).repeat_interleave(shape.top_k)
-    picks = row_P, world.topk_ids[rows].flatten(), world.topk_weights[rows].flatten()
-    assert torch.equal(world.bank.partial_sums(world.x[rows], *picks, world.grid[rows]), world.sums()[rows])
+    picks = row_P, setup.topk_ids[rows].flatten(), setup.topk_weights[rows].flatten()
+    assert torch.equal(setup.bank.partial_sums(setup.x[rows], *picks, setup.grid[rows]), setup.sums()[rows])
 
 
 def test_more_rows_than_one_product_takes() -> None:
-    world = World(SHAPES[0])
-    num_rows = (world.bank.plan().limit if not world.bank.is_compiled else 256) + 37
-    x, expert = world.x[:1].expand(num_rows, -1), torch.zeros(num_rows, dtype=torch.long)
-    sums = world.bank.partial_sums(
-        x, torch.arange(num_rows), expert, torch.ones(num_rows), world.grid[:1].expand(num_rows)
+    setup = SingleLayer(SHAPES[0])
+    num_rows = (setup.bank.row_blocking().max_rows if not setup.bank.is_compiled else 256) + 37
+    x, expert = setup.x[:1].expand(num_rows, -1), torch.zeros(num_rows, dtype=torch.long)
+    sums = setup.bank.partial_sums(
+        x, torch.arange(num_rows), expert, torch.ones(num_rows), setup.grid[:1].expand(num_rows)
     )
     assert torch.equal(sums, sums[:1].expand_as(sums))
 
 
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf])
 def test_a_damaged_expert_is_refused(damage: float) -> None:
-    world = World(SHAPES[0])
-    up = world.experts[2]["up"].clone()
+    setup = SingleLayer(SHAPES[0])
+    up = setup.experts[2]["up"].clone()
     up[0, 0] = damage
-    world.bank.load(2, {"up": up, "down": world.experts[2]["down"]})
+    setup.bank.load(2, {"up": up, "down": setup.experts[2]["down"]})
     with pytest.raises(ValueError, match="an expert's output is not finite"):
-        world.sums()
+        setup.sums()
 
 
 def test_a_bank_forgets_what_it_unloads() -> None:
-    bank = World(SHAPES[0]).bank
+    bank = SingleLayer(SHAPES[0]).bank
     one = SHAPES[0].nbytes(torch.float32)
     assert one == 2 * 32 * 48 * 4
     bank.unload(3)
@@ -177,14 +177,14 @@ def test_the_router_keeps_to_the_best_groups() -> None:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_bank_gives_back_what_it_computes_with(shape: ExpertShape, dtype: torch.dtype, stored: torch.dtype) -> None:
-    world = World(shape, dtype)
-    tensors = {name: tensor.to(stored) for name, tensor in world.experts[3].items()}
-    world.bank.load(3, tensors)
-    given = world.bank.tensors(3)
+    setup = SingleLayer(shape, dtype)
+    tensors = {name: tensor.to(stored) for name, tensor in setup.experts[3].items()}
+    setup.bank.load(3, tensors)
+    given = setup.bank.tensors(3)
     assert all(torch.equal(given[name], tensors[name].to(dtype)) for name in ("up", "down"))
     assert all(given[name].dtype == dtype for name in ("up", "down"))
     other = ExpertBank(shape, dtype)
     other.load(3, given)
     rows, ids, ones = torch.arange(NUM_ROWS), torch.full((NUM_ROWS,), 3), torch.ones(NUM_ROWS)
-    sums = [bank.partial_sums(world.x, rows, ids, ones, world.grid) for bank in (world.bank, other)]
+    sums = [bank.partial_sums(setup.x, rows, ids, ones, setup.grid) for bank in (setup.bank, other)]
     assert torch.equal(*sums)

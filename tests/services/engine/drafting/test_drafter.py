@@ -39,7 +39,7 @@ class Watched(NemotronH):
     kept_bytes = 0
 
     def commit(self, batch: Batch, num_accepted: Sequence[int], state: State) -> None:
-        self.kept_bytes = sum(tensor.nbytes for tensor in state.guessed.values())
+        self.kept_bytes = sum(tensor.nbytes for tensor in state.uncommitted.values())
         super().commit(batch, num_accepted, state)
 
 
