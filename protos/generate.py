@@ -1,7 +1,8 @@
-"""Writes the generated code beside the .proto files: `python -m protos.generate [--out DIR]`.
+"""Generates the Python code beside the .proto files: `python -m protos.generate [--out DIR]`.
 
-grpcio-tools 1.71.2 writes gencode 5.29, which runs under protobuf 5.29 to 7. Its own protobuf pin collides with the
-runtime's, so it lives in a virtual environment of its own, made once in the user's cache directory.
+grpcio-tools 1.71.2 generates code of version 5.29, which runs under protobuf 5.29 to 7. The package pins another
+protobuf version than the runtime uses. So it is installed in a virtual environment of its own, which is created once
+in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ import sys
 import venv
 from pathlib import Path
 
-TOOLS = ("grpcio-tools==1.71.2", "setuptools<81")  # grpcio-tools imports pkg_resources, which newer setuptools lack
+TOOLS = ("grpcio-tools==1.71.2", "setuptools<81")  # grpcio-tools needs pkg_resources, which setuptools 81 has not
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def proto_files() -> list[Path]:
-    """Every .proto file of the repository, relative to its root."""
+    """Return every .proto file of the repository, relative to the root."""
     return sorted(path.relative_to(ROOT) for path in (ROOT / "protos").rglob("*.proto"))
 
 
 def generated_files() -> list[Path]:
-    """The files that `generate` writes, relative to the output directory."""
+    """Return the files that `generate` writes, relative to the output directory."""
     suffixes = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
     return [path.with_name(path.stem + suffix) for path in proto_files() for suffix in suffixes]
 
 
 def tool_python() -> Path:
-    """The interpreter of the tools' virtual environment, made on first use."""
+    """Return the interpreter of the tools' virtual environment, which is created at the first call."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = cache / "expertmesh" / f"{TOOLS[0].replace('==', '-')}-py{version}"
@@ -42,13 +43,13 @@ def tool_python() -> Path:
 
 
 def generate(out: Path) -> None:
-    """Writes `generated_files()` under `out`; raises CalledProcessError where protoc refuses a file."""
+    """Write `generated_files()` under `out`; raise CalledProcessError if protoc rejects a file."""
     targets = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
     command: list[str | Path] = [tool_python(), "-m", "grpc_tools.protoc", f"-I{ROOT}", *targets, *proto_files()]
     subprocess.run(command, check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes the generated code beside the .proto files.")
-    parser.add_argument("--out", type=Path, default=ROOT, help="where to write instead of the repository")
+    parser = argparse.ArgumentParser(description="Generate the Python code beside the .proto files.")
+    parser.add_argument("--out", type=Path, default=ROOT, help="the directory to write to instead of the repository")
     generate(parser.parse_args().out)

@@ -1,7 +1,7 @@
-"""The composition root: the Serve application, and the only place where plain classes become deployments.
+"""The composition root: it builds the Serve application and is the only place where plain classes become deployments.
 
-`import_path: services.app:build_app` with `args` as in `AppArgs`. Annotations stay objects in this file,
-because Serve validates `args` by them.
+A Serve config names it as `import_path: services.app:build_app`, with `args` as in `AppArgs`. This file does not use
+`from __future__ import annotations`, because Serve reads the annotation of `args` to validate them.
 """
 
 import services.low_priority_imports  # isort: skip  # noqa: F401
@@ -37,18 +37,21 @@ GRPC_SERVICERS = [
     "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
-SHARD_STOP_TIMEOUT_S = MOVE_TIMEOUT_S + ANSWER_TIMEOUT_S + 10  # Serve kills a replica that takes longer
+SHARD_STOP_TIMEOUT_S = MOVE_TIMEOUT_S + ANSWER_TIMEOUT_S + 10  # Serve kills a replica that takes longer to stop
 SCALING_POLICY = "services.controller.serve_policy:follow_the_controller"
-METRICS_INTERVAL_S = 1.0  # from a shard to Serve
+METRICS_INTERVAL_S = 1.0  # between two reports of a shard to Serve's autoscaler
 GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1
-GATEWAY_STOP_S = 20  # beside draining
-SURGE_PERCENT = 100  # of backbones and gateways: a new one serves before an old one stops, where nodes have room
-APART: dict[str, Any] = {"max_replicas_per_node": 1}
-MAX_OPEN = 1024  # streams; the engine's own queue refuses long before
+GATEWAY_STOP_S = 20  # for a gateway to stop, in addition to the time for draining
+SURGE_PERCENT = 100  # in an update, new backbones and gateways serve before old ones stop, if the nodes have resources
+ONE_PER_NODE: dict[str, Any] = {"max_replicas_per_node": 1}
+MAX_OPEN = 1024  # open streams of one replica; the engine refuses requests long before, because its queue is full
 
 
 class ShardDeployment:
-    """A replica of a pool: one expert shard. Its id is new with every replica: ranks are given to others later."""
+    """One replica of a pool, which is one expert shard.
+
+    The shard's id contains the replica's id and not its rank, because Serve gives a rank to another replica later.
+    """
 
     async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
         logs.configure(pool.name, args.log_format)
@@ -68,7 +71,7 @@ class ShardDeployment:
         await self._shard.start()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve asks every replica of a pool that may grow."""
+        """Return the pool's size as the controller decided it; Serve calls this on every replica of an elastic pool."""
         size = self._shard.pool_size
         return report(size.shards, size.at) if size else {}
 
@@ -81,7 +84,10 @@ class ShardDeployment:
 
 
 class ControllerDeployment:
-    """One replica leads. Where it dies, backbones serve on, and another leads or Serve starts one."""
+    """A replica that runs the controller; one replica is the leader.
+
+    If the leader dies, the backbones serve on. Another replica becomes the leader, or Serve starts a new one.
+    """
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("controller", args.log_format)
@@ -92,14 +98,14 @@ class ControllerDeployment:
         self._loop = asyncio.create_task(self._controller.run())
 
     async def __del__(self) -> None:
-        """Lets another lead at once."""
+        """End the controller's loop, which gives up the lease so that another replica can lead at once."""
         self._loop.cancel()
         await asyncio.gather(self._loop, return_exceptions=True)
 
     async def preview(self) -> dict[str, Any] | None:
-        """The plan that an order to rebalance would be, as JSON tells it; None before the first placement.
+        """Return as JSON the plan that an order to rebalance would carry out, or None before the first placement.
 
-        A ValueError comes back as {"error": its sentence}: Serve would wrap it in a traceback.
+        An error is returned as {"error": its message}, because Serve would wrap an exception in a traceback.
         """
         try:
             plan = await self._controller.preview()
@@ -113,6 +119,8 @@ class ControllerDeployment:
 
 
 class BackboneDeployment:
+    """A replica that runs one backbone, and the server on which gateways open streams to it."""
+
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("backbone", args.log_format)
         log.info("Arithmetic: %s.", "; ".join(args.arithmetic()))
@@ -135,11 +143,11 @@ class BackboneDeployment:
         self._endpoint = await self._server.start()
 
     async def status(self) -> dict[str, Any]:
-        """The engine's numbers, and where gateways open their stream to it."""
+        """Return the backbone's status, its process id and the endpoint at which gateways open their streams."""
         return {**self._backbone.status(), "pid": os.getpid(), "endpoint": self._endpoint}
 
     async def trace(self, bounds: dict[str, Any] | None) -> dict[str, Any]:
-        """Begins to record routing within `bounds`, or ends it where there are none; what was recorded where."""
+        """Start to record routing within `bounds`, or stop if they are None; return a report on the recording."""
         recorder = self._backbone.recorder
         report = recorder.start(Bounds(**bounds)) if bounds is not None else await asyncio.to_thread(recorder.stop)
         return {"endpoint": self._endpoint, **report}
@@ -166,8 +174,11 @@ def _deployment(
 
 
 def build_app(args: AppArgs) -> Application:
-    """The whole application: gateway, backbone, and, unless the experts are local, controller and expert pools."""
-    family = args.check()  # before anything starts
+    """Return the whole application: gateway and backbone, and controller and expert pools if the experts are remote.
+
+    Raise ValueError before anything starts if `args` cannot be served.
+    """
+    family = args.check()
     backbone = _deployment(
         BackboneDeployment,
         "backbone",
@@ -180,7 +191,7 @@ def build_app(args: AppArgs) -> Application:
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
     )
-    # Imported here, because in every other process it would cost seconds and memory for nothing.
+    # Imported here, because the import takes seconds and memory, and other processes do not need it.
     from services.ingress import GatewayDeployment
 
     gateway = _deployment(
@@ -192,7 +203,8 @@ def build_app(args: AppArgs) -> Application:
         max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
         graceful_shutdown_timeout_s=args.linger_s + args.drain_s + GATEWAY_STOP_S,
-        **(APART if args.host == "auto" and args.http_port else {}),  # a pod has one on its ports
+        # With ports of their own, two gateways on one node would collide.
+        **(ONE_PER_NODE if args.host == "auto" and args.http_port else {}),
     )
     extras = [] if args.experts == "local" else _expert_tier(args)
     app: Application = gateway.bind(args, backbone.bind(args), *extras)
@@ -200,13 +212,14 @@ def build_app(args: AppArgs) -> Application:
 
 
 def _expert_tier(args: AppArgs) -> list[Application]:
+    """Return the controller and one application for each pool."""
     controller = _deployment(
         ControllerDeployment,
         "controller",
         args.labels,
         num_cpus=CONTROLLER_CPUS,
         num_replicas=args.controller_replicas,
-        **(APART if args.host == "auto" else {}),  # they are not to die together
+        **(ONE_PER_NODE if args.host == "auto" else {}),  # so that controllers do not die together
     )
     return [controller.bind(args), *(_pool(pool).bind(args, pool) for pool in args.pools)]
 
@@ -227,9 +240,9 @@ def _pool(pool: PoolArgs) -> Any:
 
 
 def _autoscaling(pool: PoolArgs) -> AutoscalingConfig:
-    """Delays are the controller's: Serve does at once what was decided."""
+    """Return settings with which Serve follows the controller at once; the delays are in the controller's policy."""
     with warnings.catch_warnings():
-        # What is said to replace metrics_interval_s is read by nothing in Ray 2.60, and the default is 10 s.
+        # Ray 2.60 deprecates metrics_interval_s, but does not read its replacement, and the default is 10 s.
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=pool.least_shards,

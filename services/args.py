@@ -1,4 +1,4 @@
-"""The application's arguments: what a Serve config or the command line may say, and whether it can be served."""
+"""The arguments of the application, from a Serve config or the command line, and the check that they can be served."""
 
 import os
 from functools import partial
@@ -22,12 +22,12 @@ from services.engine.drafting.drafter import bytes_per_request
 from services.engine.memory import MemoryPlan, plan_memory
 from services.logs import LogFormat
 
-MIN_HIDDEN_FOR_THREADS = 1024
-MAX_DRAFT_TOKENS = 16  # each further one is accepted more rarely, and this many never were
-NUM_HOMES = 2  # of every expert, on different shards
-SHARE_MARGIN = 1.1  # experts cannot be cut to make shares even
-DEFAULT_STATE_MEMORY = 1 << 30
-CHECKPOINT_SHARE = 0.25  # of it at most, for saved states that prompts can start from
+MIN_HIDDEN_FOR_THREADS = 1024  # hidden size from which a backbone on a CPU uses several threads
+MAX_DRAFT_TOKENS = 16  # each further draft is accepted more rarely, and 16 in a row have never been accepted
+NUM_HOMES = 2  # homes of every expert, on different shards
+SHARE_MARGIN = 1.1  # on a shard's even share of bytes: experts cannot be cut, so no division is quite even
+DEFAULT_STATE_MEMORY = 1 << 30  # bytes
+CHECKPOINT_SHARE = 0.25  # of the state memory at most, for the state checkpoints of the prefix cache
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,34 +48,38 @@ def _gpus(asked: float | None, device: str) -> float:
 
 
 def _check_gpus(gpus: float, device: str, name: str) -> None:
-    """Raises ValueError where nothing is reserved of the device that is used."""
+    """Raise ValueError if `device` is cuda but no GPU is reserved; the message names the argument `name`."""
     if device == "cuda" and not gpus:
         raise ValueError(f"{name} is 0, but the device is cuda; it must be above 0 and at most 1, or be left out")
 
 
 class PoolArgs(BaseModel):
-    """One pool of expert shards."""
+    """The arguments of one pool of expert shards, as an entry of `pools:` in a Serve config."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str = "experts-cpu"
-    shards: int = Field(3, ge=1, description="that it starts with")
-    min_shards: int | None = Field(None, ge=1, description="as many as it starts with if left out")
-    max_shards: int | None = Field(None, ge=1, description="likewise; the pool has a fixed size if both are left out")
-    target_busy: float = Field(0.6, gt=0, le=1, description="share of time that its slowest shard may compute")
-    upscale_delay_s: float = Field(5, ge=0, description="for which more shards must have been wanted")
-    downscale_delay_s: float = Field(120, ge=0, description="for which one shard less must have been enough")
+    shards: int = Field(3, ge=1, description="number of shards that the pool starts with")
+    min_shards: int | None = Field(None, ge=1, description="fewest shards; `shards` if left out")
+    max_shards: int | None = Field(
+        None, ge=1, description="most shards; `shards` if left out. Without both bounds the pool has a fixed size."
+    )
+    target_busy: float = Field(0.6, gt=0, le=1, description="share of its time that the busiest shard may compute")
+    upscale_delay_s: float = Field(5, ge=0, description="time for which the load must need more shards")
+    downscale_delay_s: float = Field(120, ge=0, description="time for which one shard less must suffice")
     device: Literal["cpu", "cuda"] = "cpu"
     num_cpus: float = Field(1, ge=0)
-    num_gpus: float | None = Field(None, ge=0, le=1, description="that a shard takes; 1 on cuda, 0 on cpu if left out")
+    num_gpus: float | None = Field(
+        None, ge=0, le=1, description="GPUs of one shard; if left out, 1 on cuda and 0 on cpu"
+    )
     memory_budget: ByteSize | None = Field(
-        None, gt=0, description="of expert weights on the device; enough for all of them without one shard if left out"
+        None, gt=0, description="bytes of expert weights on a shard's device; see AppArgs.shard_memory if left out"
     )
     host_budget: ByteSize | None = Field(
-        None, ge=0, description="of expert weights that stand by in host memory; see AppArgs.shard_host_memory"
+        None, ge=0, description="bytes of standbys in a shard's host memory; see AppArgs.shard_host_memory if left out"
     )
-    host: str = Field("127.0.0.1", description="address a shard listens on; on a cluster, auto for the node's own")
-    labels: Labels = Field(default_factory=dict, description="of the Ray nodes that shards may run on; all if empty")
+    host: str = Field("127.0.0.1", description="address that a shard listens on; auto is the node's own, for clusters")
+    labels: Labels = Field(default_factory=dict, description="labels of the Ray nodes for shards; any node if empty")
 
     @property
     def least_shards(self) -> int:
@@ -90,7 +94,7 @@ class PoolArgs(BaseModel):
         return _gpus(self.num_gpus, self.device)
 
     def check(self) -> None:
-        """Raises ValueError where it starts out of its bounds, or takes no GPU on cuda."""
+        """Raise ValueError if the pool would start out of its bounds, or runs on cuda without a GPU."""
         _check_gpus(self.gpus, self.device, f"num_gpus of pool {self.name}")
         if not self.least_shards <= self.shards <= self.most_shards:
             raise ValueError(
@@ -114,7 +118,7 @@ class PoolArgs(BaseModel):
 
 
 class AppArgs(BaseModel):
-    """Arguments of the application, as `args:` in a Serve config."""
+    """The arguments of the application, as `args:` in a Serve config."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -122,43 +126,50 @@ class AppArgs(BaseModel):
     model_name: str = ""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
-    experts: Literal["remote", "local"] = Field("remote", description="local: no shards, everything in the backbone")
+    experts: Literal["remote", "local"] = Field(
+        "remote", description="local: no shards, the backbone computes the experts"
+    )
     redis_url: str = Field(default_factory=_redis_url_of_environment, repr=False)
     redis_password: SecretStr | None = Field(
         default_factory=partial(_secret_of_environment, "EXPERTMESH_REDIS_PASSWORD"),
-        description="unless redis_url has one; better in the environment than in a config",
+        description="password, if redis_url has none; set it in the environment rather than in a config",
     )
     pools: list[PoolArgs] = Field(default_factory=lambda: [PoolArgs()], min_length=1)
     max_model_len: int | None = Field(None, ge=2)
-    max_requests: int = Field(64, ge=1, description="that are computed at once, where memory allows")
-    max_waiting: int = Field(256, ge=1, description="requests; beyond them, a refusal with Retry-After")
-    draft_tokens: int | None = Field(None, ge=0, le=MAX_DRAFT_TOKENS, description="at most, for a request; 0: none")
+    max_requests: int = Field(64, ge=1, description="most requests in one step, if memory allows")
+    max_waiting: int = Field(256, ge=1, description="most waiting requests; others are refused with Retry-After")
+    draft_tokens: int | None = Field(
+        None, ge=0, le=MAX_DRAFT_TOKENS, description="most drafts of a request in one step"
+    )
     prefix_cache: bool = True
     max_batch_tokens: int = Field(2048, ge=64)
-    state_memory: ByteSize | None = Field(None, gt=0, description="for requests' KV and recurrent state")
+    state_memory: ByteSize | None = Field(None, gt=0, description="bytes for KV pages and recurrent state")
     backbone_replicas: int = Field(1, ge=1)
     backbone_gpus: float | None = Field(
-        None, ge=0, le=1, description="that a backbone takes; 1 on cuda, 0 on cpu if left out"
+        None, ge=0, le=1, description="GPUs of one backbone; if left out, 1 on cuda and 0 on cpu"
     )
-    backbone_threads: int | None = Field(None, ge=1, description="of one backbone's CPU arithmetic")
+    backbone_threads: int | None = Field(None, ge=1, description="CPU threads of one backbone; see AppArgs.threads")
     gateway_replicas: int = Field(1, ge=1)
-    controller_replicas: int = Field(1, ge=1, description="of which one leads; where it dies, another does in seconds")
+    controller_replicas: int = Field(
+        1, ge=1, description="one is the leader; if it dies, another one leads within seconds"
+    )
     log_format: LogFormat = "json"
     labels: Labels = Field(
-        default_factory=dict, description="of the Ray nodes for gateways, backbones and controller; all if empty"
+        default_factory=dict,
+        description="labels of the Ray nodes for gateways, backbones and controllers; any if empty",
     )
-    host: str = Field("127.0.0.1", description="address of backbones and gateways; on a cluster, auto")
-    http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, beside Serve's proxies")
-    grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, likewise")
+    host: str = Field("127.0.0.1", description="address that backbones and gateways listen on; auto on a cluster")
+    http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, besides Serve's proxy")
+    grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, besides Serve's proxy")
     linger_s: float = Field(
-        0, ge=0, description="for which a gateway that stops still takes requests, and says that it is not ready"
+        0, ge=0, description="time for which a stopping gateway still accepts requests but reports that it is not ready"
     )
-    drain_s: float = Field(1, ge=0, description="that open streams have when their gateway stops")
+    drain_s: float = Field(1, ge=0, description="time that open streams have to end when their gateway stops")
     admin_key: SecretStr | None = Field(
         default_factory=partial(_secret_of_environment, "EXPERTMESH_ADMIN_KEY"),
         min_length=8,
         validate_default=True,
-        description="without one the admin API is closed",
+        description="key of the admin API, which is closed without a key",
     )
 
     @property
@@ -167,19 +178,24 @@ class AppArgs(BaseModel):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """auto is bf16 on a GPU, where it is fast, and fp32 on a CPU, where it is exact."""
+        """Return the dtype; `auto` means bf16 on a GPU, where bf16 is fast, and fp32 on a CPU, where fp32 is exact."""
         return (
             DTYPES["bfloat16" if self.device == "cuda" else "float32"] if self.dtype == "auto" else DTYPES[self.dtype]
         )
 
     def context(self, family: ModelFamily) -> int:
+        """Return the most tokens of a request; raise ValueError if `max_model_len` exceeds the model's own context."""
         longest = family.config.max_position_embeddings
         if self.max_model_len and self.max_model_len > longest:
             raise ValueError(f"max_model_len is {self.max_model_len}; the model's own context is {longest}")
         return self.max_model_len or longest
 
     def threads(self, family: ModelFamily) -> int:
-        """Small products wait for a second thread longer than they compute: the demo is 1.8 times faster with one."""
+        """Return the CPU threads of one backbone: for a small model one, for others all cores, if not set otherwise.
+
+        The matrix products of a small model take less time than waking a second thread: the demo is 1.8 times faster
+        with one thread.
+        """
         is_small = family.config.hidden_size < MIN_HIDDEN_FOR_THREADS
         return self.backbone_threads or (1 if is_small else os.cpu_count() or 1)
 
@@ -189,24 +205,27 @@ class AppArgs(BaseModel):
 
     @property
     def num_shards(self) -> dict[str, int]:
-        """The shards that each pool always has."""
+        """Return by pool the fewest shards that it may have."""
         return {pool.name: pool.least_shards for pool in self.pools}
 
     def experts_nbytes(self, family: ModelFamily) -> int:
-        """Bytes of one home of every expert."""
+        """Return the bytes of all experts, each counted once."""
         return sum(shape.num_experts * shape.nbytes(self.torch_dtype) for shape in family.expert_shapes)
 
     def shard_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
-        """Bytes of expert weights that a shard of `pool` may hold: with one shard of
-        the smallest fleet lost, the others hold all homes."""
+        """Return the bytes of expert weights that a shard of `pool` may hold on its device.
+
+        If not set otherwise, this is enough for the smallest fleet to hold all homes even after the loss of one shard.
+        """
         whole, num_left = self.experts_nbytes(family), max(1, sum(self.num_shards.values()) - 1)
         return int(pool.memory_budget or min(whole, SHARE_MARGIN * NUM_HOMES * whole / num_left))
 
     def shard_host_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
-        """Bytes of expert weights that may stand by in a shard's host memory.
+        """Return the bytes of standbys that a shard of `pool` may keep in host memory.
 
-        Left out, a GPU's shard takes an even share of one home of everything: the way from disk is long. A CPU's takes
-        none: the device's memory is the host's, and the system keeps the checkpoint's pages in what is free of it.
+        If not set otherwise, a shard on a GPU keeps its even share of all experts, because reading from disk is slow.
+        A shard on a CPU keeps none: its device memory is the host's memory, and the operating system caches the
+        checkpoint's pages in what is free of it.
         """
         if pool.host_budget is not None:
             return int(pool.host_budget)
@@ -214,24 +233,24 @@ class AppArgs(BaseModel):
         return int(share) if pool.device == "cuda" else 0
 
     def memory_plan(self, family: ModelFamily) -> MemoryPlan:
-        """How many requests fit; raises ValueError if not even one of the longest does."""
+        """Return how many requests fit into the state memory; raise ValueError if not even one of full length fits."""
         spec, longest = family.config.state_spec, self.context(family)
         num_drafts = DEFAULT_DRAFT_TOKENS if self.draft_tokens is None else self.draft_tokens
-        beside = bytes_per_request(family.config, num_drafts) if family.has_mtp else 0
+        draft_bytes = bytes_per_request(family.config, num_drafts) if family.has_mtp else 0
         slot, block = spec.bytes_per_slot(self.torch_dtype), spec.bytes_per_block(self.torch_dtype)
-        one = slot + beside + spec.num_blocks(longest) * block
+        longest_bytes = slot + draft_bytes + spec.num_blocks(longest) * block
         return plan_memory(
             spec,
             self.torch_dtype,
-            budget=self.state_memory or max(DEFAULT_STATE_MEMORY, one),
+            budget=self.state_memory or max(DEFAULT_STATE_MEMORY, longest_bytes),
             max_model_len=longest,
             max_requests=self.max_requests,
             checkpoint_share=CHECKPOINT_SHARE if self.prefix_cache else 0.0,
-            bytes_per_request=beside,
+            bytes_per_request=draft_bytes,
         )
 
     def arithmetic(self) -> list[str]:
-        """What computes, and what it promises, in words; pools on another device may promise less."""
+        """Return for the log which kernels compute and what they guarantee; another device may guarantee less."""
         pools = self.pools if self.experts == "remote" else []
         others = [pool for pool in pools if pool.device != self.device]
         return [
@@ -240,7 +259,10 @@ class AppArgs(BaseModel):
         ]
 
     def check(self) -> ModelFamily:
-        """Raises ValueError with one sentence where these arguments cannot be served. Reads no weights."""
+        """Return the model's family; raise ValueError with one sentence if these arguments cannot be served.
+
+        No weights are read.
+        """
         from services.gateway.chat.tokenizer import Tokenizer
 
         family = load_family(self.model)
@@ -258,7 +280,7 @@ class AppArgs(BaseModel):
         return family
 
     def _fleet(self, family: ModelFamily) -> list[Shard]:
-        """The shards that there will be, as far as placing experts on them goes."""
+        """Return the shards that the application starts with, described as far as the placement needs it."""
         return [
             Shard(
                 f"{pool.name}-{i}",
@@ -276,7 +298,7 @@ class AppArgs(BaseModel):
 
     @property
     def shown_redis_url(self) -> str:
-        """Without user and password."""
+        """Return the URL of the store without user and password."""
         scheme, _, rest = self.redis_url.partition("://")
         return f"{scheme}://{rest.rpartition('@')[2]}"
 

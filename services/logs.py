@@ -1,4 +1,4 @@
-"""What every process of ours logs: one JSON object a line on its standard error, which Ray keeps in a file for each."""
+"""The log of every Expertmesh process: one JSON object per line on standard error, which Ray keeps in a file each."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from typing import Literal
 
 LogFormat = Literal["json", "text"]
 OURS = ("model", "cluster", "services", "expertmesh")
-REQUESTS = "expertmesh.requests"  # its messages are JSON objects themselves
-USUAL = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}  # what every record has
+REQUESTS = "expertmesh.requests"  # the logger whose messages are JSON objects themselves
+USUAL = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}  # the attributes that every record has
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonLines(logging.Formatter):
-    """Time (UTC), level, logger, process, what was given as `extra` (such as `request_id`), message, traceback."""
+    """Formats a record as one line of JSON.
+
+    The fields are the time (UTC), the level, the logger, the process and its id, everything that the caller passed as
+    `extra` (such as `request_id`), the message, and the traceback if there is one.
+    """
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -38,14 +42,14 @@ class JsonLines(logging.Formatter):
         else:
             fields["message"] = record.getMessage()
         if record.exc_info:
-            # Not `formatException`: it prints, and Ray puts a `print` of its own in place that mangles the lines.
+            # `formatException` uses `print`, which Ray replaces by a function that breaks the lines up.
             fields["traceback"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
         return json.dumps(fields, ensure_ascii=False, default=str)
 
 
 def configure(process: str, log_format: LogFormat) -> None:
-    """Sends what our modules log to standard error; `process` names this one, such as "backbone"."""
-    handler = logging.StreamHandler(sys.__stderr__)  # Serve puts a logger of its own in the place of sys.stderr
+    """Write the log of Expertmesh's modules to standard error; `process` is this process's name, such as "backbone"."""
+    handler = logging.StreamHandler(sys.__stderr__)  # because Serve replaces sys.stderr by a logger of its own
     handler.setFormatter(JsonLines(process) if log_format == "json" else logging.Formatter(TEXT))
     for name in OURS:
         logger = logging.getLogger(name)
