@@ -27,9 +27,9 @@ class MemoryRegistry:
         self._seen: dict[str, tuple[Shard, float]] = {}
         self._placement: Placement | None = None
         self._placement_fencing = 0
-        self._lease: Lease | None = None
+        self.lease: Lease | None = None
         self._lease_end = 0.0
-        self._fencing = 0
+        self.fencing = 0
         self._followers: dict[str, tuple[int, float]] = {}
         self._decisions: deque[dict[str, str]] = deque(maxlen=MAX_DECISIONS)
         self._orders: dict[str, StandingOrder] = {}
@@ -61,7 +61,7 @@ class MemoryRegistry:
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
         assert placement.epoch > expected_epoch >= 0
         epoch = self._placement.epoch if self._placement else 0
-        newest = max(self._placement_fencing, self._fencing if fencing > 0 else 0)
+        newest = max(self._placement_fencing, self.fencing if fencing > 0 else 0)
         if epoch != expected_epoch or newest > fencing:
             raise stale_placement(placement, expected_epoch, fencing, epoch, newest)
         self._placement, self._placement_fencing = placement, fencing
@@ -87,27 +87,27 @@ class MemoryRegistry:
         return [*self._decisions][:count]
 
     async def acquire_lease(self, owner: str) -> Lease | None:
-        if self._lease is not None and self.clock() < self._lease_end:
+        if self.lease is not None and self.clock() < self._lease_end:
             return None
-        self._fencing = max(self._fencing + 1, round(1000 * self.clock()))
-        self._lease, self._lease_end = Lease(owner, self._fencing), self.clock() + self.lease_ttl_s
-        return self._lease
+        self.fencing = max(self.fencing + 1, round(1000 * self.clock()))
+        self.lease, self._lease_end = Lease(owner, self.fencing), self.clock() + self.lease_ttl_s
+        return self.lease
 
     async def renew_lease(self, lease: Lease) -> bool:
-        if self._lease != lease or self.clock() >= self._lease_end:
+        if self.lease != lease or self.clock() >= self._lease_end:
             return False
         self._lease_end = self.clock() + self.lease_ttl_s
         return True
 
     async def release_lease(self, lease: Lease) -> None:
-        if self._lease == lease:
-            self._lease = None
+        if self.lease == lease:
+            self.lease = None
 
     async def has_leader(self) -> bool:
-        return self._lease is not None and self.clock() < self._lease_end
+        return self.lease is not None and self.clock() < self._lease_end
 
     async def leader(self) -> str | None:
-        return self._lease.owner if self._lease is not None and await self.has_leader() else None
+        return self.lease.owner if self.lease is not None and await self.has_leader() else None
 
     async def give_order(self, order: StandingOrder) -> None:
         self._orders[order.name] = order

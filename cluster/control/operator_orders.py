@@ -87,6 +87,11 @@ def with_drain_orders(shards: Iterable[Shard], orders: Mapping[str, StandingOrde
     return [replace(shard, draining=True) if shard.id in drained else shard for shard in shards]
 
 
+def rebalance_order(orders: Mapping[str, StandingOrder]) -> StandingOrder | None:
+    """Return the order to plan at once, if an operator has given one."""
+    return next((order for order in orders.values() if order.kind is OrderKind.REBALANCE), None)
+
+
 def scale_targets(orders: Mapping[str, StandingOrder]) -> dict[str, int]:
     """The number of shards that each pool was ordered to have; pools without an order are left out."""
     return {order.subject: order.count for order in orders.values() if order.kind is OrderKind.SCALE}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from cluster.control.reconciler import Reconciler
+from cluster.control.leader.reconciler import Reconciler
 from cluster.placement.migration import Limits
 from cluster.placement.plan import Plan, PlanPolicy
 from cluster.simulation import virtual_time

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.control.operator_orders import PoolSize, StandingOrder
-from cluster.control.reconciler import LeaderOrder, ShardFailed, WitnessFailed
 from cluster.control.registry_store import Lease, StoreUnavailable
+from cluster.control.shard_control import LeaderOrder, ShardFailed, WitnessFailed
 from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.topology import Experts, LayerSpec, Placement, Shard, held_digest
 
@@ -272,7 +272,7 @@ OnDrop = Callable[[SimShard, set[Held], str], None]  # a shard, what it let go, 
 
 
 class RemoteShards:
-    """Shards as one controller reaches them: the controller's `Shards`, over a network that loses and repeats."""
+    """Shards as one controller reaches them: the controller's `ShardControl`, over a network that loses and repeats."""
 
     def __init__(
         self, process: SimProcess, fleet: Mapping[str, SimShard], network: SimNetwork, on_drop: OnDrop

@@ -28,7 +28,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from cluster.control.reconciler import ControllerTiming, Reconciler
+from cluster.control.leader.reconciler import ControllerTiming, Reconciler
 from cluster.control.registry_store import StoreUnavailable
 from cluster.load import ExpectedLoad
 from cluster.placement.migration import Limits
@@ -195,7 +195,7 @@ class World:
         remote = RemoteShards(process, self.shards, self.network, self.on_drop)
         if self.scenario.is_about_leaders:
             remote.before_drop = self._maybe_stop
-        timing = ControllerTiming(plan_every_s=3.0, shun_s=3.0)
+        timing = ControllerTiming(plan_every_s=3.0, failure_pause_s=3.0)
         controller = self.scenario.controller(
             name, MODEL, self.layers, {POOL: self.num_shards}, store, remote, self.plan, now, timing, self.limits
         )

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from cluster.control.leader.reconciler import ControllerTiming, Reconciler
 from cluster.control.load_store import LoadHistory, LoadStore
 from cluster.control.operator_orders import with_drain_orders
-from cluster.control.reconciler import ControllerTiming, Reconciler
 from cluster.control.registry_store import RegistryStore, StoreUnavailable
 from cluster.control.scaling import PoolPolicy
 from cluster.load import ExpectedLoad

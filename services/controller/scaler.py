@@ -7,8 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
+from cluster.control.leader.reconciler import Reconciler
 from cluster.control.operator_orders import PoolSize, scale_targets, with_drain_orders
-from cluster.control.reconciler import Reconciler
 from cluster.control.registry_store import RegistryStore, StoreUnavailable
 from cluster.control.scaling import (
     BusyShare,
@@ -61,7 +61,7 @@ class Scaler:
 
     async def turn(self) -> None:
         placement = self.reconciler.placement
-        if not self.reconciler.leads or placement is None:
+        if not self.reconciler.is_leader or placement is None:
             self._wanted.clear()  # another leader decides meanwhile
             self._wishes.clear()
             return

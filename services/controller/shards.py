@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from cluster.control.manifest import Manifest, weights_name
-from cluster.control.reconciler import LeaderOrder, ShardFailed, WitnessFailed
 from cluster.control.registry_store import RegistryStore
+from cluster.control.shard_control import LeaderOrder, ShardFailed, WitnessFailed
 from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.topology import Experts, Shard
 from model.blocks.moe import ExpertShape
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class GrpcShards:
-    """Implements `cluster.control.reconciler.Shards`."""
+    """Implements `cluster.control.shard_control.ShardControl`."""
 
     def __init__(self, registry: RegistryStore, shapes: Sequence[ExpertShape], model: str, dtype: torch.dtype) -> None:
         self.registry, self.shapes, self.dtype = registry, shapes, dtype

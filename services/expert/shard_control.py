@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster.control.reconciler import ShardFailed
+from cluster.control.shard_control import ShardFailed
 from cluster.topology import Experts, Homes, Placement, Shard
 from model.blocks.moe import ExpertShape
 from model.exact_sums import grid_exponents

@@ -7,16 +7,17 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.control.reconciler import MAX_TURN_S, Reconciler
+from cluster.control.leader.lease_keeper import MAX_TURN_S
+from cluster.control.leader.reconciler import Reconciler
 from cluster.control.registry_store import LEASE_TTL_S
-from cluster.placement.migration import Target
+from cluster.placement.migration import Home, Target
 from cluster.placement.plan import Plan
 from cluster.simulation import virtual_time, world
 from cluster.simulation.large_fleet import LargeWorld, Size
@@ -55,21 +56,34 @@ def quiet() -> Iterator[None]:
 
 
 class DropsBeforeDrain(Reconciler):
-    def _is_drained(self, followed: Any) -> bool:
-        return True
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.published.is_drained = lambda followed: True  # type: ignore[method-assign]
 
 
 class PublishesBeforeLoad(Reconciler):
-    async def _publish(self, after: Target) -> None:
-        await super()._publish(self.target or after)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        publish = self.published.publish
+
+        async def publish_target(target: Target, gains: Mapping[int, int]) -> None:
+            await publish(self.plans.target or target, gains)
+
+        self.published.publish = publish_target  # type: ignore[method-assign]
 
 
 class NeverRepairs(Reconciler):
     """Loads nothing once there is a placement."""
 
-    def _start_loads(self, known: Any, homes: Any) -> None:
-        if self.placement is None:
-            super()._start_loads(known, homes)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        start_loads = self.work.start_loads
+
+        def start_first_loads(known: Mapping[str, Shard], homes: Iterable[Home]) -> None:
+            if self.placement is None:
+                start_loads(known, homes)
+
+        self.work.start_loads = start_first_loads  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +115,9 @@ class SlowToPlan(World):
         self.tokens: set[int] = set()
 
     async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
-        self.tokens.add(self.store.registry._fencing)
+        self.tokens.add(self.store.registry.fencing)
         await asyncio.sleep(2 * LEASE_TTL_S)
-        self.tokens.add(self.store.registry._fencing)
+        self.tokens.add(self.store.registry.fencing)
         return await super().plan(alive, placement)
 
 
@@ -121,7 +135,7 @@ def test_a_leader_that_is_stuck_is_replaced() -> None:
     class Stuck(Reconciler):
         async def turn(self) -> None:
             await super().turn()
-            if self.leads and not stuck:
+            if self.is_leader and not stuck:
                 stuck.append(self.owner)
                 await asyncio.sleep(1e9)
 

@@ -12,10 +12,10 @@ import grpc
 import pytest
 import torch
 
+from cluster.control.leader.reconciler import ControllerTiming
 from cluster.control.manifest import weights_name
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.control.operator_orders import OrderKind, StandingOrder
-from cluster.control.reconciler import ControllerTiming
 from cluster.topology import Placement
 from model.family import ModelFamily, load_family
 from services.controller.controller import Controller, ControllerConfig, layer_specs
@@ -24,7 +24,7 @@ from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoint
 
 POOL = "experts-cpu"
-TIMING = ControllerTiming(period_s=0.1, drain_s=0.2, first_wait_s=0.5, shun_s=1.0)
+TIMING = ControllerTiming(period_s=0.1, drain_s=0.2, recovery_s=0.5, failure_pause_s=1.0)
 TIMEOUT_S = 120.0  # kernels may have to be compiled
 
 
@@ -199,7 +199,7 @@ def test_a_controller_that_dies_at_any_step_is_succeeded(family: ModelFamily) ->
                 await asyncio.sleep(0.15 * number % 0.7)
                 controller.cancel()
                 await asyncio.gather(controller, return_exceptions=True)
-                ours.registry._lease = None  # as when its time is up
+                ours.registry.lease = None  # as when its time is up
             controller = ours.start_controller()
             everyone = ours.is_settled_on(*ours.shards)
             await ours.reaches(everyone)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cluster.control.leader.reconciler import Reconciler
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.control.operator_orders import OrderKind, PoolSize, StandingOrder
-from cluster.control.reconciler import LeaderOrder, Reconciler
 from cluster.control.scaling import PoolPolicy
+from cluster.control.shard_control import LeaderOrder
 from cluster.load import ExpectedLoad
 from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.placement.plan import Plan, PlanPolicy
@@ -157,7 +158,7 @@ def test_the_next_leader_goes_on_from_what_was_decided() -> None:
         world.now += 10.0
         world.lead()
         assert await world.passes(5) == 5
-        assert world.reconciler.leads
+        assert world.reconciler.is_leader
 
     asyncio.run(run())
 

@@ -1,0 +1,84 @@
+"""The trial of a plan: whether the load that came since shows that the plan made steps longer, and its rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.control.leader.decision_log import DecisionLog
+from cluster.placement.migration import Target
+from cluster.placement.plan import Plan
+from cluster.topology import Placement, Shard
+
+MAX_LOSS = 0.01  # Share of the time per step; a plan that made steps longer by more is rolled back.
+
+Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[Plan]]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A published plan whose predicted gain has not been confirmed by measured load."""
+
+    before: Target
+    predicted: float  # The share of the time per step that the plan is predicted to save.
+    ends_at: float
+
+
+class PlanTrial:
+    """A `PlanTrial` judges the last plan by the load that came since, and rolls the plan back if it made steps longer.
+
+    - `planner`: predicts the time per step of a placement under the load of now.
+    - `clock`: seconds since 1970.
+    - `trial_s`: seconds between a plan and its verdict.
+    - `pause_s`: seconds without plans for the load's sake after a rollback.
+    """
+
+    def __init__(
+        self, planner: Planner, decisions: DecisionLog, clock: Callable[[], float], trial_s: float, pause_s: float
+    ) -> None:
+        self.planner, self.decisions, self.clock = planner, decisions, clock
+        self.trial_s, self.pause_s = trial_s, pause_s
+        self._trial: _Trial | None = None
+        self._paused_until = 0.0
+
+    @property
+    def is_paused(self) -> bool:
+        """Return True while plans for the load's sake wait, because one was rolled back."""
+        return self.clock() < self._paused_until
+
+    def begin(self, before: Target, plan: Plan, planned_at: float) -> None:
+        """Start a trial of `plan`, which replaces `before`; if another trial is under way, that trial goes on."""
+        if self._trial is None and plan.gain_s > 0:
+            saved = 1.0 - plan.predicted_s_after / plan.predicted_s_before
+            self._trial = _Trial(before, saved, planned_at + self.trial_s)
+
+    def cancel(self) -> None:
+        """End the trial without a verdict: the fleet has changed, so that before and after cannot be compared."""
+        self._trial = None
+
+    async def rollback(self, alive: Sequence[Shard], placement: Placement) -> Target | None:
+        """Return the homes to go back to if the trial has ended and `placement` is worse than what it replaced.
+
+        The verdict goes to the log of decisions. There is none if a shard that the homes of before need has died.
+        """
+        trial, now = self._trial, self.clock()
+        if trial is None or now < trial.ends_at:
+            return None
+        self._trial = None
+        before = Placement(0, trial.before.homes, {}, standby=trial.before.standby)
+        if not {shard.id for shard in alive} >= set(before.shard_ids):
+            return None
+        plan_before, plan_now = await self.planner(alive, before), await self.planner(alive, placement)
+        achieved = saved_share(plan_before.predicted_s_before, plan_now.predicted_s_before)
+        is_worse = achieved < -MAX_LOSS
+        numbers = {"predicted": f"{trial.predicted:.4f}", "achieved": f"{achieved:.4f}"}
+        await self.decisions.add({"kind": "rollback" if is_worse else "verdict", **numbers})
+        if not is_worse:
+            return None
+        self._paused_until = now + self.pause_s
+        return trial.before
+
+
+def saved_share(before_s: float, after_s: float) -> float:
+    """Return the share of the time `before_s` that `after_s` saves; it is negative if `after_s` is longer."""
+    return 1.0 - after_s / before_s if before_s else 0.0

@@ -1,0 +1,213 @@
+"""The controller's loop: one leader brings the fleet to where the planner wants it, one round per turn.
+
+The reconciler talks to the registry and to shards through two small protocols, so that the simulator runs this very
+code. It keeps nothing that the next leader would need: the published placement and the experts that shards hold are
+all there is to know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.control.leader.decision_log import DecisionLog
+from cluster.control.leader.fleet_observer import FleetObserver
+from cluster.control.leader.lease_keeper import LeaseKeeper
+from cluster.control.leader.plan_schedule import PlanSchedule
+from cluster.control.leader.plan_trial import Planner, PlanTrial
+from cluster.control.leader.published_placement import PublishedPlacement
+from cluster.control.leader.shard_work import ShardWork
+from cluster.control.operator_orders import rebalance_order, with_drain_orders
+from cluster.control.registry_store import RegistryStore, StalePlacement, StoreUnavailable
+from cluster.control.shard_control import ShardControl, ShardFailed
+from cluster.placement.migration import Holding, Limits, Target, held_homes, leftovers, next_round, next_target
+from cluster.topology import LayerSpec, Placement, Shard
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ControllerTiming:
+    """A `ControllerTiming` says how long the controller waits for what, in seconds.
+
+    - `period_s`: between turns.
+    - `plan_every_s`: between plans for the load's sake.
+    - `answer_s`: that shards have to say what they hold, and so to show that they live before others give up homes.
+    - `drain_s`: between the time when all backbones follow an epoch and dropping the experts that the epoch gave up.
+    - `failure_pause_s`: without loads on a shard after one has failed there.
+    - `recovery_s`: that backbones have to bring back a placement that the store has lost.
+    - `trial_s`: until a plan is judged by the load that came since.
+    - `rollback_pause_s`: without plans for the load's sake after a plan was rolled back.
+    """
+
+    period_s: float = 0.5
+    plan_every_s: float = 10.0
+    answer_s: float = 0.5
+    drain_s: float = 1.0
+    failure_pause_s: float = 10.0
+    recovery_s: float = 2.0
+    trial_s: float = 60.0
+    rollback_pause_s: float = 300.0
+
+
+class Reconciler:
+    """A `Reconciler` is one controller's loop; several run side by side, and the one with the lease leads.
+
+    - `owner`: the controller's name in the lease.
+    - `model`, `layers`: the digest of the checkpoint, and its layers of experts.
+    - `num_expected`: the shards of each pool that must be there before the first placement.
+    - `planner`, `ordered_planner`: make the plans; the second makes those that an operator has ordered.
+    - `clock`: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        model: str,
+        layers: Sequence[LayerSpec],
+        num_expected: Mapping[str, int],
+        registry: RegistryStore,
+        shards: ShardControl,
+        planner: Planner,
+        clock: Callable[[], float],
+        timing: ControllerTiming = ControllerTiming(),
+        limits: Limits | None = None,
+        ordered_planner: Planner | None = None,
+    ) -> None:
+        self.owner, self.layers, self.registry, self.timing = owner, layers, registry, timing
+        self.limits = limits or Limits()
+        self.lease = LeaseKeeper(owner, registry, clock)
+        self.observer = FleetObserver(shards, timing.answer_s)
+        self.published = PublishedPlacement(
+            model, layers, registry, self.lease, clock, timing.drain_s, timing.recovery_s
+        )
+        decisions = DecisionLog(owner, registry, clock)
+        self.plans = PlanSchedule(
+            layers,
+            num_expected,
+            self.published,
+            registry,
+            planner,
+            ordered_planner or planner,
+            PlanTrial(planner, decisions, clock, timing.trial_s, timing.rollback_pause_s),
+            decisions,
+            clock,
+            timing.plan_every_s,
+        )
+        self.work = ShardWork(shards, self.observer, self.published, clock, timing.failure_pause_s)
+        self._inputs_at_rest: Sequence[object] | None = None  # The inputs of a turn that found nothing to do.
+
+    @property
+    def is_leader(self) -> bool:
+        """Return True if this controller led at its last turn."""
+        return self.lease.lease is not None
+
+    @property
+    def placement(self) -> Placement | None:
+        """Return the published placement; None if there is none, or if another controller leads."""
+        return self.published.placement
+
+    @property
+    def is_settled(self) -> bool:
+        """Return True if the published placement is the one that was planned for the shards that are alive."""
+        return self.placement is not None and self.plans.target == self.published.target
+
+    async def run(self) -> None:
+        """Run turns until cancelled; after a failure of the store or of a shard, the next turn tries again."""
+        renewing = asyncio.create_task(self.lease.renew_during_long_turns())
+        try:
+            while True:
+                self.lease.begin_turn()
+                try:
+                    await self.turn()
+                except (StoreUnavailable, StalePlacement, ShardFailed) as error:
+                    log.warning("This turn of the controller failed: %s", error)
+                    self.published.restart_absence()
+                except Exception:
+                    log.exception("This turn of the controller failed.")
+                await asyncio.sleep(self.timing.period_s)
+        finally:
+            renewing.cancel()
+            self.work.cancel()
+            await self.lease.release()
+
+    async def turn(self) -> None:
+        """Lead, observe the fleet, plan, and take the plan's next round: publish, drop and load.
+
+        Raises StoreUnavailable, StalePlacement or ShardFailed.
+        """
+        if not await self._lead():
+            return
+        orders = await self.registry.orders()
+        known = {shard.id: shard for shard in with_drain_orders(await self.registry.shards(), orders)}
+        await self.published.refresh()
+        holdings = await self.observer.holdings(known)
+        alive = [known[id] for id in sorted(holdings)]
+        self.published.time_absence()
+        target = await self.plans.update(alive, holdings, rebalance_order(orders))
+        if target is None:
+            return
+        followed = [*(await self.registry.followers()).values()]
+        inputs = (self.placement, target, self._is_overtaken(followed), *holdings.values())
+        if self._are_at_rest(inputs):
+            return
+        is_at_rest = await self._take_round(target, known, alive, holdings, followed)
+        self._inputs_at_rest = inputs if is_at_rest else None
+
+    async def _lead(self) -> bool:
+        """Return True if this controller leads; a lease that was lost ends all that the controller had begun."""
+        if await self.lease.renew():
+            return True
+        is_leader = await self.lease.acquire()
+        self.plans.forget()
+        self.work.forget_verified()
+        self.published.forget_followers()
+        self._inputs_at_rest = None
+        if not is_leader:
+            self.published.forget()
+        return is_leader
+
+    def _is_overtaken(self, followed: Collection[int]) -> bool:
+        """Return True if a backbone uses a newer epoch: a store that lost its placement was given an older one."""
+        return self.placement is not None and max(followed, default=0) > self.placement.epoch
+
+    def _are_at_rest(self, inputs: Sequence[object]) -> bool:
+        """Return True if an earlier turn found nothing to do for the same `inputs`.
+
+        Working that out again would take a second where there are a thousand shards.
+        """
+        before = self._inputs_at_rest
+        return (
+            before is not None
+            and len(before) == len(inputs)
+            and all(a is b for a, b in zip(before, inputs, strict=True))
+        )
+
+    async def _take_round(
+        self,
+        target: Target,
+        known: Mapping[str, Shard],
+        alive: Sequence[Shard],
+        holdings: Mapping[str, Holding],
+        followed: Collection[int],
+    ) -> bool:
+        """Publish the homes that are ready, then start drops and loads; return True if nothing is left to do."""
+        missing = next_round(self.layers, target, self.placement, alive, holdings, self.limits)
+        verified = {home for shard in alive for home in self.work.verified_on(shard)} & held_homes(holdings)
+        done = missing.without(missing.loads - verified)
+        if next_target(target, self.placement, done, holdings, self.limits):
+            # A heartbeat may be seconds old: before a home goes, the homes that stay must answer now.
+            confirmed = await self.observer.ask(alive)
+            done = done.without(done.loads - held_homes(confirmed))
+            if after := next_target(target, self.placement, done, confirmed, self.limits):
+                await self.published.publish(after, self.work.gains)
+        elif self.placement is not None and self._is_overtaken(followed):
+            await self.published.publish(Target.of(self.placement), self.work.gains)
+        unwanted, too_high = leftovers(self.placement, target, holdings)
+        if self.published.is_drained(followed):
+            self.work.start_drops(known, unwanted)
+            self.work.start_loads(known, too_high)
+        self.work.start_loads(known, missing.loads - verified)
+        return not (missing.loads or missing.num_left or unwanted or too_high)
