@@ -81,7 +81,7 @@ def busy_shares(
         steps_per_s = float(expected.short_E.sum()) / spec.top_k / policy.rows_per_step
         layer = PlannedLayer(spec, fleet, placement, expected, policy)
         call_us_S = fleet.cost_SP[:, 0]
-        is_called_S = layer.table.held_S(fleet.num_shards) > 0
+        is_called_S = layer.matrix.held_S(fleet.num_shards) > 0
         calls_S += steps_per_s * 1e-6 * call_us_S * is_called_S
         work_S += steps_per_s * 1e-6 * (layer.busy_S(fleet) - call_us_S)
     parts = zip(calls_S.tolist(), work_S.tolist(), strict=True)

@@ -1,13 +1,21 @@
-"""How long a layer's shards take when the client shares out every expert's rows best over its homes.
+"""The balance of one layer: how long each shard takes when every expert's rows are split best over its homes.
 
-Compiled, because one decision compares thousands of placements. An expert's cost on a shard is linear in the share of
-its rows that the shard gets. With equal paces the levels that `fill` finds are those of the linear programme.
+The split is found by water-filling: the homes of one expert after another are brought to the same finishing time. The
+time of an expert on a shard is linear in the share of its rows that the shard computes. If all shards have the same
+cost model, `water_fill` finds the same level as the linear programme.
 
-Legend: E experts of one layer, S shards, H most homes of an expert (-1: no more), C = 2 parts of a cost: MiB of weights
-that a step reads, MiB · rows that it computes; P = 3 parts of a pace: µs per call, per MiB read, per MiB · row.
+Legend, also for the other compiled files of this folder:
 
-What Python calls, here and in the files that use it, writes to arrays that it is given and returns at most numbers: one
-run in many failed inside numba as an array was handed back, for a cause that was not found.
+- E experts of one layer, S shards.
+- H: the largest number of homes of an expert. Unused entries of `homes_EH` are -1.
+- C = 2 components of the work of an expert in one step: MiB of weights read, and MiB of weights times rows computed.
+- P = 3 parameters of a shard's cost model: µs per call, µs per MiB read, µs per MiB and row.
+- `num_E`: the number of homes of each expert. `share_EH`: the share of the expert's rows at each home.
+- `busy_S`: the time of each shard for one step, in µs.
+
+The functions are compiled, because one decision compares thousands of placements. A function that Python calls writes
+to arrays that are passed to it, and returns only numbers. When such functions returned arrays, one run in many failed
+inside numba; the cause was not found.
 """
 
 from __future__ import annotations
@@ -21,42 +29,43 @@ from numpy.typing import NDArray
 Array = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-SWEEPS = 200  # of a fill at most; it ends once nothing changes
-TOLERANCE = 1e-4  # of the highest level
+SWEEPS = 200  # The most passes over all experts in one water-filling; it usually ends earlier, when nothing changes.
+TOLERANCE = 1e-4  # A change below this part of the slowest shard's time counts as no change.
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def expert_time(work_EC: Any, cost_SP: Any, expert: int, shard: int) -> float:
-    """The µs that all of an expert's rows take on a shard."""
+    """Return the time in µs that `shard` needs for all rows of `expert`, without the fixed time of the call."""
     return float(cost_SP[shard, 1] * work_EC[expert, 0] + cost_SP[shard, 2] * work_EC[expert, 1])
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _water_fill_pair(expert: int, work_EC: Any, cost_SP: Any, homes_EH: Any, share_EH: Any, busy_S: Any) -> float:
-    """`_water_fill_expert` for two homes, which most experts with several have."""
+    """Do what `_water_fill_expert` does for an expert with two homes, the most frequent case, without its loops."""
     first, second = homes_EH[expert, 0], homes_EH[expert, 1]
-    first_rate, second_rate = (
-        expert_time(work_EC, cost_SP, expert, first),
-        expert_time(work_EC, cost_SP, expert, second),
-    )
-    step: float = (busy_S[second] - busy_S[first]) / (first_rate + second_rate)
+    first_us = expert_time(work_EC, cost_SP, expert, first)
+    second_us = expert_time(work_EC, cost_SP, expert, second)
+    step: float = (busy_S[second] - busy_S[first]) / (first_us + second_us)
     step = min(max(step, -share_EH[expert, 0]), share_EH[expert, 1])
     share_EH[expert, 0] += step
     share_EH[expert, 1] -= step
-    busy_S[first] += step * first_rate
-    busy_S[second] -= step * second_rate
-    return float(abs(step) * max(first_rate, second_rate))
+    busy_S[first] += step * first_us
+    busy_S[second] -= step * second_us
+    return float(abs(step) * max(first_us, second_us))
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _water_fill_expert(
     expert: int, work_EC: Any, cost_SP: Any, homes_EH: Any, num_homes: int, share_EH: Any, busy_S: Any
 ) -> float:
-    """Shares one expert's rows out so that its homes end together; returns the largest change in µs."""
+    """Split the rows of one expert so that its homes finish together; return the largest change of a home in µs.
+
+    A home that would finish later than the others even without any of the rows gets none of them.
+    """
     if num_homes == 2:
         return float(_water_fill_pair(expert, work_EC, cost_SP, homes_EH, share_EH, busy_S))
     level = float("inf")
-    for _ in range(num_homes):  # each turn but the last leaves out a home that is above the level as it is
+    for _ in range(num_homes):  # Each pass but the last leaves out a home that is above the level without any rows.
         before, above, slope = level, 1.0, 0.0
         for i in range(num_homes):
             home = homes_EH[expert, i]
@@ -84,7 +93,11 @@ def _water_fill_expert(
 def water_fill(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, max_sweeps: int, tolerance: float
 ) -> float:
-    """Levels the homes of one expert after another until nothing changes; returns the time of the slowest shard."""
+    """Water-fill the homes of one expert after another until nothing changes; return the slowest shard's time in µs.
+
+    The function updates `share_EH` and `busy_S`. It stops after `max_sweeps` passes over all experts, or earlier when
+    no home changed by more than `tolerance` times the slowest shard's time.
+    """
     shared = np.flatnonzero((num_E > 1) & (work_EC.sum(axis=1) > 0))
     for _ in range(max_sweeps):
         largest = 0.0
@@ -101,10 +114,10 @@ def water_fill(
 def split_rows(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, fallback_E: Any, wake_us: float, share_EH: Any, busy_S: Any
 ) -> None:
-    """Writes the shares and the µs of each shard of a placement whose rows are shared out best.
+    """Write the best split of all rows to `share_EH`, and the resulting time of each shard to `busy_S`.
 
-    An expert without a home is computed at its `fallback_E` (-1: by nobody), which first brings its weights to the
-    device at `wake_us` per MiB.
+    An expert without a home is computed by the shard `fallback_E[expert]`, which must first promote the expert; the
+    promotion takes `wake_us` per MiB. If `fallback_E[expert]` is -1, nobody computes the expert.
     """
     busy_S[:] = cost_SP[:, 0]
     share_EH[:] = 0.0
@@ -121,7 +134,7 @@ def split_rows(
 def busy_times(
     work_EC: Floats, cost_SP: Floats, homes_EH: Array, num_E: Array, fallback_E: Array, wake_us: float = 0.0
 ) -> Floats:
-    """The µs of each shard that `split_rows` writes."""
+    """Return the time of each shard in µs, [S], after `split_rows`."""
     busy_S = np.empty(len(cost_SP))
     split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, wake_us, np.empty(homes_EH.shape), busy_S)
     return busy_S
@@ -129,12 +142,13 @@ def busy_times(
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def add_fallback_time(expert: int, shard: int, work_EC: Any, cost_SP: Any, busy_S: Any, wake_us: float) -> None:
+    """Add to a shard's time what it needs to promote an expert (`wake_us` per MiB) and to compute all its rows."""
     busy_S[shard] += expert_time(work_EC, cost_SP, expert, shard) + wake_us * work_EC[expert, 0]
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def ideal_level(work_EC: Any, cost_SP: Any) -> float:
-    """The lower bound: what every shard would take if every expert could be shared out over all of them."""
+    """Return a lower bound of the slowest shard's time: the level in µs if every expert had a home on every shard."""
     above, slope = 1.0, 0.0
     weights, rows = work_EC[:, 0].sum(), work_EC[:, 1].sum()
     for shard in range(len(cost_SP)):
@@ -146,7 +160,8 @@ def ideal_level(work_EC: Any, cost_SP: Any) -> float:
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def is_home(homes_EH: Any, num_E: Any, expert: int, shard: int) -> bool:
-    for i in range(num_E[expert]):  # noqa: SIM110 (compiled, and any() of a generator is not)
+    """Return True if `shard` is a home of `expert`."""
+    for i in range(num_E[expert]):  # noqa: SIM110 (numba cannot compile any() of a generator)
         if homes_EH[expert, i] == shard:
             return True
     return False
@@ -154,6 +169,7 @@ def is_home(homes_EH: Any, num_E: Any, expert: int, shard: int) -> bool:
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def merge_groups(group_S: Any, one: int, other: int) -> None:
+    """Give the group number of shard `one` to every shard in the group of shard `other`."""
     old, new = group_S[other], group_S[one]
     for shard in range(len(group_S)):
         if group_S[shard] == old:

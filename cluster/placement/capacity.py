@@ -1,4 +1,4 @@
-"""Whether a fleet has the memory for what it is to hold: known before a process starts, from sizes alone."""
+"""The capacity of a fleet: a check from sizes alone, before any process starts, that all experts fit into memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from cluster.topology import LayerSpec, Shard
 
 
 def check_capacity(layers: Sequence[LayerSpec], shards: Sequence[Shard], num_homes: int) -> None:
-    """Raises ValueError where `num_homes` homes of every expert, or as many as there are shards, do not fit.
+    """Raise ValueError if the shards do not have the memory for `num_homes` homes of every expert.
 
-    One home of each has to fit on devices; the others may stand by in host memory. No shard takes an expert twice.
+    With fewer shards than `num_homes`, as many homes as shards are required, because no shard holds an expert twice.
+    One home of every expert must fit in device memory. The others may be standbys in host memory.
     """
     num_homes = min(num_homes, len(shards))
     one = sum(spec.num_experts * spec.expert_bytes for spec in layers)
     smallest = min((spec.expert_bytes for spec in layers), default=1)
 
     def whole(budget: int) -> int:
-        """What experts can take of it: they cannot be cut."""
+        """Return the part of `budget` that whole experts can fill."""
         return budget - budget % smallest
 
     on_devices = sum(min(whole(shard.memory_budget), one) for shard in shards)

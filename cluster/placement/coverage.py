@@ -1,9 +1,10 @@
-"""What the fleet stands to lose: experts with too few live homes, and what each shard's death would cost.
+"""The coverage of a placement: which experts have too few live homes, and what the death of each shard would cost.
 
-Everything about a placement that takes long to find out is found once for an epoch; what depends on who is alive or on
-the load takes a few numpy calls, so that a backbone can be asked several times a second.
+A `PlacementArrays` holds everything that is slow to compute and is built once per epoch. A `CoverageReport` depends on
+which shards are alive, and its methods on the load; they take a few numpy calls, so a backbone can report coverage
+several times a second.
 
-Legend: E experts of all layers one after the other, H homes of all of them, S shards, L layers.
+Legend: E experts of all layers one after the other, H homes and standbys of all experts, S shards, L layers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FULL_COVER = 2
 
 @dataclass(frozen=True)
 class HotExpert:
-    """An expert and its picks per second."""
+    """A `HotExpert` is an expert of one layer with its picks per second."""
 
     layer: int
     expert: int
@@ -34,7 +35,12 @@ class HotExpert:
 
 
 class PlacementArrays:
-    """A placement as arrays."""
+    """`PlacementArrays` are the arrays of one placement, from which coverage and load are computed quickly.
+
+    Experts of all layers are numbered one after the other; `starts` holds the first number of each layer in `layers`,
+    and the total at the end. Shards are numbered as in `shard_ids`. Entry h of `expert_H`, `shard_H` and `is_device_H`
+    says that this shard is a home (`is_device_H`) or a standby of this expert; homes come before standbys.
+    """
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
@@ -48,7 +54,7 @@ class PlacementArrays:
         self.is_device_H: NDArray[np.bool_] = np.arange(len(self.expert_H)) < len(homes[0][0])
 
     def _homes(self, homes_of: Mapping[int, Homes]) -> tuple[Ids, Ids]:
-        """Expert and shard of every home."""
+        """Return the numbers of the expert and of the shard for every entry of `homes_of`, in order."""
         index = {id: number for number, id in enumerate(self.shard_ids)}
         experts, shards = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for layer, start in zip(self.layers, self.starts.tolist(), strict=False):
@@ -60,23 +66,23 @@ class PlacementArrays:
 
     @cached_property
     def _shares(self) -> tuple[Ids, Ids, Floats]:
-        """Of each device home its expert, its shard, and the part of the picks that it gets if all get as many."""
+        """Return the expert and the shard of each home, and the home's share of the picks if they are split evenly."""
         experts, shards = self.expert_H[self.is_device_H], self.shard_H[self.is_device_H]
         num_E = np.bincount(experts, minlength=self.num_experts)
         return experts, shards, 1.0 / num_E[experts]
 
     @cached_property
     def layer_E(self) -> Ids:
-        """Which of `layers` each expert is of, as a place."""
+        """Return the position in `layers` of each expert's layer, [E]."""
         return np.repeat(np.arange(len(self.layers)), np.diff(self.starts))
 
     def name(self, number: int) -> tuple[int, int]:
-        """Layer and expert."""
+        """Return the layer id, and the expert's id in that layer, of the expert with the number `number`."""
         place = int(self.layer_E[number])
         return self.layers[place], number - int(self.starts[place])
 
     def rates(self, by_layer: Rates) -> Floats:
-        """Picks per second of all experts; those of layers without any count as 0."""
+        """Return the picks per second of all experts, [E]; experts of layers that `by_layer` lacks have 0."""
         rate_E = np.zeros(self.num_experts)
         for place, layer in enumerate(self.layers):
             if layer in by_layer:
@@ -84,7 +90,7 @@ class PlacementArrays:
         return rate_E
 
     def loads(self, rate_E: Floats) -> Floats:
-        """Picks per second of each layer on each shard, [L, S], every expert's shared out evenly over its homes."""
+        """Return the picks per second of each layer on each shard, [L, S]; homes share their expert's picks evenly."""
         experts, shards, share = self._shares
         cells = self.layer_E[experts] * len(self.shard_ids) + shards
         size = len(self.layers) * len(self.shard_ids)
@@ -92,12 +98,12 @@ class PlacementArrays:
         return load_C.reshape(len(self.layers), len(self.shard_ids))
 
     def num_live_homes(self, live: Collection[str]) -> Ids:
-        """The number of live homes of each expert, standing by or not."""
+        """Return the number of homes and standbys of each expert, [E], on the shards in `live`."""
         is_live_S = np.array([id in live for id in self.shard_ids], np.bool_)
         return np.bincount(self.expert_H[is_live_S[self.shard_H]], minlength=self.num_experts)
 
     def hottest(self, rate_E: Floats, count: int) -> list[HotExpert]:
-        """The experts with most picks, the hottest first; those without any are left out."""
+        """Return the `count` experts with the most picks, the hottest first; experts without picks are left out."""
         count = min(count, self.num_experts)
         found = np.argpartition(-rate_E, count - 1)[:count] if count else np.zeros(0, np.int64)
         found = found[np.lexsort((found, -rate_E[found]))]
@@ -105,14 +111,14 @@ class PlacementArrays:
 
 
 def balancedness(loads_LS: Floats) -> Floats:
-    """Mean over maximum of each layer's shards; 1 for a layer without load."""
+    """Return the balancedness of each layer, [L]: the mean of its shards' load over the maximum, 1 without load."""
     most_L = loads_LS.max(axis=1, initial=0.0)
     even_L: Floats = np.divide(loads_LS.mean(axis=1), most_L, out=np.ones_like(most_L), where=most_L > 0)
     return even_L
 
 
 class CoverageReport:
-    """A arrays as long as the same shards are alive."""
+    """A `CoverageReport` says how well a placement is covered while the shards in `live` are alive."""
 
     def __init__(self, arrays: PlacementArrays, live: Collection[str]) -> None:
         self.arrays, self.live = arrays, frozenset(live)
@@ -123,23 +129,25 @@ class CoverageReport:
 
     @property
     def cover(self) -> int:
-        """Live homes of the expert that has fewest."""
+        """Return the cover of the expert that has the lowest: its number of live homes and standbys."""
         return int(self.num_live_E.min(initial=len(self.arrays.shard_ids)))
 
     @property
     def below_cover(self) -> Ids:
-        """The experts with fewer live homes than every expert should have."""
+        """Return the numbers of the experts that have less than full cover."""
         return np.flatnonzero(self.num_live_E < FULL_COVER)
 
     @property
     def num_missing(self) -> int:
-        """Homes that experts below cover lack."""
+        """Return how many homes or standbys are missing for full cover, summed over all experts."""
         return int((FULL_COVER - self.num_live_E[self.below_cover]).sum())
 
     def blast_radius(self, rate_E: Floats) -> dict[str, float]:
-        """By shard the share of routed picks that would have no live home if it died now.
+        """Return the blast radius of each shard, by its id.
 
-        Before anything was picked, every expert counts as picked equally often.
+        The blast radius is the share of all picks that go to experts of which the shard is the last live home or
+        standby. `rate_E` holds the picks per second of each expert. While all rates are 0, every expert counts as
+        picked equally often.
         """
         weight_E = rate_E if rate_E.any() else np.ones_like(rate_E)
         lost_S = np.bincount(self._last_shard, weight_E[self._last_expert], len(self.arrays.shard_ids))
@@ -148,14 +156,17 @@ class CoverageReport:
 
 @dataclass(frozen=True)
 class Repair:
-    """Since when (in seconds since 1970) experts have been below cover, and how long it took the last time."""
+    """A `Repair` says since when experts have been below full cover, and how long the last repair took.
+
+    Times are in seconds since 1970, durations in seconds. `below_since` is None while all experts have full cover.
+    """
 
     below_since: float | None = None
     last_took_s: float | None = None
     num_repaired: int = 0
 
     def note(self, is_below: bool, now: float) -> Repair:
-        """What is known once this has been found."""
+        """Return the state after an observation at time `now`; `is_below` says if any expert lacks full cover."""
         if is_below == (self.below_since is not None):
             return self
         if self.below_since is None:
@@ -163,5 +174,5 @@ class Repair:
         return Repair(None, now - self.below_since, self.num_repaired + 1)
 
     def seconds_left(self, now: float, usual_s: float) -> float | None:
-        """An estimate, if a repair takes `usual_s`; None where nothing is to be repaired."""
+        """Return the estimated seconds until full cover if a repair takes `usual_s`; None if nothing needs repair."""
         return None if self.below_since is None else max(0.0, self.below_since + usual_s - now)

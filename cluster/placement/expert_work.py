@@ -15,7 +15,11 @@ MIB = 2**20
 
 
 def pick_probabilities(spec: LayerSpec, load: ExpectedLoad | None, risk: float) -> tuple[Floats, Floats]:
-    """How likely a row picks each expert, as expected and with `risk` standard deviations more; [E] each."""
+    """Return the probability that a row picks each expert, [E], once as expected and once with a margin.
+
+    The margin is `risk` standard deviations of the expert's load. Without a load, or with a load of zero, all experts
+    are equally likely. Raises ValueError if the load does not fit the layer.
+    """
     if load is None:
         even_E = np.full(spec.num_experts, spec.top_k / spec.num_experts)
         return even_E, even_E
@@ -32,10 +36,11 @@ def pick_probabilities(spec: LayerSpec, load: ExpectedLoad | None, risk: float) 
 
 
 def expert_work(spec: LayerSpec, picked_E: Floats, rows_per_step: float) -> Floats:
-    """What a step of so many rows costs by expert, [E, C]: MiB of weights that it reads, MiB · rows that it computes.
+    """Return the work of each expert in a step of `rows_per_step` rows, [E, C]: MiB read, and MiB times rows computed.
 
-    An expert's weights are read if any row picks it, once in all: the client keeps few rows of one expert together, so
-    a second home shares the reading as it shares the rows. (With many rows both read them, which is then little.)
+    The weights of an expert count as read once in total if any row picks the expert, and its homes share this read as
+    they share the rows. With few rows that is right, because the client sends them to one home. With many rows every
+    home reads the weights, but then reading is a small part of the work.
     """
     size = spec.expert_bytes / MIB
     touched_E = -np.expm1(rows_per_step * np.log1p(-np.minimum(picked_E, 1 - 1e-12)))

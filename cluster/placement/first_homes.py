@@ -1,4 +1,7 @@
-"""Homes for experts that have none: at the first placement, or after a loss. Legend as in `cluster.placement.balance`."""
+"""First homes: an assignment of homes to experts that have none, at the first placement or after a loss.
+
+Legend: as in `cluster.placement.balance`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from cluster.placement.balance import expert_time, ideal_level, is_home, merge_g
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def count_homes(work_EC: Any, num_slots: int, level: float, most: int, target_E: Any) -> None:
-    """Writes how many homes each expert should have on a device, as far as slots go.
+    """Write to `target_E` how many homes each expert should get if there are `num_slots` slots on devices.
 
-    The costliest per home get more until half a shard's time bears each, then every expert gets a second one, the
-    costliest first.
+    Every expert gets one home. Then the expert with the most work per home gets another one, again and again, until no
+    expert has more work per home than half of `level`, or has `most` homes. Remaining slots go to second homes, first
+    for the experts with the most work.
     """
     target_E[:] = 1
     cost_E = work_EC.sum(axis=1)
@@ -37,10 +41,11 @@ def count_homes(work_EC: Any, num_slots: int, level: float, most: int, target_E:
 def assign(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, node_S: Any, target_E: Any, busy_S: Any
 ) -> int:
-    """Gives experts homes until each has `target_E`, the costliest copies first; returns how many found no room.
+    """Assign homes to experts until each has `target_E` of them; return the number of homes that found no slot.
 
-    Of the shards that are about as free as the freest, a copy takes one that links two groups of shards which share no
-    expert yet: rows can then flow from any shard to any other when the load drifts, without moving an expert.
+    Experts with the most work per home come first. Among the shards that would finish at about the same time, the new
+    home goes to one that shares no expert with the expert's other homes, directly or through other shards. When the
+    load drifts, rows can then flow from any shard to any other without moving an expert.
     """
     num_experts, num_shards = len(num_E), len(slots_S)
     order = np.argsort(-work_EC.sum(axis=1) / np.maximum(target_E, 1), kind="mergesort")
@@ -73,7 +78,12 @@ def _choose_shard(
     expert: int, share: float, slack: float, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any,
     node_S: Any, group_S: Any, busy_S: Any,
 ) -> int:  # fmt: skip
-    """The shard that would be done first with one more copy, on a node of its own if that can be; -1: no room."""
+    """Return the shard that should become the next home of `expert`, or -1 if no shard has a slot.
+
+    That is the shard that would finish first with `share` of the expert's rows; a second home goes to another node than
+    the first if possible. If the expert already has a home, a shard outside of the first home's group is preferred, as
+    long as it finishes at most `slack` µs later.
+    """
     first = homes_EH[expert, 0]
     least, to, is_apart = np.inf, -1, False
     for shard in range(len(slots_S)):

@@ -1,6 +1,6 @@
-"""The fleet as the planner fills it: how much room each shard has left, and which experts each layer has on it.
+"""The planner's view of the fleet: the memory that each shard has left, and the experts that each layer has on it.
 
-Legend: E experts of a layer, S shards that may hold experts, P parts of a pace, C parts of a cost (`cluster.placement.balance`).
+Legend: as in `cluster.placement.balance`; S counts only the shards that may hold experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from cluster.topology import LayerSpec, Placement, Shard
 
 
 class FleetBudget:
-    """The shards that may hold experts, sorted by id, and the bytes that are taken on each; those that drain follow."""
+    """A `FleetBudget` counts the bytes that each shard has used, and says how many more experts each shard may hold.
+
+    `ids` are the ids of all shards: first the `num_shards` active ones, sorted, then those that drain. Arrays with the
+    suffix `_S` are about active shards only, except `all_costs_SP`.
+    """
 
     def __init__(self, shards: Sequence[Shard], layers: Sequence[LayerSpec], policy: PlanPolicy) -> None:
         ordered = sorted(shards, key=lambda shard: (shard.draining, shard.id))
@@ -35,7 +39,7 @@ class FleetBudget:
             for shard in ordered
         ]
         self.all_costs_SP = np.array(costs, np.float64)
-        self.all_costs_SP[:, 2] = np.maximum(self.all_costs_SP[:, 2], 1e-9)  # so that every expert costs something
+        self.all_costs_SP[:, 2] = np.maximum(self.all_costs_SP[:, 2], 1e-9)  # Every expert must cost some time.
         self.cost_SP = self.all_costs_SP[: self.num_shards]
         self.num_nodes = len({shard.node for shard in active})
         self.node_S = np.unique([shard.node for shard in active], return_inverse=True)[1].astype(np.int64)
@@ -47,7 +51,7 @@ class FleetBudget:
         self._set_quotas(layers)
 
     def _set_headroom(self, layers: Sequence[LayerSpec]) -> None:
-        """What stays free on every shard, so that an expert can come before another goes."""
+        """Set the bytes that stay free on every shard, so that an expert can be loaded before another is dropped."""
         largest = max((spec.expert_bytes for spec in layers), default=0)
         needed = sum(spec.num_experts * spec.expert_bytes for spec in layers)
         self.headroom = largest if self.policy.headroom is None else self.policy.headroom
@@ -55,7 +59,10 @@ class FleetBudget:
             self.headroom = 0
 
     def _set_quotas(self, layers: Sequence[LayerSpec]) -> None:
-        """A layer's part of each shard's memory, in experts: what rounding leaves over goes on to the next layer."""
+        """Set how many experts of each layer each shard may hold; bytes left over by rounding go to the next layer.
+
+        A layer's part of the memory is proportional to the bytes of its experts.
+        """
         total = sum(spec.num_experts * spec.expert_bytes for spec in layers)
         usable_S = np.maximum(self.budget_S - self.headroom, 0)
         self.quota_LS = np.zeros((len(layers), self.num_shards), np.int64)
@@ -70,44 +77,48 @@ class FleetBudget:
             assigned_S += self.quota_LS[number] * spec.expert_bytes
             host_assigned_S += self.host_quota_LS[number] * spec.expert_bytes
 
-    def count(self, planned: Sequence[PlannedLayer]) -> None:
-        """Takes the bytes of all layers as they run."""
-        for layer in planned:
-            self.update_usage(layer)
-
     def update_usage(self, layer: PlannedLayer) -> None:
-        """Counts a layer's experts as they are now, instead of as they were when last counted."""
+        """Count a layer's present homes and standbys in place of those that were counted at the previous update."""
         size = layer.spec.expert_bytes
-        held_S, standby_S = layer.table.held_S(self.num_shards), layer.standby.held_S(self.num_shards)
+        held_S, standby_S = layer.matrix.held_S(self.num_shards), layer.standby.held_S(self.num_shards)
         self.used_S += (held_S - layer.counted_S) * size
         self.host_used_S += (standby_S - layer.host_counted_S) * size
         layer.counted_S, layer.host_counted_S = held_S, standby_S
 
     def slots_S(self, number: int, layer: PlannedLayer) -> Array:
-        """How many more experts a layer may put on each shard: within its part of the memory, with headroom left."""
+        """Return how many more experts a layer may put on each shard, [S], within its quota and with headroom left.
+
+        `number` is the position of the layer in the sequence of layers that was given at the start.
+        """
         free_S = (self.budget_S - self.headroom - self.used_S) // layer.spec.expert_bytes
-        quota_left_S = self.quota_LS[number] - layer.table.held_S(self.num_shards)
+        quota_left_S = self.quota_LS[number] - layer.matrix.held_S(self.num_shards)
         slots_S: Array = np.maximum(np.minimum(free_S, quota_left_S), 0)
         return slots_S
 
     def free_slots_S(self, layer: PlannedLayer) -> Array:
-        """How many more experts of a layer fit on each shard at all."""
+        """Return how many more experts of a layer fit on each shard, [S], without regard to quota and headroom."""
         slots_S: Array = np.maximum((self.budget_S - self.used_S) // layer.spec.expert_bytes, 0)
         return slots_S
 
     def host_slots_S(self, number: int, layer: PlannedLayer) -> Array:
-        """How many more of a layer's experts may stand by in each shard's host memory."""
+        """Return how many more standbys a layer may put in each shard's host memory, [S].
+
+        A negative number means that so many standbys are on disk.
+        """
         free_S = (self.host_budget_S - self.host_used_S) // layer.spec.expert_bytes
         slots_S: Array = np.minimum(free_S, self.host_quota_LS[number] - layer.standby.held_S(self.num_shards))
         return slots_S
 
     def evict_over_budget(self, planned: Sequence[PlannedLayer]) -> None:
-        """Drops homes on shards that hold more than their budget, first of experts with others, then of cold ones."""
+        """Drop homes on shards that hold more bytes than their budget.
+
+        Homes of experts that have another home are dropped first, then those of experts with the least work.
+        """
         for shard in np.flatnonzero(self.used_S > self.budget_S).tolist():
             held = [
-                (int(layer.table.num_E[expert]) < 2, float(layer.work_EC[expert].sum()), number, expert)
+                (int(layer.matrix.num_E[expert]) < 2, float(layer.work_EC[expert].sum()), number, expert)
                 for number, layer in enumerate(planned)
-                for expert in np.flatnonzero((layer.table.homes_EH == shard).any(axis=1)).tolist()
+                for expert in np.flatnonzero((layer.matrix.homes_EH == shard).any(axis=1)).tolist()
             ]
             for _, _, number, expert in sorted(held):
                 if self.used_S[shard] <= self.budget_S[shard]:
@@ -117,7 +128,13 @@ class FleetBudget:
 
 
 class PlannedLayer:
-    """One layer: as it runs (`before`, `standby_before`, with draining shards) and as planned (`table`, `standby`)."""
+    """A `PlannedLayer` holds one layer as it runs and as it is planned.
+
+    - `before` and `standby_before`: the running homes and standbys, with those on draining shards.
+    - `matrix` and `standby`: the planned homes and standbys, at first the running ones without draining shards.
+    - `homes` and `standby_homes`: the running ones as shard ids, as the placement gives them.
+    - `pick_E`: the probability that a row picks each expert.
+    """
 
     def __init__(
         self,
@@ -139,12 +156,12 @@ class PlannedLayer:
         self.before = HomeMatrix.of(self.homes or empty, fleet.index, 1)
         self.standby_before = HomeMatrix.of(self.standby_homes or empty, fleet.index, 3)
         num_named = sum(map(len, self.homes)) + sum(map(len, self.standby_homes))
-        self.is_whole = num_named == self.before.num_E.sum() + self.standby_before.num_E.sum()  # no home is lost
+        self.is_complete = num_named == self.before.num_E.sum() + self.standby_before.num_E.sum()  # No home is lost.
         self.is_new = not self.before.num_E.any()
         has_draining = fleet.num_shards < len(fleet.ids)
-        self.table = self.before.only_below(fleet.num_shards) if has_draining else self.before.copy()
+        self.matrix = self.before.only_below(fleet.num_shards) if has_draining else self.before.copy()
         self.standby = self.standby_before.only_below(fleet.num_shards) if has_draining else self.standby_before.copy()
-        self.picked_E, cautious_E = pick_probabilities(spec, load, policy.risk)
+        self.pick_E, cautious_E = pick_probabilities(spec, load, policy.risk)
         self.work_EC: Floats = expert_work(spec, cautious_E, policy.rows_per_step)
         is_known = load is not None and policy.cold_below > 0
         self.is_cold_E = (
@@ -153,28 +170,31 @@ class PlannedLayer:
         self.counted_S = np.zeros(fleet.num_shards, np.int64)
         self.host_counted_S = np.zeros(fleet.num_shards, np.int64)
         self.wake_us = policy.wake_us_per_mib
-        self.level_at_rest: float | None = None  # µs of the slowest shard, where nothing had to be repaired
-        self._settled: tuple[HomeMatrix, Array, Floats] | None = None  # the homes for which busy_S is known
+        self.level_at_rest: float | None = None  # Time of the slowest shard in µs, if the layer needed no repair.
+        self._known_busy: tuple[HomeMatrix, Array, Floats] | None = None  # Homes and fallbacks, and `busy_S` for them.
 
     @property
     def fallback_E(self) -> Array:
-        """The first shard that stands by for each expert without a home, -1 where none does."""
-        return np.where(self.table.num_E == 0, self.standby.homes_EH[:, 0], -1)
+        """Return the first standby of each expert without a home, [E]; -1 if it has none, or if it has a home."""
+        return np.where(self.matrix.num_E == 0, self.standby.homes_EH[:, 0], -1)
 
     def busy_S(self, fleet: FleetBudget) -> Floats:
-        """The µs of each shard with rows shared out best."""
+        """Return the time of each shard in µs, [S], with all rows split best over their homes."""
         fallback_E = self.fallback_E
-        if self._settled is None or not (
-            self._settled[0].is_same(self.table) and np.array_equal(self._settled[1], fallback_E)
+        if self._known_busy is None or not (
+            self._known_busy[0].is_same(self.matrix) and np.array_equal(self._known_busy[1], fallback_E)
         ):
             busy_S = balance.busy_times(
-                self.work_EC, fleet.cost_SP, self.table.homes_EH, self.table.num_E, fallback_E, self.wake_us
+                self.work_EC, fleet.cost_SP, self.matrix.homes_EH, self.matrix.num_E, fallback_E, self.wake_us
             )
-            self._settled = self.table.copy(), fallback_E, busy_S
-        return self._settled[2].copy()
+            self._known_busy = self.matrix.copy(), fallback_E, busy_S
+        return self._known_busy[2].copy()
 
     def level_before(self, fleet: FleetBudget) -> float:
-        """µs of the slowest shard as it runs, those that drain included; experts without a live home cost nothing."""
+        """Return the time in µs of the slowest shard as the layer runs now, draining shards included.
+
+        Experts without any live home or standby cost no time.
+        """
         if self.level_at_rest is not None:
             return self.level_at_rest
         busy_S = balance.busy_times(
@@ -184,33 +204,42 @@ class PlannedLayer:
         return float(busy_S.max())
 
     def add(self, expert: int, shard: int) -> None:
-        if self.table.num_E[expert] == self.table.homes_EH.shape[1]:
-            self.table = self.table.resized(self.table.homes_EH.shape[1] + 1)
-        self.table.homes_EH[expert, self.table.num_E[expert]] = shard
-        self.table.num_E[expert] += 1
+        if self.matrix.num_E[expert] == self.matrix.homes_EH.shape[1]:
+            self.matrix = self.matrix.resized(self.matrix.homes_EH.shape[1] + 1)
+        self.matrix.homes_EH[expert, self.matrix.num_E[expert]] = shard
+        self.matrix.num_E[expert] += 1
 
     def drop(self, expert: int, shard: int) -> None:
-        homes_H = self.table.homes_EH[expert]
+        homes_H = self.matrix.homes_EH[expert]
         kept = homes_H[(homes_H >= 0) & (homes_H != shard)]
         homes_H[:] = -1
         homes_H[: len(kept)] = kept
-        self.table.num_E[expert] = len(kept)
+        self.matrix.num_E[expert] = len(kept)
 
     def draining_home(self, expert: int, num_shards: int) -> int:
-        """A draining shard (they come from `num_shards` on) on whose device an expert is now; -1: none."""
+        """Return a draining shard that is now a home of `expert`, or -1 if there is none.
+
+        Draining shards have the numbers from `num_shards` on.
+        """
         last = int(self.before.homes_EH[expert].max(initial=-1))
         return last if last >= num_shards else -1
 
     def coldest_with_others(self, shard: int) -> int:
-        """Of the experts with other homes that a shard holds, the coldest; -1 if it holds none."""
-        held = np.flatnonzero((self.table.homes_EH == shard).any(axis=1) & (self.table.num_E > 1))
-        return int(held[np.argmin(self.work_EC[held].sum(axis=1) / self.table.num_E[held])]) if len(held) else -1
+        """Return the expert with the least work per home among those that have a home on `shard` and another one.
+
+        Return -1 if there is no such expert.
+        """
+        held = np.flatnonzero((self.matrix.homes_EH == shard).any(axis=1) & (self.matrix.num_E > 1))
+        return int(held[np.argmin(self.work_EC[held].sum(axis=1) / self.matrix.num_E[held])]) if len(held) else -1
 
     def coldest(self, min_homes: int) -> tuple[int, int]:
-        """Of the experts with so many homes that of least cost a home, and its last home; -1 if there is none."""
-        candidates = np.flatnonzero(self.table.num_E >= min_homes)
+        """Return the expert with the least work per home among those with `min_homes` or more, and its last home.
+
+        Return (-1, -1) if there is no such expert.
+        """
+        candidates = np.flatnonzero(self.matrix.num_E >= min_homes)
         if not len(candidates):
             return -1, -1
-        num_E = self.table.num_E[candidates]
+        num_E = self.matrix.num_E[candidates]
         expert = int(candidates[np.argmin(self.work_EC[candidates].sum(axis=1) / num_E)])
-        return expert, int(self.table.homes_EH[expert, self.table.num_E[expert] - 1])
+        return expert, int(self.matrix.homes_EH[expert, self.matrix.num_E[expert] - 1])

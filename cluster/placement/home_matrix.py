@@ -1,6 +1,6 @@
-"""The homes of one layer's experts as arrays of small numbers, which is what the compiled parts of the planner take.
+"""The homes of one layer's experts as arrays of shard numbers, the form that the compiled parts of the planner use.
 
-Legend: E experts of the layer, H homes of one (padded with -1), C the two parts of a cost (`cluster.placement.balance`).
+Legend: as in `cluster.placement.balance`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cluster.topology import Homes
 
 
 class ShardNumbers(dict[str, int]):
-    """The number of each shard by its name; -1 for one that is not there."""
+    """`ShardNumbers` maps a shard's id to its number, and every unknown id to -1."""
 
     def __missing__(self, id: str) -> int:
         return -1
@@ -24,7 +24,10 @@ class ShardNumbers(dict[str, int]):
 
 @dataclass
 class HomeMatrix:
-    """Homes of each expert: the first `num_E[e]` of `homes_EH[e]` are numbers of shards, in the order of preference."""
+    """A `HomeMatrix` holds the homes, or the standbys, of all experts of one layer.
+
+    The first `num_E[e]` entries of `homes_EH[e]` are shard numbers in the order of preference; the others are -1.
+    """
 
     homes_EH: Array
     num_E: Array
@@ -35,7 +38,10 @@ class HomeMatrix:
 
     @classmethod
     def of(cls, homes: Homes, index: ShardNumbers, width: int) -> HomeMatrix:
-        """Reads homes by the names of shards; those that `index` does not know are left out."""
+        """Convert homes given as shard ids; homes on shards that `index` lacks are left out.
+
+        The matrix has at least `width` columns.
+        """
         num_E = np.fromiter(map(len, homes), np.int64, len(homes))
         flat = np.fromiter(map(index.__getitem__, chain.from_iterable(homes)), np.int64, int(num_E.sum()))
         table = cls.empty(len(homes), max(width, int(num_E.max(initial=0))))
@@ -44,7 +50,7 @@ class HomeMatrix:
         return table if flat.min(initial=0) >= 0 else table.only_below(len(index))
 
     def only_below(self, num_shards: int) -> HomeMatrix:
-        """Without the homes that are no shard (-1) or a shard from `num_shards` on; the order of the others stays."""
+        """Return a matrix with only the homes on shards 0 to `num_shards` - 1, in the same order."""
         is_kept_EH = (self.homes_EH >= 0) & (self.homes_EH < num_shards)
         order = np.argsort(~is_kept_EH, axis=1, kind="stable")
         kept_EH = np.where(is_kept_EH, self.homes_EH, -1)
@@ -54,7 +60,7 @@ class HomeMatrix:
         return HomeMatrix(self.homes_EH.copy(), self.num_E.copy())
 
     def resized(self, width: int) -> HomeMatrix:
-        """The same with room for `width` homes of an expert."""
+        """Return a copy with `width` columns; no expert may have more homes than that."""
         assert width >= self.num_E.max(initial=0)
         table = HomeMatrix.empty(len(self.num_E), width)
         most = min(width, self.homes_EH.shape[1])
@@ -63,17 +69,17 @@ class HomeMatrix:
         return table
 
     def held_S(self, num_shards: int) -> Array:
-        """The number of experts on each shard."""
+        """Return the number of experts on each shard, [S]."""
         return np.bincount(self.homes_EH.ravel() + 1, minlength=num_shards + 1)[1:]
 
     def is_same(self, other: HomeMatrix) -> bool:
-        """Whether it has the same homes in the same order."""
+        """Return True if `other` has the same homes in the same order."""
         if self.homes_EH.shape == other.homes_EH.shape:
             return np.array_equal(self.homes_EH, other.homes_EH)
         return len(self.changed(other)) == 0
 
     def changed(self, other: HomeMatrix) -> Array:
-        """The experts that have other homes, or another order of them, in `other`."""
+        """Return the experts whose homes, or their order, are different in `other`."""
         width = min(self.homes_EH.shape[1], other.homes_EH.shape[1])
         differs_E = (self.homes_EH[:, :width] != other.homes_EH[:, :width]).any(axis=1)
         for table in (self, other):
@@ -82,12 +88,14 @@ class HomeMatrix:
         return np.flatnonzero(differs_E)
 
     def num_added(self, other: HomeMatrix) -> int:
-        """How many homes it has that `other` does not."""
+        """Return how many homes this matrix has that `other` lacks."""
         return sum(len(set(self.of_expert(e)) - set(other.of_expert(e))) for e in self.changed(other).tolist())
 
     def of_expert(self, expert: int) -> list[int]:
+        """Return the shard numbers of the homes of `expert`, the preferred home first."""
         homes: list[int] = self.homes_EH[expert, : self.num_E[expert]].tolist()
         return homes
 
     def ids_of(self, expert: int, ids: Sequence[str]) -> tuple[str, ...]:
+        """Return the shard ids of the homes of `expert`; `ids` are the ids of all shards by their number."""
         return tuple(ids[home] for home in self.of_expert(expert))

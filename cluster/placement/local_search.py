@@ -1,11 +1,10 @@
-"""The steps that make a layer's slowest shard faster: copies of experts, in place of others or not, moves and swaps.
+"""The local search that makes the slowest shard of a layer faster, one step at a time.
 
-Compiled, because a decision looks at tens of thousands of them: the promise of every step is estimated, and the most
-promising are tried in full. Legend as in `cluster.placement.balance`; K = 5 numbers of a step, X steps.
+A step copies an expert to another shard, there perhaps in place of another expert, or swaps two experts
+(`cluster.placement.search_step`). The gain of every possible step is estimated, and the most promising steps are tried
+in full. The functions are compiled, because one decision looks at tens of thousands of steps.
 
-A step is (expert, to, out, back, other): `expert` gets a home at shard `to`. Where `out` is an expert, it loses its
-home there; where `back` is a shard, `out` gets one there, and `other` (if not -1) loses it. In a swap `other` is
-`expert`.
+Legend: as in `cluster.placement.balance`; also K = 5 numbers of a step, X steps.
 """
 
 from __future__ import annotations
@@ -28,12 +27,13 @@ from cluster.placement.balance import (
 from cluster.placement.search_candidates import promising_steps
 from cluster.placement.search_step import TRIAL_SWEEPS, add_home, apply_step, try_step, undo_step
 
-FEW_TRIALS, MANY_TRIALS = 8, 20  # of the most promising steps are tried in full: many where none of a few helps
-EVENNESS = (
-    1e-3  # what a µs of the root mean square counts beside one of the maximum: of several slowest, one goes first
-)
-PATIENCE = 8  # steps in a row that only relieve one of several slowest shards
-GOOD_TRIAL = 0.7  # the part of the next step's promise at which no further one is tried
+# The number of most promising steps that are tried in full. The search tries many only if none of the few helps.
+FEW_TRIALS, MANY_TRIALS = 8, 20
+# The weight of the root mean square of the shards' times, relative to their maximum. If several shards are equally
+# slow, a step that relieves only one of them does not lower the maximum, but it lowers the root mean square.
+EVENNESS = 1e-3
+PATIENCE = 8  # The search ends after so many steps in a row that did not lower the maximum.
+GOOD_TRIAL = 0.7  # Trials end when the best gain so far reaches this part of the next step's estimate.
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -41,11 +41,15 @@ def improve(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, is_cold_E: Any,
     wake_us: float, enough: float, aim: float, price: float, max_steps: int,
 ) -> Any:  # fmt: skip
-    """Takes the step that shortens the slowest shard's time most per expert moved, again and again, in place.
+    """Take the best step again and again, in place; return the slowest shard's time before and after, in µs.
 
-    Looks further than the most promising steps only above the level `enough` (µs). Ends at `aim` or where no step
-    helps, then goes back to the point at which time saved less `price` (µs) per expert moved was highest. Returns the
-    level before and after, in µs.
+    The best step is the one that saves the most time of the slowest shard per expert moved.
+
+    - Detours and swaps are considered only while the slowest shard's time is above `enough` (µs).
+    - The search ends when the slowest shard's time is at most `aim` (µs), no step helps, or `max_steps` are taken.
+    - Then the steps after the best point are undone. The best point is where the time saved, minus `price` (µs) per
+      expert moved, was highest.
+    - Experts with `is_cold_E` may lose their last home. Then `fallback_E` becomes the shard of that home.
     """
     share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(cost_SP))
     split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, wake_us, share_EH, busy_S)
@@ -95,10 +99,10 @@ def _best_step(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_cold_E: Any,
     fallback_E: Any, wake_us: float, is_thorough: bool,
 ) -> Any:  # fmt: skip
-    """Tries the most promising steps and returns the one that shortens the time most per expert moved.
+    """Try the most promising steps in full and return the one that saves the most time per expert moved.
 
-    Its first number is -1 where none shortens it. Swaps are looked at only where nothing cheaper helps and
-    `is_thorough`.
+    If no step saves time, the first number of the returned step is -1. Detours and swaps, which move two experts, are
+    considered only if no other step helps and `is_thorough` is True.
     """
     level, evenness = busy_S.max(), np.sqrt((busy_S**2).mean())
     chosen, best = (-1, -1, -1, -1, -1), 1e-6 * level
@@ -129,7 +133,10 @@ def _best_step(
 def fill_slots(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, wake_us: float
 ) -> None:
-    """Fills `slots_S` with homes of experts that burden slower shards, in place, those first that relieve most."""
+    """Add homes on the shards with free `slots_S`, in place, first those that relieve the slower shards most.
+
+    The function ends when no further home would relieve a slower shard by 2 % of the ideal level.
+    """
     share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(cost_SP))
     split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, wake_us, share_EH, busy_S)
     enough = 0.02 * ideal_level(work_EC, cost_SP)

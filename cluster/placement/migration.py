@@ -1,7 +1,7 @@
-"""From the placement that is running to the one that was planned, in rounds: load, verify, publish, drain, drop.
+"""The migration from the running placement to the planned one, in rounds: load, verify, publish, drain, drop.
 
-Nothing here remembers anything. Every round is worked out anew from what is published, what is wanted and what the
-shards hold, so a controller that dies between any two steps leaves nothing that the next one would not see.
+The functions keep no state. They derive every round from the published placement, the target and the experts that the
+shards hold. A controller that dies between two steps therefore leaves nothing that its successor does not see.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DEVICE, STANDBY = "device", "standby"
 
 
 class Home(NamedTuple):
-    """One expert on one shard."""
+    """A `Home` names one expert on one shard in one tier: in device memory, or as a standby."""
 
     layer: int
     expert: int
@@ -27,7 +27,7 @@ class Home(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """Where experts should be: what a plan is about, and what a placement publishes."""
+    """A `Target` says where experts should be: the part of a plan that becomes a placement when it is published."""
 
     homes: Mapping[int, Homes]
     standby: Mapping[int, Homes]
@@ -37,11 +37,12 @@ class Target:
         return cls(placement.homes, placement.standby)
 
     def tiers(self, layer: int, expert: int) -> dict[str, str]:
-        """The tier of each home of one expert; the preferred home first."""
+        """Return the tier of one expert on each of its shards, by shard id; the preferred home comes first."""
         standby = self.standby[layer][expert] if layer in self.standby else ()
         return dict.fromkeys(self.homes[layer][expert], DEVICE) | dict.fromkeys(standby, STANDBY)
 
     def all_homes(self) -> Iterator[Home]:
+        """Yield the homes and standbys of all experts."""
         for tier, homes_of in ((DEVICE, self.homes), (STANDBY, self.standby)):
             for layer, homes in homes_of.items():
                 for expert, ids in enumerate(homes):
@@ -50,7 +51,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Holding:
-    """What one shard holds: (layer, expert, tier), and the bytes of device memory that takes."""
+    """A `Holding` lists what one shard holds as (layer, expert, tier), and the bytes of device memory that it uses."""
 
     experts: frozenset[tuple[int, int, str]] = frozenset()
     used_bytes: int = 0
@@ -58,10 +59,10 @@ class Holding:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that one shard loads in a round (one expert at least), and homes that an expert keeps meanwhile."""
+    """`Limits` bound what a migration does at once."""
 
-    bytes_in_flight: int = 256 << 20
-    min_cover: int = 2
+    bytes_in_flight: int = 256 << 20  # Bytes that one shard loads in a round; a larger expert is loaded alone.
+    min_cover: int = 2  # Live homes and standbys that an expert keeps when one of them is dropped.
 
     def __post_init__(self) -> None:
         assert self.bytes_in_flight > 0
@@ -70,21 +71,25 @@ class Limits:
 
 @dataclass(frozen=True)
 class Round:
-    """Homes to load before the next epoch; `num_left` are those that have no room yet, or wait for their turn."""
+    """A `Round` lists the homes to load before the next epoch.
+
+    `num_left` counts the missing homes that must wait for a later round, for memory or because of the limits.
+    """
 
     loads: frozenset[Home]
     num_left: int
 
     def without(self, failed: Collection[Home]) -> Round:
-        """What is left of it where some could not be loaded."""
+        """Return the round without the homes that failed to load; they count as left."""
         lost = self.loads.intersection(failed)
         return Round(self.loads - lost, self.num_left + len(lost))
 
 
-Holdings = Mapping[str, Holding]  # of the shards that are alive
+Holdings = Mapping[str, Holding]  # What each live shard holds, by shard id.
 
 
 def held_homes(holdings: Holdings) -> set[Home]:
+    """Return all homes and standbys that live shards hold."""
     return {Home(layer, expert, id, tier) for id, held in holdings.items() for layer, expert, tier in held.experts}
 
 
@@ -96,10 +101,11 @@ def next_round(
     holdings: Holdings,
     limits: Limits = Limits(),
 ) -> Round:
-    """What to load now: experts with fewest live homes first, no shard over its memory or its bytes in flight.
+    """Return the homes to load now: experts with the fewest live homes first, within each shard's memory and limits.
 
-    What a shard holds and no placement names yet is in the round too: loading it again costs nothing, and tells the
-    shard who leads. Until something is published nobody is disturbed, and as much is loaded as there is room for.
+    A home that its shard already holds, but that the published placement lacks, is in the round too: to load it again
+    costs nothing, and the order tells the shard who the leader is. Before the first placement is published there is no
+    limit on the bytes in flight, because loading disturbs no request.
     """
     sizes = {spec.layer: spec.expert_bytes for spec in layers}
     held = held_homes(holdings)
@@ -126,11 +132,12 @@ def next_round(
 def next_target(
     target: Target, published: Placement | None, done: Round, holdings: Holdings, limits: Limits = Limits()
 ) -> Target | None:
-    """The homes to publish now that `done` is loaded; None where nothing changes, or it is too early.
+    """Return the homes to publish now that `done` is loaded, or None if nothing changes or it is too early.
 
-    The first placement is published when it is complete. Later a home that is no longer wanted stays until its expert
-    has enough live ones without it, and a dead one until it is replaced or nothing is left to load. Where memory is so
-    full that nothing can be loaded, one expert gives up a second home for a round.
+    - The first placement is published when it is complete.
+    - A home outside of the target stays until its expert has enough live homes without it.
+    - A home on a dead shard stays until it is replaced, or until nothing is left to load.
+    - If memory is so full that nothing can be loaded, one expert loses a home outside of the target at once.
     """
     if published is None:
         return None if done.num_left else target
@@ -151,8 +158,11 @@ def next_target(
 
 
 def leftovers(published: Placement | None, target: Target, holdings: Holdings) -> tuple[set[Home], set[Home]]:
-    """What live shards hold though neither the placement nor the target names the shard as its home; and what they have
-    in device memory though they need only stand by for it, as it should become."""
+    """Return the homes that live shards hold without need: those to drop, and those to demote to standbys.
+
+    A home is dropped if neither the published placement nor the target has the expert on that shard. It is demoted if
+    the expert is in device memory, but should only be a standby there; the second set lists these standbys.
+    """
     named = set(target.all_homes()) | (set(Target.of(published).all_homes()) if published else set())
     places = {home[:3] for home in named}
     unnamed = held_homes(holdings) - named
@@ -161,17 +171,17 @@ def leftovers(published: Placement | None, target: Target, holdings: Holdings) -
 
 
 def _is_on_device(home: Home, held: Collection[Home]) -> bool:
-    """Whether a shard that should stand by for an expert has it in device memory, which is as good."""
+    """Return True if `home` is a standby whose shard holds the expert in device memory, which is at least as good."""
     return home.tier == STANDBY and home._replace(tier=DEVICE) in held
 
 
 def _is_live(home: Home, held: Collection[Home]) -> bool:
-    """Whether the shard has the expert in either tier."""
+    """Return True if the shard holds the expert in either tier."""
     return home in held or home._replace(tier=STANDBY if home.tier == DEVICE else DEVICE) in held
 
 
 def by_shard(homes: Iterable[Home], tier: str) -> dict[str, dict[int, list[int]]]:
-    """Experts by shard and layer, in order."""
+    """Return the experts of the homes in `tier`, sorted, by shard id and layer."""
     result: dict[str, dict[int, list[int]]] = {}
     for home in sorted(homes):
         if home.tier == tier:
@@ -180,6 +190,7 @@ def by_shard(homes: Iterable[Home], tier: str) -> dict[str, dict[int, list[int]]
 
 
 def _differences(current: Target, target: Target) -> list[tuple[int, int]]:
+    """Return the (layer, expert) pairs whose homes or standbys differ, or the order of their homes."""
     return [
         (layer, expert)
         for layer, homes in target.homes.items()
@@ -202,43 +213,52 @@ def _next_homes(
     is_complete: bool,
     alive: Collection[str],
 ) -> dict[str, str]:
-    """Of one expert: what is loaded and verified joins, then what is not wanted leaves as far as enough stays."""
-    wanted, now = target.tiers(*key), current.tiers(*key)
-    least, needs_device = min(min_cover, len(wanted)), DEVICE in wanted.values()
+    """Return the next tiers of the expert `key` by shard id.
+
+    Homes of the target are added once they are loaded and verified. Then homes outside of the target are removed, as
+    long as enough live homes stay.
+    """
+    target_tiers, tiers = target.tiers(*key), current.tiers(*key)
+    min_live, needs_device = min(min_cover, len(target_tiers)), DEVICE in target_tiers.values()
 
     def is_enough(homes: Mapping[str, str]) -> bool:
         live = [tier for id, tier in homes.items() if _is_live(Home(*key, id, tier), held)]
-        return len(live) >= least and (DEVICE in live or not needs_device)
+        return len(live) >= min_live and (DEVICE in live or not needs_device)
 
-    for id, tier in wanted.items():
+    for id, tier in target_tiers.items():
         home = Home(*key, id, tier)
-        if now.get(id) != tier and (home in verified or (id in now and _is_on_device(home, held))):
-            after = {**now, id: tier}
-            if now.get(id) != DEVICE or is_enough(after):
-                now = after
-    for id in [id for id in now if id not in wanted]:
-        after = {other: tier for other, tier in now.items() if other != id}
+        if tiers.get(id) != tier and (home in verified or (id in tiers and _is_on_device(home, held))):
+            after = {**tiers, id: tier}
+            if tiers.get(id) != DEVICE or is_enough(after):
+                tiers = after
+    for id in [id for id in tiers if id not in target_tiers]:
+        after = {other: tier for other, tier in tiers.items() if other != id}
         if is_enough(after) or (is_complete and id not in alive):
-            now = after
-    order = [*wanted, *now]
-    return {id: now[id] for id in sorted(now, key=order.index)}
+            tiers = after
+    order = [*target_tiers, *tiers]
+    return {id: tiers[id] for id in sorted(tiers, key=order.index)}
 
 
 def _free_a_slot(
     target: Target, after: Mapping[tuple[int, int], dict[str, str]], held: Collection[Home]
 ) -> dict[tuple[int, int], dict[str, str]]:
-    """One live home that is not wanted leaves a shard which something else waits for, if the expert has another."""
+    """Return one expert and its homes without one that is outside of the target, on a shard that needs the memory.
+
+    The shard needs the memory if another home of the target is still to be loaded there. Only an expert with another
+    live home qualifies. The result is empty if there is none.
+    """
     waiting = {home.shard_id for home in set(target.all_homes()) - set(held) if home.tier == DEVICE}
     for key, homes in sorted(after.items()):
         live = [id for id, tier in homes.items() if _is_live(Home(*key, id, tier), held)]
         for id in live:
-            is_leaving = id not in target.tiers(*key) and id in waiting and homes[id] == DEVICE
-            if is_leaving and len(live) > 1:
+            can_leave = id not in target.tiers(*key) and id in waiting and homes[id] == DEVICE
+            if can_leave and len(live) > 1:
                 return {key: {other: tier for other, tier in homes.items() if other != id}}
     return {}
 
 
 def _replace_homes(current: Target, changed: Mapping[tuple[int, int], Mapping[str, str]]) -> Target:
+    """Return `current` with the tiers of the experts in `changed` replaced."""
     tiers = {}
     for tier, homes_of in ((DEVICE, current.homes), (STANDBY, current.standby)):
         rows = {layer: list(homes) for layer, homes in homes_of.items()}

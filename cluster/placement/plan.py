@@ -1,4 +1,4 @@
-"""What a plan is: the homes that experts should have, the moves that lead there, and what they cost and gain."""
+"""A plan: the homes that experts should have, the moves that lead there, and the cost and gain of the moves."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ MIB = 2**20
 NUMBERS = (
     *("num_bytes", "predicted_s_before", "predicted_s_after", "gain_s", "cost_s"),
     *("cover_before", "cover_after", "is_worth_it"),
-)  # of a plan, as JSON tells them
+)  # The fields of a plan that its JSON form repeats unchanged.
 Tier = Literal["device", "standby"]
 
 
 @dataclass(frozen=True)
 class PlanPolicy:
-    """What a planner weighs: how much is computed per step, what moving costs, and how much better is worth it."""
+    """A `PlanPolicy` tells the planner how large a step is, what a move costs, and which gain is worth a move."""
 
-    rows_per_step: float = 32.0
-    risk: float = 1.0  # standard deviations above the mean that an expert's load is planned for
-    share_of_time: float = 0.5  # of serving time that is spent waiting for experts
-    stay_s: float = 600.0  # how long a load is expected to stay as it is
-    bytes_per_s: float = 1e9  # of one move; moves are counted as if the fleet stood still meanwhile
-    good_enough: float = 0.97  # a layer whose ideal is this part of its slowest shard's time stays as it is
-    aim: float = 0.985  # the same ratio, at which work on a layer ends
-    min_gain: float = 0.005  # of the time per step; less is within the error of the load
-    cold_below: float = 0.0  # picks per second; experts with less may have only standby homes
-    wake_us_per_mib: float = 100.0  # to bring an expert that stands by to the device
-    headroom: int | None = None  # bytes left free on every shard; None: one expert, if all experts fit even so
-    max_homes: int = 64
-    is_device_cover: bool = True  # second homes are in device memory where there is room
+    rows_per_step: float = 32.0  # Rows of one step, all of which every layer computes.
+    risk: float = 1.0  # Standard deviations above the mean load that an expert's work is planned for.
+    share_of_time: float = 0.5  # Share of the serving time that backbones spend waiting for experts.
+    stay_s: float = 600.0  # Seconds for which the load is expected to stay as it is.
+    bytes_per_s: float = 1e9  # Bytes per second of a move. Its time counts as if nothing were served meanwhile.
+    # Balance of a layer: the ideal level divided by the slowest shard's time. From `good_enough` on, the planner leaves
+    # the layer as it is. Else it improves the layer until the balance is `aim`.
+    good_enough: float = 0.97
+    aim: float = 0.985
+    min_gain: float = 0.005  # Smallest share of the step time worth moving for; less is within the error of the load.
+    cold_below: float = 0.0  # Picks per second; an expert with fewer may have only standbys.
+    wake_us_per_mib: float = 100.0  # Time of a promotion at a standby, in µs per MiB.
+    # Bytes left free on every shard. None: as many as the largest expert has, if all experts fit even then.
+    headroom: int | None = None
+    max_homes: int = 64  # Most homes of one expert.
+    is_device_cover: bool = True  # Second homes are in device memory as far as the memory lasts.
 
     def __post_init__(self) -> None:
         assert self.rows_per_step > 0
@@ -46,7 +49,7 @@ class PlanPolicy:
 
 @dataclass(frozen=True)
 class Move:
-    """An expert's weights come to a shard or leave it; `bytes` is what has to come from elsewhere."""
+    """A `Move` adds an expert to a shard or drops it there; `bytes` must be loaded from elsewhere for the move."""
 
     layer: int
     expert: int
@@ -63,12 +66,15 @@ class Move:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where experts should be, and how to get there: `moves` in order, those that add before those that drop.
+    """A `Plan` says which homes and standbys experts should have, and which moves lead there.
 
-    `homes` and `standby` are as in a Placement. Predicted times are seconds per step, summed over layers. `gain_s` is
-    seconds saved per second of serving, `cost_s` the seconds that the moves take. Covers are the number of live homes
-    of the expert with fewest. A blast radius is the share of routed picks that would have no live home if that shard
-    died. `is_worth_it` is false where moves were refused, which are then not in `moves`; `reasons` say why.
+    - `homes` and `standby` are as in a `Placement`.
+    - `moves` are in order: all moves that add come before all moves that drop.
+    - `predicted_s_before` and `predicted_s_after` are seconds per step, summed over layers.
+    - `gain_s` is the seconds saved per second of serving, `cost_s` the seconds that the moves take.
+    - `cover_before` and `cover_after` are the cover of the expert that has the lowest.
+    - `blast_radius_before` and `blast_radius_after` are shares of all picks, by shard id.
+    - `is_worth_it` is False if moves were refused. Refused moves are not in `moves`; `reasons` say why.
     """
 
     homes: Mapping[int, Homes]
@@ -87,7 +93,7 @@ class Plan:
     is_worth_it: bool
 
     def describe(self, max_moves: int = 20) -> str:
-        """The plan for an operator, a few moves of it spelled out."""
+        """Return the plan as text for an operator, with the first `max_moves` moves spelled out."""
         num_adds = sum(move.kind == "add" for move in self.moves)
         worst = [max(radius.values(), default=0.0) for radius in (self.blast_radius_before, self.blast_radius_after)]
         lines = [
@@ -105,7 +111,7 @@ class Plan:
         return "\n".join(lines)
 
     def to_dict(self, max_moves: int = 200) -> dict[str, Any]:
-        """The plan's numbers, its words and some of its moves, for JSON."""
+        """Return the plan for JSON: its numbers, reasons and text, and its first `max_moves` moves."""
         return {
             **{name: getattr(self, name) for name in NUMBERS},
             "blast_radius_before": dict(self.blast_radius_before),

@@ -1,4 +1,8 @@
-"""The candidate steps of the local search, each with an estimate of what it gains."""
+"""The candidate steps of the local search, each with an estimate of the time that it saves.
+
+Legend: as in `cluster.placement.balance`; also K = 5 numbers of a step (`cluster.placement.search_step`), X candidates.
+`steps_XK` and `worth_X` hold the best candidates so far and their estimates in µs per expert moved, the best first.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,11 @@ def promising_steps(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_cold_E: Any,
     can_swap: bool, num_trials: int,
 ) -> Any:  # fmt: skip
-    """The steps that should relieve the slowest shards most per expert moved, best first, with that estimate."""
+    """Return the `num_trials` steps that promise most, best first, and their estimates in µs per expert moved.
+
+    The estimate is by how much the time of the slowest shards falls. Copies to a free slot or in place of a spare home
+    are always considered, detours and swaps only if `can_swap` is True. An estimate of 0 marks an unused entry.
+    """
     level = busy_S.max()
     is_slow_S = busy_S >= level * (1 - 10 * TOLERANCE)
     num_slow = is_slow_S.sum()
@@ -75,7 +83,11 @@ def _score_detours(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_slow_S: Any,
     out_S: Any, out_load_S: Any, steps_XK: Any, worth_X: Any,
 ) -> None:  # fmt: skip
-    """Copies in place of a shard's lightest expert, which moves on to a free slot or where a home is missed least."""
+    """Estimate the detours: copies of an expert to a full shard, whose lightest expert moves on to another shard.
+
+    The lightest expert moves to the shard that would be the least busy, either to a free slot or in place of the spare
+    home there. Two experts move, so the estimate is half the time saved.
+    """
     level, num_slow, max_homes = busy_S.max(), is_slow_S.sum(), homes_EH.shape[1]
     light_S, light_load_S = np.full(len(busy_S), -1, np.int64), np.full(len(busy_S), np.inf)
     for expert in range(len(num_E)):
@@ -114,7 +126,11 @@ def _score_swaps(
     expert: int, position: int, level: float, num_slow: int, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any,
     share_EH: Any, busy_S: Any, is_slow_S: Any, steps_XK: Any, worth_X: Any,
 ) -> None:  # fmt: skip
-    """The swaps of one expert on a slow shard with a lighter one on another; both have to move, so they count half."""
+    """Estimate the swaps of an expert on a slow shard with a lighter expert on another shard.
+
+    `position` is the position of the slow shard among the homes of `expert`. Two experts move, so the estimate is half
+    the time saved.
+    """
     slow = homes_EH[expert, position]
     share = share_EH[expert, position]
     carried = share * expert_time(work_EC, cost_SP, expert, slow)
@@ -141,7 +157,11 @@ def _score_swaps(
 def _spare_homes(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, is_cold_E: Any, shards: int
 ) -> Any:
-    """For each shard the expert whose home there is missed least (-1: none may go), and the µs it carries there."""
+    """Return, for each shard, the expert that can best give up its home there, and the time of its rows there in µs.
+
+    That is the expert with the least time among those that have another home or are cold. A shard without such an
+    expert gets -1 and infinity.
+    """
     out_S, load_S = np.full(shards, -1, np.int64), np.full(shards, np.inf)
     for expert in range(len(num_E)):
         if num_E[expert] > 1 or (is_cold_E[expert] and num_E[expert] == 1):
@@ -155,7 +175,11 @@ def _spare_homes(
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _sharing_groups(work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any) -> Any:
-    """Which shards share rows of some expert, directly or through others, and so rise and fall together; how many."""
+    """Return the group number of each shard, and the size of each shard's group.
+
+    Two shards are in one group if they share the rows of an expert, directly or through other shards. Water-filling
+    brings the shards of a group to the same time.
+    """
     group_S = np.arange(len(busy_S))
     for expert in range(len(num_E)):
         first = -1
@@ -170,7 +194,7 @@ def _sharing_groups(work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _keep_best(worth: float, step: Any, steps_XK: Any, worth_X: Any) -> None:
-    """Puts a step among the best so far, in order of their worth."""
+    """Insert a step into the sorted list of the best candidates if its estimate `worth` is high enough."""
     last = len(worth_X) - 1
     if worth <= worth_X[last]:
         return

@@ -1,4 +1,15 @@
-"""One step of the local search: what it is, and how it is applied, undone and tried."""
+"""One step of the local search: its definition, and functions that apply, undo or try it.
+
+A step is five numbers (expert, to, out, back, other), where -1 stands for "none":
+
+- `expert` gets a home on shard `to`.
+- `out` is an expert that loses its home on `to`, so that `expert` has a slot there.
+- `back` is the shard on which `out` gets a home instead.
+- `other` is an expert that loses its home on `back`, so that `out` has a slot there.
+
+In a swap, `other` is `expert`, and `back` is the shard that `expert` leaves. The legend of the arrays stands in
+`cluster.placement.balance`; `slots_S` is the number of further experts that each shard may hold.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +20,12 @@ from numba import njit
 
 from cluster.placement.balance import TOLERANCE, add_fallback_time, expert_time, water_fill
 
-TRIAL_SWEEPS = 12  # of a fill that only compares steps
+TRIAL_SWEEPS = 12  # The most passes of a water-filling whose result is only compared with that of other steps.
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def add_home(expert: int, shard: int, homes_EH: Any, num_E: Any, share_EH: Any, slots_S: Any) -> None:
+    """Make `shard` the last home of `expert`, at first with no share of its rows."""
     homes_EH[expert, num_E[expert]] = shard
     share_EH[expert, num_E[expert]] = 0.0
     num_E[expert] += 1
@@ -25,7 +37,7 @@ def drop_home(
     expert: int, shard: int, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any,
     slots_S: Any,
 ) -> None:  # fmt: skip
-    """Takes a home away and gives its rows to the others."""
+    """Remove `shard` from the homes of `expert` and split the rows that it computed evenly over the other homes."""
     num, position = num_E[expert], 0
     while homes_EH[expert, position] != shard:
         position += 1
@@ -45,6 +57,7 @@ def drop_home(
 def apply_step(
     step: Any, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any
 ) -> None:
+    """Add and drop the homes of a step; a water-filling must follow, because new homes have no rows yet."""
     expert, to, out, back, other = step
     add_home(expert, to, homes_EH, num_E, share_EH, slots_S)
     if back >= 0:
@@ -59,6 +72,7 @@ def apply_step(
 def undo_step(
     step: Any, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any
 ) -> None:
+    """Add and drop homes so that every expert has the homes that it had before the step."""
     expert, to, out, back, other = step
     if out >= 0:
         add_home(out, to, homes_EH, num_E, share_EH, slots_S)
@@ -74,7 +88,10 @@ def try_step(
     step: Any, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any,
     fallback_E: Any, wake_us: float,
 ) -> tuple[float, float]:  # fmt: skip
-    """The time of the slowest shard, and the root mean square, after a step, which is not taken."""
+    """Return the time of the slowest shard after a step and the root mean square of all shards' times, both in µs.
+
+    The homes, shares, times and slots are afterwards as they were before the call.
+    """
     expert, _, out, _, other = step
     trial_share_EH, trial_busy_S = share_EH.copy(), busy_S.copy()
     homes_H, num = homes_EH[expert].copy(), num_E[expert]

@@ -1,6 +1,9 @@
-"""Second homes: every expert gets a home or a standby that dies neither with its shard nor, if there are two, its node.
+"""Second homes: a home or standby for every expert that survives the loss of its first home's shard and node.
 
-Legend: E experts of one layer, S shards, H most homes of an expert, J most that stand by for it (-1: no more).
+A second node is possible only where the shards run on several nodes.
+
+Legend: as in `cluster.placement.balance`; also J: the largest number of standbys of an expert. Unused entries of
+`standby_EJ` are -1.
 """
 
 from __future__ import annotations
@@ -18,12 +21,16 @@ def repair(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, former_EH: Any,
     slots_S: Any, host_slots_S: Any, node_S: Any, busy_S: Any,
 ) -> None:  # fmt: skip
-    """Drops the standbys that nobody needs, then gives every expert the homes that it lacks, in place.
+    """Drop unneeded standbys, then add the homes or standbys that experts lack for full cover and two nodes, in place.
 
-    In this order: a device with one of `slots_S` (only for an expert with one home and none that stands by), host
-    memory with one of `host_slots_S`, each on another node before the same; disk comes last. A shard in `former_EH`,
-    which has the weights on its device now, keeps them in host memory rather than another fetching them. Of equal ones,
-    the shard with the fewest on disk, then the one that would be done first if those that it stands by for died.
+    The place of a new home or standby is chosen by these criteria, in this order:
+
+    1. Tier and node: a free device slot (`slots_S`, only for an expert with one home and no standby) on another node,
+       host memory (`host_slots_S`) on another node, a device slot on the same node, host memory on the same node, disk
+       on another node, disk on the same node.
+    2. A shard in `former_EH`: it has the weights on its device now and keeps them, so that no other shard loads them.
+    3. The shard with the fewest standbys on disk.
+    4. The shard that would finish first if the expert's first home died, with all rows that it would take over then.
     """
     num_shards, num_nodes = len(slots_S), len(np.unique(node_S))
     failover_SS = np.zeros((num_shards, num_shards))
@@ -72,8 +79,12 @@ def repair(
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _preference(is_apart: bool, is_free: bool, fits_in_host: bool) -> int:
+    """Return the rank of a place for a new home or standby; 0 is the best.
+
+    `is_apart` means another node than the first home's, `is_free` a free slot on the device.
+    """
     if is_free:
-        return 0 if is_apart else 2  # a device on the same node comes after another node's host memory
+        return 0 if is_apart else 2  # A device on the same node ranks below host memory on another node.
     if fits_in_host:
         return 1 if is_apart else 3
     return 4 if is_apart else 5
@@ -100,26 +111,29 @@ def _drop_surplus(
     expert: int, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, host_slots_S: Any, node_S: Any,
     num_nodes: int,
 ) -> None:  # fmt: skip
-    """Keeps the standbys that make two homes of one, or two nodes of one; none on a shard that is a home anyway."""
-    given, num_given = standby_EJ[expert].copy(), num_standby_E[expert]
+    """Drop the standbys of an expert that it needs neither for full cover nor for a second node.
+
+    A standby on a shard that is also a home is always dropped. Dropped standbys free their `host_slots_S`.
+    """
+    former_J, num_former = standby_EJ[expert].copy(), num_standby_E[expert]
     standby_EJ[expert] = -1
     num_standby_E[expert] = 0
-    for needs_other_node in (True, False):  # those on another node first: they may make the rest needless
-        for j in range(num_given):
-            shard = given[j]
+    for only_other_nodes in (True, False):  # Standbys on another node come first: they may make the others unneeded.
+        for j in range(num_former):
+            shard = former_J[j]
             if shard < 0:
                 continue
             total = num_E[expert] + num_standby_E[expert]
             first = homes_EH[expert, 0] if num_E[expert] > 0 else standby_EJ[expert, 0]
             is_apart = total == 0 or node_S[shard] != node_S[first]
-            if needs_other_node and not is_apart:
+            if only_other_nodes and not is_apart:
                 continue
             is_needed = total < 2 or (
                 num_nodes > 1
                 and is_apart
                 and not _is_on_two_nodes(expert, homes_EH, num_E, standby_EJ, num_standby_E, node_S)
             )
-            given[j] = -1
+            former_J[j] = -1
             if is_needed and not is_home(homes_EH, num_E, expert, shard):
                 standby_EJ[expert, num_standby_E[expert]] = shard
                 num_standby_E[expert] += 1

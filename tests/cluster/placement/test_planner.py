@@ -229,7 +229,7 @@ def test_experts_without_any_home_come_first() -> None:
     homes = tuple(("gone",) if expert in (3, 5) else ("s00",) for expert in range(16))
     load = {0: ExpectedLoad.steady(np.where(np.arange(16) == 5, 9.0, 1.0))}
     of = plan(layers, shards, Placement(1, {0: homes}, {}), load)
-    assert next(move.expert for move in of.moves if move.reason == "it has no live home") == 5
+    assert next(move.expert for move in of.moves if move.reason == "the expert has no live home or standby") == 5
     assert {move.expert for move in of.moves[:2]} <= {3, 5}
     assert of.cover_before == 0
     assert of.cover_after == 2
@@ -257,7 +257,7 @@ def test_a_draining_shard_keeps_what_nobody_has_room_for() -> None:
     check(after, layers, shards)
     assert all(after.homes[0])
     assert len(running(after).experts_of("s02")[0]) == 4
-    assert any("4 experts stay on shards that drain" in reason for reason in after.reasons)
+    assert any("4 experts stay on draining shards" in reason for reason in after.reasons)
     assert plan(layers, shards, running(after), load, ALL_DEVICES).moves == ()
 
 
@@ -351,7 +351,7 @@ def test_host_memory_that_is_full_is_followed_by_disk() -> None:
     shards = make_fleet(4, slots=8, host_slots=2)
     of = plan(layers, shards, None, skewed(layers), ALL_DEVICES)
     assert of.cover_after == 2
-    assert any("24.0 MiB of experts that stand by do not fit into host memory" in reason for reason in of.reasons)
+    assert any("24.0 MiB of standbys do not fit into host memory" in reason for reason in of.reasons)
 
 
 def test_no_shard_has_far_more_on_disk_than_others() -> None:
