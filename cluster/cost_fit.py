@@ -1,9 +1,11 @@
-"""A shard's pace, fitted to the calls it computed: weighted least squares that forget, with no negative cost.
+"""The fit of a shard's cost model to the calls that it computed: recursive least squares with exponential forgetting.
 
-What is kept of all calls is a 3 × 3 matrix and a vector, both fading: the recursive form of the fit. Errors count in
-relation to what such a call usually takes, or one prompt would outweigh a thousand tokens. A call that took very much
-longer or shorter than its neighbours counts less (Huber's weights about the median): a pause of the process is not
-taken for its pace, while a shard that has become slower altogether is believed.
+The fit keeps a 3 × 3 matrix and a vector of all calls so far, and both fade. No fitted cost is negative.
+
+- Errors count relative to the usual time of such a call. Otherwise one prompt would outweigh a thousand tokens.
+- A call that took much longer or shorter than the other calls of its batch counts less (Huber's weights around the
+  median). A pause of the process therefore does not change the cost model, but a shard that has become slower in all
+  its calls does.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ from numpy.typing import NDArray
 
 from cluster.topology import CostModel
 
-HALF_LIFE_CALLS = 500.0
-TOLERANCE = 0.5  # of the median: what differs more from it counts less
-PRIOR_CALLS = 1.0  # how many calls the pace that was assumed at first counts as
-MIN_US = 1.0
+HALF_LIFE_CALLS = 500.0  # A call counts half after so many later calls.
+TOLERANCE = 0.5  # A call whose ratio to the prediction differs by more than this part from the median counts less.
+PRIOR_CALLS = 1.0  # The cost model that is assumed at first counts as much as so many calls.
+MIN_US = 1.0  # Times below this count as this many µs, so that no division by zero occurs.
 
 Floats = NDArray[np.float64]
 
 
 @dataclass
 class CostFit:
-    """`observe` takes calls in batches, `pace` is what follows from all so far."""
+    """A `CostFit` learns the cost model of one shard from batches of its calls; `first` is assumed before any call."""
 
     first: CostModel = CostModel()  # noqa: RUF009 - frozen
     _squares: Floats = field(default_factory=lambda: np.zeros((3, 3)))
@@ -36,14 +38,17 @@ class CostFit:
         self.cost_model = self.first
 
     def observe(self, num_experts: Floats, num_rows: Floats, mib: Floats, took_us: Floats) -> CostModel:
-        """Learns from calls: experts touched, rows, MiB of one expert, µs of each; returns the new pace."""
+        """Update the fit with a batch of calls and return the new cost model.
+
+        Each array has one entry per call: the experts touched, the rows, the MiB of one expert, and the time in µs.
+        """
         if not len(took_us):
             return self.cost_model
         took_us = np.maximum(took_us, MIN_US)
         parts = np.stack((np.ones(len(took_us)), mib * num_experts, mib * num_rows), axis=1)
         ratio = took_us / np.maximum(parts @ _vector(self.cost_model), MIN_US)
         off = np.abs(ratio / np.median(ratio) - 1.0)
-        usual_us = np.maximum(parts @ _vector(self.first), MIN_US)  # not `took_us`: slow calls would count for little
+        usual_us = np.maximum(parts @ _vector(self.first), MIN_US)  # With `took_us`, slow calls would count too little.
         weight = np.minimum(1.0, TOLERANCE / np.maximum(off, 1e-9)) / usual_us**2
         age = 0.5 ** (np.arange(len(took_us))[::-1] / HALF_LIFE_CALLS)
         kept = 0.5 ** (len(took_us) / HALF_LIFE_CALLS)
@@ -56,13 +61,13 @@ class CostFit:
 
 @dataclass
 class RowsPerCall:
-    """The mean rows of a call, of which old ones fade as they do for the pace."""
+    """`RowsPerCall` is the mean number of rows of a shard's calls, in which old calls fade as in the `CostFit`."""
 
     mean: float = 0.0
     _num_calls: float = 0.0
 
     def observe(self, num_calls: int, num_rows: int) -> float:
-        """Learns from calls that came in since the last time; returns the new mean."""
+        """Update the mean with the calls since the previous update and return it."""
         if num_calls > 0:
             kept = 0.5 ** (num_calls / HALF_LIFE_CALLS) * self._num_calls
             self.mean = (kept * self.mean + num_rows) / (kept + num_calls)
@@ -70,19 +75,22 @@ class RowsPerCall:
         return self.mean
 
 
-def _vector(pace: CostModel) -> Floats:
-    return np.array([pace.call_us, pace.weight_us_per_mib, pace.row_us_per_mib])
+def _vector(cost_model: CostModel) -> Floats:
+    return np.array([cost_model.call_us, cost_model.weight_us_per_mib, cost_model.row_us_per_mib])
 
 
 def _solve(squares: Floats, products: Floats, prior: Floats) -> list[float]:
-    """The best costs of which none is negative: of three, every choice of those that are not 0 is tried."""
-    ridge = PRIOR_CALLS * 1e-3 / np.maximum(prior, 1e-3) ** 2  # decides only what the calls leave open
+    """Return the three costs with the least error of which none is negative.
+
+    The function tries every subset of the three costs as the ones that are not 0.
+    """
+    ridge = PRIOR_CALLS * 1e-3 / np.maximum(prior, 1e-3) ** 2  # The prior decides only what the calls leave open.
     squares, products = squares + np.diag(ridge), products + ridge * prior
     best, least = np.zeros(3), 0.0
     for num in (1, 2, 3):
         for chosen in combinations(range(3), num):
-            own = np.ix_(chosen, chosen)
-            part = np.linalg.solve(squares[own], products[list(chosen)])
+            block = np.ix_(chosen, chosen)
+            part = np.linalg.solve(squares[block], products[list(chosen)])
             error = -float(part @ products[list(chosen)])
             if (part >= 0).all() and error < least:
                 best, least = np.zeros(3), error

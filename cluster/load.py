@@ -1,7 +1,10 @@
-"""How often each expert is picked: counted in the backbone, added up in Redis once a second, read by the controller.
+"""The load of experts: how often each expert is picked.
 
-Legend: E experts of a layer, W windows of time. Loads are advice: a count that is added twice after a timeout, or
-dropped in a long outage, changes a placement a little and a token never.
+Backbones count picks, Redis adds the counts up once a second, and the controller reads the sums. Loads are only advice
+for the planner. A count that is added twice after a timeout, or dropped in a long outage, may change a placement a
+little, but never a token.
+
+Legend: E experts of a layer, W windows of time.
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ from numpy.typing import ArrayLike, NDArray
 
 Counts = NDArray[np.int64]
 
-MAX_MERGES = 60
+MAX_MERGES = 60  # Failures to send in a row after which counts are dropped: about a minute at one attempt a second.
 
 
 class LoadCounter:
-    """Picks per expert since the last `take()`, by layer; may be used from several threads.
+    """A `LoadCounter` counts the picks of each expert since the last `take()`; several threads may use it.
 
     Counts that could not be sent come back through `merge()`. After `max_merges` failures in a row they are dropped, so
-    that a long outage doesn't end as a burst of old load; `num_dropped` says how many picks that cost.
+    that a long outage does not end in a burst of old load. `num_dropped` counts the dropped picks.
     """
 
     def __init__(self, num_experts: Mapping[int, int], max_merges: int = MAX_MERGES) -> None:
@@ -35,20 +38,20 @@ class LoadCounter:
         self._counts = self._zeros()
 
     def add(self, layer: int, topk_ids: ArrayLike) -> None:
-        """Counts the expert ids of one batch, an array (or CPU tensor) of any shape."""
+        """Count the expert ids of one batch, an array (or CPU tensor) of any shape."""
         picks_E = np.bincount(np.asarray(topk_ids).reshape(-1), minlength=self._num_experts[layer])
         assert len(picks_E) == self._num_experts[layer], f"layer {layer} has no expert {len(picks_E) - 1}"
         with self._lock:
             self._counts[layer] += picks_E
 
     def take(self) -> dict[int, Counts]:
-        """The counts of the layers that were used, and starts again from zero."""
+        """Return the counts of each layer that was used, and start again from zero."""
         with self._lock:
             taken, self._counts = self._counts, self._zeros()
         return {layer: counts for layer, counts in taken.items() if counts.any()}
 
     def merge(self, taken: Mapping[int, Counts]) -> None:
-        """Takes back what `take()` gave, because it could not be sent."""
+        """Take back the counts from `take()`, because they could not be sent."""
         self._num_merges += 1
         if self._num_merges > self.max_merges:
             self.num_dropped += sum(int(counts.sum()) for counts in taken.values())
@@ -58,7 +61,7 @@ class LoadCounter:
                 self._counts[layer] += counts
 
     def mark_sent(self) -> None:
-        """What was taken has arrived: the next failure is the first in a row."""
+        """Note that the counts from `take()` were sent, so that the next failure is the first in a row."""
         self._num_merges = 0
 
     def _zeros(self) -> dict[int, Counts]:
@@ -67,10 +70,12 @@ class LoadCounter:
 
 @dataclass(frozen=True)
 class ExpectedLoad:
-    """Picks per second of each expert of a layer, float64 [E]: lately, over hours, what to expect, and how it varies.
+    """An `ExpectedLoad` holds the load of a layer's experts, in picks per second, as float64 arrays [E].
 
-    `std_E` is the standard deviation of an expert's load from one window to another, its counting noise left out, and
-    of the error of `mean_E`.
+    - `short_E` and `long_E`: the averages of the last minutes and of the last hours.
+    - `mean_E`: the expected load.
+    - `std_E`: the standard deviation of the expected load. It combines the variation from one window to the next,
+      without the counting noise, and the error of `mean_E`.
     """
 
     short_E: NDArray[np.float64]
@@ -80,7 +85,7 @@ class ExpectedLoad:
 
     @classmethod
     def steady(cls, mean: ArrayLike, std: ArrayLike = 0.0) -> Self:
-        """A load that is known."""
+        """Return a load whose mean is known, with the same short and long average."""
         mean_E = np.asarray(mean, np.float64)
         return cls(mean_E, mean_E, mean_E, np.broadcast_to(np.asarray(std, np.float64), mean_E.shape))
 
@@ -88,15 +93,19 @@ class ExpectedLoad:
 def expected_load(
     counts_WE: Counts, ages_s: Sequence[float], window_s: float, half_lives_s: tuple[float, float] = (120.0, 3600.0)
 ) -> ExpectedLoad:
-    """Averages over windows in which a pick counts half after each half-life; `ages_s[w]` is how old window w is.
+    """Return the expected load of a layer from its picks per window, with two exponentially decayed averages.
 
-    The mean is the short average as far as its samples can be told from the long one, else the long average: the weight
-    is that of empirical Bayes, with the drift common to the layer's experts, relative to their load, as the prior.
+    A pick counts half after each half-life; `half_lives_s` are those of the short and the long average. `ages_s[w]` is
+    the age of window w in seconds.
+
+    The mean lies between the two averages. It is near the short one if the samples of the last minutes differ from the
+    long average by more than their noise. The weight follows from empirical Bayes: the prior is the drift that the
+    layer's experts have in common, relative to their load.
     """
     short_E, long_E = (decayed_rate(counts_WE, ages_s, window_s, half_life) for half_life in half_lives_s)
     noise_E, long_noise_E = (
         long_E * _noise_per_pick(ages_s, window_s, half_life) for half_life in half_lives_s
-    )  # Poisson: the variance of a count is its mean
+    )  # Counts are Poisson-distributed, so the variance of a count is its mean.
     drift = np.sum((short_E - long_E) ** 2 - noise_E - long_noise_E) / max(float(np.sum(long_E**2)), 1e-300)
     prior_E = max(float(drift), 0.0) * long_E**2
     weight_E = np.divide(prior_E, prior_E + noise_E, out=np.zeros_like(prior_E), where=prior_E > 0)
@@ -109,7 +118,7 @@ def expected_load(
 
 
 def _noise_per_pick(ages_s: Sequence[float], window_s: float, half_life_s: float) -> float:
-    """The variance of a decayed rate for each pick per second that it counts."""
+    """Return the variance of a decayed rate, divided by the rate."""
     weights_W = 0.5 ** (np.asarray(ages_s, np.float64) / half_life_s)
     return float((weights_W**2).sum() / (weights_W.sum() ** 2 * window_s))
 
@@ -117,7 +126,7 @@ def _noise_per_pick(ages_s: Sequence[float], window_s: float, half_life_s: float
 def decayed_rate(
     counts_WE: Counts, ages_s: Sequence[float], window_s: float, half_life_s: float
 ) -> NDArray[np.float64]:
-    """Picks per second of each expert, windows weighted by 0.5 ** (age / half-life)."""
+    """Return the picks per second of each expert, [E], with windows weighted by 0.5 ** (age / half-life)."""
     assert len(counts_WE) == len(ages_s) > 0
     weights_W = 0.5 ** (np.asarray(ages_s, np.float64) / half_life_s)
     rate_E: NDArray[np.float64] = weights_W @ counts_WE / (weights_W.sum() * window_s)

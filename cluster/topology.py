@@ -1,4 +1,4 @@
-"""What the fleet looks like: the shards that are alive and the placement of experts on them."""
+"""The topology of the fleet: its layers of experts, its shards, and the placement of experts on shards."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-Homes = tuple[tuple[str, ...], ...]  # homes[expert] = ids of the shards that hold it, the preferred one first
-Experts = Mapping[int, Sequence[int]]  # expert ids by layer
+Homes = tuple[tuple[str, ...], ...]  # homes[expert] = ids of the shards that are its homes, the preferred one first.
+Experts = Mapping[int, Sequence[int]]  # Expert ids by layer.
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer of experts as the planner sees it; `expert_bytes` is what one expert takes on a shard."""
+    """A `LayerSpec` describes one layer of experts to the planner; `expert_bytes` is the memory of one expert."""
 
     layer: int
     num_experts: int
@@ -29,9 +29,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class CostModel:
-    """How long a shard takes for a call, in µs: call + MiB of one expert · (weight · experts touched + row · rows).
+    """A `CostModel` predicts how long a shard takes for a call.
 
-    The experts' size stands in for the shape: both reading weights and multiplying by them grow with it.
+    The time in µs is: call + MiB of one expert · (weight · experts touched + row · rows). The size of an expert stands
+    for its shape, because both reading its weights and multiplying by them take time in proportion to the size.
     """
 
     call_us: float = 50.0
@@ -44,12 +45,15 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a shard says of itself in every heartbeat.
+    """A `Shard` is the record that an expert shard writes about itself in every heartbeat.
 
-    `incarnation` is new at each start of the process. `memory_budget` is in bytes of the device's memory, `host_budget`
-    in bytes of host memory for experts that stand by. `held_digest` is `held_digest()` of what it holds, `queue_depth`
-    counts the calls that wait for its device, `cost_model` is fitted to its own calls. `endpoint` serves every rpc;
-    `compute_endpoint` serves only `Compute`, at less cost. `rows_per_call` is the mean of its last calls.
+    - `endpoint` serves every rpc. `compute_endpoint` serves only `Compute`, at less cost.
+    - `incarnation` is new at each start of the process.
+    - `memory_budget` and `host_budget` are the bytes for experts in device memory and for standbys in host memory.
+    - `held_digest` is the result of `held_digest()` for the experts that the shard holds.
+    - `queue_depth` counts the calls that wait for the shard's device.
+    - `cost_model` is fitted to the shard's own calls.
+    - `rows_per_call` is the mean number of rows of the shard's last calls.
     """
 
     id: str
@@ -69,7 +73,7 @@ class Shard:
     rows_per_call: float = 0.0
 
     def to_record(self) -> dict[str, str]:
-        """The fields as strings, for a Redis hash."""
+        """Return the fields as strings, for a Redis hash."""
         values = asdict(self)
         values |= values.pop("cost_model")
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
@@ -82,14 +86,17 @@ class Shard:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Read what `to_json` returned."""
+        """Create a shard from the dictionary that `to_json` returned."""
         named = dict(values)
         cost_model = CostModel(**named.pop("pace"))
         return cls(**named, cost_model=cost_model)
 
     @classmethod
     def from_record(cls, record: Mapping[str, str]) -> Self:
-        """Reads what `to_record` wrote; a missing or unreadable field is a ValueError that names it."""
+        """Create a shard from the record that `to_record` returned.
+
+        Raises ValueError with the field's name if a field is missing or cannot be read.
+        """
         counts = ("memory_budget", "num_held", "queue_depth", "draining", "host_budget")
         names = ("id", "endpoint", "node", "pool", "device", "incarnation", "held_digest", "compute_endpoint")
         numbers = {name: _number(record, name) for name in counts}
@@ -128,19 +135,21 @@ def _real_number(record: Mapping[str, str], name: str) -> float:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which shards hold which expert, from one epoch on.
+    """A `Placement` says which shards hold which expert, from one epoch on.
 
-    `homes[layer][expert]` are the ids of shards that hold it in device memory. `standby[layer][expert]` are those that
-    keep it in host memory or on disk, and bring it to the device when asked: nobody asks them as long as a home
-    answers. `gains[layer]` is the layer's largest gain exponent, which the backbone needs for sums that do not depend
-    on the placement. `model` is the digest of the checkpoint that it was made for.
+    - `homes[layer][expert]`: the ids of the shards that hold the expert in device memory, the preferred one first.
+    - `standby[layer][expert]`: the ids of the shards that hold the expert in host memory or on disk. They promote the
+      expert when a call needs it; backbones call them only when no home answers.
+    - `gains[layer]`: the largest gain exponent of the layer's experts. Backbones need it to compute sums that do not
+      depend on the placement.
+    - `model`: the digest of the checkpoint for which the placement was made.
     """
 
     epoch: int
     homes: Mapping[int, Homes]
     gains: Mapping[int, int]
     model: str = ""
-    standby: Mapping[int, Homes] = field(default_factory=dict)  # a layer that is not there has none
+    standby: Mapping[int, Homes] = field(default_factory=dict)  # Layers without standbys may be missing.
 
     def __post_init__(self) -> None:
         assert self.epoch >= 0
@@ -149,37 +158,41 @@ class Placement:
             assert all(len(set(ids)) == len(ids) for ids in self.all_homes(layer)), "an expert has the same home twice"
 
     def all_homes(self, layer: int) -> Homes:
-        """Of each expert the homes, then those that stand by."""
+        """Return the homes of each expert of a layer, followed by its standbys."""
         homes, standby = self.homes[layer], self.standby.get(layer)
-        return homes if standby is None else tuple(of + more for of, more in zip(homes, standby, strict=True))
+        return homes if standby is None else tuple(first + then for first, then in zip(homes, standby, strict=True))
 
     @property
     def shard_ids(self) -> tuple[str, ...]:
-        """Every shard that is a home of something or stands by for it, sorted."""
-        both = (*self.homes.values(), *self.standby.values())
-        return tuple(sorted({id for homes in both for ids in homes for id in ids}))
+        """Return the ids of all shards that are a home or a standby of any expert, sorted."""
+        all_layers = (*self.homes.values(), *self.standby.values())
+        return tuple(sorted({id for homes in all_layers for ids in homes for id in ids}))
 
     def experts_of(self, shard_id: str) -> dict[int, list[int]]:
-        """The experts that one shard should hold, by layer; layers of which it holds none are left out."""
+        """Return the experts of which one shard is a home, by layer; layers without any are left out."""
         return _experts_of(self.homes, shard_id)
 
     def standby_of(self, shard_id: str) -> dict[int, list[int]]:
-        """The experts that one shard should stand by for, likewise."""
+        """Return the experts of which one shard is a standby, by layer; layers without any are left out."""
         return _experts_of(self.standby, shard_id)
 
     def digest_of(self, shard_id: str) -> str:
-        """The `held_digest` of a shard that holds what it should."""
+        """Return the `held_digest` that the shard reports when it holds exactly the experts of this placement."""
         return held_digest(self.experts_of(shard_id), self.standby_of(shard_id))
 
     def cover(self, live: Collection[str] | None = None) -> int:
-        """The number of homes, standing by or not, of the expert that has fewest; only those in `live` if given."""
+        """Return the lowest cover of any expert, which is the number of its homes and standbys.
+
+        Only the shards in `live` count if it is given, otherwise all shards count as live.
+        """
         all_ids = (ids for layer in self.homes for ids in self.all_homes(layer))
         return min((len(ids if live is None else set(ids) & set(live)) for ids in all_ids), default=0)
 
     def to_json(self) -> str:
+        """Return the placement as JSON text; shards are named once and then referred to by number."""
         index = {id: i for i, id in enumerate(self.shard_ids)}
         homes, standby = (
-            {layer: [[index[id] for id in of_one] for of_one in homes] for layer, homes in by_layer.items()}
+            {layer: [[index[id] for id in ids] for ids in homes] for layer, homes in by_layer.items()}
             for by_layer in (self.homes, self.standby)
         )
         body = {
@@ -194,7 +207,7 @@ class Placement:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote; anything else is a ValueError."""
+        """Create a placement from the text that `to_json` returned; any other text raises ValueError."""
         try:
             body = json.loads(text)
             ids = [str(id) for id in body["shards"]]
@@ -215,9 +228,12 @@ def _experts_of(homes_of: Mapping[int, Homes], shard_id: str) -> dict[int, list[
 
 
 def held_digest(held: Mapping[int, Iterable[int]], standby: Mapping[int, Iterable[int]] | None = None) -> str:
-    """A short name for what a shard holds and stands by for: equal for equal sets, whatever the order."""
-    both = [
+    """Return a short digest of the experts that a shard holds and of those it is a standby of, by layer.
+
+    Equal sets have equal digests, whatever their order.
+    """
+    tiers = [
         sorted((layer, sorted(experts)) for layer, experts in by_layer.items() if experts)
         for by_layer in (held, standby or {})
     ]
-    return hashlib.blake2b(json.dumps(both, separators=(",", ":")).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(tiers, separators=(",", ":")).encode(), digest_size=8).hexdigest()

@@ -129,7 +129,7 @@ class CoverageReport:
 
     @property
     def cover(self) -> int:
-        """Return the cover of the expert that has the lowest: its number of live homes and standbys."""
+        """Return the lowest cover of any expert, which is the number of its live homes and standbys."""
         return int(self.num_live_E.min(initial=len(self.arrays.shard_ids)))
 
     @property

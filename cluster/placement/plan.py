@@ -72,7 +72,7 @@ class Plan:
     - `moves` are in order: all moves that add come before all moves that drop.
     - `predicted_s_before` and `predicted_s_after` are seconds per step, summed over layers.
     - `gain_s` is the seconds saved per second of serving, `cost_s` the seconds that the moves take.
-    - `cover_before` and `cover_after` are the cover of the expert that has the lowest.
+    - `cover_before` and `cover_after` are the lowest cover of any expert.
     - `blast_radius_before` and `blast_radius_after` are shares of all picks, by shard id.
     - `is_worth_it` is False if moves were refused. Refused moves are not in `moves`; `reasons` say why.
     """

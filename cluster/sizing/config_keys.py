@@ -1,4 +1,7 @@
-"""The keys of a `config.json`, each checked as it is read; a mistake is a ValueError that names the key."""
+"""The keys of a `config.json`: each value is checked when it is read.
+
+A missing or wrong value raises ValueError with the key, the value and the allowed values.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ LISTED = {str: "names", int: "integers"}
 
 
 @dataclass(frozen=True)
-class Keys:
-    """A parsed config."""
+class ConfigKeys:
+    """`ConfigKeys` reads the values of a parsed `config.json` and checks them."""
 
     raw: Mapping[str, Any]
 
     def need(self, key: str) -> int:
+        """Return the positive integer of a required key."""
         value = self.raw.get(key)
         if value is None:
             raise ValueError(f"config.json lacks the key {key}")
@@ -24,7 +28,7 @@ class Keys:
         return int(value)
 
     def whole(self, key: str, default: int) -> int:
-        """`default` where the key is missing or null."""
+        """Return the integer from 0 up of a key, or `default` if the key is missing or null."""
         value = self.raw.get(key)
         if value is None:
             return default
@@ -33,19 +37,21 @@ class Keys:
         return int(value)
 
     def upto(self, key: str, default: int, most: int) -> int:
+        """Return the integer from 0 to `most` of a key, or `default` if the key is missing or null."""
         value = self.whole(key, default)
         if value > most:
-            raise ValueError(f"config.json has {key} = {value}; sized are 0 to {most}")
+            raise ValueError(f"config.json has {key} = {value}; supported are 0 to {most}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
+        """Return the boolean of a key, or `default` if the key is missing or null."""
         value = self.raw.get(key)
         if value is not None and not isinstance(value, bool):
             raise ValueError(f"config.json has {key} = {value!r}; allowed are true and false")
         return default if value is None else value
 
     def items(self, key: str, kind: type[str] | type[int]) -> list[Any]:
-        """A list of strings or integers; empty where the key is missing or null."""
+        """Return the list of strings or integers of a key; empty if the key is missing or null."""
         values = self.raw.get(key)
         if values is None:
             return []

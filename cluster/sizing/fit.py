@@ -1,8 +1,10 @@
-"""Whether a model fits one kind of GPU, and how many it takes: memory to the byte, pace by estimate.
+"""The fit of a model on one kind of GPU: whether it fits, and how many GPUs it needs.
 
-Three rules decide. A backbone is one GPU, whose memory holds its weights and the state of its requests. On expert GPUs
-one home of every expert still fits when any one of them is lost. And a step takes no longer than the time that is
-allowed between tokens, of which TRANSFER_SHARE is kept for what is on the wire.
+Memory is counted to the byte, and the time of a step is estimated. Three rules decide:
+
+- A backbone is one GPU. Its memory holds the backbone's weights and the state of its requests.
+- One home of every expert still fits on the expert GPUs when any one of these GPUs is lost.
+- A step takes no longer than the time allowed between tokens, of which TRANSFER_SHARE is kept for transfers.
 """
 
 from __future__ import annotations
@@ -17,22 +19,27 @@ from cluster.sizing.step_time import StepCosts
 from cluster.sizing.weight_formats import Dtype
 
 GIB = 2**30
-USABLE = 0.9  # of a GPU's memory: the rest is for activations, kernels and fragments
-SAVED_SHARE = 0.25  # of state memory, for states that later prompts start from
-MARGIN = 1.1  # experts cannot be cut to make shares even, and hot ones want copies
-PAGE = 16  # tokens of KV
-TRANSFER_SHARE = 0.2
-DRAFT_TOKENS, UNREAD_TOKENS = 4, 128  # at most: of a request, drafted at once; not yet read by the MTP module
+USABLE = 0.9  # Share of a GPU's memory that is planned for; the rest is for activations, kernels and fragmentation.
+SAVED_SHARE = 0.25  # Share of the state memory for state checkpoints, from which later prompts start.
+MARGIN = 1.1  # Memory for experts in relation to their size: experts cannot be cut, and hot experts need more homes.
+PAGE = 16  # Tokens in one page of KV.
+TRANSFER_SHARE = 0.2  # Share of the time between tokens that is kept for transfers.
+DRAFT_TOKENS = 4  # Most tokens that are drafted at once for a request.
+UNREAD_TOKENS = 128  # Most tokens of a request that the MTP module has not read yet.
 MAX_REQUESTS = 100_000
-NUM_HOMES = 2
+NUM_HOMES = 2  # Homes of every expert for full cover.
 
 
 @dataclass(frozen=True)
 class Slo:
-    """What is wanted: so many requests at once, each with a context of so many tokens, and so long between tokens.
+    """An `Slo` states what a deployment must serve.
 
-    `call_ms` is what a call to the shards of one layer takes beside what they compute; 0.4 ms were measured over plain
-    TCP on one small machine.
+    - `num_requests`: the number of requests at once.
+    - `context_len`: the context of each request, in tokens.
+    - `itl_ms`: the time between two tokens of a request, in milliseconds.
+    - `min_backbones`: the number of backbones to have at least.
+    - `call_ms`: the time of a layer call without the shards' computation; 0.4 ms were measured over plain TCP on one
+      small machine.
     """
 
     num_requests: int = 64
@@ -58,13 +65,13 @@ class Slo:
 
 
 def whole_gib(num_bytes: float) -> int:
-    """The next whole number of GiB, in bytes."""
+    """Return `num_bytes` rounded up to whole GiB, in bytes."""
     return ceil(num_bytes / GIB) * GIB
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A model on one kind of GPU."""
+    """A `Fit` computes how many GPUs of one kind a model needs for an `Slo`, and why it may not fit at all."""
 
     model: ModelSizes
     gpu: Gpu
@@ -73,16 +80,16 @@ class Fit:
 
     @property
     def why_not(self) -> str | None:
-        """Why it cannot be: a sentence without its end."""
+        """Return the reason why the model does not fit the GPU or the SLO, without a full stop; None if it fits."""
         gpu, slo = self.gpu.name, self.slo
-        if self.most_requests < 1:
-            needed = self.weights + whole_gib(self.request_bytes / (1 - SAVED_SHARE))
+        if self.max_requests < 1:
+            needed = self.weight_bytes + whole_gib(self.request_bytes / (1 - SAVED_SHARE))
             return (
-                f"a backbone is one GPU: {self.weights / GB:.1f} GB of {self.dtype} weights and one request of "
-                f"{slo.context_len:,} tokens need {needed / GB:.1f} GB, and {gpu} has {self.usable / GB:.1f} GB for "
-                "them"
+                f"a backbone is one GPU: {self.weight_bytes / GB:.1f} GB of {self.dtype} weights and one request of "
+                f"{slo.context_len:,} tokens need {needed / GB:.1f} GB, and {gpu} has {self.usable_bytes / GB:.1f} GB "
+                "for them"
             )
-        if self.least_shards is None:
+        if self.fewest_shards is None:
             return f"an expert takes {self.largest_expert / GB:.1f} GB, and {gpu} has no room for three"
         if self.fleet is None:
             num_calls = len(self.model.experts.main_layers)
@@ -95,99 +102,115 @@ class Fit:
     # Memory
 
     @cached_property
-    def weights(self) -> int:
-        """Of a backbone."""
+    def weight_bytes(self) -> int:
+        """Return the bytes of a backbone's weights."""
         return self.model.backbone_bytes(self.dtype)
 
     @property
-    def usable(self) -> int:
+    def usable_bytes(self) -> int:
+        """Return the bytes of a GPU's memory that are planned for, in whole GiB."""
         return int(USABLE * self.gpu.memory_bytes) // GIB * GIB
 
     @property
     def kv_bytes(self) -> int:
-        """Of a request's pages, the MTP module's share included."""
+        """Return the bytes of a request's pages of KV, those of the MTP module included."""
         state = self.model.state
         return ceil(self.slo.context_len / PAGE) * PAGE * (state.kv_bytes + state.mtp_kv_bytes)
 
     @property
     def draft_bytes(self) -> int:
-        """What a request takes beside its state where tokens are drafted: hidden vectors that the MTP module has not
-        read, and what recurrent layers need to move past the drafts that proved right, all fp32."""
+        """Return the bytes that a request needs for drafts, in addition to its state; 0 without an MTP module.
+
+        They hold the hidden vectors that the MTP module has not read yet, and the numbers with which recurrent layers
+        advance over the accepted drafts. All are fp32.
+        """
         if not self.model.has_mtp:
             return 0
         return 4 * (UNREAD_TOKENS * self.model.hidden_size + (DRAFT_TOKENS + 1) * self.model.state.replay)
 
     @property
     def request_bytes(self) -> int:
+        """Return the bytes of a request's whole state: KV, recurrent state and drafts."""
         return self.kv_bytes + self.model.state.sequence_bytes + self.draft_bytes
 
     @cached_property
-    def most_requests(self) -> int:
-        """That one backbone has memory for."""
-        room = (self.usable - self.weights) // GIB * GIB
-        return max(0, int(room * (1 - SAVED_SHARE)) // self.request_bytes)
+    def max_requests(self) -> int:
+        """Return the most requests whose state fits in the memory of one backbone."""
+        state_bytes = (self.usable_bytes - self.weight_bytes) // GIB * GIB
+        return max(0, int(state_bytes * (1 - SAVED_SHARE)) // self.request_bytes)
 
     @property
-    def least_backbones(self) -> int:
-        """That memory and the wish for more than one ask for."""
-        return max(self.slo.min_backbones, ceil(self.slo.num_requests / self.most_requests))
+    def fewest_backbones(self) -> int:
+        """Return the fewest backbones that hold the state of all requests, and at least `min_backbones`."""
+        return max(self.slo.min_backbones, ceil(self.slo.num_requests / self.max_requests))
 
     @cached_property
     def experts_bytes(self) -> int:
-        """One home of every expert."""
+        """Return the bytes of one home of every expert."""
         return sum(spec.num_experts * spec.expert_bytes for spec in self.model.layer_specs(self.dtype))
 
     @cached_property
     def largest_expert(self) -> int:
+        """Return the bytes of the largest expert."""
         return max(spec.expert_bytes for spec in self.model.layer_specs(self.dtype))
 
     @property
-    def shard_memory(self) -> int:
-        """For experts, on one GPU: never more than all of them, and one that is free, for moves."""
-        return min(self.usable, whole_gib(self.experts_bytes + self.largest_expert))
+    def shard_bytes(self) -> int:
+        """Return the bytes for experts on one GPU: at most all experts, and one free slot for moves."""
+        return min(self.usable_bytes, whole_gib(self.experts_bytes + self.largest_expert))
 
     @property
-    def shard_filled(self) -> int:
-        """What one of many shards holds at least: an expert is free, and less than the bytes of one is left over."""
-        return self.shard_memory - 2 * self.largest_expert
+    def min_filled_bytes(self) -> int:
+        """Return the bytes of experts that one of many shards holds at least.
+
+        One slot stays free for moves, and less than the bytes of one expert are left over.
+        """
+        return self.shard_bytes - 2 * self.largest_expert
 
     @property
-    def is_whole(self) -> bool:
-        """Whether one shard can hold every expert."""
-        return self.shard_memory >= self.experts_bytes + self.largest_expert
+    def holds_all_experts(self) -> bool:
+        """Return True if one shard can hold every expert, with a free slot for moves."""
+        return self.shard_bytes >= self.experts_bytes + self.largest_expert
 
     @cached_property
-    def least_shards(self) -> int | None:
-        """That memory asks for: one home of every expert fits without any one of them, and with all there is room for
-        more homes of hot experts. None where a shard has hardly room for an expert."""
-        if self.is_whole:
+    def fewest_shards(self) -> int | None:
+        """Return the fewest shards that memory allows; None if a shard has memory for less than three experts.
+
+        One home of every expert must fit when any one shard is lost. With all shards, MARGIN times as many bytes must
+        fit, for more homes of hot experts.
+        """
+        if self.holds_all_experts:
             return 2
-        if self.shard_filled < 1:
+        if self.min_filled_bytes < 1:
             return None
-        after_a_loss = 1 + ceil(self.experts_bytes / self.shard_filled)
-        return max(after_a_loss, ceil(MARGIN * self.experts_bytes / self.shard_memory))
+        after_a_loss = 1 + ceil(self.experts_bytes / self.min_filled_bytes)
+        return max(after_a_loss, ceil(MARGIN * self.experts_bytes / self.shard_bytes))
 
     def has_device_cover(self, num_shards: int) -> bool:
-        """Whether two homes of every expert fit on so many GPUs, also when one of three or more is lost."""
-        return self.is_whole or (num_shards - 1) * self.shard_filled >= NUM_HOMES * self.experts_bytes
+        """Return True if two homes of every expert fit in device memory, also after the loss of one of the shards.
 
-    # Pace
+        If each of two shards can hold every expert, one home of every expert is left after a loss; that counts as True.
+        """
+        return self.holds_all_experts or (num_shards - 1) * self.min_filled_bytes >= NUM_HOMES * self.experts_bytes
+
+    # Time
 
     @cached_property
     def costs(self) -> StepCosts:
+        """Return the estimated times of the parts of a step."""
         return StepCosts(self.model, self.gpu, self.dtype, self.slo.call_ms)
 
     @property
-    def step_ms(self) -> float:
-        """What a step may take without the transfer."""
+    def step_limit_ms(self) -> float:
+        """Return how long a step may take without the transfers, in milliseconds."""
         return (1 - TRANSFER_SHARE) * self.slo.itl_ms
 
     def batch(self, num_backbones: int) -> int:
-        """Requests of the backbone that has most."""
+        """Return the number of requests of the backbone that has the most."""
         return ceil(self.slo.num_requests / num_backbones)
 
-    def step_of(self, num_backbones: int, num_shards: int) -> dict[str, float]:
-        """Milliseconds of a step, by its parts."""
+    def step_parts_ms(self, num_backbones: int, num_shards: int) -> dict[str, float]:
+        """Return the milliseconds of each part of a step: layer calls, backbone and experts."""
         batch = self.batch(num_backbones)
         return {
             "calls": self.costs.calls_ms,
@@ -196,25 +219,30 @@ class Fit:
         }
 
     def is_fast(self, num_backbones: int, num_shards: int) -> bool:
-        return sum(self.step_of(num_backbones, num_shards).values()) <= self.step_ms
+        """Return True if a step of so many backbones and shards stays within the limit."""
+        return sum(self.step_parts_ms(num_backbones, num_shards).values()) <= self.step_limit_ms
 
     @cached_property
     def fleet(self) -> tuple[int, int] | None:
-        """Backbones and shards: fewest GPUs in all, and of those fewest backbones. None if no number is fast enough."""
-        assert self.least_shards is not None
+        """Return the numbers of backbones and shards with the fewest GPUs in total; None if no numbers are fast enough.
+
+        Among several choices with the same total, the one with the fewest backbones is returned.
+        """
+        assert self.fewest_shards is not None
         best = None
         if self.fastest_ms > self.slo.itl_ms:
             return best
-        for num_backbones in range(self.least_backbones, self.slo.num_requests + 1):
-            if best and num_backbones + self.least_shards >= sum(best):
+        for num_backbones in range(self.fewest_backbones, self.slo.num_requests + 1):
+            if best and num_backbones + self.fewest_shards >= sum(best):
                 break
-            num_shards = self._fewest_shards(num_backbones, self.least_shards)
+            num_shards = self._search_shards(num_backbones, self.fewest_shards)
             if num_shards and (best is None or num_backbones + num_shards < sum(best)):
                 best = num_backbones, num_shards
         return best
 
-    def _fewest_shards(self, num_backbones: int, least: int) -> int | None:
-        low, high = least, max(least, self.costs.most_shards(num_backbones, self.batch(num_backbones)))
+    def _search_shards(self, num_backbones: int, least: int) -> int | None:
+        """Return the fewest shards, at least `least`, that are fast enough; None if there are none (binary search)."""
+        low, high = least, max(least, self.costs.max_useful_shards(num_backbones, self.batch(num_backbones)))
         if not self.is_fast(num_backbones, high):
             return None
         while low < high:
@@ -224,5 +252,5 @@ class Fit:
 
     @property
     def fastest_ms(self) -> float:
-        """Between tokens, with as many GPUs as help."""
+        """Return the shortest possible time between tokens in milliseconds, with as many GPUs as are of use."""
         return self.costs.fastest_ms(self.slo.context_len) / (1 - TRANSFER_SHARE)

@@ -1,4 +1,4 @@
-"""GPUs that a deployment can be sized for, by the figures of their public data sheets."""
+"""The GPUs that a deployment can be sized for, with the figures of their public data sheets."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Gpu:
-    """`memory_bytes` counts a gigabyte as 10**9 bytes, which errs on the safe side; FLOP/s are dense.
+    """A `Gpu` holds the figures of one kind of GPU.
 
-    `fp8_flops` is None where 8-bit weights are widened before they are multiplied. The B200 carries 192 GB, of which a
-    board leaves 180 GB to programs.
+    - `memory_bytes` counts a gigabyte as 10**9 bytes, which errs on the safe side. The B200 has 192 GB, of which a
+      board leaves 180 GB to programs.
+    - `bf16_flops` and `fp8_flops` are dense FLOP/s. `fp8_flops` is None if the GPU must widen 8-bit weights before it
+      multiplies them.
     """
 
     name: str
@@ -36,7 +38,7 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu:
-    """The GPU of that name, whatever its case; raises ValueError with the names there are."""
+    """Return the GPU called `name` in any case; raise ValueError with all names if there is none."""
     if name.lower() not in GPUS:
         raise ValueError(f"there is no GPU {name!r} to size for; allowed are {', '.join(GPUS)}")
     return GPUS[name.lower()]

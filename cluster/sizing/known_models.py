@@ -1,4 +1,7 @@
-"""Public models that can be sized by name: of their configs the keys that sizes follow from, in `cluster/sizing/configs`."""
+"""Public models that can be sized by name.
+
+`cluster/sizing/configs` holds, for each model, the keys of its config from which sizes follow.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def known_models() -> tuple[str, ...]:
-    """The names of the models' repositories."""
+    """Return the names of the models' repositories."""
     return tuple(path.stem for path in sorted(CONFIGS.glob("*.json")))
 
 
 def find_model(part: str) -> str:
-    """The one known model whose name contains `part`, whatever its case; raises ValueError if it is not one."""
+    """Return the known model whose name contains `part` in any case; raise ValueError if there is not exactly one."""
     models = known_models()
     found = [model for model in models if part.lower() in model.lower()] if part else []
     if len(found) == 1:
@@ -26,6 +29,6 @@ def find_model(part: str) -> str:
 
 
 def known_config(part: str) -> dict[str, Any]:
-    """The config of the model that `find_model` finds."""
+    """Return the config of the known model whose name contains `part`, as `find_model` does."""
     config: dict[str, Any] = json.loads((CONFIGS / f"{find_model(part)}.json").read_text())
     return config

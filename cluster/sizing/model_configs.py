@@ -1,8 +1,8 @@
-"""Reads the public `config.json` of the model types `nemotron_h`, `deepseek_v3` and `qwen3_next` into `ModelSizes`.
+"""Model configs: `ModelSizes` from the public `config.json` of `nemotron_h`, `deepseek_v3` and `qwen3_next` models.
 
-What a config does not tell is assumed: linear maps have no bias, and a module for drafts (MTP) is in the checkpoint
-where the config asks for one. A Qwen3-Next config has no key for it; Qwen3-Coder-Next is believed to ship none, so
-there is none unless `num_nextn_predict_layers` says so.
+Where a config says nothing, two things are assumed. Linear maps have no bias. The checkpoint contains an MTP module,
+which drafts tokens, if the config has a key that asks for one. A Qwen3-Next config has no such key, and the checkpoint
+of Qwen3-Coder-Next is believed to contain no MTP module, so there is none unless `num_nextn_predict_layers` is set.
 
 Legend: D hidden, L expert input, M expert width, E experts, K taps of a convolution.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from cluster.sizing.config_keys import Keys
+from cluster.sizing.config_keys import ConfigKeys
 from cluster.sizing.model_sizes import ExpertSizes, Matrices, ModelSizes, StateSizes
 from cluster.sizing.weight_formats import DTYPES, known_counts
 
@@ -26,11 +26,14 @@ LETTERS = {
 
 
 def model_sizes(raw: Mapping[str, Any]) -> ModelSizes:
-    """Reads a parsed `config.json`. Raises ValueError naming the key that is missing or not allowed."""
+    """Return the sizes of the model that a parsed `config.json` describes.
+
+    Raises ValueError with the key if a key is missing or its value is not allowed.
+    """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"config.json has model_type = {model_type!r}; sized are {', '.join(FAMILIES)}")
-    keys = Keys(raw)
+        raise ValueError(f"config.json has model_type = {model_type!r}; supported are {', '.join(FAMILIES)}")
+    keys = ConfigKeys(raw)
     matrices, experts, state = FAMILIES[model_type](keys)
     if not experts.layers:
         raise ValueError("config.json describes no layer with routed experts, so there is nothing to put on shards")
@@ -48,8 +51,8 @@ def _vector(part: str, size: int, count: int = 1, role: str = "vector") -> Matri
     return Matrices(part, role, size, 1, count)
 
 
-def _ends(keys: Keys) -> list[Matrices]:
-    """Embedding, head and final norm."""
+def _ends(keys: ConfigKeys) -> list[Matrices]:
+    """Return the embedding, the head (unless it is tied to the embedding) and the final norm."""
     vocab, hidden = keys.need("vocab_size"), keys.need("hidden_size")
     head = [] if keys.flag("tie_word_embeddings", False) else [Matrices("head", "head", vocab, hidden, 1)]
     return [Matrices("embedding", "embedding", vocab, hidden, 1), *head, _vector("norms", hidden)]
@@ -62,8 +65,11 @@ def _of_mtp(matrices: Iterable[Matrices]) -> list[Matrices]:
 # Nemotron -------------------------------------------------------------------------------------------------------------
 
 
-def pattern_of(keys: Keys, prefix: str = "") -> str:
-    """M Mamba-2, E MoE, * attention, - MLP for each layer, from any of the dialects; "" where there is none."""
+def pattern_of(keys: ConfigKeys, prefix: str = "") -> str:
+    """Return one letter per layer (M Mamba-2, E MoE, * attention, - MLP); "" if the config lists no layers.
+
+    Configs list the layers in one of several dialects: as letters, or as names.
+    """
     text, names = keys.raw.get(f"{prefix}hybrid_override_pattern"), keys.items(f"{prefix}layers_block_type", str)
     if text:
         if wrong := [letter for letter in str(text) if letter not in "ME*-"]:
@@ -74,7 +80,7 @@ def pattern_of(keys: Keys, prefix: str = "") -> str:
     return "".join(LETTERS[name] for name in names)
 
 
-def _nemotron(keys: Keys) -> Family:
+def _nemotron(keys: ConfigKeys) -> Family:
     hidden, pattern = keys.need("hidden_size"), pattern_of(keys)
     if not pattern:
         raise ValueError("config.json lacks the key hybrid_override_pattern (or layers_block_type)")
@@ -110,17 +116,17 @@ def _nemotron(keys: Keys) -> Family:
     )
 
 
-def _kv_heads(keys: Keys) -> int:
+def _kv_heads(keys: ConfigKeys) -> int:
     return keys.whole("num_key_value_heads", 0) or keys.need("num_attention_heads")
 
 
-def _mamba(keys: Keys) -> tuple[int, ...]:
-    """Heads, head dim, state dim, taps."""
+def _mamba(keys: ConfigKeys) -> tuple[int, ...]:
+    """Return the number of heads, the head dim, the state dim and the taps of the Mamba-2 layers."""
     taps = keys.whole("mamba_d_conv", 0) or keys.need("conv_kernel")
     return keys.need("mamba_num_heads"), keys.need("mamba_head_dim"), keys.need("ssm_state_size"), taps
 
 
-def _conv_dim(keys: Keys) -> int:
+def _conv_dim(keys: ConfigKeys) -> int:
     heads, head_dim, state, _ = _mamba(keys)
     groups = keys.whole("mamba_n_groups", 0) or keys.need("n_groups")
     if heads % groups:
@@ -128,8 +134,8 @@ def _conv_dim(keys: Keys) -> int:
     return heads * head_dim + 2 * groups * state
 
 
-def _nemotron_layers(keys: Keys, pattern: str) -> list[Matrices]:
-    """Each layer is one norm and one mixer."""
+def _nemotron_layers(keys: ConfigKeys, pattern: str) -> list[Matrices]:
+    """Return the matrices of the layers in `pattern`, each of which is one norm and one mixer."""
     hidden = keys.need("hidden_size")
     found = [_vector("norms", hidden, len(pattern))]
     if num := pattern.count("M"):
@@ -140,7 +146,7 @@ def _nemotron_layers(keys: Keys, pattern: str) -> list[Matrices]:
             Matrices("mixers", "mixer_out", hidden, inner, num),
             Matrices("mixers", "conv", conv, taps, num),
             _vector("mixers", conv, num if keys.flag("use_conv_bias", True) else 0),
-            _vector("mixers", heads, 3 * num),  # A, D and the bias of Δ
+            _vector("mixers", heads, 3 * num),  # A, D and the bias of Δ.
             _vector("norms", inner, num),
         ]
     if num := pattern.count("*"):
@@ -158,7 +164,7 @@ def _nemotron_layers(keys: Keys, pattern: str) -> list[Matrices]:
         num_experts, width = keys.need("n_routed_experts"), keys.need("moe_intermediate_size")
         latent, shared = keys.whole("moe_latent_size", 0), keys.need("moe_shared_expert_intermediate_size")
         if (num_shared := keys.whole("n_shared_experts", 1)) != 1:
-            raise ValueError(f"config.json has n_shared_experts = {num_shared}; sized is 1")
+            raise ValueError(f"config.json has n_shared_experts = {num_shared}; supported is 1")
         found += [
             Matrices("routers", "router", num_experts, hidden, num),
             _vector("routers", num_experts, num, "fp32"),
@@ -176,13 +182,13 @@ def _nemotron_layers(keys: Keys, pattern: str) -> list[Matrices]:
 # DeepSeek-V3 ----------------------------------------------------------------------------------------------------------
 
 
-def _deepseek(keys: Keys) -> Family:
+def _deepseek(keys: ConfigKeys) -> Family:
     hidden, num_layers = keys.need("hidden_size"), keys.need("num_hidden_layers")
     num_dense, num_mtp = keys.whole("first_k_dense_replace", 0), keys.upto("num_nextn_predict_layers", 0, 1)
     if num_dense >= num_layers:
         raise ValueError(f"config.json has first_k_dense_replace = {num_dense}, but only {num_layers} layers")
     if keys.whole("moe_layer_freq", 1) != 1:
-        raise ValueError(f"config.json has moe_layer_freq = {keys.raw['moe_layer_freq']!r}; sized is 1")
+        raise ValueError(f"config.json has moe_layer_freq = {keys.raw['moe_layer_freq']!r}; supported is 1")
     num_experts, top_k = keys.need("n_routed_experts"), keys.need("num_experts_per_tok")
     width, num_moe = keys.need("moe_intermediate_size"), num_layers - num_dense
     matrices = [
@@ -201,8 +207,8 @@ def _deepseek(keys: Keys) -> Family:
     return matrices, experts, StateSizes(latent * num_layers, latent * num_mtp)
 
 
-def _mla(keys: Keys, num: int) -> list[Matrices]:
-    """Attention over a compressed latent, and the norms of its layers."""
+def _mla(keys: ConfigKeys, num: int) -> list[Matrices]:
+    """Return the matrices and norms of `num` layers with MLA, which is attention over a compressed latent."""
     hidden, heads = keys.need("hidden_size"), keys.need("num_attention_heads")
     nope, rope, value = (keys.need(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     query_rank, kv_rank = keys.whole("q_lora_rank", 0), keys.need("kv_lora_rank")
@@ -220,12 +226,12 @@ def _mla(keys: Keys, num: int) -> list[Matrices]:
 
 
 def _gated(part: str, role: str, hidden: int, width: int, num: int) -> list[Matrices]:
-    """A gated MLP's three matrices."""
+    """Return the three matrices of each of `num` gated MLPs."""
     up, down = (f"{role}_up", f"{role}_down") if role == "shared" else (role, role)
     return [Matrices(part, up, width, hidden, 2 * num), Matrices(part, down, hidden, width, num)]
 
 
-def _deepseek_moe(keys: Keys, num: int) -> list[Matrices]:
+def _deepseek_moe(keys: ConfigKeys, num: int) -> list[Matrices]:
     hidden, num_experts, width = (
         keys.need(key) for key in ("hidden_size", "n_routed_experts", "moe_intermediate_size")
     )
@@ -241,7 +247,7 @@ def _deepseek_moe(keys: Keys, num: int) -> list[Matrices]:
 # Qwen3-Next -----------------------------------------------------------------------------------------------------------
 
 
-def _qwen(keys: Keys) -> Family:
+def _qwen(keys: ConfigKeys) -> Family:
     hidden, num_layers = keys.need("hidden_size"), keys.need("num_hidden_layers")
     num_full = _qwen_kinds(keys, num_layers).count("full_attention")
     num_linear, num_mtp = num_layers - num_full, keys.upto("num_nextn_predict_layers", 0, 1)
@@ -284,7 +290,7 @@ def _qwen(keys: Keys) -> Family:
     )
 
 
-def _qwen_kinds(keys: Keys, num_layers: int) -> list[str]:
+def _qwen_kinds(keys: ConfigKeys, num_layers: int) -> list[str]:
     kinds = keys.items("layer_types", str)
     if not kinds:
         interval = keys.whole("full_attention_interval", 4) or 4
@@ -295,8 +301,8 @@ def _qwen_kinds(keys: Keys, num_layers: int) -> list[str]:
     return kinds
 
 
-def _qwen_attention(keys: Keys, num: int) -> list[Matrices]:
-    """Queries come with a gate of their own size."""
+def _qwen_attention(keys: ConfigKeys, num: int) -> list[Matrices]:
+    """Return the matrices of `num` attention layers, whose query projection also gives a gate of the same size."""
     hidden, head_dim = keys.need("hidden_size"), keys.need("head_dim")
     queries, kv = keys.need("num_attention_heads") * head_dim, _kv_heads(keys) * head_dim
     return [
@@ -307,7 +313,7 @@ def _qwen_attention(keys: Keys, num: int) -> list[Matrices]:
     ]
 
 
-def _qwen_moe(keys: Keys, num: int) -> list[Matrices]:
+def _qwen_moe(keys: ConfigKeys, num: int) -> list[Matrices]:
     hidden, num_experts, width = (keys.need(key) for key in ("hidden_size", "num_experts", "moe_intermediate_size"))
     return [
         Matrices("routers", "router", num_experts, hidden, num),
@@ -317,7 +323,7 @@ def _qwen_moe(keys: Keys, num: int) -> list[Matrices]:
     ]
 
 
-FAMILIES: dict[str, Callable[[Keys], Family]] = {
+FAMILIES: dict[str, Callable[[ConfigKeys], Family]] = {
     "nemotron_h": _nemotron,
     "deepseek_v3": _deepseek,
     "qwen3_next": _qwen,

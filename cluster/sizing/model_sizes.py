@@ -1,8 +1,10 @@
-"""What a model is made of, in numbers: its weights by part, the state of a request, the shapes of its experts.
+"""The sizes of a model: its weights by part, the state of a request, and the shapes of its experts.
 
-`cluster/sizing/model_configs.py` reads them from a `config.json`. Legend of the parts: mixers are attention, Mamba-2 and
-DeltaNet layers; latent, the projections to and from the width that Nemotron's experts work in; copies, the embedding
-and head that DeepSeek's checkpoints bring once more for the MTP module, and that no device needs.
+`cluster/sizing/model_configs.py` reads them from a `config.json`. Some of the parts are:
+
+- mixers: attention, Mamba-2 and DeltaNet layers.
+- latent: the projections to and from the width in which Nemotron's experts work.
+- copies: the second embedding and head that DeepSeek's checkpoints contain for the MTP module. No device needs them.
 """
 
 from __future__ import annotations
@@ -20,12 +22,18 @@ PARTS = (
     *("embedding", "head", "norms", "mixers", "routers", "latent", "shared", "dense", "routed"),
     *("mtp backbone", "mtp routed", "mtp copies"),
 )
-STATE_BYTES, KV_BYTES = 4, 2  # of a number of recurrent state, and of KV or of a convolution's inputs
+STATE_BYTES, KV_BYTES = (
+    4,
+    2,
+)  # Bytes of one number of recurrent state (fp32), and of KV or a convolution's inputs (bf16).
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """`count` matrices (or vectors: one column) of one part; the role decides how they are quantized, if at all."""
+    """`Matrices` are `count` equal matrices of one part of a model; a vector is a matrix with one column.
+
+    The role decides how the matrices are quantized, if at all.
+    """
 
     part: str
     role: str
@@ -36,12 +44,17 @@ class Matrices:
 
     @property
     def num_params(self) -> int:
+        """Return the number of parameters of all `count` matrices."""
         return self.rows * self.columns * self.count
 
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """The routed experts: which layers have them, those of the MTP module last; one is `num_matrices` of one size."""
+    """`ExpertSizes` describe the routed experts of a model.
+
+    `layers` are the layers with routed experts, those of the MTP module last. One expert consists of `num_matrices`
+    matrices of `input_dim` by `width` numbers.
+    """
 
     layers: tuple[int, ...]
     num_mtp_layers: int
@@ -53,18 +66,23 @@ class ExpertSizes:
 
     @property
     def num_params(self) -> int:
-        """Of one expert."""
+        """Return the number of parameters of one expert."""
         return self.num_matrices * self.input_dim * self.width
 
     @property
     def main_layers(self) -> tuple[int, ...]:
+        """Return the layers with routed experts except those of the MTP module."""
         return self.layers[: len(self.layers) - self.num_mtp_layers]
 
 
 @dataclass(frozen=True)
 class StateSizes:
-    """Numbers that a request leaves behind: a token's KV, in the backbone and in the MTP module; of a sequence the
-    recurrent state (fp32) and the convolutions' inputs; of a token what a recurrent layer needs to replay it."""
+    """`StateSizes` count the numbers that the state of a request consists of.
+
+    - `kv` and `mtp_kv`: the KV of one token, in the backbone's layers and in the MTP module.
+    - `recurrent` and `conv`: the recurrent state (fp32) and the inputs of the convolutions, for the whole sequence.
+    - `replay`: the numbers of one token that recurrent layers need to compute the token again.
+    """
 
     kv: int
     mtp_kv: int
@@ -74,22 +92,27 @@ class StateSizes:
 
     @property
     def kv_bytes(self) -> int:
-        """Of a token, without the MTP module's."""
+        """Return the bytes of one token's KV in the backbone's layers."""
         return KV_BYTES * self.kv
 
     @property
     def mtp_kv_bytes(self) -> int:
+        """Return the bytes of one token's KV in the MTP module."""
         return KV_BYTES * self.mtp_kv
 
     @property
     def sequence_bytes(self) -> int:
-        """Of a sequence, however long."""
+        """Return the bytes of the state that does not grow with the sequence."""
         return STATE_BYTES * self.recurrent + KV_BYTES * self.conv
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A model as its config describes it. Bytes are of a checkpoint in the public layout of `dtype`."""
+    """`ModelSizes` describe a model in numbers, as its config gives them.
+
+    Methods that return bytes count them as in a public checkpoint in `dtype`. `counts` is known only for the dtypes
+    whose quantized matrices are listed in the config.
+    """
 
     model_type: str
     hidden_size: int
@@ -97,47 +120,54 @@ class ModelSizes:
     matrices: tuple[Matrices, ...]
     experts: ExpertSizes
     state: StateSizes
-    counts: Mapping[Dtype, Counts]  # of the dtypes whose checkpoint is known matrix by matrix
+    counts: Mapping[Dtype, Counts]  # Numbers of quantized matrices, by dtype.
 
     @property
     def has_mtp(self) -> bool:
+        """Return True if the checkpoint contains an MTP module."""
         return any(matrices.is_mtp for matrices in self.matrices)
 
     @cached_property
     def params(self) -> dict[str, int]:
-        """Parameters by part; the MTP module's parts are called `mtp …`."""
+        """Return the number of parameters of each part; the parts of the MTP module are called `mtp …`."""
         return self._by_part(lambda one: one.num_params)
 
     @property
     def num_params(self) -> int:
-        """Without the MTP module."""
+        """Return the number of parameters without those of the MTP module."""
         return sum(num for part, num in self.params.items() if not part.startswith("mtp "))
 
     def stored(self, dtype: Dtype) -> dict[str, int]:
-        """Bytes in the checkpoint, by part as in `params`."""
+        """Return the bytes of each part in the checkpoint, with the parts of `params`."""
         return self._by_part(lambda one: self._nbytes(one, dtype))
 
     def backbone_bytes(self, dtype: Dtype) -> int:
-        """On the backbone's device: all but routed experts and copies. Routers are widened to fp32."""
+        """Return the bytes on the backbone's device: everything except routed experts and copies.
+
+        Routers are widened to fp32.
+        """
         return sum(self._held(one, dtype) for one in self.matrices if one.part not in ("routed", "copies"))
 
     def step_bytes(self, dtype: Dtype) -> int:
-        """Of the backbone's weights, what one decode step reads that drafts nothing: of the embedding, single rows."""
+        """Return the bytes of the backbone's weights that one decode step without drafts reads.
+
+        Of the embedding, a step reads only single rows, which are not counted.
+        """
         return sum(self._held(one, dtype) for one in self._step)
 
     @property
     def step_params(self) -> int:
-        """Of the backbone's parameters, those that a token is multiplied by."""
+        """Return the number of the backbone's parameters by which every token is multiplied."""
         return sum(one.num_params for one in self._step)
 
     @property
     def _step(self) -> list[Matrices]:
-        has_head = any(one.part == "head" for one in self.matrices)  # else the embedding is the head
+        has_head = any(one.part == "head" for one in self.matrices)  # Without a head, the embedding is the head.
         skipped = ("routed", "copies", "embedding") if has_head else ("routed", "copies")
         return [one for one in self.matrices if one.part not in skipped and not one.is_mtp]
 
     def layer_specs(self, dtype: Dtype) -> tuple[LayerSpec, ...]:
-        """The layers of experts as the planner knows them, the MTP module's last."""
+        """Return the layers of experts as the planner needs them, those of the MTP module last."""
         experts, num_main = self.experts, len(self.experts.main_layers)
         specs = []
         for i, layer in enumerate(experts.layers):
@@ -156,11 +186,11 @@ class ModelSizes:
         return sum(num * matrix_bytes(format, one.rows, one.columns) for format, num in self._formats(one, dtype))
 
     def _formats(self, one: Matrices, dtype: Dtype) -> Iterator[tuple[Format, int]]:
-        """How many of them are stored in which format."""
+        """Yield each format in which some of the matrices are stored, with their number."""
         plain: Format = "fp32" if one.role == "fp32" else "bf16"
-        is_whole = self.model_type == "nemotron_h" or dtype == "nvfp4"  # then the MTP module is not quantized
+        is_mtp_plain = self.model_type == "nemotron_h" or dtype == "nvfp4"  # The MTP module is not quantized.
         left = one.count
-        if not (one.is_mtp and is_whole):
+        if not (one.is_mtp and is_mtp_plain):
             if dtype in self.counts:
                 total = sum(other.count for other in self.matrices if other.role == one.role and not other.is_mtp)
                 for name, num in self.counts[dtype].get(one.role, {}).items():

@@ -1,8 +1,8 @@
-"""How many GPUs a model needs, and how much of what on each: from its config, a GPU and what is wanted of it.
+"""The sizing of a deployment: how many GPUs a model needs, and what is on each of them.
 
-`size` is pure arithmetic. Memory is exact: what is loaded is counted to the byte (`cluster/sizing/fit.py`). Pace is an
-estimate from data sheets (`cluster/sizing/step_time.py`): it counts decode steps, no prompts and no drafts, and has to be
-measured before it is believed.
+`size` is pure arithmetic on the model's config, a GPU and an `Slo`. Memory is exact: loaded weights are counted to the
+byte (`cluster/sizing/fit.py`). Times are estimates from data sheets (`cluster/sizing/step_time.py`). They count decode
+steps, but no prompts and no drafts, and must be confirmed by measurement.
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ from cluster.sizing.model_configs import model_sizes
 from cluster.sizing.step_time import BALANCE, unique_shards, wire_of
 from cluster.sizing.weight_formats import Dtype, dtype_of
 
-BACKBONE_POD_GIB, SHARD_POD_GIB = 32, 16  # host memory: of processes, Ray and pages of the checkpoint; an assumption
+# Host memory of a pod for its processes, Ray and cached pages of the checkpoint. The numbers are assumptions.
+BACKBONE_POD_GIB, SHARD_POD_GIB = 32, 16
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """The answer, to which manifests can be held. Integers, but for `unique_shards`.
+    """A `Sizing` is the result of `size`; Kubernetes manifests can be checked against it.
 
-    Of a backbone, `state_memory_bytes` is the `state_memory` of a Serve config; of a shard, `shard_memory_bytes` and
-    `shard_host_bytes` are its `memory_budget` and `host_budget`. A pod's memory is what its host has to give, a
-    shard's host budget included. These five are whole GiB.
-    `device_homes` counts an expert's homes on GPUs: 2, or 1 and a second in host memory of another shard; of the
-    latter `host_homes_bytes` are all.
-    KV is that of `context_len` tokens in whole pages. `wire_bytes_per_token` counts rows and sums of all layers of
-    experts but the MTP module's. `bits_per_s` are means, both directions together, while all requests decode;
-    `link_bits_per_s` is what a network card has to carry so that the transfer takes no more than its share of the time
-    between tokens. `step_us` is the estimate of a step, by its parts.
+    - `state_memory_bytes` is the `state_memory` of a backbone in the Serve config.
+    - `shard_memory_bytes` and `shard_host_bytes` are the `memory_budget` and the `host_budget` of a shard.
+    - `backbone_pod_memory_bytes` and `shard_pod_memory_bytes` are the host memory of a pod, a shard's host budget
+      included. These five numbers are whole GiB.
+    - `device_homes` is the number of an expert's homes on GPUs. If it is 1, every expert also has a standby in the host
+      memory of another shard, and `host_homes_bytes` are the bytes of all standbys.
+    - `kv_bytes_per_request` is the KV of `context_len` tokens in whole pages.
+    - `unique_shards` is the expected number of shards that a token goes to in one layer, the only number with decimals.
+    - `wire_bytes_per_token` counts the rows and sums of all layers of experts except those of the MTP module.
+    - `backbone_bits_per_s` and `shard_bits_per_s` are means of both directions together, while all requests decode.
+    - `backbone_link_bits_per_s` and `shard_link_bits_per_s` are the speeds that a network card needs so that transfers
+      take no more than their share of the time between tokens.
+    - `step_us` is the estimated time of each part of a step.
     """
 
     model_type: str
@@ -68,18 +73,19 @@ class Sizing:
 
     @property
     def num_gpus(self) -> int:
+        """Return the number of GPUs of all backbones and shards."""
         return self.backbone_gpus + self.expert_gpus
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the sizing as a dictionary for JSON."""
         return {**asdict(self), "reasons": list(self.reasons)}
 
 
 def size(config: Mapping[str, Any], gpu: Gpu, dtype: Dtype | None = None, slo: Slo | None = None) -> Sizing:
-    """Sizes a deployment of the model that a parsed `config.json` describes; `dtype` is the checkpoint's if left out.
+    """Size a deployment of the model that a parsed `config.json` describes; `dtype` is the checkpoint's by default.
 
-    Raises ValueError with one sentence where the config is not understood, and where a backbone does not fit the GPU
-    or no number of GPUs is fast enough; then it names the GPUs that would do.
+    Raises ValueError if the config is not understood, if a backbone does not fit the GPU, or if no number of GPUs is
+    fast enough. In the last two cases the message names the GPUs that are large and fast enough.
     """
     model, dtype, slo = model_sizes(config), dtype or dtype_of(config), slo or Slo()
     if model.max_context and slo.context_len > model.max_context:
@@ -88,7 +94,7 @@ def size(config: Mapping[str, Any], gpu: Gpu, dtype: Dtype | None = None, slo: S
     if why := fit.why_not:
         others = [other.name for other in GPUS.values() if replace(fit, gpu=other).why_not is None]
         raise ValueError(f"{why}; {' or '.join(others) if others else 'none of ' + ', '.join(GPUS)} would do")
-    return replace(made := _sizing(fit), reasons=tuple(_reasons(fit, made)))
+    return replace(sizing := _sizing(fit), reasons=tuple(_reasons(fit, sizing)))
 
 
 def _sizing(fit: Fit) -> Sizing:
@@ -97,7 +103,7 @@ def _sizing(fit: Fit) -> Sizing:
     batch, whole = fit.batch(num_backbones), fit.experts_bytes
     host = 0 if fit.has_device_cover(num_shards) else whole_gib(MARGIN * whole / (num_shards - 1))
     wire, experts = wire_of(model, num_shards), model.experts
-    bits = 8e3 * wire.total / slo.itl_ms  # per second, of one request
+    bits = 8e3 * wire.total / slo.itl_ms  # Bits per second of one request.
     of_backbone, of_shard = bits * batch, bits * slo.num_requests / (BALANCE * num_shards)
     return Sizing(
         model_type=model.model_type,
@@ -109,10 +115,10 @@ def _sizing(fit: Fit) -> Sizing:
         requests_per_backbone=batch,
         device_homes=1 if host else 2,
         checkpoint_bytes=sum(model.stored(fit.dtype).values()),
-        backbone_weight_bytes=fit.weights,
+        backbone_weight_bytes=fit.weight_bytes,
         experts_bytes=whole,
         state_memory_bytes=whole_gib(ceil(batch * fit.request_bytes / (1 - SAVED_SHARE))),
-        shard_memory_bytes=fit.shard_memory,
+        shard_memory_bytes=fit.shard_bytes,
         shard_host_bytes=host,
         host_homes_bytes=whole if host else 0,
         backbone_pod_memory_bytes=BACKBONE_POD_GIB * GIB,
@@ -127,52 +133,54 @@ def _sizing(fit: Fit) -> Sizing:
         backbone_link_bits_per_s=round(of_backbone / TRANSFER_SHARE),
         shard_bits_per_s=round(of_shard),
         shard_link_bits_per_s=round(of_shard / TRANSFER_SHARE),
-        step_us={part: round(1e3 * ms) for part, ms in fit.step_of(num_backbones, num_shards).items()},
+        step_us={part: round(1e3 * ms) for part, ms in fit.step_parts_ms(num_backbones, num_shards).items()},
     )
 
 
-def _reasons(fit: Fit, made: Sizing) -> Iterator[str]:
-    """Which constraint decided each number."""
+def _reasons(fit: Fit, sizing: Sizing) -> Iterator[str]:
+    """Yield the sentences that say which constraint decided each number."""
     yield (
-        f"Backbones: {_why_backbones(fit, made)}. Beside {fit.weights / GB:.1f} GB of weights one has room for "
-        f"{fit.most_requests:,} requests of {fit.slo.context_len:,} tokens, {fit.request_bytes / GB:.2f} GB each, and "
-        f"for states that later prompts start from."
+        f"Backbones: {_why_backbones(fit, sizing)}. Beside {fit.weight_bytes / GB:.1f} GB of weights, a backbone has "
+        f"room for {fit.max_requests:,} requests of {fit.slo.context_len:,} tokens, {fit.request_bytes / GB:.2f} GB "
+        f"each, and for state checkpoints from which later prompts start."
     )
     yield (
-        f"Expert GPUs: {_why_shards(fit, made)}. {fit.experts_bytes / GB:.1f} GB of experts, "
-        f"{fit.shard_memory / GB:.1f} GB on each at most, and they still hold one home of all when any one is lost."
+        f"Expert GPUs: {_why_shards(fit, sizing)}. The experts take {fit.experts_bytes / GB:.1f} GB, and a shard holds "
+        f"{fit.shard_bytes / GB:.1f} GB at most. The shards still hold one home of every expert when any one is lost."
     )
-    if made.device_homes == 2:
-        yield "Homes: two of every expert fit on GPUs, also when one is lost, so host memory holds none."
+    if sizing.device_homes == 2:
+        yield "Homes: two of every expert fit on GPUs, also when one GPU is lost, so host memory holds no standbys."
     else:
         yield (
-            f"Homes: one of every expert on a GPU; the second in host memory of another shard, "
-            f"{made.shard_host_bytes // GIB} GiB on each, so that the others can hold all when one is lost."
+            f"Homes: one of every expert is on a GPU, and a standby is in the host memory of another shard. Standbys "
+            f"take {sizing.shard_host_bytes // GIB} GiB on each shard, so that the others hold all when one is lost."
         )
-    step = ", ".join(f"{part} {us / 1e3:.1f}" for part, us in made.step_us.items())
+    step = ", ".join(f"{part} {us / 1e3:.1f}" for part, us in sizing.step_us.items())
     yield (
-        f"Pace (estimated, without drafts and prompts): {step} of {fit.step_ms:.1f} ms, which is what "
-        f"{fit.slo.itl_ms:g} ms between tokens leave beside the transfer; calls take {fit.slo.call_ms:g} ms each."
+        f"Step time (estimated, without drafts and prompts): {step} ms; together at most {fit.step_limit_ms:.1f} ms "
+        f"are allowed, which {fit.slo.itl_ms:g} ms between tokens leave beside the transfers. A layer call takes "
+        f"{fit.slo.call_ms:g} ms without the shards' computation."
     )
-    links = [f"{bits / 1e9:.1f} Gbit/s" for bits in (made.backbone_link_bits_per_s, made.shard_link_bits_per_s)]
+    links = [f"{bits / 1e9:.1f} Gbit/s" for bits in (sizing.backbone_link_bits_per_s, sizing.shard_link_bits_per_s)]
     yield (
-        f"Network: in a layer a token goes to {made.unique_shards:.2f} of {made.expert_gpus} shards; with {links[0]} "
-        f"at a backbone and {links[1]} at a shard the transfer takes {TRANSFER_SHARE:.0%} of the time between tokens."
+        f"Network: in a layer a token goes to {sizing.unique_shards:.2f} of {sizing.expert_gpus} shards. With "
+        f"{links[0]} at a backbone and {links[1]} at a shard, transfers take {TRANSFER_SHARE:.0%} of the time between "
+        f"tokens."
     )
     if fit.dtype != "bf16" and fit.gpu.fp8_flops is None:
-        yield f"Arithmetic: {fit.gpu.name} multiplies no 8-bit numbers, so {fit.dtype} weights are widened to bf16."
+        yield f"Arithmetic: {fit.gpu.name} cannot multiply 8-bit numbers, so {fit.dtype} weights are widened to bf16."
 
 
-def _why_backbones(fit: Fit, made: Sizing) -> str:
-    by_memory = ceil(fit.slo.num_requests / fit.most_requests)
-    if made.backbone_gpus > fit.least_backbones:
-        return f"pace decides, memory would do with {fit.least_backbones}"
-    if made.backbone_gpus > by_memory:
-        return f"{made.backbone_gpus} were asked for, memory would do with {by_memory}"
+def _why_backbones(fit: Fit, sizing: Sizing) -> str:
+    by_memory = ceil(fit.slo.num_requests / fit.max_requests)
+    if sizing.backbone_gpus > fit.fewest_backbones:
+        return f"step time decides, memory would do with {fit.fewest_backbones}"
+    if sizing.backbone_gpus > by_memory:
+        return f"{sizing.backbone_gpus} were asked for, memory would do with {by_memory}"
     return "memory decides" if by_memory > 1 else "one is enough"
 
 
-def _why_shards(fit: Fit, made: Sizing) -> str:
-    if made.expert_gpus > (fit.least_shards or 0):
-        return f"pace decides, memory would do with {fit.least_shards}"
-    return "two, so that one may be lost" if fit.is_whole else "memory decides"
+def _why_shards(fit: Fit, sizing: Sizing) -> str:
+    if sizing.expert_gpus > (fit.fewest_shards or 0):
+        return f"step time decides, memory would do with {fit.fewest_shards}"
+    return "two, so that one may be lost" if fit.holds_all_experts else "memory decides"

@@ -1,8 +1,9 @@
-"""How long a decode step takes at best, and what it sends, by arithmetic on data sheets: nothing here is measured.
+"""The time of a decode step at best, and the bytes that it sends, by arithmetic on data sheets; nothing is measured.
 
-Reading weights and state rules a decode step, so times follow from bytes and memory bandwidth; multiplying counts
-where it takes longer. Of a data sheet's figures, BANDWIDTH_SHARE and FLOPS_SHARE are counted on. Routing is taken as
-uniform, which touches the most experts; real picks touch fewer, but less evenly.
+Reading weights and state takes most of a decode step, so times follow from bytes and memory bandwidth. The time of the
+multiplications counts instead where it is longer (roofline model). Only BANDWIDTH_SHARE and FLOPS_SHARE of the figures
+on data sheets are assumed. Routing is assumed to be uniform, which touches the most experts; real picks touch fewer,
+but less evenly.
 
 Legend: E experts of a layer, K picks of a token, L expert input, P shards.
 """
@@ -17,14 +18,15 @@ from cluster.sizing.gpus import Gpu
 from cluster.sizing.model_sizes import STATE_BYTES, ModelSizes
 from cluster.sizing.weight_formats import Dtype
 
-BANDWIDTH_SHARE, FLOPS_SHARE = 0.6, 0.4
-BALANCE = 0.8  # a batch's mean load of a shard over that of the busiest, where rows go to the less busy of two homes
-ROW_BYTES, SUM_BYTES = 2, 4  # of a number on its way to a shard (bf16) and back (int32)
-PICK_BYTES, GRID_BYTES = 12, 2  # beside the rows: row, expert and weight of a pick; the unit of a row's sums
+BANDWIDTH_SHARE, FLOPS_SHARE = 0.6, 0.4  # The parts of a data sheet's bandwidth and FLOP/s that are reached.
+BALANCE = 0.8  # Balancedness of a batch's load on the shards if each row goes to the less busy of two homes.
+ROW_BYTES, SUM_BYTES = 2, 4  # Bytes of one number on the way to a shard (bf16) and back (int32).
+PICK_BYTES = 12  # Bytes of one pick in a message: the row, the expert and the weight.
+GRID_BYTES = 2  # Bytes of a row's grid in a message, which is the unit in which the row's sums are counted.
 
 
 def unique_shards(num_experts: int, top_k: int, num_shards: int) -> float:
-    """On how many of P shards the K picks of a token lie, where each has its even part of a layer's experts."""
+    """Return the expected number of shards that hold the picks of a token, if each has an even part of the experts."""
     small, num_large = divmod(num_experts, num_shards)
     nowhere = sum(
         num * comb(num_experts - held, top_k)
@@ -35,13 +37,16 @@ def unique_shards(num_experts: int, top_k: int, num_shards: int) -> float:
 
 
 def touched_experts(num_experts: int, top_k: int, num_rows: int) -> float:
-    """How many experts of a layer a batch picks from, of independent rows."""
+    """Return the expected number of experts of a layer that a batch of independent rows picks."""
     return float(num_experts * (1 - (1 - top_k / num_experts) ** num_rows))
 
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes of one token on their way to shards and back, over all layers of experts but the MTP module's."""
+    """A `Wire` holds the bytes of one token on the way to the shards (`out`) and back (`back`).
+
+    It counts all layers of experts except those of the MTP module.
+    """
 
     out: int
     back: int
@@ -52,7 +57,7 @@ class Wire:
 
 
 def wire_of(model: ModelSizes, num_shards: int) -> Wire:
-    """What Expertmesh's messages carry: a row for each shard that it goes to, and one sum from each."""
+    """Return the bytes of one token in Expertmesh's messages: a row to each shard of its picks, and a sum from each."""
     experts = model.experts
     shards = unique_shards(experts.num_experts, experts.top_k, num_shards)
     out = shards * (ROW_BYTES * experts.input_dim + GRID_BYTES) + PICK_BYTES * experts.top_k
@@ -62,7 +67,7 @@ def wire_of(model: ModelSizes, num_shards: int) -> Wire:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """A model in one dtype on one GPU: milliseconds of the parts of a decode step."""
+    """`StepCosts` estimate the milliseconds of each part of a decode step, for a model in one dtype on one GPU."""
 
     model: ModelSizes
     gpu: Gpu
@@ -71,34 +76,38 @@ class StepCosts:
 
     @property
     def calls_ms(self) -> float:
-        """One call to the shards of each layer, beside what they compute."""
+        """Return the time of one layer call for each layer of experts, without the shards' computation."""
         return self.call_ms * len(self.model.experts.main_layers)
 
     def backbone_ms(self, num_rows: int, context_len: int) -> float:
-        """Weights once, and every request's KV and recurrent state, which is written back."""
+        """Return the time of the backbone's part of a step for `num_rows` requests.
+
+        It reads the weights once, and every request's KV and recurrent state; the recurrent state is also written back.
+        """
         state = self.model.state
         per_row = context_len * state.kv_bytes + STATE_BYTES * state.recurrent + state.sequence_bytes
         num_bytes = self._step_bytes + num_rows * per_row
-        return self._longer_ms(num_bytes, 2.0 * num_rows * self._step_params)
+        return self._roofline_ms(num_bytes, 2.0 * num_rows * self._step_params)
 
     def experts_ms(self, num_backbones: int, num_rows: int, num_shards: int) -> float:
-        """Of the busiest shard, which computes the calls of backbones one after the other: `num_rows` rows of each.
+        """Return the time of the busiest shard, which computes `num_rows` rows for each backbone, one after the other.
 
-        Calls for the same experts go to different homes where there are; a shard that is called reads one at least.
+        Calls of several backbones for one expert go to different homes if there are several. A shard that is called
+        reads at least one expert.
         """
         experts, share = self.model.experts, num_backbones / (BALANCE * num_shards)
         num_read = max(1.0, share * touched_experts(experts.num_experts, experts.top_k, num_rows))
         num_picks = max(1.0, share * num_rows * experts.top_k)
-        one_ms = self._longer_ms(num_read * self._expert_bytes, 2.0 * num_picks * experts.num_params)
+        one_ms = self._roofline_ms(num_read * self._expert_bytes, 2.0 * num_picks * experts.num_params)
         return len(experts.main_layers) * one_ms
 
-    def most_shards(self, num_backbones: int, num_rows: int) -> int:
-        """More make nothing faster: with so many, the busiest computes one pick of a layer."""
+    def max_useful_shards(self, num_backbones: int, num_rows: int) -> int:
+        """Return the number of shards beyond which more shards do not help: the busiest one computes a single pick."""
         return ceil(num_backbones * num_rows * self.model.experts.top_k / BALANCE)
 
     def fastest_ms(self, context_len: int) -> float:
-        """Of a step, with as many backbones as requests and as many shards as help."""
-        return self.calls_ms + self.backbone_ms(1, context_len) + self.experts_ms(1, 1, self.most_shards(1, 1))
+        """Return the shortest possible time of a step: one backbone per request, and as many shards as are of use."""
+        return self.calls_ms + self.backbone_ms(1, context_len) + self.experts_ms(1, 1, self.max_useful_shards(1, 1))
 
     @cached_property
     def _step_bytes(self) -> int:
@@ -112,6 +121,7 @@ class StepCosts:
     def _expert_bytes(self) -> int:
         return self.model.layer_specs(self.dtype)[0].expert_bytes
 
-    def _longer_ms(self, num_bytes: float, flops: float) -> float:
+    def _roofline_ms(self, num_bytes: float, flops: float) -> float:
+        """Return the longer of the times to read `num_bytes` and to compute `flops`, in milliseconds."""
         fastest = self.gpu.bf16_flops if self.dtype == "bf16" else self.gpu.fp8_flops or self.gpu.bf16_flops
         return 1e3 * max(num_bytes / (BANDWIDTH_SHARE * self.gpu.bytes_per_s), flops / (FLOPS_SHARE * fastest))

@@ -1,15 +1,16 @@
-"""How many bytes a weight takes in a checkpoint, and which weights a quantized checkpoint quantizes.
+"""Weight formats: the bytes of a weight in a checkpoint, and the weights that a quantized checkpoint quantizes.
 
-What is known of public checkpoints, by role of a matrix; everything that is not named is bf16, and so are norms,
-embeddings, the head and convolutions in all of them:
+Known facts about public checkpoints, by the role of a matrix, are listed below. Every matrix that is not named is bf16;
+norms, embeddings, the head and convolutions are bf16 in all checkpoints.
 
-- Nemotron FP8: routed and shared experts and the Mamba projections; the MTP module is bf16 (as in NVFP4, assumed).
+- Nemotron FP8: routed and shared experts and the Mamba projections. The MTP module is bf16 (assumed, as in NVFP4).
 - Nemotron NVFP4: routed experts in NVFP4, shared experts and Mamba projections in FP8, as in Ultra. Super and Nano
-  quantize some matrices and not others: the configs in `cluster/sizing/configs` count them, and so does the list of modules
-  in a real checkpoint's `quantization_config`. The MTP module is bf16, its routed experts too.
-- DeepSeek-V3 FP8: every linear map, the MTP layer's too, but for the router and `eh_proj`, with a scale for each block
-  of 128 × 128. Qwen3-Next FP8 likewise, but for the small map to β and decay and the shared expert's gate.
-- DeepSeek-V3 and Qwen3-Next NVFP4: routed and shared experts and dense layers; an assumption, for none was read.
+  quantize only some of these matrices. The configs in `cluster/sizing/configs` count them, and so does the list of
+  modules in a real checkpoint's `quantization_config`. The MTP module is bf16, its routed experts included.
+- DeepSeek-V3 FP8: every linear map, also in the MTP layer, except the router and `eh_proj`, with a scale for each block
+  of 128 × 128. Qwen3-Next FP8: likewise, except the small map to β and decay and the gate of the shared expert.
+- DeepSeek-V3 and Qwen3-Next NVFP4: routed and shared experts and dense layers. That is an assumption, because no such
+  checkpoint was read.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from typing import Any, Literal, get_args
 
 Dtype = Literal["bf16", "fp8", "nvfp4"]
 Format = Literal["fp32", "bf16", "fp8", "fp8_blocks", "nvfp4"]
-Counts = Mapping[str, Mapping[str, int]]  # how many matrices of a role are stored in which format
+Counts = Mapping[str, Mapping[str, int]]  # Number of matrices by role and format.
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-BLOCK = 128  # rows and columns that share a scale in FP8 with blocks
-GROUP = 16  # columns that share a scale in NVFP4
-SCALARS = 8  # bytes of a matrix's fp32 scales: of weights and of inputs
-MODELOPT = {"FP8": "fp8", "NVFP4": "nvfp4"}
+BLOCK = 128  # Rows and columns that share a scale in FP8 with blocks.
+GROUP = 16  # Columns that share a scale in NVFP4.
+SCALARS = 8  # Bytes of a matrix's two fp32 scales, one for its weights and one for its inputs.
+MODELOPT = {"FP8": "fp8", "NVFP4": "nvfp4"}  # Formats by the names that Model Optimizer gives them.
 
 SHARED = ("shared_up", "shared_down")
 NEMOTRON_WIDE = ("mixer_in", "mixer_out", *SHARED)
@@ -40,7 +41,7 @@ RECIPES: dict[tuple[str, Dtype], dict[str, Format]] = {
     ("qwen3_next", "fp8"): dict.fromkeys(LINEAR, "fp8_blocks"),
     ("qwen3_next", "nvfp4"): dict.fromkeys((*SHARED, "dense", "routed"), "nvfp4"),
 }
-ROLES = {  # what a module's name in Nemotron's checkpoints ends with; the first that fits
+ROLES = {  # The role of a matrix by the end of its module's name in Nemotron's checkpoints; the first that fits counts.
     "shared_experts.up_proj": "shared_up",
     "shared_experts.down_proj": "shared_down",
     "up_proj": "routed",
@@ -57,7 +58,7 @@ ROLES = {  # what a module's name in Nemotron's checkpoints ends with; the first
 
 
 def matrix_bytes(format: Format, rows: int, columns: int) -> int:
-    """Bytes of one matrix with its scales."""
+    """Return the bytes of one matrix with its scales."""
     num = rows * columns
     match format:
         case "fp32":
@@ -73,7 +74,10 @@ def matrix_bytes(format: Format, rows: int, columns: int) -> int:
 
 
 def dtype_of(raw: Mapping[str, Any]) -> Dtype:
-    """What a `config.json` says of its checkpoint's weights. Raises ValueError for a quantization that is not sized."""
+    """Return the dtype of the checkpoint that a `config.json` belongs to.
+
+    Raises ValueError if the quantization is not supported.
+    """
     quantization = _object(raw, "quantization_config")
     if not quantization:
         return "bf16"
@@ -81,7 +85,9 @@ def dtype_of(raw: Mapping[str, Any]) -> Dtype:
     if method == "fp8":
         block = quantization.get("weight_block_size")
         if block != [BLOCK, BLOCK]:
-            raise ValueError(f"config.json has weight_block_size = {block!r}; sized are blocks of [{BLOCK}, {BLOCK}]")
+            raise ValueError(
+                f"config.json has weight_block_size = {block!r}; supported are blocks of [{BLOCK}, {BLOCK}]"
+            )
         return "fp8"
     if method == "modelopt":
         algorithm = quantization.get("quant_algo")
@@ -89,15 +95,17 @@ def dtype_of(raw: Mapping[str, Any]) -> Dtype:
             return "fp8"
         if algorithm in ("NVFP4", "MIXED_PRECISION"):
             return "nvfp4"
-        raise ValueError(f"config.json has quant_algo = {algorithm!r}; sized are FP8, NVFP4 and MIXED_PRECISION")
-    raise ValueError(f"config.json has quant_method = {method!r}; sized are fp8 and modelopt")
+        raise ValueError(f"config.json has quant_algo = {algorithm!r}; supported are FP8, NVFP4 and MIXED_PRECISION")
+    raise ValueError(f"config.json has quant_method = {method!r}; supported are fp8 and modelopt")
 
 
 def known_counts(raw: Mapping[str, Any], dtype: Dtype) -> Counts | None:
-    """How many matrices of each role the checkpoint quantizes, where its config tells; else None.
+    """Return the number of quantized matrices by role and format if the config lists them, else None.
 
-    `quantized_matrices` is a key of our own, {dtype: {role: {format: how many}}}, in `cluster/sizing/configs`;
-    `quantized_layers` is what Model Optimizer writes, {module: {"quant_algo": …}}.
+    Two keys are read:
+
+    - `quantized_matrices` is Expertmesh's own key in `cluster/sizing/configs`: {dtype: {role: {format: number}}}.
+    - `quantized_layers` is written by Model Optimizer: {module: {"quant_algo": …}}.
     """
     ours = _object(raw, "quantized_matrices")
     if dtype in ours:
@@ -114,7 +122,7 @@ def _formats(counts: Mapping[Any, Any]) -> Mapping[str, int]:
 
 
 def _object(raw: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
-    """Empty where the key is missing or null."""
+    """Return the JSON object of a key; empty if the key is missing or null."""
     value = raw.get(key)
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"config.json has {key} = {value!r}; allowed is an object")
@@ -127,6 +135,6 @@ def _counted(layers: Iterable[tuple[str, Any]]) -> Counts:
         role = next((role for ending, role in ROLES.items() if module.endswith(ending)), None)
         format = MODELOPT.get(entry.get("quant_algo", "")) if isinstance(entry, Mapping) else None
         if role is None or format is None or module.startswith("mtp."):
-            raise ValueError(f"config.json lists {module} among quantized_layers as {entry!r}, which is not sized")
+            raise ValueError(f"config.json lists {module} among quantized_layers as {entry!r}, which is not supported")
         counts.setdefault(role, Counter())[format] += 1
     return counts

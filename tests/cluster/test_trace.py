@@ -33,12 +33,12 @@ def test_a_line_that_was_cut_off_is_passed_over() -> None:
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ([], "The file t is no trace: its first line is not the header of version 1."),
+        ([], "The file t is no trace: its first line must be the header of a trace of version 1."),
         (['{"format": "other", "version": 1}\n'], "The file t is no trace"),
         (["[]\n"], "The file t is no trace"),
-        (lines_of(), "The trace t holds no calls: record it while requests are answered."),
+        (lines_of(), "The trace t holds no calls; record one while requests are answered."),
         ([*lines_of((0.1, 1, [[0]])), "{}\n"], "Line 3 of the trace t is not a call: it needs at, layer and picks"),
-        (lines_of((0.1, 3, [[2]])), "Line 2 of the trace t picks an expert of layer 3 that the header does not know."),
+        (lines_of((0.1, 3, [[2]])), "Line 2 of the trace t picks an expert of layer 3 that the header does not list."),
         (lines_of((0.1, 2, [[0]])), "Line 2 of the trace t picks an expert of layer 2 "),
     ],
 )
@@ -51,5 +51,5 @@ def test_a_file_that_is_not_there_or_not_text_is_one_sentence(tmp_path: Path) ->
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read_trace(tmp_path / "nothing")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(ValueError, match="is no trace: it is not text"):
+    with pytest.raises(ValueError, match="is no trace: it is not UTF-8 text"):
         read_trace(tmp_path / "bytes")

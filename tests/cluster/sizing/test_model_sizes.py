@@ -213,7 +213,7 @@ def test_the_dtype_is_the_checkpoints(quantization: Any, expected: str) -> None:
     [
         (
             {"model_type": "llama"},
-            "config.json has model_type = 'llama'; sized are nemotron_h, deepseek_v3, qwen3_next",
+            "config.json has model_type = 'llama'; supported are nemotron_h, deepseek_v3, qwen3_next",
         ),
         ({"hidden_size": None}, "config.json lacks the key hidden_size"),
         ({"hidden_size": -4}, "config.json has hidden_size = -4; allowed is a positive integer"),
@@ -223,9 +223,9 @@ def test_the_dtype_is_the_checkpoints(quantization: Any, expected: str) -> None:
         ({"hybrid_override_pattern": "MEX"}, "hybrid_override_pattern has the layer 'X'; allowed are M, E, * and -"),
         ({"hybrid_override_pattern": ""}, "config.json lacks the key hybrid_override_pattern (or layers_block_type)"),
         ({"num_hidden_layers": 9}, "config.json has num_hidden_layers = 9, but a pattern of 14 layers"),
-        ({"num_nextn_predict_layers": 2}, "config.json has num_nextn_predict_layers = 2; sized are 0 to 1"),
+        ({"num_nextn_predict_layers": 2}, "config.json has num_nextn_predict_layers = 2; supported are 0 to 1"),
         ({"num_experts_per_tok": 33}, "config.json has num_experts_per_tok = 33, but 32 experts"),
-        ({"n_shared_experts": 2}, "config.json has n_shared_experts = 2; sized is 1"),
+        ({"n_shared_experts": 2}, "config.json has n_shared_experts = 2; supported is 1"),
         ({"n_groups": 3}, "config.json has mamba_num_heads = 8, which n_groups = 3 does not divide"),
         (
             {"hybrid_override_pattern": "", "layers_block_type": ["mamba", "conv"]},
@@ -238,10 +238,10 @@ def test_the_dtype_is_the_checkpoints(quantization: Any, expected: str) -> None:
     ],
 )
 def test_a_mistake_in_a_config_is_one_sentence(changed: Config, sentence: str) -> None:
-    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         model_sizes({**TINY, **changed})
-    assert str(told.value).startswith(sentence)
-    assert "\n" not in str(told.value)
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -252,36 +252,36 @@ def test_a_mistake_in_a_config_is_one_sentence(changed: Config, sentence: str) -
             {"first_k_dense_replace": 61},
             "config.json has first_k_dense_replace = 61, but only 61 layers",
         ),
-        ("deepseek-v3", {"moe_layer_freq": 2}, "config.json has moe_layer_freq = 2; sized is 1"),
+        ("deepseek-v3", {"moe_layer_freq": 2}, "config.json has moe_layer_freq = 2; supported is 1"),
         ("deepseek-v3", {"kv_lora_rank": None}, "config.json lacks the key kv_lora_rank"),
         ("qwen3-coder-next", {"layer_types": ["mamba"]}, "config.json must list 48 layer_types, each linear_attention"),
         ("qwen3-coder-next", {"linear_conv_kernel_dim": 0}, "config.json has linear_conv_kernel_dim = 0; allowed is a"),
     ],
 )
 def test_a_mistake_in_another_family_is_one_sentence(name: str, changed: Config, sentence: str) -> None:
-    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         model_sizes({**known_config(name), **changed})
-    assert str(told.value).startswith(sentence)
+    assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(
     ("quantization", "sentence"),
     [
-        ({"quant_method": "awq"}, "config.json has quant_method = 'awq'; sized are fp8 and modelopt"),
+        ({"quant_method": "awq"}, "config.json has quant_method = 'awq'; supported are fp8 and modelopt"),
         (
             {"quant_method": "fp8", "weight_block_size": [64, 64]},
-            "config.json has weight_block_size = [64, 64]; sized ",
+            "config.json has weight_block_size = [64, 64]; supported are ",
         ),
         (
             {"quant_method": "modelopt", "quant_algo": "INT4"},
-            "config.json has quant_algo = 'INT4'; sized are FP8, NVFP4",
+            "config.json has quant_algo = 'INT4'; supported are FP8, NVFP4",
         ),
     ],
 )
 def test_a_quantization_that_is_not_sized_is_one_sentence(quantization: Config, sentence: str) -> None:
-    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         dtype_of({**TINY, "quantization_config": quantization})
-    assert str(told.value).startswith(sentence)
+    assert str(caught.value).startswith(sentence)
 
 
 def test_an_unknown_quantized_module_is_one_sentence() -> None:
@@ -290,7 +290,7 @@ def test_an_unknown_quantized_module_is_one_sentence() -> None:
         "quant_algo": "NVFP4",
         "quantized_layers": {"a.b": {"quant_algo": "FP8"}},
     }
-    with pytest.raises(ValueError, match=r"lists a\.b among quantized_layers as .*, which is not sized"):
+    with pytest.raises(ValueError, match=r"lists a\.b among quantized_layers as .*, which is not supported"):
         model_sizes({**TINY, "quantization_config": quantization})
 
 

@@ -27,14 +27,14 @@ SLOW = Slo(itl_ms=10_000.0)  # memory alone decides
 NUM_HOMES = 2
 
 
-def fleet_of(made: Sizing) -> list[Shard]:
+def fleet_of(sizing: Sizing) -> list[Shard]:
     return [
         Shard(
             *(f"s{i}", "", f"node-{i}", "experts", "cuda", ""),
-            memory_budget=made.shard_memory_bytes,
-            host_budget=made.shard_host_bytes,
+            memory_budget=sizing.shard_memory_bytes,
+            host_budget=sizing.shard_host_bytes,
         )
-        for i in range(made.expert_gpus)
+        for i in range(sizing.expert_gpus)
     ]
 
 
@@ -115,26 +115,26 @@ def test_what_is_sized_fits(name: str, dtype: Dtype, gpu: str) -> None:
         with pytest.raises(ValueError, match="a backbone is one GPU"):
             size(config, GPUS[gpu], dtype, slo)
         return
-    made = size(config, GPUS[gpu], dtype, slo)
+    sizing = size(config, GPUS[gpu], dtype, slo)
     memory, layers = GPUS[gpu].memory_bytes, layers_of(config, dtype)
-    assert made.backbone_weight_bytes + made.state_memory_bytes <= memory
-    per_request = made.kv_bytes_per_request + made.state_bytes_per_request + made.draft_bytes_per_request
-    assert made.requests_per_backbone * per_request <= 0.75 * made.state_memory_bytes
-    assert made.backbone_gpus * made.requests_per_backbone >= slo.num_requests
-    assert made.shard_memory_bytes <= memory
-    check_capacity(layers, fleet_of(made), NUM_HOMES)
-    check_capacity(layers, fleet_of(made)[1:], NUM_HOMES)  # any one is lost
+    assert sizing.backbone_weight_bytes + sizing.state_memory_bytes <= memory
+    per_request = sizing.kv_bytes_per_request + sizing.state_bytes_per_request + sizing.draft_bytes_per_request
+    assert sizing.requests_per_backbone * per_request <= 0.75 * sizing.state_memory_bytes
+    assert sizing.backbone_gpus * sizing.requests_per_backbone >= slo.num_requests
+    assert sizing.shard_memory_bytes <= memory
+    check_capacity(layers, fleet_of(sizing), NUM_HOMES)
+    check_capacity(layers, fleet_of(sizing)[1:], NUM_HOMES)  # any one is lost
 
 
 @pytest.mark.parametrize("gpu", ["h100", "h200"])
 def test_one_shard_less_would_be_too_few(gpu: str) -> None:
     """After a loss, or where there are many and that is a small part, for more homes of hot experts."""
-    for name, made in every_sizing((gpu,), Slo(num_requests=1, itl_ms=60_000.0, context_len=1)):
-        layers = layers_of(known_config(name), made.dtype)
-        left = len(fleet_of(made)) - 2  # one fewer, and one lost
+    for name, sizing in every_sizing((gpu,), Slo(num_requests=1, itl_ms=60_000.0, context_len=1)):
+        layers = layers_of(known_config(name), sizing.dtype)
+        left = len(fleet_of(sizing)) - 2  # one fewer, and one lost
         largest = max(spec.expert_bytes for spec in layers)
-        holds_less = left * (made.shard_memory_bytes - 2 * largest) < made.experts_bytes
-        assert holds_less or (left + 1) * made.shard_memory_bytes < 1.1 * made.experts_bytes
+        holds_less = left * (sizing.shard_memory_bytes - 2 * largest) < sizing.experts_bytes
+        assert holds_less or (left + 1) * sizing.shard_memory_bytes < 1.1 * sizing.experts_bytes
 
 
 LARGE = {  # few and large experts, of which a planner's answer comes at once: 60.1 GB in 96 of them
@@ -153,42 +153,42 @@ LARGE = {  # few and large experts, of which a planner's answer comes at once: 6
 
 @pytest.mark.parametrize("gpu", ["l4", "l40s", "h100"])
 def test_the_planner_finds_two_homes_and_one_after_any_loss(gpu: str) -> None:
-    made = size(LARGE, GPUS[gpu], slo=SLOW)
-    layers, shards = layers_of(LARGE, "bf16"), fleet_of(made)
-    assert (made.device_homes, made.expert_gpus) == {"l4": (1, 4), "l40s": (1, 3), "h100": (2, 2)}[gpu]
+    sizing = size(LARGE, GPUS[gpu], slo=SLOW)
+    layers, shards = layers_of(LARGE, "bf16"), fleet_of(sizing)
+    assert (sizing.device_homes, sizing.expert_gpus) == {"l4": (1, 4), "l40s": (1, 3), "h100": (2, 2)}[gpu]
     plans = [plan(layers, shards, None, {})]
     plans += [plan(layers, shards[:lost] + shards[lost + 1 :], None, {}) for lost in range(len(shards))]
     for planned, num_live in zip(plans, [len(shards)] + len(shards) * [len(shards) - 1], strict=True):
         assert planned.cover_after == min(NUM_HOMES, num_live)
         assert all(ids for homes in planned.homes.values() for ids in homes)  # on a device
     has_standby = any(ids for planned in plans for homes in planned.standby.values() for ids in homes)
-    assert has_standby == (made.device_homes == 1)
+    assert has_standby == (sizing.device_homes == 1)
 
 
 def test_second_homes_are_in_host_memory_where_gpus_lack_the_room() -> None:
-    made = size(known_config("super"), H200, "bf16", SLOW)
-    assert (made.backbone_gpus, made.expert_gpus, made.device_homes) == (1, 3, 1)
-    assert made.host_homes_bytes == made.experts_bytes == 41 * 512 * 11_010_048
-    assert made.shard_host_bytes == 119 * GIB  # 1.1 of half of them: two shards are left when one is lost
-    assert made.shard_pod_memory_bytes == made.shard_host_bytes + 16 * GIB
+    sizing = size(known_config("super"), H200, "bf16", SLOW)
+    assert (sizing.backbone_gpus, sizing.expert_gpus, sizing.device_homes) == (1, 3, 1)
+    assert sizing.host_homes_bytes == sizing.experts_bytes == 41 * 512 * 11_010_048
+    assert sizing.shard_host_bytes == 119 * GIB  # 1.1 of half of them: two shards are left when one is lost
+    assert sizing.shard_pod_memory_bytes == sizing.shard_host_bytes + 16 * GIB
     smaller = size(known_config("super"), H200, "nvfp4", SLOW)
     assert (smaller.expert_gpus, smaller.device_homes, smaller.shard_host_bytes) == (2, 2, 0)
 
 
 def test_memory_alone_asks_for_a_second_backbone() -> None:
     fit = Fit(model_sizes(known_config("super")), H200, "bf16", SLOW)
-    most = fit.most_requests
+    most = fit.max_requests
     for num_requests, expected in ((most, 1), (most + 1, 2), (2 * most, 2), (2 * most + 1, 3)):
         slo = replace(SLOW, num_requests=num_requests, itl_ms=100_000.0)
-        made = size(known_config("super"), H200, "bf16", slo)
-        assert made.backbone_gpus == expected
-    assert made.reasons[0].startswith("Backbones: memory decides.")
+        sizing = size(known_config("super"), H200, "bf16", slo)
+        assert sizing.backbone_gpus == expected
+    assert sizing.reasons[0].startswith("Backbones: memory decides.")
 
 
 def test_a_backbone_that_does_not_fit_is_one_sentence_with_gpus_that_do() -> None:
-    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         size(known_config("ultra"), GPUS["l40s"], "bf16", SLOW)
-    assert str(told.value) == (
+    assert str(caught.value) == (
         "a backbone is one GPU: 69.2 GB of bf16 weights and one request of 8,192 tokens need 70.3 GB, and l40s has "
         "42.9 GB for them; a100 or h100 or h200 or b200 would do"
     )
@@ -197,7 +197,7 @@ def test_a_backbone_that_does_not_fit_is_one_sentence_with_gpus_that_do() -> Non
         size({**known_config("ultra"), "hidden_size": 10**6}, GPUS["l40s"], "bf16", SLOW)
 
 
-# Pace
+# Step time
 
 
 def test_a_fleet_is_as_fast_as_wanted_and_one_gpu_less_is_not() -> None:
@@ -206,9 +206,9 @@ def test_a_fleet_is_as_fast_as_wanted_and_one_gpu_less_is_not() -> None:
         assert fit.fleet is not None
         assert fit.is_fast(*fit.fleet)
         total = sum(fit.fleet)
-        for num_backbones in range(fit.least_backbones, total):
+        for num_backbones in range(fit.fewest_backbones, total):
             num_shards = total - 1 - num_backbones
-            assert num_shards < (fit.least_shards or 0) or not fit.is_fast(num_backbones, num_shards)
+            assert num_shards < (fit.fewest_shards or 0) or not fit.is_fast(num_backbones, num_shards)
 
 
 def test_a_step_reads_what_it_must() -> None:
@@ -223,15 +223,15 @@ def test_a_step_reads_what_it_must() -> None:
     one = 23 * 19_955_712  # of each layer, however many shards there are
     assert costs.experts_ms(1, 1, 500) == pytest.approx(1e3 * one / (0.6 * 4.8e12), rel=0.001)
     assert costs.experts_ms(1, 1, 7) == pytest.approx(6 / 5.6 * costs.experts_ms(1, 1, 500))
-    assert costs.experts_ms(4, 9, costs.most_shards(4, 9)) == pytest.approx(costs.experts_ms(1, 1, 500))
+    assert costs.experts_ms(4, 9, costs.max_useful_shards(4, 9)) == pytest.approx(costs.experts_ms(1, 1, 500))
     many = 2 * 100_000 * 6 * 9_977_856 * 23 / (0.8 * 2)  # multiplying takes longer than reading
     assert costs.experts_ms(1, 100_000, 2) == pytest.approx(1e3 * many / (0.4 * 989e12), rel=0.001)
 
 
 def test_what_no_number_of_gpus_can_do_is_one_sentence() -> None:
-    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         size(known_config("super"), H200, "bf16", Slo(itl_ms=10.0))
-    sentence = str(told.value)
+    sentence = str(caught.value)
     assert sentence.startswith("no number of h200 decodes a token every 10 ms in bf16: the fastest would take ")
     assert sentence.endswith("with 40 calls to shards of 0.4 ms; none of l4, l40s, a100, h100, h200, b200 would do")
     fastest = float(sentence.split("would take ")[1].split(" ms")[0])
@@ -240,8 +240,11 @@ def test_what_no_number_of_gpus_can_do_is_one_sentence() -> None:
         size(known_config("super"), H200, "bf16", Slo(itl_ms=fastest - 0.1))
 
 
-def numbers(made: Sizing) -> tuple[int, int]:
-    return made.num_gpus, made.backbone_gpus * made.backbone_weight_bytes + made.expert_gpus * made.shard_memory_bytes
+def numbers(sizing: Sizing) -> tuple[int, int]:
+    return (
+        sizing.num_gpus,
+        sizing.backbone_gpus * sizing.backbone_weight_bytes + sizing.expert_gpus * sizing.shard_memory_bytes,
+    )
 
 
 @pytest.mark.parametrize("name", known_models())
@@ -270,30 +273,30 @@ def test_a_better_gpu_never_takes_more(name: str) -> None:
 
 
 def test_two_backbones_can_be_asked_for() -> None:
-    made = size(known_config("super"), H200, "nvfp4", Slo(min_backbones=2))
-    assert (made.backbone_gpus, made.requests_per_backbone) == (2, 32)
-    assert made.reasons[0].startswith("Backbones: 2 were asked for, memory would do with 1.")
+    sizing = size(known_config("super"), H200, "nvfp4", Slo(min_backbones=2))
+    assert (sizing.backbone_gpus, sizing.requests_per_backbone) == (2, 32)
+    assert sizing.reasons[0].startswith("Backbones: 2 were asked for, memory would do with 1.")
 
 
 def test_the_network_follows_from_the_tokens() -> None:
-    made = size(known_config("super"), H200, "bf16", Slo(itl_ms=100.0))
-    tokens_per_s = 64 / made.backbone_gpus / 0.1
-    assert made.backbone_bits_per_s == pytest.approx(8 * tokens_per_s * made.wire_bytes_per_token, rel=1e-6)
-    assert made.backbone_link_bits_per_s == pytest.approx(5 * made.backbone_bits_per_s, rel=1e-6)
-    assert made.shard_bits_per_s == pytest.approx(made.backbone_bits_per_s / made.expert_gpus / 0.8, rel=1e-6)
+    sizing = size(known_config("super"), H200, "bf16", Slo(itl_ms=100.0))
+    tokens_per_s = 64 / sizing.backbone_gpus / 0.1
+    assert sizing.backbone_bits_per_s == pytest.approx(8 * tokens_per_s * sizing.wire_bytes_per_token, rel=1e-6)
+    assert sizing.backbone_link_bits_per_s == pytest.approx(5 * sizing.backbone_bits_per_s, rel=1e-6)
+    assert sizing.shard_bits_per_s == pytest.approx(sizing.backbone_bits_per_s / sizing.expert_gpus / 0.8, rel=1e-6)
 
 
 # Words
 
 
 def test_each_number_has_its_reason() -> None:
-    for name, made in every_sizing(("h200",), Slo()):
-        starts = [reason.split(":")[0].split(" (")[0] for reason in made.reasons]
-        assert starts == ["Backbones", "Expert GPUs", "Homes", "Pace", "Network"], name
-        assert all(reason.endswith(".") for reason in made.reasons)
-    made = size(known_config("nano"), GPUS["a100"], "fp8")
-    assert made.reasons[-1] == "Arithmetic: a100 multiplies no 8-bit numbers, so fp8 weights are widened to bf16."
-    assert "two, so that one may be lost" in made.reasons[1]
+    for name, sizing in every_sizing(("h200",), Slo()):
+        starts = [reason.split(":")[0].split(" (")[0] for reason in sizing.reasons]
+        assert starts == ["Backbones", "Expert GPUs", "Homes", "Step time", "Network"], name
+        assert all(reason.endswith(".") for reason in sizing.reasons)
+    sizing = size(known_config("nano"), GPUS["a100"], "fp8")
+    assert sizing.reasons[-1] == "Arithmetic: a100 cannot multiply 8-bit numbers, so fp8 weights are widened to bf16."
+    assert "two, so that one may be lost" in sizing.reasons[1]
 
 
 def test_the_checkpoints_own_dtype_is_taken() -> None:
@@ -317,9 +320,9 @@ def test_the_checkpoints_own_dtype_is_taken() -> None:
     ],
 )
 def test_a_wish_that_makes_no_sense_is_one_sentence(wrong: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError) as told:  # noqa: PT011 - the whole sentence is compared
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         Slo(**wrong)
-    assert str(told.value).startswith(sentence)
+    assert str(caught.value).startswith(sentence)
 
 
 def test_a_context_over_the_models_own_is_refused() -> None:

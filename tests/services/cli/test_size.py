@@ -136,7 +136,7 @@ def test_a_wrong_wish_is_one_sentence(arguments: list[str], sentence: str) -> No
     [
         ("{", "is not valid JSON: "),
         ("[]", "must hold a JSON object, not a list"),
-        ("{}", "config.json has model_type = None; sized are nemotron_h, deepseek_v3, qwen3_next"),
+        ("{}", "config.json has model_type = None; supported are nemotron_h, deepseek_v3, qwen3_next"),
         ("\udcff", "cannot be read: it is no text"),
     ],
 )
