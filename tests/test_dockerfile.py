@@ -1,7 +1,8 @@
-"""The image: linted, pinned, not root; its steps run in a clean directory, but for those that need root or apt.
+"""The Dockerfile passes the linter, pins its base images and does not run as root, and its steps work.
 
-The steps that install find the packages of this environment: that they install from nothing is what `make test` begins
-with, and `python -m tests.test_dockerfile` runs them so (two minutes).
+The steps run in a clean directory, except those that need root or apt. Steps that install packages find them in this
+environment. `python -m tests.test_dockerfile` runs the same steps with an empty environment, which takes two minutes;
+`make test` also begins with an installation from nothing.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ NEEDS_ROOT = ("apt-get", "useradd")
 
 
 class Step(NamedTuple):
+    """One step of the Dockerfile, such as ("RUN", "pip install …")."""
+
     instruction: str
     value: str
 
 
 def stages() -> dict[str, list[Step]]:
-    """The steps of each stage, by its name."""
-    with tempfile.TemporaryDirectory() as folder:  # the parser writes to the file that it is given
+    """Return the steps of each stage by the name of the stage; "" has the steps before the first stage."""
+    with tempfile.TemporaryDirectory() as folder:  # a copy, because the parser writes to the file that it gets
         parsed = DockerfileParser(str(shutil.copy(DOCKERFILE, folder))).structure
     found: dict[str, list[Step]] = {"": []}
     for step in (Step(step["instruction"], step["value"]) for step in parsed if step["instruction"] != "COMMENT"):
@@ -80,13 +83,13 @@ def test_all_our_packages_are_in_the_image() -> None:
 
 def test_ray_gets_what_the_command_line_would_set() -> None:
     words = " ".join(step.value for step in stages()["runtime"] if step.instruction == "ENV").split()
-    told = dict(word.split("=", 1) for word in words)
-    assert {name: told.get(name) for name in RAY_DEFAULTS} == RAY_DEFAULTS
-    assert told["PYTHONPATH"] == "/app"
+    environment = dict(word.split("=", 1) for word in words)
+    assert {name: environment.get(name) for name in RAY_DEFAULTS} == RAY_DEFAULTS
+    assert environment["PYTHONPATH"] == "/app"
 
 
 def run_steps(folder: Path, python: Path) -> None:
-    """Runs the steps of the image for CPUs below `folder`, in the environment of `python`, but for those of root."""
+    """Run the steps of the CPU image below `folder` in the environment of `python`, except those that need root."""
     folder.mkdir()
     env = {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(folder), "ACCELERATOR": "cpu"}
     env |= {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "TORCH_INDEX"))}
@@ -107,8 +110,8 @@ def run_steps(folder: Path, python: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "--backbones" in done.stdout
     where = [python, "-c", "import services, model; print(services.__file__, model.__file__)"]
-    said = subprocess.check_output(where, cwd="/", env={**env, "PYTHONPATH": str(here)}, text=True).split()
-    assert all(Path(path).is_relative_to(here) for path in said)
+    files = subprocess.check_output(where, cwd="/", env={**env, "PYTHONPATH": str(here)}, text=True).split()
+    assert all(Path(path).is_relative_to(here) for path in files)
 
 
 def test_the_steps_of_the_cpu_image_run_in_a_clean_directory(tmp_path: Path) -> None:

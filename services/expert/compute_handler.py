@@ -58,7 +58,7 @@ class ComputeHandler:
         self.cost_fit = CostFit()
         self.rows_per_call = RowsPerCall()
         self.num_failed_in_a_row = 0  # requests whose computation raised an unexpected error
-        self.is_draining = False  # new requests are refused
+        self.is_refusing = False  # new requests are refused, because the shard drains
         self.last_request_at = -math.inf  # by time.monotonic
         self._seen = (0, 0)  # requests and rows at the last update of `rows_per_call`
         self._samples: deque[CostSample] = deque(maxlen=COST_SAMPLES)
@@ -70,7 +70,7 @@ class ComputeHandler:
         with self._counting:
             self.counters.num_requests += 1
             self.counters.received_bytes += num_bytes
-        if self.is_draining:
+        if self.is_refusing:
             self._refuse(request, stream, Refused(pb.Refusal.DRAINING, "This shard is draining."))
         elif self.worker.is_full:
             detail = f"{self.worker.depth} requests wait here already; the bound max_queue is {self.worker.max_depth}."

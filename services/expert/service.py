@@ -80,7 +80,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
     @property
     def is_draining(self) -> bool:
         """Return True if the shard wants its experts moved, whether it still accepts requests or not."""
-        return self.has_announced_drain or self.handler.is_draining
+        return self.has_announced_drain or self.handler.is_refusing
 
     # The data plane --------------------------------------------------------------------------------------------------
 
@@ -179,30 +179,33 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
     # Status and drain ------------------------------------------------------------------------------------------------
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
-        host = self.host
-        return pb.StatusReply(
-            shard_id=self.shard_id,
-            incarnation=self.incarnation,
-            pid=os.getpid(),
-            device=str(host.device),
-            memory_budget=host.memory_budget,
-            used_bytes=host.used_bytes,
-            held=experts_to_proto(host.held),
-            standby=experts_to_proto(host.standby),
-            in_host_memory=experts_to_proto(group_by_layer(host.standbys.in_host_memory)),
-            promoted=experts_to_proto(host.promoted),
-            host_budget=host.standbys.host_budget,
-            host_used_bytes=host.standbys.used_bytes,
-            epoch=host.epoch,
-            draining=self.is_draining,
-            queue_depth=self.worker.depth,
-            counters=self.handler.counters.to_proto(self.promoter.num_promotions, self.promoter.promotion_us),
-        )
+        reply = _host_status(self.host)
+        reply.shard_id, reply.incarnation, reply.pid = self.shard_id, self.incarnation, os.getpid()
+        reply.draining, reply.queue_depth = self.is_draining, self.worker.depth
+        promotions = self.promoter.num_promotions, self.promoter.promotion_us
+        reply.counters.CopyFrom(self.handler.counters.to_proto(*promotions))
+        return reply
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
         self.has_announced_drain = True
-        self.handler.is_draining = self.handler.is_draining or not request.keep_serving
+        self.handler.is_refusing = self.handler.is_refusing or not request.keep_serving
         return pb.DrainReply(queue_depth=self.worker.depth)
+
+
+def _host_status(host: ExpertHost) -> pb.StatusReply:
+    """Return a status with the fields that describe what `host` holds; the other fields are empty."""
+    return pb.StatusReply(
+        device=str(host.device),
+        memory_budget=host.memory_budget,
+        used_bytes=host.used_bytes,
+        held=experts_to_proto(host.held),
+        standby=experts_to_proto(host.standby),
+        in_host_memory=experts_to_proto(group_by_layer(host.standbys.in_host_memory)),
+        promoted=experts_to_proto(host.promoted),
+        host_budget=host.standbys.host_budget,
+        host_used_bytes=host.standbys.used_bytes,
+        epoch=host.epoch,
+    )
 
 
 async def _abort(context: Context, code: grpc.StatusCode, error: Exception) -> NoReturn:

@@ -75,7 +75,7 @@ class ExpertShard:
         self.config, self.registry = config, registry
         self.incarnation = secrets.token_hex(8)
         self.endpoint = self.compute_endpoint = ""
-        self.pool_size: PoolSize | None = None  # what was last decided of its pool
+        self.pool_size: PoolSize | None = None  # as the controller decided it last
         shapes, device = family.expert_shapes, torch.device(config.device)
         self.host = ExpertHost(shapes, config.dtype, device, config.memory_budget, config.host_budget)
         self._read = family.load_expert
@@ -108,7 +108,7 @@ class ExpertShard:
         self.service.has_announced_drain = True
         await self._heartbeat()
         await self._wait_for_moves()
-        self.service.handler.is_draining = True
+        self.service.handler.is_refusing = True
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._beating.cancel()
         await asyncio.gather(self._beating, return_exceptions=True)
@@ -192,7 +192,7 @@ class ExpertShard:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
-                if self.service.handler.is_draining:
+                if self.service.handler.is_refusing:
                     await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
                 await self._heartbeat()
             except Exception:

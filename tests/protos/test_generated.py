@@ -1,3 +1,5 @@
+"""The committed generated code matches the .proto files and works under the installed protobuf."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`expertmesh` as a user runs it: commands in processes of their own, and a server to ask."""
+"""`expertmesh` as a user runs it: each command in a process of its own, and a running server to call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.services.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "services.cli"]
-ENVIRONMENT = {**os.environ, "EXPERTMESH_ADMIN_KEY": "the key of these tests"}  # of servers and commands alike
+ENVIRONMENT = {**os.environ, "EXPERTMESH_ADMIN_KEY": "the key of these tests"}  # of the servers and of the commands
 START_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
 
 
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def expertmesh(*arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
-    """Runs one command to its end."""
+    """Run one command to its end and return its exit code and output."""
     return subprocess.run(
         [*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s
     )
@@ -49,7 +49,7 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float) -> bool:
 
 
 class Application:
-    """`expertmesh up` in a process group of its own, as a terminal starts it."""
+    """A running `expertmesh up` in a process group of its own, as a terminal starts it."""
 
     def __init__(self, num_shards: int, *options: str) -> None:
         self.port, self.grpc_port = free_port(), free_port()
@@ -68,7 +68,7 @@ class Application:
         )
 
     def wait_until_ready(self) -> float:
-        """Seconds from the start until it said so."""
+        """Wait until the application says that it is ready, and return the seconds since its start."""
         is_over = lambda: "Ready after" in self.output or self.process.poll() is not None  # noqa: E731
         wait_until(is_over, START_TIMEOUT_S)
         assert "Ready after" in self.output, self.output
@@ -76,13 +76,13 @@ class Application:
 
     @property
     def output(self) -> str:
-        """What the terminal shows."""
+        """Return everything that the application has printed so far."""
         self._log.seek(0)
         return self._log.read()
 
     @property
     def redis(self) -> tuple[int, str]:
-        """Pid and URL of the store it started."""
+        """Return the process id and the URL of the store that the application started."""
         for pid, command in descendants(self.process.pid).items():
             if found := re.search(r"(?:redis|valkey)-server 127\.0\.0\.1:(\d+)$", command):
                 return pid, f"redis://127.0.0.1:{found[1]}/0"
@@ -101,7 +101,7 @@ class Application:
         return grpc.insecure_channel(self.grpc_target)
 
     def press_ctrl_c(self) -> None:
-        """A terminal signals the whole process group."""
+        """Interrupt the whole process group, as a terminal does."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def __enter__(self) -> Self:

@@ -1,3 +1,5 @@
+"""Fixtures of the tests of all services."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -8,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Matrices this small only lose time to the threads' waiting for each other."""
+    """Compute on one thread: for matrices this small, threads lose more time waiting for each other than they gain."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

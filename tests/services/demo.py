@@ -1,4 +1,4 @@
-"""The demo model as tests find it, what the held-out files begin with, and what `transformers` writes after that."""
+"""The demo model, prompts from its held-out files, and the tokens that `transformers` generates after them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def load_tokenizer() -> Any:
 
 @cache
 def held_out_prompts(count: int, length: int = 64) -> list[list[int]]:
-    """The first `length` tokens of held-out files."""
+    """Return at most `count` prompts: the first `length` tokens of held-out files that have so many."""
     beginnings = (load_tokenizer().encode(text)[:length] for text in corpus.read_corpus()[1])
     return [ids for ids in beginnings if len(ids) == length][:count]
 
 
 def transformers_greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """What the reference implementation generates in fp32 after prompts of one length, the end token included."""
+    """Return the greedy tokens of the reference implementation in fp32, each answer with its end token.
+
+    The prompts must all have the same length.
+    """
     model: Any = NemotronHForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     ends = set(model.generation_config.eos_token_id)
     with torch.inference_mode():
@@ -43,5 +46,5 @@ def _up_to_end(token_ids: list[int], ends: set[int]) -> list[int]:
 
 
 def text_of(token_ids: Sequence[int]) -> str:
-    """Half a character at the end is never shown."""
+    """Return the text of tokens without half a character at the end, as the server never shows one."""
     return str(load_tokenizer().decode(token_ids, skip_special_tokens=True)).rstrip("\ufffd")

@@ -1,4 +1,4 @@
-"""Processes as the kernel sees them."""
+"""Processes of this machine, as the Linux kernel lists them in /proc."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def command_of(pid: int) -> str:
-    """The command line; empty where there is no such process."""
+    """Return the command line of a process, which is empty if there is no such process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     return ""
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Children, their children and so on: pid -> command line."""
+    """Return the command lines of the children of `pid`, of their children and so on, by process id."""
     children: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -28,7 +28,7 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def wait_until_gone(pids: Collection[int], timeout_s: float) -> dict[int, str]:
-    """Those that still run after that time; a zombie runs nothing."""
+    """Return the processes of `pids` that still run after `timeout_s`; a zombie counts as gone."""
     stop_at = time.monotonic() + timeout_s
     while (left := {pid: command_of(pid) for pid in pids if command_of(pid)}) and time.monotonic() < stop_at:
         time.sleep(0.1)

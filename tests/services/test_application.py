@@ -1,6 +1,6 @@
-"""The whole application as its users meet it: one `expertmesh up` with three shards serves every test of this file.
+"""The whole application as its users see it: one `expertmesh up` with three shards serves every test of this file.
 
-The tests run in this order: the last ones kill parts of it, and the very last one stops it.
+The order of the tests matters: some of the last ones kill parts of the application, and the very last one stops it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def stub(server: Application) -> Iterator[Any]:
 
 
 def complete(server: Application, prompt: str | list[int], max_tokens: int, **options: Any) -> str:
-    """Greedy text through REST."""
+    """Return greedy text through REST."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
     response = server.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
@@ -59,7 +59,7 @@ def complete(server: Application, prompt: str | list[int], max_tokens: int, **op
 
 
 def stream_text(server: Application, prompt: list[int], max_tokens: int) -> str:
-    """Greedy text through a REST stream, which never ends early."""
+    """Return greedy text through a REST stream, which always has `max_tokens` tokens."""
     options: Any = {"max_tokens": max_tokens, "temperature": 0, "extra_body": {"ignore_eos": True}}
     with server.openai() as client:
         chunks = list(client.completions.create(model="demo", prompt=prompt, stream=True, **options))
@@ -75,7 +75,7 @@ def greedy_request(prompt: Sequence[int], max_tokens: int, ignore_eos: bool = Fa
 def stream_tokens(
     stub: Any, request: pb.GenerateRequest, after: int = 0, act: Callable[[], None] | None = None
 ) -> list[int]:
-    """Token ids through a gRPC stream; `act` is called once, when `after` of them have come."""
+    """Return the token ids of a gRPC stream; `act` is called once, when at least `after` of them have come."""
     token_ids: list[int] = []
     for chunk in stub.GenerateStream(request, timeout=90):
         token_ids += chunk.choice.token_ids
@@ -172,7 +172,7 @@ def test_eight_streams_at_once_equal_each_alone(server: Application) -> None:
     num_steps = server.status()["engine"]["num_steps"]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda prompt: stream_text(server, prompt, 24), prompts)) == alone
-    time.sleep(1.0)  # the gateway asks the backbone for its status twice a second at most
+    time.sleep(1.0)  # the gateway reads the status of the backbone at most twice a second
     assert server.status()["engine"]["num_steps"] - num_steps < 8 * 24 / 2, "the streams were not computed together"
 
 
@@ -203,8 +203,8 @@ def test_what_goes_over_the_wire_is_latent_sized(server: Application) -> None:
     assert latent
     assert sent == received
     ours = (sent_bytes + received_bytes) / rows
-    of_hidden = ours + 2 * 4 * wider * copies / rows  # the same messages with rows as wide as the hidden vector
-    of_one_pick = (sent_bytes + received_bytes - 12 * picks) / copies + 12  # a pick takes 12 bytes
+    of_hidden = ours + 2 * 4 * wider * copies / rows  # if rows were as wide as the hidden vector
+    of_one_pick = (sent_bytes + received_bytes - 12 * picks) / copies + 12  # of which the pick itself takes 12
     per_pick = of_one_pick * picks / rows
     print(
         f"per token and MoE layer: {ours:.0f} bytes in {sent / rows:.2f} messages ({sent_bytes / rows:.0f} there, "
@@ -227,10 +227,10 @@ def test_expert_load_reaches_the_store(server: Application) -> None:
         await redis.aclose()
         return int(counts_WE.sum())
 
-    assert wait_until(lambda: asyncio.run(count()) > 0, 10)  # of the prompt that warmed it up, at least
+    assert wait_until(lambda: asyncio.run(count()) > 0, 10)  # at least the prompt that warmed the backbone up
     before = asyncio.run(count())
     complete(server, [5, 6, 7], 8, ignore_eos=True)
-    # What drafts were tried and rejected counts too: their experts worked.
+    # Rejected drafts count too, because their experts were computed as well.
     assert wait_until(lambda: asyncio.run(count()) >= before + (3 + 7) * shape.top_k, 10)
     assert asyncio.run(count()) % shape.top_k == 0
 
@@ -249,7 +249,7 @@ def test_status_is_a_table_or_json(server: Application) -> None:
 
 
 def ask_admin(server: Application, *arguments: str) -> Any:
-    """A command's JSON."""
+    """Run an operator command and return the JSON that it prints."""
     answer = expertmesh(*arguments, "--url", server.url, "--json")
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)
@@ -308,7 +308,7 @@ def test_a_recorded_trace_is_replayed_through_the_planner(server: Application) -
 
 
 def test_a_shard_is_drained_and_used_again(server: Application) -> None:
-    for prompt in held_out_prompts(8):  # what nobody picks needs no third home, and then the shard would stay empty
+    for prompt in held_out_prompts(8):  # without load no expert gets a third home, and the shard would stay empty
         complete(server, prompt, 32, ignore_eos=True)
     shard_id = min(shards_by_id(server))
     assert ask_admin(server, "drain", shard_id)["order"]["subject"] == shard_id
@@ -396,7 +396,7 @@ def test_a_bad_call_is_answered_in_one_sentence(
 
 @pytest.fixture(scope="module")
 def long_answer(server: Application) -> tuple[pb.GenerateRequest, list[int]]:
-    """A request that takes a few seconds, and its tokens when nothing happens meanwhile."""
+    """Return a request that takes a few seconds, and its tokens if nothing fails meanwhile."""
     request = greedy_request(held_out_prompts(1)[0], 200, ignore_eos=True)
     with server.channel() as channel:
         return request, stream_tokens(inference(channel), request)
@@ -414,7 +414,7 @@ def test_a_shard_that_is_killed_costs_no_token_and_comes_back(
     killed_at = time.monotonic()
 
     def is_back() -> bool:
-        """As many shards as before, all of which serve; the new one holds what the planner finds worth moving there."""
+        """Return True if a new shard has replaced the victim, every shard holds experts, and the cover is full."""
         status = server.status()
         after = {shard["id"]: shard for shard in status["shards"]}
         is_replaced = len(after) == len(before) and len(after.keys() - before.keys()) == 1 and victim["id"] not in after

@@ -1,6 +1,6 @@
-"""A pool of a real application grows and shrinks by order while requests are computed: nobody notices.
+"""A pool of a real application grows and shrinks by operator order under load, and no client notices.
 
-The tests run in this order: the second goes on with what the first left.
+The order of the tests matters: each one continues with the pool that the one before has left.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHANGE_TIMEOUT_S = 60.0
 
 @dataclass
 class Watch:
-    """What the store says of the fleet, looked at all the time: shards seen, shards placed, and the lowest cover."""
+    """Reads the store all the time and records which shards are live and placed since when, and the lowest cover."""
 
     url: str
     seen_at: dict[str, float] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Watch:
         redis = connect(self.url)
         registry = Registry(redis, "demo")
         while not self._is_over.is_set():
-            with suppress(StoreUnavailable):  # this machine is busy
+            with suppress(StoreUnavailable):  # a busy machine may delay a reply beyond the timeout
                 await self._look(registry)
             await asyncio.sleep(0.1)
         await redis.aclose()
@@ -76,7 +76,7 @@ class Watch:
 
 
 class Clients:
-    """Ask for the same texts again and again, each comparing what comes with what came before anything changed."""
+    """Clients that request the same texts again and again, and compare them with those before any change."""
 
     def __init__(self, server: Application) -> None:
         self.server, self.num_done, self.wrong = server, 0, list[str]()
@@ -125,7 +125,7 @@ async def order(server: Application, num_shards: int) -> None:
 
 
 def change(server: Application, num_shards: int) -> Watch:
-    """Orders a size and waits for it under load; asserts what must always hold."""
+    """Order a size of the pool and wait for it under load, while all texts stay right and the cover stays full."""
     with Clients(server) as clients, Watch(server.redis[1]) as watch:
         asyncio.run(order(server, num_shards))
         ordered_at = time.monotonic()

@@ -1,3 +1,5 @@
+"""Every log record becomes one line of JSON."""
+
 from __future__ import annotations
 
 import json
@@ -22,9 +24,9 @@ def test_a_record_is_one_json_object_with_the_request_it_belongs_to() -> None:
     assert fields["request_id"] == "r-1"
     assert str(fields["time"]).endswith("+00:00")
     assert "request_id" not in line_of("services.engine", "Nothing in particular")
-    told = line_of("services.engine", "It ended.", request_id="r-2", first_token_s=0.02)
-    assert (told["request_id"], told["first_token_s"]) == ("r-2", 0.02)
-    assert told.keys() == {"time", "level", "logger", "process", "pid", "request_id", "first_token_s", "message"}
+    fields = line_of("services.engine", "It ended.", request_id="r-2", first_token_s=0.02)
+    assert (fields["request_id"], fields["first_token_s"]) == ("r-2", 0.02)
+    assert fields.keys() == {"time", "level", "logger", "process", "pid", "request_id", "first_token_s", "message"}
 
 
 def test_the_log_of_requests_keeps_its_fields() -> None:

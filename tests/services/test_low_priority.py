@@ -1,4 +1,4 @@
-"""Loading gives way to answering, and what a call waits for does not."""
+"""Work at low priority runs on threads that give way to other threads, and the others keep their priority."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint with hardly more in it than a config and routed experts, which is all that a shard reads."""
+"""A small checkpoint with a config and routed experts, which is all that a shard reads."""
 
 from __future__ import annotations
 
@@ -41,9 +41,14 @@ CONFIG = {
 
 
 def write_checkpoint(path: Path, without: str = "") -> Path:
-    """Random experts, the same every time; `without` names a tensor to leave out."""
+    """Write a checkpoint with the same random experts every time and return `path`.
+
+    `without` names a tensor to leave out.
+    """
     generator = torch.Generator().manual_seed(7)
-    tensors = {"backbone.embeddings.weight": torch.zeros(1)}  # tells the family how names start
+    tensors = {
+        "backbone.embeddings.weight": torch.zeros(1)
+    }  # the family reads the prefix of all names from this tensor
     for layer in LAYERS:
         for expert in range(NUM_EXPERTS):
             stem = f"backbone.layers.{layer}.mixer.experts.{expert}"

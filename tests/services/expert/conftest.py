@@ -1,3 +1,5 @@
+"""Fixtures of the tests of expert shards."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A TCP proxy that changes bytes on their way, by seed."""
+"""A TCP proxy that changes random bytes of a connection; the seed decides which."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typing import Self
 
 
 class CorruptingProxy:
-    """Passes connections on to `endpoint`; of what goes to the client, or the shard, one byte in so many is changed."""
+    """A proxy for `endpoint` that changes a byte now and then.
+
+    On average, one byte in `to_client` of the data for the client is changed, and one in `to_shard` of the data for
+    the shard; 0 changes none.
+    """
 
     def __init__(self, endpoint: str, to_client: int = 0, to_shard: int = 0, seed: int = 0) -> None:
         host, _, port = endpoint.rpartition(":")
@@ -46,7 +50,7 @@ class CorruptingProxy:
         with suppress(OSError):
             while data := bytearray(source.recv(1 << 16)):
                 for place in range(len(data)):
-                    # Not the greeting: a connection that never comes up is another test.
+                    # The greeting stays as it is: connections that never come up belong to another test.
                     if one_in and num_passed + place > 200 and self._chance.randrange(one_in) == 0:
                         data[place] ^= 1 << self._chance.randrange(8)
                         self.num_changed += 1

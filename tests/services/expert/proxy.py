@@ -1,4 +1,4 @@
-"""A TCP proxy before a shard, which damages what the shard says."""
+"""A TCP proxy in front of a shard, which damages the data that the shard sends."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-Damage = Callable[[bytes, int], bytes | None]  # data and how many bytes came before; None hangs up
+# Gets some data and the number of bytes sent before it; returns the data to send instead, or None to hang up.
+Damage = Callable[[bytes, int], bytes | None]
 
 
 def flip_at(place: int) -> Damage:
-    """Flips one bit of the byte at `place` of a connection."""
+    """Return a damage that flips one bit of the byte at `place` in the data of a connection."""
 
     def flip(data: bytes, before: int) -> bytes:
         at = place - before
@@ -20,7 +21,7 @@ def flip_at(place: int) -> Damage:
 
 
 def cut_at(place: int) -> Damage:
-    """Hangs up after `place` bytes."""
+    """Return a damage that hangs up when more than `place` bytes would have been sent."""
     return lambda data, before: None if before + len(data) > place else data
 
 

@@ -1,4 +1,4 @@
-"""Small requests for tests that speak to a shard without `RemoteExperts`."""
+"""Small compute requests for tests that call a shard without `RemoteExperts`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.services.expert.checkpoint import LATENT
 
 
 def make_request(experts: tuple[int, ...] = (0, 1), **changes: Any) -> pb.ComputeRequest:
-    """One row, sent to `experts` with weight 1."""
+    """Return a request with one row, which picks `experts` with weight 1; `changes` replace fields."""
     fields = {
         "id": 1,
         "layer": 1,

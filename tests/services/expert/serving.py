@@ -1,4 +1,4 @@
-"""Shards in this process, and streams to them."""
+"""Shards that serve in this process, and streams to them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def stream_to(shard: ExpertShard) -> AsyncIterator[Any]:
 
 
 async def ask(shard: ExpertShard, *requests: pb.ComputeRequest) -> dict[int, pb.ComputeReply]:
-    """All at once on one stream; the replies by id."""
+    """Send all `requests` on one stream at the same time and return the replies by request id."""
     async with stream_to(shard) as stream:
         for request in requests:
             await stream.write(request)

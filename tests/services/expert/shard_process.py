@@ -1,4 +1,7 @@
-"""Shards in a process of their own, in trouble if asked: prints their records as JSON, serves until its input ends."""
+"""Shards in a process of their own, which can be slow or faulty.
+
+The process prints the shards' records as JSON and serves until its standard input ends.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,14 @@ from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
 
 ROOT = Path(__file__).parents[3]
-READ_S = 0.03
+READ_S = 0.03  # for one expert from the slow disk
 
 
 class ShardProcess:
-    """`num_shards` shards of one model directory, all in one other process."""
+    """A process with `num_shards` shards of one model directory.
+
+    `trouble` is "none", "corrupt" (every reply has a wrong byte) or "slow disk".
+    """
 
     def __init__(
         self,
@@ -49,7 +55,7 @@ class ShardProcess:
 
     @property
     def shards(self) -> list[Shard]:
-        """Waits until they serve."""
+        """Wait until the shards serve, and return their records."""
         if not self._shards:
             assert self.process.stdout is not None
             self._shards = [Shard.from_record(record) for record in json.loads(self.process.stdout.readline())]
@@ -64,6 +70,7 @@ class ShardProcess:
 
 
 def slow_down(host: ExpertHost, us_per_row: int) -> None:
+    """Make `host` sleep before each request, for `us_per_row` microseconds per row."""
     compute = host.compute
 
     def compute_slowly(request: pb.ComputeRequest) -> pb.Sums:
@@ -74,7 +81,7 @@ def slow_down(host: ExpertHost, us_per_row: int) -> None:
 
 
 class SlowlyRead(ModelFamily):
-    """A checkpoint on a slow disk."""
+    """A model family whose checkpoint is on a slow disk."""
 
     def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         time.sleep(READ_S)

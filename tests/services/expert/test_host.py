@@ -1,3 +1,5 @@
+"""An `ExpertHost` holds experts within its budget, computes with them, and refuses what it cannot compute."""
+
 from __future__ import annotations
 
 import asyncio
@@ -22,7 +24,7 @@ EXPERT_BYTES = 2 * LATENT * WIDTH * 4
 
 
 class FilledHost(ExpertHost):
-    """A host and what fills it, for tests in which nobody calls meanwhile."""
+    """A host that loads experts by itself, for tests in which no request comes during a load."""
 
     def __init__(self, family: ModelFamily, num_experts: int) -> None:
         super().__init__(family.expert_shapes, torch.float32, torch.device("cpu"), num_experts * EXPERT_BYTES)

@@ -1,3 +1,5 @@
+"""An `ExpertShard` registers, loads, computes, refuses and drains, over real gRPC on a free port."""
+
 from __future__ import annotations
 
 import asyncio
@@ -174,7 +176,7 @@ def test_a_caller_that_leaves_does_not_free_the_lock(family: ModelFamily, method
             stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
             await shard_control.load(shard.endpoint, {1: [0, 1]})
             gate = threading.Event()
-            worker = shard.service.worker  # `Unload` and the end of `Load` are jobs of its
+            worker = shard.service.worker  # `Unload` and the last step of `Load` run on the worker
             worker.submit(gate.wait)
             request: Any = getattr(pb, f"{method}Request")
             call = getattr(stub, method)(request(experts=[pb.LayerExperts(layer=1, experts=[1, 2])], epoch=5))
@@ -193,7 +195,7 @@ def test_a_caller_that_leaves_does_not_free_the_lock(family: ModelFamily, method
 
 
 class StumblingRegistry(MemoryRegistry):
-    """Fails the second heartbeat as nobody expects."""
+    """A registry whose second heartbeat raises an unexpected error."""
 
     num_beats = 0
 

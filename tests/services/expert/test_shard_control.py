@@ -1,4 +1,4 @@
-"""The canary: the same rows through two homes."""
+"""The canary compares the sums of two homes for the same rows."""
 
 from __future__ import annotations
 

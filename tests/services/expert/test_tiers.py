@@ -1,4 +1,4 @@
-"""Experts that stand by: in host memory or on disk, promoted when a call asks for them, and gone to make room."""
+"""Standbys are in host memory or on disk, are promoted when a request needs them, and are evicted to make room."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def filled(
 
 
 async def expected(family: ModelFamily, requests: Sequence[pb.ComputeRequest]) -> dict[int, bytes]:
-    """The sums of a shard that holds everything."""
+    """Return the sums that a shard with all experts on its device computes."""
     async with filled(family, config(64), {1: ALL, 3: ALL}, {}) as shard:
         return sums(await ask(shard, *requests))
 
@@ -59,7 +59,7 @@ def sums(replies: dict[int, pb.ComputeReply]) -> dict[int, bytes]:
 
 
 def hold_back(shard: ExpertShard) -> threading.Event:
-    """The checkpoint is read only when the event is set."""
+    """Block every read of the checkpoint until the returned event is set."""
     gate, read = threading.Event(), shard.service.source.read
 
     def read_later(layer: int, expert: int) -> Any:
@@ -176,7 +176,7 @@ def test_those_who_wait_for_an_expert_share_its_load_and_hold_up_nobody(family: 
                 await stream.write(make_request((0, 5), id=number))
             await stream.write(make_request((0, 1), id=99))
             assert (await stream.read()).id == 99
-            await shard_control.load(shard.endpoint, {1: [0]})  # nothing to read, so it does not wait either
+            await shard_control.load(shard.endpoint, {1: [0]})  # this load reads nothing, so it does not wait either
             gate.set()
             replies = [await stream.read() for _ in range(10)]
             assert sorted(reply.id for reply in replies) == list(range(1, 11))
@@ -212,7 +212,9 @@ def test_without_device_memory_it_is_refused_in_a_sentence(family: ModelFamily) 
         async with filled(family, config(2), {1: [0, 1]}, {1: [5]}) as shard:
             reply = (await ask(shard, make_request((0, 5), id=1)))[1]
             refusal = reply.refusal
-            assert reply.checksum == checksum_of_reply(reply)  # or a client would take it for damaged
+            assert reply.checksum == checksum_of_reply(
+                reply
+            )  # a client takes a refusal with a wrong checksum for damaged
             assert (refusal.code, list(refusal.missing)) == (pb.Refusal.NOT_HOSTED, [5])
             assert refusal.detail == (
                 "Experts [5] of layer 1 stand by, but no device memory is left to promote them to."
@@ -312,7 +314,7 @@ def test_the_least_recently_used_goes_first_and_hot_ones_last(family: ModelFamil
                 await ask(shard, make_request((1, 2)))
             await ask(shard, make_request((9,)))
             await ask(shard, make_request((10,)))
-            # 1 and 2 were promoted often: 9 leaves before the other of them does.
+            # 1 and 2 are hot, because they were promoted often: one of them is still there, but 9 was evicted.
             [kept] = set(shard.host.promoted[1]) - {10}
             assert kept in (1, 2)
 

@@ -1,4 +1,4 @@
-"""Weights from peers: verified, bounded, and read from the checkpoint where a peer fails, and the other way round."""
+"""Weights come from a peer or from the checkpoint, and are verified; the bytes in flight are bounded."""
 
 from __future__ import annotations
 
@@ -33,23 +33,28 @@ from tests.services.expert.shard_process import ShardProcess
 
 ONE = 2 * LATENT * WIDTH * 4
 ALL = list(range(NUM_EXPERTS))
-IN_EXPERT = 20_000  # a byte of a stream's that belongs to the first expert that it brings
+IN_EXPERT = 20_000  # the position in a stream of a byte of the first expert
 DAMAGED = "its bytes are damaged or another checkpoint's"
 
 
 def without(tmp_path: Path, expert: int) -> ModelFamily:
-    """A checkpoint that lacks an expert of layer 1."""
+    """Return the family of a checkpoint that lacks an expert of layer 1."""
     return load_family(
         write_checkpoint(tmp_path / "lacking", f"backbone.layers.1.mixer.experts.{expert}.up_proj.weight")
     )
 
 
 @asynccontextmanager
-async def two(family: ModelFamily, own: ModelFamily | None = None) -> AsyncIterator[tuple[ExpertShard, ExpertShard]]:
-    """A peer that holds and stands by for all experts of layer 1, and a shard that holds nothing."""
+async def two(
+    family: ModelFamily, shard_family: ModelFamily | None = None
+) -> AsyncIterator[tuple[ExpertShard, ExpertShard]]:
+    """Serve a peer that is home or standby for all experts of layer 1, and a shard that holds nothing.
+
+    The shard reads the checkpoint of `shard_family` if it is given, else that of `family`.
+    """
     async with (
         serving(family, config=replace(CONFIG, host_budget=8 * ONE)) as peer,
-        serving(own or family, config=replace(CONFIG, shard_id="s1")) as shard,
+        serving(shard_family or family, config=replace(CONFIG, shard_id="s1")) as shard,
     ):
         await shard_control.load(peer.endpoint, {1: ALL[:16]}, 1, {1: ALL[16:]})
         yield peer, shard
@@ -90,12 +95,12 @@ def test_chunks_are_bounded_and_the_last_one_has_the_checksum(family: ModelFamil
                 chunks = [c async for c in stub.Fetch(pb.FetchRequest(layer=3, experts=[9, 4], dtype=wire))]
             assert max(len(chunk.data) for chunk in chunks) <= CHUNK_BYTES
             for expert in (4, 9):
-                own = [chunk for chunk in chunks if chunk.expert == expert]
-                data = bytearray(b"".join(chunk.data for chunk in own))
-                assert [chunk.is_last for chunk in own] == [False] * (len(own) - 1) + [True]
+                of_expert = [chunk for chunk in chunks if chunk.expert == expert]
+                data = bytearray(b"".join(chunk.data for chunk in of_expert))
+                assert [chunk.is_last for chunk in of_expert] == [False] * (len(of_expert) - 1) + [True]
                 weights = Weights.from_bytes(data, shard.host.shapes[3], dtype)
-                assert weights.checksum == own[-1].checksum == loaded.checksums[3][expert]
-                assert own[-1].gain_exponent == weights.gain_exponent()
+                assert weights.checksum == of_expert[-1].checksum == loaded.checksums[3][expert]
+                assert of_expert[-1].gain_exponent == weights.gain_exponent()
                 raw = family.load_expert(3, expert)
                 assert torch.equal(weights.up, raw["up"].to(dtype))
                 assert torch.equal(weights.down, raw["down"].to(dtype))
@@ -213,7 +218,7 @@ def test_a_peer_that_is_killed_meanwhile_is_replaced_by_the_checkpoint(family: M
 
 
 def damaged(tmp_path: Path, model_dir: Path, family: ModelFamily, expert: int) -> ModelFamily:
-    """The same checkpoint, but for the sign of one weight of an expert of layer 1."""
+    """Return the family of a copy of the checkpoint in which one weight of an expert of layer 1 has another sign."""
     path = Path(shutil.copytree(model_dir, tmp_path / "damaged")) / "model.safetensors"
     weights, data = family.load_expert(1, expert)["up"], bytearray(path.read_bytes())
     data[data.index(weights.numpy().tobytes()) + 1003] ^= 0x80
