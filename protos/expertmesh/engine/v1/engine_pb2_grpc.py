@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EngineStub(object):
-    """A backbone's engine, as gateways ask it.
+    """The engine of a backbone, which gateways call.
     """
 
     def __init__(self, channel):
@@ -43,13 +43,14 @@ class EngineStub(object):
 
 
 class EngineServicer(object):
-    """A backbone's engine, as gateways ask it.
+    """The engine of a backbone, which gateways call.
     """
 
     def Converse(self, request_iterator, context):
-        """One long-lived stream per gateway: requests and cancels one way, the outputs of all its requests the other, those
-        of one step in one message, and an empty message now and then, so that silence means that nobody is there. A stream
-        that ends cancels its requests. A backbone that stops ends it without an error: others may go on with them.
+        """One long-lived stream per gateway. The gateway sends requests and cancels. The backbone sends the outputs of all
+        the gateway's requests, those of one step in one message. It also sends an empty message now and then, so that a
+        gateway can take silence for a dead backbone. When the gateway ends the stream, its requests are cancelled. When a
+        backbone stops, it ends the stream without an error, and another backbone may continue the requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,7 +73,7 @@ def add_EngineServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Engine(object):
-    """A backbone's engine, as gateways ask it.
+    """The engine of a backbone, which gateways call.
     """
 
     @staticmethod

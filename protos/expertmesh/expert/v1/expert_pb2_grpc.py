@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ExpertStub(object):
-    """A process that hosts routed experts. It starts empty and holds what it is told to hold.
+    """An expert shard, which hosts routed experts. It starts empty and holds the experts that its controller has it load.
     """
 
     def __init__(self, channel):
@@ -68,32 +68,34 @@ class ExpertStub(object):
 
 
 class ExpertServicer(object):
-    """A process that hosts routed experts. It starts empty and holds what it is told to hold.
+    """An expert shard, which hosts routed experts. It starts empty and holds the experts that its controller has it load.
     """
 
     def Compute(self, request_iterator, context):
-        """The data plane: one long-lived stream per (backbone, shard). Replies carry the request's id and may overtake each other.
+        """The data plane: one long-lived stream per (backbone, shard). A reply carries the id of its request, and replies may
+        come in another order than their requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
-        """Reads experts from peers or the checkpoint. All or nothing: on an error nothing of the request is held that was not
-        held before. An expert that is held may be asked for as a standby, and the other way round: it changes its role.
+        """Loads experts from peers or the checkpoint, all or nothing: after an error the shard holds what it held before. A
+        home may be requested as a standby and a standby as a home; the expert then changes its role.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Unload(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Gives experts up. Those that the shard does not have in the role that the request names are ignored.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
-        """Streams the weights of experts that are held or stood by for, one expert after the other.
+        """Streams the weights of homes and standbys, one expert after the other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +108,8 @@ class ExpertServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Computes what was accepted, refuses everything else from then on; with `keep_serving` only says that it drains.
+        """Announces in the heartbeats that the shard drains. Unless `keep_serving` is set, the shard also refuses new
+        requests from then on; it still answers those that it has accepted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,7 +157,7 @@ def add_ExpertServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Expert(object):
-    """A process that hosts routed experts. It starts empty and holds what it is told to hold.
+    """An expert shard, which hosts routed experts. It starts empty and holds the experts that its controller has it load.
     """
 
     @staticmethod
