@@ -1,8 +1,8 @@
-"""One large fleet's life under the virtual clock, and the real seconds that its controller takes to decide.
+"""Run one large fleet under the virtual clock, and measure the real seconds that its controllers take to decide.
 
-`python -m cluster.simulation.large_fleet` has 1,000 shards with 88 layers of 512 experts, and takes several minutes. Once all
-is placed, shards and controllers die, shards drain and shards come. What is run and what must hold are those of
-`cluster.simulation.world`.
+`python -m cluster.simulation.large_fleet` has 1,000 shards with 88 layers of 512 experts, and takes several minutes.
+Once everything is placed, shards and controllers die, shards drain and shards come. The parts and the invariants are
+those of `cluster.simulation.world`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from cluster.control.leader.reconciler import Reconciler
 from cluster.placement.migration import Limits
 from cluster.placement.plan import Plan, PlanPolicy
 from cluster.simulation import virtual_time
-from cluster.simulation.world import EXPERT_BYTES, Faults, Scenario, World, fix_hashes, quiet
+from cluster.simulation.faults import Fault, Faults
+from cluster.simulation.runner import fix_hash_seed, silence_warnings
+from cluster.simulation.simulated_fleet import EXPERT_BYTES, Scenario, SimFleet
+from cluster.simulation.world import World
 from cluster.topology import LayerSpec, Placement, Shard
 
 SHARDS_OF_NODE = 8
-LOOK_S = 0.001  # of computing; a turn that does no more had nothing to do
+MIN_COMPUTING_S = 0.001  # A turn that computes for less had nothing to do, and is not counted.
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of a fleet; experts are those of a layer."""
+class FleetSize:
+    """A `FleetSize` says how many shards a fleet has and how many experts; `num_experts` are those of one layer."""
 
     num_shards: int = 1000
     num_experts: int = 512
@@ -40,36 +43,36 @@ class Size:
 
 
 @dataclass
-class Decisions:
-    """How long plans took, and turns of the controllers, plans included, in real seconds."""
+class DecisionTimes:
+    """The real seconds that each plan took, and each turn of a controller, plans included."""
 
     plans_s: list[float] = field(default_factory=list)
     turns_s: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
-        told = (
+        parts = (
             f"{len(times)} {what}, median {statistics.median(times):.2f} s, at most {max(times):.2f} s"
             for what, times in (("plans", self.plans_s), ("turns with something to do", self.turns_s))
             if times
         )
-        return "; ".join(told)
+        return "; ".join(parts)
 
 
-def timed(decisions: Decisions) -> type[Reconciler]:
-    """A controller that notes how long its turns compute."""
+def timed_reconciler(times: DecisionTimes) -> type[Reconciler]:
+    """Return a class of controllers that note in `times` how long their turns compute."""
 
     class TimedReconciler(Reconciler):
         async def turn(self) -> None:
-            computed_s = await _computing(super().turn())
-            if computed_s > LOOK_S:
-                decisions.turns_s.append(computed_s)
+            computed_s = await _computing_s(super().turn())
+            if computed_s > MIN_COMPUTING_S:
+                times.turns_s.append(computed_s)
 
     return TimedReconciler
 
 
 @types.coroutine
-def _computing(work: Coroutine[Any, Any, None]) -> Generator[Any, Any, float]:
-    """Does the work, and tells the real seconds it took apart from those in which others ran."""
+def _computing_s(work: Coroutine[Any, Any, None]) -> Generator[Any, Any, float]:
+    """Await `work` and return the real seconds that it computed, without those in which other tasks ran."""
     took_s, step = 0.0, partial(work.send, None)
     while True:
         started = time.perf_counter()
@@ -84,15 +87,15 @@ def _computing(work: Coroutine[Any, Any, None]) -> Generator[Any, Any, float]:
             step = partial(work.throw, error)
 
 
-class LargeWorld(World):
-    """A fleet of a given size, with room for two homes of everything on devices."""
+class LargeFleet(SimFleet):
+    """A `LargeFleet` has a given size, and room for two homes of every expert in device memory."""
 
     forgetful_share = 0.0
     limits = Limits()
 
-    def __init__(self, size: Size, seed: int, num_faults: int, has_trace: bool) -> None:
-        self.decisions = Decisions()
-        super().__init__(Scenario(seed, num_faults, controller=timed(self.decisions), has_trace=has_trace))
+    def __init__(self, size: FleetSize, scenario: Scenario, times: DecisionTimes) -> None:
+        super().__init__(scenario)
+        self.times = times
         experts = (size.num_experts, EXPERT_BYTES, size.top_k)
         self.layers = [LayerSpec(layer, *experts) for layer in range(size.num_layers)]
         self.num_shards, self.host_budget = size.num_shards, 0
@@ -100,44 +103,62 @@ class LargeWorld(World):
         self.set_budget()
         self.policy = PlanPolicy()
 
-    async def _keep_shifting(self) -> None:
-        """Experts stay as popular as they are: what is to be moved is for the failures to say."""
-        self._shift()
-
-    async def calm(self) -> None:
-        """Until all is placed."""
-        while self.error is None and self.unrest() is not None:
-            await asyncio.sleep(0.5)
-        self.trace("all is placed")
-
-    def faults(self) -> Faults:
-        return (2, self._kill_shard), (1, self._kill_controller), (1, self._drain), (1, self._grow)
+    async def keep_shifting_popularity(self) -> None:
+        """Draw the popularity once: only the faults give the planner a reason to move experts."""
+        self.shift_popularity()
 
     async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
+        """Plan as `SimFleet` does, and note the real seconds."""
         started = time.perf_counter()
         made = await super().plan(alive, placement)
-        self.decisions.plans_s.append(time.perf_counter() - started)
+        self.times.plans_s.append(time.perf_counter() - started)
         return made
 
 
+class LargeFleetFaults(Faults):
+    """The `LargeFleetFaults` are the faults that make the planner work: shards and controllers die, drain and come."""
+
+    def weighted(self) -> Sequence[tuple[int, Fault]]:
+        """Return the faults that may happen, each after its relative frequency."""
+        return (2, self.kill_shard), (1, self.kill_controller), (1, self.drain_shard), (1, self.add_shard)
+
+
+class LargeWorld(World):
+    """A `LargeWorld` is the life of a `LargeFleet`, with the real times of its controllers' decisions."""
+
+    def __init__(self, size: FleetSize, seed: int, num_faults: int, has_trace: bool) -> None:
+        self.times = DecisionTimes()
+        scenario = Scenario(seed, num_faults, controller=timed_reconciler(self.times), has_trace=has_trace)
+        fleet = LargeFleet(size, scenario, self.times)
+        super().__init__(fleet, LargeFleetFaults(fleet))
+
+    async def wait_for_calm(self) -> None:
+        """Wait until the first placement is published and everything is where the placement says."""
+        while self.fleet.error is None and self.invariants.unrest() is not None:
+            await asyncio.sleep(0.5)
+        self.fleet.trace("all is placed")
+
+
 def main() -> None:
+    """Run the command line; exit with 1 if something did not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("shards", 1000), ("experts", 512), ("layers", 88)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", type=int, default=4, help="failures in its life")
-    parser.add_argument("--trace", action="store_true", help="tell what happens")
+        help_text = f"Number of {name}{' per layer' if name == 'experts' else ''}."
+        parser.add_argument(f"--{name}", type=int, default=default, help=help_text)
+    parser.add_argument("--seed", type=int, default=0, help="Seed of all random decisions.")
+    parser.add_argument("--faults", type=int, default=4, help="Number of faults in the fleet's life.")
+    parser.add_argument("--trace", action="store_true", help="Print what happens.")
     args = parser.parse_args()
-    fix_hashes()
-    quiet()
-    world = LargeWorld(Size(args.shards, args.experts, args.layers), args.seed, args.faults, args.trace)
+    fix_hash_seed()
+    silence_warnings()
+    world = LargeWorld(FleetSize(args.shards, args.experts, args.layers), args.seed, args.faults, args.trace)
     started = time.perf_counter()
-    outcome = virtual_time.run(world.run())
+    result = virtual_time.run(world.run())
     took_s = time.perf_counter() - started
-    print(f"{outcome.virtual_s:.0f} s of its life in {took_s:.0f} s: {outcome.num_epochs} epochs, {outcome.num_calls}")
-    print(f"calls, the slowest {outcome.slowest_call_s:.1f} s. {world.decisions}.")
-    print(outcome.error or "All that must hold held.")
-    sys.exit(1 if outcome.error else 0)
+    print(f"{result.virtual_s:.0f} s of its life in {took_s:.0f} s: {result.num_epochs} epochs, {result.num_calls}")
+    print(f"calls, the slowest {result.slowest_call_s:.1f} s. {world.times}.")
+    print(result.error or "All that must hold held.")
+    sys.exit(1 if result.error else 0)
 
 
 if __name__ == "__main__":

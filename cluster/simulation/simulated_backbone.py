@@ -20,7 +20,10 @@ from cluster.dispatch.layer_call import LayerCall
 from cluster.dispatch.shard_health import LinkState, ReplyTiming, ShardHealth
 from cluster.dispatch.shard_request import RefusalCode, ShardRequest
 from cluster.load import LoadCounter
-from cluster.simulation.simulated_parts import Broken, RemoteStore, SimNetwork, SimProcess, SimShard, SimStore
+from cluster.simulation.simulated_network import SimNetwork
+from cluster.simulation.simulated_process import InvariantViolated, SimProcess
+from cluster.simulation.simulated_shards import SimShard
+from cluster.simulation.simulated_store import RemoteStore, SimStore
 from cluster.topology import LayerSpec, Placement, Shard
 
 REFRESH_S = 0.5
@@ -57,7 +60,7 @@ class SimBackbone(SimProcess):
         tasks = [asyncio.ensure_future(work) for work in (self._flush(), self._ask_experts())]
         try:
             while True:
-                await self.runs()
+                await self.wait_until_running()
                 with suppress(StoreUnavailable):
                     await self.follower.refresh()
                 await asyncio.sleep(REFRESH_S)
@@ -68,7 +71,7 @@ class SimBackbone(SimProcess):
     async def _flush(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            await self.runs()
+            await self.wait_until_running()
             taken = self.counter.take()
             self.num_in_flight = sum(int(counts.sum()) for counts in taken.values())
             try:
@@ -83,7 +86,7 @@ class SimBackbone(SimProcess):
     def _adopt(self, placement: Placement, shards: Iterable[Shard]) -> None:
         epoch = self.fleet.view.placement.epoch if self.fleet.view else 0
         if placement.epoch < epoch:
-            raise Broken(f"{self.name} went from epoch {epoch} back to {placement.epoch}")
+            raise InvariantViolated(f"{self.name} went from epoch {epoch} back to {placement.epoch}")
         known = {shard.id: shard for shard in shards}
         healths = {}
         for id in placement.shard_ids:
@@ -129,7 +132,7 @@ class SimBackbone(SimProcess):
     async def _ask_experts(self) -> None:
         while True:
             await asyncio.sleep(0.1 + 0.5 * self.random.random())
-            await self.runs()
+            await self.wait_until_running()
             if self.fleet.view is not None:
                 self._start(self.random.choice(self.layers))
 
@@ -238,9 +241,9 @@ class SimBackbone(SimProcess):
         counts = self._counts.pop(call)
         self._answers.pop(call)
         if call.failure is not None:
-            raise Broken(f"{self.name}: {call.failure}")
+            raise InvariantViolated(f"{self.name}: {call.failure}")
         if counts != Counter(range(len(call.expert_P))):
-            raise Broken(
+            raise InvariantViolated(
                 f"{self.name} combined picks {dict(counts)} of {len(call.expert_P)}, each of which counts once"
             )
         self.slowest_call_s = max(self.slowest_call_s, self._now - call.started_at)

@@ -19,9 +19,11 @@ from cluster.control.leader.reconciler import Reconciler
 from cluster.control.registry_store import LEASE_TTL_S
 from cluster.placement.migration import Home, Target
 from cluster.placement.plan import Plan
-from cluster.simulation import virtual_time, world
-from cluster.simulation.large_fleet import LargeWorld, Size
-from cluster.simulation.world import Scenario, World, run_scenario
+from cluster.simulation import runner, virtual_time
+from cluster.simulation.large_fleet import FleetSize, LargeWorld
+from cluster.simulation.runner import run_scenario
+from cluster.simulation.simulated_fleet import Scenario, SimFleet
+from cluster.simulation.world import World
 from cluster.topology import Placement, Shard
 
 ROOT = Path(__file__).parents[3]
@@ -50,7 +52,7 @@ def test_a_fleet_lives_the_same_life_again() -> None:
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    world.quiet()
+    runner.silence_warnings()
     yield
     logging.disable(logging.NOTSET)
 
@@ -107,7 +109,7 @@ def test_a_planted_bug_is_found(broken: Scenario, found: str, quiet: None) -> No
     pytest.fail(f"{MAX_SEEDS} fleets did not show it")
 
 
-class SlowToPlan(World):
+class SlowToPlan(SimFleet):
     """Where plans take longer than the lease lasts."""
 
     def __init__(self, scenario: Scenario) -> None:
@@ -122,11 +124,11 @@ class SlowToPlan(World):
 
 
 def test_a_leader_that_plans_for_long_stays_the_leader() -> None:
-    world = SlowToPlan(Scenario(seed=0, num_faults=0))
-    outcome = virtual_time.run(world.run())
+    fleet = SlowToPlan(Scenario(seed=0, num_faults=0))
+    outcome = virtual_time.run(World(fleet).run())
     assert outcome.error is None
-    assert world.published is not None
-    assert len(world.tokens) == 1
+    assert fleet.published is not None
+    assert len(fleet.tokens) == 1
 
 
 def test_a_leader_that_is_stuck_is_replaced() -> None:
@@ -139,29 +141,29 @@ def test_a_leader_that_is_stuck_is_replaced() -> None:
                 stuck.append(self.owner)
                 await asyncio.sleep(1e9)
 
-    world = World(Scenario(seed=1, num_faults=0, controller=Stuck))
+    fleet = SimFleet(Scenario(seed=1, num_faults=0, controller=Stuck))
 
     async def live() -> None:
         for name in ("c0", "c1"):
-            world.start_controller(name)
-        for _ in range(world.num_shards):
-            world.start_shard("n0")
+            fleet.start_controller(name)
+        for _ in range(fleet.num_shards):
+            fleet.start_shard("n0")
         await asyncio.sleep(MAX_TURN_S / 2)
         assert stuck
-        assert world.published is None
+        assert fleet.published is None
         await asyncio.sleep(MAX_TURN_S / 2 + 3 * LEASE_TTL_S)
-        assert world.published is not None
+        assert fleet.published is not None
 
     virtual_time.run(live())
 
 
 def test_a_larger_fleet_lives_and_its_decisions_are_timed() -> None:
     world = LargeWorld(
-        Size(num_shards=24, num_experts=32, num_layers=3, top_k=4), seed=0, num_faults=2, has_trace=False
+        FleetSize(num_shards=24, num_experts=32, num_layers=3, top_k=4), seed=0, num_faults=2, has_trace=False
     )
     outcome = virtual_time.run(world.run())
     assert outcome.error is None
-    assert world.published is not None
-    assert len(world.published.shard_ids) >= 23
-    assert world.decisions.plans_s
-    assert max(world.decisions.turns_s) >= max(world.decisions.plans_s)
+    assert world.fleet.published is not None
+    assert len(world.fleet.published.shard_ids) >= 23
+    assert world.times.plans_s
+    assert max(world.times.turns_s) >= max(world.times.plans_s)

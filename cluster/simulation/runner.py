@@ -1,0 +1,85 @@
+"""Run many simulated fleets, each from its own seed, and report those in which something did not hold.
+
+`python -m cluster.simulation --seeds 1000` runs a thousand fleets. For a seed that fails, the command that repeats its
+life is printed; `--trace` prints what happens in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+from cluster.simulation import virtual_time
+from cluster.simulation.simulated_fleet import Scenario, SimFleet
+from cluster.simulation.world import SimulationResult, World
+
+
+def run_scenario(scenario: Scenario) -> SimulationResult:
+    """Run one fleet's life from its start to its rest."""
+    return virtual_time.run(World(SimFleet(scenario)).run())
+
+
+def run_seeds(
+    seeds: Sequence[int], num_processes: int, run: Callable[[int], SimulationResult]
+) -> Iterator[SimulationResult]:
+    """Yield the result of `run` for every seed, in the order of `seeds`; the work is shared by processes."""
+    with ProcessPoolExecutor(num_processes, initializer=silence_warnings) as pool:
+        yield from pool.map(run, seeds, chunksize=20)
+
+
+def fix_hash_seed() -> None:
+    """Restart this program with a fixed hash seed if it has none.
+
+    The order of a set of strings depends on the hash seed, and a fleet's life depends on such orders.
+    """
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
+
+
+def silence_warnings() -> None:
+    """Log nothing below critical: controllers warn of the very faults that the simulation makes."""
+    logging.disable(logging.ERROR)
+
+
+def repeat_command(seed: int, num_faults: int) -> str:
+    """Return the command that repeats one life and prints what happens in it."""
+    return f"python -m cluster.simulation --seed {seed} --faults {num_faults} --trace"
+
+
+def main() -> None:
+    """Run the command line; exit with 1 if something did not hold in any life."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=1000, help="Number of fleets to run.")
+    parser.add_argument("--first", type=int, default=0, help="First seed; the others follow it.")
+    parser.add_argument("--seed", type=int, help="Run only the fleet of this seed.")
+    parser.add_argument("--faults", type=int, default=3, help="Number of faults in each life.")
+    parser.add_argument("--trace", action="store_true", help="Print what happens.")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="Number of processes."
+    )
+    args = parser.parse_args()
+    fix_hash_seed()
+    seeds = range(args.first, args.first + args.seeds) if args.seed is None else [args.seed]
+    started, failed, calls, slowest, epochs, lived = time.perf_counter(), 0, 0, 0.0, 0, 0.0
+    run = partial(_run_seed, num_faults=args.faults, has_trace=args.trace)
+    silence_warnings()
+    for result in run_seeds(seeds, args.processes, run) if len(seeds) > 1 else map(run, seeds):
+        calls, epochs, lived = calls + result.num_calls, epochs + result.num_epochs, lived + result.virtual_s
+        slowest = max(slowest, result.slowest_call_s)
+        if result.error is not None:
+            failed += 1
+            print(f"seed {result.seed}: {result.error}\n  {repeat_command(result.seed, args.faults)}", flush=True)
+    took = time.perf_counter() - started
+    print(f"{len(seeds)} fleets, {lived / 3600:.1f} hours of their lives in {took:.0f} s: {calls} calls, the slowest")
+    print(f"{slowest:.1f} s; {epochs} epochs; {failed} fleets failed.")
+    sys.exit(1 if failed else 0)
+
+
+def _run_seed(seed: int, num_faults: int, has_trace: bool) -> SimulationResult:
+    return run_scenario(Scenario(seed, num_faults, has_trace=has_trace))

@@ -1,0 +1,35 @@
+"""The network of a simulated fleet, which delays, loses and repeats messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+MIN_HOP_S, MAX_HOP_S = 0.0002, 0.004  # One way, as within a data centre.
+
+
+@dataclass
+class SimNetwork:
+    """A `SimNetwork` decides the fate of each message between two processes.
+
+    - `loss`, `repeats`: the probabilities that a message is lost or arrives twice.
+    - `cut`: pairs of process names between which every message is lost.
+    """
+
+    random: Random
+    loss: float = 0.0
+    repeats: float = 0.0
+    cut: set[frozenset[str]] = field(default_factory=set)
+
+    def hop_s(self) -> float:
+        """Draw the seconds that a message takes; most messages are fast."""
+        return MIN_HOP_S + self.random.random() ** 3 * (MAX_HOP_S - MIN_HOP_S)
+
+    def loses(self, source: str, target: str) -> bool:
+        """Draw whether a message from `source` to `target` is lost."""
+        is_lost = self.loss > 0 and self.random.random() < self.loss
+        return is_lost or (bool(self.cut) and frozenset((source, target)) in self.cut)
+
+    def is_repeated(self) -> bool:
+        """Draw whether a message arrives twice."""
+        return self.repeats > 0 and self.random.random() < self.repeats

@@ -1,0 +1,38 @@
+"""A simulated process, which can be killed, and stopped and resumed."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class InvariantViolated(AssertionError):
+    """Something that must always hold in a fleet did not hold."""
+
+
+class SimProcess:
+    """A `SimProcess` is a process of a simulated fleet: it is up or dead, and while it is up it may be stopped."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.is_up = name, True
+        self.died_at = 0.0
+        self.slowness = 1.0
+        self._running = asyncio.Event()
+        self._running.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Return True while the process is stopped, as by SIGSTOP."""
+        return not self._running.is_set()
+
+    def stop(self) -> None:
+        """Stop the process: it does nothing until it is resumed, and does not know that time passes."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Let a stopped process go on."""
+        self._running.set()
+
+    async def wait_until_running(self) -> None:
+        """Return at once if the process is not stopped, otherwise when it is resumed."""
+        if not self._running.is_set():
+            await self._running.wait()

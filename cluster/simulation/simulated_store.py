@@ -1,0 +1,149 @@
+"""The store of a simulated fleet: a registry in memory that can be killed, stopped and wiped, behind a network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from cluster.control.memory_registry import MemoryRegistry
+from cluster.control.operator_orders import PoolSize, StandingOrder
+from cluster.control.registry_store import Lease, StoreUnavailable
+from cluster.simulation.simulated_network import SimNetwork
+from cluster.simulation.simulated_process import SimProcess
+from cluster.topology import Placement, Shard
+
+T = TypeVar("T")
+EPOCH_OF_CLOCK = 1_800_000_000.0  # seconds since 1970 when a simulation begins
+STORE_TIMEOUT_S = 1.0
+
+
+class SimStore:
+    """A Redis: what it holds, and whether it answers. Wiping it leaves an empty one."""
+
+    def __init__(self, is_fenced: bool = True) -> None:
+        self.is_fenced = is_fenced
+        self.process = SimProcess("store")
+        self.loads: Counter[tuple[int, int]] = Counter()  # wiping spares them, or nothing could be said of them
+        self.on_publish: Callable[[Placement], None] = lambda _: None
+        self.wipe()
+
+    def wipe(self) -> None:
+        self.registry = MemoryRegistry(now)
+        self.was_wiped = True
+
+
+def now() -> float:
+    """Virtual seconds since 1970."""
+    return EPOCH_OF_CLOCK + asyncio.get_running_loop().time()
+
+
+class RemoteStore:
+    """The store as one process reaches it: a `RegistryStore` whose calls take time, and fail before or after they were
+    done."""
+
+    def __init__(self, process: SimProcess, store: SimStore, network: SimNetwork) -> None:
+        self._process, self._store, self._network = process, store, network
+
+    async def _call(self, do: Callable[[MemoryRegistry], Awaitable[T]]) -> T:
+        await self._process.wait_until_running()
+        if not self._process.is_up:
+            raise StoreUnavailable("the process that asks is dead")
+        await asyncio.sleep(self._network.hop_s())
+        store = self._store.process
+        if not store.is_up:
+            raise StoreUnavailable("the store is down")
+        if store.is_stopped or self._network.loses(self._process.name, "store"):
+            await asyncio.sleep(STORE_TIMEOUT_S)
+            raise StoreUnavailable("the store does not answer")
+        result = await do(self._store.registry)  # the way back is part of the hop
+        if self._network.loses(self._process.name, "store"):
+            await asyncio.sleep(STORE_TIMEOUT_S)
+            raise StoreUnavailable("the store's answer was lost")
+        await self._process.wait_until_running()
+        return result
+
+    async def heartbeat(self, shard: Shard) -> None:
+        await self._call(lambda registry: registry.heartbeat(shard))
+
+    async def remove(self, shard: Shard) -> None:
+        await self._call(lambda registry: registry.remove(shard))
+
+    async def shards(self) -> list[Shard]:
+        return await self._call(lambda registry: registry.shards())
+
+    async def epoch(self) -> int:
+        return await self._call(lambda registry: registry.epoch())
+
+    async def placement(self) -> Placement | None:
+        return await self._call(lambda registry: registry.placement())
+
+    async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
+        async def publish(registry: MemoryRegistry) -> None:
+            token = fencing if self._store.is_fenced or not fencing else 1 << 62
+            await registry.publish(placement, expected_epoch, token)
+            self._store.on_publish(placement)
+
+        await self._call(publish)
+
+    async def follow(self, follower: str, epoch: int) -> None:
+        await self._call(lambda registry: registry.follow(follower, epoch))
+
+    async def unfollow(self, follower: str) -> None:
+        await self._call(lambda registry: registry.unfollow(follower))
+
+    async def followers(self) -> dict[str, int]:
+        return await self._call(lambda registry: registry.followers())
+
+    async def note_decision(self, decision: Mapping[str, str]) -> None:
+        await self._call(lambda registry: registry.note_decision(decision))
+
+    async def decisions(self, count: int) -> list[dict[str, str]]:
+        return await self._call(lambda registry: registry.decisions(count))
+
+    async def leader(self) -> str | None:
+        return await self._call(lambda registry: registry.leader())
+
+    async def give_order(self, order: StandingOrder) -> None:
+        await self._call(lambda registry: registry.give_order(order))
+
+    async def lift_order(self, order: StandingOrder) -> bool:
+        return await self._call(lambda registry: registry.lift_order(order))
+
+    async def orders(self) -> dict[str, StandingOrder]:
+        return await self._call(lambda registry: registry.orders())
+
+    async def set_pool_size(self, pool: str, wanted: PoolSize) -> None:
+        await self._call(lambda registry: registry.set_pool_size(pool, wanted))
+
+    async def pool_size(self, pool: str) -> PoolSize | None:
+        return await self._call(lambda registry: registry.pool_size(pool))
+
+    async def has_leader(self) -> bool:
+        return await self._call(lambda registry: registry.has_leader())
+
+    async def checksums(self, weights: str, layer: int) -> dict[int, int]:
+        return await self._call(lambda registry: registry.checksums(weights, layer))
+
+    async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]:
+        return await self._call(lambda registry: registry.note_checksums(weights, layer, seen))
+
+    async def acquire_lease(self, owner: str) -> Lease | None:
+        return await self._call(lambda registry: registry.acquire_lease(owner))
+
+    async def renew_lease(self, lease: Lease) -> bool:
+        return await self._call(lambda registry: registry.renew_lease(lease))
+
+    async def release_lease(self, lease: Lease) -> None:
+        await self._call(lambda registry: registry.release_lease(lease))
+
+    async def add_loads(self, taken: Mapping[int, Any]) -> None:
+        """Adds a backbone's counts, once even where the answer is lost."""
+
+        async def add(_: MemoryRegistry) -> None:
+            for layer, counts_E in taken.items():
+                for expert in counts_E.nonzero()[0].tolist():
+                    self._store.loads[layer, expert] += int(counts_E[expert])
+
+        await self._call(add)
