@@ -1,7 +1,8 @@
-"""The gateway as a Serve deployment.
+"""The gateway as a Ray Serve deployment.
 
-It stands apart from `services/app.py` because only its own process needs what it imports: OpenAI's types and the
-tokenizers take a process seconds to read. Annotations stay objects in this file, because Serve reads them.
+The deployment is not in `services/app.py` because only the gateway's process needs its imports: importing FastAPI and
+the tokenizers takes a process seconds. Serve reads the annotations in this file, so they must stay objects (there is no
+`from __future__ import annotations`).
 """
 
 import asyncio
@@ -40,49 +41,51 @@ from services.gateway.operator.admin import add_admin
 from services.gateway.operator.degraded import degraded_report
 from services.gateway.operator.operations import ExpertTier, Operations
 
-STATUS_TIMEOUT_S = 3.0
-OTHERS_TIMEOUT_S = 0.5  # for the rest, once one has answered
-TRACE_TIMEOUT_S = 10.0
-PREVIEW_TIMEOUT_S = 30.0
+STATUS_TIMEOUT_S = 3.0  # for the status of the first backbone
+OTHERS_TIMEOUT_S = 0.5  # for the other backbones' statuses, after the first one
+TRACE_TIMEOUT_S = 10.0  # for all backbones to start or stop a recording
+PREVIEW_TIMEOUT_S = 30.0  # for the controller to make a plan
 STOPPING = Health(is_ready=False, detail="This gateway stops.")
 
 
 def _ask_all(backbone: DeploymentHandle[Any]) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
-    """Asks every replica for its status; those that do not answer are left out."""
+    """Return a function that asks every backbone replica for its status and leaves out replicas that do not answer."""
 
     async def ask() -> list[dict[str, Any]]:
-        # Not `results_async`, which forgets who has answered where one replica hangs.
-        asked = backbone.broadcast("status")._fetch_replica_results_async()
-        replicas: list[Any] = await asyncio.wait_for(asked, STATUS_TIMEOUT_S)
+        # `results_async` would lose all answers if one replica hangs.
+        broadcast = backbone.broadcast("status")._fetch_replica_results_async()
+        replicas: list[Any] = await asyncio.wait_for(broadcast, STATUS_TIMEOUT_S)
         return await _answers([replica.get_async() for replica in replicas])
 
     return ask
 
 
-async def _answers(asked: Sequence[Awaitable[Any]]) -> list[dict[str, Any]]:
-    """What comes within STATUS_TIMEOUT_S, and within OTHERS_TIMEOUT_S of the first."""
+async def _answers(calls: Sequence[Awaitable[Any]]) -> list[dict[str, Any]]:
+    """Return the answers that come within STATUS_TIMEOUT_S, and within OTHERS_TIMEOUT_S after the first one."""
     answers: list[dict[str, Any]] = []
-    late = {asyncio.ensure_future(one) for one in asked}
+    pending = {asyncio.ensure_future(call) for call in calls}
     stop_at = time.monotonic() + STATUS_TIMEOUT_S
-    while late and (left := stop_at - time.monotonic()) > 0:
-        done, late = await asyncio.wait(late, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        told = [task.result() for task in done if not task.cancelled() and task.exception() is None]
-        if told and not answers:
+    while pending and (left := stop_at - time.monotonic()) > 0:
+        done, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        new = [task.result() for task in done if not task.cancelled() and task.exception() is None]
+        if new and not answers:
             stop_at = min(stop_at, time.monotonic() + OTHERS_TIMEOUT_S)
-        answers += told
-    for task in late:
+        answers += new
+    for task in pending:
         task.cancel()
-    await asyncio.gather(*late, return_exceptions=True)
+    await asyncio.gather(*pending, return_exceptions=True)
     return answers
 
 
 def _trace_all(backbone: DeploymentHandle[Any]) -> Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]:
-    """Has every replica begin or end a trace."""
+    """Return a function that has every backbone replica start or stop recording its routing."""
 
     async def trace(bounds: dict[str, Any] | None) -> list[dict[str, Any]]:
         answers = backbone.broadcast("trace", bounds).results_async(timeout_s=TRACE_TIMEOUT_S, return_exceptions=True)
         return [
-            answer if isinstance(answer, dict) else {"error": f"This backbone did not do it: {type(answer).__name__}."}
+            answer
+            if isinstance(answer, dict)
+            else {"error": f"This backbone did not start or stop its trace: {type(answer).__name__}."}
             for answer in await answers
         ]
 
@@ -90,12 +93,14 @@ def _trace_all(backbone: DeploymentHandle[Any]) -> Callable[[dict[str, Any] | No
 
 
 def _preview(controller: DeploymentHandle[Any]) -> Callable[[], Awaitable[dict[str, Any] | None]]:
+    """Return a function that asks the controller for its plan."""
+
     async def preview() -> dict[str, Any] | None:
         try:
             async with asyncio.timeout(PREVIEW_TIMEOUT_S):
                 plan: dict[str, Any] | None = await controller.preview.remote()
         except (TimeoutError, RayError, RayServeException) as error:
-            sentence = f"The controller, who makes plans, does not answer ({type(error).__name__})."
+            sentence = f"The controller, which makes plans, does not answer ({type(error).__name__})."
             raise ApiError(ApiRefusal.UNAVAILABLE, sentence, retry_after=1) from error
         return plan
 
@@ -104,9 +109,9 @@ def _preview(controller: DeploymentHandle[Any]) -> Callable[[], Awaitable[dict[s
 
 @serve.ingress()
 class GatewayDeployment:
-    """REST and gRPC on ports of its own where `args` name some, and through Serve's proxies, where there are any.
+    """A `GatewayDeployment` serves REST and gRPC on its own ports, if `args` name any, and through Serve's proxies.
 
-    Serve's gRPC proxy calls methods by the rpc's name.
+    Serve's gRPC proxy calls the method that is named like the RPC.
     """
 
     def __init__(
@@ -119,9 +124,7 @@ class GatewayDeployment:
         logs.configure("gateway", args.log_format)
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
-        host = (
-            ALL_INTERFACES if args.host == "auto" else args.host
-        )  # a forwarded port comes from the pod's own 127.0.0.1
+        host = ALL_INTERFACES if args.host == "auto" else args.host  # forwarded ports arrive at the pod's own 127.0.0.1
         self._where = ListenerConfig(host, args.http_port, args.grpc_port, args.drain_s)
         metrics = RequestMetrics(card.id)
         self._backbone = BackbonePool(_ask_all(backbone), metrics.count_resumed)
@@ -140,7 +143,10 @@ class GatewayDeployment:
             self._operations = Operations(tier, self._registry, self._loads)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls it before the first request, on the loop that serves them."""
+        """Build the REST application and start to listen.
+
+        Serve calls this method before the first request, on the event loop that serves the requests.
+        """
         app = build_rest(self._generation, self._health, self._engine_metrics)
         app.add_api_route("/status", self._report, methods=["GET"])
         app.add_api_route("/health/degraded", self._degraded, methods=["GET"])
@@ -159,7 +165,7 @@ class GatewayDeployment:
 
     async def __del__(self) -> None:
         self._is_stopping = True
-        await asyncio.sleep(self._linger_s)  # until those who send clients here have heard of it
+        await asyncio.sleep(self._linger_s)  # until load balancers have noticed that the gateway is not ready
         await self._listener.stop()
         await self._backbone.stop()
         if self._operations is not None:
@@ -167,7 +173,7 @@ class GatewayDeployment:
         self._grammars.close()
 
     async def _report(self) -> dict[str, Any]:
-        """What `expertmesh status` shows."""
+        """Return what `expertmesh status` shows, as JSON for `/status`."""
         health = await self._backbone.health()
         if not health.is_ready:
             raise ApiError(ApiRefusal.UNAVAILABLE, health.detail)
@@ -178,12 +184,15 @@ class GatewayDeployment:
         if self._operations is not None:
             try:
                 fleet = await self._operations.fleet()
-            except ApiError as error:  # backbones serve without the store, and say so
+            except ApiError as error:  # backbones serve without the store, so the status is still useful
                 fleet = {"store": error.message}
         return {"model": self._generation.card.id, "health": state, **statuses[0], "backbones": engines, **fleet}
 
     async def _degraded(self) -> JSONResponse:
-        """503 as /health/ready: where what the path asks about is not well, or not known. No probe for restarts."""
+        """Answer `/health/degraded`, with 503 if experts are below cover or if no backbone answers.
+
+        Do not use the path as a probe for restarts: the gateway itself works while experts are below cover.
+        """
         try:
             report = degraded_report(await self._backbone.statuses())
         except EngineFailed as error:
@@ -239,7 +248,7 @@ async def _answer(answer: Any, context: RayServegRPCContext) -> Any:
 
 
 def _refuse(context: RayServegRPCContext, error: GrpcError) -> None:
-    """Serve sends the code and details that the context holds when an exception leaves the method."""
+    """Raise `error` with its code and sentence in `context`, from which Serve takes them after an exception."""
     context.set_code(error.code)
     context.set_details(error.message)
     raise error

@@ -1,4 +1,4 @@
-"""One HTTP connection: reading its body within a bound, and noticing when the client goes away."""
+"""HTTP connections: reads bodies of bounded size and notices when the client disconnects."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from starlette.types import Receive, Scope, Send
 from services.gateway.errors import ApiError, ApiRefusal
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's HTTP status for it; no client is left to read it
-DRAIN_FACTOR = 16  # a client hears of its too large body only once it was read: read that much, then hang up
+# A client reads the refusal of a too large body only after it has sent the body. The server therefore reads up to this
+# many times the allowed size before it closes the connection.
+DRAIN_FACTOR = 16
 
 T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client closed the connection before it had its answer."""
+    """`ClientGone` is raised when a client closes the connection before it has its answer."""
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Raises ApiError for a body over `max_bytes`, of which no more than that is kept, and ClientGone."""
+    """Return the body of `request`, of which at most `max_bytes` are kept in memory.
+
+    Raises ApiError if the body is longer than `max_bytes`, and ClientGone if the client disconnects.
+    """
     chunks, size = [], 0
     try:
         async for chunk in request.stream():
@@ -42,7 +47,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work`; if the client goes away first, cancels it and raises ClientGone."""
+    """Run `work` and return its result. Cancel `work` and raise ClientGone if the client disconnects first."""
     task, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -61,9 +66,9 @@ async def _until_gone(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that stop, and close their generator, as soon as the client is gone.
+    """An `EventStream` sends server-sent events and closes their generator as soon as the client disconnects.
 
-    Starlette's own response notices only when it sends the next event.
+    Starlette's own response notices a disconnect only when it sends the next event.
     """
 
     media_type = "text/event-stream"

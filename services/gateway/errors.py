@@ -1,4 +1,4 @@
-"""What a client is told when a request is not answered, as an HTTP status or a gRPC code."""
+"""Errors that clients are told, with the HTTP status and the gRPC code of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class ApiRefusal(Enum):
-    """Why a request was refused: (label in metrics, HTTP status, type in the JSON body, gRPC code)."""
+    """An `ApiRefusal` is a reason to refuse a request.
+
+    Each holds its label in metrics, its HTTP status, its `type` in the JSON body and its gRPC code.
+    """
 
     INVALID = ("invalid", 400, "invalid_request_error", grpc.StatusCode.INVALID_ARGUMENT)
     UNAUTHENTICATED = ("unauthenticated", 401, "authentication_error", grpc.StatusCode.UNAUTHENTICATED)
@@ -35,7 +38,12 @@ class ApiRefusal(Enum):
 
 
 class ApiError(Exception):
-    """One full sentence for the client, with the parameter it is about and OpenAI's code for it where there is one."""
+    """An `ApiError` refuses a request with one full sentence for the client.
+
+    - `param`: the request's parameter that the sentence is about, if it is about one.
+    - `code`: OpenAI's code for the mistake, if there is one.
+    - `retry_after`: seconds after which the client may send the request again.
+    """
 
     def __init__(
         self,
@@ -98,5 +106,6 @@ def _bad_value(error: ValueError) -> ApiError:
 
 
 def unexpected(error: Exception) -> ApiError:
+    """Log an exception that is the server's fault, and return what the client is told about it."""
     logger.error("A request failed unexpectedly.", exc_info=error)
     return ApiError(ApiRefusal.FAILED, "The server failed; its log says more.")

@@ -1,6 +1,6 @@
-"""The inference service of inference.proto: the semantics of the REST surface, typed.
+"""The gRPC API (inference.proto), which has the semantics of the REST API in typed messages.
 
-The methods are plain coroutines, because Ray Serve's gRPC proxy calls them on the ingress deployment by their name.
+Its methods are plain coroutines, so that both the gateway's own gRPC server and Ray Serve's gRPC proxy can call them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from services.gateway.generation_request import AnswerFormat, GenerationRequest,
 from services.gateway.health import Health
 from services.gateway.request_id import check_request_id
 
-SERVICES = ("", "expertmesh.inference.v1.Inference")
+SERVICES = ("", "expertmesh.inference.v1.Inference")  # names that a health check may ask about; "": the whole server
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -51,25 +51,28 @@ TOOL_MODES = {
 
 
 class RpcContext(Protocol):
-    """Of a call: gRPC's own, or Ray Serve's."""
+    """An `RpcContext` is the context of a call, either gRPC's own or Ray Serve's."""
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
 
 
 class GrpcError(Exception):
-    """A status for the client: a code and one sentence."""
+    """A `GrpcError` ends a call with a status code and one sentence for the client."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
         self.code, self.message = code, message
 
     def __reduce__(self) -> tuple[type[GrpcError], tuple[grpc.StatusCode, str]]:
-        return GrpcError, (self.code, self.message)  # it travels from the replica to Serve's proxy
+        return GrpcError, (
+            self.code,
+            self.message,
+        )  # Ray pickles the error on its way from the replica to Serve's proxy
 
 
 @dataclass(frozen=True)
 class _GrpcReplyHead:
-    """What every message of one answer repeats."""
+    """A `_GrpcReplyHead` holds the fields that every message of one response repeats."""
 
     request_id: str
     model: str
@@ -81,20 +84,26 @@ class _GrpcReplyHead:
 
 
 class _Trailers:
-    """A call's trailing metadata; its context keeps only what it is told last, so that everything is told again."""
+    """A `_Trailers` collects a call's trailing metadata.
+
+    A context keeps only the metadata that was set last, so each addition sets everything again.
+    """
 
     def __init__(self, context: RpcContext | None) -> None:
         self._context = context
-        self._told: dict[str, str] = {}
+        self._metadata: dict[str, str] = {}
 
-    def tell(self, name: str, value: str) -> None:
-        self._told[name] = value
+    def set(self, name: str, value: str) -> None:
+        self._metadata[name] = value
         if self._context is not None:
-            self._context.set_trailing_metadata(list(self._told.items()))
+            self._context.set_trailing_metadata(list(self._metadata.items()))
 
 
 class InferenceApi:
-    """`context`, where there is one, is told the trailing metadata."""
+    """An `InferenceApi` implements the RPCs; each method is named after its RPC, in snake case.
+
+    A method raises GrpcError, and sets the trailing metadata of its `context` if there is one.
+    """
 
     def __init__(self, generation: Generation, health: Callable[[], Awaitable[Health]]) -> None:
         self._generation, self._health = generation, health
@@ -103,12 +112,12 @@ class InferenceApi:
         with self._errors(context) as trailers:
             head, choice_requests = await self._prepare(request, trailers)
             choices = await collect(self._generation.stream(choice_requests, head.request_id), len(choice_requests))
-            tally = TokenUsage(request.sampling.n or 1)
+            usage = TokenUsage(request.sampling.n or 1)
             for choice in choices:
-                tally.add(choice)
-            trailers.tell("x-expertmesh-cache", choices[0].cache_report)
+                usage.add(choice)
+            trailers.set("x-expertmesh-cache", choices[0].cache_report)
             return pb.GenerateResponse(
-                **head.fields(choices[0]), choices=[_choice(choice) for choice in choices], usage=_usage(tally)
+                **head.fields(choices[0]), choices=[_choice(choice) for choice in choices], usage=_usage(usage)
             )
 
     async def generate_stream(
@@ -116,15 +125,15 @@ class InferenceApi:
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         with self._errors(context) as trailers:
             head, choice_requests = await self._prepare(request, trailers)
-            tally, num_open = TokenUsage(request.sampling.n or 1), len(choice_requests)
+            usage, num_open = TokenUsage(request.sampling.n or 1), len(choice_requests)
             async with aclosing(self._generation.stream(choice_requests, head.request_id)) as deltas:
                 async for delta in deltas:
-                    if not tally.num_prompt:
-                        trailers.tell("x-expertmesh-cache", delta.cache_report)
-                    tally.add(delta)
+                    if not usage.num_prompt:
+                        trailers.set("x-expertmesh-cache", delta.cache_report)
+                    usage.add(delta)
                     num_open -= delta.finish_reason is not None
-                    usage = None if num_open else _usage(tally)
-                    yield pb.GenerateChunk(**head.fields(delta), choice=_choice(delta), usage=usage)
+                    final_usage = None if num_open else _usage(usage)
+                    yield pb.GenerateChunk(**head.fields(delta), choice=_choice(delta), usage=final_usage)
 
     async def list_models(self, _: pb.ListModelsRequest, __: RpcContext | None = None) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._model()])
@@ -138,9 +147,9 @@ class InferenceApi:
         with self._errors(context):
             generation, is_chat = self._generation, request.HasField("chat")
             generation.check_model(request.model)
-            adds = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
+            add_special_tokens = request.add_special_tokens if request.HasField("add_special_tokens") else not is_chat
             with client_errors():
-                token_ids = await generation.tokenize(_tokenize_request(request), adds)
+                token_ids = await generation.tokenize(_tokenize_request(request), add_special_tokens)
                 texts = await generation.token_texts(token_ids)
             longest = generation.card.max_model_len
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=longest, token_texts=texts)
@@ -152,7 +161,7 @@ class InferenceApi:
                 return pb.DetokenizeResponse(text=self._generation.detokenize(list(request.token_ids)))
 
     async def check(self, request: HealthCheckRequest, _: RpcContext | None = None) -> HealthCheckResponse:
-        """grpc.health.v1: a degraded server serves."""
+        """Answer a health check (grpc.health.v1); a degraded server counts as serving."""
         with self._errors():
             if request.service not in SERVICES:
                 allowed = " or ".join(map(repr, SERVICES))
@@ -171,19 +180,20 @@ class InferenceApi:
         generation.check_model(request.model)
         check_request_id(request.request_id, "request_id")
         head = _GrpcReplyHead(request.request_id or f"gen-{uuid.uuid4().hex}", generation.card.id, int(time.time()))
-        trailers.tell("x-request-id", head.request_id)
+        trailers.set("x-request-id", head.request_id)
         with client_errors():
             return head, await generation.prepare([_generation_request(request)])
 
     @contextmanager
     def _errors(self, context: RpcContext | None = None) -> Iterator[_Trailers]:
+        """Turn every exception of the block into a GrpcError, and count it."""
         trailers = _Trailers(context)
         try:
             yield trailers
         except Exception as error:
             known = error if isinstance(error, ApiError) else unexpected(error)
             if known.retry_after is not None:
-                trailers.tell("retry-after", str(known.retry_after))
+                trailers.set("retry-after", str(known.retry_after))
             self._generation.metrics.count_refused(known.refusal.label)
             raise GrpcError(known.refusal.grpc_code, known.message) from error
 
@@ -224,23 +234,23 @@ def _tokenize_request(request: pb.TokenizeRequest) -> GenerationRequest:
 
 
 def _conversation(chat: pb.Chat) -> Conversation:
-    """Without tools."""
+    """Return the conversation without its tools."""
     kwargs = json_format.MessageToDict(chat.template_kwargs) if chat.HasField("template_kwargs") else None
     thinking = chat.enable_thinking if chat.HasField("enable_thinking") else None
     messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(chat.messages))
     return Conversation(messages, template_kwargs=template_kwargs(kwargs, thinking))
 
 
-def _message(place: str, message: pb.ChatMessage) -> ChatMessage:
+def _message(param: str, message: pb.ChatMessage) -> ChatMessage:
     if message.role not in ROLES:
         allowed = f"{', '.join(map(repr, ROLES[:-1]))} or {ROLES[-1]!r}"
-        raise invalid(f"{place}.role must be {allowed}, not {message.role!r}.", f"{place}.role")
+        raise invalid(f"{param}.role must be {allowed}, not {message.role!r}.", f"{param}.role")
     calls = tuple(
-        PastCall(call.id, call.name, parse_arguments(call.arguments, f"{place}.tool_calls[{n}].function.arguments"))
+        PastCall(call.id, call.name, parse_arguments(call.arguments, f"{param}.tool_calls[{n}].function.arguments"))
         for n, call in enumerate(message.tool_calls)
     )
     fields = (message.name, message.reasoning_content, calls, message.tool_call_id)
-    return check_message(ChatMessage(message.role, message.content, *fields), place)
+    return check_message(ChatMessage(message.role, message.content, *fields), param)
 
 
 def _tool_use(chat: pb.Chat) -> ToolUse:
@@ -261,8 +271,8 @@ def _tool(index: int, tool: pb.Tool) -> Tool:
     except ValueError:
         schema = None
     if not isinstance(schema, dict):
-        place = f"tools[{index}].function.parameters"
-        raise ValueError(f"{place} must be a JSON schema of type 'object'.")
+        param = f"tools[{index}].function.parameters"
+        raise ValueError(f"{param} must be a JSON schema of type 'object'.")
     return Tool(tool.name, tool.description, schema, tool.strict)
 
 
@@ -284,7 +294,7 @@ def _answer_format(response_format: pb.ResponseFormat) -> AnswerFormat | None:
 
 
 def _sampling(sampling: pb.SamplingParams) -> dict[str, Any]:
-    """The fields of SamplingParams that the client set."""
+    """Return the fields of SamplingParams that the client set."""
     given: dict[str, Any] = {field.name: value for field, value in sampling.ListFields()}
     for name in ("stop", "stop_token_ids"):
         if name in given:
@@ -325,10 +335,10 @@ def _scores(scores: Sequence[ScoredToken]) -> list[pb.TokenLogprob]:
     ]
 
 
-def _usage(tally: TokenUsage) -> pb.Usage:
+def _usage(usage: TokenUsage) -> pb.Usage:
     return pb.Usage(
-        prompt_tokens=tally.prompt_tokens,
-        completion_tokens=tally.completion_tokens,
-        total_tokens=tally.prompt_tokens + tally.completion_tokens,
-        cached_tokens=tally.cached_tokens,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
     )

@@ -1,9 +1,10 @@
-"""The gateway's own ports: REST under uvicorn and gRPC under grpc.aio, in the gateway's process.
+"""Listens on the gateway's own ports: uvicorn serves REST and grpc.aio serves gRPC, in the gateway's process.
 
-Serve's proxies stay where pods need them to be Ready, but they cost a token 2 to 3 ms and a millisecond of a core, in a
-process of their own (reference: Serve's default path has its first token after 11 to 15 ms, uvicorn alone after 2.2).
-Serve's HAProxy mode is as fast, but takes fixed ports and paths of the machine and cuts off requests that outlive a
-change of replicas by two minutes.
+Ray Serve's proxies are not used for tokens, because they run in a process of their own and cost each token 2 to 3 ms
+and 1 ms of a core. (Measured to the first token: 11 to 15 ms through Serve's default path, 2.2 ms with uvicorn alone.)
+The proxies still run in Kubernetes, where a pod is Ready only with one. Serve's HAProxy mode is as fast as uvicorn, but
+it takes fixed ports and paths of the machine, and it cuts off requests that last more than two minutes beyond a change
+of replicas.
 """
 
 from __future__ import annotations
@@ -30,42 +31,47 @@ from services.gateway.grpc_api import GrpcError, InferenceApi
 
 Context = grpc.aio.ServicerContext[object, object]
 SERVICES = (pb.DESCRIPTOR.services_by_name["Inference"], health_pb2.DESCRIPTOR.services_by_name["Health"])
-BACKLOG = 2048
+BACKLOG = 2048  # connections that wait to be accepted
 ALL_INTERFACES = "0.0.0.0"
 
 
 @dataclass(frozen=True)
 class ListenerConfig:
-    """Where a gateway listens itself; None: only Serve's proxies do. Open streams have `drain_s` when it stops."""
+    """A `ListenerConfig` says on which ports a gateway listens itself; on a port of None only Serve's proxies do."""
 
     host: str
     http_port: int | None = None
     grpc_port: int | None = None
-    drain_s: float = 1.0
+    drain_s: float = 1.0  # seconds that open streams have to end when the gateway stops
 
 
 class Listener:
-    """`start` and `stop` belong to one event loop. Several gateways of one machine share the ports between them."""
+    """A `Listener` serves REST and gRPC on the ports of its config.
 
-    def __init__(self, where: ListenerConfig, rest: FastAPI, api: InferenceApi) -> None:
-        self.where, self._rest, self._api = where, rest, api
+    `start` and `stop` must be called on the same event loop. Several gateways on one machine may listen on the same
+    ports; the kernel then divides new connections among them.
+    """
+
+    def __init__(self, config: ListenerConfig, rest: FastAPI, api: InferenceApi) -> None:
+        self.config, self._rest, self._api = config, rest, api
         self._http: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
         self._grpc_serving: asyncio.Task[bool] | None = None
 
     async def start(self) -> None:
-        """Raises OSError or RuntimeError where a port is taken."""
-        if self.where.http_port is not None:
-            await self._start_http(self.where.http_port)
-        if self.where.grpc_port is not None:
-            await self._start_grpc(self.where.grpc_port)
+        """Start to serve. Raises OSError or RuntimeError if a port is taken."""
+        if self.config.http_port is not None:
+            await self._start_http(self.config.http_port)
+        if self.config.grpc_port is not None:
+            await self._start_grpc(self.config.grpc_port)
 
     async def stop(self) -> None:
+        """Accept no new requests, and wait up to `drain_s` for the open ones."""
         if self._http is not None:
             self._http.should_exit = True
         if self._grpc is not None:
-            await self._grpc.stop(self.where.drain_s)
+            await self._grpc.stop(self.config.drain_s)
         if self._serving is not None:
             await self._serving
         if self._grpc_serving is not None:
@@ -73,22 +79,23 @@ class Listener:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether each port that is asked for still answers."""
+        """Return True while every configured port is served."""
         return not any(serving is not None and serving.done() for serving in (self._serving, self._grpc_serving))
 
     async def _start_http(self, port: int) -> None:
-        config = uvicorn.Config(
+        uvicorn_config = uvicorn.Config(
             self._rest,
             log_config=None,
             access_log=False,
             lifespan="off",
             ws="none",
-            timeout_graceful_shutdown=math.ceil(self.where.drain_s),
+            timeout_graceful_shutdown=math.ceil(self.config.drain_s),
         )
-        listening = socket.create_server((self.where.host, port), backlog=BACKLOG, reuse_port=True)
-        # asyncio does it only for sockets that were made with the protocol's number, and Nagle's wait is 40 ms.
+        listening = socket.create_server((self.config.host, port), backlog=BACKLOG, reuse_port=True)
+        # asyncio sets this only on sockets that were created with the number of the TCP protocol. Without it, Nagle's
+        # algorithm delays a token by up to 40 ms.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._http = uvicorn.Server(config)
+        self._http = uvicorn.Server(uvicorn_config)
         self._serving = asyncio.create_task(self._http.serve(sockets=[listening]))
         while not self._http.started and not self._serving.done():
             await asyncio.sleep(0.01)
@@ -106,13 +113,13 @@ class Listener:
         reflection.enable_server_reflection(
             (*(service.full_name for service in SERVICES), reflection.SERVICE_NAME), self._grpc
         )
-        self._grpc.add_insecure_port(f"{self.where.host}:{port}")
+        self._grpc.add_insecure_port(f"{self.config.host}:{port}")
         await self._grpc.start()
         self._grpc_serving = asyncio.create_task(self._grpc.wait_for_termination())
 
 
 def grpc_handlers(service: ServiceDescriptor, api: InferenceApi) -> grpc.GenericRpcHandler:
-    """Serves each rpc of `service` that `api` has a method for, named as in Python."""
+    """Return handlers for each RPC of `service` that `api` implements as a method of the same name in snake case."""
     named = ((method, getattr(api, _snake_case(method.name), None)) for method in service.methods)
     handlers = {method.name: _handler(method, function) for method, function in named if function is not None}
     return grpc.method_handlers_generic_handler(service.full_name, handlers)

@@ -1,4 +1,4 @@
-"""JSON bodies of requests: parsing, and one sentence about the first mistake in them."""
+"""Parses JSON request bodies, and explains the first mistake in a body in one sentence."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from pydantic_core import ErrorDetails
 
 from services.gateway.errors import ApiError, invalid
 
-OBJECT = "a JSON object"
+OBJECT = "a JSON object"  # what a mistake is said to need instead of pydantic's name of a class
 
 
 class BaseBody(BaseModel):
+    """A `BaseBody` is a JSON object whose unknown fields and values of a wrong type are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def only(*allowed: object) -> AfterValidator:
-    """A field of OpenAI's that may be sent as long as it asks for nothing: any other value is refused by name."""
+    """Return a validator for a field of OpenAI's API that is not supported.
+
+    Clients may send the field with a value of `allowed`, which asks for nothing; every other value is refused.
+    """
     values = " or ".join("null" if value is None else repr(value) for value in allowed)
 
     def check(value: object) -> object:
@@ -34,7 +39,7 @@ AnyBody = TypeVar("AnyBody", bound=BaseBody)
 
 
 def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
-    """Raises ApiError with one sentence about the first mistake."""
+    """Return the body in `data`, as `kind`. Raises ApiError with one sentence about the first mistake."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -42,16 +47,16 @@ def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
 
 
 def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
-    error, expected = _most_telling(kind, errors)
-    place = _locate(kind, error["loc"])
-    path = place.path
+    error, expected = _most_specific(kind, errors)
+    location = _locate(kind, error["loc"])
+    path = location.path
     match error["type"]:
         case "json_invalid":
             return invalid(f"The body is not valid JSON: {error['ctx']['error']}.")
         case "model_type" if not path:
             return invalid("The body must be a JSON object.")
         case "extra_forbidden":
-            allowed = ", ".join(sorted(place.fields))
+            allowed = ", ".join(sorted(location.fields))
             return invalid(f"Unknown field {path!r:.100}; the allowed fields are {allowed}.", path, "unknown_parameter")
         case "missing":
             return invalid(f"{path} is missing, but required.", path)
@@ -63,16 +68,20 @@ def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
     return invalid(f"{path} must be {expected}, not {error['input']!r:.100}.", path)
 
 
-def _most_telling(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[ErrorDetails, str]:
-    """The first error and what was expected; where a value may have several forms, of the form it fails deepest in."""
+def _most_specific(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[ErrorDetails, str]:
+    """Return the error to tell the client, and what the server expected there.
+
+    pydantic reports one error for each type of a union. The error that lies deepest in the body is chosen, because the
+    client meant that type most probably; if none lies deeper, every type of the union is named.
+    """
     first = errors[0]
-    if not _locate(kind, first["loc"]).is_form:
+    if not _locate(kind, first["loc"]).is_in_union:
         return first, _expected(first)
-    forms = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
-    deepest = max(forms, key=lambda error: len(error["loc"]))
+    members = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    deepest = max(members, key=lambda error: len(error["loc"]))
     if len(deepest["loc"]) > len(first["loc"]):
         return deepest, _expected(deepest)
-    return first, " or ".join(map(_expected, forms))
+    return first, " or ".join(map(_expected, members))
 
 
 def _expected(error: ErrorDetails) -> str:
@@ -83,31 +92,32 @@ def _expected(error: ErrorDetails) -> str:
 
 @dataclass(frozen=True)
 class _FieldLocation:
-    """Where a mistake is: `fields` are those of the object that the last part of `path` is in; `is_form` says that
-    pydantic ended the place with its own name of one form that the value may have."""
+    """A `_FieldLocation` says where in a body a mistake is."""
 
-    path: str
-    fields: tuple[str, ...]
-    is_form: bool
+    path: str  # such as "messages[0].role"
+    fields: tuple[str, ...]  # names that the object around the mistake may have
+    is_in_union: bool  # pydantic's location ends with the name of one type of a union
 
 
 def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
-    here: list[Any] = [kind]
-    path, fields, is_form = "", tuple[str, ...](), False
+    """Follow pydantic's location of an error through the types of the body."""
+    types: list[Any] = [kind]  # possible types of the value at `path`: several if the field is a union
+    path, fields, is_in_union = "", tuple[str, ...](), False
     for part in loc:
-        is_form = len(here) > 1
-        if is_form:
-            here = [form for form in here if getattr(form, "__name__", "") == part] or [Any]
+        is_in_union = len(types) > 1
+        if is_in_union:  # pydantic puts the name of the union's type between the parts of the path
+            types = [type_ for type_ in types if getattr(type_, "__name__", "") == part] or [Any]
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
-        if isinstance(here[0], type) and issubclass(here[0], BaseBody):
-            known = {field.alias or name: field.annotation for name, field in here[0].model_fields.items()}
-            fields, here = tuple(known), _union_members(known.get(str(part), Any))
-        else:
-            here = _union_members((*get_args(here[0]), Any)[-2 if get_args(here[0]) else 0])  # of a list or an object
-    return _FieldLocation(path.lstrip("."), fields, is_form)
+        if isinstance(types[0], type) and issubclass(types[0], BaseBody):
+            known = {field.alias or name: field.annotation for name, field in types[0].model_fields.items()}
+            fields, types = tuple(known), _union_members(known.get(str(part), Any))
+        else:  # a list or a dictionary
+            types = _union_members((*get_args(types[0]), Any)[-2 if get_args(types[0]) else 0])
+    return _FieldLocation(path.lstrip("."), fields, is_in_union)
 
 
 def _union_members(annotation: Any) -> list[Any]:
+    """Return the types of a union without None, or the annotation itself if it is no union."""
     is_union = get_origin(annotation) in (Union, UnionType)
-    return [form for form in get_args(annotation) if form is not NoneType] if is_union else [annotation]
+    return [member for member in get_args(annotation) if member is not NoneType] if is_union else [annotation]

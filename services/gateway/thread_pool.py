@@ -1,4 +1,4 @@
-"""Long work beside the event loop, as much at once as the machine bears and a bounded line before it."""
+"""Threads for long work that must not block the event loop, with a bounded queue."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from typing import ParamSpec, TypeVar
 
 from services.engine.contract.errors import EngineOverloaded
 
-NUM_THREADS = 4
-MAX_OPEN = 256  # as many as the engine lets wait
+NUM_THREADS = 4  # calls that run at the same time
+MAX_OPEN = 256  # calls that run or wait; the engine lets as many requests wait
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class BoundedThreadPool:
-    """BoundedThreads of their own, because asyncio's line before its default ones has no end."""
+    """A `BoundedThreadPool` runs functions in threads and refuses work when too much of it waits.
+
+    asyncio's default thread pool is not used because its queue has no bound.
+    """
 
     def __init__(self, num_threads: int = NUM_THREADS, max_open: int = MAX_OPEN) -> None:
         self._executor = ThreadPoolExecutor(num_threads, "gateway")
         self._lock, self._num_open, self._max_open = threading.Lock(), 0, max_open
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What `function` returns or raises; EngineOverloaded where `max_open` others run or wait.
+        """Call `function` in a thread, and return or raise what the function does.
 
-        Cancelled, it leaves the line; what already runs keeps its place until it ends.
+        Raises EngineOverloaded if `max_open` other calls run or wait. A cancelled call that still waits leaves the
+        queue; one that already runs counts as open until it ends, because a thread cannot be interrupted.
         """
         with self._lock:
             if self._num_open >= self._max_open:
                 raise EngineOverloaded(
-                    f"{self._num_open} requests are being tokenized or checked, which is the most at a time."
+                    f"{self._num_open} requests are being tokenized or checked, which is the maximum; try again later."
                 )
             self._num_open += 1
         future = self._executor.submit(function, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""The backbones as a gateway sees them: one gRPC stream to each, and every request on the least loaded one.
+"""The backbones that a gateway uses: one gRPC stream to each, and every request goes to the least loaded one.
 
-A backbone says something several times a second, busy or not (`services.engine.server.HEARTBEAT_S`). One that is silent
-is stopped, hung or cut off; its requests go on elsewhere.
+A backbone sends a message several times per second, even if it is idle (`services.engine.server.HEARTBEAT_S`). A silent
+backbone is stopped, hung or disconnected, and another backbone continues its requests.
 """
 
 from __future__ import annotations
@@ -23,37 +23,41 @@ from services.gateway.health import Health
 
 log = logging.getLogger(__name__)
 
-FIND_PERIOD_S = 5.0  # between two questions which backbones there are, as long as nothing is amiss
-STATUS_TTL_S = 0.5
-STATUS_TIMEOUT_S = 5.0
-SILENCE_TICK_S = 0.1
-MAX_SILENT_S = 1.0  # of a backbone, where another one answers
-# Where none does there is nowhere to go, and who was only held up is worth more than one that is to be started.
+FIND_PERIOD_S = 5.0  # between two searches for backbones, while all known backbones answer
+STATUS_TTL_S = 0.5  # a status this old is asked anew; also the time between two searches while a backbone is missing
+STATUS_TIMEOUT_S = 5.0  # for the statuses of all backbones
+SILENCE_TICK_S = 0.1  # between two looks at how long each backbone has been silent
+MAX_SILENT_S = 1.0  # a backbone silent for longer is given up if another one answers
+# The limit while no backbone answers. Nobody could continue the requests, and a backbone that was only delayed is back
+# sooner than a new one has started.
 MAX_SILENT_ALONE_S = 10.0
 
-AskStatuses = Callable[[], Awaitable[list[dict[str, Any]]]]  # of every backbone that answers; each names its `endpoint`
+AskStatuses = Callable[
+    [], Awaitable[list[dict[str, Any]]]
+]  # the status of every backbone that answers, with `endpoint`
 
 
 def unresponsive_endpoints(silent_s: Mapping[str, float]) -> list[str]:
-    """Of backbones with the seconds for which each has been silent: those whose requests are to go on elsewhere."""
-    is_one_there = any(seconds < MAX_SILENT_S for seconds in silent_s.values())
-    most = MAX_SILENT_S if is_one_there else MAX_SILENT_ALONE_S
-    return [endpoint for endpoint, seconds in silent_s.items() if seconds >= most]
+    """Return the backbones to give up, from the seconds for which each backbone has been silent, by endpoint."""
+    does_one_answer = any(seconds < MAX_SILENT_S for seconds in silent_s.values())
+    limit = MAX_SILENT_S if does_one_answer else MAX_SILENT_ALONE_S
+    return [endpoint for endpoint, seconds in silent_s.items() if seconds >= limit]
 
 
 def _ignore_pause(pause: float | None) -> None: ...
 
 
 class BackbonePool:
-    """A `TokenSource` over every backbone replica; `start` and `stop` belong to the loop that asks it.
+    """A `BackbonePool` is a `TokenSource` that uses all backbone replicas.
 
-    `on_resumed` is called whenever a request goes on at another backbone than it began at.
+    `start`, `stop` and `generate` must be called on the same event loop. `on_resumed` is called whenever another
+    backbone continues a request.
     """
 
     def __init__(self, ask_statuses: AskStatuses, on_resumed: OnResumed = _ignore_pause) -> None:
         self._ask_statuses, self._on_resumed = ask_statuses, on_resumed
         self._streams: dict[str, BackboneStream] = {}
-        self._last: tuple[float, list[dict[str, Any]]] = (0.0, [])
+        self._last: tuple[float, list[dict[str, Any]]] = (0.0, [])  # time.monotonic() and the statuses of that time
         self._tasks: list[asyncio.Task[None]] = []
         self._search: asyncio.Task[None] | None = None
         self._opened = asyncio.Event()
@@ -78,7 +82,10 @@ class BackbonePool:
         params: SamplingParams,
         timeout: float | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
-        """Raises what `Engine.generate` raises, and ApiError (UNAVAILABLE) where no backbone answers."""
+        """Yield the outputs of a request, which survives the loss of backbones.
+
+        Raises the exceptions of `Engine.generate`, and ApiError (UNAVAILABLE) if no backbone answers.
+        """
         request = ResumableRequest(request_id, prompt_token_ids, params, timeout, self._on_resumed)
         stream = self._least_loaded() or await self._find_one()
         async with aclosing(request.run(stream, self._pick)) as outputs:
@@ -86,7 +93,10 @@ class BackbonePool:
                 yield output
 
     async def statuses(self) -> list[dict[str, Any]]:
-        """Of every backbone that answers, by endpoint, at most half a second old; EngineFailed if none does."""
+        """Return the status of every backbone that answers, sorted by endpoint and at most STATUS_TTL_S old.
+
+        Raises EngineFailed if no backbone answers.
+        """
         asked_at, statuses = self._last
         if time.monotonic() - asked_at > STATUS_TTL_S:
             try:
@@ -100,6 +110,7 @@ class BackbonePool:
         return statuses
 
     async def health(self) -> Health:
+        """Return whether a backbone answers, and which backbones and shards do not work."""
         try:
             statuses = await self.statuses()
         except EngineFailed as error:
@@ -108,17 +119,17 @@ class BackbonePool:
         if len(failing) == len(statuses):
             return Health(is_ready=False, detail="The engine's last steps failed.")
         down = sorted({shard_id for status in statuses for shard_id in status.get("down", [])})
-        details = [f"BackbonePool whose last steps failed: {', '.join(failing)}."] if failing else []
+        details = [f"Backbones whose last steps failed: {', '.join(failing)}."] if failing else []
         if down:
             details.append(f"Shards that do not serve what they should: {', '.join(down)}.")
         return Health(is_ready=True, is_degraded=bool(details), detail=" ".join(details))
 
-    def _least_loaded(self, but: str = "") -> BackboneStream | None:
-        """Of those that answer; not the one at that endpoint, if there is another."""
+    def _least_loaded(self, avoid: str = "") -> BackboneStream | None:
+        """Return the stream with the fewest requests; one to the endpoint `avoid` only if there is no other."""
         is_open = [stream for stream in self._streams.values() if stream.is_open]
         return min(
             is_open,
-            key=lambda stream: (stream.silent_s >= MAX_SILENT_S, stream.endpoint == but, stream.num_requests),
+            key=lambda stream: (stream.silent_s >= MAX_SILENT_S, stream.endpoint == avoid, stream.num_requests),
             default=None,
         )
 
@@ -128,10 +139,10 @@ class BackbonePool:
             return stream
         raise ApiError(ApiRefusal.UNAVAILABLE, "No backbone answers; try again.", retry_after=1)
 
-    async def _pick(self, but: str, wait_s: float) -> BackboneStream | None:
-        """A stream for a request that lost its own, at once where one is open; None if none came in time."""
+    async def _pick(self, avoid: str, wait_s: float) -> BackboneStream | None:
+        """Return a stream for a request that lost its backbone, or None if none opened within `wait_s` seconds."""
         stop_at = time.monotonic() + wait_s
-        while not (stream := self._least_loaded(but)) and time.monotonic() < stop_at:
+        while not (stream := self._least_loaded(avoid)) and time.monotonic() < stop_at:
             if self._is_stopping:
                 raise ApiError(ApiRefusal.UNAVAILABLE, "The gateway that answered this request stops; try again.")
             self._opened.clear()
@@ -144,21 +155,22 @@ class BackbonePool:
         while True:
             await self._find()
             streams = self._streams.values()
-            is_well = streams and all(stream.is_open and stream.silent_s < MAX_SILENT_S for stream in streams)
-            await asyncio.sleep(FIND_PERIOD_S if is_well else STATUS_TTL_S)
+            is_complete = streams and all(stream.is_open and stream.silent_s < MAX_SILENT_S for stream in streams)
+            await asyncio.sleep(FIND_PERIOD_S if is_complete else STATUS_TTL_S)
 
     async def _count_silence(self) -> None:
         while True:
             await asyncio.sleep(SILENCE_TICK_S)
-            # By ticks and not by the clock: where this process is held up itself, nobody else was silent meanwhile.
+            # Silence is counted in ticks and not by the clock: while this process itself is held up, it counts nothing
+            # against the backbones.
             for stream in self._streams.values():
                 stream.silent_s += SILENCE_TICK_S
             silent_s = {endpoint: stream.silent_s for endpoint, stream in self._streams.items() if stream.is_open}
             for endpoint in unresponsive_endpoints(silent_s):
-                self._streams[endpoint].give_up(f"nothing was heard of it for {silent_s[endpoint]:.1f} s")
+                self._streams[endpoint].give_up(f"it was silent for {silent_s[endpoint]:.1f} s")
 
     async def _find(self) -> None:
-        """Opens streams to backbones that are new, drops those that broke; all who ask at once share one search."""
+        """Open streams to new backbones and drop broken streams. Concurrent callers share one search."""
         await asyncio.shield(self._begin_search())
 
     def _begin_search(self) -> asyncio.Task[None]:

@@ -1,4 +1,4 @@
-"""One gRPC stream from a gateway to a backbone, and the requests that travel on it."""
+"""One gRPC stream from a gateway to a backbone, which carries all requests between the two."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from services.engine.contract.wire import failure_from_proto, output_from_proto,
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 1.0
-# A backbone looks at deadlines between its steps. One that is this late is not heard of: it is stuck.
+CONNECT_TIMEOUT_S = 1.0  # for the connection to a backbone
+# Backbones check deadlines between steps. A backbone that has not ended a request this long after the deadline hangs.
 DEADLINE_GRACE_S = 0.5
 
 
 class BackboneLost(Exception):
-    """The stream ended before the request did. `is_handover`: the backbone ended it, as it does where it stops."""
+    """`BackboneLost` is raised when the stream to a backbone ends before a request on it does.
+
+    `is_handover` is True if the backbone ended the stream in good order, which it does when it stops.
+    """
 
     def __init__(self, reason: str, is_handover: bool = False) -> None:
         super().__init__(reason)
@@ -31,11 +34,14 @@ class BackboneLost(Exception):
 
 
 class BackboneStream:
-    """One stream to one backbone; it belongs to the loop that made it, and is of no use once it is broken."""
+    """A `BackboneStream` sends requests to one backbone and receives their outputs.
+
+    It must be used on the event loop that created it. A broken stream is not repaired: `BackbonePool` opens a new one.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint, self.is_open = endpoint, False
-        self.silent_s = 0.0  # since anything came; who counts it is `Backbones`
+        self.silent_s = 0.0  # seconds since the last message from the backbone, counted by `BackbonePool`
         self._commands: asyncio.Queue[pb.Command] = asyncio.Queue()
         self._inboxes: dict[str, asyncio.Queue[pb.Output | None]] = {}
         self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
@@ -47,21 +53,21 @@ class BackboneStream:
         return len(self._inboxes)
 
     async def open(self) -> None:
-        """Raises TimeoutError where nobody answers."""
+        """Connect to the backbone. Raises TimeoutError if the backbone does not answer."""
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await self._channel.channel_ready()
         self.is_open = True
         self._task = asyncio.create_task(self._listen())
 
     async def close(self) -> None:
-        """Requests under way end as if the backbone had gone."""
+        """Close the stream. Open requests end with BackboneLost."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._channel.close()
 
     def give_up(self, reason: str) -> None:
-        """Like `close`, and at once. A backbone that wakes up later finds its requests cancelled."""
+        """Close the stream without waiting. A hung backbone that wakes up later finds its requests cancelled."""
         self._reason, self.is_open = reason, False
         if self._task is not None:
             self._task.cancel()
@@ -74,7 +80,10 @@ class BackboneStream:
         timeout: float | None,
         sent_token_ids: Sequence[int] | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
-        """Raises what `Engine.generate` raises, and BackboneLost; what came before that was yielded before."""
+        """Yield the outputs of one request; `sent_token_ids` are tokens that an earlier backbone has generated for it.
+
+        Raises the exceptions of `Engine.generate`, and BackboneLost after all received outputs were yielded.
+        """
         start = start_to_proto(request_id, prompt_token_ids, params, timeout, sent_token_ids)
         inbox = self._inboxes[request_id] = asyncio.Queue[pb.Output | None]()
         self._commands.put_nowait(pb.Command(start=start))
@@ -115,7 +124,7 @@ class BackboneStream:
     def _deliver(self, message: pb.Outputs) -> None:
         self.silent_s = 0.0
         for output in message.outputs:
-            if inbox := self._inboxes.get(output.request_id):  # else it was cancelled meanwhile
+            if inbox := self._inboxes.get(output.request_id):  # no inbox: the request was cancelled meanwhile
                 inbox.put_nowait(output)
 
     async def _send(self) -> AsyncIterator[pb.Command]:
@@ -124,7 +133,8 @@ class BackboneStream:
 
 
 def _set_alarm(timeout: float, inbox: asyncio.Queue[pb.Output | None]) -> asyncio.TimerHandle:
-    sentence = "The request's deadline passed, and nothing was heard of the backbone that answered it."
+    """Fail the request of `inbox` if the backbone has not ended the request soon after its deadline."""
+    sentence = "The request's deadline passed, and its backbone did not report it."
     failure = pb.Failure(kind=pb.Failure.DEADLINE, message=sentence)
     loop = asyncio.get_running_loop()
     return loop.call_later(timeout + DEADLINE_GRACE_S, inbox.put_nowait, pb.Output(failure=failure))

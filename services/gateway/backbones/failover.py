@@ -1,8 +1,9 @@
-"""A request that outlives the backbones which answer it: what one has sent is where the next goes on.
+"""Continues a request on another backbone when its backbone is lost, and decides whether to try again.
 
-The token at a position is a function of the tokens before it, the request's parameters and its seed, so the next
-backbone computes prompt and answer so far like a prompt, and goes on with the very tokens that the first would have
-sent. What a client has is what was taken from here; what a backbone computed beyond that is computed again.
+The token at a position depends only on the tokens before it, the request's parameters and its seed. The next backbone
+therefore computes the prompt and the tokens sent so far as if they were its prompt, and continues with exactly the
+tokens that the lost backbone would have sent. Tokens that the lost backbone computed but did not send are computed
+again.
 """
 
 from __future__ import annotations
@@ -22,28 +23,33 @@ from services.gateway.errors import ApiError, ApiRefusal
 
 log = logging.getLogger(__name__)
 
-# One request's, from its start to its end. The bounds are for a request that is itself what kills or fails backbones.
-MAX_LOSSES = 3  # backbones that it may lose
-MAX_HANDOVERS = 16  # by backbones that stop in good order, as one after another does in an upgrade
-# A failed step may be the fault of one backbone (its device, its way to the shards): that is worth one try on another,
-# if one is there. Where the request itself is the cause it fails there too, and the steps of others with it: no more.
+# Limits for one request over its whole life. They protect backbones from a request that itself crashes or fails them.
+MAX_LOSSES = 3  # backbones that may be lost before the request fails
+MAX_HANDOVERS = 16  # backbones that may stop in good order, as one after another does in an upgrade
+# A failed step may be the fault of one backbone (its device, its connection to the shards), so the request is retried
+# on another backbone, once. If the request itself is the cause, it fails there too and takes the other requests of its
+# step with it, so there is no second retry.
 MAX_FAILURES = 1
-RESUME_WAIT_S = 30.0  # for another backbone, where there is none: about what starting one anew takes
+RESUME_WAIT_S = 30.0  # for another backbone to open a stream; starting a new backbone takes about as long
 
-OnResumed = Callable[[float | None], None]  # with the seconds between two outputs that it took, if there were two
-Pick = Callable[[str, float], Awaitable[BackboneStream | None]]  # not that endpoint if there is another; seconds
+OnResumed = Callable[[float | None], None]  # argument: seconds between two outputs; None if there was none before
+# Picks a stream. Arguments: the endpoint to avoid if there is another, and the seconds to wait.
+PickStream = Callable[[str, float], Awaitable[BackboneStream | None]]
 
 
 @dataclass(frozen=True)
 class FailoverBudget:
-    """What a request has been through."""
+    """A `FailoverBudget` counts the failovers of one request and says when there have been too many."""
 
     num_losses: int = 0
     num_handovers: int = 0
     num_failures: int = 0
 
-    def after(self, error: BackboneLost | EngineFailed) -> FailoverBudget:
-        """Raises ApiError or `error` where that was the last trial."""
+    def spend(self, error: BackboneLost | EngineFailed) -> FailoverBudget:
+        """Return the budget after one more failover because of `error`.
+
+        Raises `error` itself after too many failed steps, and ApiError after too many lost backbones.
+        """
         if isinstance(error, EngineFailed):
             if self.num_failures == MAX_FAILURES:
                 raise error
@@ -56,12 +62,12 @@ class FailoverBudget:
         return replace(self, num_losses=self.num_losses + 1)
 
     @property
-    def number(self) -> int:
+    def num_failovers(self) -> int:
         return self.num_losses + self.num_handovers + self.num_failures
 
 
 class ResumableRequest:
-    """One request, with what its client has of it."""
+    """A `ResumableRequest` is one request together with the tokens that its client already has."""
 
     def __init__(
         self,
@@ -72,7 +78,7 @@ class ResumableRequest:
         on_resumed: OnResumed,
     ) -> None:
         if params.seed is None and not params.is_greedy:
-            params = replace(params, seed=secrets.randbits(64) - 2**63)  # every backbone is to draw with the same
+            params = replace(params, seed=secrets.randbits(64) - 2**63)  # all backbones must draw with one seed
         self.request_id, self.prompt_token_ids, self.params = request_id, prompt_token_ids, params
         self._loop, self._on_resumed = asyncio.get_running_loop(), on_resumed
         self._deadline = None if timeout is None else self._loop.time() + timeout
@@ -81,25 +87,30 @@ class ResumableRequest:
         self._last_at: float | None = None
         self._is_paused = False
 
-    async def run(self, stream: BackboneStream, pick: Pick) -> AsyncGenerator[TokenOutput, None]:
-        """Yields outputs as if one backbone had made them. Raises what `Engine.generate` raises, and ApiError."""
-        trials = FailoverBudget()
+    async def run(self, stream: BackboneStream, pick: PickStream) -> AsyncGenerator[TokenOutput, None]:
+        """Yield the outputs of the request as if one backbone had generated them all.
+
+        The request starts on `stream`; `pick` finds the streams after that. Raises the exceptions of
+        `Engine.generate`, and ApiError if the request cannot be continued.
+        """
+        budget = FailoverBudget()
         while True:
             try:
-                async with aclosing(self._go_on(stream, trials)) as outputs:
+                async with aclosing(self._run_on(stream, budget)) as outputs:
                     async for output in outputs:
                         yield output
                 return
             except (BackboneLost, EngineFailed) as error:
-                trials, lost = trials.after(error), error
+                budget, lost = budget.spend(error), error
             self._is_paused = True
-            told = (self.request_id, stream.endpoint, lost, len(self._sent))
             log.warning(
-                "Request %s loses its backbone %s (%s) after %d tokens.", *told, extra={"request_id": self.request_id}
+                "Request %s loses its backbone %s (%s) after %d tokens.",
+                *(self.request_id, stream.endpoint, lost, len(self._sent)),
+                extra={"request_id": self.request_id},
             )
             stream = await self._next(pick, stream.endpoint, lost)
 
-    async def _next(self, pick: Pick, last_endpoint: str, lost: BackboneLost | EngineFailed) -> BackboneStream:
+    async def _next(self, pick: PickStream, last_endpoint: str, lost: BackboneLost | EngineFailed) -> BackboneStream:
         left, wait_s = self._left(), RESUME_WAIT_S
         if isinstance(lost, EngineFailed):
             wait_s = 0.0
@@ -113,7 +124,10 @@ class ResumableRequest:
         return stream
 
     def _left(self) -> float | None:
-        """Seconds to the deadline, which holds whatever backbones do."""
+        """Return the seconds to the deadline, or None if there is no deadline. Raises DeadlinePassed.
+
+        The deadline holds for the whole request, however many backbones it loses.
+        """
         if self._deadline is None:
             return None
         left = self._deadline - self._loop.time()
@@ -121,16 +135,17 @@ class ResumableRequest:
             raise DeadlinePassed(f"The request's deadline passed after {len(self._sent)} generated tokens.")
         return left
 
-    async def _go_on(self, stream: BackboneStream, trials: FailoverBudget) -> AsyncGenerator[TokenOutput, None]:
-        # An id of its own for each trial: a backbone that was given up may hold the last one still.
-        name = f"{self.request_id}.{trials.number}" if trials.number else self.request_id
-        sent = self._sent if trials.number else None
+    async def _run_on(self, stream: BackboneStream, budget: FailoverBudget) -> AsyncGenerator[TokenOutput, None]:
+        # The id is new after each failover, because a backbone that was given up may still hold the request.
+        name = f"{self.request_id}.{budget.num_failovers}" if budget.num_failovers else self.request_id
+        sent = self._sent if budget.num_failovers else None
         outputs = stream.generate(name, self.prompt_token_ids, self.params, self._left(), sent)
         async with aclosing(outputs):
             async for output in outputs:
-                yield self._noted(output)
+                yield self._record(output)
 
-    def _noted(self, output: TokenOutput) -> TokenOutput:
+    def _record(self, output: TokenOutput) -> TokenOutput:
+        """Remember the tokens of `output`, and return it as if the first backbone had sent it."""
         now = self._loop.time()
         if self._is_paused:
             pause = None if self._last_at is None else now - self._last_at
@@ -145,7 +160,7 @@ class ResumableRequest:
             return output
         if output.request_id == self.request_id:
             return output
-        # The client was told once how the request began, and is charged for it once.
+        # Clients are told about queueing and the prefix cache once, as the first backbone reported it.
         first = self._first
         return replace(
             output,

@@ -1,4 +1,4 @@
-"""Takes an answer's text apart as it comes: reasoning, content and tool calls. Linear in the text."""
+"""Divides the text of an answer into reasoning, content and tool calls, in time linear in the text."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A piece of the `index`-th call: its first has id and name, and all pieces of `arguments` make a JSON object."""
+    """A `ToolCallDelta` is a piece of a tool call; the pieces of a call are joined to the whole call.
 
-    index: int
+    The first piece of a call holds its id and name. The `arguments` of all pieces together are one JSON object.
+    """
+
+    index: int  # position of the call in the answer
     id: str
     name: str
     arguments: str
@@ -27,12 +30,16 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class AnswerParts:
+    """An `AnswerParts` holds the pieces of each part of an answer that one piece of text added."""
+
     content: str = ""
     reasoning: str = ""
     calls: tuple[ToolCallDelta, ...] = ()
 
 
 class _Section(Enum):
+    """A `_Section` is the part of an answer that the parser is in."""
+
     REASONING = 0
     CONTENT = 1
     CALL = 2
@@ -72,16 +79,17 @@ class AnswerParser:
 
     @property
     def is_done(self) -> bool:
-        """As many calls as are allowed were made."""
+        """Return True if the answer holds as many calls as it may."""
         return self._max_calls is not None and self.num_calls >= self._max_calls
 
     def push(self, text: str) -> AnswerParts:
+        """Add `text`, and return the pieces that may be shown now."""
         while text and not self.is_done:
             text = self._push_call(text) if self._at is _Section.CALL else self._push_text(text)
         return self._take()
 
     def finish(self) -> AnswerParts:
-        """What was held back; the answer has ended."""
+        """End the answer, and return the pieces that were held back."""
         if self._call is not None:
             self._deltas += self._call.take() if self._is_forced else []
             self._show("" if self._is_forced else self._call.raw)
@@ -114,7 +122,7 @@ class AnswerParser:
         elif self._call.is_broken:
             raw, self._call = self._call.raw, None
             self._at, self._matcher = _Section.CONTENT, StopMatcher(self._openings)
-            # Its opening is content now, and another call may begin in what follows it.
+            # The text of the broken call is content, beginning with `<tool_call>`. Another call may begin within it.
             self._show(CALL_START)
             return raw[len(CALL_START) :] + rest
         return rest
@@ -138,7 +146,7 @@ class AnswerParser:
 
 
 class _LineEndTrimmer:
-    """Drops line ends before a text and holds back those that may be its last."""
+    """A `_LineEndTrimmer` drops the line ends before a text and holds back those that may be its last ones."""
 
     def __init__(self, is_inside: bool = True) -> None:
         self.is_inside, self._held = is_inside, ""
@@ -155,11 +163,12 @@ class _LineEndTrimmer:
         return shown
 
     def rest(self) -> str:
+        """Return the line ends that were held back."""
         held, self._held = self._held, ""
         return held
 
 
-ENDS = {  # of each part of a call
+ENDS = {  # the strings that end each part of a call
     "call": [FUNCTION],
     "name": [">"],
     "body": [PARAMETER, FUNCTION_END],
@@ -167,11 +176,14 @@ ENDS = {  # of each part of a call
     "value": [PARAMETER_END],
     "end": [CALL_END],
 }
-MARKUP = ("call", "body", "end")  # parts that hold nothing but white space
+MARKUP = ("call", "body", "end")  # parts that may hold only white space
 
 
 class _ToolCallParser:
-    """One call, after its `<tool_call>`. `is_broken` as soon as it cannot become one."""
+    """A `_ToolCallParser` parses one call, from the text after `<tool_call>` on.
+
+    `is_broken` becomes True as soon as the text cannot become a call; `is_whole` becomes True at its end.
+    """
 
     def __init__(self, tools: dict[str, Tool], index: int) -> None:
         self._tools, self._index = tools, index
@@ -183,11 +195,11 @@ class _ToolCallParser:
 
     @property
     def raw(self) -> str:
-        """All of its text so far."""
+        """Return the text of the call so far."""
         return "".join(self._raw)
 
     def push(self, text: str) -> str:
-        """Returns what follows the call."""
+        """Add `text`, and return the part of it that follows the call."""
         raw = text
         while text and not (self.is_whole or self.is_broken):
             shown, is_ended = self._matcher.push(text)
@@ -205,7 +217,7 @@ class _ToolCallParser:
         return rest
 
     def take(self) -> list[ToolCallDelta]:
-        """Its pieces since the last time, joined to as few as there can be."""
+        """Return what was added to the call since the last time, as at most one piece."""
         deltas, self._deltas = self._deltas, []
         arguments = "".join(delta.arguments for delta in deltas)
         if not deltas or not (deltas[0].id or arguments):
@@ -258,7 +270,7 @@ class _ToolCallParser:
             self._is_first, self._held = True, ""
 
     def _show_string(self, text: str) -> None:
-        """A piece of a string, without the one line end before and after the value, which is markup."""
+        """Add a piece of a string value; the one line end before and the one after the value are markup."""
         text = self._held + text
         if self._is_first and text:
             text, self._is_first = text.removeprefix("\n"), False

@@ -1,4 +1,4 @@
-"""The conversation that a chat request sends, as the chat template takes it."""
+"""Conversations: the messages of a chat request, as the chat template renders them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-RESERVED_KWARGS = {  # what transformers' apply_chat_template takes for itself
+RESERVED_KWARGS = {  # parameters of transformers' apply_chat_template that clients must not set
     *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
@@ -16,19 +16,22 @@ RESERVED_KWARGS = {  # what transformers' apply_chat_template takes for itself
 
 @dataclass(frozen=True)
 class PastCall:
-    """A tool call of an earlier turn; `arguments` is a JSON object as text."""
+    """A `PastCall` is a tool call of an earlier turn."""
 
     id: str
     name: str
-    arguments: str
+    arguments: str  # a JSON object as text
 
     def to_template(self) -> dict[str, Any]:
+        """Return the call in the form that chat templates of Hugging Face expect: its arguments are an object."""
         function = {"name": self.name, "arguments": json.loads(self.arguments)}
         return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True)
 class ChatMessage:
+    """A `ChatMessage` is one turn of a conversation."""
+
     role: str
     content: str | None
     name: str = ""
@@ -37,7 +40,7 @@ class ChatMessage:
     tool_call_id: str = ""
 
     def to_template(self) -> dict[str, Any]:
-        """A message as chat templates of Hugging Face expect it: arguments are an object, absent fields are absent."""
+        """Return the message in the form that chat templates of Hugging Face expect: empty fields are left out."""
         fields: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         if self.tool_calls:
             fields["tool_calls"] = [call.to_template() for call in self.tool_calls]
@@ -45,33 +48,39 @@ class ChatMessage:
         return fields | {name: value for name, value in optional.items() if value}
 
 
-def check_message(message: ChatMessage, place: str) -> ChatMessage:
-    """Raises ValueError, with `place` in the sentence, for a field that does not fit the role."""
+def check_message(message: ChatMessage, param: str) -> ChatMessage:
+    """Return the message under the role name that templates know.
+
+    Raises ValueError, with `param` in the sentence, if a field does not fit the role.
+    """
     is_assistant, is_tool = message.role == "assistant", message.role == "tool"
     if message.tool_calls and not is_assistant:
-        raise ValueError(f"{place}.tool_calls may only be given where the role is 'assistant'.")
+        raise ValueError(f"{param}.tool_calls may only be given where the role is 'assistant'.")
     if message.reasoning and not is_assistant:
-        raise ValueError(f"{place}.reasoning_content may only be given where the role is 'assistant'.")
+        raise ValueError(f"{param}.reasoning_content may only be given where the role is 'assistant'.")
     if bool(message.tool_call_id) != is_tool:
-        raise ValueError(f"{place}.tool_call_id must be given where the role is 'tool', and only there.")
+        raise ValueError(f"{param}.tool_call_id must be given where the role is 'tool', and only there.")
     if message.content is None and not (message.tool_calls or message.reasoning):
-        raise ValueError(f"{place}.content is missing, but required.")
-    # "developer" is OpenAI's newer name of the system role; templates know the old one.
+        raise ValueError(f"{param}.content is missing, but required.")
+    # "developer" is OpenAI's new name for the system role; templates know only the old name.
     return replace(message, role="system") if message.role == "developer" else message
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the template renders; `tools` in OpenAI's shape, `template_kwargs` as the model's template defines them."""
+    """A `Conversation` is everything that the chat template renders to a prompt."""
 
     messages: tuple[ChatMessage, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    add_generation_prompt: bool = True
+    tools: tuple[Mapping[str, Any], ...] = ()  # in OpenAI's form
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments that the model's template defines
+    add_generation_prompt: bool = True  # the prompt ends where the assistant's next turn begins
 
 
 def template_kwargs(kwargs: Mapping[str, Any] | None, enable_thinking: bool | None) -> dict[str, Any]:
-    """Arguments of the chat template; `enable_thinking` may be given by itself as well."""
+    """Return the arguments of the chat template, with `enable_thinking` among them if it is given.
+
+    Raises ValueError for a reserved argument, and for two different values of `enable_thinking`.
+    """
     given = dict(kwargs or {})
     if reserved := sorted(given.keys() & RESERVED_KWARGS):
         raise ValueError(f"chat_template_kwargs must not hold {reserved[0]!r}, which the server itself sets.")

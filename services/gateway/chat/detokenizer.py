@@ -1,4 +1,4 @@
-"""Turns the tokens of an answer into text as they come."""
+"""Turns the tokens of an answer into text one by one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from services.gateway.chat.markers import Marker
 
 
 class Detokenizer:
-    """Turns tokens into text as they come, in time linear in their bytes.
+    """A `Detokenizer` turns tokens into text one by one, in time linear in their bytes.
 
-    Bytes that can still become a character are held back; bytes that cannot become U+FFFD, as in a full decode. What is
-    still held when the request ends is half a character and is never shown.
+    Bytes that may still become a character are held back. Bytes that cannot become one are shown as U+FFFD, as if all
+    tokens were decoded at once. Bytes that are still held back at the end of a request are half a character and are
+    never shown.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], markers: Iterable[Marker] = ()) -> None:
@@ -21,7 +22,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Special tokens have no text, but for `markers`."""
+        """Return the text that `token_id` adds. Special tokens have no text, except the markers."""
         if (marker := self._markers.get(token_id)) is not None:
             return self._utf8.decode(marker)
         # A model's vocabulary may be padded beyond the tokenizer's: such ids have no text.

@@ -1,6 +1,7 @@
-"""What the text of an answer must match: response formats and forced tool calls, as grammars.
+"""Composes one grammar for a whole answer from its reasoning, its response format and its tool calls.
 
-The dialect is llguidance's of Lark (its docs/syntax.md). Special tokens have no text there and are named by their ids.
+The grammars are in llguidance's dialect of Lark (see docs/syntax.md there). Special tokens have no text in this dialect
+and are named by their ids.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END, Marke
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.chat.tools import Tool, ToolUse, is_string_type
 
-MAX_COUNTED_CHARS = 2000  # a longer maxLength is not enforced: counting characters costs a state for each
-TEXT = r"(?s:.*)"
+MAX_COUNTED_CHARS = (
+    2000  # a longer maxLength is not enforced, because every character to count needs a state of the automaton
+)
+TEXT = r"(?s:.*)"  # a regular expression for any text
 
 CheckGrammar = Callable[
     [Grammar], None
@@ -26,6 +29,8 @@ CheckGrammar = Callable[
 
 @dataclass(frozen=True)
 class Markers:
+    """`Markers` are the markers that grammars need, as one tokenizer has them."""
+
     think_end: Marker
     call_start: Marker
     call_end: Marker
@@ -36,25 +41,28 @@ class Markers:
 
 
 def any_of(choices: Sequence[str]) -> Grammar:
-    """The answer is one of these strings; ValueError if there are none."""
+    """Return a grammar for exactly one of the strings `choices`. Raises ValueError if there are none."""
     if not choices:
         raise ValueError("structured_outputs.choice must hold at least one string.")
     return Grammar(GrammarKind.LARK, f"start: {' | '.join(map(json.dumps, choices))}\n")
 
 
 def check(grammar: Grammar, param: str, check_grammar: CheckGrammar) -> None:
-    """Raises ValueError, with the parameter `param` in the sentence, for a grammar that cannot be used."""
+    """Raise ValueError, with the parameter `param` in the sentence, if `check_grammar` refuses `grammar`."""
     try:
         check_grammar(grammar)
     except ValueError as error:
-        reason = str(error).partition(" ")[2]  # after the engine's own name of the parameter
+        reason = str(error).partition(" ")[2]  # the sentence without the engine's name of the parameter
         raise ValueError(f"{param} {reason}") from error
 
 
 def compose(answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, markers: Markers) -> Grammar | None:
-    """One grammar for the whole text: reasoning up to its end, then an answer or calls. None: the text is free.
+    """Return one grammar for the whole answer, or None if its text is free.
 
-    Where the model may choose between text and calls, calls are held to their schemas if a tool is strict.
+    - `answer`: the grammar of the text after the reasoning, if there is one.
+    - `tool_use`: calls that are forced must match their schemas. If the model may choose between text and calls, calls
+      must match their schemas if any tool is strict.
+    - `in_reasoning`: the answer begins with reasoning, which ends at `</think>`.
     """
     tools = tool_use.callable_tools
     is_strict = any(tool.is_strict for tool in tools)
@@ -95,7 +103,7 @@ def _json(schema: Any) -> str:
 
 
 def _regex(pattern: str) -> str:
-    """A regular expression between slashes; one that is escaped already stays as it is."""
+    """Return a regular expression between slashes, with its own slashes escaped unless they already are."""
     escaped = re.sub(r"\\.|/", lambda found: found[0] if found[0] != "/" else r"\/", pattern, flags=re.DOTALL)
     return f"/{escaped}/".replace("\n", r"\n")
 
@@ -105,7 +113,7 @@ def _special(marker: Marker) -> str:
 
 
 def _text_up_to(rule: str, marker: Marker) -> str:
-    """A rule for any text up to and, unless the marker is a special token, including the marker."""
+    """Return a rule for any text before `marker`; the text includes the marker unless it is a special token."""
     suffix = f"[suffix={json.dumps(marker.text)}]" if marker.special_id is None else ""
     return f"{rule}{suffix}: /{TEXT}/"
 
@@ -130,7 +138,7 @@ def _call_rules(tools: Sequence[Tool], max_calls: int | None, markers: Markers) 
 
 
 def _function_rules(rule: str, tool: Tool) -> Iterator[str]:
-    """Parameters come in the schema's order; those that are not required may be left out."""
+    """Yield the rules of one function. Its parameters come in the schema's order; optional ones may be left out."""
     required = tool.parameters.get("required", ())
     parts = [f"{rule}_{n}" + ("" if name in required else "?") for n, name in enumerate(tool.properties)]
     if not tool.properties and tool.parameters.get("additionalProperties", bool(tool.parameters)):

@@ -1,4 +1,4 @@
-"""Strings that structure the answers of this model family."""
+"""The strings with which models mark reasoning and tool calls in an answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True)
 class Marker:
-    """A string that structures answers, and the single special token it is, where the tokenizer has it as one."""
+    """A `Marker` is a string that structures answers, which may be a special token of the tokenizer."""
 
     text: str
-    special_id: int | None
+    special_id: int | None  # id of the special token; None: the string is tokenized like any text

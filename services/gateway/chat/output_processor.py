@@ -1,4 +1,4 @@
-"""One choice of an answer on its way from tokens to what the client is shown."""
+"""Turns the tokens of one choice into what the client is shown."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from services.gateway.chat.stop_strings import StopMatcher
 from services.gateway.chat.text_delta import ScoredToken, TextDelta
 from services.gateway.chat.tokenizer import Tokenizer
 
-TOOL_CALLS = "tool_calls"  # the finish reason of an answer that calls tools, OpenAI's
-FLOOR = -9999.0  # stands for a logarithm of probability 0, as JSON has no infinity
+TOOL_CALLS = "tool_calls"  # OpenAI's finish reason for an answer that calls tools
+FLOOR = -9999.0  # stands for the logarithm of probability 0, because JSON has no infinity
 
 
 class OutputProcessor:
-    """Text, reasoning, tool calls and logprobs of one choice.
+    """An `OutputProcessor` turns the token outputs of one choice into text, reasoning, tool calls and logprobs.
 
-    Like stop tokens, stop strings count only after `min_tokens` tokens. A stop token has no text and no logprob; the
+    Stop strings, like stop tokens, count only after `min_tokens` tokens. A stop token has no text and no logprob. The
     tokens of a stop string have logprobs although their text is not shown.
     """
 
@@ -36,7 +36,11 @@ class OutputProcessor:
         self._is_first = True
 
     def push(self, output: TokenOutput) -> TextDelta:
-        """The last delta has a finish reason, which a stop string or the last call may give before the engine does."""
+        """Return the delta for one output of the engine.
+
+        The last delta has a finish reason. A stop string or the last allowed call may end the choice before the engine
+        does.
+        """
         if not self._is_first:
             return self._delta(output)
         self._is_first = False
@@ -51,7 +55,7 @@ class OutputProcessor:
         return replace(delta, text=echo + delta.text, prompt_logprobs=prompt_logprobs)
 
     def _delta(self, output: TokenOutput) -> TextDelta:
-        # A stop token is the last id of its output and no part of the text.
+        # A stop token is the last id of its output and not part of the text.
         num_shown = len(output.token_ids) - (output.finish_reason is FinishReason.STOP)
         first = self._num_tokens
         parts: list[AnswerParts] = []
@@ -97,7 +101,7 @@ class OutputProcessor:
 
     def _scored_prompt(self, output: TokenOutput) -> Iterator[ScoredToken]:
         spelling = self._tokenizer.spelling
-        # Echo shows special tokens by their names, but not those that the tokenizer itself put before a text.
+        # Echo shows special tokens by name, except those that the tokenizer itself added before a text.
         detokenizer = Detokenizer(self._tokenizer.token_bytes, self._tokenizer.special_markers)
         echo, whole = self._request.echo, self._tokenizer.decode(self._request.prompt_token_ids)
         position = 0 if echo is None else min(0, len(echo) - len(whole))
@@ -117,7 +121,7 @@ class OutputProcessor:
 
 
 def _joined(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
-    """Neighbouring pieces of one call as one."""
+    """Join neighbouring pieces of the same call."""
     joined: list[ToolCallDelta] = []
     for delta in deltas:
         if joined and joined[-1].index == delta.index:

@@ -1,4 +1,4 @@
-"""Finds stop strings in text that comes in pieces."""
+"""Finds stop strings in text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from collections.abc import Iterable
 
 
 class StopMatcher:
-    """Lets text through up to the first stop string that completes; never a part of one.
+    """A `StopMatcher` passes text on until a stop string is complete, and never passes on a part of that string.
 
-    One Knuth-Morris-Pratt automaton per stop string: time is linear in the text, and where the text was cut into pieces
-    makes no difference. Text is held back only while it is the beginning of a stop string.
+    There is one Knuth-Morris-Pratt automaton per stop string. The time is linear in the length of the text, and the
+    result does not depend on how the text is cut into pieces. Text is held back only while it is the beginning of a
+    stop string.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._automata = [_Automaton(stop) for stop in stops]
         self._held = ""
-        self.stop = ""  # the stop string that completed
+        self.stop = ""  # the stop string that was found
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that may be shown now, and whether a stop string completed; then `flush` gives what follows it."""
+        """Add `text`, and return the text that may be shown now and whether a stop string was found.
+
+        If one was found, `flush` returns the text that follows it.
+        """
         if not self._automata:
             return text, False
         self._held += text
@@ -33,19 +37,22 @@ class StopMatcher:
         return shown, False
 
     def _advance(self, char: str) -> int:
-        """Length of the longest stop string that ends with this character, or 0."""
+        """Return the length of the longest stop string that ends with this character, or 0 if none ends."""
         ended = [automaton.advance(char) for automaton in self._automata]
         return max((len(a.pattern) for a, end in zip(self._automata, ended, strict=True) if end), default=0)
 
     def flush(self) -> str:
+        """Return the text that was held back, and hold nothing back any more."""
         held, self._held = self._held, ""
         return held
 
 
 class _Automaton:
+    """An `_Automaton` matches one pattern, one character after the other (Knuth, Morris and Pratt, 1977)."""
+
     def __init__(self, pattern: str) -> None:
         self.pattern, self.matched = pattern, 0
-        self._borders = [0]  # of each prefix: the length of its longest proper prefix that is also its suffix
+        self._borders = [0]  # for each prefix, the length of its longest proper prefix that is also its suffix
         for char in pattern[1:]:
             self._borders.append(self._next(self._borders[-1], char))
 
@@ -55,5 +62,6 @@ class _Automaton:
         return matched + (self.pattern[matched] == char)
 
     def advance(self, char: str) -> bool:
+        """Add one character, and return True if the text now ends with the pattern."""
         self.matched = self._next(self.matched, char)
         return self.matched == len(self.pattern)

@@ -1,4 +1,4 @@
-"""What is added to a choice of an answer, piece by piece, and how the pieces are joined."""
+"""The pieces of text that are added to a choice while it is generated, and how they are joined."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from services.gateway.chat.answer_parser import ToolCallDelta
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token with the natural logarithm of its probability and, in `top`, the likeliest ones, most likely first.
-
-    `offset` is where its text begins in the answer's, in characters. `logprob` is None for a prompt's first token.
-    """
+    """A `ScoredToken` is a token of the prompt or the answer with its probability and that of the best alternatives."""
 
     token_id: int
-    data: bytes
-    logprob: float | None = None
-    rank: int = 0
-    top: tuple[ScoredToken, ...] = ()
-    offset: int = 0
+    data: bytes  # the token's text, which may be half a character
+    logprob: float | None = None  # natural logarithm of the probability; None for the first token of a prompt
+    rank: int = 0  # 1 is the most probable token; 0: not known
+    top: tuple[ScoredToken, ...] = ()  # the most probable tokens, most probable first
+    offset: int = 0  # where the token's text begins in the text of the answer, in characters
 
     @property
     def text(self) -> str:
-        """Bytes that are no whole characters become U+FFFD."""
+        """Return the token's text; bytes that are no whole character become U+FFFD."""
         return self.data.decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one step of the engine added to one choice; its texts may be empty while characters are held back."""
+    """A `TextDelta` is what one step of the engine added to one choice.
 
-    index: int
+    Its texts may be empty while characters are held back. `num_prompt` and `num_generated` are totals so far.
+    """
+
+    index: int  # position of the choice among all choices of the request
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None
@@ -48,17 +48,17 @@ class TextDelta:
 
     @property
     def cache_report(self) -> str:
-        """What the prefix cache did for the prompt, and why no more."""
+        """Return how many tokens of the prompt came from the prefix cache, and why not more."""
         return f"{self.cache_reason or 'unknown'}; cached={self.num_cached}"
 
     @property
     def is_shown(self) -> bool:
-        """Whether a client has something to see of it."""
+        """Return True if the delta holds anything that a client is shown."""
         return bool(self.text or self.reasoning or self.calls or self.logprobs or self.finish_reason)
 
 
 async def collect(deltas: AsyncGenerator[TextDelta, None], num_choices: int) -> list[TextDelta]:
-    """Each choice as one delta, from all that were streamed."""
+    """Return each choice as one delta, joined from all streamed deltas."""
     streamed: list[list[TextDelta]] = [[] for _ in range(num_choices)]
     async with aclosing(deltas):
         async for delta in deltas:
@@ -67,7 +67,7 @@ async def collect(deltas: AsyncGenerator[TextDelta, None], num_choices: int) -> 
 
 
 def join(deltas: Sequence[TextDelta]) -> TextDelta:
-    """All deltas of one choice as one; its tool calls are whole."""
+    """Return all deltas of one choice as one delta with complete tool calls."""
     calls: dict[int, ToolCallDelta] = {}
     for call in (call for delta in deltas for call in delta.calls):
         before = calls.get(call.index)

@@ -15,10 +15,11 @@ from services.gateway.chat.markers import Marker
 
 
 class Tokenizer:
-    """The tokenizer and chat template of a model directory, read from disk only.
+    """A `Tokenizer` turns text and conversations into token ids and token ids into text.
 
-    Only byte-level tokenizers are supported (Nemotron, DeepSeek and Qwen have them): every token is a fixed string of
-    bytes, so detokenizing is joining bytes. A directory without one is a ValueError.
+    It is read from a model directory on disk, without network access. Only byte-level tokenizers are supported
+    (Nemotron, DeepSeek and Qwen have them): every token is a fixed string of bytes, so detokenizing is joining bytes.
+    Raises ValueError if the directory has no such tokenizer.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,36 +33,37 @@ class Tokenizer:
         return len(self.token_bytes)
 
     def spelling(self, token_id: int) -> bytes:
-        """The bytes of a token, those of special tokens being their names; b"" beyond the vocabulary."""
+        """Return the bytes of a token: the name of a special token, and b"" for an id beyond the vocabulary."""
         if token_id in self._special:
             return self._special[token_id].encode()
         return self.token_bytes[token_id] if token_id < self.vocab_size else b""
 
     def marker(self, text: str) -> Marker:
+        """Return `text` as a marker, with its id if it is one special token."""
         return Marker(text, next((token_id for token_id, name in self._special.items() if name == text), None))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special tokens by their names; bytes that are no character become U+FFFD."""
+        """Return the text of tokens: special tokens by name, and U+FFFD for bytes that are no character."""
         return b"".join(map(self.spelling, token_ids)).decode("utf-8", "replace")
 
     @property
     def special_markers(self) -> list[Marker]:
-        """Every special token, for a detokenizer that is to show their names."""
+        """Return all special tokens as markers, for a detokenizer that shows their names."""
         return [Marker(name, token_id) for token_id, name in self._special.items()]
 
     def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """The text of each token by itself, as of `decode`."""
+        """Return the text of each token by itself, as `decode` makes it."""
         return [self.decode([token_id]) for token_id in token_ids]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a plain prompt, with what the tokenizer itself puts before it (usually nothing)."""
-        # The fast tokenizer underneath keeps no state between calls, so threads may share it.
+        """Return the token ids of `text`, after the special tokens that the tokenizer adds (usually none)."""
+        # The tokenizer's Rust implementation keeps no state between calls, so threads may share it.
         return list(self._hf.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def render(self, chat: Conversation) -> str:
-        """The conversation as the template writes it, up to where the assistant speaks next.
+        """Return the prompt that the chat template makes of a conversation.
 
-        Raises ValueError where there are no messages or no chat template, or the template refuses the messages.
+        Raises ValueError if there are no messages, if the model has no chat template, or if it refuses the messages.
         """
         if not chat.messages:
             raise ValueError("messages must hold at least one message.")
@@ -75,7 +77,10 @@ class Tokenizer:
                 add_generation_prompt=chat.add_generation_prompt,
                 **chat.template_kwargs,
             )
-        except (jinja2.TemplateError, TypeError) as error:  # a TypeError: a template without care for a missing content
+        except (
+            jinja2.TemplateError,
+            TypeError,
+        ) as error:  # TypeError: some templates do not expect content to be missing
             raise ValueError(f"messages do not fit the model's chat template: {str(error).rstrip('.')}.") from error
         return str(text)
 
@@ -90,7 +95,7 @@ def _load(path: Path) -> Any:
 
 
 def _token_bytes(hf: Any, path: Path) -> list[bytes]:
-    """The bytes of every token id; special tokens have none. Source: the byte alphabet of GPT-2's encoder.py."""
+    """Return the bytes of every token id; special tokens have none. Source: the byte alphabet of GPT-2's encoder.py."""
     backend = hf.backend_tokenizer
     if "ByteLevel" not in repr(backend.decoder):
         raise ValueError(f"The tokenizer in {path} must be byte-level (its decoder ByteLevel), not {backend.decoder}.")
@@ -109,7 +114,10 @@ def _bytes_of(token: str) -> bytes:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level tokenizers write printable Latin-1 bytes as themselves and the other 68 as U+0100 and up."""
+    """Return the byte that each character of a byte-level vocabulary stands for.
+
+    Printable Latin-1 characters stand for themselves; the other 68 bytes are written as U+0100 and up.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

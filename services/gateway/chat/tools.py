@@ -1,6 +1,6 @@
-"""Functions that a client lets the model call, and the arguments of a call by their types.
+"""Tools: functions that the model may call, and the conversion of a call's arguments to their types.
 
-Models of this family write calls as XML whose values are untyped text (the qwen3_coder format):
+The model writes calls as XML whose values are untyped text (the qwen3_coder format):
 
     <tool_call>
     <function=NAME>
@@ -26,6 +26,8 @@ PYTHON_SPELLINGS = {"True": True, "False": False, "None": None}
 
 
 class ToolMode(StrEnum):
+    """A `ToolMode` says whether the model may, must not or must call tools; the values are those of `tool_choice`."""
+
     AUTO = "auto"
     NONE = "none"
     REQUIRED = "required"
@@ -33,27 +35,27 @@ class ToolMode(StrEnum):
 
 @dataclass(frozen=True)
 class Tool:
-    """`parameters` is a JSON schema of type object; `is_strict` holds calls to it where the model may choose."""
+    """A `Tool` is a function that the client offers to the model."""
 
     name: str
     description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    is_strict: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # a JSON schema of type object
+    is_strict: bool = False  # calls must match the schema even if the model may choose not to call
 
-    def check(self, place: str) -> None:
-        """Raises ValueError with `place`, the parameter that holds this tool, in the sentence."""
+    def check(self, param: str) -> None:
+        """Raise ValueError if the tool cannot be called; `param` is the parameter that holds the tool."""
         if not TOOL_NAME.fullmatch(self.name):
             allowed = "1 to 64 letters, digits, '_', '-' or '.'"
-            raise ValueError(f"{place}.function.name must be {allowed}, not {self.name!r:.100}.")
+            raise ValueError(f"{param}.function.name must be {allowed}, not {self.name!r:.100}.")
         if self.parameters.get("type", "object") != "object" or not isinstance(self.properties, dict):
-            raise ValueError(f"{place}.function.parameters must be a JSON schema of type 'object'.")
+            raise ValueError(f"{param}.function.parameters must be a JSON schema of type 'object'.")
         required = self.parameters.get("required", [])
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise ValueError(f"{place}.function.parameters.required must be a list of names, not {required!r:.100}.")
+            raise ValueError(f"{param}.function.parameters.required must be a list of names, not {required!r:.100}.")
         for name, schema in self.properties.items():
             if not re.fullmatch(r"[^<>\n]+", name) or not isinstance(schema, dict | bool):
                 allowed = "names without '<', '>' and line ends, and schemas"
-                raise ValueError(f"{place}.function.parameters.properties must hold {allowed}, not {name!r:.100}.")
+                raise ValueError(f"{param}.function.parameters.properties must hold {allowed}, not {name!r:.100}.")
 
     @property
     def properties(self) -> dict[str, Any]:
@@ -62,15 +64,15 @@ class Tool:
 
     @property
     def definitions(self) -> dict[str, Any]:
-        """What a property's schema may refer to."""
+        """Return the shared definitions that the schemas of properties may refer to."""
         return {key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}
 
     def types_of(self, name: str) -> frozenset[str] | None:
-        """The JSON types that an argument may have; None: its schema does not say."""
+        """Return the JSON types that the argument `name` may have, or None if its schema does not say."""
         return json_types(self.properties.get(name, True), self.parameters)
 
     def to_template(self) -> dict[str, Any]:
-        """In OpenAI's shape, as chat templates expect it."""
+        """Return the tool in OpenAI's form, which chat templates expect."""
         parameters = dict(self.parameters) or {"type": "object", "properties": {}}
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
@@ -78,18 +80,21 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The tools of one request; `function` is the name of the one that must be called, if any."""
+    """A `ToolUse` holds the tools of one request, and whether and how often the model may call them."""
 
     tools: tuple[Tool, ...] = ()
     mode: ToolMode = ToolMode.AUTO
-    function: str | None = None
-    is_parallel: bool = True
+    function: str | None = None  # name of the function that must be called; None: the client named none
+    is_parallel: bool = True  # one answer may hold several calls
 
     @classmethod
     def of(
         cls, tools: tuple[Tool, ...], mode: ToolMode | None, function: str | None, is_parallel: bool | None
     ) -> ToolUse:
-        """Of what a client gave, None being what it did not; raises ValueError for what needs tools without tools."""
+        """Return the tool use that a client asked for; None stands for a parameter that the client did not give.
+
+        Raises ValueError if there are no tools but a parameter that needs them.
+        """
         if is_parallel is not None and not tools:
             raise ValueError("parallel_tool_calls may only be given together with tools.")
         if not tools and (function is not None or mode not in (None, ToolMode.NONE)):
@@ -98,21 +103,26 @@ class ToolUse:
 
     @property
     def is_forced(self) -> bool:
+        """Return True if the answer must hold a call."""
         return self.mode is ToolMode.REQUIRED or self.function is not None
 
     @property
     def max_calls(self) -> int | None:
-        """Of one answer; None: any number. A function that is named is called once, as OpenAI has it."""
+        """Return how many calls one answer may hold, or None for any number.
+
+        A function that the client names is called once, as in OpenAI's API.
+        """
         return 1 if self.function is not None or not self.is_parallel else None
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:
+        """Return the tools that the model may call."""
         if self.mode is ToolMode.NONE:
             return ()
         return tuple(tool for tool in self.tools if self.function in (None, tool.name))
 
     def check(self) -> None:
-        """Raises ValueError where tools and choice do not fit each other."""
+        """Raise ValueError if a tool cannot be called, or if the named function is not among the tools."""
         if len(self.tools) > MAX_TOOLS:
             raise ValueError(f"tools must hold at most {MAX_TOOLS} functions, not {len(self.tools)}.")
         for index, tool in enumerate(self.tools):
@@ -126,7 +136,10 @@ class ToolUse:
 
 
 def json_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str] | None:
-    """The types that `schema` allows, as far as its type, values, alternatives and references tell."""
+    """Return the JSON types that `schema` allows, or None if it does not limit them.
+
+    The types follow from the schema's type, its values, its alternatives and its references into `root`.
+    """
     if not isinstance(schema, dict) or depth > 8:
         return None
     if isinstance(reference := schema.get("$ref"), str):
@@ -168,19 +181,22 @@ def _type_of(value: object) -> str:
 
 
 def is_string_type(types: frozenset[str] | None) -> bool:
-    """Whether a value of these types is a string in any case: one without a type is."""
+    """Return True if a value of these types is always a string; a value without a type is one."""
     return types is None or types == {"string"}
 
 
 def argument_json(text: str, types: frozenset[str] | None) -> str:
-    """The JSON of a value that was written as text: a string, unless its type says otherwise and the text allows it."""
+    """Return the JSON of an argument that the model wrote as text.
+
+    The value is a string unless `types` allow something else and the text can be read as that.
+    """
     if is_string_type(types):
         return to_json(text)
     assert types is not None
     try:
         value = _parse(text.strip(), types)
     except ValueError:
-        return to_json(text)  # the client sees what the model wrote
+        return to_json(text)  # text that fits none of the types reaches the client unchanged
     return to_json(value)
 
 
@@ -195,30 +211,34 @@ def _parse(text: str, types: frozenset[str]) -> object:
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(name)  # NaN and Infinity are not JSON
+    raise ValueError(name)  # NaN and Infinity, which are not JSON
 
 
 def to_json(value: object) -> str:
-    """Characters as themselves, but for halves of a pair that the model escaped by itself: those are not Unicode."""
+    """Return `value` as JSON with unescaped characters.
+
+    If the model escaped half of a surrogate pair, which is no Unicode character, all of the JSON is escaped.
+    """
     text = json.dumps(value, ensure_ascii=False)
     return json.dumps(value) if any("\ud800" <= char <= "\udfff" for char in text) else text
 
 
-def parse_arguments(text: str, place: str) -> str:
-    """Arguments of an earlier call as the client sends them back; ValueError unless they are a JSON object."""
+def parse_arguments(text: str, param: str) -> str:
+    """Return the arguments of an earlier call as JSON. Raises ValueError unless they are a JSON object."""
     try:
         value = json.loads(text or "{}")
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{place} must be a JSON object as a string, not {text!r:.100}.")
+        raise ValueError(f"{param} must be a JSON object as a string, not {text!r:.100}.")
     return to_json(value)
 
 
-def parse_tool_mode(mode: str, place: str = "tool_choice") -> ToolMode:
+def parse_tool_mode(mode: str, param: str = "tool_choice") -> ToolMode:
+    """Return the mode that a client named. Raises ValueError for an unknown mode."""
     if mode not in list(ToolMode):
         allowed = ", ".join(repr(str(known)) for known in ToolMode)
-        raise ValueError(f"{place} must be {allowed} or name a function, not {mode!r:.100}.")
+        raise ValueError(f"{param} must be {allowed} or name a function, not {mode!r:.100}.")
     return ToolMode(mode)
 
 

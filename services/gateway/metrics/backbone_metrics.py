@@ -1,6 +1,6 @@
-"""The backbone's own numbers in Prometheus' format, asked from it when somebody asks us.
+"""Metrics of the backbones' engines, which are read from the backbones whenever `/metrics` is asked.
 
-Names are vLLM's, with our prefix, where it has the same number.
+A metric that vLLM has as well has vLLM's name, with the prefix `expertmesh:`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ENGINE_GAUGES = {
     "num_checkpoints": ("prefix_cache_checkpoints", "Checkpoints of the prefix cache."),
 }
 ENGINE_COUNTERS = {
-    "num_preemptions": ("num_preemptions", "Requests put back and computed again."),
-    "num_evictions": ("prefix_cache_evictions", "Checkpoints that were given up for memory."),
+    "num_preemptions": ("num_preemptions", "Requests that were preempted and computed again."),
+    "num_evictions": ("prefix_cache_evictions", "Checkpoints that were evicted to free memory."),
     "num_prompt_tokens": ("prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache."),
-    "num_cached_tokens": ("prefix_cache_hits", "Tokens of prompts that were found there."),
+    "num_cached_tokens": ("prefix_cache_hits", "Tokens of prompts that were found in the prefix cache."),
     "num_refused": ("engine_requests_refused", "Requests refused because too many were waiting."),
     "num_steps": ("engine_steps", "Steps of the engine."),
     "num_failed_steps": ("engine_failed_steps", "Steps that failed."),
@@ -37,7 +37,7 @@ ENGINE_COUNTERS = {
 
 
 class EngineMetrics(StatusCollector):
-    """Every number is told of each backbone by itself: a sum would fall where one of them restarts."""
+    """`EngineMetrics` collects the numbers of each backbone's engine."""
 
     def collect(self) -> Iterator[Metric]:
         engines = {endpoint: status["engine"] for endpoint, status in self.statuses.items()}
@@ -55,7 +55,7 @@ class EngineMetrics(StatusCollector):
     def _usage(self, engines: Values) -> Iterator[Metric]:
         for name, key in (("kv_cache_usage_perc", "num_blocks"), ("state_slot_usage_perc", "num_slots")):
             shares = {endpoint: engine[f"{key}_taken"] / engine[key] for endpoint, engine in engines.items()}
-            yield self.family(GaugeMetricFamily, name, "Share that running requests hold; 1 is all.", shares)
+            yield self.family(GaugeMetricFamily, name, "Share that running requests hold, from 0 to 1.", shares)
 
     def _drafts(self, engines: Values) -> Iterator[Metric]:
         for verb, help_text in (("draft", "Tokens drafted"), ("accepted", "Drafted tokens that were accepted")):
@@ -75,7 +75,10 @@ class EngineMetrics(StatusCollector):
 
 
 def backbone_metrics(model: str, statuses: Sequence[Mapping[str, Any]]) -> bytes:
-    """`statuses` as `Backbones.statuses` returns them; the label `backbone` holds the endpoint."""
+    """Return the metrics of all backbones in Prometheus' text format.
+
+    `statuses` is the result of `BackbonePool.statuses`. The label `backbone` holds a backbone's endpoint.
+    """
     registry = CollectorRegistry()
     registry.register(EngineMetrics(model, statuses))
     registry.register(TierMetrics(model, statuses))

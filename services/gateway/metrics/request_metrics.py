@@ -1,4 +1,7 @@
-"""What the gateway measures, under the field's names and buckets (those of vLLM, with our prefix), and its log."""
+"""The gateway's metrics and its log of requests.
+
+Metrics have vLLM's names, with the prefix `expertmesh:`, and vLLM's buckets.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from services.gateway.chat.text_delta import TextDelta
 
-log = logging.getLogger("expertmesh.requests")  # one JSON object a line
+log = logging.getLogger("expertmesh.requests")  # one JSON object per line and choice
 
+# Upper bounds of histogram buckets: seconds, and tokens for LENGTH_BUCKETS.
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
 )
-TOKEN_BUCKETS = (  # the first three are ours
+TOKEN_BUCKETS = (  # vLLM has no buckets for the first three bounds
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1, 2.5, 5, 7.5, 10, 20, 40, 80),
 )
@@ -31,7 +35,10 @@ LENGTH_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2,
 
 
 class RequestMetrics:
-    """One model's counters in their own registry, so that two gateways in one process do not collide."""
+    """A `RequestMetrics` holds one model's request metrics.
+
+    The metrics have a registry of their own, so that two gateways in one process do not collide.
+    """
 
     def __init__(self, model: str) -> None:
         self.registry = registry = CollectorRegistry()
@@ -79,12 +86,12 @@ class RequestMetrics:
 
     @contextmanager
     def request(self, request_id: str, index: int) -> Iterator[RequestClock]:
-        """Measures and logs one choice of a request."""
+        """Measure and log one choice of a request, from the start of the block to its end."""
         clock = RequestClock(self, request_id, index)
         self.running.inc()
         try:
             yield clock
-        except (GeneratorExit, asyncio.CancelledError):  # the client went away
+        except (GeneratorExit, asyncio.CancelledError):  # the client disconnected
             clock.finish("abort")
             raise
         except Exception as error:
@@ -103,18 +110,21 @@ class RequestMetrics:
         self._refused.labels(self._model, reason).inc()
 
     def count_resumed(self, pause: float | None) -> None:
-        """`pause`: seconds between two outputs; None where the backbone was lost before the first."""
+        """Count a request that another backbone continued.
+
+        `pause` is the time between two outputs in seconds; None if the first backbone was lost before any output.
+        """
         self._resumed.inc()
         if pause is not None:
             self._pauses.observe(pause)
 
     def to_text(self) -> bytes:
-        """The Prometheus text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class RequestClock:
-    """The times and tokens of one choice."""
+    """A `RequestClock` measures the times and counts the tokens of one choice."""
 
     def __init__(self, metrics: RequestMetrics, request_id: str, index: int) -> None:
         self._metrics, self._start = metrics, time.perf_counter()
@@ -126,7 +136,7 @@ class RequestClock:
         self._cache_reason = ""
 
     def count(self, delta: TextDelta, queued_s: float) -> None:
-        """Books one output of the engine."""
+        """Record one output of the engine."""
         now = time.perf_counter()
         if self._first is None:
             self._first = now
@@ -154,6 +164,7 @@ class RequestClock:
         return (self._first or self._start) - self._start
 
     def finish(self, finish_reason: str) -> None:
+        """Record and log the end of the choice; "abort" means that the client disconnected."""
         if finish_reason != "abort":
             self._metrics.whole.observe(time.perf_counter() - self._start)
             self._metrics.answer_lens.observe(self._num_generated)
@@ -161,6 +172,7 @@ class RequestClock:
         self.log(finish_reason)
 
     def log(self, finish_reason: str, error: str = "") -> None:
+        """Write one line to the log of requests."""
         fields = {
             "request_id": self._request_id,
             "choice": self._index,

@@ -1,4 +1,4 @@
-"""The expert tier in Prometheus' format, as each backbone sees it."""
+"""Metrics of the expert tier, as each backbone sees it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ TRAFFIC_COUNTERS = {
     "num_hedged": ("expert_calls_hedged", "Messages sent to a second home because the first was late."),
     "num_hedges_won": ("expert_hedges_won", "Times that the second home answered first."),
     "num_hedges_denied": ("expert_hedges_denied", "Hedges that were not sent because their budget was used up."),
-    "num_probes": ("expert_probes", "Messages to shards that rest, to learn whether they work again."),
+    "num_probes": ("expert_probes", "Messages to shards with an open circuit, to learn whether they work again."),
     "num_corrupt": ("expert_replies_corrupt", "Replies whose checksum was wrong."),
     "num_heals": ("expert_heals", "Times that rows waited because no home would compute them."),
 }
 
 PLACEMENT_GAUGES = {
     "epoch": ("placement_epoch", "Epoch of the placement in use."),
-    "cover": ("placement_cover", "Live homes of the expert that has fewest."),
+    "cover": ("placement_cover", "Live homes of the expert that has the fewest."),
     "placement_age_s": ("placement_age_seconds", "Time since the placement was last read from the store."),
     "down": ("shards_down", "Shards of the placement that do not serve what they should."),
 }
 TIER_GAUGES = {
     "experts_below_cover": ("experts_below_cover", "Experts with fewer than two live homes."),
     "blast_radius": ("blast_radius", "Largest share of picks that would have no live home if one shard died now."),
-    "circuits_open": ("shard_circuits_open", "Shards that are not asked because they failed."),
-    "repairing_s": ("time_to_repair_seconds", "For how long experts have been below cover; 0 where none is."),
-    "time_to_repair_s": ("repair_remaining_seconds", "Estimate of the time to full cover; 0 where it is full."),
-    "last_repair_s": ("last_repair_seconds", "Time that experts were below cover when they last were."),
+    "circuits_open": ("shard_circuits_open", "Shards that are not called because they failed."),
+    "repairing_s": ("time_to_repair_seconds", "For how long experts have been below cover; 0 if none is."),
+    "time_to_repair_s": ("repair_remaining_seconds", "Estimate of the time to full cover; 0 if cover is full."),
+    "last_repair_s": ("last_repair_seconds", "How long experts were below cover the last time."),
 }
-# Of a shard's picks against the mean of all. Gauges: what is counted is shards at this moment.
+# Upper bounds of the histogram of shards by load; a load is a multiple of the mean load of all shards. The histogram
+# is a gauge, because it counts the shards of this moment.
 RELATIVE_LOADS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 HOT_EXPERT = {
     "picks_per_s": "Picks per second of the most picked experts, by rank.",
@@ -50,6 +51,7 @@ HOT_EXPERT = {
 
 
 def _tier(status: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values of TIER_GAUGES from one backbone's status."""
     tier, now = status["tier"], time.time()
     since = tier["below_cover_since"]
     return {
@@ -63,7 +65,7 @@ def _tier(status: Mapping[str, Any]) -> dict[str, float]:
 
 
 def relative(loads: Sequence[float]) -> list[float]:
-    """As multiples of their mean; all are 1 where nothing is loaded."""
+    """Return `loads` as multiples of their mean; all are 1 if no shard is loaded."""
     mean = sum(loads) / len(loads) if loads else 0.0
     return [load / mean if mean else 1.0 for load in loads]
 
@@ -73,7 +75,7 @@ def _bound(value: float) -> str:
 
 
 class TierMetrics(StatusCollector):
-    """Nothing where the experts are in the backbone."""
+    """`TierMetrics` collects traffic, placement, cover and balance; there are none if the experts are local."""
 
     def collect(self) -> Iterator[Metric]:
         remote = {endpoint: status for endpoint, status in self.statuses.items() if "traffic" in status}
@@ -82,17 +84,22 @@ class TierMetrics(StatusCollector):
             placement = {endpoint: {**status, "down": len(status["down"])} for endpoint, status in remote.items()}
             yield from self.families(CounterMetricFamily, TRAFFIC_COUNTERS, traffic)
             yield from self.families(GaugeMetricFamily, PLACEMENT_GAUGES, placement)
-            yield from self.families(GaugeMetricFamily, TIER_GAUGES, {of: _tier(one) for of, one in remote.items()})
+            yield from self.families(
+                GaugeMetricFamily, TIER_GAUGES, {endpoint: _tier(status) for endpoint, status in remote.items()}
+            )
             yield from self._balance(remote)
             yield self.labelled(
                 "expert_refusals",
                 "Refusals by shards.",
                 "code",
-                {endpoint: of_one["refusals"] for endpoint, of_one in traffic.items()},
+                {endpoint: counts["refusals"] for endpoint, counts in traffic.items()},
             )
 
     def _balance(self, statuses: Mapping[str, Mapping[str, Any]]) -> Iterator[Metric]:
-        """As many series as there are layers, buckets and ranks, however many experts and shards there are."""
+        """Yield balancedness, relative loads of shards and the hottest experts.
+
+        The number of series depends on the layers, buckets and ranks, but not on the number of experts and shards.
+        """
         help_text = "Mean over maximum of the shards' picks in a layer; 1 is even."
         balance = GaugeMetricFamily("expertmesh:balancedness", help_text, labels=[*LABELS, "layer"])
         help_text = "Shards by their picks per second, as a multiple of the mean."

@@ -1,9 +1,9 @@
-"""OpenAI's request bodies, and what they ask for.
+"""OpenAI's request bodies, and their conversion to `GenerationRequest`.
 
-Source: OpenAI's API reference for completions and chat completions; vLLM's additions are `top_k`, `min_p`,
+Source: OpenAI's API reference for completions and chat completions; Fields from vLLM are `top_k`, `min_p`,
 `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `min_tokens`, `prompt_logprobs`, `priority`,
-`structured_outputs`, `chat_template_kwargs`, and tokenize and detokenize; `timeout` and `enable_thinking` are ours.
-A field that is not listed here is refused by name.
+`structured_outputs`, `chat_template_kwargs`, and tokenize and detokenize; `timeout` and `enable_thinking` are
+Expertmesh's own. A field that is not listed here is refused by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "
 
 
 def _check_prompt(value: object) -> object:
-    """One string, one list of token ids, or a list of either."""
+    """Accept one string, one list of token ids, or a list of either."""
     if _is_one_prompt(value):
         return value
     if isinstance(value, list) and value and all(_is_one_prompt(item) for item in value):
@@ -55,7 +55,7 @@ class StreamOptions(BaseBody):
 
 
 class StructuredOutputs(BaseBody):
-    """vLLM's way to say what the answer must match: exactly one of these."""
+    """A `StructuredOutputs` says what the answer must match, in vLLM's form: exactly one of its fields is set."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     json_object: Literal[True] | None = None
@@ -109,6 +109,8 @@ class ResponseFormat(BaseBody):
 
 
 class _RequestBody(BaseBody):
+    """A `_RequestBody` holds the fields that completions and chat completions share."""
+
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -132,7 +134,7 @@ class _RequestBody(BaseBody):
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = None
     timeout: float | None = None
-    user: str | None = None  # accepted and not used, as are the next two
+    user: str | None = None  # accepted and not used, like `metadata` and `store`
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
@@ -156,7 +158,7 @@ class _RequestBody(BaseBody):
         return self.response_format.answer_format() if self.response_format else None
 
     def sampling(self, num_logprobs: int | None) -> dict[str, Any]:
-        """The fields of SamplingParams that the client gave."""
+        """Return the fields of SamplingParams that the client set."""
         given = self.model_dump(include=set(SAMPLING_NAMES), exclude_none=True)
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         if num_logprobs is not None:
@@ -173,6 +175,8 @@ def _token_id(key: str) -> int:
 
 
 class CompletionBody(_RequestBody):
+    """A `CompletionBody` is the body of `/v1/completions`."""
+
     prompt: Annotated[Any, BeforeValidator(_check_prompt)]
     best_of: int | None = None
     echo: bool | None = None
@@ -191,10 +195,11 @@ class CompletionBody(_RequestBody):
 
     @property
     def echoes_logprobs(self) -> bool:
+        """Return True if the logprobs of the prompt precede those of the answer."""
         return bool(self.echo) and self.logprobs is not None
 
     def requests(self) -> list[GenerationRequest]:
-        """Raises ApiError or ValueError."""
+        """Return one request for each prompt. Raises ApiError or ValueError."""
         sampling, answer_format = self.sampling(self.logprobs), self.answer_format()
         if self.echoes_logprobs:
             sampling.setdefault("prompt_logprobs", self.logprobs)
@@ -206,6 +211,8 @@ class CompletionBody(_RequestBody):
 
 
 class ChatBody(ConversationBody, _RequestBody):
+    """A `ChatBody` is the body of `/v1/chat/completions`."""
+
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -214,10 +221,10 @@ class ChatBody(ConversationBody, _RequestBody):
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
-        asked = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(asked) > 1:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
             raise ValueError("max_tokens and max_completion_tokens must be equal where both are given; give one.")
-        self.max_tokens = asked.pop() if asked else None
+        self.max_tokens = limits.pop() if limits else None
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs may only be given together with logprobs=true.")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
@@ -229,7 +236,7 @@ class ChatBody(ConversationBody, _RequestBody):
         return True
 
     def requests(self) -> list[GenerationRequest]:
-        """Raises ApiError or ValueError."""
+        """Return the one request of the body. Raises ApiError or ValueError."""
         choice = self.tool_choice
         function = choice.function.name if isinstance(choice, NamedTool) else None
         mode = parse_tool_mode(choice) if isinstance(choice, str) else None
@@ -249,23 +256,28 @@ class ChatBody(ConversationBody, _RequestBody):
 
 
 class TokenizeBody(BaseBody):
+    """A `TokenizeBody` is the body of `/tokenize` for a plain prompt."""
+
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
     def request(self) -> GenerationRequest:
+        """Return a request whose prompt is to be tokenized."""
         return GenerationRequest(self.prompt)
 
 
 class TokenizeChatBody(ConversationBody):
+    """A `TokenizeChatBody` is the body of `/tokenize` for a conversation."""
+
     model: str | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     return_token_strs: bool = False
 
     def request(self) -> GenerationRequest:
-        """Raises ApiError or ValueError."""
+        """Return a request whose prompt is the conversation. Raises ApiError or ValueError."""
         return GenerationRequest(
             self.conversation(self.add_generation_prompt),
             tool_use=ToolUse(tuple(tool.tool() for tool in self.tools or ())),
@@ -273,6 +285,8 @@ class TokenizeChatBody(ConversationBody):
 
 
 class DetokenizeBody(BaseBody):
+    """A `DetokenizeBody` is the body of `/detokenize`."""
+
     model: str | None = None
     tokens: list[int]
 
@@ -281,7 +295,7 @@ Body = CompletionBody | ChatBody
 
 
 def is_chat(data: bytes) -> bool:
-    """Whether a body to be tokenized speaks of messages."""
+    """Return True if the body of `/tokenize` holds a conversation."""
     try:
         body = json.loads(data)
     except ValueError:

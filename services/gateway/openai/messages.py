@@ -1,4 +1,4 @@
-"""Conversations and tools in OpenAI's shape, as chat completions and tokenize take them."""
+"""OpenAI's messages and tools, and their conversion to `Conversation` and `Tool`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.gateway.request_body import BaseBody, only
 
 
 def _join_parts(value: object) -> object:
-    """Content given as parts is joined, as long as every part is text."""
+    """Join content that is given in parts; every part must be text."""
     if not isinstance(value, list):
         return value
     for part in value:
@@ -31,7 +31,7 @@ class ToolCall(BaseBody):
     id: str
     type: Literal["function"] = "function"
     function: CallFunction
-    index: int | None = None  # clients that joined a stream's pieces may send it back
+    index: int | None = None  # clients that joined the pieces of a stream may send the index back
 
 
 class Message(BaseBody):
@@ -41,7 +41,7 @@ class Message(BaseBody):
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    # What clients send back of an answer they were given, when it holds nothing.
+    # Clients send earlier answers back together with these fields, which may be present only if they are empty.
     refusal: Annotated[str | None, only(None)] = None
     audio: Annotated[dict[str, Any] | None, only(None)] = None
     annotations: Annotated[list[Any] | None, only([])] = None
@@ -74,7 +74,7 @@ class NamedTool(BaseBody):
 
 
 class ConversationBody(BaseBody):
-    """What `/v1/chat/completions` and `/tokenize` share."""
+    """A `ConversationBody` holds the fields that `/v1/chat/completions` and `/tokenize` share."""
 
     messages: list[Message]
     tools: list[ToolBody] | None = None
@@ -82,20 +82,20 @@ class ConversationBody(BaseBody):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def conversation(self, add_generation_prompt: bool = True) -> Conversation:
-        """Without tools. Raises ApiError or ValueError."""
+        """Return the conversation without its tools. Raises ApiError or ValueError."""
         messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(self.messages))
         kwargs = template_kwargs(self.chat_template_kwargs, self.enable_thinking)
         return Conversation(messages, template_kwargs=kwargs, add_generation_prompt=add_generation_prompt)
 
 
-def _message(place: str, message: Message) -> ChatMessage:
+def _message(param: str, message: Message) -> ChatMessage:
     calls = tuple(
         PastCall(
             call.id,
             call.function.name,
-            parse_arguments(call.function.arguments, f"{place}.tool_calls[{n}].function.arguments"),
+            parse_arguments(call.function.arguments, f"{param}.tool_calls[{n}].function.arguments"),
         )
         for n, call in enumerate(message.tool_calls or ())
     )
     fields = (message.name or "", message.reasoning_content or "", calls, message.tool_call_id or "")
-    return check_message(ChatMessage(message.role, message.content, *fields), place)
+    return check_message(ChatMessage(message.role, message.content, *fields), param)

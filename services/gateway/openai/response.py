@@ -1,7 +1,8 @@
-"""OpenAI's responses as JSON.
+"""Formats OpenAI's responses as JSON.
 
 Source: OpenAI's API reference for completions and chat completions; `reasoning_content` and `prompt_logprobs` are in
-vLLM's shapes. Plain dictionaries, because building the `openai` package's own types takes 150 µs for every token.
+vLLM's shapes. Responses are plain dictionaries, because building the `openai` package's own types takes 150 µs for
+every token.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 @dataclass(frozen=True)
 class ResponseHead:
-    """What every response to one request repeats."""
+    """A `ResponseHead` holds the fields that every response to one request repeats."""
 
     id: str
     created: int
@@ -33,38 +34,40 @@ class ResponseHead:
         return ENCODE(fields | more)
 
 
-def usage_of(tally: TokenUsage) -> dict[str, Any]:
+def _usage(usage: TokenUsage) -> dict[str, Any]:
     return {
-        "prompt_tokens": tally.prompt_tokens,
-        "completion_tokens": tally.completion_tokens,
-        "total_tokens": tally.prompt_tokens + tally.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": tally.cached_tokens},
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 
 def cache_header(delta: TextDelta) -> dict[str, str]:
-    """What the prefix cache did for a request, and why no more."""
+    """Return the header that says how many tokens came from the prefix cache, and why not more."""
     return {"X-Expertmesh-Cache": delta.cache_report}
 
 
 def completion(
-    head: ResponseHead, choices: Sequence[TextDelta], tally: TokenUsage, echo: bool, tell_prompt: bool
+    head: ResponseHead, choices: Sequence[TextDelta], usage: TokenUsage, echo: bool, has_prompt_logprobs: bool
 ) -> str:
-    """A whole answer. `echo`: the prompts' logprobs stand before the answers' own."""
+    """Return a whole response. If `echo`, the logprobs of the prompts precede those of the answers."""
     listed = [_completion_choice(choice, echo) for choice in choices]
-    if tell_prompt:
+    if has_prompt_logprobs:
         for choice, delta in zip(listed, choices, strict=True):
             choice["prompt_logprobs"] = _prompt_logprobs(delta.prompt_logprobs)
-    return head.with_choices(COMPLETION, listed, usage=usage_of(tally))
+    return head.with_choices(COMPLETION, listed, usage=_usage(usage))
 
 
 def completion_chunk(head: ResponseHead, delta: TextDelta, echo: bool) -> str:
     return head.with_choices(COMPLETION, [_completion_choice(delta, echo)])
 
 
-def chat_completion(head: ResponseHead, choices: Sequence[TextDelta], tally: TokenUsage, tell_prompt: bool) -> str:
-    prompt = {"prompt_logprobs": _prompt_logprobs(choices[0].prompt_logprobs)} if tell_prompt else {}
-    return head.with_choices(CHAT, [_chat_choice(choice) for choice in choices], usage=usage_of(tally), **prompt)
+def chat_completion(
+    head: ResponseHead, choices: Sequence[TextDelta], usage: TokenUsage, has_prompt_logprobs: bool
+) -> str:
+    prompt = {"prompt_logprobs": _prompt_logprobs(choices[0].prompt_logprobs)} if has_prompt_logprobs else {}
+    return head.with_choices(CHAT, [_chat_choice(choice) for choice in choices], usage=_usage(usage), **prompt)
 
 
 def chat_chunk(head: ResponseHead, delta: TextDelta) -> str:
@@ -79,14 +82,14 @@ def chat_chunk(head: ResponseHead, delta: TextDelta) -> str:
 
 
 def role_chunk(head: ResponseHead, index: int) -> str:
-    """Each choice of a chat stream opens with the role of the speaker."""
+    """Return the first chunk of a choice in a chat stream, which names the role of the speaker."""
     fields = {"role": "assistant", "content": ""}
     return head.with_choices(CHAT_CHUNK, [{"index": index, "delta": fields, "logprobs": None, "finish_reason": None}])
 
 
-def usage_chunk(head: ResponseHead, tally: TokenUsage, is_chat: bool) -> str:
-    """The last chunk of a stream that was asked for its usage: no choice, only the numbers."""
-    return head.with_choices(CHAT_CHUNK if is_chat else COMPLETION, [], usage=usage_of(tally))
+def usage_chunk(head: ResponseHead, usage: TokenUsage, is_chat: bool) -> str:
+    """Return the last chunk of a stream that was asked for its usage; the chunk has no choices."""
+    return head.with_choices(CHAT_CHUNK if is_chat else COMPLETION, [], usage=_usage(usage))
 
 
 def _choice(delta: TextDelta, key: str, value: Any, logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -125,12 +128,15 @@ def _completion_logprobs(scores: Sequence[ScoredToken]) -> dict[str, Any] | None
 
 
 def _by_name(scores: Iterable[ScoredToken]) -> dict[str, float | None]:
-    """The token itself is always among them, as OpenAI has it."""
+    """Return logprobs by token; the chosen token is always among them, as in OpenAI's API."""
     return {_name(score): score.logprob for score in scores}
 
 
 def _name(score: ScoredToken) -> str:
-    """Half a character's bytes are written out, as OpenAI does, so that different tokens have different names."""
+    """Return a token's text. Bytes that are no whole character are written out in hexadecimal, as in OpenAI's API.
+
+    Without that, all such tokens would have the same name, U+FFFD.
+    """
     if "\ufffd" in score.text:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in score.data)
     return score.text
@@ -148,7 +154,10 @@ def _chat_score(score: ScoredToken) -> dict[str, Any]:
 
 
 def _prompt_logprobs(scores: Sequence[ScoredToken]) -> list[dict[str, Any] | None]:
-    """vLLM's shape: by token id, the prompt's own token among them; null for the first."""
+    """Return the prompt's logprobs in vLLM's form: one object by token id for each token, and null for the first.
+
+    The prompt's own token is always among the ids.
+    """
     return [
         None if score.logprob is None else {str(one.token_id): _ranked(one, rank) for one, rank in _ranks(score)}
         for score in scores
@@ -156,6 +165,7 @@ def _prompt_logprobs(scores: Sequence[ScoredToken]) -> list[dict[str, Any] | Non
 
 
 def _ranks(score: ScoredToken) -> Iterable[tuple[ScoredToken, int]]:
+    """Return the prompt's token and its alternatives, each with its rank; 1 is the most probable token."""
     others = [(one, rank) for rank, one in enumerate(score.top, 1) if one.token_id != score.token_id]
     return [(score, score.rank), *others]
 

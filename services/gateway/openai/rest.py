@@ -1,4 +1,4 @@
-"""OpenAI's REST surface as a FastAPI application."""
+"""The REST API, which is OpenAI's, as a FastAPI application."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def build_rest(
     more_metrics: MoreMetrics | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
-    """The application; `more_metrics` returns further lines in Prometheus' format, such as the engine's."""
+    """Return the application with all routes for clients.
+
+    `more_metrics` returns further metrics in Prometheus' text format, such as the engine's, for `/metrics`.
+    """
     app = FastAPI(title="Expertmesh", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     surface = Rest(generation, max_body_bytes)
     app.add_middleware(RequestIdMiddleware)
@@ -62,6 +65,8 @@ def build_rest(
 
 
 class Rest:
+    """A `Rest` handles the requests of the REST API: it parses a body, has it generated, and formats the response."""
+
     def __init__(self, generation: Generation, max_body_bytes: int) -> None:
         self._generation, self._max_body_bytes = generation, max_body_bytes
 
@@ -125,26 +130,26 @@ class Rest:
         )
         deltas = generation.stream(choice_requests, head.id)
         if body.stream:
-            # The status line waits for the first token, because a refusal by the engine needs its own.
+            # The status line waits for the first token, because a refusal by the engine has its own HTTP status.
             first = await anext(deltas)
             events = self._events(head, body, first, deltas)
             return EventStream(events, response.cache_header(first))
         choices = await collect(deltas, len(choice_requests))
-        tally = TokenUsage(body.n or 1)
+        usage = TokenUsage(body.n or 1)
         for choice in choices:
-            tally.add(choice)
-        text = _whole(head, body, choices, tally)
+            usage.add(choice)
+        text = _whole_response(head, body, choices, usage)
         return Response(text, media_type="application/json", headers=response.cache_header(choices[0]))
 
     async def _events(
         self, head: ResponseHead, body: Body, first: TextDelta, deltas: AsyncGenerator[TextDelta, None]
     ) -> AsyncGenerator[str, None]:
-        tally, is_open = TokenUsage(body.n or 1), set[int]()
+        usage, is_open = TokenUsage(body.n or 1), set[int]()
         try:
             async with aclosing(deltas):
                 delta: TextDelta | None = first
                 while delta is not None:
-                    tally.add(delta)
+                    usage.add(delta)
                     if body.is_chat and delta.index not in is_open:
                         is_open.add(delta.index)
                         yield _event(response.role_chunk(head, delta.index))
@@ -152,18 +157,18 @@ class Rest:
                         yield _event(_chunk(head, body, delta))
                     delta = await anext(deltas, None)
             if body.include_usage:
-                yield _event(response.usage_chunk(head, tally, body.is_chat))
+                yield _event(response.usage_chunk(head, usage, body.is_chat))
         except ApiError as error:
             self._generation.metrics.count_refused(error.refusal.label)
             yield _event(json.dumps(error.to_json()))
         yield DONE
 
 
-def _whole(head: ResponseHead, body: Body, choices: list[TextDelta], tally: TokenUsage) -> str:
-    tells_prompt = body.prompt_logprobs is not None
+def _whole_response(head: ResponseHead, body: Body, choices: list[TextDelta], usage: TokenUsage) -> str:
+    has_prompt_logprobs = body.prompt_logprobs is not None
     if isinstance(body, ChatBody):
-        return response.chat_completion(head, choices, tally, tells_prompt)
-    return response.completion(head, choices, tally, body.echoes_logprobs, tells_prompt)
+        return response.chat_completion(head, choices, usage, has_prompt_logprobs)
+    return response.completion(head, choices, usage, body.echoes_logprobs, has_prompt_logprobs)
 
 
 def _chunk(head: ResponseHead, body: Body, delta: TextDelta) -> str:
@@ -219,7 +224,7 @@ def _add_error_handlers(app: FastAPI, generation: Generation) -> None:
 
 
 def _routing_error(request: Request, error: HTTPException) -> ApiError:
-    """FastAPI itself raises only for a path or a method that it does not know."""
+    """Return the refusal of an unknown path or method, the only errors that FastAPI raises itself."""
     path = request.url.path
     if error.status_code == ApiRefusal.METHOD.status:
         allowed = (error.headers or {}).get("Allow", "another method")

@@ -1,7 +1,7 @@
-"""The admin API: reads and orders for operators, as JSON, behind a key.
+"""The admin API, through which operators read the fleet's state and give orders, as JSON and behind a key.
 
-Without a key it is closed, to this machine's clients as well: a proxy, a port-forward or a web page that posts to
-127.0.0.1 would otherwise pass for an operator.
+Without a key the API is closed, even to clients on this machine. Otherwise a proxy, a port-forward or a web page that
+posts to 127.0.0.1 could act as an operator.
 """
 
 from __future__ import annotations
@@ -22,37 +22,44 @@ from services.gateway.errors import ApiError, ApiRefusal, invalid
 from services.gateway.operator.operations import Operations
 from services.gateway.request_body import BaseBody, parse_body
 
-MAX_BODY_BYTES = 64 << 10
-MAX_LISTED = 1000
-Who = Annotated[str, Field(max_length=128)]
+MAX_BODY_BYTES = 64 << 10  # orders are small
+MAX_LISTED = 1000  # experts or decisions in one answer
+OperatorName = Annotated[str, Field(max_length=128)]
 
 
 class OrderBody(BaseBody):
-    """`by` says who orders it; the client's address if left out."""
+    """An `OrderBody` is an order without arguments; `by` names the operator, and defaults to the client's address."""
 
-    by: Who = ""
+    by: OperatorName = ""
 
 
 class DrainBody(OrderBody):
+    """A `DrainBody` drains a shard; `undo` lifts the order, and the shard may hold experts again."""
+
     undo: bool = False
 
 
 class ScaleBody(OrderBody):
-    """`shards`: null lifts the order, and the pool is scaled by its load again."""
+    """A `ScaleBody` fixes a pool's number of shards; null lifts the order, and the load decides again."""
 
     shards: Annotated[int, Field(ge=1, le=MAX_SHARDS)] | None
 
 
 class TraceBody(BaseBody):
+    """A `TraceBody` starts or stops the recording of routing in every backbone, within bounds."""
+
     action: Literal["start", "stop"]
     max_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 64 << 20
     max_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
 
 
 def add_admin(app: FastAPI, key: str | None, operations: Operations | None) -> None:
-    """Adds the routes under /admin; without `operations` (the experts are local) there is nothing to administer."""
+    """Add the routes under /admin to `app`.
+
+    `operations` is None if the experts are local; then every route answers that there is nothing to administer.
+    """
     admin = Admin(key, operations)
-    for method, path, answer in (
+    for method, path, handler in (
         ("GET", "/plan", admin.plan),
         ("GET", "/load", admin.load),
         ("GET", "/decisions", admin.decisions),
@@ -62,19 +69,21 @@ def add_admin(app: FastAPI, key: str | None, operations: Operations | None) -> N
         ("POST", "/shards/{shard_id}/drain", admin.drain),
         ("POST", "/traces", admin.traces),
     ):
-        app.add_api_route(f"/admin{path}", admin.guarded(answer), methods=[method])
+        app.add_api_route(f"/admin{path}", admin.guarded(handler), methods=[method])
 
 
-Answer = Callable[[Operations, Request], Awaitable[dict[str, Any]]]
+AdminHandler = Callable[[Operations, Request], Awaitable[dict[str, Any]]]
 
 
 class Admin:
+    """An `Admin` checks the operator's key and translates HTTP requests to calls of `Operations`."""
+
     def __init__(self, key: str | None, operations: Operations | None) -> None:
         self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
         self._operations = operations
 
-    def guarded(self, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
-        """The route that answers to those who know the key."""
+    def guarded(self, handler: AdminHandler) -> Callable[[Request], Awaitable[Response]]:
+        """Return a route that calls `handler` for requests with the right key and refuses all others."""
 
         async def route(request: Request) -> Response:
             self._check_key(request.headers.get("authorization", ""))
@@ -83,7 +92,7 @@ class Admin:
                     ApiRefusal.NOT_FOUND, "The experts are in the backbone: there are no shards to administer."
                 )
             try:
-                return JSONResponse(await answer(self._operations, request))
+                return JSONResponse(await handler(self._operations, request))
             except ClientGone:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -91,14 +100,14 @@ class Admin:
 
     def _check_key(self, authorization: str) -> None:
         if self._digest is None:
-            what = "set EXPERTMESH_ADMIN_KEY, or admin_key in the application's arguments, where the server starts"
+            remedy = "set EXPERTMESH_ADMIN_KEY, or admin_key in the application's arguments, where the server starts"
             raise ApiError(
-                ApiRefusal.FORBIDDEN, f"The admin API is closed because the server has no admin key; {what}."
+                ApiRefusal.FORBIDDEN, f"The admin API is closed because the server has no admin key; {remedy}."
             )
         scheme, _, key = authorization.partition(" ")
-        # Digests of equal length, so that the time to compare tells neither the key nor how long it is.
-        is_it = hmac.compare_digest(hashlib.sha256(key.strip().encode()).digest(), self._digest)
-        if scheme.lower() != "bearer" or not is_it:
+        # Digests have equal lengths, so the time of the comparison reveals neither the key nor its length.
+        is_right = hmac.compare_digest(hashlib.sha256(key.strip().encode()).digest(), self._digest)
+        if scheme.lower() != "bearer" or not is_right:
             sentence = "The admin API needs the header `Authorization: Bearer KEY` with the server's admin key."
             raise ApiError(ApiRefusal.UNAUTHENTICATED, sentence)
 
@@ -116,19 +125,19 @@ class Admin:
 
     async def rebalance(self, operations: Operations, request: Request) -> dict[str, Any]:
         body = parse_body(OrderBody, await _body(request))
-        return await operations.rebalance(_who(body, request))
+        return await operations.rebalance(_operator_name(body, request))
 
     async def scale(self, operations: Operations, request: Request) -> dict[str, Any]:
         body, pool = parse_body(ScaleBody, await _body(request)), request.path_params["pool"]
         if body.shards is None:
             return await operations.lift_scale(pool)
-        return await operations.scale(pool, body.shards, _who(body, request))
+        return await operations.scale(pool, body.shards, _operator_name(body, request))
 
     async def drain(self, operations: Operations, request: Request) -> dict[str, Any]:
         body, shard_id = parse_body(DrainBody, await _body(request)), request.path_params["shard_id"]
         if body.undo:
             return await operations.lift_drain(shard_id)
-        return await operations.drain(shard_id, _who(body, request))
+        return await operations.drain(shard_id, _operator_name(body, request))
 
     async def traces(self, operations: Operations, request: Request) -> dict[str, Any]:
         body = parse_body(TraceBody, await _body(request))
@@ -137,15 +146,16 @@ class Admin:
 
 
 async def _body(request: Request) -> bytes:
-    """An empty body is one without fields."""
+    """Return the request's body; an empty body counts as a JSON object without fields."""
     return await read_body(request, MAX_BODY_BYTES) or b"{}"
 
 
-def _who(body: OrderBody, request: Request) -> str:
+def _operator_name(body: OrderBody, request: Request) -> str:
     return body.by or (request.client.host if request.client else "unknown")
 
 
 def _number(request: Request, name: str, default: int = 0) -> int:
+    """Return a query parameter, which must be a whole number from 1 to MAX_LISTED. Raises ApiError."""
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and 1 <= int(text[:6]) <= MAX_LISTED):
         raise invalid(f"{name} must be a whole number from 1 to {MAX_LISTED}, not {text!r:.40}.", name)

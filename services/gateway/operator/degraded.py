@@ -1,4 +1,4 @@
-"""Whether every expert has its two live homes, and if not, how bad it is and how long it will take."""
+"""Reports whether every expert has two live homes, and if not, how many do not and when they will."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any
 
 from cluster.placement.coverage import FULL_COVER
 
-TOLD = (
+REPORTED_KEYS = (  # of the tier's status, which the report repeats
     *("experts_below_cover", "below_cover_by_homes", "missing_bytes", "below_cover_since"),
     *("time_to_repair_s", "last_repair_s", "num_repairs", "blast_radius"),
 )
 
 
 def degraded_report(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`statuses` as `Backbones.statuses` returns them; of several views of the fleet the worst is told.
+    """Return the report for `/health/degraded` from the result of `BackbonePool.statuses`.
 
-    `status` is covered, degraded, or local where the experts are in the backbone. Times are seconds, blast radii the
-    share of routed picks that would have no live home if that shard died now.
+    Backbones may see the fleet differently; the report follows the one that sees the most experts below cover.
+
+    - `status`: covered, degraded, or local (the experts are in the backbone).
+    - Times are in seconds.
+    - The blast radius of a shard is the share of routed picks that would have no live home if the shard died now.
     """
     remote = [status for status in statuses if "tier" in status]
     if not remote:
@@ -28,7 +31,7 @@ def degraded_report(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "status": "degraded" if tier["experts_below_cover"] else "covered",
         "detail": _sentence(tier),
-        **{name: tier[name] for name in TOLD},
+        **{name: tier[name] for name in REPORTED_KEYS},
         "max_blast_radius": max(tier["blast_radius"].values(), default=0.0),
         "below_cover": below,
         "placement_age_s": max(status["placement_age_s"] for status in remote),

@@ -1,4 +1,4 @@
-"""What operators can ask and order, over the registry: the admin API without HTTP."""
+"""Reads of the fleet's state and orders to it for operators: the admin API without HTTP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.placement.coverage import PlacementArrays
 from cluster.topology import LayerSpec, Placement, Shard
 from services.gateway.errors import ApiError, ApiRefusal, invalid
 
-KEPT_FOR_THE_DEAD_S = 3600.0  # an order to drain a shard that is gone: it may only be hung
+DEAD_SHARD_ORDER_TTL_S = 3600.0  # orders to drain a missing shard are kept this long, as the shard may only hang
 
 Preview = Callable[[], Awaitable[dict[str, Any] | None]]
 Trace = Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]
@@ -25,20 +25,17 @@ Trace = Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]
 
 @dataclass(frozen=True)
 class ExpertTier:
-    """What there is to operate: the experts of each layer, the pools, and the two who can be asked.
-
-    `pools` says how many shards each may have, from and to. `preview` tells the controller's plan; `trace` has every
-    backbone record within bounds, or without them stop.
-    """
+    """An `ExpertTier` describes the experts and pools that an operator administers, and whom to ask about them."""
 
     layers: Sequence[LayerSpec]
-    pools: Mapping[str, tuple[int, int]]
-    preview: Preview
-    trace: Trace
+    pools: Mapping[str, tuple[int, int]]  # by name: the fewest and the most shards that the pool may have
+    preview: Preview  # asks the controller for its plan; None: there is no placement yet
+    trace: Trace  # has every backbone record routing within the given bounds, or stop recording if they are None
 
 
 @contextmanager
-def _plain_refusals() -> Iterator[None]:
+def _store_errors() -> Iterator[None]:
+    """Turn StoreUnavailable into the ApiError that an operator is told."""
     try:
         yield
     except StoreUnavailable as error:
@@ -46,52 +43,59 @@ def _plain_refusals() -> Iterator[None]:
 
 
 class Operations:
-    """Every method may raise ApiError. Orders are idempotent: giving one again replaces it."""
+    """`Operations` answers operators from the registry and the load store, and writes their orders to the registry.
+
+    Every method may raise ApiError. Orders are idempotent: an order that is given again replaces the first one.
+    """
 
     def __init__(self, tier: ExpertTier, registry: RegistryStore, loads: LoadStore) -> None:
         self.tier, self._registry, self._loads = tier, registry, loads
 
     async def drain(self, shard_id: str, by: str) -> dict[str, Any]:
-        """Has the controller empty a shard; the last one that may hold experts cannot be."""
-        with _plain_refusals():
+        """Order the controller to empty a shard. The last shard that may hold experts cannot be drained."""
+        with _store_errors():
             shards, orders = await self._registry.shards(), await self._registry.orders()
             known = {shard.id: shard for shard in shards}
             if shard_id not in known:
                 raise ApiError(ApiRefusal.NOT_FOUND, f"There is no shard {shard_id!r:.100}; there are {_names(known)}.")
             if not [one for one in with_drain_orders(shards, orders) if one.id != shard_id and not one.draining]:
-                raise invalid(f"{shard_id} is the last shard that is not draining, and somebody must hold the experts.")
-            await self._forget_the_dead(known, orders)
+                raise invalid(
+                    f"{shard_id} is the last shard that is not draining, and one shard must hold the experts."
+                )
+            await self._lift_orders_of_dead(known, orders)
             return await self._give(StandingOrder(OrderKind.DRAIN, shard_id, by=by, at=time.time()))
 
     async def lift_drain(self, shard_id: str) -> dict[str, Any]:
+        """Lift the order to drain a shard, so that it may hold experts again."""
         return await self._lift(f"{OrderKind.DRAIN}:{shard_id}")
 
     async def scale(self, pool: str, num_shards: int, by: str) -> dict[str, Any]:
-        """Has a pool grow or shrink to so many shards, as far as the cluster allows."""
+        """Order a pool to grow or shrink to `num_shards` shards, as far as the cluster's resources allow."""
         self._check_pool(pool)
-        least, most = self.tier.pools[pool]
-        if not least <= num_shards <= most:
-            allowed = f"{least} alone: its size is fixed" if least == most else f"from {least} to {most}"
+        fewest, most = self.tier.pools[pool]
+        if not fewest <= num_shards <= most:
+            allowed = f"{fewest} alone: its size is fixed" if fewest == most else f"from {fewest} to {most}"
             bounds = "min_shards and max_shards in its arguments"
             raise invalid(f"shards of {pool} must be {allowed}, not {num_shards}; {bounds} say so.", "shards")
         try:
             order = StandingOrder(OrderKind.SCALE, pool, num_shards, by, time.time())
         except ValueError as error:
             raise invalid(str(error), "shards") from None
-        with _plain_refusals():
+        with _store_errors():
             return await self._give(order)
 
     async def lift_scale(self, pool: str) -> dict[str, Any]:
+        """Lift the order to scale a pool, so that its load decides its size again."""
         self._check_pool(pool)
         return await self._lift(f"{OrderKind.SCALE}:{pool}")
 
     async def rebalance(self, by: str) -> dict[str, Any]:
-        """Has the controller plan at its next turn, without asking whether it is worth the moves."""
-        with _plain_refusals():
+        """Order the controller to plan at its next turn, and to act on the plan even if its gain is below its cost."""
+        with _store_errors():
             return await self._give(StandingOrder(OrderKind.REBALANCE, by=by, at=time.time()))
 
     async def plan(self) -> dict[str, Any]:
-        """What an order to rebalance would lead to; nothing is changed."""
+        """Return the plan that an order to rebalance would carry out, without changing anything."""
         plan = await self.tier.preview()
         if plan is None:
             raise ApiError(
@@ -102,21 +106,22 @@ class Operations:
         return plan
 
     async def decisions(self, count: int) -> dict[str, Any]:
-        with _plain_refusals():
+        """Return the last `count` decisions of the controller."""
+        with _store_errors():
             return {"decisions": await self._registry.decisions(count)}
 
     async def placement(self) -> dict[str, Any]:
-        """Homes by layer and expert, who stands by, the shards, and the layers: all that a planner starts from."""
-        with _plain_refusals():
+        """Return homes and standbys by layer and expert, the shards and the layers: everything that a planner needs."""
+        with _store_errors():
             placement, shards = await self._registry.placement(), await self._registry.shards()
         layers = [asdict(spec) for spec in self.tier.layers]
-        told = placement and {name: getattr(placement, name) for name in ("epoch", "model", "homes", "standby")}
-        return {"layers": layers, "shards": [shard.to_json() for shard in shards], "placement": told}
+        shown = placement and {name: getattr(placement, name) for name in ("epoch", "model", "homes", "standby")}
+        return {"layers": layers, "shards": [shard.to_json() for shard in shards], "placement": shown}
 
     async def load(self, top: int | None) -> dict[str, Any]:
-        """Picks per second over the last minutes: of every expert by layer, or of the `top` most picked."""
+        """Return the picks per second over the last minutes, of all experts by layer or of the `top` hottest ones."""
         num_experts = {spec.layer: spec.num_experts for spec in self.tier.layers}
-        with _plain_refusals():
+        with _store_errors():
             seconds, rates = await recent_rates(self._loads, num_experts, time.time())
             if top is None:
                 layers = {layer: np.round(rate_E, 4).tolist() for layer, rate_E in rates.items()}
@@ -132,11 +137,12 @@ class Operations:
         return {"seconds": seconds, "experts": experts}
 
     async def trace(self, bounds: dict[str, Any] | None) -> dict[str, Any]:
+        """Have every backbone record routing within `bounds`, or stop recording if `bounds` is None."""
         return {"backbones": await self.tier.trace(bounds)}
 
     async def fleet(self) -> dict[str, Any]:
-        """For `expertmesh status`: what the registry knows beside what backbones do."""
-        with _plain_refusals():
+        """Return what the registry knows, for `expertmesh status`: leader, pools, orders and the last decisions."""
+        with _store_errors():
             leader, orders = await self._registry.leader(), await self._registry.orders()
             decisions, shards = await self._registry.decisions(5), await self._registry.shards()
         shards, targets = with_drain_orders(shards, orders), scale_targets(orders)
@@ -150,23 +156,26 @@ class Operations:
             }
             for pool in sorted({*self.tier.pools, *(shard.pool for shard in shards)})
         ]
-        told = [asdict(order) for order in orders.values()]
-        return {"leader": leader, "pools": pools, "orders": told, "decisions": decisions}
+        shown = [asdict(order) for order in orders.values()]
+        return {"leader": leader, "pools": pools, "orders": shown, "decisions": decisions}
 
     async def _give(self, order: StandingOrder) -> dict[str, Any]:
         await self._registry.give_order(order)
         return {"order": asdict(order)}
 
     async def _lift(self, name: str) -> dict[str, Any]:
-        """Also where it is given anew at the same time: whoever lifts it has seen it stand."""
-        with _plain_refusals():
+        """Lift the order called `name`, and return whether this call lifted it.
+
+        If somebody gives the order anew at the same time, the new order stays and the result is False.
+        """
+        with _store_errors():
             order = (await self._registry.orders()).get(name)
             return {"lifted": order is not None and await self._registry.lift_order(order)}
 
-    async def _forget_the_dead(self, known: Mapping[str, Shard], orders: Mapping[str, StandingOrder]) -> None:
-        """Shards' ids are never used again, so orders for those that are gone would only gather."""
+    async def _lift_orders_of_dead(self, known: Mapping[str, Shard], orders: Mapping[str, StandingOrder]) -> None:
+        """Lift old orders to drain shards that are gone; shard ids are not reused, so the orders would only pile up."""
         for order in orders.values():
-            is_old = time.time() - order.at > KEPT_FOR_THE_DEAD_S
+            is_old = time.time() - order.at > DEAD_SHARD_ORDER_TTL_S
             if order.kind is OrderKind.DRAIN and order.subject not in known and is_old:
                 await self._registry.lift_order(order)
 

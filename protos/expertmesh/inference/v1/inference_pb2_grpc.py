@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class InferenceStub(object):
-    """The same surface as POST /v1/completions and /v1/chat/completions, typed. The trailing metadata of Generate and
-    GenerateStream holds x-request-id and x-expertmesh-cache.
+    """The service offers what POST /v1/completions and /v1/chat/completions offer, in typed messages. The trailing metadata
+    of Generate and GenerateStream holds x-request-id and x-expertmesh-cache.
     """
 
     def __init__(self, channel):
@@ -69,8 +69,8 @@ class InferenceStub(object):
 
 
 class InferenceServicer(object):
-    """The same surface as POST /v1/completions and /v1/chat/completions, typed. The trailing metadata of Generate and
-    GenerateStream holds x-request-id and x-expertmesh-cache.
+    """The service offers what POST /v1/completions and /v1/chat/completions offer, in typed messages. The trailing metadata
+    of Generate and GenerateStream holds x-request-id and x-expertmesh-cache.
     """
 
     def Generate(self, request, context):
@@ -151,8 +151,8 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference(object):
-    """The same surface as POST /v1/completions and /v1/chat/completions, typed. The trailing metadata of Generate and
-    GenerateStream holds x-request-id and x-expertmesh-cache.
+    """The service offers what POST /v1/completions and /v1/chat/completions offer, in typed messages. The trailing metadata
+    of Generate and GenerateStream holds x-request-id and x-expertmesh-cache.
     """
 
     @staticmethod
