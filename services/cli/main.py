@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -15,7 +16,7 @@ from services.cli.operator import decisions, drain, drill, load, plan, rebalance
 from services.cli.size import size_model
 from services.cli.up import up
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "up": up,
     "check": check,
     "chat": chat,

@@ -24,7 +24,7 @@ def fleet_of(placement: Placement | None) -> dict[str, Any]:
         "homes": {str(layer): [list(ids) for ids in homes] for layer, homes in placement.homes.items()},
         "standby": {},
     }
-    return {"layers": list(map(asdict, LAYERS)), "shards": list(map(asdict, SHARDS)), "placement": told}
+    return {"layers": list(map(asdict, LAYERS)), "shards": [shard.to_json() for shard in SHARDS], "placement": told}
 
 
 def write_trace(path: Path, model: str = "digest") -> Path:
