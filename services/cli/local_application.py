@@ -1,39 +1,49 @@
-"""One machine: starts or joins Ray, starts the embedded store, runs the application, and stops what it started."""
+"""The application on one machine: `running` starts Ray, a store and Ray Serve, and stops what it has started."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import logging
+import os
 import socket
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numba
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
+import model.cpu  # noqa: F401  sets the folder in which numba keeps compiled kernels
 from cluster.control.embedded_redis import EmbeddedRedis
 from cluster.control.registry_store import StoreUnavailable
 from model.family import load_family
 from services.app import GRPC_SERVICERS, build_app
 from services.args import AppArgs
+from services.cli.start_steps import StartGoal, StartObservation, StartReporter, StartStep, StepReport, steps_of
 
 APP_NAME = "expertmesh"
+OTHER_CPUS = 8  # that Ray is told of beside those of backbones and shards, for gateway, controller and Serve itself
+WATCH_PERIOD_S = 0.5  # between two looks at a start; a look takes Serve's controller up to 0.2 s on a busy machine
+WATCH_JOIN_S = 5.0  # a look may hang in Ray where Serve's controller has died
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the application listens on 127.0.0.1 (gRPC on every address where Serve's proxy does it)."""
+    """The ports on which the application listens on 127.0.0.1; Serve's proxy listens for gRPC on every address."""
 
     http: int = 8000
     grpc: int = 9000
 
 
 def check_port(name: str, port: int, host: str) -> None:
-    """Raises ValueError if somebody listens there."""
+    """Raise ValueError if `port` cannot be bound on `host`; `name` is the option that the user gave."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -43,7 +53,7 @@ def check_port(name: str, port: int, host: str) -> None:
 
 
 def check_store(args: AppArgs) -> None:
-    """Raises ValueError if no store answers, or not to this password."""
+    """Raise ValueError if no store answers at the URL of `args`, or if the store refuses the password."""
 
     async def ask() -> None:
         registry = args.registry()
@@ -59,29 +69,50 @@ def check_store(args: AppArgs) -> None:
 
 
 def logs_path() -> Path:
-    """Where Ray keeps what the processes of this machine write to standard error."""
+    """Return the folder in which Ray keeps what the processes of this machine write to standard error."""
     return Path("/tmp/ray/session_latest").resolve() / "logs"
 
 
 @contextmanager
-def running(args: AppArgs, ports: Ports, ray_address: str | None = None) -> Iterator[AppArgs]:
-    """The application, ready for its first request; on exit everything that was started here is stopped."""
+def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: str | None = None) -> Iterator[AppArgs]:
+    """Run the application, ready for its first request, until the body ends; then stop what was started here.
+
+    The steps of the start are reported to `reporter`. Raises ValueError with one sentence if a port or the store cannot
+    be used, and RuntimeError if Ray Serve cannot deploy the application.
+    """
     if ports.http == ports.grpc:
         raise ValueError(f"--port and --grpc-port are both {ports.http}; they must differ")
     check_port("--port", ports.http, "127.0.0.1")
     check_port("--grpc-port", ports.grpc, "" if ray_address else "127.0.0.1")
     with ExitStack() as stack:
         if args.experts == "remote":
+            reporter.report(StepReport(StartStep.STORE, "starting"))
             if args.redis_url == "embedded://":
                 args = args.model_copy(update={"redis_url": stack.enter_context(EmbeddedRedis()).url})
             check_store(args)
+            reporter.report(StepReport(StartStep.STORE, f"{args.shown_redis_url} answers", is_done=True))
+        reporter.report(StepReport(StartStep.RAY, f"joining {ray_address}" if ray_address else "starting"))
         stack.enter_context(_ray(args, ray_address))
-        stack.enter_context(_serve_joined(args, ports) if ray_address else _serve_own(args, ports))
+        if ray_address:
+            stack.enter_context(_joined_serve(ports))
+        else:
+            stack.enter_context(_own_serve())
+            args = args.model_copy(update={"http_port": ports.http, "grpc_port": ports.grpc})
+        reporter.report(StepReport(StartStep.RAY, "running, with Ray Serve", is_done=True))
+        goal = StartGoal(
+            num_shards=0 if args.experts == "local" else sum(pool.shards for pool in args.pools),
+            replicas={"gateway": args.gateway_replicas, "backbone": args.backbone_replicas},
+            ports=(ports.http, ports.grpc),
+            num_cached=None if ray_address else _num_kernels(),
+        )
+        with StartWatch(args, goal, reporter) as watch:
+            serve.run(build_app(args), name=APP_NAME, route_prefix="/")
+        watch.complete()
         yield args
 
 
 def _quiet_ray() -> AbstractContextManager[object]:
-    """Ray prints on the terminal that Serve's controller, which it was told to kill, failed."""
+    """Keep off the terminal what Ray prints when it has killed Serve's controller as it was told to."""
     return redirect_stdout(io.StringIO())
 
 
@@ -89,7 +120,7 @@ def _quiet_ray() -> AbstractContextManager[object]:
 def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
     num_cpus = (
         args.backbone_replicas * args.threads(load_family(args.model))
-        + 8
+        + OTHER_CPUS
         + int(sum(pool.most_shards * max(1, pool.num_cpus) for pool in args.pools))
     )
     own: dict[str, Any] = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
@@ -102,12 +133,11 @@ def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _serve_own(args: AppArgs, ports: Ports) -> Iterator[None]:
-    """The gateway listens itself: Serve's proxies would cost every token a hop and a process."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the command line says what is to be said
+def _own_serve() -> Iterator[None]:
+    """Run Ray Serve without proxies: the gateway listens itself, because a proxy costs every token a hop."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the steps of the start say what Serve would log
     serve.start(proxy_location="Disabled")
     try:
-        _run(args.model_copy(update={"http_port": ports.http, "grpc_port": ports.grpc}))
         yield
     finally:
         with _quiet_ray():
@@ -115,18 +145,92 @@ def _serve_own(args: AppArgs, ports: Ports) -> Iterator[None]:
 
 
 @contextmanager
-def _serve_joined(args: AppArgs, ports: Ports) -> Iterator[None]:
-    """On a cluster that was there before the gateway may run on any node, where Serve's proxies find it, and Serve may
-    be others' too: only our application goes when we go."""
+def _joined_serve(ports: Ports) -> Iterator[None]:
+    """Use the Ray Serve of a cluster that ran before, and remove only our application on exit.
+
+    The gateway may run on any node of such a cluster, so clients reach it through Serve's proxies. Other applications
+    may run in the same Serve.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     grpc = {"port": ports.grpc, "grpc_servicer_functions": GRPC_SERVICERS}
     serve.start(http_options={"host": "127.0.0.1", "port": ports.http}, grpc_options=grpc)
     try:
-        _run(args)
         yield
     finally:
         serve.delete(APP_NAME)
 
 
-def _run(args: AppArgs) -> None:
-    serve.run(build_app(args), name=APP_NAME, route_prefix="/")
+class StartWatch:
+    """A `StartWatch` observes a start on its own thread while the body of its `with` runs, and reports the steps.
+
+    The registry tells which shards have registered and whether there is a placement. Ray Serve tells which replicas
+    run. The folder of compiled kernels tells how many there are.
+    """
+
+    def __init__(self, args: AppArgs, goal: StartGoal, reporter: StartReporter) -> None:
+        self._args, self._goal, self._reporter = args, goal, reporter
+        self._seen = StartObservation()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="start watch", daemon=True)
+
+    def complete(self) -> None:
+        """Report every step as done. The caller knows from Ray Serve that all replicas run."""
+        self._look()
+        for report in steps_of(self._seen, self._goal):
+            self._reporter.report(replace(report, is_done=True))
+
+    def _run(self) -> None:
+        while not self._is_over.is_set():
+            self._look()
+            for report in steps_of(self._seen, self._goal):
+                self._reporter.report(report)
+            self._is_over.wait(WATCH_PERIOD_S)
+
+    def _look(self) -> None:
+        """Observe once. What does not answer in time stays as it was at the last look."""
+        if self._args.experts == "remote":
+            with suppress(StoreUnavailable):
+                self._seen = asyncio.run(_with_registry(self._seen, self._args))
+        with suppress(RayError, RayServeException):
+            self._seen = replace(self._seen, running=_running_replicas())
+        self._seen = replace(self._seen, num_kernels=_num_kernels())
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join(WATCH_JOIN_S)
+
+
+async def _with_registry(seen: StartObservation, args: AppArgs) -> StartObservation:
+    """Return `seen` with the registry's shards and first placement.
+
+    A placement that names other shards than the live ones is left from an earlier start and does not count.
+    """
+    registry = args.registry()
+    try:
+        shards = await registry.shards()
+        seen = replace(seen, num_registered=len(shards), num_held=sum(shard.num_held for shard in shards))
+        placement = await registry.placement() if seen.num_homes is None else None
+    finally:
+        await registry.redis.aclose()
+    if placement is None or not {shard.id for shard in shards}.issuperset(placement.shard_ids):
+        return seen
+    return replace(seen, num_homes=sum(len(homes) for layer in placement.homes.values() for homes in layer))
+
+
+def _running_replicas() -> dict[str, int]:
+    """Return how many replicas of each deployment run; empty before Ray Serve knows of the application."""
+    application = serve.status().applications.get(APP_NAME)
+    deployments = application.deployments if application else {}
+    return {
+        name: sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
+        for name, deployment in deployments.items()
+    }
+
+
+def _num_kernels() -> int:
+    """Return how many compiled kernels numba keeps on this machine's disk."""
+    return sum(name.endswith(".nbc") for _, _, names in os.walk(numba.config.CACHE_DIR) for name in names)

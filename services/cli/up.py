@@ -1,107 +1,125 @@
-"""`expertmesh up`: everything on this machine, until Ctrl-C."""
+"""`expertmesh up`: start the whole application on this machine and serve until Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from services.cli.start_display import showing
+from services.cli.start_steps import StartReporter, StartStep, StepReport, steps_to_show
 from services.cli.terminal import console, plain_errors
+
+if TYPE_CHECKING:  # at run time only after the first step is shown, because torch takes seconds to import
+    from services.args import AppArgs
 
 
 def up(
-    model: Annotated[str, typer.Option(help="Hugging Face model directory; the demo model if left out.")] = "",
-    model_name: Annotated[str, typer.Option(help="Name that clients use; the directory's if left out.")] = "",
-    shards: Annotated[int, typer.Option(min=1, help="Expert shards, each a process of its own.")] = 3,
+    model: Annotated[str, typer.Option(help="Hugging Face model directory. Left out: the demo model.")] = "",
+    model_name: Annotated[
+        str, typer.Option(help="Name by which clients ask for the model. Left out: the name of its directory.")
+    ] = "",
+    shards: Annotated[int, typer.Option(min=1, help="Number of expert shards; each is a process of its own.")] = 3,
     max_shards: Annotated[
-        int | None, typer.Option(min=1, help="As many where --shards would be too busy; --shards if left out.")
+        int | None,
+        typer.Option(min=1, help="Number of shards to grow to when --shards are too busy. Left out: no growth."),
     ] = None,
-    backbones: Annotated[int, typer.Option(min=1, help="Replicas of the backbone; one that dies loses nothing.")] = 1,
-    controllers: Annotated[
-        int, typer.Option(min=1, help="Replicas of the controller; where one dies, another takes over.")
+    backbones: Annotated[
+        int,
+        typer.Option(min=1, help="Number of backbone replicas. If one of several dies, no request fails."),
     ] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is float32 on a CPU.")] = "auto",
+    controllers: Annotated[
+        int, typer.Option(min=1, help="Number of controller replicas. One leads; if it dies, another takes over.")
+    ] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="Arithmetic: float32, bfloat16 or auto, which is float32 on a CPU and bfloat16 on cuda.")
+    ] = "auto",
     port: Annotated[int, typer.Option(min=1, max=65535, help="REST port on 127.0.0.1.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC port on 127.0.0.1.")] = 9000,
     redis_url: Annotated[
-        str, typer.Option(help="redis://host:port, or embedded:// to start a server here.")
+        str, typer.Option(help="Store: redis://host:port, or embedded:// to start a server on this machine.")
     ] = "embedded://",
-    ray_address: Annotated[str, typer.Option(help="A running Ray cluster to join; a new local one if left out.")] = "",
-    max_model_len: Annotated[int | None, typer.Option(min=2, help="Longest prompt and completion together.")] = None,
-    state_memory: Annotated[str, typer.Option(help="For requests' KV and recurrent state, such as 4GiB.")] = "",
-    shard_memory: Annotated[
-        str, typer.Option(help="For a shard's experts; enough without one shard if left out.")
+    ray_address: Annotated[
+        str, typer.Option(help="Address of a running Ray cluster to join. Left out: a new local cluster is started.")
     ] = "",
-    device: Annotated[str, typer.Option(help="cpu or cuda, for the backbone and every shard.")] = "cpu",
-    max_requests: Annotated[int, typer.Option(min=1, help="Computed at once, where memory allows.")] = 64,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of a prompt and its completion. Left out: the model's limit.")
+    ] = None,
+    state_memory: Annotated[
+        str, typer.Option(help="Memory for the KV cache and recurrent states of requests, such as 4GiB.")
+    ] = "",
+    shard_memory: Annotated[
+        str,
+        typer.Option(help="Memory of one shard for experts. Left out: enough for all experts when one shard is lost."),
+    ] = "",
+    device: Annotated[str, typer.Option(help="Device of the backbone and of every shard: cpu or cuda.")] = "cpu",
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Most requests computed at once, if the memory for them suffices.")
+    ] = 64,
     draft_tokens: Annotated[
         int | None,
-        typer.Option(min=0, max=16, help="Drafted at most for a request; 0: none. Measured if left out."),
+        typer.Option(
+            min=0,
+            max=16,
+            help="Most tokens drafted for a request in one step; 0: no drafts. Left out: chosen by measurement.",
+        ),
     ] = None,
-    no_prefix_cache: Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt anew.")] = False,
-    log_format: Annotated[str, typer.Option(help="json (one object a line) or text.")] = "json",
-    local_experts: Annotated[bool, typer.Option("--local-experts", help="No shards: experts in the backbone.")] = False,
+    no_prefix_cache: Annotated[
+        bool, typer.Option("--no-prefix-cache", help="Compute every prompt from its start.")
+    ] = False,
+    log_format: Annotated[
+        str, typer.Option(help="Format of the processes' logs: json (one object a line) or text.")
+    ] = "json",
+    local_experts: Annotated[
+        bool, typer.Option("--local-experts", help="Compute the experts in the backbone, without shards.")
+    ] = False,
 ) -> None:
     """Start everything on this machine and serve until Ctrl-C."""
+    options = {
+        "model_name": model_name,
+        "dtype": dtype,
+        "redis_url": redis_url,
+        "max_model_len": max_model_len,
+        "experts": "local" if local_experts else "remote",
+        "device": device,
+        "state_memory": state_memory or None,
+        "max_requests": max_requests,
+        "draft_tokens": draft_tokens,
+        "prefix_cache": not no_prefix_cache,
+        "log_format": log_format,
+        "backbone_replicas": backbones,
+        "controller_replicas": controllers,
+        "pools": [
+            {
+                "name": f"experts-{device}",
+                "shards": shards,
+                "max_shards": max_shards,
+                "device": device,
+                "memory_budget": shard_memory or None,
+            }
+        ],
+    }
+    if model:
+        options["model"] = str(Path(model).resolve())
     with plain_errors():
-        _up(
-            _app_args(
-                model=model,
-                model_name=model_name,
-                dtype=dtype,
-                redis_url=redis_url,
-                max_model_len=max_model_len,
-                experts="local" if local_experts else "remote",
-                device=device,
-                state_memory=state_memory or None,
-                max_requests=max_requests,
-                draft_tokens=draft_tokens,
-                prefix_cache=not no_prefix_cache,
-                log_format=log_format,
-                backbone_replicas=backbones,
-                controller_replicas=controllers,
-                pool={
-                    "shards": shards,
-                    "max_shards": max_shards,
-                    "device": device,
-                    "memory_budget": shard_memory or None,
-                },
-            ),
-            port,
-            grpc_port,
-            ray_address,
-        )
+        _serve(options, port, grpc_port, ray_address or None)
 
 
-def _app_args(model: str, pool: dict[str, Any], **others: Any) -> Any:
-    from services.args import AppArgs
-
-    chosen = {"model": str(Path(model).resolve())} if model else {}
-    args = AppArgs(pools=[{"name": f"experts-{pool['device']}", **pool}], **chosen, **others)
-    family = args.check()
-    console.print(f"Memory for requests: {args.memory_plan(family)}.")
-    console.print(f"Arithmetic: {'; '.join(args.arithmetic())}.")
-    if not family.has_mtp:
-        console.print("This checkpoint has no MTP weights: it is served without drafting.")
-    elif args.draft_tokens == 0:
-        console.print("Drafting is off.")
-    return args
-
-
-def _up(args: Any, port: int, grpc_port: int, ray_address: str) -> None:
-    from services.cli.local_application import Ports, logs_path, running
-
+def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str | None) -> None:
     _stop_on_signals()
     started = time.monotonic()
-    console.print(
-        f"Starting {args.name} from {args.model}: {_tier(args)}, {str(args.torch_dtype).removeprefix('torch.')}."
-    )
     try:
-        with running(args, Ports(port, grpc_port), ray_address or None):
-            _stop_on_signals()  # again, because Ray has put handlers of its own in place
+        with ExitStack() as stack:
+            with showing(console, steps_to_show(options["experts"] == "local", bool(ray_address))) as reporter:
+                args = _checked_args(options, reporter)
+                from services.cli.local_application import Ports, logs_path, running
+
+                stack.enter_context(running(args, Ports(port, grpc_port), reporter, ray_address))
+            _stop_on_signals()  # again, because Ray has installed its own handlers
             console.print(f"Ready after {time.monotonic() - started:.0f} s. Ctrl-C stops it.")
             console.print(f"  REST  http://127.0.0.1:{port}/v1   (OpenAI-compatible; model {args.name!r})")
             console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference)")
@@ -113,17 +131,36 @@ def _up(args: Any, port: int, grpc_port: int, ray_address: str) -> None:
         console.print("Stopped.")
 
 
+def _checked_args(options: dict[str, Any], reporter: StartReporter) -> AppArgs:
+    """Return the application's arguments after a check of the checkpoint; print what they mean for its user."""
+    reporter.report(StepReport(StartStep.MODEL, "checking the checkpoint"))
+    from services.args import AppArgs
+
+    args = AppArgs(**options)
+    family = args.check()
+    reporter.report(StepReport(StartStep.MODEL, "complete, can be served", is_done=True))
+    console.print(f"Memory for requests: {args.memory_plan(family)}.")
+    console.print(f"Arithmetic: {'; '.join(args.arithmetic())}.")
+    if not family.has_mtp:
+        console.print("This checkpoint has no MTP weights: it is served without drafting.")
+    elif args.draft_tokens == 0:
+        console.print("Drafting is off.")
+    dtype = str(args.torch_dtype).removeprefix("torch.")
+    console.print(f"Starting {args.name} from {args.model}: {_expert_tier(args)}, {dtype}.")
+    return args
+
+
+def _expert_tier(args: AppArgs) -> str:
+    if args.experts == "local":
+        return "experts in the backbone"
+    return f"{sum(pool.shards for pool in args.pools)} expert shards, store {args.shown_redis_url}"
+
+
 def _stop_on_signals() -> None:
-    """Ctrl-C and SIGTERM stop the server, also where a shell started it with SIGINT ignored (`expertmesh up &`)."""
+    """Make Ctrl-C and SIGTERM stop the server, also if a shell started it with SIGINT ignored (`expertmesh up &`)."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-
-
-def _tier(args: Any) -> str:
-    if args.experts == "local":
-        return "experts in the backbone"
-    return f"{sum(pool.shards for pool in args.pools)} expert shards, store {args.shown_redis_url}"

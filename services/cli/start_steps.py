@@ -1,0 +1,124 @@
+"""The steps of a start: what each step waits for, and how far it is by what the processes themselves report.
+
+`steps_of` is a pure function. `services/cli/local_application.py` observes and `services/cli/start_display.py` shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class StartStep(StrEnum):
+    """A step of a start. Its value is the name that a user sees; the members stand in the order of the display."""
+
+    MODEL = "Model"
+    STORE = "Store"
+    RAY = "Ray"
+    GATEWAY = "Gateway"
+    SHARDS = "Expert shards"
+    PLACEMENT = "Experts"
+    KERNELS = "Kernels"
+    BACKBONE = "Backbone"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A `StepReport` says how far one step of a start is.
+
+    `detail` is a phrase without a full stop. A log has a line for every step that is done, and also for a report with
+    `is_news`, which says that a step begins that takes long.
+    """
+
+    step: StartStep
+    detail: str
+    is_done: bool = False
+    is_news: bool = False
+
+
+class StartReporter(Protocol):
+    """A `StartReporter` shows the steps of a start to a user. Any thread may call it."""
+
+    def report(self, report: StepReport) -> None: ...
+
+
+@dataclass(frozen=True)
+class StartGoal:
+    """A `StartGoal` says what must be there before the application is ready.
+
+    - `num_shards`: shards to be registered; 0 if the experts are in the backbone
+    - `replicas`: replicas of each deployment, by its name
+    - `ports`: the REST port and the gRPC port
+    - `num_cached`: compiled kernels that were on disk before the start; None if they are not on this machine
+    """
+
+    num_shards: int
+    replicas: Mapping[str, int]
+    ports: tuple[int, int]
+    num_cached: int | None = None
+
+
+@dataclass(frozen=True)
+class StartObservation:
+    """A `StartObservation` holds what the registry, Ray Serve and the folder of kernels say at one moment of a start.
+
+    - `num_registered`: shards with a live record in the registry
+    - `num_held`: experts that these shards hold by their last heartbeats; an expert counts once for each home
+    - `num_homes`: homes of experts in the first placement, or None before it is published
+    - `running`: replicas that run, by the name of their deployment
+    - `num_kernels`: compiled kernels on this machine's disk
+    """
+
+    num_registered: int = 0
+    num_held: int = 0
+    num_homes: int | None = None
+    running: Mapping[str, int] = field(default_factory=dict)
+    num_kernels: int = 0
+
+
+def steps_to_show(has_local_experts: bool, joins_cluster: bool) -> list[StartStep]:
+    """Return the steps that a start has; a cluster that ran before compiles its kernels on machines of its own."""
+    left_out = {StartStep.STORE, StartStep.SHARDS, StartStep.PLACEMENT} if has_local_experts else set()
+    return [step for step in StartStep if step not in left_out and not (joins_cluster and step is StartStep.KERNELS)]
+
+
+def steps_of(seen: StartObservation, goal: StartGoal) -> Iterator[StepReport]:
+    """Yield a report for every step that comes after the start of Ray Serve."""
+    listening = f"listening on ports {goal.ports[0]} and {goal.ports[1]}"
+    yield _replicas(StartStep.GATEWAY, seen, goal, listening)
+    if goal.num_shards:
+        has_all = seen.num_registered >= goal.num_shards
+        yield StepReport(StartStep.SHARDS, f"{seen.num_registered} of {goal.num_shards} registered", has_all)
+        yield _placement(seen)
+    if goal.num_cached is not None:
+        yield _kernels(seen, goal, goal.num_cached)
+    yield _replicas(StartStep.BACKBONE, seen, goal, "ready for requests")
+
+
+def _replicas(step: StartStep, seen: StartObservation, goal: StartGoal, done: str) -> StepReport:
+    deployment = step.value.lower()
+    num_wanted, num_running = goal.replicas[deployment], seen.running.get(deployment, 0)
+    if num_running < num_wanted:
+        return StepReport(step, f"{num_running} of {num_wanted} running")
+    return StepReport(step, done if num_wanted == 1 else f"{num_wanted} replicas {done}", is_done=True)
+
+
+def _placement(seen: StartObservation) -> StepReport:
+    if seen.num_homes is not None:
+        detail = f"loaded, {seen.num_homes:,} homes in the first placement"
+        return StepReport(StartStep.PLACEMENT, detail, is_done=True)
+    return StepReport(StartStep.PLACEMENT, f"{seen.num_held:,} loaded" if seen.num_held else "waiting for the shards")
+
+
+def _kernels(seen: StartObservation, goal: StartGoal, num_cached: int) -> StepReport:
+    """Report the kernels. The last one is compiled when the backbone has computed the tokens of its warm-up."""
+    num_compiled = max(0, seen.num_kernels - num_cached)
+    is_done = seen.running.get("backbone", 0) >= goal.replicas["backbone"]
+    if not num_cached and not is_done:
+        detail = f"compiling for the first start, {num_compiled} so far"
+        return StepReport(StartStep.KERNELS, detail, is_news=True)
+    if num_compiled:
+        return StepReport(StartStep.KERNELS, f"{num_compiled} compiled and kept for the next start", is_done)
+    return StepReport(StartStep.KERNELS, f"{seen.num_kernels} in the cache", is_done)
