@@ -1,4 +1,4 @@
-"""Run the command line: `python -m services.cli` does what the command `expertmesh` does."""
+"""Runs the command line: `python -m services.cli` does what the command `expertmesh` does."""
 
 from services.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`expertmesh chat`: a conversation with a running server."""
+"""`expertmesh chat`: talk to a running server from the terminal."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from services.cli.terminal import DEFAULT_URL, Url, fetch, plain_errors
 
 
 def chat(
-    message: Annotated[str, typer.Argument(help="One message; a conversation on the terminal if left out.")] = "",
+    message: Annotated[str, typer.Argument(help="One message. Left out: a conversation on the terminal.")] = "",
     url: Url = DEFAULT_URL,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="Randomness of the answer; 0 always takes the likeliest token.")
+    ] = 0.7,
 ) -> None:
     """Talk to a running server."""
     with plain_errors():

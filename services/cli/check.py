@@ -1,4 +1,4 @@
-"""`expertmesh check`: whether a model directory can be served."""
+"""`expertmesh check`: tell whether a model directory can be served."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import typer
 from services.cli.terminal import console, plain_errors
 
 
-def check(model: Annotated[str, typer.Option(help="Hugging Face model directory.")]) -> None:
-    """Tell whether a model directory is whole and can be served. Reads no weights."""
+def check(model: Annotated[str, typer.Option(help="Hugging Face model directory to check.")]) -> None:
+    """Tell whether a model directory is complete and can be served.
+
+    No weights are read.
+    """
     with plain_errors():
         from services.args import AppArgs
 

@@ -1,4 +1,4 @@
-"""The command line: the commands, and what is set before any of them runs."""
+"""The command line `expertmesh`: its commands, and the settings that every command needs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "drill": drill,
     "size": size_model,
 }
-RAY_DEFAULTS = {  # read when Ray is imported, and inherited by every process it starts
-    "RAY_SERVE_LOG_TO_STDERR": "0",  # logs go to files under the session's folder; the terminal is the user's
+RAY_DEFAULTS = {  # environment variables; Ray reads them when it is imported, and its processes inherit them
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # logs go to files in the folder of the Ray session, not to the terminal
     "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that spins while it waits takes the core that another process needs
+    "OMP_WAIT_POLICY": "PASSIVE",  # a waiting thread that spins would take a core from another process
     "KMP_BLOCKTIME": "0",
-    "RAY_worker_niceness": "0",  # Ray's 15 is for batch work; these processes answer people
+    "RAY_worker_niceness": "0",  # Ray's default of 15 is for batch work, but people wait for these processes
     "TOKENIZERS_PARALLELISM": "false",
 }
 OURS = ("model", "cluster", "protos", "services")
@@ -56,7 +56,10 @@ for name, command in COMMANDS.items():
 
 
 def check_own_packages() -> None:
-    """PyPI has packages of the same names; imported by mistake they would fail in strange ways."""
+    """Raise ValueError if Python imports other packages under our packages' names.
+
+    PyPI has packages of the same names. Imported by mistake, they would fail in ways that are hard to understand.
+    """
     for name in OURS:
         found = importlib.import_module(name).__file__
         if found is None or Path(found).resolve().parent.parent != ROOT:

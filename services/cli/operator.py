@@ -1,4 +1,4 @@
-"""Commands for operators; each asks a running server, most of them over its admin API."""
+"""The commands for operators. Each command asks a running server, and most use the server's admin API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from services.cli.status_tables import decisions_table, load_table, status_table
 from services.cli.terminal import DEFAULT_URL, AsJson, Url, console, fetch, plain_errors
 
 Key = Annotated[
-    str, typer.Option("--admin-key", envvar="EXPERTMESH_ADMIN_KEY", help="The server's.", show_default=False)
+    str,
+    typer.Option(
+        "--admin-key", envvar="EXPERTMESH_ADMIN_KEY", help="Key of the server's admin API.", show_default=False
+    ),
 ]
 
 
@@ -29,7 +32,7 @@ def _show(report: Any, as_json: bool, show: Callable[[Any], None]) -> None:
 
 
 def _by() -> str:
-    """Who gives an order."""
+    """Return the name under which the server records an order: user@host, at most 128 characters."""
     return f"{getpass.getuser()}@{socket.gethostname()}"[:128]
 
 
@@ -45,15 +48,15 @@ def status(url: Url = DEFAULT_URL, as_json: AsJson = False) -> None:
 
 
 def plan(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Plan for the load of this trace instead; changes nothing.")
+        Path | None, typer.Option(help="Plan for the load that this trace file recorded, and change nothing.")
     ] = None,
     url: Url = DEFAULT_URL,
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Print the plan that leads from the running placement to a better one, and have it carried out."""
+    """Print the plan to a better placement, and order the controller to carry it out."""
     with plain_errors():
         if trace is not None:
             from services.cli.replay import replay
@@ -64,30 +67,34 @@ def plan(
             if not dry_run:
                 report |= fetch(url, "/admin/rebalance", admin_key, {"by": _by()})
 
-    def show(told: Any) -> None:
-        typer.echo(told["text"])
-        if "order" in told:
-            typer.echo("The controller was asked to carry it out, as the load is at its next turn.")
+    def show(answer: Any) -> None:
+        typer.echo(answer["text"])
+        if "order" in answer:
+            typer.echo("The controller was ordered to rebalance; at its next turn it plans again, by the load of then.")
 
     _show(report, as_json, show)
 
 
 def rebalance(url: Url = DEFAULT_URL, admin_key: Key = "", as_json: AsJson = False) -> None:
-    """Have the controller plan at once, and move experts for any gain."""
+    """Order the controller to plan now and to move experts for any gain, however small."""
     with plain_errors():
         report = fetch(url, "/admin/rebalance", admin_key, {"by": _by()})
     _show(report, as_json, lambda _: typer.echo("The controller plans at its next turn."))
 
 
 def scale(
-    pool: Annotated[str, typer.Argument(help="Name of the pool.")],
-    shards: Annotated[int | None, typer.Argument(min=1, help="How many it is to have.", show_default=False)] = None,
-    auto: Annotated[bool, typer.Option("--auto", help="Take the order back: scale by load.")] = False,
+    pool: Annotated[str, typer.Argument(help="Name of the pool; `expertmesh status` lists the pools.")],
+    shards: Annotated[
+        int | None, typer.Argument(min=1, help="Number of shards that the pool must have.", show_default=False)
+    ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Lift the order, so that the load decides the number of shards.")
+    ] = False,
     url: Url = DEFAULT_URL,
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Have a pool grow or shrink to so many shards."""
+    """Order a pool to grow or shrink to a number of shards."""
     with plain_errors():
         if auto == (shards is not None):
             raise ValueError("scale needs either a number of shards or --auto, which leaves the number to the load")
@@ -97,24 +104,31 @@ def scale(
 
 
 def drain(
-    shard: Annotated[str, typer.Argument(help="Id of the shard; `expertmesh status` lists them.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Use it again.")] = False,
+    shard: Annotated[str, typer.Argument(help="Id of the shard; `expertmesh status` lists the shards.")],
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Lift the order, so that the shard may hold experts again.")
+    ] = False,
     url: Url = DEFAULT_URL,
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Have a shard's experts moved elsewhere; it runs on, empty, until --undo."""
+    """Order that a shard's experts move to other shards.
+
+    The shard keeps running without experts until the order is lifted with --undo.
+    """
     with plain_errors():
         report = fetch(url, f"/admin/shards/{quote(shard, safe='')}/drain", admin_key, {"undo": undo, "by": _by()})
-    stood = report.get("lifted", True)
-    done = "may hold experts again" if stood else "was not ordered to drain"
-    sentence = f"{shard} {done}." if undo else f"{shard} is being emptied; `expertmesh status` tells how far it is."
+    had_order = report.get("lifted", True)
+    done = "may hold experts again" if had_order else "was not ordered to drain"
+    sentence = f"{shard} {done}." if undo else f"{shard} is being emptied; `expertmesh status` shows the progress."
     _show(report, as_json, lambda _: typer.echo(sentence))
 
 
 def load(
-    top: Annotated[int, typer.Option(min=1, max=1000, help="How many experts.")] = 20,
-    everything: Annotated[bool, typer.Option("--all", help="Of every expert by layer, as JSON.")] = False,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="Number of experts to show.")] = 20,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print the load of every expert by layer, as JSON.")
+    ] = False,
     url: Url = DEFAULT_URL,
     admin_key: Key = "",
     as_json: AsJson = False,
@@ -122,64 +136,75 @@ def load(
     """Show the experts that are picked most."""
     with plain_errors():
         report = fetch(url, "/admin/load" if everything else f"/admin/load?top={top}", admin_key)
-    _show(report, as_json or everything, lambda told: console.print(load_table(told)))
+    _show(report, as_json or everything, lambda answer: console.print(load_table(answer)))
 
 
 def decisions(
-    count: Annotated[int, typer.Option(min=1, max=1000, help="How many, the newest first.")] = 20,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="Number of decisions to show, the newest first.")] = 20,
     url: Url = DEFAULT_URL,
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show what the controller decided, and why."""
+    """Show what the controller decided lately, and why."""
     with plain_errors():
         report = fetch(url, f"/admin/decisions?count={count}", admin_key)
-    _show(report, as_json, lambda told: console.print(decisions_table(told["decisions"])))
+    _show(report, as_json, lambda answer: console.print(decisions_table(answer["decisions"])))
 
 
 def trace(
-    action: Annotated[str, typer.Argument(help="start or stop")],
-    max_seconds: Annotated[float, typer.Option(help="It stops by itself after so long.")] = 60.0,
-    max_mib: Annotated[int, typer.Option(min=1, max=1024, help="Or when the file is so large.")] = 64,
+    action: Annotated[str, typer.Argument(help="Either start or stop.")],
+    max_seconds: Annotated[float, typer.Option(help="Most seconds to record.")] = 60.0,
+    max_mib: Annotated[
+        int, typer.Option(min=1, max=1024, help="Largest file in MiB; recording stops when it is reached.")
+    ] = 64,
     url: Url = DEFAULT_URL,
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Record which experts are picked, in a file on each backbone's machine, for `plan --trace`."""
+    """Record which experts are picked, for `plan --trace`.
+
+    Each backbone writes a file on its own machine, and the answer names the file.
+    """
     with plain_errors():
         if action not in ("start", "stop"):
             raise ValueError(f"trace {action!r} is neither start nor stop")
         bounds = {"max_bytes": max_mib << 20, "max_seconds": max_seconds} if action == "start" else {}
         report = fetch(url, "/admin/traces", admin_key, {"action": action, **bounds})
 
-    def show(told: Any) -> None:
-        for one in told["backbones"]:
-            typer.echo(f"{one.get('endpoint', '?')}: {_recording(one)}")
+    def show(answer: Any) -> None:
+        for backbone in answer["backbones"]:
+            typer.echo(f"{backbone.get('endpoint', '?')}: {_recording(backbone)}")
 
     _show(report, as_json, show)
 
 
-def _recording(one: dict[str, Any]) -> str:
-    if not one.get("path"):
-        return str(one.get("error", "nothing was recorded"))
-    if one["is_recording"]:
-        return f"records into {one['path']}"
-    return f"{one['path']}: {one['num_calls']} calls, {one['num_dropped']} left out; {one['why_ended']}"
+def _recording(backbone: dict[str, Any]) -> str:
+    """Return in words what a backbone answered to an order to start or stop recording."""
+    if not backbone.get("path"):
+        return str(backbone.get("error", "nothing was recorded"))
+    path = backbone["path"]
+    if backbone["is_recording"]:
+        return f"records into {path}"
+    return f"{path}: {backbone['num_calls']} calls, {backbone['num_dropped']} left out; {backbone['why_ended']}"
 
 
 def drill(
-    kill: Annotated[str, typer.Option("--kill", help="What is killed: shard.")],
-    load: Annotated[bool, typer.Option("--under-load", help="While requests are answered.")] = False,
-    shard: Annotated[str, typer.Option(help="Its id; the one with most picks if left out.")] = "",
-    rate: Annotated[float, typer.Option(min=0.01, max=1000, help="Requests per second.")] = 2.0,
-    seconds: Annotated[float, typer.Option(min=5, max=3600, help="Of load, of which there are two runs.")] = 40.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 32,
+    kill: Annotated[str, typer.Option("--kill", help="What to kill; allowed is shard.")],
+    load: Annotated[
+        bool,
+        typer.Option("--under-load", help="Kill while requests are answered, and compare with an undisturbed run."),
+    ] = False,
+    shard: Annotated[str, typer.Option(help="Id of the shard to kill. Left out: the shard with the most picks.")] = "",
+    rate: Annotated[float, typer.Option(min=0.01, max=1000, help="Requests per second under load.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=5, max=3600, help="Seconds of load in each of the two runs.")] = 40.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each request.")] = 32,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Kill a shard of this machine with SIGKILL, and tell what requests noticed of it; exit code 1 if they did.
+    """Kill a shard of this machine with SIGKILL and tell what requests noticed.
 
-    Run it at no more than 60 % of what the server can do: beyond that requests wait for each other, shard or no shard.
+    The exit code is 1 if requests noticed anything. Run the drill at no more than 60 % of the rate that the server can
+    sustain: at higher rates requests wait for each other even if no shard dies.
     """
     from services.cli.drill.shard_drill import Drilled, drill_shard
 

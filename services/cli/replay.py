@@ -1,4 +1,4 @@
-"""A recorded routing trace through the planner: what would be planned if the load were that of the trace."""
+"""Replays a recorded routing trace: `replay` plans a placement for the load that the trace recorded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from cluster.trace import read_trace
 
 
 def replay(path: Path, fleet: dict[str, Any]) -> dict[str, Any]:
-    """The plan as JSON tells it, with the balancedness that the trace has before and after; `fleet` is what
-    /admin/placement answers. Raises ValueError for a trace of another model."""
+    """Return the plan for the load of the trace in `path`, as JSON values, with the balancedness before and after it.
+
+    `fleet` is the answer of /admin/placement. Nothing is changed. Raises ValueError if there is no placement yet, or if
+    the trace was recorded with another model.
+    """
     trace = read_trace(path)
     layers = [LayerSpec(**spec) for spec in fleet["layers"]]
     shards = [Shard.from_json(shard) for shard in fleet["shards"]]
     if fleet["placement"] is None:
-        raise ValueError("there is no placement yet that a plan could start from")
+        raise ValueError("there is no placement yet to start from; try again when `expertmesh status` shows an epoch")
     stored = fleet["placement"]
     placement = Placement(stored["epoch"], _homes(stored["homes"]), {}, stored["model"], _homes(stored["standby"]))
     if trace.model != placement.model or dict(trace.num_experts) != {spec.layer: spec.num_experts for spec in layers}:

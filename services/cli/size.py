@@ -1,4 +1,7 @@
-"""`expertmesh size`: how many GPUs a model needs, from its config alone; nothing is started and no weight is read."""
+"""`expertmesh size`: tell from a model's config alone how many GPUs the model needs.
+
+Nothing is started and no weights are read.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,37 @@ from services.cli.terminal import AsJson, console, plain_errors
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
-SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # by this version; the others are sized ahead of it
+SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # what this version can serve; others can be sized already
 
 
 def size_model(
-    model: Annotated[str, typer.Option(help="Model directory, config.json, or part of a public model's name; or all.")],
-    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h200",
-    dtype: Annotated[str, typer.Option(help=f"Of weights: {', '.join(DTYPES)}; auto is the checkpoint's.")] = "auto",
-    requests: Annotated[int, typer.Option(help="That are answered at once.")] = DEFAULT.num_requests,
+    model: Annotated[str, typer.Option(help="Model directory, config.json, part of a public model's name, or all.")],
+    gpu: Annotated[str, typer.Option(help=f"GPU: one of {', '.join(GPUS)}.")] = "h200",
+    dtype: Annotated[
+        str, typer.Option(help=f"Format of the weights: {', '.join(DTYPES)}, or auto for the checkpoint's own.")
+    ] = "auto",
+    requests: Annotated[int, typer.Option(help="Number of requests answered at the same time.")] = DEFAULT.num_requests,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a request, prompt and answer; 8192, or all that the model can.")
+        int | None,
+        typer.Option(
+            help="Tokens of a request, prompt and answer together. Left out: 8192, or the model's limit if it is lower."
+        ),
     ] = None,
-    itl_ms: Annotated[float, typer.Option(help="Longest time between tokens of a request.")] = DEFAULT.itl_ms,
-    call_ms: Annotated[float, typer.Option(help="Of a call to shards, beside what they compute.")] = DEFAULT.call_ms,
-    min_backbones: Annotated[int, typer.Option(help="Of two, one may die and the other answers.")] = 1,
+    itl_ms: Annotated[
+        float, typer.Option(help="Longest time between two tokens of a request, in milliseconds.")
+    ] = DEFAULT.itl_ms,
+    call_ms: Annotated[
+        float, typer.Option(help="Milliseconds that a layer call takes beside the shards' computing.")
+    ] = DEFAULT.call_ms,
+    min_backbones: Annotated[
+        int, typer.Option(help="Fewest backbones. If one of two dies, the other one answers.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how many GPUs a model needs, and how much memory and network, from its config alone."""
+    """Tell how many GPUs and how much memory and network a model needs.
+
+    The answer follows from the model's config alone; no weights are read.
+    """
     with plain_errors():
         slo = Slo(requests, DEFAULT.context_len if context is None else context, itl_ms, min_backbones, call_ms)
         if model == "all":
@@ -51,7 +68,10 @@ def size_model(
 
 
 def read_config(model: str) -> tuple[str, dict[str, Any]]:
-    """A model's name and its config; raises ValueError with one sentence where there is none."""
+    """Return the name and the config of `model`: a directory, a file, or part of a public model's name.
+
+    Raises ValueError with one sentence if there is no such model or its config cannot be read.
+    """
     path = Path(model)
     if path.is_dir():
         path /= "config.json"
@@ -78,7 +98,7 @@ def _dtype(name: str, config: Mapping[str, Any]) -> Dtype:
 
 
 def not_served(model_type: str, dtype: Dtype) -> Iterator[str]:
-    """What of it this version cannot serve, however many GPUs there are."""
+    """Yield a sentence for each property of a model that this version cannot serve, whatever the number of GPUs."""
     if model_type not in SERVED_TYPES:
         yield f"Note: this version serves {' and '.join(SERVED_TYPES)}; {model_type} is sized ahead of it."
     if dtype not in SERVED_DTYPES:
@@ -98,7 +118,7 @@ def _show_one(name: str, config: Mapping[str, Any], gpu: Gpu, dtype: str, slo: S
 
 
 def _show_all(configs: Mapping[str, Mapping[str, Any]], gpu: Gpu, dtype: str, slo: Slo, as_json: bool) -> None:
-    """Each model in the given dtype, or in every one where that is `auto`."""
+    """Print one line for each model in `dtype`, or in every dtype if `dtype` is `auto`."""
     rows: list[tuple[str, Dtype, Sizing | str]] = []
     for name, config in configs.items():
         for one in DTYPES if dtype == "auto" else (_dtype(dtype, config),):

@@ -1,4 +1,4 @@
-"""A `Sizing` as tables for a terminal of 80 columns. GB are 10**9 bytes, GiB 2**30."""
+"""Shows a `Sizing` as tables for a terminal of 80 columns. A GB is 10**9 bytes, a GiB is 2**30 bytes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cluster.sizing.weight_formats import Dtype
 
 MIB, MB = 2**20, 10**6
 LEGEND = (
-    "GB: checkpoint. GPUs: backbones + expert shards. Homes of an expert: on GPUs + in host memory, for which each "
-    "shard has the GiB of host. KV, state: MiB of a request. Wire: MB of a token. Gbit/s: cards of a backbone / of a "
-    "shard."
+    "GB: size of the checkpoint. GPUs: backbones + expert shards. homes: homes of an expert on GPUs + standbys in host "
+    "memory. host: GiB of each shard's host memory for standbys. KV, state: MiB of one request. wire: MB of one "
+    "token. Gbit/s: network card of a backbone / of a shard."
 )
 PART_NAMES = {
     "mixers": "attention, Mamba-2, DeltaNet",
@@ -31,7 +31,7 @@ PART_NAMES = {
 
 
 def size_tables(name: str, model: ModelSizes, made: Sizing, slo: Slo) -> Iterator[Table]:
-    """Of one model: its weights by part, then the deployment."""
+    """Yield three tables for one model: its weights by part, its deployment, and one request and one token."""
     parts = Table(title=f"{name} in {made.dtype}", box=None, padding=(0, 2, 0, 0))
     parts.add_column("weights")
     for column in ("parameters", "GB"):
@@ -57,7 +57,7 @@ def size_tables(name: str, model: ModelSizes, made: Sizing, slo: Slo) -> Iterato
 
 
 def _fleet(made: Sizing) -> Iterator[tuple[str, str, str]]:
-    """What it is, of a backbone, of a shard."""
+    """Yield rows of a quantity's name, its value for a backbone and its value for a shard."""
     yield "GPUs", str(made.backbone_gpus), str(made.expert_gpus)
     yield "requests on each", str(made.requests_per_backbone), ""
     yield "weights on each, GB", f"{made.backbone_weight_bytes / GB:.1f}", ""
@@ -87,7 +87,7 @@ def _one(made: Sizing) -> Iterator[tuple[str, str]]:
 
 
 def all_table(gpu: str, slo: Slo, rows: Iterable[tuple[str, Dtype, Sizing | str]]) -> Table:
-    """Of many models, a line each; one that cannot be sized has dashes."""
+    """Return a table with one line for each model; a model that cannot be sized has dashes."""
     table = Table(title=_title(gpu, slo), box=None, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
     table.add_column("in", no_wrap=True)

@@ -117,8 +117,8 @@ def _kernels(seen: StartObservation, goal: StartGoal, num_cached: int) -> StepRe
     num_compiled = max(0, seen.num_kernels - num_cached)
     is_done = seen.running.get("backbone", 0) >= goal.replicas["backbone"]
     if not num_cached and not is_done:
-        detail = f"compiling for the first start, {num_compiled} so far"
-        return StepReport(StartStep.KERNELS, detail, is_news=True)
+        count = f": {num_compiled} so far" if num_compiled else ""
+        return StepReport(StartStep.KERNELS, f"compiling, because this is the first start{count}", is_news=True)
     if num_compiled:
         return StepReport(StartStep.KERNELS, f"{num_compiled} compiled and kept for the next start", is_done)
     return StepReport(StartStep.KERNELS, f"{seen.num_kernels} in the cache", is_done)

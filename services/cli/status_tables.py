@@ -1,4 +1,4 @@
-"""`/status` as tables for a terminal of 80 columns."""
+"""Shows the answer of `/status` as tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -78,7 +78,13 @@ def _pools(report: Report) -> Table:
 
 def _shards(shards: list[Report]) -> Table:
     numbers = ("experts", "picks/s", "share")
-    names = ("shard", "endpoint", "device", *numbers, "state")  # its id starts with the name of its pool
+    names = (
+        "shard",
+        "endpoint",
+        "device",
+        *numbers,
+        "state",
+    )  # a shard's id starts with the name of its pool
     table = _table("Expert shards", *names, numbers=numbers, wraps=("shard",))
     total = sum(shard["picks_per_s"] for shard in shards) or 1
     for shard in shards:

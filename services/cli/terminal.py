@@ -1,4 +1,4 @@
-"""What every command shares: where it prints, how it fails, and how it asks a running server."""
+"""What every command shares: its console, its way to report errors, and its requests to a running server."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.console import Console
 
 console = Console(highlight=False, soft_wrap=True)
 DEFAULT_URL = "http://127.0.0.1:8000"
-Url = Annotated[str, typer.Option("--url", help="Where the server listens.")]
+Url = Annotated[str, typer.Option("--url", help="Address of the server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A user's mistake is one sentence on stderr and exit code 2."""
+    """Turn a user's mistake in the body into one sentence on standard error and exit code 2."""
     try:
         yield
     except ValidationError as error:
         first = error.errors()[0]
         _fail(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}")
-    except (ValueError, RuntimeError) as error:  # Serve tells of a deployment that does not start by a RuntimeError
+    except (ValueError, RuntimeError) as error:  # Ray Serve raises RuntimeError if a deployment does not start
         _fail(str(error))
 
 
@@ -34,7 +34,10 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def fetch(url: str, path: str, key: str = "", body: dict[str, Any] | None = None) -> Any:
-    """JSON from a server, asked with POST where there is a body; ValueError with one sentence where it has none."""
+    """Return the JSON that a server answers to GET, or to POST if there is a `body`.
+
+    `key` is sent as a bearer token. Raises ValueError with one sentence if no server answers or it answers an error.
+    """
     import httpx
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}

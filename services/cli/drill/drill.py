@@ -1,7 +1,7 @@
-"""Drills: steady load on a running server, once undisturbed and once with something done to it meanwhile.
+"""Runs drills: the same load on a running server twice, once undisturbed and once with a disturbance.
 
-What is done, and how it is told that all is whole again, is handed in: `benchmarks/failures.py` does worse things than
-the command line. Requests arrive at the same moments in both runs, whatever the server does.
+The caller supplies the disturbance and the question whether the server has recovered, so that `benchmarks/failures.py`
+can do worse things than the command line. Requests arrive at the same moments in both runs, whatever the server does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from services.cli.drill.load import RequestOutcome, open_loop
 from services.cli.drill.verdict import Verdict, compare
 
-POLL_S = 0.1
+POLL_S = 0.1  # seconds between two questions whether the server has recovered
 SENTENCES = (
     "The first thing to know about a lighthouse is",
     "def read_config(path):",
@@ -29,7 +29,14 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Load:
-    """Requests for `url`, `rate` a second on average, none later than `seconds` after the start."""
+    """A `Load` is a fixed sequence of requests that is sent to one URL, in an open loop.
+
+    - `url`: address to which each of `bodies` is posted
+    - `rate`: average number of requests per second
+    - `seconds`: no request is sent later than this after the start
+    - `seed`: decides the moments of arrival, so that two runs are alike
+    - `timeout_s`: seconds after which a request counts as failed
+    """
 
     url: str
     rate: float
@@ -40,11 +47,12 @@ class Load:
 
     @classmethod
     def of_sentences(cls, url: str, rate: float, seconds: float, max_tokens: int, seed: int = 0) -> Load:
-        """Greedy completions of a few words each, no two alike."""
+        """Return a load of greedy completions; each prompt has a few words and differs from all others."""
         bodies = tuple(itertools.islice(_bodies(max_tokens), max(1, round(3 * rate * seconds) + 10)))
         return cls(f"{url.rstrip('/')}/v1/completions", rate, seconds, bodies, seed)
 
     async def run(self) -> list[RequestOutcome]:
+        """Send the requests and return what became of each, in the order of sending."""
         return await open_loop(self.url, self.bodies, self.rate, self.seconds, self.seed, self.timeout_s)
 
 
@@ -56,7 +64,11 @@ def _bodies(max_tokens: int) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """`do` is done `at_s` after the start; then `is_whole` is asked again and again, for at most `timeout_s`."""
+    """A `Disturbance` does something to a server during a run, and waits until the server has recovered.
+
+    `do` is called `at_s` seconds after the start. Then `is_whole` is called until it returns True, for at most
+    `timeout_s` seconds.
+    """
 
     do: Callable[[], Awaitable[None]]
     is_whole: Callable[[], Awaitable[bool]]
@@ -64,7 +76,7 @@ class Disturbance:
     timeout_s: float = 120.0
 
     async def run(self) -> float | None:
-        """Seconds from the deed until all was whole again; None if it took too long."""
+        """Return the seconds from the disturbance to the recovery, or None if there was no recovery in time."""
         await asyncio.sleep(self.at_s)
         await self.do()
         done_at = time.monotonic()
@@ -78,10 +90,11 @@ class Disturbance:
 async def under_load(
     load: Load, disturbance: Disturbance, undisturbed: Sequence[RequestOutcome] | None = None, window_s: float = 30.0
 ) -> tuple[Verdict, float | None]:
-    """The verdict, and the seconds until all was whole again.
+    """Run a load without and with a disturbance; return the verdict and the seconds to the recovery.
 
-    `undisturbed` may come from an earlier drill with the same load. Raises ValueError where that run fails already, and
-    whatever the deed itself raises.
+    `undisturbed` may hold the outcomes of an earlier undisturbed run with the same load. The verdict compares the
+    throughput in the `window_s` seconds after the disturbance. Raises ValueError if requests fail in the undisturbed
+    run, and whatever `disturbance.do` raises.
     """
     before = await load.run() if undisturbed is None else undisturbed
     tasks = asyncio.create_task(load.run()), asyncio.create_task(disturbance.run())

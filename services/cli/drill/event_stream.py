@@ -1,7 +1,7 @@
-"""One streamed request over a connection of its own, read as cheaply as it can be.
+"""Sends one streamed request over a connection of its own, and reads the reply at the lowest cost.
 
-The client shares two cores with what it measures, so while tokens arrive it only notes the bytes and the clock; what
-they say is found out once the answer is complete. A fifth of what httpx takes: see `benchmarks.load_overhead`.
+The client shares two cores with the server that it measures. While tokens arrive, the client only notes the bytes and
+the time; it parses them when the reply is complete. The cost is a fifth of httpx's: see `benchmarks.load_overhead`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Event:
-    """One server-sent event's data, and when its last byte came (`time.perf_counter`)."""
+    """An `Event` holds the data of one server-sent event, and the `time.perf_counter` at which its last byte came."""
 
     data: bytes
     came_at: float
@@ -27,14 +27,19 @@ class Event:
 
 @dataclass(frozen=True)
 class StreamedReply:
+    """A `StreamedReply` is a complete HTTP reply that knows when each part of its body came.
+
+    Each `ends[i]` is the length of `body` that had come at `times[i]`, by `time.perf_counter`.
+    """
+
     status: int
     headers: Mapping[str, str]
     body: bytes
-    ends: tuple[int, ...]  # lengths of `body` known at each of `times`
+    ends: tuple[int, ...]
     times: tuple[float, ...]
 
     def events(self) -> Iterator[Event]:
-        """Of a text/event-stream, comments left out."""
+        """Yield the events of a text/event-stream; comments are left out."""
         start = 0
         while (end := self.body.find(b"\n\n", start)) >= 0:
             end += 2
@@ -45,7 +50,7 @@ class StreamedReply:
 
 
 class _Exchange(asyncio.Protocol):
-    """Sends one request and keeps what comes until the server closes the connection."""
+    """An `_Exchange` sends one request and keeps every piece of the reply until the server closes the connection."""
 
     def __init__(self, request: bytes) -> None:
         self.request, self.pieces = request, list[tuple[float, bytes]]()
@@ -64,14 +69,17 @@ class _Exchange(asyncio.Protocol):
 
 
 async def post(url: str, body: Mapping[str, Any], timeout_s: float) -> StreamedReply:
-    """Raises OSError where the connection fails or ends too early, TimeoutError after `timeout_s`."""
+    """Post `body` as JSON and return the complete reply.
+
+    Raises OSError if the connection fails or ends too early, and TimeoutError after `timeout_s` seconds.
+    """
     where, content = urlsplit(url), json.dumps(body).encode()
     head = f"POST {where.path} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(timeout_s):
-        place = where.hostname or "", where.port or 80
-        transport, exchange = await loop.create_connection(lambda: _Exchange(request), *place)
+        address = where.hostname or "", where.port or 80
+        transport, exchange = await loop.create_connection(lambda: _Exchange(request), *address)
         try:
             await exchange.closed
         finally:
@@ -80,12 +88,15 @@ async def post(url: str, body: Mapping[str, Any], timeout_s: float) -> StreamedR
 
 
 def parse(pieces: list[tuple[float, bytes]]) -> StreamedReply:
-    """An HTTP/1.1 answer, chunked or not. Raises ConnectionError if it is not complete."""
+    """Return the HTTP/1.1 reply in `pieces`, which are pairs of arrival time and bytes; its body may be chunked.
+
+    Raises ConnectionError if the reply is not complete.
+    """
     raw = b"".join(data for _, data in pieces)
     raw_ends = list(itertools.accumulate(len(data) for _, data in pieces))
     head, found, _ = raw.partition(b"\r\n\r\n")
     if not found:
-        raise ConnectionResetError("the connection ended before an answer")
+        raise ConnectionResetError("the connection ended before the head of the reply was complete")
     status_line, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     body = _BodyReader()
@@ -96,7 +107,7 @@ def parse(pieces: list[tuple[float, bytes]]) -> StreamedReply:
         while size := _chunk_size(raw, at):
             start = raw.index(b"\r\n", at) + 2
             if start + size > len(raw):
-                raise ConnectionResetError("the connection ended in the middle of the answer")
+                raise ConnectionResetError("the connection ended in the middle of the reply")
             body.add(raw[start : start + size], pieces[bisect_left(raw_ends, start + size)][0])
             at = start + size + 2
     return StreamedReply(
@@ -106,6 +117,8 @@ def parse(pieces: list[tuple[float, bytes]]) -> StreamedReply:
 
 @dataclass
 class _BodyReader:
+    """A `_BodyReader` collects the parts of a body, each with the time at which its last byte came."""
+
     parts: list[bytes] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -119,5 +132,5 @@ class _BodyReader:
 def _chunk_size(raw: bytes, at: int) -> int:
     end = raw.find(b"\r\n", at)
     if end < 0:
-        raise ConnectionResetError("the connection ended in the middle of the answer")
+        raise ConnectionResetError("the connection ended in the middle of the reply")
     return int(raw[at:end].partition(b";")[0], 16)

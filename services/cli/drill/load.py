@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible server, timed by their client."""
+"""Sends requests to an OpenAI-compatible server and times them in the client."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from services.cli.drill.event_stream import StreamedReply, post
 
 @dataclass(frozen=True)
 class RequestOutcome:
-    """One request as its client saw it. Times in seconds, from the start of the run; `error` is empty if it went well.
+    """A `RequestOutcome` is one request as its client saw it. Times are in seconds from the start of the run.
 
-    `event_times` are the arrivals of events that carried text, `events` what they said.
+    - `event_times`, `events`: arrival and data of each event that carried text
+    - `num_prompt`, `num_cached`, `num_generated`: tokens, as the server counts them
+    - `error`: empty if the request succeeded
+    - `cache`: what the server says about its prefix cache
     """
 
     sent_at: float
@@ -28,31 +31,36 @@ class RequestOutcome:
     num_cached: int = 0
     num_generated: int = 0
     error: str = ""
-    cache: str = ""  # what the server says of its prefix cache
+    cache: str = ""
     events: tuple[bytes, ...] = field(default=(), repr=False)
 
     @property
     def ttft_s(self) -> float:
+        """Return the seconds from sending to the first text."""
         return self.event_times[0] - self.sent_at
 
     @property
     def text(self) -> str:
-        """Of the first choice, read only when asked for: not while the clock runs."""
+        """Return the text of the first choice. The events are parsed here, because parsing would disturb the timing."""
         choices = (json.loads(event)["choices"][0] for event in self.events)
         return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 
     @property
     def gaps_s(self) -> list[float]:
+        """Return the seconds between consecutive events with text."""
         return [later - earlier for earlier, later in itertools.pairwise(self.event_times)]
 
 
 async def ask(url: str, body: dict[str, Any], origin: float, timeout_s: float = 600) -> RequestOutcome:
-    """Streams one request; never raises for what the server or the connection does. `origin`: the run's start."""
+    """Send one streamed request and return its outcome; failures of server or connection become its `error`.
+
+    `origin` is the start of the run by `time.perf_counter`.
+    """
     sent_at = time.perf_counter() - origin
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
         answer = await post(url, body, timeout_s)
-    except OSError as failure:  # a timeout is one too
+    except OSError as failure:  # TimeoutError is an OSError too
         return RequestOutcome(sent_at, time.perf_counter() - origin, error=type(failure).__name__)
     ended_at = time.perf_counter() - origin
     if answer.status != 200:
@@ -61,7 +69,10 @@ async def ask(url: str, body: dict[str, Any], origin: float, timeout_s: float = 
 
 
 def read(answer: StreamedReply, sent_at: float, ended_at: float, origin: float) -> RequestOutcome:
-    """What a stream of a completion or a chat says; only the usage and an error are parsed."""
+    """Return the outcome of a request from the reply, which streams a completion or a chat.
+
+    Only the event with the usage and an error are parsed.
+    """
     times: list[float] = []
     events: list[bytes] = []
     usage: dict[str, Any] = {}
@@ -83,7 +94,7 @@ def read(answer: StreamedReply, sent_at: float, ended_at: float, origin: float) 
 
 
 def has_text(data: bytes) -> bool:
-    """Whether a chunk of a completion or of a chat brings text, not only a role or a finish reason."""
+    """Return True if a chunk of a completion or a chat has text, not only a role or a finish reason."""
     is_empty = b'"text":""' in data or b'"delta":{}' in data or b'"content":""' in data
     return data.startswith(b"{") and not is_empty
 
@@ -91,7 +102,11 @@ def has_text(data: bytes) -> bool:
 async def open_loop(
     url: str, bodies: Iterable[dict[str, Any]], rate: float, seconds: float, seed: int, timeout_s: float = 600
 ) -> list[RequestOutcome]:
-    """Poisson arrivals, `rate` a second, until the bodies or the seconds are used up."""
+    """Send `bodies` at random moments (a Poisson process of `rate` per second), whatever the server does.
+
+    Sending ends when the bodies or the seconds are used up; requests that were sent are completed. `seed` decides the
+    moments.
+    """
     draw, origin, due = random.Random(seed), time.perf_counter(), 0.0
     running = []
     async with asyncio.TaskGroup() as tasks:

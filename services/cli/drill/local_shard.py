@@ -1,4 +1,7 @@
-"""Shards that run on this machine, to be killed in drills. A shard elsewhere is for a drill on that machine."""
+"""Finds the process of a shard on this machine, so that a drill can kill it.
+
+A shard on another machine needs a drill on that machine.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ from pathlib import Path
 
 from services.expert import shard_control
 
-LISTENING = "0A"  # in /proc/net/tcp
+LISTENING = "0A"  # the state of a listening socket in /proc/net/tcp
 
 
 async def local_pid(shard_id: str, endpoint: str) -> int:
-    """The process that serves `endpoint`, by its own word and the kernel's; ValueError where it is not on this machine.
+    """Return the id of the process that serves `endpoint`.
 
-    The word alone is not enough: through a forwarded port it would name some other process of ours.
+    The shard itself tells its process id, and the kernel must confirm that this process listens on the port. The
+    shard's answer alone is not enough: through a forwarded port it could name an unrelated process of this machine.
+    Raises ValueError if the shard is on another machine or does not answer.
     """
     host, _, port = endpoint.rpartition(":")
     if not _is_here(host):
@@ -31,7 +36,7 @@ async def local_pid(shard_id: str, endpoint: str) -> int:
 
 
 def _is_here(host: str) -> bool:
-    """Whether an address is one of this machine's: then, and only then, can it be bound."""
+    """Return True if `host` is an address of this machine, which is the case exactly if it can be bound."""
     with socket.socket() as probe:
         try:
             probe.bind((host, 0))
@@ -41,6 +46,7 @@ def _is_here(host: str) -> bool:
 
 
 def _listens(pid: int, port: int) -> bool:
+    """Return True if the process `pid` has a socket that listens on `port`, by /proc; False for others' processes."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):

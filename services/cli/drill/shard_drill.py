@@ -1,4 +1,4 @@
-"""`expertmesh drill --kill shard`: one shard of this machine dies while requests are answered."""
+"""`expertmesh drill --kill shard`: kill one shard of this machine while requests are answered."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from services.cli.drill.load import ask
 from services.cli.drill.local_shard import local_pid
 from services.cli.drill.verdict import Verdict
 
-DEGRADED = 503  # of /health/degraded
-LONGEST_GAP_S = 1.0
-MIN_AT_S, AT_SHARE = 2.0, 0.25  # of the load's seconds have passed when the shard is killed
+DEGRADED = 503  # status with which /health/degraded still answers a report
+LONGEST_GAP_S = 1.0  # seconds between two tokens of a request above which the request has stalled
+MIN_AT_S, AT_SHARE = 2.0, 0.25  # the shard is killed after this share of the load's seconds, at least after MIN_AT_S
 
 
 @dataclass(frozen=True)
 class Drilled:
-    """What came of it; `verdict` is None without load, `full_cover_s` None where cover was not full again in time."""
+    """A `Drilled` is the result of a drill.
+
+    - `shard`: id of the shard that was killed
+    - `full_cover_s`: seconds until every expert had two live homes again, or None if that took too long
+    - `verdict`: what requests noticed, or None for a drill without load
+    """
 
     shard: str
     full_cover_s: float | None
@@ -31,7 +36,7 @@ class Drilled:
 
     @property
     def is_unnoticed(self) -> bool:
-        """No request failed, stalled or changed, and every expert got its two homes back."""
+        """Return True if no request failed, stalled or changed, and every expert got its two homes back."""
         verdict = self.verdict
         is_good = verdict is None or (
             verdict.num_failed == verdict.num_different == 0 and verdict.longest_gap_s < LONGEST_GAP_S
@@ -39,10 +44,11 @@ class Drilled:
         return is_good and self.full_cover_s is not None
 
     def to_dict(self) -> dict[str, Any]:
-        told = {} if self.verdict is None else self.verdict.to_dict()
-        return {"shard": self.shard, "full_cover_s": self.full_cover_s, "is_unnoticed": self.is_unnoticed, **told}
+        verdict = {} if self.verdict is None else self.verdict.to_dict()
+        return {"shard": self.shard, "full_cover_s": self.full_cover_s, "is_unnoticed": self.is_unnoticed, **verdict}
 
     def describe(self) -> str:
+        """Return the result in sentences, one a line."""
         cover = "not within two minutes" if self.full_cover_s is None else f"after {self.full_cover_s:.1f} s"
         lines = [f"Killed {self.shard}. Full cover again {cover}."]
         if (verdict := self.verdict) is not None:
@@ -58,14 +64,17 @@ class Drilled:
 
 
 async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | None) -> Drilled:
-    """Kills the shard, or where no id is given the one with most picks; `load` is rate, seconds and tokens a request.
+    """Kill the shard `shard_id`, or the shard with the most picks if the id is empty, and return what happened.
 
-    Raises ValueError where there is no such shard on this machine, or where requests fail even undisturbed.
+    `load` holds the requests per second, the seconds of a run and the tokens of a request; None: a drill without load.
+    Raises ValueError if there is no such shard on this machine, or if requests fail even undisturbed.
     """
     url = url.rstrip("/")
     async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
         victim = _victim(await _json(client, "/status"), shard_id)
-        pid = await local_pid(victim["id"], victim["endpoint"])  # before any load: it may be on another machine
+        pid = await local_pid(
+            victim["id"], victim["endpoint"]
+        )  # before any load, because it fails for a shard elsewhere
 
         async def kill() -> None:
             os.kill(pid, signal.SIGKILL)
@@ -75,7 +84,9 @@ async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | 
             return Drilled(victim["id"], await Disturbance(kill, is_whole, 0.0).run(), None)
         rate, seconds, max_tokens = load
         steady = Load.of_sentences(url, rate, seconds, max_tokens)
-        await asyncio.gather(*(ask(steady.url, body, 0.0) for body in steady.bodies[-2:]))  # nobody's first call
+        await asyncio.gather(
+            *(ask(steady.url, body, 0.0) for body in steady.bodies[-2:])
+        )  # so that no measured request is a first call
         at_s = max(MIN_AT_S, AT_SHARE * seconds)
         verdict, whole_s = await under_load(steady, Disturbance(kill, is_whole, at_s))
         return Drilled(victim["id"], whole_s, verdict)
@@ -94,11 +105,11 @@ def _victim(status: dict[str, Any], shard_id: str) -> dict[str, Any]:
 
 def _watch(client: httpx.AsyncClient, shard_id: str) -> Callable[[], Awaitable[bool]]:
     async def is_whole() -> bool:
-        """Whether the placement does without the shard, and every expert has two live homes all the same."""
+        """Return True if the placement does without the shard and still has two live homes for every expert."""
         try:
             report = await _json(client, "/health/degraded")
         except ValueError:
-            return False  # a server that does not answer is not whole
+            return False  # a server that does not answer has not recovered
         return report["status"] == "covered" and shard_id not in report["blast_radius"]
 
     return is_whole

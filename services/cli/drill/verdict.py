@@ -1,4 +1,4 @@
-"""What a disturbance cost: a disturbed run against an undisturbed one of the same requests, one by one."""
+"""Tells what a disturbance cost: `compare` sets a disturbed run against an undisturbed run of the same requests."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from services.cli.drill.load import RequestOutcome
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of a run that was disturbed. Times in seconds.
+    """A `Verdict` says how a disturbed run differs from the undisturbed run. Times are in seconds.
 
-    `num_different` counts requests that were answered with another text or another number of tokens than undisturbed;
-    `longest_gap_s` is between two pieces of one answer, and `undisturbed_gap_s` the same of the other run. `dip` is the
-    part of the undisturbed run's tokens that is missing in the `window_s` after the disturbance; below 0 there were
-    more.
+    - `errors`: number of failed requests by kind of error
+    - `num_different`: requests that got another text or another number of tokens than in the undisturbed run
+    - `longest_gap_s`, `undisturbed_gap_s`: longest time between two pieces of one answer, in either run
+    - `longest_ttft_s`: longest time to the first token in the disturbed run
+    - `tokens_per_s`, `undisturbed_tokens_per_s`: throughput of either run in the `window_s` after the disturbance
     """
 
     num_requests: int
@@ -33,6 +34,7 @@ class Verdict:
 
     @property
     def dip(self) -> float:
+        """Return the missing share of the undisturbed throughput; it is below 0 if the disturbed run was faster."""
         usual = self.undisturbed_tokens_per_s
         return 1.0 - self.tokens_per_s / usual if usual else 0.0
 
@@ -43,7 +45,11 @@ class Verdict:
 def compare(
     undisturbed: Sequence[RequestOutcome], disturbed: Sequence[RequestOutcome], disturbed_at: float, window_s: float
 ) -> Verdict:
-    """Both runs sent the same requests in the same order; ValueError if the undisturbed one failed itself."""
+    """Compare two runs that sent the same requests in the same order.
+
+    The throughput counts in the `window_s` seconds from `disturbed_at`, which is in seconds from the start of the run.
+    Raises ValueError if the runs sent different numbers of requests, or if a request of the undisturbed run failed.
+    """
     if len(undisturbed) != len(disturbed):
         raise ValueError(f"The runs cannot be compared: {len(undisturbed)} requests were sent, then {len(disturbed)}.")
     if failed := [outcome.error for outcome in undisturbed if outcome.error]:
@@ -70,12 +76,12 @@ def _said(outcome: RequestOutcome) -> tuple[str, int]:
 
 
 def longest_gap(outcomes: Sequence[RequestOutcome]) -> float:
-    """Between two pieces of one answer; of answers that broke off too."""
+    """Return the longest time in seconds between two pieces of one answer, whether or not the answer was completed."""
     return max((gap for outcome in outcomes for gap in outcome.gaps_s), default=0.0)
 
 
 def num_tokens(outcomes: Sequence[RequestOutcome], start: float, end: float) -> float:
-    """That came between two moments, each answer's shared out evenly over its pieces."""
+    """Return the tokens that came from `start` to `end`; the tokens of an answer count evenly over its pieces."""
     return sum(
         outcome.num_generated / len(outcome.event_times) * sum(start <= at < end for at in outcome.event_times)
         for outcome in outcomes

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -76,11 +78,22 @@ def test_help_lists_the_commands() -> None:
         assert f"\n  {command} " in answer.output
 
 
+def test_summaries_of_commands_are_complete_sentences() -> None:
+    answer = CliRunner().invoke(main.app, ["--help"], env={"COLUMNS": "80"})
+    assert not [line for line in answer.output.splitlines()[1:] if line.rstrip().endswith(("...", "…"))]
+    entries = re.split(r"\n  (?=[a-z])", answer.output.partition("\nCommands:")[2])[1:]
+    assert [entry.split()[0] for entry in entries] == list(COMMANDS)
+    assert [entry for entry in entries if not entry.rstrip().endswith(".")] == []
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
-    answer = CliRunner().invoke(main.app, [command, "--help"])
+    answer = CliRunner().invoke(main.app, [command, "--help"], env={"COLUMNS": "80"})
     assert answer.exit_code == 0
     assert main.app.registered_commands
+    assert not [line for line in answer.output.splitlines()[1:] if line.rstrip().endswith(("...", "…"))]
+    for parameter in typer.main.get_command(main.app).commands[command].params:  # type: ignore[attr-defined]
+        assert parameter.help.endswith("."), parameter.name
 
 
 @pytest.mark.parametrize(
