@@ -1,6 +1,7 @@
-"""A Hugging Face model directory: `config.json` and safetensors, one file or an index of many, memory-mapped.
+"""A `Checkpoint` reads a Hugging Face model directory: `config.json` and the weights in safetensors files.
 
-Only the tensors that are asked for are read. A tensor that is missing is a ValueError with its name.
+The weights are one file, or many files with an index. The files are memory-mapped, and only the requested tensors are
+read. A missing tensor raises ValueError with the tensor's name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; transformers writes infinities as {"__float__": "Infinity"}."""
+    """Read a JSON object from `path`; {"__float__": "Infinity"}, as transformers writes it, becomes a float.
+
+    Raises ValueError if the file is missing, is not valid JSON or holds no object.
+    """
 
     def as_float(value: dict[str, Any]) -> Any:
         return float(value["__float__"]) if value.keys() == {"__float__"} else value
@@ -36,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """The tensors of a model directory, by name."""
+    """A `Checkpoint` gives the config and, by name, the tensors of a model directory."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -56,7 +60,7 @@ class Checkpoint:
 
     @cached_property
     def _files(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+        """Return the name of the file that holds each tensor, by tensor name."""
         if (self.path / INDEX).exists():
             files = read_json(self.path / INDEX).get("weight_map")
             if not isinstance(files, dict):
@@ -68,7 +72,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """Tells one checkpoint from another: the config, and the weights' file names and sizes."""
+        """Return a digest of the config and of the weight files' names and sizes, which identifies the checkpoint."""
         files = sorted((path.name, path.stat().st_size) for path in self.path.glob("*.safetensors"))
         return hashlib.sha256((json.dumps(self.config, sort_keys=True) + str(files)).encode()).hexdigest()[:16]
 
@@ -91,17 +95,20 @@ class Checkpoint:
         return self._open[file_name]
 
     def _check_size(self, file_name: str) -> None:
-        """Reading a mapped file behind its end would kill the process."""
+        """Raise ValueError if the file's size has changed; reading a mapped file behind its end kills the process."""
         try:
             size = (self.path / file_name).stat().st_size
         except OSError as error:
-            raise ValueError(f"{self.path / file_name} cannot be read any more: {error}") from None
+            raise ValueError(f"{self.path / file_name} can no longer be read: {error}") from None
         if size != self._sizes[file_name]:
-            numbers = f"{size} bytes long, but {self._sizes[file_name]} when it was opened"
-            raise ValueError(f"{self.path / file_name} is {numbers}; it must not change while it is served")
+            sizes = f"now has {size} bytes, but had {self._sizes[file_name]} when it was opened"
+            raise ValueError(f"{self.path / file_name} {sizes}; a weight file must not change while it is served")
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The tensor called `name`, as stored; its shape is checked if one is given."""
+        """Read the tensor called `name` as stored and check its shape if `shape` is given.
+
+        Raises ValueError if the tensor is missing or has another shape, or if its file is damaged or has changed.
+        """
         if name not in self._files:
             raise ValueError(f"the checkpoint {self.path} has no tensor {name}")
         file = self._file(self._files[name])

@@ -1,4 +1,4 @@
-"""A model family seen from outside: what the engine, the shards and the planner need, whichever model it is."""
+"""A `ModelFamily` gives the engine, the shards and the planner all that they need from a model of any family."""
 
 from __future__ import annotations
 
@@ -18,36 +18,40 @@ FAMILIES: dict[str, ModuleType] = {"nemotron_h": nemotron_h}
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A checkpoint and the module that understands it."""
+    """A `ModelFamily` joins a checkpoint with the module that can read it and run it."""
 
     checkpoint: Checkpoint
     config: nemotron_h.NemotronHConfig
 
     @property
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
-        """One per MoE layer that the checkpoint can fill, the MTP module's included."""
+        """Return the shape of each MoE layer for which the checkpoint has weights, the MTP module's layer included."""
         return nemotron_h.served_expert_shapes(self.checkpoint, self.config)
 
     @property
     def has_mtp(self) -> bool:
+        """Return True if the config asks for an MTP module and the checkpoint has its weights."""
         return nemotron_h.has_mtp(self.checkpoint, self.config)
 
     def check(self) -> None:
-        """Raises ValueError naming the first tensor that is missing, unknown or misshapen. Reads no weights."""
+        """Check names and shapes of all tensors without reading weights.
+
+        Raises ValueError that names the first tensor that is missing, unknown or has the wrong shape.
+        """
         nemotron_h.check(self.checkpoint, self.config)
 
     def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """One routed expert, as stored: {"up": (M, L), "down": (L, M)}."""
+        """Read one routed expert as stored: {"up": (M, L), "down": (L, M)}."""
         return nemotron_h.load_expert(self.checkpoint, self.config, layer, expert)
 
     def load_backbone(
         self, experts: Experts, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> nemotron_h.NemotronH:
-        """The model without its routed experts, which `experts` runs."""
+        """Load the model without its routed experts; the model calls `experts` to run them."""
         return nemotron_h.load_backbone(self.checkpoint, self.config, experts, dtype, device)
 
     def load_local_experts(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> LocalExperts:
-        """Every routed expert, in this process."""
+        """Load every routed expert into this process."""
         banks = {}
         for shape in self.expert_shapes:
             bank = banks[shape.layer] = ExpertBank(shape, dtype, device)
@@ -57,7 +61,10 @@ class ModelFamily:
 
 
 def load_family(path: str | Path) -> ModelFamily:
-    """Opens a Hugging Face model directory. Raises ValueError if it is not one, or not of a family that is served."""
+    """Open a Hugging Face model directory.
+
+    Raises ValueError if `path` is no model directory, or if no module can serve its `model_type`.
+    """
     checkpoint = Checkpoint(path)
     model_type = checkpoint.config.get("model_type")
     if model_type not in FAMILIES:

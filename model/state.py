@@ -1,6 +1,6 @@
-"""What one step computes (`Batch`) and what a request leaves behind between steps (`State`).
+"""A `Batch` says what one step computes; a `State` keeps the tensors that requests need from one step to the next.
 
-Legend: T tokens of the step, R requests, B pages, S slots.
+Legend: T tokens of the step, R requests, B pages, S state slots, W pages of the longest block table.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK_SIZE = 16  # tokens a page
+BLOCK_SIZE = 16  # tokens per page
 
 
 @dataclass(frozen=True)
 class SubBatch:
-    """Some requests of a batch: their places among the requests, their rows, and their lengths."""
+    """A `SubBatch` selects some of a batch's requests, so that a kernel can treat them apart from the others."""
 
-    requests: Tensor
-    rows: Tensor
+    requests: Tensor  # index of each selected request in the batch
+    rows: Tensor  # rows of the selected requests' tokens in the batch
     lens: tuple[int, ...]
     context_lens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class BatchArrays:
-    """A `Batch` as numpy arrays (R,) and block tables (R, longest)."""
+    """A `BatchArrays` holds the numbers of a `Batch` as numpy arrays for compiled kernels."""
 
     starts_R: NDArray[np.int64]
     lens_R: NDArray[np.int64]
     contexts_R: NDArray[np.int64]
     slots_R: NDArray[np.int64]
     is_new_R: NDArray[np.bool_]
-    keeps_R: NDArray[np.bool_]  # whether the request's recurrent state moves on: not while its last tokens are guesses
+    keeps_R: NDArray[np.bool_]  # False: the request's last tokens are drafts, so its recurrent state stays as it was
     first_keys_R: NDArray[np.int64]
     tables_RW: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one step, packed request after request without padding.
+    """A `Batch` holds the tokens of one step, packed request after request without padding.
 
-    `token_ids_T` is int64; every tuple has R entries. Request r computes tokens
-    `context_lens[r] .. context_lens[r] + lens[r]`, keeps recurrent state in `slots[r]` and KV in `block_tables[r]`.
+    `token_ids_T` is int64; every tuple has R entries. Request r computes its tokens at positions
+    `context_lens[r] .. context_lens[r] + lens[r]`, keeps recurrent state in the state slot `slots[r]` and KV in the
+    pages `block_tables[r]`.
     """
 
     token_ids_T: Tensor
@@ -57,8 +58,8 @@ class Batch:
     slots: tuple[int, ...]
     block_tables: tuple[tuple[int, ...], ...]
     block_size: int = BLOCK_SIZE
-    num_drafts: tuple[int, ...] = ()  # of each request, how many of its last tokens are guesses; () stands for none
-    first_keys: tuple[int, ...] = ()  # of each request, the first position that attention sees; () stands for 0
+    num_drafts: tuple[int, ...] = ()  # how many of each request's last tokens are drafts; () stands for no drafts
+    first_keys: tuple[int, ...] = ()  # first position of each request that attention sees; () stands for position 0
 
     def __post_init__(self) -> None:
         assert sum(self.lens) == self.token_ids_T.numel()
@@ -74,7 +75,7 @@ class Batch:
 
     @cached_property
     def arrays(self) -> BatchArrays:
-        """The same numbers for the CPU's kernels."""
+        """Return the batch's numbers as numpy arrays for the CPU kernels."""
         num_requests = len(self.lens)
         tables_RW = np.zeros((num_requests, max(map(len, self.block_tables))), np.int64)
         for row, table in zip(tables_RW, self.block_tables, strict=True):
@@ -93,7 +94,7 @@ class Batch:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Row at which each request's tokens start: R entries."""
+        """Return the row at which each request's tokens start: R entries."""
         return (0, *accumulate(self.lens))[:-1]
 
     @cached_property
@@ -102,20 +103,22 @@ class Batch:
 
     @cached_property
     def is_new_R(self) -> Tensor:
-        """Requests that start from zeros: bool, (R,)."""
+        """Return True for each request whose recurrent state starts from zeros: bool (R,)."""
         return torch.tensor([c == 0 for c in self.context_lens], device=self.token_ids_T.device)
 
     @cached_property
     def last_rows(self) -> tuple[int, ...]:
-        """Row of each request's last token: R entries."""
+        """Return the row of each request's last token: R entries."""
         return tuple(start + length - 1 for start, length in zip(self.starts, self.lens, strict=True))
 
     @cached_property
     def single_token_requests(self) -> SubBatch | None:
+        """Return the requests that compute one token in this step, or None if there are none."""
         return self._sub_batch([r for r, length in enumerate(self.lens) if length == 1])
 
     @cached_property
     def multi_token_requests(self) -> SubBatch | None:
+        """Return the requests that compute several tokens in this step, or None if there are none."""
         return self._sub_batch([r for r, length in enumerate(self.lens) if length > 1])
 
     def _sub_batch(self, requests: list[int]) -> SubBatch | None:
@@ -132,7 +135,10 @@ class Batch:
 
     @cached_property
     def kv_indices(self) -> tuple[Tensor, ...]:
-        """Places of each request's tokens, this step's included, in a layer's pages: R tensors (context_len + len,)."""
+        """Return where each request's keys and values lie in a layer's pages: R tensors (context_len + len,).
+
+        The new tokens of this step are included. An index is page · block_size + offset.
+        """
         offsets = torch.arange(self.block_size, device=self.token_ids_T.device)
         kv_indices = []
         for table, context_len, length in zip(self.block_tables, self.context_lens, self.lens, strict=True):
@@ -143,13 +149,13 @@ class Batch:
 
     @cached_property
     def new_kv_indices_T(self) -> Tensor:
-        """Place of each row of this step in a layer's pages, as block·block_size + offset: int64, (T,)."""
+        """Return where the keys and values of this step's rows go in a layer's pages: int64 (T,)."""
         return torch.cat([kv_indices[-length:] for kv_indices, length in zip(self.kv_indices, self.lens, strict=True)])
 
 
 @dataclass(frozen=True)
 class PagedSpec:
-    """State of an attention layer: `shape` values per token, in the model's dtype."""
+    """A `PagedSpec` describes an attention layer's state: values of `shape` per token, in the model's dtype."""
 
     layer: int
     shape: tuple[int, ...]
@@ -157,7 +163,10 @@ class PagedSpec:
 
 @dataclass(frozen=True)
 class RecurrentSpec:
-    """State of a recurrent layer: one tensor of each shape per request; `None` stands for the model's dtype."""
+    """A `RecurrentSpec` describes a recurrent layer's state: one tensor of each shape per request.
+
+    A dtype of None stands for the model's dtype.
+    """
 
     layer: int
     shapes: tuple[tuple[int, ...], ...]
@@ -170,7 +179,7 @@ def _numel(shape: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """State that a model family keeps per layer; the engine plans memory from it before anything is allocated."""
+    """A `StateSpec` describes the state of all layers, so that the engine can plan memory before it allocates any."""
 
     paged: tuple[PagedSpec, ...]
     recurrent: tuple[RecurrentSpec, ...]
@@ -187,18 +196,21 @@ class StateSpec:
         )
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Pages that `num_tokens` tokens of one request take."""
+        """Return how many pages `num_tokens` tokens of one request take."""
         return -(-num_tokens // self.block_size)
 
 
 class State:
-    """The tensors behind a `StateSpec`, allocated once: pages (B·block_size, *shape) and slots (S, *shape)."""
+    """A `State` holds the tensors that a `StateSpec` describes: pages (B·block_size, *shape) and slots (S, *shape).
+
+    All tensors are allocated once, when the `State` is made.
+    """
 
     def __init__(
         self, spec: StateSpec, num_slots: int, num_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.spec, self.num_slots, self.num_blocks = spec, num_slots, num_blocks
-        self.uncommitted: dict[int, Any] = {}  # by recurrent layer: what `commit` needs of a step that held guesses
+        self.uncommitted: dict[int, Any] = {}  # recurrent layer -> inputs of a step with drafts, until `commit`
         self.pages = {
             p.layer: torch.zeros(num_blocks * spec.block_size, *p.shape, dtype=dtype, device=device) for p in spec.paged
         }
@@ -211,14 +223,14 @@ class State:
         }
 
     def read(self, layer: int, batch: Batch) -> tuple[Tensor, ...]:
-        """The recurrent state of the batch's requests, zeros for those that start: tensors (R, *shape)."""
+        """Return the recurrent state of the batch's requests, zeros for new requests: tensors (R, *shape)."""
         return tuple(
             slots[batch.slots_R].masked_fill_(batch.is_new_R.view(-1, *[1] * (slots.dim() - 1)), 0)
             for slots in self.slots[layer]
         )
 
     def write(self, layer: int, batch: Batch, values: Sequence[Tensor]) -> None:
-        """Writes the state (R, *shape) of the batch's requests, but for those whose last tokens are guesses."""
+        """Write the recurrent state (R, *shape) of the batch's requests, except requests with drafts."""
         for slots, value in zip(self.slots[layer], values, strict=True):
             if batch.has_drafts:
                 keeps = [r for r, count in enumerate(batch.num_drafts) if not count]
@@ -227,13 +239,13 @@ class State:
                 slots[batch.slots_R] = value.to(slots.dtype)
 
     def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies the recurrent state of whole slots, (from, to), one pair after the other."""
+        """Copy the recurrent state of whole slots, one (source, target) pair after the other."""
         for source, target in pairs:
             for slots in (tensor for tensors in self.slots.values() for tensor in tensors):
                 slots[target] = slots[source]
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies whole pages of every attention layer, (from, to), one pair after the other."""
+        """Copy whole pages of every attention layer, one (source, target) pair after the other."""
         size = self.spec.block_size
         for source, target in pairs:
             for pages in self.pages.values():

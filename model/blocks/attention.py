@@ -1,4 +1,4 @@
-"""Grouped-query attention over paged KV, causal, without position encoding (Nemotron's attention layers carry none).
+"""`Attention` is causal grouped-query attention over paged KV, without position encoding (Nemotron uses none).
 
 Legend: T tokens of the step, L tokens of one request so far, H query heads, J KV heads, D head dim.
 """
@@ -23,7 +23,7 @@ from model.state import Batch, PagedSpec, State
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes of one attention layer."""
+    """An `AttentionShape` holds the sizes of one attention layer."""
 
     hidden_size: int
     num_heads: int  # H
@@ -31,14 +31,14 @@ class AttentionShape:
     head_dim: int  # D
 
     def state_spec(self, layer: int) -> PagedSpec:
-        """Keys and values of a token: (2, J, D)."""
+        """Return the spec of the layer's state: the keys and values of a token, (2, J, D)."""
         return PagedSpec(layer, (2, self.num_kv_heads, self.head_dim))
 
 
 def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
-    """Softmax attention of a request's last T tokens over all its L tokens: -> (T, H, D).
+    """Compute softmax attention of a request's last T tokens over all its L tokens: (T, H, D).
 
-    Where there are more queries than keys, the first ones come before every key: they see nothing and give zeros.
+    If there are more queries than keys, the first queries come before every key: they see nothing and give zeros.
     """
     if (num_blind := q_THD.shape[0] - k_LJD.shape[0]) > 0:
         seen_THD = causal_attention(q_THD[num_blind:], k_LJD, v_LJD) if len(k_LJD) else q_THD[:0]
@@ -59,7 +59,7 @@ def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """An attention layer: (T, hidden) -> (T, hidden), appending to the requests' KV pages."""
+    """An `Attention` layer maps (T, hidden) -> (T, hidden) and appends keys and values to the requests' KV pages."""
 
     def __init__(self, shape: AttentionShape, layer: int, bias: bool = False) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias)
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Lays the three input projections out as one for the CPU's kernels, the layer's norm before them."""
+        """Prepare the CPU kernels: join the three input projections into one, with the layer's norm before them."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         self.packed = pack(torch.cat([part.take_weight() for part in parts]))
         bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.input_params = (*norm.kernel_params, self.packed.panels, as_array(bias))
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., hidden) -> q (..., H, D), k and v (..., J, D)."""
+        """Project (..., hidden) to q (..., H, D) and to k and v (..., J, D)."""
         by_head = (-1, self.shape.head_dim)
         return tuple(p(h).unflatten(-1, by_head) for p in (self.q_proj, self.k_proj, self.v_proj))
 
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         return out
 
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
-        """x += attention(norm(x)), by the CPU's kernels."""
+        """Compute x += attention(norm(x)) in place with the CPU kernels."""
         num_threads, x = torch.get_num_threads(), x_TD.numpy()
         control = THREAD_POOL.ready(num_threads)
         qkv_TX = cpu_layers.project(control, num_threads, x, *self.input_params)

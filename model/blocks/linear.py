@@ -1,8 +1,9 @@
-"""Matrix products whose rows do not depend on their company.
+"""Batch-invariant matrix products give each row the same bits whatever other rows are in the product.
 
-A library picks its kernel by the number of rows, and two kernels may add the same products in another order. So the
-rows of one product can change in their last bits when other rows join. Rows padded to a multiple of `multiple` and cut
-into blocks of at most `max_rows` rows always meet the same kernel; which numbers do that here is measured, not known.
+A library chooses its kernel by the number of rows, and two kernels may add the same products in a different order. So a
+row's result can change in its last bits when other rows join the product. If the rows are padded to a multiple of some
+number and cut into blocks of limited size, the library always uses the same kernel. Which two numbers achieve that on
+this machine is measured (`find_row_blocking`), because libraries do not document it.
 
 Legend: N rows, I inputs, O outputs.
 """
@@ -26,17 +27,21 @@ MAX_ROWS = (256, 128, 64, 32)
 
 @dataclass(frozen=True)
 class RowBlocking:
-    """Row counts at which a product's rows are independent: multiples of `multiple`, at most `max_rows` at once."""
+    """A `RowBlocking` says which row counts make a product batch-invariant: multiples of a number, up to a maximum."""
 
     multiple: int
     max_rows: int
 
     def padded(self, num_rows: int) -> int:
+        """Return `num_rows` rounded up to a multiple of `multiple`."""
         return -(-num_rows // self.multiple) * self.multiple
 
 
 def is_batch_invariant(weight_OI: Tensor, blocking: RowBlocking) -> bool:
-    """Whether every row count of `blocking`, and every place in it, gives the rows of the full block, bit for bit."""
+    """Return True if every row count that `blocking` allows gives the same bits as a full block.
+
+    Each count is tried with the first and, in reverse order, with the last rows of the full block.
+    """
     generator = torch.Generator().manual_seed(0)
     x_NI = torch.randn(blocking.max_rows, weight_OI.shape[1], generator=generator).to(weight_OI)
     full_NO = F.linear(x_NI, weight_OI)
@@ -51,9 +56,10 @@ def is_batch_invariant(weight_OI: Tensor, blocking: RowBlocking) -> bool:
 def find_row_blocking(
     num_inputs: int, num_outputs: int, dtype: torch.dtype, device: str, num_threads: int
 ) -> RowBlocking:
-    """The cheapest blocking that holds for products of this shape here, found by trying (milliseconds to half a second).
+    """Find the cheapest batch-invariant blocking for products of this shape by trying; takes up to half a second.
 
-    Raises RuntimeError if none does. `num_threads` is in the key because kernels are chosen by it too.
+    Raises RuntimeError if no blocking is batch-invariant. `num_threads` is a parameter, and so part of the cache's key,
+    because libraries also choose kernels by the number of threads.
     """
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(num_outputs, num_inputs, generator=generator).to(device, dtype)
@@ -62,24 +68,25 @@ def find_row_blocking(
             if is_batch_invariant(weight, blocking := RowBlocking(multiple, max_rows)):
                 return blocking
     raise RuntimeError(
-        f"no row count from {MULTIPLES} makes {dtype} products of {num_inputs}x{num_outputs} on {device} independent of "
-        f"their company, so the same tokens under any placement cannot be promised here"
+        f"no multiple of rows among {MULTIPLES} makes {dtype} products of {num_inputs}x{num_outputs} on {device} "
+        f"batch-invariant, so tokens could depend on the placement; use another device, dtype or number of threads"
     )
 
 
 def row_blocking(weight_OI: Tensor) -> RowBlocking:
+    """Return the row blocking for products with `weight_OI` on its device and with PyTorch's number of threads."""
     outputs, inputs = weight_OI.shape
     return find_row_blocking(inputs, outputs, weight_OI.dtype, str(weight_OI.device), torch.get_num_threads())
 
 
 def as_array(parameter: Tensor | None) -> NDArray[np.float32]:
-    """A vector for compiled code, in fp32; nothing as one of length 0."""
+    """Return a vector in fp32 for compiled code, where an array of length 0 stands for None."""
     array: NDArray[np.float32] = np.zeros(0, np.float32) if parameter is None else parameter.detach().float().numpy()
     return array
 
 
 class Linear(nn.Module):
-    """A linear layer, weight (O, I) as in the checkpoint, uninitialised until it is loaded."""
+    """A `Linear` is a linear layer with its weight (O, I) as in the checkpoint, uninitialised until loaded."""
 
     weight: nn.Parameter | None
     packed: Packed | None = None
@@ -97,15 +104,15 @@ class Linear(nn.Module):
         return self.bias.detach().float()
 
     def take_weight(self) -> Tensor:
-        """The loaded weight, which somebody else holds from now on."""
+        """Hand the loaded weight over to the caller, so that this layer no longer keeps it in memory."""
         assert self.weight is not None
         weight, self.weight = self.weight, None
         return weight.detach()
 
     def pack(self) -> None:
-        """Lays the weight out for the CPU's kernels and lets go of the original; from then on fp32 in and out."""
+        """Lay the weight out for the CPU kernels and free the original; inputs and outputs are fp32 from then on."""
         if self.weight is None:
-            return  # part of a larger one
+            return  # another layer has taken the weight and packs it as a part of a larger one
         self.packed = pack(self.take_weight())
         self.bias = None if self.bias is None else nn.Parameter(self.take_bias(), requires_grad=False)
         self.kernel_params = (self.packed.panels, as_array(self.bias))

@@ -1,9 +1,12 @@
-"""The Mamba-2 mixer: a causal convolution, then a selective state space with one scalar decay per head.
+"""`Mamba2Mixer` is a causal convolution, followed by a selective state space with one scalar decay per head.
 
-What surprises: the projection's order is gate | x | B | C | Δ, the convolution runs over x|B|C together, Δ, A and the
-state are fp32 whatever the model's dtype, and padding with Δ = 0 is harmless (decay 1, input 0). Requests of different
-lengths are cut into chunks that end at absolute multiples of the chunk length, so a token's arithmetic does not depend
-on how its prompt was split into steps, as long as the splits lie on those multiples.
+What surprises:
+
+- The input projection's order is gate | x | B | C | Δ, and the convolution runs over x|B|C together.
+- Δ, A and the state are fp32 whatever the model's dtype.
+- Padding with Δ = 0 is harmless, because the decay is then 1 and the input 0.
+- Requests of different lengths are cut into chunks that end at absolute multiples of the chunk length. So a token's
+  arithmetic does not depend on how its prompt was split into steps, as long as the splits lie on these multiples.
 
 Legend: T tokens, R requests, P chunks, Q chunk length, H heads, D head dim, G groups, N state dim, C conv channels,
 K taps.
@@ -36,7 +39,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class MambaShape:
-    """Sizes of one Mamba-2 mixer."""
+    """A `MambaShape` holds the sizes of one Mamba-2 mixer."""
 
     hidden_size: int
     num_heads: int  # H
@@ -56,25 +59,26 @@ class MambaShape:
         return self.inner_dim + 2 * self.num_groups * self.state_dim  # C
 
     def state_spec(self, layer: int) -> RecurrentSpec:
-        """The last K-1 columns before the convolution, in the model's dtype, and the SSM state, in fp32."""
+        """Return the spec of the layer's state: the convolution's last K-1 inputs, and the SSM state in fp32."""
         shapes = ((self.conv_kernel - 1, self.conv_dim), (self.num_heads, self.head_dim, self.state_dim))
         return RecurrentSpec(layer, shapes, (None, torch.float32))
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Requests cut at absolute multiples of the chunk length.
+    """A `Chunks` says how the packed requests of a step are cut at absolute multiples of the chunk length.
 
-    `rows_PQ` are rows of the packed batch, T where there is padding; `chain[c]` holds the chunks that come c-th in
-    their request and those requests, so that the state passes on in max(c) steps for all requests at once.
+    The scan passes the state from chunk to chunk for all requests at once: step c treats the c-th chunk of every
+    request that has so many.
     """
 
-    rows_PQ: Tensor
-    chain: tuple[tuple[Tensor, Tensor], ...]
+    rows_PQ: Tensor  # the packed batch's rows in each chunk; T stands for padding
+    chain: tuple[tuple[Tensor, Tensor], ...]  # chain[c]: the chunks that come c-th in their request, and those requests
 
 
 @lru_cache(maxsize=8)
 def split_into_chunks(lens: tuple[int, ...], context_lens: tuple[int, ...], chunk_size: int) -> Chunks:
+    """Cut packed requests with `lens` new tokens after `context_lens` earlier ones into chunks of `chunk_size`."""
     total, start = sum(lens), 0
     rows: list[list[int]] = []
     chain: list[tuple[list[int], list[int]]] = []
@@ -102,13 +106,17 @@ def ssd_scan(
     state_RHDN: Tensor,
     chain: tuple[tuple[Tensor, Tensor], ...],
 ) -> tuple[Tensor, Tensor]:
-    """The chunked selective scan in fp32: y (P, Q, H, D) without the skip term, and the final state (R, H, D, N)."""
+    """Run the chunked selective scan in fp32.
+
+    Returns y (P, Q, H, D) without the skip term and the final state (R, H, D, N). The quoted comments name the steps of
+    the paper's algorithm.
+    """
     per_group = x_PQHD.shape[2] // b_PQGN.shape[2]
     log_decay_PHQ = (delta_PQH * a_H).transpose(1, 2).cumsum(-1)
     # 1. "Compute the output for each intra-chunk (diagonal blocks)": (C Bᵀ ∘ L) (Δ x)
     mask_QQ = torch.ones(x_PQHD.shape[1], x_PQHD.shape[1], dtype=torch.bool, device=x_PQHD.device).tril()
     decay_PHQQ = (log_decay_PHQ[..., :, None] - log_decay_PHQ[..., None, :]).masked_fill(~mask_QQ, -torch.inf).exp()
-    # Contiguous operands, because the BLAS call, and with it the last bits, would else depend on the number of chunks.
+    # Operands are made contiguous; otherwise the BLAS call, and so the last bits, would depend on the number of chunks.
     scores_PGQQ = c_PQGN.transpose(1, 2).contiguous() @ b_PQGN.permute(0, 2, 3, 1).contiguous()
     input_PHQD = (x_PQHD * delta_PQH[..., None]).transpose(1, 2)
     y_PHQD = (scores_PGQQ.repeat_interleave(per_group, 1) * decay_PHQQ) @ input_PHQD
@@ -135,7 +143,10 @@ def ssd_scan(
 def ssd_step(
     x_RHD: Tensor, delta_RH: Tensor, a_H: Tensor, b_RGN: Tensor, c_RGN: Tensor, state_RHDN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: S ← exp(ΔA)·S + Δ x ⊗ B, y = S·C. Returns y (R, H, D) and the state (R, H, D, N)."""
+    """Advance the recurrence by one token per request: S ← exp(ΔA)·S + Δ x ⊗ B, y = S·C.
+
+    Returns y (R, H, D) without the skip term and the new state (R, H, D, N).
+    """
     per_group = x_RHD.shape[1] // b_RGN.shape[1]
     b_RHN, c_RHN = b_RGN.repeat_interleave(per_group, 1), c_RGN.repeat_interleave(per_group, 1)
     decay_RH = (delta_RH * a_H).exp()
@@ -146,11 +157,14 @@ def ssd_step(
 def causal_conv(
     xbc_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, window_RKC: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution and SiLU over packed requests: (T, C), state (R, K-1, C) -> (T, C), new state."""
+    """Apply the depthwise causal convolution and SiLU to packed requests.
+
+    Takes inputs (T, C) and each request's last K-1 inputs (R, K-1, C). Returns outputs (T, C) and the new last inputs.
+    """
     num_past = window_RKC.shape[1]
     parts: list[Tensor] = []
-    for window, own in zip(window_RKC.unbind(), xbc_TC.split(list(batch.lens)), strict=True):
-        parts += [window, own]
+    for window, new in zip(window_RKC.unbind(), xbc_TC.split(list(batch.lens)), strict=True):
+        parts += [window, new]
     padded = torch.cat(parts)
     lens = torch.tensor(batch.lens, device=xbc_TC.device)
     shift_T = (torch.arange(len(batch.lens), device=xbc_TC.device) * num_past).repeat_interleave(lens)
@@ -172,7 +186,7 @@ def packed_scan(
     sub_batch: SubBatch,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` over requests packed one after another: y (T, H, D) and the final state (R, H, D, N)."""
+    """Run `ssd_scan` over requests packed one after another: y (T, H, D) and the final state (R, H, D, N)."""
     chunks = split_into_chunks(sub_batch.lens, sub_batch.context_lens, chunk_size)
     rows = chunks.rows_PQ.to(x_THD.device)
     chain = tuple((p.to(x_THD.device), r.to(x_THD.device)) for p, r in chunks.chain)
@@ -188,7 +202,7 @@ def packed_scan(
 
 
 class ConvWeights(nn.Module):
-    """The convolution's parameters under their names in the checkpoint: weight (C, 1, K), bias (C,)."""
+    """`ConvWeights` holds the convolution's parameters under the checkpoint's names: weight (C, 1, K), bias (C,)."""
 
     def __init__(self, shape: MambaShape, use_bias: bool) -> None:
         super().__init__()
@@ -197,7 +211,7 @@ class ConvWeights(nn.Module):
 
 
 class Mamba2Mixer(nn.Module):
-    """A Mamba-2 layer: (T, hidden) -> (T, hidden), reading and writing the requests' conv and SSM state."""
+    """A `Mamba2Mixer` maps (T, hidden) -> (T, hidden) and advances the requests' convolution and SSM state."""
 
     def __init__(
         self, shape: MambaShape, layer: int, eps: float, use_conv_bias: bool = True, bias: bool = False
@@ -214,13 +228,19 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = Linear(shape.inner_dim, shape.hidden_size, bias)
 
     def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """in_proj's output -> gate (..., inner), x|B|C before the convolution (..., C), Δ before softplus (..., H)."""
+        """Split in_proj's output.
+
+        Returns gate (..., inner), x|B|C before the convolution (..., C) and Δ before softplus (..., H).
+        """
         s = self.shape
         gate, xbc, delta = projected.split([s.inner_dim, s.conv_dim, s.num_heads], dim=-1)
         return gate, xbc, delta
 
     def scan_inputs(self, xbc: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """After the convolution, in fp32: x (..., H, D), Δ (..., H), A (H,), B and C (..., G, N)."""
+        """Compute the scan's inputs from the convolution's output, in fp32.
+
+        Returns x (..., H, D), Δ (..., H), A (H,), B and C (..., G, N).
+        """
         s = self.shape
         groups = s.num_groups * s.state_dim
         x, b, c = xbc.float().split([s.inner_dim, groups, groups], dim=-1)
@@ -231,13 +251,16 @@ class Mamba2Mixer(nn.Module):
         return x, delta, a_H, b.unflatten(-1, by_group), c.unflatten(-1, by_group)
 
     def finish(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        """Skip term and gated norm: y and x (..., H, D), gate (..., inner) -> (..., inner)."""
+        """Apply skip term and gated norm: y and x (..., H, D), gate (..., inner) -> (..., inner)."""
         y = y + x * self.D.float()[:, None]
         normed: Tensor = self.norm(y.flatten(-2), gate)
         return normed
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepares what the CPU's kernels read, the layer's norm included. ValueError on odd sizes."""
+        """Prepare the CPU kernels' parameters, the layer's norm included.
+
+        Raises ValueError if the state dim is no multiple of the kernels' vector length.
+        """
         if self.shape.state_dim % LANES:
             given = self.shape.state_dim
             raise ValueError(f"config.json has ssm_state_size = {given}; a CPU serves multiples of {LANES}")
@@ -256,7 +279,7 @@ class Mamba2Mixer(nn.Module):
         )
 
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
-        """x += mixer(norm(x)), by the CPU's kernels."""
+        """Compute x += mixer(norm(x)) in place with the CPU kernels."""
         num_threads, x = torch.get_num_threads(), x_TD.numpy()
         control = THREAD_POOL.ready(num_threads)
         projected_TP = cpu_layers.project(control, num_threads, x, *self.input_params)
@@ -273,7 +296,7 @@ class Mamba2Mixer(nn.Module):
         return out
 
     def commit(self, rows: Tensor, batch: Batch, state: State) -> None:
-        """Moves the state past guesses that proved right: `batch` holds these tokens, `rows` their rows in the step."""
+        """Advance the state over accepted drafts: `batch` holds the accepted tokens, `rows` their rows in the step."""
         projected_TP = state.uncommitted.pop(self.layer)
         if self.packed:
             self._mix_packed(projected_TP[rows.numpy()], batch, state, has_output=False)
@@ -301,7 +324,10 @@ class Mamba2Mixer(nn.Module):
         return out_TI
 
     def _mix(self, projected_TP: Tensor, batch: Batch, state: State) -> Tensor:
-        """What lies between the projections, in plain PyTorch or fused CUDA kernels: (T, P) -> (T, inner)."""
+        """Compute everything between the two projections with PyTorch or fused CUDA kernels.
+
+        Maps in_proj's output (T, gate | x | B | C | Δ) -> (T, inner).
+        """
         gate_TI, xbc_TC, delta_TH = self.split(projected_TP)
         window_RKC, ssm_RHDN = state.read(self.layer, batch)
         conv = kernels.causal_conv(projected_TP.device) or causal_conv
@@ -314,7 +340,7 @@ class Mamba2Mixer(nn.Module):
     def advance(
         self, x: Tensor, delta: Tensor, a_H: Tensor, b: Tensor, c: Tensor, ssm: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        """The state space over packed requests: one step for those with one token, the chunked scan for the others."""
+        """Advance the state space over packed requests: `ssd_step` for requests with one token, the scan for others."""
         step, scan = kernels.ssd_step(x.device) or ssd_step, kernels.ssd_scan(x.device) or packed_scan
         single, multi = batch.single_token_requests, batch.multi_token_requests
         if multi is None:

@@ -1,10 +1,10 @@
-"""The sparse mixture of experts: router, shared expert, latent projections, and the one seam to where the experts live.
+"""`MoE` is the sparse mixture of experts; it calls its routed experts through `Experts`, so that they may be remote.
 
-LatentMoE routes on the full hidden vector but sends only fc1's output, a quarter as wide, to the experts; fc2 brings
-the weighted sum fc2_params. A plain MoE is the same with fc1 = fc2 = identity.
+LatentMoE routes on the full hidden vector, but sends only fc1's output, which is a quarter as wide, to the experts. fc2
+projects the weighted sum back. A plain MoE is the same with fc1 = fc2 = identity.
 
-Legend: N rows, D hidden, L expert input (latent, or hidden where there is none), M expert width, E experts, K picks a
-row, P = N·K picks.
+Legend: N rows, D hidden, L expert input (latent, or hidden in a plain MoE), M expert width, E experts, K picks per row,
+P = N·K picks.
 Source: NVIDIA, "LatentMoE" (arXiv 2601.18089); router: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
 """
 
@@ -32,7 +32,10 @@ from model.state import Batch, State
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """The routed experts of one MoE layer: y = down·relu(up·x)², up (M, L), down (L, M)."""
+    """An `ExpertShape` holds the sizes of one MoE layer's routed experts.
+
+    An expert computes y = down·relu(up·x)² with up (M, L) and down (L, M).
+    """
 
     layer: int
     num_experts: int  # E
@@ -42,23 +45,23 @@ class ExpertShape:
 
     @property
     def num_params(self) -> int:
-        """Parameters of one expert."""
+        """Return the number of parameters of one expert."""
         return 2 * self.input_dim * self.width
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one expert."""
+        """Return the bytes of one expert's weights in `dtype`."""
         return self.num_params * dtype.itemsize
 
 
 class Experts(Protocol):
-    """Runs a layer's routed experts, wherever they live."""
+    """`Experts` runs a layer's routed experts, in this process or on expert shards."""
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
-        """Sends the rows off and returns a function that waits for the weighted sums: fp32 (N, L)."""
+        """Start the layer call and return a function that waits for its weighted sums: fp32 (N, L)."""
 
 
 class ExpertBank:
-    """The experts of one layer that this process holds."""
+    """An `ExpertBank` holds some of one layer's experts in this process and computes their outputs."""
 
     def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
@@ -68,7 +71,7 @@ class ExpertBank:
             raise ValueError(f"experts of layer {shape.layer} have {sizes}; in bfloat16 a CPU serves even numbers")
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: dict[int, tuple[Packed, Packed]] = {}
-        self._addresses = np.zeros((2, shape.num_experts), np.int64)  # of the packed weights: up, down
+        self._addresses = np.zeros((2, shape.num_experts), np.int64)  # each expert's packed weights: up, down
         self._gains: dict[int, int] = {}
         self._row_blocking: RowBlocking | None = None
 
@@ -81,9 +84,10 @@ class ExpertBank:
         return len(self._gains) * self.shape.nbytes(self.dtype)
 
     def load(self, expert: int, tensors: Mapping[str, Tensor], gain: int | None = None) -> None:
-        """Takes an expert's {"up": (M, L), "down": (L, M)}; finding its gain exponent takes longer than all the rest.
+        """Copy an expert's weights {"up": (M, L), "down": (L, M)} into the bank.
 
-        Experts may be loaded on one thread while others are computed on another.
+        `gain` is the expert's `gain_exponent` if the caller knows it; to compute it takes longer than the copy. One
+        thread may load experts while another thread computes other experts.
         """
         assert 0 <= expert < self.shape.num_experts
         up, down = (tensors[name].to(self.device, self.dtype, copy=True) for name in ("up", "down"))
@@ -96,7 +100,7 @@ class ExpertBank:
         self._gains[expert] = gain_exponent(up, down) if gain is None else gain
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
-        """What `load` was given, on the CPU and in the bank's dtype; KeyError if it is not held."""
+        """Return an expert's weights on the CPU in the bank's dtype; raise KeyError if the bank does not hold it."""
         up_down = map(unpack, self._packed[expert]) if self.is_compiled else (w.cpu() for w in self._weights[expert])
         return dict(zip(("up", "down"), up_down, strict=True))
 
@@ -109,7 +113,7 @@ class ExpertBank:
         return self._gains[expert]
 
     def warm_up(self, expert: int) -> None:
-        """Does now what a shard's first call would wait for: compiling, or finding row counts. `expert` is held."""
+        """Compile the kernels, or find the row blocking, now rather than in the first call. `expert` must be held."""
         if self.is_compiled:
             self.packed_sums(*self._example_message(expert))
         else:
@@ -117,7 +121,7 @@ class ExpertBank:
             self.partial_sums(x_NL, row, picked, torch.ones(1), torch.zeros(1, dtype=torch.int16))
 
     def _example_message(self, expert: int) -> tuple[NDArray[Any], ...]:
-        """One pick as a message brings it, read-only: for other types a kernel is compiled anew."""
+        """Return one pick with the array types that messages have: read-only, as numba compiles a kernel per type."""
 
         def received(array: NDArray[Any]) -> NDArray[Any]:
             return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
@@ -127,17 +131,17 @@ class ExpertBank:
         return tuple(map(received, (rows, *ids, weight, grid)))
 
     def row_blocking(self) -> RowBlocking:
-        """Row counts that serve both of an expert's products, found once."""
+        """Return a row blocking that suits both of an expert's products; it is found once."""
         if self._row_blocking is None:
             blockings = [row_blocking(weight) for weight in next(iter(self._weights.values()))]
             self._row_blocking = RowBlocking(max(p.multiple for p in blockings), min(p.max_rows for p in blockings))
         return self._row_blocking
 
     def partial_sums(self, x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, grid_N: Tensor) -> Tensor:
-        """Σ of weight·expert(x[row]) over the picks of each row: int64 (N, L), in units of 2**grid.
+        """Add weight·expert(x[row]) over the picks of each row: int64 (N, L), in units of 2**grid.
 
-        `row_P` and `expert_P` are int64 on the CPU; every expert named must be held. Raises ValueError where an output
-        is not finite or too large to add.
+        `row_P` and `expert_P` are int64 on the CPU, and the bank must hold every expert in `expert_P`. Raises
+        ValueError if an expert's output is not finite or too large to add.
         """
         if self.is_compiled:
             picks = (row_P.numpy(), expert_P.numpy(), weight_P.numpy(), grid_N.numpy())
@@ -145,7 +149,7 @@ class ExpertBank:
         order_P = expert_P.numpy().argsort(kind="stable")
         rows_P = row_P.numpy()[order_P]
         blocks, place_P, num_padded = self._blocks(expert_P.numpy()[order_P])
-        source = np.zeros(num_padded, dtype=np.int64)  # padding repeats row 0: its result is thrown away
+        source = np.zeros(num_padded, dtype=np.int64)  # padding repeats row 0; its results are thrown away
         source[place_P] = rows_P
         x = x_NL.to(self.device, self.dtype)[torch.from_numpy(source).to(self.device)]
         y = torch.cat([self._expert(expert, x[start:stop]) for expert, start, stop in blocks])
@@ -162,18 +166,22 @@ class ExpertBank:
         weight_P: NDArray[np.float32],
         grid_N: NDArray[np.int16],
     ) -> NDArray[np.int64]:
-        """`partial_sums` by the CPU's kernels, on arrays; rows are fp32, or the bits of bf16 as int16."""
+        """Compute `partial_sums` with the CPU kernels on arrays; rows are fp32, or the bits of bf16 as int16."""
         sums_NL = np.zeros(x_NL.shape, np.int64)
         picks = (x_NL.dtype == np.int16, row_P, expert_P, weight_P, grid_N)
-        is_bf16 = self.dtype == torch.bfloat16  # of the weights; a packed one may not be asked while others are loaded
+        is_bf16 = self.dtype == torch.bfloat16  # not read from a packed weight: another thread may be loading experts
         if not cpu.partial_sums(x_NL, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
             raise ValueError(NOT_ADDABLE)
         return sums_NL
 
     def _blocks(self, expert_P: NDArray[np.int64]) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], int]:
-        """Cuts sorted picks into an expert's blocks of rows that `blocking` allows.
+        """Cut picks, sorted by expert, into blocks of one expert's rows that `row_blocking` allows.
 
-        Returns (expert, start, stop) of each block among the padded rows, each pick's padded row, and their number.
+        The result has three parts:
+
+        - (expert, start, stop) of each block among the padded rows;
+        - the padded row of each pick;
+        - the number of padded rows.
         """
         blocking = self.row_blocking()
         starts = np.flatnonzero(np.diff(expert_P, prepend=-1)).tolist()
@@ -194,7 +202,7 @@ class ExpertBank:
 
 
 class LocalExperts:
-    """Every expert of every layer in this process."""
+    """`LocalExperts` runs every expert of every layer in this process."""
 
     def __init__(self, banks: Mapping[int, ExpertBank]) -> None:
         assert all(len(bank.held) == bank.shape.num_experts for bank in banks.values())
@@ -209,7 +217,10 @@ class LocalExperts:
 
 
 class Router(nn.Module):
-    """Sigmoid scores in fp32; the correction bias chooses experts, never weighs them. (N, D) -> ids, weights (N, K)."""
+    """A `Router` picks K experts for each row: (N, D) -> expert ids and weights (N, K).
+
+    Scores are sigmoids in fp32. The correction bias influences which experts are picked, but never their weights.
+    """
 
     e_score_correction_bias: Tensor
 
@@ -246,7 +257,7 @@ class Router(nn.Module):
 
     @property
     def kernel_params(self) -> tuple[Any, ...]:
-        """For `cpu.layers.route`: weight, correction bias, groups, whether weights add up to 1, their factor."""
+        """Return the arguments of `cpu.layers.route` that describe this router."""
         assert self.packed is not None
         groups, bias = (self.num_groups, self.topk_groups), as_array(self.e_score_correction_bias)
         return self.packed.panels, bias, *groups, self.normalize, np.float32(self.scaling_factor)
@@ -261,7 +272,7 @@ class Router(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """down·relu(up·h)²: the shared expert, and the `-` layers."""
+    """A `DenseMLP` computes down·relu(up·h)²; it is the shared expert of MoE layers and the mixer of `-` layers."""
 
     def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
         super().__init__()
@@ -269,7 +280,7 @@ class DenseMLP(nn.Module):
         self.down_proj = Linear(width, hidden_size, bias)
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepares what the CPU's kernels read, the layer's norm included."""
+        """Prepare the CPU kernels' parameters, the layer's norm included."""
         self.up_proj.pack()
         self.down_proj.pack()
         self.norm_params = norm.kernel_params
@@ -279,7 +290,7 @@ class DenseMLP(nn.Module):
         return *self.up_proj.kernel_params, *self.down_proj.kernel_params
 
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
-        """x += mlp(norm(x)), by the CPU's kernels."""
+        """Compute x += mlp(norm(x)) in place with the CPU kernels."""
         num_threads = torch.get_num_threads()
         cpu_layers.add_mlp(
             THREAD_POOL.ready(num_threads), num_threads, x_TD.numpy(), *self.norm_params, *self.kernel_params
@@ -292,7 +303,7 @@ class DenseMLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """A MoE layer: (N, D) -> (N, D). The shared expert is computed while the rows are away."""
+    """A `MoE` layer maps (N, D) -> (N, D); it computes the shared expert while the routed experts work elsewhere."""
 
     def __init__(
         self,
@@ -313,10 +324,13 @@ class MoE(nn.Module):
         self.shared_experts = DenseMLP(hidden_size, shared_width, bias)
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepares what the CPU's kernels read, the layer's norm included; rows travel to the experts as `dtype`."""
+        """Prepare the CPU kernels' parameters, the layer's norm included; rows are sent to the experts as `dtype`."""
         self.gate.pack()
         self.shared_experts.pack(norm, dtype)
-        fc1_params = self.fc2_params = (self.gate.kernel_params[0], as_array(None))  # never read
+        fc1_params = self.fc2_params = (
+            self.gate.kernel_params[0],
+            as_array(None),
+        )  # of the right types, but never read
         if self.is_latent:
             self.fc1_latent_proj.pack()
             self.fc2_latent_proj.pack()
@@ -326,7 +340,7 @@ class MoE(nn.Module):
         self.wire_dtype = dtype
 
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
-        """x += moe(norm(x)), by the CPU's kernels."""
+        """Compute x += moe(norm(x)) in place with the CPU kernels."""
         num_threads, x, shape = torch.get_num_threads(), x_TD.numpy(), self.shape
         control = THREAD_POOL.ready(num_threads)
         is_bf16 = self.wire_dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""RMS normalisation, in fp32 whatever the model's dtype, the weight multiplied before the cast back."""
+"""RMS normalisation is computed in fp32 whatever the model's dtype; the weight is applied before the cast back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.cpu.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension: (..., D) -> (..., D)."""
+    """An `RMSNorm` computes x / rms(x) · weight over the last dimension: (..., D) -> (..., D)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -22,12 +22,12 @@ class RMSNorm(nn.Module):
 
     @property
     def kernel_params(self) -> tuple[NDArray[np.float32], np.float32]:
-        """Weight and epsilon for `cpu.layers`."""
+        """Return weight and epsilon as the functions of `cpu.layers` take them."""
         weight: NDArray[np.float32] = self.weight.detach().float().numpy()
         return weight, np.float32(self.eps)
 
     def pack(self) -> None:
-        """From now on the CPU's kernel runs: fp32 in and out."""
+        """Prepare the CPU kernel; `forward` runs the kernel from now on, with fp32 inputs and outputs."""
         self.packed, _ = self.kernel_params
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,9 +40,10 @@ class RMSNorm(nn.Module):
 
 
 class GatedGroupRMSNorm(nn.Module):
-    """Mamba-2's output norm: the gate first, then each group of D / num_groups channels by itself.
+    """A `GatedGroupRMSNorm` is Mamba-2's output norm: (..., D), gate (..., D) -> (..., D).
 
-    (..., D), (..., D) -> (..., D). Source: Mamba-2, `RMSNormGated` with `norm_before_gate=False`.
+    The gate is applied first; then each group of D / num_groups channels is normalised by itself.
+    Source: Mamba-2, `RMSNormGated` with `norm_before_gate=False`.
     """
 
     def __init__(self, dim: int, num_groups: int, eps: float) -> None:

@@ -1,10 +1,14 @@
-"""The fused CUDA kernels of mamba-ssm and causal-conv1d behind the signatures of `model.blocks.mamba`. Imported only on CUDA.
+"""These functions call the fused CUDA kernels of mamba-ssm and causal-conv1d.
 
-What surprises: neither package takes an initial state per request of a packed batch, so the scan pads requests into a
-rectangle and the convolution writes each request's past columns before its own. Δ arrives ready, so the kernels get no
-softplus. Matrix products inside the scan use TF32 where x is fp32.
+They have the signatures of their counterparts in `model.blocks.mamba`. The module is imported only on CUDA. What
+surprises:
 
-Legend: as in `model.blocks.mamba`; L the rectangle's length.
+- Neither package accepts an initial state for each request of a packed batch. Therefore the scan pads requests into a
+  rectangle, and the convolution puts each request's past columns before its new ones.
+- Softplus is already applied to Δ, so the kernels are told not to apply it.
+- Matrix products inside the scan use TF32 if x is fp32.
+
+Legend: as in `model.blocks.mamba`; L the rectangle's length, S the rows of the convolution's padded input.
 Source: mamba-ssm 2.2 `ops/triton/{ssd_combined,selective_state_update}.py`, causal-conv1d 1.5
 `causal_conv1d_interface.py`.
 """
@@ -30,7 +34,7 @@ def ssd_scan(
     sub_batch: SubBatch,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`model.blocks.mamba.packed_scan`: y (T, H, D) and the final state (R, H, D, N)."""
+    """Compute what `model.blocks.mamba.packed_scan` computes: y (T, H, D) and the final state (R, H, D, N)."""
     request_T, column_T = rectangle(sub_batch, chunk_size, x_THD.device)
     shape_RL = len(sub_batch.lens), int(column_T.max()) + 1
 
@@ -52,9 +56,10 @@ def ssd_scan(
 
 
 def rectangle(sub_batch: SubBatch, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Request and column of each packed row: two (T,). A request starts at its place within a chunk.
+    """Return the request and the column in the rectangle of each packed row: two tensors (T,).
 
-    So chunks end at absolute multiples of their length, as in `model.blocks.mamba.split_into_chunks`; Δ = 0 in front is harmless.
+    A request's first column is its position within a chunk. So chunks end at absolute multiples of their length, as in
+    `model.blocks.mamba.split_into_chunks`. The columns before the first are padding with Δ = 0, which is harmless.
     """
     firsts_R = torch.tensor([context_len % chunk_size for context_len in sub_batch.context_lens], device=device)
     lens_R = torch.tensor(sub_batch.lens, device=device)
@@ -66,7 +71,7 @@ def rectangle(sub_batch: SubBatch, chunk_size: int, device: torch.device) -> tup
 def ssd_step(
     x_RHD: Tensor, delta_RH: Tensor, a_H: Tensor, b_RGN: Tensor, c_RGN: Tensor, state_RHDN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`model.blocks.mamba.ssd_step`: y (R, H, D) and the state (R, H, D, N), which is a new tensor."""
+    """Compute what `model.blocks.mamba.ssd_step` computes: y (R, H, D) and the state (R, H, D, N) as a new tensor."""
     _, head_dim, state_dim = state_RHDN.shape[1:]
     state_RHDN = state_RHDN.clone()  # the kernel writes into it
     y_RHD: Tensor = selective_state_update(
@@ -76,7 +81,7 @@ def ssd_step(
         a_H[:, None, None].expand(-1, head_dim, state_dim),
         b_RGN,
         c_RGN,
-        # Expanded strides select the kernel's scalar-decay path, which also reads dt_bias's stride: None would crash.
+        # Expanded strides select the kernel's path for scalar decay. That path reads dt_bias's stride, so None crashes.
         dt_bias=torch.zeros_like(a_H)[:, None].expand(-1, head_dim),
         dt_softplus=False,
     )
@@ -86,10 +91,13 @@ def ssd_step(
 def causal_conv(
     xbc_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, window_RKC: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """`model.blocks.mamba.causal_conv`: (T, C) and the new state (R, K-1, C). The kernel wants C to be a multiple of 8."""
+    """Compute what `model.blocks.mamba.causal_conv` computes: outputs (T, C) and the new last inputs (R, K-1, C).
+
+    The kernel requires C to be a multiple of 8.
+    """
     weight_CK = weight_CK.contiguous()
     if max(batch.lens) == 1:
-        window_RCK = window_RKC.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # written into
+        window_RCK = window_RKC.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # the kernel writes to it
         out_TC: Tensor = causal_conv1d_update(xbc_TC, window_RCK, weight_CK, bias_C, activation="silu")
         return out_TC, window_RCK.transpose(1, 2)
     num_past = window_RKC.shape[1]

@@ -1,4 +1,4 @@
-"""The demo model: its checkpoint, in the public format, and the scripts that made it."""
+"""The folder holds the demo model: its checkpoint in the public format and the scripts that made the checkpoint."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The demo model's text: the Python standard library, its held-out twentieth, and the tokenizer made from the rest."""
+"""The demo model's text is the Python standard library; a twentieth of its files is held out for measuring."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ SPECIAL_TOKENS = [
 ]
 EOS, IM_END = 2, 4
 VOCAB_SIZE = 2048
-HELD_OUT_SHARE = 20
+HELD_OUT_SHARE = 20  # one file in so many is held out
 
 
 def is_held_out(name: str) -> bool:
-    """One file in twenty, by a fixed hash of its name: the same files on every machine."""
+    """Return True for one file in twenty, chosen by a hash of its name, so that all machines choose the same files."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
 def read_corpus() -> tuple[list[str], list[str]]:
-    """Texts for training and held-out texts, in the order of their names. Files that are not UTF-8 are left out."""
+    """Read the training texts and the held-out texts, each in the order of the file names.
+
+    Files that are not UTF-8 are left out.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     split: tuple[list[str], list[str]] = [], []
     for path in sorted(root.rglob("*.py")):
@@ -51,7 +54,7 @@ def read_corpus() -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE, so that every text has tokens and every token sequence has bytes."""
+    """Train a byte-level BPE tokenizer, which can encode every text and can decode every sequence of tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -65,12 +68,12 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts one after another, each ended by EOS: int64."""
+    """Encode all texts, one after another and each followed by EOS, as one int64 array."""
     pieces = [np.array([*encoding.ids, EOS]) for encoding in tokenizer.encode_batch(texts)]
     return np.concatenate(pieces)
 
 
 def xz_bits_per_byte(texts: list[str]) -> float:
-    """What `xz -9` needs for all texts in one stream, which is kinder to it than file by file."""
+    """Return the bits per byte of `xz -9` for all texts in one stream, which suits xz better than single files."""
     data = "".join(texts).encode()
     return 8 * len(lzma.compress(data, preset=9)) / len(data)

@@ -1,6 +1,6 @@
-"""Writes the demo model in the public checkpoint format and measures it on the held-out files.
+"""The script writes the demo model in the public checkpoint format and measures it on the held-out files.
 
-    python -m model.demo.export        # from the training run's last state, without training
+    python -m model.demo.export        # exports the training run's last saved state; trains nothing
 
 Legend: B sequences, T tokens of each, V vocabulary, E experts.
 """
@@ -68,7 +68,7 @@ CONFIG: dict[str, Any] = {
     "mlp_bias": False,
     "attention_bias": False,
     "mamba_ssm_cache_dtype": "float32",
-    "time_step_min": 1e-30,  # transformers takes it for a lower bound of Δ; the family has none
+    "time_step_min": 1e-30,  # transformers uses it as a lower bound of Δ, but the family has no such bound
     "time_step_max": 0.1,
     "time_step_floor": 1e-4,
     "max_position_embeddings": 4096,
@@ -89,7 +89,7 @@ GENERATION_CONFIG = {
 
 
 def public_tensors(model: NemotronH, experts: TrainableExperts) -> dict[str, Tensor]:
-    """The weights under their public names, in bf16, the selection bias in fp32."""
+    """Return the weights under their public names in bf16, except the router's correction bias, which stays fp32."""
     tensors = {}
     for name, value in model.state_dict().items():
         dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
@@ -123,9 +123,10 @@ def measure(
     length: int = 1024,
     context: int = 256,
 ) -> dict[str, Any]:
-    """Next-token loss, bits per byte, first drafts accepted, and how evenly each layer's experts are used.
+    """Measure next-token loss, bits per byte, accepted first drafts, and how evenly each layer's experts are used.
 
-    Windows of `length` tokens overlap by `context`, not scored twice; teacher-forced, fp32, weights as stored.
+    The text is read in windows of `length` tokens. A window repeats the last `context` tokens of the window before, as
+    context that is not scored again. The model reads the true text, and computes in fp32 with the weights as stored.
     """
     tokens = torch.from_numpy(encode_all(tokenizer, texts))
     nats, num_scored, accepted, num_drafts = 0.0, 0, 0, 0
@@ -169,7 +170,7 @@ def export(
     log: list[tuple[int, float, float]],
     out: Path,
 ) -> None:
-    """Writes the model directory and, beside the weights, `metrics.json`."""
+    """Write the model directory and, beside the weights, `metrics.json`."""
     write_checkpoint(model, experts, tokenizer, out)
     with torch.no_grad():
         for parameter in [*model.parameters(), *experts.parameters()]:
@@ -182,7 +183,7 @@ def export(
 
 
 def restore(path: Path, model: NemotronH, experts: TrainableExperts) -> dict[str, Any]:
-    """Puts a saved training state's weights back; returns the rest of it."""
+    """Load the weights of a saved training state into `model` and `experts`, and return the whole saved state."""
     state: dict[str, Any] = torch.load(path, weights_only=False, map_location="cpu")
     model.load_state_dict(state["model"])
     for parameter, value in zip(experts.parameters(), state["experts"], strict=True):

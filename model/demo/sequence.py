@@ -1,6 +1,6 @@
-"""The model over whole sequences, differentiable: what training and measuring need and serving does not.
+"""These functions run the model over whole sequences and can be differentiated, for training and for measuring.
 
-Legend: B sequences, T tokens of each, D hidden, V vocabulary, N = B·T rows, K picks a row, P = N·K picks.
+Legend: B sequences, T tokens of each, D hidden, V vocabulary, N = B·T rows, K picks per row, P = N·K picks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from model.families.nemotron_h import Block, NemotronH, NemotronHConfig
 
 
 class TrainableExperts:
-    """Differentiable experts behind the same seam; counts picks for the router's balancing.
+    """`TrainableExperts` implements `Experts` with differentiable weights and counts picks to balance the router.
 
-    `weights[layer]` is (up (E, M, L), down (E, L, M)). Not a Module, so that the backbone's parameters stay its own.
+    `weights[layer]` is (up (E, M, L), down (E, L, M)). The class is no `nn.Module`; otherwise the experts' weights
+    would become parameters of the backbone.
     """
 
     def __init__(self, config: NemotronHConfig, device: str) -> None:
@@ -41,7 +42,7 @@ class TrainableExperts:
         order_P = topk_ids_NK.flatten().argsort()
         row_P = order_P // topk_ids_NK.shape[1]
         parts = x_NL.float()[row_P].split(counts_E.tolist())
-        with torch.autocast(x_NL.device.type, enabled=False):  # in bf16 oneDNN builds a kernel for every new row count
+        with torch.autocast(x_NL.device.type, enabled=False):  # in bf16, oneDNN builds a kernel for each new row count
             y_PL = torch.cat(
                 [
                     F.linear(F.linear(x, up).relu().square(), down)
@@ -54,6 +55,7 @@ class TrainableExperts:
 
 
 def run_mamba(mixer: Mamba2Mixer, h_BTD: Tensor) -> Tensor:
+    """Run a Mamba-2 mixer over whole sequences from zero states: (B, T, D) -> (B, T, D)."""
     shape, (num_seqs, length) = mixer.shape, h_BTD.shape[:2]
     gate, xbc, delta = mixer.split(mixer.in_proj(h_BTD))
     weight: Any = mixer.conv1d.weight
@@ -70,7 +72,7 @@ def run_mamba(mixer: Mamba2Mixer, h_BTD: Tensor) -> Tensor:
     return out
 
 
-compiled_mamba = torch.compile(run_mamba)  # its many small fp32 steps fuse: 8 times faster than eager on a CPU
+compiled_mamba = torch.compile(run_mamba)  # fuses many small fp32 operations: 8 times faster than eager on a CPU
 
 
 def run_attention(mixer: Attention, h_BTD: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def run_block(block: Block, x_BTD: Tensor) -> Tensor:
 
 
 def sequence_hidden(model: NemotronH, ids_BT: Tensor) -> Tensor:
-    """`NemotronH.forward` over whole sequences: (B, T) -> (B, T, D)."""
+    """Compute what `NemotronH.forward` computes, but over whole sequences: (B, T) -> (B, T, D)."""
     x_BTD = model.embeddings(ids_BT)
     for block in model.layers:
         x_BTD = run_block(block, x_BTD)  # type: ignore[arg-type]
@@ -104,7 +106,7 @@ def sequence_hidden(model: NemotronH, ids_BT: Tensor) -> Tensor:
 
 
 def sequence_draft(model: NemotronH, next_ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
-    """`NemotronH.draft` over whole sequences."""
+    """Compute what `NemotronH.draft` computes, but over whole sequences: (B, T), (B, T, D) -> (B, T, D)."""
     assert model.mtp is not None
     x_BTD = model.mtp.fuse(model.embeddings(next_ids_BT), hidden_BTD)
     for block in model.mtp.layers:

@@ -1,12 +1,12 @@
-"""Trains the demo model: a small Nemotron-3-shaped model that has really read something.
+"""The script trains the demo model, a small model of Nemotron 3's shape, on the Python standard library.
 
     python -m model.demo.train --steps 2000 --out model/demo/checkpoint
 
-Takes an hour or two on two CPU cores; the state is saved every 100 steps, and `--resume` goes on after a stop. The
-mathematics are the product's own (`model/`); only what serving does not need is here: whole sequences instead of packed
-steps, differentiable experts, and the router's balancing.
+Training takes an hour or two on two CPU cores. The state is saved every 100 steps, and `--resume` continues from it
+after a stop. The layers are those that serve (`model/`); `model.demo` adds only what training needs: whole sequences
+instead of packed steps, differentiable experts, and the balancing of the router.
 
-Legend: B sequences, T tokens of each, D hidden, V vocabulary, N = B·T rows, K picks a row.
+Legend: B sequences, T tokens of each, D hidden, V vocabulary, N = B·T rows, K picks per row.
 """
 
 from __future__ import annotations
@@ -29,47 +29,49 @@ from model.demo.export import CONFIG, export, restore
 from model.demo.sequence import TrainableExperts, sequence_draft, sequence_hidden
 from model.families.nemotron_h import NemotronH, NemotronHConfig
 
-MTP_WEIGHTS = (0.5, 0.25)  # of the first and second draft in the loss
-# Auxiliary-loss-free balancing, DeepSeek-V3 section 2.1.2; at its 1e-3 a run this short leaves most experts unused.
+MTP_WEIGHTS = (0.5, 0.25)  # weights of the first and the second draft in the loss
+# Step of the auxiliary-loss-free balancing (DeepSeek-V3 section 2.1.2). The paper uses 1e-3; in a run as short as this,
+# 1e-3 would leave most experts unused.
 BIAS_RATE = 1e-2
 
 
-def draft_loss(head_VD: Tensor, hidden_BTD: Tensor, wanted_BTV: Tensor) -> Tensor:
-    """Cross-entropy of drafts with the model's own distribution."""
+def draft_loss(head_VD: Tensor, hidden_BTD: Tensor, target_BTV: Tensor) -> Tensor:
+    """Return the cross-entropy of drafts with the model's own distribution, given as logits `target_BTV`."""
     logits_BTV = F.linear(hidden_BTD, head_VD).float()
-    return F.cross_entropy(logits_BTV.flatten(0, 1), wanted_BTV.flatten(0, 1).softmax(-1))
+    return F.cross_entropy(logits_BTV.flatten(0, 1), target_BTV.flatten(0, 1).softmax(-1))
 
 
 compiled_draft_loss = torch.compile(draft_loss)
 
 
 def loss_of(model: NemotronH, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Training loss, next-token loss in nats, and the share of first drafts that equal the model's own greedy choice.
+    """Return training loss, next-token loss in nats, and the share of first drafts that equal the greedy token.
 
-    The drafts learn the model's own distribution, not the text: that is what acceptance measures.
+    The drafts are trained on the model's own distribution rather than on the text, because a draft is accepted if it
+    equals the model's own token.
     """
     hidden_BTD = sequence_hidden(model, ids_BT)
     logits_BTV = model.logits(hidden_BTD)
     main = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
-    target_BTV = logits_BTV.detach()
+    own_BTV = logits_BTV.detach()
     total, accepted = main, main
     for depth, weight in enumerate(MTP_WEIGHTS, start=1):
-        # position t has seen x_{t+depth}; its draft is of x_{t+depth+1}, the choice of position t+depth
+        # Position t has seen x_{t+depth} and drafts x_{t+depth+1}, which the model itself predicts at position t+depth.
         next_ids = F.pad(ids_BT[:, depth:], (0, depth))
         hidden_BTD = sequence_draft(model, next_ids, hidden_BTD)
-        wanted_BTV = target_BTV[:, depth:]
+        target_BTV = own_BTV[:, depth:]
         assert model.lm_head is not None
         assert model.lm_head.weight is not None
-        total = total + weight * compiled_draft_loss(model.lm_head.weight, hidden_BTD[:, :-depth], wanted_BTV)
+        total = total + weight * compiled_draft_loss(model.lm_head.weight, hidden_BTD[:, :-depth], target_BTV)
         if depth == 1:
             with torch.no_grad():
                 draft_BTV = model.logits(hidden_BTD[:, :-depth])
-            accepted = (draft_BTV.argmax(-1) == wanted_BTV.argmax(-1)).float().mean()
+            accepted = (draft_BTV.argmax(-1) == target_BTV.argmax(-1)).float().mean()
     return total, main.detach(), accepted
 
 
 def initialise(model: NemotronH) -> None:
-    """Scaled normal weights; A, Δ and D as Mamba-2 does."""
+    """Initialise matrices with scaled normal numbers, and A, Δ and D as Mamba-2 does."""
     for name, p in model.named_parameters():
         with torch.no_grad():
             if name.endswith("A_log"):
@@ -94,7 +96,7 @@ def initialise(model: NemotronH) -> None:
 
 
 def make_optimizers(model: NemotronH, experts: TrainableExperts) -> list[torch.optim.Optimizer]:
-    """Muon for the backbone's matrices, AdamW for the embeddings, the experts and everything small."""
+    """Make Muon for the backbone's matrices, and AdamW for embeddings, experts and all smaller parameters."""
     named = [*model.named_parameters()]
     matrices = [
         p for name, p in named if p.dim() == 2 and not any(s in name for s in ("embeddings", "lm_head", "gate.weight"))
@@ -112,7 +114,7 @@ def make_optimizers(model: NemotronH, experts: TrainableExperts) -> list[torch.o
 
 
 def balance(model: NemotronH, experts: TrainableExperts, rate: float) -> None:
-    """Raises the selection bias of experts picked less than the mean, lowers that of the others."""
+    """Raise the correction bias of experts that are picked less than the mean, and lower the others' bias."""
     gates = {m.shape.layer: m.gate for m in model.modules() if isinstance(m, MoE)}
     for layer, counts_E in experts.counts.items():
         bias: Any = gates[layer].e_score_correction_bias
@@ -123,28 +125,32 @@ def balance(model: NemotronH, experts: TrainableExperts, rate: float) -> None:
 def sample_windows(
     tokens: np.ndarray, generator: np.random.Generator, num_seqs: int, length: int, chat: np.ndarray
 ) -> Tensor:
-    """Random windows; one in eight becomes a ChatML turn: the user gives a beginning, the assistant continues it."""
+    """Draw random windows of the text.
+
+    One window in eight becomes a chat turn in ChatML: the user gives the window's beginning, and the assistant
+    continues the text.
+    """
     starts = generator.integers(0, len(tokens) - length, num_seqs)
     windows = np.stack([tokens[s : s + length] for s in starts])
     opening, middle = chat[: int(chat[-1])], chat[int(chat[-1]) : -1]
     for window in windows[generator.random(num_seqs) < 1 / 8]:
         cut = int(generator.integers(8, 200))
         turn = np.concatenate([opening, window[:cut], middle, window[cut:]])[:length]
-        if generator.random() < 0.5:  # the assistant stops where the text does
+        if generator.random() < 0.5:  # half of the turns end with <|im_end|>: the assistant stops where the text stops
             turn[-1] = IM_END
         window[:] = turn
     return torch.from_numpy(windows)
 
 
 def chat_frame(tokenizer: Any) -> np.ndarray:
-    """Token ids before and between the two parts of a turn, then the length of the first."""
+    """Return the token ids before and between the two parts of a chat turn, then the number of ids before."""
     opening = tokenizer.encode("<|im_start|>user\n").ids
     middle = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n<think></think>").ids
     return np.array([*opening, *middle, len(opening)])
 
 
 def learning_rate(step: int, num_steps: int) -> float:
-    """Warm up, hold, then fall to zero over the last 60 %."""
+    """Return the factor of the learning rate: warm-up, a plateau, then a fall to zero over the last 60 % of steps."""
     return min(1.0, (step + 1) / 40, (num_steps - step) / (0.6 * num_steps))
 
 
@@ -156,7 +162,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=DEMO)
     parser.add_argument(
-        "--work", type=Path, default=Path("/tmp/expertmesh-demo"), help="where the resumable state lies"
+        "--work", type=Path, default=Path("/tmp/expertmesh-demo"), help="directory of the saved training state"
     )
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()

@@ -1,8 +1,11 @@
-"""Nemotron 3 (Super, Nano, Ultra): Mamba-2, attention, (latent) MoE or dense mixers, one a layer, and an MTP module.
+"""`NemotronH` is the Nemotron 3 family (Super, Nano, Ultra): a hybrid of Mamba-2, attention, MoE and dense layers.
 
-What surprises: attention has no position encoding, though the config carries `rope_theta`; every layer is one norm and
-one mixer; the MTP module reads the output of the *final* norm and puts the embedding half first; its weights are flat
-(`mtp.layers.{step·len(pattern) + inner}`) and it shares the embedding and the head.
+What surprises:
+
+- Every layer is one norm and one mixer; an MTP module follows the layers.
+- Attention has no position encoding, although the config has `rope_theta`.
+- The MTP module reads the output of the *final* norm, puts the embedding's half first, and shares embedding and head.
+- The MTP module's weights have flat names (`mtp.layers.{step·len(pattern) + inner}`).
 
 Legend: T tokens of the step, D hidden, V vocabulary, L expert input.
 """
@@ -39,7 +42,7 @@ LETTERS = {
 }
 PREFIXES = ("backbone.", "model.", "language_model.backbone.", "language_model.model.")
 FP32_PARAMETERS = ("A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias")
-FIXED = {  # what this family never varies; another value would compute something else
+FIXED = {  # keys with the only value that this code implements; a config with another value is refused
     "residual_in_fp32": (False,),
     "sliding_window": (None,),
     "mlp_hidden_act": ("relu2",),
@@ -49,7 +52,7 @@ FIXED = {  # what this family never varies; another value would compute somethin
 
 
 def _pattern(raw: dict[str, Any], prefix: str) -> str | None:
-    """The layer pattern in letters, from a pattern string, an old list or a new list."""
+    """Return the layer pattern in letters, from a pattern string or from a list of old or new layer names."""
     if pattern := raw.get(f"{prefix}hybrid_override_pattern"):
         for letter in pattern:
             if letter not in LETTERS:
@@ -67,7 +70,10 @@ def _pattern(raw: dict[str, Any], prefix: str) -> str | None:
 
 @dataclass(frozen=True)
 class NemotronHConfig:
-    """What `config.json` and `generation_config.json` say, checked. Patterns: M Mamba-2, E MoE, * attention, - MLP."""
+    """A `NemotronHConfig` holds the checked values of `config.json` and `generation_config.json`.
+
+    Letters of a layer pattern: M Mamba-2, E MoE, * attention, - dense MLP.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -98,7 +104,10 @@ class NemotronHConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> NemotronHConfig:
-        """Reads the public dialects of the config. Raises ValueError naming the key that is missing or not allowed."""
+        """Read any public dialect of the config.
+
+        Raises ValueError that names the first key that is missing or has a value that is not allowed.
+        """
 
         def need(key: str) -> int:
             value = raw.get(key)
@@ -191,7 +200,7 @@ class NemotronHConfig:
 
     @cached_property
     def layers(self) -> str:
-        """Letters of all layers; those of the MTP module continue after the backbone's."""
+        """Return the letters of all layers: the backbone's, followed by the MTP module's."""
         return self.pattern + self.mtp_pattern * self.num_nextn_predict_layers
 
     @cached_property
@@ -209,12 +218,12 @@ class NemotronHConfig:
 
     @property
     def chunk_size(self) -> int:
-        """Prompts split between steps are split at multiples of this many tokens."""
+        """Return the number of tokens at whose multiples a prompt may be split between steps."""
         return self.mamba.chunk_size
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)): (T, D) -> (T, D)."""
+    """A `Block` computes x + mixer(norm(x)): (T, D) -> (T, D)."""
 
     def __init__(self, config: NemotronHConfig, layer: int, experts: Experts) -> None:
         super().__init__()
@@ -224,7 +233,7 @@ class Block(nn.Module):
         self.is_packed = False
 
     def pack(self, dtype: torch.dtype) -> None:
-        """From now on the CPU's kernels run, and change `x_TD` in place."""
+        """Prepare the CPU kernels; `forward` runs them from now on and changes `x_TD` in place."""
         mixer: Any = self.mixer
         mixer.pack(self.norm, dtype)
         self.is_packed = True
@@ -260,7 +269,7 @@ def make_moe(config: NemotronHConfig, layer: int, experts: Experts) -> MoE:
 
 
 class MTPModule(nn.Module):
-    """Drafts the token after next, from a position's final hidden vector and the embedding of the next token."""
+    """An `MTPModule` drafts the token after next from a position's hidden vector and the next token's embedding."""
 
     def __init__(self, config: NemotronHConfig, experts: Experts) -> None:
         super().__init__()
@@ -275,7 +284,7 @@ class MTPModule(nn.Module):
         last.final_layernorm = RMSNorm(config.hidden_size, eps)
 
     def fuse(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """eh_proj of [enorm(embedding) | hnorm(hidden)]: (..., D), (..., D) -> (..., D)."""
+        """Compute eh_proj of [enorm(embedding) | hnorm(hidden)]: (..., D), (..., D) -> (..., D)."""
         first: Any = self.layers[0]
         fused: Tensor = first.eh_proj(torch.cat([first.enorm(embedded), first.hnorm(hidden)], dim=-1))
         return fused
@@ -293,7 +302,7 @@ class MTPModule(nn.Module):
 
 
 class NemotronH(nn.Module):
-    """The backbone. `mtp` is None where the checkpoint brings no MTP weights."""
+    """A `NemotronH` is the backbone; its `mtp` is None if the checkpoint has no MTP weights."""
 
     def __init__(self, config: NemotronHConfig, experts: Experts, with_mtp: bool = True) -> None:
         super().__init__()
@@ -303,15 +312,15 @@ class NemotronH(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.mtp = MTPModule(config, experts) if with_mtp and config.num_nextn_predict_layers else None
-        self.packed_head: Packed | None = None  # where the embeddings serve as the head
-        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # of the embeddings, and whether they are bf16
+        self.packed_head: Packed | None = None  # only if head and embeddings are tied
+        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # the embeddings, and True if they are bf16
 
     @property
     def has_drafts(self) -> bool:
         return self.mtp is not None
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Lays the weights out for the CPU's kernels; from now on activations are fp32, rows to experts `dtype`."""
+        """Lay the weights out for the CPU kernels; activations are fp32 from then on, rows to experts are `dtype`."""
         rows = self.embeddings.weight.detach()
         is_bf16 = rows.dtype == torch.bfloat16
         self.packed_rows = (rows.view(torch.int16) if is_bf16 else rows.float()).contiguous().numpy(), is_bf16
@@ -331,9 +340,9 @@ class NemotronH(nn.Module):
         return embedded
 
     def forward(self, batch: Batch, state: State) -> Tensor:
-        """The hidden vectors after the final norm: (T, D).
+        """Return the hidden vectors after the final norm: (T, D).
 
-        Recurrent state of requests with drafts stays as it was until `commit`.
+        The recurrent state of requests with drafts stays as it was until `commit`.
         """
         x_TD = self.embed(batch.token_ids_T)
         for block in self.layers:
@@ -342,16 +351,16 @@ class NemotronH(nn.Module):
         return out
 
     def commit(self, batch: Batch, num_accepted: Sequence[int], state: State) -> None:
-        """Moves recurrent state past the drafts that proved right, `num_accepted` of each request of the last `batch`.
+        """Advance the recurrent state over the accepted drafts: `num_accepted` of each request of the last `batch`.
 
-        The inputs of the step are replayed. Copies of the state before each draft would take 1 + drafts times the state
-        of every running request: 974 MiB a sequence for Super at 5 drafts, where a token's inputs take 0.7 MiB.
+        The step's inputs are replayed. Copies of the state before each draft would instead take 1 + drafts times the
+        state of every running request: 974 MiB per sequence for Super at 5 drafts. A token's inputs take 0.7 MiB.
         """
         chosen = [r for r, drafts in enumerate(batch.num_drafts) if drafts]
         lens = [batch.lens[r] - batch.num_drafts[r] + num_accepted[r] for r in chosen]
         spans = [range(batch.starts[r], batch.starts[r] + length) for r, length in zip(chosen, lens, strict=True)]
         rows = torch.tensor([row for span in spans for row in span], device=batch.token_ids_T.device)
-        right = Batch(
+        accepted = Batch(
             batch.token_ids_T[rows],
             tuple(lens),
             tuple(batch.context_lens[r] for r in chosen),
@@ -360,10 +369,10 @@ class NemotronH(nn.Module):
         )
         for block in self.layers:
             if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):
-                block.mixer.commit(rows, right, state)
+                block.mixer.commit(rows, accepted, state)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> fp32 (..., V)."""
+        """Compute the logits of hidden vectors: (..., D) -> fp32 (..., V)."""
         if self.lm_head is not None:
             logits: Tensor = self.lm_head(hidden)
             return logits.float()
@@ -372,10 +381,10 @@ class NemotronH(nn.Module):
         return F.linear(hidden, self.embeddings.weight).float()
 
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State) -> Tensor:
-        """One step of the MTP module.
+        """Run the MTP module for one step and return the hidden vectors (T, D) whose `logits` predict the drafts.
 
-        `batch.token_ids_T` are the tokens that follow the positions of `hidden_TD` (T, D), which is `forward`'s output
-        or, for deeper drafts, this method's. Returns (T, D); `logits` of it predict the token after.
+        `batch.token_ids_T` are the tokens that follow the positions of `hidden_TD` (T, D). `hidden_TD` is the output of
+        `forward` or, for the second and later drafts, the output of `draft`.
         """
         assert self.mtp is not None
         out: Tensor = self.mtp(self.embed(batch.token_ids_T), hidden_TD, batch, state)
@@ -386,22 +395,22 @@ class NemotronH(nn.Module):
 
 
 def checkpoint_prefix(checkpoint: Checkpoint) -> str:
-    """What the backbone's tensor names start with."""
+    """Return the prefix of the backbone's tensor names; raise ValueError if the checkpoint has no embeddings."""
     for prefix in PREFIXES:
         if f"{prefix}embeddings.weight" in checkpoint:
             return prefix
     raise ValueError(f"the checkpoint {checkpoint.path} has no tensor backbone.embeddings.weight")
 
 
-def tensor_name(own_name: str, prefix: str) -> str:
-    """Name in the checkpoint of one of our parameters: all but the head and the MTP module live under the prefix."""
-    if own_name.startswith(("lm_head.", "mtp.")):
-        return prefix.removesuffix("backbone.").removesuffix("model.") + own_name
-    return prefix + own_name
+def tensor_name(parameter_name: str, prefix: str) -> str:
+    """Return the checkpoint's name of a parameter; only the head and the MTP module do not have the whole prefix."""
+    if parameter_name.startswith(("lm_head.", "mtp.")):
+        return prefix.removesuffix("backbone.").removesuffix("model.") + parameter_name
+    return prefix + parameter_name
 
 
 def expert_tensor_names(config: NemotronHConfig, layer: int, expert: int, prefix: str) -> dict[str, str]:
-    """{"up": …, "down": …}: names in the checkpoint of one routed expert's matrices."""
+    """Return the checkpoint's names of one routed expert's two matrices: {"up": …, "down": …}."""
     is_mtp = layer >= config.num_layers
     place = f"mtp.layers.{layer - config.num_layers}" if is_mtp else f"layers.{layer}"
     stem = tensor_name(f"{place}.mixer.experts.{expert}", prefix)
@@ -409,7 +418,7 @@ def expert_tensor_names(config: NemotronHConfig, layer: int, expert: int, prefix
 
 
 def load_expert(checkpoint: Checkpoint, config: NemotronHConfig, layer: int, expert: int) -> dict[str, Tensor]:
-    """One routed expert, as stored: {"up": (M, L), "down": (L, M)}."""
+    """Read one routed expert as stored, {"up": (M, L), "down": (L, M)}; raise ValueError if the model lacks it."""
     shape = next((shape for shape in config.expert_shapes if shape.layer == layer), None)
     if shape is None or not 0 <= expert < shape.num_experts:
         raise ValueError(f"the model has no expert {expert} in layer {layer}")
@@ -419,28 +428,28 @@ def load_expert(checkpoint: Checkpoint, config: NemotronHConfig, layer: int, exp
 
 
 def has_mtp(checkpoint: Checkpoint, config: NemotronHConfig) -> bool:
-    """Whether drafting is possible: the config asks for an MTP module and the checkpoint brings one."""
+    """Return True if drafting is possible: the config asks for an MTP module and the checkpoint has its weights."""
     root = tensor_name("mtp.", checkpoint_prefix(checkpoint))
     return config.num_nextn_predict_layers > 0 and any(name.startswith(root) for name in checkpoint.names)
 
 
 def served_expert_shapes(checkpoint: Checkpoint, config: NemotronHConfig) -> tuple[ExpertShape, ...]:
-    """Expert layers that the checkpoint can fill: the MTP module's only if it is there."""
+    """Return the shapes of all MoE layers in the checkpoint; the MTP module's layer is included if it has weights."""
     num_layers = len(config.layers) if has_mtp(checkpoint, config) else config.num_layers
     return tuple(shape for shape in config.expert_shapes if shape.layer < num_layers)
 
 
-def check_names(checkpoint: Checkpoint, config: NemotronHConfig, own_names: Iterator[str]) -> None:
-    """Raises ValueError naming the first tensor that the checkpoint lacks or that the model does not know."""
+def check_names(checkpoint: Checkpoint, config: NemotronHConfig, parameter_names: Iterator[str]) -> None:
+    """Raise ValueError that names the first tensor that is missing in the checkpoint or unknown to the model."""
     prefix = checkpoint_prefix(checkpoint)
-    wanted = {tensor_name(name, prefix) for name in own_names}
+    expected = {tensor_name(name, prefix) for name in parameter_names}
     for shape in served_expert_shapes(checkpoint, config):
         for expert in range(shape.num_experts):
-            wanted.update(expert_tensor_names(config, shape.layer, expert, prefix).values())
+            expected.update(expert_tensor_names(config, shape.layer, expert, prefix).values())
     names = set(checkpoint.names)
-    if missing := sorted(wanted - names):
+    if missing := sorted(expected - names):
         raise ValueError(f"the checkpoint {checkpoint.path} has no tensor {missing[0]} ({len(missing)} missing in all)")
-    if extra := sorted(names - wanted):
+    if extra := sorted(names - expected):
         raise ValueError(f"the checkpoint {checkpoint.path} has the unknown tensor {extra[0]} ({len(extra)} in all)")
 
 
@@ -451,11 +460,15 @@ def load_backbone(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> NemotronH:
-    """The backbone with its weights, none of the routed experts read. fp32 where the reference computes in fp32."""
+    """Load the backbone with its weights and without reading any routed expert.
+
+    Weights have `dtype`, except those with which the reference implementation computes in fp32 (`FP32_PARAMETERS`).
+    Raises ValueError as `check` does.
+    """
     with torch.device("meta"):
         model = NemotronH(config, experts, with_mtp=has_mtp(checkpoint, config))
     weights = {}
-    for name, tensor in _mapped(checkpoint, config, model):
+    for name, tensor in _backbone_tensors(checkpoint, config, model):
         weights[name] = tensor.to(device, torch.float32 if name.endswith(FP32_PARAMETERS) else dtype, copy=True)
     model.load_state_dict(weights, assign=True)
     model = model.requires_grad_(False).eval()
@@ -464,20 +477,25 @@ def load_backbone(
     return model
 
 
-def _mapped(checkpoint: Checkpoint, config: NemotronHConfig, model: NemotronH) -> Iterator[tuple[str, Tensor]]:
-    """The backbone's tensors under our own names, memory-mapped; raises ValueError as `check` does."""
-    own = model.state_dict()
-    check_names(checkpoint, config, iter(own))
+def _backbone_tensors(
+    checkpoint: Checkpoint, config: NemotronHConfig, model: NemotronH
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the backbone's memory-mapped tensors by parameter name; raise ValueError as `check` does."""
+    parameters = model.state_dict()
+    check_names(checkpoint, config, iter(parameters))
     prefix = checkpoint_prefix(checkpoint)
-    for name, value in own.items():
+    for name, value in parameters.items():
         yield name, checkpoint.tensor(tensor_name(name, prefix), tuple(value.shape))
 
 
 def check(checkpoint: Checkpoint, config: NemotronHConfig) -> None:
-    """Raises ValueError naming the first tensor that is missing, unknown or misshapen. Maps the weights, reads none."""
+    """Check names and shapes of all tensors; the weights are memory-mapped, but not read.
+
+    Raises ValueError that names the first tensor that is missing, unknown or has the wrong shape.
+    """
     with torch.device("meta"):
         model = NemotronH(config, LocalExperts({}), with_mtp=has_mtp(checkpoint, config))
-    for _ in _mapped(checkpoint, config, model):
+    for _ in _backbone_tensors(checkpoint, config, model):
         pass
     for shape in served_expert_shapes(checkpoint, config):
         for expert in range(shape.num_experts):
