@@ -34,7 +34,8 @@ from rich.table import Table
 from model.blocks.attention import Attention
 from model.demo import DEMO
 from services.args import AppArgs
-from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.backbone import Backbone
+from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.sampling_params import SamplingParams
 
 WARM_LEN, WARM_OUTPUT = 2048, 4

@@ -24,7 +24,8 @@ from services import logs
 from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
 from services.controller.serve_policy import report
-from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.backbone import Backbone
+from services.engine.backbone_config import BackboneConfig
 from services.engine.recorder import Bounds
 from services.engine.server import EngineServer
 from services.expert.drain import MOVE_TIMEOUT_S

@@ -51,6 +51,11 @@ class _Recording:
         self.why_ended = ""
         self.writer = threading.Thread(target=self._write, name="trace", daemon=True)
 
+    def start(self, first_line: str) -> None:
+        """Write the first line and start the thread that writes the calls."""
+        self._put(first_line)
+        self.writer.start()
+
     def _write(self) -> None:
         with self.file:
             while not self.why_ended:
@@ -105,8 +110,7 @@ class Recorder:
         path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns() % 10**6}.jsonl"
         file = os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8")
         recording = _Recording(path, file, bounds)
-        recording._put(header(self._model, time.time(), self._num_experts))
-        recording.writer.start()
+        recording.start(header(self._model, time.time(), self._num_experts))
         self._recording = recording
         return self.report()
 

@@ -25,7 +25,8 @@ from model.families.nemotron_h import NemotronH
 from model.family import ModelFamily, load_family
 from model.state import Batch, State
 from services.controller.controller import layer_specs
-from services.engine.backbone import WARM_UP_TOKENS, Backbone, BackboneConfig
+from services.engine.backbone import WARM_UP_TOKENS, Backbone
+from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.memory import plan_memory
 from services.expert import shard_control

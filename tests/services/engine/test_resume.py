@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from model.family import load_family
-from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.backbone import Backbone
+from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.errors import EngineFailed, EngineOverloaded
 from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
 from services.engine.contract.token_output import TokenLogprob, TokenOutput
@@ -159,8 +160,8 @@ def test_one_with_a_grammar_is_not_refused_for_want_of_room_to_compile_it() -> N
     params = SamplingParams(grammar=Grammar(GrammarKind.REGEX, "a"))
     engine = tiny_engine(compile_grammar=compile_grammar, max_waiting=1)
     engine.start()
-    assert engine._compiling
-    assert engine._compiling._room.acquire()
+    assert engine._grammar_pool
+    assert engine._grammar_pool._room.acquire()
     with pytest.raises(EngineOverloaded):
         asyncio.run(ask(engine, "new", [1], params))
     for _ in range(3):  # nor does it give back room that it never took

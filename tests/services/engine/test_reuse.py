@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model.family import load_family
-from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.backbone import Backbone
+from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.contract.token_output import TokenOutput
 from services.engine.memory import plan_memory

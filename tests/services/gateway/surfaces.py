@@ -19,7 +19,8 @@ from model.demo import DEMO
 from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from protos.expertmesh.inference.v1 import inference_pb2_grpc
-from services.engine.backbone import Backbone, BackboneConfig
+from services.engine.backbone import Backbone
+from services.engine.backbone_config import BackboneConfig
 from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.engine.memory import plan_memory
 from services.gateway.chat.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.control.registry_store import HEARTBEAT_TTL_S
 from cluster.dispatch.call_policy import Traffic
 from cluster.topology import Placement
-from services.engine.tier_watch import TierWatch
+from services.engine.fleet_connection import CoverageMonitor
 from services.gateway.metrics.status_collector import LABELS
 from services.gateway.metrics.tier_metrics import RELATIVE_LOADS, TierMetrics, relative
 from services.gateway.operator.degraded import degraded_report
@@ -27,11 +27,11 @@ class Backbone:
     """As much of a backbone's status as the expert tier's numbers need."""
 
     def __init__(self) -> None:
-        self.watch = TierWatch({0: 500 * MB, 4: MB})
+        self.monitor = CoverageMonitor({0: 500 * MB, 4: MB})
 
     def status(self, now: float, *live: str, open_circuit: str = "") -> dict[str, Any]:
-        exposure = self.watch.note(PLACEMENT, live, now)
-        tier = self.watch.report(exposure, RATES, now)
+        coverage = self.monitor.update(PLACEMENT, live, now)
+        tier = self.monitor.report(coverage, RATES, now)
         down = sorted({"a", "b", "c"} - set(live))
         circuits = [{"circuit": "open" if id == open_circuit else "closed"} for id in "abc"]
         fleet = {"tier": tier, "down": down, "shards": circuits, "epoch": 7, "cover": 2, "placement_age_s": 0.5}

@@ -1,0 +1,76 @@
+"""The configuration of a backbone, and the engine that is built from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from model import kernels
+from model.blocks.moe import Experts
+from model.family import ModelFamily
+from model.state import State
+from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS
+from services.engine.engine import Engine
+from services.engine.grammar.compiled_grammar import GrammarCompiler
+from services.engine.memory import MemoryPlan
+from services.engine.runner import Runner
+from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.expert.client import ExpertsUnavailable
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """What a backbone needs to know beside the model; lengths are in tokens.
+
+    `draft_tokens` is the most tokens that are drafted at once for a request: 0 turns drafting off, and None takes
+    DEFAULT_DRAFT_TOKENS.
+    """
+
+    dtype: torch.dtype
+    device: str
+    max_model_len: int
+    max_batch_tokens: int
+    memory: MemoryPlan
+    num_threads: int
+    max_waiting: int = 256
+    draft_tokens: int | None = None
+    prefix_cache: bool = True
+
+    def scheduler_config(self, family: ModelFamily, has_drafts: bool) -> SchedulerConfig:
+        """Return the scheduler's configuration for a model; `has_drafts` says whether it can draft."""
+        max_draft_tokens = DEFAULT_DRAFT_TOKENS if self.draft_tokens is None else self.draft_tokens
+        # Compiled kernels compute a prompt token by token as a recurrence, so it may be split and saved anywhere.
+        align = 1 if kernels.is_compiled(self.device) else family.config.chunk_size
+        return SchedulerConfig(
+            self.memory.num_slots,
+            self.memory.num_blocks,
+            self.memory.block_size,
+            self.max_model_len,
+            max_batch_tokens=self.max_batch_tokens,
+            max_waiting=self.max_waiting,
+            chunk_align=align,
+            checkpoint_align=align,
+            num_checkpoint_slots=self.memory.num_checkpoint_slots,
+            bytes_per_slot=self.memory.bytes_per_slot,
+            bytes_per_block=self.memory.bytes_per_block,
+            has_prefix_cache=self.prefix_cache,
+            turn_end_ids=frozenset(family.config.eos_token_ids),
+            max_draft_tokens=max_draft_tokens if has_drafts else 0,
+        )
+
+
+def build_engine(config: BackboneConfig, family: ModelFamily, experts: Experts) -> Engine:
+    """Load the backbone's weights, allocate its state, and return its engine, which is not started yet."""
+    model = family.load_backbone(experts, config.dtype, config.device)
+    plan = config.memory
+    state = State(family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device)
+    scheduler_config = config.scheduler_config(family, model.has_drafts)
+    return Engine(
+        Runner(model, state, config.device, has_drafts=scheduler_config.max_draft_tokens > 0),
+        Scheduler(scheduler_config),
+        family.config.vocab_size,
+        family.config.eos_token_ids,
+        outages=(ExpertsUnavailable,),
+        compile_grammar=GrammarCompiler(family.checkpoint.path, family.config.eos_token_ids).compile,
+    )
