@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from cluster.control.follower import Follower
 from cluster.control.load_store import LoadStore
-from cluster.control.registry import HEARTBEAT_TTL_S
-from cluster.control.registry_store import RegistryStore, StoreUnavailable
+from cluster.control.registry_store import HEARTBEAT_TTL_S, RegistryStore, StoreUnavailable
 from cluster.dispatch.shard_health import Circuit
 from cluster.load import LoadCounter
 from cluster.placement.coverage import FULL_COVER, CoverageReport, PlacementArrays, Rates, Repair, balancedness
