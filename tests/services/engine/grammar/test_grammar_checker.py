@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import threading
@@ -11,12 +10,7 @@ import pytest
 
 from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.grammar.grammar_checker import NUM_PROCESSES, GrammarChecker, _CheckerProcess
-from services.gateway.chat.tokenizer import Tokenizer
-from services.gateway.errors import ApiError, ApiRefusal, client_errors
-from services.gateway.generation import Generation, ModelCard
-from services.gateway.generation_request import AnswerFormat, GenerationRequest
 from tests.services.demo import MODEL
-from tests.services.gateway.echo import EchoSource
 
 MAX_SECONDS = 1.5
 FINE = Grammar(GrammarKind.REGEX, "[0-9]+")
@@ -82,26 +76,3 @@ def test_a_process_that_died_is_replaced() -> None:
     for n in range(2 * NUM_PROCESSES):
         checker.check(Grammar(GrammarKind.REGEX, f"a{n}"))
     checker.close()
-
-
-def test_the_client_is_told_and_prompts_are_prepared_meanwhile(
-    checker: GrammarChecker, source: EchoSource, tokenizer: Tokenizer
-) -> None:
-    async def prepare(generation: Generation, request: GenerationRequest) -> None:
-        with client_errors():
-            await generation.prepare([request])
-
-    async def test() -> None:
-        generation = Generation(source, tokenizer, ModelCard("echo", 10**6, 1), checker.check)
-        formats = [AnswerFormat(slow(n), "structured_outputs.grammar") for n in range(5)]
-        requests = [GenerationRequest("a", answer_format=answer_format) for answer_format in formats]
-        slow_ones = [asyncio.create_task(prepare(generation, request)) for request in requests]
-        await asyncio.sleep(0.1)
-        await prepare(generation, GenerationRequest("a" * 100_000))
-        assert not any(task.done() for task in slow_ones)
-        for refused in await asyncio.gather(*slow_ones, return_exceptions=True):
-            assert isinstance(refused, ApiError)
-            assert refused.refusal is ApiRefusal.INVALID
-            assert refused.message.startswith("structured_outputs.grammar cannot be used: it takes more than")
-
-    asyncio.run(test())
