@@ -20,7 +20,7 @@ from cluster.topology import Homes, Placement
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
-Rates = Mapping[int, NDArray[np.float64]]  # picks per second of each expert, by layer
+Rates = Mapping[int, NDArray[np.float64]]  # Picks per second of each expert, by layer.
 
 FULL_COVER = 2
 

@@ -22,10 +22,8 @@ PARTS = (
     *("embedding", "head", "norms", "mixers", "routers", "latent", "shared", "dense", "routed"),
     *("mtp backbone", "mtp routed", "mtp copies"),
 )
-STATE_BYTES, KV_BYTES = (
-    4,
-    2,
-)  # Bytes of one number of recurrent state (fp32), and of KV or a convolution's inputs (bf16).
+STATE_BYTES = 4  # Bytes of one number of recurrent state (fp32).
+KV_BYTES = 2  # Bytes of one number of KV or of a convolution's inputs (bf16).
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A fleet to plan for and to register, in one line each."""
+"""A fleet for tests: builders of shards and layers, and the load of each shard."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ def make_layers(num_layers: int = 3, num_experts: int = 32, expert_bytes: int = 
 
 
 def balancedness(loads: Sequence[float]) -> float:
-    """Mean over shards divided by the maximum: 1 is perfect. Take it per layer, then average (EPLB's usage)."""
+    """Return the mean of the shards' loads divided by their maximum; 1 is perfect.
+
+    For several layers, compute it per layer and average the results, as EPLB does.
+    """
     return sum(loads) / len(loads) / max(loads) if loads and max(loads) > 0 else 1.0
 
 
 def shard_loads(homes: Homes, load: Sequence[float], shard_ids: Sequence[str]) -> list[float]:
-    """The load of each shard in one layer if every expert's picks are shared evenly among its homes."""
+    """Return the load of each shard in one layer if each expert's picks are split evenly over its homes."""
     loads = dict.fromkeys(shard_ids, 0.0)
     for ids, picks in zip(homes, load, strict=True):
         for id in ids:

@@ -17,53 +17,55 @@ def make_calls(num_calls: int, seed: int) -> Calls:
     return num_experts, num_rows, draw.choice([0.5, 4.0], num_calls)
 
 
-def times(pace: CostModel, calls: Calls) -> NDArray[np.float64]:
+def times(cost_model: CostModel, calls: Calls) -> NDArray[np.float64]:
     num_experts, num_rows, mib = calls
-    return pace.call_us + mib * (pace.weight_us_per_mib * num_experts + pace.row_us_per_mib * num_rows)
+    return cost_model.call_us + mib * (
+        cost_model.weight_us_per_mib * num_experts + cost_model.row_us_per_mib * num_rows
+    )
 
 
-def is_near(fit: CostFit, pace: CostModel, calls: Calls, tolerance: float) -> bool:
-    return bool(np.allclose(times(fit.cost_model, calls), times(pace, calls), rtol=tolerance))
+def is_near(fit: CostFit, cost_model: CostModel, calls: Calls, tolerance: float) -> bool:
+    return bool(np.allclose(times(fit.cost_model, calls), times(cost_model, calls), rtol=tolerance))
 
 
 @pytest.mark.parametrize(
-    "pace",
+    "cost_model",
     [CostModel(80.0, 90.0, 4.0), CostModel(5.0, 2.0, 0.1), CostModel(2000.0, 0.0, 50.0), CostModel(0.0, 7.0, 0.0)],
 )
-def test_the_pace_behind_the_calls_is_found(pace: CostModel) -> None:
+def test_the_cost_model_behind_the_calls_is_found(cost_model: CostModel) -> None:
     fit = CostFit()
     for seed in range(10):
         calls = make_calls(100, seed)
-        fit.observe(*calls, times(pace, calls))
-    assert is_near(fit, pace, calls, 0.03)
+        fit.observe(*calls, times(cost_model, calls))
+    assert is_near(fit, cost_model, calls, 0.03)
 
 
 def test_noise_and_pauses_do_not_move_it_far() -> None:
-    pace, fit, draw = CostModel(60.0, 100.0, 10.0), CostFit(), np.random.default_rng(1)
+    cost_model, fit, draw = CostModel(60.0, 100.0, 10.0), CostFit(), np.random.default_rng(1)
     for seed in range(20):
         calls = make_calls(100, seed)
-        took = times(pace, calls) * draw.lognormal(0, 0.1, 100)
-        took[draw.random(100) < 0.03] += 100_000
-        fit.observe(*calls, took)
-    assert is_near(fit, pace, calls, 0.25)
+        took_us = times(cost_model, calls) * draw.lognormal(0, 0.1, 100)
+        took_us[draw.random(100) < 0.03] += 100_000
+        fit.observe(*calls, took_us)
+    assert is_near(fit, cost_model, calls, 0.25)
 
 
 def test_a_shard_that_became_twenty_times_slower_is_believed() -> None:
-    pace, slow, fit = CostModel(60.0, 100.0, 10.0), CostModel(1200.0, 2000.0, 200.0), CostFit()
+    cost_model, slow, fit = CostModel(60.0, 100.0, 10.0), CostModel(1200.0, 2000.0, 200.0), CostFit()
     for seed in range(20):
         calls = make_calls(100, seed)
-        fit.observe(*calls, times(pace, calls))
+        fit.observe(*calls, times(cost_model, calls))
     for _ in range(20):
         fit.observe(*calls, times(slow, calls))
     assert is_near(fit, slow, calls, 0.5)
 
 
 def test_calls_of_one_kind_alone_give_the_right_time_for_that_kind_and_no_negative_cost() -> None:
-    fit, pace = CostFit(), CostModel(30.0, 5.0, 1.0)
+    fit, cost_model = CostFit(), CostModel(30.0, 5.0, 1.0)
     calls = (np.full(50, 4.0), np.ones(50), np.full(50, 0.06))
     for _ in range(20):
-        fit.observe(*calls, times(pace, calls))
-    assert is_near(fit, pace, calls, 0.05)
+        fit.observe(*calls, times(cost_model, calls))
+    assert is_near(fit, cost_model, calls, 0.05)
     assert min(fit.cost_model.call_us, fit.cost_model.weight_us_per_mib, fit.cost_model.row_us_per_mib) >= 0
 
 

@@ -47,8 +47,10 @@ def test_an_expert_has_no_home_twice() -> None:
 
 @pytest.mark.parametrize("draining", [False, True])
 def test_a_shard_survives_its_record(draining: bool) -> None:
-    pace = CostModel(12.5, 0.1, 3e-7)
-    shard = replace(make_shard(1), held_digest="abc", num_held=12, queue_depth=3, draining=draining, cost_model=pace)
+    cost_model = CostModel(12.5, 0.1, 3e-7)
+    shard = replace(
+        make_shard(1), held_digest="abc", num_held=12, queue_depth=3, draining=draining, cost_model=cost_model
+    )
     assert Shard.from_record(shard.to_record()) == shard
 
 

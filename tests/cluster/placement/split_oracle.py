@@ -1,4 +1,4 @@
-"""The best split of experts' rows over their homes, as a linear programme."""
+"""An oracle for the best split of experts' rows over their homes: it solves a linear programme."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from scipy.sparse import coo_matrix
 def least_maximum(
     homes: Sequence[Sequence[int]], cost_ES: ArrayLike, num_shards: int, busy_S: ArrayLike | None = None
 ) -> float:
-    """The least possible maximum over shards of what they have plus their share of each expert's cost there."""
-    pairs = [(expert, home) for expert, of in enumerate(homes) for home in of]
-    experts, shards = (np.array(one, np.int64) for one in zip(*pairs, strict=True))
+    """Return the least possible time of the slowest shard over all splits of the experts' rows.
+
+    - `homes[e]` lists the shards that are homes of expert e.
+    - `cost_ES` is the time of all rows of each expert on each shard, or [E, 1] if all shards are equally fast.
+    - `busy_S` is the time that each shard has in any case, 0 by default.
+    """
+    pairs = [(expert, home) for expert, expert_homes in enumerate(homes) for home in expert_homes]
+    experts, shards = (np.array(column, np.int64) for column in zip(*pairs, strict=True))
     costs = np.broadcast_to(np.asarray(cost_ES, np.float64).T, (num_shards, len(homes))).T[experts, shards]
     columns = np.arange(len(pairs))
     whole = coo_matrix((np.ones(len(pairs)), (experts, columns)), (len(homes), len(pairs) + 1))
@@ -32,5 +37,5 @@ def least_maximum(
     objective = np.zeros(len(pairs) + 1)
     objective[-1] = 1.0
     busy = np.zeros(num_shards) if busy_S is None else np.asarray(busy_S, np.float64)
-    has_home = np.array([float(bool(of)) for of in homes])
+    has_home = np.array([float(bool(expert_homes)) for expert_homes in homes])
     return float(linprog(objective, loads, -busy, whole, has_home, method="highs").fun)

@@ -1,4 +1,4 @@
-"""Rounds of a migration, walked by a fleet of sets: what is loaded is held, what is dropped is gone."""
+"""Tests of migration rounds on a fleet of sets: each shard is a set of the experts that it holds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYERS = [LayerSpec(0, 4, BYTES, 2)]
 
 
 def target_of(homes: str, standby: str = "") -> Target:
-    """'01 12' means: expert 0 on s00 and s01, expert 1 on s01 and s02."""
+    """Return the target that two texts describe: '01 12' puts expert 0 on s00 and s01, and expert 1 on s01 and s02."""
 
     def rows(text: str) -> tuple[tuple[str, ...], ...]:
         return tuple(tuple(f"s0{digit}" for digit in ids.strip("-")) for ids in text.split())
@@ -40,7 +40,7 @@ def published(target: Target, epoch: int = 1) -> Placement:
 
 
 def holdings(target: Target, *dead: int, num_shards: int = 4) -> dict[str, Holding]:
-    """What shards hold that hold what they should."""
+    """Return the holdings of shards that hold exactly what `target` says; the shards in `dead` are left out."""
     held: dict[str, set[tuple[int, int, str]]] = {f"s0{i}": set() for i in range(num_shards) if i not in dead}
     for home in target.all_homes():
         if home.shard_id in held:
@@ -73,7 +73,7 @@ def test_a_move_is_published_only_when_it_is_loaded_and_then_the_old_home_goes()
     held["s02"] = holding({*held["s02"].experts, (0, 0, DEVICE)})
     after = next_target(target, published(before), round_, held)
     assert after == target
-    assert leftovers(published(before), target, held)[0] == set()  # the old epoch still counts on it
+    assert leftovers(published(before), target, held)[0] == set()  # The published epoch still names the old home.
     assert leftovers(published(after), target, held)[0] == {Home(0, 0, "s00")}
 
 
@@ -109,7 +109,7 @@ def test_bytes_in_flight_and_memory_bound_a_round() -> None:
     round_ = next_round(LAYERS, target, published(before), shards(budget=400)[:1] + shards(250)[1:], holdings(before))
     assert len(round_.loads) == 2
     first = next_round(LAYERS, target, None, shards(), holdings(target_of("- - - -")), Limits(1))
-    assert len(first.loads) == 8  # nobody is disturbed yet
+    assert len(first.loads) == 8  # Nothing is published, so loading disturbs no request.
 
 
 def test_the_first_placement_is_published_when_it_is_complete() -> None:
@@ -138,7 +138,7 @@ def test_a_home_that_goes_down_stands_by_before_it_leaves_the_device() -> None:
     before, target = target_of("01 12 23 30"), target_of("0 12 23 30", "1 - - -")
     held = holdings(before)
     round_ = next_round(LAYERS, target, published(before), shards(), held)
-    assert not round_.loads  # it has it already
+    assert not round_.loads  # s01 holds the expert already.
     assert leftovers(published(before), target, held)[1] == set()
     after = next_target(target, published(before), round_, held)
     assert after == target
@@ -149,7 +149,7 @@ def test_a_home_that_goes_down_stands_by_before_it_leaves_the_device() -> None:
 def test_what_nobody_named_is_loaded_again_to_hear_who_leads() -> None:
     before, target = target_of("01 12 23 30"), target_of("01 12 23 30", "2 - - -")
     held = holdings(before)
-    held["s02"] = holding({*held["s02"].experts, (0, 0, DEVICE)})  # what an earlier leader left
+    held["s02"] = holding({*held["s02"].experts, (0, 0, DEVICE)})  # An earlier leader left this home behind.
     round_ = next_round(LAYERS, target, published(before), shards(), held)
     assert round_.loads == {Home(0, 0, "s02", STANDBY)}
     assert next_target(target, published(before), round_.without(round_.loads), held) is None
@@ -162,7 +162,10 @@ def test_homes_by_shard() -> None:
 
 
 def random_target(rng: random.Random, num_shards: int, alive: list[int], num_experts: int, max_homes: int) -> Target:
-    """Nobody has more than an even share and two."""
+    """Return random homes for all experts on the shards in `alive`, 2 to `max_homes` homes for each expert.
+
+    A third home goes only to a shard that holds no more than an even share of two homes per expert.
+    """
     most = -(-2 * num_experts // len(alive)) + 1
     taken = dict.fromkeys(alive, 0)
     rows = []
@@ -177,7 +180,7 @@ def random_target(rng: random.Random, num_shards: int, alive: list[int], num_exp
 
 
 def walk(seed: int) -> Iterator[int]:
-    """From one random placement to another, loads failing at random; yields the live cover at every moment."""
+    """Migrate from one random placement to another while loads fail at random; yield the cover after each round."""
     rng = random.Random(seed)
     num_experts, num_shards = rng.randint(2, 8), rng.randint(3, 5)
     layers = [LayerSpec(0, num_experts, BYTES, 1)]
@@ -204,7 +207,7 @@ def walk(seed: int) -> Iterator[int]:
         yield min(live)
         if Target.of(placement) == target:
             return
-    raise AssertionError("it never arrives")
+    raise AssertionError("the migration does not reach its target in 198 rounds")
 
 
 @pytest.mark.parametrize("seed", range(300))

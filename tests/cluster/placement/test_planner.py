@@ -17,7 +17,9 @@ from tests.cluster.fleet import make_layers, make_shard
 from tests.cluster.placement.split_oracle import least_maximum
 
 SIZE = 2**20
-WITHIN = 1.1  # of the best of all placements, on fleets so small that one expert is a fifth of the load
+# The most by which a plan's time may exceed that of the best placement, as a factor. The fleets are so small that one
+# expert is a fifth of the load.
+WITHIN = 1.1
 ROWS_ONLY = CostModel(0.0, 0.0, 1.0)
 ALL_DEVICES = PlanPolicy(headroom=0)
 
@@ -44,20 +46,20 @@ def drifted(load: Mapping[int, ExpectedLoad], seed: int, drift: float = 0.3) -> 
     }
 
 
-def running(of: Plan) -> Placement:
-    return Placement(1, of.homes, {}, "", of.standby)
+def running(planned: Plan) -> Placement:
+    return Placement(1, planned.homes, {}, "", planned.standby)
 
 
-def check(of: Plan, layers: Sequence[LayerSpec], shards: Sequence[Shard], headroom: int = 0) -> None:
-    """What holds for every plan: budgets, no home twice, and moves that lead from nothing more to nothing less."""
-    placement = running(of)  # asserts that no expert has the same home twice
+def check(planned: Plan, layers: Sequence[LayerSpec], shards: Sequence[Shard], headroom: int = 0) -> None:
+    """Check what holds for every plan: homes on known shards only, none twice, budgets kept, and no blast radius."""
+    placement = running(planned)  # A placement asserts that no expert has the same home twice.
     sizes = {spec.layer: spec.expert_bytes for spec in layers}
-    able = {shard.id: shard for shard in shards}
-    assert set(placement.shard_ids) <= able.keys()
-    for id, shard in able.items():
+    shard_of = {shard.id: shard for shard in shards}
+    assert set(placement.shard_ids) <= shard_of.keys()
+    for id, shard in shard_of.items():
         used = sum(sizes[layer] * len(experts) for layer, experts in placement.experts_of(id).items())
         assert used <= shard.memory_budget - headroom
-    assert max(of.blast_radius_after.values()) == 0 or len(shards) == 1
+    assert max(planned.blast_radius_after.values()) == 0 or len(shards) == 1
 
 
 def test_moves_lead_from_the_running_placement_to_the_plan() -> None:
@@ -71,7 +73,7 @@ def test_moves_lead_from_the_running_placement_to_the_plan() -> None:
     held |= {
         ("standby", la, e, id) for la, homes in before.standby.items() for e, ids in enumerate(homes) for id in ids
     }
-    held = {one for one in held if one[3] != shards[0].id}
+    held = {home for home in held if home[3] != shards[0].id}
     for move in after.moves:
         key = (move.tier, move.layer, move.expert, move.shard_id)
         assert (key in held) == (move.kind == "drop")
@@ -127,22 +129,25 @@ def test_homes_are_on_two_nodes(nodes: int) -> None:
     shards = make_fleet(6, slots=18, nodes=nodes)
     node_of = {shard.id: shard.node for shard in shards}
     load = skewed(layers)
-    of = plan(layers, shards, None, load, ALL_DEVICES)
+    planned = plan(layers, shards, None, load, ALL_DEVICES)
     for seed in range(4):
-        placement = running(of)
+        placement = running(planned)
         for layer in placement.homes:
             assert all(len({node_of[id] for id in ids}) > 1 for ids in placement.all_homes(layer))
         load = drifted(load, seed, 0.6)
-        of = plan(layers, shards, placement, load, ALL_DEVICES)
-    assert any("Time:" in reason for reason in of.reasons)
+        planned = plan(layers, shards, placement, load, ALL_DEVICES)
+    assert any("Time:" in reason for reason in planned.reasons)
 
 
 def tiny_optimum(weights: Sequence[float], num_shards: int, slots: int) -> float:
-    """The least maximum over all ways to give every expert at least one home within the slots."""
+    """Return the least load of the fullest shard over all ways to give every expert at least one home.
+
+    No shard has more than `slots` homes.
+    """
     choices = [c for n in range(1, num_shards + 1) for c in itertools.combinations(range(num_shards), n)]
     best = np.inf
     for homes in itertools.product(choices, repeat=len(weights)):
-        held = np.bincount([home for of in homes for home in of], minlength=num_shards)
+        held = np.bincount([home for expert_homes in homes for home in expert_homes], minlength=num_shards)
         if held.max() <= slots:
             best = min(best, least_maximum(homes, np.array(weights)[:, None], num_shards))
     return float(best)
@@ -160,8 +165,8 @@ def test_tiny_fleets_against_brute_force(seed: int) -> None:
     first = plan(layers, shards, None, load, policy)
     in_order = Placement(1, {0: (("s00",), ("s00",), ("s01",), ("s01",), ("s02",))}, {})
     improved = plan(layers, shards, in_order, load, policy)
-    for of in (first, improved):
-        assert best_s * 0.999 <= of.predicted_s_after <= best_s * WITHIN
+    for planned in (first, improved):
+        assert best_s * 0.999 <= planned.predicted_s_after <= best_s * WITHIN
     assert improved.predicted_s_after <= improved.predicted_s_before
 
 
@@ -170,27 +175,27 @@ def test_predicted_times_are_those_of_the_linear_programme(seed: int) -> None:
     layers = [LayerSpec(0, 64, SIZE, 1)]
     shards = make_fleet(8, slots=10)
     load = skewed(layers, seed)
-    of = plan(layers, shards, None, load, ALL_DEVICES)
+    planned = plan(layers, shards, None, load, ALL_DEVICES)
     for step in range(3):
         mean_E = load[0].mean_E
-        homes = [[int(id[1:]) for id in ids] for ids in of.homes[0]]
+        homes = [[int(id[1:]) for id in ids] for ids in planned.homes[0]]
         best_s = least_maximum(homes, mean_E[:, None], 8) / mean_E.sum() * ALL_DEVICES.rows_per_step * 1e-6
-        assert best_s * 0.999 <= of.predicted_s_after <= best_s * 1.003
-        assert of.predicted_s_after * 8 >= ALL_DEVICES.rows_per_step * 1e-6  # the mean is the lower bound
+        assert best_s * 0.999 <= planned.predicted_s_after <= best_s * 1.003
+        assert planned.predicted_s_after * 8 >= ALL_DEVICES.rows_per_step * 1e-6  # The mean is a lower bound.
         load = drifted(load, step)
-        of = plan(layers, shards, running(of), load, ALL_DEVICES)
+        planned = plan(layers, shards, running(planned), load, ALL_DEVICES)
 
 
-def test_pace_counts() -> None:
-    """A shard twice as fast takes twice as much."""
+def test_the_cost_model_counts() -> None:
+    """Check that a shard which is twice as fast gets twice as many rows."""
     layers = make_layers(1, 64, SIZE)
     shards = [
         replace(shard, cost_model=CostModel(0.0, 0.0, 0.5 if i == 0 else 1.0))
         for i, shard in enumerate(make_fleet(4, 40))
     ]
     load = {0: ExpectedLoad.steady(np.ones(64))}
-    of = plan(layers, shards, None, load, ALL_DEVICES)
-    assert of.predicted_s_after == pytest.approx(ALL_DEVICES.rows_per_step * 4 / 5 * 1e-6, rel=0.02)
+    planned = plan(layers, shards, None, load, ALL_DEVICES)
+    assert planned.predicted_s_after == pytest.approx(ALL_DEVICES.rows_per_step * 4 / 5 * 1e-6, rel=0.02)
 
 
 def test_a_lost_shard_costs_no_cover_and_the_rest_stays_where_it_is() -> None:
@@ -198,7 +203,7 @@ def test_a_lost_shard_costs_no_cover_and_the_rest_stays_where_it_is() -> None:
     shards = make_fleet(8, slots=40)
     load = skewed(layers)
     before = plan(layers, shards, None, load)
-    assert max(before.blast_radius_before.values()) == 0  # nothing is held, so nothing can be lost
+    assert max(before.blast_radius_before.values()) == 0  # No shard holds an expert, so none can be lost.
     after = plan(layers, shards[:3] + shards[4:], running(before), load, PlanPolicy(min_gain=1.0))
     assert (after.cover_before, after.cover_after) == (1, 2)
     assert max(after.blast_radius_before.values()) > 0
@@ -206,9 +211,9 @@ def test_a_lost_shard_costs_no_cover_and_the_rest_stays_where_it_is() -> None:
     lost = sum(len(experts) for experts in running(before).experts_of("s03").values())
     lost += sum(len(experts) for experts in running(before).standby_of("s03").values())
     assert after.num_bytes <= lost * SIZE
-    asleep = [(la, e) for la, homes in before.homes.items() for e, ids in enumerate(homes) if ids == ("s03",)]
-    assert asleep
-    assert all(set(after.homes[layer][expert]) & set(before.standby[layer][expert]) for layer, expert in asleep)
+    lost_homes = [(la, e) for la, homes in before.homes.items() for e, ids in enumerate(homes) if ids == ("s03",)]
+    assert lost_homes
+    assert all(set(after.homes[layer][expert]) & set(before.standby[layer][expert]) for layer, expert in lost_homes)
     assert "Cover: 0 of 256 experts have no live home" in after.describe()
 
 
@@ -217,8 +222,8 @@ def test_cover_is_repaired_whatever_it_costs() -> None:
     shards = make_fleet(4, slots=40)
     load = skewed(layers)
     before = plan(layers, shards, None, load)
-    dear = PlanPolicy(bytes_per_s=1.0)
-    after = plan(layers, shards[1:], running(before), load, dear)
+    costly = PlanPolicy(bytes_per_s=1.0)
+    after = plan(layers, shards[1:], running(before), load, costly)
     assert after.cover_after == 2
     assert after.cost_s > 1e6
 
@@ -228,11 +233,11 @@ def test_experts_without_any_home_come_first() -> None:
     shards = make_fleet(3, slots=20)
     homes = tuple(("gone",) if expert in (3, 5) else ("s00",) for expert in range(16))
     load = {0: ExpectedLoad.steady(np.where(np.arange(16) == 5, 9.0, 1.0))}
-    of = plan(layers, shards, Placement(1, {0: homes}, {}), load)
-    assert next(move.expert for move in of.moves if move.reason == "the expert has no live home or standby") == 5
-    assert {move.expert for move in of.moves[:2]} <= {3, 5}
-    assert of.cover_before == 0
-    assert of.cover_after == 2
+    planned = plan(layers, shards, Placement(1, {0: homes}, {}), load)
+    assert next(move.expert for move in planned.moves if move.reason == "the expert has no live home or standby") == 5
+    assert {move.expert for move in planned.moves[:2]} <= {3, 5}
+    assert planned.cover_before == 0
+    assert planned.cover_after == 2
 
 
 def test_a_draining_shard_is_left() -> None:
@@ -264,11 +269,11 @@ def test_a_draining_shard_keeps_what_nobody_has_room_for() -> None:
 def test_without_device_memory_the_coldest_stand_by() -> None:
     layers = make_layers(1, 16, SIZE)
     load = skewed(layers)
-    of = plan(layers, make_fleet(3, slots=4), None, load, ALL_DEVICES)
-    asleep = [expert for expert, ids in enumerate(of.homes[0]) if not ids]
-    assert sorted(asleep) == sorted(np.argsort(load[0].mean_E)[:4].tolist())
-    assert all(len(of.standby[0][expert]) == 2 for expert in asleep)
-    assert any("no device has room" in reason for reason in of.reasons)
+    planned = plan(layers, make_fleet(3, slots=4), None, load, ALL_DEVICES)
+    without_home = [expert for expert, ids in enumerate(planned.homes[0]) if not ids]
+    assert sorted(without_home) == sorted(np.argsort(load[0].mean_E)[:4].tolist())
+    assert all(len(planned.standby[0][expert]) == 2 for expert in without_home)
+    assert any("no device has room" in reason for reason in planned.reasons)
 
 
 def test_cold_experts_make_way() -> None:
@@ -280,9 +285,9 @@ def test_cold_experts_make_way() -> None:
     kept = plan(layers, shards, Placement(1, {0: homes}, {}), load, replace(policy, cold_below=0.0))
     freed = plan(layers, shards, Placement(1, {0: homes}, {}), load, policy)
     assert all(kept.homes[0])
-    asleep = [expert for expert, ids in enumerate(freed.homes[0]) if not ids]
-    assert asleep
-    assert min(asleep) >= 12
+    without_home = [expert for expert, ids in enumerate(freed.homes[0]) if not ids]
+    assert without_home
+    assert min(without_home) >= 12
     assert freed.predicted_s_after < 0.8 * kept.predicted_s_after
     assert freed.cover_after == 2
 
@@ -325,13 +330,13 @@ def test_what_is_not_worth_its_bytes_is_refused() -> None:
     load = skewed(layers)
     before = plan(layers, shards, None, load, ALL_DEVICES)
     load = drifted(load, 3, 0.6)
-    cheap = plan(layers, shards, running(before), load, ALL_DEVICES)
-    assert cheap.is_worth_it
-    assert cheap.num_bytes > 0
-    assert cheap.predicted_s_after < cheap.predicted_s_before
-    dear = plan(layers, shards, running(before), load, replace(ALL_DEVICES, bytes_per_s=1e3))
-    assert dear.moves == ()
-    assert dear.homes == before.homes
+    worthwhile = plan(layers, shards, running(before), load, ALL_DEVICES)
+    assert worthwhile.is_worth_it
+    assert worthwhile.num_bytes > 0
+    assert worthwhile.predicted_s_after < worthwhile.predicted_s_before
+    costly = plan(layers, shards, running(before), load, replace(ALL_DEVICES, bytes_per_s=1e3))
+    assert costly.moves == ()
+    assert costly.homes == before.homes
     picky = plan(layers, shards, running(before), load, replace(ALL_DEVICES, min_gain=0.9))
     assert not picky.is_worth_it
     assert picky.moves == ()
@@ -349,9 +354,9 @@ def test_a_small_drift_moves_nothing() -> None:
 def test_host_memory_that_is_full_is_followed_by_disk() -> None:
     layers = make_layers(1, 32, SIZE)
     shards = make_fleet(4, slots=8, host_slots=2)
-    of = plan(layers, shards, None, skewed(layers), ALL_DEVICES)
-    assert of.cover_after == 2
-    assert any("24.0 MiB of standbys do not fit into host memory" in reason for reason in of.reasons)
+    planned = plan(layers, shards, None, skewed(layers), ALL_DEVICES)
+    assert planned.cover_after == 2
+    assert any("24.0 MiB of standbys do not fit into host memory" in reason for reason in planned.reasons)
 
 
 def test_no_shard_has_far_more_on_disk_than_others() -> None:
@@ -374,9 +379,9 @@ def test_a_home_that_gives_way_stands_by_where_it_was() -> None:
 
 
 def test_one_shard() -> None:
-    of = plan(make_layers(), make_fleet(1), None, {})
-    assert of.cover_after == 1
-    assert "One shard cannot give an expert two homes: start another." in of.reasons
+    planned = plan(make_layers(), make_fleet(1), None, {})
+    assert planned.cover_after == 1
+    assert "One shard cannot give an expert two homes: start another." in planned.reasons
 
 
 def test_bad_input_is_a_sentence() -> None:

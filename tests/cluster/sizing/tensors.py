@@ -1,7 +1,7 @@
-"""The tensors of public checkpoints, name by name, as their model cards and loaders list them: the oracle of sizes.
+"""The tensors of public checkpoints, name by name, as model cards and loaders list them: the oracle of model sizes.
 
-Shapes are written out in numbers. A tensor is bf16, or fp32 where its name ends as in FP32; what a quantized checkpoint
-makes of it follows from its name alone, in `quantized_bytes`.
+Shapes are written out in numbers. A tensor is fp32 if its name ends as in FP32, else bf16. The functions whose names
+end in `_bytes` return the bytes of a tensor in a quantized checkpoint, which follow from its name and shape alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ def _nemotron(
     moe: tuple[int, int, int, int],
     has_mtp: bool,
 ) -> Iterator[Tensor]:
-    """`mamba`: rows of in_proj, d_inner, conv_dim, heads. `moe`: experts, latent (0: none), width, shared width."""
+    """Yield the tensors of a Nemotron checkpoint.
+
+    - `mamba`: the rows of in_proj, d_inner, conv_dim and the number of heads.
+    - `attention`: the rows of the query projection, and those of the key and value projections.
+    - `moe`: the number of experts, the latent width (0: none), the expert's width, and the shared expert's width.
+    """
     rows, inner, conv, heads = mamba
     queries, kv = attention
     num_experts, latent, width, shared = moe
@@ -89,7 +94,7 @@ def deepseek_v3() -> Iterator[Tensor]:
     yield "model.embed_tokens.weight", (129280, 7168)
     yield "lm_head.weight", (129280, 7168)
     yield "model.norm.weight", (7168,)
-    for i in range(62):  # the last is the MTP layer
+    for i in range(62):  # The last of these layers is the MTP layer.
         stem = f"model.layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{stem}.{norm}.weight", (7168,)
@@ -167,7 +172,7 @@ def plain_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 
 def fp8_bytes(shape: tuple[int, ...]) -> int:
-    """One byte each, and two fp32 scalars: of the weight and of the input."""
+    """Return the bytes of an FP8 tensor: one byte per number, and two fp32 scales, of the weight and of the input."""
     return prod(shape) + 4 + 4
 
 
@@ -177,20 +182,23 @@ def fp8_block_bytes(shape: tuple[int, ...]) -> int:
 
 
 def nvfp4_bytes(shape: tuple[int, ...]) -> int:
-    """Two codes a byte, a byte of scale for each 16, and two fp32 scalars."""
+    """Return the bytes of an NVFP4 tensor: two codes per byte, a one-byte scale for 16 codes, and two fp32 scales."""
     rows, columns = shape
     return rows * columns // 2 + rows * columns // 16 + 4 + 4
 
 
 def super_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
-    """The mix of the public checkpoint; where only a number of layers is known, the first ones stand for them."""
+    """Return the bytes of a tensor in the mix of formats of the public NVFP4 checkpoint.
+
+    If only the number of quantized layers is known, the first layers are taken for them.
+    """
     if name.startswith("mtp."):
         return plain_bytes(name, shape)
     if ".experts." in name or name.endswith("layers.1.mixer.shared_experts.down_proj.weight"):
         return nvfp4_bytes(shape)
     parts = name.split(".")
     layer = int(parts[2]) if parts[1] == "layers" else -1
-    nth = SUPER[:layer].count(SUPER[layer])  # of its kind
+    nth = SUPER[:layer].count(SUPER[layer])  # The number of earlier layers of the same kind.
     is_fp8 = {
         "in_proj": nth < 28,
         "out_proj": nth < 29,
@@ -209,7 +217,11 @@ def super_fp8_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 
 def nano_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
-    """All but the head, attention, convolutions, the router, and the six Mamba layers before an attention layer."""
+    """Return the bytes of a tensor in the public NVFP4 checkpoint.
+
+    Quantized is everything except the head, attention, convolutions, routers, and the six Mamba layers that precede an
+    attention layer.
+    """
     is_kept = any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "conv1d", "norm"))
     before = any(f".layers.{layer}." in name for layer in (4, 11, 18, 25, 32, 41))
     is_linear = name.endswith("proj.weight")

@@ -1,4 +1,4 @@
-"""Sizes that follow from a config, against lists of tensors, published totals, and the demo's own checkpoint."""
+"""Tests of model sizes against lists of tensors, published totals, and the checkpoint of the demo model."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_layers_of_experts_are_numbered_as_in_the_model() -> None:
     layers = model_sizes(known_config("super")).experts.layers
     assert layers[:4] == (1, 3, 5, 8)
     assert len(layers) == 41
-    assert layers[-1] == 88 + 1  # the MTP module's second layer
+    assert layers[-1] == 88 + 1  # This is the second layer of the MTP module.
     assert model_sizes(known_config("deepseek-v3")).experts.layers == tuple(range(3, 62))
 
 
@@ -138,7 +138,10 @@ def test_the_mtp_modules_experts_are_quantized_where_public_checkpoints_have_it(
 @pytest.mark.parametrize("name", known_models())
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_backbone_and_the_experts_are_the_checkpoint(name: str, dtype: Dtype) -> None:
-    """But for the router, which is widened on the device, and copies, which stay on disk."""
+    """Check that backbone and experts together have the bytes of the checkpoint, with two exceptions.
+
+    Routers are widened on the device, and copies stay on disk.
+    """
     sizes = model_sizes(known_config(name))
     stored = sizes.stored(dtype)
     experts = sum(spec.num_experts * spec.expert_bytes for spec in sizes.layer_specs(dtype))
@@ -169,8 +172,8 @@ def test_dense_layers_and_shared_embeddings_are_counted() -> None:
 
 
 def test_the_list_of_a_quantized_checkpoint_is_counted() -> None:
-    """Model Optimizer's list of modules; the first Mamba layer stays bf16."""
-    layers = {}
+    """Check the sizes from Model Optimizer's list of quantized modules, in which the first Mamba layer stays bf16."""
+    layers: dict[str, Any] = {}
     for i, letter in enumerate(TINY["hybrid_override_pattern"]):
         stem = f"backbone.layers.{i}.mixer"
         if letter == "M" and i:
@@ -191,7 +194,7 @@ def test_the_list_of_a_quantized_checkpoint_is_counted() -> None:
     listed, plain = model_sizes(config), model_sizes(TINY)
     in_proj, out_proj = (8 * 64 + (8 * 64 + 2 * 2 * 64) + 8) * 256, 256 * 8 * 64
     more = sum(listed.stored("nvfp4").values()) - sum(plain.stored("nvfp4").values())
-    assert more == in_proj + out_proj - 16  # a byte of each of their weights more than FP8 takes, without its scales
+    assert more == in_proj + out_proj - 16  # One byte per weight more than FP8, less FP8's scales.
     assert listed.stored("bf16") == plain.stored("bf16")
 
 
@@ -302,8 +305,8 @@ def test_a_name_is_one_model_or_a_sentence_with_all() -> None:
         known_config("gpt")
 
 
-def told_of(config: Config) -> str:
-    """What is said against a config; nothing where it can be sized."""
+def error_message(config: Config) -> str:
+    """Return the error message for a config; empty if the config can be sized."""
     try:
         sizes, _ = model_sizes(config), dtype_of(config)
         return "" if all(sum(sizes.stored(dtype).values()) > 0 for dtype in DTYPES) else "It has no bytes.\n"
@@ -323,6 +326,8 @@ def test_whatever_a_key_holds_it_is_a_size_or_a_sentence(name: str) -> None:
         "decoder_sparse_step",
     }
     wrong: tuple[Any, ...] = (None, 0, -1, 1.5, True, "x", [], ["x"], [0], {}, {"quantized_layers": 1}, {"nvfp4": 1})
-    told = {(key, str(value)): told_of({**config, key: value}) for key in keys for value in wrong}
-    assert all("\n" not in sentence for sentence in told.values())
-    assert {"model_type", "hidden_size", "max_position_embeddings"} <= {key for (key, _), why in told.items() if why}
+    messages = {(key, str(value)): error_message({**config, key: value}) for key in keys for value in wrong}
+    assert all("\n" not in sentence for sentence in messages.values())
+    assert {"model_type", "hidden_size", "max_position_embeddings"} <= {
+        key for (key, _), message in messages.items() if message
+    }

@@ -1,4 +1,4 @@
-"""What a deployment needs: that it suffices, that less does not, and that asking for more never gives less."""
+"""Tests of sizing: a sized deployment suffices, a smaller one does not, and a harder SLO never needs fewer GPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cluster.topology import LayerSpec, Shard
 from tests.cluster.sizing.test_model_sizes import TINY
 
 H200 = GPUS["h200"]
-SLOW = Slo(itl_ms=10_000.0)  # memory alone decides
+SLOW = Slo(itl_ms=10_000.0)  # With so much time, memory alone decides.
 NUM_HOMES = 2
 
 
@@ -72,12 +72,12 @@ def test_a_token_goes_to_as_many_shards_as_uniform_picks_do(
 
 
 def test_unequal_shares_are_counted_one_by_one() -> None:
-    """Of 7 experts on 3 shards (3, 2, 2), 2 picks: by counting all pairs."""
+    """Check the case of 7 experts on 3 shards (3, 2 and 2) and 2 picks by counting all pairs."""
     shard_of = [0, 0, 0, 1, 1, 2, 2]
     pairs = [(a, b) for a in range(7) for b in range(a)]
     mean = sum(len({shard_of[a], shard_of[b]}) for a, b in pairs) / comb(7, 2)
     assert unique_shards(7, 2, 3) == pytest.approx(mean)
-    assert unique_shards(7, 2, 50) == pytest.approx(2)  # more shards than experts
+    assert unique_shards(7, 2, 50) == pytest.approx(2)  # There are more shards than experts.
 
 
 def test_a_batch_touches_as_many_experts_as_random_ones_do() -> None:
@@ -92,7 +92,10 @@ def test_a_batch_touches_as_many_experts_as_random_ones_do() -> None:
     [("super", 4096), ("ultra", 8192), ("deepseek-v3", 28_672), ("qwen3-coder-next", 8192), ("nano", 10_752)],
 )
 def test_the_wire_carries_a_row_and_a_sum_for_each_shard(name: str, row_and_sum_bf16: int) -> None:
-    """Sums are 4 bytes a number here, where the figures count 2: their order must not change a token."""
+    """Check the bytes of a token on the wire.
+
+    A number of a sum takes 4 bytes here, while the figures count 2: the order of sums must not change a token.
+    """
     sizes = model_sizes(known_config(name))
     assert 2 * 2 * sizes.experts.input_dim == row_and_sum_bf16
     wire, shards = wire_of(sizes, 8), unique_shards(sizes.experts.num_experts, sizes.experts.top_k, 8)
@@ -123,21 +126,24 @@ def test_what_is_sized_fits(name: str, dtype: Dtype, gpu: str) -> None:
     assert sizing.backbone_gpus * sizing.requests_per_backbone >= slo.num_requests
     assert sizing.shard_memory_bytes <= memory
     check_capacity(layers, fleet_of(sizing), NUM_HOMES)
-    check_capacity(layers, fleet_of(sizing)[1:], NUM_HOMES)  # any one is lost
+    check_capacity(layers, fleet_of(sizing)[1:], NUM_HOMES)  # One shard is lost.
 
 
 @pytest.mark.parametrize("gpu", ["h100", "h200"])
 def test_one_shard_less_would_be_too_few(gpu: str) -> None:
-    """After a loss, or where there are many and that is a small part, for more homes of hot experts."""
+    """Check that one shard less has too little memory: after a loss, or for more homes of hot experts.
+
+    The second reason applies where there are many shards, so that one shard is a small part of them.
+    """
     for name, sizing in every_sizing((gpu,), Slo(num_requests=1, itl_ms=60_000.0, context_len=1)):
         layers = layers_of(known_config(name), sizing.dtype)
-        left = len(fleet_of(sizing)) - 2  # one fewer, and one lost
+        left = len(fleet_of(sizing)) - 2  # One shard less, and one shard lost.
         largest = max(spec.expert_bytes for spec in layers)
         holds_less = left * (sizing.shard_memory_bytes - 2 * largest) < sizing.experts_bytes
         assert holds_less or (left + 1) * sizing.shard_memory_bytes < 1.1 * sizing.experts_bytes
 
 
-LARGE = {  # few and large experts, of which a planner's answer comes at once: 60.1 GB in 96 of them
+LARGE = {  # With few and large experts (60.1 GB in 96 experts), the planner needs little time.
     **TINY,
     "hidden_size": 1024,
     "hybrid_override_pattern": "MEMEMEMEMEME",
@@ -160,7 +166,7 @@ def test_the_planner_finds_two_homes_and_one_after_any_loss(gpu: str) -> None:
     plans += [plan(layers, shards[:lost] + shards[lost + 1 :], None, {}) for lost in range(len(shards))]
     for planned, num_live in zip(plans, [len(shards)] + len(shards) * [len(shards) - 1], strict=True):
         assert planned.cover_after == min(NUM_HOMES, num_live)
-        assert all(ids for homes in planned.homes.values() for ids in homes)  # on a device
+        assert all(ids for homes in planned.homes.values() for ids in homes)  # Every expert has a home on a device.
     has_standby = any(ids for planned in plans for homes in planned.standby.values() for ids in homes)
     assert has_standby == (sizing.device_homes == 1)
 
@@ -169,7 +175,7 @@ def test_second_homes_are_in_host_memory_where_gpus_lack_the_room() -> None:
     sizing = size(known_config("super"), H200, "bf16", SLOW)
     assert (sizing.backbone_gpus, sizing.expert_gpus, sizing.device_homes) == (1, 3, 1)
     assert sizing.host_homes_bytes == sizing.experts_bytes == 41 * 512 * 11_010_048
-    assert sizing.shard_host_bytes == 119 * GIB  # 1.1 of half of them: two shards are left when one is lost
+    assert sizing.shard_host_bytes == 119 * GIB  # 1.1 times half of the experts: two shards are left when one is lost.
     assert sizing.shard_pod_memory_bytes == sizing.shard_host_bytes + 16 * GIB
     smaller = size(known_config("super"), H200, "nvfp4", SLOW)
     assert (smaller.expert_gpus, smaller.device_homes, smaller.shard_host_bytes) == (2, 2, 0)
@@ -212,7 +218,10 @@ def test_a_fleet_is_as_fast_as_wanted_and_one_gpu_less_is_not() -> None:
 
 
 def test_a_step_reads_what_it_must() -> None:
-    """Nano on an H200, a request: the weights once, six experts in 23 layers, a state and a context."""
+    """Check the step of one request to Nano on an H200.
+
+    It reads the backbone's weights once, six experts in each of 23 layers, and the state and the context of a request.
+    """
     costs = StepCosts(model_sizes(known_config("nano")), H200, "bf16", call_ms=0.5)
     assert costs.calls_ms == 11.5
     backbone = 4.422e9 - 131_072 * 2688 * 2 + 1000 * 6144 + 2 * 49_082_368
@@ -220,11 +229,11 @@ def test_a_step_reads_what_it_must() -> None:
     experts = 23 * 6 * 19_955_712 / (0.8 * 2)
     assert costs.experts_ms(1, 1, 2) == pytest.approx(1e3 * experts / (0.6 * 4.8e12), rel=0.001)
     assert costs.experts_ms(3, 1, 2) == pytest.approx(3 * costs.experts_ms(1, 1, 2))
-    one = 23 * 19_955_712  # of each layer, however many shards there are
+    one = 23 * 19_955_712  # A shard reads one expert of each layer at least, however many shards there are.
     assert costs.experts_ms(1, 1, 500) == pytest.approx(1e3 * one / (0.6 * 4.8e12), rel=0.001)
     assert costs.experts_ms(1, 1, 7) == pytest.approx(6 / 5.6 * costs.experts_ms(1, 1, 500))
     assert costs.experts_ms(4, 9, costs.max_useful_shards(4, 9)) == pytest.approx(costs.experts_ms(1, 1, 500))
-    many = 2 * 100_000 * 6 * 9_977_856 * 23 / (0.8 * 2)  # multiplying takes longer than reading
+    many = 2 * 100_000 * 6 * 9_977_856 * 23 / (0.8 * 2)  # Multiplying takes longer than reading here.
     assert costs.experts_ms(1, 100_000, 2) == pytest.approx(1e3 * many / (0.4 * 989e12), rel=0.001)
 
 
@@ -286,7 +295,7 @@ def test_the_network_follows_from_the_tokens() -> None:
     assert sizing.shard_bits_per_s == pytest.approx(sizing.backbone_bits_per_s / sizing.expert_gpus / 0.8, rel=1e-6)
 
 
-# Words
+# Reasons and messages
 
 
 def test_each_number_has_its_reason() -> None:
