@@ -1,4 +1,4 @@
-"""Generates the Python code beside the .proto files: `python -m protos.generate [--out DIR]`.
+"""`python -m protos.generate [--out DIR]` generates the Python code beside the .proto files.
 
 grpcio-tools 1.71.2 generates code of version 5.29, which runs under protobuf 5.29 to 7. The package pins another
 protobuf version than the runtime uses. So it is installed in a virtual environment of its own, which is created once

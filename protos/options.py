@@ -1,4 +1,4 @@
-"""The gRPC options of the connections between Expertmesh processes."""
+"""These gRPC options apply to all connections between Expertmesh processes."""
 
 from __future__ import annotations
 

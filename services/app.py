@@ -1,6 +1,7 @@
-"""The composition root: it builds the Serve application and is the only place where plain classes become deployments.
+"""`build_app` is the composition root: it builds the Serve application out of plain classes.
 
-A Serve config names it as `import_path: services.app:build_app`, with `args` as in `AppArgs`. This file does not use
+This file is the only one that turns plain classes into Serve deployments, besides `services/ingress.py`. A Serve config
+names `import_path: services.app:build_app`, with `args` as in `AppArgs`. This file does not use
 `from __future__ import annotations`, because Serve reads the annotation of `args` to validate them.
 """
 
@@ -49,7 +50,7 @@ MAX_OPEN = 1024  # open streams of one replica; the engine refuses requests long
 
 
 class ShardDeployment:
-    """One replica of a pool, which is one expert shard.
+    """A `ShardDeployment` runs one replica of a pool, which is one expert shard.
 
     The shard's id contains the replica's id and not its rank, because Serve gives a rank to another replica later.
     """
@@ -85,7 +86,7 @@ class ShardDeployment:
 
 
 class ControllerDeployment:
-    """A replica that runs the controller; one replica is the leader.
+    """A `ControllerDeployment` runs one replica of the controller; one of the replicas is the leader.
 
     If the leader dies, the backbones serve on. Another replica becomes the leader, or Serve starts a new one.
     """
@@ -120,7 +121,7 @@ class ControllerDeployment:
 
 
 class BackboneDeployment:
-    """A replica that runs one backbone, and the server on which gateways open streams to it."""
+    """A `BackboneDeployment` runs one backbone, and the server to which gateways open their streams."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("backbone", args.log_format)

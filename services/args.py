@@ -1,4 +1,4 @@
-"""The arguments of the application, from a Serve config or the command line, and the check that they can be served."""
+"""`AppArgs` are the arguments of the application, from a Serve config or the command line; `check` validates them."""
 
 import os
 from functools import partial
@@ -54,7 +54,7 @@ def _check_gpus(gpus: float, device: str, name: str) -> None:
 
 
 class PoolArgs(BaseModel):
-    """The arguments of one pool of expert shards, as an entry of `pools:` in a Serve config."""
+    """`PoolArgs` are the arguments of one pool of expert shards, as an entry of `pools:` in a Serve config."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -118,7 +118,7 @@ class PoolArgs(BaseModel):
 
 
 class AppArgs(BaseModel):
-    """The arguments of the application, as `args:` in a Serve config."""
+    """`AppArgs` are the arguments of the application, as `args:` in a Serve config."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -191,7 +191,7 @@ class AppArgs(BaseModel):
         return self.max_model_len or longest
 
     def threads(self, family: ModelFamily) -> int:
-        """Return the CPU threads of one backbone: for a small model one, for others all cores, if not set otherwise.
+        """Return the number of CPU threads of one backbone: if not set, one for a small model, else one per core.
 
         The matrix products of a small model take less time than waking a second thread: the demo is 1.8 times faster
         with one thread.
@@ -205,7 +205,7 @@ class AppArgs(BaseModel):
 
     @property
     def num_shards(self) -> dict[str, int]:
-        """Return by pool the fewest shards that it may have."""
+        """Return for each pool the fewest shards that it may have."""
         return {pool.name: pool.least_shards for pool in self.pools}
 
     def experts_nbytes(self, family: ModelFamily) -> int:
@@ -250,7 +250,7 @@ class AppArgs(BaseModel):
         )
 
     def arithmetic(self) -> list[str]:
-        """Return for the log which kernels compute and what they guarantee; another device may guarantee less."""
+        """Return for the log which kernels compute and what they guarantee, for the backbone and for other devices."""
         pools = self.pools if self.experts == "remote" else []
         others = [pool for pool in pools if pool.device != self.device]
         return [

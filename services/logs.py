@@ -1,4 +1,4 @@
-"""The log of every Expertmesh process: one JSON object per line on standard error, which Ray keeps in a file each."""
+"""Every Expertmesh process logs to its standard error, one JSON object per line; Ray keeps a file for each process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonLines(logging.Formatter):
-    """Formats a record as one line of JSON.
+    """A `JsonLines` formatter turns a record into one line of JSON.
 
     The fields are the time (UTC), the level, the logger, the process and its id, everything that the caller passed as
     `extra` (such as `request_id`), the message, and the traceback if there is one.

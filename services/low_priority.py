@@ -1,4 +1,4 @@
-"""Threads of low priority: loading and starting up must not slow down the requests that are being answered."""
+"""Work for later runs on threads of low priority, so that it does not slow down the requests of now."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Imports, on a low-priority thread, the packages whose import takes seconds of a core.
+"""Importing this module imports, on a low-priority thread, the packages whose import takes seconds of a core.
 
-A process of the application imports this module first, so that its start does not slow down the processes that answer
-requests meanwhile.
+A process of the application imports it first, so that its start does not slow down the processes that answer requests
+meanwhile.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ NEEDS_ROOT = ("apt-get", "useradd")
 
 
 class Step(NamedTuple):
-    """One step of the Dockerfile, such as ("RUN", "pip install …")."""
+    """A `Step` is one step of the Dockerfile, such as ("RUN", "pip install …")."""
 
     instruction: str
     value: str

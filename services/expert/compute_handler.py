@@ -1,4 +1,4 @@
-"""`ComputeHandler`: takes a shard's compute requests, has the worker compute them, and replies to each."""
+"""`ComputeHandler` takes a shard's compute requests, has the worker compute them, and replies to each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CostSample = tuple[int, int, bytes, int]  # layer, rows, expert ids of the picks
 
 @dataclass
 class Counters:
-    """What a shard has done since it started; the fields are those of the message `Counters`."""
+    """`Counters` count what a shard has done since it started; the fields have the names of the message's fields."""
 
     num_requests: int = 0
     num_refusals: int = 0
@@ -41,12 +41,12 @@ class Counters:
     compute_us: int = 0
 
     def to_proto(self, num_promotions: int, promotion_us: int) -> pb.Counters:
-        """Return the message, which also has the number of promotions and the time that they took."""
+        """Return the message, completed with the number of promotions and the time that they took."""
         return pb.Counters(**vars(self), num_promotions=num_promotions, promotion_us=promotion_us)
 
 
 class ComputeHandler:
-    """Answers every compute request once: with sums or with a refusal.
+    """A `ComputeHandler` answers each compute request of one shard once, with sums or with a refusal.
 
     `accept` may be called on any thread. It gives the request to the worker's thread, whose bound limits how many
     requests wait. A request that needs standbys leaves the worker for the `PromotionQueue` and comes back.
@@ -167,6 +167,6 @@ class ComputeHandler:
 
 
 def _with_checksum(reply: pb.ComputeReply) -> pb.ComputeReply:
-    """Return `reply`, which must be complete, with its checksum set."""
+    """Set the checksum of `reply`, which must be complete, and return `reply`."""
     reply.checksum = checksum_of_reply(reply)
     return reply

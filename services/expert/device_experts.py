@@ -1,4 +1,4 @@
-"""The experts in a shard's device memory: which are ready, which must stay, and the sums that they compute."""
+"""`DeviceExperts` manages a shard's device memory and computes with the experts in it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NoDeviceMemory(Exception):
 
 @dataclass
 class _DeviceSlot:
-    """The device memory of one expert, whether the expert is loaded already or not."""
+    """A `_DeviceSlot` is the device memory of one expert, whether the expert is loaded already or not."""
 
     num_pins: int = 0  # the loads and requests that need the expert to stay
     last_use: int = 0  # the number of the last computation that used the expert
@@ -40,7 +40,7 @@ def _warm_up_bank(dtype: torch.dtype, device: torch.device) -> None:
 
 
 class DeviceExperts:
-    """Device memory for experts, up to a budget in bytes, and the computation on the experts in it.
+    """`DeviceExperts` holds experts in device memory, up to a budget in bytes, and computes with them.
 
     An expert is pinned first, which reserves memory for it. Then it is loaded with `fill`, and from `mark_ready` on it
     is computed with. When memory runs short, promoted experts are evicted: least recently used first, hot ones last.
@@ -136,7 +136,7 @@ class DeviceExperts:
         return self.banks[layer].gain_exponent(expert)
 
     def mark_ready(self, key: Key) -> None:
-        """Compute with the expert from now on."""
+        """Let requests be computed with the expert, whose weights must be loaded, from now on."""
         layer, expert = key
         self._is_ready[layer][expert] = True
         self._slots[key].last_use = self._num_computations

@@ -1,4 +1,4 @@
-"""When a draining shard may stop: after its experts have moved to other shards, or when nobody will move them."""
+"""A draining shard may stop when its experts have moved to other shards, or when nobody will move them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUT_OFF_S = 2.0  # without an answer from the store; no controller can move expe
 
 
 class DrainState(Enum):
-    """How far a shard's drain has come; the values are clauses for the log."""
+    """A `DrainState` says how far a shard's drain has come; its value is a clause for the log."""
 
     NEVER_PLACED = "no placement was published"
     MOVED = "the placement does not name it any more"
@@ -44,7 +44,7 @@ def drain_state(shard_id: str, placement: Placement | None, shards: Sequence[Sha
 
 @dataclass(frozen=True)
 class DrainTimes:
-    """How long a draining shard has waited, in seconds."""
+    """`DrainTimes` say for how many seconds a draining shard has waited."""
 
     since_request_s: float  # since the last compute request
     in_state_s: float  # since the drain state last changed

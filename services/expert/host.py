@@ -1,4 +1,4 @@
-"""`ExpertHost`: the experts of one shard, as homes and as standbys, and how a request is computed with them.
+"""`ExpertHost` holds the experts of one shard, as homes and as standbys, and computes requests with them.
 
 Nothing here uses the network, files or the clock.
 """
@@ -25,7 +25,7 @@ from services.expert.weights import ExpertMetadata, Weights
 
 @dataclass
 class PendingRequest:
-    """A request that is computed in part, because some of its experts are standbys that are not promoted yet.
+    """A `PendingRequest` is computed only in part, because some of its experts are standbys still to be promoted.
 
     Legend: N rows, L expert input dim, P picks.
     """
@@ -55,7 +55,7 @@ class PendingRequest:
 
 
 class NeedsPromotion(Exception):
-    """A request cannot be computed to its end before some standbys are promoted; `pending.advance` continues it."""
+    """Some standbys must be promoted before `pending.advance` can compute the rest of a request."""
 
     def __init__(self, pending: PendingRequest) -> None:
         super().__init__(f"Experts {pending.experts} of layer {pending.layer} are standbys here.")
@@ -64,18 +64,18 @@ class NeedsPromotion(Exception):
 
 @dataclass
 class StagedExperts:
-    """What one load has prepared, apart from the homes' weights; `ExpertHost.commit` puts it into effect."""
+    """`StagedExperts` are what a load has prepared besides the homes' weights; `ExpertHost.commit` makes them count."""
 
     metadata: dict[Key, ExpertMetadata] = field(default_factory=dict)  # of the experts that were not here before
     standbys: dict[Key, tuple[Weights | None, str]] = field(default_factory=dict)  # copy in host memory, source peer
 
 
 class ExpertHost:
-    """The experts of one shard: it starts empty, with one budget for device memory and one for host memory.
+    """An `ExpertHost` holds the experts of one shard, within one budget for device memory and one for host memory.
 
-    For some experts the shard is a home, and they are on the device. For others it is a standby: they are in host
-    memory or on disk, and are promoted to the device when a request needs them. Homes take precedence over promoted
-    experts.
+    A host starts empty. For some experts the shard is a home, and they are on the device. For others it is a standby:
+    they are in host memory or on disk, and are promoted to the device when a request needs them. A promoted expert is
+    evicted when a home needs its memory.
 
     Changes belong to the worker's thread, which also computes; only `fill_device` may run on any thread. Reading is
     safe on any thread.
@@ -207,7 +207,7 @@ class ExpertHost:
         return weights.in_host_memory(is_pinned=self.device.type == "cuda")
 
     def commit(self, homes: Experts, standby: Experts, staged: StagedExperts) -> None:
-        """Put a load into effect: all its experts get their new roles at once.
+        """Give all experts of a load their new roles at once.
 
         A home that becomes a standby stays on the device as a promoted expert.
         """
@@ -226,7 +226,7 @@ class ExpertHost:
                 self.on_device.promoted.add(key)
 
     def commit_promotion(self, key: Key, weights: Weights | None) -> bool:
-        """Compute with a promoted expert from now on, unless it was unloaded meanwhile; then free it and return False.
+        """Let requests be computed with a promoted expert, or free it and return False if it was unloaded meanwhile.
 
         `weights` are a copy for host memory, if the promotion made one.
         """

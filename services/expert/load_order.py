@@ -1,4 +1,4 @@
-"""What a shard is asked to load and what it answers, in memory and on the wire.
+"""A `LoadOrder` says what a shard is to load, and a `LoadResult` what it has loaded, in memory and on the wire.
 
 `shard_control` sends a `LoadOrder` and receives a `LoadResult`; the shard's servicer does the reverse.
 """
@@ -62,7 +62,7 @@ def checksums_from_proto(messages: Iterable[pb.LayerChecksums]) -> dict[Key, int
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a shard gets the weights of experts, and how it verifies them."""
+    """`Sources` say where a shard gets the weights of experts, and what their checksums must be."""
 
     peers: Mapping[Key, str] = field(default_factory=dict)  # endpoint of a shard to ask before the checkpoint is read
     expected: Mapping[Key, int] = field(default_factory=dict)  # checksum that the weights must have to be accepted
@@ -70,7 +70,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class LoadOrder:
-    """The experts for which a shard becomes the home or the standby, and the sources of their weights."""
+    """A `LoadOrder` names the experts for which a shard becomes home or standby, and the sources of their weights."""
 
     homes: Experts
     standby: Experts
@@ -104,7 +104,7 @@ class LoadOrder:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """A shard's answer to a load that succeeded."""
+    """A `LoadResult` is a shard's answer to a load that has succeeded."""
 
     gains: dict[int, int]  # by layer of the order: the largest gain exponent of the shard's homes and standbys
     checksums: dict[int, dict[int, int]]  # by layer and expert of the order

@@ -1,4 +1,4 @@
-"""`Loader`: gives a shard the experts that a placement assigns to it, while the shard goes on computing."""
+"""`Loader` brings the experts that a placement assigns to a shard, while the shard goes on computing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOADS_AT_ONCE = 2  # one expert comes over the wire while another one is packed
 
 
 class Loader:
-    """Loads homes and standbys into an `ExpertHost`; it belongs to one event loop.
+    """A `Loader` loads homes and standbys into an `ExpertHost`; it belongs to one event loop.
 
     Only one load may run at a time. Promotions may run beside it.
     """
@@ -27,7 +27,7 @@ class Loader:
         self.host, self.worker, self.source, self.promoter = host, worker, source, promoter
 
     async def load(self, order: LoadOrder) -> None:
-        """Bring the experts of `order` that are not here yet, and then put their new roles into effect at once.
+        """Load the experts of `order` that are not here yet, and then give all of its experts their new roles at once.
 
         Raise ValueError if an expert does not exist, does not fit, or cannot be read or verified; then nothing has
         changed.
@@ -83,7 +83,7 @@ class Loader:
     async def _standby_weights(
         self, key: Key, sources: Sources, peers: PeerChannels, staged: StagedExperts, fits: bool
     ) -> Weights | None:
-        """Return the weights that host memory keeps of a new standby, or None if they do not fit.
+        """Return the weights of a new standby for host memory, or None if they do not fit there.
 
         Even an expert that does not fit is read once: if it cannot be read it must not become a standby, and its gain
         exponent is needed.

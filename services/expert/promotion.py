@@ -1,4 +1,4 @@
-"""How standbys reach the device because a request needs them, and where such requests wait meanwhile."""
+"""`Promoter` promotes standbys when a request needs them, and such requests wait in the `PromotionQueue` meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDLE_POLL_S = 0.01
 
 
 class Promoter:
-    """Pins device memory for experts and promotes standbys to it; it belongs to one event loop.
+    """A `Promoter` pins device memory for experts and promotes standbys to it; it belongs to one event loop.
 
     An expert that several requests need is promoted once for all of them.
     """
@@ -105,7 +105,7 @@ class Promoter:
         return keys, host.on_device.pin(keys)
 
     async def _promote(self, key: Key) -> None:
-        """Load a pinned standby and put it into effect; if that fails, free its memory."""
+        """Load a pinned standby and let requests be computed with it; free its memory if that fails."""
         started, host = time.monotonic(), self.host
         is_request_waiting.set(True)
         try:
@@ -137,9 +137,9 @@ class Promoter:
 
 
 class PromotionQueue:
-    """Requests that wait for promotions: at most `max_parked`, the others are refused as OVERLOADED.
+    """A `PromotionQueue` holds the requests that wait for promotions; beyond `max_parked` they are refused.
 
-    It must be created on the event loop of its `Promoter`.
+    The refusal is OVERLOADED. A queue must be created on the event loop of its `Promoter`.
     """
 
     def __init__(self, promoter: Promoter, worker: Worker, max_parked: int) -> None:

@@ -1,4 +1,4 @@
-"""`ExpertService`: the gRPC servicer of a shard.
+"""`ExpertService` is the gRPC servicer of a shard.
 
 `Compute` is served twice: by grpcio on the shard's endpoint, for any client, and by `ComputeServer` on a port of its
 own, where a message costs a fraction of that.
@@ -43,7 +43,7 @@ class StaleFencingToken(Exception):
 
 
 class _ComputeStream:
-    """The replies of one backbone's stream through grpcio, on their way from the worker's thread to the event loop.
+    """A `_ComputeStream` carries the replies of one grpcio stream from the worker's thread to the event loop.
 
     The requests of a client that does not read its replies are not read either, or its replies would pile up here
     without a bound.
@@ -62,7 +62,7 @@ class _ComputeStream:
 
 
 class ExpertService(expert_pb2_grpc.ExpertServicer):
-    """Serves one `ExpertHost`; at most `max_queue` requests wait, and the others are refused as OVERLOADED."""
+    """`ExpertService` serves one `ExpertHost`; beyond `max_queue` waiting requests, others are refused."""
 
     def __init__(self, host: ExpertHost, read: ReadExpert, shard_id: str, incarnation: str, max_queue: int) -> None:
         self.host, self.shard_id, self.incarnation = host, shard_id, incarnation

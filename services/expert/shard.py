@@ -1,4 +1,4 @@
-"""`ExpertShard`: one expert shard, which is a generic host for routed experts with a gRPC server and a heartbeat.
+"""`ExpertShard` is one expert shard: a generic host for routed experts with a gRPC server and a heartbeat.
 
 A shard starts empty and registers itself. A controller then tells it which experts to load.
 """
@@ -41,7 +41,7 @@ STOP_GRACE_S = 0.2  # for the last replies on open streams, which never end by t
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """Where a shard runs and listens, and how much it may hold."""
+    """A `ShardConfig` says where a shard runs and listens, and how much it may hold."""
 
     shard_id: str
     memory_budget: int  # bytes of device memory for homes and promoted experts
@@ -69,7 +69,7 @@ class ShardConfig:
 
 
 class ExpertShard:
-    """One shard of a model family; `start` and `stop` belong to one event loop."""
+    """An `ExpertShard` serves experts of one model family; `start` and `stop` belong to one event loop."""
 
     def __init__(self, config: ShardConfig, family: ModelFamily, registry: RegistryStore) -> None:
         self.config, self.registry = config, registry
@@ -81,7 +81,7 @@ class ExpertShard:
         self._read = family.load_expert
 
     async def start(self) -> None:
-        """Serve and register; raise RuntimeError if the port is taken.
+        """Start to serve and register the shard; raise RuntimeError if the port is taken.
 
         If the registry is down, the shard serves all the same, and every heartbeat tries to register it again.
         """

@@ -1,4 +1,4 @@
-"""The calls with which a controller changes and checks shards: load, unload, status, drain and the canary.
+"""A controller changes and checks shards with these calls: load, unload, status, drain and the canary.
 
 Each call goes to one shard over gRPC, except `fill` and `canary`, which call several.
 """
@@ -167,7 +167,7 @@ def _canary_request(shape: ExpertShape, ids: Sequence[int], dtype: torch.dtype, 
 
 
 async def _compute(endpoint: str, requests: Sequence[pb.ComputeRequest]) -> list[pb.ComputeReply]:
-    """Return a shard's replies to `requests`, which are sent one by one: together they could overload its queue."""
+    """Return a shard's replies to `requests`, sent one after the other because together they could fill its queue."""
 
     async def exchange(stub: Any) -> list[Any]:
         stream, replies = stub.Compute(timeout=CANARY_TIMEOUT_S), []

@@ -1,4 +1,4 @@
-"""The experts for which a shard is the standby: in host memory as far as its budget goes, the others on disk."""
+"""`StandbyStore` keeps the standbys of a shard in host memory, as far as the budget goes; the others stay on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOT_PROMOTIONS = 3  # an expert that was promoted this often is hot: it is evict
 
 @dataclass
 class Standby:
-    """One expert for which the shard is a standby."""
+    """A `Standby` is one expert for which the shard is a standby."""
 
     weights: Weights | None = None  # if the expert is kept in host memory
     peer: str = ""  # endpoint of the shard that was named as a source when the expert was loaded
@@ -21,7 +21,7 @@ class Standby:
 
 
 class StandbyStore:
-    """The standbys of a shard; it decides which of them are kept in host memory.
+    """A `StandbyStore` knows the standbys of a shard and decides which of them are kept in host memory.
 
     The first standbys to come are kept, until the budget is used up. After that, an expert that is promoted from disk
     replaces the experts in host memory whose last promotion is the longest ago.

@@ -1,4 +1,4 @@
-"""How experts' weights reach a shard, from a peer or from the checkpoint, and how the shard sends them to its peers.
+"""`WeightSource` gets experts' weights from a peer or the checkpoint, and `send` sends them to a peer.
 
 Every expert that arrives is verified: against the checksum that the peer states, and against the checksum in the
 manifest if the caller knows it.
@@ -37,7 +37,7 @@ class PeerError(RuntimeError):
 
 
 class ByteBudget:
-    """A limit on the bytes in flight, granted first come, first served; a larger transfer than the limit runs alone."""
+    """A `ByteBudget` limits the bytes in flight, first come, first served; a transfer above the limit runs alone."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.used_bytes = max_bytes, 0
@@ -60,7 +60,7 @@ class ByteBudget:
 
 
 class PeerChannels:
-    """Channels to peers, for the duration of one load; a peer that failed once is not asked again."""
+    """`PeerChannels` connect to peers for the duration of one load; a peer that failed once is not asked again."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -80,7 +80,7 @@ class PeerChannels:
 
 
 class WeightSource:
-    """Gets the weights of a shard's experts: for a load, for a promotion, or for a peer that fetches them."""
+    """A `WeightSource` gets the weights of a shard's experts for a load, for a promotion, or for a peer."""
 
     def __init__(self, host: ExpertHost, read: ReadExpert) -> None:
         self.host, self.read = host, read
@@ -89,9 +89,10 @@ class WeightSource:
     async def obtain(
         self, key: Key, sources: Sources, peers: PeerChannels, *, checkpoint_first: bool = False
     ) -> Weights:
-        """Return verified weights from the peer that `sources` names or from the checkpoint, whichever has them first.
+        """Return the weights of `key`, verified, from the peer that `sources` names or from the checkpoint.
 
-        The peer is asked first, unless `checkpoint_first`. Raise ValueError that names the expert if both fail.
+        The peer is tried before the checkpoint, unless `checkpoint_first`. If both fail, raise ValueError with the
+        expert and both reasons.
         """
         endpoint, expected, problems = sources.peers.get(key, ""), sources.expected.get(key), []
         ways: list[tuple[str, Callable[[], Awaitable[Weights]]]] = [

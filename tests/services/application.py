@@ -1,4 +1,4 @@
-"""`expertmesh` as a user runs it: each command in a process of its own, and a running server to call."""
+"""Tests run `expertmesh` as a user does: each command in a process of its own, and a server to call."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float) -> bool:
 
 
 class Application:
-    """A running `expertmesh up` in a process group of its own, as a terminal starts it."""
+    """An `Application` is a running `expertmesh up` in a process group of its own, as a terminal starts it."""
 
     def __init__(self, num_shards: int, *options: str) -> None:
         self.port, self.grpc_port = free_port(), free_port()

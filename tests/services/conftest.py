@@ -1,4 +1,4 @@
-"""Fixtures of the tests of all services."""
+"""The tests of all services compute on one thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo model, prompts from its held-out files, and the tokens that `transformers` generates after them."""
+"""Tests take from here the demo model, prompts for it, and the tokens that `transformers` generates after them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of this machine, as the Linux kernel lists them in /proc."""
+"""These functions look at the processes of this machine, as the Linux kernel lists them in /proc."""
 
 from __future__ import annotations
 

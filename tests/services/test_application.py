@@ -1,4 +1,4 @@
-"""The whole application as its users see it: one `expertmesh up` with three shards serves every test of this file.
+"""The whole application works as its users expect: one `expertmesh up` with three shards serves all tests here.
 
 The order of the tests matters: some of the last ones kill parts of the application, and the very last one stops it.
 """

@@ -30,7 +30,7 @@ CHANGE_TIMEOUT_S = 60.0
 
 @dataclass
 class Watch:
-    """Reads the store all the time and records which shards are live and placed since when, and the lowest cover."""
+    """A `Watch` reads the store all the time and records when shards become live and placed, and the lowest cover."""
 
     url: str
     seen_at: dict[str, float] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Watch:
 
 
 class Clients:
-    """Clients that request the same texts again and again, and compare them with those before any change."""
+    """`Clients` request the same texts again and again, and compare them with the texts from before any change."""
 
     def __init__(self, server: Application) -> None:
         self.server, self.num_done, self.wrong = server, 0, list[str]()

@@ -1,4 +1,4 @@
-"""A small checkpoint with a config and routed experts, which is all that a shard reads."""
+"""`write_checkpoint` writes a small checkpoint with a config and routed experts, which is all that a shard reads."""
 
 from __future__ import annotations
 

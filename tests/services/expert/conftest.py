@@ -1,4 +1,4 @@
-"""Fixtures of the tests of expert shards."""
+"""These fixtures give the tests of expert shards a small model and a client."""
 
 from __future__ import annotations
 

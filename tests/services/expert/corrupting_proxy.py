@@ -1,4 +1,4 @@
-"""A TCP proxy that changes random bytes of a connection; the seed decides which."""
+"""`CorruptingProxy` is a TCP proxy that changes random bytes of a connection; the seed decides which."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Self
 
 
 class CorruptingProxy:
-    """A proxy for `endpoint` that changes a byte now and then.
+    """A `CorruptingProxy` passes connections on to `endpoint` and changes a byte now and then.
 
     On average, one byte in `to_client` of the data for the client is changed, and one in `to_shard` of the data for
     the shard; 0 changes none.

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a shard, which damages the data that the shard sends."""
+"""`proxy_to` puts a TCP proxy in front of a shard, which damages the data that the shard sends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Damage = Callable[[bytes, int], bytes | None]
 
 
 def flip_at(place: int) -> Damage:
-    """Return a damage that flips one bit of the byte at `place` in the data of a connection."""
+    """Return a `Damage` that flips one bit of the byte at `place` in the data of a connection."""
 
     def flip(data: bytes, before: int) -> bytes:
         at = place - before
@@ -21,7 +21,7 @@ def flip_at(place: int) -> Damage:
 
 
 def cut_at(place: int) -> Damage:
-    """Return a damage that hangs up when more than `place` bytes would have been sent."""
+    """Return a `Damage` that hangs up when more than `place` bytes would have been sent."""
     return lambda data, before: None if before + len(data) > place else data
 
 

@@ -1,4 +1,4 @@
-"""Small compute requests for tests that call a shard without `RemoteExperts`."""
+"""`make_request` makes small compute requests for tests that call a shard without `RemoteExperts`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards that serve in this process, and streams to them."""
+"""`serving` runs a shard in this process, and `stream_to` opens a stream to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards in a process of their own, which can be slow or faulty.
+"""`ShardProcess` runs shards in a process of their own, which can be slow or faulty.
 
 The process prints the shards' records as JSON and serves until its standard input ends.
 """
@@ -32,7 +32,7 @@ READ_S = 0.03  # for one expert from the slow disk
 
 
 class ShardProcess:
-    """A process with `num_shards` shards of one model directory.
+    """A `ShardProcess` runs `num_shards` shards of one model directory.
 
     `trouble` is "none", "corrupt" (every reply has a wrong byte) or "slow disk".
     """
@@ -81,7 +81,7 @@ def slow_down(host: ExpertHost, us_per_row: int) -> None:
 
 
 class SlowlyRead(ModelFamily):
-    """A model family whose checkpoint is on a slow disk."""
+    """A `SlowlyRead` family reads its experts as from a slow disk."""
 
     def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         time.sleep(READ_S)

@@ -66,7 +66,7 @@ def test_it_goes_when_nobody_calls_any_more_or_nobody_moves_anything() -> None:
 
 
 def homes_on(*ids: str) -> dict[int, Homes]:
-    """Return placements that give every expert two of the shards `ids` as homes, in turn."""
+    """Return homes by layer that give every expert two of the shards `ids`, in turn."""
     return {layer: tuple((ids[e % len(ids)], ids[(e + 1) % len(ids)]) for e in range(NUM_EXPERTS)) for layer in LAYERS}
 
 
@@ -86,7 +86,7 @@ async def fleet(
 
 
 class Client:
-    """A client that calls without a pause on a thread of its own, and follows the placement as a backbone does."""
+    """A `Client` calls without a pause on a thread of its own, and follows the placement as a backbone does."""
 
     def __init__(self, registry: MemoryRegistry, local: LocalExperts) -> None:
         self.registry, self.local, self.remote = registry, local, RemoteExperts()

@@ -24,7 +24,7 @@ EXPERT_BYTES = 2 * LATENT * WIDTH * 4
 
 
 class FilledHost(ExpertHost):
-    """A host that loads experts by itself, for tests in which no request comes during a load."""
+    """A `FilledHost` can load experts without a shard, for tests in which no request comes during a load."""
 
     def __init__(self, family: ModelFamily, num_experts: int) -> None:
         super().__init__(family.expert_shapes, torch.float32, torch.device("cpu"), num_experts * EXPERT_BYTES)
@@ -80,18 +80,18 @@ def test_more_than_the_budget_is_refused_with_the_numbers(family: ModelFamily) -
 
 
 @pytest.mark.parametrize(
-    ("wanted", "sentence"),
+    ("experts", "sentence"),
     [
         ({2: [0]}, r"Layer 2 has no routed experts; the layers that have them are \[1, 3\]."),
         ({1: [31, 32]}, r"Layer 1 has no experts \[32\]; its experts are 0 to 31."),
     ],
 )
-def test_what_does_not_exist_is_refused(wanted: dict[int, list[int]], sentence: str, family: ModelFamily) -> None:
+def test_what_does_not_exist_is_refused(experts: dict[int, list[int]], sentence: str, family: ModelFamily) -> None:
     host = make_host(family)
     with pytest.raises(ValueError, match=sentence):
-        host.load(wanted)
+        host.load(experts)
     with pytest.raises(ValueError, match=sentence):
-        host.unload(wanted, {})
+        host.unload(experts, {})
 
 
 def test_a_missing_tensor_is_named_and_nothing_is_held(tmp_path: Path) -> None:

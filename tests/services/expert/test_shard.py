@@ -64,9 +64,9 @@ def test_a_load_that_fails_says_why_and_changes_nothing(tmp_path: Path) -> None:
 
     async def test() -> None:
         async with serving(family) as shard:
-            for wanted, sentence in (({1: [4, 5]}, missing), ({9: [0]}, "Layer 9 has no routed experts")):
+            for experts, sentence in (({1: [4, 5]}, missing), ({9: [0]}, "Layer 9 has no routed experts")):
                 with pytest.raises(shard_control.ShardError, match=sentence) as error:
-                    await shard_control.load(shard.endpoint, wanted)
+                    await shard_control.load(shard.endpoint, experts)
                 assert error.value.code == grpc.StatusCode.INVALID_ARGUMENT
             assert shard.host.held == {}
 
@@ -195,7 +195,7 @@ def test_a_caller_that_leaves_does_not_free_the_lock(family: ModelFamily, method
 
 
 class StumblingRegistry(MemoryRegistry):
-    """A registry whose second heartbeat raises an unexpected error."""
+    """A `StumblingRegistry` raises an unexpected error at the second heartbeat."""
 
     num_beats = 0
 
