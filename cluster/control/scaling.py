@@ -1,7 +1,7 @@
-"""How many shards a pool should have: by how busy its slowest shard is predicted to be, never by open requests.
+"""How many shards a pool should have, decided by how busy its slowest shard is predicted to be.
 
-Pure: the same fleet, load, orders and last decision give the same decision. Several pools decide one after another,
-each by its own shards.
+The number of open requests plays no part. All functions are pure: the same fleet, load, orders and last decision give
+the same decision. Where there are several pools, they decide one after another, each by its own shards.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from cluster.placement.fleet_budget import FleetBudget, PlannedLayer
 from cluster.placement.plan import PlanPolicy
 from cluster.topology import LayerSpec, Placement, Shard
 
-MIN_SHARDS_IN_ALL = 2  # two homes of an expert are on different shards
+MIN_SHARDS_IN_ALL = 2  # The two homes of an expert are on different shards.
 
 
 @dataclass(frozen=True)
 class PoolPolicy:
-    """What one pool may be: `target_busy` is the share of time that its slowest shard may compute.
+    """A `PoolPolicy` says how large one pool may be, and when its size changes.
 
-    A pool shrinks only where one shard less is predicted to stay below `(1 - slack) * target_busy`, so that a load at
-    either boundary makes it change its size once. A wish to grow or shrink must last for the delays, in seconds.
+    - `min_shards`, `max_shards`: the bounds of the pool's size.
+    - `target_busy`: the share of its time that the pool's slowest shard may compute.
+    - `slack`: a pool shrinks only if the slowest shard is predicted to stay below `(1 - slack) * target_busy` with one
+      shard less. So a load at either boundary makes the pool change its size once, not back and forth.
+    - `upscale_delay_s`, `downscale_delay_s`: the seconds for which the load must ask for a change before it is made.
     """
 
     min_shards: int
@@ -44,19 +47,23 @@ class PoolPolicy:
 
 @dataclass(frozen=True)
 class BusyShare:
-    """The part of its time that a shard is predicted to compute: `calls`, what being called costs whatever is computed,
-    and `work`, which more shards would share."""
+    """A `BusyShare` is the share of its time that a shard is predicted to compute, in two parts.
+
+    - `calls`: what being called costs, whatever is computed. More shards in the pool do not reduce it.
+    - `work`: what is computed for experts and rows. More shards in the pool share this work.
+    """
 
     calls: float = 0.0
     work: float = 0.0
 
     @property
     def total(self) -> float:
+        """Return the whole share."""
         return self.calls + self.work
 
 
 def rows_per_step(shards: Sequence[Shard]) -> float:
-    """Rows that a step computes, as the shards see it: the one that most rows of a step come to tells it best."""
+    """Return the largest `rows_per_call` that any shard reports: that shard sees most of a step's rows."""
     return max([1.0, *(shard.rows_per_call for shard in shards)])
 
 
@@ -67,9 +74,10 @@ def busy_shares(
     load: Mapping[int, ExpectedLoad],
     policy: PlanPolicy,
 ) -> dict[str, BusyShare]:
-    """Of every shard that does not drain, by the planner's own costs: Σ layers of µs per step · steps per second.
+    """Predict the busy share of every shard that does not drain, with the planner's own cost model.
 
-    A layer without a load costs nothing. Raises ValueError where every shard drains.
+    A share is the sum over layers of µs per step, times the steps per second. A layer without a load costs nothing.
+    Raises ValueError if every shard drains.
     """
     policy = replace(policy, rows_per_step=rows_per_step(shards))
     fleet = FleetBudget(shards, layers, policy)
@@ -88,10 +96,10 @@ def busy_shares(
     return {id: BusyShare(calls, max(0.0, work)) for id, (calls, work) in zip(fleet.ids, parts, strict=False)}
 
 
-def predicted(shares: Collection[BusyShare], num_shards: int) -> float:
-    """The busy share of a pool's slowest shard if it had so many: the work is shared out as unevenly as now.
+def predicted_share(shares: Collection[BusyShare], num_shards: int) -> float:
+    """Predict the busy share of the slowest shard if the pool had `num_shards`; the work stays as unevenly divided.
 
-    Shards that have nothing to do yet change nothing of it, so that a new one does not look like less load.
+    Shards without work are left out of that unevenness, so that a new, empty shard does not look like less load.
     """
     works = [share.work for share in shares if share.work > 0]
     if not works:
@@ -100,93 +108,111 @@ def predicted(shares: Collection[BusyShare], num_shards: int) -> float:
     return max(share.calls for share in shares) + unevenness * sum(works) / num_shards
 
 
-def fewest_for_cover(layers: Sequence[LayerSpec], own: Sequence[Shard], others: Sequence[Shard]) -> int:
-    """The fewest shards of the size of `own` that, with `others`, hold every expert twice, one of them on a device.
+def min_shards_for_cover(layers: Sequence[LayerSpec], pool: Sequence[Shard], others: Sequence[Shard]) -> int:
+    """Return the fewest shards of this pool that, with the `others`, hold every expert twice, once on a device.
 
-    One expert's room stays free on each, so that experts can move.
+    A new shard is taken to be as large as the smallest of `pool`. Memory for one expert stays free on every shard, so
+    that experts can move.
     """
-    whole = sum(spec.num_experts * spec.expert_bytes for spec in layers)
+    all_bytes = sum(spec.num_experts * spec.expert_bytes for spec in layers)
     largest = max((spec.expert_bytes for spec in layers), default=0)
-    device = min((shard.memory_budget - largest for shard in own), default=0)
-    both = device + min((shard.host_budget for shard in own), default=0)
+    device = min((shard.memory_budget - largest for shard in pool), default=0)
+    device_and_host = device + min((shard.host_budget for shard in pool), default=0)
     if device <= 0:
-        return 1  # it holds nothing, and there is nothing to lose
-    held = sum(max(0, shard.memory_budget - largest) for shard in others)
-    held_in_all = held + sum(shard.host_budget for shard in others)
-    for_homes = math.ceil((whole - held) / device)
-    for_cover = math.ceil((2 * whole - held_in_all) / both)
+        return 1  # Shards that hold nothing lose nothing.
+    others_device = sum(max(0, shard.memory_budget - largest) for shard in others)
+    others_device_and_host = others_device + sum(shard.host_budget for shard in others)
+    for_homes = math.ceil((all_bytes - others_device) / device)
+    for_cover = math.ceil((2 * all_bytes - others_device_and_host) / device_and_host)
     return max(1, MIN_SHARDS_IN_ALL - len(others), for_homes, for_cover)
 
 
 @dataclass(frozen=True)
-class Pool:
-    """A pool as it is: what was decided last, the shards that are there, and whether all moves are done."""
+class PoolState:
+    """A `PoolState` is all about a pool that a decision depends on.
 
-    wanted: int
+    - `size`: the number of shards that was decided last.
+    - `shares`: the busy share of each shard that stays, by its id.
+    - `min_for_cover`: the fewest shards that hold every expert twice.
+    - `is_settled`: True if all moves are done and the pool has the size that was decided last.
+    - `ordered`: the number of shards that an operator has ordered, or None.
+    """
+
+    size: int
     shares: Mapping[str, BusyShare]
-    fewest: int
+    min_for_cover: int
     is_settled: bool = True
     ordered: int | None = None
 
 
 @dataclass(frozen=True)
-class Decision:
-    """The number of shards that a pool should have, and why; `is_ordered` where an operator decided."""
+class PoolDecision:
+    """A `PoolDecision` is the number of shards that a pool should have, and why.
+
+    `is_ordered` is True if an operator's order decided, not the load.
+    """
 
     shards: int
     why: str
     is_ordered: bool = False
 
 
-def desired_shards(pool: Pool, policy: PoolPolicy) -> Decision:
-    """Several up at a time, one down, and down only when all moves are done; an order wins over the load.
+def desired_shards(pool: PoolState, policy: PoolPolicy) -> PoolDecision:
+    """Decide how many shards the pool should have; an operator's order wins over the load.
 
-    Neither goes below what holds every expert twice, nor out of the pool's bounds.
+    A pool grows by several shards at a time. It shrinks by one shard at a time, and only when all moves are done. It
+    stays within its bounds and never falls below the number that holds every expert twice.
     """
     most = policy.max_shards
-    least = min(max(policy.min_shards, pool.fewest), most)
+    least = min(max(policy.min_shards, pool.min_for_cover), most)
     if pool.ordered is not None:
         goal = min(max(pool.ordered, least), most)
         within = "" if goal == pool.ordered else f"; from {least} to {most} are possible"
         why = f"an operator ordered {pool.ordered}{within}"
     else:
-        goal, why = _goal(pool, policy, least)
-    if goal < pool.wanted:
+        goal, why = _goal_by_load(pool, policy, least)
+    if goal < pool.size:
         if not pool.is_settled:
-            return Decision(pool.wanted, f"{why}, once the moves under way are done", pool.ordered is not None)
-        goal = pool.wanted - 1
-    return Decision(goal, why, pool.ordered is not None)
+            return PoolDecision(pool.size, f"{why}, once the moves under way are done", pool.ordered is not None)
+        goal = pool.size - 1
+    return PoolDecision(goal, why, pool.ordered is not None)
 
 
-def _goal(pool: Pool, policy: PoolPolicy, least: int) -> tuple[int, str]:
+def _goal_by_load(pool: PoolState, policy: PoolPolicy, least: int) -> tuple[int, str]:
+    """Return the number of shards that the load asks for, which is at least `least`, and why."""
     shares, target = pool.shares.values(), policy.target_busy
-    base = min(max(pool.wanted, least), policy.max_shards)
-    now = predicted(shares, base)
+    base = min(max(pool.size, least), policy.max_shards)
+    now = predicted_share(shares, base)
     if now > target and base < policy.max_shards:
         counts = range(base + 1, policy.max_shards + 1)
-        goal = next((count for count in counts if predicted(shares, count) <= target), policy.max_shards)
+        goal = next((count for count in counts if predicted_share(shares, count) <= target), policy.max_shards)
         return (
             goal,
             f"with {base} the slowest is predicted to be busy for {now:.0%} of the time; {target:.0%} is aimed at",
         )
-    if base != pool.wanted:
+    if base != pool.size:
         return base, f"from {least} to {policy.max_shards} are possible"
-    after = predicted(shares, base - 1) if base > least else math.inf
+    after = predicted_share(shares, base - 1) if base > least else math.inf
     if after <= (1 - policy.slack) * target:
         return base - 1, f"with one less the slowest is predicted to be busy for {after:.0%} of the time"
     return base, f"the slowest is predicted to be busy for {now:.0%} of the time"
 
 
 @dataclass(frozen=True)
-class Wish:
-    """In which direction (-1, 0, 1) a pool has been wished to change, and since when."""
+class PendingChange:
+    """A `PendingChange` says in which direction (-1, 0 or 1) the load asks a pool to change, and since when.
+
+    `since` is in seconds since 1970.
+    """
 
     direction: int = 0
     since: float = 0.0
 
-    def then(self, direction: int, now: float) -> Wish:
-        return self if direction == self.direction else Wish(direction, now)
+    def updated(self, direction: int, now: float) -> PendingChange:
+        """Return the change pending at `now`; a new direction starts the time anew."""
+        return self if direction == self.direction else PendingChange(direction, now)
 
-    def is_ripe(self, now: float, policy: PoolPolicy) -> bool:
+    def is_due(self, now: float, policy: PoolPolicy) -> bool:
+        """Return True if the change has been pending for the policy's delay."""
         delay_s = policy.upscale_delay_s if self.direction > 0 else policy.downscale_delay_s
         return self.direction != 0 and now - self.since >= delay_s

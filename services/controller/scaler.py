@@ -1,4 +1,8 @@
-"""Decides how many shards each pool should have, and says so in the registry; the pool's shards tell Serve."""
+"""`Scaler`: decides how many shards each pool should have, and publishes that in the registry.
+
+Each pool's shards read their pool's size from the registry and report it to Ray Serve (`serve_policy`), which starts
+and stops shards.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,13 @@ from cluster.control.leader.reconciler import Reconciler
 from cluster.control.operator_orders import PoolSize, scale_targets, with_drain_orders
 from cluster.control.registry_store import RegistryStore, StoreUnavailable
 from cluster.control.scaling import (
-    BusyShare,
-    Decision,
-    Pool,
+    PendingChange,
+    PoolDecision,
     PoolPolicy,
-    Wish,
+    PoolState,
     busy_shares,
     desired_shards,
-    fewest_for_cover,
+    min_shards_for_cover,
 )
 from cluster.load import ExpectedLoad
 from cluster.placement.plan import PlanPolicy
@@ -26,11 +29,16 @@ from cluster.topology import LayerSpec, Shard
 
 log = logging.getLogger(__name__)
 
-PERIOD_S = 1.0
+PERIOD_S = 1.0  # Seconds between decisions; a pool's delays are several times as long.
 
 
 class Scaler:
-    """`turn` is the loop's body; it decides only while the reconciler beside it leads. `clock`: seconds since 1970."""
+    """A `Scaler` decides on the pools' sizes while the reconciler beside it is the leader.
+
+    - `load`: returns the expected load by layer.
+    - `clock`: gives seconds since 1970.
+    - `policy`: the planner's policy, whose cost model predicts how busy shards are.
+    """
 
     def __init__(
         self,
@@ -44,89 +52,80 @@ class Scaler:
     ) -> None:
         self.pools, self.layers, self.policy = pools, layers, policy
         self.registry, self.reconciler, self.load, self.clock = registry, reconciler, load, clock
-        self._wanted: dict[str, int] = {}
-        self._wishes: dict[str, Wish] = {}
-        self._leaving: set[str] = set()  # shards that stop; one that an operator has emptied stays
+        self._sizes: dict[str, int] = {}  # The size of each pool that was decided last.
+        self._pending: dict[str, PendingChange] = {}
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Decide once per period until cancelled; after a failure pools keep their sizes until the next turn."""
         while self.pools:
             try:
                 await self.turn()
             except StoreUnavailable as error:
-                log.warning("Pools stay as they are: %s", error)
+                log.warning("Pools keep their sizes, because the store does not answer: %s", error)
             except Exception:
-                log.exception("Pools stay as they are: no decision could be made.")
+                log.exception("Pools keep their sizes, because the decision failed.")
             await asyncio.sleep(PERIOD_S)
 
     async def turn(self) -> None:
+        """Decide on the size of each pool once. Raises StoreUnavailable."""
         placement = self.reconciler.placement
         if not self.reconciler.is_leader or placement is None:
-            self._wanted.clear()  # another leader decides meanwhile
-            self._wishes.clear()
+            self._sizes.clear()  # Another leader decides meanwhile.
+            self._pending.clear()
             return
         orders = await self.registry.orders()
         registered = await self.registry.shards()
-        self._leaving = {shard.id for shard in registered if shard.draining}
+        stopping = {shard.id for shard in registered if shard.draining}  # An ordered drain does not stop a shard.
         shards = with_drain_orders(registered, orders)
         if all(shard.draining for shard in shards):
             return
         ordered, load = scale_targets(orders), await self.load()
         shares = await asyncio.to_thread(busy_shares, self.layers, shards, placement, load, self.policy)
         for name, policy in self.pools.items():
-            own = [shard for shard in shards if shard.pool == name]
-            wanted = await self._last(name, own)
-            others = [shard for shard in self._staying(shards) if shard.pool != name]
-            pool = self._pool(own, others, shares, wanted, ordered.get(name))
-            await self._decide(name, wanted, desired_shards(pool, policy), policy)
+            in_pool = [shard for shard in shards if shard.pool == name]
+            size = await self._size(name, in_pool)
+            others = [shard for shard in remaining_shards(shards, self._sizes) if shard.pool != name]
+            is_stopping = any(shard.id in stopping for shard in in_pool)
+            remaining = [shard for shard in in_pool if not shard.draining]
+            state = PoolState(
+                size=size,
+                shares={shard.id: shares[shard.id] for shard in remaining},
+                min_for_cover=min_shards_for_cover(self.layers, remaining, others),
+                is_settled=self.reconciler.is_settled and not is_stopping and len(in_pool) == size,
+                ordered=ordered.get(name),
+            )
+            await self._apply(name, size, desired_shards(state, policy), policy)
 
-    async def _last(self, name: str, own: Sequence[Shard]) -> int:
-        """What was decided last, by this leader or the one before; else the shards that are there."""
-        if name not in self._wanted:
+    async def _size(self, name: str, in_pool: Sequence[Shard]) -> int:
+        """Return the pool's size that this or the previous leader decided last, or else the shards that are there."""
+        if name not in self._sizes:
             before = await self.registry.pool_size(name)
-            self._wanted[name] = before.shards if before else sum(not shard.draining for shard in own)
-        return self._wanted[name]
+            self._sizes[name] = before.shards if before else sum(not shard.draining for shard in in_pool)
+        return self._sizes[name]
 
-    def _staying(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Those that are not to go by what was decided: of a pool that shrinks, as many as it will have."""
-        left = dict(self._wanted)
-        staying = []
-        for shard in shards:
-            left[shard.pool] = left.get(shard.pool, len(shards)) - (not shard.draining)
-            if not shard.draining and left[shard.pool] >= 0:
-                staying.append(shard)
-        return staying
-
-    def _pool(
-        self,
-        own: Sequence[Shard],
-        others: Sequence[Shard],
-        shares: Mapping[str, BusyShare],
-        wanted: int,
-        ordered: int | None,
-    ) -> Pool:
-        staying = [shard for shard in own if not shard.draining]
-        is_leaving = any(shard.id in self._leaving for shard in own)
-        return Pool(
-            wanted=wanted,
-            shares={shard.id: shares[shard.id] for shard in staying},
-            fewest=fewest_for_cover(self.layers, staying, others),
-            is_settled=self.reconciler.is_settled and not is_leaving and len(own) == wanted,
-            ordered=ordered,
-        )
-
-    async def _decide(self, name: str, wanted: int, decision: Decision, policy: PoolPolicy) -> None:
-        """Says what holds from now on: the decision once it has lasted, until then what held before."""
-        now, change = self.clock(), decision.shards - wanted
-        wish = self._wishes.get(name, Wish()).then((change > 0) - (change < 0), now)
-        self._wishes[name] = wish
-        is_due = change != 0 and (decision.is_ordered or wish.is_ripe(now, policy))
-        await self.registry.set_pool_size(name, PoolSize(decision.shards if is_due else wanted, now))
+    async def _apply(self, name: str, size: int, decision: PoolDecision, policy: PoolPolicy) -> None:
+        """Publish the pool's size: `decision` if an operator ordered it or it is due, otherwise the present `size`."""
+        now, change = self.clock(), decision.shards - size
+        pending = self._pending.get(name, PendingChange()).updated((change > 0) - (change < 0), now)
+        self._pending[name] = pending
+        is_due = change != 0 and (decision.is_ordered or pending.is_due(now, policy))
+        await self.registry.set_pool_size(name, PoolSize(decision.shards if is_due else size, now))
         if is_due:
-            self._wanted[name], self._wishes[name] = decision.shards, Wish()
-            log.info("Pool %s: %d shards instead of %d: %s.", name, decision.shards, wanted, decision.why)
-            numbers = {"pool": name, "shards_before": str(wanted), "shards": str(decision.shards)}
+            self._sizes[name], self._pending[name] = decision.shards, PendingChange()
+            log.info("Pool %s: %d shards instead of %d: %s.", name, decision.shards, size, decision.why)
+            numbers = {"pool": name, "shards_before": str(size), "shards": str(decision.shards)}
             with suppress(StoreUnavailable):
                 await self.registry.note_decision(
                     {"at": f"{now:.3f}", "by": self.reconciler.owner, "kind": "scale", **numbers, "why": decision.why}
                 )
+
+
+def remaining_shards(shards: Sequence[Shard], sizes: Mapping[str, int]) -> list[Shard]:
+    """Return the shards that stay: none that drains, and of each pool at most as many as its size in `sizes`."""
+    places = dict(sizes)
+    remaining = []
+    for shard in shards:
+        places[shard.pool] = places.get(shard.pool, len(shards)) - (not shard.draining)
+        if not shard.draining and places[shard.pool] >= 0:
+            remaining.append(shard)
+    return remaining

@@ -9,13 +9,13 @@ import pytest
 
 from cluster.control.scaling import (
     BusyShare,
-    Pool,
+    PendingChange,
     PoolPolicy,
-    Wish,
+    PoolState,
     busy_shares,
     desired_shards,
-    fewest_for_cover,
-    predicted,
+    min_shards_for_cover,
+    predicted_share,
 )
 from cluster.cost_fit import RowsPerCall
 from cluster.load import ExpectedLoad
@@ -27,10 +27,10 @@ from tests.cluster.fleet import make_layers, make_shard
 POLICY = PoolPolicy(min_shards=2, max_shards=8, target_busy=0.6, slack=0.2)
 
 
-def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: object) -> Pool:
+def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: object) -> PoolState:
     """`work` is what all shards together do."""
     shares = {f"s{i}": BusyShare(calls, work / num_shards) for i in range(num_shards)}
-    pool = Pool(num_shards, shares, fewest=2)
+    pool = PoolState(num_shards, shares, min_for_cover=2)
     return replace(pool, **options)  # type: ignore[arg-type]
 
 
@@ -43,24 +43,24 @@ def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: objec
         (even_pool(3, 90.0), 8, "busy for 3000%"),
         (even_pool(6, 0.0), 5, "with one less"),  # one down
         (even_pool(2, 0.0), 2, "busy for 0%"),  # not below the pool's bounds
-        (even_pool(4, 0.0, fewest=4), 4, "busy for 0%"),  # nor below what holds every expert twice
+        (even_pool(4, 0.0, min_for_cover=4), 4, "busy for 0%"),  # nor below what holds every expert twice
         (even_pool(4, 0.0, is_settled=False), 4, "once the moves under way are done"),
-        (even_pool(4, 0.0, fewest=6), 6, "from 6 to 8 are possible"),
-        (even_pool(4, 0.0, fewest=20), 8, "from 8 to 8 are possible"),
+        (even_pool(4, 0.0, min_for_cover=6), 6, "from 6 to 8 are possible"),
+        (even_pool(4, 0.0, min_for_cover=20), 8, "from 8 to 8 are possible"),
         (even_pool(3, 0.9, calls=0.4), 5, "busy for 70%"),  # calls cost each shard the same, however many there are
         (even_pool(3, 90.0, ordered=4), 4, "an operator ordered 4"),  # an order wins over the load
         (even_pool(6, 1.0, ordered=2), 5, "an operator ordered 2"),  # but one at a time goes down
         (even_pool(6, 1.0, ordered=2, is_settled=False), 6, "once the moves"),
         (even_pool(3, 1.0, ordered=20), 8, "an operator ordered 20; from 2 to 8 are possible"),
-        (even_pool(4, 1.0, ordered=1, fewest=4), 4, "an operator ordered 1; from 4 to 8 are possible"),
+        (even_pool(4, 1.0, ordered=1, min_for_cover=4), 4, "an operator ordered 1; from 4 to 8 are possible"),
         (
-            replace(even_pool(3, 1.5), wanted=4),
+            replace(even_pool(3, 1.5), size=4),
             4,
             "busy for 38%",
         ),  # one of four is dead: the pool does not shrink for it
     ],
 )
-def test_decisions(pool: Pool, shards: int, why: str) -> None:
+def test_decisions(pool: PoolState, shards: int, why: str) -> None:
     decision = desired_shards(pool, POLICY)
     assert decision.shards == shards, decision
     assert why in decision.why
@@ -69,11 +69,11 @@ def test_decisions(pool: Pool, shards: int, why: str) -> None:
 
 def test_an_uneven_pool_goes_by_its_slowest_shard() -> None:
     uneven = {"a": BusyShare(0, 0.78), "b": BusyShare(0, 0.4), "c": BusyShare(0, 0.3)}
-    assert predicted(uneven.values(), 3) == pytest.approx(0.78)
-    assert desired_shards(Pool(3, uneven, 2), POLICY).shards == 4
+    assert predicted_share(uneven.values(), 3) == pytest.approx(0.78)
+    assert desired_shards(PoolState(3, uneven, 2), POLICY).shards == 4
     new = {**uneven, "d": BusyShare(), "e": BusyShare()}  # which have nothing to do yet, and must not bring in more
-    assert predicted(new.values(), 5) == pytest.approx(0.78 * 3 / 5)
-    assert desired_shards(Pool(5, new, 2), POLICY).shards == 5
+    assert predicted_share(new.values(), 5) == pytest.approx(0.78 * 3 / 5)
+    assert desired_shards(PoolState(5, new, 2), POLICY).shards == 5
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -84,7 +84,7 @@ def test_more_load_never_means_fewer_shards(seed: int) -> None:
     fewest, is_settled = int(draw.integers(1, 9)), bool(draw.integers(2))
     sizes = [
         desired_shards(
-            Pool(
+            PoolState(
                 int(wanted),
                 {str(i): BusyShare(calls * factor, float(work * factor)) for i, work in enumerate(works)},
                 fewest,
@@ -114,14 +114,14 @@ def test_a_steady_load_settles_and_stays_even_where_it_trembles(seed: int) -> No
 
 def test_a_wish_must_last() -> None:
     policy = replace(POLICY, upscale_delay_s=5.0, downscale_delay_s=60.0)
-    wish = Wish().then(1, 100.0)
-    assert not wish.then(1, 104.0).is_ripe(104.0, policy)
-    assert wish.then(1, 105.0).is_ripe(105.0, policy)
-    assert not wish.then(0, 103.0).then(1, 104.0).is_ripe(106.0, policy)  # it was given up meanwhile
-    down = wish.then(-1, 106.0)
-    assert not down.is_ripe(165.0, policy)
-    assert down.is_ripe(166.0, policy)
-    assert not Wish().is_ripe(1e9, policy)
+    wish = PendingChange().updated(1, 100.0)
+    assert not wish.updated(1, 104.0).is_due(104.0, policy)
+    assert wish.updated(1, 105.0).is_due(105.0, policy)
+    assert not wish.updated(0, 103.0).updated(1, 104.0).is_due(106.0, policy)  # it was given up meanwhile
+    down = wish.updated(-1, 106.0)
+    assert not down.is_due(165.0, policy)
+    assert down.is_due(166.0, policy)
+    assert not PendingChange().is_due(1e9, policy)
 
 
 # The predicted share --------------------------------------------------------------------------------------------------
@@ -177,9 +177,9 @@ def test_pools_side_by_side_decide_by_their_own_shards() -> None:
     shards = [*fast, *slow]
     shares = busy_shares(make_layers(), shards, placed(shards), load_of(4000.0), PlanPolicy())
     gpu, cpu = ({s.id: shares[s.id] for s in pool} for pool in (fast, slow))
-    level = predicted(cpu.values(), 2)
-    assert desired_shards(Pool(2, gpu, 2), replace(POLICY, target_busy=1.5 * level)).shards == 2
-    assert desired_shards(Pool(2, cpu, 2), replace(POLICY, target_busy=0.8 * level)).shards > 2
+    level = predicted_share(cpu.values(), 2)
+    assert desired_shards(PoolState(2, gpu, 2), replace(POLICY, target_busy=1.5 * level)).shards == 2
+    assert desired_shards(PoolState(2, cpu, 2), replace(POLICY, target_busy=0.8 * level)).shards > 2
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_pools_side_by_side_decide_by_their_own_shards() -> None:
 def test_every_expert_keeps_two_homes(budget: int, host_budget: int, num_others: int, fewest: int) -> None:
     own = [replace(make_shard(i, memory_budget=budget), host_budget=host_budget) for i in range(3)]
     others = [make_shard(10 + i, memory_budget=budget) for i in range(num_others)]
-    assert fewest_for_cover(make_layers(), own, others) == fewest
+    assert min_shards_for_cover(make_layers(), own, others) == fewest
 
 
 def test_the_mean_rows_of_a_call_follow_the_load() -> None:
