@@ -41,9 +41,9 @@ GRPC_SERVICERS = [
 ]
 SHARD_STOP_TIMEOUT_S = MOVE_TIMEOUT_S + ANSWER_TIMEOUT_S + 10  # Serve kills a replica that takes longer to stop
 SCALING_POLICY = "services.controller.serve_policy:follow_the_controller"
-METRICS_INTERVAL_S = 1.0  # between two reports of a shard to Serve's autoscaler
+METRICS_INTERVAL_S = 1.0  # seconds between two reports of a shard to Serve's autoscaler
 GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1
-GATEWAY_STOP_S = 20  # for a gateway to stop, in addition to the time for draining
+GATEWAY_STOP_S = 20  # seconds for a gateway to stop, in addition to the time for draining
 SURGE_PERCENT = 100  # in an update, new backbones and gateways serve before old ones stop, if the nodes have resources
 ONE_PER_NODE: dict[str, Any] = {"max_replicas_per_node": 1}
 MAX_OPEN = 1024  # open streams of one replica; the engine refuses requests long before, because its queue is full

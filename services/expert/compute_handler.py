@@ -22,8 +22,8 @@ from services.expert.transport.worker import Worker
 
 log = logging.getLogger(__name__)
 
-COST_SAMPLES = 256  # requests at most that one update of the cost model learns from
-SAMPLE_EVERY = 4  # requests; the others are not noted
+COST_SAMPLES = 256  # most requests that one update of the cost model learns from
+SAMPLE_EVERY = 4  # one request in four is a sample for the cost model
 CostSample = tuple[int, int, bytes, int]  # layer, rows, expert ids of the picks (int32), µs
 
 
@@ -59,7 +59,7 @@ class ComputeHandler:
         self.rows_per_call = RowsPerCall()
         self.num_failed_in_a_row = 0  # requests whose computation raised an unexpected error
         self.is_refusing = False  # new requests are refused, because the shard drains
-        self.last_request_at = -math.inf  # by time.monotonic
+        self.last_request_at = -math.inf  # the value of time.monotonic() at the last request
         self._seen = (0, 0)  # requests and rows at the last update of `rows_per_call`
         self._samples: deque[CostSample] = deque(maxlen=COST_SAMPLES)
         self._counting = threading.Lock()  # requests and refusals are counted on the event loop and on the worker

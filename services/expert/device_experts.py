@@ -26,7 +26,7 @@ class NoDeviceMemory(Exception):
 class _DeviceSlot:
     """A `_DeviceSlot` is the device memory of one expert, whether the expert is loaded already or not."""
 
-    num_pins: int = 0  # the loads and requests that need the expert to stay
+    num_pins: int = 0  # number of loads and requests that need the expert to stay
     last_use: int = 0  # the number of the last computation that used the expert
 
 
@@ -59,7 +59,7 @@ class DeviceExperts:
         _warm_up_bank(dtype, device)
         self.shapes, self.dtype, self.device, self.memory_budget = shapes, dtype, device, memory_budget
         self.banks = {layer: ExpertBank(shape, dtype, device) for layer, shape in shapes.items()}
-        self.used_bytes = 0  # of all slots, loaded or not
+        self.used_bytes = 0  # bytes of all slots, whether their experts are loaded or not
         self.promoted: set[Key] = set()  # ready standbys: the experts that may be evicted
         self._standbys = standbys
         self._slots: dict[Key, _DeviceSlot] = {}
@@ -158,7 +158,7 @@ class DeviceExperts:
                     self._slots[layer, expert].last_use = self._num_computations
 
     def _as_tensors(self, picks: Picks) -> tuple[Tensor, ...]:
-        x_NL = torch.from_numpy(picks.x_NL.copy())  # copies, because torch warns about read-only memory
+        x_NL = torch.from_numpy(picks.x_NL.copy())  # a copy, because torch warns about read-only memory
         x_NL = x_NL.view(torch.bfloat16) if self.dtype == torch.bfloat16 else x_NL
         row_P, expert_P = (torch.from_numpy(ids.astype(np.int64)) for ids in (picks.row_P, picks.expert_P))
         weight_P, grid_N = (torch.from_numpy(numbers.copy()) for numbers in (picks.weight_P, picks.grid_N))

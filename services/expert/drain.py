@@ -11,10 +11,14 @@ from cluster.topology import Placement, Shard
 # A draining shard waits at most this long for its experts to move. A supervisor that kills processes which do not stop
 # must wait longer than that.
 MOVE_TIMEOUT_S = 30.0
-DRAIN_POLL_S = 0.2  # between two looks at the registry
-QUIET_S = 1.0  # without a request; by then every backbone uses the placement that no longer names the shard
-ABANDONED_S = 15.0  # without a leader; a new one takes over sooner than that
-CUT_OFF_S = 2.0  # without an answer from the store; no controller can move experts without the store either
+DRAIN_POLL_S = 0.2  # seconds between two looks at the registry
+# Seconds without a request after which a shard whose experts have moved stops. By then every backbone uses the
+# placement that no longer names the shard.
+QUIET_S = 1.0
+ABANDONED_S = 15.0  # seconds without a leader after which a shard stops; a new leader takes over sooner than that
+CUT_OFF_S = (
+    2.0  # seconds without the store after which a shard stops, because without it no controller can move experts
+)
 
 
 class DrainState(Enum):
@@ -46,8 +50,8 @@ def drain_state(shard_id: str, placement: Placement | None, shards: Sequence[Sha
 class DrainTimes:
     """`DrainTimes` say for how many seconds a draining shard has waited."""
 
-    since_request_s: float  # since the last compute request
-    in_state_s: float  # since the drain state last changed
+    since_request_s: float  # time since the last compute request
+    in_state_s: float  # time since the drain state last changed
 
 
 def may_stop(state: DrainState, times: DrainTimes) -> bool:

@@ -32,7 +32,7 @@ class PendingRequest:
 
     layer: int
     picks: Picks
-    sums_NL: NDArray[np.int64]  # over the picks that are computed already
+    sums_NL: NDArray[np.int64]  # the sums over the picks that are computed already
     is_pending_P: NDArray[np.bool_]  # the picks that are still to be computed
 
     @property
@@ -66,8 +66,8 @@ class NeedsPromotion(Exception):
 class StagedExperts:
     """`StagedExperts` are what a load has prepared besides the homes' weights; `ExpertHost.commit` makes them count."""
 
-    metadata: dict[Key, ExpertMetadata] = field(default_factory=dict)  # of the experts that were not here before
-    standbys: dict[Key, tuple[Weights | None, str]] = field(default_factory=dict)  # copy in host memory, source peer
+    metadata: dict[Key, ExpertMetadata] = field(default_factory=dict)  # what was found out about new experts
+    standbys: dict[Key, tuple[Weights | None, str]] = field(default_factory=dict)  # host copy, source peer
 
 
 class ExpertHost:

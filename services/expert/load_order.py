@@ -64,8 +64,8 @@ def checksums_from_proto(messages: Iterable[pb.LayerChecksums]) -> dict[Key, int
 class Sources:
     """`Sources` say where a shard gets the weights of experts, and what their checksums must be."""
 
-    peers: Mapping[Key, str] = field(default_factory=dict)  # endpoint of a shard to ask before the checkpoint is read
-    expected: Mapping[Key, int] = field(default_factory=dict)  # checksum that the weights must have to be accepted
+    peers: Mapping[Key, str] = field(default_factory=dict)  # endpoint of the shard to ask before the checkpoint is read
+    expected: Mapping[Key, int] = field(default_factory=dict)  # checksum without which weights are not accepted
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class LoadOrder:
 class LoadResult:
     """A `LoadResult` is a shard's answer to a load that has succeeded."""
 
-    gains: dict[int, int]  # by layer of the order: the largest gain exponent of the shard's homes and standbys
-    checksums: dict[int, dict[int, int]]  # by layer and expert of the order
-    used_bytes: int  # of device memory, after the load
+    gains: dict[int, int]  # largest gain exponent of the shard's homes and standbys, by layer of the order
+    checksums: dict[int, dict[int, int]]  # checksums of the experts of the order, by layer and expert
+    used_bytes: int  # bytes of device memory in use after the load
     memory_budget: int  # bytes of device memory
 
     def to_proto(self) -> pb.LoadReply:

@@ -17,8 +17,8 @@ from services.expert.transport.worker import Worker
 from services.expert.weights import Weights
 from services.low_priority import is_request_waiting, run_in_thread
 
-PROMOTE_TIMEOUT_S = 5.0  # a request waits at most this long for standbys
-IDLE_POLL_S = 0.01
+PROMOTE_TIMEOUT_S = 5.0  # the most seconds that a request waits for promotions
+IDLE_POLL_S = 0.01  # seconds between two looks at the number of parked requests
 
 
 class Promoter:
@@ -31,8 +31,10 @@ class Promoter:
         self.host, self.worker, self.source = host, worker, source
         self.num_promotions = self.promotion_us = 0
         self.in_progress: dict[Key, asyncio.Task[None]] = {}
-        self._admission = asyncio.Lock()  # held by the one caller that waits for device memory
-        self._freed = asyncio.Event()  # some device memory may have become available
+        self._admission = (
+            asyncio.Lock()
+        )  # held by the caller that waits for device memory; the next caller waits for the lock
+        self._freed = asyncio.Event()  # set when device memory may have become available
 
     async def pin_homes(self, homes: set[Key]) -> set[Key]:
         """Pin device memory for `homes` and return those that have to be loaded; the caller unpins `homes`.
@@ -145,7 +147,7 @@ class PromotionQueue:
     def __init__(self, promoter: Promoter, worker: Worker, max_parked: int) -> None:
         self.promoter, self.worker, self.max_parked = promoter, worker, max_parked
         self.num_parked = 0  # changed on the worker's thread only
-        self._is_resuming = False  # one parked request is being computed, and is parked no more unless it comes back
+        self._is_resuming = False  # a parked request is being computed; it leaves unless it is parked again
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 

@@ -35,7 +35,7 @@ from services.expert.transport.worker import Worker
 from services.expert.weights import ExpertMetadata, Weights
 
 Context = grpc.aio.ServicerContext[object, object]
-MAX_UNREAD = 256  # requests of one stream whose replies the client has not read; then no more requests are read
+MAX_UNREAD = 256  # replies of one stream that its client has not read; beyond them no further requests are read
 
 
 class StaleFencingToken(Exception):
@@ -45,7 +45,7 @@ class StaleFencingToken(Exception):
 class _ComputeStream:
     """A `_ComputeStream` carries the replies of one grpcio stream from the worker's thread to the event loop.
 
-    The requests of a client that does not read its replies are not read either, or its replies would pile up here
+    If a client does not read its replies, its requests are not read either. Otherwise its replies would pile up here
     without a bound.
     """
 
@@ -74,7 +74,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self.handler = ComputeHandler(host, self.worker, self.promotion_queue)
         self.outgoing = ByteBudget(MAX_TRANSFER_BYTES)
         self.has_announced_drain = False
-        self._changing = asyncio.Lock()  # held by the one load or unload that runs
+        self._changing = asyncio.Lock()  # held by the load or unload that runs, because only one may run at a time
         self._fencing = 0  # the newest token that a leader has shown
 
     @property
@@ -113,7 +113,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
                 await stream.unread.acquire()
             await self.handler.idle()
         finally:
-            self.worker.submit(lambda: stream.reply(None))  # after the replies to everything accepted before
+            self.worker.submit(lambda: stream.reply(None))  # None, which ends the stream, follows the replies
 
     # Loading and unloading -------------------------------------------------------------------------------------------
 

@@ -32,11 +32,11 @@ from services.expert.transport.wire import WIRE_DTYPES
 log = logging.getLogger(__name__)
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Expert"].full_name
-HEARTBEAT_S = 1.0
-ANSWER_TIMEOUT_S = 10.0  # for the replies to the requests that a stopping shard has accepted
-MAX_FAILED = 20  # requests that fail one after the other; then the shard is not healthy
-MAX_BUSY_S = 30.0  # with one request; then the shard is not healthy
-STOP_GRACE_S = 0.2  # for the last replies on open streams, which never end by themselves
+HEARTBEAT_S = 1.0  # seconds between two heartbeats
+ANSWER_TIMEOUT_S = 10.0  # seconds that a stopping shard has to answer the requests that it has accepted
+MAX_FAILED = 20  # failed requests in a row after which a shard is not healthy
+MAX_BUSY_S = 30.0  # seconds with one request after which a shard is not healthy
+STOP_GRACE_S = 0.2  # seconds for the last replies on open streams, which never end by themselves
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ExpertShard:
         self.config, self.registry = config, registry
         self.incarnation = secrets.token_hex(8)
         self.endpoint = self.compute_endpoint = ""
-        self.pool_size: PoolSize | None = None  # as the controller decided it last
+        self.pool_size: PoolSize | None = None  # the size of the pool as the controller decided it last
         shapes, device = family.expert_shapes, torch.device(config.device)
         self.host = ExpertHost(shapes, config.dtype, device, config.memory_budget, config.host_budget)
         self._read = family.load_expert

@@ -25,9 +25,9 @@ from services.expert.load_order import Key, LoadOrder, LoadResult, Sources, expe
 from services.expert.transport.wire import WIRE_DTYPES, body_of, checksum_of_request, rows_as_numpy, sums_from_proto
 
 T = TypeVar("T")
-LOAD_TIMEOUT_S = 600.0
-CALL_TIMEOUT_S = 5.0
-CANARY_TIMEOUT_S = 10.0
+LOAD_TIMEOUT_S = 600.0  # of one load
+CALL_TIMEOUT_S = 5.0  # of every other call except the canary
+CANARY_TIMEOUT_S = 10.0  # of the canary on one shard
 # By how much sums may differ between devices of different kinds, as a share of the row's largest number. For
 # comparison: the sums of a wrong expert differ by about as much as that largest number.
 CANARY_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05}

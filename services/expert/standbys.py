@@ -14,8 +14,8 @@ HOT_PROMOTIONS = 3  # an expert that was promoted this often is hot: it is evict
 class Standby:
     """A `Standby` is one expert for which the shard is a standby."""
 
-    weights: Weights | None = None  # if the expert is kept in host memory
-    peer: str = ""  # endpoint of the shard that was named as a source when the expert was loaded
+    weights: Weights | None = None  # the copy in host memory, or None if the expert is only on disk
+    peer: str = ""  # endpoint of the shard that was named as the source of the expert, if any
     num_promotions: int = 0
     last_promotion: int = 0  # the number of the expert's last promotion, counted over all experts
 

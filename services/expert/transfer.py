@@ -25,8 +25,8 @@ from services.expert.transport.wire import WIRE_DTYPES
 from services.expert.weights import ExpertMetadata, Weights
 from services.low_priority import run_in_thread
 
-MAX_TRANSFER_BYTES = 64 << 20  # of experts that a shard sends at the same time; it may receive as many bytes besides
-FETCH_STALL_S = 2.0  # a peer that sends no message for this long is given up
+MAX_TRANSFER_BYTES = 64 << 20  # most bytes of experts in flight from a shard, and as many again to it
+FETCH_STALL_S = 2.0  # seconds without a message after which a peer is given up
 
 ReadExpert = Callable[[int, int], Mapping[str, Tensor]]  # (layer, expert) -> tensors; ValueError names a missing one
 WeightsOf = Callable[[int], Awaitable[tuple[Weights, ExpertMetadata]]]  # by expert id, within one layer

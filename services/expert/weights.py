@@ -19,7 +19,7 @@ from torch import Tensor
 from model.blocks.moe import ExpertShape
 from model.exact_sums import gain_exponent
 
-CHUNK_BYTES = 512 << 10  # of one message when weights are streamed to a peer
+CHUNK_BYTES = 512 << 10  # most bytes of weights in one message to a peer
 
 
 @dataclass(frozen=True)
