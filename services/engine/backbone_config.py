@@ -16,7 +16,7 @@ from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.engine.memory import MemoryPlan
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler, SchedulerConfig
-from services.expert.client import ExpertsUnavailable
+from services.expert.expert_call import ExpertsUnavailable
 
 
 @dataclass(frozen=True)

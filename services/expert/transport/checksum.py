@@ -1,7 +1,10 @@
-"""Checksums of messages: what was changed on the way, by whatever, is not computed with.
+"""Checksums of messages, so that nothing is computed with data that was changed on the way.
 
-CRC-32 (as in zlib) of the numbers in the order of the struct, little-endian, and then of the bytes fields in the order
-of their numbers in the .proto file; of a refusal, of its `detail` in UTF-8 and its `missing` as 32-bit numbers.
+A checksum is the CRC-32 (as in zlib) of these bytes, one after the other:
+
+1. the numbers of the message, little-endian, in the order of `REQUEST`, `SUMS` or `REFUSAL` below;
+2. of a request or of sums, the bytes fields in the order of their numbers in the .proto file;
+3. of a refusal, its `detail` in UTF-8 and its `missing` as 32-bit numbers.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ REFUSAL = struct.Struct("<QQQIIQ")  # id, queue_us, compute_us, queue_depth, cod
 def request_checksum(
     head: bytes, rows: bytes, grid: bytes, pick_rows: bytes, pick_experts: bytes, pick_weights: bytes
 ) -> int:
-    """Of a request whose numbers are packed in `head`."""
-    picks = pick_rows + pick_experts + pick_weights  # copied sooner than three more calls are made
+    """Return the checksum of a request whose numbers are packed in `head`."""
+    picks = pick_rows + pick_experts + pick_weights  # one copy takes less time than two more calls of crc32
     return crc32(picks, crc32(grid, crc32(rows, crc32(head))))
 
 
 def checksum_of_reply(reply: pb.ComputeReply, data: bytes | None = None) -> int:
-    """`data`: that of the sums, where it is at hand; each access to it would copy it."""
+    """Return the checksum of a reply.
+
+    `data` is the `sums.data` of the reply if the caller has it, because each access to the field would copy it.
+    """
     numbers = (reply.id, reply.queue_us, reply.compute_us, reply.queue_depth)
     if reply.HasField("sums"):
         return crc32(reply.sums.data if data is None else data, crc32(SUMS.pack(*numbers, reply.sums.width)))

@@ -1,4 +1,4 @@
-"""The port on which a shard takes `Compute` streams without grpcio: read, computed and answered by one thread."""
+"""The port on which a shard takes `Compute` streams without grpcio: one thread reads, computes and answers."""
 
 from __future__ import annotations
 
@@ -20,29 +20,32 @@ from services.expert.transport.worker import READ, WRITE, Worker
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
-MAX_UNSENT_BYTES = 8 << 20  # replies that a client has not taken; it is not read from until it has
+MAX_UNSENT_BYTES = 8 << 20  # of replies that a client has not taken; above this its requests are not read
 
 
 class ReplyTo(Protocol):
-    """A stream that replies go to; None ends it."""
+    """A `ReplyTo` is the stream that the replies to some requests go to; a reply of None ends the stream."""
 
     is_open: bool
 
     def reply(self, reply: pb.ComputeReply | None) -> None: ...
 
 
-Accept = Callable[[pb.ComputeRequest, int, ReplyTo], None]  # a request, its size in bytes, where its reply goes
+Accept = Callable[[pb.ComputeRequest, int, ReplyTo], None]  # gets a request, its size in bytes and where to reply
 
 
 class ComputeServer:
-    """Listens from the start; belongs to the worker's thread, apart from the constructor."""
+    """A `ComputeServer` takes connections from clients and hands their requests to `accept`.
+
+    It listens from the start. Everything but the constructor belongs to the worker's thread.
+    """
 
     def __init__(self, worker: Worker, accept: Accept, host: str) -> None:
         self._worker, self._accept, self._host = worker, accept, host
         self._listening = socket.create_server((host, 0), backlog=BACKLOG)
         self._listening.setblocking(False)
         self._streams: set[_ComputeServerStream] = set()
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # a file descriptor to hang up on clients with
         worker.watch(self._listening, self._on_connect)
 
     @property
@@ -50,7 +53,7 @@ class ComputeServer:
         return f"{self._host}:{self._listening.getsockname()[1]}"
 
     def close(self) -> None:
-        """Ends every stream with the replies that are written by then."""
+        """End every stream after the replies that have been written by then."""
         self._worker.forget(self._listening)
         self._listening.close()
         if self._spare is not None:
@@ -61,21 +64,25 @@ class ComputeServer:
 
     def _on_connect(self, _: int) -> None:
         try:
-            connection, _address = self._listening.accept()
-            keep_alive(connection)
+            tcp_socket, _address = self._listening.accept()
+            keep_alive(tcp_socket)
         except OSError as error:
-            log.warning("A connection could not be taken: %s", error)
+            log.warning("A client's connection could not be accepted: %s", error)
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._hang_up_on_one()
             return
-        stream = _ComputeServerStream(GrpcSocket(connection, ServerStream(MAX_MESSAGE_BYTES)), self)
+        grpc_socket = GrpcSocket(tcp_socket, ServerStream(MAX_MESSAGE_BYTES))
+        stream = _ComputeServerStream(grpc_socket, self._worker, self._accept, self._streams)
         self._streams.add(stream)
-        self._worker.watch(connection, stream.on_ready)
+        self._worker.watch(tcp_socket, stream.on_ready)
         stream.flush()
 
     def _hang_up_on_one(self) -> None:
-        """Without a file descriptor for it, a connection would wait, and wake the worker again and again."""
-        with suppress(OSError):  # another thread may take the spare one
+        """Accept a connection with the spare file descriptor and close it.
+
+        Without a file descriptor, the connection would stay in the queue and wake the worker again and again.
+        """
+        with suppress(OSError):  # another thread may take the spare file descriptor once it is closed
             if self._spare is not None:
                 os.close(self._spare)
                 self._spare = None
@@ -85,71 +92,76 @@ class ComputeServer:
 
 
 class _ComputeServerStream:
-    def __init__(self, link: GrpcSocket, front: ComputeServer) -> None:
-        self._link, self._front = link, front
+    """A `_ComputeServerStream` is the stream of one client; it leaves `open_streams` when it is closed."""
+
+    def __init__(
+        self, grpc_socket: GrpcSocket, worker: Worker, accept: Accept, open_streams: set[_ComputeServerStream]
+    ) -> None:
+        self._socket, self._worker, self._accept, self._open_streams = grpc_socket, worker, accept, open_streams
         self.is_open = True
-        self._num_owed = 0
+        self._num_in_flight = 0  # requests without a reply
         self._watched = READ
 
     def on_ready(self, events: int) -> None:
         if events & READ:
             self._read()
-        if self.is_open and (self._watched != READ or self._link.has_unsent):
+        if self.is_open and (self._watched != READ or self._socket.has_unsent):
             self.flush()
 
     def _read(self) -> None:
         try:
-            for message in self._link.receive():
-                self._num_owed += 1
-                self._front._accept(pb.ComputeRequest.FromString(message), len(message), self)
-            if self._link.stream.is_ended and not self._num_owed:
+            for message in self._socket.receive():
+                self._num_in_flight += 1
+                self._accept(pb.ComputeRequest.FromString(message), len(message), self)
+            if self._socket.stream.is_ended and not self._num_in_flight:
                 self.reply(None)
         except (OSError, DecodeError) as error:
-            if not isinstance(error, StreamEnded) or self._num_owed:
-                log.warning("A stream broke with %d replies owed: %s", self._num_owed, error)
+            if not isinstance(error, StreamEnded) or self._num_in_flight:
+                log.warning("A client's stream broke with %d requests in flight: %s", self._num_in_flight, error)
             self.close()
 
     def reply(self, reply: pb.ComputeReply | None) -> None:
+        """Send a reply; end the stream if `reply` is None, or if the client has ended its side and this is the last."""
         if not self.is_open:
             return
         if reply is None:
             self._end()
         else:
-            self._num_owed -= 1
-            self._link.stream.send(reply.SerializeToString())
-            if self._link.stream.is_ended and not self._num_owed:
+            self._num_in_flight -= 1
+            self._socket.stream.send(reply.SerializeToString())
+            if self._socket.stream.is_ended and not self._num_in_flight:
                 self._end()
         self.flush()
 
     def _end(self) -> None:
-        stream = self._link.stream
+        stream = self._socket.stream
         assert isinstance(stream, ServerStream)
         stream.end()
 
     def flush(self) -> None:
-        """Writes what can be written, and watches for what to do next."""
+        """Write what the socket takes now, and watch the socket for what has to be done next."""
         try:
-            self._link.flush()
+            self._socket.flush()
         except OSError as error:
-            log.warning("A client went away with %d replies owed: %s", self._num_owed, error)
+            log.warning("A client went away with %d requests in flight: %s", self._num_in_flight, error)
             self.close()
             return
-        if self._watched == READ and not self._link.has_unsent and not self._link.stream.num_unsent:
+        if self._watched == READ and not self._socket.has_unsent and not self._socket.stream.num_unsent:
             return
-        num_unsent = self._link.stream.num_unsent
-        if num_unsent > MAX_MESSAGE_BYTES:  # it was read from for its windows' sake, but that has an end
-            log.warning("A client has not taken %d bytes of replies, and is hung up on.", num_unsent)
+        num_unsent = self._socket.stream.num_unsent
+        if num_unsent > MAX_MESSAGE_BYTES:  # the client was still read from, because it had to widen its windows
+            log.warning("A client is disconnected, because it has not taken %d bytes of replies.", num_unsent)
             self.close()
             return
         may_read = READ if num_unsent <= MAX_UNSENT_BYTES else 0
-        events = may_read | (WRITE if self._link.has_unsent else 0)
+        events = may_read | (WRITE if self._socket.has_unsent else 0)
         if (events or READ) != self._watched:
             self._watched = events or READ
-            self._front._worker.watch_for(self._link.connection, self._watched)
+            self._worker.watch_for(self._socket.tcp_socket, self._watched)
 
     def close(self) -> None:
         if self.is_open:
             self.is_open = False
-            self._front._streams.discard(self)
-            self._front._worker.forget(self._link.connection)
-            self._link.close()
+            self._open_streams.discard(self)
+            self._worker.forget(self._socket.tcp_socket)
+            self._socket.close()

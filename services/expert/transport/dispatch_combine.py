@@ -1,9 +1,10 @@
-"""Dispatch and combine, compiled: the rows of each message gathered, and sums added up as they come back.
+"""Dispatch gathers the rows of each message of a layer call, and combine adds up the sums that come back.
 
-In numpy both cost a hundred small calls a layer, more than the arithmetic of a token's experts.
+Both are compiled. In numpy they need a hundred small calls per layer, which cost more than the arithmetic of the
+experts of one token.
 
-Legend: N rows, P picks (the picks of a row stand together), K picks a row, L expert input dim; of one dispatch, message
-after message: Q picks, R rows (a row that goes into two messages is there twice), M messages.
+Legend: N rows of the call, P picks of the call (the picks of a row stand together), K picks a row, L expert input dim.
+Of one dispatch, message after message: Q picks, R rows (a row that goes into two messages counts twice), M messages.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-import model.cpu  # noqa: F401 - which says where compiled code is kept
+import model.cpu  # noqa: F401 - this import sets the folder in which numba keeps compiled code
 
 
 class Dispatch(NamedTuple):
-    """Message m has the rows `first_row_M[m] : first_row_M[m + 1]`."""
+    """A `Dispatch` holds the arrays of M messages; message m has the rows `first_row_M[m] : first_row_M[m + 1]`."""
 
     first_row_M: NDArray[np.int64]
-    row_R: NDArray[np.int64]  # which row of the call
+    row_R: NDArray[np.int64]  # row of the call
     x_RL: NDArray[np.generic]
     grid_R: NDArray[np.int16]
-    local_Q: NDArray[np.int32]  # which row of the message
+    local_Q: NDArray[np.int32]  # row of the message
     expert_Q: NDArray[np.int32]
     weight_Q: NDArray[np.float32]
 
@@ -63,13 +64,16 @@ def dispatch(
     first_M: NDArray[np.int64],
     top_k: int,
 ) -> Dispatch:
-    """What messages with the picks `pick_Q[first_M[m] : first_M[m + 1]]`, ascending in each, carry."""
+    """Return the arrays of M messages; message m carries the picks `pick_Q[first_M[m] : first_M[m + 1]]`.
+
+    The picks of each message are ascending indices into `expert_P`.
+    """
     return Dispatch(*_dispatch(x_NL, grid_N, expert_P, weight_P, pick_Q, first_M, top_k))
 
 
 @njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
 def combine(sums_ML: Any, row_M: Any, sums_NL: Any) -> None:
-    """Adds a shard's sums, int32 or int64, to those of the call; each row stands in `row_M` once."""
+    """Add a shard's sums, int32 or int64, to the sums of the call; `row_M` names each row of the call at most once."""
     for m in range(len(row_M)):
         part, total = sums_ML[m], sums_NL[row_M[m]]
         for i in range(len(part)):
@@ -78,7 +82,7 @@ def combine(sums_ML: Any, row_M: Any, sums_NL: Any) -> None:
 
 @njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
 def narrow(sums_NL: Any, narrow_NL: Any) -> Any:
-    """Copies int64 sums to int32 ones; False where one of them does not fit."""
+    """Copy int64 sums to int32 sums; return False if one of them does not fit."""
     fits = True
     for n in range(sums_NL.shape[0]):
         wide, out = sums_NL[n], narrow_NL[n]
@@ -90,7 +94,7 @@ def narrow(sums_NL: Any, narrow_NL: Any) -> Any:
 
 @cache
 def warm_up() -> None:
-    """Compiles now what the first call would wait for."""
+    """Compile dispatch and combine now, so that the first call does not wait for the compiler."""
     ids, floats = np.zeros(1, np.int64), np.zeros(1, np.float32)
     for kind in (np.int16, np.float32):
         dispatch(np.zeros((1, 1), kind), np.zeros(1, np.int16), ids, floats, ids, np.array([0, 1]), 1)

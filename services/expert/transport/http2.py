@@ -1,12 +1,15 @@
-"""One gRPC stream over one TCP connection, spoken without grpcio: the frames of HTTP/2 that such a stream needs.
+"""One gRPC stream over one TCP connection without grpcio, with the HTTP/2 frames that such a stream needs.
 
-A message costs grpcio 150 to 300 µs of a core on either side, in threads that wake one another; a MoE layer of one
-token is two messages of a few hundred bytes, and there is a layer every millisecond. Written to the socket by the
-thread that has it, the same message costs 20. Any gRPC client or server is good enough for the other side, which a
-test shows with grpcio's.
+A message costs grpcio 150 to 300 µs of a core on either side, in threads that wake one another. A MoE layer of one
+token is two messages of a few hundred bytes, and there is a layer every millisecond. The same message costs 20 µs if
+the thread that has it writes it to the socket. The other side may be any gRPC client or server; a test shows that with
+grpcio's.
 
-Source: RFC 9113 (HTTP/2), RFC 7541 (HPACK; written as literals, and never read: nothing here depends on a header),
-gRPC over HTTP/2 (grpc/doc/PROTOCOL-HTTP2.md).
+Sources:
+
+- RFC 9113 (HTTP/2);
+- RFC 7541 (HPACK): headers are written as literals and are never read, because nothing here depends on a header;
+- gRPC over HTTP/2 (grpc/doc/PROTOCOL-HTTP2.md).
 """
 
 from __future__ import annotations
@@ -20,19 +23,19 @@ END_STREAM, ACK, END_HEADERS, PADDED = 1, 1, 4, 8
 MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 3, 4, 5
 DEFAULT_WINDOW, DEFAULT_FRAME, MAX_WINDOW = 65_535, 16_384, 2**31 - 1
 OUR_MAX_FRAME = 1 << 20
-RENEW_WINDOW_AT = 1 << 30  # bytes taken
+RENEW_WINDOW_AT = 1 << 30  # bytes received after which the windows of the other side are widened again
 NO_ERROR, REFUSED_STREAM = 0, 7
-HEADER = struct.Struct(">HBBBI")  # length in 16 + 8 bits, type, flags, stream
-KEEPALIVE_S, KEEPALIVE_PROBES = 10, 3
-USER_TIMEOUT_MS = 30_000  # for the peer's kernel to acknowledge what was written
+HEADER = struct.Struct(">HBBBI")  # of a frame: length in 16 + 8 bits, type, flags, stream
+KEEPALIVE_S, KEEPALIVE_PROBES = 10, 3  # a host that is gone is noticed after 40 s without traffic
+USER_TIMEOUT_MS = 30_000  # time for the kernel of the other side to acknowledge what was written
 SETTING = struct.Struct(">HI")  # name, value
-PREFIX = struct.Struct(">BI")  # of a gRPC message: compressed or not, and its length
+PREFIX = struct.Struct(">BI")  # of a gRPC message: whether it is compressed, and its length
 PREFIX_LEN = PREFIX.size
-WHOLE = struct.Struct(">HBBBIBI")  # HEADER and PREFIX
+WHOLE = struct.Struct(">HBBBIBI")  # HEADER and PREFIX of a frame with one whole message
 
 
 class StreamEnded(ConnectionError):
-    """The other side ended the stream or broke the protocol; says how."""
+    """A `StreamEnded` error says that the other side ended the stream or broke the protocol, and how."""
 
 
 def _frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
@@ -49,7 +52,7 @@ def _grow_window(stream_id: int, num_bytes: int) -> bytes:
 
 
 def _number(value: int, prefix_bits: int, first: int = 0) -> bytes:
-    """RFC 7541, section 5.1."""
+    """Return an integer in the encoding of RFC 7541, section 5.1."""
     limit = (1 << prefix_bits) - 1
     if value < limit:
         return bytes([first | value])
@@ -65,7 +68,7 @@ def _text(value: str) -> bytes:
 
 
 def _header(name: int | str, value: str) -> bytes:
-    """A literal that is not indexed; names of the static table by their number there."""
+    """Return a header as a literal that is not indexed; an integer `name` is an index into the static table."""
     return (_number(name, 4) if isinstance(name, int) else b"\0" + _text(name)) + _text(value)
 
 
@@ -78,24 +81,27 @@ OPENING = _settings((INITIAL_WINDOW_SIZE, MAX_WINDOW), (MAX_FRAME_SIZE, OUR_MAX_
 
 
 class GrpcStream:
-    """One end of a stream, without the socket: bytes in, messages out, and what is to be written in `unsent`."""
+    """A `GrpcStream` is one end of a stream without the socket.
+
+    It turns the bytes that `receive` gets into messages, and collects the bytes that are to be written in `unsent`.
+    """
 
     def __init__(self, max_message: int) -> None:
         self.max_message = max_message
         self.unsent = bytearray()
-        self.is_greeted = False  # the other side has said who it is
-        self.is_ended = False  # the other side sends no more messages
+        self.is_greeted = False  # the other side has sent its settings
+        self.is_ended = False  # the other side will send no more messages
         self._stream_id = 0
-        self._buffer = b""  # of a frame that is not whole yet
-        self._message = b""  # of a message that is not whole yet
-        self._held_back: list[bytes] = []  # what the peer's windows have no room for
+        self._buffer = b""  # the part of a frame that has come so far
+        self._message = b""  # the part of a message that has come so far
+        self._held_back: list[bytes] = []  # messages that the windows of the other side have no room for
         self._connection_window = self._stream_window = self._initial_window = DEFAULT_WINDOW
         self._max_frame = DEFAULT_FRAME
-        self._num_taken = self._num_taken_of_ours = 0  # bytes since the peer was last given room
+        self._num_taken = self._num_taken_of_ours = 0  # bytes since the windows were last widened
 
     @property
     def num_unsent(self) -> int:
-        """Bytes that wait for the socket or for the peer's windows."""
+        """Return the number of bytes that wait for the socket or for the windows of the other side."""
         return len(self.unsent) + sum(map(len, self._held_back))
 
     def send(self, message: bytes) -> None:
@@ -109,7 +115,7 @@ class GrpcStream:
             self._stream_window -= size
 
     def receive(self, data: bytes) -> list[bytes]:
-        """The messages that `data` completes; raises StreamEnded where there will be no more, or none that is valid."""
+        """Return the messages that `data` completes; raise StreamEnded if no further valid messages can come."""
         if (message := self._only_message(data)) is not None:
             return [message]
         buffer, start, messages = self._buffer + data, 0, list[bytes]()
@@ -127,7 +133,10 @@ class GrpcStream:
         return messages
 
     def _only_message(self, data: bytes) -> bytes | None:
-        """The message, where `data` is one whole frame with one whole message, as it mostly is."""
+        """Return the message if `data` is one whole frame with one whole message, else None.
+
+        Most of the data that comes is of this kind, so that this path is worth having.
+        """
         if self._buffer or self._message or len(data) < WHOLE.size:
             return None
         high, low, kind, flags, stream_id, compressed, length = WHOLE.unpack_from(data)
@@ -164,12 +173,15 @@ class GrpcStream:
         self.is_ended = self.is_ended or (stream_id == self._stream_id and bool(flags & END_STREAM))
 
     def _make_room(self, num_bytes: int, is_ours: bool) -> None:
-        """A refused stream's data fills the connection's window, too."""
+        """Count received bytes, and widen the windows of the other side when they have become narrow.
+
+        The data of a refused stream (`is_ours` is False) counts for the connection's window, but not for the stream's.
+        """
         self._num_taken += num_bytes
         self._num_taken_of_ours += num_bytes if is_ours else 0
         if self._num_taken >= RENEW_WINDOW_AT:
             self.unsent += _grow_window(0, self._num_taken)
-            if self._num_taken_of_ours:  # no window grows by 0
+            if self._num_taken_of_ours:  # an increment of 0 is an error in HTTP/2
                 self.unsent += _grow_window(self._stream_id, self._num_taken_of_ours)
             self._num_taken = self._num_taken_of_ours = 0
 
@@ -213,7 +225,7 @@ class GrpcStream:
         self._release()
 
     def _release(self) -> None:
-        """Frames what the peer has room for."""
+        """Move held-back messages to `unsent` in frames, as far as the windows of the other side have room."""
         while self._held_back:
             data = self._held_back[0]
             size = min(len(data), self._max_frame, self._connection_window, self._stream_window)
@@ -229,7 +241,7 @@ class GrpcStream:
 
 
 class ClientStream(GrpcStream):
-    """Opens the stream of the rpc `path`."""
+    """A `ClientStream` is the client's end of a stream; it opens the stream of the rpc `path`."""
 
     def __init__(self, path: str, authority: str, max_message: int) -> None:
         super().__init__(max_message)
@@ -239,12 +251,12 @@ class ClientStream(GrpcStream):
 
     def _take_headers(self, flags: int, stream_id: int) -> None:
         super()._take_headers(flags, stream_id)
-        if self.is_ended:  # these were the trailers
+        if self.is_ended:  # headers that end the stream are the trailers
             raise StreamEnded("the other side ended the stream")
 
 
 class ServerStream(GrpcStream):
-    """Takes one stream, whatever its rpc, and refuses further ones on the same connection."""
+    """A `ServerStream` is the server's end: it takes one stream of any rpc and refuses others on its connection."""
 
     def __init__(self, max_message: int) -> None:
         super().__init__(max_message)
@@ -260,7 +272,7 @@ class ServerStream(GrpcStream):
         return super().receive(data)
 
     def end(self) -> None:
-        """Says that nothing more will come, and that all went well."""
+        """Tell the client that nothing more will come and that the rpc succeeded."""
         trailers = _header("grpc-status", "0")
         self.unsent += _frame(HEADERS, END_HEADERS | END_STREAM, self._stream_id, trailers)
         self.unsent += _frame(GOAWAY, 0, 0, self._stream_id.to_bytes(4, "big") + bytes(4))
@@ -275,28 +287,28 @@ class ServerStream(GrpcStream):
 
 
 class GrpcSocket:
-    """A stream and its socket; nothing here waits."""
+    """A `GrpcSocket` is a stream and its TCP socket; none of its methods waits."""
 
     RECEIVE_BYTES = 1 << 18
 
-    def __init__(self, connection: socket.socket, stream: GrpcStream) -> None:
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connection, self.stream = connection, stream
+    def __init__(self, tcp_socket: socket.socket, stream: GrpcStream) -> None:
+        tcp_socket.setblocking(False)
+        tcp_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.tcp_socket, self.stream = tcp_socket, stream
 
     @property
     def has_unsent(self) -> bool:
-        """Whether the socket must become writable before `flush` can go on."""
+        """Return True if the socket must become writable before `flush` can write the rest."""
         return bool(self.stream.unsent)
 
     def send(self, message: bytes) -> None:
-        """Writes what the socket takes; the rest waits for `flush`. Raises OSError where the peer is gone."""
+        """Write what the socket takes now and leave the rest to `flush`; raise OSError if the other side is gone."""
         self.stream.send(message)
         unsent = self.stream.unsent
         if not unsent:
             return
         try:
-            num_sent = self.connection.send(unsent)
+            num_sent = self.tcp_socket.send(unsent)
         except BlockingIOError:
             return
         if num_sent == len(unsent):
@@ -306,38 +318,39 @@ class GrpcSocket:
             self.flush()
 
     def flush(self) -> None:
+        """Write as many of the unsent bytes as the socket takes now; raise OSError if the other side is gone."""
         unsent = self.stream.unsent
-        try:  # sooner than `suppress`, for every message
+        try:  # `suppress` would take longer, and this runs for every message
             while unsent:
-                del unsent[: self.connection.send(unsent)]
+                del unsent[: self.tcp_socket.send(unsent)]
         except BlockingIOError:
             pass
 
     def receive(self) -> list[bytes]:
-        """The messages that have come; raises StreamEnded or OSError where there will be no more."""
+        """Return the messages that have come; raise StreamEnded or OSError if no more can come."""
         try:
-            data = self.connection.recv(self.RECEIVE_BYTES)
+            data = self.tcp_socket.recv(self.RECEIVE_BYTES)
         except BlockingIOError:
             return []
         if not data:
             raise StreamEnded("the other side closed the connection")
         messages = self.stream.receive(data)
-        if self.stream.unsent:  # acknowledgements, and what new windows let through
+        if self.stream.unsent:  # acknowledgements, and messages that wider windows have room for
             self.flush()
         return messages
 
     def close(self) -> None:
-        self.connection.close()
+        self.tcp_socket.close()
 
 
-def keep_alive(connection: socket.socket) -> None:
-    """Lets the kernel find out that a host is gone; a process that hangs is the caller's business."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def keep_alive(tcp_socket: socket.socket) -> None:
+    """Let the kernel notice that the other host is gone; the caller has to notice a process that hangs."""
+    tcp_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", KEEPALIVE_S),
         ("TCP_KEEPINTVL", KEEPALIVE_S),
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
         ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
     ):
-        if hasattr(socket, name):  # Linux has all of them
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if hasattr(socket, name):  # all of these exist on Linux
+            tcp_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

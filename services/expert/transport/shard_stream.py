@@ -1,7 +1,8 @@
-"""The client's end of one shard's stream, which is opened again whenever it breaks.
+"""The client's end of the stream to one shard, which is opened again whenever it breaks.
 
-Replies go into the inbox as (request id, reply), or (request id, None) if the stream was lost. The thread that asks
-also reads: a reply that a second thread would have to hand over costs two switches more.
+A reply goes into the inbox as (request id, reply), and a request whose stream was lost as (request id, None). The
+calling thread reads the streams itself, because handing a reply over from a second thread would cost two more context
+switches.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 1.0
 MIN_RECONNECT_S, MAX_RECONNECT_S = 0.05, 1.0
 CLOSE_TIMEOUT_S = 5.0
-LAST_WORDS_S = 1.0  # for the asking thread to read what a shard wrote before its connection broke
+LAST_REPLIES_S = 1.0  # for the calling thread to read what a shard wrote before its connection broke
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 READ, WRITE = select.POLLIN, select.POLLOUT
 HAS_EPOLL = hasattr(select, "epoll")
@@ -39,65 +40,67 @@ Inbox = deque[tuple[int, pb.ComputeReply | None]]
 
 
 class ProtocolError(ConnectionError):
-    """A shard does what no shard does: what comes over its stream cannot be trusted."""
+    """A `ProtocolError` says that a shard breaks the protocol, so that nothing on its stream can be trusted."""
 
 
 @dataclass(eq=False, slots=True)
 class _Connection:
-    """One connection to a shard, and what is owed on it."""
+    """A `_Connection` is one connection to a shard with the ids of the requests in flight on it."""
 
     socket: GrpcSocket
-    pending: set[int] = field(default_factory=set)
+    in_flight: set[int] = field(default_factory=set)
     watched: int = READ
     is_lost: threading.Event = field(default_factory=threading.Event)
 
 
 class Receiver:
-    """Reads the replies of several streams; `receive` belongs to one thread, the one that asks, `wake` to any.
+    """A `Receiver` reads the replies of several streams into one inbox.
 
-    Not by way of `selectors`, which takes longer than the system call.
+    `receive` belongs to the calling thread; any thread may call `wake`. The receiver polls without the `selectors`
+    module, which takes longer than the system call itself.
     """
 
     def __init__(self) -> None:
         self.inbox: Inbox = deque()
         self._poll: Any = select.epoll() if HAS_EPOLL else select.poll()
-        self._links: dict[int, tuple[ShardStream, _Connection]] = {}  # by file descriptor
+        self._connections: dict[int, tuple[ShardStream, _Connection]] = {}  # by file descriptor
         self._waking, self._woken = socket.socketpair()
         for end in (self._waking, self._woken):
             end.setblocking(False)
         self._poll.register(self._woken, READ)
 
     def receive(self, timeout_s: float) -> bool:
-        """Puts what has come into the inbox; waits for something at most that long. Whether there was something."""
+        """Wait at most `timeout_s` for events and put replies into the inbox; return True if there was an event."""
         ready = self._poll.poll(timeout_s if HAS_EPOLL else 1000 * timeout_s)
         for file, events in ready:
-            if watched := self._links.get(file):
-                stream, link = watched
-                stream.on_ready(link, events)
+            if watched := self._connections.get(file):
+                stream, connection = watched
+                stream.on_ready(connection, events)
             else:
                 with suppress(BlockingIOError):
                     self._woken.recv(4096)
         return bool(ready)
 
     def wake(self) -> None:
-        """Has a `receive` that waits return."""
-        with suppress(OSError):  # it has enough to wake up for already, or is closed
+        """Let a `receive` that waits return at once."""
+        with suppress(OSError):  # enough bytes to wake up are there already, or the socket is closed
             self._waking.send(b"\0")
 
-    def add(self, stream: ShardStream, link: _Connection) -> None:
-        file = link.socket.connection.fileno()
-        self._links[file] = stream, link
+    def add(self, stream: ShardStream, connection: _Connection) -> None:
+        file = connection.socket.tcp_socket.fileno()
+        self._connections[file] = stream, connection
         self._poll.register(file, READ)
 
-    def watch(self, link: _Connection) -> None:
-        events = READ | (WRITE if link.socket.has_unsent else 0)
-        if link.watched != events:
-            link.watched = events
-            self._poll.modify(link.socket.connection.fileno(), events)
+    def watch(self, connection: _Connection) -> None:
+        """Watch a connection for reading, and for writing as long as it has unsent bytes."""
+        events = READ | (WRITE if connection.socket.has_unsent else 0)
+        if connection.watched != events:
+            connection.watched = events
+            self._poll.modify(connection.socket.tcp_socket.fileno(), events)
 
-    def remove(self, link: _Connection) -> None:
-        file = link.socket.connection.fileno()
-        del self._links[file]
+    def remove(self, connection: _Connection) -> None:
+        file = connection.socket.tcp_socket.fileno()
+        del self._connections[file]
         self._poll.unregister(file)
 
     def close(self) -> None:
@@ -108,17 +111,18 @@ class Receiver:
 
 
 class ShardStream:
-    """`send`, `reset` and `on_ready` belong to the thread that asks; the rest may be asked from any.
+    """A `ShardStream` sends requests to one shard and reads the replies.
 
-    A thread of its own connects, and learns of a broken connection that nobody reads from. `on_link` hears of the
-    link's state whenever it may have changed, on whatever thread.
+    `send`, `reset` and `on_ready` belong to the calling thread; any thread may call the rest. A thread of the stream's
+    own connects, and notices broken connections from which nobody reads. `on_link` gets the state of the link whenever
+    the state may have changed, on either thread.
     """
 
     def __init__(self, endpoint: str, receiver: Receiver, on_link: Callable[[LinkState], None]) -> None:
         self.endpoint = endpoint
-        self.is_down = False  # hopeful until the first attempt to connect has failed
+        self.is_down = False  # stays False until the first attempt to connect has failed
         self._receiver, self._on_link = receiver, on_link
-        self._link: _Connection | None = None
+        self._connection: _Connection | None = None
         self._changing = threading.Lock()
         self._is_settled, self._is_closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep_open, name=f"shard {endpoint}", daemon=True)
@@ -126,122 +130,124 @@ class ShardStream:
 
     @property
     def is_settled(self) -> bool:
-        """Whether an attempt to connect has succeeded or failed."""
+        """Return True once an attempt to connect has succeeded or failed."""
         return self._is_settled.is_set()
 
     def send(self, request_id: int, message: bytes) -> None:
-        """Never waits."""
-        with self._changing:  # or the other thread might find nothing owed, and close
-            if (link := self._link) is not None:
-                link.pending.add(request_id)
-        if link is None:
+        """Send a request without ever waiting; bytes that the socket does not take now are sent later."""
+        with self._changing:  # otherwise the stream's thread might see no request in flight and close the connection
+            if (connection := self._connection) is not None:
+                connection.in_flight.add(request_id)
+        if connection is None:
             self._receiver.inbox.append((request_id, None))
             return
         try:
-            link.socket.send(message)
-            if link.socket.has_unsent:
-                self._receiver.watch(link)
+            connection.socket.send(message)
+            if connection.socket.has_unsent:
+                self._receiver.watch(connection)
         except (OSError, ValueError) as error:
-            self._lose(link, str(error))
+            self._lose(connection, str(error))
 
     def reset(self) -> None:
-        """Breaks the connection, to be opened anew: nothing more is hoped for from what is owed on it."""
-        if link := self._link:
-            self._lose(link, "it does not answer")
+        """Break the connection, which is then opened anew; the requests in flight on it are lost."""
+        if connection := self._connection:
+            self._lose(connection, "the shard does not answer")
 
-    def on_ready(self, link: _Connection, events: int) -> None:
+    def on_ready(self, connection: _Connection, events: int) -> None:
+        """Read replies from a connection, and write what could not be written before."""
         try:
-            messages = link.socket.receive() if events & ~WRITE else []
+            messages = connection.socket.receive() if events & ~WRITE else []
             for message in messages:
-                self._deliver(link, pb.ComputeReply.FromString(message))
+                self._deliver(connection, pb.ComputeReply.FromString(message))
             if events & WRITE:
-                link.socket.flush()
-            self._receiver.watch(link)
+                connection.socket.flush()
+            self._receiver.watch(connection)
         except (OSError, ValueError, DecodeError) as error:
-            self._lose(link, str(error))
+            self._lose(connection, str(error))
 
     def close(self) -> None:
-        """What is owed is lost; the connection is closed soon after."""
+        """Give up the requests in flight; the connection is closed soon after."""
         self._is_closed.set()
-        if link := self._link:
-            self._lose(link, "it was closed")
+        if connection := self._connection:
+            self._lose(connection, "the stream was closed")
 
     def join(self) -> None:
-        """Waits after `close` until nothing is left of it."""
+        """Wait, after `close`, until the stream's thread has ended."""
         self._thread.join(CLOSE_TIMEOUT_S)
 
-    def _deliver(self, link: _Connection, reply: pb.ComputeReply) -> None:
+    def _deliver(self, connection: _Connection, reply: pb.ComputeReply) -> None:
         try:
-            link.pending.remove(reply.id)
+            connection.in_flight.remove(reply.id)
         except KeyError:
-            raise ProtocolError(f"it answers {reply.id}, which is not what it was asked") from None
+            raise ProtocolError(f"the shard answered request {reply.id}, which is not in flight") from None
         self._receiver.inbox.append((reply.id, reply))
 
-    def _lose(self, link: _Connection, reason: str) -> None:
+    def _lose(self, connection: _Connection, reason: str) -> None:
         with self._changing:
-            if self._link is not link:
+            if self._connection is not connection:
                 return
-            self._link, self.is_down = None, True
+            self._connection, self.is_down = None, True
         if not self._is_closed.is_set():
             log.warning("The stream to shard %s is down: %s.", self.endpoint, reason)
-        self._receiver.remove(link)
-        link.is_lost.set()
-        with suppress(OSError):  # the other thread waits for it
-            link.socket.connection.shutdown(socket.SHUT_RDWR)
+        self._receiver.remove(connection)
+        connection.is_lost.set()
+        with suppress(OSError):  # the stream's thread waits for the connection to break
+            connection.socket.tcp_socket.shutdown(socket.SHUT_RDWR)
         self._on_link(LinkState.DOWN)
-        self._receiver.inbox.extend((request_id, None) for request_id in sorted(link.pending))
+        self._receiver.inbox.extend((request_id, None) for request_id in sorted(connection.in_flight))
         self._receiver.wake()
 
-    # The other thread: from here on
+    # The stream's thread: from here on
 
     def _keep_open(self) -> None:
         delay = MIN_RECONNECT_S
         while not self._is_closed.is_set():
-            link = self._connect()
-            if link is not None:
-                self._use(link)
-            delay = min(2 * delay, MAX_RECONNECT_S) if link is None else MIN_RECONNECT_S
+            connection = self._connect()
+            if connection is not None:
+                self._use(connection)
+            delay = min(2 * delay, MAX_RECONNECT_S) if connection is None else MIN_RECONNECT_S
             self._is_closed.wait(delay)
 
-    def _use(self, link: _Connection) -> None:
-        """Until it is lost."""
-        self._receiver.add(self, link)
+    def _use(self, connection: _Connection) -> None:
+        """Send and receive over `connection` until it is lost, then close it."""
+        self._receiver.add(self, connection)
         if self.is_down:
             log.warning("The stream to shard %s is up again.", self.endpoint)
         with self._changing:
-            self._link, self.is_down = link, False
+            self._connection, self.is_down = connection, False
         self._is_settled.set()
         self._on_link(LinkState.UP)
         self._receiver.wake()
         if self._is_closed.is_set():
-            self._lose(link, "it was closed")
-        self._wait_until_broken(link)
-        link.is_lost.wait(CLOSE_TIMEOUT_S)  # the other thread may have lost it first, and still need its number
-        link.socket.close()
+            self._lose(connection, "the stream was closed")
+        self._wait_until_broken(connection)
+        # The calling thread may have lost the connection first, and may still need its file descriptor.
+        connection.is_lost.wait(CLOSE_TIMEOUT_S)
+        connection.socket.close()
 
-    def _wait_until_broken(self, link: _Connection) -> None:
+    def _wait_until_broken(self, connection: _Connection) -> None:
         poll = select.poll()
-        poll.register(link.socket.connection, HUNG_UP)
-        while not link.is_lost.is_set() and not poll.poll(1000 * MAX_RECONNECT_S):
+        poll.register(connection.socket.tcp_socket, HUNG_UP)
+        while not connection.is_lost.is_set() and not poll.poll(1000 * MAX_RECONNECT_S):
             pass
         with self._changing:
-            is_owed = bool(link.pending)
-        if is_owed:  # its last replies may still wait to be read
-            link.is_lost.wait(LAST_WORDS_S)
-        self._lose(link, "the shard hung up")
+            has_in_flight = bool(connection.in_flight)
+        if has_in_flight:  # the calling thread may still have to read the shard's last replies
+            connection.is_lost.wait(LAST_REPLIES_S)
+        self._lose(connection, "the shard closed the connection")
 
     def _connect(self) -> _Connection | None:
         host, _, port = self.endpoint.rpartition(":")
         try:
-            connection = socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S)
+            tcp_socket = socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S)
         except OSError as error:
             self._note_no_connection(str(error))
             return None
         try:
-            return _Connection(self._greet(connection))
+            return _Connection(self._greet(tcp_socket))
         except OSError as error:
-            connection.close()
-            self._note_no_connection(str(error) or "it says nothing")
+            tcp_socket.close()
+            self._note_no_connection(str(error) or "the shard does not answer")
             return None
 
     def _note_no_connection(self, reason: str) -> None:
@@ -252,17 +258,19 @@ class ShardStream:
         self._on_link(LinkState.DOWN)
         self._receiver.wake()
 
-    def _greet(self, connection: socket.socket) -> GrpcSocket:
-        """Opens the stream; raises OSError where the other side does not answer in time. A hung process takes
-        connections, too."""
-        keep_alive(connection)
-        link = GrpcSocket(connection, ClientStream(COMPUTE_PATH, self.endpoint, MAX_MESSAGE_BYTES))
+    def _greet(self, tcp_socket: socket.socket) -> GrpcSocket:
+        """Open the gRPC stream and wait for the shard's settings; raise OSError if they do not come in time.
+
+        The wait is needed because the kernel of a hung process still accepts connections.
+        """
+        keep_alive(tcp_socket)
+        grpc_socket = GrpcSocket(tcp_socket, ClientStream(COMPUTE_PATH, self.endpoint, MAX_MESSAGE_BYTES))
         poll = select.poll()
-        poll.register(connection, select.POLLIN)
+        poll.register(tcp_socket, select.POLLIN)
         stop_at = time.monotonic() + CONNECT_TIMEOUT_S
-        link.flush()
-        while not link.stream.is_greeted:
+        grpc_socket.flush()
+        while not grpc_socket.stream.is_greeted:
             if not poll.poll(max(0.0, 1000 * (stop_at - time.monotonic()))):
                 raise TimeoutError(f"no answer within {CONNECT_TIMEOUT_S} s")
-            link.receive()
-        return link
+            grpc_socket.receive()
+        return grpc_socket

@@ -1,6 +1,6 @@
-"""Tensors to messages and back, for both ends of `Expert.Compute`.
+"""The conversion of arrays to messages and back, for both ends of `Expert.Compute`.
 
-Legend: N rows, P picks (one row sent to one expert).
+Legend: N rows of the message, P picks of the message.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ COMPUTE_PATH = f"/{pb.DESCRIPTOR.services_by_name['Expert'].full_name}/Compute"
 TORCH_DTYPES = {pb.DTYPE_BF16: torch.bfloat16, pb.DTYPE_FP32: torch.float32}
 WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
 
-CORRUPT_REPLY = "its reply was changed on the way: the checksum is another"
+CORRUPT_REPLY = "its reply was changed on the way, because its checksum is wrong"
 
 Ints = NDArray[np.integer]
 
 
 class Refused(Exception):
-    """A request that this shard does not compute; becomes a `Refusal` on the wire."""
+    """A `Refused` error says that this shard does not compute a request; it becomes a `Refusal` on the wire."""
 
     def __init__(self, code: pb.Refusal.Code, detail: str, missing: tuple[int, ...] = ()) -> None:
         super().__init__(detail)
@@ -36,16 +36,16 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """The decoded body of a request: rows of one layer, and which experts take them with which weight; read-only."""
+    """`Picks` are the decoded body of a request: rows of one layer with their experts and weights, all read-only."""
 
-    x_NL: NDArray[np.generic]  # fp32, or the bits of bf16 as int16
+    x_NL: NDArray[np.generic]  # fp32 numbers, or the bits of bf16 numbers as int16
     grid_N: NDArray[np.int16]
     row_P: NDArray[np.int32]
     expert_P: NDArray[np.int32]
     weight_P: NDArray[np.float32]
 
     def only(self, is_chosen_P: NDArray[np.bool_]) -> Picks:
-        """Some of the picks, of the same rows; read-only too, because kernels are compiled for that."""
+        """Return the chosen picks with all rows, read-only, because kernels are compiled for read-only arrays."""
         row_P, expert_P, weight_P = self.row_P[is_chosen_P], self.expert_P[is_chosen_P], self.weight_P[is_chosen_P]
         row_P.setflags(write=False)
         expert_P.setflags(write=False)
@@ -54,7 +54,10 @@ class Picks:
 
 
 def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
-    """The bits of bf16 or fp32 rows (N, ℓ) as a numpy array: numpy has no bf16, so that one comes as int16."""
+    """Return bf16 or fp32 rows (N, ℓ) as a numpy array; bf16 becomes int16 with the same bits, as numpy has no bf16.
+
+    A ValueError is raised for any other dtype.
+    """
     if x_NL.dtype not in WIRE_DTYPES:
         raise ValueError(f"Rows travel as float32 or bfloat16, not as {x_NL.dtype}.")
     x_NL = x_NL.cpu().contiguous()
@@ -62,7 +65,7 @@ def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
 
 
 class ComputeBody(NamedTuple):
-    """The arrays of a request: each access to a field of the message would copy it."""
+    """A `ComputeBody` holds the arrays of a request, because each access to a field of the message would copy it."""
 
     rows: bytes
     grid: bytes
@@ -80,18 +83,45 @@ def checksum_of_request(request: pb.ComputeRequest, body: ComputeBody) -> int:
     return request_checksum(REQUEST.pack(*numbers), *body)
 
 
+def encode_request(
+    numbers: tuple[int, int, int, int, pb.Dtype, int], rows: bytes, grid: bytes, picked: tuple[bytes, bytes, bytes]
+) -> bytes:
+    """Return the message of a request, with its checksum.
+
+    numbers: id, layer, epoch, number of rows, dtype and timeout in µs, in the order of `checksum.REQUEST`.
+    picked: of each pick its row in the message, its expert and its weight.
+    """
+    id, layer, epoch, num_rows, dtype, timeout_us = numbers
+    pick_rows, pick_experts, pick_weights = picked
+    return pb.ComputeRequest(
+        id=id,
+        layer=layer,
+        epoch=epoch,
+        num_rows=num_rows,
+        dtype=dtype,
+        rows=rows,
+        grid=grid,
+        pick_rows=pick_rows,
+        pick_experts=pick_experts,
+        pick_weights=pick_weights,
+        timeout_us=timeout_us,
+        checksum=request_checksum(REQUEST.pack(*numbers), rows, grid, pick_rows, pick_experts, pick_weights),
+    ).SerializeToString()
+
+
 def checked_body(request: pb.ComputeRequest) -> ComputeBody:
-    """Raises Refused with CORRUPT where the request is not what the client sent."""
+    """Return the arrays of a request; raise Refused with CORRUPT if the request is not what the client sent."""
     body = body_of(request)
     checksum = checksum_of_request(request, body)
     if checksum != request.checksum:
-        detail = f"The request was changed on its way, or has none of ours: its checksum is {request.checksum:#x}"
-        raise Refused(pb.Refusal.CORRUPT, f"{detail}, but must be {checksum:#x}.")
+        detail = "The request was changed on its way, or its sender computes no checksum"
+        numbers = f"its checksum is {request.checksum:#x}, but must be {checksum:#x}"
+        raise Refused(pb.Refusal.CORRUPT, f"{detail}: {numbers}.")
     return body
 
 
 def picks_from_proto(request: pb.ComputeRequest, body: ComputeBody, input_dim: int, num_experts: int) -> Picks:
-    """Decodes a request for a layer of this shape; raises Refused with BAD_SHAPE where it contradicts the shape."""
+    """Decode a request for a layer of this shape; raise Refused with BAD_SHAPE if the request contradicts the shape."""
     dtype = TORCH_DTYPES.get(request.dtype)
     if dtype is None:
         raise Refused(pb.Refusal.BAD_SHAPE, f"dtype is {request.dtype}, but must be DTYPE_BF16 or DTYPE_FP32.")
@@ -118,14 +148,14 @@ def _sized(name: str, data: bytes, num_numbers: int, width: int) -> bytes:
 
 def _ids(name: str, data: bytes, num_ids: int, end: int) -> NDArray[np.int32]:
     ids = np.frombuffer(_sized(name, data, num_ids, 4), dtype="<i4")
-    if ids.view(np.uint32).max() >= end:  # a negative number is a big one here
+    if ids.view(np.uint32).max() >= end:  # as unsigned numbers, negative ids are large
         bounds = f"from {ids.min()} to {ids.max()}, but must stay within 0 to {end - 1}"
         raise Refused(pb.Refusal.BAD_SHAPE, f"{name} runs {bounds}.")
     return ids
 
 
 def sums_to_proto(sums: NDArray[np.int64]) -> pb.Sums:
-    """Packs int64 sums (N, ℓ), in half the bytes where every one of them fits."""
+    """Pack int64 sums (N, ℓ) into 4 bytes each if all of them fit, else into 8 bytes each."""
     half = np.empty(sums.shape, np.int32)
     if narrow(sums, half):
         return pb.Sums(data=half.tobytes(), width=4)
@@ -133,15 +163,15 @@ def sums_to_proto(sums: NDArray[np.int64]) -> pb.Sums:
 
 
 def sums_from_proto(reply: pb.ComputeReply, num_rows: int, input_dim: int) -> Ints:
-    """Unpacks what `sums_to_proto` packed: int32 or int64 (N, ℓ), read-only.
+    """Return the sums of a reply, int32 or int64 (N, ℓ), read-only.
 
-    ValueError where the size is another, or the reply is not what the shard sent.
+    A ValueError is raised if the size is wrong or if the reply is not what the shard sent.
     """
     sums = reply.sums
     data, width = sums.data, sums.width
     if checksum_of_reply(reply, data) != reply.checksum:
         raise ValueError(CORRUPT_REPLY)
     if width not in (4, 8) or len(data) != num_rows * input_dim * width:
-        wanted = f"{num_rows} × {input_dim} sums of 4 or 8 bytes"
-        raise ValueError(f"A shard answered {len(data)} bytes of width {width} where {wanted} were asked for.")
+        expected = f"{num_rows} × {input_dim} sums of 4 or 8 bytes"
+        raise ValueError(f"A shard answered {len(data)} bytes of width {width} where {expected} were expected.")
     return np.frombuffer(data, dtype=f"<i{width}").reshape(num_rows, input_dim)

@@ -1,6 +1,6 @@
-"""The thread that computes, so that the event loop stays free; between two jobs it serves sockets of its own.
+"""The thread of a shard that computes, so that the event loop stays free; between two jobs it serves sockets.
 
-A message that it reads itself is computed and answered without waking another thread.
+A request that this thread reads itself is computed and answered without waking another thread.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-OnReady = Callable[[int], None]  # gets READ, WRITE or both
+OnReady = Callable[[int], None]  # is called with READ, WRITE or both
 READ, WRITE = select.POLLIN, select.POLLOUT
 
 
 class Worker:
-    """Runs jobs one after the other on a thread of its own; jobs and what watches sockets must not raise.
+    """A `Worker` runs jobs one after the other on a thread of its own.
 
-    `depth` counts jobs accepted and not yet finished. `run` belongs to an event loop, the rest to any thread.
+    Jobs and the functions that watch sockets must not raise. `run` and `idle` belong to an event loop; any thread may
+    call the rest.
     """
 
     def __init__(self, max_depth: int, name: str) -> None:
         self.max_depth = max_depth
         self._jobs: deque[Callable[[], object] | None] = deque()
         self._busy_since: float | None = None  # None between jobs
-        # Not `selectors`, which takes longer than the system call.
+        # Polled without the `selectors` module, which takes longer than the system call itself.
         self._poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
         self._watched: dict[int, tuple[OnReady, int]] = {}  # by file descriptor
         self._waking, self._woken = socket.socketpair()
@@ -42,6 +43,7 @@ class Worker:
 
     @property
     def depth(self) -> int:
+        """Return the number of jobs that were accepted and are not finished yet."""
         return len(self._jobs) + (self._busy_since is not None)
 
     @property
@@ -54,35 +56,39 @@ class Worker:
 
     @property
     def busy_s(self) -> float:
-        """For how long it has been at one job; 0 between jobs."""
+        """Return for how many seconds the current job has been running; 0 between jobs."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def watch(self, connection: socket.socket, on_ready: OnReady, events: int = READ) -> None:
-        """Calls `on_ready` on the worker's thread whenever the socket is ready for `events`."""
-        self._watched[connection.fileno()] = on_ready, events
-        self._poll.register(connection, events)
-        self._wake()  # a `poll` under way does not know of it
+    def watch(self, tcp_socket: socket.socket, on_ready: OnReady, events: int = READ) -> None:
+        """Call `on_ready` on the worker's thread whenever the socket is ready for `events`."""
+        self._watched[tcp_socket.fileno()] = on_ready, events
+        self._poll.register(tcp_socket, events)
+        self._wake()  # a `poll` that has already begun does not watch the new socket
 
-    def watch_for(self, connection: socket.socket, events: int) -> None:
-        """Changes what a watched socket is watched for."""
-        on_ready, before = self._watched[connection.fileno()]
+    def watch_for(self, tcp_socket: socket.socket, events: int) -> None:
+        """Watch a socket, which is watched already, for other events."""
+        on_ready, before = self._watched[tcp_socket.fileno()]
         if before != events:
-            self._watched[connection.fileno()] = on_ready, events
-            self._poll.modify(connection, events)
+            self._watched[tcp_socket.fileno()] = on_ready, events
+            self._poll.modify(tcp_socket, events)
 
-    def forget(self, connection: socket.socket) -> None:
-        with suppress(KeyError, ValueError):  # a worker that has ended watches nothing
-            del self._watched[connection.fileno()]
-            self._poll.unregister(connection)
+    def forget(self, tcp_socket: socket.socket) -> None:
+        """Stop watching a socket, if the socket is watched."""
+        with suppress(KeyError, ValueError):  # a worker that was closed watches nothing
+            del self._watched[tcp_socket.fileno()]
+            self._poll.unregister(tcp_socket)
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Takes a job, over the bound too: callers ask `is_full` before jobs that others may take as well."""
+        """Accept a job, even if the worker is full.
+
+        Callers look at `is_full` before they submit a job that another shard can do as well.
+        """
         self._jobs.append(job)
         self._wake()
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Runs `function` between two jobs and returns its result, or raises what it raised."""
+        """Run `function` between two jobs and return its result, or raise the exception that it raised."""
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def job() -> None:
@@ -98,11 +104,11 @@ class Worker:
         return result
 
     async def idle(self) -> None:
-        """Returns when everything accepted so far is finished."""
+        """Wait until every job that was accepted so far is finished."""
         await self.run(lambda: None)
 
     def close(self) -> None:
-        """Finishes what was accepted and ends the thread."""
+        """Finish the accepted jobs and end the thread."""
         self._jobs.append(None)
         self._wake()
         self._thread.join()
@@ -114,7 +120,7 @@ class Worker:
 
     def _wake(self) -> None:
         if threading.get_ident() != self._thread.ident:
-            with suppress(BlockingIOError):  # it has enough to wake up for already
+            with suppress(BlockingIOError):  # enough bytes to wake up are there already
                 self._waking.send(b"\0")
 
     def _drain(self, _: int) -> None:
@@ -125,7 +131,7 @@ class Worker:
         while True:
             for file, events in self._poll.poll(0 if self._jobs else None):
                 if watched := self._watched.get(file):
-                    watched[0](events & (READ | WRITE) or READ)  # an error is found by reading
+                    watched[0](events & (READ | WRITE) or READ)  # reading shows what an error is
             if not self._jobs:
                 continue
             if (job := self._jobs.popleft()) is None:
@@ -136,5 +142,5 @@ class Worker:
 
 
 def _settle(future: asyncio.Future[T], setter: Callable[[T], None], value: T) -> None:
-    if not future.done():  # the caller may have been cancelled
+    if not future.done():  # the caller may have been cancelled meanwhile
         setter(value)

@@ -1,3 +1,5 @@
+"""Tests of `RemoteExperts` with real shards in other processes, which die, hang, slow down and corrupt data."""
+
 from __future__ import annotations
 
 import asyncio
@@ -20,7 +22,8 @@ from cluster.topology import CostModel, Homes, Placement, Shard
 from model.blocks.moe import LocalExperts
 from model.family import ModelFamily
 from services.expert import shard_control
-from services.expert.client import CallPolicy, ExpertsUnavailable, RemoteExperts
+from services.expert.client import CallPolicy, RemoteExperts
+from services.expert.expert_call import ExpertsUnavailable
 from tests.services.expert.checkpoint import LATENT, LAYERS, NUM_EXPERTS, TOP_K
 from tests.services.expert.corrupting_proxy import CorruptingProxy
 from tests.services.expert.shard_process import READ_S, ShardProcess
@@ -52,7 +55,7 @@ def fill(shards: Sequence[Shard], homes: dict[int, Homes], epoch: int = 1) -> Pl
 
 @pytest.fixture(scope="module")
 def fleet(model_dir: Path) -> Iterator[list[Shard]]:
-    """Five shards, all of which hold everything."""
+    """Start five shards, each of which holds every expert."""
     with ShardProcess(model_dir, 5) as process:
         fill(process.shards, everywhere([shard.id for shard in process.shards]))
         yield process.shards
@@ -71,8 +74,8 @@ def local(family: ModelFamily) -> LocalExperts:
 
 
 def connect(remote: RemoteExperts) -> None:
-    """Until each shard has been tried: a shard that has not is passed over."""
-    while not all(stream.is_settled for stream in remote._streams.values()):
+    """Wait until a connection to each shard has been tried, because shards that are not connected yet are avoided."""
+    while not all(stream.is_settled for stream in remote.connections.streams):
         time.sleep(0.01)
 
 
@@ -195,10 +198,10 @@ def test_the_tables_of_a_placement_are_made_once(
     fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
 ) -> None:
     remote.update(placement_on(local, everywhere([fleet[0].id]), epoch=1), fleet)
-    assert remote._view is not None
-    table = remote._view.tables[LAYERS[0]]
+    assert remote.connections.view is not None
+    table = remote.connections.view.tables[LAYERS[0]]
     remote.update(placement_on(local, everywhere([fleet[0].id]), epoch=2), fleet)
-    assert remote._view.tables[LAYERS[0]] is table
+    assert remote.connections.view.tables[LAYERS[0]] is table
 
 
 def test_the_silence_allowed_grows_with_the_work_and_leaves_time_for_another_home() -> None:
@@ -214,7 +217,7 @@ def test_a_shard_that_computes_for_long_is_left_to_it(model_dir: Path, fleet: li
         for patience, num_stalled in ((0.0, 1), (8.0, 0)):
             remote = RemoteExperts(CallPolicy(stall_s=0.2, patience=patience, hedge_burst=0.0))
             remote.update(placement_on(local, everywhere([slow.shards[0].id]), epoch=1), shards)
-            remote(1, *few)()  # from here on it is known how long a row takes
+            remote(1, *few)()  # so that the client knows how long a row takes
             remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
             connect(remote)
             prefer(remote, slow.shards[0].id)
@@ -241,7 +244,7 @@ def test_a_draining_shard_is_passed_over(
 def ask_many(
     remote: RemoteExperts, local: LocalExperts, num_calls: int, num_rows: int = 8, between: float = 0.0
 ) -> list[float]:
-    """Seconds of each call; each equals the local sums bit for bit."""
+    """Return the seconds of each call; check that its sums equal the local sums bit for bit."""
     times = []
     for seed in range(num_calls):
         rows = make_rows(num_rows, seed=seed)
@@ -253,11 +256,11 @@ def ask_many(
 
 
 def prefer(remote: RemoteExperts, shard_id: str) -> None:
-    """Has the others look so slow that all is sent to this one, as long as it can be asked."""
-    view = remote._view
+    """Let the other shards look so slow that all picks go to this shard, as long as it can be asked."""
+    view = remote.connections.view
     assert view is not None
-    paces = {id: CostModel(call_us=1e5) for id in view.shard_ids if id != shard_id}
-    remote._view = FleetView(view.placement, view.healths, paces)
+    cost_models = {id: CostModel(call_us=1e5) for id in view.shard_ids if id != shard_id}
+    remote.connections.view = FleetView(view.placement, view.healths, cost_models)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
@@ -273,7 +276,7 @@ def test_rows_of_a_dead_or_hung_shard_go_to_another_home_at_once(
         prefer(remote, doomed.shards[0].id)
         num_asked = remote.traffic.num_sent
         ask_many(remote, local, 20)
-        assert remote.traffic.num_sent == num_asked + 20  # one message each: all to the one that is to be lost
+        assert remote.traffic.num_sent == num_asked + 20  # one message per call: all of them to the doomed shard
         os.kill(doomed.process.pid, sent)
         stopped_at, times = time.monotonic(), []
         while time.monotonic() < stopped_at + (10.0 if sent is signal.SIGSTOP else 2.0):
@@ -322,7 +325,7 @@ def test_corrupt_sums_are_found_out_and_computed_elsewhere(
         connect(remote)
         prefer(remote, "liar0")
         assert max(ask_many(remote, local, 100, between=0.01)) < 0.5
-        assert 1 <= remote.traffic.num_corrupt <= 10  # it rests, longer and longer
+        assert 1 <= remote.traffic.num_corrupt <= 10  # its circuit stays open longer and longer
         assert remote.circuits["liar0"] != "closed"
 
 
@@ -335,8 +338,9 @@ def test_bytes_that_change_on_the_way_change_no_sum(
     rate = {to: 10_000}
     with CorruptingProxy(fleet[0].compute_endpoint, **rate, seed=seed) as proxy:
         shards = [replace(fleet[0], compute_endpoint=proxy.endpoint), fleet[1]]
-        both = tuple(shard.id for shard in shards)
-        homes: dict[int, Homes] = dict.fromkeys(LAYERS, (both, both[:1]) * (NUM_EXPERTS // 2))  # half have no choice
+        ids = tuple(shard.id for shard in shards)
+        # Every second expert has only the shard behind the proxy as its home.
+        homes: dict[int, Homes] = dict.fromkeys(LAYERS, (ids, ids[:1]) * (NUM_EXPERTS // 2))
         remote.update(placement_on(local, homes), shards)
         ask_many(remote, local, 100)
         assert proxy.num_changed > 5
@@ -371,7 +375,7 @@ def test_a_call_that_waits_is_given_up_when_the_backbone_stops(
     remote.update(placement_on(local, everywhere(["gone"])), fleet)
     wait = remote(1, *make_rows(2))
     threading.Timer(0.3, remote.give_up).start()
-    with pytest.raises(ExpertsUnavailable, match=r"Layer 1 is not waited for: this backbone stops\."):
+    with pytest.raises(ExpertsUnavailable, match=r"Layer 1 is given up, because this backbone stops\."):
         wait()
 
 
@@ -397,7 +401,7 @@ def test_a_shard_that_was_never_connected_holds_up_nothing_another_can_do(
     connect(remote)
     rows = make_rows(30)
     expected = local(1, *rows)()
-    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts connections and sends nothing
         endpoint = f"127.0.0.1:{mute.getsockname()[1]}"
         silent = replace(fleet[0], id="silent", endpoint=endpoint, compute_endpoint=endpoint)
         shards = [silent, fleet[0]]

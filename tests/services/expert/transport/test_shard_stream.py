@@ -1,4 +1,4 @@
-"""A stream to a shard, between the two threads that it belongs to."""
+"""Tests of a stream to a shard and of the two threads that it belongs to."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def test_a_connection_that_breaks_while_it_is_given_up_is_closed_after_that(
     receiver = Receiver()
     remove = receiver.remove
 
-    def break_first(link: _Connection) -> None:
-        link.socket.connection.shutdown(socket.SHUT_RDWR)  # which the other thread hears
+    def break_first(connection: _Connection) -> None:
+        connection.socket.tcp_socket.shutdown(socket.SHUT_RDWR)  # which the stream's thread notices
         time.sleep(0.3)
-        remove(link)
+        remove(connection)
 
     monkeypatch.setattr(receiver, "remove", break_first)
 
@@ -33,9 +33,9 @@ def test_a_connection_that_breaks_while_it_is_given_up_is_closed_after_that(
             stream = ShardStream(shard.compute_endpoint, receiver, heard.append)
             while LinkState.UP not in heard:
                 await asyncio.sleep(0.01)
-            await asyncio.to_thread(stream.reset)  # raised a KeyError
+            await asyncio.to_thread(stream.reset)  # once raised a KeyError
             assert LinkState.DOWN in heard
-            while heard[-1] is not LinkState.UP:  # and comes up again
+            while heard[-1] is not LinkState.UP:  # the connection comes up again
                 await asyncio.sleep(0.01)
             stream.close()
             await asyncio.to_thread(stream.join)
