@@ -47,7 +47,7 @@ def choose_homes(
     excluded: Collection[str] = (),
     cost: CallCost = CallCost(),
 ) -> NDArray[np.int64]:
-    """Return the home of each pick as an index into `homes.shard_ids`; raise NoLiveHome.
+    """Return the home of each pick as an index into `homes.shard_ids`; raise NoLiveHome if an expert has none.
 
     `queue_depth` is the number of calls in the queue of each shard, and `excluded` are shards that may not be asked.
     """
@@ -60,7 +60,7 @@ def choose_homes(
 def assign_homes(
     expert_P: NDArray[np.integer], homes: HomeTable, costs: ShardCosts, is_excluded_S: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
-    """Return the home of each pick where each shard has its own costs; raise NoLiveHome."""
+    """Return the home of each pick where each shard has its own costs; raise NoLiveHome if an expert has none."""
     home_P = np.empty(len(expert_P), dtype=np.int64)
     by_shard = (costs.expert_S, costs.row_S, costs.message_S, costs.max_piece)
     options = (homes.homes_EH, homes.standby_EH, is_excluded_S)

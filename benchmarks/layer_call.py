@@ -1,8 +1,8 @@
-"""One layer's call through `RemoteExperts`, against three small shards in another process: medians in microseconds.
+"""Measure layer calls through `RemoteExperts` to three small shards in another process: medians in microseconds.
 
     python -m benchmarks.layer_call
 
-The experts are so small that what is measured is the path: choosing homes, messages, sockets, sums.
+The experts are so small that the path of a call dominates: choice of homes, messages, sockets and sums.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUM_SHARDS = 3
 
 
 def measure(remote: RemoteExperts, num_rows: int, num_calls: int) -> list[float]:
-    """Microseconds of each call; the rows differ from call to call, as tokens do."""
+    """Return the microseconds of each call; the rows differ from call to call, as those of tokens do."""
     generator = torch.Generator().manual_seed(num_rows)
     times = []
     for i in range(num_calls):

@@ -86,6 +86,6 @@ class Traffic:
     num_probes: int = 0  # messages to a shard whose circuit is open, to learn whether the shard works again
     num_corrupt: int = 0  # replies whose checksum was wrong
     num_heals: int = 0  # times that picks had to wait because no home could compute them
-    queue_us: int = 0
-    compute_us: int = 0
+    queue_us: int = 0  # time that requests waited at shards
+    compute_us: int = 0  # time that shards computed
     refusals: dict[str, int] = field(default_factory=dict)  # number of refusals by code

@@ -18,9 +18,9 @@ from cluster.dispatch.shard_health import Circuit, HedgeBudget, LinkState, Reply
 from cluster.dispatch.shard_request import NEVER, ShardRequest
 from cluster.topology import CostModel, Placement
 
-MESSAGE_US = 200.0  # what one more message costs the caller
-LEARN_EVERY_S = 0.005  # between two lessons from one shard's replies: more lessons would cost more than they tell
-SURPRISING = 4.0  # a reply this many times later than predicted is learned from before the next message is sent
+MESSAGE_US = 200.0  # µs that one more message costs the caller
+LEARN_EVERY_S = 0.005  # pause between two lessons from one shard's replies, because each lesson takes time
+SURPRISING = 4.0  # a reply that takes this many times the predicted time is learned from at once
 EXPERT, ROW, MESSAGE, FREE = range(4)  # rows of `costs_CS`
 
 Tables = Mapping[int, HomeTable]
@@ -148,7 +148,9 @@ class ShardFleet:
         may_promote: bool = True,
         may_ask_avoided: bool = False,
     ) -> Grouped:
-        """Return which picks go to which shards, a shard being an index into `view.shard_ids`; raise NoLiveHome.
+        """Return which picks travel to which shards; raise NoLiveHome if an expert has no home that may be asked.
+
+        The shards are indices into `view.shard_ids`.
 
         picks: the picks to send, ascending, as indices into `expert_P`.
         sizes: the picks of a row, and the largest number of rows in a message.

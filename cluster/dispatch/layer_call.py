@@ -159,7 +159,7 @@ class LayerCall:
             shards = sorted({request.shard_id for request in self.in_flight}) or "that were asked"
             self.failure = (
                 f"Layer {self.layer} was not computed within timeout_s = {self.fleet.policy.timeout_s}: "
-                f"the shards {shards} still owe an answer."
+                f"the shards {shards} have not answered."
             )
         expires_at = NEVER if now >= self.expires_at else self.expires_at
         checks = [race.check_at for race in self.races]
@@ -169,7 +169,7 @@ class LayerCall:
     def stop_waiting(self) -> None:
         """Fail the call if some of its picks wait for a home, because the backbone stops."""
         if self.waiting:
-            self.failure = f"Layer {self.layer} is not waited for: this backbone stops."
+            self.failure = f"Layer {self.layer} is given up, because this backbone stops."
 
     # Sending
 
@@ -251,7 +251,7 @@ class LayerCall:
         if race is None or attempt is None or race.is_over or attempt not in race.attempts:
             return []
         race.attempts.remove(attempt)
-        reason = f"shard {request.shard_id} last said: {reason.rstrip('.')}"
+        reason = f"shard {request.shard_id} failed last: {reason.rstrip('.')}"
         race.history = history = race.history.after(attempt, reason, is_busy, is_error)
         if not race.attempts:
             race.is_over = True

@@ -70,9 +70,9 @@ def choose(
 ) -> bool:
     """Write the home of each pick to `home_P`; return False if an expert has no home that may be asked.
 
-    Experts go to the home that would be done first: experts with one possible home before the others, and experts with
-    many rows before those with few. The rows of one expert stay together unless the expert has more than `max_piece` of
-    them. `tests/cluster/dispatch/slow_routing.py` does the same in plain Python.
+    Each expert goes to the home that would be done first. Experts with one possible home come before the others,
+    and experts with many rows before those with few. The rows of one expert stay together unless the expert has more
+    than `max_piece` of them. `tests/cluster/dispatch/slow_routing.py` does the same in plain Python.
 
     busy_S: µs until each shard is done with the work that it has; the work of this call is added to it.
     costs: µs of an expert, of a row and of a message by shard, and then `max_piece`.
@@ -265,7 +265,7 @@ def route(
     max_rows: int,
     may_promote: bool,
 ) -> Grouped:
-    """Choose the home of each pick and group the picks into messages; raise NoLiveHome.
+    """Choose the home of each pick and group the picks into messages; raise NoLiveHome if an expert has none.
 
     pick_Q: the picks to send, ascending, as indices into `expert_P`.
     costs_CS: four rows of costs by shard: µs per MiB of an expert for its weights, the same for one row, µs of a

@@ -1,4 +1,4 @@
-"""A fleet for the state machine of a call; sums are sets of picks, so that none can count twice."""
+"""A small world in which tests drive the state machine of a call; it counts how often each pick is summed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ POLICY = CallPolicy(timeout_s=10.0, heal_timeout_s=5.0)
 
 @dataclass
 class World:
-    """A fleet, and a clock that only the test moves; picks that count are counted."""
+    """A `World` is a fleet with a clock that only the test moves; `counts` says how often each pick was summed."""
 
     homes: Homes
     policy: CallPolicy = POLICY
     standby: Homes | None = None
     now: float = 100.0
     epoch: int = 1
-    expert_mib: float = 0.01  # so small that three experts are worth no second message
+    expert_mib: float = 0.01  # so small that a second message costs more than three experts on one shard
     counts: Counter[int] = field(default_factory=Counter)
     requests: dict[int, ShardRequest] = field(default_factory=dict)
 
@@ -81,7 +81,7 @@ class World:
 
 
 def on(*shard_ids: str) -> Homes:
-    """Every expert has these homes."""
+    """Return homes such that every expert is on these shards."""
     return (shard_ids,) * NUM_EXPERTS
 
 
@@ -90,5 +90,5 @@ def shards_of(requests: Sequence[ShardRequest]) -> list[str]:
 
 
 def hit_late(world: World, call: LayerCall, request: ShardRequest) -> list[ShardRequest]:
-    """Lets the time pass in which its shard should have answered."""
+    """Let the time pass after which `request` is late, and return the requests that the call then sends."""
     return world.tick(call, request.late_after_s + 1e-6)

@@ -1,4 +1,4 @@
-"""The choice of homes in plain Python: what `cluster.dispatch.routing` does with one compiled function."""
+"""The choice of homes in plain Python, as an oracle for the compiled function of `cluster.dispatch.routing`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from benchmarks.home_choice import CallCost
 from cluster.dispatch.routing import RELIEF, HomeTable
 
-Given = dict[int, dict[int, int]]  # rows by expert and home, the homes in the order of preference
+Given = dict[int, dict[int, int]]  # number of rows by expert and home, the homes in the order of preference
 
 
 def choose_homes(
@@ -21,11 +21,11 @@ def choose_homes(
     excluded: Collection[str],
     cost: CallCost,
 ) -> NDArray[np.intp]:
-    """The home of each pick, as an index into `homes.shard_ids`.
+    """Return the home of each pick as an index into `homes.shard_ids`.
 
-    Experts go to the home that would be done first, those without a choice before the others and big ones before small
-    ones. The rows of one expert stay together unless it has more than `cost.max_piece` of them; of those that don't,
-    the slowest shard passes rows on where it can.
+    Each expert goes to the home that would be done first. Experts with one possible home come before the others,
+    and experts with many rows before those with few. The rows of one expert stay together unless the expert has more
+    than `cost.max_piece` of them. The slowest shard then passes on rows of split experts, where it can.
     """
     counts_E = np.bincount(expert_P, minlength=len(homes.homes)).tolist()
     options = {
@@ -45,7 +45,7 @@ def choose_homes(
 
 
 class _Filling:
-    """How long each shard will take, as experts are given to it."""
+    """A `_Filling` says how long each shard will take, while experts are assigned to shards one after the other."""
 
     def __init__(self, busy: list[float], cost: CallCost) -> None:
         self.busy = busy
@@ -54,7 +54,7 @@ class _Filling:
         self.given: Given = {}
 
     def add(self, expert: int, options: Sequence[int], num_rows: int) -> None:
-        """Gives out the rows of one expert piece by piece."""
+        """Assign the rows of one expert piece by piece."""
         self.given[expert] = dict.fromkeys(options, 0)
         piece = num_rows if len(options) == 1 else self.cost.max_piece
         for start in range(0, num_rows, piece):
@@ -74,7 +74,7 @@ class _Filling:
         return 0.0 if self.given[expert][home] else self.cost.expert
 
     def relieve(self, experts: Sequence[int]) -> None:
-        """Passes rows on along chains of homes from the slowest shard to the one that is done first."""
+        """Move rows along chains of homes from the slowest shard to the shard that is done first."""
         for _ in range(4 * len(self.busy)):
             slowest = self.busy.index(max(self.busy))
             reached = self._reach(slowest, experts)
@@ -100,7 +100,7 @@ class _Filling:
                 self.busy[giver] -= self.new(expert, giver)
 
     def _reach(self, slowest: int, experts: Sequence[int]) -> dict[int, tuple[int, int]]:
-        """By which expert, and from which shard, rows can be passed on to each shard that they can reach."""
+        """Return, for each shard that rows can reach, the expert and the shard that the rows come from."""
         reached: dict[int, tuple[int, int]] = {}
         queue = [slowest]
         for shard in queue:

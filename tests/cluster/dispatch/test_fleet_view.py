@@ -1,4 +1,4 @@
-"""Shards as calls find them: who is late, who rests and is probed, who gets more work, who only stands by."""
+"""Tests of the fleet: late shards, circuits and probes, the distribution of work, and standbys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_shard_that_keeps_losing_rests_longer_and_longer_and_is_probed() -> No
     world = World(on("a", "b"))
     health = world.healths["a"]
     health.fail(world.now)
-    health.fail(world.now)  # one rest at a time
+    health.fail(world.now)  # a second failure does not keep an open circuit open for longer
     assert health.rests_until == world.now + world.policy.first_rest_s
     world.fleet.is_changed = True
     rests = []
@@ -48,7 +48,7 @@ def test_a_shard_that_keeps_losing_rests_longer_and_longer_and_is_probed() -> No
         rests.append(health.rests_until - world.now)
         assert world.fleet.circuits(world.now)["a"] == "open"
         world.now = health.rests_until + 0.001
-        assert world.fleet.circuits(world.now)["a"] == "half-open"  # although nobody has called
+        assert world.fleet.circuits(world.now)["a"] == "half-open"  # although there was no call
         call, requests = world.start([0, 1, 2])
         probe = next(request for request in requests if request.shard_id == "a")
         assert probe.race is None
@@ -62,7 +62,7 @@ def test_a_shard_that_keeps_losing_rests_longer_and_longer_and_is_probed() -> No
         assert world.fleet.take_resets() == [health]
     assert rests[0] < rests[1] < rests[2] < rests[3] <= 4.1
     call.on_reply(probe.id, QUICK, world.now)
-    assert health.circuit is Circuit.OPEN  # too late to be sure
+    assert health.circuit is Circuit.OPEN  # the reply to the probe came too late to close the circuit
     world.now = health.rests_until + 0.001
     call, requests = world.start([0, 1, 2])
     world.counts.clear()
@@ -132,7 +132,7 @@ def test_standby_homes_are_asked_only_where_no_home_may_be() -> None:
     world = World(on("a"), standby=on("b"))
     call, [request] = world.start([0, 1, 2])
     assert (request.shard_id, request.is_promoting) == ("a", False)
-    assert not hit_late(world, call, request)  # nobody promotes because of a moment's delay
+    assert not hit_late(world, call, request)  # a short delay makes no standby promote experts
     [second] = world.tick(call, request.stalled_after_s)
     assert (second.shard_id, second.is_promoting) == ("b", True)
     world.answer(call, second)

@@ -1,4 +1,4 @@
-"""The state machine of a call, driven by hand and by seed; sums are sets of picks, so that none can count twice."""
+"""Tests of the state machine of a call: single situations first, then random troubles that are chosen by a seed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_of_two_homes_with_the_same_picks_the_first_answer_counts(first_wins: bo
 
 def test_a_hedge_in_several_messages_counts_when_all_of_it_has_come() -> None:
     world = World(tuple(("a", "b" if e % 2 else "c") for e in range(NUM_EXPERTS)))
-    world.healths["b"].is_draining = world.healths["c"].is_draining = True  # so that a gets all
+    world.healths["b"].is_draining = world.healths["c"].is_draining = True  # so that all picks go to shard a
     world.fleet.is_changed = True
     call, [first] = world.start([0, 1, 2])
     assert first.shard_id == "a"
@@ -174,7 +174,7 @@ def test_what_was_lost_or_corrupt_goes_to_another_home_and_the_shard_rests() -> 
         [second] = fault(world, call, first)
         assert second.shard_id != first.shard_id
         assert world.fleet.circuits(world.now) == {first.shard_id: "open", second.shard_id: "closed"}
-        assert not world.answer(call, first)  # what comes for all that
+        assert not world.answer(call, first)  # a reply that comes nevertheless
         world.answer(call, second)
         assert world.is_exact(call)
     assert world.fleet.traffic.num_corrupt == 1
@@ -209,7 +209,7 @@ def test_the_time_without_a_home_does_not_count_towards_the_calls() -> None:
     assert not world.tick(call, 0.9)
     assert not call.is_done
     world.tick(call, 0.2)
-    assert "within timeout_s = 1.0: the shards ['a'] still owe an answer" in str(call.failure)
+    assert "within timeout_s = 1.0: the shards ['a'] have not answered" in str(call.failure)
     assert not world.answer(call, request)
 
 
@@ -244,7 +244,7 @@ def test_hedges_have_a_budget() -> None:
         hedge = hit_late(world, call, request)
         for one in [*hedge, request]:
             world.answer(call, one)
-        world.now += 60.0  # rests are over
+        world.now += 60.0  # longer than any circuit stays open
         world.healths[request.shard_id].succeed()
     traffic = world.fleet.traffic
     assert 2 + 0.03 * 500 - 2 <= traffic.num_hedged <= 2 + 0.03 * 500
@@ -271,7 +271,10 @@ class Event:
 
 
 def run_by_seed(seed: int) -> None:
-    """A network that loses, delays, repeats and reorders; shards that refuse, hang and come back; new placements."""
+    """Run three calls with the troubles that `seed` chooses, and check that each pick is summed exactly once.
+
+    The network loses, delays, repeats and reorders messages; shards refuse, hang and come back; placements change.
+    """
     chance = random.Random(seed)
     ids = [f"s{i}" for i in range(chance.randint(1, 5))]
 
@@ -292,7 +295,7 @@ def run_by_seed(seed: int) -> None:
             for _ in range(2 if kind == "twice" else 1):
                 events.append(Event(world.now + delay, len(world.requests), kind, request.id))
                 delay *= 1.5
-            if kind == "silent":  # a hung stream is broken in the end, by whoever notices
+            if kind == "silent":  # a hung stream is lost after a while
                 events[-1] = Event(world.now + 3.0, len(world.requests), "lose", request.id)
 
     for _ in range(3):
@@ -302,7 +305,7 @@ def run_by_seed(seed: int) -> None:
         call, requests = world.start(experts, max_rows=chance.randint(1, 4))
         post(requests)
         while not call.is_done:
-            if world.now > call.started_at + 20.0:  # the fleet heals, in the end
+            if world.now > call.started_at + 20.0:  # the troubles end, so that the call can succeed
                 troubles = 0.0
                 for id in ids:
                     world.link(id, LinkState.UP)

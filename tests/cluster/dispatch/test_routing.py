@@ -1,3 +1,5 @@
+"""Tests of the choice of homes, and a comparison of the compiled function with its oracle in plain Python."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -41,10 +43,10 @@ def test_a_hot_expert_is_split_over_its_homes() -> None:
 
 
 def test_rows_that_cost_nothing_have_homes_too() -> None:
-    """As on shards whose few calls so far are explained best by the experts they touched."""
+    """Use the costs of shards that have had so few calls that a cost model without a cost per row fits them best."""
     table, expert_P = HomeTable([["a", "b"]]), np.zeros(100, np.int64)
     costs = ShardCosts(np.zeros(2), np.array([50.0, 10.0]), np.zeros(2), np.array([1.0, 60.0]), max_piece=10)
-    assert set(assign_homes(expert_P, table, costs, np.zeros(2, np.bool_)).tolist()) == {0}  # one message, not two
+    assert set(assign_homes(expert_P, table, costs, np.zeros(2, np.bool_)).tolist()) == {0}  # in one message
 
 
 def test_distinct_experts_are_balanced() -> None:
@@ -91,7 +93,7 @@ def test_the_compiled_choice_is_that_of_plain_python(seed: int) -> None:
     depths = {id: int(rng.integers(0, 4)) for id in table.shard_ids}
     excluded = {table.shard_ids[0]} if seed % 2 else set()
     for num_picks in (1, 6, 100, 5000):
-        expert_P = (64 * rng.random(num_picks) ** 3).astype(np.int32)  # some are hot
+        expert_P = (64 * rng.random(num_picks) ** 3).astype(np.int32)  # some experts are hot
         if any({table.shard_ids[home] for home in table.homes[expert]} <= excluded for expert in expert_P.tolist()):
             continue
         chosen = choose_homes(expert_P, table, depths, excluded)

@@ -1,3 +1,5 @@
+"""Tests of the compute server with clients that do not read, break the protocol or are too many."""
+
 from __future__ import annotations
 
 import asyncio
@@ -26,7 +28,7 @@ from tests.services.expert.test_client import everywhere, fill
 
 SHORT_SETTINGS = PREFACE + b"\0\0\5\4\0" + bytes(4) + b"12345"
 EMPTY_PADDED = PREFACE + b"\0\0\0\1\4\0\0\0\1" + b"\0\0\0\0\10\0\0\0\1"
-NUM_REQUESTS, NUM_ROWS = 120, 2000  # replies of 60 MB together
+NUM_REQUESTS, NUM_ROWS = 120, 2000  # the replies have 60 MB together
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def client(shard: Shard) -> Iterator[GrpcSocket]:
         socket.create_connection((host, int(port))), ClientStream(COMPUTE_PATH, host, MAX_MESSAGE_BYTES)
     )
     client.flush()
-    while not client.stream.is_greeted:  # what its windows are
+    while not client.stream.is_greeted:  # until the server has sent its windows
         assert client.receive() == []
     yield client
     client.close()
@@ -70,7 +72,7 @@ def request_of_many_rows(request_id: int) -> bytes:
         id=request_id,
         num_rows=NUM_ROWS,
         rows=np.ones((NUM_ROWS, LATENT), "<f4").tobytes(),
-        grid=np.full(NUM_ROWS, -40, "<i2").tobytes(),  # sums too large for 4 bytes
+        grid=np.full(NUM_ROWS, -40, "<i2").tobytes(),  # a grid on which sums do not fit into 4 bytes
         pick_rows=rows.tobytes(),
         pick_experts=np.zeros(NUM_ROWS, "<i4").tobytes(),
         pick_weights=np.ones(NUM_ROWS, "<f4").tobytes(),
@@ -110,7 +112,7 @@ def test_what_is_no_grpc_is_hung_up_on_and_hurts_nobody(shard: Shard, client: Gr
 
 
 def connect(shard: Shard) -> tuple[socket.socket, bytes]:
-    """A new connection and what it hears first; nothing where it is hung up on."""
+    """Return a new connection and the first byte that it receives; the byte is empty if the server closes it."""
     host, port = shard.compute_endpoint.split(":")
     connection = socket.create_connection((host, int(port)), timeout=5)
     try:
@@ -134,9 +136,9 @@ def test_without_file_descriptors_open_streams_are_served_and_new_ones_hung_up_o
     assert answers(client, 1)
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     lowest_free = next(n for n in count() if not Path(f"/proc/{pid}/fd/{n}").exists())
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))  # not one more
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))  # none is left to open
     num_refused = 0
-    for _ in range(100):  # what the process closes meanwhile leaves holes, which the first to come fill
+    for _ in range(100):  # the first connections may get file descriptors that the process closes meanwhile
         connection, greeting = connect(shard)
         stack.callback(connection.close)
         num_refused = 0 if greeting else num_refused + 1
@@ -146,7 +148,7 @@ def test_without_file_descriptors_open_streams_are_served_and_new_ones_hung_up_o
     assert answers(client, 2)
     used_s = cpu_seconds(pid)
     time.sleep(1.0)
-    assert cpu_seconds(pid) - used_s < 0.5, "who cannot be taken keeps nobody awake"
+    assert cpu_seconds(pid) - used_s < 0.5, "connections that cannot be accepted must not keep the worker busy"
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
     connection, greeting = connect(shard)
     connection.close()

@@ -1,4 +1,4 @@
-"""Dispatch against its definition: every pick once, at its home, with its row; and rows cut without losing any."""
+"""Tests that dispatch sends every pick once to its home with its row, and that combine adds sums to their rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our framing against grpcio's, in both directions, and against what a peer may not do."""
+"""Tests of our HTTP/2 frames against grpcio in both directions, and against bytes that break the protocol."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def shard(model_dir: Path) -> Iterator[Shard]:
 
 
 def exchange(client: GrpcStream, server: GrpcStream, piece: int = 1 << 20) -> tuple[list[bytes], list[bytes]]:
-    """Carries bytes both ways, `piece` at a time, until nothing is left; what came at the client and at the server."""
+    """Carry bytes both ways, at most `piece` at a time, until none are left.
+
+    Return the messages that came to the client and those that came to the server.
+    """
     at_client, at_server = list[bytes](), list[bytes]()
     while client.unsent or server.unsent:
         for sender, receiver, messages in ((client, server, at_server), (server, client, at_client)):
@@ -61,7 +64,7 @@ def test_grpcios_client_is_answered_at_the_compute_endpoint(shard: Shard) -> Non
 
 
 def test_grpcios_server_answers_our_client(shard: Shard, family: ModelFamily) -> None:
-    """More than its windows hold, in one message of many frames."""
+    """Send a message of many frames that is larger than the windows of grpcio's server."""
     local = family.load_local_experts(torch.float32)
     remote = RemoteExperts(CallPolicy(timeout_s=20.0, piece_bytes=8 << 20))
     remote.update(Placement(1, everywhere([shard.id]), local.gains), [replace(shard, compute_endpoint="")])
@@ -91,7 +94,7 @@ def test_what_a_window_has_no_room_for_waits() -> None:
     client, _ = pair()
     client.send(bytes(100_000))
     assert client.num_unsent - len(client.unsent) == 100_000 + 5 - 65_535
-    server = ServerStream(MAX)  # gives room for more with its first words
+    server = ServerStream(MAX)  # its first frames widen the window
     assert exchange(client, server) == ([], [bytes(100_000)])
     assert client.num_unsent == 0
 

@@ -1,3 +1,5 @@
+"""Tests of the conversion of arrays to messages and back."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""Tests of the worker thread: the order of its jobs, and the exceptions that they raise."""
+
 from __future__ import annotations
 
 import asyncio
