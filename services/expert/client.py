@@ -82,8 +82,8 @@ class RemoteExperts:
         x_NL: N rows of L numbers, bf16 or fp32.
         topk_ids_NK, topk_weights_NK: the experts of each row and their weights, K a row.
 
-        Both this call and the function raise ExpertsUnavailable if some picks cannot be computed. A ValueError is
-        raised for rows that are neither bf16 nor fp32.
+        The function raises ExpertsUnavailable if some picks cannot be computed. This call raises ValueError for rows
+        that are neither bf16 nor fp32.
         """
         if self.connections.is_on_this_machine:
             THREAD_POOL.rest()  # so that the shards have the cores while they compute

@@ -32,13 +32,13 @@ from services.expert.transport.wire import CORRUPT_REPLY, WIRE_DTYPES, encode_re
 
 
 class ExpertsUnavailable(RuntimeError):
-    """An `ExpertsUnavailable` error says that some picks were not computed in time, which picks those are and why."""
+    """An `ExpertsUnavailable` error says which picks of a layer call were not computed, and why."""
 
 
 class ExpertCall:
     """An `ExpertCall` is one layer's rows on their way to the shards and back.
 
-    The constructor sends the first requests, and `wait` returns the sums. Both raise ExpertsUnavailable.
+    The constructor sends the first requests, and `wait` returns the sums.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ExpertCall:
             connections.reset_streams()
 
     def wait(self) -> Tensor:
-        """Return the weighted sums, fp32 (N, L); raise ExpertsUnavailable."""
+        """Return the weighted sums, fp32 (N, L); raise ExpertsUnavailable if some picks were not computed."""
         layer_call, in_flight = self._layer_call, self._in_flight
         try:
             while not layer_call.is_done:
