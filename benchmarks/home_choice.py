@@ -1,4 +1,4 @@
-"""The choice of homes for a batch of picks without messages, for benchmarks and for the tests of routing.
+"""`choose_homes` chooses homes for a batch of picks without messages, for benchmarks and for the tests of routing.
 
 Legend: P picks, S shards of a `HomeTable`.
 """

@@ -1,4 +1,4 @@
-"""The bounds of a layer call, and the counters of the calls that were made."""
+"""A `CallPolicy` sets the bounds of layer calls, and `Traffic` counts what the calls sent and received."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shards as a client sees them: the placement, the health of each shard, and the requests in flight.
+"""A client sees the shards as a `ShardFleet`: the placement, the health of each shard and the requests in flight.
 
 There are no sockets, threads or clock here: the real client and the simulation drive the same code. Everything belongs
 to the calling thread, with one exception: any thread may set a shard's `link` and then `is_changed`.

@@ -1,4 +1,4 @@
-"""The state machine of one layer call: it decides which picks go to which home, and what follows from each outcome.
+"""A `LayerCall` is a state machine that decides which picks go to which home, and what follows from each outcome.
 
 The state machine has no sockets, threads or clock. It works with picks and request ids; its caller makes the messages,
 sends them and adds up the sums.

@@ -1,6 +1,6 @@
-"""What a client knows of one shard: whether it can be asked, how fast it is, and when it is late.
+"""A `ShardHealth` tells a client whether a shard can be asked, how fast the shard is, and when a reply is late.
 
-Each statement of a shard is one sample among many: no single event moves a prediction far.
+Each reply is one sample among many: no single reply moves a prediction far.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The records of a layer call: requests to shards, the attempts and races that they belong to, and what was tried.
+"""The records of a layer call say which requests were sent to shards, for which picks, and what has been tried.
 
 A race has one or more attempts, and an attempt has one or more requests. All times are seconds of the caller's clock.
 

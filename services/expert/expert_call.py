@@ -1,4 +1,4 @@
-"""One layer call on the wire: the rows that are sent to the shards, and the sums that come back.
+"""An `ExpertCall` sends the rows of one layer call to the shards and adds up the sums that come back.
 
 `cluster.dispatch.layer_call` decides which picks go to which shard and what follows from each outcome. An `ExpertCall`
 makes the messages and adds up the sums. All of it happens on the calling thread.

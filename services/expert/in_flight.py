@@ -1,4 +1,4 @@
-"""The requests of a client that are in flight, whichever call they belong to: what is sent, and who takes the reply."""
+"""The `InFlightTable` of a client sends the requests of all calls and knows which call takes which reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checksums of messages, so that nothing is computed with data that was changed on the way.
+"""Every message carries a checksum, so that nothing is computed with data that was changed on the way.
 
 A checksum is the CRC-32 (as in zlib) of these bytes, one after the other:
 

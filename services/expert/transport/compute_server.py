@@ -1,4 +1,4 @@
-"""The port on which a shard takes `Compute` streams without grpcio: one thread reads, computes and answers."""
+"""A `ComputeServer` serves the `Compute` streams of a shard without grpcio: one thread reads, computes and answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The connections of a client to the shards of its placement: a stream and a health for each incarnation of a shard.
+"""`ShardConnections` keeps a stream and a health for each incarnation of a shard that a client calls.
 
 `update` belongs to the thread that follows the placement. The calling thread adopts what was updated, at the start of
 its next call or while it waits.

@@ -1,4 +1,4 @@
-"""The client's end of the stream to one shard, which is opened again whenever it breaks.
+"""A `ShardStream` is the client's end of the stream to one shard; it opens the stream again whenever it breaks.
 
 A reply goes into the inbox as (request id, reply), and a request whose stream was lost as (request id, None). The
 calling thread reads the streams itself, because handing a reply over from a second thread would cost two more context

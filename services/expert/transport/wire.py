@@ -1,4 +1,4 @@
-"""The conversion of arrays to messages and back, for both ends of `Expert.Compute`.
+"""These functions convert arrays to messages and back, for both ends of `Expert.Compute`.
 
 Legend: N rows of the message, P picks of the message.
 """

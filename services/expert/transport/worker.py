@@ -1,4 +1,4 @@
-"""The thread of a shard that computes, so that the event loop stays free; between two jobs it serves sockets.
+"""A `Worker` is the thread of a shard that computes, so that the event loop stays free; between jobs it serves sockets.
 
 A request that this thread reads itself is computed and answered without waking another thread.
 """

@@ -1,4 +1,4 @@
-"""A small world in which tests drive the state machine of a call; it counts how often each pick is summed."""
+"""A `World` lets tests drive the state machine of a call, and counts how often each pick is summed."""
 
 from __future__ import annotations
 

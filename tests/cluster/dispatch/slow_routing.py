@@ -1,4 +1,4 @@
-"""The choice of homes in plain Python, as an oracle for the compiled function of `cluster.dispatch.routing`."""
+"""`choose_homes` in plain Python is the oracle for the compiled function of `cluster.dispatch.routing`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the fleet: late shards, circuits and probes, the distribution of work, and standbys."""
+"""These tests drive a fleet with late shards, open circuits, probes, uneven speeds and standbys."""
 
 from __future__ import annotations
 

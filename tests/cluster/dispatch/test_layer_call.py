@@ -1,4 +1,4 @@
-"""Tests of the state machine of a call: single situations first, then random troubles that are chosen by a seed."""
+"""These tests drive the state machine of a call through single situations, then through random troubles by seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the choice of homes, and a comparison of the compiled function with its oracle in plain Python."""
+"""These tests check the choice of homes, and compare the compiled function with its oracle in plain Python."""
 
 from __future__ import annotations
 

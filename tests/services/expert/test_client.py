@@ -1,4 +1,4 @@
-"""Tests of `RemoteExperts` with real shards in other processes, which die, hang, slow down and corrupt data."""
+"""These tests call real shards in other processes, which die, hang, slow down and corrupt data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the compute server with clients that do not read, break the protocol or are too many."""
+"""These tests connect clients to the compute server that do not read, break the protocol or are too many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that dispatch sends every pick once to its home with its row, and that combine adds sums to their rows."""
+"""These tests check that dispatch sends each pick once with its row, and that combine adds sums to their rows."""
 
 from __future__ import annotations
 

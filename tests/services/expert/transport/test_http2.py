@@ -1,4 +1,4 @@
-"""Tests of our HTTP/2 frames against grpcio in both directions, and against bytes that break the protocol."""
+"""These tests exchange our HTTP/2 frames with grpcio in both directions, and feed in bytes that break the protocol."""
 
 from __future__ import annotations
 

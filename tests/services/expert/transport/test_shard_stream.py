@@ -1,4 +1,4 @@
-"""Tests of a stream to a shard and of the two threads that it belongs to."""
+"""These tests break a stream to a shard while two threads use it."""
 
 from __future__ import annotations
 

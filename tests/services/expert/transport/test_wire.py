@@ -1,4 +1,4 @@
-"""Tests of the conversion of arrays to messages and back."""
+"""These tests convert arrays to messages and back, and check what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the worker thread: the order of its jobs, and the exceptions that they raise."""
+"""These tests check the order of a worker's jobs and what becomes of their exceptions."""
 
 from __future__ import annotations
 
