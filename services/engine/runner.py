@@ -1,4 +1,4 @@
-"""Runs one scheduled step through the model: computes its tokens, verifies drafts, samples, and drafts anew."""
+"""Runs one scheduled batch through the model: computes its tokens, verifies drafts, samples tokens, and drafts anew."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from torch import Tensor
 
 from model.state import Batch, State
 from services.engine.contract.token_output import TokenLogprob
-from services.engine.drafting.drafter import Draft, Drafter, DraftModel
+from services.engine.drafting.drafter import Drafter, DraftModel, DraftRequest
 from services.engine.request import Request
-from services.engine.sampling.sampler import Row, SampledToken, Sampler, token_logprobs
+from services.engine.sampling.sampler import SampledToken, Sampler, SamplingRow, token_logprobs
 from services.engine.scheduled_batch import ScheduledBatch, StepResult
 
-PROMPT_LOGITS_ROWS = 128  # at once: a vocabulary's logits of a whole prompt chunk would not fit everywhere
+PROMPT_LOGITS_ROWS = 128  # computed at once: the logits of a whole chunk of a prompt might not fit into memory
 
 
 class LanguageModel(DraftModel, Protocol):
-    """What the engine asks of a model family."""
+    """The part of a model that the engine needs."""
 
     @property
     def has_drafts(self) -> bool:
-        """Whether `draft` may be called."""
+        """Return True if `draft` may be called."""
 
     def forward(self, batch: Batch, state: State, /) -> Tensor:
-        """Hidden vectors (T, D) of the batch's tokens; reads and writes the requests' state."""
+        """Return the hidden vectors (T, D) of the batch's tokens; read and write the requests' state."""
 
     def commit(self, batch: Batch, num_accepted: Sequence[int], state: State, /) -> None:
-        """Moves recurrent state past the accepted drafts of the batch that `forward` computed last."""
+        """Move the recurrent state past the accepted drafts of the batch that `forward` computed last."""
 
 
 class Runner:
-    """The only part of the engine that touches tensors. `device` is where the state lies; `has_drafts`, if it can."""
+    """Runs batches on a device; it is the only part of the engine that touches tensors.
+
+    `state` lies on `device`. `has_drafts` turns drafting on if the model can draft.
+    """
 
     def __init__(
         self, model: LanguageModel, state: State, device: torch.device | str = "cpu", has_drafts: bool = True
@@ -45,7 +48,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[StepResult]:
-        """New tokens of each request of the batch: none for a request that still lags behind."""
+        """Compute a batch and return the result of each of its requests, in the batch's order."""
         if self.drafter:
             for request in batch.preempted:
                 self.drafter.release(request)
@@ -70,24 +73,27 @@ class Runner:
         ]
 
     def release(self, request: Request) -> None:
-        """Forgets what is noted about a request that has ended."""
+        """Forget what is kept about a request that has ended."""
         self.sampler.release(request)
         if self.drafter:
             self.drafter.release(request)
 
     def _verify(self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor) -> list[list[SampledToken] | None]:
-        """Of each request: its accepted drafts and the token after them, [] if it lags behind, None if it failed."""
+        """Return the new tokens of each request: its accepted drafts and the token sampled after them.
+
+        The list of a request is empty if it still has pending tokens, and None if no token could be chosen.
+        """
         places = [i for i in range(len(batch.requests)) if batch.catches_up(i)]
         rows = [
-            Row(batch.requests[i], batch.requests[i].draft_ids[:n])
+            SamplingRow(batch.requests[i], batch.requests[i].draft_ids[:n])
             for i in places
             for n in range(batch.num_drafts[i] + 1)
         ]
         found: list[list[SampledToken] | None] = [[] for _ in batch.requests]
         if not places:
             return found
-        wanted = [packed.last_rows[i] - n for i in places for n in range(batch.num_drafts[i], -1, -1)]
-        sampled = self.sampler.sample(self.model.logits(hidden_TD[wanted]), rows)
+        hidden_rows = [packed.last_rows[i] - n for i in places for n in range(batch.num_drafts[i], -1, -1)]
+        sampled = self.sampler.sample(self.model.logits(hidden_TD[hidden_rows]), rows)
         ends = accumulate(batch.num_drafts[i] + 1 for i in places)
         for i, end in zip(places, ends, strict=True):
             drafts = batch.requests[i].draft_ids[: batch.num_drafts[i]]
@@ -97,7 +103,8 @@ class Runner:
     def _draft(
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, new_tokens: Sequence[list[SampledToken] | None]
     ) -> dict[int, tuple[int, ...]]:
-        guesses: dict[int, Draft] = {}
+        """Return the drafts of the tokens after `new_tokens`, by place in the batch."""
+        wanted: dict[int, DraftRequest] = {}
         if self.drafter is None:
             return {}
         for i, tokens in enumerate(new_tokens):
@@ -105,21 +112,22 @@ class Runner:
                 continue
             request, start = batch.requests[i], packed.starts[i]
             num_right = batch.lens[i] - batch.num_drafts[i] + max(0, len(tokens) - 1)
-            self.drafter.follow(request, packed.context_lens[i] + 1, hidden_TD[start : start + num_right])
+            self.drafter.add_hidden(request, packed.context_lens[i] + 1, hidden_TD[start : start + num_right])
             if not tokens or tokens[-1].token_id in request.stop_ids:
                 continue
-            # The last token of all is never drafted: no draft is needed to verify the one before it.
+            # The very last token is never drafted: the step that verifies the draft before it samples it anyway.
             depth = min(batch.draft_depths[i], request.max_len - request.num_tokens - len(tokens) - 1)
             if depth > 0:
-                guesses[i] = self.drafter.guess(request, tuple(token.token_id for token in tokens), depth)
-        if guesses:
-            self.drafter.draft(list(guesses.values()))
-        return {i: guess.draft_ids for i, guess in guesses.items()}
+                new_ids = tuple(token.token_id for token in tokens)
+                wanted[i] = self.drafter.draft_request(request, new_ids, depth)
+        if wanted:
+            self.drafter.draft(list(wanted.values()))
+        return {i: one.draft_ids for i, one in wanted.items()}
 
     def _prompt_logprobs(
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, i: int
     ) -> tuple[TokenLogprob, ...]:
-        """Of the prompt's tokens that follow the ones just computed, where the request asked for them."""
+        """Return the logprobs of the prompt tokens after the computed ones, if the request asked for them."""
         request, start, context = batch.requests[i], packed.starts[i], packed.context_lens[i]
         num_top = request.params.prompt_logprobs
         if num_top is None or request.num_generated:
@@ -133,6 +141,7 @@ class Runner:
         return tuple(found)
 
     def _pack(self, batch: ScheduledBatch) -> Batch:
+        """Return the batch in the form that the model takes."""
         token_ids: list[int] = []
         for (request, length), num_drafts in zip(batch, batch.num_drafts, strict=True):
             start = request.num_computed_tokens
@@ -151,10 +160,11 @@ class Runner:
 def accept(
     sampled: Sequence[SampledToken | None], drafts: Sequence[int], request: Request
 ) -> list[SampledToken] | None:
-    """The tokens that a step adds: drafts as long as they are what was sampled, and the first token that is not.
+    """Return the tokens that a step adds: the drafts that equal the sampled tokens, and the first token that does not.
 
     `sampled[n]` was drawn from the model's own logits after `drafts[:n]`, so the tokens are distributed as without
-    drafts. Nothing follows a stop token or the request's last place. None where the logits held no number.
+    drafts. No token follows a stop token or the request's last place. Return None if a token that is needed is None,
+    because none could be chosen.
     """
     accepted: list[SampledToken] = []
     for n, token in enumerate(sampled):

@@ -1,8 +1,8 @@
-"""The noise tokens are drawn with: a function of a request's seed, a position and a token id, and of nothing else.
+"""The noise that tokens are drawn with; it depends on the request's seed, the position and the token id only.
 
-Philox4x32-10 with the seed as its key and (id // 2, position, 0) as its counter (Salmon et al., Parallel Random
-Numbers: As Easy as 1, 2, 3, 2011); the four words of a block are the 52-bit uniforms of two token ids. On a CPU it is
-compiled with numba, elsewhere it is the same integers in torch.
+The generator is Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011) with the seed as its
+key and (id // 2, position, 0) as its counter. The four words of a block are the 52-bit uniforms of two token ids. On a
+CPU the code is compiled with numba; on other devices torch computes the same integers.
 
 Legend: S rows, V vocabulary.
 """
@@ -22,14 +22,16 @@ MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 WEYL_0, WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 LOW, HALF, HIGH_BITS, LOW_BITS, ZERO = (np.uint64(n) for n in (0xFFFFFFFF, 32, 20, 12, 0))
 UNIT = 2.0**-52
-PIECE = 512  # ids whose noise is made at once: fits the first cache, and most pieces of a peaked row need none
+PIECE = 512  # ids whose noise is made at once: they fit the first cache, and most pieces of a peaked row need no noise
 
 
-def draw(weights_SV: Tensor, keys: Sequence[tuple[int, int]]) -> list[int]:
-    """One token id per row, with probability proportional to its weight; `keys` are (seed, position) of each row.
+def draw_tokens(weights_SV: Tensor, keys: Sequence[tuple[int, int]]) -> list[int]:
+    """Return one token id per row, drawn with probability proportional to its weight.
 
-    Gumbel-max in its exponential form: the largest of weight / E, E exponential. The uniforms lie strictly between 0
-    and 1, so an id of weight 0 is never drawn. Every row must hold a positive weight.
+    `keys` holds the (seed, position) of each row. Every row must hold a positive weight.
+
+    The method is Gumbel-max in its exponential form: the id with the largest weight / E is drawn, where E is
+    exponentially distributed. The uniforms lie strictly between 0 and 1, so an id of weight 0 is never drawn.
     """
     seeds = np.array([seed % 2**64 for seed, _ in keys], dtype=np.uint64)
     positions = np.array([position for _, position in keys], dtype=np.uint64)
@@ -37,22 +39,22 @@ def draw(weights_SV: Tensor, keys: Sequence[tuple[int, int]]) -> list[int]:
         tokens = np.empty(len(keys), dtype=np.int64)
         _draw_rows(np.ascontiguousarray(weights_SV.numpy(), dtype=np.float32), seeds, positions, tokens)
         return list(map(int, tokens))
-    uniform_SV = device_uniforms(seeds, positions, weights_SV.shape[-1], weights_SV.device)
+    uniform_SV = uniforms_on_device(seeds, positions, weights_SV.shape[-1], weights_SV.device)
     drawn: list[int] = (weights_SV / -torch.log1p(-uniform_SV)).argmax(dim=-1).tolist()
     return drawn
 
 
 def uniforms(seed: int, position: int, vocab_size: int) -> NDArray[np.float64]:
-    """(V,), strictly between 0 and 1."""
+    """Return the uniforms of all token ids at one position, (V,), strictly between 0 and 1."""
     noise_V = np.empty(vocab_size + vocab_size % 2)
     _fill(noise_V, ZERO, np.uint64(seed % 2**64), np.uint64(position))
     return noise_V[:vocab_size]
 
 
-def device_uniforms(
+def uniforms_on_device(
     seeds: NDArray[np.uint64], positions: NDArray[np.uint64], vocab_size: int, device: torch.device
 ) -> Tensor:
-    """(S, V) in fp64: the rows are those of `uniforms`, made where the logits are."""
+    """Return the rows of `uniforms` for each seed and position, (S, V) in fp64, computed on the device."""
 
     def words(values: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
         halves = [(values & LOW).astype(np.int64), (values >> HALF).astype(np.int64)]
@@ -65,7 +67,7 @@ def device_uniforms(
     counter_0, counter_3 = blocks_B.expand(len(seeds), -1), torch.zeros_like(blocks_B)
     low = int(LOW)
     for _ in range(10):
-        # Products wrap around int64, which leaves their 64 bits intact; the mask undoes the shift's sign.
+        # Products wrap around in int64, which keeps their 64 bits; the mask removes the sign bits that the shift adds.
         product_0, product_1 = counter_0 * int(MULTIPLIER_0), counter_2 * int(MULTIPLIER_1)
         counter_0, counter_2 = (
             (product_1 >> 32 & low) ^ counter_1 ^ key_0,
@@ -81,7 +83,7 @@ def device_uniforms(
 
 @njit(nogil=True, cache=True)
 def _fill(noise_N, first_id, seed, position):  # type: ignore[no-untyped-def]
-    """Uniforms of the ids from `first_id`, which is even, into a buffer of even length."""
+    """Write the uniforms of the ids from `first_id` on, which is even, into a buffer of even length."""
     for i in range(noise_N.shape[0] // 2):
         block = (first_id >> np.uint64(1)) + np.uint64(i)
         c0, c1, c2, c3 = block, position & LOW, position >> HALF, ZERO
@@ -102,8 +104,8 @@ def _draw_rows(weights_SV, seeds_S, positions_S, tokens_S):  # type: ignore[no-u
         best, best_id = 0.0, -1
         for first in range(0, weights_V.shape[0], PIECE):
             piece = weights_V[first : first + PIECE]
-            # E is never below its uniform, and a uniform never below UNIT / 2: what cannot win needs no logarithm,
-            # and a piece in which nothing can win needs no noise.
+            # E is never below its uniform, and a uniform is never below UNIT / 2. So an id that cannot win needs no
+            # logarithm, and a piece in which no id can win needs no noise.
             num_able = 0
             for i in range(piece.shape[0]):
                 num_able += piece[i] > best * (UNIT / 2)

@@ -1,6 +1,7 @@
-"""What the sampler notes about a request between steps: the tokens its penalties count and where its grammar stands.
+"""What the sampler keeps about a request between steps: counts of tokens for penalties, and its grammar's state.
 
-SamplerState follow the tokens of a sequence that mostly grows by one, but whose end may be a guess and be taken back.
+Both follow the tokens of the request. The sequence mostly grows by one token, but its end may be drafts that are taken
+back.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from services.engine.grammar.compiled_grammar import GrammarState
 from services.engine.request import Request
 
 
-class History:
-    """The distinct tokens of a sequence and how often each was generated: 0 for one that is in the prompt only."""
+class TokenCounts:
+    """Counts how often each token was generated, for penalties; a token of the prompt alone has the count 0."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._ids = np.unique(np.asarray(prompt, dtype=np.int64))
@@ -24,6 +25,7 @@ class History:
         self._index = {int(token_id): i for i, token_id in enumerate(self._ids)}
 
     def push(self, token_id: int) -> None:
+        """Count a token that was generated."""
         index = self._index.setdefault(token_id, self._num_ids)
         if index == self._num_ids:
             self._grow()
@@ -32,7 +34,7 @@ class History:
         self._counts[index] += 1
 
     def pop(self, token_id: int) -> None:
-        """Takes back the last push, which was of this token."""
+        """Take back the last push, which was of this token."""
         index = self._index[token_id]
         self._counts[index] -= 1
         if self._counts[index] == 0 and index >= self._num_fixed:
@@ -46,18 +48,19 @@ class History:
             self._ids, self._counts = np.resize(self._ids, size), np.resize(self._counts, size)
 
     def ids_and_counts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the distinct tokens and the count of each, both (E,)."""
         return self._ids[: self._num_ids].copy(), self._counts[: self._num_ids].copy()
 
 
 class SamplerState:
-    """One request's, made from its parameters once."""
+    """The state of one request between steps, and what its parameters ask of the sampler."""
 
     def __init__(self, request: Request) -> None:
         params = request.params
         is_repetitive = params.repetition_penalty != 1
         has_penalty = is_repetitive or params.presence_penalty != 0 or params.frequency_penalty != 0
         prompt = request.token_ids[: request.num_prompt_tokens] if is_repetitive else ()
-        self.history = History(prompt) if has_penalty else None
+        self.counts = TokenCounts(prompt) if has_penalty else None
         self.grammar: GrammarState | None = None
         if params.grammar is not None:
             assert request.compiled_grammar is not None, "a grammar is compiled before its request reaches the engine"
@@ -68,8 +71,8 @@ class SamplerState:
         self._num_followed, self._ahead = request.num_prompt_tokens, list[int]()
 
     def follow(self, request: Request, ahead: Sequence[int]) -> None:
-        """Makes these the notes of the request's tokens and then `ahead`, whatever they followed before."""
-        if self.history is None and self.grammar is None:
+        """Bring the state to the request's tokens followed by the drafts in `ahead`, from wherever it was before."""
+        if self.counts is None and self.grammar is None:
             return
         tail = [*request.token_ids[self._num_followed :], *ahead]
         num_same = _num_same(tail, self._ahead)
@@ -80,18 +83,19 @@ class SamplerState:
         self._num_followed, self._ahead = request.num_tokens, list(ahead)
 
     def _push(self, token_id: int) -> None:
-        if self.history is not None:
-            self.history.push(token_id)
+        if self.counts is not None:
+            self.counts.push(token_id)
         if self.grammar is not None:
             self.grammar.push(token_id)
 
     def _pop(self, token_id: int) -> None:
-        if self.history is not None:
-            self.history.pop(token_id)
+        if self.counts is not None:
+            self.counts.pop(token_id)
         if self.grammar is not None:
             self.grammar.pop()
 
 
 def _num_same(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
     length = min(len(tokens), len(others))
     return next((i for i in range(length) if tokens[i] != others[i]), length)

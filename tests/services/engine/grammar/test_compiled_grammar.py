@@ -22,7 +22,7 @@ from services.engine.grammar.compiled_grammar import (
     _on_large_stack,
 )
 from services.engine.request import Request
-from services.engine.sampling.sampler import Row, Sampler
+from services.engine.sampling.sampler import Sampler, SamplingRow
 
 DEMO = Path(model.demo.__file__).parent / "checkpoint"
 TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
@@ -59,7 +59,7 @@ def ids(text: str) -> list[int]:
 
 def allowed(asked: Request, text: str = "") -> set[int]:
     """Every token that may follow `text`: those the sampler takes if the model likes nothing better."""
-    rows = [Row(asked, tuple(ids(text)))] * VOCAB_SIZE
+    rows = [SamplingRow(asked, tuple(ids(text)))] * VOCAB_SIZE
     tokens = SAMPLER.sample(1000 * torch.eye(VOCAB_SIZE), rows)
     return {wanted for wanted, token in enumerate(tokens) if token and token.token_id == wanted}
 
@@ -69,7 +69,7 @@ def generate(asked: Request, seed: int, num_tokens: int = 200) -> str:
     generator = torch.Generator().manual_seed(seed)
     answer: list[int] = []
     for _ in range(num_tokens):
-        [sampled] = SAMPLER.sample(2 * torch.randn(1, VOCAB_SIZE, generator=generator), [Row(asked)])
+        [sampled] = SAMPLER.sample(2 * torch.randn(1, VOCAB_SIZE, generator=generator), [SamplingRow(asked)])
         assert sampled is not None
         asked.token_ids.append(sampled.token_id)
         if sampled.token_id in asked.stop_ids:
@@ -140,23 +140,23 @@ def test_rows_with_guesses_ahead_leave_no_trace() -> None:
     for position, token_id in enumerate(ids(text)):
         right, wrong = ids(text)[position : position + 4], [*ids(text)[position : position + 2], 1]
         logits = torch.randn(6, VOCAB_SIZE, generator=generator)
-        rows = [Row(asked, tuple(ahead)) for ahead in (right[:1], wrong, right, [], right[:2], wrong[:-1])]
+        rows = [SamplingRow(asked, tuple(ahead)) for ahead in (right[:1], wrong, right, [], right[:2], wrong[:-1])]
         fresh = [request(GrammarKind.JSON_OBJECT) for _ in rows]
         for each in fresh:
             each.token_ids += ids(text)[:position]
         found = SAMPLER.sample(logits, rows)
-        assert found == SAMPLER.sample(logits, [Row(r, row.ahead) for r, row in zip(fresh, rows, strict=True)])
+        assert found == SAMPLER.sample(logits, [SamplingRow(r, row.ahead) for r, row in zip(fresh, rows, strict=True)])
         assert found[1] is None, "nothing can follow what the grammar refuses"
         assert None not in found[:1] + found[2:]
         asked.token_ids.append(token_id)
-    [last] = SAMPLER.sample(torch.randn(1, VOCAB_SIZE, generator=generator), [Row(asked)])
+    [last] = SAMPLER.sample(torch.randn(1, VOCAB_SIZE, generator=generator), [SamplingRow(asked)])
     assert last is not None
     assert last.token_id in (EOS, IM_END)
 
 
 def test_nothing_follows_a_guessed_end() -> None:
     asked = request(GrammarKind.REGEX, "a+")
-    rows = [Row(asked, (*ids("a"), EOS)), Row(asked, tuple(ids("a")))]
+    rows = [SamplingRow(asked, (*ids("a"), EOS)), SamplingRow(asked, tuple(ids("a")))]
     ended, going = SAMPLER.sample(torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), rows)
     assert ended is None
     assert going is not None
@@ -165,7 +165,7 @@ def test_nothing_follows_a_guessed_end() -> None:
 def test_a_grammar_leaves_the_other_rows_alone() -> None:
     logits = torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)).expand(3, -1).contiguous()
     free = Request("free", [1], SamplingParams(temperature=0), seed=0, max_len=99)
-    rows = [Row(free), Row(request(GrammarKind.REGEX, "[0-9]", temperature=0)), Row(free)]
+    rows = [SamplingRow(free), SamplingRow(request(GrammarKind.REGEX, "[0-9]", temperature=0)), SamplingRow(free)]
     tokens = [sampled and sampled.token_id for sampled in SAMPLER.sample(logits, rows)]
     assert tokens[0] == tokens[2] == int(logits[0].argmax())
     assert str(TOKENIZER.decode([tokens[1]])).isdigit()
@@ -173,7 +173,7 @@ def test_a_grammar_leaves_the_other_rows_alone() -> None:
 
 def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> None:
     many = "start: " + " | ".join(['"a"'] * 3000)  # more ways to read an "a" than are followed at once
-    rows = [Row(request(GrammarKind.LARK, many), tuple(ids("a"))), Row(request(GrammarKind.REGEX, "a"))]
+    rows = [SamplingRow(request(GrammarKind.LARK, many), tuple(ids("a"))), SamplingRow(request(GrammarKind.REGEX, "a"))]
     failed, fine = SAMPLER.sample(torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), rows)
     assert failed is None
     why = SAMPLER.explain(rows[0].request)
@@ -182,7 +182,7 @@ def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> 
     assert "\n" not in str(why)
     assert fine is not None
     assert isinstance(SAMPLER.explain(rows[1].request), EngineFailed)
-    [before] = SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [Row(rows[0].request)])
+    [before] = SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [SamplingRow(rows[0].request)])
     assert before is not None, "what only a guess made too complex can still be had otherwise"
     assert before.token_id == ids("a")[0]
 
@@ -198,7 +198,7 @@ def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> 
 )
 def test_a_grammar_that_leads_nowhere_is_the_clients_fault_in_one_sentence(text: str) -> None:
     asked = request(GrammarKind.LARK, text)
-    row, failed = Row(asked), None
+    row, failed = SamplingRow(asked), None
     for _ in range(2):
         [failed] = SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [row])
         if failed is None:
@@ -223,7 +223,7 @@ def test_a_complete_grammar_ends_whatever_else_was_asked_for(
 def test_what_was_guessed_on_another_way_to_the_same_depth_says_nothing_of_this_one() -> None:
     text = request(GrammarKind.JSON_OBJECT)
     in_list, in_key = ids('{"a": ["'), ids('{"a": {"')
-    assert len(SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [Row(text, tuple(in_list))])) == 1
+    assert len(SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [SamplingRow(text, tuple(in_list))])) == 1
     assert allowed(text, '{"a": {"') == allowed(request(GrammarKind.JSON_OBJECT), '{"a": {"')
     [colon] = ids('":')
     assert colon in allowed(text, '{"a": {"')

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.request import Request
-from services.engine.sampling.sampler import Row, Sampler
+from services.engine.sampling.sampler import Sampler, SamplingRow
 from tests.services.engine.sampling.statistics import chi_squared, chi_squared_bound, obvious_probs, request
 
 SAMPLER = Sampler()
@@ -60,11 +60,11 @@ def _rejection(drafts: list[int], tokens: list[int], chances: list[float]) -> li
     return [*drafts[: len(accepted)], tokens[len(accepted)]]
 
 
-def logits(chain_VV: Tensor, rows: Sequence[Row]) -> Tensor:
+def logits(chain_VV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return chain_VV[[[*row.request.token_ids, *row.ahead][-1] for row in rows]]
 
 
-def choose(chain_VV: Tensor, rows: Sequence[Row]) -> list[int]:
+def choose(chain_VV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     return [sampled.token_id for sampled in SAMPLER.sample(logits(chain_VV, rows), rows) if sampled is not None]
 
 
@@ -75,10 +75,10 @@ def generate(depth: int, params: dict[str, Any], verify: Verify = coupled, draft
     while unfinished := [r for r in requests if r.num_generated < LENGTH]:
         drafts: list[list[int]] = [[] for _ in unfinished]
         for _ in range(depth):
-            rows = [Row(r, tuple(d)) for r, d in zip(unfinished, drafts, strict=True)]
+            rows = [SamplingRow(r, tuple(d)) for r, d in zip(unfinished, drafts, strict=True)]
             for draft, token in zip(drafts, choose(drafter_VV, rows), strict=True):
                 draft.append(token)
-        rows = [Row(r, tuple(d[:n])) for r, d in zip(unfinished, drafts, strict=True) for n in range(depth + 1)]
+        rows = [SamplingRow(r, tuple(d[:n])) for r, d in zip(unfinished, drafts, strict=True) for n in range(depth + 1)]
         tokens = choose(MODEL_VV, rows)
         for i, (r, d) in enumerate(zip(unfinished, drafts, strict=True)):
             q = [probability(drafter_VV, r, d[:n], d[n]) for n in range(depth)] if verify is not coupled else []
@@ -142,7 +142,7 @@ def test_drafts_of_the_models_own_logits_are_all_accepted() -> None:
 def test_acceptance_is_high_where_the_distributions_are_close() -> None:
     """Equal noise makes choices equal at least (1 - d) / (1 + d) of the time, d the distance of the distributions in
     total variation (Daliri et al., Coupling without Communication, 2024); no coupling exceeds 1 - d."""
-    rows = [Row(request(seed=seed)) for seed in range(NUM_SEQUENCES)]
+    rows = [SamplingRow(request(seed=seed)) for seed in range(NUM_SEQUENCES)]
     generator = torch.Generator().manual_seed(5)
     for spread in (0.1, 0.5, 2.0):
         model = torch.randn(1, 50, generator=generator)

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from services.engine.sampling.noise import PIECE, device_uniforms, draw, uniforms
+from services.engine.sampling.noise import PIECE, draw_tokens, uniforms, uniforms_on_device
 
 
 def words(seed: int, position: int) -> list[int]:
@@ -38,7 +38,7 @@ def test_torch_makes_the_same_noise() -> None:
     seeds, positions = np.array([5, 2**64 - 1, 2**33], dtype=np.uint64), np.array([0, 9, 2**40 + 3], dtype=np.uint64)
     for vocab_size in (1, 7, 1024):
         expected = np.stack([uniforms(int(s), int(p), vocab_size) for s, p in zip(seeds, positions, strict=True)])
-        assert np.array_equal(device_uniforms(seeds, positions, vocab_size, torch.device("cpu")).numpy(), expected)
+        assert np.array_equal(uniforms_on_device(seeds, positions, vocab_size, torch.device("cpu")).numpy(), expected)
 
 
 def test_a_draw_is_the_largest_weight_over_exponential_noise() -> None:
@@ -48,10 +48,10 @@ def test_a_draw_is_the_largest_weight_over_exponential_noise() -> None:
             weights = torch.softmax(sharpness * torch.randn(20, vocab_size, generator=generator), dim=-1)
             keys = [(seed, 17 * seed) for seed in range(20)]
             noise = torch.from_numpy(np.stack([uniforms(*key, vocab_size) for key in keys]))
-            assert draw(weights, keys) == (weights / -torch.log1p(-noise)).argmax(dim=-1).tolist()
+            assert draw_tokens(weights, keys) == (weights / -torch.log1p(-noise)).argmax(dim=-1).tolist()
 
 
 def test_weight_zero_is_never_drawn() -> None:
     weights = torch.zeros(2000, 700)
     weights[:, 690] = 1e-38
-    assert set(draw(weights, [(0, position) for position in range(2000)])) == {690}
+    assert set(draw_tokens(weights, [(0, position) for position in range(2000)])) == {690}

@@ -7,8 +7,8 @@ import torch
 
 from services.engine.contract.sampling_params import MAX_TOP_K, SamplingParams
 from services.engine.request import Request
-from services.engine.sampling.nucleus import cut, cut_on_device
-from services.engine.sampling.sampler import Row, Sampler, target_weights, token_logprobs
+from services.engine.sampling.sampler import Sampler, SamplingRow, target_weights, token_logprobs
+from services.engine.sampling.truncation import truncate, truncate_on_device
 from tests.services.engine.sampling.statistics import chi_squared, chi_squared_bound, obvious_probs, request
 
 SAMPLER = Sampler()
@@ -25,18 +25,18 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def tokens_of(logits: torch.Tensor, *rows: Row) -> list[int | None]:
+def tokens_of(logits: torch.Tensor, *rows: SamplingRow) -> list[int | None]:
     return [sampled and sampled.token_id for sampled in SAMPLER.sample(logits, rows)]
 
 
-def token_of(logits: list[float], row: Row | Request) -> int | None:
-    [token] = tokens_of(torch.tensor([logits]), row if isinstance(row, Row) else Row(row))
+def token_of(logits: list[float], row: SamplingRow | Request) -> int | None:
+    [token] = tokens_of(torch.tensor([logits]), row if isinstance(row, SamplingRow) else SamplingRow(row))
     return token
 
 
 def test_greedy_takes_the_highest_and_the_lowest_id_of_a_tie() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [5.0, 1.0, 1.0, 5.0]])
-    assert tokens_of(logits, Row(request(temperature=0)), Row(request(temperature=0))) == [1, 0]
+    assert tokens_of(logits, SamplingRow(request(temperature=0)), SamplingRow(request(temperature=0))) == [1, 0]
 
 
 @pytest.mark.parametrize("bad", [[0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]], ids=str)
@@ -45,7 +45,7 @@ def test_no_token_is_chosen_from_a_row_that_allows_none_and_the_others_do_not_mi
     bad: list[float], params: dict[str, Any]
 ) -> None:
     logits = torch.tensor([[0.0, 99.0], bad, [99.0, -torch.inf]])
-    assert tokens_of(logits, *(Row(request(**params)) for _ in range(3))) == [1, None, 0]
+    assert tokens_of(logits, *(SamplingRow(request(**params)) for _ in range(3))) == [1, None, 0]
 
 
 # The distribution
@@ -66,8 +66,8 @@ def test_a_device_keeps_what_a_cpu_keeps() -> None:
     for vocab_size in (1, 6, 3000):
         # Rounded, so that there are ties.
         weights = torch.softmax((2 * torch.randn(len(KINDS), vocab_size, generator=generator)).round(), dim=-1)
-        expected = cut_on_device(weights, params)
-        cut(weights, params)
+        expected = truncate_on_device(weights, params)
+        truncate(weights, params)
         assert torch.equal(weights, expected)
 
 
@@ -84,7 +84,9 @@ def test_the_edges_of_the_parameters() -> None:
 def test_draws_follow_the_target_distribution(params: dict[str, Any]) -> None:
     num_draws, logits = 12_000, torch.tensor([SMALL])
     rows = [
-        Row(request(seed=seed, **params), ahead=(0,) * ahead) for seed in range(num_draws // 4) for ahead in range(4)
+        SamplingRow(request(seed=seed, **params), ahead=(0,) * ahead)
+        for seed in range(num_draws // 4)
+        for ahead in range(4)
     ]
     tokens = tokens_of(logits.expand(num_draws, -1).contiguous(), *rows)
     counts = np.bincount(tokens, minlength=len(SMALL))
@@ -105,7 +107,7 @@ def test_extremes_choose_a_token_that_may_be_chosen(name: str, extreme: float) -
     logits = torch.tensor([[0.0, -3.0, 5.0, 90.0, -torch.inf]])
     for seed in range(20):
         asked = request(generated=[0, 1, 2, 4], seed=seed, min_tokens=9, stop_ids={3}, **{name: extreme})
-        assert tokens_of(logits, Row(asked))[0] in (0, 1, 2)
+        assert tokens_of(logits, SamplingRow(asked))[0] in (0, 1, 2)
 
 
 # Edits of the logits
@@ -115,8 +117,8 @@ def test_stop_ids_wait_for_min_tokens_ahead_included() -> None:
     early = request(prompt=[5], generated=[6], temperature=0, min_tokens=3, stop_ids={1, 2})
     logits = [0.0, 9.0, 8.0, 1.0]
     assert token_of(logits, early) == 3
-    assert token_of(logits, Row(early, ahead=(0,))) == 3
-    assert token_of(logits, Row(early, ahead=(0, 0))) == 1
+    assert token_of(logits, SamplingRow(early, ahead=(0,))) == 3
+    assert token_of(logits, SamplingRow(early, ahead=(0, 0))) == 1
     early.token_ids += [0, 0]
     assert token_of(logits, early) == 1
 
@@ -155,7 +157,7 @@ def edited(
         for _ in range(40):
             middle = (low + high) / 2
             alone = [logit if i == token_id else -100.0 for i, logit in enumerate(logits)]
-            row = Row(request(prompt, generated, temperature=0, **params), ahead)
+            row = SamplingRow(request(prompt, generated, temperature=0, **params), ahead)
             low, high = (middle, high) if token_of([*alone, middle], row) == token_id else (low, middle)
         found.append(low)
     return found
@@ -170,16 +172,18 @@ def test_notes_follow_guesses_that_come_and_go() -> None:
         guesses = torch.randint(12, (int(torch.randint(5, (), generator=generator)),), generator=generator).tolist()
         for ahead in (guesses[:1], guesses, guesses[:2], [*guesses[:1], 7], []):
             fresh = request(asked.token_ids[:4], asked.token_ids[4:], **params)
-            assert tokens_of(logits, Row(asked, tuple(ahead))) == tokens_of(logits, Row(fresh, tuple(ahead)))
+            assert tokens_of(logits, SamplingRow(asked, tuple(ahead))) == tokens_of(
+                logits, SamplingRow(fresh, tuple(ahead))
+            )
         if step % 3 == 0:  # some guesses come true
             asked.token_ids += guesses[:2]
-        asked.token_ids += [int(token) for token in tokens_of(logits, Row(asked)) if token is not None]
+        asked.token_ids += [int(token) for token in tokens_of(logits, SamplingRow(asked)) if token is not None]
 
 
 # Company
 
 
-def company(num_rows: int, vocab_size: int) -> tuple[torch.Tensor, list[Row]]:
+def company(num_rows: int, vocab_size: int) -> tuple[torch.Tensor, list[SamplingRow]]:
     kinds: list[dict[str, Any]] = [{"temperature": 0}, *KINDS, {"repetition_penalty": 1.2, "frequency_penalty": 0.3}]
     kinds += [{"logit_bias": ((1, 2.0), (0, -2.0)), "presence_penalty": 1.0}, {"min_tokens": 50, "logprobs": 5}]
     generator = torch.Generator().manual_seed(vocab_size)
@@ -187,7 +191,7 @@ def company(num_rows: int, vocab_size: int) -> tuple[torch.Tensor, list[Row]]:
     for i in range(num_rows):
         tokens = torch.randint(vocab_size, (6,), generator=generator).tolist()
         asked = request(tokens[:2], tokens[2:5], seed=i, stop_ids={0}, **kinds[i % len(kinds)])
-        rows.append(Row(asked, tuple(tokens[5 : 5 + i % 2])))
+        rows.append(SamplingRow(asked, tuple(tokens[5 : 5 + i % 2])))
     return 3 * torch.randn(num_rows, vocab_size, generator=generator), rows
 
 
@@ -216,7 +220,7 @@ def test_logits_are_left_as_they_were() -> None:
 def test_logprobs_are_the_models_own() -> None:
     logits = [0.0, 3.0, 1.0, 3.0, 2.0]
     asked = request(temperature=0.5, logit_bias=((0, 100.0),), logprobs=3)
-    [sampled] = SAMPLER.sample(torch.tensor([logits]), [Row(asked)])
+    [sampled] = SAMPLER.sample(torch.tensor([logits]), [SamplingRow(asked)])
     total = math.log(sum(map(math.exp, logits)))
     assert sampled is not None
     assert sampled.logprob is not None
@@ -229,7 +233,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_logprobs_only_for_those_who_asked_and_as_many_as_they_asked_for() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(3, -1).contiguous()
-    rows = [Row(request(temperature=0, logprobs=n)) for n in (None, 0, 9)]
+    rows = [SamplingRow(request(temperature=0, logprobs=n)) for n in (None, 0, 9)]
     nothing, own, every = SAMPLER.sample(logits, rows)
     assert nothing is not None and own is not None and every is not None  # noqa: PT018
     assert nothing.logprob is None

@@ -1,7 +1,10 @@
-"""What top_k, top_p and min_p leave of a row's weights.
+"""Truncates the distribution that tokens are drawn from: top_k, then top_p, then min_p.
 
-top_k keeps so many of the largest, top_p the fewest of these that make up so much of their sum, min_p those of at least
-so much of the largest. Of equal weights at the edge the lowest ids are kept.
+- `top_k` keeps the `top_k` largest weights.
+- `top_p` keeps the fewest of these, largest first, whose sum is at least `top_p` of the sum of all of these.
+- `min_p` keeps the weights of at least `min_p` times the largest weight.
+
+If several weights at the edge are equal and not all of them fit, those of the lowest ids are kept.
 
 Legend: S rows, V vocabulary.
 """
@@ -18,18 +21,18 @@ from torch import Tensor
 from services.engine.contract.sampling_params import SamplingParams
 
 
-def cut(weights_SV: Tensor, params: Sequence[SamplingParams]) -> None:
-    """Sets what is left out to zero, in place."""
+def truncate(weights_SV: Tensor, params: Sequence[SamplingParams]) -> None:
+    """Set the weights that are not kept to zero, in place; `params[s]` belongs to row s."""
     rows = [s for s, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     if not rows:
         return
     if not weights_SV.is_cpu:
-        weights_SV[rows] = cut_on_device(weights_SV[rows], [params[s] for s in rows])
+        weights_SV[rows] = truncate_on_device(weights_SV[rows], [params[s] for s in rows])
         return
     for s in rows:
         weights_V, p = weights_SV[s].numpy(), params[s]
-        # numpy's sort is forty times faster than torch's
-        _cut_row(weights_V, np.sort(weights_V), _top_k(p, len(weights_V)), p.top_p, np.float32(p.min_p))
+        ascending_V = np.sort(weights_V)  # numpy's sort is forty times faster than torch's
+        _truncate_row(weights_V, ascending_V, _top_k(p, len(weights_V)), p.top_p, np.float32(p.min_p))
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:
@@ -37,7 +40,7 @@ def _top_k(params: SamplingParams, vocab_size: int) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _cut_row(weights_V, ascending_V, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
+def _truncate_row(weights_V, ascending_V, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
     last, num_kept = len(ascending_V) - 1, top_k
     if top_p < 1:
         total, mass, num_kept = 0.0, 0.0, 0
@@ -60,8 +63,8 @@ def _cut_row(weights_V, ascending_V, top_k, top_p, min_p):  # type: ignore[no-un
         i -= 1
 
 
-def cut_on_device(weights_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The same without a loop over ids: what `cut` leaves of the rows."""
+def truncate_on_device(weights_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Return the rows as `truncate` leaves them, computed without a loop over ids."""
     device, vocab_size = weights_SV.device, weights_SV.shape[-1]
     top_k_S1 = torch.tensor([[_top_k(p, vocab_size)] for p in params], device=device)
     top_p_S1 = torch.tensor([[p.top_p] for p in params], device=device, dtype=torch.float64)
