@@ -217,7 +217,7 @@ def _apply_grammars(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequ
 
 
 def _forbid(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[SamplerState]) -> None:
-    # Rows with a grammar are left out: the grammar's mask covers these ids, and allows a stop id if nothing else is left.
+    # Rows with a grammar are left out: its mask covers these ids, and allows a stop id if nothing else is left.
     forbidden = [row.forbidden_ids if state.grammar is None else () for row, state in zip(rows, states, strict=True)]
     if pairs := [(r, token_id) for r, token_ids in enumerate(forbidden) for token_id in token_ids]:
         rows_E, ids_E = torch.tensor(pairs, device=logits_RV.device).unbind(dim=1)
