@@ -1,4 +1,4 @@
-"""The gateway as a Ray Serve deployment.
+"""A `GatewayDeployment` runs the gateway as a Ray Serve deployment.
 
 The deployment is not in `services/app.py` because only the gateway's process needs its imports: importing FastAPI and
 the tokenizers takes a process seconds. Serve reads the annotations in this file, so they must stay objects (there is no

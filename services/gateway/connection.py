@@ -1,4 +1,4 @@
-"""HTTP connections: reads bodies of bounded size and notices when the client disconnects."""
+"""HTTP connections need two things that Starlette lacks: bodies of bounded size, and early notice of a disconnect."""
 
 from __future__ import annotations
 

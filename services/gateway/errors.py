@@ -1,4 +1,4 @@
-"""Errors that clients are told, with the HTTP status and the gRPC code of each."""
+"""An `ApiError` is an error that a client is told, and has an HTTP status and a gRPC code."""
 
 from __future__ import annotations
 

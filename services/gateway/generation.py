@@ -1,4 +1,4 @@
-"""Turns requests into text: the one path that REST and gRPC share, from a `GenerationRequest` to a stream of text."""
+"""A `Generation` turns requests into streams of text; it is the one path that REST and gRPC share."""
 
 from __future__ import annotations
 

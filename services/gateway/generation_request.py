@@ -1,4 +1,4 @@
-"""The request value that both surfaces make and `Generation` takes."""
+"""A `GenerationRequest` is the value that both surfaces make of a request and that `Generation` takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gRPC API (inference.proto), which has the semantics of the REST API in typed messages.
+"""The gRPC API (inference.proto) offers what the REST API offers, in typed messages.
 
 Its methods are plain coroutines, so that both the gateway's own gRPC server and Ray Serve's gRPC proxy can call them.
 """

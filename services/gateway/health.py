@@ -1,4 +1,4 @@
-"""Whether the server can answer requests."""
+"""A `Health` says whether the server can answer requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parses JSON request bodies, and explains the first mistake in a body in one sentence."""
+"""`parse_body` parses a JSON request body, and explains the first mistake in it in one sentence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from services.gateway.errors import ApiError, invalid
 
-OBJECT = "a JSON object"  # what a mistake is said to need instead of pydantic's name of a class
+OBJECT = "a JSON object"  # what error sentences say instead of pydantic's class name
 
 
 class BaseBody(BaseModel):
@@ -96,11 +96,11 @@ class _FieldLocation:
 
     path: str  # such as "messages[0].role"
     fields: tuple[str, ...]  # names that the object around the mistake may have
-    is_in_union: bool  # pydantic's location ends with the name of one type of a union
+    is_in_union: bool  # True: pydantic's location ends with the name of one type of a union
 
 
 def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
-    """Follow pydantic's location of an error through the types of the body."""
+    """Return the location of an error, by following pydantic's `loc` through the types of the body."""
     types: list[Any] = [kind]  # possible types of the value at `path`: several if the field is a union
     path, fields, is_in_union = "", tuple[str, ...](), False
     for part in loc:

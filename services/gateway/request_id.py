@@ -1,4 +1,4 @@
-"""The id of a request, which a client may choose and which logs and responses repeat."""
+"""A request has an id, which a client may choose and which logs and responses repeat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads for long work that must not block the event loop, with a bounded queue."""
+"""A `BoundedThreadPool` runs long work in threads, so that it does not block the event loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backbones that a gateway uses: one gRPC stream to each, and every request goes to the least loaded one.
+"""A gateway holds one gRPC stream to each backbone, and sends every request to the least loaded backbone.
 
 A backbone sends a message several times per second, even if it is idle (`services.engine.server.HEARTBEAT_S`). A silent
 backbone is stopped, hung or disconnected, and another backbone continues its requests.
@@ -34,7 +34,7 @@ MAX_SILENT_ALONE_S = 10.0
 
 AskStatuses = Callable[
     [], Awaitable[list[dict[str, Any]]]
-]  # the status of every backbone that answers, with `endpoint`
+]  # statuses of the backbones that answer; each has an `endpoint`
 
 
 def unresponsive_endpoints(silent_s: Mapping[str, float]) -> list[str]:
@@ -88,7 +88,7 @@ class BackbonePool:
         """
         request = ResumableRequest(request_id, prompt_token_ids, params, timeout, self._on_resumed)
         stream = self._least_loaded() or await self._find_one()
-        async with aclosing(request.run(stream, self._pick)) as outputs:
+        async with aclosing(request.run(stream, self._find_stream)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -139,7 +139,7 @@ class BackbonePool:
             return stream
         raise ApiError(ApiRefusal.UNAVAILABLE, "No backbone answers; try again.", retry_after=1)
 
-    async def _pick(self, avoid: str, wait_s: float) -> BackboneStream | None:
+    async def _find_stream(self, avoid: str, wait_s: float) -> BackboneStream | None:
         """Return a stream for a request that lost its backbone, or None if none opened within `wait_s` seconds."""
         stop_at = time.monotonic() + wait_s
         while not (stream := self._least_loaded(avoid)) and time.monotonic() < stop_at:

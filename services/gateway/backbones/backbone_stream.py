@@ -1,4 +1,4 @@
-"""One gRPC stream from a gateway to a backbone, which carries all requests between the two."""
+"""A `BackboneStream` is one gRPC stream that carries all requests between a gateway and a backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continues a request on another backbone when its backbone is lost, and decides whether to try again.
+"""A `ResumableRequest` continues on another backbone when its backbone is lost, within a `FailoverBudget`.
 
 The token at a position depends only on the tokens before it, the request's parameters and its seed. The next backbone
 therefore computes the prompt and the tokens sent so far as if they were its prompt, and continues with exactly the
@@ -33,8 +33,9 @@ MAX_FAILURES = 1
 RESUME_WAIT_S = 30.0  # for another backbone to open a stream; starting a new backbone takes about as long
 
 OnResumed = Callable[[float | None], None]  # argument: seconds between two outputs; None if there was none before
-# Picks a stream. Arguments: the endpoint to avoid if there is another, and the seconds to wait.
-PickStream = Callable[[str, float], Awaitable[BackboneStream | None]]
+# Finds a stream for a request that lost its own. The arguments are the endpoint to avoid if there is another one, and
+# the seconds to wait.
+FindStream = Callable[[str, float], Awaitable[BackboneStream | None]]
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ class ResumableRequest:
         self._last_at: float | None = None
         self._is_paused = False
 
-    async def run(self, stream: BackboneStream, pick: PickStream) -> AsyncGenerator[TokenOutput, None]:
+    async def run(self, stream: BackboneStream, find_stream: FindStream) -> AsyncGenerator[TokenOutput, None]:
         """Yield the outputs of the request as if one backbone had generated them all.
 
-        The request starts on `stream`; `pick` finds the streams after that. Raises the exceptions of
+        The request starts on `stream`; `find_stream` finds the streams after that. Raises the exceptions of
         `Engine.generate`, and ApiError if the request cannot be continued.
         """
         budget = FailoverBudget()
@@ -108,13 +109,15 @@ class ResumableRequest:
                 *(self.request_id, stream.endpoint, lost, len(self._sent)),
                 extra={"request_id": self.request_id},
             )
-            stream = await self._next(pick, stream.endpoint, lost)
+            stream = await self._next(find_stream, stream.endpoint, lost)
 
-    async def _next(self, pick: PickStream, last_endpoint: str, lost: BackboneLost | EngineFailed) -> BackboneStream:
+    async def _next(
+        self, find_stream: FindStream, last_endpoint: str, lost: BackboneLost | EngineFailed
+    ) -> BackboneStream:
         left, wait_s = self._left(), RESUME_WAIT_S
         if isinstance(lost, EngineFailed):
             wait_s = 0.0
-        stream = await pick(last_endpoint, wait_s if left is None else min(left, wait_s))
+        stream = await find_stream(last_endpoint, wait_s if left is None else min(left, wait_s))
         if isinstance(lost, EngineFailed) and (stream is None or stream.endpoint == last_endpoint):
             raise lost
         if stream is None:

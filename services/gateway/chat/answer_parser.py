@@ -1,4 +1,4 @@
-"""Divides the text of an answer into reasoning, content and tool calls, in time linear in the text."""
+"""An `AnswerParser` divides the text of an answer into reasoning, content and tool calls, in linear time."""
 
 from __future__ import annotations
 

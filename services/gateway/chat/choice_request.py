@@ -1,4 +1,4 @@
-"""One choice of an answer, as it is asked from the engine."""
+"""A `ChoiceRequest` is what the gateway asks of the engine for one choice of an answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.gateway.chat.tools import ToolUse
 class ChoiceRequest:
     """A `ChoiceRequest` is one choice to be generated: its prompt is tokenized and its parameters are checked.
 
-    A `GenerationRequest` with `n` choices becomes `n` of these, which differ in their seeds.
+    A `GenerationRequest` with `n` choices becomes `n` choice requests, which differ in their seeds.
     """
 
     prompt_token_ids: list[int]

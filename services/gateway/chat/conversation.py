@@ -1,4 +1,4 @@
-"""Conversations: the messages of a chat request, as the chat template renders them."""
+"""A `Conversation` holds the messages of a chat request, as the chat template renders them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns the tokens of an answer into text one by one."""
+"""A `Detokenizer` turns the tokens of an answer into text, one token at a time."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class Detokenizer:
         """Return the text that `token_id` adds. Special tokens have no text, except the markers."""
         if (marker := self._markers.get(token_id)) is not None:
             return self._utf8.decode(marker)
-        # A model's vocabulary may be padded beyond the tokenizer's: such ids have no text.
+        # A model's vocabulary may be padded beyond the tokenizer's. The ids of the padding have no text.
         has_text = token_id < len(self._token_bytes)
         return self._utf8.decode(self._token_bytes[token_id]) if has_text else ""

@@ -1,4 +1,4 @@
-"""Composes one grammar for a whole answer from its reasoning, its response format and its tool calls.
+"""`compose` makes one grammar for a whole answer from its reasoning, its response format and its tool calls.
 
 The grammars are in llguidance's dialect of Lark (see docs/syntax.md there). Special tokens have no text in this dialect
 and are named by their ids.
@@ -22,9 +22,8 @@ MAX_COUNTED_CHARS = (
 )
 TEXT = r"(?s:.*)"  # a regular expression for any text
 
-CheckGrammar = Callable[
-    [Grammar], None
-]  # raises ValueError; `services.engine.grammar.grammar_checker.GrammarChecker.check`
+# Raises ValueError if a grammar cannot be used; see `services.engine.grammar.grammar_checker.GrammarChecker.check`.
+CheckGrammar = Callable[[Grammar], None]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The strings with which models mark reasoning and tool calls in an answer."""
+"""Markers are the strings with which models mark reasoning and tool calls in an answer."""
 
 from __future__ import annotations
 

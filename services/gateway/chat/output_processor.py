@@ -1,4 +1,4 @@
-"""Turns the tokens of one choice into what the client is shown."""
+"""An `OutputProcessor` turns the tokens of one choice into what the client is shown."""
 
 from __future__ import annotations
 

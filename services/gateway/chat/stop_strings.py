@@ -1,4 +1,4 @@
-"""Finds stop strings in text that arrives in pieces."""
+"""A `StopMatcher` finds stop strings in text that arrives in pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pieces of text that are added to a choice while it is generated, and how they are joined."""
+"""A `TextDelta` is a piece that is added to a choice while it is generated; `join` joins the pieces of a choice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ScoredToken:
 class TextDelta:
     """A `TextDelta` is what one step of the engine added to one choice.
 
-    Its texts may be empty while characters are held back. `num_prompt` and `num_generated` are totals so far.
+    The texts may be empty while characters are held back. `num_prompt` and `num_generated` are totals so far.
     """
 
     index: int  # position of the choice among all choices of the request

@@ -1,4 +1,4 @@
-"""The token counts of one request, for the `usage` of its response."""
+"""A `TokenUsage` counts the tokens of one request, for the `usage` field of its response."""
 
 from __future__ import annotations
 

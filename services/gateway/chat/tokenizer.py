@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template of a model directory."""
+"""A `Tokenizer` holds the tokenizer and the chat template of a model directory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Tokenizer:
     def render(self, chat: Conversation) -> str:
         """Return the prompt that the chat template makes of a conversation.
 
-        Raises ValueError if there are no messages, if the model has no chat template, or if it refuses the messages.
+        Raises ValueError if there are no messages, if the model has no chat template, or if the template refuses the
+        messages.
         """
         if not chat.messages:
             raise ValueError("messages must hold at least one message.")

@@ -1,4 +1,4 @@
-"""Tools: functions that the model may call, and the conversion of a call's arguments to their types.
+"""Tools are functions that the model may call; this module also converts a call's arguments to their types.
 
 The model writes calls as XML whose values are untyped text (the qwen3_coder format):
 
@@ -40,7 +40,7 @@ class Tool:
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)  # a JSON schema of type object
-    is_strict: bool = False  # calls must match the schema even if the model may choose not to call
+    is_strict: bool = False  # calls must match the schema even if the request does not force a call
 
     def check(self, param: str) -> None:
         """Raise ValueError if the tool cannot be called; `param` is the parameter that holds the tool."""

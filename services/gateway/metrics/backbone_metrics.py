@@ -1,4 +1,4 @@
-"""Metrics of the backbones' engines, which are read from the backbones whenever `/metrics` is asked.
+"""The engines' metrics are read from the backbones whenever a client asks for `/metrics`.
 
 A metric that vLLM has as well has vLLM's name, with the prefix `expertmesh:`.
 """

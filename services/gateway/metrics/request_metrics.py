@@ -1,4 +1,4 @@
-"""The gateway's metrics and its log of requests.
+"""A `RequestMetrics` holds the gateway's metrics; a `RequestClock` also writes the log of requests.
 
 Metrics have vLLM's names, with the prefix `expertmesh:`, and vLLM's buckets.
 """

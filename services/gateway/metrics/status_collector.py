@@ -1,4 +1,4 @@
-"""Turns the status reports of backbones into Prometheus' metric families."""
+"""A `StatusCollector` turns the status reports of backbones into Prometheus' metric families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of the expert tier, as each backbone sees it."""
+"""`TierMetrics` shows the expert tier as each backbone sees it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""OpenAI's request bodies, and their conversion to `GenerationRequest`.
+"""OpenAI's request bodies are defined here, and converted to `GenerationRequest`.
 
-Source: OpenAI's API reference for completions and chat completions; Fields from vLLM are `top_k`, `min_p`,
+Source: OpenAI's API reference for completions and chat completions. Fields from vLLM are `top_k`, `min_p`,
 `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `min_tokens`, `prompt_logprobs`, `priority`,
 `structured_outputs`, `chat_template_kwargs`, and tokenize and detokenize; `timeout` and `enable_thinking` are
 Expertmesh's own. A field that is not listed here is refused by name.

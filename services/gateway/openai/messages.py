@@ -1,4 +1,4 @@
-"""OpenAI's messages and tools, and their conversion to `Conversation` and `Tool`."""
+"""OpenAI's messages and tools are defined here, and converted to `Conversation` and `Tool`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats OpenAI's responses as JSON.
+"""OpenAI's responses are formatted here as JSON.
 
 Source: OpenAI's API reference for completions and chat completions; `reasoning_content` and `prompt_logprobs` are in
 vLLM's shapes. Responses are plain dictionaries, because building the `openai` package's own types takes 150 µs for

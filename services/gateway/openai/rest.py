@@ -1,4 +1,4 @@
-"""The REST API, which is OpenAI's, as a FastAPI application."""
+"""The REST API is OpenAI's API, as a FastAPI application."""
 
 from __future__ import annotations
 

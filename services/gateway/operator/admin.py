@@ -1,4 +1,4 @@
-"""The admin API, through which operators read the fleet's state and give orders, as JSON and behind a key.
+"""The admin API lets operators who have the key read the fleet's state and give orders, as JSON.
 
 Without a key the API is closed, even to clients on this machine. Otherwise a proxy, a port-forward or a web page that
 posts to 127.0.0.1 could act as an operator.

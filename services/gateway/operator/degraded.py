@@ -1,4 +1,4 @@
-"""Reports whether every expert has two live homes, and if not, how many do not and when they will."""
+"""The degraded report says how many experts lack two live homes, and when all experts will have them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads of the fleet's state and orders to it for operators: the admin API without HTTP."""
+"""`Operations` reads the fleet's state and writes operators' orders; it is the admin API without HTTP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.placement.coverage import PlacementArrays
 from cluster.topology import LayerSpec, Placement, Shard
 from services.gateway.errors import ApiError, ApiRefusal, invalid
 
-DEAD_SHARD_ORDER_TTL_S = 3600.0  # orders to drain a missing shard are kept this long, as the shard may only hang
+DEAD_SHARD_ORDER_TTL_S = 3600.0  # an order to drain a missing shard is kept this long, as the shard may only hang
 
 Preview = Callable[[], Awaitable[dict[str, Any] | None]]
 Trace = Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]

@@ -1,4 +1,4 @@
-"""A small world for the gateway: a byte-level tokenizer made here, and a source that says its prompt or a script."""
+"""Gateway tests use a byte-level tokenizer and a token source that repeats its prompt, instead of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
-    """Every byte is a token; so are two words and the ends of turns."""
+    """Write a tokenizer to `path` whose tokens are all bytes, three longer strings and three added tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: n for n, char in enumerate(alphabet)} | {"he": 256, "hel": 257, "ll": 258}
     backend = Backend(models.BPE(vocab=vocab, merges=[("h", "e"), ("he", "l"), ("l", "l")]))
@@ -44,23 +44,24 @@ def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> Non
 
 @dataclass
 class EchoSource:
-    """Says `script`, or the prompt, and then ends with `eos_id`; with `ignore_eos`, repeats it without end.
+    """An `EchoSource` generates its script, or the prompt if it has none, and then `eos_id`.
 
-    A token's logprob is made up from its id; the alternatives are the ids that follow it.
+    With `ignore_eos` it repeats the script without end. A token's logprob is a function of its id, and its alternatives
+    are the ids that follow it.
     """
 
     eos_id: int
     script: list[int] | None = None
-    cached: tuple[int, str] = (0, "")  # tokens of each prompt, and the reason
+    cached: tuple[int, str] = (0, "")  # tokens of each prompt that count as cached, and the reason why not more
     tokens_per_output: int = 1
-    pause: float = 0.0
+    pause: float = 0.0  # seconds before each output
     fails: Exception | None = None  # raised after `num_good` outputs
     num_good: int = 0
-    forgets_reason: bool = False
+    forgets_reason: bool = False  # the last output has no finish reason
     seen: list[SamplingParams] = field(default_factory=list)
     timeouts: list[float | None] = field(default_factory=list)
-    active: set[str] = field(default_factory=set)
-    resumed: list[tuple[int, ...]] = field(default_factory=list)  # of requests that began elsewhere: what they had
+    active: set[str] = field(default_factory=set)  # ids of open requests
+    resumed: list[tuple[int, ...]] = field(default_factory=list)  # tokens that each continued request had already sent
 
     async def generate(
         self,
@@ -88,16 +89,16 @@ class EchoSource:
             self.active.discard(request_id)
 
     def _outputs(self, request_id: str, prompt: list[int], params: SamplingParams) -> Iterator[TokenOutput]:
-        said = prompt if self.script is None else self.script
-        answer = cycle(said) if params.ignore_eos else iter([*said, self.eos_id])
+        script = prompt if self.script is None else self.script
+        answer = cycle(script) if params.ignore_eos else iter([*script, self.eos_id])
         limit = params.max_tokens or 1000
         num_done, is_first = 0, params.prompt_logprobs is not None
         while tokens := tuple(islice(answer, min(self.tokens_per_output, limit - num_done))):
             num_done += len(tokens)
             is_stop = not params.ignore_eos and tokens[-1] == self.eos_id
             reason = FinishReason.STOP if is_stop else FinishReason.LENGTH if num_done == limit else None
-            told = None if self.forgets_reason else reason
-            output = TokenOutput(request_id, tokens, told, len(prompt), num_done, queued_s=0.001)
+            reported = None if self.forgets_reason else reason
+            output = TokenOutput(request_id, tokens, reported, len(prompt), num_done, queued_s=0.001)
             yield replace(
                 output,
                 logprobs=scores(tokens, params.logprobs),
@@ -121,7 +122,7 @@ def scores(token_ids: Sequence[int], num_top: int | None) -> tuple[TokenLogprob,
 
 @contextmanager
 def serving(app: FastAPI, lifespan: Literal["on", "off"] = "off") -> Iterator[str]:
-    """The application under a real uvicorn on a free port; yields its address."""
+    """Serve the application with a real uvicorn on a free port, and yield its address."""
     config = uvicorn.Config(app, host="127.0.0.1", port=0, ws="none", lifespan=lifespan, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -1,4 +1,4 @@
-"""One real engine with the demo model, and the same question to it over REST and gRPC, streamed and not."""
+"""A `Surfaces` sends the same request over REST and gRPC, streamed and not, to an engine with the demo model."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 504: "DEADLINE_EXCEEDED"}
 
 
 @dataclass
-class Told:
-    """What a client was told, in a form that all ways share; `error` is (gRPC code, sentence)."""
+class SurfaceResponse:
+    """A `SurfaceResponse` is what a client received, in a form that is the same for all four ways to ask."""
 
     choices: list[dict[str, Any]] = field(default_factory=list)
     usage: tuple[int, int, int] = (0, 0, 0)  # prompt, completion, cached
     cache: str = ""
     request_id: str = ""
-    error: tuple[str, str] | None = None
+    error: tuple[str, str] | None = None  # gRPC code and sentence
 
 
 @contextmanager
 def serving() -> Iterator[Surfaces]:
-    """Engine and gateway in one thread with an event loop of its own, behind real ports."""
+    """Run an engine and a gateway behind real ports, in a thread with its own event loop."""
     family = load_family(DEMO)
     memory = plan_memory(family.config.state_spec, torch.float32, 64 << 20, MAX_LEN, 8)
     config = BackboneConfig(torch.float32, "cpu", MAX_LEN, max_batch_tokens=256, memory=memory, num_threads=1)
@@ -59,6 +59,8 @@ def serving() -> Iterator[Surfaces]:
 
 
 class Startable(Protocol):
+    """A `Startable` is an object that is started and stopped on the event loop of the gateway."""
+
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
@@ -66,15 +68,18 @@ class Startable(Protocol):
 
 @contextmanager
 def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Client, Any]]:
-    """A gateway in front of `source`: clients of its REST and its gRPC port."""
+    """Run a gateway in front of `source`, and yield clients of its REST port and its gRPC port.
+
+    `life` is started before the gateway and stopped after it.
+    """
     card, tokenizer = ModelCard("demo", MAX_LEN, 1), Tokenizer(DEMO)
     generation = Generation(source, tokenizer, card, GrammarCompiler(DEMO).check)
 
     async def health() -> Health:
         return Health(is_ready=True)
 
-    where = ListenerConfig("127.0.0.1", free_port(), free_port())
-    listener = Listener(where, build_rest(generation, health), InferenceApi(generation, health))
+    config = ListenerConfig("127.0.0.1", free_port(), free_port())
+    listener = Listener(config, build_rest(generation, health), InferenceApi(generation, health))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -85,8 +90,8 @@ def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Clie
     run(life.start())
     run(listener.start())
     with (
-        grpc.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel,
-        httpx.Client(base_url=f"http://127.0.0.1:{where.http_port}", timeout=120) as http,
+        grpc.insecure_channel(f"127.0.0.1:{config.grpc_port}") as channel,
+        httpx.Client(base_url=f"http://127.0.0.1:{config.http_port}", timeout=120) as http,
     ):
         yield http, inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
     run(listener.stop())
@@ -98,12 +103,17 @@ def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Clie
 
 @dataclass(frozen=True)
 class Surfaces:
+    """A `Surfaces` holds clients of one gateway, and sends a request given as a REST body over any surface."""
+
     http: httpx.Client
     stub: Any
-    backbone: Backbone | None = None  # where it is in this process
+    backbone: Backbone | None = None  # None: the backbone is in another process
 
-    def ask_all(self, body: dict[str, Any]) -> dict[str, Told]:
-        """The same question in four ways, after it was asked twice so that all find the same in the prefix cache."""
+    def ask_all(self, body: dict[str, Any]) -> dict[str, SurfaceResponse]:
+        """Send the same request in four ways, and return the response of each way.
+
+        The request is sent twice before that, so that all four ways find the same tokens in the prefix cache.
+        """
         for _ in range(2):
             self.rest(body, is_streamed=False)
         return {
@@ -113,36 +123,36 @@ class Surfaces:
             "grpc stream": self.grpc(body, is_streamed=True),
         }
 
-    def rest(self, body: dict[str, Any], is_streamed: bool) -> Told:
+    def rest(self, body: dict[str, Any], is_streamed: bool) -> SurfaceResponse:
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         if is_streamed:
             body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         answer = self.http.post(path, json=body, headers={"X-Request-Id": "same"})
         if answer.status_code != 200:
-            return Told(error=(CODES[answer.status_code], answer.json()["error"]["message"]))
+            return SurfaceResponse(error=(CODES[answer.status_code], answer.json()["error"]["message"]))
         assert answer.headers["x-request-id"] == "same"
-        told = _from_events(answer.text) if is_streamed else _from_whole(answer.json())
-        told.cache, told.request_id = answer.headers["x-expertmesh-cache"], answer.headers["x-request-id"]
-        return told
+        result = _from_events(answer.text) if is_streamed else _from_whole(answer.json())
+        result.cache, result.request_id = answer.headers["x-expertmesh-cache"], answer.headers["x-request-id"]
+        return result
 
-    def grpc(self, body: dict[str, Any], is_streamed: bool) -> Told:
+    def grpc(self, body: dict[str, Any], is_streamed: bool) -> SurfaceResponse:
         request = to_grpc(body)
         try:
             if is_streamed:
                 call = self.stub.GenerateStream(request, timeout=120)
-                told = _from_chunks(list(call))
+                result = _from_chunks(list(call))
             else:
                 response, call = self.stub.Generate.with_call(request, timeout=120)
-                told = _from_response(response)
+                result = _from_response(response)
         except grpc.RpcError as error:
-            return Told(error=(error.code().name, error.details()))  # type: ignore[attr-defined]
+            return SurfaceResponse(error=(error.code().name, error.details()))  # type: ignore[attr-defined]
         trailers = dict(call.trailing_metadata())
-        told.cache, told.request_id = trailers["x-expertmesh-cache"], trailers["x-request-id"]
-        return told
+        result.cache, result.request_id = trailers["x-expertmesh-cache"], trailers["x-request-id"]
+        return result
 
 
 def to_grpc(body: dict[str, Any]) -> pb.GenerateRequest:
-    """The typed form of a REST body."""
+    """Return a REST body as a gRPC message."""
     body = dict(body)
     request = pb.GenerateRequest(model=body.pop("model", ""), request_id="same", echo=body.pop("echo", False))
     if "timeout" in body:
@@ -193,11 +203,11 @@ def _past_call(call: dict[str, Any]) -> pb.ToolCall:
     return pb.ToolCall(id=call["id"], **call["function"])
 
 
-def _set_format(to: pb.ResponseFormat, asked: dict[str, Any], structured: dict[str, Any]) -> None:
-    if asked.get("type") == "json_object":
+def _set_format(to: pb.ResponseFormat, response_format: dict[str, Any], structured: dict[str, Any]) -> None:
+    if response_format.get("type") == "json_object":
         to.json_object = True
-    elif asked.get("type") == "json_schema":
-        to.json_schema = json.dumps(asked["json_schema"]["schema"])
+    elif response_format.get("type") == "json_schema":
+        to.json_schema = json.dumps(response_format["json_schema"]["schema"])
     for key, value in structured.items():
         if key == "choice":
             to.choice.texts.extend(value)
@@ -209,28 +219,28 @@ def _empty() -> dict[str, Any]:
     return {"text": "", "reasoning": "", "calls": {}, "logprobs": [], "prompt_logprobs": [], "finish": ""}
 
 
-def _from_whole(answer: dict[str, Any]) -> Told:
-    told = Told(usage=_usage(answer["usage"]))
+def _from_whole(answer: dict[str, Any]) -> SurfaceResponse:
+    result = SurfaceResponse(usage=_usage(answer["usage"]))
     for choice in answer["choices"]:
         one = _empty()
         _add_rest(one, choice, choice.get("message", {}))
-        told.choices.append(one)
-    return told
+        result.choices.append(one)
+    return result
 
 
-def _from_events(text: str) -> Told:
+def _from_events(text: str) -> SurfaceResponse:
     events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     assert events.pop() == "[DONE]"
-    told, choices = Told(), dict[int, dict[str, Any]]()
+    result, choices = SurfaceResponse(), dict[int, dict[str, Any]]()
     for event in map(json.loads, events):
         if "error" in event:
-            return Told(error=("", event["error"]["message"]))
+            return SurfaceResponse(error=("", event["error"]["message"]))
         if event.get("usage"):
-            told.usage = _usage(event["usage"])
+            result.usage = _usage(event["usage"])
         for choice in event["choices"]:
             _add_rest(choices.setdefault(choice["index"], _empty()), choice, choice.get("delta", {}))
-    told.choices = [choices[index] for index in sorted(choices)]
-    return told
+    result.choices = [choices[index] for index in sorted(choices)]
+    return result
 
 
 def _add_rest(one: dict[str, Any], choice: dict[str, Any], message: dict[str, Any]) -> None:
@@ -254,21 +264,21 @@ def _data(name: str) -> bytes:
     return name.encode()
 
 
-def _from_response(response: pb.GenerateResponse) -> Told:
-    told = Told(usage=_grpc_usage(response.usage))
+def _from_response(response: pb.GenerateResponse) -> SurfaceResponse:
+    result = SurfaceResponse(usage=_grpc_usage(response.usage))
     for choice in response.choices:
         one = _empty()
         _add_grpc(one, choice)
-        told.choices.append(one)
-    return told
+        result.choices.append(one)
+    return result
 
 
-def _from_chunks(chunks: list[pb.GenerateChunk]) -> Told:
+def _from_chunks(chunks: list[pb.GenerateChunk]) -> SurfaceResponse:
     choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
         _add_grpc(choices.setdefault(chunk.choice.index, _empty()), chunk.choice)
     assert [chunk.HasField("usage") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    return Told([choices[index] for index in sorted(choices)], _grpc_usage(chunks[-1].usage))
+    return SurfaceResponse([choices[index] for index in sorted(choices)], _grpc_usage(chunks[-1].usage))
 
 
 def _add_grpc(one: dict[str, Any], choice: pb.Choice) -> None:
@@ -299,12 +309,12 @@ def _grpc_usage(usage: pb.Usage) -> tuple[int, int, int]:
     return usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
 
 
-def comparable(told: Told, is_chat: bool, echoes: bool) -> Told:
-    """Logprobs of gRPC in the shape that REST gives them in: by alternatives for chats, by offset for completions."""
-    for one in told.choices:
+def comparable(result: SurfaceResponse, is_chat: bool, echoes: bool) -> SurfaceResponse:
+    """Bring the logprobs of gRPC into the form of REST: with alternatives for chats, with offsets for completions."""
+    for one in result.choices:
         scores = [*(one.pop("prompt_logprobs") if echoes else one.pop("prompt_logprobs") and []), *one["logprobs"]]
         one["logprobs"] = [_comparable(score, is_chat) if len(score) == 4 else score for score in scores]
-    return told
+    return result
 
 
 def _comparable(score: tuple[Any, ...], is_chat: bool) -> tuple[Any, ...]:

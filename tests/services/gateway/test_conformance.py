@@ -1,4 +1,7 @@
-"""REST and gRPC, streamed and not, tell the same: every parameter and every refusal, on a real engine and model."""
+"""The tests check that REST and gRPC, streamed and not, give equal responses for every parameter and refusal.
+
+The engine and the model are real.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.gateway.metrics.backbone_metrics import backbone_metrics
 from tests.services.application import wait_until
-from tests.services.gateway.surfaces import Surfaces, Told, comparable, serving
+from tests.services.gateway.surfaces import SurfaceResponse, Surfaces, comparable, serving
 from tests.services.gateway.weather import NOW, WEATHER
 
 PROMPT = "    def close(self):"
@@ -216,50 +219,51 @@ def surfaces() -> Iterator[Surfaces]:
         yield surfaces
 
 
-def ask(surfaces: Surfaces, body: dict[str, Any]) -> Told:
-    """What all ways agree on."""
-    told = {way: comparable(one, "messages" in body, "echo" in body) for way, one in surfaces.ask_all(body).items()}
-    for way, one in told.items():
-        assert one == told["rest"], way
-    return told["rest"]
+def ask(surfaces: Surfaces, body: dict[str, Any]) -> SurfaceResponse:
+    """Return the response to `body`, which must be equal over all four ways."""
+    is_chat, echoes = "messages" in body, "echo" in body
+    results = {way: comparable(result, is_chat, echoes) for way, result in surfaces.ask_all(body).items()}
+    for way, result in results.items():
+        assert result == results["rest"], way
+    return results["rest"]
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answers(surfaces: Surfaces, name: str) -> None:
     body = ANSWERS[name]
-    told = ask(surfaces, body)
-    assert told.error is None, told.error
-    assert told.request_id == "same"
-    assert len(told.choices) == body.get("n", 1)
-    assert told.usage[1] <= body.get("max_tokens", 16) * body.get("n", 1)
-    for choice in told.choices:
+    result = ask(surfaces, body)
+    assert result.error is None, result.error
+    assert result.request_id == "same"
+    assert len(result.choices) == body.get("n", 1)
+    assert result.usage[1] <= body.get("max_tokens", 16) * body.get("n", 1)
+    for choice in result.choices:
         assert choice["finish"] in ("stop", "length", "tool_calls")
         assert bool(choice["logprobs"]) == ("logprobs" in body)
         assert "\ufffd" not in choice["text"]
-    # A stop string is the gateway's business: the engine hears of it within a step.
+    # The gateway finds stop strings, so the engine stops a request only with its next step.
     assert wait_until(lambda: surfaces.backbone.engine.stats().num_running == 0, 5)
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(surfaces: Surfaces, name: str) -> None:
     body, code, message = REFUSALS[name]
-    told = ask(surfaces, body)
-    assert told.error is not None
-    assert told.error[0] == code
-    assert told.error[1].startswith(message), told.error[1]
+    result = ask(surfaces, body)
+    assert result.error is not None
+    assert result.error[0] == code
+    assert result.error[1].startswith(message), result.error[1]
 
 
 @pytest.mark.parametrize("way", ["rest", "grpc"])
 def test_a_deadline_that_passes(surfaces: Surfaces, way: str) -> None:
     body = completion(timeout=0.02, max_tokens=400, ignore_eos=True)
-    told = surfaces.rest(body, False) if way == "rest" else surfaces.grpc(body, False)
-    assert told.error is not None
-    assert told.error[0] == "DEADLINE_EXCEEDED"
-    assert told.error[1].startswith("The request's deadline passed after ")
+    result = surfaces.rest(body, False) if way == "rest" else surfaces.grpc(body, False)
+    assert result.error is not None
+    assert result.error[0] == "DEADLINE_EXCEEDED"
+    assert result.error[1].startswith("The request's deadline passed after ")
 
 
 def test_parameters_have_an_effect(surfaces: Surfaces) -> None:
-    """What is compared above would be equal, too, if a parameter reached nobody."""
+    """Check that parameters change the text, because equal responses do not show that a parameter is used."""
     text = {name: ask(surfaces, ANSWERS[name]).choices[0]["text"] for name in ("greedy", "seed", "logit_bias")}
     assert len(set(text.values())) == 3
     changed = ("top_p", "top_k", "min_p", "presence_penalty")
@@ -308,8 +312,8 @@ def test_metrics_of_the_engine(surfaces: Surfaces) -> None:
     values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
     def value(name: str, **labels: str) -> float:
-        told = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
-        return values[f"expertmesh:{name}{{{told}}}"]
+        label_text = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
+        return values[f"expertmesh:{name}{{{label_text}}}"]
 
     model = {"model_name": "demo", "backbone": "a:1"}
     assert 0 < value("prefix_cache_hits_total", **model) < value("prefix_cache_queries_total", **model)
@@ -330,8 +334,8 @@ def test_tokenize_detokenize_and_models(surfaces: Surfaces) -> None:
     assert surfaces.http.post("/detokenize", json={"tokens": rest["tokens"]}).json() == {"prompt": "naïve 🦜"}
     tools = [{"type": "function", "function": NOW.to_template()["function"]}]
     chat = surfaces.http.post("/tokenize", json={"messages": [USER], "tools": tools}).json()
-    told = pb.Chat(messages=[pb.ChatMessage(**USER)], tools=[pb.Tool(name="now")])
-    assert list(surfaces.stub.Tokenize(pb.TokenizeRequest(chat=told)).token_ids) == chat["tokens"]
+    grpc_chat = pb.Chat(messages=[pb.ChatMessage(**USER)], tools=[pb.Tool(name="now")])
+    assert list(surfaces.stub.Tokenize(pb.TokenizeRequest(chat=grpc_chat)).token_ids) == chat["tokens"]
     model = surfaces.http.get("/v1/models/demo").json()
     named = surfaces.stub.GetModel(pb.GetModelRequest(id="demo"))
     assert (named.id, named.max_model_len) == (model["id"], model["max_model_len"])

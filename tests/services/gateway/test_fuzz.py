@@ -1,4 +1,4 @@
-"""Bodies made wrong at random places are answered or refused with a sentence, never with a failure."""
+"""The test checks that bodies with random mistakes are answered or refused with a sentence, and cause no failure."""
 
 from __future__ import annotations
 
@@ -49,18 +49,19 @@ STARTS = [
 ]
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of keys and indices to every value within `value`."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
         yield (*path, key)
-        yield from places(child, (*path, key))
+        yield from paths(child, (*path, key))
 
 
 def mutate(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Puts something else at one or two places."""
+    """Return a copy of `body` in which one or two values are replaced at random."""
     body = copy.deepcopy(body)
     for _ in range(rng.randrange(1, 3)):
-        *path, last = rng.choice(list(places(body)))
+        *path, last = rng.choice(list(paths(body)))
         owner: Any = body
         for key in path:
             owner = owner[key]

@@ -1,4 +1,4 @@
-"""Preparing requests: what happens to prompts and grammars that take long."""
+"""The tests check that prompts and grammars which take long to prepare are bounded and delay no other request."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def test_long_prompts_are_refused_or_given_up_where_they_cannot_be_prepared(
     source: EchoSource, tokenizer: Tokenizer
 ) -> None:
     async def test() -> None:
-        threads, going_on = BoundedThreadPool(num_threads=1, max_open=2), threading.Event()
+        threads, may_finish = BoundedThreadPool(num_threads=1, max_open=2), threading.Event()
         generation = Generation(source, tokenizer, ModelCard("echo", 10**6, 1), threads=threads)
         long = "a" * (INLINE_CHARS + 1)
-        running = asyncio.create_task(threads.run(going_on.wait, 60))
+        running = asyncio.create_task(threads.run(may_finish.wait, 60))
         await asyncio.sleep(0.05)
         with pytest.raises(ApiError, match="deadline passed before its prompt was ready") as late, client_errors():
             await generation.prepare([GenerationRequest(long, timeout=0.05)])
@@ -43,7 +43,7 @@ def test_long_prompts_are_refused_or_given_up_where_they_cannot_be_prepared(
         with pytest.raises(ApiError) as refused, client_errors():
             await generation.prepare([GenerationRequest(long)])
         assert (refused.value.refusal, refused.value.retry_after) == (ApiRefusal.OVERLOADED, 1)
-        going_on.set()
+        may_finish.set()
         [choice] = await waiting
         assert len(choice.prompt_token_ids) == len(long)
         await running

@@ -109,26 +109,26 @@ def test_an_overloaded_engine(api: InferenceApi, source: EchoSource) -> None:
     assert refusal.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-class Trailers:
-    """What a call's context is told last, as gRPC and Ray Serve keep it."""
+class TrailerContext:
+    """A `TrailerContext` keeps the trailing metadata that was set last, like the contexts of gRPC and Ray Serve."""
 
-    told: dict[str, str]
+    metadata: dict[str, str]
 
     def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
-        self.told = dict(trailing_metadata)
+        self.metadata = dict(trailing_metadata)
 
 
 def test_trailing_metadata(api: InferenceApi, source: EchoSource) -> None:
     source.cached = (1, "evicted")
-    context = Trailers()
+    context = TrailerContext()
     asyncio.run(api.generate(pb.GenerateRequest(text="ab", request_id="mine"), context))
-    assert context.told == {"x-request-id": "mine", "x-expertmesh-cache": "evicted; cached=1"}
-    context = Trailers()
+    assert context.metadata == {"x-request-id": "mine", "x-expertmesh-cache": "evicted; cached=1"}
+    context = TrailerContext()
     source.fails = EngineOverloaded("Too many requests wait.", retry_after=7)
     with pytest.raises(GrpcError):
         asyncio.run(api.generate(pb.GenerateRequest(text="ab"), context))
-    assert context.told["retry-after"] == "7"
-    assert context.told["x-request-id"].startswith("gen-")
+    assert context.metadata["retry-after"] == "7"
+    assert context.metadata["x-request-id"].startswith("gen-")
 
 
 def test_several_choices_and_tools(api: InferenceApi) -> None:

@@ -23,11 +23,11 @@ from tests.services.gateway.echo import EchoSource
 
 
 @contextlib.asynccontextmanager
-async def listening(generation: Generation, where: ListenerConfig) -> AsyncIterator[Listener]:
+async def listening(generation: Generation, config: ListenerConfig) -> AsyncIterator[Listener]:
     async def health() -> Health:
         return Health(is_ready=True)
 
-    listener = Listener(where, build_rest(generation, health), InferenceApi(generation, health))
+    listener = Listener(config, build_rest(generation, health), InferenceApi(generation, health))
     await listener.start()
     try:
         yield listener
@@ -44,14 +44,14 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 def test_both_surfaces_answer_on_their_ports(generation: Generation) -> None:
     async def test() -> None:
-        where = ListenerConfig("127.0.0.1", free_port(), free_port())
-        async with listening(generation, where) as listener, httpx.AsyncClient() as http:
+        config = ListenerConfig("127.0.0.1", free_port(), free_port())
+        async with listening(generation, config) as listener, httpx.AsyncClient() as http:
             assert listener.is_healthy
             answer = await http.post(
-                f"http://127.0.0.1:{where.http_port}/v1/completions", json={"prompt": "hello", "max_tokens": 3}
+                f"http://127.0.0.1:{config.http_port}/v1/completions", json={"prompt": "hello", "max_tokens": 3}
             )
             assert answer.json()["usage"]["completion_tokens"] == 3
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{config.grpc_port}") as channel:
                 stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
                 request = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=3))
                 assert (await stub.Generate(request)).usage.completion_tokens == 3
@@ -70,8 +70,8 @@ def test_both_surfaces_answer_on_their_ports(generation: Generation) -> None:
 
 def test_a_refusal_has_its_code_and_sentence(generation: Generation) -> None:
     async def test() -> None:
-        where = ListenerConfig("127.0.0.1", grpc_port=free_port())
-        async with listening(generation, where), grpc.aio.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel:
+        config = ListenerConfig("127.0.0.1", grpc_port=free_port())
+        async with listening(generation, config), grpc.aio.insecure_channel(f"127.0.0.1:{config.grpc_port}") as channel:
             stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
             request = pb.GenerateRequest(text="a", model="gpt")
             for call in (stub.Generate(request), stub.GenerateStream(request).read()):
@@ -86,26 +86,26 @@ def test_a_client_that_goes_away_frees_its_request(generation: Generation, sourc
     source.pause = 0.01
 
     async def test() -> None:
-        where = ListenerConfig("127.0.0.1", free_port(), free_port())
+        config = ListenerConfig("127.0.0.1", free_port(), free_port())
         body = {"prompt": "hello", "max_tokens": 50, "ignore_eos": True, "stream": True}
-        async with listening(generation, where):
+        async with listening(generation, config):
             async with (
                 httpx.AsyncClient() as http,
-                http.stream("POST", f"http://127.0.0.1:{where.http_port}/v1/completions", json=body) as answer,
+                http.stream("POST", f"http://127.0.0.1:{config.http_port}/v1/completions", json=body) as answer,
             ):
                 await anext(answer.aiter_lines())
                 assert source.active
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{where.grpc_port}") as channel:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{config.grpc_port}") as channel:
                 stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
                 sampling = pb.SamplingParams(max_tokens=50, ignore_eos=True)
                 call = stub.GenerateStream(pb.GenerateRequest(text="hello", sampling=sampling))
                 await call.read()
                 call.cancel()
-            for _ in range(20):  # well before the 50th token
+            for _ in range(20):  # 0.2 s, well before the 50th token after 0.5 s
                 await asyncio.sleep(0.01)
                 if not source.active:
                     return
-            raise AssertionError(f"{source.active} are still computed")
+            raise AssertionError(f"the requests {source.active} are still being generated")
 
     run(test)
 
@@ -130,9 +130,9 @@ def test_every_rpc_is_served() -> None:
 
 def test_several_gateways_of_a_machine_share_a_port(generation: Generation) -> None:
     async def test() -> None:
-        where = ListenerConfig("127.0.0.1", free_port(), free_port())
-        async with listening(generation, where), listening(generation, where), httpx.AsyncClient() as http:
-            assert (await http.get(f"http://127.0.0.1:{where.http_port}/v1/models")).status_code == 200
+        config = ListenerConfig("127.0.0.1", free_port(), free_port())
+        async with listening(generation, config), listening(generation, config), httpx.AsyncClient() as http:
+            assert (await http.get(f"http://127.0.0.1:{config.http_port}/v1/models")).status_code == 200
 
     run(test)
 
@@ -163,13 +163,13 @@ def test_open_streams_end_normally_within_the_time_to_drain(
         return found
 
     async def test() -> None:
-        where = ListenerConfig("127.0.0.1", free_port(), free_port(), drain_s)
-        async with listening(generation, where) as listener, httpx.AsyncClient() as http:
-            assert where.http_port is not None
-            assert where.grpc_port is not None
+        config = ListenerConfig("127.0.0.1", free_port(), free_port(), drain_s)
+        async with listening(generation, config) as listener, httpx.AsyncClient() as http:
+            assert config.http_port is not None
+            assert config.grpc_port is not None
             rest, typed = (
-                asyncio.create_task(lines(http, where.http_port)),
-                asyncio.create_task(tokens(where.grpc_port)),
+                asyncio.create_task(lines(http, config.http_port)),
+                asyncio.create_task(tokens(config.grpc_port)),
             )
             await asyncio.sleep(0.5)
             await listener.stop()

@@ -1,4 +1,4 @@
-"""A pool of threads with a bounded queue."""
+"""The test checks that the thread pool refuses work when its queue is full."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from services.gateway.thread_pool import BoundedThreadPool
 
 def test_beyond_the_most_at_a_time_work_is_refused() -> None:
     async def test() -> None:
-        threads, going_on = BoundedThreadPool(num_threads=1, max_open=2), threading.Event()
-        running, waiting = (asyncio.create_task(threads.run(going_on.wait, 60)) for _ in range(2))
+        threads, may_finish = BoundedThreadPool(num_threads=1, max_open=2), threading.Event()
+        running, waiting = (asyncio.create_task(threads.run(may_finish.wait, 60)) for _ in range(2))
         await asyncio.sleep(0.05)
         with pytest.raises(EngineOverloaded, match="2 requests are being tokenized or checked"):
             await threads.run(sum, [1, 2])
-        waiting.cancel()  # it leaves the line, and another may come
+        waiting.cancel()  # the call leaves the queue, so another call may wait
         await asyncio.wait([waiting])
         last = asyncio.create_task(threads.run(sum, [1, 2]))
         await asyncio.sleep(0.05)
-        going_on.set()
+        may_finish.set()
         assert await running
         assert await last == 3
 

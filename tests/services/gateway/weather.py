@@ -1,4 +1,4 @@
-"""Tools for tests, and how a model of the family writes calls to them."""
+"""Tests use these tools, and these calls of the tools in the model's own format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BackbonePool of the demo model in processes of their own, which can be killed, stopped and asked to end."""
+"""A `BackboneProcess` runs a backbone with the demo model, which tests kill, suspend and stop."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ from services.gateway.backbones.backbone_pool import BackbonePool
 
 MAX_LEN = 512
 START_TIMEOUT_S = 30
-# Forked from one process that has imported everything: there are many to kill, and imports take seconds. torch reads
-# the last one when a model is made.
+# Backbones are forked from one process that has imported everything, because tests start many and imports take seconds.
+# torch imports torch._dynamo only when a model is made, so it is named here.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 class BackboneProcess:
-    """Starts at once; `endpoint` waits until it serves. A step takes `pause_s` more than it needs."""
+    """A `BackboneProcess` starts at once, and `endpoint` waits until it serves.
+
+    Each step is `pause_s` seconds longer than it needs to be.
+    """
 
     def __init__(self, pause_s: float, draft_tokens: int | None = None) -> None:
         self._pipe, theirs = CONTEXT.Pipe()
@@ -74,7 +77,7 @@ class BackboneProcess:
             self._process.join(10)
 
     def stop(self) -> None:
-        """In good order, as Serve ends a replica; returns before it has ended."""
+        """Ask the backbone to stop in good order, as Serve does with a replica, without waiting for the end."""
         self._is_ending = True
         self._pipe.send("stop")
 
@@ -86,7 +89,7 @@ class BackboneProcess:
 
 
 class Replicas:
-    """Two backbones, of which some are taken down now and then and others come in their place."""
+    """A `Replicas` keeps two backbones; `refill` replaces the backbones that a test took down."""
 
     def __init__(self, pause_s: float) -> None:
         self._pause_s = pause_s
@@ -95,7 +98,7 @@ class Replicas:
             assert one.endpoint
 
     async def ask(self) -> list[dict[str, Any]]:
-        """What Serve would say: those that are dead or hang do not answer."""
+        """Return the statuses that Serve would return; dead and hung backbones do not answer."""
         return [{"endpoint": one.endpoint, "engine": {"is_healthy": True}} for one in self.all if one.answers]
 
     def busiest(self, backbones: BackbonePool) -> BackboneProcess:
@@ -113,7 +116,7 @@ class Replicas:
         new = [BackboneProcess(self._pause_s) for _ in range(2 - len(self.all))]
         for one in new:
             assert one.endpoint
-        self.all += new  # only now: gateways ask for the endpoints of these from threads of their own
+        self.all += new  # only now, because gateways in other threads ask for the endpoints of all backbones
 
     def close(self) -> None:
         for one in self.all:
@@ -121,7 +124,7 @@ class Replicas:
 
 
 def _main(pipe: Connection, pause_s: float, draft_tokens: int | None) -> None:
-    faulthandler.dump_traceback_later(START_TIMEOUT_S / 2)  # says where a start hangs
+    faulthandler.dump_traceback_later(START_TIMEOUT_S / 2)  # shows where a start hangs
     torch.set_num_threads(1)
     asyncio.run(_serve(pipe, pause_s, draft_tokens))
 

@@ -1,4 +1,4 @@
-"""The stream between a gateway and its backbones, over real sockets."""
+"""The tests use a pool of backbones over real sockets; the backbones repeat their prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENDLESS = SamplingParams(ignore_eos=True, max_tokens=900)
 
 
 class Fleet:
-    """BackbonePool that can be started and killed; `ask` is what a gateway asks."""
+    """A `Fleet` holds backbones that a test starts and kills; a gateway calls `ask` for their statuses."""
 
     def __init__(self) -> None:
         self.servers: list[tuple[str, EngineServer]] = []

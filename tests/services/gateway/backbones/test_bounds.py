@@ -1,4 +1,4 @@
-"""What bounds the stream between a gateway and a backbone: outputs nobody takes, large ones, a host that is gone."""
+"""The tests check the stream's bounds: a gateway that reads no outputs, large outputs, a host that disappears."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from services.engine.contract.sampling_params import SamplingParams
 from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
 from services.engine.contract.wire import start_to_proto
 from services.engine.server import EngineServer
-from services.gateway.backbones import backbone_stream as link_stream
+from services.gateway.backbones import backbone_stream
 from services.gateway.backbones.backbone_stream import BackboneLost, BackboneStream
 
 PARAMS = SamplingParams(max_tokens=1000)
@@ -27,7 +27,7 @@ IDS = tuple(range(500, 1500))
 
 
 class Flood:
-    """Says large outputs, `num_outputs` of them or without end."""
+    """A `Flood` generates large outputs: `num_outputs` for each request, or without end."""
 
     def __init__(self, num_outputs: int | None = None) -> None:
         self.num_outputs, self.active, self.num_made = num_outputs, set[str](), 0
@@ -115,8 +115,8 @@ def test_what_is_made_at_once_leaves_in_messages_of_bounded_size(monkeypatch: py
         await stream.close()
 
     run(test, Flood(30))
-    assert max(sizes) <= 10_000 + 2 * len(IDS) + 100, "what passes the bound is one output at most"
-    assert len(sizes) < 20 * 30, "and yet several travel together"
+    assert max(sizes) <= 10_000 + 2 * len(IDS) + 100, "a message exceeds the bound by at most one output"
+    assert len(sizes) < 20 * 30, "several outputs share a message"
 
 
 def test_prompt_logprobs_beyond_a_message_end_their_own_request_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_prompt_logprobs_beyond_a_message_end_their_own_request_in_a_sentence(mo
         with pytest.raises(ValueError, match="prompt_logprobs of this prompt are too many to send"):
             await collect(stream, "large")
         flood.prompt_logprobs = ()
-        with suppress(ValueError):  # it may have been caught up in it, but by itself
+        with suppress(ValueError):  # its outputs may have had the long prompt_logprobs as well
             await other
         assert len(await collect(stream, "after")) == 3
         assert stream.is_open
@@ -140,7 +140,7 @@ def test_prompt_logprobs_beyond_a_message_end_their_own_request_in_a_sentence(mo
 
 
 class Cable:
-    """Between two hosts; pulled, it carries nothing and tells nobody."""
+    """A `Cable` is a TCP proxy between two hosts; when it is pulled, it drops all bytes and closes no connection."""
 
     def __init__(self, endpoint: str) -> None:
         self._host, _, port = endpoint.rpartition(":")
@@ -182,7 +182,7 @@ def test_either_end_finds_out_that_the_others_host_is_gone(monkeypatch: pytest.M
         return tuple((dict(options) | sooner).items())
 
     if quick == "gateway":
-        monkeypatch.setattr(link_stream, "CHANNEL_OPTIONS", faster(CHANNEL_OPTIONS))
+        monkeypatch.setattr(backbone_stream, "CHANNEL_OPTIONS", faster(CHANNEL_OPTIONS))
     else:
         monkeypatch.setattr(server, "SERVER_OPTIONS", faster(SERVER_OPTIONS))
 

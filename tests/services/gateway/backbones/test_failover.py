@@ -1,4 +1,7 @@
-"""When a gateway goes on elsewhere, and when it does not: over real sockets, with backbones that say their prompt."""
+"""The tests check when a gateway continues a request on another backbone, over real sockets.
+
+The backbones repeat their prompt.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ async def take(outputs: Any, count: int) -> list[int]:
 
 
 async def end(servers: list[EngineServer], fleet: Fleet, how: str) -> None:
-    """Of the only one that is known."""
+    """Stop or kill the only server in `servers`."""
     [one] = servers
     if how == "stop":
         fleet.servers = [entry for entry in fleet.servers if entry[1] is not one]
@@ -142,12 +145,12 @@ def test_a_failed_step_is_tried_on_one_other_backbone() -> None:
     async def test(fleet: Fleet, backbones: BackbonePool) -> None:
         broken = [EchoSource(eos_id=0, fails=EngineFailed("The step failed."), num_good=2) for _ in range(3)]
         await fleet.start(broken[0])
-        with pytest.raises(EngineFailed, match="The step failed"):  # there is no other
+        with pytest.raises(EngineFailed, match="The step failed"):  # no other backbone is there to retry
             await drained(backbones, "alone")
         assert len(broken[0].seen) == 1
         for source in broken[1:]:
             await fleet.start(source)
-        await asyncio.sleep(0.1)  # until the gateway would ask again who is there
+        await asyncio.sleep(0.1)  # until the statuses that the gateway knows are too old
         await backbones._find()
         with pytest.raises(EngineFailed, match="The step failed"):
             await drained(backbones, "everywhere")
@@ -225,7 +228,7 @@ def test_a_client_that_leaves_while_no_backbone_is_there_leaves_nothing_behind()
 
 
 def test_a_silent_backbone_is_given_up_where_another_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEARTBEAT_S", 60.0)  # as if its event loop had stopped
+    monkeypatch.setattr(server, "HEARTBEAT_S", 60.0)  # the backbone is silent, as if its event loop had stopped
 
     async def test(fleet: Fleet, backbones: BackbonePool) -> None:
         hung = EchoSource(eos_id=0, pause=30)
@@ -249,13 +252,13 @@ def test_a_silent_backbone_is_given_up_where_another_answers(monkeypatch: pytest
 def test_who_is_given_up() -> None:
     assert unresponsive_endpoints({}) == []
     assert unresponsive_endpoints({"a": 0.0, "b": 0.9, "c": 1.0, "d": 30.0}) == ["c", "d"]
-    assert unresponsive_endpoints({"a": 1.5, "b": 9.9}) == [], "there is nowhere to go"
+    assert unresponsive_endpoints({"a": 1.5, "b": 9.9}) == [], "no other backbone could continue the requests"
     assert unresponsive_endpoints({"a": 1.5, "b": 10.0}) == ["b"]
 
 
 def test_a_busy_backbone_is_not_silent() -> None:
     async def test(fleet: Fleet, backbones: BackbonePool) -> None:
-        await fleet.start(EchoSource(eos_id=0, pause=2.5))  # a step that takes that long
+        await fleet.start(EchoSource(eos_id=0, pause=2.5))  # every step takes this long
         await fleet.start(EchoSource(eos_id=0, pause=2.5))
         await backbones.start()
         params = SamplingParams(max_tokens=1, seed=1)

@@ -1,6 +1,6 @@
-"""BackbonePool of the demo model that die, hang or stop while they answer: every token is that of an undisturbed run.
+"""The tests check that backbones which die, hang or stop while they answer change and lose no token.
 
-EXPERTMESH_TRIALS sets how often each is done at a random moment; pauses are printed (`pytest -s`).
+EXPERTMESH_TRIALS sets how often each disturbance is repeated, at random moments. `pytest -s` shows the pauses.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tests.services.application import wait_until
 from tests.services.demo import held_out_prompts
 from tests.services.engine.resumable import KINDS, SCHEMA
 from tests.services.gateway.backbones.backbone_process import BackboneProcess, Replicas
-from tests.services.gateway.surfaces import Surfaces, Told, listening
+from tests.services.gateway.surfaces import SurfaceResponse, Surfaces, listening
 
 NUM_TRIALS = int(os.environ.get("EXPERTMESH_TRIALS", "3"))
-PAUSE_S = 0.008  # of each step, so that most answers take half a second or more
+PAUSE_S = 0.008  # seconds added to each step, so that most answers take half a second or more
 PROMPTS = dict(zip(KINDS, held_out_prompts(len(KINDS), 40), strict=True))
 LONG = SamplingParams(seed=3, max_tokens=300, ignore_eos=True)
 Answer = tuple[Any, ...]
@@ -46,7 +46,7 @@ def replicas() -> Iterator[Replicas]:
 
 
 @pytest.fixture(autouse=True)
-def both(replicas: Replicas) -> None:
+def refilled(replicas: Replicas) -> None:
     replicas.refill()
 
 
@@ -83,7 +83,7 @@ async def ask(backbones: BackbonePool, kind: str) -> Answer:
 
 
 def summary(outputs: Sequence[TokenOutput]) -> Answer:
-    """What may not depend on where the steps ended."""
+    """Return the part of an answer that must not depend on how its tokens were divided into steps."""
     last = outputs[-1]
     return (
         [token for output in outputs for token in output.token_ids],
@@ -116,7 +116,7 @@ def test_no_token_is_lost_or_changed(replicas: Replicas, undisturbed: dict[str, 
         victim = replicas.busiest(backbones)
         await asyncio.to_thread(DISTURBANCES[how], victim)
         answers = await asked
-        if how == "hang":  # what it says when it wakes up is for nobody
+        if how == "hang":  # the outputs that the backbone sends after it wakes up must reach no client
             victim.send(signal.SIGCONT)
             await asyncio.to_thread(victim.wait_until_idle)
         return answers
@@ -161,7 +161,7 @@ def test_with_both_dead_a_request_ends_in_one_sentence_and_in_time(
 
 
 def test_the_only_one_that_hangs_for_a_while_goes_on(replicas: Replicas) -> None:
-    """There is nowhere to go, so it is waited for."""
+    """Check that a gateway waits for a hung backbone if there is no other one."""
     pauses: list[float | None] = []
 
     async def work(backbones: BackbonePool) -> None:
@@ -177,7 +177,7 @@ def test_the_only_one_that_hangs_for_a_while_goes_on(replicas: Replicas) -> None
         assert tokens == whole
 
     run(replicas, work, pauses)
-    assert len(pauses) <= 1  # where "again" began at the one that died
+    assert len(pauses) <= 1  # one pause if "again" began on the backbone that died
 
 
 def test_a_client_that_leaves_while_its_backbone_hangs_frees_everything(replicas: Replicas) -> None:
@@ -235,7 +235,7 @@ def test_clients_of_every_surface_are_told_the_same(replicas: Replicas, name: st
     backbones, chooser = BackbonePool(replicas.ask), random.Random(name)
     with listening(backbones, backbones) as (http, stub), ThreadPoolExecutor(1) as pool:
         surfaces = Surfaces(http, stub)
-        ways: dict[str, Callable[[], Told]] = {
+        ways: dict[str, Callable[[], SurfaceResponse]] = {
             f"{surface} {is_streamed}": partial(getattr(surfaces, surface), BODIES[name], is_streamed=is_streamed)
             for surface in ("rest", "grpc")
             for is_streamed in (False, True)
@@ -245,10 +245,10 @@ def test_clients_of_every_surface_are_told_the_same(replicas: Replicas, name: st
             answer = pool.submit(ask_it)
             time.sleep(chooser.uniform(0.1, 0.4))
             replicas.busiest(backbones).send(signal.SIGKILL)
-            told = answer.result()
-            assert told.choices == expected.choices, way
-            assert told.usage[:2] == expected.usage[:2], way  # what was cached is the replica's affair
-            assert told.error is None
+            result = answer.result()
+            assert result.choices == expected.choices, way
+            assert result.usage[:2] == expected.usage[:2], way  # cached tokens may differ between replicas
+            assert result.error is None
             replicas.refill()
             wait_until(lambda: sum(stream.is_open for stream in list(backbones._streams.values())) == 2, 10)
 

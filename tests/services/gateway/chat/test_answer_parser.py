@@ -1,4 +1,4 @@
-"""Reasoning, content and calls, wherever the text is cut into pieces."""
+"""The tests check that reasoning, content and calls do not depend on how the text is cut into pieces."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from services.gateway.chat.answer_parser import AnswerParser, AnswerParts
 from tests.services.gateway.weather import ANY, ARGUMENTS, CALL, CALL_NOW, NOW, WEATHER
 
 TOOLS = (WEATHER, NOW, ANY)
-Split = tuple[str, str, list[tuple[str, str]]]
+Parsed = tuple[str, str, list[tuple[str, str]]]
 
 
-def split(pieces: list[str], **kind: Any) -> Split:
-    """Content, reasoning, and (name, arguments) of each call."""
-    splitter = AnswerParser(**kind)
-    parts: list[AnswerParts] = [*(splitter.push(piece) for piece in pieces), splitter.finish()]
+def parse(pieces: list[str], **kind: Any) -> Parsed:
+    """Return the content, the reasoning, and the (name, arguments) of each call."""
+    parser = AnswerParser(**kind)
+    parts: list[AnswerParts] = [*(parser.push(piece) for piece in pieces), parser.finish()]
     calls: dict[int, tuple[str, str]] = {}
     for delta in (delta for part in parts for delta in part.calls):
         assert delta.id or delta.arguments, "no piece is empty"
@@ -34,21 +34,21 @@ def split(pieces: list[str], **kind: Any) -> Split:
     )
 
 
-def split_anyhow(text: str, **kind: Any) -> Split:
-    """The same however the text is cut: in one piece, by the character, and at random."""
+def parse_cut(text: str, **kind: Any) -> Parsed:
+    """Return what is parsed from `text`, which must be equal in one piece, by the character, and cut at random."""
     rng = random.Random(len(text))
-    whole = split([text], **kind)
-    assert split(list(text), **kind) == whole
+    whole = parse([text], **kind)
+    assert parse(list(text), **kind) == whole
     for _ in range(20):
         cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(1, 12)))
-        assert split([text[a:b] for a, b in pairwise([0, *cuts, len(text)])], **kind) == whole
+        assert parse([text[a:b] for a, b in pairwise([0, *cuts, len(text)])], **kind) == whole
     return whole
 
 
 @pytest.mark.parametrize("is_forced", [False, True])
 def test_reasoning_content_and_calls(is_forced: bool) -> None:
     text = f"Hm.\n\n</think>\n\nLook:\n{CALL}\n{CALL_NOW}\n"
-    content, reasoning, calls = split_anyhow(text, in_reasoning=True, tools=TOOLS, is_forced=is_forced)
+    content, reasoning, calls = parse_cut(text, in_reasoning=True, tools=TOOLS, is_forced=is_forced)
     assert (content, reasoning) == ("Look:", "Hm.")
     assert [name for name, _ in calls] == ["get_weather", "now"]
     assert [json.loads(arguments) for _, arguments in calls] == [ARGUMENTS, {}]
@@ -68,7 +68,7 @@ def test_reasoning_content_and_calls(is_forced: bool) -> None:
 )
 def test_texts_without_calls(text: str, reasons: bool, has_tools: bool, content: str, reasoning: str) -> None:
     tools = TOOLS if has_tools else ()
-    assert split_anyhow(text, in_reasoning=reasons, tools=tools) == (content, reasoning, [])
+    assert parse_cut(text, in_reasoning=reasons, tools=tools) == (content, reasoning, [])
 
 
 @pytest.mark.parametrize(
@@ -84,22 +84,22 @@ def test_texts_without_calls(text: str, reasons: bool, has_tools: bool, content:
     ],
 )
 def test_what_is_no_call_is_content_and_nothing_is_lost(text: str) -> None:
-    assert split_anyhow(text, in_reasoning=False, tools=TOOLS) == (text, "", [])
+    assert parse_cut(text, in_reasoning=False, tools=TOOLS) == (text, "", [])
 
 
 def test_a_call_after_a_broken_one() -> None:
-    after = split_anyhow("<tool_call>" + CALL_NOW, in_reasoning=False, tools=TOOLS)
+    after = parse_cut("<tool_call>" + CALL_NOW, in_reasoning=False, tools=TOOLS)
     assert after == (
         "<tool_call>",
         "",
         [("now", "{}")],
     )
-    content, _, calls = split_anyhow(f"{CALL_NOW}\ntail\n", in_reasoning=False, tools=TOOLS)
+    content, _, calls = parse_cut(f"{CALL_NOW}\ntail\n", in_reasoning=False, tools=TOOLS)
     assert (content, calls) == ("tail\n", [("now", "{}")])
 
 
 def test_a_forced_call_that_is_cut_off_shows_what_there_is() -> None:
-    _, _, calls = split_anyhow(CALL[: CALL.index(" <b>")], in_reasoning=False, tools=TOOLS, is_forced=True)
+    _, _, calls = parse_cut(CALL[: CALL.index(" <b>")], in_reasoning=False, tools=TOOLS, is_forced=True)
     assert calls == [("get_weather", '{"city": "Paris')]
 
 
@@ -111,17 +111,17 @@ def test_a_forced_call_is_shown_as_it_comes_and_a_free_one_when_it_is_whole() ->
 
 
 def test_after_the_last_allowed_call_nothing_is_read() -> None:
-    splitter = AnswerParser(False, TOOLS, max_calls=1)
-    assert len(splitter.push(f"{CALL_NOW}\n{CALL_NOW} tail").calls) == 1
-    assert splitter.is_done
-    assert splitter.finish() == AnswerParts()
+    parser = AnswerParser(False, TOOLS, max_calls=1)
+    assert len(parser.push(f"{CALL_NOW}\n{CALL_NOW} tail").calls) == 1
+    assert parser.is_done
+    assert parser.finish() == AnswerParts()
 
 
 def test_splitting_is_linear() -> None:
     value = "x" * 400_000
     text = f"{value}</think><tool_call><function=get_weather><parameter=city>{value}</parameter></function></tool_call>"
-    splitter = AnswerParser(True, TOOLS)
+    parser = AnswerParser(True, TOOLS)
     start = time.thread_time()
-    parts = [splitter.push(text[i : i + 4]) for i in range(0, len(text), 4)]
+    parts = [parser.push(text[i : i + 4]) for i in range(0, len(text), 4)]
     assert time.thread_time() - start < 10
     assert len(parts[-1].calls[0].arguments) > len(value)

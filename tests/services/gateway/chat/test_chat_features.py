@@ -1,4 +1,4 @@
-"""Choices, logprobs, echo, tools, reasoning and ids over REST, with a source that says what a script tells it."""
+"""The tests check choices, logprobs, echo, tools, reasoning and ids over REST, with a scripted token source."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_tool_calls(client: openai.OpenAI, source: EchoSource, tokenizer: Tokeni
     assert [function.name for function in functions] == ["get_weather", "now"]
     assert [json.loads(function.arguments) for function in functions] == [ARGUMENTS, {}]
     assert len({call.id for call in choice.message.tool_calls}) == 2
-    # The turn is sent back with its result, and a client of OpenAI's joins the streamed pieces to the same answer.
+    # The turn is sent back with the tool's result. OpenAI's client must join the streamed pieces to the same answer.
     result: Any = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "sunny"}
     with client.chat.completions.stream(
         model="echo", messages=[USER, choice.message.model_dump(exclude_none=True), result], tools=TOOLS
@@ -113,7 +113,7 @@ def test_several_choices(client: openai.OpenAI, source: EchoSource) -> None:
     answer = client.completions.create(model="echo", prompt=["ab", "cde"], n=2, best_of=2, seed=5)
     assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "ab"), (1, "ab"), (2, "cde"), (3, "cde")]
     assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 14)  # prompts count once
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 14)  # each prompt counts once
     assert sorted(str(params.seed) for params in source.seen) == sorted([str(derived_seed(5, n)) for n in (0, 1)] * 2)
     assert source.seen[0].seed in (5, derived_seed(5, 1))
     stream = client.chat.completions.create(model="echo", messages=[USER], n=3, stream=True)
@@ -135,7 +135,7 @@ def test_seeds_of_choices() -> None:
 def test_logprobs_of_completions(client: openai.OpenAI, http: httpx.Client) -> None:
     answer = client.completions.create(model="echo", prompt="hé", logprobs=2)
     logprobs: Any = answer.choices[0].logprobs
-    # Bytes that are half a character have names of their own, and the end of the turn, which is no text, has none.
+    # Bytes that are half a character are written in hexadecimal. The end of the turn has no text and no logprob.
     assert logprobs.tokens == ["h", "bytes:\\xc3", "bytes:\\xa9"]
     assert logprobs.text_offset == [0, 1, 1]
     assert len(logprobs.token_logprobs) == 3
@@ -236,7 +236,7 @@ def test_timeout_and_priority_reach_the_engine(http: httpx.Client, source: EchoS
     assert source.seen[0].priority == -3
     [left] = source.timeouts
     assert left is not None
-    assert 1.5 < left <= 2.5  # what was left after the prompt was prepared, which may take no time
+    assert 1.5 < left <= 2.5  # the time that was left after the prompt was prepared; preparing may take no time
 
 
 def test_tokenize_and_detokenize(http: httpx.Client) -> None:

@@ -1,4 +1,4 @@
-"""Composed grammars, held against texts that they must allow or refuse, by the engine's own compiler."""
+"""The tests check with the engine's grammar compiler which texts the composed grammars allow and refuse."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ CASES = [
 
 
 @dataclass(frozen=True)
-class World:
-    """A tokenizer, the compiler for it, and the id that ends an answer."""
+class GrammarWorld:
+    """A `GrammarWorld` is a tokenizer with its grammar compiler and the id of the token that ends an answer."""
 
     tokenizer: Tokenizer
     compiler: GrammarCompiler
@@ -56,7 +56,7 @@ class World:
         return Markers.of(self.tokenizer)
 
     def allows(self, grammar: Grammar, text: str) -> bool:
-        """Whether the grammar takes the text's tokens one by one and may then end."""
+        """Return True if the grammar allows the text's tokens one by one, and the end after them."""
         state, vocab_size = self.compiler.compile(grammar).start(), self.tokenizer.vocab_size
         for token_id in self.tokenizer.encode(text):
             if not state.allowed(vocab_size, frozenset([self.end]), frozenset())[token_id]:
@@ -66,19 +66,21 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def worlds(model_dir: Path) -> dict[bool, World]:
-    """By whether the markers are special tokens: in the demo's tokenizer they are, in the small one they are text."""
+def worlds(model_dir: Path) -> dict[bool, GrammarWorld]:
+    """Return two worlds: in the demo's tokenizer (True) markers are special tokens, in the small one (False) text."""
     made = {is_special: Tokenizer(path) for is_special, path in [(True, DEMO), (False, model_dir)]}
     ends = {is_special: tokenizer.marker("<|im_end|>").special_id for is_special, tokenizer in made.items()}
     return {
-        is_special: World(made[is_special], GrammarCompiler(path, [ends[is_special] or 0]), ends[is_special] or 0)
+        is_special: GrammarWorld(
+            made[is_special], GrammarCompiler(path, [ends[is_special] or 0]), ends[is_special] or 0
+        )
         for is_special, path in [(True, DEMO), (False, model_dir)]
     }
 
 
 @pytest.mark.parametrize("reasons", [True, False])
 @pytest.mark.parametrize("is_special", [True, False])
-def test_calls(worlds: dict[bool, World], is_special: bool, reasons: bool) -> None:
+def test_calls(worlds: dict[bool, GrammarWorld], is_special: bool, reasons: bool) -> None:
     world = worlds[is_special]
     assert world.markers.call_start.special_id == (7 if is_special else None)
     for use, text, is_allowed in CASES:
@@ -87,7 +89,7 @@ def test_calls(worlds: dict[bool, World], is_special: bool, reasons: bool) -> No
         assert world.allows(grammar, (THOUGHT if reasons else "") + text) == is_allowed, (use, text)
 
 
-SHAPES = [
+ANSWER_FORMATS = [
     (Grammar(GrammarKind.REGEX, r"a/b\/c\n[0-9]+"), "a/b/c\n12", "a/b/c"),
     (Grammar(GrammarKind.JSON_SCHEMA, '{"type": "object", "required": ["a"]}'), '{"a": 3}', "{}"),
     (Grammar(GrammarKind.LARK, 'start: x "}"\nx: /[{]+/\n'), "{{}", "{"),
@@ -97,21 +99,21 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("is_special", [True, False])
-@pytest.mark.parametrize(("shape", "good", "bad"), SHAPES)
+@pytest.mark.parametrize(("answer_format", "good", "bad"), ANSWER_FORMATS)
 def test_an_answers_form_holds_after_the_reasoning_and_beside_tools(
-    worlds: dict[bool, World], shape: Grammar, good: str, bad: str, is_special: bool
+    worlds: dict[bool, GrammarWorld], answer_format: Grammar, good: str, bad: str, is_special: bool
 ) -> None:
     world = worlds[is_special]
-    assert grammars.compose(shape, ToolUse(), False, world.markers) is shape
+    assert grammars.compose(answer_format, ToolUse(), False, world.markers) is answer_format
     for reasons, use in product([True, False], [ToolUse(), ToolUse((NOW,))]):
-        grammar = grammars.compose(shape, use, reasons, world.markers)
+        grammar = grammars.compose(answer_format, use, reasons, world.markers)
         assert grammar is not None
         for text, is_allowed in [(good, True), (bad, False), (CALL_NOW, bool(use.tools))]:
             allowed = world.allows(grammar, (THOUGHT if reasons else "") + text)
             assert allowed == is_allowed, (reasons, use, text)
 
 
-def test_free_text_has_no_grammar(worlds: dict[bool, World]) -> None:
+def test_free_text_has_no_grammar(worlds: dict[bool, GrammarWorld]) -> None:
     markers = worlds[True].markers
     assert grammars.compose(None, ToolUse(), True, markers) is None
     assert grammars.compose(None, ToolUse((NOW,)), True, markers) is None

@@ -8,7 +8,7 @@ from services.gateway.chat.stop_strings import StopMatcher
 
 
 def _first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The slow definition: the shortest beginning of the text that ends in a stop string, without that string."""
+    """Return the text before the first stop string, found slowly: the first prefix that ends with a stop string."""
     for end in range(len(text) + 1):
         if ended := [stop for stop in stops if text[:end].endswith(stop)]:
             return text[: end - max(map(len, ended))], True
@@ -25,7 +25,9 @@ def _match(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
         text = "".join(pieces)
         held = matcher._held
         assert text.startswith(shown + held)
-        assert not held or any(stop.startswith(held) for stop in stops), "held back without need"
+        assert not held or any(stop.startswith(held) for stop in stops), (
+            "text is held back although it begins no stop string"
+        )
     return shown + matcher.flush(), False
 
 

@@ -25,7 +25,7 @@ def test_completion(client: openai.OpenAI) -> None:
     assert answer.model == "echo"
     assert answer.usage is not None
     usage = (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens)
-    assert usage == (11, 12, 23)  # the answer's last token is the end of sequence
+    assert usage == (11, 12, 23)  # the last token of the answer is the end of sequence
 
 
 def test_streamed_completion(client: openai.OpenAI) -> None:
@@ -69,11 +69,11 @@ def test_every_kind_of_prompt(client: openai.OpenAI, generation: Generation) -> 
 def test_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="echo", messages=[{"role": "user", "content": "hello"}])
     message = answer.choices[0].message
-    # The echo ends at the end of the turn, which has no text.
+    # The echo ends with the token that ends the turn, which has no text.
     assert (message.role, message.content) == ("assistant", "user\nhello")
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-")
-    # An answer can be sent back as it came.
+    # Clients may send an answer back unchanged.
     turns: list[Any] = [{"role": "developer", "content": [{"type": "text", "text": "x"}]}, message]
     again = client.chat.completions.create(model="echo", messages=turns, max_completion_tokens=9)
     assert again.choices[0].message.content == "system\nx"
@@ -388,7 +388,7 @@ def test_a_client_that_goes_away_frees_the_engine(
             time.sleep(0.005)
         if is_streamed and num_good_first:
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-            source.pause = 60  # the disconnect is noticed although no token comes
+            source.pause = 60  # the disconnect must be noticed although no further token comes
     _wait_until_idle(source)
 
 

@@ -1,4 +1,4 @@
-"""The admin API over HTTP, with a registry in memory, a real store for the load, and a plan by the real planner."""
+"""The tests use the admin API over HTTP, with a real Redis and a plan by the real planner."""
 
 from __future__ import annotations
 
@@ -40,12 +40,15 @@ def redis_url() -> Iterator[str]:
 
 @cache
 def planned() -> dict[str, Any]:
-    """Made before anything is served: the planner may have to be compiled."""
+    """Return a plan by the planner. Call it before anything is served, because the planner may have to be compiled."""
     return plan(LAYERS, SHARDS, PLACEMENT, {}).to_dict()
 
 
 class Fleet:
-    """What the server reads, to be changed by a test: every call has a connection and a loop of its own."""
+    """A `Fleet` is the state in Redis that the server reads and a test changes.
+
+    Every call of a test opens a connection of its own on its own event loop.
+    """
 
     def __init__(self, redis_url: str) -> None:
         self.redis_url, self.model = redis_url, uuid.uuid4().hex
@@ -55,6 +58,8 @@ class Fleet:
         return Registry(connect(self.redis_url), self.model, ttl_s=60)
 
     def fill(self) -> None:
+        """Write shards, a placement, a decision and a load to Redis."""
+
         async def run() -> None:
             registry, loads = self.registry(), LoadStore(connect(self.redis_url), self.model)
             for shard in SHARDS:
@@ -93,6 +98,8 @@ def fleet(redis_url: str) -> Fleet:
 
 
 def serve(generation: Generation, key: str | None, fleet: Fleet | None) -> Any:
+    """Serve the admin API of `fleet`, or of local experts if it is None; the context manager yields the address."""
+
     async def health() -> Health:
         return Health(is_ready=True)
 
@@ -156,7 +163,7 @@ def test_local_experts_leave_nothing_to_administer(generation: Generation) -> No
 
 
 def test_a_shard_is_drained_and_used_again(http: httpx.Client, fleet: Fleet) -> None:
-    for by in ("ada", "bob"):  # again is no mistake
+    for by in ("ada", "bob"):  # an order may be given twice
         order = http.post("/admin/shards/a/drain", json={"by": by}).raise_for_status().json()["order"]
     assert (order["kind"], order["subject"], order["by"]) == ("drain", "a", "bob")
     assert abs(order["at"] - time.time()) < 10
@@ -220,11 +227,11 @@ def test_rebalance_is_an_order(http: httpx.Client, fleet: Fleet) -> None:
 
 
 def test_the_plan_is_told_in_numbers_and_in_words(http: httpx.Client) -> None:
-    told = http.get("/admin/plan").raise_for_status().json()
-    assert (told["cover_before"], told["cover_after"]) == (1, 2)
-    assert told["blast_radius_before"]["b"] > 0 == told["blast_radius_after"]["b"]
-    assert {move["kind"] for move in told["moves"]} >= {"add"}
-    assert "Cover (fewest live homes of an expert): 1 now, 2 then." in told["text"]
+    shown = http.get("/admin/plan").raise_for_status().json()
+    assert (shown["cover_before"], shown["cover_after"]) == (1, 2)
+    assert shown["blast_radius_before"]["b"] > 0 == shown["blast_radius_after"]["b"]
+    assert {move["kind"] for move in shown["moves"]} >= {"add"}
+    assert "Cover (fewest live homes of an expert): 1 now, 2 then." in shown["text"]
 
 
 def test_the_load_is_a_matrix_or_the_hottest(http: httpx.Client) -> None:
@@ -237,10 +244,10 @@ def test_the_load_is_a_matrix_or_the_hottest(http: httpx.Client) -> None:
 
 
 def test_placement_and_decisions_are_told(http: httpx.Client) -> None:
-    told = http.get("/admin/placement").raise_for_status().json()
-    assert told["placement"]["homes"]["0"] == [["a", "b"], ["b"], ["a", "b"]]
-    assert told["layers"][1] == {"layer": 4, "num_experts": 2, "expert_bytes": 1 << 20, "top_k": 1}
-    assert [shard["id"] for shard in told["shards"]] == ["a", "b", "c"]
+    shown = http.get("/admin/placement").raise_for_status().json()
+    assert shown["placement"]["homes"]["0"] == [["a", "b"], ["b"], ["a", "b"]]
+    assert shown["layers"][1] == {"layer": 4, "num_experts": 2, "expert_bytes": 1 << 20, "top_k": 1}
+    assert [shard["id"] for shard in shown["shards"]] == ["a", "b", "c"]
     assert http.get("/admin/decisions?count=1").json() == {"decisions": [{"kind": "plan", "why": "A test."}]}
 
 

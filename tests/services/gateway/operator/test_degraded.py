@@ -1,4 +1,4 @@
-"""Health and metrics of the expert tier, from what a backbone's own watch says."""
+"""The tests check the health report and the metrics of the expert tier, made from the status of a backbone's watch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ RATES = {0: np.array([6.0, 3.0, 3.0]), 4: np.arange(30) / 30}
 MB = 1_000_000
 
 
-class Backbone:
-    """As much of a backbone's status as the expert tier's numbers need."""
+class WatchedBackbone:
+    """A `WatchedBackbone` reports the part of a backbone's status that the expert tier's numbers need."""
 
     def __init__(self) -> None:
         self.monitor = CoverageMonitor({0: 500 * MB, 4: MB})
@@ -39,14 +39,14 @@ class Backbone:
 
 
 def test_full_cover_is_said_so() -> None:
-    report = degraded_report([Backbone().status(1.0, "a", "b", "c")])
+    report = degraded_report([WatchedBackbone().status(1.0, "a", "b", "c")])
     assert (report["status"], report["detail"]) == ("covered", "Every expert has 2 live homes.")
     assert (report["experts_below_cover"], report["max_blast_radius"]) == (0, 0.0)
     assert (report["time_to_repair_s"], report["below_cover"], report["down"]) == (None, [], [])
 
 
 def test_a_dead_shard_degrades_until_its_experts_have_new_homes() -> None:
-    backbone = Backbone()
+    backbone = WatchedBackbone()
     backbone.status(1.0, "a", "b", "c")
     report = degraded_report([backbone.status(10.0, "a", "b")])
     assert (report["status"], report["experts_below_cover"], report["down"]) == ("degraded", 2, ["c"])
@@ -62,11 +62,13 @@ def test_a_dead_shard_degrades_until_its_experts_have_new_homes() -> None:
     assert "33 experts have fewer than 2 live homes, 1 of them none; " in again["detail"]
     repaired = degraded_report([backbone.status(15.5, "a", "b", "c")])
     assert (repaired["status"], repaired["last_repair_s"], repaired["num_repairs"]) == ("covered", 5.5, 1)
-    assert degraded_report([backbone.status(20.0, "a", "b")])["time_to_repair_s"] == 5.5  # as the last time
+    assert (
+        degraded_report([backbone.status(20.0, "a", "b")])["time_to_repair_s"] == 5.5
+    )  # as long as the last repair took
 
 
 def test_of_several_views_the_worst_is_told() -> None:
-    views = [Backbone().status(1.0, *live) for live in (("a", "b", "c"), ("a", "c"))]
+    views = [WatchedBackbone().status(1.0, *live) for live in (("a", "b", "c"), ("a", "c"))]
     assert degraded_report(views)["status"] == "degraded"
 
 
@@ -75,7 +77,7 @@ def test_local_experts_cannot_be_lost() -> None:
 
 
 def metric_values(status: dict[str, Any]) -> dict[str, float]:
-    """By name, followed by the value of the label that is not the same for all."""
+    """Return the values of metrics by name, followed by the values of the labels that are not on every metric."""
     registry = CollectorRegistry()
     registry.register(TierMetrics("demo", [status]))
     found = {}
@@ -87,7 +89,7 @@ def metric_values(status: dict[str, Any]) -> dict[str, float]:
 
 
 def test_metrics_tell_cover_balance_and_load_in_bounded_series() -> None:
-    values = metric_values(Backbone().status(1.0, "a", "b", open_circuit="c"))
+    values = metric_values(WatchedBackbone().status(1.0, "a", "b", open_circuit="c"))
     assert values["experts_below_cover"] == 2
     assert values["shard_circuits_open"] == 1
     assert values["repair_remaining_seconds"] == 4.0
