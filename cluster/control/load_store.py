@@ -1,4 +1,4 @@
-"""The load in Redis: backbones add their counts once a second, the controller reads them back by windows of time.
+"""`LoadStore`: the expert load in Redis. Backbones add their counts once a second; the controller reads them by window.
 
 Legend: E experts of a layer, W windows of time.
 """
@@ -15,10 +15,11 @@ from redis.asyncio import Redis
 from cluster.control.registry import key_prefix, store_errors
 from cluster.load import Counts, ExpectedLoad, expected_load
 
-WINDOW_S = 30
-KEEP_S = 2 * 3600
+WINDOW_S = 30  # Length of a window of time in seconds.
+KEEP_S = 2 * 3600  # Seconds for which a window is kept.
 
-# One call per layer, because 512 HINCRBY commands cost the sender 6 ms of CPU; this costs it 0.1 ms.
+# A script adds all counts of a layer in one call: it costs the sender 0.1 ms of CPU, while 512 HINCRBY commands cost
+# 6 ms.
 ADD = """
 local counts = cjson.decode(ARGV[1])
 for i = 1, #counts, 2 do redis.call('HINCRBY', KEYS[1], counts[i], counts[i + 1]) end
@@ -27,7 +28,11 @@ return redis.call('EXPIRE', KEYS[1], ARGV[2])
 
 
 class LoadStore:
-    """Picks per expert, layer and window of time in Redis; every method may raise StoreUnavailable."""
+    """A `LoadStore` counts picks per expert, layer and window in Redis; `add` and `read` may raise StoreUnavailable.
+
+    - `window_s`: the length of a window in seconds.
+    - `keep_s`: the seconds for which a window is kept.
+    """
 
     def __init__(self, redis: Redis, model: str, window_s: int = WINDOW_S, keep_s: int = KEEP_S) -> None:
         assert 0 < window_s <= keep_s
@@ -37,11 +42,11 @@ class LoadStore:
         self.keep_s = keep_s
 
     def window(self, now: float) -> int:
-        """The number of the window that `now` (seconds since 1970) is in."""
+        """Return the number of the window that contains `now`, which is in seconds since 1970."""
         return int(now // self.window_s)
 
     async def add(self, taken: Mapping[int, Counts], now: float) -> None:
-        """Adds what a LoadCounter counted to the present window, in one round trip."""
+        """Add counts by layer, as a LoadCounter takes them, to the present window in one round trip."""
         with store_errors():
             async with self.redis.pipeline(transaction=False) as pipe:
                 for layer, counts_E in taken.items():
@@ -50,7 +55,7 @@ class LoadStore:
                 await pipe.execute()
 
     async def read(self, layer: int, num_experts: int, windows: Iterable[int]) -> Counts:
-        """The counts of one layer as int64 [W, E]; a window without picks is a row of zeros."""
+        """Return the counts of one layer as int64 [W, E]; a window without picks is a row of zeros."""
         with store_errors():
             async with self.redis.pipeline(transaction=False) as pipe:
                 for window in windows:
@@ -74,8 +79,11 @@ def _packed(counts_E: Counts) -> str:
 async def recent_rates(
     store: LoadStore, num_experts: Mapping[int, int], now: float, num_windows: int = 4
 ) -> tuple[float, dict[int, NDArray[np.float64]]]:
-    """Seconds, and picks per second of each expert over them, by layer: of so many windows and the present one, from
-    the first in which anything was picked. Raises StoreUnavailable."""
+    """Return a span of time in seconds, and each expert's picks per second over that span, by layer.
+
+    The span contains the present window and the `num_windows` before it, but begins with the first window that has any
+    picks. Raises StoreUnavailable.
+    """
     windows = range(store.window(now) - num_windows, store.window(now) + 1)
     counts = {layer: await store.read(layer, count, windows) for layer, count in num_experts.items()}
     is_used_W = np.any([counts_WE.any(axis=1) for counts_WE in counts.values()], axis=0)
@@ -85,14 +93,17 @@ async def recent_rates(
 
 
 class LoadHistory:
-    """What a controller knows of the load: windows that are over are read once and kept."""
+    """A `LoadHistory` gives a controller the expected load; it reads each past window from the store only once.
+
+    `num_windows` is how many windows count, the present one included.
+    """
 
     def __init__(self, store: LoadStore, num_experts: Mapping[int, int], num_windows: int = 40) -> None:
         self.store, self.num_experts, self.num_windows = store, dict(num_experts), num_windows
-        self._known: dict[tuple[int, int], Counts] = {}  # by layer and window
+        self._known: dict[tuple[int, int], Counts] = {}  # The counts of past windows, by layer and window.
 
     async def expected(self, now: float) -> dict[int, ExpectedLoad]:
-        """Of every layer that was used lately. Raises StoreUnavailable."""
+        """Return the expected load of every layer that has picks in these windows. Raises StoreUnavailable."""
         present = self.store.window(now)
         windows = range(present - self.num_windows + 1, present + 1)
         first = windows[0]
@@ -104,7 +115,7 @@ class LoadHistory:
             self._known |= {(layer, window): row for window, row in zip(missing, counts_WE, strict=True)}
             counts_WE = np.stack([self._known[layer, window] for window in windows])
             is_used = counts_WE.any(axis=1)
-            if is_used.any():  # from the first window with picks on: before it there was no fleet
+            if is_used.any():  # Windows before the first one with picks do not count: there was no fleet yet.
                 start = int(is_used.argmax())
                 ages_s = [(present - window) * float(self.store.window_s) for window in windows[start:]]
                 loads[layer] = expected_load(counts_WE[start:], ages_s, self.store.window_s)

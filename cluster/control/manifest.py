@@ -1,4 +1,7 @@
-"""Which bytes each expert is made of: the first sight of an expert is recorded, and whatever differs later is wrong."""
+"""`Manifest`: the checksum of every expert's weights, recorded when the expert is first loaded.
+
+Later loads are verified against the manifest, so that no shard serves other bytes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ Checksums = Mapping[int, Mapping[int, int]]  # by layer and expert
 
 @dataclass(frozen=True)
 class Mismatch:
-    """An expert whose bytes are not those that were seen first."""
+    """A `Mismatch` is an expert whose loaded weights have another checksum than the manifest records.
+
+    `known` is the manifest's checksum, `seen` that of the loaded weights.
+    """
 
     layer: int
     expert: int
@@ -24,12 +30,12 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The checksums that were seen first, of one checkpoint in one dtype."""
+    """A `Manifest` holds the recorded checksums of one checkpoint in one dtype."""
 
     known: Checksums = field(default_factory=dict)
 
     def mismatches(self, seen: Checksums) -> list[Mismatch]:
-        """What differs from what is known, in order of layers and experts."""
+        """Return the experts of `seen` whose checksum differs from the recorded one, by layer and expert in order."""
         return [
             Mismatch(layer, expert, self.known[layer][expert], checksum)
             for layer, checksums in sorted(seen.items())
@@ -39,5 +45,5 @@ class Manifest:
 
 
 def weights_name(model_digest: str, dtype: str) -> str:
-    """What a registry keeps a manifest under: the same checkpoint has other bytes in another dtype."""
+    """Return the manifest's name in the registry; a checkpoint has other bytes, and so another name, in each dtype."""
     return f"{model_digest}:{dtype}"

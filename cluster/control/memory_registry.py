@@ -1,4 +1,4 @@
-"""The registry without Redis, for one process: the simulator and tests. Its clock is handed in."""
+"""`MemoryRegistry`: a registry without Redis for one process, which the simulator and tests use."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from cluster.topology import Placement, Shard
 
 
 class MemoryRegistry:
-    """Behaves as `Registry` does, by the same tests; `clock` gives seconds."""
+    """A `MemoryRegistry` behaves as `Registry` does, which the same tests check.
+
+    `clock` gives seconds, from any start.
+    """
 
     def __init__(self, clock: Callable[[], float], ttl_s: float = HEARTBEAT_TTL_S, lease_ttl_s: float = LEASE_TTL_S):
         self.clock = clock
         self.ttl_s = ttl_s
         self.lease_ttl_s = lease_ttl_s
-        self._seen: dict[str, tuple[Shard, float]] = {}
+        self._seen: dict[str, tuple[Shard, float]] = {}  # Each shard with the time of its last heartbeat.
         self._placement: Placement | None = None
         self._placement_fencing = 0
         self.lease: Lease | None = None
@@ -33,7 +36,7 @@ class MemoryRegistry:
         self._followers: dict[str, tuple[int, float]] = {}
         self._decisions: deque[dict[str, str]] = deque(maxlen=MAX_DECISIONS)
         self._orders: dict[str, StandingOrder] = {}
-        self._wanted: dict[str, tuple[PoolSize, float]] = {}
+        self._pool_sizes: dict[str, tuple[PoolSize, float]] = {}  # Each with the time when it expires.
         self._manifest: dict[tuple[str, int], dict[int, int]] = {}
 
     async def heartbeat(self, shard: Shard) -> None:
@@ -50,6 +53,7 @@ class MemoryRegistry:
 
     @property
     def known_epoch(self) -> int:
+        """Return what `epoch` returns, without awaiting, for the simulator's checks."""
         return self._placement.epoch if self._placement else 0
 
     async def epoch(self) -> int:
@@ -76,6 +80,7 @@ class MemoryRegistry:
         return self.known_followers()
 
     def known_followers(self) -> dict[str, int]:
+        """Return what `followers` returns, without awaiting, for the simulator's checks."""
         now = self.clock()
         self._followers = {name: (epoch, at) for name, (epoch, at) in self._followers.items() if now - at < self.ttl_s}
         return {name: epoch for name, (epoch, _) in sorted(self._followers.items())}
@@ -113,20 +118,20 @@ class MemoryRegistry:
         self._orders[order.name] = order
 
     async def lift_order(self, order: StandingOrder) -> bool:
-        is_it = self._orders.get(order.name) == order
-        if is_it:
+        is_there = self._orders.get(order.name) == order
+        if is_there:
             del self._orders[order.name]
-        return is_it
+        return is_there
 
     async def orders(self) -> dict[str, StandingOrder]:
         return dict(sorted(self._orders.items()))
 
-    async def set_pool_size(self, pool: str, wanted: PoolSize) -> None:
-        self._wanted[pool] = wanted, self.clock() + POOL_SIZE_TTL_S
+    async def set_pool_size(self, pool: str, size: PoolSize) -> None:
+        self._pool_sizes[pool] = size, self.clock() + POOL_SIZE_TTL_S
 
     async def pool_size(self, pool: str) -> PoolSize | None:
-        wanted, end = self._wanted.get(pool, (None, 0.0))
-        return wanted if self.clock() < end else None
+        size, end = self._pool_sizes.get(pool, (None, 0.0))
+        return size if self.clock() < end else None
 
     async def checksums(self, weights: str, layer: int) -> dict[int, int]:
         return dict(self._manifest.get((weights, layer), {}))

@@ -1,4 +1,4 @@
-"""What operators have ordered: kept in the registry until it is done or taken back, and obeyed by the controller."""
+"""`StandingOrder`: what an operator has ordered. The registry keeps the order until it is carried out or lifted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import Self
 
 from cluster.topology import Shard
 
-MAX_SHARDS = 1_000_000  # of a pool: more is a slip of the finger
+MAX_SHARDS = 1_000_000  # The largest size of a pool that can be ordered; a larger number is a typing error.
 
 
 class OrderKind(StrEnum):
-    """Drain: a shard is to give up its experts. Scale: a pool is to have so many shards. Rebalance: plan at once."""
+    """An `OrderKind` says what an operator orders.
+
+    - DRAIN: a shard gives up its experts.
+    - SCALE: a pool gets a certain number of shards.
+    - REBALANCE: the leader plans at once.
+    """
 
     DRAIN = "drain"
     SCALE = "scale"
@@ -23,10 +28,12 @@ class OrderKind(StrEnum):
 
 @dataclass(frozen=True)
 class StandingOrder:
-    """One order; `subject` is a shard's id or a pool's name, `count` the shards that a pool is to have.
+    """A `StandingOrder` is one order. There is one at a time of each kind and subject: a newer order replaces it.
 
-    `at` is in seconds since 1970, `by` says who ordered it. Giving an order again replaces it: there is one at a time
-    of each kind and subject.
+    - `subject`: the id of the shard to drain, or the name of the pool to scale.
+    - `count`: the number of shards that the pool is to have.
+    - `by`: the operator.
+    - `at`: when the order was given, in seconds since 1970.
     """
 
     kind: OrderKind
@@ -43,15 +50,16 @@ class StandingOrder:
 
     @property
     def name(self) -> str:
-        """What there is one of at a time."""
+        """Return the order's key in the registry, which names its kind and subject."""
         return f"{self.kind}:{self.subject}"
 
     def to_json(self) -> str:
+        """Return the order as the registry stores it."""
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote; anything else is a ValueError."""
+        """Read what `to_json` wrote; raises ValueError for any other text."""
         try:
             body = json.loads(text)
             return cls(**{**body, "kind": OrderKind(body["kind"])})
@@ -61,17 +69,21 @@ class StandingOrder:
 
 @dataclass(frozen=True)
 class PoolSize:
-    """How many shards a pool was decided to have, and when (seconds since 1970)."""
+    """A `PoolSize` is the leader's decision how many shards a pool should have.
+
+    `at` is when the leader decided, in seconds since 1970.
+    """
 
     shards: int
     at: float
 
     def to_json(self) -> str:
+        """Return the size as the registry stores it."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote; anything else is a ValueError."""
+        """Read what `to_json` wrote; raises ValueError for any other text."""
         try:
             body = json.loads(text)
             return cls(int(body["shards"]), float(body["at"]))
@@ -82,7 +94,7 @@ class PoolSize:
 
 
 def with_drain_orders(shards: Iterable[Shard], orders: Mapping[str, StandingOrder]) -> list[Shard]:
-    """The shards as a planner should see them: those that are ordered to drain count as draining."""
+    """Return the shards as the planner should see them: a shard that is ordered to drain counts as draining."""
     drained = {order.subject for order in orders.values() if order.kind is OrderKind.DRAIN}
     return [replace(shard, draining=True) if shard.id in drained else shard for shard in shards]
 
@@ -93,5 +105,5 @@ def rebalance_order(orders: Mapping[str, StandingOrder]) -> StandingOrder | None
 
 
 def scale_targets(orders: Mapping[str, StandingOrder]) -> dict[str, int]:
-    """The number of shards that each pool was ordered to have; pools without an order are left out."""
+    """Return the number of shards that was ordered for each pool; pools without an order are left out."""
     return {order.subject: order.count for order in orders.values() if order.kind is OrderKind.SCALE}

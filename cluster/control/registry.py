@@ -1,7 +1,7 @@
-"""The fleet's notice board in Redis: who is alive, which placement holds, who may change it.
+"""`Registry`: the fleet's registry in Redis. It says who is alive, which placement is published, and who may change it.
 
-Nothing here is on the token path. Every call is one round trip with a short timeout and no retry: a caller keeps what
-it read last and comes again. A Redis that comes back empty fills itself from the next heartbeats.
+Nothing here is on the token path. Every call is one round trip with a short timeout and no retry: callers keep what
+they read last and try again later. A Redis that comes back empty is filled by the next heartbeats.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)
 
+# Seconds. redis-py's defaults wait 4 s for a dead server and 59 s for a hung one.
 CONNECT_TIMEOUT_S = 0.2
 CALL_TIMEOUT_S = 1.0
-MAX_CONNECTIONS = 16
+MAX_CONNECTIONS = 16  # Of one client.
 
 
 def connect(url: str, password: str | None = None) -> Redis:
-    """A client that says within a second that Redis is gone; it recovers by itself. Close it with `aclose()`.
+    """Return a client that fails within a second if Redis is gone and that reconnects by itself.
 
-    A password in the URL comes before `password`.
+    Close the client with `aclose()`. A password in the URL takes precedence over `password`. Raises ValueError if the
+    URL's scheme is not one of Redis.
     """
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError(f"The registry URL {url!r} must start with redis://, rediss:// or unix://.")
@@ -55,7 +57,7 @@ def connect(url: str, password: str | None = None) -> Redis:
 
 
 def key_prefix(model: str) -> str:
-    """What all keys of a model start with; the braces keep them on one node of a Redis Cluster."""
+    """Return the prefix of all keys of a model; its braces keep them on one node of a Redis Cluster."""
     if not model or set(model) & set("{} \n"):
         raise ValueError(f"The model name {model!r} must not be empty nor hold braces or white space.")
     return f"expertmesh:{{{model}}}:"
@@ -63,22 +65,23 @@ def key_prefix(model: str) -> str:
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turns what redis-py raises into StoreUnavailable, so that nobody else needs to know redis-py."""
+    """Turn redis-py's errors into StoreUnavailable, so that no other module depends on redis-py."""
     try:
         yield
     except RedisError as error:
         raise StoreUnavailable(f"Redis did not do what it was asked ({type(error).__name__}: {error}).") from error
 
 
-# The record of another incarnation stays: the shard was replaced by one of the same name.
+# The record of another incarnation stays, because it belongs to a new shard of the same name.
 REMOVE = """
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
 redis.call('SREM', KEYS[2], ARGV[2])
 return redis.call('DEL', KEYS[1])
 """
 
-# Returns the epoch and the fencing token that stood in the way, or nothing. A leader's token must be the last one given
-# out: a new leader may have read the placement already. Without a token nothing but an empty place may be filled.
+# Returns the epoch and the fencing token that prevent publishing, or nothing. A leader's token must be the newest one:
+# a newer leader may have read the placement already. Publishing without a token succeeds only if no placement from a
+# leader is stored.
 PUBLISH = """
 local stored = redis.call('HMGET', KEYS[1], 'epoch', 'fencing')
 local epoch, fencing = tonumber(stored[1] or 0), tonumber(stored[2] or 0)
@@ -88,7 +91,7 @@ redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'fencing', ARGV[3], 'value', ARGV[
 return false
 """
 
-# Milliseconds of the clock keep tokens growing when Redis comes back empty.
+# Tokens start from the clock's milliseconds, so that they keep growing when Redis comes back empty.
 ACQUIRE = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return false end
 local now = redis.call('TIME')
@@ -109,7 +112,7 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
-# An order that was given anew meanwhile is another one.
+# An order that was given anew meanwhile stays, because it is another order.
 LIFT = """
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 return redis.call('HDEL', KEYS[1], ARGV[1])
@@ -117,7 +120,11 @@ return redis.call('HDEL', KEYS[1], ARGV[1])
 
 
 class Registry:
-    """The registry of one model in Redis; every method may raise StoreUnavailable."""
+    """A `Registry` keeps the registry of one model in Redis; every method may raise StoreUnavailable.
+
+    - `ttl_s`: seconds without a heartbeat after which a shard or a backbone counts as dead.
+    - `lease_ttl_s`: seconds without renewal after which a lease ends.
+    """
 
     def __init__(self, redis: Redis, model: str, ttl_s: float = HEARTBEAT_TTL_S, lease_ttl_s: float = LEASE_TTL_S):
         self.redis = redis
@@ -126,7 +133,7 @@ class Registry:
         self.lease_ttl_ms = round(lease_ttl_s * 1000)
 
     async def heartbeat(self, shard: Shard) -> None:
-        """Writes the whole record, to vanish unless it is written again within the time to live."""
+        """Write a shard's whole record, which expires unless it is written again within the time to live."""
         key = self._shard_key(shard.id)
         with store_errors():
             async with self.redis.pipeline(transaction=True) as pipe:
@@ -137,11 +144,11 @@ class Registry:
                 await pipe.execute()
 
     async def remove(self, shard: Shard) -> None:
-        """Says goodbye before the time to live ends; does nothing if the record is another incarnation's."""
+        """Delete a shard's record before it expires, unless the record belongs to another incarnation."""
         await self._eval(REMOVE, [self._shard_key(shard.id), self.prefix + "shards"], shard.incarnation, shard.id)
 
     async def shards(self) -> list[Shard]:
-        """The shards that are alive, by id."""
+        """Return the shards that are alive, in the order of their ids."""
         ids = sorted(await self._call("SMEMBERS", self.prefix + "shards"))
         with store_errors():
             async with self.redis.pipeline(transaction=False) as pipe:
@@ -154,33 +161,34 @@ class Registry:
         for id, record in zip(ids, records, strict=True):
             try:
                 shards += [Shard.from_record(record)] if record else []
-            except ValueError as error:  # of another version of this code: the others go on without it
+            except ValueError as error:  # Another version of this code wrote the record; only that shard is left out.
                 log.warning("The record of shard %s cannot be read: %s", id, error)
         return shards
 
     async def epoch(self) -> int:
-        """Of the published placement, cheap to poll; 0 if there is none."""
+        """Return the epoch of the published placement, or 0 if there is none; the call is cheap to repeat."""
         return int(await self._call("HGET", self.prefix + "placement", "epoch") or 0)
 
     async def placement(self) -> Placement | None:
-        """The published placement, if there is one."""
+        """Return the published placement, or None if there is none."""
         value = await self._call("HGET", self.prefix + "placement", "value")
         return Placement.from_json(value) if value is not None else None
 
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
-        """Replaces the placement of epoch `expected_epoch` (0: none yet); StalePlacement if another one is there.
+        """Replace the placement of epoch `expected_epoch`; 0 says that no placement is published yet.
 
-        `fencing` is the token of the caller's lease, or 0 where there is no controller.
+        `fencing` is the token of the caller's lease, or 0 where there is no controller. Raises StalePlacement if
+        another placement is published or if a newer lease exists.
         """
         assert placement.epoch > expected_epoch >= 0
         arguments = (expected_epoch, placement.epoch, fencing, placement.to_json())
         keys = [self.prefix + "placement", self.prefix + "fencing"]
-        stood_in_the_way = await self._eval(PUBLISH, keys, *arguments)
-        if stood_in_the_way is not None:
-            raise stale_placement(placement, expected_epoch, fencing, *map(int, stood_in_the_way))
+        newer = await self._eval(PUBLISH, keys, *arguments)
+        if newer is not None:
+            raise stale_placement(placement, expected_epoch, fencing, *map(int, newer))
 
     async def follow(self, follower: str, epoch: int) -> None:
-        """A backbone says which epoch it uses, as a heartbeat."""
+        """Note which epoch a backbone uses; the entry expires like a heartbeat."""
         with store_errors():
             async with self.redis.pipeline(transaction=True) as pipe:
                 pipe.set(self.prefix + "backbone:" + follower, epoch, px=self.ttl_ms)
@@ -188,11 +196,11 @@ class Registry:
                 await pipe.execute()
 
     async def unfollow(self, follower: str) -> None:
-        """Says goodbye before the time to live ends."""
+        """Delete a backbone's entry before it expires."""
         await self._call("DEL", self.prefix + "backbone:" + follower)
 
     async def followers(self) -> dict[str, int]:
-        """The epoch that each live backbone uses."""
+        """Return the epoch that each live backbone uses."""
         names = sorted(await self._call("SMEMBERS", self.prefix + "backbones"))
         if not names:
             return {}
@@ -202,49 +210,49 @@ class Registry:
         return {name: int(epoch) for name, epoch in zip(names, epochs, strict=True) if epoch is not None}
 
     async def note_decision(self, decision: Mapping[str, str]) -> None:
-        """Adds to the log of what was decided, which keeps about the last thousand."""
+        """Add an entry to the log of decisions, which keeps about the last thousand."""
         words = [word for field in decision.items() for word in field]
         await self._call("XADD", self.prefix + "decisions", "MAXLEN", "~", MAX_DECISIONS, "*", *words)
 
     async def decisions(self, count: int) -> list[dict[str, str]]:
-        """The last decisions, the newest first."""
+        """Return the last `count` decisions, the newest first."""
         with store_errors():
             entries: Any = await self.redis.xrevrange(self.prefix + "decisions", count=count)
         return [dict(fields) for _, fields in entries]
 
     async def acquire_lease(self, owner: str) -> Lease | None:
-        """The lease, or None while somebody (the owner itself included) holds it."""
+        """Return a new lease, or None while any controller holds one, `owner` included."""
         keys = [self.prefix + "leader", self.prefix + "fencing"]
         fencing = await self._eval(ACQUIRE, keys, owner, self.lease_ttl_ms)
         return None if fencing is None else Lease(owner, int(fencing))
 
     async def renew_lease(self, lease: Lease) -> bool:
-        """Starts the lease's time anew; False if it is lost."""
+        """Start the lease's time anew; return False if the lease is lost."""
         return bool(await self._eval(RENEW, [self.prefix + "leader"], _lease_text(lease), self.lease_ttl_ms))
 
     async def release_lease(self, lease: Lease) -> None:
-        """Gives the lease back; does nothing if it is lost."""
+        """Release the lease; a lease that is lost stays with its new holder."""
         await self._eval(RELEASE, [self.prefix + "leader"], _lease_text(lease))
 
     async def has_leader(self) -> bool:
-        """Whether somebody holds the lease."""
+        """Return True if any controller holds the lease."""
         return bool(await self._call("EXISTS", self.prefix + "leader"))
 
     async def leader(self) -> str | None:
-        """Who holds the lease."""
+        """Return the name of the controller that holds the lease, or None."""
         text = await self._call("GET", self.prefix + "leader")
         return None if text is None else str(text).partition(" ")[2]
 
     async def give_order(self, order: StandingOrder) -> None:
-        """Notes it in place of an older one of its kind and subject; it stands until it is lifted, or Redis is lost."""
+        """Store an order in place of an older one of its kind and subject; it stays until it is lifted."""
         await self._call("HSET", self.prefix + "orders", order.name, order.to_json())
 
     async def lift_order(self, order: StandingOrder) -> bool:
-        """Whether just this order stood; it does no longer."""
+        """Delete exactly this order; return False if it is not there or was replaced by a newer one."""
         return bool(await self._eval(LIFT, [self.prefix + "orders"], order.name, order.to_json()))
 
     async def orders(self) -> dict[str, StandingOrder]:
-        """All that stand, by name; one that cannot be read stops no controller: it is passed over."""
+        """Return all orders by name; an order that cannot be read is logged and left out."""
         orders = {}
         for name, text in sorted((await self._call("HGETALL", self.prefix + "orders")).items()):
             try:
@@ -253,22 +261,22 @@ class Registry:
                 log.warning("%s", error)
         return orders
 
-    async def set_pool_size(self, pool: str, wanted: PoolSize) -> None:
-        """Says how many shards a pool should have, to be forgotten unless it is said again in time."""
-        await self._call("SET", self._pool_key(pool), wanted.to_json(), "PX", round(1000 * POOL_SIZE_TTL_S))
+    async def set_pool_size(self, pool: str, size: PoolSize) -> None:
+        """Store how many shards a pool should have; the entry expires unless it is stored again in time."""
+        await self._call("SET", self._pool_key(pool), size.to_json(), "PX", round(1000 * POOL_SIZE_TTL_S))
 
     async def pool_size(self, pool: str) -> PoolSize | None:
-        """What was said last, if it was lately."""
+        """Return how many shards a pool should have, or None if no leader has said so lately."""
         text = await self._call("GET", self._pool_key(pool))
         return None if text is None else PoolSize.from_json(text)
 
     async def checksums(self, weights: str, layer: int) -> dict[int, int]:
-        """The checksums known of a layer's experts; `weights` names the checkpoint and the dtype they are held in."""
+        """Return the manifest's checksums of a layer's experts; `weights` names the checkpoint and the dtype."""
         known = await self._call("HGETALL", self._manifest_key(weights, layer))
         return {int(expert): int(checksum, 16) for expert, checksum in known.items()}
 
     async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]:
-        """Notes what was seen for the first time and nothing else; returns what is known of these experts then."""
+        """Record the checksums of experts that have none yet; return the recorded ones of all experts in `seen`."""
         if not seen:
             return {}
         key = self._manifest_key(weights, layer)
@@ -290,7 +298,7 @@ class Registry:
         return f"{self.prefix}shard:{shard_id}"
 
     async def _eval(self, script: str, keys: list[str], *arguments: str | int) -> Any:
-        # EVAL, not EVALSHA: a Redis that comes back empty has forgotten its scripts too.
+        # EVALSHA would fail on a Redis that came back empty, because such a Redis has lost its scripts too.
         return await self._call("EVAL", script, len(keys), *keys, *arguments)
 
     async def _call(self, *command: str | int) -> Any:

@@ -1,4 +1,7 @@
-"""What services ask of the fleet's registry, whoever keeps it, and how it says no."""
+"""`RegistryStore`: what services ask of the fleet's registry, and the errors with which it refuses.
+
+`cluster.control.registry` keeps the registry in Redis, `cluster.control.memory_registry` in one process.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,33 @@ from typing import Protocol
 from cluster.control.operator_orders import PoolSize, StandingOrder
 from cluster.topology import Placement, Shard
 
-HEARTBEAT_TTL_S = 3.0
-LEASE_TTL_S = 3.0
-POOL_SIZE_TTL_S = 60.0  # long enough for the next leader to go on from it
-MAX_DECISIONS = 1000
+HEARTBEAT_TTL_S = 3.0  # Seconds without a heartbeat after which a shard or a backbone counts as dead.
+LEASE_TTL_S = 3.0  # Seconds without renewal after which another controller may acquire the lease.
+POOL_SIZE_TTL_S = 60.0  # Seconds for which a pool's size is kept: long enough for the next leader to go on from it.
+MAX_DECISIONS = 1000  # Entries that the log of decisions keeps.
 
 
 class StoreUnavailable(ConnectionError):
-    """Redis did not answer in time, or answered with an error."""
+    """The store did not answer in time, or answered with an error."""
 
 
 class StalePlacement(RuntimeError):
-    """A placement was not published because a newer placement or a newer leader was there first."""
+    """A placement was not published, because a newer placement or a newer leader was there first."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to change the placement; `fencing` grows with every new lease, even over a Redis that lost its data."""
+    """A `Lease` is the right to change the placement, which one controller has at a time.
+
+    The token `fencing` grows with every new lease, even if Redis loses its data in between.
+    """
 
     owner: str
     fencing: int
 
 
 class RegistryStore(Protocol):
-    """What services ask of a registry; `Registry` keeps it in Redis, `MemoryRegistry` in one process."""
+    """A `RegistryStore` keeps what a fleet's processes must know of each other; `Registry` describes each method."""
 
     async def heartbeat(self, shard: Shard) -> None: ...
     async def remove(self, shard: Shard) -> None: ...
@@ -53,7 +59,7 @@ class RegistryStore(Protocol):
     async def give_order(self, order: StandingOrder) -> None: ...
     async def lift_order(self, order: StandingOrder) -> bool: ...
     async def orders(self) -> dict[str, StandingOrder]: ...
-    async def set_pool_size(self, pool: str, wanted: PoolSize) -> None: ...
+    async def set_pool_size(self, pool: str, size: PoolSize) -> None: ...
     async def pool_size(self, pool: str) -> PoolSize | None: ...
     async def checksums(self, weights: str, layer: int) -> dict[int, int]: ...
     async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]: ...
@@ -62,7 +68,7 @@ class RegistryStore(Protocol):
 def stale_placement(
     placement: Placement, expected_epoch: int, fencing: int, stored_epoch: int, stored_fencing: int
 ) -> StalePlacement:
-    """The sentence for a placement that came too late."""
+    """Return the error for a placement that came too late, with the epoch and the token that the store has."""
     return StalePlacement(
         f"The placement of epoch {placement.epoch} was not published: it replaces epoch {expected_epoch} with fencing "
         f"token {fencing}, but epoch {stored_epoch} with fencing token {stored_fencing} is there."

@@ -1,4 +1,4 @@
-"""Run the simulation: `python -m cluster.simulation --seeds 1000` simulates a thousand fleets."""
+"""Run simulated fleets: `python -m cluster.simulation --seeds 1000` runs a thousand."""
 
 from cluster.simulation.runner import main
 

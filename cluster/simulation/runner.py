@@ -60,9 +60,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="Run only the fleet of this seed.")
     parser.add_argument("--faults", type=int, default=3, help="Number of faults in each life.")
     parser.add_argument("--trace", action="store_true", help="Print what happens.")
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count(), help="Number of processes."
-    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Number of processes.")
     args = parser.parse_args()
     fix_hash_seed()
     seeds = range(args.first, args.first + args.seeds) if args.seed is None else [args.seed]

@@ -1,4 +1,4 @@
-"""A simulated backbone: a model's calls without a model, over connections that break, and each pick counted once."""
+"""`SimBackbone`: a backbone without a model, whose layer calls run over connections that break."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ from cluster.simulation.simulated_shards import SimShard
 from cluster.simulation.simulated_store import RemoteStore, SimStore
 from cluster.topology import LayerSpec, Placement, Shard
 
-REFRESH_S = 0.5
+REFRESH_S = 0.5  # Seconds between readings of the placement.
 
 
 class SimBackbone(SimProcess):
-    """A backbone without a model: it follows the placement, makes calls, and checks that each pick counts once."""
+    """A `SimBackbone` follows the placement, makes layer calls, and checks that each pick counts exactly once.
+
+    The placement's follower and the layer call's state machine are the real ones; only the messages are simulated.
+    """
 
     def __init__(
         self,
@@ -51,13 +54,14 @@ class SimBackbone(SimProcess):
         self.num_counted = self.num_in_flight = 0
         self.slowest_call_s = 0.0
         self.num_calls = 0
-        self._healths: dict[tuple[str, str], ShardHealth] = {}
-        self._under_way: dict[int, tuple[LayerCall, SimShard, list[int]]] = {}
-        self._answers: dict[LayerCall, dict[int, list[int]]] = {}
-        self._counts: dict[LayerCall, Counter[int]] = {}
+        self._healths: dict[tuple[str, str], ShardHealth] = {}  # By shard and incarnation.
+        self._in_flight: dict[int, tuple[LayerCall, SimShard]] = {}  # By request.
+        self._replied: dict[LayerCall, dict[int, list[int]]] = {}  # The picks of each request with a reply.
+        self._counts: dict[LayerCall, Counter[int]] = {}  # How often each pick of an open call counted.
 
     async def run(self) -> None:
-        tasks = [asyncio.ensure_future(work) for work in (self._flush(), self._ask_experts())]
+        """Follow the placement, make calls and send counts until cancelled."""
+        tasks = [asyncio.ensure_future(work) for work in (self._send_counts(), self._make_calls())]
         try:
             while True:
                 await self.wait_until_running()
@@ -68,7 +72,7 @@ class SimBackbone(SimProcess):
             for task in tasks:
                 task.cancel()
 
-    async def _flush(self) -> None:
+    async def _send_counts(self) -> None:
         while True:
             await asyncio.sleep(1.0)
             await self.wait_until_running()
@@ -99,7 +103,7 @@ class SimBackbone(SimProcess):
         cost_models = {id: shard.cost_model for id, shard in known.items()}
         draining = [id for id, shard in known.items() if shard.draining]
         self.fleet.adopt(FleetView(placement, healths, cost_models, draining, self.fleet.view), self._now)
-        self._changed()
+        self._notify_calls()
 
     @property
     def _now(self) -> float:
@@ -110,26 +114,26 @@ class SimBackbone(SimProcess):
             shard = self.shards.get(health.shard_id)
             health.link = LinkState.UP if shard is not None and shard.is_up else LinkState.DOWN
             self.fleet.is_changed = True
-            self._changed()
+            self._notify_calls()
 
         asyncio.get_running_loop().call_later(self.network.hop_s(), settle)
 
     def lose(self, shard: SimShard) -> None:
-        """The connection to a shard breaks; a shard that lives is connected to again."""
+        """Break the connection to a shard; the backbone connects again if the shard is alive."""
         for (id, _), health in self._healths.items():
             if id == shard.name:
                 health.link = LinkState.DOWN
                 self.fleet.is_changed = True
                 self._connect(health)
-        for request_id in [id for id, (_, asked, _) in self._under_way.items() if asked is shard]:
-            call, _, _ = self._under_way.pop(request_id)
-            self._take(call, call.on_lost(request_id, self._now))
+        for request_id in [id for id, (_, target) in self._in_flight.items() if target is shard]:
+            call, _ = self._in_flight.pop(request_id)
+            self._advance(call, call.on_lost(request_id, self._now))
 
-    def _changed(self) -> None:
+    def _notify_calls(self) -> None:
         for call in list(self._counts):
-            self._take(call, call.on_change(self._now))
+            self._advance(call, call.on_change(self._now))
 
-    async def _ask_experts(self) -> None:
+    async def _make_calls(self) -> None:
         while True:
             await asyncio.sleep(0.1 + 0.5 * self.random.random())
             await self.wait_until_running()
@@ -143,12 +147,12 @@ class SimBackbone(SimProcess):
         self.counter.add(spec.layer, expert_P)
         self.num_counted += len(expert_P)
         call = LayerCall(self.fleet, spec.layer, expert_P, spec.top_k, 64, self._now)
-        self._counts[call], self._answers[call] = Counter(), {}
+        self._counts[call], self._replied[call] = Counter(), {}
         self.num_calls += 1
-        self._take(call, call.start(self._now))
+        self._advance(call, call.start(self._now))
 
     def _pick(self, spec: LayerSpec) -> list[int]:
-        """The experts of one row; low numbers are popular."""
+        """Draw the experts of one row; experts with low numbers are popular."""
         picked: list[int] = []
         while len(picked) < spec.top_k:
             expert = int(spec.num_experts * self.random.random() ** 3)
@@ -156,7 +160,8 @@ class SimBackbone(SimProcess):
                 picked.append(expert)
         return picked
 
-    def _take(self, call: LayerCall, requests: list[ShardRequest]) -> None:
+    def _advance(self, call: LayerCall, requests: list[ShardRequest]) -> None:
+        """Send the call's new requests, then end the call if it is done or wake it later."""
         for request in requests:
             self._send(call, request)
         if call not in self._counts:
@@ -168,20 +173,20 @@ class SimBackbone(SimProcess):
 
     def _tick(self, call: LayerCall) -> None:
         if call in self._counts and call.wake_at <= self._now and not self.is_stopped:
-            self._take(call, call.on_tick(self._now))
+            self._advance(call, call.on_tick(self._now))
         elif call in self._counts and self.is_stopped:
             asyncio.get_running_loop().call_later(0.2, self._tick, call)
 
     def _send(self, call: LayerCall, request: ShardRequest) -> None:
         shard = self.shards.get(request.shard_id)
         if shard is None or not shard.is_up:
-            asyncio.get_running_loop().call_soon(self._lost, call, request.id)
+            asyncio.get_running_loop().call_soon(self._on_lost, call, request.id)
             return
-        self._under_way[request.id] = call, shard, request.picks.tolist()
+        self._in_flight[request.id] = call, shard
         self._transmit(shard, partial(self._arrive, call, request, shard))
 
     def _transmit(self, shard: SimShard, deliver: Callable[[], None], after_s: float = 0.0) -> None:
-        """As TCP does: what is lost is sent again until it arrives, or the connection breaks."""
+        """Deliver a message to or from `shard` as TCP does: a lost message arrives late, or the connection breaks."""
         network, loop = self.network, asyncio.get_running_loop()
         if frozenset((self.name, shard.name)) in network.cut:
             loop.call_later(0.2, self._transmit, shard, deliver, after_s)
@@ -192,17 +197,17 @@ class SimBackbone(SimProcess):
         else:
             loop.call_later(network.hop_s(), self.lose, shard)
 
-    def _lost(self, call: LayerCall, request_id: int) -> None:
-        self._under_way.pop(request_id, None)
-        self._take(call, call.on_lost(request_id, self._now))
+    def _on_lost(self, call: LayerCall, request_id: int) -> None:
+        self._in_flight.pop(request_id, None)
+        self._advance(call, call.on_lost(request_id, self._now))
 
     def _arrive(self, call: LayerCall, request: ShardRequest, shard: SimShard) -> None:
-        """At the shard. A stopped one leaves it in its socket until it goes on."""
+        """Have the shard answer a request that arrived; a stopped shard answers when it goes on."""
         if shard.is_stopped:
             asyncio.get_running_loop().call_later(0.1, self._arrive, call, request, shard)
             return
         if not shard.is_up:
-            return  # which breaks the connection
+            return  # Killing the shard has broken the connection already.
         compute_s = 0.0005 * shard.slowness
         experts = {int(call.expert_P[pick]) for pick in request.picks}
         missing = [expert for expert in sorted(experts) if not shard.has(call.layer, expert)]
@@ -221,25 +226,25 @@ class SimBackbone(SimProcess):
         if self.is_stopped:
             asyncio.get_running_loop().call_later(0.1, self._on_reply, call, request, shard, missing, compute_s)
             return
-        if self._under_way.pop(request.id, None) is None and not self.network.repeats:
-            return  # the connection had broken by then
+        if self._in_flight.pop(request.id, None) is None and not self.network.repeats:
+            return  # The connection had broken before the reply came.
         if missing:
             code = RefusalCode.STALE_EPOCH if self.follower.epoch < shard.epoch else RefusalCode.NOT_HOSTED
-            self._take(call, call.on_refusal(request.id, code, f"{missing} are not here", self._now))
+            self._advance(call, call.on_refusal(request.id, code, f"{missing} are not here", self._now))
             return
         if shard.is_corrupt and self.random.random() < 0.5:
-            self._take(call, call.on_corrupt(request.id, "the checksum is wrong", self._now))
+            self._advance(call, call.on_corrupt(request.id, "the checksum is wrong", self._now))
             return
-        if call in self._answers and request.id not in self._answers[call]:
-            self._answers[call][request.id] = request.picks.tolist()
+        if call in self._replied and request.id not in self._replied[call]:
+            self._replied[call][request.id] = request.picks.tolist()
         for counted in call.on_reply(request.id, ReplyTiming(0, round(1e6 * compute_s), 0), self._now):
             if call in self._counts:
-                self._counts[call].update(self._answers[call][counted])
-        self._take(call, [])
+                self._counts[call].update(self._replied[call][counted])
+        self._advance(call, [])
 
     def _finish(self, call: LayerCall) -> None:
         counts = self._counts.pop(call)
-        self._answers.pop(call)
+        self._replied.pop(call)
         if call.failure is not None:
             raise InvariantViolated(f"{self.name}: {call.failure}")
         if counts != Counter(range(len(call.expert_P))):
@@ -250,4 +255,5 @@ class SimBackbone(SimProcess):
 
     @property
     def open_calls(self) -> list[LayerCall]:
+        """Return the calls that have not ended."""
         return list(self._counts)

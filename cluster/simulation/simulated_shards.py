@@ -13,13 +13,17 @@ from cluster.simulation.simulated_process import SimProcess
 from cluster.topology import Experts, LayerSpec, Shard, held_digest
 
 T = TypeVar("T")
-CONTROL_TIMEOUT_S = 2.0
+CONTROL_TIMEOUT_S = 2.0  # After which a controller gives up a call to a shard.
 
-Held = tuple[int, int, str]  # layer, expert, tier
+Held = tuple[int, int, str]  # Layer, expert and tier.
 
 
 class SimShard(SimProcess):
-    """A generic host of experts, with a budget that it never exceeds and the newest leader that it has heard of."""
+    """A `SimShard` holds experts within its budget and refuses orders of a leader that has been replaced.
+
+    - `load_s`: seconds to load one expert.
+    - `is_fenced`: False makes the shard obey any leader.
+    """
 
     def __init__(self, record: Shard, layers: Sequence[LayerSpec], load_s: float, is_fenced: bool = True) -> None:
         super().__init__(record.id)
@@ -31,15 +35,17 @@ class SimShard(SimProcess):
 
     @property
     def used_bytes(self) -> int:
+        """Return the bytes of device memory that the experts take."""
         return sum(self.sizes[layer] for layer, _, tier in self.held if tier == DEVICE)
 
     @property
     def record(self) -> Shard:
+        """Return what the shard's next heartbeat says."""
         tiers = []
-        for wanted in (DEVICE, STANDBY):
+        for tier in (DEVICE, STANDBY):
             by_layer: dict[int, list[int]] = {}
-            for layer, expert, tier in self.held:
-                if tier == wanted:
+            for layer, expert, held_tier in self.held:
+                if held_tier == tier:
                     by_layer.setdefault(layer, []).append(expert)
             tiers.append(by_layer)
         fields = {name: getattr(self.base, name) for name in Shard.__dataclass_fields__}
@@ -47,31 +53,33 @@ class SimShard(SimProcess):
         return Shard(**{**fields, "held_digest": digest, "num_held": len(self.held), "draining": self.is_draining})
 
     def obey(self, order: LeaderOrder) -> None:
-        """Raises ShardFailed for an order of a leader that has been replaced."""
+        """Note the order's epoch and token; raises ShardFailed for an order of a leader that has been replaced."""
         if self.is_fenced and order.fencing < self.fencing:
             raise ShardFailed(f"token {order.fencing} is older than {self.fencing}")
         self.fencing, self.epoch = max(self.fencing, order.fencing), max(self.epoch, order.epoch)
 
-    async def load(self, wanted: set[Held], order: LeaderOrder) -> Mapping[int, int]:
+    async def load(self, experts: set[Held], order: LeaderOrder) -> Mapping[int, int]:
+        """Hold these experts in these tiers; raises ShardFailed if they do not fit."""
         self.obey(order)
-        missing = sorted(wanted - self.held)
+        missing = sorted(experts - self.held)
         await asyncio.sleep(self.load_s * self.slowness * len(missing))
         num_bytes = sum(self.sizes[layer] for layer, _, tier in missing if tier == DEVICE)
         if self.used_bytes + num_bytes > self.base.memory_budget:
             raise ShardFailed(f"{num_bytes} bytes more are over the budget")
         if self.is_up:
-            keys = {one[:2] for one in wanted}
-            self.held = {one for one in self.held if one[:2] not in keys} | wanted
-        return {layer: 3 for layer, _, _ in wanted}
+            keys = {(layer, expert) for layer, expert, _ in experts}
+            self.held = {held for held in self.held if held[:2] not in keys} | experts
+        return {layer: 3 for layer, _, _ in experts}
 
-    def drop(self, unwanted: set[Held], order: LeaderOrder) -> set[Held]:
-        """Returns what it really held of them."""
+    def drop(self, experts: set[Held], order: LeaderOrder) -> set[Held]:
+        """Let these experts go; return those of them that the shard held."""
         self.obey(order)
-        dropped = self.held & unwanted
-        self.held -= unwanted
+        dropped = self.held & experts
+        self.held -= experts
         return dropped
 
     def has(self, layer: int, expert: int) -> bool:
+        """Return True if the shard holds the expert in either tier."""
         return (layer, expert, DEVICE) in self.held or (layer, expert, STANDBY) in self.held
 
 
@@ -80,7 +88,11 @@ BeforeDrop = Callable[[SimProcess, Experts], None]  # Gets the controller that a
 
 
 class RemoteShards:
-    """Shards as one controller reaches them: the controller's `ShardControl`, over a network that loses and repeats."""
+    """A `RemoteShards` carries one controller's orders to shards, over a network that loses and repeats messages.
+
+    It implements `ShardControl`. `on_drop` is called after a shard has let experts go, `before_drop` before the
+    controller asks for that.
+    """
 
     def __init__(
         self, process: SimProcess, fleet: Mapping[str, SimShard], network: SimNetwork, on_drop: OnDrop
@@ -108,7 +120,7 @@ class RemoteShards:
 
     @staticmethod
     def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Goes on whatever becomes of the one who asked, who may not be there to hear of an error."""
+        """Start work that goes on if the controller that asked gives up or dies; then nobody sees an error of it."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
@@ -116,7 +128,7 @@ class RemoteShards:
     async def _do(self, target: SimShard, do: Callable[[SimShard], Awaitable[T]], delay_s: float = 0.0) -> T:
         if delay_s:
             await asyncio.sleep(delay_s)
-        await target.wait_until_running()  # what reached a stopped process is done when it goes on
+        await target.wait_until_running()  # A message to a stopped process waits until the process goes on.
         if not target.is_up:
             raise ShardFailed(f"{target.name} is gone")
         result = await do(target)
@@ -156,5 +168,5 @@ class RemoteShards:
 
 
 def _flat(device: Experts, standby: Experts) -> set[Held]:
-    both = ((DEVICE, device), (STANDBY, standby))
-    return {(layer, expert, tier) for tier, by in both for layer, experts in by.items() for expert in experts}
+    tiers = ((DEVICE, device), (STANDBY, standby))
+    return {(layer, id, tier) for tier, by_layer in tiers for layer, ids in by_layer.items() for id in ids}

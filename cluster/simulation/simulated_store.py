@@ -15,33 +15,42 @@ from cluster.simulation.simulated_process import SimProcess
 from cluster.topology import Placement, Shard
 
 T = TypeVar("T")
-EPOCH_OF_CLOCK = 1_800_000_000.0  # seconds since 1970 when a simulation begins
-STORE_TIMEOUT_S = 1.0
+EPOCH_OF_CLOCK = 1_800_000_000.0  # Seconds since 1970 at which every simulation begins.
+STORE_TIMEOUT_S = 1.0  # As `cluster.control.registry.CALL_TIMEOUT_S`.
 
 
 class SimStore:
-    """A Redis: what it holds, and whether it answers. Wiping it leaves an empty one."""
+    """A `SimStore` simulates a Redis: what is stored there, and whether the server answers.
+
+    - `is_fenced`: False makes the store accept a placement whatever its fencing token.
+    - `on_publish`: called after a placement was stored.
+    """
 
     def __init__(self, is_fenced: bool = True) -> None:
         self.is_fenced = is_fenced
         self.process = SimProcess("store")
-        self.loads: Counter[tuple[int, int]] = Counter()  # wiping spares them, or nothing could be said of them
+        self.loads: Counter[tuple[int, int]] = (
+            Counter()
+        )  # Picks by layer and expert. A wipe keeps them, or lost counts would not show.
         self.on_publish: Callable[[Placement], None] = lambda _: None
         self.wipe()
 
     def wipe(self) -> None:
+        """Lose everything but the counts of expert load."""
         self.registry = MemoryRegistry(now)
         self.was_wiped = True
 
 
 def now() -> float:
-    """Virtual seconds since 1970."""
+    """Return the virtual time in seconds since 1970."""
     return EPOCH_OF_CLOCK + asyncio.get_running_loop().time()
 
 
 class RemoteStore:
-    """The store as one process reaches it: a `RegistryStore` whose calls take time, and fail before or after they were
-    done."""
+    """A `RemoteStore` is the store as one process reaches it over the network: a `RegistryStore` whose calls may fail.
+
+    A call that fails may have had its effect, as with a real store whose reply is lost.
+    """
 
     def __init__(self, process: SimProcess, store: SimStore, network: SimNetwork) -> None:
         self._process, self._store, self._network = process, store, network
@@ -57,7 +66,7 @@ class RemoteStore:
         if store.is_stopped or self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store does not answer")
-        result = await do(self._store.registry)  # the way back is part of the hop
+        result = await do(self._store.registry)  # The reply takes no time of its own: the hop above includes it.
         if self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store's answer was lost")
@@ -139,7 +148,7 @@ class RemoteStore:
         await self._call(lambda registry: registry.release_lease(lease))
 
     async def add_loads(self, taken: Mapping[int, Any]) -> None:
-        """Adds a backbone's counts, once even where the answer is lost."""
+        """Add a backbone's counts by layer to the load; they may be added although the call fails."""
 
         async def add(_: MemoryRegistry) -> None:
             for layer, counts_E in taken.items():

@@ -1,4 +1,7 @@
-"""An event loop whose clock jumps to whatever is next: hours in seconds, and the same again for the same seed."""
+"""`VirtualLoop`: an event loop whose clock jumps to the next scheduled callback.
+
+Hours of virtual time pass in seconds, and a program that draws from a seed runs the same way each time.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ T = TypeVar("T")
 
 
 class Stuck(RuntimeError):
-    """Everything waits for something that will never happen."""
+    """No callback is scheduled, so that whatever tasks wait for will never happen."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """Runs callbacks in the order of their times and, at one time, in the order they were scheduled. No sockets, no
-    threads.
+    """A `VirtualLoop` runs callbacks in the order of their times and, at one time, in the order of scheduling.
 
-    What a loop does most is replaced by the little of it that is needed here: it took half of a simulation's time.
+    It has no sockets and no threads. The methods that asyncio calls most often are replaced by short versions, because
+    asyncio's own took half of a simulation's time.
     """
 
     _ready: deque[asyncio.Handle]
@@ -33,6 +36,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._numbers = itertools.count()
 
     def time(self) -> float:
+        """Return the virtual time in seconds."""
         return self._now
 
     def call_at(  # type: ignore[override]
@@ -51,7 +55,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         ready, later = self._ready, self._later
         while not ready:
             if not later:
-                raise Stuck("nothing is scheduled, and nothing is done")
+                raise Stuck("no callback is scheduled, and the main coroutine has not ended")
             self._now = max(self._now, later[0][0])
             while later and later[0][0] <= self._now:
                 _, _, handle = heappop(later)
@@ -63,14 +67,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 handle_now._run()
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """It is passed over when its time has come."""
+        """Do nothing: `_run_once` skips a cancelled handle when its time has come."""
 
     def _write_to_self(self) -> None:
-        """Nobody else can wake it."""
+        """Do nothing: no other thread can add a callback, so the loop needs no waking."""
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Like `asyncio.run`, in virtual time; tasks left over are cancelled."""
+    """Run `main` as `asyncio.run` does, but in virtual time; tasks that are left over are cancelled."""
     loop = VirtualLoop()
     try:
         asyncio.set_event_loop(loop)

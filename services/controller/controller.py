@@ -1,6 +1,6 @@
-"""The controller as a process: the reconciler's loop on the real registry, load and shards.
+"""`Controller`: runs the reconciler's and the scaler's loops on the real registry, load and shards.
 
-It is never on the token path: backbones run on the last placement they saw.
+The controller is never on the token path: backbones run on the last placement that they saw.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """`num_shards` of each pool must have registered before a placement is made; `model` is the checkpoint's digest.
+    """A `ControllerConfig` says what a controller serves and how it decides.
 
-    `pools` are those that grow and shrink.
+    - `num_shards`: the shards of each pool that must have registered before the first placement is planned.
+    - `model`, `dtype`: the checkpoint's digest, and the dtype in which shards hold the weights.
+    - `policy`, `timing`: what the planner weighs, and how long the reconciler waits for what.
+    - `pools`: the sizes of the pools that grow and shrink; other pools keep their size.
     """
 
     num_shards: Mapping[str, int]
@@ -48,17 +51,17 @@ class ControllerConfig:
 
 
 def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[LayerSpec]:
-    """The planner's view of the experts."""
+    """Return the planner's view of the layers whose experts have these shapes."""
     return [LayerSpec(shape.layer, shape.num_experts, shape.nbytes(dtype), shape.top_k) for shape in shapes]
 
 
-def eager(policy: PlanPolicy) -> PlanPolicy:
-    """A policy that takes whatever gains anything, and that counts no cost."""
+def without_hysteresis(policy: PlanPolicy) -> PlanPolicy:
+    """Return a policy that accepts any gain, however small, and does not weigh the cost of moves."""
     return replace(policy, min_gain=0.0, good_enough=policy.aim, stay_s=1e9)
 
 
 class Controller:
-    """Without `loads` every expert counts as equally popular."""
+    """A `Controller` owns a reconciler and a scaler; without `loads` every expert counts as equally popular."""
 
     def __init__(
         self,
@@ -88,21 +91,21 @@ class Controller:
         )
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run both loops until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.reconciler.run())
             tasks.create_task(self.scaler.run())
 
     async def plan(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
-        """What the planner would do now; raises ValueError where it finds no place for the experts."""
+        """Return the plan for the load of now; raises ValueError if the shards have no room for the experts."""
         return await self._plan(shards, placement, self.config.policy)
 
     async def plan_as_ordered(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
-        """The same without hysteresis: an operator who asks has decided that it is worth the moves."""
-        return await self._plan(shards, placement, eager(self.config.policy))
+        """Return the plan without hysteresis: an operator who orders one has decided that it is worth the moves."""
+        return await self._plan(shards, placement, without_hysteresis(self.config.policy))
 
     async def preview(self) -> Plan | None:
-        """What an order to rebalance would lead to now; None where no placement is published yet."""
+        """Return the plan that an order to rebalance would lead to now, or None if no placement is published."""
         shards = with_drain_orders(await self.registry.shards(), await self.registry.orders())
         placement = await self.registry.placement()
         return None if placement is None else await self.plan_as_ordered(shards, placement)
@@ -112,10 +115,13 @@ class Controller:
         return await asyncio.to_thread(plan, self.layers, shards, placement, load, policy)
 
     async def expected_load(self) -> Mapping[int, ExpectedLoad]:
-        """Of every layer that was used lately; what was known before where the store does not answer."""
+        """Return the expected load of every layer that was used lately.
+
+        If the store does not answer, the load that was read last is returned.
+        """
         if self._history:
             try:
                 self._last_load = await self._history.expected(time.time())
             except StoreUnavailable as error:
-                log.warning("The load of before must do: %s", error)
+                log.warning("The load that was read last is used again, because the store does not answer: %s", error)
         return self._last_load

@@ -1,6 +1,7 @@
-"""Serve's view of how many shards a pool should have: what the controller decided, as the pool's own shards report it.
+"""Ray Serve's autoscaling policy for a pool: the size that the controller decided, as the pool's shards report it.
 
-Serve's controller calls this at every turn of its loop, and gets this file by value: it imports nothing of ours.
+Serve's own controller calls the policy at every turn of its loop. Serve gets this file by value, pickled, so the file
+imports nothing of Expertmesh.
 """
 
 from __future__ import annotations
@@ -9,11 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 DESIRED, DECIDED_AT, HEARD_AT = "desired_shards", "decided_at", "heard_at"
-MEMORY_S = 15.0  # after which an older decision counts again: the controller's clock may have been set back
+# Seconds after which an older decision replaces a newer one: the controller's clock may have been set back.
+MEMORY_S = 15.0
 
 
 class AutoscalingContext(Protocol):
-    """What is used of Serve's AutoscalingContext: series of points by the name of a metric and by replica."""
+    """An `AutoscalingContext` is the part of Serve's class of that name that the policy reads.
+
+    - `target_num_replicas`: the pool's size, in Serve's view.
+    - `policy_state`: what the policy returned at the last turn.
+    - `current_time`: seconds; only differences are used.
+    - `raw_metrics`: a series of points for each metric's name and each replica.
+    """
 
     target_num_replicas: int
 
@@ -28,20 +36,21 @@ class AutoscalingContext(Protocol):
 
 
 def report(shards: int, decided_at: float) -> dict[str, float]:
-    """What a shard tells Serve."""
+    """Return the metrics with which a shard reports its pool's size to Serve."""
     return {DESIRED: float(shards), DECIDED_AT: decided_at}
 
 
 def follow_the_controller(ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """The newest decision that any shard has told of; while nobody has, the pool stays as it is.
+    """Return the newest decision that any shard has reported, and the state for the next turn.
 
-    It is remembered: Serve forgets what a shard has told as soon as it stops it, and the others may not have heard yet
-    of the decision that made it stop.
+    While no shard has reported a decision, the pool keeps its size. The newest decision is remembered for `MEMORY_S`:
+    Serve discards a shard's reports as soon as it stops the shard, and the other shards may not have heard yet of the
+    decision that made the shard stop.
     """
     reports = ctx.raw_metrics or {}
     desired, decided_at = reports.get(DESIRED, {}), reports.get(DECIDED_AT, {})
-    both = [replica for replica in desired if desired[replica] and decided_at.get(replica)]
-    heard = [(decided_at[replica][-1].value, int(desired[replica][-1].value)) for replica in both]
+    replicas = [replica for replica in desired if desired[replica] and decided_at.get(replica)]
+    heard = [(decided_at[replica][-1].value, int(desired[replica][-1].value)) for replica in replicas]
     now, before = ctx.current_time or 0.0, ctx.policy_state
     if DECIDED_AT in before and now - before[HEARD_AT] < MEMORY_S:
         known = before[DECIDED_AT], before[DESIRED]

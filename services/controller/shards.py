@@ -1,4 +1,4 @@
-"""What the controller asks of shards, over gRPC; what they load is checked against the manifest."""
+"""`GrpcShards`: carries the leader's orders to shards over gRPC, and verifies loads against the manifest."""
 
 from __future__ import annotations
 
@@ -21,34 +21,47 @@ log = logging.getLogger(__name__)
 
 
 class GrpcShards:
-    """Implements `cluster.control.shard_control.ShardControl`."""
+    """`GrpcShards` implements `cluster.control.shard_control.ShardControl` for real shards.
+
+    - `shapes`: the experts' shapes, for the canary's rows.
+    - `model`, `dtype`: name the manifest in the registry, because the same checkpoint has other bytes in another dtype.
+    """
 
     def __init__(self, registry: RegistryStore, shapes: Sequence[ExpertShape], model: str, dtype: torch.dtype) -> None:
         self.registry, self.shapes, self.dtype = registry, shapes, dtype
         self._sizes = {shape.layer: shape.nbytes(dtype) for shape in shapes}
         self.weights = weights_name(model, str(dtype).removeprefix("torch."))
-        self._gains: dict[int, int] = {}
+        self._gains: dict[int, int] = {}  # The largest gain exponent that any load has reported, by layer.
 
     async def holding(self, shard: Shard) -> Holding:
-        """Bytes of homes alone: what is promoted for calls makes room for homes, and would hold one up for ever."""
+        """Return the experts that `shard` holds, and the bytes of its homes.
+
+        Promoted experts are not counted: the shard evicts them when a home needs the memory. If they were counted, a
+        home could wait for that memory for ever.
+        """
         status = await shard_control.status(shard.endpoint)
         experts = {*_flat(status.held, DEVICE), *_flat(status.standby, STANDBY)}
         used_bytes = sum(len(of.experts) * self._sizes[of.layer] for of in status.held)
         return Holding(frozenset(experts), used_bytes)
 
     async def load(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> Mapping[int, int]:
-        """Raises ShardFailed also for experts that are not made of the bytes that were seen first; they are dropped."""
+        """Load experts on `shard` and verify their checksums; return the layers' largest gain exponents.
+
+        The shard gets the checksums of the manifest with the order, and refuses other bytes. Checksums of experts that
+        are loaded for the first time are added to the manifest afterwards. If another shard has meanwhile added other
+        checksums for them, the experts of this order are dropped. Raises ShardFailed in both cases.
+        """
         layers = sorted({*device, *standby})
         known = {layer: await self.registry.checksums(self.weights, layer) for layer in layers}
-        wanted = [(layer, expert) for by in (device, standby) for layer, own in by.items() for expert in own]
-        expected = {(layer, expert): known[layer][expert] for layer, expert in wanted if expert in known[layer]}
+        keys = [(layer, id) for by_layer in (device, standby) for layer, ids in by_layer.items() for id in ids]
+        expected = {(layer, expert): known[layer][expert] for layer, expert in keys if expert in known[layer]}
         sources = Sources(expected=expected)
         loaded = await shard_control.load(shard.endpoint, device, order.epoch, standby, sources, order.fencing)
-        first = {
+        recorded = {
             layer: await self.registry.note_checksums(self.weights, layer, seen)
             for layer, seen in loaded.checksums.items()
         }
-        if wrong := Manifest(first).mismatches(loaded.checksums):
+        if wrong := Manifest(recorded).mismatches(loaded.checksums):
             await self.drop(shard, device, standby, order)
             raise ShardFailed(" ".join(map(str, wrong)))
         for layer, gain in loaded.gains.items():
@@ -56,9 +69,11 @@ class GrpcShards:
         return loaded.gains
 
     async def drop(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> None:
+        """Have `shard` unload experts and give up standbys."""
         await shard_control.unload(shard.endpoint, device, order.epoch, standby, order.fencing)
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
+        """Run the canary: return the experts for whose rows the two shards compute different sums."""
         try:
             wrong = await shard_control.canary(
                 old.endpoint, new.endpoint, experts, self.shapes, self.dtype, self._gains
