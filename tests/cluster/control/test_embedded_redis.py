@@ -18,7 +18,7 @@ from cluster.control.embedded_redis import EmbeddedRedis, find_server
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # it may end between opening and reading
+    except (FileNotFoundError, ProcessLookupError):  # The process may end between opening and reading.
         return False
 
 
@@ -66,7 +66,8 @@ def test_two_servers_are_two() -> None:
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_it_does_not_outlive_its_starter(stop_signal: signal.Signals) -> None:
-    program = "from cluster.control.embedded_redis import EmbeddedRedis; s = EmbeddedRedis(); print(s.pid, flush=True); input()"
+    start = "server = EmbeddedRedis(); print(server.pid, flush=True); input()"
+    program = f"from cluster.control.embedded_redis import EmbeddedRedis; {start}"
     starter = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )

@@ -1,4 +1,4 @@
-"""How large pools should be: a table of cases, what holds for every load, and the planner's own costs behind it."""
+"""Tests of pool sizes: a table of cases, what holds for every load, and the prediction by the planner's costs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POLICY = PoolPolicy(min_shards=2, max_shards=8, target_busy=0.6, slack=0.2)
 
 
 def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: object) -> PoolState:
-    """`work` is what all shards together do."""
+    """Return a pool whose shards share `work`, a sum of busy shares, evenly."""
     shares = {f"s{i}": BusyShare(calls, work / num_shards) for i in range(num_shards)}
     pool = PoolState(num_shards, shares, min_for_cover=2)
     return replace(pool, **options)  # type: ignore[arg-type]
@@ -37,19 +37,23 @@ def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: objec
 @pytest.mark.parametrize(
     ("pool", "shards", "why"),
     [
-        (even_pool(3, 1.5), 3, "busy for 50%"),  # between the boundaries
+        (even_pool(3, 1.5), 3, "busy for 50%"),  # Between the boundaries the size stays.
         (even_pool(3, 2.0), 4, "with 3 the slowest is predicted to be busy for 67%"),
-        (even_pool(3, 4.0), 7, "60% is aimed at"),  # several up
+        (even_pool(3, 4.0), 7, "60% is aimed at"),  # A pool grows by several shards at a time.
         (even_pool(3, 90.0), 8, "busy for 3000%"),
-        (even_pool(6, 0.0), 5, "with one less"),  # one down
-        (even_pool(2, 0.0), 2, "busy for 0%"),  # not below the pool's bounds
-        (even_pool(4, 0.0, min_for_cover=4), 4, "busy for 0%"),  # nor below what holds every expert twice
+        (even_pool(6, 0.0), 5, "with one less"),  # A pool shrinks by one shard at a time.
+        (even_pool(2, 0.0), 2, "busy for 0%"),  # A pool does not shrink below its bounds.
+        (
+            even_pool(4, 0.0, min_for_cover=4),
+            4,
+            "busy for 0%",
+        ),  # A pool keeps every expert twice.
         (even_pool(4, 0.0, is_settled=False), 4, "once the moves under way are done"),
         (even_pool(4, 0.0, min_for_cover=6), 6, "from 6 to 8 are possible"),
         (even_pool(4, 0.0, min_for_cover=20), 8, "from 8 to 8 are possible"),
-        (even_pool(3, 0.9, calls=0.4), 5, "busy for 70%"),  # calls cost each shard the same, however many there are
-        (even_pool(3, 90.0, ordered=4), 4, "an operator ordered 4"),  # an order wins over the load
-        (even_pool(6, 1.0, ordered=2), 5, "an operator ordered 2"),  # but one at a time goes down
+        (even_pool(3, 0.9, calls=0.4), 5, "busy for 70%"),  # More shards do not reduce the cost of calls.
+        (even_pool(3, 90.0, ordered=4), 4, "an operator ordered 4"),  # An order wins over the load.
+        (even_pool(6, 1.0, ordered=2), 5, "an operator ordered 2"),  # An order, too, takes away one shard at a time.
         (even_pool(6, 1.0, ordered=2, is_settled=False), 6, "once the moves"),
         (even_pool(3, 1.0, ordered=20), 8, "an operator ordered 20; from 2 to 8 are possible"),
         (even_pool(4, 1.0, ordered=1, min_for_cover=4), 4, "an operator ordered 1; from 4 to 8 are possible"),
@@ -57,7 +61,7 @@ def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: objec
             replace(even_pool(3, 1.5), size=4),
             4,
             "busy for 38%",
-        ),  # one of four is dead: the pool does not shrink for it
+        ),  # One of four shards is dead, and the pool does not shrink because of that.
     ],
 )
 def test_decisions(pool: PoolState, shards: int, why: str) -> None:
@@ -71,7 +75,7 @@ def test_an_uneven_pool_goes_by_its_slowest_shard() -> None:
     uneven = {"a": BusyShare(0, 0.78), "b": BusyShare(0, 0.4), "c": BusyShare(0, 0.3)}
     assert predicted_share(uneven.values(), 3) == pytest.approx(0.78)
     assert desired_shards(PoolState(3, uneven, 2), POLICY).shards == 4
-    new = {**uneven, "d": BusyShare(), "e": BusyShare()}  # which have nothing to do yet, and must not bring in more
+    new = {**uneven, "d": BusyShare(), "e": BusyShare()}  # Shards without work must not make the pool grow.
     assert predicted_share(new.values(), 5) == pytest.approx(0.78 * 3 / 5)
     assert desired_shards(PoolState(5, new, 2), POLICY).shards == 5
 
@@ -79,13 +83,13 @@ def test_an_uneven_pool_goes_by_its_slowest_shard() -> None:
 @pytest.mark.parametrize("seed", range(50))
 def test_more_load_never_means_fewer_shards(seed: int) -> None:
     draw = np.random.default_rng(seed)
-    wanted, num_live = draw.integers(2, 9), draw.integers(1, 9)
+    size, num_live = draw.integers(2, 9), draw.integers(1, 9)
     works, calls = draw.lognormal(-1.5, 1.0, num_live), float(draw.uniform(0, 0.7))
     fewest, is_settled = int(draw.integers(1, 9)), bool(draw.integers(2))
     sizes = [
         desired_shards(
             PoolState(
-                int(wanted),
+                int(size),
                 {str(i): BusyShare(calls * factor, float(work * factor)) for i, work in enumerate(works)},
                 fewest,
                 is_settled,
@@ -96,12 +100,12 @@ def test_more_load_never_means_fewer_shards(seed: int) -> None:
     ]
     assert sizes == sorted(sizes)
     assert min(fewest, 8) <= max(sizes) <= 8
-    assert min(sizes) >= min(int(wanted) - 1, 8)
+    assert min(sizes) >= min(int(size) - 1, 8)
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_a_steady_load_settles_and_stays_even_where_it_trembles(seed: int) -> None:
-    """From any size, under a load that varies by 10 %, a pool changes in one direction and then never again."""
+    """Check that a pool of any size changes in one direction only and then stays, under a load that varies by 10 %."""
     draw = np.random.default_rng(seed)
     work, size, sizes = float(draw.uniform(0, 6)), int(draw.integers(2, 9)), list[int]()
     for _ in range(60):
@@ -112,13 +116,15 @@ def test_a_steady_load_settles_and_stays_even_where_it_trembles(seed: int) -> No
     assert len(set(sizes[30:])) == 1
 
 
-def test_a_wish_must_last() -> None:
+def test_a_change_must_be_pending_for_its_delay() -> None:
     policy = replace(POLICY, upscale_delay_s=5.0, downscale_delay_s=60.0)
-    wish = PendingChange().updated(1, 100.0)
-    assert not wish.updated(1, 104.0).is_due(104.0, policy)
-    assert wish.updated(1, 105.0).is_due(105.0, policy)
-    assert not wish.updated(0, 103.0).updated(1, 104.0).is_due(106.0, policy)  # it was given up meanwhile
-    down = wish.updated(-1, 106.0)
+    pending = PendingChange().updated(1, 100.0)
+    assert not pending.updated(1, 104.0).is_due(104.0, policy)
+    assert pending.updated(1, 105.0).is_due(105.0, policy)
+    assert (
+        not pending.updated(0, 103.0).updated(1, 104.0).is_due(106.0, policy)
+    )  # The time begins anew.
+    down = pending.updated(-1, 106.0)
     assert not down.is_due(165.0, policy)
     assert down.is_due(166.0, policy)
     assert not PendingChange().is_due(1e9, policy)
@@ -145,7 +151,7 @@ def test_the_share_is_what_the_planner_predicts_for_a_step_times_the_steps() -> 
     shards = fleet_of(4)
     placement, load, policy = placed(shards), load_of(800.0), PlanPolicy(rows_per_step=8.0)
     per_step = plan(make_layers(), shards, placement, load, policy).predicted_s_before
-    shares = busy_shares(make_layers(), shards, placement, load, PlanPolicy())  # of 8 rows, as the shards say
+    shares = busy_shares(make_layers(), shards, placement, load, PlanPolicy())  # The shards report 8 rows per call.
     assert max(share.total for share in shares.values()) == pytest.approx(100 * per_step, rel=0.02)
     assert shares["s00"].calls == pytest.approx(3 * 100 * 50e-6)
 
@@ -167,8 +173,10 @@ def test_a_shard_without_experts_is_not_called() -> None:
 
 
 def test_pools_side_by_side_decide_by_their_own_shards() -> None:
-    """A CPU pool ten times slower beside a GPU pool: rows are shared out so that both end together, and the pool whose
-    target is lower is the one that grows."""
+    """Check that of two pools the one with the lower target grows.
+
+    The CPU pool is ten times slower than the GPU pool. Rows are shared out so that both pools end together.
+    """
     fast = [replace(shard, pool="experts-gpu", device="cuda") for shard in fleet_of(4)[:2]]
     slow = [
         replace(s, pool="experts-cpu", cost_model=replace(s.cost_model, row_us_per_mib=200_000.0))
@@ -186,22 +194,22 @@ def test_pools_side_by_side_decide_by_their_own_shards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "host_budget", "num_others", "fewest"),
+    ("budget", "host_budget", "num_others", "expected"),
     [
-        (100 * 97, 0, 0, 2),  # everything, and room for one more: two shards hold it twice
-        (100 * 96, 0, 0, 3),  # without that room, not
+        (100 * 97, 0, 0, 2),  # Two shards that hold every expert and have room for one more.
+        (100 * 96, 0, 0, 3),  # Without room for one more expert two shards do not suffice.
         (100 * 49, 0, 0, 4),
-        (100 * 49, 0, 2, 2),  # the other pool's two shards hold one home of each
-        (100 * 97, 0, 4, 1),  # the other pool needs none of these
-        (100 * 49, 100 * 48, 0, 2),  # second homes in host memory
-        (100 * 25, 10**9, 0, 4),  # but one on a device
+        (100 * 49, 0, 2, 2),  # The other pool's two shards hold one home of every expert.
+        (100 * 97, 0, 4, 1),  # The other pool holds every expert twice.
+        (100 * 49, 100 * 48, 0, 2),  # The second homes are in host memory.
+        (100 * 25, 10**9, 0, 4),  # One home of every expert must be on a device.
         (100, 0, 0, 1),
     ],
 )
-def test_every_expert_keeps_two_homes(budget: int, host_budget: int, num_others: int, fewest: int) -> None:
-    own = [replace(make_shard(i, memory_budget=budget), host_budget=host_budget) for i in range(3)]
+def test_every_expert_keeps_two_homes(budget: int, host_budget: int, num_others: int, expected: int) -> None:
+    pool = [replace(make_shard(i, memory_budget=budget), host_budget=host_budget) for i in range(3)]
     others = [make_shard(10 + i, memory_budget=budget) for i in range(num_others)]
-    assert min_shards_for_cover(make_layers(), own, others) == fewest
+    assert min_shards_for_cover(make_layers(), pool, others) == expected
 
 
 def test_the_mean_rows_of_a_call_follow_the_load() -> None:

@@ -1,4 +1,4 @@
-"""Ten thousand fleets, and whether the simulation would notice if something were wrong."""
+"""Tests that ten thousand simulated fleets survive, and that the simulation finds planted bugs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cluster.topology import Placement, Shard
 
 ROOT = Path(__file__).parents[3]
 NUM_FLEETS = 10_000
-MAX_SEEDS = 200  # within which a planted bug must be found
+MAX_SEEDS = 200  # A planted bug must be found within so many seeds.
 
 
 def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,25 +45,29 @@ def test_ten_thousand_fleets_survive() -> None:
 
 def test_a_fleet_lives_the_same_life_again() -> None:
     lives = [simulate("--seed", "7", "--faults", "4", "--trace").stdout for _ in range(2)]
-    told = [[line for line in life.splitlines() if "hours" not in line] for life in lives]
-    assert told[0] == told[1]
-    assert len(told[0]) > 5
+    events = [[line for line in life.splitlines() if "hours" not in line] for life in lives]
+    assert events[0] == events[1]
+    assert len(events[0]) > 5
 
 
 @pytest.fixture
-def quiet() -> Iterator[None]:
+def silent_warnings() -> Iterator[None]:
     runner.silence_warnings()
     yield
     logging.disable(logging.NOTSET)
 
 
 class DropsBeforeDrain(Reconciler):
+    """A controller that drops experts although backbones may still use an older epoch."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.published.is_drained = lambda followed: True  # type: ignore[method-assign]
 
 
 class PublishesBeforeLoad(Reconciler):
+    """A controller that publishes the whole target at once, although shards have not loaded it."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         publish = self.published.publish
@@ -75,7 +79,7 @@ class PublishesBeforeLoad(Reconciler):
 
 
 class NeverRepairs(Reconciler):
-    """Loads nothing once there is a placement."""
+    """A controller that loads nothing once a placement is published."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -101,7 +105,7 @@ class NeverRepairs(Reconciler):
     ],
     ids=["drop before drain", "publish before load", "no repair", "no fencing"],
 )
-def test_a_planted_bug_is_found(broken: Scenario, found: str, quiet: None) -> None:
+def test_a_planted_bug_is_found(broken: Scenario, found: str, silent_warnings: None) -> None:
     for seed in range(MAX_SEEDS):
         error = run_scenario(replace(broken, seed=seed)).error
         if error is not None and re.search(found, error):
@@ -110,7 +114,7 @@ def test_a_planted_bug_is_found(broken: Scenario, found: str, quiet: None) -> No
 
 
 class SlowToPlan(SimFleet):
-    """Where plans take longer than the lease lasts."""
+    """A fleet whose controllers take longer to plan than their lease lasts."""
 
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(scenario)

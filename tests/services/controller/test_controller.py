@@ -1,4 +1,4 @@
-"""The controller with real shards: gRPC, a checkpoint on disk, and a registry in memory."""
+"""Tests of the controller with real shards: gRPC, a checkpoint on disk, and a registry in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoi
 
 POOL = "experts-cpu"
 TIMING = ControllerTiming(period_s=0.1, drain_s=0.2, recovery_s=0.5, failure_pause_s=1.0)
-TIMEOUT_S = 120.0  # kernels may have to be compiled
+TIMEOUT_S = 120.0  # Long, because kernels may have to be compiled.
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
 
 @dataclass
 class Fleet:
-    """Shards that come and go, and a controller that may be replaced."""
+    """A `Fleet` consists of shards that come and go, a registry, and controllers that may be replaced."""
 
     family: ModelFamily
     stack: AsyncExitStack
@@ -51,7 +51,7 @@ class Fleet:
         return shard
 
     async def kill(self, shard: ExpertShard) -> None:
-        """It goes without a word."""
+        """End a shard at once, without draining or unregistering it."""
         id = shard.config.shard_id
         if id not in self.dead and shard.service.worker.is_alive:
             self.dead.add(id)
@@ -75,7 +75,7 @@ class Fleet:
         return found
 
     def is_settled_on(self, *ids: str) -> Callable[[Placement], bool]:
-        """Two homes for everything, on these shards, which hold just that."""
+        """Return the condition that every expert has two homes on these shards, which hold nothing else."""
 
         def is_so(placement: Placement) -> bool:
             holds = all(self.shards[id].host.digest == placement.digest_of(id) for id in ids)
@@ -110,7 +110,9 @@ def test_the_first_placement_waits_for_all_shards(family: ModelFamily) -> None:
             placement = await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
             assert placement.model == "digest"
             assert set(placement.gains) == set(LAYERS)
-            assert placement.epoch > 1_700_000_000_000  # the time, so that a store that lost its data repeats none
+            assert (
+                placement.epoch > 1_700_000_000_000
+            )  # The epoch is the clock's milliseconds: a store that lost its data repeats no epoch.
             controller.cancel()
 
     asyncio.run(run())
@@ -163,7 +165,7 @@ def test_an_order_to_drain_empties_a_shard_that_goes_on_and_is_filled_again_once
             async with asyncio.timeout(TIMEOUT_S):
                 while ours.shards["s1"].host.num_held:
                     await asyncio.sleep(0.05)
-            assert not ours.shards["s1"].record.draining  # it is not told, and ready to be used again
+            assert not ours.shards["s1"].record.draining  # The shard does not know of the order, and may be used again.
             await ours.registry.lift_order(order)
             await ours.reaches(lambda placement: "s1" in placement.shard_ids and placement.cover() == 2)
             controller.cancel()
@@ -199,7 +201,7 @@ def test_a_controller_that_dies_at_any_step_is_succeeded(family: ModelFamily) ->
                 await asyncio.sleep(0.15 * number % 0.7)
                 controller.cancel()
                 await asyncio.gather(controller, return_exceptions=True)
-                ours.registry.lease = None  # as when its time is up
+                ours.registry.lease = None  # The lease has expired.
             controller = ours.start_controller()
             everyone = ours.is_settled_on(*ours.shards)
             await ours.reaches(everyone)
@@ -252,6 +254,6 @@ def test_the_orders_of_a_leader_that_was_replaced_are_refused(family: ModelFamil
             assert refusal.value.code == grpc.StatusCode.FAILED_PRECONDITION
             await shard_control.unload(
                 endpoint, {LAYERS[0]: [0]}, epoch=1
-            )  # who has no token, leads nobody: an operator
+            )  # An order without a token comes from an operator, and is obeyed.
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""The scaler beside a real reconciler, on a registry in memory and a clock that the test turns."""
+"""Tests of the scaler beside a real reconciler, with a registry in memory and a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POLICY = PoolPolicy(min_shards=2, max_shards=6, target_busy=0.5, upscale_delay_s
 
 @dataclass
 class Hosts:
-    """Shards that load and drop at once."""
+    """A `Hosts` is a `ShardControl` whose shards load and drop at once."""
 
     held: dict[str, set[tuple[int, int, str]]] = field(default_factory=dict)
 
@@ -51,7 +51,7 @@ def _flat(experts: Experts, tier: str) -> set[tuple[int, int, str]]:
 
 
 class World:
-    """A pool of slow shards, the two loops that look after it, and a clock."""
+    """A `World` is a pool of slow shards with its reconciler, its scaler and a clock."""
 
     def __init__(self, num_shards: int = 3) -> None:
         self.now, self.rows_per_s = 1.8e9, 0.0
@@ -72,7 +72,7 @@ class World:
         return {spec.layer: ExpectedLoad.steady(np.full(32, rate)) for spec in LAYERS} if rate else {}
 
     async def passes(self, seconds: int) -> int:
-        """Lets time pass and returns how many shards are wanted then."""
+        """Let some seconds pass, with turns of both loops, and return the pool's size that was decided last."""
         for _ in range(seconds):
             self.now += 1.0
             for shard in self.shards:
@@ -83,17 +83,14 @@ class World:
                 ]
                 record = replace(shard, cost_model=SLOW, rows_per_call=8.0, held_digest=held_digest(*by_tier))
                 await self.registry.heartbeat(record)
-            for _ in range(2):  # turns of the reconciler
+            for _ in range(2):  # Two turns per second, as in production.
                 await self.reconciler.turn()
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
             await self.scaler.turn()
-        return await self.wanted()
-
-    async def wanted(self) -> int:
-        wanted = await self.registry.pool_size("cpu")
-        assert wanted is not None
-        return wanted.shards
+        size = await self.registry.pool_size("cpu")
+        assert size is not None
+        return size.shards
 
     def start(self, number: int) -> None:
         self.shards.append(make_shard(number, memory_budget=10_000))
@@ -109,11 +106,13 @@ def test_a_pool_grows_after_its_delay_and_shrinks_after_a_longer_one_by_one_shar
         assert grown > 3
         for number in range(3, grown):
             world.start(number)
-        assert await world.passes(30) == grown  # shards with nothing to do yet bring in no others
+        assert await world.passes(30) == grown  # Shards without work yet do not make the pool grow further.
         world.rows_per_s = 1.0
         assert await world.passes(59) == grown
         assert await world.passes(3) == grown - 1
-        assert await world.passes(100) == grown - 1  # as long as the one that is to go is there
+        assert (
+            await world.passes(100) == grown - 1
+        )  # The pool shrinks no further while the shard that should stop is there.
         world.shards[-1] = replace(world.shards[-1], draining=True)
         assert await world.passes(65) == grown - 1
         del world.shards[-1]
@@ -133,7 +132,7 @@ def test_an_order_is_followed_at_once_and_until_it_is_lifted() -> None:
         assert await world.passes(1) == 5
         world.start(3)
         world.start(4)
-        assert await world.passes(70) == 5  # though there is no load at all
+        assert await world.passes(70) == 5  # The order holds although there is no load at all.
         await world.registry.lift_order(order)
         assert await world.passes(62) == 4
 
@@ -154,7 +153,7 @@ def test_the_next_leader_goes_on_from_what_was_decided() -> None:
     async def run() -> None:
         world = World()
         await world.passes(10)
-        await world.registry.set_pool_size("cpu", PoolSize(5, world.now))  # by a leader that then died
+        await world.registry.set_pool_size("cpu", PoolSize(5, world.now))  # The leader that wrote this died afterwards.
         world.now += 10.0
         world.lead()
         assert await world.passes(5) == 5

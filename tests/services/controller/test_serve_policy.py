@@ -1,4 +1,4 @@
-"""What Serve is told of a pool's size, from what its shards have heard."""
+"""Tests of the autoscaling policy that Serve calls: the newest decision that any shard has reported counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.controller.serve_policy import MEMORY_S, follow_the_controller, re
 
 @dataclass
 class Heard:
-    """The part of Serve's context that the policy reads: each replica's series, as Serve keeps them."""
+    """A `Heard` stands for Serve's context: it keeps each replica's series of reports, as Serve does."""
 
     raw_metrics: dict[str, dict[str, list[TimeStampedValue]]] = field(default_factory=dict)
     target_num_replicas: int = 3
@@ -26,13 +26,13 @@ class Heard:
     current_time: float = 100.0
 
     def decide(self, current_time: float) -> int:
-        """As Serve asks at some time: it keeps the state for the next time."""
+        """Call the policy as Serve does, keep the state for the next call, and return the pool's size."""
         self.current_time = current_time
         self.target_num_replicas, self.policy_state = follow_the_controller(self)
         return self.target_num_replicas
 
     def forget(self, replica: str) -> None:
-        """What Serve does with a replica that it stops."""
+        """Discard a replica's reports, as Serve does when it stops the replica."""
         for series in self.raw_metrics.values():
             series.pop(replica)
 
@@ -50,7 +50,7 @@ def test_while_nothing_was_heard_a_pool_stays_as_it_is() -> None:
 
 def test_the_newest_decision_counts_whoever_heard_of_it() -> None:
     heard = Heard()
-    heard.add("a", 5, decided_at=10.0, came_at=90.0)  # cut off from the store since
+    heard.add("a", 5, decided_at=10.0, came_at=90.0)  # This shard has been cut off from the store since.
     heard.add("b", 5, decided_at=10.0, came_at=80.0)
     heard.add("b", 4, decided_at=20.0, came_at=81.0)
     assert follow_the_controller(heard)[0] == 4
