@@ -29,9 +29,9 @@ from services.args import AppArgs
 from services.cli.start_steps import StartGoal, StartObservation, StartReporter, StartStep, StepReport, steps_of
 
 APP_NAME = "expertmesh"
-OTHER_CPUS = 8  # that Ray is told of beside those of backbones and shards, for gateway, controller and Serve itself
-WATCH_PERIOD_S = 0.5  # between two looks at a start; a look takes Serve's controller up to 0.2 s on a busy machine
-WATCH_JOIN_S = 5.0  # a look may hang in Ray where Serve's controller has died
+OTHER_CPUS = 8  # CPUs that Ray may give to the gateway, the controller and Serve itself, beside backbones and shards
+WATCH_PERIOD_S = 0.5  # seconds between two observations; one costs Serve's controller up to 0.2 s on a busy machine
+WATCH_JOIN_S = 5.0  # seconds; an observation may hang in Ray if Serve's controller has died
 
 
 @dataclass(frozen=True)

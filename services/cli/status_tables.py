@@ -78,13 +78,8 @@ def _pools(report: Report) -> Table:
 
 def _shards(shards: list[Report]) -> Table:
     numbers = ("experts", "picks/s", "share")
-    names = (
-        "shard",
-        "endpoint",
-        "device",
-        *numbers,
-        "state",
-    )  # a shard's id starts with the name of its pool
+    # No column for the pool: a shard's id starts with the name of its pool.
+    names = ("shard", "endpoint", "device", *numbers, "state")
     table = _table("Expert shards", *names, numbers=numbers, wraps=("shard",))
     total = sum(shard["picks_per_s"] for shard in shards) or 1
     for shard in shards:

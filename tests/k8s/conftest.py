@@ -12,7 +12,7 @@ from tests.k8s.manifests import OVERLAYS, Manifests, copy_with_secrets, need_kub
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """k8s/ with its Secrets filled in, and the overlay that the documentation makes of another one."""
+    """Return a copy of k8s/ with its Secrets filled in and with the overlay that the documentation makes."""
     need_kubectl()
     made = copy_with_secrets(tmp_path_factory.mktemp("k8s") / "k8s")
     make_next(made.parent)
@@ -21,7 +21,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rendered(tree: Path) -> Callable[[str], Manifests]:
-    """An overlay's manifests, for a test to change."""
+    """Return a function that gives a test its own copy of an overlay's manifests."""
     once: dict[str, Manifests] = {}
 
     def of(overlay: str) -> Manifests:
@@ -34,11 +34,11 @@ def rendered(tree: Path) -> Callable[[str], Manifests]:
 
 @pytest.fixture(params=(*OVERLAYS, NEXT))
 def manifests(request: pytest.FixtureRequest, rendered: Callable[[str], Manifests]) -> Manifests:
-    """Of every overlay in turn."""
+    """Return the manifests of every overlay in turn."""
     return rendered(request.param)
 
 
 @pytest.fixture
 def everything(rendered: Callable[[str], Manifests]) -> Manifests:
-    """Of the overlay that has one of every kind, for faults to be planted in."""
+    """Return the manifests of the overlay that has every kind of object, so that tests can plant faults in them."""
     return rendered("gpu-ha")

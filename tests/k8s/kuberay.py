@@ -1,4 +1,4 @@
-"""What KubeRay's operator asks of a RayService, or makes of it, that its schema does not say."""
+"""Finds faults in a RayService that its schema allows, but that KubeRay's operator would refuse or handle badly."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from tests.k8s.manifests import Manifest, Manifests, Pods, app_args, ray_cluster, ray_pods, ray_service
 
 UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
-MAX_NAME = 47
-OPERATORS_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/created-by")  # its Service of the head selects by them
-OPERATORS_VARIABLES = (
+MAX_NAME = 47  # characters in the name of a RayService
+OPERATORS_LABELS = (
+    "app.kubernetes.io/name",
+    "app.kubernetes.io/created-by",
+)  # KubeRay selects the head by them
+OPERATORS_VARIABLES = (  # that KubeRay itself sets
     *("RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_ADDRESS", "FQ_RAY_IP", "RAY_IP"),
     *("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"),
 )

@@ -1,4 +1,4 @@
-"""The manifests as `kubectl kustomize` renders them, and the pods that they describe."""
+"""Renders the manifests with `kubectl kustomize`, and finds parts of them: the RayService, its groups, the pods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 
 Manifest = dict[str, Any]
 Manifests = list[Manifest]
-Plant = Callable[[Manifests], object]  # changes manifests, so that there is a fault in them
+Plant = Callable[[Manifests], object]  # puts a fault into manifests
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
@@ -23,17 +23,17 @@ SECRET_VALUE = "a-value-of-these-tests"
 
 
 class NotRendered(ValueError):
-    """What kubectl says of a kustomization that it cannot render."""
+    """A `NotRendered` holds the message of kubectl about a kustomization that kubectl cannot render."""
 
 
 def need_kubectl() -> None:
-    """Skips the test where it is missing."""
+    """Skip the test if kubectl is not installed."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl, which renders kustomizations, is not installed, and no package of PyPI does it")
 
 
 def copy_with_secrets(target: Path) -> Path:
-    """The tree as an operator has it, who copied every example of a Secret and put a value in."""
+    """Copy k8s/ to `target` and fill in every example of a Secret, as an operator does."""
     shutil.copytree(K8S, target, ignore=shutil.ignore_patterns("*.env"))
     for example in target.rglob("*.env.example"):
         lines = [f"{line.rstrip()}{SECRET_VALUE}" for line in example.read_text().splitlines()]
@@ -42,7 +42,7 @@ def copy_with_secrets(target: Path) -> Path:
 
 
 def render(folder: Path) -> Manifests:
-    """Raises NotRendered where kubectl refuses."""
+    """Return the manifests of a kustomization; raise NotRendered if kubectl refuses it."""
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise NotRendered(done.stderr.strip())
@@ -88,13 +88,18 @@ def app_args(manifests: Manifests) -> Manifest:
 
 @dataclass(frozen=True)
 class Pods:
-    """Pods of one template; `group` is what a RayCluster calls its groups, "head" for the head, and else empty."""
+    """A `Pods` describes all pods of one template.
+
+    - `owner`: kind and name of the object with the template, for messages
+    - `group`: name of the group in the RayCluster, "head" for the head, empty for pods that are not Ray's
+    - `claims`: volumes that a StatefulSet creates with each pod
+    """
 
     owner: str
     group: str
     labels: dict[str, str]
     spec: Manifest
-    claims: tuple[str, ...] = ()  # volumes that come with the pod
+    claims: tuple[str, ...] = ()
 
     @property
     def is_head(self) -> bool:
@@ -127,7 +132,7 @@ def _pods_of_sets(manifests: Manifests) -> Iterator[Pods]:
 
 
 def ray_pods(manifests: Manifests) -> list[Pods]:
-    """The head's first. KubeRay gives pods the labels of their group, too."""
+    """Return the pods of the RayCluster, the head first. Their labels include those of their group, as with KubeRay."""
     cluster = ray_cluster(manifests)
     groups = [("head", cluster["headGroupSpec"]), *((each["groupName"], each) for each in cluster["workerGroupSpecs"])]
     return [
@@ -142,7 +147,7 @@ def ray_pods(manifests: Manifests) -> list[Pods]:
 
 
 def quantity(text: str | int) -> float:
-    """A number as Kubernetes writes it: 500m, 4Gi, 2."""
+    """Return the number that a quantity of Kubernetes stands for, such as 500m, 4Gi or 2."""
     units = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
     text = str(text)
     unit = next((unit for unit in sorted(units, key=len, reverse=True) if text.endswith(unit)), "")
@@ -150,12 +155,12 @@ def quantity(text: str | int) -> float:
 
 
 def container(manifests: Manifests, owner: str) -> Manifest:
-    """The first one of the pods whose owner or group is called that."""
+    """Return the first container of the pods whose owner or group is `owner`."""
     return next(each for each in pods(manifests) if owner in (each.group, each.owner)).main
 
 
 def rewrite_serve(manifests: Manifests, old: str, new: str) -> None:
-    """Changes the text of serveConfigV2, which must have `old`."""
+    """Replace `old` by `new` in the text of serveConfigV2, which must contain `old`."""
     spec = ray_service(manifests)["spec"]
     assert old in spec["serveConfigV2"]
     spec["serveConfigV2"] = spec["serveConfigV2"].replace(old, new)

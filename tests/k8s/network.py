@@ -1,4 +1,4 @@
-"""What NetworkPolicies let through, by the rules that Kubernetes has for them."""
+"""Decides which connections the NetworkPolicies allow, by the rules of Kubernetes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ from tests.k8s.references import peers, selects
 
 @dataclass(frozen=True)
 class Peer:
-    """A pod, ours or another's; `namespace` is None for ours, and "" for what is no pod at all."""
+    """A `Peer` is one end of a connection.
+
+    `namespace` is None for a pod in our namespace, the name of another namespace, or "" for an end that is no pod.
+    """
 
     labels: dict[str, str] = field(default_factory=dict)
     namespace: str | None = None
 
 
 def allows(manifests: Manifests, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-    """Whether both ends let a connection through."""
+    """Return True if the policies of both ends allow a connection from `source` to `target`."""
     return _lets(manifests, source, target, port, protocol, "egress") and _lets(
         manifests, target, source, port, protocol, "ingress"
     )
 
 
 def _lets(manifests: Manifests, own: Peer, other: Peer, port: int, protocol: str, direction: str) -> bool:
-    """Policies add up, and a pod that none selects for a direction lets everything through there."""
+    """Return True if the policies for `own` allow the connection with `other`.
+
+    A connection is allowed if any policy allows it. A pod that no policy selects for a direction allows everything.
+    """
     if own.namespace is not None:
-        return True  # what others allow is not ours to say
+        return True  # the policies of other namespaces are not ours
     policies = [
         policy
         for policy in of_kind(manifests, "NetworkPolicy")
@@ -43,9 +49,9 @@ def _lets(manifests: Manifests, own: Peer, other: Peer, port: int, protocol: str
 
 def _is_meant(peer: Manifest, other: Peer) -> bool:
     if not peer:
-        return True  # everybody
+        return True  # an empty peer stands for everybody
     if other.namespace == "" or "ipBlock" in peer:
-        return False  # no policy here has addresses
+        return False  # no policy here allows addresses
     if "namespaceSelector" in peer:
         namespace = {"kubernetes.io/metadata.name": other.namespace or "expertmesh"}
         return selects(peer["namespaceSelector"], namespace) and selects(peer.get("podSelector", {}), other.labels)

@@ -1,4 +1,4 @@
-"""What every pod here keeps to: no root, no token that it does not need, probes, memory that is its own, a calm end."""
+"""Finds pods that break the rules for all pods here: security, images, tokens, probes, memory and termination."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.k8s.manifests import (
 
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 RESTRICTED = "pod-security.kubernetes.io/enforce"
-VARIABLES = {  # name -> where from
+VARIABLES = {  # that every Ray container must have -> the field of `env` from which the value comes
     "EXPERTMESH_REDIS_URL": "value",
     "EXPERTMESH_REDIS_PASSWORD": "secretKeyRef",
     "EXPERTMESH_ADMIN_KEY": "secretKeyRef",
@@ -31,7 +31,10 @@ VARIABLES = {  # name -> where from
 
 
 def security_faults(manifests: Manifests) -> list[str]:
-    """Kubernetes' "restricted" profile, which the namespace enforces, as far as fields of these pods go."""
+    """Return the faults by the "restricted" profile of Kubernetes, which the namespace must enforce.
+
+    Only the parts of the profile that concern fields of these pods are checked.
+    """
     faults = [
         f"{title(namespace)} does not enforce the restricted profile"
         for namespace in of_kind(manifests, "Namespace")
@@ -46,7 +49,7 @@ def security_faults(manifests: Manifests) -> list[str]:
 
 
 def image_faults(manifests: Manifests) -> list[str]:
-    """Ours has a version; those of others say by their digest what is in them."""
+    """Return the images that are not pinned: ours needs a version, images of others need a digest."""
     faults = []
     for each in pods(manifests):
         for container in each.containers:
@@ -84,7 +87,10 @@ def _container_faults(name: str, container: Manifest) -> Iterator[str]:
 
 
 def token_faults(manifests: Manifests) -> list[str]:
-    """Only the head speaks to Kubernetes, with an account that KubeRay makes where none is named."""
+    """Return the faults in how pods get tokens of the Kubernetes API.
+
+    Only the head may call that API, with the account that KubeRay makes if the template names none.
+    """
     faults = [
         f"{title(account)} hands out tokens"
         for account in of_kind(manifests, "ServiceAccount")
@@ -100,7 +106,7 @@ def token_faults(manifests: Manifests) -> list[str]:
 
 
 def termination_faults(manifests: Manifests) -> list[str]:
-    """A node drains longer than Serve waits for a shard, and Kubernetes waits longer than that."""
+    """Return the pods whose node drains no longer than a shard takes to stop, or is killed before it has drained."""
     faults = []
     for each in ray_pods(manifests):
         grace = each.spec.get("terminationGracePeriodSeconds", 30)
@@ -112,12 +118,15 @@ def termination_faults(manifests: Manifests) -> list[str]:
 
 
 def variable_of(each: Pods, name: str) -> str | None:
-    """What stands in the manifest, not in a Secret or the like."""
+    """Return the value of a variable if it stands in the manifest itself, or None."""
     return next((variable.get("value") for variable in each.main.get("env", ()) if variable["name"] == name), None)
 
 
 def environment_faults(manifests: Manifests) -> list[str]:
-    """Every Ray container has the same settings, the head's included: an application is built on any node."""
+    """Return the Ray containers that lack a variable or get it from the wrong source.
+
+    The head needs the variables too, because Serve may build the application on any node.
+    """
     faults = []
     for each in ray_pods(manifests):
         given = {
@@ -134,7 +143,7 @@ def environment_faults(manifests: Manifests) -> list[str]:
 
 
 def probe_faults(manifests: Manifests) -> list[str]:
-    """Ray's pods get KubeRay's probes (see kuberay.py); all others bring their own."""
+    """Return the containers without probes; Ray's pods are left out, because KubeRay adds theirs (see kuberay.py)."""
     return [
         f"{each.owner}, container {container['name']}, has no {probe}"
         for each in pods(manifests)
@@ -146,7 +155,11 @@ def probe_faults(manifests: Manifests) -> list[str]:
 
 
 def memory_faults(manifests: Manifests) -> list[str]:
-    """Memory that is requested is what may be used, and shared memory, which counts, holds the object store."""
+    """Return the faults in the memory of pods.
+
+    A container must request as much memory as its limit. The shared memory, which counts towards the limit, must hold
+    Ray's object store.
+    """
     faults = []
     for each in pods(manifests):
         for container in each.containers:
@@ -173,7 +186,7 @@ def _shared_memory_faults(each: Pods, object_store: int) -> Iterator[str]:
 
 
 def model_faults(manifests: Manifests) -> list[str]:
-    """A model of a volume is mounted read-only in every Ray pod, and checked there before Ray starts."""
+    """Return the Ray pods that do not mount the model read-only, or that do not check it before Ray starts."""
     model = app_args(manifests).get("model")
     if model is None:
         return []
@@ -191,7 +204,7 @@ def model_faults(manifests: Manifests) -> list[str]:
 
 
 def log_faults(manifests: Manifests) -> list[str]:
-    """A Redis has a volume that outlives its pod where its configuration writes, and the configuration writes."""
+    """Return the Redis pods that do not write their log to a volume that outlives the pod."""
     faults = []
     for each in pods(manifests):
         if each.group:

@@ -1,4 +1,4 @@
-"""The application's arguments against the pods that are to run it: labels, CPUs, GPUs, numbers, spread, budgets."""
+"""Finds faults where the application's arguments do not fit the pods: labels, CPUs, GPUs, numbers, spread, budgets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pool_faults(manifests: Manifests) -> list[str]:
 
 
 def _group_of(labels: dict[str, str], groups: list[Manifest], what: str) -> Manifest | str:
-    """The one group whose Ray nodes have these labels, or what is wrong."""
+    """Return the only group whose Ray nodes have these labels, or a sentence if there is not exactly one."""
     found = [group for group in groups if labels and labels.items() <= group.get("labels", {}).items()]
     if len(found) != 1:
         return f"{what} asks for nodes with {labels}, which are of {[group['groupName'] for group in found]}"
@@ -42,7 +42,7 @@ def _backbone_faults(args: AppArgs, groups: list[Manifest]) -> Iterator[str]:
         yield "backbone_threads is left to the machine that the application happens to be built on"
     cpus, gpus = _limits(group)
     beside = GATEWAY_CPUS * args.gateway_replicas + CONTROLLER_CPUS * args.controller_replicas
-    wanted = (args.backbone_threads or 1) + beside  # where one pod has them all
+    wanted = (args.backbone_threads or 1) + beside  # for the case that one pod has them all
     if cpus < wanted:
         yield f"a pod of group {group['groupName']} has {cpus:g} CPUs, and needs {wanted:g}"
     if gpus != args.gpus:
@@ -70,7 +70,7 @@ def _pool_faults(pool: PoolArgs, groups: list[Manifest]) -> Iterator[str]:
 
 
 def _number_faults(group: Manifest, least: int, most: int) -> Iterator[str]:
-    """Pods for all replicas, and for one that starts before another goes."""
+    """Yield a fault unless the group has pods for all replicas, and one more for a replica that replaces another."""
     if group["minReplicas"] > least or group["maxReplicas"] != most + 1:
         bounds = f"{group['minReplicas']} to {group['maxReplicas']}"
         yield f"group {group['groupName']} has {bounds} pods for {least} to {most} replicas and one more"
@@ -86,7 +86,11 @@ def _memory(group: Manifest) -> float:
 
 
 def _budget_faults(args: AppArgs, manifests: Manifests) -> Iterator[str]:
-    """One pod of a pool may be taken away at a time; of backbones one, if there are several."""
+    """Yield the groups whose disruption budget is wrong.
+
+    One pod of a pool may be evicted at a time, and one backbone if there are several. The head may be evicted only if
+    its state is in a Redis.
+    """
     wanted = {pool.name: pool.least_shards - 1 for pool in args.pools}
     wanted["backbone"] = max(1, args.backbone_replicas - 1)
     if not ray_cluster(manifests).get("gcsFaultToleranceOptions"):
@@ -102,7 +106,7 @@ def _budget_faults(args: AppArgs, manifests: Manifests) -> Iterator[str]:
 
 
 def _spread_faults(manifests: Manifests) -> list[str]:
-    """Workers are spread over nodes, those of one cluster by themselves: an upgrade has two."""
+    """Return the groups whose workers are not spread over nodes, separately for each of an upgrade's two clusters."""
     return [
         f"pods of group {each.group} are not spread over nodes"
         for each in ray_pods(manifests)
@@ -115,7 +119,7 @@ def _spread_faults(manifests: Manifests) -> list[str]:
 
 
 def apart_faults(manifests: Manifests) -> list[str]:
-    """Pods that Kubernetes would put on one node, where an expert's homes, or all backbones, would go with it."""
+    """Return the groups that may be on one node, whose loss would take an expert's homes or all backbones with it."""
     several = AppArgs(**app_args(manifests)).backbone_replicas > 1
     return [
         f"pods of group {each.group} may all be on one node"

@@ -1,4 +1,4 @@
-"""What manifests say of one another: every selector finds a pod, every port a container, every name its object."""
+"""Finds references between manifests that lead nowhere: selectors, ports, names of objects, variables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.k8s.manifests import (
 
 
 def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Of selectors by equality; an empty one selects everything."""
+    """Return True if a selector by equality selects `labels`; an empty selector selects everything."""
     assert not selector.get("matchExpressions"), f"no test understands matchExpressions yet: {selector}"
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
 
@@ -38,7 +38,7 @@ def selector_faults(manifests: Manifests) -> list[str]:
 
 
 def _selectors(manifests: Manifests, all_pods: list[Pods]) -> Iterator[tuple[str, Manifest, list[Pods]]]:
-    """(where it stands, the selector, the pods one of which it must find)."""
+    """Yield (place of the selector, the selector, the pods of which it must select at least one)."""
     for service in of_kind(manifests, "Service"):
         yield title(service), {"matchLabels": service["spec"]["selector"]}, all_pods
     for owner in of_kind(manifests, "StatefulSet"):
@@ -49,7 +49,7 @@ def _selectors(manifests: Manifests, all_pods: list[Pods]) -> Iterator[tuple[str
     for policy in of_kind(manifests, "NetworkPolicy"):
         yield title(policy), policy["spec"]["podSelector"], all_pods
         for direction, peer, _ in peers(policy):
-            if "podSelector" in peer and "namespaceSelector" not in peer:  # other namespaces' pods are not ours
+            if "podSelector" in peer and "namespaceSelector" not in peer:  # other namespaces' pods are not known
                 yield f"{title(policy)}, {direction}", peer["podSelector"], all_pods
     for each in all_pods:
         for constraint in each.spec.get("topologySpreadConstraints", ()):
@@ -57,7 +57,7 @@ def _selectors(manifests: Manifests, all_pods: list[Pods]) -> Iterator[tuple[str
 
 
 def peers(policy: Manifest) -> Iterator[tuple[str, Manifest, Manifest]]:
-    """("ingress" or "egress", a peer, its rule) of a NetworkPolicy; a rule for everybody has the peer {}."""
+    """Yield ("ingress" or "egress", a peer, its rule) of a NetworkPolicy; a rule for everybody has the peer {}."""
     for direction, key in (("ingress", "from"), ("egress", "to")):
         for rule in policy["spec"].get(direction, ()):
             for peer in rule.get(key, [{}]):
@@ -87,7 +87,10 @@ def _service_port_faults(manifests: Manifests, all_pods: list[Pods]) -> Iterator
 
 
 def _serve_port_faults(manifests: Manifests) -> Iterator[str]:
-    """KubeRay publishes the head's ports called serve and serve-*; serveService may describe them by name."""
+    """Yield the faults in the ports of Serve's proxies.
+
+    KubeRay publishes the head's ports that are called serve or serve-*, and serveService may describe them by name.
+    """
     config, spec = serve_config(manifests), ray_service(manifests)["spec"]
     wanted = {"serve": config["http_options"]["port"], "serve-grpc": config["grpc_options"]["port"]}
     for each in ray_pods(manifests):
@@ -106,7 +109,10 @@ def _serve_port_faults(manifests: Manifests) -> Iterator[str]:
 
 
 def _gateway_port_faults(manifests: Manifests) -> Iterator[str]:
-    """Clients come to gateways, which listen where the arguments say, on pods with the arguments' labels."""
+    """Yield the faults in the gateways' own ports.
+
+    Gateways listen on the ports in the application's arguments, on pods with the labels in the arguments.
+    """
     args = app_args(manifests)
     wanted = {"rest": args.get("http_port"), "grpc": args.get("grpc_port")}
     for each in ray_pods(manifests):
@@ -123,7 +129,7 @@ def _policy_port_faults(manifests: Manifests, all_pods: list[Pods]) -> Iterator[
     for policy in of_kind(manifests, "NetworkPolicy"):
         for direction, peer, rule in peers(policy):
             if direction == "egress" and ("podSelector" not in peer or "namespaceSelector" in peer):
-                continue  # to pods that are not ours
+                continue  # the rule is for pods that are not in the manifests
             selector = policy["spec"]["podSelector"] if direction == "ingress" else peer["podSelector"]
             offered = {port for each in all_pods if selects(selector, each.labels) for port in each.ports.values()}
             for port in rule.get("ports", ()):
@@ -143,7 +149,7 @@ def _probe_port_faults(all_pods: list[Pods]) -> Iterator[str]:
 
 
 def _url_faults(manifests: Manifests, all_pods: list[Pods]) -> Iterator[str]:
-    """Addresses of Redis that pods are given: a Service of that name with that port."""
+    """Yield the addresses of Redis in the pods' variables that are no Service's name and port."""
     offered = {
         (service["metadata"]["name"], port["port"])
         for service in of_kind(manifests, "Service")
@@ -180,7 +186,7 @@ def _keys(manifest: Manifest) -> list[str]:
 
 
 def _named(value: Any) -> Iterator[tuple[str, str, str | None]]:
-    """(kind, name, key of it or None) of all that a manifest says is there."""
+    """Yield (kind, name, key or None) of every object that a manifest refers to."""
     if isinstance(value, list):
         for one in value:
             yield from _named(one)
@@ -218,7 +224,10 @@ def _volume_faults(each: Pods) -> Iterator[str]:
 
 
 def expansion_faults(manifests: Manifests) -> list[str]:
-    """$(NAME) in a command stays as it is where the container has no such variable."""
+    """Return the $(NAME) in commands for which the container has no variable.
+
+    Kubernetes would pass such a word on unchanged.
+    """
     return [
         f"{each.owner}: $({name}) is none of {sorted(known)}"
         for each in pods(manifests)

@@ -1,4 +1,4 @@
-"""Manifests against the schemas of their kinds, closed: a field that nobody knows is a fault, not ignored."""
+"""Checks manifests against the schemas of their kinds, in which an unknown field is a fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.k8s.manifests import ROOT, Manifest, Manifests, title
 SHARED = ROOT.parent / "shared"
 CRDS = SHARED / "crds" / "ray.io_rayservices.yaml"
 VALIDATOR = SHARED / "tools" / "validate_crd.py"
-KUBERNETES = "1.33"  # the oldest that the manifests are for
+KUBERNETES = "1.33"  # the oldest version that the manifests support
 
 
 @cache
@@ -35,7 +35,10 @@ def _validator() -> ModuleType:
 
 @cache
 def _schemas(path: Path) -> dict[tuple[str, str], tuple[Any, jsonschema.Draft202012Validator]]:
-    """(apiVersion, kind) -> the schema as it is, for its defaults, and one that knows no other fields."""
+    """Return two schemas for each (apiVersion, kind) in a file of CRDs.
+
+    The first schema is unchanged, because its defaults are needed. The second one refuses unknown fields.
+    """
     crd = yaml.load(path.read_text(), yaml.CSafeLoader)["spec"]
     schemas = {
         (f"{crd['group']}/{version['name']}", crd["names"]["kind"]): version["schema"]["openAPIV3Schema"]
@@ -47,7 +50,7 @@ def _schemas(path: Path) -> dict[tuple[str, str], tuple[Any, jsonschema.Draft202
 
 
 def is_builtin(manifest: Manifest) -> bool:
-    """Kubernetes' own groups are v1, apps/v1 and what ends in .k8s.io."""
+    """Return True for the groups of Kubernetes itself: v1, apps/v1, and all that end in .k8s.io."""
     group = manifest["apiVersion"].rpartition("/")[0]
     return "." not in group or group.endswith(".k8s.io")
 
@@ -58,13 +61,13 @@ def schema_faults(manifests: Manifests) -> list[str]:
 
 @cache
 def _faults(text: str) -> list[str]:
-    """Of one manifest, which is rendered anew for every test and is mostly as it was."""
+    """Return the faults of one manifest as JSON; the cache helps because most manifests are alike in all tests."""
     manifest: Manifest = json.loads(text)
     return _builtin_faults(manifest) if is_builtin(manifest) else _crd_faults(manifest)
 
 
 def _builtin_faults(manifest: Manifest) -> list[str]:
-    """The first fault of a manifest, for the library tells no more."""
+    """Return the first fault of a manifest; the library reports no more than one."""
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -89,7 +92,10 @@ def _crd_faults(manifest: Manifest) -> list[str]:
 
 
 def _duplicates(value: Any, path: str = "") -> list[str]:
-    """Lists of a CRD that are maps by name, which JSON Schema cannot tell: two ports or containers of one name."""
+    """Return the names that a list has twice, such as two ports or containers of one name.
+
+    A CRD declares such lists as maps by name, which JSON Schema cannot express.
+    """
     if isinstance(value, dict):
         return [fault for key, one in value.items() for fault in _duplicates(one, f"{path}.{key}")]
     if not isinstance(value, list):
@@ -101,7 +107,7 @@ def _duplicates(value: Any, path: str = "") -> list[str]:
 
 
 def crd_version() -> str:
-    """Of the KubeRay whose CRDs these are."""
+    """Return the version of the KubeRay whose CRDs are in `SHARED`."""
     found = re.search(r"v(\d+\.\d+)", (SHARED / "crds" / "VERSION").read_text())
     assert found is not None
     return found.group(1)

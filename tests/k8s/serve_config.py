@@ -1,6 +1,7 @@
-"""`serveConfigV2`, which the CRD takes as any string: Serve's schema, its keys, our arguments, and what it imports.
+"""Finds faults in `serveConfigV2`: by Serve's schema, by our arguments, and in what the config imports.
 
-Serve's own models ignore a key that they do not know, so a misspelt one would be served with its default.
+The CRD accepts any string there. Serve's own models ignore unknown keys, so that a misspelt key would silently leave
+its setting at the default. Unknown keys are therefore faults here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _errors(model: type[BaseModel], value: Any, name: str) -> list[str]:
 
 
 def unknown_keys(model: type[BaseModel], value: Any, path: str = "") -> list[str]:
-    """Keys that `model`, or a model of one of its fields, does not have."""
+    """Return the keys in `value` that `model`, or a model of one of its fields, does not have."""
     if not isinstance(value, dict):
         return []
     fields = {name: field for key, field in model.model_fields.items() for name in {key, field.alias or key}}
@@ -51,7 +52,7 @@ def unknown_keys(model: type[BaseModel], value: Any, path: str = "") -> list[str
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models in `X`, `X | None`, `list[X]`, `dict | X`; what is only a dict may have any key."""
+    """Yield the models in `X`, `X | None`, `list[X]` or `dict | X`; a plain dict has no model and may have any key."""
     if get_origin(annotation) is None:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield annotation
@@ -61,7 +62,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def import_faults(config: Manifest) -> list[str]:
-    """`module:name` of applications and servicers, imported as Serve does."""
+    """Return the `module:name` of applications and servicers that cannot be imported as Serve imports them."""
     paths = [each["import_path"] for each in config.get("applications", ()) if "import_path" in each]
     faults = []
     for path in [*paths, *config.get("grpc_options", {}).get("grpc_servicer_functions", ())]:
@@ -74,6 +75,6 @@ def import_faults(config: Manifest) -> list[str]:
 
 
 def servicer_faults(config: Manifest) -> list[str]:
-    """The application answers these services and no others."""
+    """Return a fault unless the config names exactly the services that the application answers."""
     named = config.get("grpc_options", {}).get("grpc_servicer_functions", [])
     return [] if sorted(named) == sorted(GRPC_SERVICERS) else [f"servicers are {named}, and not {GRPC_SERVICERS}"]

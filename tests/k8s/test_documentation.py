@@ -1,4 +1,4 @@
-"""docs/kubernetes.md: what it says to run here runs, and what it says to run on a cluster names what there is."""
+"""Tests docs/kubernetes.md: its local commands run, and its commands for a cluster name objects that exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind, ray_clus
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the commands touch, without anybody's Secrets."""
+    """Return a copy of the files that the commands touch, without anybody's Secrets."""
     need_kubectl()
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "k8s", folder / "k8s", ignore=shutil.ignore_patterns("*.env"))
@@ -33,7 +33,7 @@ def test_every_block_says_where_it_runs() -> None:
 
 @pytest.mark.parametrize("number", range(len(HERE)))
 def test_what_runs_here_runs(number: int, checkout: Path) -> None:
-    """In their order: some make the files that later ones read."""
+    """Run the commands in their order, because some make files that later commands read."""
     run_here(HERE[number], checkout)
 
 
@@ -71,12 +71,12 @@ def test_pods_that_are_selected_exist(rendered: Callable[[str], Manifests]) -> N
 
 
 def test_our_commands_exist() -> None:
-    commands: dict[str, object] = getattr(get_command(app), "commands")  # noqa: B009  click's types do not tell
+    commands: dict[str, object] = getattr(get_command(app), "commands")  # noqa: B009  click's types lack the attribute
     assert set(re.findall(r"^expertmesh (\w+)", "\n".join([*HERE, CLUSTER]), re.MULTILINE)) <= commands.keys()
 
 
 def test_metrics_that_alerts_are_on_exist() -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "services" / "gateway").glob("*metrics.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "services" / "gateway" / "metrics").glob("*.py"))
     names = set(re.findall(r"expertmesh:([a-z]\w+?)(?:_bucket)?\b", DOCUMENT))
     assert len(names) >= 5
     assert [name for name in sorted(names) if f'"{name}"' not in sources] == []

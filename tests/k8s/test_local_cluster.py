@@ -1,6 +1,6 @@
-"""What overlays deploy, on a cluster of several nodes of this machine; then one of them is lost.
+"""Deploys overlays on a cluster of several Ray nodes on this machine, and tests that requests survive a lost node.
 
-The overlay for CPUs is deployed as it is, and the one for GPUs on nodes whose GPUs are counted and not there.
+The overlay for CPUs is deployed unchanged. The overlay for GPUs is deployed on nodes that only pretend to have GPUs.
 """
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ from tests.k8s.pod_rules import DRAIN
 
 RATE, SECONDS, MAX_TOKENS = 1.5, 16.0, 24
 IS_ASKED_FOR = "EXPERTMESH_CLUSTER_TEST" in os.environ
-MAX_GAP_S = 1.0 if IS_ASKED_FOR else 10.0  # the bar, and what says that no answer hangs however busy the machine is
+# Seconds between two tokens: the product's bound, or a bound that a busy machine keeps and a hanging answer breaks.
+MAX_GAP_S = 1.0 if IS_ASKED_FOR else 10.0
 
 pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture
 def can_be_here() -> None:
-    """Not asked at import, because that makes a namespace and a bridge, in every run of any test."""
+    """Skip the test if this machine cannot run a cluster.
+
+    The question creates a network namespace and a bridge, so it must not be asked when tests are collected.
+    """
     if reason := reason_unavailable():
         pytest.skip(reason)
 
@@ -66,7 +70,7 @@ def test_requests_do_not_notice_the_loss_of_a_node_of_the_demo(rendered: Callabl
 
 
 async def lose_one(fleet: ServedCluster) -> list[str]:
-    """Kills the raylet of a node that has a shard, under load; what is wrong before, meanwhile and afterwards."""
+    """Kill the raylet of a node that has a shard, under load; return a sentence for each expectation that failed."""
     await fleet.wait_until_complete()
     assert await asyncio.to_thread(answer, fleet.service)
     async with httpx.AsyncClient(base_url=fleet.service, trust_env=False) as client:
@@ -86,7 +90,7 @@ async def lose_one(fleet: ServedCluster) -> list[str]:
 
 
 def answer(url: str) -> str:
-    """What OpenAI's own client is told."""
+    """Return the answer that OpenAI's own client gets."""
     with httpx.Client(trust_env=False) as http:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
         messages: Any = [{"role": "user", "content": "Hello"}]

@@ -1,4 +1,4 @@
-"""The configuration of Redis, run by a real server as the StatefulSet runs it."""
+"""Tests the configuration of Redis with a real server that runs as in the StatefulSet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.services.application import free_port
 
 @contextmanager
 def running(manifests: Manifests, owner: str, folder: Path, port: int) -> Iterator[None]:
-    """The container's command, with the folder for its volumes, and a port that is free here."""
+    """Return the container's command with `folder` in the place of its volumes, and a free port of this machine."""
     config = folder / "valkey.conf"
     volumes = next(each.spec["volumes"] for each in pods(manifests) if each.owner == owner)
     name = next(volume["configMap"]["name"] for volume in volumes if "configMap" in volume)

@@ -1,4 +1,4 @@
-"""The GPU overlays have what `expertmesh size` says of Nemotron 3 Super in bf16 on H200s."""
+"""Tests that the GPU overlays have the sizes that `expertmesh size` gives for Nemotron 3 Super in bf16 on H200s."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = "NVIDIA-Nemotron-3-Super-120B-A12B"
 
 
 def size_faults(manifests: Manifests, slo: Slo) -> list[str]:
-    """Numbers of the manifests that are not those of the sizing."""
+    """Return a sentence for each number of the manifests that differs from the sizing."""
     args = AppArgs(**app_args(manifests))
     (pool,) = args.pools
     sized = size(known_config(MODEL), gpu_of("h200"), "bf16", slo)

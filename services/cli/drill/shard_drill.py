@@ -72,9 +72,8 @@ async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | 
     url = url.rstrip("/")
     async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
         victim = _victim(await _json(client, "/status"), shard_id)
-        pid = await local_pid(
-            victim["id"], victim["endpoint"]
-        )  # before any load, because it fails for a shard elsewhere
+        # Before any load, because the shard may be on another machine.
+        pid = await local_pid(victim["id"], victim["endpoint"])
 
         async def kill() -> None:
             os.kill(pid, signal.SIGKILL)
@@ -84,9 +83,8 @@ async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | 
             return Drilled(victim["id"], await Disturbance(kill, is_whole, 0.0).run(), None)
         rate, seconds, max_tokens = load
         steady = Load.of_sentences(url, rate, seconds, max_tokens)
-        await asyncio.gather(
-            *(ask(steady.url, body, 0.0) for body in steady.bodies[-2:])
-        )  # so that no measured request is a first call
+        # Two requests that do not count, so that no measured request pays for first calls.
+        await asyncio.gather(*(ask(steady.url, body, 0.0) for body in steady.bodies[-2:]))
         at_s = max(MIN_AT_S, AT_SHARE * seconds)
         verdict, whole_s = await under_load(steady, Disturbance(kill, is_whole, at_s))
         return Drilled(victim["id"], whole_s, verdict)

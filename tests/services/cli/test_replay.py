@@ -17,18 +17,19 @@ CROWDED = Placement(5, {2: (("a", "b"),) * 4 + (("c", "d"),) * 4}, {}, "digest")
 
 
 def fleet_of(placement: Placement | None) -> dict[str, Any]:
-    """As /admin/placement answers over JSON."""
-    told = placement and {
+    """Return the JSON with which /admin/placement answers."""
+    published = placement and {
         "epoch": placement.epoch,
         "model": placement.model,
         "homes": {str(layer): [list(ids) for ids in homes] for layer, homes in placement.homes.items()},
         "standby": {},
     }
-    return {"layers": list(map(asdict, LAYERS)), "shards": [shard.to_json() for shard in SHARDS], "placement": told}
+    shards = [shard.to_json() for shard in SHARDS]
+    return {"layers": list(map(asdict, LAYERS)), "shards": shards, "placement": published}
 
 
 def write_trace(path: Path, model: str = "digest") -> Path:
-    """Only the experts of a and b are picked."""
+    """Write a trace in which only the experts of the shards a and b are picked."""
     draw = np.random.default_rng(0)
     picks = [draw.permuted(np.tile(np.arange(4), (16, 1)), axis=1)[:, :2] for _ in range(40)]
     lines = [batch_line(0.1 * number, 2, picks_NK) for number, picks_NK in enumerate(picks)]

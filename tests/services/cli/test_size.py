@@ -1,4 +1,4 @@
-"""`expertmesh size`, and that what it tells is what the engine and the Serve config make of the same model."""
+"""Tests `expertmesh size`: its output, and that its numbers agree with the engine and the Serve config."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def test_what_this_version_cannot_serve_is_noted() -> None:
     assert "Note: this version serves nemotron_h; deepseek_v3 is sized ahead of it." in text
     assert "Note: on GPUs this version serves bf16 weights; fp8 is sized ahead of it." in text
     assert SERVED_DTYPES == ("bf16",)
-    with pytest.raises(ValueError, match="supported are bf16 and fp32 weights"):  # once they are: SERVED_DTYPES, too
+    with pytest.raises(
+        ValueError, match="supported are bf16 and fp32 weights"
+    ):  # when more are supported, change SERVED_DTYPES too
         NemotronHConfig.from_json({**CONFIG, "quantization_config": {"quant_method": "modelopt"}})
 
 
@@ -150,7 +152,7 @@ def test_a_directory_without_a_config_is_one_sentence(tmp_path: Path) -> None:
     assert refused("--model", str(tmp_path)) == f"{tmp_path}/config.json cannot be read: No such file or directory"
 
 
-# What the engine makes of it
+# The engine's own numbers
 
 
 def config_of(name: str) -> tuple[dict[str, Any], NemotronHConfig]:
@@ -205,7 +207,7 @@ def test_experts_are_the_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["demo", *NEMOTRONS])
 def test_the_backbones_weights_are_the_models(name: str) -> None:
-    """As `load_backbone` lays them out on a device."""
+    """Compare with the tensors that `load_backbone` puts on a device."""
     _, config = config_of(name)
     with torch.device("meta"):
         model = NemotronH(config, LocalExperts({}))

@@ -1,4 +1,4 @@
-"""What a user sees of each step of a start, from what the registry, Ray Serve and the disk say."""
+"""Tests which steps of a start are done, and what a user reads about them, for given observations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drills against a small server that can be told to misbehave."""
+"""Tests drills against a small server that misbehaves on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ TOKENS, GAP_S = 8, 0.01
 
 @dataclass
 class Server:
-    """Streams words that follow from the prompt; `trouble` is what it does wrong from then on."""
+    """A `Server` streams words that depend only on the prompt, until it is told to misbehave.
+
+    `trouble` is "breaks off", "stalls" or "lies", or empty. `healing` is the task that ends the trouble.
+    """
 
     trouble: str = ""
     port: int = 0
