@@ -171,7 +171,7 @@ class Engine:
         that follow are the ones that would have followed there, and the counts include those sent. `prompt_logprobs`
         come only if no tokens were sent.
 
-        Raises:
+        Errors:
 
         - ValueError: the prompt, the lengths or the grammar are bad. It comes before the first output, unless a grammar
           leads to where no token may follow, or becomes too complex to follow.

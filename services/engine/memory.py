@@ -1,4 +1,4 @@
-"""How much state fits, and who has it: numbers only, the tensors live in `model.state.State`."""
+"""How much state fits into memory, and which ids of it are taken; the tensors are in `model.state.State`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from model.state import StateSpec
 
-MAX_CHECKPOINTS_PER_REQUEST = 8  # slots beyond that are never worth their bytes
+MAX_CHECKPOINTS_PER_REQUEST = 8  # more slots for saved states are not worth their bytes
 
 
 class IdPool:
-    """Hands out the ids 0 .. size-1, each to one owner at a time."""
+    """Hands out the ids 0 to size - 1, each to one owner at a time."""
 
     def __init__(self, size: int) -> None:
         assert size > 0
@@ -33,6 +33,7 @@ class IdPool:
         return count <= self.num_free
 
     def take(self, count: int) -> list[int]:
+        """Return `count` free ids, which are taken from now on."""
         assert 0 <= count <= self.num_free
         ids = [self._free.pop() for _ in range(count)]
         self._taken.update(ids)
@@ -40,16 +41,18 @@ class IdPool:
         return ids
 
     def give_back(self, ids: Sequence[int]) -> None:
-        assert self._taken.issuperset(ids), "an id came back that nobody had"
+        """Free ids that were taken."""
+        assert self._taken.issuperset(ids), "an id came back that was not taken"
         self._taken.difference_update(ids)
         self._free.extend(reversed(ids))
         assert self.num_free + self.num_taken == self.size, "an id came back twice"
 
 
 class PagePool:
-    """Pages 0 .. size-1 with two kinds of owner: requests, which *use* a page, and cache entries, which *keep* it.
+    """Counts the owners of the pages 0 to size - 1: requests *use* a page, and checkpoints *keep* it.
 
-    A page is free once nobody uses or keeps it. One that is only kept can be had by dropping what keeps it.
+    A page is free if it is neither used nor kept. A page that is kept and not used is idle: it becomes free when the
+    checkpoints that keep it are evicted.
     """
 
     def __init__(self, size: int) -> None:
@@ -58,7 +61,7 @@ class PagePool:
         self._free = list(reversed(range(size)))
         self._num_users = [0] * size
         self._num_keepers = [0] * size
-        self.num_taken = 0  # pages that requests use
+        self.num_taken = 0  # pages that are used
         self.num_idle = 0  # pages that are kept and not used
 
     @property
@@ -69,7 +72,7 @@ class PagePool:
         return count <= self.num_free
 
     def take(self, count: int) -> list[int]:
-        """Free pages, used once."""
+        """Return `count` free pages, each with one user from now on."""
         assert 0 <= count <= self.num_free
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -78,7 +81,7 @@ class PagePool:
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more request uses each of these, which were used or kept before."""
+        """Add one user to each of these pages, which must be used or kept already."""
         for page in pages:
             assert self._num_users[page] or self._num_keepers[page], "a free page cannot be shared"
             if not self._num_users[page]:
@@ -87,9 +90,9 @@ class PagePool:
             self._num_users[page] += 1
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """One request less uses each of these."""
+        """Remove one user from each of these pages."""
         for page in pages:
-            assert self._num_users[page] > 0, "a page came back that nobody used"
+            assert self._num_users[page] > 0, "a page came back that no request used"
             self._num_users[page] -= 1
             if not self._num_users[page]:
                 self.num_taken -= 1
@@ -99,13 +102,13 @@ class PagePool:
                     self._free.append(page)
 
     def keep(self, page: int) -> None:
-        """One more cache entry keeps this page, which was used or kept before."""
+        """Add one keeper to a page, which must be used or kept already."""
         assert self._num_users[page] or self._num_keepers[page], "a free page cannot be kept"
         self._num_keepers[page] += 1
 
     def drop(self, page: int) -> None:
-        """One cache entry less keeps this page."""
-        assert self._num_keepers[page] > 0, "a page was dropped that nobody kept"
+        """Remove one keeper from a page."""
+        assert self._num_keepers[page] > 0, "a page was dropped that no checkpoint kept"
         self._num_keepers[page] -= 1
         if not self._num_keepers[page] and not self._num_users[page]:
             self.num_idle -= 1
@@ -115,18 +118,19 @@ class PagePool:
         return self._num_users[page]
 
     def is_idle(self, page: int) -> bool:
-        """Kept and not used."""
+        """Return True if the page is kept and not used."""
         return self._num_keepers[page] > 0 and not self._num_users[page]
 
     def is_freed_by_drop(self, page: int) -> bool:
+        """Return True if the page becomes free when its only keeper drops it."""
         return self._num_keepers[page] == 1 and not self._num_users[page]
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What fits a byte budget: `num_slots` requests at once that share `num_blocks` pages of KV.
+    """A `MemoryPlan` says what fits a budget of bytes: `num_slots` requests at once, which share `num_blocks` KV pages.
 
-    `num_checkpoint_slots` more slots hold recurrent states that prompts can start from.
+    `num_checkpoint_slots` more slots hold saved recurrent states, from which prompts can start.
     """
 
     num_slots: int
@@ -139,7 +143,7 @@ class MemoryPlan:
 
     @property
     def num_state_slots(self) -> int:
-        """Slots that `model.state.State` allocates."""
+        """Return the number of slots that `model.state.State` allocates."""
         return self.num_slots + self.num_checkpoint_slots
 
     def __str__(self) -> str:
@@ -160,12 +164,15 @@ def plan_memory(
     checkpoint_share: float = 0.25,
     bytes_per_request: int = 0,
 ) -> MemoryPlan:
-    """Divides `budget` bytes between slots and pages before anything is allocated.
+    """Divide `budget` bytes between slots and pages, before anything is allocated.
 
-    As many requests as fit with `expected_len` tokens each, up to `max_requests`; the pages take what is left, up to
-    `max_model_len` tokens for each. Up to `checkpoint_share` of the budget goes to slots for saved states, of what
-    the longest request leaves. `bytes_per_request` are what each takes beside its state (for drafting). ValueError if
-    not even one request of `max_model_len` tokens fits.
+    - Requests: as many as fit with `expected_len` tokens each, up to `max_requests`.
+    - Slots for saved states: up to `checkpoint_share` of the budget, as far as the longest request leaves bytes for
+      them.
+    - Pages: the rest, up to `max_model_len` tokens for each request.
+
+    `bytes_per_request` is what each request needs beside its state, for drafting. Raise ValueError if not even one
+    request of `max_model_len` tokens fits.
     """
     if not 0 <= checkpoint_share < 1:
         raise ValueError(f"checkpoint_share must be at least 0 and below 1, not {checkpoint_share}.")

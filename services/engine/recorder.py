@@ -1,4 +1,4 @@
-"""Records which experts batches pick. The engine only hands over arrays: a thread of its own writes them."""
+"""Records which experts the batches pick; the engine hands over arrays, and a thread writes them to a file."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 
 from cluster.trace import batch_line, header
 
-MAX_QUEUED = 1024  # calls that the writer may be behind; more are not recorded, and counted
+MAX_QUEUED = 1024  # layer calls that wait to be written; calls beyond that are dropped and counted
 MAX_BYTES, MAX_SECONDS = 1 << 30, 3600.0
 Picks = NDArray[np.integer]
 
 
 def traces_folder() -> Path:
-    """Where traces lie: a client never names a path."""
+    """Return the folder of the traces; clients cannot choose a path."""
     return Path(os.environ.get("EXPERTMESH_TRACES", Path(tempfile.gettempdir()) / "expertmesh-traces"))
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """A recording ends by itself after so many bytes or seconds."""
+    """The bounds of a recording: it ends by itself after so many bytes or seconds."""
 
     max_bytes: int = 64 << 20
     max_seconds: float = 60.0
@@ -43,6 +43,8 @@ class Bounds:
 
 
 class _Recording:
+    """One recording: its file, its queue of layer calls, and the thread that writes them."""
+
     def __init__(self, path: Path, file: IO[str], bounds: Bounds) -> None:
         self.path, self.file, self.bounds = path, file, bounds
         self.started = time.monotonic()
@@ -80,20 +82,23 @@ class _Recording:
     def _put(self, line: str) -> None:
         try:
             self.file.write(line)
-        except OSError as error:  # the disk is full: recording must not harm what is recorded
+        except OSError as error:  # for example a full disk, which must not stop the engine
             self.why_ended = f"it could not be written: {error.strerror}"
         self.num_bytes += len(line)
 
 
 class Recorder:
-    """One recording at a time; `add` is the engine's, the rest belongs to another thread."""
+    """Makes one recording at a time; `add` is called by the engine's thread, the other methods by another thread.
+
+    `model` is the digest of the checkpoint, and `num_experts` the number of experts by layer, for the file's header.
+    """
 
     def __init__(self, model: str, num_experts: Mapping[int, int]) -> None:
         self._model, self._num_experts = model, dict(num_experts)
         self._recording: _Recording | None = None
 
     def add(self, layer: int, picks_NK: Picks) -> None:
-        """Notes one call if something is being recorded; never waits."""
+        """Record one layer call if a recording is under way; never wait."""
         recording = self._recording
         if recording is not None and not recording.why_ended:
             try:
@@ -102,7 +107,7 @@ class Recorder:
                 recording.num_dropped += 1
 
     def start(self, bounds: Bounds = Bounds()) -> dict[str, Any]:
-        """Begins a file; a recording that is under way goes on as it is."""
+        """Start a recording and return its report; a recording that is under way goes on as it is."""
         if self._recording is not None and not self._recording.why_ended:
             return self.report()
         folder = traces_folder()
@@ -115,17 +120,17 @@ class Recorder:
         return self.report()
 
     def stop(self) -> dict[str, Any]:
-        """Ends the recording, if there is one, once what it has noted is written."""
+        """End the recording if there is one, wait until its calls are written, and return its report."""
         recording = self._recording
         if recording is not None:
             while recording.writer.is_alive():
-                with contextlib.suppress(queue.Full):  # a full line is written down in no time
+                with contextlib.suppress(queue.Full):  # the writer soon makes a place in a full queue
                     recording.calls.put(None, timeout=0.05)
                 recording.writer.join(1.0)
         return self.report()
 
     def report(self) -> dict[str, Any]:
-        """Of the last recording: where it lies, whether it goes on, how much it holds, how many calls were left out."""
+        """Return the path, the state and the counts of the last recording."""
         recording = self._recording
         if recording is None:
             return {"is_recording": False, "path": None}

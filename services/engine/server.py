@@ -1,7 +1,8 @@
-"""The gRPC end of an engine: one stream per gateway, on which all of its requests travel.
+"""The gRPC server of an engine: one stream per gateway, on which all requests of the gateway travel.
 
-Messages cost, bytes do not (reference: a message of grpc.aio takes some 150 µs of a core on either side, however
-small). So what one step made for all requests of a gateway leaves in one message, and nothing waits to fill it.
+The cost is per message and not per byte: a message of grpc.aio takes some 150 µs of a core on either side, however
+small it is. So the outputs of one step for all requests of a gateway leave in one message. No message is held back to
+fill it.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from services.engine.contract.wire import failure_to_proto, output_to_proto, par
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
-MAX_OUTPUTS_BYTES = MAX_MESSAGE_BYTES // 4  # of one message, as far as it holds more than one output
-MAX_UNSENT_OUTPUTS = 1 << 16  # a gateway that takes none for so long is given up
-HEARTBEAT_S = 0.2  # from one sign of life to the next, whatever the engine does meanwhile
-STOP_GRACE_S = 0.2  # for the last outputs on streams
+MAX_OUTPUTS_BYTES = MAX_MESSAGE_BYTES // 4  # of one message; a single output may be larger
+MAX_UNSENT_OUTPUTS = 1 << 16  # a gateway that leaves more outputs unread is given up
+HEARTBEAT_S = 0.2  # seconds from one sign of life to the next, whether the engine has outputs or not
+STOP_GRACE_S = 0.2  # seconds for the last outputs on streams
 
 
-class Generator(Protocol):
-    """The engine. Closing the generator frees what the request holds."""
+class TokenGenerator(Protocol):
+    """The part of an engine that the server needs; tests serve other generators."""
 
     def generate(
         self,
@@ -41,13 +42,14 @@ class Generator(Protocol):
         params: SamplingParams,
         timeout: float | None = None,
         sent_token_ids: Sequence[int] | None = None,
-    ) -> AsyncGenerator[TokenOutput, None]: ...
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """Generate as `services.engine.engine.Engine.generate` does."""
 
 
 class _GatewayStream:
-    """One gateway's requests, and their outputs that have not left yet."""
+    """The stream of one gateway: its requests, and their outputs that have not been sent yet."""
 
-    def __init__(self, engine: Generator) -> None:
+    def __init__(self, engine: TokenGenerator) -> None:
         self._engine = engine
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._outbox: deque[pb.Output] = deque()
@@ -55,26 +57,27 @@ class _GatewayStream:
         self.is_over = False
 
     async def read(self, commands: AsyncIterator[pb.Command]) -> None:
+        """Carry out the gateway's commands until the gateway ends the stream."""
         try:
             async for command in commands:
                 if self.is_over:
                     return
-                self._obey(command)
+                self._carry_out(command)
         finally:
             self.end()
 
     async def beat(self) -> None:
-        """An empty message now and then: a gateway takes silence for the end."""
+        """Let an empty message be sent now and then, because a gateway takes silence for a dead backbone."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             self._wake.set()
 
     def end(self) -> None:
-        """What was made leaves, and then the stream ends; so others know that they may go on with its requests."""
+        """End the stream after the outputs that are there; then the gateway may continue its requests elsewhere."""
         self.is_over = True
         self._wake.set()
 
-    def _obey(self, command: pb.Command) -> None:
+    def _carry_out(self, command: pb.Command) -> None:
         if command.HasField("start"):
             request_id = command.start.request_id
             self._tasks[request_id] = asyncio.create_task(self._run(command.start))
@@ -82,9 +85,9 @@ class _GatewayStream:
             task.cancel()
 
     async def outputs(self) -> pb.Outputs:
-        """What was made since the last call, or what of it a message has room for, as soon as there is something.
+        """Wait for outputs, and return those made since the last call, as many as one message may hold.
 
-        Nothing at times, as a sign of life.
+        Return an empty message after a heartbeat without outputs.
         """
         await self._wake.wait()
         taken, num_bytes = pb.Outputs(), 0
@@ -97,6 +100,7 @@ class _GatewayStream:
         return taken
 
     async def close(self) -> None:
+        """Cancel the gateway's requests."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -123,7 +127,7 @@ class _GatewayStream:
             raise ValueError("prompt_logprobs of this prompt are too many to send; ask for fewer, or for none.")
         self._outbox.append(output)
         if len(self._outbox) > MAX_UNSENT_OUTPUTS:
-            log.warning("A gateway takes no outputs: its %d requests are given up.", len(self._tasks))
+            log.warning("A gateway does not read its outputs; its %d requests are cancelled.", len(self._tasks))
             self.is_over = True
             self._outbox.clear()
             for task in self._tasks.values():
@@ -132,38 +136,41 @@ class _GatewayStream:
 
 
 class EngineService(engine_pb2_grpc.EngineServicer):
-    def __init__(self, engine: Generator) -> None:
+    """The servicer of `Engine`: one `_GatewayStream` per call."""
+
+    def __init__(self, engine: TokenGenerator) -> None:
         self._engine = engine
-        self._conversations: set[_GatewayStream] = set()
+        self._streams: set[_GatewayStream] = set()
 
     def end(self) -> None:
-        """Ends every stream in good order."""
-        for conversation in self._conversations:
-            conversation.end()
+        """End every stream after the outputs that are there."""
+        for stream in self._streams:
+            stream.end()
 
     async def Converse(self, requests: AsyncIterator[pb.Command], context: Context) -> AsyncIterator[pb.Outputs]:
-        conversation = _GatewayStream(self._engine)
-        self._conversations.add(conversation)
-        tasks = [asyncio.create_task(work) for work in (conversation.read(requests), conversation.beat())]
+        """Serve one gateway until one of the two ends the stream."""
+        stream = _GatewayStream(self._engine)
+        self._streams.add(stream)
+        tasks = [asyncio.create_task(work) for work in (stream.read(requests), stream.beat())]
         try:
-            while not conversation.is_over:
-                yield await conversation.outputs()
+            while not stream.is_over:
+                yield await stream.outputs()
         finally:
-            self._conversations.discard(conversation)
+            self._streams.discard(stream)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await conversation.close()
+            await stream.close()
 
 
 class EngineServer:
     """Serves one engine; `start` and `stop` belong to one event loop."""
 
-    def __init__(self, engine: Generator, host: str) -> None:
+    def __init__(self, engine: TokenGenerator, host: str) -> None:
         self._engine, self._host = engine, host
 
     async def start(self) -> str:
-        """Listens on a free port; returns host:port."""
+        """Listen on a free port and return host:port."""
         self._server, self._service = grpc.aio.server(options=SERVER_OPTIONS), EngineService(self._engine)
         engine_pb2_grpc.add_EngineServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port(f"{self._host}:0")
@@ -171,8 +178,8 @@ class EngineServer:
         return f"{self._host}:{port}"
 
     async def stop(self) -> None:
-        """Hands its requests over: gateways go on with them elsewhere."""
+        """Stop, so that gateways continue the requests with other backbones."""
         stopping = asyncio.create_task(self._server.stop(STOP_GRACE_S))
-        await asyncio.sleep(0)  # it accepts no more streams by then
+        await asyncio.sleep(0)  # lets the server refuse new streams first
         self._service.end()
         await stopping

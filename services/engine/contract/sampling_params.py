@@ -1,4 +1,4 @@
-"""What a client asks of the engine: how to choose tokens, when to stop, and what the text must match."""
+"""The parameters of a request: how to choose tokens, when to stop, and what the text must match."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-MAX_TOP_K = 2**31 - 1  # far beyond any vocabulary, and an integer that tensors can hold
+MAX_TOP_K = 2**31 - 1  # far beyond any vocabulary, and still an integer that tensors can hold
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
-MAX_LOGPROBS = 20  # alternatives per token, OpenAI's bound
-# The white space of every JSON grammar: a space, or a new line and its indentation. Without a bound, a model that is
-# unsure of its next token of JSON goes on with white space for ever.
+MAX_LOGPROBS = 20  # alternatives per token; the bound is OpenAI's
+# Every JSON grammar allows this white space: a space, or a new line and its indentation. Without a bound, a model that
+# is unsure of its next token goes on with white space for ever.
 JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
 
 
 class GrammarKind(StrEnum):
+    """The syntax in which a grammar is given."""
+
     JSON_OBJECT = "json_object"
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
@@ -29,23 +31,26 @@ def _check(is_good: bool, name: str, allowed: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the text of an answer must match, in the syntax of `kind`."""
+    """A `Grammar` says what the text of an answer must match, in the syntax of `kind`."""
 
     kind: GrammarKind
-    text: str = ""  # a JSON schema, a regular expression or a Lark grammar; nothing for JSON_OBJECT
+    text: str = ""  # a JSON schema, a regular expression or a Lark grammar; empty for JSON_OBJECT
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens and when to stop; a bad value is a ValueError that names the field.
+    """The `SamplingParams` of a request say how to choose its tokens and when to stop.
 
-    `stop` strings are matched by the gateway, which sees text; the engine only stops at token ids. Of requests that
-    wait, those of the lowest `priority` come first, and running ones of a higher number make way for them; time spent
-    waiting lowers the number (`services.engine.waiting`). `logprobs` and `prompt_logprobs` are the number of
-    alternatives to report beside each token's own logarithm of probability; None: report nothing.
+    A value that is not allowed raises a ValueError that names the field.
+
+    - `stop`: strings that the gateway matches, because only the gateway sees text. The engine stops at token ids only.
+    - `priority`: waiting requests with the lowest number start first, and running requests with a higher number may be
+      preempted for them. Time spent waiting lowers the number (`services.engine.waiting_queue`).
+    - `logprobs`, `prompt_logprobs`: how many alternatives to report beside each token's own logprob; None reports
+      nothing at all.
     """
 
-    max_tokens: int | None = None  # None: up to the model's context
+    max_tokens: int | None = None  # None: as many as the model's context allows
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 or -1: the whole vocabulary
@@ -54,7 +59,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
-    min_p: float = 0.0  # relative to the likeliest token
+    min_p: float = 0.0  # relative to the probability of the likeliest token
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0

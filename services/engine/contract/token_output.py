@@ -1,4 +1,4 @@
-"""What the engine sends back after each step: tokens, their log probabilities, and why a request ended."""
+"""The engine's outputs: the tokens of a step, their logprobs, and why a request ended."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
+    """Why a request ended."""
+
     STOP = "stop"
     LENGTH = "length"
     DEADLINE = "deadline"  # `Engine.generate` raises DeadlinePassed instead of yielding it
@@ -15,8 +17,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The natural logarithm of a token's probability before temperature, penalties and masks, its rank
-    (1 is the likeliest), and the likeliest tokens as (id, logprob), most likely first."""
+    """The natural logarithm of a token's probability before temperature, penalties and masks.
+
+    `rank` is 1 for the likeliest token. `top` holds the likeliest tokens as (id, logprob), most likely first.
+    """
 
     token_id: int
     logprob: float
@@ -26,12 +30,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """The tokens one step added to one request.
+    """A `TokenOutput` holds the tokens that one step added to one request.
 
-    With finish reason STOP the last id is the stop token itself: counted in `num_generated`, but no part of the text.
-    `logprobs` has one entry per token id where they were asked for. `prompt_logprobs` comes with the first output: one
-    entry per prompt token, None for the first. `cache_reason` says why no more than `num_cached` prompt tokens were
-    reused: hit, too_short, no_match, no_checkpoint_at_boundary, evicted, prompt_logprobs or disabled.
+    - `token_ids`: with the finish reason STOP the last id is the stop token itself. It counts in `num_generated`, but
+      it is no part of the text.
+    - `logprobs`: one entry per token id, if the request asked for them.
+    - `prompt_logprobs`: one entry per prompt token, None for the first token; they come with the first output.
+    - `cache_reason`: why no more than `num_cached` prompt tokens were reused. It is hit, too_short, no_match,
+      no_checkpoint_at_boundary, evicted, prompt_logprobs or disabled.
     """
 
     request_id: str
@@ -43,4 +49,4 @@ class TokenOutput:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     num_cached: int = 0
     cache_reason: str = ""
-    queued_s: float = 0.0  # from arrival to the first step that computed it
+    queued_s: float = 0.0  # seconds from the arrival to the first step that computed the request

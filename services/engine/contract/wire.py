@@ -1,4 +1,4 @@
-"""Requests and outputs as messages and back, for both ends of `Engine.Converse`."""
+"""Converts requests and outputs to messages and back, for both ends of `Engine.Converse`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from services.engine.contract.errors import DeadlinePassed, EngineFailed, Engine
 from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
 from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
 
-# Fields of SamplingParams that look otherwise on the wire; all others have the same name and type there.
-RESHAPED = ("logit_bias", "grammar")
-GATEWAYS_OWN = ("stop",)  # strings, which only the gateway sees in an answer: they stay there
-PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in (*RESHAPED, *GATEWAYS_OWN))
+RESHAPED = ("logit_bias", "grammar")  # fields of SamplingParams that have another form in the message
+GATEWAY_ONLY = ("stop",)  # fields that stay in the gateway, which matches the stop strings
+# Fields with the same name and type in the message.
+PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in (*RESHAPED, *GATEWAY_ONLY))
 
 
 def start_to_proto(
@@ -24,7 +24,10 @@ def start_to_proto(
     timeout: float | None,
     sent_token_ids: Sequence[int] | None = None,
 ) -> pb.Start:
-    """Raises ValueError where a token id is no 64-bit integer; the engine knows which ones there are."""
+    """Return the message that starts a request; its arguments are those of `Engine.generate`.
+
+    Raise ValueError if a token id is no 64-bit integer. The engine checks that the ids are in its vocabulary.
+    """
     try:
         return pb.Start(
             request_id=request_id,
@@ -38,6 +41,7 @@ def start_to_proto(
 
 
 def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
+    """Return the parameters as a message, without the stop strings."""
     given: dict[str, Any] = {name: value for name in PLAIN if (value := getattr(params, name)) is not None}
     if params.grammar is not None:
         given["grammar"] = pb.Grammar(kind=params.grammar.kind, text=params.grammar.text)
@@ -46,7 +50,7 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
 
 
 def params_from_proto(message: pb.SamplingParams) -> SamplingParams:
-    """Raises ValueError where a value is out of its bounds."""
+    """Return the parameters of a message; raise ValueError if a value is not allowed."""
     values: dict[str, Any] = {name: _value(message, name) for name in PLAIN}
     if message.HasField("grammar"):
         values["grammar"] = Grammar(GrammarKind(message.grammar.kind), message.grammar.text)
@@ -63,6 +67,7 @@ def _value(message: pb.SamplingParams, name: str) -> Any:
 
 
 def output_to_proto(output: TokenOutput) -> pb.Output:
+    """Return an output as a message."""
     return pb.Output(
         request_id=output.request_id,
         token_ids=output.token_ids,
@@ -78,6 +83,7 @@ def output_to_proto(output: TokenOutput) -> pb.Output:
 
 
 def output_from_proto(message: pb.Output) -> TokenOutput:
+    """Return the output of a message."""
     return TokenOutput(
         request_id=message.request_id,
         token_ids=tuple(message.token_ids),
@@ -107,6 +113,7 @@ def _logprob_from_proto(message: pb.TokenLogprob) -> TokenLogprob:
 
 
 def failure_to_proto(error: Exception) -> pb.Failure:
+    """Return the error that ended a request as a message."""
     match error:
         case EngineOverloaded():
             return pb.Failure(kind=pb.Failure.OVERLOADED, message=str(error), retry_after_s=error.retry_after)
@@ -120,7 +127,7 @@ def failure_to_proto(error: Exception) -> pb.Failure:
 
 
 def failure_from_proto(message: pb.Failure) -> Exception:
-    """The exception that the engine raised, or EngineFailed where it was none of its own."""
+    """Return the exception that the engine raised, or EngineFailed for an exception that is none of the contract's."""
     if message.kind == pb.Failure.OVERLOADED:
         return EngineOverloaded(message.message, message.retry_after_s)
     kinds = {pb.Failure.INVALID: ValueError, pb.Failure.DEADLINE: DeadlinePassed}

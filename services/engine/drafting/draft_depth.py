@@ -1,9 +1,11 @@
-"""How many tokens to draft for each request: values in, values out, no clock.
+"""Chooses the draft depth of each request: how many tokens to draft for it. Pure functions of values, without a clock.
 
-A step verifies the drafts of the step before it and then drafts again. Deeper drafts mean more tokens per step, as
-often as the model agrees with them, and more rows and draft passes to compute. Depths are chosen so that expected
-tokens per second are highest, from two measured things: how often drafts at each position are accepted, and what a
-step costs. So drafting ends by itself where it does not pay, which is tried again once in a while.
+A step verifies the drafts of the step before it and then drafts again. Deeper drafts give more tokens per step, as far
+as the model accepts them, but cost more rows and draft passes. The depths are chosen for the highest expected number of
+tokens per second. This follows from two measurements: how often the drafts at each position are accepted, and what a
+step costs. So drafting stops by itself if it does not pay, and it is tried again once in a while.
+
+Legend: F features of a step's shape.
 """
 
 from __future__ import annotations
@@ -16,23 +18,25 @@ from operator import mul
 import numpy as np
 from numpy.typing import NDArray
 
-DEFAULT_DRAFT_TOKENS = 4  # at most; measured acceptance and cost decide
-PRIOR_RATE = 0.6  # accepted of drafts at any position, before anything was measured
-PRIOR_WEIGHT = 4.0  # in observations
-REQUEST_KEPT = 0.98  # of what a request's acceptance weighs, from one observation to the next
-OVERALL_KEPT = 0.998
-COST_KEPT = 0.99  # likewise of a step's cost
-# Of a step, of a row, of a draft pass and of a row of it, before anything was measured, and how far each may be off.
+DEFAULT_DRAFT_TOKENS = 4  # the deepest draft; below it measured acceptance and cost decide
+PRIOR_RATE = 0.6  # acceptance rate at any position before anything was measured
+PRIOR_WEIGHT = 4.0  # of the prior acceptance rate, in observations
+REQUEST_KEPT = 0.98  # weight that a request's acceptance counts keep from one observation to the next
+OVERALL_KEPT = 0.998  # likewise for the acceptance counts of all requests together
+COST_KEPT = 0.99  # likewise for the measured costs of steps
+# Relative costs of a step, a row, a draft pass and a row of a draft pass before anything was measured, and the standard
+# deviation of each.
 PRIOR_COST = (1.0, 0.05, 0.15, 0.02)
 PRIOR_SPREAD = (1.0, 0.3, 0.3, 0.1)
-MAX_SURPRISE = 1.5  # of a step's seconds, as a factor, once NUM_TRUSTED have been seen
-NUM_TRUSTED = 16
-FIT_EVERY = 8  # steps, from then on: a fit takes as long as a small layer
-NOISE = 0.1  # of a step's seconds, relative
-MAX_UNREAD = 128  # tokens of a request that the draft module catches up with when drafts are wanted again
-MAX_ROWS = 256  # of a step whose cost is learnt from: prompts follow another law
-# A probe drafts for some steps after so many without; a pause leaves it for some after so many with: where depths never
-# change, nothing tells the cost of drafts from that of the model. Both become rarer.
+NUM_TRUSTED = 16  # steps after which the fitted costs are trusted
+MAX_SURPRISE = 1.5  # factor by which a step may then differ from its expected seconds; what exceeds it is cut off
+FIT_EVERY = 8  # steps from one fit to the next from then on: a fit takes as long as a small layer
+NOISE = 0.1  # relative standard deviation of a step's seconds
+MAX_UNREAD = 128  # tokens of a request that the draft module reads later, when the request is drafted for again
+MAX_ROWS = 256  # of a step from which costs are learnt: steps with long prompts follow another law
+# If depths never change, the cost of drafts cannot be told from the cost of the model. So a probe drafts for PROBE_LEN
+# steps after PROBE_AFTER[0] steps without drafts, and a pause stops drafting for PAUSE_LEN steps after PAUSE_AFTER[0]
+# steps with drafts. Each probe or pause doubles the number of steps before the next one, up to the second number.
 PROBE_AFTER, PROBE_LEN = (32, 256), 4
 PAUSE_AFTER, PAUSE_LEN = (8, 64), 2
 
@@ -42,13 +46,19 @@ Weights = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Of drafts by position: how many were tried, which takes that those before were accepted, and accepted."""
+    """Attempts and acceptances at each draft position; both fade with every observation.
+
+    A position counts as tried only if all earlier drafts were accepted.
+    """
 
     tried: tuple[float, ...] = ()
     accepted: tuple[float, ...] = ()
 
     def observe(self, num_drafts: int, num_accepted: int, kept: float) -> Acceptance:
-        """With one more verification of `num_drafts` drafts, of which the first `num_accepted` were right."""
+        """Return the counts after one more verification of `num_drafts` drafts, the first `num_accepted` accepted.
+
+        The earlier counts are multiplied by `kept`.
+        """
         assert 0 <= num_accepted <= num_drafts
         num_tried = min(num_accepted + 1, num_drafts)
         size = max(len(self.tried), num_tried)
@@ -59,7 +69,7 @@ class Acceptance:
         return Acceptance(tuple(tried), tuple(accepted))
 
     def rates(self, prior: Sequence[float]) -> tuple[float, ...]:
-        """Probability that the draft at each position is accepted, given that those before it are."""
+        """Return the probability that the draft at each position is accepted, given that all earlier ones are."""
         tried, accepted = _padded(self.tried, len(prior)), _padded(self.accepted, len(prior))
         return tuple(
             (a + PRIOR_WEIGHT * p) / (t + PRIOR_WEIGHT) for t, a, p in zip(tried, accepted, prior, strict=False)
@@ -75,7 +85,7 @@ def _padded(values: Sequence[float], size: int) -> list[float]:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step's cost depends on: rows of the model, passes of the draft module, and rows of these together."""
+    """What a step's cost depends on: rows of the model, passes of the draft module, and rows of these passes."""
 
     num_rows: int
     num_passes: int = 0
@@ -83,32 +93,40 @@ class StepShape:
 
     @property
     def features(self) -> tuple[float, float, float, float]:
+        """Return the factors of the four weights of `StepCost`."""
         return 1.0, float(self.num_rows), float(self.num_passes), float(self.num_draft_rows)
 
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
-    """Seconds of a step as a linear function of its shape: least squares of relative errors, in which steps fade.
+    """Estimates a step's seconds as a linear function of its shape, by least squares of relative errors.
 
-    `weights` are the seconds of a step, a row, a draft pass and a row of it; what the steps do not tell apart,
-    PRIOR_COST does. `moments_FF` and `sums_F` are of features per second of the step.
+    - `weights`: the seconds of a step, of a row, of a draft pass and of a row of a draft pass. Costs that the observed
+      steps do not tell apart follow PRIOR_COST.
+    - `moments_FF`, `sums_F`: sums over the steps of the features divided by the step's seconds; older steps fade.
     """
 
     weights: Weights
     moments_FF: NDArray[np.float64]
     sums_F: NDArray[np.float64]
-    num_steps: float = 0.0  # faded like the sums
-    num_seen: int = 0
+    num_steps: float = 0.0  # number of observed steps, faded like the sums
+    num_seen: int = 0  # number of observed steps
 
     @staticmethod
     def unknown() -> StepCost:
+        """Return the estimate before any step was observed."""
         return StepCost(PRIOR_COST, np.zeros((4, 4)), np.zeros(4))
 
     def seconds(self, shape: StepShape) -> float:
+        """Return the expected seconds of a step."""
         return sum((w * f for w, f in zip(self.weights, shape.features, strict=True)), 0.0)
 
     def observe(self, shape: StepShape, seconds: float) -> StepCost:
-        """A step that surprises, as one that had to wait for another process, counts as MAX_SURPRISE at most."""
+        """Return the estimate after a step took `seconds`.
+
+        A step that is off by more than the factor MAX_SURPRISE, because it had to wait for another process for example,
+        counts as off by this factor.
+        """
         if self.num_seen >= NUM_TRUSTED:
             expected = self.seconds(shape)
             seconds = min(max(seconds, expected / MAX_SURPRISE), expected * MAX_SURPRISE)
@@ -121,9 +139,9 @@ class StepCost:
 
 
 def _fit(moments_FF: NDArray[np.float64], sums_F: NDArray[np.float64], num_steps: float) -> Weights:
-    """Bayesian linear regression: a normal prior of PRIOR_SPREAD, and steps that are off by NOISE."""
+    """Return the weights by Bayesian linear regression, with a normal prior of PRIOR_SPREAD and steps off by NOISE."""
     prior_F = np.array(PRIOR_COST)
-    prior_F *= num_steps / (sums_F @ prior_F)  # as dear on the whole as what was measured
+    prior_F *= num_steps / (sums_F @ prior_F)  # scaled so that it agrees with the measured steps on average
     spread_F = prior_F[0] * np.array(PRIOR_SPREAD)
     precision_FF = moments_FF + np.diag((NOISE / spread_F) ** 2)
     fitted_F = prior_F + np.linalg.solve(precision_FF, sums_F - moments_FF @ prior_F)
@@ -134,13 +152,15 @@ def _fit(moments_FF: NDArray[np.float64], sums_F: NDArray[np.float64], num_steps
 def choose_depths(
     rates: Sequence[Sequence[float]], weights: Weights, num_other_rows: int, max_depths: Sequence[int]
 ) -> list[int]:
-    """Depths, one per request, of the highest expected number of tokens per second.
+    """Return one depth per request, so that the expected number of tokens per second is highest.
 
-    `rates[r][i]` is the probability that draft i of request r is accepted given those before it; `weights` as of
-    `StepCost.weights`; `num_other_rows` are computed beside the requests' own.
+    - `rates[r][i]`: the probability that draft i of request r is accepted, given that the earlier ones are.
+    - `weights`: costs in seconds, like `StepCost.weights`.
+    - `num_other_rows`: rows that the step computes beside those of these requests.
+    - `max_depths[r]`: the deepest draft that request r may have.
     """
     step, row, a_pass, draft_row = weights
-    # Of draft i: the probability that it and all before it are accepted, which falls with i.
+    # The gain of draft i is the probability that it and all earlier drafts are accepted. It falls with i.
     gains = sorted(
         (
             (gain, i, r)
@@ -158,7 +178,7 @@ def choose_depths(
             if i >= num_passes:
                 continue
             if some_seconds * gain <= some_tokens * (row + draft_row):
-                break  # this one, and all that are less likely, take more time than they bring
+                break  # this draft and all less likely ones cost more time than they gain
             depths[r] += 1
             some_tokens, some_seconds = some_tokens + gain, some_seconds + row + draft_row
         if some_tokens / some_seconds > best_rate:
@@ -168,19 +188,24 @@ def choose_depths(
 
 @dataclass(frozen=True)
 class ExplorationSchedule:
-    """When to do what was not chosen: for `length` steps, after `after` that were alike."""
+    """Says when to try what was not chosen: for `length` steps, after `after` steps of the same choice.
+
+    After each trial `after` doubles, up to `longest`.
+    """
 
     after: int
     longest: int
     length: int
-    num_alike: int = 0
-    num_others: int = 0
+    num_alike: int = 0  # steps of the same choice in a row
+    num_others: int = 0  # steps of the trial so far
 
     @property
     def is_due(self) -> bool:
+        """Return True if the next step should try the other choice."""
         return self.num_alike >= self.after
 
     def next(self, is_alike: bool) -> ExplorationSchedule:
+        """Return the schedule after one more step; `is_alike` says that the step made the usual choice."""
         if is_alike:
             return replace(self, num_alike=self.num_alike + 1)
         if not self.is_due:
@@ -192,7 +217,10 @@ class ExplorationSchedule:
 
 @dataclass(frozen=True)
 class DraftingState:
-    """What is known of drafting on the whole. Every method returns a value; nothing changes."""
+    """What is known about drafting for all requests together.
+
+    The state is immutable: methods return a new state.
+    """
 
     max_depth: int
     overall: Acceptance = NO_DRAFTS_YET
@@ -200,10 +228,13 @@ class DraftingState:
     probe: ExplorationSchedule = ExplorationSchedule(*PROBE_AFTER, PROBE_LEN)
     pause: ExplorationSchedule = ExplorationSchedule(*PAUSE_AFTER, PAUSE_LEN)
     drafted: tuple[int, ...] = ()  # drafts that were verified, by position
-    accepted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()  # drafts that were accepted, by position
 
     def depths(self, acceptances: Sequence[Acceptance], num_other_rows: int, allowed: Sequence[int]) -> list[int]:
-        """How many tokens to draft for each request: at most `allowed` of it, and at most `max_depth`."""
+        """Return how many tokens to draft for each request: at most `allowed` for it, and at most `max_depth`.
+
+        `acceptances` are the counts of the requests; `num_other_rows` are the rows of the step beside theirs.
+        """
         if not self.max_depth or not acceptances or self.pause.is_due:
             return [0] * len(acceptances)
         prior = self.overall.rates([PRIOR_RATE] * self.max_depth)
@@ -212,12 +243,12 @@ class DraftingState:
         return [min(1, some) for some in most] if self.probe.is_due and not any(depths) else depths
 
     def chosen(self, depths: Sequence[int]) -> DraftingState:
-        """After `depths` gave these for a step that had requests to draft for."""
+        """Return the state after these depths were used for a step that had requests to draft for."""
         is_idle = not any(depths)
         return replace(self, probe=self.probe.next(is_idle), pause=self.pause.next(not is_idle))
 
     def verified(self, num_drafts: int, num_accepted: int) -> DraftingState:
-        """After drafts of one request were verified."""
+        """Return the state after the drafts of one request were verified."""
         size = max(len(self.drafted), num_drafts)
         return replace(
             self,
@@ -227,12 +258,12 @@ class DraftingState:
         )
 
     def timed(self, shape: StepShape, seconds: float) -> DraftingState:
-        """After a step of this shape took `seconds`."""
+        """Return the state after a step of this shape took `seconds`."""
         if not self.max_depth or not seconds or shape.num_rows > MAX_ROWS:
             return self
         return replace(self, cost=self.cost.observe(shape, seconds))
 
 
 def _counted(counts: Sequence[int], num_more: int, size: int) -> tuple[int, ...]:
-    """One more for each of the first `num_more`."""
+    """Return the counts, of `size` positions, with one more for each of the first `num_more`."""
     return tuple(count + (i < num_more) for i, count in enumerate([*counts, *[0] * (size - len(counts))]))

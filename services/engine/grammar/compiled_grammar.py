@@ -1,14 +1,17 @@
-"""Grammars: what text an answer must match, as a mask over the tokens that may come next.
+"""Compiles grammars and follows them: a mask says which tokens may come next so that the answer matches the grammar.
 
-`GrammarCompiler.check` refuses a client's mistake where the request comes in; `GrammarCompiler.compile` belongs on a
-thread of its own (a large schema takes up to a second), before the request reaches the engine:
+`GrammarCompiler.check` refuses a client's mistake where the request comes in. `GrammarCompiler.compile` runs on a
+thread of its own before the request reaches the engine, because a large schema takes up to a second:
 
     request.compiled_grammar = await asyncio.to_thread(compiler.compile, params.grammar)
 
-What ends an answer: a stop id of the request that is no text (an end-of-sequence token) is allowed exactly where the
-grammar may end, and nothing else once it can only end. A stop id that is ordinary text stays one wherever its text is
-allowed. So a request with a grammar needs the model's end-of-sequence ids among its `stop_ids` even where `ignore_eos`
-is asked for, which then means: not before the grammar can only end.
+How an answer ends:
+
+- A stop id of the request that is no text (an end-of-sequence token) is allowed exactly where the grammar may end. Once
+  the grammar can only end, nothing else is allowed.
+- A stop id that is ordinary text is allowed wherever its text is allowed.
+- So a request with a grammar needs the model's end-of-sequence ids among its `stop_ids` even if it sets `ignore_eos`.
+  Then `ignore_eos` means that the answer does not end before the grammar can only end.
 """
 
 from __future__ import annotations
@@ -31,31 +34,33 @@ from tokenizers import Tokenizer
 
 from services.engine.contract.sampling_params import JSON_OPTIONS, Grammar, GrammarKind
 
-_stack_size_lock = threading.Lock()  # the size is the process's, for threads to come
+_stack_size_lock = threading.Lock()  # the stack size applies to all threads that the process starts
 
-MAX_GRAMMARS = 16  # compiled ones kept; each may hold MAX_LEXER_STATES of 1 to 2 kB, all together 640 MB
+MAX_GRAMMARS = 16  # kept compiled; each may hold MAX_LEXER_STATES of 1 to 2 kB, so all together up to 640 MB
 MAX_LEXER_STATES = 20_000
 MAX_TEXT = 2**17  # characters of a grammar
-COMPILE_STACK = 2**29  # bytes; the library recurses, and a chain of rules as long as MAX_TEXT allows takes 2**26
-NO_TOKEN = "NoExtension"  # the library's word where none can follow
-EXCERPT = re.compile(r"\d+ \| ")
+COMPILE_STACK = 2**29  # bytes; the library recurses, and the longest chain of rules in MAX_TEXT takes 2**26
+NO_TOKEN = "NoExtension"  # the start of the library's error where no token can follow
+EXCERPT = re.compile(r"\d+ \| ")  # the start of a line in which the library quotes the grammar
 
 
 @dataclass(frozen=True, eq=False)
 class CompiledGrammar:
-    """A grammar at its beginning; requests share it and start from copies."""
+    """A grammar that is ready for use, at its beginning; requests share it and start from copies."""
 
     matcher: LLMatcher
     eos_ids: frozenset[int]
 
     def start(self) -> GrammarState:
+        """Return the state of a new sequence."""
         return GrammarState(self)
 
 
 class GrammarState:
-    """Where one sequence stands in its grammar: tokens are pushed and popped.
+    """Follows one sequence through its grammar; tokens are pushed and popped.
 
-    A token the grammar refuses, and whatever is pushed on it, is remembered but not consumed: nothing may follow.
+    A token that the grammar refuses, and every token pushed after it, is counted but not consumed. No token may follow
+    until these are popped.
     """
 
     def __init__(self, grammar: CompiledGrammar) -> None:
@@ -66,7 +71,7 @@ class GrammarState:
 
     @property
     def failure(self) -> str:
-        """Why nothing may follow, in one sentence; empty where something may. Of the last call of `allowed`."""
+        """Return why no token may follow, in one sentence, or an empty string; this refers to the last `allowed`."""
         error = self._matcher.get_error() if self._matcher.is_error() else ""
         if error and not error.startswith(NO_TOKEN):
             return f"The grammar is too complex to go on with: {_one_sentence(error)}"
@@ -75,6 +80,7 @@ class GrammarState:
         return ""
 
     def push(self, token_id: int) -> None:
+        """Add a token to the sequence."""
         self._is_dead_end = False
         if not self._num_refused and token_id not in self._grammar.eos_ids and self._consume(token_id):
             self._consumed.append(token_id)
@@ -82,6 +88,7 @@ class GrammarState:
             self._num_refused += 1
 
     def pop(self) -> None:
+        """Take back the last token."""
         self._is_dead_end = False
         if self._num_refused:
             self._num_refused -= 1
@@ -89,13 +96,13 @@ class GrammarState:
             self._consumed.pop()
             self._matcher.rollback(1)
             self._has_old_mask = True
-        if self._matcher.is_error():  # for good, whatever is rolled back
+        if self._matcher.is_error():  # rolling back does not clear an error, so a new matcher is needed
             self._matcher, self._has_old_mask = self._grammar.matcher.deep_copy(), False
             self._matcher.consume_tokens(self._consumed)
 
     def _consume(self, token_id: int) -> bool:
-        # The library keeps its last mask by depth and lexer state alone, and does not forget it where it is rolled back
-        # (1.9.1): on another way to the same depth it would be taken for that one's. One of what is left replaces it.
+        # The library (1.9.1) keeps its last mask by depth and lexer state only, and does not forget the mask when it is
+        # rolled back. After other tokens to the same depth it would use the old mask. Computing a mask now replaces it.
         if self._has_old_mask:
             self._mask()
         return self._matcher.try_consume_tokens([token_id]) == 1
@@ -105,9 +112,9 @@ class GrammarState:
         return self._matcher.compute_bitmask()
 
     def allowed(self, vocab_size: int, stop_ids: frozenset[int], late_ids: frozenset[int]) -> NDArray[np.uint8]:
-        """(V,): 1 for each token id that may come next; ids beyond the tokenizer's are never allowed.
+        """Return a mask (V,) with 1 for each token id that may come next; ids beyond the tokenizer's are never allowed.
 
-        `late_ids` are those of `stop_ids` that may come only where nothing else may. All 0 if a token was refused.
+        `late_ids` are the stop ids that are allowed only if nothing else is. The mask is all 0 if a token was refused.
         """
         allowed_V = self._allowed(vocab_size, stop_ids, late_ids)
         self._is_dead_end = not allowed_V.any()
@@ -135,7 +142,7 @@ class GrammarState:
 
 
 class GrammarCompiler:
-    """Compiles grammars for the tokenizer of a model directory. Any thread may call it.
+    """Compiles grammars for the tokenizer of a model directory; any thread may call it.
 
     `eos_ids` are the model's end-of-sequence ids; a compiler that only checks grammars needs none.
     """
@@ -146,11 +153,11 @@ class GrammarCompiler:
         self._lock, self._loading = threading.Lock(), threading.Lock()
 
     def check(self, grammar: Grammar) -> None:
-        """Raises ValueError, with one sentence that says what is wrong, for a grammar that cannot be used."""
+        """Raise ValueError for a grammar that cannot be used, with one sentence that says what is wrong."""
         self.compile(grammar)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """The grammar ready for use, from the cache where it was compiled before; ValueError as in `check`."""
+        """Return the compiled grammar, from the cache if it was compiled before; raise ValueError as `check` does."""
         with self._lock:
             if found := self._compiled.get(grammar):
                 self._compiled.move_to_end(grammar)
@@ -168,7 +175,7 @@ class GrammarCompiler:
 
     @cached_property
     def _loaded(self) -> LLTokenizer:
-        # By the first grammar: 131,072 tokens take seconds.
+        # Loaded for the first grammar only, because 131,072 tokens take seconds.
         return _load(self._path, sorted(self._eos_ids))
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
@@ -188,7 +195,7 @@ class GrammarCompiler:
 
 
 def parameter_name(kind: GrammarKind) -> str:
-    """The API's name of what a client gave."""
+    """Return the name of the API parameter in which a client gives a grammar of this kind."""
     match kind:
         case GrammarKind.JSON_OBJECT | GrammarKind.JSON_SCHEMA:
             return "response_format"
@@ -199,7 +206,7 @@ def parameter_name(kind: GrammarKind) -> str:
 
 
 def _definition(grammar: Grammar, name: str) -> dict[str, Any]:
-    """In the library's own format, where a client's text cannot be taken for anything but what `kind` says."""
+    """Return a grammar in the library's own format, in which its text can only mean what its kind says."""
     match grammar.kind:
         case GrammarKind.REGEX:
             [definition] = json.loads(LLMatcher.grammar_from_regex(grammar.text))["grammars"]
@@ -223,12 +230,13 @@ def _schema(text: str, name: str) -> dict[str, Any]:
 
 
 def _on_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
+    """Call `make` on a thread whose stack has COMPILE_STACK bytes."""
     made: Future[LLMatcher] = Future()
 
     def work() -> None:
         try:
             made.set_result(make())
-        except BaseException as error:  # the library's panics are no Exception
+        except BaseException as error:  # the library's panics do not derive from Exception
             made.set_exception(error)
 
     with _stack_size_lock:
@@ -243,7 +251,7 @@ def _on_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
 
 
 def _one_sentence(error: str) -> str:
-    """The message without the excerpts that the library draws, and without the debugging hints after them."""
+    """Return the library's message without its quotes of the grammar and its debugging hints."""
     lines = [line.strip() for line in error.splitlines()]
     said = " ".join(line for line in lines if line and not set(line) <= {"^", " "} and not EXCERPT.match(line))
     return said.replace("<non-verbose/>", "").rpartition(" error: ")[2].strip().rstrip(".") + "."

@@ -1,11 +1,11 @@
-"""Grammars are tried where they can do no harm: in processes of their own, each with so much time and memory.
+"""Checks grammars in processes of their own, with bounds on time and memory, so that no grammar can do harm.
 
-What a grammar costs cannot be told from its text. Intersected expressions of a few hundred characters take minutes and
-tens of gigabytes, and the library's own limits are looked at too rarely to end that. So `GrammarChecker.check` hands
-a grammar to a process that it ends when the time is over, and that ends itself when the memory is. What passes is
-compiled by a backbone in the same time.
+The cost of a grammar cannot be told from its text. Intersected expressions of a few hundred characters take minutes and
+tens of gigabytes, and the library checks its own limits too rarely to prevent that. So `GrammarChecker.check` hands a
+grammar to a process. It ends the process when the time is over, and the process ends itself when its memory is used up.
+A grammar that passes takes a backbone as little time to compile.
 
-    python -m services.engine.grammar.grammar_checker MODEL    # such a process: a line of JSON in, one out
+    python -m services.engine.grammar.grammar_checker MODEL    # runs such a process: a line of JSON in, a line out
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from services.engine.contract.errors import EngineFailed
 from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.grammar.compiled_grammar import COMPILE_STACK, GrammarCompiler, parameter_name
 
-MAX_SECONDS = 5.0
-MAX_BYTES = 1 << 30  # on top of what the tokenizer takes
-START_SECONDS = 60.0  # a large tokenizer takes some
+MAX_SECONDS = 5.0  # for one grammar
+MAX_BYTES = 1 << 30  # of a process, beside its tokenizer
+START_SECONDS = 60.0  # for a process to start: a large tokenizer takes seconds to load
 NUM_PROCESSES = 2
-MAX_KNOWN = 4096  # grammars that have passed
+MAX_KNOWN = 4096  # grammars that have passed and are remembered
 
 
 class GrammarChecker:
-    """Any thread may call `check`; processes start with the first grammars."""
+    """Checks grammars for the model directory `model`; any thread may call `check`.
+
+    The processes start with the first grammars.
+    """
 
     def __init__(self, model: str | Path, max_seconds: float = MAX_SECONDS) -> None:
         self._model, self._max_seconds = Path(model), max_seconds
@@ -47,7 +50,7 @@ class GrammarChecker:
         self._lock = threading.Lock()
 
     def check(self, grammar: Grammar) -> None:
-        """As `GrammarCompiler.check`; a ValueError too for what takes too much time or memory."""
+        """Raise ValueError for a grammar that cannot be used, or that takes too much time or memory."""
         digest = hashlib.sha256(f"{grammar.kind}:{grammar.text}".encode()).digest()
         with self._lock:
             if digest in self._known:
@@ -59,7 +62,7 @@ class GrammarChecker:
                 process.end()
                 process = None
             process = process or _CheckerProcess(self._model)
-            error = process.ask(grammar, self._max_seconds)
+            error = process.check(grammar, self._max_seconds)
         finally:
             self._idle.put(process)
         if error:
@@ -70,7 +73,7 @@ class GrammarChecker:
                 self._known.popitem(last=False)
 
     def close(self) -> None:
-        """Ends the processes that are idle; no check may follow."""
+        """End the idle processes; no check may follow."""
         with suppress(queue.Empty):
             while True:
                 if process := self._idle.get_nowait():
@@ -78,6 +81,8 @@ class GrammarChecker:
 
 
 class _CheckerProcess:
+    """A child process that checks one grammar at a time."""
+
     def __init__(self, model: Path) -> None:
         command = [sys.executable, "-m", "services.engine.grammar.grammar_checker", str(model)]
         path = os.pathsep.join(filter(None, sys.path))
@@ -85,7 +90,7 @@ class _CheckerProcess:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a library's last words when memory is out
+            stderr=subprocess.DEVNULL,  # where the library writes before it dies without memory
             env=os.environ | {"PYTHONPATH": path},
         )
         if self._answer(START_SECONDS) is None:
@@ -96,8 +101,8 @@ class _CheckerProcess:
     def is_alive(self) -> bool:
         return self._child.poll() is None
 
-    def ask(self, grammar: Grammar, seconds: float) -> str:
-        """What is wrong with a grammar; empty: nothing. Without an answer the process has ended."""
+    def check(self, grammar: Grammar, seconds: float) -> str:
+        """Return what is wrong with a grammar, or an empty string; end the process if it gives no answer in time."""
         assert self._child.stdin is not None
         with suppress(BrokenPipeError):
             self._child.stdin.write(json.dumps([grammar.kind, grammar.text]).encode() + b"\n")
@@ -111,6 +116,7 @@ class _CheckerProcess:
         )
 
     def _answer(self, seconds: float) -> str | None:
+        """Return the next line of the process, or None if none comes within `seconds`."""
         assert self._child.stdout is not None
         can_read, _, _ = select.select([self._child.stdout], [], [], seconds)
         line = self._child.stdout.readline() if can_read else b""
@@ -126,14 +132,15 @@ class _CheckerProcess:
 
 
 def main(model: str) -> None:
+    """Check the grammars on the standard input one by one, and write what is wrong with each to the standard output."""
     compiler = GrammarCompiler(model)
-    with suppress(ValueError):  # a model without a tokenizer: each grammar is told so
-        compiler.check(Grammar(GrammarKind.REGEX, "a"))  # reads the tokenizer
+    with suppress(ValueError):  # the model has no tokenizer, which the answer to each grammar will say
+        compiler.check(Grammar(GrammarKind.REGEX, "a"))  # loads the tokenizer
     _limit_memory(MAX_BYTES + COMPILE_STACK)
     print(json.dumps(""), flush=True)
     for line in sys.stdin:
         kind, text = json.loads(line)
-        signal.alarm(int(MAX_SECONDS) + 1)  # ends the process, should nobody be left to do it
+        signal.alarm(int(MAX_SECONDS) + 1)  # ends the process if its parent is gone and cannot do it
         try:
             compiler.check(Grammar(GrammarKind(kind), text))
             error = ""
@@ -144,7 +151,7 @@ def main(model: str) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Where /proc tells how much there is already."""
+    """Allow the process `more` bytes beyond what it uses now; do nothing where /proc does not say how much this is."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         used = int(statm.read_text().split()[0]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""Compiles the grammars of requests before they are queued: on few threads, only so many, none past its deadline."""
+"""Compiles the grammars of requests before the requests are queued, with bounds on threads, requests and time."""
 
 from __future__ import annotations
 
@@ -12,27 +12,37 @@ from typing import Any
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
 from services.engine.contract.sampling_params import Grammar
 
-NUM_THREADS = 2  # the steps need the processor too
+NUM_THREADS = 2  # few, because the engine's steps need the processor too
 
 
 class GrammarPool:
-    """`compile_grammar` on threads of its own, for at most `max_requests` at a time. Any event loop may call it."""
+    """Runs `compile_grammar` on threads of its own, for at most `max_requests` requests at a time.
+
+    Any event loop may call it.
+    """
 
     def __init__(self, compile_grammar: Callable[[Grammar], Any], max_requests: int) -> None:
         self._compile, self._max_requests = compile_grammar, max_requests
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammars")
-        self._room = threading.BoundedSemaphore(max_requests)
+        self._places = threading.BoundedSemaphore(max_requests)
 
     async def compile(self, grammar: Grammar, deadline: float, retry_after: int | None) -> Any:
-        """What `compile_grammar` makes of it, or its ValueError; `deadline` in seconds of `time.monotonic`.
+        """Return what `compile_grammar` makes of the grammar; `deadline` is in seconds of `time.monotonic`.
 
-        Raises EngineOverloaded if too many are being compiled, EngineFailed after `close`, and DeadlinePassed.
-        `retry_after` None: it was accepted elsewhere, and waits for a thread without taking others' room.
+        `retry_after` is None for a resumed request. Such a request was accepted by another engine, so it is not refused
+        and takes no other request's place.
+
+        Errors:
+
+        - ValueError: the grammar cannot be used.
+        - EngineOverloaded: too many grammars are being compiled; its retry time is `retry_after`.
+        - DeadlinePassed: the deadline passed before the grammar was compiled.
+        - EngineFailed: the pool was closed.
         """
-        if retry_after is not None and not self._room.acquire(blocking=False):
+        if retry_after is not None and not self._places.acquire(blocking=False):
             sentence = f"The grammars of {self._max_requests} requests are being compiled, which is the most at a time."
             raise EngineOverloaded(sentence, retry_after)
-        work = self._submit(grammar, has_room=retry_after is not None)
+        work = self._submit(grammar, has_place=retry_after is not None)
         try:
             async with asyncio.timeout(None) as limit:
                 if deadline < float("inf"):
@@ -43,20 +53,20 @@ class GrammarPool:
                 raise
             raise DeadlinePassed("The request's deadline passed before its grammar was compiled.") from error
 
-    def _submit(self, grammar: Grammar, has_room: bool) -> Future[Any]:
-        def leave_room(_: object) -> None:
-            if has_room:
-                self._room.release()
+    def _submit(self, grammar: Grammar, has_place: bool) -> Future[Any]:
+        def leave_place(_: object) -> None:
+            if has_place:
+                self._places.release()
 
         try:
             work = self._threads.submit(self._compile, grammar)
-        except RuntimeError as error:  # it was closed
-            leave_room(error)
+        except RuntimeError as error:  # the pool was closed
+            leave_place(error)
             raise EngineFailed("The engine is not running.") from error
-        # By the work, not by who waits for it: what was given up on still takes a thread.
-        work.add_done_callback(leave_room)
+        # The work leaves the place, not the caller: work that the caller has given up still takes a thread.
+        work.add_done_callback(leave_place)
         return work
 
     def close(self) -> None:
-        """What is being compiled goes on to its end."""
+        """Accept no more grammars; those being compiled are finished."""
         self._threads.shutdown(wait=False)

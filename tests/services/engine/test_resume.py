@@ -161,7 +161,7 @@ def test_one_with_a_grammar_is_not_refused_for_want_of_room_to_compile_it() -> N
     engine = tiny_engine(compile_grammar=compile_grammar, max_waiting=1)
     engine.start()
     assert engine._grammar_pool
-    assert engine._grammar_pool._room.acquire()
+    assert engine._grammar_pool._places.acquire()
     with pytest.raises(EngineOverloaded):
         asyncio.run(ask(engine, "new", [1], params))
     for _ in range(3):  # nor does it give back room that it never took

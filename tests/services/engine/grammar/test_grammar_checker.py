@@ -67,7 +67,7 @@ def test_what_has_passed_passes_while_slow_ones_take_every_process(checker: Gram
 
 def test_a_process_that_died_is_replaced() -> None:
     process = _CheckerProcess(MODEL)
-    assert process.ask(FINE, MAX_SECONDS) == ""
+    assert process.check(FINE, MAX_SECONDS) == ""
     os.kill(process._child.pid, signal.SIGKILL)
     process._child.wait()
     assert not process.is_alive

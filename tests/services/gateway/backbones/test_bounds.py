@@ -92,7 +92,7 @@ def test_a_gateway_that_takes_no_outputs_is_given_up(
         await healthy.close()
 
     run(test, Flood())
-    assert "A gateway takes no outputs: its 2 requests are given up." in caplog.text
+    assert "A gateway does not read its outputs; its 2 requests are cancelled." in caplog.text
 
 
 def test_what_is_made_at_once_leaves_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
