@@ -1,6 +1,7 @@
-"""The fit of a shard's cost model to the calls that it computed: recursive least squares with exponential forgetting.
+"""A cost fit estimates the cost model of a shard from the calls that the shard computed.
 
-The fit keeps a 3 × 3 matrix and a vector of all calls so far, and both fade. No fitted cost is negative.
+The estimate is a recursive least-squares fit with exponential forgetting. The fit keeps a 3 × 3 matrix and a vector for
+all calls so far, and both fade. No fitted cost is negative.
 
 - Errors count relative to the usual time of such a call. Otherwise one prompt would outweigh a thousand tokens.
 - A call that took much longer or shorter than the other calls of its batch counts less (Huber's weights around the

@@ -1,4 +1,4 @@
-"""The load of experts: how often each expert is picked.
+"""The load of an expert is how often the router picks it.
 
 Backbones count picks, Redis adds the counts up once a second, and the controller reads the sums. Loads are only advice
 for the planner. A count that is added twice after a timeout, or dropped in a long outage, may change a placement a

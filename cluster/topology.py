@@ -1,4 +1,4 @@
-"""The topology of the fleet: its layers of experts, its shards, and the placement of experts on shards."""
+"""The topology describes the fleet: its layers of experts, its shards, and the placement of experts on shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing traces: a backbone records which experts each batch picked, and the planner replays the record.
+"""A routing trace records which experts each batch picked, so that the planner can replay the load.
 
 A trace is a file of JSON lines:
 

@@ -1,7 +1,7 @@
-"""The balance of one layer: how long each shard takes when every expert's rows are split best over its homes.
+"""The balance of a layer is how long each shard takes when every expert's rows are split best over the expert's homes.
 
-The split is found by water-filling: the homes of one expert after another are brought to the same finishing time. The
-time of an expert on a shard is linear in the share of its rows that the shard computes. If all shards have the same
+The best split is found by water-filling: the homes of one expert after another are brought to the same finishing time.
+The time of an expert on a shard is linear in the share of its rows that the shard computes. If all shards have the same
 cost model, `water_fill` finds the same level as the linear programme.
 
 Legend, also for the other compiled files of this folder:
@@ -93,7 +93,7 @@ def _water_fill_expert(
 def water_fill(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, max_sweeps: int, tolerance: float
 ) -> float:
-    """Water-fill the homes of one expert after another until nothing changes; return the slowest shard's time in µs.
+    """Bring the homes of one expert after another to the same time until nothing changes; return the slowest time in µs.
 
     The function updates `share_EH` and `busy_S`. It stops after `max_sweeps` passes over all experts, or earlier when
     no home changed by more than `tolerance` times the slowest shard's time.
@@ -112,12 +112,19 @@ def water_fill(
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def split_rows(
-    work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, fallback_E: Any, wake_us: float, share_EH: Any, busy_S: Any
+    work_EC: Any,
+    cost_SP: Any,
+    homes_EH: Any,
+    num_E: Any,
+    fallback_E: Any,
+    promotion_us: float,
+    share_EH: Any,
+    busy_S: Any,
 ) -> None:
     """Write the best split of all rows to `share_EH`, and the resulting time of each shard to `busy_S`.
 
     An expert without a home is computed by the shard `fallback_E[expert]`, which must first promote the expert; the
-    promotion takes `wake_us` per MiB. If `fallback_E[expert]` is -1, nobody computes the expert.
+    promotion takes `promotion_us` per MiB. If `fallback_E[expert]` is -1, nobody computes the expert.
     """
     busy_S[:] = cost_SP[:, 0]
     share_EH[:] = 0.0
@@ -127,23 +134,23 @@ def split_rows(
             share_EH[expert, i] = 1.0 / num
             busy_S[homes_EH[expert, i]] += expert_time(work_EC, cost_SP, expert, homes_EH[expert, i]) / num
         if num == 0 and fallback_E[expert] >= 0:
-            add_fallback_time(expert, fallback_E[expert], work_EC, cost_SP, busy_S, wake_us)
+            add_fallback_time(expert, fallback_E[expert], work_EC, cost_SP, busy_S, promotion_us)
     water_fill(work_EC, cost_SP, homes_EH, num_E, share_EH, busy_S, SWEEPS, TOLERANCE)
 
 
 def busy_times(
-    work_EC: Floats, cost_SP: Floats, homes_EH: Array, num_E: Array, fallback_E: Array, wake_us: float = 0.0
+    work_EC: Floats, cost_SP: Floats, homes_EH: Array, num_E: Array, fallback_E: Array, promotion_us: float = 0.0
 ) -> Floats:
     """Return the time of each shard in µs, [S], after `split_rows`."""
     busy_S = np.empty(len(cost_SP))
-    split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, wake_us, np.empty(homes_EH.shape), busy_S)
+    split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, promotion_us, np.empty(homes_EH.shape), busy_S)
     return busy_S
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def add_fallback_time(expert: int, shard: int, work_EC: Any, cost_SP: Any, busy_S: Any, wake_us: float) -> None:
-    """Add to a shard's time what it needs to promote an expert (`wake_us` per MiB) and to compute all its rows."""
-    busy_S[shard] += expert_time(work_EC, cost_SP, expert, shard) + wake_us * work_EC[expert, 0]
+def add_fallback_time(expert: int, shard: int, work_EC: Any, cost_SP: Any, busy_S: Any, promotion_us: float) -> None:
+    """Add to a shard's time what it needs to promote an expert (`promotion_us` per MiB) and to compute all its rows."""
+    busy_S[shard] += expert_time(work_EC, cost_SP, expert, shard) + promotion_us * work_EC[expert, 0]
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -1,4 +1,4 @@
-"""The capacity of a fleet: a check from sizes alone, before any process starts, that all experts fit into memory."""
+"""The capacity check finds out from sizes alone, before any process starts, if a fleet has memory for all experts."""
 
 from __future__ import annotations
 

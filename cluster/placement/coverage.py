@@ -1,7 +1,7 @@
-"""The coverage of a placement: which experts have too few live homes, and what the death of each shard would cost.
+"""The coverage of a placement tells which experts have too few live homes, and what the death of each shard would cost.
 
-A `PlacementArrays` holds everything that is slow to compute and is built once per epoch. A `CoverageReport` depends on
-which shards are alive, and its methods on the load; they take a few numpy calls, so a backbone can report coverage
+`PlacementArrays` hold everything that is slow to compute, and are built once per epoch. A `CoverageReport` is built
+again when shards die or come back. It and its methods take only a few numpy calls, so a backbone can report coverage
 several times a second.
 
 Legend: E experts of all layers one after the other, H homes and standbys of all experts, S shards, L layers.

@@ -1,4 +1,4 @@
-"""How much work each expert of a layer causes in one step, from the expected load.
+"""Expert work measures what each expert of a layer adds to one step; it is computed from the expected load.
 
 Legend: E experts of the layer, C = 2 components of work (`cluster.placement.balance`).
 """

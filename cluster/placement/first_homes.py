@@ -1,4 +1,4 @@
-"""First homes: an assignment of homes to experts that have none, at the first placement or after a loss.
+"""First homes are assigned to experts that have no home, at the first placement or after a loss.
 
 Legend: as in `cluster.placement.balance`.
 """

@@ -1,4 +1,4 @@
-"""The planner's view of the fleet: the memory that each shard has left, and the experts that each layer has on it.
+"""The fleet budget tells the planner how much memory each shard has left, and which experts each layer has on it.
 
 Legend: as in `cluster.placement.balance`; S counts only the shards that may hold experts.
 """
@@ -41,7 +41,6 @@ class FleetBudget:
         self.all_costs_SP = np.array(costs, np.float64)
         self.all_costs_SP[:, 2] = np.maximum(self.all_costs_SP[:, 2], 1e-9)  # Every expert must cost some time.
         self.cost_SP = self.all_costs_SP[: self.num_shards]
-        self.num_nodes = len({shard.node for shard in active})
         self.node_S = np.unique([shard.node for shard in active], return_inverse=True)[1].astype(np.int64)
         self.budget_S = np.array([shard.memory_budget for shard in active], np.int64)
         self.host_budget_S = np.array([shard.host_budget for shard in active], np.int64)
@@ -169,7 +168,7 @@ class PlannedLayer:
         )
         self.counted_S = np.zeros(fleet.num_shards, np.int64)
         self.host_counted_S = np.zeros(fleet.num_shards, np.int64)
-        self.wake_us = policy.wake_us_per_mib
+        self.promotion_us = policy.promotion_us_per_mib
         self.level_at_rest: float | None = None  # Time of the slowest shard in µs, if the layer needed no repair.
         self._known_busy: tuple[HomeMatrix, Array, Floats] | None = None  # Homes and fallbacks, and `busy_S` for them.
 
@@ -185,7 +184,7 @@ class PlannedLayer:
             self._known_busy[0].is_same(self.matrix) and np.array_equal(self._known_busy[1], fallback_E)
         ):
             busy_S = balance.busy_times(
-                self.work_EC, fleet.cost_SP, self.matrix.homes_EH, self.matrix.num_E, fallback_E, self.wake_us
+                self.work_EC, fleet.cost_SP, self.matrix.homes_EH, self.matrix.num_E, fallback_E, self.promotion_us
             )
             self._known_busy = self.matrix.copy(), fallback_E, busy_S
         return self._known_busy[2].copy()
@@ -199,17 +198,19 @@ class PlannedLayer:
             return self.level_at_rest
         busy_S = balance.busy_times(
             self.work_EC, fleet.all_costs_SP, self.before.homes_EH, self.before.num_E,
-            self.standby_before.homes_EH[:, 0].copy(), self.wake_us,
+            self.standby_before.homes_EH[:, 0].copy(), self.promotion_us,
         )  # fmt: skip
         return float(busy_S.max())
 
     def add(self, expert: int, shard: int) -> None:
+        """Make `shard` the last home of `expert`; the matrix gets another column if necessary."""
         if self.matrix.num_E[expert] == self.matrix.homes_EH.shape[1]:
             self.matrix = self.matrix.resized(self.matrix.homes_EH.shape[1] + 1)
         self.matrix.homes_EH[expert, self.matrix.num_E[expert]] = shard
         self.matrix.num_E[expert] += 1
 
     def drop(self, expert: int, shard: int) -> None:
+        """Remove `shard` from the homes of `expert`."""
         homes_H = self.matrix.homes_EH[expert]
         kept = homes_H[(homes_H >= 0) & (homes_H != shard)]
         homes_H[:] = -1

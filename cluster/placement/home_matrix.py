@@ -1,4 +1,4 @@
-"""The homes of one layer's experts as arrays of shard numbers, the form that the compiled parts of the planner use.
+"""A home matrix holds the homes of a layer's experts as shard numbers, the form that the compiled planner parts use.
 
 Legend: as in `cluster.placement.balance`.
 """
@@ -34,13 +34,14 @@ class HomeMatrix:
 
     @classmethod
     def empty(cls, num_experts: int, width: int) -> HomeMatrix:
+        """Create a matrix without any home."""
         return cls(np.full((num_experts, width), -1, np.int64), np.zeros(num_experts, np.int64))
 
     @classmethod
     def of(cls, homes: Homes, index: ShardNumbers, width: int) -> HomeMatrix:
-        """Convert homes given as shard ids; homes on shards that `index` lacks are left out.
+        """Create a matrix with at least `width` columns from homes that are given as shard ids.
 
-        The matrix has at least `width` columns.
+        Homes on shards that `index` lacks are left out.
         """
         num_E = np.fromiter(map(len, homes), np.int64, len(homes))
         flat = np.fromiter(map(index.__getitem__, chain.from_iterable(homes)), np.int64, int(num_E.sum()))

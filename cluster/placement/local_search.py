@@ -1,4 +1,4 @@
-"""The local search that makes the slowest shard of a layer faster, one step at a time.
+"""The local search makes the slowest shard of a layer faster, one step at a time.
 
 A step copies an expert to another shard, there perhaps in place of another expert, or swaps two experts
 (`cluster.placement.search_step`). The gain of every possible step is estimated, and the most promising steps are tried
@@ -39,25 +39,26 @@ GOOD_TRIAL = 0.7  # Trials end when the best gain so far reaches this part of th
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def improve(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, is_cold_E: Any,
-    wake_us: float, enough: float, aim: float, price: float, max_steps: int,
+    promotion_us: float, thorough_above: float, target_level: float, price_per_move: float, max_steps: int,
 ) -> Any:  # fmt: skip
     """Take the best step again and again, in place; return the slowest shard's time before and after, in µs.
 
     The best step is the one that saves the most time of the slowest shard per expert moved.
 
-    - Detours and swaps are considered only while the slowest shard's time is above `enough` (µs).
-    - The search ends when the slowest shard's time is at most `aim` (µs), no step helps, or `max_steps` are taken.
-    - Then the steps after the best point are undone. The best point is where the time saved, minus `price` (µs) per
-      expert moved, was highest.
+    - Detours and swaps are considered only while the slowest shard's time is above `thorough_above` (µs).
+    - The search ends when the slowest shard's time is at most `target_level` (µs), when no step helps, or after
+      `max_steps` steps.
+    - Then the steps after the best point are undone. The best point is where the time saved, minus `price_per_move`
+      (µs) for each expert moved, was highest.
     - Experts with `is_cold_E` may lose their last home. Then `fallback_E` becomes the shard of that home.
     """
     share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(cost_SP))
-    split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, wake_us, share_EH, busy_S)
+    split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, promotion_us, share_EH, busy_S)
     first = level = busy_S.max()
     taken_XK = np.empty((max_steps, 5), np.int64)
     best_worth, num_best, num_taken, num_moved, best_level = 0.0, 0, 0, 0, first
     num_idle = 0
-    while num_taken < max_steps and level > aim:
+    while num_taken < max_steps and level > target_level:
         chosen = _best_step(
             work_EC,
             cost_SP,
@@ -68,8 +69,8 @@ def improve(
             slots_S,
             is_cold_E,
             fallback_E,
-            wake_us,
-            level > enough,
+            promotion_us,
+            level > thorough_above,
         )
         if chosen[0] < 0:
             break
@@ -80,11 +81,11 @@ def improve(
         apply_step(chosen, work_EC, cost_SP, homes_EH, num_E, share_EH, busy_S, slots_S)
         if chosen[2] >= 0 and num_E[chosen[2]] == 0:
             fallback_E[chosen[2]] = chosen[1]
-            add_fallback_time(chosen[2], chosen[1], work_EC, cost_SP, busy_S, wake_us)
+            add_fallback_time(chosen[2], chosen[1], work_EC, cost_SP, busy_S, promotion_us)
         before = level
         level = water_fill(work_EC, cost_SP, homes_EH, num_E, share_EH, busy_S, SWEEPS, TOLERANCE)
-        if first - level - price * num_moved > best_worth:
-            best_worth, num_best, best_level = first - level - price * num_moved, num_taken, level
+        if first - level - price_per_move * num_moved > best_worth:
+            best_worth, num_best, best_level = first - level - price_per_move * num_moved, num_taken, level
         num_idle = 0 if level < (1 - TOLERANCE) * before else num_idle + 1
         if num_idle == PATIENCE:
             break
@@ -97,7 +98,7 @@ def improve(
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _best_step(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_cold_E: Any,
-    fallback_E: Any, wake_us: float, is_thorough: bool,
+    fallback_E: Any, promotion_us: float, is_thorough: bool,
 ) -> Any:  # fmt: skip
     """Try the most promising steps in full and return the one that saves the most time per expert moved.
 
@@ -119,7 +120,7 @@ def _best_step(
             if worth_X[i] * GOOD_TRIAL < best:
                 break
             trial_level, trial_evenness = try_step(
-                step, work_EC, cost_SP, homes_EH, num_E, share_EH, busy_S, slots_S, fallback_E, wake_us
+                step, work_EC, cost_SP, homes_EH, num_E, share_EH, busy_S, slots_S, fallback_E, promotion_us
             )
             gain = level - trial_level + EVENNESS * (evenness - trial_evenness)
             if trial_level <= level and gain / moved > best:
@@ -131,17 +132,17 @@ def _best_step(
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def fill_slots(
-    work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, wake_us: float
+    work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, promotion_us: float
 ) -> None:
     """Add homes on the shards with free `slots_S`, in place, first those that relieve the slower shards most.
 
     The function ends when no further home would relieve a slower shard by 2 % of the ideal level.
     """
     share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(cost_SP))
-    split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, wake_us, share_EH, busy_S)
-    enough = 0.02 * ideal_level(work_EC, cost_SP)
+    split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, promotion_us, share_EH, busy_S)
+    min_relief = 0.02 * ideal_level(work_EC, cost_SP)
     while True:
-        most, chosen, to = enough, -1, -1
+        most, chosen, to = min_relief, -1, -1
         for shard in range(len(slots_S)):
             if slots_S[shard] <= 0:
                 continue

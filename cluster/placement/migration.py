@@ -1,4 +1,4 @@
-"""The migration from the running placement to the planned one, in rounds: load, verify, publish, drain, drop.
+"""A migration leads from the running placement to the planned one in rounds: load, verify, publish, drain, drop.
 
 The functions keep no state. They derive every round from the published placement, the target and the experts that the
 shards hold. A controller that dies between two steps therefore leaves nothing that its successor does not see.
@@ -158,10 +158,10 @@ def next_target(
 
 
 def leftovers(published: Placement | None, target: Target, holdings: Holdings) -> tuple[set[Home], set[Home]]:
-    """Return the homes that live shards hold without need: those to drop, and those to demote to standbys.
+    """Return the homes that live shards need not hold: the set of homes to drop, and the set of homes to demote.
 
-    A home is dropped if neither the published placement nor the target has the expert on that shard. It is demoted if
-    the expert is in device memory, but should only be a standby there; the second set lists these standbys.
+    A home is dropped if neither the published placement nor the target has the expert on that shard. A home is demoted
+    if the shard holds the expert in device memory, but should only be its standby; the second set names the standbys.
     """
     named = set(target.all_homes()) | (set(Target.of(published).all_homes()) if published else set())
     places = {home[:3] for home in named}

@@ -1,4 +1,4 @@
-"""A plan: the homes that experts should have, the moves that lead there, and the cost and gain of the moves."""
+"""A plan lists the homes that experts should have, the moves that lead there, and the cost and gain of the moves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cluster.topology import Homes
 
 MIB = 2**20
-NUMBERS = (
+JSON_FIELDS = (
     *("num_bytes", "predicted_s_before", "predicted_s_after", "gain_s", "cost_s"),
     *("cover_before", "cover_after", "is_worth_it"),
 )  # The fields of a plan that its JSON form repeats unchanged.
@@ -31,7 +31,7 @@ class PlanPolicy:
     aim: float = 0.985
     min_gain: float = 0.005  # Smallest share of the step time worth moving for; less is within the error of the load.
     cold_below: float = 0.0  # Picks per second; an expert with fewer may have only standbys.
-    wake_us_per_mib: float = 100.0  # Time of a promotion at a standby, in µs per MiB.
+    promotion_us_per_mib: float = 100.0  # Time of a promotion at a standby, in µs per MiB.
     # Bytes left free on every shard. None: as many as the largest expert has, if all experts fit even then.
     headroom: int | None = None
     max_homes: int = 64  # Most homes of one expert.
@@ -42,14 +42,14 @@ class PlanPolicy:
         assert self.bytes_per_s > 0
         assert 0 < self.good_enough <= self.aim <= 1
         assert 0 < self.share_of_time <= 1
-        assert min(self.risk, self.stay_s, self.min_gain, self.cold_below, self.wake_us_per_mib) >= 0
+        assert min(self.risk, self.stay_s, self.min_gain, self.cold_below, self.promotion_us_per_mib) >= 0
         assert self.headroom is None or self.headroom >= 0
         assert self.max_homes >= 1
 
 
 @dataclass(frozen=True)
 class Move:
-    """A `Move` adds an expert to a shard or drops it there; `bytes` must be loaded from elsewhere for the move."""
+    """A `Move` adds an expert to a shard or drops it there; `bytes` is what the shard must load for the move."""
 
     layer: int
     expert: int
@@ -113,7 +113,7 @@ class Plan:
     def to_dict(self, max_moves: int = 200) -> dict[str, Any]:
         """Return the plan for JSON: its numbers, reasons and text, and its first `max_moves` moves."""
         return {
-            **{name: getattr(self, name) for name in NUMBERS},
+            **{name: getattr(self, name) for name in JSON_FIELDS},
             "blast_radius_before": dict(self.blast_radius_before),
             "blast_radius_after": dict(self.blast_radius_after),
             "reasons": list(self.reasons),

@@ -1,4 +1,4 @@
-"""The report of the planner: it turns planned layers into a `Plan` with homes by shard id, moves, gains and reasons."""
+"""The plan report turns planned layers into a `Plan` with homes by shard id, moves, gains and reasons."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RebalanceEstimate:
 
     @property
     def refusal(self) -> str:
-        """Return the sentence that says why the moves are refused; empty if they are not, or if there are none."""
+        """Return the sentence that says why the moves are refused; empty if the moves are made or there are none."""
         if not self.num_added:
             return ""
         gain_s = self.policy.share_of_time * self.gain * self.policy.stay_s

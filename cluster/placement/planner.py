@@ -1,4 +1,4 @@
-"""The planner: it makes a better placement from the running one, with few moves.
+"""The planner makes a better placement from the running one, with few moves.
 
 Its steps are, in this order:
 
@@ -12,7 +12,7 @@ Steps 1, 2 and 4 are always done. Step 3 is refused as a whole if it gains too l
 The planner is a pure function: the same fleet, load and placement give the same plan, and the order of the shards does
 not matter.
 
-Legend: as in `cluster.placement.balance`; S counts only the shards that may hold experts, draining shards come after.
+Legend: as in `cluster.placement.balance`; S counts only the shards that may hold experts, not draining shards.
 """
 
 from __future__ import annotations
@@ -90,12 +90,17 @@ def _assign_first_homes(number: int, layer: PlannedLayer, fleet: FleetBudget, po
 
 
 def _run_local_search(
-    layer: PlannedLayer, fleet: FleetBudget, slots_S: Array, enough: float, aim: float, price: float
+    layer: PlannedLayer,
+    fleet: FleetBudget,
+    slots_S: Array,
+    thorough_above: float,
+    target_level: float,
+    price_per_move: float,
 ) -> tuple[float, float]:
     """Run `local_search.improve` on the homes of a layer, in place; return the level before and after, in µs."""
     before, after = local_search.improve(
         layer.work_EC, fleet.cost_SP, layer.matrix.homes_EH, layer.matrix.num_E, slots_S, layer.fallback_E,
-        layer.is_cold_E, fleet.policy.wake_us_per_mib, enough, aim, price, MAX_STEPS,
+        layer.is_cold_E, fleet.policy.promotion_us_per_mib, thorough_above, target_level, price_per_move, MAX_STEPS,
     )  # fmt: skip
     return float(before), float(after)
 
@@ -177,7 +182,7 @@ def _fill_empty_shards(number: int, layer: PlannedLayer, fleet: FleetBudget, pol
     layer.matrix = layer.matrix.resized(min(fleet.num_shards, layer.matrix.homes_EH.shape[1] + 4))
     local_search.fill_slots(
         layer.work_EC, fleet.cost_SP, layer.matrix.homes_EH, layer.matrix.num_E, slots_S, layer.fallback_E,
-        policy.wake_us_per_mib,
+        policy.promotion_us_per_mib,
     )  # fmt: skip
     fleet.update_usage(layer)
 
@@ -199,9 +204,11 @@ def _rebalance(planned: Sequence[PlannedLayer], fleet: FleetBudget, policy: Plan
         if layer.is_new or ideal >= policy.good_enough * level or saved_per_us * policy.stay_s == 0:
             return level
         layer.matrix = layer.matrix.resized(min(fleet.num_shards, layer.matrix.homes_EH.shape[1] + 4))
-        price = layer.spec.expert_bytes / policy.bytes_per_s / (saved_per_us * policy.stay_s)
+        price_per_move = layer.spec.expert_bytes / policy.bytes_per_s / (saved_per_us * policy.stay_s)
         slots_S = fleet.slots_S(number, layer)
-        return _run_local_search(layer, fleet, slots_S, ideal / policy.good_enough, ideal / policy.aim, price)[1]
+        return _run_local_search(layer, fleet, slots_S, ideal / policy.good_enough, ideal / policy.aim, price_per_move)[
+            1
+        ]
 
     after_us, num_bytes, num_added = before_us, 0, 0
     for layer, matrix, level, after in zip(planned, matrices, levels, _map_layers(improve, len(planned)), strict=True):

@@ -1,4 +1,4 @@
-"""The candidate steps of the local search, each with an estimate of the time that it saves.
+"""Search candidates are the steps that the local search considers, each with an estimate of the time that it saves.
 
 Legend: as in `cluster.placement.balance`; also K = 5 numbers of a step (`cluster.placement.search_step`), X candidates.
 `steps_XK` and `worth_X` hold the best candidates so far and their estimates in µs per expert moved, the best first.

@@ -1,6 +1,6 @@
-"""One step of the local search: its definition, and functions that apply, undo or try it.
+"""A step of the local search adds and drops homes of a few experts; the functions apply, undo or try such a step.
 
-A step is five numbers (expert, to, out, back, other), where -1 stands for "none":
+A step consists of five numbers (expert, to, out, back, other), where -1 stands for "none":
 
 - `expert` gets a home on shard `to`.
 - `out` is an expert that loses its home on `to`, so that `expert` has a slot there.
@@ -86,7 +86,7 @@ def undo_step(
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def try_step(
     step: Any, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any,
-    fallback_E: Any, wake_us: float,
+    fallback_E: Any, promotion_us: float,
 ) -> tuple[float, float]:  # fmt: skip
     """Return the time of the slowest shard after a step and the root mean square of all shards' times, both in µs.
 
@@ -100,7 +100,7 @@ def try_step(
     slots_before_S = slots_S.copy()
     apply_step(step, work_EC, cost_SP, homes_EH, num_E, trial_share_EH, trial_busy_S, slots_S)
     if out >= 0 and num_E[out] == 0:
-        add_fallback_time(out, step[1], work_EC, cost_SP, trial_busy_S, wake_us)
+        add_fallback_time(out, step[1], work_EC, cost_SP, trial_busy_S, promotion_us)
     level = water_fill(work_EC, cost_SP, homes_EH, num_E, trial_share_EH, trial_busy_S, TRIAL_SWEEPS, 10 * TOLERANCE)
     if other >= 0:
         homes_EH[other], num_E[other] = other_homes_H, other_num

@@ -1,6 +1,6 @@
-"""Second homes: a home or standby for every expert that survives the loss of its first home's shard and node.
+"""Second homes are the homes or standbys with which an expert survives the loss of its first home's shard and node.
 
-A second node is possible only where the shards run on several nodes.
+They are on another node only if the shards run on several nodes.
 
 Legend: as in `cluster.placement.balance`; also J: the largest number of standbys of an expert. Unused entries of
 `standby_EJ` are -1.
@@ -97,6 +97,7 @@ def _is_in(former_EH: Any, expert: int, shard: int) -> bool:
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _is_on_two_nodes(expert: int, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, node_S: Any) -> bool:
+    """Return True if the homes and standbys of an expert are on at least two nodes."""
     node = -1
     for i in range(num_E[expert] + num_standby_E[expert]):
         shard = homes_EH[expert, i] if i < num_E[expert] else standby_EJ[expert, i - num_E[expert]]

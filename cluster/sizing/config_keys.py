@@ -1,4 +1,4 @@
-"""The keys of a `config.json`: each value is checked when it is read.
+"""`ConfigKeys` read values from a `config.json` and check each value when it is read.
 
 A missing or wrong value raises ValueError with the key, the value and the allowed values.
 """
@@ -14,7 +14,7 @@ LISTED = {str: "names", int: "integers"}
 
 @dataclass(frozen=True)
 class ConfigKeys:
-    """`ConfigKeys` reads the values of a parsed `config.json` and checks them."""
+    """`ConfigKeys` are the keys of a parsed `config.json`, whose values are checked when they are read."""
 
     raw: Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""The fit of a model on one kind of GPU: whether it fits, and how many GPUs it needs.
+"""A fit says if a model can be deployed on one kind of GPU, and how many GPUs it needs.
 
 Memory is counted to the byte, and the time of a step is estimated. Three rules decide:
 

@@ -1,4 +1,4 @@
-"""The GPUs that a deployment can be sized for, with the figures of their public data sheets."""
+"""`GPUS` lists the GPUs that a deployment can be sized for, with the figures of their public data sheets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public models that can be sized by name.
+"""Known models are the public models that can be sized by name.
 
 `cluster/sizing/configs` holds, for each model, the keys of its config from which sizes follow.
 """

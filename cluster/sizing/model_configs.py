@@ -1,4 +1,6 @@
-"""Model configs: `ModelSizes` from the public `config.json` of `nemotron_h`, `deepseek_v3` and `qwen3_next` models.
+"""Model configs are the public `config.json` files that tell the sizes of a model.
+
+The model types `nemotron_h`, `deepseek_v3` and `qwen3_next` are supported.
 
 Where a config says nothing, two things are assumed. Linear maps have no bias. The checkpoint contains an MTP module,
 which drafts tokens, if the config has a key that asks for one. A Qwen3-Next config has no such key, and the checkpoint
@@ -291,6 +293,7 @@ def _qwen(keys: ConfigKeys) -> Family:
 
 
 def _qwen_kinds(keys: ConfigKeys, num_layers: int) -> list[str]:
+    """Return the kind of each layer, linear_attention or full_attention, from the config's list or its interval."""
     kinds = keys.items("layer_types", str)
     if not kinds:
         interval = keys.whole("full_attention_interval", 4) or 4

@@ -1,4 +1,4 @@
-"""The sizes of a model: its weights by part, the state of a request, and the shapes of its experts.
+"""Model sizes describe a model in numbers: its weights by part, the state of a request, and the shapes of its experts.
 
 `cluster/sizing/model_configs.py` reads them from a `config.json`. Some of the parts are:
 
@@ -160,6 +160,7 @@ class ModelSizes:
 
     @property
     def _step(self) -> list[Matrices]:
+        """Return the matrices of the backbone that one decode step without drafts reads."""
         has_head = any(one.part == "head" for one in self.matrices)  # Without a head, the embedding is the head.
         skipped = ("routed", "copies", "embedding") if has_head else ("routed", "copies")
         return [one for one in self.matrices if one.part not in skipped and not one.is_mtp]
@@ -178,9 +179,11 @@ class ModelSizes:
         return tuple(specs)
 
     def _held(self, one: Matrices, dtype: Dtype) -> int:
+        """Return the bytes of the matrices on a device, where routers are fp32."""
         return 4 * one.num_params if one.role == "router" else self._nbytes(one, dtype)
 
     def _nbytes(self, one: Matrices, dtype: Dtype) -> int:
+        """Return the bytes of the matrices in a checkpoint."""
         return sum(num * matrix_bytes(format, one.rows, one.columns) for format, num in self._formats(one, dtype))
 
     def _formats(self, one: Matrices, dtype: Dtype) -> Iterator[tuple[Format, int]]:
@@ -202,6 +205,7 @@ class ModelSizes:
         yield plain, left
 
     def _by_part(self, value: Callable[[Matrices], int]) -> dict[str, int]:
+        """Return the sum of `value` over the matrices of each part, in the order of PARTS."""
         sums: Counter[str] = Counter()
         for one in self.matrices:
             mtp = one.part if one.part in ("routed", "copies") else "backbone"

@@ -1,4 +1,4 @@
-"""The sizing of a deployment: how many GPUs a model needs, and what is on each of them.
+"""A sizing says how many GPUs the deployment of a model needs, and what is on each of them.
 
 `size` is pure arithmetic on the model's config, a GPU and an `Slo`. Memory is exact: loaded weights are counted to the
 byte (`cluster/sizing/fit.py`). Times are estimates from data sheets (`cluster/sizing/step_time.py`). They count decode

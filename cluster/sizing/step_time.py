@@ -1,4 +1,4 @@
-"""The time of a decode step at best, and the bytes that it sends, by arithmetic on data sheets; nothing is measured.
+"""The step time is how long a decode step takes at best. It is computed from data sheets; nothing is measured.
 
 Reading weights and state takes most of a decode step, so times follow from bytes and memory bandwidth. The time of the
 multiplications counts instead where it is longer (roofline model). Only BANDWIDTH_SHARE and FLOPS_SHARE of the figures

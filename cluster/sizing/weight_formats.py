@@ -1,7 +1,7 @@
-"""Weight formats: the bytes of a weight in a checkpoint, and the weights that a quantized checkpoint quantizes.
+"""Weight formats determine how many bytes a weight takes in a checkpoint.
 
-Known facts about public checkpoints, by the role of a matrix, are listed below. Every matrix that is not named is bf16;
-norms, embeddings, the head and convolutions are bf16 in all checkpoints.
+Public checkpoints quantize the following matrices, by their role. Every matrix that is not named is bf16; norms,
+embeddings, the head and convolutions are bf16 in all checkpoints.
 
 - Nemotron FP8: routed and shared experts and the Mamba projections. The MTP module is bf16 (assumed, as in NVFP4).
 - Nemotron NVFP4: routed experts in NVFP4, shared experts and Mamba projections in FP8, as in Ultra. Super and Nano
@@ -115,6 +115,7 @@ def known_counts(raw: Mapping[str, Any], dtype: Dtype) -> Counts | None:
 
 
 def _formats(counts: Mapping[Any, Any]) -> Mapping[str, int]:
+    """Return `counts` (numbers of matrices by format) after a check of its keys and values."""
     for format, num in counts.items():
         if format not in MODELOPT.values() or not isinstance(num, int):
             raise ValueError(f"config.json has {format!r}: {num!r} in quantized_matrices; allowed are fp8 and nvfp4")
@@ -130,6 +131,7 @@ def _object(raw: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
 
 
 def _counted(layers: Iterable[tuple[str, Any]]) -> Counts:
+    """Return the number of quantized matrices by role and format, from the modules and entries of Model Optimizer."""
     counts: dict[str, Counter[str]] = {}
     for module, entry in layers:
         role = next((role for ending, role in ROLES.items() if module.endswith(ending)), None)

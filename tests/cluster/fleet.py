@@ -1,4 +1,4 @@
-"""A fleet for tests: builders of shards and layers, and the load of each shard."""
+"""The functions build shards and layers for tests, and compute the load of each shard."""
 
 from __future__ import annotations
 

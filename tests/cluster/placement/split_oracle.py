@@ -1,4 +1,4 @@
-"""An oracle for the best split of experts' rows over their homes: it solves a linear programme."""
+"""The split oracle finds the best split of experts' rows over their homes with a linear programme."""
 
 from __future__ import annotations
 

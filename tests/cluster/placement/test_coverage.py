@@ -1,4 +1,4 @@
-"""Tests of coverage, in which simple loops serve as the oracle."""
+"""The tests compare coverage, computed with arrays, with simple loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of migration rounds on a fleet of sets: each shard is a set of the experts that it holds."""
+"""The tests run migration rounds on a simple fleet, in which each shard is the set of experts that it holds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The tensors of public checkpoints, name by name, as model cards and loaders list them: the oracle of model sizes.
+"""The generators list the tensors of public checkpoints by name and shape; they are the oracle of model sizes.
 
-Shapes are written out in numbers. A tensor is fp32 if its name ends as in FP32, else bf16. The functions whose names
-end in `_bytes` return the bytes of a tensor in a quantized checkpoint, which follow from its name and shape alone.
+The names and shapes are those of model cards and loaders, and shapes are written out in numbers. A tensor is fp32 if
+its name ends as in FP32, else bf16. The functions whose names end in `_bytes` return the bytes of a tensor in a
+quantized checkpoint, which follow from its name and shape alone.
 """
 
 from __future__ import annotations

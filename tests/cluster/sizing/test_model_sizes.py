@@ -1,4 +1,4 @@
-"""Tests of model sizes against lists of tensors, published totals, and the checkpoint of the demo model."""
+"""The tests compare model sizes with lists of tensors, published totals, and the checkpoint of the demo model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of sizing: a sized deployment suffices, a smaller one does not, and a harder SLO never needs fewer GPUs."""
+"""The tests show that a sizing suffices, that fewer GPUs do not, and that a harder SLO never needs fewer GPUs."""
 
 from __future__ import annotations
 
