@@ -93,7 +93,7 @@ def _water_fill_expert(
 def water_fill(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, max_sweeps: int, tolerance: float
 ) -> float:
-    """Bring the homes of one expert after another to the same time until nothing changes; return the slowest time in µs.
+    """Bring the homes of one expert after another to the same time, until nothing changes; return the highest in µs.
 
     The function updates `share_EH` and `busy_S`. It stops after `max_sweeps` passes over all experts, or earlier when
     no home changed by more than `tolerance` times the slowest shard's time.
