@@ -71,10 +71,10 @@ class Rest:
         self._generation, self._max_body_bytes = generation, max_body_bytes
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, CompletionBody)
+        return await self._generate(request, CompletionBody)
 
     async def chat_completions(self, request: Request) -> Response:
-        return await self._answer(request, ChatBody)
+        return await self._generate(request, ChatBody)
 
     async def models(self) -> JSONResponse:
         return JSONResponse({"object": "list", "data": [_model(self._generation.card)]})
@@ -84,41 +84,26 @@ class Rest:
         return JSONResponse(_model(self._generation.card))
 
     async def tokenize(self, request: Request) -> Response:
-        async def answer(data: bytes) -> Response:
-            body = parse_body(TokenizeChatBody, data) if is_chat(data) else parse_body(TokenizeBody, data)
-            self._generation.check_model(body.model)
-            with client_errors():
-                token_ids = await self._generation.tokenize(body.request(), body.add_special_tokens)
-                shown = await self._generation.token_texts(token_ids) if body.return_token_strs else None
-            longest = self._generation.card.max_model_len
-            fields = {"count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown}
-            return JSONResponse(fields)
-
-        return await self._with_body(request, answer)
+        data = await read_body(request, self._max_body_bytes)
+        body = parse_body(TokenizeChatBody, data) if is_chat(data) else parse_body(TokenizeBody, data)
+        self._generation.check_model(body.model)
+        with client_errors():
+            token_ids = await self._generation.tokenize(body.request(), body.add_special_tokens)
+            shown = await self._generation.token_texts(token_ids) if body.return_token_strs else None
+        longest = self._generation.card.max_model_len
+        fields = {"count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown}
+        return JSONResponse(fields)
 
     async def detokenize(self, request: Request) -> Response:
-        async def answer(data: bytes) -> Response:
-            body = parse_body(DetokenizeBody, data)
-            self._generation.check_model(body.model)
-            with client_errors():
-                return JSONResponse({"prompt": self._generation.detokenize(body.tokens)})
+        body = parse_body(DetokenizeBody, await read_body(request, self._max_body_bytes))
+        self._generation.check_model(body.model)
+        with client_errors():
+            return JSONResponse({"prompt": self._generation.detokenize(body.tokens)})
 
-        return await self._with_body(request, answer)
-
-    async def _with_body(self, request: Request, answer: Callable[[bytes], Awaitable[Response]]) -> Response:
-        try:
-            return await answer(await read_body(request, self._max_body_bytes))
-        except ClientGone:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-    async def _answer(self, request: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
+    async def _generate(self, request: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
         check_request_id(request.state.id, "X-Request-Id")
-
-        async def answer(data: bytes) -> Response:
-            body = parse_body(kind, data)
-            return await run_while_connected(request.receive, self._respond(body, request.state.id))
-
-        return await self._with_body(request, answer)
+        body = parse_body(kind, await read_body(request, self._max_body_bytes))
+        return await run_while_connected(request.receive, self._respond(body, request.state.id))
 
     async def _respond(self, body: Body, request_id: str) -> Response:
         generation = self._generation
@@ -213,6 +198,10 @@ def _add_error_handlers(app: FastAPI, generation: Generation) -> None:
     @app.exception_handler(ApiError)
     async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
         return refuse(error)
+
+    @app.exception_handler(ClientGone)
+    async def on_client_gone(_: Request, __: ClientGone) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:

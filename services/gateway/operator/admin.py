@@ -17,7 +17,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from cluster.control.operator_orders import MAX_SHARDS
-from services.gateway.connection import CLIENT_CLOSED_REQUEST, ClientGone, read_body
+from services.gateway.connection import read_body
 from services.gateway.errors import ApiError, ApiRefusal, invalid
 from services.gateway.operator.operations import Operations
 from services.gateway.request_body import BaseBody, parse_body
@@ -91,10 +91,7 @@ class Admin:
                 raise ApiError(
                     ApiRefusal.NOT_FOUND, "The experts are in the backbone: there are no shards to administer."
                 )
-            try:
-                return JSONResponse(await handler(self._operations, request))
-            except ClientGone:
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return JSONResponse(await handler(self._operations, request))
 
         return route
 
