@@ -1,4 +1,4 @@
-"""`EmbeddedRedis`: a real Redis-compatible server for one process and its children, which `embedded://` stands for.
+"""An `EmbeddedRedis` runs a real Redis-compatible server for one process and its children, as `embedded://` asks.
 
 The server keeps nothing on disk and cannot outlive its starter: a small shell holds the read end of a pipe and kills
 the server when the pipe closes, which happens however the starter dies. Linux's parent-death signal would not do: it
@@ -25,7 +25,7 @@ from redis.retry import Retry
 log = logging.getLogger(__name__)
 
 SERVER_NAMES = ("redis-server", "valkey-server")
-MAX_START_TRIES = 5  # Each on another port.
+MAX_START_TRIES = 5  # Each try has another port, because another process may have taken the first one.
 MAX_START_S = 10.0  # Seconds in which a started server must answer.
 RESTART_PAUSE_S = 0.2  # Seconds between attempts to restart a server that has died.
 

@@ -1,4 +1,4 @@
-"""`Follower`: keeps a backbone up to date with the placement and the shards.
+"""A `Follower` keeps a backbone up to date with the placement and the shards.
 
 A follower asks the registry now and then. While the registry does not answer, the backbone runs on what it last read.
 """
@@ -21,14 +21,14 @@ Adopt = Callable[[Placement, Iterable[Shard]], None]
 
 
 class Follower:
-    """A `Follower` keeps the newest placement that it has read, and the shards that it has read of as alive.
+    """A `Follower` keeps the newest placement that it has read, and the newest record of each shard.
 
     A store that has lost the placement gets the follower's placement back, because backbones run on that placement
     whether there is a controller or not.
 
     - `name`: the backbone's name in the registry.
     - `model`: the checkpoint's digest; a placement for another checkpoint is not followed.
-    - `adopt`: called with the placement and the shards after each reading.
+    - `adopt`: receives the placement and the shards after each reading.
     """
 
     def __init__(self, name: str, model: str, registry: RegistryStore, adopt: Adopt) -> None:
@@ -71,7 +71,7 @@ class Follower:
         return True
 
     async def leave(self) -> None:
-        """Tell the registry that this backbone follows no longer. Raises StoreUnavailable."""
+        """Delete this backbone's entry in the registry. Raises StoreUnavailable."""
         await self.registry.unfollow(self.name)
 
     async def _give_back(self, placement: Placement) -> None:

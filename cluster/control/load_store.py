@@ -1,4 +1,4 @@
-"""`LoadStore`: the expert load in Redis. Backbones add their counts once a second; the controller reads them by window.
+"""The `LoadStore` keeps the expert load in Redis: backbones add counts once a second, the controller reads windows.
 
 Legend: E experts of a layer, W windows of time.
 """

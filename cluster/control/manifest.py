@@ -1,4 +1,4 @@
-"""`Manifest`: the checksum of every expert's weights, recorded when the expert is first loaded.
+"""The `Manifest` is the checksum of every expert's weights, recorded when the expert is first loaded.
 
 Later loads are verified against the manifest, so that no shard serves other bytes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-Checksums = Mapping[int, Mapping[int, int]]  # by layer and expert
+Checksums = Mapping[int, Mapping[int, int]]  # By layer and expert.
 
 
 @dataclass(frozen=True)

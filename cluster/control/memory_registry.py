@@ -1,4 +1,4 @@
-"""`MemoryRegistry`: a registry without Redis for one process, which the simulator and tests use."""
+"""The `MemoryRegistry` is a registry without Redis for one process, which the simulator and tests use."""
 
 from __future__ import annotations
 

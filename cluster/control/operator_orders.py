@@ -1,4 +1,4 @@
-"""`StandingOrder`: what an operator has ordered. The registry keeps the order until it is carried out or lifted."""
+"""A `StandingOrder` is an operator's order, which the registry keeps until it is carried out or lifted."""
 
 from __future__ import annotations
 

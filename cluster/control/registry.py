@@ -1,4 +1,4 @@
-"""`Registry`: the fleet's registry in Redis. It says who is alive, which placement is published, and who may change it.
+"""The `Registry` says, in Redis, who is alive, which placement is published, and who may change the placement.
 
 Nothing here is on the token path. Every call is one round trip with a short timeout and no retry: callers keep what
 they read last and try again later. A Redis that comes back empty is filled by the next heartbeats.
@@ -31,10 +31,10 @@ from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)
 
-# Seconds. redis-py's defaults wait 4 s for a dead server and 59 s for a hung one.
+# Timeouts in seconds. With redis-py's defaults a call waits 4 s for a dead server and 59 s for a hung one.
 CONNECT_TIMEOUT_S = 0.2
 CALL_TIMEOUT_S = 1.0
-MAX_CONNECTIONS = 16  # Of one client.
+MAX_CONNECTIONS = 16  # Connections that one client may open.
 
 
 def connect(url: str, password: str | None = None) -> Redis:

@@ -1,4 +1,4 @@
-"""`RegistryStore`: what services ask of the fleet's registry, and the errors with which it refuses.
+"""The protocol `RegistryStore` defines what services ask of the fleet's registry, and with which errors it refuses.
 
 `cluster.control.registry` keeps the registry in Redis, `cluster.control.memory_registry` in one process.
 """

@@ -1,4 +1,4 @@
-"""How many shards a pool should have, decided by how busy its slowest shard is predicted to be.
+"""These functions decide how many shards a pool should have, by how busy its slowest shard is predicted to be.
 
 The number of open requests plays no part. All functions are pure: the same fleet, load, orders and last decision give
 the same decision. Where there are several pools, they decide one after another, each by its own shards.

@@ -1,4 +1,4 @@
-"""What the leader asks of shards: a protocol, the order that every change carries, and how a shard fails."""
+"""The protocol `ShardControl` defines what the leader asks of shards, and with which errors shards fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.topology import Experts, Shard
 
 
 class ShardFailed(RuntimeError):
-    """A shard did not do what it was asked to do; the message says what happened."""
+    """A shard did not do what it was asked to do."""
 
 
 class WitnessFailed(ShardFailed):

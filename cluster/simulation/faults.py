@@ -1,4 +1,4 @@
-"""The faults that happen to a simulated fleet: processes die or stop, networks break, shards come and go."""
+"""The `Faults` kill and stop the processes of a simulated fleet, break its network, and add and drain shards."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cluster.simulation.simulated_process import SimProcess
 from cluster.simulation.simulated_shards import SimShard
 from cluster.topology import Experts
 
-FAULTS_S = 5.0  # Every fault begins within so many seconds.
-MAX_DRAIN_S = 30.0  # As in services/expert/drain.py.
-MIN_LIVE_SHARDS = 3  # A fleet with fewer shards gets a new one before it loses one.
+FAULTS_S = 5.0  # All faults begin within this many seconds.
+MAX_DRAIN_S = 30.0  # Seconds after which a draining shard ends in any case, as in services/expert/drain.py.
+MIN_LIVE_SHARDS = 3  # A fault that needs a shard gets a new shard if fewer than this are alive.
 
 Fault = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Faults:
-    """The `Faults` of a fleet are drawn from the fleet's random numbers, so that a seed fixes them."""
+    """The `Faults` of a fleet are drawn with the fleet's random numbers, so that the seed fixes them."""
 
     def __init__(self, fleet: SimFleet) -> None:
         self.fleet, self.random = fleet, fleet.random
@@ -28,7 +28,7 @@ class Faults:
             fleet.before_drop = self._stop_some_leaders
 
     def weighted(self) -> Sequence[tuple[int, Fault]]:
-        """Return the faults that may happen, each after its relative frequency."""
+        """Return pairs of a relative frequency and a fault that may happen."""
         if self.fleet.scenario.is_about_leaders:
             return (1, self.drain_shard), (1, self.add_shard)
         return (
@@ -62,7 +62,7 @@ class Faults:
     # Shards
 
     def _draw_shard(self) -> SimShard:
-        """Draw a live shard; a fleet with few shards gets a new shard instead, which is returned."""
+        """Return a live shard drawn at random, or a new shard if only few are alive."""
         live = [shard for shard in self.fleet.shards.values() if shard.is_up]
         if len(live) >= MIN_LIVE_SHARDS:
             return self.random.choice(live)
@@ -96,7 +96,7 @@ class Faults:
         shard.is_corrupt = False
 
     async def drain_shard(self) -> None:
-        """Drain a shard as when its pool shrinks, and start another, so that there is room again."""
+        """Drain a shard as a shrinking pool does, and start another shard to make room for the experts."""
         shard = self._draw_shard()
         self.fleet.trace(f"{shard.name} drains")
         self.fleet.start_shard(shard.base.node)
@@ -130,9 +130,9 @@ class Faults:
         await self.fleet.stop(self.fleet.controllers[name], self.random.uniform(0.5, 8.0))
 
     def _stop_some_leaders(self, process: SimProcess, experts: Experts) -> None:
-        """Stop every second leader that is about to have `experts` dropped, so that another controller leads.
+        """Stop, with probability 1/2, a leader that is about to order the drop of `experts`, and kill a home of one.
 
-        For the new leader a home of one of the experts dies. Then the drop of the old leader, when it goes on, does
+        Another controller leads then and counts on the remaining homes. When the old leader goes on, its order does
         harm unless the shard refuses it.
         """
         fleet = self.fleet

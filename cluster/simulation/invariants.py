@@ -1,4 +1,4 @@
-"""What must always hold in a fleet, and what must hold once its faults have ended.
+"""The `Invariants` check what must always hold in a fleet, and what must hold once its faults have ended.
 
 - No placement is published that leaves an expert without a live home.
 - No shard drops an expert while the placement, or the placement of a backbone that is up to date, names the shard as
@@ -24,22 +24,22 @@ from cluster.topology import Placement
 
 MAX_CALL_S = 20.0
 MAX_REST_S = 40.0
-UNSEEN_S = 1.5  # For so long after a shard's death a controller may still count on the shard.
+MAX_UNSEEN_S = 1.5  # Seconds after a shard's death in which a controller may not know of the death yet.
 
 
 class Invariants:
-    """The `Invariants` watch a fleet and report to `fleet.fail` whatever does not hold."""
+    """The `Invariants` of a fleet are checked at each event and at the end; what does not hold goes to `fleet.fail`."""
 
     def __init__(self, fleet: SimFleet) -> None:
         self.fleet = fleet
         fleet.on_publish, fleet.on_drop = self.check_publish, self.check_drop
 
     def _is_served(self, shard_ids: Sequence[str], layer: int, expert: int) -> bool:
-        """Return True if one of the shards has the expert; a death within `UNSEEN_S` does not count yet."""
+        """Return True if one of the shards has the expert; a shard that has just died still counts."""
         fleet = self.fleet
         shards = [fleet.shards[id] for id in shard_ids if id in fleet.shards]
         return any(
-            (shard.is_up or fleet.time - shard.died_at < UNSEEN_S) and shard.has(layer, expert) for shard in shards
+            (shard.is_up or fleet.time - shard.died_at < MAX_UNSEEN_S) and shard.has(layer, expert) for shard in shards
         )
 
     def check_publish(self, before: Placement | None, placement: Placement) -> None:
@@ -73,12 +73,12 @@ class Invariants:
                     fleet.fail(f"{by} has {shard.name} drop expert {layer}/{expert}, for which {name} counts on it")
 
     def _up_to_date_backbones(self) -> list[SimBackbone]:
-        """Return the backbones that the store knows as alive; others are cut off, and wait when they come back."""
+        """Return the backbones that the store knows as alive; a backbone that was cut off waits when it comes back."""
         known = self.fleet.store.registry.known_followers()
         return [backbone for backbone in self.fleet.backbones if backbone.name in known and not backbone.is_stopped]
 
     async def wait_for_rest(self) -> None:
-        """Wait until the fleet is at rest or something has failed; a fleet that takes longer than MAX_REST_S fails."""
+        """Wait until the fleet is at rest or has failed; it fails if it is not at rest within MAX_REST_S."""
         began_at = self.fleet.time
         while self.fleet.error is None and (unrest := self.unrest()) is not None:
             if self.fleet.time - began_at > MAX_REST_S:
@@ -86,7 +86,7 @@ class Invariants:
             await asyncio.sleep(0.5)
 
     def unrest(self) -> str | None:
-        """Return why the fleet is not at rest, or None if it is."""
+        """Return a reason why the fleet is not at rest, or None if it is at rest."""
         fleet, placement = self.fleet, self.fleet.published
         if placement is None:
             return "nothing is published"

@@ -28,7 +28,7 @@ from cluster.simulation.simulated_fleet import EXPERT_BYTES, Scenario, SimFleet
 from cluster.simulation.world import World
 from cluster.topology import LayerSpec, Placement, Shard
 
-SHARDS_OF_NODE = 8
+SHARDS_OF_NODE = 8  # Shards that run on one node.
 MIN_COMPUTING_S = 0.001  # A turn that computes for less had nothing to do, and is not counted.
 
 
@@ -44,7 +44,7 @@ class FleetSize:
 
 @dataclass
 class DecisionTimes:
-    """The real seconds that each plan took, and each turn of a controller, plans included."""
+    """A `DecisionTimes` holds the real seconds of each plan, and of each turn of a controller, plans included."""
 
     plans_s: list[float] = field(default_factory=list)
     turns_s: list[float] = field(default_factory=list)
@@ -104,7 +104,7 @@ class LargeFleet(SimFleet):
         self.policy = PlanPolicy()
 
     async def keep_shifting_popularity(self) -> None:
-        """Draw the popularity once: only the faults give the planner a reason to move experts."""
+        """Draw the popularity once, so that only faults give the planner a reason to move experts."""
         self.shift_popularity()
 
     async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
@@ -116,10 +116,10 @@ class LargeFleet(SimFleet):
 
 
 class LargeFleetFaults(Faults):
-    """The `LargeFleetFaults` are the faults that make the planner work: shards and controllers die, drain and come."""
+    """The `LargeFleetFaults` are the faults that make the planner work, because they change the fleet."""
 
     def weighted(self) -> Sequence[tuple[int, Fault]]:
-        """Return the faults that may happen, each after its relative frequency."""
+        """Return pairs of a relative frequency and a fault that may happen."""
         return (2, self.kill_shard), (1, self.kill_controller), (1, self.drain_shard), (1, self.add_shard)
 
 

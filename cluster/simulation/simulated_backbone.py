@@ -1,4 +1,4 @@
-"""`SimBackbone`: a backbone without a model, whose layer calls run over connections that break."""
+"""The `SimBackbone` is a backbone without a model, whose layer calls run over connections that break."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A simulated fleet: its shards, controllers, backbones and store, and how each of them starts and ends.
+"""The `SimFleet` holds a simulated fleet's shards, controllers, backbones and store, and starts and ends them.
 
-What decides anything is the real code: planner, migration, reconciler, follower and the layer call's state machine.
-Only what has a socket or a device is simulated.
+All decisions are made by the real code: planner, migration, reconciler, follower and the layer call's state machine.
+Only the parts that have a socket or a device are simulated.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ MODEL, POOL = "simulated", "pool"
 HEARTBEAT_S = 1.0
 EXPERT_BYTES = 1 << 20
 LIMITS = Limits(bytes_in_flight=3 * EXPERT_BYTES)
-# This policy plans for little gain, so that much is moved.
+# With this policy a small gain is enough for a plan, so that many experts move.
 RESTLESS = PlanPolicy(rows_per_step=2.0, risk=0.0, stay_s=1e6, min_gain=0.0, good_enough=0.999, aim=1.0)
 
-OnPublish = Callable[[Placement | None, Placement], None]  # Gets the placement before, and the new one.
+OnPublish = Callable[[Placement | None, Placement], None]  # Receives the placement before, if any, and the new one.
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A `Scenario` says what happens to a fleet; a test plants a bug by another controller or without fencing.
+    """A `Scenario` says what happens to a fleet.
 
-    - `seed`: fixes every random decision.
+    Tests plant bugs with `controller` and `is_fenced`.
+
+    - `seed`: the seed of every random decision.
     - `num_faults`: how many faults happen.
     - `controller`: the class of the fleet's controllers.
-    - `is_fenced`: False lets the store and the shards obey a leader that has been replaced.
-    - `is_about_leaders`: True stops a leader at times at the moment when it has an expert dropped.
-    - `has_trace`: True prints what happens.
+    - `is_fenced`: if False, the store and the shards obey a leader that has been replaced.
+    - `is_about_leaders`: if True, leaders may be stopped at the moment when they order a shard to drop experts.
+    - `has_trace`: if True, events are printed.
     """
 
     seed: int
@@ -57,10 +59,10 @@ class Scenario:
 
 
 class SimFleet:
-    """A `SimFleet` consists of shards on nodes, controllers, backbones and a store, all of one seed.
+    """A `SimFleet` consists of shards on nodes, controllers, backbones and a store; a seed fixes all random decisions.
 
-    The callbacks tell others what happens: `on_publish` after a placement was stored, `on_drop` after a shard has let
-    experts go, `before_drop` before a controller asks for that.
+    Three callbacks report what happens: `on_publish` after a placement was stored, `before_drop` before a controller
+    orders a shard to drop experts, and `on_drop` after the shard has dropped them.
     """
 
     limits = LIMITS
@@ -92,7 +94,7 @@ class SimFleet:
         self._tasks: dict[SimProcess, list[asyncio.Task[Any]]] = {}
 
     def set_budget(self) -> None:
-        """Give every shard memory so that the fleet has room for two homes of every expert and some more."""
+        """Set the shards' memory budget, so that the fleet has room for two homes of every expert and some more."""
         whole = sum(spec.num_experts * spec.expert_bytes for spec in self.layers)
         self.budget = min(whole, int(2.3 * whole / self.num_shards) + 2 * EXPERT_BYTES)
 
@@ -113,7 +115,7 @@ class SimFleet:
             self.trace(f"BROKEN {reason}")
 
     def fail_for_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Note an error that no task has caught; an event loop's exception handler."""
+        """Note an error that no task has caught; the event loop calls this method as its exception handler."""
         error = context.get("exception")
         self.fail(str(error) if isinstance(error, InvariantViolated) else f"{context['message']}: {error!r}")
 
@@ -149,7 +151,7 @@ class SimFleet:
             await asyncio.sleep(HEARTBEAT_S)
 
     def start_controller(self, name: str) -> None:
-        """Start a controller; one of the same name that has died is replaced."""
+        """Start a controller, which takes the place of a dead controller of the same name."""
         process = self.controllers[name] = SimProcess(name)
         store = RemoteStore(process, self.store, self.network)
         remote = RemoteShards(process, self.shards, self.network, self._drop)
@@ -168,7 +170,7 @@ class SimFleet:
         self.start_task(backbone, backbone.run())
 
     def start_task(self, process: SimProcess, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` as a task that ends with `process`; an error in the task is the fleet's error."""
+        """Run `work` as a task that is cancelled when `process` is killed; an error in the task fails the fleet."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(self._end_task)
         self._tasks.setdefault(process, []).append(task)

@@ -1,11 +1,11 @@
-"""The network of a simulated fleet, which delays, loses and repeats messages."""
+"""The `SimNetwork` delays, loses and repeats the messages of a simulated fleet."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
 
-MIN_HOP_S, MAX_HOP_S = 0.0002, 0.004  # One way, as within a data centre.
+MIN_HOP_S, MAX_HOP_S = 0.0002, 0.004  # Seconds that a message takes one way.
 
 
 @dataclass
@@ -22,7 +22,7 @@ class SimNetwork:
     cut: set[frozenset[str]] = field(default_factory=set)
 
     def hop_s(self) -> float:
-        """Draw the seconds that a message takes; most messages are fast."""
+        """Draw how many seconds a message takes; short times are more frequent than long ones."""
         return MIN_HOP_S + self.random.random() ** 3 * (MAX_HOP_S - MIN_HOP_S)
 
     def loses(self, source: str, target: str) -> bool:

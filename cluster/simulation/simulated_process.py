@@ -1,4 +1,4 @@
-"""A simulated process, which can be killed, and stopped and resumed."""
+"""A `SimProcess` is a simulated process, which can be killed, and stopped and resumed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class SimProcess:
 
     @property
     def is_stopped(self) -> bool:
-        """Return True while the process is stopped, as by SIGSTOP."""
+        """Return True if the process is stopped."""
         return not self._running.is_set()
 
     def stop(self) -> None:
-        """Stop the process: it does nothing until it is resumed, and does not know that time passes."""
+        """Stop the process, as SIGSTOP does; it does nothing until it is resumed."""
         self._running.clear()
 
     def resume(self) -> None:

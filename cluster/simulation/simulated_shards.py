@@ -1,4 +1,4 @@
-"""The shards of a simulated fleet, and how a controller reaches them over the network."""
+"""The `SimShard` is a simulated shard, and the `RemoteShards` carries a controller's orders to shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.simulation.simulated_process import SimProcess
 from cluster.topology import Experts, LayerSpec, Shard, held_digest
 
 T = TypeVar("T")
-CONTROL_TIMEOUT_S = 2.0  # After which a controller gives up a call to a shard.
+CONTROL_TIMEOUT_S = 2.0  # Seconds after which a controller gives up a call to a shard.
 
 Held = tuple[int, int, str]  # Layer, expert and tier.
 
@@ -22,7 +22,7 @@ class SimShard(SimProcess):
     """A `SimShard` holds experts within its budget and refuses orders of a leader that has been replaced.
 
     - `load_s`: seconds to load one expert.
-    - `is_fenced`: False makes the shard obey any leader.
+    - `is_fenced`: if False, the shard obeys any leader.
     """
 
     def __init__(self, record: Shard, layers: Sequence[LayerSpec], load_s: float, is_fenced: bool = True) -> None:
@@ -40,7 +40,7 @@ class SimShard(SimProcess):
 
     @property
     def record(self) -> Shard:
-        """Return what the shard's next heartbeat says."""
+        """Return the record that the shard's next heartbeat writes."""
         tiers = []
         for tier in (DEVICE, STANDBY):
             by_layer: dict[int, list[int]] = {}
@@ -83,15 +83,19 @@ class SimShard(SimProcess):
         return (layer, expert, DEVICE) in self.held or (layer, expert, STANDBY) in self.held
 
 
-OnDrop = Callable[[SimShard, set[Held], str], None]  # Gets the shard, what it has dropped, and who asked for it.
-BeforeDrop = Callable[[SimProcess, Experts], None]  # Gets the controller that asks, and the experts to drop.
+OnDrop = Callable[
+    [SimShard, set[Held], str], None
+]  # Receives the shard, the dropped experts and the controller's name.
+BeforeDrop = Callable[
+    [SimProcess, Experts], None
+]  # Receives the controller and the experts that it orders a shard to drop.
 
 
 class RemoteShards:
     """A `RemoteShards` carries one controller's orders to shards, over a network that loses and repeats messages.
 
-    It implements `ShardControl`. `on_drop` is called after a shard has let experts go, `before_drop` before the
-    controller asks for that.
+    It implements `ShardControl`. `before_drop` is called before the controller orders a shard to drop experts, and
+    `on_drop` after the shard has dropped them.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class RemoteShards:
 
     @staticmethod
     def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start work that goes on if the controller that asked gives up or dies; then nobody sees an error of it."""
+        """Start `work` as a task that goes on if the controller gives up or dies; its errors are then ignored."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task

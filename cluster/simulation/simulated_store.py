@@ -1,4 +1,4 @@
-"""The store of a simulated fleet: a registry in memory that can be killed, stopped and wiped, behind a network."""
+"""The `SimStore` is a simulated Redis, which can be killed, stopped and wiped; processes use it over the network."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STORE_TIMEOUT_S = 1.0  # As `cluster.control.registry.CALL_TIMEOUT_S`.
 class SimStore:
     """A `SimStore` simulates a Redis: what is stored there, and whether the server answers.
 
-    - `is_fenced`: False makes the store accept a placement whatever its fencing token.
-    - `on_publish`: called after a placement was stored.
+    - `is_fenced`: if False, the store accepts a placement with any fencing token.
+    - `on_publish`: is called after a placement was stored.
     """
 
     def __init__(self, is_fenced: bool = True) -> None:
@@ -31,7 +31,7 @@ class SimStore:
         self.process = SimProcess("store")
         self.loads: Counter[tuple[int, int]] = (
             Counter()
-        )  # Picks by layer and expert. A wipe keeps them, or lost counts would not show.
+        )  # Picks by layer and expert; a wipe keeps them, so that lost counts show.
         self.on_publish: Callable[[Placement], None] = lambda _: None
         self.wipe()
 

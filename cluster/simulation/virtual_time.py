@@ -1,4 +1,4 @@
-"""`VirtualLoop`: an event loop whose clock jumps to the next scheduled callback.
+"""The `VirtualLoop` is an event loop whose clock jumps to the next scheduled callback.
 
 Hours of virtual time pass in seconds, and a program that draws from a seed runs the same way each time.
 """
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Stuck(RuntimeError):
-    """No callback is scheduled, so that whatever tasks wait for will never happen."""
+    """No callback is scheduled, so that the tasks that are left will wait for ever."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):

@@ -1,8 +1,8 @@
-"""A fleet's whole life under a virtual clock: it starts, faults happen to it, and it must come to rest.
+"""The `World` runs a fleet's whole life under a virtual clock: the fleet starts, suffers faults, and must come to rest.
 
-The method is that of FoundationDB and TigerBeetle: a seed fixes every random decision, so that a life that fails can be
-repeated. `cluster.simulation.runner` runs lives from the command line; `cluster.simulation.invariants` lists what must
-hold.
+FoundationDB and TigerBeetle are tested in the same way. A seed fixes every random decision, so that a life in which
+something failed can be repeated. `cluster.simulation.runner` runs lives from the command line, and
+`cluster.simulation.invariants` lists what must hold.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from cluster.simulation.faults import Faults
 from cluster.simulation.invariants import Invariants
 from cluster.simulation.simulated_fleet import SimFleet
 
-CALM_S = 1.5  # Seconds without faults at first; in some lives nothing is placed by then.
+CALM_S = 1.5  # Seconds without faults at first. In some lives no placement is published by then.
 
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """A `SimulationResult` says how a fleet's life went; `error` is what did not hold, or None."""
+    """A `SimulationResult` describes a fleet's life; `error` names the invariant that did not hold, or is None."""
 
     seed: int
     error: str | None

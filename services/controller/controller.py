@@ -1,4 +1,4 @@
-"""`Controller`: runs the reconciler's and the scaler's loops on the real registry, load and shards.
+"""The `Controller` runs the reconciler's and the scaler's loops on the real registry, load and shards.
 
 The controller is never on the token path: backbones run on the last placement that they saw.
 """
@@ -97,7 +97,7 @@ class Controller:
             tasks.create_task(self.scaler.run())
 
     async def plan(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
-        """Return the plan for the load of now; raises ValueError if the shards have no room for the experts."""
+        """Return the plan for the present load; raises ValueError if the shards have no room for the experts."""
         return await self._plan(shards, placement, self.config.policy)
 
     async def plan_as_ordered(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:

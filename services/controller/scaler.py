@@ -1,4 +1,4 @@
-"""`Scaler`: decides how many shards each pool should have, and publishes that in the registry.
+"""The `Scaler` decides how many shards each pool should have, and publishes the sizes in the registry.
 
 Each pool's shards read their pool's size from the registry and report it to Ray Serve (`serve_policy`), which starts
 and stops shards.
@@ -97,7 +97,7 @@ class Scaler:
             await self._apply(name, size, desired_shards(state, policy), policy)
 
     async def _size(self, name: str, in_pool: Sequence[Shard]) -> int:
-        """Return the pool's size that this or the previous leader decided last, or else the shards that are there."""
+        """Return the pool's size that this or the previous leader decided last, or else count the pool's shards."""
         if name not in self._sizes:
             before = await self.registry.pool_size(name)
             self._sizes[name] = before.shards if before else sum(not shard.draining for shard in in_pool)

@@ -1,4 +1,4 @@
-"""Ray Serve's autoscaling policy for a pool: the size that the controller decided, as the pool's shards report it.
+"""Ray Serve asks this policy for a pool's size, and gets the size that the controller decided, as shards report it.
 
 Serve's own controller calls the policy at every turn of its loop. Serve gets this file by value, pickled, so the file
 imports nothing of Expertmesh.

@@ -1,4 +1,4 @@
-"""`GrpcShards`: carries the leader's orders to shards over gRPC, and verifies loads against the manifest."""
+"""`GrpcShards` carries the leader's orders to shards over gRPC, and verifies loads against the manifest."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class GrpcShards:
-    """`GrpcShards` implements `cluster.control.shard_control.ShardControl` for real shards.
+    """A `GrpcShards` implements `cluster.control.shard_control.ShardControl` for real shards.
 
-    - `shapes`: the experts' shapes, for the canary's rows.
-    - `model`, `dtype`: name the manifest in the registry, because the same checkpoint has other bytes in another dtype.
+    - `shapes`: the experts' shapes, from which the canary makes its rows.
+    - `model`, `dtype`: the checkpoint's digest and the dtype of the weights, which together name the manifest.
     """
 
     def __init__(self, registry: RegistryStore, shapes: Sequence[ExpertShape], model: str, dtype: torch.dtype) -> None:
@@ -36,8 +36,8 @@ class GrpcShards:
     async def holding(self, shard: Shard) -> Holding:
         """Return the experts that `shard` holds, and the bytes of its homes.
 
-        Promoted experts are not counted: the shard evicts them when a home needs the memory. If they were counted, a
-        home could wait for that memory for ever.
+        The bytes of promoted experts are not counted, because the shard evicts them when a home needs their memory.
+        If these bytes were counted, the home would wait for them for ever.
         """
         status = await shard_control.status(shard.endpoint)
         experts = {*_flat(status.held, DEVICE), *_flat(status.standby, STANDBY)}

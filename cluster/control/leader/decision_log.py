@@ -1,4 +1,4 @@
-"""The leader's part of the registry's log of decisions, which operators read through the admin API."""
+"""The `DecisionLog` writes the leader's decisions to the registry, where the admin API reads them for operators."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ log = logging.getLogger(__name__)
 
 
 class DecisionLog:
-    """A `DecisionLog` adds decisions to the registry with their time and author. `clock` gives seconds since 1970."""
+    """A `DecisionLog` adds decisions to the registry, each with its time and its author.
+
+    `clock` gives seconds since 1970.
+    """
 
     def __init__(self, author: str, registry: RegistryStore, clock: Callable[[], float]) -> None:
         self.author, self.registry, self.clock = author, registry, clock
 
     async def add(self, decision: Mapping[str, str]) -> None:
-        """Log `decision` and store it in the registry; a store that does not answer loses the entry."""
+        """Log `decision` and add it to the registry's log; the entry is lost if the store does not answer."""
         log.info("Decided: %s", decision)
         with suppress(StoreUnavailable):
             await self.registry.note_decision({"at": f"{self.clock():.3f}", "by": self.author, **decision})

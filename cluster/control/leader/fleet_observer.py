@@ -1,4 +1,4 @@
-"""What the leader knows of the experts that each shard holds."""
+"""The `FleetObserver` tells the leader which experts each shard holds."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Observation:
-    """What a shard answered, and the incarnation and the digest of its record at that time."""
+    """An `_Observation` is a shard's answer, with the incarnation and the digest in the shard's record at that time."""
 
     incarnation: str
     digest: str
     holding: Holding
 
     def is_current(self, shard: Shard) -> bool:
+        """Return True if the shard's record has not changed since."""
         return (self.incarnation, self.digest) == (shard.incarnation, shard.held_digest)
 
 
 class FleetObserver:
-    """A `FleetObserver` keeps every shard's last answer, and asks a shard again only when it may hold something else.
+    """A `FleetObserver` keeps each shard's last answer, and asks a shard again only if its experts may have changed.
 
-    `timeout_s` is how long shards have to answer; all are asked at once.
+    All shards are asked at once. `timeout_s` is how many seconds they have to answer.
     """
 
     def __init__(self, shards: ShardControl, timeout_s: float) -> None:
         self.shards, self.timeout_s = shards, timeout_s
         self._observations: dict[str, _Observation] = {}
-        self._changed: set[str] = set()  # Shards to ask again although their digest may be the same.
+        self._changed: set[str] = set()  # Shards to ask again even if their digest is the same.
 
     def expect_change(self, shard_id: str) -> None:
-        """Ask this shard again at the next turn, because work on it has ended."""
+        """Have this shard asked again at the next turn, because a job on it has ended."""
         self._changed.add(shard_id)
 
     async def holdings(self, known: Mapping[str, Shard]) -> dict[str, Holding]:
-        """Return what each known shard holds; ask again where the digest has changed.
+        """Return what each known shard holds, after asking the shards whose digest has changed.
 
-        A shard that does not answer is taken to hold what it held before: its heartbeat, not its silence here, says
-        whether it is alive. A shard that has never answered is left out.
+        If a shard does not answer, its last answer still counts: only the heartbeat says whether the shard is alive.
+        A shard that has never answered is left out.
         """
         self._observations = {
             id: seen
@@ -63,7 +64,7 @@ class FleetObserver:
         return seen is None or shard.id in self._changed or not seen.is_current(shard)
 
     async def ask(self, shards: Sequence[Shard]) -> dict[str, Holding]:
-        """Return what the shards hold at this moment; those that do not answer in time are left out."""
+        """Ask shards what they hold now, and return the answers that come in time."""
         tasks = {shard.id: asyncio.ensure_future(self._ask_one(shard)) for shard in shards}
         if tasks:
             await asyncio.wait(tasks.values(), timeout=self.timeout_s)

@@ -1,4 +1,4 @@
-"""The lease that makes one controller the leader: how a controller acquires, renews and releases it."""
+"""The `LeaseKeeper` acquires, renews and releases the lease that makes one controller the leader."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from cluster.control.registry_store import LEASE_TTL_S, Lease, RegistryStore, St
 
 log = logging.getLogger(__name__)
 
-MAX_TURN_S = 60.0  # A leader whose turn lasts longer than this loses its lease: it may be stuck.
+MAX_TURN_S = 60.0  # A leader whose turn lasts longer than this loses its lease, because the leader may be stuck.
 
 
 class LeaseKeeper:
-    """A `LeaseKeeper` holds one controller's lease, if the controller has one. `clock` gives seconds since 1970."""
+    """A `LeaseKeeper` holds the lease of one controller, or None while another controller leads.
+
+    `clock` gives seconds since 1970.
+    """
 
     def __init__(self, owner: str, registry: RegistryStore, clock: Callable[[], float]) -> None:
         self.owner, self.registry, self.clock = owner, registry, clock
@@ -24,12 +27,12 @@ class LeaseKeeper:
 
     @property
     def fencing(self) -> int:
-        """Return the lease's fencing token; only the leader has one."""
+        """Return the fencing token of the lease, which must be held."""
         assert self.lease is not None
         return self.lease.fencing
 
     def begin_turn(self) -> None:
-        """Note that a turn begins now, from which MAX_TURN_S counts."""
+        """Note the time at which a turn begins; a turn may last MAX_TURN_S."""
         self._turn_began = self.clock()
 
     async def renew(self) -> bool:
@@ -44,9 +47,9 @@ class LeaseKeeper:
         return self.lease is not None
 
     async def renew_during_long_turns(self) -> None:
-        """Renew the lease until cancelled, also within turns that outlast it, as with a thousand shards.
+        """Renew the lease until cancelled, so that a turn may last longer than the lease.
 
-        The next turn finds out whether the lease was lost meanwhile.
+        With a thousand shards turns do. If the lease is lost all the same, the next turn finds out.
         """
         while True:
             await asyncio.sleep(LEASE_TTL_S / 3)

@@ -1,4 +1,4 @@
-"""When the leader plans, and the plan that the fleet is brought to."""
+"""The `PlanSchedule` decides when the leader plans, and keeps the target of the last plan."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cluster.topology import LayerSpec, Placement, Shard
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 6  # While homes still move, plans for the load's sake are this many times rarer.
+PATIENCE = 6  # While homes still move, plans for a changed load are made less often by this factor.
 
 
 class PlanSchedule:
-    """A `PlanSchedule` holds the target: the homes that the last plan wants. It decides when to plan anew.
+    """A `PlanSchedule` holds the target, which is where the last plan wants experts, and decides when to plan anew.
 
     - `num_expected`: the shards of each pool that must be there before the first placement is planned.
-    - `planner`, `ordered_planner`: make the plans; the second makes those that an operator has ordered.
-    - `clock`: seconds since 1970.
-    - `period_s`: seconds between plans for the load's sake.
+    - `planner`: makes plans; `ordered_planner` makes the plans that an operator has ordered.
+    - `clock`: gives seconds since 1970.
+    - `period_s`: the seconds between plans for a changed load.
     """
 
     def __init__(
@@ -50,15 +50,16 @@ class PlanSchedule:
         self._planned_for: object = None  # The fleet that the target was planned for.
 
     def forget(self) -> None:
-        """Forget the target, so that the next turn plans: a new leader does not know its predecessor's."""
+        """Forget the target, so that the next turn plans; a new leader does not know its predecessor's target."""
         self.target, self._planned_for = None, None
 
     async def update(
         self, alive: Sequence[Shard], holdings: Mapping[str, Holding], ordered: StandingOrder | None
     ) -> Target | None:
-        """Return the target to follow now, or None if there is no plan for these shards.
+        """Return the target to follow now, or None if no plan can be made for the shards `alive`.
 
-        A new plan is made if the fleet has changed, if an operator has `ordered` one, or if the load's turn has come.
+        A new plan is made if the fleet has changed, if an operator has ordered one (`ordered`), or if the time for a
+        plan for a changed load has come. A plan that made steps longer is rolled back first.
         """
         running = self.published.target
         if running is None and not self._may_begin(alive):
@@ -88,7 +89,11 @@ class PlanSchedule:
         return self.target
 
     def _may_begin(self, alive: Sequence[Shard]) -> bool:
-        """Return True if a first placement may be planned: the fleet is there, and no backbone has brought one back."""
+        """Return True if a first placement may be planned.
+
+        All expected shards must be there. If they hold experts, a placement was lost, and backbones must have had the
+        time to bring it back.
+        """
         pools = Counter(shard.pool for shard in alive if not shard.draining)
         is_new = not any(shard.num_held for shard in alive)
         is_complete = all(pools[pool] >= count for pool, count in self.num_expected.items())
@@ -100,7 +105,9 @@ class PlanSchedule:
             await self.decisions.add(plan_decision(plan, ordered))
             if running is not None:
                 self.trial.begin(running, plan, self._planned_at)
-        if ordered is not None:  # The order is lifted last: a leader that dies before leaves it to its successor.
+        if (
+            ordered is not None
+        ):  # Lift the order last: if this leader dies before that, the next leader follows the order.
             await self.registry.lift_order(ordered)
 
 
@@ -113,7 +120,7 @@ def plan_decision(plan: Plan, ordered: StandingOrder | None = None) -> dict[str,
 
 
 def placement_of(layers: Sequence[LayerSpec], holdings: Mapping[str, Holding]) -> Placement | None:
-    """Return what shards hold in device memory as a placement, so that a plan makes the most of it.
+    """Return the experts that shards hold in device memory as a placement, from which a plan can start.
 
     Returns None if the shards hold nothing at all.
     """

@@ -1,4 +1,4 @@
-"""The trial of a plan: whether the load that came since shows that the plan made steps longer, and its rollback."""
+"""The `PlanTrial` checks a plan against the load that came after it, and rolls a harmful plan back."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cluster.placement.migration import Target
 from cluster.placement.plan import Plan
 from cluster.topology import Placement, Shard
 
-MAX_LOSS = 0.01  # Share of the time per step; a plan that made steps longer by more is rolled back.
+MAX_LOSS = 0.01  # A plan that makes steps longer by more than this share of their time is rolled back.
 
 Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[Plan]]
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A published plan whose predicted gain has not been confirmed by measured load."""
+    """A `_Trial` is a published plan whose predicted gain has not been confirmed by measured load."""
 
     before: Target
     predicted: float  # The share of the time per step that the plan is predicted to save.
@@ -27,10 +27,10 @@ class _Trial:
 class PlanTrial:
     """A `PlanTrial` judges the last plan by the load that came since, and rolls the plan back if it made steps longer.
 
-    - `planner`: predicts the time per step of a placement under the load of now.
-    - `clock`: seconds since 1970.
-    - `trial_s`: seconds between a plan and its verdict.
-    - `pause_s`: seconds without plans for the load's sake after a rollback.
+    - `planner`: predicts how long steps take with a placement under the present load.
+    - `clock`: gives seconds since 1970.
+    - `trial_s`: the seconds between a plan and its verdict.
+    - `pause_s`: the seconds after a rollback in which no plan for a changed load is made.
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class PlanTrial:
 
     @property
     def is_paused(self) -> bool:
-        """Return True while plans for the load's sake wait, because one was rolled back."""
+        """Return True if a plan was rolled back less than `pause_s` ago."""
         return self.clock() < self._paused_until
 
     def begin(self, before: Target, plan: Plan, planned_at: float) -> None:
-        """Start a trial of `plan`, which replaces `before`; if another trial is under way, that trial goes on."""
+        """Start a trial of `plan`, which replaces the homes `before`, unless another trial is under way."""
         if self._trial is None and plan.gain_s > 0:
             saved = 1.0 - plan.predicted_s_after / plan.predicted_s_before
             self._trial = _Trial(before, saved, planned_at + self.trial_s)
 
     def cancel(self) -> None:
-        """End the trial without a verdict: the fleet has changed, so that before and after cannot be compared."""
+        """End the trial without a verdict, because steps before and after a change of the fleet cannot be compared."""
         self._trial = None
 
     async def rollback(self, alive: Sequence[Shard], placement: Placement) -> Target | None:
-        """Return the homes to go back to if the trial has ended and `placement` is worse than what it replaced.
+        """Return the homes to go back to if the trial is over and `placement` is worse than its predecessor, else None.
 
-        The verdict goes to the log of decisions. There is none if a shard that the homes of before need has died.
+        The verdict goes to the log of decisions. There is no verdict if the predecessor has a shard that is not alive.
         """
         trial, now = self._trial, self.clock()
         if trial is None or now < trial.ends_at:
@@ -80,5 +80,5 @@ class PlanTrial:
 
 
 def saved_share(before_s: float, after_s: float) -> float:
-    """Return the share of the time `before_s` that `after_s` saves; it is negative if `after_s` is longer."""
+    """Return the share of `before_s` that is saved if a step takes `after_s` instead; negative if it takes longer."""
     return 1.0 - after_s / before_s if before_s else 0.0

@@ -1,4 +1,4 @@
-"""The placement that is published, as the leader reads, replaces and restores it."""
+"""The `PublishedPlacement` reads, replaces and restores the placement in the registry for the leader."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 
 class PublishedPlacement:
-    """A `PublishedPlacement` knows the placement in the registry and since when backbones use it.
+    """A `PublishedPlacement` knows the placement in the registry, and since when backbones use that placement.
 
-    - `model`, `layers`: the checkpoint and its experts; a placement for others counts as none.
-    - `clock`: seconds since 1970.
-    - `drain_s`: seconds between the time when all backbones follow an epoch and the time when the experts that the
-      epoch gave up may be dropped.
-    - `recovery_s`: seconds that backbones have to bring back a placement that the store has lost.
+    - `model`, `layers`: the checkpoint's digest and its experts. A placement for another checkpoint is ignored.
+    - `clock`: gives seconds since 1970.
+    - `drain_s`: how many seconds all backbones must have followed an epoch before shards drop the experts that the
+      epoch took away from them.
+    - `recovery_s`: how many seconds backbones have to bring back a placement that the store has lost.
     """
 
     def __init__(
@@ -38,28 +38,30 @@ class PublishedPlacement:
         self.drain_s, self.recovery_s = drain_s, recovery_s
         self.placement: Placement | None = None
         self._missing_since: float | None = None
-        self._followed_since: tuple[int, float] | None = None  # An epoch, and since when all backbones follow it.
+        self._followed_since: tuple[int, float] | None = (
+            None  # An epoch, and the time since which all backbones follow it.
+        )
 
     @property
     def target(self) -> Target | None:
-        """Return the homes that are published, in a plan's terms."""
+        """Return the homes and standbys of the placement, or None if no placement is published."""
         return Target.of(self.placement) if self.placement else None
 
     @property
     def order(self) -> LeaderOrder:
-        """Return what an order to a shard carries now; only the leader may give orders."""
+        """Return the epoch and the fencing token that an order to a shard carries now; the lease must be held."""
         return LeaderOrder(self.placement.epoch if self.placement else 0, self.lease.fencing)
 
     def forget_followers(self) -> None:
-        """Time anew since when backbones follow the placement: a new leader has not watched them."""
+        """Forget since when backbones follow the placement, because a new leader has not watched them."""
         self._followed_since = None
 
     def forget(self) -> None:
-        """Forget the placement: while another controller leads, the placement may be replaced or withdrawn."""
+        """Forget the placement, because another controller leads and may replace it."""
         self.placement = None
 
     async def refresh(self) -> None:
-        """Read the placement of this checkpoint; a store that has lost it gets it back.
+        """Read the placement; if the store has lost a placement that this controller knows, write it back.
 
         Raises StoreUnavailable or StalePlacement.
         """
@@ -75,9 +77,10 @@ class PublishedPlacement:
         return placement.model == self.model and num_experts == {s.layer: s.num_experts for s in self.layers}
 
     async def publish(self, target: Target, gains: Mapping[int, int]) -> None:
-        """Publish `target` as a new epoch; `gains` are gain exponents by layer that the placement must cover.
+        """Publish `target` as a new epoch.
 
-        Raises StoreUnavailable, or StalePlacement if another leader was faster.
+        `gains` are the largest gain exponents by layer that shards have reported; the placement keeps older exponents
+        that are larger. Raises StoreUnavailable, or StalePlacement if another leader was faster.
         """
         stored = await self.registry.placement()
         before = stored.epoch if stored else 0
@@ -90,27 +93,27 @@ class PublishedPlacement:
         log.info("Epoch %d is published; cover %d.", epoch, placement.cover())
 
     def time_absence(self) -> None:
-        """Start the time without a placement if none is published, and end it if one is."""
+        """Start a timer while no placement is published, and stop the timer when one is published."""
         if self.placement is not None:
             self._missing_since = None
         elif self._missing_since is None:
             self._missing_since = self.clock()
 
     def restart_absence(self) -> None:
-        """Start the time without a placement anew: while the store fails, backbones cannot bring a placement back."""
+        """Restart the timer, because backbones cannot bring back a placement while the store fails."""
         self._missing_since = None
 
     @property
     def missing_s(self) -> float:
-        """Return for how many seconds no placement has been published."""
+        """Return for how many seconds the timer has found no placement."""
         return 0.0 if self._missing_since is None else self.clock() - self._missing_since
 
     def is_drained(self, followed: Collection[int]) -> bool:
         """Return True if no call of an older epoch can be left; `followed` are the epochs that backbones use.
 
-        All backbones must have followed the placement for `drain_s`. Without a placement there must be no backbones,
-        and those that restart must have had time to bring one back. Then what a shard holds is either wanted by the
-        first placement or in its way.
+        With a placement, all backbones must have followed it for `drain_s`. Without a placement, there must be no
+        backbone, and backbones must have had `recovery_s` to bring a placement back. Then shards may drop everything
+        that the first placement does not need.
         """
         if self.placement is None:
             return not followed and self.missing_s > self.recovery_s

@@ -1,4 +1,4 @@
-"""The controller's loop: one leader brings the fleet to where the planner wants it, one round per turn.
+"""The `Reconciler` is the controller's loop: the leader moves the fleet towards the planned placement turn by turn.
 
 The reconciler talks to the registry and to shards through two small protocols, so that the simulator runs this very
 code. It keeps nothing that the next leader would need: the published placement and the experts that shards hold are
@@ -30,16 +30,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ControllerTiming:
-    """A `ControllerTiming` says how long the controller waits for what, in seconds.
+    """A `ControllerTiming` holds the controller's waiting times, all in seconds.
 
-    - `period_s`: between turns.
-    - `plan_every_s`: between plans for the load's sake.
-    - `answer_s`: that shards have to say what they hold, and so to show that they live before others give up homes.
-    - `drain_s`: between the time when all backbones follow an epoch and dropping the experts that the epoch gave up.
-    - `failure_pause_s`: without loads on a shard after one has failed there.
-    - `recovery_s`: that backbones have to bring back a placement that the store has lost.
-    - `trial_s`: until a plan is judged by the load that came since.
-    - `rollback_pause_s`: without plans for the load's sake after a plan was rolled back.
+    - `period_s`: the pause between two turns.
+    - `plan_every_s`: the time between two plans for a changed load.
+    - `answer_s`: the time that shards have to say what they hold. Only homes on shards that answer in this time can
+      replace other homes.
+    - `drain_s`: the time for which all backbones must follow an epoch before shards drop the experts that the epoch
+      took away from them.
+    - `failure_pause_s`: the time without loads on a shard after a job on the shard has failed.
+    - `recovery_s`: the time that backbones have to bring back a placement that the store has lost.
+    - `trial_s`: the time after which a plan is judged by the load that came since.
+    - `rollback_pause_s`: the time without plans for a changed load after a plan was rolled back.
     """
 
     period_s: float = 0.5
@@ -53,13 +55,13 @@ class ControllerTiming:
 
 
 class Reconciler:
-    """A `Reconciler` is one controller's loop; several run side by side, and the one with the lease leads.
+    """A `Reconciler` is one controller's loop. Several controllers may run; the controller with the lease leads.
 
     - `owner`: the controller's name in the lease.
     - `model`, `layers`: the digest of the checkpoint, and its layers of experts.
     - `num_expected`: the shards of each pool that must be there before the first placement.
-    - `planner`, `ordered_planner`: make the plans; the second makes those that an operator has ordered.
-    - `clock`: seconds since 1970.
+    - `planner`: makes plans; `ordered_planner` makes the plans that an operator has ordered.
+    - `clock`: gives seconds since 1970.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class Reconciler:
             await self.lease.release()
 
     async def turn(self) -> None:
-        """Lead, observe the fleet, plan, and take the plan's next round: publish, drop and load.
+        """Take one step towards the target: keep the lease, observe the fleet, plan, publish, drop and load.
 
         Raises StoreUnavailable, StalePlacement or ShardFailed.
         """
@@ -157,7 +159,11 @@ class Reconciler:
         self._inputs_at_rest = inputs if is_at_rest else None
 
     async def _lead(self) -> bool:
-        """Return True if this controller leads; a lease that was lost ends all that the controller had begun."""
+        """Renew or acquire the lease, and return True if this controller leads.
+
+        If the old lease cannot be renewed, the controller forgets its target, which homes are verified, and since when
+        backbones follow the placement.
+        """
         if await self.lease.renew():
             return True
         is_leader = await self.lease.acquire()
@@ -170,13 +176,16 @@ class Reconciler:
         return is_leader
 
     def _is_overtaken(self, followed: Collection[int]) -> bool:
-        """Return True if a backbone uses a newer epoch: a store that lost its placement was given an older one."""
+        """Return True if a backbone uses a newer epoch than the published one.
+
+        The store has then lost its placement, and somebody has brought back an older one.
+        """
         return self.placement is not None and max(followed, default=0) > self.placement.epoch
 
     def _are_at_rest(self, inputs: Sequence[object]) -> bool:
         """Return True if an earlier turn found nothing to do for the same `inputs`.
 
-        Working that out again would take a second where there are a thousand shards.
+        This saves a second of computing at every turn of a fleet with a thousand shards.
         """
         before = self._inputs_at_rest
         return (
@@ -193,12 +202,12 @@ class Reconciler:
         holdings: Mapping[str, Holding],
         followed: Collection[int],
     ) -> bool:
-        """Publish the homes that are ready, then start drops and loads; return True if nothing is left to do."""
+        """Publish the homes that are verified, then start drops and loads; return True if nothing is left to do."""
         missing = next_round(self.layers, target, self.placement, alive, holdings, self.limits)
         verified = {home for shard in alive for home in self.work.verified_on(shard)} & held_homes(holdings)
         done = missing.without(missing.loads - verified)
         if next_target(target, self.placement, done, holdings, self.limits):
-            # A heartbeat may be seconds old: before a home goes, the homes that stay must answer now.
+            # A heartbeat may be seconds old. Before a home is given up, the shards of the other homes must answer now.
             confirmed = await self.observer.ask(alive)
             done = done.without(done.loads - held_homes(confirmed))
             if after := next_target(target, self.placement, done, confirmed, self.limits):

@@ -1,4 +1,4 @@
-"""The loads and drops that the leader has under way on shards, and the homes that they have made ready."""
+"""The `ShardWork` runs the leader's loads and drops on shards, and keeps the homes that were verified."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _VerifiedHomes:
-    """The homes that this leader has had loaded and verified on one incarnation of a shard."""
+    """A `_VerifiedHomes` holds the homes that this leader has had loaded and verified on one incarnation of a shard."""
 
     incarnation: str
     homes: set[Home] = field(default_factory=set)
@@ -28,10 +28,10 @@ class _VerifiedHomes:
 class ShardWork:
     """A `ShardWork` runs one job at a time on each shard: a load with its canary, or a drop.
 
-    - `observer`: learns that a shard may hold something else when a job has ended.
-    - `published`: gives the order that each change carries, and the homes that a new home is compared with.
-    - `clock`: seconds since 1970.
-    - `pause_s`: seconds without loads on a shard after a job on it has failed.
+    - `observer`: is told when a job has ended, because the shard's experts may have changed.
+    - `published`: gives the epoch and the token for orders, and the old homes that new homes are compared with.
+    - `clock`: gives seconds since 1970.
+    - `pause_s`: the seconds without loads on a shard after a job on the shard has failed.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class ShardWork:
         self._paused_until: dict[str, float] = {}
 
     def forget_verified(self) -> None:
-        """Forget which homes are verified: a new leader verifies for itself."""
+        """Forget which homes are verified, because a new leader verifies all homes itself."""
         self._verified = {}
 
     def cancel(self) -> None:
-        """Cancel all jobs; a shard finishes what it has begun."""
+        """Cancel all jobs; a shard may still carry out an order that it has received."""
         for job in self._jobs.values():
             job.cancel()
 
@@ -64,12 +64,15 @@ class ShardWork:
         return verified.homes if verified and verified.incarnation == shard.incarnation else set()
 
     def start_drops(self, known: Mapping[str, Shard], homes: Iterable[Home]) -> None:
-        """Start dropping `homes` on every shard that has some of them and no job under way."""
+        """Start one job per shard that drops the shard's part of `homes`; a shard that has a job is skipped."""
         for id, on_shard in sorted(_grouped(homes).items()):
             self._start(known[id], self._drop(known[id], on_shard))
 
     def start_loads(self, known: Mapping[str, Shard], homes: Iterable[Home]) -> None:
-        """Start loading `homes` on every shard that is not paused and has no job under way."""
+        """Start one job per shard that loads the shard's part of `homes`.
+
+        A shard that has a job, or on which a job has failed less than `pause_s` ago, is skipped.
+        """
         now = self.clock()
         self._paused_until = {id: until for id, until in self._paused_until.items() if until > now}
         for id, on_shard in sorted(_grouped(homes).items()):
@@ -98,7 +101,7 @@ class ShardWork:
         await self.shards.drop(shard, device, standby, self.published.order)
 
     async def _load(self, known: Mapping[str, Shard], shard: Shard, homes: set[Home]) -> None:
-        """Load the homes, then run the canary: compare each expert's sums with those of a home that serves it."""
+        """Load the homes, then run the canary: compare each expert's sums with the sums of a home in the placement."""
         device, standby = _experts_of(shard.id, homes)
         gains = await self.shards.load(shard, device, standby, self.published.order)
         for layer, gain in gains.items():
@@ -121,9 +124,10 @@ class ShardWork:
 def witnesses(
     placement: Placement | None, known: Mapping[str, Shard], shard_id: str, homes: Iterable[Home]
 ) -> dict[str, Experts]:
-    """Return the experts by layer that each other shard can serve as a witness for.
+    """Choose the shards with which new homes on `shard_id` are compared; return each one's experts by layer.
 
-    Each device home of `homes` gets the first other known shard that is a home of the expert in `placement`, if any.
+    The witness of a home in device memory is the first known shard that is another home of the expert in `placement`.
+    Homes without such a shard have no witness.
     """
     if placement is None:
         return {}
@@ -143,6 +147,6 @@ def _grouped(homes: Iterable[Home]) -> dict[str, set[Home]]:
 
 
 def _experts_of(shard_id: str, homes: Iterable[Home]) -> tuple[Experts, Experts]:
-    """Return the experts by layer that `homes` put into the shard's device memory, and those it stands by for."""
+    """Return the experts of the shard's `homes` in device memory, and those of its standbys, both by layer."""
     device, standby = (by_shard(homes, tier).get(shard_id, {}) for tier in (DEVICE, STANDBY))
     return device, standby

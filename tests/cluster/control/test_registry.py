@@ -1,4 +1,4 @@
-"""Tests of what both registries promise, in Redis and in memory, and then of failures that only Redis has."""
+"""Test what both registries promise, in Redis and in memory, and then of failures that only Redis has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of pool sizes: a table of cases, what holds for every load, and the prediction by the planner's costs."""
+"""Test pool sizes: a table of cases, what holds for every load, and the prediction by the planner's costs."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def test_a_change_must_be_pending_for_its_delay() -> None:
     pending = PendingChange().updated(1, 100.0)
     assert not pending.updated(1, 104.0).is_due(104.0, policy)
     assert pending.updated(1, 105.0).is_due(105.0, policy)
-    assert (
-        not pending.updated(0, 103.0).updated(1, 104.0).is_due(106.0, policy)
-    )  # The time begins anew.
+    assert not pending.updated(0, 103.0).updated(1, 104.0).is_due(106.0, policy)  # The time begins anew.
     down = pending.updated(-1, 106.0)
     assert not down.is_due(165.0, policy)
     assert down.is_due(166.0, policy)

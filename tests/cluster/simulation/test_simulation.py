@@ -1,4 +1,4 @@
-"""Tests that ten thousand simulated fleets survive, and that the simulation finds planted bugs."""
+"""Test that ten thousand simulated fleets survive, and that the simulation finds planted bugs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the controller with real shards: gRPC, a checkpoint on disk, and a registry in memory."""
+"""Test the controller with real shards: gRPC, a checkpoint on disk, and a registry in memory."""
 
 from __future__ import annotations
 
@@ -110,9 +110,8 @@ def test_the_first_placement_waits_for_all_shards(family: ModelFamily) -> None:
             placement = await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
             assert placement.model == "digest"
             assert set(placement.gains) == set(LAYERS)
-            assert (
-                placement.epoch > 1_700_000_000_000
-            )  # The epoch is the clock's milliseconds: a store that lost its data repeats no epoch.
+            # Epochs are the clock's milliseconds, so that a store that lost its data repeats no epoch.
+            assert placement.epoch > 1_700_000_000_000
             controller.cancel()
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""Tests of the scaler beside a real reconciler, with a registry in memory and a clock that the test sets."""
+"""Test the scaler beside a real reconciler, with a registry in memory and a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -110,9 +110,7 @@ def test_a_pool_grows_after_its_delay_and_shrinks_after_a_longer_one_by_one_shar
         world.rows_per_s = 1.0
         assert await world.passes(59) == grown
         assert await world.passes(3) == grown - 1
-        assert (
-            await world.passes(100) == grown - 1
-        )  # The pool shrinks no further while the shard that should stop is there.
+        assert await world.passes(100) == grown - 1  # The size stays while the shard that should stop is there.
         world.shards[-1] = replace(world.shards[-1], draining=True)
         assert await world.passes(65) == grown - 1
         del world.shards[-1]

@@ -1,4 +1,4 @@
-"""Tests of the autoscaling policy that Serve calls: the newest decision that any shard has reported counts."""
+"""Test the autoscaling policy that Serve calls: the newest decision that any shard has reported counts."""
 
 from __future__ import annotations
 
