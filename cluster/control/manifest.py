@@ -1,4 +1,4 @@
-"""The `Manifest` is the checksum of every expert's weights, recorded when the expert is first loaded.
+"""The `Manifest` records the checksum of every expert's weights when the expert is first loaded.
 
 Later loads are verified against the manifest, so that no shard serves other bytes.
 """

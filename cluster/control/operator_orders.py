@@ -69,7 +69,7 @@ class StandingOrder:
 
 @dataclass(frozen=True)
 class PoolSize:
-    """A `PoolSize` is the leader's decision how many shards a pool should have.
+    """A `PoolSize` is the leader's decision on how many shards a pool should have.
 
     `at` is when the leader decided, in seconds since 1970.
     """

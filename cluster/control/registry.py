@@ -65,7 +65,7 @@ def key_prefix(model: str) -> str:
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn redis-py's errors into StoreUnavailable, so that no other module depends on redis-py."""
+    """Turn redis-py's errors into StoreUnavailable, so that callers need not know redis-py."""
     try:
         yield
     except RedisError as error:

@@ -109,7 +109,7 @@ def predicted_share(shares: Collection[BusyShare], num_shards: int) -> float:
 
 
 def min_shards_for_cover(layers: Sequence[LayerSpec], pool: Sequence[Shard], others: Sequence[Shard]) -> int:
-    """Return the fewest shards of this pool that, with the `others`, hold every expert twice, once on a device.
+    """Return the fewest shards of this pool that, with the `others`, hold every expert twice, once in device memory.
 
     A new shard is taken to be as large as the smallest of `pool`. Memory for one expert stays free on every shard, so
     that experts can move.
@@ -129,7 +129,7 @@ def min_shards_for_cover(layers: Sequence[LayerSpec], pool: Sequence[Shard], oth
 
 @dataclass(frozen=True)
 class PoolState:
-    """A `PoolState` is all about a pool that a decision depends on.
+    """A `PoolState` holds all facts about a pool that a decision depends on.
 
     - `size`: the number of shards that was decided last.
     - `shares`: the busy share of each shard that stays, by its id.
@@ -209,7 +209,7 @@ class PendingChange:
     since: float = 0.0
 
     def updated(self, direction: int, now: float) -> PendingChange:
-        """Return the change pending at `now`; a new direction starts the time anew."""
+        """Return the change pending at `now`; a new direction restarts the delay."""
         return self if direction == self.direction else PendingChange(direction, now)
 
     def is_due(self, now: float, policy: PoolPolicy) -> bool:

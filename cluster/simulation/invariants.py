@@ -106,7 +106,7 @@ class Invariants:
         return None
 
     def check_loads(self) -> None:
-        """Check that every pick is in the store, under way there, still in a backbone, or counted as dropped."""
+        """Check that every pick is in the store, on its way there, still in a backbone, or counted as dropped."""
         num_kept = sum(self.fleet.store.loads.values())
         for backbone in self.fleet.backbones:
             in_backbone = sum(int(counts.sum()) for counts in backbone.counter.take().values())

@@ -62,6 +62,8 @@ def timed_reconciler(times: DecisionTimes) -> type[Reconciler]:
     """Return a class of controllers that note in `times` how long their turns compute."""
 
     class TimedReconciler(Reconciler):
+        """A `TimedReconciler` measures its turns."""
+
         async def turn(self) -> None:
             computed_s = await _computing_s(super().turn())
             if computed_s > MIN_COMPUTING_S:
