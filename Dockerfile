@@ -1,13 +1,15 @@
 # syntax=docker/dockerfile:1
-# One image for every process of Expertmesh. For CPUs:        docker build --tag expertmesh:0.1.0 .
-#                                            For NVIDIA GPUs: docker build --tag expertmesh:0.1.0-gpu --build-arg ACCELERATOR=gpu .
+# This image runs every process of Expertmesh.
+#   For CPUs:        docker build --tag expertmesh:0.1.0 .
+#   For NVIDIA GPUs: docker build --tag expertmesh:0.1.0-gpu --build-arg ACCELERATOR=gpu .
 ARG ACCELERATOR=cpu
 
 FROM python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b AS python
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
-# What PyPI has as source only: the fused kernels, which need the CUDA compiler. Nothing for CPUs.
+# The stages wheels-cpu and wheels-gpu build the packages that PyPI has only as source. These are the fused kernels,
+# which need the CUDA compiler. An image for CPUs needs none of them.
 FROM python AS wheels-cpu
 RUN mkdir /wheels
 
@@ -16,7 +18,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 COPY --from=python /usr/local /usr/local
 WORKDIR /build
 COPY pyproject.toml ./
-# Both packages would fetch binaries made for other versions of torch if they were not told to build.
+# Without FORCE_BUILD both packages would download binaries that were built for other versions of torch.
 ENV PIP_NO_CACHE_DIR=1 MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0"
 RUN ldconfig \
     && python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['optional-dependencies']['gpu'], sep='\n')" > gpu.txt \
@@ -28,9 +30,11 @@ FROM wheels-${ACCELERATOR} AS wheels
 
 FROM python AS runtime
 ARG ACCELERATOR
-# Where torch comes from; empty: PyTorch's CPU builds, or for GPUs PyPI's, which bring CUDA's libraries.
+# Package index for torch. Empty: the CPU builds of PyTorch's own index, or for GPUs the builds of PyPI, which bring the
+# CUDA libraries along.
 ARG TORCH_INDEX_URL=""
-# KubeRay's readiness probe of a worker runs wget in bash. Debian keeps only the newest version of a package.
+# KubeRay's readiness probe of a worker runs wget in bash. The version of wget is not pinned, because Debian keeps only
+# the newest one.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
@@ -50,11 +54,11 @@ COPY protos protos
 COPY model model
 COPY cluster cluster
 COPY services services
-# The command `expertmesh`; the code stays where it is.
+# Install the command `expertmesh`. The code stays in /app.
 RUN pip install --no-deps --editable .
 
-# What `expertmesh up` sets itself is set here for a Ray that KubeRay starts (services/cli/main.py says why). No secret: the
-# tokenizers' threads.
+# Settings for a Ray that KubeRay starts. `expertmesh up` makes the same settings, and services/cli/main.py gives the
+# reasons. TOKENIZERS_PARALLELISM is no secret, although hadolint takes it for one: it concerns the tokenizers' threads.
 # hadolint ignore=DL3064
 ENV PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
