@@ -1,6 +1,6 @@
-"""A machine without arithmetic behind the scheduler: a request's state is its tokens, so that any mix-up shows.
+"""A machine without arithmetic that runs the scheduler's batches: the state it saves is tokens, so a mix-up shows.
 
-What follows a sequence is a function of the sequence alone. Drafts are right as often as the test says.
+The token that follows a sequence is a function of the sequence alone. Drafts are right as often as the test says.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def next_token(token_ids: Sequence[int]) -> int:
 
 
 def naive(prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """What follows the prompt, up to and with STOP."""
+    """Return up to `num_tokens` tokens that follow the prompt; STOP ends them and is included."""
     token_ids = list(prompt)
     while len(token_ids) < len(prompt) + num_tokens and token_ids[len(prompt) :][-1:] != [STOP]:
         token_ids.append(next_token(token_ids))
@@ -34,6 +34,8 @@ def naive(prompt: Sequence[int], num_tokens: int) -> list[int]:
 
 
 class Machine:
+    """Runs steps until all requests have ended, and checks that each request finds its own state in its memory."""
+
     def __init__(self, scheduler: Scheduler, draft_accuracy: float = 0.7, seed: int = 0) -> None:
         self.scheduler = scheduler
         self.draft_accuracy = draft_accuracy
@@ -110,7 +112,7 @@ class Machine:
 
     def _draft(self, request: Request, tokens: Sequence[int], depth: int) -> tuple[int, ...]:
         token_ids, drafts = [*request.token_ids, *tokens], list[int]()
-        # A draft module keeps KV of its own where the model keeps it: a token behind the one that is drafted.
+        # A draft module writes KV of its own into the request's pages, one token behind the token that is drafted.
         self._write(request, len(token_ids) - 1, [GARBAGE] * max(0, depth - 1))
         for _ in range(depth):
             is_right = self.random.random() < self.draft_accuracy

@@ -1,4 +1,4 @@
-"""Requests of every kind, for tests that break them off and go on elsewhere."""
+"""Parameters of every kind of request, for tests that break an answer off and continue it elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole backbone over the demo model: its shards live in another process, its store is a real one."""
+"""A whole backbone over the demo model, with shards in another process and a real store."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def local(family: ModelFamily) -> LocalExperts:
 
 @pytest.fixture(scope="module")
 def shards() -> Iterator[list[Shard]]:
-    """In one process, to be filled by whoever uses them."""
+    """Start empty shards in one process; the tests fill them."""
     with ShardProcess(MODEL, NUM_SHARDS) as process:
         yield process.shards
 
@@ -72,7 +72,7 @@ def planned(family: ModelFamily, shards: Sequence[Shard]) -> dict[int, Homes]:
 
 
 def shuffled(homes: dict[int, Homes], seed: int) -> dict[int, Homes]:
-    """The same pairs of homes, dealt out to other experts."""
+    """Return the same pairs of homes, given to other experts at random."""
     chooser = random.Random(seed)
     return {layer: tuple(chooser.sample(of_layer, len(of_layer))) for layer, of_layer in homes.items()}
 
@@ -81,7 +81,7 @@ def shuffled(homes: dict[int, Homes], seed: int) -> dict[int, Homes]:
 
 
 class Naive:
-    """Greedy generation without an engine, over experts that can be exchanged."""
+    """Generates greedily without an engine, over experts that can be exchanged."""
 
     def __init__(self, family: ModelFamily, experts: Experts) -> None:
         self.experts, self.spec = experts, family.config.state_spec
@@ -89,7 +89,7 @@ class Naive:
 
     @torch.inference_mode()
     def run(self, prompt: Sequence[int], num_tokens: int) -> tuple[Tensor, list[int]]:
-        """Logits of every position of the prompt, and the tokens that follow."""
+        """Return the logits of every position of the prompt, and the tokens that follow."""
         num_blocks = self.spec.num_blocks(len(prompt) + num_tokens)
         state, table = State(self.spec, 1, num_blocks, torch.float32), (tuple(range(num_blocks)),)
         logits = self._logits(prompt, 0, table, state)
@@ -163,7 +163,7 @@ async def wait_until(is_true: Callable[[], bool]) -> None:
 
 
 async def publish(registry: RegistryStore, family: ModelFamily, shards: list[Shard], epoch: int = 1) -> None:
-    """Fills the shards and tells the registry."""
+    """Fill the shards and publish the placement in the registry."""
     placement = await shard_control.fill(shards, planned(family, shards), epoch)
     for shard in shards:
         await registry.heartbeat(replace(shard, held_digest=held_digest(placement.experts_of(shard.id))))
@@ -210,7 +210,7 @@ def test_it_waits_for_a_placement_and_follows_the_next(
 
 
 class NoLoads(LoadStore):
-    """A store that takes no counts, for registries without Redis."""
+    """A load store that cannot be reached, for registries without Redis."""
 
     def __init__(self) -> None:
         super().__init__(connect("redis://127.0.0.1:1/0"), "demo")
@@ -243,7 +243,7 @@ def test_expert_load_reaches_the_store_and_the_loss_of_the_store_is_survived(
         async with running(family, registry, loads, draft_tokens=0) as backbone:
             assert await generate(backbone, held_out_prompts(1)[0]) == expected
             shape = family.expert_shapes[0]
-            num_rows = (3 + WARM_UP_TOKENS - 1) + (64 + 11)  # the warm-up's and ours
+            num_rows = (3 + WARM_UP_TOKENS - 1) + (64 + 11)  # rows of the warm-up and of the request above
             counted = 0
             async with asyncio.timeout(10):
                 while counted < num_rows * shape.top_k:

@@ -29,7 +29,7 @@ def make(**limits: int) -> Machine:
 
 
 def text(name: str, length: int) -> list[int]:
-    """Tokens that nobody else has, none of which ends anything."""
+    """Return tokens that belong to this name only, none of which ends a turn or an answer."""
     rng = random.Random(name)
     return [rng.randrange(10, VOCAB_SIZE) for _ in range(length)]
 
@@ -40,7 +40,7 @@ def request(name: str, prompt: Sequence[int], num_answer: int = 8, params: Sampl
 
 
 def ask(machine: Machine, name: str, prompt: Sequence[int], num_answer: int = 8) -> Request:
-    """Runs one request to its end."""
+    """Run one request to its end and return it."""
     asked = request(name, prompt, num_answer)
     machine.scheduler.add(asked)
     machine.finish()
@@ -49,7 +49,7 @@ def ask(machine: Machine, name: str, prompt: Sequence[int], num_answer: int = 8)
 
 
 def assert_consistent(scheduler: Scheduler) -> None:
-    """Every page and slot has as many owners as are counted, and nothing is lost."""
+    """Check that every page and slot has as many owners as are counted, and that none is lost."""
     cache, pages = scheduler.memory.cache, scheduler.memory.pages
     users = Counter(page for r in scheduler.running for page in r.block_table)
     keepers = Counter(kept.page for kept in cache.checkpoints.kept.values())
@@ -78,7 +78,7 @@ def test_the_next_turn_starts_where_the_last_one_ended() -> None:
     machine = make()
     first = ask(machine, "first", text("first", 100))
     second = ask(machine, "second", [*first.token_ids, *text("second", 50)])
-    # The last token of the answer was sampled and never computed.
+    # The last token of the first answer was sampled but never computed.
     assert (second.num_cached, second.cache_reason) == (first.num_tokens - 1, "hit")
     assert first.num_cached == 0
     assert machine.num_computed == first.num_tokens - 1 + 50 + 8
@@ -87,7 +87,7 @@ def test_the_next_turn_starts_where_the_last_one_ended() -> None:
 def test_a_page_that_is_not_full_is_copied_and_never_shared() -> None:
     machine = make(num_slots=3)
     first = ask(machine, "first", text("first", 100))
-    for name in ("a", "b", "c"):  # side by side, each of them writing where the first one ended
+    for name in ("a", "b", "c"):  # in one batch, and each of them writes on the page on which the first one ended
         machine.scheduler.add(request(name, [*first.token_ids, *text(name, 20)]))
     batch = machine.step()
     sources, targets = zip(*batch.page_copies, strict=True)
@@ -124,7 +124,7 @@ def test_turn_ends_are_checkpoints() -> None:
     ask(machine, "first", [*system, *question])
     other = ask(machine, "other", [*system, *text("other", 40)])
     assert other.num_cached == 100
-    # The template leaves the reasoning out of what was answered, so the old answer is not in the new prompt.
+    # The chat template leaves the reasoning out of earlier answers, so the new prompt does not hold the old answer.
     again = ask(machine, "again", [*system, *text("question", 60), TURN_END, 8, *text("rewritten", 50)])
     assert again.num_cached == 161
 
@@ -351,7 +351,7 @@ def test_conversations_hit(concurrency: int) -> None:
 @pytest.mark.parametrize("bytes_per_slot", [0, 100])
 @pytest.mark.parametrize("seed", range(12))
 def test_random_load_reuses_only_true_prefixes_and_leaks_nothing(seed: int, bytes_per_slot: int) -> None:
-    """The machine fails where a request starts from a state or pages that are not those of its own tokens."""
+    """Run random requests; the machine fails if one starts from a state or from pages of other tokens than its own."""
     rng = random.Random(seed)
     align = rng.choice([1, 8])
     machine = make(
@@ -405,7 +405,7 @@ def test_random_load_reuses_only_true_prefixes_and_leaks_nothing(seed: int, byte
 
 
 class Stateless(Machine):
-    """Has pages and no recurrent state."""
+    """A machine that has pages and no recurrent state."""
 
     def _check_state(self, request: Request) -> None:
         assert request.slot is not None

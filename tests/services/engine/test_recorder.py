@@ -28,9 +28,9 @@ def test_what_is_picked_between_start_and_stop_is_in_the_file(recorder: Recorder
     picks = np.array([[1, 2]])
     recorder.add(2, picks)
     path = Path(recorder.start()["path"])
-    assert recorder.start()["path"] == str(path)  # it goes on
+    assert recorder.start()["path"] == str(path)  # the recording goes on
     recorder.add(2, picks)
-    picks[:] = 7  # the engine may use its memory again
+    picks[:] = 7  # the engine may overwrite the array, which the recording has copied
     recorder.add(2, picks)
     report = recorder.stop()
     recorder.add(2, picks)

@@ -1,4 +1,4 @@
-"""An answer that another engine began goes on as it would have there."""
+"""An answer that another engine began continues as it would have continued there."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_engine(draft_tokens: int) -> Engine:
 
 @pytest.fixture(scope="module", params=[0, 3], ids=["without drafts", "with drafts"])
 def engine(request: Any) -> Iterator[Engine]:
-    """The one that goes on."""
+    """Start the engine that continues the answers."""
     made = make_engine(request.param)
     made.start()
     yield made
@@ -62,7 +62,7 @@ def engine(request: Any) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def first() -> Iterator[Engine]:
-    """The one that began."""
+    """Start the engine that begins the answers."""
     made = make_engine(3)
     made.start()
     yield made
@@ -106,7 +106,7 @@ def test_what_follows_is_what_would_have_followed(first: Engine, engine: Engine,
 
 
 def test_the_test_above_would_see_what_is_forgotten(engine: Engine) -> None:
-    """The same tokens as one longer prompt: penalties, bounds and the grammar begin anew, and that shows."""
+    """Send the same tokens as one longer prompt, where penalties, bounds and the grammar wrongly begin anew."""
 
     async def run(kind: str) -> bool:
         whole = await ask(engine, "whole", PROMPTS[0], KINDS[kind])
@@ -164,7 +164,7 @@ def test_one_with_a_grammar_is_not_refused_for_want_of_room_to_compile_it() -> N
     assert engine._grammar_pool._places.acquire()
     with pytest.raises(EngineOverloaded):
         asyncio.run(ask(engine, "new", [1], params))
-    for _ in range(3):  # nor does it give back room that it never took
+    for _ in range(3):  # a resumed request must not free a place that it never took
         with pytest.raises(ValueError, match="cannot be used"):
             asyncio.run(ask(engine, "old", [1], params, []))
     engine.stop()

@@ -1,4 +1,4 @@
-"""The demo model and its prefix cache: four patterns that hit, with the tokens of a server that has no cache."""
+"""The demo model with its prefix cache: four patterns of prompts hit, and the tokens are those without a cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def text() -> list[int]:
 
 
 def piece(place: int, length: int) -> list[int]:
-    """Tokens that no other piece has, unless places are close."""
+    """Return tokens that differ from those of every other piece, unless the places are close."""
     return text()[2000 + place : 2000 + place + length]
 
 
@@ -82,7 +82,7 @@ def test_prompts_with_a_shared_beginning(num_shared: int, num_own: int) -> None:
 
 
 def test_conversations() -> None:
-    """Eight of eight turns, side by side: each prompt is the one before it, its answer, and what the user says next."""
+    """Run eight conversations of eight turns; a prompt is the one before, its answer, and what the user says next."""
     [end] = FAMILY.config.eos_token_ids[:1]
     histories, found, prompts = {str(i): [*piece(0, 100), end] for i in range(8)}, Answers(), dict[str, list[int]]()
 

@@ -23,7 +23,7 @@ def make(**limits: int) -> Scheduler:
 def request(
     name: str, num_prompt: int, num_answer: int = 8, deadline: float = float("inf"), priority: int = 0
 ) -> Request:
-    """Its tokens are its own: nobody else's prompt begins with them."""
+    """Return a request whose prompt begins with tokens that no other prompt begins with."""
     prompt = [random.Random(name).randrange(10, 10**6) for _ in range(num_prompt)]
     params = SamplingParams(priority=priority)
     return Request(name, prompt, params, 0, num_prompt + num_answer, frozenset({0}), deadline)
@@ -98,7 +98,8 @@ def test_admission_waits_for_memory_in_order_of_arrival() -> None:
     for name in ("a", "b", "c"):
         scheduler.add(request(name, 16))
     scheduler.schedule()
-    assert [r.id for r in scheduler.running] == ["a", "b"]  # 4 pages each; c needs 4 more and room to grow
+    # Each of the two has 4 pages. The third would need 4 pages, and one page for each of the two to grow.
+    assert [r.id for r in scheduler.running] == ["a", "b"]
     scheduler.abort_step()
     scheduler.abort("b")
     scheduler.schedule()
@@ -205,7 +206,7 @@ def drafting_machine(**limits: int) -> Machine:
 
 
 class AlwaysDrafting(DraftingState):
-    """As deep as is allowed, whatever it costs."""
+    """Drafts as deep as allowed, whatever it costs."""
 
     def depths(self, acceptances: Sequence[Acceptance], num_other_rows: int, allowed: Sequence[int]) -> list[int]:
         return [min(self.max_depth, some) for some in allowed]
@@ -230,9 +231,9 @@ def test_drafts_never_go_beyond_the_last_token() -> None:
     a = request("a", 6, num_answer=6)
     machine.scheduler.add(a)
     batches = [machine.step() for _ in range(3)]
-    # 1 token, then 3 drafts and 1, then the last one, for which no draft is of use.
+    # One token, then three drafts and one token, then the last token, for which drafts are of no use.
     assert [batch.num_drafts for batch in batches] == [(0,), (3,), (0,)]
-    # Had the second step's drafts been wrong, three more would have been of use.
+    # If the drafts of the second step had been wrong, three more would have been of use.
     assert [batch.draft_depths for batch in batches] == [(3,), (3,), (0,)]
     assert a.num_tokens == a.max_len
 
@@ -330,7 +331,7 @@ def test_priorities_at_random_change_no_token_and_every_preemption_has_a_newcome
         before = set(machine.scheduler.running)
         batch = machine.step()
         for gone in batch.preempted:
-            if machine.scheduler.config.num_blocks == 200:  # pages never miss: it was for a slot
+            if machine.scheduler.config.num_blocks == 200:  # enough pages, so a slot was wanted
                 assert any(r.params.priority < gone.params.priority for r in set(batch.requests) - before)
     assert machine.scheduler.num_preemptions > 0
     assert all(machine.answer(r.id) == naive(prompts[r.id], 12) for r in requests)
@@ -347,7 +348,8 @@ def test_a_stream_of_short_requests_cannot_starve_a_long_prompt() -> None:
         scheduler.add(request(f"after-{num_steps}", 12, num_answer=3))
         step(scheduler)
         num_steps += 1
-    # 20 of 12 tokens and 2 steps each before it, then itself with half of the budget, beside at most 3 that decode.
+    # First come 20 requests of 12 tokens and 2 steps each. Then the long prompt has half of the budget, beside at most
+    # 3 requests that decode.
     assert num_steps <= 20 * 12 / 12 + 2 + 2 * 400 / 12 + 3
 
 
@@ -368,7 +370,7 @@ def test_a_short_prompt_does_not_wait_for_long_ones_and_these_end(num_long: int,
         num_steps += 1
     assert num_steps <= 3
     assert long[0].num_computed_tokens < 10_000
-    for n in range(2 * length // 2048):  # newcomers without end
+    for n in range(2 * length // 2048):  # new requests never stop coming
         scheduler.add(request(f"after-{n}", 1500, num_answer=1))
         step(scheduler)
     assert long[0].num_generated
@@ -390,7 +392,10 @@ def test_the_budget_is_shared_with_no_one_of_lower_priority() -> None:
 
 
 def busy(now: list[float]) -> tuple[Scheduler, Request]:
-    """One request of low priority beside two a second of high priority for two slots that have no time for it."""
+    """Return a scheduler whose two slots are wanted by four requests of high priority, and a request of low priority.
+
+    The request of low priority waits as long as the test adds requests of high priority fast enough.
+    """
     config = SchedulerConfig(2, 64, 4, 128, max_batch_tokens=16, max_waiting=10_000)
     scheduler = Scheduler(config, clock=lambda: now[0])
     low = request("low", 4, num_answer=30, priority=2)
@@ -412,7 +417,7 @@ def test_who_waits_long_enough_starts_and_ends_under_a_load_of_higher_priority()
         started_at = started_at or (now[0] if low.num_generated else 0.0)
     assert 2 * AGEING_S <= started_at < 3 * AGEING_S + 1
     assert low.num_generated == 30
-    assert scheduler.num_preemptions == 0, "what waited so long is not preempted by what has just come"
+    assert scheduler.num_preemptions == 0, "a request that waited so long must not be preempted by a newcomer"
 
 
 def test_nobody_is_preempted_for_what_another_gained_by_waiting() -> None:
@@ -426,7 +431,7 @@ def test_nobody_is_preempted_for_what_another_gained_by_waiting() -> None:
         now[0] += AGEING_S / 4
         assert step(scheduler) == {"first": 1}
     scheduler.add(request("urgent", 4, num_answer=100, priority=-50))
-    assert step(scheduler) == {"urgent": 4}, "a distance of 50 outlasts 50 times as much waiting"
+    assert step(scheduler) == {"urgent": 4}, "waiting must not make up for a distance of 50 priorities"
 
 
 def test_long_prompts_cannot_starve_those_who_generate() -> None:
@@ -446,13 +451,13 @@ def test_retry_after_follows_from_the_measured_rate() -> None:
     scheduler = Scheduler(make(num_slots=1, max_waiting=20).config, clock=lambda: now)
     for i in range(20):
         scheduler.add(request(str(i), 4, num_answer=1))
-    for i in range(10):  # each step takes 3 seconds, and each is one request
+    for i in range(10):  # each step takes 3 seconds and starts one request
         batch = scheduler.schedule()
         now += 3.0
         commit(scheduler, batch)
         scheduler.add(request(f"more-{i}", 4, num_answer=1))
     with pytest.raises(EngineOverloaded) as refused:
         scheduler.add(request("one too many", 4))
-    assert refused.value.retry_after == 30  # 10 of the 20 that wait
+    assert refused.value.retry_after == 30  # the time in which 10 of the 20 waiting requests start
     now += 10_000.0
     assert 1 <= scheduler.waiting.retry_after <= 60

@@ -1,7 +1,7 @@
 """A real model of a few hundred weights with both kinds of state, and the slow obvious way to generate with it.
 
-Every row is computed by itself, so tokens may not depend on batches, chunks, pages, preemption, drafts or on what is
-reused: equality is exact. Its draft module guesses well, being the same recurrence with an attention of its own.
+Every row is computed by itself, so the tokens must not depend on batches, chunks, pages, preemption, drafts or reuse at
+all. The draft module guesses well, because it has the same recurrence and an attention of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TinyModel(nn.Module):
         self.embedding = torch.randn(VOCAB_SIZE, DIM, generator=generator)
         self.recurrence = torch.randn(DIM, DIM, generator=generator) / 2
         self.head = torch.randn(VOCAB_SIZE, 2 * DIM, generator=generator)
-        self.num_tokens: list[int] = []  # of each forward
+        self.num_tokens: list[int] = []  # computed by each call of `forward`
 
     def recur(self, h: Tensor, token_id: int) -> Tensor:
         return torch.tanh(self.recurrence @ h + self.embedding[token_id])
@@ -85,7 +85,7 @@ class TinyModel(nn.Module):
         return torch.stack([self.head @ hidden for hidden in hidden_SD])
 
     def naive_greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """Stops after EOS, which is returned too."""
+        """Return up to `num_tokens` tokens, each the likeliest after those before it; EOS ends them and is included."""
         tokens = list(prompt)
         while len(tokens) < len(prompt) + num_tokens and (len(tokens) == len(prompt) or tokens[-1] != EOS):
             h, past = torch.zeros(DIM), []

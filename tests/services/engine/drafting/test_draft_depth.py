@@ -116,7 +116,7 @@ def test_a_larger_batch_drafts_less_where_rows_cost() -> None:
 
 
 def run(weights: Weights, rates: Sequence[float], num_steps: int, max_depth: int = 4) -> tuple[float, list[int]]:
-    """Tokens per second of one request in the second half of the steps, and the depths of all steps."""
+    """Return the tokens per second of one request in the second half of the steps, and the depths of all steps."""
     rng, state, acceptance = random.Random(0), DraftingState(max_depth), NO_DRAFTS_YET
     num_drafts, depths, tokens, seconds = 0, list[int](), 0, 0.0
     for i in range(num_steps):
@@ -129,7 +129,7 @@ def run(weights: Weights, rates: Sequence[float], num_steps: int, max_depth: int
             acceptance = acceptance.observe(num_drafts, num_accepted, REQUEST_KEPT)
         shape = StepShape(1 + num_drafts, depth, depth)
         took = seconds_of(weights, shape) * rng.uniform(0.9, 1.1)
-        # Others use the machine too, and whatever happens for the first time takes long.
+        # Other processes use the machine too, and the first step and the first drafts take long.
         delay = 50 if not i or (depth and not any(depths[:-1])) else 3 if rng.random() < 0.05 else 1
         state = state.timed(shape, took * delay)
         if i >= num_steps // 2:
@@ -149,7 +149,7 @@ def test_drafting_that_does_not_pay_stops_and_is_tried_ever_more_rarely() -> Non
     _, depths = run(DEAR_DRAFTS, [0.1] * 4, 4000)
     assert sum(map(bool, depths[-2000:])) <= PROBE_LEN * (2000 / PROBE_AFTER[1] + 1)
     tried = [i for i, depth in enumerate(depths) if depth and i > 200]
-    assert tried, "it must be tried again: texts change"
+    assert tried, "drafting must be tried again, because texts change"
     gaps = [later - earlier for earlier, later in itertools.pairwise(tried) if later - earlier > 1]
     assert max(gaps) <= PROBE_AFTER[1] + 1
 

@@ -1,4 +1,4 @@
-"""What drafting takes beside the requests' state, measured on a real model that is wide enough for it to count."""
+"""Measures the memory that drafting takes beside the requests' state, on a model wide enough for it to matter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HIDDEN, MAX_LEN, PROMPT_LEN = 2048, 512, MAX_UNREAD + 40
 
 
 def wide_family() -> ModelFamily:
-    """The demo with eight times its width."""
+    """Return the demo's family with eight times its width."""
     family = load_family(MODEL)
     config = family.config
     mamba, attention = (replace(shape, hidden_size=HIDDEN) for shape in (config.mamba, config.attention))
@@ -34,7 +34,7 @@ def wide_family() -> ModelFamily:
 
 
 class Watched(NemotronH):
-    """Notes what a step with drafts keeps until `commit`."""
+    """A model that notes how many bytes a step with drafts keeps until `commit`."""
 
     kept_bytes = 0
 
@@ -56,7 +56,7 @@ def wide_model(family: ModelFamily) -> Watched:
 
 
 def run(runner: Runner, requests: list[Request], lens: int, num_drafts: int) -> None:
-    """One step after which nothing is drafted."""
+    """Run one step after which nothing is drafted."""
     count = len(requests)
     batch = ScheduledBatch(tuple(requests), (lens,) * count, (num_drafts,) * count, (0,) * count)
     for request, result in zip(requests, runner.run(batch), strict=True):

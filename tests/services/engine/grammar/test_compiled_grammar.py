@@ -26,7 +26,7 @@ from services.engine.sampling.sampler import Sampler, SamplingRow
 
 DEMO = Path(model.demo.__file__).parent / "checkpoint"
 TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-EOS, IM_END, VOCAB_SIZE = 2, 4, 2100  # padded: the tokenizer knows 2,048
+EOS, IM_END, VOCAB_SIZE = 2, 4, 2100  # the vocabulary is padded: the tokenizer knows 2,048 tokens
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -58,14 +58,14 @@ def ids(text: str) -> list[int]:
 
 
 def allowed(asked: Request, text: str = "") -> set[int]:
-    """Every token that may follow `text`: those the sampler takes if the model likes nothing better."""
+    """Return every token that may follow `text`: the tokens that the sampler takes if the model prefers them."""
     rows = [SamplingRow(asked, tuple(ids(text)))] * VOCAB_SIZE
     tokens = SAMPLER.sample(1000 * torch.eye(VOCAB_SIZE), rows)
     return {wanted for wanted, token in enumerate(tokens) if token and token.token_id == wanted}
 
 
 def generate(asked: Request, seed: int, num_tokens: int = 200) -> str:
-    """With logits of noise; the model it stands for is as bad as can be."""
+    """Generate an answer from logits that are noise, like those of the worst possible model."""
     generator = torch.Generator().manual_seed(seed)
     answer: list[int] = []
     for _ in range(num_tokens):
@@ -98,7 +98,7 @@ def test_padding_and_special_tokens_are_never_text() -> None:
     assert EOS in anything
     assert not anything & {0, 1, 3, *range(5, 11), *range(2048, VOCAB_SIZE)}
     assert {*ids("text = 1"), ids("ü")[0]} <= anything
-    assert not set(ids("ü")[1:]) & anything, "half a character"
+    assert not set(ids("ü")[1:]) & anything, "half a character must not be allowed"
 
 
 def test_an_answer_ends_exactly_where_the_grammar_may() -> None:
@@ -146,7 +146,7 @@ def test_rows_with_guesses_ahead_leave_no_trace() -> None:
             each.token_ids += ids(text)[:position]
         found = SAMPLER.sample(logits, rows)
         assert found == SAMPLER.sample(logits, [SamplingRow(r, row.ahead) for r, row in zip(fresh, rows, strict=True)])
-        assert found[1] is None, "nothing can follow what the grammar refuses"
+        assert found[1] is None, "nothing may follow a token that the grammar refuses"
         assert None not in found[:1] + found[2:]
         asked.token_ids.append(token_id)
     [last] = SAMPLER.sample(torch.randn(1, VOCAB_SIZE, generator=generator), [SamplingRow(asked)])
@@ -172,18 +172,18 @@ def test_a_grammar_leaves_the_other_rows_alone() -> None:
 
 
 def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> None:
-    many = "start: " + " | ".join(['"a"'] * 3000)  # more ways to read an "a" than are followed at once
+    many = "start: " + " | ".join(['"a"'] * 3000)  # an "a" can be read in more ways than the library follows at once
     rows = [SamplingRow(request(GrammarKind.LARK, many), tuple(ids("a"))), SamplingRow(request(GrammarKind.REGEX, "a"))]
     failed, fine = SAMPLER.sample(torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), rows)
     assert failed is None
     why = SAMPLER.explain(rows[0].request)
-    assert isinstance(why, ValueError), "the client's grammar is no failure of ours"
+    assert isinstance(why, ValueError), "a failure of the client's grammar is not a failure of the engine"
     assert str(why).startswith("The grammar is too complex to go on with: Parser Error: Current row has 3001 items")
     assert "\n" not in str(why)
     assert fine is not None
     assert isinstance(SAMPLER.explain(rows[1].request), EngineFailed)
     [before] = SAMPLER.sample(torch.zeros(1, VOCAB_SIZE), [SamplingRow(rows[0].request)])
-    assert before is not None, "what only a guess made too complex can still be had otherwise"
+    assert before is not None, "the grammar became too complex only after a draft, so other tokens may still follow"
     assert before.token_id == ids("a")[0]
 
 
@@ -191,8 +191,8 @@ def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> 
     "text",
     [
         'start: "x" NOTHING\nNOTHING: /a/ & /b/',
-        f'start: "x" <[{EOS}]> "y"',  # an end-of-sequence token is no text
-        'start: "x" loop\nloop: "y" loop',  # which has no end
+        f'start: "x" <[{EOS}]> "y"',  # the grammar asks for an end-of-sequence token in the middle, which is no text
+        'start: "x" loop\nloop: "y" loop',  # the grammar has no end
     ],
     ids=["unmatchable", "end in the middle", "endless"],
 )
@@ -231,7 +231,7 @@ def test_what_was_guessed_on_another_way_to_the_same_depth_says_nothing_of_this_
     assert in_list != in_key
 
 
-GUIDED = [  # lexemes that count tokens or stop elsewhere cannot be rolled back by the library
+GUIDED = [  # without lexemes that count tokens or stop elsewhere, which the library cannot roll back
     'start: "<" t ">"\nt[max_tokens=9]: /[a-z]+/',
     'start: "<" t ">"\nt[stop="q"]: /[a-z]+/',
 ]

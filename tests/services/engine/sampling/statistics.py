@@ -1,4 +1,4 @@
-"""Rows to sample from, and the slow obvious way to say how tokens ought to be distributed."""
+"""Requests to sample for, and the slow obvious way to compute the distribution that tokens should have."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def request(
 
 
 def obvious_probs(logits: Sequence[float], params: SamplingParams) -> NDArray[np.float64]:
-    """Temperature, top_k, top_p of what that leaves, min_p: one token at a time, the likeliest first."""
+    """Return the probabilities after temperature, top_k, top_p and min_p, computed token by token, likeliest first."""
     weights = np.exp((np.array(logits, dtype=np.float64) - max(logits)) / params.temperature)
     order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
     order = order[: params.top_k] if params.top_k > 0 else order
@@ -41,7 +41,7 @@ def obvious_probs(logits: Sequence[float], params: SamplingParams) -> NDArray[np
 
 
 def chi_squared(counts: NDArray[Any], probs: NDArray[np.float64]) -> float:
-    """Of what was counted against what was expected; infinite where the impossible was counted."""
+    """Return chi-squared of the counts against the expected probabilities; infinite if the impossible was counted."""
     expected = probs * counts.sum()
     if counts[expected == 0].any():
         return float("inf")
@@ -50,6 +50,6 @@ def chi_squared(counts: NDArray[Any], probs: NDArray[np.float64]) -> float:
 
 
 def chi_squared_bound(num_cells: int) -> float:
-    """What chance exceeds about once in 30,000 (Wilson and Hilferty, 1931)."""
+    """Return the value that chi-squared exceeds by chance about once in 30,000 (Wilson and Hilferty, 1931)."""
     degrees = num_cells - 1
     return float(degrees * (1 - 2 / (9 * degrees) + 4 * np.sqrt(2 / (9 * degrees))) ** 3)

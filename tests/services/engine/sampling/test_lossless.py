@@ -1,4 +1,8 @@
-"""Drafts change no token and no distribution: a chain of five tokens, drafted by another chain, against enumeration."""
+"""Drafts change no token and no distribution.
+
+The model is a Markov chain of five tokens, and another chain makes the drafts. The results are compared with the
+probabilities of all sequences.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +25,21 @@ from tests.services.engine.sampling.statistics import chi_squared, chi_squared_b
 
 SAMPLER = Sampler()
 VOCAB_SIZE, LENGTH, NUM_SEQUENCES = 5, 3, 8_000
-MODEL_VV = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))  # logits by the last token
+# Logits of the next token, by the last token.
+MODEL_VV = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
 DRAFTER_VV = MODEL_VV + 0.8 * torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
 KINDS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7, "top_k": 3},
     {"top_p": 0.8, "min_p": 0.1, "presence_penalty": 0.8, "frequency_penalty": -0.3},
 ]
-# Of a request: the drafts, the model's tokens after none, one, ... of them, the drafts' probabilities by the drafter
-# and by the model. The result is what is added to the request.
+# A `Verify` takes the drafts of one request, the model's tokens after none, one, two, ... of the drafts, and the
+# probabilities of the drafts according to the drafter and to the model. It returns the tokens added to the request.
 Verify = Callable[[list[int], list[int], list[float], list[float]], list[int]]
 
 
 def coupled(drafts: list[int], tokens: list[int], _q: list[float], _p: list[float]) -> list[int]:
-    """What the engine does: drafts that equal the model's own tokens are accepted, and one token follows."""
+    """Do what the engine does: accept the drafts that equal the model's own tokens, and add one token."""
     num_accepted = next((i for i, draft in enumerate(drafts) if draft != tokens[i]), len(drafts))
     return tokens[: num_accepted + 1]
 
@@ -44,7 +49,7 @@ def accepts_by_draft_probability(drafts: list[int], tokens: list[int], q: list[f
 
 
 def takes_no_residual(drafts: list[int], tokens: list[int], q: list[float], p: list[float]) -> list[int]:
-    """Rejection sampling whose replacement is drawn from the model's distribution instead of what is left of it."""
+    """Sample by rejection, but wrongly draw the replacement from the model's whole distribution, not its residual."""
     return _rejection(drafts, tokens, [a / b for a, b in zip(p, q, strict=True)])
 
 
@@ -69,7 +74,7 @@ def choose(chain_VV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 
 def generate(depth: int, params: dict[str, Any], verify: Verify = coupled, drafter_VV: Tensor = DRAFTER_VV) -> Any:
-    """Sequences that follow token 0, and the drafts made and accepted."""
+    """Return the sequences that follow token 0, and the numbers of drafts that were made and accepted."""
     requests = [request(prompt=[0], seed=seed, **params) for seed in range(NUM_SEQUENCES)]
     num_drafts = num_accepted = 0
     while unfinished := [r for r in requests if r.num_generated < LENGTH]:
@@ -105,7 +110,7 @@ def next_probs(is_drafter: bool, tokens: tuple[int, ...], params: SamplingParams
 
 
 def chi_squared_and_bound(sequences: Sequence[tuple[int, ...]], params: dict[str, Any]) -> tuple[float, float]:
-    """Against the probability of every sequence there is."""
+    """Return chi-squared against the probabilities of all sequences, and its bound."""
     cells = list(itertools.product(range(VOCAB_SIZE), repeat=LENGTH))
     asked = request(prompt=[0], **params)
     probs = np.array(
@@ -124,7 +129,7 @@ def test_drafts_change_no_token_and_the_distribution_is_the_models(params: dict[
     for depth in (1, 3):
         sequences, acceptance = generate(depth, params)
         assert sequences == without
-        assert 0.2 < acceptance < 0.9, "the test would not see what drafts do"
+        assert 0.2 < acceptance < 0.9, "with so few or so many accepted drafts the test would not see what drafts do"
 
 
 @pytest.mark.parametrize("verify", [accepts_by_draft_probability, takes_no_residual, accepts_everything])
@@ -140,8 +145,11 @@ def test_drafts_of_the_models_own_logits_are_all_accepted() -> None:
 
 
 def test_acceptance_is_high_where_the_distributions_are_close() -> None:
-    """Equal noise makes choices equal at least (1 - d) / (1 + d) of the time, d the distance of the distributions in
-    total variation (Daliri et al., Coupling without Communication, 2024); no coupling exceeds 1 - d."""
+    """Compare the acceptance with its bounds, which follow from the total variation distance d of the distributions.
+
+    Equal noise makes at least (1 - d) / (1 + d) of the choices equal (Daliri et al., Coupling without Communication,
+    2024), and no coupling makes more than 1 - d equal.
+    """
     rows = [SamplingRow(request(seed=seed)) for seed in range(NUM_SEQUENCES)]
     generator = torch.Generator().manual_seed(5)
     for spread in (0.1, 0.5, 2.0):

@@ -5,13 +5,13 @@ from services.engine.sampling.noise import PIECE, draw_tokens, uniforms, uniform
 
 
 def words(seed: int, position: int) -> list[int]:
-    """The first block's words, as far as they can be read off its two uniforms."""
+    """Return the bits of the first block's words that its two uniforms contain."""
     bits = [int(u * 2**52 - 0.5) for u in uniforms(seed, position, 2)]
     return [bits[0] >> 20, bits[0] & 0xFFFFF, bits[1] >> 20, bits[1] & 0xFFFFF]
 
 
 def test_the_noise_is_philox() -> None:
-    # Random123's known answers (kat_vectors, philox4x32 10): counter and key all zero.
+    # Compared with Random123's known answers (kat_vectors, philox4x32 10) for a counter and a key of zeros.
     known = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert words(0, 0) == [known[0], known[1] >> 12, known[2], known[3] >> 12]
 
@@ -29,7 +29,8 @@ def test_the_noise_is_uniform_and_unrelated_along_each_axis() -> None:
     assert 1 - 1e-4 < noise.max() < 1
     assert abs(noise.mean() - 0.5) < 0.003
     counts = np.histogram(noise, bins=64, range=(0, 1))[0]
-    assert ((counts - noise.size / 64) ** 2 / (noise.size / 64)).sum() < 104  # 63 degrees of freedom, 0.1 %
+    # Chi-squared with 63 degrees of freedom exceeds 104 in 0.1 % of cases.
+    assert ((counts - noise.size / 64) ** 2 / (noise.size / 64)).sum() < 104
     for shifted, original in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1]), (noise[:, 2:], noise[:, :-2])):
         assert abs(np.corrcoef(shifted.ravel(), original.ravel())[0, 1]) < 0.01
 

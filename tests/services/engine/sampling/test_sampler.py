@@ -12,7 +12,7 @@ from services.engine.sampling.truncation import truncate, truncate_on_device
 from tests.services.engine.sampling.statistics import chi_squared, chi_squared_bound, obvious_probs, request
 
 SAMPLER = Sampler()
-SMALL = [0.3, -1.0, 1.2, 0.0, 0.9, 1.2]  # with a tie
+SMALL = [0.3, -1.0, 1.2, 0.0, 0.9, 1.2]  # the largest value occurs twice
 KINDS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.6},
@@ -64,7 +64,7 @@ def test_a_device_keeps_what_a_cpu_keeps() -> None:
     params = [SamplingParams(**kind) for kind in KINDS]
     generator = torch.Generator().manual_seed(2)
     for vocab_size in (1, 6, 3000):
-        # Rounded, so that there are ties.
+        # The logits are rounded so that some are equal.
         weights = torch.softmax((2 * torch.randn(len(KINDS), vocab_size, generator=generator)).round(), dim=-1)
         expected = truncate_on_device(weights, params)
         truncate(weights, params)
@@ -94,7 +94,7 @@ def test_draws_follow_the_target_distribution(params: dict[str, Any]) -> None:
     bound = chi_squared_bound(int((expected > 0).sum()))
     assert chi_squared(counts, expected) < bound
     biased = expected * np.where(np.arange(len(SMALL)) == 2, 1.2, 1)
-    assert chi_squared(counts, biased / biased.sum()) > bound, "the test would not see a bias"
+    assert chi_squared(counts, biased / biased.sum()) > bound, "the test must be able to see a bias"
 
 
 LOW, HIGH = [5e-324, 1e-60, 1e-30, 1.0], [1e30, 1e60, 1e308]
@@ -131,9 +131,9 @@ def test_logit_bias_is_added() -> None:
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
-        ({"repetition_penalty": 2.0}, [1.5, 2.0, -2.0, 0.5, -4.0]),  # the prompt's tokens count
-        ({"presence_penalty": 0.5}, [3.0, 3.5, -1.5, 1.0, -2.0]),  # these count what was generated, each once
-        ({"frequency_penalty": 0.5}, [3.0, 3.0, -1.5, 1.0, -2.0]),  # or as often as it was
+        ({"repetition_penalty": 2.0}, [1.5, 2.0, -2.0, 0.5, -4.0]),  # tokens of the prompt count too
+        ({"presence_penalty": 0.5}, [3.0, 3.5, -1.5, 1.0, -2.0]),  # generated tokens count, each once
+        ({"frequency_penalty": 0.5}, [3.0, 3.0, -1.5, 1.0, -2.0]),  # generated tokens count as often as they occur
         (
             {"repetition_penalty": 2.0, "presence_penalty": -1.0, "frequency_penalty": 0.25, "logit_bias": ((1, 1.0),)},
             [1.5, 2.5 + 1.0 - 0.5, -2.0 + 1.0 - 0.25, 0.5, -4.0],
@@ -144,13 +144,13 @@ def test_logit_bias_is_added() -> None:
 def test_penalties(params: dict[str, Any], expected: list[float]) -> None:
     logits, prompt = [3.0, 4.0, -1.0, 1.0, -2.0], [0, 3, 3, 4]
     assert edited(logits, prompt, [1, 2, 1], (), params) == pytest.approx(expected)
-    assert edited(logits, prompt, [1], (2, 1), params) == pytest.approx(expected), "what is ahead counts"
+    assert edited(logits, prompt, [1], (2, 1), params) == pytest.approx(expected), "drafts count like generated tokens"
 
 
 def edited(
     logits: list[float], prompt: list[int], generated: list[int], ahead: tuple[int, ...], params: dict[str, Any]
 ) -> list[float]:
-    """The logits after every edit, as seen from outside: how high a token that none knows must be to be preferred."""
+    """Return the logits after all edits, measured from outside by the logit that an unknown token needs to win."""
     found = []
     for token_id in range(len(logits)):
         low, high = -20.0, 20.0
@@ -175,12 +175,12 @@ def test_notes_follow_guesses_that_come_and_go() -> None:
             assert tokens_of(logits, SamplingRow(asked, tuple(ahead))) == tokens_of(
                 logits, SamplingRow(fresh, tuple(ahead))
             )
-        if step % 3 == 0:  # some guesses come true
+        if step % 3 == 0:  # some drafts are accepted
             asked.token_ids += guesses[:2]
         asked.token_ids += [int(token) for token in tokens_of(logits, SamplingRow(asked)) if token is not None]
 
 
-# Company
+# Independence of the other rows
 
 
 def company(num_rows: int, vocab_size: int) -> tuple[torch.Tensor, list[SamplingRow]]:
