@@ -93,10 +93,11 @@ def _water_fill_expert(
 def water_fill(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, max_sweeps: int, tolerance: float
 ) -> float:
-    """Bring the homes of one expert after another to the same time, until nothing changes; return the highest in µs.
+    """Water-fill one expert after another until nothing changes; return the time of the slowest shard in µs.
 
-    The function updates `share_EH` and `busy_S`. It stops after `max_sweeps` passes over all experts, or earlier when
-    no home changed by more than `tolerance` times the slowest shard's time.
+    To water-fill an expert is to bring its homes to the same time. The function updates `share_EH` and `busy_S`, and
+    ends after `max_sweeps` passes over all experts, or earlier when no home changed by more than `tolerance` times the
+    slowest shard's time.
     """
     shared = np.flatnonzero((num_E > 1) & (work_EC.sum(axis=1) > 0))
     for _ in range(max_sweeps):

@@ -103,8 +103,8 @@ def _score_detours(
         back, least = -1, np.inf
         for shard in range(len(busy_S)):
             left = busy_S[shard] - (0.0 if slots_S[shard] > 0 else out_load_S[shard])
-            has_room = slots_S[shard] > 0 or (out_S[shard] >= 0 and out_S[shard] != light)
-            if has_room and left < least and not is_home(homes_EH, num_E, light, shard):
+            has_slot = slots_S[shard] > 0 or (out_S[shard] >= 0 and out_S[shard] != light)
+            if has_slot and left < least and not is_home(homes_EH, num_E, light, shard):
                 back, least = shard, left
         if back < 0:
             continue

@@ -90,7 +90,7 @@ class Fit:
                 "for them"
             )
         if self.fewest_shards is None:
-            return f"an expert takes {self.largest_expert / GB:.1f} GB, and {gpu} has no room for three"
+            return f"an expert takes {self.largest_expert / GB:.1f} GB, and {gpu} has no memory for three"
         if self.fleet is None:
             num_calls = len(self.model.experts.main_layers)
             return (

@@ -91,8 +91,8 @@ def test_the_home_of_a_dead_shard_stays_named_until_it_is_replaced() -> None:
 
 def test_experts_with_fewest_homes_come_first() -> None:
     before, target = target_of("0 12 23 31"), target_of("01 12 23 31")
-    wanted = target_of("01 102 23 31")
-    round_ = next_round(LAYERS, wanted, published(before), shards(), holdings(before), Limits(bytes_in_flight=1))
+    larger_target = target_of("01 102 23 31")
+    round_ = next_round(LAYERS, larger_target, published(before), shards(), holdings(before), Limits(bytes_in_flight=1))
     assert Home(0, 0, "s01") in round_.loads
     one_shard = target_of("02 12 23 312")
     round_ = next_round(LAYERS, one_shard, published(before), shards(), holdings(before), Limits(bytes_in_flight=1))

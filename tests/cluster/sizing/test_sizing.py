@@ -347,5 +347,5 @@ def test_a_gpu_is_known_by_name() -> None:
 
 def test_experts_that_are_too_large_are_one_sentence() -> None:
     tiny, one = Gpu("tiny", 4 * GB, 1e12, 1e12, None), replace(SLOW, num_requests=1, context_len=1)
-    with pytest.raises(ValueError, match=r"^an expert takes 2\.0 GB, and tiny has no room for three; l4 or "):
+    with pytest.raises(ValueError, match=r"^an expert takes 2\.0 GB, and tiny has no memory for three; l4 or "):
         size({**LARGE, "moe_intermediate_size": 60_000}, tiny, slo=one)
