@@ -29,9 +29,8 @@ class SimStore:
     def __init__(self, is_fenced: bool = True) -> None:
         self.is_fenced = is_fenced
         self.process = SimProcess("store")
-        self.loads: Counter[tuple[int, int]] = (
-            Counter()
-        )  # Picks by layer and expert; a wipe keeps them, so that lost counts show.
+        # Picks by layer and expert. A wipe keeps them, so that lost counts show.
+        self.loads: Counter[tuple[int, int]] = Counter()
         self.on_publish: Callable[[Placement], None] = lambda _: None
         self.wipe()
 
@@ -123,8 +122,8 @@ class RemoteStore:
     async def orders(self) -> dict[str, StandingOrder]:
         return await self._call(lambda registry: registry.orders())
 
-    async def set_pool_size(self, pool: str, wanted: PoolSize) -> None:
-        await self._call(lambda registry: registry.set_pool_size(pool, wanted))
+    async def set_pool_size(self, pool: str, size: PoolSize) -> None:
+        await self._call(lambda registry: registry.set_pool_size(pool, size))
 
     async def pool_size(self, pool: str) -> PoolSize | None:
         return await self._call(lambda registry: registry.pool_size(pool))

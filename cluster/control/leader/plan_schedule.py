@@ -105,9 +105,8 @@ class PlanSchedule:
             await self.decisions.add(plan_decision(plan, ordered))
             if running is not None:
                 self.trial.begin(running, plan, self._planned_at)
-        if (
-            ordered is not None
-        ):  # Lift the order last: if this leader dies before that, the next leader follows the order.
+        # The order is lifted last: if this leader dies before that, the next leader follows the order.
+        if ordered is not None:
             await self.registry.lift_order(ordered)
 
 

@@ -251,8 +251,7 @@ def test_the_orders_of_a_leader_that_was_replaced_are_refused(family: ModelFamil
             with pytest.raises(shard_control.ShardError) as refusal:
                 await shard_control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6)
             assert refusal.value.code == grpc.StatusCode.FAILED_PRECONDITION
-            await shard_control.unload(
-                endpoint, {LAYERS[0]: [0]}, epoch=1
-            )  # An order without a token comes from an operator, and is obeyed.
+            # An order without a token comes from an operator, and is obeyed.
+            await shard_control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1)
 
     asyncio.run(run())
