@@ -1,7 +1,8 @@
-"""A real expert shard that joins a running server and returns corrupt bytes while it is told to.
+"""The script runs a real expert shard that joins a running server and, on request, returns corrupt replies.
 
-`python -m benchmarks.corrupt_shard STORE_URL`: each SIGUSR1 makes one byte of every reply wrong for some seconds, as a
-broken network card or memory would, after the shard has computed its checksum. SIGTERM makes it leave in good order.
+`python -m benchmarks.corrupt_shard STORE_URL`: each SIGUSR1 makes one byte of every reply wrong for some seconds. The
+byte is changed after the shard has computed the reply's checksum, as by a broken network card or memory. SIGTERM makes
+the shard drain and stop.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CORRUPT_S = 6.0
 
 
 class Corruption:
-    """Stands between a shard and its streams, for as long as `until` has not passed."""
+    """A `Corruption` changes a byte of each reply that a shard sends before the monotonic time `until`."""
 
     def __init__(self, until: float = 0.0) -> None:
         self.until = until

@@ -1,12 +1,21 @@
-"""What a day of a cluster costs requests that are under way: `python -m benchmarks.day_two --trials 10` (as root).
+"""The benchmark measures what node failures, drains and upgrades of a cluster cost running requests (as root).
 
-Deploys `serveConfigV2` of `k8s/overlays/gpu-ha` with `serve deploy` on a Ray cluster of nine nodes, each in a network
-namespace with an address of its own: a head whose state is in a Redis, three for backbones, gateways and controllers,
-and five for expert shards, one of each kind to spare. GPUs are counted and not there; the model is the demo. Then load
-runs again and again, once undisturbed, and once for every run_trial with something done at a random moment. Clients come
-through a balancer that follows readiness as a Service does; where a backbone's node is lost_nodes, through the gateway of
-another, because a stream ends with the gateway that it comes from. Columns are those of `benchmarks.failures`, but for
-the time that an expert had fewer than two live homes, or no gateway output_tail so, all in all.
+    python -m benchmarks.day_two --trials 10
+
+The benchmark deploys `serveConfigV2` of `k8s/overlays/gpu-ha` with `serve deploy` on a Ray cluster of nine nodes. Each
+node has its own network namespace and address:
+
+- a head whose state is in a Redis;
+- three nodes for backbones, gateways and controllers, one more than needed;
+- five nodes for expert shards, one more than needed.
+
+The model is the demo model, and GPUs are counted, but do not exist. The same load runs again and again: once
+undisturbed, and once for every trial, in which something happens at a random moment. Clients connect through a balancer
+that follows readiness as a Kubernetes Service does. A stream ends together with its gateway; therefore, when a
+backbone's node is lost, clients use the gateway of another node.
+
+The columns are those of `benchmarks.failures` with one exception. Instead of the time until full cover, the table has
+the total time during which some expert had fewer than two live homes, or during which no gateway reported cover.
 """
 
 from __future__ import annotations
@@ -53,21 +62,21 @@ from services.cli.drill.load import RequestOutcome
 
 OVERLAY = ROOT / "k8s" / "overlays" / "gpu-ha" / "serve.yaml"
 STORE_PORT, GCS_STORE_PORT = 6390, 6391
-FIRSTS = (2, 30)  # of the addresses of a cluster's nodes, and of those of the cluster that takes over
-DRAIN_S, GRACE_S = 120, 150  # of a node and of its pod, as in k8s/base
-SWITCH_S = 10.0  # for which two clusters serve; rayClusterDeletionDelaySeconds is more
+FIRSTS = (2, 30)  # last number of the head's address, in the first cluster and in the cluster that takes over
+DRAIN_S, GRACE_S = 120, 150  # seconds to drain a node and to end its pod, as in k8s/base
+SWITCH_S = 10.0  # seconds during which two clusters serve; less than rayClusterDeletionDelaySeconds
 BACKBONE, EXPERTS = "backbone", "experts"
 NUM_NODES = {BACKBONE: 3, "experts-gpu": 5}
-NODE_CPUS = {BACKBONE: 2}  # 1 of a node for experts, which has room for one shard
+NODE_CPUS = {BACKBONE: 2}  # a node for experts has 1 CPU, which suffices for one shard
 TIMEOUT_S, HEAD_AWAY_S = 400.0, 5.0
 
 ClusterAction = Callable[
     ["ServedCluster"], Coroutine[Any, Any, frozenset[str]]
-]  # what it returns: replicas that must go
+]  # returns the ids of the replicas that must disappear
 
 
 def gpu_ha_config() -> dict[str, Any]:
-    """The overlay's, with what differs here: the model, its memory, and GPUs that are counted and not there."""
+    """Return the overlay's Serve config, changed for the demo model on CPUs, with GPUs that are only counted."""
     overlay = yaml.safe_load(OVERLAY.read_text())
     config: dict[str, Any] = yaml.safe_load(overlay["spec"]["serveConfigV2"])
     args = config["applications"][0]["args"]
@@ -75,17 +84,17 @@ def gpu_ha_config() -> dict[str, Any]:
     args |= {"device": "cpu", "backbone_gpus": 1, "backbone_threads": 1}
     for pool in args["pools"]:
         del pool["memory_budget"], pool["host_budget"]
-        # No pool that grows: there are no nodes for more shards.
+        # The pool must not grow, because there are no nodes for more shards.
         pool |= {"device": "cpu", "num_gpus": 1, "num_cpus": 1, "max_shards": pool["shards"]}
     return config
 
 
 @dataclass(frozen=True)
 class ServeStatus:
-    """What Serve says: whether all is as it was application, and its replicas by id: deployment and address."""
+    """A `ServeStatus` is the state of the application as Ray Serve reports it."""
 
-    is_settled: bool
-    replicas: dict[str, tuple[str, str]]
+    is_settled: bool  # whether all replicas run as ordered
+    replicas: dict[str, tuple[str, str]]  # replica id -> deployment and node address
 
     def addresses(self, deployment: str) -> set[str]:
         return {address for name, address in self.replicas.values() if name == deployment}
@@ -93,18 +102,18 @@ class ServeStatus:
 
 @dataclass
 class ServedCluster:
-    """An application on a cluster whose nodes are in groups, as worker groups of pods; `args.labels` name them."""
+    """A `ServedCluster` is the application on a cluster whose nodes form groups, like KubeRay's worker groups."""
 
     network: NamespaceNetwork
     config: dict[str, Any]
     num_nodes: Mapping[str, int]
-    num_gpus: int  # of a node
+    num_gpus: int  # GPUs per node
     random: random.Random
     store: str
     gcs_store: str
-    clusters: list[LocalCluster] = field(default_factory=list)  # the newest is the one that is looked at
+    clusters: list[LocalCluster] = field(default_factory=list)  # the newest cluster is the one whose status is read
     service: str = ""
-    protected_gateway: str = ""  # the address of a gateway whose node is not to be lost_nodes
+    protected_gateway: str = ""  # the address of a gateway whose node must not be lost
     lost_nodes: list[ClusterNode] = field(default_factory=list)
 
     @property
@@ -126,12 +135,15 @@ class ServedCluster:
         return self.clusters[-1]
 
     def start(self) -> None:
-        backbones = range(1, 1 + self.num_nodes[BACKBONE])  # the first after the head
+        backbones = range(1, 1 + self.num_nodes[BACKBONE])  # these nodes come first after the head
         self.service = self.network.balance([first + i for first in FIRSTS for i in backbones], self.args["http_port"])
         self.start_cluster()
 
     def start_cluster(self) -> None:
-        """Beside the one that there may be, with the same store; returns when Serve has heard what to deploy."""
+        """Start a cluster with the same store, beside a running one if there is one, and deploy the application.
+
+        The method returns when Serve has accepted the config, before the application runs.
+        """
         first = next(first for first in FIRSTS if first not in {cluster.first for cluster in self.clusters})
         env = {"EXPERTMESH_REDIS_URL": f"redis://{self.store}/0", "EXPERTMESH_REDIS_PASSWORD": PASSWORD}
         env |= {"OMP_NUM_THREADS": "1", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S)}
@@ -155,7 +167,7 @@ class ServedCluster:
         return f"http://{self.cluster.head.address}:{DASHBOARD_PORT}/api/serve/applications/"
 
     async def read_status(self) -> ServeStatus:
-        """Nothing, and unsettled, where the head does not answer."""
+        """Read Serve's status; a head that does not answer counts as unsettled and without replicas."""
         try:
             async with new_client(5.0) as client:
                 application = (await client.get(self.applications_url)).json()["applications"]["expertmesh"]
@@ -171,7 +183,7 @@ class ServedCluster:
         )
 
     async def is_complete(self, without: frozenset[str] = frozenset()) -> bool:
-        """Everything that should run does, every expert has two homes, and none of `without` is left."""
+        """Return True if all replicas run, every expert has two live homes, and no replica of `without` is left."""
         status = await self.read_status()
         is_covered, shards = await read_coverage(self.url)
         num_shards = sum(name == self.pool["name"] for name, _ in status.replicas.values())
@@ -182,12 +194,12 @@ class ServedCluster:
         deadline = time.monotonic() + TIMEOUT_S
         while not await self.is_complete():
             assert time.monotonic() < deadline, (
-                f"not whole in time: {await self.read_status()}\n{self.cluster.output_tail()}"
+                f"the application did not recover in time: {await self.read_status()}\n{self.cluster.output_tail()}"
             )
             await asyncio.sleep(0.5)
 
     async def choose_node(self, deployment: str) -> tuple[ClusterNode, frozenset[str]]:
-        """A node that runs one of these, but not of the gateway that is protected_gateway; and the replicas there."""
+        """Choose a random node that runs `deployment`, but not the protected gateway, and return also its replicas."""
         status = await self.read_status()
         chosen = self.random.choice(sorted(status.addresses(deployment) - {self.protected_gateway}))
         node = next(node for node in self.cluster.nodes if node.address == chosen)
@@ -202,7 +214,7 @@ class ServedCluster:
                 stack.callback(cluster.stop)
 
     def replace_lost_nodes(self) -> None:
-        """A new machine for every one that was lost_nodes, as Kubernetes would bring a pod."""
+        """Start a new node for every lost one, as Kubernetes would start a new pod."""
         for node in self.lost_nodes:
             self.cluster.remove_node(node)
             self._add_node(node.name)
@@ -225,7 +237,7 @@ def served_cluster(
 
 
 async def lose_node(fleet: ServedCluster, role: str, how: Callable[[ClusterNode], None]) -> frozenset[str]:
-    """A node that runs a backbone, or a shard."""
+    """Lose a random node that runs a backbone or a shard (`role`) in the way `how`, and return its replicas."""
     node, replicas = await fleet.choose_node(fleet.pool["name"] if role == EXPERTS else role)
     fleet.lost_nodes.append(node)
     await asyncio.to_thread(how, node)
@@ -244,7 +256,7 @@ async def lose_head(fleet: ServedCluster) -> frozenset[str]:
 
 
 async def upgrade(fleet: ServedCluster) -> frozenset[str]:
-    """Other arguments, as KubeRay tells Serve of them when serveConfigV2 has changed."""
+    """Deploy other arguments, as KubeRay does when serveConfigV2 has changed, and return the old replicas."""
     replicas = frozenset((await fleet.read_status()).replicas)
     fleet.args["max_waiting"] = fleet.args.get("max_waiting", 256) + 1
     async with new_client(30.0) as client:
@@ -253,7 +265,10 @@ async def upgrade(fleet: ServedCluster) -> frozenset[str]:
 
 
 async def replace_cluster(fleet: ServedCluster) -> frozenset[str]:
-    """What KubeRay does where a pod's template has changed: all of the old cluster goes when the new one serves."""
+    """Replace the cluster as KubeRay does when a pod template has changed, and return the old replicas.
+
+    The old cluster is drained and stopped after the new cluster serves.
+    """
     replicas = frozenset((await fleet.read_status()).replicas)
     old = fleet.cluster
     await asyncio.to_thread(fleet.start_cluster)
@@ -275,7 +290,7 @@ async def replace_cluster(fleet: ServedCluster) -> frozenset[str]:
 class ClusterFailure:
     name: str
     action: ClusterAction
-    seconds: float = 34.0  # of load
+    seconds: float = 34.0  # duration of the load in a trial
     protects_gateway: bool = False
 
 
@@ -349,16 +364,18 @@ async def run(fleet: ServedCluster, kinds: list[ClusterFailure], num_trials: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=10, help="of each kind")
-    parser.add_argument("--kinds", default="", help="only those whose names contain this")
+    parser.add_argument("--trials", type=int, default=10, help="trials of each kind of failure")
+    parser.add_argument("--kinds", default="", help="run only the kinds of failure whose names contain this text")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     kinds = [kind for kind in CLUSTER_FAILURES if args.kinds in kind.name]
     if not kinds:
         parser.error(f"--kinds {args.kinds!r} matches none of: {', '.join(kind.name for kind in CLUSTER_FAILURES)}")
     if reason := reason_unavailable():
-        parser.error(f"there can be no cluster of several nodes here: {reason}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left running
+        parser.error(f"this machine cannot run a cluster of several nodes: {reason}")
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that the cluster is stopped on SIGTERM too
     with served_cluster(gpu_ha_config(), NUM_NODES, 1, args.seed, keeps_state=True) as fleet:
         asyncio.run(run(fleet, kinds, args.trials))
 

@@ -1,10 +1,10 @@
-"""What multi-token prediction gains: tokens per second with drafts and without, on the demo model.
+"""The benchmark measures what multi-token prediction gains: the demo model's tokens per second with and without drafts.
 
     python -m benchmarks.drafting                              # 1 stream, 3 rounds; about 5 minutes
     python -m benchmarks.drafting --streams 1 4 8 --json out.json
 
-Prompts are beginnings of the demo's held-out files, greedy; the servers run one after the other in each round. Greedy
-output is the same with and without, which is checked on the way.
+Prompts are the beginnings of the demo's held-out files, and decoding is greedy. In each round the two servers run one
+after the other. The benchmark also checks that greedy output is the same with and without drafts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.throughput import decode_speed
 from model.demo.corpus import read_corpus
 
 PROMPT_CHARACTERS = 400
-BAR = 1.7  # at one stream
+BAR = 1.7  # the required ratio at one stream
 SIDES = {"drafts": (), "none": ("--draft-tokens", "0")}
 
 
@@ -42,15 +42,15 @@ def body(prompt: str, num_tokens: int) -> dict[str, Any]:
 
 @dataclass
 class DraftingResult:
-    """Everything measured with or without drafts: tokens per second by streams, and texts by prompt."""
+    """A `DraftingResult` collects what is measured on one side, with drafts or without."""
 
-    speeds: dict[int, list[float]] = field(default_factory=dict)
+    speeds: dict[int, list[float]] = field(default_factory=dict)  # number of streams -> tokens per second, by round
     texts: list[str] = field(default_factory=list)
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accepted(self) -> list[float]:
-        """Share of accepted drafts by their position."""
+        """Return the share of accepted drafts by draft position."""
         drafted, accepted = (self.engine.get(f"{name}_by_position", []) for name in ("drafted", "accepted"))
         return [hits / tries for hits, tries in zip(accepted, drafted, strict=True) if tries]
 
@@ -69,7 +69,7 @@ def measure(
     running: Server, side: DraftingResult, streams: list[int], num_tokens: int, num_samples: int, round_: int
 ) -> None:
     url, prompts = f"{running.url}/v1/completions", held_out_prompts()
-    asyncio.run(closed_loop(url, [body(prompt, num_tokens) for prompt in prompts[-4:]], 1, seconds=600))  # warm
+    asyncio.run(closed_loop(url, [body(prompt, num_tokens) for prompt in prompts[-4:]], 1, seconds=600))  # warm-up
     for num_streams in streams:
         speeds = []
         for sample in range(num_samples):
@@ -80,7 +80,7 @@ def measure(
             speeds.append(decode_speed(outcomes))
         side.speeds.setdefault(num_streams, []).append(statistics.mean(speeds))
     side.texts += asyncio.run(texts(url, prompts[4 * round_ : 4 * round_ + 4], num_tokens))
-    time.sleep(1)  # the status may be half a second old
+    time.sleep(1)  # the server's status may be half a second old
     side.engine = running.status()["engine"]
 
 
@@ -98,13 +98,13 @@ def report(sides: dict[str, DraftingResult], streams: list[int]) -> tuple[Table,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tokens per second with and without drafts.")
+    parser = argparse.ArgumentParser(description="Measure tokens per second with and without drafts.")
     parser.add_argument("--model", default="", help="model directory; the demo model if left out")
     parser.add_argument("--streams", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--samples", type=int, default=8, help="of each number of streams in a round")
+    parser.add_argument("--samples", type=int, default=8, help="measurements of each number of streams in a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--local-experts", action="store_true", help="no shards: experts in the backbone")
+    parser.add_argument("--local-experts", action="store_true", help="run the experts in the backbone, without shards")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     options = [*(["--model", args.model] if args.model else []), *(["--local-experts"] if args.local_experts else [])]

@@ -1,8 +1,9 @@
-"""EPLB as DeepSeek describes it, to compare with: replicate the hottest expert per copy, pack the longest first.
+"""`rebalance` is EPLB as DeepSeek describes it, for comparison with our planner.
 
-Global policy, one node. It knows nothing of the placement that runs. Copies are counted for all layers together; the
-packing is a loop over slots, written three times, because what is straightforward changes the time a hundredfold: with
-tensors as DeepSeek publishes it, with lists, and for all layers at once.
+It copies the expert with the highest load per copy again and again, and then packs the copies with the highest load
+first. It implements the global policy for one node, and it does not consider the running placement. Copies are computed
+for all layers together. The packing is a loop over slots; it exists in three versions, because their times differ a
+hundredfold: with tensors as published by DeepSeek, with lists, and for all layers at once.
 
 Legend: L layers, E experts of a layer, N = E + R slots of all shards, G shards.
 """
@@ -20,7 +21,7 @@ Floats = NDArray[np.float64]
 
 
 def replicate(load_LE: Floats, num_slots: int) -> tuple[Array, Array]:
-    """Which expert each slot holds [L, N], and the number of copies of each expert [L, E]."""
+    """Return which expert each slot holds (L, N) and the number of copies of each expert (L, E)."""
     num_layers, num_experts = load_LE.shape
     expert_LN = np.tile(np.arange(num_slots), (num_layers, 1))
     copies_LE = np.ones((num_layers, num_experts), np.int64)
@@ -33,9 +34,9 @@ def replicate(load_LE: Floats, num_slots: int) -> tuple[Array, Array]:
 
 
 def pack_tensors(load_LN: Floats, num_shards: int) -> Array:
-    """The shard of each slot [L, N]: in falling order of load to the least loaded shard that still has room.
+    """Assign slots, highest load first, to the least loaded shard with free capacity: the shard of each slot (L, N).
 
-    One layer after another, loads summed as tensors of one number: so DeepSeek publishes it.
+    As in DeepSeek's published code, layers are packed one after another, and loads are tensors of one number.
     """
     load = torch.from_numpy(load_LN).float()
     order = load.sort(-1, descending=True).indices
@@ -53,7 +54,7 @@ def pack_tensors(load_LN: Floats, num_shards: int) -> Array:
 
 
 def pack_lists(load_LN: Floats, num_shards: int) -> Array:
-    """The same with Python's numbers."""
+    """Assign slots as `pack_tensors` does, but with lists of Python numbers."""
     num_layers, num_slots = load_LN.shape
     capacity = num_slots // num_shards
     order_LN = (-load_LN).argsort(axis=1, kind="stable").tolist()
@@ -69,7 +70,7 @@ def pack_lists(load_LN: Floats, num_shards: int) -> Array:
 
 
 def pack_together(load_LN: Floats, num_shards: int) -> Array:
-    """The same, all layers a slot at a time."""
+    """Assign slots as `pack_tensors` does, but for all layers at once, one slot per iteration."""
     num_layers, num_slots = load_LN.shape
     capacity = num_slots // num_shards
     rows = np.arange(num_layers)
@@ -87,7 +88,7 @@ def pack_together(load_LN: Floats, num_shards: int) -> Array:
 def rebalance(
     load_LE: Floats, num_slots: int, num_shards: int, pack: Callable[[Floats, int], Array] = pack_lists
 ) -> tuple[Array, Array]:
-    """The expert [L, N] and the shard [L, N] of every slot."""
+    """Return the expert (L, N) and the shard (L, N) of every slot."""
     expert_LN, copies_LE = replicate(load_LE, num_slots)
     load_LN = np.take_along_axis(load_LE / copies_LE, expert_LN, axis=1)
     return expert_LN, pack(load_LN, num_shards)

@@ -1,10 +1,11 @@
-"""What placement-independent sums cost: the exact path against plain floats, for one layer call and for a whole step.
+"""The benchmark measures what placement-independent sums cost, for one layer call and for a whole step.
 
     python -m benchmarks.exact_sums
 
-Plain: a loop over experts with PyTorch's products, weighted sums added as fp32 in whatever order. Exact: what is served
-(on a CPU in compiled kernels, with EXPERTMESH_CPU_KERNELS=0 in PyTorch's). Alternated call by call in one
-process; medians.
+- *plain*: a loop over experts with PyTorch's products, whose weighted outputs are added as fp32 in any order.
+- *exact*: the code that serves, on a CPU in compiled kernels, or with EXPERTMESH_CPU_KERNELS=0 in plain PyTorch.
+
+Plain and exact calls alternate in one process; the figures are medians.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SUPER = ExpertShape(layer=0, num_experts=64, top_k=22, input_dim=1024, width=268
 
 
 class FloatExperts:
-    """The same experts, added as floats: the result depends on the order and on the rows' company."""
+    """`FloatExperts` adds expert outputs as floats, so that results depend on the order and on the batch."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -57,7 +58,7 @@ class FloatExperts:
 
 
 def alternate(calls: dict[str, Callable[[], object]], num_rounds: int) -> dict[str, float]:
-    """Median microseconds of each call, taken in turn."""
+    """Return the median microseconds of each call; the calls take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(num_rounds + 10):
         for name, call in calls.items():
@@ -69,7 +70,7 @@ def alternate(calls: dict[str, Callable[[], object]], num_rounds: int) -> dict[s
 
 
 def super_weights() -> Weights:
-    """One layer of random experts of Nemotron 3 Super's size; 64 of its 512, so that they fit a small machine."""
+    """Make one layer of random experts of Nemotron 3 Super's size: 64 of its 512 experts, to fit a small machine."""
     one = {"up": (2688, 1024), "down": (1024, 2688)}
     return {
         (SUPER.layer, expert): {name: torch.randn(*size) / size[1] ** 0.5 for name, size in one.items()}
@@ -97,7 +98,7 @@ def layer_calls(
 def step_calls(
     family: ModelFamily, plain: FloatExperts, exact: LocalExperts, num_rows: int, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    """One decode step of `num_rows` requests."""
+    """Return the plain and the exact decode step of `num_rows` requests as functions."""
     spec = family.config.state_spec
     tokens = torch.randint(0, family.config.vocab_size, (num_rows,))
     tables = tuple((i,) for i in range(num_rows))
@@ -111,7 +112,7 @@ def step_calls(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of exact sums against float sums.")
+    parser = argparse.ArgumentParser(description="Compare the time of exact sums with that of float sums.")
     parser.add_argument("--model", default=str(DEMO))
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)

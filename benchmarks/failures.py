@@ -1,16 +1,22 @@
-"""What failures of the expert tier cost requests that are under way: `python -m benchmarks.failures --trials 30`.
+"""The benchmark measures what failures in the expert tier cost running requests.
 
-Starts `expertmesh up` with the demo model and three shards, measures its capacity, and then sends the same greedy and
-seeded requests at a steady rate again and again: once undisturbed, and once for every trial, with something done to the
-server at a random moment. Each answer's text and number of tokens are compared with those of the undisturbed run. A table_row
-of the table is one kind of failure: requests, failed ones, different ones, the longest gap between two pieces of an
-answer (median and worst of the trials, beside the worst of the undisturbed run), the part of the tokens that is missing
-in the seconds after the failure, the time until every expert had two live homes again, and the time until there were as
-many shards and backbones as before: a new process takes several seconds of a core to start, and then to load.
+    python -m benchmarks.failures --trials 30
 
-Nothing in the server knows of this: processes are killed and stopped from outside. A shard is made 20 times slower by
-stopping it for 19 of every 20 ms; one that returns corrupt bytes is a fourth, which joins the server for these trials.
-Those that kill a backbone have a server of their own, with two.
+The benchmark starts `expertmesh up` with the demo model and three shards and measures how many requests per second it
+can serve. Then it sends the same greedy and seeded requests at a steady rate again and again: once undisturbed, and
+once for every trial, in which something fails at a random moment. Each answer's text and number of tokens are compared
+with those of the undisturbed run. A line of the table describes one kind of failure:
+
+- the number of requests, of failed requests and of requests with a different answer;
+- the longest gap between two pieces of an answer: median and worst of the trials, and worst of the undisturbed run;
+- the share of tokens that is missing in the seconds after the failure;
+- the time until every expert had two live homes again;
+- the time until there were as many shards and backbones as before. A new process takes several seconds of a core to
+  start, and then time to load.
+
+The server has no support for this benchmark: processes are killed and stopped from outside. A shard is made 20 times
+slower by stopping it for 19 of every 20 ms. The shard that returns corrupt bytes is a fourth one, which joins the
+server for its trials. Trials that kill a backbone use a separate server with two backbones.
 """
 
 from __future__ import annotations
@@ -38,10 +44,10 @@ from services.cli.drill.load import RequestOutcome
 from services.cli.drill.verdict import Verdict
 
 NUM_SHARDS = 3
-SECONDS = 12.0  # of load in a trial
-AT_S = (1.0, 4.0)  # when something fails
+SECONDS = 12.0  # duration of the load in a trial
+AT_S = (1.0, 4.0)  # earliest and latest time of the failure after the load's start
 MAX_TOKENS = 48
-LOAD_SHARE = 0.5  # of what the server can do
+LOAD_SHARE = 0.5  # share of the server's largest request rate
 STOP_S = 10.0
 SLOW_S, SLOW_STEP_S = 6.0, 0.02
 SHARD, CONTROLLER, STORE, BACKBONE = "experts-cpu", "controller", "-server", "backbone"
@@ -53,32 +59,34 @@ FailureAction = Callable[["ServerProcesses"], Awaitable[None]]
 
 @dataclass
 class ServerProcesses:
-    """A server's processes, by what they are."""
+    """`ServerProcesses` finds a server's processes by their kind and kills, stops or slows them."""
 
     server: Server
     random: random.Random
     corrupt: subprocess.Popen[bytes] | None = None
-    num_killed: int = 0  # shards, in this trial
+    num_killed: int = 0  # shards killed in this trial
 
     async def pids_of(self, kind: str) -> list[int]:
-        """On another thread: Linux tells the name of a process that starts up to a second late, and answers would seem
-        to come as late."""
+        """Return the ids of the processes whose name ends with `kind`."""
+        # On another thread: Linux may need a second for the name of a starting process. If this thread waited for it,
+        # answers would seem to come late.
         names = await asyncio.to_thread(self.server.processes)
         pids = sorted(pid for pid, name in names.items() if name.split(".")[0].endswith(kind))
         assert pids, f"no process of the server is called {kind}: {names}"
         return pids
 
     async def random_pid(self, kind: str) -> int:
+        """Return the id of a random process of `kind`."""
         return self.random.choice(await self.pids_of(kind))
 
     async def store_url(self) -> str:
-        """The server writes where it listens into its command line."""
+        """Return the store's URL, whose address is in the command line of the store's process."""
         words = Path(f"/proc/{await self.random_pid(STORE)}/cmdline").read_bytes().decode().replace("\0", " ").split()
         return f"redis://{next(word for word in words if word.startswith('127.0.0.1:'))}/0"
 
     @asynccontextmanager
     async def with_corrupt_shard(self) -> AsyncIterator[None]:
-        """It has its part of the experts when this begins, and has given them up when it ends."""
+        """Let a corrupt shard take part: it has its experts on entry, and has handed them over again on exit."""
         command = [sys.executable, "-m", "benchmarks.corrupt_shard", await self.store_url()]
         self.corrupt = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
@@ -124,7 +132,7 @@ async def slow_shard(processes: ServerProcesses) -> None:
 
 
 async def kill_store(processes: ServerProcesses) -> None:
-    await processes.kill(STORE)  # and it comes back empty
+    await processes.kill(STORE)  # the store restarts empty
 
 
 async def stop_store(processes: ServerProcesses) -> None:
@@ -132,7 +140,10 @@ async def stop_store(processes: ServerProcesses) -> None:
 
 
 async def kill_controller_in_a_migration(processes: ServerProcesses) -> None:
-    """The shard's homes are moved a heartbeat's time to live after its death, by the controller that leads."""
+    """Kill a shard, and then the leading controller while it moves the lost shard's homes.
+
+    A controller starts the migration when the lost shard's heartbeat has expired.
+    """
     await processes.kill(SHARD)
     await asyncio.sleep(processes.random.uniform(2.5, 4.0))
     leader = (await asyncio.to_thread(processes.server.status)).get("leader")
@@ -178,7 +189,7 @@ BACKBONE_FAILURES: dict[str, FailureAction] = {
 
 
 async def read_coverage(url: str) -> tuple[bool, frozenset[str]]:
-    """Whether every expert has two live homes, and on which shards; (False, none) where the server does not say."""
+    """Return whether every expert has two live homes, and the shards; (False, no shards) without a valid answer."""
     async with new_client(5.0) as client:
         try:
             report = (await client.get(f"{url}/health/degraded")).json()
@@ -188,7 +199,7 @@ async def read_coverage(url: str) -> tuple[bool, frozenset[str]]:
 
 
 async def wait_for_full_cover(url: str, num_shards: int) -> frozenset[str]:
-    """The shards."""
+    """Wait until every expert has two live homes on `num_shards` shards, and return the shards."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         is_covered, shards = await read_coverage(url)
@@ -200,17 +211,17 @@ async def wait_for_full_cover(url: str, num_shards: int) -> frozenset[str]:
 
 @dataclass
 class RecoveryMonitor:
-    """A server after a failure. Times in seconds after it."""
+    """A `RecoveryMonitor` checks when a server has recovered from a failure."""
 
     processes: ServerProcesses
-    shards: frozenset[str]  # before
+    shards: frozenset[str]  # the shards before the failure
     num_backbones: int
-    at: float = 0.0
-    is_done: bool = False
-    covered_s: float = 0.0
+    at: float = 0.0  # monotonic time of the failure
+    is_done: bool = False  # whether the failure's action has ended
+    covered_s: float = 0.0  # seconds after the failure at which cover was last seen incomplete
 
     async def is_recovered(self) -> bool:
-        """As before, from where on it is not looked any more; notes when cover was last seen broken before."""
+        """Return True if cover, shards and backbones are as before the failure, and note incomplete cover."""
         is_covered, shards = await read_coverage(self.processes.server.url)
         if not is_covered:
             self.covered_s = time.monotonic() - self.at
@@ -226,7 +237,7 @@ class RecoveryMonitor:
 
 
 async def measure_rate(url: str, bodies: list[dict[str, Any]]) -> float:
-    """Requests a second that the server can do, eight at a time."""
+    """Return the requests per second that the server computes with eight requests at a time."""
     started = time.monotonic()
     outcomes = await closed_loop(f"{url}/v1/completions", bodies, 8, 600.0)
     assert not any(outcome.error for outcome in outcomes), [outcome.error for outcome in outcomes if outcome.error]
@@ -234,7 +245,7 @@ async def measure_rate(url: str, bodies: list[dict[str, Any]]) -> float:
 
 
 def make_load(url: str, rate: float, seconds: float = SECONDS) -> Load:
-    """Every other request is sampled, with a seed."""
+    """Make the load of `rate` requests per second; every other request is sampled with a seed, the rest is greedy."""
     load = Load.of_sentences(url, rate, seconds, MAX_TOKENS)
     seeded = [
         {**body, "temperature": 0.8, "seed": number} if number % 2 else body for number, body in enumerate(load.bodies)
@@ -244,11 +255,11 @@ def make_load(url: str, rate: float, seconds: float = SECONDS) -> Load:
 
 @dataclass(frozen=True)
 class FailureTrial:
-    """`cover_s`: until there was full cover again; `recovered_s` is None where the server was not as before in time."""
+    """A `FailureTrial` is the result of one trial."""
 
     verdict: Verdict
-    cover_s: float
-    recovered_s: float | None
+    cover_s: float  # seconds until every expert had two live homes again
+    recovered_s: float | None  # seconds until the server was as before; None if that took too long
 
 
 async def run_trial(
@@ -319,14 +330,14 @@ async def run(started: Server, kinds: dict[str, FailureAction], num_trials: int,
         async with processes.with_corrupt_shard():
             await repeat(kind, action)
             num_corrupt = started.status()["traffic"]["num_corrupt"]
-            assert num_corrupt >= num_trials, "the backbone asked the corrupt shard for nothing"
+            assert num_corrupt >= num_trials, "the backbone sent no calls to the corrupt shard"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=30, help="of each kind of failure")
-    parser.add_argument("--kinds", default="", help="only those whose names contain this")
-    parser.add_argument("--controllers", type=int, default=1, help="of which one leads")
+    parser.add_argument("--trials", type=int, default=30, help="trials of each kind of failure")
+    parser.add_argument("--kinds", default="", help="run only the kinds of failure whose names contain this text")
+    parser.add_argument("--controllers", type=int, default=1, help="number of controllers, of which one leads")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     groups = {num: select_kinds(kinds, args.kinds) for num, kinds in ((1, FAILURES), (2, BACKBONE_FAILURES))}

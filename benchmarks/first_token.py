@@ -1,11 +1,12 @@
-"""What the way to the engine and back adds to the time to the first token, through REST and gRPC.
+"""The benchmark measures what REST and gRPC add to the engine's own time to the first token.
 
     python -m benchmarks.first_token                      # the demo model, 3 shards, one stream at a time
     python -m benchmarks.first_token --requests 200 --json out.json
 
-The client's time runs from before it connects (REST; the gRPC channel stays open) to the first token's bytes. The
-engine's own is what the backbone logs for the same request, from its arrival there to its first token. The difference
-is two processes, two protocols, tokenizer and detokenizer, and the client itself. Prompts share nothing.
+The client's time ends with the first token's bytes. It starts before the client connects (REST), or before it sends the
+request (the gRPC channel stays open). The engine's time is what the backbone logs for the same request, from its
+arrival to its first token. The difference is the cost of two processes, two protocols, tokenizer and detokenizer, and
+the client itself. Prompts share no prefix.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def through_grpc(stub: Any) -> SendPrompt:
 
 
 def engine_times(running: Server) -> list[float]:
-    """Seconds to the first token of every request so far, in the order in which they ended."""
+    """Return the engine's seconds to the first token of every request so far, in the order in which they ended."""
     backbone = next(pid for pid, name in running.processes().items() if "backbone" in name.lower())
     lines = Path(f"/proc/{backbone}/fd/2").resolve().read_text().splitlines()
     records = [json.loads(line) for line in lines if '"first_token_s"' in line]
@@ -73,11 +74,11 @@ def engine_times(running: Server) -> list[float]:
 
 
 async def measure(running: Server, send: SendPrompt, num_requests: int) -> list[tuple[float, float]]:
-    """Of each request: the client's seconds, and the engine's."""
+    """Send requests one after another and return the client's and the engine's seconds of each request."""
     rng, times = random.Random(time.time_ns()), list[float]()
     for _ in range(WARM_UP + num_requests):
         times.append(await send([rng.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(PROMPT_LEN)]))
-    await asyncio.sleep(LOG_DELAY_S)  # until the last line is written
+    await asyncio.sleep(LOG_DELAY_S)  # until the backbone has written its last log line
     return list(zip(times, engine_times(running)[-len(times) :], strict=True))[WARM_UP:]
 
 
@@ -90,7 +91,7 @@ async def run(running: Server, num_requests: int) -> dict[str, dict[str, float]]
 
 
 def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
-    """Milliseconds."""
+    """Summarise (client, engine) seconds in milliseconds: medians, and the 90th percentile of what is added."""
     added = sorted(1000 * (client - engine) for client, engine in pairs)
     return {
         "client_ms": 1000 * statistics.median(client for client, _ in pairs),
@@ -101,8 +102,10 @@ def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--requests", type=int, default=100, help="through each surface")
+    parser = argparse.ArgumentParser(
+        description="Measure what REST and gRPC add to the engine's time to the first token."
+    )
+    parser.add_argument("--requests", type=int, default=100, help="requests through each API")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with server("--log-format", "json") as running:

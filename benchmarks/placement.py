@@ -1,17 +1,20 @@
-"""The planner against EPLB: balance, experts moved, cover and speed; and the client's split against the best one.
+"""The benchmark compares the planner with EPLB, and the client's choice of homes with the best possible choice.
 
-How to read it. A popularity is lognormal (σ = 1.1), one for each layer, and drifts from one plan to the next: w' = w ·
-exp(drift · N(0, 1)). Both planners have (E + R) / G device slots on each of G shards; ours may also let experts stand
-by in host memory. "moved" is the share of device slots that hold another expert than before, for EPLB after the copies
-of an expert on one shard are counted once. Balance is mean over shards / maximum, for each layer, then averaged, in
-rows:
+It reports balance, moved experts, cover and speed. How to read its output:
 
-- `split`: planned, with the best split of rows over homes (what the client does). **The bars are judged by this.**
-- `even`: planned, an even split (what EPLB assumes).
-- `batch`: of batches of 256 rows drawn from the drifted popularity, through `choose_homes`, rows alone counted. A batch
-  is noisier than its mean, so this is lower for everybody.
+Each layer has a lognormal popularity of experts (σ = 1.1), which drifts from one plan to the next:
+w' = w · exp(drift · N(0, 1)). Both planners have (E + R) / G device slots on each of G shards; our planner may also use
+standbys in host memory. "moved" is the share of device slots that hold another expert than before; for EPLB, several
+copies of an expert on one shard are counted once. Balance is the mean of the shards' rows divided by the maximum, for
+each layer, averaged over layers:
 
-"keep" is our placement before it is planned anew. Times are medians of runs in turn, in the same process.
+- `split`: planned, with the best split of rows over homes, as the client splits. **The bars are judged by this.**
+- `even`: planned, with an even split of rows over homes, as EPLB assumes.
+- `batch`: for batches of 256 rows drawn from the drifted popularity and split by `choose_homes`, where only rows count.
+  A batch is noisier than its mean, so this balance is lower for both planners.
+
+"keep" is the balance of our placement before it is planned anew. Times are medians of runs that take turns in one
+process.
 """
 
 from __future__ import annotations
@@ -44,17 +47,22 @@ Floats = NDArray[np.float64]
 
 
 def make_fleet(num_shards: int, slots: int) -> list[Shard]:
-    """Shards with so many slots of device memory, room for all to stand by, on nodes of 8; rows alone take time."""
+    """Make shards with `slots` device slots each and host memory for all standbys, 8 per node; only rows cost time."""
     return [
         Shard(
-            f"s{i:04}", "", f"n{i // 8}", "gpu", "gpu", "1", slots * SIZE, host_budget=10**15, cost_model=CostModel(0.0, 0.0, 1.0)
+            *(f"s{i:04}", "", f"n{i // 8}", "gpu", "gpu", "1", slots * SIZE),
+            host_budget=10**15,
+            cost_model=CostModel(0.0, 0.0, 1.0),
         )
         for i in range(num_shards)
-    ]  # fmt: skip
+    ]
 
 
 def balance_of(homes: Homes, load_E: Floats, num_shards: int, is_even: bool = False) -> float:
-    """Mean over shards / maximum of a layer's rows, each expert's shared out best or evenly over its homes."""
+    """Return the mean of the shards' rows in a layer divided by the maximum.
+
+    Each expert's rows are split over its homes evenly if `is_even`, otherwise in the best way.
+    """
     homes_EH = np.full((len(homes), max(map(len, homes))), -1, np.int64)
     for expert, ids in enumerate(homes):
         homes_EH[expert, : len(ids)] = [int(id[1:]) for id in ids]
@@ -71,20 +79,20 @@ def balance_of(homes: Homes, load_E: Floats, num_shards: int, is_even: bool = Fa
 
 
 def draw_batch(rng: np.random.Generator, load_E: Floats, num_rows: int, top_k: int) -> NDArray[np.int64]:
-    """The experts that each row picks, without picking one twice."""
+    """Draw the experts that each row picks; a row picks no expert twice."""
     keys_TE = np.log(load_E) + rng.gumbel(size=(num_rows, len(load_E)))
     return np.argpartition(-keys_TE, top_k, axis=1)[:, :top_k].reshape(-1)
 
 
 def batch_balance(homes: Homes, batches: Sequence[NDArray[np.int64]], num_shards: int) -> float:
-    """The same of batches as the client splits them."""
+    """Return the mean balance of batches that are split as the client splits them."""
     table = HomeTable(homes)
     rows = [np.bincount(choose_homes(ids, table, {}, cost=ROWS_ONLY), minlength=num_shards) for ids in batches]
     return float(np.mean([len(ids) / num_shards / rows_S.max() for ids, rows_S in zip(batches, rows, strict=True)]))
 
 
 def eplb_homes(load_LE: Floats, num_slots: int, num_shards: int) -> tuple[list[Homes], NDArray[np.int64]]:
-    """EPLB's homes by layer, and the slots of each that hold an expert which is on that shard anyway."""
+    """Return EPLB's homes by layer, and per layer the number of slots that repeat an expert of the same shard."""
     expert_LN, shard_LN = eplb.rebalance(load_LE, num_slots, num_shards)
     layers = []
     for expert_N, shard_N in zip(expert_LN.tolist(), shard_LN.tolist(), strict=True):
@@ -110,7 +118,7 @@ def planned(layers: Sequence[LayerSpec], shards: Sequence[Shard], of: Plan | Non
 
 
 def compare(num_layers: int, num_rounds: int) -> None:
-    """Balance and moves of both, over rounds of drift."""
+    """Print balance and moves of both planners over rounds of drift."""
     print(
         f"\n{num_layers} layers, {num_rounds} rounds of drift. Balance: split / even / batch. Moved: % of device slots."
     )
@@ -158,7 +166,7 @@ def compare(num_layers: int, num_rounds: int) -> None:
 
 
 def median_s(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each, all run once in every round."""
+    """Return the median seconds of each function; all functions run once in every round."""
     times = []
     for _ in range(rounds):
         times.append([])
@@ -170,7 +178,7 @@ def median_s(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
 
 
 def speed(rounds: int) -> None:
-    """One decision for 58 layers × 256 experts × 32 shards."""
+    """Print the time of one decision for 58 layers × 256 experts × 32 shards."""
     num_layers, num_experts, num_shards, spare = 58, 256, 32, 32
     slots = (num_experts + spare) // num_shards
     layers = [LayerSpec(layer, num_experts, SIZE, 8) for layer in range(num_layers)]
@@ -197,7 +205,7 @@ def speed(rounds: int) -> None:
 
 
 def large() -> None:
-    """One decision for 1,000 shards × 512 experts × 88 layers."""
+    """Print the time of one decision for 1,000 shards × 512 experts × 88 layers."""
     layers = [LayerSpec(layer, 512, SIZE, 22) for layer in range(88)]
     shards = make_fleet(1000, 88)
     rng = np.random.default_rng(0)
@@ -216,7 +224,7 @@ def large() -> None:
 
 
 def routing(num_seeds: int) -> None:
-    """The client's split of batches against the linear programme's, in rows."""
+    """Print the balance in rows of the client's split of batches beside that of the linear programme."""
     print(
         "\nBatches: balance of the even split, `choose_homes` and the linear programme rounded up to whole rows; ratio"
     )
@@ -245,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="layers of the comparison, each with its own seed")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of drift")
-    parser.add_argument("--skip-large", action="store_true", help="without 1,000 shards, which takes a minute")
+    parser.add_argument("--skip-large", action="store_true", help="skip 1,000 shards, which take a minute")
     arguments = parser.parse_args()
     compare(arguments.layers, arguments.rounds)
     routing(6)

@@ -1,11 +1,11 @@
-"""How often the prefix cache helps, and what it saves: four patterns of 64 requests each, through REST.
+"""The benchmark measures how often the prefix cache helps and how much time it saves, through REST.
 
     python -m benchmarks.prefix_cache                        # the demo model, 3 shards; about 3 minutes
     python -m benchmarks.prefix_cache --json out.json
 
-A request hits if at least half of the tokens that it shares with earlier requests were not computed again; the bar is
-50 of 64 in every pattern. Beside each request runs one of the same length that shares nothing: the difference between
-their times to the first token is what the cache saves.
+There are four patterns of 64 requests each. A request is a hit if at least half of the tokens that it shares with
+earlier requests were not computed again; the bar is 50 hits of 64 in every pattern. After each request runs a cold one
+of the same length, which shares nothing. The difference between their times to the first token is what the cache saves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPTIONS: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
 
 @dataclass(frozen=True)
 class PromptPattern:
-    """Prompts as token ids; `num_shared` of each were in an earlier one, the first aside."""
+    """A `PromptPattern` is a list of prompts as token ids, which all share their first `num_shared` tokens."""
 
     name: str
     num_shared: int
@@ -45,6 +45,7 @@ class PromptPattern:
 
 
 def prefix_patterns(vocab_size: int, seed: int) -> Iterator[PromptPattern]:
+    """Yield three patterns of shared prefixes: a long one, a long one shifted by 100 tokens, and a short one."""
     rng = random.Random(seed)
 
     def ids(count: int) -> tuple[int, ...]:
@@ -60,11 +61,11 @@ def prefix_patterns(vocab_size: int, seed: int) -> Iterator[PromptPattern]:
 
 @dataclass(frozen=True)
 class PrefixReuse:
-    """One request: what it shared, what was reused, why no more, and its time to the first token beside a cold one."""
+    """A `PrefixReuse` compares a request with a cold one: tokens shared and reused, and times to the first token."""
 
     num_shared: int
     num_cached: int
-    reason: str
+    reason: str  # why the cache did not reuse more
     ttft_s: float
     cold_ttft_s: float
 
@@ -82,7 +83,7 @@ def make_reuse(num_shared: int, warm: RequestOutcome, cold: RequestOutcome) -> P
 
 
 async def run_prompts(running: Server, pattern: PromptPattern, vocab_size: int, concurrency: int) -> list[PrefixReuse]:
-    """`concurrency` pairs at a time, warm and cold one after the other."""
+    """Send a pattern's prompts, each followed by a cold prompt, with `concurrency` such pairs at a time."""
     rng, url, results = random.Random(repr(pattern.name)), f"{running.url}/v1/completions", list[PrefixReuse]()
     source = enumerate(pattern.prompts)
 
@@ -97,7 +98,7 @@ async def run_prompts(running: Server, pattern: PromptPattern, vocab_size: int, 
 
 
 async def run_chats(running: Server, concurrency: int) -> list[PrefixReuse]:
-    """Conversations that grow by a question and the answer that was given; a turn shares all that was said before."""
+    """Run conversations that grow by a question and the model's answer; a turn shares all earlier turns."""
     url = f"{running.url}/v1/chat/completions"
     lines = [line.strip() for text in read_corpus()[1] for line in text.splitlines() if 40 < len(line) < 100]
     results: list[PrefixReuse] = []
@@ -158,10 +159,10 @@ async def measure(running: Server, vocab_size: int, concurrency: int, seed: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Hits of the prefix cache in four patterns.")
+    parser = argparse.ArgumentParser(description="Measure hits of the prefix cache in four patterns.")
     parser.add_argument("--model", default="", help="model directory; the demo model if left out")
-    parser.add_argument("--vocab", type=int, default=2048, help="prompts' ids are drawn below it")
-    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=2048, help="token ids of prompts are drawn below this number")
+    parser.add_argument("--concurrency", type=int, default=4, help="requests at a time")
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

@@ -1,16 +1,20 @@
-"""A pool that grows by a shard and shrinks again, over and over, while requests are computed.
+"""The benchmark grows and shrinks a pool by one shard, over and over, while requests are computed.
 
     python -m benchmarks.scaling                          # 20 cycles, at least 2,000 requests, 10 to 15 minutes
     python -m benchmarks.scaling --cycles 3 --requests 0
 
-Starts `expertmesh up --shards 3 --max-shards 4` on the demo model, orders 4 shards and 3 in turn, and asks meanwhile
-for greedy completions: `--concurrency` clients, each for 60 % of the time. Tells the requests that failed, those whose
-text is not that of a run in which nothing changed, the gaps between tokens (ITL) and the tokens per second during
-rebalances and outside of them, and how soon a new shard was useful.
+The benchmark starts `expertmesh up --shards 3 --max-shards 4` with the demo model and orders 4 shards and 3 shards in
+turn. Meanwhile `--concurrency` clients send greedy completions, each client for 60 % of the time. The benchmark
+reports:
 
-A rebalance lasts, upwards, from the new shard's first heartbeat until all moves are done and dropped; downwards, from
-the order until the shard is gone. The seconds in which a new process starts are delays apart from both: on a machine of
-two cores an interpreter that imports its libraries takes one of them, wherever it comes from.
+- failed requests, and requests whose text differs from that of a run without changes;
+- the gaps between tokens (ITL) and the tokens per second, during rebalances and outside of them;
+- how soon a new shard was used.
+
+When the pool grows, a rebalance lasts from the new shard's first heartbeat until all experts are moved and dropped
+elsewhere. When the pool shrinks, it lasts from the order until the shard is gone. The time in which a new process
+starts is a phase of its own: on a machine with two cores, an interpreter that imports its libraries takes one of them,
+whatever the reason for its start.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ from services.expert import shard_control
 POOL, NUM_SHARDS = "experts-cpu", 3
 NUM_PROMPTS = 24
 POLL_PERIOD_S = 0.1
-SETTLE_S = 2.0  # from the last epoch until name it gave up is dropped
+SETTLE_S = 2.0  # seconds from the last epoch until shards have dropped the experts that they gave up
 CHANGE_TIMEOUT_S = 120.0
 OUTSIDE, STARTING, REBALANCE = "outside", "a process starts", "rebalance"
 
@@ -51,7 +55,7 @@ OUTSIDE, STARTING, REBALANCE = "outside", "a process starts", "rebalance"
 
 @dataclass(frozen=True)
 class PromptOutcome:
-    """A request's outcome, by the number of its prompt."""
+    """A `PromptOutcome` is a request's outcome together with the number of its prompt."""
 
     prompt: int
     outcome: RequestOutcome
@@ -63,7 +67,10 @@ async def send_prompt(url: str, number: int, body: dict[str, Any]) -> PromptOutc
 
 @dataclass
 class ClosedLoopClients:
-    """So many requests at a time until `is_over` is set; each client asks for `share` of the time and rests between."""
+    """`ClosedLoopClients` are `concurrency` clients that send requests until `is_over` is set.
+
+    Each client has a request running for `share` of the time and pauses between requests.
+    """
 
     url: str
     bodies: Sequence[dict[str, Any]]
@@ -88,7 +95,7 @@ class ClosedLoopClients:
 
 @dataclass(frozen=True)
 class Phase:
-    """From when to when (`time.perf_counter`) something went on."""
+    """A `Phase` is a period in which the pool changed, with its start and end by `time.perf_counter`."""
 
     name: str
     start: float
@@ -97,12 +104,16 @@ class Phase:
 
 @dataclass
 class PoolObserver:
-    """The pool as the registry shows it, and name is noted of its changes."""
+    """A `PoolObserver` orders changes of the pool and measures them by what the registry shows."""
 
     registry: Registry
     phases: list[Phase] = field(default_factory=list)
-    placed_s: list[float] = field(default_factory=list)  # from a new shard's first heartbeat to a placement with it
-    answered_s: list[float] = field(default_factory=list)  # and to its first answered call
+    placed_s: list[float] = field(
+        default_factory=list
+    )  # seconds from a new shard's first heartbeat to a placement with the shard
+    answered_s: list[float] = field(
+        default_factory=list
+    )  # seconds from a new shard's first heartbeat to its first answered call
     lowest_cover: int = 1000
 
     async def observe(self) -> tuple[Placement | None, list[Shard]]:
@@ -158,7 +169,7 @@ class PoolObserver:
 
 
 def _is_settled(placement: Placement, shards: Sequence[Shard], count: int) -> bool:
-    """Whether the pool has its size, nothing drains, and every shard holds just name is published."""
+    """Return True if the pool has `count` shards, none drains, and each holds exactly the experts of the placement."""
     return len(shards) == count and all(
         not shard.draining and shard.held_digest == placement.digest_of(shard.id) for shard in shards
     )
@@ -168,7 +179,7 @@ def _is_settled(placement: Placement, shards: Sequence[Shard], count: int) -> bo
 
 
 def seconds_by_phase(phases: Sequence[Phase], start: float, end: float) -> dict[str, float]:
-    """How long each thing went on between two times; outside is the rest."""
+    """Return the total seconds of each kind of phase between two times; the remaining time is "outside"."""
     took = {
         name: sum(phase.end - phase.start for phase in phases if phase.name == name) for name in (STARTING, REBALANCE)
     }
@@ -176,14 +187,14 @@ def seconds_by_phase(phases: Sequence[Phase], start: float, end: float) -> dict[
 
 
 def phases_at(phases: Sequence[Phase], times: Sequence[float]) -> list[str]:
-    """What went on at each time."""
+    """Return the name of the phase at each time."""
     return [next((phase.name for phase in phases if phase.start <= at < phase.end), OUTSIDE) for at in times]
 
 
 def report(
     outcomes: Sequence[PromptOutcome], expected: Sequence[str], observer: PoolObserver, start: float, end: float
 ) -> dict[str, Any]:
-    """Everything that is to be known, in milliseconds, seconds and tokens per second."""
+    """Summarise requests and phases, in milliseconds, seconds and tokens per second."""
     good = [one for one in outcomes if not one.outcome.error]
     events = [time for one in good for time in one.outcome.event_times if start <= time < end]
     gaps = [(b, b - a) for one in good for a, b in itertools.pairwise(one.outcome.event_times) if start <= b < end]
@@ -245,7 +256,7 @@ async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[
     observer = PoolObserver(Registry(redis, target.model_id()))
     clients = ClosedLoopClients(target.url, bodies, args.concurrency, args.share)
     load = asyncio.create_task(clients.run())
-    await asyncio.sleep(args.rest)  # until the load is even
+    await asyncio.sleep(args.rest)  # until the load is steady
     start = time.perf_counter()
     for cycle in range(args.cycles):
         await observer.grow()
@@ -263,13 +274,15 @@ async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A pool that grows and shrinks while requests are computed.")
+    parser = argparse.ArgumentParser(description="Grow and shrink a pool while requests are computed.")
     parser.add_argument("--cycles", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=2000, help="at least")
+    parser.add_argument("--requests", type=int, default=2000, help="smallest number of requests")
     parser.add_argument("--concurrency", type=int, default=3, help="requests at a time")
-    parser.add_argument("--share", type=float, default=0.6, help="of the time that each client asks; 1 saturates")
-    parser.add_argument("--tokens", type=int, default=24, help="of each answer")
-    parser.add_argument("--rest", type=float, default=6.0, help="seconds after each change in which nothing changes")
+    parser.add_argument(
+        "--share", type=float, default=0.6, help="share of the time in which each client has a request; 1 saturates"
+    )
+    parser.add_argument("--tokens", type=int, default=24, help="tokens of each answer")
+    parser.add_argument("--rest", type=float, default=6.0, help="seconds without changes after each change")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

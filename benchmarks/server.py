@@ -1,4 +1,4 @@
-"""`expertmesh up` in a process of its own, and what it and its children take of the machine."""
+"""`server` runs `expertmesh up` in a process of its own; other functions measure what its processes use."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where its surfaces are, and the process that everything else descends from."""
+    """A `Server` says where a running server's APIs are and which process started all its other processes."""
 
     url: str
     grpc_address: str
     pid: int
 
     def status(self) -> dict[str, Any]:
-        """What `expertmesh status` shows."""
+        """Return the status that `expertmesh status` shows."""
         return fetch_json(f"{self.url}/status")
 
     def model_id(self) -> str:
         return str(fetch_json(f"{self.url}/v1/models")["data"][0]["id"])
 
     def processes(self) -> dict[int, str]:
-        """Every process of this server, by id: what it is."""
+        """Return the name of every process of this server by process id."""
         return {pid: command_of(pid) for pid in [self.pid, *descendants(self.pid)]}
 
 
@@ -51,7 +51,7 @@ def fetch_json(url: str) -> dict[str, Any]:
 
 
 def new_client(timeout_s: float) -> httpx.AsyncClient:
-    """For this machine's servers only: no proxy, no certificates."""
+    """Return an HTTP client for servers on this machine: it uses no proxy and checks no certificates."""
     limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=False)
 
@@ -64,22 +64,24 @@ def free_port() -> int:
 
 @contextmanager
 def server(*options: str) -> Iterator[Server]:
-    """Starts `expertmesh up` with `options` on free ports, waits until it is ready, and stops it on exit.
+    """Start `expertmesh up` with `options` on free ports, wait until it is ready, and stop it on exit.
 
     Raises RuntimeError with the end of its output if it is not ready within 300 s.
     """
     port, grpc_port = free_port(), free_port()
     command = [sys.executable, "-m", "services.cli", "up", "--port", str(port), "--grpc-port", str(grpc_port), *options]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left running
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that the server is stopped on SIGTERM too
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         started = Server(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", process.pid)
         try:
             if not _is_ready(started.url, process):
                 output.seek(0)
-                said = output.read()[-2000:].decode(errors="replace")
+                output_tail = output.read()[-2000:].decode(errors="replace")
                 raise RuntimeError(
-                    f"`{' '.join(command[2:])}` did not become ready (at most {READY_TIMEOUT_S} s are waited): {said}"
+                    f"`{' '.join(command[2:])}` ended or was not ready within {READY_TIMEOUT_S} s: {output_tail}"
                 )
             yield started
         finally:
@@ -92,7 +94,7 @@ def _is_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
         try:
             fetch_json(f"{url}/health/ready")
             return True
-        except OSError:  # refused, or 503 until the backbone is up
+        except OSError:  # connection refused, or status 503 until the backbone is ready
             time.sleep(0.3)
     return False
 
@@ -113,12 +115,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that `pid` started, and those that they started."""
+    """Return the ids of all processes that `pid` started, directly or through other processes."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             after_name = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         children.setdefault(int(after_name[1]), []).append(int(path.parent.name))
     found, open_ = [], [pid]
@@ -130,7 +132,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def command_of(pid: int) -> str:
-    """The name Ray gives a worker (`ray::ServeReplica:…`), or the program."""
+    """Return the name that Ray gives a worker (`ray::ServeReplica:…`), or the program's name."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -143,7 +145,7 @@ def command_of(pid: int) -> str:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process that is its own (resident less shared with files); 0 if it has ended."""
+    """Return a process's private memory in bytes (resident without shared file pages), or 0 if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/statm").read_text().split()
     except OSError:
@@ -152,7 +154,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time a process has used; 0 if it has ended."""
+    """Return the processor time in seconds that a process has used, or 0 if it has ended."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,9 +1,9 @@
-"""Writes a checkpoint of the shape the engine is measured at: random weights, bf16, the public format.
+"""The script writes a checkpoint of the shape with which the engine is measured: random bf16 weights, public format.
 
     python -m benchmarks.shape /tmp/shape      # then: expertmesh up --model /tmp/shape --dtype bfloat16
 
-transformers makes the weights and writes them, so that it, we and llama.cpp's converter read the same files. Seeded:
-two runs write the same weights.
+transformers writes the weights, so that transformers, Expertmesh and llama.cpp's converter read the same files. The
+weights are seeded: two runs write the same weights.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CONFIG: dict[str, Any] = {
     "mlp_bias": False,
     "attention_bias": False,
     "mamba_ssm_cache_dtype": "float32",
-    "time_step_min": 1e-30,  # transformers takes it for a lower bound of Δ; the family has none
+    "time_step_min": 1e-30,  # transformers uses it as a lower bound of Δ, but the family has no such bound
     "time_step_max": 0.1,
     "time_step_floor": 1e-4,
     "max_position_embeddings": 262144,
@@ -72,12 +72,12 @@ CONFIG: dict[str, Any] = {
 }
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
 STD = 0.02
-LEAST_STEP, LARGEST_STEP = 1e-3, 0.1  # Δ at the start of Mamba-2's training
-LARGEST_DECAY = 16.0  # of A, likewise
+LEAST_STEP, LARGEST_STEP = 1e-3, 0.1  # range of Δ at the start of Mamba-2's training
+LARGEST_DECAY = 16.0  # largest A at the start of Mamba-2's training
 
 
 def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A parameter as at the start of training: matrices N(0, STD²), Mamba-2's own scales for A and Δ (fp32)."""
+    """Draw a parameter as at the start of training: matrices from N(0, STD²), A and Δ with Mamba-2's scales (fp32)."""
     if name.endswith("A_log"):
         return (1 + (LARGEST_DECAY - 1) * torch.rand(shape, generator=generator)).log()
     if name.endswith("dt_bias"):
@@ -93,7 +93,7 @@ def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def make_model(seed: int) -> NemotronHForCausalLM:
-    """The transformers model in bf16, the selection bias in fp32."""
+    """Make the transformers model in bf16, except the router's correction bias, which is fp32."""
     model = NemotronHForCausalLM(NemotronHConfig(**CONFIG))
     model.train(False)
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def make_model(seed: int) -> NemotronHForCausalLM:
 
 
 def extended_tokenizer(vocab_size: int) -> Tokenizer:
-    """The demo's tokenizer with further entries that no text is encoded to, so that every id has a text of its own."""
+    """Return the demo's tokenizer, extended so that each id has its own text; no text is encoded to the new ids."""
     raw = json.loads((DEMO / "tokenizer.json").read_text())
     vocabulary = raw["model"]["vocab"]
     first = max(vocabulary.values()) + 1
@@ -113,7 +113,7 @@ def extended_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def write_shape(out: Path, seed: int = 0) -> int:
-    """Writes the model directory; returns its number of parameters."""
+    """Write the model directory and return the model's number of parameters."""
     out.mkdir(parents=True, exist_ok=True)
     model = make_model(seed)
     model.save_pretrained(out)
@@ -129,7 +129,7 @@ def write_shape(out: Path, seed: int = 0) -> int:
 
 
 def num_active(num_parameters: int) -> int:
-    """Parameters that one token multiplies with: all but the picks it does not make and the embedding's other rows."""
+    """Return how many parameters one token uses: all except unpicked experts and the embedding's other rows."""
     num_layers = CONFIG["hybrid_override_pattern"].count("E")
     per_expert = 2 * CONFIG["moe_latent_size"] * CONFIG["moe_intermediate_size"]
     num_idle = CONFIG["n_routed_experts"] - CONFIG["num_experts_per_tok"]
@@ -137,7 +137,7 @@ def num_active(num_parameters: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the benchmark shape's checkpoint.")
+    parser = argparse.ArgumentParser(description="Write the checkpoint of the measured shape.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,11 +1,12 @@
-"""Half an hour of everything at once through `expertmesh up`: does anything leak, stick or fail that should not?
+"""The soak test sends half an hour of mixed load to `expertmesh up` and checks that nothing leaks, hangs or fails.
 
     python -m benchmarks.soak                                # 30 minutes
     python -m benchmarks.soak --minutes 3 --json out.json    # exit code 1 if a check fails
 
-Clients draw from `benchmarks.soak_requests`: lengths, sampling, chats, grammars, several choices, streams, cancels
-midway and bad requests, each with the status it must get. In the end nobody may hold a slot or a page but the prefix
-cache, no request may have taken longer than two minutes, and no process may have grown over the second half.
+Clients draw requests from `benchmarks.soak_requests`: different lengths and sampling parameters, chats, grammars,
+several choices, streams, cancelled and bad requests, each with the status that it must get. At the end only the prefix
+cache may hold slots and pages, no request may have taken longer than two minutes, and no process may have grown during
+the second half.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ from benchmarks.soak_requests import SoakRequest, draw_request
 STUCK_AFTER_S = 120.0
 SAMPLE_PERIOD_S = 5.0
 DRAIN_S = 20.0
-MAX_GROWTH_BYTES, MAX_GROWTH_SHARE = 16 << 20, 0.03  # of a process over the second half; the larger counts
+MAX_GROWTH_BYTES, MAX_GROWTH_SHARE = 16 << 20, 0.03  # allowed growth in the second half; the larger bound counts
 ZERO_WHEN_IDLE = ("num_running", "num_waiting", "num_slots_taken", "num_blocks_taken", "num_failed_steps")
 
 
 @dataclass
 class SoakTally:
-    """What the clients saw: answers by kind and status, and each that was not what it should be."""
+    """A `SoakTally` counts the answers that the clients received and describes each wrong answer."""
 
-    answers: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)  # number of answers by kind and status
     wrong: list[str] = field(default_factory=list)
-    num_tokens: int = 0
+    num_tokens: int = 0  # tokens in complete answers
 
 
 @dataclass(frozen=True)
 class Growth:
-    """One process's memory: bytes at the middle and at the end by a straight line through the second half."""
+    """A `Growth` says how one process's memory grew in the second half, by a straight line through its samples."""
 
     process: str
     middle_bytes: float
@@ -59,12 +60,12 @@ class Growth:
 
 
 async def one_request(client: httpx.AsyncClient, url: str, request: SoakRequest, tally: SoakTally) -> None:
-    """Sends one request and notes what became of it; never raises for what the server does."""
+    """Send one request and note its outcome; whatever the server does, the function raises nothing."""
     try:
         async with asyncio.timeout(STUCK_AFTER_S):
             status, body = await _send(client, url, request)
     except TimeoutError:
-        status, body = 0, f"no end within {STUCK_AFTER_S:.0f} s"
+        status, body = 0, f"the answer did not end within {STUCK_AFTER_S:.0f} s"
     except httpx.HTTPError as error:
         status, body = 0, type(error).__name__
     tally.answers[f"{request.kind}: {status}"] += 1
@@ -77,7 +78,7 @@ async def one_request(client: httpx.AsyncClient, url: str, request: SoakRequest,
 
 
 async def _send(client: httpx.AsyncClient, url: str, request: SoakRequest) -> tuple[int, str]:
-    """The status and the body; a cancelled stream ends after `cancel_after` pieces with what came so far."""
+    """Return the status and the body; a stream to cancel is closed after `cancel_after` pieces."""
     headers = {"content-type": "application/json"}
     message = client.build_request(request.method, url + request.path, content=request.content, headers=headers)
     answer = await client.send(message, stream=True)
@@ -96,7 +97,7 @@ async def _send(client: httpx.AsyncClient, url: str, request: SoakRequest) -> tu
 
 
 def _num_generated(body: str) -> int:
-    """From the usage that closes a stream or lies in a whole answer."""
+    """Return the number of generated tokens in the usage of a stream or of a complete answer."""
     _, found, number = body.rpartition('"completion_tokens":')
     return int("".join(c for c in number[:12].strip() if c.isdigit()) or 0) if found else 0
 
@@ -115,14 +116,14 @@ async def clients(url: str, concurrency: int, seconds: float, seed: int, tally: 
 
 
 async def watch(running: Server, samples: list[dict[int, int]]) -> None:
-    """Appends each process's memory every five seconds, until cancelled."""
+    """Append each process's memory to `samples` every five seconds, until cancelled."""
     while True:
         samples.append({pid: resident_bytes(pid) for pid in running.processes()})
         await asyncio.sleep(SAMPLE_PERIOD_S)
 
 
 def growths(samples: Sequence[dict[int, int]], names: dict[int, str]) -> list[Growth]:
-    """Of every process that lived through the second half."""
+    """Return the growth of every process that ran during the whole second half."""
     half = samples[len(samples) // 2 :]
     return [
         Growth(f"{names.get(pid, '?')} ({pid})", *_line([sample[pid] for sample in half]))
@@ -132,7 +133,7 @@ def growths(samples: Sequence[dict[int, int]], names: dict[int, str]) -> list[Gr
 
 
 def _line(values: Sequence[float]) -> tuple[float, float]:
-    """Both ends of the least-squares line."""
+    """Return the values at both ends of the least-squares line."""
     count = len(values)
     middle, mean = (count - 1) / 2, sum(values) / count
     spread = sum((i - middle) ** 2 for i in range(count))
@@ -141,7 +142,7 @@ def _line(values: Sequence[float]) -> tuple[float, float]:
 
 
 def wait_for_idle(running: Server) -> dict[str, Any]:
-    """The engine's numbers once nobody asks any more; waits a little for the last cancels."""
+    """Return the engine's numbers after the last request; wait a little for the last cancels."""
     deadline = time.monotonic() + DRAIN_S
     while True:
         time.sleep(1)
@@ -163,7 +164,7 @@ async def soak(running: Server, concurrency: int, seconds: float, seed: int) -> 
 def failures(
     tally: SoakTally, engine: dict[str, Any], grown: Sequence[Growth], before: set[int], after: set[int]
 ) -> list[str]:
-    """One sentence for each check that fails."""
+    """Return one sentence for each check that fails."""
     found = [f"a wrong answer: {words}" for words in tally.wrong]
     found += [f"{name} is {engine[name]} with no request left" for name in ZERO_WHEN_IDLE if engine[name]]
     found += [
@@ -177,7 +178,7 @@ def failures(
 
 
 def memory_table(grown: Sequence[Growth]) -> Table:
-    table = Table(title="memory of the processes' own, MiB")
+    table = Table(title="private memory of the processes, MiB")
     for column in ("process", "middle", "end"):
         table.add_column(column, justify="left" if column == "process" else "right")
     for one in grown:
@@ -186,12 +187,18 @@ def memory_table(grown: Sequence[Growth]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Mixed load for half an hour, then what is left of it.")
+    parser = argparse.ArgumentParser(
+        description="Run mixed load for half an hour and check that nothing leaks, hangs or fails."
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--model", default="", help="model directory; the demo model if left out")
     parser.add_argument("--shards", type=int, default=3)
-    parser.add_argument("--state-memory", default="256MiB", help="small, so that the cache fills and requests queue")
+    parser.add_argument(
+        "--state-memory",
+        default="256MiB",
+        help="memory for requests' state; small, so that the prefix cache fills and requests queue",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -211,7 +218,7 @@ def main() -> None:
     console.print(f"{tally.num_tokens:,} tokens in whole answers; the engine: {engine}")
     for sentence in found[:20]:
         console.print(f"FAILED: {sentence}", markup=False)
-    console.print("failed" if found else "nothing leaked, nothing stuck, every answer as it should be")
+    console.print("failed" if found else "nothing leaked, nothing hung, and every answer was as expected")
     if args.json:
         report = {"answers": dict(tally.answers), "failures": found, "engine": engine, "tokens": tally.num_tokens}
         memory = {"memory": [asdict(one) for one in grown], "samples": samples}

@@ -1,4 +1,4 @@
-"""The soak's requests, drawn at random: each kind with the status that it must get."""
+"""`draw_request` draws the soak test's requests at random, each with the HTTP status that it must get."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.load import FIRST_ORDINARY_ID
 from model.demo.corpus import read_corpus
 
-VOCAB_SIZE = 2048  # the demo's; larger models know these ids too
+VOCAB_SIZE = 2048  # the demo's vocabulary; larger models know these token ids too
 PROMPT_LENS, OUTPUT_LENS = (1, 8, 40, 150, 500, 1200), (1, 4, 16, 48, 96)
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BAD_REQUEST = 400
@@ -20,7 +20,10 @@ BAD_REQUEST = 400
 
 @dataclass(frozen=True)
 class SoakRequest:
-    """`cancel_after`: the client goes away after that many pieces of the stream; 0: it stays."""
+    """A `SoakRequest` is one HTTP request with its expected status.
+
+    `cancel_after` is the number of pieces of the stream after which the client disconnects; 0 means that it stays.
+    """
 
     kind: str
     path: str
@@ -42,7 +45,7 @@ def _text(rng: random.Random, num_characters: int) -> str:
 
 
 def _prompt(rng: random.Random) -> dict[str, Any]:
-    """Ids that nobody sent before, or a beginning that others share."""
+    """Draw a prompt: new random token ids, or the beginning of a text that other requests share."""
     length = rng.choice(PROMPT_LENS)
     if rng.random() < 0.5:
         prompt: Any = [rng.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(length)]
@@ -59,7 +62,7 @@ def _messages(rng: random.Random) -> dict[str, Any]:
 
 
 def _sampling(rng: random.Random) -> dict[str, Any]:
-    """Each parameter is there half of the time."""
+    """Draw sampling parameters; each parameter is present with probability one half."""
     values = {
         "temperature": rng.choice((0.0, 0.5, 1.0, 1.7)),
         "top_p": rng.choice((0.1, 0.9, 1.0)),

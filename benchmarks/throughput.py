@@ -1,10 +1,11 @@
-"""Tokens per second: 3 expert shards behind REST, against local experts, transformers and llama.cpp, in one run.
+"""The benchmark compares tokens per second of 3 expert shards with local experts, transformers and llama.cpp.
 
     make bench                                                                   # 3 rounds, about 15 minutes
     make bench ARGS="--llama-cpp /tmp/llama.cpp --rounds 5 --json out.json"
 
-Each round starts one side after another, measures it alone and stops it: an idle server would take a twentieth of two
-cores. Medians over the rounds, and their ratios, beside the bars. All sides compute in bf16 with the same threads.
+Each round starts one side after another, measures it alone and stops it, because an idle server would take a twentieth
+of two cores. The printed tables have medians over the rounds, and their ratios beside the bars. Expertmesh is measured
+through REST. All sides compute in bf16 with the same number of threads.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmarks.shape import write_shape
 
 SHAPE = Path("/tmp/expertmesh-shape")
 DISTRIBUTED, LOCAL, TRANSFORMERS, LLAMA_CPP = "distributed", "local experts", "transformers", "llama.cpp"
-BARS = {  # of the distributed path's tokens per second against each other side's
+BARS = {  # required ratio of the distributed path's tokens per second to each other side's
     "decode × 1": {TRANSFORMERS: 2.5, LOCAL: 0.6, LLAMA_CPP: 0.6},
     "decode × 8": {TRANSFORMERS: 3.0, LOCAL: 0.85, LLAMA_CPP: 1.0},
     "decode × 16": {TRANSFORMERS: 4.0, LOCAL: 0.9, LLAMA_CPP: 1.1},
@@ -39,8 +40,11 @@ BARS = {  # of the distributed path's tokens per second against each other side'
 
 
 def decode_speed(outcomes: list[RequestOutcome]) -> float:
-    """Tokens per second of all streams while every one of them decodes: after the last one's first token, until the
-    first one's last. An event counts as its stream's mean number of tokens, because drafts make it carry several."""
+    """Return the tokens per second of all streams during the time in which all of them decode.
+
+    This time starts when every stream has its first token and ends when one stream has its last token. An event counts
+    as its stream's mean number of tokens per event, because with drafts an event may carry several tokens.
+    """
     start = max(outcome.event_times[0] for outcome in outcomes)
     end = min(outcome.event_times[-1] for outcome in outcomes)
     assert start < end, "the streams did not decode at the same time"
@@ -52,7 +56,7 @@ def decode_speed(outcomes: list[RequestOutcome]) -> float:
 
 
 class ThroughputClient:
-    """Measures one running server; every prompt is new, so that no prefix cache can answer."""
+    """A `ThroughputClient` measures one running server; every prompt is new, so that the prefix cache cannot help."""
 
     def __init__(self, running: Server, vocab_size: int, seed: int) -> None:
         self.url, self._vocab_size, self._seeds = f"{running.url}/v1/completions", vocab_size, itertools.count(seed)
@@ -67,7 +71,7 @@ class ThroughputClient:
         return outcomes
 
     def measure(self, workload: Workload) -> Speeds:
-        self.streams(max(workload.batches), workload.prompt_len, 8)  # warm
+        self.streams(max(workload.batches), workload.prompt_len, 8)  # warm-up
         lengths = workload.prompt_len, workload.output_len
         decode = {
             batch: max(decode_speed(self.streams(batch, *lengths)) for _ in range(TRIES)) for batch in workload.batches
@@ -77,14 +81,14 @@ class ThroughputClient:
 
 
 def wire_per_row(status: dict[str, Any]) -> dict[str, float]:
-    """Bytes and messages per row, which is one token in one MoE layer, since the server started."""
+    """Return the bytes and messages per row since the server started; a row is one token in one MoE layer."""
     traffic = status["traffic"]
-    assert traffic["num_rows"], "nothing went over the wire"
+    assert traffic["num_rows"], "the backbone sent no rows to shards"
     return {name: traffic[name] / traffic["num_rows"] for name in ("sent_bytes", "received_bytes", "num_sent")}
 
 
 def median(speeds: list[Speeds]) -> dict[str, float]:
-    """Tokens per second of each column."""
+    """Return the median tokens per second of each column."""
     columns = {
         f"decode × {batch}": statistics.median(speed.decode[batch] for speed in speeds) for batch in speeds[0].decode
     }
@@ -110,15 +114,15 @@ def speed_table(speeds: dict[str, list[Speeds]]) -> Table:
 
 
 def ratio_table(speeds: dict[str, list[Speeds]]) -> tuple[Table, dict[str, dict[str, float]]]:
-    """The distributed path over each other side, with the bar in brackets; and the ratios as numbers."""
+    """Return a table of the distributed path's ratio to each other side with its bar, and the ratios as numbers."""
     medians = {name: median(rounds) for name, rounds in speeds.items()}
     others = [name for name in (TRANSFORMERS, LOCAL, LLAMA_CPP) if name in speeds]
     table = Table(title="3 shards through REST, against")
     for column in ("", *others):
         table.add_column(column, justify="right")
     ratios = {}
-    for column, mine in medians[DISTRIBUTED].items():
-        ratios[column] = {other: mine / medians[other][column] for other in others}
+    for column, speed in medians[DISTRIBUTED].items():
+        ratios[column] = {other: speed / medians[other][column] for other in others}
         bars = BARS.get(column, {})
         words = [
             f"{ratio:.2f}×" + (f" (bar {bars[other]}{', missed' if ratio < bars[other] else ''})" if bars else "")
@@ -129,18 +133,24 @@ def ratio_table(speeds: dict[str, list[Speeds]]) -> tuple[Table, dict[str, dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Distributed against local experts, transformers and llama.cpp.")
-    parser.add_argument("--model", type=Path, default=SHAPE, help=f"written to {SHAPE} if it is not there")
+    parser = argparse.ArgumentParser(
+        description="Compare expert shards with local experts, transformers and llama.cpp."
+    )
+    parser.add_argument(
+        "--model", type=Path, default=SHAPE, help=f"model directory; {SHAPE} is written if it is missing"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--prompt", type=int, default=128, help="tokens, where decoding is measured")
-    parser.add_argument("--output", type=int, default=32, help="tokens, likewise")
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt where prefill is measured")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt when decoding is measured")
+    parser.add_argument("--output", type=int, default=32, help="tokens of each answer when decoding is measured")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt when prefill is measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--llama-cpp", type=Path, help="a directory filled by: python -m benchmarks.peers build DIR")
-    parser.add_argument("--without-peers", action="store_true", help="only distributed and local experts")
+    parser.add_argument(
+        "--llama-cpp", type=Path, help="the directory of a build by: python -m benchmarks.peers build DIR"
+    )
+    parser.add_argument("--without-peers", action="store_true", help="measure only expert shards and local experts")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.model == SHAPE and not (SHAPE / "config.json").exists():
@@ -169,7 +179,9 @@ def main() -> None:
         if has_llama_cpp(args.llama_cpp):
             sides[LLAMA_CPP] = lambda _: measure_llama_cpp(args.llama_cpp, args.model, workload, args.threads)
         else:
-            print("llama.cpp is left out: --llama-cpp names no build (python -m benchmarks.peers build DIR makes one).")
+            print(
+                "llama.cpp is left out: --llama-cpp names no build; make one with: python -m benchmarks.peers build DIR"
+            )
     console = Console(width=120)
     load_before = os.getloadavg()
     speeds: dict[str, list[Speeds]] = {}

@@ -1,9 +1,10 @@
-"""What it costs to bring an expert to a shard: from the checkpoint, from host memory, from a peer.
+"""The benchmark measures how long it takes to bring an expert to a shard.
 
     python -m benchmarks.tiers [--input-dim 1024] [--width 2688] [--experts 8] [--dtype bfloat16]
 
-Two shards in this process, real gRPC on 127.0.0.1, a real safetensors file (in the page cache after its first reading).
-The first rows are parts of the others. Medians over experts, ms each.
+An expert comes from the checkpoint, from host memory or from a peer shard. The shards run in this process and use real
+gRPC on 127.0.0.1 and a real safetensors file, which is in the page cache after it was read once. The first printed
+lines are parts of the others. All figures are medians over experts, in ms per expert.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LAYER = 1
 
 
 def write_experts(path: Path, shape: ExpertShape) -> Path:
-    """Random experts in bf16, as published."""
+    """Write random experts to a safetensors file in bf16, the dtype of published checkpoints."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
@@ -53,7 +54,7 @@ def reader(path: Path) -> Callable[[int, int], dict[str, Tensor]]:
 
 
 class MeasuredShard:
-    """A shard without a registry."""
+    """A `MeasuredShard` is a shard that serves gRPC but does not register itself."""
 
     def __init__(self, shape: ExpertShape, path: Path, dtype: torch.dtype, in_memory: bool) -> None:
         budget = shape.num_experts * shape.nbytes(dtype)
@@ -132,7 +133,7 @@ async def measure_ways(shape: ExpertShape, path: Path, dtype: torch.dtype) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What it costs to bring an expert to a shard.")
+    parser = argparse.ArgumentParser(description="Measure how long it takes to bring an expert to a shard.")
     parser.add_argument("--input-dim", type=int, default=1024)
     parser.add_argument("--width", type=int, default=2688)
     parser.add_argument("--experts", type=int, default=8)

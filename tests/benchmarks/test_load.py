@@ -1,4 +1,4 @@
-"""The load generator against a server that sends what it is asked for."""
+"""The tests run the load generator against a trivial server that sends the requested number of events."""
 
 import asyncio
 import itertools
@@ -57,7 +57,7 @@ def test_open_loop_sends_at_its_own_times_whatever_the_server_does() -> None:
 
     sent = [outcome.sent_at for outcome in asyncio.run(run())]
     assert len(sent) == 10
-    assert max(sent) < 0.5  # none waited for another's end
+    assert max(sent) < 0.5  # no request waited for the end of another
 
 
 def test_a_server_that_is_not_there_is_an_error_of_that_request() -> None:
@@ -69,7 +69,7 @@ def test_an_answer_cut_short_is_no_answer() -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     whole = head + b"5\r\nab\n\nc\r\n0\r\n\r\n"
     assert parse([(1.0, whole)]).body == b"ab\n\nc"
-    for end in range(len(whole) - 5):  # up to the chunk that says it was the last
+    for end in range(len(whole) - 5):  # every end before the last chunk
         with pytest.raises(ConnectionError):
             parse([(1.0, whole[:end])])
 

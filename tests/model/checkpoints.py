@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, written by transformers in the public format; the MTP module, which it lacks, by us."""
+"""The functions write tiny random checkpoints with transformers and add the MTP module, which transformers lacks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ BASE: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "latent": {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"},
-    "plain": {"moe_latent_size": None, "n_groups": 1, "routed_scaling_factor": 2.5},  # as Nano; several files
+    "plain": {
+        "moe_latent_size": None,
+        "n_groups": 1,
+        "routed_scaling_factor": 2.5,
+    },  # Nano's settings; written as several files
     "dense": {"hybrid_override_pattern": "M-*EM-", "n_groups": 4, "chunk_size": 16, "use_conv_bias": False},
     "grouped": {
         "n_groups": 4,
@@ -60,19 +64,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "conv_kernel": 3,
         "chunk_size": 5,
-        "num_nextn_predict_layers": 1,  # asked for, but the checkpoint brings none
+        "num_nextn_predict_layers": 1,  # the config asks for an MTP module, but the checkpoint has none
     },
     "biased": {"use_bias": True, "mlp_bias": True, "n_groups": 8, "chunk_size": 32},
 }
 SEVERAL_FILES = "plain"
 TIED = "tied"
-SMALL_STEPS = "tied"  # Δ far below the 0.001 at which transformers' chunked path would clamp it
+SMALL_STEPS = "tied"  # has a Δ far below 0.001, the lower bound of transformers' chunked path
 WITH_MTP = "latent"
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A checkpoint directory, and the transformers model that wrote it."""
+    """A `Tiny` is a checkpoint directory together with the transformers model that wrote it."""
 
     name: str
     path: Path
@@ -80,7 +84,7 @@ class Tiny:
 
     @property
     def raw(self) -> dict[str, Any]:
-        """BASE and its changes, whatever dialect is on disk."""
+        """Return the config as BASE with the variant's changes, whatever dialect is on disk."""
         return BASE | VARIANTS[self.name]
 
     @torch.no_grad()
@@ -91,7 +95,7 @@ class Tiny:
     @torch.no_grad()
     def generate(self, token_ids: list[int], num_tokens: int) -> list[int]:
         prompt = torch.tensor([token_ids])
-        oracle: Any = self.oracle  # its own annotations do not type-check
+        oracle: Any = self.oracle  # transformers' annotations do not type-check
         out = oracle.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
         )
@@ -99,7 +103,7 @@ class Tiny:
 
 
 def scramble(model: NemotronHForCausalLM, generator: torch.Generator) -> None:
-    """Weights large enough that every part of the model is heard in the logits."""
+    """Draw weights that are large enough for every part of the model to influence the logits."""
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn(value.shape, generator=generator)
         if value.dim() >= 2:
@@ -111,7 +115,7 @@ def scramble(model: NemotronHForCausalLM, generator: torch.Generator) -> None:
 
 
 def write_tiny(path: Path, name: str) -> Tiny:
-    """Writes the variant `name`, the same every time."""
+    """Write the variant `name`; every call writes the same weights."""
     generator = torch.Generator().manual_seed(list(VARIANTS).index(name))
     oracle = NemotronHForCausalLM(NemotronHConfig(**(BASE | VARIANTS[name])))
     oracle.train(False)
@@ -132,7 +136,7 @@ def write_tiny(path: Path, name: str) -> Tiny:
 
 
 def mtp_tensors(raw: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-    """Random mtp.* tensors for the pattern `*E`, with the public names and shapes."""
+    """Return random mtp.* tensors for the pattern `*E`, with the public names and shapes."""
     dim, width, head = raw["hidden_size"], raw["moe_intermediate_size"], raw["head_dim"]
     latent, shared = raw["moe_latent_size"], raw["moe_shared_expert_intermediate_size"]
     shapes: dict[str, tuple[int, ...]] = {
@@ -166,7 +170,7 @@ def mtp_tensors(raw: dict[str, Any], generator: torch.Generator) -> dict[str, Te
 
 
 def edit(source: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    """Copies a one-file checkpoint with its tensors changed."""
+    """Copy a one-file checkpoint to `target` after `change` has changed its tensors."""
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     target.mkdir(exist_ok=True)
@@ -177,6 +181,7 @@ def edit(source: Path, target: Path, change: Callable[[dict[str, Tensor]], objec
 
 
 def edit_config(source: Path, target: Path, **changes: object) -> Path:
+    """Copy a one-file checkpoint to `target` with `changes` in its config."""
     edit(source, target, lambda tensors: None)
     raw = json.loads((source / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(raw))

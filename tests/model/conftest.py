@@ -14,7 +14,7 @@ from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny, write_tiny
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Tiny products wait for a second thread longer than they compute."""
+    """Run on one thread, because tiny products take less time than waiting for a second thread."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,13 +23,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """Tiny checkpoints by name, each written once."""
+    """Return a function that gives a tiny checkpoint by name; each checkpoint is written once."""
     return cache(lambda name: write_tiny(tmp_path_factory.mktemp(name), name))
 
 
 @pytest.fixture(scope="session")
 def model_of(tiny_of: Callable[[str], Tiny]) -> Callable[..., NemotronH]:
-    """Our model of each tiny checkpoint, in fp32 with local experts; `plain` is without the CPU's kernels."""
+    """Return a function that loads a tiny checkpoint in fp32 with local experts, with or without the CPU kernels."""
     return cache(lambda name, is_plain=False: load_fp32(load_family(tiny_of(name).path), is_plain))
 
 
@@ -51,7 +51,7 @@ def model(request: pytest.FixtureRequest, tiny: Tiny, model_of: Callable[..., Ne
 
 @pytest.fixture
 def latent(tiny_of: Callable[[str], Tiny]) -> Tiny:
-    """The checkpoint with an MTP module, in one file."""
+    """Return the checkpoint with an MTP module, which is one file."""
     return tiny_of(WITH_MTP)
 
 

@@ -1,4 +1,7 @@
-"""The slow obvious versions in float64, written from the equations (reference/models.md, 1.3), not from our code."""
+"""The oracles compute the layers slowly and plainly in float64.
+
+They are written from the equations in reference/models.md, section 1.3, and share no code with the model.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 def recurrence(
     x_LHD: Tensor, delta_LH: Tensor, a_H: Tensor, b_LGN: Tensor, c_LGN: Tensor, state_HDN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """S ← exp(ΔA)·S + Δ·x⊗B; y = S·C, token by token and head by head."""
+    """Compute S ← exp(ΔA)·S + Δ·x⊗B and y = S·C, token by token and head by head."""
     x, delta, a, b, c = (v.double() for v in (x_LHD, delta_LH, a_H, b_LGN, c_LGN))
     state = state_HDN.double().clone()
     num_heads, per_group = x.shape[1], x.shape[1] // b.shape[1]
@@ -25,7 +28,7 @@ def recurrence(
 
 
 def convolution(xbc_LC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, past_KC: Tensor) -> tuple[Tensor, Tensor]:
-    """out[t] = SiLU(bias + Σ_k weight[k]·in[t - (K-1) + k]), and the last K-1 columns."""
+    """Compute out[t] = SiLU(bias + Σ_k weight[k]·in[t - (K-1) + k]), and return also the last K-1 columns."""
     columns = torch.cat([past_KC, xbc_LC]).double()
     num_taps = weight_CK.shape[1]
     rows = []
@@ -37,7 +40,7 @@ def convolution(xbc_LC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, past_K
 
 
 def attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
-    """Each of the last T of L tokens over all tokens up to itself, head by head."""
+    """Compute attention of each of the last T of L tokens over all tokens up to itself, head by head."""
     q, k, v = q_THD.double(), k_LJD.double(), v_LJD.double()
     per_kv_head, first = q.shape[1] // k.shape[1], k.shape[0] - q.shape[0]
     out = torch.zeros_like(q)
@@ -61,7 +64,7 @@ def relu2_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def weighted_experts(
     x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, experts: dict[int, dict[str, Tensor]]
 ) -> Tensor:
-    """Σ weight·expert(x[row]), pick by pick."""
+    """Add weight·expert(x[row]) to each row, pick by pick."""
     out = torch.zeros(x_NL.shape, dtype=torch.float64)
     for row, expert, weight in zip(row_P.tolist(), expert_P.tolist(), weight_P.double(), strict=True):
         out[row] += weight * relu2_mlp(x_NL[row], **experts[expert])
@@ -69,7 +72,7 @@ def weighted_experts(
 
 
 def moe(h: Tensor, tensors: dict[str, Tensor], prefix: str, raw: dict[str, Any]) -> Tensor:
-    """LatentMoE: sigmoid scores on d, top-k of (score + bias), weights normalised and scaled, experts on the latent."""
+    """Compute LatentMoE: sigmoid scores, top-k of score + bias, normalised and scaled weights, experts on latents."""
 
     def weight(name: str) -> Tensor:
         return tensors[f"{prefix}.{name}.weight"].double()
@@ -92,7 +95,7 @@ def moe(h: Tensor, tensors: dict[str, Tensor], prefix: str, raw: dict[str, Any])
 
 
 def draft(tensors: dict[str, Tensor], raw: dict[str, Any], hidden_LD: Tensor, next_ids: list[int]) -> Tensor:
-    """The MTP module over a whole request: g_t and x_{t+1} -> o_t, whose logits predict x_{t+2}."""
+    """Run the MTP module over a whole request: g_t and x_{t+1} give o_t, whose logits predict x_{t+2}."""
 
     def weight(name: str) -> Tensor:
         return tensors[f"mtp.layers.{name}.weight"].double()

@@ -1,4 +1,4 @@
-"""Runs a model step by step over paged state, as the engine would, in as few lines as that takes."""
+"""`Steps` runs a model step by step over paged state as the engine would, but in few lines."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ NUM_SLOTS, BLOCKS_PER_SLOT = 6, 6
 
 
 class Steps:
-    """Requests by slot number; each slot owns every NUM_SLOTS-th page, so that pages never lie in a row."""
+    """A `Steps` runs requests by slot number; a slot owns every NUM_SLOTS-th page, so its pages are not contiguous."""
 
     def __init__(self, model: NemotronH) -> None:
         self.model = model
         dtype = model.embeddings.weight.dtype
         self.state = State(model.config.state_spec, NUM_SLOTS, NUM_SLOTS * BLOCKS_PER_SLOT, dtype)
         for tensor in [*self.state.pages.values(), *(t for slots in self.state.slots.values() for t in slots)]:
-            tensor.fill_(float("nan"))  # nothing may read what it has not written
+            tensor.fill_(float("nan"))  # a step that reads state before it was written gives NaN
 
     def batch(self, parts: Sequence[tuple[int, Sequence[int], int]]) -> Batch:
-        """Parts are (slot, token ids, context length)."""
+        """Make a batch of parts (slot, token ids, context length)."""
         slots, token_ids, context_lens = zip(*parts, strict=True)
         return Batch(
             torch.tensor([token for ids in token_ids for token in ids]),
@@ -36,13 +36,16 @@ class Steps:
 
     @torch.no_grad()
     def forward(self, *parts: tuple[int, Sequence[int], int]) -> list[Tensor]:
-        """Hidden vectors of each part: (len, D) each."""
+        """Return the hidden vectors of each part: (len, D) each."""
         batch = self.batch(parts)
         return list(self.model(batch, self.state).split(list(batch.lens)))
 
     @torch.no_grad()
     def draft(self, hidden: Tensor, token_ids: Sequence[int], context_len: int, slot: int = 0) -> Tensor:
-        """The MTP module over one request's positions `context_len ..`, whose next tokens are `token_ids`: (len, D)."""
+        """Run the MTP module over one request's positions from `context_len` on: (len, D).
+
+        `token_ids` are the tokens that follow these positions.
+        """
         return self.model.draft(self.batch([(slot, token_ids, context_len)]), hidden, self.state)
 
     def logits(self, *parts: tuple[int, Sequence[int], int]) -> list[Tensor]:
@@ -54,7 +57,7 @@ def full_logits(model: NemotronH, token_ids: Sequence[int]) -> Tensor:
 
 
 def split_logits(model: NemotronH, token_ids: Sequence[int], cuts: Sequence[int]) -> Tensor:
-    """Logits of a request that is computed in steps that end at `cuts` and at the end."""
+    """Return the logits of a request that is computed in steps which end at `cuts` and at the request's end."""
     steps, ends = Steps(model), [*cuts, len(token_ids)]
     starts = [0, *cuts]
     parts = [steps.logits((0, token_ids[a:b], a))[0] for a, b in zip(starts, ends, strict=True)]
@@ -77,11 +80,11 @@ def random_tokens(num_tokens: int, seed: int = 0) -> list[int]:
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest expected value."""
+    """Return the largest difference divided by the largest expected value."""
     return float((value.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def seeded(seed: int) -> Callable[..., Tensor]:
-    """`torch.randn` with its own seed."""
+    """Return a `torch.randn` with a generator of its own, seeded with `seed`."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator)

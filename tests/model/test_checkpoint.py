@@ -1,4 +1,4 @@
-"""What is read from a model directory, and the sentence for every way in which it can be broken."""
+"""The tests check what is read from a model directory, and the error message for every kind of broken directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.model.steps import full_logits, random_tokens
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the tensors read, in order."""
+    """Return a list to which every tensor that is read adds its name."""
     names: list[str] = []
     read = Checkpoint.tensor
 
@@ -33,7 +33,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def no_experts(layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
-    raise AssertionError("nothing is run here")
+    raise AssertionError("these tests load models, but run none")
 
 
 def test_the_backbone_reads_no_routed_expert(latent: Tiny, reads: list[str]) -> None:
@@ -141,7 +141,7 @@ def test_an_expert_that_is_not_there_is_named(latent: Tiny) -> None:
 
 @pytest.fixture
 def several(tiny_of: Callable[[str], Tiny], tmp_path: Path) -> Path:
-    """A checkpoint of several files, to be broken."""
+    """Return a copy of a checkpoint of several files, which a test may break."""
     for file in tiny_of(SEVERAL_FILES).path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path

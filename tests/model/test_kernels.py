@@ -1,7 +1,8 @@
-"""Which implementation runs, and, where there is a GPU with the packages, that both give the same numbers.
+"""The tests check which implementation runs, and that the fused CUDA kernels give the numbers of plain PyTorch.
 
-The packages cannot be installed without CUDA, so here only their public functions are stood in for, by loops with the
-documented shapes; that holds our padding, strides and bookkeeping to account, not the kernels.
+The packages of the fused kernels cannot be installed without CUDA. Without a GPU the tests replace the packages'
+public functions by loops with the documented shapes. Then they check our padding, strides and bookkeeping, but not the
+kernels themselves.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def inputs(num_tokens: int, num_requests: int) -> tuple[Inputs, Tensor]:
-    """(x, Δ, A, B, C), states."""
+    """Return random inputs (x, Δ, A, B, C) of a scan and random states."""
     randn = seeded(0)
     x, delta = randn(num_tokens, HEADS, HEAD_DIM), torch.exp(randn(num_tokens, HEADS) - 3)
     b, c = randn(num_tokens, GROUPS, STATE_DIM), randn(num_tokens, GROUPS, STATE_DIM)
@@ -186,7 +187,7 @@ def test_the_cpu_runs_our_kernels_unless_they_are_turned_off(monkeypatch: pytest
     assert kernels.describe("cpu") == f"plain PyTorch (EXPERTMESH_CPU_KERNELS=0){DOUBT}"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without CUDA")
 def test_without_cuda_nothing_is_fused() -> None:
     assert [get_kernel(torch.device("cuda")) for get_kernel in KERNEL_GETTERS] == [None, None, None]
     assert not kernels.is_reproducible("cuda")

@@ -1,4 +1,4 @@
-"""The same bits whatever rows share a product: by the order of our kernels, elsewhere by row blockings."""
+"""The tests check that products are batch-invariant: our kernels by their order, PyTorch's by row blocking."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_planned_rows_do_not_depend_on_their_company(
 
 
 def halves_added(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same product, its terms added in another order."""
+    """Compute the same product, but add its terms in another order."""
     cut = x.shape[1] // 3
     return x[:, :cut] @ weight[:, :cut].T + x[:, cut:] @ weight[:, cut:].T
 
@@ -103,8 +103,8 @@ def other_in_the_first_row(x: Tensor, weight: Tensor, bias: Tensor | None = None
     return torch.cat([halves_added(x[:1], weight), plain_linear(x[1:], weight)])
 
 
-# One row count per call to the real product, so that only what is planted varies.
 def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute a product that is batch-invariant by itself, so that only the planted products vary."""
     return (x.double()[:, None] * weight.double()).sum(-1).to(x.dtype)
 
 

@@ -1,4 +1,7 @@
-"""A layer's experts: right against a loop in float64, and the same bits whichever experts and rows share a call."""
+"""The tests compare a layer's experts with a loop in float64 and check that the sums do not depend on the call.
+
+Whatever experts and rows share a call, a row's sums must have the same bits.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ SHAPES = [ExpertShape(1, 12, 4, 32, 48), ExpertShape(1, 7, 2, 20, 36), ExpertSha
 
 
 class SingleLayer:
-    """A bank that holds all experts, rows, and each row's picks."""
+    """A `SingleLayer` has a bank with all experts of one layer, rows, and each row's picks."""
 
     def __init__(self, shape: ExpertShape, dtype: torch.dtype = torch.float32) -> None:
         randn = seeded(4)
@@ -44,7 +47,7 @@ class SingleLayer:
 
     @property
     def picks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, expert and weight of every pick."""
+        """Return the row, the expert and the weight of every pick."""
         row_P = torch.arange(NUM_ROWS).repeat_interleave(self.shape.top_k)
         return row_P, self.topk_ids.flatten(), self.topk_weights.flatten()
 
@@ -56,7 +59,7 @@ class SingleLayer:
 
 @pytest.fixture(params=["compiled", "plain"], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our kernels, then PyTorch alone."""
+    """Run every test with the CPU kernels and in plain PyTorch."""
     monkeypatch.setattr(kernels, "has_compiled", lambda: request.param == "compiled")
 
 
@@ -90,7 +93,7 @@ def test_any_split_of_the_experts_gives_the_same_bits(shape: ExpertShape, dtype:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_split_of_the_picks_gives_the_same_bits(shape: ExpertShape, dtype: torch.dtype) -> None:
-    """Two homes of one expert share its rows: each computes some of them."""
+    """Check that two homes of an expert may share its rows."""
     setup = SingleLayer(shape, dtype)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -151,7 +154,7 @@ def test_a_layer_equals_transformers(
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_router_weighs_without_the_bias(normalize: bool) -> None:
-    """The bias alone chooses: with a huge one on experts 1 and 4 they are picked, and weighed by their own scores."""
+    """Check that a huge bias makes the router pick experts 1 and 4, but leaves their weights to their scores."""
     router = Router(8, ExpertShape(1, 6, 2, 8, 4), 5.0, 1, 1, normalize)
     router.weight.data = seeded(0)(6, 8)
     router.e_score_correction_bias = torch.tensor([0.0, 9.0, 0.0, 0.0, 9.0, 0.0])

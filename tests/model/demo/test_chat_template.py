@@ -1,4 +1,4 @@
-"""The demo's chat template: plain conversations, tools and their results, and what history keeps of reasoning."""
+"""The tests check how the demo's chat template renders conversations, tools with their results, and reasoning."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def test_history_loses_its_reasoning_unless_asked_not_to(tokenizer: Any) -> None
     messages = [turn("user", "u"), thought, turn("user", "v")]
     assert "because" not in render(tokenizer, messages)
     assert "<think>\nbecause</think>a" in render(tokenizer, messages, truncate_history_thinking=False)
-    assert "<think>\nbecause</think>a" in render(tokenizer, messages[:2])  # the turn that goes on keeps it
+    assert "<think>\nbecause</think>a" in render(
+        tokenizer, messages[:2]
+    )  # a turn that the model continues keeps its reasoning
     written = turn("assistant", "<think>\nbecause\n</think>\n\na")
     assert "<think></think>a<|im_end|>" in render(tokenizer, [messages[0], written, messages[2]])
     about_tags = turn("assistant", "b </think> c")

@@ -1,4 +1,4 @@
-"""Every public dialect of config.json, and one sentence for every mistake in it."""
+"""The tests read every public dialect of config.json and check the error message for every mistake in it."""
 
 from __future__ import annotations
 
