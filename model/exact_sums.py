@@ -46,7 +46,7 @@ def grid_exponents(x_NL: Tensor, topk_weights_NK: Tensor, layer_gain_exponent: i
     if kernels.is_compiled(x_NL.device):
         is_bf16 = x_NL.dtype == torch.bfloat16
         rows = (x_NL.view(torch.int16) if is_bf16 else x_NL).contiguous().numpy()
-        return torch.from_numpy(cpu.grids(rows, is_bf16, topk_weights_NK.numpy(), shift))
+        return torch.from_numpy(cpu.grid_exponents(rows, is_bf16, topk_weights_NK.numpy(), shift))
     size_N = torch.linalg.vector_norm(x_NL, dim=-1, dtype=torch.float32)
     exponent_N = torch.frexp(size_N * size_N * topk_weights_NK.amax(-1)).exponent
     return (exponent_N + shift).clamp_(-200, 200).to(torch.int16)

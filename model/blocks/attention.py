@@ -16,7 +16,7 @@ from model.blocks.linear import Linear, as_array
 from model.blocks.norm import RMSNorm
 from model.cpu import layers as cpu_layers
 from model.cpu.attention import attend
-from model.cpu.linear import Packed, pack
+from model.cpu.packed_matrix import PackedMatrix, pack_matrix
 from model.cpu.thread_pool import THREAD_POOL
 from model.state import Batch, PagedSpec, State
 
@@ -64,7 +64,7 @@ class Attention(nn.Module):
     def __init__(self, shape: AttentionShape, layer: int, bias: bool = False) -> None:
         super().__init__()
         self.shape, self.layer = shape, layer
-        self.packed: Packed | None = None
+        self.packed: PackedMatrix | None = None
         self.q_proj = Linear(shape.hidden_size, shape.num_heads * shape.head_dim, bias)
         self.k_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
         self.v_proj = Linear(shape.hidden_size, shape.num_kv_heads * shape.head_dim, bias)
@@ -73,10 +73,10 @@ class Attention(nn.Module):
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         """Prepare the CPU kernels: join the three input projections into one, with the layer's norm before them."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        self.packed = pack(torch.cat([part.take_weight() for part in parts]))
+        self.packed = pack_matrix(torch.cat([part.take_weight() for part in parts]))
         bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])
         self.o_proj.pack()
-        self.input_params = (*norm.kernel_params, self.packed.panels, as_array(bias))
+        self.input_params = (*norm.kernel_params, self.packed.descriptor, as_array(bias))
 
     def qkv(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project (..., hidden) to q (..., H, D) and to k and v (..., J, D)."""
@@ -98,7 +98,7 @@ class Attention(nn.Module):
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
         """Compute x += attention(norm(x)) in place with the CPU kernels."""
         num_threads, x = torch.get_num_threads(), x_TD.numpy()
-        control = THREAD_POOL.ready(num_threads)
+        control = THREAD_POOL.start_workers(num_threads)
         qkv_TX = cpu_layers.project(control, num_threads, x, *self.input_params)
         pages, shape, arrays = state.pages[self.layer], self.shape, batch.arrays
         is_bf16 = pages.dtype == torch.bfloat16

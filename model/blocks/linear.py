@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.cpu.linear import Packed, Panels, linear, pack
+from model.cpu.linear import linear
+from model.cpu.packed_matrix import PackedMatrix, PackedMatrixDescriptor, pack_matrix
 
 MULTIPLES = (1, 2, 4, 8, 16, 32)
 MAX_ROWS = (256, 128, 64, 32)
@@ -89,9 +90,9 @@ class Linear(nn.Module):
     """A `Linear` is a linear layer with its weight (O, I) as in the checkpoint, uninitialised until loaded."""
 
     weight: nn.Parameter | None
-    packed: Packed | None = None
+    packed: PackedMatrix | None = None
     kernel_params: tuple[
-        Panels, NDArray[np.float32]
+        PackedMatrixDescriptor, NDArray[np.float32]
     ]  # weight and bias (of length 0 where there is none) for `cpu.layers`
 
     def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
@@ -113,9 +114,9 @@ class Linear(nn.Module):
         """Lay the weight out for the CPU kernels and free the original; inputs and outputs are fp32 from then on."""
         if self.weight is None:
             return  # another layer has taken the weight and packs it as a part of a larger one
-        self.packed = pack(self.take_weight())
+        self.packed = pack_matrix(self.take_weight())
         self.bias = None if self.bias is None else nn.Parameter(self.take_bias(), requires_grad=False)
-        self.kernel_params = (self.packed.panels, as_array(self.bias))
+        self.kernel_params = (self.packed.descriptor, as_array(self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:

@@ -281,7 +281,7 @@ class Mamba2Mixer(nn.Module):
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
         """Compute x += mixer(norm(x)) in place with the CPU kernels."""
         num_threads, x = torch.get_num_threads(), x_TD.numpy()
-        control = THREAD_POOL.ready(num_threads)
+        control = THREAD_POOL.start_workers(num_threads)
         projected_TP = cpu_layers.project(control, num_threads, x, *self.input_params)
         if batch.has_drafts:
             state.uncommitted[self.layer] = projected_TP

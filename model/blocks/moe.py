@@ -24,7 +24,7 @@ from model.blocks.linear import Linear, RowBlocking, as_array, row_blocking
 from model.blocks.norm import RMSNorm
 from model.cpu import layers as cpu_layers
 from model.cpu import moe as cpu
-from model.cpu.linear import Packed, pack, unpack
+from model.cpu.packed_matrix import PackedMatrix, pack_matrix, unpack_matrix
 from model.cpu.thread_pool import THREAD_POOL
 from model.exact_sums import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
 from model.state import Batch, State
@@ -70,7 +70,7 @@ class ExpertBank:
             sizes = f"{shape.input_dim} inputs and a width of {shape.width}"
             raise ValueError(f"experts of layer {shape.layer} have {sizes}; in bfloat16 a CPU serves even numbers")
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
-        self._packed: dict[int, tuple[Packed, Packed]] = {}
+        self._packed: dict[int, tuple[PackedMatrix, PackedMatrix]] = {}
         self._addresses = np.zeros((2, shape.num_experts), np.int64)  # each expert's packed weights: up, down
         self._gains: dict[int, int] = {}
         self._row_blocking: RowBlocking | None = None
@@ -93,15 +93,17 @@ class ExpertBank:
         up, down = (tensors[name].to(self.device, self.dtype, copy=True) for name in ("up", "down"))
         assert up.shape == (self.shape.width, self.shape.input_dim) == down.shape[::-1]
         if self.is_compiled:
-            packed = self._packed[expert] = pack(up), pack(down)
-            self._addresses[:, expert] = [part.panels.address for part in packed]
+            packed = self._packed[expert] = pack_matrix(up), pack_matrix(down)
+            self._addresses[:, expert] = [part.descriptor.address for part in packed]
         else:
             self._weights[expert] = up, down
         self._gains[expert] = gain_exponent(up, down) if gain is None else gain
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
         """Return an expert's weights on the CPU in the bank's dtype; raise KeyError if the bank does not hold it."""
-        up_down = map(unpack, self._packed[expert]) if self.is_compiled else (w.cpu() for w in self._weights[expert])
+        up_down = (
+            map(unpack_matrix, self._packed[expert]) if self.is_compiled else (w.cpu() for w in self._weights[expert])
+        )
         return dict(zip(("up", "down"), up_down, strict=True))
 
     def unload(self, expert: int) -> None:
@@ -238,10 +240,10 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.empty(shape.num_experts))
         self.top_k, self.scaling_factor, self.normalize = shape.top_k, scaling_factor, normalize
         self.num_groups, self.topk_groups = num_groups, topk_groups
-        self.packed: Packed | None = None
+        self.packed: PackedMatrix | None = None
 
     def pack(self) -> None:
-        self.packed = pack(self.weight.float())
+        self.packed = pack_matrix(self.weight.float())
 
     def scores(self, h_ND: Tensor) -> Tensor:
         return torch.nn.functional.linear(h_ND.float(), self.weight.float()).sigmoid()
@@ -260,7 +262,7 @@ class Router(nn.Module):
         """Return the arguments of `cpu.layers.route` that describe this router."""
         assert self.packed is not None
         groups, bias = (self.num_groups, self.topk_groups), as_array(self.e_score_correction_bias)
-        return self.packed.panels, bias, *groups, self.normalize, np.float32(self.scaling_factor)
+        return self.packed.descriptor, bias, *groups, self.normalize, np.float32(self.scaling_factor)
 
     def _keep_best_groups(self, choice_NE: Tensor) -> Tensor:
         if self.topk_groups == self.num_groups:
@@ -293,7 +295,7 @@ class DenseMLP(nn.Module):
         """Compute x += mlp(norm(x)) in place with the CPU kernels."""
         num_threads = torch.get_num_threads()
         cpu_layers.add_mlp(
-            THREAD_POOL.ready(num_threads), num_threads, x_TD.numpy(), *self.norm_params, *self.kernel_params
+            THREAD_POOL.start_workers(num_threads), num_threads, x_TD.numpy(), *self.norm_params, *self.kernel_params
         )
 
     def forward(self, h: Tensor, batch: Batch | None = None, state: State | None = None) -> Tensor:
@@ -342,7 +344,7 @@ class MoE(nn.Module):
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
         """Compute x += moe(norm(x)) in place with the CPU kernels."""
         num_threads, x, shape = torch.get_num_threads(), x_TD.numpy(), self.shape
-        control = THREAD_POOL.ready(num_threads)
+        control = THREAD_POOL.start_workers(num_threads)
         is_bf16 = self.wire_dtype == torch.bfloat16
         ids_NK, weights_NK = np.empty((len(x), shape.top_k), np.int64), np.empty((len(x), shape.top_k), np.float32)
         wire_NL = np.empty((len(x), shape.input_dim), np.int16 if is_bf16 else np.float32)

@@ -1,7 +1,8 @@
-"""The CPU's kernels, compiled at their first use and kept on disk.
+"""The CPU kernels are compiled by numba at their first use and cached on disk.
 
-They live for two reasons: PyTorch's own operators cost more to call than a token costs to compute, and their rows
-depend on how many rows there are. `model.kernels` decides where they run; the plain PyTorch beside each is the oracle.
+They exist for two reasons. A call of a PyTorch operator costs more than a token's arithmetic, and the rows of
+PyTorch's products depend on how many rows there are. `model.kernels` decides where the kernels run. For every kernel
+there is a plain PyTorch version, which serves as the tests' oracle.
 """
 
 import hashlib
@@ -14,13 +15,13 @@ import numba
 
 
 def _digest() -> str:
-    """Of all that goes into machine code here: numba looks only at the file that a function stands in."""
+    """Return a digest of this folder's sources, because numba checks only the file in which a function is defined."""
     sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(sources).hexdigest()[:16]
 
 
 def _writable() -> Path:
-    """The user's cache, or where a container's home is read-only, the folder for temporary files."""
+    """Return a writable cache folder: the user's, or the one for temporary files if a container's home is read-only."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
     with suppress(OSError):
         home.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Causal attention of packed requests over paged keys and values.
+"""`attend` computes causal attention of packed requests over paged keys and values.
 
-What surprises: a query meets its keys in blocks of absolute position, with a running maximum and sum, and both
-products are those of `model.cpu.linear`; so its bits depend on nothing but itself and what lies before it, whether it
-is decoded, drafted or part of a prompt.
+What surprises: a query visits its keys in blocks that start at absolute positions, with a running maximum and a running
+sum, and both products are those of `model.cpu.packed_matrix`. So a query's bits depend only on its own sequence up to
+itself, whether its token is decoded, drafted or part of a prompt.
 
-Legend: T tokens of the step, R requests, H query heads, J KV heads, D head dim, N queries of a tile times the heads
-that share keys, B keys of a block, W pages of a request.
+Legend: T tokens of the step, X = (H + 2·J)·D or H·D columns, R requests, H query heads, J KV heads, D head dim,
+N queries of a tile times the heads that share keys, B keys of a block, W pages of a request.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 from numba import njit
 
 from model.cpu.functions import bits_of, exp, from_bf16, round_to_bf16
-from model.cpu.packed_matrix import PANEL, fp32_panel
+from model.cpu.packed_matrix import PANEL, multiply_fp32_panel
 from model.cpu.thread_pool import THREAD_POOL, take_task, task_done
-from model.cpu.vectors import at
+from model.cpu.vectors import pointer_to
 
 FAST = {"contract", "reassoc", "nsz"}
-TILE = 16  # queries that share a block of keys once it is unpacked
+TILE = 16  # queries that share a block of keys after the block is unpacked
 NO_SCORE = np.float32(-3e38)
-MIN_WORK_TO_SHARE = 1 << 22  # multiply-adds
+MIN_WORK_TO_SHARE = 1 << 22  # multiply-adds; for less work, waking other threads costs more than they save
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
-def _unpack(
+def _unpack_block(
     first: Any,
     num_keys: Any,
     table_W: Any,
@@ -40,9 +40,10 @@ def _unpack(
     keys: Any,
     values: Any,
 ) -> None:
-    """The keys and values of PANEL positions from `first` on as panels: [dim][key] and [32 dims][key][dim].
+    """Copy the keys and values of PANEL positions from `first` on into panels: [dim][key] and [32 dims][key][dim].
 
-    What lies behind the last key is zero: it is given no weight, but zero times garbage need not be zero.
+    Positions behind the last key are filled with zeros. They get weight zero, but zero times an arbitrary value could
+    be NaN.
     """
     head_dim = pages.shape[3]
     if num_keys < PANEL:
@@ -61,9 +62,11 @@ def _unpack(
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
-def _weigh(score_B: Any, first_seen: Any, last_seen: Any, best: Any, total: Any) -> Any:
-    """Turns a block's scores into weights against the running maximum; returns it, the running sum, and how much what
-    was summed up before has to shrink."""
+def _softmax_block(score_B: Any, first_seen: Any, last_seen: Any, best: Any, total: Any) -> Any:
+    """Turn a block's scores into softmax weights relative to the running maximum.
+
+    Returns the new maximum, the new running sum of weights, and the factor by which earlier sums must be multiplied.
+    """
     highest = best
     for j in range(PANEL):
         score = score_B[j] if first_seen <= j <= last_seen else NO_SCORE
@@ -92,48 +95,52 @@ def _attend_head(
     first_key: Any,
     out_TX: Any,
 ) -> None:
-    """One request's queries of the heads that share KV head `kv_head`."""
+    """Compute the attention of one request's queries for the heads that share KV head `kv_head`."""
     num_kv_heads, head_dim = pages.shape[2:]
-    group = num_heads // num_kv_heads
+    group_size = num_heads // num_kv_heads
     num_panels = -(-head_dim // PANEL)
     scale = np.float32(1.0 / math.sqrt(head_dim))
     keys = np.zeros(head_dim * PANEL, np.float32)
     values = np.zeros(num_panels * PANEL * PANEL, np.float32)
-    most = min(TILE, length) * group
+    most = min(TILE, length) * group_size
     q_ND, score_NB = np.empty((most, head_dim), np.float32), np.empty((most, PANEL), np.float32)
     sum_ND, part_ND = np.empty((2, most, num_panels * PANEL), np.float32)
     best_N, total_N, shrink_N = np.empty((3, most), np.float32)
     for tile in range(0, length, TILE):
-        num_rows = min(TILE, length - tile) * group
+        num_rows = min(TILE, length - tile) * group_size
         sum_ND[:], best_N[:], total_N[:] = 0.0, NO_SCORE, 0.0
         for i in range(num_rows):
-            head = kv_head * group + i % group
-            own = qkv_TX[start + tile + i // group][head * head_dim : (head + 1) * head_dim]
+            head = kv_head * group_size + i % group_size
+            query = qkv_TX[start + tile + i // group_size][head * head_dim : (head + 1) * head_dim]
             for d in range(head_dim):
-                q_ND[i, d] = own[d] * scale
+                q_ND[i, d] = query[d] * scale
         end = context + min(tile + TILE, length)
         for first in range(first_key // PANEL * PANEL, end, PANEL):
             num_keys = min(PANEL, end - first)
-            _unpack(first, num_keys, table_W, pages, is_bf16, block_size, kv_head, keys, values)
-            fp32_panel(at(q_ND, 0), num_rows, head_dim, at(keys, 0), at(score_NB, 0), PANEL)
+            _unpack_block(first, num_keys, table_W, pages, is_bf16, block_size, kv_head, keys, values)
+            multiply_fp32_panel(
+                pointer_to(q_ND, 0), num_rows, head_dim, pointer_to(keys, 0), pointer_to(score_NB, 0), PANEL
+            )
             for i in range(num_rows):
-                position = context + tile + i // group
-                best_N[i], total_N[i], shrink_N[i] = _weigh(
+                position = context + tile + i // group_size
+                best_N[i], total_N[i], shrink_N[i] = _softmax_block(
                     score_NB[i], first_key - first, position - first, best_N[i], total_N[i]
                 )
             for p in range(num_panels):
-                panel, target = at(values, p * PANEL * PANEL), at(part_ND, p * PANEL)
-                fp32_panel(at(score_NB, 0), num_rows, PANEL, panel, target, num_panels * PANEL)
+                panel, target = pointer_to(values, p * PANEL * PANEL), pointer_to(part_ND, p * PANEL)
+                multiply_fp32_panel(pointer_to(score_NB, 0), num_rows, PANEL, panel, target, num_panels * PANEL)
             for i in range(num_rows):
                 total, part = sum_ND[i], part_ND[i]
                 for d in range(total.shape[0]):
                     total[d] = total[d] * shrink_N[i] + part[d]
         for i in range(num_rows):
-            head = kv_head * group + i % group
-            own = out_TX[start + tile + i // group][head * head_dim : (head + 1) * head_dim]
-            share = np.float32(1.0) / total_N[i] if total_N[i] > 0 else np.float32(0.0)  # 0: no key to see
+            head = kv_head * group_size + i % group_size
+            out = out_TX[start + tile + i // group_size][head * head_dim : (head + 1) * head_dim]
+            share = (
+                np.float32(1.0) / total_N[i] if total_N[i] > 0 else np.float32(0.0)
+            )  # total 0: the query sees no key
             for d in range(head_dim):
-                own[d] = sum_ND[i, d] * share
+                out[d] = sum_ND[i, d] * share
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
@@ -149,7 +156,7 @@ def _append(
     kv_head: Any,
     num_heads: Any,
 ) -> None:
-    """Writes one head's keys and values of one request's new tokens to its pages."""
+    """Write the keys and values of one request's new tokens for one KV head to the request's pages."""
     num_kv_heads, head_dim = pages.shape[2:]
     for t in range(length):
         position = context + t
@@ -194,11 +201,13 @@ def _attend_tasks(
 
 
 def attend(work: int, *args: Any) -> None:
-    """`qkv_TX` holds q (H·D), k (J·D) and v (J·D) of each row; `pages` (places, 2, J, D) is fp32, or bf16 as int16.
+    """Append the new keys and values to the pages and write softmax(q·k/√D)·v to `out_TX`, fp32 (T, H·D).
 
-    Appends keys and values to the pages and writes softmax(q·k/√D)·v, fp32 (T, H·D). Positions before a request's first
-    key are not seen. `work` is the number of multiply-adds; the other arguments are those of `_attend_tasks` from
-    `qkv_TX` on.
+    - `work` is the number of multiply-adds.
+    - `args` are the arguments of `_attend_tasks` from `qkv_TX` on.
+    - `qkv_TX` holds q (H·D), k (J·D) and v (J·D) of each row.
+    - `pages` (pages · block size, 2, J, D) is fp32, or bf16 as int16.
+    - Attention does not see positions before a request's first key (`first_keys_R`).
     """
     starts_R, pages = args[1], args[6]
     num_threads = torch.get_num_threads() if work >= MIN_WORK_TO_SHARE else 1

@@ -1,10 +1,12 @@
-"""What lies around a layer's core, one compiled call each: norm and projection before it, projection and sum after it.
+"""Each kernel here joins the work before or after a layer's core in one compiled call.
 
-A step of one token is a hundred products of a few microseconds; what PyTorch and Python take to call them one by one
-would cost more than the arithmetic. `x_TD` is the residual stream, changed in place; biases of length 0 stand for none.
+Before the core are norm and projection, after the core are projection and residual sum. A step of one token is a
+hundred products of a few microseconds each, and to call them one by one from Python and PyTorch would cost more than
+the arithmetic.
 
-Legend: T rows of the step, V vocabulary, D hidden, I and O inputs and outputs, E experts, K picks a row, L expert
-input.
+`x_TD` is the residual stream, which is changed in place. A bias of length 0 stands for no bias.
+
+Legend: T rows of the step, V vocabulary, D hidden, I inputs, O outputs, E experts, K picks per row, L expert input.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import numpy as np
 from numba import njit
 
 from model.cpu.functions import bits_of, from_bf16, round_to_bf16
-from model.cpu.linear import apply
+from model.cpu.linear import apply_linear
 from model.cpu.moe import choose_experts
 from model.cpu.norm import rms_norm
 
 
 @njit(error_model="numpy", cache=True)
 def embed(ids_T: Any, weight_VD: Any, is_bf16: Any) -> Any:
-    """The rows of fp32 weights, or of the bits of bf16 as int16, in fp32: (T, D)."""
+    """Return the embeddings of token ids in fp32 (T, D), from weights in fp32, or in bf16 as int16."""
     x_TD = np.empty((len(ids_T), weight_VD.shape[1]), np.float32)
     for t in range(len(ids_T)):
         weight, x = weight_VD[ids_T[t]], x_TD[t]
@@ -33,7 +35,7 @@ def embed(ids_T: Any, weight_VD: Any, is_bf16: Any) -> Any:
 
 @njit(nogil=True, error_model="numpy", inline="never")
 def _affine(control: Any, num_threads: Any, x_TI: Any, weight: Any, bias_O: Any) -> Any:
-    out_TO = apply(control, num_threads, x_TI, weight)
+    out_TO = apply_linear(control, num_threads, x_TI, weight)
     if len(bias_O) > 0:
         for t in range(out_TO.shape[0]):
             out = out_TO[t]
@@ -59,19 +61,19 @@ def _add(out_TD: Any, x_TD: Any) -> None:
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def project(control: Any, num_threads: Any, x_TD: Any, norm_D: Any, eps: Any, weight: Any, bias_O: Any) -> Any:
-    """W·norm(x) + bias: (T, O)."""
+    """Compute W·norm(x) + bias: (T, O)."""
     return _affine(control, num_threads, _normed(x_TD, norm_D, eps), weight, bias_O)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def add_projected(control: Any, num_threads: Any, y_TI: Any, weight: Any, bias_D: Any, x_TD: Any) -> None:
-    """x += W·y + bias."""
+    """Compute x += W·y + bias in place."""
     _add(_affine(control, num_threads, y_TI, weight, bias_D), x_TD)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def mlp(control: Any, num_threads: Any, h_TD: Any, up: Any, up_bias: Any, down: Any, down_bias: Any) -> Any:
-    """down·relu(up·h)²: (T, D)."""
+    """Compute down·relu(up·h)²: (T, D)."""
     hidden_TI = _affine(control, num_threads, h_TD, up, up_bias)
     for t in range(hidden_TI.shape[0]):
         hidden = hidden_TI[t]
@@ -93,7 +95,7 @@ def add_mlp(
     down: Any,
     down_bias: Any,
 ) -> None:
-    """x += mlp(norm(x))."""
+    """Compute x += mlp(norm(x)) in place."""
     _add(mlp(control, num_threads, _normed(x_TD, norm_D, eps), up, up_bias, down, down_bias), x_TD)
 
 
@@ -108,31 +110,36 @@ def route(
     bias_E: Any,
     num_groups: Any,
     topk_groups: Any,
-    normalizes: Any,
+    normalize: Any,
     scaling: Any,
     is_latent: Any,
-    latent: Any,
-    latent_bias: Any,
+    fc1: Any,
+    fc1_bias: Any,
     ids_TK: Any,
     weights_TK: Any,
     wire_TL: Any,
     is_bf16: Any,
 ) -> Any:
-    """The norm, each row's experts and their weights, and what is sent to them: fp32, or the bits of bf16.
+    """Apply the norm, pick each row's experts, and compute the rows that are sent to the experts.
 
-    Returns norm(x), for the shared expert.
+    Writes:
+
+    - `ids_TK` and `weights_TK`: each row's experts and their weights;
+    - `wire_TL`: the rows to send, in fp32, or in bf16 as int16.
+
+    Returns norm(x), the shared expert's input.
     """
     h_TD = _normed(x_TD, norm_D, eps)
-    logits_TE = apply(control, num_threads, h_TD, router)
-    choose_experts(logits_TE, bias_E, num_groups, topk_groups, normalizes, scaling, ids_TK, weights_TK)
-    latent_TL = _affine(control, num_threads, h_TD, latent, latent_bias) if is_latent else h_TD
+    logits_TE = apply_linear(control, num_threads, h_TD, router)
+    choose_experts(logits_TE, bias_E, num_groups, topk_groups, normalize, scaling, ids_TK, weights_TK)
+    latent_TL = _affine(control, num_threads, h_TD, fc1, fc1_bias) if is_latent else h_TD
     for t in range(len(latent_TL)):
-        own, wire = latent_TL[t], wire_TL[t]
-        for i in range(len(own)):
+        row, wire = latent_TL[t], wire_TL[t]
+        for i in range(len(row)):
             if is_bf16:
-                wire[i] = bits_of(round_to_bf16(own[i])) >> np.int32(16)
+                wire[i] = bits_of(round_to_bf16(row[i])) >> np.int32(16)
             else:
-                wire[i] = own[i]
+                wire[i] = row[i]
     return h_TD
 
 
@@ -142,13 +149,13 @@ def add_routed(
     num_threads: Any,
     sums_TL: Any,
     is_latent: Any,
-    back: Any,
-    back_bias: Any,
+    fc2: Any,
+    fc2_bias: Any,
     shared_TD: Any,
     x_TD: Any,
 ) -> None:
-    """x += fc2·sums + shared."""
-    routed_TD = _affine(control, num_threads, sums_TL, back, back_bias) if is_latent else sums_TL
+    """Compute x += fc2·sums + shared in place."""
+    routed_TD = _affine(control, num_threads, sums_TL, fc2, fc2_bias) if is_latent else sums_TL
     for t in range(x_TD.shape[0]):
         x, routed, shared = x_TD[t], routed_TD[t], shared_TD[t]
         for d in range(len(x)):

@@ -1,12 +1,15 @@
-"""Mamba-2 between its two projections: convolution, state space and gated norm, token after token.
+"""`mix` computes Mamba-2 between its two projections: convolution, state space and gated norm, token after token.
 
 What surprises: prompts run through the recurrence too. A head's state (head dim × state dim) stays in the first-level
-cache while its tokens pass, so the recurrence costs no more than the chunked scan, and a token's bits cannot depend on
-where its prompt was cut, on who shares the step, or on whether it was prompted, drafted, or computed again. Groups of
-heads share B and C, have their own convolution channels and are normalised by themselves: each is a task of its own.
+cache while the head's tokens pass, so the recurrence costs no more than the chunked scan. And a token's bits cannot
+depend on where its prompt was cut, on the other requests of the step, or on whether the token was part of the prompt,
+drafted, or computed again.
 
-Legend: T tokens of the step, L tokens of a request, R requests, H heads, D head dim, G groups, N state dim, C conv
-channels, K taps.
+A group of heads shares B and C, has its own convolution channels and is normalised by itself, so each group of each
+request is a task of its own.
+
+Legend: T tokens of the step, P columns of the projection, L tokens of a request, R requests, S state slots, H heads,
+D head dim, I = H·D inner dim, G groups, N state dim, C conv channels, K taps.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ from model.cpu.vectors import (
     LANES,
     POINTER,
     VECTOR,
-    at,
     broadcast,
     fma,
     i64,
     load_vector,
+    pointer_to,
     splat,
     store_vector,
     sum_of_lanes,
@@ -40,8 +43,8 @@ FAST = {
     "contract",
     "reassoc",
     "nsz",
-}  # sums over lanes in the compiler's order, which is one and the same for every row
-MIN_WORK_TO_SHARE = 1 << 19  # numbers of state, times tokens
+}  # the compiler chooses the order of a sum over lanes; the order is the same for every row
+MIN_WORK_TO_SHARE = 1 << 19  # numbers of state times tokens; for less work, waking threads costs more than they save
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
@@ -59,36 +62,36 @@ def _convolve(
     place: Any,
     size: Any,
 ) -> None:
-    """SiLU of the causal convolution of `size` channels from `channel` on, which start at column `first`.
+    """Write SiLU of the causal convolution of `size` channels from `channel` on to columns `place ..` of `out_LC`.
 
-    Writes to columns `place ..` of `out_LC`, and the last K-1 inputs to the window where the request `keeps` its state.
+    Channel 0 is column `first` of `projected_TP`. If `keeps`, the last K-1 inputs are written to the window.
     """
-    # Slices rather than sums of indices: an index that might be negative keeps a loop from becoming vectors.
+    # Slices rather than sums of indices: numba does not vectorise a loop with an index that might be negative.
     length, num_past = out_LC.shape[0], window_KC.shape[0]
-    own = slice(channel, channel + size)
+    channels = slice(channel, channel + size)
     raw_LC = np.empty((num_past + length, size), np.float32)  # the window, then this step's columns
     for k in range(num_past):
-        past, raw = window_KC[k][own], raw_LC[k]
+        past, raw = window_KC[k][channels], raw_LC[k]
         for c in range(size):
             raw[c] = from_bf16(past[c]) if is_bf16 else np.float32(past[c])
     for t in range(length):
         column, raw = projected_TP[start + t][first + channel : first + channel + size], raw_LC[num_past + t]
         for c in range(size):
             raw[c] = round_to_bf16(column[c]) if is_bf16 else column[c]
-    bias = bias_C[own]
+    bias = bias_C[channels]
     for t in range(length):
         out = out_LC[t][place : place + size]
         for c in range(size):
             out[c] = bias[c]
         for tap in range(num_past + 1):
-            raw, weight = raw_LC[t + tap], weight_KC[tap][own]
+            raw, weight = raw_LC[t + tap], weight_KC[tap][channels]
             for c in range(size):
                 out[c] += raw[c] * weight[c]
         for c in range(size):
             out[c] = silu(out[c])
     if keeps:
         for k in range(num_past):
-            past, raw = window_KC[k][own], raw_LC[length + k]
+            past, raw = window_KC[k][channels], raw_LC[length + k]
             for c in range(size):
                 if is_bf16:
                     past[c] = bits_of(raw[c]) >> np.int32(16)
@@ -96,8 +99,11 @@ def _convolve(
                     past[c] = raw[c]
 
 
-def _make_rows(num_rows: int) -> Any:
-    """Compiles row ← decay·row + added·b and total = row·c for rows of a state, sharing what is loaded of b and c."""
+def _make_row_update(num_rows: int) -> Any:
+    """Make a kernel for `num_rows` rows of a state: row ← decay·row + added·b and total = row·c.
+
+    All rows share the loaded vectors of b and c.
+    """
 
     @intrinsic
     def rows(_: Any, state: Any, state_dim: Any, b: Any, c: Any, decay: Any, added: Any, total: Any) -> Any:
@@ -137,27 +143,43 @@ def _make_rows(num_rows: int) -> Any:
     return rows
 
 
-_four_rows, _one_row = _make_rows(4), _make_rows(1)
+_update_four_rows, _update_one_row = _make_row_update(4), _make_row_update(1)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
 def _recur_head(
     conv_LC: Any, first_x: Any, first_b: Any, delta_L: Any, a: Any, skip: Any, state_DN: Any, y_LI: Any, has_output: Any
 ) -> None:
-    """S ← exp(ΔA)·S + Δ x ⊗ B, y = S·C + D·x for one head of one request; C lies behind B."""
+    """Compute S ← exp(ΔA)·S + Δ x ⊗ B and y = S·C + D·x for one head of one request; C lies behind B."""
     head_dim, state_dim = state_DN.shape
     added_D, total_D = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
     for t in range(conv_LC.shape[0]):
         decay, delta = np.float32(math.exp(delta_L[t] * a)), delta_L[t]
         conv = conv_LC[t]
-        b, c = at(conv, first_b), at(conv, first_b + state_dim)
+        b, c = pointer_to(conv, first_b), pointer_to(conv, first_b + state_dim)
         x, y = conv[first_x : first_x + head_dim], y_LI[t][first_x : first_x + head_dim]
         for d in range(head_dim):
             added_D[d] = x[d] * delta
         for d in range(0, head_dim - 3, 4):
-            _four_rows(at(state_DN, d * state_dim), state_dim, b, c, decay, at(added_D, d), at(total_D, d))
+            _update_four_rows(
+                pointer_to(state_DN, d * state_dim),
+                state_dim,
+                b,
+                c,
+                decay,
+                pointer_to(added_D, d),
+                pointer_to(total_D, d),
+            )
         for d in range(head_dim // 4 * 4, head_dim):
-            _one_row(at(state_DN, d * state_dim), state_dim, b, c, decay, at(added_D, d), at(total_D, d))
+            _update_one_row(
+                pointer_to(state_DN, d * state_dim),
+                state_dim,
+                b,
+                c,
+                decay,
+                pointer_to(added_D, d),
+                pointer_to(total_D, d),
+            )
         if has_output:
             for d in range(head_dim):
                 y[d] = total_D[d] + skip * x[d]
@@ -165,7 +187,7 @@ def _recur_head(
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
 def _gated_norm(y: Any, gate: Any, weight: Any, eps: Any, first: Any, out: Any) -> None:
-    """The group of channels that begins at `first`: y·SiLU(gate), over its root mean square, times weight."""
+    """Write y·SiLU(gate), divided by its root mean square and times weight, for the channels from `first` on."""
     size = y.shape[0]
     gate, weight, out = gate[first : first + size], weight[first : first + size], out[first : first + size]
     total = np.float32(0.0)
@@ -266,23 +288,35 @@ def _mix_tasks(
     has_output: Any,
     out_TI: Any,
 ) -> None:
-    numbers = (weight_KC, bias_C, a_H, skip_H, delta_bias_H, least_delta, most_delta, norm_weight, eps)
+    params = (weight_KC, bias_C, a_H, skip_H, delta_bias_H, least_delta, most_delta, norm_weight, eps)
     while True:
         task = take_task(control, ticket, num_tasks)
         if task < 0:
             return
         r, g = task // num_groups, task % num_groups
-        own = (starts_R[r], lens_R[r], is_new_R[r], keeps_R[r], window_SKC[slots_R[r]], is_bf16, state_SHDN[slots_R[r]])
-        _mix_group(projected_TP, *own, g, num_groups, *numbers, has_output, out_TI)
+        request = (
+            starts_R[r],
+            lens_R[r],
+            is_new_R[r],
+            keeps_R[r],
+            window_SKC[slots_R[r]],
+            is_bf16,
+            state_SHDN[slots_R[r]],
+        )
+        _mix_group(projected_TP, *request, g, num_groups, *params, has_output, out_TI)
         task_done(control)
 
 
 def mix(*args: Any) -> None:
-    """`projected_TP` is in_proj's output, gate | x | B | C | Δ; writes the gated norm's output to `out_TI`.
+    """Run Mamba-2 on in_proj's output and write the gated norm's output to `out_TI`.
 
-    Requests of `keeps_R` leave their state in their slots; the others (whose last tokens are guesses) leave no trace.
-    Windows in bf16 come as int16: then the convolution's inputs are rounded to bf16, in this step as in the next.
-    Without `has_output` only the state moves on. The arguments are those of `_mix_tasks` from `projected_TP` on.
+    `args` are the arguments of `_mix_tasks` from `projected_TP` on:
+
+    - `projected_TP` has the columns gate | x | B | C | Δ.
+    - Requests with `keeps_R` write their new state to their slots. The others have drafts and change no state.
+    - Windows in bf16 are passed as int16. Then the convolution's inputs are rounded to bf16 in every step, because the
+      next step reads them from the window.
+    - Without `has_output` only the state is advanced.
     """
     projected_TP, starts_R, state_SHDN, num_groups = args[0], args[1], args[8], args[9]
     is_long = len(projected_TP) * state_SHDN[0].size >= MIN_WORK_TO_SHARE

@@ -1,6 +1,9 @@
-"""The router's choice and the routed experts on a CPU: two products per expert, added on the token's own grid.
+"""These kernels pick experts for the router, compute the routed experts, and add their outputs exactly.
 
-Legend: N rows, E experts, K picks a row, P = N·K picks, L expert input, M expert width.
+`model.exact_sums` explains the exact sums and their grid.
+
+Legend: N rows, E experts, K picks per row, P = N·K picks, L expert input, M expert width, G groups of experts, B rows
+of one expert.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ from numba import njit
 
 from model.cpu.functions import from_bf16
 from model.cpu.packed_matrix import PANEL, multiply_panels
-from model.cpu.vectors import address_of, at
+from model.cpu.vectors import pointer_from, pointer_to
 
-LARGEST = 2.0**62
+MAX_GRID_SUM = 2.0**62
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -24,12 +27,15 @@ def choose_experts(
     bias_E: Any,
     num_groups: Any,
     topk_groups: Any,
-    normalizes: Any,
+    normalize: Any,
     scaling: Any,
     ids_NK: Any,
     weights_NK: Any,
 ) -> None:
-    """Sigmoid scores; of the best `topk_groups` groups (by their two best) the top K; ties: the lowest id."""
+    """Pick the top K experts by sigmoid score plus bias, within the best `topk_groups` groups of experts.
+
+    A group's rank is the sum of its two best scores. Of equal scores the lowest expert id wins.
+    """
     num_rows, num_experts = logits_NE.shape
     top_k = ids_NK.shape[1]
     per_group = num_experts // num_groups
@@ -66,14 +72,14 @@ def choose_experts(
             weights_NK[n, k] = score_E[best_e]
             total += score_E[best_e]
         for k in range(top_k):
-            if normalizes:
+            if normalize:
                 weights_NK[n, k] /= total + np.float32(1e-20)
             weights_NK[n, k] *= scaling
 
 
 @njit(error_model="numpy", cache=True)
-def grids(x_NL: Any, is_bf16: Any, weights_NK: Any, shift: Any) -> Any:
-    """Exponents of the units in which rows, fp32 or bf16 as int16, are added: see `model.exact_sums.grid_exponents`."""
+def grid_exponents(x_NL: Any, is_bf16: Any, weights_NK: Any, shift: Any) -> Any:
+    """Compute `model.exact_sums.grid_exponents` for rows in fp32, or in bf16 as int16: int16 (N,)."""
     grid_N = np.empty(x_NL.shape[0], np.int16)
     for n in range(x_NL.shape[0]):
         total = np.float64(0.0)
@@ -87,7 +93,7 @@ def grids(x_NL: Any, is_bf16: Any, weights_NK: Any, shift: Any) -> Any:
 
 @njit(error_model="numpy", cache=True)
 def from_grid(sums_NL: Any, grid_N: Any) -> Any:
-    """Sums in units of 2**grid as fp32: see `model.exact_sums.from_grid`."""
+    """Compute `model.exact_sums.from_grid`: convert sums in units of 2**grid to fp32."""
     out_NL = np.empty(sums_NL.shape, np.float32)
     for n in range(sums_NL.shape[0]):
         unit, sums, out = math.ldexp(1.0, int(grid_N[n])), sums_NL[n], out_NL[n]
@@ -99,7 +105,7 @@ def from_grid(sums_NL: Any, grid_N: Any) -> Any:
 @njit(nogil=True, error_model="numpy", cache=True)
 def partial_sums(
     x_NL: Any,
-    are_bits: Any,
+    x_is_bf16: Any,
     row_P: Any,
     expert_P: Any,
     weight_P: Any,
@@ -110,10 +116,12 @@ def partial_sums(
     width: Any,
     sums_NL: Any,
 ) -> bool:
-    """Adds weight·expert(x[row]) of every pick to its row of `sums_NL` (int64, units of 2**grid).
+    """Add weight·expert(x[row]) of every pick to the pick's row of `sums_NL` (int64, units of 2**grid).
 
-    Rows are fp32, or bf16 as int16 where `are_bits`. `up_E` and `down_E` are the addresses of each expert's packed
-    weights. Returns False, with the sums undefined, where an output is not finite or too large to add.
+    - `x_NL` is fp32, or bf16 as int16 if `x_is_bf16`.
+    - `up_E` and `down_E` are the addresses of each expert's packed weights.
+
+    Returns False, with the sums undefined, if an output is not finite or too large to add.
     """
     num_picks, input_dim = len(row_P), x_NL.shape[1]
     num_experts = len(up_E)
@@ -140,14 +148,14 @@ def partial_sums(
         for b in range(count):
             source, target = x_NL[row_P[order_P[first + b]]], x_BL[b]
             for i in range(input_dim):
-                target[i] = from_bf16(source[i]) if are_bits else np.float32(source[i])
+                target[i] = from_bf16(source[i]) if x_is_bf16 else np.float32(source[i])
         multiply_panels(
-            at(x_BL, 0),
+            pointer_to(x_BL, 0),
             count,
             input_dim,
-            address_of(up_E[e]),
+            pointer_from(up_E[e]),
             is_bf16,
-            at(hidden_BM, 0),
+            pointer_to(hidden_BM, 0),
             padded_width,
             0,
             padded_width // PANEL,
@@ -157,12 +165,12 @@ def partial_sums(
                 value = max(hidden_BM[b, m], np.float32(0.0))
                 compact_BM[b, m] = value * value
         multiply_panels(
-            at(compact_BM, 0),
+            pointer_to(compact_BM, 0),
             count,
             width,
-            address_of(down_E[e]),
+            pointer_from(down_E[e]),
             is_bf16,
-            at(y_BL, 0),
+            pointer_to(y_BL, 0),
             padded_dim,
             0,
             padded_dim // PANEL,
@@ -173,7 +181,7 @@ def partial_sums(
             scale = math.ldexp(np.float64(weight_P[p]), -int(grid_N[row]))
             for i in range(input_dim):
                 units = np.rint(np.float64(y_BL[b, i]) * scale)
-                if not abs(units) < LARGEST:
+                if not abs(units) < MAX_GRID_SUM:
                     return False
                 sums_NL[row, i] += np.int64(units)
     return True

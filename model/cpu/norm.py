@@ -1,6 +1,6 @@
-"""RMS normalisation of rows, each by itself.
+"""`rms_norm` normalises each row by itself.
 
-Legend: N rows, D numbers a row.
+Legend: N rows, D numbers per row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numba import njit
 
 @njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, cache=True)
 def rms_norm(x_ND: Any, weight_D: Any, eps: Any, out_ND: Any) -> None:
-    """x / rms(x) · weight, fp32."""
+    """Write x / rms(x) · weight to `out_ND`, in fp32."""
     dim = x_ND.shape[1]
     for n in range(x_ND.shape[0]):
         row = x_ND[n]

@@ -1,42 +1,108 @@
-"""Matrix products whose rows do not depend on their company, at the speed of the memory or of the FMA units.
+"""A `PackedMatrix` is a weight laid out for batch-invariant products at the speed of the memory or of the FMA units.
 
-What surprises: every output is one chain of fused multiply-adds over the inputs in their order, in fp32, whatever the
-number of rows, their place or the number of threads; so a row's bits are the same alone and among 2,048 others. That
-is possible without loss because the lanes of a vector are outputs, not inputs: weights lie in panels of 32 outputs,
-input after input. bf16 weights stay bf16 in memory (two inputs share a 32-bit word) and become fp32 in registers.
+What surprises: every output is one chain of fused multiply-adds over the inputs in their order, in fp32. The number of
+rows, their position and the number of threads change nothing. So a row's bits are the same alone and among 2,048 other
+rows. This costs no speed, because the lanes of a vector are outputs rather than inputs.
 
-The tiles here multiply a few rows by one panel.
+Layout: the weight lies in panels of 32 outputs, and within a panel input after input. bf16 weights stay bf16 in memory,
+where two inputs share a 32-bit word, and become fp32 in registers. A *tile* is a kernel that multiplies a few rows by
+one panel.
+
+Legend: N rows, I inputs, O outputs, P panels of 32 outputs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
 
 from model.cpu.vectors import (
     I64,
     POINTER,
     VECTOR,
     WORDS,
+    advance,
     broadcast,
     fma,
     i64,
     load_vector,
-    plus,
     prefetch,
+    splat_words,
     store_vector,
 )
-from model.cpu.vectors import words as splat_words
 
-PREFETCH_WORDS = 1024  # 4 KiB ahead: measured, 512 to 2048 are alike
-PANEL = 32  # outputs side by side: two vectors of 16
+PREFETCH_WORDS = 1024  # 4 KiB ahead; 512 to 2048 words measured the same
+PANEL = 32  # outputs in a panel: two vectors of 16 lanes
 
 
-def _weights(builder: Any, panel: Any, base: Any, is_bf16: bool) -> list[list[Any]]:
-    """The panel's vectors for one step: [input of the step][half of the panel]."""
+class PackedMatrixDescriptor(NamedTuple):
+    """A `PackedMatrixDescriptor` tells compiled code the address and the sizes of a `PackedMatrix`."""
+
+    address: int
+    num_inputs: int
+    num_outputs: int
+    padded_outputs: int
+    is_bf16: bool
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A `PackedMatrix` holds a weight (O, I) in panels.
+
+    `words` has P·I·32 fp32 numbers, or half as many 32-bit words of two bf16 numbers each.
+    """
+
+    words: NDArray[np.float32]
+    num_inputs: int
+    num_outputs: int
+    is_bf16: bool
+
+    @cached_property
+    def descriptor(self) -> PackedMatrixDescriptor:
+        padded = -(-self.num_outputs // PANEL) * PANEL
+        return PackedMatrixDescriptor(
+            int(self.words.ctypes.data), self.num_inputs, self.num_outputs, padded, self.is_bf16
+        )
+
+
+def pack_matrix(weight_OI: Tensor) -> PackedMatrix:
+    """Copy a weight (O, I) into panels; bf16 with an odd number of inputs is held as fp32."""
+    num_outputs, num_inputs = weight_OI.shape
+    is_bf16 = weight_OI.dtype == torch.bfloat16 and num_inputs % 2 == 0
+    num_panels = -(-num_outputs // PANEL)
+    weight_OI = weight_OI.detach().to(torch.bfloat16 if is_bf16 else torch.float32)
+    panels = weight_OI.new_zeros(num_panels * PANEL, num_inputs)
+    panels[:num_outputs] = weight_OI
+    if is_bf16:
+        pairs = panels.view(num_panels, PANEL, num_inputs // 2, 2).permute(0, 2, 1, 3).contiguous()
+        words = pairs.view(torch.int16).numpy().reshape(-1).view(np.float32)
+    else:
+        words = panels.view(num_panels, PANEL, num_inputs).permute(0, 2, 1).contiguous().numpy().reshape(-1)
+    return PackedMatrix(words, num_inputs, num_outputs, is_bf16)
+
+
+def unpack_matrix(packed: PackedMatrix) -> Tensor:
+    """Return the weight (O, I) from which `packed` was made, bit for bit, in the dtype in which it is held."""
+    num_panels = packed.descriptor.padded_outputs // PANEL
+    if packed.is_bf16:
+        pairs = torch.from_numpy(packed.words.view(np.int16)).view(torch.bfloat16)
+        panels = pairs.view(num_panels, packed.num_inputs // 2, PANEL, 2).permute(0, 2, 1, 3)
+    else:
+        panels = torch.from_numpy(packed.words).view(num_panels, packed.num_inputs, PANEL).permute(0, 2, 1)
+    return panels.reshape(num_panels * PANEL, packed.num_inputs)[: packed.num_outputs]
+
+
+def _load_weights(builder: Any, panel: Any, base: Any, is_bf16: bool) -> list[list[Any]]:
+    """Emit the loads of a panel's vectors for one step: [input of the step][half of the panel]."""
     halves = [builder.gep(panel, [builder.add(base, i64(16 * half))]) for half in range(2)]
     for pointer in halves:
         prefetch(builder, pointer, PREFETCH_WORDS)
@@ -49,7 +115,7 @@ def _weights(builder: Any, panel: Any, base: Any, is_bf16: bool) -> list[list[An
 
 
 def _make_tile(num_rows: int, is_bf16: bool) -> Any:
-    """Compiles out[:num_rows, :32] = x[:num_rows] · panel; the sums stay in registers throughout."""
+    """Make a tile that computes out[:num_rows, :32] = x[:num_rows] · panel with all sums in registers."""
 
     @intrinsic
     def tile(_: Any, x: Any, x_stride: Any, panel: Any, num_inputs: Any, out: Any, out_stride: Any) -> Any:
@@ -70,7 +136,7 @@ def _make_tile(num_rows: int, is_bf16: bool) -> Any:
                 phi.add_incoming(ir.Constant(VECTOR, [0.0] * 16), before)
             sums: list[list[Any]] = [list(row) for row in old]
             first = builder.mul(step, i64(inputs_per_step))
-            for place, halves in enumerate(_weights(builder, panel, builder.mul(step, i64(PANEL)), is_bf16)):
+            for place, halves in enumerate(_load_weights(builder, panel, builder.mul(step, i64(PANEL)), is_bf16)):
                 for row, pointer in enumerate(x_rows):
                     value = broadcast(builder, builder.gep(pointer, [builder.add(first, i64(place))]))
                     sums[row] = [fma(builder, value, w, s) for w, s in zip(halves, sums[row], strict=True)]
@@ -97,11 +163,11 @@ _fp32_1, _fp32_2, _fp32_4, _fp32_8, _fp32_12 = (_make_tile(rows, False) for rows
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
-def fp32_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
+def multiply_fp32_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
     row = 0
     while row < num_rows:
         left = num_rows - row
-        source, target = plus(x, row * num_inputs), plus(out, row * out_stride)
+        source, target = advance(x, row * num_inputs), advance(out, row * out_stride)
         if left >= 20 or left == 12:
             _fp32_12(source, num_inputs, panel, num_inputs, target, out_stride)
             row += 12
@@ -120,11 +186,11 @@ def fp32_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
-def bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
+def multiply_bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
     row = 0
     while row < num_rows:
         left = num_rows - row
-        source, target = plus(x, row * num_inputs), plus(out, row * out_stride)
+        source, target = advance(x, row * num_inputs), advance(out, row * out_stride)
         if left >= 8:
             _bf16_8(source, num_inputs, panel, num_inputs, target, out_stride)
             row += 8
@@ -143,11 +209,11 @@ def bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out
 def multiply_panels(
     x: Any, num_rows: Any, num_inputs: Any, panels: Any, is_bf16: Any, out: Any, out_stride: Any, first: Any, last: Any
 ) -> None:
-    """out[:, 32·first : 32·last] = x · panels[first:last], over pointers; the strides count numbers."""
+    """Compute out[:, 32·first : 32·last] = x · panels[first:last] over pointers; the stride counts numbers."""
     words = num_inputs * PANEL // 2 if is_bf16 else num_inputs * PANEL
     for p in range(first, last):
-        panel, target = plus(panels, p * words), plus(out, p * PANEL)
+        panel, target = advance(panels, p * words), advance(out, p * PANEL)
         if is_bf16:
-            bf16_panel(x, num_rows, num_inputs, panel, target, out_stride)
+            multiply_bf16_panel(x, num_rows, num_inputs, panel, target, out_stride)
         else:
-            fp32_panel(x, num_rows, num_inputs, panel, target, out_stride)
+            multiply_fp32_panel(x, num_rows, num_inputs, panel, target, out_stride)

@@ -1,15 +1,18 @@
-"""Threads that help with long work: awake while a step computes, asleep when the cores are others' to use.
+"""The `ThreadPool` shares long work among worker threads, which spin during a step and sleep between steps.
 
-A pool that sleeps between products wakes up later than most of them take, and one that spins for good takes the core
-that expert shards on the same machine need. So helpers spin for a moment after each product, and whoever sends rows to
-such shards sends the helpers to sleep until the sums are back. Work is taken in chunks by whoever comes first: a
-helper that comes late costs nothing.
+If workers slept between products, most products would end before a worker is awake. If workers spun all the time, they
+would take the cores that expert shards on the same machine need. Therefore workers spin for a moment after each
+product, and a caller that sends rows to expert shards pauses the pool until the sums are back. Threads take work in
+chunks, each thread the next one, so a worker that comes late delays nobody.
 
-`control` holds 64-bit words: NEXT (ticket · 2**32 + first panel not taken yet), TOTAL panels, DONE panels, RESTS
-(helpers should sleep), and the product's arguments. A chunk is taken by a compare-and-swap of NEXT, which succeeds
-only while the arguments read before it are those of the same ticket: none ends before all that was taken is done.
-Work of another kind, TASKS of a compiled function, is handed over in Python and shared out in the same way. Who has the
-helpers is the one that has LED; whoever comes meanwhile works alone.
+`control` is an array of 64-bit words that all threads share:
+
+- NEXT is ticket · 2**32 + the first panel that no thread has taken. TOTAL and DONE count the product's panels.
+- A thread takes a chunk by a compare-and-swap of NEXT. It succeeds only if the ticket is the one whose arguments the
+  thread has read, because a product ends only after all its taken chunks are done.
+- While PAUSED is set, workers sleep.
+- TASKS is NEXT's counterpart for tasks, which are calls of a compiled function. They are posted from Python.
+- The thread that has LOCK uses the workers; any other caller meanwhile computes its work alone.
 """
 
 from __future__ import annotations
@@ -29,26 +32,26 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from model.cpu.packed_matrix import PANEL, multiply_panels
-from model.cpu.vectors import I64, address_of
+from model.cpu.vectors import I64, pointer_from
 
 log = logging.getLogger(__name__)
 
-MAX_HELPERS = 127
-LAST_TICKET = 2**31 - 1  # then they begin anew: 32 bits hold a ticket
-NEXT, TOTAL, DONE, RESTS, JOB, TASKS, TASKS_DONE = range(0, 7 * 8, 8)  # a cache line for each
+MAX_WORKERS = 127
+LAST_TICKET = 2**31 - 1  # after it tickets start at 1 again, because NEXT has 32 bits for a ticket
+NEXT, TOTAL, DONE, PAUSED, JOB, TASKS, TASKS_DONE = range(0, 7 * 8, 8)  # a cache line (8 words) each
 X, ROWS, INPUTS, PANELS, IS_BF16, OUT, STRIDE, CHUNK = range(7 * 8, 8 * 8)
-LED, TICKET, HELPERS, SPARE, FAILED = range(8 * 8, 13 * 8, 8)
-ASLEEP = 13 * 8  # and one for each helper
-PIPE = ASLEEP + 8 * MAX_HELPERS  # a byte written to it wakes a helper up; and one for each
-NUM_WORDS = PIPE + 8 * MAX_HELPERS
+LOCK, TICKET, NUM_WORKERS, SCRATCH, FAILED = range(8 * 8, 13 * 8, 8)
+ASLEEP = 13 * 8  # 1 if the worker sleeps; a cache line for each worker
+PIPE = ASLEEP + 8 * MAX_WORKERS  # the two ends of the pipe whose next byte wakes the worker; a line for each worker
+NUM_WORDS = PIPE + 8 * MAX_WORKERS
 LOW = (1 << 32) - 1
-MAX_SPINS = 60_000  # looks for work, about a quarter of a millisecond
+MAX_SPINS = 60_000  # checks for work before a worker sleeps: about a quarter of a millisecond
 CHUNKS_PER_THREAD = 4
-MIN_WORK_TO_SHARE = 1 << 16  # words of weights, times quarters of rows, below which help costs more than it brings
+MIN_WORK_TO_SHARE = 1 << 16  # 32-bit words of weights times rows / 4; sharing smaller products costs more than it saves
 
 
 def _system_call(name: str) -> Any:
-    """Compiles `read` or `write` of one byte. Whoever sleeps in it wakes up without asking for Python's lock."""
+    """Make a call of `read` or `write` for one byte; a thread that blocks in it needs no Python lock to wake up."""
 
     @intrinsic
     def call(_: Any, file: Any, byte: Any) -> Any:
@@ -74,7 +77,7 @@ def _word(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 
 @intrinsic
-def _load(_: Any, control: Any, place: Any) -> Any:
+def _load(_: Any, control: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(_word(context, builder, signature, args), "seq_cst", 8)
 
@@ -82,7 +85,7 @@ def _load(_: Any, control: Any, place: Any) -> Any:
 
 
 @intrinsic
-def _store(_: Any, control: Any, place: Any, value: Any) -> Any:
+def _store(_: Any, control: Any, index: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store_atomic(args[2], _word(context, builder, signature, args), "seq_cst", 8)
         return context.get_dummy_value()
@@ -91,7 +94,7 @@ def _store(_: Any, control: Any, place: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _add(_: Any, control: Any, place: Any, value: Any) -> Any:
+def _add(_: Any, control: Any, index: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", _word(context, builder, signature, args), args[2], "seq_cst")
 
@@ -99,8 +102,8 @@ def _add(_: Any, control: Any, place: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _swap(_: Any, control: Any, place: Any, old: Any, new: Any) -> Any:
-    """Puts `new` where `old` is; says whether it was."""
+def _compare_and_swap(_: Any, control: Any, index: Any, old: Any, new: Any) -> Any:
+    """Replace `old` by `new` atomically and return True, or return False if the word is not `old`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = _word(context, builder, signature, args)
@@ -112,58 +115,58 @@ def _swap(_: Any, control: Any, place: Any, old: Any, new: Any) -> Any:
 
 @njit(nogil=True, error_model="numpy", inline="never")
 def _take_chunk(control: Any) -> Any:
-    """Computes one chunk of the product at hand; False where there is none to take."""
+    """Compute one chunk of the current product; return False if no chunk is left."""
     taken = _load(control, NEXT)
     first, total, chunk = taken & LOW, control[TOTAL], control[CHUNK]
     if first >= total:
         return False
-    x, panels, out = address_of(control[X]), address_of(control[PANELS]), address_of(control[OUT])
+    x, panels, out = pointer_from(control[X]), pointer_from(control[PANELS]), pointer_from(control[OUT])
     rows, inputs, is_bf16, stride = control[ROWS], control[INPUTS], control[IS_BF16] != 0, control[STRIDE]
     last = min(first + chunk, total)
-    if _swap(control, NEXT, taken, taken - first + last):
+    if _compare_and_swap(control, NEXT, taken, taken - first + last):
         multiply_panels(x, rows, inputs, panels, is_bf16, out, stride, first, last)
         _add(control, DONE, last - first)
     return True
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _help(control: Any, helper: Any, last_job: Any) -> None:
-    """Helps with products until a job other than `last_job` is posted; sleeps on the pipe when there is nothing."""
+def _run_products(control: Any, worker: Any, last_job: Any) -> None:
+    """Compute chunks of products until a job after `last_job` is posted; without work, sleep on the pipe."""
     spins = 0
     while _load(control, JOB) <= last_job:
-        if spins < MAX_SPINS and _load(control, RESTS) == 0:
+        if spins < MAX_SPINS and _load(control, PAUSED) == 0:
             spins = 0 if _take_chunk(control) else spins + 1
         else:
-            _store(control, ASLEEP + 8 * helper, 1)
-            _read(control[PIPE + 8 * helper], control[SPARE])
+            _store(control, ASLEEP + 8 * worker, 1)
+            _read(control[PIPE + 8 * worker], control[SCRATCH])
             spins = 0
 
 
 @njit(nogil=True, error_model="numpy", inline="never", cache=True)
-def _wake_up(control: Any) -> None:
-    for helper in range(control[HELPERS]):
-        if _load(control, ASLEEP + 8 * helper) != 0:
-            _store(control, ASLEEP + 8 * helper, 0)
-            _write(control[PIPE + 8 * helper + 1], control[SPARE])
+def _wake_workers(control: Any) -> None:
+    for worker in range(control[NUM_WORKERS]):
+        if _load(control, ASLEEP + 8 * worker) != 0:
+            _store(control, ASLEEP + 8 * worker, 0)
+            _write(control[PIPE + 8 * worker + 1], control[SCRATCH])
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
-def _lead(control: Any, total: Any) -> None:
+def _share_product(control: Any, total: Any) -> None:
     ticket = control[TICKET] % LAST_TICKET + 1
     control[TICKET] = ticket
     control[TOTAL] = total
     _store(control, DONE, 0)
     _store(control, NEXT, ticket << 32)
-    _wake_up(control)
+    _wake_workers(control)
     while _take_chunk(control):
         pass
     while _load(control, DONE) < total:
         pass
-    _store(control, NEXT, ticket << 32 | LOW)  # closed: the next product's arguments may be written
+    _store(control, NEXT, ticket << 32 | LOW)  # no chunk can be taken now, so the next product's arguments may be set
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
-def product(
+def parallel_product(
     control: Any,
     num_threads: Any,
     x: Any,
@@ -174,17 +177,17 @@ def product(
     out: Any,
     num_outputs: Any,
 ) -> None:
-    """out = x · panels, all three by address; with help where it is long enough and nobody else has the helpers."""
+    """Compute out = x · panels, all given by address, and share the work if it is long and the workers are free."""
     num_panels, words = num_outputs // PANEL, num_inputs * num_outputs // (2 if is_bf16 else 1)
     is_long = num_threads > 1 and words * max(1, num_rows // 4) >= MIN_WORK_TO_SHARE
-    if not is_long or _load(control, RESTS) != 0 or not _swap(control, LED, 0, 1):
+    if not is_long or _load(control, PAUSED) != 0 or not _compare_and_swap(control, LOCK, 0, 1):
         multiply_panels(
-            address_of(x),
+            pointer_from(x),
             num_rows,
             num_inputs,
-            address_of(panels),
+            pointer_from(panels),
             is_bf16,
-            address_of(out),
+            pointer_from(out),
             num_outputs,
             0,
             num_panels,
@@ -193,24 +196,24 @@ def product(
     control[X], control[ROWS], control[INPUTS], control[PANELS] = x, num_rows, num_inputs, panels
     control[IS_BF16], control[OUT], control[STRIDE] = is_bf16, out, num_outputs
     control[CHUNK] = max(1, num_panels // (CHUNKS_PER_THREAD * num_threads))
-    _lead(control, num_panels)
-    _store(control, LED, 0)
+    _share_product(control, num_panels)
+    _store(control, LOCK, 0)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _take_lead(control: Any) -> Any:
-    return _load(control, RESTS) == 0 and _swap(control, LED, 0, 1)
+def _try_lock(control: Any) -> Any:
+    return _load(control, PAUSED) == 0 and _compare_and_swap(control, LOCK, 0, 1)
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
 def take_task(control: Any, ticket: Any, num_tasks: Any) -> Any:
-    """The next task of this ticket, or -1 where none is left; whoever takes one says `task_done` after it."""
+    """Take the ticket's next task, or return -1 if none is left; the caller calls `task_done` after each task."""
     while True:
         taken = _load(control, TASKS)
         task = taken & LOW
         if taken >> 32 != ticket or task >= num_tasks:
             return -1
-        if _swap(control, TASKS, taken, taken + 1):
+        if _compare_and_swap(control, TASKS, taken, taken + 1):
             return task
 
 
@@ -225,36 +228,36 @@ def _wait_for_tasks(control: Any, num_tasks: Any) -> None:
         pass
 
 
-Tasks = Callable[..., None]  # (control, ticket, num_tasks, *args): takes tasks and does them until none is left
+Tasks = Callable[..., None]  # (control, ticket, num_tasks, *args): takes and computes tasks until none is left
 
 
 class ThreadPool:
-    """The helpers of one process; one product or one set of tasks at a time."""
+    """The `ThreadPool` owns a process's worker threads, which share one product or one set of tasks at a time."""
 
     def __init__(self) -> None:
         self._control = np.zeros(NUM_WORDS, np.int64)
         self._control[NEXT] = LOW
-        self._control[SPARE] = self._control[SPARE + 1 :].ctypes.data
-        self._hiring = threading.Lock()
-        self._num_helpers = 0
-        self._is_busy: list[bool] = []  # each helper, with tasks
-        self._is_resting = False
+        self._control[SCRATCH] = self._control[SCRATCH + 1 :].ctypes.data
+        self._start_lock = threading.Lock()
+        self._num_workers = 0
+        self._is_busy: list[bool] = []  # whether each worker is computing tasks
+        self._is_paused = False
         self._ticket = self._job_number = 0
         self._job: tuple[int, Tasks, tuple[Any, ...]] = (0, _no_tasks, ())
 
-    def ready(self, num_threads: int) -> NDArray[np.int64]:
-        """What `product` needs, with helpers for so many threads."""
-        if self._num_helpers < (count := min(num_threads - 1, MAX_HELPERS)):
-            self._hire(count)
+    def start_workers(self, num_threads: int) -> NDArray[np.int64]:
+        """Start missing workers for `num_threads` threads and return the control words for `parallel_product`."""
+        if self._num_workers < (count := min(num_threads - 1, MAX_WORKERS)):
+            self._start(count)
         return self._control
 
     def run(self, tasks: Tasks, num_tasks: int, num_threads: int, *args: Any) -> None:
-        """Does `num_tasks` tasks that may be done side by side, with helpers where `num_threads` is more than 1.
+        """Compute `num_tasks` independent tasks, shared with the workers if `num_threads` is more than 1.
 
-        Raises what a task raised here, RuntimeError where it was raised in a helper.
+        Raises the exception of a task that failed in this thread, or RuntimeError if a task failed in a worker.
         """
-        control = self.ready(num_threads)
-        if num_threads == 1 or not _take_lead(control):
+        control = self.start_workers(num_threads)
+        if num_threads == 1 or not _try_lock(control):
             tasks(np.zeros(NUM_WORDS, np.int64), 0, num_tasks, *args)
             return
         try:
@@ -264,58 +267,58 @@ class ThreadPool:
             control[TASKS] = self._ticket << 32
             self._job = (self._job_number, tasks, (self._ticket, num_tasks, *args))
             control[JOB] = self._job_number
-            _wake_up(control)
+            _wake_workers(control)
             tasks(control, self._ticket, num_tasks, *args)
             _wait_for_tasks(control, num_tasks)
             if control[FAILED]:
-                raise RuntimeError("A helper failed in the middle of a task; the log says how.")
+                raise RuntimeError("A worker failed in the middle of a task; the log has its exception.")
         except BaseException:
-            control[TASKS] = self._ticket << 32 | LOW  # no more are taken, and those that were are waited for:
-            while any(self._is_busy):  # they write to what the next job may be given
+            control[TASKS] = self._ticket << 32 | LOW  # no further task can be taken
+            while any(self._is_busy):  # running tasks write to arrays that the next job may use
                 time.sleep(0)
             raise
         finally:
-            self._job = (self._job_number, _no_tasks, ())  # a helper that comes late holds nothing
-            control[LED] = 0
+            self._job = (self._job_number, _no_tasks, ())  # frees the arguments even if a worker comes late
+            control[LOCK] = 0
 
-    def rest(self) -> None:
-        """Sends the helpers to sleep: until `resume`, the caller works alone."""
-        self._is_resting = True
-        self._control[RESTS] = 1
+    def pause(self) -> None:
+        """Let the workers sleep until `resume`; meanwhile callers compute alone."""
+        self._is_paused = True
+        self._control[PAUSED] = 1
 
     def resume(self) -> None:
-        """They wake up with the next work."""
-        if self._is_resting:
-            self._is_resting = False
-            self._control[RESTS] = 0
+        """End a pause; the workers wake up when the next work is posted."""
+        if self._is_paused:
+            self._is_paused = False
+            self._control[PAUSED] = 0
 
-    def _hire(self, count: int) -> None:
-        with self._hiring:
-            while self._num_helpers < count:
-                number = self._num_helpers
+    def _start(self, count: int) -> None:
+        with self._start_lock:
+            while self._num_workers < count:
+                number = self._num_workers
                 self._is_busy.append(False)
                 self._control[PIPE + 8 * number : PIPE + 8 * number + 2] = os.pipe()
-                name = f"cpu-helper-{number}"
-                threading.Thread(target=self._help_out, args=(number,), name=name, daemon=True).start()
-                self._num_helpers = self._control[HELPERS] = number + 1
+                name = f"cpu-worker-{number}"
+                threading.Thread(target=self._work, args=(number,), name=name, daemon=True).start()
+                self._num_workers = self._control[NUM_WORKERS] = number + 1
 
-    def _help_out(self, number: int) -> None:
+    def _work(self, number: int) -> None:
         last = 0
         while True:
-            _help(self._control, number, last)
-            self._is_busy[number] = True  # before it is known with what, or it might be overlooked
+            _run_products(self._control, number, last)
+            self._is_busy[number] = True  # set before the job is read, so that `run` cannot miss this worker
             last, tasks, args = self._job
             try:
                 tasks(self._control, *args)
             except Exception:
-                log.exception("Helper %d failed.", number)
+                log.exception("Worker %d of the CPU thread pool failed.", number)
                 self._control[FAILED] = 1
             finally:
                 self._is_busy[number] = False
 
 
 def _no_tasks(*_: Any) -> None:
-    """Before there was a job."""
+    """Do nothing; the function stands for a job when no tasks are posted."""
 
 
 THREAD_POOL = ThreadPool()

@@ -1,6 +1,6 @@
-"""Vectors of 16 fp32 lanes and pointers for kernels that a compiler would not vectorise well by itself.
+"""These functions emit LLVM instructions on vectors and pointers for kernels that compilers do not vectorise well.
 
-Everything here emits LLVM instructions: one AVX-512 register, or two of AVX2, or four of NEON.
+A vector has 16 fp32 lanes: one AVX-512 register, two AVX2 registers or four NEON registers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def i64(value: int) -> Any:
     return ir.Constant(I64, value)
 
 
-def words(value: int) -> Any:
-    """The same 32-bit word in every lane."""
+def splat_words(value: int) -> Any:
+    """Return a vector constant with the same 32-bit word in every lane."""
     return ir.Constant(WORDS, [value] * LANES)
 
 
@@ -36,9 +36,9 @@ def store_vector(builder: Any, value: Any, pointer: Any) -> None:
 
 
 def splat(builder: Any, value: Any) -> Any:
-    """A number in every lane."""
+    """Emit a vector with the number `value` in every lane."""
     nothing = ir.Constant(VECTOR, ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(nothing, value, ir.Constant(I32, 0)), nothing, words(0))
+    return builder.shuffle_vector(builder.insert_element(nothing, value, ir.Constant(I32, 0)), nothing, splat_words(0))
 
 
 def broadcast(builder: Any, pointer: Any) -> Any:
@@ -46,13 +46,13 @@ def broadcast(builder: Any, pointer: Any) -> Any:
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a·b + c, rounded once."""
+    """Emit a fused multiply-add of vectors: a·b + c, rounded once."""
     kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32"), [a, b, c])
 
 
 def sum_of_lanes(builder: Any, value: Any) -> Any:
-    """The lanes added up as a tree: 8 and 8, 4 and 4, ..."""
+    """Emit the sum of a vector's lanes, added as a tree: 8 and 8, 4 and 4, ..."""
     width = LANES
     while width > 1:
         width //= 2
@@ -63,17 +63,19 @@ def sum_of_lanes(builder: Any, value: Any) -> Any:
 
 
 def prefetch(builder: Any, pointer: Any, num_words: int) -> None:
-    """Asks for what lies `num_words` further on: arithmetic alone would not hide its way here from memory."""
+    """Emit a prefetch of the memory `num_words` ahead, because arithmetic alone does not hide the memory's latency."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    place = builder.bitcast(builder.gep(pointer, [i64(num_words)]), byte)
-    builder.call(ask, [place, *(ir.Constant(I32, flag) for flag in (0, 2, 1))])  # to read, used again, data
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    target = builder.bitcast(builder.gep(pointer, [i64(num_words)]), byte)
+    builder.call(
+        function, [target, *(ir.Constant(I32, flag) for flag in (0, 2, 1))]
+    )  # flags: read access, moderate locality, data cache
 
 
 @intrinsic
-def at(_: Any, array: Any, offset: Any) -> Any:
-    """Pointer to element `offset` of a contiguous array of 32-bit numbers."""
+def pointer_to(_: Any, array: Any, offset: Any) -> Any:
+    """Return a pointer to element `offset` of a contiguous array of 32-bit numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -83,8 +85,8 @@ def at(_: Any, array: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def address_of(_: Any, address: Any) -> Any:
-    """Pointer from an address in an int64."""
+def pointer_from(_: Any, address: Any) -> Any:
+    """Convert an address in an int64 to a pointer."""
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], F32.as_pointer())
@@ -93,8 +95,8 @@ def address_of(_: Any, address: Any) -> Any:
 
 
 @intrinsic
-def plus(_: Any, pointer: Any, offset: Any) -> Any:
-    """The pointer `offset` numbers further."""
+def advance(_: Any, pointer: Any, offset: Any) -> Any:
+    """Return the pointer advanced by `offset` numbers."""
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         return builder.gep(args[0], [args[1]])

@@ -31,7 +31,8 @@ from model.blocks.moe import DenseMLP, Experts, ExpertShape, LocalExperts, MoE, 
 from model.blocks.norm import RMSNorm
 from model.checkpoint import Checkpoint
 from model.cpu import layers as cpu_layers
-from model.cpu.linear import Packed, linear, pack
+from model.cpu.linear import linear
+from model.cpu.packed_matrix import PackedMatrix, pack_matrix
 from model.state import Batch, State, StateSpec
 
 LETTERS = {
@@ -312,7 +313,7 @@ class NemotronH(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.mtp = MTPModule(config, experts) if with_mtp and config.num_nextn_predict_layers else None
-        self.packed_head: Packed | None = None  # only if head and embeddings are tied
+        self.packed_head: PackedMatrix | None = None  # only if head and embeddings are tied
         self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # the embeddings, and True if they are bf16
 
     @property
@@ -325,7 +326,7 @@ class NemotronH(nn.Module):
         is_bf16 = rows.dtype == torch.bfloat16
         self.packed_rows = (rows.view(torch.int16) if is_bf16 else rows.float()).contiguous().numpy(), is_bf16
         if self.lm_head is None:
-            self.packed_head = pack(self.embeddings.weight)
+            self.packed_head = pack_matrix(self.embeddings.weight)
         for module in self.modules():
             if isinstance(module, Block):
                 module.pack(dtype)

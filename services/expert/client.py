@@ -86,7 +86,7 @@ class RemoteExperts:
         that are neither bf16 nor fp32.
         """
         if self.connections.is_on_this_machine:
-            THREAD_POOL.rest()  # so that the shards have the cores while they compute
+            THREAD_POOL.pause()  # so that the shards have the cores while they compute
         try:
             call = ExpertCall(self._fleet, self.connections, self._in_flight, layer, x_NL, topk_ids_NK, topk_weights_NK)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Helpers share work without changing it, sleep when told to, and wake up for whoever has work next."""
+"""The tests check that workers change no result, sleep while the pool is paused, and wake up for the next work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from model.blocks.attention import Attention, AttentionShape
 from model.blocks.mamba import Mamba2Mixer, MambaShape
 from model.blocks.norm import RMSNorm
-from model.cpu.linear import linear, pack
+from model.cpu.linear import linear
+from model.cpu.packed_matrix import pack_matrix
 from model.cpu.thread_pool import LAST_TICKET, THREAD_POOL, TICKET
 from model.state import Batch, State, StateSpec
 from tests.model.steps import seeded
@@ -28,7 +29,7 @@ LENS, CONTEXTS, TABLE_LEN = (30, 1, 7, 200), (5, 0, 40, 0), 20
 
 @pytest.fixture(params=[2, 4], ids="{} threads".format)
 def threads(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads: the parameter's, or 1."""
+    """Return a function that sets the number of threads to 1 for count 0, otherwise to the parameter."""
     before = torch.get_num_threads()
     yield lambda count: torch.set_num_threads(request.param if count else 1)
     torch.set_num_threads(before)
@@ -37,13 +38,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_keep_their_bits(threads: Callable[[int], None], dtype: torch.dtype) -> None:
     randn = seeded(0)
-    weights = [pack(randn(outputs, inputs).to(dtype)) for outputs, inputs in ((700, 256), (4000, 64), (96, 2048))]
-    asked = [(weight, randn(rows, weight.num_inputs)) for weight in weights for rows in (1, 5, 40)]
+    weights = [
+        pack_matrix(randn(outputs, inputs).to(dtype)) for outputs, inputs in ((700, 256), (4000, 64), (96, 2048))
+    ]
+    products = [(weight, randn(rows, weight.num_inputs)) for weight in weights for rows in (1, 5, 40)]
     threads(0)
-    alone = [linear(x, weight) for weight, x in asked]
+    alone = [linear(x, weight) for weight, x in products]
     threads(1)
     for _ in range(NUM_ROUNDS // 10):
-        for (weight, x), expected in zip(asked, alone, strict=True):
+        for (weight, x), expected in zip(products, alone, strict=True):
             assert torch.equal(linear(x, weight), expected)
 
 
@@ -53,7 +56,7 @@ def batch() -> Batch:
     return Batch(torch.zeros(sum(LENS), dtype=torch.long), LENS, CONTEXTS, tuple(range(num_requests)), tables)
 
 
-def filled(spec: StateSpec, dtype: torch.dtype) -> State:
+def random_state(spec: StateSpec, dtype: torch.dtype) -> State:
     state, randn = State(spec, len(LENS), TABLE_LEN * len(LENS), dtype), seeded(1)
     for tensor in [*state.pages.values(), *(t for tensors in state.slots.values() for t in tensors)]:
         tensor.copy_(randn(*tensor.shape))
@@ -61,13 +64,13 @@ def filled(spec: StateSpec, dtype: torch.dtype) -> State:
 
 
 def run(module: Any, spec: StateSpec, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    state = filled(spec, dtype)
+    state = random_state(spec, dtype)
     x = seeded(2)(sum(LENS), WIDTH)
     module.add_to(x, batch(), state)
     return x, [*state.pages.values(), *(t for tensors in state.slots.values() for t in tensors)]
 
 
-def made(module: Any, dtype: torch.dtype) -> Any:
+def randomly_filled(module: Any, dtype: torch.dtype) -> Any:
     randn = seeded(3)
     for parameter in module.parameters():
         parameter.data = (randn(*parameter.shape) / parameter.shape[-1] ** 0.5).to(dtype)
@@ -78,9 +81,9 @@ def made(module: Any, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layers_keep_their_bits(threads: Callable[[int], None], dtype: torch.dtype) -> None:
     shape = MambaShape(WIDTH, 16, 64, 4, 128, 4, 128)
-    mamba = made(Mamba2Mixer(shape, 0, 1e-5), dtype), StateSpec((), (shape.state_spec(0),))
+    mamba = randomly_filled(Mamba2Mixer(shape, 0, 1e-5), dtype), StateSpec((), (shape.state_spec(0),))
     heads = AttentionShape(WIDTH, 16, 2, 64)
-    attention = made(Attention(heads, 0), dtype), StateSpec((heads.state_spec(0),), ())
+    attention = randomly_filled(Attention(heads, 0), dtype), StateSpec((heads.state_spec(0),), ())
     for module, spec in (mamba, attention):
         threads(0)
         out, state = run(module, spec, dtype)
@@ -92,8 +95,8 @@ def test_layers_keep_their_bits(threads: Callable[[int], None], dtype: torch.dty
 
 
 def test_two_callers_do_not_wait_for_each_other(threads: Callable[[int], None]) -> None:
-    """One has the helpers, the other works alone; both are right."""
-    weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    """Check that one caller uses the workers while the others work alone, and that all results are right."""
+    weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected, wrong = linear(x, weight), list[int]()
     threads(1)
@@ -110,23 +113,23 @@ def test_two_callers_do_not_wait_for_each_other(threads: Callable[[int], None]) 
 
 
 def busy_s() -> float:
-    """Processor time of the helpers, in seconds."""
-    helpers = [thread for thread in threading.enumerate() if thread.name.startswith("cpu-helper")]
-    assert helpers
-    stats = [Path(f"/proc/self/task/{helper.native_id}/stat").read_text() for helper in helpers]
+    """Return the workers' processor time in seconds."""
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith("cpu-worker")]
+    assert workers
+    stats = [Path(f"/proc/self/task/{worker.native_id}/stat").read_text() for worker in workers]
     return sum(sum(map(int, stat.rsplit(")", 1)[1].split()[11:13])) for stat in stats) / os.sysconf("SC_CLK_TCK")
 
 
 def test_helpers_sleep_while_others_need_the_cores(threads: Callable[[int], None]) -> None:
-    weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(1)
     expected = linear(x, weight)
     started, before = time.monotonic(), busy_s()
     while time.monotonic() < started + 0.5:
         linear(x, weight)
     assert busy_s() - before > 0.05
-    THREAD_POOL.rest()
-    assert torch.equal(linear(x, weight), expected)  # alone
+    THREAD_POOL.pause()
+    assert torch.equal(linear(x, weight), expected)  # computed without workers
     time.sleep(0.05)
     before = busy_s()
     time.sleep(0.5)
@@ -136,28 +139,31 @@ def test_helpers_sleep_while_others_need_the_cores(threads: Callable[[int], None
 
 
 def test_a_helper_that_fails_is_told_of_and_helps_on(threads: Callable[[int], None]) -> None:
-    """Without a word its task would be waited for without end."""
-    weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    """Check that a worker's failure is reported; otherwise the caller would wait for its task for ever."""
+    weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected = linear(x, weight)
 
     def tasks(control: Any, ticket: int, num_tasks: int) -> None:
-        if threading.current_thread().name.startswith("cpu-helper"):
+        if threading.current_thread().name.startswith("cpu-worker"):
             raise ValueError("planted")
 
     threads(1)
-    with pytest.raises(RuntimeError, match="A helper failed in the middle of a task"):
+    with pytest.raises(RuntimeError, match="A worker failed in the middle of a task"):
         THREAD_POOL.run(tasks, 2, torch.get_num_threads())
     assert all(torch.equal(linear(x, weight), expected) for _ in range(10))
 
 
 def test_a_task_under_way_is_waited_for_when_another_fails(threads: Callable[[int], None]) -> None:
-    """It writes to what the next job may be given, and would be counted as one of the next job's tasks."""
+    """Check that a failed job waits for its running tasks.
+
+    A running task may write to arrays that the next job uses, and it would be counted as a task of the next job.
+    """
     threads(1)
     has_begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
     def tasks(control: Any, ticket: int, num_tasks: int) -> None:
-        if threading.current_thread().name.startswith("cpu-helper"):
+        if threading.current_thread().name.startswith("cpu-worker"):
             has_begun.set()
             assert may_end.wait(10)
             time.sleep(0.1)
@@ -173,12 +179,12 @@ def test_a_task_under_way_is_waited_for_when_another_fails(threads: Callable[[in
 
 
 def test_tickets_begin_anew(threads: Callable[[int], None]) -> None:
-    weight, x = pack(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected = linear(x, weight)
     threads(1)
     linear(x, weight)
-    THREAD_POOL.ready(1)[TICKET] = LAST_TICKET - 3
+    THREAD_POOL.start_workers(1)[TICKET] = LAST_TICKET - 3
     assert all(torch.equal(linear(x, weight), expected) for _ in range(10))
 
 
