@@ -1,4 +1,4 @@
-"""A backbone replica: the model without its routed experts, its engine, and its connection to the expert shards."""
+"""A backbone runs the model without its routed experts: it has an engine, and a connection to the expert shards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from services.engine.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
-PLACEMENT_TIMEOUT_S = 600.0  # for the first placement, and again for the shards to load what it says
+PLACEMENT_TIMEOUT_S = 600.0  # to wait for the first placement, and as long again for the shards to load their experts
 WARM_UP_TOKENS = 8  # enough for drafts to be made and verified
 
 
@@ -119,7 +119,7 @@ class Backbone:
 
 
 class CountedExperts:
-    """Passes layer calls on to `experts`, counts the picks of each expert, and records them where this is asked for."""
+    """Passes layer calls on to `experts`, counts the picks of each expert, and records them if a recording runs."""
 
     def __init__(self, experts: Experts, picks: LoadCounter, recorder: Recorder) -> None:
         self._experts, self._picks, self._recorder = experts, picks, recorder

@@ -1,4 +1,4 @@
-"""The configuration of a backbone, and the engine that is built from it."""
+"""Defines the configuration of a backbone, and builds its engine from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from services.expert.expert_call import ExpertsUnavailable
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """What a backbone needs to know beside the model; lengths are in tokens.
+    """A `BackboneConfig` holds what a backbone needs to know beside the model; lengths are in tokens.
 
     `draft_tokens` is the most tokens that are drafted at once for a request: 0 turns drafting off, and None takes
     DEFAULT_DRAFT_TOKENS.

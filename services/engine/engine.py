@@ -1,4 +1,4 @@
-"""The engine: one thread that computes steps, and an asynchronous stream of tokens for each request."""
+"""The engine computes steps on one thread, and gives each request an asynchronous stream of tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 UNHEALTHY_AFTER = 3  # failed steps in a row
 StreamItem = TokenOutput | Exception
-# What the log calls the end of a request that ends with an exception; other exceptions are called "failed".
+# The reason that the log names for a request that ends with such an exception; for other exceptions it is "failed".
 END_REASONS: dict[type[Exception], str] = {
     EngineOverloaded: "overloaded",
     DeadlinePassed: "deadline",
@@ -34,7 +34,7 @@ END_REASONS: dict[type[Exception], str] = {
 
 @dataclass(frozen=True)
 class TokenStream:
-    """A `TokenStream` is the way of a request's items to its client; the queue belongs to the thread of `loop`."""
+    """A `TokenStream` carries the items of a request to its client; its queue belongs to the thread of `loop`."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
@@ -43,10 +43,10 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine's counts for status and metrics.
+    """An `EngineStats` holds the engine's counts for status and metrics.
 
-    Slots and pages that are "taken" belong to running requests. Those that are "cached" belong to the prefix cache and
-    are given up when running requests need them.
+    Slots and pages that are "taken" belong to running requests. "Cached" slots and pages belong to the prefix cache,
+    which gives them up when running requests need them.
     """
 
     num_running: int

@@ -1,4 +1,4 @@
-"""What connects a backbone with the fleet of expert shards: placements come in, load goes out, health is reported."""
+"""Connects a backbone with the expert shards: placements come in, the expert load goes out, health is reported."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from services.expert.client import RemoteExperts
 
 log = logging.getLogger(__name__)
 
-WATCH_PERIOD_S = 0.5  # from one look for a new placement to the next
-FLUSH_PERIOD_S = 1.0  # from one report of the expert load to the next
+WATCH_PERIOD_S = 0.5  # seconds from one look for a new placement to the next
+FLUSH_PERIOD_S = 1.0  # seconds from one report of the expert load to the next
 RATE_KEPT = 0.9  # weight that the measured picks per second keep from one report to the next
 NUM_HOTTEST = 20  # experts with the most picks that a status names
 MAX_NAMED = 20  # experts below cover that a status names
@@ -37,8 +37,8 @@ MAX_NAMED = 20  # experts below cover that a status names
 class FleetConnection:
     """Keeps one backbone's `RemoteExperts` up to date with the placement, and reports the load and the fleet's health.
 
-    All methods but `experts` itself belong to one event loop. `expert_bytes` is the size of one expert, by layer;
-    `model` is the digest of the checkpoint.
+    Its methods belong to one event loop; `experts` is called by the engine's thread. `expert_bytes` is the size of one
+    expert, by layer, and `model` is the digest of the checkpoint.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class FleetConnection:
         self._load = LoadReporter(picks, loads)
         self._coverage = CoverageMonitor(expert_bytes)
         self._placed_at = 0.0  # seconds since 1970
-        self._expected_digests: dict[str, str] = {}  # of the experts that each shard should hold
+        self._expected_digests: dict[str, str] = {}  # by shard: the digest of the experts that it should hold
         self._tasks: list[asyncio.Task[None]] = []
 
     async def first_placement(self) -> None:
@@ -63,7 +63,7 @@ class FleetConnection:
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._load.run())]
 
     async def stop(self) -> None:
-        """End the tasks, and fail the layer calls in flight: the engine would wait for a home, and its end for it."""
+        """End the tasks and fail the layer calls in flight, for which the engine would wait before it stops."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -152,8 +152,8 @@ class FleetConnection:
     def _update_coverage(self, placement: Placement) -> CoverageReport:
         """Return the coverage of the placement by the shards that serve their experts now.
 
-        A shard whose experts are being changed counts as live. It holds other experts than the placement says, but
-        none too few: it gets new experts before they are published, and keeps old ones until they are no longer.
+        A shard whose experts are being changed counts as live. It may hold more experts than the placement says, but
+        never fewer: it gets new experts before they are published, and keeps old experts while they are published.
         """
         unreachable, circuits = self._unreachable, self.experts.circuits
         live = [
@@ -191,7 +191,7 @@ class FleetConnection:
 
 
 class LoadReporter:
-    """Adds the picks that a backbone counted to the store once a second, and knows the picks per second.
+    """Adds the picks that a backbone counted to the load store once a second, and keeps the rate of picks.
 
     `rates` holds the picks per second of each expert, by layer, averaged over about ten reports.
     """
@@ -201,7 +201,7 @@ class LoadReporter:
         self.rates: dict[int, NDArray[np.float64]] = {}
 
     async def run(self) -> None:
-        """Report for ever; counts that cannot be sent are kept and sent with the next ones."""
+        """Report for ever; counts that cannot be sent are kept and sent with the next report."""
         while True:
             await asyncio.sleep(FLUSH_PERIOD_S)
             taken = self._picks.take()
@@ -224,7 +224,8 @@ class LoadReporter:
 class CoverageMonitor:
     """Knows which experts have too few live homes, and since when; describes the expert tier in plain numbers.
 
-    It keeps what is costly to compute. `expert_bytes` is the size of one expert, by layer.
+    The coverage is computed again only if the placement or the live shards changed. `expert_bytes` is the size of one
+    expert, by layer.
     """
 
     def __init__(self, expert_bytes: Mapping[int, int]) -> None:

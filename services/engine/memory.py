@@ -1,4 +1,4 @@
-"""How much state fits into memory, and which ids of it are taken; the tensors are in `model.state.State`."""
+"""Plans how much state fits into memory, and counts what is taken; the tensors are in `model.state.State`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from services.engine.request import Request
 
 @dataclass(frozen=True)
 class Shortage:
-    """What a waiting request lacks in order to start; a number of 0 or below means that nothing is lacking."""
+    """A `Shortage` says what a waiting request lacks in order to start; 0 or less means that nothing is lacking."""
 
     num_slots: int
     num_pages: int

@@ -21,7 +21,7 @@ MIN_PAGES_APART = 2  # between checkpoints of one request: recomputing fewer pag
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The settings of a `PrefixCache`; lengths are in tokens.
+    """A `CacheConfig` holds the settings of a `PrefixCache`; lengths are in tokens.
 
     - `bytes_per_slot`: 0 for a family without recurrent state, whose requests can start at any kept page.
     - `align`: the lengths of checkpoints within a prompt are multiples of it.
@@ -61,7 +61,7 @@ class CachedPrefix:
 
 @dataclass
 class CacheCounts:
-    """Counts of what the prefix cache has done so far."""
+    """A `CacheCounts` counts what the prefix cache has done so far."""
 
     num_cached_tokens: int = 0  # prompt tokens that requests reused
     by_reason: Counter[str] = field(default_factory=Counter)  # started requests, by `Request.cache_reason`
@@ -79,7 +79,7 @@ class PrefixCache:
             config.block_size, config.bytes_per_slot, config.bytes_per_block, slots, pages
         )
         self.counts = CacheCounts()
-        self._seen = RecentHashes()  # of the pages of requests that have started
+        self._seen = RecentHashes()  # hashes of the pages of all requests that have started
 
     # Finding
 
@@ -183,12 +183,12 @@ class PrefixCache:
     def save_copy(self, request: Request) -> StateCheckpoint | None:
         """Save the state that a running request has now; its slot must be copied to the returned checkpoint's slot.
 
-        Return None if the state is too short to be worth it, is saved already, or is worth less than all that is saved.
+        Return None if the state is too short, is saved already, or is worth less than every checkpoint there is.
         """
         return self.checkpoints.save_copy(request) if self._is_worth_saving(request) else None
 
     def take_over(self, request: Request) -> None:
-        """Take the slot and the pages of a request that leaves, and keep its state for later requests if worth it.
+        """Take the slot and the pages of a request that leaves, and keep its state if later requests may use it.
 
         The state must be that of the request's computed tokens.
         """

@@ -30,7 +30,7 @@ def traces_folder() -> Path:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds of a recording: it ends by itself after so many bytes or seconds."""
+    """A `Bounds` limits a recording, which ends by itself after so many bytes or seconds."""
 
     max_bytes: int = 64 << 20
     max_seconds: float = 60.0
@@ -43,7 +43,7 @@ class Bounds:
 
 
 class _Recording:
-    """One recording: its file, its queue of layer calls, and the thread that writes them."""
+    """A `_Recording` has a file, a queue of layer calls, and a thread that writes them to the file."""
 
     def __init__(self, path: Path, file: IO[str], bounds: Bounds) -> None:
         self.path, self.file, self.bounds = path, file, bounds

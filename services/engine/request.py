@@ -1,4 +1,4 @@
-"""A request as the engine keeps it from its arrival to its last token, and the checks that a new request must pass."""
+"""Defines a request as the engine keeps it from its arrival to its last token, and makes new ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HASH_OF_NOTHING = b""  # the hash of the empty prefix
 class Request:
     """A `Request` is one sequence of tokens whose `num_computed_tokens` catches up with `num_tokens`.
 
-    Prompt tokens and generated tokens are not told apart in this. Times are in seconds of the scheduler's clock.
+    Prompt tokens and generated tokens are treated alike in this. Times are in seconds of the scheduler's clock.
     """
 
     id: str

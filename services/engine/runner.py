@@ -20,7 +20,7 @@ PROMPT_LOGITS_ROWS = 128  # computed at once: the logits of a whole chunk of a p
 
 
 class LanguageModel(DraftModel, Protocol):
-    """The part of a model that the engine needs."""
+    """A `LanguageModel` has what the engine needs of a model."""
 
     @property
     def has_drafts(self) -> bool:

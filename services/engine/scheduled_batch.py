@@ -1,4 +1,4 @@
-"""One step of the engine: the batch that it computes, and the result of each request."""
+"""Defines what one step of the engine computes, a batch, and what the step found out about each request."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StepResult:
 
     - `tokens`: the accepted drafts and the token sampled after them; empty if the request still has pending tokens.
     - `draft_ids`: drafts of the tokens that follow, to be verified by the next step.
-    - `prompt_logprobs`: those of the prompt tokens that follow the tokens just computed, if the request asked for them.
+    - `prompt_logprobs`: the logprobs of the prompt tokens after the tokens just computed, if the request wants them.
     - `failed`: True if the request's logits hold NaN or infinity, or if its grammar allows no token.
     """
 

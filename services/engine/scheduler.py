@@ -31,7 +31,7 @@ from services.engine.waiting_queue import WaitingQueue
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """The memory that the scheduler shares out, and its limits; lengths are in tokens.
+    """A `SchedulerConfig` says how much memory the scheduler shares out, and its limits; lengths are in tokens.
 
     - `chunk_align`: a prompt is split only at multiples of it (the chunk of the model's scan).
     - `num_checkpoint_slots`: slots beside those of the running requests, for saved states.

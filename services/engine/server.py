@@ -1,4 +1,4 @@
-"""The gRPC server of an engine: one stream per gateway, on which all requests of the gateway travel.
+"""Serves an engine over gRPC: each gateway has one stream, on which all its requests travel.
 
 The cost is per message and not per byte: a message of grpc.aio takes some 150 µs of a core on either side, however
 small it is. So the outputs of one step for all requests of a gateway leave in one message. No message is held back to
@@ -33,7 +33,7 @@ STOP_GRACE_S = 0.2  # seconds for the last outputs on streams
 
 
 class TokenGenerator(Protocol):
-    """The part of an engine that the server needs; tests serve other generators."""
+    """A `TokenGenerator` has what the server needs of an engine; tests serve other generators."""
 
     def generate(
         self,
@@ -47,7 +47,7 @@ class TokenGenerator(Protocol):
 
 
 class _GatewayStream:
-    """The stream of one gateway: its requests, and their outputs that have not been sent yet."""
+    """A `_GatewayStream` holds the requests of one gateway, and their outputs that have not been sent yet."""
 
     def __init__(self, engine: TokenGenerator) -> None:
         self._engine = engine
@@ -136,7 +136,7 @@ class _GatewayStream:
 
 
 class EngineService(engine_pb2_grpc.EngineServicer):
-    """The servicer of `Engine`: one `_GatewayStream` per call."""
+    """Implements the `Engine` service, with one `_GatewayStream` per call."""
 
     def __init__(self, engine: TokenGenerator) -> None:
         self._engine = engine

@@ -1,6 +1,6 @@
-"""Saved states that later requests can start from: how they are stored, found by their tokens, and evicted.
+"""Stores saved states that later requests can start from, finds them by their tokens, and evicts them.
 
-A checkpoint keeps KV pages and, in families with recurrent state, a slot. This is free memory with a use: whenever a
+A checkpoint keeps KV pages and, in families with recurrent state, a slot. This memory counts as free: whenever a
 running request needs a slot or a page, checkpoints are evicted for it. The checkpoint that goes first has the lowest
 value per byte (greedy-dual-size-frequency, Cherkasova 1998): the tokens that it saves beyond its base, times its uses,
 divided by its bytes, plus the value of the last evicted checkpoint at the time of the checkpoint's last use.
@@ -41,7 +41,7 @@ class StateCheckpoint:
 
 @dataclass
 class KeptPage:
-    """A full KV page that at least one checkpoint keeps."""
+    """A `KeptPage` is a full KV page that at least one checkpoint keeps."""
 
     page: int
     token_ids: array.array[int]
@@ -49,7 +49,7 @@ class KeptPage:
 
 
 class RecentHashes:
-    """A set of at most MAX_REMEMBERED hashes, which forgets the hash that was added longest ago."""
+    """Remembers at most MAX_REMEMBERED hashes, and forgets the hash that was added longest ago."""
 
     def __init__(self) -> None:
         self._hashes: OrderedDict[bytes, None] = OrderedDict()
@@ -82,11 +82,13 @@ class CheckpointStore:
         self.page_size, self.bytes_per_slot, self.bytes_per_page = page_size, bytes_per_slot, bytes_per_page
         self.slots, self.pages = slots, pages
         self.kept: dict[bytes, KeptPage] = {}  # full pages of checkpoints, by hash
-        self.evicted = RecentHashes()  # of the last full page of each evicted checkpoint
+        self.evicted = RecentHashes()  # hashes of the last full page of each evicted checkpoint
         self.num_evictions = 0
-        self.num_changes = 0  # of what `longest` may find
+        self.num_changes = 0  # changes of the set of checkpoints, which may change what `longest` finds
         self._by_key: dict[bytes, StateCheckpoint] = {}
-        self._tail_lens: dict[bytes, Counter[int]] = {}  # by hash of the last full page: checkpoints by length of tail
+        self._tail_lens: dict[
+            bytes, Counter[int]
+        ] = {}  # by hash of the last full page: numbers of checkpoints by tail length
         self._evicted_value = 0.0  # the highest value that an evicted checkpoint had
 
     def __len__(self) -> int:

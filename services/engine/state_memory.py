@@ -1,4 +1,4 @@
-"""The memory of running requests: who holds which state slot and which KV pages."""
+"""Manages the memory of running requests: which request holds which state slot and which KV pages."""
 
 from __future__ import annotations
 

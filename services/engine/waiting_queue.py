@@ -1,4 +1,4 @@
-"""The queue of requests that wait to be started: its bound, its order, and how long a client should wait."""
+"""Queues the requests that wait to be started, with a bound, an order, and an estimate of the waiting time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from services.engine.request import Request, serving_order
 
 AGEING_S = 10.0  # seconds of waiting that lower a request's priority number by one, so that no request waits for ever
 RATE_KEPT = 0.99  # weight that measured starts and seconds keep from one step to the next
-MAX_RETRY_AFTER = 60  # seconds
+MAX_RETRY_AFTER = 60  # seconds; the longest time that a refused client is told to wait
 HEAD_START = 1 << 62  # greater than any count of arrivals: resumed requests come before all that arrive here
 
 
 class WaitingQueue:
-    """Requests that wait to be started, in the order in which they are to be served.
+    """Holds the requests that wait to be started, in the order in which they are to be served.
 
     At most `max_waiting` new requests wait. Resumed and preempted requests were accepted earlier and are never refused.
     """
@@ -93,7 +93,7 @@ class WaitingQueue:
 
 @dataclass(frozen=True)
 class StartRate:
-    """Requests that started, and the seconds that their steps took; older steps have less weight."""
+    """A `StartRate` says how many requests started in how many seconds; older steps have less weight."""
 
     num_starts: float = 0.0
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""The errors with which the engine refuses or ends a request, each with its REST and gRPC status."""
+"""Defines the errors with which the engine refuses or ends a request, each with its REST and gRPC status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parameters of a request: how to choose tokens, when to stop, and what the text must match."""
+"""Defines the parameters of a request: how to choose tokens, when to stop, and what the text must match."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16
 
 
 class GrammarKind(StrEnum):
-    """The syntax in which a grammar is given."""
+    """A `GrammarKind` names the syntax in which a grammar is given."""
 
     JSON_OBJECT = "json_object"
     JSON_SCHEMA = "json_schema"

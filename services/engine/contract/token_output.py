@@ -1,4 +1,4 @@
-"""The engine's outputs: the tokens of a step, their logprobs, and why a request ended."""
+"""Defines the engine's outputs: the tokens of a step, their logprobs, and why a request ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    """Why a request ended."""
+    """A `FinishReason` says why a request ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -17,9 +17,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The natural logarithm of a token's probability before temperature, penalties and masks.
+    """A `TokenLogprob` holds the logprob of a token: the natural logarithm of its probability.
 
-    `rank` is 1 for the likeliest token. `top` holds the likeliest tokens as (id, logprob), most likely first.
+    The probability is the one before temperature, penalties and masks. `rank` is 1 for the likeliest token. `top` holds
+    the likeliest tokens as (id, logprob), most likely first.
     """
 
     token_id: int

@@ -127,7 +127,7 @@ def failure_to_proto(error: Exception) -> pb.Failure:
 
 
 def failure_from_proto(message: pb.Failure) -> Exception:
-    """Return the exception that the engine raised, or EngineFailed for an exception that is none of the contract's."""
+    """Return the exception that the engine raised, or EngineFailed if the contract does not define it."""
     if message.kind == pb.Failure.OVERLOADED:
         return EngineOverloaded(message.message, message.retry_after_s)
     kinds = {pb.Failure.INVALID: ValueError, pb.Failure.DEADLINE: DeadlinePassed}

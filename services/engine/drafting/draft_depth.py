@@ -1,4 +1,6 @@
-"""Chooses the draft depth of each request: how many tokens to draft for it. Pure functions of values, without a clock.
+"""Chooses the draft depth of each request, which is the number of tokens to draft for it.
+
+Everything is a pure function of values, without a clock.
 
 A step verifies the drafts of the step before it and then drafts again. Deeper drafts give more tokens per step, as far
 as the model accepts them, but cost more rows and draft passes. The depths are chosen for the highest expected number of
@@ -29,8 +31,8 @@ COST_KEPT = 0.99  # likewise for the measured costs of steps
 PRIOR_COST = (1.0, 0.05, 0.15, 0.02)
 PRIOR_SPREAD = (1.0, 0.3, 0.3, 0.1)
 NUM_TRUSTED = 16  # steps after which the fitted costs are trusted
-MAX_SURPRISE = 1.5  # factor by which a step may then differ from its expected seconds; what exceeds it is cut off
-FIT_EVERY = 8  # steps from one fit to the next from then on: a fit takes as long as a small layer
+MAX_SURPRISE = 1.5  # largest factor by which a trusted step differs from its expected seconds; beyond it is clipped
+FIT_EVERY = 8  # trusted steps from one fit to the next: a fit takes as long as a small layer
 NOISE = 0.1  # relative standard deviation of a step's seconds
 MAX_UNREAD = 128  # tokens of a request that the draft module reads later, when the request is drafted for again
 MAX_ROWS = 256  # of a step from which costs are learnt: steps with long prompts follow another law
@@ -46,7 +48,7 @@ Weights = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Attempts and acceptances at each draft position; both fade with every observation.
+    """An `Acceptance` counts attempts and acceptances at each draft position; both fade with every observation.
 
     A position counts as tried only if all earlier drafts were accepted.
     """
@@ -85,7 +87,7 @@ def _padded(values: Sequence[float], size: int) -> list[float]:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step's cost depends on: rows of the model, passes of the draft module, and rows of these passes."""
+    """A `StepShape` holds what a step's cost depends on: rows of the model, and passes and rows of the draft module."""
 
     num_rows: int
     num_passes: int = 0
@@ -124,8 +126,8 @@ class StepCost:
     def observe(self, shape: StepShape, seconds: float) -> StepCost:
         """Return the estimate after a step took `seconds`.
 
-        A step that is off by more than the factor MAX_SURPRISE, because it had to wait for another process for example,
-        counts as off by this factor.
+        A step may be off by more than the factor MAX_SURPRISE, for example because it had to wait for another process.
+        It then counts as off by this factor.
         """
         if self.num_seen >= NUM_TRUSTED:
             expected = self.seconds(shape)
@@ -217,7 +219,7 @@ class ExplorationSchedule:
 
 @dataclass(frozen=True)
 class DraftingState:
-    """What is known about drafting for all requests together.
+    """A `DraftingState` holds what is known about drafting for all requests together.
 
     The state is immutable: methods return a new state.
     """

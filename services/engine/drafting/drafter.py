@@ -25,7 +25,7 @@ from services.engine.sampling.sampler import Sampler, SamplingRow
 
 
 class DraftModel(Protocol):
-    """The part of a model that drafting needs."""
+    """A `DraftModel` has what drafting needs of a model."""
 
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State, /) -> Tensor:
         """Return the hidden vectors (T, D) after the batch's tokens, from the hidden vectors before them."""
@@ -76,7 +76,7 @@ class DraftRequest:
 
 @dataclass
 class UnreadHidden:
-    """The hidden vectors of one request that the module has not read: those before the tokens from `first` on."""
+    """An `UnreadHidden` keeps hidden vectors that the module has not read: those before the tokens from `first` on."""
 
     first: int
     rows: deque[Tensor]

@@ -46,7 +46,7 @@ EXCERPT = re.compile(r"\d+ \| ")  # the start of a line in which the library quo
 
 @dataclass(frozen=True, eq=False)
 class CompiledGrammar:
-    """A grammar that is ready for use, at its beginning; requests share it and start from copies."""
+    """A `CompiledGrammar` is ready for use and stands at its beginning; requests share it and start from copies."""
 
     matcher: LLMatcher
     eos_ids: frozenset[int]

@@ -3,7 +3,7 @@
 The cost of a grammar cannot be told from its text. Intersected expressions of a few hundred characters take minutes and
 tens of gigabytes, and the library checks its own limits too rarely to prevent that. So `GrammarChecker.check` hands a
 grammar to a process. It ends the process when the time is over, and the process ends itself when its memory is used up.
-A grammar that passes takes a backbone as little time to compile.
+A grammar that passes takes no longer to compile in a backbone.
 
     python -m services.engine.grammar.grammar_checker MODEL    # runs such a process: a line of JSON in, a line out
 """
@@ -81,7 +81,7 @@ class GrammarChecker:
 
 
 class _CheckerProcess:
-    """A child process that checks one grammar at a time."""
+    """A `_CheckerProcess` is a child process that checks one grammar at a time."""
 
     def __init__(self, model: Path) -> None:
         command = [sys.executable, "-m", "services.engine.grammar.grammar_checker", str(model)]

@@ -42,7 +42,7 @@ MAX_LOGITS_ELSEWHERE = 2**26  # edited at once on another device: as many as its
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A token that was chosen for a row."""
+    """A `SampledToken` was chosen for a row."""
 
     token_id: int
     logprob: TokenLogprob | None = None  # None unless the request asked for it
@@ -188,7 +188,7 @@ def _choose(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[Sam
 
 @dataclass(frozen=True)
 class _Penalized:
-    """The tokens that row number `row` has penalties for, and how often each was generated, both (E,)."""
+    """A `_Penalized` lists the tokens that row number `row` has penalties for, and the count of each, both (E,)."""
 
     row: int
     ids: np.ndarray[tuple[int], np.dtype[np.int64]]

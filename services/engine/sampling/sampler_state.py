@@ -1,4 +1,4 @@
-"""What the sampler keeps about a request between steps: counts of tokens for penalties, and its grammar's state.
+"""Keeps what the sampler knows about a request between steps: counts for penalties, and its grammar's state.
 
 Both follow the tokens of the request. The sequence mostly grows by one token, but its end may be drafts that are taken
 back.
@@ -53,7 +53,7 @@ class TokenCounts:
 
 
 class SamplerState:
-    """The state of one request between steps, and what its parameters ask of the sampler."""
+    """A `SamplerState` is the sampler's state of one request between steps."""
 
     def __init__(self, request: Request) -> None:
         params = request.params

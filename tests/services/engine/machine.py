@@ -1,4 +1,4 @@
-"""A machine without arithmetic that runs the scheduler's batches: the state it saves is tokens, so a mix-up shows.
+"""Runs the scheduler's batches without arithmetic: a state consists of tokens, so that any mix-up of states shows.
 
 The token that follows a sequence is a function of the sequence alone. Drafts are right as often as the test says.
 """

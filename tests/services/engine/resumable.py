@@ -1,4 +1,4 @@
-"""Parameters of every kind of request, for tests that break an answer off and continue it elsewhere."""
+"""Lists parameters for every kind of request, for tests that break an answer off and continue it elsewhere."""
 
 from __future__ import annotations
 

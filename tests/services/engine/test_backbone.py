@@ -1,4 +1,4 @@
-"""A whole backbone over the demo model, with shards in another process and a real store."""
+"""Tests a whole backbone over the demo model, with shards in another process and a real store."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_it_waits_for_a_placement_and_follows_the_next(
 
 
 class NoLoads(LoadStore):
-    """A load store that cannot be reached, for registries without Redis."""
+    """Stands for a load store that cannot be reached, for registries without Redis."""
 
     def __init__(self) -> None:
         super().__init__(connect("redis://127.0.0.1:1/0"), "demo")

@@ -353,7 +353,7 @@ class SlowModel(TinyModel):
 
 
 class FailingModel(TinyModel):
-    """A model whose steps fail as long as `is_failing` is set."""
+    """Fails in every step as long as `is_failing` is set."""
 
     is_failing = False
 
@@ -392,7 +392,7 @@ def test_an_outage_elsewhere_fails_requests_and_leaves_the_engine_healthy() -> N
 
 
 class PoisonedModel(TinyModel):
-    """A model whose logits are NaN after the token 7."""
+    """Returns NaN as logits after the token 7."""
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         logits_SV = super().logits(hidden_SD)

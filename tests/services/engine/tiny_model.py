@@ -1,4 +1,4 @@
-"""A real model of a few hundred weights with both kinds of state, and the slow obvious way to generate with it.
+"""Defines a real model of a few hundred weights with both kinds of state, and generates with it in a slow way.
 
 Every row is computed by itself, so the tokens must not depend on batches, chunks, pages, preemption, drafts or reuse at
 all. The draft module guesses well, because it has the same recurrence and an attention of its own.

@@ -34,7 +34,7 @@ def wide_family() -> ModelFamily:
 
 
 class Watched(NemotronH):
-    """A model that notes how many bytes a step with drafts keeps until `commit`."""
+    """Notes how many bytes a step with drafts keeps until `commit`."""
 
     kept_bytes = 0
 

@@ -1,4 +1,4 @@
-"""Requests to sample for, and the slow obvious way to compute the distribution that tokens should have."""
+"""Makes requests to sample for, and computes the distribution of tokens in the slow obvious way."""
 
 from __future__ import annotations
 
