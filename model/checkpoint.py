@@ -118,5 +118,5 @@ class Checkpoint:
         except SafetensorError:
             raise ValueError(f"{self.path / self._files[name]} lacks the tensor {name} that the index names") from None
         if shape is not None and tensor.shape != shape:
-            raise ValueError(f"tensor {name} in {self.path} is {list(tensor.shape)}, the config wants {list(shape)}")
+            raise ValueError(f"tensor {name} in {self.path} is {list(tensor.shape)}, the config requires {list(shape)}")
         return tensor

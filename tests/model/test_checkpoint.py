@@ -120,9 +120,13 @@ def test_an_extra_tensor_is_named(latent: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "wanted"),
     [
-        ("backbone.norm_f.weight", (63,), r"is \[63\], the config wants \[64\]"),
-        ("backbone.layers.1.mixer.experts.3.up_proj.weight", (32, 48), r"is \[32, 48\], the config wants \[48, 32\]"),
-        ("mtp.layers.0.eh_proj.weight", (64, 64), r"is \[64, 64\], the config wants \[64, 128\]"),
+        ("backbone.norm_f.weight", (63,), r"is \[63\], the config requires \[64\]"),
+        (
+            "backbone.layers.1.mixer.experts.3.up_proj.weight",
+            (32, 48),
+            r"is \[32, 48\], the config requires \[48, 32\]",
+        ),
+        ("mtp.layers.0.eh_proj.weight", (64, 64), r"is \[64, 64\], the config requires \[64, 128\]"),
     ],
 )
 def test_a_misshapen_tensor_is_named(

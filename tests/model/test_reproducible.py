@@ -72,8 +72,8 @@ def test_drafts_leave_no_trace(exact: NemotronH, num_right: int) -> None:
     wrong = [(token + 1) % 256 for token in tokens]
     steps = Steps(exact)
     steps.logits((3, tokens[:12], 0), (1, other[:9], 0))
-    guesses = [*tokens[13 : 13 + num_right], *wrong[13 + num_right : 16]]
-    batch = with_drafts(steps.batch([(3, [tokens[12], *guesses], 12), (1, other[9:11], 9)]), (3, 0))
+    drafts = [*tokens[13 : 13 + num_right], *wrong[13 + num_right : 16]]
+    batch = with_drafts(steps.batch([(3, [tokens[12], *drafts], 12), (1, other[9:11], 9)]), (3, 0))
     with torch.no_grad():
         logits = exact.logits(exact(batch, steps.state))
         exact.commit(batch, [num_right, 0], steps.state)

@@ -1,4 +1,4 @@
-"""The tests check that products are batch-invariant: our kernels by their order, PyTorch's by row blocking."""
+"""The tests check that products are batch-invariant, with the CPU kernels and with PyTorch's under a row blocking."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def busy_s() -> float:
     return sum(sum(map(int, stat.rsplit(")", 1)[1].split()[11:13])) for stat in stats) / os.sysconf("SC_CLK_TCK")
 
 
-def test_helpers_sleep_while_others_need_the_cores(threads: Callable[[int], None]) -> None:
+def test_workers_sleep_while_others_need_the_cores(threads: Callable[[int], None]) -> None:
     weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(1)
     expected = linear(x, weight)
@@ -138,7 +138,7 @@ def test_helpers_sleep_while_others_need_the_cores(threads: Callable[[int], None
     assert torch.equal(linear(x, weight), expected)
 
 
-def test_a_helper_that_fails_is_told_of_and_helps_on(threads: Callable[[int], None]) -> None:
+def test_a_worker_that_fails_is_reported_and_works_on(threads: Callable[[int], None]) -> None:
     """Check that a worker's failure is reported; otherwise the caller would wait for its task for ever."""
     weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
