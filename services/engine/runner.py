@@ -104,7 +104,7 @@ class Runner:
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, new_tokens: Sequence[list[SampledToken] | None]
     ) -> dict[int, tuple[int, ...]]:
         """Return the drafts of the tokens after `new_tokens`, by place in the batch."""
-        wanted: dict[int, DraftRequest] = {}
+        draft_requests: dict[int, DraftRequest] = {}
         if self.drafter is None:
             return {}
         for i, tokens in enumerate(new_tokens):
@@ -119,10 +119,10 @@ class Runner:
             depth = min(batch.draft_depths[i], request.max_len - request.num_tokens - len(tokens) - 1)
             if depth > 0:
                 new_ids = tuple(token.token_id for token in tokens)
-                wanted[i] = self.drafter.draft_request(request, new_ids, depth)
-        if wanted:
-            self.drafter.draft(list(wanted.values()))
-        return {i: one.draft_ids for i, one in wanted.items()}
+                draft_requests[i] = self.drafter.draft_request(request, new_ids, depth)
+        if draft_requests:
+            self.drafter.draft(list(draft_requests.values()))
+        return {i: one.draft_ids for i, one in draft_requests.items()}
 
     def _prompt_logprobs(
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, i: int

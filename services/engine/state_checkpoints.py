@@ -86,9 +86,8 @@ class CheckpointStore:
         self.num_evictions = 0
         self.num_changes = 0  # changes of the set of checkpoints, which may change what `longest` finds
         self._by_key: dict[bytes, StateCheckpoint] = {}
-        self._tail_lens: dict[
-            bytes, Counter[int]
-        ] = {}  # by hash of the last full page: numbers of checkpoints by tail length
+        # How many checkpoints have a tail of each length, by the hash of their last full page.
+        self._tail_lens: dict[bytes, Counter[int]] = {}
         self._evicted_value = 0.0  # the highest value that an evicted checkpoint had
 
     def __len__(self) -> int:

@@ -120,13 +120,13 @@ class Drafter:
         unread = self._unread.pop(request.id)
         return DraftRequest(request, new_ids, unread.first, torch.cat(tuple(unread.rows)), depth)
 
-    def draft(self, wanted: Sequence[DraftRequest]) -> None:
+    def draft(self, draft_requests: Sequence[DraftRequest]) -> None:
         """Set the `draft_ids` of every draft request: up to `depth` tokens, fewer if the sampler finds none."""
-        hidden_TD = torch.cat([one.hidden_TD for one in wanted])
-        read = [one.token_ids for one in wanted]
+        hidden_TD = torch.cat([one.hidden_TD for one in draft_requests])
+        read = [one.token_ids for one in draft_requests]
         lens, ids = [len(token_ids) for token_ids in read], [token for token_ids in read for token in token_ids]
-        active, positions = list(wanted), [one.first for one in wanted]
-        for one, length in zip(wanted, lens, strict=True):
+        active, positions = list(draft_requests), [one.first for one in draft_requests]
+        for one, length in zip(draft_requests, lens, strict=True):
             start, end = self._read.get(one.request.id, (0, 0))
             self._read[one.request.id] = (start if end == one.first else one.first, one.first + length)
         while active:
@@ -148,8 +148,10 @@ class Drafter:
         self._read.pop(request.id, None)
         self._unread.pop(request.id, None)
 
-    def _pack(self, wanted: Sequence[DraftRequest], ids: list[int], lens: list[int], positions: list[int]) -> Batch:
-        requests = [one.request for one in wanted]
+    def _pack(
+        self, draft_requests: Sequence[DraftRequest], ids: list[int], lens: list[int], positions: list[int]
+    ) -> Batch:
+        requests = [one.request for one in draft_requests]
         return Batch(
             token_ids_T=torch.tensor(ids, device=self.device),
             lens=tuple(lens),

@@ -234,7 +234,7 @@ def test_a_silent_backbone_is_given_up_where_another_answers(monkeypatch: pytest
         hung = EchoSource(eos_id=0, pause=30)
         serving = await fleet.start(hung)
         await backbones._find()
-        await until(lambda: bool(serving._service._conversations))
+        await until(lambda: bool(serving._service._streams))
         await asyncio.sleep(0.05)
         monkeypatch.setattr(server, "HEARTBEAT_S", 0.2)
         answering = slow()
