@@ -105,6 +105,7 @@ def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: s
             ports=(ports.http, ports.grpc),
             num_cached=None if ray_address else _num_kernels(),
         )
+        stack.callback(reporter.end)  # a start that fails shows so at once, and not only when all has been stopped
         with StartWatch(args, goal, reporter) as watch:
             serve.run(build_app(args), name=APP_NAME, route_prefix="/")
         watch.complete()

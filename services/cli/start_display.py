@@ -1,4 +1,4 @@
-"""How a start looks: a list of steps that changes in place on a terminal, or else one line for each step."""
+"""Shows how far a start is: a list of steps that changes in place on a terminal, or else one line for each step."""
 
 from __future__ import annotations
 
@@ -22,19 +22,16 @@ NAME_WIDTH = max(map(len, StartStep))
 @contextmanager
 def showing(console: Console, steps: Iterable[StartStep]) -> Iterator[StartReporter]:
     """Show `steps` until the body ends: as a changing list on a terminal, or else as lines of text."""
-    if console.file.isatty() and not console.is_dumb_terminal:
-        display = StepList(steps)
-        with Live(console=console, get_renderable=display.render, refresh_per_second=FRAMES_PER_S):
-            try:
-                yield display
-            finally:
-                display.end()
-    else:
-        yield StepLines(console)
+    is_terminal = console.file.isatty() and not console.is_dumb_terminal
+    reporter = StepList(console, steps) if is_terminal else StepLines(console)
+    try:
+        yield reporter
+    finally:
+        reporter.end()
 
 
 class StepLines:
-    """Writes a line when a step is done, and one when a step that takes long begins. Any thread may report."""
+    """A `StepLines` writes a line when a step is done, and a line when a step begins that takes long."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._started = console, time.monotonic()
@@ -50,20 +47,25 @@ class StepLines:
             seconds = time.monotonic() - self._started
             self._console.print(f"{seconds:6.1f} s  {report.step:{NAME_WIDTH}}  {report.detail}")
 
+    def end(self) -> None:
+        """Do nothing: every line is complete."""
+
 
 class StepList:
-    """The steps as a table: a mark, the name, how far the step is, and the second in which it was done.
+    """A `StepList` shows the steps as a list: a mark, the name, the second when it was done, and how far the step is.
 
-    Any thread may report or render.
+    Any thread may report, render or end the list.
     """
 
-    def __init__(self, steps: Iterable[StartStep]) -> None:
+    def __init__(self, console: Console, steps: Iterable[StartStep]) -> None:
         self._started = time.monotonic()
         self._reports = {step: StepReport(step, "") for step in steps}
         self._done_at: dict[StartStep, float] = {}
         self._spinner = Spinner("dots", style="cyan")
         self._has_ended = False
         self._lock = threading.Lock()
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=FRAMES_PER_S)
+        self._live.start(refresh=True)
 
     def report(self, report: StepReport) -> None:
         with self._lock:
@@ -74,9 +76,10 @@ class StepList:
                 self._done_at[report.step] = self._seconds()
 
     def end(self) -> None:
-        """Take the steps that never began out of the list; mark those that were not completed."""
+        """End the list: take out the steps that never began, and mark those that were not completed."""
         with self._lock:
             self._has_ended = True
+        self._live.stop()
 
     def render(self) -> Table:
         """Return the list as it is now."""

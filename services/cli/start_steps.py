@@ -42,6 +42,7 @@ class StartReporter(Protocol):
     """A `StartReporter` shows the steps of a start to a user. Any thread may call it."""
 
     def report(self, report: StepReport) -> None: ...
+    def end(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
@@ -17,6 +18,14 @@ STEPS = (StartStep.RAY, StartStep.SHARDS, StartStep.KERNELS)
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture
+def steps() -> Iterator[StepList]:
+    """Return a list of steps on a terminal that nobody sees."""
+    made = StepList(Console(file=Terminal()), STEPS)
+    yield made
+    made.end()
 
 
 def shown(steps: StepList, width: int = 80) -> list[str]:
@@ -50,8 +59,7 @@ def test_a_log_says_once_that_a_long_step_begins() -> None:
     assert details == ["compiling, 0 so far", "3 compiled"]
 
 
-def test_a_terminal_shows_all_steps_from_the_start() -> None:
-    steps = StepList(STEPS)
+def test_a_terminal_shows_all_steps_from_the_start(steps: StepList) -> None:
     assert shown(steps) == ["·  Ray", "·  Expert shards", "·  Kernels"]
     steps.report(StepReport(StartStep.RAY, "running", is_done=True))
     steps.report(StepReport(StartStep.SHARDS, "1 of 3 registered"))
@@ -61,23 +69,20 @@ def test_a_terminal_shows_all_steps_from_the_start() -> None:
     assert kernels == "·  Kernels"
 
 
-def test_a_step_that_is_done_stays_done() -> None:
-    steps = StepList(STEPS)
+def test_a_step_that_is_done_stays_done(steps: StepList) -> None:
     steps.report(StepReport(StartStep.SHARDS, "3 of 3 registered", is_done=True))
     steps.report(StepReport(StartStep.SHARDS, "2 of 3 registered"))
     assert shown(steps)[1].endswith("3 of 3 registered")
 
 
-def test_a_start_that_fails_leaves_what_was_done_and_what_was_not() -> None:
-    steps = StepList(STEPS)
+def test_a_start_that_fails_leaves_what_was_done_and_what_was_not(steps: StepList) -> None:
     steps.report(StepReport(StartStep.RAY, "running", is_done=True))
     steps.report(StepReport(StartStep.SHARDS, "1 of 3 registered"))
     steps.end()
     assert [line[0] for line in shown(steps)] == ["✓", "✗"]
 
 
-def test_a_list_fits_a_narrow_terminal() -> None:
-    steps = StepList(STEPS)
+def test_a_list_fits_a_narrow_terminal(steps: StepList) -> None:
     steps.report(StepReport(StartStep.KERNELS, "compiling, because this is the first start: 12 so far"))
     assert max(map(len, shown(steps, width=40))) <= 40
 
