@@ -1,4 +1,4 @@
-"""The application on one machine: `running` starts Ray, a store and Ray Serve, and stops what it has started."""
+"""Runs the application on one machine: `running` starts a store, Ray and Ray Serve, and stops what it has started."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ WATCH_JOIN_S = 5.0  # seconds; an observation may hang in Ray if Serve's control
 
 @dataclass(frozen=True)
 class Ports:
-    """The ports on which the application listens on 127.0.0.1; Serve's proxy listens for gRPC on every address."""
+    """A `Ports` holds the ports on which the application listens on 127.0.0.1.
+
+    On a joined cluster, Serve's proxies listen for gRPC on every address.
+    """
 
     http: int = 8000
     grpc: int = 9000
@@ -113,7 +116,10 @@ def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: s
 
 
 def _quiet_ray() -> AbstractContextManager[object]:
-    """Keep off the terminal what Ray prints when it has killed Serve's controller as it was told to."""
+    """Keep Ray's messages off the terminal while the body shuts Ray down.
+
+    Ray would report that Serve's controller failed, although Ray was told to end it.
+    """
     return redirect_stdout(io.StringIO())
 
 
@@ -175,7 +181,7 @@ class StartWatch:
         self._thread = threading.Thread(target=self._run, name="start watch", daemon=True)
 
     def complete(self) -> None:
-        """Report every step as done. The caller knows from Ray Serve that all replicas run."""
+        """Report every step as done; call it when Ray Serve has said that all replicas run."""
         self._look()
         for report in steps_of(self._seen, self._goal):
             self._reporter.report(replace(report, is_done=True))
@@ -188,7 +194,7 @@ class StartWatch:
             self._is_over.wait(WATCH_PERIOD_S)
 
     def _look(self) -> None:
-        """Observe once. What does not answer in time stays as it was at the last look."""
+        """Observe the start once; a source that does not answer in time keeps its last values."""
         if self._args.experts == "remote":
             with suppress(StoreUnavailable):
                 self._seen = asyncio.run(_with_registry(self._seen, self._args))

@@ -206,14 +206,14 @@ def drill(
     The exit code is 1 if requests noticed anything. Run the drill at no more than 60 % of the rate that the server can
     sustain: at higher rates requests wait for each other even if no shard dies.
     """
-    from services.cli.drill.shard_drill import Drilled, drill_shard
+    from services.cli.drill.shard_drill import DrillResult, drill_shard
 
     with plain_errors():
         if kill != "shard":
             raise ValueError(f"--kill is {kill!r}; the only thing that a drill kills is a shard")
         if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(f"--url is {url}, but a drill kills processes of this machine: use http://127.0.0.1:PORT")
-        drilled: Drilled = asyncio.run(drill_shard(url, shard, (rate, seconds, max_tokens) if load else None))
-    _show(drilled.to_dict(), as_json, lambda _: typer.echo(drilled.describe()))
-    if not drilled.is_unnoticed:
+        result: DrillResult = asyncio.run(drill_shard(url, shard, (rate, seconds, max_tokens) if load else None))
+    _show(result.to_dict(), as_json, lambda _: typer.echo(result.describe()))
+    if not result.is_unnoticed:
         raise typer.Exit(1)

@@ -29,14 +29,14 @@ def replay(path: Path, fleet: dict[str, Any]) -> dict[str, Any]:
     planned = plan(layers, shards, placement, trace.loads(), PlanPolicy(rows_per_step=max(1.0, trace.rows_per_call)))
     before, after = trace.balancedness(placement.homes), trace.balancedness(planned.homes)
     means = [sum(values.values()) / len(values) for values in (before, after)]
-    told = planned.to_dict()
-    told["text"] = (
+    report = planned.to_dict()
+    report["text"] = (
         f"{trace.num_calls} calls of {trace.rows_per_call:.1f} rows on average, in {path}.\n"
         f"Balancedness (mean over maximum of the shards' picks, mean of the layers): {means[0]:.3f} now, "
-        f"{means[1]:.3f} then.\n{told['text']}"
+        f"{means[1]:.3f} then.\n{report['text']}"
     )
     balance = {"before": means[0], "after": means[1], "by_layer": {"before": before, "after": after}}
-    return {**told, "balancedness": balance}
+    return {**report, "balancedness": balance}
 
 
 def _homes(of_layers: dict[str, list[list[str]]]) -> dict[int, Homes]:

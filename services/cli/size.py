@@ -127,11 +127,11 @@ def _show_all(configs: Mapping[str, Mapping[str, Any]], gpu: Gpu, dtype: str, sl
             except ValueError as error:
                 rows.append((name, one, str(error)))
     if as_json:
-        told = [
+        reports = [
             {"model": name, "dtype": one, **({"error": made} if isinstance(made, str) else made.to_dict())}
             for name, one, made in rows
         ]
-        typer.echo(json.dumps(told, indent=2))
+        typer.echo(json.dumps(reports, indent=2))
         return
     console.print(all_table(gpu.name, slo, rows))
     _say([LEGEND])

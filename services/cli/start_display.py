@@ -48,7 +48,7 @@ class StepLines:
             self._console.print(f"{seconds:6.1f} s  {report.step:{NAME_WIDTH}}  {report.detail}")
 
     def end(self) -> None:
-        """Do nothing: every line is complete."""
+        """Do nothing, because every line is complete when it is written."""
 
 
 class StepList:
@@ -91,7 +91,7 @@ class StepList:
         return table
 
     def _cells(self, report: StepReport) -> tuple[Text | Spinner, Text, Text, Text]:
-        """Return a step's mark, name, seconds and detail: done, abandoned, not begun, or in progress."""
+        """Return the mark, name, seconds and detail of a step that is done, abandoned, not begun or in progress."""
         name, detail = Text(report.step), Text(report.detail, overflow="fold")
         if report.is_done:
             return Text("✓", style="green"), name, Text(f"{self._done_at[report.step]:.0f} s"), detail

@@ -1,4 +1,4 @@
-"""The steps of a start: what each step waits for, and how far it is by what the processes themselves report.
+"""Describes the steps of a start: what each step waits for, and how far it is by the reports of the processes.
 
 `steps_of` is a pure function. `services/cli/local_application.py` observes and `services/cli/start_display.py` shows.
 """
@@ -12,7 +12,10 @@ from typing import Protocol
 
 
 class StartStep(StrEnum):
-    """A step of a start. Its value is the name that a user sees; the members stand in the order of the display."""
+    """A `StartStep` is one step of a start; its value is the name that a user sees.
+
+    The members stand in the order of the display.
+    """
 
     MODEL = "Model"
     STORE = "Store"
@@ -80,7 +83,11 @@ class StartObservation:
 
 
 def steps_to_show(has_local_experts: bool, joins_cluster: bool) -> list[StartStep]:
-    """Return the steps that a start has; a cluster that ran before compiles its kernels on machines of its own."""
+    """Return the steps of a start in the order of the display.
+
+    Local experts need no store, no shards and no placement. A cluster that ran before may compile its kernels on other
+    machines, where they cannot be counted.
+    """
     left_out = {StartStep.STORE, StartStep.SHARDS, StartStep.PLACEMENT} if has_local_experts else set()
     return [step for step in StartStep if step not in left_out and not (joins_cluster and step is StartStep.KERNELS)]
 

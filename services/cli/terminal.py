@@ -1,4 +1,4 @@
-"""What every command shares: its console, its way to report errors, and its requests to a running server."""
+"""Provides what all commands share: the console, the form of error messages, and requests to a running server."""
 
 from __future__ import annotations
 

@@ -106,7 +106,10 @@ def token_faults(manifests: Manifests) -> list[str]:
 
 
 def termination_faults(manifests: Manifests) -> list[str]:
-    """Return the pods whose node drains no longer than a shard takes to stop, or is killed before it has drained."""
+    """Return the pods whose times of termination are in the wrong order.
+
+    A node must drain longer than a shard takes to stop, and Kubernetes must wait longer than a node drains.
+    """
     faults = []
     for each in ray_pods(manifests):
         grace = each.spec.get("terminationGracePeriodSeconds", 30)

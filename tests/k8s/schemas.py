@@ -61,7 +61,7 @@ def schema_faults(manifests: Manifests) -> list[str]:
 
 @cache
 def _faults(text: str) -> list[str]:
-    """Return the faults of one manifest as JSON; the cache helps because most manifests are alike in all tests."""
+    """Return the faults of one manifest, which is JSON text so that its faults can be cached from test to test."""
     manifest: Manifest = json.loads(text)
     return _builtin_faults(manifest) if is_builtin(manifest) else _crd_faults(manifest)
 

@@ -22,8 +22,8 @@ MIN_AT_S, AT_SHARE = 2.0, 0.25  # the shard is killed after this share of the lo
 
 
 @dataclass(frozen=True)
-class Drilled:
-    """A `Drilled` is the result of a drill.
+class DrillResult:
+    """A `DrillResult` says what a drill found.
 
     - `shard`: id of the shard that was killed
     - `full_cover_s`: seconds until every expert had two live homes again, or None if that took too long
@@ -63,7 +63,7 @@ class Drilled:
         return "\n".join(lines)
 
 
-async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | None) -> Drilled:
+async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | None) -> DrillResult:
     """Kill the shard `shard_id`, or the shard with the most picks if the id is empty, and return what happened.
 
     `load` holds the requests per second, the seconds of a run and the tokens of a request; None: a drill without load.
@@ -80,14 +80,14 @@ async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | 
 
         is_whole = _watch(client, victim["id"])
         if load is None:
-            return Drilled(victim["id"], await Disturbance(kill, is_whole, 0.0).run(), None)
+            return DrillResult(victim["id"], await Disturbance(kill, is_whole, 0.0).run(), None)
         rate, seconds, max_tokens = load
         steady = Load.of_sentences(url, rate, seconds, max_tokens)
         # Two requests that do not count, so that no measured request pays for first calls.
         await asyncio.gather(*(ask(steady.url, body, 0.0) for body in steady.bodies[-2:]))
         at_s = max(MIN_AT_S, AT_SHARE * seconds)
         verdict, whole_s = await under_load(steady, Disturbance(kill, is_whole, at_s))
-        return Drilled(victim["id"], whole_s, verdict)
+        return DrillResult(victim["id"], whole_s, verdict)
 
 
 def _victim(status: dict[str, Any], shard_id: str) -> dict[str, Any]:

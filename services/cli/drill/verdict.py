@@ -55,7 +55,7 @@ def compare(
     if failed := [outcome.error for outcome in undisturbed if outcome.error]:
         raise ValueError(f"{len(failed)} of {len(undisturbed)} requests failed undisturbed already ({failed[0]}).")
     pairs = [(before, after) for before, after in zip(undisturbed, disturbed, strict=True) if not after.error]
-    different = [1 for before, after in pairs if _said(before) != _said(after)]
+    different = [1 for before, after in pairs if _answer_of(before) != _answer_of(after)]
     window = disturbed_at, disturbed_at + window_s
     return Verdict(
         num_requests=len(disturbed),
@@ -71,7 +71,7 @@ def compare(
     )
 
 
-def _said(outcome: RequestOutcome) -> tuple[str, int]:
+def _answer_of(outcome: RequestOutcome) -> tuple[str, int]:
     return outcome.text, outcome.num_generated
 
 

@@ -209,8 +209,8 @@ def test_status_tells_risk_and_orders_in_a_narrow_terminal() -> None:
         "balancedness": {"1": 0.5, "3": 1.0},
         "blast_radius": {"experts-cpu-0": 0.125},
     }
-    told = {"tier": tier, "leader": "host-1", "pools": [pool], "orders": [order]}
-    text = shown({**REPORT, **told, "shards": [shard], "decisions": [{"at": "0", "kind": "plan", "why": "A test."}]})
+    fleet = {"tier": tier, "leader": "host-1", "pools": [pool], "orders": [order]}
+    text = shown({**REPORT, **fleet, "shards": [shard], "decisions": [{"at": "0", "kind": "plan", "why": "A test."}]})
     for words in ("7 experts", "12.50%", "~4 s left", "0.75", "host-1", "half-open", "drain", "ada", "A test.", "4"):
         assert words in text
     assert max(map(len, text.splitlines())) <= 80

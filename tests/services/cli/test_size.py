@@ -66,23 +66,23 @@ def test_all_models_are_told_in_80_columns() -> None:
     for name in known_models():
         assert name.removeprefix("NVIDIA-") in text
     assert "3-Ultra-550B-A55B in bf16: a backbone is one GPU" in " ".join(text.split())
-    told = json.loads(run("--model", "all", "--gpu", "l40s", "--json"))
-    assert len(told) == len(known_models()) * len(DTYPES)
-    assert ["error" in one for one in told] == ["–" in line.split() for line in text.splitlines()[2:17]]
+    report = json.loads(run("--model", "all", "--gpu", "l40s", "--json"))
+    assert len(report) == len(known_models()) * len(DTYPES)
+    assert ["error" in one for one in report] == ["–" in line.split() for line in text.splitlines()[2:17]]
     assert len(json.loads(run("--model", "all", "--dtype", "fp8", "--json"))) == len(known_models())
 
 
 def test_json_is_the_sizing() -> None:
-    told = json.loads(
+    report = json.loads(
         run("--model", "super", "--gpu", "b200", "--dtype", "nvfp4", "--requests", "100", "--context", "4096", "--json")
     )
     made = size(known_config("super"), GPUS["b200"], "nvfp4", Slo(100, 4096))
     expected = json.loads(json.dumps(made.to_dict()))
-    assert {key: told[key] for key in expected} == expected
-    assert told["model"] == "NVIDIA-Nemotron-3-Super-120B-A12B"
-    assert sum(told["stored_bytes"].values()) == made.checkpoint_bytes
-    assert told["stored_bytes"].keys() == told["params"].keys()
-    assert told["notes"] == ["Note: on GPUs this version serves bf16 weights; nvfp4 is sized ahead of it."]
+    assert {key: report[key] for key in expected} == expected
+    assert report["model"] == "NVIDIA-Nemotron-3-Super-120B-A12B"
+    assert sum(report["stored_bytes"].values()) == made.checkpoint_bytes
+    assert report["stored_bytes"].keys() == report["params"].keys()
+    assert report["notes"] == ["Note: on GPUs this version serves bf16 weights; nvfp4 is sized ahead of it."]
 
 
 def test_a_directory_a_file_and_a_name_are_the_same_model(tmp_path: Path) -> None:
@@ -97,9 +97,9 @@ def test_a_directory_a_file_and_a_name_are_the_same_model(tmp_path: Path) -> Non
 
 
 def test_the_demo_is_sized_with_the_context_it_has() -> None:
-    told = json.loads(run("--model", str(DEMO), "--gpu", "l4", "--json"))
-    assert told["kv_bytes_per_request"] == 4096 * told["kv_bytes_per_token"]
-    assert (told["backbone_gpus"], told["expert_gpus"]) == (1, 2)
+    report = json.loads(run("--model", str(DEMO), "--gpu", "l4", "--json"))
+    assert report["kv_bytes_per_request"] == 4096 * report["kv_bytes_per_token"]
+    assert (report["backbone_gpus"], report["expert_gpus"]) == (1, 2)
 
 
 def test_what_this_version_cannot_serve_is_noted() -> None:

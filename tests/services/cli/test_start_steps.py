@@ -17,11 +17,11 @@ def done(seen: StartObservation, goal: StartGoal = GOAL) -> set[StartStep]:
 
 
 def test_nothing_is_done_before_the_first_process_reports() -> None:
-    told = reports(StartObservation(num_kernels=64))
-    assert not any(report.is_done for report in told.values())
-    assert told[StartStep.SHARDS].detail == "0 of 3 registered"
-    assert told[StartStep.PLACEMENT].detail == "waiting for the shards"
-    assert told[StartStep.GATEWAY].detail == told[StartStep.BACKBONE].detail == "0 of 1 running"
+    by_step = reports(StartObservation(num_kernels=64))
+    assert not any(report.is_done for report in by_step.values())
+    assert by_step[StartStep.SHARDS].detail == "0 of 3 registered"
+    assert by_step[StartStep.PLACEMENT].detail == "waiting for the shards"
+    assert by_step[StartStep.GATEWAY].detail == by_step[StartStep.BACKBONE].detail == "0 of 1 running"
 
 
 def test_each_step_is_done_by_its_own_evidence() -> None:
@@ -33,13 +33,13 @@ def test_each_step_is_done_by_its_own_evidence() -> None:
 
 
 def test_every_step_is_done_at_the_end() -> None:
-    told = reports(COMPLETE)
-    assert all(report.is_done for report in told.values())
-    assert told[StartStep.GATEWAY].detail == "listening on ports 8000 and 9000"
-    assert told[StartStep.SHARDS].detail == "3 of 3 registered"
-    assert told[StartStep.PLACEMENT].detail == "loaded, 448 homes in the first placement"
-    assert told[StartStep.KERNELS].detail == "64 in the cache"
-    assert told[StartStep.BACKBONE].detail == "ready for requests"
+    by_step = reports(COMPLETE)
+    assert all(report.is_done for report in by_step.values())
+    assert by_step[StartStep.GATEWAY].detail == "listening on ports 8000 and 9000"
+    assert by_step[StartStep.SHARDS].detail == "3 of 3 registered"
+    assert by_step[StartStep.PLACEMENT].detail == "loaded, 448 homes in the first placement"
+    assert by_step[StartStep.KERNELS].detail == "64 in the cache"
+    assert by_step[StartStep.BACKBONE].detail == "ready for requests"
 
 
 def test_loading_is_counted_while_there_is_no_placement() -> None:
