@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from services.expert import shard_control
+from services.expert import control_client
 from services.expert.client import RemoteExperts
 from tests.services.expert.checkpoint import LATENT, LAYERS, NUM_EXPERTS, TOP_K, write_checkpoint
 from tests.services.expert.shard_process import ShardProcess
@@ -51,7 +51,7 @@ def main() -> None:
             homes_of = tuple(tuple(ids[(e + i) % NUM_SHARDS] for i in range(spread)) for e in range(NUM_EXPERTS))
             homes = dict.fromkeys(LAYERS, homes_of)
             remote = RemoteExperts()
-            remote.update(asyncio.run(shard_control.fill(process.shards, homes, epoch=1)), process.shards)
+            remote.update(asyncio.run(control_client.fill(process.shards, homes, epoch=1)), process.shards)
             for num_rows in (1, 8):
                 measure(remote, num_rows, args.calls // 4)
                 times = measure(remote, num_rows, args.calls)

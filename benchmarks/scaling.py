@@ -40,7 +40,7 @@ from cluster.control.registry import Registry, connect
 from cluster.control.registry_store import StoreUnavailable
 from cluster.topology import Placement, Shard
 from services.cli.drill.load import RequestOutcome, ask
-from services.expert import shard_control
+from services.expert import control_client
 
 POOL, NUM_SHARDS = "experts-cpu", 3
 NUM_PROMPTS = 24
@@ -139,7 +139,7 @@ class PoolObserver:
         self.phases.append(Phase(STARTING, start, seen))
         placed = await self._wait_until(lambda placement, _: new.id in placement.shard_ids)
         self.placed_s.append(placed - seen)
-        while not (await shard_control.status(new.endpoint)).counters.num_requests:
+        while not (await control_client.status(new.endpoint)).counters.num_requests:
             await asyncio.sleep(POLL_PERIOD_S)
         self.answered_s.append(time.perf_counter() - seen)
         done = await self._wait_until(lambda placement, shards: _is_settled(placement, shards, NUM_SHARDS + 1))

@@ -28,7 +28,7 @@ SIBLINGS = {
     "services": ("expert", "engine", "controller", "gateway", "cli"),
     "services/engine": ("contract", "grammar", "sampling", "drafting"),
     "services/expert": ("transport",),
-    "services/gateway": ("chat", "metrics", "backbones", "openai", "operator"),
+    "services/gateway": ("chat", "metrics", "backbones", "operator", "openai"),
     "services/cli": ("drill",),
 }
 OTHERS_PRIVATE = {  # of libraries: what has no public name there

@@ -14,7 +14,7 @@ from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.topology import Experts, Shard
 from model.blocks.moe import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert import shard_control
+from services.expert import control_client
 from services.expert.load_order import Sources, group_by_layer
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class GrpcShards:
         The bytes of promoted experts are not counted, because the shard evicts them when a home needs their memory.
         If these bytes were counted, the home would wait for them for ever.
         """
-        status = await shard_control.status(shard.endpoint)
+        status = await control_client.status(shard.endpoint)
         experts = {*_flat(status.held, DEVICE), *_flat(status.standby, STANDBY)}
         used_bytes = sum(len(of.experts) * self._sizes[of.layer] for of in status.held)
         return Holding(frozenset(experts), used_bytes)
@@ -56,7 +56,7 @@ class GrpcShards:
         keys = [(layer, id) for by_layer in (device, standby) for layer, ids in by_layer.items() for id in ids]
         expected = {(layer, expert): known[layer][expert] for layer, expert in keys if expert in known[layer]}
         sources = Sources(expected=expected)
-        loaded = await shard_control.load(shard.endpoint, device, order.epoch, standby, sources, order.fencing)
+        loaded = await control_client.load(shard.endpoint, device, order.epoch, standby, sources, order.fencing)
         recorded = {
             layer: await self.registry.note_checksums(self.weights, layer, seen)
             for layer, seen in loaded.checksums.items()
@@ -70,15 +70,15 @@ class GrpcShards:
 
     async def drop(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> None:
         """Have `shard` unload experts and give up standbys."""
-        await shard_control.unload(shard.endpoint, device, order.epoch, standby, order.fencing)
+        await control_client.unload(shard.endpoint, device, order.epoch, standby, order.fencing)
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
         """Run the canary: return the experts for whose rows the two shards compute different sums."""
         try:
-            wrong = await shard_control.canary(
+            wrong = await control_client.canary(
                 old.endpoint, new.endpoint, experts, self.shapes, self.dtype, self._gains
             )
-        except shard_control.ShardError as error:
+        except control_client.ShardError as error:
             if error.endpoint == old.endpoint:
                 raise WitnessFailed(str(error)) from error
             raise

@@ -1,6 +1,6 @@
 """A `LoadOrder` says what a shard is to load, and a `LoadResult` what it has loaded, in memory and on the wire.
 
-`shard_control` sends a `LoadOrder` and receives a `LoadResult`; the shard's servicer does the reverse.
+`control_client` sends a `LoadOrder` and receives a `LoadResult`; the shard's servicer does the reverse.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import ParamSpec, Protocol, TypeVar
 from services.engine.contract.errors import DeadlinePassed, EngineFailed
 from services.engine.contract.sampling_params import Grammar, SamplingParams
 from services.engine.contract.token_output import TokenOutput
+from services.gateway.bounded_thread_pool import BoundedThreadPool
 from services.gateway.chat import grammars
 from services.gateway.chat.choice_request import ChoiceRequest
 from services.gateway.chat.conversation import Conversation
@@ -24,7 +25,6 @@ from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.errors import ApiError, ApiRefusal, client_errors, invalid
 from services.gateway.generation_request import MAX_CHOICES, GenerationRequest, Prompt
 from services.gateway.metrics.request_metrics import RequestMetrics
-from services.gateway.thread_pool import BoundedThreadPool
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's reference; a chat may use the whole context
 MERGE_QUEUE_LEN = 16  # text deltas of all choices that wait for the client; a full queue stops the choices' streams

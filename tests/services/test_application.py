@@ -26,7 +26,7 @@ from cluster.control.load_store import LoadStore
 from cluster.control.registry import connect
 from model.family import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
-from services.expert import shard_control
+from services.expert import control_client
 from tests.cluster.recent_windows import recent_windows
 from tests.services.application import STOP_TIMEOUT_S, Application, expertmesh, inference, wait_until
 from tests.services.demo import MODEL, held_out_prompts, load_tokenizer, text_of, transformers_greedy
@@ -90,7 +90,7 @@ def shards_by_id(server: Application) -> dict[str, Any]:
 
 
 def shard_pid(endpoint: str) -> int:
-    return asyncio.run(shard_control.status(endpoint)).pid
+    return asyncio.run(control_client.status(endpoint)).pid
 
 
 # The surface ----------------------------------------------------------------------------------------------------------

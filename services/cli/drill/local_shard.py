@@ -10,7 +10,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from services.expert import shard_control
+from services.expert import control_client
 
 LISTENING = "0A"  # the state of a listening socket in /proc/net/tcp
 
@@ -26,8 +26,8 @@ async def local_pid(shard_id: str, endpoint: str) -> int:
     if not _is_here(host):
         raise ValueError(f"the shard {shard_id} is at {endpoint}, on another machine; run the drill there")
     try:
-        pid = (await shard_control.status(endpoint)).pid
-    except shard_control.ShardError as error:
+        pid = (await control_client.status(endpoint)).pid
+    except control_client.ShardError as error:
         raise ValueError(f"the shard {shard_id} does not answer: {error}") from None
     if not _listens(pid, int(port)):
         what = f"process {pid}, which the shard {shard_id} says it is, does not listen on {endpoint} on this machine"

@@ -19,7 +19,7 @@ from cluster.control.operator_orders import OrderKind, StandingOrder
 from cluster.topology import Placement
 from model.family import ModelFamily, load_family
 from services.controller.controller import Controller, ControllerConfig, layer_specs
-from services.expert import shard_control
+from services.expert import control_client
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoint
 
@@ -238,20 +238,20 @@ def test_the_orders_of_a_leader_that_was_replaced_are_refused(family: ModelFamil
     async def run() -> None:
         async with fleet(family, 1) as ours:
             endpoint = ours.shards["s0"].endpoint
-            await shard_control.load(endpoint, {LAYERS[0]: [0, 1]}, fencing=7)
+            await control_client.load(endpoint, {LAYERS[0]: [0, 1]}, fencing=7)
             for order in (
-                shard_control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6),
-                shard_control.load(endpoint, {LAYERS[0]: [2]}, fencing=6),
+                control_client.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6),
+                control_client.load(endpoint, {LAYERS[0]: [2]}, fencing=6),
             ):
                 with pytest.raises(
-                    shard_control.ShardError, match="The token 6 is older than 7: there is a new leader"
+                    control_client.ShardError, match="The token 6 is older than 7: there is a new leader"
                 ):
                     await order
             assert ours.shards["s0"].host.held == {LAYERS[0]: [0, 1]}
-            with pytest.raises(shard_control.ShardError) as refusal:
-                await shard_control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6)
+            with pytest.raises(control_client.ShardError) as refusal:
+                await control_client.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6)
             assert refusal.value.code == grpc.StatusCode.FAILED_PRECONDITION
             # An order without a token comes from an operator, and is obeyed.
-            await shard_control.unload(endpoint, {LAYERS[0]: [0]}, epoch=1)
+            await control_client.unload(endpoint, {LAYERS[0]: [0]}, epoch=1)
 
     asyncio.run(run())

@@ -29,7 +29,7 @@ from services.engine.backbone import WARM_UP_TOKENS, Backbone
 from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.memory import plan_memory
-from services.expert import shard_control
+from services.expert import control_client
 from services.expert.client import RemoteExperts
 from tests.cluster.recent_windows import recent_windows
 from tests.services.demo import MODEL, held_out_prompts
@@ -128,7 +128,7 @@ def test_logits_and_tokens_are_the_same_to_the_bit_under_any_placement(
     undisturbed: tuple[Tensor, list[int]],
 ) -> None:
     homes = place(planned(family, shards[:num_shards]))
-    placement = asyncio.run(shard_control.fill(shards[:num_shards], homes, epoch=1))
+    placement = asyncio.run(control_client.fill(shards[:num_shards], homes, epoch=1))
     assert placement.gains == local.gains
     naive.experts = remote = RemoteExperts()
     remote.update(placement, shards)
@@ -164,7 +164,7 @@ async def wait_until(is_true: Callable[[], bool]) -> None:
 
 async def publish(registry: RegistryStore, family: ModelFamily, shards: list[Shard], epoch: int = 1) -> None:
     """Fill the shards and publish the placement in the registry."""
-    placement = await shard_control.fill(shards, planned(family, shards), epoch)
+    placement = await control_client.fill(shards, planned(family, shards), epoch)
     for shard in shards:
         await registry.heartbeat(replace(shard, held_digest=held_digest(placement.experts_of(shard.id))))
     placement = replace(placement, model=family.checkpoint.digest)

@@ -21,7 +21,7 @@ from cluster.dispatch.fleet_view import FleetView
 from cluster.topology import CostModel, Homes, Placement, Shard
 from model.blocks.moe import LocalExperts
 from model.family import ModelFamily
-from services.expert import shard_control
+from services.expert import control_client
 from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.expert_call import ExpertsUnavailable
 from tests.services.expert.checkpoint import LATENT, LAYERS, NUM_EXPERTS, TOP_K
@@ -50,7 +50,7 @@ def everywhere(shard_ids: Sequence[str]) -> dict[int, Homes]:
 
 
 def fill(shards: Sequence[Shard], homes: dict[int, Homes], epoch: int = 1) -> Placement:
-    return asyncio.run(shard_control.fill(shards, homes, epoch))
+    return asyncio.run(control_client.fill(shards, homes, epoch))
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_a_draining_shard_is_passed_over(
         shards = [*leaving.shards, *fleet[:1]]
         homes = everywhere([shard.id for shard in shards])
         fill(shards, homes)
-        asyncio.run(shard_control.drain(leaving.shards[0].endpoint))
+        asyncio.run(control_client.drain(leaving.shards[0].endpoint))
         remote.update(placement_on(local, homes), shards)
         connect(remote)
         rows = make_rows(20)
@@ -383,7 +383,7 @@ def test_a_shard_that_stands_by_is_waited_for(model_dir: Path, local: LocalExper
     with ShardProcess(model_dir, 2, name="cold", trouble="slow disk") as cold:
         everything = {layer: list(range(NUM_EXPERTS)) for layer in LAYERS}
         for shard in cold.shards:
-            asyncio.run(shard_control.load(shard.endpoint, {}, standby=everything))
+            asyncio.run(control_client.load(shard.endpoint, {}, standby=everything))
         nowhere: dict[int, Homes] = dict.fromkeys(LAYERS, ((),) * NUM_EXPERTS)
         standby = everywhere([shard.id for shard in cold.shards])
         remote.update(Placement(1, nowhere, local.gains, standby=standby), cold.shards)

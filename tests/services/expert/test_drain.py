@@ -16,7 +16,7 @@ from cluster.control.memory_registry import MemoryRegistry
 from cluster.topology import Homes, Placement, Shard
 from model.blocks.moe import LocalExperts
 from model.family import ModelFamily
-from services.expert import drain, shard_control
+from services.expert import control_client, drain
 from services.expert.client import RemoteExperts
 from services.expert.drain import ABANDONED_S, CUT_OFF_S, QUIET_S, DrainState, DrainTimes, drain_state, may_stop
 from services.expert.shard import ExpertShard, ShardConfig
@@ -81,7 +81,7 @@ async def fleet(
         for shard in shards.values():
             await shard.start()
         stack.push_async_callback(lambda: asyncio.gather(*(shard.stop() for shard in shards.values())))
-        await registry.publish(await shard_control.fill(await registry.shards(), homes_on(*shards), 1), 0, 0)
+        await registry.publish(await control_client.fill(await registry.shards(), homes_on(*shards), 1), 0, 0)
         yield shards
 
 
@@ -136,7 +136,7 @@ def test_a_shard_leaves_under_calls_and_refuses_none(family: ModelFamily) -> Non
                 await stream.write(make_request((0, 2), id=1))
                 assert (await stream.read()).HasField("sums")
             staying = [shard for shard in await registry.shards() if shard.id != "s0"]
-            moved = await shard_control.fill(staying, homes_on("s1", "s2"), 2)
+            moved = await control_client.fill(staying, homes_on("s1", "s2"), 2)
             await registry.publish(moved, 1, 0)
             before = client.num_right
             await leaving
@@ -183,8 +183,8 @@ def test_it_can_be_told_to_drain_and_serve_on(family: ModelFamily) -> None:
     async def test() -> None:
         registry = MemoryRegistry(time.monotonic)
         async with fleet(family, registry, 0.0) as shards:
-            assert await shard_control.drain(shards["s1"].endpoint, keep_serving=True) == 0
-            assert (await shard_control.status(shards["s1"].endpoint)).draining
+            assert await control_client.drain(shards["s1"].endpoint, keep_serving=True) == 0
+            assert (await control_client.status(shards["s1"].endpoint)).draining
             assert shards["s1"].record.draining
             async with stream_to(shards["s1"]) as stream:
                 await stream.write(make_request((0, 1)))

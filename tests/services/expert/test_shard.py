@@ -23,8 +23,8 @@ from cluster.topology import Shard
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
+from services.expert import control_client
 from services.expert import shard as shard_module
-from services.expert import shard_control
 from services.expert.service import MAX_UNREAD
 from services.expert.shard import SERVICE_NAME, ExpertShard
 from services.expert.transport.worker import Worker
@@ -39,7 +39,7 @@ def test_it_registers_loads_computes_and_leaves(family: ModelFamily) -> None:
         async with serving(family, registry) as shard:
             assert await registry.shards() == [shard.record]
             assert (shard.record.num_held, shard.record.node, shard.record.pool) == (0, "n0", "experts-cpu")
-            loaded = await shard_control.load(shard.endpoint, {1: [0, 1], 3: [2]}, epoch=7)
+            loaded = await control_client.load(shard.endpoint, {1: [0, 1], 3: [2]}, epoch=7)
             assert loaded.gains == shard.host.gains({1: [], 3: []})
             assert {layer: list(of) for layer, of in loaded.checksums.items()} == {1: [0, 1], 3: [2]}
             async with stream_to(shard) as stream:
@@ -47,11 +47,11 @@ def test_it_registers_loads_computes_and_leaves(family: ModelFamily) -> None:
                 reply = await stream.read()
             assert (reply.id, reply.HasField("sums"), reply.queue_depth) == (42, True, 0)
             assert reply.compute_us > 0
-            status = await shard_control.status(shard.endpoint)
+            status = await control_client.status(shard.endpoint)
             assert {entry.layer: list(entry.experts) for entry in status.held} == {1: [0, 1], 3: [2]}
             assert (status.epoch, status.used_bytes) == (7, 3 * 2 * LATENT * WIDTH * 4)
             assert (status.counters.num_requests, status.counters.num_rows, status.counters.num_picks) == (1, 1, 2)
-            await shard_control.unload(shard.endpoint, {1: [0, 1]}, epoch=8)
+            await control_client.unload(shard.endpoint, {1: [0, 1]}, epoch=8)
             assert (shard.host.held, shard.host.epoch) == ({3: [2]}, 8)
         assert await registry.shards() == []
 
@@ -65,8 +65,8 @@ def test_a_load_that_fails_says_why_and_changes_nothing(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(family) as shard:
             for experts, sentence in (({1: [4, 5]}, missing), ({9: [0]}, "Layer 9 has no routed experts")):
-                with pytest.raises(shard_control.ShardError, match=sentence) as error:
-                    await shard_control.load(shard.endpoint, experts)
+                with pytest.raises(control_client.ShardError, match=sentence) as error:
+                    await control_client.load(shard.endpoint, experts)
                 assert error.value.code == grpc.StatusCode.INVALID_ARGUMENT
             assert shard.host.held == {}
 
@@ -76,7 +76,7 @@ def test_a_load_that_fails_says_why_and_changes_nothing(tmp_path: Path) -> None:
 def test_beyond_the_bound_it_refuses_and_late_requests_are_not_computed(family: ModelFamily) -> None:
     async def test() -> None:
         async with serving(family) as shard, stream_to(shard) as stream:
-            await shard_control.load(shard.endpoint, {1: [0, 1]})
+            await control_client.load(shard.endpoint, {1: [0, 1]})
             gate = threading.Event()
             shard.service.worker.submit(lambda: gate.wait() and None)
             await stream.write(make_request(id=1, timeout_us=1))
@@ -87,7 +87,7 @@ def test_beyond_the_bound_it_refuses_and_late_requests_are_not_computed(family: 
             gate.set()
             late = await stream.read()
             assert (late.id, late.refusal.code) == (1, pb.Refusal.DEADLINE)
-            assert (await shard_control.status(shard.endpoint)).counters.num_refusals == 2
+            assert (await control_client.status(shard.endpoint)).counters.num_refusals == 2
 
     run(test)
 
@@ -96,11 +96,11 @@ def test_draining_answers_what_was_accepted_and_refuses_the_rest(family: ModelFa
     async def test() -> None:
         registry = MemoryRegistry(time.monotonic)
         async with serving(family, registry) as shard, stream_to(shard) as stream:
-            await shard_control.load(shard.endpoint, {1: [0, 1]})
+            await control_client.load(shard.endpoint, {1: [0, 1]})
             gate = threading.Event()
             shard.service.worker.submit(lambda: gate.wait() and None)
             await stream.write(make_request(id=1))
-            while await shard_control.drain(shard.endpoint) < 2:
+            while await control_client.drain(shard.endpoint) < 2:
                 await asyncio.sleep(0.01)
             await stream.write(make_request(id=2))
             refused = await stream.read()
@@ -136,7 +136,7 @@ def test_health_and_reflection_are_the_standard_ones(family: ModelFamily) -> Non
 def test_a_client_that_leaves_does_not_disturb_the_others(family: ModelFamily) -> None:
     async def test() -> None:
         async with serving(family) as shard:
-            await shard_control.load(shard.endpoint, {1: [0, 1]})
+            await control_client.load(shard.endpoint, {1: [0, 1]})
             async with stream_to(shard) as leaving:
                 await leaving.write(make_request(id=1))
             async with stream_to(shard) as staying:
@@ -174,7 +174,7 @@ def test_a_caller_that_leaves_does_not_free_the_lock(family: ModelFamily, method
     async def test() -> None:
         async with serving(family) as shard, grpc.aio.insecure_channel(shard.endpoint) as channel:
             stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
-            await shard_control.load(shard.endpoint, {1: [0, 1]})
+            await control_client.load(shard.endpoint, {1: [0, 1]})
             gate = threading.Event()
             worker = shard.service.worker  # `Unload` and the last step of `Load` run on the worker
             worker.submit(gate.wait)
@@ -183,7 +183,7 @@ def test_a_caller_that_leaves_does_not_free_the_lock(family: ModelFamily, method
             while not shard.service._changing.locked():
                 await asyncio.sleep(0.01)
             call.cancel()
-            waiting = asyncio.create_task(shard_control.load(shard.endpoint, {3: [0]}))
+            waiting = asyncio.create_task(control_client.load(shard.endpoint, {3: [0]}))
             await asyncio.sleep(0.2)
             assert not waiting.done()
             gate.set()
@@ -264,7 +264,7 @@ def test_it_serves_on_without_redis(family: ModelFamily) -> None:
         registry = Registry(redis, "tiny")
         async with serving(family, registry) as shard, stream_to(shard) as stream:
             assert await registry.shards() == [shard.record]
-            await shard_control.load(shard.endpoint, {1: [0, 1]})
+            await control_client.load(shard.endpoint, {1: [0, 1]})
             server.stop()
             await asyncio.sleep(1.5)
             await stream.write(make_request())

@@ -20,7 +20,7 @@ from cluster.topology import Placement, held_digest
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.controller.shards import GrpcShards
-from services.expert import shard_control
+from services.expert import control_client
 from services.expert.client import RemoteExperts
 from services.expert.load_order import ExpertsByLayer
 from services.expert.shard import ExpertShard, ShardConfig
@@ -44,7 +44,7 @@ async def filled(
     family: ModelFamily, chosen: ShardConfig, homes: ExpertsByLayer, standby: ExpertsByLayer
 ) -> AsyncIterator[ExpertShard]:
     async with serving(family, config=chosen) as shard:
-        await shard_control.load(shard.endpoint, homes, 1, standby)
+        await control_client.load(shard.endpoint, homes, 1, standby)
         yield shard
 
 
@@ -73,7 +73,7 @@ def hold_back(shard: ExpertShard) -> threading.Event:
 def test_what_stands_by_is_told_and_digested(family: ModelFamily) -> None:
     async def test() -> None:
         async with filled(family, config(4, 2), {1: [0, 1]}, {1: [5, 6], 3: [7]}) as shard:
-            status = await shard_control.status(shard.endpoint)
+            status = await control_client.status(shard.endpoint)
             held, standby, in_memory = (
                 {of.layer: list(of.experts) for of in named}
                 for named in (status.held, status.standby, status.in_host_memory)
@@ -82,7 +82,7 @@ def test_what_stands_by_is_told_and_digested(family: ModelFamily) -> None:
             assert (status.used_bytes, status.host_used_bytes, status.host_budget) == (2 * ONE, 2 * ONE, 2 * ONE)
             assert shard.record.held_digest == held_digest({1: [0, 1]}, {3: [7], 1: [6, 5]})
             assert (shard.record.host_budget, shard.record.num_held) == (2 * ONE, 2)
-            await shard_control.unload(shard.endpoint, {1: [0]}, 2, {1: [5]})
+            await control_client.unload(shard.endpoint, {1: [0]}, 2, {1: [5]})
             assert shard.record.held_digest == held_digest({1: [1]}, {1: [6], 3: [7]})
             assert shard.host.standbys.used_bytes == ONE
 
@@ -92,9 +92,9 @@ def test_what_stands_by_is_told_and_digested(family: ModelFamily) -> None:
 def test_gains_and_checksums_are_of_what_stands_by_too(family: ModelFamily) -> None:
     async def test() -> None:
         async with filled(family, config(64), {1: ALL, 3: ALL}, {}) as whole:
-            everything = await shard_control.load(whole.endpoint, {1: ALL, 3: ALL})
+            everything = await control_client.load(whole.endpoint, {1: ALL, 3: ALL})
         async with serving(family, config=config(4, 4)) as shard:
-            loaded = await shard_control.load(shard.endpoint, {1: [0]}, 1, {1: ALL[1:], 3: ALL})
+            loaded = await control_client.load(shard.endpoint, {1: [0]}, 1, {1: ALL[1:], 3: ALL})
         assert loaded.gains == everything.gains
         assert loaded.checksums == everything.checksums
 
@@ -111,7 +111,7 @@ def test_a_call_promotes_what_stands_by(family: ModelFamily, num_in_memory: int)
             assert sums(replies) == await expected(family, requests)
             assert shard.host.promoted == {1: [5, 6]}
             assert shard.host.held == {1: [0]}
-            counters = (await shard_control.status(shard.endpoint)).counters
+            counters = (await control_client.status(shard.endpoint)).counters
             assert (counters.num_promotions, counters.promotion_us > 0, counters.num_refusals) == (2, True, 0)
 
     run(test)
@@ -130,7 +130,7 @@ def test_what_a_call_waits_for_does_not_give_way_and_what_is_loaded_does(family:
 
             shard.service.source.read = note_reader
             await ask(shard, make_request((5,)))
-            await shard_control.load(shard.endpoint, {1: [3]})
+            await control_client.load(shard.endpoint, {1: [3]})
 
     run(test)
     assert [name.startswith("background") for name in readers] == [False, True]
@@ -176,7 +176,7 @@ def test_those_who_wait_for_an_expert_share_its_load_and_hold_up_nobody(family: 
                 await stream.write(make_request((0, 5), id=number))
             await stream.write(make_request((0, 1), id=99))
             assert (await stream.read()).id == 99
-            await shard_control.load(shard.endpoint, {1: [0]})  # this load reads nothing, so it does not wait either
+            await control_client.load(shard.endpoint, {1: [0]})  # this load reads nothing, so it does not wait either
             gate.set()
             replies = [await stream.read() for _ in range(10)]
             assert sorted(reply.id for reply in replies) == list(range(1, 11))
@@ -228,12 +228,12 @@ def test_what_is_promoted_makes_room_for_homes(family: ModelFamily) -> None:
         async with filled(family, config(3), {1: [0]}, {1: [5, 6]}) as shard:
             await ask(shard, make_request((5, 6)))
             await ask(shard, make_request((5,)))
-            await shard_control.load(shard.endpoint, {1: [1]})
+            await control_client.load(shard.endpoint, {1: [1]})
             assert (shard.host.held, shard.host.promoted) == ({1: [0, 1]}, {1: [5]})
-            await shard_control.load(shard.endpoint, {1: [2]})
+            await control_client.load(shard.endpoint, {1: [2]})
             assert (shard.host.held, shard.host.promoted) == ({1: [0, 1, 2]}, {})
-            with pytest.raises(shard_control.ShardError, match="over a budget"):
-                await shard_control.load(shard.endpoint, {1: [5]})
+            with pytest.raises(control_client.ShardError, match="over a budget"):
+                await control_client.load(shard.endpoint, {1: [5]})
 
     run(test)
 
@@ -241,16 +241,16 @@ def test_what_is_promoted_makes_room_for_homes(family: ModelFamily) -> None:
 def test_a_home_that_is_to_stand_by_serves_on_and_comes_back(family: ModelFamily) -> None:
     async def test() -> None:
         async with filled(family, config(4, 1), {1: [0, 1]}, {}) as shard:
-            loaded = await shard_control.load(shard.endpoint, {}, 2, {1: [1]})
+            loaded = await control_client.load(shard.endpoint, {}, 2, {1: [1]})
             assert list(loaded.checksums[1]) == [1]
             assert (shard.host.held, shard.host.standby, shard.host.promoted) == ({1: [0]}, {1: [1]}, {1: [1]})
             assert (shard.host.standbys.used_bytes, shard.host.used_bytes) == (ONE, 2 * ONE)
             assert (await ask(shard, make_request((0, 1))))[1].HasField("sums")
-            await shard_control.load(shard.endpoint, {1: [1]}, 3)
+            await control_client.load(shard.endpoint, {1: [1]}, 3)
             assert (shard.host.held, shard.host.standby, shard.host.promoted) == ({1: [0, 1]}, {}, {})
             assert (shard.host.standbys.used_bytes, shard.service.promoter.num_promotions) == (0, 0)
-            with pytest.raises(shard_control.ShardError, match="cannot be held and stand by at once"):
-                await shard_control.load(shard.endpoint, {1: [1]}, 4, {1: [1]})
+            with pytest.raises(control_client.ShardError, match="cannot be held and stand by at once"):
+                await control_client.load(shard.endpoint, {1: [1]}, 4, {1: [1]})
 
     run(test)
 
@@ -264,7 +264,7 @@ def test_a_controller_finds_room_for_homes_in_what_is_promoted(family: ModelFami
             holding = await shards.holding(shard.record)
             assert holding.experts == {(1, 0, DEVICE), (1, 1, DEVICE), (1, 2, STANDBY)}
             assert holding.used_bytes == 2 * ONE
-            await shard_control.load(shard.endpoint, {1: [2]}, 2)
+            await control_client.load(shard.endpoint, {1: [2]}, 2)
             assert shard.host.held == {1: [0, 1, 2]}
 
     run(test)
@@ -277,7 +277,7 @@ def test_a_load_joins_a_promotion_that_is_under_way(family: ModelFamily) -> None
             await stream.write(make_request((0, 5)))
             while not shard.service.promoter.in_progress:
                 await asyncio.sleep(0.01)
-            loading = asyncio.create_task(shard_control.load(shard.endpoint, {1: [5]}, 2))
+            loading = asyncio.create_task(control_client.load(shard.endpoint, {1: [5]}, 2))
             await asyncio.sleep(0.1)
             assert not loading.done()
             gate.set()
@@ -295,7 +295,7 @@ def test_what_is_unloaded_while_it_is_promoted_is_refused_and_gone(family: Model
             await stream.write(make_request((0, 5)))
             while not shard.service.promoter.in_progress:
                 await asyncio.sleep(0.01)
-            await shard_control.unload(shard.endpoint, {}, 2, {1: [5]})
+            await control_client.unload(shard.endpoint, {}, 2, {1: [5]})
             gate.set()
             assert (await stream.read()).refusal.code == pb.Refusal.NOT_HOSTED
             assert (shard.host.used_bytes, shard.host.on_device.banks[1].held) == (ONE, {0})

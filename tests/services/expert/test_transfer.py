@@ -20,7 +20,7 @@ from cluster.control.manifest import Manifest
 from model.family import ModelFamily, load_family
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
-from services.expert import shard_control
+from services.expert import control_client
 from services.expert.load_order import Sources
 from services.expert.shard import ExpertShard
 from services.expert.transfer import ByteBudget
@@ -56,7 +56,7 @@ async def two(
         serving(family, config=replace(CONFIG, host_budget=8 * ONE)) as peer,
         serving(shard_family or family, config=replace(CONFIG, shard_id="s1")) as shard,
     ):
-        await shard_control.load(peer.endpoint, {1: ALL[:16]}, 1, {1: ALL[16:]})
+        await control_client.load(peer.endpoint, {1: ALL[:16]}, 1, {1: ALL[16:]})
         yield peer, shard
 
 
@@ -73,7 +73,7 @@ def test_every_tier_of_a_peer_gives_the_bytes_that_it_loaded(family: ModelFamily
     async def test() -> None:
         async with two(family) as (peer, shard):
             shard.service.source.read = lambda layer, expert: pytest.fail("the checkpoint was read")
-            loaded = await shard_control.load(shard.endpoint, {1: ALL}, 1, sources=from_peer(peer.endpoint, *ALL))
+            loaded = await control_client.load(shard.endpoint, {1: ALL}, 1, sources=from_peer(peer.endpoint, *ALL))
             assert shard.host.held == {1: ALL}
             assert all(same_weights(peer, shard, expert) for expert in ALL[:16])
             known = {expert: peer.host.metadata((1, expert)) for expert in ALL}
@@ -88,7 +88,7 @@ def test_every_tier_of_a_peer_gives_the_bytes_that_it_loaded(family: ModelFamily
 def test_chunks_are_bounded_and_the_last_one_has_the_checksum(family: ModelFamily, dtype: torch.dtype) -> None:
     async def test() -> None:
         async with serving(family, config=replace(CONFIG, dtype=dtype)) as shard:
-            loaded = await shard_control.load(shard.endpoint, {3: [4]}, 1, {3: [9]})
+            loaded = await control_client.load(shard.endpoint, {3: [4]}, 1, {3: [9]})
             async with grpc.aio.insecure_channel(shard.endpoint) as channel:
                 stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
                 wire = pb.DTYPE_FP32 if dtype == torch.float32 else pb.DTYPE_BF16
@@ -137,7 +137,7 @@ def test_what_a_shard_cannot_give_is_a_sentence(
 def test_a_peer_that_fails_is_replaced_by_the_checkpoint(family: ModelFamily, damage: Damage) -> None:
     async def test() -> None:
         async with two(family) as (peer, shard), proxy_to(peer.endpoint, damage) as endpoint:
-            loaded = await shard_control.load(shard.endpoint, {1: [0, 1, 2]}, 1, sources=from_peer(endpoint, 0, 1, 2))
+            loaded = await control_client.load(shard.endpoint, {1: [0, 1, 2]}, 1, sources=from_peer(endpoint, 0, 1, 2))
             assert shard.host.held == {1: [0, 1, 2]}
             assert all(same_weights(peer, shard, expert) for expert in (0, 1, 2))
             assert len(loaded.checksums[1]) == 3
@@ -156,9 +156,9 @@ def test_where_both_fail_the_expert_is_named_and_not_held(
     async def test() -> None:
         own = without(tmp_path, 5)
         async with two(family, own) as (peer, shard), proxy_to(peer.endpoint, damage) as endpoint:
-            await shard_control.load(shard.endpoint, {1: [1]})
-            with pytest.raises(shard_control.ShardError, match="Expert 5 of layer 1 was not loaded") as error:
-                await shard_control.load(shard.endpoint, {1: [5]}, 1, sources=from_peer(endpoint, 5))
+            await control_client.load(shard.endpoint, {1: [1]})
+            with pytest.raises(control_client.ShardError, match="Expert 5 of layer 1 was not loaded") as error:
+                await control_client.load(shard.endpoint, {1: [5]}, 1, sources=from_peer(endpoint, 5))
             error.match(sentence)
             error.match("experts.5.up_proj.weight")
             assert (shard.host.held, shard.host.used_bytes, shard.host.on_device.banks[1].held) == ({1: [1]}, ONE, {1})
@@ -169,9 +169,9 @@ def test_where_both_fail_the_expert_is_named_and_not_held(
 def test_a_peer_has_what_the_checkpoint_lacks(family: ModelFamily, tmp_path: Path) -> None:
     async def test() -> None:
         async with two(family, without(tmp_path, 5)) as (peer, shard):
-            with pytest.raises(shard_control.ShardError, match=r"experts.5.up_proj.weight"):
-                await shard_control.load(shard.endpoint, {1: [5]})
-            await shard_control.load(shard.endpoint, {1: [5]}, 1, sources=from_peer(peer.endpoint, 5))
+            with pytest.raises(control_client.ShardError, match=r"experts.5.up_proj.weight"):
+                await control_client.load(shard.endpoint, {1: [5]})
+            await control_client.load(shard.endpoint, {1: [5]}, 1, sources=from_peer(peer.endpoint, 5))
             assert same_weights(peer, shard, 5)
 
     run(test)
@@ -181,11 +181,11 @@ def test_a_hung_peer_costs_one_stall(family: ModelFamily, model_dir: Path) -> No
     async def test() -> None:
         with ShardProcess(model_dir) as process:
             [peer] = process.shards
-            await shard_control.load(peer.endpoint, {1: ALL})
+            await control_client.load(peer.endpoint, {1: ALL})
             os.kill(process.process.pid, signal.SIGSTOP)
             async with serving(family) as shard:
                 started = asyncio.get_running_loop().time()
-                await shard_control.load(shard.endpoint, {1: ALL}, sources=from_peer(peer.endpoint, *ALL))
+                await control_client.load(shard.endpoint, {1: ALL}, sources=from_peer(peer.endpoint, *ALL))
                 assert shard.host.held == {1: ALL}
                 assert asyncio.get_running_loop().time() - started < 6
 
@@ -196,7 +196,7 @@ def test_a_peer_that_is_killed_meanwhile_is_replaced_by_the_checkpoint(family: M
     async def test() -> None:
         with ShardProcess(model_dir) as process:
             [peer] = process.shards
-            await shard_control.load(peer.endpoint, {1: ALL, 3: ALL})
+            await control_client.load(peer.endpoint, {1: ALL, 3: ALL})
             num_seen = 0
 
             def kill_after_three(data: bytes, before: int) -> bytes:
@@ -208,7 +208,7 @@ def test_a_peer_that_is_killed_meanwhile_is_replaced_by_the_checkpoint(family: M
 
             async with serving(family) as shard, proxy_to(peer.endpoint, kill_after_three) as endpoint:
                 peers = {(layer, expert): endpoint for layer in (1, 3) for expert in ALL}
-                await shard_control.load(shard.endpoint, {1: ALL, 3: ALL}, sources=Sources(peers))
+                await control_client.load(shard.endpoint, {1: ALL, 3: ALL}, sources=Sources(peers))
                 assert shard.host.held == {1: ALL, 3: ALL}
                 assert 3 * ONE < num_seen < 40 * ONE
                 raw = family.load_expert(3, 31)
@@ -229,21 +229,21 @@ def damaged(tmp_path: Path, model_dir: Path, family: ModelFamily, expert: int) -
 def test_other_bytes_than_the_manifest_has_are_not_taken(family: ModelFamily, model_dir: Path, tmp_path: Path) -> None:
     async def test() -> None:
         async with two(family, damaged(tmp_path, model_dir, family, 7)) as (peer, shard):
-            right = await shard_control.load(peer.endpoint, {1: [6, 7]})
+            right = await control_client.load(peer.endpoint, {1: [6, 7]})
             manifest = Manifest(right.checksums)
             expected = {(1, expert): checksum for expert, checksum in manifest.known[1].items()}
             for homes, standby in (({1: [6, 7]}, {}), ({}, {1: [7]})):
-                with pytest.raises(shard_control.ShardError, match=f"Expert 7 of layer 1 was not loaded .*{DAMAGED}"):
-                    await shard_control.load(shard.endpoint, homes, 1, standby, Sources(expected=expected))
+                with pytest.raises(control_client.ShardError, match=f"Expert 7 of layer 1 was not loaded .*{DAMAGED}"):
+                    await control_client.load(shard.endpoint, homes, 1, standby, Sources(expected=expected))
                 assert (shard.host.held, shard.host.standby, shard.host.used_bytes) == ({}, {}, 0)
-            unchecked = await shard_control.load(shard.endpoint, {1: [6, 7]})
+            unchecked = await control_client.load(shard.endpoint, {1: [6, 7]})
             assert [(of.layer, of.expert) for of in manifest.mismatches(unchecked.checksums)] == [(1, 7)]
             with pytest.raises(
-                shard_control.ShardError, match=r"Expert 7 of layer 1 is here with .*have it unloaded first"
+                control_client.ShardError, match=r"Expert 7 of layer 1 is here with .*have it unloaded first"
             ):
-                await shard_control.load(shard.endpoint, {1: [7]}, sources=Sources(expected=expected))
-            await shard_control.unload(shard.endpoint, {1: [7]}, 2)
-            await shard_control.load(
+                await control_client.load(shard.endpoint, {1: [7]}, sources=Sources(expected=expected))
+            await control_client.unload(shard.endpoint, {1: [7]}, 2)
+            await control_client.load(
                 shard.endpoint, {1: [7]}, 3, sources=from_peer(peer.endpoint, 7, expected=expected)
             )
             assert same_weights(peer, shard, 7)
@@ -256,7 +256,7 @@ def test_a_checkpoint_that_changes_under_a_standby_is_noticed(model_dir: Path, t
         path = Path(shutil.copytree(model_dir, tmp_path / "own")) / "model.safetensors"
         own = load_family(path.parent)
         async with serving(own) as shard:
-            await shard_control.load(shard.endpoint, {1: [0]}, 1, {1: [7]})
+            await control_client.load(shard.endpoint, {1: [0]}, 1, {1: [7]})
             place = path.read_bytes().index(own.load_expert(1, 7)["up"].numpy().tobytes())
             with path.open("r+b") as file:
                 file.seek(place + 1000)
@@ -269,9 +269,9 @@ def test_a_checkpoint_that_changes_under_a_standby_is_noticed(model_dir: Path, t
             refusal = (await ask(shard, make_request((0, 7))))[1].refusal
             assert "1000 bytes long" in refusal.detail
             with pytest.raises(
-                shard_control.ShardError, match=r"Expert 9 of layer 1 was not loaded .* must not change"
+                control_client.ShardError, match=r"Expert 9 of layer 1 was not loaded .* must not change"
             ):
-                await shard_control.load(shard.endpoint, {1: [9]})
+                await control_client.load(shard.endpoint, {1: [9]})
             assert shard.host.held == {1: [0]}
 
     run(test)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from services.engine.grammar.grammar_checker import GrammarChecker
+from services.gateway.bounded_thread_pool import BoundedThreadPool
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.errors import ApiError, ApiRefusal, client_errors
 from services.gateway.generation import INLINE_CHARS, Generation, ModelCard
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
-from services.gateway.thread_pool import BoundedThreadPool
 from tests.services.demo import MODEL
 from tests.services.engine.grammar.test_grammar_checker import MAX_SECONDS, slow
 from tests.services.gateway.echo import EchoSource

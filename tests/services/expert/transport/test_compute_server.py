@@ -18,7 +18,7 @@ import pytest
 from cluster.topology import Shard
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.options import MAX_MESSAGE_BYTES
-from services.expert import shard_control
+from services.expert import control_client
 from services.expert.transport.http2 import PREFACE, ClientStream, GrpcSocket
 from services.expert.transport.wire import COMPUTE_PATH
 from tests.services.expert.checkpoint import LATENT
@@ -63,7 +63,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def num_requests(shard: Shard) -> int:
-    return asyncio.run(shard_control.status(shard.endpoint)).counters.num_requests
+    return asyncio.run(control_client.status(shard.endpoint)).counters.num_requests
 
 
 def request_of_many_rows(request_id: int) -> bytes:

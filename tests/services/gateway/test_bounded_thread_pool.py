@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from services.engine.contract.errors import EngineOverloaded
-from services.gateway.thread_pool import BoundedThreadPool
+from services.gateway.bounded_thread_pool import BoundedThreadPool
 
 
 def test_beyond_the_most_at_a_time_work_is_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from model.family import ModelFamily
-from services.expert import shard_control
+from services.expert import control_client
 from services.expert.shard import ExpertShard
 from tests.services.expert.serving import CONFIG, run, serving
 from tests.services.expert.test_transfer import damaged
@@ -29,8 +29,8 @@ async def pair(
         serving(family, config=replace(CONFIG, dtype=dtype)) as old,
         serving(other, config=replace(CONFIG, dtype=dtype)) as new,
     ):
-        gains = (await shard_control.load(old.endpoint, EXPERTS)).gains
-        await shard_control.load(new.endpoint, {1: [0, 3]}, 1, {1: [7], 3: [7]})
+        gains = (await control_client.load(old.endpoint, EXPERTS)).gains
+        await control_client.load(new.endpoint, {1: [0, 3]}, 1, {1: [7], 3: [7]})
         yield old, new, {"shapes": family.expert_shapes, "dtype": dtype, "gains": gains}
 
 
@@ -38,7 +38,7 @@ async def pair(
 def test_a_right_home_agrees(family: ModelFamily, dtype: torch.dtype) -> None:
     async def test() -> None:
         async with pair(family, family, dtype) as (old, new, model):
-            assert await shard_control.canary(old.endpoint, new.endpoint, EXPERTS, **model) == []
+            assert await control_client.canary(old.endpoint, new.endpoint, EXPERTS, **model) == []
 
     run(test)
 
@@ -46,8 +46,8 @@ def test_a_right_home_agrees(family: ModelFamily, dtype: torch.dtype) -> None:
 def test_one_wrong_weight_is_found(family: ModelFamily, model_dir: Path, tmp_path: Path) -> None:
     async def test() -> None:
         async with pair(family, damaged(tmp_path, model_dir, family, 7)) as (old, new, model):
-            assert await shard_control.canary(old.endpoint, new.endpoint, EXPERTS, **model) == [(1, 7)]
-            assert await shard_control.canary(old.endpoint, new.endpoint, {3: [7]}, **model) == []
+            assert await control_client.canary(old.endpoint, new.endpoint, EXPERTS, **model) == [(1, 7)]
+            assert await control_client.canary(old.endpoint, new.endpoint, {3: [7]}, **model) == []
 
     run(test)
 
@@ -55,8 +55,8 @@ def test_one_wrong_weight_is_found(family: ModelFamily, model_dir: Path, tmp_pat
 def test_a_home_that_does_not_compute_is_an_error(family: ModelFamily) -> None:
     async def test() -> None:
         async with pair(family, family) as (old, new, model):
-            with pytest.raises(shard_control.ShardError, match=r"Experts \[9\] of layer 1 are not held here"):
-                await shard_control.canary(old.endpoint, new.endpoint, {1: [0, 9]}, **model)
+            with pytest.raises(control_client.ShardError, match=r"Experts \[9\] of layer 1 are not held here"):
+                await control_client.canary(old.endpoint, new.endpoint, {1: [0, 9]}, **model)
 
     run(test)
 
@@ -64,7 +64,7 @@ def test_a_home_that_does_not_compute_is_an_error(family: ModelFamily) -> None:
 def test_other_devices_may_differ_a_little() -> None:
     old = np.array([[1000, -2000], [1000, -2000], [5, 5]], np.int32)
     new = np.array([[1000, -2000], [1001, -2000], [5, 5000]], np.int64)
-    assert shard_control.sums_agree(old, new, 0.0).tolist() == [True, False, False]
-    assert shard_control.sums_agree(old, new, 1e-3).tolist() == [True, True, False]
+    assert control_client.sums_agree(old, new, 0.0).tolist() == [True, False, False]
+    assert control_client.sums_agree(old, new, 1e-3).tolist() == [True, True, False]
     huge = np.array([[2**61]]), np.array([[2**61 + 1]])
-    assert not shard_control.sums_agree(*huge, 0.0).any()
+    assert not control_client.sums_agree(*huge, 0.0).any()
