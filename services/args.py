@@ -19,7 +19,7 @@ from model.family import ModelFamily, load_family
 from services.controller.controller import layer_specs
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS
 from services.engine.drafting.drafter import bytes_per_request
-from services.engine.memory import MemoryPlan, plan_memory
+from services.engine.scheduling.memory import MemoryPlan, plan_memory
 from services.logs import LogFormat
 
 MIN_HIDDEN_FOR_THREADS = 1024  # hidden size from which a backbone on a CPU uses several threads

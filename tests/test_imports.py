@@ -26,7 +26,7 @@ SIBLINGS = {
     "model": ("cpu", "cuda", "blocks", "families", "demo"),
     "cluster": ("placement", "dispatch", "sizing", "control", "simulation"),
     "services": ("expert", "engine", "controller", "gateway", "cli"),
-    "services/engine": ("contract", "grammar", "sampling", "drafting"),
+    "services/engine": ("contract", "grammar", "sampling", "drafting", "scheduling"),
     "services/expert": ("transport",),
     "services/gateway": ("chat", "metrics", "backbones", "operator", "openai"),
     "services/cli": ("drill",),

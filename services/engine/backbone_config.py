@@ -13,9 +13,9 @@ from model.state import State
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS
 from services.engine.engine import Engine
 from services.engine.grammar.compiled_grammar import GrammarCompiler
-from services.engine.memory import MemoryPlan
 from services.engine.runner import Runner
-from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.scheduling.memory import MemoryPlan
+from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from services.expert.expert_call import ExpertsUnavailable
 
 

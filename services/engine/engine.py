@@ -18,7 +18,7 @@ from services.engine.contract.token_output import FinishReason, TokenOutput
 from services.engine.grammar.grammar_pool import GrammarPool
 from services.engine.request import Request, RequestFactory
 from services.engine.runner import Runner
-from services.engine.scheduler import Scheduler
+from services.engine.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from services.engine.contract.token_output import TokenLogprob
 from services.engine.drafting.drafter import Drafter, DraftModel, DraftRequest
 from services.engine.request import Request
 from services.engine.sampling.sampler import SampledToken, Sampler, SamplingRow, token_logprobs
-from services.engine.scheduled_batch import ScheduledBatch, StepResult
+from services.engine.scheduling.scheduled_batch import ScheduledBatch, StepResult
 
 PROMPT_LOGITS_ROWS = 128  # computed at once: the logits of a whole chunk of a prompt might not fit into memory
 

@@ -45,7 +45,7 @@ class SamplingParams:
 
     - `stop`: strings that the gateway matches, because only the gateway sees text. The engine stops at token ids only.
     - `priority`: waiting requests with the lowest number start first, and running requests with a higher number may be
-      preempted for them. Time spent waiting lowers the number (`services.engine.waiting_queue`).
+      preempted for them. Time spent waiting lowers the number (`services.engine.scheduling.waiting_queue`).
     - `logprobs`, `prompt_logprobs`: how many alternatives to report beside each token's own logprob; None reports
       nothing at all.
     """

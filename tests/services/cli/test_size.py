@@ -25,7 +25,7 @@ from services.cli import main
 from services.cli.size import DTYPES, SERVED_DTYPES, SERVED_TYPES
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS, MAX_UNREAD
 from services.engine.drafting.drafter import bytes_per_request
-from services.engine.memory import plan_memory
+from services.engine.scheduling.memory import plan_memory
 
 NEMOTRONS = [name for name in known_models() if "Nemotron" in name]
 CONFIG = json.loads((DEMO / "config.json").read_text())

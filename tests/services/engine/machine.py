@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from services.engine.contract.token_output import TokenOutput
 from services.engine.request import Request
 from services.engine.sampling.sampler import SampledToken
-from services.engine.scheduled_batch import ScheduledBatch, StepResult
-from services.engine.scheduler import Scheduler
+from services.engine.scheduling.scheduled_batch import ScheduledBatch, StepResult
+from services.engine.scheduling.scheduler import Scheduler
 
 VOCAB_SIZE = 1000
 STOP = 0

@@ -28,7 +28,7 @@ from services.controller.controller import layer_specs
 from services.engine.backbone import WARM_UP_TOKENS, Backbone
 from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.sampling_params import SamplingParams
-from services.engine.memory import plan_memory
+from services.engine.scheduling.memory import plan_memory
 from services.expert import control_client
 from services.expert.client import RemoteExperts
 from tests.cluster.recent_windows import recent_windows

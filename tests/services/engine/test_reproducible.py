@@ -20,7 +20,7 @@ from services.engine.contract.token_output import TokenLogprob
 from services.engine.drafting.draft_depth import DraftingState
 from services.engine.engine import Engine
 from services.engine.runner import Runner
-from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.services.demo import MODEL, held_out_prompts
 
 FAMILY = load_family(MODEL)

@@ -19,11 +19,11 @@ from services.engine.contract.errors import EngineFailed, EngineOverloaded
 from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
 from services.engine.contract.token_output import TokenLogprob, TokenOutput
 from services.engine.engine import Engine
-from services.engine.memory import plan_memory
 from services.engine.request import Request
+from services.engine.scheduling.memory import plan_memory
 from tests.services.demo import MODEL, held_out_prompts
 from tests.services.engine.resumable import KINDS
-from tests.services.engine.test_scheduler import assert_nothing_is_held, commit, lens, make, request, step
+from tests.services.engine.scheduling.test_scheduler import assert_nothing_is_held, commit, lens, make, request, step
 from tests.services.engine.tiny_model import tiny_engine
 
 FAMILY = load_family(MODEL)

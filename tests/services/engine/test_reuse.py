@@ -14,7 +14,7 @@ from services.engine.backbone import Backbone
 from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.contract.token_output import TokenOutput
-from services.engine.memory import plan_memory
+from services.engine.scheduling.memory import plan_memory
 from tests.services.demo import MODEL, held_out_prompts
 
 NUM_REQUESTS, TOGETHER, MAX_LEN = 64, 8, 2048

@@ -16,7 +16,7 @@ from model.state import Batch, PagedSpec, RecurrentSpec, State, StateSpec
 from services.engine.contract.sampling_params import Grammar
 from services.engine.engine import Engine
 from services.engine.runner import Runner
-from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 
 VOCAB_SIZE, DIM, BLOCK_SIZE = 50, 8, 4
 EOS = 0

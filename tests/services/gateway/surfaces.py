@@ -22,7 +22,7 @@ from protos.expertmesh.inference.v1 import inference_pb2_grpc
 from services.engine.backbone import Backbone
 from services.engine.backbone_config import BackboneConfig
 from services.engine.grammar.compiled_grammar import GrammarCompiler
-from services.engine.memory import plan_memory
+from services.engine.scheduling.memory import plan_memory
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.generation import Generation, ModelCard, TokenSource
 from services.gateway.grpc_api import InferenceApi

@@ -19,7 +19,7 @@ from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS, MAX_UNREA
 from services.engine.drafting.drafter import bytes_per_request
 from services.engine.request import Request
 from services.engine.runner import Runner
-from services.engine.scheduled_batch import ScheduledBatch
+from services.engine.scheduling.scheduled_batch import ScheduledBatch
 from tests.services.demo import MODEL
 
 HIDDEN, MAX_LEN, PROMPT_LEN = 2048, 512, MAX_UNREAD + 40

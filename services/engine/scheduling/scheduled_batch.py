@@ -9,7 +9,7 @@ from services.engine.contract.token_output import TokenLogprob
 from services.engine.drafting.draft_depth import MAX_UNREAD, StepShape
 from services.engine.request import Request
 from services.engine.sampling.sampler import SampledToken
-from services.engine.state_checkpoints import StateCheckpoint
+from services.engine.scheduling.state_checkpoints import StateCheckpoint
 
 
 @dataclass(frozen=True)

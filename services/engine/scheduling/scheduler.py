@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
 from services.engine.drafting.draft_depth import REQUEST_KEPT, DraftingState
-from services.engine.preemption import Shortage, choose_preempted, preemption_candidates
-from services.engine.prefix_cache import CacheConfig, CachedPrefix
 from services.engine.request import Request, serving_order
-from services.engine.scheduled_batch import BatchBuilder, ScheduledBatch, StepResult
-from services.engine.state_memory import StateMemory
-from services.engine.waiting_queue import WaitingQueue
+from services.engine.scheduling.preemption import Shortage, choose_preempted, preemption_candidates
+from services.engine.scheduling.prefix_cache import CacheConfig, CachedPrefix
+from services.engine.scheduling.scheduled_batch import BatchBuilder, ScheduledBatch, StepResult
+from services.engine.scheduling.state_memory import StateMemory
+from services.engine.scheduling.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from services.engine.contract.sampling_params import SamplingParams
-from services.engine.prefix_cache import CachedPrefix, PrefixCache
 from services.engine.request import Request
-from services.engine.scheduler import Scheduler, SchedulerConfig
+from services.engine.scheduling.prefix_cache import CachedPrefix, PrefixCache
+from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.services.engine.machine import STOP, VOCAB_SIZE, Machine, naive
 
 TURN_END = 7

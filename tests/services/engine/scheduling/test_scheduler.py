@@ -9,9 +9,9 @@ from services.engine.contract.token_output import FinishReason, TokenOutput
 from services.engine.drafting.draft_depth import Acceptance, DraftingState
 from services.engine.request import Request
 from services.engine.sampling.sampler import SampledToken
-from services.engine.scheduled_batch import ScheduledBatch, StepResult
-from services.engine.scheduler import Scheduler, SchedulerConfig
-from services.engine.waiting_queue import AGEING_S
+from services.engine.scheduling.scheduled_batch import ScheduledBatch, StepResult
+from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from services.engine.scheduling.waiting_queue import AGEING_S
 from tests.services.engine.machine import Machine, naive
 
 

@@ -13,8 +13,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from services.engine.memory import IdPool, PagePool
 from services.engine.request import HASH_OF_NOTHING, Request
+from services.engine.scheduling.memory import IdPool, PagePool
 
 MAX_REMEMBERED = 1 << 16  # hashes in a `RecentHashes`; at 16 bytes each they take a few megabytes
 

@@ -3,7 +3,7 @@ import torch
 
 from model.family import load_family
 from model.state import PagedSpec, RecurrentSpec, State, StateSpec
-from services.engine.memory import IdPool, PagePool, plan_memory
+from services.engine.scheduling.memory import IdPool, PagePool, plan_memory
 from tests.services.demo import MODEL
 
 SPEC = StateSpec(

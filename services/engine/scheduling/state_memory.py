@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from services.engine.memory import IdPool, PagePool
-from services.engine.prefix_cache import CacheConfig, CachedPrefix, PrefixCache
 from services.engine.request import Request
-from services.engine.scheduled_batch import BatchBuilder
+from services.engine.scheduling.memory import IdPool, PagePool
+from services.engine.scheduling.prefix_cache import CacheConfig, CachedPrefix, PrefixCache
+from services.engine.scheduling.scheduled_batch import BatchBuilder
 
 
 class StateMemory:

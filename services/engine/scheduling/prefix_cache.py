@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from services.engine.memory import IdPool, PagePool
 from services.engine.request import Request
-from services.engine.state_checkpoints import CheckpointStore, RecentHashes, StateCheckpoint
+from services.engine.scheduling.memory import IdPool, PagePool
+from services.engine.scheduling.state_checkpoints import CheckpointStore, RecentHashes, StateCheckpoint
 
 MIN_PAGES_APART = 2  # between checkpoints of one request: recomputing fewer pages costs no more than another step
 
