@@ -28,7 +28,8 @@ from services.engine.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
-PLACEMENT_TIMEOUT_S = 600.0  # to wait for the first placement, and as long again for the shards to load their experts
+# Seconds to wait for the first placement, and as many again for the shards to load their experts.
+PLACEMENT_TIMEOUT_S = 600.0
 WARM_UP_TOKENS = 8  # enough for drafts to be made and verified
 
 
@@ -57,7 +58,7 @@ class Backbone:
         self.engine = build_engine(config, family, self._experts)
 
     async def start(self) -> None:
-        """Return when the first token could be served; raise TimeoutError if no placement comes."""
+        """Start the engine, and return when it can serve tokens; raise TimeoutError if no placement comes."""
         log.info("%s; %s", kernels.describe(self.config.device), self.config.memory)
         if not self.family.has_mtp:
             log.warning("%s has no MTP weights and is served without drafting.", self.family.checkpoint.path)
@@ -87,7 +88,7 @@ class Backbone:
         return status | (self.fleet.status() if self.fleet else {})
 
     async def _warm_up(self) -> None:
-        """Generate a few tokens, so that no user waits for what only the first call has to do.
+        """Generate a few tokens, so that no user waits for the work that only the first call has to do.
 
         Retry for PLACEMENT_TIMEOUT_S, because shards may still be loading.
         """
@@ -108,7 +109,7 @@ class Backbone:
     def _compile_kernels(self) -> None:
         """Compute a prompt and a step without experts, so that kernels are compiled while the experts are placed.
 
-        The state that these calls write does not belong to any request yet.
+        No request uses the state that these calls write.
         """
         device, model, state = self.config.device, self.engine.runner.model, self.engine.runner.state
         with self._experts.switched_off():
@@ -119,7 +120,10 @@ class Backbone:
 
 
 class CountedExperts:
-    """Passes layer calls on to `experts`, counts the picks of each expert, and records them if a recording runs."""
+    """A `CountedExperts` passes layer calls on to `experts`, and counts the picks of each expert.
+
+    It also hands the picks to `recorder`, which writes them to a file while a recording runs.
+    """
 
     def __init__(self, experts: Experts, picks: LoadCounter, recorder: Recorder) -> None:
         self._experts, self._picks, self._recorder = experts, picks, recorder
@@ -133,7 +137,7 @@ class CountedExperts:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Let layer calls return zeros without calling the experts, and forget the picks that were counted."""
+        """Let layer calls return zeros without calling the experts; on exit, forget the picks that were counted."""
         experts, self._experts = self._experts, _zeros
         yield
         self._experts = experts

@@ -1,4 +1,4 @@
-"""Defines the configuration of a backbone, and builds its engine from it."""
+"""A `BackboneConfig` holds the settings of a backbone, and `build_engine` builds the backbone's engine from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from services.expert.expert_call import ExpertsUnavailable
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A `BackboneConfig` holds what a backbone needs to know beside the model; lengths are in tokens.
+    """A `BackboneConfig` holds the settings with which a backbone serves a model; lengths are in tokens.
 
     `draft_tokens` is the most tokens that are drafted at once for a request: 0 turns drafting off, and None takes
     DEFAULT_DRAFT_TOKENS.
@@ -38,9 +38,10 @@ class BackboneConfig:
     prefix_cache: bool = True
 
     def scheduler_config(self, family: ModelFamily, has_drafts: bool) -> SchedulerConfig:
-        """Return the scheduler's configuration for a model; `has_drafts` says whether it can draft."""
+        """Return the scheduler's configuration for a model; `has_drafts` says whether the model can draft."""
         max_draft_tokens = DEFAULT_DRAFT_TOKENS if self.draft_tokens is None else self.draft_tokens
-        # Compiled kernels compute a prompt token by token as a recurrence, so it may be split and saved anywhere.
+        # Compiled kernels compute a prompt token by token as a recurrence. So a prompt may be split, and its state
+        # saved, at any token.
         align = 1 if kernels.is_compiled(self.device) else family.config.chunk_size
         return SchedulerConfig(
             self.memory.num_slots,

@@ -22,9 +22,9 @@ from services.engine.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-UNHEALTHY_AFTER = 3  # failed steps in a row
+UNHEALTHY_AFTER = 3  # failed steps in a row after which the engine is unhealthy
 StreamItem = TokenOutput | Exception
-# The reason that the log names for a request that ends with such an exception; for other exceptions it is "failed".
+# The log's reason for the end of a request, by the exception that ends the request; otherwise the reason is "failed".
 END_REASONS: dict[type[Exception], str] = {
     EngineOverloaded: "overloaded",
     DeadlinePassed: "deadline",
@@ -73,15 +73,15 @@ class EngineStats:
 
 
 class Engine:
-    """Batches the requests of all clients over one model, continuously: requests come and go between steps.
+    """An `Engine` serves all clients with one model by continuous batching: requests come and go between steps.
 
     `generate` may be called from any event loop once `start` was called.
 
     - `outages`: errors that are not the engine's fault and that a restart of the engine would not mend. A step that
       fails with one of them fails its requests with the error's text, and the engine stays healthy. The text of any
       other error goes to the log only.
-    - `compile_grammar`: makes of a grammar what the sampler needs, or raises ValueError for a grammar that cannot be
-      used. It is called on threads of its own. None: requests with a grammar are refused.
+    - `compile_grammar`: compiles a grammar for the sampler, or raises ValueError for a grammar that cannot be used. It
+      is called on threads of its own. If it is None, requests with a grammar are refused.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Engine:
         self._requests = RequestFactory(vocab_size, eos_token_ids, config.max_len, config.max_model_len)
         self._grammar_pool = compile_grammar and GrammarPool(compile_grammar, config.max_waiting)
         self._streams: dict[str, TokenStream] = {}
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # of the engine's thread
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # calls for the engine's thread
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._is_stopping = False
         self._num_steps = self._num_failed_steps = self._num_failed_in_a_row = 0
@@ -167,15 +167,15 @@ class Engine:
     ) -> AsyncGenerator[TokenOutput, None]:
         """Yield the request's tokens as they are generated; closing the generator frees what the request holds.
 
-        `sent_token_ids` are the tokens that another engine generated for the request before it was lost. The tokens
-        that follow are the ones that would have followed there, and the counts include those sent. `prompt_logprobs`
-        come only if no tokens were sent.
+        `sent_token_ids` are the tokens that another engine generated for the request before it was lost. This
+        engine goes on with the tokens that would have followed there, and its counts include the sent tokens.
+        `prompt_logprobs` come only if no tokens were sent.
 
         Errors:
 
-        - ValueError: the prompt, the lengths or the grammar are bad. It comes before the first output, unless a grammar
-          leads to where no token may follow, or becomes too complex to follow.
-        - EngineOverloaded: too many requests are waiting; before the first output.
+        - ValueError: the prompt, the lengths or the grammar are bad. This error is raised before the first output,
+          unless the answer leads a grammar to a dead end, or the grammar becomes too complex to follow.
+        - EngineOverloaded: too many requests are waiting. This error is raised before the first output.
         - EngineFailed: a step failed or the engine was stopped.
         - DeadlinePassed: the request did not end within `timeout` seconds.
         """

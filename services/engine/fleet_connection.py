@@ -1,4 +1,4 @@
-"""Connects a backbone with the expert shards: placements come in, the expert load goes out, health is reported."""
+"""A `FleetConnection` connects a backbone with the expert shards: it takes placements, and reports load and health."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ MAX_NAMED = 20  # experts below cover that a status names
 
 
 class FleetConnection:
-    """Keeps one backbone's `RemoteExperts` up to date with the placement, and reports the load and the fleet's health.
+    """A `FleetConnection` keeps a backbone's `RemoteExperts` at the newest placement, and reports load and health.
 
-    Its methods belong to one event loop; `experts` is called by the engine's thread. `expert_bytes` is the size of one
-    expert, by layer, and `model` is the digest of the checkpoint.
+    The load is that of the experts, and the health is that of the fleet. The methods belong to one event
+    loop; `experts` is called by the engine's thread. `expert_bytes` is the size of one expert, by layer, and `model` is
+    the digest of the checkpoint.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class FleetConnection:
         self._follower = Follower(name, model, registry, self._adopt)
         self._load = LoadReporter(picks, loads)
         self._coverage = CoverageMonitor(expert_bytes)
-        self._placed_at = 0.0  # seconds since 1970
+        self._placed_at = 0.0  # time of the last `_adopt`, in seconds since 1970
         self._expected_digests: dict[str, str] = {}  # by shard: the digest of the experts that it should hold
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -137,7 +138,7 @@ class FleetConnection:
         return {*self.experts.down, *self._follower.gone}
 
     def _shard_states(self, placement: Placement) -> dict[str, str]:
-        """Return the state of each shard of the placement: live, or why it does not serve what it should."""
+        """Return the state of each shard of the placement: live, or why the shard does not serve its experts."""
         unreachable = self._unreachable
 
         def state(shard: Shard) -> str:
@@ -185,13 +186,13 @@ class FleetConnection:
         return reports
 
     def _shard(self, shard_id: str) -> Shard:
-        """Return a shard of the placement, without facts if it has not registered since this backbone started."""
+        """Return a shard of the placement, with empty fields if it has not registered since this backbone started."""
         never_seen = Shard(shard_id, endpoint="", node="", pool="", device="", incarnation="", memory_budget=0)
         return self._follower.shards.get(shard_id) or never_seen
 
 
 class LoadReporter:
-    """Adds the picks that a backbone counted to the load store once a second, and keeps the rate of picks.
+    """A `LoadReporter` adds a backbone's counts of picks to the load store once a second, and keeps the rate of picks.
 
     `rates` holds the picks per second of each expert, by layer, averaged over about ten reports.
     """
@@ -222,10 +223,10 @@ class LoadReporter:
 
 
 class CoverageMonitor:
-    """Knows which experts have too few live homes, and since when; describes the expert tier in plain numbers.
+    """A `CoverageMonitor` knows which experts have too few live homes, and since when.
 
-    The coverage is computed again only if the placement or the live shards changed. `expert_bytes` is the size of one
-    expert, by layer.
+    Its report describes the expert tier in plain numbers. The coverage is computed again only if the placement or the
+    live shards changed. `expert_bytes` is the size of one expert, by layer.
     """
 
     def __init__(self, expert_bytes: Mapping[int, int]) -> None:

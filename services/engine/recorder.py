@@ -1,4 +1,4 @@
-"""Records which experts the batches pick; the engine hands over arrays, and a thread writes them to a file."""
+"""A `Recorder` records which experts are picked: the engine hands over arrays, and a thread writes them to a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cluster.trace import batch_line, header
 
 MAX_QUEUED = 1024  # layer calls that wait to be written; calls beyond that are dropped and counted
-MAX_BYTES, MAX_SECONDS = 1 << 30, 3600.0
+MAX_BYTES, MAX_SECONDS = 1 << 30, 3600.0  # the largest bounds that a recording may have
 Picks = NDArray[np.integer]
 
 
@@ -30,7 +30,7 @@ def traces_folder() -> Path:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A `Bounds` limits a recording, which ends by itself after so many bytes or seconds."""
+    """A `Bounds` limits a recording, which ends by itself after `max_bytes` bytes or `max_seconds` seconds."""
 
     max_bytes: int = 64 << 20
     max_seconds: float = 60.0
@@ -88,9 +88,10 @@ class _Recording:
 
 
 class Recorder:
-    """Makes one recording at a time; `add` is called by the engine's thread, the other methods by another thread.
+    """A `Recorder` makes one recording at a time of the experts that layer calls pick.
 
-    `model` is the digest of the checkpoint, and `num_experts` the number of experts by layer, for the file's header.
+    `add` is called by the engine's thread, and the other methods by another thread. `model` is the digest of the
+    checkpoint, and `num_experts` the number of experts by layer; both stand in the file's header.
     """
 
     def __init__(self, model: str, num_experts: Mapping[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Defines a request as the engine keeps it from its arrival to its last token, and makes new ones."""
+"""A `Request` is what the engine keeps of a request from arrival to last token; a `RequestFactory` makes requests."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Request:
     waited_s: float = 0.0  # seconds waited before the last start
     page_hashes: list[bytes] = field(default_factory=list)  # filled by `hash_pages`
     due_checkpoints: list[int] = field(default_factory=list)  # ascending lengths at which the state is to be saved
-    looked_up: Any = None  # while it waits: what the prefix cache found, and the cache's state at that time
+    looked_up: Any = None  # while the request waits: what the prefix cache found, and the cache's state at that time
     num_cached: int = 0  # prompt tokens that were reused at the first start
     cache_reason: str = ""  # empty until the request has started
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected until the first output
@@ -171,7 +171,7 @@ class RequestFactory:
         sent_token_ids: Sequence[int] | None,
         now: float,
     ) -> Request:
-        """Return a request that arrives at `now`; its arguments are those of `Engine.generate`.
+        """Return a request that arrives at `now`; the other arguments are those of `Engine.generate`.
 
         Raise ValueError for token ids outside the vocabulary and for lengths that do not fit, and EngineFailed if the
         tokens that another engine has sent already leave no place for the next token.

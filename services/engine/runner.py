@@ -1,4 +1,4 @@
-"""Runs one scheduled batch through the model: computes its tokens, verifies drafts, samples tokens, and drafts anew."""
+"""The `Runner` runs a batch through the model: it computes tokens, verifies drafts, samples tokens, and drafts anew."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from services.engine.request import Request
 from services.engine.sampling.sampler import SampledToken, Sampler, SamplingRow, token_logprobs
 from services.engine.scheduling.scheduled_batch import ScheduledBatch, StepResult
 
-PROMPT_LOGITS_ROWS = 128  # computed at once: the logits of a whole chunk of a prompt might not fit into memory
+PROMPT_LOGITS_ROWS = 128  # rows whose logits are computed at once: a whole prompt chunk's might not fit into memory
 
 
 class LanguageModel(DraftModel, Protocol):
-    """A `LanguageModel` has what the engine needs of a model."""
+    """A `LanguageModel` is the part of a model's interface that the engine needs."""
 
     @property
     def has_drafts(self) -> bool:
@@ -34,7 +34,7 @@ class LanguageModel(DraftModel, Protocol):
 
 
 class Runner:
-    """Runs batches on a device; it is the only part of the engine that touches tensors.
+    """A `Runner` runs batches on a device; only it, its sampler and its drafter touch tensors.
 
     `state` lies on `device`. `has_drafts` turns drafting on if the model can draft.
     """
@@ -81,7 +81,7 @@ class Runner:
     def _verify(self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor) -> list[list[SampledToken] | None]:
         """Return the new tokens of each request: its accepted drafts and the token sampled after them.
 
-        The list of a request is empty if it still has pending tokens, and None if no token could be chosen.
+        The list of a request is empty if the request still has pending tokens, and None if no token could be chosen.
         """
         places = [i for i in range(len(batch.requests)) if batch.catches_up(i)]
         rows = [
@@ -115,7 +115,7 @@ class Runner:
             self.drafter.add_hidden(request, packed.context_lens[i] + 1, hidden_TD[start : start + num_right])
             if not tokens or tokens[-1].token_id in request.stop_ids:
                 continue
-            # The very last token is never drafted: the step that verifies the draft before it samples it anyway.
+            # The last token of a request is not drafted: the step that verifies the draft before it samples it anyway.
             depth = min(batch.draft_depths[i], request.max_len - request.num_tokens - len(tokens) - 1)
             if depth > 0:
                 new_ids = tuple(token.token_id for token in tokens)
@@ -127,7 +127,7 @@ class Runner:
     def _prompt_logprobs(
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, i: int
     ) -> tuple[TokenLogprob, ...]:
-        """Return the logprobs of the prompt tokens after the computed ones, if the request asked for them."""
+        """Return the logprob of the prompt token after each computed token, if the request asked for them."""
         request, start, context = batch.requests[i], packed.starts[i], packed.context_lens[i]
         num_top = request.params.prompt_logprobs
         if num_top is None or request.num_generated:
@@ -160,11 +160,12 @@ class Runner:
 def accept(
     sampled: Sequence[SampledToken | None], drafts: Sequence[int], request: Request
 ) -> list[SampledToken] | None:
-    """Return the tokens that a step adds: the drafts that equal the sampled tokens, and the first token that does not.
+    """Return the tokens that a step adds: the accepted drafts, and the token sampled after them.
 
+    A draft is accepted if it equals the token sampled at its position and all earlier drafts were accepted. The token
     `sampled[n]` was drawn from the model's own logits after `drafts[:n]`, so the tokens are distributed as without
-    drafts. No token follows a stop token or the request's last place. Return None if a token that is needed is None,
-    because none could be chosen.
+    drafts. No token follows a stop token or the request's last place. Return None if a token to add is None in
+    `sampled`, because no token could be chosen there.
     """
     accepted: list[SampledToken] = []
     for n, token in enumerate(sampled):

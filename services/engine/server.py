@@ -1,4 +1,4 @@
-"""Serves an engine over gRPC: each gateway has one stream, on which all its requests travel.
+"""An `EngineServer` serves an engine over gRPC: each gateway has one stream, on which all its requests travel.
 
 The cost is per message and not per byte: a message of grpc.aio takes some 150 µs of a core on either side, however
 small it is. So the outputs of one step for all requests of a gateway leave in one message. No message is held back to
@@ -26,14 +26,14 @@ from services.engine.contract.wire import failure_to_proto, output_to_proto, par
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
-MAX_OUTPUTS_BYTES = MAX_MESSAGE_BYTES // 4  # of one message; a single output may be larger
-MAX_UNSENT_OUTPUTS = 1 << 16  # a gateway that leaves more outputs unread is given up
-HEARTBEAT_S = 0.2  # seconds from one sign of life to the next, whether the engine has outputs or not
-STOP_GRACE_S = 0.2  # seconds for the last outputs on streams
+MAX_OUTPUTS_BYTES = MAX_MESSAGE_BYTES // 4  # bytes of outputs in one message; a single output may be larger
+MAX_UNSENT_OUTPUTS = 1 << 16  # the requests of a gateway that leaves more outputs unread are cancelled
+HEARTBEAT_S = 0.2  # seconds from one heartbeat to the next, which is sent even if the engine has no outputs
+STOP_GRACE_S = 0.2  # seconds in which streams may send their last outputs when the server stops
 
 
 class TokenGenerator(Protocol):
-    """A `TokenGenerator` has what the server needs of an engine; tests serve other generators."""
+    """A `TokenGenerator` is the part of an engine's interface that the server needs; tests serve other generators."""
 
     def generate(
         self,
@@ -67,13 +67,13 @@ class _GatewayStream:
             self.end()
 
     async def beat(self) -> None:
-        """Let an empty message be sent now and then, because a gateway takes silence for a dead backbone."""
+        """Let a message be sent every HEARTBEAT_S seconds, because a gateway takes silence for a dead backbone."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             self._wake.set()
 
     def end(self) -> None:
-        """End the stream after the outputs that are there; then the gateway may continue its requests elsewhere."""
+        """End the stream after the next message, so that the gateway may continue its requests with other backbones."""
         self.is_over = True
         self._wake.set()
 
@@ -136,14 +136,14 @@ class _GatewayStream:
 
 
 class EngineService(engine_pb2_grpc.EngineServicer):
-    """Implements the `Engine` service, with one `_GatewayStream` per call."""
+    """An `EngineService` implements the gRPC service `Engine`, with one `_GatewayStream` per call."""
 
     def __init__(self, engine: TokenGenerator) -> None:
         self._engine = engine
         self._streams: set[_GatewayStream] = set()
 
     def end(self) -> None:
-        """End every stream after the outputs that are there."""
+        """End every stream after its next message."""
         for stream in self._streams:
             stream.end()
 
@@ -164,7 +164,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
 
 class EngineServer:
-    """Serves one engine; `start` and `stop` belong to one event loop."""
+    """An `EngineServer` serves one engine to all gateways; `start` and `stop` belong to one event loop."""
 
     def __init__(self, engine: TokenGenerator, host: str) -> None:
         self._engine, self._host = engine, host
@@ -178,7 +178,7 @@ class EngineServer:
         return f"{self._host}:{port}"
 
     async def stop(self) -> None:
-        """Stop, so that gateways continue the requests with other backbones."""
+        """Stop serving, so that gateways continue their requests with other backbones."""
         stopping = asyncio.create_task(self._server.stop(STOP_GRACE_S))
         await asyncio.sleep(0)  # lets the server refuse new streams first
         self._service.end()

@@ -1,10 +1,10 @@
-"""Defines the errors with which the engine refuses or ends a request, each with its REST and gRPC status."""
+"""The engine refuses or ends a request with one of the errors defined here; each has a REST and a gRPC status."""
 
 from __future__ import annotations
 
 
 class EngineOverloaded(Exception):
-    """Too many requests are waiting; a client should retry after `retry_after` seconds.
+    """An `EngineOverloaded` says that too many requests are waiting; retry after `retry_after` seconds.
 
     REST answers with 429, gRPC with RESOURCE_EXHAUSTED.
     """
@@ -15,14 +15,14 @@ class EngineOverloaded(Exception):
 
 
 class EngineFailed(Exception):
-    """The engine could not finish the request, and the client is not at fault.
+    """An `EngineFailed` says that the engine could not finish a request, and that the client is not at fault.
 
     REST answers with 500, gRPC with INTERNAL.
     """
 
 
 class DeadlinePassed(TimeoutError):
-    """The request's own deadline passed before its last token.
+    """A `DeadlinePassed` says that a request's own deadline passed before its last token.
 
     REST answers with 504, gRPC with DEADLINE_EXCEEDED.
     """

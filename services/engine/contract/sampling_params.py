@@ -1,4 +1,4 @@
-"""Defines the parameters of a request: how to choose tokens, when to stop, and what the text must match."""
+"""The `SamplingParams` of a request say how to choose tokens, when to stop, and what the text must match."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ MAX_TOP_K = 2**31 - 1  # far beyond any vocabulary, and still an integer that te
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
 MAX_LOGPROBS = 20  # alternatives per token; the bound is OpenAI's
-# Every JSON grammar allows this white space: a space, or a new line and its indentation. Without a bound, a model that
-# is unsure of its next token goes on with white space for ever.
+# JSON grammars allow only this white space: a space, or a new line with at most 16 characters of indentation. Without a
+# bound, a model that is unsure of its next token goes on with white space for ever.
 JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
 
 

@@ -1,4 +1,4 @@
-"""Defines the engine's outputs: the tokens of a step, their logprobs, and why a request ended."""
+"""A `TokenOutput` holds the tokens that a step added to a request, their logprobs, and why the request ended."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TokenOutput:
       it is no part of the text.
     - `logprobs`: one entry per token id, if the request asked for them.
     - `prompt_logprobs`: one entry per prompt token, None for the first token; they come with the first output.
-    - `cache_reason`: why no more than `num_cached` prompt tokens were reused. It is hit, too_short, no_match,
-      no_checkpoint_at_boundary, evicted, prompt_logprobs or disabled.
+    - `cache_reason`: why no more than `num_cached` prompt tokens were reused. The values are hit, too_short, no_match,
+      no_checkpoint_at_boundary, evicted, prompt_logprobs and disabled.
     """
 
     request_id: str

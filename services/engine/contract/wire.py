@@ -1,4 +1,4 @@
-"""Converts requests and outputs to messages and back, for both ends of `Engine.Converse`."""
+"""The functions here convert requests and outputs to messages and back, for both ends of `Engine.Converse`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.engine.contract.token_output import FinishReason, TokenLogprob, To
 
 RESHAPED = ("logit_bias", "grammar")  # fields of SamplingParams that have another form in the message
 GATEWAY_ONLY = ("stop",)  # fields that stay in the gateway, which matches the stop strings
-# Fields with the same name and type in the message.
+# The other fields of SamplingParams, which have the same name and type in the message.
 PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in (*RESHAPED, *GATEWAY_ONLY))
 
 
@@ -24,7 +24,7 @@ def start_to_proto(
     timeout: float | None,
     sent_token_ids: Sequence[int] | None = None,
 ) -> pb.Start:
-    """Return the message that starts a request; its arguments are those of `Engine.generate`.
+    """Return the message that starts a request; the arguments are those of `Engine.generate`.
 
     Raise ValueError if a token id is no 64-bit integer. The engine checks that the ids are in its vocabulary.
     """

@@ -1,11 +1,11 @@
-"""Chooses the draft depth of each request, which is the number of tokens to draft for it.
+"""The `DraftingState` chooses the draft depth of each request: the number of tokens to draft for it in one step.
 
 Everything is a pure function of values, without a clock.
 
 A step verifies the drafts of the step before it and then drafts again. Deeper drafts give more tokens per step, as far
 as the model accepts them, but cost more rows and draft passes. The depths are chosen for the highest expected number of
-tokens per second. This follows from two measurements: how often the drafts at each position are accepted, and what a
-step costs. So drafting stops by itself if it does not pay, and it is tried again once in a while.
+tokens per second. This number follows from two measurements: how often the drafts at each position are accepted, and
+what a step costs. So drafting stops by itself if it costs more than it gains, and it is tried again from time to time.
 
 Legend: F features of a step's shape.
 """
@@ -20,9 +20,9 @@ from operator import mul
 import numpy as np
 from numpy.typing import NDArray
 
-DEFAULT_DRAFT_TOKENS = 4  # the deepest draft; below it measured acceptance and cost decide
+DEFAULT_DRAFT_TOKENS = 4  # largest draft depth; measured acceptance and cost choose a depth from 0 to this
 PRIOR_RATE = 0.6  # acceptance rate at any position before anything was measured
-PRIOR_WEIGHT = 4.0  # of the prior acceptance rate, in observations
+PRIOR_WEIGHT = 4.0  # weight of the prior acceptance rate, in observations
 REQUEST_KEPT = 0.98  # weight that a request's acceptance counts keep from one observation to the next
 OVERALL_KEPT = 0.998  # likewise for the acceptance counts of all requests together
 COST_KEPT = 0.99  # likewise for the measured costs of steps
@@ -34,8 +34,8 @@ NUM_TRUSTED = 16  # steps after which the fitted costs are trusted
 MAX_SURPRISE = 1.5  # largest factor by which a trusted step differs from its expected seconds; beyond it is clipped
 FIT_EVERY = 8  # trusted steps from one fit to the next: a fit takes as long as a small layer
 NOISE = 0.1  # relative standard deviation of a step's seconds
-MAX_UNREAD = 128  # tokens of a request that the draft module reads later, when the request is drafted for again
-MAX_ROWS = 256  # of a step from which costs are learnt: steps with long prompts follow another law
+MAX_UNREAD = 128  # most tokens of a request that the draft module reads late, when the request is drafted for again
+MAX_ROWS = 256  # most rows of a step from which costs are learnt: the costs of long prompts follow another law
 # If depths never change, the cost of drafts cannot be told from the cost of the model. So a probe drafts for PROBE_LEN
 # steps after PROBE_AFTER[0] steps without drafts, and a pause stops drafting for PAUSE_LEN steps after PAUSE_AFTER[0]
 # steps with drafts. Each probe or pause doubles the number of steps before the next one, up to the second number.
@@ -48,7 +48,7 @@ Weights = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Acceptance:
-    """An `Acceptance` counts attempts and acceptances at each draft position; both fade with every observation.
+    """An `Acceptance` counts attempts and acceptances at each draft position; older counts have less weight.
 
     A position counts as tried only if all earlier drafts were accepted.
     """
@@ -101,7 +101,9 @@ class StepShape:
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
-    """Estimates a step's seconds as a linear function of its shape, by least squares of relative errors.
+    """A `StepCost` estimates a step's seconds as a linear function of the step's shape.
+
+    The function is fitted by least squares of relative errors.
 
     - `weights`: the seconds of a step, of a row, of a draft pass and of a row of a draft pass. Costs that the observed
       steps do not tell apart follow PRIOR_COST.
@@ -190,16 +192,17 @@ def choose_depths(
 
 @dataclass(frozen=True)
 class ExplorationSchedule:
-    """Says when to try what was not chosen: for `length` steps, after `after` steps of the same choice.
+    """An `ExplorationSchedule` says when to try the less usual of two choices: to draft or not to draft.
 
-    After each trial `after` doubles, up to `longest`.
+    After `after` steps with the usual choice in a row, the other choice is tried for `length` steps. After each trial
+    `after` doubles, up to `longest`.
     """
 
     after: int
     longest: int
     length: int
-    num_alike: int = 0  # steps of the same choice in a row
-    num_others: int = 0  # steps of the trial so far
+    num_alike: int = 0  # steps with the usual choice in a row
+    num_others: int = 0  # steps with the other choice in this trial so far
 
     @property
     def is_due(self) -> bool:

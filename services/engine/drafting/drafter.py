@@ -1,10 +1,10 @@
-"""Drafts the tokens that follow, with the model's own draft module (multi-token prediction, MTP).
+"""The `Drafter` drafts the next tokens with the model's own draft module (multi-token prediction, MTP).
 
 For every position the module reads the token there and the hidden vector before it. It keeps keys and values of its own
-in the request's pages. Hidden vectors that the module has not read yet are kept until drafts are wanted again, so that
-it then drafts as well as if it had read all along. After more than MAX_UNREAD unread tokens the module starts anew, and
-sees only the positions from there on. Drafts may be wrong but never do harm: the model verifies each of them before a
-client sees it.
+in the request's pages. While a request is not drafted for, the hidden vectors that the module has not read are kept. So
+the module drafts as well afterwards as if it had read all along. Only the last MAX_UNREAD of these vectors are kept. If
+older ones were dropped, the module starts anew, and sees only the positions from the first kept vector on. Drafts may
+be wrong but never do harm: the model verifies each of them before a client sees it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from services.engine.sampling.sampler import Sampler, SamplingRow
 
 
 class DraftModel(Protocol):
-    """A `DraftModel` has what drafting needs of a model."""
+    """A `DraftModel` is the part of a model's interface that drafting needs."""
 
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State, /) -> Tensor:
         """Return the hidden vectors (T, D) after the batch's tokens, from the hidden vectors before them."""
@@ -76,7 +76,10 @@ class DraftRequest:
 
 @dataclass
 class UnreadHidden:
-    """An `UnreadHidden` keeps hidden vectors that the module has not read: those before the tokens from `first` on."""
+    """An `UnreadHidden` keeps the hidden vectors of one request that the draft module has not read yet.
+
+    The first of these vectors is the one before the token at position `first`.
+    """
 
     first: int
     rows: deque[Tensor]
@@ -98,7 +101,7 @@ class UnreadHidden:
 
 
 class Drafter:
-    """Drafts for the requests of one engine; `state` is shared with the model."""
+    """A `Drafter` drafts tokens for the requests of one engine; it shares `state` with the model."""
 
     def __init__(self, model: DraftModel, state: State, sampler: Sampler, device: torch.device | str) -> None:
         self.model, self.state, self.sampler, self.device = model, state, sampler, device
@@ -115,7 +118,7 @@ class Drafter:
     def draft_request(self, request: Request, new_ids: tuple[int, ...], depth: int) -> DraftRequest:
         """Return what `draft` needs for a request; `new_ids` ends with the token before the drafts.
 
-        The hidden vectors that were kept for the request go into it.
+        The draft request takes over the hidden vectors that were kept for the request.
         """
         unread = self._unread.pop(request.id)
         return DraftRequest(request, new_ids, unread.first, torch.cat(tuple(unread.rows)), depth)

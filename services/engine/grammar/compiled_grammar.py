@@ -1,7 +1,7 @@
-"""Compiles grammars and follows them: a mask says which tokens may come next so that the answer matches the grammar.
+"""A `GrammarCompiler` compiles grammars, and a `GrammarState` says which tokens a grammar allows next in an answer.
 
-`GrammarCompiler.check` refuses a client's mistake where the request comes in. `GrammarCompiler.compile` runs on a
-thread of its own before the request reaches the engine, because a large schema takes up to a second:
+`GrammarCompiler.check` refuses a grammar that cannot be used where the request comes in. `GrammarCompiler.compile`
+runs on a thread of its own before the request reaches the engine, because a large schema takes up to a second:
 
     request.compiled_grammar = await asyncio.to_thread(compiler.compile, params.grammar)
 
@@ -11,7 +11,7 @@ How an answer ends:
   the grammar can only end, nothing else is allowed.
 - A stop id that is ordinary text is allowed wherever its text is allowed.
 - So a request with a grammar needs the model's end-of-sequence ids among its `stop_ids` even if it sets `ignore_eos`.
-  Then `ignore_eos` means that the answer does not end before the grammar can only end.
+  For such a request `ignore_eos` means that the answer ends only where the grammar allows nothing else.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from tokenizers import Tokenizer
 
 from services.engine.contract.sampling_params import JSON_OPTIONS, Grammar, GrammarKind
 
-_stack_size_lock = threading.Lock()  # the stack size applies to all threads that the process starts
+_stack_size_lock = threading.Lock()  # guards the stack size, which applies to all threads that the process starts
 
-MAX_GRAMMARS = 16  # kept compiled; each may hold MAX_LEXER_STATES of 1 to 2 kB, so all together up to 640 MB
+MAX_GRAMMARS = 16  # compiled grammars to keep; each has up to MAX_LEXER_STATES of 1 to 2 kB, so all up to 640 MB
 MAX_LEXER_STATES = 20_000
 MAX_TEXT = 2**17  # characters of a grammar
 COMPILE_STACK = 2**29  # bytes; the library recurses, and the longest chain of rules in MAX_TEXT takes 2**26
@@ -46,7 +46,7 @@ EXCERPT = re.compile(r"\d+ \| ")  # the start of a line in which the library quo
 
 @dataclass(frozen=True, eq=False)
 class CompiledGrammar:
-    """A `CompiledGrammar` is ready for use and stands at its beginning; requests share it and start from copies."""
+    """A `CompiledGrammar` is a grammar ready for use, at its beginning; requests share it and start from copies."""
 
     matcher: LLMatcher
     eos_ids: frozenset[int]
@@ -57,10 +57,10 @@ class CompiledGrammar:
 
 
 class GrammarState:
-    """Follows one sequence through its grammar; tokens are pushed and popped.
+    """A `GrammarState` follows one sequence through its grammar; tokens are pushed and popped.
 
     A token that the grammar refuses, and every token pushed after it, is counted but not consumed. No token may follow
-    until these are popped.
+    until all these tokens are popped.
     """
 
     def __init__(self, grammar: CompiledGrammar) -> None:
@@ -71,7 +71,7 @@ class GrammarState:
 
     @property
     def failure(self) -> str:
-        """Return why no token may follow, in one sentence, or an empty string; this refers to the last `allowed`."""
+        """Return a sentence that says why the last call of `allowed` allowed no token, or an empty string."""
         error = self._matcher.get_error() if self._matcher.is_error() else ""
         if error and not error.startswith(NO_TOKEN):
             return f"The grammar is too complex to go on with: {_one_sentence(error)}"
@@ -102,7 +102,7 @@ class GrammarState:
 
     def _consume(self, token_id: int) -> bool:
         # The library (1.9.1) keeps its last mask by depth and lexer state only, and does not forget the mask when it is
-        # rolled back. After other tokens to the same depth it would use the old mask. Computing a mask now replaces it.
+        # rolled back. If other tokens led to the same depth, it would use the old mask. Computing a mask replaces it.
         if self._has_old_mask:
             self._mask()
         return self._matcher.try_consume_tokens([token_id]) == 1
@@ -142,7 +142,7 @@ class GrammarState:
 
 
 class GrammarCompiler:
-    """Compiles grammars for the tokenizer of a model directory; any thread may call it.
+    """A `GrammarCompiler` compiles grammars for the tokenizer of a model directory; any thread may call it.
 
     `eos_ids` are the model's end-of-sequence ids; a compiler that only checks grammars needs none.
     """
@@ -206,7 +206,7 @@ def parameter_name(kind: GrammarKind) -> str:
 
 
 def _definition(grammar: Grammar, name: str) -> dict[str, Any]:
-    """Return a grammar in the library's own format, in which its text can only mean what its kind says."""
+    """Return a grammar in the library's own format, which fixes the syntax in which the text is read."""
     match grammar.kind:
         case GrammarKind.REGEX:
             [definition] = json.loads(LLMatcher.grammar_from_regex(grammar.text))["grammars"]

@@ -1,9 +1,9 @@
-"""Checks grammars in processes of their own, with bounds on time and memory, so that no grammar can do harm.
+"""A `GrammarChecker` checks grammars in other processes, with bounds on time and memory, so that none can do harm.
 
 The cost of a grammar cannot be told from its text. Intersected expressions of a few hundred characters take minutes and
 tens of gigabytes, and the library checks its own limits too rarely to prevent that. So `GrammarChecker.check` hands a
 grammar to a process. It ends the process when the time is over, and the process ends itself when its memory is used up.
-A grammar that passes takes no longer to compile in a backbone.
+A grammar that passes the check takes no longer to compile in a backbone.
 
     python -m services.engine.grammar.grammar_checker MODEL    # runs such a process: a line of JSON in, a line out
 """
@@ -28,15 +28,15 @@ from services.engine.contract.errors import EngineFailed
 from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.grammar.compiled_grammar import COMPILE_STACK, GrammarCompiler, parameter_name
 
-MAX_SECONDS = 5.0  # for one grammar
-MAX_BYTES = 1 << 30  # of a process, beside its tokenizer
-START_SECONDS = 60.0  # for a process to start: a large tokenizer takes seconds to load
+MAX_SECONDS = 5.0  # seconds for one grammar
+MAX_BYTES = 1 << 30  # bytes that a process may take beside its tokenizer
+START_SECONDS = 60.0  # seconds for a process to start: a large tokenizer takes seconds to load
 NUM_PROCESSES = 2
 MAX_KNOWN = 4096  # grammars that have passed and are remembered
 
 
 class GrammarChecker:
-    """Checks grammars for the model directory `model`; any thread may call `check`.
+    """A `GrammarChecker` checks grammars for the model directory `model`; any thread may call `check`.
 
     The processes start with the first grammars.
     """
@@ -90,7 +90,7 @@ class _CheckerProcess:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # where the library writes before it dies without memory
+            stderr=subprocess.DEVNULL,  # the library writes there when it dies for lack of memory
             env=os.environ | {"PYTHONPATH": path},
         )
         if self._answer(START_SECONDS) is None:
@@ -140,7 +140,7 @@ def main(model: str) -> None:
     print(json.dumps(""), flush=True)
     for line in sys.stdin:
         kind, text = json.loads(line)
-        signal.alarm(int(MAX_SECONDS) + 1)  # ends the process if its parent is gone and cannot do it
+        signal.alarm(int(MAX_SECONDS) + 1)  # ends the process if its parent, which should end it, is gone
         try:
             compiler.check(Grammar(GrammarKind(kind), text))
             error = ""

@@ -1,4 +1,4 @@
-"""Compiles the grammars of requests before the requests are queued, with bounds on threads, requests and time."""
+"""A `GrammarPool` compiles grammars before their requests are queued, with bounds on threads, requests and time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NUM_THREADS = 2  # few, because the engine's steps need the processor too
 
 
 class GrammarPool:
-    """Runs `compile_grammar` on threads of its own, for at most `max_requests` requests at a time.
+    """A `GrammarPool` runs `compile_grammar` on threads of its own, for at most `max_requests` requests at a time.
 
-    Any event loop may call it.
+    Any event loop may call `compile`.
     """
 
     def __init__(self, compile_grammar: Callable[[Grammar], Any], max_requests: int) -> None:
@@ -63,10 +63,10 @@ class GrammarPool:
         except RuntimeError as error:  # the pool was closed
             leave_place(error)
             raise EngineFailed("The engine is not running.") from error
-        # The work leaves the place, not the caller: work that the caller has given up still takes a thread.
+        # The place is freed when the work ends, not when the caller gives up: such work still takes a thread.
         work.add_done_callback(leave_place)
         return work
 
     def close(self) -> None:
-        """Accept no more grammars; those being compiled are finished."""
+        """Accept no more grammars, and let the submitted ones finish."""
         self._threads.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""Makes the noise that tokens are drawn with; it depends only on the request's seed, the position and the token id.
+"""The noise with which tokens are drawn depends only on the request's seed, the position and the token id.
 
 The generator is Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011) with the seed as its
 key and (id // 2, position, 0) as its counter. The four words of a block are the 52-bit uniforms of two token ids. On a

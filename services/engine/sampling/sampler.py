@@ -1,4 +1,4 @@
-"""Chooses the next token of each row from its logits; no row has an influence on another one.
+"""The `Sampler` chooses the next token of each row from the row's logits; no row has an influence on another one.
 
 The order of the operations is the usual one (vLLM's):
 
@@ -14,7 +14,7 @@ function of the model's logits and of the noise at that position, and a draft is
 So outputs are distributed as without drafts. Equal noise makes equal choices likely where the two distributions are
 close.
 
-Legend: S rows to sample, R rows of them that need more than the largest logit, V vocabulary, E single logits to edit.
+Legend: S rows to sample, R those of them that need more than the largest logit, V vocabulary, E single logits to edit.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from services.engine.request import Request
 from services.engine.sampling import noise, truncation
 from services.engine.sampling.sampler_state import SamplerState
 
-# Beyond these bounds only fp32 would overflow: one logit already has all the probability, or all have the same.
+# Values are clamped to these bounds, beyond which fp32 would overflow. Clamping does not change the outcome: at a bound
+# one logit already has all the probability, or all logits have the same.
 TEMPERATURES = (1e-30, 1e30)
 REPETITIONS = (1e-6, 1e6)
-MAX_LOGITS_CPU = 2**18  # edited at once on a CPU: as many as a core's cache holds
-MAX_LOGITS_ELSEWHERE = 2**26  # edited at once on another device: as many as its spare memory holds
+MAX_LOGITS_CPU = 2**18  # logits edited at once on a CPU: as many as a core's cache holds
+MAX_LOGITS_ELSEWHERE = 2**26  # logits edited at once on another device: as many as its spare memory holds
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A `SampledToken` was chosen for a row."""
+    """A `SampledToken` is the token that was chosen for a row."""
 
     token_id: int
     logprob: TokenLogprob | None = None  # None unless the request asked for it
@@ -67,7 +68,7 @@ class SamplingRow:
 
 
 class Sampler:
-    """Samples tokens for one engine; its state of a request lies in `request.sampling_state`."""
+    """A `Sampler` samples tokens for one engine; it keeps its state of a request in `request.sampling_state`."""
 
     def __init__(self) -> None:
         # The first call compiles the kernels, and no request should wait for that.
@@ -198,7 +199,7 @@ class _Penalized:
 def _apply_grammars(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[SamplerState]) -> list[_Penalized]:
     """Forbid the tokens that grammars do not allow, and return the counts for the penalties.
 
-    The rows of one request share its state, so both are done row by row, while the state is that of the row.
+    The rows of one request share one state. So both are done for each row right after the state has moved to that row.
     """
     penalized = []
     for r, (row, state) in enumerate(zip(rows, states, strict=True)):

@@ -1,7 +1,7 @@
-"""Keeps what the sampler knows about a request between steps: counts for penalties, and its grammar's state.
+"""The `SamplerState` of a request holds what the sampler keeps between steps: token counts and the grammar's state.
 
-Both follow the tokens of the request. The sequence mostly grows by one token, but its end may be drafts that are taken
-back.
+The counts are for penalties. Counts and grammar follow the tokens of the request. The sequence mostly grows by one
+token, but its end may be drafts that are taken back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from services.engine.request import Request
 
 
 class TokenCounts:
-    """Counts how often each token was generated, for penalties; a token of the prompt alone has the count 0."""
+    """A `TokenCounts` counts how often each token was generated, for penalties.
+
+    A token that occurs only in the prompt has the count 0.
+    """
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._ids = np.unique(np.asarray(prompt, dtype=np.int64))
@@ -71,7 +74,7 @@ class SamplerState:
         self._num_followed, self._ahead = request.num_prompt_tokens, list[int]()
 
     def follow(self, request: Request, ahead: Sequence[int]) -> None:
-        """Bring the state to the request's tokens followed by the drafts in `ahead`, from wherever it was before."""
+        """Move the state to the request's tokens followed by the drafts in `ahead`, whatever it followed before."""
         if self.counts is None and self.grammar is None:
             return
         tail = [*request.token_ids[self._num_followed :], *ahead]

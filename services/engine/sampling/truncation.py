@@ -1,8 +1,8 @@
-"""Truncates the distribution that tokens are drawn from: top_k, then top_p, then min_p.
+"""Truncation keeps only the likeliest tokens of a distribution: by top_k, then by top_p, then by min_p.
 
 - `top_k` keeps the `top_k` largest weights.
-- `top_p` keeps the fewest of these, largest first, whose sum is at least `top_p` of the sum of all of these.
-- `min_p` keeps the weights of at least `min_p` times the largest weight.
+- `top_p` keeps the fewest of these weights, largest first, whose sum is at least `top_p` times the sum of all of them.
+- `min_p` keeps those of the remaining weights that are at least `min_p` times the largest weight.
 
 If several weights at the edge are equal and not all of them fit, those of the lowest ids are kept.
 

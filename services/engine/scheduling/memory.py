@@ -1,4 +1,7 @@
-"""Plans how much state fits into memory, and counts what is taken; the tensors are in `model.state.State`."""
+"""A `MemoryPlan` says how much state fits into memory, and `IdPool` and `PagePool` count what is taken.
+
+The tensors are in `model.state.State`.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ import torch
 
 from model.state import StateSpec
 
-MAX_CHECKPOINTS_PER_REQUEST = 8  # more slots for saved states are not worth their bytes
+MAX_CHECKPOINTS_PER_REQUEST = 8  # slots for saved states, per running request; more are not worth their bytes
 
 
 class IdPool:
-    """Hands out the ids 0 to size - 1, each to one owner at a time."""
+    """An `IdPool` hands out the ids 0 to size - 1, each to one owner at a time."""
 
     def __init__(self, size: int) -> None:
         assert size > 0
@@ -49,7 +52,7 @@ class IdPool:
 
 
 class PagePool:
-    """Counts the owners of the pages 0 to size - 1: requests *use* a page, and checkpoints *keep* it.
+    """A `PagePool` counts the owners of the pages 0 to size - 1: requests *use* a page, and checkpoints *keep* it.
 
     A page is free if it is neither used nor kept. A page that is kept and not used is idle: it becomes free when the
     checkpoints that keep it are evicted.

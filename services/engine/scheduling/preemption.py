@@ -1,11 +1,12 @@
-"""Chooses which running requests are preempted for a waiting one of strictly higher priority; changes nothing itself.
+"""`choose_preempted` chooses the running requests to preempt for a newcomer, and changes nothing itself.
 
-The rules:
+The newcomer is a waiting request of strictly higher priority. The rules:
 
 - Only strictly lower priorities are preempted. Otherwise two requests could preempt each other in turn.
 - Requests are preempted only if the newcomer then starts in the same step, so that no work is thrown away in vain.
-- Waiting protects a request but never preempts another one. A running request that had waited until its level was as
-  good as the newcomer's goes on, and the level that the newcomer gained by waiting does not count.
+- Time spent waiting protects a request, but is never the reason to preempt another one. A running request is preempted
+  only if both its priority number and its level are above the newcomer's. So a running request that had waited until
+  its level was as good as the newcomer's goes on, and a newcomer cannot preempt by having waited long.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def choose_preempted(
     num_users: Callable[[int], int],
     reused: Collection[int],
 ) -> list[Request]:
-    """Return the first candidates that are just enough to end the shortage.
+    """Return the first candidates, as few as end the shortage.
 
-    Return none if all candidates together are not enough, or if only the token budget is short: the budget is shared
-    (`Scheduler._share`) and is there again in the next step.
+    Return an empty list if all candidates together are not enough, or if only the token budget is short: the budget is
+    shared (`Scheduler._share`) and is there again in the next step.
 
     - `planned`: tokens of this step's budget that each candidate would use.
     - `num_users(page)`: how many running requests use the page.

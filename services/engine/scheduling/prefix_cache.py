@@ -1,9 +1,9 @@
-"""Reuses what earlier requests computed, for requests that begin with the same tokens; touches no tensor.
+"""The `PrefixCache` lets requests that begin with the same tokens reuse what was computed; it touches no tensor.
 
 KV pages are found by a hash of their tokens and of all tokens before them. Recurrent state cannot be cut at a page, so
 a request can start only where a checkpoint has saved the state. Checkpoints are therefore placed where reuse is likely
-(`PrefixCache._checkpoint_lens`). A request whose tokens part from those of an earlier one where there is no checkpoint
-leaves a checkpoint there for the next request.
+(`PrefixCache._checkpoint_lens`). If the tokens of a request begin to differ from those of an earlier request at a
+length without a checkpoint, the request leaves a checkpoint there for later requests.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class CacheCounts:
 
 
 class PrefixCache:
-    """Finds the longest saved prefix of a request, and saves states for later requests.
+    """A `PrefixCache` finds the longest saved prefix of a request, and saves states for later requests.
 
     `slots` and `pages` are shared with the running requests.
     """
@@ -181,14 +181,14 @@ class PrefixCache:
     # Saving
 
     def save_copy(self, request: Request) -> StateCheckpoint | None:
-        """Save the state that a running request has now; its slot must be copied to the returned checkpoint's slot.
+        """Save the current state of a running request; the caller copies its slot to the returned checkpoint's slot.
 
         Return None if the state is too short, is saved already, or is worth less than every checkpoint there is.
         """
         return self.checkpoints.save_copy(request) if self._is_worth_saving(request) else None
 
     def take_over(self, request: Request) -> None:
-        """Take the slot and the pages of a request that leaves, and keep its state if later requests may use it.
+        """Take the slot and the pages of a request that stops running, and keep its state if later requests may use it.
 
         The state must be that of the request's computed tokens.
         """

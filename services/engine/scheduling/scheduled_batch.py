@@ -1,4 +1,4 @@
-"""Defines what one step of the engine computes, a batch, and what the step found out about each request."""
+"""A `ScheduledBatch` says what a step computes, and a `StepResult` what the step found out about one request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ScheduledBatch:
     - `draft_depths[i]`: how many tokens to draft after the step, if the step lets the request catch up.
     - `slot_copies`, `page_copies`: copies of recurrent states between slots and of KV between pages, as (from, to).
       They are made in order and before anything is computed: the target of one copy may be the source of the next.
-    - `preempted`: requests that lost their memory since the last step. A request may be preempted and be in this batch.
+    - `preempted`: requests that lost their memory since the last step. A request may be here and in the batch.
 
     A batch may be empty.
     """
@@ -56,7 +56,7 @@ class StepResult:
 
     - `tokens`: the accepted drafts and the token sampled after them; empty if the request still has pending tokens.
     - `draft_ids`: drafts of the tokens that follow, to be verified by the next step.
-    - `prompt_logprobs`: the logprobs of the prompt tokens after the tokens just computed, if the request wants them.
+    - `prompt_logprobs`: the logprob of the prompt token after each computed token, if the request asked for them.
     - `failed`: True if the request's logits hold NaN or infinity, or if its grammar allows no token.
     """
 

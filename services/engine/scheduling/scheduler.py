@@ -1,15 +1,16 @@
-"""Decides which tokens of which requests each step computes, and which requests hold memory; touches no tensor.
+"""The `Scheduler` decides which tokens of which requests each step computes; it touches no tensor.
 
-There is no prefill phase and no decode phase: every request has pending tokens to catch up with, drafts included. A
-step fills its token budget in this order:
+It also decides which requests hold memory. There is no prefill phase and no decode phase: every request has
+pending tokens to catch up with, drafts included. A step fills its token budget in this order:
 
 1. The next token of every request that lacks only one, and then the drafts of these requests.
-2. A part of the first prompt: half of the budget, so that this prompt ends whatever else arrives.
+2. A part of the first prompt: half of the budget, so that this prompt is computed whatever else arrives.
 3. Requests that wait and shorter prompts, so that none of them waits for a long prompt.
 
-Requests are served lowest level first (the priority number less what waiting gained), and then oldest first. A
-preempted request keeps its tokens and computes them again later. Two things preempt requests: the last of the running
-requests goes if the running requests outgrow the memory, and requests of lower priority go for one that waits.
+Requests with the lowest level are served first, and at equal levels the oldest ones. The level of a request is its
+priority number, lowered by the time that the request has waited. A preempted request keeps its tokens and computes them
+again later. If the running requests outgrow the memory, the last of them in serving order is preempted. Requests of
+lower priority are also preempted so that a waiting request can start.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from services.engine.scheduling.waiting_queue import WaitingQueue
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """A `SchedulerConfig` says how much memory the scheduler shares out, and its limits; lengths are in tokens.
+    """A `SchedulerConfig` holds the scheduler's limits and the memory that it shares out; lengths are in tokens.
 
     - `chunk_align`: a prompt is split only at multiples of it (the chunk of the model's scan).
     - `num_checkpoint_slots`: slots beside those of the running requests, for saved states.
     - `checkpoint_align`: states within a prompt are saved only at multiples of it.
     - `checkpoint_interval`: the most tokens between two saved states of a prompt.
-    - `bytes_per_slot`, `bytes_per_block`: what the prefix cache weighs; `bytes_per_slot` is 0 for a model without
-      recurrent state.
+    - `bytes_per_slot`, `bytes_per_block`: sizes by which the prefix cache weighs saved states; `bytes_per_slot` is 0
+      for a model without recurrent state.
     """
 
     num_slots: int
@@ -90,9 +91,10 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """Schedules the steps of one engine: `schedule` chooses a batch, `postprocess` commits its results.
+    """A `Scheduler` plans the steps of one engine: `schedule` chooses a batch, and `postprocess` commits its results.
 
-    The two are called in turn. `add` and `abort` are called only between a `postprocess` and the next `schedule`.
+    These two methods are called in turn. `add` and `abort` are called only between a `postprocess` and the next
+    `schedule`.
     """
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
@@ -239,7 +241,7 @@ class Scheduler:
         return max(self._batch.budget // 2, self.config.chunk_align) if is_shared else self._batch.budget
 
     def _compute_more(self, request: Request, most: int) -> None:
-        """Add up to `most` tokens of a prompt to the batch, to its next checkpoint or a multiple of `chunk_align`."""
+        """Add up to `most` tokens of a prompt; stop at its next checkpoint, its end or a multiple of `chunk_align`."""
         most = min(most, self._batch.budget)
         start = request.num_computed_tokens + self._batch.lens.get(request, 0)
         end = request.due_checkpoints[0] if request.due_checkpoints else request.num_tokens
@@ -287,7 +289,7 @@ class Scheduler:
                     break
                 for other in preempted:
                     self._preempt(other)
-                prefix = self.memory.cache.look_up(request)  # the states that they leave may be of use
+                prefix = self.memory.cache.look_up(request)  # the preempted requests may have left states of use
             self._start(request, prefix)
 
     def _shortage(self, request: Request, prefix: CachedPrefix, num_held: int) -> Shortage:

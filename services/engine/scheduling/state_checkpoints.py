@@ -1,9 +1,11 @@
-"""Stores saved states that later requests can start from, finds them by their tokens, and evicts them.
+"""The `CheckpointStore` keeps saved states, called checkpoints, from which later requests can start.
 
 A checkpoint keeps KV pages and, in families with recurrent state, a slot. This memory counts as free: whenever a
-running request needs a slot or a page, checkpoints are evicted for it. The checkpoint that goes first has the lowest
-value per byte (greedy-dual-size-frequency, Cherkasova 1998): the tokens that it saves beyond its base, times its uses,
-divided by its bytes, plus the value of the last evicted checkpoint at the time of the checkpoint's last use.
+running request needs a slot or a page, checkpoints are evicted for it. The checkpoint of the lowest value is evicted
+first (greedy-dual-size-frequency, Cherkasova 1998). The value is the sum of two terms:
+
+- the number of tokens that the checkpoint saves beyond its base, times its uses, divided by its bytes;
+- the highest value of any checkpoint that was evicted before the last use of this checkpoint.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ class StateCheckpoint:
     tail_page: int | None
     tail_ids: tuple[int, ...]  # the tokens of `tail_page`
     base: StateCheckpoint | None  # the longest checkpoint of a shorter prefix of its tokens
-    value_at_use: float  # the value of the last evicted checkpoint when this one was last used
+    value_at_use: float  # the highest value of an evicted checkpoint when this one was last used
     num_uses: int = 1
-    num_above: int = 0  # checkpoints whose base this one is
+    num_above: int = 0  # number of checkpoints whose base is this one
 
 
 @dataclass
@@ -49,7 +51,7 @@ class KeptPage:
 
 
 class RecentHashes:
-    """Remembers at most MAX_REMEMBERED hashes, and forgets the hash that was added longest ago."""
+    """A `RecentHashes` remembers at most MAX_REMEMBERED hashes, and forgets the hash that was added longest ago."""
 
     def __init__(self) -> None:
         self._hashes: OrderedDict[bytes, None] = OrderedDict()
@@ -70,7 +72,7 @@ class RecentHashes:
 
 
 class CheckpointStore:
-    """Stores checkpoints, finds them by a request's tokens, and evicts the least valuable ones when memory is needed.
+    """A `CheckpointStore` finds checkpoints by a request's tokens, and evicts the least valuable ones for memory.
 
     `slots` and `pages` are shared with the running requests. Sizes are in bytes, and `page_size` in tokens; a
     `bytes_per_slot` of 0 means that the family has no recurrent state, so that checkpoints take no slots.
@@ -134,7 +136,7 @@ class CheckpointStore:
         checkpoint.value_at_use = self._evicted_value
 
     def refresh(self, key: bytes) -> bool:
-        """Return True if there is a checkpoint of this key, and treat it as if it had just been saved."""
+        """Return True if there is a checkpoint of this key, and treat that checkpoint as if it had just been saved."""
         if known := self._by_key.get(key):
             known.value_at_use = self._evicted_value
         return known is not None
@@ -144,7 +146,8 @@ class CheckpointStore:
     def save_copy(self, request: Request) -> StateCheckpoint | None:
         """Insert a checkpoint of the request's computed tokens with a slot of its own, to which the state is copied.
 
-        Evict the least valuable checkpoint if no slot is free. Return None if that one is worth more than the new one.
+        If no slot is free, evict the least valuable checkpoint. Return None if there is no checkpoint to
+        evict, or if even the least valuable one is worth more than the new one.
         """
         length = request.num_computed_tokens
         base = self.longest(request, length)

@@ -1,4 +1,4 @@
-"""Manages the memory of running requests: which request holds which state slot and which KV pages."""
+"""The `StateMemory` manages the memory of running requests: who holds which state slot and which KV pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.engine.scheduling.scheduled_batch import BatchBuilder
 
 
 class StateMemory:
-    """Gives running requests a state slot and KV pages, and takes both back when they end or are preempted.
+    """A `StateMemory` gives a running request a state slot and KV pages, and takes them back when it stops running.
 
     Slots and pages that no running request holds are used by the prefix cache, which gives them up on demand.
     """
@@ -31,7 +31,7 @@ class StateMemory:
         return -(-num_tokens // self._page_size)
 
     def num_pages_short(self, request: Request, prefix: CachedPrefix) -> int:
-        """Return how many pages are missing for a request to start after `prefix`; below 0, so many are left over."""
+        """Return how many pages are missing for a request to start after `prefix`; if negative, how many are left."""
         num_new = self.num_pages_for(request.num_tokens) - len(prefix.pages)
         num_reused = sum(self.pages.is_idle(page) for page in prefix.pages)  # idle pages that can no longer be freed
         return num_new + num_reused - self.pages.num_free - self.pages.num_idle
@@ -54,7 +54,7 @@ class StateMemory:
         [request.slot] = self.slots.take(1)
         is_reserved = self.reserve(request, request.num_tokens)
         assert is_reserved
-        # The request may have got the slot of the checkpoint itself, which was the only one left: no copy is needed.
+        # If the checkpoint's slot was the only one left, the request has got this very slot, and no copy is needed.
         if checkpoint and checkpoint.slot not in (None, request.slot):
             batch.slot_copies.append((checkpoint.slot, request.slot))
         if checkpoint and checkpoint.tail_page is not None:
@@ -62,7 +62,7 @@ class StateMemory:
         request.num_computed_tokens = prefix.length
 
     def save_due(self, running: Iterable[Request], batch: BatchBuilder) -> None:
-        """Save the states of requests that have come to a length in `due_checkpoints`; add the copies to `batch`."""
+        """Save the states of requests that have reached a length in `due_checkpoints`; add the copies to `batch`."""
         for request in running:
             if request.due_checkpoints and request.due_checkpoints[0] == request.num_computed_tokens:
                 del request.due_checkpoints[0]

@@ -1,4 +1,4 @@
-"""Queues the requests that wait to be started, with a bound, an order, and an estimate of the waiting time."""
+"""The `WaitingQueue` bounds and orders the requests that wait to be started, and estimates the waiting time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from services.engine.request import Request, serving_order
 AGEING_S = 10.0  # seconds of waiting that lower a request's priority number by one, so that no request waits for ever
 RATE_KEPT = 0.99  # weight that measured starts and seconds keep from one step to the next
 MAX_RETRY_AFTER = 60  # seconds; the longest time that a refused client is told to wait
-HEAD_START = 1 << 62  # greater than any count of arrivals: resumed requests come before all that arrive here
+HEAD_START = 1 << 62  # greater than any count of arrivals: resumed requests come before all new requests
 
 
 class WaitingQueue:
-    """Holds the requests that wait to be started, in the order in which they are to be served.
+    """A `WaitingQueue` holds the requests that wait to be started, in the order in which they are to be served.
 
     At most `max_waiting` new requests wait. Resumed and preempted requests were accepted earlier and are never refused.
     """
@@ -47,14 +47,14 @@ class WaitingQueue:
 
     @property
     def retry_after(self) -> int:
-        """Return the seconds in which half of the waiting requests will have started, at the rate of the last steps."""
+        """Return the seconds until half of the waiting requests will have started, at the rate of the last steps."""
         return self._start_rate.retry_after(len(self))
 
     def add(self, request: Request, now: float) -> None:
         """Queue a request that has just arrived; raise EngineOverloaded if `max_waiting` requests wait already.
 
         A resumed request is served like the requests that run already, and it is accepted even if the queue is full.
-        So the queue exceeds its bound by at most what the lost engines had accepted, each within its own bound.
+        So the queue exceeds its bound by at most the requests that lost engines had accepted within their own bounds.
         """
         if (overload := self.overload) and not request.is_resumed:
             raise overload
@@ -105,6 +105,6 @@ class StartRate:
         )
 
     def retry_after(self, num_waiting: int) -> int:
-        """Return the seconds in which half of `num_waiting` requests will have started: 1 to MAX_RETRY_AFTER."""
+        """Return the seconds until half of `num_waiting` requests will have started: 1 to MAX_RETRY_AFTER."""
         seconds = num_waiting / 2 * self.seconds / max(self.num_starts, 1e-6)
         return max(1, min(MAX_RETRY_AFTER, math.ceil(seconds)))

@@ -1,4 +1,4 @@
-"""Runs the scheduler's batches without arithmetic: a state consists of tokens, so that any mix-up of states shows.
+"""A `Machine` runs the scheduler's batches without arithmetic: a state consists of tokens, so that any mix-up shows.
 
 The token that follows a sequence is a function of the sequence alone. Drafts are right as often as the test says.
 """
@@ -34,7 +34,7 @@ def naive(prompt: Sequence[int], num_tokens: int) -> list[int]:
 
 
 class Machine:
-    """Runs steps until all requests have ended, and checks that each request finds its own state in its memory."""
+    """A `Machine` runs steps, and checks that each request finds its own state in its memory."""
 
     def __init__(self, scheduler: Scheduler, draft_accuracy: float = 0.7, seed: int = 0) -> None:
         self.scheduler = scheduler

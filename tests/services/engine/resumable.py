@@ -1,4 +1,4 @@
-"""Lists parameters for every kind of request, for tests that break an answer off and continue it elsewhere."""
+"""`KINDS` holds parameters for every kind of request, for tests that break an answer off and continue it elsewhere."""
 
 from __future__ import annotations
 

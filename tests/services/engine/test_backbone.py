@@ -1,4 +1,4 @@
-"""Tests a whole backbone over the demo model, with shards in another process and a real store."""
+"""The tests run a whole backbone over the demo model, with shards in another process and a real store."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def shuffled(homes: dict[int, Homes], seed: int) -> dict[int, Homes]:
 
 
 class Naive:
-    """Generates greedily without an engine, over experts that can be exchanged."""
+    """A `Naive` generator generates greedily without an engine, over experts that can be exchanged."""
 
     def __init__(self, family: ModelFamily, experts: Experts) -> None:
         self.experts, self.spec = experts, family.config.state_spec
@@ -210,7 +210,7 @@ def test_it_waits_for_a_placement_and_follows_the_next(
 
 
 class NoLoads(LoadStore):
-    """Stands for a load store that cannot be reached, for registries without Redis."""
+    """A `NoLoads` is a load store that cannot be reached, for registries without Redis."""
 
     def __init__(self) -> None:
         super().__init__(connect("redis://127.0.0.1:1/0"), "demo")

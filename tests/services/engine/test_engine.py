@@ -353,7 +353,7 @@ class SlowModel(TinyModel):
 
 
 class FailingModel(TinyModel):
-    """Fails in every step as long as `is_failing` is set."""
+    """A `FailingModel` fails in every step as long as `is_failing` is set."""
 
     is_failing = False
 
@@ -392,7 +392,7 @@ def test_an_outage_elsewhere_fails_requests_and_leaves_the_engine_healthy() -> N
 
 
 class PoisonedModel(TinyModel):
-    """Returns NaN as logits after the token 7."""
+    """A `PoisonedModel` returns NaN as logits after the token 7."""
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         logits_SV = super().logits(hidden_SD)

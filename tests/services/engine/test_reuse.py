@@ -1,4 +1,4 @@
-"""The demo model with its prefix cache: four patterns of prompts hit, and the tokens are those without a cache."""
+"""Four patterns of prompts hit the prefix cache of the demo model, and the tokens are the same as without a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Defines a real model of a few hundred weights with both kinds of state, and generates with it in a slow way.
+"""A `TinyModel` is a real model of a few hundred weights with both kinds of state; it can also generate slowly.
 
 Every row is computed by itself, so the tokens must not depend on batches, chunks, pages, preemption, drafts or reuse at
 all. The draft module guesses well, because it has the same recurrence and an attention of its own.

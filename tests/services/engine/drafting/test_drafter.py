@@ -1,4 +1,4 @@
-"""Measures the memory that drafting takes beside the requests' state, on a model wide enough for it to matter."""
+"""The tests measure the memory that drafting takes beside the requests' state, on a model wide enough to show it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def wide_family() -> ModelFamily:
 
 
 class Watched(NemotronH):
-    """Notes how many bytes a step with drafts keeps until `commit`."""
+    """A `Watched` model notes how many bytes a step with drafts keeps until `commit`."""
 
     kept_bytes = 0
 

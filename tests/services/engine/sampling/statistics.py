@@ -1,4 +1,4 @@
-"""Makes requests to sample for, and computes the distribution of tokens in the slow obvious way."""
+"""The functions here make requests to sample for, and compute the distribution of tokens in the slow obvious way."""
 
 from __future__ import annotations
 

@@ -405,7 +405,7 @@ def test_random_load_reuses_only_true_prefixes_and_leaks_nothing(seed: int, byte
 
 
 class Stateless(Machine):
-    """Runs batches of a model that has pages and no recurrent state."""
+    """A `Stateless` machine runs batches of a model that has pages and no recurrent state."""
 
     def _check_state(self, request: Request) -> None:
         assert request.slot is not None

@@ -206,7 +206,7 @@ def drafting_machine(**limits: int) -> Machine:
 
 
 class AlwaysDrafting(DraftingState):
-    """Drafts as deep as allowed, whatever it costs."""
+    """An `AlwaysDrafting` state chooses the deepest drafts that are allowed, whatever they cost."""
 
     def depths(self, acceptances: Sequence[Acceptance], num_other_rows: int, allowed: Sequence[int]) -> list[int]:
         return [min(self.max_depth, some) for some in allowed]
