@@ -16,7 +16,7 @@ from services.engine.request import Request
 from services.engine.sampling.sampler import SampledToken, Sampler, SamplingRow, token_logprobs
 from services.engine.scheduling.scheduled_batch import ScheduledBatch, StepResult
 
-PROMPT_LOGITS_ROWS = 128  # rows whose logits are computed at once: a whole prompt chunk's might not fit into memory
+PROMPT_LOGITS_ROWS = 128  # rows per logits computation: the logits of a whole prompt chunk might not fit into memory
 
 
 class LanguageModel(DraftModel, Protocol):
@@ -115,7 +115,8 @@ class Runner:
             self.drafter.add_hidden(request, packed.context_lens[i] + 1, hidden_TD[start : start + num_right])
             if not tokens or tokens[-1].token_id in request.stop_ids:
                 continue
-            # The last token of a request is not drafted: the step that verifies the draft before it samples it anyway.
+            # The last token of a request is not drafted, because the step that verifies the draft before that token
+            # samples the token anyway.
             depth = min(batch.draft_depths[i], request.max_len - request.num_tokens - len(tokens) - 1)
             if depth > 0:
                 new_ids = tuple(token.token_id for token in tokens)

@@ -73,7 +73,7 @@ class _GatewayStream:
             self._wake.set()
 
     def end(self) -> None:
-        """End the stream after the next message, so that the gateway may continue its requests with other backbones."""
+        """End the stream after the current message, so that the gateway may continue its requests elsewhere."""
         self.is_over = True
         self._wake.set()
 
@@ -143,7 +143,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._streams: set[_GatewayStream] = set()
 
     def end(self) -> None:
-        """End every stream after its next message."""
+        """End every stream after its current message."""
         for stream in self._streams:
             stream.end()
 

@@ -1,6 +1,6 @@
 """A `GrammarCompiler` compiles grammars, and a `GrammarState` says which tokens a grammar allows next in an answer.
 
-`GrammarCompiler.check` refuses a grammar that cannot be used where the request comes in. `GrammarCompiler.compile`
+Where a request comes in, `GrammarCompiler.check` refuses a grammar that cannot be used. `GrammarCompiler.compile`
 runs on a thread of its own before the request reaches the engine, because a large schema takes up to a second:
 
     request.compiled_grammar = await asyncio.to_thread(compiler.compile, params.grammar)

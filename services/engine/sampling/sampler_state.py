@@ -74,7 +74,7 @@ class SamplerState:
         self._num_followed, self._ahead = request.num_prompt_tokens, list[int]()
 
     def follow(self, request: Request, ahead: Sequence[int]) -> None:
-        """Move the state to the request's tokens followed by the drafts in `ahead`, whatever it followed before."""
+        """Move the state to the request's tokens followed by the drafts in `ahead`, whatever tokens came before."""
         if self.counts is None and self.grammar is None:
             return
         tail = [*request.token_ids[self._num_followed :], *ahead]

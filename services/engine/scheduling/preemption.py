@@ -51,7 +51,7 @@ def choose_preempted(
     num_users: Callable[[int], int],
     reused: Collection[int],
 ) -> list[Request]:
-    """Return the first candidates, as few as end the shortage.
+    """Return the fewest candidates, taken in their order, that together end the shortage.
 
     Return an empty list if all candidates together are not enough, or if only the token budget is short: the budget is
     shared (`Scheduler._share`) and is there again in the next step.

@@ -20,7 +20,8 @@ class ScheduledBatch:
     - `draft_depths[i]`: how many tokens to draft after the step, if the step lets the request catch up.
     - `slot_copies`, `page_copies`: copies of recurrent states between slots and of KV between pages, as (from, to).
       They are made in order and before anything is computed: the target of one copy may be the source of the next.
-    - `preempted`: requests that lost their memory since the last step. A request may be here and in the batch.
+    - `preempted`: requests that lost their memory since the last step. Such a request may be in this
+      batch again.
 
     A batch may be empty.
     """
