@@ -25,6 +25,7 @@ MAX_CLASS_LINES = 280
 SIBLINGS = {
     "model": ("cpu", "cuda", "blocks", "families", "demo"),
     "cluster": ("placement", "dispatch", "sizing", "control", "simulation"),
+    "cluster/control": ("leader",),
     "services": ("expert", "engine", "controller", "gateway", "cli"),
     "services/engine": ("contract", "grammar", "sampling", "drafting", "scheduling"),
     "services/expert": ("transport",),
@@ -116,6 +117,11 @@ def test_a_folder_imports_only_from_lower_siblings(parent: str) -> None:
     for i, folder in enumerate(order):
         upward = [f"{parent}/{sibling}".replace("/", ".") for sibling in order[i + 1 :]]
         assert not breaches(f"{parent}/{folder}/", *upward)
+
+
+def test_every_folder_with_folders_has_an_order() -> None:
+    parents = {str(Path(file).parents[1]) for file in trees() if not file.startswith("protos/")} - {"."}
+    assert parents == set(SIBLINGS)
 
 
 def test_files_do_not_import_in_circles() -> None:
