@@ -133,6 +133,17 @@ def test_files_do_not_import_in_circles() -> None:
     tuple(TopologicalSorter(files).static_order())  # a circle is a CycleError that names its files
 
 
+def test_folders_do_not_import_in_circles() -> None:
+    """Check folders of which neither contains the other; `test_files_do_not_import_in_circles` checks the rest."""
+    folders: dict[str, set[str]] = {}
+    for file, name in imports():
+        here, imported = Path(file).parent, file_of(name)
+        there = here if imported is None else Path(imported).parent
+        if here not in (there, *there.parents) and there not in here.parents:
+            folders.setdefault(str(here), set()).add(str(there))
+    tuple(TopologicalSorter(folders).static_order())  # a circle is a CycleError that names its folders
+
+
 def test_folders_stay_small() -> None:
     modules: dict[str, list[str]] = defaultdict(list)
     for file in trees():
