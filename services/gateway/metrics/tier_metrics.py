@@ -28,13 +28,13 @@ TRAFFIC_COUNTERS = {
 
 PLACEMENT_GAUGES = {
     "epoch": ("placement_epoch", "Epoch of the placement in use."),
-    "cover": ("placement_cover", "Live homes of the expert that has the fewest."),
+    "cover": ("placement_cover", "Live homes and standbys of the expert that has the fewest."),
     "placement_age_s": ("placement_age_seconds", "Time since the placement was last read from the store."),
     "down": ("shards_down", "Shards of the placement that do not serve what they should."),
 }
 TIER_GAUGES = {
-    "experts_below_cover": ("experts_below_cover", "Experts with fewer than two live homes."),
-    "blast_radius": ("blast_radius", "Largest share of picks that would have no live home if one shard died now."),
+    "experts_below_cover": ("experts_below_cover", "Experts with fewer than two live homes or standbys."),
+    "blast_radius": ("blast_radius", "Largest share of picks that no shard could compute if one shard died now."),
     "circuits_open": ("shard_circuits_open", "Shards that are not called because they failed."),
     "repairing_s": ("time_to_repair_seconds", "For how long experts have been below cover; 0 if none is."),
     "time_to_repair_s": ("repair_remaining_seconds", "Estimate of the time to full cover; 0 if cover is full."),
