@@ -62,7 +62,7 @@ from services.cli.drill.load import RequestOutcome
 
 OVERLAY = ROOT / "k8s" / "overlays" / "gpu-ha" / "serve.yaml"
 STORE_PORT, GCS_STORE_PORT = 6390, 6391
-FIRSTS = (2, 30)  # last number of the head's address, in the first cluster and in the cluster that takes over
+FIRSTS = (2, 30)  # last octet of the head's address, in the first cluster and in the cluster that takes over
 DRAIN_S, GRACE_S = 120, 150  # seconds to drain a node and to end its pod, as in k8s/base
 SWITCH_S = 10.0  # seconds during which two clusters serve; less than rayClusterDeletionDelaySeconds
 BACKBONE, EXPERTS = "backbone", "experts"
@@ -135,7 +135,7 @@ class ServedCluster:
         return self.clusters[-1]
 
     def start(self) -> None:
-        backbones = range(1, 1 + self.num_nodes[BACKBONE])  # these nodes come first after the head
+        backbones = range(1, 1 + self.num_nodes[BACKBONE])  # backbone nodes come first after the head
         self.service = self.network.balance([first + i for first in FIRSTS for i in backbones], self.args["http_port"])
         self.start_cluster()
 

@@ -42,7 +42,7 @@ def body(prompt: str, num_tokens: int) -> dict[str, Any]:
 
 @dataclass
 class DraftingResult:
-    """A `DraftingResult` collects what is measured on one side, with drafts or without."""
+    """A `DraftingResult` collects what is measured on one of the two servers, with or without drafts."""
 
     speeds: dict[int, list[float]] = field(default_factory=dict)  # number of streams -> tokens per second, by round
     texts: list[str] = field(default_factory=list)

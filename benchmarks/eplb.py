@@ -1,9 +1,9 @@
 """`rebalance` is EPLB as DeepSeek describes it, for comparison with our planner.
 
-It copies the expert with the highest load per copy again and again, and then packs the copies with the highest load
-first. It implements the global policy for one node, and it does not consider the running placement. Copies are computed
-for all layers together. The packing is a loop over slots; it exists in three versions, because their times differ a
-hundredfold: with tensors as published by DeepSeek, with lists, and for all layers at once.
+EPLB copies the expert with the highest load per copy again and again, and then packs the copies with the highest load
+first. `rebalance` implements the global policy for one node, and does not consider the running placement. Copies are
+computed for all layers together. The packing is a loop over slots, and exists in three versions, because their times
+differ a hundredfold: with tensors as published by DeepSeek, with lists, and for all layers at once.
 
 Legend: L layers, E experts of a layer, N = E + R slots of all shards, G shards.
 """

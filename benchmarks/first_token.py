@@ -3,10 +3,10 @@
     python -m benchmarks.first_token                      # the demo model, 3 shards, one stream at a time
     python -m benchmarks.first_token --requests 200 --json out.json
 
-The client's time ends with the first token's bytes. It starts before the client connects (REST), or before it sends the
-request (the gRPC channel stays open). The engine's time is what the backbone logs for the same request, from its
-arrival to its first token. The difference is the cost of two processes, two protocols, tokenizer and detokenizer, and
-the client itself. Prompts share no prefix.
+The client's time starts before the client connects (REST) or sends the request (gRPC, whose channel stays open), and
+ends with the first token's bytes. The engine's time is what the backbone logs for the same request, from its arrival to
+its first token. The difference is the cost of two processes, two protocols, tokenizer and detokenizer, and the client
+itself. Prompts share no prefix.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ async def run(running: Server, num_requests: int) -> dict[str, dict[str, float]]
 
 
 def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
-    """Summarise (client, engine) seconds in milliseconds: medians, and the 90th percentile of what is added."""
+    """Summarise pairs of (client, engine) seconds, in milliseconds.
+
+    The summary has the medians of both times and of the difference, and the 90th percentile of the difference.
+    """
     added = sorted(1000 * (client - engine) for client, engine in pairs)
     return {
         "client_ms": 1000 * statistics.median(client for client, _ in pairs),

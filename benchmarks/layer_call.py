@@ -25,7 +25,7 @@ NUM_SHARDS = 3
 
 
 def measure(remote: RemoteExperts, num_rows: int, num_calls: int) -> list[float]:
-    """Return the microseconds of each call; the rows differ from call to call, as those of tokens do."""
+    """Return the time of each call in microseconds; every call gets new random rows, as no two real steps are alike."""
     generator = torch.Generator().manual_seed(num_rows)
     times = []
     for i in range(num_calls):

@@ -157,7 +157,7 @@ def long_model(source: Path, context: int) -> Iterator[str]:
 
 
 def measure_apart(model: str, num_tokens: int, *numbers: int) -> ContextMeasurement:
-    """Measure one length in a process of its own, so that its memory does not include another length's."""
+    """Measure one context length in a process of its own, so that the memory of other lengths is not counted."""
     command = [sys.executable, "-m", "benchmarks.long_context", "one", model]
     command += [str(number) for number in (num_tokens, *numbers)]
     output = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=True).stdout

@@ -157,8 +157,8 @@ def convert(root: Path, model: Path) -> Path:
 def run_converter(root: Path, model: Path, out: Path) -> None:
     """Run the converter in this process.
 
-    The converter recognises a tokenizer by a hash of how it encodes one text. It does not know the demo's tokenizer, so
-    that check is replaced.
+    The converter recognises a tokenizer by a hash of how it encodes one text. The converter does not know the demo's
+    tokenizer, so that check is replaced.
     """
     source = (root / SOURCE).resolve()
     sys.path[:0] = [str(source), str(source / "gguf-py")]

@@ -1,6 +1,6 @@
 """The benchmark compares the planner with EPLB, and the client's choice of homes with the best possible choice.
 
-It reports balance, moved experts, cover and speed. How to read its output:
+The benchmark reports balance, moved experts, cover and speed. How to read the output:
 
 Each layer has a lognormal popularity of experts (σ = 1.1), which drifts from one plan to the next:
 w' = w · exp(drift · N(0, 1)). Both planners have (E + R) / G device slots on each of G shards; our planner may also use

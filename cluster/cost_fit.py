@@ -68,7 +68,7 @@ class RowsPerCall:
     _num_calls: float = 0.0
 
     def observe(self, num_calls: int, num_rows: int) -> float:
-        """Update the mean with the calls since the previous update and return it."""
+        """Update the mean number of rows per call with the calls since the previous update, and return the mean."""
         if num_calls > 0:
             kept = 0.5 ** (num_calls / HALF_LIFE_CALLS) * self._num_calls
             self.mean = (kept * self.mean + num_rows) / (kept + num_calls)

@@ -61,7 +61,7 @@ class LoadCounter:
                 self._counts[layer] += counts
 
     def mark_sent(self) -> None:
-        """Note that the counts from `take()` were sent, so that the next failure is the first in a row."""
+        """Note that the counts from `take()` were sent, and reset the number of consecutive failures to 0."""
         self._num_merges = 0
 
     def _zeros(self) -> dict[int, Counts]:
@@ -74,7 +74,7 @@ class ExpectedLoad:
 
     - `short_E` and `long_E`: the averages of the last minutes and of the last hours.
     - `mean_E`: the expected load.
-    - `std_E`: the standard deviation of the expected load. It combines the variation from one window to the next,
+    - `std_E`: the standard deviation of the expected load, which combines the variation from one window to the next,
       without the counting noise, and the error of `mean_E`.
     """
 
@@ -95,12 +95,12 @@ def expected_load(
 ) -> ExpectedLoad:
     """Return the expected load of a layer from its picks per window, with two exponentially decayed averages.
 
-    A pick counts half after each half-life; `half_lives_s` are those of the short and the long average. `ages_s[w]` is
-    the age of window w in seconds.
+    The weight of a pick halves with each half-life; `half_lives_s` holds the half-lives of the short and of the long
+    average. `ages_s[w]` is the age of window w in seconds.
 
-    The mean lies between the two averages. It is near the short one if the samples of the last minutes differ from the
-    long average by more than their noise. The weight follows from empirical Bayes: the prior is the drift that the
-    layer's experts have in common, relative to their load.
+    The mean lies between the two averages. The mean is near the short average if the samples of the last minutes differ
+    from the long average by more than the noise of these samples. The weight of the short average follows from
+    empirical Bayes: the prior is the drift that the layer's experts have in common, relative to their load.
     """
     short_E, long_E = (decayed_rate(counts_WE, ages_s, window_s, half_life) for half_life in half_lives_s)
     noise_E, long_noise_E = (

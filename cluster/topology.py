@@ -138,9 +138,9 @@ class Placement:
     """A `Placement` says which shards hold which expert, from one epoch on.
 
     - `homes[layer][expert]`: the ids of the shards that hold the expert in device memory, the preferred one first.
-    - `standby[layer][expert]`: the ids of the shards that hold the expert in host memory or on disk. They promote the
-      expert when a call needs it; backbones call them only when no home answers.
-    - `gains[layer]`: the largest gain exponent of the layer's experts. Backbones need it to compute sums that do not
+    - `standby[layer][expert]`: the ids of the shards that hold the expert in host memory or on disk. Standbys promote
+      the expert when a call needs it; backbones call standbys only when no home answers.
+    - `gains[layer]`: the largest gain exponent of the layer's experts, which backbones need to compute sums that do not
       depend on the placement.
     - `model`: the digest of the checkpoint for which the placement was made.
     """

@@ -73,7 +73,7 @@ def _fused_kernel(device: torch.device, package: str, name: str) -> Kernel | Non
 
 
 def ssd_scan(device: torch.device) -> Kernel | None:
-    """Return the fused state space scan over packed requests, or None if plain PyTorch must run."""
+    """Return the kernel of the fused state space scan over packed requests, or None if plain PyTorch must run."""
     return _fused_kernel(device, "mamba_ssm", "ssd_scan")
 
 
@@ -83,5 +83,5 @@ def ssd_step(device: torch.device) -> Kernel | None:
 
 
 def causal_conv(device: torch.device) -> Kernel | None:
-    """Return the fused causal convolution, or None if plain PyTorch must run."""
+    """Return the kernel of the fused causal convolution, or None if plain PyTorch must run."""
     return _fused_kernel(device, "causal_conv1d", "causal_conv")

@@ -94,7 +94,7 @@ class PoolArgs(BaseModel):
         return _gpus(self.num_gpus, self.device)
 
     def check(self) -> None:
-        """Raise ValueError if the pool would start out of its bounds, or runs on cuda without a GPU."""
+        """Raise ValueError if the pool starts with too few or too many shards, or runs on cuda without a GPU."""
         _check_gpus(self.gpus, self.device, f"num_gpus of pool {self.name}")
         if not self.least_shards <= self.shards <= self.most_shards:
             raise ValueError(
@@ -250,7 +250,7 @@ class AppArgs(BaseModel):
         )
 
     def arithmetic(self) -> list[str]:
-        """Return for the log which kernels compute and what they guarantee, for the backbone and for other devices."""
+        """Return sentences about the kernels: one for the backbone, and one for each pool on another kind of device."""
         pools = self.pools if self.experts == "remote" else []
         others = [pool for pool in pools if pool.device != self.device]
         return [

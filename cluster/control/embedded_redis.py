@@ -43,7 +43,7 @@ kill -9 $watcher 2>/dev/null; exit $status
 class EmbeddedRedis:
     """An `EmbeddedRedis` runs a server on a free port of 127.0.0.1; `url` and `pid` identify the server.
 
-    A server that dies is started again on the same port. It comes back empty, and its users fill it again. Raises
+    A server that dies is started again on the same port. The new server is empty, and its users fill it again. Raises
     RuntimeError if no server is installed or if the server does not start.
     """
 

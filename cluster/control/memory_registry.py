@@ -18,9 +18,9 @@ from cluster.topology import Placement, Shard
 
 
 class MemoryRegistry:
-    """A `MemoryRegistry` behaves as `Registry` does, which the same tests check.
+    """A `MemoryRegistry` is a `RegistryStore` without Redis; the same tests check it and the `Registry`.
 
-    `clock` gives seconds, from any start.
+    `clock` returns the seconds since any fixed moment.
     """
 
     def __init__(self, clock: Callable[[], float], ttl_s: float = HEARTBEAT_TTL_S, lease_ttl_s: float = LEASE_TTL_S):

@@ -120,7 +120,10 @@ return redis.call('HDEL', KEYS[1], ARGV[1])
 
 
 class Registry:
-    """A `Registry` keeps the registry of one model in Redis; every method may raise StoreUnavailable.
+    """A `Registry` keeps in Redis what all processes of one model share; every method may raise StoreUnavailable.
+
+    The registry holds the live shards, the placement and its followers, the lease, the operator orders, the sizes of
+    the pools, the manifest and the controllers' latest decisions.
 
     - `ttl_s`: seconds without a heartbeat after which a shard or a backbone counts as dead.
     - `lease_ttl_s`: seconds without renewal after which a lease ends.

@@ -160,8 +160,8 @@ class PoolDecision:
 def desired_shards(pool: PoolState, policy: PoolPolicy) -> PoolDecision:
     """Decide how many shards the pool should have; an operator's order wins over the load.
 
-    A pool grows by several shards at a time. It shrinks by one shard at a time, and only when all moves are done. It
-    stays within its bounds and never falls below the number that holds every expert twice.
+    A pool grows by several shards at a time. A pool shrinks by one shard at a time, and only when all moves are done.
+    The number stays within the pool's bounds, and never falls below the number of shards that hold every expert twice.
     """
     most = policy.max_shards
     least = min(max(policy.min_shards, pool.min_for_cover), most)

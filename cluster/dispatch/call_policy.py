@@ -61,7 +61,7 @@ class CallPolicy:
     def allowed_silence_s(self, predicted_s: float) -> float:
         """Return the seconds of silence after which a shard counts as stalled, given the predicted time of a request.
 
-        The time grows with the work. It leaves most of the call's time to another home, because the shard may be hung.
+        The limit grows with the work. Most of the call's time is left to another home, because the shard may be hung.
         """
         return self.stall_s + min(self.patience * predicted_s, self.timeout_s / 4)
 

@@ -34,7 +34,8 @@ class FleetView:
     healths: the health of each registered shard, by shard id; shards outside the placement are ignored.
     cost_models: the cost model that each shard publishes, by shard id.
     draining: the ids of the shards that drain.
-    previous: the view that this one replaces. Its home tables are used again where the placement is the same.
+    previous: the view that this view replaces. The home tables of `previous` are used again where the placement is the
+        same.
     """
 
     def __init__(

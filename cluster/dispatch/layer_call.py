@@ -1,7 +1,7 @@
 """A `LayerCall` is a state machine that decides which picks go to which home, and what follows from each outcome.
 
-The state machine has no sockets, threads or clock. It works with picks and request ids; its caller makes the messages,
-sends them and adds up the sums.
+The state machine has no sockets, threads or clock, and works with picks and request ids only. The caller makes the
+messages, sends them and adds up the sums.
 
 The picks of a call are divided into races, and each pick is in exactly one race. The picks of a race are first sent to
 one home. If that home is late, the same picks are sent to other homes as well. Each such attempt consists of one

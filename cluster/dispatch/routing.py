@@ -189,10 +189,11 @@ def _reach(
     slowest: Any, experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, expert_S: Any,
     by_S: Any, from_S: Any, to_S: Any,
 ) -> int:  # fmt: skip
-    """Return the shard that is done first among those that rows of the slowest shard can reach; -1 if there is none.
+    """Return the shard that is done first among the shards that rows of `slowest` can reach, or -1 if no shard helps.
 
-    For each shard that is reached, write the expert whose rows reach it to `by_S`, and the indices of the giving and
-    the taking home among the expert's options to `from_S` and `to_S`.
+    Rows may reach a shard through other shards. For each reached shard, `by_S` gets the expert whose rows are passed on
+    to this shard, `from_S` the home that gives the rows, and `to_S` the home that takes the rows. Both homes are
+    indices into the expert's options.
     """
     by_S[:] = -1
     queue, num_seen, best, least = np.empty(len(busy_S), np.int64), 1, -1, busy_S[slowest]

@@ -111,7 +111,7 @@ class RetryHistory:
     is_busy: bool = False  # the last shard works, but has too much to do
 
     def after(self, attempt: Attempt, reason: str, is_busy: bool, is_error: bool) -> RetryHistory:
-        """Return the history after `attempt` has failed for `reason`."""
+        """Return this retry history with one more failed attempt, `attempt`; `reason` says why the attempt failed."""
         return replace(
             self,
             asked_shards=self.asked_shards | {request.shard_id for request in attempt.requests},
@@ -195,9 +195,9 @@ class Race:
         return [request for attempt in earlier for request in attempt.requests if not request.is_answered]
 
     def shard_to_reset(self, now: float, policy: CallPolicy) -> ShardHealth | None:
-        """Return a shard of the last attempt that has been silent for very long, once in a race; else None.
+        """Return a shard of the last attempt that has been silent for very long, at most one in each race; else None.
 
-        Its stream may be out of step although the shard itself is well, so the stream should be reset.
+        The stream to such a shard should be reset, because the stream may be out of step although the shard is well.
         """
         if self.is_reset:
             return None

@@ -1,8 +1,8 @@
 """The coverage of a placement tells which experts have too few live homes, and what the death of each shard would cost.
 
 `PlacementArrays` hold everything that is slow to compute, and are built once per epoch. A `CoverageReport` is built
-again when shards die or come back. It and its methods take only a few numpy calls, so a backbone can report coverage
-several times a second.
+again when shards die or come back. A report and its methods take only a few numpy calls, so a backbone can report
+coverage several times a second.
 
 Legend: E experts of all layers one after the other, H homes and standbys of all experts, S shards, L layers.
 """
@@ -134,7 +134,7 @@ class CoverageReport:
 
     @property
     def below_cover(self) -> Ids:
-        """Return the numbers of the experts that have less than full cover."""
+        """Return the indices, along the axis E, of the experts that have less than full cover."""
         return np.flatnonzero(self.num_live_E < FULL_COVER)
 
     @property

@@ -80,9 +80,9 @@ def _choose_shard(
 ) -> int:  # fmt: skip
     """Return the shard that should become the next home of `expert`, or -1 if no shard has a slot.
 
-    That is the shard that would finish first with `share` of the expert's rows; a second home goes to another node than
-    the first if possible. If the expert already has a home, a shard outside of the first home's group is preferred, as
-    long as it finishes at most `slack` µs later.
+    The function chooses the shard that would finish first with `share` of the expert's rows. A second home goes to
+    another node than the first home if possible. If the expert already has a home, a shard outside of the first home's
+    group is preferred, as long as it finishes at most `slack` µs later.
     """
     first = homes_EH[expert, 0]
     least, to, is_apart = np.inf, -1, False

@@ -1,10 +1,10 @@
 """The local search makes the slowest shard of a layer faster, one step at a time.
 
-A step copies an expert to another shard, there perhaps in place of another expert, or swaps two experts
-(`cluster.placement.search_step`). The gain of every possible step is estimated, and the most promising steps are tried
-in full. The functions are compiled, because one decision looks at tens of thousands of steps.
+A step copies an expert to another shard, or swaps two experts (`cluster.placement.search_step`). If the other shard has
+no free slot, the copy replaces an expert there. The gain of every possible step is estimated, and the most promising
+steps are tried in full. The functions are compiled, because one decision looks at tens of thousands of steps.
 
-Legend: as in `cluster.placement.balance`; also K = 5 numbers of a step, X steps.
+Legend: as in `cluster.placement.balance`; also X steps, and K = 5 numbers that describe one step.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from cluster.placement.balance import (
 from cluster.placement.search_candidates import promising_steps
 from cluster.placement.search_step import TRIAL_SWEEPS, add_home, apply_step, try_step, undo_step
 
-# The number of most promising steps that are tried in full. The search tries many only if none of the few helps.
+# The number of most promising steps that are tried in full: at first FEW_TRIALS steps, each of which moves one expert,
+# and if none of these steps helps, MANY_TRIALS steps of all kinds.
 FEW_TRIALS, MANY_TRIALS = 8, 20
 # The weight of the root mean square of the shards' times, relative to their maximum. If several shards are equally
 # slow, a step that relieves only one of them does not lower the maximum, but it lowers the root mean square.
 EVENNESS = 1e-3
-PATIENCE = 8  # The search ends after so many steps in a row that did not lower the maximum.
-GOOD_TRIAL = 0.7  # Trials end when the best gain so far reaches this part of the next step's estimate.
+PATIENCE = 8  # The search ends after this many steps in a row that hardly lower the maximum.
+GOOD_TRIAL = 0.7  # Trials end when the best gain so far exceeds this fraction of the next step's estimate.
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]

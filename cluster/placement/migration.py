@@ -1,6 +1,6 @@
 """A migration leads from the running placement to the planned one in rounds: load, verify, publish, drain, drop.
 
-The functions keep no state. They derive every round from the published placement, the target and the experts that the
+The functions keep no state: every round is derived from the published placement, the target and the experts that the
 shards hold. A controller that dies between two steps therefore leaves nothing that its successor does not see.
 """
 

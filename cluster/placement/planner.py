@@ -1,6 +1,6 @@
 """The planner makes a better placement from the running one, with few moves.
 
-Its steps are, in this order:
+The planner's steps are, in this order:
 
 1. Every expert gets a home.
 2. Shards that hold no expert of a layer get some.
@@ -128,8 +128,12 @@ def _choose_shard(
 ) -> int:
     """Return the shard that should become the home of `expert`, or -1; evict another expert's home there if necessary.
 
-    The choices are, in this order: a standby of the expert with a free slot; a standby of the expert where an expert
-    with another home can be evicted; the least busy shard with a free slot; the shard of any home that can be evicted.
+    The choices are, in this order:
+
+    1. A standby of the expert that has a free slot.
+    2. A standby of the expert that can evict an expert which also has another home.
+    3. The least busy shard that has a free slot.
+    4. Any shard that can evict a home.
     """
     free = np.flatnonzero(fleet.free_slots_S(layer) > 0)
     standby = layer.standby.of_expert(expert)

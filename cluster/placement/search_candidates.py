@@ -1,7 +1,8 @@
 """Search candidates are the steps that the local search considers, each with an estimate of the time that it saves.
 
-Legend: as in `cluster.placement.balance`; also K = 5 numbers of a step (`cluster.placement.search_step`), X candidates.
-`steps_XK` and `worth_X` hold the best candidates so far and their estimates in µs per expert moved, the best first.
+Legend: as in `cluster.placement.balance`; also X candidates, and K = 5 numbers that describe a step
+(`cluster.placement.search_step`). `steps_XK` and `worth_X` hold the best candidates so far and their estimates in µs
+per expert moved, the best first.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def _spare_homes(
 ) -> Any:
     """Return, for each shard, the expert that can best give up its home there, and the time of its rows there in µs.
 
-    That is the expert with the least time among those that have another home or are cold. A shard without such an
-    expert gets -1 and infinity.
+    The best expert is the one with the least time among the experts that have another home or are cold. A shard without
+    such an expert gets -1 and infinity.
     """
     out_S, load_S = np.full(shards, -1, np.int64), np.full(shards, np.inf)
     for expert in range(len(num_E)):

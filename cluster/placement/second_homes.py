@@ -1,6 +1,6 @@
 """Second homes are the homes or standbys with which an expert survives the loss of its first home's shard and node.
 
-They are on another node only if the shards run on several nodes.
+Second homes are on another node only if the shards run on several nodes.
 
 Legend: as in `cluster.placement.balance`; also J: the largest number of standbys of an expert. Unused entries of
 `standby_EJ` are -1.

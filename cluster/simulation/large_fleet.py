@@ -62,7 +62,7 @@ def timed_reconciler(times: DecisionTimes) -> type[Reconciler]:
     """Return a class of controllers that note in `times` how long their turns compute."""
 
     class TimedReconciler(Reconciler):
-        """A `TimedReconciler` measures its turns."""
+        """A `TimedReconciler` is a `Reconciler` that measures how long its turns compute."""
 
         async def turn(self) -> None:
             computed_s = await _computing_s(super().turn())
@@ -90,7 +90,7 @@ def _computing_s(work: Coroutine[Any, Any, None]) -> Generator[Any, Any, float]:
 
 
 class LargeFleet(SimFleet):
-    """A `LargeFleet` has a given size, and room for two homes of every expert in device memory."""
+    """A `LargeFleet` is a `SimFleet` of a given size, with device memory for two homes of every expert."""
 
     forgetful_share = 0.0
     limits = Limits()
@@ -135,7 +135,7 @@ class LargeWorld(World):
         super().__init__(fleet, LargeFleetFaults(fleet))
 
     async def wait_for_calm(self) -> None:
-        """Wait until the first placement is published and everything is where the placement says."""
+        """Wait until the first placement is published and every shard holds the experts that the placement gives it."""
         while self.fleet.error is None and self.invariants.unrest() is not None:
             await asyncio.sleep(0.5)
         self.fleet.trace("all is placed")

@@ -1,4 +1,4 @@
-"""Run many simulated fleets, each from its own seed, and report those in which something did not hold.
+"""Run many simulated fleets, each from its own seed, and report the fleets in which an invariant did not hold.
 
 `python -m cluster.simulation --seeds 1000` runs a thousand fleets. For a seed that fails, the command that repeats its
 life is printed; `--trace` prints what happens in it.
@@ -53,7 +53,7 @@ def repeat_command(seed: int, num_faults: int) -> str:
 
 
 def main() -> None:
-    """Run the command line; exit with 1 if something did not hold in any life."""
+    """Run the command line; exit with 1 if an invariant did not hold in at least one fleet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1000, help="Number of fleets to run.")
     parser.add_argument("--first", type=int, default=0, help="First seed; the others follow it.")

@@ -94,8 +94,8 @@ BeforeDrop = Callable[
 class RemoteShards:
     """A `RemoteShards` carries one controller's orders to shards, over a network that loses and repeats messages.
 
-    It implements `ShardControl`. `before_drop` is called before the controller orders a shard to drop experts, and
-    `on_drop` after the shard has dropped them.
+    The class implements `ShardControl`. `before_drop` is called before the controller orders a shard to drop experts,
+    and `on_drop` after the shard has dropped them.
     """
 
     def __init__(

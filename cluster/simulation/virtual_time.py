@@ -23,8 +23,8 @@ class Stuck(RuntimeError):
 class VirtualLoop(asyncio.BaseEventLoop):
     """A `VirtualLoop` runs callbacks in the order of their times and, at one time, in the order of scheduling.
 
-    It has no sockets and no threads. The methods that asyncio calls most often are replaced by short versions, because
-    asyncio's own took half of a simulation's time.
+    The loop has no sockets and no threads. The methods that asyncio calls most often are replaced by short versions,
+    because asyncio's own took half of a simulation's time.
     """
 
     _ready: deque[asyncio.Handle]

@@ -2,7 +2,7 @@
 
 Memory is counted to the byte, and the time of a step is estimated. Three rules decide:
 
-- A backbone is one GPU. Its memory holds the backbone's weights and the state of its requests.
+- A backbone is one GPU, whose memory holds the backbone's weights and the state of the backbone's requests.
 - One home of every expert still fits on the expert GPUs when any one of these GPUs is lost.
 - A step takes no longer than the time allowed between tokens, of which TRANSFER_SHARE is kept for transfers.
 """
@@ -37,9 +37,9 @@ class Slo:
     - `num_requests`: the number of requests at once.
     - `context_len`: the context of each request, in tokens.
     - `itl_ms`: the time between two tokens of a request, in milliseconds.
-    - `min_backbones`: the number of backbones to have at least.
-    - `call_ms`: the time of a layer call without the shards' computation; 0.4 ms were measured over plain TCP on one
-      small machine.
+    - `min_backbones`: the minimum number of backbones.
+    - `call_ms`: the time of a layer call without the shards' computation, in milliseconds; 0.4 ms were measured over
+      plain TCP on one small machine.
     """
 
     num_requests: int = 64
@@ -121,8 +121,8 @@ class Fit:
     def draft_bytes(self) -> int:
         """Return the bytes that a request needs for drafts, in addition to its state; 0 without an MTP module.
 
-        They hold the hidden vectors that the MTP module has not read yet, and the numbers with which recurrent layers
-        advance over the accepted drafts. All are fp32.
+        The bytes hold the hidden vectors that the MTP module has not read yet, and the numbers with which recurrent
+        layers advance over the accepted drafts. Both are fp32.
         """
         if not self.model.has_mtp:
             return 0

@@ -187,7 +187,7 @@ class ModelSizes:
         return sum(num * matrix_bytes(format, one.rows, one.columns) for format, num in self._formats(one, dtype))
 
     def _formats(self, one: Matrices, dtype: Dtype) -> Iterator[tuple[Format, int]]:
-        """Yield each format in which some of the matrices are stored, with their number."""
+        """Yield each format that matrices of `one` are stored in, with the number of matrices in this format."""
         plain: Format = "fp32" if one.role == "fp32" else "bf16"
         is_mtp_plain = self.model_type == "nemotron_h" or dtype == "nvfp4"  # The MTP module is not quantized.
         left = one.count

@@ -1,8 +1,8 @@
 """A sizing says how many GPUs the deployment of a model needs, and what is on each of them.
 
 `size` is pure arithmetic on the model's config, a GPU and an `Slo`. Memory is exact: loaded weights are counted to the
-byte (`cluster/sizing/fit.py`). Times are estimates from data sheets (`cluster/sizing/step_time.py`). They count decode
-steps, but no prompts and no drafts, and must be confirmed by measurement.
+byte (`cluster/sizing/fit.py`). Times are estimates from data sheets (`cluster/sizing/step_time.py`). The estimates
+count decode steps, but no prompts and no drafts, and must be confirmed by measurement.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def size(config: Mapping[str, Any], gpu: Gpu, dtype: Dtype | None = None, slo: S
     """
     model, dtype, slo = model_sizes(config), dtype or dtype_of(config), slo or Slo()
     if model.max_context and slo.context_len > model.max_context:
-        raise ValueError(f"the context is {slo.context_len} tokens; the model's own is {model.max_context}")
+        raise ValueError(f"the context is {slo.context_len} tokens; the model allows up to {model.max_context}")
     fit = Fit(model, gpu, dtype, slo)
     if why := fit.why_not:
         others = [other.name for other in GPUS.values() if replace(fit, gpu=other).why_not is None]
-        raise ValueError(f"{why}; {' or '.join(others) if others else 'none of ' + ', '.join(GPUS)} would do")
+        raise ValueError(f"{why}; {' or '.join(others) if others else 'none of ' + ', '.join(GPUS)} is enough")
     return replace(sizing := _sizing(fit), reasons=tuple(_reasons(fit, sizing)))
 
 
@@ -174,13 +174,13 @@ def _reasons(fit: Fit, sizing: Sizing) -> Iterator[str]:
 def _why_backbones(fit: Fit, sizing: Sizing) -> str:
     by_memory = ceil(fit.slo.num_requests / fit.max_requests)
     if sizing.backbone_gpus > fit.fewest_backbones:
-        return f"step time decides, memory would do with {fit.fewest_backbones}"
+        return f"step time decides, memory alone would need {fit.fewest_backbones}"
     if sizing.backbone_gpus > by_memory:
-        return f"{sizing.backbone_gpus} were asked for, memory would do with {by_memory}"
+        return f"{sizing.backbone_gpus} were asked for, memory alone would need {by_memory}"
     return "memory decides" if by_memory > 1 else "one is enough"
 
 
 def _why_shards(fit: Fit, sizing: Sizing) -> str:
     if sizing.expert_gpus > (fit.fewest_shards or 0):
-        return f"step time decides, memory would do with {fit.fewest_shards}"
+        return f"step time decides, memory alone would need {fit.fewest_shards}"
     return "two, so that one may be lost" if fit.holds_all_experts else "memory decides"

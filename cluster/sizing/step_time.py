@@ -1,4 +1,4 @@
-"""The step time is how long a decode step takes at best. It is computed from data sheets; nothing is measured.
+"""The step time is how long a decode step takes at best, computed from data sheets; nothing is measured.
 
 Reading weights and state takes most of a decode step, so times follow from bytes and memory bandwidth. The time of the
 multiplications counts instead where it is longer (roofline model). Only BANDWIDTH_SHARE and FLOPS_SHARE of the figures
@@ -45,7 +45,7 @@ def touched_experts(num_experts: int, top_k: int, num_rows: int) -> float:
 class Wire:
     """A `Wire` holds the bytes of one token on the way to the shards (`out`) and back (`back`).
 
-    It counts all layers of experts except those of the MTP module.
+    Both numbers count all layers of experts except those of the MTP module.
     """
 
     out: int
@@ -82,7 +82,8 @@ class StepCosts:
     def backbone_ms(self, num_rows: int, context_len: int) -> float:
         """Return the time of the backbone's part of a step for `num_rows` requests.
 
-        It reads the weights once, and every request's KV and recurrent state; the recurrent state is also written back.
+        A step reads the weights once, and every request's KV and recurrent state; the recurrent state is also written
+        back.
         """
         state = self.model.state
         per_row = context_len * state.kv_bytes + STATE_BYTES * state.recurrent + state.sequence_bytes
@@ -90,10 +91,10 @@ class StepCosts:
         return self._roofline_ms(num_bytes, 2.0 * num_rows * self._step_params)
 
     def experts_ms(self, num_backbones: int, num_rows: int, num_shards: int) -> float:
-        """Return the time of the busiest shard, which computes `num_rows` rows for each backbone, one after the other.
+        """Return the computing time of the busiest shard in one step of all backbones, which have `num_rows` rows each.
 
-        Calls of several backbones for one expert go to different homes if there are several. A shard that is called
-        reads at least one expert.
+        The shard computes the calls of the backbones one after the other. If an expert has several homes, the calls of
+        different backbones go to different homes. A shard that is called reads at least one expert.
         """
         experts, share = self.model.experts, num_backbones / (BALANCE * num_shards)
         num_read = max(1.0, share * touched_experts(experts.num_experts, experts.top_k, num_rows))

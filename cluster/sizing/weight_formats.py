@@ -9,8 +9,8 @@ embeddings, the head and convolutions are bf16 in all checkpoints.
   modules in a real checkpoint's `quantization_config`. The MTP module is bf16, its routed experts included.
 - DeepSeek-V3 FP8: every linear map, also in the MTP layer, except the router and `eh_proj`, with a scale for each block
   of 128 × 128. Qwen3-Next FP8: likewise, except the small map to β and decay and the gate of the shared expert.
-- DeepSeek-V3 and Qwen3-Next NVFP4: routed and shared experts and dense layers. That is an assumption, because no such
-  checkpoint was read.
+- DeepSeek-V3 and Qwen3-Next NVFP4: routed and shared experts and dense layers. This format is an assumption, because no
+  such checkpoint was read.
 """
 
 from __future__ import annotations

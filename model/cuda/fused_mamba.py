@@ -1,7 +1,7 @@
 """These functions call the fused CUDA kernels of mamba-ssm and causal-conv1d.
 
-They have the signatures of their counterparts in `model.blocks.mamba`. The module is imported only on CUDA. What
-surprises:
+The functions have the signatures of their counterparts in `model.blocks.mamba`. The module is imported only on CUDA.
+What surprises:
 
 - Neither package accepts an initial state for each request of a packed batch. Therefore the scan pads requests into a
   rectangle, and the convolution puts each request's past columns before its new ones.

@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m services.cli` does what the command `expertmesh` does."""
+"""Run the command line: `python -m services.cli` does what the command `expertmesh` does."""
 
 from services.cli.main import main
 

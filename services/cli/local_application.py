@@ -1,4 +1,4 @@
-"""Runs the application on one machine: `running` starts a store, Ray and Ray Serve, and stops what it has started."""
+"""The context manager `running` starts a store, Ray and Ray Serve on one machine, and stops what it has started."""
 
 from __future__ import annotations
 

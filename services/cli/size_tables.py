@@ -31,7 +31,7 @@ PART_NAMES = {
 
 
 def size_tables(name: str, model: ModelSizes, made: Sizing, slo: Slo) -> Iterator[Table]:
-    """Yield three tables for one model: its weights by part, its deployment, and one request and one token."""
+    """Yield three tables for one model: its weights by part, its deployment, and the costs of a request and a token."""
     parts = Table(title=f"{name} in {made.dtype}", box=None, padding=(0, 2, 0, 0))
     parts.add_column("weights")
     for column in ("parameters", "GB"):

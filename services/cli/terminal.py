@@ -1,4 +1,4 @@
-"""Provides what all commands share: the console, the form of error messages, and requests to a running server."""
+"""These are the parts that all commands share: the console, the form of error messages, and requests to a server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def _fail(sentence: str) -> NoReturn:
 def fetch(url: str, path: str, key: str = "", body: dict[str, Any] | None = None) -> Any:
     """Return the JSON that a server answers to GET, or to POST if there is a `body`.
 
-    `key` is sent as a bearer token. Raises ValueError with one sentence if no server answers or it answers an error.
+    `key` is sent as a bearer token. Raises ValueError with one sentence if no server answers, or if the answer is an
+    error.
     """
     import httpx
 

@@ -132,7 +132,7 @@ def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str 
 
 
 def _checked_args(options: dict[str, Any], reporter: StartReporter) -> AppArgs:
-    """Return the application's arguments after a check of the checkpoint; print what they mean for its user."""
+    """Check the checkpoint and return the application's arguments; print what the arguments mean for the user."""
     reporter.report(StepReport(StartStep.MODEL, "checking the checkpoint"))
     from services.args import AppArgs
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # Seconds to wait for the first placement, and as many again for the shards to load their experts.
 PLACEMENT_TIMEOUT_S = 600.0
-WARM_UP_TOKENS = 8  # enough for drafts to be made and verified
+WARM_UP_TOKENS = 8  # tokens to generate before the first request; enough for drafts to be made and verified
 
 
 class Backbone:
@@ -122,7 +122,7 @@ class Backbone:
 class CountedExperts:
     """A `CountedExperts` passes layer calls on to `experts`, and counts the picks of each expert.
 
-    It also hands the picks to `recorder`, which writes them to a file while a recording runs.
+    The picks also go to `recorder`, which writes them to a file while a recording runs.
     """
 
     def __init__(self, experts: Experts, picks: LoadCounter, recorder: Recorder) -> None:

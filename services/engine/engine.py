@@ -78,10 +78,10 @@ class Engine:
     `generate` may be called from any event loop once `start` was called.
 
     - `outages`: errors that are not the engine's fault and that a restart of the engine would not mend. A step that
-      fails with one of them fails its requests with the error's text, and the engine stays healthy. The text of any
+      fails with such an error fails its requests with the error's text, and the engine stays healthy. The text of any
       other error goes to the log only.
-    - `compile_grammar`: compiles a grammar for the sampler, or raises ValueError for a grammar that cannot be used. It
-      is called on threads of its own. If it is None, requests with a grammar are refused.
+    - `compile_grammar`: compiles a grammar for the sampler, or raises ValueError for a grammar that cannot be used. The
+      engine calls this function on separate threads, and refuses requests with a grammar if the function is None.
     """
 
     def __init__(

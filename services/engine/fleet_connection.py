@@ -153,8 +153,9 @@ class FleetConnection:
     def _update_coverage(self, placement: Placement) -> CoverageReport:
         """Return the coverage of the placement by the shards that serve their experts now.
 
-        A shard whose experts are being changed counts as live. It may hold more experts than the placement says, but
-        never fewer: it gets new experts before they are published, and keeps old experts while they are published.
+        A shard whose experts are being changed counts as live. Such a shard may hold more experts than the placement
+        says, but never fewer: a shard gets new experts before they are published, and keeps old experts while they are
+        published.
         """
         unreachable, circuits = self._unreachable, self.experts.circuits
         live = [
@@ -225,7 +226,7 @@ class LoadReporter:
 class CoverageMonitor:
     """A `CoverageMonitor` knows which experts have too few live homes, and since when.
 
-    Its report describes the expert tier in plain numbers. The coverage is computed again only if the placement or the
+    The report describes the expert tier in plain numbers. The coverage is computed again only if the placement or the
     live shards changed. `expert_bytes` is the size of one expert, by layer.
     """
 

@@ -27,7 +27,7 @@ from services.expert.transport.shard_stream import Receiver
 class RemoteExperts:
     """`RemoteExperts` implements `model.blocks.moe.Experts` over the shards of the last placement that it was given.
 
-    It never asks Redis. Calls belong to one thread, on which several calls may be in progress at the same time.
+    The class never asks Redis. Calls belong to one thread, on which several calls may be in progress at the same time.
     `update` belongs to one thread, which may be another one. Calls in progress go on after an update, and what they
     have to send again follows the new placement.
 

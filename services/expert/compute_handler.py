@@ -48,7 +48,7 @@ class Counters:
 class ComputeHandler:
     """A `ComputeHandler` answers each compute request of one shard once, with sums or with a refusal.
 
-    `accept` may be called on any thread. It gives the request to the worker's thread, whose bound limits how many
+    `accept` may be called on any thread, and gives the request to the worker's thread, whose bound limits how many
     requests wait. A request that needs standbys leaves the worker for the `PromotionQueue` and comes back.
     """
 

@@ -66,7 +66,7 @@ class NeedsPromotion(Exception):
 class StagedExperts:
     """`StagedExperts` are what a load has prepared besides the homes' weights; `ExpertHost.commit` makes them count."""
 
-    metadata: dict[Key, ExpertMetadata] = field(default_factory=dict)  # what was found out about new experts
+    metadata: dict[Key, ExpertMetadata] = field(default_factory=dict)  # checksum and gain of each new expert
     standbys: dict[Key, tuple[Weights | None, str]] = field(default_factory=dict)  # host copy, source peer
 
 
@@ -98,7 +98,7 @@ class ExpertHost:
         self._is_home = {layer: np.zeros(shape.num_experts, dtype=np.bool_) for layer, shape in self.shapes.items()}
         self._metadata: dict[Key, ExpertMetadata] = {}
 
-    # What is here ----------------------------------------------------------------------------------------------------
+    # Held experts ----------------------------------------------------------------------------------------------------
 
     @property
     def held(self) -> ExpertsByLayer:

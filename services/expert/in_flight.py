@@ -34,7 +34,7 @@ class InFlightRequest(NamedTuple):
 class InFlightTable:
     """An `InFlightTable` sends the requests of all calls and hands each outcome to the call that it belongs to.
 
-    It belongs to the calling thread. A thread that waits for one call hands outcomes to all of its calls.
+    The table belongs to the calling thread. A thread that waits for one call hands outcomes to all of its calls.
     """
 
     def __init__(self, fleet: ShardFleet, connections: ShardConnections, receiver: Receiver) -> None:

@@ -85,8 +85,8 @@ class Loader:
     ) -> Weights | None:
         """Return the weights of a new standby for host memory, or None if they do not fit there.
 
-        Even an expert that does not fit is read once: if it cannot be read it must not become a standby, and its gain
-        exponent is needed.
+        An expert that does not fit is read nevertheless, for two reasons: an expert that cannot be read must not become
+        a standby, and the load must report the `gain_exponent` of the expert.
         """
         host = self.host
         if host.is_home(key):
@@ -101,7 +101,7 @@ class Loader:
 async def _for_each(keys: Iterable[Key], work: Callable[[Key], Awaitable[None]]) -> None:
     """Await `work` for each key, LOADS_AT_ONCE at a time.
 
-    After an error no further key is started. Those that have started are finished, and then the error is raised.
+    After an error no further key is started. Work that has started is finished, and then the error is raised.
     """
     left = deque(keys)
 

@@ -48,12 +48,12 @@ class ShardConfig:
     pool: str = "experts-cpu"
     node: str = field(default_factory=socket.gethostname)
     host: str = "127.0.0.1"  # the address to listen on
-    port: int = 0  # of the gRPC server; 0 takes a free port
+    port: int = 0  # the port of the gRPC server; 0 takes a free port
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     max_queue: int = 64  # requests that may wait for the device, and as many again that may wait for promotions
     host_budget: int = 0  # bytes of host memory for standbys
-    move_timeout_s: float = MOVE_TIMEOUT_S  # a stopping shard serves on at most this long while its experts move
+    move_timeout_s: float = MOVE_TIMEOUT_S  # most seconds that a stopping shard serves on while its experts move
 
     def __post_init__(self) -> None:
         if not self.shard_id:
@@ -75,7 +75,7 @@ class ExpertShard:
         self.config, self.registry = config, registry
         self.incarnation = secrets.token_hex(8)
         self.endpoint = self.compute_endpoint = ""
-        self.pool_size: PoolSize | None = None  # the size of the pool as the controller decided it last
+        self.pool_size: PoolSize | None = None  # the size that the controller decided last for the pool
         shapes, device = family.expert_shapes, torch.device(config.device)
         self.host = ExpertHost(shapes, config.dtype, device, config.memory_budget, config.host_budget)
         self._read = family.load_expert

@@ -66,7 +66,10 @@ class StandbyStore:
             self._drop(standby)
 
     def note_promotion(self, key: Key, weights: Weights | None) -> None:
-        """Count a promotion of `key`; `weights`, if read from disk for it, replace colder experts in host memory."""
+        """Count a promotion of `key`, and keep `weights` in host memory, if necessary in place of colder experts.
+
+        `weights` is None if the promotion made no copy for host memory.
+        """
         standby = self._by_key[key]
         self._num_promotions += 1
         standby.num_promotions += 1

@@ -38,7 +38,7 @@ class Weights:
 
     @classmethod
     def from_bytes(cls, data: bytearray, shape: ExpertShape, dtype: torch.dtype, gain: int | None = None) -> Weights:
-        """Return the weights whose `chunks` were joined to `data`; the tensors share the memory of `data`."""
+        """Return the weights whose bytes are `data` (the joined `chunks`); the tensors share the memory of `data`."""
         assert len(data) == shape.nbytes(dtype)
         numbers = torch.frombuffer(data, dtype=dtype)
         up, down = numbers.split(shape.input_dim * shape.width)

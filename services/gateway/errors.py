@@ -1,4 +1,4 @@
-"""An `ApiError` is an error that a client is told, and has an HTTP status and a gRPC code."""
+"""An `ApiError` is an error that is reported to the client, with an HTTP status and a gRPC code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class ApiRefusal(Enum):
     """An `ApiRefusal` is a reason to refuse a request.
 
-    Each holds its label in metrics, its HTTP status, its `type` in the JSON body and its gRPC code.
+    Each reason holds its label in metrics, its HTTP status, its `type` in the JSON body and its gRPC code.
     """
 
     INVALID = ("invalid", 400, "invalid_request_error", grpc.StatusCode.INVALID_ARGUMENT)

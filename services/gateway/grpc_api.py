@@ -1,6 +1,6 @@
 """The gRPC API (inference.proto) offers what the REST API offers, in typed messages.
 
-Its methods are plain coroutines, so that both the gateway's own gRPC server and Ray Serve's gRPC proxy can call them.
+All methods are plain coroutines, so that the gateway's own gRPC server and Ray Serve's gRPC proxy can call them.
 """
 
 from __future__ import annotations

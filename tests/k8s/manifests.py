@@ -132,7 +132,7 @@ def _pods_of_sets(manifests: Manifests) -> Iterator[Pods]:
 
 
 def ray_pods(manifests: Manifests) -> list[Pods]:
-    """Return the pods of the RayCluster, the head first. Their labels include those of their group, as with KubeRay."""
+    """Return the pods of the RayCluster, the head first; a pod has the labels of its group too, as with KubeRay."""
     cluster = ray_cluster(manifests)
     groups = [("head", cluster["headGroupSpec"]), *((each["groupName"], each) for each in cluster["workerGroupSpecs"])]
     return [

@@ -1,4 +1,4 @@
-"""Checks manifests against the schemas of their kinds, in which an unknown field is a fault."""
+"""These functions check manifests against the schemas of their kinds, in which an unknown field is a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests docs/kubernetes.md: its local commands run, and its commands for a cluster name objects that exist."""
+"""The local commands of docs/kubernetes.md run, and its commands for a cluster name objects that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that the NetworkPolicies allow the connections that are needed, and no others."""
+"""The NetworkPolicies allow the connections that are needed, and no others."""
 
 from __future__ import annotations
 

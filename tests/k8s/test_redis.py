@@ -1,4 +1,4 @@
-"""Tests the configuration of Redis with a real server that runs as in the StatefulSet."""
+"""These tests check the configuration of Redis with a real server that runs as in the StatefulSet."""
 
 from __future__ import annotations
 

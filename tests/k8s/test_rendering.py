@@ -1,4 +1,4 @@
-"""Tests that every kustomization renders, and that a missing Secret is an error."""
+"""Every kustomization renders, and a missing Secret is an error."""
 
 from __future__ import annotations
 

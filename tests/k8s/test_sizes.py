@@ -1,4 +1,4 @@
-"""Tests that the GPU overlays have the sizes that `expertmesh size` gives for Nemotron 3 Super in bf16 on H200s."""
+"""The GPU overlays have the sizes that `expertmesh size` gives for Nemotron 3 Super in bf16 on H200s."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests take from here the demo model, prompts for it, and the tokens that `transformers` generates after them."""
+"""Tests get here the demo model, prompts, and the tokens that `transformers` generates after a prompt."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def complete(server: Application, prompt: str | list[int], max_tokens: int, **op
 
 
 def stream_text(server: Application, prompt: list[int], max_tokens: int) -> str:
-    """Return greedy text through a REST stream, which always has `max_tokens` tokens."""
+    """Return the text of a greedy completion of exactly `max_tokens` tokens, streamed over REST."""
     options: Any = {"max_tokens": max_tokens, "temperature": 0, "extra_body": {"ignore_eos": True}}
     with server.openai() as client:
         chunks = list(client.completions.create(model="demo", prompt=prompt, stream=True, **options))

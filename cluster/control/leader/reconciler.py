@@ -1,8 +1,8 @@
 """The `Reconciler` is the controller's loop: the leader moves the fleet towards the planned placement turn by turn.
 
 The reconciler talks to the registry and to shards through two small protocols, so that the simulator runs this very
-code. It keeps nothing that the next leader would need: the published placement and the experts that shards hold are
-all there is to know.
+code. The next leader needs nothing from its predecessor's memory: the published placement and the experts that shards
+hold are all there is to know.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Reconciler:
             timing.plan_every_s,
         )
         self.work = ShardWork(shards, self.observer, self.published, clock, timing.failure_pause_s)
-        self._inputs_at_rest: Sequence[object] | None = None  # The inputs of a turn that found nothing to do.
+        self._inputs_at_rest: Sequence[object] | None = None  # The inputs of the latest turn that was idle.
 
     @property
     def is_leader(self) -> bool:
@@ -161,8 +161,8 @@ class Reconciler:
     async def _lead(self) -> bool:
         """Renew or acquire the lease, and return True if this controller leads.
 
-        If the old lease cannot be renewed, the controller forgets its target, which homes are verified, and since when
-        backbones follow the placement.
+        If the old lease cannot be renewed, the controller forgets what another leader may have changed in the meantime:
+        the target, the homes that are verified, and the time since which each backbone follows its epoch.
         """
         if await self.lease.renew():
             return True

@@ -1,4 +1,4 @@
-"""Runs drills: the same load on a running server twice, once undisturbed and once with a disturbance.
+"""A drill runs the same load on a running server twice, once undisturbed and once with a disturbance.
 
 The caller supplies the disturbance and the question whether the server has recovered, so that `benchmarks/failures.py`
 can do worse things than the command line. Requests arrive at the same moments in both runs, whatever the server does.

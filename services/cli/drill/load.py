@@ -41,7 +41,7 @@ class RequestOutcome:
 
     @property
     def text(self) -> str:
-        """Return the text of the first choice. They are parsed only here, to keep the timing undisturbed."""
+        """Return the text of the first choice; the events are parsed only here, to keep the timing undisturbed."""
         choices = (json.loads(event)["choices"][0] for event in self.events)
         return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 

@@ -16,7 +16,7 @@ from services.cli.drill.load import ask
 from services.cli.drill.local_shard import local_pid
 from services.cli.drill.verdict import Verdict
 
-DEGRADED = 503  # status with which /health/degraded still answers a report
+DEGRADED = 503  # HTTP status of /health/degraded if the server is degraded; the body still holds the report
 LONGEST_GAP_S = 1.0  # seconds between two tokens of a request above which the request has stalled
 MIN_AT_S, AT_SHARE = 2.0, 0.25  # the shard is killed after this share of the load's seconds, at least after MIN_AT_S
 

@@ -33,8 +33,8 @@ class TokenLogprob:
 class TokenOutput:
     """A `TokenOutput` holds the tokens that one step added to one request.
 
-    - `token_ids`: with the finish reason STOP the last id is the stop token itself. It counts in `num_generated`, but
-      it is no part of the text.
+    - `token_ids`: with the finish reason STOP the last id is the stop token itself. The stop token counts in
+      `num_generated`, but is no part of the text.
     - `logprobs`: one entry per token id, if the request asked for them.
     - `prompt_logprobs`: one entry per prompt token, None for the first token; they come with the first output.
     - `cache_reason`: why no more than `num_cached` prompt tokens were reused. The values are hit, too_short, no_match,

@@ -129,7 +129,7 @@ class StepCost:
         """Return the estimate after a step took `seconds`.
 
         A step may be off by more than the factor MAX_SURPRISE, for example because it had to wait for another process.
-        It then counts as off by this factor.
+        Such a step counts as off by exactly this factor.
         """
         if self.num_seen >= NUM_TRUSTED:
             expected = self.seconds(shape)
@@ -270,5 +270,5 @@ class DraftingState:
 
 
 def _counted(counts: Sequence[int], num_more: int, size: int) -> tuple[int, ...]:
-    """Return the counts, of `size` positions, with one more for each of the first `num_more`."""
+    """Return `counts`, padded with zeros to `size` positions and increased by 1 at the first `num_more` positions."""
     return tuple(count + (i < num_more) for i, count in enumerate([*counts, *[0] * (size - len(counts))]))

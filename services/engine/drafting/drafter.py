@@ -1,10 +1,10 @@
 """The `Drafter` drafts the next tokens with the model's own draft module (multi-token prediction, MTP).
 
-For every position the module reads the token there and the hidden vector before it. It keeps keys and values of its own
-in the request's pages. While a request is not drafted for, the hidden vectors that the module has not read are kept. So
-the module drafts as well afterwards as if it had read all along. Only the last MAX_UNREAD of these vectors are kept. If
-older ones were dropped, the module starts anew, and sees only the positions from the first kept vector on. Drafts may
-be wrong but never do harm: the model verifies each of them before a client sees it.
+For every position the module reads the token there and the hidden vector before it. The module has keys and values of
+its own in the request's pages. While a request is not drafted for, the hidden vectors that the module has not read are
+kept. So the module drafts as well afterwards as if it had read all along. Only the last MAX_UNREAD of these vectors are
+kept. If older ones were dropped, the module starts anew, and sees only the positions from the first kept vector on.
+Drafts may be wrong but never do harm: the model verifies each of them before a client sees it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class DraftModel(Protocol):
 def bytes_per_request(config: NemotronHConfig, num_drafts: int) -> int:
     """Return the bytes that a request needs beside its state if up to `num_drafts` tokens are drafted for it, in fp32.
 
-    These are the hidden vectors that the module has not read, and the inputs of each recurrent layer, which `commit`
-    replays.
+    The bytes hold the hidden vectors that the module has not read, and the inputs of each recurrent layer, which
+    `commit` replays.
     """
     if not num_drafts:
         return 0
@@ -91,7 +91,7 @@ class UnreadHidden:
         return self.first + self.num_rows
 
     def add(self, hidden_TD: Tensor) -> None:
-        """Add the vectors of the tokens that follow, and drop the oldest beyond MAX_UNREAD."""
+        """Append the hidden vectors of the next tokens, and keep only the last MAX_UNREAD vectors."""
         self.rows.append(hidden_TD[-MAX_UNREAD:].clone())  # a view would keep the hidden vectors of the whole step
         self.first += max(0, len(hidden_TD) - MAX_UNREAD)
         self.num_rows += len(self.rows[-1])

@@ -2,8 +2,8 @@
 
 The cost of a grammar cannot be told from its text. Intersected expressions of a few hundred characters take minutes and
 tens of gigabytes, and the library checks its own limits too rarely to prevent that. So `GrammarChecker.check` hands a
-grammar to a process. It ends the process when the time is over, and the process ends itself when its memory is used up.
-A grammar that passes the check takes no longer to compile in a backbone.
+grammar to a process. `check` ends the process when the time is over, and the process ends itself when its memory is
+used up. A grammar that passes the check takes no longer to compile in a backbone.
 
     python -m services.engine.grammar.grammar_checker MODEL    # runs such a process: a line of JSON in, a line out
 """

@@ -2,7 +2,7 @@
 
 The order of the operations is the usual one (vLLM's):
 
-1. The logarithms of probabilities that requests asked for are taken from the model's own logits.
+1. The log probabilities that requests asked for are computed from the model's own logits.
 2. The logits are edited: grammar; stop ids before `min_tokens`; `logit_bias`; `repetition_penalty` (prompt and output),
    `frequency_penalty` and `presence_penalty` (output only).
 3. Greedy rows take the largest logit.
@@ -14,7 +14,7 @@ function of the model's logits and of the noise at that position, and a draft is
 So outputs are distributed as without drafts. Equal noise makes equal choices likely where the two distributions are
 close.
 
-Legend: S rows to sample, R those of them that need more than the largest logit, V vocabulary, E single logits to edit.
+Legend: S rows to sample, R the sampled rows that need more than an argmax, V vocabulary, E single logits to edit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The `SamplerState` of a request holds what the sampler keeps between steps: token counts and the grammar's state.
 
-The counts are for penalties. Counts and grammar follow the tokens of the request. The sequence mostly grows by one
-token, but its end may be drafts that are taken back.
+The counts are for penalties. The counts and the grammar's state always match the tokens of the request. Usually
+one token is appended, but drafts at the end of the request may also be removed again.
 """
 
 from __future__ import annotations

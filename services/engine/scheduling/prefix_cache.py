@@ -161,8 +161,8 @@ class PrefixCache:
     def _checkpoint_lens(self, request: Request, start: int, num_seen: int) -> list[int]:
         """Return the ascending lengths at which the state of a request that starts after `start` tokens is saved.
 
-        These are the ends of the prompt's first and last turn, the end of the pages that an earlier request had in
-        common with it, and every `interval` tokens.
+        The lengths are the ends of the prompt's first and last turn, the end of the pages that an earlier request had
+        in common with it, and every `interval` tokens.
         """
         size, interval, align = self.config.block_size, self.config.interval, self.config.align
         limit = min(request.num_prompt_tokens, request.num_tokens - 1)

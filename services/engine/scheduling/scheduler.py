@@ -1,6 +1,6 @@
 """The `Scheduler` decides which tokens of which requests each step computes; it touches no tensor.
 
-It also decides which requests hold memory. There is no prefill phase and no decode phase: every request has
+The scheduler also decides which requests hold memory. There is no prefill phase and no decode phase: every request has
 pending tokens to catch up with, drafts included. A step fills its token budget in this order:
 
 1. The next token of every request that lacks only one, and then the drafts of these requests.
@@ -234,7 +234,8 @@ class Scheduler:
     def _share(self, request: Request) -> int:
         """Return the request's share of the budget that is left.
 
-        It is half of the budget if other requests of the same or a lower level have tokens to compute, else all of it.
+        The share is half of the budget if other requests of the same or a lower level have tokens to compute, else all
+        of it.
         """
         others = [other for other in (*self.waiting, *self._lagging()) if other is not request]
         is_shared = any(other.level <= request.level for other in others)

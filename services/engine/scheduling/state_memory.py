@@ -37,7 +37,7 @@ class StateMemory:
         return num_new + num_reused - self.pages.num_free - self.pages.num_idle
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
-        """Give a request the pages that `num_tokens` tokens need in all; return False if there are not enough."""
+        """Give a request enough pages for `num_tokens` tokens in total; return False if there are too few pages."""
         num_missing = max(0, self.num_pages_for(num_tokens) - len(request.block_table))
         if can_take := self.cache.checkpoints.can_free_pages(num_missing):
             self.cache.checkpoints.free_pages(num_missing)

@@ -73,7 +73,7 @@ class WaitingQueue:
         request.waited_s += now - request.waiting_since
 
     def remove(self, request: Request) -> None:
-        """Remove a request that ends without a start."""
+        """Remove a request that ends while it waits, for example because its client has disconnected."""
         self._requests.remove(request)
 
     def age(self, now: float) -> None:

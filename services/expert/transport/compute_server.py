@@ -37,7 +37,7 @@ Accept = Callable[[pb.ComputeRequest, int, ReplyTo], None]  # gets a request, it
 class ComputeServer:
     """A `ComputeServer` takes connections from clients and hands their requests to `accept`.
 
-    It listens from the start. Everything but the constructor belongs to the worker's thread.
+    The server listens from the start. Everything but the constructor belongs to the worker's thread.
     """
 
     def __init__(self, worker: Worker, accept: Accept, host: str) -> None:

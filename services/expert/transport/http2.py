@@ -83,7 +83,7 @@ OPENING = _settings((INITIAL_WINDOW_SIZE, MAX_WINDOW), (MAX_FRAME_SIZE, OUR_MAX_
 class GrpcStream:
     """A `GrpcStream` is one end of a stream without the socket.
 
-    It turns the bytes that `receive` gets into messages, and collects the bytes that are to be written in `unsent`.
+    The class turns the bytes that `receive` gets into messages, and collects in `unsent` the bytes to be written.
     """
 
     def __init__(self, max_message: int) -> None:

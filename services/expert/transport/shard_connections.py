@@ -49,8 +49,8 @@ class ShardConnections:
     def update(self, placement: Placement, shards: Iterable[Shard]) -> None:
         """Follow `placement` from now on; open streams to its shards and close those to other shards later.
 
-        A placement older than the one in use comes from a Redis that lost its data. It is ignored, but its shards are
-        used.
+        A placement older than the one in use comes from a Redis that lost its data. Such a placement is ignored, but
+        its shards are used.
         """
         previous = self.view
         if previous and placement.epoch < previous.placement.epoch:

@@ -89,7 +89,7 @@ def encode_request(
     """Return the message of a request, with its checksum.
 
     numbers: id, layer, epoch, number of rows, dtype and timeout in µs, in the order of `checksum.REQUEST`.
-    picked: of each pick its row in the message, its expert and its weight.
+    picked: the row in the message, the expert and the weight of each pick, as three arrays of bytes.
     """
     id, layer, epoch, num_rows, dtype, timeout_us = numbers
     pick_rows, pick_experts, pick_weights = picked

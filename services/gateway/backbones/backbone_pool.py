@@ -23,13 +23,14 @@ from services.gateway.health import Health
 
 log = logging.getLogger(__name__)
 
-FIND_PERIOD_S = 5.0  # between two searches for backbones, while all known backbones answer
-STATUS_TTL_S = 0.5  # a status this old is asked anew; also the time between two searches while a backbone is missing
-STATUS_TIMEOUT_S = 5.0  # for the statuses of all backbones
-SILENCE_TICK_S = 0.1  # between two looks at how long each backbone has been silent
-MAX_SILENT_S = 1.0  # a backbone silent for longer is given up if another one answers
-# The limit while no backbone answers. Nobody could continue the requests, and a backbone that was only delayed is back
-# sooner than a new one has started.
+FIND_PERIOD_S = 5.0  # seconds between two searches for backbones, while all known backbones answer
+# Seconds after which a status is stale and requested again, and also between two searches while a backbone is missing.
+STATUS_TTL_S = 0.5
+STATUS_TIMEOUT_S = 5.0  # seconds that all backbones together have to send their statuses
+SILENCE_TICK_S = 0.1  # seconds between two checks of how long each backbone has been silent
+MAX_SILENT_S = 1.0  # seconds of silence after which a backbone is given up, if another backbone answers
+# The same limit while no backbone answers. No backbone could continue the requests then, and a backbone that was only
+# delayed is back sooner than a new backbone has started.
 MAX_SILENT_ALONE_S = 10.0
 
 AskStatuses = Callable[

@@ -36,7 +36,8 @@ class BackboneLost(Exception):
 class BackboneStream:
     """A `BackboneStream` sends requests to one backbone and receives their outputs.
 
-    It must be used on the event loop that created it. A broken stream is not repaired: `BackbonePool` opens a new one.
+    A stream must be used on the event loop that created the stream. A broken stream is not repaired: `BackbonePool`
+    opens a new one.
     """
 
     def __init__(self, endpoint: str) -> None:

@@ -28,7 +28,7 @@ CheckGrammar = Callable[[Grammar], None]
 
 @dataclass(frozen=True)
 class Markers:
-    """`Markers` are the markers that grammars need, as one tokenizer has them."""
+    """A `Markers` holds the markers of one tokenizer: the end of reasoning, and both ends of a tool call."""
 
     think_end: Marker
     call_start: Marker
@@ -51,7 +51,7 @@ def check(grammar: Grammar, param: str, check_grammar: CheckGrammar) -> None:
     try:
         check_grammar(grammar)
     except ValueError as error:
-        reason = str(error).partition(" ")[2]  # the sentence without the engine's name of the parameter
+        reason = str(error).partition(" ")[2]  # without the first word, the engine's name of the parameter
         raise ValueError(f"{param} {reason}") from error
 
 
@@ -137,7 +137,7 @@ def _call_rules(tools: Sequence[Tool], max_calls: int | None, markers: Markers) 
 
 
 def _function_rules(rule: str, tool: Tool) -> Iterator[str]:
-    """Yield the rules of one function. Its parameters come in the schema's order; optional ones may be left out."""
+    """Yield the rules of one function, whose parameters come in the schema's order; optional ones may be left out."""
     required = tool.parameters.get("required", ())
     parts = [f"{rule}_{n}" + ("" if name in required else "?") for n, name in enumerate(tool.properties)]
     if not tool.properties and tool.parameters.get("additionalProperties", bool(tool.parameters)):

@@ -17,7 +17,7 @@ from services.gateway.chat.markers import Marker
 class Tokenizer:
     """A `Tokenizer` turns text and conversations into token ids and token ids into text.
 
-    It is read from a model directory on disk, without network access. Only byte-level tokenizers are supported
+    A tokenizer is read from a model directory on disk, without network access. Only byte-level tokenizers are supported
     (Nemotron, DeepSeek and Qwen have them): every token is a fixed string of bytes, so detokenizing is joining bytes.
     Raises ValueError if the directory has no such tokenizer.
     """

@@ -22,7 +22,7 @@ from services.gateway.errors import ApiError, ApiRefusal, invalid
 from services.gateway.operator.operations import Operations
 from services.gateway.request_body import BaseBody, parse_body
 
-MAX_BODY_BYTES = 64 << 10  # orders are small
+MAX_BODY_BYTES = 64 << 10  # bytes; far more than any order needs
 MAX_LISTED = 1000  # experts or decisions in one answer
 OperatorName = Annotated[str, Field(max_length=128)]
 

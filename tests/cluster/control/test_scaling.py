@@ -28,7 +28,7 @@ POLICY = PoolPolicy(min_shards=2, max_shards=8, target_busy=0.6, slack=0.2)
 
 
 def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: object) -> PoolState:
-    """Return a pool whose shards share `work`, a sum of busy shares, evenly."""
+    """Return a pool of equally busy shards; `work` is the sum of the busy shares of all shards."""
     shares = {f"s{i}": BusyShare(calls, work / num_shards) for i in range(num_shards)}
     pool = PoolState(num_shards, shares, min_for_cover=2)
     return replace(pool, **options)  # type: ignore[arg-type]

@@ -131,9 +131,11 @@ def test_what_is_sized_fits(name: str, dtype: Dtype, gpu: str) -> None:
 
 @pytest.mark.parametrize("gpu", ["h100", "h200"])
 def test_one_shard_less_would_be_too_few(gpu: str) -> None:
-    """Check that one shard less has too little memory: after a loss, or for more homes of hot experts.
+    """Check that a fleet with one shard less would have too little memory.
 
-    The second reason applies where there are many shards, so that one shard is a small part of them.
+    Either the experts would not fit after the loss of one more shard, or the fleet would have less memory than 1.1
+    times the experts' size, and so too little for additional homes of hot experts. The second reason applies to large
+    fleets, of which one shard is a small part.
     """
     for name, sizing in every_sizing((gpu,), Slo(num_requests=1, itl_ms=60_000.0, context_len=1)):
         layers = layers_of(known_config(name), sizing.dtype)
@@ -196,10 +198,10 @@ def test_a_backbone_that_does_not_fit_is_one_sentence_with_gpus_that_do() -> Non
         size(known_config("ultra"), GPUS["l40s"], "bf16", SLOW)
     assert str(caught.value) == (
         "a backbone is one GPU: 69.2 GB of bf16 weights and one request of 8,192 tokens need 70.3 GB, and l40s has "
-        "42.9 GB for them; a100 or h100 or h200 or b200 would do"
+        "42.9 GB for them; a100 or h100 or h200 or b200 is enough"
     )
     size(known_config("ultra"), GPUS["a100"], "bf16", SLOW)
-    with pytest.raises(ValueError, match=r"none of l4, .*, b200 would do$"):
+    with pytest.raises(ValueError, match=r"none of l4, .*, b200 is enough$"):
         size({**known_config("ultra"), "hidden_size": 10**6}, GPUS["l40s"], "bf16", SLOW)
 
 
@@ -220,7 +222,8 @@ def test_a_fleet_is_as_fast_as_wanted_and_one_gpu_less_is_not() -> None:
 def test_a_step_reads_what_it_must() -> None:
     """Check the step of one request to Nano on an H200.
 
-    It reads the backbone's weights once, six experts in each of 23 layers, and the state and the context of a request.
+    The step reads the backbone's weights once, six experts in each of 23 layers, and the state and the context of a
+    request.
     """
     costs = StepCosts(model_sizes(known_config("nano")), H200, "bf16", call_ms=0.5)
     assert costs.calls_ms == 11.5
@@ -242,7 +245,7 @@ def test_what_no_number_of_gpus_can_do_is_one_sentence() -> None:
         size(known_config("super"), H200, "bf16", Slo(itl_ms=10.0))
     sentence = str(caught.value)
     assert sentence.startswith("no number of h200 decodes a token every 10 ms in bf16: the fastest would take ")
-    assert sentence.endswith("with 40 calls to shards of 0.4 ms; none of l4, l40s, a100, h100, h200, b200 would do")
+    assert sentence.endswith("with 40 calls to shards of 0.4 ms; none of l4, l40s, a100, h100, h200, b200 is enough")
     fastest = float(sentence.split("would take ")[1].split(" ms")[0])
     size(known_config("super"), H200, "bf16", Slo(itl_ms=fastest + 0.1))
     with pytest.raises(ValueError, match="no number of h200"):
@@ -284,7 +287,7 @@ def test_a_better_gpu_never_takes_more(name: str) -> None:
 def test_two_backbones_can_be_asked_for() -> None:
     sizing = size(known_config("super"), H200, "nvfp4", Slo(min_backbones=2))
     assert (sizing.backbone_gpus, sizing.requests_per_backbone) == (2, 32)
-    assert sizing.reasons[0].startswith("Backbones: 2 were asked for, memory would do with 1.")
+    assert sizing.reasons[0].startswith("Backbones: 2 were asked for, memory alone would need 1.")
 
 
 def test_the_network_follows_from_the_tokens() -> None:
@@ -335,7 +338,7 @@ def test_a_wish_that_makes_no_sense_is_one_sentence(wrong: dict[str, Any], sente
 
 
 def test_a_context_over_the_models_own_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^the context is 262145 tokens; the model's own is 262144$"):
+    with pytest.raises(ValueError, match=r"^the context is 262145 tokens; the model allows up to 262144$"):
         size(known_config("super"), H200, slo=Slo(context_len=262_145))
 
 

@@ -1,4 +1,4 @@
-"""Tests `expertmesh size`: its output, and that its numbers agree with the engine and the Serve config."""
+"""These tests check what `expertmesh size` prints, and that its numbers agree with the engine and the Serve config."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_what_this_version_cannot_serve_is_noted() -> None:
         (["--model", "all", "--dtype", "int4"], "--dtype is 'int4'; allowed are auto, bf16, fp8, nvfp4"),
         (["--model", "super", "--requests", "0"], "0 requests cannot be sized for; allowed are 1 to 100,000"),
         (["--model", "super", "--context", "0"], "a context of 0 tokens cannot be sized for; allowed is 1 or more"),
-        (["--model", "super", "--context", "999999"], "the context is 999999 tokens; the model's own is 262144"),
+        (["--model", "super", "--context", "999999"], "the context is 999999 tokens; the model allows up to 262144"),
         (["--model", "super", "--itl-ms", "5"], "no number of h200 decodes a token every 5 ms in bf16: the fastest "),
         (["--model", "ultra", "--gpu", "l40s"], "a backbone is one GPU: 69.2 GB of bf16 weights and one request of "),
     ],

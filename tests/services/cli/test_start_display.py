@@ -1,4 +1,4 @@
-"""Tests how the steps of a start look on a terminal and in a log."""
+"""These tests check how the steps of a start look on a terminal and in a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests which steps of a start are done, and what a user reads about them, for given observations."""
+"""These tests check which steps of a start are done for given observations, and what a user reads about the steps."""
 
 from __future__ import annotations
 

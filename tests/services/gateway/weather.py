@@ -1,4 +1,4 @@
-"""Tests use these tools, and these calls of the tools in the model's own format."""
+"""Tests use these weather tools, and these calls of the tools in the model's own format."""
 
 from __future__ import annotations
 

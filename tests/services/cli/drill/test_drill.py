@@ -1,4 +1,4 @@
-"""Tests drills against a small server that misbehaves on request."""
+"""These tests run drills against a small server that misbehaves on request."""
 
 from __future__ import annotations
 

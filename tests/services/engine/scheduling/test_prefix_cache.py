@@ -29,7 +29,7 @@ def make(**limits: int) -> Machine:
 
 
 def text(name: str, length: int) -> list[int]:
-    """Return tokens that belong to this name only, none of which ends a turn or an answer."""
+    """Return random tokens with the seed `name`; no token among them ends a turn or an answer."""
     rng = random.Random(name)
     return [rng.randrange(10, VOCAB_SIZE) for _ in range(length)]
 

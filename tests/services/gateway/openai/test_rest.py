@@ -311,7 +311,7 @@ def test_a_large_body(http: httpx.Client, num_bytes: int) -> None:
     try:
         answer = http.post("/v1/completions", content=body)
     except httpx.WriteError:
-        assert num_bytes > 16 * MAX_BODY_BYTES  # beyond that the server hangs up
+        assert num_bytes > 16 * MAX_BODY_BYTES  # the server hangs up while such a large body arrives
     else:
         _check_refused(answer, 413, "The body must be at most 100000 bytes long, but is longer.")
 
