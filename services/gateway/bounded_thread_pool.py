@@ -11,14 +11,14 @@ from typing import ParamSpec, TypeVar
 from services.engine.contract.errors import EngineOverloaded
 
 NUM_THREADS = 4  # calls that run at the same time
-MAX_OPEN = 256  # calls that run or wait; the engine lets as many requests wait
+MAX_OPEN = 256  # maximum number of calls that run or wait; in the engine, the same number of requests may wait
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class BoundedThreadPool:
-    """A `BoundedThreadPool` runs functions in threads and refuses work when too much of it waits.
+    """A `BoundedThreadPool` runs functions in threads and refuses calls when too many calls run or wait.
 
     asyncio's default thread pool is not used because its queue has no bound.
     """
@@ -28,10 +28,11 @@ class BoundedThreadPool:
         self._lock, self._num_open, self._max_open = threading.Lock(), 0, max_open
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` in a thread, and return or raise what the function does.
+        """Call `function` in a thread, and return its result or raise its exception.
 
-        Raises EngineOverloaded if `max_open` other calls run or wait. A cancelled call that still waits leaves the
-        queue; one that already runs counts as open until it ends, because a thread cannot be interrupted.
+        Raises EngineOverloaded if `max_open` other calls run or wait. If the caller is cancelled while the call waits,
+        the call leaves the queue. A call that already runs counts as open until it ends, because a thread cannot be
+        interrupted.
         """
         with self._lock:
             if self._num_open >= self._max_open:

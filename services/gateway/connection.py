@@ -1,4 +1,4 @@
-"""HTTP connections need two things that Starlette lacks: bodies of bounded size, and early notice of a disconnect."""
+"""An HTTP handler needs two functions that Starlette lacks: to bound the size of bodies, and to notice a disconnect."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway.errors import ApiError, ApiRefusal
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's HTTP status for it; no client is left to read it
-# A client reads the refusal of a too large body only after it has sent the body. The server therefore reads up to this
-# many times the allowed size before it closes the connection.
+# nginx's HTTP status for a request whose client closed the connection; no client is left to read the status
+CLIENT_CLOSED_REQUEST = 499
+# A client reads the refusal of a too large body only after the client has sent the whole body. The server therefore
+# reads and drops up to DRAIN_FACTOR times the allowed size before it closes the connection.
 DRAIN_FACTOR = 16
 
 T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """`ClientGone` is raised when a client closes the connection before it has its answer."""
+    """A `ClientGone` is raised when a client closes the connection before the answer is complete."""
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the body of `request`, of which at most `max_bytes` are kept in memory.
+    """Return the body of `request`, which may be at most `max_bytes` long.
 
-    Raises ApiError if the body is longer than `max_bytes`, and ClientGone if the client disconnects.
+    Raises ApiError for a longer body, of which at most `max_bytes` are kept in memory, and ClientGone if the client
+    disconnects.
     """
     chunks, size = [], 0
     try:
@@ -66,9 +68,9 @@ async def _until_gone(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """An `EventStream` sends server-sent events and closes their generator as soon as the client disconnects.
+    """An `EventStream` sends server-sent events and closes the generator of events when the client disconnects.
 
-    Starlette's own response notices a disconnect only when it sends the next event.
+    Starlette's `StreamingResponse` notices a disconnect only when it sends the next event.
     """
 
     media_type = "text/event-stream"

@@ -1,4 +1,4 @@
-"""An `ApiError` is an error that is reported to the client, with an HTTP status and a gRPC code."""
+"""An `ApiError` is an error that the gateway reports to the client, with an HTTP status and a gRPC code."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ class ApiRefusal(Enum):
 class ApiError(Exception):
     """An `ApiError` refuses a request with one full sentence for the client.
 
-    - `param`: the request's parameter that the sentence is about, if it is about one.
-    - `code`: OpenAI's code for the mistake, if there is one.
-    - `retry_after`: seconds after which the client may send the request again.
+    - `message`: the sentence.
+    - `param`: name of the request's parameter that causes the refusal; None if no single parameter does.
+    - `code`: OpenAI's code for the mistake; None if OpenAI has no code for the mistake.
+    - `retry_after`: seconds after which the client may send the request again; None if a retry would not help.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 @contextmanager
 def client_errors() -> Iterator[None]:
-    """Turn every exception of the block into the ApiError that the client is told."""
+    """Turn every exception that the `with` block raises into the ApiError to report to the client."""
     try:
         yield
     except ApiError:
@@ -97,15 +98,15 @@ def _from_exception(error: Exception) -> ApiError:
 
 
 def _bad_value(error: ValueError) -> ApiError:
-    """Return the refusal of a bad value, with the parameter's name if the error's sentence begins with one.
+    """Return the refusal of a bad value, with the parameter's name if the error message begins with the name.
 
-    The sentences of SamplingParams, of the engine and of the request parsers do so when they are about a parameter.
+    The messages of SamplingParams, the engine and the request parsers begin with the name of the bad parameter.
     """
     name = re.match(r"[a-z][a-z_.\[\]0-9]*\b\]?(?= )", str(error))
     return invalid(str(error), name and name.group())
 
 
 def unexpected(error: Exception) -> ApiError:
-    """Log an exception that is the server's fault, and return what the client is told about it."""
+    """Log an exception that is the server's fault, and return an ApiError for the client without its details."""
     logger.error("A request failed unexpectedly.", exc_info=error)
     return ApiError(ApiRefusal.FAILED, "The server failed; its log says more.")

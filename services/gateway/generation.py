@@ -1,4 +1,4 @@
-"""A `Generation` turns requests into streams of text; it is the one path that REST and gRPC share."""
+"""A `Generation` turns requests into streams of text, for the REST API as well as for the gRPC API."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from services.gateway.errors import ApiError, ApiRefusal, client_errors, invalid
 from services.gateway.generation_request import MAX_CHOICES, GenerationRequest, Prompt
 from services.gateway.metrics.request_metrics import RequestMetrics
 
-DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's reference; a chat may use the whole context
+# default of max_tokens for /v1/completions, as in OpenAI's reference; a chat may use the whole context by default
+DEFAULT_MAX_TOKENS = 16
 MERGE_QUEUE_LEN = 16  # text deltas of all choices that wait for the client; a full queue stops the choices' streams
-INLINE_CHARS = 16_384  # characters; tokenizing them takes about 5 ms, and longer texts go to a thread
-INLINE_TOKENS = 1024  # decoding them one by one takes about 1 ms, and longer lists go to a thread
+INLINE_CHARS = 16_384  # longer texts are tokenized in a thread; tokenizing this many characters takes about 5 ms
+INLINE_TOKENS = 1024  # longer lists of tokens are decoded in a thread; decoding this many tokens takes about 1 ms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,19 +38,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A `ModelCard` holds what the API tells clients about the served model."""
+    """A `ModelCard` holds the facts about the served model that the API reports to clients."""
 
     id: str
-    max_model_len: int  # tokens of prompt and completion together
-    created: int  # Unix time, seconds
+    max_model_len: int  # maximum number of tokens of prompt and completion together
+    created: int  # Unix time in seconds at which the gateway started
     owned_by: str = "expertmesh"
 
 
 class TokenSource(Protocol):
-    """A `TokenSource` generates tokens: it is the engine itself or a handle to engines in other processes.
+    """A `TokenSource` generates tokens: either the engine itself or a handle to engines in other processes.
 
-    Closing the generator frees everything that the request holds. `generate` raises ValueError (a sentence for the
-    client), EngineOverloaded, EngineFailed, DeadlinePassed (after `timeout` seconds) or ApiError.
+    Closing the generator frees everything that the request holds. `generate` raises
+
+    - ValueError with a sentence for the client, if a parameter is bad,
+    - EngineOverloaded, EngineFailed or ApiError,
+    - DeadlinePassed after `timeout` seconds.
     """
 
     def generate(
@@ -58,7 +62,10 @@ class TokenSource(Protocol):
 
 
 def derived_seed(seed: int | None, choice: int) -> int | None:
-    """Return the seed of the `choice`-th choice: the request's own for choice 0, else one derived from it."""
+    """Return the seed of one choice; choice 0 uses the request's `seed`, other choices a hash of seed and index.
+
+    Returns None if the request has no seed.
+    """
     if seed is None or choice == 0:
         return seed
     digest = hashlib.sha256(f"{seed}:{choice}".encode()).digest()
@@ -66,11 +73,11 @@ def derived_seed(seed: int | None, choice: int) -> int | None:
 
 
 class Generation:
-    """A `Generation` prepares requests (template, tokens, grammar), has the engine generate, and streams the text.
+    """A `Generation` prepares requests (template, tokens, grammar), sends them to the engine and streams the text.
 
-    Preparing raises the exceptions of `services.engine.contract.errors`, ValueError and ApiError; a surface turns all
-    of them into ApiError with `errors.client_errors`. `stream` raises only ApiError. `check_grammar` refuses a bad
-    grammar before the engine does, so that the error can name the client's parameter.
+    `prepare` raises the exceptions of `services.engine.contract.errors`, ValueError and ApiError; the REST and gRPC
+    handlers turn all these exceptions into ApiError with `errors.client_errors`. `stream` raises only ApiError.
+    `check_grammar` refuses a bad grammar before the engine does, so that the error can name the client's parameter.
     """
 
     def __init__(
@@ -83,21 +90,22 @@ class Generation:
         metrics: RequestMetrics | None = None,
     ) -> None:
         self._threads = threads or BoundedThreadPool()
-        self._grammar_threads = BoundedThreadPool()  # separate, because checking one grammar may take seconds
+        # a separate pool, because checking one grammar may take seconds and must not delay tokenizing
+        self._grammar_threads = BoundedThreadPool()
         self._source, self.tokenizer, self.card, self._check_grammar = source, tokenizer, card, check_grammar
         self._markers = grammars.Markers.of(tokenizer)
         self.metrics = metrics or RequestMetrics(card.id)
 
     def check_model(self, model: str | None) -> None:
-        """Raise ApiError unless `model` is the served one; None and an empty name mean the served one."""
+        """Raise ApiError if `model` names another model than the served model; None and "" are allowed."""
         if model and model != self.card.id:
             message = f"The model {model!r:.100} does not exist; this server serves {self.card.id!r}."
             raise ApiError(ApiRefusal.NOT_FOUND, message, "model", "model_not_found")
 
     async def prepare(self, requests: Sequence[GenerationRequest]) -> list[ChoiceRequest]:
-        """Check and tokenize `requests`, and return `n` choices for each of them, in order.
+        """Check and tokenize `requests`, and return the `n` choices of each request, in the order of the requests.
 
-        Raises ApiError with the numbers if a prompt does not fit the model's context.
+        Raises ApiError if a prompt does not fit the model's context; the message gives both token counts.
         """
         start = asyncio.get_running_loop().time()
         choices = [choice for request in requests for choice in await self._choices_in_time(request, start)]
@@ -111,25 +119,29 @@ class Generation:
         return await self._token_ids(request.prompt_with_tools(), add_special_tokens)
 
     async def token_texts(self, token_ids: list[int]) -> list[str]:
-        """Return the text of each token by itself."""
+        """Return a list with the text of each token, decoded separately from the other tokens."""
         return await self._run(len(token_ids) > INLINE_TOKENS, self.tokenizer.texts, token_ids)
 
     def detokenize(self, token_ids: list[int]) -> str:
-        """Return the text of `token_ids`. Raises ValueError if an id is not in the vocabulary."""
+        """Return the text of the tokens `token_ids`. Raises ValueError if an id is not in the vocabulary."""
         self._check_ids("tokens", token_ids)
         return self.tokenizer.decode(token_ids)
 
     async def stream(self, choices: Sequence[ChoiceRequest], request_id: str) -> AsyncGenerator[TextDelta, None]:
-        """Yield the text of all `choices`, interleaved as it is generated. Closing the generator aborts the choices."""
+        """Yield text deltas of all `choices` in the order in which the engine generates the deltas.
+
+        Closing the generator aborts the choices.
+        """
         streams = [self._stream_one(index, choice, request_id) for index, choice in enumerate(choices)]
         async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def _choices_in_time(self, request: GenerationRequest, start: float) -> list[ChoiceRequest]:
-        """Prepare `request` within its timeout, which began at `start` on the event loop's clock.
+        """Return the prepared choices of `request`, with the remaining seconds of its timeout as their timeouts.
 
-        The choices get the seconds that are left. Raises DeadlinePassed if none are.
+        The timeout began at `start`, a time of the event loop's clock. Raises DeadlinePassed if the timeout ends before
+        the choices are prepared.
         """
         request.check()
         if request.timeout is None:
@@ -163,21 +175,23 @@ class Generation:
 
     async def _token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, list):
-            if (lowest := min(prompt, default=0)) < 0:  # the engine, which knows the vocabulary, checks the highest
+            # The engine refuses ids that are too high, because the engine knows the model's vocabulary.
+            if (lowest := min(prompt, default=0)) < 0:
                 raise ValueError(f"prompt must hold token ids of at least 0, not {lowest}.")
             return prompt
         text = self.tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt
         return await self._run(len(text) > INLINE_CHARS, self.tokenizer.encode, text, add_special_tokens)
 
     async def _run(self, is_long: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` in a thread if it `is_long`, so that it does not block the event loop; else call it here.
+        """Call `function` and return its result; a call that `is_long` runs in a thread.
 
-        Raises EngineOverloaded if too many calls wait for a thread.
+        A long call in this thread would block the event loop. Raises EngineOverloaded if too many calls wait for a
+        thread.
         """
         return await self._threads.run(function, *args, **kwargs) if is_long else function(*args, **kwargs)
 
     async def _grammar(self, request: GenerationRequest, in_reasoning: bool) -> Grammar | None:
-        """Return the checked grammar of the whole answer, or None if its text is free."""
+        """Return the checked grammar of the whole answer, or None if the answer may be any text."""
         answer_format, tool_use = request.answer_format, request.tool_use
         answer = answer_format.grammar if answer_format else None
         if answer_format and self._check_grammar:
@@ -190,14 +204,18 @@ class Generation:
         return composed
 
     def _check_ids(self, param: str, token_ids: Sequence[int]) -> None:
-        """Raise ValueError about `param` if a token id is not in the vocabulary."""
+        """Raise ValueError, with the parameter's name `param` in the message, if an id is not in the vocabulary."""
         for token_id in token_ids:
             if not 0 <= token_id < self.tokenizer.vocab_size:
                 highest = self.tokenizer.vocab_size - 1
                 raise ValueError(f"{param} holds the token id {token_id}; allowed are 0 to {highest}.")
 
     def _fit_context(self, params: SamplingParams, num_prompt: int, is_chat: bool) -> SamplingParams:
-        """Return `params` with the default of max_tokens filled in. Raises ApiError if the context is too short."""
+        """Return `params`, with a default for max_tokens in a completion that sets none.
+
+        `num_prompt` is the number of tokens of the prompt. Raises ApiError if the prompt and the requested tokens do
+        not fit the model's context.
+        """
         longest, num_asked = self.card.max_model_len, params.max_tokens or params.min_tokens
         if num_prompt >= longest:
             message = (
@@ -231,12 +249,13 @@ class Generation:
                 else:
                     with client_errors():
                         raise EngineFailed("The engine ended the request without a finish reason.")
-        # The last delta is sent only now, so that a stop string has freed the engine before the client sees the end.
+        # The last delta is sent only after the engine's request is closed. When the client sees the end of the choice,
+        # the engine is therefore free, even if a stop string ended the choice early.
         yield delta
 
     async def _outputs(self, name: str, choice: ChoiceRequest) -> AsyncGenerator[TokenOutput, None]:
         with client_errors():
-            # A random suffix makes the engine's id unique, because clients may use one request id several times.
+            # The random suffix makes the id unique in the engine, because clients may use one request id several times.
             engine_id = f"{name}-{uuid.uuid4().hex[:12]}"
             source = self._source.generate(engine_id, choice.prompt_token_ids, choice.params, choice.timeout)
             async with aclosing(source) as outputs:
@@ -245,7 +264,10 @@ class Generation:
 
 
 async def _merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
-    """Yield the deltas of all `streams` as they come. The first exception of a stream ends all streams."""
+    """Yield the deltas of all `streams` in the order in which the deltas arrive.
+
+    The first exception of a stream is raised and ends all streams.
+    """
     queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue(MERGE_QUEUE_LEN)
     pumps = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
     try:

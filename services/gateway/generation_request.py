@@ -1,4 +1,4 @@
-"""A `GenerationRequest` is the value that both surfaces make of a request and that `Generation` takes."""
+"""A `GenerationRequest` is a client's request in the form that the REST and gRPC APIs pass to `Generation`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from services.engine.contract.sampling_params import Grammar
 from services.gateway.chat.conversation import Conversation
 from services.gateway.chat.tools import ToolMode, ToolUse
 
-MAX_CHOICES = 128  # of one request: prompts times n
+MAX_CHOICES = 128  # maximum number of choices of one client request: its prompts times `n`
 
 Prompt = str | list[int] | Conversation
 
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """An `AnswerFormat` is a grammar that the text of an answer must match, and the client's parameter that sets it."""
+    """An `AnswerFormat` holds a grammar for the text of an answer, and the name of the parameter that sets it."""
 
     grammar: Grammar
-    param: str  # for error messages, such as "structured_outputs.regex"
+    param: str  # name of the client's parameter for error messages, such as "structured_outputs.regex"
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A `GenerationRequest` holds one prompt and everything that a client asked for its answers.
+    """A `GenerationRequest` holds one prompt and all parameters that a client set for the answers to the prompt.
 
-    REST bodies and gRPC messages are converted to it before anything else happens. One request becomes `n` choices.
+    REST bodies and gRPC messages are converted to a `GenerationRequest` first. One request becomes `n` choices.
     """
 
     prompt: Prompt
@@ -37,10 +37,10 @@ class GenerationRequest:
     echo: bool = False  # True: the text of an answer begins with the prompt
     answer_format: AnswerFormat | None = None
     tool_use: ToolUse = field(default_factory=ToolUse)
-    timeout: float | None = None  # seconds from now to the last token
+    timeout: float | None = None  # seconds from the arrival of the request until its last token must be generated
 
     def check(self) -> None:
-        """Raise ValueError if a value is out of its bounds or two parameters contradict each other."""
+        """Raise ValueError if a parameter is out of its bounds or if two parameters contradict each other."""
         if self.n is not None and not 1 <= self.n <= MAX_CHOICES:
             raise ValueError(f"n must be 1 to {MAX_CHOICES}, not {self.n}.")
         if self.timeout is not None and not (self.timeout > 0 and math.isfinite(self.timeout)):
@@ -53,7 +53,7 @@ class GenerationRequest:
             raise ValueError(f"{param} may not be given together with a tool_choice that forces a call.")
 
     def prompt_with_tools(self) -> Prompt:
-        """Return the prompt, and show a conversation the tools unless the model may not call them."""
+        """Return the prompt; a conversation gets the request's tools, unless the model must not call tools."""
         if not isinstance(self.prompt, Conversation) or self.tool_use.mode is ToolMode.NONE:
             return self.prompt
         return replace(self.prompt, tools=tuple(tool.to_template() for tool in self.tool_use.tools))

@@ -1,4 +1,4 @@
-"""The gRPC API (inference.proto) offers what the REST API offers, in typed messages.
+"""The gRPC API (inference.proto) offers the functions of the REST API in typed messages.
 
 All methods are plain coroutines, so that the gateway's own gRPC server and Ray Serve's gRPC proxy can call them.
 """
@@ -34,7 +34,8 @@ from services.gateway.generation_request import AnswerFormat, GenerationRequest,
 from services.gateway.health import Health
 from services.gateway.request_id import check_request_id
 
-SERVICES = ("", "expertmesh.inference.v1.Inference")  # names that a health check may ask about; "": the whole server
+# names of services that a health check may ask about; "" stands for the whole server
+SERVICES = ("", "expertmesh.inference.v1.Inference")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -51,13 +52,13 @@ TOOL_MODES = {
 
 
 class RpcContext(Protocol):
-    """An `RpcContext` is the context of a call, either gRPC's own or Ray Serve's."""
+    """An `RpcContext` is the context that gRPC or Ray Serve passes to the handler of an RPC."""
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
 
 
 class GrpcError(Exception):
-    """A `GrpcError` ends a call with a status code and one sentence for the client."""
+    """A `GrpcError` ends an RPC with a gRPC status code and one sentence for the client."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
@@ -72,7 +73,7 @@ class GrpcError(Exception):
 
 @dataclass(frozen=True)
 class _GrpcReplyHead:
-    """A `_GrpcReplyHead` holds the fields that every message of one response repeats."""
+    """A `_GrpcReplyHead` holds the fields that are the same in every message of one response."""
 
     request_id: str
     model: str
@@ -84,9 +85,10 @@ class _GrpcReplyHead:
 
 
 class _Trailers:
-    """A `_Trailers` collects a call's trailing metadata.
+    """A `_Trailers` collects the trailing metadata of one RPC.
 
-    A context keeps only the metadata that was set last, so each addition sets everything again.
+    A context keeps only the metadata of the last call of `set_trailing_metadata`, so each `set` passes all entries
+    again.
     """
 
     def __init__(self, context: RpcContext | None) -> None:
@@ -100,9 +102,9 @@ class _Trailers:
 
 
 class InferenceApi:
-    """An `InferenceApi` implements the RPCs; each method is named after its RPC, in snake case.
+    """An `InferenceApi` implements the RPCs; each method has the name of its RPC in snake case.
 
-    A method raises GrpcError, and sets the trailing metadata of its `context` if there is one.
+    A method raises only GrpcError. If a `context` is given, the method sets the trailing metadata of the context.
     """
 
     def __init__(self, generation: Generation, health: Callable[[], Awaitable[Health]]) -> None:
@@ -161,7 +163,7 @@ class InferenceApi:
                 return pb.DetokenizeResponse(text=self._generation.detokenize(list(request.token_ids)))
 
     async def check(self, request: HealthCheckRequest, _: RpcContext | None = None) -> HealthCheckResponse:
-        """Answer a health check (grpc.health.v1); a degraded server counts as serving."""
+        """Return the health of the server, as in grpc.health.v1; a degraded server is reported as SERVING."""
         with self._errors():
             if request.service not in SERVICES:
                 allowed = " or ".join(map(repr, SERVICES))
@@ -186,7 +188,10 @@ class InferenceApi:
 
     @contextmanager
     def _errors(self, context: RpcContext | None = None) -> Iterator[_Trailers]:
-        """Turn every exception of the block into a GrpcError, and count it."""
+        """Turn every exception that the `with` block raises into a GrpcError, and count the refusal.
+
+        The block receives the `_Trailers` of `context`.
+        """
         trailers = _Trailers(context)
         try:
             yield trailers
@@ -294,7 +299,7 @@ def _answer_format(response_format: pb.ResponseFormat) -> AnswerFormat | None:
 
 
 def _sampling(sampling: pb.SamplingParams) -> dict[str, Any]:
-    """Return the fields of SamplingParams that the client set."""
+    """Return the sampling parameters that the client set, by their names in SamplingParams."""
     given: dict[str, Any] = {field.name: value for field, value in sampling.ListFields()}
     for name in ("stop", "stop_token_ids"):
         if name in given:

@@ -1,4 +1,4 @@
-"""A `Health` says whether the server can answer requests."""
+"""A `Health` says whether the server can answer requests, and what does not work."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Health:
-    """A `Health` says whether the server answers requests, and whether it does so with fewer experts than it should."""
+    """A `Health` says whether the server answers requests, and whether experts lack live homes."""
 
     is_ready: bool
     is_degraded: bool = False  # requests are answered, but experts have fewer live homes than they should
-    detail: str = ""  # one sentence for operators
+    detail: str = ""  # what does not work, in sentences for operators

@@ -1,10 +1,10 @@
 """A `Listener` serves the gateway's own ports in the gateway's process: uvicorn serves REST, grpc.aio serves gRPC.
 
-Ray Serve's proxies are not used for tokens, because they run in a process of their own and cost each token 2 to 3 ms
-and 1 ms of a core. (Measured to the first token: 11 to 15 ms through Serve's default path, 2.2 ms with uvicorn alone.)
-The proxies still run in Kubernetes, where a pod is Ready only with one. Serve's HAProxy mode is as fast as uvicorn, but
-it takes fixed ports and paths of the machine, and it cuts off requests that last more than two minutes beyond a change
-of replicas.
+Ray Serve's proxies are not used for tokens, because the proxies run in a process of their own and cost each token 2 to
+3 ms and 1 ms of a core. (Measured to the first token: 11 to 15 ms through Serve's default path, 2.2 ms with uvicorn
+alone.) The proxies still run in Kubernetes, because a pod is Ready only if a proxy runs in the pod. Serve's HAProxy
+mode is as fast as uvicorn, but HAProxy needs fixed ports and paths of the machine. When replicas change, HAProxy also
+cuts off the requests that still run two minutes later.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from services.gateway.grpc_api import GrpcError, InferenceApi
 
 Context = grpc.aio.ServicerContext[object, object]
 SERVICES = (pb.DESCRIPTOR.services_by_name["Inference"], health_pb2.DESCRIPTOR.services_by_name["Health"])
-BACKLOG = 2048  # connections that wait to be accepted
+BACKLOG = 2048  # maximum number of TCP connections that wait to be accepted
 ALL_INTERFACES = "0.0.0.0"
 
 
 @dataclass(frozen=True)
 class ListenerConfig:
-    """A `ListenerConfig` says on which ports a gateway listens itself.
+    """A `ListenerConfig` says on which ports a gateway listens.
 
-    If a port is None, requests of its kind arrive only through Serve's proxies.
+    If `http_port` is None, REST requests arrive only through Serve's HTTP proxy; if `grpc_port` is None, gRPC requests
+    arrive only through Serve's gRPC proxy.
     """
 
     host: str
     http_port: int | None = None
     grpc_port: int | None = None
-    drain_s: float = 1.0  # seconds that open streams have to end when the gateway stops
+    drain_s: float = 1.0  # seconds that a stopping gateway waits for its open streams to end
 
 
 class Listener:
@@ -63,14 +64,14 @@ class Listener:
         self._grpc_serving: asyncio.Task[bool] | None = None
 
     async def start(self) -> None:
-        """Start to serve. Raises OSError or RuntimeError if a port is taken."""
+        """Start to serve on the configured ports. Raises OSError or RuntimeError if a port is taken."""
         if self.config.http_port is not None:
             await self._start_http(self.config.http_port)
         if self.config.grpc_port is not None:
             await self._start_grpc(self.config.grpc_port)
 
     async def stop(self) -> None:
-        """Accept no new requests, and wait up to `drain_s` for the open ones."""
+        """Accept no new requests, and wait up to `drain_s` seconds for the open requests to end."""
         if self._http is not None:
             self._http.should_exit = True
         if self._grpc is not None:
@@ -95,8 +96,8 @@ class Listener:
             timeout_graceful_shutdown=math.ceil(self.config.drain_s),
         )
         listening = socket.create_server((self.config.host, port), backlog=BACKLOG, reuse_port=True)
-        # asyncio sets this only on sockets that were created with the number of the TCP protocol. Without it, Nagle's
-        # algorithm delays a token by up to 40 ms.
+        # asyncio sets TCP_NODELAY only on sockets that were created with the protocol number IPPROTO_TCP, and
+        # create_server uses 0. Without TCP_NODELAY, Nagle's algorithm delays a token by up to 40 ms.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._http = uvicorn.Server(uvicorn_config)
         self._serving = asyncio.create_task(self._http.serve(sockets=[listening]))
@@ -122,7 +123,10 @@ class Listener:
 
 
 def grpc_handlers(service: ServiceDescriptor, api: InferenceApi) -> grpc.GenericRpcHandler:
-    """Return handlers for each RPC of `service` that `api` implements as a method of the same name in snake case."""
+    """Return the gRPC handlers of the RPCs of `service` that `api` implements.
+
+    An RPC is implemented by the method of `api` that has the RPC's name in snake case.
+    """
     named = ((method, getattr(api, _snake_case(method.name), None)) for method in service.methods)
     handlers = {method.name: _handler(method, function) for method, function in named if function is not None}
     return grpc.method_handlers_generic_handler(service.full_name, handlers)

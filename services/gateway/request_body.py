@@ -1,4 +1,4 @@
-"""`parse_body` parses a JSON request body, and explains the first mistake in it in one sentence."""
+"""`parse_body` parses a JSON request body, and explains the first mistake of the body in one sentence."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pydantic_core import ErrorDetails
 
 from services.gateway.errors import ApiError, invalid
 
-OBJECT = "a JSON object"  # what error sentences say instead of pydantic's class name
+OBJECT = "a JSON object"  # replaces pydantic's class name in error messages
 
 
 class BaseBody(BaseModel):
-    """A `BaseBody` is a JSON object whose unknown fields and values of a wrong type are refused."""
+    """A `BaseBody` is a JSON object that refuses unknown fields and values of a wrong type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -23,7 +23,8 @@ class BaseBody(BaseModel):
 def only(*allowed: object) -> AfterValidator:
     """Return a validator for a field of OpenAI's API that is not supported.
 
-    Clients may send the field with a value of `allowed`, which asks for nothing; every other value is refused.
+    Clients may send the field with null or one of the values `allowed`, which have no effect. The validator refuses
+    every other value.
     """
     values = " or ".join("null" if value is None else repr(value) for value in allowed)
 
@@ -39,7 +40,10 @@ AnyBody = TypeVar("AnyBody", bound=BaseBody)
 
 
 def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
-    """Return the body in `data`, as `kind`. Raises ApiError with one sentence about the first mistake."""
+    """Return the JSON text `data` as an object of the class `kind`.
+
+    Raises ApiError with one sentence about the first mistake in the body.
+    """
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -69,10 +73,11 @@ def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
 
 
 def _most_specific(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[ErrorDetails, str]:
-    """Return the error to tell the client, and what the server expected there.
+    """Return the error to report to the client, and a description of the values that the field may have.
 
-    pydantic reports one error for each type of a union. The error that lies deepest in the body is chosen, because the
-    client meant that type most probably; if none lies deeper, every type of the union is named.
+    For a field that is a union, pydantic reports one error for each type of the union. The error at the deepest path of
+    the body is chosen, because its type is most probably the type that the client meant. If all errors have the same
+    depth, the description names every type of the union.
     """
     first = errors[0]
     if not _locate(kind, first["loc"]).is_in_union:
@@ -94,13 +99,13 @@ def _expected(error: ErrorDetails) -> str:
 class _FieldLocation:
     """A `_FieldLocation` says where in a body a mistake is."""
 
-    path: str  # such as "messages[0].role"
-    fields: tuple[str, ...]  # names that the object around the mistake may have
+    path: str  # path of the mistake in the body, such as "messages[0].role"
+    fields: tuple[str, ...]  # field names that are allowed in the object with the mistake
     is_in_union: bool  # True: pydantic's location ends with the name of one type of a union
 
 
 def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
-    """Return the location of an error, by following pydantic's `loc` through the types of the body."""
+    """Return the location of an error, given pydantic's `loc` and the class `kind` of the body."""
     types: list[Any] = [kind]  # possible types of the value at `path`: several if the field is a union
     path, fields, is_in_union = "", tuple[str, ...](), False
     for part in loc:
@@ -118,6 +123,6 @@ def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
 
 
 def _union_members(annotation: Any) -> list[Any]:
-    """Return the types of a union without None, or the annotation itself if it is no union."""
+    """Return the types of a union except None, or only `annotation` if the annotation is not a union."""
     is_union = get_origin(annotation) in (Union, UnionType)
     return [member for member in get_args(annotation) if member is not NoneType] if is_union else [annotation]

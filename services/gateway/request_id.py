@@ -1,4 +1,4 @@
-"""A request has an id, which a client may choose and which logs and responses repeat."""
+"""Every request has an id, which the client may choose and which appears in logs and in the response."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.errors import invalid
 
-MAX_REQUEST_ID_LEN = 128  # characters; ids go into logs and response headers
+MAX_REQUEST_ID_LEN = 128  # maximum number of characters of a request id, because ids go into logs and headers
 
 
 def check_request_id(request_id: str, param: str) -> None:
-    """Raise ApiError about `param` if `request_id` is too long for logs and headers, or not printable."""
+    """Raise ApiError if `request_id` is too long for logs and headers or not printable ASCII.
+
+    `param` is the name of the client's parameter, for the error message.
+    """
     if len(request_id) > MAX_REQUEST_ID_LEN or not (request_id.isascii() and request_id.isprintable()):
         raise invalid(f"{param} must be at most {MAX_REQUEST_ID_LEN} printable ASCII characters long.", param)
 
 
 class RequestIdMiddleware:
-    """`RequestIdMiddleware` gives every HTTP request an id: its `X-Request-Id` header, or a new random one.
+    """A `RequestIdMiddleware` gives every HTTP request an id: its `X-Request-Id` header, or a random id.
 
     The id is stored in `request.state.id` and sent back in the response's `X-Request-Id` header.
     """

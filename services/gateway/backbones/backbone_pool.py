@@ -1,7 +1,7 @@
 """A gateway holds one gRPC stream to each backbone, and sends every request to the least loaded backbone.
 
 A backbone sends a message several times per second, even if it is idle (`services.engine.server.HEARTBEAT_S`). A silent
-backbone is stopped, hung or disconnected, and another backbone continues its requests.
+backbone is therefore taken to be stopped, hung or disconnected, and its requests continue on another backbone.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from services.gateway.health import Health
 log = logging.getLogger(__name__)
 
 FIND_PERIOD_S = 5.0  # seconds between two searches for backbones, while all known backbones answer
-# Seconds after which a status is stale and requested again, and also between two searches while a backbone is missing.
+# Seconds after which a backbone's status is stale and is requested again. While a backbone is missing, also the seconds
+# between two searches for backbones.
 STATUS_TTL_S = 0.5
-STATUS_TIMEOUT_S = 5.0  # seconds that all backbones together have to send their statuses
+STATUS_TIMEOUT_S = 5.0  # seconds after which a request for the statuses of all backbones fails
 SILENCE_TICK_S = 0.1  # seconds between two checks of how long each backbone has been silent
 MAX_SILENT_S = 1.0  # seconds of silence after which a backbone is given up, if another backbone answers
-# The same limit while no backbone answers. No backbone could continue the requests then, and a backbone that was only
-# delayed is back sooner than a new backbone has started.
+# Seconds of silence after which a backbone is given up while all backbones are silent. This limit is longer because no
+# backbone could continue the requests, and because a delayed backbone answers again sooner than a new backbone starts.
 MAX_SILENT_ALONE_S = 10.0
 
 AskStatuses = Callable[
@@ -39,7 +40,10 @@ AskStatuses = Callable[
 
 
 def unresponsive_endpoints(silent_s: Mapping[str, float]) -> list[str]:
-    """Return the backbones to give up, from the seconds for which each backbone has been silent, by endpoint."""
+    """Return the endpoints of the backbones to give up.
+
+    `silent_s` maps the endpoint of each backbone to the seconds since the backbone's last message.
+    """
     does_one_answer = any(seconds < MAX_SILENT_S for seconds in silent_s.values())
     limit = MAX_SILENT_S if does_one_answer else MAX_SILENT_ALONE_S
     return [endpoint for endpoint, seconds in silent_s.items() if seconds >= limit]
@@ -51,14 +55,15 @@ def _ignore_pause(pause: float | None) -> None: ...
 class BackbonePool:
     """A `BackbonePool` is a `TokenSource` that uses all backbone replicas.
 
-    `start`, `stop` and `generate` must be called on the same event loop. `on_resumed` is called whenever another
-    backbone continues a request.
+    `start`, `stop` and `generate` must be called on the same event loop. `on_resumed` is called each time a request
+    continues on another backbone.
     """
 
     def __init__(self, ask_statuses: AskStatuses, on_resumed: OnResumed = _ignore_pause) -> None:
         self._ask_statuses, self._on_resumed = ask_statuses, on_resumed
         self._streams: dict[str, BackboneStream] = {}
-        self._last: tuple[float, list[dict[str, Any]]] = (0.0, [])  # time.monotonic() and the statuses of that time
+        # the latest statuses of the backbones, after the time.monotonic() at which the statuses arrived
+        self._last: tuple[float, list[dict[str, Any]]] = (0.0, [])
         self._tasks: list[asyncio.Task[None]] = []
         self._search: asyncio.Task[None] | None = None
         self._opened = asyncio.Event()
@@ -83,7 +88,7 @@ class BackbonePool:
         params: SamplingParams,
         timeout: float | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
-        """Yield the outputs of a request, which survives the loss of backbones.
+        """Yield the outputs of a request, and continue the request on another backbone if its backbone is lost.
 
         Raises the exceptions of `Engine.generate`, and ApiError (UNAVAILABLE) if no backbone answers.
         """
@@ -94,8 +99,9 @@ class BackbonePool:
                 yield output
 
     async def statuses(self) -> list[dict[str, Any]]:
-        """Return the status of every backbone that answers, sorted by endpoint and at most STATUS_TTL_S old.
+        """Return the statuses of the backbones that answer, in the order of their endpoints.
 
+        The statuses are at most STATUS_TTL_S seconds old.
         Raises EngineFailed if no backbone answers.
         """
         asked_at, statuses = self._last
@@ -111,7 +117,7 @@ class BackbonePool:
         return statuses
 
     async def health(self) -> Health:
-        """Return whether a backbone answers, and which backbones and shards do not work."""
+        """Return the health of the backbones; its `detail` names the backbones and shards that do not work."""
         try:
             statuses = await self.statuses()
         except EngineFailed as error:
@@ -126,7 +132,11 @@ class BackbonePool:
         return Health(is_ready=True, is_degraded=bool(details), detail=" ".join(details))
 
     def _least_loaded(self, avoid: str = "") -> BackboneStream | None:
-        """Return the stream with the fewest requests; one to the endpoint `avoid` only if there is no other."""
+        """Return the open stream with the fewest requests, or None if no stream is open.
+
+        Two kinds of streams are returned only if there is no better stream: a stream whose backbone has been silent
+        for MAX_SILENT_S seconds, and the stream to the endpoint `avoid`.
+        """
         is_open = [stream for stream in self._streams.values() if stream.is_open]
         return min(
             is_open,
@@ -141,7 +151,10 @@ class BackbonePool:
         raise ApiError(ApiRefusal.UNAVAILABLE, "No backbone answers; try again.", retry_after=1)
 
     async def _find_stream(self, avoid: str, wait_s: float) -> BackboneStream | None:
-        """Return a stream for a request that lost its backbone, or None if none opened within `wait_s` seconds."""
+        """Return a stream for a request that lost its backbone, or None if no stream opens within `wait_s` seconds.
+
+        The stream to the endpoint `avoid` is returned only if no other stream is open.
+        """
         stop_at = time.monotonic() + wait_s
         while not (stream := self._least_loaded(avoid)) and time.monotonic() < stop_at:
             if self._is_stopping:
@@ -162,8 +175,8 @@ class BackbonePool:
     async def _count_silence(self) -> None:
         while True:
             await asyncio.sleep(SILENCE_TICK_S)
-            # Silence is counted in ticks and not by the clock: while this process itself is held up, it counts nothing
-            # against the backbones.
+            # Silence is counted in ticks and not by the clock, so that backbones are not blamed for the time in which
+            # this process itself does not run.
             for stream in self._streams.values():
                 stream.silent_s += SILENCE_TICK_S
             silent_s = {endpoint: stream.silent_s for endpoint, stream in self._streams.items() if stream.is_open}
@@ -171,7 +184,7 @@ class BackbonePool:
                 self._streams[endpoint].give_up(f"it was silent for {silent_s[endpoint]:.1f} s")
 
     async def _find(self) -> None:
-        """Open streams to new backbones and drop broken streams. Concurrent callers share one search."""
+        """Open streams to new backbones and close broken streams. Concurrent callers share one search."""
         await asyncio.shield(self._begin_search())
 
     def _begin_search(self) -> asyncio.Task[None]:

@@ -17,15 +17,16 @@ from services.engine.contract.wire import failure_from_proto, output_from_proto,
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 1.0  # for the connection to a backbone
-# Backbones check deadlines between steps. A backbone that has not ended a request this long after the deadline hangs.
+CONNECT_TIMEOUT_S = 1.0  # seconds after which an attempt to connect to a backbone fails
+# Seconds after a request's deadline at which the gateway fails the request itself. A backbone checks deadlines between
+# its steps, so a backbone that is later than this hangs.
 DEADLINE_GRACE_S = 0.5
 
 
 class BackboneLost(Exception):
-    """`BackboneLost` is raised when the stream to a backbone ends before a request on it does.
+    """A `BackboneLost` is raised when the stream to a backbone ends before a request on the stream has ended.
 
-    `is_handover` is True if the backbone ended the stream in good order, which it does when it stops.
+    `is_handover` is True if the backbone ended the stream in good order, as every backbone does when it is stopped.
     """
 
     def __init__(self, reason: str, is_handover: bool = False) -> None:
@@ -54,21 +55,24 @@ class BackboneStream:
         return len(self._inboxes)
 
     async def open(self) -> None:
-        """Connect to the backbone. Raises TimeoutError if the backbone does not answer."""
+        """Connect to the backbone. Raises TimeoutError if the backbone does not answer within CONNECT_TIMEOUT_S."""
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await self._channel.channel_ready()
         self.is_open = True
         self._task = asyncio.create_task(self._listen())
 
     async def close(self) -> None:
-        """Close the stream. Open requests end with BackboneLost."""
+        """Close the stream. Requests that have not ended fail with BackboneLost."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._channel.close()
 
     def give_up(self, reason: str) -> None:
-        """Close the stream without waiting. A hung backbone that wakes up later finds its requests cancelled."""
+        """Close the stream without waiting for the backbone, for the `reason` that requests and the log report.
+
+        If the backbone hangs and runs again later, it finds the requests of the stream cancelled.
+        """
         self._reason, self.is_open = reason, False
         if self._task is not None:
             self._task.cancel()
@@ -81,9 +85,11 @@ class BackboneStream:
         timeout: float | None,
         sent_token_ids: Sequence[int] | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
-        """Yield the outputs of one request; `sent_token_ids` are tokens that an earlier backbone has generated for it.
+        """Yield the outputs of one request, in the order in which the backbone sends the outputs.
 
-        Raises the exceptions of `Engine.generate`, and BackboneLost after all received outputs were yielded.
+        `sent_token_ids` are the tokens of the answer that an earlier backbone has generated, or None if this is the
+        request's first backbone. Raises the exceptions of `Engine.generate`. If the stream ends early, raises
+        BackboneLost after all received outputs were yielded.
         """
         start = start_to_proto(request_id, prompt_token_ids, params, timeout, sent_token_ids)
         inbox = self._inboxes[request_id] = asyncio.Queue[pb.Output | None]()
@@ -125,7 +131,7 @@ class BackboneStream:
     def _deliver(self, message: pb.Outputs) -> None:
         self.silent_s = 0.0
         for output in message.outputs:
-            if inbox := self._inboxes.get(output.request_id):  # no inbox: the request was cancelled meanwhile
+            if inbox := self._inboxes.get(output.request_id):  # a request that was cancelled has no inbox any more
                 inbox.put_nowait(output)
 
     async def _send(self) -> AsyncIterator[pb.Command]:
@@ -134,7 +140,10 @@ class BackboneStream:
 
 
 def _set_alarm(timeout: float, inbox: asyncio.Queue[pb.Output | None]) -> asyncio.TimerHandle:
-    """Fail the request of `inbox` if the backbone has not ended the request soon after its deadline."""
+    """Put a failure into `inbox` when the deadline of its request has passed by DEADLINE_GRACE_S.
+
+    `timeout` is the time to the deadline in seconds. Returns the timer, which the caller cancels when the request ends.
+    """
     sentence = "The request's deadline passed, and its backbone did not report it."
     failure = pb.Failure(kind=pb.Failure.DEADLINE, message=sentence)
     loop = asyncio.get_running_loop()

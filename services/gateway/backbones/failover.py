@@ -1,7 +1,7 @@
 """A `ResumableRequest` continues on another backbone when its backbone is lost, within a `FailoverBudget`.
 
-The token at a position depends only on the tokens before it, the request's parameters and its seed. The next backbone
-therefore computes the prompt and the tokens sent so far as if they were its prompt, and continues with exactly the
+The token at a position depends only on the tokens before the position, the request's parameters and its seed. The next
+backbone therefore takes the prompt and the tokens sent so far together as its prompt, and continues with exactly the
 tokens that the lost backbone would have sent. Tokens that the lost backbone computed but did not send are computed
 again.
 """
@@ -23,33 +23,39 @@ from services.gateway.errors import ApiError, ApiRefusal
 
 log = logging.getLogger(__name__)
 
-# Limits for one request over its whole life. They protect backbones from a request that itself crashes or fails them.
-MAX_LOSSES = 3  # backbones that may be lost before the request fails
-MAX_HANDOVERS = 16  # backbones that may stop in good order, as one after another does in an upgrade
-# A failed step may be the fault of one backbone (its device, its connection to the shards), so the request is retried
-# on another backbone, once. If the request itself is the cause, it fails there too and takes the other requests of its
-# step with it, so there is no second retry.
+# Limits for all failovers of one request together. The limits protect backbones from a request that itself makes
+# backbones crash or steps fail.
+MAX_LOSSES = 3  # number of lost backbones at which the request fails
+# Number of backbones of one request that may stop in good order and do not count as lost. In an upgrade all backbones
+# stop, one after the other.
+MAX_HANDOVERS = 16
+# Number of retries after failed steps. One backbone may cause a failed step (its device, its connection to the shards),
+# so the request is retried once, on another backbone. If the request itself is the cause, every retry also fails the
+# other requests in the same step, so there is no second retry.
 MAX_FAILURES = 1
-RESUME_WAIT_S = 30.0  # for another backbone to open a stream; starting a new backbone takes about as long
+# Seconds that a request waits for a stream to another backbone. Starting a new backbone takes about as long.
+RESUME_WAIT_S = 30.0
 
-OnResumed = Callable[[float | None], None]  # argument: seconds between two outputs; None if there was none before
-# Finds a stream for a request that lost its own. The arguments are the endpoint to avoid if there is another one, and
-# the seconds to wait.
+# Called when a request continues on another backbone. The argument is the pause in seconds between the last output of
+# the lost backbone and the first output of the next backbone, or None if no output came before the loss.
+OnResumed = Callable[[float | None], None]
+# Returns a stream for a request that lost its backbone, or None if no stream opens in time. The arguments are the
+# endpoint to avoid if another endpoint is available, and the seconds to wait.
 FindStream = Callable[[str, float], Awaitable[BackboneStream | None]]
 
 
 @dataclass(frozen=True)
 class FailoverBudget:
-    """A `FailoverBudget` counts the failovers of one request and says when there have been too many."""
+    """A `FailoverBudget` counts the failovers of one request and refuses a failover beyond the limits."""
 
     num_losses: int = 0
     num_handovers: int = 0
     num_failures: int = 0
 
     def spend(self, error: BackboneLost | EngineFailed) -> FailoverBudget:
-        """Return the budget after one more failover because of `error`.
+        """Return the budget after one more failover, which is caused by `error`.
 
-        Raises `error` itself after too many failed steps, and ApiError after too many lost backbones.
+        If no failover is left, raises `error` itself for a failed step, and ApiError for a lost backbone.
         """
         if isinstance(error, EngineFailed):
             if self.num_failures == MAX_FAILURES:
@@ -89,10 +95,10 @@ class ResumableRequest:
         self._is_paused = False
 
     async def run(self, stream: BackboneStream, find_stream: FindStream) -> AsyncGenerator[TokenOutput, None]:
-        """Yield the outputs of the request as if one backbone had generated them all.
+        """Yield the outputs of the request as if one backbone had generated all outputs.
 
-        The request starts on `stream`; `find_stream` finds the streams after that. Raises the exceptions of
-        `Engine.generate`, and ApiError if the request cannot be continued.
+        The request starts on `stream`; after each lost backbone, `find_stream` finds the next stream. Raises the
+        exceptions of `Engine.generate`, and ApiError if the request cannot be continued.
         """
         budget = FailoverBudget()
         while True:
@@ -127,9 +133,9 @@ class ResumableRequest:
         return stream
 
     def _left(self) -> float | None:
-        """Return the seconds to the deadline, or None if there is no deadline. Raises DeadlinePassed.
+        """Return the seconds until the request's deadline, or None if the request has no deadline.
 
-        The deadline holds for the whole request, however many backbones it loses.
+        A failover does not extend the deadline. Raises DeadlinePassed if no time is left.
         """
         if self._deadline is None:
             return None
@@ -139,7 +145,7 @@ class ResumableRequest:
         return left
 
     async def _run_on(self, stream: BackboneStream, budget: FailoverBudget) -> AsyncGenerator[TokenOutput, None]:
-        # The id is new after each failover, because a backbone that was given up may still hold the request.
+        # The request gets a new id for each failover, because a backbone that was given up may still hold the old id.
         name = f"{self.request_id}.{budget.num_failovers}" if budget.num_failovers else self.request_id
         sent = self._sent if budget.num_failovers else None
         outputs = stream.generate(name, self.prompt_token_ids, self.params, self._left(), sent)
@@ -148,7 +154,7 @@ class ResumableRequest:
                 yield self._record(output)
 
     def _record(self, output: TokenOutput) -> TokenOutput:
-        """Remember the tokens of `output`, and return it as if the first backbone had sent it."""
+        """Remember the tokens of `output`, and return `output` with the fields that the first backbone reported."""
         now = self._loop.time()
         if self._is_paused:
             pause = None if self._last_at is None else now - self._last_at
@@ -163,7 +169,7 @@ class ResumableRequest:
             return output
         if output.request_id == self.request_id:
             return output
-        # Clients are told about queueing and the prefix cache once, as the first backbone reported it.
+        # Clients see the queueing time and the use of the prefix cache that the first backbone reported.
         first = self._first
         return replace(
             output,
