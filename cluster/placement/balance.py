@@ -1,8 +1,9 @@
-"""The balance of a layer is how long each shard takes when every expert's rows are split best over the expert's homes.
+"""The balance functions split the rows of a layer's experts over homes, and compute the time that each shard needs.
 
-The best split is found by water-filling: the homes of one expert after another are brought to the same finishing time.
-The time of an expert on a shard is linear in the share of its rows that the shard computes. If all shards have the same
-cost model, `water_fill` finds the same level as the linear programme.
+The best split has the lowest level, which is the time of the slowest shard. Water-filling finds the best split: for one
+expert after another, it moves rows between the expert's homes until these homes finish together. The time of an expert
+on a shard is linear in the share of the expert's rows that the shard computes. If all shards have the same cost model,
+`water_fill` finds the same level as a linear programme.
 
 Legend, also for the other compiled files of this folder:
 
@@ -10,12 +11,12 @@ Legend, also for the other compiled files of this folder:
 - H: the largest number of homes of an expert. Unused entries of `homes_EH` are -1.
 - C = 2 components of the work of an expert in one step: MiB of weights read, and MiB of weights times rows computed.
 - P = 3 parameters of a shard's cost model: µs per call, µs per MiB read, µs per MiB and row.
-- `num_E`: the number of homes of each expert. `share_EH`: the share of the expert's rows at each home.
+- `num_E`: the number of homes of each expert. `share_EH`: the share of the expert's rows that each home computes.
 - `busy_S`: the time of each shard for one step, in µs.
 
 The functions are compiled, because one decision compares thousands of placements. A function that Python calls writes
-to arrays that are passed to it, and returns only numbers. When such functions returned arrays, one run in many failed
-inside numba; the cause was not found.
+its results to arrays that the caller passes, and returns only numbers. When functions returned new arrays instead, one
+run in many failed inside numba; the cause was not found.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-SWEEPS = 200  # The most passes over all experts in one water-filling; it usually ends earlier, when nothing changes.
-TOLERANCE = 1e-4  # A change below this part of the slowest shard's time counts as no change.
+SWEEPS = 200  # Maximum number of passes over all experts; water-filling usually ends earlier, when nothing changes.
+TOLERANCE = 1e-4  # A change below this fraction of the slowest shard's time counts as no change.
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -41,7 +42,7 @@ def expert_time(work_EC: Any, cost_SP: Any, expert: int, shard: int) -> float:
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _water_fill_pair(expert: int, work_EC: Any, cost_SP: Any, homes_EH: Any, share_EH: Any, busy_S: Any) -> float:
-    """Do what `_water_fill_expert` does for an expert with two homes, the most frequent case, without its loops."""
+    """Split the rows of an expert with two homes, the most frequent case, without the loops of `_water_fill_expert`."""
     first, second = homes_EH[expert, 0], homes_EH[expert, 1]
     first_us = expert_time(work_EC, cost_SP, expert, first)
     second_us = expert_time(work_EC, cost_SP, expert, second)
@@ -58,14 +59,15 @@ def _water_fill_pair(expert: int, work_EC: Any, cost_SP: Any, homes_EH: Any, sha
 def _water_fill_expert(
     expert: int, work_EC: Any, cost_SP: Any, homes_EH: Any, num_homes: int, share_EH: Any, busy_S: Any
 ) -> float:
-    """Split the rows of one expert so that its homes finish together; return the largest change of a home in µs.
+    """Split the rows of one expert so that its homes finish together; return the largest change of a home's time in µs.
 
-    A home that would finish later than the others even without any of the rows gets none of them.
+    Other experts may keep a home busy beyond the time at which the remaining homes finish. Such a home gets no rows.
     """
     if num_homes == 2:
         return float(_water_fill_pair(expert, work_EC, cost_SP, homes_EH, share_EH, busy_S))
     level = float("inf")
-    for _ in range(num_homes):  # Each pass but the last leaves out a home that is above the level without any rows.
+    # Each pass except the last excludes homes that other experts keep busy for longer than `level`.
+    for _ in range(num_homes):
         before, above, slope = level, 1.0, 0.0
         for i in range(num_homes):
             home = homes_EH[expert, i]
@@ -95,9 +97,9 @@ def water_fill(
 ) -> float:
     """Water-fill one expert after another until nothing changes; return the time of the slowest shard in µs.
 
-    To water-fill an expert is to bring its homes to the same time. The function updates `share_EH` and `busy_S`, and
-    ends after `max_sweeps` passes over all experts, or earlier when no home changed by more than `tolerance` times the
-    slowest shard's time.
+    Water-filling an expert means splitting its rows so that its homes finish together. The function updates `share_EH`
+    and `busy_S`, and ends after `max_sweeps` passes over all experts, or earlier when no home's time changed by more
+    than `tolerance` times the slowest shard's time.
     """
     shared = np.flatnonzero((num_E > 1) & (work_EC.sum(axis=1) > 0))
     for _ in range(max_sweeps):
@@ -125,7 +127,7 @@ def split_rows(
     """Write the best split of all rows to `share_EH`, and the resulting time of each shard to `busy_S`.
 
     An expert without a home is computed by the shard `fallback_E[expert]`, which must first promote the expert; the
-    promotion takes `promotion_us` per MiB. If `fallback_E[expert]` is -1, nobody computes the expert.
+    promotion takes `promotion_us` per MiB. If `fallback_E[expert]` is -1, no shard computes the expert.
     """
     busy_S[:] = cost_SP[:, 0]
     share_EH[:] = 0.0
@@ -142,7 +144,7 @@ def split_rows(
 def busy_times(
     work_EC: Floats, cost_SP: Floats, homes_EH: Array, num_E: Array, fallback_E: Array, promotion_us: float = 0.0
 ) -> Floats:
-    """Return the time of each shard in µs, [S], after `split_rows`."""
+    """Split all rows with `split_rows` and return the resulting time of each shard in µs, [S]."""
     busy_S = np.empty(len(cost_SP))
     split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, promotion_us, np.empty(homes_EH.shape), busy_S)
     return busy_S
@@ -150,7 +152,10 @@ def busy_times(
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def add_fallback_time(expert: int, shard: int, work_EC: Any, cost_SP: Any, busy_S: Any, promotion_us: float) -> None:
-    """Add to a shard's time what it needs to promote an expert (`promotion_us` per MiB) and to compute all its rows."""
+    """Add to `busy_S` the time that `shard` needs to promote `expert` and to compute all rows of the expert.
+
+    The promotion takes `promotion_us` (µs) per MiB.
+    """
     busy_S[shard] += expert_time(work_EC, cost_SP, expert, shard) + promotion_us * work_EC[expert, 0]
 
 
@@ -177,7 +182,7 @@ def is_home(homes_EH: Any, num_E: Any, expert: int, shard: int) -> bool:
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def merge_groups(group_S: Any, one: int, other: int) -> None:
-    """Give the group number of shard `one` to every shard in the group of shard `other`."""
+    """Merge the group of shard `other` into the group of shard `one`; `group_S` holds each shard's group number."""
     old, new = group_S[other], group_S[one]
     for shard in range(len(group_S)):
         if group_S[shard] == old:

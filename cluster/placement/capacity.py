@@ -10,15 +10,15 @@ from cluster.topology import LayerSpec, Shard
 def check_capacity(layers: Sequence[LayerSpec], shards: Sequence[Shard], num_homes: int) -> None:
     """Raise ValueError if the shards do not have the memory for `num_homes` homes of every expert.
 
-    With fewer shards than `num_homes`, as many homes as shards are required, because no shard holds an expert twice.
-    One home of every expert must fit in device memory. The others may be standbys in host memory.
+    If there are fewer shards than `num_homes`, every expert needs only one home on each shard, because no shard holds
+    an expert twice. One home of every expert must fit in device memory. The other homes may be standbys in host memory.
     """
     num_homes = min(num_homes, len(shards))
     one = sum(spec.num_experts * spec.expert_bytes for spec in layers)
     smallest = min((spec.expert_bytes for spec in layers), default=1)
 
     def whole(budget: int) -> int:
-        """Return the part of `budget` that whole experts can fill."""
+        """Round `budget` down to a multiple of the smallest expert's bytes."""
         return budget - budget % smallest
 
     on_devices = sum(min(whole(shard.memory_budget), one) for shard in shards)

@@ -1,4 +1,4 @@
-"""The coverage of a placement tells which experts have too few live homes, and what the death of each shard would cost.
+"""The coverage of a placement tells which experts have too few live homes, and which picks would fail if a shard died.
 
 `PlacementArrays` hold everything that is slow to compute, and are built once per epoch. A `CoverageReport` is built
 again when shards die or come back. A report and its methods take only a few numpy calls, so a backbone can report
@@ -37,9 +37,11 @@ class HotExpert:
 class PlacementArrays:
     """`PlacementArrays` are the arrays of one placement, from which coverage and load are computed quickly.
 
-    Experts of all layers are numbered one after the other; `starts` holds the first number of each layer in `layers`,
-    and the total at the end. Shards are numbered as in `shard_ids`. Entry h of `expert_H`, `shard_H` and `is_device_H`
-    says that this shard is a home (`is_device_H`) or a standby of this expert; homes come before standbys.
+    - Experts of all layers are numbered one after the other. `starts` holds the first number of each layer in `layers`
+      and, as the last entry, the number of all experts.
+    - Shards are numbered as in `shard_ids`.
+    - Entry h of `expert_H` and `shard_H` names an expert and a shard. The shard is a home of the expert if
+      `is_device_H[h]` is True, else a standby. Homes come before standbys.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -54,7 +56,7 @@ class PlacementArrays:
         self.is_device_H: NDArray[np.bool_] = np.arange(len(self.expert_H)) < len(homes[0][0])
 
     def _homes(self, homes_of: Mapping[int, Homes]) -> tuple[Ids, Ids]:
-        """Return the numbers of the expert and of the shard for every entry of `homes_of`, in order."""
+        """Return the expert numbers and the shard numbers of all homes in `homes_of`, sorted by expert."""
         index = {id: number for number, id in enumerate(self.shard_ids)}
         experts, shards = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for layer, start in zip(self.layers, self.starts.tolist(), strict=False):
@@ -66,23 +68,23 @@ class PlacementArrays:
 
     @cached_property
     def _shares(self) -> tuple[Ids, Ids, Floats]:
-        """Return the expert and the shard of each home, and the home's share of the picks if they are split evenly."""
+        """Return the expert and the shard of each home, and the home's share of the expert's picks in an even split."""
         experts, shards = self.expert_H[self.is_device_H], self.shard_H[self.is_device_H]
         num_E = np.bincount(experts, minlength=self.num_experts)
         return experts, shards, 1.0 / num_E[experts]
 
     @cached_property
     def layer_E(self) -> Ids:
-        """Return the position in `layers` of each expert's layer, [E]."""
+        """Return the layer of each expert as a position in `layers`, [E]."""
         return np.repeat(np.arange(len(self.layers)), np.diff(self.starts))
 
     def name(self, number: int) -> tuple[int, int]:
-        """Return the layer id, and the expert's id in that layer, of the expert with the number `number`."""
+        """Return the layer id of the expert with the number `number`, and the expert's id in this layer."""
         place = int(self.layer_E[number])
         return self.layers[place], number - int(self.starts[place])
 
     def rates(self, by_layer: Rates) -> Floats:
-        """Return the picks per second of all experts, [E]; experts of layers that `by_layer` lacks have 0."""
+        """Return the picks per second of all experts, [E]; experts of layers that are not in `by_layer` have 0."""
         rate_E = np.zeros(self.num_experts)
         for place, layer in enumerate(self.layers):
             if layer in by_layer:
@@ -98,7 +100,7 @@ class PlacementArrays:
         return load_C.reshape(len(self.layers), len(self.shard_ids))
 
     def num_live_homes(self, live: Collection[str]) -> Ids:
-        """Return the number of homes and standbys of each expert, [E], on the shards in `live`."""
+        """Return how many homes and standbys each expert has on the shards in `live`, [E]."""
         is_live_S = np.array([id in live for id in self.shard_ids], np.bool_)
         return np.bincount(self.expert_H[is_live_S[self.shard_H]], minlength=self.num_experts)
 
@@ -111,7 +113,7 @@ class PlacementArrays:
 
 
 def balancedness(loads_LS: Floats) -> Floats:
-    """Return the balancedness of each layer, [L]: the mean of its shards' load over the maximum, 1 without load."""
+    """Return the balancedness of each layer, [L]: the mean load of a shard divided by the maximum; 1 without load."""
     most_L = loads_LS.max(axis=1, initial=0.0)
     even_L: Floats = np.divide(loads_LS.mean(axis=1), most_L, out=np.ones_like(most_L), where=most_L > 0)
     return even_L
@@ -129,7 +131,7 @@ class CoverageReport:
 
     @property
     def cover(self) -> int:
-        """Return the lowest cover of any expert, which is the number of its live homes and standbys."""
+        """Return the cover of the placement: the lowest number of live homes and standbys of any expert."""
         return int(self.num_live_E.min(initial=len(self.arrays.shard_ids)))
 
     @property
@@ -143,11 +145,11 @@ class CoverageReport:
         return int((FULL_COVER - self.num_live_E[self.below_cover]).sum())
 
     def blast_radius(self, rate_E: Floats) -> dict[str, float]:
-        """Return the blast radius of each shard, by its id.
+        """Return the blast radius of each shard, by shard id.
 
-        The blast radius is the share of all picks that go to experts of which the shard is the last live home or
-        standby. `rate_E` holds the picks per second of each expert. While all rates are 0, every expert counts as
-        picked equally often.
+        The blast radius of a shard is the share of all picks that go to experts whose last live home or standby is the
+        shard. `rate_E` holds the picks per second of each expert. While all rates are 0, every expert counts as picked
+        equally often.
         """
         weight_E = rate_E if rate_E.any() else np.ones_like(rate_E)
         lost_S = np.bincount(self._last_shard, weight_E[self._last_expert], len(self.arrays.shard_ids))
@@ -166,7 +168,7 @@ class Repair:
     num_repaired: int = 0
 
     def note(self, is_below: bool, now: float) -> Repair:
-        """Return the state after an observation at time `now`; `is_below` says if any expert lacks full cover."""
+        """Return the `Repair` after an observation at time `now`; `is_below` says if any expert lacks full cover."""
         if is_below == (self.below_since is not None):
             return self
         if self.below_since is None:

@@ -1,4 +1,4 @@
-"""Expert work measures what each expert of a layer adds to one step; it is computed from the expected load.
+"""Expert work says what each expert of a layer adds to one step: MiB of weights to read, and rows to compute.
 
 Legend: E experts of the layer, C = 2 components of work (`cluster.placement.balance`).
 """
@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def pick_probabilities(spec: LayerSpec, load: ExpectedLoad | None, risk: float) -> tuple[Floats, Floats]:
-    """Return the probability that a row picks each expert, [E], once as expected and once with a margin.
+    """Return the expected probability that a row picks each expert, [E], and the same probability plus a margin, [E].
 
     The margin is `risk` standard deviations of the expert's load. Without a load, or with a load of zero, all experts
     are equally likely. Raises ValueError if the load does not fit the layer.
@@ -38,9 +38,9 @@ def pick_probabilities(spec: LayerSpec, load: ExpectedLoad | None, risk: float) 
 def expert_work(spec: LayerSpec, picked_E: Floats, rows_per_step: float) -> Floats:
     """Return the work of each expert in a step of `rows_per_step` rows, [E, C]: MiB read, and MiB times rows computed.
 
-    The weights of an expert count as read once in total if any row picks the expert, and its homes share this read as
-    they share the rows. With few rows that is right, because the client sends them to one home. With many rows every
-    home reads the weights, but then reading is a small part of the work.
+    If any row picks an expert, the expert's weights count as read once in total, and the homes share this read in
+    proportion to their rows. With few rows this count is right, because the backbone sends all rows of an expert to one
+    home. With many rows, every home reads the weights, but then reading is a small part of the work.
     """
     size = spec.expert_bytes / MIB
     touched_E = -np.expm1(rows_per_step * np.log1p(-np.minimum(picked_E, 1 - 1e-12)))

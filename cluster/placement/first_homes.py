@@ -17,9 +17,9 @@ from cluster.placement.balance import expert_time, ideal_level, is_home, merge_g
 def count_homes(work_EC: Any, num_slots: int, level: float, most: int, target_E: Any) -> None:
     """Write to `target_E` how many homes each expert should get if there are `num_slots` slots on devices.
 
-    Every expert gets one home. Then the expert with the most work per home gets another one, again and again, until no
-    expert has more work per home than half of `level`, or has `most` homes. Remaining slots go to second homes, first
-    for the experts with the most work.
+    Every expert gets one home. Then, again and again, the expert with the most work per home gets another home. The
+    repetition ends when all experts with fewer than `most` homes have at most half of `level` as work per home. Experts
+    that still have one home then get a second home from the remaining slots, in the order of falling work.
     """
     target_E[:] = 1
     cost_E = work_EC.sum(axis=1)
@@ -41,11 +41,12 @@ def count_homes(work_EC: Any, num_slots: int, level: float, most: int, target_E:
 def assign(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, node_S: Any, target_E: Any, busy_S: Any
 ) -> int:
-    """Assign homes to experts until each has `target_E` of them; return the number of homes that found no slot.
+    """Assign homes until each expert has the number of homes in `target_E`; return how many homes found no slot.
 
-    Experts with the most work per home come first. Among the shards that would finish at about the same time, the new
-    home goes to one that shares no expert with the expert's other homes, directly or through other shards. When the
-    load drifts, rows can then flow from any shard to any other without moving an expert.
+    Experts with the most work per home come first. Shards that share an expert, directly or through other shards, form
+    a group. Among the shards that would finish at about the same time, a shard outside of the group of the expert's
+    first home is preferred. When the load drifts later, rows can be shifted between all shards of a group without
+    moving an expert.
     """
     num_experts, num_shards = len(num_E), len(slots_S)
     order = np.argsort(-work_EC.sum(axis=1) / np.maximum(target_E, 1), kind="mergesort")
@@ -78,11 +79,11 @@ def _choose_shard(
     expert: int, share: float, slack: float, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any,
     node_S: Any, group_S: Any, busy_S: Any,
 ) -> int:  # fmt: skip
-    """Return the shard that should become the next home of `expert`, or -1 if no shard has a slot.
+    """Return the shard that should become the next home of `expert`, or -1 if no shard has a free slot.
 
-    The function chooses the shard that would finish first with `share` of the expert's rows. A second home goes to
-    another node than the first home if possible. If the expert already has a home, a shard outside of the first home's
-    group is preferred, as long as it finishes at most `slack` µs later.
+    The first choice is the shard that would finish first with the fraction `share` of the expert's rows. A second home
+    goes to another node than the first home if possible. If the expert already has a home, a shard outside of the first
+    home's group is preferred, if this shard would finish at most `slack` µs later than the first choice.
     """
     first = homes_EH[expert, 0]
     least, to, is_apart = np.inf, -1, False

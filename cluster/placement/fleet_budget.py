@@ -1,6 +1,6 @@
-"""The fleet budget tells the planner how much memory each shard has left, and which experts each layer has on it.
+"""The fleet budget counts the memory left on each shard, and a planned layer holds its running and planned homes.
 
-Legend: as in `cluster.placement.balance`; S counts only the shards that may hold experts.
+Legend: as in `cluster.placement.balance`; S counts only the shards that may hold experts, not draining shards.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from cluster.topology import LayerSpec, Placement, Shard
 class FleetBudget:
     """A `FleetBudget` counts the bytes that each shard has used, and says how many more experts each shard may hold.
 
-    `ids` are the ids of all shards: first the `num_shards` active ones, sorted, then those that drain. Arrays with the
-    suffix `_S` are about active shards only, except `all_costs_SP`.
+    `ids` are the ids of all shards: first the `num_shards` active shards, sorted by id, then the draining shards.
+    Arrays with S in the suffix have entries for active shards only, except `all_costs_SP`, which has entries for all
+    shards.
     """
 
     def __init__(self, shards: Sequence[Shard], layers: Sequence[LayerSpec], policy: PlanPolicy) -> None:
@@ -39,7 +40,8 @@ class FleetBudget:
             for shard in ordered
         ]
         self.all_costs_SP = np.array(costs, np.float64)
-        self.all_costs_SP[:, 2] = np.maximum(self.all_costs_SP[:, 2], 1e-9)  # Every expert must cost some time.
+        # The time of an expert must not be 0, because water-filling divides by the time.
+        self.all_costs_SP[:, 2] = np.maximum(self.all_costs_SP[:, 2], 1e-9)
         self.cost_SP = self.all_costs_SP[: self.num_shards]
         self.node_S = np.unique([shard.node for shard in active], return_inverse=True)[1].astype(np.int64)
         self.budget_S = np.array([shard.memory_budget for shard in active], np.int64)
@@ -50,7 +52,7 @@ class FleetBudget:
         self._set_quotas(layers)
 
     def _set_headroom(self, layers: Sequence[LayerSpec]) -> None:
-        """Set the bytes that stay free on every shard, so that an expert can be loaded before another is dropped."""
+        """Set how many bytes stay free on every shard, so that an expert can be loaded before another is dropped."""
         largest = max((spec.expert_bytes for spec in layers), default=0)
         needed = sum(spec.num_experts * spec.expert_bytes for spec in layers)
         self.headroom = largest if self.policy.headroom is None else self.policy.headroom
@@ -58,9 +60,10 @@ class FleetBudget:
             self.headroom = 0
 
     def _set_quotas(self, layers: Sequence[LayerSpec]) -> None:
-        """Set how many experts of each layer each shard may hold; bytes left over by rounding go to the next layer.
+        """Set how many experts of each layer each shard may hold.
 
-        A layer's part of the memory is proportional to the bytes of its experts.
+        Every layer gets a part of a shard's memory, in proportion to the bytes of the layer's experts. If a part is not
+        a multiple of the expert's size, the remaining bytes go to the next layer.
         """
         total = sum(spec.num_experts * spec.expert_bytes for spec in layers)
         usable_S = np.maximum(self.budget_S - self.headroom, 0)
@@ -77,7 +80,7 @@ class FleetBudget:
             host_assigned_S += self.host_quota_LS[number] * spec.expert_bytes
 
     def update_usage(self, layer: PlannedLayer) -> None:
-        """Count a layer's present homes and standbys in place of those that were counted at the previous update."""
+        """Count the bytes of a layer's present homes and standbys, and no longer the bytes of the previous update."""
         size = layer.spec.expert_bytes
         held_S, standby_S = layer.matrix.held_S(self.num_shards), layer.standby.held_S(self.num_shards)
         self.used_S += (held_S - layer.counted_S) * size
@@ -87,7 +90,7 @@ class FleetBudget:
     def slots_S(self, number: int, layer: PlannedLayer) -> Array:
         """Return how many more experts a layer may put on each shard, [S], within its quota and with headroom left.
 
-        `number` is the position of the layer in the sequence of layers that was given at the start.
+        `number` is the position of the layer in the `layers` that were passed to the constructor.
         """
         free_S = (self.budget_S - self.headroom - self.used_S) // layer.spec.expert_bytes
         quota_left_S = self.quota_LS[number] - layer.matrix.held_S(self.num_shards)
@@ -102,7 +105,7 @@ class FleetBudget:
     def host_slots_S(self, number: int, layer: PlannedLayer) -> Array:
         """Return how many more standbys a layer may put in each shard's host memory, [S].
 
-        A negative number means that so many standbys are on disk.
+        A negative number counts the standbys that do not fit into host memory and are therefore on disk.
         """
         free_S = (self.host_budget_S - self.host_used_S) // layer.spec.expert_bytes
         slots_S: Array = np.minimum(free_S, self.host_quota_LS[number] - layer.standby.held_S(self.num_shards))
@@ -111,7 +114,8 @@ class FleetBudget:
     def evict_over_budget(self, planned: Sequence[PlannedLayer]) -> None:
         """Drop homes on shards that hold more bytes than their budget.
 
-        Homes of experts that have another home are dropped first, then those of experts with the least work.
+        Experts with several homes lose a home first, then experts with one home. Within each group, the experts with
+        the least work come first.
         """
         for shard in np.flatnonzero(self.used_S > self.budget_S).tolist():
             held = [
@@ -129,9 +133,10 @@ class FleetBudget:
 class PlannedLayer:
     """A `PlannedLayer` holds one layer as it runs and as it is planned.
 
-    - `before` and `standby_before`: the running homes and standbys, with those on draining shards.
-    - `matrix` and `standby`: the planned homes and standbys, at first the running ones without draining shards.
-    - `homes` and `standby_homes`: the running ones as shard ids, as the placement gives them.
+    - `before` and `standby_before`: the running homes and standbys, draining shards included.
+    - `matrix` and `standby`: the planned homes and standbys, at first the running homes and standbys except on
+      draining shards.
+    - `homes` and `standby_homes`: the running homes and standbys as shard ids, as listed in the placement.
     - `pick_E`: the probability that a row picks each expert.
     """
 
@@ -155,7 +160,8 @@ class PlannedLayer:
         self.before = HomeMatrix.of(self.homes or empty, fleet.index, 1)
         self.standby_before = HomeMatrix.of(self.standby_homes or empty, fleet.index, 3)
         num_named = sum(map(len, self.homes)) + sum(map(len, self.standby_homes))
-        self.is_complete = num_named == self.before.num_E.sum() + self.standby_before.num_E.sum()  # No home is lost.
+        # The layer is complete if every shard that the placement names is in the fleet.
+        self.is_complete = num_named == self.before.num_E.sum() + self.standby_before.num_E.sum()
         self.is_new = not self.before.num_E.any()
         has_draining = fleet.num_shards < len(fleet.ids)
         self.matrix = self.before.only_below(fleet.num_shards) if has_draining else self.before.copy()
@@ -170,15 +176,15 @@ class PlannedLayer:
         self.host_counted_S = np.zeros(fleet.num_shards, np.int64)
         self.promotion_us = policy.promotion_us_per_mib
         self.level_at_rest: float | None = None  # Time of the slowest shard in µs, if the layer needed no repair.
-        self._known_busy: tuple[HomeMatrix, Array, Floats] | None = None  # Homes and fallbacks, and `busy_S` for them.
+        self._known_busy: tuple[HomeMatrix, Array, Floats] | None = None  # Homes, fallbacks and their `busy_S`.
 
     @property
     def fallback_E(self) -> Array:
-        """Return the first standby of each expert without a home, [E]; -1 if it has none, or if it has a home."""
+        """Return the first standby of each expert without a home, [E]; -1 for experts with a home or no standby."""
         return np.where(self.matrix.num_E == 0, self.standby.homes_EH[:, 0], -1)
 
     def busy_S(self, fleet: FleetBudget) -> Floats:
-        """Return the time of each shard in µs, [S], with all rows split best over their homes."""
+        """Return the time of each shard in µs, [S], when the rows of every expert are split best over its homes."""
         fallback_E = self.fallback_E
         if self._known_busy is None or not (
             self._known_busy[0].is_same(self.matrix) and np.array_equal(self._known_busy[1], fallback_E)
@@ -190,7 +196,7 @@ class PlannedLayer:
         return self._known_busy[2].copy()
 
     def level_before(self, fleet: FleetBudget) -> float:
-        """Return the time in µs of the slowest shard as the layer runs now, draining shards included.
+        """Return the time in µs of the slowest shard with the running homes, draining shards included.
 
         Experts without any live home or standby cost no time.
         """
@@ -203,7 +209,7 @@ class PlannedLayer:
         return float(busy_S.max())
 
     def add(self, expert: int, shard: int) -> None:
-        """Make `shard` the last home of `expert`; the matrix gets another column if necessary."""
+        """Append `shard` to the homes of `expert`; add a column to the matrix if necessary."""
         if self.matrix.num_E[expert] == self.matrix.homes_EH.shape[1]:
             self.matrix = self.matrix.resized(self.matrix.homes_EH.shape[1] + 1)
         self.matrix.homes_EH[expert, self.matrix.num_E[expert]] = shard
@@ -218,15 +224,15 @@ class PlannedLayer:
         self.matrix.num_E[expert] = len(kept)
 
     def draining_home(self, expert: int, num_shards: int) -> int:
-        """Return a draining shard that is now a home of `expert`, or -1 if there is none.
+        """Return a draining shard that is a running home of `expert`, or -1 if there is no such shard.
 
-        Draining shards have the numbers from `num_shards` on.
+        The numbers of draining shards start at `num_shards`.
         """
         last = int(self.before.homes_EH[expert].max(initial=-1))
         return last if last >= num_shards else -1
 
     def coldest_with_others(self, shard: int) -> int:
-        """Return the expert with the least work per home among those that have a home on `shard` and another one.
+        """Return the expert with the least work per home among the experts with a home on `shard` and another home.
 
         Return -1 if there is no such expert.
         """
@@ -234,9 +240,9 @@ class PlannedLayer:
         return int(held[np.argmin(self.work_EC[held].sum(axis=1) / self.matrix.num_E[held])]) if len(held) else -1
 
     def coldest(self, min_homes: int) -> tuple[int, int]:
-        """Return the expert with the least work per home among those with `min_homes` or more, and its last home.
+        """Return the expert with the least work per home, and its last home.
 
-        Return (-1, -1) if there is no such expert.
+        Only experts with at least `min_homes` homes are considered. Return (-1, -1) if there is no such expert.
         """
         candidates = np.flatnonzero(self.matrix.num_E >= min_homes)
         if not len(candidates):

@@ -1,4 +1,4 @@
-"""A home matrix holds the homes of a layer's experts as shard numbers, the form that the compiled planner parts use.
+"""A home matrix holds the homes of a layer's experts as shard numbers, as the planner's compiled functions need them.
 
 Legend: as in `cluster.placement.balance`.
 """
@@ -26,7 +26,7 @@ class ShardNumbers(dict[str, int]):
 class HomeMatrix:
     """A `HomeMatrix` holds the homes, or the standbys, of all experts of one layer.
 
-    The first `num_E[e]` entries of `homes_EH[e]` are shard numbers in the order of preference; the others are -1.
+    The first `num_E[e]` entries of `homes_EH[e]` are shard numbers by preference; the other entries are -1.
     """
 
     homes_EH: Array
@@ -39,9 +39,9 @@ class HomeMatrix:
 
     @classmethod
     def of(cls, homes: Homes, index: ShardNumbers, width: int) -> HomeMatrix:
-        """Create a matrix with at least `width` columns from homes that are given as shard ids.
+        """Create a matrix from `homes`, which are shard ids; the matrix has `width` columns, or more if necessary.
 
-        Homes on shards that `index` lacks are left out.
+        Homes on shards that are not in `index` are left out.
         """
         num_E = np.fromiter(map(len, homes), np.int64, len(homes))
         flat = np.fromiter(map(index.__getitem__, chain.from_iterable(homes)), np.int64, int(num_E.sum()))
@@ -61,7 +61,7 @@ class HomeMatrix:
         return HomeMatrix(self.homes_EH.copy(), self.num_E.copy())
 
     def resized(self, width: int) -> HomeMatrix:
-        """Return a copy with `width` columns; no expert may have more homes than that."""
+        """Return a copy with `width` columns; no expert may have more than `width` homes."""
         assert width >= self.num_E.max(initial=0)
         table = HomeMatrix.empty(len(self.num_E), width)
         most = min(width, self.homes_EH.shape[1])
@@ -80,7 +80,7 @@ class HomeMatrix:
         return len(self.changed(other)) == 0
 
     def changed(self, other: HomeMatrix) -> Array:
-        """Return the experts whose homes, or their order, are different in `other`."""
+        """Return the experts whose homes, or the order of their homes, are different in `other`."""
         width = min(self.homes_EH.shape[1], other.homes_EH.shape[1])
         differs_E = (self.homes_EH[:, :width] != other.homes_EH[:, :width]).any(axis=1)
         for table in (self, other):
@@ -89,7 +89,7 @@ class HomeMatrix:
         return np.flatnonzero(differs_E)
 
     def num_added(self, other: HomeMatrix) -> int:
-        """Return how many homes this matrix has that `other` lacks."""
+        """Return the number of homes in this matrix that are not in `other`."""
         return sum(len(set(self.of_expert(e)) - set(other.of_expert(e))) for e in self.changed(other).tolist())
 
     def of_expert(self, expert: int) -> list[int]:

@@ -1,8 +1,9 @@
 """The local search makes the slowest shard of a layer faster, one step at a time.
 
-A step copies an expert to another shard, or swaps two experts (`cluster.placement.search_step`). If the other shard has
-no free slot, the copy replaces an expert there. The gain of every possible step is estimated, and the most promising
-steps are tried in full. The functions are compiled, because one decision looks at tens of thousands of steps.
+A step (`cluster.placement.search_step`) copies an expert to another shard, or swaps two experts. If the other shard has
+no free slot, the copy replaces an expert there; in a detour, the replaced expert moves on to a third shard. The search
+estimates the gain of every possible step, and computes the exact gain only for the steps with the highest estimates.
+The functions are compiled, because one decision looks at tens of thousands of steps.
 
 Legend: as in `cluster.placement.balance`; also X steps, and K = 5 numbers that describe one step.
 """
@@ -27,14 +28,14 @@ from cluster.placement.balance import (
 from cluster.placement.search_candidates import promising_steps
 from cluster.placement.search_step import TRIAL_SWEEPS, add_home, apply_step, try_step, undo_step
 
-# The number of most promising steps that are tried in full: at first FEW_TRIALS steps, each of which moves one expert,
-# and if none of these steps helps, MANY_TRIALS steps of all kinds.
+# Number of steps whose gain is computed: at first FEW_TRIALS steps, each of which moves one expert, and if none of
+# these steps helps, MANY_TRIALS steps of all kinds.
 FEW_TRIALS, MANY_TRIALS = 8, 20
 # The weight of the root mean square of the shards' times, relative to their maximum. If several shards are equally
 # slow, a step that relieves only one of them does not lower the maximum, but it lowers the root mean square.
 EVENNESS = 1e-3
-PATIENCE = 8  # The search ends after this many steps in a row that hardly lower the maximum.
-GOOD_TRIAL = 0.7  # Trials end when the best gain so far exceeds this fraction of the next step's estimate.
+PATIENCE = 8  # The search ends after this many steps in a row that hardly lower the slowest shard's time.
+GOOD_TRIAL = 0.7  # Trials of steps end when the best gain so far exceeds this fraction of the next step's estimate.
 
 
 @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -49,9 +50,9 @@ def improve(
     - Detours and swaps are considered only while the slowest shard's time is above `thorough_above` (µs).
     - The search ends when the slowest shard's time is at most `target_level` (µs), when no step helps, or after
       `max_steps` steps.
-    - Then the steps after the best point are undone. The best point is where the time saved, minus `price_per_move`
-      (µs) for each expert moved, was highest.
-    - Experts with `is_cold_E` may lose their last home. Then `fallback_E` becomes the shard of that home.
+    - After the search, the steps after the best point are undone. At the best point, the time saved, minus
+      `price_per_move` (µs) for each expert moved, was highest.
+    - Experts with `is_cold_E` may lose their last home. The shard of the lost home then becomes the `fallback_E`.
     """
     share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(cost_SP))
     split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, promotion_us, share_EH, busy_S)
@@ -101,7 +102,7 @@ def _best_step(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_cold_E: Any,
     fallback_E: Any, promotion_us: float, is_thorough: bool,
 ) -> Any:  # fmt: skip
-    """Try the most promising steps in full and return the one that saves the most time per expert moved.
+    """Try the steps with the highest estimates and return the step that saves the most time per expert moved.
 
     If no step saves time, the first number of the returned step is -1. Detours and swaps, which move two experts, are
     considered only if no other step helps and `is_thorough` is True.
@@ -135,9 +136,9 @@ def _best_step(
 def fill_slots(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, slots_S: Any, fallback_E: Any, promotion_us: float
 ) -> None:
-    """Add homes on the shards with free `slots_S`, in place, first those that relieve the slower shards most.
+    """Add homes on shards with free `slots_S`, in place; begin with the homes that relieve the slower shards most.
 
-    The function ends when no further home would relieve a slower shard by 2 % of the ideal level.
+    The function ends when no further home would relieve a slower shard by more than 2 % of the ideal level.
     """
     share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(cost_SP))
     split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, promotion_us, share_EH, busy_S)

@@ -1,7 +1,7 @@
 """A migration leads from the running placement to the planned one in rounds: load, verify, publish, drain, drop.
 
 The functions keep no state: every round is derived from the published placement, the target and the experts that the
-shards hold. A controller that dies between two steps therefore leaves nothing that its successor does not see.
+shards hold. If a controller dies between two steps, its successor can therefore continue from what it observes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Home(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """A `Target` says where experts should be: the part of a plan that becomes a placement when it is published."""
+    """A `Target` lists the planned homes and standbys of all experts; a published target becomes a placement."""
 
     homes: Mapping[int, Homes]
     standby: Mapping[int, Homes]
@@ -51,7 +51,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Holding:
-    """A `Holding` lists what one shard holds as (layer, expert, tier), and the bytes of device memory that it uses."""
+    """A `Holding` lists the experts on one shard as (layer, expert, tier), and the device memory in use, in bytes."""
 
     experts: frozenset[tuple[int, int, str]] = frozenset()
     used_bytes: int = 0
@@ -59,10 +59,10 @@ class Holding:
 
 @dataclass(frozen=True)
 class Limits:
-    """`Limits` bound what a migration does at once."""
+    """`Limits` bound the bytes that a migration loads at once, and how many homes it must leave to an expert."""
 
-    bytes_in_flight: int = 256 << 20  # Bytes that one shard loads in a round; a larger expert is loaded alone.
-    min_cover: int = 2  # Live homes and standbys that an expert keeps when one of them is dropped.
+    bytes_in_flight: int = 256 << 20  # Maximum bytes that one shard loads in a round; a larger expert is loaded alone.
+    min_cover: int = 2  # Minimum number of live homes and standbys of an expert after a drop.
 
     def __post_init__(self) -> None:
         assert self.bytes_in_flight > 0
@@ -73,19 +73,19 @@ class Limits:
 class Round:
     """A `Round` lists the homes to load before the next epoch.
 
-    `num_left` counts the missing homes that must wait for a later round, for memory or because of the limits.
+    `num_left` counts the missing homes that must wait for a later round because of the shards' memory or the limits.
     """
 
     loads: frozenset[Home]
     num_left: int
 
     def without(self, failed: Collection[Home]) -> Round:
-        """Return the round without the homes that failed to load; they count as left."""
+        """Return the round without the `failed` homes, which then count in `num_left`."""
         lost = self.loads.intersection(failed)
         return Round(self.loads - lost, self.num_left + len(lost))
 
 
-Holdings = Mapping[str, Holding]  # What each live shard holds, by shard id.
+Holdings = Mapping[str, Holding]  # The `Holding` of each live shard, by shard id.
 
 
 def held_homes(holdings: Holdings) -> set[Home]:
@@ -103,9 +103,9 @@ def next_round(
 ) -> Round:
     """Return the homes to load now: experts with the fewest live homes first, within each shard's memory and limits.
 
-    A home that its shard already holds, but that the published placement lacks, is in the round too: to load it again
-    costs nothing, and the order tells the shard who the leader is. Before the first placement is published there is no
-    limit on the bytes in flight, because loading disturbs no request.
+    The round also contains homes that their shards already hold but that the published placement does not have yet. To
+    load such a home again costs nothing, and the order to load it tells the shard who the leader is. Before the first
+    placement is published, there is no limit on the bytes in flight, because loading disturbs no request.
     """
     sizes = {spec.layer: spec.expert_bytes for spec in layers}
     held = held_homes(holdings)
@@ -132,12 +132,12 @@ def next_round(
 def next_target(
     target: Target, published: Placement | None, done: Round, holdings: Holdings, limits: Limits = Limits()
 ) -> Target | None:
-    """Return the homes to publish now that `done` is loaded, or None if nothing changes or it is too early.
+    """Return the homes to publish after the loads of round `done`, or None if there is nothing new to publish yet.
 
     - The first placement is published when it is complete.
-    - A home outside of the target stays until its expert has enough live homes without it.
-    - A home on a dead shard stays until it is replaced, or until nothing is left to load.
-    - If memory is so full that nothing can be loaded, one expert loses a home outside of the target at once.
+    - A home that is not in the target stays until its expert has enough other live homes.
+    - A home on a dead shard stays until the home is replaced, or until nothing is left to load.
+    - If memory is so full that nothing can be loaded, one expert at once loses a home that is not in the target.
     """
     if published is None:
         return None if done.num_left else target
@@ -158,10 +158,11 @@ def next_target(
 
 
 def leftovers(published: Placement | None, target: Target, holdings: Holdings) -> tuple[set[Home], set[Home]]:
-    """Return the homes that live shards need not hold: the set of homes to drop, and the set of homes to demote.
+    """Return two sets of homes that live shards need not hold any longer: the homes to drop and the homes to demote.
 
     A home is dropped if neither the published placement nor the target has the expert on that shard. A home is demoted
-    if the shard holds the expert in device memory, but should only be its standby; the second set names the standbys.
+    if the shard holds the expert in device memory, but should only be a standby of the expert. In the second set, homes
+    have the tier `STANDBY`.
     """
     named = set(target.all_homes()) | (set(Target.of(published).all_homes()) if published else set())
     places = {home[:3] for home in named}
@@ -171,17 +172,17 @@ def leftovers(published: Placement | None, target: Target, holdings: Holdings) -
 
 
 def _is_on_device(home: Home, held: Collection[Home]) -> bool:
-    """Return True if `home` is a standby whose shard holds the expert in device memory, which is at least as good."""
+    """Return True if `home` is a standby whose shard holds the expert in device memory, and so can also stand by."""
     return home.tier == STANDBY and home._replace(tier=DEVICE) in held
 
 
 def _is_live(home: Home, held: Collection[Home]) -> bool:
-    """Return True if the shard holds the expert in either tier."""
+    """Return True if the shard of `home` holds the expert, in device memory or as a standby."""
     return home in held or home._replace(tier=STANDBY if home.tier == DEVICE else DEVICE) in held
 
 
 def by_shard(homes: Iterable[Home], tier: str) -> dict[str, dict[int, list[int]]]:
-    """Return the experts of the homes in `tier`, sorted, by shard id and layer."""
+    """Return the sorted experts of all homes in `tier`, by shard id and then by layer."""
     result: dict[str, dict[int, list[int]]] = {}
     for home in sorted(homes):
         if home.tier == tier:
@@ -190,7 +191,7 @@ def by_shard(homes: Iterable[Home], tier: str) -> dict[str, dict[int, list[int]]
 
 
 def _differences(current: Target, target: Target) -> list[tuple[int, int]]:
-    """Return the (layer, expert) pairs whose homes or standbys differ, or the order of their homes."""
+    """Return the (layer, expert) pairs for which homes, the order of homes or standbys differ."""
     return [
         (layer, expert)
         for layer, homes in target.homes.items()
@@ -213,7 +214,7 @@ def _next_homes(
     is_complete: bool,
     alive: Collection[str],
 ) -> dict[str, str]:
-    """Return the next tiers of the expert `key` by shard id.
+    """Return the shards that should hold the expert `key` next: shard ids with the expert's tier on each shard.
 
     Homes of the target are added once they are loaded and verified. Then homes outside of the target are removed, as
     long as enough live homes stay.
@@ -242,10 +243,10 @@ def _next_homes(
 def _free_a_slot(
     target: Target, after: Mapping[tuple[int, int], dict[str, str]], held: Collection[Home]
 ) -> dict[tuple[int, int], dict[str, str]]:
-    """Return one expert and its homes without one that is outside of the target, on a shard that needs the memory.
+    """Return one expert that loses a home that is not in the target, with the tiers of its other homes by shard id.
 
-    The shard needs the memory if another home of the target is still to be loaded there. Only an expert with another
-    live home qualifies. The result is empty if there is none.
+    The home is removed from a shard that needs the memory, because a home of the target must still be loaded there.
+    Only experts with another live home are considered. The result is empty if no such home can be removed.
     """
     waiting = {home.shard_id for home in set(target.all_homes()) - set(held) if home.tier == DEVICE}
     for key, homes in sorted(after.items()):
@@ -258,7 +259,7 @@ def _free_a_slot(
 
 
 def _replace_homes(current: Target, changed: Mapping[tuple[int, int], Mapping[str, str]]) -> Target:
-    """Return `current` with the tiers of the experts in `changed` replaced."""
+    """Return `current` with new homes and standbys for the experts in `changed`."""
     tiers = {}
     for tier, homes_of in ((DEVICE, current.homes), (STANDBY, current.standby)):
         rows = {layer: list(homes) for layer, homes in homes_of.items()}

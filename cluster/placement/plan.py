@@ -1,4 +1,4 @@
-"""A plan lists the homes that experts should have, the moves that lead there, and the cost and gain of the moves."""
+"""A plan lists the homes that experts should have, the moves from the running homes, and the moves' cost and gain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 2**20
 JSON_FIELDS = (
     *("num_bytes", "predicted_s_before", "predicted_s_after", "gain_s", "cost_s"),
     *("cover_before", "cover_after", "is_worth_it"),
-)  # The fields of a plan that its JSON form repeats unchanged.
+)  # The fields that `Plan.to_dict` copies unchanged.
 Tier = Literal["device", "standby"]
 
 
@@ -20,22 +20,23 @@ Tier = Literal["device", "standby"]
 class PlanPolicy:
     """A `PlanPolicy` tells the planner how large a step is, what a move costs, and which gain is worth a move."""
 
-    rows_per_step: float = 32.0  # Rows of one step, all of which every layer computes.
-    risk: float = 1.0  # Standard deviations above the mean load that an expert's work is planned for.
+    rows_per_step: float = 32.0  # Number of rows of one step; every layer computes all of these rows.
+    risk: float = 1.0  # The load of an expert is assumed to be this many standard deviations above its mean.
     share_of_time: float = 0.5  # Share of the serving time that backbones spend waiting for experts.
     stay_s: float = 600.0  # Seconds for which the load is expected to stay as it is.
-    bytes_per_s: float = 1e9  # Bytes per second of a move. Its time counts as if nothing were served meanwhile.
+    bytes_per_s: float = 1e9  # Bytes per second of a move. Its duration counts as time without serving.
     # Balance of a layer: the ideal level divided by the slowest shard's time. From `good_enough` on, the planner leaves
-    # the layer as it is. Else it improves the layer until the balance is `aim`.
+    # the layer as it is. Below `good_enough`, the planner improves the layer until the balance
+    # is `aim`.
     good_enough: float = 0.97
     aim: float = 0.985
-    min_gain: float = 0.005  # Smallest share of the step time worth moving for; less is within the error of the load.
-    cold_below: float = 0.0  # Picks per second; an expert with fewer may have only standbys.
+    min_gain: float = 0.005  # Minimum gain of moves, as a share of the step time; less is within the load's error.
+    cold_below: float = 0.0  # Picks per second below which an expert may have only standbys.
     promotion_us_per_mib: float = 100.0  # Time of a promotion at a standby, in µs per MiB.
-    # Bytes left free on every shard. None: as many as the largest expert has, if all experts fit even then.
+    # Bytes that stay free on every shard. None means the bytes of the largest expert, or 0 if not all experts fit then.
     headroom: int | None = None
-    max_homes: int = 64  # Most homes of one expert.
-    is_device_cover: bool = True  # Second homes are in device memory as far as the memory lasts.
+    max_homes: int = 64  # Maximum number of homes of one expert.
+    is_device_cover: bool = True  # True if second homes use device memory as long as some is free.
 
     def __post_init__(self) -> None:
         assert self.rows_per_step > 0
@@ -49,7 +50,7 @@ class PlanPolicy:
 
 @dataclass(frozen=True)
 class Move:
-    """A `Move` adds an expert to a shard or drops it there; `bytes` is what the shard must load for the move."""
+    """A `Move` adds an expert to a shard or drops it there; `bytes` is how much the shard must load."""
 
     layer: int
     expert: int
@@ -66,12 +67,12 @@ class Move:
 
 @dataclass(frozen=True)
 class Plan:
-    """A `Plan` says which homes and standbys experts should have, and which moves lead there.
+    """A `Plan` says which homes and standbys experts should have, and which moves lead to them.
 
     - `homes` and `standby` are as in a `Placement`.
     - `moves` are in order: all moves that add come before all moves that drop.
     - `predicted_s_before` and `predicted_s_after` are seconds per step, summed over layers.
-    - `gain_s` is the seconds saved per second of serving, `cost_s` the seconds that the moves take.
+    - `gain_s` are the seconds saved per second of serving. `cost_s` are the seconds that the moves take.
     - `cover_before` and `cover_after` are the lowest cover of any expert.
     - `blast_radius_before` and `blast_radius_after` are shares of all picks, by shard id.
     - `is_worth_it` is False if moves were refused. Refused moves are not in `moves`; `reasons` say why.

@@ -18,7 +18,7 @@ STAYS = "the shard keeps the expert as a standby"
 
 @dataclass(frozen=True)
 class RebalanceEstimate:
-    """A `RebalanceEstimate` compares the gain and the cost of the moves that only save time, not those that add cover.
+    """A `RebalanceEstimate` compares gain and cost of the moves that only save time; moves that add cover do not count.
 
     `before_us` and `after_us` are the predicted times per step without and with these moves, summed over layers.
     """
@@ -31,7 +31,7 @@ class RebalanceEstimate:
 
     @property
     def summary(self) -> str:
-        """Return the number of new homes and their size in words, for a reason."""
+        """Return the number and the size of the new homes as text, for a plan's reasons."""
         return f"{self.num_added} new homes ({self.num_bytes / MIB:,.1f} MiB)"
 
     @property
@@ -41,7 +41,7 @@ class RebalanceEstimate:
 
     @property
     def refusal(self) -> str:
-        """Return the sentence that says why the moves are refused; empty if the moves are made or there are none."""
+        """Return a sentence that says why the moves are refused; empty if the moves are made or there are no moves."""
         if not self.num_added:
             return ""
         gain_s = self.policy.share_of_time * self.gain * self.policy.stay_s
@@ -57,7 +57,7 @@ class RebalanceEstimate:
 def report(
     planned: Sequence[PlannedLayer], fleet: FleetBudget, rebalance: RebalanceEstimate, policy: PlanPolicy
 ) -> Plan:
-    """Return the plan that leads from the running layers to the planned ones."""
+    """Return the plan that leads from the running homes of all layers to the planned homes."""
     homes = {layer.spec.layer: _named(layer, fleet, layer.matrix, layer.before, layer.homes) for layer in planned}
     standby = {
         layer.spec.layer: _named(layer, fleet, layer.standby, layer.standby_before, layer.standby_homes)
@@ -88,7 +88,7 @@ def report(
 
 
 def kept_homes(layer: PlannedLayer, fleet: FleetBudget) -> dict[int, int]:
-    """Return the experts that stay on a draining shard because no other shard has memory for them, with that shard."""
+    """Return the draining shard of each expert that stays there, because no other shard has memory for the expert."""
     if fleet.num_shards == len(fleet.ids):
         return {}
     return {
@@ -121,10 +121,10 @@ def _named(layer: PlannedLayer, fleet: FleetBudget, matrix: HomeMatrix, before: 
 
 
 def _moves(planned: Sequence[PlannedLayer], fleet: FleetBudget) -> tuple[Move, ...]:
-    """Return the moves between the running and the planned layers: first all that add, then all that drop.
+    """Return the moves from the running to the planned homes: first all moves that add, then all moves that drop.
 
-    Among the moves that add, experts without a live home come first, then those that repair cover, then the others;
-    within each group, experts with more work come first.
+    Moves that add are in three groups: moves for experts without a live home, then moves that repair cover, then all
+    other moves. Within each group, experts with more work come first.
     """
     adds: list[tuple[tuple[float, ...], Move]] = []
     drops: list[Move] = []
@@ -177,7 +177,7 @@ def _why_dropped(layer: PlannedLayer, fleet: FleetBudget, expert: int, shard: in
 def _blast_radius(
     planned: Sequence[PlannedLayer], fleet: FleetBudget, matrices: Sequence[tuple[HomeMatrix, HomeMatrix]]
 ) -> dict[str, float]:
-    """Return the blast radius of each shard: the share of picks whose expert has its last home or standby there."""
+    """Return each shard's blast radius, the share of picks of experts whose only home or standby is the shard."""
     total = sum(float(layer.pick_E.sum()) for layer in planned)
     radius_S = np.zeros(len(fleet.ids))
     for layer, (matrix, standby) in zip(planned, matrices, strict=True):
@@ -195,7 +195,7 @@ def _blast_radius(
 def _reasons(
     planned: Sequence[PlannedLayer], fleet: FleetBudget, rebalance: RebalanceEstimate, cover_before: Sequence[Array]
 ) -> tuple[str, ...]:
-    """Return the sentences that explain a plan to an operator; `cover_before` holds each layer's covers, [E]."""
+    """Return the sentences that explain a plan to an operator; `cover_before` holds each layer's cover, [E]."""
     reasons = []
     num_experts = sum(layer.spec.num_experts for layer in planned)
     num_lost = sum(int((cover_E == 0).sum()) for cover_E in cover_before)
@@ -203,7 +203,7 @@ def _reasons(
     if num_lost == num_experts:
         reasons.append(f"None of the {num_experts} experts has a live home: this is a first placement.")
     elif num_lost + num_single:
-        reasons.append(f"Cover: {num_lost} of {num_experts} experts have no live home and {num_single} have one.")
+        reasons.append(f"Cover: {num_lost} of {num_experts} experts have no live home and {num_single} have one home.")
     num_kept = sum(len(kept_homes(layer, fleet)) for layer in planned)
     if num_kept:
         reasons.append(f"{num_kept} experts stay on draining shards, because no other shard has memory for them.")
@@ -219,7 +219,7 @@ def _reasons(
             f"{num_disk / MIB:,.1f} MiB of standbys do not fit into host memory, so these standbys are on disk."
         )
     if len(fleet.ids) < 2:
-        reasons.append("One shard cannot give an expert two homes: start another.")
+        reasons.append("One shard cannot give an expert two homes: start another shard.")
     if rebalance.refusal:
         reasons.append(rebalance.refusal)
     elif rebalance.num_added:

@@ -3,11 +3,11 @@
 The planner's steps are, in this order:
 
 1. Every expert gets a home.
-2. Shards that hold no expert of a layer get some.
+2. Shards that hold no expert of a layer get copies of the layer's experts.
 3. The slowest shard of each layer is made faster, where the gain is worth the bytes that are moved.
 4. Every expert gets the second home, or standby, that it lacks.
 
-Steps 1, 2 and 4 are always done. Step 3 is refused as a whole if it gains too little.
+Steps 1, 2 and 4 are always done. Step 3 is refused as a whole if the moves of step 3 gain too little.
 
 The planner is a pure function: the same fleet, load and placement give the same plan, and the order of the shards does
 not matter.
@@ -31,8 +31,8 @@ from cluster.placement.plan import Plan, PlanPolicy
 from cluster.placement.plan_report import RebalanceEstimate, report
 from cluster.topology import LayerSpec, Placement, Shard
 
-MAX_STEPS = 400  # Most steps of the local search for one layer in one plan.
-MANY_LAYERS = 16  # Number of layers from which on threads are worth starting.
+MAX_STEPS = 400  # Maximum number of steps of the local search for one layer in one plan.
+MANY_LAYERS = 16  # Minimum number of layers for which threads save more time than their start costs.
 DEFAULT_POLICY = PlanPolicy()
 
 
@@ -43,7 +43,7 @@ def plan(
     load: Mapping[int, ExpectedLoad],
     policy: PlanPolicy = DEFAULT_POLICY,
 ) -> Plan:
-    """Plan where experts should be, starting from the placement that runs (None if there is none yet).
+    """Plan where experts should be, starting from the running `placement` (None before the first placement).
 
     `shards` are the live shards: homes on other shards count as lost, and homes on draining shards are replaced. If
     `load` has no entry for a layer, all experts of the layer count as equally loaded.
@@ -69,7 +69,7 @@ def plan(
 
 
 def _assign_first_homes(number: int, layer: PlannedLayer, fleet: FleetBudget, policy: PlanPolicy) -> None:
-    """Assign homes to the experts of a layer that has none at all, as far as the layer's quota of memory goes."""
+    """Assign homes to the experts of a layer without any home, as far as the layer's quota of memory allows."""
     if not layer.is_new:
         return
     slots_S = fleet.slots_S(number, layer)
@@ -97,7 +97,7 @@ def _run_local_search(
     target_level: float,
     price_per_move: float,
 ) -> tuple[float, float]:
-    """Run `local_search.improve` on the homes of a layer, in place; return the level before and after, in µs."""
+    """Run `local_search.improve` on a layer, in place; return the slowest shard's time in µs before and after."""
     before, after = local_search.improve(
         layer.work_EC, fleet.cost_SP, layer.matrix.homes_EH, layer.matrix.num_E, slots_S, layer.fallback_E,
         layer.is_cold_E, fleet.policy.promotion_us_per_mib, thorough_above, target_level, price_per_move, MAX_STEPS,
@@ -108,7 +108,8 @@ def _run_local_search(
 def _place_experts_without_homes(layer: PlannedLayer, planned: Sequence[PlannedLayer], fleet: FleetBudget) -> None:
     """Give a home to every expert that has none, the experts with the most work first.
 
-    An expert for which no shard is found stays on its draining shard if it has one, or else has only standbys.
+    If no shard is found for an expert, the expert stays on its draining shard; without a draining shard, the expert has
+    only standbys.
     """
     unplaced = np.flatnonzero(layer.matrix.num_E == 0)
     if not len(unplaced):
@@ -126,14 +127,14 @@ def _place_experts_without_homes(layer: PlannedLayer, planned: Sequence[PlannedL
 def _choose_shard(
     layer: PlannedLayer, expert: int, planned: Sequence[PlannedLayer], fleet: FleetBudget, busy_S: Floats
 ) -> int:
-    """Return the shard that should become the home of `expert`, or -1; evict another expert's home there if necessary.
+    """Return the shard that should become the home of `expert`, or -1; evict another home there if necessary.
 
     The choices are, in this order:
 
     1. A standby of the expert that has a free slot.
-    2. A standby of the expert that can evict an expert which also has another home.
+    2. A standby of the expert, on which an expert with several homes can lose its home.
     3. The least busy shard that has a free slot.
-    4. Any shard that can evict a home.
+    4. The shard of the home that `_home_to_evict` returns.
     """
     free = np.flatnonzero(fleet.free_slots_S(layer) > 0)
     standby = layer.standby.of_expert(expert)
@@ -157,11 +158,11 @@ def _choose_shard(
 def _home_to_evict(
     layer: PlannedLayer, expert: int, planned: Sequence[PlannedLayer], fleet: FleetBudget
 ) -> tuple[PlannedLayer, int, int]:
-    """Return the layer, the expert and the shard of the home to evict in favour of `expert`; -1 if there is none.
+    """Return layer, expert and shard of the home to evict in favour of `expert`; expert and shard are -1 without one.
 
-    First choice is the expert with the least work per home among those with another home, in the same layer or else in
-    another one. Second choice is the expert of the same layer with the least work, if it has less work than `expert`
-    and if `expert` cannot stay on a draining shard.
+    The first choice is the expert with the least work per home among the experts with several homes, in the same layer
+    or else in another layer. The second choice is the expert of the same layer with the least work per home, but only
+    if this expert has less work than `expert`, and if `expert` cannot stay on a draining shard.
     """
     others = [other for other in planned if other.spec.expert_bytes >= layer.spec.expert_bytes and other is not layer]
     for victim in (layer, *others):
@@ -192,7 +193,7 @@ def _fill_empty_shards(number: int, layer: PlannedLayer, fleet: FleetBudget, pol
 
 
 def _rebalance(planned: Sequence[PlannedLayer], fleet: FleetBudget, policy: PlanPolicy) -> RebalanceEstimate:
-    """Make the slowest shard of each running layer faster, but undo it in all layers if the gain is too small."""
+    """Make the slowest shard of each running layer faster, but undo all changes if the total gain is too small."""
     levels = [float(layer.busy_S(fleet).max()) for layer in planned]
     for layer, level in zip(planned, levels, strict=True):
         if layer.matrix.is_same(layer.before):
@@ -202,7 +203,7 @@ def _rebalance(planned: Sequence[PlannedLayer], fleet: FleetBudget, policy: Plan
     matrices = [layer.matrix for layer in planned]
 
     def improve(number: int) -> float:
-        """Improve one layer and return its new level in µs; layers are independent of each other here."""
+        """Improve one layer and return its slowest shard's new time in µs; no layer depends on another layer here."""
         layer, level = planned[number], levels[number]
         ideal = balance.ideal_level(layer.work_EC, fleet.cost_SP)
         if layer.is_new or ideal >= policy.good_enough * level or saved_per_us * policy.stay_s == 0:
@@ -234,7 +235,7 @@ def _rebalance(planned: Sequence[PlannedLayer], fleet: FleetBudget, policy: Plan
 def _map_layers(work: Callable[[int], float], num_layers: int) -> list[float]:
     """Return the results of `work` for all layer numbers, computed by several threads if there are many layers.
 
-    Threads help because the compiled search releases Python's global lock.
+    Threads help because the compiled search releases Python's global interpreter lock.
     """
     if num_layers < MANY_LAYERS:
         return [work(number) for number in range(num_layers)]

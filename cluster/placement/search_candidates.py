@@ -20,10 +20,11 @@ def promising_steps(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any, slots_S: Any, is_cold_E: Any,
     can_swap: bool, num_trials: int,
 ) -> Any:  # fmt: skip
-    """Return the `num_trials` steps that promise most, best first, and their estimates in µs per expert moved.
+    """Return the `num_trials` steps with the highest estimates, best first, and the estimates in µs per expert moved.
 
-    The estimate is by how much the time of the slowest shards falls. Copies to a free slot or in place of a spare home
-    are always considered, detours and swaps only if `can_swap` is True. An estimate of 0 marks an unused entry.
+    The estimate of a step says how much less time the slowest shards would need. Copies to a free slot or in place of a
+    spare home (`_spare_homes`) are always considered, detours and swaps only if `can_swap` is True. An estimate of 0
+    marks an unused entry.
     """
     level = busy_S.max()
     is_slow_S = busy_S >= level * (1 - 10 * TOLERANCE)
@@ -158,10 +159,10 @@ def _score_swaps(
 def _spare_homes(
     work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, is_cold_E: Any, shards: int
 ) -> Any:
-    """Return, for each shard, the expert that can best give up its home there, and the time of its rows there in µs.
+    """Return, for each shard, the expert of the shard's spare home, and the time of the spare home's rows in µs.
 
-    The best expert is the one with the least time among the experts that have another home or are cold. A shard without
-    such an expert gets -1 and infinity.
+    A home is spare if its expert has another home or is cold. If a shard has several spare homes, the spare home with
+    the least time is returned; if a shard has no spare home, -1 and infinity are returned.
     """
     out_S, load_S = np.full(shards, -1, np.int64), np.full(shards, np.inf)
     for expert in range(len(num_E)):

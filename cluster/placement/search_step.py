@@ -20,12 +20,12 @@ from numba import njit
 
 from cluster.placement.balance import TOLERANCE, add_fallback_time, expert_time, water_fill
 
-TRIAL_SWEEPS = 12  # The most passes of a water-filling whose result is only compared with that of other steps.
+TRIAL_SWEEPS = 12  # Maximum number of passes of a water-filling in a trial, which only compares steps.
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def add_home(expert: int, shard: int, homes_EH: Any, num_E: Any, share_EH: Any, slots_S: Any) -> None:
-    """Make `shard` the last home of `expert`, at first with no share of its rows."""
+    """Append `shard` to the homes of `expert`; the new home computes no rows at first."""
     homes_EH[expert, num_E[expert]] = shard
     share_EH[expert, num_E[expert]] = 0.0
     num_E[expert] += 1
@@ -37,7 +37,7 @@ def drop_home(
     expert: int, shard: int, work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share_EH: Any, busy_S: Any,
     slots_S: Any,
 ) -> None:  # fmt: skip
-    """Remove `shard` from the homes of `expert` and split the rows that it computed evenly over the other homes."""
+    """Remove `shard` from the homes of `expert` and split the rows of this home evenly over the other homes."""
     num, position = num_E[expert], 0
     while homes_EH[expert, position] != shard:
         position += 1
@@ -90,7 +90,7 @@ def try_step(
 ) -> tuple[float, float]:  # fmt: skip
     """Return the time of the slowest shard after a step and the root mean square of all shards' times, both in µs.
 
-    The homes, shares, times and slots are afterwards as they were before the call.
+    The function leaves the homes, shares, times and slots as they were before the call.
     """
     expert, _, out, _, other = step
     trial_share_EH, trial_busy_S = share_EH.copy(), busy_S.copy()

@@ -1,6 +1,6 @@
-"""Second homes are the homes or standbys with which an expert survives the loss of its first home's shard and node.
+"""Second homes are homes or standbys that keep an expert available when the shard or node of its first home is lost.
 
-Second homes are on another node only if the shards run on several nodes.
+If the shards run on several nodes, a second home is on another node than the first home.
 
 Legend: as in `cluster.placement.balance`; also J: the largest number of standbys of an expert. Unused entries of
 `standby_EJ` are -1.
@@ -23,14 +23,15 @@ def repair(
 ) -> None:  # fmt: skip
     """Drop unneeded standbys, then add the homes or standbys that experts lack for full cover and two nodes, in place.
 
-    The place of a new home or standby is chosen by these criteria, in this order:
+    The shard of a new home or standby is chosen by these criteria, in this order:
 
     1. Tier and node: a free device slot (`slots_S`, only for an expert with one home and no standby) on another node,
        host memory (`host_slots_S`) on another node, a device slot on the same node, host memory on the same node, disk
        on another node, disk on the same node.
-    2. A shard in `former_EH`: it has the weights on its device now and keeps them, so that no other shard loads them.
+    2. A shard in `former_EH`, the running homes: the shard keeps the weights, so that no other shard must load them.
     3. The shard with the fewest standbys on disk.
-    4. The shard that would finish first if the expert's first home died, with all rows that it would take over then.
+    4. The shard that would finish first if the expert's first home died, including the rows of this home that the shard
+       would then compute.
     """
     num_shards, num_nodes = len(slots_S), len(np.unique(node_S))
     failover_SS = np.zeros((num_shards, num_shards))
@@ -79,9 +80,11 @@ def repair(
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _preference(is_apart: bool, is_free: bool, fits_in_host: bool) -> int:
-    """Return the rank of a place for a new home or standby; 0 is the best.
+    """Return the rank of a shard for a new home or standby; 0 is the best rank.
 
-    `is_apart` means another node than the first home's, `is_free` a free slot on the device.
+    - `is_apart`: the shard is on another node than the expert's first home.
+    - `is_free`: the expert may use a free slot on the shard's device.
+    - `fits_in_host`: the shard's host memory has a free slot.
     """
     if is_free:
         return 0 if is_apart else 2  # A device on the same node ranks below host memory on another node.
@@ -112,14 +115,15 @@ def _drop_surplus(
     expert: int, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, host_slots_S: Any, node_S: Any,
     num_nodes: int,
 ) -> None:  # fmt: skip
-    """Drop the standbys of an expert that it needs neither for full cover nor for a second node.
+    """Drop the standbys that an expert needs neither for full cover nor for a second node.
 
-    A standby on a shard that is also a home is always dropped. Dropped standbys free their `host_slots_S`.
+    A standby on a shard that is also a home is always dropped. Each dropped standby adds a slot to `host_slots_S`.
     """
     former_J, num_former = standby_EJ[expert].copy(), num_standby_E[expert]
     standby_EJ[expert] = -1
     num_standby_E[expert] = 0
-    for only_other_nodes in (True, False):  # Standbys on another node come first: they may make the others unneeded.
+    # Standbys on another node come first, because keeping them may make the standbys on the same node unneeded.
+    for only_other_nodes in (True, False):
         for j in range(num_former):
             shard = former_J[j]
             if shard < 0:

@@ -381,7 +381,7 @@ def test_a_home_that_gives_way_stands_by_where_it_was() -> None:
 def test_one_shard() -> None:
     planned = plan(make_layers(), make_fleet(1), None, {})
     assert planned.cover_after == 1
-    assert "One shard cannot give an expert two homes: start another." in planned.reasons
+    assert "One shard cannot give an expert two homes: start another shard." in planned.reasons
 
 
 def test_bad_input_is_a_sentence() -> None:
