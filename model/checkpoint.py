@@ -20,8 +20,9 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from `path`; {"__float__": "Infinity"}, as transformers writes it, becomes a float.
+    """Read a JSON object from `path`.
 
+    transformers writes infinite numbers as {"__float__": "Infinity"}; the function turns such objects into floats.
     Raises ValueError if the file is missing, is not valid JSON or holds no object.
     """
 
@@ -40,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """A `Checkpoint` gives the config and, by name, the tensors of a model directory."""
+    """A `Checkpoint` gives access to the config and the tensors of the model directory `path`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -60,7 +61,7 @@ class Checkpoint:
 
     @cached_property
     def _files(self) -> dict[str, str]:
-        """Return the name of the file that holds each tensor, by tensor name."""
+        """Return a dictionary from each tensor's name to the name of the file that holds the tensor."""
         if (self.path / INDEX).exists():
             files = read_json(self.path / INDEX).get("weight_map")
             if not isinstance(files, dict):
@@ -89,13 +90,13 @@ class Checkpoint:
                 self._sizes[file_name] = (self.path / file_name).stat().st_size
                 self._open[file_name] = safe_open(self.path / file_name, framework="pt")
             except FileNotFoundError:
-                raise ValueError(f"{self.path} lacks the file {file_name} that its index names") from None
+                raise ValueError(f"{self.path} lacks the file {file_name} that the index names") from None
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{self.path / file_name} is not a readable safetensors file: {error}") from None
         return self._open[file_name]
 
     def _check_size(self, file_name: str) -> None:
-        """Raise ValueError if the file's size has changed; reading a mapped file behind its end kills the process."""
+        """Raise ValueError if a mapped file has another size, because reading past the file's end kills the process."""
         try:
             size = (self.path / file_name).stat().st_size
         except OSError as error:
@@ -105,7 +106,7 @@ class Checkpoint:
             raise ValueError(f"{self.path / file_name} {sizes}; a weight file must not change while it is served")
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Read the tensor called `name` as stored and check its shape if `shape` is given.
+        """Read the tensor called `name` in its stored dtype and, if `shape` is given, check the tensor's shape.
 
         Raises ValueError if the tensor is missing or has another shape, or if its file is damaged or has changed.
         """

@@ -1,7 +1,7 @@
-"""These functions add expert outputs so that the sum depends neither on their order nor on the placement.
+"""The functions here add expert outputs so that the sum depends neither on the outputs' order nor on the placement.
 
 Float addition is not associative; integer addition is. Therefore each contribution is rounded to a multiple of
-2**grid and added as int64. The row (its size and its largest weight) and one constant of the layer determine `grid`.
+2**grid and added as int64. The row's norm, the row's largest weight and one constant of the layer determine `grid`.
 The unit 2**grid is about 2**-22 of a typical contribution, so rounding costs as much accuracy as fp32 rounding. A sum
 may grow to 2**40 times a typical contribution before int64 overflows.
 
@@ -21,8 +21,8 @@ from model import kernels
 from model.cpu import moe as cpu
 
 FRACTION_BITS = 22  # a typical contribution is about 2**22 units, which is near the 24 bits of an fp32 number
-MAX_GRID_SUM = 2.0**62  # units; a larger contribution could overflow int64
-NOT_ADDABLE = "an expert's output is not finite or too large to add: its weights are damaged"
+MAX_GRID_SUM = 2.0**62  # limit of a contribution in units; a larger contribution could overflow int64
+NOT_ADDABLE = "an expert's output is not finite or too large to add: the expert's weights are damaged"
 
 
 def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
@@ -38,9 +38,9 @@ def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
 
 
 def grid_exponents(x_NL: Tensor, topk_weights_NK: Tensor, layer_gain_exponent: int) -> Tensor:
-    """Return the exponent of the unit in which each row's contributions are added: int16 (N,).
+    """Return `grid` for each row, where 2**grid is the unit in which the row's contributions are added: int16 (N,).
 
-    `topk_weights_NK` is fp32; `layer_gain_exponent` is the largest `gain_exponent` of the layer's experts.
+    `topk_weights_NK` is fp32. `layer_gain_exponent` is the largest `gain_exponent` of the layer's experts.
     """
     shift = layer_gain_exponent - FRACTION_BITS - round(math.log2(x_NL.shape[-1]))
     if kernels.is_compiled(x_NL.device):
@@ -53,15 +53,15 @@ def grid_exponents(x_NL: Tensor, topk_weights_NK: Tensor, layer_gain_exponent: i
 
 
 def scale_to_grid(weight_P: NDArray[np.float32], grid_P: NDArray[np.int16]) -> NDArray[np.float64]:
-    """Return the factor by which an expert's output becomes a contribution in units of 2**grid, exact in float64."""
+    """Return weight / 2**grid of each pick, by which an expert's output is multiplied; float64 holds it exactly."""
     scale_P: NDArray[np.float64] = np.ldexp(weight_P.astype(np.float64), -grid_P.astype(np.int64))
     return scale_P
 
 
 def add_on_grid(y_PL: Tensor, scale_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor:
-    """Round each scale·y to a whole number and add these exactly over the picks of each row: int64 (num_rows, L).
+    """Round each scale·y to a whole number and return the exact sums over each row's picks: int64 (num_rows, L).
 
-    Raises ValueError if a contribution is not finite, or if it has 2**62 units or more, which no sound model reaches.
+    Raises ValueError if a contribution is not finite or has 2**62 units or more, which only damaged weights cause.
     """
     units_PL = (y_PL * scale_P[:, None]).round_()  # 24 bits times 24 bits are exact in float64, so only round_() rounds
     if not bool(units_PL.abs().amax() < MAX_GRID_SUM):

@@ -18,14 +18,14 @@ FAMILIES: dict[str, ModuleType] = {"nemotron_h": nemotron_h}
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A `ModelFamily` joins a checkpoint with the module that can read it and run it."""
+    """A `ModelFamily` combines a checkpoint with the module of `model.families` that loads and runs the checkpoint."""
 
     checkpoint: Checkpoint
     config: nemotron_h.NemotronHConfig
 
     @property
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
-        """Return the shape of each MoE layer for which the checkpoint has weights, the MTP module's layer included."""
+        """Return the shapes of all MoE layers for which the checkpoint has weights, also those of the MTP module."""
         return nemotron_h.served_expert_shapes(self.checkpoint, self.config)
 
     @property
@@ -34,20 +34,20 @@ class ModelFamily:
         return nemotron_h.has_mtp(self.checkpoint, self.config)
 
     def check(self) -> None:
-        """Check names and shapes of all tensors without reading weights.
+        """Check the names and shapes of all tensors in the checkpoint without reading weights.
 
-        Raises ValueError that names the first tensor that is missing, unknown or has the wrong shape.
+        Raises ValueError if a tensor is missing, is unknown or has the wrong shape; the message names the first one.
         """
         nemotron_h.check(self.checkpoint, self.config)
 
     def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """Read one routed expert as stored: {"up": (M, L), "down": (L, M)}."""
+        """Read the weights of one routed expert in their stored dtype: {"up": (M, L), "down": (L, M)}."""
         return nemotron_h.load_expert(self.checkpoint, self.config, layer, expert)
 
     def load_backbone(
         self, experts: Experts, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> nemotron_h.NemotronH:
-        """Load the model without its routed experts; the model calls `experts` to run them."""
+        """Load the model without its routed experts; the loaded model calls `experts` to run routed experts."""
         return nemotron_h.load_backbone(self.checkpoint, self.config, experts, dtype, device)
 
     def load_local_experts(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> LocalExperts:
@@ -61,13 +61,13 @@ class ModelFamily:
 
 
 def load_family(path: str | Path) -> ModelFamily:
-    """Open a Hugging Face model directory.
+    """Open the Hugging Face model directory `path` and return its checkpoint with the module for its `model_type`.
 
-    Raises ValueError if `path` is no model directory, or if no module can serve its `model_type`.
+    Raises ValueError if `path` is not a model directory, or if there is no module for the `model_type`.
     """
     checkpoint = Checkpoint(path)
     model_type = checkpoint.config.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"{checkpoint.path} has model_type {model_type!r}; served are {', '.join(FAMILIES)}")
+        raise ValueError(f"{checkpoint.path} has model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
     config = nemotron_h.NemotronHConfig.from_json(checkpoint.config, checkpoint.generation_config)
     return ModelFamily(checkpoint, config)

@@ -1,6 +1,6 @@
 """The functions here decide which implementation of the layers runs on a device.
 
-- On a CPU: the compiled kernels of `model/cpu`, which also make a token's bits depend on its own sequence alone.
+- On a CPU: the compiled kernels of `model/cpu`. With them, a token's bits depend only on the token's own sequence.
 - On a GPU: the fused CUDA kernels of mamba-ssm and causal-conv1d where they are installed.
 - Otherwise: plain PyTorch.
 
@@ -23,33 +23,33 @@ Kernel = Callable[..., Any]
 
 @cache
 def has_compiled() -> bool:
-    """Return True if the CPU kernels may run; EXPERTMESH_CPU_KERNELS=0 turns them off."""
+    """Return True unless EXPERTMESH_CPU_KERNELS=0 turns the CPU kernels off."""
     return os.environ.get("EXPERTMESH_CPU_KERNELS", "1") != "0"
 
 
 def is_compiled(device: torch.device | str) -> bool:
-    """Return True if a model on `device` packs its weights for the CPU kernels."""
+    """Return True if a model on `device` runs on the CPU kernels."""
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     return kind == "cpu" and has_compiled()
 
 
 def is_reproducible(device: torch.device | str) -> bool:
-    """Return True if a request's tokens on `device` depend on that request alone.
+    """Return True if a request's tokens on `device` depend on the request alone.
 
-    Then its tokens are the same whatever other requests share its batches, after preemption, and with or without
-    drafts.
+    The request's tokens are then the same whatever other requests share the batches, after preemption, and with or
+    without drafts.
     """
     return is_compiled(device)
 
 
 @cache
 def has_fused(package: str) -> bool:
-    """Return True if there is a CUDA device and `package`, which provides fused kernels, is installed."""
+    """Return True if there is a CUDA device and the package `package` of fused kernels is installed."""
     return torch.cuda.is_available() and importlib.util.find_spec(package) is not None
 
 
 def describe(device: torch.device | str) -> str:
-    """Describe in a sentence, for the log at start, what runs on `device` and whether tokens are reproducible."""
+    """Return a text for the log at start that says what runs on `device` and whether tokens are reproducible."""
     if is_reproducible(device):
         return f"{_arithmetic(device)}; a request's tokens are the same whoever shares the batch"
     return f"{_arithmetic(device)}; the last bits of a request's logits may depend on who shares the batch"
@@ -73,15 +73,15 @@ def _fused_kernel(device: torch.device, package: str, name: str) -> Kernel | Non
 
 
 def ssd_scan(device: torch.device) -> Kernel | None:
-    """Return the kernel of the fused state space scan over packed requests, or None if plain PyTorch must run."""
+    """Return the fused kernel that scans packed requests, or None if plain PyTorch must run."""
     return _fused_kernel(device, "mamba_ssm", "ssd_scan")
 
 
 def ssd_step(device: torch.device) -> Kernel | None:
-    """Return the fused state space step for one token per request, or None if plain PyTorch must run."""
+    """Return the fused kernel that advances the state by one token per request, or None if plain PyTorch must run."""
     return _fused_kernel(device, "mamba_ssm", "ssd_step")
 
 
 def causal_conv(device: torch.device) -> Kernel | None:
-    """Return the kernel of the fused causal convolution, or None if plain PyTorch must run."""
+    """Return the fused kernel of the causal convolution, or None if plain PyTorch must run."""
     return _fused_kernel(device, "causal_conv1d", "causal_conv")

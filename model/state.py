@@ -23,8 +23,8 @@ BLOCK_SIZE = 16  # tokens per page
 class SubBatch:
     """A `SubBatch` selects some of a batch's requests, so that a kernel can treat them apart from the others."""
 
-    requests: Tensor  # index of each selected request in the batch
-    rows: Tensor  # rows of the selected requests' tokens in the batch
+    requests: Tensor  # the selected requests' indices in the batch
+    rows: Tensor  # the rows of the selected requests' tokens in the batch
     lens: tuple[int, ...]
     context_lens: tuple[int, ...]
 
@@ -38,7 +38,7 @@ class BatchArrays:
     contexts_R: NDArray[np.int64]
     slots_R: NDArray[np.int64]
     is_new_R: NDArray[np.bool_]
-    keeps_R: NDArray[np.bool_]  # False: the request's last tokens are drafts, so its recurrent state stays as it was
+    keeps_R: NDArray[np.bool_]  # False for a request with drafts, whose recurrent state must not change
     first_keys_R: NDArray[np.int64]
     tables_RW: NDArray[np.int64]
 
@@ -47,9 +47,10 @@ class BatchArrays:
 class Batch:
     """A `Batch` holds the tokens of one step, packed request after request without padding.
 
-    `token_ids_T` is int64; every tuple has R entries. Request r computes its tokens at positions
-    `context_lens[r] .. context_lens[r] + lens[r]`, keeps recurrent state in the state slot `slots[r]` and KV in the
-    pages `block_tables[r]`.
+    `token_ids_T` is int64; every tuple has R entries. For request r:
+
+    - The step computes `lens[r]` tokens, which follow the `context_lens[r]` tokens of earlier steps.
+    - The recurrent state is in the state slot `slots[r]`, and the KV is in the pages `block_tables[r]`.
     """
 
     token_ids_T: Tensor
@@ -58,8 +59,8 @@ class Batch:
     slots: tuple[int, ...]
     block_tables: tuple[tuple[int, ...], ...]
     block_size: int = BLOCK_SIZE
-    num_drafts: tuple[int, ...] = ()  # how many of each request's last tokens are drafts; () stands for no drafts
-    first_keys: tuple[int, ...] = ()  # first position of each request that attention sees; () stands for position 0
+    num_drafts: tuple[int, ...] = ()  # number of drafts at the end of each request's tokens; () for no drafts
+    first_keys: tuple[int, ...] = ()  # first position that attention sees, by request; () for position 0 everywhere
 
     def __post_init__(self) -> None:
         assert sum(self.lens) == self.token_ids_T.numel()
@@ -94,7 +95,7 @@ class Batch:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Return the row at which each request's tokens start: R entries."""
+        """Return the row of each request's first token: R entries."""
         return (0, *accumulate(self.lens))[:-1]
 
     @cached_property
@@ -103,7 +104,7 @@ class Batch:
 
     @cached_property
     def is_new_R(self) -> Tensor:
-        """Return True for each request whose recurrent state starts from zeros: bool (R,)."""
+        """Return for each request whether it is new, so that its recurrent state starts from zeros: bool (R,)."""
         return torch.tensor([c == 0 for c in self.context_lens], device=self.token_ids_T.device)
 
     @cached_property
@@ -113,12 +114,12 @@ class Batch:
 
     @cached_property
     def single_token_requests(self) -> SubBatch | None:
-        """Return the requests that compute one token in this step, or None if there are none."""
+        """Return the requests that compute one token in this step, or None if there is no such request."""
         return self._sub_batch([r for r, length in enumerate(self.lens) if length == 1])
 
     @cached_property
     def multi_token_requests(self) -> SubBatch | None:
-        """Return the requests that compute several tokens in this step, or None if there are none."""
+        """Return the requests that compute several tokens in this step, or None if there is no such request."""
         return self._sub_batch([r for r, length in enumerate(self.lens) if length > 1])
 
     def _sub_batch(self, requests: list[int]) -> SubBatch | None:
@@ -135,9 +136,9 @@ class Batch:
 
     @cached_property
     def kv_indices(self) -> tuple[Tensor, ...]:
-        """Return where each request's keys and values lie in a layer's pages: R tensors (context_len + len,).
+        """Return the indices of each request's keys and values in a layer's pages: R tensors (context_len + len,).
 
-        The new tokens of this step are included. An index is page · block_size + offset.
+        The indices include the new tokens of this step. An index is page · block_size + offset in the page.
         """
         offsets = torch.arange(self.block_size, device=self.token_ids_T.device)
         kv_indices = []
@@ -149,13 +150,13 @@ class Batch:
 
     @cached_property
     def new_kv_indices_T(self) -> Tensor:
-        """Return where the keys and values of this step's rows go in a layer's pages: int64 (T,)."""
+        """Return the index in a layer's pages at which to write the key and value of each row: int64 (T,)."""
         return torch.cat([kv_indices[-length:] for kv_indices, length in zip(self.kv_indices, self.lens, strict=True)])
 
 
 @dataclass(frozen=True)
 class PagedSpec:
-    """A `PagedSpec` describes an attention layer's state: values of `shape` per token, in the model's dtype."""
+    """A `PagedSpec` describes an attention layer's state: one tensor of `shape` per token, in the model's dtype."""
 
     layer: int
     shape: tuple[int, ...]
@@ -163,7 +164,7 @@ class PagedSpec:
 
 @dataclass(frozen=True)
 class RecurrentSpec:
-    """A `RecurrentSpec` describes a recurrent layer's state: one tensor of each shape per request.
+    """A `RecurrentSpec` describes a recurrent layer's state: for each request, one tensor of each shape in `shapes`.
 
     A dtype of None stands for the model's dtype.
     """
@@ -179,7 +180,7 @@ def _numel(shape: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A `StateSpec` describes the state of all layers, so that the engine can plan memory before it allocates any."""
+    """A `StateSpec` describes the state of all layers, so that the engine can plan memory before allocating memory."""
 
     paged: tuple[PagedSpec, ...]
     recurrent: tuple[RecurrentSpec, ...]
@@ -196,7 +197,7 @@ class StateSpec:
         )
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Return how many pages `num_tokens` tokens of one request take."""
+        """Return the number of pages that one request with `num_tokens` tokens needs."""
         return -(-num_tokens // self.block_size)
 
 
@@ -210,7 +211,7 @@ class State:
         self, spec: StateSpec, num_slots: int, num_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.spec, self.num_slots, self.num_blocks = spec, num_slots, num_blocks
-        self.uncommitted: dict[int, Any] = {}  # recurrent layer -> inputs of a step with drafts, until `commit`
+        self.uncommitted: dict[int, Any] = {}  # layer -> inputs of a step with drafts, until `commit`
         self.pages = {
             p.layer: torch.zeros(num_blocks * spec.block_size, *p.shape, dtype=dtype, device=device) for p in spec.paged
         }
@@ -223,14 +224,14 @@ class State:
         }
 
     def read(self, layer: int, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the recurrent state of the batch's requests, zeros for new requests: tensors (R, *shape)."""
+        """Return a copy of the recurrent state of the batch's requests: tensors (R, *shape), zeros for new requests."""
         return tuple(
             slots[batch.slots_R].masked_fill_(batch.is_new_R.view(-1, *[1] * (slots.dim() - 1)), 0)
             for slots in self.slots[layer]
         )
 
     def write(self, layer: int, batch: Batch, values: Sequence[Tensor]) -> None:
-        """Write the recurrent state (R, *shape) of the batch's requests, except requests with drafts."""
+        """Store the new recurrent state (R, *shape) of the batch's requests, except for requests with drafts."""
         for slots, value in zip(self.slots[layer], values, strict=True):
             if batch.has_drafts:
                 keeps = [r for r, count in enumerate(batch.num_drafts) if not count]
@@ -239,13 +240,13 @@ class State:
                 slots[batch.slots_R] = value.to(slots.dtype)
 
     def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy the recurrent state of whole slots, one (source, target) pair after the other."""
+        """Copy the recurrent state from slot to slot, one (source, target) pair after another."""
         for source, target in pairs:
             for slots in (tensor for tensors in self.slots.values() for tensor in tensors):
                 slots[target] = slots[source]
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole pages of every attention layer, one (source, target) pair after the other."""
+        """Copy pages of every attention layer, one (source, target) pair after another."""
         size = self.spec.block_size
         for source, target in pairs:
             for pages in self.pages.values():

@@ -31,14 +31,14 @@ class AttentionShape:
     head_dim: int  # D
 
     def state_spec(self, layer: int) -> PagedSpec:
-        """Return the spec of the layer's state: the keys and values of a token, (2, J, D)."""
+        """Return the spec of the attention layer's state: each token's key and value, (2, J, D)."""
         return PagedSpec(layer, (2, self.num_kv_heads, self.head_dim))
 
 
 def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
-    """Compute softmax attention of a request's last T tokens over all its L tokens: (T, H, D).
+    """Compute softmax attention of a request's last T tokens over all L tokens of the request: (T, H, D).
 
-    If there are more queries than keys, the first queries come before every key: they see nothing and give zeros.
+    If there are more queries than keys, the first queries come before every key. The outputs of such queries are zeros.
     """
     if (num_blind := q_THD.shape[0] - k_LJD.shape[0]) > 0:
         seen_THD = causal_attention(q_THD[num_blind:], k_LJD, v_LJD) if len(k_LJD) else q_THD[:0]
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias)
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepare the CPU kernels: join the three input projections into one, with the layer's norm before them."""
+        """Prepare the CPU kernels, which apply `norm` and the projections to q, k and v as one product."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         self.packed = pack_matrix(torch.cat([part.take_weight() for part in parts]))
         bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])

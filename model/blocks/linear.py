@@ -1,9 +1,9 @@
-"""Batch-invariant matrix products give each row the same bits whatever other rows are in the product.
+"""Batch-invariant matrix products give each row the same bits, whatever other rows are in the product.
 
-A library chooses its kernel by the number of rows, and two kernels may add the same products in a different order. So a
-row's result can change in its last bits when other rows join the product. If the rows are padded to a multiple of some
-number and cut into blocks of limited size, the library always uses the same kernel. Which two numbers achieve that on
-this machine is measured (`find_row_blocking`), because libraries do not document it.
+A library chooses the kernel for a product by the number of rows, and two kernels may add the same terms in different
+orders. So the last bits of a row's result can change when other rows join the product. A library always uses the same
+kernel if the rows are padded to a multiple of the right number and cut into blocks of the right maximum size. Libraries
+do not document the right numbers, so `find_row_blocking` finds them by measurement on this machine.
 
 Legend: N rows, I inputs, O outputs.
 """
@@ -28,7 +28,7 @@ MAX_ROWS = (256, 128, 64, 32)
 
 @dataclass(frozen=True)
 class RowBlocking:
-    """A `RowBlocking` says which row counts make a product batch-invariant: multiples of a number, up to a maximum."""
+    """A `RowBlocking` names row counts that keep a product batch-invariant: multiples of a number up to a maximum."""
 
     multiple: int
     max_rows: int
@@ -39,9 +39,9 @@ class RowBlocking:
 
 
 def is_batch_invariant(weight_OI: Tensor, blocking: RowBlocking) -> bool:
-    """Return True if every row count that `blocking` allows gives the same bits as a full block.
+    """Return True if every number of rows that `blocking` allows gives each row the same bits as a full block.
 
-    Each count is tried with the first and, in reverse order, with the last rows of the full block.
+    The function tries each number n twice: with the first n rows, and with the last n rows in reverse order.
     """
     generator = torch.Generator().manual_seed(0)
     x_NI = torch.randn(blocking.max_rows, weight_OI.shape[1], generator=generator).to(weight_OI)
@@ -57,10 +57,11 @@ def is_batch_invariant(weight_OI: Tensor, blocking: RowBlocking) -> bool:
 def find_row_blocking(
     num_inputs: int, num_outputs: int, dtype: torch.dtype, device: str, num_threads: int
 ) -> RowBlocking:
-    """Find the cheapest batch-invariant blocking for products of this shape by trying; takes up to half a second.
+    """Find the cheapest batch-invariant row blocking for a weight (num_outputs, num_inputs) by trying candidates.
 
-    Raises RuntimeError if no blocking is batch-invariant. `num_threads` is a parameter, and so part of the cache's key,
-    because libraries also choose kernels by the number of threads.
+    The search takes up to half a second, and the result is cached. Raises RuntimeError if no candidate is
+    batch-invariant. `num_threads` is only a part of the cache's key: libraries also choose kernels by the number of
+    threads.
     """
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(num_outputs, num_inputs, generator=generator).to(device, dtype)
@@ -75,25 +76,25 @@ def find_row_blocking(
 
 
 def row_blocking(weight_OI: Tensor) -> RowBlocking:
-    """Return the row blocking for products with `weight_OI` on its device and with PyTorch's number of threads."""
+    """Return the row blocking for products with `weight_OI` on the weight's device and PyTorch's number of threads."""
     outputs, inputs = weight_OI.shape
     return find_row_blocking(inputs, outputs, weight_OI.dtype, str(weight_OI.device), torch.get_num_threads())
 
 
 def as_array(parameter: Tensor | None) -> NDArray[np.float32]:
-    """Return a vector in fp32 for compiled code, where an array of length 0 stands for None."""
+    """Return a parameter as an fp32 array for compiled code; None becomes an array of length 0."""
     array: NDArray[np.float32] = np.zeros(0, np.float32) if parameter is None else parameter.detach().float().numpy()
     return array
 
 
 class Linear(nn.Module):
-    """A `Linear` is a linear layer with its weight (O, I) as in the checkpoint, uninitialised until loaded."""
+    """A `Linear` is a linear layer; its weight has the checkpoint's shape (O, I) and is uninitialised until loading."""
 
     weight: nn.Parameter | None
     packed: PackedMatrix | None = None
     kernel_params: tuple[
         PackedMatrixDescriptor, NDArray[np.float32]
-    ]  # weight and bias (of length 0 where there is none) for `cpu.layers`
+    ]  # weight and bias as `cpu.layers` takes them; a bias of length 0 stands for no bias
 
     def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
         super().__init__()
@@ -111,9 +112,9 @@ class Linear(nn.Module):
         return weight.detach()
 
     def pack(self) -> None:
-        """Lay the weight out for the CPU kernels and free the original; inputs and outputs are fp32 from then on."""
+        """Copy the weight into the CPU kernels' layout and free the original; `forward` then takes and returns fp32."""
         if self.weight is None:
-            return  # another layer has taken the weight and packs it as a part of a larger one
+            return  # another layer has taken the weight and packs the weight as a part of a larger matrix
         self.packed = pack_matrix(self.take_weight())
         self.bias = None if self.bias is None else nn.Parameter(self.take_bias(), requires_grad=False)
         self.kernel_params = (self.packed.descriptor, as_array(self.bias))

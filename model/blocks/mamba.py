@@ -4,9 +4,9 @@ What surprises:
 
 - The input projection's order is gate | x | B | C | Δ, and the convolution runs over x|B|C together.
 - Δ, A and the state are fp32 whatever the model's dtype.
-- Padding with Δ = 0 is harmless, because the decay is then 1 and the input 0.
-- Requests of different lengths are cut into chunks that end at absolute multiples of the chunk length. So a token's
-  arithmetic does not depend on how its prompt was split into steps, as long as the splits lie on these multiples.
+- Padding with Δ = 0 does not change the state, because the decay is then 1 and the added input is 0.
+- Chunks end at token positions that are multiples of the chunk length. So a token's arithmetic does not depend on how
+  the token's prompt was split into steps, as long as every split is at a multiple of the chunk length.
 
 Legend: T tokens, R requests, P chunks, Q chunk length, H heads, D head dim, G groups, N state dim, C conv channels,
 K taps.
@@ -59,26 +59,26 @@ class MambaShape:
         return self.inner_dim + 2 * self.num_groups * self.state_dim  # C
 
     def state_spec(self, layer: int) -> RecurrentSpec:
-        """Return the spec of the layer's state: the convolution's last K-1 inputs, and the SSM state in fp32."""
+        """Return the spec of the mixer's state: the last K-1 convolution inputs, and the SSM state in fp32."""
         shapes = ((self.conv_kernel - 1, self.conv_dim), (self.num_heads, self.head_dim, self.state_dim))
         return RecurrentSpec(layer, shapes, (None, torch.float32))
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """A `Chunks` says how the packed requests of a step are cut at absolute multiples of the chunk length.
+    """A `Chunks` says how the packed requests of a step are cut into chunks at multiples of the chunk length.
 
-    The scan passes the state from chunk to chunk for all requests at once: step c treats the c-th chunk of every
-    request that has so many.
+    The scan passes the state from chunk to chunk for all requests at once. The scan's iteration c handles the c-th
+    chunk of every request that has more than c chunks.
     """
 
-    rows_PQ: Tensor  # the packed batch's rows in each chunk; T stands for padding
-    chain: tuple[tuple[Tensor, Tensor], ...]  # chain[c]: the chunks that come c-th in their request, and those requests
+    rows_PQ: Tensor  # for each chunk, its rows in the packed batch; the number T stands for padding
+    chain: tuple[tuple[Tensor, Tensor], ...]  # chain[c]: each request's c-th chunk, and the index of the request
 
 
 @lru_cache(maxsize=8)
 def split_into_chunks(lens: tuple[int, ...], context_lens: tuple[int, ...], chunk_size: int) -> Chunks:
-    """Cut packed requests with `lens` new tokens after `context_lens` earlier ones into chunks of `chunk_size`."""
+    """Cut requests, which have `lens` new tokens after `context_lens` earlier tokens, into chunks of `chunk_size`."""
     total, start = sum(lens), 0
     rows: list[list[int]] = []
     chain: list[tuple[list[int], list[int]]] = []
@@ -116,7 +116,7 @@ def ssd_scan(
     # 1. "Compute the output for each intra-chunk (diagonal blocks)": (C Bᵀ ∘ L) (Δ x)
     mask_QQ = torch.ones(x_PQHD.shape[1], x_PQHD.shape[1], dtype=torch.bool, device=x_PQHD.device).tril()
     decay_PHQQ = (log_decay_PHQ[..., :, None] - log_decay_PHQ[..., None, :]).masked_fill(~mask_QQ, -torch.inf).exp()
-    # Operands are made contiguous; otherwise the BLAS call, and so the last bits, would depend on the number of chunks.
+    # For operands that are not contiguous, the BLAS call, and so the last bits, would depend on the number of chunks.
     scores_PGQQ = c_PQGN.transpose(1, 2).contiguous() @ b_PQGN.permute(0, 2, 3, 1).contiguous()
     input_PHQD = (x_PQHD * delta_PQH[..., None]).transpose(1, 2)
     y_PHQD = (scores_PGQQ.repeat_interleave(per_group, 1) * decay_PHQQ) @ input_PHQD
@@ -159,7 +159,8 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """Apply the depthwise causal convolution and SiLU to packed requests.
 
-    Takes inputs (T, C) and each request's last K-1 inputs (R, K-1, C). Returns outputs (T, C) and the new last inputs.
+    Takes the new inputs (T, C) and the K-1 inputs before the new inputs of each request (R, K-1, C). Returns the
+    outputs (T, C) and the last K-1 inputs of each request (R, K-1, C).
     """
     num_past = window_RKC.shape[1]
     parts: list[Tensor] = []
@@ -186,7 +187,7 @@ def packed_scan(
     sub_batch: SubBatch,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Run `ssd_scan` over requests packed one after another: y (T, H, D) and the final state (R, H, D, N)."""
+    """Run `ssd_scan` over packed requests and return y (T, H, D) and the final states (R, H, D, N)."""
     chunks = split_into_chunks(sub_batch.lens, sub_batch.context_lens, chunk_size)
     rows = chunks.rows_PQ.to(x_THD.device)
     chain = tuple((p.to(x_THD.device), r.to(x_THD.device)) for p, r in chunks.chain)
@@ -228,9 +229,9 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = Linear(shape.inner_dim, shape.hidden_size, bias)
 
     def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split in_proj's output.
+        """Split the output of `in_proj` into gate, convolution input and Δ.
 
-        Returns gate (..., inner), x|B|C before the convolution (..., C) and Δ before softplus (..., H).
+        Returns the gate (..., inner), x|B|C before the convolution (..., C) and Δ before softplus (..., H).
         """
         s = self.shape
         gate, xbc, delta = projected.split([s.inner_dim, s.conv_dim, s.num_heads], dim=-1)
@@ -251,19 +252,19 @@ class Mamba2Mixer(nn.Module):
         return x, delta, a_H, b.unflatten(-1, by_group), c.unflatten(-1, by_group)
 
     def finish(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        """Apply skip term and gated norm: y and x (..., H, D), gate (..., inner) -> (..., inner)."""
+        """Compute the gated norm of y + D·x: y and x (..., H, D), gate (..., inner) -> (..., inner)."""
         y = y + x * self.D.float()[:, None]
         normed: Tensor = self.norm(y.flatten(-2), gate)
         return normed
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepare the CPU kernels' parameters, the layer's norm included.
+        """Prepare the CPU kernels' parameters, which include those of `norm`, the norm before the mixer.
 
-        Raises ValueError if the state dim is no multiple of the kernels' vector length.
+        Raises ValueError if the state dim is not a multiple of the kernels' vector length.
         """
         if self.shape.state_dim % LANES:
             given = self.shape.state_dim
-            raise ValueError(f"config.json has ssm_state_size = {given}; a CPU serves multiples of {LANES}")
+            raise ValueError(f"config.json has ssm_state_size = {given}; a CPU supports only multiples of {LANES}")
         s, conv = self.shape, self.conv1d
         bias = torch.zeros(s.conv_dim) if conv.bias is None else conv.bias
         constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)
@@ -296,7 +297,10 @@ class Mamba2Mixer(nn.Module):
         return out
 
     def commit(self, rows: Tensor, batch: Batch, state: State) -> None:
-        """Advance the state over accepted drafts: `batch` holds the accepted tokens, `rows` their rows in the step."""
+        """Advance the recurrent state over accepted drafts with the inputs that the step kept.
+
+        `batch` holds the tokens over which the state advances. `rows` holds their rows in the whole step's batch.
+        """
         projected_TP = state.uncommitted.pop(self.layer)
         if self.packed:
             self._mix_packed(projected_TP[rows.numpy()], batch, state, has_output=False)
@@ -324,9 +328,9 @@ class Mamba2Mixer(nn.Module):
         return out_TI
 
     def _mix(self, projected_TP: Tensor, batch: Batch, state: State) -> Tensor:
-        """Compute everything between the two projections with PyTorch or fused CUDA kernels.
+        """Compute the mixer's core, from the output of `in_proj` to the input of `out_proj`, without the CPU kernels.
 
-        Maps in_proj's output (T, gate | x | B | C | Δ) -> (T, inner).
+        Maps (T, gate | x | B | C | Δ) -> (T, inner) with the fused CUDA kernels if installed, otherwise with PyTorch.
         """
         gate_TI, xbc_TC, delta_TH = self.split(projected_TP)
         window_RKC, ssm_RHDN = state.read(self.layer, batch)
@@ -340,7 +344,10 @@ class Mamba2Mixer(nn.Module):
     def advance(
         self, x: Tensor, delta: Tensor, a_H: Tensor, b: Tensor, c: Tensor, ssm: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        """Advance the state space over packed requests: `ssd_step` for requests with one token, the scan for others."""
+        """Run `ssd_step` over the requests with one token and the scan over all other requests.
+
+        Returns y (T, H, D) and the new states (R, H, D, N).
+        """
         step, scan = kernels.ssd_step(x.device) or ssd_step, kernels.ssd_scan(x.device) or packed_scan
         single, multi = batch.single_token_requests, batch.multi_token_requests
         if multi is None:

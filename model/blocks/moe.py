@@ -1,7 +1,8 @@
 """`MoE` is the sparse mixture of experts; it calls its routed experts through `Experts`, so that they may be remote.
 
-LatentMoE routes on the full hidden vector, but sends only fc1's output, which is a quarter as wide, to the experts. fc2
-projects the weighted sum back. A plain MoE is the same with fc1 = fc2 = identity.
+LatentMoE routes on the full hidden vector, but sends the experts only the output of fc1, which is a quarter as wide.
+Then fc2 projects the weighted sum of the experts' outputs back to the hidden width. In a plain MoE, fc1 and fc2 are the
+identity.
 
 Legend: N rows, D hidden, L expert input (latent, or hidden in a plain MoE), M expert width, E experts, K picks per row,
 P = N·K picks.
@@ -49,7 +50,7 @@ class ExpertShape:
         return 2 * self.input_dim * self.width
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of one expert's weights in `dtype`."""
+        """Return the size in bytes of one expert's weights in `dtype`."""
         return self.num_params * dtype.itemsize
 
 
@@ -57,7 +58,7 @@ class Experts(Protocol):
     """`Experts` runs a layer's routed experts, in this process or on expert shards."""
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
-        """Start the layer call and return a function that waits for its weighted sums: fp32 (N, L)."""
+        """Start a layer call and return a function that waits for the weighted sums and returns them: fp32 (N, L)."""
 
 
 class ExpertBank:
@@ -68,10 +69,10 @@ class ExpertBank:
         self.is_compiled = kernels.is_compiled(device)
         if self.is_compiled and dtype == torch.bfloat16 and (shape.input_dim % 2 or shape.width % 2):
             sizes = f"{shape.input_dim} inputs and a width of {shape.width}"
-            raise ValueError(f"experts of layer {shape.layer} have {sizes}; in bfloat16 a CPU serves even numbers")
+            raise ValueError(f"experts of layer {shape.layer} have {sizes}; bfloat16 on a CPU needs even numbers")
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: dict[int, tuple[PackedMatrix, PackedMatrix]] = {}
-        self._addresses = np.zeros((2, shape.num_experts), np.int64)  # each expert's packed weights: up, down
+        self._addresses = np.zeros((2, shape.num_experts), np.int64)  # addresses of each expert's packed up and down
         self._gains: dict[int, int] = {}
         self._row_blocking: RowBlocking | None = None
 
@@ -86,8 +87,8 @@ class ExpertBank:
     def load(self, expert: int, tensors: Mapping[str, Tensor], gain: int | None = None) -> None:
         """Copy an expert's weights {"up": (M, L), "down": (L, M)} into the bank.
 
-        `gain` is the expert's `gain_exponent` if the caller knows it; to compute it takes longer than the copy. One
-        thread may load experts while another thread computes other experts.
+        `gain` is the expert's `gain_exponent`. A caller that knows the exponent should pass it, because computing the
+        exponent takes longer than the copy. One thread may load experts while another thread computes other experts.
         """
         assert 0 <= expert < self.shape.num_experts
         up, down = (tensors[name].to(self.device, self.dtype, copy=True) for name in ("up", "down"))
@@ -115,7 +116,10 @@ class ExpertBank:
         return self._gains[expert]
 
     def warm_up(self, expert: int) -> None:
-        """Compile the kernels, or find the row blocking, now rather than in the first call. `expert` must be held."""
+        """Compile the kernels, or find the row blocking, so that the first call from a backbone does not take longer.
+
+        The bank must hold `expert`, which computes one example row.
+        """
         if self.is_compiled:
             self.packed_sums(*self._example_message(expert))
         else:
@@ -123,7 +127,10 @@ class ExpertBank:
             self.partial_sums(x_NL, row, picked, torch.ones(1), torch.zeros(1, dtype=torch.int16))
 
     def _example_message(self, expert: int) -> tuple[NDArray[Any], ...]:
-        """Return one pick with the array types that messages have: read-only, as numba compiles a kernel per type."""
+        """Return the arguments of `packed_sums` for one pick of `expert`, with the array types of received messages.
+
+        Received arrays are read-only, and numba compiles one kernel for each combination of array types.
+        """
 
         def received(array: NDArray[Any]) -> NDArray[Any]:
             return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
@@ -133,17 +140,20 @@ class ExpertBank:
         return tuple(map(received, (rows, *ids, weight, grid)))
 
     def row_blocking(self) -> RowBlocking:
-        """Return a row blocking that suits both of an expert's products; it is found once."""
+        """Return a row blocking that makes both products of an expert batch-invariant; the bank keeps the result."""
         if self._row_blocking is None:
             blockings = [row_blocking(weight) for weight in next(iter(self._weights.values()))]
             self._row_blocking = RowBlocking(max(p.multiple for p in blockings), min(p.max_rows for p in blockings))
         return self._row_blocking
 
     def partial_sums(self, x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, grid_N: Tensor) -> Tensor:
-        """Add weight·expert(x[row]) over the picks of each row: int64 (N, L), in units of 2**grid.
+        """Return the sum of weight·expert(x[row]) over each row's picks: int64 (N, L), in units of 2**grid.
 
-        `row_P` and `expert_P` are int64 on the CPU, and the bank must hold every expert in `expert_P`. Raises
-        ValueError if an expert's output is not finite or too large to add.
+        - `row_P` and `expert_P` are each pick's row and expert, int64 on the CPU. The bank must hold the experts.
+        - `weight_P` is the router's weight of each pick.
+        - `grid_N` is the exponent of each row's unit, from `exact_sums.grid_exponents`.
+
+        Raises ValueError if an expert's output is not finite or too large to add.
         """
         if self.is_compiled:
             picks = (row_P.numpy(), expert_P.numpy(), weight_P.numpy(), grid_N.numpy())
@@ -151,7 +161,7 @@ class ExpertBank:
         order_P = expert_P.numpy().argsort(kind="stable")
         rows_P = row_P.numpy()[order_P]
         blocks, place_P, num_padded = self._blocks(expert_P.numpy()[order_P])
-        source = np.zeros(num_padded, dtype=np.int64)  # padding repeats row 0; its results are thrown away
+        source = np.zeros(num_padded, dtype=np.int64)  # padding is a copy of row 0, whose result is ignored
         source[place_P] = rows_P
         x = x_NL.to(self.device, self.dtype)[torch.from_numpy(source).to(self.device)]
         y = torch.cat([self._expert(expert, x[start:stop]) for expert, start, stop in blocks])
@@ -168,20 +178,20 @@ class ExpertBank:
         weight_P: NDArray[np.float32],
         grid_N: NDArray[np.int16],
     ) -> NDArray[np.int64]:
-        """Compute `partial_sums` with the CPU kernels on arrays; rows are fp32, or the bits of bf16 as int16."""
+        """Compute `partial_sums` on numpy arrays with the CPU kernels; `x_NL` is fp32, or the bits of bf16 as int16."""
         sums_NL = np.zeros(x_NL.shape, np.int64)
         picks = (x_NL.dtype == np.int16, row_P, expert_P, weight_P, grid_N)
-        is_bf16 = self.dtype == torch.bfloat16  # not read from a packed weight: another thread may be loading experts
+        is_bf16 = self.dtype == torch.bfloat16  # not read from `_packed`: another thread may be loading experts
         if not cpu.partial_sums(x_NL, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
             raise ValueError(NOT_ADDABLE)
         return sums_NL
 
     def _blocks(self, expert_P: NDArray[np.int64]) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], int]:
-        """Cut picks, sorted by expert, into blocks of one expert's rows that `row_blocking` allows.
+        """Pad the rows of each expert and cut them into blocks of sizes that `row_blocking` allows.
 
-        The result has three parts:
+        `expert_P` holds the expert of each pick, sorted. The result has three parts:
 
-        - (expert, start, stop) of each block among the padded rows;
+        - the expert of each block, and the block's first padded row and the row after its last: (expert, start, stop);
         - the padded row of each pick;
         - the number of padded rows.
         """
@@ -219,9 +229,9 @@ class LocalExperts:
 
 
 class Router(nn.Module):
-    """A `Router` picks K experts for each row: (N, D) -> expert ids and weights (N, K).
+    """A `Router` picks K experts for each row: (N, D) -> expert ids (N, K) and weights (N, K).
 
-    Scores are sigmoids in fp32. The correction bias influences which experts are picked, but never their weights.
+    Scores are sigmoids in fp32. The correction bias influences which experts are picked, but never the picks' weights.
     """
 
     e_score_correction_bias: Tensor
@@ -259,7 +269,7 @@ class Router(nn.Module):
 
     @property
     def kernel_params(self) -> tuple[Any, ...]:
-        """Return the arguments of `cpu.layers.route` that describe this router."""
+        """Return the router's parameters in the order in which `cpu.layers.route` takes them."""
         assert self.packed is not None
         groups, bias = (self.num_groups, self.topk_groups), as_array(self.e_score_correction_bias)
         return self.packed.descriptor, bias, *groups, self.normalize, np.float32(self.scaling_factor)
@@ -274,7 +284,7 @@ class Router(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """A `DenseMLP` computes down·relu(up·h)²; it is the shared expert of MoE layers and the mixer of `-` layers."""
+    """A `DenseMLP` computes down·relu(up·h)², as the shared expert of MoE layers and as the mixer of `-` layers."""
 
     def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
         super().__init__()
@@ -282,7 +292,7 @@ class DenseMLP(nn.Module):
         self.down_proj = Linear(width, hidden_size, bias)
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepare the CPU kernels' parameters, the layer's norm included."""
+        """Prepare the CPU kernels' parameters, which include those of `norm`, the norm before the mixer."""
         self.up_proj.pack()
         self.down_proj.pack()
         self.norm_params = norm.kernel_params
@@ -305,7 +315,7 @@ class DenseMLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """A `MoE` layer maps (N, D) -> (N, D); it computes the shared expert while the routed experts work elsewhere."""
+    """A `MoE` layer maps (N, D) -> (N, D) and computes the shared expert while the routed experts work elsewhere."""
 
     def __init__(
         self,
@@ -326,13 +336,13 @@ class MoE(nn.Module):
         self.shared_experts = DenseMLP(hidden_size, shared_width, bias)
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepare the CPU kernels' parameters, the layer's norm included; rows are sent to the experts as `dtype`."""
+        """Prepare the CPU kernels' parameters, including those of `norm`; rows go to the experts in `dtype`."""
         self.gate.pack()
         self.shared_experts.pack(norm, dtype)
         fc1_params = self.fc2_params = (
             self.gate.kernel_params[0],
             as_array(None),
-        )  # of the right types, but never read
+        )  # placeholders of the types that the kernels expect; the kernels do not read them
         if self.is_latent:
             self.fc1_latent_proj.pack()
             self.fc2_latent_proj.pack()

@@ -1,4 +1,4 @@
-"""RMS normalisation is computed in fp32 whatever the model's dtype; the weight is applied before the cast back."""
+"""The norms compute in fp32 and apply the weight before they cast the result to the model's dtype."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
     @property
     def kernel_params(self) -> tuple[NDArray[np.float32], np.float32]:
-        """Return weight and epsilon as the functions of `cpu.layers` take them."""
+        """Return the norm's weight and epsilon, in the types that the functions of `cpu.layers` take."""
         weight: NDArray[np.float32] = self.weight.detach().float().numpy()
         return weight, np.float32(self.eps)
 
@@ -40,9 +40,9 @@ class RMSNorm(nn.Module):
 
 
 class GatedGroupRMSNorm(nn.Module):
-    """A `GatedGroupRMSNorm` is Mamba-2's output norm: (..., D), gate (..., D) -> (..., D).
+    """A `GatedGroupRMSNorm` is Mamba-2's output norm: y (..., D), gate (..., D) -> (..., D).
 
-    The gate is applied first; then each group of D / num_groups channels is normalised by itself.
+    It first multiplies `y` by SiLU(gate), and then normalises each group of D / num_groups channels by itself.
     Source: Mamba-2, `RMSNormGated` with `norm_before_gate=False`.
     """
 

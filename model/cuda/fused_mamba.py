@@ -1,10 +1,10 @@
 """These functions call the fused CUDA kernels of mamba-ssm and causal-conv1d.
 
-The functions have the signatures of their counterparts in `model.blocks.mamba`. The module is imported only on CUDA.
+Each function has the signature of a function in `model.blocks.mamba`. The module is imported only on CUDA.
 What surprises:
 
 - Neither package accepts an initial state for each request of a packed batch. Therefore the scan pads requests into a
-  rectangle, and the convolution puts each request's past columns before its new ones.
+  rectangle, and the convolution puts each request's past inputs before the request's new inputs.
 - Softplus is already applied to Δ, so the kernels are told not to apply it.
 - Matrix products inside the scan use TF32 if x is fp32.
 
@@ -34,7 +34,7 @@ def ssd_scan(
     sub_batch: SubBatch,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `model.blocks.mamba.packed_scan` computes: y (T, H, D) and the final state (R, H, D, N)."""
+    """Compute `model.blocks.mamba.packed_scan` and return y (T, H, D) and the final states (R, H, D, N)."""
     request_T, column_T = rectangle(sub_batch, chunk_size, x_THD.device)
     shape_RL = len(sub_batch.lens), int(column_T.max()) + 1
 
@@ -56,10 +56,11 @@ def ssd_scan(
 
 
 def rectangle(sub_batch: SubBatch, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the request and the column in the rectangle of each packed row: two tensors (T,).
+    """Return each packed row's place in the rectangle: its request (T,) and its column (T,).
 
-    A request's first column is its position within a chunk. So chunks end at absolute multiples of their length, as in
-    `model.blocks.mamba.split_into_chunks`. The columns before the first are padding with Δ = 0, which is harmless.
+    A request's first token gets the column (token's position) mod (chunk length). So chunks end at positions that are
+    multiples of the chunk length, as in `model.blocks.mamba.split_into_chunks`. The columns before the first token are
+    padding with Δ = 0, which does not change the state.
     """
     firsts_R = torch.tensor([context_len % chunk_size for context_len in sub_batch.context_lens], device=device)
     lens_R = torch.tensor(sub_batch.lens, device=device)
@@ -71,9 +72,9 @@ def rectangle(sub_batch: SubBatch, chunk_size: int, device: torch.device) -> tup
 def ssd_step(
     x_RHD: Tensor, delta_RH: Tensor, a_H: Tensor, b_RGN: Tensor, c_RGN: Tensor, state_RHDN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `model.blocks.mamba.ssd_step` computes: y (R, H, D) and the state (R, H, D, N) as a new tensor."""
+    """Compute `model.blocks.mamba.ssd_step` and return y (R, H, D) and the new states (R, H, D, N), as new tensors."""
     _, head_dim, state_dim = state_RHDN.shape[1:]
-    state_RHDN = state_RHDN.clone()  # the kernel writes into it
+    state_RHDN = state_RHDN.clone()  # the kernel overwrites the state
     y_RHD: Tensor = selective_state_update(
         state_RHDN,
         x_RHD,
@@ -81,7 +82,8 @@ def ssd_step(
         a_H[:, None, None].expand(-1, head_dim, state_dim),
         b_RGN,
         c_RGN,
-        # Expanded strides select the kernel's path for scalar decay. That path reads dt_bias's stride, so None crashes.
+        # Expanded strides select the kernel's path for scalar decay. Without a dt_bias, whose stride it reads, the path
+        # would crash.
         dt_bias=torch.zeros_like(a_H)[:, None].expand(-1, head_dim),
         dt_softplus=False,
     )
@@ -91,13 +93,13 @@ def ssd_step(
 def causal_conv(
     xbc_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, window_RKC: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `model.blocks.mamba.causal_conv` computes: outputs (T, C) and the new last inputs (R, K-1, C).
+    """Compute `model.blocks.mamba.causal_conv` and return the outputs (T, C) and the last K-1 inputs (R, K-1, C).
 
     The kernel requires C to be a multiple of 8.
     """
     weight_CK = weight_CK.contiguous()
     if max(batch.lens) == 1:
-        window_RCK = window_RKC.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # the kernel writes to it
+        window_RCK = window_RKC.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # overwritten
         out_TC: Tensor = causal_conv1d_update(xbc_TC, window_RCK, weight_CK, bias_C, activation="silu")
         return out_TC, window_RCK.transpose(1, 2)
     num_past = window_RKC.shape[1]

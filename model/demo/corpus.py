@@ -1,4 +1,4 @@
-"""The demo model's text is the Python standard library; a twentieth of its files is held out for measuring."""
+"""The demo model's text is the Python standard library, of which a twentieth of the files is held out for measuring."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SPECIAL_TOKENS = [
 ]
 EOS, IM_END = 2, 4
 VOCAB_SIZE = 2048
-HELD_OUT_SHARE = 20  # one file in so many is held out
+HELD_OUT_SHARE = 20  # one file in 20 is held out
 
 
 def is_held_out(name: str) -> bool:
-    """Return True for one file in twenty, chosen by a hash of its name, so that all machines choose the same files."""
+    """Return True for one file in twenty, chosen by a hash of the file's name, so that all machines choose alike."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
 def read_corpus() -> tuple[list[str], list[str]]:
-    """Read the training texts and the held-out texts, each in the order of the file names.
+    """Read and return the list of training texts and the list of held-out texts, in the order of the file names.
 
     Files that are not UTF-8 are left out.
     """
@@ -68,12 +68,12 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """Encode all texts, one after another and each followed by EOS, as one int64 array."""
+    """Encode all texts, each followed by EOS, and return the token ids as one int64 array."""
     pieces = [np.array([*encoding.ids, EOS]) for encoding in tokenizer.encode_batch(texts)]
     return np.concatenate(pieces)
 
 
 def xz_bits_per_byte(texts: list[str]) -> float:
-    """Return the bits per byte of `xz -9` for all texts in one stream, which suits xz better than single files."""
+    """Return the bits per byte of `xz -9` for all texts in one stream, which xz compresses better than single files."""
     data = "".join(texts).encode()
     return 8 * len(lzma.compress(data, preset=9)) / len(data)

@@ -1,4 +1,4 @@
-"""The script writes the demo model in the public checkpoint format and measures it on the held-out files.
+"""The script writes the demo model in the public checkpoint format and measures the model on the held-out files.
 
     python -m model.demo.export        # exports the training run's last saved state; trains nothing
 
@@ -68,7 +68,7 @@ CONFIG: dict[str, Any] = {
     "mlp_bias": False,
     "attention_bias": False,
     "mamba_ssm_cache_dtype": "float32",
-    "time_step_min": 1e-30,  # transformers uses it as a lower bound of Δ, but the family has no such bound
+    "time_step_min": 1e-30,  # tiny, because transformers uses the value as a lower bound of Δ and the family has none
     "time_step_max": 0.1,
     "time_step_floor": 1e-4,
     "max_position_embeddings": 4096,
@@ -125,8 +125,9 @@ def measure(
 ) -> dict[str, Any]:
     """Measure next-token loss, bits per byte, accepted first drafts, and how evenly each layer's experts are used.
 
-    The text is read in windows of `length` tokens. A window repeats the last `context` tokens of the window before, as
-    context that is not scored again. The model reads the true text, and computes in fp32 with the weights as stored.
+    The model reads the text in windows of `length` tokens. Each window starts with the last `context` tokens of the
+    window before as context, which is not scored again. The model always reads the true text, never its own tokens, and
+    computes in fp32 with the stored weights.
     """
     tokens = torch.from_numpy(encode_all(tokenizer, texts))
     nats, num_scored, accepted, num_drafts = 0.0, 0, 0, 0
@@ -170,7 +171,7 @@ def export(
     log: list[tuple[int, float, float]],
     out: Path,
 ) -> None:
-    """Write the model directory and, beside the weights, `metrics.json`."""
+    """Write the model directory `out`, and in it the measured figures as `metrics.json`."""
     write_checkpoint(model, experts, tokenizer, out)
     with torch.no_grad():
         for parameter in [*model.parameters(), *experts.parameters()]:
@@ -183,7 +184,7 @@ def export(
 
 
 def restore(path: Path, model: NemotronH, experts: TrainableExperts) -> dict[str, Any]:
-    """Load the weights of a saved training state into `model` and `experts`, and return the whole saved state."""
+    """Load the weights of a saved training state into `model` and `experts`, and return the whole training state."""
     state: dict[str, Any] = torch.load(path, weights_only=False, map_location="cpu")
     model.load_state_dict(state["model"])
     for parameter, value in zip(experts.parameters(), state["experts"], strict=True):

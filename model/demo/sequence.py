@@ -1,4 +1,4 @@
-"""These functions run the model over whole sequences and can be differentiated, for training and for measuring.
+"""The functions here run the model over whole sequences and are differentiable, for training and for measuring.
 
 Legend: B sequences, T tokens of each, D hidden, V vocabulary, N = B·T rows, K picks per row, P = N·K picks.
 """
@@ -18,10 +18,10 @@ from model.families.nemotron_h import Block, NemotronH, NemotronHConfig
 
 
 class TrainableExperts:
-    """`TrainableExperts` implements `Experts` with differentiable weights and counts picks to balance the router.
+    """`TrainableExperts` implements `Experts` with trainable weights and counts picks for the router's balancing.
 
-    `weights[layer]` is (up (E, M, L), down (E, L, M)). The class is no `nn.Module`; otherwise the experts' weights
-    would become parameters of the backbone.
+    `weights[layer]` is (up (E, M, L), down (E, L, M)). The class is not an `nn.Module`, because the experts' weights
+    would then become parameters of the backbone.
     """
 
     def __init__(self, config: NemotronHConfig, device: str) -> None:
@@ -97,7 +97,7 @@ def run_block(block: Block, x_BTD: Tensor) -> Tensor:
 
 
 def sequence_hidden(model: NemotronH, ids_BT: Tensor) -> Tensor:
-    """Compute what `NemotronH.forward` computes, but over whole sequences: (B, T) -> (B, T, D)."""
+    """Compute `NemotronH.forward` over whole sequences: token ids (B, T) -> hidden vectors (B, T, D)."""
     x_BTD = model.embeddings(ids_BT)
     for block in model.layers:
         x_BTD = run_block(block, x_BTD)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ def sequence_hidden(model: NemotronH, ids_BT: Tensor) -> Tensor:
 
 
 def sequence_draft(model: NemotronH, next_ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
-    """Compute what `NemotronH.draft` computes, but over whole sequences: (B, T), (B, T, D) -> (B, T, D)."""
+    """Compute `NemotronH.draft` over whole sequences: token ids (B, T), hidden vectors (B, T, D) -> (B, T, D)."""
     assert model.mtp is not None
     x_BTD = model.mtp.fuse(model.embeddings(next_ids_BT), hidden_BTD)
     for block in model.mtp.layers:

@@ -2,9 +2,9 @@
 
     python -m model.demo.train --steps 2000 --out model/demo/checkpoint
 
-Training takes an hour or two on two CPU cores. The state is saved every 100 steps, and `--resume` continues from it
-after a stop. The layers are those that serve (`model/`); `model.demo` adds only what training needs: whole sequences
-instead of packed steps, differentiable experts, and the balancing of the router.
+Training takes an hour or two on two CPU cores. The training state is saved every 100 steps, and `--resume` continues
+from the saved state after a stop. Training uses the layers that also serve (`model/`). `model.demo` adds only what
+training needs: whole sequences instead of packed steps, differentiable experts, and the balancing of the router.
 
 Legend: B sequences, T tokens of each, D hidden, V vocabulary, N = B·T rows, K picks per row.
 """
@@ -30,13 +30,16 @@ from model.demo.sequence import TrainableExperts, sequence_draft, sequence_hidde
 from model.families.nemotron_h import NemotronH, NemotronHConfig
 
 MTP_WEIGHTS = (0.5, 0.25)  # weights of the first and the second draft in the loss
-# Step of the auxiliary-loss-free balancing (DeepSeek-V3 section 2.1.2). The paper uses 1e-3; in a run as short as this,
-# 1e-3 would leave most experts unused.
+# Step of the correction bias in auxiliary-loss-free balancing (DeepSeek-V3 section 2.1.2). The paper uses 1e-3; in such
+# a short run, 1e-3 would leave most experts unused.
 BIAS_RATE = 1e-2
 
 
 def draft_loss(head_VD: Tensor, hidden_BTD: Tensor, target_BTV: Tensor) -> Tensor:
-    """Return the cross-entropy of drafts with the model's own distribution, given as logits `target_BTV`."""
+    """Return the cross-entropy between drafts and the model's own distribution.
+
+    `hidden_BTD` are the drafts' hidden vectors, `head_VD` is the model's head, and `target_BTV` are the model's logits.
+    """
     logits_BTV = F.linear(hidden_BTD, head_VD).float()
     return F.cross_entropy(logits_BTV.flatten(0, 1), target_BTV.flatten(0, 1).softmax(-1))
 
@@ -47,8 +50,8 @@ compiled_draft_loss = torch.compile(draft_loss)
 def loss_of(model: NemotronH, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return training loss, next-token loss in nats, and the share of first drafts that equal the greedy token.
 
-    The drafts are trained on the model's own distribution rather than on the text, because a draft is accepted if it
-    equals the model's own token.
+    The MTP module is trained on the model's own distribution rather than on the text, because a draft is accepted if
+    the draft equals the model's own token.
     """
     hidden_BTD = sequence_hidden(model, ids_BT)
     logits_BTV = model.logits(hidden_BTD)
@@ -56,7 +59,7 @@ def loss_of(model: NemotronH, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     own_BTV = logits_BTV.detach()
     total, accepted = main, main
     for depth, weight in enumerate(MTP_WEIGHTS, start=1):
-        # Position t has seen x_{t+depth} and drafts x_{t+depth+1}, which the model itself predicts at position t+depth.
+        # Position t has read x_{t+depth} and drafts x_{t+depth+1}. The model predicts this token at position t+depth.
         next_ids = F.pad(ids_BT[:, depth:], (0, depth))
         hidden_BTD = sequence_draft(model, next_ids, hidden_BTD)
         target_BTV = own_BTV[:, depth:]
@@ -96,7 +99,7 @@ def initialise(model: NemotronH) -> None:
 
 
 def make_optimizers(model: NemotronH, experts: TrainableExperts) -> list[torch.optim.Optimizer]:
-    """Make Muon for the backbone's matrices, and AdamW for embeddings, experts and all smaller parameters."""
+    """Return Muon for the backbone's matrices and AdamW for all other parameters, among them embeddings and experts."""
     named = [*model.named_parameters()]
     matrices = [
         p for name, p in named if p.dim() == 2 and not any(s in name for s in ("embeddings", "lm_head", "gate.weight"))
@@ -114,7 +117,7 @@ def make_optimizers(model: NemotronH, experts: TrainableExperts) -> list[torch.o
 
 
 def balance(model: NemotronH, experts: TrainableExperts, rate: float) -> None:
-    """Raise the correction bias of experts that are picked less than the mean, and lower the others' bias."""
+    """Raise the correction bias of experts picked less than the mean by `rate`, and lower the bias of other experts."""
     gates = {m.shape.layer: m.gate for m in model.modules() if isinstance(m, MoE)}
     for layer, counts_E in experts.counts.items():
         bias: Any = gates[layer].e_score_correction_bias
@@ -125,10 +128,10 @@ def balance(model: NemotronH, experts: TrainableExperts, rate: float) -> None:
 def sample_windows(
     tokens: np.ndarray, generator: np.random.Generator, num_seqs: int, length: int, chat: np.ndarray
 ) -> Tensor:
-    """Draw random windows of the text.
+    """Draw random windows of the text: int64 (num_seqs, length).
 
     One window in eight becomes a chat turn in ChatML: the user gives the window's beginning, and the assistant
-    continues the text.
+    continues the text. `chat` is the result of `chat_frame`.
     """
     starts = generator.integers(0, len(tokens) - length, num_seqs)
     windows = np.stack([tokens[s : s + length] for s in starts])
@@ -136,21 +139,24 @@ def sample_windows(
     for window in windows[generator.random(num_seqs) < 1 / 8]:
         cut = int(generator.integers(8, 200))
         turn = np.concatenate([opening, window[:cut], middle, window[cut:]])[:length]
-        if generator.random() < 0.5:  # half of the turns end with <|im_end|>: the assistant stops where the text stops
+        if generator.random() < 0.5:  # half of the turns end with <|im_end|>, as if the text stopped there
             turn[-1] = IM_END
         window[:] = turn
     return torch.from_numpy(windows)
 
 
 def chat_frame(tokenizer: Any) -> np.ndarray:
-    """Return the token ids before and between the two parts of a chat turn, then the number of ids before."""
+    """Return the token ids that frame a chat turn's two parts, as one array.
+
+    The array holds the ids before the user's part, the ids between the two parts, and last the number of ids before.
+    """
     opening = tokenizer.encode("<|im_start|>user\n").ids
     middle = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n<think></think>").ids
     return np.array([*opening, *middle, len(opening)])
 
 
 def learning_rate(step: int, num_steps: int) -> float:
-    """Return the factor of the learning rate: warm-up, a plateau, then a fall to zero over the last 60 % of steps."""
+    """Return the learning rate's factor in a step: warm-up, a plateau, then a fall to 0 over the last 60 % of steps."""
     return min(1.0, (step + 1) / 40, (num_steps - step) / (0.6 * num_steps))
 
 

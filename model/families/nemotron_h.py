@@ -4,7 +4,8 @@ What surprises:
 
 - Every layer is one norm and one mixer; an MTP module follows the layers.
 - Attention has no position encoding, although the config has `rope_theta`.
-- The MTP module reads the output of the *final* norm, puts the embedding's half first, and shares embedding and head.
+- The MTP module reads the output of the *final* norm, concatenates the embedding before the hidden vector, and shares
+  the embedding and the head with the backbone.
 - The MTP module's weights have flat names (`mtp.layers.{step·len(pattern) + inner}`).
 
 Legend: T tokens of the step, D hidden, V vocabulary, L expert input.
@@ -43,7 +44,7 @@ LETTERS = {
 }
 PREFIXES = ("backbone.", "model.", "language_model.backbone.", "language_model.model.")
 FP32_PARAMETERS = ("A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias")
-FIXED = {  # keys with the only value that this code implements; a config with another value is refused
+FIXED = {  # for each key, the only value that this code supports; `from_json` raises ValueError for another value
     "residual_in_fp32": (False,),
     "sliding_window": (None,),
     "mlp_hidden_act": ("relu2",),
@@ -53,7 +54,11 @@ FIXED = {  # keys with the only value that this code implements; a config with a
 
 
 def _pattern(raw: dict[str, Any], prefix: str) -> str | None:
-    """Return the layer pattern in letters, from a pattern string or from a list of old or new layer names."""
+    """Return the layer pattern as a string of letters, or None if the config has none.
+
+    `prefix` is "" for the backbone's pattern and "mtp_" for the MTP module's pattern. A config gives the pattern as
+    letters, or as a list of old or new layer names.
+    """
     if pattern := raw.get(f"{prefix}hybrid_override_pattern"):
         for letter in pattern:
             if letter not in LETTERS:
@@ -73,7 +78,7 @@ def _pattern(raw: dict[str, Any], prefix: str) -> str | None:
 class NemotronHConfig:
     """A `NemotronHConfig` holds the checked values of `config.json` and `generation_config.json`.
 
-    Letters of a layer pattern: M Mamba-2, E MoE, * attention, - dense MLP.
+    The letters of a layer pattern are M for Mamba-2, E for MoE, * for attention and - for a dense MLP.
     """
 
     vocab_size: int
@@ -105,9 +110,9 @@ class NemotronHConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> NemotronHConfig:
-        """Read any public dialect of the config.
+        """Create a config from a model's `config.json`, in any public dialect, and its `generation_config.json`.
 
-        Raises ValueError that names the first key that is missing or has a value that is not allowed.
+        Raises ValueError if a key is missing or has a value that is not allowed; the message names the first one.
         """
 
         def need(key: str) -> int:
@@ -201,7 +206,7 @@ class NemotronHConfig:
 
     @cached_property
     def layers(self) -> str:
-        """Return the letters of all layers: the backbone's, followed by the MTP module's."""
+        """Return the letters of the backbone's layers, followed by the letters of the MTP module's layers."""
         return self.pattern + self.mtp_pattern * self.num_nextn_predict_layers
 
     @cached_property
@@ -219,7 +224,7 @@ class NemotronHConfig:
 
     @property
     def chunk_size(self) -> int:
-        """Return the number of tokens at whose multiples a prompt may be split between steps."""
+        """Return the chunk size in tokens: a prompt may be split between steps at multiples of the chunk size."""
         return self.mamba.chunk_size
 
 
@@ -234,7 +239,7 @@ class Block(nn.Module):
         self.is_packed = False
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Prepare the CPU kernels; `forward` runs them from now on and changes `x_TD` in place."""
+        """Prepare the CPU kernels; from now on `forward` runs the CPU kernels and changes `x_TD` in place."""
         mixer: Any = self.mixer
         mixer.pack(self.norm, dtype)
         self.is_packed = True
@@ -303,7 +308,7 @@ class MTPModule(nn.Module):
 
 
 class NemotronH(nn.Module):
-    """A `NemotronH` is the backbone; its `mtp` is None if the checkpoint has no MTP weights."""
+    """A `NemotronH` is a model without its routed experts; `mtp` is None if there is no MTP module to draft with."""
 
     def __init__(self, config: NemotronHConfig, experts: Experts, with_mtp: bool = True) -> None:
         super().__init__()
@@ -313,15 +318,18 @@ class NemotronH(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.mtp = MTPModule(config, experts) if with_mtp and config.num_nextn_predict_layers else None
-        self.packed_head: PackedMatrix | None = None  # only if head and embeddings are tied
-        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # the embeddings, and True if they are bf16
+        self.packed_head: PackedMatrix | None = None  # set only if head and embeddings are tied
+        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # embeddings, and whether in bf16
 
     @property
     def has_drafts(self) -> bool:
         return self.mtp is not None
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Lay the weights out for the CPU kernels; activations are fp32 from then on, rows to experts are `dtype`."""
+        """Copy the weights into the CPU kernels' layout.
+
+        From then on, activations are fp32, and the rows that go to the experts are `dtype`.
+        """
         rows = self.embeddings.weight.detach()
         is_bf16 = rows.dtype == torch.bfloat16
         self.packed_rows = (rows.view(torch.int16) if is_bf16 else rows.float()).contiguous().numpy(), is_bf16
@@ -343,7 +351,7 @@ class NemotronH(nn.Module):
     def forward(self, batch: Batch, state: State) -> Tensor:
         """Return the hidden vectors after the final norm: (T, D).
 
-        The recurrent state of requests with drafts stays as it was until `commit`.
+        The recurrent state of requests with drafts does not change before `commit`.
         """
         x_TD = self.embed(batch.token_ids_T)
         for block in self.layers:
@@ -352,10 +360,13 @@ class NemotronH(nn.Module):
         return out
 
     def commit(self, batch: Batch, num_accepted: Sequence[int], state: State) -> None:
-        """Advance the recurrent state over the accepted drafts: `num_accepted` of each request of the last `batch`.
+        """Advance the recurrent state of requests with drafts over the tokens of the last step that were not rejected.
 
-        The step's inputs are replayed. Copies of the state before each draft would instead take 1 + drafts times the
-        state of every running request: 974 MiB per sequence for Super at 5 drafts. A token's inputs take 0.7 MiB.
+        `batch` is the batch of the last step; `num_accepted` has the number of accepted drafts of each request.
+
+        The step keeps its inputs, 0.7 MiB per token, and `commit` runs the recurrence over the inputs again. Keeping a
+        copy of the state before each draft would need 1 + drafts times the memory of the state for every running
+        request: 974 MiB per sequence for Super at 5 drafts.
         """
         chosen = [r for r, drafts in enumerate(batch.num_drafts) if drafts]
         lens = [batch.lens[r] - batch.num_drafts[r] + num_accepted[r] for r in chosen]
@@ -382,10 +393,10 @@ class NemotronH(nn.Module):
         return F.linear(hidden, self.embeddings.weight).float()
 
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State) -> Tensor:
-        """Run the MTP module for one step and return the hidden vectors (T, D) whose `logits` predict the drafts.
+        """Run the MTP module for one step and return hidden vectors (T, D); `logits` of these vectors give the drafts.
 
-        `batch.token_ids_T` are the tokens that follow the positions of `hidden_TD` (T, D). `hidden_TD` is the output of
-        `forward` or, for the second and later drafts, the output of `draft`.
+        - `batch.token_ids_T` are the tokens that follow the positions of `hidden_TD`.
+        - `hidden_TD` (T, D) is the output of `forward` or, for the second and later drafts, the output of `draft`.
         """
         assert self.mtp is not None
         out: Tensor = self.mtp(self.embed(batch.token_ids_T), hidden_TD, batch, state)
@@ -404,14 +415,17 @@ def checkpoint_prefix(checkpoint: Checkpoint) -> str:
 
 
 def tensor_name(parameter_name: str, prefix: str) -> str:
-    """Return the checkpoint's name of a parameter; only the head and the MTP module do not have the whole prefix."""
+    """Return the name of a parameter's tensor in the checkpoint.
+
+    The names of the head and of the MTP module lack the part "backbone." or "model." of the prefix.
+    """
     if parameter_name.startswith(("lm_head.", "mtp.")):
         return prefix.removesuffix("backbone.").removesuffix("model.") + parameter_name
     return prefix + parameter_name
 
 
 def expert_tensor_names(config: NemotronHConfig, layer: int, expert: int, prefix: str) -> dict[str, str]:
-    """Return the checkpoint's names of one routed expert's two matrices: {"up": …, "down": …}."""
+    """Return the tensor names of one routed expert's two matrices in the checkpoint: {"up": …, "down": …}."""
     is_mtp = layer >= config.num_layers
     place = f"mtp.layers.{layer - config.num_layers}" if is_mtp else f"layers.{layer}"
     stem = tensor_name(f"{place}.mixer.experts.{expert}", prefix)
@@ -419,7 +433,10 @@ def expert_tensor_names(config: NemotronHConfig, layer: int, expert: int, prefix
 
 
 def load_expert(checkpoint: Checkpoint, config: NemotronHConfig, layer: int, expert: int) -> dict[str, Tensor]:
-    """Read one routed expert as stored, {"up": (M, L), "down": (L, M)}; raise ValueError if the model lacks it."""
+    """Read the weights of one routed expert in their stored dtype: {"up": (M, L), "down": (L, M)}.
+
+    Raises ValueError if the model has no such expert.
+    """
     shape = next((shape for shape in config.expert_shapes if shape.layer == layer), None)
     if shape is None or not 0 <= expert < shape.num_experts:
         raise ValueError(f"the model has no expert {expert} in layer {layer}")
@@ -435,13 +452,13 @@ def has_mtp(checkpoint: Checkpoint, config: NemotronHConfig) -> bool:
 
 
 def served_expert_shapes(checkpoint: Checkpoint, config: NemotronHConfig) -> tuple[ExpertShape, ...]:
-    """Return the shapes of all MoE layers in the checkpoint; the MTP module's layer is included if it has weights."""
+    """Return the shapes of all MoE layers for which the checkpoint has weights, also those of the MTP module."""
     num_layers = len(config.layers) if has_mtp(checkpoint, config) else config.num_layers
     return tuple(shape for shape in config.expert_shapes if shape.layer < num_layers)
 
 
 def check_names(checkpoint: Checkpoint, config: NemotronHConfig, parameter_names: Iterator[str]) -> None:
-    """Raise ValueError that names the first tensor that is missing in the checkpoint or unknown to the model."""
+    """Raise ValueError with the name of the first tensor that is missing in the checkpoint or unknown to the model."""
     prefix = checkpoint_prefix(checkpoint)
     expected = {tensor_name(name, prefix) for name in parameter_names}
     for shape in served_expert_shapes(checkpoint, config):
@@ -461,10 +478,10 @@ def load_backbone(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> NemotronH:
-    """Load the backbone with its weights and without reading any routed expert.
+    """Load the model without reading its routed experts; the loaded model calls `experts` to run routed experts.
 
-    Weights have `dtype`, except those with which the reference implementation computes in fp32 (`FP32_PARAMETERS`).
-    Raises ValueError as `check` does.
+    Weights have `dtype`, except for the parameters in `FP32_PARAMETERS`, with which the reference implementation
+    computes in fp32. Raises ValueError if a tensor is missing, is unknown or has the wrong shape.
     """
     with torch.device("meta"):
         model = NemotronH(config, experts, with_mtp=has_mtp(checkpoint, config))
@@ -481,7 +498,10 @@ def load_backbone(
 def _backbone_tensors(
     checkpoint: Checkpoint, config: NemotronHConfig, model: NemotronH
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the backbone's memory-mapped tensors by parameter name; raise ValueError as `check` does."""
+    """Yield (parameter name, memory-mapped tensor) for every parameter of the model without its routed experts.
+
+    Raises ValueError if a tensor is missing, is unknown or has the wrong shape.
+    """
     parameters = model.state_dict()
     check_names(checkpoint, config, iter(parameters))
     prefix = checkpoint_prefix(checkpoint)
@@ -490,9 +510,9 @@ def _backbone_tensors(
 
 
 def check(checkpoint: Checkpoint, config: NemotronHConfig) -> None:
-    """Check names and shapes of all tensors; the weights are memory-mapped, but not read.
+    """Check the names and shapes of all tensors in the checkpoint; the weights are memory-mapped, but not read.
 
-    Raises ValueError that names the first tensor that is missing, unknown or has the wrong shape.
+    Raises ValueError if a tensor is missing, is unknown or has the wrong shape; the message names the first one.
     """
     with torch.device("meta"):
         model = NemotronH(config, LocalExperts({}), with_mtp=has_mtp(checkpoint, config))

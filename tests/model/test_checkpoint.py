@@ -154,7 +154,7 @@ def several(tiny_of: Callable[[str], Tiny], tmp_path: Path) -> Path:
 def test_an_absent_file_of_the_index_is_named(several: Path) -> None:
     file = sorted(several.glob("*.safetensors"))[1]
     file.unlink()
-    fails(several, f"lacks the file {file.name} that its index names")
+    fails(several, f"lacks the file {file.name} that the index names")
 
 
 def test_a_tensor_that_only_the_index_has_is_named(several: Path) -> None:

@@ -190,5 +190,5 @@ def test_tickets_begin_anew(threads: Callable[[int], None]) -> None:
 
 def test_a_state_that_is_no_multiple_of_a_vector_is_refused() -> None:
     mixer = Mamba2Mixer(MambaShape(64, 4, 16, 2, 24, 4, 8), 0, 1e-5)
-    with pytest.raises(ValueError, match=r"ssm_state_size = 24; a CPU serves multiples of 16"):
+    with pytest.raises(ValueError, match=r"ssm_state_size = 24; a CPU supports only multiples of 16"):
         mixer.pack(RMSNorm(64, 1e-5), torch.float32)

@@ -186,7 +186,7 @@ def test_what_is_not_supported_is_named() -> None:
 
 
 def test_an_unknown_family_is_named(latent: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has model_type 'llama'; served are nemotron_h"):
+    with pytest.raises(ValueError, match="has model_type 'llama'; supported are nemotron_h"):
         load_family(edit_config(latent.path, tmp_path, model_type="llama"))
 
 
