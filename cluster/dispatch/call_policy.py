@@ -7,23 +7,28 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CallPolicy:
-    """A `CallPolicy` is the bounds of a layer call and of what it may ask of a shard; all times are in seconds.
+    """A `CallPolicy` sets the timeouts and the limits of layer calls; every time is in seconds.
 
     timeout_s: a call fails after this time. The time in which some picks had no live home is not counted.
-    heal_timeout_s: a call fails if some of its picks have had no home to compute them for this long.
-    max_tries: a call fails after this many errors of shards for the same picks.
-    first_pause_s, max_pause_s: the pause before homes that all refused are asked again; it doubles up to the
-        maximum.
-    stall_s, patience: a shard is stalled after a silence of `stall_s` plus `patience` times the predicted time. The
-        picks of its request then go to another home if they have one.
-    reset_after: if they have none, the shard's stream is opened anew, once, after this many times as long a silence.
-    hedge_floor_s: no request is hedged before this time, whatever the 95th percentile of the shard's times is.
-    hedge_share, hedge_burst: the hedged messages as a share of all messages, and how many may be saved up.
-    max_attempts: how many attempts may run for the same picks at the same time.
-    promote_s: how much longer a standby may take, in which it brings experts to its device.
-    far_slower: the circuit of a shard opens if its reply takes this many times the predicted time.
-    first_rest_s, max_rest_s: how long a circuit stays open, which doubles each time up to the maximum.
-    piece_bytes: the largest size of the rows in one message.
+    heal_timeout_s: a call fails when some of its picks have had no home for this time.
+    max_tries: a call fails when shards have answered requests for the same picks with an error this many times.
+    first_pause_s, max_pause_s: the pause before all homes are asked again, when no home has computed the picks. The
+        pause starts at `first_pause_s` and doubles up to `max_pause_s`.
+    stall_s, patience: a shard counts as stalled after a silence of `stall_s` plus `patience` times the predicted time
+        of a request. The picks of the request then go to another home if there is one.
+    reset_after: if the picks of a stalled shard have no other home, the client resets the shard's stream after a
+        silence that is this many times as long. The stream is reset at most once for the same picks.
+    hedge_floor_s: the shortest silence after which a request may be hedged, even if 95 % of the shard's replies come
+        sooner.
+    hedge_share, hedge_burst: the number of hedge tokens that each message earns, and the maximum number of saved
+        tokens. A hedged message costs one token.
+    max_attempts: the maximum number of attempts that may run for the same picks at the same time.
+    promote_s: the time by which a request may take longer if its shard is a standby and has to promote experts first.
+    far_slower: the circuit of a shard opens if a reply takes longer than `hedge_floor_s` plus this many times the
+        predicted time.
+    first_rest_s, max_rest_s: how long a circuit stays open. The time starts at `first_rest_s` and doubles with each
+        failure up to `max_rest_s`.
+    piece_bytes: the maximum number of bytes that the rows of one message take.
     """
 
     timeout_s: float = 30.0
@@ -61,14 +66,15 @@ class CallPolicy:
     def allowed_silence_s(self, predicted_s: float) -> float:
         """Return the seconds of silence after which a shard counts as stalled, given the predicted time of a request.
 
-        The limit grows with the work. Most of the call's time is left to another home, because the shard may be hung.
+        The limit grows with the predicted time, but only up to a quarter of `timeout_s`. The rest of the call's time is
+        left for another home, because the shard may be hung.
         """
         return self.stall_s + min(self.patience * predicted_s, self.timeout_s / 4)
 
 
 @dataclass
 class Traffic:
-    """`Traffic` counts what went over the wire since the start; the bytes do not include gRPC's framing."""
+    """`Traffic` counts a client's calls, messages and bytes since its start; the bytes do not include gRPC's framing."""
 
     num_calls: int = 0
     num_rows: int = 0
@@ -78,14 +84,14 @@ class Traffic:
     sent_bytes: int = 0
     num_received: int = 0
     received_bytes: int = 0
-    num_lost: int = 0  # messages whose stream broke before the reply
-    num_stalled: int = 0  # messages sent to another home because the first one was stalled
-    num_hedged: int = 0  # messages sent to another home because the first one was late
-    num_hedges_won: int = 0  # hedges that were complete before the attempt they hedged
+    num_lost: int = 0  # messages whose stream broke before the reply came
+    num_stalled: int = 0  # messages sent to another home because the first home was stalled
+    num_hedged: int = 0  # messages sent to another home because the first home was late
+    num_hedges_won: int = 0  # hedges that were complete before the attempt that was late
     num_hedges_denied: int = 0  # hedges that were not sent because the hedge budget was used up
     num_probes: int = 0  # messages to a shard whose circuit is open, to learn whether the shard works again
     num_corrupt: int = 0  # replies whose checksum was wrong
     num_heals: int = 0  # times that picks had to wait because no home could compute them
-    queue_us: int = 0  # time that requests waited at shards
-    compute_us: int = 0  # time that shards computed
+    queue_us: int = 0  # microseconds that requests waited at shards
+    compute_us: int = 0  # microseconds that shards computed
     refusals: dict[str, int] = field(default_factory=dict)  # number of refusals by code

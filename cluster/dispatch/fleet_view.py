@@ -1,7 +1,8 @@
 """A client sees the shards as a `ShardFleet`: the placement, the health of each shard and the requests in flight.
 
-There are no sockets, threads or clock here: the real client and the simulation drive the same code. Everything belongs
-to the calling thread, with one exception: any thread may set a shard's `link` and then `is_changed`.
+The module uses no sockets, threads or clock, so that the real client and the simulation can drive the same code. Only
+the calling thread may use a fleet and its healths, with one exception: any thread may set the `link` of a `ShardHealth`
+and then set `is_changed` of the fleet.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from cluster.dispatch.shard_request import NEVER, ShardRequest
 from cluster.topology import CostModel, Placement
 
 MESSAGE_US = 200.0  # µs that one more message costs the caller
-LEARN_EVERY_S = 0.005  # pause between two lessons from one shard's replies, because each lesson takes time
-SURPRISING = 4.0  # a reply that takes this many times the predicted time is learned from at once
-EXPERT, ROW, MESSAGE, FREE = range(4)  # rows of `costs_CS`
+LEARN_EVERY_S = 0.005  # seconds between two updates of one shard's predictions, because an update takes time
+SURPRISING = 4.0  # a reply that takes more than this many times the predicted time updates the predictions at once
+EXPERT, ROW, MESSAGE, FREE = range(4)  # indices of the rows of `costs_CS`
 
 Tables = Mapping[int, HomeTable]
 Ids = NDArray[np.int64]
 
 
 class FleetView:
-    """A `FleetView` is a placement with the registered shards and their cost models; it is replaced as a whole.
+    """A `FleetView` combines a placement with the health and the cost model of each shard; a change makes a new view.
 
     placement: the placement that calls follow.
     healths: the health of each registered shard, by shard id; shards outside the placement are ignored.
     cost_models: the cost model that each shard publishes, by shard id.
     draining: the ids of the shards that drain.
-    previous: the view that this view replaces. The home tables of `previous` are used again where the placement is the
-        same.
+    previous: the view that this view replaces. The home tables of `previous` are used again for layers whose placement
+        did not change.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class FleetView:
 def _tables(placement: Placement, shard_ids: tuple[str, ...], previous: FleetView | None) -> Tables:
     """Return the home table of every layer.
 
-    The previous view's tables are used again where the placement did not change, because building one is slow.
+    The previous view's tables are used again where the placement did not change, because building a table is slow.
     """
 
     def table(layer: int) -> HomeTable:
@@ -75,9 +76,9 @@ def _tables(placement: Placement, shard_ids: tuple[str, ...], previous: FleetVie
 
 
 class ShardFleet:
-    """A `ShardFleet` is what all calls of a client share: the view in use, the costs of the shards, and the counters.
+    """A `ShardFleet` holds what all calls of a client share: the view in use, the shards' costs, and the counters.
 
-    policy: the bounds of a call.
+    policy: the limits of a call.
     expert_mib: the size of one expert in MiB, by layer; 1 MiB is assumed for a layer that is missing.
     """
 
@@ -85,10 +86,10 @@ class ShardFleet:
         self.policy, self.expert_mib = policy, expert_mib or {}
         self.traffic = Traffic()
         self.budget = HedgeBudget(policy.hedge_share, policy.hedge_burst, policy.hedge_burst)
-        self.in_flight: dict[int, ShardRequest] = {}  # by id: requests that are neither answered nor lost
-        self.is_changed = False  # the link or the circuit of a shard has changed
-        self.probe_at = NEVER  # when to probe a shard whose circuit is open, or to give up a probe
-        self.to_learn: list[tuple[ShardRequest, ReplyTiming, float]] = []  # with the time of the reply
+        self.in_flight: dict[int, ShardRequest] = {}  # requests that are neither answered nor lost, by id
+        self.is_changed = False  # the link or the circuit of a shard has changed since the last `refresh`
+        self.probe_at = NEVER  # the next time at which a probe is due, or a probe without a reply is given up
+        self.to_learn: list[tuple[ShardRequest, ReplyTiming, float]] = []  # with the arrival time
         self.view: FleetView | None = None
         self._ids = itertools.count(1)
         self._probes: dict[int, ShardRequest] = {}
@@ -100,7 +101,7 @@ class ShardFleet:
             health.shard_index = -1
         self.view = view
         num_shards = len(view.shard_ids)
-        self.costs_CS = np.zeros((4, num_shards))  # `costs_CS` of `routing.route`
+        self.costs_CS = np.zeros((4, num_shards))  # the argument `costs_CS` of `routing.route`
         self._shards: list[ShardHealth | None] = [view.healths.get(id) for id in view.shard_ids]
         for shard_index, shard in enumerate(self._shards):
             if shard is not None:
@@ -117,9 +118,9 @@ class ShardFleet:
         self.is_changed = True
 
     def refresh(self) -> None:
-        """Find out again which shards can be asked and when a probe is due, if something has changed."""
+        """Update which shards may be asked and when a probe is due, if a link or a circuit has changed."""
         if self.is_changed:
-            self.is_changed = False  # first, because another thread may set it again meanwhile
+            self.is_changed = False  # reset first, because another thread may set `is_changed` again meanwhile
             shards = self._shards
             self._avoided_S = np.array([h is None or h.should_be_avoided for h in shards], dtype=np.bool_)
             self._down_S = np.array([h is None or h.link is not LinkState.UP for h in shards], dtype=np.bool_)
@@ -151,13 +152,13 @@ class ShardFleet:
     ) -> Grouped:
         """Return which picks travel to which shards; raise NoLiveHome if an expert has no home that may be asked.
 
-        The shards are indices into `view.shard_ids`.
+        In the result, each shard is an index into `view.shard_ids`.
 
         picks: the picks to send, ascending, as indices into `expert_P`.
-        sizes: the picks of a row, and the largest number of rows in a message.
-        asked_shards: shards that are not asked again.
-        may_promote: standbys may be asked for experts none of whose homes can be asked.
-        may_ask_avoided: shards that should be avoided may be asked too, as long as they are connected.
+        sizes: the number of picks per row (top-k), and the maximum number of rows in a message.
+        asked_shards: the ids of the shards that were asked before and must not be asked again.
+        may_promote: whether standbys may be asked for an expert of which no home can be asked.
+        may_ask_avoided: whether connected shards that should be avoided may be asked, too.
         """
         assert self.view is not None
         self.refresh()
@@ -194,9 +195,9 @@ class ShardFleet:
         return requests
 
     def note_reply(self, request_id: int, timing: ReplyTiming | None, now: float) -> ShardRequest | None:
-        """Note that a request was answered, and return it; None if the request is not in flight.
+        """Note that a request was answered, and return the request, or None if the request is not in flight.
 
-        `timing` is that of a reply with sums, and None for a refusal.
+        `timing` comes from a reply with sums; `timing` is None for a refusal.
         """
         request = self.in_flight.pop(request_id, None)
         if request is None:
@@ -229,16 +230,16 @@ class ShardFleet:
         self.is_changed = True
 
     def learn(self) -> None:
-        """Learn from the replies in `to_learn`; best called while there is nothing to do but wait."""
+        """Update the predictions with the replies in `to_learn`; the best moment is while the client only waits."""
         for request, timing, at in self.to_learn:
             request.health.learn(request.work, timing, at - request.sent_at, request.predicted_s, at)
             self._note_costs(request.health)
         self.to_learn.clear()
 
     def note_failed(self, request_id: int, now: float) -> ShardRequest | None:
-        """Note that the stream of a request was lost, or that its reply was corrupt or a failure; return the request.
+        """Note that a request failed, and return the request, or None if the request is not in flight.
 
-        Return None if the request is not in flight.
+        A request fails if its stream is lost, or if its reply is corrupt or reports an error.
         """
         request = self.in_flight.pop(request_id, None)
         if request is not None:
@@ -247,16 +248,17 @@ class ShardFleet:
         return request
 
     def note_fault(self, health: ShardHealth, now: float) -> None:
-        """Open the circuit of a shard that did not do what was asked of it."""
+        """Open the circuit of a shard that failed a request or did not answer in time."""
         health.fail(now)
         self.is_changed = True
 
     # Shards whose circuit is open
 
     def due_probe(self, now: float) -> ShardHealth | None:
-        """Return a shard whose circuit has been open long enough to probe it, or None; give up probes without a reply.
+        """Return a shard that should be probed now, or None; give up probes that had no reply for `stall_s`.
 
-        The streams of shards that did not answer their probe are to be reset.
+        A shard should be probed when it is connected and its circuit has been open long enough. The streams of shards
+        that did not answer their probe are marked for a reset.
         """
         for request in [request for request in self._probes.values() if now >= request.sent_at + self.policy.stall_s]:
             del self._probes[request.id]
@@ -279,7 +281,7 @@ class ShardFleet:
         self.is_changed = True
 
     def postpone_probe(self, health: ShardHealth, now: float) -> None:
-        """Probe a shard later, because the call has no picks for it."""
+        """Postpone the probe of a shard, because the call has no picks for the shard."""
         health.rests_until = now + self.policy.first_rest_s
         self.is_changed = True
 
@@ -292,15 +294,15 @@ class ShardFleet:
         return bool(self._resets)
 
     def take_resets(self) -> list[ShardHealth]:
-        """Return the shards whose streams are to be reset, and forget them."""
+        """Return the shards whose streams the client must reset, and clear the list of these shards."""
         shards, self._resets = self._resets, []
         return shards
 
     def circuits(self, now: float) -> dict[str, Circuit]:
-        """Return the circuit of each shard.
+        """Return the circuit of each shard, by shard id.
 
-        A circuit that has been open long enough for a probe is reported as half-open already, because without calls
-        there is no probe, and no circuit would close.
+        A circuit that has been open long enough for a probe is already reported as half-open. Without calls there is no
+        probe, so that such a circuit would otherwise be reported as open for ever.
         """
         shards: Iterable[ShardHealth] = self.view.healths.values() if self.view else ()
         return {

@@ -1,14 +1,14 @@
-"""A `LayerCall` is a state machine that decides which picks go to which home, and what follows from each outcome.
+"""A `LayerCall` is a state machine that decides which picks go to which home, and how to react to each outcome.
 
 The state machine has no sockets, threads or clock, and works with picks and request ids only. The caller makes the
 messages, sends them and adds up the sums.
 
 The picks of a call are divided into races, and each pick is in exactly one race. The picks of a race are first sent to
-one home. If that home is late, the same picks are sent to other homes as well. Each such attempt consists of one
+one home. If this home is late, the same picks are sent to other homes as well. Each such attempt consists of one
 request, or of several requests that together carry all picks of the race. The first attempt whose requests are all
 answered gives the sums of the race, and no other attempt does. So each pick is summed exactly once.
 
-Legend: P picks of the call (the picks of a row stand together), K picks a row.
+Legend: P picks of the call (the picks of a row stand together), K picks per row.
 """
 
 from __future__ import annotations
@@ -41,22 +41,23 @@ from cluster.topology import Placement
 
 @dataclass(eq=False, slots=True)
 class LayerCall:
-    """A `LayerCall` holds the picks of one layer's rows and decides what is sent for them.
+    """A `LayerCall` holds the picks of one layer's rows and decides which requests are sent for the picks.
 
     The caller reports every event through an `on_...` method and sends the requests that the method returns, each in
-    one message. After each event `is_done` may be true. If the call has failed, `failure` then says why in a sentence.
+    one message. After each event `is_done` may have become true. If the call has failed, `failure` is a sentence that
+    says why.
     """
 
     fleet: ShardFleet
     layer: int
     expert_P: PickIds
     top_k: int
-    max_rows: int  # at most so many rows in one message
+    max_rows: int  # maximum number of rows in one message
     started_at: float
     expires_at: float = 0.0
-    wake_at: float = NEVER  # when `on_tick` has something to do
+    wake_at: float = NEVER  # the time at which `on_tick` must be called
     failure: str | None = None
-    healed_until: float = 0.0  # the time without a home up to here has been added to `expires_at`
+    healed_until: float = 0.0  # `expires_at` already includes the time without a home up to this moment
     races: set[Race] = field(default_factory=set)
     waiting: list[WaitingPicks] = field(default_factory=list)
 
@@ -66,7 +67,7 @@ class LayerCall:
 
     @property
     def in_flight(self) -> Iterable[ShardRequest]:
-        """Return the requests whose replies may still count."""
+        """Return the unanswered requests whose replies the call can still use."""
         return (
             request
             for race in self.races
@@ -76,7 +77,7 @@ class LayerCall:
         )
 
     def start(self, now: float) -> list[ShardRequest]:
-        """Return the first requests of the call, with a probe of a shard whose circuit is open if one is due."""
+        """Return the first requests of the call, and the request of a probe if a probe is due."""
         self.wake_at = self.expires_at = now + self.fleet.policy.timeout_s
         requests: list[ShardRequest] = []
         if len(self.expert_P):
@@ -90,8 +91,8 @@ class LayerCall:
     def on_reply(self, request_id: int, timing: ReplyTiming, now: float) -> list[int]:
         """Note that the sums of a request have come, and return the ids of the requests whose sums count now.
 
-        The sums of a complete attempt count: this request's, and those that came before for the same attempt. The list
-        is empty while the attempt is incomplete, and if another attempt was complete before.
+        When the reply completes an attempt, the sums of all requests of the attempt count. The list is empty while the
+        attempt is incomplete, and if another attempt was complete before.
         """
         request = self.fleet.note_reply(request_id, timing, now)
         if request is None or self.failure is not None:
@@ -132,13 +133,13 @@ class LayerCall:
         return self._retry(request, "the stream was lost", now) if request else []
 
     def on_corrupt(self, request_id: int, detail: str, now: float) -> list[ShardRequest]:
-        """Note that the reply to a request was changed on its way, and return the requests that replace this one."""
+        """Note that the reply to a request was damaged on the way, and return the requests that replace the request."""
         self.fleet.traffic.num_corrupt += 1
         request = self.fleet.note_failed(request_id, now)
         return self._retry(request, detail, now) if request else []
 
     def on_change(self, now: float) -> list[ShardRequest]:
-        """Note that the fleet has changed, and return the requests for which picks had waited."""
+        """Note that the fleet has changed, and return the requests that can be sent because of the change."""
         for waiting in self.waiting:
             waiting.resume_at = now
         for race in self.races:
@@ -146,7 +147,10 @@ class LayerCall:
         return self.on_tick(now)
 
     def on_tick(self, now: float) -> list[ShardRequest]:
-        """Note that it is `now` and that every outcome so far was reported; return the requests that are due."""
+        """Return the requests that are due at the time `now`, or fail the call if its timeout has passed.
+
+        The caller must have reported every outcome so far.
+        """
         requests: list[ShardRequest] = []
         if self.failure is not None:
             return requests
@@ -176,7 +180,7 @@ class LayerCall:
     def _send(
         self, picks: PickIds, history: RetryHistory, now: float, may_ask_avoided: bool = False
     ) -> list[ShardRequest]:
-        """Return requests to homes that were not asked for `picks` in this round; picks without such a home wait.
+        """Return requests for `picks` to homes that were not asked in this round; picks without such a home wait.
 
         Homes that should be avoided are asked only for picks that have no other home.
         """
@@ -235,7 +239,7 @@ class LayerCall:
         return requests
 
     def _note_winner(self, race: Race, winner: Attempt, now: float) -> None:
-        """Count a fault of each shard that was asked before `winner` and has not answered."""
+        """Count a fault for each shard with an unanswered request that was sent before the attempt `winner`."""
         self.fleet.traffic.num_hedges_won += winner.is_hedge
         for request in race.beaten_by(winner):
             request.is_beaten = True
@@ -246,7 +250,7 @@ class LayerCall:
     def _retry(
         self, request: ShardRequest, reason: str, now: float, is_busy: bool = False, is_error: bool = False
     ) -> list[ShardRequest]:
-        """Return requests to other homes for the picks of a failed request, unless another attempt carries them."""
+        """Return requests to other homes for a failed request's picks, unless another attempt carries these picks."""
         race, attempt = request.race, request.attempt
         if race is None or attempt is None or race.is_over or attempt not in race.attempts:
             return []
@@ -266,7 +270,7 @@ class LayerCall:
         return self._send(race.picks, history, now)
 
     def _wait(self, picks: PickIds, history: RetryHistory, now: float) -> None:
-        """Let picks wait of which every home was asked or cannot be asked: for a pause, or until the fleet changes."""
+        """Let `picks` wait for a pause, or until the fleet changes, because no home is left that can be asked."""
         resume_at = now + history.pause_s(self.fleet.policy)
         if not history.is_busy:
             self.fleet.traffic.num_heals += history.num_rounds == 0
@@ -274,9 +278,10 @@ class LayerCall:
         self.wake_at = min(self.wake_at, resume_at)
 
     def _resume(self, waiting: WaitingPicks, now: float) -> list[ShardRequest]:
-        """Return requests for picks that have waited, or fail the call if they had no home for `heal_timeout_s`.
+        """Return requests for picks that have waited, or fail the call if the picks had no home for `heal_timeout_s`.
 
-        The time without a home is added to `expires_at`, once where several picks waited at the same time.
+        The time without a home is added to `expires_at`. If several groups of picks waited at the same time, this time
+        is added only once.
         """
         history, heal_timeout_s = waiting.history, self.fleet.policy.heal_timeout_s
         if not history.is_busy:

@@ -11,16 +11,16 @@ from cluster.dispatch.fleet_view import ShardFleet
 from cluster.dispatch.routing import group
 from cluster.dispatch.shard_request import PickIds, ShardRequest
 
-MAX_PROBE_PICKS = 8  # enough to see that a shard works, and few enough to cost it little
+MAX_PROBE_PICKS = 8  # enough picks to show that a shard works, but so few that they cost the shard little
 
 
 def make_probes(
     fleet: ShardFleet, layer: int, expert_P: PickIds, top_k: int, max_rows: int, now: float
 ) -> list[ShardRequest]:
-    """Return the request that probes a shard if a probe is due, else an empty list.
+    """Return a list with the request that probes a shard, or an empty list if no probe is due.
 
-    The probe carries picks of one row for which the shard is a home. If the call has no picks for the shard,
-    the probe is postponed.
+    The probe carries picks of one row for which the shard is a home. If the call has no picks for the shard, the probe
+    is postponed.
     """
     health = fleet.due_probe(now)
     if health is None:

@@ -50,14 +50,15 @@ class HomeTable:
 
 
 def _as_array(homes: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    homes_EH = np.full((len(homes), max(map(len, homes), default=0)), -1, dtype=np.int64)  # -1: no further home
+    # -1 where an expert has no further home
+    homes_EH = np.full((len(homes), max(map(len, homes), default=0)), -1, dtype=np.int64)
     for expert, ids in enumerate(homes):
         homes_EH[expert, : len(ids)] = ids
     return homes_EH
 
 
 def no_live_home(expert_P: Any, homes_EH: Any, standby_EH: Any, is_excluded_S: Any) -> NoLiveHome:
-    """Return the error that names the experts of some picks for which `choose` found no home."""
+    """Return the error that names the experts in `expert_P` for which no home may be asked."""
     experts = np.unique(expert_P)
     options = np.concatenate((homes_EH, standby_EH), axis=1)[experts]
     has_home = ((options >= 0) & ~is_excluded_S[options]).any(axis=1)
@@ -70,12 +71,13 @@ def choose(
 ) -> bool:
     """Write the home of each pick to `home_P`; return False if an expert has no home that may be asked.
 
-    Each expert goes to the home that would be done first. Experts with one possible home come before the others,
-    and experts with many rows before those with few. The rows of one expert stay together unless the expert has more
-    than `max_piece` of them. `tests/cluster/dispatch/slow_routing.py` does the same in plain Python.
+    Each expert goes to the home that would finish first. Experts with one possible home are assigned before experts
+    with several, and experts with many rows before experts with few. The rows of one expert stay together unless the
+    expert has more than `max_piece` rows. `tests/cluster/dispatch/slow_routing.py` contains the same algorithm in plain
+    Python.
 
-    busy_S: µs until each shard is done with the work that it has; the work of this call is added to it.
-    costs: µs of an expert, of a row and of a message by shard, and then `max_piece`.
+    busy_S: µs until each shard has finished its work; the function adds the work of this call.
+    costs: four costs in this order: µs per expert, µs per row and µs per message, each by shard, and then `max_piece`.
     """
     num_experts, max_homes = homes_EH.shape[0], max(homes_EH.shape[1], standby_EH.shape[1])
     count_E = np.zeros(num_experts, np.int64)
@@ -102,7 +104,7 @@ def choose(
 
     max_piece = costs[3]
     is_called_S = np.zeros(len(busy_S), np.bool_)
-    given_EH = np.empty((num_experts, max_homes), np.int64)  # rows of the expert that each of its options computes
+    given_EH = np.empty((num_experts, max_homes), np.int64)  # number of rows that each possible home computes
     num_split = 0
     for expert in experts[order]:
         options, given_H = options_EH[expert, : num_options_E[expert]], given_EH[expert]
@@ -128,11 +130,11 @@ def choose(
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def _give(options: Any, num_rows: Any, given_H: Any, is_called_S: Any, busy_S: Any, costs: Any) -> int:
-    """Give some rows of one expert to the home that would be done first, and return its index among `options`."""
+    """Give `num_rows` rows of one expert to the home that would finish first; return the home's index in `options`."""
     expert_S, row_S, message_S, _ = costs
     chosen, least = 0, np.inf
     for i, option in enumerate(options):
-        # A message costs the caller, not the shard: it counts in the choice, not in how busy the shard is.
+        # A message costs time at the caller, not at the shard. So its cost counts here, but is not added to `busy_S`.
         extra = (0.0 if is_called_S[option] else message_S[option]) + (0.0 if given_H[i] > 0 else expert_S[option])
         if busy_S[option] + extra < least:
             chosen, least = i, busy_S[option] + extra
@@ -142,16 +144,16 @@ def _give(options: Any, num_rows: Any, given_H: Any, is_called_S: Any, busy_S: A
     return chosen
 
 
-RELIEF = 0.004  # share of the slowest shard's time; a smaller gain is not worth the search for another chain
+RELIEF = 0.004  # smallest gain, as a share of the slowest shard's time, that is worth another search
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def _relieve(experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, costs: Any) -> None:
-    """Move rows from the slowest shard along a chain of experts' homes to a shard that is done earlier; repeat.
+    """Move rows from the slowest shard along a chain of experts' homes to a shard that finishes earlier, repeatedly.
 
-    Assigning one expert after another cannot see that the neighbours of a shard could pass on rows in turn. If the
-    slowest shard reaches no shard that is done earlier, its time is the least possible: no split of the rows has a
-    smaller maximum.
+    Assigning one expert after another cannot take into account that the neighbours of a shard could pass on rows in
+    turn. If the slowest shard reaches no shard that finishes earlier, the slowest shard's time is the least possible:
+    no split of the rows has a smaller maximum.
     """
     expert_S, row_S = costs[0], costs[1]
     by_S, from_S, to_S = (
@@ -162,7 +164,7 @@ def _relieve(experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, b
     for _ in range(4 * len(busy_S)):
         slowest = np.argmax(busy_S)
         last = _reach(slowest, experts, options_EH, num_options_E, given_EH, busy_S, expert_S, by_S, from_S, to_S)
-        if last < 0 or row_S[slowest] <= 0:  # a cost model may be fitted such that rows cost nothing
+        if last < 0 or row_S[slowest] <= 0:  # in a fitted cost model, rows may cost nothing
             return
         new = 0.0 if given_EH[by_S[last], to_S[last]] > 0 else expert_S[last]
         num_rows = int((busy_S[slowest] - busy_S[last] - new) / (row_S[slowest] + row_S[last]))
@@ -189,10 +191,10 @@ def _reach(
     slowest: Any, experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, expert_S: Any,
     by_S: Any, from_S: Any, to_S: Any,
 ) -> int:  # fmt: skip
-    """Return the shard that is done first among the shards that rows of `slowest` can reach, or -1 if no shard helps.
+    """Return the shard that finishes first of all shards that rows of `slowest` can reach, or -1 if no shard helps.
 
     Rows may reach a shard through other shards. For each reached shard, `by_S` gets the expert whose rows are passed on
-    to this shard, `from_S` the home that gives the rows, and `to_S` the home that takes the rows. Both homes are
+    to this shard, `from_S` the home that gives the rows, and `to_S` the home that takes the rows. The two homes are
     indices into the expert's options.
     """
     by_S[:] = -1
@@ -208,7 +210,7 @@ def _reach(
                     continue
                 for k in range(num_options_E[expert]):
                     to = options_EH[expert, k]
-                    # Rows do not count here: a shard within the chain passes on as many rows as it takes.
+                    # Rows cost nothing here, because a shard within the chain passes on as many rows as it takes.
                     new = 0.0 if given_EH[expert, k] > 0 else expert_S[to]
                     done = busy_S[to] + new
                     if to == slowest or by_S[to] >= 0 or (new > 0 and done >= busy_S[slowest]):
@@ -228,10 +230,10 @@ class Grouped(NamedTuple):
     """
 
     pick_Q: NDArray[np.int64]
-    first_M: list[int]  # M + 1 numbers
+    first_M: list[int]  # M + 1 indices into `pick_Q`
     shard_M: list[int]
     num_rows_M: list[int]
-    num_experts_M: list[int]  # distinct experts
+    num_experts_M: list[int]  # number of distinct experts in each message
 
 
 def group(
@@ -243,7 +245,7 @@ def group(
     num_experts: int,
     max_rows: int,
 ) -> Grouped:
-    """Return messages of at most `max_rows` rows for the ascending picks `pick_Q`, which go to the shards `home_Q`."""
+    """Group the ascending picks `pick_Q`, which go to the shards `home_Q`, into messages of at most `max_rows` rows."""
     return _grouped(*_group(pick_Q, home_Q, expert_P, top_k, num_shards, num_experts, max_rows))
 
 
@@ -266,16 +268,16 @@ def route(
     max_rows: int,
     may_promote: bool,
 ) -> Grouped:
-    """Choose the home of each pick and group the picks into messages; raise NoLiveHome if an expert has none.
+    """Choose the home of each pick and group the picks into messages; raise NoLiveHome if an expert has no home.
 
     pick_Q: the picks to send, ascending, as indices into `expert_P`.
-    costs_CS: four rows of costs by shard: µs per MiB of an expert for its weights, the same for one row, µs of a
-        message, and the time in seconds at which the shard will be free.
+    costs_CS: four rows of costs by shard: µs per MiB of an expert for its weights, µs per MiB of an expert for one row,
+        µs per message, and the time in seconds at which the shard will be free.
     expert_mib: the size of one expert in MiB.
-    max_piece: the number of rows of one expert that stay together.
-    is_excluded_S: shards that may not be asked.
-    top_k, max_rows: the picks of a row, and the largest number of rows in a message.
-    may_promote: standbys may be chosen.
+    max_piece: the maximum number of rows of one expert that must stay together.
+    is_excluded_S: True for each shard that may not be asked.
+    top_k, max_rows: the number of picks per row, and the maximum number of rows in a message.
+    may_promote: whether standbys may be chosen.
     """
     standby_EH = homes.standby_EH if may_promote else homes.no_standby_EH
     limits = (now, expert_mib, max_piece, top_k, max_rows)
@@ -306,7 +308,7 @@ def _group(
     pick_Q: Any, home_Q: Any, expert_P: Any, top_k: Any, num_shards: Any, num_experts: Any, max_rows: Any
 ) -> Any:
     num_picks = len(pick_Q)
-    next_S = np.zeros(num_shards + 1, np.int64)  # where the next pick of each shard goes in `sorted_Q`
+    next_S = np.zeros(num_shards + 1, np.int64)  # index in `sorted_Q` for the next pick of each shard
     for q in range(num_picks):
         next_S[home_Q[q] + 1] += 1
     next_S = np.cumsum(next_S)
@@ -315,8 +317,8 @@ def _group(
         position = next_S[home_Q[q]]
         sorted_Q[position], shard_Q[position] = pick_Q[q], home_Q[q]
         next_S[home_Q[q]] += 1
-    seen_by_E = np.full(num_experts, -1, np.int64)  # the last message with a pick of this expert
-    numbers = np.zeros((4, num_picks), np.int64)  # by message: first pick, shard, number of rows, number of experts
+    seen_by_E = np.full(num_experts, -1, np.int64)  # the last message with a pick of each expert
+    numbers = np.zeros((4, num_picks), np.int64)  # first pick, shard, number of rows and of experts of each message
     num_messages, last_row = 0, -1
     for q in range(num_picks):
         row, current = sorted_Q[q] // top_k, num_messages - 1

@@ -14,15 +14,15 @@ from cluster.topology import CostModel
 
 NEW_SAMPLE = 0.2  # weight of a new sample in an average
 MAX_STEP = 8.0  # one sample counts as at most this many times the average
-LATE_UP, LATE_DOWN = 1.1, 1.1 ** -(0.05 / 0.95)  # these factors balance where 5 % of the samples are above
-SLOWNESS_HALF_LIFE_S = 10.0  # in which half of a shard's measured slowness is forgotten while it is not asked
+LATE_UP, LATE_DOWN = 1.1, 1.1 ** -(0.05 / 0.95)  # the two factors balance if 5 % of the samples are late
+SLOWNESS_HALF_LIFE_S = 10.0  # seconds without a reply in which half of a shard's measured slowness is forgotten
 NO_BOUND = 1e9
 MIN_COST_US = 1.0
-MAX_DOUBLINGS = 32  # of the time for which a circuit stays open, so that the power of two stays a finite number
+MAX_DOUBLINGS = 32  # limit for doubling the time that a circuit stays open, so that the power of two stays finite
 
 
 class LinkState(StrEnum):
-    """A `LinkState` is the state of the connection to a shard; of a NEW one it is not known yet whether it comes up."""
+    """A `LinkState` is the state of the connection to a shard; NEW means that no attempt to connect has ended yet."""
 
     NEW = "new"
     UP = "up"
@@ -32,8 +32,8 @@ class LinkState(StrEnum):
 class Circuit(StrEnum):
     """A `Circuit` says whether a shard is called.
 
-    CLOSED: yes, like any other.
-    OPEN: only for picks that have no other home.
+    CLOSED: the shard is called like any other shard.
+    OPEN: the shard is called only for picks that have no other home.
     HALF_OPEN: one request is on its way to find out whether the shard works again.
     """
 
@@ -43,11 +43,11 @@ class Circuit(StrEnum):
 
 
 class Work(NamedTuple):
-    """`Work` is what a message asks a shard to compute."""
+    """`Work` says how much one message asks a shard to compute."""
 
-    num_experts: int  # distinct experts
+    num_experts: int  # number of distinct experts
     num_rows: int
-    expert_mib: float  # size of one expert
+    expert_mib: float  # size of one expert in MiB
 
 
 UNKNOWN_COST, SMALL_WORK = CostModel(), Work(1, 1, 1.0)
@@ -63,9 +63,9 @@ class ReplyTiming(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class ShardHealth:
-    """A `ShardHealth` is what a client knows of one incarnation of a shard.
+    """A `ShardHealth` is what a client knows about one incarnation of a shard.
 
-    Any thread may set `link`; everything else belongs to the calling thread.
+    Any thread may set `link`. Only the calling thread may use the other fields and the methods.
     """
 
     shard_id: str
@@ -74,16 +74,16 @@ class ShardHealth:
     link: LinkState = LinkState.NEW
     is_draining: bool = False
     circuit: Circuit = Circuit.CLOSED
-    num_failures: int = 0  # in a row
-    rests_until: float = 0.0  # when an open circuit may be probed
-    heard_at: float = 0.0  # when the last reply came
-    free_at: float = 0.0  # when the shard should be done with all the work that it is known to have
-    overhead_us: float = 500.0  # time of a message and its reply without waiting and computing
-    slowness: float = 1.0  # time to compute / time that the cost model predicts
-    lateness: float = 0.0  # 95th percentile of time to answer / predicted time; 0 before the first reply
-    mean_us: float = 0.0  # mean time to compute a message
+    num_failures: int = 0  # number of consecutive failures
+    rests_until: float = 0.0  # the time from which an open circuit may be probed
+    heard_at: float = 0.0  # the time of the last reply
+    free_at: float = 0.0  # the time at which the shard should have finished all known work
+    overhead_us: float = 500.0  # time of a message and its reply, without the time in the queue and the computing
+    slowness: float = 1.0  # measured computing time / computing time that the cost model predicts
+    lateness: float = 0.0  # 95th percentile of (reply time / predicted time); 0 before the first reply
+    mean_us: float = 0.0  # mean computing time of a message
     adopted_at: float = 0.0
-    learn_at: float = 0.0  # replies before this time are not learned from
+    learn_at: float = 0.0  # replies before this time do not update the predictions
     num_learned: int = 0
     shard_index: int = -1  # index among the shards of the placement; -1 outside the placement
     last_work: Work = SMALL_WORK
@@ -101,7 +101,7 @@ class ShardHealth:
         return max(MIN_COST_US, self.slowness * (cost_model.call_us + expert_mib * unit))
 
     def note_sent(self, compute_us: float, now: float) -> float:
-        """Note that a message was sent; return the seconds until its reply should be here."""
+        """Note that a message was sent, and return the predicted seconds until its reply."""
         self.free_at = max(self.free_at, now) + 1e-6 * compute_us
         return self.free_at - now + 1e-6 * self.overhead_us
 
@@ -112,7 +112,7 @@ class ShardHealth:
         return max(policy.hedge_floor_s, min(late_s, policy.allowed_silence_s(predicted_s)))
 
     def learn(self, work: Work, timing: ReplyTiming, took_s: float, predicted_s: float, now: float) -> None:
-        """Learn from a reply to `work` that came `took_s` after its request, where `predicted_s` was expected."""
+        """Update the predictions with a reply to `work` that took `took_s` seconds instead of `predicted_s`."""
         self.heard_at, self.last_work = now, work
         queue_us, reported_us, depth = timing
         took_us = 1e6 * took_s
@@ -135,8 +135,8 @@ class ShardHealth:
     def fail(self, now: float) -> None:
         """Open the circuit, because the shard was late or broke the connection.
 
-        The circuit stays open longer each time. Further failures while it is open count as the same one, however many
-        messages fail.
+        The circuit stays open longer with each failure. Failures while the circuit is open are not counted, however
+        many messages fail.
         """
         if self.circuit is Circuit.OPEN:
             return
@@ -150,12 +150,15 @@ class ShardHealth:
         self.circuit, self.num_failures = Circuit.CLOSED, 0
 
     def note_late_reply(self) -> None:
-        """Close the circuit if it opened for the first time; the shard answered, but after another home."""
+        """Close an open circuit after a late reply, unless the shard has failed more than once in a row.
+
+        A reply is late if another home has already computed the same picks.
+        """
         if self.circuit is Circuit.OPEN and self.num_failures < 2:
             self.circuit = Circuit.CLOSED
 
     def adopt(self, cost_model: CostModel, now: float) -> None:
-        """Use a newly published cost model without a jump in the predictions; let the old measurements fade."""
+        """Adopt a newly published cost model without a jump in the predictions, and let old measurements fade."""
         if not self.num_learned:  # there are no measurements yet, so the published cost model is all that is known
             self.cost_model = cost_model
         elif cost_model != self.cost_model:
@@ -170,10 +173,10 @@ class ShardHealth:
 
 @dataclass(slots=True)
 class HedgeBudget:
-    """A `HedgeBudget` limits hedges: a hedged message costs a token, and every other message earns `share` of one."""
+    """A `HedgeBudget` limits hedges: a hedged message costs one token, and each other message earns `share` tokens."""
 
     share: float
-    burst: float  # largest number of tokens that can be saved up
+    burst: float  # maximum number of tokens that can be saved up
     tokens: float
 
     def earn(self, num_messages: int) -> None:

@@ -1,4 +1,4 @@
-"""The records of a layer call say which requests were sent to shards, for which picks, and what has been tried.
+"""The classes of this module record which requests a layer call has sent for which picks, and what has been tried.
 
 A race has one or more attempts, and an attempt has one or more requests. All times are seconds of the caller's clock.
 
@@ -18,12 +18,12 @@ from cluster.dispatch.shard_health import ShardHealth, Work
 
 PickIds = NDArray[np.int64]
 NO_SHARDS: frozenset[str] = frozenset()
-NEVER = float("inf")  # a time that does not come
-MAX_DOUBLINGS = 32  # of a pause, so that the power of two stays a finite number
+NEVER = float("inf")  # a time that is never reached
+MAX_DOUBLINGS = 32  # limit for doubling a pause, so that the power of two stays a finite number
 
 
 class RefusalCode(StrEnum):
-    """A `RefusalCode` says why a shard refused to compute a request; the names are those of the wire."""
+    """A `RefusalCode` says why a shard refused to compute a request; the protocol uses the same names."""
 
     NOT_HOSTED = "NOT_HOSTED"
     STALE_EPOCH = "STALE_EPOCH"
@@ -66,17 +66,17 @@ class ShardRequest:
 
     @property
     def silent_since(self) -> float:
-        """Return when the shard last replied to anything, or when this request was sent if that is later."""
+        """Return when the shard last replied to any request, but at the earliest when this request was sent."""
         return max(self.sent_at, self.health.heard_at)
 
     @property
     def late_at(self) -> float:
-        """Return when the request may be hedged if the shard stays silent until then."""
+        """Return the time at which the request may be hedged if the shard stays silent until then."""
         return self.silent_since + self.late_after_s
 
     @property
     def stalled_at(self) -> float:
-        """Return when the shard counts as stalled if it stays silent until then."""
+        """Return the time at which the shard counts as stalled if it stays silent until then."""
         return self.silent_since + self.stalled_after_s
 
 
@@ -90,25 +90,25 @@ class Attempt:
 
     @property
     def late_at(self) -> float:
-        """Return when the last of the unanswered requests may be hedged."""
+        """Return the time at which the last unanswered request of the attempt may be hedged."""
         return max(request.late_at for request in self.requests if not request.is_answered)
 
     @property
     def stalled_at(self) -> float:
-        """Return when the last of the unanswered requests counts as stalled."""
+        """Return the time at which the last unanswered request of the attempt counts as stalled."""
         return max(request.stalled_at for request in self.requests if not request.is_answered)
 
 
 @dataclass(frozen=True, slots=True)
 class RetryHistory:
-    """A `RetryHistory` says what has been tried for some picks so far."""
+    """A `RetryHistory` records what has been tried so far to get some picks computed."""
 
-    asked_shards: frozenset[str] = NO_SHARDS  # shards that were asked in this round over all homes
+    asked_shards: frozenset[str] = NO_SHARDS  # shards asked in this round; a round asks all homes
     num_errors: int = 0
-    num_rounds: int = 0  # how often all homes were asked in vain
-    stuck_since: float = NEVER  # when no home was left for the first time
+    num_rounds: int = 0  # number of rounds in which all homes were asked in vain
+    stuck_since: float = NEVER  # the time at which no home was left for the first time
     reason: str = "no shard that holds them can be reached"  # the outcome of the last request, for error messages
-    is_busy: bool = False  # the last shard works, but has too much to do
+    is_busy: bool = False  # the last shard refused only because it had too much to do
 
     def after(self, attempt: Attempt, reason: str, is_busy: bool, is_error: bool) -> RetryHistory:
         """Return this retry history with one more failed attempt, `attempt`; `reason` says why the attempt failed."""
@@ -121,10 +121,10 @@ class RetryHistory:
         )
 
     def next_round(self, now: float) -> RetryHistory:
-        """Return the history with which all homes are asked once more.
+        """Return the history for the next round, in which all homes are asked again.
 
-        A round that ended at a busy shard is not counted: such a shard works, so the deadline of the call is bound
-        enough.
+        A round that ended at a busy shard is not counted, because such a shard works. The timeout of the call limits
+        how often busy shards are asked.
         """
         if self.is_busy:
             return replace(self, asked_shards=NO_SHARDS)
@@ -132,7 +132,7 @@ class RetryHistory:
         return replace(self, asked_shards=NO_SHARDS, num_rounds=num_rounds, stuck_since=stuck_since)
 
     def pause_s(self, policy: CallPolicy) -> float:
-        """Return the seconds to wait before all homes are asked once more; each round doubles them."""
+        """Return the seconds to wait before all homes are asked again; the pause doubles with each counted round."""
         if self.is_busy:
             return policy.first_pause_s
         return min(policy.max_pause_s, policy.first_pause_s * 2.0 ** min(self.num_rounds, MAX_DOUBLINGS))
@@ -142,7 +142,7 @@ FRESH = RetryHistory()
 
 
 class Delay(Enum):
-    """A `Delay` says how long an attempt has been silent: long enough for a hedge, or so long that it is stalled."""
+    """A `Delay` says why picks need another attempt: the last attempt is late enough for a hedge, or even stalled."""
 
     LATE = "late"
     STALLED = "stalled"
@@ -150,25 +150,25 @@ class Delay(Enum):
 
 @dataclass(eq=False, slots=True)
 class Race:
-    """A `Race` is some picks and the attempts to compute them; the first complete attempt gives the sums."""
+    """A `Race` holds some picks and the attempts to compute the picks; the first complete attempt gives the sums."""
 
     picks: PickIds
     history: RetryHistory
     attempts: list[Attempt]
-    check_at: float  # when to see whether the last attempt is late
+    check_at: float  # the time at which to check whether the last attempt is late
     may_hedge: bool = True
     is_reset: bool = False  # the stream of a silent shard has been reset for these picks
     is_over: bool = False
 
     @property
     def asked_shards(self) -> frozenset[str]:
-        """Return the shards that were asked for these picks in this round, running attempts included."""
+        """Return the ids of the shards that were asked for the picks in this round, also by attempts that still run."""
         return self.history.asked_shards | {
             request.shard_id for attempt in self.attempts for request in attempt.requests
         }
 
     def delay(self, now: float, policy: CallPolicy) -> Delay | None:
-        """Return why the picks need another attempt now, or None if they need none; set when to check again."""
+        """Return why the picks need another attempt now, or None if no attempt is needed; set `check_at`."""
         attempt = self.attempts[-1]
         if self.may_hedge and now < (late_at := attempt.late_at):
             self.check_at = late_at
@@ -195,9 +195,10 @@ class Race:
         return [request for attempt in earlier for request in attempt.requests if not request.is_answered]
 
     def shard_to_reset(self, now: float, policy: CallPolicy) -> ShardHealth | None:
-        """Return a shard of the last attempt that has been silent for very long, at most one in each race; else None.
+        """Return a shard of the last attempt whose stream should be reset, or None; a race returns a shard only once.
 
-        The stream to such a shard should be reset, because the stream may be out of step although the shard is well.
+        The shard has been silent for `reset_after` times the limit for a stalled shard. A reset may help, because the
+        stream may be out of step although the shard is well.
         """
         if self.is_reset:
             return None
