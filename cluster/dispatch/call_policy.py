@@ -74,7 +74,7 @@ class CallPolicy:
 
 @dataclass
 class Traffic:
-    """`Traffic` counts a client's calls, messages and bytes since its start; the bytes do not include gRPC's framing."""
+    """`Traffic` counts a client's calls, messages and bytes since its start; the bytes exclude gRPC's framing."""
 
     num_calls: int = 0
     num_rows: int = 0
