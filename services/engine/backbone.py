@@ -1,4 +1,4 @@
-"""A backbone runs the model without its routed experts: it has an engine, and a connection to the expert shards."""
+"""A `Backbone` runs one model without its routed experts, and asks the expert shards for the routed experts' sums."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ from services.engine.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait for the first placement, and as many again for the shards to load their experts.
+# Seconds to wait for the first placement, and then the same number of seconds for the shards to load their experts.
 PLACEMENT_TIMEOUT_S = 600.0
-WARM_UP_TOKENS = 8  # tokens to generate before the first request; enough for drafts to be made and verified
+WARM_UP_TOKENS = 8  # tokens to generate before the first request: enough that drafts are made and verified
 
 
 class Backbone:
     """A `Backbone` serves one model with one engine.
 
-    `registry` and `loads` are the stores of the expert fleet; without them the experts are computed in this process.
-    `start` and `stop` belong to one event loop.
+    - `registry`: the store with the placement and the shards of the fleet. Without a registry, this process computes
+      the routed experts itself.
+    - `loads`: the store for the expert load; required if there is a registry.
+
+    `start` and `stop` must be called on the same event loop.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Backbone:
         picks, self.recorder = LoadCounter(num_experts), Recorder(model_digest, num_experts)
         self.fleet: FleetConnection | None = None
         if registry is not None:
-            assert loads is not None, "with a registry there is a load store"
+            assert loads is not None, "a backbone with a registry needs a load store"
             expert_bytes = {shape.layer: shape.nbytes(config.dtype) for shape in shapes}
             self.fleet = FleetConnection(model_digest, expert_bytes, registry, loads, picks)
         experts = self.fleet.experts if self.fleet else family.load_local_experts(config.dtype, config.device)
@@ -58,7 +61,7 @@ class Backbone:
         self.engine = build_engine(config, family, self._experts)
 
     async def start(self) -> None:
-        """Start the engine, and return when it can serve tokens; raise TimeoutError if no placement comes."""
+        """Start the engine and return once the engine serves requests; raise TimeoutError if no placement appears."""
         log.info("%s; %s", kernels.describe(self.config.device), self.config.memory)
         if not self.family.has_mtp:
             log.warning("%s has no MTP weights and is served without drafting.", self.family.checkpoint.path)
@@ -70,7 +73,7 @@ class Backbone:
         await self._warm_up()
 
     async def stop(self) -> None:
-        """End the engine and its open streams, and leave the fleet."""
+        """Stop the engine, end its open streams, and disconnect from the fleet."""
         if self.fleet is not None:
             await self.fleet.stop()
         await asyncio.to_thread(self.engine.stop)
@@ -83,14 +86,14 @@ class Backbone:
         return self.engine.is_healthy and (self.fleet is None or self.fleet.is_healthy)
 
     def status(self) -> dict[str, Any]:
-        """Return the numbers of the engine and, with remote experts, of the fleet, for health and metrics."""
+        """Return the engine's counts, and with remote experts also the fleet's status, for health and metrics."""
         status: dict[str, Any] = {"engine": asdict(self.engine.stats()), "has_mtp": self.family.has_mtp}
         return status | (self.fleet.status() if self.fleet else {})
 
     async def _warm_up(self) -> None:
-        """Generate a few tokens, so that no user waits for the work that only the first call has to do.
+        """Generate WARM_UP_TOKENS tokens, because the first request is slow and should not be a user's request.
 
-        Retry for PLACEMENT_TIMEOUT_S, because shards may still be loading.
+        Retry for PLACEMENT_TIMEOUT_S seconds, because shards may still be loading experts.
         """
         params = SamplingParams(max_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
         deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
@@ -102,14 +105,15 @@ class Backbone:
             except EngineFailed as error:
                 if time.monotonic() > deadline:
                     raise
-                log.warning("Not ready yet: %s", error)
+                log.warning("The backbone is not ready yet and tries again: %s", error)
                 await asyncio.sleep(0.5)
 
     @torch.inference_mode()
     def _compile_kernels(self) -> None:
-        """Compute a prompt and a step without experts, so that kernels are compiled while the experts are placed.
+        """Run the model on a prompt and on one decode step, without routed experts, so that its kernels are compiled.
 
-        No request uses the state that these calls write.
+        The backbone compiles the kernels before it waits for the first placement, because the shards load their experts
+        in the meantime. No request uses the state that the two calls write.
         """
         device, model, state = self.config.device, self.engine.runner.model, self.engine.runner.state
         with self._experts.switched_off():
@@ -120,9 +124,9 @@ class Backbone:
 
 
 class CountedExperts:
-    """A `CountedExperts` passes layer calls on to `experts`, and counts the picks of each expert.
+    """A `CountedExperts` passes layer calls on to `experts`, and counts in `picks` how often each expert is picked.
 
-    The picks also go to `recorder`, which writes them to a file while a recording runs.
+    `recorder` also gets the picks, and writes the picks to a file while a recording runs.
     """
 
     def __init__(self, experts: Experts, picks: LoadCounter, recorder: Recorder) -> None:
@@ -137,7 +141,7 @@ class CountedExperts:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Let layer calls return zeros without calling the experts; on exit, forget the picks that were counted."""
+        """Make layer calls return zeros without calling the experts; on exit, reset the counts of picks to zero."""
         experts, self._experts = self._experts, _zeros
         yield
         self._experts = experts
@@ -145,5 +149,5 @@ class CountedExperts:
 
 
 def _zeros(layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
-    """Return the result of experts that add nothing."""
+    """Answer a layer call like experts whose outputs are all zero: return a function that returns zeros like `x_NL`."""
     return lambda: torch.zeros(x_NL.shape, dtype=torch.float32, device=x_NL.device)

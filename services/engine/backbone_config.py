@@ -23,8 +23,7 @@ from services.expert.expert_call import ExpertsUnavailable
 class BackboneConfig:
     """A `BackboneConfig` holds the settings with which a backbone serves a model; lengths are in tokens.
 
-    `draft_tokens` is the most tokens that are drafted at once for a request: 0 turns drafting off, and None takes
-    DEFAULT_DRAFT_TOKENS.
+    `draft_tokens` is the largest draft depth: 0 turns drafting off, and None means DEFAULT_DRAFT_TOKENS.
     """
 
     dtype: torch.dtype
@@ -38,10 +37,10 @@ class BackboneConfig:
     prefix_cache: bool = True
 
     def scheduler_config(self, family: ModelFamily, has_drafts: bool) -> SchedulerConfig:
-        """Return the scheduler's configuration for a model; `has_drafts` says whether the model can draft."""
+        """Return the scheduler's configuration for a model of `family`; `has_drafts` says if the model can draft."""
         max_draft_tokens = DEFAULT_DRAFT_TOKENS if self.draft_tokens is None else self.draft_tokens
-        # Compiled kernels compute a prompt token by token as a recurrence. So a prompt may be split, and its state
-        # saved, at any token.
+        # Compiled kernels compute a prompt token by token as a recurrence. Therefore the scheduler may split a prompt
+        # at any token, and may save the recurrent state at any token.
         align = 1 if kernels.is_compiled(self.device) else family.config.chunk_size
         return SchedulerConfig(
             self.memory.num_slots,
@@ -62,7 +61,7 @@ class BackboneConfig:
 
 
 def build_engine(config: BackboneConfig, family: ModelFamily, experts: Experts) -> Engine:
-    """Load the backbone's weights, allocate its state, and return its engine, which is not started yet."""
+    """Load the backbone's weights, allocate the state of its requests, and return the engine without starting it."""
     model = family.load_backbone(experts, config.dtype, config.device)
     plan = config.memory
     state = State(family.config.state_spec, plan.num_state_slots, plan.num_blocks, config.dtype, config.device)

@@ -1,4 +1,4 @@
-"""The engine computes steps on one thread, and gives each request an asynchronous stream of tokens."""
+"""The `Engine` computes steps on one thread, and gives each request an asynchronous stream of tokens."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from services.engine.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-UNHEALTHY_AFTER = 3  # failed steps in a row after which the engine is unhealthy
+UNHEALTHY_AFTER = 3  # consecutive failed steps after which the engine reports that it is unhealthy
 StreamItem = TokenOutput | Exception
-# The log's reason for the end of a request, by the exception that ends the request; otherwise the reason is "failed".
+# The reason that is logged when an exception ends a request. For all other exceptions the reason is "failed".
 END_REASONS: dict[type[Exception], str] = {
     EngineOverloaded: "overloaded",
     DeadlinePassed: "deadline",
@@ -34,7 +34,7 @@ END_REASONS: dict[type[Exception], str] = {
 
 @dataclass(frozen=True)
 class TokenStream:
-    """A `TokenStream` carries the items of a request to its client; its queue belongs to the thread of `loop`."""
+    """A `TokenStream` carries the outputs or the error of a request to its client; only `loop` may use its queue."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
@@ -45,8 +45,8 @@ class TokenStream:
 class EngineStats:
     """An `EngineStats` holds the engine's counts for status and metrics.
 
-    Slots and pages that are "taken" belong to running requests. "Cached" slots and pages belong to the prefix cache,
-    which gives them up when running requests need them.
+    Running requests hold the slots and pages that are counted as "taken". Only the prefix cache holds the slots and
+    pages that are counted as "cached"; running requests may take the prefix cache's slots and pages.
     """
 
     num_running: int
@@ -60,13 +60,13 @@ class EngineStats:
     num_preemptions: int
     num_steps: int
     num_failed_steps: int
-    num_refused: int  # requests refused because too many were waiting
-    num_prompt_tokens: int  # of requests that got their first token
+    num_refused: int  # requests that were refused because too many requests were waiting
+    num_prompt_tokens: int  # prompt tokens of all requests that got their first token
     num_generated_tokens: int
     num_cached_tokens: int
     num_checkpoints: int
     num_evictions: int
-    cache_reasons: dict[str, int]  # started requests, by `TokenOutput.cache_reason`
+    cache_reasons: dict[str, int]  # number of started requests, by `TokenOutput.cache_reason`
     drafted_by_position: tuple[int, ...]
     accepted_by_position: tuple[int, ...]
     is_healthy: bool
@@ -75,13 +75,13 @@ class EngineStats:
 class Engine:
     """An `Engine` serves all clients with one model by continuous batching: requests come and go between steps.
 
-    `generate` may be called from any event loop once `start` was called.
+    `generate` may be called from any event loop after `start` was called.
 
-    - `outages`: errors that are not the engine's fault and that a restart of the engine would not mend. A step that
-      fails with such an error fails its requests with the error's text, and the engine stays healthy. The text of any
-      other error goes to the log only.
+    - `outages`: types of errors that the engine does not cause and that a restart of the engine would not repair. If
+      such an error ends a step, the step's requests fail with the error's text, and the engine stays healthy. The text
+      of any other error is only logged.
     - `compile_grammar`: compiles a grammar for the sampler, or raises ValueError for a grammar that cannot be used. The
-      engine calls this function on separate threads, and refuses requests with a grammar if the function is None.
+      engine calls this function on separate threads. If the function is None, requests with a grammar are refused.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Engine:
         self._requests = RequestFactory(vocab_size, eos_token_ids, config.max_len, config.max_model_len)
         self._grammar_pool = compile_grammar and GrammarPool(compile_grammar, config.max_waiting)
         self._streams: dict[str, TokenStream] = {}
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # calls for the engine's thread
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # functions for the engine's thread
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._is_stopping = False
         self._num_steps = self._num_failed_steps = self._num_failed_in_a_row = 0
@@ -115,7 +115,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step that it computes; open streams end with EngineFailed."""
+        """End the engine's thread after its current step; open streams end with EngineFailed."""
         self._is_stopping = True
         self._inbox.put(lambda: None)  # wakes the thread
         if self._grammar_pool:
@@ -128,7 +128,7 @@ class Engine:
         return self._thread.is_alive() and self._num_failed_in_a_row < UNHEALTHY_AFTER
 
     def stats(self) -> EngineStats:
-        """Return the counts so far."""
+        """Return the engine's counts since the engine was created."""
         scheduler, memory = self.scheduler, self.scheduler.memory
         checkpoints, cache_counts = memory.cache.checkpoints, memory.cache.counts
         return EngineStats(
@@ -155,7 +155,7 @@ class Engine:
             is_healthy=self.is_healthy,
         )
 
-    # The client's side: any thread
+    # Called by clients, from any thread
 
     async def generate(
         self,
@@ -165,16 +165,17 @@ class Engine:
         timeout: float | None = None,
         sent_token_ids: Sequence[int] | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
-        """Yield the request's tokens as they are generated; closing the generator frees what the request holds.
+        """Yield the request's tokens as they are generated; closing the generator frees the request's slot and pages.
 
-        `sent_token_ids` are the tokens that another engine generated for the request before it was lost. This
-        engine goes on with the tokens that would have followed there, and its counts include the sent tokens.
-        `prompt_logprobs` come only if no tokens were sent.
+        `timeout` is in seconds. `sent_token_ids` is None for a new request. If an engine that is now lost had accepted
+        the request, `sent_token_ids` holds the tokens that the lost engine had generated. This engine continues with
+        the same tokens as the lost engine would have done. The counts in the outputs include the sent tokens. The
+        outputs have `prompt_logprobs` only if no tokens were sent.
 
         Errors:
 
-        - ValueError: the prompt, the lengths or the grammar are bad. This error is raised before the first output,
-          unless the answer leads a grammar to a dead end, or the grammar becomes too complex to follow.
+        - ValueError: the prompt, the lengths or the grammar are not allowed. This error is raised before the first
+          output, except if the grammar later allows no next token or becomes too complex to follow.
         - EngineOverloaded: too many requests are waiting. This error is raised before the first output.
         - EngineFailed: a step failed or the engine was stopped.
         - DeadlinePassed: the request did not end within `timeout` seconds.
@@ -212,13 +213,13 @@ class Engine:
         if request.id in self._streams:
             raise ValueError(f"request_id {request.id!r} is in use by a request that has not ended; choose another.")
         stream = self._streams[request.id] = TokenStream(request, asyncio.get_running_loop(), asyncio.Queue())
-        # This is checked after the stream is registered: a thread that ends from now on finds the stream and ends it.
+        # Check this only after the stream is registered: if the thread ends later, it finds the stream and ends it.
         if self._is_stopping or not self._thread.is_alive():
             stream.items.put_nowait(EngineFailed("The engine is not running."))
         self._inbox.put(lambda: self._add(request))
         return stream
 
-    # The engine's side: its own thread only
+    # Called only by the engine's thread
 
     def _loop(self) -> None:
         try:
@@ -231,7 +232,7 @@ class Engine:
             self._deliver([(request_id, EngineFailed("The engine was stopped.")) for request_id in list(self._streams)])
 
     def _take_inbox(self) -> None:
-        """Run what the clients put into the inbox, and wait for something if there is no work."""
+        """Call the functions that clients put into the inbox; if there is no work, wait for the next function."""
         if not self.scheduler.has_work:
             self._inbox.get()()
         while not self._inbox.empty():
@@ -248,7 +249,7 @@ class Engine:
         self._num_refused += 1
 
     def _forget(self, request_id: str, stream: TokenStream) -> None:
-        # A stream that is not registered has ended, and another request may use its id by now.
+        # A stream that is not registered has ended, and a new request may already use the same id.
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
             self.scheduler.abort(request_id)
@@ -263,7 +264,7 @@ class Engine:
         )
 
     def _guarded_step(self) -> list[tuple[str, StreamItem]]:
-        """Compute a step and return the items of its requests; a step that fails yields errors for its requests."""
+        """Compute a step and return its outputs by request id; if the step fails, return errors for its requests."""
         self._num_steps += 1
         try:
             outputs = self.step()
@@ -281,7 +282,7 @@ class Engine:
         return [(request.id, EngineFailed(sentence)) for request in self.scheduler.abort_step()]
 
     def _to_item(self, output: TokenOutput) -> StreamItem:
-        """Return the output, or the exception that stands for its finish reason."""
+        """Return the output, or an exception if the output's finish reason is DEADLINE or FAILED."""
         if output.finish_reason is FinishReason.DEADLINE:
             return DeadlinePassed(f"The request's deadline passed after {output.num_generated} generated tokens.")
         if output.finish_reason is FinishReason.FAILED:
@@ -292,7 +293,7 @@ class Engine:
         return output
 
     def _deliver(self, items: list[tuple[str, StreamItem]]) -> None:
-        # Each event loop is woken once per step and not once per token, because a wake-up is a system call.
+        # Wake each event loop once per step and not once per token, because waking a loop is a system call.
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, StreamItem]]] = {}
         for request_id, item in items:
             stream = self._streams[request_id]
@@ -301,12 +302,12 @@ class Engine:
                 self._end(stream.request, reason)
             by_loop.setdefault(stream.loop, []).append((stream, item))
         for loop, group in by_loop.items():
-            with suppress(RuntimeError):  # the loop was closed in the meantime, so nobody reads its streams
+            with suppress(RuntimeError):  # the loop is closed, so nobody reads its streams
                 loop.call_soon_threadsafe(_put_all, group)
 
 
 def _end_reason(item: StreamItem) -> str | None:
-    """Return why the request ends with this item, or None if it goes on."""
+    """Return why a request ends with this output or error, or None if the request goes on."""
     if isinstance(item, Exception):
         return END_REASONS.get(type(item), "failed")
     return item.finish_reason

@@ -1,4 +1,4 @@
-"""A `FleetConnection` connects a backbone with the expert shards: it takes placements, and reports load and health."""
+"""A `FleetConnection` connects a backbone with expert shards: it follows the placement, and reports load and health."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ from services.expert.client import RemoteExperts
 
 log = logging.getLogger(__name__)
 
-WATCH_PERIOD_S = 0.5  # seconds from one look for a new placement to the next
-FLUSH_PERIOD_S = 1.0  # seconds from one report of the expert load to the next
-RATE_KEPT = 0.9  # weight that the measured picks per second keep from one report to the next
-NUM_HOTTEST = 20  # experts with the most picks that a status names
-MAX_NAMED = 20  # experts below cover that a status names
+WATCH_PERIOD_S = 0.5  # seconds between two reads of the placement from the store
+FLUSH_PERIOD_S = 1.0  # seconds between two reports of the expert load
+RATE_KEPT = 0.9  # weight of the earlier reports in the moving average of picks per second
+NUM_HOTTEST = 20  # number of experts with the most picks that a status lists
+MAX_NAMED = 20  # largest number of experts below full cover that a status lists
 
 
 class FleetConnection:
     """A `FleetConnection` keeps a backbone's `RemoteExperts` at the newest placement, and reports load and health.
 
-    The load is that of the experts, and the health is that of the fleet. The methods belong to one event
-    loop; `experts` is called by the engine's thread. `expert_bytes` is the size of one expert, by layer, and `model` is
-    the digest of the checkpoint.
+    "Load" means the picks of each expert, and "health" means the state of the fleet. All methods must be called on the
+    same event loop; the engine's thread calls `experts`.
+
+    - `model`: the digest of the checkpoint.
+    - `expert_bytes`: the size of one expert in bytes, by layer.
     """
 
     def __init__(
@@ -50,21 +52,21 @@ class FleetConnection:
         self._follower = Follower(name, model, registry, self._adopt)
         self._load = LoadReporter(picks, loads)
         self._coverage = CoverageMonitor(expert_bytes)
-        self._placed_at = 0.0  # time of the last `_adopt`, in seconds since 1970
-        self._expected_digests: dict[str, str] = {}  # by shard: the digest of the experts that it should hold
+        self._placed_at = 0.0  # time of the last call of `_adopt`, in seconds since 1970
+        self._expected_digests: dict[str, str] = {}  # by shard id: the digest of the experts that the shard should hold
         self._tasks: list[asyncio.Task[None]] = []
 
     async def first_placement(self) -> None:
-        """Wait for the first placement."""
+        """Wait until the store has a placement, and start to use the placement."""
         while not await self._refresh():
             await asyncio.sleep(0.1)
 
     def start(self) -> None:
-        """Start to follow the placement and to report the load, in tasks of their own."""
+        """Start two tasks: the first task follows the placement, and the second task reports the load."""
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._load.run())]
 
     async def stop(self) -> None:
-        """End the tasks and fail the layer calls in flight, for which the engine would wait before it stops."""
+        """End the tasks and fail the layer calls in flight, because the engine would wait for these calls."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -78,7 +80,7 @@ class FleetConnection:
 
     @property
     def is_healthy(self) -> bool:
-        """Return False if a task has ended."""
+        """Return True unless one of the tasks that `start` created has ended."""
         return not any(task.done() for task in self._tasks)
 
     async def _watch(self) -> None:
@@ -89,17 +91,17 @@ class FleetConnection:
                 if (placement := self._follower.placement) is not None:
                     self._update_coverage(placement)
             except Exception:
-                log.exception("Serving on with epoch %d.", self.experts.epoch)
+                log.exception("Updating the placement failed; epoch %d stays in use.", self.experts.epoch)
 
     async def _refresh(self) -> bool:
-        """Take the newest placement and shards from the store; return True if there is a placement.
+        """Read the newest placement and the shards from the store; return True if there is a placement.
 
-        If the store cannot be reached, everything stays as it is.
+        If the store cannot be reached, keep the old placement and return False.
         """
         try:
             return await self._follower.refresh()
         except StoreUnavailable as error:
-            log.warning("Serving on with epoch %d: %s", self.experts.epoch, error)
+            log.warning("The store cannot be reached; epoch %d stays in use: %s", self.experts.epoch, error)
             return False
 
     def _adopt(self, placement: Placement, shards: Iterable[Shard]) -> None:
@@ -111,7 +113,7 @@ class FleetConnection:
     # Status
 
     def status(self) -> dict[str, Any]:
-        """Return the placement, the shards and the traffic in numbers; nothing before the first placement."""
+        """Return numbers about the placement, the shards and the traffic; return {} before the first placement."""
         placement = self._follower.placement
         if placement is None:
             return {}
@@ -131,14 +133,14 @@ class FleetConnection:
 
     @property
     def _unreachable(self) -> set[str]:
-        """Return the shards whose stream is down, and those that are gone from the store.
+        """Return the ids of the shards whose stream is down or that are no longer in the store.
 
-        The store has to be asked as well: a process that hangs keeps its stream open as long as nobody calls it.
+        The stream alone is not enough: a process that hangs keeps its stream open until somebody calls the process.
         """
         return {*self.experts.down, *self._follower.gone}
 
     def _shard_states(self, placement: Placement) -> dict[str, str]:
-        """Return the state of each shard of the placement: live, or why the shard does not serve its experts."""
+        """Return the state of each shard of the placement, by shard id: unreachable, draining, loading or live."""
         unreachable = self._unreachable
 
         def state(shard: Shard) -> str:
@@ -151,11 +153,11 @@ class FleetConnection:
         return {id: state(self._shard(id)) for id in placement.shard_ids}
 
     def _update_coverage(self, placement: Placement) -> CoverageReport:
-        """Return the coverage of the placement by the shards that serve their experts now.
+        """Compute the coverage of the placement by the shards that serve their experts now, and return the coverage.
 
-        A shard whose experts are being changed counts as live. Such a shard may hold more experts than the placement
-        says, but never fewer: a shard gets new experts before they are published, and keeps old experts while they are
-        published.
+        A shard that is loading or dropping experts counts as live. Such a shard may hold more experts than the
+        placement says, but never fewer. A shard loads new experts before the new placement is published, and keeps old
+        experts as long as the published placement names these experts.
         """
         unreachable, circuits = self._unreachable, self.experts.circuits
         live = [
@@ -171,7 +173,7 @@ class FleetConnection:
     def _shard_report(
         self, placement: Placement, states: Mapping[str, str], tier: Mapping[str, Any], circuits: Mapping[str, str]
     ) -> list[dict[str, Any]]:
-        """Return what a status says about each shard of the placement, by shard id."""
+        """Return the fields of each shard of the placement for the status, sorted by shard id."""
         names = ("id", "pool", "node", "endpoint", "device", "num_held", "incarnation", "queue_depth")
         reports = []
         for shard in map(self._shard, sorted(placement.shard_ids)):
@@ -187,15 +189,15 @@ class FleetConnection:
         return reports
 
     def _shard(self, shard_id: str) -> Shard:
-        """Return a shard of the placement, with empty fields if it has not registered since this backbone started."""
+        """Return the shard, with empty fields if the shard has not registered since this backbone started."""
         never_seen = Shard(shard_id, endpoint="", node="", pool="", device="", incarnation="", memory_budget=0)
         return self._follower.shards.get(shard_id) or never_seen
 
 
 class LoadReporter:
-    """A `LoadReporter` adds a backbone's counts of picks to the load store once a second, and keeps the rate of picks.
+    """A `LoadReporter` adds a backbone's counts of picks to the load store once a second, and averages their rates.
 
-    `rates` holds the picks per second of each expert, by layer, averaged over about ten reports.
+    `rates` maps each layer to the picks per second of its experts (E,), averaged over about ten reports.
     """
 
     def __init__(self, picks: LoadCounter, loads: LoadStore) -> None:
@@ -203,7 +205,7 @@ class LoadReporter:
         self.rates: dict[int, NDArray[np.float64]] = {}
 
     async def run(self) -> None:
-        """Report for ever; counts that cannot be sent are kept and sent with the next report."""
+        """Report the counts every FLUSH_PERIOD_S seconds; add counts that could not be sent to the next report."""
         while True:
             await asyncio.sleep(FLUSH_PERIOD_S)
             taken = self._picks.take()
@@ -212,10 +214,10 @@ class LoadReporter:
                 await self._loads.add(taken, time.time())
                 self._picks.mark_sent()
             except StoreUnavailable as error:
-                log.warning("Expert load is kept for later: %s", error)
+                log.warning("The expert load could not be sent and is added to the next report: %s", error)
                 self._picks.merge(taken)
             except Exception:
-                log.exception("The expert load of the last second is lost.")
+                log.exception("The expert load of the last second could not be sent and is lost.")
 
     def _update_rates(self, taken: Mapping[int, NDArray[np.int64]]) -> None:
         for layer in {*self.rates, *taken}:
@@ -224,10 +226,10 @@ class LoadReporter:
 
 
 class CoverageMonitor:
-    """A `CoverageMonitor` knows which experts have too few live homes, and since when.
+    """A `CoverageMonitor` tracks which experts are below full cover, and since when there have been such experts.
 
-    The report describes the expert tier in plain numbers. The coverage is computed again only if the placement or the
-    live shards changed. `expert_bytes` is the size of one expert, by layer.
+    The coverage is computed again only if the placement or the live shards have changed. `expert_bytes` is the size of
+    one expert in bytes, by layer.
     """
 
     def __init__(self, expert_bytes: Mapping[int, int]) -> None:
@@ -236,9 +238,10 @@ class CoverageMonitor:
         self._repair = Repair()
 
     def update(self, placement: Placement, live: Collection[str], now: float) -> CoverageReport:
-        """Return the coverage of a placement by the `live` shards; call this whenever either may have changed.
+        """Return the coverage of a placement by the shards whose ids are in `live`.
 
-        `now` is in seconds since 1970.
+        The caller must call this method whenever the placement or the live shards may have changed. `now` is in seconds
+        since 1970.
         """
         report, live = self._report, frozenset(live) & set(placement.shard_ids)
         if report is None or report.arrays.placement is not placement:
@@ -250,7 +253,12 @@ class CoverageMonitor:
         return report
 
     def report(self, coverage: CoverageReport, rates: Rates, now: float) -> dict[str, Any]:
-        """Return the numbers for health, metrics and `expertmesh status`, with the picks per second in `rates`."""
+        """Return numbers about coverage and balance for health checks, metrics and `expertmesh status`.
+
+        - `coverage`: the result of the last call of `update`.
+        - `rates`: the picks per second of each expert, by layer.
+        - `now`: the time in seconds since 1970.
+        """
         arrays = coverage.arrays
         rate_E = arrays.rates(rates)
         loads_LS = arrays.loads(rate_E)
@@ -268,7 +276,8 @@ class CoverageMonitor:
         below, arrays = coverage.below_cover, coverage.arrays
         named = below[np.argsort(coverage.num_live_E[below], kind="stable")[:MAX_NAMED]].tolist()
         lives = coverage.num_live_E[below]
-        # The loss is noticed when the heartbeats end. After that, experts move as fast as the planner assumes.
+        # The loss of a shard is noticed when the shard's heartbeat expires. Then the missing bytes are loaded, at the
+        # rate that the planner assumes.
         usual_s = HEARTBEAT_TTL_S + self._missing_bytes(coverage) / PlanPolicy().bytes_per_s
         return {
             "experts_below_cover": len(below),

@@ -1,4 +1,4 @@
-"""A `Recorder` records which experts are picked: the engine hands over arrays, and a thread writes them to a file."""
+"""A `Recorder` records which experts are picked; the engine passes arrays to a thread that writes a file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from cluster.trace import batch_line, header
 
-MAX_QUEUED = 1024  # layer calls that wait to be written; calls beyond that are dropped and counted
-MAX_BYTES, MAX_SECONDS = 1 << 30, 3600.0  # the largest bounds that a recording may have
+MAX_QUEUED = 1024  # most layer calls that wait to be written; further calls are dropped and counted
+MAX_BYTES, MAX_SECONDS = 1 << 30, 3600.0  # largest bounds that a client may set, in bytes and in seconds
 Picks = NDArray[np.integer]
 
 
 def traces_folder() -> Path:
-    """Return the folder of the traces; clients cannot choose a path."""
+    """Return the folder into which recordings are written; clients cannot choose another folder."""
     return Path(os.environ.get("EXPERTMESH_TRACES", Path(tempfile.gettempdir()) / "expertmesh-traces"))
 
 
@@ -43,7 +43,7 @@ class Bounds:
 
 
 class _Recording:
-    """A `_Recording` has a file, a queue of layer calls, and a thread that writes them to the file."""
+    """A `_Recording` has a file, a queue of layer calls, and a thread that writes the layer calls to the file."""
 
     def __init__(self, path: Path, file: IO[str], bounds: Bounds) -> None:
         self.path, self.file, self.bounds = path, file, bounds
@@ -54,7 +54,7 @@ class _Recording:
         self.writer = threading.Thread(target=self._write, name="trace", daemon=True)
 
     def start(self, first_line: str) -> None:
-        """Write the first line and start the thread that writes the calls."""
+        """Write the first line of the file and start the thread that writes the layer calls."""
         self._put(first_line)
         self.writer.start()
 
@@ -88,10 +88,10 @@ class _Recording:
 
 
 class Recorder:
-    """A `Recorder` makes one recording at a time of the experts that layer calls pick.
+    """A `Recorder` records the experts that layer calls pick; only one recording runs at a time.
 
-    `add` is called by the engine's thread, and the other methods by another thread. `model` is the digest of the
-    checkpoint, and `num_experts` the number of experts by layer; both stand in the file's header.
+    The engine's thread calls `add`, and another thread calls the other methods. The file's header holds `model`, the
+    digest of the checkpoint, and `num_experts`, the number of experts by layer.
     """
 
     def __init__(self, model: str, num_experts: Mapping[int, int]) -> None:
@@ -99,7 +99,7 @@ class Recorder:
         self._recording: _Recording | None = None
 
     def add(self, layer: int, picks_NK: Picks) -> None:
-        """Record one layer call if a recording is under way; never wait."""
+        """Queue one layer call for the file if a recording is running; drop the layer call if the queue is full."""
         recording = self._recording
         if recording is not None and not recording.why_ended:
             try:
@@ -108,7 +108,7 @@ class Recorder:
                 recording.num_dropped += 1
 
     def start(self, bounds: Bounds = Bounds()) -> dict[str, Any]:
-        """Start a recording and return its report; a recording that is under way goes on as it is."""
+        """Start a recording unless a recording is running already; return the report of the running recording."""
         if self._recording is not None and not self._recording.why_ended:
             return self.report()
         folder = traces_folder()
@@ -121,11 +121,11 @@ class Recorder:
         return self.report()
 
     def stop(self) -> dict[str, Any]:
-        """End the recording if there is one, wait until its calls are written, and return its report."""
+        """End the running recording, if any; wait until its layer calls are written, and return its report."""
         recording = self._recording
         if recording is not None:
             while recording.writer.is_alive():
-                with contextlib.suppress(queue.Full):  # the writer soon makes a place in a full queue
+                with contextlib.suppress(queue.Full):  # the queue is full; the writer soon removes a call
                     recording.calls.put(None, timeout=0.05)
                 recording.writer.join(1.0)
         return self.report()

@@ -1,4 +1,4 @@
-"""A `Request` is what the engine keeps of a request from arrival to last token; a `RequestFactory` makes requests."""
+"""A `Request` holds the tokens and the progress of a request in the engine; a `RequestFactory` makes requests."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ HASH_OF_NOTHING = b""  # the hash of the empty prefix
 class Request:
     """A `Request` is one sequence of tokens whose `num_computed_tokens` catches up with `num_tokens`.
 
-    Prompt tokens and generated tokens are treated alike in this. Times are in seconds of the scheduler's clock.
+    Prompt tokens and generated tokens count alike in `num_tokens`. Times are in seconds of the scheduler's clock.
     """
 
     id: str
     token_ids: list[int]  # the prompt, followed by the generated tokens
     params: SamplingParams
     seed: int
-    max_len: int  # the most tokens of prompt and answer together
+    max_len: int  # largest number of tokens of prompt and answer together
     stop_ids: frozenset[int] = frozenset()
     deadline: float = math.inf
-    num_sent: int | None = None  # tokens at the end of `token_ids` that a lost engine generated; None: not resumed
+    num_sent: int | None = None  # tokens at the end of `token_ids` that a lost engine generated; None if not resumed
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
     slot: int | None = None  # the state slot; None while the request waits
@@ -41,21 +41,21 @@ class Request:
     draft_ids: tuple[int, ...] = ()  # drafts of the tokens after `token_ids`, which the next step verifies
     acceptance: Acceptance = NO_DRAFTS_YET
     num_unread: int = 0  # tokens computed since the request was last drafted for
-    compiled_grammar: Any = None  # the `CompiledGrammar` of `params.grammar`, if there is one
+    compiled_grammar: Any = None  # the `CompiledGrammar` of `params.grammar`, or None without a grammar
     sampling_state: Any = None  # the sampler's `SamplerState` of this request
     arrived_at: float = 0.0
     first_scheduled_at: float | None = None
     first_token_at: float | None = None
-    arrival: int = 0  # number of the request in the order of arrival at the scheduler
+    arrival: int = 0  # index of the request in the order of arrival at the scheduler
     level: int = field(init=False)  # the priority number, lowered by the time spent waiting
     waiting_since: float = 0.0
     waited_s: float = 0.0  # seconds waited before the last start
-    page_hashes: list[bytes] = field(default_factory=list)  # filled by `hash_pages`
+    page_hashes: list[bytes] = field(default_factory=list)  # hashes of full pages; `hash_pages` appends more hashes
     due_checkpoints: list[int] = field(default_factory=list)  # ascending lengths at which the state is to be saved
-    looked_up: Any = None  # while the request waits: what the prefix cache found, and the cache's state at that time
+    looked_up: Any = None  # while waiting: the `CachedPrefix` found last, and `num_changes` then
     num_cached: int = 0  # prompt tokens that were reused at the first start
     cache_reason: str = ""  # empty until the request has started
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected until the first output
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected by the steps until the first output
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids) - (self.num_sent or 0)
@@ -71,7 +71,7 @@ class Request:
 
     @property
     def is_resumed(self) -> bool:
-        """Return True if another engine, which is lost now, had accepted the request."""
+        """Return True if another engine had accepted the request before that engine was lost."""
         return self.num_sent is not None
 
     @property
@@ -86,22 +86,22 @@ class Request:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Return the sort key: lower keys are served sooner, higher keys are preempted sooner."""
+        """Return the request's sort key: lower keys are served first, and higher keys are preempted first."""
         return self.level, self.arrival
 
     @property
     def slot_id(self) -> int:
-        """Return the state slot of a running request."""
+        """Return the id of the state slot that the request holds; the request must be running."""
         assert self.slot is not None, "only a running request has state"
         return self.slot
 
     @property
     def queued_s(self) -> float:
-        """Return the seconds from arrival to the first step; 0 before that step."""
+        """Return the seconds from arrival to the first step that computed the request; return 0 before this step."""
         return 0.0 if self.first_scheduled_at is None else self.first_scheduled_at - self.arrived_at
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Add a generated token and return the finish reason if the request ends with this token."""
+        """Append a generated token; return the finish reason if the request ends with this token, else None."""
         assert self.num_tokens < self.max_len
         self.token_ids.append(token_id)
         if token_id in self.stop_ids:
@@ -109,7 +109,7 @@ class Request:
         return FinishReason.LENGTH if self.num_tokens == self.max_len else None
 
     def hash_pages(self, page_size: int) -> list[bytes]:
-        """Return the hash of each full page of tokens; the hash of a page covers all tokens before it as well."""
+        """Return the hash of each full page of tokens; the hash of a page also covers all tokens before the page."""
         hashes = self.page_hashes
         for i in range(len(hashes), self.num_tokens // page_size):
             page_ids = self.token_ids[i * page_size : (i + 1) * page_size]
@@ -143,19 +143,20 @@ class Request:
 
 
 def serving_order(request: Request) -> tuple[int, int]:
-    """Return `request.order`, as a sort key."""
+    """Return `request.order`; lists of requests are sorted with this function as their `key`."""
     return request.order
 
 
 def _hash_tokens(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Return the hash of `token_ids` after the tokens whose hash is `parent`."""
+    """Return the hash of a token sequence: tokens with the hash `parent`, followed by `token_ids`."""
     return hashlib.blake2b(parent + array.array("i", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
 class RequestFactory:
-    """A `RequestFactory` makes requests from what clients send, and refuses what the engine could not serve.
+    """A `RequestFactory` makes requests from clients' arguments, and refuses requests that the engine cannot serve.
 
-    `max_model_len` is the model's context, `max_len` the longest request that also fits into memory, both in tokens.
+    - `max_model_len`: the model's context, in tokens.
+    - `max_len`: the length of the longest request that also fits into memory, in tokens.
     """
 
     def __init__(self, vocab_size: int, eos_token_ids: Iterable[int], max_len: int, max_model_len: int) -> None:
@@ -171,21 +172,23 @@ class RequestFactory:
         sent_token_ids: Sequence[int] | None,
         now: float,
     ) -> Request:
-        """Return a request that arrives at `now`; the other arguments are those of `Engine.generate`.
+        """Return a request that arrives at `now`; the other arguments have the same meaning as in `Engine.generate`.
 
-        Raise ValueError for token ids outside the vocabulary and for lengths that do not fit, and EngineFailed if the
-        tokens that another engine has sent already leave no place for the next token.
+        Errors:
+
+        - ValueError: a token id is outside the vocabulary, or the prompt and the answer are too long.
+        - EngineFailed: the prompt and the tokens in `sent_token_ids` already have the largest allowed length.
         """
         self._check_ids("prompt", prompt_token_ids)
         self._check_ids("sent_token_ids", sent_token_ids or ())
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
-        # A request with a grammar always needs an end-of-sequence token: where the grammar can only end, no other
-        # token is allowed.
+        # A request with a grammar always needs an end-of-sequence token, because no other token is allowed when the
+        # grammar can only end.
         eos_ids = frozenset() if params.ignore_eos and params.grammar is None else self.eos_token_ids
         max_len = self._max_len(len(prompt_token_ids), params)
         if sent_token_ids and len(prompt_token_ids) + len(sent_token_ids) >= max_len:
-            raise EngineFailed(f"The answer of {len(sent_token_ids)} tokens leaves no room here for the next one.")
+            raise EngineFailed(f"The answer of {len(sent_token_ids)} tokens leaves no room for another token here.")
         return Request(
             id=request_id,
             token_ids=[*prompt_token_ids, *(sent_token_ids or ())],

@@ -1,4 +1,4 @@
-"""The `Runner` runs a batch through the model: it computes tokens, verifies drafts, samples tokens, and drafts anew."""
+"""The `Runner` runs a batch: it computes hidden vectors, verifies drafts, samples tokens, and makes new drafts."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from services.engine.request import Request
 from services.engine.sampling.sampler import SampledToken, Sampler, SamplingRow, token_logprobs
 from services.engine.scheduling.scheduled_batch import ScheduledBatch, StepResult
 
-PROMPT_LOGITS_ROWS = 128  # rows per logits computation: the logits of a whole prompt chunk might not fit into memory
+PROMPT_LOGITS_ROWS = 128  # rows whose logits are computed at once: a whole chunk's logits might not fit into memory
 
 
 class LanguageModel(DraftModel, Protocol):
-    """A `LanguageModel` is the part of a model's interface that the engine needs."""
+    """A `LanguageModel` is a model that the engine can run; this protocol lists the methods that the engine calls."""
 
     @property
     def has_drafts(self) -> bool:
         """Return True if `draft` may be called."""
 
     def forward(self, batch: Batch, state: State, /) -> Tensor:
-        """Return the hidden vectors (T, D) of the batch's tokens; read and write the requests' state."""
+        """Compute the batch's tokens and return their hidden vectors (T, D); read and update the requests' state."""
 
     def commit(self, batch: Batch, num_accepted: Sequence[int], state: State, /) -> None:
-        """Move the recurrent state past the accepted drafts of the batch that `forward` computed last."""
+        """Advance the recurrent state over the accepted drafts of the batch that `forward` computed last."""
 
 
 class Runner:
-    """A `Runner` runs batches on a device; only it, its sampler and its drafter touch tensors.
+    """A `Runner` runs batches on a device; in the engine only the runner, its sampler and its drafter touch tensors.
 
-    `state` lies on `device`. `has_drafts` turns drafting on if the model can draft.
+    The tensors of `state` are on `device`. If `has_drafts` is True and the model can draft, the runner drafts.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[StepResult]:
-        """Compute a batch and return the result of each of its requests, in the batch's order."""
+        """Compute a batch and return one `StepResult` per request, in the order of `batch.requests`."""
         if self.drafter:
             for request in batch.preempted:
                 self.drafter.release(request)
@@ -73,15 +73,16 @@ class Runner:
         ]
 
     def release(self, request: Request) -> None:
-        """Forget what is kept about a request that has ended."""
+        """Delete the sampler's and the drafter's state of a request that has ended."""
         self.sampler.release(request)
         if self.drafter:
             self.drafter.release(request)
 
     def _verify(self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor) -> list[list[SampledToken] | None]:
-        """Return the new tokens of each request: its accepted drafts and the token sampled after them.
+        """Return the new tokens of each request: the accepted drafts, and the token sampled after the drafts.
 
-        The list of a request is empty if the request still has pending tokens, and None if no token could be chosen.
+        The list of a request is empty if the request still has pending tokens. The entry is None instead of a list if
+        no token could be chosen.
         """
         places = [i for i in range(len(batch.requests)) if batch.catches_up(i)]
         rows = [
@@ -103,7 +104,7 @@ class Runner:
     def _draft(
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, new_tokens: Sequence[list[SampledToken] | None]
     ) -> dict[int, tuple[int, ...]]:
-        """Return the drafts of the tokens after `new_tokens`, by place in the batch."""
+        """Return the drafts of the tokens after `new_tokens`, by the index of the request in the batch."""
         draft_requests: dict[int, DraftRequest] = {}
         if self.drafter is None:
             return {}
@@ -115,8 +116,8 @@ class Runner:
             self.drafter.add_hidden(request, packed.context_lens[i] + 1, hidden_TD[start : start + num_right])
             if not tokens or tokens[-1].token_id in request.stop_ids:
                 continue
-            # The last token of a request is not drafted, because the step that verifies the draft before that token
-            # samples the token anyway.
+            # The last token of a request is not drafted: the step that verifies the drafts before the last token also
+            # samples the last token.
             depth = min(batch.draft_depths[i], request.max_len - request.num_tokens - len(tokens) - 1)
             if depth > 0:
                 new_ids = tuple(token.token_id for token in tokens)
@@ -128,7 +129,10 @@ class Runner:
     def _prompt_logprobs(
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, i: int
     ) -> tuple[TokenLogprob, ...]:
-        """Return the logprob of the prompt token after each computed token, if the request asked for them."""
+        """Return the logprob of the prompt token that follows each computed token of `batch.requests[i]`.
+
+        Return () if the request did not ask for the logprobs of its prompt.
+        """
         request, start, context = batch.requests[i], packed.starts[i], packed.context_lens[i]
         num_top = request.params.prompt_logprobs
         if num_top is None or request.num_generated:
@@ -142,7 +146,7 @@ class Runner:
         return tuple(found)
 
     def _pack(self, batch: ScheduledBatch) -> Batch:
-        """Return the batch in the form that the model takes."""
+        """Convert the scheduler's batch to the `Batch` that the model computes."""
         token_ids: list[int] = []
         for (request, length), num_drafts in zip(batch, batch.num_drafts, strict=True):
             start = request.num_computed_tokens
@@ -161,12 +165,13 @@ class Runner:
 def accept(
     sampled: Sequence[SampledToken | None], drafts: Sequence[int], request: Request
 ) -> list[SampledToken] | None:
-    """Return the tokens that a step adds: the accepted drafts, and the token sampled after them.
+    """Return the tokens that a step adds to a request: the accepted drafts, and the token sampled after the drafts.
 
-    A draft is accepted if it equals the token sampled at its position and all earlier drafts were accepted. The token
-    `sampled[n]` was drawn from the model's own logits after `drafts[:n]`, so the tokens are distributed as without
-    drafts. No token follows a stop token or the request's last place. Return None if a token to add is None in
-    `sampled`, because no token could be chosen there.
+    A draft is accepted if all earlier drafts were accepted and the draft equals the token sampled at its position. The
+    token `sampled[n]` was drawn from the model's own logits after `drafts[:n]`. So the tokens have the same
+    distribution as without drafts. The result ends with a stop token, or when the request reaches `max_len` tokens.
+
+    An entry of `sampled` is None if no token could be chosen at its position. Return None if a token to add is None.
     """
     accepted: list[SampledToken] = []
     for n, token in enumerate(sampled):

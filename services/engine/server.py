@@ -1,8 +1,8 @@
-"""An `EngineServer` serves an engine over gRPC: each gateway has one stream, on which all its requests travel.
+"""An `EngineServer` serves an engine over gRPC; each gateway opens one stream for all its requests.
 
-The cost is per message and not per byte: a message of grpc.aio takes some 150 µs of a core on either side, however
-small it is. So the outputs of one step for all requests of a gateway leave in one message. No message is held back to
-fill it.
+The cost of a message hardly depends on its size: in grpc.aio, even a small message takes about 150 µs of a core at the
+sender and at the receiver. Therefore the server sends the outputs of one step for all requests of a gateway in one
+message. The server does not delay a message in order to fill the message.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from services.engine.contract.wire import failure_to_proto, output_to_proto, par
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
-MAX_OUTPUTS_BYTES = MAX_MESSAGE_BYTES // 4  # bytes of outputs in one message; a single output may be larger
-MAX_UNSENT_OUTPUTS = 1 << 16  # the requests of a gateway that leaves more outputs unread are cancelled
-HEARTBEAT_S = 0.2  # seconds from one heartbeat to the next, which is sent even if the engine has no outputs
-STOP_GRACE_S = 0.2  # seconds in which streams may send their last outputs when the server stops
+MAX_OUTPUTS_BYTES = MAX_MESSAGE_BYTES // 4  # bytes after which a message of outputs is full; one output may be larger
+MAX_UNSENT_OUTPUTS = 1 << 16  # if a gateway leaves more outputs unread, its requests are cancelled
+HEARTBEAT_S = 0.2  # seconds between two heartbeats, which are sent even if the engine has no outputs
+STOP_GRACE_S = 0.2  # seconds that streams have for their last outputs when the server stops
 
 
 class TokenGenerator(Protocol):
-    """A `TokenGenerator` is the part of an engine's interface that the server needs; tests serve other generators."""
+    """A `TokenGenerator` generates tokens for a server: an `Engine`, or a simpler generator in tests."""
 
     def generate(
         self,
@@ -43,11 +43,11 @@ class TokenGenerator(Protocol):
         timeout: float | None = None,
         sent_token_ids: Sequence[int] | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
-        """Generate as `services.engine.engine.Engine.generate` does."""
+        """Yield the tokens of a request; `services.engine.engine.Engine.generate` documents arguments and errors."""
 
 
 class _GatewayStream:
-    """A `_GatewayStream` holds the requests of one gateway, and their outputs that have not been sent yet."""
+    """A `_GatewayStream` holds the requests of one gateway, and the outputs that have not been sent to it yet."""
 
     def __init__(self, engine: TokenGenerator) -> None:
         self._engine = engine
@@ -67,13 +67,13 @@ class _GatewayStream:
             self.end()
 
     async def beat(self) -> None:
-        """Let a message be sent every HEARTBEAT_S seconds, because a gateway takes silence for a dead backbone."""
+        """Cause a message every HEARTBEAT_S seconds, because a gateway treats a backbone without messages as dead."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             self._wake.set()
 
     def end(self) -> None:
-        """End the stream after the current message, so that the gateway may continue its requests elsewhere."""
+        """End the stream after the current message, so that the gateway continues its requests at other backbones."""
         self.is_over = True
         self._wake.set()
 
@@ -85,9 +85,9 @@ class _GatewayStream:
             task.cancel()
 
     async def outputs(self) -> pb.Outputs:
-        """Wait for outputs, and return those made since the last call, as many as one message may hold.
+        """Wait for outputs or a heartbeat, and return a message with as many unsent outputs as one message may hold.
 
-        Return an empty message after a heartbeat without outputs.
+        After a heartbeat without outputs, the message is empty.
         """
         await self._wake.wait()
         taken, num_bytes = pb.Outputs(), 0
@@ -100,7 +100,7 @@ class _GatewayStream:
         return taken
 
     async def close(self) -> None:
-        """Cancel the gateway's requests."""
+        """Cancel the gateway's requests and wait until all of them have ended."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -143,12 +143,12 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         self._streams: set[_GatewayStream] = set()
 
     def end(self) -> None:
-        """End every stream after its current message."""
+        """End the stream of every gateway after the current message of the stream."""
         for stream in self._streams:
             stream.end()
 
     async def Converse(self, requests: AsyncIterator[pb.Command], context: Context) -> AsyncIterator[pb.Outputs]:
-        """Serve one gateway until one of the two ends the stream."""
+        """Serve one gateway until the gateway or the server ends the stream."""
         stream = _GatewayStream(self._engine)
         self._streams.add(stream)
         tasks = [asyncio.create_task(work) for work in (stream.read(requests), stream.beat())]
@@ -164,13 +164,13 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
 
 class EngineServer:
-    """An `EngineServer` serves one engine to all gateways; `start` and `stop` belong to one event loop."""
+    """An `EngineServer` serves one engine to all gateways; `start` and `stop` must be called on the same event loop."""
 
     def __init__(self, engine: TokenGenerator, host: str) -> None:
         self._engine, self._host = engine, host
 
     async def start(self) -> str:
-        """Listen on a free port and return host:port."""
+        """Start the gRPC server on a free port and return its address as host:port."""
         self._server, self._service = grpc.aio.server(options=SERVER_OPTIONS), EngineService(self._engine)
         engine_pb2_grpc.add_EngineServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port(f"{self._host}:0")
@@ -180,6 +180,6 @@ class EngineServer:
     async def stop(self) -> None:
         """Stop serving, so that gateways continue their requests with other backbones."""
         stopping = asyncio.create_task(self._server.stop(STOP_GRACE_S))
-        await asyncio.sleep(0)  # lets the server refuse new streams first
+        await asyncio.sleep(0)  # the server must refuse new streams before the open streams end
         self._service.end()
         await stopping

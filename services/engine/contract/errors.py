@@ -1,10 +1,10 @@
-"""The engine refuses or ends a request with one of the errors defined here; each has a REST and a gRPC status."""
+"""The engine refuses or ends a request with an error of this module; each error has a REST and a gRPC status."""
 
 from __future__ import annotations
 
 
 class EngineOverloaded(Exception):
-    """An `EngineOverloaded` says that too many requests are waiting; retry after `retry_after` seconds.
+    """An `EngineOverloaded` says that too many requests wait, and that `retry_after` seconds later a retry may succeed.
 
     REST answers with 429, gRPC with RESOURCE_EXHAUSTED.
     """
@@ -22,7 +22,7 @@ class EngineFailed(Exception):
 
 
 class DeadlinePassed(TimeoutError):
-    """A `DeadlinePassed` says that a request's own deadline passed before its last token.
+    """A `DeadlinePassed` says that the deadline of a request passed before the request's last token was generated.
 
     REST answers with 504, gRPC with DEADLINE_EXCEEDED.
     """

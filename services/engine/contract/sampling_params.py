@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-MAX_TOP_K = 2**31 - 1  # far beyond any vocabulary, and still an integer that tensors can hold
+MAX_TOP_K = 2**31 - 1  # largest `top_k`: larger than any vocabulary, and still an integer that tensors can hold
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
-MAX_LOGPROBS = 20  # alternatives per token; the bound is OpenAI's
+MAX_LOGPROBS = 20  # largest number of alternatives per token, the same as in OpenAI's API
 # JSON grammars allow only this white space: a space, or a new line with at most 16 characters of indentation. Without a
-# bound, a model that is unsure of its next token goes on with white space for ever.
+# bound, a model that is unsure of its next token could generate white space until `max_tokens`.
 JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
 
 
@@ -31,7 +31,7 @@ def _check(is_good: bool, name: str, allowed: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Grammar:
-    """A `Grammar` says what the text of an answer must match, in the syntax of `kind`."""
+    """A `Grammar` defines which texts are allowed as an answer; `kind` names the syntax of the definition in `text`."""
 
     kind: GrammarKind
     text: str = ""  # a JSON schema, a regular expression or a Lark grammar; empty for JSON_OBJECT
@@ -43,23 +43,24 @@ class SamplingParams:
 
     A value that is not allowed raises a ValueError that names the field.
 
-    - `stop`: strings that the gateway matches, because only the gateway sees text. The engine stops at token ids only.
-    - `priority`: waiting requests with the lowest number start first, and running requests with a higher number may be
-      preempted for them. Time spent waiting lowers the number (`services.engine.scheduling.waiting_queue`).
-    - `logprobs`, `prompt_logprobs`: how many alternatives to report beside each token's own logprob; None reports
-      nothing at all.
+    - `stop`: strings at which the gateway ends the answer. The engine sees no text, and stops at token ids only.
+    - `priority`: a lower number means a higher priority. Waiting requests with the lowest number start first, and a
+      running request with a higher number may be preempted for a waiting request. Time spent waiting lowers the number
+      (`services.engine.scheduling.waiting_queue`).
+    - `logprobs`, `prompt_logprobs`: how many alternatives to report beside each token's own logprob. With None, no
+      logprob is reported.
     """
 
-    max_tokens: int | None = None  # None: as many as the model's context allows
-    temperature: float = 1.0  # 0: greedy
+    max_tokens: int | None = None  # None: as many tokens as the model's context allows
+    temperature: float = 1.0  # 0 means greedy decoding
     top_p: float = 1.0
-    top_k: int = 0  # 0 or -1: the whole vocabulary
+    top_k: int = 0  # 0 or -1 means the whole vocabulary
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
-    min_p: float = 0.0  # relative to the probability of the likeliest token
+    min_p: float = 0.0  # lowest allowed probability, relative to the probability of the likeliest token
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0

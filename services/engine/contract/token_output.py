@@ -11,16 +11,17 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
-    DEADLINE = "deadline"  # `Engine.generate` raises DeadlinePassed instead of yielding it
-    FAILED = "failed"  # `Engine.generate` raises EngineFailed or ValueError instead of yielding it
+    DEADLINE = "deadline"  # `Engine.generate` raises DeadlinePassed instead of yielding an output
+    FAILED = "failed"  # `Engine.generate` raises EngineFailed or ValueError instead of yielding an output
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
     """A `TokenLogprob` holds the logprob of a token: the natural logarithm of its probability.
 
-    The probability is the one before temperature, penalties and masks. `rank` is 1 for the likeliest token. `top` holds
-    the likeliest tokens as (id, logprob), most likely first.
+    - The probability is the model's own: before temperature, penalties and masks are applied.
+    - `rank`: 1 for the likeliest token.
+    - `top`: the likeliest tokens as (id, logprob), most likely first.
     """
 
     token_id: int
@@ -33,12 +34,12 @@ class TokenLogprob:
 class TokenOutput:
     """A `TokenOutput` holds the tokens that one step added to one request.
 
-    - `token_ids`: with the finish reason STOP the last id is the stop token itself. The stop token counts in
-      `num_generated`, but is no part of the text.
-    - `logprobs`: one entry per token id, if the request asked for them.
-    - `prompt_logprobs`: one entry per prompt token, None for the first token; they come with the first output.
-    - `cache_reason`: why no more than `num_cached` prompt tokens were reused. The values are hit, too_short, no_match,
-      no_checkpoint_at_boundary, evicted, prompt_logprobs and disabled.
+    - `token_ids`: the new tokens. If the finish reason is STOP, the last id is the stop token. The stop token counts in
+      `num_generated`, but does not belong to the text.
+    - `logprobs`: one entry per token id if the request asked for logprobs, else empty.
+    - `prompt_logprobs`: one entry per prompt token, None for the first token. Only the first output has these entries.
+    - `cache_reason`: why the prefix cache could not provide more than `num_cached` prompt tokens. The values are hit,
+      too_short, no_match, no_checkpoint_at_boundary, evicted, prompt_logprobs and disabled.
     """
 
     request_id: str

@@ -11,9 +11,9 @@ from services.engine.contract.errors import DeadlinePassed, EngineFailed, Engine
 from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
 from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
 
-RESHAPED = ("logit_bias", "grammar")  # fields of SamplingParams that have another form in the message
+RESHAPED = ("logit_bias", "grammar")  # fields of SamplingParams that have another type in the message
 GATEWAY_ONLY = ("stop",)  # fields that stay in the gateway, which matches the stop strings
-# The other fields of SamplingParams, which have the same name and type in the message.
+# All other fields of SamplingParams. Such a field has the same name and type in the message.
 PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in (*RESHAPED, *GATEWAY_ONLY))
 
 
@@ -24,9 +24,9 @@ def start_to_proto(
     timeout: float | None,
     sent_token_ids: Sequence[int] | None = None,
 ) -> pb.Start:
-    """Return the message that starts a request; the arguments are those of `Engine.generate`.
+    """Return the message that starts a request; the arguments have the same meaning as in `Engine.generate`.
 
-    Raise ValueError if a token id is no 64-bit integer. The engine checks that the ids are in its vocabulary.
+    Raise ValueError if a token id is not a 64-bit integer. The engine checks later if the ids are in its vocabulary.
     """
     try:
         return pb.Start(
@@ -41,7 +41,7 @@ def start_to_proto(
 
 
 def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
-    """Return the parameters as a message, without the stop strings."""
+    """Return the message for sampling parameters; the message does not hold the stop strings."""
     given: dict[str, Any] = {name: value for name in PLAIN if (value := getattr(params, name)) is not None}
     if params.grammar is not None:
         given["grammar"] = pb.Grammar(kind=params.grammar.kind, text=params.grammar.text)
@@ -50,7 +50,7 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
 
 
 def params_from_proto(message: pb.SamplingParams) -> SamplingParams:
-    """Return the parameters of a message; raise ValueError if a value is not allowed."""
+    """Return the sampling parameters that a message holds; raise ValueError if a value is not allowed."""
     values: dict[str, Any] = {name: _value(message, name) for name in PLAIN}
     if message.HasField("grammar"):
         values["grammar"] = Grammar(GrammarKind(message.grammar.kind), message.grammar.text)
@@ -67,7 +67,7 @@ def _value(message: pb.SamplingParams, name: str) -> Any:
 
 
 def output_to_proto(output: TokenOutput) -> pb.Output:
-    """Return an output as a message."""
+    """Return the message for a `TokenOutput`."""
     return pb.Output(
         request_id=output.request_id,
         token_ids=output.token_ids,
@@ -83,7 +83,7 @@ def output_to_proto(output: TokenOutput) -> pb.Output:
 
 
 def output_from_proto(message: pb.Output) -> TokenOutput:
-    """Return the output of a message."""
+    """Return the `TokenOutput` that a message holds."""
     return TokenOutput(
         request_id=message.request_id,
         token_ids=tuple(message.token_ids),
@@ -113,7 +113,7 @@ def _logprob_from_proto(message: pb.TokenLogprob) -> TokenLogprob:
 
 
 def failure_to_proto(error: Exception) -> pb.Failure:
-    """Return the error that ended a request as a message."""
+    """Return the message for the error that ended a request."""
     match error:
         case EngineOverloaded():
             return pb.Failure(kind=pb.Failure.OVERLOADED, message=str(error), retry_after_s=error.retry_after)
@@ -127,7 +127,7 @@ def failure_to_proto(error: Exception) -> pb.Failure:
 
 
 def failure_from_proto(message: pb.Failure) -> Exception:
-    """Return the exception that the engine raised, or EngineFailed if the contract does not define it."""
+    """Return the exception that a message describes, or EngineFailed if the exception is not part of the contract."""
     if message.kind == pb.Failure.OVERLOADED:
         return EngineOverloaded(message.message, message.retry_after_s)
     kinds = {pb.Failure.INVALID: ValueError, pb.Failure.DEADLINE: DeadlinePassed}

@@ -1,11 +1,12 @@
 """The `DraftingState` chooses the draft depth of each request: the number of tokens to draft for it in one step.
 
-Everything is a pure function of values, without a clock.
+All functions here are pure: a function's result depends only on its arguments, and no function reads a clock.
 
-A step verifies the drafts of the step before it and then drafts again. Deeper drafts give more tokens per step, as far
-as the model accepts them, but cost more rows and draft passes. The depths are chosen for the highest expected number of
+A step verifies the drafts of the previous step and then drafts again. Deeper drafts cost more rows and draft passes,
+but give more tokens per step if the model accepts the drafts. The depths are chosen for the highest expected number of
 tokens per second. This number follows from two measurements: how often the drafts at each position are accepted, and
-what a step costs. So drafting stops by itself if it costs more than it gains, and it is tried again from time to time.
+how long a step takes. So drafting stops when drafts cost more time than they save. From time to time, drafting is tried
+again.
 
 Legend: F features of a step's shape.
 """
@@ -23,22 +24,23 @@ from numpy.typing import NDArray
 DEFAULT_DRAFT_TOKENS = 4  # largest draft depth; measured acceptance and cost choose a depth from 0 to this
 PRIOR_RATE = 0.6  # acceptance rate at any position before anything was measured
 PRIOR_WEIGHT = 4.0  # weight of the prior acceptance rate, in observations
-REQUEST_KEPT = 0.98  # weight that a request's acceptance counts keep from one observation to the next
-OVERALL_KEPT = 0.998  # likewise for the acceptance counts of all requests together
-COST_KEPT = 0.99  # likewise for the measured costs of steps
-# Relative costs of a step, a row, a draft pass and a row of a draft pass before anything was measured, and the standard
-# deviation of each.
+REQUEST_KEPT = 0.98  # factor by which the older acceptance counts of one request are multiplied at each new observation
+OVERALL_KEPT = 0.998  # the same factor for the acceptance counts of all requests together
+COST_KEPT = 0.99  # the same factor for the measured costs of steps
+# Assumed costs of a step, a row, a draft pass and a row of a draft pass before anything was measured, relative to the
+# cost of a step, and the standard deviation of each assumed cost.
 PRIOR_COST = (1.0, 0.05, 0.15, 0.02)
 PRIOR_SPREAD = (1.0, 0.3, 0.3, 0.1)
-NUM_TRUSTED = 16  # steps after which the fitted costs are trusted
-MAX_SURPRISE = 1.5  # largest factor by which a trusted step differs from its expected seconds; beyond it is clipped
-FIT_EVERY = 8  # trusted steps from one fit to the next: a fit takes as long as a small layer
+NUM_TRUSTED = 16  # number of observed steps after which the fitted costs are trusted
+MAX_SURPRISE = 1.5  # largest factor between measured and expected seconds; larger factors are clipped
+FIT_EVERY = 8  # steps from one fit to the next once costs are trusted: a fit takes as long as a small layer
 NOISE = 0.1  # relative standard deviation of a step's seconds
-MAX_UNREAD = 128  # most tokens of a request that the draft module reads late, when the request is drafted for again
-MAX_ROWS = 256  # most rows of a step from which costs are learnt: the costs of long prompts follow another law
-# If depths never change, the cost of drafts cannot be told from the cost of the model. So a probe drafts for PROBE_LEN
-# steps after PROBE_AFTER[0] steps without drafts, and a pause stops drafting for PAUSE_LEN steps after PAUSE_AFTER[0]
-# steps with drafts. Each probe or pause doubles the number of steps before the next one, up to the second number.
+MAX_UNREAD = 128  # largest number of unread tokens that the draft module reads when it drafts for a request again
+MAX_ROWS = 256  # steps with more rows are not used to fit costs: the costs of long prompts follow another law
+# If the depths never changed, the fit could not separate the cost of drafts from the cost of the model. Therefore a
+# probe drafts for PROBE_LEN steps after PROBE_AFTER[0] steps without drafts, and a pause stops drafting for PAUSE_LEN
+# steps after PAUSE_AFTER[0] steps with drafts. Each probe doubles the number of steps before the next probe, up to
+# PROBE_AFTER[1]; each pause does the same up to PAUSE_AFTER[1].
 PROBE_AFTER, PROBE_LEN = (32, 256), 4
 PAUSE_AFTER, PAUSE_LEN = (8, 64), 2
 
@@ -57,9 +59,9 @@ class Acceptance:
     accepted: tuple[float, ...] = ()
 
     def observe(self, num_drafts: int, num_accepted: int, kept: float) -> Acceptance:
-        """Return the counts after one more verification of `num_drafts` drafts, the first `num_accepted` accepted.
+        """Return the counts after a step verified `num_drafts` drafts and accepted the first `num_accepted` of them.
 
-        The earlier counts are multiplied by `kept`.
+        The older counts are multiplied by `kept`.
         """
         assert 0 <= num_accepted <= num_drafts
         num_tried = min(num_accepted + 1, num_drafts)
@@ -71,7 +73,10 @@ class Acceptance:
         return Acceptance(tuple(tried), tuple(accepted))
 
     def rates(self, prior: Sequence[float]) -> tuple[float, ...]:
-        """Return the probability that the draft at each position is accepted, given that all earlier ones are."""
+        """Return, per draft position, the probability that the draft is accepted if all earlier drafts are accepted.
+
+        `prior` holds the probabilities to assume before anything was observed, one per position.
+        """
         tried, accepted = _padded(self.tried, len(prior)), _padded(self.accepted, len(prior))
         return tuple(
             (a + PRIOR_WEIGHT * p) / (t + PRIOR_WEIGHT) for t, a, p in zip(tried, accepted, prior, strict=False)
@@ -87,7 +92,7 @@ def _padded(values: Sequence[float], size: int) -> list[float]:
 
 @dataclass(frozen=True)
 class StepShape:
-    """A `StepShape` holds what a step's cost depends on: rows of the model, and passes and rows of the draft module."""
+    """A `StepShape` counts what a step's cost depends on: the model's rows, and the draft module's passes and rows."""
 
     num_rows: int
     num_passes: int = 0
@@ -95,7 +100,7 @@ class StepShape:
 
     @property
     def features(self) -> tuple[float, float, float, float]:
-        """Return the factors of the four weights of `StepCost`."""
+        """Return the numbers (F,) by which the four weights of a `StepCost` are multiplied to give a step's seconds."""
         return 1.0, float(self.num_rows), float(self.num_passes), float(self.num_draft_rows)
 
 
@@ -105,16 +110,19 @@ class StepCost:
 
     The function is fitted by least squares of relative errors.
 
-    - `weights`: the seconds of a step, of a row, of a draft pass and of a row of a draft pass. Costs that the observed
-      steps do not tell apart follow PRIOR_COST.
-    - `moments_FF`, `sums_F`: sums over the steps of the features divided by the step's seconds; older steps fade.
+    - `weights`: the seconds of a step, of a row, of a draft pass and of a row of a draft pass. If the observed steps
+      cannot separate two costs, the two costs follow PRIOR_COST, scaled to the measured seconds.
+    - `sums_F`: the sum of `features / seconds` over the observed steps.
+    - `moments_FF`: the sum of the outer products of `features / seconds` with itself over the observed steps.
+
+    Older steps have less weight in the sums.
     """
 
     weights: Weights
     moments_FF: NDArray[np.float64]
     sums_F: NDArray[np.float64]
-    num_steps: float = 0.0  # number of observed steps, faded like the sums
-    num_seen: int = 0  # number of observed steps
+    num_steps: float = 0.0  # number of observed steps, with less weight for older steps, as in the sums
+    num_seen: int = 0  # number of observed steps, all with the same weight
 
     @staticmethod
     def unknown() -> StepCost:
@@ -122,14 +130,14 @@ class StepCost:
         return StepCost(PRIOR_COST, np.zeros((4, 4)), np.zeros(4))
 
     def seconds(self, shape: StepShape) -> float:
-        """Return the expected seconds of a step."""
+        """Return the expected seconds of a step of this shape."""
         return sum((w * f for w, f in zip(self.weights, shape.features, strict=True)), 0.0)
 
     def observe(self, shape: StepShape, seconds: float) -> StepCost:
-        """Return the estimate after a step took `seconds`.
+        """Return the estimate after a step of this shape took `seconds`.
 
-        A step may be off by more than the factor MAX_SURPRISE, for example because it had to wait for another process.
-        Such a step counts as off by exactly this factor.
+        A measured time may differ from the expected time by more than the factor MAX_SURPRISE, for example because the
+        step had to wait for another process. Such a time is clipped, so that the factor is exactly MAX_SURPRISE.
         """
         if self.num_seen >= NUM_TRUSTED:
             expected = self.seconds(shape)
@@ -143,9 +151,13 @@ class StepCost:
 
 
 def _fit(moments_FF: NDArray[np.float64], sums_F: NDArray[np.float64], num_steps: float) -> Weights:
-    """Return the weights by Bayesian linear regression, with a normal prior of PRIOR_SPREAD and steps off by NOISE."""
+    """Return the weights of a `StepCost`, fitted by Bayesian linear regression.
+
+    The prior is normal with the relative standard deviations PRIOR_SPREAD. The seconds of a step have the relative
+    standard deviation NOISE.
+    """
     prior_F = np.array(PRIOR_COST)
-    prior_F *= num_steps / (sums_F @ prior_F)  # scaled so that it agrees with the measured steps on average
+    prior_F *= num_steps / (sums_F @ prior_F)  # scale the prior so that it agrees with the measured steps on average
     spread_F = prior_F[0] * np.array(PRIOR_SPREAD)
     precision_FF = moments_FF + np.diag((NOISE / spread_F) ** 2)
     fitted_F = prior_F + np.linalg.solve(precision_FF, sums_F - moments_FF @ prior_F)
@@ -156,15 +168,15 @@ def _fit(moments_FF: NDArray[np.float64], sums_F: NDArray[np.float64], num_steps
 def choose_depths(
     rates: Sequence[Sequence[float]], weights: Weights, num_other_rows: int, max_depths: Sequence[int]
 ) -> list[int]:
-    """Return one depth per request, so that the expected number of tokens per second is highest.
+    """Return one draft depth per request, so that the expected number of tokens per second is highest.
 
-    - `rates[r][i]`: the probability that draft i of request r is accepted, given that the earlier ones are.
+    - `rates[r][i]`: the probability that draft i of request r is accepted if all earlier drafts of r are accepted.
     - `weights`: costs in seconds, like `StepCost.weights`.
-    - `num_other_rows`: rows that the step computes beside those of these requests.
-    - `max_depths[r]`: the deepest draft that request r may have.
+    - `num_other_rows`: rows that the step computes for other requests.
+    - `max_depths[r]`: the largest draft depth that request r may have.
     """
     step, row, a_pass, draft_row = weights
-    # The gain of draft i is the probability that it and all earlier drafts are accepted. It falls with i.
+    # The gain of draft i is the probability that draft i and all earlier drafts are accepted. The gain falls with i.
     gains = sorted(
         (
             (gain, i, r)
@@ -182,7 +194,7 @@ def choose_depths(
             if i >= num_passes:
                 continue
             if some_seconds * gain <= some_tokens * (row + draft_row):
-                break  # this draft and all less likely ones cost more time than they gain
+                break  # this draft and all less likely drafts cost more time than they gain
             depths[r] += 1
             some_tokens, some_seconds = some_tokens + gain, some_seconds + row + draft_row
         if some_tokens / some_seconds > best_rate:
@@ -194,23 +206,23 @@ def choose_depths(
 class ExplorationSchedule:
     """An `ExplorationSchedule` says when to try the less usual of two choices: to draft or not to draft.
 
-    After `after` steps with the usual choice in a row, the other choice is tried for `length` steps. After each trial
-    `after` doubles, up to `longest`.
+    After `after` consecutive steps with the usual choice, the less usual choice is tried for `length` steps. After each
+    trial `after` doubles, up to `longest`.
     """
 
     after: int
     longest: int
     length: int
-    num_alike: int = 0  # steps with the usual choice in a row
-    num_others: int = 0  # steps with the other choice in this trial so far
+    num_alike: int = 0  # consecutive steps with the usual choice
+    num_others: int = 0  # steps with the less usual choice in the current trial so far
 
     @property
     def is_due(self) -> bool:
-        """Return True if the next step should try the other choice."""
+        """Return True if the next step should try the less usual choice."""
         return self.num_alike >= self.after
 
     def next(self, is_alike: bool) -> ExplorationSchedule:
-        """Return the schedule after one more step; `is_alike` says that the step made the usual choice."""
+        """Return the schedule after one more step; `is_alike` is True if the step made the usual choice."""
         if is_alike:
             return replace(self, num_alike=self.num_alike + 1)
         if not self.is_due:
@@ -232,13 +244,14 @@ class DraftingState:
     cost: StepCost = field(default_factory=StepCost.unknown)
     probe: ExplorationSchedule = ExplorationSchedule(*PROBE_AFTER, PROBE_LEN)
     pause: ExplorationSchedule = ExplorationSchedule(*PAUSE_AFTER, PAUSE_LEN)
-    drafted: tuple[int, ...] = ()  # drafts that were verified, by position
-    accepted: tuple[int, ...] = ()  # drafts that were accepted, by position
+    drafted: tuple[int, ...] = ()  # number of drafts that were verified, by position
+    accepted: tuple[int, ...] = ()  # number of drafts that were accepted, by position
 
     def depths(self, acceptances: Sequence[Acceptance], num_other_rows: int, allowed: Sequence[int]) -> list[int]:
-        """Return how many tokens to draft for each request: at most `allowed` for it, and at most `max_depth`.
+        """Return how many tokens to draft for each request i: at most `allowed[i]`, and at most `max_depth`.
 
-        `acceptances` are the counts of the requests; `num_other_rows` are the rows of the step beside theirs.
+        - `acceptances[i]`: how often drafts of request i were accepted.
+        - `num_other_rows`: rows that the step computes for other requests.
         """
         if not self.max_depth or not acceptances or self.pause.is_due:
             return [0] * len(acceptances)
@@ -248,12 +261,12 @@ class DraftingState:
         return [min(1, some) for some in most] if self.probe.is_due and not any(depths) else depths
 
     def chosen(self, depths: Sequence[int]) -> DraftingState:
-        """Return the state after these depths were used for a step that had requests to draft for."""
+        """Return the state after a step drafted to these depths, one depth per request."""
         is_idle = not any(depths)
         return replace(self, probe=self.probe.next(is_idle), pause=self.pause.next(not is_idle))
 
     def verified(self, num_drafts: int, num_accepted: int) -> DraftingState:
-        """Return the state after the drafts of one request were verified."""
+        """Return the state after a step accepted `num_accepted` of the `num_drafts` drafts of a request."""
         size = max(len(self.drafted), num_drafts)
         return replace(
             self,

@@ -1,10 +1,12 @@
 """The `Drafter` drafts the next tokens with the model's own draft module (multi-token prediction, MTP).
 
-For every position the module reads the token there and the hidden vector before it. The module has keys and values of
-its own in the request's pages. While a request is not drafted for, the hidden vectors that the module has not read are
-kept. So the module drafts as well afterwards as if it had read all along. Only the last MAX_UNREAD of these vectors are
-kept. If older ones were dropped, the module starts anew, and sees only the positions from the first kept vector on.
-Drafts may be wrong but never do harm: the model verifies each of them before a client sees it.
+At every position the draft module reads two inputs: the token at the position, and the model's hidden vector at the
+position before. The draft module has its own keys and values in the request's pages.
+
+While nothing is drafted for a request, the drafter keeps the hidden vectors that the draft module has not read yet.
+Later drafts are then as good as if the module had read every vector at once. The drafter keeps only the last MAX_UNREAD
+vectors. If older vectors were dropped, the module starts again, and sees only the positions from the first kept vector
+on. A wrong draft does no harm, because the model verifies every draft before a client sees the token.
 """
 
 from __future__ import annotations
@@ -25,20 +27,23 @@ from services.engine.sampling.sampler import Sampler, SamplingRow
 
 
 class DraftModel(Protocol):
-    """A `DraftModel` is the part of a model's interface that drafting needs."""
+    """A `DraftModel` is a model that can draft; this protocol lists the methods that drafting needs."""
 
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State, /) -> Tensor:
-        """Return the hidden vectors (T, D) after the batch's tokens, from the hidden vectors before them."""
+        """Run the draft module on the batch's tokens, and return its output vectors (T, D).
+
+        `hidden_TD[t]` is the hidden vector at the position before token t.
+        """
 
     def logits(self, hidden_SD: Tensor, /) -> Tensor:
-        """Return fp32 logits (S, V)."""
+        """Return the fp32 logits (S, V) of the hidden vectors."""
 
 
 def bytes_per_request(config: NemotronHConfig, num_drafts: int) -> int:
-    """Return the bytes that a request needs beside its state if up to `num_drafts` tokens are drafted for it, in fp32.
+    """Return the bytes of fp32 values that drafting needs for one request, in addition to the request's state.
 
-    The bytes hold the hidden vectors that the module has not read, and the inputs of each recurrent layer, which
-    `commit` replays.
+    Up to `num_drafts` tokens are drafted for the request in a step. The values are the hidden vectors that the draft
+    module has not read yet, and the inputs that `LanguageModel.commit` replays in each recurrent layer.
     """
     if not num_drafts:
         return 0
@@ -52,25 +57,25 @@ def bytes_per_request(config: NemotronHConfig, num_drafts: int) -> int:
 class DraftRequest:
     """A `DraftRequest` asks for the next drafts of one request, and collects them in `draft_ids`.
 
-    The module reads the newest tokens of the request, each with the hidden vector before it.
+    The draft module reads the newest tokens of the request, each with the hidden vector of the position before.
     """
 
     request: Request
-    new_ids: tuple[int, ...]  # tokens that this step adds to `request.token_ids`, which does not hold them yet
-    first: int  # position of the first token that the module reads
+    new_ids: tuple[int, ...]  # tokens of this step, which `request.token_ids` does not hold yet
+    first: int  # position of the first token that the draft module reads
     hidden_TD: Tensor
     depth: int
     draft_ids: tuple[int, ...] = ()
 
     @property
     def token_ids(self) -> list[int]:
-        """Return the tokens that the module reads, up to the newest."""
+        """Return the tokens that the draft module reads: from position `first` to the newest token."""
         num_old = self.request.num_tokens
         return [*self.request.token_ids[self.first :], *self.new_ids[max(0, self.first - num_old) :]]
 
     @property
     def row(self) -> SamplingRow:
-        """Return the next draft as a token to sample."""
+        """Return the row with which the sampler chooses the next draft."""
         return SamplingRow(self.request, (*self.new_ids, *self.draft_ids))
 
 
@@ -78,7 +83,7 @@ class DraftRequest:
 class UnreadHidden:
     """An `UnreadHidden` keeps the hidden vectors of one request that the draft module has not read yet.
 
-    The first of these vectors is the one before the token at position `first`.
+    The first kept vector is the hidden vector at position `first - 1`, which is read together with token `first`.
     """
 
     first: int
@@ -87,7 +92,7 @@ class UnreadHidden:
 
     @property
     def end(self) -> int:
-        """Return the position after the last token."""
+        """Return the position after the last token for which a vector is kept."""
         return self.first + self.num_rows
 
     def add(self, hidden_TD: Tensor) -> None:
@@ -106,17 +111,17 @@ class Drafter:
     def __init__(self, model: DraftModel, state: State, sampler: Sampler, device: torch.device | str) -> None:
         self.model, self.state, self.sampler, self.device = model, state, sampler, device
         self._unread: dict[str, UnreadHidden] = {}
-        self._read: dict[str, tuple[int, int]] = {}  # by request: the (first, end) positions whose keys its pages hold
+        self._read: dict[str, tuple[int, int]] = {}  # by request id: first and end of the positions read
 
     def add_hidden(self, request: Request, first: int, hidden_TD: Tensor) -> None:
-        """Keep the hidden vectors before the request's tokens from position `first` on, for the next drafts."""
+        """Keep hidden vectors for the next drafts; `hidden_TD[t]` belongs to the request's position `first - 1 + t`."""
         unread = self._unread.get(request.id)
         if unread is None or unread.end != first:
             unread = self._unread[request.id] = UnreadHidden(first, deque())
         unread.add(hidden_TD)
 
     def draft_request(self, request: Request, new_ids: tuple[int, ...], depth: int) -> DraftRequest:
-        """Return what `draft` needs for a request; `new_ids` ends with the token before the drafts.
+        """Return a `DraftRequest` for `depth` drafts; `new_ids` holds the tokens that this step adds before the drafts.
 
         The draft request takes over the hidden vectors that were kept for the request.
         """
@@ -124,7 +129,7 @@ class Drafter:
         return DraftRequest(request, new_ids, unread.first, torch.cat(tuple(unread.rows)), depth)
 
     def draft(self, draft_requests: Sequence[DraftRequest]) -> None:
-        """Set the `draft_ids` of every draft request: up to `depth` tokens, fewer if the sampler finds none."""
+        """Set the `draft_ids` of every draft request: `depth` tokens, or fewer if the sampler can choose no token."""
         hidden_TD = torch.cat([one.hidden_TD for one in draft_requests])
         read = [one.token_ids for one in draft_requests]
         lens, ids = [len(token_ids) for token_ids in read], [token for token_ids in read for token in token_ids]
@@ -147,7 +152,7 @@ class Drafter:
             ids, lens = [one.draft_ids[-1] for one in active], [1] * len(active)
 
     def release(self, request: Request) -> None:
-        """Forget a request that has ended or lost its memory."""
+        """Forget the vectors and positions kept for a request, which has ended or was preempted."""
         self._read.pop(request.id, None)
         self._unread.pop(request.id, None)
 

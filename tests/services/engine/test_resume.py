@@ -121,7 +121,7 @@ def test_the_test_above_would_see_what_is_forgotten(engine: Engine) -> None:
 def test_an_answer_without_room_for_another_token_is_refused_in_a_sentence() -> None:
     engine = tiny_engine()
     engine.start()
-    with pytest.raises(EngineFailed, match="of 4 tokens leaves no room here for the next one"):
+    with pytest.raises(EngineFailed, match="of 4 tokens leaves no room for another token here"):
         asyncio.run(ask(engine, "r", [1, 2], SamplingParams(max_tokens=4), [3, 4, 5, 6]))
     with pytest.raises(ValueError, match="sent_token_ids holds the token id 50; allowed are 0 to 49"):
         asyncio.run(ask(engine, "r", [1, 2], SamplingParams(max_tokens=4), [50]))
