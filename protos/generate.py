@@ -1,8 +1,8 @@
 """`python -m protos.generate [--out DIR]` generates the Python code beside the .proto files.
 
-grpcio-tools 1.71.2 generates code of version 5.29, which runs under protobuf 5.29 to 7. The package pins another
-protobuf version than the runtime uses. So it is installed in a virtual environment of its own, which is created once
-in the user's cache directory.
+grpcio-tools 1.71.2 generates code of version 5.29, which runs under protobuf 5.29 to 7. grpcio-tools itself needs
+another protobuf version than the runtime, so a separate virtual environment holds grpcio-tools. The environment is
+created once, in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import venv
 from pathlib import Path
 
-TOOLS = ("grpcio-tools==1.71.2", "setuptools<81")  # grpcio-tools needs pkg_resources, which setuptools 81 has not
+TOOLS = ("grpcio-tools==1.71.2", "setuptools<81")  # grpcio-tools needs pkg_resources, which setuptools 81 no longer has
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,7 +30,7 @@ def generated_files() -> list[Path]:
 
 
 def tool_python() -> Path:
-    """Return the interpreter of the tools' virtual environment, which is created at the first call."""
+    """Return the interpreter of the virtual environment with grpcio-tools; the first call creates the environment."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = cache / "expertmesh" / f"{TOOLS[0].replace('==', '-')}-py{version}"
@@ -43,7 +43,7 @@ def tool_python() -> Path:
 
 
 def generate(out: Path) -> None:
-    """Write `generated_files()` under `out`; raise CalledProcessError if protoc rejects a file."""
+    """Write the files that `generated_files` lists under `out`; raise CalledProcessError if protoc rejects a file."""
     targets = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
     command: list[str | Path] = [tool_python(), "-m", "grpc_tools.protoc", f"-I{ROOT}", *targets, *proto_files()]
     subprocess.run(command, check=True, cwd=ROOT)

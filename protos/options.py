@@ -1,12 +1,12 @@
-"""These gRPC options apply to all connections between Expertmesh processes."""
+"""The gRPC options in this file apply to all connections between Expertmesh processes."""
 
 from __future__ import annotations
 
 MAX_MESSAGE_BYTES = 64 << 20
-KEEPALIVE = (  # so that each end notices when the host of the other end is gone
+KEEPALIVE = (  # so that the client and the server each notice when the other host is gone
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # without this option a ping may take a minute, despite the line above
+    ("grpc.http2.ping_timeout_ms", 5_000),  # without this option, a ping may take a minute despite keepalive_timeout_ms
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )

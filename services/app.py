@@ -1,8 +1,8 @@
-"""`build_app` is the composition root: it builds the Serve application out of plain classes.
+"""`build_app` is the composition root: the function builds the Serve application out of plain classes.
 
-This file is the only one that turns plain classes into Serve deployments, besides `services/ingress.py`. A Serve config
-names `import_path: services.app:build_app`, with `args` as in `AppArgs`. This file does not use
-`from __future__ import annotations`, because Serve reads the annotation of `args` to validate them.
+Only this file and `services/ingress.py` turn plain classes into Serve deployments. A Serve config names `import_path:
+services.app:build_app`, and the config's `args` have the fields of `AppArgs`. This file does not use `from __future__
+import annotations`, because Serve validates the arguments with the annotation of the parameter `args`.
 """
 
 import services.low_priority_imports  # isort: skip  # noqa: F401
@@ -39,20 +39,21 @@ GRPC_SERVICERS = [
     "protos.expertmesh.inference.v1.inference_pb2_grpc:add_InferenceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc:add_HealthServicer_to_server",
 ]
-SHARD_STOP_TIMEOUT_S = MOVE_TIMEOUT_S + ANSWER_TIMEOUT_S + 10  # Serve kills a replica that takes longer to stop
+SHARD_STOP_TIMEOUT_S = MOVE_TIMEOUT_S + ANSWER_TIMEOUT_S + 10  # seconds; Serve kills a shard that takes longer to stop
 SCALING_POLICY = "services.controller.serve_policy:follow_the_controller"
 METRICS_INTERVAL_S = 1.0  # seconds between two reports of a shard to Serve's autoscaler
 GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1
 GATEWAY_STOP_S = 20  # seconds for a gateway to stop, in addition to the time for draining
-SURGE_PERCENT = 100  # in an update, new backbones and gateways serve before old ones stop, if the nodes have resources
+SURGE_PERCENT = 100  # in an update, all new replicas serve before the old replicas stop, if the nodes have resources
 ONE_PER_NODE: dict[str, Any] = {"max_replicas_per_node": 1}
-MAX_OPEN = 1024  # open streams of one replica; the engine refuses requests long before, because its queue is full
+MAX_OPEN = 1024  # maximum number of open streams of a replica; the engine's full queue refuses requests long before
 
 
 class ShardDeployment:
     """A `ShardDeployment` runs one replica of a pool, which is one expert shard.
 
-    The shard's id contains the replica's id and not its rank, because Serve gives a rank to another replica later.
+    The shard's id contains the replica's id, not the replica's rank, because Serve may give the rank to a later
+    replica.
     """
 
     async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
@@ -73,7 +74,10 @@ class ShardDeployment:
         await self._shard.start()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the pool's size as the controller decided it; Serve calls this on every replica of an elastic pool."""
+        """Return the pool size that the controller decided, or an empty dict if no size is known yet.
+
+        Serve calls this method on every replica of an elastic pool.
+        """
         size = self._shard.pool_size
         return report(size.shards, size.at) if size else {}
 
@@ -88,7 +92,8 @@ class ShardDeployment:
 class ControllerDeployment:
     """A `ControllerDeployment` runs one replica of the controller; one of the replicas is the leader.
 
-    If the leader dies, the backbones serve on. Another replica becomes the leader, or Serve starts a new one.
+    If the leader dies, the backbones continue to serve. Another replica becomes the leader, or Serve starts a new
+    replica.
     """
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
@@ -100,14 +105,14 @@ class ControllerDeployment:
         self._loop = asyncio.create_task(self._controller.run())
 
     async def __del__(self) -> None:
-        """End the controller's loop, which gives up the lease so that another replica can lead at once."""
+        """End the controller's loop, which then gives up the lease, so that another replica can lead at once."""
         self._loop.cancel()
         await asyncio.gather(self._loop, return_exceptions=True)
 
     async def preview(self) -> dict[str, Any] | None:
-        """Return as JSON the plan that an order to rebalance would carry out, or None before the first placement.
+        """Return, as JSON, the plan that an order to rebalance would start, or None before the first placement.
 
-        An error is returned as {"error": its message}, because Serve would wrap an exception in a traceback.
+        An error is returned as `{"error": message}`, because Serve would wrap an exception in a traceback.
         """
         try:
             plan = await self._controller.preview()
@@ -149,7 +154,7 @@ class BackboneDeployment:
         return {**self._backbone.status(), "pid": os.getpid(), "endpoint": self._endpoint}
 
     async def trace(self, bounds: dict[str, Any] | None) -> dict[str, Any]:
-        """Start to record routing within `bounds`, or stop if they are None; return a report on the recording."""
+        """Start recording the routing within `bounds`, or stop recording if `bounds` is None; return a report."""
         recorder = self._backbone.recorder
         report = recorder.start(Bounds(**bounds)) if bounds is not None else await asyncio.to_thread(recorder.stop)
         return {"endpoint": self._endpoint, **report}
@@ -178,7 +183,7 @@ def _deployment(
 def build_app(args: AppArgs) -> Application:
     """Return the whole application: gateway and backbone, and controller and expert pools if the experts are remote.
 
-    Raise ValueError before anything starts if `args` cannot be served.
+    Raise ValueError before anything starts if an argument is wrong or if the model cannot be served.
     """
     family = args.check()
     backbone = _deployment(
@@ -193,7 +198,7 @@ def build_app(args: AppArgs) -> Application:
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
     )
-    # Imported here, because the import takes seconds and memory, and other processes do not need it.
+    # The import stands here, because it takes seconds and memory, and other processes do not need it.
     from services.ingress import GatewayDeployment
 
     gateway = _deployment(
@@ -205,7 +210,7 @@ def build_app(args: AppArgs) -> Application:
         max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=MAX_OPEN,
         graceful_shutdown_timeout_s=args.linger_s + args.drain_s + GATEWAY_STOP_S,
-        # With ports of their own, two gateways on one node would collide.
+        # Two gateways on one node would collide, because both would listen on the same ports.
         **(ONE_PER_NODE if args.host == "auto" and args.http_port else {}),
     )
     extras = [] if args.experts == "local" else _expert_tier(args)
@@ -214,14 +219,14 @@ def build_app(args: AppArgs) -> Application:
 
 
 def _expert_tier(args: AppArgs) -> list[Application]:
-    """Return the controller and one application for each pool."""
+    """Return the controller's application and one application for each pool of shards."""
     controller = _deployment(
         ControllerDeployment,
         "controller",
         args.labels,
         num_cpus=CONTROLLER_CPUS,
         num_replicas=args.controller_replicas,
-        **(ONE_PER_NODE if args.host == "auto" else {}),  # so that controllers do not die together
+        **(ONE_PER_NODE if args.host == "auto" else {}),  # so that the loss of a node ends at most one controller
     )
     return [controller.bind(args), *(_pool(pool).bind(args, pool) for pool in args.pools)]
 
@@ -242,9 +247,12 @@ def _pool(pool: PoolArgs) -> Any:
 
 
 def _autoscaling(pool: PoolArgs) -> AutoscalingConfig:
-    """Return settings with which Serve follows the controller at once; the delays are in the controller's policy."""
+    """Return the autoscaling settings for `pool`, with which Serve follows the controller's decisions at once.
+
+    The delays before growing and shrinking are already part of the controller's policy.
+    """
     with warnings.catch_warnings():
-        # Ray 2.60 deprecates metrics_interval_s, but does not read its replacement, and the default is 10 s.
+        # Ray 2.60 deprecates metrics_interval_s, but ignores the option that replaces it. The default is 10 s.
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=pool.least_shards,

@@ -23,11 +23,11 @@ from services.engine.scheduling.memory import MemoryPlan, plan_memory
 from services.logs import LogFormat
 
 MIN_HIDDEN_FOR_THREADS = 1024  # hidden size from which a backbone on a CPU uses several threads
-MAX_DRAFT_TOKENS = 16  # each further draft is accepted more rarely, and 16 in a row have never been accepted
-NUM_HOMES = 2  # homes of every expert, on different shards
-SHARE_MARGIN = 1.1  # on a shard's even share of bytes: experts cannot be cut, so no division is quite even
+MAX_DRAFT_TOKENS = 16  # each further draft is accepted more rarely, and 16 drafts in a row were never accepted
+NUM_HOMES = 2  # number of homes of every expert, on different shards
+SHARE_MARGIN = 1.1  # factor on a shard's even share of bytes, because whole experts rarely divide evenly
 DEFAULT_STATE_MEMORY = 1 << 30  # bytes
-CHECKPOINT_SHARE = 0.25  # of the state memory at most, for the state checkpoints of the prefix cache
+CHECKPOINT_SHARE = 0.25  # largest share of the state memory for the state checkpoints of the prefix cache
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -50,36 +50,42 @@ def _gpus(asked: float | None, device: str) -> float:
 def _check_gpus(gpus: float, device: str, name: str) -> None:
     """Raise ValueError if `device` is cuda but no GPU is reserved; the message names the argument `name`."""
     if device == "cuda" and not gpus:
-        raise ValueError(f"{name} is 0, but the device is cuda; it must be above 0 and at most 1, or be left out")
+        raise ValueError(f"{name} is 0, but the device is cuda; {name} must be above 0 and at most 1, or be left out")
 
 
 class PoolArgs(BaseModel):
-    """`PoolArgs` are the arguments of one pool of expert shards, as an entry of `pools:` in a Serve config."""
+    """`PoolArgs` are the arguments of one pool of expert shards: one entry of `pools:` in a Serve config."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str = "experts-cpu"
     shards: int = Field(3, ge=1, description="number of shards that the pool starts with")
-    min_shards: int | None = Field(None, ge=1, description="fewest shards; `shards` if left out")
+    min_shards: int | None = Field(None, ge=1, description="minimum number of shards; default: `shards`")
     max_shards: int | None = Field(
-        None, ge=1, description="most shards; `shards` if left out. Without both bounds the pool has a fixed size."
+        None, ge=1, description="maximum number of shards; default: `shards`. Without both bounds, the size is fixed."
     )
-    target_busy: float = Field(0.6, gt=0, le=1, description="share of its time that the busiest shard may compute")
-    upscale_delay_s: float = Field(5, ge=0, description="time for which the load must need more shards")
-    downscale_delay_s: float = Field(120, ge=0, description="time for which one shard less must suffice")
+    target_busy: float = Field(0.6, gt=0, le=1, description="share of time that the busiest shard may spend computing")
+    upscale_delay_s: float = Field(
+        5, ge=0, description="seconds for which the load must need more shards before the pool grows"
+    )
+    downscale_delay_s: float = Field(
+        120, ge=0, description="seconds for which one shard less must suffice before the pool shrinks"
+    )
     device: Literal["cpu", "cuda"] = "cpu"
     num_cpus: float = Field(1, ge=0)
     num_gpus: float | None = Field(
         None, ge=0, le=1, description="GPUs of one shard; if left out, 1 on cuda and 0 on cpu"
     )
     memory_budget: ByteSize | None = Field(
-        None, gt=0, description="bytes of expert weights on a shard's device; see AppArgs.shard_memory if left out"
+        None, gt=0, description="bytes of expert weights on a shard's device; default: AppArgs.shard_memory"
     )
     host_budget: ByteSize | None = Field(
-        None, ge=0, description="bytes of standbys in a shard's host memory; see AppArgs.shard_host_memory if left out"
+        None, ge=0, description="bytes of standbys in a shard's host memory; default: AppArgs.shard_host_memory"
     )
-    host: str = Field("127.0.0.1", description="address that a shard listens on; auto is the node's own, for clusters")
-    labels: Labels = Field(default_factory=dict, description="labels of the Ray nodes for shards; any node if empty")
+    host: str = Field(
+        "127.0.0.1", description="address that a shard listens on; auto: the node's own address, for clusters"
+    )
+    labels: Labels = Field(default_factory=dict, description="labels of the Ray nodes for shards; empty: any node")
 
     @property
     def least_shards(self) -> int:
@@ -98,7 +104,7 @@ class PoolArgs(BaseModel):
         _check_gpus(self.gpus, self.device, f"num_gpus of pool {self.name}")
         if not self.least_shards <= self.shards <= self.most_shards:
             raise ValueError(
-                f"pool {self.name} starts with {self.shards} shards; that must be from min_shards = "
+                f"pool {self.name} starts with {self.shards} shards; the number must be from min_shards = "
                 f"{self.least_shards} to max_shards = {self.most_shards}"
             )
 
@@ -118,7 +124,7 @@ class PoolArgs(BaseModel):
 
 
 class AppArgs(BaseModel):
-    """`AppArgs` are the arguments of the application, as `args:` in a Serve config."""
+    """`AppArgs` are the arguments of the application: the value of `args:` in a Serve config."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -136,10 +142,12 @@ class AppArgs(BaseModel):
     )
     pools: list[PoolArgs] = Field(default_factory=lambda: [PoolArgs()], min_length=1)
     max_model_len: int | None = Field(None, ge=2)
-    max_requests: int = Field(64, ge=1, description="most requests in one step, if memory allows")
-    max_waiting: int = Field(256, ge=1, description="most waiting requests; others are refused with Retry-After")
+    max_requests: int = Field(64, ge=1, description="maximum number of requests in one step, if the memory suffices")
+    max_waiting: int = Field(
+        256, ge=1, description="maximum number of waiting requests; more are refused with Retry-After"
+    )
     draft_tokens: int | None = Field(
-        None, ge=0, le=MAX_DRAFT_TOKENS, description="most drafts of a request in one step"
+        None, ge=0, le=MAX_DRAFT_TOKENS, description="maximum number of draft tokens per request and step"
     )
     prefix_cache: bool = True
     max_batch_tokens: int = Field(2048, ge=64)
@@ -151,20 +159,23 @@ class AppArgs(BaseModel):
     backbone_threads: int | None = Field(None, ge=1, description="CPU threads of one backbone; see AppArgs.threads")
     gateway_replicas: int = Field(1, ge=1)
     controller_replicas: int = Field(
-        1, ge=1, description="one is the leader; if it dies, another one leads within seconds"
+        1, ge=1, description="number of controllers; if the leader dies, another controller leads within seconds"
     )
     log_format: LogFormat = "json"
     labels: Labels = Field(
         default_factory=dict,
-        description="labels of the Ray nodes for gateways, backbones and controllers; any if empty",
+        description="labels of the Ray nodes that may run gateways, backbones and controllers; empty: any node",
     )
-    host: str = Field("127.0.0.1", description="address that backbones and gateways listen on; auto on a cluster")
-    http_port: int | None = Field(None, ge=1, le=65535, description="REST port of gateways, besides Serve's proxy")
-    grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of gateways, besides Serve's proxy")
+    host: str = Field(
+        "127.0.0.1",
+        description="address that backbones and gateways listen on; auto: the node's own address, for clusters",
+    )
+    http_port: int | None = Field(None, ge=1, le=65535, description="REST port of the gateways, besides Serve's proxy")
+    grpc_port: int | None = Field(None, ge=1, le=65535, description="gRPC port of the gateways, besides Serve's proxy")
     linger_s: float = Field(
-        0, ge=0, description="time for which a stopping gateway still accepts requests but reports that it is not ready"
+        0, ge=0, description="seconds for which a stopping gateway accepts requests, but reports that it is not ready"
     )
-    drain_s: float = Field(1, ge=0, description="time that open streams have to end when their gateway stops")
+    drain_s: float = Field(1, ge=0, description="seconds that open streams have to end when their gateway stops")
     admin_key: SecretStr | None = Field(
         default_factory=partial(_secret_of_environment, "EXPERTMESH_ADMIN_KEY"),
         min_length=8,
@@ -184,14 +195,14 @@ class AppArgs(BaseModel):
         )
 
     def context(self, family: ModelFamily) -> int:
-        """Return the most tokens of a request; raise ValueError if `max_model_len` exceeds the model's own context."""
+        """Return the maximum number of tokens of a request; raise ValueError if the model does not allow as many."""
         longest = family.config.max_position_embeddings
         if self.max_model_len and self.max_model_len > longest:
-            raise ValueError(f"max_model_len is {self.max_model_len}; the model's own context is {longest}")
+            raise ValueError(f"max_model_len is {self.max_model_len}; the model allows up to {longest}")
         return self.max_model_len or longest
 
     def threads(self, family: ModelFamily) -> int:
-        """Return the number of CPU threads of one backbone: if not set, one for a small model, else one per core.
+        """Return `backbone_threads`, or by default one thread for a small model and one per core for a larger model.
 
         The matrix products of a small model take less time than waking a second thread: the demo is 1.8 times faster
         with one thread.
@@ -205,27 +216,27 @@ class AppArgs(BaseModel):
 
     @property
     def num_shards(self) -> dict[str, int]:
-        """Return for each pool the fewest shards that it may have."""
+        """Return the minimum number of shards of each pool by the pool's name."""
         return {pool.name: pool.least_shards for pool in self.pools}
 
     def experts_nbytes(self, family: ModelFamily) -> int:
-        """Return the bytes of all experts, each counted once."""
+        """Return the size in bytes of all experts; each expert counts once, however many homes it has."""
         return sum(shape.num_experts * shape.nbytes(self.torch_dtype) for shape in family.expert_shapes)
 
     def shard_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
-        """Return the bytes of expert weights that a shard of `pool` may hold on its device.
+        """Return how many bytes of expert weights a shard of `pool` may hold on its device.
 
-        If not set otherwise, this is enough for the smallest fleet to hold all homes even after the loss of one shard.
+        By default, the smallest fleet that `min_shards` allows can hold all homes even after the loss of one shard.
         """
         whole, num_left = self.experts_nbytes(family), max(1, sum(self.num_shards.values()) - 1)
         return int(pool.memory_budget or min(whole, SHARE_MARGIN * NUM_HOMES * whole / num_left))
 
     def shard_host_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
-        """Return the bytes of standbys that a shard of `pool` may keep in host memory.
+        """Return how many bytes of standbys a shard of `pool` may keep in host memory.
 
-        If not set otherwise, a shard on a GPU keeps its even share of all experts, because reading from disk is slow.
-        A shard on a CPU keeps none: its device memory is the host's memory, and the operating system caches the
-        checkpoint's pages in what is free of it.
+        By default, a shard on a GPU keeps its even share of all experts, because reading from disk is slow. A shard on
+        a CPU keeps no standbys in host memory: its device memory is the host's memory, and the operating system caches
+        the checkpoint's pages in the rest of the host's memory.
         """
         if pool.host_budget is not None:
             return int(pool.host_budget)
@@ -233,7 +244,7 @@ class AppArgs(BaseModel):
         return int(share) if pool.device == "cuda" else 0
 
     def memory_plan(self, family: ModelFamily) -> MemoryPlan:
-        """Return how many requests fit into the state memory; raise ValueError if not even one of full length fits."""
+        """Return the division of the state memory; raise ValueError if not even one request of maximum length fits."""
         spec, longest = family.config.state_spec, self.context(family)
         num_drafts = DEFAULT_DRAFT_TOKENS if self.draft_tokens is None else self.draft_tokens
         draft_bytes = bytes_per_request(family.config, num_drafts) if family.has_mtp else 0
@@ -250,7 +261,7 @@ class AppArgs(BaseModel):
         )
 
     def arithmetic(self) -> list[str]:
-        """Return sentences about the kernels: one for the backbone, and one for each pool on another kind of device."""
+        """Return one sentence about the backbone's kernels, and one for each pool on another kind of device."""
         pools = self.pools if self.experts == "remote" else []
         others = [pool for pool in pools if pool.device != self.device]
         return [
@@ -259,7 +270,7 @@ class AppArgs(BaseModel):
         ]
 
     def check(self) -> ModelFamily:
-        """Return the model's family; raise ValueError with one sentence if these arguments cannot be served.
+        """Return the model's family; raise ValueError with one sentence if the model or an argument is wrong.
 
         No weights are read.
         """
@@ -280,7 +291,7 @@ class AppArgs(BaseModel):
         return family
 
     def _fleet(self, family: ModelFamily) -> list[Shard]:
-        """Return the shards that the application starts with, described as far as the placement needs it."""
+        """Return the shards that the application starts with, without the fields that the planner does not need."""
         return [
             Shard(
                 f"{pool.name}-{i}",
@@ -298,7 +309,7 @@ class AppArgs(BaseModel):
 
     @property
     def shown_redis_url(self) -> str:
-        """Return the URL of the store without user and password."""
+        """Return the store's URL without the user and the password."""
         scheme, _, rest = self.redis_url.partition("://")
         return f"{scheme}://{rest.rpartition('@')[2]}"
 

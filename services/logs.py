@@ -18,10 +18,10 @@ TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonLines(logging.Formatter):
-    """A `JsonLines` formatter turns a record into one line of JSON.
+    """A `JsonLines` formatter turns a log record into one line of JSON.
 
-    The fields are the time (UTC), the level, the logger, the process and its id, everything that the caller passed as
-    `extra` (such as `request_id`), the message, and the traceback if there is one.
+    The fields are the time (UTC), the level, the logger, the name and the id of the process, everything that the caller
+    passed as `extra` (such as `request_id`), the message, and the traceback if there is one.
     """
 
     def __init__(self, process: str) -> None:
@@ -42,14 +42,14 @@ class JsonLines(logging.Formatter):
         else:
             fields["message"] = record.getMessage()
         if record.exc_info:
-            # `formatException` uses `print`, which Ray replaces by a function that breaks the lines up.
+            # `formatException` uses `print`, which Ray replaces by a function that splits the text into lines.
             fields["traceback"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
         return json.dumps(fields, ensure_ascii=False, default=str)
 
 
 def configure(process: str, log_format: LogFormat) -> None:
     """Write the log of Expertmesh's modules to standard error; `process` is this process's name, such as "backbone"."""
-    handler = logging.StreamHandler(sys.__stderr__)  # because Serve replaces sys.stderr by a logger of its own
+    handler = logging.StreamHandler(sys.__stderr__)  # `sys.stderr` would not do, because Serve replaces it by a logger
     handler.setFormatter(JsonLines(process) if log_format == "json" else logging.Formatter(TEXT))
     for name in OURS:
         logger = logging.getLogger(name)

@@ -1,4 +1,4 @@
-"""Work for later runs on threads of low priority, so that it does not slow down the requests of now."""
+"""Background work runs on threads of low priority, so that it does not slow down the requests in progress."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NUM_THREADS = 2
-# Of a core, such a thread gets about a tenth if threads of normal priority want all of it, and all of it otherwise.
+# A thread with this niceness gets about a tenth of a core while threads of normal priority keep the core busy, and the
+# whole core otherwise.
 NICENESS = 10
 
-is_request_waiting: ContextVar[bool] = ContextVar("is_request_waiting", default=False)  # for what this task does
+# True in a task for whose result a request waits.
+is_request_waiting: ContextVar[bool] = ContextVar("is_request_waiting", default=False)
 
 
 async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run `function` on another thread, of normal priority if a request waits for it, else of low priority."""
+    """Run `function` on another thread, of normal priority if a request waits for the result, else of low priority."""
     return await (asyncio.to_thread if is_request_waiting.get() else run_at_low_priority)(function, *args, **kwargs)
 
 
@@ -34,7 +36,7 @@ async def run_at_low_priority(function: Callable[P, T], *args: P.args, **kwargs:
 
 @cache
 def low_priority_threads() -> ThreadPoolExecutor:
-    """Return this process's pool of low-priority threads, which is made at the first call."""
+    """Return this process's pool of low-priority threads; the first call creates the pool."""
     return ThreadPoolExecutor(NUM_THREADS, "background", initializer=_lower_priority)
 
 

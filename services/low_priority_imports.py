@@ -1,7 +1,7 @@
-"""Importing this module imports, on a low-priority thread, the packages whose import takes seconds of a core.
+"""When this module is imported, a low-priority thread imports the packages whose import takes seconds of CPU time.
 
-A process of the application imports it first, so that its start does not slow down the processes that answer requests
-meanwhile.
+Every process of the application imports this module first. So a process that starts does not slow down the processes
+that answer requests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`expertmesh chat`: talk to a running server from the terminal."""
+"""The command `expertmesh chat` talks to a running server from the terminal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from services.cli.terminal import DEFAULT_URL, Url, fetch, plain_errors
 
 
 def chat(
-    message: Annotated[str, typer.Argument(help="One message. Left out: a conversation on the terminal.")] = "",
+    message: Annotated[str, typer.Argument(help="One message to send. Default: a conversation on the terminal.")] = "",
     url: Url = DEFAULT_URL,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0, max=2, help="Randomness of the answer; 0 always takes the likeliest token.")
     ] = 0.7,

@@ -1,4 +1,4 @@
-"""`expertmesh check`: tell whether a model directory can be served."""
+"""The command `expertmesh check` tells whether a model directory can be served."""
 
 from __future__ import annotations
 

@@ -29,9 +29,11 @@ from services.args import AppArgs
 from services.cli.start_steps import StartGoal, StartObservation, StartReporter, StartStep, StepReport, steps_of
 
 APP_NAME = "expertmesh"
-OTHER_CPUS = 8  # CPUs that Ray may give to the gateway, the controller and Serve itself, beside backbones and shards
-WATCH_PERIOD_S = 0.5  # seconds between two observations; one costs Serve's controller up to 0.2 s on a busy machine
-WATCH_JOIN_S = 5.0  # seconds; an observation may hang in Ray if Serve's controller has died
+OTHER_CPUS = 8  # CPUs that Ray may give to the gateway, the controller and Serve, besides those of backbones and shards
+WATCH_PERIOD_S = (
+    0.5  # seconds between two observations; each costs Serve's controller up to 0.2 s if the machine is busy
+)
+WATCH_JOIN_S = 5.0  # seconds to wait for the last observation, which may hang in Ray if Serve's controller has died
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def check_port(name: str, port: int, host: str) -> None:
         try:
             probe.bind((host, port))
         except OSError:
-            raise ValueError(f"{name} {port} is in use; choose another one or stop what listens there") from None
+            raise ValueError(f"{name} {port} is in use; choose another port or stop the process that uses it") from None
 
 
 def check_store(args: AppArgs) -> None:
@@ -72,16 +74,17 @@ def check_store(args: AppArgs) -> None:
 
 
 def logs_path() -> Path:
-    """Return the folder in which Ray keeps what the processes of this machine write to standard error."""
+    """Return the folder of Ray's log files, which hold the standard error of all processes on this machine."""
     return Path("/tmp/ray/session_latest").resolve() / "logs"
 
 
 @contextmanager
 def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: str | None = None) -> Iterator[AppArgs]:
-    """Run the application, ready for its first request, until the body ends; then stop what was started here.
+    """Run the application until the body ends, then stop everything that this function has started.
 
-    The steps of the start are reported to `reporter`. Raises ValueError with one sentence if a port or the store cannot
-    be used, and RuntimeError if Ray Serve cannot deploy the application.
+    The body begins when the application is ready for its first request. `reporter` receives the steps of the start.
+    `ray_address` is the Ray cluster to join, or None to start a local Ray. Raises ValueError with one sentence if a
+    port or the store cannot be used, and RuntimeError if Ray Serve cannot deploy the application.
     """
     if ports.http == ports.grpc:
         raise ValueError(f"--port and --grpc-port are both {ports.http}; they must differ")
@@ -108,7 +111,7 @@ def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: s
             ports=(ports.http, ports.grpc),
             num_cached=None if ray_address else _num_kernels(),
         )
-        stack.callback(reporter.end)  # a start that fails shows so at once, and not only when all has been stopped
+        stack.callback(reporter.end)  # shows a failed start at once, not only after everything has stopped
         with StartWatch(args, goal, reporter) as watch:
             serve.run(build_app(args), name=APP_NAME, route_prefix="/")
         watch.complete()
@@ -118,7 +121,7 @@ def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: s
 def _quiet_ray() -> AbstractContextManager[object]:
     """Keep Ray's messages off the terminal while the body shuts Ray down.
 
-    Ray would report that Serve's controller failed, although Ray was told to end it.
+    Ray would report that Serve's controller failed, although the shutdown ends the controller on purpose.
     """
     return redirect_stdout(io.StringIO())
 
@@ -141,8 +144,11 @@ def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _own_serve() -> Iterator[None]:
-    """Run Ray Serve without proxies: the gateway listens itself, because a proxy costs every token a hop."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the steps of the start say what Serve would log
+    """Run Ray Serve without proxies until the body ends.
+
+    The gateway itself listens for clients, because a proxy would add a hop to the way of every token.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the displayed steps say what Serve would log
     serve.start(proxy_location="Disabled")
     try:
         yield
@@ -153,10 +159,10 @@ def _own_serve() -> Iterator[None]:
 
 @contextmanager
 def _joined_serve(ports: Ports) -> Iterator[None]:
-    """Use the Ray Serve of a cluster that ran before, and remove only our application on exit.
+    """Use the Ray Serve of a cluster that was already running, and remove only our application on exit.
 
-    The gateway may run on any node of such a cluster, so clients reach it through Serve's proxies. Other applications
-    may run in the same Serve.
+    The gateway may run on any node of the cluster, so clients reach the gateway through Serve's proxies. Other
+    applications may run in the same Serve.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     grpc = {"port": ports.grpc, "grpc_servicer_functions": GRPC_SERVICERS}
@@ -168,10 +174,11 @@ def _joined_serve(ports: Ports) -> Iterator[None]:
 
 
 class StartWatch:
-    """A `StartWatch` observes a start on its own thread while the body of its `with` runs, and reports the steps.
+    """A `StartWatch` observes a start on a thread of its own while the body of a `with` runs, and reports the steps.
 
-    The registry tells which shards have registered and whether there is a placement. Ray Serve tells which replicas
-    run. The folder of compiled kernels tells how many there are.
+    - The registry tells which shards have registered, and whether there is a placement.
+    - Ray Serve tells which replicas run.
+    - The folder of compiled kernels tells how many kernels there are.
     """
 
     def __init__(self, args: AppArgs, goal: StartGoal, reporter: StartReporter) -> None:
@@ -181,7 +188,7 @@ class StartWatch:
         self._thread = threading.Thread(target=self._run, name="start watch", daemon=True)
 
     def complete(self) -> None:
-        """Report every step as done; call it when Ray Serve has said that all replicas run."""
+        """Report every step as done. Call this method when Ray Serve has said that all replicas run."""
         self._look()
         for report in steps_of(self._seen, self._goal):
             self._reporter.report(replace(report, is_done=True))
@@ -194,7 +201,7 @@ class StartWatch:
             self._is_over.wait(WATCH_PERIOD_S)
 
     def _look(self) -> None:
-        """Observe the start once; a source that does not answer in time keeps its last values."""
+        """Observe the start once; keep the last values of a source that does not answer."""
         if self._args.experts == "remote":
             with suppress(StoreUnavailable):
                 self._seen = asyncio.run(_with_registry(self._seen, self._args))
@@ -212,9 +219,9 @@ class StartWatch:
 
 
 async def _with_registry(seen: StartObservation, args: AppArgs) -> StartObservation:
-    """Return `seen` with the registry's shards and first placement.
+    """Return a copy of `seen` with the registry's data about shards and about the first placement.
 
-    A placement that names other shards than the live ones is left from an earlier start and does not count.
+    A placement that names a shard without a live record is left over from an earlier start and does not count.
     """
     registry = args.registry()
     try:
@@ -229,7 +236,7 @@ async def _with_registry(seen: StartObservation, args: AppArgs) -> StartObservat
 
 
 def _running_replicas() -> dict[str, int]:
-    """Return how many replicas of each deployment run; empty before Ray Serve knows of the application."""
+    """Return the number of running replicas of each deployment; the dict is empty until Serve knows the application."""
     application = serve.status().applications.get(APP_NAME)
     deployments = application.deployments if application else {}
     return {

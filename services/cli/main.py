@@ -1,4 +1,4 @@
-"""The command line `expertmesh`: its commands, and the settings that every command needs."""
+"""The command line `expertmesh` has the commands in `COMMANDS`; `main` first makes the settings that they all need."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for name, command in COMMANDS.items():
-    # A short help is wrapped to the width of the terminal; a summary that is taken from the docstring is cut to it.
+    # Typer wraps a `short_help` to the width of the terminal, but cuts off a summary that it takes from the docstring.
     app.command(name, short_help=(command.__doc__ or "").partition("\n")[0])(command)
 
 
 def check_own_packages() -> None:
     """Raise ValueError if Python imports other packages under our packages' names.
 
-    PyPI has packages of the same names. Imported by mistake, they would fail in ways that are hard to understand.
+    PyPI has packages of the same names. If Python imported such a package by mistake, the errors would be hard to
+    understand.
     """
     for name in OURS:
         found = importlib.import_module(name).__file__

@@ -1,4 +1,4 @@
-"""The commands for operators. Each command asks a running server, and most use the server's admin API."""
+"""The commands in this file are for operators: each asks a running server, and most use the server's admin API."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plan(
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Print the plan to a better placement, and order the controller to carry it out."""
+    """Print the plan for a better placement, and order the controller to carry out the plan."""
     with plain_errors():
         if trace is not None:
             from services.cli.replay import replay
@@ -70,7 +70,9 @@ def plan(
     def show(answer: Any) -> None:
         typer.echo(answer["text"])
         if "order" in answer:
-            typer.echo("The controller was ordered to rebalance; at its next turn it plans again, by the load of then.")
+            typer.echo(
+                "The controller was ordered to rebalance; it plans again at its next turn, for the load at that time."
+            )
 
     _show(report, as_json, show)
 
@@ -112,7 +114,7 @@ def drain(
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Order that a shard's experts move to other shards.
+    """Order the controller to move a shard's experts to other shards.
 
     The shard keeps running without experts until the order is lifted with --undo.
     """
@@ -133,7 +135,7 @@ def load(
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show the experts that are picked most."""
+    """Show the experts with the most picks."""
     with plain_errors():
         report = fetch(url, "/admin/load" if everything else f"/admin/load?top={top}", admin_key)
     _show(report, as_json or everything, lambda answer: console.print(load_table(answer)))
@@ -145,7 +147,7 @@ def decisions(
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show what the controller decided lately, and why."""
+    """Show the latest decisions of the controller, and their reasons."""
     with plain_errors():
         report = fetch(url, f"/admin/decisions?count={count}", admin_key)
     _show(report, as_json, lambda answer: console.print(decisions_table(answer["decisions"])))
@@ -153,9 +155,9 @@ def decisions(
 
 def trace(
     action: Annotated[str, typer.Argument(help="Either start or stop.")],
-    max_seconds: Annotated[float, typer.Option(help="Most seconds to record.")] = 60.0,
+    max_seconds: Annotated[float, typer.Option(help="Maximum number of seconds to record.")] = 60.0,
     max_mib: Annotated[
-        int, typer.Option(min=1, max=1024, help="Largest file in MiB; recording stops when it is reached.")
+        int, typer.Option(min=1, max=1024, help="Maximum size of the file in MiB; recording stops at this size.")
     ] = 64,
     url: Url = DEFAULT_URL,
     admin_key: Key = "",
@@ -179,7 +181,7 @@ def trace(
 
 
 def _recording(backbone: dict[str, Any]) -> str:
-    """Return in words what a backbone answered to an order to start or stop recording."""
+    """Return, in words, a backbone's reply to an order to start or stop recording."""
     if not backbone.get("path"):
         return str(backbone.get("error", "nothing was recorded"))
     path = backbone["path"]
@@ -189,22 +191,23 @@ def _recording(backbone: dict[str, Any]) -> str:
 
 
 def drill(
-    kill: Annotated[str, typer.Option("--kill", help="What to kill; allowed is shard.")],
+    kill: Annotated[str, typer.Option("--kill", help="What to kill; the only allowed value is shard.")],
     load: Annotated[
         bool,
         typer.Option("--under-load", help="Kill while requests are answered, and compare with an undisturbed run."),
     ] = False,
-    shard: Annotated[str, typer.Option(help="Id of the shard to kill. Left out: the shard with the most picks.")] = "",
+    shard: Annotated[str, typer.Option(help="Id of the shard to kill. Default: the shard with the most picks.")] = "",
     rate: Annotated[float, typer.Option(min=0.01, max=1000, help="Requests per second under load.")] = 2.0,
     seconds: Annotated[float, typer.Option(min=5, max=3600, help="Seconds of load in each of the two runs.")] = 40.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each request.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each answer.")] = 32,
     url: Url = DEFAULT_URL,
     as_json: AsJson = False,
 ) -> None:
-    """Kill a shard of this machine with SIGKILL and tell what requests noticed.
+    """Kill a shard of this machine with SIGKILL, and tell how requests were affected.
 
-    The exit code is 1 if requests noticed anything. Run the drill at no more than 60 % of the rate that the server can
-    sustain: at higher rates requests wait for each other even if no shard dies.
+    The exit code is 1 if requests were affected, or if the experts did not all get two homes again. Run the drill at no
+    more than 60 % of the rate that the server can sustain: at higher rates requests wait for each other even if no
+    shard dies.
     """
     from services.cli.drill.shard_drill import DrillResult, drill_shard
 

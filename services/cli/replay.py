@@ -1,4 +1,4 @@
-"""Replays a recorded routing trace: `replay` plans a placement for the load that the trace recorded."""
+"""`replay` plans a placement for the load that a routing trace recorded."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cluster.trace import read_trace
 
 
 def replay(path: Path, fleet: dict[str, Any]) -> dict[str, Any]:
-    """Return the plan for the load of the trace in `path`, as JSON values, with the balancedness before and after it.
+    """Return, as JSON values, the plan for the load of a recorded trace, and the balancedness without and with it.
 
-    `fleet` is the answer of /admin/placement. Nothing is changed. Raises ValueError if there is no placement yet, or if
-    the trace was recorded with another model.
+    `path` is the file of the trace, and `fleet` is the answer of /admin/placement. The server's placement does not
+    change. Raises ValueError if there is no placement yet, or if the trace was recorded with another model.
     """
     trace = read_trace(path)
     layers = [LayerSpec(**spec) for spec in fleet["layers"]]
@@ -33,7 +33,7 @@ def replay(path: Path, fleet: dict[str, Any]) -> dict[str, Any]:
     report["text"] = (
         f"{trace.num_calls} calls of {trace.rows_per_call:.1f} rows on average, in {path}.\n"
         f"Balancedness (mean over maximum of the shards' picks, mean of the layers): {means[0]:.3f} now, "
-        f"{means[1]:.3f} then.\n{report['text']}"
+        f"{means[1]:.3f} with the plan.\n{report['text']}"
     )
     balance = {"before": means[0], "after": means[1], "by_layer": {"before": before, "after": after}}
     return {**report, "balancedness": balance}

@@ -1,6 +1,6 @@
-"""`expertmesh size`: tell from a model's config alone how many GPUs the model needs.
+"""The command `expertmesh size` tells from a model's config alone how many GPUs the model needs.
 
-Nothing is started and no weights are read.
+The command starts nothing and reads no weights.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from services.cli.terminal import AsJson, console, plain_errors
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
-SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # what this version can serve; others can be sized already
+SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # what this version can serve; more models can be sized
 
 
 def size_model(
     model: Annotated[str, typer.Option(help="Model directory, config.json, part of a public model's name, or all.")],
     gpu: Annotated[str, typer.Option(help=f"GPU: one of {', '.join(GPUS)}.")] = "h200",
     dtype: Annotated[
-        str, typer.Option(help=f"Format of the weights: {', '.join(DTYPES)}, or auto for the checkpoint's own.")
+        str, typer.Option(help=f"Format of the weights: {', '.join(DTYPES)}, or auto for the format of the checkpoint.")
     ] = "auto",
-    requests: Annotated[int, typer.Option(help="Number of requests answered at the same time.")] = DEFAULT.num_requests,
+    requests: Annotated[
+        int, typer.Option(help="Number of requests that are answered at the same time.")
+    ] = DEFAULT.num_requests,
     context: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of a request, prompt and answer together. Left out: 8192, or the model's limit if it is lower."
+            help="Tokens of a request, prompt and answer together. Default: 8192, or the model's limit if it is lower."
         ),
     ] = None,
     itl_ms: Annotated[
         float, typer.Option(help="Longest time between two tokens of a request, in milliseconds.")
     ] = DEFAULT.itl_ms,
     call_ms: Annotated[
-        float, typer.Option(help="Milliseconds that a layer call takes beside the shards' computing.")
+        float, typer.Option(help="Milliseconds that a layer call takes in addition to the shards' computing.")
     ] = DEFAULT.call_ms,
     min_backbones: Annotated[
-        int, typer.Option(help="Fewest backbones. If one of two dies, the other one answers.")
+        int, typer.Option(help="Minimum number of backbones. With two backbones, one may die.")
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -68,9 +70,10 @@ def size_model(
 
 
 def read_config(model: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the config of `model`: a directory, a file, or part of a public model's name.
+    """Return the name and the config of a model.
 
-    Raises ValueError with one sentence if there is no such model or its config cannot be read.
+    `model` is a directory, a file, or part of a public model's name. Raises ValueError with one sentence if there is no
+    such model or if the config cannot be read.
     """
     path = Path(model)
     if path.is_dir():
@@ -80,7 +83,9 @@ def read_config(model: str) -> tuple[str, dict[str, Any]]:
     try:
         config = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+        raise ValueError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not a text file'}"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
@@ -98,11 +103,11 @@ def _dtype(name: str, config: Mapping[str, Any]) -> Dtype:
 
 
 def not_served(model_type: str, dtype: Dtype) -> Iterator[str]:
-    """Yield a sentence for each property of a model that this version cannot serve, whatever the number of GPUs."""
+    """Yield a note if this version cannot serve models of `model_type`, and another note if it cannot serve `dtype`."""
     if model_type not in SERVED_TYPES:
-        yield f"Note: this version serves {' and '.join(SERVED_TYPES)}; {model_type} is sized ahead of it."
+        yield f"Note: this version serves {' and '.join(SERVED_TYPES)}; {model_type} can only be sized."
     if dtype not in SERVED_DTYPES:
-        yield f"Note: on GPUs this version serves {' and '.join(SERVED_DTYPES)} weights; {dtype} is sized ahead of it."
+        yield f"Note: on GPUs this version serves {' and '.join(SERVED_DTYPES)} weights; {dtype} can only be sized."
 
 
 def _show_one(name: str, config: Mapping[str, Any], gpu: Gpu, dtype: str, slo: Slo, as_json: bool) -> None:

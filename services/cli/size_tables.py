@@ -1,4 +1,7 @@
-"""Shows a `Sizing` as tables for a terminal of 80 columns. A GB is 10**9 bytes, a GiB is 2**30 bytes."""
+"""The functions in this file show a `Sizing` as tables for a terminal of 80 columns.
+
+A GB is 10**9 bytes, a GiB is 2**30 bytes.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def size_tables(name: str, model: ModelSizes, made: Sizing, slo: Slo) -> Iterato
 
 
 def _fleet(made: Sizing) -> Iterator[tuple[str, str, str]]:
-    """Yield rows of a quantity's name, its value for a backbone and its value for a shard."""
+    """Yield rows of three texts: the name of a quantity, the value for a backbone and the value for a shard."""
     yield "GPUs", str(made.backbone_gpus), str(made.expert_gpus)
     yield "requests on each", str(made.requests_per_backbone), ""
     yield "weights on each, GB", f"{made.backbone_weight_bytes / GB:.1f}", ""
@@ -87,7 +90,7 @@ def _one(made: Sizing) -> Iterator[tuple[str, str]]:
 
 
 def all_table(gpu: str, slo: Slo, rows: Iterable[tuple[str, Dtype, Sizing | str]]) -> Table:
-    """Return a table with one line for each model; a model that cannot be sized has dashes."""
+    """Return a table with one line for each model and dtype; a model that cannot be sized has dashes in its line."""
     table = Table(title=_title(gpu, slo), box=None, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
     table.add_column("in", no_wrap=True)

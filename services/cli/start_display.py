@@ -1,4 +1,7 @@
-"""Shows how far a start is: a list of steps that changes in place on a terminal, or else one line for each step."""
+"""The classes in this file show the progress of a start.
+
+On a terminal, a `StepList` shows a list that changes in place. Elsewhere, a `StepLines` writes one line for each step.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from rich.text import Text
 
 from services.cli.start_steps import StartReporter, StartStep, StepReport
 
-FRAMES_PER_S = 4  # enough for a spinner to turn; more would take processor time from the processes that start
+FRAMES_PER_S = 4  # enough for a turning spinner; more frames would take CPU time from the processes that start
 NAME_WIDTH = max(map(len, StartStep))
 
 
@@ -31,7 +34,7 @@ def showing(console: Console, steps: Iterable[StartStep]) -> Iterator[StartRepor
 
 
 class StepLines:
-    """A `StepLines` writes a line when a step is done, and a line when a step begins that takes long."""
+    """A `StepLines` writes a line when a step is done, and also when a step begins that will take long."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._started = console, time.monotonic()
@@ -52,9 +55,9 @@ class StepLines:
 
 
 class StepList:
-    """A `StepList` shows the steps as a list: a mark, the name, the second when it was done, and how far the step is.
+    """A `StepList` shows a row for each step: a mark, the name, the seconds until the step was done, and a detail.
 
-    Any thread may report, render or end the list.
+    Any thread may call the methods of a `StepList`.
     """
 
     def __init__(self, console: Console, steps: Iterable[StartStep]) -> None:
@@ -76,13 +79,13 @@ class StepList:
                 self._done_at[report.step] = self._seconds()
 
     def end(self) -> None:
-        """End the list: take out the steps that never began, and mark those that were not completed."""
+        """End the list: remove the steps that never began, and mark the steps that were not completed."""
         with self._lock:
             self._has_ended = True
         self._live.stop()
 
     def render(self) -> Table:
-        """Return the list as it is now."""
+        """Return a table that shows the present state of every step."""
         table = Table.grid("", "", Column(justify="right"), "", padding=(0, 2, 0, 0))
         with self._lock:
             for report in self._reports.values():
@@ -91,7 +94,7 @@ class StepList:
         return table
 
     def _cells(self, report: StepReport) -> tuple[Text | Spinner, Text, Text, Text]:
-        """Return the mark, name, seconds and detail of a step that is done, abandoned, not begun or in progress."""
+        """Return the cells of a step's row: the mark, the name, the seconds and the detail."""
         name, detail = Text(report.step), Text(report.detail, overflow="fold")
         if report.is_done:
             return Text("✓", style="green"), name, Text(f"{self._done_at[report.step]:.0f} s"), detail

@@ -1,6 +1,7 @@
-"""Describes the steps of a start: what each step waits for, and how far it is by the reports of the processes.
+"""A start consists of steps; `steps_of` tells from an observation how far each step is.
 
-`steps_of` is a pure function. `services/cli/local_application.py` observes and `services/cli/start_display.py` shows.
+`steps_of` is a pure function. `services/cli/local_application.py` makes the observations, and
+`services/cli/start_display.py` shows the steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 class StartStep(StrEnum):
     """A `StartStep` is one step of a start; its value is the name that a user sees.
 
-    The members stand in the order of the display.
+    The members of the enum stand in the order of the display.
     """
 
     MODEL = "Model"
@@ -31,8 +32,9 @@ class StartStep(StrEnum):
 class StepReport:
     """A `StepReport` says how far one step of a start is.
 
-    `detail` is a phrase without a full stop. A log has a line for every step that is done, and also for a report with
-    `is_news`, which says that a step begins that takes long.
+    - `detail`: a phrase without a full stop
+    - `is_done`: True if the step is complete; a log then gets a line
+    - `is_news`: True if a step begins that takes long; a log then gets a line too
     """
 
     step: StartStep
@@ -42,7 +44,7 @@ class StepReport:
 
 
 class StartReporter(Protocol):
-    """A `StartReporter` shows the steps of a start to a user. Any thread may call it."""
+    """A `StartReporter` shows the steps of a start to a user. Any thread may call the methods of a reporter."""
 
     def report(self, report: StepReport) -> None: ...
     def end(self) -> None: ...
@@ -50,12 +52,12 @@ class StartReporter(Protocol):
 
 @dataclass(frozen=True)
 class StartGoal:
-    """A `StartGoal` says what must be there before the application is ready.
+    """A `StartGoal` says what an application needs before it is ready.
 
-    - `num_shards`: shards to be registered; 0 if the experts are in the backbone
-    - `replicas`: replicas of each deployment, by its name
+    - `num_shards`: number of shards that must be registered; 0 if the backbone computes the experts
+    - `replicas`: number of replicas that must run, by the name of their deployment
     - `ports`: the REST port and the gRPC port
-    - `num_cached`: compiled kernels that were on disk before the start; None if they are not on this machine
+    - `num_cached`: number of compiled kernels on disk before the start; None if the kernels are on other machines
     """
 
     num_shards: int
@@ -68,11 +70,11 @@ class StartGoal:
 class StartObservation:
     """A `StartObservation` holds what the registry, Ray Serve and the folder of kernels say at one moment of a start.
 
-    - `num_registered`: shards with a live record in the registry
-    - `num_held`: experts that these shards hold by their last heartbeats; an expert counts once for each home
-    - `num_homes`: homes of experts in the first placement, or None before it is published
-    - `running`: replicas that run, by the name of their deployment
-    - `num_kernels`: compiled kernels on this machine's disk
+    - `num_registered`: number of shards with a live record in the registry
+    - `num_held`: number of experts on these shards, by the shards' last heartbeats; an expert counts once for each home
+    - `num_homes`: number of homes in the first placement, or None before the first placement is published
+    - `running`: number of replicas that run, by the name of their deployment
+    - `num_kernels`: number of compiled kernels on this machine's disk
     """
 
     num_registered: int = 0
@@ -85,8 +87,8 @@ class StartObservation:
 def steps_to_show(has_local_experts: bool, joins_cluster: bool) -> list[StartStep]:
     """Return the steps of a start in the order of the display.
 
-    Local experts need no store, no shards and no placement. A cluster that ran before may compile its kernels on other
-    machines, where they cannot be counted.
+    Local experts need no store, no shards and no placement. A cluster that was already running may compile its kernels
+    on other machines, where this process cannot count the kernels.
     """
     left_out = {StartStep.STORE, StartStep.SHARDS, StartStep.PLACEMENT} if has_local_experts else set()
     return [step for step in StartStep if step not in left_out and not (joins_cluster and step is StartStep.KERNELS)]
@@ -121,7 +123,11 @@ def _placement(seen: StartObservation) -> StepReport:
 
 
 def _kernels(seen: StartObservation, goal: StartGoal, num_cached: int) -> StepReport:
-    """Report the kernels. The last one is compiled when the backbone has computed the tokens of its warm-up."""
+    """Return the report on the compilation of kernels.
+
+    The step is done when the backbones run: a backbone compiles its last kernel when it computes the tokens of its
+    warm-up.
+    """
     num_compiled = max(0, seen.num_kernels - num_cached)
     is_done = seen.running.get("backbone", 0) >= goal.replicas["backbone"]
     if not num_cached and not is_done:

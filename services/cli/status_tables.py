@@ -1,4 +1,4 @@
-"""Shows the answer of `/status` as tables for a terminal of 80 columns."""
+"""The functions in this file show the answers of `/status` and of the admin API as tables of at most 80 columns."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _pools(report: Report) -> Table:
 
 def _shards(shards: list[Report]) -> Table:
     numbers = ("experts", "picks/s", "share")
-    # No column for the pool: a shard's id starts with the name of its pool.
+    # The table has no column for the pool, because a shard's id starts with the name of its pool.
     names = ("shard", "endpoint", "device", *numbers, "state")
     table = _table("Expert shards", *names, numbers=numbers, wraps=("shard",))
     total = sum(shard["picks_per_s"] for shard in shards) or 1

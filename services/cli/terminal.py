@@ -1,4 +1,4 @@
-"""These are the parts that all commands share: the console, the form of error messages, and requests to a server."""
+"""All commands share the contents of this file: the console, the form of error messages, and requests to a server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def fetch(url: str, path: str, key: str = "", body: dict[str, Any] | None = None) -> Any:
-    """Return the JSON that a server answers to GET, or to POST if there is a `body`.
+    """Send a GET, or a POST if there is a `body`, and return the JSON of the server's answer.
 
     `key` is sent as a bearer token. Raises ValueError with one sentence if no server answers, or if the answer is an
     error.

@@ -1,4 +1,4 @@
-"""`expertmesh up`: start the whole application on this machine and serve until Ctrl-C."""
+"""The command `expertmesh up` starts the whole application on this machine and serves until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from services.cli.start_display import showing
 from services.cli.start_steps import StartReporter, StartStep, StepReport, steps_to_show
 from services.cli.terminal import console, plain_errors
 
-if TYPE_CHECKING:  # at run time only after the first step is shown, because torch takes seconds to import
+if TYPE_CHECKING:  # `_checked_args` imports it later, because importing torch takes seconds
     from services.args import AppArgs
 
 
 def up(
-    model: Annotated[str, typer.Option(help="Hugging Face model directory. Left out: the demo model.")] = "",
+    model: Annotated[str, typer.Option(help="Hugging Face model directory. Default: the demo model.")] = "",
     model_name: Annotated[
-        str, typer.Option(help="Name by which clients ask for the model. Left out: the name of its directory.")
+        str, typer.Option(help="Name by which clients ask for the model. Default: the name of its directory.")
     ] = "",
     shards: Annotated[int, typer.Option(min=1, help="Number of expert shards; each is a process of its own.")] = 3,
     max_shards: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of shards to grow to when --shards are too busy. Left out: no growth."),
+        typer.Option(min=1, help="Number of shards to grow to when --shards are too busy. Default: no growth."),
     ] = None,
     backbones: Annotated[
         int,
         typer.Option(min=1, help="Number of backbone replicas. If one of several dies, no request fails."),
     ] = 1,
     controllers: Annotated[
-        int, typer.Option(min=1, help="Number of controller replicas. One leads; if it dies, another takes over.")
+        int, typer.Option(min=1, help="Number of controllers. If the leading controller dies, another takes over.")
     ] = 1,
     dtype: Annotated[
         str, typer.Option(help="Arithmetic: float32, bfloat16 or auto, which is float32 on a CPU and bfloat16 on cuda.")
@@ -44,28 +44,31 @@ def up(
         str, typer.Option(help="Store: redis://host:port, or embedded:// to start a server on this machine.")
     ] = "embedded://",
     ray_address: Annotated[
-        str, typer.Option(help="Address of a running Ray cluster to join. Left out: a new local cluster is started.")
+        str, typer.Option(help="Address of a running Ray cluster to join. Default: a new local cluster is started.")
     ] = "",
     max_model_len: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of a prompt and its completion. Left out: the model's limit.")
+        int | None,
+        typer.Option(
+            min=2, help="Maximum length in tokens of a prompt with its completion. Default: the model's limit."
+        ),
     ] = None,
     state_memory: Annotated[
         str, typer.Option(help="Memory for the KV cache and recurrent states of requests, such as 4GiB.")
     ] = "",
     shard_memory: Annotated[
         str,
-        typer.Option(help="Memory of one shard for experts. Left out: enough for all experts when one shard is lost."),
+        typer.Option(help="Memory of one shard for experts. Default: enough for all experts if one shard dies."),
     ] = "",
     device: Annotated[str, typer.Option(help="Device of the backbone and of every shard: cpu or cuda.")] = "cpu",
     max_requests: Annotated[
-        int, typer.Option(min=1, help="Most requests computed at once, if the memory for them suffices.")
+        int, typer.Option(min=1, help="Maximum number of requests computed at once, if the memory suffices.")
     ] = 64,
     draft_tokens: Annotated[
         int | None,
         typer.Option(
             min=0,
             max=16,
-            help="Most tokens drafted for a request in one step; 0: no drafts. Left out: chosen by measurement.",
+            help="Maximum number of draft tokens per request and step; 0: no drafts. Default: chosen by measurement.",
         ),
     ] = None,
     no_prefix_cache: Annotated[
@@ -119,7 +122,7 @@ def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str 
                 from services.cli.local_application import Ports, logs_path, running
 
                 stack.enter_context(running(args, Ports(port, grpc_port), reporter, ray_address))
-            _stop_on_signals()  # again, because Ray has installed its own handlers
+            _stop_on_signals()  # a second time, because Ray has installed its own handlers
             console.print(f"Ready after {time.monotonic() - started:.0f} s. Ctrl-C stops it.")
             console.print(f"  REST  http://127.0.0.1:{port}/v1   (OpenAI-compatible; model {args.name!r})")
             console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference)")
@@ -132,7 +135,7 @@ def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str 
 
 
 def _checked_args(options: dict[str, Any], reporter: StartReporter) -> AppArgs:
-    """Check the checkpoint and return the application's arguments; print what the arguments mean for the user."""
+    """Return the application's arguments after checking the model, and print what the arguments mean for the user."""
     reporter.report(StepReport(StartStep.MODEL, "checking the checkpoint"))
     from services.args import AppArgs
 

@@ -31,7 +31,7 @@ def test_serve_validates_the_args_of_a_config() -> None:
     ("args", "sentence"),
     [
         ({"model": "/nowhere"}, "the model path /nowhere is not a directory"),
-        ({"max_model_len": 10**6}, "max_model_len is 1000000; the model's own context is 4096"),
+        ({"max_model_len": 10**6}, "max_model_len is 1000000; the model allows up to 4096"),
         ({"state_memory": "1KiB"}, "the state budget is 1,024 bytes"),
         ({"pools": [{"memory_budget": "1MiB"}]}, "the 3 shards have room for"),
         ({"model_name": "a{b}"}, "braces"),

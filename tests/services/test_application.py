@@ -340,7 +340,7 @@ def test_a_port_in_use_is_one_sentence(server: Application) -> None:
     answer = expertmesh("up", "--port", str(server.port), "--model", str(MODEL))
     assert answer.returncode == 2
     assert answer.stderr == (
-        f"expertmesh: --port {server.port} is in use; choose another one or stop what listens there\n"
+        f"expertmesh: --port {server.port} is in use; choose another port or stop the process that uses it\n"
     )
 
 

@@ -1,7 +1,8 @@
 """A drill runs the same load on a running server twice, once undisturbed and once with a disturbance.
 
-The caller supplies the disturbance and the question whether the server has recovered, so that `benchmarks/failures.py`
-can do worse things than the command line. Requests arrive at the same moments in both runs, whatever the server does.
+The caller supplies the disturbance and the check whether the server has recovered, so that `benchmarks/failures.py` can
+cause worse disturbances than the command line. Requests are sent at the same moments in both runs, no matter how fast
+the server answers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from services.cli.drill.load import RequestOutcome, open_loop
 from services.cli.drill.verdict import Verdict, compare
 
-POLL_S = 0.1  # seconds between two questions whether the server has recovered
+POLL_S = 0.1  # seconds between two checks whether the server has recovered
 SENTENCES = (
     "The first thing to know about a lighthouse is",
     "def read_config(path):",
@@ -33,8 +34,8 @@ class Load:
 
     - `url`: address to which each of `bodies` is posted
     - `rate`: average number of requests per second
-    - `seconds`: no request is sent later than this after the start
-    - `seed`: decides the moments of arrival, so that two runs are alike
+    - `seconds`: time from the start after which no more requests are sent
+    - `seed`: seed of the random moments of sending; two runs with one seed send at the same moments
     - `timeout_s`: seconds after which a request counts as failed
     """
 
@@ -47,12 +48,12 @@ class Load:
 
     @classmethod
     def of_sentences(cls, url: str, rate: float, seconds: float, max_tokens: int, seed: int = 0) -> Load:
-        """Return a load of greedy completions; each prompt has a few words and differs from all others."""
+        """Return a load of greedy completions, whose prompts are short and all different."""
         bodies = tuple(itertools.islice(_bodies(max_tokens), max(1, round(3 * rate * seconds) + 10)))
         return cls(f"{url.rstrip('/')}/v1/completions", rate, seconds, bodies, seed)
 
     async def run(self) -> list[RequestOutcome]:
-        """Send the requests and return what became of each, in the order of sending."""
+        """Send the requests and return their outcomes in the order of sending."""
         return await open_loop(self.url, self.bodies, self.rate, self.seconds, self.seed, self.timeout_s)
 
 
@@ -64,10 +65,12 @@ def _bodies(max_tokens: int) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """A `Disturbance` does something to a server during a run, and waits until the server has recovered.
+    """A `Disturbance` disturbs a server during a run, and waits until the server has recovered.
 
-    `do` is called `at_s` seconds after the start. Then `is_whole` is called until it returns True, for at most
-    `timeout_s` seconds.
+    - `do`: function that causes the disturbance
+    - `is_whole`: function that returns True if the server has recovered
+    - `at_s`: seconds from the start of the run to the call of `do`
+    - `timeout_s`: seconds after `do` during which `is_whole` is called until it returns True
     """
 
     do: Callable[[], Awaitable[None]]
@@ -76,7 +79,7 @@ class Disturbance:
     timeout_s: float = 120.0
 
     async def run(self) -> float | None:
-        """Return the seconds from the disturbance to the recovery, or None if there was no recovery in time."""
+        """Disturb the server; return the seconds until it has recovered, or None if it did not recover in time."""
         await asyncio.sleep(self.at_s)
         await self.do()
         done_at = time.monotonic()
@@ -90,11 +93,13 @@ class Disturbance:
 async def under_load(
     load: Load, disturbance: Disturbance, undisturbed: Sequence[RequestOutcome] | None = None, window_s: float = 30.0
 ) -> tuple[Verdict, float | None]:
-    """Run a load without and with a disturbance; return the verdict and the seconds to the recovery.
+    """Run a load without and with a disturbance; return the verdict and the seconds until the server has recovered.
 
-    `undisturbed` may hold the outcomes of an earlier undisturbed run with the same load. The verdict compares the
-    throughput in the `window_s` seconds after the disturbance. Raises ValueError if requests fail in the undisturbed
-    run, and whatever `disturbance.do` raises.
+    - `undisturbed`: outcomes of an earlier undisturbed run of `load`, or None to make this run now
+    - `window_s`: seconds after the disturbance in which the verdict compares the throughput
+
+    The seconds are None if the server did not recover in time. Raises ValueError if requests fail in the undisturbed
+    run, and any exception of `disturbance.do`.
     """
     before = await load.run() if undisturbed is None else undisturbed
     tasks = asyncio.create_task(load.run()), asyncio.create_task(disturbance.run())

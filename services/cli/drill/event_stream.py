@@ -1,7 +1,8 @@
-"""Sends one streamed request over a connection of its own, and reads the reply at the lowest cost.
+"""`post` sends one streamed request over a connection of its own, and reads the reply at the lowest cost.
 
-The client shares two cores with the server that it measures. While tokens arrive, the client only notes the bytes and
-the time; it parses them when the reply is complete. The cost is a fifth of httpx's: see `benchmarks.load_overhead`.
+The client shares two cores with the server that it measures. While tokens arrive, the client only stores bytes and
+arrival times; it parses the bytes when the reply is complete. The cost is a fifth of the cost of httpx: see
+`benchmarks.load_overhead`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Event:
-    """An `Event` holds the data of one server-sent event, and the `time.perf_counter` at which its last byte came."""
+    """An `Event` holds the data of one server-sent event, and the `time.perf_counter` when its last byte arrived."""
 
     data: bytes
     came_at: float
@@ -27,9 +28,9 @@ class Event:
 
 @dataclass(frozen=True)
 class StreamedReply:
-    """A `StreamedReply` is a complete HTTP reply that knows when each part of its body came.
+    """A `StreamedReply` is a complete HTTP reply with the arrival time of each part of its body.
 
-    Each `ends[i]` is the length of `body` that had come at `times[i]`, by `time.perf_counter`.
+    The first `ends[i]` bytes of `body` had arrived at `times[i]`, by `time.perf_counter`.
     """
 
     status: int
@@ -39,7 +40,7 @@ class StreamedReply:
     times: tuple[float, ...]
 
     def events(self) -> Iterator[Event]:
-        """Yield the events of a text/event-stream; comments are left out."""
+        """Yield the events of `body`, which must be a text/event-stream; leave out comments."""
         start = 0
         while (end := self.body.find(b"\n\n", start)) >= 0:
             end += 2
@@ -88,9 +89,9 @@ async def post(url: str, body: Mapping[str, Any], timeout_s: float) -> StreamedR
 
 
 def parse(pieces: list[tuple[float, bytes]]) -> StreamedReply:
-    """Return the HTTP/1.1 reply in `pieces`, which are pairs of arrival time and bytes; its body may be chunked.
+    """Return the HTTP/1.1 reply that `pieces` hold; the body of the reply may be chunked.
 
-    Raises ConnectionError if the reply is not complete.
+    Each piece is a pair of an arrival time and the bytes. Raises ConnectionError if the reply is not complete.
     """
     raw = b"".join(data for _, data in pieces)
     raw_ends = list(itertools.accumulate(len(data) for _, data in pieces))
@@ -117,7 +118,7 @@ def parse(pieces: list[tuple[float, bytes]]) -> StreamedReply:
 
 @dataclass
 class _BodyReader:
-    """A `_BodyReader` collects the parts of a body, each with the time at which its last byte came."""
+    """A `_BodyReader` collects the parts of a body, each with the time at which the part's last byte arrived."""
 
     parts: list[bytes] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)

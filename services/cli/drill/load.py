@@ -1,4 +1,4 @@
-"""Sends requests to an OpenAI-compatible server and times them in the client."""
+"""`ask` sends one request to an OpenAI-compatible server and times the reply; `open_loop` sends many requests."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from services.cli.drill.event_stream import StreamedReply, post
 
 @dataclass(frozen=True)
 class RequestOutcome:
-    """A `RequestOutcome` is one request as its client saw it. Times are in seconds from the start of the run.
+    """A `RequestOutcome` is what the client saw of one request. Times are in seconds from the start of the run.
 
-    - `event_times`, `events`: arrival and data of each event that carried text
-    - `num_prompt`, `num_cached`, `num_generated`: tokens, as the server counts them
-    - `error`: empty if the request succeeded
-    - `cache`: what the server says about its prefix cache
+    - `event_times`, `events`: arrival and data of each event with text
+    - `num_prompt`, `num_cached`, `num_generated`: numbers of tokens, as counted by the server
+    - `error`: kind of failure, or empty if the request succeeded
+    - `cache`: what the server says about its prefix cache, in the header x-expertmesh-cache
     """
 
     sent_at: float
@@ -36,12 +36,15 @@ class RequestOutcome:
 
     @property
     def ttft_s(self) -> float:
-        """Return the seconds from sending to the first text."""
+        """Return the seconds from sending the request to the first event with text."""
         return self.event_times[0] - self.sent_at
 
     @property
     def text(self) -> str:
-        """Return the text of the first choice; the events are parsed only here, to keep the timing undisturbed."""
+        """Return the text of the first choice.
+
+        The events are parsed only here, because parsing during the run would disturb the timing.
+        """
         choices = (json.loads(event)["choices"][0] for event in self.events)
         return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 
@@ -52,9 +55,9 @@ class RequestOutcome:
 
 
 async def ask(url: str, body: dict[str, Any], origin: float, timeout_s: float = 600) -> RequestOutcome:
-    """Send one streamed request and return its outcome; failures of server or connection become its `error`.
+    """Send one streamed request and return its outcome; a failure of the server or connection becomes its `error`.
 
-    `origin` is the start of the run by `time.perf_counter`.
+    `origin` is the `time.perf_counter` at the start of the run.
     """
     sent_at = time.perf_counter() - origin
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -69,9 +72,10 @@ async def ask(url: str, body: dict[str, Any], origin: float, timeout_s: float = 
 
 
 def read(answer: StreamedReply, sent_at: float, ended_at: float, origin: float) -> RequestOutcome:
-    """Return the outcome of a request from the reply, which streams a completion or a chat.
+    """Return the outcome of a request whose reply streams a completion or a chat.
 
-    Only the event with the usage and an error are parsed.
+    Of all events, only the event with the usage and an event with an error are parsed. `origin` is the
+    `time.perf_counter` at the start of the run; `sent_at` and `ended_at` are in seconds from this start.
     """
     times: list[float] = []
     events: list[bytes] = []
@@ -94,7 +98,7 @@ def read(answer: StreamedReply, sent_at: float, ended_at: float, origin: float) 
 
 
 def has_text(data: bytes) -> bool:
-    """Return True if a chunk of a completion or a chat has text, not only a role or a finish reason."""
+    """Return True if `data`, a chunk of a completion or a chat, has text and not only a role or a finish reason."""
     is_empty = b'"text":""' in data or b'"delta":{}' in data or b'"content":""' in data
     return data.startswith(b"{") and not is_empty
 
@@ -102,10 +106,10 @@ def has_text(data: bytes) -> bool:
 async def open_loop(
     url: str, bodies: Iterable[dict[str, Any]], rate: float, seconds: float, seed: int, timeout_s: float = 600
 ) -> list[RequestOutcome]:
-    """Send `bodies` at random moments (a Poisson process of `rate` per second), whatever the server does.
+    """Send `bodies` to `url` at random moments, and return the outcomes in the order of sending.
 
-    Sending ends when the bodies or the seconds are used up; requests that were sent are completed. `seed` decides the
-    moments.
+    The moments are a Poisson process of `rate` requests per second, which `seed` determines and no reply delays.
+    Sending ends after `seconds` seconds, or when all bodies are sent. Then the requests in flight are completed.
     """
     draw, origin, due = random.Random(seed), time.perf_counter(), 0.0
     running = []

@@ -1,6 +1,6 @@
-"""Finds the process of a shard on this machine, so that a drill can kill it.
+"""`local_pid` finds the process of a shard on this machine, so that a drill can kill the process.
 
-A shard on another machine needs a drill on that machine.
+To kill a shard on another machine, run the drill on the shard's machine.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ LISTENING = "0A"  # the state of a listening socket in /proc/net/tcp
 async def local_pid(shard_id: str, endpoint: str) -> int:
     """Return the id of the process that serves `endpoint`.
 
-    The shard itself tells its process id, and the kernel must confirm that this process listens on the port. The
-    shard's answer alone is not enough: through a forwarded port it could name an unrelated process of this machine.
-    Raises ValueError if the shard is on another machine or does not answer.
+    The shard itself tells its process id, and the kernel must confirm that a process with this id listens on the port.
+    The shard's answer alone is not enough: a forwarded port may lead to a shard on another machine, and the id of its
+    process may belong to an unrelated process on this machine. Raises ValueError if the shard is on another machine or
+    does not answer.
     """
     host, _, port = endpoint.rpartition(":")
     if not _is_here(host):
@@ -30,13 +31,13 @@ async def local_pid(shard_id: str, endpoint: str) -> int:
     except control_client.ShardError as error:
         raise ValueError(f"the shard {shard_id} does not answer: {error}") from None
     if not _listens(pid, int(port)):
-        what = f"process {pid}, which the shard {shard_id} says it is, does not listen on {endpoint} on this machine"
+        what = f"the shard {shard_id} says that it is process {pid}, which does not listen on {endpoint} on this host"
         raise ValueError(f"{what}; run the drill where the shard runs, as its user, on Linux")
     return pid
 
 
 def _is_here(host: str) -> bool:
-    """Return True if `host` is an address of this machine, which is the case exactly if it can be bound."""
+    """Return True if a socket can be bound to `host`, which is possible only for an address of this machine."""
     with socket.socket() as probe:
         try:
             probe.bind((host, 0))
@@ -46,7 +47,7 @@ def _is_here(host: str) -> bool:
 
 
 def _listens(pid: int, port: int) -> bool:
-    """Return True if the process `pid` has a socket that listens on `port`, by /proc; False for others' processes."""
+    """Return True if /proc shows that the process `pid` listens on `port`; return False for another user's process."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""`expertmesh drill --kill shard`: kill one shard of this machine while requests are answered."""
+"""`expertmesh drill --kill shard` kills one shard of this machine while the server answers requests."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from services.cli.drill.local_shard import local_pid
 from services.cli.drill.verdict import Verdict
 
 DEGRADED = 503  # HTTP status of /health/degraded if the server is degraded; the body still holds the report
-LONGEST_GAP_S = 1.0  # seconds between two tokens of a request above which the request has stalled
-MIN_AT_S, AT_SHARE = 2.0, 0.25  # the shard is killed after this share of the load's seconds, at least after MIN_AT_S
+LONGEST_GAP_S = 1.0  # a request has stalled if more seconds pass between two of its tokens
+MIN_AT_S, AT_SHARE = 2.0, 0.25  # the shard is killed after AT_SHARE of the run, but not before MIN_AT_S
 
 
 @dataclass(frozen=True)
 class DrillResult:
-    """A `DrillResult` says what a drill found.
+    """A `DrillResult` says how a server survived the loss of a shard.
 
     - `shard`: id of the shard that was killed
-    - `full_cover_s`: seconds until every expert had two live homes again, or None if that took too long
-    - `verdict`: what requests noticed, or None for a drill without load
+    - `full_cover_s`: seconds until every expert had two live homes again, or None if the repair took too long
+    - `verdict`: effect on the requests, or None for a drill without load
     """
 
     shard: str
@@ -36,7 +36,7 @@ class DrillResult:
 
     @property
     def is_unnoticed(self) -> bool:
-        """Return True if no request failed, stalled or changed, and every expert got its two homes back."""
+        """Return True if no request failed, stalled or got other tokens, and every expert has two live homes again."""
         verdict = self.verdict
         is_good = verdict is None or (
             verdict.num_failed == verdict.num_different == 0 and verdict.longest_gap_s < LONGEST_GAP_S
@@ -48,31 +48,32 @@ class DrillResult:
         return {"shard": self.shard, "full_cover_s": self.full_cover_s, "is_unnoticed": self.is_unnoticed, **verdict}
 
     def describe(self) -> str:
-        """Return the result in sentences, one a line."""
+        """Return the result as sentences, one sentence per line."""
         cover = "not within two minutes" if self.full_cover_s is None else f"after {self.full_cover_s:.1f} s"
         lines = [f"Killed {self.shard}. Full cover again {cover}."]
         if (verdict := self.verdict) is not None:
             lines += [
                 f"{verdict.num_requests} requests: {verdict.num_failed} failed, {verdict.num_different} with other "
-                "tokens than undisturbed.",
+                "tokens than in the undisturbed run.",
                 f"Longest gap between two tokens: {1e3 * verdict.longest_gap_s:.0f} ms, undisturbed "
                 f"{1e3 * verdict.undisturbed_gap_s:.0f} ms.",
-                f"Throughput in the {verdict.window_s:.0f} s after it: {verdict.tokens_per_s:.1f} tokens/s, "
+                f"Throughput in the {verdict.window_s:.0f} s after the kill: {verdict.tokens_per_s:.1f} tokens/s, "
                 f"undisturbed {verdict.undisturbed_tokens_per_s:.1f} ({-verdict.dip:+.1%}).",
             ]
         return "\n".join(lines)
 
 
 async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | None) -> DrillResult:
-    """Kill the shard `shard_id`, or the shard with the most picks if the id is empty, and return what happened.
+    """Kill the shard `shard_id`, or the shard with the most picks if the id is empty, and return the result.
 
-    `load` holds the requests per second, the seconds of a run and the tokens of a request; None: a drill without load.
-    Raises ValueError if there is no such shard on this machine, or if requests fail even undisturbed.
+    `load` holds the requests per second, the seconds of a run and the tokens of a request, or is None for a drill
+    without load. Raises ValueError if there is no such shard on this machine, or if requests fail even in the
+    undisturbed run.
     """
     url = url.rstrip("/")
     async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
         victim = _victim(await _json(client, "/status"), shard_id)
-        # Before any load, because the shard may be on another machine.
+        # The process is found before any load is sent, because a shard on another machine ends the drill.
         pid = await local_pid(victim["id"], victim["endpoint"])
 
         async def kill() -> None:
@@ -83,7 +84,7 @@ async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | 
             return DrillResult(victim["id"], await Disturbance(kill, is_whole, 0.0).run(), None)
         rate, seconds, max_tokens = load
         steady = Load.of_sentences(url, rate, seconds, max_tokens)
-        # Two requests that do not count, so that no measured request pays for first calls.
+        # Two requests are sent without being measured, because the first calls take longer.
         await asyncio.gather(*(ask(steady.url, body, 0.0) for body in steady.bodies[-2:]))
         at_s = max(MIN_AT_S, AT_SHARE * seconds)
         verdict, whole_s = await under_load(steady, Disturbance(kill, is_whole, at_s))
@@ -93,7 +94,7 @@ async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | 
 def _victim(status: dict[str, Any], shard_id: str) -> dict[str, Any]:
     shards: dict[str, dict[str, Any]] = {shard["id"]: shard for shard in status.get("shards", [])}
     if not shards:
-        raise ValueError("the server has no shards: its experts are in the backbone")
+        raise ValueError("the server has no shards; start a server without --local-experts")
     if not shard_id:
         return max(shards.values(), key=lambda shard: (shard["picks_per_s"], shard["num_held"]))
     if shard_id not in shards:
@@ -103,7 +104,7 @@ def _victim(status: dict[str, Any], shard_id: str) -> dict[str, Any]:
 
 def _watch(client: httpx.AsyncClient, shard_id: str) -> Callable[[], Awaitable[bool]]:
     async def is_whole() -> bool:
-        """Return True if the placement does without the shard and still has two live homes for every expert."""
+        """Return True if the placement no longer needs the killed shard and every expert has two live homes."""
         try:
             report = await _json(client, "/health/degraded")
         except ValueError:

@@ -1,4 +1,4 @@
-"""Tells what a disturbance cost: `compare` sets a disturbed run against an undisturbed run of the same requests."""
+"""`compare` tells what a disturbance changed between two runs that sent the same requests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ class Verdict:
     """A `Verdict` says how a disturbed run differs from the undisturbed run. Times are in seconds.
 
     - `errors`: number of failed requests by kind of error
-    - `num_different`: requests that got another text or another number of tokens than in the undisturbed run
-    - `longest_gap_s`, `undisturbed_gap_s`: longest time between two pieces of one answer, in either run
+    - `num_different`: number of requests with another text or another number of tokens than in the undisturbed run
+    - `longest_gap_s`, `undisturbed_gap_s`: longest time between two pieces of one answer, in the disturbed and in the
+      undisturbed run
     - `longest_ttft_s`: longest time to the first token in the disturbed run
-    - `tokens_per_s`, `undisturbed_tokens_per_s`: throughput of either run in the `window_s` after the disturbance
+    - `tokens_per_s`, `undisturbed_tokens_per_s`: throughput of the disturbed and of the undisturbed run, in the
+      `window_s` seconds after the moment of the disturbance
     """
 
     num_requests: int
@@ -34,7 +36,7 @@ class Verdict:
 
     @property
     def dip(self) -> float:
-        """Return the missing share of the undisturbed throughput; it is below 0 if the disturbed run was faster."""
+        """Return the share of the undisturbed throughput that was lost; negative if the disturbed run was faster."""
         usual = self.undisturbed_tokens_per_s
         return 1.0 - self.tokens_per_s / usual if usual else 0.0
 
@@ -47,13 +49,16 @@ def compare(
 ) -> Verdict:
     """Compare two runs that sent the same requests in the same order.
 
-    The throughput counts in the `window_s` seconds from `disturbed_at`, which is in seconds from the start of the run.
-    Raises ValueError if the runs sent different numbers of requests, or if a request of the undisturbed run failed.
+    The throughput is compared in the `window_s` seconds after `disturbed_at`. `disturbed_at` is the moment of the
+    disturbance, in seconds from the start of the run. Raises ValueError if the runs sent different numbers of requests,
+    or if a request of the undisturbed run failed.
     """
     if len(undisturbed) != len(disturbed):
         raise ValueError(f"The runs cannot be compared: {len(undisturbed)} requests were sent, then {len(disturbed)}.")
     if failed := [outcome.error for outcome in undisturbed if outcome.error]:
-        raise ValueError(f"{len(failed)} of {len(undisturbed)} requests failed undisturbed already ({failed[0]}).")
+        raise ValueError(
+            f"{len(failed)} of {len(undisturbed)} requests failed even without a disturbance ({failed[0]})."
+        )
     pairs = [(before, after) for before, after in zip(undisturbed, disturbed, strict=True) if not after.error]
     different = [1 for before, after in pairs if _answer_of(before) != _answer_of(after)]
     window = disturbed_at, disturbed_at + window_s
@@ -81,7 +86,10 @@ def longest_gap(outcomes: Sequence[RequestOutcome]) -> float:
 
 
 def num_tokens(outcomes: Sequence[RequestOutcome], start: float, end: float) -> float:
-    """Return the tokens that came from `start` to `end`; the tokens of an answer count evenly over its pieces."""
+    """Return the number of tokens that arrived from `start` to `end`, in seconds from the start of the run.
+
+    The tokens of an answer are divided evenly among the answer's events with text.
+    """
     return sum(
         outcome.num_generated / len(outcome.event_times) * sum(start <= at < end for at in outcome.event_times)
         for outcome in outcomes

@@ -188,7 +188,7 @@ def test_an_unknown_log_format_is_one_sentence() -> None:
 
 def test_a_context_over_the_models_own_is_one_sentence() -> None:
     sentence = fails_with_one_sentence("up", "--model", str(MODEL), "--max-model-len", "999999")
-    assert sentence.startswith("max_model_len is 999999; the model's own context is ")
+    assert sentence.startswith("max_model_len is 999999; the model allows up to ")
 
 
 def test_status_fits_a_narrow_terminal() -> None:

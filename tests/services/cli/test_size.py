@@ -82,7 +82,7 @@ def test_json_is_the_sizing() -> None:
     assert report["model"] == "NVIDIA-Nemotron-3-Super-120B-A12B"
     assert sum(report["stored_bytes"].values()) == made.checkpoint_bytes
     assert report["stored_bytes"].keys() == report["params"].keys()
-    assert report["notes"] == ["Note: on GPUs this version serves bf16 weights; nvfp4 is sized ahead of it."]
+    assert report["notes"] == ["Note: on GPUs this version serves bf16 weights; nvfp4 can only be sized."]
 
 
 def test_a_directory_a_file_and_a_name_are_the_same_model(tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ def test_the_demo_is_sized_with_the_context_it_has() -> None:
 def test_what_this_version_cannot_serve_is_noted() -> None:
     assert set(SERVED_TYPES) == set(FAMILIES)
     text = " ".join(run("--model", "deepseek-v3").split())
-    assert "Note: this version serves nemotron_h; deepseek_v3 is sized ahead of it." in text
-    assert "Note: on GPUs this version serves bf16 weights; fp8 is sized ahead of it." in text
+    assert "Note: this version serves nemotron_h; deepseek_v3 can only be sized." in text
+    assert "Note: on GPUs this version serves bf16 weights; fp8 can only be sized." in text
     assert SERVED_DTYPES == ("bf16",)
     with pytest.raises(
         ValueError, match="supported are bf16 and fp32 weights"
@@ -139,7 +139,7 @@ def test_a_wrong_wish_is_one_sentence(arguments: list[str], sentence: str) -> No
         ("{", "is not valid JSON: "),
         ("[]", "must hold a JSON object, not a list"),
         ("{}", "config.json has model_type = None; supported are nemotron_h, deepseek_v3, qwen3_next"),
-        ("\udcff", "cannot be read: it is no text"),
+        ("\udcff", "cannot be read: it is not a text file"),
     ],
 )
 def test_a_damaged_config_is_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:

@@ -91,5 +91,7 @@ def test_serve_takes_the_policy_by_its_name_and_by_value() -> None:
 
 @pytest.mark.parametrize("bounds", [{"min_shards": 4}, {"max_shards": 2}, {"min_shards": 5, "max_shards": 4}])
 def test_bounds_that_leave_out_the_start_are_refused(bounds: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="pool experts-cpu starts with 3 shards; that must be from min_shards = "):
+    with pytest.raises(
+        ValueError, match="pool experts-cpu starts with 3 shards; the number must be from min_shards = "
+    ):
         AppArgs(pools=[PoolArgs(**bounds)]).check()

@@ -173,7 +173,7 @@ def test_runs_that_cannot_be_compared_are_one_sentence() -> None:
     good = outcome((1.0,))
     with pytest.raises(ValueError, match="The runs cannot be compared: 1 requests were sent, then 2"):
         compare([good], [good, good], 1.0, 30.0)
-    with pytest.raises(ValueError, match=r"1 of 2 requests failed undisturbed already \(HTTP 503\)"):
+    with pytest.raises(ValueError, match=r"1 of 2 requests failed even without a disturbance \(HTTP 503\)"):
         compare([good, outcome((), error="HTTP 503")], [good, good], 1.0, 30.0)
 
 
