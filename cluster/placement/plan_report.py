@@ -157,7 +157,7 @@ def _why_added(layer: PlannedLayer, expert: int, tier: Tier) -> tuple[str, int]:
     if cover == 0:
         return "the expert has no live home or standby", 0
     if tier == "standby":
-        return ("the expert has cover 1" if cover == 1 else "its other homes are dropped, or are all on one node"), 1
+        return ("the expert has cover 1" if cover == 1 else "the expert's other homes are dropped or on one node"), 1
     if layer.matrix.num_E[expert] <= 1:
         return "the expert's former home is dropped", 1
     return "the new home shortens the slowest shard's time", 2

@@ -19,7 +19,7 @@ class ConfigKeys:
     raw: Mapping[str, Any]
 
     def need(self, key: str) -> int:
-        """Return the positive integer of a required key."""
+        """Return the value of the required key `key`, a positive integer."""
         value = self.raw.get(key)
         if value is None:
             raise ValueError(f"config.json lacks the key {key}")
@@ -28,7 +28,7 @@ class ConfigKeys:
         return int(value)
 
     def whole(self, key: str, default: int) -> int:
-        """Return the integer from 0 up of a key, or `default` if the key is missing or null."""
+        """Return the value of `key`, an integer from 0 up, or `default` if the key is missing or null."""
         value = self.raw.get(key)
         if value is None:
             return default
@@ -37,21 +37,21 @@ class ConfigKeys:
         return int(value)
 
     def upto(self, key: str, default: int, most: int) -> int:
-        """Return the integer from 0 to `most` of a key, or `default` if the key is missing or null."""
+        """Return the value of `key`, an integer from 0 to `most`, or `default` if the key is missing or null."""
         value = self.whole(key, default)
         if value > most:
             raise ValueError(f"config.json has {key} = {value}; supported are 0 to {most}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return the boolean of a key, or `default` if the key is missing or null."""
+        """Return the value of `key`, a boolean, or `default` if the key is missing or null."""
         value = self.raw.get(key)
         if value is not None and not isinstance(value, bool):
             raise ValueError(f"config.json has {key} = {value!r}; allowed are true and false")
         return default if value is None else value
 
     def items(self, key: str, kind: type[str] | type[int]) -> list[Any]:
-        """Return the list of strings or integers of a key; empty if the key is missing or null."""
+        """Return the value of `key`, a list with items of type `kind`; empty if the key is missing or null."""
         values = self.raw.get(key)
         if values is None:
             return []

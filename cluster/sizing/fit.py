@@ -4,7 +4,8 @@ Memory is counted to the byte, and the time of a step is estimated. Three rules 
 
 - A backbone is one GPU, whose memory holds the backbone's weights and the state of the backbone's requests.
 - One home of every expert still fits on the expert GPUs when any one of these GPUs is lost.
-- A step takes no longer than the time allowed between tokens, of which TRANSFER_SHARE is kept for transfers.
+- A step and its transfers take no longer than the time allowed between tokens; TRANSFER_SHARE of this time is kept for
+  the transfers.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from cluster.sizing.weight_formats import Dtype
 GIB = 2**30
 USABLE = 0.9  # Share of a GPU's memory that is planned for; the rest is for activations, kernels and fragmentation.
 SAVED_SHARE = 0.25  # Share of the state memory for state checkpoints, from which later prompts start.
-MARGIN = 1.1  # Memory for experts in relation to their size: experts cannot be cut, and hot experts need more homes.
+MARGIN = 1.1  # Memory for experts divided by their size: experts cannot be split, and hot experts need more homes.
 PAGE = 16  # Tokens in one page of KV.
 TRANSFER_SHARE = 0.2  # Share of the time between tokens that is kept for transfers.
-DRAFT_TOKENS = 4  # Most tokens that are drafted at once for a request.
-UNREAD_TOKENS = 128  # Most tokens of a request that the MTP module has not read yet.
+DRAFT_TOKENS = 4  # Maximum number of tokens that are drafted at once for a request.
+UNREAD_TOKENS = 128  # Maximum number of tokens of a request that the MTP module has not read yet.
 MAX_REQUESTS = 100_000
-NUM_HOMES = 2  # Homes of every expert for full cover.
+NUM_HOMES = 2  # Number of homes that every expert needs for full cover.
 
 
 @dataclass(frozen=True)
 class Slo:
     """An `Slo` states what a deployment must serve.
 
-    - `num_requests`: the number of requests at once.
+    - `num_requests`: the number of requests that decode at the same time.
     - `context_len`: the context of each request, in tokens.
     - `itl_ms`: the time between two tokens of a request, in milliseconds.
     - `min_backbones`: the minimum number of backbones.
@@ -80,7 +81,7 @@ class Fit:
 
     @property
     def why_not(self) -> str | None:
-        """Return the reason why the model does not fit the GPU or the SLO, without a full stop; None if it fits."""
+        """Return why the model does not fit the GPU or the SLO, without a final full stop; None if the model fits."""
         gpu, slo = self.gpu.name, self.slo
         if self.max_requests < 1:
             needed = self.weight_bytes + whole_gib(self.request_bytes / (1 - SAVED_SHARE))
@@ -90,12 +91,12 @@ class Fit:
                 "for them"
             )
         if self.fewest_shards is None:
-            return f"an expert takes {self.largest_expert / GB:.1f} GB, and {gpu} has no memory for three"
+            return f"an expert takes {self.largest_expert / GB:.1f} GB, and {gpu} has no memory for three experts"
         if self.fleet is None:
             num_calls = len(self.model.experts.main_layers)
             return (
-                f"no number of {gpu} decodes a token every {slo.itl_ms:g} ms in {self.dtype}: the fastest would take "
-                f"{self.fastest_ms:.1f} ms, with {num_calls} calls to shards of {slo.call_ms:g} ms"
+                f"no number of {gpu} decodes a token every {slo.itl_ms:g} ms in {self.dtype}: the fastest fleet would "
+                f"take {self.fastest_ms:.1f} ms, with {num_calls} calls to shards of {slo.call_ms:g} ms"
             )
         return None
 
@@ -113,7 +114,7 @@ class Fit:
 
     @property
     def kv_bytes(self) -> int:
-        """Return the bytes of a request's pages of KV, those of the MTP module included."""
+        """Return the bytes of a request's KV pages, including the KV pages of the MTP module."""
         state = self.model.state
         return ceil(self.slo.context_len / PAGE) * PAGE * (state.kv_bytes + state.mtp_kv_bytes)
 
@@ -121,8 +122,8 @@ class Fit:
     def draft_bytes(self) -> int:
         """Return the bytes that a request needs for drafts, in addition to its state; 0 without an MTP module.
 
-        The bytes hold the hidden vectors that the MTP module has not read yet, and the numbers with which recurrent
-        layers advance over the accepted drafts. Both are fp32.
+        The bytes hold two groups of fp32 numbers: the hidden vectors that the MTP module has not read yet, and the
+        numbers with which recurrent layers advance over the accepted drafts.
         """
         if not self.model.has_mtp:
             return 0
@@ -135,18 +136,18 @@ class Fit:
 
     @cached_property
     def max_requests(self) -> int:
-        """Return the most requests whose state fits in the memory of one backbone."""
+        """Return the maximum number of requests whose state fits in the memory of one backbone."""
         state_bytes = (self.usable_bytes - self.weight_bytes) // GIB * GIB
         return max(0, int(state_bytes * (1 - SAVED_SHARE)) // self.request_bytes)
 
     @property
     def fewest_backbones(self) -> int:
-        """Return the fewest backbones that hold the state of all requests, and at least `min_backbones`."""
+        """Return how many backbones the state of all requests needs, or `min_backbones` if this number is larger."""
         return max(self.slo.min_backbones, ceil(self.slo.num_requests / self.max_requests))
 
     @cached_property
     def experts_bytes(self) -> int:
-        """Return the bytes of one home of every expert."""
+        """Return the bytes of all experts together, with one home each."""
         return sum(spec.num_experts * spec.expert_bytes for spec in self.model.layer_specs(self.dtype))
 
     @cached_property
@@ -156,14 +157,14 @@ class Fit:
 
     @property
     def shard_bytes(self) -> int:
-        """Return the bytes for experts on one GPU: at most all experts, and one free slot for moves."""
+        """Return the bytes for experts on one GPU, up to the bytes of all experts and one free slot for moves."""
         return min(self.usable_bytes, whole_gib(self.experts_bytes + self.largest_expert))
 
     @property
     def min_filled_bytes(self) -> int:
-        """Return the bytes of experts that one of many shards holds at least.
+        """Return the minimum bytes of experts on a shard if the shards hold as many experts as possible.
 
-        One slot stays free for moves, and less than the bytes of one expert are left over.
+        One slot stays free for moves. Because experts cannot be split, less than the bytes of one expert stay unused.
         """
         return self.shard_bytes - 2 * self.largest_expert
 
@@ -174,7 +175,7 @@ class Fit:
 
     @cached_property
     def fewest_shards(self) -> int | None:
-        """Return the fewest shards that memory allows; None if a shard has memory for less than three experts.
+        """Return the minimum number of shards for the experts' memory; None if a shard has no memory for three experts.
 
         One home of every expert must fit when any one shard is lost. With all shards, MARGIN times as many bytes must
         fit, for more homes of hot experts.
@@ -189,7 +190,8 @@ class Fit:
     def has_device_cover(self, num_shards: int) -> bool:
         """Return True if two homes of every expert fit in device memory, also after the loss of one of the shards.
 
-        If each of two shards can hold every expert, one home of every expert is left after a loss; that counts as True.
+        The result is also True if one shard can hold every expert. Two such shards are enough, although one home of
+        every expert is left when one of the two shards is lost.
         """
         return self.holds_all_experts or (num_shards - 1) * self.min_filled_bytes >= NUM_HOMES * self.experts_bytes
 
@@ -197,7 +199,7 @@ class Fit:
 
     @cached_property
     def costs(self) -> StepCosts:
-        """Return the estimated times of the parts of a step."""
+        """Return the estimates of how long each part of a step takes."""
         return StepCosts(self.model, self.gpu, self.dtype, self.slo.call_ms)
 
     @property
@@ -206,11 +208,11 @@ class Fit:
         return (1 - TRANSFER_SHARE) * self.slo.itl_ms
 
     def batch(self, num_backbones: int) -> int:
-        """Return the number of requests of the backbone that has the most."""
+        """Return the number of requests on the fullest of `num_backbones` backbones."""
         return ceil(self.slo.num_requests / num_backbones)
 
     def step_parts_ms(self, num_backbones: int, num_shards: int) -> dict[str, float]:
-        """Return the milliseconds of each part of a step: layer calls, backbone and experts."""
+        """Return the time of each part of a step in milliseconds: layer calls, backbone and experts."""
         batch = self.batch(num_backbones)
         return {
             "calls": self.costs.calls_ms,
@@ -219,14 +221,14 @@ class Fit:
         }
 
     def is_fast(self, num_backbones: int, num_shards: int) -> bool:
-        """Return True if a step of so many backbones and shards stays within the limit."""
+        """Return True if a step of `num_backbones` backbones and `num_shards` shards stays within `step_limit_ms`."""
         return sum(self.step_parts_ms(num_backbones, num_shards).values()) <= self.step_limit_ms
 
     @cached_property
     def fleet(self) -> tuple[int, int] | None:
         """Return the numbers of backbones and shards with the fewest GPUs in total; None if no numbers are fast enough.
 
-        Among several choices with the same total, the one with the fewest backbones is returned.
+        Among several choices with the same total, the choice with the fewest backbones is returned.
         """
         assert self.fewest_shards is not None
         best = None
@@ -241,7 +243,7 @@ class Fit:
         return best
 
     def _search_shards(self, num_backbones: int, least: int) -> int | None:
-        """Return the fewest shards, at least `least`, that are fast enough; None if there are none (binary search)."""
+        """Return, by binary search, the smallest fast enough number of shards from `least` up; None if no number is."""
         low, high = least, max(least, self.costs.max_useful_shards(num_backbones, self.batch(num_backbones)))
         if not self.is_fast(num_backbones, high):
             return None
@@ -252,5 +254,5 @@ class Fit:
 
     @property
     def fastest_ms(self) -> float:
-        """Return the shortest possible time between tokens in milliseconds, with as many GPUs as are of use."""
+        """Return the shortest possible time between tokens in milliseconds, with any number of GPUs."""
         return self.costs.fastest_ms(self.slo.context_len) / (1 - TRANSFER_SHARE)

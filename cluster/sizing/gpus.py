@@ -11,8 +11,8 @@ GB = 10**9
 class Gpu:
     """A `Gpu` holds the figures of one kind of GPU.
 
-    - `memory_bytes` counts a gigabyte as 10**9 bytes, which errs on the safe side. The B200 has 192 GB, of which a
-      board leaves 180 GB to programs.
+    - `memory_bytes` counts a gigabyte as 10**9 bytes, which is the more cautious assumption. The B200 has 192 GB, of
+      which a board leaves 180 GB to programs.
     - `bf16_flops` and `fp8_flops` are dense FLOP/s. `fp8_flops` is None if the GPU must widen 8-bit weights before it
       multiplies them.
     """
@@ -38,7 +38,7 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu:
-    """Return the GPU called `name` in any case; raise ValueError with all names if there is none."""
+    """Return the GPU called `name`, ignoring case; raise ValueError with all names if no GPU is called so."""
     if name.lower() not in GPUS:
         raise ValueError(f"there is no GPU {name!r} to size for; allowed are {', '.join(GPUS)}")
     return GPUS[name.lower()]

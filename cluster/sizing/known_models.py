@@ -1,6 +1,6 @@
 """Known models are the public models that can be sized by name.
 
-`cluster/sizing/configs` holds, for each model, the keys of its config from which sizes follow.
+For each known model, `cluster/sizing/configs` has a file with the keys of the model's config that determine its sizes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def known_models() -> tuple[str, ...]:
-    """Return the names of the models' repositories."""
+    """Return the repository names of all known models, sorted."""
     return tuple(path.stem for path in sorted(CONFIGS.glob("*.json")))
 
 
 def find_model(part: str) -> str:
-    """Return the known model whose name contains `part` in any case; raise ValueError if there is not exactly one."""
+    """Return the known model whose name contains `part`, ignoring case; raise ValueError unless exactly one matches."""
     models = known_models()
     found = [model for model in models if part.lower() in model.lower()] if part else []
     if len(found) == 1:
@@ -29,6 +29,6 @@ def find_model(part: str) -> str:
 
 
 def known_config(part: str) -> dict[str, Any]:
-    """Return the config of the known model whose name contains `part`, as `find_model` does."""
+    """Return the config of the known model that `find_model` finds for `part`."""
     config: dict[str, Any] = json.loads((CONFIGS / f"{find_model(part)}.json").read_text())
     return config

@@ -1,10 +1,13 @@
-"""Model configs are the public `config.json` files that tell the sizes of a model.
+"""Model configs are public `config.json` files, from which `model_sizes` computes the sizes of a model.
 
 The model types `nemotron_h`, `deepseek_v3` and `qwen3_next` are supported.
 
-Where a config says nothing, two things are assumed. Linear maps have no bias. The checkpoint contains an MTP module,
-which drafts tokens, if the config has a key that asks for one. A Qwen3-Next config has no such key, and the checkpoint
-of Qwen3-Coder-Next is believed to contain no MTP module, so there is none unless `num_nextn_predict_layers` is set.
+Two things are assumed, because configs do not state them:
+
+- Linear maps have no bias.
+- The checkpoint contains an MTP module, which drafts tokens, only if `num_nextn_predict_layers` is set in the config.
+  Public Qwen3-Next configs do not set this key, and the checkpoint of Qwen3-Coder-Next is believed to contain no MTP
+  module.
 
 Legend: D hidden, L expert input, M expert width, E experts, K taps of a convolution.
 """
@@ -30,7 +33,7 @@ LETTERS = {
 def model_sizes(raw: Mapping[str, Any]) -> ModelSizes:
     """Return the sizes of the model that a parsed `config.json` describes.
 
-    Raises ValueError with the key if a key is missing or its value is not allowed.
+    Raises ValueError that names the key if a key is missing or has a value that is not allowed.
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -148,7 +151,7 @@ def _nemotron_layers(keys: ConfigKeys, pattern: str) -> list[Matrices]:
             Matrices("mixers", "mixer_out", hidden, inner, num),
             Matrices("mixers", "conv", conv, taps, num),
             _vector("mixers", conv, num if keys.flag("use_conv_bias", True) else 0),
-            _vector("mixers", heads, 3 * num),  # A, D and the bias of Δ.
+            _vector("mixers", heads, 3 * num),  # The vectors A and D, and the bias of Δ.
             _vector("norms", inner, num),
         ]
     if num := pattern.count("*"):
@@ -228,7 +231,7 @@ def _mla(keys: ConfigKeys, num: int) -> list[Matrices]:
 
 
 def _gated(part: str, role: str, hidden: int, width: int, num: int) -> list[Matrices]:
-    """Return the three matrices of each of `num` gated MLPs."""
+    """Return the gate, up and down matrices of `num` gated MLPs."""
     up, down = (f"{role}_up", f"{role}_down") if role == "shared" else (role, role)
     return [Matrices(part, up, width, hidden, 2 * num), Matrices(part, down, hidden, width, num)]
 
@@ -293,7 +296,7 @@ def _qwen(keys: ConfigKeys) -> Family:
 
 
 def _qwen_kinds(keys: ConfigKeys, num_layers: int) -> list[str]:
-    """Return the kind of each layer, linear_attention or full_attention, from the config's list or its interval."""
+    """Return each layer's kind, linear_attention or full_attention, from the list or the interval in the config."""
     kinds = keys.items("layer_types", str)
     if not kinds:
         interval = keys.whole("full_attention_interval", 4) or 4

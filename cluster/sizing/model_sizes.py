@@ -1,10 +1,11 @@
 """Model sizes describe a model in numbers: its weights by part, the state of a request, and the shapes of its experts.
 
-`cluster/sizing/model_configs.py` reads them from a `config.json`. Some of the parts are:
+`cluster/sizing/model_configs.py` computes model sizes from a `config.json`. Some of the parts are:
 
 - mixers: attention, Mamba-2 and DeltaNet layers.
 - latent: the projections to and from the width in which Nemotron's experts work.
-- copies: the second embedding and head that DeepSeek's checkpoints contain for the MTP module. No device needs them.
+- copies: the second embedding and head that DeepSeek's checkpoints contain for the MTP module. No device needs the
+  copies.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ KV_BYTES = 2  # Bytes of one number of KV or of a convolution's inputs (bf16).
 
 @dataclass(frozen=True)
 class Matrices:
-    """`Matrices` are `count` equal matrices of one part of a model; a vector is a matrix with one column.
+    """`Matrices` are `count` matrices of one part and one shape in a model; a vector is a matrix with one column.
 
-    The role decides how the matrices are quantized, if at all.
+    The `role` determines whether and how the matrices are quantized.
     """
 
     part: str
@@ -50,8 +51,8 @@ class Matrices:
 class ExpertSizes:
     """`ExpertSizes` describe the routed experts of a model.
 
-    `layers` are the layers with routed experts, those of the MTP module last. One expert consists of `num_matrices`
-    matrices of `input_dim` by `width` numbers.
+    `layers` are the layers with routed experts; the layers of the MTP module come last. One expert consists of
+    `num_matrices` matrices of `input_dim` by `width` numbers.
     """
 
     layers: tuple[int, ...]
@@ -69,7 +70,7 @@ class ExpertSizes:
 
     @property
     def main_layers(self) -> tuple[int, ...]:
-        """Return the layers with routed experts except those of the MTP module."""
+        """Return the layers with routed experts, without the layers of the MTP module."""
         return self.layers[: len(self.layers) - self.num_mtp_layers]
 
 
@@ -100,16 +101,16 @@ class StateSizes:
 
     @property
     def sequence_bytes(self) -> int:
-        """Return the bytes of the state that does not grow with the sequence."""
+        """Return the bytes of the part of the state that does not grow with the sequence."""
         return STATE_BYTES * self.recurrent + KV_BYTES * self.conv
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """`ModelSizes` describe a model in numbers, as its config gives them.
+    """`ModelSizes` describe a model in numbers that follow from its config.
 
-    Methods that return bytes count them as in a public checkpoint in `dtype`. `counts` is known only for the dtypes
-    whose quantized matrices are listed in the config.
+    Methods that return bytes assume the weight formats of a public checkpoint in `dtype`. `counts` has an entry only
+    for dtypes whose quantized matrices are listed in the config.
     """
 
     model_type: str
@@ -118,7 +119,7 @@ class ModelSizes:
     matrices: tuple[Matrices, ...]
     experts: ExpertSizes
     state: StateSizes
-    counts: Mapping[Dtype, Counts]  # Numbers of quantized matrices, by dtype.
+    counts: Mapping[Dtype, Counts]  # Numbers of quantized matrices by dtype, role and format.
 
     @property
     def has_mtp(self) -> bool:
@@ -132,11 +133,11 @@ class ModelSizes:
 
     @property
     def num_params(self) -> int:
-        """Return the number of parameters without those of the MTP module."""
+        """Return the number of parameters of the model without the MTP module."""
         return sum(num for part, num in self.params.items() if not part.startswith("mtp "))
 
     def stored(self, dtype: Dtype) -> dict[str, int]:
-        """Return the bytes of each part in the checkpoint, with the parts of `params`."""
+        """Return the bytes of each part in the checkpoint; the parts are named as in `params`."""
         return self._by_part(lambda one: self._nbytes(one, dtype))
 
     def backbone_bytes(self, dtype: Dtype) -> int:
@@ -149,13 +150,13 @@ class ModelSizes:
     def step_bytes(self, dtype: Dtype) -> int:
         """Return the bytes of the backbone's weights that one decode step without drafts reads.
 
-        Of the embedding, a step reads only single rows, which are not counted.
+        The embedding is not counted, because a step reads only single rows of the embedding.
         """
         return sum(self._held(one, dtype) for one in self._step)
 
     @property
     def step_params(self) -> int:
-        """Return the number of the backbone's parameters by which every token is multiplied."""
+        """Return the number of the backbone's parameters that a step multiplies with every token."""
         return sum(one.num_params for one in self._step)
 
     @property
@@ -166,7 +167,7 @@ class ModelSizes:
         return [one for one in self.matrices if one.part not in skipped and not one.is_mtp]
 
     def layer_specs(self, dtype: Dtype) -> tuple[LayerSpec, ...]:
-        """Return the layers of experts as the planner needs them, those of the MTP module last."""
+        """Return a `LayerSpec` for each layer with routed experts; the layers of the MTP module come last."""
         experts, num_main = self.experts, len(self.experts.main_layers)
         specs = []
         for i, layer in enumerate(experts.layers):
@@ -189,7 +190,7 @@ class ModelSizes:
     def _formats(self, one: Matrices, dtype: Dtype) -> Iterator[tuple[Format, int]]:
         """Yield each format that matrices of `one` are stored in, with the number of matrices in this format."""
         plain: Format = "fp32" if one.role == "fp32" else "bf16"
-        is_mtp_plain = self.model_type == "nemotron_h" or dtype == "nvfp4"  # The MTP module is not quantized.
+        is_mtp_plain = self.model_type == "nemotron_h" or dtype == "nvfp4"  # True if the MTP module is not quantized.
         left = one.count
         if not (one.is_mtp and is_mtp_plain):
             if dtype in self.counts:

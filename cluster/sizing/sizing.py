@@ -1,4 +1,4 @@
-"""A sizing says how many GPUs the deployment of a model needs, and what is on each of them.
+"""A sizing says how many GPUs the deployment of a model needs, and what is on each GPU.
 
 `size` is pure arithmetic on the model's config, a GPU and an `Slo`. Memory is exact: loaded weights are counted to the
 byte (`cluster/sizing/fit.py`). Times are estimates from data sheets (`cluster/sizing/step_time.py`). The estimates
@@ -18,7 +18,7 @@ from cluster.sizing.model_configs import model_sizes
 from cluster.sizing.step_time import BALANCE, unique_shards, wire_of
 from cluster.sizing.weight_formats import Dtype, dtype_of
 
-# Host memory of a pod for its processes, Ray and cached pages of the checkpoint. The numbers are assumptions.
+# Host memory of a pod in GiB for processes, Ray and cached pages of the checkpoint. The two numbers are assumptions.
 BACKBONE_POD_GIB, SHARD_POD_GIB = 32, 16
 
 
@@ -26,15 +26,15 @@ BACKBONE_POD_GIB, SHARD_POD_GIB = 32, 16
 class Sizing:
     """A `Sizing` is the result of `size`; Kubernetes manifests can be checked against it.
 
-    - `state_memory_bytes` is the `state_memory` of a backbone in the Serve config.
-    - `shard_memory_bytes` and `shard_host_bytes` are the `memory_budget` and the `host_budget` of a shard.
-    - `backbone_pod_memory_bytes` and `shard_pod_memory_bytes` are the host memory of a pod, a shard's host budget
-      included. These five numbers are whole GiB.
-    - `device_homes` is the number of an expert's homes on GPUs. If it is 1, every expert also has a standby in the host
-      memory of another shard, and `host_homes_bytes` are the bytes of all standbys.
+    - `state_memory_bytes` is the `state_memory` of a backbone in the Serve config, in whole GiB.
+    - `shard_memory_bytes` and `shard_host_bytes` are the `memory_budget` and `host_budget` of a shard, in whole GiB.
+    - `backbone_pod_memory_bytes` and `shard_pod_memory_bytes` are the host memory of a pod, in whole GiB; a shard's
+      host budget is included.
+    - `device_homes` is the number of an expert's homes on GPUs. If `device_homes` is 1, every expert also has a standby
+      in the host memory of another shard, and `host_homes_bytes` are the bytes of all standbys.
     - `kv_bytes_per_request` is the KV of `context_len` tokens in whole pages.
     - `unique_shards` is the expected number of shards that a token goes to in one layer, the only number with decimals.
-    - `wire_bytes_per_token` counts the rows and sums of all layers of experts except those of the MTP module.
+    - `wire_bytes_per_token` counts the rows and sums of all layers of experts except the layers of the MTP module.
     - `backbone_bits_per_s` and `shard_bits_per_s` are means of both directions together, while all requests decode.
     - `backbone_link_bits_per_s` and `shard_link_bits_per_s` are the speeds that a network card needs so that transfers
       take no more than their share of the time between tokens.
@@ -82,10 +82,11 @@ class Sizing:
 
 
 def size(config: Mapping[str, Any], gpu: Gpu, dtype: Dtype | None = None, slo: Slo | None = None) -> Sizing:
-    """Size a deployment of the model that a parsed `config.json` describes; `dtype` is the checkpoint's by default.
+    """Size a deployment of the model that a parsed `config.json` describes.
 
-    Raises ValueError if the config is not understood, if a backbone does not fit the GPU, or if no number of GPUs is
-    fast enough. In the last two cases the message names the GPUs that are large and fast enough.
+    `dtype` is by default the dtype of the checkpoint. Raises ValueError if the config is not supported, if a backbone
+    does not fit the GPU, or if no number of GPUs is fast enough. In the last two cases, the message names the GPUs that
+    are large and fast enough.
     """
     model, dtype, slo = model_sizes(config), dtype or dtype_of(config), slo or Slo()
     if model.max_context and slo.context_len > model.max_context:
@@ -146,14 +147,15 @@ def _reasons(fit: Fit, sizing: Sizing) -> Iterator[str]:
     )
     yield (
         f"Expert GPUs: {_why_shards(fit, sizing)}. The experts take {fit.experts_bytes / GB:.1f} GB, and a shard holds "
-        f"{fit.shard_bytes / GB:.1f} GB at most. The shards still hold one home of every expert when any one is lost."
+        f"{fit.shard_bytes / GB:.1f} GB at most. The shards still hold one home of every expert when any shard is lost."
     )
     if sizing.device_homes == 2:
-        yield "Homes: two of every expert fit on GPUs, also when one GPU is lost, so host memory holds no standbys."
+        yield "Homes: two homes of every expert fit on GPUs, also when a GPU is lost, so host memory holds no standbys."
     else:
         yield (
-            f"Homes: one of every expert is on a GPU, and a standby is in the host memory of another shard. Standbys "
-            f"take {sizing.shard_host_bytes // GIB} GiB on each shard, so that the others hold all when one is lost."
+            f"Homes: one home of every expert is on a GPU, and a standby is in the host memory of another shard. "
+            f"Standbys take {sizing.shard_host_bytes // GIB} GiB on each shard, so that all standbys fit on the other "
+            f"shards when one shard is lost."
         )
     step = ", ".join(f"{part} {us / 1e3:.1f}" for part, us in sizing.step_us.items())
     yield (

@@ -2,8 +2,8 @@
 
 Reading weights and state takes most of a decode step, so times follow from bytes and memory bandwidth. The time of the
 multiplications counts instead where it is longer (roofline model). Only BANDWIDTH_SHARE and FLOPS_SHARE of the figures
-on data sheets are assumed. Routing is assumed to be uniform, which touches the most experts; real picks touch fewer,
-but less evenly.
+on data sheets are assumed. Routing is assumed to be uniform, which touches the most experts; real picks touch fewer
+experts, but load the shards less evenly.
 
 Legend: E experts of a layer, K picks of a token, L expert input, P shards.
 """
@@ -18,15 +18,15 @@ from cluster.sizing.gpus import Gpu
 from cluster.sizing.model_sizes import STATE_BYTES, ModelSizes
 from cluster.sizing.weight_formats import Dtype
 
-BANDWIDTH_SHARE, FLOPS_SHARE = 0.6, 0.4  # The parts of a data sheet's bandwidth and FLOP/s that are reached.
+BANDWIDTH_SHARE, FLOPS_SHARE = 0.6, 0.4  # Assumed shares of a data sheet's bandwidth and FLOP/s.
 BALANCE = 0.8  # Balancedness of a batch's load on the shards if each row goes to the less busy of two homes.
 ROW_BYTES, SUM_BYTES = 2, 4  # Bytes of one number on the way to a shard (bf16) and back (int32).
 PICK_BYTES = 12  # Bytes of one pick in a message: the row, the expert and the weight.
-GRID_BYTES = 2  # Bytes of a row's grid in a message, which is the unit in which the row's sums are counted.
+GRID_BYTES = 2  # Bytes of a row's grid in a message. A row's sums are multiples of the row's grid.
 
 
 def unique_shards(num_experts: int, top_k: int, num_shards: int) -> float:
-    """Return the expected number of shards that hold the picks of a token, if each has an even part of the experts."""
+    """Return the expected number of shards that hold the picks of a token, if all shards hold equally many experts."""
     small, num_large = divmod(num_experts, num_shards)
     nowhere = sum(
         num * comb(num_experts - held, top_k)
@@ -45,7 +45,7 @@ def touched_experts(num_experts: int, top_k: int, num_rows: int) -> float:
 class Wire:
     """A `Wire` holds the bytes of one token on the way to the shards (`out`) and back (`back`).
 
-    Both numbers count all layers of experts except those of the MTP module.
+    `out` and `back` count all layers of experts except the layers of the MTP module.
     """
 
     out: int
@@ -57,7 +57,10 @@ class Wire:
 
 
 def wire_of(model: ModelSizes, num_shards: int) -> Wire:
-    """Return the bytes of one token in Expertmesh's messages: a row to each shard of its picks, and a sum from each."""
+    """Return the bytes of one token in Expertmesh's messages.
+
+    The token's row goes to each shard that computes a pick of the token, and each of these shards returns one sum.
+    """
     experts = model.experts
     shards = unique_shards(experts.num_experts, experts.top_k, num_shards)
     out = shards * (ROW_BYTES * experts.input_dim + GRID_BYTES) + PICK_BYTES * experts.top_k
@@ -76,11 +79,11 @@ class StepCosts:
 
     @property
     def calls_ms(self) -> float:
-        """Return the time of one layer call for each layer of experts, without the shards' computation."""
+        """Return the time of all layer calls of a step in milliseconds, without the shards' computation."""
         return self.call_ms * len(self.model.experts.main_layers)
 
     def backbone_ms(self, num_rows: int, context_len: int) -> float:
-        """Return the time of the backbone's part of a step for `num_rows` requests.
+        """Return the backbone's part of the time of a step with `num_rows` requests, in milliseconds.
 
         A step reads the weights once, and every request's KV and recurrent state; the recurrent state is also written
         back.
@@ -91,7 +94,9 @@ class StepCosts:
         return self._roofline_ms(num_bytes, 2.0 * num_rows * self._step_params)
 
     def experts_ms(self, num_backbones: int, num_rows: int, num_shards: int) -> float:
-        """Return the computing time of the busiest shard in one step of all backbones, which have `num_rows` rows each.
+        """Return the computing time in milliseconds of the busiest shard in one step of all backbones.
+
+        Each of the `num_backbones` backbones sends `num_rows` rows.
 
         The shard computes the calls of the backbones one after the other. If an expert has several homes, the calls of
         different backbones go to different homes. A shard that is called reads at least one expert.
@@ -103,11 +108,11 @@ class StepCosts:
         return len(experts.main_layers) * one_ms
 
     def max_useful_shards(self, num_backbones: int, num_rows: int) -> int:
-        """Return the number of shards beyond which more shards do not help: the busiest one computes a single pick."""
+        """Return the number of shards with which the busiest shard computes a single pick; more shards do not help."""
         return ceil(num_backbones * num_rows * self.model.experts.top_k / BALANCE)
 
     def fastest_ms(self, context_len: int) -> float:
-        """Return the shortest possible time of a step: one backbone per request, and as many shards as are of use."""
+        """Return the shortest possible step time in ms: one backbone per request, and `max_useful_shards` shards."""
         return self.calls_ms + self.backbone_ms(1, context_len) + self.experts_ms(1, 1, self.max_useful_shards(1, 1))
 
     @cached_property
@@ -123,6 +128,6 @@ class StepCosts:
         return self.model.layer_specs(self.dtype)[0].expert_bytes
 
     def _roofline_ms(self, num_bytes: float, flops: float) -> float:
-        """Return the longer of the times to read `num_bytes` and to compute `flops`, in milliseconds."""
+        """Return the time to read `num_bytes` or the time to compute `flops`, whichever is longer, in milliseconds."""
         fastest = self.gpu.bf16_flops if self.dtype == "bf16" else self.gpu.fp8_flops or self.gpu.bf16_flops
         return 1e3 * max(num_bytes / (BANDWIDTH_SHARE * self.gpu.bytes_per_s), flops / (FLOPS_SHARE * fastest))

@@ -4,11 +4,14 @@ Public checkpoints quantize the following matrices, by their role. Every matrix 
 embeddings, the head and convolutions are bf16 in all checkpoints.
 
 - Nemotron FP8: routed and shared experts and the Mamba projections. The MTP module is bf16 (assumed, as in NVFP4).
-- Nemotron NVFP4: routed experts in NVFP4, shared experts and Mamba projections in FP8, as in Ultra. Super and Nano
-  quantize only some of these matrices. The configs in `cluster/sizing/configs` count them, and so does the list of
-  modules in a real checkpoint's `quantization_config`. The MTP module is bf16, its routed experts included.
+- Nemotron NVFP4: routed experts in NVFP4, shared experts and Mamba projections in FP8, as in the Ultra checkpoint. The
+  Super and Nano checkpoints quantize only some of these matrices. The numbers of quantized matrices stand in
+  `cluster/sizing/configs`, or follow from the list of modules in a checkpoint's `quantization_config`. The MTP module
+  is bf16, its routed experts included.
 - DeepSeek-V3 FP8: every linear map, also in the MTP layer, except the router and `eh_proj`, with a scale for each block
-  of 128 × 128. Qwen3-Next FP8: likewise, except the small map to β and decay and the gate of the shared expert.
+  of 128 × 128.
+- Qwen3-Next FP8: every linear map, with a scale for each block of 128 × 128, except the router, the small map to β and
+  decay, and the gate of the shared expert.
 - DeepSeek-V3 and Qwen3-Next NVFP4: routed and shared experts and dense layers. This format is an assumption, because no
   such checkpoint was read.
 """
@@ -41,7 +44,7 @@ RECIPES: dict[tuple[str, Dtype], dict[str, Format]] = {
     ("qwen3_next", "fp8"): dict.fromkeys(LINEAR, "fp8_blocks"),
     ("qwen3_next", "nvfp4"): dict.fromkeys((*SHARED, "dense", "routed"), "nvfp4"),
 }
-ROLES = {  # The role of a matrix by the end of its module's name in Nemotron's checkpoints; the first that fits counts.
+ROLES = {  # Roles of matrices by the end of the module's name in Nemotron's checkpoints; the first match counts.
     "shared_experts.up_proj": "shared_up",
     "shared_experts.down_proj": "shared_down",
     "up_proj": "routed",
@@ -123,7 +126,7 @@ def _formats(counts: Mapping[Any, Any]) -> Mapping[str, int]:
 
 
 def _object(raw: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
-    """Return the JSON object of a key; empty if the key is missing or null."""
+    """Return the value of `key`, a JSON object; empty if the key is missing or null."""
     value = raw.get(key)
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"config.json has {key} = {value!r}; allowed is an object")
@@ -131,7 +134,7 @@ def _object(raw: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
 
 
 def _counted(layers: Iterable[tuple[str, Any]]) -> Counts:
-    """Return the number of quantized matrices by role and format, from the modules and entries of Model Optimizer."""
+    """Return the number of quantized matrices by role and format, from Model Optimizer's list of modules."""
     counts: dict[str, Counter[str]] = {}
     for module, entry in layers:
         role = next((role for ending, role in ROLES.items() if module.endswith(ending)), None)

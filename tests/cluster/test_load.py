@@ -54,7 +54,7 @@ def test_an_unknown_expert_is_our_mistake() -> None:
 
 
 def test_half_lives() -> None:
-    counts_WE = np.array([[10, 0], [0, 10]])  # The first window is an hour old, the second is new.
+    counts_WE = np.array([[10, 0], [0, 10]])  # The first window is an hour old, the second window is new.
     assert decayed_rate(counts_WE, [3600, 0], 10, half_life_s=3600).tolist() == pytest.approx([1 / 3, 2 / 3])
     load = expected_load(counts_WE, [3600, 0], 10)
     assert load.short_E.tolist() == pytest.approx([0, 1], abs=1e-6)
@@ -68,7 +68,7 @@ def test_a_steady_load_is_its_own_average() -> None:
 
 
 def test_few_samples_are_believed_less_than_many() -> None:
-    """Check that a load which doubles is believed if there are many picks, and taken for noise if there are few."""
+    """Check that a doubled load counts as a change if there are many picks, and as noise if there are few picks."""
     rng = np.random.default_rng(0)
     ages_s = [30.0 * age for age in range(240)]
 

@@ -22,7 +22,7 @@ def test_what_was_recorded_is_read_back() -> None:
     loads = trace.loads()
     np.testing.assert_allclose(loads[1].long_E, [1 / 3, 1 / 3, 1 / 3, 1.0], rtol=0.02)
     balance = trace.balancedness({1: (("a",), ("a",), ("b",), ("b", "c")), 3: (("a", "b", "c"),) * 2})
-    assert balance == pytest.approx({1: 1.0, 3: 1.0})  # In layer 1, each of a, b and c has 2 of 6 picks.
+    assert balance == pytest.approx({1: 1.0, 3: 1.0})  # In layer 1, each of the shards a, b and c has 2 of 6 picks.
 
 
 def test_a_line_that_was_cut_off_is_passed_over() -> None:

@@ -16,8 +16,9 @@ def least_maximum(
     """Return the least possible time of the slowest shard over all splits of the experts' rows.
 
     - `homes[e]` lists the shards that are homes of expert e.
-    - `cost_ES` is the time of all rows of each expert on each shard, or [E, 1] if all shards are equally fast.
-    - `busy_S` is the time that each shard has in any case, 0 by default.
+    - `cost_ES` is the time of all rows of each expert on each shard. The shape is [E, S], or [E, 1] if all shards are
+      equally fast.
+    - `busy_S` is the time that each shard needs for other work, 0 by default.
     """
     pairs = [(expert, home) for expert, expert_homes in enumerate(homes) for home in expert_homes]
     experts, shards = (np.array(column, np.int64) for column in zip(*pairs, strict=True))

@@ -1,4 +1,4 @@
-"""The tests compare coverage, computed with arrays, with simple loops."""
+"""The tests compare the array computations of coverage with simple loops."""
 
 from __future__ import annotations
 

@@ -164,7 +164,8 @@ def test_homes_by_shard() -> None:
 def random_target(rng: random.Random, num_shards: int, alive: list[int], num_experts: int, max_homes: int) -> Target:
     """Return random homes for all experts on the shards in `alive`, 2 to `max_homes` homes for each expert.
 
-    A third home goes only to a shard that holds no more than an even share of two homes per expert.
+    A shard gets the third home of an expert only if the shard holds no more experts than it would hold if two homes of
+    every expert were spread evenly.
     """
     most = -(-2 * num_experts // len(alive)) + 1
     taken = dict.fromkeys(alive, 0)

@@ -17,8 +17,8 @@ from tests.cluster.fleet import make_layers, make_shard
 from tests.cluster.placement.split_oracle import least_maximum
 
 SIZE = 2**20
-# The most by which a plan's time may exceed that of the best placement, as a factor. The fleets are so small that one
-# expert is a fifth of the load.
+# Maximum ratio of a plan's time to the time of the best placement. The fleets are so small that one expert is a fifth
+# of the load.
 WITHIN = 1.1
 ROWS_ONLY = CostModel(0.0, 0.0, 1.0)
 ALL_DEVICES = PlanPolicy(headroom=0)
@@ -51,7 +51,7 @@ def running(planned: Plan) -> Placement:
 
 
 def check(planned: Plan, layers: Sequence[LayerSpec], shards: Sequence[Shard], headroom: int = 0) -> None:
-    """Check what holds for every plan: homes on known shards only, none twice, budgets kept, and no blast radius."""
+    """Check that a plan uses only known shards, has no home twice, keeps all budgets and leaves no blast radius."""
     placement = running(planned)  # A placement asserts that no expert has the same home twice.
     sizes = {spec.layer: spec.expert_bytes for spec in layers}
     shard_of = {shard.id: shard for shard in shards}
@@ -140,9 +140,9 @@ def test_homes_are_on_two_nodes(nodes: int) -> None:
 
 
 def tiny_optimum(weights: Sequence[float], num_shards: int, slots: int) -> float:
-    """Return the least load of the fullest shard over all ways to give every expert at least one home.
+    """Return the lowest load that the most loaded shard can have if every expert has one home or more.
 
-    No shard has more than `slots` homes.
+    The function tries all placements with at most `slots` homes on each shard.
     """
     choices = [c for n in range(1, num_shards + 1) for c in itertools.combinations(range(num_shards), n)]
     best = np.inf
@@ -181,7 +181,7 @@ def test_predicted_times_are_those_of_the_linear_programme(seed: int) -> None:
         homes = [[int(id[1:]) for id in ids] for ids in planned.homes[0]]
         best_s = least_maximum(homes, mean_E[:, None], 8) / mean_E.sum() * ALL_DEVICES.rows_per_step * 1e-6
         assert best_s * 0.999 <= planned.predicted_s_after <= best_s * 1.003
-        assert planned.predicted_s_after * 8 >= ALL_DEVICES.rows_per_step * 1e-6  # The mean is a lower bound.
+        assert planned.predicted_s_after * 8 >= ALL_DEVICES.rows_per_step * 1e-6  # The mean time is a lower bound.
         load = drifted(load, step)
         planned = plan(layers, shards, running(planned), load, ALL_DEVICES)
 
@@ -203,7 +203,7 @@ def test_a_lost_shard_costs_no_cover_and_the_rest_stays_where_it_is() -> None:
     shards = make_fleet(8, slots=40)
     load = skewed(layers)
     before = plan(layers, shards, None, load)
-    assert max(before.blast_radius_before.values()) == 0  # No shard holds an expert, so none can be lost.
+    assert max(before.blast_radius_before.values()) == 0  # No shard holds an expert yet, so no expert can be lost.
     after = plan(layers, shards[:3] + shards[4:], running(before), load, PlanPolicy(min_gain=1.0))
     assert (after.cover_before, after.cover_after) == (1, 2)
     assert max(after.blast_radius_before.values()) > 0

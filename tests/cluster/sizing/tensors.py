@@ -1,8 +1,8 @@
-"""The generators list the tensors of public checkpoints by name and shape; they are the oracle of model sizes.
+"""The generators list the tensors of public checkpoints by name and shape, as an oracle for model sizes.
 
-The names and shapes are those of model cards and loaders, and shapes are written out in numbers. A tensor is fp32 if
-its name ends as in FP32, else bf16. The functions whose names end in `_bytes` return the bytes of a tensor in a
-quantized checkpoint, which follow from its name and shape alone.
+Names and shapes are taken from model cards and loaders, and shapes are written out in numbers. A tensor is fp32 if its
+name ends with an entry of FP32, else bf16. The functions whose names end in `_bytes` compute the bytes of a tensor in a
+quantized checkpoint from the tensor's name and shape alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _nemotron(
     """Yield the tensors of a Nemotron checkpoint.
 
     - `mamba`: the rows of in_proj, d_inner, conv_dim and the number of heads.
-    - `attention`: the rows of the query projection, and those of the key and value projections.
+    - `attention`: the rows of the query projection, and the rows of the key projection or the value projection.
     - `moe`: the number of experts, the latent width (0: none), the expert's width, and the shared expert's width.
     """
     rows, inner, conv, heads = mamba
@@ -173,7 +173,7 @@ def plain_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 
 def fp8_bytes(shape: tuple[int, ...]) -> int:
-    """Return the bytes of an FP8 tensor: one byte per number, and two fp32 scales, of the weight and of the input."""
+    """Return the bytes of an FP8 tensor: one byte per number, and two fp32 scales for the weight and the input."""
     return prod(shape) + 4 + 4
 
 
@@ -189,9 +189,9 @@ def nvfp4_bytes(shape: tuple[int, ...]) -> int:
 
 
 def super_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes of a tensor in the mix of formats of the public NVFP4 checkpoint.
+    """Return the bytes of a tensor in the public NVFP4 checkpoint of Nemotron 3 Super, which mixes formats.
 
-    If only the number of quantized layers is known, the first layers are taken for them.
+    If only the number of quantized layers is known, the first layers count as quantized.
     """
     if name.startswith("mtp."):
         return plain_bytes(name, shape)
@@ -218,10 +218,10 @@ def super_fp8_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 
 def nano_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes of a tensor in the public NVFP4 checkpoint.
+    """Return the bytes of a tensor in the public NVFP4 checkpoint of Nemotron 3 Nano.
 
-    Quantized is everything except the head, attention, convolutions, routers, and the six Mamba layers that precede an
-    attention layer.
+    The checkpoint quantizes everything except the head, attention, convolutions, routers, and the six Mamba layers that
+    precede an attention layer.
     """
     is_kept = any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "conv1d", "norm"))
     before = any(f".layers.{layer}." in name for layer in (4, 11, 18, 25, 32, 41))

@@ -123,7 +123,7 @@ def test_layers_of_experts_are_numbered_as_in_the_model() -> None:
     layers = model_sizes(known_config("super")).experts.layers
     assert layers[:4] == (1, 3, 5, 8)
     assert len(layers) == 41
-    assert layers[-1] == 88 + 1  # This is the second layer of the MTP module.
+    assert layers[-1] == 88 + 1  # The second layer of the MTP module comes last.
     assert model_sizes(known_config("deepseek-v3")).experts.layers == tuple(range(3, 62))
 
 
@@ -140,7 +140,7 @@ def test_the_mtp_modules_experts_are_quantized_where_public_checkpoints_have_it(
 def test_the_backbone_and_the_experts_are_the_checkpoint(name: str, dtype: Dtype) -> None:
     """Check that backbone and experts together have the bytes of the checkpoint, with two exceptions.
 
-    Routers are widened on the device, and copies stay on disk.
+    Routers are widened to fp32 on the device, and copies stay on disk.
     """
     sizes = model_sizes(known_config(name))
     stored = sizes.stored(dtype)
@@ -194,7 +194,7 @@ def test_the_list_of_a_quantized_checkpoint_is_counted() -> None:
     listed, plain = model_sizes(config), model_sizes(TINY)
     in_proj, out_proj = (8 * 64 + (8 * 64 + 2 * 2 * 64) + 8) * 256, 256 * 8 * 64
     more = sum(listed.stored("nvfp4").values()) - sum(plain.stored("nvfp4").values())
-    assert more == in_proj + out_proj - 16  # One byte per weight more than FP8, less FP8's scales.
+    assert more == in_proj + out_proj - 16  # bf16 takes one byte per weight more than FP8, but has no scales.
     assert listed.stored("bf16") == plain.stored("bf16")
 
 
@@ -306,7 +306,7 @@ def test_a_name_is_one_model_or_a_sentence_with_all() -> None:
 
 
 def error_message(config: Config) -> str:
-    """Return the error message for a config; empty if the config can be sized."""
+    """Return the message of the error that `config` raises; empty if the config can be sized."""
     try:
         sizes, _ = model_sizes(config), dtype_of(config)
         return "" if all(sum(sizes.stored(dtype).values()) > 0 for dtype in DTYPES) else "It has no bytes.\n"

@@ -1,4 +1,4 @@
-"""The tests show that a sizing suffices, that fewer GPUs do not, and that a harder SLO never needs fewer GPUs."""
+"""The tests show that a sizing suffices, that fewer GPUs do not suffice, and that a harder SLO never needs fewer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cluster.topology import LayerSpec, Shard
 from tests.cluster.sizing.test_model_sizes import TINY
 
 H200 = GPUS["h200"]
-SLOW = Slo(itl_ms=10_000.0)  # With so much time, memory alone decides.
+SLOW = Slo(itl_ms=10_000.0)  # With so much time between tokens, memory alone decides.
 NUM_HOMES = 2
 
 
@@ -94,7 +94,8 @@ def test_a_batch_touches_as_many_experts_as_random_ones_do() -> None:
 def test_the_wire_carries_a_row_and_a_sum_for_each_shard(name: str, row_and_sum_bf16: int) -> None:
     """Check the bytes of a token on the wire.
 
-    A number of a sum takes 4 bytes here, while the figures count 2: the order of sums must not change a token.
+    Each number of a sum takes 4 bytes on the wire, so that the order of additions cannot change a token. The figures in
+    `row_and_sum_bf16` count only 2 bytes.
     """
     sizes = model_sizes(known_config(name))
     assert 2 * 2 * sizes.experts.input_dim == row_and_sum_bf16
@@ -232,7 +233,7 @@ def test_a_step_reads_what_it_must() -> None:
     experts = 23 * 6 * 19_955_712 / (0.8 * 2)
     assert costs.experts_ms(1, 1, 2) == pytest.approx(1e3 * experts / (0.6 * 4.8e12), rel=0.001)
     assert costs.experts_ms(3, 1, 2) == pytest.approx(3 * costs.experts_ms(1, 1, 2))
-    one = 23 * 19_955_712  # A shard reads one expert of each layer at least, however many shards there are.
+    one = 23 * 19_955_712  # The busiest shard reads at least one expert of each layer, even with many shards.
     assert costs.experts_ms(1, 1, 500) == pytest.approx(1e3 * one / (0.6 * 4.8e12), rel=0.001)
     assert costs.experts_ms(1, 1, 7) == pytest.approx(6 / 5.6 * costs.experts_ms(1, 1, 500))
     assert costs.experts_ms(4, 9, costs.max_useful_shards(4, 9)) == pytest.approx(costs.experts_ms(1, 1, 500))
@@ -244,7 +245,7 @@ def test_what_no_number_of_gpus_can_do_is_one_sentence() -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         size(known_config("super"), H200, "bf16", Slo(itl_ms=10.0))
     sentence = str(caught.value)
-    assert sentence.startswith("no number of h200 decodes a token every 10 ms in bf16: the fastest would take ")
+    assert sentence.startswith("no number of h200 decodes a token every 10 ms in bf16: the fastest fleet would take ")
     assert sentence.endswith("with 40 calls to shards of 0.4 ms; none of l4, l40s, a100, h100, h200, b200 is enough")
     fastest = float(sentence.split("would take ")[1].split(" ms")[0])
     size(known_config("super"), H200, "bf16", Slo(itl_ms=fastest + 0.1))
@@ -350,5 +351,5 @@ def test_a_gpu_is_known_by_name() -> None:
 
 def test_experts_that_are_too_large_are_one_sentence() -> None:
     tiny, one = Gpu("tiny", 4 * GB, 1e12, 1e12, None), replace(SLOW, num_requests=1, context_len=1)
-    with pytest.raises(ValueError, match=r"^an expert takes 2\.0 GB, and tiny has no memory for three; l4 or "):
+    with pytest.raises(ValueError, match=r"^an expert takes 2\.0 GB, and tiny has no memory for three experts; l4 or "):
         size({**LARGE, "moe_intermediate_size": 60_000}, tiny, slo=one)
