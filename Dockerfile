@@ -8,8 +8,8 @@ FROM python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
-# The stages wheels-cpu and wheels-gpu build the packages that PyPI has only as source. These are the fused kernels,
-# which need the CUDA compiler. An image for CPUs needs none of them.
+# The stages wheels-cpu and wheels-gpu build the packages that PyPI has only as source. The only such packages are the
+# fused kernels, which need the CUDA compiler. An image for CPUs needs no fused kernels.
 FROM python AS wheels-cpu
 RUN mkdir /wheels
 
@@ -30,11 +30,11 @@ FROM wheels-${ACCELERATOR} AS wheels
 
 FROM python AS runtime
 ARG ACCELERATOR
-# Package index for torch. Empty: the CPU builds of PyTorch's own index, or for GPUs the builds of PyPI, which bring the
-# CUDA libraries along.
+# Package index for torch. If empty, an image for CPUs takes torch from PyTorch's own index, and an image for GPUs takes
+# torch with the CUDA libraries from PyPI.
 ARG TORCH_INDEX_URL=""
 # KubeRay's readiness probe of a worker runs wget in bash. The version of wget is not pinned, because Debian keeps only
-# the newest one.
+# the newest version.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
@@ -58,7 +58,7 @@ COPY services services
 RUN pip install --no-deps --editable .
 
 # Settings for a Ray that KubeRay starts. `expertmesh up` makes the same settings, and services/cli/main.py gives the
-# reasons. TOKENIZERS_PARALLELISM is no secret, although hadolint takes it for one: it concerns the tokenizers' threads.
+# reasons. hadolint takes TOKENIZERS_PARALLELISM for a secret, but the variable only concerns threads.
 # hadolint ignore=DL3064
 ENV PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \

@@ -1,11 +1,11 @@
-# Everything that a developer or a user does goes through this file. CI calls `make test`.
+# Developers and users need only the targets in this file. CI calls `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CODE := model cluster protos services tests benchmarks
-# A stamp file is newer than pyproject.toml if the packages that the stamp stands for are installed. `make up` needs the
-# first stamp. The second stamp adds the tools and schemas that only tests, linters and benchmarks need.
+# Each stamp file records that a set of packages was installed after the last change of pyproject.toml. `make up` needs
+# the first stamp. The second stamp adds the tools and schemas that only tests, linters and benchmarks need.
 RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
 

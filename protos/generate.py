@@ -43,7 +43,7 @@ def tool_python() -> Path:
 
 
 def generate(out: Path) -> None:
-    """Write the files that `generated_files` lists under `out`; raise CalledProcessError if protoc rejects a file."""
+    """Write the files of `generated_files` to the folder `out`; raise CalledProcessError if protoc rejects a file."""
     targets = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
     command: list[str | Path] = [tool_python(), "-m", "grpc_tools.protoc", f"-I{ROOT}", *targets, *proto_files()]
     subprocess.run(command, check=True, cwd=ROOT)

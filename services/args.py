@@ -195,7 +195,7 @@ class AppArgs(BaseModel):
         )
 
     def context(self, family: ModelFamily) -> int:
-        """Return the maximum number of tokens of a request; raise ValueError if the model does not allow as many."""
+        """Return the maximum number of tokens of a request; raise ValueError if `max_model_len` is too large."""
         longest = family.config.max_position_embeddings
         if self.max_model_len and self.max_model_len > longest:
             raise ValueError(f"max_model_len is {self.max_model_len}; the model allows up to {longest}")

@@ -1,8 +1,9 @@
-"""The Dockerfile passes the linter, pins its base images and does not run as root, and its steps work.
+"""These tests check that the linter accepts the Dockerfile, that its base images are pinned, and that its steps work.
 
-The steps run in a clean directory, except those that need root or apt. Steps that install packages find them in this
-environment. `python -m tests.test_dockerfile` runs the same steps with an empty environment, which takes two minutes;
-`make test` also begins with an installation from nothing.
+The image must not run as root. The tests run the steps in a clean directory, except the steps that need root or apt.
+Steps that install packages find the packages already installed in the environment of the tests. `python -m
+tests.test_dockerfile` runs the same steps with an empty environment, which takes two minutes; `make test` also begins
+with an installation from nothing.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Step(NamedTuple):
 
 
 def stages() -> dict[str, list[Step]]:
-    """Return the steps of each stage by the name of the stage; "" has the steps before the first stage."""
-    with tempfile.TemporaryDirectory() as folder:  # a copy, because the parser writes to the file that it gets
+    """Return the steps of each stage by the name of the stage; the name "" is for the steps before the first stage."""
+    with tempfile.TemporaryDirectory() as folder:  # the parser gets a copy, because it writes to its file
         parsed = DockerfileParser(str(shutil.copy(DOCKERFILE, folder))).structure
     found: dict[str, list[Step]] = {"": []}
     for step in (Step(step["instruction"], step["value"]) for step in parsed if step["instruction"] != "COMMENT"):

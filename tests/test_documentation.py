@@ -1,4 +1,4 @@
-"""The README and the documents name files, tests and sections that exist."""
+"""These tests check that the README and the documents name files, tests and sections that exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 FOLDERS = "model|cluster|protos|services|tests|k8s|docs|benchmarks"
-# Paths that a user makes while following docs/kubernetes.md.
+# Paths of files that a user makes while following docs/kubernetes.md.
 MADE_BY_USERS = ("k8s/overlays/next", "redis.env", "admin.env")
 
 

@@ -1,6 +1,6 @@
-"""The structure of the code: who may import whom, how large folders and classes may be, and names that are unique.
+"""These tests check the structure of the code: allowed imports, sizes of folders and classes, and unique names.
 
-Everything is read from the source, so that a file which nobody imports is held to the rules as well.
+Everything is read from the source, so that the rules also apply to files that nobody imports.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 OURS = ("model", "cluster", "protos", "services")
 REDIS_FILES = {"cluster/control/registry.py", "cluster/control/load_store.py", "cluster/control/embedded_redis.py"}
 RAY_FILES = {"services/app.py", "services/ingress.py", "services/cli/local_application.py"}
-MAX_MODULES = 16  # of one folder, without its __init__.py
+MAX_MODULES = 16  # maximum number of modules in a folder, without its __init__.py
 MAX_CLASS_LINES = 280
 
-# The folders beside each other, lowest first: a folder imports only from folders that stand before it in the list.
+# The subfolders of each folder, lowest first. A subfolder imports only from subfolders that stand before it here.
 SIBLINGS = {
     "model": ("cpu", "cuda", "blocks", "families", "demo"),
     "cluster": ("placement", "dispatch", "sizing", "control", "simulation"),
@@ -32,23 +32,26 @@ SIBLINGS = {
     "services/gateway": ("chat", "metrics", "backbones", "operator", "openai"),
     "services/cli": ("drill",),
 }
-OTHERS_PRIVATE = {  # of libraries: what has no public name there
-    "_replace",  # named tuples; public in spite of its name
-    "handle_now._run",  # asyncio's handles, which the virtual clock runs itself
-    "backbone.broadcast('status')._fetch_replica_results_async",  # Ray Serve: replies one by one, errors included
+OTHERS_PRIVATE = {  # private names of libraries, which have no public name for the same thing
+    "_replace",  # a method of named tuples, which is public in spite of its name
+    "handle_now._run",  # the virtual clock runs asyncio's handles itself
+    "backbone.broadcast('status')._fetch_replica_results_async",  # Ray Serve's replies one by one, with errors
 }
 
 
 @cache
 def trees() -> dict[str, ast.Module]:
-    """Return the syntax tree of every file of ours, by its path from the root; generated code is left out."""
+    """Return the syntax tree of each of our source files by the path from the root; leave out generated code."""
     files = sorted(file for room in OURS for file in (ROOT / room).rglob("*.py") if "_pb2" not in file.name)
     return {str(file.relative_to(ROOT)): ast.parse(file.read_text()) for file in files}
 
 
 @cache
 def imports() -> tuple[tuple[str, str], ...]:
-    """Return every (file, imported name) of ours; `from a.b import c` counts as a.b.c, because c may be a module."""
+    """Return the pair (file, imported name) of every import in our files.
+
+    `from a.b import c` counts as an import of a.b.c, because c may be a module.
+    """
     return tuple(pair for file, tree in trees().items() for pair in _imports_of(Path(file), tree))
 
 
@@ -63,13 +66,16 @@ def _imports_of(file: Path, tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def breaches(file_prefix: str, *forbidden: str, but: Collection[str] = ()) -> list[tuple[str, str]]:
-    """Return the imports of a `forbidden` package in files whose path starts with `file_prefix`."""
+    """Return each import of a `forbidden` package in a file whose path starts with `file_prefix`.
+
+    Files in `but` may import the packages.
+    """
     is_in = [(file, name) for file, name in imports() if file.startswith(file_prefix) and file not in but]
     return [(file, name) for file, name in is_in if any(f"{name}.".startswith(f"{ban}.") for ban in forbidden)]
 
 
 def file_of(name: str) -> str | None:
-    """Return the file of ours that an imported name comes from, or None if it is not ours."""
+    """Return the path of our file from which `name` is imported, or None if `name` comes from a library."""
     parts = name.split(".")
     while parts:
         path = Path(*parts)
@@ -81,7 +87,7 @@ def file_of(name: str) -> str | None:
 
 
 def classes() -> Iterator[tuple[str, ast.ClassDef]]:
-    """Yield every (file, class) of ours."""
+    """Yield the pair (file, class) for every class in our files."""
     for file, tree in trees().items():
         yield from ((file, node) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
 
@@ -130,18 +136,21 @@ def test_files_do_not_import_in_circles() -> None:
         imported = file_of(name)
         if imported is not None and imported != file:
             files.setdefault(file, set()).add(imported)
-    tuple(TopologicalSorter(files).static_order())  # a circle is a CycleError that names its files
+    tuple(TopologicalSorter(files).static_order())  # raises CycleError with the names of the files in a circle
 
 
 def test_folders_do_not_import_in_circles() -> None:
-    """Check folders of which neither contains the other; `test_files_do_not_import_in_circles` checks the rest."""
+    """Check pairs of folders where neither contains the other.
+
+    `test_files_do_not_import_in_circles` checks folders that contain each other.
+    """
     folders: dict[str, set[str]] = {}
     for file, name in imports():
         here, imported = Path(file).parent, file_of(name)
         there = here if imported is None else Path(imported).parent
         if here not in (there, *there.parents) and there not in here.parents:
             folders.setdefault(str(here), set()).add(str(there))
-    tuple(TopologicalSorter(folders).static_order())  # a circle is a CycleError that names its folders
+    tuple(TopologicalSorter(folders).static_order())  # raises CycleError with the names of the folders in a circle
 
 
 def test_folders_stay_small() -> None:
@@ -180,7 +189,7 @@ def is_private(name: str) -> bool:
 
 
 def is_own(value: ast.expr) -> bool:
-    """Return True for `self`, `cls` and `super()`."""
+    """Return True if `value` is `self`, `cls` or `super()`."""
     if isinstance(value, ast.Call):
         value = value.func
     return isinstance(value, ast.Name) and value.id in ("self", "cls", "super")

@@ -71,7 +71,7 @@ class StartObservation:
     """A `StartObservation` holds what the registry, Ray Serve and the folder of kernels say at one moment of a start.
 
     - `num_registered`: number of shards with a live record in the registry
-    - `num_held`: number of experts on these shards, by the shards' last heartbeats; an expert counts once for each home
+    - `num_held`: number of experts that shards hold, by the shards' last heartbeats; each home counts
     - `num_homes`: number of homes in the first placement, or None before the first placement is published
     - `running`: number of replicas that run, by the name of their deployment
     - `num_kernels`: number of compiled kernels on this machine's disk

@@ -12,7 +12,7 @@ from tests.k8s.manifests import OVERLAYS, Manifests, copy_with_secrets, need_kub
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of k8s/ with its Secrets filled in and with the overlay that the documentation makes."""
+    """Return a copy of k8s/ with values in its Secrets, and with the overlay that docs/kubernetes.md makes."""
     need_kubectl()
     made = copy_with_secrets(tmp_path_factory.mktemp("k8s") / "k8s")
     make_next(made.parent)
@@ -21,7 +21,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rendered(tree: Path) -> Callable[[str], Manifests]:
-    """Return a function that gives a test its own copy of an overlay's manifests."""
+    """Return a function that renders an overlay; every call returns a copy that the caller may change."""
     once: dict[str, Manifests] = {}
 
     def of(overlay: str) -> Manifests:
@@ -34,7 +34,7 @@ def rendered(tree: Path) -> Callable[[str], Manifests]:
 
 @pytest.fixture(params=(*OVERLAYS, NEXT))
 def manifests(request: pytest.FixtureRequest, rendered: Callable[[str], Manifests]) -> Manifests:
-    """Return the manifests of every overlay in turn."""
+    """Return the manifests of an overlay; pytest runs the test once for every overlay."""
     return rendered(request.param)
 
 

@@ -1,6 +1,7 @@
-"""Reads the commands in docs/kubernetes.md, and runs those that need no cluster.
+"""The functions in this file run the commands in docs/kubernetes.md that need no cluster.
 
-`HERE` are the blocks that run in a checkout, `CLUSTER` is the text of all blocks that run on a cluster.
+`HERE` holds the blocks of commands that run in a checkout. `CLUSTER` holds the text of all blocks that run on a
+cluster.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ DOCUMENT = (ROOT / "docs" / "kubernetes.md").read_text()
 BLOCKS = re.findall(r"^```(.*?)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 HERE = [code for kind, code in BLOCKS if kind == "sh here"]
 CLUSTER = "\n".join(code for kind, code in BLOCKS if kind == "sh cluster")
-NEXT = "next"  # name of the overlay for another version of the model, which one of the blocks makes
+NEXT = "next"  # the overlay for another version of the model, which one of the blocks makes
 
 
 def run_here(code: str, checkout: Path) -> None:
-    """Run commands in the folder `checkout`; raise AssertionError with their standard error if one fails."""
+    """Run commands in the folder `checkout`; raise AssertionError with the standard error if a command fails."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     command = ["/bin/bash", "-euo", "pipefail", "-c", code]
     done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,7 @@
-"""Finds faults in a RayService that its schema allows, but that KubeRay's operator would refuse or handle badly."""
+"""`kuberay_faults` finds faults in a RayService that KubeRay refuses or handles badly.
+
+The schema of a RayService allows all of these faults.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from collections.abc import Iterator
 from tests.k8s.manifests import Manifest, Manifests, Pods, app_args, ray_cluster, ray_pods, ray_service
 
 UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
-MAX_NAME = 47  # characters in the name of a RayService
+MAX_NAME = 47  # maximum number of characters in the name of a RayService
 OPERATORS_LABELS = (
     "app.kubernetes.io/name",
     "app.kubernetes.io/created-by",
-)  # KubeRay selects the head by them
-OPERATORS_VARIABLES = (  # that KubeRay itself sets
+)  # KubeRay selects the head by these labels
+OPERATORS_VARIABLES = (  # environment variables that KubeRay itself sets
     *("RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_ADDRESS", "FQ_RAY_IP", "RAY_IP"),
     *("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"),
 )

@@ -1,4 +1,4 @@
-"""Renders the manifests with `kubectl kustomize`, and finds parts of them: the RayService, its groups, the pods."""
+"""The functions in this file render manifests with `kubectl kustomize`, and find objects and pods in the manifests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 
 Manifest = dict[str, Any]
 Manifests = list[Manifest]
-Plant = Callable[[Manifests], object]  # puts a fault into manifests
+Plant = Callable[[Manifests], object]  # a function that puts a fault into manifests
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
@@ -23,7 +23,7 @@ SECRET_VALUE = "a-value-of-these-tests"
 
 
 class NotRendered(ValueError):
-    """A `NotRendered` holds the message of kubectl about a kustomization that kubectl cannot render."""
+    """A `NotRendered` error holds kubectl's message about a kustomization that kubectl cannot render."""
 
 
 def need_kubectl() -> None:
@@ -33,7 +33,7 @@ def need_kubectl() -> None:
 
 
 def copy_with_secrets(target: Path) -> Path:
-    """Copy k8s/ to `target` and fill in every example of a Secret, as an operator does."""
+    """Copy k8s/ to `target`, and fill in every example of a Secret as an operator does; return `target`."""
     shutil.copytree(K8S, target, ignore=shutil.ignore_patterns("*.env"))
     for example in target.rglob("*.env.example"):
         lines = [f"{line.rstrip()}{SECRET_VALUE}" for line in example.read_text().splitlines()]
@@ -42,7 +42,7 @@ def copy_with_secrets(target: Path) -> Path:
 
 
 def render(folder: Path) -> Manifests:
-    """Return the manifests of a kustomization; raise NotRendered if kubectl refuses it."""
+    """Return the manifests of the kustomization in a folder; raise NotRendered if kubectl refuses the kustomization."""
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise NotRendered(done.stderr.strip())
@@ -88,11 +88,11 @@ def app_args(manifests: Manifests) -> Manifest:
 
 @dataclass(frozen=True)
 class Pods:
-    """A `Pods` describes all pods of one template.
+    """A `Pods` describes all pods that are made from one template.
 
-    - `owner`: kind and name of the object with the template, for messages
-    - `group`: name of the group in the RayCluster, "head" for the head, empty for pods that are not Ray's
-    - `claims`: volumes that a StatefulSet creates with each pod
+    - `owner`: kind and name of the object that contains the template, for messages
+    - `group`: name of the group in the RayCluster; "head" for the head; empty for pods outside the RayCluster
+    - `claims`: names of the volumes that a StatefulSet creates with each pod
     """
 
     owner: str
@@ -132,7 +132,10 @@ def _pods_of_sets(manifests: Manifests) -> Iterator[Pods]:
 
 
 def ray_pods(manifests: Manifests) -> list[Pods]:
-    """Return the pods of the RayCluster, the head first; a pod has the labels of its group too, as with KubeRay."""
+    """Return the pods of the RayCluster, the head first.
+
+    As in KubeRay, a pod has the labels of its template and also the labels of its group.
+    """
     cluster = ray_cluster(manifests)
     groups = [("head", cluster["headGroupSpec"]), *((each["groupName"], each) for each in cluster["workerGroupSpecs"])]
     return [
@@ -147,7 +150,7 @@ def ray_pods(manifests: Manifests) -> list[Pods]:
 
 
 def quantity(text: str | int) -> float:
-    """Return the number that a quantity of Kubernetes stands for, such as 500m, 4Gi or 2."""
+    """Return the value of a quantity as Kubernetes writes it, such as 500m, 4Gi or 2."""
     units = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
     text = str(text)
     unit = next((unit for unit in sorted(units, key=len, reverse=True) if text.endswith(unit)), "")

@@ -1,4 +1,4 @@
-"""Decides which connections the NetworkPolicies allow, by the rules of Kubernetes."""
+"""`allows` tells, by the rules of Kubernetes, whether the NetworkPolicies allow a connection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.k8s.references import peers, selects
 class Peer:
     """A `Peer` is one end of a connection.
 
-    `namespace` is None for a pod in our namespace, the name of another namespace, or "" for an end that is no pod.
+    `namespace` is None for a pod in our namespace, the name of another namespace, or "" for an end that is not a pod.
     """
 
     labels: dict[str, str] = field(default_factory=dict)
@@ -27,12 +27,13 @@ def allows(manifests: Manifests, source: Peer, target: Peer, port: int, protocol
 
 
 def _lets(manifests: Manifests, own: Peer, other: Peer, port: int, protocol: str, direction: str) -> bool:
-    """Return True if the policies for `own` allow the connection with `other`.
+    """Return True if the policies that select the pod `own` allow the connection with `other`.
 
-    A connection is allowed if any policy allows it. A pod that no policy selects for a direction allows everything.
+    `direction` is "ingress" or "egress", seen from `own`. A connection is allowed if any policy allows the connection,
+    or if no policy for this direction selects the pod.
     """
     if own.namespace is not None:
-        return True  # the policies of other namespaces are not ours
+        return True  # the manifests contain no policies for other namespaces
     policies = [
         policy
         for policy in of_kind(manifests, "NetworkPolicy")
@@ -49,9 +50,9 @@ def _lets(manifests: Manifests, own: Peer, other: Peer, port: int, protocol: str
 
 def _is_meant(peer: Manifest, other: Peer) -> bool:
     if not peer:
-        return True  # an empty peer stands for everybody
+        return True  # an empty peer allows everybody
     if other.namespace == "" or "ipBlock" in peer:
-        return False  # no policy here allows addresses
+        return False  # our policies allow no peers by IP address
     if "namespaceSelector" in peer:
         namespace = {"kubernetes.io/metadata.name": other.namespace or "expertmesh"}
         return selects(peer["namespaceSelector"], namespace) and selects(peer.get("podSelector", {}), other.labels)

@@ -1,4 +1,7 @@
-"""Finds pods that break the rules for all pods here: security, images, tokens, probes, memory and termination."""
+"""The functions in this file find pods that break our rules for all pods.
+
+The rules are about security, images, tokens, termination, variables, probes, memory, the model and the log of Redis.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from tests.k8s.manifests import (
 
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 RESTRICTED = "pod-security.kubernetes.io/enforce"
-VARIABLES = {  # that every Ray container must have -> the field of `env` from which the value comes
+VARIABLES = {  # variable of every Ray container -> the field of `env` from which the value comes
     "EXPERTMESH_REDIS_URL": "value",
     "EXPERTMESH_REDIS_PASSWORD": "secretKeyRef",
     "EXPERTMESH_ADMIN_KEY": "secretKeyRef",
@@ -31,9 +34,9 @@ VARIABLES = {  # that every Ray container must have -> the field of `env` from w
 
 
 def security_faults(manifests: Manifests) -> list[str]:
-    """Return the faults by the "restricted" profile of Kubernetes, which the namespace must enforce.
+    """Return the violations of Kubernetes' profile "restricted", which the namespace must enforce.
 
-    Only the parts of the profile that concern fields of these pods are checked.
+    Only the parts of the profile that concern fields of our pods are checked.
     """
     faults = [
         f"{title(namespace)} does not enforce the restricted profile"
@@ -49,7 +52,7 @@ def security_faults(manifests: Manifests) -> list[str]:
 
 
 def image_faults(manifests: Manifests) -> list[str]:
-    """Return the images that are not pinned: ours needs a version, images of others need a digest."""
+    """Return a fault for each image that is not pinned: our own image needs a version, other images need a digest."""
     faults = []
     for each in pods(manifests):
         for container in each.containers:
@@ -87,9 +90,9 @@ def _container_faults(name: str, container: Manifest) -> Iterator[str]:
 
 
 def token_faults(manifests: Manifests) -> list[str]:
-    """Return the faults in how pods get tokens of the Kubernetes API.
+    """Return the faults in the access of pods to tokens of the Kubernetes API.
 
-    Only the head may call that API, with the account that KubeRay makes if the template names none.
+    Only the head may call the API. If the template names no account, KubeRay makes an account for the head.
     """
     faults = [
         f"{title(account)} hands out tokens"
@@ -106,7 +109,7 @@ def token_faults(manifests: Manifests) -> list[str]:
 
 
 def termination_faults(manifests: Manifests) -> list[str]:
-    """Return the pods whose times of termination are in the wrong order.
+    """Return a fault for each pod whose termination times are in the wrong order.
 
     A node must drain longer than a shard takes to stop, and Kubernetes must wait longer than a node drains.
     """
@@ -121,12 +124,12 @@ def termination_faults(manifests: Manifests) -> list[str]:
 
 
 def variable_of(each: Pods, name: str) -> str | None:
-    """Return the value of a variable if it stands in the manifest itself, or None."""
+    """Return the value of the variable `name` if the manifest itself contains the value, or else None."""
     return next((variable.get("value") for variable in each.main.get("env", ()) if variable["name"] == name), None)
 
 
 def environment_faults(manifests: Manifests) -> list[str]:
-    """Return the Ray containers that lack a variable or get it from the wrong source.
+    """Return a fault for each Ray container that lacks a variable or gets the value from the wrong source.
 
     The head needs the variables too, because Serve may build the application on any node.
     """
@@ -146,7 +149,10 @@ def environment_faults(manifests: Manifests) -> list[str]:
 
 
 def probe_faults(manifests: Manifests) -> list[str]:
-    """Return the containers without probes; Ray's pods are left out, because KubeRay adds theirs (see kuberay.py)."""
+    """Return a fault for each container without probes.
+
+    Ray's pods are left out, because KubeRay adds probes to Ray's pods (see kuberay.py).
+    """
     return [
         f"{each.owner}, container {container['name']}, has no {probe}"
         for each in pods(manifests)
@@ -158,7 +164,7 @@ def probe_faults(manifests: Manifests) -> list[str]:
 
 
 def memory_faults(manifests: Manifests) -> list[str]:
-    """Return the faults in the memory of pods.
+    """Return the faults in the memory settings of pods.
 
     A container must request as much memory as its limit. The shared memory, which counts towards the limit, must hold
     Ray's object store.
@@ -189,7 +195,7 @@ def _shared_memory_faults(each: Pods, object_store: int) -> Iterator[str]:
 
 
 def model_faults(manifests: Manifests) -> list[str]:
-    """Return the Ray pods that do not mount the model read-only, or that do not check it before Ray starts."""
+    """Return a fault for each Ray pod that mounts the model writable, or starts Ray without a check of the model."""
     model = app_args(manifests).get("model")
     if model is None:
         return []
@@ -207,7 +213,7 @@ def model_faults(manifests: Manifests) -> list[str]:
 
 
 def log_faults(manifests: Manifests) -> list[str]:
-    """Return the Redis pods that do not write their log to a volume that outlives the pod."""
+    """Return a fault for each Redis pod whose log is not on a volume that outlives the pod."""
     faults = []
     for each in pods(manifests):
         if each.group:

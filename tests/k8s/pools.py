@@ -1,4 +1,7 @@
-"""Finds faults where the application's arguments do not fit the pods: labels, CPUs, GPUs, numbers, spread, budgets."""
+"""`pool_faults` finds differences between the application's arguments and the groups of pods.
+
+The checks compare labels, CPUs, GPUs, numbers of pods, spread over nodes, and disruption budgets.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def pool_faults(manifests: Manifests) -> list[str]:
 
 
 def _group_of(labels: dict[str, str], groups: list[Manifest], what: str) -> Manifest | str:
-    """Return the only group whose Ray nodes have these labels, or a sentence if there is not exactly one."""
+    """Return the only group whose Ray nodes have `labels`, or a sentence about `what` if there is not exactly one."""
     found = [group for group in groups if labels and labels.items() <= group.get("labels", {}).items()]
     if len(found) != 1:
         return f"{what} asks for nodes with {labels}, which are of {[group['groupName'] for group in found]}"
@@ -42,7 +45,7 @@ def _backbone_faults(args: AppArgs, groups: list[Manifest]) -> Iterator[str]:
         yield "backbone_threads is left to the machine that the application happens to be built on"
     cpus, gpus = _limits(group)
     beside = GATEWAY_CPUS * args.gateway_replicas + CONTROLLER_CPUS * args.controller_replicas
-    wanted = (args.backbone_threads or 1) + beside  # for the case that one pod has them all
+    wanted = (args.backbone_threads or 1) + beside  # one pod may run a backbone and all gateways and controllers
     if cpus < wanted:
         yield f"a pod of group {group['groupName']} has {cpus:g} CPUs, and needs {wanted:g}"
     if gpus != args.gpus:
@@ -70,7 +73,7 @@ def _pool_faults(pool: PoolArgs, groups: list[Manifest]) -> Iterator[str]:
 
 
 def _number_faults(group: Manifest, least: int, most: int) -> Iterator[str]:
-    """Yield a fault unless the group has pods for all replicas, and one more for a replica that replaces another."""
+    """Yield a fault unless `group` may have a pod for each replica, and one more pod while a replica is replaced."""
     if group["minReplicas"] > least or group["maxReplicas"] != most + 1:
         bounds = f"{group['minReplicas']} to {group['maxReplicas']}"
         yield f"group {group['groupName']} has {bounds} pods for {least} to {most} replicas and one more"
@@ -86,10 +89,10 @@ def _memory(group: Manifest) -> float:
 
 
 def _budget_faults(args: AppArgs, manifests: Manifests) -> Iterator[str]:
-    """Yield the groups whose disruption budget is wrong.
+    """Yield a fault for each group whose disruption budget is wrong.
 
-    One pod of a pool may be evicted at a time, and one backbone if there are several. The head may be evicted only if
-    its state is in a Redis.
+    One pod of a pool may be evicted at a time. One backbone may be evicted if there are several backbones. The head may
+    be evicted only if the head's state is in a Redis.
     """
     wanted = {pool.name: pool.least_shards - 1 for pool in args.pools}
     wanted["backbone"] = max(1, args.backbone_replicas - 1)
@@ -106,7 +109,10 @@ def _budget_faults(args: AppArgs, manifests: Manifests) -> Iterator[str]:
 
 
 def _spread_faults(manifests: Manifests) -> list[str]:
-    """Return the groups whose workers are not spread over nodes, separately for each of an upgrade's two clusters."""
+    """Return a fault for each group whose workers are not spread over nodes.
+
+    During an upgrade there are two clusters, and the workers of each cluster must be spread by themselves.
+    """
     return [
         f"pods of group {each.group} are not spread over nodes"
         for each in ray_pods(manifests)
@@ -119,7 +125,10 @@ def _spread_faults(manifests: Manifests) -> list[str]:
 
 
 def apart_faults(manifests: Manifests) -> list[str]:
-    """Return the groups that may be on one node, whose loss would take an expert's homes or all backbones with it."""
+    """Return a fault for each group whose pods may all be on one node.
+
+    The loss of one node could then take all homes of an expert, or all backbones.
+    """
     several = AppArgs(**app_args(manifests)).backbone_replicas > 1
     return [
         f"pods of group {each.group} may all be on one node"

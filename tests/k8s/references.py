@@ -1,4 +1,4 @@
-"""Finds references between manifests that lead nowhere: selectors, ports, names of objects, variables."""
+"""The functions in this file find faulty references between manifests: selectors, ports, names and variables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from tests.k8s.manifests import (
 
 
 def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Return True if a selector by equality selects `labels`; an empty selector selects everything."""
+    """Return True if `selector` selects pods with `labels`; an empty selector selects everything.
+
+    Only selectors with matchLabels are supported.
+    """
     assert not selector.get("matchExpressions"), f"no test understands matchExpressions yet: {selector}"
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
 
@@ -38,7 +41,10 @@ def selector_faults(manifests: Manifests) -> list[str]:
 
 
 def _selectors(manifests: Manifests, all_pods: list[Pods]) -> Iterator[tuple[str, Manifest, list[Pods]]]:
-    """Yield (place of the selector, the selector, the pods of which it must select at least one)."""
+    """Yield the tuple (owner of the selector, selector, pods) of every selector in the manifests.
+
+    The selector must select at least one of the pods.
+    """
     for service in of_kind(manifests, "Service"):
         yield title(service), {"matchLabels": service["spec"]["selector"]}, all_pods
     for owner in of_kind(manifests, "StatefulSet"):
@@ -49,7 +55,7 @@ def _selectors(manifests: Manifests, all_pods: list[Pods]) -> Iterator[tuple[str
     for policy in of_kind(manifests, "NetworkPolicy"):
         yield title(policy), policy["spec"]["podSelector"], all_pods
         for direction, peer, _ in peers(policy):
-            if "podSelector" in peer and "namespaceSelector" not in peer:  # other namespaces' pods are not known
+            if "podSelector" in peer and "namespaceSelector" not in peer:  # the pods of other namespaces are not known
                 yield f"{title(policy)}, {direction}", peer["podSelector"], all_pods
     for each in all_pods:
         for constraint in each.spec.get("topologySpreadConstraints", ()):
@@ -57,7 +63,10 @@ def _selectors(manifests: Manifests, all_pods: list[Pods]) -> Iterator[tuple[str
 
 
 def peers(policy: Manifest) -> Iterator[tuple[str, Manifest, Manifest]]:
-    """Yield ("ingress" or "egress", a peer, its rule) of a NetworkPolicy; a rule for everybody has the peer {}."""
+    """Yield the tuple (direction, peer, rule) for every peer in the rules of a NetworkPolicy.
+
+    The direction is "ingress" or "egress". A rule for everybody has the peer {}.
+    """
     for direction, key in (("ingress", "from"), ("egress", "to")):
         for rule in policy["spec"].get(direction, ()):
             for peer in rule.get(key, [{}]):
@@ -89,7 +98,8 @@ def _service_port_faults(manifests: Manifests, all_pods: list[Pods]) -> Iterator
 def _serve_port_faults(manifests: Manifests) -> Iterator[str]:
     """Yield the faults in the ports of Serve's proxies.
 
-    KubeRay publishes the head's ports that are called serve or serve-*, and serveService may describe them by name.
+    KubeRay publishes the ports of the head whose names are serve or start with serve-. The field serveService may
+    describe these ports by name.
     """
     config, spec = serve_config(manifests), ray_service(manifests)["spec"]
     wanted = {"serve": config["http_options"]["port"], "serve-grpc": config["grpc_options"]["port"]}
@@ -109,9 +119,9 @@ def _serve_port_faults(manifests: Manifests) -> Iterator[str]:
 
 
 def _gateway_port_faults(manifests: Manifests) -> Iterator[str]:
-    """Yield the faults in the gateways' own ports.
+    """Yield the faults in the ports of the gateways themselves.
 
-    Gateways listen on the ports in the application's arguments, on pods with the labels in the arguments.
+    The application's arguments contain the ports of the gateways, and the labels of the pods on which gateways run.
     """
     args = app_args(manifests)
     wanted = {"rest": args.get("http_port"), "grpc": args.get("grpc_port")}
@@ -149,7 +159,7 @@ def _probe_port_faults(all_pods: list[Pods]) -> Iterator[str]:
 
 
 def _url_faults(manifests: Manifests, all_pods: list[Pods]) -> Iterator[str]:
-    """Yield the addresses of Redis in the pods' variables that are no Service's name and port."""
+    """Yield a fault for each address of a Redis that is not the name and port of a Service."""
     offered = {
         (service["metadata"]["name"], port["port"])
         for service in of_kind(manifests, "Service")
@@ -186,7 +196,7 @@ def _keys(manifest: Manifest) -> list[str]:
 
 
 def _named(value: Any) -> Iterator[tuple[str, str, str | None]]:
-    """Yield (kind, name, key or None) of every object that a manifest refers to."""
+    """Yield (kind, name, key) for each reference in a manifest; the key is None for a reference to a whole object."""
     if isinstance(value, list):
         for one in value:
             yield from _named(one)
@@ -224,9 +234,9 @@ def _volume_faults(each: Pods) -> Iterator[str]:
 
 
 def expansion_faults(manifests: Manifests) -> list[str]:
-    """Return the $(NAME) in commands for which the container has no variable.
+    """Return a fault for each $(NAME) in a command if the container has no variable of this name.
 
-    Kubernetes would pass such a word on unchanged.
+    Kubernetes would leave such a word unchanged.
     """
     return [
         f"{each.owner}: $({name}) is none of {sorted(known)}"

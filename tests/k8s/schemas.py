@@ -1,4 +1,4 @@
-"""These functions check manifests against the schemas of their kinds, in which an unknown field is a fault."""
+"""`schema_faults` checks manifests against the schemas of their kinds; an unknown field is a fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.k8s.manifests import ROOT, Manifest, Manifests, title
 SHARED = ROOT.parent / "shared"
 CRDS = SHARED / "crds" / "ray.io_rayservices.yaml"
 VALIDATOR = SHARED / "tools" / "validate_crd.py"
-KUBERNETES = "1.33"  # the oldest version that the manifests support
+KUBERNETES = "1.33"  # the oldest version of Kubernetes that the manifests support
 
 
 @cache
@@ -37,7 +37,7 @@ def _validator() -> ModuleType:
 def _schemas(path: Path) -> dict[tuple[str, str], tuple[Any, jsonschema.Draft202012Validator]]:
     """Return two schemas for each (apiVersion, kind) in a file of CRDs.
 
-    The first schema is unchanged, because its defaults are needed. The second one refuses unknown fields.
+    The first schema is unchanged, and contains the default values. The second schema refuses unknown fields.
     """
     crd = yaml.load(path.read_text(), yaml.CSafeLoader)["spec"]
     schemas = {
@@ -50,7 +50,7 @@ def _schemas(path: Path) -> dict[tuple[str, str], tuple[Any, jsonschema.Draft202
 
 
 def is_builtin(manifest: Manifest) -> bool:
-    """Return True for the groups of Kubernetes itself: v1, apps/v1, and all that end in .k8s.io."""
+    """Return True if the manifest's API group is part of Kubernetes: v1, apps/v1, or a group that ends in .k8s.io."""
     group = manifest["apiVersion"].rpartition("/")[0]
     return "." not in group or group.endswith(".k8s.io")
 
@@ -61,13 +61,13 @@ def schema_faults(manifests: Manifests) -> list[str]:
 
 @cache
 def _faults(text: str) -> list[str]:
-    """Return the faults of one manifest, which is JSON text so that its faults can be cached from test to test."""
+    """Return the faults of one manifest, given as JSON text because the cache needs a hashable argument."""
     manifest: Manifest = json.loads(text)
     return _builtin_faults(manifest) if is_builtin(manifest) else _crd_faults(manifest)
 
 
 def _builtin_faults(manifest: Manifest) -> list[str]:
-    """Return the first fault of a manifest; the library reports no more than one."""
+    """Return the first fault of a manifest in a list; the library reports no further faults."""
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -92,7 +92,7 @@ def _crd_faults(manifest: Manifest) -> list[str]:
 
 
 def _duplicates(value: Any, path: str = "") -> list[str]:
-    """Return the names that a list has twice, such as two ports or containers of one name.
+    """Return a fault for each name that occurs twice in a list, such as two ports with one name.
 
     A CRD declares such lists as maps by name, which JSON Schema cannot express.
     """
@@ -107,7 +107,7 @@ def _duplicates(value: Any, path: str = "") -> list[str]:
 
 
 def crd_version() -> str:
-    """Return the version of the KubeRay whose CRDs are in `SHARED`."""
+    """Return the version of KubeRay from which the CRDs in `SHARED` come."""
     found = re.search(r"v(\d+\.\d+)", (SHARED / "crds" / "VERSION").read_text())
     assert found is not None
     return found.group(1)

@@ -1,7 +1,7 @@
-"""Finds faults in `serveConfigV2`: by Serve's schema, by our arguments, and in what the config imports.
+"""`serve_faults` finds faults in `serveConfigV2`: by Serve's schema, by our arguments, and in the config's imports.
 
-The CRD accepts any string there. Serve's own models ignore unknown keys, so that a misspelt key would silently leave
-its setting at the default. Unknown keys are therefore faults here.
+The CRD accepts any string as `serveConfigV2`. Serve's own models ignore unknown keys, so a misspelt key would silently
+leave its setting at the default. Unknown keys are therefore faults.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _errors(model: type[BaseModel], value: Any, name: str) -> list[str]:
 
 
 def unknown_keys(model: type[BaseModel], value: Any, path: str = "") -> list[str]:
-    """Return the keys in `value` that `model`, or a model of one of its fields, does not have."""
+    """Return a fault for each key in `value` that is not a field of `model`; check nested models too."""
     if not isinstance(value, dict):
         return []
     fields = {name: field for key, field in model.model_fields.items() for name in {key, field.alias or key}}
@@ -52,7 +52,10 @@ def unknown_keys(model: type[BaseModel], value: Any, path: str = "") -> list[str
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models in `X`, `X | None`, `list[X]` or `dict | X`; a plain dict has no model and may have any key."""
+    """Yield the pydantic models in an annotation such as `X`, `X | None`, `list[X]` or `dict | X`.
+
+    A plain dict has no model and may have any key.
+    """
     if get_origin(annotation) is None:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield annotation
@@ -62,7 +65,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def import_faults(config: Manifest) -> list[str]:
-    """Return the `module:name` of applications and servicers that cannot be imported as Serve imports them."""
+    """Return a fault for each application or servicer whose `module:name` cannot be imported as Serve imports it."""
     paths = [each["import_path"] for each in config.get("applications", ()) if "import_path" in each]
     faults = []
     for path in [*paths, *config.get("grpc_options", {}).get("grpc_servicer_functions", ())]:
@@ -75,6 +78,6 @@ def import_faults(config: Manifest) -> list[str]:
 
 
 def servicer_faults(config: Manifest) -> list[str]:
-    """Return a fault unless the config names exactly the services that the application answers."""
+    """Return a fault unless the config names exactly the gRPC services that the application provides."""
     named = config.get("grpc_options", {}).get("grpc_servicer_functions", [])
     return [] if sorted(named) == sorted(GRPC_SERVICERS) else [f"servicers are {named}, and not {GRPC_SERVICERS}"]

@@ -1,4 +1,4 @@
-"""The local commands of docs/kubernetes.md run, and its commands for a cluster name objects that exist."""
+"""These tests run the local commands of docs/kubernetes.md, and check that the other commands name existing objects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind, ray_clus
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the files that the commands touch, without anybody's Secrets."""
+    """Return a copy of the files that the commands use, without Secrets that a user has filled in."""
     need_kubectl()
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "k8s", folder / "k8s", ignore=shutil.ignore_patterns("*.env"))
@@ -33,7 +33,7 @@ def test_every_block_says_where_it_runs() -> None:
 
 @pytest.mark.parametrize("number", range(len(HERE)))
 def test_what_runs_here_runs(number: int, checkout: Path) -> None:
-    """Run the commands in their order, because some make files that later commands read."""
+    """Run the blocks in the order of the document, because some blocks make files that later blocks read."""
     run_here(HERE[number], checkout)
 
 

@@ -1,4 +1,4 @@
-"""Deploys overlays on a cluster of several Ray nodes on this machine, and tests that requests survive a lost node.
+"""These tests deploy overlays on several Ray nodes on this machine, and lose a node while requests are answered.
 
 The overlay for CPUs is deployed unchanged. The overlay for GPUs is deployed on nodes that only pretend to have GPUs.
 """
@@ -34,7 +34,8 @@ from tests.k8s.pod_rules import DRAIN
 
 RATE, SECONDS, MAX_TOKENS = 1.5, 16.0, 24
 IS_ASKED_FOR = "EXPERTMESH_CLUSTER_TEST" in os.environ
-# Seconds between two tokens: the product's bound, or a bound that a busy machine keeps and a hanging answer breaks.
+# Longest allowed time in seconds between two tokens. 1 s is the product's bound. A busy machine keeps 10 s, and an
+# answer that hangs does not.
 MAX_GAP_S = 1.0 if IS_ASKED_FOR else 10.0
 
 pytestmark = pytest.mark.timeout(1200)
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.timeout(1200)
 def can_be_here() -> None:
     """Skip the test if this machine cannot run a cluster.
 
-    The question creates a network namespace and a bridge, so it must not be asked when tests are collected.
+    The check creates a network namespace and a bridge, so the check must not run while tests are collected.
     """
     if reason := reason_unavailable():
         pytest.skip(reason)
@@ -70,7 +71,7 @@ def test_requests_do_not_notice_the_loss_of_a_node_of_the_demo(rendered: Callabl
 
 
 async def lose_one(fleet: ServedCluster) -> list[str]:
-    """Kill the raylet of a node that has a shard, under load; return a sentence for each expectation that failed."""
+    """Kill the raylet of a node with a shard, under load; return a sentence for each expectation that was not met."""
     await fleet.wait_until_complete()
     assert await asyncio.to_thread(answer, fleet.service)
     async with httpx.AsyncClient(base_url=fleet.service, trust_env=False) as client:
@@ -90,7 +91,7 @@ async def lose_one(fleet: ServedCluster) -> list[str]:
 
 
 def answer(url: str) -> str:
-    """Return the answer that OpenAI's own client gets."""
+    """Return the text of the server's answer to one message that OpenAI's own client sends."""
     with httpx.Client(trust_env=False) as http:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
         messages: Any = [{"role": "user", "content": "Hello"}]

@@ -1,4 +1,4 @@
-"""The NetworkPolicies allow the connections that are needed, and no others."""
+"""These tests check that the NetworkPolicies allow the needed connections, and no others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DNS = Peer({"k8s-app": "kube-dns"}, "kube-system")
 PROMETHEUS = Peer({"app.kubernetes.io/name": "prometheus"}, "monitoring")
 STRANGER = Peer({"app": "stranger"}, "default")
 NEIGHBOUR = Peer({"app": "neighbour"})  # a pod in our namespace that is not part of Expertmesh
-OUTSIDE = Peer(namespace="")  # such as the API server, a load balancer or the internet
+OUTSIDE = Peer(namespace="")  # an end that is not a pod, such as the API server, a load balancer or the internet
 
 
 def peer(manifests: Manifests, owner: str) -> Peer:
@@ -25,7 +25,7 @@ def ray(manifests: Manifests) -> list[Peer]:
 
 
 def unmet_needs(manifests: Manifests) -> list[str]:
-    """Return the connections that must be possible but are refused."""
+    """Return the needed connections that the policies refuse."""
     head, redis = peer(manifests, "head"), peer(manifests, "StatefulSet expertmesh-redis")
     needs = [("Ray and shards", one, other, 33333) for one in ray(manifests) for other in ray(manifests)]
     needs += [("the store", one, redis, 6379) for one in ray(manifests)]
@@ -41,7 +41,7 @@ def unmet_needs(manifests: Manifests) -> list[str]:
 
 
 def holes(manifests: Manifests) -> list[str]:
-    """Return the connections that must be refused but are possible."""
+    """Return the connections that must be refused, but that the policies allow."""
     head, worker = peer(manifests, "head"), peer(manifests, "backbone")
     stores = [Peer(each.labels) for each in pods(manifests) if not each.group]
     others = [OPERATOR, DNS, PROMETHEUS, STRANGER, NEIGHBOUR, OUTSIDE]

@@ -21,7 +21,7 @@ from tests.services.application import free_port
 
 @contextmanager
 def running(manifests: Manifests, owner: str, folder: Path, port: int) -> Iterator[None]:
-    """Return the container's command with `folder` in the place of its volumes, and a free port of this machine."""
+    """Run the container's command until the body ends, with `folder` instead of the volumes, listening on `port`."""
     config = folder / "valkey.conf"
     volumes = next(each.spec["volumes"] for each in pods(manifests) if each.owner == owner)
     name = next(volume["configMap"]["name"] for volume in volumes if "configMap" in volume)

@@ -1,4 +1,4 @@
-"""Every kustomization renders, and a missing Secret is an error."""
+"""These tests check that every kustomization renders, and that a missing Secret is an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_every_kustomization_renders(tree: Path) -> None:
 
 
 def test_every_file_is_part_of_one() -> None:
-    """Every file must be named by a kustomization, because nothing else would report that it was forgotten."""
+    """Check that a kustomization names every file, because nothing else would report a forgotten file."""
     named = {
         (file.parent / name).resolve()
         for file in K8S.rglob("kustomization.yaml")
@@ -39,7 +39,7 @@ def test_nothing_renders_without_its_secrets(overlay: str, tree: Path, tmp_path:
 
 
 def test_a_patch_that_meets_another_group_is_refused(tmp_path: Path) -> None:
-    """Each patch must test the name of its group, because patches address groups by their positions in a list."""
+    """Check that each patch tests its group's name, because patches address groups by their positions in a list."""
     need_kubectl()
     tree = copy_with_secrets(tmp_path / "k8s")
     base = tree / "base" / "rayservice.yaml"

@@ -1,4 +1,4 @@
-"""The GPU overlays have the sizes that `expertmesh size` gives for Nemotron 3 Super in bf16 on H200s."""
+"""These tests compare the GPU overlays with the sizes from `expertmesh size` for Nemotron 3 Super in bf16 on H200s."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = "NVIDIA-Nemotron-3-Super-120B-A12B"
 
 
 def size_faults(manifests: Manifests, slo: Slo) -> list[str]:
-    """Return a sentence for each number of the manifests that differs from the sizing."""
+    """Return a sentence for each number in the manifests that differs from the sizing."""
     args = AppArgs(**app_args(manifests))
     (pool,) = args.pools
     sized = size(known_config(MODEL), gpu_of("h200"), "bf16", slo)

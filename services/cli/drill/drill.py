@@ -70,7 +70,7 @@ class Disturbance:
     - `do`: function that causes the disturbance
     - `is_whole`: function that returns True if the server has recovered
     - `at_s`: seconds from the start of the run to the call of `do`
-    - `timeout_s`: seconds after `do` during which `is_whole` is called until it returns True
+    - `timeout_s`: maximum number of seconds from the end of `do` to the recovery
     """
 
     do: Callable[[], Awaitable[None]]

@@ -108,8 +108,9 @@ async def open_loop(
 ) -> list[RequestOutcome]:
     """Send `bodies` to `url` at random moments, and return the outcomes in the order of sending.
 
-    The moments are a Poisson process of `rate` requests per second, which `seed` determines and no reply delays.
-    Sending ends after `seconds` seconds, or when all bodies are sent. Then the requests in flight are completed.
+    The moments are a Poisson process of `rate` requests per second, and `seed` determines the moments. A slow reply
+    does not delay later requests. Sending ends after `seconds` seconds, or when all bodies are sent. Then the requests
+    in flight are completed.
     """
     draw, origin, due = random.Random(seed), time.perf_counter(), 0.0
     running = []

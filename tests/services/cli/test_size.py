@@ -110,7 +110,7 @@ def test_what_this_version_cannot_serve_is_noted() -> None:
     assert SERVED_DTYPES == ("bf16",)
     with pytest.raises(
         ValueError, match="supported are bf16 and fp32 weights"
-    ):  # when more are supported, change SERVED_DTYPES too
+    ):  # when more formats are supported, change SERVED_DTYPES too
         NemotronHConfig.from_json({**CONFIG, "quantization_config": {"quant_method": "modelopt"}})
 
 
@@ -152,7 +152,7 @@ def test_a_directory_without_a_config_is_one_sentence(tmp_path: Path) -> None:
     assert refused("--model", str(tmp_path)) == f"{tmp_path}/config.json cannot be read: No such file or directory"
 
 
-# The engine's own numbers
+# The tests below compare a sizing with the engine's own numbers.
 
 
 def config_of(name: str) -> tuple[dict[str, Any], NemotronHConfig]:
@@ -207,7 +207,7 @@ def test_experts_are_the_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["demo", *NEMOTRONS])
 def test_the_backbones_weights_are_the_models(name: str) -> None:
-    """Compare with the tensors that `load_backbone` puts on a device."""
+    """Compare the sizing's weights with the tensors that `load_backbone` puts on a device."""
     _, config = config_of(name)
     with torch.device("meta"):
         model = NemotronH(config, LocalExperts({}))

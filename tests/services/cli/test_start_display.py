@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def steps() -> Iterator[StepList]:
-    """Return a list of steps on a terminal that nobody sees."""
+    """Yield a `StepList` whose terminal is a buffer that no test reads."""
     made = StepList(Console(file=Terminal()), STEPS)
     yield made
     made.end()

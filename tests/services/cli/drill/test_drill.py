@@ -22,9 +22,9 @@ TOKENS, GAP_S = 8, 0.01
 
 @dataclass
 class Server:
-    """A `Server` streams words that depend only on the prompt, until it is told to misbehave.
+    """A `Server` streams words that depend only on the prompt, until `trouble` tells how the server must misbehave.
 
-    `trouble` is "breaks off", "stalls" or "lies", or empty. `healing` is the task that ends the trouble.
+    `trouble` is empty, "breaks off", "stalls" or "lies". `healing` is the task that ends the trouble.
     """
 
     trouble: str = ""
@@ -78,7 +78,7 @@ async def serving() -> AsyncIterator[Server]:
         await asyncio.gather(*ours.open, return_exceptions=True)
         if ours.healing:
             ours.healing.cancel()
-        await asyncio.sleep(0.05)  # until the last connections are closed
+        await asyncio.sleep(0.05)  # enough time for the last connections to close
 
 
 def drill(trouble: str, heals_after_s: float = 0.3) -> tuple[Any, float | None, Server]:

@@ -14,7 +14,7 @@ from tests.services.expert.shard_process import ShardProcess
 
 
 def kill(shard_id: str, endpoint: str) -> None:
-    """Kill the process of a shard as `expertmesh drill` does: first find it, then send SIGKILL."""
+    """Kill the process of a shard as `expertmesh drill` does: find the process, then send it SIGKILL."""
     os.kill(asyncio.run(local_shard.local_pid(shard_id, endpoint)), signal.SIGKILL)
 
 
