@@ -1,8 +1,8 @@
 """A `GatewayDeployment` runs the gateway as a Ray Serve deployment.
 
-The deployment is not in `services/app.py` because only the gateway's process needs its imports: importing FastAPI and
-the tokenizers takes a process seconds. Serve reads the annotations in this file, so they must stay objects (there is no
-`from __future__ import annotations`).
+The deployment is not in `services/app.py` because only the gateway's process needs the imports of this file: importing
+FastAPI and the tokenizers takes several seconds. Ray Serve reads the annotations in this file, so the annotations must
+stay objects (there is no `from __future__ import annotations`).
 """
 
 import asyncio
@@ -41,18 +41,18 @@ from services.gateway.operator.admin import add_admin
 from services.gateway.operator.degraded import degraded_report
 from services.gateway.operator.operations import ExpertTier, Operations
 
-STATUS_TIMEOUT_S = 3.0  # for the status of the first backbone
-OTHERS_TIMEOUT_S = 0.5  # for the other backbones' statuses, after the first one
-TRACE_TIMEOUT_S = 10.0  # for all backbones to start or stop a recording
-PREVIEW_TIMEOUT_S = 30.0  # for the controller to make a plan
-STOPPING = Health(is_ready=False, detail="This gateway stops.")
+STATUS_TIMEOUT_S = 3.0  # seconds to wait for the first status of a backbone
+OTHERS_TIMEOUT_S = 0.5  # seconds to wait for the statuses of the other backbones, after the first status
+TRACE_TIMEOUT_S = 10.0  # seconds to wait until all backbones have started or stopped a recording
+PREVIEW_TIMEOUT_S = 30.0  # seconds to wait for the controller's plan
+STOPPING = Health(is_ready=False, detail="This gateway is stopping.")
 
 
 def _ask_all(backbone: DeploymentHandle[Any]) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
-    """Return a function that asks every backbone replica for its status and leaves out replicas that do not answer."""
+    """Return a function that returns the statuses of all backbone replicas that answer in time."""
 
     async def ask() -> list[dict[str, Any]]:
-        # `results_async` would lose all answers if one replica hangs.
+        # `results_async` is not used here, because it would lose the answers of all replicas if one replica hangs.
         broadcast = backbone.broadcast("status")._fetch_replica_results_async()
         replicas: list[Any] = await asyncio.wait_for(broadcast, STATUS_TIMEOUT_S)
         return await _answers([replica.get_async() for replica in replicas])
@@ -61,7 +61,10 @@ def _ask_all(backbone: DeploymentHandle[Any]) -> Callable[[], Awaitable[list[dic
 
 
 async def _answers(calls: Sequence[Awaitable[Any]]) -> list[dict[str, Any]]:
-    """Return the answers that come within STATUS_TIMEOUT_S, and within OTHERS_TIMEOUT_S after the first one."""
+    """Return the results of the `calls` that end in time; calls that fail or are late are left out.
+
+    A call is in time if it ends within STATUS_TIMEOUT_S and within OTHERS_TIMEOUT_S after the first result.
+    """
     answers: list[dict[str, Any]] = []
     pending = {asyncio.ensure_future(call) for call in calls}
     stop_at = time.monotonic() + STATUS_TIMEOUT_S
@@ -78,7 +81,7 @@ async def _answers(calls: Sequence[Awaitable[Any]]) -> list[dict[str, Any]]:
 
 
 def _trace_all(backbone: DeploymentHandle[Any]) -> Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]:
-    """Return a function that has every backbone replica start or stop recording its routing."""
+    """Return a function that makes every backbone replica start or stop recording its routing."""
 
     async def trace(bounds: dict[str, Any] | None) -> list[dict[str, Any]]:
         answers = backbone.broadcast("trace", bounds).results_async(timeout_s=TRACE_TIMEOUT_S, return_exceptions=True)
@@ -93,7 +96,7 @@ def _trace_all(backbone: DeploymentHandle[Any]) -> Callable[[dict[str, Any] | No
 
 
 def _preview(controller: DeploymentHandle[Any]) -> Callable[[], Awaitable[dict[str, Any] | None]]:
-    """Return a function that asks the controller for its plan."""
+    """Return a function that returns the controller's plan, or None if no placement exists yet."""
 
     async def preview() -> dict[str, Any] | None:
         try:
@@ -109,9 +112,9 @@ def _preview(controller: DeploymentHandle[Any]) -> Callable[[], Awaitable[dict[s
 
 @serve.ingress()
 class GatewayDeployment:
-    """A `GatewayDeployment` serves REST and gRPC on its own ports, if `args` name any, and through Serve's proxies.
+    """A `GatewayDeployment` serves REST and gRPC through Ray Serve's proxies and on the ports that `args` name.
 
-    Serve's gRPC proxy calls the method that is named like the RPC.
+    For each RPC, Serve's gRPC proxy calls the method with the name of the RPC.
     """
 
     def __init__(
@@ -124,7 +127,8 @@ class GatewayDeployment:
         logs.configure("gateway", args.log_format)
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
-        host = ALL_INTERFACES if args.host == "auto" else args.host  # forwarded ports arrive at the pod's own 127.0.0.1
+        # "auto" is all interfaces, because a port-forward of Kubernetes connects to the pod's own 127.0.0.1.
+        host = ALL_INTERFACES if args.host == "auto" else args.host
         self._where = ListenerConfig(host, args.http_port, args.grpc_port, args.drain_s)
         metrics = RequestMetrics(card.id)
         self._backbone = BackbonePool(_ask_all(backbone), metrics.count_resumed)
@@ -165,7 +169,7 @@ class GatewayDeployment:
 
     async def __del__(self) -> None:
         self._is_stopping = True
-        await asyncio.sleep(self._linger_s)  # until load balancers have noticed that the gateway is not ready
+        await asyncio.sleep(self._linger_s)  # wait until load balancers notice that the gateway is not ready
         await self._listener.stop()
         await self._backbone.stop()
         if self._operations is not None:
@@ -173,7 +177,7 @@ class GatewayDeployment:
         self._grammars.close()
 
     async def _report(self) -> dict[str, Any]:
-        """Return what `expertmesh status` shows, as JSON for `/status`."""
+        """Return the fields of `/status`, which `expertmesh status` shows."""
         health = await self._backbone.health()
         if not health.is_ready:
             raise ApiError(ApiRefusal.UNAVAILABLE, health.detail)
@@ -184,14 +188,14 @@ class GatewayDeployment:
         if self._operations is not None:
             try:
                 fleet = await self._operations.fleet()
-            except ApiError as error:  # backbones serve without the store, so the status is still useful
+            except ApiError as error:  # the status is useful without the store, because backbones serve without it
                 fleet = {"store": error.message}
         return {"model": self._generation.card.id, "health": state, **statuses[0], "backbones": engines, **fleet}
 
     async def _degraded(self) -> JSONResponse:
-        """Answer `/health/degraded`, with 503 if experts are below cover or if no backbone answers.
+        """Return the response of `/health/degraded`: status 503 if experts are below cover or no backbone answers.
 
-        Do not use the path as a probe for restarts: the gateway itself works while experts are below cover.
+        `/health/degraded` must not be a liveness probe, because the gateway itself works while experts are below cover.
         """
         try:
             report = degraded_report(await self._backbone.statuses())
@@ -248,7 +252,10 @@ async def _answer(answer: Any, context: RayServegRPCContext) -> Any:
 
 
 def _refuse(context: RayServegRPCContext, error: GrpcError) -> None:
-    """Raise `error` with its code and sentence in `context`, from which Serve takes them after an exception."""
+    """Write the code and message of `error` to `context`, and raise `error`.
+
+    After an exception, Ray Serve takes the code and the message for the client from the context.
+    """
     context.set_code(error.code)
     context.set_details(error.message)
     raise error

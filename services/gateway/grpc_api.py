@@ -239,7 +239,7 @@ def _tokenize_request(request: pb.TokenizeRequest) -> GenerationRequest:
 
 
 def _conversation(chat: pb.Chat) -> Conversation:
-    """Return the conversation without its tools."""
+    """Return the messages and template arguments of `chat` as a `Conversation`, to which the tools are added later."""
     kwargs = json_format.MessageToDict(chat.template_kwargs) if chat.HasField("template_kwargs") else None
     thinking = chat.enable_thinking if chat.HasField("enable_thinking") else None
     messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(chat.messages))

@@ -158,7 +158,7 @@ class BackbonePool:
         stop_at = time.monotonic() + wait_s
         while not (stream := self._least_loaded(avoid)) and time.monotonic() < stop_at:
             if self._is_stopping:
-                raise ApiError(ApiRefusal.UNAVAILABLE, "The gateway that answered this request stops; try again.")
+                raise ApiError(ApiRefusal.UNAVAILABLE, "The gateway that answers this request is stopping; try again.")
             self._opened.clear()
             self._begin_search()
             with suppress(TimeoutError):
@@ -181,7 +181,7 @@ class BackbonePool:
                 stream.silent_s += SILENCE_TICK_S
             silent_s = {endpoint: stream.silent_s for endpoint, stream in self._streams.items() if stream.is_open}
             for endpoint in unresponsive_endpoints(silent_s):
-                self._streams[endpoint].give_up(f"it was silent for {silent_s[endpoint]:.1f} s")
+                self._streams[endpoint].give_up(f"the backbone was silent for {silent_s[endpoint]:.1f} s")
 
     async def _find(self) -> None:
         """Open streams to new backbones and close broken streams. Concurrent callers share one search."""

@@ -119,7 +119,7 @@ class BackboneStream:
             call = engine_pb2_grpc.EngineStub(self._channel).Converse(self._send())  # type: ignore[no-untyped-call]
             async for message in call:
                 self._deliver(message)
-            self._reason, self._is_handover = "it ended the stream", True
+            self._reason, self._is_handover = "the backbone ended the stream", True
         except grpc.aio.AioRpcError as error:
             self._reason = str(error.details())
         finally:

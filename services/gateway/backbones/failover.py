@@ -64,7 +64,7 @@ class FailoverBudget:
         if error.is_handover and self.num_handovers < MAX_HANDOVERS:
             return replace(self, num_handovers=self.num_handovers + 1)
         if self.num_losses + 1 == MAX_LOSSES:
-            sentence = f"{MAX_LOSSES} backbones that answered this request are gone; it is not tried on another."
+            sentence = f"{MAX_LOSSES} backbones that answered this request are gone; the request is not tried again."
             raise ApiError(ApiRefusal.UNAVAILABLE, sentence)
         return replace(self, num_losses=self.num_losses + 1)
 
@@ -128,7 +128,10 @@ class ResumableRequest:
             raise lost
         if stream is None:
             self._left()
-            sentence = f"The backbone that answered this request is gone, and no other came within {RESUME_WAIT_S:g} s."
+            sentence = (
+                "The backbone that answered this request is gone, and no other backbone was found within "
+                f"{RESUME_WAIT_S:g} s."
+            )
             raise ApiError(ApiRefusal.UNAVAILABLE, sentence, retry_after=1)
         return stream
 
@@ -159,7 +162,7 @@ class ResumableRequest:
         if self._is_paused:
             pause = None if self._last_at is None else now - self._last_at
             took = "" if pause is None else f" after a pause of {pause:.3f} s"
-            log.info("Request %s goes on%s.", self.request_id, took, extra={"request_id": self.request_id})
+            log.info("Request %s continues%s.", self.request_id, took, extra={"request_id": self.request_id})
             self._on_resumed(pause)
             self._is_paused = False
         self._last_at = now

@@ -1,4 +1,7 @@
-"""An `AnswerParser` divides the text of an answer into reasoning, content and tool calls, in linear time."""
+"""An `AnswerParser` divides the text of an answer into reasoning, content and tool calls.
+
+Parsing takes time linear in the length of the text.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,13 @@ PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A `ToolCallDelta` is a piece of a tool call; the pieces of a call are joined to the whole call.
+    """A `ToolCallDelta` is a piece of a tool call; all pieces of a call joined in order make the whole call.
 
-    The first piece of a call holds its id and name. The `arguments` of all pieces together are one JSON object.
+    Only the first piece of a call holds the call's id and name. The `arguments` of all pieces joined are the text of
+    one JSON object.
     """
 
-    index: int  # position of the call in the answer
+    index: int  # number of the call in the answer, from 0
     id: str
     name: str
     arguments: str
@@ -30,7 +34,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class AnswerParts:
-    """An `AnswerParts` holds the pieces of each part of an answer that one piece of text added."""
+    """An `AnswerParts` holds the pieces of content, reasoning and tool calls that one piece of text produced."""
 
     content: str = ""
     reasoning: str = ""
@@ -38,7 +42,7 @@ class AnswerParts:
 
 
 class _Section(Enum):
-    """A `_Section` is the part of an answer that the parser is in."""
+    """A `_Section` is the kind of text that an `AnswerParser` is currently reading."""
 
     REASONING = 0
     CONTENT = 1
@@ -46,12 +50,13 @@ class _Section(Enum):
 
 
 class AnswerParser:
-    """An `AnswerParser` divides the text of one answer into reasoning, content and tool calls, as the text comes.
+    """An `AnswerParser` divides the text of one answer into reasoning, content and tool calls, piece by piece.
 
-    - `in_reasoning`: the answer begins with reasoning, which ends at `</think>`.
-    - `tools`: if there are any, `<tool_call>` begins a call.
-    - `is_forced`: a grammar makes every call valid, so a call is shown as it comes. Otherwise a call is shown when it
-      is complete, and text that turns out to be no call becomes content, without a character lost.
+    - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`.
+    - `tools`: the tools that the model may call. If there are tools, `<tool_call>` begins a call.
+    - `is_forced`: True if a grammar makes every call valid; the pieces of a call are then shown at once. If False, a
+      call is shown when the call is complete, and a broken call becomes content without losing a character.
+    - `max_calls`: number of calls after which the answer ends; None for any number.
 
     Line ends around `</think>` and around calls belong to the markup and are not shown.
     """
@@ -79,17 +84,17 @@ class AnswerParser:
 
     @property
     def is_done(self) -> bool:
-        """Return True if the answer holds as many calls as it may."""
+        """Return True if the answer holds the maximum number of calls."""
         return self._max_calls is not None and self.num_calls >= self._max_calls
 
     def push(self, text: str) -> AnswerParts:
-        """Add `text`, and return the pieces that may be shown now."""
+        """Add `text` to the answer, and return the pieces that may now be shown."""
         while text and not self.is_done:
             text = self._push_call(text) if self._at is _Section.CALL else self._push_text(text)
         return self._take()
 
     def finish(self) -> AnswerParts:
-        """End the answer, and return the pieces that were held back."""
+        """End the answer, and return the pieces that the parser held back."""
         if self._call is not None:
             self._deltas += self._call.take() if self._is_forced else []
             self._show("" if self._is_forced else self._call.raw)
@@ -122,7 +127,8 @@ class AnswerParser:
         elif self._call.is_broken:
             raw, self._call = self._call.raw, None
             self._at, self._matcher = _Section.CONTENT, StopMatcher(self._openings)
-            # The text of the broken call is content, beginning with `<tool_call>`. Another call may begin within it.
+            # The text of the broken call, including `<tool_call>`, is content. The text after `<tool_call>` is parsed
+            # again, because another call may begin in the text.
             self._show(CALL_START)
             return raw[len(CALL_START) :] + rest
         return rest
@@ -146,7 +152,7 @@ class AnswerParser:
 
 
 class _LineEndTrimmer:
-    """A `_LineEndTrimmer` drops the line ends before a text and holds back those that may be its last ones."""
+    """A `_LineEndTrimmer` drops line ends at the start of a text and holds back line ends that may be at its end."""
 
     def __init__(self, is_inside: bool = True) -> None:
         self.is_inside, self._held = is_inside, ""
@@ -163,12 +169,12 @@ class _LineEndTrimmer:
         return shown
 
     def rest(self) -> str:
-        """Return the line ends that were held back."""
+        """Return the line ends that the trimmer held back."""
         held, self._held = self._held, ""
         return held
 
 
-ENDS = {  # the strings that end each part of a call
+ENDS = {  # for each part of a call, the strings that end the part
     "call": [FUNCTION],
     "name": [">"],
     "body": [PARAMETER, FUNCTION_END],
@@ -176,13 +182,14 @@ ENDS = {  # the strings that end each part of a call
     "value": [PARAMETER_END],
     "end": [CALL_END],
 }
-MARKUP = ("call", "body", "end")  # parts that may hold only white space
+MARKUP = ("call", "body", "end")  # parts of a call that may hold only white space
 
 
 class _ToolCallParser:
-    """A `_ToolCallParser` parses one call, from the text after `<tool_call>` on.
+    """A `_ToolCallParser` parses one tool call, beginning with the text after `<tool_call>`.
 
-    `is_broken` becomes True as soon as the text cannot become a call; `is_whole` becomes True at its end.
+    `is_broken` becomes True as soon as the text cannot become a valid call. `is_whole` becomes True at the end of a
+    valid call.
     """
 
     def __init__(self, tools: dict[str, Tool], index: int) -> None:
@@ -195,11 +202,11 @@ class _ToolCallParser:
 
     @property
     def raw(self) -> str:
-        """Return the text of the call so far."""
+        """Return the text of the call that has been parsed so far, including `<tool_call>`."""
         return "".join(self._raw)
 
     def push(self, text: str) -> str:
-        """Add `text`, and return the part of it that follows the call."""
+        """Add `text` to the call, and return the part of `text` that follows the end of the call."""
         raw = text
         while text and not (self.is_whole or self.is_broken):
             shown, is_ended = self._matcher.push(text)
@@ -217,7 +224,7 @@ class _ToolCallParser:
         return rest
 
     def take(self) -> list[ToolCallDelta]:
-        """Return what was added to the call since the last time, as at most one piece."""
+        """Return the part of the call that was parsed since the last `take`, as a list of at most one piece."""
         deltas, self._deltas = self._deltas, []
         arguments = "".join(delta.arguments for delta in deltas)
         if not deltas or not (deltas[0].id or arguments):
@@ -270,7 +277,10 @@ class _ToolCallParser:
             self._is_first, self._held = True, ""
 
     def _show_string(self, text: str) -> None:
-        """Add a piece of a string value; the one line end before and the one after the value are markup."""
+        """Add a piece of a string value to the arguments, escaped as JSON.
+
+        One line end before the value and one line end after the value are markup and are dropped.
+        """
         text = self._held + text
         if self._is_first and text:
             text, self._is_first = text.removeprefix("\n"), False

@@ -1,4 +1,4 @@
-"""A `ChoiceRequest` is what the gateway asks of the engine for one choice of an answer."""
+"""A `ChoiceRequest` is the gateway's request to the engine for one choice of an answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from services.gateway.chat.tools import ToolUse
 
 @dataclass(frozen=True)
 class ChoiceRequest:
-    """A `ChoiceRequest` is one choice to be generated: its prompt is tokenized and its parameters are checked.
+    """A `ChoiceRequest` describes one choice to generate, with a tokenized prompt and checked parameters.
 
     A `GenerationRequest` with `n` choices becomes `n` choice requests, which differ in their seeds.
     """
@@ -19,6 +19,7 @@ class ChoiceRequest:
     params: SamplingParams
     in_reasoning: bool = False  # the chat template opened `<think>`, so the answer begins with reasoning
     tool_use: ToolUse = field(default_factory=ToolUse)
-    echo: str | None = None  # text of the prompt, which opens the answer; None: no echo was asked for
-    is_prompt_only: bool = False  # max_tokens was 0: one token is generated, but not shown
-    timeout: float | None = None  # seconds from now to the last token
+    echo: str | None = None  # text of the prompt, to be shown before the answer; None: the client asked for no echo
+    is_prompt_only: bool = False  # max_tokens was 0: the engine generates one token, which is not shown
+    # seconds until the last token must be generated, counted from the moment at which the choice was prepared
+    timeout: float | None = None

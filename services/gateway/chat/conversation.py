@@ -1,4 +1,4 @@
-"""A `Conversation` holds the messages of a chat request, as the chat template renders them."""
+"""A `Conversation` holds the messages of a chat request in the form that the chat template needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-RESERVED_KWARGS = {  # parameters of transformers' apply_chat_template that clients must not set
+RESERVED_KWARGS = {  # parameters of apply_chat_template (transformers) that clients must not set
     *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
@@ -16,21 +16,21 @@ RESERVED_KWARGS = {  # parameters of transformers' apply_chat_template that clie
 
 @dataclass(frozen=True)
 class PastCall:
-    """A `PastCall` is a tool call of an earlier turn."""
+    """A `PastCall` is a tool call that the model made in an earlier turn of the conversation."""
 
     id: str
     name: str
-    arguments: str  # a JSON object as text
+    arguments: str  # the text of a JSON object
 
     def to_template(self) -> dict[str, Any]:
-        """Return the call in the form that chat templates of Hugging Face expect: its arguments are an object."""
+        """Return the call in the form that Hugging Face chat templates expect, with the arguments as an object."""
         function = {"name": self.name, "arguments": json.loads(self.arguments)}
         return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """A `ChatMessage` is one turn of a conversation."""
+    """A `ChatMessage` is one message of a conversation, from the system, the user, the assistant or a tool."""
 
     role: str
     content: str | None
@@ -40,7 +40,7 @@ class ChatMessage:
     tool_call_id: str = ""
 
     def to_template(self) -> dict[str, Any]:
-        """Return the message in the form that chat templates of Hugging Face expect: empty fields are left out."""
+        """Return the message in the form that Hugging Face chat templates expect, without empty optional fields."""
         fields: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         if self.tool_calls:
             fields["tool_calls"] = [call.to_template() for call in self.tool_calls]
@@ -49,9 +49,10 @@ class ChatMessage:
 
 
 def check_message(message: ChatMessage, param: str) -> ChatMessage:
-    """Return the message under the role name that templates know.
+    """Return the message, with the role "developer" replaced by "system".
 
-    Raises ValueError, with `param` in the sentence, if a field does not fit the role.
+    Raises ValueError if a field does not fit the role. `param` is the name of the client's parameter, for the error
+    message.
     """
     is_assistant, is_tool = message.role == "assistant", message.role == "tool"
     if message.tool_calls and not is_assistant:
@@ -62,30 +63,30 @@ def check_message(message: ChatMessage, param: str) -> ChatMessage:
         raise ValueError(f"{param}.tool_call_id must be given where the role is 'tool', and only there.")
     if message.content is None and not (message.tool_calls or message.reasoning):
         raise ValueError(f"{param}.content is missing, but required.")
-    # "developer" is OpenAI's new name for the system role; templates know only the old name.
+    # "developer" is OpenAI's new name for the role "system"; chat templates know only the old name.
     return replace(message, role="system") if message.role == "developer" else message
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A `Conversation` is everything that the chat template renders to a prompt."""
+    """A `Conversation` holds all inputs from which the chat template renders a prompt."""
 
     messages: tuple[ChatMessage, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()  # in OpenAI's form
+    tools: tuple[Mapping[str, Any], ...] = ()  # tool definitions in OpenAI's form
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments that the model's template defines
-    add_generation_prompt: bool = True  # the prompt ends where the assistant's next turn begins
+    add_generation_prompt: bool = True  # True: the prompt ends with the markup that begins the assistant's next turn
 
 
 def template_kwargs(kwargs: Mapping[str, Any] | None, enable_thinking: bool | None) -> dict[str, Any]:
-    """Return the arguments of the chat template, with `enable_thinking` among them if it is given.
+    """Return the arguments `kwargs` of the chat template, together with `enable_thinking` if the client set it.
 
-    Raises ValueError for a reserved argument, and for two different values of `enable_thinking`.
+    Raises ValueError if `kwargs` holds a reserved argument or another value of `enable_thinking`.
     """
     given = dict(kwargs or {})
     if reserved := sorted(given.keys() & RESERVED_KWARGS):
         raise ValueError(f"chat_template_kwargs must not hold {reserved[0]!r}, which the server itself sets.")
     if enable_thinking is not None:
         if given.get("enable_thinking", enable_thinking) is not enable_thinking:
-            raise ValueError("enable_thinking must be the same in chat_template_kwargs where both are given; give one.")
+            raise ValueError("enable_thinking must be equal to enable_thinking in chat_template_kwargs; set only one.")
         given["enable_thinking"] = enable_thinking
     return given

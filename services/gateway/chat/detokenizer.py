@@ -9,11 +9,10 @@ from services.gateway.chat.markers import Marker
 
 
 class Detokenizer:
-    """A `Detokenizer` turns tokens into text one by one, in time linear in their bytes.
+    """A `Detokenizer` turns tokens into text one by one, in time linear in the number of bytes.
 
-    Bytes that may still become a character are held back. Bytes that cannot become one are shown as U+FFFD, as if all
-    tokens were decoded at once. Bytes that are still held back at the end of a request are half a character and are
-    never shown.
+    Bytes that may still become a character are held back. Bytes that cannot become a character are shown as U+FFFD, as
+    if all tokens were decoded at once. An incomplete character at the end of a request is never shown.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], markers: Iterable[Marker] = ()) -> None:
@@ -22,9 +21,10 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Return the text that `token_id` adds. Special tokens have no text, except the markers."""
+        """Return the text that the token `token_id` adds. Special tokens except the `markers` have no text."""
         if (marker := self._markers.get(token_id)) is not None:
             return self._utf8.decode(marker)
-        # A model's vocabulary may be padded beyond the tokenizer's. The ids of the padding have no text.
+        # A model's vocabulary may be larger than the tokenizer's vocabulary, because the model's vocabulary may be
+        # padded. The ids of the padding have no text.
         has_text = token_id < len(self._token_bytes)
         return self._utf8.decode(self._token_bytes[token_id]) if has_text else ""

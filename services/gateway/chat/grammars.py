@@ -1,7 +1,7 @@
-"""`compose` makes one grammar for a whole answer from its reasoning, its response format and its tool calls.
+"""`compose` makes one grammar for a whole answer: its reasoning, its response format and its tool calls.
 
-The grammars are in llguidance's dialect of Lark (see docs/syntax.md there). Special tokens have no text in this dialect
-and are named by their ids.
+The grammars are in llguidance's dialect of Lark (see docs/syntax.md in llguidance's repository). Special tokens have no
+text in llguidance's dialect, and a grammar refers to special tokens by their ids.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.chat.tools import Tool, ToolUse, is_string_type
 
 MAX_COUNTED_CHARS = (
-    2000  # a longer maxLength is not enforced, because every character to count needs a state of the automaton
+    2000  # a larger maxLength is not enforced, because the automaton needs one state for each counted character
 )
 TEXT = r"(?s:.*)"  # a regular expression for any text
 
-# Raises ValueError if a grammar cannot be used; see `services.engine.grammar.grammar_checker.GrammarChecker.check`.
+# A function that raises ValueError if a grammar cannot be used; see
+# `services.engine.grammar.grammar_checker.GrammarChecker.check`.
 CheckGrammar = Callable[[Grammar], None]
 
 
 @dataclass(frozen=True)
 class Markers:
-    """A `Markers` holds the markers of one tokenizer: the end of reasoning, and both ends of a tool call."""
+    """A `Markers` holds one tokenizer's markers for the end of reasoning, and the start and end of a tool call."""
 
     think_end: Marker
     call_start: Marker
@@ -40,28 +41,32 @@ class Markers:
 
 
 def any_of(choices: Sequence[str]) -> Grammar:
-    """Return a grammar for exactly one of the strings `choices`. Raises ValueError if there are none."""
+    """Return a grammar that allows exactly one of the strings `choices`. Raises ValueError if `choices` is empty."""
     if not choices:
         raise ValueError("structured_outputs.choice must hold at least one string.")
     return Grammar(GrammarKind.LARK, f"start: {' | '.join(map(json.dumps, choices))}\n")
 
 
 def check(grammar: Grammar, param: str, check_grammar: CheckGrammar) -> None:
-    """Raise ValueError, with the parameter `param` in the sentence, if `check_grammar` refuses `grammar`."""
+    """Raise ValueError if `check_grammar` refuses `grammar`.
+
+    `param` is the name of the client's parameter, with which the error message begins.
+    """
     try:
         check_grammar(grammar)
     except ValueError as error:
-        reason = str(error).partition(" ")[2]  # without the first word, the engine's name of the parameter
+        reason = str(error).partition(" ")[2]  # drop the first word, which is the engine's name for the parameter
         raise ValueError(f"{param} {reason}") from error
 
 
 def compose(answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, markers: Markers) -> Grammar | None:
-    """Return one grammar for the whole answer, or None if its text is free.
+    """Return one grammar for the whole answer, or None if the answer may be any text.
 
-    - `answer`: the grammar of the text after the reasoning, if there is one.
-    - `tool_use`: calls that are forced must match their schemas. If the model may choose between text and calls, calls
-      must match their schemas if any tool is strict.
-    - `in_reasoning`: the answer begins with reasoning, which ends at `</think>`.
+    - `answer`: the grammar of the text after the reasoning; None if the client gave no grammar.
+    - `tool_use`: the tools. If calls are forced, calls must match the tools' schemas. If the model may choose between
+      text and calls, calls must match the schemas only if at least one tool is strict.
+    - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`.
+    - `markers`: the markers of the model's tokenizer.
     """
     tools = tool_use.callable_tools
     is_strict = any(tool.is_strict for tool in tools)
@@ -102,7 +107,7 @@ def _json(schema: Any) -> str:
 
 
 def _regex(pattern: str) -> str:
-    """Return a regular expression between slashes, with its own slashes escaped unless they already are."""
+    """Return the regular expression `pattern` between slashes, with every slash inside the pattern escaped."""
     escaped = re.sub(r"\\.|/", lambda found: found[0] if found[0] != "/" else r"\/", pattern, flags=re.DOTALL)
     return f"/{escaped}/".replace("\n", r"\n")
 
@@ -112,7 +117,10 @@ def _special(marker: Marker) -> str:
 
 
 def _text_up_to(rule: str, marker: Marker) -> str:
-    """Return a rule for any text before `marker`; the text includes the marker unless it is a special token."""
+    """Return a grammar rule, named `rule`, for any text up to `marker`.
+
+    The text includes a marker that is a string, but not a marker that is a special token.
+    """
     suffix = f"[suffix={json.dumps(marker.text)}]" if marker.special_id is None else ""
     return f"{rule}{suffix}: /{TEXT}/"
 
@@ -137,7 +145,10 @@ def _call_rules(tools: Sequence[Tool], max_calls: int | None, markers: Markers) 
 
 
 def _function_rules(rule: str, tool: Tool) -> Iterator[str]:
-    """Yield the rules of one function, whose parameters come in the schema's order; optional ones may be left out."""
+    """Yield the grammar rules of a call of `tool`; the names of all rules begin with `rule`.
+
+    The parameters must come in the order of the schema; optional parameters may be left out.
+    """
     required = tool.parameters.get("required", ())
     parts = [f"{rule}_{n}" + ("" if name in required else "?") for n, name in enumerate(tool.properties)]
     if not tool.properties and tool.parameters.get("additionalProperties", bool(tool.parameters)):

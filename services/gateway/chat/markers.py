@@ -1,4 +1,4 @@
-"""Markers are the strings with which models mark reasoning and tool calls in an answer."""
+"""A `Marker` is a string, such as `</think>`, at which reasoning or a tool call in an answer begins or ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True)
 class Marker:
-    """A `Marker` is a string that structures answers, which may be a special token of the tokenizer."""
+    """A `Marker` is a string that begins or ends a section of an answer, and may be a special token."""
 
     text: str
-    special_id: int | None  # id of the special token; None: the string is tokenized like any text
+    special_id: int | None  # id of the special token; None: the tokenizer treats the string like any other text

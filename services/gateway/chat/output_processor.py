@@ -1,4 +1,4 @@
-"""An `OutputProcessor` turns the tokens of one choice into what the client is shown."""
+"""An `OutputProcessor` turns the tokens of one choice into the text, tool calls and logprobs for the client."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from services.gateway.chat.text_delta import ScoredToken, TextDelta
 from services.gateway.chat.tokenizer import Tokenizer
 
 TOOL_CALLS = "tool_calls"  # OpenAI's finish reason for an answer that calls tools
-FLOOR = -9999.0  # stands for the logarithm of probability 0, because JSON has no infinity
+FLOOR = -9999.0  # logprob that is shown for probability 0, because JSON has no infinity
 
 
 class OutputProcessor:
     """An `OutputProcessor` turns the token outputs of one choice into text, reasoning, tool calls and logprobs.
 
-    Stop strings, like stop tokens, count only after `min_tokens` tokens. A stop token has no text and no logprob. The
-    tokens of a stop string have logprobs although their text is not shown.
+    Stop strings and stop tokens end the choice only after `min_tokens` tokens. A stop token has no text and no logprob.
+    The tokens of a stop string have logprobs although the text of the stop string is not shown.
     """
 
     def __init__(self, index: int, request: ChoiceRequest, tokenizer: Tokenizer) -> None:
@@ -36,10 +36,10 @@ class OutputProcessor:
         self._is_first = True
 
     def push(self, output: TokenOutput) -> TextDelta:
-        """Return the delta for one output of the engine.
+        """Return the delta that one output of the engine adds to the choice.
 
-        The last delta has a finish reason. A stop string or the last allowed call may end the choice before the engine
-        does.
+        The last delta has a finish reason. A stop string or the last allowed tool call ends the choice although the
+        engine has not ended its request.
         """
         if not self._is_first:
             return self._delta(output)
@@ -55,7 +55,7 @@ class OutputProcessor:
         return replace(delta, text=echo + delta.text, prompt_logprobs=prompt_logprobs)
 
     def _delta(self, output: TokenOutput) -> TextDelta:
-        # A stop token is the last id of its output and not part of the text.
+        # A stop token is the last token of an output and is not part of the text.
         num_shown = len(output.token_ids) - (output.finish_reason is FinishReason.STOP)
         first = self._num_tokens
         parts: list[AnswerParts] = []
@@ -101,7 +101,7 @@ class OutputProcessor:
 
     def _scored_prompt(self, output: TokenOutput) -> Iterator[ScoredToken]:
         spelling = self._tokenizer.spelling
-        # Echo shows special tokens by name, except those that the tokenizer itself added before a text.
+        # An echoed prompt shows special tokens by name, except the special tokens that the tokenizer added itself.
         detokenizer = Detokenizer(self._tokenizer.token_bytes, self._tokenizer.special_markers)
         echo, whole = self._request.echo, self._tokenizer.decode(self._request.prompt_token_ids)
         position = 0 if echo is None else min(0, len(echo) - len(whole))
@@ -121,7 +121,7 @@ class OutputProcessor:
 
 
 def _joined(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
-    """Join neighbouring pieces of the same call."""
+    """Return `deltas` with neighbouring pieces of the same tool call joined to one piece."""
     joined: list[ToolCallDelta] = []
     for delta in deltas:
         if joined and joined[-1].index == delta.index:

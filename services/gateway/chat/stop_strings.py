@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 
 class StopMatcher:
-    """A `StopMatcher` passes text on until a stop string is complete, and never passes on a part of that string.
+    """A `StopMatcher` passes text on until a stop string is complete, and never passes on a part of the stop string.
 
-    There is one Knuth-Morris-Pratt automaton per stop string. The time is linear in the length of the text, and the
-    result does not depend on how the text is cut into pieces. Text is held back only while it is the beginning of a
-    stop string.
+    Each stop string has its own Knuth-Morris-Pratt automaton. Matching takes time linear in the length of the text, and
+    the result does not depend on how the text is cut into pieces. Text is held back only while the text may be the
+    beginning of a stop string.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -19,9 +19,9 @@ class StopMatcher:
         self.stop = ""  # the stop string that was found
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Add `text`, and return the text that may be shown now and whether a stop string was found.
+        """Add `text`, and return the text that may now be shown and whether a stop string was found.
 
-        If one was found, `flush` returns the text that follows it.
+        After a stop string was found, `flush` returns the text that follows the stop string.
         """
         if not self._automata:
             return text, False
@@ -37,22 +37,26 @@ class StopMatcher:
         return shown, False
 
     def _advance(self, char: str) -> int:
-        """Return the length of the longest stop string that ends with this character, or 0 if none ends."""
+        """Add the character `char`, and return the length of the longest stop string that ends with `char`.
+
+        Returns 0 if no stop string ends with `char`.
+        """
         ended = [automaton.advance(char) for automaton in self._automata]
         return max((len(a.pattern) for a, end in zip(self._automata, ended, strict=True) if end), default=0)
 
     def flush(self) -> str:
-        """Return the text that was held back, and hold nothing back any more."""
+        """Return the text that was held back, and forget this text."""
         held, self._held = self._held, ""
         return held
 
 
 class _Automaton:
-    """An `_Automaton` matches one pattern, one character after the other (Knuth, Morris and Pratt, 1977)."""
+    """An `_Automaton` finds one pattern in a text, character by character (Knuth, Morris and Pratt, 1977)."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern, self.matched = pattern, 0
-        self._borders = [0]  # for each prefix, the length of its longest proper prefix that is also its suffix
+        # for each prefix of the pattern, the length of the prefix's longest border (a proper prefix that is a suffix)
+        self._borders = [0]
         for char in pattern[1:]:
             self._borders.append(self._next(self._borders[-1], char))
 
@@ -62,6 +66,6 @@ class _Automaton:
         return matched + (self.pattern[matched] == char)
 
     def advance(self, char: str) -> bool:
-        """Add one character, and return True if the text now ends with the pattern."""
+        """Add the character `char` to the text, and return True if the text now ends with the pattern."""
         self.matched = self._next(self.matched, char)
         return self.matched == len(self.pattern)

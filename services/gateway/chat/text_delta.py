@@ -1,4 +1,4 @@
-"""A `TextDelta` is a piece that is added to a choice while it is generated; `join` joins the pieces of a choice."""
+"""A `TextDelta` is a piece of a choice that is streamed to the client; `join` joins the pieces of one choice."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from services.gateway.chat.answer_parser import ToolCallDelta
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A `ScoredToken` is a token of the prompt or the answer with its probability and that of the best alternatives."""
+    """A `ScoredToken` is a token of the prompt or the answer with its logprob and the most probable alternatives."""
 
     token_id: int
-    data: bytes  # the token's text, which may be half a character
+    data: bytes  # the token's text in UTF-8, which may be only a part of a character
     logprob: float | None = None  # natural logarithm of the probability; None for the first token of a prompt
-    rank: int = 0  # 1 is the most probable token; 0: not known
-    top: tuple[ScoredToken, ...] = ()  # the most probable tokens, most probable first
-    offset: int = 0  # where the token's text begins in the text of the answer, in characters
+    rank: int = 0  # rank of the token by probability, from 1 for the most probable token; 0: unknown
+    top: tuple[ScoredToken, ...] = ()  # the most probable tokens at the position, most probable first
+    offset: int = 0  # number of characters of the answer before the token's text
 
     @property
     def text(self) -> str:
-        """Return the token's text; bytes that are no whole character become U+FFFD."""
+        """Return the token's text; bytes that are not a complete character become U+FFFD."""
         return self.data.decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """A `TextDelta` is what one step of the engine added to one choice.
+    """A `TextDelta` holds the text, tool calls and logprobs that one step of the engine added to one choice.
 
-    The texts may be empty while characters are held back. `num_prompt` and `num_generated` are totals so far.
+    `text` and `reasoning` may be empty while characters are held back. `num_prompt` and `num_generated` are the numbers
+    of tokens of the prompt and of the choice so far.
     """
 
     index: int  # position of the choice among all choices of the request
@@ -48,17 +49,17 @@ class TextDelta:
 
     @property
     def cache_report(self) -> str:
-        """Return how many tokens of the prompt came from the prefix cache, and why not more."""
+        """Return a text that says how many prompt tokens came from the prefix cache, and why not more tokens did."""
         return f"{self.cache_reason or 'unknown'}; cached={self.num_cached}"
 
     @property
     def is_shown(self) -> bool:
-        """Return True if the delta holds anything that a client is shown."""
+        """Return True if the delta holds text, reasoning, tool calls, logprobs or a finish reason for the client."""
         return bool(self.text or self.reasoning or self.calls or self.logprobs or self.finish_reason)
 
 
 async def collect(deltas: AsyncGenerator[TextDelta, None], num_choices: int) -> list[TextDelta]:
-    """Return each choice as one delta, joined from all streamed deltas."""
+    """Return one delta for each of `num_choices` choices, joined from all deltas of the choice in `deltas`."""
     streamed: list[list[TextDelta]] = [[] for _ in range(num_choices)]
     async with aclosing(deltas):
         async for delta in deltas:
@@ -67,7 +68,7 @@ async def collect(deltas: AsyncGenerator[TextDelta, None], num_choices: int) -> 
 
 
 def join(deltas: Sequence[TextDelta]) -> TextDelta:
-    """Return all deltas of one choice as one delta with complete tool calls."""
+    """Join all `deltas` of one choice into one delta with complete tool calls."""
     calls: dict[int, ToolCallDelta] = {}
     for call in (call for delta in deltas for call in delta.calls):
         before = calls.get(call.index)

@@ -11,16 +11,16 @@ from services.gateway.chat.text_delta import TextDelta
 class TokenUsage:
     """A `TokenUsage` adds up the tokens of one request with `n` choices for each prompt.
 
-    A prompt counts once, however many choices it has; the generated tokens of all choices count.
+    The tokens of a prompt count once and not `n` times. The generated tokens of all choices count.
     """
 
-    n: int  # choices of each prompt
-    num_prompt: dict[int, int] = field(default_factory=dict)  # tokens by index of the prompt
-    num_cached: dict[int, int] = field(default_factory=dict)  # tokens by index of the prompt
-    num_generated: dict[int, int] = field(default_factory=dict)  # tokens by index of the choice
+    n: int  # number of choices for each prompt
+    num_prompt: dict[int, int] = field(default_factory=dict)  # tokens of each prompt, by index of the prompt
+    num_cached: dict[int, int] = field(default_factory=dict)  # cached tokens of each prompt, by index of the prompt
+    num_generated: dict[int, int] = field(default_factory=dict)  # tokens of each choice, by index of the choice
 
     def add(self, delta: TextDelta) -> None:
-        """Count the tokens that `delta` reports; its counts are totals of its choice so far."""
+        """Record the token counts of `delta`, which replace the earlier counts of the same choice."""
         prompt = delta.index // self.n
         if delta.index % self.n == 0 or prompt not in self.num_prompt:
             self.num_prompt[prompt], self.num_cached[prompt] = delta.num_prompt, delta.num_cached

@@ -18,8 +18,8 @@ class Tokenizer:
     """A `Tokenizer` turns text and conversations into token ids and token ids into text.
 
     A tokenizer is read from a model directory on disk, without network access. Only byte-level tokenizers are supported
-    (Nemotron, DeepSeek and Qwen have them): every token is a fixed string of bytes, so detokenizing is joining bytes.
-    Raises ValueError if the directory has no such tokenizer.
+    (Nemotron, DeepSeek and Qwen have byte-level tokenizers). Every token of a byte-level tokenizer is a fixed string of
+    bytes, so detokenizing means to join bytes. Raises ValueError if the directory has no byte-level tokenizer.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,17 +33,20 @@ class Tokenizer:
         return len(self.token_bytes)
 
     def spelling(self, token_id: int) -> bytes:
-        """Return the bytes of a token: the name of a special token, and b"" for an id beyond the vocabulary."""
+        """Return the bytes of a token.
+
+        The bytes of a special token are its name. An id beyond the vocabulary has the bytes b"".
+        """
         if token_id in self._special:
             return self._special[token_id].encode()
         return self.token_bytes[token_id] if token_id < self.vocab_size else b""
 
     def marker(self, text: str) -> Marker:
-        """Return `text` as a marker, with its id if it is one special token."""
+        """Return the marker for the string `text`, with the token id if the string is a special token."""
         return Marker(text, next((token_id for token_id, name in self._special.items() if name == text), None))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens: special tokens by name, and U+FFFD for bytes that are no character."""
+        """Return the text of the tokens `token_ids`, with special tokens by name and invalid UTF-8 as U+FFFD."""
         return b"".join(map(self.spelling, token_ids)).decode("utf-8", "replace")
 
     @property
@@ -52,16 +55,20 @@ class Tokenizer:
         return [Marker(name, token_id) for token_id, name in self._special.items()]
 
     def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return the text of each token by itself, as `decode` makes it."""
+        """Return a list with the text of each token, for which `decode` is called once per token."""
         return [self.decode([token_id]) for token_id in token_ids]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of `text`, after the special tokens that the tokenizer adds (usually none)."""
+        """Return the token ids of `text`.
+
+        If `add_special_tokens`, the ids of the tokenizer's initial special tokens come first; most tokenizers have
+        none.
+        """
         # The tokenizer's Rust implementation keeps no state between calls, so threads may share it.
         return list(self._hf.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def render(self, chat: Conversation) -> str:
-        """Return the prompt that the chat template makes of a conversation.
+        """Return the text of the prompt that the chat template renders from a conversation.
 
         Raises ValueError if there are no messages, if the model has no chat template, or if the template refuses the
         messages.
@@ -81,7 +88,7 @@ class Tokenizer:
         except (
             jinja2.TemplateError,
             TypeError,
-        ) as error:  # TypeError: some templates do not expect content to be missing
+        ) as error:  # some templates raise TypeError if a message has no content
             raise ValueError(f"messages do not fit the model's chat template: {str(error).rstrip('.')}.") from error
         return str(text)
 
@@ -96,7 +103,10 @@ def _load(path: Path) -> Any:
 
 
 def _token_bytes(hf: Any, path: Path) -> list[bytes]:
-    """Return the bytes of every token id; special tokens have none. Source: the byte alphabet of GPT-2's encoder.py."""
+    """Return a list with the bytes of every token, by token id; special tokens have no bytes.
+
+    Source: the byte alphabet of GPT-2's encoder.py.
+    """
     backend = hf.backend_tokenizer
     if "ByteLevel" not in repr(backend.decoder):
         raise ValueError(f"The tokenizer in {path} must be byte-level (its decoder ByteLevel), not {backend.decoder}.")
@@ -115,9 +125,10 @@ def _bytes_of(token: str) -> bytes:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for.
+    """Return a mapping from each character of a byte-level vocabulary to the byte that the character stands for.
 
-    Printable Latin-1 characters stand for themselves; the other 68 bytes are written as U+0100 and up.
+    Printable Latin-1 characters stand for the byte of their own code point. The characters from U+0100 on stand for the
+    other 68 bytes.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

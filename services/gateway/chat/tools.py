@@ -1,4 +1,4 @@
-"""Tools are functions that the model may call; this module also converts a call's arguments to their types.
+"""A `Tool` is a function that the model may call; `argument_json` converts the arguments of calls to JSON.
 
 The model writes calls as XML whose values are untyped text (the qwen3_coder format):
 
@@ -26,7 +26,7 @@ PYTHON_SPELLINGS = {"True": True, "False": False, "None": None}
 
 
 class ToolMode(StrEnum):
-    """A `ToolMode` says whether the model may, must not or must call tools; the values are those of `tool_choice`."""
+    """A `ToolMode` says whether the model may, must not or must call tools, as `tool_choice` does in OpenAI's API."""
 
     AUTO = "auto"
     NONE = "none"
@@ -39,11 +39,14 @@ class Tool:
 
     name: str
     description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # a JSON schema of type object
-    is_strict: bool = False  # calls must match the schema even if the request does not force a call
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # JSON schema of the arguments, of type object
+    is_strict: bool = False  # True: calls must match the schema even if the request does not force a call
 
     def check(self, param: str) -> None:
-        """Raise ValueError if the tool cannot be called; `param` is the parameter that holds the tool."""
+        """Raise ValueError if the tool's name or schema is invalid.
+
+        `param` is the name of the client's parameter that holds the tool, for the error message.
+        """
         if not TOOL_NAME.fullmatch(self.name):
             allowed = "1 to 64 letters, digits, '_', '-' or '.'"
             raise ValueError(f"{param}.function.name must be {allowed}, not {self.name!r:.100}.")
@@ -64,15 +67,15 @@ class Tool:
 
     @property
     def definitions(self) -> dict[str, Any]:
-        """Return the shared definitions that the schemas of properties may refer to."""
+        """Return the shared definitions to which the schemas of the tool's properties may refer."""
         return {key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}
 
     def types_of(self, name: str) -> frozenset[str] | None:
-        """Return the JSON types that the argument `name` may have, or None if its schema does not say."""
+        """Return the JSON types that the argument `name` may have, or None if its schema does not limit the types."""
         return json_types(self.properties.get(name, True), self.parameters)
 
     def to_template(self) -> dict[str, Any]:
-        """Return the tool in OpenAI's form, which chat templates expect."""
+        """Return the tool as a JSON object in OpenAI's form, which chat templates expect."""
         parameters = dict(self.parameters) or {"type": "object", "properties": {}}
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
@@ -80,20 +83,24 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """A `ToolUse` holds the tools of one request, and whether and how often the model may call them."""
+    """A `ToolUse` holds the tools of one request, and says whether and how often the model may call the tools."""
 
     tools: tuple[Tool, ...] = ()
     mode: ToolMode = ToolMode.AUTO
     function: str | None = None  # name of the function that must be called; None: the client named none
-    is_parallel: bool = True  # one answer may hold several calls
+    is_parallel: bool = True  # True: one answer may hold several calls
 
     @classmethod
     def of(
         cls, tools: tuple[Tool, ...], mode: ToolMode | None, function: str | None, is_parallel: bool | None
     ) -> ToolUse:
-        """Return the tool use that a client asked for; None stands for a parameter that the client did not give.
+        """Return the `ToolUse` for a client's parameters, of which None stands for a missing parameter.
 
-        Raises ValueError if there are no tools but a parameter that needs them.
+        - `mode`: the value of `tool_choice`, if it is a mode.
+        - `function`: the name of the function that `tool_choice` names.
+        - `is_parallel`: the value of `parallel_tool_calls`.
+
+        Raises ValueError if a parameter needs tools but `tools` is empty.
         """
         if is_parallel is not None and not tools:
             raise ValueError("parallel_tool_calls may only be given together with tools.")
@@ -103,20 +110,20 @@ class ToolUse:
 
     @property
     def is_forced(self) -> bool:
-        """Return True if the answer must hold a call."""
+        """Return True if the answer must hold at least one tool call."""
         return self.mode is ToolMode.REQUIRED or self.function is not None
 
     @property
     def max_calls(self) -> int | None:
-        """Return how many calls one answer may hold, or None for any number.
+        """Return the maximum number of tool calls in one answer, or None for any number.
 
-        A function that the client names is called once, as in OpenAI's API.
+        A function that the client names is called exactly once, as in OpenAI's API.
         """
         return 1 if self.function is not None or not self.is_parallel else None
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:
-        """Return the tools that the model may call."""
+        """Return the tools of the request that the model may call, which depend on `tool_choice`."""
         if self.mode is ToolMode.NONE:
             return ()
         return tuple(tool for tool in self.tools if self.function in (None, tool.name))
@@ -136,9 +143,10 @@ class ToolUse:
 
 
 def json_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str] | None:
-    """Return the JSON types that `schema` allows, or None if it does not limit them.
+    """Return the JSON types that `schema` allows, or None if the schema does not limit the types.
 
-    The types follow from the schema's type, its values, its alternatives and its references into `root`.
+    The types are taken from the schema's `type`, `enum`, `const`, `anyOf` or `oneOf`. `root` is the whole schema, to
+    which `$ref` refers. `depth` is the depth of nesting: a schema nested deeper than 8 levels does not limit the types.
     """
     if not isinstance(schema, dict) or depth > 8:
         return None
@@ -181,14 +189,14 @@ def _type_of(value: object) -> str:
 
 
 def is_string_type(types: frozenset[str] | None) -> bool:
-    """Return True if a value of these types is always a string; a value without a type is one."""
+    """Return True if `types` allow only strings; an argument without types (None) is treated as a string."""
     return types is None or types == {"string"}
 
 
 def argument_json(text: str, types: frozenset[str] | None) -> str:
-    """Return the JSON of an argument that the model wrote as text.
+    """Return the JSON value of an argument that the model wrote as untyped text.
 
-    The value is a string unless `types` allow something else and the text can be read as that.
+    The value is a JSON string, unless `types` allow another type and the text is a value of such a type.
     """
     if is_string_type(types):
         return to_json(text)
@@ -196,7 +204,7 @@ def argument_json(text: str, types: frozenset[str] | None) -> str:
     try:
         value = _parse(text.strip(), types)
     except ValueError:
-        return to_json(text)  # text that fits none of the types reaches the client unchanged
+        return to_json(text)  # text that has none of the allowed types reaches the client as an unchanged string
     return to_json(value)
 
 
@@ -211,20 +219,24 @@ def _parse(text: str, types: frozenset[str]) -> object:
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(name)  # NaN and Infinity, which are not JSON
+    raise ValueError(name)  # json.loads would accept NaN and Infinity, which are not JSON
 
 
 def to_json(value: object) -> str:
-    """Return `value` as JSON with unescaped characters.
+    """Return `value` as JSON text in which characters outside ASCII are not escaped.
 
-    If the model escaped half of a surrogate pair, which is no Unicode character, all of the JSON is escaped.
+    If `value` holds half of a surrogate pair, all characters outside ASCII are escaped, because half of a surrogate
+    pair is not a Unicode character.
     """
     text = json.dumps(value, ensure_ascii=False)
     return json.dumps(value) if any("\ud800" <= char <= "\udfff" for char in text) else text
 
 
 def parse_arguments(text: str, param: str) -> str:
-    """Return the arguments of an earlier call as JSON. Raises ValueError unless they are a JSON object."""
+    """Return the arguments `text` of an earlier tool call, formatted as JSON.
+
+    Raises ValueError, with the parameter's name `param` in the message, if `text` is not a JSON object.
+    """
     try:
         value = json.loads(text or "{}")
     except ValueError:
@@ -235,7 +247,7 @@ def parse_arguments(text: str, param: str) -> str:
 
 
 def parse_tool_mode(mode: str, param: str = "tool_choice") -> ToolMode:
-    """Return the mode that a client named. Raises ValueError for an unknown mode."""
+    """Return the `ToolMode` with the name `mode`. Raises ValueError, which names `param`, for an unknown mode."""
     if mode not in list(ToolMode):
         allowed = ", ".join(repr(str(known)) for known in ToolMode)
         raise ValueError(f"{param} must be {allowed} or name a function, not {mode!r:.100}.")

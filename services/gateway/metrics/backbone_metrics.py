@@ -1,6 +1,7 @@
-"""The engines' metrics are read from the backbones whenever a client asks for `/metrics`.
+"""`backbone_metrics` returns the metrics of the engines, from the statuses of the backbones.
 
-A metric that vLLM has as well has vLLM's name, with the prefix `expertmesh:`.
+The gateway asks the backbones for their statuses whenever a client requests `/metrics`. A metric that also exists in
+vLLM has vLLM's name, with the prefix `expertmesh:`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ENGINE_COUNTERS = {
 
 
 class EngineMetrics(StatusCollector):
-    """`EngineMetrics` collects the numbers of each backbone's engine."""
+    """An `EngineMetrics` collects the metrics of each backbone's engine."""
 
     def collect(self) -> Iterator[Metric]:
         engines = {endpoint: status["engine"] for endpoint, status in self.statuses.items()}

@@ -1,6 +1,6 @@
-"""A `RequestMetrics` holds the gateway's metrics; a `RequestClock` also writes the log of requests.
+"""A `RequestMetrics` holds the gateway's metrics; a `RequestClock` measures one choice and writes the request log.
 
-Metrics have vLLM's names, with the prefix `expertmesh:`, and vLLM's buckets.
+The metrics have vLLM's names, with the prefix `expertmesh:`, and vLLM's buckets.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from services.gateway.chat.text_delta import TextDelta
 
-log = logging.getLogger("expertmesh.requests")  # one JSON object per line and choice
+log = logging.getLogger("expertmesh.requests")  # the request log: one line per choice, with one JSON object
 
-# Upper bounds of histogram buckets: seconds, and tokens for LENGTH_BUCKETS.
+# Upper bounds of histogram buckets, in seconds; the bounds of LENGTH_BUCKETS are numbers of tokens.
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
 )
-TOKEN_BUCKETS = (  # vLLM has no buckets for the first three bounds
+TOKEN_BUCKETS = (  # the first three bounds do not exist in vLLM
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1, 2.5, 5, 7.5, 10, 20, 40, 80),
 )
@@ -35,7 +35,7 @@ LENGTH_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2,
 
 
 class RequestMetrics:
-    """A `RequestMetrics` holds one model's request metrics.
+    """A `RequestMetrics` holds the request metrics of one served model.
 
     The metrics have a registry of their own, so that two gateways in one process do not collide.
     """
@@ -86,7 +86,7 @@ class RequestMetrics:
 
     @contextmanager
     def request(self, request_id: str, index: int) -> Iterator[RequestClock]:
-        """Measure and log one choice of a request, from the start of the block to its end."""
+        """Measure and log one choice of a request, from the start of the `with` block to the end of the block."""
         clock = RequestClock(self, request_id, index)
         self.running.inc()
         try:
@@ -110,9 +110,10 @@ class RequestMetrics:
         self._refused.labels(self._model, reason).inc()
 
     def count_resumed(self, pause: float | None) -> None:
-        """Count a request that another backbone continued.
+        """Count one continuation of a request on another backbone.
 
-        `pause` is the time between two outputs in seconds; None if the first backbone was lost before any output.
+        `pause` is the time in seconds between the last output before the failover and the first output after the
+        failover; None if there was no output before the failover.
         """
         self._resumed.inc()
         if pause is not None:
@@ -124,7 +125,7 @@ class RequestMetrics:
 
 
 class RequestClock:
-    """A `RequestClock` measures the times and counts the tokens of one choice."""
+    """A `RequestClock` measures the times and counts the tokens of one choice, for metrics and the request log."""
 
     def __init__(self, metrics: RequestMetrics, request_id: str, index: int) -> None:
         self._metrics, self._start = metrics, time.perf_counter()
@@ -136,7 +137,10 @@ class RequestClock:
         self._cache_reason = ""
 
     def count(self, delta: TextDelta, queued_s: float) -> None:
-        """Record one output of the engine."""
+        """Record the time and the tokens of one output of the engine.
+
+        `queued_s` is the time in seconds that the request waited in the engine's queue.
+        """
         now = time.perf_counter()
         if self._first is None:
             self._first = now
@@ -172,7 +176,7 @@ class RequestClock:
         self.log(finish_reason)
 
     def log(self, finish_reason: str, error: str = "") -> None:
-        """Write one line to the log of requests."""
+        """Write the line of the choice to the request log."""
         fields = {
             "request_id": self._request_id,
             "choice": self._index,

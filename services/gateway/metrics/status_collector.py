@@ -9,14 +9,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 LABELS = ["model_name", "backbone"]
-Values = Mapping[str, Mapping[str, Any]]  # the numbers of each backbone, by endpoint
+Values = Mapping[str, Mapping[str, Any]]  # the metric values of each backbone, by the backbone's endpoint
 Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
 
 class StatusCollector(Collector):
     """A `StatusCollector` makes metric families whose label `backbone` holds the endpoint of each backbone.
 
-    Backbones are not summed up, because a sum of counters would fall when one backbone restarts.
+    The values of backbones are not added up, because a sum of counters would fall when one backbone restarts.
     """
 
     def __init__(self, model: str, statuses: Sequence[Mapping[str, Any]]) -> None:
@@ -24,7 +24,10 @@ class StatusCollector(Collector):
         self.statuses = {str(status["endpoint"]): status for status in statuses}
 
     def labelled(self, name: str, help_text: str, label: str, counts: Mapping[str, Mapping[str, int]]) -> Metric:
-        """Return a counter with one more `label`, from `counts` by endpoint and by the label's value."""
+        """Return a counter that has the additional label `label`.
+
+        `counts[endpoint][value]` is the count of a backbone for one value of the label.
+        """
         family = CounterMetricFamily(f"expertmesh:{name}", help_text, labels=[*LABELS, label])
         for endpoint, count_by_label in counts.items():
             for label_value, count in count_by_label.items():
@@ -32,12 +35,17 @@ class StatusCollector(Collector):
         return family
 
     def families(self, kind: Kind, names: Mapping[str, tuple[str, str]], values: Values) -> Iterator[Metric]:
-        """Yield a family for each of `names`, which maps a key of the status to a metric's name and help text."""
+        """Yield one metric family for each entry of `names`.
+
+        - `kind`: the class of the families, counters or gauges.
+        - `names`: maps each key of a backbone's `values` to the metric's name and help text.
+        - `values`: maps each backbone's endpoint to the backbone's values, by key.
+        """
         for key, (name, help_text) in names.items():
             yield self.family(kind, name, help_text, {endpoint: numbers[key] for endpoint, numbers in values.items()})
 
     def family(self, kind: Kind, name: str, help_text: str, values: Mapping[str, float]) -> Metric:
-        """Return one family with a value for each endpoint."""
+        """Return one metric family of the class `kind`, with one value for each endpoint in `values`."""
         family = kind(f"expertmesh:{name}", help_text, labels=LABELS)
         for endpoint, value in values.items():
             family.add_metric([self.model, endpoint], value)

@@ -1,4 +1,4 @@
-"""`TierMetrics` shows the expert tier as each backbone sees it."""
+"""A `TierMetrics` makes metrics of the expert tier (shards, placement, load) from each backbone's status."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ TIER_GAUGES = {
     "time_to_repair_s": ("repair_remaining_seconds", "Estimate of the time to full cover; 0 if cover is full."),
     "last_repair_s": ("last_repair_seconds", "How long experts were below cover the last time."),
 }
-# Upper bounds of the histogram of shards by load; a load is a multiple of the mean load of all shards. The histogram
-# is a gauge, because it counts the shards of this moment.
+# Upper bounds of the histogram of shards by load, as multiples of the mean load of all shards. The histogram is a
+# gauge, because the histogram counts the shards at the time of the request.
 RELATIVE_LOADS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 HOT_EXPERT = {
     "picks_per_s": "Picks per second of the most picked experts, by rank.",
@@ -51,7 +51,7 @@ HOT_EXPERT = {
 
 
 def _tier(status: Mapping[str, Any]) -> dict[str, float]:
-    """Return the values of TIER_GAUGES from one backbone's status."""
+    """Return the values of the metrics in TIER_GAUGES, by key, from one backbone's status."""
     tier, now = status["tier"], time.time()
     since = tier["below_cover_since"]
     return {
@@ -65,7 +65,7 @@ def _tier(status: Mapping[str, Any]) -> dict[str, float]:
 
 
 def relative(loads: Sequence[float]) -> list[float]:
-    """Return `loads` as multiples of their mean; all are 1 if no shard is loaded."""
+    """Return the shards' `loads` divided by the mean load, or 1.0 for every shard if all loads are 0."""
     mean = sum(loads) / len(loads) if loads else 0.0
     return [load / mean if mean else 1.0 for load in loads]
 
@@ -75,7 +75,7 @@ def _bound(value: float) -> str:
 
 
 class TierMetrics(StatusCollector):
-    """`TierMetrics` collects traffic, placement, cover and balance; there are none if the experts are local."""
+    """A `TierMetrics` collects metrics of traffic, placement, cover and balance, unless the experts are local."""
 
     def collect(self) -> Iterator[Metric]:
         remote = {endpoint: status for endpoint, status in self.statuses.items() if "traffic" in status}
@@ -96,9 +96,10 @@ class TierMetrics(StatusCollector):
             )
 
     def _balance(self, statuses: Mapping[str, Mapping[str, Any]]) -> Iterator[Metric]:
-        """Yield balancedness, relative loads of shards and the hottest experts.
+        """Yield the metrics for balancedness, relative loads of shards and the hottest experts.
 
-        The number of series depends on the layers, buckets and ranks, but not on the number of experts and shards.
+        The number of time series depends on the numbers of layers, buckets and ranks, but not on the numbers of experts
+        and shards.
         """
         help_text = "Mean over maximum of the shards' picks in a layer; 1 is even."
         balance = GaugeMetricFamily("expertmesh:balancedness", help_text, labels=[*LABELS, "layer"])

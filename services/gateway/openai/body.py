@@ -1,9 +1,10 @@
-"""OpenAI's request bodies are defined here, and converted to `GenerationRequest`.
+"""A `CompletionBody` or `ChatBody` is a request body of OpenAI's API, and is converted to `GenerationRequest`.
 
 Source: OpenAI's API reference for completions and chat completions. Fields from vLLM are `top_k`, `min_p`,
 `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `min_tokens`, `prompt_logprobs`, `priority`,
-`structured_outputs`, `chat_template_kwargs`, and tokenize and detokenize; `timeout` and `enable_thinking` are
-Expertmesh's own. A field that is not listed here is refused by name.
+`structured_outputs` and `chat_template_kwargs`; the bodies of `/tokenize` and `/detokenize` are from vLLM, too. The
+fields `timeout` and `enable_thinking` exist only in Expertmesh. If a body has an unknown field, the error names the
+field.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from services.gateway.generation_request import AnswerFormat, GenerationRequest
 from services.gateway.openai.messages import ConversationBody, NamedTool
 from services.gateway.request_body import BaseBody, only
 
-MAX_PROMPTS = 64  # in one body
+MAX_PROMPTS = 64  # maximum number of prompts in one body
 SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias", "grammar"}
 
 
 def _check_prompt(value: object) -> object:
-    """Accept one string, one list of token ids, or a list of either."""
+    """Return `value` if it is a prompt (a string or a list of token ids) or a list of prompts.
+
+    Raises ValueError for every other value and for more than MAX_PROMPTS prompts.
+    """
     if _is_one_prompt(value):
         return value
     if isinstance(value, list) and value and all(_is_one_prompt(item) for item in value):
@@ -55,7 +59,10 @@ class StreamOptions(BaseBody):
 
 
 class StructuredOutputs(BaseBody):
-    """A `StructuredOutputs` says what the answer must match, in vLLM's form: exactly one of its fields is set."""
+    """A `StructuredOutputs` holds the format that the answer must match; the client must set exactly one field.
+
+    The fields are those of vLLM's API.
+    """
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     json_object: Literal[True] | None = None
@@ -85,9 +92,9 @@ class StructuredOutputs(BaseBody):
 
 class JsonSchema(BaseBody):
     name: str | None = None
-    description: str | None = None  # accepted and not used
+    description: str | None = None  # the description is accepted but has no effect
     schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
-    strict: bool | None = None  # every schema is enforced
+    strict: bool | None = None  # the field has no effect, because every schema is enforced
 
 
 class ResponseFormat(BaseBody):
@@ -109,7 +116,7 @@ class ResponseFormat(BaseBody):
 
 
 class _RequestBody(BaseBody):
-    """A `_RequestBody` holds the fields that completions and chat completions share."""
+    """A `_RequestBody` holds the fields that are common to completions and chat completions."""
 
     model: str | None = None
     stream: bool | None = None
@@ -134,7 +141,7 @@ class _RequestBody(BaseBody):
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = None
     timeout: float | None = None
-    user: str | None = None  # accepted and not used, like `metadata` and `store`
+    user: str | None = None  # `user`, `metadata` and `store` are accepted but have no effect
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
@@ -158,7 +165,10 @@ class _RequestBody(BaseBody):
         return self.response_format.answer_format() if self.response_format else None
 
     def sampling(self, num_logprobs: int | None) -> dict[str, Any]:
-        """Return the fields of SamplingParams that the client set."""
+        """Return the sampling parameters that the client set, by their names in SamplingParams.
+
+        `num_logprobs` is the requested number of alternatives for each token; None if the client asked for no logprobs.
+        """
         given = self.model_dump(include=set(SAMPLING_NAMES), exclude_none=True)
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         if num_logprobs is not None:
@@ -175,7 +185,7 @@ def _token_id(key: str) -> int:
 
 
 class CompletionBody(_RequestBody):
-    """A `CompletionBody` is the body of `/v1/completions`."""
+    """A `CompletionBody` is the body of a request to `/v1/completions`."""
 
     prompt: Annotated[Any, BeforeValidator(_check_prompt)]
     best_of: int | None = None
@@ -195,11 +205,14 @@ class CompletionBody(_RequestBody):
 
     @property
     def echoes_logprobs(self) -> bool:
-        """Return True if the logprobs of the prompt precede those of the answer."""
+        """Return True if the client asked for the logprobs of the prompt's tokens before the answer's logprobs."""
         return bool(self.echo) and self.logprobs is not None
 
     def requests(self) -> list[GenerationRequest]:
-        """Return one request for each prompt. Raises ApiError or ValueError."""
+        """Return one `GenerationRequest` for each prompt of the body.
+
+        Raises ApiError or ValueError if a parameter is invalid.
+        """
         sampling, answer_format = self.sampling(self.logprobs), self.answer_format()
         if self.echoes_logprobs:
             sampling.setdefault("prompt_logprobs", self.logprobs)
@@ -211,7 +224,7 @@ class CompletionBody(_RequestBody):
 
 
 class ChatBody(ConversationBody, _RequestBody):
-    """A `ChatBody` is the body of `/v1/chat/completions`."""
+    """A `ChatBody` is the body of a request to `/v1/chat/completions`."""
 
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -223,7 +236,7 @@ class ChatBody(ConversationBody, _RequestBody):
     def _check_chat(self) -> ChatBody:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
-            raise ValueError("max_tokens and max_completion_tokens must be equal where both are given; give one.")
+            raise ValueError("max_tokens and max_completion_tokens must be equal if both are given; set only one.")
         self.max_tokens = limits.pop() if limits else None
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs may only be given together with logprobs=true.")
@@ -236,7 +249,10 @@ class ChatBody(ConversationBody, _RequestBody):
         return True
 
     def requests(self) -> list[GenerationRequest]:
-        """Return the one request of the body. Raises ApiError or ValueError."""
+        """Return a list with one `GenerationRequest`, for the conversation of the body.
+
+        Raises ApiError or ValueError if a parameter is invalid.
+        """
         choice = self.tool_choice
         function = choice.function.name if isinstance(choice, NamedTool) else None
         mode = parse_tool_mode(choice) if isinstance(choice, str) else None
@@ -256,7 +272,7 @@ class ChatBody(ConversationBody, _RequestBody):
 
 
 class TokenizeBody(BaseBody):
-    """A `TokenizeBody` is the body of `/tokenize` for a plain prompt."""
+    """A `TokenizeBody` is the body of a request to `/tokenize` with a prompt that is a string."""
 
     model: str | None = None
     prompt: str
@@ -264,12 +280,12 @@ class TokenizeBody(BaseBody):
     return_token_strs: bool = False
 
     def request(self) -> GenerationRequest:
-        """Return a request whose prompt is to be tokenized."""
+        """Return a `GenerationRequest` that holds only the prompt to tokenize."""
         return GenerationRequest(self.prompt)
 
 
 class TokenizeChatBody(ConversationBody):
-    """A `TokenizeChatBody` is the body of `/tokenize` for a conversation."""
+    """A `TokenizeChatBody` is the body of a request to `/tokenize` with a conversation."""
 
     model: str | None = None
     add_generation_prompt: bool = True
@@ -277,7 +293,10 @@ class TokenizeChatBody(ConversationBody):
     return_token_strs: bool = False
 
     def request(self) -> GenerationRequest:
-        """Return a request whose prompt is the conversation. Raises ApiError or ValueError."""
+        """Return a `GenerationRequest` that holds only the conversation to tokenize and its tools.
+
+        Raises ApiError or ValueError if the conversation is invalid.
+        """
         return GenerationRequest(
             self.conversation(self.add_generation_prompt),
             tool_use=ToolUse(tuple(tool.tool() for tool in self.tools or ())),
@@ -285,7 +304,7 @@ class TokenizeChatBody(ConversationBody):
 
 
 class DetokenizeBody(BaseBody):
-    """A `DetokenizeBody` is the body of `/detokenize`."""
+    """A `DetokenizeBody` is the body of a request to `/detokenize`."""
 
     model: str | None = None
     tokens: list[int]
@@ -295,7 +314,7 @@ Body = CompletionBody | ChatBody
 
 
 def is_chat(data: bytes) -> bool:
-    """Return True if the body of `/tokenize` holds a conversation."""
+    """Return True if `data`, the body of a request to `/tokenize`, holds a conversation."""
     try:
         body = json.loads(data)
     except ValueError:

@@ -1,4 +1,4 @@
-"""OpenAI's messages and tools are defined here, and converted to `Conversation` and `Tool`."""
+"""A `ConversationBody` holds messages and tools as in OpenAI's API, and converts them to a `Conversation`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from services.gateway.request_body import BaseBody, only
 
 
 def _join_parts(value: object) -> object:
-    """Join content that is given in parts; every part must be text."""
+    """Return the content of a message, with a list of text parts joined to one string.
+
+    Raises ValueError if a part of the list is not text.
+    """
     if not isinstance(value, list):
         return value
     for part in value:
@@ -31,7 +34,7 @@ class ToolCall(BaseBody):
     id: str
     type: Literal["function"] = "function"
     function: CallFunction
-    index: int | None = None  # clients that joined the pieces of a stream may send the index back
+    index: int | None = None  # has no effect; clients that joined the pieces of a stream may send the index back
 
 
 class Message(BaseBody):
@@ -41,7 +44,7 @@ class Message(BaseBody):
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    # Clients send earlier answers back together with these fields, which may be present only if they are empty.
+    # Clients send earlier answers back with the fields below. The gateway accepts each field only if it is empty.
     refusal: Annotated[str | None, only(None)] = None
     audio: Annotated[dict[str, Any] | None, only(None)] = None
     annotations: Annotated[list[Any] | None, only([])] = None
@@ -74,7 +77,7 @@ class NamedTool(BaseBody):
 
 
 class ConversationBody(BaseBody):
-    """A `ConversationBody` holds the fields that `/v1/chat/completions` and `/tokenize` share."""
+    """A `ConversationBody` holds the fields of a conversation, for `/v1/chat/completions` and `/tokenize`."""
 
     messages: list[Message]
     tools: list[ToolBody] | None = None
@@ -82,7 +85,10 @@ class ConversationBody(BaseBody):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def conversation(self, add_generation_prompt: bool = True) -> Conversation:
-        """Return the conversation without its tools. Raises ApiError or ValueError."""
+        """Return the messages and template arguments as a `Conversation`, to which the tools are added later.
+
+        Raises ApiError or ValueError if a message or an argument is invalid.
+        """
         messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(self.messages))
         kwargs = template_kwargs(self.chat_template_kwargs, self.enable_thinking)
         return Conversation(messages, template_kwargs=kwargs, add_generation_prompt=add_generation_prompt)

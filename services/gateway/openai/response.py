@@ -1,8 +1,8 @@
-"""OpenAI's responses are formatted here as JSON.
+"""`completion`, `chat_completion` and their chunk functions format responses as JSON, as in OpenAI's API.
 
-Source: OpenAI's API reference for completions and chat completions; `reasoning_content` and `prompt_logprobs` are in
-vLLM's shapes. Responses are plain dictionaries, because building the `openai` package's own types takes 150 µs for
-every token.
+Source: OpenAI's API reference for completions and chat completions. `reasoning_content` and `prompt_logprobs` have the
+format of vLLM's API. Responses are built from plain dictionaries, because building the types of the `openai` package
+takes 150 µs for every token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 @dataclass(frozen=True)
 class ResponseHead:
-    """A `ResponseHead` holds the fields that every response to one request repeats."""
+    """A `ResponseHead` holds the fields that are the same in every chunk of the response to one request."""
 
     id: str
     created: int
@@ -44,14 +44,18 @@ def _usage(usage: TokenUsage) -> dict[str, Any]:
 
 
 def cache_header(delta: TextDelta) -> dict[str, str]:
-    """Return the header that says how many tokens came from the prefix cache, and why not more."""
+    """Return the HTTP header that says how many prompt tokens came from the prefix cache, and why not more tokens."""
     return {"X-Expertmesh-Cache": delta.cache_report}
 
 
 def completion(
     head: ResponseHead, choices: Sequence[TextDelta], usage: TokenUsage, echo: bool, has_prompt_logprobs: bool
 ) -> str:
-    """Return a whole response. If `echo`, the logprobs of the prompts precede those of the answers."""
+    """Return the JSON of a complete response to `/v1/completions`.
+
+    - `echo`: True if the logprobs of a prompt's tokens are listed before the logprobs of the answer's tokens.
+    - `has_prompt_logprobs`: True if each choice gets the field `prompt_logprobs` of vLLM's API.
+    """
     listed = [_completion_choice(choice, echo) for choice in choices]
     if has_prompt_logprobs:
         for choice, delta in zip(listed, choices, strict=True):
@@ -82,13 +86,13 @@ def chat_chunk(head: ResponseHead, delta: TextDelta) -> str:
 
 
 def role_chunk(head: ResponseHead, index: int) -> str:
-    """Return the first chunk of a choice in a chat stream, which names the role of the speaker."""
+    """Return the first chunk of the choice `index` in a chat stream, which holds the role "assistant"."""
     fields = {"role": "assistant", "content": ""}
     return head.with_choices(CHAT_CHUNK, [{"index": index, "delta": fields, "logprobs": None, "finish_reason": None}])
 
 
 def usage_chunk(head: ResponseHead, usage: TokenUsage, is_chat: bool) -> str:
-    """Return the last chunk of a stream that was asked for its usage; the chunk has no choices."""
+    """Return the last chunk of a stream with `include_usage`, which holds the token usage and no choices."""
     return head.with_choices(CHAT_CHUNK if is_chat else COMPLETION, [], usage=_usage(usage))
 
 
@@ -128,14 +132,15 @@ def _completion_logprobs(scores: Sequence[ScoredToken]) -> dict[str, Any] | None
 
 
 def _by_name(scores: Iterable[ScoredToken]) -> dict[str, float | None]:
-    """Return logprobs by token; the chosen token is always among them, as in OpenAI's API."""
+    """Return a mapping from the text of each token in `scores` to the token's logprob."""
     return {_name(score): score.logprob for score in scores}
 
 
 def _name(score: ScoredToken) -> str:
-    """Return a token's text. Bytes that are no whole character are written out in hexadecimal, as in OpenAI's API.
+    """Return the text of a token, or its bytes in hexadecimal if the bytes are not complete characters.
 
-    Without that, all such tokens would have the same name, U+FFFD.
+    The format "bytes:\\x.." is OpenAI's. Without the hexadecimal digits, all tokens of incomplete characters would
+    have the same name, U+FFFD.
     """
     if "\ufffd" in score.text:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in score.data)
@@ -154,9 +159,10 @@ def _chat_score(score: ScoredToken) -> dict[str, Any]:
 
 
 def _prompt_logprobs(scores: Sequence[ScoredToken]) -> list[dict[str, Any] | None]:
-    """Return the prompt's logprobs in vLLM's form: one object by token id for each token, and null for the first.
+    """Return the logprobs of the prompt's tokens in vLLM's format.
 
-    The prompt's own token is always among the ids.
+    The list has one object for each token of the prompt, and None for the first token. The object holds the logprobs of
+    the prompt's token and its alternatives, by token id.
     """
     return [
         None if score.logprob is None else {str(one.token_id): _ranked(one, rank) for one, rank in _ranks(score)}
@@ -165,7 +171,10 @@ def _prompt_logprobs(scores: Sequence[ScoredToken]) -> list[dict[str, Any] | Non
 
 
 def _ranks(score: ScoredToken) -> Iterable[tuple[ScoredToken, int]]:
-    """Return the prompt's token and its alternatives, each with its rank; 1 is the most probable token."""
+    """Return pairs of token and rank for a token of the prompt and its alternatives.
+
+    The most probable token has rank 1.
+    """
     others = [(one, rank) for rank, one in enumerate(score.top, 1) if one.token_id != score.token_id]
     return [(score, score.rank), *others]
 

@@ -1,4 +1,4 @@
-"""The REST API is OpenAI's API, as a FastAPI application."""
+"""The REST API is a FastAPI application that offers OpenAI's API."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def build_rest(
     more_metrics: MoreMetrics | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
-    """Return the application with all routes for clients.
+    """Return the FastAPI application with all routes for clients.
 
-    `more_metrics` returns further metrics in Prometheus' text format, such as the engine's, for `/metrics`.
+    `more_metrics` returns metrics in Prometheus' text format that `/metrics` shows in addition to the request metrics,
+    for example the metrics of the engines.
     """
     app = FastAPI(title="Expertmesh", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     surface = Rest(generation, max_body_bytes)
@@ -65,7 +66,7 @@ def build_rest(
 
 
 class Rest:
-    """A `Rest` handles the requests of the REST API: it parses a body, has it generated, and formats the response."""
+    """A `Rest` handles the requests of the REST API, from parsing the body to formatting the response."""
 
     def __init__(self, generation: Generation, max_body_bytes: int) -> None:
         self._generation, self._max_body_bytes = generation, max_body_bytes
@@ -115,7 +116,7 @@ class Rest:
         )
         deltas = generation.stream(choice_requests, head.id)
         if body.stream:
-            # The status line waits for the first token, because a refusal by the engine has its own HTTP status.
+            # The status line is sent only with the first token, because a refusal by the engine has another status.
             first = await anext(deltas)
             events = self._events(head, body, first, deltas)
             return EventStream(events, response.cache_header(first))
@@ -213,9 +214,9 @@ def _add_error_handlers(app: FastAPI, generation: Generation) -> None:
 
 
 def _routing_error(request: Request, error: HTTPException) -> ApiError:
-    """Return the refusal of an unknown path or method, the only errors that FastAPI raises itself."""
+    """Return the refusal of an unknown path or method, which are the only mistakes that FastAPI itself reports."""
     path = request.url.path
     if error.status_code == ApiRefusal.METHOD.status:
         allowed = (error.headers or {}).get("Allow", "another method")
-        return ApiError(ApiRefusal.METHOD, f"{path} must be asked with {allowed}, not {request.method}.")
-    return ApiError(ApiRefusal.NOT_FOUND, f"There is no {path} here; /v1/models tells what is served.")
+        return ApiError(ApiRefusal.METHOD, f"{path} must be requested with {allowed}, not {request.method}.")
+    return ApiError(ApiRefusal.NOT_FOUND, f"There is no path {path}; /v1/models lists the served models.")

@@ -1,7 +1,7 @@
-"""The admin API lets operators who have the key read the fleet's state and give orders, as JSON.
+"""The admin API lets operators who have the admin key read the fleet's state and give orders, as JSON.
 
-Without a key the API is closed, even to clients on this machine. Otherwise a proxy, a port-forward or a web page that
-posts to 127.0.0.1 could act as an operator.
+If the server has no key, the API refuses all requests, even from clients on the same machine. Otherwise a proxy, a
+port-forward or a web page that posts to 127.0.0.1 could act as an operator.
 """
 
 from __future__ import annotations
@@ -22,31 +22,43 @@ from services.gateway.errors import ApiError, ApiRefusal, invalid
 from services.gateway.operator.operations import Operations
 from services.gateway.request_body import BaseBody, parse_body
 
-MAX_BODY_BYTES = 64 << 10  # bytes; far more than any order needs
-MAX_LISTED = 1000  # experts or decisions in one answer
+MAX_BODY_BYTES = 64 << 10  # maximum size of a body in bytes; far more than any order needs
+MAX_LISTED = 1000  # maximum number of experts or decisions in one response
 OperatorName = Annotated[str, Field(max_length=128)]
 
 
 class OrderBody(BaseBody):
-    """An `OrderBody` is an order without arguments; `by` names the operator, and defaults to the client's address."""
+    """An `OrderBody` is the body of an operator order without arguments.
+
+    `by` names the operator; if `by` is empty, the client's address is used.
+    """
 
     by: OperatorName = ""
 
 
 class DrainBody(OrderBody):
-    """A `DrainBody` drains a shard; `undo` lifts the order, and the shard may hold experts again."""
+    """A `DrainBody` is the body of an order to drain a shard.
+
+    If `undo` is True, the order is lifted instead, and the shard may hold experts again.
+    """
 
     undo: bool = False
 
 
 class ScaleBody(OrderBody):
-    """A `ScaleBody` fixes a pool's number of shards; null lifts the order, and the load decides again."""
+    """A `ScaleBody` is the body of an order that fixes a pool's number of shards.
+
+    If `shards` is null, the order is lifted instead, and the load decides the number of shards again.
+    """
 
     shards: Annotated[int, Field(ge=1, le=MAX_SHARDS)] | None
 
 
 class TraceBody(BaseBody):
-    """A `TraceBody` starts or stops the recording of routing in every backbone, within bounds."""
+    """A `TraceBody` is the body of a request that makes every backbone start or stop recording its routing.
+
+    A recording ends after `max_bytes` bytes or `max_seconds` seconds.
+    """
 
     action: Literal["start", "stop"]
     max_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 64 << 20
@@ -56,7 +68,8 @@ class TraceBody(BaseBody):
 def add_admin(app: FastAPI, key: str | None, operations: Operations | None) -> None:
     """Add the routes under /admin to `app`.
 
-    `operations` is None if the experts are local; then every route answers that there is nothing to administer.
+    `key` is the admin key; None if the server has none. `operations` is None if the experts are local; every route then
+    refuses requests because there are no shards.
     """
     admin = Admin(key, operations)
     for method, path, handler in (
@@ -83,7 +96,7 @@ class Admin:
         self._operations = operations
 
     def guarded(self, handler: AdminHandler) -> Callable[[Request], Awaitable[Response]]:
-        """Return a route that calls `handler` for requests with the right key and refuses all others."""
+        """Return a route that calls `handler` for requests with the admin key and refuses all other requests."""
 
         async def route(request: Request) -> Response:
             self._check_key(request.headers.get("authorization", ""))
@@ -102,7 +115,7 @@ class Admin:
                 ApiRefusal.FORBIDDEN, f"The admin API is closed because the server has no admin key; {remedy}."
             )
         scheme, _, key = authorization.partition(" ")
-        # Digests have equal lengths, so the time of the comparison reveals neither the key nor its length.
+        # All digests have the same length, so the duration of the comparison reveals neither the key nor its length.
         is_right = hmac.compare_digest(hashlib.sha256(key.strip().encode()).digest(), self._digest)
         if scheme.lower() != "bearer" or not is_right:
             sentence = "The admin API needs the header `Authorization: Bearer KEY` with the server's admin key."
@@ -143,7 +156,7 @@ class Admin:
 
 
 async def _body(request: Request) -> bytes:
-    """Return the request's body; an empty body counts as a JSON object without fields."""
+    """Return the bytes of the request's body, or an empty JSON object if the request has no body."""
     return await read_body(request, MAX_BODY_BYTES) or b"{}"
 
 
@@ -152,7 +165,10 @@ def _operator_name(body: OrderBody, request: Request) -> str:
 
 
 def _number(request: Request, name: str, default: int = 0) -> int:
-    """Return a query parameter, which must be a whole number from 1 to MAX_LISTED. Raises ApiError."""
+    """Return the query parameter `name` as a number, or `default` if the parameter is missing.
+
+    Raises ApiError unless the parameter is a whole number from 1 to MAX_LISTED.
+    """
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and 1 <= int(text[:6]) <= MAX_LISTED):
         raise invalid(f"{name} must be a whole number from 1 to {MAX_LISTED}, not {text!r:.40}.", name)

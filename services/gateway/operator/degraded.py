@@ -1,4 +1,4 @@
-"""The degraded report says how many experts lack two live homes, and when all experts will have them again."""
+"""The degraded report says how many experts have fewer than two live homes, and when the repair will end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.placement.coverage import FULL_COVER
 
-REPORTED_KEYS = (  # of the tier's status, which the report repeats
+REPORTED_KEYS = (  # keys that the report copies from the expert tier's status
     *("experts_below_cover", "below_cover_by_homes", "missing_bytes", "below_cover_since"),
     *("time_to_repair_s", "last_repair_s", "num_repairs", "blast_radius"),
 )
@@ -16,9 +16,10 @@ REPORTED_KEYS = (  # of the tier's status, which the report repeats
 def degraded_report(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the report for `/health/degraded` from the result of `BackbonePool.statuses`.
 
-    Backbones may see the fleet differently; the report follows the one that sees the most experts below cover.
+    Backbones may see the fleet differently, so the report uses the status of the backbone that sees the most experts
+    below cover.
 
-    - `status`: covered, degraded, or local (the experts are in the backbone).
+    - `status` is "covered", "degraded", or "local" (the experts are in the backbone).
     - Times are in seconds.
     - The blast radius of a shard is the share of routed picks that would have no live home if the shard died now.
     """
@@ -45,6 +46,6 @@ def _sentence(tier: Mapping[str, Any]) -> str:
     if not num_below:
         return f"Every expert has {FULL_COVER} live homes."
     num_dead = tier["below_cover_by_homes"]["0"]
-    lost = f", {num_dead} of them none" if num_dead else ""
+    lost = f" ({num_dead} without any live home)" if num_dead else ""
     left = tier["time_to_repair_s"]
     return f"{num_below} experts have fewer than {FULL_COVER} live homes{lost}; repair is expected in {left:.0f} s."

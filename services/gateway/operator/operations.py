@@ -1,4 +1,4 @@
-"""`Operations` reads the fleet's state and writes operators' orders; it is the admin API without HTTP."""
+"""An `Operations` reads the fleet's state and writes operator orders, on behalf of the admin API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from cluster.placement.coverage import PlacementArrays
 from cluster.topology import LayerSpec, Placement, Shard
 from services.gateway.errors import ApiError, ApiRefusal, invalid
 
-DEAD_SHARD_ORDER_TTL_S = 3600.0  # an order to drain a missing shard is kept this long, as the shard may only hang
+# Seconds for which an order to drain a missing shard is kept, because the shard may only hang and come back.
+DEAD_SHARD_ORDER_TTL_S = 3600.0
 
 Preview = Callable[[], Awaitable[dict[str, Any] | None]]
 Trace = Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]
@@ -25,17 +26,21 @@ Trace = Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]
 
 @dataclass(frozen=True)
 class ExpertTier:
-    """An `ExpertTier` describes the experts and pools that an operator administers, and whom to ask about them."""
+    """An `ExpertTier` describes the layers and pools that an operator administers.
+
+    The tier also holds the functions that call the controller and the backbones.
+    """
 
     layers: Sequence[LayerSpec]
-    pools: Mapping[str, tuple[int, int]]  # by name: the fewest and the most shards that the pool may have
-    preview: Preview  # asks the controller for its plan; None: there is no placement yet
-    trace: Trace  # has every backbone record routing within the given bounds, or stop recording if they are None
+    pools: Mapping[str, tuple[int, int]]  # minimum and maximum number of shards of each pool, by the pool's name
+    preview: Preview  # function that returns the controller's plan, or None if no placement exists yet
+    # function that makes every backbone record routing within the given bounds; the argument None stops the recording
+    trace: Trace
 
 
 @contextmanager
 def _store_errors() -> Iterator[None]:
-    """Turn StoreUnavailable into the ApiError that an operator is told."""
+    """Turn a StoreUnavailable that the `with` block raises into an ApiError for the operator."""
     try:
         yield
     except StoreUnavailable as error:
@@ -43,16 +48,19 @@ def _store_errors() -> Iterator[None]:
 
 
 class Operations:
-    """`Operations` answers operators from the registry and the load store, and writes their orders to the registry.
+    """An `Operations` reads the registry and the load store for operators, and writes operator orders to the registry.
 
-    Every method may raise ApiError. Orders are idempotent: an order that is given again replaces the first one.
+    Every method may raise ApiError. Orders are idempotent: an order that is given again replaces the earlier order.
     """
 
     def __init__(self, tier: ExpertTier, registry: RegistryStore, loads: LoadStore) -> None:
         self.tier, self._registry, self._loads = tier, registry, loads
 
     async def drain(self, shard_id: str, by: str) -> dict[str, Any]:
-        """Order the controller to empty a shard. The last shard that may hold experts cannot be drained."""
+        """Order the controller to drain a shard. The last shard that is not draining cannot be drained.
+
+        `by` names the operator.
+        """
         with _store_errors():
             shards, orders = await self._registry.shards(), await self._registry.orders()
             known = {shard.id: shard for shard in shards}
@@ -66,17 +74,20 @@ class Operations:
             return await self._give(StandingOrder(OrderKind.DRAIN, shard_id, by=by, at=time.time()))
 
     async def lift_drain(self, shard_id: str) -> dict[str, Any]:
-        """Lift the order to drain a shard, so that it may hold experts again."""
+        """Lift the order to drain a shard, so that the shard may hold experts again."""
         return await self._lift(f"{OrderKind.DRAIN}:{shard_id}")
 
     async def scale(self, pool: str, num_shards: int, by: str) -> dict[str, Any]:
-        """Order a pool to grow or shrink to `num_shards` shards, as far as the cluster's resources allow."""
+        """Order the controller to scale a pool to `num_shards` shards, as far as the cluster's resources allow.
+
+        `by` names the operator.
+        """
         self._check_pool(pool)
         fewest, most = self.tier.pools[pool]
         if not fewest <= num_shards <= most:
-            allowed = f"{fewest} alone: its size is fixed" if fewest == most else f"from {fewest} to {most}"
-            bounds = "min_shards and max_shards in its arguments"
-            raise invalid(f"shards of {pool} must be {allowed}, not {num_shards}; {bounds} say so.", "shards")
+            allowed = f"{fewest}, the pool's fixed size" if fewest == most else f"from {fewest} to {most}"
+            bounds = "min_shards and max_shards in the pool's arguments"
+            raise invalid(f"shards of {pool} must be {allowed}, not {num_shards}; {bounds} set the limits.", "shards")
         try:
             order = StandingOrder(OrderKind.SCALE, pool, num_shards, by, time.time())
         except ValueError as error:
@@ -85,12 +96,15 @@ class Operations:
             return await self._give(order)
 
     async def lift_scale(self, pool: str) -> dict[str, Any]:
-        """Lift the order to scale a pool, so that its load decides its size again."""
+        """Lift the order to scale a pool, so that the pool's load decides its number of shards again."""
         self._check_pool(pool)
         return await self._lift(f"{OrderKind.SCALE}:{pool}")
 
     async def rebalance(self, by: str) -> dict[str, Any]:
-        """Order the controller to plan at its next turn, and to act on the plan even if its gain is below its cost."""
+        """Order the controller to make a plan in its next turn, and to carry it out even if its cost exceeds its gain.
+
+        `by` names the operator.
+        """
         with _store_errors():
             return await self._give(StandingOrder(OrderKind.REBALANCE, by=by, at=time.time()))
 
@@ -99,7 +113,7 @@ class Operations:
         plan = await self.tier.preview()
         if plan is None:
             raise ApiError(
-                ApiRefusal.UNAVAILABLE, "There is no placement yet that a plan could start from.", retry_after=1
+                ApiRefusal.UNAVAILABLE, "There is no plan yet because there is no placement yet.", retry_after=1
             )
         if "error" in plan:
             raise ApiError(ApiRefusal.UNAVAILABLE, str(plan["error"]))
@@ -111,7 +125,7 @@ class Operations:
             return {"decisions": await self._registry.decisions(count)}
 
     async def placement(self) -> dict[str, Any]:
-        """Return homes and standbys by layer and expert, the shards and the layers: everything that a planner needs."""
+        """Return the inputs of a planner: the layers, the shards, and the homes and standbys by layer and expert."""
         with _store_errors():
             placement, shards = await self._registry.placement(), await self._registry.shards()
         layers = [asdict(spec) for spec in self.tier.layers]
@@ -119,7 +133,10 @@ class Operations:
         return {"layers": layers, "shards": [shard.to_json() for shard in shards], "placement": shown}
 
     async def load(self, top: int | None) -> dict[str, Any]:
-        """Return the picks per second over the last minutes, of all experts by layer or of the `top` hottest ones."""
+        """Return the picks per second of experts, averaged over the last minutes.
+
+        The result holds the `top` hottest experts, or all experts by layer if `top` is None.
+        """
         num_experts = {spec.layer: spec.num_experts for spec in self.tier.layers}
         with _store_errors():
             seconds, rates = await recent_rates(self._loads, num_experts, time.time())
@@ -137,11 +154,14 @@ class Operations:
         return {"seconds": seconds, "experts": experts}
 
     async def trace(self, bounds: dict[str, Any] | None) -> dict[str, Any]:
-        """Have every backbone record routing within `bounds`, or stop recording if `bounds` is None."""
+        """Make every backbone record its routing within `bounds`, or stop recording if `bounds` is None.
+
+        Returns the response of each backbone.
+        """
         return {"backbones": await self.tier.trace(bounds)}
 
     async def fleet(self) -> dict[str, Any]:
-        """Return what the registry knows, for `expertmesh status`: leader, pools, orders and the last decisions."""
+        """Return the leader, pools, orders and last decisions from the registry, for `expertmesh status`."""
         with _store_errors():
             leader, orders = await self._registry.leader(), await self._registry.orders()
             decisions, shards = await self._registry.decisions(5), await self._registry.shards()
@@ -164,16 +184,19 @@ class Operations:
         return {"order": asdict(order)}
 
     async def _lift(self, name: str) -> dict[str, Any]:
-        """Lift the order called `name`, and return whether this call lifted it.
+        """Lift the order `name`, and return {"lifted": True} if this call lifted the order.
 
-        If somebody gives the order anew at the same time, the new order stays and the result is False.
+        If an operator gives the order again at the same time, the new order stays and "lifted" is False.
         """
         with _store_errors():
             order = (await self._registry.orders()).get(name)
             return {"lifted": order is not None and await self._registry.lift_order(order)}
 
     async def _lift_orders_of_dead(self, known: Mapping[str, Shard], orders: Mapping[str, StandingOrder]) -> None:
-        """Lift old orders to drain shards that are gone; shard ids are not reused, so the orders would only pile up."""
+        """Lift the orders to drain missing shards if the orders are older than DEAD_SHARD_ORDER_TTL_S.
+
+        Shard ids are not reused, so the orders have no effect and would only accumulate.
+        """
         for order in orders.values():
             is_old = time.time() - order.at > DEAD_SHARD_ORDER_TTL_S
             if order.kind is OrderKind.DRAIN and order.subject not in known and is_old:

@@ -1,4 +1,4 @@
-"""Gateway tests use a byte-level tokenizer and a token source that repeats its prompt, instead of a model."""
+"""An `EchoSource` replaces the engine in tests of the gateway, and `save_tokenizer` makes a small tokenizer for it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ CHAT_TEMPLATE = (
 
 
 def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
-    """Write a tokenizer to `path` whose tokens are all bytes, three longer strings and three added tokens."""
+    """Write a byte-level tokenizer to `path`, whose vocabulary is small.
+
+    The vocabulary has the 256 bytes, three longer strings, two special tokens and the added token "<tool call>".
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: n for n, char in enumerate(alphabet)} | {"he": 256, "hel": 257, "ll": 258}
     backend = Backend(models.BPE(vocab=vocab, merges=[("h", "e"), ("he", "l"), ("l", "l")]))
@@ -44,24 +47,25 @@ def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> Non
 
 @dataclass
 class EchoSource:
-    """An `EchoSource` generates its script, or the prompt if it has none, and then `eos_id`.
+    """An `EchoSource` is a `TokenSource` that generates the tokens of `script` and then `eos_id`.
 
-    With `ignore_eos` it repeats the script without end. A token's logprob is a function of its id, and its alternatives
-    are the ids that follow it.
+    If `script` is None, the source generates the tokens of the prompt. With `ignore_eos`, the source repeats the script
+    without end. A token's logprob depends only on the token's id, and its alternatives are the next higher ids.
     """
 
     eos_id: int
     script: list[int] | None = None
-    cached: tuple[int, str] = (0, "")  # tokens of each prompt that count as cached, and the reason why not more
+    cached: tuple[int, str] = (0, "")  # reported number of cached tokens of each prompt, and the reported cache reason
     tokens_per_output: int = 1
-    pause: float = 0.0  # seconds before each output
-    fails: Exception | None = None  # raised after `num_good` outputs
+    pause: float = 0.0  # seconds of waiting before each output
+    fails: Exception | None = None  # the exception that is raised after `num_good` outputs; None: no exception
     num_good: int = 0
-    forgets_reason: bool = False  # the last output has no finish reason
+    forgets_reason: bool = False  # True: the last output has no finish reason
     seen: list[SamplingParams] = field(default_factory=list)
     timeouts: list[float | None] = field(default_factory=list)
-    active: set[str] = field(default_factory=set)  # ids of open requests
-    resumed: list[tuple[int, ...]] = field(default_factory=list)  # tokens that each continued request had already sent
+    active: set[str] = field(default_factory=set)  # ids of the requests that have not ended
+    # for each request that another backbone began, the tokens of the answer that had already been sent
+    resumed: list[tuple[int, ...]] = field(default_factory=list)
 
     async def generate(
         self,
@@ -122,7 +126,7 @@ def scores(token_ids: Sequence[int], num_top: int | None) -> tuple[TokenLogprob,
 
 @contextmanager
 def serving(app: FastAPI, lifespan: Literal["on", "off"] = "off") -> Iterator[str]:
-    """Serve the application with a real uvicorn on a free port, and yield its address."""
+    """Serve `app` with a real uvicorn server on a free port, and yield the server's URL."""
     config = uvicorn.Config(app, host="127.0.0.1", port=0, ws="none", lifespan=lifespan, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -1,4 +1,4 @@
-"""A `Surfaces` sends the same request over REST and gRPC, streamed and not, to an engine with the demo model."""
+"""A `Surfaces` sends a request over REST and gRPC, each streamed and not streamed, to an engine with the demo model."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 504: "DEADLINE_EXCEEDED"}
 
 @dataclass
 class SurfaceResponse:
-    """A `SurfaceResponse` is what a client received, in a form that is the same for all four ways to ask."""
+    """A `SurfaceResponse` holds a client's response in a form that does not depend on the API and on streaming."""
 
     choices: list[dict[str, Any]] = field(default_factory=list)
-    usage: tuple[int, int, int] = (0, 0, 0)  # prompt, completion, cached
+    usage: tuple[int, int, int] = (0, 0, 0)  # numbers of prompt tokens, completion tokens and cached prompt tokens
     cache: str = ""
     request_id: str = ""
-    error: tuple[str, str] | None = None  # gRPC code and sentence
+    error: tuple[str, str] | None = None  # name of the gRPC code, and the error message
 
 
 @contextmanager
 def serving() -> Iterator[Surfaces]:
-    """Run an engine and a gateway behind real ports, in a thread with its own event loop."""
+    """Run an engine with the demo model and a gateway, and yield the `Surfaces` of the gateway.
+
+    Engine and gateway run in a thread with its own event loop, and the gateway listens on real ports.
+    """
     family = load_family(DEMO)
     memory = plan_memory(family.config.state_spec, torch.float32, 64 << 20, MAX_LEN, 8)
     config = BackboneConfig(torch.float32, "cpu", MAX_LEN, max_batch_tokens=256, memory=memory, num_threads=1)
@@ -59,7 +62,7 @@ def serving() -> Iterator[Surfaces]:
 
 
 class Startable(Protocol):
-    """A `Startable` is an object that is started and stopped on the event loop of the gateway."""
+    """A `Startable` is an object with `start` and `stop`, which are called on the gateway's event loop."""
 
     async def start(self) -> None: ...
 
@@ -70,7 +73,7 @@ class Startable(Protocol):
 def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Client, Any]]:
     """Run a gateway in front of `source`, and yield clients of its REST port and its gRPC port.
 
-    `life` is started before the gateway and stopped after it.
+    `life` is started before the gateway starts, and stopped after the gateway has stopped.
     """
     card, tokenizer = ModelCard("demo", MAX_LEN, 1), Tokenizer(DEMO)
     generation = Generation(source, tokenizer, card, GrammarCompiler(DEMO).check)
@@ -103,16 +106,16 @@ def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Clie
 
 @dataclass(frozen=True)
 class Surfaces:
-    """A `Surfaces` holds clients of one gateway, and sends a request given as a REST body over any surface."""
+    """A `Surfaces` holds a REST client and a gRPC client of one gateway, and converts REST bodies to gRPC messages."""
 
     http: httpx.Client
     stub: Any
-    backbone: Backbone | None = None  # None: the backbone is in another process
+    backbone: Backbone | None = None  # the backbone behind the gateway; None: the backbone is in another process
 
     def ask_all(self, body: dict[str, Any]) -> dict[str, SurfaceResponse]:
-        """Send the same request in four ways, and return the response of each way.
+        """Send a request over REST and gRPC, each streamed and not streamed, and return the four responses.
 
-        The request is sent twice before that, so that all four ways find the same tokens in the prefix cache.
+        First the request is sent twice over REST, so that all four requests find the same tokens in the prefix cache.
         """
         for _ in range(2):
             self.rest(body, is_streamed=False)
@@ -152,7 +155,7 @@ class Surfaces:
 
 
 def to_grpc(body: dict[str, Any]) -> pb.GenerateRequest:
-    """Return a REST body as a gRPC message."""
+    """Return the gRPC message for the same request as the REST body `body`."""
     body = dict(body)
     request = pb.GenerateRequest(model=body.pop("model", ""), request_id="same", echo=body.pop("echo", False))
     if "timeout" in body:
@@ -310,7 +313,10 @@ def _grpc_usage(usage: pb.Usage) -> tuple[int, int, int]:
 
 
 def comparable(result: SurfaceResponse, is_chat: bool, echoes: bool) -> SurfaceResponse:
-    """Bring the logprobs of gRPC into the form of REST: with alternatives for chats, with offsets for completions."""
+    """Return `result` with logprobs in the form of REST, even if the response came over gRPC.
+
+    In REST, the logprobs of chats have alternatives, and the logprobs of completions have offsets.
+    """
     for one in result.choices:
         scores = [*(one.pop("prompt_logprobs") if echoes else one.pop("prompt_logprobs") and []), *one["logprobs"]]
         one["logprobs"] = [_comparable(score, is_chat) if len(score) == 4 else score for score in scores]

@@ -1,4 +1,4 @@
-"""The test checks that the thread pool refuses work when its queue is full."""
+"""The test checks that a `BoundedThreadPool` refuses calls when its queue is full."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The tests check that REST and gRPC, streamed and not, give equal responses for every parameter and refusal.
+"""The tests check that REST and gRPC give equal responses for every parameter and refusal, streamed or not.
 
-The engine and the model are real.
+The tests run a real engine with the demo model.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "thinking": (
         chat(chat_template_kwargs={"enable_thinking": True}, enable_thinking=False),
         "INVALID_ARGUMENT",
-        "enable_thinking must be the same in chat_template_kwargs where both are given; give one.",
+        "enable_thinking must be equal to enable_thinking in chat_template_kwargs; set only one.",
     ),
     "no tools": (
         chat(tool_choice="required"),
@@ -220,7 +220,7 @@ def surfaces() -> Iterator[Surfaces]:
 
 
 def ask(surfaces: Surfaces, body: dict[str, Any]) -> SurfaceResponse:
-    """Return the response to `body`, which must be equal over all four ways."""
+    """Return the response to `body`, and check that REST and gRPC, streamed and not streamed, give equal responses."""
     is_chat, echoes = "messages" in body, "echo" in body
     results = {way: comparable(result, is_chat, echoes) for way, result in surfaces.ask_all(body).items()}
     for way, result in results.items():
@@ -240,7 +240,7 @@ def test_answers(surfaces: Surfaces, name: str) -> None:
         assert choice["finish"] in ("stop", "length", "tool_calls")
         assert bool(choice["logprobs"]) == ("logprobs" in body)
         assert "\ufffd" not in choice["text"]
-    # The gateway finds stop strings, so the engine stops a request only with its next step.
+    # Stop strings are found by the gateway and not by the engine, so the engine ends such a request in its next step.
     assert wait_until(lambda: surfaces.backbone.engine.stats().num_running == 0, 5)
 
 
@@ -263,7 +263,7 @@ def test_a_deadline_that_passes(surfaces: Surfaces, way: str) -> None:
 
 
 def test_parameters_have_an_effect(surfaces: Surfaces) -> None:
-    """Check that parameters change the text, because equal responses do not show that a parameter is used."""
+    """Check that parameters change the text; equal responses alone would not show that a parameter is used."""
     text = {name: ask(surfaces, ANSWERS[name]).choices[0]["text"] for name in ("greedy", "seed", "logit_bias")}
     assert len(set(text.values())) == 3
     changed = ("top_p", "top_k", "min_p", "presence_penalty")

@@ -1,4 +1,4 @@
-"""The test checks that bodies with random mistakes are answered or refused with a sentence, and cause no failure."""
+"""The test checks that the gateway answers bodies with random mistakes or refuses them with a full sentence."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STARTS = [
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of keys and indices to every value within `value`."""
+    """Yield the path of every value inside the JSON value `value`; a path is a tuple of keys and indices."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
         yield (*path, key)
@@ -58,7 +58,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutate(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Return a copy of `body` in which one or two values are replaced at random."""
+    """Return a copy of `body` in which one or two randomly chosen values are replaced by random `VALUES`."""
     body = copy.deepcopy(body)
     for _ in range(rng.randrange(1, 3)):
         *path, last = rng.choice(list(paths(body)))

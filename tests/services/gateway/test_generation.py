@@ -1,4 +1,4 @@
-"""The tests check that prompts and grammars which take long to prepare are bounded and delay no other request."""
+"""The tests check that prompts and grammars that take long to prepare are limited and delay no other request."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_an_overloaded_engine(api: InferenceApi, source: EchoSource) -> None:
 
 
 class TrailerContext:
-    """A `TrailerContext` keeps the trailing metadata that was set last, like the contexts of gRPC and Ray Serve."""
+    """A `TrailerContext` keeps the trailing metadata of the last call, like the contexts of gRPC and Ray Serve."""
 
     metadata: dict[str, str]
 

@@ -101,7 +101,7 @@ def test_a_client_that_goes_away_frees_its_request(generation: Generation, sourc
                 call = stub.GenerateStream(pb.GenerateRequest(text="hello", sampling=sampling))
                 await call.read()
                 call.cancel()
-            for _ in range(20):  # 0.2 s, well before the 50th token after 0.5 s
+            for _ in range(20):  # wait for up to 0.2 s; the 50th token would come after 0.5 s
                 await asyncio.sleep(0.01)
                 if not source.active:
                     return

@@ -1,4 +1,4 @@
-"""Tests use these weather tools, and these calls of the tools in the model's own format."""
+"""`WEATHER`, `NOW` and `ANY` are tools for tests, and `CALL` and `CALL_NOW` are calls as a model writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `BackboneProcess` runs a backbone with the demo model, which tests kill, suspend and stop."""
+"""A `BackboneProcess` is a process with a backbone and the demo model, so that tests can kill, suspend and stop it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from services.gateway.backbones.backbone_pool import BackbonePool
 
 MAX_LEN = 512
 START_TIMEOUT_S = 30
-# Backbones are forked from one process that has imported everything, because tests start many and imports take seconds.
-# torch imports torch._dynamo only when a model is made, so it is named here.
+# Backbones are forked from one process that has imported all modules, because tests start many backbones and the
+# imports take seconds. torch._dynamo is listed here because torch imports torch._dynamo only when a model is made.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 class BackboneProcess:
-    """A `BackboneProcess` starts at once, and `endpoint` waits until it serves.
+    """A `BackboneProcess` starts a process with a backbone, and `endpoint` waits until the backbone serves.
 
-    Each step is `pause_s` seconds longer than it needs to be.
+    Each step of the engine takes `pause_s` seconds longer than usual.
     """
 
     def __init__(self, pause_s: float, draft_tokens: int | None = None) -> None:
@@ -77,7 +77,7 @@ class BackboneProcess:
             self._process.join(10)
 
     def stop(self) -> None:
-        """Ask the backbone to stop in good order, as Serve does with a replica, without waiting for the end."""
+        """Tell the backbone to stop in good order, as Ray Serve stops a replica, and return at once."""
         self._is_ending = True
         self._pipe.send("stop")
 
@@ -89,7 +89,7 @@ class BackboneProcess:
 
 
 class Replicas:
-    """A `Replicas` keeps two backbones; `refill` replaces the backbones that a test took down."""
+    """A `Replicas` holds two backbones; `refill` replaces the backbones that a test killed, suspended or stopped."""
 
     def __init__(self, pause_s: float) -> None:
         self._pause_s = pause_s
@@ -98,7 +98,10 @@ class Replicas:
             assert one.endpoint
 
     async def ask(self) -> list[dict[str, Any]]:
-        """Return the statuses that Serve would return; dead and hung backbones do not answer."""
+        """Return the statuses of the backbones that answer, as the gateway would get the statuses from Ray Serve.
+
+        Dead and hung backbones do not answer.
+        """
         return [{"endpoint": one.endpoint, "engine": {"is_healthy": True}} for one in self.all if one.answers]
 
     def busiest(self, backbones: BackbonePool) -> BackboneProcess:
@@ -116,7 +119,8 @@ class Replicas:
         new = [BackboneProcess(self._pause_s) for _ in range(2 - len(self.all))]
         for one in new:
             assert one.endpoint
-        self.all += new  # only now, because gateways in other threads ask for the endpoints of all backbones
+        # New backbones are added only when they serve, because gateways in other threads read all endpoints.
+        self.all += new
 
     def close(self) -> None:
         for one in self.all:
@@ -124,7 +128,7 @@ class Replicas:
 
 
 def _main(pipe: Connection, pause_s: float, draft_tokens: int | None) -> None:
-    faulthandler.dump_traceback_later(START_TIMEOUT_S / 2)  # shows where a start hangs
+    faulthandler.dump_traceback_later(START_TIMEOUT_S / 2)  # print the stacks of a start that hangs
     torch.set_num_threads(1)
     asyncio.run(_serve(pipe, pause_s, draft_tokens))
 

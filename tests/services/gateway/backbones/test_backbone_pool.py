@@ -1,4 +1,4 @@
-"""The tests use a pool of backbones over real sockets; the backbones repeat their prompt."""
+"""The tests check `BackbonePool` over real sockets, with backbones that answer with the prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENDLESS = SamplingParams(ignore_eos=True, max_tokens=900)
 
 
 class Fleet:
-    """A `Fleet` holds backbones that a test starts and kills; a gateway calls `ask` for their statuses."""
+    """A `Fleet` holds backbones that a test starts and kills; the gateway gets their statuses from `ask`."""
 
     def __init__(self) -> None:
         self.servers: list[tuple[str, EngineServer]] = []
@@ -111,7 +111,7 @@ def test_closing_the_generator_or_the_gateway_frees_the_request() -> None:
         await anext(left)
         await backbones.stop()
         await until(lambda: not source.active)
-        with pytest.raises(ApiError, match="The gateway that answered this request stops; try again"):
+        with pytest.raises(ApiError, match="The gateway that answers this request is stopping; try again"):
             await anext(left)
 
     run(test)
@@ -166,7 +166,7 @@ def test_where_no_other_backbone_comes_a_request_fails_in_a_sentence_and_in_time
         doomed = backbones.generate("r1", [1], ENDLESS)
         await anext(doomed)
         await fleet.kill(first)
-        with pytest.raises(ApiError, match=r"is gone, and no other came within 0\.5 s") as raised:
+        with pytest.raises(ApiError, match=r"is gone, and no other backbone was found within 0\.5 s") as raised:
             async for _ in doomed:
                 pass
         assert raised.value.refusal is ApiRefusal.UNAVAILABLE

@@ -1,4 +1,7 @@
-"""The tests check the stream's bounds: a gateway that reads no outputs, large outputs, a host that disappears."""
+"""The tests check the limits of the stream between gateway and backbone.
+
+The cases are a gateway that reads no outputs, outputs that are too large, and a host that disappears.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ IDS = tuple(range(500, 1500))
 
 
 class Flood:
-    """A `Flood` generates large outputs: `num_outputs` for each request, or without end."""
+    """A `Flood` generates `num_outputs` large outputs for each request; if `num_outputs` is None, without end."""
 
     def __init__(self, num_outputs: int | None = None) -> None:
         self.num_outputs, self.active, self.num_made = num_outputs, set[str](), 0
@@ -130,7 +133,7 @@ def test_prompt_logprobs_beyond_a_message_end_their_own_request_in_a_sentence(mo
         with pytest.raises(ValueError, match="prompt_logprobs of this prompt are too many to send"):
             await collect(stream, "large")
         flood.prompt_logprobs = ()
-        with suppress(ValueError):  # its outputs may have had the long prompt_logprobs as well
+        with suppress(ValueError):  # the outputs of `other` may also have had the long prompt_logprobs
             await other
         assert len(await collect(stream, "after")) == 3
         assert stream.is_open
@@ -140,7 +143,10 @@ def test_prompt_logprobs_beyond_a_message_end_their_own_request_in_a_sentence(mo
 
 
 class Cable:
-    """A `Cable` is a TCP proxy between two hosts; when it is pulled, it drops all bytes and closes no connection."""
+    """A `Cable` is a TCP proxy that stands for the network cable between two hosts.
+
+    After a test has set `is_pulled`, the proxy drops all bytes and closes no connection.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self._host, _, port = endpoint.rpartition(":")

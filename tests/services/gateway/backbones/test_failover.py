@@ -1,6 +1,6 @@
-"""The tests check when a gateway continues a request on another backbone, over real sockets.
+"""The tests check over real sockets when a gateway continues a request on another backbone.
 
-The backbones repeat their prompt.
+The backbones answer with the prompt instead of running a model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ async def take(outputs: Any, count: int) -> list[int]:
 
 
 async def end(servers: list[EngineServer], fleet: Fleet, how: str) -> None:
-    """Stop or kill the only server in `servers`."""
+    """Stop or kill the only server in `servers`, and remove the server from `fleet`."""
     [one] = servers
     if how == "stop":
         fleet.servers = [entry for entry in fleet.servers if entry[1] is not one]
@@ -128,7 +128,7 @@ def test_a_request_that_kills_backbones_kills_a_few_only() -> None:
             await until(lambda: bool(busy()))
             await fleet.kill(busy()[0])
         with pytest.raises(
-            ApiError, match=rf"{MAX_LOSSES} backbones .* are gone; it is not tried on another"
+            ApiError, match=rf"{MAX_LOSSES} backbones .* are gone; the request is not tried again"
         ) as raised:
             await asked
         assert raised.value.refusal is ApiRefusal.UNAVAILABLE
@@ -145,12 +145,12 @@ def test_a_failed_step_is_tried_on_one_other_backbone() -> None:
     async def test(fleet: Fleet, backbones: BackbonePool) -> None:
         broken = [EchoSource(eos_id=0, fails=EngineFailed("The step failed."), num_good=2) for _ in range(3)]
         await fleet.start(broken[0])
-        with pytest.raises(EngineFailed, match="The step failed"):  # no other backbone is there to retry
+        with pytest.raises(EngineFailed, match="The step failed"):  # no retry, because there is no other backbone
             await drained(backbones, "alone")
         assert len(broken[0].seen) == 1
         for source in broken[1:]:
             await fleet.start(source)
-        await asyncio.sleep(0.1)  # until the statuses that the gateway knows are too old
+        await asyncio.sleep(0.1)  # wait until the statuses that the gateway knows are stale
         await backbones._find()
         with pytest.raises(EngineFailed, match="The step failed"):
             await drained(backbones, "everywhere")
@@ -258,7 +258,7 @@ def test_who_is_given_up() -> None:
 
 def test_a_busy_backbone_is_not_silent() -> None:
     async def test(fleet: Fleet, backbones: BackbonePool) -> None:
-        await fleet.start(EchoSource(eos_id=0, pause=2.5))  # every step takes this long
+        await fleet.start(EchoSource(eos_id=0, pause=2.5))  # every step takes 2.5 s
         await fleet.start(EchoSource(eos_id=0, pause=2.5))
         await backbones.start()
         params = SamplingParams(max_tokens=1, seed=1)

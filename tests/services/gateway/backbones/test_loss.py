@@ -1,6 +1,7 @@
-"""The tests check that backbones which die, hang or stop while they answer change and lose no token.
+"""The tests check that answers stay the same when backbones die, hang or stop during the answers.
 
-EXPERTMESH_TRIALS sets how often each disturbance is repeated, at random moments. `pytest -s` shows the pauses.
+EXPERTMESH_TRIALS is the number of times that each disturbance is repeated, at random moments. `pytest -s` shows the
+pauses in the answers.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ async def ask(backbones: BackbonePool, kind: str) -> Answer:
 
 
 def summary(outputs: Sequence[TokenOutput]) -> Answer:
-    """Return the part of an answer that must not depend on how its tokens were divided into steps."""
+    """Return the parts of an answer that must not depend on the steps in which its tokens were generated."""
     last = outputs[-1]
     return (
         [token for output in outputs for token in output.token_ids],
@@ -116,7 +117,7 @@ def test_no_token_is_lost_or_changed(replicas: Replicas, undisturbed: dict[str, 
         victim = replicas.busiest(backbones)
         await asyncio.to_thread(DISTURBANCES[how], victim)
         answers = await asked
-        if how == "hang":  # the outputs that the backbone sends after it wakes up must reach no client
+        if how == "hang":  # the outputs of a backbone that runs again must reach no client
             victim.send(signal.SIGCONT)
             await asyncio.to_thread(victim.wait_until_idle)
         return answers
@@ -129,7 +130,8 @@ def test_no_token_is_lost_or_changed(replicas: Replicas, undisturbed: dict[str, 
     seen = [pause for pause in pauses if pause is not None]
     print(f"{how}: {len(pauses)} resumed, pause median {statistics.median(seen):.3f} s, max {max(seen):.3f} s")
     assert len(seen) >= NUM_TRIALS
-    # About 11 answers share two cores here; alone, a hung backbone is noticed within 1.0 to 1.3 s.
+    # About 11 answers share two cores in this test. With one answer, the gateway notices a hung backbone within 1.0 to
+    # 1.3 s.
     assert statistics.median(seen) < (1.8 if how == "hang" else 0.8)
 
 
@@ -151,7 +153,7 @@ def test_with_both_dead_a_request_ends_in_one_sentence_and_in_time(
         for one in replicas.all:
             one.send(signal.SIGKILL)
         killed_at = time.monotonic()
-        with pytest.raises(ApiError, match=r"is gone, and no other came within 1 s\.") as raised:
+        with pytest.raises(ApiError, match=r"is gone, and no other backbone was found within 1 s\.") as raised:
             async for _ in outputs:
                 pass
         assert raised.value.refusal is ApiRefusal.UNAVAILABLE
@@ -161,7 +163,7 @@ def test_with_both_dead_a_request_ends_in_one_sentence_and_in_time(
 
 
 def test_the_only_one_that_hangs_for_a_while_goes_on(replicas: Replicas) -> None:
-    """Check that a gateway waits for a hung backbone if there is no other one."""
+    """Check that a gateway waits for a backbone that hangs for 3 s if there is no other backbone."""
     pauses: list[float | None] = []
 
     async def work(backbones: BackbonePool) -> None:
@@ -177,7 +179,7 @@ def test_the_only_one_that_hangs_for_a_while_goes_on(replicas: Replicas) -> None
         assert tokens == whole
 
     run(replicas, work, pauses)
-    assert len(pauses) <= 1  # one pause if "again" began on the backbone that died
+    assert len(pauses) <= 1  # one pause if the request "again" began on the killed backbone
 
 
 def test_a_client_that_leaves_while_its_backbone_hangs_frees_everything(replicas: Replicas) -> None:
@@ -266,5 +268,5 @@ def test_a_client_is_told_in_one_sentence_that_nobody_is_left(
             one.send(signal.SIGKILL)
         response = answer.result(10)
     assert response.status_code == 503
-    sentence = "The backbone that answered this request is gone, and no other came within 0.5 s."
+    sentence = "The backbone that answered this request is gone, and no other backbone was found within 0.5 s."
     assert response.json()["error"]["message"] == sentence

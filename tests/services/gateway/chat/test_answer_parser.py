@@ -1,4 +1,4 @@
-"""The tests check that reasoning, content and calls do not depend on how the text is cut into pieces."""
+"""The tests check that an `AnswerParser` gives the same parts however the text is cut into pieces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Parsed = tuple[str, str, list[tuple[str, str]]]
 
 
 def parse(pieces: list[str], **kind: Any) -> Parsed:
-    """Return the content, the reasoning, and the (name, arguments) of each call."""
+    """Parse the text `pieces`, and return the content, the reasoning, and the (name, arguments) of each call."""
     parser = AnswerParser(**kind)
     parts: list[AnswerParts] = [*(parser.push(piece) for piece in pieces), parser.finish()]
     calls: dict[int, tuple[str, str]] = {}
@@ -35,7 +35,10 @@ def parse(pieces: list[str], **kind: Any) -> Parsed:
 
 
 def parse_cut(text: str, **kind: Any) -> Parsed:
-    """Return what is parsed from `text`, which must be equal in one piece, by the character, and cut at random."""
+    """Return the parts of `text`, and check that the parts do not depend on how the text is cut.
+
+    The text is parsed in one piece, character by character, and cut at random positions.
+    """
     rng = random.Random(len(text))
     whole = parse([text], **kind)
     assert parse(list(text), **kind) == whole
@@ -74,8 +77,8 @@ def test_texts_without_calls(text: str, reasons: bool, has_tools: bool, content:
 @pytest.mark.parametrize(
     "text",
     [
-        "a <tool_call> b <tool_call>\n<function=no>\n</function>\n</tool_call>\n\n",  # no such function
-        "a\n" + CALL[:-3],  # cut off
+        "a <tool_call> b <tool_call>\n<function=no>\n</function>\n</tool_call>\n\n",  # there is no function "no"
+        "a\n" + CALL[:-3],  # the end of the call is cut off
         CALL.replace("</function>", "oops</function>"),
         CALL.replace("<function=get_weather>", "<function=get_weather"),
         "<tool_call>{}</tool_call>",

@@ -42,7 +42,7 @@ def test_tool_calls(client: openai.OpenAI, source: EchoSource, tokenizer: Tokeni
     assert [function.name for function in functions] == ["get_weather", "now"]
     assert [json.loads(function.arguments) for function in functions] == [ARGUMENTS, {}]
     assert len({call.id for call in choice.message.tool_calls}) == 2
-    # The turn is sent back with the tool's result. OpenAI's client must join the streamed pieces to the same answer.
+    # The message is sent back with the tool's result. OpenAI's client must join the streamed pieces to the same answer.
     result: Any = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "sunny"}
     with client.chat.completions.stream(
         model="echo", messages=[USER, choice.message.model_dump(exclude_none=True), result], tools=TOOLS
@@ -135,7 +135,7 @@ def test_seeds_of_choices() -> None:
 def test_logprobs_of_completions(client: openai.OpenAI, http: httpx.Client) -> None:
     answer = client.completions.create(model="echo", prompt="hé", logprobs=2)
     logprobs: Any = answer.choices[0].logprobs
-    # Bytes that are half a character are written in hexadecimal. The end of the turn has no text and no logprob.
+    # The bytes of incomplete characters are shown in hexadecimal. The end-of-sequence token has no text and no logprob.
     assert logprobs.tokens == ["h", "bytes:\\xc3", "bytes:\\xa9"]
     assert logprobs.text_offset == [0, 1, 1]
     assert len(logprobs.token_logprobs) == 3
@@ -236,7 +236,8 @@ def test_timeout_and_priority_reach_the_engine(http: httpx.Client, source: EchoS
     assert source.seen[0].priority == -3
     [left] = source.timeouts
     assert left is not None
-    assert 1.5 < left <= 2.5  # the time that was left after the prompt was prepared; preparing may take no time
+    # The engine gets the time that is left after the preparation of the prompt, which may take no measurable time.
+    assert 1.5 < left <= 2.5
 
 
 def test_tokenize_and_detokenize(http: httpx.Client) -> None:

@@ -22,7 +22,7 @@ def test_random_bytes_decode_as_in_one_piece(tokenizer: Tokenizer) -> None:
     rng = random.Random(1)
     ids = tokenizer.encode("a")
     for _ in range(300):
-        token_ids = [rng.randrange(262) for _ in range(30)] + ids  # the last token completes a character
+        token_ids = [rng.randrange(262) for _ in range(30)] + ids  # "a" ends an incomplete character
         assert _incremental(tokenizer, token_ids) == tokenizer._hf.backend_tokenizer.decode(token_ids)
 
 

@@ -1,4 +1,4 @@
-"""The tests check with the engine's grammar compiler which texts the composed grammars allow and refuse."""
+"""The tests check which texts the composed grammars allow, with the engine's grammar compiler."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class GrammarWorld:
-    """A `GrammarWorld` is a tokenizer with its grammar compiler and the id of the token that ends an answer."""
+    """A `GrammarWorld` holds a tokenizer, its grammar compiler, and the id of the token that ends an answer."""
 
     tokenizer: Tokenizer
     compiler: GrammarCompiler
@@ -56,7 +56,7 @@ class GrammarWorld:
         return Markers.of(self.tokenizer)
 
     def allows(self, grammar: Grammar, text: str) -> bool:
-        """Return True if the grammar allows the text's tokens one by one, and the end after them."""
+        """Return True if the grammar allows each token of the text and, after the last token, the end of the answer."""
         state, vocab_size = self.compiler.compile(grammar).start(), self.tokenizer.vocab_size
         for token_id in self.tokenizer.encode(text):
             if not state.allowed(vocab_size, frozenset([self.end]), frozenset())[token_id]:
@@ -67,7 +67,11 @@ class GrammarWorld:
 
 @pytest.fixture(scope="module")
 def worlds(model_dir: Path) -> dict[bool, GrammarWorld]:
-    """Return two worlds: in the demo's tokenizer (True) markers are special tokens, in the small one (False) text."""
+    """Return a grammar world for each of two tokenizers.
+
+    - True: the demo model's tokenizer, in which the markers are special tokens.
+    - False: the small tokenizer, in which the markers are ordinary text.
+    """
     made = {is_special: Tokenizer(path) for is_special, path in [(True, DEMO), (False, model_dir)]}
     ends = {is_special: tokenizer.marker("<|im_end|>").special_id for is_special, tokenizer in made.items()}
     return {

@@ -8,7 +8,10 @@ from services.gateway.chat.stop_strings import StopMatcher
 
 
 def _first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """Return the text before the first stop string, found slowly: the first prefix that ends with a stop string."""
+    """Return the text before the first stop string, and whether there is a stop string.
+
+    The function is slow and obvious: it looks for the shortest prefix of the text that ends with a stop string.
+    """
     for end in range(len(text) + 1):
         if ended := [stop for stop in stops if text[:end].endswith(stop)]:
             return text[: end - max(map(len, ended))], True

@@ -69,11 +69,11 @@ def test_every_kind_of_prompt(client: openai.OpenAI, generation: Generation) -> 
 def test_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="echo", messages=[{"role": "user", "content": "hello"}])
     message = answer.choices[0].message
-    # The echo ends with the token that ends the turn, which has no text.
+    # The echoed prompt ends with the special token that ends the message, which has no text.
     assert (message.role, message.content) == ("assistant", "user\nhello")
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-")
-    # Clients may send an answer back unchanged.
+    # The next request holds the answer's message unchanged, which clients are allowed to send.
     turns: list[Any] = [{"role": "developer", "content": [{"type": "text", "text": "x"}]}, message]
     again = client.chat.completions.create(model="echo", messages=turns, max_completion_tokens=9)
     assert again.choices[0].message.content == "system\nx"
@@ -105,7 +105,7 @@ def test_stop_string(client: openai.OpenAI, source: EchoSource, tokens_per_outpu
     answer = client.completions.create(model="echo", prompt="hello<stop>x", stop="<stop>", extra_body=extra)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("hello", "stop")
     assert answer.usage is not None
-    assert answer.usage.completion_tokens == 9  # "hel" and "lo" are three tokens, "<stop>" is six
+    assert answer.usage.completion_tokens == 9  # "hello" has three tokens, and "<stop>" has six
     assert not source.active
     stream = client.completions.create(
         model="echo", prompt="hello<sto<stop>", stop=["nothing", "<stop>"], stream=True, max_tokens=30, extra_body=extra
@@ -260,7 +260,7 @@ BAD_CHATS = [
     ({"messages": [USER], "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs must not hold 'tools'", None),
     (
         {"messages": [USER], "chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": False},
-        "enable_thinking must be the same in chat_template_kwargs where both are given; give one.",
+        "enable_thinking must be equal to enable_thinking in chat_template_kwargs; set only one.",
         "enable_thinking",
     ),
     ({"messages": [{**USER, "tool_call_id": "x"}]}, "messages[0].tool_call_id must be given where the role is", None),
@@ -311,14 +311,14 @@ def test_a_large_body(http: httpx.Client, num_bytes: int) -> None:
     try:
         answer = http.post("/v1/completions", content=body)
     except httpx.WriteError:
-        assert num_bytes > 16 * MAX_BODY_BYTES  # the server hangs up while such a large body arrives
+        assert num_bytes > 16 * MAX_BODY_BYTES  # the server closes the connection while such a large body arrives
     else:
         _check_refused(answer, 413, "The body must be at most 100000 bytes long, but is longer.")
 
 
 def test_unknown_routes_methods_and_models(http: httpx.Client) -> None:
-    _check_refused(http.get("/v1/nothing"), 404, "There is no /v1/nothing here; /v1/models tells what is served.")
-    _check_refused(http.get("/v1/completions"), 405, "/v1/completions must be asked with POST, not GET.")
+    _check_refused(http.get("/v1/nothing"), 404, "There is no path /v1/nothing; /v1/models lists the served models.")
+    _check_refused(http.get("/v1/completions"), 405, "/v1/completions must be requested with POST, not GET.")
     for answer in (http.post("/v1/completions", json={"model": "gpt", "prompt": "a"}), http.get("/v1/models/gpt")):
         error = _check_refused(answer, 404, "The model 'gpt' does not exist; this server serves 'echo'.", "model")
         assert error["code"] == "model_not_found"

@@ -1,4 +1,4 @@
-"""The tests use the admin API over HTTP, with a real Redis and a plan by the real planner."""
+"""The tests check the admin API over HTTP, with a real Redis and a plan from the real planner."""
 
 from __future__ import annotations
 
@@ -40,14 +40,17 @@ def redis_url() -> Iterator[str]:
 
 @cache
 def planned() -> dict[str, Any]:
-    """Return a plan by the planner. Call it before anything is served, because the planner may have to be compiled."""
+    """Return a plan from the real planner.
+
+    Tests call `planned` before they start a server, because compiling the planner may take long.
+    """
     return plan(LAYERS, SHARDS, PLACEMENT, {}).to_dict()
 
 
 class Fleet:
-    """A `Fleet` is the state in Redis that the server reads and a test changes.
+    """A `Fleet` gives a test access to the state in Redis that the server reads.
 
-    Every call of a test opens a connection of its own on its own event loop.
+    Every method that a test calls opens a new connection to Redis on a new event loop.
     """
 
     def __init__(self, redis_url: str) -> None:
@@ -58,7 +61,7 @@ class Fleet:
         return Registry(connect(self.redis_url), self.model, ttl_s=60)
 
     def fill(self) -> None:
-        """Write shards, a placement, a decision and a load to Redis."""
+        """Write the shards, a placement, a decision and the load of some experts to Redis."""
 
         async def run() -> None:
             registry, loads = self.registry(), LoadStore(connect(self.redis_url), self.model)
@@ -98,7 +101,10 @@ def fleet(redis_url: str) -> Fleet:
 
 
 def serve(generation: Generation, key: str | None, fleet: Fleet | None) -> Any:
-    """Serve the admin API of `fleet`, or of local experts if it is None; the context manager yields the address."""
+    """Return a context manager that serves the admin API and yields the server's URL.
+
+    `key` is the admin key. If `fleet` is None, the experts are local.
+    """
 
     async def health() -> Health:
         return Health(is_ready=True)
@@ -163,7 +169,7 @@ def test_local_experts_leave_nothing_to_administer(generation: Generation) -> No
 
 
 def test_a_shard_is_drained_and_used_again(http: httpx.Client, fleet: Fleet) -> None:
-    for by in ("ada", "bob"):  # an order may be given twice
+    for by in ("ada", "bob"):  # an operator may give an order again
         order = http.post("/admin/shards/a/drain", json={"by": by}).raise_for_status().json()["order"]
     assert (order["kind"], order["subject"], order["by"]) == ("drain", "a", "bob")
     assert abs(order["at"] - time.time()) < 10
@@ -198,7 +204,7 @@ def test_a_pool_is_scaled_and_left_to_its_load_again(http: httpx.Client, fleet: 
         ("pools/experts-cpu/scale", '{"shards": 0}', 400, "shards must be greater than or equal to 1, not 0."),
         ("pools/experts-cpu/scale", '{"shards": "many"}', 400, "shards must be "),
         ("pools/experts-cpu/scale", '{"shards": 6}', 400, "shards of experts-cpu must be from 1 to 5, not 6; "),
-        ("pools/experts-gpu/scale", '{"shards": 3}', 400, "shards of experts-gpu must be 2 alone: its size is fixed, "),
+        ("pools/experts-gpu/scale", '{"shards": 3}', 400, "shards of experts-gpu must be 2, the pool's fixed size, "),
         (
             "pools/experts-cpu/scale",
             '{"shards": 1, "shrads": 2}',

@@ -1,4 +1,4 @@
-"""The tests check the health report and the metrics of the expert tier, made from the status of a backbone's watch."""
+"""The tests check the report of `/health/degraded` and the metrics of the expert tier, from a backbone's status."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MB = 1_000_000
 
 
 class WatchedBackbone:
-    """A `WatchedBackbone` reports the part of a backbone's status that the expert tier's numbers need."""
+    """A `WatchedBackbone` makes the parts of a backbone's status that the report and the metrics use."""
 
     def __init__(self) -> None:
         self.monitor = CoverageMonitor({0: 500 * MB, 4: MB})
@@ -54,17 +54,17 @@ def test_a_dead_shard_degrades_until_its_experts_have_new_homes() -> None:
     total = sum(float(rate.sum()) for rate in RATES.values())
     assert report["blast_radius"] == pytest.approx({"a": 3 / total, "b": 3 / total, "c": 0.0})
     assert report["missing_bytes"] == 2 * 500 * MB
-    assert report["time_to_repair_s"] == HEARTBEAT_TTL_S + 1.0  # at a gigabyte per second
+    assert report["time_to_repair_s"] == HEARTBEAT_TTL_S + 1.0  # 1 GB is loaded at 1 GB/s
     assert report["detail"].endswith("2 live homes; repair is expected in 4 s.")
     again = degraded_report([backbone.status(12.0, "a")])
     assert again["below_cover_since"] == 10.0
     assert again["below_cover_by_homes"] == {"0": 1, "1": 32}
-    assert "33 experts have fewer than 2 live homes, 1 of them none; " in again["detail"]
+    assert "33 experts have fewer than 2 live homes (1 without any live home); " in again["detail"]
     repaired = degraded_report([backbone.status(15.5, "a", "b", "c")])
     assert (repaired["status"], repaired["last_repair_s"], repaired["num_repairs"]) == ("covered", 5.5, 1)
     assert (
         degraded_report([backbone.status(20.0, "a", "b")])["time_to_repair_s"] == 5.5
-    )  # as long as the last repair took
+    )  # the estimate is the duration of the last repair
 
 
 def test_of_several_views_the_worst_is_told() -> None:
@@ -77,7 +77,10 @@ def test_local_experts_cannot_be_lost() -> None:
 
 
 def metric_values(status: dict[str, Any]) -> dict[str, float]:
-    """Return the values of metrics by name, followed by the values of the labels that are not on every metric."""
+    """Return the values of all metrics from the `status` of one backbone.
+
+    A key is the metric's name without "expertmesh:", followed by the values of the labels that only some metrics have.
+    """
     registry = CollectorRegistry()
     registry.register(TierMetrics("demo", [status]))
     found = {}
