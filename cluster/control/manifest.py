@@ -1,6 +1,6 @@
 """The `Manifest` records the checksum of every expert's weights when the expert is first loaded.
 
-Later loads are verified against the manifest, so that no shard serves other bytes.
+Later loads are verified against the manifest, so that all shards serve the same weights of an expert.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-Checksums = Mapping[int, Mapping[int, int]]  # By layer and expert.
+Checksums = Mapping[int, Mapping[int, int]]  # The checksums by layer and expert.
 
 
 @dataclass(frozen=True)
 class Mismatch:
     """A `Mismatch` is an expert whose loaded weights have another checksum than the manifest records.
 
-    `known` is the manifest's checksum, `seen` that of the loaded weights.
+    `known` is the checksum in the manifest, and `seen` is the checksum of the loaded weights.
     """
 
     layer: int
@@ -35,7 +35,7 @@ class Manifest:
     known: Checksums = field(default_factory=dict)
 
     def mismatches(self, seen: Checksums) -> list[Mismatch]:
-        """Return the experts of `seen` whose checksum differs from the recorded one, by layer and expert in order."""
+        """Return a mismatch for each expert whose checksum in `seen` differs from the manifest, in layer order."""
         return [
             Mismatch(layer, expert, self.known[layer][expert], checksum)
             for layer, checksums in sorted(seen.items())
@@ -45,5 +45,9 @@ class Manifest:
 
 
 def weights_name(model_digest: str, dtype: str) -> str:
-    """Return the manifest's name in the registry; a checkpoint has other bytes, and so another name, in each dtype."""
+    """Return the manifest's name in the registry.
+
+    The dtype is part of the name, because the checkpoint's weights have different bytes, and so different checksums, in
+    each dtype.
+    """
     return f"{model_digest}:{dtype}"

@@ -1,4 +1,4 @@
-"""The `MemoryRegistry` is a registry without Redis for one process, which the simulator and tests use."""
+"""The `MemoryRegistry` keeps a fleet's registry in the memory of one process, for the simulator and for tests."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from cluster.topology import Placement, Shard
 
 
 class MemoryRegistry:
-    """A `MemoryRegistry` is a `RegistryStore` without Redis; the same tests check it and the `Registry`.
+    """A `MemoryRegistry` is a `RegistryStore` without Redis; the same tests check `MemoryRegistry` and `Registry`.
 
-    `clock` returns the seconds since any fixed moment.
+    `clock` returns the seconds since any fixed moment. `ttl_s` and `lease_ttl_s` are explained in `Registry`.
     """
 
     def __init__(self, clock: Callable[[], float], ttl_s: float = HEARTBEAT_TTL_S, lease_ttl_s: float = LEASE_TTL_S):
@@ -36,7 +36,7 @@ class MemoryRegistry:
         self._followers: dict[str, tuple[int, float]] = {}
         self._decisions: deque[dict[str, str]] = deque(maxlen=MAX_DECISIONS)
         self._orders: dict[str, StandingOrder] = {}
-        self._pool_sizes: dict[str, tuple[PoolSize, float]] = {}  # Each with the time when it expires.
+        self._pool_sizes: dict[str, tuple[PoolSize, float]] = {}  # The size of each pool and when the size expires.
         self._manifest: dict[tuple[str, int], dict[int, int]] = {}
 
     async def heartbeat(self, shard: Shard) -> None:
@@ -53,7 +53,7 @@ class MemoryRegistry:
 
     @property
     def known_epoch(self) -> int:
-        """Return what `epoch` returns, without awaiting, for the simulator's checks."""
+        """Return the same value as `epoch`, but without `await`, for the simulator's checks."""
         return self._placement.epoch if self._placement else 0
 
     async def epoch(self) -> int:
@@ -80,7 +80,7 @@ class MemoryRegistry:
         return self.known_followers()
 
     def known_followers(self) -> dict[str, int]:
-        """Return what `followers` returns, without awaiting, for the simulator's checks."""
+        """Return the same value as `followers`, but without `await`, for the simulator's checks."""
         now = self.clock()
         self._followers = {name: (epoch, at) for name, (epoch, at) in self._followers.items() if now - at < self.ttl_s}
         return {name: epoch for name, (epoch, _) in sorted(self._followers.items())}

@@ -10,7 +10,7 @@ from typing import Self
 
 from cluster.topology import Shard
 
-MAX_SHARDS = 1_000_000  # The largest size of a pool that can be ordered; a larger number is a typing error.
+MAX_SHARDS = 1_000_000  # The largest number of shards in an order for a pool; a larger number is a typing error.
 
 
 class OrderKind(StrEnum):
@@ -28,11 +28,11 @@ class OrderKind(StrEnum):
 
 @dataclass(frozen=True)
 class StandingOrder:
-    """A `StandingOrder` is one order. There is one at a time of each kind and subject: a newer order replaces it.
+    """A `StandingOrder` is an operator's order; it replaces any older order of the same kind and subject.
 
-    - `subject`: the id of the shard to drain, or the name of the pool to scale.
-    - `count`: the number of shards that the pool is to have.
-    - `by`: the operator.
+    - `subject`: the id of the shard to drain, or the name of the pool to scale; empty for an order to rebalance.
+    - `count`: the number of shards that the pool should have; 0 except for an order to scale.
+    - `by`: the name of the operator.
     - `at`: when the order was given, in seconds since 1970.
     """
 
@@ -44,22 +44,25 @@ class StandingOrder:
 
     def __post_init__(self) -> None:
         if (self.kind is not OrderKind.REBALANCE) != bool(self.subject):
-            raise ValueError(f"An order to {self.kind} needs the name of a shard or pool, and one to rebalance none.")
+            raise ValueError(
+                f"An order to {self.kind} has the name {self.subject!r}; an order to drain or scale needs the name of "
+                "a shard or pool, and an order to rebalance must not have a name."
+            )
         if not 0 <= self.count <= MAX_SHARDS or (self.kind is OrderKind.SCALE) != (self.count > 0):
             raise ValueError(f"The number of shards is {self.count}; it must be from 1 to {MAX_SHARDS:,}.")
 
     @property
     def name(self) -> str:
-        """Return the order's key in the registry, which names its kind and subject."""
+        """Return the order's key in the registry: the order's kind and subject."""
         return f"{self.kind}:{self.subject}"
 
     def to_json(self) -> str:
-        """Return the order as the registry stores it."""
+        """Return the order as the JSON text that the registry stores."""
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote; raises ValueError for any other text."""
+        """Return the order that `to_json` wrote as `text`; raise ValueError for any other text."""
         try:
             body = json.loads(text)
             return cls(**{**body, "kind": OrderKind(body["kind"])})
@@ -78,12 +81,12 @@ class PoolSize:
     at: float
 
     def to_json(self) -> str:
-        """Return the size as the registry stores it."""
+        """Return the size as the JSON text that the registry stores."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote; raises ValueError for any other text."""
+        """Return the size that `to_json` wrote as `text`; raise ValueError for any other text."""
         try:
             body = json.loads(text)
             return cls(int(body["shards"]), float(body["at"]))
@@ -100,7 +103,7 @@ def with_drain_orders(shards: Iterable[Shard], orders: Mapping[str, StandingOrde
 
 
 def rebalance_order(orders: Mapping[str, StandingOrder]) -> StandingOrder | None:
-    """Return the order to plan at once, if an operator has given one."""
+    """Return the order to rebalance, or None if `orders` contains no order to rebalance."""
     return next((order for order in orders.values() if order.kind is OrderKind.REBALANCE), None)
 
 

@@ -1,7 +1,8 @@
-"""The `Registry` says, in Redis, who is alive, which placement is published, and who may change the placement.
+"""The `Registry` records in Redis which processes are alive, which placement is published and who may change it.
 
-Nothing here is on the token path. Every call is one round trip with a short timeout and no retry: callers keep what
-they read last and try again later. A Redis that comes back empty is filled by the next heartbeats.
+No token waits for the registry. Every Redis command is one round trip with a short timeout and no retry: callers keep
+the values that they read last and try again later. If Redis has lost its data, the next heartbeats restore the records
+of the live processes.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)
 
-# Timeouts in seconds. With redis-py's defaults a call waits 4 s for a dead server and 59 s for a hung one.
+# Timeouts in seconds. With redis-py's defaults a call waits 4 s for a dead server and 59 s for a server that hangs.
 CONNECT_TIMEOUT_S = 0.2
 CALL_TIMEOUT_S = 1.0
-MAX_CONNECTIONS = 16  # Connections that one client may open.
+MAX_CONNECTIONS = 16  # The maximum number of connections of one client.
 
 
 def connect(url: str, password: str | None = None) -> Redis:
-    """Return a client that fails within a second if Redis is gone and that reconnects by itself.
+    """Return a Redis client whose calls fail within a second if Redis is gone; the client reconnects by itself.
 
     Close the client with `aclose()`. A password in the URL takes precedence over `password`. Raises ValueError if the
-    URL's scheme is not one of Redis.
+    URL does not start with redis://, rediss:// or unix://.
     """
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError(f"The registry URL {url!r} must start with redis://, rediss:// or unix://.")
@@ -57,7 +58,10 @@ def connect(url: str, password: str | None = None) -> Redis:
 
 
 def key_prefix(model: str) -> str:
-    """Return the prefix of all keys of a model; its braces keep them on one node of a Redis Cluster."""
+    """Return the prefix of all keys of a model; the braces in it keep the keys on one node of a Redis Cluster.
+
+    Raises ValueError if the name is empty or contains braces or white space.
+    """
     if not model or set(model) & set("{} \n"):
         raise ValueError(f"The model name {model!r} must not be empty nor hold braces or white space.")
     return f"expertmesh:{{{model}}}:"
@@ -72,16 +76,16 @@ def store_errors() -> Iterator[None]:
         raise StoreUnavailable(f"Redis did not do what it was asked ({type(error).__name__}: {error}).") from error
 
 
-# The record of another incarnation stays, because it belongs to a new shard of the same name.
+# The script keeps a record of another incarnation, because a new shard with the same id has written the record.
 REMOVE = """
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
 redis.call('SREM', KEYS[2], ARGV[2])
 return redis.call('DEL', KEYS[1])
 """
 
-# Returns the epoch and the fencing token that prevent publishing, or nothing. A leader's token must be the newest one:
-# a newer leader may have read the placement already. Publishing without a token succeeds only if no placement from a
-# leader is stored.
+# The script returns nothing if it stores the placement. Otherwise it returns the epoch and the fencing token that
+# prevent publishing. A leader's token must be the newest token, because a newer leader may have read the placement
+# already. A caller without a lease has token 0, which is enough only if no placement from a leader is stored.
 PUBLISH = """
 local stored = redis.call('HMGET', KEYS[1], 'epoch', 'fencing')
 local epoch, fencing = tonumber(stored[1] or 0), tonumber(stored[2] or 0)
@@ -91,7 +95,8 @@ redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'fencing', ARGV[3], 'value', ARGV[
 return false
 """
 
-# Tokens start from the clock's milliseconds, so that they keep growing when Redis comes back empty.
+# A new token is at least the clock's time in milliseconds, so that tokens keep growing even after Redis has lost its
+# data.
 ACQUIRE = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return false end
 local now = redis.call('TIME')
@@ -112,7 +117,7 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
-# An order that was given anew meanwhile stays, because it is another order.
+# If the operator has given the order again in the meantime, the stored text differs, and the script keeps the order.
 LIFT = """
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 return redis.call('HDEL', KEYS[1], ARGV[1])
@@ -120,7 +125,7 @@ return redis.call('HDEL', KEYS[1], ARGV[1])
 
 
 class Registry:
-    """A `Registry` keeps in Redis what all processes of one model share; every method may raise StoreUnavailable.
+    """A `Registry` keeps the shared state of one model's fleet in Redis; every method may raise StoreUnavailable.
 
     The registry holds the live shards, the placement and its followers, the lease, the operator orders, the sizes of
     the pools, the manifest and the controllers' latest decisions.
@@ -136,7 +141,7 @@ class Registry:
         self.lease_ttl_ms = round(lease_ttl_s * 1000)
 
     async def heartbeat(self, shard: Shard) -> None:
-        """Write a shard's whole record, which expires unless it is written again within the time to live."""
+        """Write the whole record of `shard`; the record expires if no other heartbeat follows within the TTL."""
         key = self._shard_key(shard.id)
         with store_errors():
             async with self.redis.pipeline(transaction=True) as pipe:
@@ -169,19 +174,21 @@ class Registry:
         return shards
 
     async def epoch(self) -> int:
-        """Return the epoch of the published placement, or 0 if there is none; the call is cheap to repeat."""
+        """Return the epoch of the published placement, or 0 if no placement is published; the call is cheap."""
         return int(await self._call("HGET", self.prefix + "placement", "epoch") or 0)
 
     async def placement(self) -> Placement | None:
-        """Return the published placement, or None if there is none."""
+        """Return the published placement, or None if no placement is published."""
         value = await self._call("HGET", self.prefix + "placement", "value")
         return Placement.from_json(value) if value is not None else None
 
     async def publish(self, placement: Placement, expected_epoch: int, fencing: int) -> None:
-        """Replace the placement of epoch `expected_epoch`; 0 says that no placement is published yet.
+        """Publish `placement` if the stored placement has the epoch `expected_epoch`.
 
-        `fencing` is the token of the caller's lease, or 0 where there is no controller. Raises StalePlacement if
-        another placement is published or if a newer lease exists.
+        - `expected_epoch`: the epoch of the placement to replace, or 0 if no placement is published yet.
+        - `fencing`: the token of the caller's lease, or 0 if the caller is no controller.
+
+        Raises StalePlacement if a placement of another epoch is stored or if a newer lease exists.
         """
         assert placement.epoch > expected_epoch >= 0
         arguments = (expected_epoch, placement.epoch, fencing, placement.to_json())
@@ -191,7 +198,7 @@ class Registry:
             raise stale_placement(placement, expected_epoch, fencing, *map(int, newer))
 
     async def follow(self, follower: str, epoch: int) -> None:
-        """Note which epoch a backbone uses; the entry expires like a heartbeat."""
+        """Record that the backbone `follower` uses `epoch`; the entry expires like a heartbeat."""
         with store_errors():
             async with self.redis.pipeline(transaction=True) as pipe:
                 pipe.set(self.prefix + "backbone:" + follower, epoch, px=self.ttl_ms)
@@ -199,11 +206,11 @@ class Registry:
                 await pipe.execute()
 
     async def unfollow(self, follower: str) -> None:
-        """Delete a backbone's entry before it expires."""
+        """Delete the entry of the backbone `follower` before the entry expires."""
         await self._call("DEL", self.prefix + "backbone:" + follower)
 
     async def followers(self) -> dict[str, int]:
-        """Return the epoch that each live backbone uses."""
+        """Return the epoch that each live backbone uses, by the backbone's name."""
         names = sorted(await self._call("SMEMBERS", self.prefix + "backbones"))
         if not names:
             return {}
@@ -213,7 +220,7 @@ class Registry:
         return {name: int(epoch) for name, epoch in zip(names, epochs, strict=True) if epoch is not None}
 
     async def note_decision(self, decision: Mapping[str, str]) -> None:
-        """Add an entry to the log of decisions, which keeps about the last thousand."""
+        """Add an entry to the log of decisions, which keeps about the last `MAX_DECISIONS` entries."""
         words = [word for field in decision.items() for word in field]
         await self._call("XADD", self.prefix + "decisions", "MAXLEN", "~", MAX_DECISIONS, "*", *words)
 
@@ -224,17 +231,17 @@ class Registry:
         return [dict(fields) for _, fields in entries]
 
     async def acquire_lease(self, owner: str) -> Lease | None:
-        """Return a new lease, or None while any controller holds one, `owner` included."""
+        """Return a new lease for `owner`, or None while any controller, even `owner`, holds the lease."""
         keys = [self.prefix + "leader", self.prefix + "fencing"]
         fencing = await self._eval(ACQUIRE, keys, owner, self.lease_ttl_ms)
         return None if fencing is None else Lease(owner, int(fencing))
 
     async def renew_lease(self, lease: Lease) -> bool:
-        """Start the lease's time anew; return False if the lease is lost."""
+        """Extend `lease` by its full time from now on; return False if the lease is lost."""
         return bool(await self._eval(RENEW, [self.prefix + "leader"], _lease_text(lease), self.lease_ttl_ms))
 
     async def release_lease(self, lease: Lease) -> None:
-        """Release the lease; a lease that is lost stays with its new holder."""
+        """Release `lease`; do nothing if another controller has acquired the lease in the meantime."""
         await self._eval(RELEASE, [self.prefix + "leader"], _lease_text(lease))
 
     async def has_leader(self) -> bool:
@@ -242,16 +249,16 @@ class Registry:
         return bool(await self._call("EXISTS", self.prefix + "leader"))
 
     async def leader(self) -> str | None:
-        """Return the name of the controller that holds the lease, or None."""
+        """Return the name of the controller that holds the lease, or None if no controller holds the lease."""
         text = await self._call("GET", self.prefix + "leader")
         return None if text is None else str(text).partition(" ")[2]
 
     async def give_order(self, order: StandingOrder) -> None:
-        """Store an order in place of an older one of its kind and subject; it stays until it is lifted."""
+        """Store `order` until it is lifted; `order` replaces an older order of the same kind and subject."""
         await self._call("HSET", self.prefix + "orders", order.name, order.to_json())
 
     async def lift_order(self, order: StandingOrder) -> bool:
-        """Delete exactly this order; return False if it is not there or was replaced by a newer one."""
+        """Delete `order`; return False if `order` is not stored or if a newer order has replaced it."""
         return bool(await self._eval(LIFT, [self.prefix + "orders"], order.name, order.to_json()))
 
     async def orders(self) -> dict[str, StandingOrder]:
@@ -265,11 +272,11 @@ class Registry:
         return orders
 
     async def set_pool_size(self, pool: str, size: PoolSize) -> None:
-        """Store how many shards a pool should have; the entry expires unless it is stored again in time."""
+        """Store how many shards `pool` should have; the entry expires after `POOL_SIZE_TTL_S`."""
         await self._call("SET", self._pool_key(pool), size.to_json(), "PX", round(1000 * POOL_SIZE_TTL_S))
 
     async def pool_size(self, pool: str) -> PoolSize | None:
-        """Return how many shards a pool should have, or None if no leader has said so lately."""
+        """Return how many shards `pool` should have, or None if no leader has stored a size lately."""
         text = await self._call("GET", self._pool_key(pool))
         return None if text is None else PoolSize.from_json(text)
 
@@ -279,7 +286,10 @@ class Registry:
         return {int(expert): int(checksum, 16) for expert, checksum in known.items()}
 
     async def note_checksums(self, weights: str, layer: int, seen: Mapping[int, int]) -> dict[int, int]:
-        """Record the checksums of experts that have none yet; return the recorded ones of all experts in `seen`."""
+        """Add the checksums in `seen`, by expert, to the manifest; return the manifest's checksums of these experts.
+
+        A checksum that is already in the manifest is not changed.
+        """
         if not seen:
             return {}
         key = self._manifest_key(weights, layer)
@@ -301,7 +311,7 @@ class Registry:
         return f"{self.prefix}shard:{shard_id}"
 
     async def _eval(self, script: str, keys: list[str], *arguments: str | int) -> Any:
-        # EVALSHA would fail on a Redis that came back empty, because such a Redis has lost its scripts too.
+        # EVALSHA would fail after Redis has lost its data, because Redis has then lost its scripts, too.
         return await self._call("EVAL", script, len(keys), *keys, *arguments)
 
     async def _call(self, *command: str | int) -> Any:

@@ -1,6 +1,7 @@
-"""The protocol `RegistryStore` defines what services ask of the fleet's registry, and with which errors it refuses.
+"""The protocol `RegistryStore` defines the calls to the fleet's registry and the errors that these calls raise.
 
-`cluster.control.registry` keeps the registry in Redis, `cluster.control.memory_registry` in one process.
+`cluster.control.registry` keeps the registry in Redis, and `cluster.control.memory_registry` keeps the registry in the
+memory of one process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cluster.topology import Placement, Shard
 
 HEARTBEAT_TTL_S = 3.0  # Seconds without a heartbeat after which a shard or a backbone counts as dead.
 LEASE_TTL_S = 3.0  # Seconds without renewal after which another controller may acquire the lease.
-POOL_SIZE_TTL_S = 60.0  # Seconds for which a pool's size is kept: long enough for the next leader to go on from it.
+POOL_SIZE_TTL_S = 60.0  # Seconds for which a pool's size is kept, so that the next leader can start from the size.
 MAX_DECISIONS = 1000  # Entries that the log of decisions keeps.
 
 
@@ -23,12 +24,12 @@ class StoreUnavailable(ConnectionError):
 
 
 class StalePlacement(RuntimeError):
-    """A placement was not published, because a newer placement or a newer leader was there first."""
+    """A placement was not published, because the store has another placement or knows a newer leader."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A `Lease` is the right to change the placement, which one controller has at a time.
+    """A `Lease` is the right to change the placement; only one controller holds the lease at a time.
 
     The token `fencing` grows with every new lease, even if Redis loses its data in between.
     """
@@ -38,7 +39,7 @@ class Lease:
 
 
 class RegistryStore(Protocol):
-    """A `RegistryStore` keeps what a fleet's processes must know of each other; `Registry` describes each method."""
+    """A `RegistryStore` keeps the shared state of a fleet's processes; the class `Registry` describes each method."""
 
     async def heartbeat(self, shard: Shard) -> None: ...
     async def remove(self, shard: Shard) -> None: ...
@@ -68,7 +69,7 @@ class RegistryStore(Protocol):
 def stale_placement(
     placement: Placement, expected_epoch: int, fencing: int, stored_epoch: int, stored_fencing: int
 ) -> StalePlacement:
-    """Return the error for a placement that came too late, with the epoch and the token that the store has."""
+    """Return the error for a rejected `placement`; the message contains the epoch and the token in the store."""
     return StalePlacement(
         f"The placement of epoch {placement.epoch} was not published: it replaces epoch {expected_epoch} with fencing "
         f"token {fencing}, but epoch {stored_epoch} with fencing token {stored_fencing} is there."

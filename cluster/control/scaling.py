@@ -1,7 +1,8 @@
-"""These functions decide how many shards a pool should have, by how busy its slowest shard is predicted to be.
+"""These functions decide how many shards a pool should have, from the predicted busy share of its slowest shard.
 
 The number of open requests plays no part. All functions are pure: the same fleet, load, orders and last decision give
-the same decision. Where there are several pools, they decide one after another, each by its own shards.
+the same decision. If there are several pools, their sizes are decided one after another, and each size depends on the
+busy shares of the pool's own shards.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cluster.placement.fleet_budget import FleetBudget, PlannedLayer
 from cluster.placement.plan import PlanPolicy
 from cluster.topology import LayerSpec, Placement, Shard
 
-MIN_SHARDS_IN_ALL = 2  # The two homes of an expert are on different shards.
+MIN_SHARDS_IN_ALL = 2  # The minimum size of a fleet, because the two homes of an expert are on different shards.
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class PoolPolicy:
     """A `PoolPolicy` says how large one pool may be, and when its size changes.
 
     - `min_shards`, `max_shards`: the bounds of the pool's size.
-    - `target_busy`: the share of its time that the pool's slowest shard may compute.
-    - `slack`: a pool shrinks only if the slowest shard is predicted to stay below `(1 - slack) * target_busy` with one
-      shard less. So a load at either boundary makes the pool change its size once, not back and forth.
-    - `upscale_delay_s`, `downscale_delay_s`: the seconds for which the load must ask for a change before it is made.
+    - `target_busy`: the largest share of time during which the pool's slowest shard should compute.
+    - `slack`: a pool shrinks only if the predicted busy share of the slowest shard is at most
+      `(1 - slack) * target_busy` with one shard less. The gap prevents a pool from growing and shrinking in turns.
+    - `upscale_delay_s`, `downscale_delay_s`: the seconds for which the load must require a larger or smaller pool
+      before the pool's size is changed.
     """
 
     min_shards: int
@@ -47,10 +49,10 @@ class PoolPolicy:
 
 @dataclass(frozen=True)
 class BusyShare:
-    """A `BusyShare` is the share of its time that a shard is predicted to compute, in two parts.
+    """A `BusyShare` predicts the share of time during which a shard computes, in two parts.
 
-    - `calls`: what being called costs, whatever is computed. More shards in the pool do not reduce it.
-    - `work`: what is computed for experts and rows. More shards in the pool share this work.
+    - `calls`: the share for the fixed cost of the calls to the shard. More shards in the pool do not reduce the cost.
+    - `work`: the share for the experts and rows that the shard computes. More shards in the pool divide the work.
     """
 
     calls: float = 0.0
@@ -58,12 +60,15 @@ class BusyShare:
 
     @property
     def total(self) -> float:
-        """Return the whole share."""
+        """Return the sum of `calls` and `work`."""
         return self.calls + self.work
 
 
 def rows_per_step(shards: Sequence[Shard]) -> float:
-    """Return the largest `rows_per_call` that any shard reports: that shard sees most of a step's rows."""
+    """Estimate the rows of a step as the largest `rows_per_call` that any shard reports, but at least 1.
+
+    The shard with the largest `rows_per_call` sees most of a step's rows.
+    """
     return max([1.0, *(shard.rows_per_call for shard in shards)])
 
 
@@ -74,10 +79,10 @@ def busy_shares(
     load: Mapping[int, ExpectedLoad],
     policy: PlanPolicy,
 ) -> dict[str, BusyShare]:
-    """Predict the busy share of every shard that does not drain, with the planner's own cost model.
+    """Predict the busy share of every shard that does not drain, by shard id, with the planner's cost model.
 
-    A share is the sum over layers of µs per step, times the steps per second. A layer without a load costs nothing.
-    Raises ValueError if every shard drains.
+    A busy share is the computing time per step, summed over all layers, times the number of steps per second. Layers
+    without expected load add nothing. Raises ValueError if every shard drains.
     """
     policy = replace(policy, rows_per_step=rows_per_step(shards))
     fleet = FleetBudget(shards, layers, policy)
@@ -97,9 +102,10 @@ def busy_shares(
 
 
 def predicted_share(shares: Collection[BusyShare], num_shards: int) -> float:
-    """Predict the busy share of the slowest shard if the pool had `num_shards`; the work stays as unevenly divided.
+    """Predict the busy share of the slowest shard in a pool of `num_shards` shards, from the present `shares`.
 
-    Shards without work are left out of that unevenness, so that a new, empty shard does not look like less load.
+    The function assumes that the ratio of the largest `work` to the mean `work` stays the same. Shards without work do
+    not count in this ratio, so that a new, empty shard does not look like less load.
     """
     works = [share.work for share in shares if share.work > 0]
     if not works:
@@ -109,17 +115,19 @@ def predicted_share(shares: Collection[BusyShare], num_shards: int) -> float:
 
 
 def min_shards_for_cover(layers: Sequence[LayerSpec], pool: Sequence[Shard], others: Sequence[Shard]) -> int:
-    """Return the fewest shards of this pool that, with the `others`, hold every expert twice, once in device memory.
+    """Return the minimum size of a pool for full cover with one home of every expert in device memory.
 
-    A new shard is taken to be as large as the smallest of `pool`. Memory for one expert stays free on every shard, so
-    that experts can move.
+    - `pool`: the shards of the pool. A new shard is assumed to be as large as the smallest shard in `pool`.
+    - `others`: the shards of the other pools, which hold experts, too.
+
+    Memory for one expert stays free on every shard, so that experts can move.
     """
     all_bytes = sum(spec.num_experts * spec.expert_bytes for spec in layers)
     largest = max((spec.expert_bytes for spec in layers), default=0)
     device = min((shard.memory_budget - largest for shard in pool), default=0)
     device_and_host = device + min((shard.host_budget for shard in pool), default=0)
     if device <= 0:
-        return 1  # Shards that hold nothing lose nothing.
+        return 1  # Shards without memory for an expert do not add to the cover.
     others_device = sum(max(0, shard.memory_budget - largest) for shard in others)
     others_device_and_host = others_device + sum(shard.host_budget for shard in others)
     for_homes = math.ceil((all_bytes - others_device) / device)
@@ -131,10 +139,10 @@ def min_shards_for_cover(layers: Sequence[LayerSpec], pool: Sequence[Shard], oth
 class PoolState:
     """A `PoolState` holds all facts about a pool that a decision depends on.
 
-    - `size`: the number of shards that was decided last.
-    - `shares`: the busy share of each shard that stays, by its id.
-    - `min_for_cover`: the fewest shards that hold every expert twice.
-    - `is_settled`: True if all moves are done and the pool has the size that was decided last.
+    - `size`: the number of shards in the last decision.
+    - `shares`: the busy share of each shard that does not drain, by the shard's id.
+    - `min_for_cover`: the minimum number of shards with which every expert is held twice.
+    - `is_settled`: True if all moves of experts are done and the pool has `size` shards.
     - `ordered`: the number of shards that an operator has ordered, or None.
     """
 
@@ -147,7 +155,7 @@ class PoolState:
 
 @dataclass(frozen=True)
 class PoolDecision:
-    """A `PoolDecision` is the number of shards that a pool should have, and why.
+    """A `PoolDecision` says how many shards a pool should have, and why.
 
     `is_ordered` is True if an operator's order decided, not the load.
     """
@@ -161,7 +169,7 @@ def desired_shards(pool: PoolState, policy: PoolPolicy) -> PoolDecision:
     """Decide how many shards the pool should have; an operator's order wins over the load.
 
     A pool grows by several shards at a time. A pool shrinks by one shard at a time, and only when all moves are done.
-    The number stays within the pool's bounds, and never falls below the number of shards that hold every expert twice.
+    The number stays within the bounds of `policy`. Within these bounds it is at least `pool.min_for_cover`.
     """
     most = policy.max_shards
     least = min(max(policy.min_shards, pool.min_for_cover), most)
@@ -179,7 +187,7 @@ def desired_shards(pool: PoolState, policy: PoolPolicy) -> PoolDecision:
 
 
 def _goal_by_load(pool: PoolState, policy: PoolPolicy, least: int) -> tuple[int, str]:
-    """Return the number of shards that the load asks for, which is at least `least`, and why."""
+    """Return the number of shards that the load requires, but at least `least`, and the reason."""
     shares, target = pool.shares.values(), policy.target_busy
     base = min(max(pool.size, least), policy.max_shards)
     now = predicted_share(shares, base)
@@ -188,19 +196,20 @@ def _goal_by_load(pool: PoolState, policy: PoolPolicy, least: int) -> tuple[int,
         goal = next((count for count in counts if predicted_share(shares, count) <= target), policy.max_shards)
         return (
             goal,
-            f"with {base} the slowest is predicted to be busy for {now:.0%} of the time; {target:.0%} is aimed at",
+            f"with {base} shards the slowest is predicted to be busy for {now:.0%} of the time; the goal is "
+            f"{target:.0%}",
         )
     if base != pool.size:
         return base, f"from {least} to {policy.max_shards} are possible"
     after = predicted_share(shares, base - 1) if base > least else math.inf
     if after <= (1 - policy.slack) * target:
-        return base - 1, f"with one less the slowest is predicted to be busy for {after:.0%} of the time"
+        return base - 1, f"with one shard less the slowest is predicted to be busy for {after:.0%} of the time"
     return base, f"the slowest is predicted to be busy for {now:.0%} of the time"
 
 
 @dataclass(frozen=True)
 class PendingChange:
-    """A `PendingChange` says in which direction (-1, 0 or 1) the load asks a pool to change, and since when.
+    """A `PendingChange` says whether the load requires a pool to shrink (-1), stay (0) or grow (1), and since when.
 
     `since` is in seconds since 1970.
     """
@@ -209,7 +218,7 @@ class PendingChange:
     since: float = 0.0
 
     def updated(self, direction: int, now: float) -> PendingChange:
-        """Return the change pending at `now`; a new direction restarts the delay."""
+        """Return the change that is pending at `now`; a new `direction` restarts the delay."""
         return self if direction == self.direction else PendingChange(direction, now)
 
     def is_due(self, now: float, policy: PoolPolicy) -> bool:

@@ -1,4 +1,4 @@
-"""The protocol `ShardControl` defines what the leader asks of shards, and with which errors shards fail."""
+"""The protocol `ShardControl` defines the leader's calls to shards and the errors that these calls raise."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cluster.topology import Experts, Shard
 
 
 class ShardFailed(RuntimeError):
-    """A shard did not do what it was asked to do."""
+    """A shard did not answer, or did not carry out an order."""
 
 
 class WitnessFailed(ShardFailed):
-    """In a comparison of two homes the old home failed, so the comparison says nothing about the new home."""
+    """The witness failed during a canary, so the canary says nothing about the new home."""
 
 
 @dataclass(frozen=True)
 class LeaderOrder:
-    """A `LeaderOrder` accompanies every change on a shard: shards refuse orders with an older fencing token.
+    """A `LeaderOrder` is sent with every change to a shard; shards refuse orders with an older fencing token.
 
     - `epoch`: the newest published epoch, or 0 if no placement is published.
     - `fencing`: the fencing token of the leader's lease.
@@ -40,13 +40,17 @@ class ShardControl(Protocol):
         """Return the experts that `shard` holds now."""
 
     async def load(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> Mapping[int, int]:
-        """Load and verify experts on `shard`; return the largest gain exponent of each layer concerned."""
+        """Load and verify experts on `shard`; return the largest gain exponent of each layer that has such experts.
+
+        `device` are the experts, by layer, to load into device memory. `standby` are the experts, by layer, of which
+        the shard becomes a standby.
+        """
 
     async def drop(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> None:
-        """Have `shard` give up experts of each tier."""
+        """Order `shard` to drop the experts `device` from device memory, and to drop the standbys `standby`."""
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
-        """Return the experts, by layer, for which the two shards compute different results.
+        """Return the experts in `experts`, by layer, for which the shards `old` and `new` compute different results.
 
         Raises WitnessFailed if the shard `old` fails.
         """

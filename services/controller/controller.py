@@ -36,10 +36,10 @@ log = logging.getLogger(__name__)
 class ControllerConfig:
     """A `ControllerConfig` says what a controller serves and how it decides.
 
-    - `num_shards`: the shards of each pool that must have registered before the first placement is planned.
+    - `num_shards`: the number of shards of each pool that must be alive before the first placement is planned.
     - `model`, `dtype`: the checkpoint's digest, and the dtype in which shards hold the weights.
-    - `policy`, `timing`: what the planner weighs, and how long the reconciler waits for what.
-    - `pools`: the sizes of the pools that grow and shrink; other pools keep their size.
+    - `policy`, `timing`: the planner's policy, and the reconciler's waiting times.
+    - `pools`: the policies of the pools that grow and shrink; other pools keep their size.
     """
 
     num_shards: Mapping[str, int]
@@ -51,7 +51,7 @@ class ControllerConfig:
 
 
 def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[LayerSpec]:
-    """Return the planner's view of the layers whose experts have these shapes."""
+    """Return a `LayerSpec` for the planner for each MoE layer in `shapes`; `dtype` is the dtype of the weights."""
     return [LayerSpec(shape.layer, shape.num_experts, shape.nbytes(dtype), shape.top_k) for shape in shapes]
 
 
@@ -61,7 +61,7 @@ def without_hysteresis(policy: PlanPolicy) -> PlanPolicy:
 
 
 class Controller:
-    """A `Controller` owns a reconciler and a scaler; without `loads` every expert counts as equally popular."""
+    """A `Controller` owns a reconciler and a scaler; if `loads` is None, the planner knows no expert load."""
 
     def __init__(
         self,
@@ -91,17 +91,17 @@ class Controller:
         )
 
     async def run(self) -> None:
-        """Run both loops until cancelled."""
+        """Run the loops of the reconciler and the scaler until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.reconciler.run())
             tasks.create_task(self.scaler.run())
 
     async def plan(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
-        """Return the plan for the present load; raises ValueError if the shards have no room for the experts."""
+        """Return the plan for the present load; raise ValueError if the experts do not fit on the shards."""
         return await self._plan(shards, placement, self.config.policy)
 
     async def plan_as_ordered(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
-        """Return the plan without hysteresis: an operator who orders one has decided that it is worth the moves."""
+        """Return the plan without hysteresis, because the operator who ordered the plan accepts the cost of moves."""
         return await self._plan(shards, placement, without_hysteresis(self.config.policy))
 
     async def preview(self) -> Plan | None:
@@ -115,9 +115,9 @@ class Controller:
         return await asyncio.to_thread(plan, self.layers, shards, placement, load, policy)
 
     async def expected_load(self) -> Mapping[int, ExpectedLoad]:
-        """Return the expected load of every layer that was used lately.
+        """Return the expected load, by layer, of every layer that had picks lately.
 
-        If the store does not answer, the load that was read last is returned.
+        If the store does not answer, the method returns the load that was read last.
         """
         if self._history:
             try:

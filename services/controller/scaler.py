@@ -33,7 +33,7 @@ PERIOD_S = 1.0  # Seconds between decisions; a pool's delays are several times a
 
 
 class Scaler:
-    """A `Scaler` decides on the pools' sizes while the reconciler beside it is the leader.
+    """A `Scaler` decides on the pools' sizes while the reconciler of the same controller is the leader.
 
     - `load`: returns the expected load by layer.
     - `clock`: gives seconds since 1970.
@@ -52,11 +52,11 @@ class Scaler:
     ) -> None:
         self.pools, self.layers, self.policy = pools, layers, policy
         self.registry, self.reconciler, self.load, self.clock = registry, reconciler, load, clock
-        self._sizes: dict[str, int] = {}  # The size of each pool that was decided last.
+        self._sizes: dict[str, int] = {}  # The last decided size of each pool.
         self._pending: dict[str, PendingChange] = {}
 
     async def run(self) -> None:
-        """Decide once per period until cancelled; after a failure pools keep their sizes until the next turn."""
+        """Decide on the pools' sizes every second until cancelled; after a failure pools keep their sizes at first."""
         while self.pools:
             try:
                 await self.turn()
@@ -67,7 +67,7 @@ class Scaler:
             await asyncio.sleep(PERIOD_S)
 
     async def turn(self) -> None:
-        """Decide on the size of each pool once. Raises StoreUnavailable."""
+        """Decide on the size of each pool once; may raise StoreUnavailable."""
         placement = self.reconciler.placement
         if not self.reconciler.is_leader or placement is None:
             self._sizes.clear()  # Another leader decides meanwhile.
@@ -97,14 +97,17 @@ class Scaler:
             await self._apply(name, size, desired_shards(state, policy), policy)
 
     async def _size(self, name: str, in_pool: Sequence[Shard]) -> int:
-        """Return the pool's size that this or the previous leader decided last, or else count the pool's shards."""
+        """Return the last decided size of the pool `name`, or the number of its live shards if no size is stored.
+
+        Shards that drain do not count. The last decision may come from the previous leader.
+        """
         if name not in self._sizes:
             before = await self.registry.pool_size(name)
             self._sizes[name] = before.shards if before else sum(not shard.draining for shard in in_pool)
         return self._sizes[name]
 
     async def _apply(self, name: str, size: int, decision: PoolDecision, policy: PoolPolicy) -> None:
-        """Publish the pool's size: `decision` if an operator ordered it or it is due, otherwise the present `size`."""
+        """Publish the decided size if an operator ordered it or if the change is due, else the present `size`."""
         now, change = self.clock(), decision.shards - size
         pending = self._pending.get(name, PendingChange()).updated((change > 0) - (change < 0), now)
         self._pending[name] = pending
@@ -121,7 +124,7 @@ class Scaler:
 
 
 def remaining_shards(shards: Sequence[Shard], sizes: Mapping[str, int]) -> list[Shard]:
-    """Return the shards that stay: none that drains, and of each pool at most as many as its size in `sizes`."""
+    """Return the shards that do not drain, but from each pool at most the number that `sizes` gives for the pool."""
     places = dict(sizes)
     remaining = []
     for shard in shards:

@@ -1,7 +1,7 @@
-"""Ray Serve asks this policy for a pool's size, and gets the size that the controller decided, as shards report it.
+"""The policy in this file tells Ray Serve how many shards the controller wants in a pool, as shards have reported it.
 
-Serve's own controller calls the policy at every turn of its loop. Serve gets this file by value, pickled, so the file
-imports nothing of Expertmesh.
+Serve's own controller calls the policy at every turn of its loop. Serve receives the file by value, pickled, so the
+file imports nothing from Expertmesh.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 DESIRED, DECIDED_AT, HEARD_AT = "desired_shards", "decided_at", "heard_at"
-# Seconds after which an older decision replaces a newer one: the controller's clock may have been set back.
+# Seconds after which a reported decision counts even if the remembered decision is newer, because the controller's
+# clock may have been set back.
 MEMORY_S = 15.0
 
 
 class AutoscalingContext(Protocol):
-    """An `AutoscalingContext` is the part of Serve's class of that name that the policy reads.
+    """An `AutoscalingContext` declares the attributes of Serve's class `AutoscalingContext` that the policy reads.
 
     - `target_num_replicas`: the pool's size, in Serve's view.
-    - `policy_state`: what the policy returned at the last turn.
-    - `current_time`: seconds; only differences are used.
-    - `raw_metrics`: a series of points for each metric's name and each replica.
+    - `policy_state`: the state that the policy returned from the last call.
+    - `current_time`: the time in seconds; the policy uses only differences of times.
+    - `raw_metrics`: a series of reported values for each metric's name and each replica.
     """
 
     target_num_replicas: int
@@ -41,11 +42,11 @@ def report(shards: int, decided_at: float) -> dict[str, float]:
 
 
 def follow_the_controller(ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """Return the newest decision that any shard has reported, and the state for the next turn.
+    """Return the newest pool size that any shard has reported, and the policy's state for the next call.
 
-    While no shard has reported a decision, the pool keeps its size. The newest decision is remembered for `MEMORY_S`:
-    Serve discards a shard's reports as soon as it stops the shard, and the other shards may not have heard yet of the
-    decision that made the shard stop.
+    While no shard has reported a decision, the pool keeps its size. The state remembers the newest decision for
+    `MEMORY_S`, because Serve discards a shard's reports as soon as Serve stops the shard. The other shards may not
+    have read the decision to stop a shard yet.
     """
     reports = ctx.raw_metrics or {}
     desired, decided_at = reports.get(DESIRED, {}), reports.get(DECIDED_AT, {})

@@ -36,8 +36,8 @@ class GrpcShards:
     async def holding(self, shard: Shard) -> Holding:
         """Return the experts that `shard` holds, and the bytes of its homes.
 
-        The bytes of promoted experts are not counted, because the shard evicts them when a home needs their memory.
-        If these bytes were counted, the home would wait for them for ever.
+        The bytes of promoted experts are not counted, because the shard evicts promoted experts when a home needs their
+        memory. If these bytes were counted, the home would wait for ever until they are free.
         """
         status = await control_client.status(shard.endpoint)
         experts = {*_flat(status.held, DEVICE), *_flat(status.standby, STANDBY)}
@@ -45,11 +45,13 @@ class GrpcShards:
         return Holding(frozenset(experts), used_bytes)
 
     async def load(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> Mapping[int, int]:
-        """Load experts on `shard` and verify their checksums; return the layers' largest gain exponents.
+        """Load experts on `shard` and verify their checksums; return each layer's largest gain exponent.
 
-        The shard gets the checksums of the manifest with the order, and refuses other bytes. Checksums of experts that
-        are loaded for the first time are added to the manifest afterwards. If another shard has meanwhile added other
-        checksums for them, the experts of this order are dropped. Raises ShardFailed in both cases.
+        The order contains the checksums in the manifest, and the shard refuses experts with other checksums. The
+        checksums of experts that are loaded for the first time are added to the manifest afterwards. If another shard
+        has meanwhile added other checksums for these experts, the shard drops the experts of the order.
+
+        Raises ShardFailed if the shard refuses or drops experts because of their checksums.
         """
         layers = sorted({*device, *standby})
         known = {layer: await self.registry.checksums(self.weights, layer) for layer in layers}
@@ -69,11 +71,11 @@ class GrpcShards:
         return loaded.gains
 
     async def drop(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> None:
-        """Have `shard` unload experts and give up standbys."""
+        """Order `shard` to unload the experts `device` from device memory and to give up the standbys `standby`."""
         await control_client.unload(shard.endpoint, device, order.epoch, standby, order.fencing)
 
     async def disagreements(self, old: Shard, new: Shard, experts: Experts) -> dict[int, list[int]]:
-        """Run the canary: return the experts for whose rows the two shards compute different sums."""
+        """Run the canary: return the experts, by layer, for which the shards `old` and `new` compute different sums."""
         try:
             wrong = await control_client.canary(
                 old.endpoint, new.endpoint, experts, self.shapes, self.dtype, self._gains

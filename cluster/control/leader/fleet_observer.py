@@ -23,30 +23,30 @@ class _Observation:
     holding: Holding
 
     def is_current(self, shard: Shard) -> bool:
-        """Return True if the shard's record has not changed since."""
+        """Return True if the record of `shard` has not changed since the observation."""
         return (self.incarnation, self.digest) == (shard.incarnation, shard.held_digest)
 
 
 class FleetObserver:
     """A `FleetObserver` keeps each shard's last answer, and asks a shard again only if its experts may have changed.
 
-    All shards are asked at once. `timeout_s` is how many seconds they have to answer.
+    The observer asks all shards at the same time. `timeout_s` is the time in seconds that shards have to answer.
     """
 
     def __init__(self, shards: ShardControl, timeout_s: float) -> None:
         self.shards, self.timeout_s = shards, timeout_s
         self._observations: dict[str, _Observation] = {}
-        self._changed: set[str] = set()  # Shards to ask again even if their digest is the same.
+        self._changed: set[str] = set()  # Ids of shards to ask again even if their digest is the same.
 
     def expect_change(self, shard_id: str) -> None:
-        """Have this shard asked again at the next turn, because a job on it has ended."""
+        """Ask the shard again at the next turn, because a job on the shard has ended."""
         self._changed.add(shard_id)
 
     async def holdings(self, known: Mapping[str, Shard]) -> dict[str, Holding]:
-        """Return what each known shard holds, after asking the shards whose digest has changed.
+        """Return the experts of each known shard; ask only the shards whose experts may have changed.
 
-        If a shard does not answer, its last answer still counts: only the heartbeat says whether the shard is alive.
-        A shard that has never answered is left out.
+        If a shard does not answer, its last answer still counts, because only the heartbeat says whether the shard is
+        alive. A shard that has never answered is left out.
         """
         self._observations = {
             id: seen
@@ -64,7 +64,7 @@ class FleetObserver:
         return seen is None or shard.id in self._changed or not seen.is_current(shard)
 
     async def ask(self, shards: Sequence[Shard]) -> dict[str, Holding]:
-        """Ask shards what they hold now, and return the answers that come in time."""
+        """Ask `shards` which experts they hold now; return the answers that arrive in time, by shard id."""
         tasks = {shard.id: asyncio.ensure_future(self._ask_one(shard)) for shard in shards}
         if tasks:
             await asyncio.wait(tasks.values(), timeout=self.timeout_s)

@@ -15,7 +15,7 @@ MAX_TURN_S = 60.0  # A leader whose turn lasts longer than this loses its lease,
 
 
 class LeaseKeeper:
-    """A `LeaseKeeper` holds the lease of one controller, or None while another controller leads.
+    """A `LeaseKeeper` keeps the lease of one controller; `lease` is None while the controller does not lead.
 
     `clock` gives seconds since 1970.
     """
@@ -27,20 +27,26 @@ class LeaseKeeper:
 
     @property
     def fencing(self) -> int:
-        """Return the fencing token of the lease, which must be held."""
+        """Return the fencing token of the lease; the controller must hold the lease."""
         assert self.lease is not None
         return self.lease.fencing
 
     def begin_turn(self) -> None:
-        """Note the time at which a turn begins; a turn may last MAX_TURN_S."""
+        """Record the time at which a turn begins; a turn may last MAX_TURN_S."""
         self._turn_began = self.clock()
 
     async def renew(self) -> bool:
-        """Renew the lease; return False if this controller has none or has lost it. May raise StoreUnavailable."""
+        """Renew the lease; return False if this controller does not hold the lease.
+
+        May raise StoreUnavailable.
+        """
         return self.lease is not None and await self.registry.renew_lease(self.lease)
 
     async def acquire(self) -> bool:
-        """Try to acquire a new lease; return whether this controller leads now. May raise StoreUnavailable."""
+        """Try to acquire a new lease; return True if this controller leads now.
+
+        May raise StoreUnavailable.
+        """
         self.lease = await self.registry.acquire_lease(self.owner)
         if self.lease is not None:
             log.info("%s leads, with token %d.", self.owner, self.lease.fencing)
@@ -49,7 +55,8 @@ class LeaseKeeper:
     async def renew_during_long_turns(self) -> None:
         """Renew the lease until cancelled, so that a turn may last longer than the lease.
 
-        With a thousand shards turns do. If the lease is lost all the same, the next turn finds out.
+        A turn of a fleet with a thousand shards lasts longer than the lease. If the lease is lost in spite of the
+        renewals, the next turn notices the loss.
         """
         while True:
             await asyncio.sleep(LEASE_TTL_S / 3)

@@ -17,14 +17,15 @@ from cluster.topology import LayerSpec, Placement, Shard
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 6  # While homes still move, plans for a changed load are made less often by this factor.
+PATIENCE = 6  # While homes still move, the time between plans for a changed load is longer by this factor.
 
 
 class PlanSchedule:
-    """A `PlanSchedule` holds the target, which is where the last plan wants experts, and decides when to plan anew.
+    """A `PlanSchedule` decides when to plan, and holds the target: the homes and standbys of the last plan.
 
-    - `num_expected`: the shards of each pool that must be there before the first placement is planned.
-    - `planner`: makes plans; `ordered_planner` makes the plans that an operator has ordered.
+    - `num_expected`: the number of shards of each pool that must be alive before the first placement is planned.
+    - `planner`: makes the plans for a changed fleet or a changed load.
+    - `ordered_planner`: makes the plans that an operator has ordered.
     - `clock`: gives seconds since 1970.
     - `period_s`: the seconds between plans for a changed load.
     """
@@ -50,16 +51,20 @@ class PlanSchedule:
         self._planned_for: object = None  # The fleet that the target was planned for.
 
     def forget(self) -> None:
-        """Forget the target, so that the next turn plans; a new leader does not know its predecessor's target."""
+        """Forget the target, so that the next turn makes a plan: a new leader doesn't know the last leader's target."""
         self.target, self._planned_for = None, None
 
     async def update(
         self, alive: Sequence[Shard], holdings: Mapping[str, Holding], ordered: StandingOrder | None
     ) -> Target | None:
-        """Return the target to follow now, or None if no plan can be made for the shards `alive`.
+        """Return the homes and standbys that the fleet should move to, or None if no plan can be made yet.
 
-        A new plan is made if the fleet has changed, if an operator has ordered one (`ordered`), or if the time for a
-        plan for a changed load has come. A plan that made steps longer is rolled back first.
+        - `alive`: the live shards.
+        - `holdings`: the experts that each live shard holds, by shard id.
+        - `ordered`: the operator's order to plan now, or None.
+
+        The leader makes a new plan if the fleet has changed, if `ordered` is not None, or if the last plan is older
+        than `period_s`. If the last plan made steps longer, the method returns the homes before that plan instead.
         """
         running = self.published.target
         if running is None and not self._may_begin(alive):
@@ -91,8 +96,8 @@ class PlanSchedule:
     def _may_begin(self, alive: Sequence[Shard]) -> bool:
         """Return True if a first placement may be planned.
 
-        All expected shards must be there. If they hold experts, a placement was lost, and backbones must have had the
-        time to bring it back.
+        All expected shards must be alive. If any shard holds experts, the store has lost a placement. Backbones must
+        then have had `recovery_s` to publish the lost placement again.
         """
         pools = Counter(shard.pool for shard in alive if not shard.draining)
         is_new = not any(shard.num_held for shard in alive)
@@ -105,13 +110,13 @@ class PlanSchedule:
             await self.decisions.add(plan_decision(plan, ordered))
             if running is not None:
                 self.trial.begin(running, plan, self._planned_at)
-        # The order is lifted last: if this leader dies before that, the next leader follows the order.
+        # The order is lifted last, so that the next leader carries out the order if this leader dies before the end.
         if ordered is not None:
             await self.registry.lift_order(ordered)
 
 
 def plan_decision(plan: Plan, ordered: StandingOrder | None = None) -> dict[str, str]:
-    """Return the entry of the log of decisions for a plan."""
+    """Return the entry for `plan` in the log of decisions; `ordered` is the order that asked for the plan, if any."""
     covers = {"cover_before": str(plan.cover_before), "cover_after": str(plan.cover_after)}
     numbers = {"moves": str(len(plan.moves)), "bytes": str(plan.num_bytes), "gain_s": f"{plan.gain_s:.4f}"}
     author = {} if ordered is None else {"ordered_by": ordered.by}
@@ -119,9 +124,9 @@ def plan_decision(plan: Plan, ordered: StandingOrder | None = None) -> dict[str,
 
 
 def placement_of(layers: Sequence[LayerSpec], holdings: Mapping[str, Holding]) -> Placement | None:
-    """Return the experts that shards hold in device memory as a placement, from which a plan can start.
+    """Return a placement whose homes are the shards that hold the experts now; a plan can start from the placement.
 
-    Returns None if the shards hold nothing at all.
+    Only experts in device memory count as homes. Returns None if no shard holds any expert or standby.
     """
     held = sorted(held_homes(holdings))
     homes: dict[int, list[list[str]]] = {spec.layer: [[] for _ in range(spec.num_experts)] for spec in layers}

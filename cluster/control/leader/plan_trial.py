@@ -1,4 +1,4 @@
-"""The `PlanTrial` checks a plan against the load that came after it, and rolls a harmful plan back."""
+"""The `PlanTrial` checks a plan against the load that was measured after the plan, and rolls back a harmful plan."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ class _Trial:
 
 
 class PlanTrial:
-    """A `PlanTrial` judges the last plan by the load that came since, and rolls the plan back if it made steps longer.
+    """A `PlanTrial` judges the last plan by the load measured since the plan, and rolls back a plan that does harm.
+
+    A plan does harm if it makes steps longer.
 
     - `planner`: predicts how long steps take with a placement under the present load.
     - `clock`: gives seconds since 1970.
     - `trial_s`: the seconds between a plan and its verdict.
-    - `pause_s`: the seconds after a rollback in which no plan for a changed load is made.
+    - `pause_s`: the seconds after a rollback without plans for a changed load.
     """
 
     def __init__(
@@ -47,7 +49,10 @@ class PlanTrial:
         return self.clock() < self._paused_until
 
     def begin(self, before: Target, plan: Plan, planned_at: float) -> None:
-        """Start a trial of `plan`, which replaces the homes `before`, unless another trial is under way."""
+        """Start a trial of `plan`, which replaces the homes `before`, unless another trial is under way.
+
+        A plan without a predicted gain gets no trial. `planned_at` is the time of the plan in seconds since 1970.
+        """
         if self._trial is None and plan.gain_s > 0:
             saved = 1.0 - plan.predicted_s_after / plan.predicted_s_before
             self._trial = _Trial(before, saved, planned_at + self.trial_s)
@@ -57,9 +62,9 @@ class PlanTrial:
         self._trial = None
 
     async def rollback(self, alive: Sequence[Shard], placement: Placement) -> Target | None:
-        """Return the homes to go back to if the trial is over and `placement` is worse than its predecessor, else None.
+        """Return the homes before the plan if the trial is over and `placement` makes steps longer, else None.
 
-        The verdict goes to the log of decisions. There is no verdict if the predecessor has a shard that is not alive.
+        The verdict goes to the log of decisions. There is no verdict if a shard of the old homes is not alive.
         """
         trial, now = self._trial, self.clock()
         if trial is None or now < trial.ends_at:

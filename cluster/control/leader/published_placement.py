@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 class PublishedPlacement:
     """A `PublishedPlacement` knows the placement in the registry, and since when backbones use that placement.
 
-    - `model`, `layers`: the checkpoint's digest and its experts. A placement for another checkpoint is ignored.
+    - `model`, `layers`: the checkpoint's digest and layers. A placement for another checkpoint is ignored.
     - `clock`: gives seconds since 1970.
-    - `drain_s`: how many seconds all backbones must have followed an epoch before shards drop the experts that the
-      epoch took away from them.
-    - `recovery_s`: how many seconds backbones have to bring back a placement that the store has lost.
+    - `drain_s`: the seconds for which all backbones must follow an epoch before shards drop the homes that the epoch
+      removed.
+    - `recovery_s`: the seconds that backbones have to publish a placement again after the store has lost the placement.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class PublishedPlacement:
         self.placement: Placement | None = None
         self._missing_since: float | None = None
         self._followed_since: tuple[int, float] | None = (
-            None  # An epoch, and the time since which all backbones follow it.
+            None  # An epoch, and the time since which all backbones follow the epoch.
         )
 
     @property
@@ -49,11 +49,11 @@ class PublishedPlacement:
 
     @property
     def order(self) -> LeaderOrder:
-        """Return the epoch and the fencing token that an order to a shard carries now; the lease must be held."""
+        """Return the epoch and the fencing token for an order to a shard; the controller must hold the lease."""
         return LeaderOrder(self.placement.epoch if self.placement else 0, self.lease.fencing)
 
     def forget_followers(self) -> None:
-        """Forget since when backbones follow the placement, because a new leader has not watched them."""
+        """Forget since when backbones follow the placement, because a new leader has not watched the backbones."""
         self._followed_since = None
 
     def forget(self) -> None:
@@ -61,7 +61,7 @@ class PublishedPlacement:
         self.placement = None
 
     async def refresh(self) -> None:
-        """Read the placement; if the store has lost a placement that this controller knows, write it back.
+        """Read the placement from the store; if the store has lost the known placement, publish it again.
 
         Raises StoreUnavailable or StalePlacement.
         """
@@ -79,8 +79,9 @@ class PublishedPlacement:
     async def publish(self, target: Target, gains: Mapping[int, int]) -> None:
         """Publish `target` as a new epoch.
 
-        `gains` are the largest gain exponents by layer that shards have reported; the placement keeps older exponents
-        that are larger. Raises StoreUnavailable, or StalePlacement if another leader was faster.
+        `gains` are the largest gain exponents, by layer, that shards have reported. Where the last placement has a
+        larger exponent, the new placement keeps the larger exponent. Raises StoreUnavailable, or StalePlacement if
+        another leader has published a placement first.
         """
         stored = await self.registry.placement()
         before = stored.epoch if stored else 0
@@ -93,27 +94,27 @@ class PublishedPlacement:
         log.info("Epoch %d is published; cover %d.", epoch, placement.cover())
 
     def time_absence(self) -> None:
-        """Start a timer while no placement is published, and stop the timer when one is published."""
+        """Start the timer of `missing_s` if no placement is published; stop the timer if a placement is published."""
         if self.placement is not None:
             self._missing_since = None
         elif self._missing_since is None:
             self._missing_since = self.clock()
 
     def restart_absence(self) -> None:
-        """Restart the timer, because backbones cannot bring back a placement while the store fails."""
+        """Reset the timer of `missing_s`, because backbones cannot publish a placement again while the store fails."""
         self._missing_since = None
 
     @property
     def missing_s(self) -> float:
-        """Return for how many seconds the timer has found no placement."""
+        """Return for how many seconds no placement has been published, or 0 if a placement is published."""
         return 0.0 if self._missing_since is None else self.clock() - self._missing_since
 
     def is_drained(self, followed: Collection[int]) -> bool:
         """Return True if no call of an older epoch can be left; `followed` are the epochs that backbones use.
 
-        With a placement, all backbones must have followed it for `drain_s`. Without a placement, there must be no
-        backbone, and backbones must have had `recovery_s` to bring a placement back. Then shards may drop everything
-        that the first placement does not need.
+        If a placement is published, all backbones must have followed it for `drain_s`. If no placement is published,
+        there must be no backbone, and `recovery_s` must have passed, in which a backbone could publish a lost placement
+        again. Shards may then drop every expert that the first placement does not need.
         """
         if self.placement is None:
             return not followed and self.missing_s > self.recovery_s

@@ -1,8 +1,8 @@
 """The `Reconciler` is the controller's loop: the leader moves the fleet towards the planned placement turn by turn.
 
-The reconciler talks to the registry and to shards through two small protocols, so that the simulator runs this very
-code. The next leader needs nothing from its predecessor's memory: the published placement and the experts that shards
-hold are all there is to know.
+The reconciler talks to the registry and to shards through two small protocols, so that the simulator can run the same
+code. A new leader needs nothing from the memory of the last leader: the new leader reads the published placement from
+the registry, and asks the shards for the experts that they hold.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class ControllerTiming:
 
     - `period_s`: the pause between two turns.
     - `plan_every_s`: the time between two plans for a changed load.
-    - `answer_s`: the time that shards have to say what they hold. Only homes on shards that answer in this time can
-      replace other homes.
-    - `drain_s`: the time for which all backbones must follow an epoch before shards drop the experts that the epoch
-      took away from them.
+    - `answer_s`: the time that shards have to report the experts that they hold. Only homes on shards that answer in
+      time can replace other homes.
+    - `drain_s`: the time for which all backbones must follow an epoch before shards drop the homes that the epoch
+      removed.
     - `failure_pause_s`: the time without loads on a shard after a job on the shard has failed.
-    - `recovery_s`: the time that backbones have to bring back a placement that the store has lost.
-    - `trial_s`: the time after which a plan is judged by the load that came since.
-    - `rollback_pause_s`: the time without plans for a changed load after a plan was rolled back.
+    - `recovery_s`: the time that backbones have to publish a placement again after the store has lost the placement.
+    - `trial_s`: the time from a plan to the verdict on the plan, which depends on the load measured in this time.
+    - `rollback_pause_s`: the time after a rollback without plans for a changed load.
     """
 
     period_s: float = 0.5
@@ -55,12 +55,13 @@ class ControllerTiming:
 
 
 class Reconciler:
-    """A `Reconciler` is one controller's loop. Several controllers may run; the controller with the lease leads.
+    """A `Reconciler` runs the loop of one controller; of several controllers, the holder of the lease leads.
 
     - `owner`: the controller's name in the lease.
-    - `model`, `layers`: the digest of the checkpoint, and its layers of experts.
-    - `num_expected`: the shards of each pool that must be there before the first placement.
-    - `planner`: makes plans; `ordered_planner` makes the plans that an operator has ordered.
+    - `model`, `layers`: the digest of the checkpoint, and the checkpoint's MoE layers.
+    - `num_expected`: the number of shards of each pool that must be alive before the first placement is planned.
+    - `planner`: makes the plans for a changed fleet or a changed load.
+    - `ordered_planner`: makes the plans that an operator has ordered.
     - `clock`: gives seconds since 1970.
     """
 
@@ -99,7 +100,7 @@ class Reconciler:
             timing.plan_every_s,
         )
         self.work = ShardWork(shards, self.observer, self.published, clock, timing.failure_pause_s)
-        self._inputs_at_rest: Sequence[object] | None = None  # The inputs of the latest turn that was idle.
+        self._inputs_at_rest: Sequence[object] | None = None  # The inputs of the last turn without anything to do.
 
     @property
     def is_leader(self) -> bool:
@@ -108,12 +109,12 @@ class Reconciler:
 
     @property
     def placement(self) -> Placement | None:
-        """Return the published placement; None if there is none, or if another controller leads."""
+        """Return the published placement, or None if no placement is published or another controller leads."""
         return self.published.placement
 
     @property
     def is_settled(self) -> bool:
-        """Return True if the published placement is the one that was planned for the shards that are alive."""
+        """Return True if the published placement has exactly the homes and standbys of the last plan."""
         return self.placement is not None and self.plans.target == self.published.target
 
     async def run(self) -> None:
@@ -176,16 +177,16 @@ class Reconciler:
         return is_leader
 
     def _is_overtaken(self, followed: Collection[int]) -> bool:
-        """Return True if a backbone uses a newer epoch than the published one.
+        """Return True if a backbone uses an epoch that is newer than the published epoch.
 
-        The store has then lost its placement, and somebody has brought back an older one.
+        In this case the store has lost the newest placement, and somebody has published an older placement again.
         """
         return self.placement is not None and max(followed, default=0) > self.placement.epoch
 
     def _are_at_rest(self, inputs: Sequence[object]) -> bool:
         """Return True if an earlier turn found nothing to do for the same `inputs`.
 
-        This saves a second of computing at every turn of a fleet with a thousand shards.
+        The check saves a second of computing at every turn of a fleet with a thousand shards.
         """
         before = self._inputs_at_rest
         return (
@@ -207,7 +208,7 @@ class Reconciler:
         verified = {home for shard in alive for home in self.work.verified_on(shard)} & held_homes(holdings)
         done = missing.without(missing.loads - verified)
         if next_target(target, self.placement, done, holdings, self.limits):
-            # A heartbeat may be seconds old. Before a home is given up, the shards of the other homes must answer now.
+            # A heartbeat may be seconds old. Before a home is removed, the shards of the other homes must answer now.
             confirmed = await self.observer.ask(alive)
             done = done.without(done.loads - held_homes(confirmed))
             if after := next_target(target, self.placement, done, confirmed, self.limits):

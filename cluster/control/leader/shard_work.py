@@ -1,4 +1,4 @@
-"""The `ShardWork` runs the leader's loads and drops on shards, and keeps the homes that were verified."""
+"""The `ShardWork` runs the leader's loads and drops on shards, and records which homes are verified."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _VerifiedHomes:
-    """A `_VerifiedHomes` holds the homes that this leader has had loaded and verified on one incarnation of a shard."""
+    """A `_VerifiedHomes` records which homes this leader has loaded and verified on one incarnation of a shard."""
 
     incarnation: str
     homes: set[Home] = field(default_factory=set)
@@ -29,7 +29,7 @@ class ShardWork:
     """A `ShardWork` runs one job at a time on each shard: a load with its canary, or a drop.
 
     - `observer`: is told when a job has ended, because the shard's experts may have changed.
-    - `published`: gives the epoch and the token for orders, and the old homes that new homes are compared with.
+    - `published`: gives the epoch and the token for orders, and the present homes, which can be witnesses.
     - `clock`: gives seconds since 1970.
     - `pause_s`: the seconds without loads on a shard after a job on the shard has failed.
     """
@@ -64,14 +64,14 @@ class ShardWork:
         return verified.homes if verified and verified.incarnation == shard.incarnation else set()
 
     def start_drops(self, known: Mapping[str, Shard], homes: Iterable[Home]) -> None:
-        """Start one job per shard that drops the shard's part of `homes`; a shard that has a job is skipped."""
+        """Start one job per shard to drop the shard's homes in `homes`; skip shards that already have a job."""
         for id, on_shard in sorted(_grouped(homes).items()):
             self._start(known[id], self._drop(known[id], on_shard))
 
     def start_loads(self, known: Mapping[str, Shard], homes: Iterable[Home]) -> None:
-        """Start one job per shard that loads the shard's part of `homes`.
+        """Start one job per shard to load the shard's homes in `homes`.
 
-        A shard that has a job, or on which a job has failed less than `pause_s` ago, is skipped.
+        Shards that already have a job, and shards on which a job failed less than `pause_s` ago, are skipped.
         """
         now = self.clock()
         self._paused_until = {id: until for id, until in self._paused_until.items() if until > now}
@@ -124,10 +124,10 @@ class ShardWork:
 def witnesses(
     placement: Placement | None, known: Mapping[str, Shard], shard_id: str, homes: Iterable[Home]
 ) -> dict[str, Experts]:
-    """Choose the shards with which new homes on `shard_id` are compared; return each one's experts by layer.
+    """Choose witnesses for the new `homes` on the shard `shard_id`; return each witness's experts by layer.
 
     The witness of a home in device memory is the first known shard that is another home of the expert in `placement`.
-    Homes without such a shard have no witness.
+    A new standby, and a home of an expert without another known home, have no witness.
     """
     if placement is None:
         return {}
@@ -147,6 +147,6 @@ def _grouped(homes: Iterable[Home]) -> dict[str, set[Home]]:
 
 
 def _experts_of(shard_id: str, homes: Iterable[Home]) -> tuple[Experts, Experts]:
-    """Return the experts of the shard's `homes` in device memory, and those of its standbys, both by layer."""
+    """Return the shard's experts in `homes`, by layer: first the experts in device memory, then the standbys."""
     device, standby = (by_shard(homes, tier).get(shard_id, {}) for tier in (DEVICE, STANDBY))
     return device, standby

@@ -25,8 +25,8 @@ def test_what_is_no_order_is_one_sentence(text: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "subject", "count", "sentence"),
     [
-        (OrderKind.DRAIN, "", 0, "An order to drain needs the name of a shard or pool"),
-        (OrderKind.REBALANCE, "s01", 0, "and one to rebalance none"),
+        (OrderKind.DRAIN, "", 0, "An order to drain has the name ''; .* needs the name of a shard or pool"),
+        (OrderKind.REBALANCE, "s01", 0, "and an order to rebalance must not have a name"),
         (OrderKind.SCALE, "p", 0, "The number of shards is 0; it must be from 1 to 1,000,000."),
         (OrderKind.SCALE, "p", MAX_SHARDS + 1, "it must be from 1 to "),
         (OrderKind.DRAIN, "s01", 2, "The number of shards is 2"),
