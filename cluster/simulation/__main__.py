@@ -1,4 +1,4 @@
-"""Run simulated fleets: `python -m cluster.simulation --seeds 1000` runs a thousand."""
+"""Run simulated fleets: `python -m cluster.simulation --seeds 1000` runs a thousand fleets."""
 
 from cluster.simulation.runner import main
 

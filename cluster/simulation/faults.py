@@ -13,13 +13,13 @@ from cluster.topology import Experts
 
 FAULTS_S = 5.0  # All faults begin within this many seconds.
 MAX_DRAIN_S = 30.0  # Seconds after which a draining shard ends in any case, as in services/expert/drain.py.
-MIN_LIVE_SHARDS = 3  # A fault that needs a shard gets a new shard if fewer than this are alive.
+MIN_LIVE_SHARDS = 3  # If fewer shards are alive, a fault that needs a shard gets a new shard.
 
 Fault = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Faults:
-    """The `Faults` of a fleet are drawn with the fleet's random numbers, so that the seed fixes them."""
+    """The `Faults` of a fleet are drawn with the fleet's random numbers, so that the seed determines the faults."""
 
     def __init__(self, fleet: SimFleet) -> None:
         self.fleet, self.random = fleet, fleet.random
@@ -28,7 +28,7 @@ class Faults:
             fleet.before_drop = self._stop_some_leaders
 
     def weighted(self) -> Sequence[tuple[int, Fault]]:
-        """Return pairs of a relative frequency and a fault that may happen."""
+        """Return one pair for each fault that may happen: the fault's relative frequency and the fault."""
         if self.fleet.scenario.is_about_leaders:
             return (1, self.drain_shard), (1, self.add_shard)
         return (
@@ -62,14 +62,14 @@ class Faults:
     # Shards
 
     def _draw_shard(self) -> SimShard:
-        """Return a live shard drawn at random, or a new shard if only few are alive."""
+        """Draw a live shard at random, or start a new shard if fewer than `MIN_LIVE_SHARDS` shards are alive."""
         live = [shard for shard in self.fleet.shards.values() if shard.is_up]
         if len(live) >= MIN_LIVE_SHARDS:
             return self.random.choice(live)
         return self.fleet.start_shard(self.random.choice(self.fleet.nodes))
 
     async def kill_shard(self) -> None:
-        """Kill a shard, and start another on its node after a while."""
+        """Kill a shard, and start another shard on the same node after a while."""
         shard = self._draw_shard()
         self.fleet.kill_shard(shard)
         await asyncio.sleep(self.random.uniform(0.3, 2.0))
@@ -88,7 +88,7 @@ class Faults:
         shard.slowness = 1.0
 
     async def corrupt_shard(self) -> None:
-        """Have a shard answer with wrong checksums for a while."""
+        """Make a shard answer with wrong checksums for a while."""
         shard = self._draw_shard()
         self.fleet.trace(f"{shard.name} answers corrupt bytes")
         shard.is_corrupt = True
@@ -117,7 +117,7 @@ class Faults:
     # Controllers and backbones
 
     async def kill_controller(self) -> None:
-        """Kill a controller, and start it again after a while."""
+        """Kill a controller, and start a controller of the same name after a while."""
         name = self.random.choice(sorted(self.fleet.controllers))
         self.fleet.kill(self.fleet.controllers[name])
         await asyncio.sleep(self.random.uniform(0.1, 3.0))
@@ -130,10 +130,10 @@ class Faults:
         await self.fleet.stop(self.fleet.controllers[name], self.random.uniform(0.5, 8.0))
 
     def _stop_some_leaders(self, process: SimProcess, experts: Experts) -> None:
-        """Stop, with probability 1/2, a leader that is about to order the drop of `experts`, and kill a home of one.
+        """Stop the leader before it orders to drop `experts`, and kill a home of one expert, with probability 1/2.
 
-        Another controller leads then and counts on the remaining homes. When the old leader goes on, its order does
-        harm unless the shard refuses it.
+        Another controller then leads and relies on the remaining homes. When the old leader goes on, its order removes
+        a home that is needed, unless the shard refuses the order.
         """
         fleet = self.fleet
         if (
@@ -158,7 +158,7 @@ class Faults:
     # Store and network
 
     async def kill_store(self) -> None:
-        """Take the store down for a while; half the time it comes back empty."""
+        """Kill the store, and start the store again after a while; with probability 1/2 the store is then empty."""
         store = self.fleet.store
         self.fleet.trace("the store is killed")
         store.process.is_up = False
@@ -169,16 +169,16 @@ class Faults:
         store.process.is_up = True
 
     async def stop_store(self) -> None:
-        """Stop the store for a while, so that nobody gets an answer."""
+        """Stop the store for a while, so that no process gets an answer from the store."""
         await self.fleet.stop(self.fleet.store.process, self.random.uniform(0.5, 5.0))
 
     async def wipe_store(self) -> None:
-        """Have the store lose everything."""
+        """Make the store lose its data."""
         self.fleet.trace("the store loses everything")
         self.fleet.store.wipe()
 
     async def degrade_network(self) -> None:
-        """Have the network lose and repeat messages for a while."""
+        """Make the network lose and repeat messages for a while."""
         network = self.fleet.network
         network.loss, network.repeats = self.random.uniform(0, 0.1), self.random.uniform(0, 0.1)
         self.fleet.trace(f"the network loses {network.loss:.0%}, repeats {network.repeats:.0%}")

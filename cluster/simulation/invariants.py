@@ -1,15 +1,15 @@
-"""The `Invariants` check what must always hold in a fleet, and what must hold once its faults have ended.
+"""The `Invariants` check what must always hold in a fleet, and what must hold after the last fault.
 
-- No placement is published that leaves an expert without a live home.
-- No shard drops an expert while the placement, or the placement of a backbone that is up to date, names the shard as
-  the expert's home.
+- No published placement leaves an expert without a live home.
+- No shard drops an expert of which the shard is a home in the published placement, or in the placement of a backbone
+  that is up to date.
 - Epochs do not go backwards.
 - Every pick of every call counts exactly once (checked by `SimBackbone`).
 - No count of expert load is lost.
 - No shard exceeds its budget (checked by `SimFleet` at each heartbeat).
 - A call takes at most `MAX_CALL_S`.
-- When the faults have ended, the fleet comes to rest within `MAX_REST_S`: full cover, every shard holding exactly what
-  the placement says, every backbone on that placement.
+- When the faults have ended, the fleet comes to rest within `MAX_REST_S`: the placement has full cover, every shard
+  holds exactly its experts of the placement, and every backbone follows the placement.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from cluster.topology import Placement
 
 MAX_CALL_S = 20.0
 MAX_REST_S = 40.0
-MAX_UNSEEN_S = 1.5  # Seconds after a shard's death in which a controller may not know of the death yet.
+MAX_UNSEEN_S = 1.5  # Seconds after a shard's death during which a controller may not know of the death.
 
 
 class Invariants:
-    """The `Invariants` of a fleet are checked at each event and at the end; what does not hold goes to `fleet.fail`."""
+    """The `Invariants` check a fleet at each event and at the end, and report each violation to `fleet.fail`."""
 
     def __init__(self, fleet: SimFleet) -> None:
         self.fleet = fleet
@@ -73,12 +73,15 @@ class Invariants:
                     fleet.fail(f"{by} has {shard.name} drop expert {layer}/{expert}, for which {name} counts on it")
 
     def _up_to_date_backbones(self) -> list[SimBackbone]:
-        """Return the backbones that the store knows as alive; a backbone that was cut off waits when it comes back."""
+        """Return the backbones that the store counts as alive and that are not stopped.
+
+        Other backbones need no check, because a backbone that was cut off waits when it reaches the store again.
+        """
         known = self.fleet.store.registry.known_followers()
         return [backbone for backbone in self.fleet.backbones if backbone.name in known and not backbone.is_stopped]
 
     async def wait_for_rest(self) -> None:
-        """Wait until the fleet is at rest or has failed; it fails if it is not at rest within MAX_REST_S."""
+        """Wait until the fleet is at rest or has failed; a fleet that is not at rest within MAX_REST_S fails."""
         began_at = self.fleet.time
         while self.fleet.error is None and (unrest := self.unrest()) is not None:
             if self.fleet.time - began_at > MAX_REST_S:
@@ -106,7 +109,7 @@ class Invariants:
         return None
 
     def check_loads(self) -> None:
-        """Check that every pick is in the store, on its way there, still in a backbone, or counted as dropped."""
+        """Check that every pick is in the store, on its way to the store, in a backbone, or counted as dropped."""
         num_kept = sum(self.fleet.store.loads.values())
         for backbone in self.fleet.backbones:
             in_backbone = sum(int(counts.sum()) for counts in backbone.counter.take().values())
@@ -116,11 +119,11 @@ class Invariants:
             self.fleet.fail(f"{num_counted} picks were counted, but {num_kept} are left")
 
     def check_calls(self) -> None:
-        """Check that no call took longer than MAX_CALL_S."""
+        """Check that no layer call took longer than MAX_CALL_S."""
         if (slowest_s := self.slowest_call_s) > MAX_CALL_S:
             self.fleet.fail(f"a call took {slowest_s:.1f} s")
 
     @property
     def slowest_call_s(self) -> float:
-        """Return the seconds that the slowest call of any backbone took."""
+        """Return how many seconds the slowest layer call of any backbone took."""
         return max(backbone.slowest_call_s for backbone in self.fleet.backbones)

@@ -1,8 +1,8 @@
 """Run one large fleet under the virtual clock, and measure the real seconds that its controllers take to decide.
 
-`python -m cluster.simulation.large_fleet` has 1,000 shards with 88 layers of 512 experts, and takes several minutes.
-Once everything is placed, shards and controllers die, shards drain and shards come. The parts and the invariants are
-those of `cluster.simulation.world`.
+`python -m cluster.simulation.large_fleet` simulates 1,000 shards with 88 layers of 512 experts, and takes several
+minutes. When every shard holds its experts, the faults begin: shards and controllers die, shards drain, and new shards
+start. The parts of the fleet and the invariants come from `cluster.simulation.world`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from cluster.simulation.world import World
 from cluster.topology import LayerSpec, Placement, Shard
 
 SHARDS_OF_NODE = 8  # Shards that run on one node.
-MIN_COMPUTING_S = 0.001  # A turn that computes for less had nothing to do, and is not counted.
+MIN_COMPUTING_S = 0.001  # Seconds. A turn that computes for a shorter time had nothing to do and is not counted.
 
 
 @dataclass(frozen=True)
 class FleetSize:
-    """A `FleetSize` says how many shards a fleet has and how many experts; `num_experts` are those of one layer."""
+    """A `FleetSize` gives the numbers of shards, experts and layers of a fleet; `num_experts` is per layer."""
 
     num_shards: int = 1000
     num_experts: int = 512
@@ -44,7 +44,7 @@ class FleetSize:
 
 @dataclass
 class DecisionTimes:
-    """A `DecisionTimes` holds the real seconds of each plan, and of each turn of a controller, plans included."""
+    """A `DecisionTimes` holds the real seconds of each plan and of each turn; a turn's time includes its plan."""
 
     plans_s: list[float] = field(default_factory=list)
     turns_s: list[float] = field(default_factory=list)
@@ -59,10 +59,10 @@ class DecisionTimes:
 
 
 def timed_reconciler(times: DecisionTimes) -> type[Reconciler]:
-    """Return a class of controllers that note in `times` how long their turns compute."""
+    """Return a subclass of `Reconciler` that records in `times` how long each turn computes."""
 
     class TimedReconciler(Reconciler):
-        """A `TimedReconciler` is a `Reconciler` that measures how long its turns compute."""
+        """A `TimedReconciler` is a `Reconciler` that measures how long each turn computes."""
 
         async def turn(self) -> None:
             computed_s = await _computing_s(super().turn())
@@ -74,7 +74,7 @@ def timed_reconciler(times: DecisionTimes) -> type[Reconciler]:
 
 @types.coroutine
 def _computing_s(work: Coroutine[Any, Any, None]) -> Generator[Any, Any, float]:
-    """Await `work` and return the real seconds that it computed, without those in which other tasks ran."""
+    """Await `work` and return the real seconds that `work` computed; the time of other tasks does not count."""
     took_s, step = 0.0, partial(work.send, None)
     while True:
         started = time.perf_counter()
@@ -110,7 +110,7 @@ class LargeFleet(SimFleet):
         self.shift_popularity()
 
     async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
-        """Plan as `SimFleet` does, and note the real seconds."""
+        """Return the plan of `SimFleet.plan`, and record the real seconds that the planner took."""
         started = time.perf_counter()
         made = await super().plan(alive, placement)
         self.times.plans_s.append(time.perf_counter() - started)
@@ -121,12 +121,12 @@ class LargeFleetFaults(Faults):
     """The `LargeFleetFaults` are the faults that make the planner work, because they change the fleet."""
 
     def weighted(self) -> Sequence[tuple[int, Fault]]:
-        """Return pairs of a relative frequency and a fault that may happen."""
+        """Return one pair for each fault that may happen: the fault's relative frequency and the fault."""
         return (2, self.kill_shard), (1, self.kill_controller), (1, self.drain_shard), (1, self.add_shard)
 
 
 class LargeWorld(World):
-    """A `LargeWorld` is the life of a `LargeFleet`, with the real times of its controllers' decisions."""
+    """A `LargeWorld` runs a `LargeFleet` and measures the real time that the controllers' decisions take."""
 
     def __init__(self, size: FleetSize, seed: int, num_faults: int, has_trace: bool) -> None:
         self.times = DecisionTimes()
@@ -142,14 +142,14 @@ class LargeWorld(World):
 
 
 def main() -> None:
-    """Run the command line; exit with 1 if something did not hold."""
+    """Run the command line; exit with 1 if an invariant did not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("shards", 1000), ("experts", 512), ("layers", 88)):
         help_text = f"Number of {name}{' per layer' if name == 'experts' else ''}."
         parser.add_argument(f"--{name}", type=int, default=default, help=help_text)
     parser.add_argument("--seed", type=int, default=0, help="Seed of all random decisions.")
-    parser.add_argument("--faults", type=int, default=4, help="Number of faults in the fleet's life.")
-    parser.add_argument("--trace", action="store_true", help="Print what happens.")
+    parser.add_argument("--faults", type=int, default=4, help="Number of faults that happen to the fleet.")
+    parser.add_argument("--trace", action="store_true", help="Print the events of the fleet.")
     args = parser.parse_args()
     fix_hash_seed()
     silence_warnings()
@@ -157,9 +157,9 @@ def main() -> None:
     started = time.perf_counter()
     result = virtual_time.run(world.run())
     took_s = time.perf_counter() - started
-    print(f"{result.virtual_s:.0f} s of its life in {took_s:.0f} s: {result.num_epochs} epochs, {result.num_calls}")
+    print(f"{result.virtual_s:.0f} virtual s in {took_s:.0f} s: {result.num_epochs} epochs, {result.num_calls}")
     print(f"calls, the slowest {result.slowest_call_s:.1f} s. {world.times}.")
-    print(result.error or "All that must hold held.")
+    print(result.error or "All invariants held.")
     sys.exit(1 if result.error else 0)
 
 

@@ -1,4 +1,4 @@
-"""The `SimBackbone` is a backbone without a model, whose layer calls run over connections that break."""
+"""The `SimBackbone` is a backbone without a model; its layer calls use simulated connections, which may break."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REFRESH_S = 0.5  # Seconds between readings of the placement.
 class SimBackbone(SimProcess):
     """A `SimBackbone` follows the placement, makes layer calls, and checks that each pick counts exactly once.
 
-    The placement's follower and the layer call's state machine are the real ones; only the messages are simulated.
+    The classes `Follower` and `LayerCall` are the real classes; only the messages are simulated.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class SimBackbone(SimProcess):
         self.num_counted = self.num_in_flight = 0
         self.slowest_call_s = 0.0
         self.num_calls = 0
-        self._healths: dict[tuple[str, str], ShardHealth] = {}  # By shard and incarnation.
-        self._in_flight: dict[int, tuple[LayerCall, SimShard]] = {}  # By request.
-        self._replied: dict[LayerCall, dict[int, list[int]]] = {}  # The picks of each request with a reply.
+        self._healths: dict[tuple[str, str], ShardHealth] = {}  # The health by shard id and incarnation.
+        self._in_flight: dict[int, tuple[LayerCall, SimShard]] = {}  # The call and the shard, by request id.
+        self._replied: dict[LayerCall, dict[int, list[int]]] = {}  # The picks by request id, for requests with a reply.
         self._counts: dict[LayerCall, Counter[int]] = {}  # How often each pick of an open call counted.
 
     async def run(self) -> None:
@@ -202,7 +202,7 @@ class SimBackbone(SimProcess):
         self._advance(call, call.on_lost(request_id, self._now))
 
     def _arrive(self, call: LayerCall, request: ShardRequest, shard: SimShard) -> None:
-        """Have the shard answer a request that arrived; a stopped shard answers when it goes on."""
+        """Make the shard answer a request that has arrived; a stopped shard answers when it goes on."""
         if shard.is_stopped:
             asyncio.get_running_loop().call_later(0.1, self._arrive, call, request, shard)
             return
@@ -255,5 +255,5 @@ class SimBackbone(SimProcess):
 
     @property
     def open_calls(self) -> list[LayerCall]:
-        """Return the calls that have not ended."""
+        """Return the layer calls that have not ended."""
         return list(self._counts)

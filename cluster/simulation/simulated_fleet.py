@@ -33,14 +33,14 @@ LIMITS = Limits(bytes_in_flight=3 * EXPERT_BYTES)
 # With this policy a small gain is enough for a plan, so that many experts move.
 RESTLESS = PlanPolicy(rows_per_step=2.0, risk=0.0, stay_s=1e6, min_gain=0.0, good_enough=0.999, aim=1.0)
 
-OnPublish = Callable[[Placement | None, Placement], None]  # Receives the placement before, if any, and the new one.
+OnPublish = Callable[[Placement | None, Placement], None]  # Receives the old placement or None, and the new placement.
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A `Scenario` says what happens to a fleet.
+    """A `Scenario` says what happens to a simulated fleet.
 
-    Tests plant bugs with `controller` and `is_fenced`.
+    Tests plant bugs in the fleet with `controller` and `is_fenced`.
 
     - `seed`: the seed of every random decision.
     - `num_faults`: how many faults happen.
@@ -66,7 +66,7 @@ class SimFleet:
     """
 
     limits = LIMITS
-    forgetful_share = 0.3  # Share of plans that ignore the running placement; the planner itself moves little.
+    forgetful_share = 0.3  # Share of plans that ignore the running placement; other plans move only few experts.
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -86,7 +86,7 @@ class SimFleet:
         self.backbones: list[SimBackbone] = []
         self.published: Placement | None = None
         self.num_epochs = 0
-        self.error: str | None = None  # The first thing that went wrong.
+        self.error: str | None = None  # The first failure, or None.
         self.on_publish: OnPublish = lambda *_: None
         self.on_drop: OnDrop = lambda *_: None
         self.before_drop: BeforeDrop = lambda *_: None
@@ -100,7 +100,7 @@ class SimFleet:
 
     @property
     def time(self) -> float:
-        """Return the virtual seconds since the fleet's life began."""
+        """Return the virtual seconds since the simulation began."""
         return asyncio.get_running_loop().time()
 
     def trace(self, event: str) -> None:
@@ -109,13 +109,13 @@ class SimFleet:
             print(f"{self.time:8.3f}  {event}")
 
     def fail(self, reason: str) -> None:
-        """Note that something went wrong; only the first reason is kept."""
+        """Record `reason` as the fleet's error, unless the fleet has an error already."""
         if self.error is None:
             self.error = f"at {self.time:.3f} s: {reason}"
             self.trace(f"BROKEN {reason}")
 
     def fail_for_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Note an error that no task has caught; the event loop calls this method as its exception handler."""
+        """Record an error that no task has caught; the event loop calls this method as its exception handler."""
         error = context.get("exception")
         self.fail(str(error) if isinstance(error, InvariantViolated) else f"{context['message']}: {error!r}")
 
@@ -163,7 +163,7 @@ class SimFleet:
         self.start_task(process, controller.run())
 
     def start_backbone(self, name: str) -> None:
-        """Start a backbone, which makes calls from now on."""
+        """Start a backbone, which makes layer calls from now on."""
         rng = Random(self.random.random())
         backbone = SimBackbone(name, MODEL, self.layers, self.shards, self.store, self.network, rng)
         self.backbones.append(backbone)
@@ -201,7 +201,7 @@ class SimFleet:
             backbone.lose(shard)
 
     async def stop(self, process: SimProcess, seconds: float) -> None:
-        """Stop a process for some seconds, then resume it if it has not been killed meanwhile."""
+        """Stop `process` for some seconds, then resume `process`."""
         self.trace(f"{process.name} is stopped for {seconds:.1f} s")
         process.stop()
         await asyncio.sleep(seconds)
@@ -212,18 +212,18 @@ class SimFleet:
     # Load and plans
 
     async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
-        """Plan with the real planner; some plans ignore the running placement, so that there is much to do."""
+        """Plan with the real planner; some plans ignore the running placement, so that many experts move."""
         loads = {layer: ExpectedLoad.steady(popularity) for layer, popularity in self.popularity.items()}
         forgets = self.random.random() < self.forgetful_share
         return plan(self.layers, alive, None if forgets else placement, loads, self.policy)
 
     def shift_popularity(self) -> None:
-        """Draw anew how popular each expert is."""
+        """Draw a new popularity for each expert."""
         for spec in self.layers:
             self.popularity[spec.layer] = [self.random.lognormvariate(0.0, 1.1) for _ in range(spec.num_experts)]
 
     async def keep_shifting_popularity(self) -> None:
-        """Draw the popularity anew every few seconds until cancelled."""
+        """Draw a new popularity for each expert every few seconds until cancelled."""
         while True:
             self.shift_popularity()
             await asyncio.sleep(self.random.uniform(1.0, 4.0))

@@ -1,4 +1,4 @@
-"""A `SimProcess` is a simulated process, which can be killed, and stopped and resumed."""
+"""A `SimProcess` is a simulated process, which can be killed, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 class InvariantViolated(AssertionError):
-    """Something that must always hold in a fleet did not hold."""
+    """A condition that must always hold in a fleet did not hold."""
 
 
 class SimProcess:
@@ -25,7 +25,7 @@ class SimProcess:
         return not self._running.is_set()
 
     def stop(self) -> None:
-        """Stop the process, as SIGSTOP does; it does nothing until it is resumed."""
+        """Stop the process, as SIGSTOP does; the process does nothing until `resume` is called."""
         self._running.clear()
 
     def resume(self) -> None:
@@ -33,6 +33,6 @@ class SimProcess:
         self._running.set()
 
     async def wait_until_running(self) -> None:
-        """Return at once if the process is not stopped, otherwise when it is resumed."""
+        """Wait until the process is resumed; return at once if the process is not stopped."""
         if not self._running.is_set():
             await self._running.wait()

@@ -1,4 +1,4 @@
-"""The `SimShard` is a simulated shard, and the `RemoteShards` carries a controller's orders to shards."""
+"""The `SimShard` is a simulated shard, and `RemoteShards` carries a controller's orders to simulated shards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SimShard(SimProcess):
 
     @property
     def used_bytes(self) -> int:
-        """Return the bytes of device memory that the experts take."""
+        """Return the bytes of device memory that the shard's experts take."""
         return sum(self.sizes[layer] for layer, _, tier in self.held if tier == DEVICE)
 
     @property
@@ -53,13 +53,16 @@ class SimShard(SimProcess):
         return Shard(**{**fields, "held_digest": digest, "num_held": len(self.held), "draining": self.is_draining})
 
     def obey(self, order: LeaderOrder) -> None:
-        """Note the order's epoch and token; raises ShardFailed for an order of a leader that has been replaced."""
+        """Record the order's epoch and token; raise ShardFailed if the order's token is older than the newest token."""
         if self.is_fenced and order.fencing < self.fencing:
             raise ShardFailed(f"token {order.fencing} is older than {self.fencing}")
         self.fencing, self.epoch = max(self.fencing, order.fencing), max(self.epoch, order.epoch)
 
     async def load(self, experts: set[Held], order: LeaderOrder) -> Mapping[int, int]:
-        """Hold these experts in these tiers; raises ShardFailed if they do not fit."""
+        """Load `experts` into their tiers, and return a gain exponent for each layer.
+
+        Raises ShardFailed if the order's leader has been replaced or if the experts exceed the memory budget.
+        """
         self.obey(order)
         missing = sorted(experts - self.held)
         await asyncio.sleep(self.load_s * self.slowness * len(missing))
@@ -72,7 +75,7 @@ class SimShard(SimProcess):
         return {layer: 3 for layer, _, _ in experts}
 
     def drop(self, experts: set[Held], order: LeaderOrder) -> set[Held]:
-        """Let these experts go; return those of them that the shard held."""
+        """Drop `experts`, and return the experts that the shard really dropped because the shard held them."""
         self.obey(order)
         dropped = self.held & experts
         self.held -= experts
@@ -124,7 +127,7 @@ class RemoteShards:
 
     @staticmethod
     def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start `work` as a task that goes on if the controller gives up or dies; its errors are then ignored."""
+        """Start `work` as a task that goes on even if the controller gives up or dies; then no error is reported."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task

@@ -1,4 +1,4 @@
-"""The `SimStore` is a simulated Redis, which can be killed, stopped and wiped; processes use it over the network."""
+"""The `SimStore` is a simulated Redis, which faults can kill, stop and wipe; processes use it over the network."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cluster.topology import Placement, Shard
 
 T = TypeVar("T")
 EPOCH_OF_CLOCK = 1_800_000_000.0  # Seconds since 1970 at which every simulation begins.
-STORE_TIMEOUT_S = 1.0  # As `cluster.control.registry.CALL_TIMEOUT_S`.
+STORE_TIMEOUT_S = 1.0  # Seconds until a call fails, equal to `cluster.control.registry.CALL_TIMEOUT_S`.
 
 
 class SimStore:
-    """A `SimStore` simulates a Redis: what is stored there, and whether the server answers.
+    """A `SimStore` simulates a Redis server: the stored data, and whether the server answers.
 
     - `is_fenced`: if False, the store accepts a placement with any fencing token.
     - `on_publish`: is called after a placement was stored.
@@ -29,13 +29,13 @@ class SimStore:
     def __init__(self, is_fenced: bool = True) -> None:
         self.is_fenced = is_fenced
         self.process = SimProcess("store")
-        # Picks by layer and expert. A wipe keeps them, so that lost counts show.
+        # Picks by layer and expert. A wipe keeps these picks, so that `Invariants.check_loads` can find lost counts.
         self.loads: Counter[tuple[int, int]] = Counter()
         self.on_publish: Callable[[Placement], None] = lambda _: None
         self.wipe()
 
     def wipe(self) -> None:
-        """Lose everything but the counts of expert load."""
+        """Delete all data except the counts of expert load."""
         self.registry = MemoryRegistry(now)
         self.was_wiped = True
 
@@ -46,9 +46,9 @@ def now() -> float:
 
 
 class RemoteStore:
-    """A `RemoteStore` is the store as one process reaches it over the network: a `RegistryStore` whose calls may fail.
+    """A `RemoteStore` is a `RegistryStore` that reaches the simulated store over the network, so that calls may fail.
 
-    A call that fails may have had its effect, as with a real store whose reply is lost.
+    A failed call may have changed the store nevertheless, as with a real store whose reply is lost.
     """
 
     def __init__(self, process: SimProcess, store: SimStore, network: SimNetwork) -> None:
@@ -65,7 +65,7 @@ class RemoteStore:
         if store.is_stopped or self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store does not answer")
-        result = await do(self._store.registry)  # The reply takes no time of its own: the hop above includes it.
+        result = await do(self._store.registry)  # The sleep above covers the request and the reply.
         if self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store's answer was lost")
@@ -147,7 +147,7 @@ class RemoteStore:
         await self._call(lambda registry: registry.release_lease(lease))
 
     async def add_loads(self, taken: Mapping[int, Any]) -> None:
-        """Add a backbone's counts by layer to the load; they may be added although the call fails."""
+        """Add a backbone's counts, by layer, to the stored load; a failed call may have added the counts, too."""
 
         async def add(_: MemoryRegistry) -> None:
             for layer, counts_E in taken.items():

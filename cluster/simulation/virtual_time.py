@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class Stuck(RuntimeError):
-    """No callback is scheduled, so that the tasks that are left will wait for ever."""
+    """No callback is scheduled, so the remaining tasks would wait for ever."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """A `VirtualLoop` runs callbacks in the order of their times and, at one time, in the order of scheduling.
+    """A `VirtualLoop` runs callbacks in the order of their times; of callbacks at the same time, the oldest runs first.
 
     The loop has no sockets and no threads. The methods that asyncio calls most often are replaced by short versions,
-    because asyncio's own took half of a simulation's time.
+    because asyncio's own methods took half of a simulation's time.
     """
 
     _ready: deque[asyncio.Handle]
@@ -67,14 +67,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 handle_now._run()
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Do nothing: `_run_once` skips a cancelled handle when its time has come."""
+        """Do nothing, because `_run_once` skips a cancelled handle when the handle is due."""
 
     def _write_to_self(self) -> None:
-        """Do nothing: no other thread can add a callback, so the loop needs no waking."""
+        """Do nothing, because no other thread adds callbacks for which the loop must wake up."""
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` as `asyncio.run` does, but in virtual time; tasks that are left over are cancelled."""
+    """Run `main` as `asyncio.run` does, but in virtual time; return its result and cancel the remaining tasks."""
     loop = VirtualLoop()
     try:
         asyncio.set_event_loop(loop)

@@ -1,7 +1,7 @@
-"""The `World` runs a fleet's whole life under a virtual clock: the fleet starts, suffers faults, and must come to rest.
+"""The `World` simulates a fleet under a virtual clock: the fleet starts, suffers faults, and must come to rest.
 
-FoundationDB and TigerBeetle are tested in the same way. A seed fixes every random decision, so that a life in which
-something failed can be repeated. `cluster.simulation.runner` runs lives from the command line, and
+FoundationDB and TigerBeetle are tested in the same way. A seed determines every random decision, so that a simulation
+that failed can be repeated. `cluster.simulation.runner` runs simulations from the command line, and
 `cluster.simulation.invariants` lists what must hold.
 """
 
@@ -14,12 +14,12 @@ from cluster.simulation.faults import Faults
 from cluster.simulation.invariants import Invariants
 from cluster.simulation.simulated_fleet import SimFleet
 
-CALM_S = 1.5  # Seconds without faults at first. In some lives no placement is published by then.
+CALM_S = 1.5  # Seconds without faults at the start. Some fleets publish no placement in this time.
 
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """A `SimulationResult` describes a fleet's life; `error` names the invariant that did not hold, or is None."""
+    """A `SimulationResult` describes one simulation; `error` names the invariant that did not hold, or is None."""
 
     seed: int
     error: str | None
@@ -38,7 +38,7 @@ class World:
         self.invariants = Invariants(fleet)
 
     async def run(self) -> SimulationResult:
-        """Run the fleet's life from its start to its rest."""
+        """Run the fleet from its start until it is at rest, and return the result."""
         fleet, invariants = self.fleet, self.invariants
         asyncio.get_running_loop().set_exception_handler(fleet.fail_for_error)
         fleet.start()
@@ -55,5 +55,5 @@ class World:
         return SimulationResult(seed, fleet.error, num_calls, invariants.slowest_call_s, fleet.num_epochs, fleet.time)
 
     async def wait_for_calm(self) -> None:
-        """Wait until faults may begin."""
+        """Wait at the start of the simulation until faults may begin."""
         await asyncio.sleep(CALM_S)

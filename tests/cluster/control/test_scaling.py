@@ -1,4 +1,4 @@
-"""Test pool sizes: a table of cases, what holds for every load, and the prediction by the planner's costs."""
+"""Test the decisions on pool sizes, the prediction of busy shares, and the minimum size of a pool for its memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POLICY = PoolPolicy(min_shards=2, max_shards=8, target_busy=0.6, slack=0.2)
 
 
 def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: object) -> PoolState:
-    """Return a pool of equally busy shards; `work` is the sum of the busy shares of all shards."""
+    """Return a pool of `size` equally busy shards; `work` is the sum of the `work` shares of all shards."""
     shares = {f"s{i}": BusyShare(calls, work / num_shards) for i in range(num_shards)}
     pool = PoolState(num_shards, shares, min_for_cover=2)
     return replace(pool, **options)  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: objec
         (even_pool(4, 0.0, min_for_cover=20), 8, "from 8 to 8 are possible"),
         (even_pool(3, 0.9, calls=0.4), 5, "busy for 70%"),  # More shards do not reduce the cost of calls.
         (even_pool(3, 90.0, ordered=4), 4, "an operator ordered 4"),  # An order wins over the load.
-        (even_pool(6, 1.0, ordered=2), 5, "an operator ordered 2"),  # An order, too, takes away one shard at a time.
+        (even_pool(6, 1.0, ordered=2), 5, "an operator ordered 2"),  # An order removes one shard at a time, too.
         (even_pool(6, 1.0, ordered=2, is_settled=False), 6, "once the moves"),
         (even_pool(3, 1.0, ordered=20), 8, "an operator ordered 20; from 2 to 8 are possible"),
         (even_pool(4, 1.0, ordered=1, min_for_cover=4), 4, "an operator ordered 1; from 4 to 8 are possible"),
@@ -121,7 +121,7 @@ def test_a_change_must_be_pending_for_its_delay() -> None:
     pending = PendingChange().updated(1, 100.0)
     assert not pending.updated(1, 104.0).is_due(104.0, policy)
     assert pending.updated(1, 105.0).is_due(105.0, policy)
-    assert not pending.updated(0, 103.0).updated(1, 104.0).is_due(106.0, policy)  # The time begins anew.
+    assert not pending.updated(0, 103.0).updated(1, 104.0).is_due(106.0, policy)  # The delay restarts.
     down = pending.updated(-1, 106.0)
     assert not down.is_due(165.0, policy)
     assert down.is_due(166.0, policy)
@@ -171,9 +171,9 @@ def test_a_shard_without_experts_is_not_called() -> None:
 
 
 def test_pools_side_by_side_decide_by_their_own_shards() -> None:
-    """Check that of two pools the one with the lower target grows.
+    """Check that only the pool with the lower target grows if there are two pools.
 
-    The CPU pool is ten times slower than the GPU pool. Rows are shared out so that both pools end together.
+    The CPU pool is ten times slower than the GPU pool. The planner divides the rows so that the pools end together.
     """
     fast = [replace(shard, pool="experts-gpu", device="cuda") for shard in fleet_of(4)[:2]]
     slow = [

@@ -28,7 +28,7 @@ from cluster.topology import Placement, Shard
 
 ROOT = Path(__file__).parents[3]
 NUM_FLEETS = 10_000
-MAX_SEEDS = 200  # A planted bug must be found within so many seeds.
+MAX_SEEDS = 200  # Number of seeds within which a planted bug must be found.
 
 
 def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +58,7 @@ def silent_warnings() -> Iterator[None]:
 
 
 class DropsBeforeDrain(Reconciler):
-    """A controller that drops experts although backbones may still use an older epoch."""
+    """A `DropsBeforeDrain` is a faulty controller: it drops experts although backbones may use an older epoch."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -66,7 +66,7 @@ class DropsBeforeDrain(Reconciler):
 
 
 class PublishesBeforeLoad(Reconciler):
-    """A controller that publishes the whole target at once, although shards have not loaded it."""
+    """A `PublishesBeforeLoad` is a faulty controller: it publishes the target before shards have loaded the experts."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -79,7 +79,7 @@ class PublishesBeforeLoad(Reconciler):
 
 
 class NeverRepairs(Reconciler):
-    """A controller that loads nothing once a placement is published."""
+    """A `NeverRepairs` is a faulty controller: it loads no experts once a placement is published."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -114,7 +114,7 @@ def test_a_planted_bug_is_found(broken: Scenario, found: str, silent_warnings: N
 
 
 class SlowToPlan(SimFleet):
-    """A fleet whose controllers take longer to plan than their lease lasts."""
+    """A `SlowToPlan` is a fleet whose controllers need more time for a plan than their lease lasts."""
 
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(scenario)

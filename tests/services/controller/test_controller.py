@@ -35,7 +35,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
 
 @dataclass
 class Fleet:
-    """A `Fleet` consists of shards that come and go, a registry, and controllers that may be replaced."""
+    """A `Fleet` consists of shards that a test starts and ends, a registry, and controllers that may be replaced."""
 
     family: ModelFamily
     stack: AsyncExitStack
@@ -75,7 +75,10 @@ class Fleet:
         return found
 
     def is_settled_on(self, *ids: str) -> Callable[[Placement], bool]:
-        """Return the condition that every expert has two homes on these shards, which hold nothing else."""
+        """Return a function that says whether a placement uses exactly the shards `ids`, with a cover of 2.
+
+        The shards must hold exactly the experts of the placement.
+        """
 
         def is_so(placement: Placement) -> bool:
             holds = all(self.shards[id].host.digest == placement.digest_of(id) for id in ids)
@@ -164,7 +167,7 @@ def test_an_order_to_drain_empties_a_shard_that_goes_on_and_is_filled_again_once
             async with asyncio.timeout(TIMEOUT_S):
                 while ours.shards["s1"].host.num_held:
                     await asyncio.sleep(0.05)
-            assert not ours.shards["s1"].record.draining  # The shard does not know of the order, and may be used again.
+            assert not ours.shards["s1"].record.draining  # The shard does not know of the order and may be used again.
             await ours.registry.lift_order(order)
             await ours.reaches(lambda placement: "s1" in placement.shard_ids and placement.cover() == 2)
             controller.cancel()

@@ -110,7 +110,7 @@ def test_a_pool_grows_after_its_delay_and_shrinks_after_a_longer_one_by_one_shar
         world.rows_per_s = 1.0
         assert await world.passes(59) == grown
         assert await world.passes(3) == grown - 1
-        assert await world.passes(100) == grown - 1  # The size stays while the shard that should stop is there.
+        assert await world.passes(100) == grown - 1  # The size stays until the shard that should stop is gone.
         world.shards[-1] = replace(world.shards[-1], draining=True)
         assert await world.passes(65) == grown - 1
         del world.shards[-1]
@@ -151,7 +151,7 @@ def test_the_next_leader_goes_on_from_what_was_decided() -> None:
     async def run() -> None:
         world = World()
         await world.passes(10)
-        await world.registry.set_pool_size("cpu", PoolSize(5, world.now))  # The leader that wrote this died afterwards.
+        await world.registry.set_pool_size("cpu", PoolSize(5, world.now))  # The leader that decided this has died.
         world.now += 10.0
         world.lead()
         assert await world.passes(5) == 5
