@@ -1,7 +1,7 @@
-"""`RemoteExperts` computes a layer's routed experts on the shards that hold them.
+"""`RemoteExperts` computes a layer's routed experts on the shards that hold these experts.
 
-The way of a call is: `RemoteExperts` -> `ExpertCall` (messages and sums) -> `LayerCall` (decisions) -> `InFlightTable`
--> `ShardStream` -> socket.
+A call passes through these objects: `RemoteExperts` -> `ExpertCall` (messages and sums) -> `LayerCall` (decisions) ->
+`InFlightTable` -> `ShardStream` -> socket.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from services.expert.transport.shard_stream import Receiver
 
 
 class RemoteExperts:
-    """`RemoteExperts` implements `model.blocks.moe.Experts` over the shards of the last placement that it was given.
+    """`RemoteExperts` implements `model.blocks.moe.Experts` with the shards of the newest placement given to `update`.
 
-    The class never asks Redis. Calls belong to one thread, on which several calls may be in progress at the same time.
-    `update` belongs to one thread, which may be another one. Calls in progress go on after an update, and what they
-    have to send again follows the new placement.
+    The class never asks Redis. Calls must come from one thread, on which several calls may be in progress at the same
+    time. Updates must come from one thread, too, which may be another thread. Calls in progress go on after an update;
+    picks that are sent again follow the new placement.
 
-    policy: the bounds of a call.
+    policy: the limits of a call.
     expert_mib: the size of one expert in MiB, by layer.
     """
 
@@ -50,18 +50,18 @@ class RemoteExperts:
 
     @property
     def circuits(self) -> dict[str, str]:
-        """Return the circuit of each shard of the placement: "closed", "open" or "half-open"."""
+        """Return the circuit of each shard of the placement, by shard id: "closed", "open" or "half-open"."""
         return {id: circuit.value for id, circuit in self._fleet.circuits(time.monotonic()).items()}
 
     @property
     def epoch(self) -> int:
-        """Return the epoch of the placement in use; 0 before the first `update`."""
+        """Return the epoch of the placement in use, or 0 before the first `update`."""
         view = self.connections.view
         return view.placement.epoch if view else 0
 
     @property
     def down(self) -> frozenset[str]:
-        """Return the shards of the placement that cannot be reached now."""
+        """Return the ids of the shards of the placement that cannot be reached now."""
         view = self.connections.view
         if view is None:
             return frozenset()
@@ -70,9 +70,9 @@ class RemoteExperts:
         )
 
     def update(self, placement: Placement, shards: Iterable[Shard]) -> None:
-        """Use `placement` for the calls that start from now on; open and close streams to match.
+        """Use `placement` for calls that start from now on, open streams to new shards, and close unneeded streams.
 
-        A placement older than the one in use is ignored, but its shards are used.
+        A placement older than the current placement is ignored, but `shards` are still used.
         """
         self.connections.update(placement, shards)
 
@@ -80,13 +80,13 @@ class RemoteExperts:
         """Send the rows to the shards and return a function that waits for the weighted sums, fp32 (N, L).
 
         x_NL: N rows of L numbers, bf16 or fp32.
-        topk_ids_NK, topk_weights_NK: the experts of each row and their weights, K a row.
+        topk_ids_NK, topk_weights_NK: the ids of the K experts of each row, and the weights of these experts.
 
-        The function raises ExpertsUnavailable if some picks cannot be computed. This call raises ValueError for rows
-        that are neither bf16 nor fp32.
+        The returned function raises ExpertsUnavailable if some picks cannot be computed. `__call__` itself raises
+        ValueError for rows that are neither bf16 nor fp32.
         """
         if self.connections.is_on_this_machine:
-            THREAD_POOL.pause()  # so that the shards have the cores while they compute
+            THREAD_POOL.pause()  # leaves the cores to the shards on this machine
         try:
             call = ExpertCall(self._fleet, self.connections, self._in_flight, layer, x_NL, topk_ids_NK, topk_weights_NK)
         except BaseException:
@@ -95,11 +95,11 @@ class RemoteExperts:
         return call.wait
 
     def close(self) -> None:
-        """Close every stream; calls in progress fail."""
+        """Close every stream, so that calls in progress fail."""
         self.give_up()
         self.connections.close()
         self._receiver.close()
 
     def give_up(self) -> None:
-        """Let waiting calls, and all later ones, fail instead of waiting for a home; any thread may call this."""
+        """Make waiting calls and all later calls fail instead of waiting for a home; any thread may call `give_up`."""
         self.connections.give_up()

@@ -1,4 +1,4 @@
-"""`ComputeHandler` takes a shard's compute requests, has the worker compute them, and replies to each."""
+"""`ComputeHandler` takes a shard's compute requests, has the worker compute them, and sends the replies."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from services.expert.transport.worker import Worker
 
 log = logging.getLogger(__name__)
 
-COST_SAMPLES = 256  # most requests that one update of the cost model learns from
+COST_SAMPLES = 256  # maximum number of requests for one update of the cost model
 SAMPLE_EVERY = 4  # one request in four is a sample for the cost model
-CostSample = tuple[int, int, bytes, int]  # layer, rows, expert ids of the picks (int32), µs
+CostSample = tuple[int, int, bytes, int]  # layer, number of rows, expert ids of the picks (int32), µs of computing
 
 
 @dataclass
 class Counters:
-    """`Counters` count what a shard has done since it started; the fields have the names of the message's fields."""
+    """`Counters` count what a shard has done since its start; `pb.Counters` uses the same names for the fields."""
 
     num_requests: int = 0
     num_refusals: int = 0
@@ -41,15 +41,15 @@ class Counters:
     compute_us: int = 0
 
     def to_proto(self, num_promotions: int, promotion_us: int) -> pb.Counters:
-        """Return the message, completed with the number of promotions and the time that they took."""
+        """Return the counters as a message, together with the number of promotions and the µs that promotions took."""
         return pb.Counters(**vars(self), num_promotions=num_promotions, promotion_us=promotion_us)
 
 
 class ComputeHandler:
     """A `ComputeHandler` answers each compute request of one shard once, with sums or with a refusal.
 
-    `accept` may be called on any thread, and gives the request to the worker's thread, whose bound limits how many
-    requests wait. A request that needs standbys leaves the worker for the `PromotionQueue` and comes back.
+    Any thread may call `accept`, which gives the request to the worker's thread. The worker limits how many requests
+    may wait. A request that needs standbys waits in the `PromotionQueue`, and then returns to the worker.
     """
 
     def __init__(self, host: ExpertHost, worker: Worker, promotion_queue: PromotionQueue) -> None:
@@ -57,15 +57,18 @@ class ComputeHandler:
         self.counters = Counters()
         self.cost_fit = CostFit()
         self.rows_per_call = RowsPerCall()
-        self.num_failed_in_a_row = 0  # requests whose computation raised an unexpected error
-        self.is_refusing = False  # new requests are refused, because the shard drains
+        self.num_failed_in_a_row = 0  # consecutive requests that raised an unexpected error
+        self.is_refusing = False  # whether new requests are refused, because the shard drains
         self.last_request_at = -math.inf  # the value of time.monotonic() at the last request
-        self._seen = (0, 0)  # requests and rows at the last update of `rows_per_call`
+        self._seen = (0, 0)  # numbers of requests and rows at the last update of `rows_per_call`
         self._samples: deque[CostSample] = deque(maxlen=COST_SAMPLES)
-        self._counting = threading.Lock()  # requests and refusals are counted on the event loop and on the worker
+        self._counting = threading.Lock()  # guards the counts, which change on the event loop and the worker
 
     def accept(self, request: pb.ComputeRequest, num_bytes: int, stream: ReplyTo) -> None:
-        """Have `request`, which came in `num_bytes` bytes, computed and answered on `stream`, or refuse it at once."""
+        """Give `request` to the worker, which replies on `stream`, or refuse the request at once.
+
+        `num_bytes` is the size of the received message.
+        """
         arrived_at = self.last_request_at = time.monotonic()
         with self._counting:
             self.counters.num_requests += 1
@@ -79,12 +82,12 @@ class ComputeHandler:
             self.worker.submit(lambda: self._serve(request, stream, arrived_at))
 
     async def idle(self) -> None:
-        """Return as soon as every request accepted so far has its reply."""
-        await self.worker.idle()  # a request that has no reply by then is parked for a promotion
+        """Wait until every request accepted so far has its reply."""
+        await self.worker.idle()  # a request without a reply after this line is parked for a promotion
         await self.promotion_queue.idle()
 
     def update_cost_model(self) -> None:
-        """Fit the cost model and the mean rows of a call to the requests since the last update."""
+        """Update the cost model and the mean number of rows per call with the requests since the last update."""
         seen = (self.counters.num_requests, self.counters.num_rows)
         self.rows_per_call.observe(*(now - before for now, before in zip(seen, self._seen, strict=True)))
         self._seen = seen
@@ -102,7 +105,10 @@ class ComputeHandler:
     def _serve(
         self, request: pb.ComputeRequest, stream: ReplyTo, arrived_at: float, pending: PendingRequest | None = None
     ) -> None:
-        """Compute a request, or the rest of a `pending` one, and reply, or park it if it needs standbys."""
+        """Compute a request and reply, or park the request if it needs standbys.
+
+        `pending` is the state of a request that was parked before, and None for a new request.
+        """
         if not stream.is_open:
             return
         started_at = time.monotonic()
@@ -120,7 +126,7 @@ class ComputeHandler:
     def _compute(self, request: pb.ComputeRequest, waited_s: float, pending: PendingRequest | None) -> pb.ComputeReply:
         try:
             if 0 < request.timeout_us < waited_s * 1e6:
-                raise Refused(pb.Refusal.DEADLINE, f"It waited {waited_s:.3f} s, longer than its timeout_us allows.")
+                raise Refused(pb.Refusal.DEADLINE, f"The request waited {waited_s:.3f} s, longer than its timeout_us.")
             sums = self.host.compute(request) if pending is None else pending.advance(self.host.on_device)
             self.num_failed_in_a_row = 0
             return pb.ComputeReply(id=request.id, sums=sums)
@@ -167,6 +173,6 @@ class ComputeHandler:
 
 
 def _with_checksum(reply: pb.ComputeReply) -> pb.ComputeReply:
-    """Set the checksum of `reply`, which must be complete, and return `reply`."""
+    """Set the checksum of `reply`, whose other fields must be complete, and return `reply`."""
     reply.checksum = checksum_of_reply(reply)
     return reply

@@ -1,6 +1,6 @@
-"""A controller changes and checks shards with these calls: load, unload, status, drain and the canary.
+"""A controller changes and checks shards with the functions of this module: load, unload, status, drain and canary.
 
-Each call goes to one shard over gRPC, except `fill` and `canary`, which call several.
+Each function calls one shard over gRPC, except `fill` and `canary`, which call several shards.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from services.expert.load_order import Key, LoadOrder, LoadResult, Sources, expe
 from services.expert.transport.wire import WIRE_DTYPES, body_of, checksum_of_request, rows_as_numpy, sums_from_proto
 
 T = TypeVar("T")
-LOAD_TIMEOUT_S = 600.0  # of one load
-CALL_TIMEOUT_S = 5.0  # of every other call except the canary
-CANARY_TIMEOUT_S = 10.0  # of the canary on one shard
-# By how much sums may differ between devices of different kinds, as a share of the row's largest number. For
-# comparison: the sums of a wrong expert differ by about as much as that largest number.
+LOAD_TIMEOUT_S = 600.0  # seconds for one load
+CALL_TIMEOUT_S = 5.0  # seconds for every other call except the canary
+CANARY_TIMEOUT_S = 10.0  # seconds for the canary on one shard
+# Maximum difference between the sums of devices of different kinds, as a share of the largest number in the row. For
+# comparison: the sums of a wrong expert differ by about as much as the largest number itself.
 CANARY_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
 class ShardError(ShardFailed):
-    """A shard could not be called, or did not do what it was asked to do; `code` is the gRPC status."""
+    """A `ShardError` says that a shard could not be called or failed a call; `code` is the gRPC status."""
 
     def __init__(self, endpoint: str, code: grpc.StatusCode, detail: str) -> None:
         super().__init__(f"The shard at {endpoint} answered {code.name}: {detail}")
@@ -49,9 +49,14 @@ async def load(
     sources: Sources | None = None,
     fencing: int = 0,
 ) -> LoadResult:
-    """Make a shard the home of `experts` and a standby for `standby`; an expert that has the other role changes it.
+    """Make a shard the home of `experts` and a standby for `standby`, and return what the shard has loaded.
 
-    Raise ShardError if that fails; then the shard holds what it held before.
+    An expert that already has the opposite role at the shard changes its role. If the load fails, ShardError is raised,
+    and the shard holds the same experts as before.
+
+    epoch: the epoch of the placement that the caller knows.
+    sources: where the shard gets the weights, and which checksums the weights must have.
+    fencing: the fencing token of the leader that gives the order.
     """
     request = LoadOrder(experts, standby or {}, sources or Sources()).to_proto(epoch, fencing)
     reply: pb.LoadReply = await call(endpoint, lambda stub: stub.Load(request, timeout=LOAD_TIMEOUT_S))
@@ -59,9 +64,9 @@ async def load(
 
 
 async def unload(endpoint: str, experts: Experts, epoch: int, standby: Experts | None = None, fencing: int = 0) -> None:
-    """Have a shard give up the homes `experts` and the standbys `standby`.
+    """Make a shard give up its role as a home of `experts` and as a standby for `standby`.
 
-    `epoch` is the first placement epoch that does not assign them to the shard.
+    `epoch` is the epoch of the first placement in which the shard does not have these roles.
     """
     request = pb.UnloadRequest(
         experts=experts_to_proto(experts), epoch=epoch, standby=experts_to_proto(standby or {}), fencing=fencing
@@ -76,9 +81,9 @@ async def status(endpoint: str) -> pb.StatusReply:
 
 
 async def drain(endpoint: str, keep_serving: bool = False) -> int:
-    """Have a shard announce that it drains and, unless `keep_serving`, refuse new requests.
+    """Make a shard announce that it drains and, unless `keep_serving`, refuse new requests.
 
-    Return how many accepted requests the shard still has to answer.
+    Return the number of accepted requests that the shard still has to answer.
     """
     request = pb.DrainRequest(keep_serving=keep_serving)
     reply = await call(endpoint, lambda stub: stub.Drain(request, timeout=CALL_TIMEOUT_S))
@@ -88,9 +93,9 @@ async def drain(endpoint: str, keep_serving: bool = False) -> int:
 async def fill(
     shards: Iterable[Shard], homes: Mapping[int, Homes], epoch: int, standby: Mapping[int, Homes] | None = None
 ) -> Placement:
-    """Have all shards load their experts at the same time, and return the placement with the gains they report.
+    """Make all shards load their experts at the same time, and return the placement with the gains of its layers.
 
-    Raise ShardError of the first shard that fails; other shards may have loaded their experts by then.
+    Raise the ShardError of the first shard that fails; other shards may have loaded their experts by then.
     """
     planned = Placement(epoch, homes, gains={}, standby=standby or {})
     loads = [
@@ -111,12 +116,13 @@ async def canary(
     dtype: torch.dtype,
     gains: Mapping[int, int],
 ) -> list[Key]:
-    """Return those of `experts` for which an old home and a new home compute different sums.
+    """Return the keys of the experts for which an old home and a new home compute different sums.
 
-    For each expert, both shards compute a random row and its opposite. One row alone would not be enough: it says
-    nothing about the weights behind a hidden unit that is 0 for that row. A layer is one message to each shard.
+    For each expert, the old home and the new home compute a random row and the opposite of this row. One row alone
+    would not be enough: where a hidden unit is 0 for the row, the sums say nothing about the weights behind the unit.
+    Each shard gets one message per layer.
 
-    - Shards on devices of the same kind must agree bit for bit, others within CANARY_TOLERANCES.
+    - Shards on devices of the same kind must agree bit for bit, other shards within CANARY_TOLERANCES.
     - `gains` are the gain exponents of the layers.
     - ShardError is raised if a shard does not compute a request.
     """
@@ -137,7 +143,11 @@ async def canary(
 
 
 def sums_agree(old_NL: NDArray[np.integer], new_NL: NDArray[np.integer], tolerance: float) -> NDArray[np.bool_]:
-    """Return for each row whether both sums are equal, or differ by at most `tolerance` times its largest number."""
+    """Return for each row whether the old sums and the new sums agree: bool (N,).
+
+    The sums of a row agree if they are equal, or if they differ by at most `tolerance` times the largest of the old
+    sums.
+    """
     is_same_N: NDArray[np.bool_] = (old_NL == new_NL).all(1)
     if tolerance:
         old, new = old_NL.astype(np.float64), new_NL.astype(np.float64)
@@ -167,7 +177,10 @@ def _canary_request(shape: ExpertShape, ids: Sequence[int], dtype: torch.dtype, 
 
 
 async def _compute(endpoint: str, requests: Sequence[pb.ComputeRequest]) -> list[pb.ComputeReply]:
-    """Return a shard's replies to `requests`, sent one after the other because together they could fill its queue."""
+    """Send `requests` to a shard one after the other, and return the replies.
+
+    All requests together could fill the queue of the shard.
+    """
 
     async def exchange(stub: Any) -> list[Any]:
         stream, replies = stub.Compute(timeout=CANARY_TIMEOUT_S), []
@@ -186,7 +199,7 @@ async def _compute(endpoint: str, requests: Sequence[pb.ComputeRequest]) -> list
 
 
 async def call(endpoint: str, method: Callable[[Any], Awaitable[T]]) -> T:
-    """Return what `method` returns for the stub of a shard, over a new channel; raise ShardError if a call fails."""
+    """Open a channel to a shard and return what `method` returns for the stub; raise ShardError if the call fails."""
     async with grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS) as channel:
         try:
             return await method(expert_pb2_grpc.ExpertStub(channel))  # type: ignore[no-untyped-call]

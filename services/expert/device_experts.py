@@ -19,20 +19,20 @@ from services.expert.weights import Weights
 
 
 class NoDeviceMemory(Exception):
-    """The device memory is full, and evicting every expert that may be evicted would not free enough of it."""
+    """A `NoDeviceMemory` error says that the device memory is full and evictions cannot free enough of it."""
 
 
 @dataclass
 class _DeviceSlot:
-    """A `_DeviceSlot` is the device memory of one expert, whether the expert is loaded already or not."""
+    """A `_DeviceSlot` is the device memory of one expert, which is reserved before the expert is loaded."""
 
-    num_pins: int = 0  # number of loads and requests that need the expert to stay
+    num_pins: int = 0  # number of loads and requests that need the expert on the device
     last_use: int = 0  # the number of the last computation that used the expert
 
 
 @cache
 def _warm_up_bank(dtype: torch.dtype, device: torch.device) -> None:
-    """Compile the kernels that loading and computing need, if the device has any, before the first expert comes."""
+    """Compile the device's kernels for loading and computing, if there are any, before the first expert comes."""
     bank = ExpertBank(ExpertShape(layer=0, num_experts=1, top_k=1, input_dim=2, width=2), dtype, device)
     if bank.is_compiled:
         bank.load(0, {"up": torch.ones(2, 2), "down": torch.ones(2, 2)})
@@ -42,10 +42,12 @@ def _warm_up_bank(dtype: torch.dtype, device: torch.device) -> None:
 class DeviceExperts:
     """`DeviceExperts` holds experts in device memory, up to a budget in bytes, and computes with them.
 
-    An expert is pinned first, which reserves memory for it. Then it is loaded with `fill`, and from `mark_ready` on it
-    is computed with. When memory runs short, promoted experts are evicted: least recently used first, hot ones last.
+    First `pin` reserves memory for an expert. Then `fill` loads the weights, and after `mark_ready` requests are
+    computed with the expert. When memory runs short, promoted experts are evicted: the least recently used experts
+    first, hot experts last.
 
-    All methods belong to the worker's thread, except `fill`, which may run on any thread, and those that only read.
+    Only the worker's thread may call the methods, with two exceptions: any thread may call `fill` and the methods that
+    only read.
     """
 
     def __init__(
@@ -59,15 +61,15 @@ class DeviceExperts:
         _warm_up_bank(dtype, device)
         self.shapes, self.dtype, self.device, self.memory_budget = shapes, dtype, device, memory_budget
         self.banks = {layer: ExpertBank(shape, dtype, device) for layer, shape in shapes.items()}
-        self.used_bytes = 0  # bytes of all slots, whether their experts are loaded or not
-        self.promoted: set[Key] = set()  # ready standbys: the experts that may be evicted
+        self.used_bytes = 0  # bytes of all slots, including slots whose experts are not loaded yet
+        self.promoted: set[Key] = set()  # standbys that are ready, and may be evicted
         self._standbys = standbys
         self._slots: dict[Key, _DeviceSlot] = {}
         self._is_ready = {layer: np.zeros(shape.num_experts, dtype=np.bool_) for layer, shape in shapes.items()}
         self._num_computations = 0
 
     def __contains__(self, key: Key) -> bool:
-        """Return True if the expert has a slot, whether it is loaded already or not."""
+        """Return True if the expert has a slot, even if the expert is not loaded yet."""
         return key in self._slots
 
     def nbytes(self, keys: Iterable[Key]) -> int:
@@ -79,15 +81,16 @@ class DeviceExperts:
         return bool(self._is_ready[layer][expert])
 
     def are_ready(self, layer: int, expert_P: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Return for each pick whether its expert can be computed now."""
+        """Return for each pick whether its expert can be computed now: bool (P,)."""
         is_ready_P: NDArray[np.bool_] = self._is_ready[layer][expert_P]
         return is_ready_P
 
     def pin(self, keys: Iterable[Key], *, for_homes: bool = False) -> set[Key]:
-        """Reserve device memory for the experts of `keys` and keep them there until `unpin`.
+        """Reserve device memory for the experts of `keys` and keep the experts there until `unpin`.
 
-        Promoted experts are evicted if memory is short; pinned ones only if the memory is for homes. Return the keys
-        that had no memory before, which the caller has to load. Raise NoDeviceMemory, and then nothing has changed.
+        If memory is short, promoted experts are evicted; pinned experts are evicted only if `for_homes` is true. Return
+        the keys that had no memory before, whose experts the caller has to load. If evictions cannot free enough
+        memory, NoDeviceMemory is raised, and nothing has changed.
         """
         pinned = set(keys)
         new = {key for key in pinned if key not in self._slots}
@@ -115,13 +118,13 @@ class DeviceExperts:
         return [key for _, _, key in sorted(candidates)]
 
     def unpin(self, keys: Iterable[Key]) -> None:
-        """Take back one pin of each expert that still has memory."""
+        """Remove one pin from each expert of `keys` that still has device memory."""
         for key in keys:
             if (slot := self._slots.get(key)) is not None:
                 slot.num_pins = max(0, slot.num_pins - 1)
 
     def free(self, keys: Iterable[Key]) -> None:
-        """Free the memory of experts, whether they are loaded already or not."""
+        """Free the device memory of experts, including experts that are not loaded yet."""
         for layer, expert in keys:
             self._is_ready[layer][expert] = False
             self.promoted.discard((layer, expert))
@@ -130,19 +133,22 @@ class DeviceExperts:
                 self.used_bytes -= self.nbytes([(layer, expert)])
 
     def fill(self, key: Key, weights: Weights, gain: int | None) -> int:
-        """Copy `weights` to the device and return the expert's gain exponent, which is found if `gain` is None."""
+        """Copy `weights` to the device and return the expert's gain exponent, which is computed if `gain` is None."""
         layer, expert = key
         self.banks[layer].load(expert, weights.tensors, gain)
         return self.banks[layer].gain_exponent(expert)
 
     def mark_ready(self, key: Key) -> None:
-        """Let requests be computed with the expert, whose weights must be loaded, from now on."""
+        """Allow requests to be computed with the expert from now on; the weights must be loaded."""
         layer, expert = key
         self._is_ready[layer][expert] = True
         self._slots[key].last_use = self._num_computations
 
     def partial_sums(self, layer: int, picks: Picks) -> NDArray[np.int64]:
-        """Return each row's sum over its picks, whose experts must all be ready: int64 (N, L), in units of 2**grid."""
+        """Return the sum over the picks of each row: int64 (N, L), in units of 2**grid.
+
+        The experts of all picks must be ready.
+        """
         self._note_use(layer, picks.expert_P)
         bank = self.banks[layer]
         if bank.is_compiled:

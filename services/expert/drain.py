@@ -8,14 +8,14 @@ from enum import Enum
 
 from cluster.topology import Placement, Shard
 
-# A draining shard waits at most this long for its experts to move. A supervisor that kills processes which do not stop
-# must wait longer than that.
+# Maximum seconds that a draining shard waits for its experts to move. A supervisor must wait longer than
+# MOVE_TIMEOUT_S before it kills a shard that does not stop.
 MOVE_TIMEOUT_S = 30.0
-DRAIN_POLL_S = 0.2  # seconds between two looks at the registry
-# Seconds without a request after which a shard whose experts have moved stops. By then every backbone uses the
+DRAIN_POLL_S = 0.2  # seconds between two reads of the registry
+# Seconds without a request after which a shard stops once its experts have moved. By then every backbone uses a
 # placement that no longer names the shard.
 QUIET_S = 1.0
-ABANDONED_S = 15.0  # seconds without a leader after which a shard stops; a new leader takes over sooner than that
+ABANDONED_S = 15.0  # seconds without a leader after which a shard stops; a new leader takes over sooner
 CUT_OFF_S = (
     2.0  # seconds without the store after which a shard stops, because without it no controller can move experts
 )
@@ -33,9 +33,9 @@ class DrainState(Enum):
 
 
 def drain_state(shard_id: str, placement: Placement | None, shards: Sequence[Shard], has_leader: bool) -> DrainState:
-    """Return the state of the draining shard `shard_id`, where `shards` are the live ones.
+    """Return how far the drain of the shard `shard_id` has come; `shards` are all live shards.
 
-    When the whole application stops, all shards drain at the same time, so each of them is ALONE.
+    When the whole application stops, all shards drain at the same time, so each shard is ALONE.
     """
     if placement is None:
         return DrainState.NEVER_PLACED
@@ -50,12 +50,12 @@ def drain_state(shard_id: str, placement: Placement | None, shards: Sequence[Sha
 class DrainTimes:
     """`DrainTimes` say for how many seconds a draining shard has waited."""
 
-    since_request_s: float  # time since the last compute request
-    in_state_s: float  # time since the drain state last changed
+    since_request_s: float  # seconds since the last compute request
+    in_state_s: float  # seconds since the drain state last changed
 
 
 def may_stop(state: DrainState, times: DrainTimes) -> bool:
-    """Return True if a shard whose drain is in `state` need not serve any longer."""
+    """Return True if a draining shard in `state` no longer needs to serve requests."""
     if state is DrainState.MOVED:
         return times.since_request_s >= QUIET_S
     if state is DrainState.ABANDONED:

@@ -1,9 +1,9 @@
 """An `ExpertCall` sends the rows of one layer call to the shards and adds up the sums that come back.
 
-`cluster.dispatch.layer_call` decides which picks go to which shard and what follows from each outcome. An `ExpertCall`
-makes the messages and adds up the sums. All of it happens on the calling thread.
+`cluster.dispatch.layer_call` decides which picks go to which shard and how to react to each outcome. An `ExpertCall`
+makes the messages and adds up the sums, all on the calling thread.
 
-Legend: N rows, L expert input dim, K picks a row, P = N·K picks (the picks of a row stand together), Q picks that are
+Legend: N rows, L expert input dim, K picks per row, P = N·K picks (the picks of a row stand together), Q picks that are
 sent now, M messages, R rows of all messages.
 """
 
@@ -36,7 +36,7 @@ class ExpertsUnavailable(RuntimeError):
 
 
 class ExpertCall:
-    """An `ExpertCall` is one layer's rows on their way to the shards and back.
+    """An `ExpertCall` has the routed experts of one layer's rows computed by the shards.
 
     The constructor sends the first requests, and `wait` returns the sums.
     """
@@ -68,7 +68,7 @@ class ExpertCall:
         traffic.num_picks += len(self._expert_P)
         max_rows = max(1, fleet.policy.piece_bytes // (x_NL.shape[1] * x_NL.itemsize))
         self._layer_call = LayerCall(fleet, layer, self._expert_P, self._top_k, max_rows, now)
-        # By request id: rows and sums of requests whose attempt is not complete yet.
+        # Rows and sums of the requests whose attempt is not complete yet, by request id.
         self._held: dict[int, tuple[RowIds, NDArray[np.integer]]] = {}
         self._last_change = connections.last_change
         self._send(self._layer_call.start(now))
@@ -90,9 +90,9 @@ class ExpertCall:
         return from_grid(torch.from_numpy(self._sums_NL), torch.from_numpy(self._grid_N)).to(self._device)
 
     def _wait_for_outcomes(self) -> None:
-        """Wait until there are outcomes, the fleet changes or the call has something to do; then let the call act.
+        """Wait until an outcome arrives, the fleet changes, or `wake_at` is reached, and let the layer call react.
 
-        Outcomes that have come are delivered before any request counts as late.
+        Outcomes that have arrived are delivered before any request counts as late.
         """
         layer_call, connections = self._layer_call, self._connections
         if self._fleet.to_learn:
@@ -135,7 +135,7 @@ class ExpertCall:
             in_flight.send(request, message, parts.row_R[rows], take)
 
     def _take(self, request_id: int, rows: RowIds, reply: pb.ComputeReply | None, now: float) -> None:
-        """Take the outcome of a request: sums, a refusal, or None where the stream was lost."""
+        """Handle the outcome of a request: `reply` is sums or a refusal, or None if the stream was lost."""
         if reply is None:
             self._send(self._layer_call.on_lost(request_id, now))
         elif reply.HasField("sums"):

@@ -1,6 +1,6 @@
 """`ExpertHost` holds the experts of one shard, as homes and as standbys, and computes requests with them.
 
-Nothing here uses the network, files or the clock.
+This module uses no network, files or clock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from services.expert.weights import ExpertMetadata, Weights
 
 @dataclass
 class PendingRequest:
-    """A `PendingRequest` is computed only in part, because some of its experts are standbys still to be promoted.
+    """A `PendingRequest` is a request computed only in part, because some of its experts must first be promoted.
 
     Legend: N rows, L expert input dim, P picks.
     """
@@ -55,7 +55,7 @@ class PendingRequest:
 
 
 class NeedsPromotion(Exception):
-    """Some standbys must be promoted before `pending.advance` can compute the rest of a request."""
+    """A `NeedsPromotion` error says that standbys must be promoted before the rest of `pending` can be computed."""
 
     def __init__(self, pending: PendingRequest) -> None:
         super().__init__(f"Experts {pending.experts} of layer {pending.layer} are standbys here.")
@@ -64,20 +64,20 @@ class NeedsPromotion(Exception):
 
 @dataclass
 class StagedExperts:
-    """`StagedExperts` are what a load has prepared besides the homes' weights; `ExpertHost.commit` makes them count."""
+    """`StagedExperts` hold what a load has prepared besides the weights on the device, until `ExpertHost.commit`."""
 
-    metadata: dict[Key, ExpertMetadata] = field(default_factory=dict)  # checksum and gain of each new expert
-    standbys: dict[Key, tuple[Weights | None, str]] = field(default_factory=dict)  # host copy, source peer
+    metadata: dict[Key, ExpertMetadata] = field(default_factory=dict)  # checksum and gain exponent of each new expert
+    standbys: dict[Key, tuple[Weights | None, str]] = field(default_factory=dict)  # copy in host memory, source peer
 
 
 class ExpertHost:
     """An `ExpertHost` holds the experts of one shard, within one budget for device memory and one for host memory.
 
-    A host starts empty. For some experts the shard is a home, and they are on the device. For others it is a standby:
-    they are in host memory or on disk, and are promoted to the device when a request needs them. A promoted expert is
-    evicted when a home needs its memory.
+    A host starts empty. For some experts the shard is a home, and these experts are on the device. Other experts, for
+    which the shard is a standby, are in host memory or on disk, and are promoted to the device when a request needs
+    them. A promoted expert is evicted when its memory is needed for an expert whose home is here.
 
-    Changes belong to the worker's thread, which also computes; only `fill_device` may run on any thread. Reading is
+    The worker's thread, which also computes, makes all changes; only `fill_device` may run on any thread. Reading is
     safe on any thread.
     """
 
@@ -102,18 +102,18 @@ class ExpertHost:
 
     @property
     def held(self) -> ExpertsByLayer:
-        """Return the experts whose home is here, by layer; layers without one are left out."""
+        """Return the experts whose home is this shard, by layer; layers without such experts are left out."""
         held = {layer: is_home.nonzero()[0].tolist() for layer, is_home in self._is_home.items()}
         return {layer: experts for layer, experts in held.items() if experts}
 
     @property
     def standby(self) -> ExpertsByLayer:
-        """Return the experts for which this shard is a standby, promoted or not, by layer."""
+        """Return the experts for which this shard is a standby, by layer, including promoted experts."""
         return group_by_layer(self.standbys.keys)
 
     @property
     def promoted(self) -> ExpertsByLayer:
-        """Return the standbys that are on the device for now, by layer."""
+        """Return the standbys that are currently promoted to the device, by layer."""
         return group_by_layer(self.on_device.promoted.copy())
 
     @property
@@ -122,12 +122,12 @@ class ExpertHost:
 
     @property
     def held_bytes(self) -> int:
-        """Return the bytes of the experts whose home is here."""
+        """Return the size in bytes of all experts whose home is this shard."""
         return sum(int(self._is_home[layer].sum()) * shape.nbytes(self.dtype) for layer, shape in self.shapes.items())
 
     @property
     def used_bytes(self) -> int:
-        """Return the bytes of device memory in use, with the experts that are promoted or still being loaded."""
+        """Return the bytes of device memory in use, including experts that are promoted or still being loaded."""
         return self.on_device.used_bytes
 
     @property
@@ -143,11 +143,11 @@ class ExpertHost:
         return self.shapes[layer].nbytes(self.dtype)
 
     def metadata(self, key: Key) -> ExpertMetadata | None:
-        """Return the checksum and the gain exponent of an expert that is here, or None if it is not here."""
+        """Return the checksum and the gain exponent of an expert, or None if this shard does not hold the expert."""
         return self._metadata.get(key)
 
     def checksums(self, keys: Iterable[Key]) -> dict[int, dict[int, int]]:
-        """Return the checksums of those experts of `keys` that are here, by layer and expert in ascending order."""
+        """Return the checksums of the experts of `keys` that this shard holds, by layer and expert, ascending."""
         checksums: dict[int, dict[int, int]] = {}
         for layer, expert in sorted(keys):
             if (metadata := self.metadata((layer, expert))) is not None:
@@ -155,9 +155,9 @@ class ExpertHost:
         return checksums
 
     def gains(self, layers: Iterable[int]) -> dict[int, int]:
-        """Return for each of `layers` the largest gain exponent of the homes and standbys here.
+        """Return for each of `layers` the largest gain exponent of the experts that this shard holds.
 
-        A layer of which no expert is here is left out.
+        A layer without such experts is left out.
         """
         chosen, gains = set(layers), dict[int, int]()
         for (layer, _), metadata in list(self._metadata.items()):
@@ -168,16 +168,20 @@ class ExpertHost:
     # Changes ---------------------------------------------------------------------------------------------------------
 
     def check_fits(self, homes: Experts, standby: Experts) -> None:
-        """Raise ValueError if an expert does not exist, is in both arguments, or does not fit beside the homes here."""
+        """Raise ValueError if this shard cannot become the home of `homes` and a standby for `standby`.
+
+        Every expert must exist and be in only one argument. The experts `homes` must fit into device memory beside the
+        experts whose home is this shard already.
+        """
         self.check_exists(homes)
         self.check_exists(standby)
         if twice := keys_of(homes) & keys_of(standby):
             experts = group_by_layer(twice)
-            raise ValueError(f"The experts {experts} cannot be held and stand by at once; ask for one of them.")
+            raise ValueError(f"The experts {experts} are in both homes and standbys; name each expert only once.")
         num_bytes = self.on_device.nbytes(key for key in keys_of(homes) if not self.is_home(key))
         if self.held_bytes + num_bytes > self.memory_budget:
             numbers = f"{num_bytes} bytes more than the {self.held_bytes} in use, over a budget of {self.memory_budget}"
-            raise ValueError(f"The experts asked for need {numbers}; raise memory_budget or place fewer here.")
+            raise ValueError(f"The experts to load need {numbers}; raise memory_budget or place fewer experts here.")
 
     def check_exists(self, experts: Experts) -> None:
         """Raise ValueError if the model does not have one of `experts`."""
@@ -194,22 +198,23 @@ class ExpertHost:
         return (self.memory_budget - self.held_bytes) // self.shapes[layer].nbytes(self.dtype)
 
     def fill_device(self, key: Key, weights: Weights) -> ExpertMetadata:
-        """Copy the weights of a pinned expert to the device and return what was found out about them.
+        """Copy the weights of a pinned expert to the device and return the expert's metadata.
 
-        Finding the gain exponent is slow, so it is taken from an earlier load if there was one.
+        Computing the gain exponent is slow, so the gain exponent of an earlier load is used if there was an earlier
+        load.
         """
         known = self.metadata(key)
         gain = self.on_device.fill(key, weights, known.gain if known else weights.gain)
         return ExpertMetadata(weights.checksum, gain)
 
     def copy_to_host_memory(self, weights: Weights) -> Weights:
-        """Return a copy of `weights` for the `StandbyStore`, pinned if the device is a GPU."""
+        """Return a copy of `weights` for the `StandbyStore`, in pinned memory if the device is a GPU."""
         return weights.in_host_memory(is_pinned=self.device.type == "cuda")
 
     def commit(self, homes: Experts, standby: Experts, staged: StagedExperts) -> None:
         """Give all experts of a load their new roles at once.
 
-        A home that becomes a standby stays on the device as a promoted expert.
+        An expert whose home becomes its standby stays on the device as a promoted expert.
         """
         self._metadata |= staged.metadata
         for key in keys_of(homes):
@@ -226,9 +231,10 @@ class ExpertHost:
                 self.on_device.promoted.add(key)
 
     def commit_promotion(self, key: Key, weights: Weights | None) -> bool:
-        """Let requests be computed with a promoted expert, or free it and return False if it was unloaded meanwhile.
+        """Allow requests to be computed with a promoted expert; return False if the expert was unloaded meanwhile.
 
-        `weights` are a copy for host memory, if the promotion made one.
+        The memory of an expert that was unloaded is freed. `weights` are a copy for host memory, or None if the
+        promotion made no copy.
         """
         if key not in self.standbys:
             self.free([key])
@@ -239,7 +245,7 @@ class ExpertHost:
         return True
 
     def unload(self, homes: Experts, standby: Experts) -> None:
-        """Give up experts of either role; those that are not here in that role are ignored.
+        """Give up experts in the roles that the arguments name; an expert without the named role here is ignored.
 
         Raise ValueError if the model does not have one of the experts.
         """
@@ -254,7 +260,7 @@ class ExpertHost:
             self._metadata.pop(key, None)
 
     def free(self, keys: Iterable[Key]) -> None:
-        """Free the device memory of experts, loaded already or not, none of which is a home any more."""
+        """Free the device memory of experts, loaded or not; this shard is then no longer the home of these experts."""
         keys = list(keys)
         for key in keys:
             self._set_home(key, False)
@@ -269,8 +275,8 @@ class ExpertHost:
     def compute(self, request: pb.ComputeRequest) -> pb.Sums:
         """Return the partial sum of each row over the request's picks.
 
-        Raise Refused if the request is damaged, contradicts the model, or names experts that are not here. Raise
-        NeedsPromotion if some experts are standbys that are not on the device.
+        Raise Refused if the request is damaged, contradicts the model, or names experts that this shard does not hold.
+        Raise NeedsPromotion if some experts are standbys that are not on the device.
         """
         picks, layer = _decode(request, self.shapes, self.dtype), request.layer
         is_ready_P = self.on_device.are_ready(layer, picks.expert_P)
@@ -281,13 +287,13 @@ class ExpertHost:
         return PendingRequest(layer, picks, sums_NL, np.ones(len(is_ready_P), np.bool_)).advance(self.on_device)
 
     def _check_hosted(self, request: pb.ComputeRequest, expert_P: NDArray[np.int32]) -> None:
-        """Raise Refused if one of the experts, none of which is on the device, is not a standby here either."""
+        """Raise Refused if this shard is not a standby for all experts in `expert_P`, which are not on the device."""
         missing = tuple(e for e in np.unique(expert_P).tolist() if (request.layer, e) not in self.standbys)
         if not missing:
             return
         what = f"Experts {list(missing)} of layer {request.layer} are not held here"
         if request.epoch < self.epoch:
-            detail = f"{what} any more: the request is of epoch {request.epoch}, this shard of {self.epoch}."
+            detail = f"{what} any more: the epoch of the request is {request.epoch}, of this shard {self.epoch}."
             raise Refused(pb.Refusal.STALE_EPOCH, detail, missing)
         raise Refused(pb.Refusal.NOT_HOSTED, f"{what}.", missing)
 

@@ -22,7 +22,7 @@ TakeOutcome = Callable[[int, RowIds, pb.ComputeReply | None, float], None]
 
 
 class InFlightRequest(NamedTuple):
-    """An `InFlightRequest` says to which rows of its call a request's sums belong, and who takes the outcome.
+    """An `InFlightRequest` says to which rows of a call the sums of a request belong, and who takes the outcome.
 
     `take` gets the request id, the rows, the reply and the time. The reply is None if the stream was lost.
     """
@@ -32,14 +32,15 @@ class InFlightRequest(NamedTuple):
 
 
 class InFlightTable:
-    """An `InFlightTable` sends the requests of all calls and hands each outcome to the call that it belongs to.
+    """An `InFlightTable` sends the requests of all calls and hands each outcome to the right call.
 
-    The table belongs to the calling thread. A thread that waits for one call hands outcomes to all of its calls.
+    The table belongs to the calling thread. While the thread waits for one call, outcomes are handed to all of its
+    calls.
     """
 
     def __init__(self, fleet: ShardFleet, connections: ShardConnections, receiver: Receiver) -> None:
         self._fleet, self._connections, self._receiver = fleet, connections, receiver
-        self._requests: dict[int, InFlightRequest] = {}  # by request id
+        self._requests: dict[int, InFlightRequest] = {}  # requests in flight by request id
 
     def send(self, request: ShardRequest, message: bytes, rows: RowIds, take: TakeOutcome) -> None:
         """Send a request; its outcome is handed to `take` together with `rows`."""
@@ -49,13 +50,13 @@ class InFlightTable:
         traffic.sent_bytes += len(message)
         self._requests[request.id] = InFlightRequest(rows, take)
         stream = self._connections.stream_of.get(request.health)
-        if stream is None:  # it was closed after the request had been routed
+        if stream is None:  # the stream was closed after the request had been routed
             self._receiver.inbox.append((request.id, None))
         else:
             stream.send(request.id, message)
 
     def deliver_next(self) -> bool:
-        """Hand the next outcome that was received to its call; return False if there is none."""
+        """Hand the next received outcome to its call; return False if there is no such outcome."""
         if not self._receiver.inbox:
             return False
         request_id, reply = self._receiver.inbox.popleft()
@@ -73,17 +74,17 @@ class InFlightTable:
         return True
 
     def receive(self, timeout_s: float) -> bool:
-        """Wait at most `timeout_s` for outcomes; return True if there is one to deliver."""
+        """Wait at most `timeout_s` seconds for outcomes; return True if there is an outcome to deliver."""
         self._receiver.receive(timeout_s)
         return bool(self._receiver.inbox)
 
     def forget(self, requests: Iterable[ShardRequest]) -> None:
-        """Let no call take the outcomes of `requests` any more; what the outcomes say about the shards still counts."""
+        """Stop handing the outcomes of `requests` to their call; the outcomes still count for the shards' health."""
         for request in requests:
             self._requests.pop(request.id, None)
 
     def _note_late(self, request_id: int, reply: pb.ComputeReply | None, now: float) -> None:
-        """Note what the outcome of a request whose call is over says about its shard."""
+        """Update the health of a shard with the outcome of a request whose call is over."""
         if reply is None:
             self._fleet.note_failed(request_id, now)
         elif checksum_of_reply(reply) != reply.checksum:

@@ -34,7 +34,7 @@ def experts_to_proto(experts: Experts) -> list[pb.LayerExperts]:
 
 
 def experts_from_proto(messages: Iterable[pb.LayerExperts]) -> ExpertsByLayer:
-    """Return the experts of `messages` by layer; a layer that several messages name gets the experts of all of them."""
+    """Return the experts of `messages` by layer; the experts of several messages for one layer are joined."""
     experts: ExpertsByLayer = {}
     for message in messages:
         experts.setdefault(message.layer, []).extend(message.experts)
@@ -62,10 +62,10 @@ def checksums_from_proto(messages: Iterable[pb.LayerChecksums]) -> dict[Key, int
 
 @dataclass(frozen=True)
 class Sources:
-    """`Sources` say where a shard gets the weights of experts, and what their checksums must be."""
+    """`Sources` say where a shard gets the weights of experts, and which checksums the weights must have."""
 
-    peers: Mapping[Key, str] = field(default_factory=dict)  # endpoint of the shard to ask before the checkpoint is read
-    expected: Mapping[Key, int] = field(default_factory=dict)  # checksum without which weights are not accepted
+    peers: Mapping[Key, str] = field(default_factory=dict)  # endpoint of the shard that is asked before the checkpoint
+    expected: Mapping[Key, int] = field(default_factory=dict)  # checksum that the weights must have
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class LoadOrder:
     sources: Sources = Sources()
 
     def to_proto(self, epoch: int, fencing: int) -> pb.LoadRequest:
-        """Return the order as a message of the leader that has the token `fencing` and knows the placement `epoch`."""
+        """Return the order as a message with the leader's fencing token and the epoch that the leader knows."""
         by_peer: dict[str, list[Key]] = {}
         for key, endpoint in self.sources.peers.items():
             by_peer.setdefault(endpoint, []).append(key)
@@ -104,15 +104,15 @@ class LoadOrder:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """A `LoadResult` is a shard's answer to a load that has succeeded."""
+    """A `LoadResult` says what a shard has loaded, after a load that has succeeded."""
 
-    gains: dict[int, int]  # largest gain exponent of the shard's homes and standbys, by layer of the order
+    gains: dict[int, int]  # largest gain exponent of all held experts, for each layer of the order
     checksums: dict[int, dict[int, int]]  # checksums of the experts of the order, by layer and expert
     used_bytes: int  # bytes of device memory in use after the load
-    memory_budget: int  # bytes of device memory
+    memory_budget: int  # bytes of device memory that the shard may use
 
     def to_proto(self) -> pb.LoadReply:
-        """Return the result as a message, its gains in the order of the layers."""
+        """Return the result as a message, with the gains in ascending order of the layers."""
         checksums = {
             (layer, e): checksum for layer, by_expert in self.checksums.items() for e, checksum in by_expert.items()
         }

@@ -1,4 +1,4 @@
-"""`Loader` brings the experts that a placement assigns to a shard, while the shard goes on computing."""
+"""`Loader` loads the experts that a placement assigns to a shard, while the shard continues to compute."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from services.expert.transport.worker import Worker
 from services.expert.weights import ExpertMetadata, Weights
 from services.low_priority import run_in_thread
 
-LOADS_AT_ONCE = 2  # one expert comes over the wire while another one is packed
+LOADS_AT_ONCE = 2  # one expert comes over the wire while another expert is packed
 
 
 class Loader:
     """A `Loader` loads homes and standbys into an `ExpertHost`; it belongs to one event loop.
 
-    Only one load may run at a time. Promotions may run beside it.
+    Only one load may run at a time, but promotions may run during a load.
     """
 
     def __init__(self, host: ExpertHost, worker: Worker, source: WeightSource, promoter: Promoter) -> None:
         self.host, self.worker, self.source, self.promoter = host, worker, source, promoter
 
     async def load(self, order: LoadOrder) -> None:
-        """Load the experts of `order` that are not here yet, and then give all of its experts their new roles at once.
+        """Load the experts of `order` that the shard lacks, then give all experts of `order` their new roles at once.
 
-        Raise ValueError if an expert does not exist, does not fit, or cannot be read or verified; then nothing has
-        changed.
+        Raise ValueError if an expert does not exist, does not fit, or cannot be read or verified. In this case, nothing
+        has changed.
         """
         host, worker = self.host, self.worker
         host.check_fits(order.homes, order.standby)
@@ -48,7 +48,7 @@ class Loader:
             await self.promoter.unpin(homes)
 
     def _check_known(self, sources: Sources) -> None:
-        """Raise ValueError if an expert is already here with another checksum than `sources` expects."""
+        """Raise ValueError if the shard holds an expert with another checksum than `sources` expects."""
         for (layer, expert), expected in sources.expected.items():
             metadata = self.host.metadata((layer, expert))
             if metadata is not None and metadata.checksum != expected:
@@ -58,7 +58,7 @@ class Loader:
     async def _stage(
         self, new_homes: set[Key], standby: set[Key], sources: Sources, peers: PeerChannels
     ) -> StagedExperts:
-        """Load `new_homes` into their device memory and prepare the standbys that are not here yet."""
+        """Load `new_homes` into the memory reserved for them, and prepare the standbys that the shard lacks."""
         staged, host = StagedExperts(), self.host
         host_memory_left = host.standbys.host_budget - host.standbys.used_bytes
 
@@ -76,14 +76,14 @@ class Loader:
 
         await _for_each(sorted(new_homes), load_home)
         await _for_each(sorted(key for key in standby if key not in host.standbys), prepare_standby)
-        for layer, expert in dict(new_homes).items():  # one expert of each layer is enough
-            await run_in_thread(host.on_device.banks[layer].warm_up, expert)  # so that no request waits for it
+        for layer, expert in dict(new_homes).items():  # one expert of each layer is enough for the warm-up
+            await run_in_thread(host.on_device.banks[layer].warm_up, expert)  # so that no request waits
         return staged
 
     async def _standby_weights(
         self, key: Key, sources: Sources, peers: PeerChannels, staged: StagedExperts, fits: bool
     ) -> Weights | None:
-        """Return the weights of a new standby for host memory, or None if they do not fit there.
+        """Return the weights of a new standby for host memory, or None if the weights do not fit there.
 
         An expert that does not fit is read nevertheless, for two reasons: an expert that cannot be read must not become
         a standby, and the load must report the `gain_exponent` of the expert.
@@ -92,14 +92,14 @@ class Loader:
         if host.is_home(key):
             return await self.source.from_device(key) if fits else None
         if not fits:
-            sources = Sources(expected=sources.expected)  # not from a peer: the bytes would be thrown away
+            sources = Sources(expected=sources.expected)  # no peer is asked, because its bytes would be thrown away
         weights = await self.source.obtain(key, sources, peers)
         staged.metadata[key] = ExpertMetadata(weights.checksum, await run_in_thread(weights.gain_exponent))
         return await run_in_thread(host.copy_to_host_memory, weights) if fits else None
 
 
 async def _for_each(keys: Iterable[Key], work: Callable[[Key], Awaitable[None]]) -> None:
-    """Await `work` for each key, LOADS_AT_ONCE at a time.
+    """Await `work` for each key, with at most LOADS_AT_ONCE keys at the same time.
 
     After an error no further key is started. Work that has started is finished, and then the error is raised.
     """

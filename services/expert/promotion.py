@@ -1,4 +1,4 @@
-"""`Promoter` promotes standbys when a request needs them, and such requests wait in the `PromotionQueue` meanwhile."""
+"""`Promoter` promotes standbys that requests need, and these requests wait in the `PromotionQueue` meanwhile."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from services.expert.transport.worker import Worker
 from services.expert.weights import Weights
 from services.low_priority import is_request_waiting, run_in_thread
 
-PROMOTE_TIMEOUT_S = 5.0  # the most seconds that a request waits for promotions
-IDLE_POLL_S = 0.01  # seconds between two looks at the number of parked requests
+PROMOTE_TIMEOUT_S = 5.0  # maximum seconds that a request waits for promotions
+IDLE_POLL_S = 0.01  # seconds between two checks of the number of parked requests
 
 
 class Promoter:
@@ -37,9 +37,10 @@ class Promoter:
         self._freed = asyncio.Event()  # set when device memory may have become available
 
     async def pin_homes(self, homes: set[Key]) -> set[Key]:
-        """Pin device memory for `homes` and return those that have to be loaded; the caller unpins `homes`.
+        """Pin device memory for the experts `homes`, and return the experts that must still be loaded.
 
-        Promotions in progress are waited for if they hold the memory, or if they load one of `homes`.
+        The caller must unpin `homes`. The method waits for promotions in progress that hold the memory, or that load an
+        expert of `homes`.
         """
         async with self._admission:  # otherwise new promotions could take the memory again and again
             while True:
@@ -51,15 +52,15 @@ class Promoter:
                 await asyncio.wait(in_progress.values())
 
     async def unpin(self, keys: Iterable[Key]) -> None:
-        """Take back one pin of each expert, which may be evicted when it has no pin left."""
+        """Remove one pin from each expert; an expert without pins may be evicted."""
         await self.worker.run(lambda: self.host.on_device.unpin(keys))
         self._freed.set()
 
     async def promote(self, layer: int, experts: list[int], timeout_s: float) -> set[Key]:
-        """Promote as many of `experts` as fit on the device together, at least one, and pin them.
+        """Promote as many of `experts` as fit on the device together, but at least one expert, and pin them.
 
-        Return the promoted experts, which the caller has to unpin. Raise Refused: NOT_HOSTED if the shard cannot
-        promote them, OVERLOADED if it cannot promote them within `timeout_s` seconds.
+        Return the keys of the promoted experts, which the caller must unpin. Raise Refused with NOT_HOSTED if the shard
+        cannot promote the experts, and with OVERLOADED if the promotions take longer than `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
         try:
@@ -80,7 +81,10 @@ class Promoter:
         return keys
 
     async def _pin_standbys(self, layer: int, experts: list[int], deadline: float) -> set[Key]:
-        """Pin some of `experts` as soon as there is device memory, and start the promotions of those not loaded."""
+        """Wait for device memory, pin as many of `experts` as fit together, and start the missing promotions.
+
+        Return the keys of the pinned experts.
+        """
         while True:
             self._freed.clear()
             with suppress(NoDeviceMemory):
@@ -95,7 +99,7 @@ class Promoter:
                 raise _too_late(layer, experts) from None
 
     def _pin_now(self, layer: int, experts: list[int]) -> tuple[set[Key], set[Key]]:
-        """Return the experts that are now pinned, and those of them that have to be loaded."""
+        """Pin as many of `experts` as fit; return the keys of the pinned experts, and the keys that must be loaded."""
         host = self.host
         if gone := [expert for expert in experts if (layer, expert) not in host.standbys]:
             detail = f"Experts {gone} of layer {layer} are not held here any more."
@@ -107,7 +111,7 @@ class Promoter:
         return keys, host.on_device.pin(keys)
 
     async def _promote(self, key: Key) -> None:
-        """Load a pinned standby and let requests be computed with it; free its memory if that fails."""
+        """Load a pinned standby and allow requests to be computed with it; free its memory if the load fails."""
         started, host = time.monotonic(), self.host
         is_request_waiting.set(True)
         try:
@@ -123,7 +127,7 @@ class Promoter:
         self.promotion_us += round((time.monotonic() - started) * 1e6)
 
     async def _load(self, key: Key) -> Weights | None:
-        """Load a standby to the device; if it was on disk and is not too large, return a copy for host memory."""
+        """Load a standby to the device; return a copy for host memory if the expert was on disk and the copy fits."""
         host, metadata, standby = self.host, self.host.metadata(key), self.host.standbys.get(key)
         if standby is None or metadata is None:
             raise ValueError(f"Expert {key[1]} of layer {key[0]} does not stand by here any more.")
@@ -139,15 +143,15 @@ class Promoter:
 
 
 class PromotionQueue:
-    """A `PromotionQueue` holds the requests that wait for promotions; beyond `max_parked` they are refused.
+    """A `PromotionQueue` holds the requests that wait for promotions, at most `max_parked` requests at a time.
 
-    The refusal is OVERLOADED. A queue must be created on the event loop of its `Promoter`.
+    Further requests are refused with OVERLOADED. A queue must be created on the event loop of its `Promoter`.
     """
 
     def __init__(self, promoter: Promoter, worker: Worker, max_parked: int) -> None:
         self.promoter, self.worker, self.max_parked = promoter, worker, max_parked
-        self.num_parked = 0  # changed on the worker's thread only
-        self._is_resuming = False  # a parked request is being computed; it leaves unless it is parked again
+        self.num_parked = 0  # number of parked requests, changed on the worker's thread only
+        self._is_resuming = False  # whether a parked request is being computed, to leave the queue then
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -158,9 +162,9 @@ class PromotionQueue:
         resume: Callable[[], None],
         refuse: Callable[[Refused], None],
     ) -> None:
-        """Promote the experts that `pending` needs, and then call `resume`, or `refuse` if that fails.
+        """Promote the experts that `pending` needs, then call `resume`, or call `refuse` if the promotion fails.
 
-        Call it on the worker's thread, which also calls `resume` or `refuse`.
+        `park` must be called on the worker's thread, which also calls `resume` or `refuse`.
         """
         if self.num_parked - self._is_resuming >= self.max_parked:
             detail = f"{self.num_parked} requests wait for experts that stand by; the bound is {self.max_parked}."
@@ -170,7 +174,7 @@ class PromotionQueue:
         self._loop.call_soon_threadsafe(self._start, pending, timeout_s, resume, refuse)
 
     async def idle(self) -> None:
-        """Return as soon as no request is parked."""
+        """Wait until no request is parked."""
         while self.num_parked:
             await asyncio.sleep(IDLE_POLL_S)
 
@@ -198,7 +202,7 @@ class PromotionQueue:
 
     def _leave(self, then: Callable[[], None]) -> None:
         self._is_resuming = True
-        then()  # may park the request again, for the experts that did not fit this time
+        then()  # `resume` may park the request again, for the experts that did not fit this time
         self._is_resuming = False
         self.num_parked -= 1
 

@@ -1,7 +1,7 @@
 """`ExpertService` is the gRPC servicer of a shard.
 
-`Compute` is served twice: by grpcio on the shard's endpoint, for any client, and by `ComputeServer` on a port of its
-own, where a message costs a fraction of that.
+`Compute` is served twice. grpcio serves any client on the shard's endpoint. `ComputeServer` serves the same rpc on a
+port of its own, where a message costs a fraction of the time that grpcio needs.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from services.expert.transport.worker import Worker
 from services.expert.weights import ExpertMetadata, Weights
 
 Context = grpc.aio.ServicerContext[object, object]
-MAX_UNREAD = 256  # replies of one stream that its client has not read; beyond them no further requests are read
+MAX_UNREAD = 256  # unread replies of one stream; above this number, no further requests are read
 
 
 class StaleFencingToken(Exception):
-    """A controller asks for a change, but another controller has become the leader since."""
+    """A `StaleFencingToken` error says that a controller ordered a change after another controller became leader."""
 
 
 class _ComputeStream:
     """A `_ComputeStream` carries the replies of one grpcio stream from the worker's thread to the event loop.
 
-    If a client does not read its replies, its requests are not read either. Otherwise its replies would pile up here
-    without a bound.
+    While a client does not read its replies, the shard reads no further requests of the client. Otherwise the client's
+    unread replies would pile up without a limit.
     """
 
     def __init__(self) -> None:
@@ -56,13 +56,13 @@ class _ComputeStream:
         self.is_open = True
 
     def reply(self, reply: pb.ComputeReply | None) -> None:
-        """Send a reply from any thread; None ends the stream."""
+        """Send a reply, or end the stream if `reply` is None; any thread may call this method."""
         if self.is_open:
             self.loop.call_soon_threadsafe(self.replies.put_nowait, reply)
 
 
 class ExpertService(expert_pb2_grpc.ExpertServicer):
-    """`ExpertService` serves one `ExpertHost`; beyond `max_queue` waiting requests, others are refused."""
+    """`ExpertService` serves one `ExpertHost`; while `max_queue` requests wait, further requests are refused."""
 
     def __init__(self, host: ExpertHost, read: ReadExpert, shard_id: str, incarnation: str, max_queue: int) -> None:
         self.host, self.shard_id, self.incarnation = host, shard_id, incarnation
@@ -75,17 +75,17 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self.outgoing = ByteBudget(MAX_TRANSFER_BYTES)
         self.has_announced_drain = False
         self._changing = asyncio.Lock()  # held by the load or unload that runs, because only one may run at a time
-        self._fencing = 0  # the newest token that a leader has shown
+        self._fencing = 0  # the highest fencing token of any leader so far
 
     @property
     def is_draining(self) -> bool:
-        """Return True if the shard wants its experts moved, whether it still accepts requests or not."""
+        """Return True if the shard drains, even if the shard still accepts requests."""
         return self.has_announced_drain or self.handler.is_refusing
 
     # The data plane --------------------------------------------------------------------------------------------------
 
     def open_compute_port(self, address: str) -> str:
-        """Listen on a free port for streams that the worker's thread reads and answers; return its endpoint."""
+        """Listen on a free port for streams, which the worker's thread reads and answers; return the endpoint."""
         self._compute_server = ComputeServer(self.worker, self.handler.accept, address)
         return self._compute_server.endpoint
 
@@ -113,7 +113,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
                 await stream.unread.acquire()
             await self.handler.idle()
         finally:
-            self.worker.submit(lambda: stream.reply(None))  # None, which ends the stream, follows the replies
+            self.worker.submit(lambda: stream.reply(None))  # None ends the stream after all its replies
 
     # Loading and unloading -------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
     async def _change(
         self, change: Callable[[], Awaitable[None]], request: pb.LoadRequest | pb.UnloadRequest, context: Context
     ) -> None:
-        """Run `change` when no other change runs, and abort the call if it fails or its fencing token is stale.
+        """Run `change` when no other change runs; abort the call if the change fails or the fencing token is stale.
 
         The change runs to its end, and keeps the lock until then, even if the client goes away.
         """

@@ -1,6 +1,6 @@
 """`ExpertShard` is one expert shard: a generic host for routed experts with a gRPC server and a heartbeat.
 
-A shard starts empty and registers itself. A controller then tells it which experts to load.
+A shard starts empty and registers itself. A controller then tells the shard which experts to load.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ log = logging.getLogger(__name__)
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Expert"].full_name
 HEARTBEAT_S = 1.0  # seconds between two heartbeats
-ANSWER_TIMEOUT_S = 10.0  # seconds that a stopping shard has to answer the requests that it has accepted
-MAX_FAILED = 20  # failed requests in a row after which a shard is not healthy
+ANSWER_TIMEOUT_S = 10.0  # maximum seconds in which a stopping shard answers its accepted requests
+MAX_FAILED = 20  # consecutive failed requests after which a shard is not healthy
 MAX_BUSY_S = 30.0  # seconds with one request after which a shard is not healthy
 STOP_GRACE_S = 0.2  # seconds for the last replies on open streams, which never end by themselves
 
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """A `ShardConfig` says where a shard runs and listens, and how much it may hold."""
+    """A `ShardConfig` says where a shard runs and listens, and how much memory the shard may use."""
 
     shard_id: str
     memory_budget: int  # bytes of device memory for homes and promoted experts
@@ -51,9 +51,9 @@ class ShardConfig:
     port: int = 0  # the port of the gRPC server; 0 takes a free port
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    max_queue: int = 64  # requests that may wait for the device, and as many again that may wait for promotions
+    max_queue: int = 64  # maximum number of requests that wait for the device; same limit for promotions
     host_budget: int = 0  # bytes of host memory for standbys
-    move_timeout_s: float = MOVE_TIMEOUT_S  # most seconds that a stopping shard serves on while its experts move
+    move_timeout_s: float = MOVE_TIMEOUT_S  # maximum seconds that a shard that drains waits for its experts to move
 
     def __post_init__(self) -> None:
         if not self.shard_id:
@@ -81,9 +81,9 @@ class ExpertShard:
         self._read = family.load_expert
 
     async def start(self) -> None:
-        """Start to serve and register the shard; raise RuntimeError if the port is taken.
+        """Start to serve, and register the shard; raise RuntimeError if the port is taken.
 
-        If the registry is down, the shard serves all the same, and every heartbeat tries to register it again.
+        If the registry is down, the shard serves nevertheless, and every heartbeat tries to register the shard again.
         """
         config = self.config
         self.service = ExpertService(self.host, self._read, config.shard_id, self.incarnation, config.max_queue)
@@ -102,8 +102,8 @@ class ExpertShard:
     async def stop(self) -> None:
         """Drain the shard and stop it.
 
-        The shard announces the drain and serves on until its experts have moved. Then it refuses new requests, removes
-        itself from the registry, answers what it accepted before, and closes its ports.
+        The shard announces the drain and continues to serve until its experts have moved. Then the shard refuses new
+        requests, removes itself from the registry, answers the accepted requests, and closes its ports.
         """
         self.service.has_announced_drain = True
         await self._heartbeat()
@@ -122,7 +122,7 @@ class ExpertShard:
         await asyncio.to_thread(self.service.worker.close)
 
     async def _wait_for_moves(self) -> None:
-        """Return when the shard may stop, or after `move_timeout_s`."""
+        """Wait until the shard may stop, but at most `move_timeout_s` seconds."""
         started = since = time.monotonic()
         previous, state = None, await self._drain_state()
         while True:
@@ -147,9 +147,9 @@ class ExpertShard:
 
     @property
     def is_healthy(self) -> bool:
-        """Return True if the heartbeat runs and the device computes; read it between `start` and `stop` only.
+        """Return True if the heartbeat runs and the device computes; valid only between `start` and `stop`.
 
-        Without this check, a shard whose device hangs or fails at every request would keep its homes for ever.
+        Without this check, a shard whose device hangs or fails at every request would remain a home for ever.
         """
         worker = self.service.worker
         can_compute = self.service.handler.num_failed_in_a_row < MAX_FAILED and worker.busy_s < MAX_BUSY_S

@@ -1,4 +1,4 @@
-"""`StandbyStore` keeps the standbys of a shard in host memory, as far as the budget goes; the others stay on disk."""
+"""`StandbyStore` keeps standbys in host memory as long as they fit into a budget; all other standbys stay on disk."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from services.expert.load_order import Key
 from services.expert.weights import Weights
 
-HOT_PROMOTIONS = 3  # an expert that was promoted this often is hot: it is evicted from the device after the others
+HOT_PROMOTIONS = 3  # promotions after which an expert is hot; hot experts are evicted last
 
 
 @dataclass
 class Standby:
-    """A `Standby` is one expert for which the shard is a standby."""
+    """A `Standby` records an expert for which this shard is a standby: where its weights are, and its promotions."""
 
     weights: Weights | None = None  # the copy in host memory, or None if the expert is only on disk
     peer: str = ""  # endpoint of the shard that was named as the source of the expert, if any
     num_promotions: int = 0
-    last_promotion: int = 0  # the number of the expert's last promotion, counted over all experts
+    last_promotion: int = 0  # sequence number of the last promotion, counted over all experts
 
 
 class StandbyStore:
-    """A `StandbyStore` knows the standbys of a shard and decides which of them are kept in host memory.
+    """A `StandbyStore` knows the standbys of a shard and decides which standbys are kept in host memory.
 
-    The first standbys to come are kept, until the budget is used up. After that, an expert that is promoted from disk
-    replaces the experts in host memory whose last promotion is the longest ago.
+    Standbys are kept in host memory in the order in which they are added, until the budget is used up. After that, an
+    expert that is promoted from disk replaces the experts in host memory that were promoted least recently.
     """
 
     def __init__(self, host_budget: int) -> None:
@@ -54,21 +54,22 @@ class StandbyStore:
         return self.used_bytes + num_bytes <= self.host_budget
 
     def add(self, key: Key, weights: Weights | None, peer: str = "") -> None:
-        """Add a standby; it is kept in host memory if `weights` are given and fit, else it is read from disk later."""
+        """Add a standby; keep `weights` in host memory if they are given and fit, else read them from disk later."""
         self.remove(key)
         standby = self._by_key[key] = Standby(peer=peer)
         if weights is not None and self.has_room(weights.nbytes):
             self._keep(standby, weights)
 
     def remove(self, key: Key) -> None:
-        """Remove the standby if there is one."""
+        """Remove the standby `key` if the store has it."""
         if (standby := self._by_key.pop(key, None)) is not None:
             self._drop(standby)
 
     def note_promotion(self, key: Key, weights: Weights | None) -> None:
-        """Count a promotion of `key`, and keep `weights` in host memory, if necessary in place of colder experts.
+        """Count a promotion of `key`, and keep `weights` in host memory.
 
-        `weights` is None if the promotion made no copy for host memory.
+        If necessary, `weights` replace experts that were promoted less recently. `weights` is None if the promotion
+        made no copy for host memory.
         """
         standby = self._by_key[key]
         self._num_promotions += 1

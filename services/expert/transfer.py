@@ -25,15 +25,15 @@ from services.expert.transport.wire import WIRE_DTYPES
 from services.expert.weights import ExpertMetadata, Weights
 from services.low_priority import run_in_thread
 
-MAX_TRANSFER_BYTES = 64 << 20  # most bytes of experts in flight from a shard, and as many again to it
-FETCH_STALL_S = 2.0  # seconds without a message after which a peer is given up
+MAX_TRANSFER_BYTES = 64 << 20  # maximum bytes of experts in flight from a shard; same limit for experts to a shard
+FETCH_STALL_S = 2.0  # seconds without a message after which the fetch from a peer fails
 
-ReadExpert = Callable[[int, int], Mapping[str, Tensor]]  # (layer, expert) -> tensors; ValueError names a missing one
-WeightsOf = Callable[[int], Awaitable[tuple[Weights, ExpertMetadata]]]  # by expert id, within one layer
+ReadExpert = Callable[[int, int], Mapping[str, Tensor]]  # (layer, expert) -> tensors by name
+WeightsOf = Callable[[int], Awaitable[tuple[Weights, ExpertMetadata]]]  # the argument is an expert id within one layer
 
 
 class PeerError(RuntimeError):
-    """A peer did not send the expert that it was asked for."""
+    """A `PeerError` says that a peer did not send the requested expert, and why."""
 
 
 class ByteBudget:
@@ -45,7 +45,7 @@ class ByteBudget:
 
     @asynccontextmanager
     async def hold(self, num_bytes: int) -> AsyncIterator[None]:
-        """Wait until `num_bytes` fit, and hold them until the `async with` block ends."""
+        """Wait until `num_bytes` more bytes fit, and reserve these bytes until the `async with` block ends."""
         num_bytes = min(num_bytes, self.max_bytes)
         async with self._turn:
             while self.used_bytes + num_bytes > self.max_bytes:
@@ -89,10 +89,10 @@ class WeightSource:
     async def obtain(
         self, key: Key, sources: Sources, peers: PeerChannels, *, checkpoint_first: bool = False
     ) -> Weights:
-        """Return the weights of `key`, verified, from the peer that `sources` names or from the checkpoint.
+        """Return the verified weights of the expert `key`, from the peer that `sources` names or from the checkpoint.
 
-        The peer is tried before the checkpoint, unless `checkpoint_first`. If both fail, raise ValueError with the
-        expert and both reasons.
+        The peer is tried before the checkpoint, unless `checkpoint_first`. If the peer and the checkpoint fail, raise
+        ValueError with the expert and the two reasons.
         """
         endpoint, expected, problems = sources.peers.get(key, ""), sources.expected.get(key), []
         ways: list[tuple[str, Callable[[], Awaitable[Weights]]]] = [
@@ -120,17 +120,17 @@ class WeightSource:
                 raise
 
     def read_checkpoint(self, key: Key, expected: int | None) -> Weights:
-        """Return an expert's weights from the checkpoint, verified against `expected` if it is not None.
+        """Return an expert's weights from the checkpoint, verified against `expected` unless `expected` is None.
 
-        Reading and hashing take long, so call it on a thread of its own. Raise ValueError if a tensor is missing or
-        the checksum differs.
+        Reading and hashing take long, so this method should run on a thread of its own. Raise ValueError if a tensor is
+        missing or the checksum differs.
         """
         weights = Weights.of(self.read(*key), self.host.dtype)
         check_expected(weights, expected)
         return weights
 
     async def current(self, key: Key) -> tuple[Weights, ExpertMetadata] | None:
-        """Return the weights and the metadata of an expert that is here, or None if the expert is not here.
+        """Return the weights and the metadata of an expert, or None if this shard does not hold the expert.
 
         The weights come from host memory, else from the device, else from the checkpoint.
         """
@@ -145,7 +145,7 @@ class WeightSource:
         return await run_in_thread(self.read_checkpoint, key, metadata.checksum), metadata
 
     async def from_device(self, key: Key) -> Weights:
-        """Return the weights of an expert on the device; raise KeyError if it is not there."""
+        """Return the weights of an expert on the device; raise KeyError if the expert is not on the device."""
         layer, expert = key
         return Weights.of(await run_in_thread(self.host.on_device.banks[layer].tensors, expert), self.host.dtype)
 
@@ -164,7 +164,7 @@ def check_expected(weights: Weights, expected: int | None) -> None:
 async def send(
     experts: Iterable[int], num_bytes: int, weights_of: WeightsOf, out: ByteBudget
 ) -> AsyncIterator[pb.FetchChunk]:
-    """Yield the chunks of `experts`, each of which has `num_bytes`; `out` limits the bytes in flight."""
+    """Yield the chunks of `experts`; each expert has `num_bytes` bytes, and `out` limits the bytes in flight."""
     for expert in experts:
         async with out.hold(num_bytes):
             weights, metadata = await weights_of(expert)
@@ -181,7 +181,8 @@ async def send(
 async def fetch(channel: grpc.aio.Channel, shape: ExpertShape, expert: int, dtype: torch.dtype) -> Weights:
     """Return the weights of one expert from a peer, verified against the checksum that the peer states.
 
-    Raise PeerError if the peer fails, falls silent for FETCH_STALL_S seconds or sends something else.
+    Raise PeerError if the peer fails, sends nothing for FETCH_STALL_S seconds, or sends anything but the requested
+    expert.
     """
     request = pb.FetchRequest(layer=shape.layer, experts=[expert], dtype=WIRE_DTYPES[dtype])
     call: Any = expert_pb2_grpc.ExpertStub(channel).Fetch(request)  # type: ignore[no-untyped-call]

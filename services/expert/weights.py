@@ -19,7 +19,7 @@ from torch import Tensor
 from model.blocks.moe import ExpertShape
 from model.exact_sums import gain_exponent
 
-CHUNK_BYTES = 512 << 10  # most bytes of weights in one message to a peer
+CHUNK_BYTES = 512 << 10  # maximum bytes of weights in one message to a peer
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Weights:
         return gain_exponent(self.up, self.down) if self.gain is None else self.gain
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes of up, then of down, in pieces of at most CHUNK_BYTES."""
+        """Yield the bytes of `up`, then the bytes of `down`, in pieces of at most CHUNK_BYTES."""
         for view in self._views():
             for start in range(0, len(view), CHUNK_BYTES):
                 yield view[start : start + CHUNK_BYTES]
@@ -74,7 +74,7 @@ class Weights:
         return [memoryview(tensor.view(-1).view(torch.uint8).numpy()) for tensor in (self.up, self.down)]  # type: ignore[arg-type]
 
     def in_host_memory(self, is_pinned: bool) -> Weights:
-        """Return a copy in memory of its own, because the original may be mapped from the checkpoint's file.
+        """Return a copy of the weights in host memory, because the original may be mapped from the checkpoint's file.
 
         Pinned memory can be copied to a GPU without another copy in between.
         """
@@ -91,5 +91,5 @@ class ExpertMetadata:
 
     @property
     def seal(self) -> int:
-        """Return a checksum over these two numbers, with which a receiver finds out whether they arrived undamaged."""
+        """Return a checksum over the two fields, with which a receiver finds out whether the fields are undamaged."""
         return int.from_bytes(hashlib.sha256(f"{self.checksum} {self.gain}".encode()).digest()[:8], "little")

@@ -3,8 +3,8 @@
 A checksum is the CRC-32 (as in zlib) of these bytes, one after the other:
 
 1. the numbers of the message, little-endian, in the order of `REQUEST`, `SUMS` or `REFUSAL` below;
-2. of a request or of sums, the bytes fields in the order of their numbers in the .proto file;
-3. of a refusal, its `detail` in UTF-8 and its `missing` as 32-bit numbers.
+2. for a request or for sums, the bytes fields in the order of their numbers in the .proto file;
+3. for a refusal, its `detail` in UTF-8 and its `missing` as 32-bit numbers.
 """
 
 from __future__ import annotations

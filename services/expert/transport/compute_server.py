@@ -20,24 +20,24 @@ from services.expert.transport.worker import READ, WRITE, Worker
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
-MAX_UNSENT_BYTES = 8 << 20  # of replies that a client has not taken; above this its requests are not read
+MAX_UNSENT_BYTES = 8 << 20  # bytes of untaken replies above which no requests of a client are read
 
 
 class ReplyTo(Protocol):
-    """A `ReplyTo` is the stream that the replies to some requests go to; a reply of None ends the stream."""
+    """A `ReplyTo` is the stream to which the replies of some requests are sent; a reply of None ends the stream."""
 
     is_open: bool
 
     def reply(self, reply: pb.ComputeReply | None) -> None: ...
 
 
-Accept = Callable[[pb.ComputeRequest, int, ReplyTo], None]  # gets a request, its size in bytes and where to reply
+Accept = Callable[[pb.ComputeRequest, int, ReplyTo], None]  # arguments: request, size in bytes, reply stream
 
 
 class ComputeServer:
     """A `ComputeServer` takes connections from clients and hands their requests to `accept`.
 
-    The server listens from the start. Everything but the constructor belongs to the worker's thread.
+    The constructor starts to listen. Only the worker's thread may call the other methods.
     """
 
     def __init__(self, worker: Worker, accept: Accept, host: str) -> None:
@@ -45,7 +45,7 @@ class ComputeServer:
         self._listening = socket.create_server((host, 0), backlog=BACKLOG)
         self._listening.setblocking(False)
         self._streams: set[_ComputeServerStream] = set()
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # a file descriptor to hang up on clients with
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # reserve for `_hang_up_on_one`
         worker.watch(self._listening, self._on_connect)
 
     @property
@@ -53,7 +53,7 @@ class ComputeServer:
         return f"{self._host}:{self._listening.getsockname()[1]}"
 
     def close(self) -> None:
-        """End every stream after the replies that have been written by then."""
+        """Stop listening, and end every stream after the replies that were sent before."""
         self._worker.forget(self._listening)
         self._listening.close()
         if self._spare is not None:
@@ -78,11 +78,11 @@ class ComputeServer:
         stream.flush()
 
     def _hang_up_on_one(self) -> None:
-        """Accept a connection with the spare file descriptor and close it.
+        """Accept one connection with the spare file descriptor and close the connection.
 
         Without a file descriptor, the connection would stay in the queue and wake the worker again and again.
         """
-        with suppress(OSError):  # another thread may take the spare file descriptor once it is closed
+        with suppress(OSError):  # another thread may take the closed file descriptor first
             if self._spare is not None:
                 os.close(self._spare)
                 self._spare = None
@@ -92,14 +92,14 @@ class ComputeServer:
 
 
 class _ComputeServerStream:
-    """A `_ComputeServerStream` is the stream of one client; it leaves `open_streams` when it is closed."""
+    """A `_ComputeServerStream` serves one client; a stream removes itself from `open_streams` when it is closed."""
 
     def __init__(
         self, grpc_socket: GrpcSocket, worker: Worker, accept: Accept, open_streams: set[_ComputeServerStream]
     ) -> None:
         self._socket, self._worker, self._accept, self._open_streams = grpc_socket, worker, accept, open_streams
         self.is_open = True
-        self._num_in_flight = 0  # requests without a reply
+        self._num_in_flight = 0  # number of requests without a reply
         self._watched = READ
 
     def on_ready(self, events: int) -> None:
@@ -121,7 +121,10 @@ class _ComputeServerStream:
             self.close()
 
     def reply(self, reply: pb.ComputeReply | None) -> None:
-        """Send a reply; end the stream if `reply` is None, or if the client has ended its side and this is the last."""
+        """Send a reply, or end the stream if `reply` is None.
+
+        The stream also ends after its last reply if the client has ended its side.
+        """
         if not self.is_open:
             return
         if reply is None:
@@ -139,7 +142,7 @@ class _ComputeServerStream:
         stream.end()
 
     def flush(self) -> None:
-        """Write what the socket takes now, and watch the socket for what has to be done next."""
+        """Write as many bytes as the socket takes now, and watch the socket for the next events that are needed."""
         try:
             self._socket.flush()
         except OSError as error:
@@ -149,7 +152,7 @@ class _ComputeServerStream:
         if self._watched == READ and not self._socket.has_unsent and not self._socket.stream.num_unsent:
             return
         num_unsent = self._socket.stream.num_unsent
-        if num_unsent > MAX_MESSAGE_BYTES:  # the client was still read from, because it had to widen its windows
+        if num_unsent > MAX_MESSAGE_BYTES:  # reading went on, for the client to widen its windows
             log.warning("A client is disconnected, because it has not taken %d bytes of replies.", num_unsent)
             self.close()
             return

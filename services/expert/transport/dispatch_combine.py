@@ -1,10 +1,11 @@
 """Dispatch gathers the rows of each message of a layer call, and combine adds up the sums that come back.
 
-Both are compiled. In numpy they need a hundred small calls per layer, which cost more than the arithmetic of the
-experts of one token.
+The two functions are compiled. In numpy they would need a hundred small calls per layer, which cost more than the
+arithmetic of the experts of one token.
 
-Legend: N rows of the call, P picks of the call (the picks of a row stand together), K picks a row, L expert input dim.
-Of one dispatch, message after message: Q picks, R rows (a row that goes into two messages counts twice), M messages.
+Legend: N rows of the call, P picks of the call (the picks of a row stand together), K picks per row, L expert input
+dim. For one dispatch, with the messages one after the other: Q picks, R rows (a row that goes into two messages counts
+twice), M messages.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class Dispatch(NamedTuple):
     """A `Dispatch` holds the arrays of M messages; message m has the rows `first_row_M[m] : first_row_M[m + 1]`."""
 
     first_row_M: NDArray[np.int64]
-    row_R: NDArray[np.int64]  # row of the call
+    row_R: NDArray[np.int64]  # index of the row in the call
     x_RL: NDArray[np.generic]
     grid_R: NDArray[np.int16]
-    local_Q: NDArray[np.int32]  # row of the message
+    local_Q: NDArray[np.int32]  # index of the row in its message
     expert_Q: NDArray[np.int32]
     weight_Q: NDArray[np.float32]
 
@@ -82,7 +83,7 @@ def combine(sums_ML: Any, row_M: Any, sums_NL: Any) -> None:
 
 @njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
 def narrow(sums_NL: Any, narrow_NL: Any) -> Any:
-    """Copy int64 sums to int32 sums; return False if one of them does not fit."""
+    """Copy int64 sums to the int32 array `narrow_NL`; return False if a sum does not fit."""
     fits = True
     for n in range(sums_NL.shape[0]):
         wide, out = sums_NL[n], narrow_NL[n]

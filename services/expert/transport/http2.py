@@ -1,9 +1,9 @@
 """A `GrpcStream` speaks gRPC over one TCP connection without grpcio; it knows the HTTP/2 frames that one stream needs.
 
 A message costs grpcio 150 to 300 µs of a core on either side, in threads that wake one another. A MoE layer of one
-token is two messages of a few hundred bytes, and there is a layer every millisecond. The same message costs 20 µs if
-the thread that has it writes it to the socket. The other side may be any gRPC client or server; a test shows that with
-grpcio's.
+token needs two messages of a few hundred bytes, and there is a layer every millisecond. The same message costs 20 µs if
+the thread that has the message writes it to the socket. The other side may be any gRPC client or server; a test shows
+this with the client and the server of grpcio.
 
 Sources:
 
@@ -25,11 +25,11 @@ DEFAULT_WINDOW, DEFAULT_FRAME, MAX_WINDOW = 65_535, 16_384, 2**31 - 1
 OUR_MAX_FRAME = 1 << 20
 RENEW_WINDOW_AT = 1 << 30  # bytes received after which the windows of the other side are widened again
 NO_ERROR, REFUSED_STREAM = 0, 7
-HEADER = struct.Struct(">HBBBI")  # of a frame: length in 16 + 8 bits, type, flags, stream
+HEADER = struct.Struct(">HBBBI")  # header of a frame: length in 16 + 8 bits, type, flags, stream
 KEEPALIVE_S, KEEPALIVE_PROBES = 10, 3  # a host that is gone is noticed after 40 s without traffic
-USER_TIMEOUT_MS = 30_000  # time for the kernel of the other side to acknowledge what was written
-SETTING = struct.Struct(">HI")  # name, value
-PREFIX = struct.Struct(">BI")  # of a gRPC message: whether it is compressed, and its length
+USER_TIMEOUT_MS = 30_000  # milliseconds for the kernel of the other side to acknowledge written bytes
+SETTING = struct.Struct(">HI")  # name and value of a setting
+PREFIX = struct.Struct(">BI")  # prefix of a gRPC message: whether the message is compressed, and its length
 PREFIX_LEN = PREFIX.size
 WHOLE = struct.Struct(">HBBBIBI")  # HEADER and PREFIX of a frame with one whole message
 
@@ -81,9 +81,9 @@ OPENING = _settings((INITIAL_WINDOW_SIZE, MAX_WINDOW), (MAX_FRAME_SIZE, OUR_MAX_
 
 
 class GrpcStream:
-    """A `GrpcStream` is one end of a stream without the socket.
+    """A `GrpcStream` is one end of a gRPC stream, without the socket.
 
-    The class turns the bytes that `receive` gets into messages, and collects in `unsent` the bytes to be written.
+    The class turns the bytes given to `receive` into messages, and collects the bytes to be written in `unsent`.
     """
 
     def __init__(self, max_message: int) -> None:
@@ -97,7 +97,7 @@ class GrpcStream:
         self._held_back: list[bytes] = []  # messages that the windows of the other side have no room for
         self._connection_window = self._stream_window = self._initial_window = DEFAULT_WINDOW
         self._max_frame = DEFAULT_FRAME
-        self._num_taken = self._num_taken_of_ours = 0  # bytes since the windows were last widened
+        self._num_taken = self._num_taken_of_ours = 0  # bytes received since the windows were last widened
 
     @property
     def num_unsent(self) -> int:
@@ -135,7 +135,7 @@ class GrpcStream:
     def _only_message(self, data: bytes) -> bytes | None:
         """Return the message if `data` is one whole frame with one whole message, else None.
 
-        Most of the data that comes is of this kind, so that this path is worth having.
+        Most received data is of this kind, so this fast path saves time.
         """
         if self._buffer or self._message or len(data) < WHOLE.size:
             return None
@@ -256,7 +256,7 @@ class ClientStream(GrpcStream):
 
 
 class ServerStream(GrpcStream):
-    """A `ServerStream` is the server's end: it takes one stream of any rpc and refuses others on its connection."""
+    """A `ServerStream` is the server's end of a connection: it takes one stream of any rpc and refuses others."""
 
     def __init__(self, max_message: int) -> None:
         super().__init__(max_message)
@@ -287,7 +287,7 @@ class ServerStream(GrpcStream):
 
 
 class GrpcSocket:
-    """A `GrpcSocket` is a stream and its TCP socket; none of its methods waits."""
+    """A `GrpcSocket` combines a stream with its TCP socket; no method of the class waits."""
 
     RECEIVE_BYTES = 1 << 18
 
@@ -302,7 +302,10 @@ class GrpcSocket:
         return bool(self.stream.unsent)
 
     def send(self, message: bytes) -> None:
-        """Write what the socket takes now and leave the rest to `flush`; raise OSError if the other side is gone."""
+        """Write as many bytes as the socket takes now, and leave the rest to `flush`.
+
+        Raise OSError if the other side is gone.
+        """
         self.stream.send(message)
         unsent = self.stream.unsent
         if not unsent:
@@ -327,7 +330,7 @@ class GrpcSocket:
             pass
 
     def receive(self) -> list[bytes]:
-        """Return the messages that have come; raise StreamEnded or OSError if no more can come."""
+        """Return the messages that have come; raise StreamEnded or OSError if no further messages can come."""
         try:
             data = self.tcp_socket.recv(self.RECEIVE_BYTES)
         except BlockingIOError:
@@ -344,7 +347,7 @@ class GrpcSocket:
 
 
 def keep_alive(tcp_socket: socket.socket) -> None:
-    """Let the kernel notice that the other host is gone; the caller has to notice a process that hangs."""
+    """Make the kernel notice when the other host is gone; the caller has to notice a process that hangs."""
     tcp_socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", KEEPALIVE_S),
@@ -352,5 +355,5 @@ def keep_alive(tcp_socket: socket.socket) -> None:
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
         ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
     ):
-        if hasattr(socket, name):  # all of these exist on Linux
+        if hasattr(socket, name):  # Linux has all of these options
             tcp_socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

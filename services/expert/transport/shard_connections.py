@@ -1,7 +1,7 @@
-"""`ShardConnections` keeps a stream and a health for each incarnation of a shard that a client calls.
+"""`ShardConnections` keeps a stream and a `ShardHealth` for each incarnation of a shard that a client calls.
 
-`update` belongs to the thread that follows the placement. The calling thread adopts what was updated, at the start of
-its next call or while it waits.
+`update` belongs to the thread that follows the placement. The calling thread adopts an update at the start of its next
+call, or while it waits.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ class ShardConnections:
 
     def __init__(self, fleet: ShardFleet, receiver: Receiver) -> None:
         self.view: FleetView | None = None  # the newest view, which the calling thread may not have adopted yet
-        self.stream_of: dict[ShardHealth, ShardStream] = {}  # closing streams included
-        self.last_change = 0  # number of the last change that a waiting call may have waited for
+        self.stream_of: dict[ShardHealth, ShardStream] = {}  # streams that are closing included
+        self.last_change = 0  # number of the last change that matters to waiting calls
         self.is_given_up = False
-        self.is_on_this_machine = False  # a shard runs on this machine and shares its cores
+        self.is_on_this_machine = False  # whether a shard runs on this machine and shares its cores
         self._fleet, self._receiver = fleet, receiver
         self._connected: dict[StreamKey, tuple[ShardHealth, ShardStream]] = {}
-        self._closing: deque[tuple[float, ShardHealth, ShardStream]] = deque()  # with the time at which to close
+        self._closing: deque[tuple[float, ShardHealth, ShardStream]] = deque()  # each with its closing time
         self._change_numbers = itertools.count(1)
 
     @property
     def streams(self) -> list[ShardStream]:
-        """Return the streams of the newest view, whether connected or not."""
+        """Return the streams of the newest view, including streams without a connection."""
         return [stream for _, stream in self._connected.values()]
 
     def update(self, placement: Placement, shards: Iterable[Shard]) -> None:
-        """Follow `placement` from now on; open streams to its shards and close those to other shards later.
+        """Follow `placement` from now on: open streams to its shards now, and close streams to other shards later.
 
-        A placement older than the one in use comes from a Redis that lost its data. Such a placement is ignored, but
-        its shards are used.
+        A placement older than the current placement comes from a Redis that lost its data. Such a placement is ignored,
+        but `shards` are still used.
         """
         previous = self.view
         if previous and placement.epoch < previous.placement.epoch:
@@ -80,13 +80,13 @@ class ShardConnections:
             self._fleet.adopt(view, now)
 
     def reset_streams(self) -> None:
-        """Open those streams anew for which the fleet has requested a reset."""
+        """Reset the streams for which the fleet has requested a reset."""
         for health in self._fleet.take_resets():
             if stream := self.stream_of.get(health):
                 stream.reset()
 
     def give_up(self) -> None:
-        """Let waiting calls, and all later ones, fail instead of waiting for a home; any thread may call this."""
+        """Make waiting calls and all later calls fail instead of waiting for a home; any thread may call `give_up`."""
         self.is_given_up = True
         self._receiver.wake()
 

@@ -1,4 +1,4 @@
-"""A `ShardStream` is the client's end of the stream to one shard; it opens the stream again whenever it breaks.
+"""A `ShardStream` is the client's end of the stream to one shard; a broken stream is opened again.
 
 A reply goes into the inbox as (request id, reply), and a request whose stream was lost as (request id, None). The
 calling thread reads the streams itself, because handing a reply over from a second thread would cost two more context
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 1.0
 MIN_RECONNECT_S, MAX_RECONNECT_S = 0.05, 1.0
 CLOSE_TIMEOUT_S = 5.0
-LAST_REPLIES_S = 1.0  # for the calling thread to read what a shard wrote before its connection broke
+LAST_REPLIES_S = 1.0  # seconds to read the replies that a shard wrote before its connection broke
 HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 READ, WRITE = select.POLLIN, select.POLLOUT
 HAS_EPOLL = hasattr(select, "epoll")
@@ -63,7 +63,7 @@ class Receiver:
     def __init__(self) -> None:
         self.inbox: Inbox = deque()
         self._poll: Any = select.epoll() if HAS_EPOLL else select.poll()
-        self._connections: dict[int, tuple[ShardStream, _Connection]] = {}  # by file descriptor
+        self._connections: dict[int, tuple[ShardStream, _Connection]] = {}  # by file descriptor of the socket
         self._waking, self._woken = socket.socketpair()
         for end in (self._waking, self._woken):
             end.setblocking(False)
@@ -82,8 +82,8 @@ class Receiver:
         return bool(ready)
 
     def wake(self) -> None:
-        """Let a `receive` that waits return at once."""
-        with suppress(OSError):  # enough bytes to wake up are there already, or the socket is closed
+        """Make a waiting `receive` return at once."""
+        with suppress(OSError):  # the socket is full, which wakes `receive` as well, or closed
             self._waking.send(b"\0")
 
     def add(self, stream: ShardStream, connection: _Connection) -> None:
@@ -113,9 +113,9 @@ class Receiver:
 class ShardStream:
     """A `ShardStream` sends requests to one shard and reads the replies.
 
-    `send`, `reset` and `on_ready` belong to the calling thread; any thread may call the rest. A thread of the stream's
-    own connects, and notices broken connections from which nobody reads. `on_link` gets the state of the link whenever
-    the state may have changed, on either thread.
+    `send`, `reset` and `on_ready` belong to the calling thread; any thread may call the other methods. Each stream has
+    a thread of its own, which connects and notices broken connections from which no call reads. `on_link` gets the
+    state of the link whenever the state may have changed, on the calling thread or on the stream's thread.
     """
 
     def __init__(self, endpoint: str, receiver: Receiver, on_link: Callable[[LinkState], None]) -> None:
@@ -149,12 +149,12 @@ class ShardStream:
             self._lose(connection, str(error))
 
     def reset(self) -> None:
-        """Break the connection, which is then opened anew; the requests in flight on it are lost."""
+        """Break the connection, so that a new one is opened; the requests in flight on the old connection are lost."""
         if connection := self._connection:
             self._lose(connection, "the shard does not answer")
 
     def on_ready(self, connection: _Connection, events: int) -> None:
-        """Read replies from a connection, and write what could not be written before."""
+        """Read replies from a connection, and write the bytes that the socket did not take before."""
         try:
             messages = connection.socket.receive() if events & ~WRITE else []
             for message in messages:
@@ -197,7 +197,7 @@ class ShardStream:
         self._receiver.inbox.extend((request_id, None) for request_id in sorted(connection.in_flight))
         self._receiver.wake()
 
-    # The stream's thread: from here on
+    # Methods of the stream's thread
 
     def _keep_open(self) -> None:
         delay = MIN_RECONNECT_S
@@ -259,7 +259,7 @@ class ShardStream:
         self._receiver.wake()
 
     def _greet(self, tcp_socket: socket.socket) -> GrpcSocket:
-        """Open the gRPC stream and wait for the shard's settings; raise OSError if they do not come in time.
+        """Open the gRPC stream and wait for the shard's settings; raise OSError if the settings do not come in time.
 
         The wait is needed because the kernel of a hung process still accepts connections.
         """

@@ -1,4 +1,4 @@
-"""These functions convert arrays to messages and back, for both ends of `Expert.Compute`.
+"""The functions of this module convert arrays to messages and back, for both ends of `Expert.Compute`.
 
 Legend: N rows of the message, P picks of the message.
 """
@@ -36,7 +36,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """`Picks` are the decoded body of a request: rows of one layer with their experts and weights, all read-only."""
+    """`Picks` are the decoded body of a request: rows of one layer with their experts and weights, read-only."""
 
     x_NL: NDArray[np.generic]  # fp32 numbers, or the bits of bf16 numbers as int16
     grid_N: NDArray[np.int16]
@@ -45,7 +45,7 @@ class Picks:
     weight_P: NDArray[np.float32]
 
     def only(self, is_chosen_P: NDArray[np.bool_]) -> Picks:
-        """Return the chosen picks with all rows, read-only, because kernels are compiled for read-only arrays."""
+        """Return the chosen picks with all rows; the arrays are read-only, as the compiled kernels require."""
         row_P, expert_P, weight_P = self.row_P[is_chosen_P], self.expert_P[is_chosen_P], self.weight_P[is_chosen_P]
         row_P.setflags(write=False)
         expert_P.setflags(write=False)
@@ -56,7 +56,7 @@ class Picks:
 def rows_as_numpy(x_NL: Tensor) -> NDArray[np.generic]:
     """Return bf16 or fp32 rows (N, ℓ) as a numpy array; bf16 becomes int16 with the same bits, as numpy has no bf16.
 
-    A ValueError is raised for any other dtype.
+    Raise ValueError for any other dtype.
     """
     if x_NL.dtype not in WIRE_DTYPES:
         raise ValueError(f"Rows travel as float32 or bfloat16, not as {x_NL.dtype}.")
@@ -110,7 +110,7 @@ def encode_request(
 
 
 def checked_body(request: pb.ComputeRequest) -> ComputeBody:
-    """Return the arrays of a request; raise Refused with CORRUPT if the request is not what the client sent."""
+    """Return the arrays of a request; raise Refused with CORRUPT if the request was changed on the way."""
     body = body_of(request)
     checksum = checksum_of_request(request, body)
     if checksum != request.checksum:
@@ -121,7 +121,7 @@ def checked_body(request: pb.ComputeRequest) -> ComputeBody:
 
 
 def picks_from_proto(request: pb.ComputeRequest, body: ComputeBody, input_dim: int, num_experts: int) -> Picks:
-    """Decode a request for a layer of this shape; raise Refused with BAD_SHAPE if the request contradicts the shape."""
+    """Decode a request; raise Refused with BAD_SHAPE if the request contradicts `input_dim` or `num_experts`."""
     dtype = TORCH_DTYPES.get(request.dtype)
     if dtype is None:
         raise Refused(pb.Refusal.BAD_SHAPE, f"dtype is {request.dtype}, but must be DTYPE_BF16 or DTYPE_FP32.")
@@ -155,7 +155,7 @@ def _ids(name: str, data: bytes, num_ids: int, end: int) -> NDArray[np.int32]:
 
 
 def sums_to_proto(sums: NDArray[np.int64]) -> pb.Sums:
-    """Pack int64 sums (N, ℓ) into 4 bytes each if all of them fit, else into 8 bytes each."""
+    """Pack int64 sums (N, ℓ) into 4 bytes each if all sums fit, else into 8 bytes each."""
     half = np.empty(sums.shape, np.int32)
     if narrow(sums, half):
         return pb.Sums(data=half.tobytes(), width=4)
@@ -165,7 +165,7 @@ def sums_to_proto(sums: NDArray[np.int64]) -> pb.Sums:
 def sums_from_proto(reply: pb.ComputeReply, num_rows: int, input_dim: int) -> Ints:
     """Return the sums of a reply, int32 or int64 (N, ℓ), read-only.
 
-    A ValueError is raised if the size is wrong or if the reply is not what the shard sent.
+    Raise ValueError if the size is wrong or if the reply was changed on the way.
     """
     sums = reply.sums
     data, width = sums.data, sums.width

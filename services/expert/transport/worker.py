@@ -1,6 +1,7 @@
-"""A `Worker` is the thread of a shard that computes, so that the event loop stays free; between jobs it serves sockets.
+"""A `Worker` is the thread of a shard that computes, so that the event loop stays free.
 
-A request that this thread reads itself is computed and answered without waking another thread.
+Between two jobs the thread serves sockets. A request that this thread reads itself is computed and answered without
+waking another thread.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-OnReady = Callable[[int], None]  # is called with READ, WRITE or both
+OnReady = Callable[[int], None]  # the argument is READ, WRITE or READ | WRITE
 READ, WRITE = select.POLLIN, select.POLLOUT
 
 
@@ -24,16 +25,16 @@ class Worker:
     """A `Worker` runs jobs one after the other on a thread of its own.
 
     Jobs and the functions that watch sockets must not raise. `run` and `idle` belong to an event loop; any thread may
-    call the rest.
+    call the other methods.
     """
 
     def __init__(self, max_depth: int, name: str) -> None:
         self.max_depth = max_depth
         self._jobs: deque[Callable[[], object] | None] = deque()
-        self._busy_since: float | None = None  # None between jobs
-        # Polled without the `selectors` module, which takes longer than the system call itself.
+        self._busy_since: float | None = None  # start of the current job; None between jobs
+        # The thread polls without the `selectors` module, which takes longer than the system call itself.
         self._poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
-        self._watched: dict[int, tuple[OnReady, int]] = {}  # by file descriptor
+        self._watched: dict[int, tuple[OnReady, int]] = {}  # by file descriptor of the socket
         self._waking, self._woken = socket.socketpair()
         self._waking.setblocking(False)
         self._woken.setblocking(False)
@@ -67,7 +68,7 @@ class Worker:
         self._wake()  # a `poll` that has already begun does not watch the new socket
 
     def watch_for(self, tcp_socket: socket.socket, events: int) -> None:
-        """Watch a socket, which is watched already, for other events."""
+        """Change the events for which a socket is watched."""
         on_ready, before = self._watched[tcp_socket.fileno()]
         if before != events:
             self._watched[tcp_socket.fileno()] = on_ready, events
@@ -82,7 +83,7 @@ class Worker:
     def submit(self, job: Callable[[], object]) -> None:
         """Accept a job, even if the worker is full.
 
-        Callers look at `is_full` before they submit a job that another shard can do as well.
+        Callers check `is_full` before they submit a job that another shard can do as well.
         """
         self._jobs.append(job)
         self._wake()
@@ -120,7 +121,7 @@ class Worker:
 
     def _wake(self) -> None:
         if threading.get_ident() != self._thread.ident:
-            with suppress(BlockingIOError):  # enough bytes to wake up are there already
+            with suppress(BlockingIOError):  # the socket is full, which wakes the worker as well
                 self._waking.send(b"\0")
 
     def _drain(self, _: int) -> None:
@@ -131,7 +132,7 @@ class Worker:
         while True:
             for file, events in self._poll.poll(0 if self._jobs else None):
                 if watched := self._watched.get(file):
-                    watched[0](events & (READ | WRITE) or READ)  # reading shows what an error is
+                    watched[0](events & (READ | WRITE) or READ)  # after an error, reading raises the error
             if not self._jobs:
                 continue
             if (job := self._jobs.popleft()) is None:

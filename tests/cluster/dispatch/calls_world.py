@@ -29,7 +29,7 @@ class World:
     standby: Homes | None = None
     now: float = 100.0
     epoch: int = 1
-    expert_mib: float = 0.01  # so small that a second message costs more than three experts on one shard
+    expert_mib: float = 0.01  # so small that a second message costs more than three experts
     counts: Counter[int] = field(default_factory=Counter)
     requests: dict[int, ShardRequest] = field(default_factory=dict)
 
@@ -81,7 +81,7 @@ class World:
 
 
 def on(*shard_ids: str) -> Homes:
-    """Return homes such that every expert is on these shards."""
+    """Return the homes of a layer in which every expert has the homes `shard_ids`."""
     return (shard_ids,) * NUM_EXPERTS
 
 
@@ -90,5 +90,5 @@ def shards_of(requests: Sequence[ShardRequest]) -> list[str]:
 
 
 def hit_late(world: World, call: LayerCall, request: ShardRequest) -> list[ShardRequest]:
-    """Let the time pass after which `request` is late, and return the requests that the call then sends."""
+    """Move the clock to the time at which `request` is late, and return the requests that the call then sends."""
     return world.tick(call, request.late_after_s + 1e-6)

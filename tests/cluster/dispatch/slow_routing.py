@@ -23,9 +23,9 @@ def choose_homes(
 ) -> NDArray[np.intp]:
     """Return the home of each pick as an index into `homes.shard_ids`.
 
-    Each expert goes to the home that would be done first. Experts with one possible home come before the others,
-    and experts with many rows before those with few. The rows of one expert stay together unless the expert has more
-    than `cost.max_piece` of them. The slowest shard then passes on rows of split experts, where it can.
+    Each expert goes to the home that would finish first. Experts with one possible home are assigned before experts
+    with several, and experts with many rows before experts with few. The rows of one expert stay together unless the
+    expert has more than `cost.max_piece` rows. The slowest shard then passes on rows of split experts, where possible.
     """
     counts_E = np.bincount(expert_P, minlength=len(homes.homes)).tolist()
     options = {
@@ -61,7 +61,7 @@ class _Filling:
             self._give(expert, min(piece, num_rows - start))
 
     def _give(self, expert: int, num_rows: int) -> None:
-        # A message costs the caller, not the shard: it counts in the choice, not in how busy the shard is.
+        # A message costs time at the caller, not at the shard: its cost counts here, but not in `busy`.
         home = min(
             self.given[expert],
             key=lambda home: self.busy[home] + (not self.is_called[home]) * self.cost.message + self.new(expert, home),

@@ -48,7 +48,7 @@ def test_a_shard_that_keeps_losing_rests_longer_and_longer_and_is_probed() -> No
         rests.append(health.rests_until - world.now)
         assert world.fleet.circuits(world.now)["a"] == "open"
         world.now = health.rests_until + 0.001
-        assert world.fleet.circuits(world.now)["a"] == "half-open"  # although there was no call
+        assert world.fleet.circuits(world.now)["a"] == "half-open"  # although no call was made
         call, requests = world.start([0, 1, 2])
         probe = next(request for request in requests if request.shard_id == "a")
         assert probe.race is None

@@ -1,4 +1,4 @@
-"""These tests drive the state machine of a call through single situations, then through random troubles by seed."""
+"""These tests drive the state machine of a call in single situations, and then with random failures by seed."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_what_was_lost_or_corrupt_goes_to_another_home_and_the_shard_rests() -> 
         [second] = fault(world, call, first)
         assert second.shard_id != first.shard_id
         assert world.fleet.circuits(world.now) == {first.shard_id: "open", second.shard_id: "closed"}
-        assert not world.answer(call, first)  # a reply that comes nevertheless
+        assert not world.answer(call, first)  # the reply comes after the request was given up
         world.answer(call, second)
         assert world.is_exact(call)
     assert world.fleet.traffic.num_corrupt == 1
@@ -271,7 +271,7 @@ class Event:
 
 
 def run_by_seed(seed: int) -> None:
-    """Run three calls with the troubles that `seed` chooses, and check that each pick is summed exactly once.
+    """Run three calls with the failures that `seed` chooses, and check that each pick is summed exactly once.
 
     The network loses, delays, repeats and reorders messages; shards refuse, hang and come back; placements change.
     """
@@ -305,7 +305,7 @@ def run_by_seed(seed: int) -> None:
         call, requests = world.start(experts, max_rows=chance.randint(1, 4))
         post(requests)
         while not call.is_done:
-            if world.now > call.started_at + 20.0:  # the troubles end, so that the call can succeed
+            if world.now > call.started_at + 20.0:  # no more failures, so that the call can succeed
                 troubles = 0.0
                 for id in ids:
                     world.link(id, LinkState.UP)

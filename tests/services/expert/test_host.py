@@ -128,6 +128,6 @@ def test_an_old_epoch_is_told_so_only_where_it_matters(family: ModelFamily) -> N
     host.epoch = 5
     assert host.compute(make_request((0, 1), epoch=4)).width
     host.unload({1: [1]}, {})
-    with pytest.raises(Refused, match="any more: the request is of epoch 4, this shard of 5") as refused:
+    with pytest.raises(Refused, match="any more: the epoch of the request is 4, of this shard 5") as refused:
         host.compute(make_request((0, 1), epoch=4))
     assert refused.value.code == pb.Refusal.STALE_EPOCH

@@ -249,7 +249,7 @@ def test_a_home_that_is_to_stand_by_serves_on_and_comes_back(family: ModelFamily
             await control_client.load(shard.endpoint, {1: [1]}, 3)
             assert (shard.host.held, shard.host.standby, shard.host.promoted) == ({1: [0, 1]}, {}, {})
             assert (shard.host.standbys.used_bytes, shard.service.promoter.num_promotions) == (0, 0)
-            with pytest.raises(control_client.ShardError, match="cannot be held and stand by at once"):
+            with pytest.raises(control_client.ShardError, match="are in both homes and standbys"):
                 await control_client.load(shard.endpoint, {1: [1]}, 4, {1: [1]})
 
     run(test)
