@@ -42,7 +42,10 @@ def expert_time(work_EC: Any, cost_SP: Any, expert: int, shard: int) -> float:
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _water_fill_pair(expert: int, work_EC: Any, cost_SP: Any, homes_EH: Any, share_EH: Any, busy_S: Any) -> float:
-    """Split the rows of an expert with two homes, the most frequent case, without the loops of `_water_fill_expert`."""
+    """Split the rows of an expert with two homes so that they finish together; return the largest change in µs.
+
+    Two homes are the most frequent case, and need none of the loops of `_water_fill_expert`.
+    """
     first, second = homes_EH[expert, 0], homes_EH[expert, 1]
     first_us = expert_time(work_EC, cost_SP, expert, first)
     second_us = expert_time(work_EC, cost_SP, expert, second)
@@ -161,7 +164,7 @@ def add_fallback_time(expert: int, shard: int, work_EC: Any, cost_SP: Any, busy_
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def ideal_level(work_EC: Any, cost_SP: Any) -> float:
-    """Return a lower bound of the slowest shard's time: the level in µs if every expert had a home on every shard."""
+    """Return a lower bound of the slowest shard's time: its time in µs if every expert had a home on every shard."""
     above, slope = 1.0, 0.0
     weights, rows = work_EC[:, 0].sum(), work_EC[:, 1].sum()
     for shard in range(len(cost_SP)):

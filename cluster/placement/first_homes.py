@@ -18,8 +18,9 @@ def count_homes(work_EC: Any, num_slots: int, level: float, most: int, target_E:
     """Write to `target_E` how many homes each expert should get if there are `num_slots` slots on devices.
 
     Every expert gets one home. Then, again and again, the expert with the most work per home gets another home. The
-    repetition ends when all experts with fewer than `most` homes have at most half of `level` as work per home. Experts
-    that still have one home then get a second home from the remaining slots, in the order of falling work.
+    repetition ends when all experts have `most` homes, or when the work per home of this expert is at most half of
+    `level`. Then experts that still have one home get a second home while slots remain, the experts with the most work
+    first.
     """
     target_E[:] = 1
     cost_E = work_EC.sum(axis=1)

@@ -80,7 +80,7 @@ class FleetBudget:
             host_assigned_S += self.host_quota_LS[number] * spec.expert_bytes
 
     def update_usage(self, layer: PlannedLayer) -> None:
-        """Count the bytes of a layer's present homes and standbys, and no longer the bytes of the previous update."""
+        """Update the used bytes of all shards after homes or standbys of `layer` have changed."""
         size = layer.spec.expert_bytes
         held_S, standby_S = layer.matrix.held_S(self.num_shards), layer.standby.held_S(self.num_shards)
         self.used_S += (held_S - layer.counted_S) * size
@@ -131,7 +131,7 @@ class FleetBudget:
 
 
 class PlannedLayer:
-    """A `PlannedLayer` holds one layer as it runs and as it is planned.
+    """A `PlannedLayer` holds the running homes and the planned homes of one layer.
 
     - `before` and `standby_before`: the running homes and standbys, draining shards included.
     - `matrix` and `standby`: the planned homes and standbys, at first the running homes and standbys except on

@@ -26,7 +26,7 @@ class ShardNumbers(dict[str, int]):
 class HomeMatrix:
     """A `HomeMatrix` holds the homes, or the standbys, of all experts of one layer.
 
-    The first `num_E[e]` entries of `homes_EH[e]` are shard numbers by preference; the other entries are -1.
+    The first `num_E[e]` entries of `homes_EH[e]` are shard numbers, the preferred home first; the other entries are -1.
     """
 
     homes_EH: Array

@@ -52,7 +52,8 @@ def improve(
       `max_steps` steps.
     - After the search, the steps after the best point are undone. At the best point, the time saved, minus
       `price_per_move` (µs) for each expert moved, was highest.
-    - Experts with `is_cold_E` may lose their last home. The shard of the lost home then becomes the `fallback_E`.
+    - Experts with `is_cold_E` may lose their last home. The shard of the lost home then becomes the
+      expert's entry in `fallback_E`.
     """
     share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(cost_SP))
     split_rows(work_EC, cost_SP, homes_EH, num_E, fallback_E, promotion_us, share_EH, busy_S)

@@ -59,7 +59,7 @@ class Holding:
 
 @dataclass(frozen=True)
 class Limits:
-    """`Limits` bound the bytes that a migration loads at once, and how many homes it must leave to an expert."""
+    """`Limits` are the largest number of bytes to load at once and the lowest cover during a migration."""
 
     bytes_in_flight: int = 256 << 20  # Maximum bytes that one shard loads in a round; a larger expert is loaded alone.
     min_cover: int = 2  # Minimum number of live homes and standbys of an expert after a drop.
@@ -158,7 +158,7 @@ def next_target(
 
 
 def leftovers(published: Placement | None, target: Target, holdings: Holdings) -> tuple[set[Home], set[Home]]:
-    """Return two sets of homes that live shards need not hold any longer: the homes to drop and the homes to demote.
+    """Return the homes that live shards should drop, and the homes that live shards should demote to standbys.
 
     A home is dropped if neither the published placement nor the target has the expert on that shard. A home is demoted
     if the shard holds the expert in device memory, but should only be a standby of the expert. In the second set, homes
@@ -172,7 +172,7 @@ def leftovers(published: Placement | None, target: Target, holdings: Holdings) -
 
 
 def _is_on_device(home: Home, held: Collection[Home]) -> bool:
-    """Return True if `home` is a standby whose shard holds the expert in device memory, and so can also stand by."""
+    """Return True if `home` is a standby and its shard already holds the expert in device memory."""
     return home.tier == STANDBY and home._replace(tier=DEVICE) in held
 
 
@@ -214,7 +214,7 @@ def _next_homes(
     is_complete: bool,
     alive: Collection[str],
 ) -> dict[str, str]:
-    """Return the shards that should hold the expert `key` next: shard ids with the expert's tier on each shard.
+    """Return the shards that should hold the expert `key` next, as a map from shard id to tier.
 
     Homes of the target are added once they are loaded and verified. Then homes outside of the target are removed, as
     long as enough live homes stay.
@@ -243,10 +243,10 @@ def _next_homes(
 def _free_a_slot(
     target: Target, after: Mapping[tuple[int, int], dict[str, str]], held: Collection[Home]
 ) -> dict[tuple[int, int], dict[str, str]]:
-    """Return one expert that loses a home that is not in the target, with the tiers of its other homes by shard id.
+    """Choose a home that an expert gives up; return the expert with the tiers of its other homes by shard id.
 
-    The home is removed from a shard that needs the memory, because a home of the target must still be loaded there.
-    Only experts with another live home are considered. The result is empty if no such home can be removed.
+    The home is not in the target, and is removed from a shard that needs the memory for a home of the target. Only
+    experts with another live home are considered. The result is empty if no home can be removed.
     """
     waiting = {home.shard_id for home in set(target.all_homes()) - set(held) if home.tier == DEVICE}
     for key, homes in sorted(after.items()):

@@ -24,19 +24,18 @@ class PlanPolicy:
     risk: float = 1.0  # The load of an expert is assumed to be this many standard deviations above its mean.
     share_of_time: float = 0.5  # Share of the serving time that backbones spend waiting for experts.
     stay_s: float = 600.0  # Seconds for which the load is expected to stay as it is.
-    bytes_per_s: float = 1e9  # Bytes per second of a move. Its duration counts as time without serving.
+    bytes_per_s: float = 1e9  # Bytes that a move loads per second. The move's duration counts as time without serving.
     # Balance of a layer: the ideal level divided by the slowest shard's time. From `good_enough` on, the planner leaves
-    # the layer as it is. Below `good_enough`, the planner improves the layer until the balance
-    # is `aim`.
+    # the layer as it is. Below `good_enough`, the planner improves the layer until the balance is `aim`.
     good_enough: float = 0.97
     aim: float = 0.985
-    min_gain: float = 0.005  # Minimum gain of moves, as a share of the step time; less is within the load's error.
+    min_gain: float = 0.005  # Minimum gain of moves, as a share of the step time; less may be an error of the load.
     cold_below: float = 0.0  # Picks per second below which an expert may have only standbys.
     promotion_us_per_mib: float = 100.0  # Time of a promotion at a standby, in µs per MiB.
     # Bytes that stay free on every shard. None means the bytes of the largest expert, or 0 if not all experts fit then.
     headroom: int | None = None
     max_homes: int = 64  # Maximum number of homes of one expert.
-    is_device_cover: bool = True  # True if second homes use device memory as long as some is free.
+    is_device_cover: bool = True  # True if second homes use free device memory before host memory.
 
     def __post_init__(self) -> None:
         assert self.rows_per_step > 0

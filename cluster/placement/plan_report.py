@@ -88,7 +88,7 @@ def report(
 
 
 def kept_homes(layer: PlannedLayer, fleet: FleetBudget) -> dict[int, int]:
-    """Return the draining shard of each expert that stays there, because no other shard has memory for the expert."""
+    """Return, by expert, the draining shard on which the expert stays for lack of memory on other shards."""
     if fleet.num_shards == len(fleet.ids):
         return {}
     return {
@@ -99,7 +99,7 @@ def kept_homes(layer: PlannedLayer, fleet: FleetBudget) -> dict[int, int]:
 
 
 def _is_kept_E(layer: PlannedLayer, fleet: FleetBudget) -> Array:
-    """Return 1 for each expert that stays on a draining shard and 0 for the others, [E]."""
+    """Return 1 for each expert that stays on a draining shard and 0 for all other experts, [E]."""
     is_kept_E = np.zeros(layer.spec.num_experts, np.int64)
     is_kept_E[list(kept_homes(layer, fleet))] = 1
     return is_kept_E
@@ -177,7 +177,10 @@ def _why_dropped(layer: PlannedLayer, fleet: FleetBudget, expert: int, shard: in
 def _blast_radius(
     planned: Sequence[PlannedLayer], fleet: FleetBudget, matrices: Sequence[tuple[HomeMatrix, HomeMatrix]]
 ) -> dict[str, float]:
-    """Return each shard's blast radius, the share of picks of experts whose only home or standby is the shard."""
+    """Return the blast radius of each shard, by shard id.
+
+    The blast radius of a shard is the share of picks of all experts that have no home or standby on another shard.
+    """
     total = sum(float(layer.pick_E.sum()) for layer in planned)
     radius_S = np.zeros(len(fleet.ids))
     for layer, (matrix, standby) in zip(planned, matrices, strict=True):

@@ -127,12 +127,12 @@ def _place_experts_without_homes(layer: PlannedLayer, planned: Sequence[PlannedL
 def _choose_shard(
     layer: PlannedLayer, expert: int, planned: Sequence[PlannedLayer], fleet: FleetBudget, busy_S: Floats
 ) -> int:
-    """Return the shard that should become the home of `expert`, or -1; evict another home there if necessary.
+    """Return the shard that should become the home of `expert` (-1 if none); evict another home there if necessary.
 
     The choices are, in this order:
 
-    1. A standby of the expert that has a free slot.
-    2. A standby of the expert, on which an expert with several homes can lose its home.
+    1. A standby of the expert, if this shard has a free slot.
+    2. A standby of the expert, if another expert on this shard has several homes and can lose its home there.
     3. The least busy shard that has a free slot.
     4. The shard of the home that `_home_to_evict` returns.
     """
@@ -158,7 +158,9 @@ def _choose_shard(
 def _home_to_evict(
     layer: PlannedLayer, expert: int, planned: Sequence[PlannedLayer], fleet: FleetBudget
 ) -> tuple[PlannedLayer, int, int]:
-    """Return layer, expert and shard of the home to evict in favour of `expert`; expert and shard are -1 without one.
+    """Return the layer, the expert and the shard of the home to evict in favour of `expert`.
+
+    The expert and the shard are -1 if no home may be evicted.
 
     The first choice is the expert with the least work per home among the experts with several homes, in the same layer
     or else in another layer. The second choice is the expert of the same layer with the least work per home, but only

@@ -157,7 +157,7 @@ class Fit:
 
     @property
     def shard_bytes(self) -> int:
-        """Return the bytes for experts on one GPU, up to the bytes of all experts and one free slot for moves."""
+        """Return the bytes for experts on one GPU, but not more than all experts and one free slot for moves need."""
         return min(self.usable_bytes, whole_gib(self.experts_bytes + self.largest_expert))
 
     @property
@@ -177,8 +177,8 @@ class Fit:
     def fewest_shards(self) -> int | None:
         """Return the minimum number of shards for the experts' memory; None if a shard has no memory for three experts.
 
-        One home of every expert must fit when any one shard is lost. With all shards, MARGIN times as many bytes must
-        fit, for more homes of hot experts.
+        One home of every expert must fit when any one shard is lost. When no shard is lost, MARGIN times the bytes of
+        all experts must fit, so that hot experts can have more homes.
         """
         if self.holds_all_experts:
             return 2
@@ -226,7 +226,7 @@ class Fit:
 
     @cached_property
     def fleet(self) -> tuple[int, int] | None:
-        """Return the numbers of backbones and shards with the fewest GPUs in total; None if no numbers are fast enough.
+        """Return the numbers of backbones and shards with the fewest GPUs in total; None if no fleet is fast enough.
 
         Among several choices with the same total, the choice with the fewest backbones is returned.
         """
@@ -243,7 +243,7 @@ class Fit:
         return best
 
     def _search_shards(self, num_backbones: int, least: int) -> int | None:
-        """Return, by binary search, the smallest fast enough number of shards from `least` up; None if no number is."""
+        """Return the minimum number of shards, from `least` up, that is fast enough; None if no number of shards is."""
         low, high = least, max(least, self.costs.max_useful_shards(num_backbones, self.batch(num_backbones)))
         if not self.is_fast(num_backbones, high):
             return None

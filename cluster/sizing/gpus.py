@@ -38,7 +38,7 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu:
-    """Return the GPU called `name`, ignoring case; raise ValueError with all names if no GPU is called so."""
+    """Return the GPU called `name`, ignoring case; raise ValueError with all names if no GPU has this name."""
     if name.lower() not in GPUS:
         raise ValueError(f"there is no GPU {name!r} to size for; allowed are {', '.join(GPUS)}")
     return GPUS[name.lower()]

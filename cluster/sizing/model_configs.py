@@ -2,12 +2,11 @@
 
 The model types `nemotron_h`, `deepseek_v3` and `qwen3_next` are supported.
 
-Two things are assumed, because configs do not state them:
+Two things are assumed where a config says nothing:
 
 - Linear maps have no bias.
-- The checkpoint contains an MTP module, which drafts tokens, only if `num_nextn_predict_layers` is set in the config.
-  Public Qwen3-Next configs do not set this key, and the checkpoint of Qwen3-Coder-Next is believed to contain no MTP
-  module.
+- The checkpoint contains an MTP module, which drafts tokens, only if the config sets `num_nextn_predict_layers`. A
+  Qwen3-Next config does not have this key, and the checkpoint of Qwen3-Coder-Next is believed to contain no MTP module.
 
 Legend: D hidden, L expert input, M expert width, E experts, K taps of a convolution.
 """

@@ -173,7 +173,7 @@ def plain_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 
 def fp8_bytes(shape: tuple[int, ...]) -> int:
-    """Return the bytes of an FP8 tensor: one byte per number, and two fp32 scales for the weight and the input."""
+    """Return the bytes of an FP8 tensor: one byte per number, and two fp32 scales (weight and input)."""
     return prod(shape) + 4 + 4
 
 
