@@ -1,9 +1,9 @@
 """The step time is how long a decode step takes at best, computed from data sheets; nothing is measured.
 
-Reading weights and state takes most of a decode step, so times follow from bytes and memory bandwidth. The time of the
-multiplications counts instead where it is longer (roofline model). Only BANDWIDTH_SHARE and FLOPS_SHARE of the figures
-on data sheets are assumed. Routing is assumed to be uniform, which touches the most experts; real picks touch fewer
-experts, but load the shards less evenly.
+Reading weights and state takes most of a decode step, so times follow from bytes and memory bandwidth. If the
+multiplications take longer, the time of the multiplications counts instead (roofline model). A GPU is assumed to reach
+only BANDWIDTH_SHARE and FLOPS_SHARE of the figures on data sheets. Routing is assumed to be uniform, which touches the
+most experts; real picks touch fewer experts, but load the shards less evenly.
 
 Legend: E experts of a layer, K picks of a token, L expert input, P shards.
 """
@@ -83,7 +83,7 @@ class StepCosts:
         return self.call_ms * len(self.model.experts.main_layers)
 
     def backbone_ms(self, num_rows: int, context_len: int) -> float:
-        """Return the backbone's part of the time of a step with `num_rows` requests, in milliseconds.
+        """Return the time that a backbone computes in a step with `num_rows` requests, in milliseconds.
 
         A step reads the weights once, and every request's KV and recurrent state; the recurrent state is also written
         back.
@@ -96,10 +96,9 @@ class StepCosts:
     def experts_ms(self, num_backbones: int, num_rows: int, num_shards: int) -> float:
         """Return the computing time in milliseconds of the busiest shard in one step of all backbones.
 
-        Each of the `num_backbones` backbones sends `num_rows` rows.
-
-        The shard computes the calls of the backbones one after the other. If an expert has several homes, the calls of
-        different backbones go to different homes. A shard that is called reads at least one expert.
+        Each of the `num_backbones` backbones sends `num_rows` rows. The shard computes the calls of the backbones one
+        after the other. If an expert has several homes, the calls of different backbones go to different homes. A shard
+        that is called reads at least one expert.
         """
         experts, share = self.model.experts, num_backbones / (BALANCE * num_shards)
         num_read = max(1.0, share * touched_experts(experts.num_experts, experts.top_k, num_rows))

@@ -221,7 +221,7 @@ def test_a_fleet_is_as_fast_as_wanted_and_one_gpu_less_is_not() -> None:
 
 
 def test_a_step_reads_what_it_must() -> None:
-    """Check the step of one request to Nano on an H200.
+    """Check the time of a step with one request to the Nano model on an H200.
 
     The step reads the backbone's weights once, six experts in each of 23 layers, and the state and the context of a
     request.
