@@ -1,8 +1,8 @@
 """The CPU kernels are compiled by numba at their first use and cached on disk.
 
-They exist for two reasons. A call of a PyTorch operator costs more than a token's arithmetic, and the rows of
-PyTorch's products depend on how many rows there are. `model.kernels` decides where the kernels run. For every kernel
-there is a plain PyTorch version, which serves as the tests' oracle.
+The kernels exist for two reasons. Calling a PyTorch operator takes longer than the arithmetic for one token. And in a
+PyTorch product, a row's result may depend on the number of rows. `model.kernels` decides where the kernels run. For
+every kernel there is a plain PyTorch version, with which the tests compare the kernel.
 """
 
 import hashlib
@@ -15,13 +15,17 @@ import numba
 
 
 def _digest() -> str:
-    """Return a digest of this folder's sources, because numba checks only the file in which a function is defined."""
+    """Return a digest of all sources in this folder.
+
+    The digest is a part of the cache folder's name. Without the digest, numba would reuse a cached kernel although a
+    file that the kernel imports has changed, because numba checks only the file in which the kernel is defined.
+    """
     sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(sources).hexdigest()[:16]
 
 
 def _writable() -> Path:
-    """Return a writable cache folder: the user's, or the one for temporary files if a container's home is read-only."""
+    """Return a writable cache folder: in the user's cache, or with the temporary files if the home is read-only."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh"
     with suppress(OSError):
         home.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
 """`attend` computes causal attention of packed requests over paged keys and values.
 
-What surprises: a query visits its keys in blocks that start at absolute positions, with a running maximum and a running
-sum, and both products are those of `model.cpu.packed_matrix`. So a query's bits depend only on its own sequence up to
-itself, whether its token is decoded, drafted or part of a prompt.
+What surprises: each query's keys are processed in blocks, with a running maximum and a running sum. The blocks start at
+positions that are multiples of the block size, and the kernels of `model.cpu.packed_matrix` compute both products. So
+the bits of a query's output depend only on the query's own sequence up to the query. The bits are the same whether the
+query's token is decoded, drafted or part of a prompt.
 
 Legend: T tokens of the step, X = (H + 2·J)·D or H·D columns, R requests, H query heads, J KV heads, D head dim,
-N queries of a tile times the heads that share keys, B keys of a block, W pages of a request.
+N = (queries of a tile) · (heads that share keys), B keys of a block, W pages of a request.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from model.cpu.thread_pool import THREAD_POOL, take_task, task_done
 from model.cpu.vectors import pointer_to
 
 FAST = {"contract", "reassoc", "nsz"}
-TILE = 16  # queries that share a block of keys after the block is unpacked
+TILE = 16  # number of queries for which a block of keys is unpacked once
 NO_SCORE = np.float32(-3e38)
-MIN_WORK_TO_SHARE = 1 << 22  # multiply-adds; for less work, waking other threads costs more than they save
+MIN_WORK_TO_SHARE = 1 << 22  # multiply-adds; below this number, waking workers takes longer than sharing saves
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
@@ -40,10 +41,13 @@ def _unpack_block(
     keys: Any,
     values: Any,
 ) -> None:
-    """Copy the keys and values of PANEL positions from `first` on into panels: [dim][key] and [32 dims][key][dim].
+    """Copy the keys and values of PANEL positions, starting at `first`, into panels.
 
-    Positions behind the last key are filled with zeros. They get weight zero, but zero times an arbitrary value could
-    be NaN.
+    - `keys` has the layout [dim][key].
+    - `values` has the layout [group of 32 dims][key][dim in the group].
+
+    Positions after the last key are filled with zeros. Such positions have weight zero, but zero times an arbitrary
+    value could be NaN.
     """
     head_dim = pages.shape[3]
     if num_keys < PANEL:
@@ -63,9 +67,11 @@ def _unpack_block(
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
 def _softmax_block(score_B: Any, first_seen: Any, last_seen: Any, best: Any, total: Any) -> Any:
-    """Turn a block's scores into softmax weights relative to the running maximum.
+    """Replace a block's scores for one query by softmax weights relative to the new running maximum.
 
-    Returns the new maximum, the new running sum of weights, and the factor by which earlier sums must be multiplied.
+    Only keys `first_seen` to `last_seen` of the block get a weight. `best` is the running maximum of the scores, and
+    `total` is the running sum of the weights. Returns the new maximum, the new sum, and the factor by which the caller
+    must multiply the weighted sum of the values of earlier blocks.
     """
     highest = best
     for j in range(PANEL):
@@ -95,7 +101,7 @@ def _attend_head(
     first_key: Any,
     out_TX: Any,
 ) -> None:
-    """Compute the attention of one request's queries for the heads that share KV head `kv_head`."""
+    """Compute attention for one request's new tokens and for the query heads that share KV head `kv_head`."""
     num_kv_heads, head_dim = pages.shape[2:]
     group_size = num_heads // num_kv_heads
     num_panels = -(-head_dim // PANEL)
@@ -138,7 +144,7 @@ def _attend_head(
             out = out_TX[start + tile + i // group_size][head * head_dim : (head + 1) * head_dim]
             share = (
                 np.float32(1.0) / total_N[i] if total_N[i] > 0 else np.float32(0.0)
-            )  # total 0: the query sees no key
+            )  # a total of 0 means that the query sees no key
             for d in range(head_dim):
                 out[d] = sum_ND[i, d] * share
 
@@ -156,7 +162,7 @@ def _append(
     kv_head: Any,
     num_heads: Any,
 ) -> None:
-    """Write the keys and values of one request's new tokens for one KV head to the request's pages."""
+    """Write one KV head's keys and values of a request's new tokens to the request's pages."""
     num_kv_heads, head_dim = pages.shape[2:]
     for t in range(length):
         position = context + t
@@ -201,13 +207,13 @@ def _attend_tasks(
 
 
 def attend(work: int, *args: Any) -> None:
-    """Append the new keys and values to the pages and write softmax(q·k/√D)·v to `out_TX`, fp32 (T, H·D).
+    """Append the new keys and values to the pages, and write softmax(q·k/√D)·v to `out_TX`, fp32 (T, H·D).
 
-    - `work` is the number of multiply-adds.
-    - `args` are the arguments of `_attend_tasks` from `qkv_TX` on.
-    - `qkv_TX` holds q (H·D), k (J·D) and v (J·D) of each row.
-    - `pages` (pages · block size, 2, J, D) is fp32, or bf16 as int16.
-    - Attention does not see positions before a request's first key (`first_keys_R`).
+    - `work` is the number of multiply-adds of all requests.
+    - `args` are the arguments of `_attend_tasks`, starting with `qkv_TX`:
+      - `qkv_TX` holds q (H·D), k (J·D) and v (J·D) of each row.
+      - `pages` (pages · block size, 2, J, D) is fp32, or holds the bits of bf16 as int16.
+      - `first_keys_R` holds the first position that attention sees in each request.
     """
     starts_R, pages = args[1], args[6]
     num_threads = torch.get_num_threads() if work >= MIN_WORK_TO_SHARE else 1

@@ -1,8 +1,8 @@
-"""These scalar functions have no calls and no branches, so that compilers turn loops over them into vector code.
+"""The scalar functions here have no calls and no branches, so that compilers turn loops over them into vector code.
 
-Every vector lane gives the same bits. As in other vector libraries, a function is a polynomial after range reduction;
-its relative error is below 2**-21 (tested). Callers allow the compiler to regroup sums, and the functions are written
-so that regrouping does no harm.
+Every vector lane gives the same bits. As in other vector libraries, `exp` reduces its argument's range and then
+evaluates a polynomial; its relative error is below 2**-21 (tested). Callers allow the compiler to regroup sums, and
+regrouping does not harm the accuracy of these functions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def bits_of(_: Any, value: Any) -> Any:
 
 @intrinsic
 def from_bits(_: Any, value: Any) -> Any:
-    """Return the fp32 number that has the bits of an int32."""
+    """Return the fp32 number whose bits are given as an int32."""
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         return builder.bitcast(args[0], _F32)
@@ -47,7 +47,7 @@ LOWEST, HIGHEST = np.float32(-87.3), np.float32(88.3)
 def exp(x: Any) -> Any:
     """Compute e**x in fp32; arguments below -87.3 give about 1e-38, arguments above 88.3 about 2e38."""
     x = max(min(x, HIGHEST), LOWEST)
-    whole = np.floor(x * LOG2_E + HALF)  # rounding by adding a large constant would fail, as callers may regroup sums
+    whole = np.floor(x * LOG2_E + HALF)  # not by adding a large constant: callers may regroup sums
     r = x - whole * LN2_HIGH
     r = r - whole * LN2_LOW
     p = np.float32(1.9875691500e-4)
@@ -68,7 +68,7 @@ def silu(x: Any) -> Any:
 
 @njit(forceinline=True, error_model="numpy")
 def round_to_bf16(x: Any) -> Any:
-    """Round to the nearest bf16 number, ties to even, and return it as fp32."""
+    """Round an fp32 number to the nearest bf16 number, ties to even, and return the bf16 number as fp32."""
     bits = bits_of(x)
     odd = (bits >> np.int32(16)) & np.int32(1)
     return from_bits(np.int32((bits + np.int32(0x7FFF) + odd) & np.int32(-0x10000)))
@@ -76,5 +76,5 @@ def round_to_bf16(x: Any) -> Any:
 
 @njit(forceinline=True, error_model="numpy")
 def from_bf16(bits: Any) -> Any:
-    """Convert the bits of a bf16 number, given as int16, to fp32."""
+    """Return the bf16 number whose bits are given as an int16, as fp32."""
     return from_bits(np.int32(np.int32(bits) << np.int32(16)))

@@ -1,8 +1,8 @@
-"""Each kernel here joins the work before or after a layer's core in one compiled call.
+"""Each kernel here does the work before or after a layer's core in one compiled call.
 
-Before the core are norm and projection, after the core are projection and residual sum. A step of one token is a
-hundred products of a few microseconds each, and to call them one by one from Python and PyTorch would cost more than
-the arithmetic.
+Before the core are the norm and a projection; after the core are a projection and the addition to the residual stream.
+A step with one token is a hundred products of a few microseconds each. Calling each product from Python through PyTorch
+would take longer than the arithmetic.
 
 `x_TD` is the residual stream, which is changed in place. A bias of length 0 stands for no bias.
 
@@ -24,7 +24,7 @@ from model.cpu.norm import rms_norm
 
 @njit(error_model="numpy", cache=True)
 def embed(ids_T: Any, weight_VD: Any, is_bf16: Any) -> Any:
-    """Return the embeddings of token ids in fp32 (T, D), from weights in fp32, or in bf16 as int16."""
+    """Return the embeddings of token ids, fp32 (T, D); `weight_VD` is fp32, or holds the bits of bf16 as int16."""
     x_TD = np.empty((len(ids_T), weight_VD.shape[1]), np.float32)
     for t in range(len(ids_T)):
         weight, x = weight_VD[ids_T[t]], x_TD[t]
@@ -61,19 +61,19 @@ def _add(out_TD: Any, x_TD: Any) -> None:
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def project(control: Any, num_threads: Any, x_TD: Any, norm_D: Any, eps: Any, weight: Any, bias_O: Any) -> Any:
-    """Compute W·norm(x) + bias: (T, O)."""
+    """Return W·norm(x) + bias, fp32 (T, O)."""
     return _affine(control, num_threads, _normed(x_TD, norm_D, eps), weight, bias_O)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def add_projected(control: Any, num_threads: Any, y_TI: Any, weight: Any, bias_D: Any, x_TD: Any) -> None:
-    """Compute x += W·y + bias in place."""
+    """Add W·y + bias to the residual stream x in place."""
     _add(_affine(control, num_threads, y_TI, weight, bias_D), x_TD)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def mlp(control: Any, num_threads: Any, h_TD: Any, up: Any, up_bias: Any, down: Any, down_bias: Any) -> Any:
-    """Compute down·relu(up·h)²: (T, D)."""
+    """Return down·relu(up·h)², fp32 (T, D)."""
     hidden_TI = _affine(control, num_threads, h_TD, up, up_bias)
     for t in range(hidden_TI.shape[0]):
         hidden = hidden_TI[t]
@@ -95,7 +95,7 @@ def add_mlp(
     down: Any,
     down_bias: Any,
 ) -> None:
-    """Compute x += mlp(norm(x)) in place."""
+    """Add mlp(norm(x)) to the residual stream x in place."""
     _add(mlp(control, num_threads, _normed(x_TD, norm_D, eps), up, up_bias, down, down_bias), x_TD)
 
 
@@ -120,14 +120,14 @@ def route(
     wire_TL: Any,
     is_bf16: Any,
 ) -> Any:
-    """Apply the norm, pick each row's experts, and compute the rows that are sent to the experts.
+    """Apply the norm, pick each row's experts, and compute the rows to send to the experts.
 
-    Writes:
+    The kernel writes to three arrays:
 
-    - `ids_TK` and `weights_TK`: each row's experts and their weights;
-    - `wire_TL`: the rows to send, in fp32, or in bf16 as int16.
+    - `ids_TK` and `weights_TK` get the ids and the weights of the experts that each row picks.
+    - `wire_TL` gets the rows to send, as fp32 or as the bits of bf16 in int16.
 
-    Returns norm(x), the shared expert's input.
+    Returns norm(x), fp32 (T, D), which is the shared expert's input.
     """
     h_TD = _normed(x_TD, norm_D, eps)
     logits_TE = apply_linear(control, num_threads, h_TD, router)
@@ -154,7 +154,7 @@ def add_routed(
     shared_TD: Any,
     x_TD: Any,
 ) -> None:
-    """Compute x += fc2·sums + shared in place."""
+    """Add fc2·sums and the shared expert's output to the residual stream x in place."""
     routed_TD = _affine(control, num_threads, sums_TL, fc2, fc2_bias) if is_latent else sums_TL
     for t in range(x_TD.shape[0]):
         x, routed, shared = x_TD[t], routed_TD[t], shared_TD[t]

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU multiply by a `PackedMatrix`, and the thread pool shares long products.
+"""Linear layers on a CPU multiply by a `PackedMatrix`, and the threads of the thread pool share long products.
 
 Legend: N rows, I inputs, O outputs, P outputs padded to whole panels.
 """
@@ -18,7 +18,7 @@ from model.cpu.thread_pool import THREAD_POOL, parallel_product
 
 @njit(nogil=True, error_model="numpy", inline="never", cache=True)
 def apply_linear(control: Any, num_threads: Any, x_NI: Any, weight: Any) -> Any:
-    """Compute x·Wᵀ: fp32 (N, I) -> (N, O). Other compiled kernels may call this function."""
+    """Return x·Wᵀ, fp32 (N, I) -> fp32 (N, O); other compiled kernels call this function."""
     num_rows, padded = x_NI.shape[0], weight.padded_outputs
     out_NP = np.empty((num_rows, padded), np.float32)
     parallel_product(
@@ -41,10 +41,10 @@ def apply_linear(control: Any, num_threads: Any, x_NI: Any, weight: Any) -> Any:
 
 
 def linear(x: Tensor, weight: PackedMatrix) -> Tensor:
-    """Compute x·Wᵀ for a tensor: fp32 (..., I) -> fp32 (..., O)."""
+    """Return x·Wᵀ for a tensor x, fp32 (..., I) -> fp32 (..., O)."""
     x_NI = x if x.dim() == 2 else x.reshape(-1, weight.num_inputs)
     num_threads = torch.get_num_threads()
-    # Always contiguous: for another layout numba would compile another kernel, which might give other bits.
+    # The array must be contiguous: for another layout numba would compile another kernel, which might give other bits.
     y_NO = apply_linear(
         THREAD_POOL.start_workers(num_threads), num_threads, x_NI.contiguous().numpy(), weight.descriptor
     )

@@ -1,12 +1,13 @@
-"""`mix` computes Mamba-2 between its two projections: convolution, state space and gated norm, token after token.
+"""`mix` computes a Mamba-2 mixer between the input and the output projection, token after token.
 
-What surprises: prompts run through the recurrence too. A head's state (head dim × state dim) stays in the first-level
-cache while the head's tokens pass, so the recurrence costs no more than the chunked scan. And a token's bits cannot
-depend on where its prompt was cut, on the other requests of the step, or on whether the token was part of the prompt,
-drafted, or computed again.
+The steps between the projections are the convolution, the state space and the gated norm. What surprises: prompts run
+through the recurrence too. A head's state (head dim × state dim) stays in the first-level cache while the kernel goes
+through the tokens, so the recurrence takes no longer than the chunked scan. And a token's bits cannot depend on where
+the prompt was cut, on the other requests of the step, or on whether the token was part of the prompt, drafted, or
+computed again.
 
-A group of heads shares B and C, has its own convolution channels and is normalised by itself, so each group of each
-request is a task of its own.
+A group of heads shares B and C, has its own convolution channels and is normalised by itself. So each group of each
+request is a separate task.
 
 Legend: T tokens of the step, P columns of the projection, L tokens of a request, R requests, S state slots, H heads,
 D head dim, I = H·D inner dim, G groups, N state dim, C conv channels, K taps.
@@ -44,7 +45,7 @@ FAST = {
     "reassoc",
     "nsz",
 }  # the compiler chooses the order of a sum over lanes; the order is the same for every row
-MIN_WORK_TO_SHARE = 1 << 19  # numbers of state times tokens; for less work, waking threads costs more than they save
+MIN_WORK_TO_SHARE = 1 << 19  # (numbers in a state) · tokens; below it, waking workers takes longer than sharing saves
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
@@ -62,14 +63,16 @@ def _convolve(
     place: Any,
     size: Any,
 ) -> None:
-    """Write SiLU of the causal convolution of `size` channels from `channel` on to columns `place ..` of `out_LC`.
+    """Apply the causal convolution and SiLU to `size` channels of one request.
 
-    Channel 0 is column `first` of `projected_TP`. If `keeps`, the last K-1 inputs are written to the window.
+    - The channels are `channel` and the following ones; channel 0 is column `first` of `projected_TP`.
+    - The outputs go to `size` columns of `out_LC`, starting at column `place`.
+    - If `keeps` is True, the last K-1 inputs are written to the window.
     """
-    # Slices rather than sums of indices: numba does not vectorise a loop with an index that might be negative.
+    # The loops index slices, because numba does not vectorise a loop with an index that might be negative.
     length, num_past = out_LC.shape[0], window_KC.shape[0]
     channels = slice(channel, channel + size)
-    raw_LC = np.empty((num_past + length, size), np.float32)  # the window, then this step's columns
+    raw_LC = np.empty((num_past + length, size), np.float32)  # past inputs, then the step's inputs
     for k in range(num_past):
         past, raw = window_KC[k][channels], raw_LC[k]
         for c in range(size):
@@ -100,9 +103,9 @@ def _convolve(
 
 
 def _make_row_update(num_rows: int) -> Any:
-    """Make a kernel for `num_rows` rows of a state: row ← decay·row + added·b and total = row·c.
+    """Return a kernel that updates `num_rows` rows of a state: row ← decay·row + added·b, then total = row·c.
 
-    All rows share the loaded vectors of b and c.
+    The kernel loads each vector of b and c once for all `num_rows` rows.
     """
 
     @intrinsic
@@ -150,7 +153,10 @@ _update_four_rows, _update_one_row = _make_row_update(4), _make_row_update(1)
 def _recur_head(
     conv_LC: Any, first_x: Any, first_b: Any, delta_L: Any, a: Any, skip: Any, state_DN: Any, y_LI: Any, has_output: Any
 ) -> None:
-    """Compute S ← exp(ΔA)·S + Δ x ⊗ B and y = S·C + D·x for one head of one request; C lies behind B."""
+    """Compute S ← exp(ΔA)·S + Δ x ⊗ B and y = S·C + D·x for one head of one request.
+
+    In `conv_LC`, x starts at column `first_x` and B at column `first_b`; C follows B.
+    """
     head_dim, state_dim = state_DN.shape
     added_D, total_D = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
     for t in range(conv_LC.shape[0]):
@@ -187,7 +193,7 @@ def _recur_head(
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
 def _gated_norm(y: Any, gate: Any, weight: Any, eps: Any, first: Any, out: Any) -> None:
-    """Write y·SiLU(gate), divided by its root mean square and times weight, for the channels from `first` on."""
+    """Write u / rms(u) · weight with u = y·SiLU(gate) for one group of channels, which starts at channel `first`."""
     size = y.shape[0]
     gate, weight, out = gate[first : first + size], weight[first : first + size], out[first : first + size]
     total = np.float32(0.0)
@@ -308,15 +314,16 @@ def _mix_tasks(
 
 
 def mix(*args: Any) -> None:
-    """Run Mamba-2 on in_proj's output and write the gated norm's output to `out_TI`.
+    """Compute a Mamba-2 mixer from the input projection's output and write the gated norm's output to `out_TI`.
 
-    `args` are the arguments of `_mix_tasks` from `projected_TP` on:
+    `args` are the arguments of `_mix_tasks`, starting with `projected_TP`:
 
     - `projected_TP` has the columns gate | x | B | C | Δ.
-    - Requests with `keeps_R` write their new state to their slots. The others have drafts and change no state.
-    - Windows in bf16 are passed as int16. Then the convolution's inputs are rounded to bf16 in every step, because the
-      next step reads them from the window.
-    - Without `has_output` only the state is advanced.
+    - `keeps_R` is True for requests that write the new state to their slots, and False for requests with drafts, whose
+      state does not change.
+    - `window_SKC` holds the last K-1 inputs of the convolution; windows in bf16 are passed as int16. With bf16 windows,
+      every step rounds the convolution's inputs to bf16, because the next step reads the inputs from the windows.
+    - If `has_output` is False, the kernel advances only the state.
     """
     projected_TP, starts_R, state_SHDN, num_groups = args[0], args[1], args[8], args[9]
     is_long = len(projected_TP) * state_SHDN[0].size >= MIN_WORK_TO_SHARE

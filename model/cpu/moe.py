@@ -1,6 +1,6 @@
-"""These kernels pick experts for the router, compute the routed experts, and add their outputs exactly.
+"""The kernels here pick experts for the router, compute the routed experts, and add the experts' outputs exactly.
 
-`model.exact_sums` explains the exact sums and their grid.
+`model.exact_sums` explains the exact sums and the grid.
 
 Legend: N rows, E experts, K picks per row, P = N·K picks, L expert input, M expert width, G groups of experts, B rows
 of one expert.
@@ -32,9 +32,11 @@ def choose_experts(
     ids_NK: Any,
     weights_NK: Any,
 ) -> None:
-    """Pick the top K experts by sigmoid score plus bias, within the best `topk_groups` groups of experts.
+    """Pick K experts for each row, by sigmoid score plus bias, from the best `topk_groups` groups of experts.
 
-    A group's rank is the sum of its two best scores. Of equal scores the lowest expert id wins.
+    Groups are ranked by the sum of the two highest values (score plus bias) in the group. Among experts with equal
+    values, the lowest id comes first. The ids and weights of the picked experts are written to `ids_NK` and
+    `weights_NK`.
     """
     num_rows, num_experts = logits_NE.shape
     top_k = ids_NK.shape[1]
@@ -79,7 +81,7 @@ def choose_experts(
 
 @njit(error_model="numpy", cache=True)
 def grid_exponents(x_NL: Any, is_bf16: Any, weights_NK: Any, shift: Any) -> Any:
-    """Compute `model.exact_sums.grid_exponents` for rows in fp32, or in bf16 as int16: int16 (N,)."""
+    """Compute `model.exact_sums.grid_exponents`, int16 (N,); `x_NL` is fp32, or holds the bits of bf16 as int16."""
     grid_N = np.empty(x_NL.shape[0], np.int16)
     for n in range(x_NL.shape[0]):
         total = np.float64(0.0)
@@ -93,7 +95,7 @@ def grid_exponents(x_NL: Any, is_bf16: Any, weights_NK: Any, shift: Any) -> Any:
 
 @njit(error_model="numpy", cache=True)
 def from_grid(sums_NL: Any, grid_N: Any) -> Any:
-    """Compute `model.exact_sums.from_grid`: convert sums in units of 2**grid to fp32."""
+    """Compute `model.exact_sums.from_grid`: convert sums in units of 2**grid to fp32 (N, L)."""
     out_NL = np.empty(sums_NL.shape, np.float32)
     for n in range(sums_NL.shape[0]):
         unit, sums, out = math.ldexp(1.0, int(grid_N[n])), sums_NL[n], out_NL[n]
@@ -116,12 +118,12 @@ def partial_sums(
     width: Any,
     sums_NL: Any,
 ) -> bool:
-    """Add weight·expert(x[row]) of every pick to the pick's row of `sums_NL` (int64, units of 2**grid).
+    """Add weight·expert(x[row]) of every pick to row `row` of `sums_NL`, which is int64 in units of 2**grid.
 
-    - `x_NL` is fp32, or bf16 as int16 if `x_is_bf16`.
+    - `x_NL` is fp32 or, if `x_is_bf16` is True, holds the bits of bf16 as int16.
     - `up_E` and `down_E` are the addresses of each expert's packed weights.
 
-    Returns False, with the sums undefined, if an output is not finite or too large to add.
+    Returns True, or False if an expert's output is not finite or too large to add; `sums_NL` is then undefined.
     """
     num_picks, input_dim = len(row_P), x_NL.shape[1]
     num_experts = len(up_E)

@@ -1,4 +1,4 @@
-"""`rms_norm` normalises each row by itself.
+"""`rms_norm` is the RMS norm over each row of an array.
 
 Legend: N rows, D numbers per row.
 """
@@ -14,7 +14,7 @@ from numba import njit
 
 @njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, cache=True)
 def rms_norm(x_ND: Any, weight_D: Any, eps: Any, out_ND: Any) -> None:
-    """Write x / rms(x) · weight to `out_ND`, in fp32."""
+    """Write x / rms(x) · weight of each row x to `out_ND`, in fp32."""
     dim = x_ND.shape[1]
     for n in range(x_ND.shape[0]):
         row = x_ND[n]

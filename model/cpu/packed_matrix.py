@@ -1,12 +1,13 @@
-"""A `PackedMatrix` is a weight laid out for batch-invariant products at the speed of the memory or of the FMA units.
+"""A `PackedMatrix` holds a weight in a layout for batch-invariant products.
 
-What surprises: every output is one chain of fused multiply-adds over the inputs in their order, in fp32. The number of
-rows, their position and the number of threads change nothing. So a row's bits are the same alone and among 2,048 other
-rows. This costs no speed, because the lanes of a vector are outputs rather than inputs.
+The products run at the speed of the memory or of the FMA units. What surprises: every output is one chain of fused
+multiply-adds in fp32, from the first input to the last. So a row's bits do not depend on the number of rows, on the
+row's position or on the number of threads: the bits are the same alone and among 2,048 other rows. The fixed order
+costs no speed, because the lanes of a vector are different outputs rather than different inputs.
 
-Layout: the weight lies in panels of 32 outputs, and within a panel input after input. bf16 weights stay bf16 in memory,
-where two inputs share a 32-bit word, and become fp32 in registers. A *tile* is a kernel that multiplies a few rows by
-one panel.
+Layout: a panel holds the weights of 32 outputs, first the 32 weights of input 0, then the 32 weights of input 1, and so
+on. bf16 weights stay bf16 in memory, where the weights of two inputs share a 32-bit word, and become fp32 in registers.
+A *tile* is a kernel that multiplies a few rows by one panel.
 
 Legend: N rows, I inputs, O outputs, P panels of 32 outputs.
 """
@@ -40,8 +41,8 @@ from model.cpu.vectors import (
     store_vector,
 )
 
-PREFETCH_WORDS = 1024  # 4 KiB ahead; 512 to 2048 words measured the same
-PANEL = 32  # outputs in a panel: two vectors of 16 lanes
+PREFETCH_WORDS = 1024  # distance of a prefetch, 4 KiB; 512 to 2048 words measured the same
+PANEL = 32  # number of outputs in a panel: two vectors of 16 lanes
 
 
 class PackedMatrixDescriptor(NamedTuple):
@@ -56,9 +57,9 @@ class PackedMatrixDescriptor(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A `PackedMatrix` holds a weight (O, I) in panels.
+    """A `PackedMatrix` holds a weight (O, I) in panels of 32 outputs.
 
-    `words` has P·I·32 fp32 numbers, or half as many 32-bit words of two bf16 numbers each.
+    `words` has P·I·32 fp32 numbers, or P·I·16 words of 32 bits with two bf16 numbers in each word.
     """
 
     words: NDArray[np.float32]
@@ -75,7 +76,7 @@ class PackedMatrix:
 
 
 def pack_matrix(weight_OI: Tensor) -> PackedMatrix:
-    """Copy a weight (O, I) into panels; bf16 with an odd number of inputs is held as fp32."""
+    """Copy a weight (O, I) into panels, as bf16 if the weight is bf16 with an even number of inputs, else as fp32."""
     num_outputs, num_inputs = weight_OI.shape
     is_bf16 = weight_OI.dtype == torch.bfloat16 and num_inputs % 2 == 0
     num_panels = -(-num_outputs // PANEL)
@@ -91,7 +92,7 @@ def pack_matrix(weight_OI: Tensor) -> PackedMatrix:
 
 
 def unpack_matrix(packed: PackedMatrix) -> Tensor:
-    """Return the weight (O, I) from which `packed` was made, bit for bit, in the dtype in which it is held."""
+    """Return the weight (O, I) that `packed` holds, bit for bit, as bf16 or fp32 as `packed.is_bf16` says."""
     num_panels = packed.descriptor.padded_outputs // PANEL
     if packed.is_bf16:
         pairs = torch.from_numpy(packed.words.view(np.int16)).view(torch.bfloat16)
@@ -102,7 +103,7 @@ def unpack_matrix(packed: PackedMatrix) -> Tensor:
 
 
 def _load_weights(builder: Any, panel: Any, base: Any, is_bf16: bool) -> list[list[Any]]:
-    """Emit the loads of a panel's vectors for one step: [input of the step][half of the panel]."""
+    """Emit loads of a panel's weights for one input (fp32) or two inputs (bf16): vectors [input][half of the panel]."""
     halves = [builder.gep(panel, [builder.add(base, i64(16 * half))]) for half in range(2)]
     for pointer in halves:
         prefetch(builder, pointer, PREFETCH_WORDS)
@@ -115,7 +116,7 @@ def _load_weights(builder: Any, panel: Any, base: Any, is_bf16: bool) -> list[li
 
 
 def _make_tile(num_rows: int, is_bf16: bool) -> Any:
-    """Make a tile that computes out[:num_rows, :32] = x[:num_rows] · panel with all sums in registers."""
+    """Return a tile, which computes out[:num_rows, :32] = x[:num_rows] · panel with all sums in registers."""
 
     @intrinsic
     def tile(_: Any, x: Any, x_stride: Any, panel: Any, num_inputs: Any, out: Any, out_stride: Any) -> Any:
@@ -209,7 +210,10 @@ def multiply_bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out:
 def multiply_panels(
     x: Any, num_rows: Any, num_inputs: Any, panels: Any, is_bf16: Any, out: Any, out_stride: Any, first: Any, last: Any
 ) -> None:
-    """Compute out[:, 32·first : 32·last] = x · panels[first:last] over pointers; the stride counts numbers."""
+    """Compute out[:, 32·first : 32·last] = x · panels[first:last].
+
+    `x`, `panels` and `out` are pointers. `out_stride` is the distance between two rows of `out`, in fp32 numbers.
+    """
     words = num_inputs * PANEL // 2 if is_bf16 else num_inputs * PANEL
     for p in range(first, last):
         panel, target = advance(panels, p * words), advance(out, p * PANEL)

@@ -1,18 +1,22 @@
 """The `ThreadPool` shares long work among worker threads, which spin during a step and sleep between steps.
 
-If workers slept between products, most products would end before a worker is awake. If workers spun all the time, they
-would take the cores that expert shards on the same machine need. Therefore workers spin for a moment after each
-product, and a caller that sends rows to expert shards pauses the pool until the sums are back. Threads take work in
-chunks, each thread the next one, so a worker that comes late delays nobody.
+If workers slept between products, most products would end before a worker is awake. If workers spun all the time, the
+workers would take the cores that expert shards on the same machine need. Therefore workers spin for a moment after each
+product, and a caller that sends rows to expert shards pauses the pool until the sums are back. Work is divided into
+chunks, and each free thread takes the next chunk, so a worker that wakes up late delays no other thread.
 
-`control` is an array of 64-bit words that all threads share:
+Every product and every set of tasks has a number, the ticket. `control` is an array of 64-bit words that all threads
+share:
 
-- NEXT is ticket · 2**32 + the first panel that no thread has taken. TOTAL and DONE count the product's panels.
-- A thread takes a chunk by a compare-and-swap of NEXT. It succeeds only if the ticket is the one whose arguments the
-  thread has read, because a product ends only after all its taken chunks are done.
+- NEXT holds the current product's ticket (upper 32 bits) and the first panel that no thread has taken (lower 32 bits).
+- TOTAL is the number of the product's panels, and DONE is the number of computed panels.
+- A thread reads NEXT and the product's arguments, and then takes a chunk by a compare-and-swap of NEXT. The swap fails
+  if a new product has started meanwhile, because NEXT then has another ticket. A product ends only after all taken
+  chunks are done, so the arguments of a taken chunk stay valid.
 - While PAUSED is set, workers sleep.
-- TASKS is NEXT's counterpart for tasks, which are calls of a compiled function. They are posted from Python.
-- The thread that has LOCK uses the workers; any other caller meanwhile computes its work alone.
+- TASKS holds the ticket and the first task that no thread has taken, in the same way as NEXT. A task is an independent
+  part of a job, and a job is a compiled function that Python code posts.
+- The caller that has LOCK uses the workers; any other caller meanwhile computes its work alone.
 """
 
 from __future__ import annotations
@@ -37,21 +41,24 @@ from model.cpu.vectors import I64, pointer_from
 log = logging.getLogger(__name__)
 
 MAX_WORKERS = 127
-LAST_TICKET = 2**31 - 1  # after it tickets start at 1 again, because NEXT has 32 bits for a ticket
-NEXT, TOTAL, DONE, PAUSED, JOB, TASKS, TASKS_DONE = range(0, 7 * 8, 8)  # a cache line (8 words) each
+LAST_TICKET = 2**31 - 1  # after this ticket, tickets start at 1 again, because NEXT has 32 bits for a ticket
+NEXT, TOTAL, DONE, PAUSED, JOB, TASKS, TASKS_DONE = range(0, 7 * 8, 8)  # each word has its own cache line (8 words)
 X, ROWS, INPUTS, PANELS, IS_BF16, OUT, STRIDE, CHUNK = range(7 * 8, 8 * 8)
 LOCK, TICKET, NUM_WORKERS, SCRATCH, FAILED = range(8 * 8, 13 * 8, 8)
-ASLEEP = 13 * 8  # 1 if the worker sleeps; a cache line for each worker
-PIPE = ASLEEP + 8 * MAX_WORKERS  # the two ends of the pipe whose next byte wakes the worker; a line for each worker
+ASLEEP = 13 * 8  # first worker's flag: 1 if the worker sleeps; each worker has a cache line
+PIPE = ASLEEP + 8 * MAX_WORKERS  # both ends of the first worker's pipe, through which a byte wakes the worker
 NUM_WORDS = PIPE + 8 * MAX_WORKERS
 LOW = (1 << 32) - 1
-MAX_SPINS = 60_000  # checks for work before a worker sleeps: about a quarter of a millisecond
+MAX_SPINS = 60_000  # number of checks for work before a worker sleeps: about a quarter of a millisecond
 CHUNKS_PER_THREAD = 4
-MIN_WORK_TO_SHARE = 1 << 16  # 32-bit words of weights times rows / 4; sharing smaller products costs more than it saves
+MIN_WORK_TO_SHARE = 1 << 16  # (32-bit words of weights) · rows / 4; sharing a smaller product costs more than it saves
 
 
 def _system_call(name: str) -> Any:
-    """Make a call of `read` or `write` for one byte; a thread that blocks in it needs no Python lock to wake up."""
+    """Return a compiled function that calls the system's `read` or `write` for one byte.
+
+    A thread that waits in the compiled function does not hold Python's lock and does not need the lock to wake up.
+    """
 
     @intrinsic
     def call(_: Any, file: Any, byte: Any) -> Any:
@@ -103,7 +110,7 @@ def _add(_: Any, control: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def _compare_and_swap(_: Any, control: Any, index: Any, old: Any, new: Any) -> Any:
-    """Replace `old` by `new` atomically and return True, or return False if the word is not `old`."""
+    """Replace word `index` of `control`, if it equals `old`, by `new` in one atomic step; return True if replaced."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = _word(context, builder, signature, args)
@@ -115,7 +122,7 @@ def _compare_and_swap(_: Any, control: Any, index: Any, old: Any, new: Any) -> A
 
 @njit(nogil=True, error_model="numpy", inline="never")
 def _take_chunk(control: Any) -> Any:
-    """Compute one chunk of the current product; return False if no chunk is left."""
+    """Try to take and compute the next chunk of the current product; return False if no chunk is left."""
     taken = _load(control, NEXT)
     first, total, chunk = taken & LOW, control[TOTAL], control[CHUNK]
     if first >= total:
@@ -131,7 +138,10 @@ def _take_chunk(control: Any) -> Any:
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def _run_products(control: Any, worker: Any, last_job: Any) -> None:
-    """Compute chunks of products until a job after `last_job` is posted; without work, sleep on the pipe."""
+    """Compute chunks of products until a job with a higher number than `last_job` is posted.
+
+    A worker that finds no chunk for MAX_SPINS checks, or finds PAUSED set, sleeps until a byte comes through its pipe.
+    """
     spins = 0
     while _load(control, JOB) <= last_job:
         if spins < MAX_SPINS and _load(control, PAUSED) == 0:
@@ -162,7 +172,7 @@ def _share_product(control: Any, total: Any) -> None:
         pass
     while _load(control, DONE) < total:
         pass
-    _store(control, NEXT, ticket << 32 | LOW)  # no chunk can be taken now, so the next product's arguments may be set
+    _store(control, NEXT, ticket << 32 | LOW)  # no thread can take a chunk now, so new arguments may be set
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
@@ -177,7 +187,10 @@ def parallel_product(
     out: Any,
     num_outputs: Any,
 ) -> None:
-    """Compute out = x · panels, all given by address, and share the work if it is long and the workers are free."""
+    """Compute out = x · panels, shared with the workers if the product is long and the workers are free.
+
+    `x`, `panels` and `out` are addresses. `num_outputs` is a multiple of PANEL.
+    """
     num_panels, words = num_outputs // PANEL, num_inputs * num_outputs // (2 if is_bf16 else 1)
     is_long = num_threads > 1 and words * max(1, num_rows // 4) >= MIN_WORK_TO_SHARE
     if not is_long or _load(control, PAUSED) != 0 or not _compare_and_swap(control, LOCK, 0, 1):
@@ -207,7 +220,10 @@ def _try_lock(control: Any) -> Any:
 
 @njit(nogil=True, error_model="numpy", inline="never")
 def take_task(control: Any, ticket: Any, num_tasks: Any) -> Any:
-    """Take the ticket's next task, or return -1 if none is left; the caller calls `task_done` after each task."""
+    """Take the next task of the set `ticket` and return the task's number, or -1 if no task is left.
+
+    The caller must call `task_done` after each task.
+    """
     while True:
         taken = _load(control, TASKS)
         task = taken & LOW
@@ -228,7 +244,7 @@ def _wait_for_tasks(control: Any, num_tasks: Any) -> None:
         pass
 
 
-Tasks = Callable[..., None]  # (control, ticket, num_tasks, *args): takes and computes tasks until none is left
+Tasks = Callable[..., None]  # (control, ticket, num_tasks, *args); takes and computes tasks until no task is left
 
 
 class ThreadPool:
@@ -240,13 +256,13 @@ class ThreadPool:
         self._control[SCRATCH] = self._control[SCRATCH + 1 :].ctypes.data
         self._start_lock = threading.Lock()
         self._num_workers = 0
-        self._is_busy: list[bool] = []  # whether each worker is computing tasks
+        self._is_busy: list[bool] = []  # for each worker, True while the worker computes tasks
         self._is_paused = False
         self._ticket = self._job_number = 0
         self._job: tuple[int, Tasks, tuple[Any, ...]] = (0, _no_tasks, ())
 
     def start_workers(self, num_threads: int) -> NDArray[np.int64]:
-        """Start missing workers for `num_threads` threads and return the control words for `parallel_product`."""
+        """Start missing workers, up to `num_threads` - 1 workers, and return `control` for `parallel_product`."""
         if self._num_workers < (count := min(num_threads - 1, MAX_WORKERS)):
             self._start(count)
         return self._control
@@ -254,7 +270,8 @@ class ThreadPool:
     def run(self, tasks: Tasks, num_tasks: int, num_threads: int, *args: Any) -> None:
         """Compute `num_tasks` independent tasks, shared with the workers if `num_threads` is more than 1.
 
-        Raises the exception of a task that failed in this thread, or RuntimeError if a task failed in a worker.
+        `tasks` is the compiled function that takes and computes tasks, and `args` are its last arguments. Raises the
+        exception of a task that fails in the caller's thread, or RuntimeError if a task fails in a worker.
         """
         control = self.start_workers(num_threads)
         if num_threads == 1 or not _try_lock(control):
@@ -273,21 +290,21 @@ class ThreadPool:
             if control[FAILED]:
                 raise RuntimeError("A worker failed in the middle of a task; the log has its exception.")
         except BaseException:
-            control[TASKS] = self._ticket << 32 | LOW  # no further task can be taken
-            while any(self._is_busy):  # running tasks write to arrays that the next job may use
+            control[TASKS] = self._ticket << 32 | LOW  # no thread can take a further task
+            while any(self._is_busy):  # a running task writes to arrays that the next job may use
                 time.sleep(0)
             raise
         finally:
-            self._job = (self._job_number, _no_tasks, ())  # frees the arguments even if a worker comes late
+            self._job = (self._job_number, _no_tasks, ())  # frees the arguments even if a worker is late
             control[LOCK] = 0
 
     def pause(self) -> None:
-        """Let the workers sleep until `resume`; meanwhile callers compute alone."""
+        """Let the workers sleep until `resume`; until then, callers compute products and tasks alone."""
         self._is_paused = True
         self._control[PAUSED] = 1
 
     def resume(self) -> None:
-        """End a pause; the workers wake up when the next work is posted."""
+        """End a pause; the workers wake up when a caller posts the next product or tasks."""
         if self._is_paused:
             self._is_paused = False
             self._control[PAUSED] = 0
@@ -306,7 +323,7 @@ class ThreadPool:
         last = 0
         while True:
             _run_products(self._control, number, last)
-            self._is_busy[number] = True  # set before the job is read, so that `run` cannot miss this worker
+            self._is_busy[number] = True  # set before the job is read, so that `run` waits for this worker
             last, tasks, args = self._job
             try:
                 tasks(self._control, *args)
@@ -318,7 +335,7 @@ class ThreadPool:
 
 
 def _no_tasks(*_: Any) -> None:
-    """Do nothing; the function stands for a job when no tasks are posted."""
+    """Do nothing; the function is the job of a pool in which no tasks are posted."""
 
 
 THREAD_POOL = ThreadPool()

@@ -1,4 +1,4 @@
-"""These functions emit LLVM instructions on vectors and pointers for kernels that compilers do not vectorise well.
+"""The functions here emit LLVM instructions on vectors and pointers for kernels that compilers do not vectorise well.
 
 A vector has 16 fp32 lanes: one AVX-512 register, two AVX2 registers or four NEON registers.
 """
@@ -23,7 +23,7 @@ def i64(value: int) -> Any:
 
 
 def splat_words(value: int) -> Any:
-    """Return a vector constant with the same 32-bit word in every lane."""
+    """Return a vector constant with the 32-bit word `value` in every lane."""
     return ir.Constant(WORDS, [value] * LANES)
 
 
@@ -46,13 +46,13 @@ def broadcast(builder: Any, pointer: Any) -> Any:
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """Emit a fused multiply-add of vectors: a·b + c, rounded once."""
+    """Emit a fused multiply-add of vectors, a·b + c, with one rounding after the addition."""
     kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32"), [a, b, c])
 
 
 def sum_of_lanes(builder: Any, value: Any) -> Any:
-    """Emit the sum of a vector's lanes, added as a tree: 8 and 8, 4 and 4, ..."""
+    """Emit the sum of a vector's lanes, added as a tree: lanes 0-7 to lanes 8-15, then 0-3 to 4-7, and so on."""
     width = LANES
     while width > 1:
         width //= 2
@@ -63,19 +63,19 @@ def sum_of_lanes(builder: Any, value: Any) -> Any:
 
 
 def prefetch(builder: Any, pointer: Any, num_words: int) -> None:
-    """Emit a prefetch of the memory `num_words` ahead, because arithmetic alone does not hide the memory's latency."""
+    """Emit a prefetch of the memory `num_words` words after `pointer`, to hide the memory's latency."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     target = builder.bitcast(builder.gep(pointer, [i64(num_words)]), byte)
     builder.call(
         function, [target, *(ir.Constant(I32, flag) for flag in (0, 2, 1))]
-    )  # flags: read access, moderate locality, data cache
+    )  # meaning of the flags: read access, moderate locality, data cache
 
 
 @intrinsic
 def pointer_to(_: Any, array: Any, offset: Any) -> Any:
-    """Return a pointer to element `offset` of a contiguous array of 32-bit numbers."""
+    """Return a pointer to element number `offset` of a contiguous array of 32-bit numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -86,7 +86,7 @@ def pointer_to(_: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic
 def pointer_from(_: Any, address: Any) -> Any:
-    """Convert an address in an int64 to a pointer."""
+    """Return the pointer to fp32 numbers for an address, which is given as an int64."""
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], F32.as_pointer())
@@ -96,7 +96,7 @@ def pointer_from(_: Any, address: Any) -> Any:
 
 @intrinsic
 def advance(_: Any, pointer: Any, offset: Any) -> Any:
-    """Return the pointer advanced by `offset` numbers."""
+    """Return the pointer to the number that comes `offset` fp32 numbers after `pointer`."""
 
     def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         return builder.gep(args[0], [args[1]])
