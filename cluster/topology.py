@@ -29,10 +29,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class CostModel:
-    """A `CostModel` predicts how long a shard takes for a call.
+    """A `CostModel` predicts the time that a shard needs for a call.
 
-    The time in µs is: call + MiB of one expert · (weight · experts touched + row · rows). The size of an expert stands
-    for its shape, because both reading its weights and multiplying by them take time in proportion to the size.
+    The time in µs is: call + MiB of one expert · (weight · experts touched + row · rows). The formula needs an expert's
+    size, but not its shape, because reading weights and multiplying by weights take time in proportion to the size.
     """
 
     call_us: float = 50.0
@@ -79,7 +79,7 @@ class Shard:
         return {name: str(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields for the admin API, which calls the cost model `pace`."""
+        """Return the fields as a dictionary for the admin API, in which the cost model has the key `pace`."""
         values = asdict(self)
         values["pace"] = values.pop("cost_model")
         return values
@@ -95,7 +95,7 @@ class Shard:
     def from_record(cls, record: Mapping[str, str]) -> Self:
         """Create a shard from the record that `to_record` returned.
 
-        Raises ValueError with the field's name if a field is missing or cannot be read.
+        Raises ValueError with the field's name if a field is missing or has a wrong value.
         """
         counts = ("memory_budget", "num_held", "queue_depth", "draining", "host_budget")
         names = ("id", "endpoint", "node", "pool", "device", "incarnation", "held_digest", "compute_endpoint")
@@ -158,7 +158,7 @@ class Placement:
             assert all(len(set(ids)) == len(ids) for ids in self.all_homes(layer)), "an expert has the same home twice"
 
     def all_homes(self, layer: int) -> Homes:
-        """Return the homes of each expert of a layer, followed by its standbys."""
+        """Return, for one layer, the ids of each expert's homes followed by the ids of the expert's standbys."""
         homes, standby = self.homes[layer], self.standby.get(layer)
         return homes if standby is None else tuple(first + then for first, then in zip(homes, standby, strict=True))
 
@@ -169,27 +169,30 @@ class Placement:
         return tuple(sorted({id for homes in all_layers for ids in homes for id in ids}))
 
     def experts_of(self, shard_id: str) -> dict[int, list[int]]:
-        """Return the experts of which one shard is a home, by layer; layers without any are left out."""
+        """Return the ids of the experts of which a shard is a home, by layer; layers without any are missing."""
         return _experts_of(self.homes, shard_id)
 
     def standby_of(self, shard_id: str) -> dict[int, list[int]]:
-        """Return the experts of which one shard is a standby, by layer; layers without any are left out."""
+        """Return the ids of the experts of which a shard is a standby, by layer; layers without any are missing."""
         return _experts_of(self.standby, shard_id)
 
     def digest_of(self, shard_id: str) -> str:
-        """Return the `held_digest` that the shard reports when it holds exactly the experts of this placement."""
+        """Return the `held_digest` that a shard reports when the shard holds exactly its experts of this placement."""
         return held_digest(self.experts_of(shard_id), self.standby_of(shard_id))
 
     def cover(self, live: Collection[str] | None = None) -> int:
-        """Return the lowest cover of any expert, which is the number of its homes and standbys.
+        """Return the placement's cover: the smallest number of live homes and standbys that any expert has.
 
-        Only the shards in `live` count if it is given, otherwise all shards count as live.
+        `live` holds the ids of the live shards. If `live` is None, all shards count as live.
         """
         all_ids = (ids for layer in self.homes for ids in self.all_homes(layer))
         return min((len(ids if live is None else set(ids) & set(live)) for ids in all_ids), default=0)
 
     def to_json(self) -> str:
-        """Return the placement as JSON text; shards are named once and then referred to by number."""
+        """Return the placement as JSON text, in which the list `shards` names each shard once.
+
+        `homes` and `standby` refer to a shard by its index in `shards`.
+        """
         index = {id: i for i, id in enumerate(self.shard_ids)}
         homes, standby = (
             {layer: [[index[id] for id in ids] for ids in homes] for layer, homes in by_layer.items()}
@@ -228,9 +231,9 @@ def _experts_of(homes_of: Mapping[int, Homes], shard_id: str) -> dict[int, list[
 
 
 def held_digest(held: Mapping[int, Iterable[int]], standby: Mapping[int, Iterable[int]] | None = None) -> str:
-    """Return a short digest of the experts that a shard holds and of those it is a standby of, by layer.
+    """Return a short digest of the experts of which a shard is a home (`held`) or a standby (`standby`), by layer.
 
-    Equal sets have equal digests, whatever their order.
+    The digest does not depend on the order of the layers or of the experts.
     """
     tiers = [
         sorted((layer, sorted(experts)) for layer, experts in by_layer.items() if experts)

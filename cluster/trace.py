@@ -6,7 +6,7 @@ A trace is a file of JSON lines:
   "started": seconds since 1970, "layers": {layer: number of experts}}.
 - Every other line is one call of a MoE layer: {"at": seconds since the start, "layer": layer, "picks": [[expert ids of
   a row], ...]}.
-- An incomplete last line is ignored, because it means that the process which wrote the trace died.
+- An incomplete last line is ignored: the process that wrote the trace died before it completed the line.
 """
 
 from __future__ import annotations
@@ -26,17 +26,22 @@ from cluster.placement.balance import busy_times
 from cluster.topology import Homes
 
 FORMAT, VERSION = "expertmesh-trace", 1
-WINDOW_S = 1.0  # Length in seconds of the windows in which a trace counts picks.
+WINDOW_S = 1.0  # Length in seconds of the windows in which `Trace` counts picks.
 
 
 def header(model: str, started: float, num_experts: Mapping[int, int]) -> str:
-    """Return the first line of a trace; `started` is in seconds since 1970."""
+    """Return the first line of a trace, which describes the trace.
+
+    - `model`: the digest of the checkpoint.
+    - `started`: the time of the start in seconds since 1970.
+    - `num_experts`: the number of experts of each layer.
+    """
     layers = {str(layer): count for layer, count in num_experts.items()}
     return _line({"format": FORMAT, "version": VERSION, "model": model, "started": started, "layers": layers})
 
 
 def batch_line(at: float, layer: int, picks_NK: NDArray[np.integer]) -> str:
-    """Return the line of one call, which happened `at` seconds after the start and picked the experts `picks_NK`."""
+    """Return the line of a call of layer `layer`, `at` seconds after the start; `picks_NK` are the rows' expert ids."""
     return _line({"at": round(at, 4), "layer": layer, "picks": picks_NK.tolist()})
 
 
@@ -48,7 +53,7 @@ def _line(body: Mapping[str, Any]) -> str:
 class Trace:
     """A `Trace` holds the picks of a recorded routing trace, counted in windows of one second.
 
-    `counts` holds, by layer, the picks per window and expert, [W, E]. `num_rows` is the total of all calls.
+    `counts` holds the picks per window and expert, [W, E], of each layer. `num_rows` is the sum over all calls.
     """
 
     model: str
@@ -59,20 +64,21 @@ class Trace:
 
     @property
     def rows_per_call(self) -> float:
-        """Return the mean number of rows of a call."""
+        """Return the mean number of rows per call, or 0 without calls."""
         return self.num_rows / self.num_calls if self.num_calls else 0.0
 
     def loads(self) -> dict[int, ExpectedLoad]:
-        """Return the expected load of each layer, if the load goes on as it was recorded."""
+        """Return the expected load of each layer at the end of the trace."""
         return {
             layer: expected_load(counts_WE, np.arange(len(counts_WE), 0, -1) * WINDOW_S, WINDOW_S)  # type: ignore[arg-type]
             for layer, counts_WE in self.counts.items()
         }
 
     def balancedness(self, homes: Mapping[int, Homes]) -> dict[int, float]:
-        """Return the balancedness of each layer that was used: the mean of the shards' picks over the maximum.
+        """Return the balancedness of each layer in the trace if the experts had the homes `homes`.
 
-        The picks of each expert are split over its homes so that the maximum is smallest, as backbones aim to do.
+        Balancedness is the mean of the shards' picks divided by the maximum. The calculation divides the picks of each
+        expert among the expert's homes so that the maximum is as small as possible, which is also the aim of backbones.
         """
         ids = sorted({id for layer_homes in homes.values() for expert_homes in layer_homes for id in expert_homes})
         index = {id: number for number, id in enumerate(ids)}
@@ -90,9 +96,9 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace from a file; raise ValueError if it cannot be read, is no trace, or is damaged.
+    """Read a trace from the file `path`.
 
-    Only an incomplete last line is tolerated.
+    Raises ValueError if the file cannot be read, is not a trace or is damaged. An incomplete last line is ignored.
     """
     try:
         with path.open(encoding="utf-8") as lines:
@@ -104,7 +110,10 @@ def read_trace(path: Path) -> Trace:
 
 
 def parse_trace(lines: Iterable[str], name: str) -> Trace:
-    """Read a trace from its lines, as `read_trace` does; error messages call the trace `name`."""
+    """Read a trace from the lines of a file; error messages call the trace `name`.
+
+    Raises ValueError if a line is wrong. An incomplete last line is ignored.
+    """
     rows = iter(lines)
     model, num_experts = _read_header(next(rows, ""), name)
     windows: dict[int, dict[int, Counts]] = defaultdict(dict)

@@ -96,7 +96,7 @@ class Checkpoint:
         return self._open[file_name]
 
     def _check_size(self, file_name: str) -> None:
-        """Raise ValueError if a mapped file has another size, because reading past the file's end kills the process."""
+        """Raise ValueError if a mapped file's size has changed, as reading past the file's end kills the process."""
         try:
             size = (self.path / file_name).stat().st_size
         except OSError as error:

@@ -53,7 +53,7 @@ def grid_exponents(x_NL: Tensor, topk_weights_NK: Tensor, layer_gain_exponent: i
 
 
 def scale_to_grid(weight_P: NDArray[np.float32], grid_P: NDArray[np.int16]) -> NDArray[np.float64]:
-    """Return weight / 2**grid of each pick, by which an expert's output is multiplied; float64 holds it exactly."""
+    """Return the factor weight / 2**grid for each pick's expert output, exact in float64: (P,)."""
     scale_P: NDArray[np.float64] = np.ldexp(weight_P.astype(np.float64), -grid_P.astype(np.int64))
     return scale_P
 

@@ -47,10 +47,10 @@ class BatchArrays:
 class Batch:
     """A `Batch` holds the tokens of one step, packed request after request without padding.
 
-    `token_ids_T` is int64; every tuple has R entries. For request r:
+    `token_ids_T` is int64; every tuple has R entries:
 
-    - The step computes `lens[r]` tokens, which follow the `context_lens[r]` tokens of earlier steps.
-    - The recurrent state is in the state slot `slots[r]`, and the KV is in the pages `block_tables[r]`.
+    - The step computes `lens[r]` tokens of request r, which follow the request's `context_lens[r]` earlier tokens.
+    - The recurrent state of request r is in the state slot `slots[r]`, and its KV is in the pages `block_tables[r]`.
     """
 
     token_ids_T: Tensor

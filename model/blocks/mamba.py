@@ -299,7 +299,7 @@ class Mamba2Mixer(nn.Module):
     def commit(self, rows: Tensor, batch: Batch, state: State) -> None:
         """Advance the recurrent state over accepted drafts with the inputs that the step kept.
 
-        `batch` holds the tokens over which the state advances. `rows` holds their rows in the whole step's batch.
+        `batch` holds the tokens over which the state advances. `rows` holds the rows of these tokens in the last step.
         """
         projected_TP = state.uncommitted.pop(self.layer)
         if self.packed:

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
 class GatedGroupRMSNorm(nn.Module):
     """A `GatedGroupRMSNorm` is Mamba-2's output norm: y (..., D), gate (..., D) -> (..., D).
 
-    It first multiplies `y` by SiLU(gate), and then normalises each group of D / num_groups channels by itself.
+    The norm multiplies `y` by SiLU(gate), and then normalises each group of D / num_groups channels by itself.
     Source: Mamba-2, `RMSNormGated` with `norm_before_gate=False`.
     """
 

@@ -1,11 +1,11 @@
-"""These functions call the fused CUDA kernels of mamba-ssm and causal-conv1d.
+"""The functions here call the fused CUDA kernels of mamba-ssm and causal-conv1d.
 
 Each function has the signature of a function in `model.blocks.mamba`. The module is imported only on CUDA.
 What surprises:
 
 - Neither package accepts an initial state for each request of a packed batch. Therefore the scan pads requests into a
   rectangle, and the convolution puts each request's past inputs before the request's new inputs.
-- Softplus is already applied to Δ, so the kernels are told not to apply it.
+- Softplus is already applied to Δ, so the kernels must not apply softplus again.
 - Matrix products inside the scan use TF32 if x is fp32.
 
 Legend: as in `model.blocks.mamba`; L the rectangle's length, S the rows of the convolution's padded input.
@@ -56,7 +56,7 @@ def ssd_scan(
 
 
 def rectangle(sub_batch: SubBatch, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return each packed row's place in the rectangle: its request (T,) and its column (T,).
+    """Return the request (T,) and the column (T,) of each packed row in the rectangle.
 
     A request's first token gets the column (token's position) mod (chunk length). So chunks end at positions that are
     multiples of the chunk length, as in `model.blocks.mamba.split_into_chunks`. The columns before the first token are
@@ -82,8 +82,8 @@ def ssd_step(
         a_H[:, None, None].expand(-1, head_dim, state_dim),
         b_RGN,
         c_RGN,
-        # Expanded strides select the kernel's path for scalar decay. Without a dt_bias, whose stride it reads, the path
-        # would crash.
+        # Expanded strides select the kernel's path for scalar decay. The path reads the stride of dt_bias, so that
+        # dt_bias=None would crash.
         dt_bias=torch.zeros_like(a_H)[:, None].expand(-1, head_dim),
         dt_softplus=False,
     )
@@ -99,7 +99,8 @@ def causal_conv(
     """
     weight_CK = weight_CK.contiguous()
     if max(batch.lens) == 1:
-        window_RCK = window_RKC.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # overwritten
+        # The kernel overwrites the window, so the function passes a copy.
+        window_RCK = window_RKC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         out_TC: Tensor = causal_conv1d_update(xbc_TC, window_RCK, weight_CK, bias_C, activation="silu")
         return out_TC, window_RCK.transpose(1, 2)
     num_past = window_RKC.shape[1]

@@ -29,7 +29,7 @@ HELD_OUT_SHARE = 20  # one file in 20 is held out
 
 
 def is_held_out(name: str) -> bool:
-    """Return True for one file in twenty, chosen by a hash of the file's name, so that all machines choose alike."""
+    """Return True for one file in twenty, chosen by a hash of the name, so that all machines choose the same files."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 

@@ -171,7 +171,7 @@ def export(
     log: list[tuple[int, float, float]],
     out: Path,
 ) -> None:
-    """Write the model directory `out`, and in it the measured figures as `metrics.json`."""
+    """Write the model directory `out`, with the measured figures in the file `metrics.json`."""
     write_checkpoint(model, experts, tokenizer, out)
     with torch.no_grad():
         for parameter in [*model.parameters(), *experts.parameters()]:

@@ -42,7 +42,7 @@ class TrainableExperts:
         order_P = topk_ids_NK.flatten().argsort()
         row_P = order_P // topk_ids_NK.shape[1]
         parts = x_NL.float()[row_P].split(counts_E.tolist())
-        with torch.autocast(x_NL.device.type, enabled=False):  # in bf16, oneDNN builds a kernel for each new row count
+        with torch.autocast(x_NL.device.type, enabled=False):  # in bf16, oneDNN builds a kernel for each number of rows
             y_PL = torch.cat(
                 [
                     F.linear(F.linear(x, up).relu().square(), down)

@@ -417,7 +417,7 @@ def checkpoint_prefix(checkpoint: Checkpoint) -> str:
 def tensor_name(parameter_name: str, prefix: str) -> str:
     """Return the name of a parameter's tensor in the checkpoint.
 
-    The names of the head and of the MTP module lack the part "backbone." or "model." of the prefix.
+    The names of the head and of the MTP module lack the part "backbone." or "model." at the end of the prefix.
     """
     if parameter_name.startswith(("lm_head.", "mtp.")):
         return prefix.removesuffix("backbone.").removesuffix("model.") + parameter_name

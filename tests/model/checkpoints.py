@@ -1,4 +1,4 @@
-"""The functions write tiny random checkpoints with transformers and add the MTP module, which transformers lacks."""
+"""The functions here write tiny random checkpoints with transformers and add the MTP module that transformers lacks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_latent_size": None,
         "n_groups": 1,
         "routed_scaling_factor": 2.5,
-    },  # Nano's settings; written as several files
+    },  # Nano's settings; the checkpoint is written as several files
     "dense": {"hybrid_override_pattern": "M-*EM-", "n_groups": 4, "chunk_size": 16, "use_conv_bias": False},
     "grouped": {
         "n_groups": 4,
@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 SEVERAL_FILES = "plain"
 TIED = "tied"
-SMALL_STEPS = "tied"  # has a Δ far below 0.001, the lower bound of transformers' chunked path
+SMALL_STEPS = "tied"  # variant with a Δ far below 0.001, the lower bound of Δ in transformers' chunked path
 WITH_MTP = "latent"
 
 
@@ -84,7 +84,7 @@ class Tiny:
 
     @property
     def raw(self) -> dict[str, Any]:
-        """Return the config as BASE with the variant's changes, whatever dialect is on disk."""
+        """Return the config as BASE with the variant's changes; the config on disk may be in another dialect."""
         return BASE | VARIANTS[self.name]
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class Tiny:
 
 
 def scramble(model: NemotronHForCausalLM, generator: torch.Generator) -> None:
-    """Draw weights that are large enough for every part of the model to influence the logits."""
+    """Set random weights that are large enough for every part of the model to influence the logits."""
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn(value.shape, generator=generator)
         if value.dim() >= 2:
@@ -115,7 +115,7 @@ def scramble(model: NemotronHForCausalLM, generator: torch.Generator) -> None:
 
 
 def write_tiny(path: Path, name: str) -> Tiny:
-    """Write the variant `name`; every call writes the same weights."""
+    """Write the checkpoint of variant `name` to `path`; every call with the same name writes the same weights."""
     generator = torch.Generator().manual_seed(list(VARIANTS).index(name))
     oracle = NemotronHForCausalLM(NemotronHConfig(**(BASE | VARIANTS[name])))
     oracle.train(False)
@@ -126,7 +126,7 @@ def write_tiny(path: Path, name: str) -> Tiny:
             if name == SMALL_STEPS:
                 layer.mixer.dt_bias.data.fill_(-8.0)
     oracle.save_pretrained(path, max_shard_size="60KB" if name == SEVERAL_FILES else "1GB")
-    if name == TIED:  # transformers does not tie this family
+    if name == TIED:  # transformers does not tie head and embeddings in this family
         oracle.lm_head.weight = oracle.model.embeddings.weight
         edit(path, path, lambda tensors: tensors.pop("lm_head.weight"))
     if name == WITH_MTP:
@@ -136,7 +136,7 @@ def write_tiny(path: Path, name: str) -> Tiny:
 
 
 def mtp_tensors(raw: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-    """Return random mtp.* tensors for the pattern `*E`, with the public names and shapes."""
+    """Return random tensors of an MTP module with the pattern `*E`, under the public names and in the public shapes."""
     dim, width, head = raw["hidden_size"], raw["moe_intermediate_size"], raw["head_dim"]
     latent, shared = raw["moe_latent_size"], raw["moe_shared_expert_intermediate_size"]
     shapes: dict[str, tuple[int, ...]] = {
@@ -170,7 +170,7 @@ def mtp_tensors(raw: dict[str, Any], generator: torch.Generator) -> dict[str, Te
 
 
 def edit(source: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    """Copy a one-file checkpoint to `target` after `change` has changed its tensors."""
+    """Copy a one-file checkpoint to `target`, with its tensors changed by `change`."""
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     target.mkdir(exist_ok=True)
@@ -181,7 +181,7 @@ def edit(source: Path, target: Path, change: Callable[[dict[str, Tensor]], objec
 
 
 def edit_config(source: Path, target: Path, **changes: object) -> Path:
-    """Copy a one-file checkpoint to `target` with `changes` in its config."""
+    """Copy a one-file checkpoint to `target`, with its config updated by `changes`."""
     edit(source, target, lambda tensors: None)
     raw = json.loads((source / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(raw))

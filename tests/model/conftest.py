@@ -14,7 +14,7 @@ from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny, write_tiny
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Run on one thread, because tiny products take less time than waiting for a second thread."""
+    """Run the tests on one thread, because a tiny product takes less time than waiting for a second thread."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,13 +23,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """Return a function that gives a tiny checkpoint by name; each checkpoint is written once."""
+    """Return a function that takes a variant's name and returns its tiny checkpoint, which is written only once."""
     return cache(lambda name: write_tiny(tmp_path_factory.mktemp(name), name))
 
 
 @pytest.fixture(scope="session")
 def model_of(tiny_of: Callable[[str], Tiny]) -> Callable[..., NemotronH]:
-    """Return a function that loads a tiny checkpoint in fp32 with local experts, with or without the CPU kernels."""
+    """Return a function that loads the tiny checkpoint of a variant in fp32, with local experts.
+
+    The function's second argument is True for plain PyTorch, and False for the CPU kernels.
+    """
     return cache(lambda name, is_plain=False: load_fp32(load_family(tiny_of(name).path), is_plain))
 
 
@@ -51,7 +54,7 @@ def model(request: pytest.FixtureRequest, tiny: Tiny, model_of: Callable[..., Ne
 
 @pytest.fixture
 def latent(tiny_of: Callable[[str], Tiny]) -> Tiny:
-    """Return the checkpoint with an MTP module, which is one file."""
+    """Return the tiny checkpoint that has an MTP module and consists of one file."""
     return tiny_of(WITH_MTP)
 
 

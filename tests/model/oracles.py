@@ -14,7 +14,7 @@ from torch import Tensor
 def recurrence(
     x_LHD: Tensor, delta_LH: Tensor, a_H: Tensor, b_LGN: Tensor, c_LGN: Tensor, state_HDN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute S ← exp(ΔA)·S + Δ·x⊗B and y = S·C, token by token and head by head."""
+    """Compute S ← exp(ΔA)·S + Δ·x⊗B and y = S·C token by token and head by head; return all y and the last S."""
     x, delta, a, b, c = (v.double() for v in (x_LHD, delta_LH, a_H, b_LGN, c_LGN))
     state = state_HDN.double().clone()
     num_heads, per_group = x.shape[1], x.shape[1] // b.shape[1]
@@ -28,7 +28,7 @@ def recurrence(
 
 
 def convolution(xbc_LC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, past_KC: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute out[t] = SiLU(bias + Σ_k weight[k]·in[t - (K-1) + k]), and return also the last K-1 columns."""
+    """Return out[t] = SiLU(bias + Σ_k weight[k]·in[t - (K-1) + k]) for each token, and the last K-1 inputs."""
     columns = torch.cat([past_KC, xbc_LC]).double()
     num_taps = weight_CK.shape[1]
     rows = []
@@ -40,7 +40,7 @@ def convolution(xbc_LC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, past_K
 
 
 def attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
-    """Compute attention of each of the last T of L tokens over all tokens up to itself, head by head."""
+    """Compute attention head by head for a request's last T tokens; each token attends to all tokens up to itself."""
     q, k, v = q_THD.double(), k_LJD.double(), v_LJD.double()
     per_kv_head, first = q.shape[1] // k.shape[1], k.shape[0] - q.shape[0]
     out = torch.zeros_like(q)
@@ -64,7 +64,7 @@ def relu2_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def weighted_experts(
     x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, experts: dict[int, dict[str, Tensor]]
 ) -> Tensor:
-    """Add weight·expert(x[row]) to each row, pick by pick."""
+    """Return, for each row, the sum of weight·expert(x[row]) over the row's picks, added pick by pick."""
     out = torch.zeros(x_NL.shape, dtype=torch.float64)
     for row, expert, weight in zip(row_P.tolist(), expert_P.tolist(), weight_P.double(), strict=True):
         out[row] += weight * relu2_mlp(x_NL[row], **experts[expert])
@@ -95,7 +95,7 @@ def moe(h: Tensor, tensors: dict[str, Tensor], prefix: str, raw: dict[str, Any])
 
 
 def draft(tensors: dict[str, Tensor], raw: dict[str, Any], hidden_LD: Tensor, next_ids: list[int]) -> Tensor:
-    """Run the MTP module over a whole request: g_t and x_{t+1} give o_t, whose logits predict x_{t+2}."""
+    """Run the MTP module over a whole request: hidden g_t and token x_{t+1} give o_t, whose logits predict x_{t+2}."""
 
     def weight(name: str) -> Tensor:
         return tensors[f"mtp.layers.{name}.weight"].double()

@@ -1,4 +1,4 @@
-"""`Steps` runs a model step by step over paged state as the engine would, but in few lines."""
+"""`Steps` takes the engine's place in tests and runs a model step by step over paged state."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ NUM_SLOTS, BLOCKS_PER_SLOT = 6, 6
 
 
 class Steps:
-    """A `Steps` runs requests by slot number; a slot owns every NUM_SLOTS-th page, so its pages are not contiguous."""
+    """A `Steps` runs one request per slot; each slot owns every NUM_SLOTS-th page, so its pages are not contiguous."""
 
     def __init__(self, model: NemotronH) -> None:
         self.model = model
         dtype = model.embeddings.weight.dtype
         self.state = State(model.config.state_spec, NUM_SLOTS, NUM_SLOTS * BLOCKS_PER_SLOT, dtype)
         for tensor in [*self.state.pages.values(), *(t for slots in self.state.slots.values() for t in slots)]:
-            tensor.fill_(float("nan"))  # a step that reads state before it was written gives NaN
+            tensor.fill_(float("nan"))  # makes a step that reads unwritten state return NaN
 
     def batch(self, parts: Sequence[tuple[int, Sequence[int], int]]) -> Batch:
-        """Make a batch of parts (slot, token ids, context length)."""
+        """Return a batch with one request for each part, which is (slot, token ids, context length)."""
         slots, token_ids, context_lens = zip(*parts, strict=True)
         return Batch(
             torch.tensor([token for ids in token_ids for token in ids]),
@@ -36,15 +36,16 @@ class Steps:
 
     @torch.no_grad()
     def forward(self, *parts: tuple[int, Sequence[int], int]) -> list[Tensor]:
-        """Return the hidden vectors of each part: (len, D) each."""
+        """Run one step and return the hidden vectors of each part: a list of tensors (len, D)."""
         batch = self.batch(parts)
         return list(self.model(batch, self.state).split(list(batch.lens)))
 
     @torch.no_grad()
     def draft(self, hidden: Tensor, token_ids: Sequence[int], context_len: int, slot: int = 0) -> Tensor:
-        """Run the MTP module over one request's positions from `context_len` on: (len, D).
+        """Run the MTP module over positions of one request and return the module's output: (len, D).
 
-        `token_ids` are the tokens that follow these positions.
+        The positions start at `context_len`; `hidden` (len, D) belongs to the positions, and `token_ids` are the tokens
+        that follow each position.
         """
         return self.model.draft(self.batch([(slot, token_ids, context_len)]), hidden, self.state)
 
@@ -57,7 +58,7 @@ def full_logits(model: NemotronH, token_ids: Sequence[int]) -> Tensor:
 
 
 def split_logits(model: NemotronH, token_ids: Sequence[int], cuts: Sequence[int]) -> Tensor:
-    """Return the logits of a request that is computed in steps which end at `cuts` and at the request's end."""
+    """Return the logits of one request, computed in several steps; a step ends at each of `cuts` and at the end."""
     steps, ends = Steps(model), [*cuts, len(token_ids)]
     starts = [0, *cuts]
     parts = [steps.logits((0, token_ids[a:b], a))[0] for a, b in zip(starts, ends, strict=True)]
@@ -80,11 +81,11 @@ def random_tokens(num_tokens: int, seed: int = 0) -> list[int]:
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """Return the largest difference divided by the largest expected value."""
+    """Return the largest absolute difference divided by the largest absolute expected value."""
     return float((value.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def seeded(seed: int) -> Callable[..., Tensor]:
-    """Return a `torch.randn` with a generator of its own, seeded with `seed`."""
+    """Return a function like `torch.randn` that draws from its own generator, seeded with `seed`."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator)

@@ -1,4 +1,4 @@
-"""The tests check what is read from a model directory, and the error message for every kind of broken directory."""
+"""The tests check which tensors are read from a model directory, and the error message for every broken directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.model.steps import full_logits, random_tokens
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list to which every tensor that is read adds its name."""
+    """Return a list to which each read of a tensor appends the tensor's name."""
     names: list[str] = []
     read = Checkpoint.tensor
 
@@ -145,7 +145,7 @@ def test_an_expert_that_is_not_there_is_named(latent: Tiny) -> None:
 
 @pytest.fixture
 def several(tiny_of: Callable[[str], Tiny], tmp_path: Path) -> Path:
-    """Return a copy of a checkpoint of several files, which a test may break."""
+    """Return a new copy of a checkpoint with several weight files, so that a test may damage the copy."""
     for file in tiny_of(SEVERAL_FILES).path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path

@@ -1,4 +1,4 @@
-"""The tests check that exact sums depend neither on their order nor on which shard adds which contributions."""
+"""The tests check that exact sums depend neither on the order of the contributions nor on the shards that add them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUM_ROWS, NUM_PICKS, DIM = 6, 40, 9
 
 
 def contributions(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, weight, row and grid of picks whose sizes differ by orders of magnitude."""
+    """Return random picks whose contributions differ by orders of magnitude: y, weight, row, and each row's grid."""
     randn = seeded(seed)
     y = randn(NUM_PICKS, DIM) * torch.exp(3 * randn(NUM_PICKS, 1))
     weight = randn(NUM_PICKS).abs()
@@ -47,7 +47,7 @@ def test_any_partition_gives_the_same_bits(num_shards: int) -> None:
 
 
 def test_float_sums_would_differ() -> None:
-    """Show that the test above can fail: without the grid, the same picks in another order give other bits."""
+    """Check that the tests of exact sums can fail: float sums of the same picks in another order have other bits."""
     y, weight, row, grid = contributions(7)
     terms = y * weight[:, None]
     plain = [
@@ -70,7 +70,7 @@ def test_the_error_is_half_a_unit_a_pick_and_one_rounding(seed: int) -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
 def test_a_unit_is_small_against_what_experts_give(scale: float, size: float) -> None:
-    """Check that contributions have a root mean square near 2**FRACTION_BITS units, at any scale."""
+    """Check that contributions have a root mean square near 2**FRACTION_BITS units at any scale of weights and rows."""
     randn = seeded(3)
     up, down, x = scale * randn(64, 32), randn(32, 64), size * randn(50, 32)
     y = torch.relu(x @ up.T).square() @ down.T
@@ -102,7 +102,7 @@ def test_what_cannot_be_added_is_refused(value: float) -> None:
 
 
 def test_damaged_weights_do_not_stop_the_loading() -> None:
-    """Check that damaged weights can be loaded; the first sum refuses them with a message."""
+    """Check that damaged weights have a gain exponent, so that loading succeeds; the first sum reports the damage."""
     assert gain_exponent(torch.full((2, 3), torch.inf), torch.ones(3, 2)) == 0
     assert gain_exponent(torch.full((2, 3), torch.nan), torch.ones(3, 2)) == 0
 

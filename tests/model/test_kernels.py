@@ -1,8 +1,8 @@
 """The tests check which implementation runs, and that the fused CUDA kernels give the numbers of plain PyTorch.
 
-The packages of the fused kernels cannot be installed without CUDA. Without a GPU the tests replace the packages'
-public functions by loops with the documented shapes. Then they check our padding, strides and bookkeeping, but not the
-kernels themselves.
+The packages of the fused kernels cannot be installed without CUDA. Without a GPU, the tests replace the packages'
+public functions by loops with the documented shapes. The tests then check our padding, strides and bookkeeping, but not
+the kernels themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.model.steps import relative_error, seeded
 
 HEADS, HEAD_DIM, GROUPS, STATE_DIM, CHANNELS = 4, 16, 2, 16, 64
 ON_GPU = kernels.has_fused("mamba_ssm") and kernels.has_fused("causal_conv1d")
-DEVICE, BOUND = ("cuda", 5e-3) if ON_GPU else ("cpu", 1e-5)  # the kernels multiply in TF32
+DEVICE, BOUND = ("cuda", 5e-3) if ON_GPU else ("cpu", 1e-5)  # fused kernels multiply in TF32
 
 
 def mamba_chunk_scan_combined(
@@ -114,7 +114,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def inputs(num_tokens: int, num_requests: int) -> tuple[Inputs, Tensor]:
-    """Return random inputs (x, Δ, A, B, C) of a scan and random states."""
+    """Return random inputs (x, Δ, A, B, C) of a scan, and the requests' random states (R, H, D, N)."""
     randn = seeded(0)
     x, delta = randn(num_tokens, HEADS, HEAD_DIM), torch.exp(randn(num_tokens, HEADS) - 3)
     b, c = randn(num_tokens, GROUPS, STATE_DIM), randn(num_tokens, GROUPS, STATE_DIM)

@@ -1,4 +1,4 @@
-"""The tests compare logits bit for bit to check that a token's logits depend on its own sequence alone."""
+"""The tests compare logits bit for bit to check that a token's logits depend only on the token's own sequence."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_any_way_to_cut_a_sequence_gives_the_same_bits(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_company_changes_no_bit(exact: NemotronH, seed: int) -> None:
-    """Advance six requests of different lengths by random amounts in random batches."""
+    """Check that six requests, computed in random parts and random batches, get the same logits as alone."""
     chooser = random.Random(seed)
     prompts = {slot: random_tokens(chooser.randint(1, LENGTH), seed=100 * seed + slot) for slot in range(6)}
     done, found, steps = dict.fromkeys(prompts, 0), {slot: list[Tensor]() for slot in prompts}, Steps(exact)
@@ -66,7 +66,7 @@ def with_drafts(batch: Batch, num_drafts: Sequence[int]) -> Batch:
 
 @pytest.mark.parametrize("num_right", range(4))
 def test_drafts_leave_no_trace(exact: NemotronH, num_right: int) -> None:
-    """Check that a sequence continues as if never drafted after three drafts, of which some are accepted."""
+    """Check that a sequence with three drafts, of which some are accepted, continues as if there had been no drafts."""
     tokens, other = random_tokens(30), random_tokens(30, seed=1)
     whole, whole_other = full_logits(exact, tokens), full_logits(exact, other)
     wrong = [(token + 1) % 256 for token in tokens]
@@ -105,12 +105,12 @@ def test_copied_state_and_pages_go_on_as_the_original(exact: NemotronH) -> None:
     steps.state.copy_slots([(0, 4)])
     pages = [steps.batch([(slot, [1], 0)]).block_tables[0] for slot in (0, 4)]
     steps.state.copy_pages(list(zip(*pages, strict=True)))
-    steps.logits((0, random_tokens(9, seed=3), 20))  # the original continues with other tokens first
+    steps.logits((0, random_tokens(9, seed=3), 20))  # first, the original continues with other tokens
     assert torch.equal(steps.logits((4, tokens[20:], 20))[0], full_logits(exact, tokens)[20:])
 
 
 def test_the_first_keys_hide_what_lies_before(model_of: Callable[..., NemotronH]) -> None:
-    """Check that hidden first keys equal keys that were never written, with the CPU kernels and in plain PyTorch."""
+    """Check that keys before a request's first key do not count, with the CPU kernels and in plain PyTorch."""
     tokens = random_tokens(20)
     for is_plain in (False, True):
         model = model_of(WITH_MTP, is_plain)

@@ -1,4 +1,4 @@
-"""The tests check that products are batch-invariant, with the CPU kernels and with PyTorch's under a row blocking."""
+"""The tests check that the CPU kernels' products and PyTorch's products under a row blocking are batch-invariant."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_planned_rows_do_not_depend_on_their_company(
 
 
 def halves_added(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute the same product, but add its terms in another order."""
+    """Compute a linear layer's product as the sum of two parts, so that the terms are added in another order."""
     cut = x.shape[1] // 3
     return x[:, :cut] @ weight[:, :cut].T + x[:, cut:] @ weight[:, cut:].T
 
@@ -104,7 +104,7 @@ def other_in_the_first_row(x: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute a product that is batch-invariant by itself, so that only the planted products vary."""
+    """Compute a linear layer's product row by row; unlike the planted products, it is batch-invariant."""
     return (x.double()[:, None] * weight.double()).sum(-1).to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The tests compare the mixer's parts with the recurrence that the oracle computes token by token."""
+"""The tests compare the parts of the Mamba-2 mixer with the oracle, which computes token by token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sub_batch_of(lens: tuple[int, ...], context_lens: tuple[int, ...]) -> SubBat
 
 
 def scan_inputs(num_tokens: int, num_groups: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return random x, Δ (from tiny to large), A, B and C."""
+    """Return random inputs of a scan: x, Δ with values from tiny to large, A, B and C."""
     randn = seeded(seed)
     delta = torch.exp(2 * randn(num_tokens, HEADS) - 3)
     b, c = randn(num_tokens, num_groups, STATE_DIM), randn(num_tokens, num_groups, STATE_DIM)
@@ -64,7 +64,7 @@ def test_the_scan_split_at_chunks_is_the_same_bit_for_bit() -> None:
 
 
 def test_large_steps_do_not_overflow() -> None:
-    """Check steps with Δ·A of thousands: the decay is 0, and no exp of a large positive number may be computed."""
+    """Check that Δ·A of minus several thousand gives a decay of 0 and no overflow in an exp of a positive number."""
     x, delta, a, b, c = scan_inputs(32, 1)
     state = seeded(1)(1, HEADS, HEAD_DIM, STATE_DIM)
     y, final = mamba.packed_scan(x, delta + 300, a * 50, b, c, state, sub_batch_of((32,), (0,)), 16)

@@ -1,6 +1,6 @@
-"""The tests compare a layer's experts with a loop in float64 and check that the sums do not depend on the call.
+"""The tests compare a layer's experts with a loop in float64 and check that a row's sums do not depend on the call.
 
-Whatever experts and rows share a call, a row's sums must have the same bits.
+A row's sums must have the same bits, whatever other rows and experts are in the call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAPES = [ExpertShape(1, 12, 4, 32, 48), ExpertShape(1, 7, 2, 20, 36), ExpertSha
 
 
 class SingleLayer:
-    """A `SingleLayer` has a bank with all experts of one layer, rows, and each row's picks."""
+    """A `SingleLayer` is a test layer: a bank with all experts of one layer, random rows, and the picks of each row."""
 
     def __init__(self, shape: ExpertShape, dtype: torch.dtype = torch.float32) -> None:
         randn = seeded(4)
@@ -47,7 +47,7 @@ class SingleLayer:
 
     @property
     def picks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the row, the expert and the weight of every pick."""
+        """Return three tensors with the row, the expert and the weight of every pick."""
         row_P = torch.arange(NUM_ROWS).repeat_interleave(self.shape.top_k)
         return row_P, self.topk_ids.flatten(), self.topk_weights.flatten()
 
@@ -59,7 +59,7 @@ class SingleLayer:
 
 @pytest.fixture(params=["compiled", "plain"], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test with the CPU kernels and in plain PyTorch."""
+    """Run each test of this file twice: with the CPU kernels and in plain PyTorch."""
     monkeypatch.setattr(kernels, "has_compiled", lambda: request.param == "compiled")
 
 
@@ -93,7 +93,7 @@ def test_any_split_of_the_experts_gives_the_same_bits(shape: ExpertShape, dtype:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_split_of_the_picks_gives_the_same_bits(shape: ExpertShape, dtype: torch.dtype) -> None:
-    """Check that two homes of an expert may share its rows."""
+    """Check that the rows of an expert may be divided between two homes of the expert."""
     setup = SingleLayer(shape, dtype)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -154,7 +154,7 @@ def test_a_layer_equals_transformers(
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_router_weighs_without_the_bias(normalize: bool) -> None:
-    """Check that a huge bias makes the router pick experts 1 and 4, but leaves their weights to their scores."""
+    """Check that a huge bias makes the router pick experts 1 and 4, but does not change the experts' weights."""
     router = Router(8, ExpertShape(1, 6, 2, 8, 4), 5.0, 1, 1, normalize)
     router.weight.data = seeded(0)(6, 8)
     router.e_score_correction_bias = torch.tensor([0.0, 9.0, 0.0, 0.0, 9.0, 0.0])

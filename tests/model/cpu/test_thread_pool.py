@@ -1,4 +1,4 @@
-"""The tests check that workers change no result, sleep while the pool is paused, and wake up for the next work."""
+"""The tests check that workers change no result, sleep while the thread pool is paused, and wake up afterwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LENS, CONTEXTS, TABLE_LEN = (30, 1, 7, 200), (5, 0, 40, 0), 20
 
 @pytest.fixture(params=[2, 4], ids="{} threads".format)
 def threads(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
-    """Return a function that sets the number of threads to 1 for count 0, otherwise to the parameter."""
+    """Return a function that sets the number of threads: to 1 for argument 0, otherwise to the fixture's parameter."""
     before = torch.get_num_threads()
     yield lambda count: torch.set_num_threads(request.param if count else 1)
     torch.set_num_threads(before)
@@ -95,7 +95,7 @@ def test_layers_keep_their_bits(threads: Callable[[int], None], dtype: torch.dty
 
 
 def test_two_callers_do_not_wait_for_each_other(threads: Callable[[int], None]) -> None:
-    """Check that one caller uses the workers while the others work alone, and that all results are right."""
+    """Check that the results of three callers at once are right: one uses the workers, and the others work alone."""
     weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected, wrong = linear(x, weight), list[int]()
@@ -129,7 +129,7 @@ def test_workers_sleep_while_others_need_the_cores(threads: Callable[[int], None
         linear(x, weight)
     assert busy_s() - before > 0.05
     THREAD_POOL.pause()
-    assert torch.equal(linear(x, weight), expected)  # computed without workers
+    assert torch.equal(linear(x, weight), expected)  # while the pool is paused, without workers
     time.sleep(0.05)
     before = busy_s()
     time.sleep(0.5)
@@ -139,7 +139,7 @@ def test_workers_sleep_while_others_need_the_cores(threads: Callable[[int], None
 
 
 def test_a_worker_that_fails_is_reported_and_works_on(threads: Callable[[int], None]) -> None:
-    """Check that a worker's failure is reported; otherwise the caller would wait for its task for ever."""
+    """Check that a failure in a worker raises an error in the caller, which would otherwise wait forever."""
     weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected = linear(x, weight)
@@ -155,9 +155,9 @@ def test_a_worker_that_fails_is_reported_and_works_on(threads: Callable[[int], N
 
 
 def test_a_task_under_way_is_waited_for_when_another_fails(threads: Callable[[int], None]) -> None:
-    """Check that a failed job waits for its running tasks.
+    """Check that a job with a failed task waits until all running tasks of the job have ended.
 
-    A running task may write to arrays that the next job uses, and it would be counted as a task of the next job.
+    A running task may write to arrays that the next job uses, and would be counted as a task of the next job.
     """
     threads(1)
     has_begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()

@@ -70,7 +70,7 @@ def test_history_loses_its_reasoning_unless_asked_not_to(tokenizer: Any) -> None
     assert "<think>\nbecause</think>a" in render(tokenizer, messages, truncate_history_thinking=False)
     assert "<think>\nbecause</think>a" in render(
         tokenizer, messages[:2]
-    )  # a turn that the model continues keeps its reasoning
+    )  # the turn that the model continues keeps the reasoning
     written = turn("assistant", "<think>\nbecause\n</think>\n\na")
     assert "<think></think>a<|im_end|>" in render(tokenizer, [messages[0], written, messages[2]])
     about_tags = turn("assistant", "b </think> c")

@@ -1,4 +1,4 @@
-"""The tests check the demo checkpoint's size, its recorded figures, and that its tokens equal those of transformers."""
+"""The tests check the demo checkpoint's size and recorded figures, and compare greedy tokens with transformers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(family: ModelFamily) -> NemotronH:
 
 @pytest.fixture(scope="module")
 def held_out() -> torch.Tensor:
-    """Return windows of the held-out text that lie far apart: (NUM_WINDOWS, WINDOW)."""
+    """Return the token ids of windows that lie far apart in the held-out text: (NUM_WINDOWS, WINDOW)."""
     texts = read_corpus()[1]
     tokens = torch.from_numpy(encode_all(Tokenizer.from_file(str(DEMO / "tokenizer.json")), texts))
     starts = torch.linspace(0, len(tokens) - WINDOW, NUM_WINDOWS).long()
@@ -67,7 +67,7 @@ def test_it_beats_xz_and_its_drafts_are_accepted(metrics: dict[str, Any]) -> Non
 
 
 def test_the_figures_are_this_checkpoint_s(model: NemotronH, held_out: torch.Tensor, metrics: dict[str, Any]) -> None:
-    """Check that the serving code gives about the recorded loss and acceptance on a sample of the held-out text."""
+    """Check that loss and draft acceptance on a sample of the held-out text are near the recorded figures."""
     state = State(model.config.state_spec, 1, WINDOW // 16, torch.float32)
     losses, hits = [], []
     for token_ids in held_out:
@@ -93,7 +93,7 @@ def test_greedy_tokens_equal_transformers(model: NemotronH, held_out: torch.Tens
 
 
 def greedy(model: NemotronH, prompt: torch.Tensor, state: State) -> list[int]:
-    """Decode NUM_NEW tokens greedily, one per step."""
+    """Decode NUM_NEW tokens greedily after `prompt`, one token per step, and return the token ids."""
     pages = tuple(range(state.num_blocks))
     made: list[int] = []
     new, context_len = prompt, 0

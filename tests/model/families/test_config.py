@@ -1,4 +1,4 @@
-"""The tests read every public dialect of config.json and check the error message for every mistake in it."""
+"""The tests read every public dialect of config.json and check the error message for every kind of wrong config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tests compare the whole model with transformers, and every way to cut work into steps with one full pass."""
+"""The tests compare the whole model with transformers, and compare work that is cut into steps with one full pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.model.conftest import load_fp32
 from tests.model.steps import Steps, full_logits, greedy, random_tokens, relative_error, split_logits
 
 LENGTHS = (1, 2, 8, 21, 37)
-BOUND = 1e-4  # the required bound; measured errors are near 1e-6
+BOUND = 1e-4  # the largest relative error that the project allows; measured errors are near 1e-6
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -44,7 +44,7 @@ def test_step_by_step_decode_equals_the_full_pass(model: NemotronH) -> None:
 
 
 def test_packed_mixed_batches_equal_single_runs(model: NemotronH) -> None:
-    """Mix new requests, a prompt's later chunk and decoding requests in one step, with slots in any order."""
+    """Check steps that mix new requests, later chunks of prompts and decoding requests, with slots in any order."""
     prompts = {slot: random_tokens(length, seed=slot) for slot, length in ((4, 30), (1, 12), (5, 21), (0, 7), (2, 1))}
     alone = {slot: full_logits(model, tokens) for slot, tokens in prompts.items()}
     steps, done, found = Steps(model), dict.fromkeys(prompts, 0), {slot: list[Tensor]() for slot in prompts}
@@ -67,7 +67,7 @@ def test_a_slot_used_again_starts_from_zeros(latent_model: NemotronH) -> None:
 
 
 def test_the_small_steps_would_show_a_clamp(tiny_of: Callable[[str], Tiny]) -> None:
-    """Check that this checkpoint can detect a clamp of Δ: with transformers' own limit its logits change."""
+    """Check that the checkpoint SMALL_STEPS reveals a clamp of Δ: transformers' lower limit changes the logits."""
     tiny, tokens = tiny_of(SMALL_STEPS), random_tokens(21)
     exact = tiny.logits(tokens)
     mixers = [layer.mixer for layer in tiny.oracle.model.layers if hasattr(layer.mixer, "dt_bias")]
@@ -114,10 +114,10 @@ def test_draft_one_token_at_a_time_equals_the_equations(
 
 
 def test_second_draft_feeds_the_first_back(latent: Tiny, latent_model: NemotronH, tensors: dict[str, Tensor]) -> None:
-    """Check the second draft both as in serving and as in training.
+    """Check the second draft against the oracle, computed as in serving and as in training.
 
-    In serving, the module's own output and token follow the model's in the same KV. In training, the second draft is a
-    second full pass.
+    In serving, the MTP module runs one more position on the same KV, with its own first draft and output as inputs. In
+    training, the MTP module runs a second full pass over the whole sequence.
     """
     tokens, steps = random_tokens(18), Steps(latent_model)
     hidden = steps.forward((0, tokens[:17], 0))[0]
