@@ -62,7 +62,7 @@ class TokenSource(Protocol):
 
 
 def derived_seed(seed: int | None, choice: int) -> int | None:
-    """Return the seed of one choice; choice 0 uses the request's `seed`, other choices a hash of seed and index.
+    """Return the seed of one choice: the request's `seed` for choice 0, else a hash of the seed and the index `choice`.
 
     Returns None if the request has no seed.
     """

@@ -18,7 +18,7 @@ Prompt = str | list[int] | Conversation
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """An `AnswerFormat` holds a grammar for the text of an answer, and the name of the parameter that sets it."""
+    """An `AnswerFormat` holds a grammar for the text of an answer, and the name of the client's parameter for it."""
 
     grammar: Grammar
     param: str  # name of the client's parameter for error messages, such as "structured_outputs.regex"

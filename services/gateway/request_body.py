@@ -117,7 +117,7 @@ def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
         if isinstance(types[0], type) and issubclass(types[0], BaseBody):
             known = {field.alias or name: field.annotation for name, field in types[0].model_fields.items()}
             fields, types = tuple(known), _union_members(known.get(str(part), Any))
-        else:  # a list or a dictionary
+        else:  # the value at `path` is a list or a dictionary
             types = _union_members((*get_args(types[0]), Any)[-2 if get_args(types[0]) else 0])
     return _FieldLocation(path.lstrip("."), fields, is_in_union)
 

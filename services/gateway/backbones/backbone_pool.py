@@ -36,7 +36,7 @@ MAX_SILENT_ALONE_S = 10.0
 
 AskStatuses = Callable[
     [], Awaitable[list[dict[str, Any]]]
-]  # statuses of the backbones that answer; each has an `endpoint`
+]  # a function that returns the statuses of the backbones that answer; each status has the key `endpoint`
 
 
 def unresponsive_endpoints(silent_s: Mapping[str, float]) -> list[str]:
@@ -101,8 +101,7 @@ class BackbonePool:
     async def statuses(self) -> list[dict[str, Any]]:
         """Return the statuses of the backbones that answer, in the order of their endpoints.
 
-        The statuses are at most STATUS_TTL_S seconds old.
-        Raises EngineFailed if no backbone answers.
+        The statuses are at most STATUS_TTL_S seconds old. Raises EngineFailed if no backbone answers.
         """
         asked_at, statuses = self._last
         if time.monotonic() - asked_at > STATUS_TTL_S:

@@ -38,7 +38,7 @@ class BackboneStream:
     """A `BackboneStream` sends requests to one backbone and receives their outputs.
 
     A stream must be used on the event loop that created the stream. A broken stream is not repaired: `BackbonePool`
-    opens a new one.
+    opens a new stream.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -69,7 +69,7 @@ class BackboneStream:
         await self._channel.close()
 
     def give_up(self, reason: str) -> None:
-        """Close the stream without waiting for the backbone, for the `reason` that requests and the log report.
+        """Close the stream without waiting for the backbone, and report `reason` in the log and in BackboneLost.
 
         If the backbone hangs and runs again later, it finds the requests of the stream cancelled.
         """

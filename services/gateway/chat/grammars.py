@@ -119,7 +119,8 @@ def _special(marker: Marker) -> str:
 def _text_up_to(rule: str, marker: Marker) -> str:
     """Return a grammar rule, named `rule`, for any text up to `marker`.
 
-    The text includes a marker that is a string, but not a marker that is a special token.
+    The text ends with the marker if the marker is ordinary text. A marker that is a special token is not part of the
+    text.
     """
     suffix = f"[suffix={json.dumps(marker.text)}]" if marker.special_id is None else ""
     return f"{rule}{suffix}: /{TEXT}/"

@@ -61,8 +61,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
 
-        If `add_special_tokens`, the ids of the tokenizer's initial special tokens come first; most tokenizers have
-        none.
+        If `add_special_tokens`, the ids of the special tokens with which the tokenizer begins every text come first.
+        Most tokenizers begin texts without special tokens.
         """
         # The tokenizer's Rust implementation keeps no state between calls, so threads may share it.
         return list(self._hf.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)

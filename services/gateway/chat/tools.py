@@ -94,7 +94,7 @@ class ToolUse:
     def of(
         cls, tools: tuple[Tool, ...], mode: ToolMode | None, function: str | None, is_parallel: bool | None
     ) -> ToolUse:
-        """Return the `ToolUse` for a client's parameters, of which None stands for a missing parameter.
+        """Return the `ToolUse` for a client's parameters; None stands for a missing parameter.
 
         - `mode`: the value of `tool_choice`, if it is a mode.
         - `function`: the name of the function that `tool_choice` names.

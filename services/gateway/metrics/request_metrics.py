@@ -168,7 +168,7 @@ class RequestClock:
         return (self._first or self._start) - self._start
 
     def finish(self, finish_reason: str) -> None:
-        """Record and log the end of the choice; "abort" means that the client disconnected."""
+        """Record and log the end of the choice; the `finish_reason` "abort" means that the client disconnected."""
         if finish_reason != "abort":
             self._metrics.whole.observe(time.perf_counter() - self._start)
             self._metrics.answer_lens.observe(self._num_generated)

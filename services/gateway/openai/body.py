@@ -205,7 +205,7 @@ class CompletionBody(_RequestBody):
 
     @property
     def echoes_logprobs(self) -> bool:
-        """Return True if the client asked for the logprobs of the prompt's tokens before the answer's logprobs."""
+        """Return True if the response lists the logprobs of the prompt's tokens before the logprobs of the answer."""
         return bool(self.echo) and self.logprobs is not None
 
     def requests(self) -> list[GenerationRequest]:

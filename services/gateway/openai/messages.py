@@ -1,4 +1,4 @@
-"""A `ConversationBody` holds messages and tools as in OpenAI's API, and converts them to a `Conversation`."""
+"""A `ConversationBody` holds OpenAI's messages and tools, which are converted to `Conversation` and `Tool`."""
 
 from __future__ import annotations
 

@@ -139,8 +139,8 @@ def _by_name(scores: Iterable[ScoredToken]) -> dict[str, float | None]:
 def _name(score: ScoredToken) -> str:
     """Return the text of a token, or its bytes in hexadecimal if the bytes are not complete characters.
 
-    The format "bytes:\\x.." is OpenAI's. Without the hexadecimal digits, all tokens of incomplete characters would
-    have the same name, U+FFFD.
+    The format "bytes:\\x.." is the format of OpenAI's API. Without the hexadecimal digits, all tokens of incomplete
+    characters would have the same name, U+FFFD.
     """
     if "\ufffd" in score.text:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in score.data)

@@ -109,7 +109,7 @@ class Operations:
             return await self._give(StandingOrder(OrderKind.REBALANCE, by=by, at=time.time()))
 
     async def plan(self) -> dict[str, Any]:
-        """Return the plan that an order to rebalance would carry out, without changing anything."""
+        """Return the plan that the controller would carry out after an order to rebalance. No order is given."""
         plan = await self.tier.preview()
         if plan is None:
             raise ApiError(

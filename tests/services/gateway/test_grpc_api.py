@@ -110,7 +110,7 @@ def test_an_overloaded_engine(api: InferenceApi, source: EchoSource) -> None:
 
 
 class TrailerContext:
-    """A `TrailerContext` keeps the trailing metadata of the last call, like the contexts of gRPC and Ray Serve."""
+    """A `TrailerContext` replaces a real RPC context; each call of `set_trailing_metadata` replaces all metadata."""
 
     metadata: dict[str, str]
 

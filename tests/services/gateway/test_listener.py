@@ -57,7 +57,7 @@ def test_both_surfaces_answer_on_their_ports(generation: Generation) -> None:
                 assert (await stub.Generate(request)).usage.completion_tokens == 3
                 assert sum([len(chunk.choice.token_ids) async for chunk in stub.GenerateStream(request)]) == 3
                 health = health_pb2_grpc.HealthStub(channel)
-                assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1  # SERVING
+                assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1  # 1 is SERVING
                 reflecting = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
                 listed = await anext(
                     aiter(reflecting(iter([reflection_pb2.ServerReflectionRequest(list_services="")])))
