@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def proto_files() -> list[Path]:
-    """Return every .proto file of the repository, relative to the root."""
+    """Return the path of every .proto file, relative to the root of the repository."""
     return sorted(path.relative_to(ROOT) for path in (ROOT / "protos").rglob("*.proto"))
 
 
 def generated_files() -> list[Path]:
-    """Return the files that `generate` writes, relative to the output directory."""
+    """Return the paths of the files that `generate` writes, relative to the output directory."""
     suffixes = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
     return [path.with_name(path.stem + suffix) for path in proto_files() for suffix in suffixes]
 

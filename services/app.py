@@ -1,8 +1,8 @@
 """`build_app` is the composition root: the function builds the Serve application out of plain classes.
 
-Only this file and `services/ingress.py` turn plain classes into Serve deployments. A Serve config names `import_path:
-services.app:build_app`, and the config's `args` have the fields of `AppArgs`. This file does not use `from __future__
-import annotations`, because Serve validates the arguments with the annotation of the parameter `args`.
+Only this file and `services/ingress.py` turn plain classes into Serve deployments. A Serve config names
+`import_path: services.app:build_app`, and the config's `args` have the fields of `AppArgs`. This file does not use
+`from __future__ import annotations`, because Serve validates the arguments with the annotation of the parameter `args`.
 """
 
 import services.low_priority_imports  # isort: skip  # noqa: F401
@@ -46,7 +46,7 @@ GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1
 GATEWAY_STOP_S = 20  # seconds for a gateway to stop, in addition to the time for draining
 SURGE_PERCENT = 100  # in an update, all new replicas serve before the old replicas stop, if the nodes have resources
 ONE_PER_NODE: dict[str, Any] = {"max_replicas_per_node": 1}
-MAX_OPEN = 1024  # maximum number of open streams of a replica; the engine's full queue refuses requests long before
+MAX_OPEN = 1024  # maximum number of open streams of a replica; the engine's queue is full at far fewer
 
 
 class ShardDeployment:

@@ -49,7 +49,7 @@ class JsonLines(logging.Formatter):
 
 def configure(process: str, log_format: LogFormat) -> None:
     """Write the log of Expertmesh's modules to standard error; `process` is this process's name, such as "backbone"."""
-    handler = logging.StreamHandler(sys.__stderr__)  # `sys.stderr` would not do, because Serve replaces it by a logger
+    handler = logging.StreamHandler(sys.__stderr__)  # not `sys.stderr`, which Serve replaces by a logger
     handler.setFormatter(JsonLines(process) if log_format == "json" else logging.Formatter(TEXT))
     for name in OURS:
         logger = logging.getLogger(name)

@@ -1,9 +1,9 @@
 """These tests check that the linter accepts the Dockerfile, that its base images are pinned, and that its steps work.
 
 The image must not run as root. The tests run the steps in a clean directory, except the steps that need root or apt.
-Steps that install packages find the packages already installed in the environment of the tests. `python -m
-tests.test_dockerfile` runs the same steps with an empty environment, which takes two minutes; `make test` also begins
-with an installation from nothing.
+Steps that install packages find the packages already installed in the environment of the tests.
+`python -m tests.test_dockerfile` runs the same steps with an empty environment, which takes two minutes; `make test`
+also begins with an installation from nothing.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def test_ray_gets_what_the_command_line_would_set() -> None:
 
 
 def run_steps(folder: Path, python: Path) -> None:
-    """Run the steps of the CPU image below `folder` in the environment of `python`, except those that need root."""
+    """Run the steps of the CPU image below `folder` with the interpreter `python`, except steps that need root."""
     folder.mkdir()
     env = {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(folder), "ACCELERATOR": "cpu"}
     env |= {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "TORCH_INDEX"))}

@@ -146,7 +146,7 @@ def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
 def _own_serve() -> Iterator[None]:
     """Run Ray Serve without proxies until the body ends.
 
-    The gateway itself listens for clients, because a proxy would add a hop to the way of every token.
+    The gateway itself listens for clients, because a proxy would add a network hop for every token.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the displayed steps say what Serve would log
     serve.start(proxy_location="Disabled")

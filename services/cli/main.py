@@ -1,4 +1,4 @@
-"""The command line `expertmesh` has the commands in `COMMANDS`; `main` first makes the settings that they all need."""
+"""`main` runs the command line `expertmesh` after making the settings that every command in `COMMANDS` needs."""
 
 from __future__ import annotations
 

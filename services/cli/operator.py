@@ -1,4 +1,7 @@
-"""The commands in this file are for operators: each asks a running server, and most use the server's admin API."""
+"""The commands in this file are for operators.
+
+Each command asks a running server, and most commands use the server's admin API.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +166,7 @@ def trace(
     admin_key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """Record which experts are picked, for `plan --trace`.
+    """Record which experts the router picks, for `plan --trace`.
 
     Each backbone writes a file on its own machine, and the answer names the file.
     """

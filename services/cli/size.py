@@ -123,7 +123,7 @@ def _show_one(name: str, config: Mapping[str, Any], gpu: Gpu, dtype: str, slo: S
 
 
 def _show_all(configs: Mapping[str, Mapping[str, Any]], gpu: Gpu, dtype: str, slo: Slo, as_json: bool) -> None:
-    """Print one line for each model in `dtype`, or in every dtype if `dtype` is `auto`."""
+    """Print one line for each model in the format `dtype`, or one line for each model and format if `dtype` is auto."""
     rows: list[tuple[str, Dtype, Sizing | str]] = []
     for name, config in configs.items():
         for one in DTYPES if dtype == "auto" else (_dtype(dtype, config),):

@@ -1,4 +1,4 @@
-"""A start consists of steps; `steps_of` tells from an observation how far each step is.
+"""A start consists of steps; `steps_of` tells the progress of each step from an observation of the start.
 
 `steps_of` is a pure function. `services/cli/local_application.py` makes the observations, and
 `services/cli/start_display.py` shows the steps.
@@ -30,11 +30,11 @@ class StartStep(StrEnum):
 
 @dataclass(frozen=True)
 class StepReport:
-    """A `StepReport` says how far one step of a start is.
+    """A `StepReport` tells the progress of one step of a start.
 
     - `detail`: a phrase without a full stop
-    - `is_done`: True if the step is complete; a log then gets a line
-    - `is_news`: True if a step begins that takes long; a log then gets a line too
+    - `is_done`: True if the step is complete; a log has a line for every complete step
+    - `is_news`: True if a long step begins; a log has a line for this report too
     """
 
     step: StartStep
@@ -71,7 +71,7 @@ class StartObservation:
     """A `StartObservation` holds what the registry, Ray Serve and the folder of kernels say at one moment of a start.
 
     - `num_registered`: number of shards with a live record in the registry
-    - `num_held`: number of experts that shards hold, by the shards' last heartbeats; each home counts
+    - `num_held`: number of experts that shards hold, by the shards' last heartbeats; an expert counts once per home
     - `num_homes`: number of homes in the first placement, or None before the first placement is published
     - `running`: number of replicas that run, by the name of their deployment
     - `num_kernels`: number of compiled kernels on this machine's disk

@@ -78,7 +78,7 @@ def _pools(report: Report) -> Table:
 
 def _shards(shards: list[Report]) -> Table:
     numbers = ("experts", "picks/s", "share")
-    # The table has no column for the pool, because a shard's id starts with the name of its pool.
+    # The table needs no column for the pool, because a shard's id starts with the name of its pool.
     names = ("shard", "endpoint", "device", *numbers, "state")
     table = _table("Expert shards", *names, numbers=numbers, wraps=("shard",))
     total = sum(shard["picks_per_s"] for shard in shards) or 1

@@ -14,7 +14,7 @@ from services.cli.start_display import showing
 from services.cli.start_steps import StartReporter, StartStep, StepReport, steps_to_show
 from services.cli.terminal import console, plain_errors
 
-if TYPE_CHECKING:  # `_checked_args` imports it later, because importing torch takes seconds
+if TYPE_CHECKING:  # `_checked_args` imports AppArgs later, because importing torch takes seconds
     from services.args import AppArgs
 
 

@@ -12,7 +12,7 @@ from tests.k8s.manifests import OVERLAYS, Manifests, copy_with_secrets, need_kub
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of k8s/ with values in its Secrets, and with the overlay that docs/kubernetes.md makes."""
+    """Return a copy of k8s/ with values in its Secrets, and with the overlay that docs/kubernetes.md describes."""
     need_kubectl()
     made = copy_with_secrets(tmp_path_factory.mktemp("k8s") / "k8s")
     make_next(made.parent)
@@ -21,7 +21,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rendered(tree: Path) -> Callable[[str], Manifests]:
-    """Return a function that renders an overlay; every call returns a copy that the caller may change."""
+    """Return a function that renders the overlay of a given name; every call returns a new copy of the manifests."""
     once: dict[str, Manifests] = {}
 
     def of(overlay: str) -> Manifests:

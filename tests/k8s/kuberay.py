@@ -45,7 +45,7 @@ def _service_faults(service: Manifest) -> Iterator[str]:
 def _cluster_faults(cluster: Manifest) -> Iterator[str]:
     autoscaler, gcs = cluster.get("autoscalerOptions", {}), cluster.get("gcsFaultToleranceOptions")
     if not cluster.get("enableInTreeAutoscaling") or autoscaler.get("version") != "v2":
-        yield "the autoscaler is not on, or not version v2, which alone knows nodes by their labels"
+        yield "the autoscaler is off, or is not version v2; only version v2 chooses nodes by labels"
     if cluster.get("authOptions", {}).get("mode") != "token":
         yield "authOptions do not ask for a token, so whoever reaches a port of Ray may run code"
     if "idleTimeoutSeconds" not in autoscaler:

@@ -150,7 +150,7 @@ def ray_pods(manifests: Manifests) -> list[Pods]:
 
 
 def quantity(text: str | int) -> float:
-    """Return the value of a quantity as Kubernetes writes it, such as 500m, 4Gi or 2."""
+    """Return the number for which a Kubernetes quantity, such as 500m, 4Gi or 2, stands."""
     units = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
     text = str(text)
     unit = next((unit for unit in sorted(units, key=len, reverse=True) if text.endswith(unit)), "")

@@ -119,7 +119,7 @@ def termination_faults(manifests: Manifests) -> list[str]:
         drain = float(variable_of(each, DRAIN) or 0)
         if not grace > drain > SHARD_STOP_TIMEOUT_S:
             numbers = f"a shard {SHARD_STOP_TIMEOUT_S:g} s, a node's draining {drain:g} s, a pod {grace} s"
-            faults.append(f"{each.owner}: {numbers}; each must have more than the one before")
+            faults.append(f"{each.owner}: {numbers}; each time must be longer than the time before it")
     return faults
 
 
@@ -149,7 +149,7 @@ def environment_faults(manifests: Manifests) -> list[str]:
 
 
 def probe_faults(manifests: Manifests) -> list[str]:
-    """Return a fault for each container without probes.
+    """Return a fault for each probe that a container lacks.
 
     Ray's pods are left out, because KubeRay adds probes to Ray's pods (see kuberay.py).
     """
@@ -175,7 +175,7 @@ def memory_faults(manifests: Manifests) -> list[str]:
             resources = container.get("resources", {})
             requested = resources.get("requests", {}).get("memory")
             if requested is None or requested != resources.get("limits", {}).get("memory"):
-                faults.append(f"{each.owner}, container {container['name']}: memory is not requested as it is limited")
+                faults.append(f"{each.owner}, container {container['name']}: the requested memory is not the limit")
     cluster = ray_cluster(manifests)
     starts = [each["rayStartParams"] for each in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
     for each, start in zip(ray_pods(manifests), starts, strict=True):
@@ -191,11 +191,14 @@ def _shared_memory_faults(each: Pods, object_store: int) -> Iterator[str]:
     elif not 0 < object_store <= quantity(volumes[0]["sizeLimit"]):
         yield f"{each.owner} has an object store of {object_store} bytes, which /dev/shm does not hold"
     elif quantity(volumes[0]["sizeLimit"]) >= quantity(each.main["resources"]["limits"]["memory"]) / 2:
-        yield f"{each.owner} leaves less than half of its memory to what is not shared"
+        yield f"{each.owner} has half of its memory or more as shared memory; less than half is allowed"
 
 
 def model_faults(manifests: Manifests) -> list[str]:
-    """Return a fault for each Ray pod that mounts the model writable, or starts Ray without a check of the model."""
+    """Return a fault for each Ray pod without a read-only mount of the model, or without a check of the model.
+
+    The check must run before Ray starts.
+    """
     model = app_args(manifests).get("model")
     if model is None:
         return []

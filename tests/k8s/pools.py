@@ -32,7 +32,7 @@ def _group_of(labels: dict[str, str], groups: list[Manifest], what: str) -> Mani
     """Return the only group whose Ray nodes have `labels`, or a sentence about `what` if there is not exactly one."""
     found = [group for group in groups if labels and labels.items() <= group.get("labels", {}).items()]
     if len(found) != 1:
-        return f"{what} asks for nodes with {labels}, which are of {[group['groupName'] for group in found]}"
+        return f"{what} needs one group of nodes with {labels}, and there are {[group['groupName'] for group in found]}"
     return found[0]
 
 
@@ -42,7 +42,7 @@ def _backbone_faults(args: AppArgs, groups: list[Manifest]) -> Iterator[str]:
         yield group
         return
     if args.device == "cuda" and args.backbone_threads is None:
-        yield "backbone_threads is left to the machine that the application happens to be built on"
+        yield "backbone_threads is not set, so it depends on the machine that builds the application"
     cpus, gpus = _limits(group)
     beside = GATEWAY_CPUS * args.gateway_replicas + CONTROLLER_CPUS * args.controller_replicas
     wanted = (args.backbone_threads or 1) + beside  # one pod may run a backbone and all gateways and controllers
@@ -59,16 +59,16 @@ def _pool_faults(pool: PoolArgs, groups: list[Manifest]) -> Iterator[str]:
         yield group
         return
     if pool.name != group["groupName"]:
-        yield f"pool {pool.name} is on group {group['groupName']}; they have one name"
+        yield f"pool {pool.name} is on group {group['groupName']}; the pool and the group must have the same name"
     cpus, gpus = _limits(group)
     if gpus != pool.gpus:
         yield f"a pod of group {pool.name} has {gpus:g} GPUs for a shard that takes {pool.gpus:g}"
     if not pool.num_cpus <= cpus < 2 * pool.num_cpus:
-        yield f"a pod of group {pool.name} has {cpus:g} CPUs, and one shard of {pool.num_cpus:g} must fit and no second"
+        yield f"a pod of group {pool.name} has {cpus:g} CPUs; exactly one shard of {pool.num_cpus:g} must fit"
     if pool.host_budget is not None and pool.host_budget >= _memory(group):
-        yield f"host_budget of pool {pool.name} is all of the memory of its pods, or more"
+        yield f"host_budget of pool {pool.name} must be less than the memory of its pods"
     if pool.device == "cpu" and pool.memory_budget is not None and pool.memory_budget >= _memory(group):
-        yield f"memory_budget of pool {pool.name} is all of the memory of its pods, or more"
+        yield f"memory_budget of pool {pool.name} must be less than the memory of its pods"
     yield from _number_faults(group, pool.least_shards, pool.most_shards)
 
 
@@ -105,7 +105,7 @@ def _budget_faults(args: AppArgs, manifests: Manifests) -> Iterator[str]:
                 found[each.group] = budget["spec"].get("minAvailable")
     for group in sorted(wanted.keys() | found.keys()):
         if found.get(group) != wanted.get(group):
-            yield f"of group {group}, {found.get(group)} pods must stay; that should be {wanted.get(group)}"
+            yield f"the budget of group {group} keeps {found.get(group)} pods; it must keep {wanted.get(group)}"
 
 
 def _spread_faults(manifests: Manifests) -> list[str]:

@@ -115,7 +115,7 @@ def _serve_port_faults(manifests: Manifests) -> Iterator[str]:
         if numbers != (wanted[name],) * 2:
             yield f"serveService has {name} on ports {numbers}, and serveConfigV2 on {wanted[name]}"
     if described.get("serve-grpc", {}).get("appProtocol") != "kubernetes.io/h2c":
-        yield "serveService does not say of serve-grpc that it is kubernetes.io/h2c"
+        yield "the port serve-grpc of serveService does not have the appProtocol kubernetes.io/h2c"
 
 
 def _gateway_port_faults(manifests: Manifests) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _gateway_port_faults(manifests: Manifests) -> Iterator[str]:
                     yield f"{each.owner} has {name} on port {each.ports.get(name)}, and gateways listen on {port}"
     described = {port["name"]: port for port in named(manifests, "Service", "expertmesh")["spec"]["ports"]}
     if described.get("grpc", {}).get("appProtocol") != "kubernetes.io/h2c":
-        yield "Service expertmesh does not say of grpc that it is kubernetes.io/h2c"
+        yield "the port grpc of Service expertmesh does not have the appProtocol kubernetes.io/h2c"
 
 
 def _policy_port_faults(manifests: Manifests, all_pods: list[Pods]) -> Iterator[str]:

@@ -102,7 +102,7 @@ def _duplicates(value: Any, path: str = "") -> list[str]:
         return []
     names = [one.get("name") or one.get("groupName") for one in value if isinstance(one, dict)]
     twice = {name for name in names if name and names.count(name) > 1}
-    faults = [f"{path.lstrip('.')}: {name} is there {names.count(name)} times" for name in sorted(twice)]
+    faults = [f"{path.lstrip('.')}: {name} occurs {names.count(name)} times" for name in sorted(twice)]
     return faults + [fault for i, one in enumerate(value) for fault in _duplicates(one, f"{path}.{i}")]
 
 

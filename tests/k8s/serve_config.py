@@ -65,7 +65,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def import_faults(config: Manifest) -> list[str]:
-    """Return a fault for each application or servicer whose `module:name` cannot be imported as Serve imports it."""
+    """Return a fault for each application or servicer that Serve could not import by its `module:name`."""
     paths = [each["import_path"] for each in config.get("applications", ()) if "import_path" in each]
     faults = []
     for path in [*paths, *config.get("grpc_options", {}).get("grpc_servicer_functions", ())]:

@@ -17,7 +17,7 @@ def test_the_operator_takes_every_overlay(manifests: Manifests) -> None:
         (lambda m: ray_service(m)["spec"].pop("upgradeStrategy"), "upgradeStrategy.type is None"),
         (lambda m: ray_service(m)["metadata"].update(name="x" * 48), "at most 47 characters"),
         (lambda m: ray_service(m)["spec"].pop("excludeHeadPodFromServeSvc"), "clients are sent to the head"),
-        (lambda m: ray_cluster(m).pop("enableInTreeAutoscaling"), "the autoscaler is not on"),
+        (lambda m: ray_cluster(m).pop("enableInTreeAutoscaling"), "the autoscaler is off"),
         (lambda m: ray_cluster(m)["autoscalerOptions"].update(version="v1"), "not version v2"),
         (lambda m: ray_cluster(m)["autoscalerOptions"].pop("idleTimeoutSeconds"), "idleTimeoutSeconds"),
         (

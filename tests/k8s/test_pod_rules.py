@@ -89,8 +89,11 @@ def config_of(manifests: Manifests) -> Manifest:
             "not the Kubernetes node's name",
         ),
         (lambda m: container(m, REDIS).pop("readinessProbe"), "has no readinessProbe"),
-        (lambda m: container(m, "backbone")["resources"]["requests"].update(memory="1Gi"), "not requested as it is"),
-        (lambda m: container(m, REDIS)["resources"].pop("limits"), "memory is not requested as it is limited"),
+        (
+            lambda m: container(m, "backbone")["resources"]["requests"].update(memory="1Gi"),
+            "the requested memory is not the limit",
+        ),
+        (lambda m: container(m, REDIS)["resources"].pop("limits"), "the requested memory is not the limit"),
         (lambda m: container(m, "backbone")["volumeMounts"].pop(0), "group backbone has no /dev/shm"),
         (lambda m: spec_of(m, "backbone")["volumes"][0]["emptyDir"].pop("medium"), "has no /dev/shm in memory"),
         (lambda m: spec_of(m, "backbone")["volumes"][0]["emptyDir"].update(sizeLimit="64Mi"), "does not hold"),

@@ -1,4 +1,4 @@
-"""These tests check the configuration of Redis with a real server that runs as in the StatefulSet."""
+"""These tests run a real Redis server with the command of the StatefulSet, and check its configuration."""
 
 from __future__ import annotations
 

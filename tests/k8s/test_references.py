@@ -93,7 +93,7 @@ def test_a_selector_that_finds_nothing_is_found(plant: Plant, words: str, everyt
         (lambda m: rewrite_serve(m, "grpc_port: 9001", ""), "has grpc on port 9001, and gateways listen on None"),
         (
             lambda m: named(m, "Service", "expertmesh")["spec"]["ports"][1].pop("appProtocol"),
-            "Service expertmesh does not say of grpc",
+            "the port grpc of Service expertmesh does not have the appProtocol",
         ),
         (
             lambda m: named(m, "Service", "expertmesh")["spec"]["selector"].update(

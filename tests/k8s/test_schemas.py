@@ -47,7 +47,7 @@ def test_the_versions_are_those_that_it_is_for(everything: Manifests) -> None:
         (lambda m: worker_group(m, "backbone").update(minReplicas="1"), "minReplicas"),
         (lambda m: worker_group(m, "backbone").pop("groupName"), "groupName"),
         (lambda m: container(m, "backbone").update(enviroment=[]), "enviroment"),
-        (lambda m: container(m, "backbone")["ports"].append({"name": "serve", "containerPort": 1}), "serve is there 2"),
+        (lambda m: container(m, "backbone")["ports"].append({"name": "serve", "containerPort": 1}), "serve occurs 2"),
         (lambda m: container(m, "head")["resources"]["limits"].update(memory="4 GB"), "memory"),
         (lambda m: ray_service(m).update(apiVersion="ray.io/v2"), "ray.io/v2"),
         (lambda m: named(m, "Service", "expertmesh-redis")["spec"].update(selectors={}), "selectors"),

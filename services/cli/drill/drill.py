@@ -35,7 +35,7 @@ class Load:
     - `url`: address to which each of `bodies` is posted
     - `rate`: average number of requests per second
     - `seconds`: time from the start after which no more requests are sent
-    - `seed`: seed of the random moments of sending; two runs with one seed send at the same moments
+    - `seed`: seed of the random moments of sending; two runs with the same seed send at the same moments
     - `timeout_s`: seconds after which a request counts as failed
     """
 

@@ -36,7 +36,10 @@ class Verdict:
 
     @property
     def dip(self) -> float:
-        """Return the share of the undisturbed throughput that was lost; negative if the disturbed run was faster."""
+        """Return the share of the undisturbed throughput that was lost.
+
+        The share is negative if the disturbed run was faster.
+        """
         usual = self.undisturbed_tokens_per_s
         return 1.0 - self.tokens_per_s / usual if usual else 0.0
 
@@ -47,7 +50,7 @@ class Verdict:
 def compare(
     undisturbed: Sequence[RequestOutcome], disturbed: Sequence[RequestOutcome], disturbed_at: float, window_s: float
 ) -> Verdict:
-    """Compare two runs that sent the same requests in the same order.
+    """Compare two runs that sent the same requests in the same order, and return the verdict.
 
     The throughput is compared in the `window_s` seconds after `disturbed_at`. `disturbed_at` is the moment of the
     disturbance, in seconds from the start of the run. Raises ValueError if the runs sent different numbers of requests,
