@@ -1,4 +1,4 @@
-"""A `CallPolicy` sets the bounds of layer calls, and `Traffic` counts what the calls sent and received."""
+"""A `CallPolicy` sets the limits of layer calls, and `Traffic` counts what the calls sent and received."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ class CallPolicy:
     """A `CallPolicy` sets the timeouts and the limits of layer calls; every time is in seconds.
 
     timeout_s: a call fails after this time. The time in which some picks had no live home is not counted.
-    heal_timeout_s: a call fails when some of its picks have had no home for this time.
+    heal_timeout_s: a call fails when some of its picks have had no live home for this time.
     max_tries: a call fails when shards have answered requests for the same picks with an error this many times.
-    first_pause_s, max_pause_s: the pause before all homes are asked again, when no home has computed the picks. The
+    first_pause_s, max_pause_s: the pause before all homes are asked again, after no home has computed the picks. The
         pause starts at `first_pause_s` and doubles up to `max_pause_s`.
     stall_s, patience: a shard counts as stalled after a silence of `stall_s` plus `patience` times the predicted time
         of a request. The picks of the request then go to another home if there is one.
-    reset_after: if the picks of a stalled shard have no other home, the client resets the shard's stream after a
-        silence that is this many times as long. The stream is reset at most once for the same picks.
+    reset_after: how many times this stall limit a shard may be silent before the client resets the shard's stream. The
+        client does so only if the picks have no other home, and at most once for the same picks.
     hedge_floor_s: the shortest silence after which a request may be hedged, even if 95 % of the shard's replies come
         sooner.
-    hedge_share, hedge_burst: the number of hedge tokens that each message earns, and the maximum number of saved
-        tokens. A hedged message costs one token.
+    hedge_share, hedge_burst: the number of hedge tokens that each message except hedges earns, and the maximum number
+        of saved tokens. A hedged message costs one token.
     max_attempts: the maximum number of attempts that may run for the same picks at the same time.
-    promote_s: the time by which a request may take longer if its shard is a standby and has to promote experts first.
+    promote_s: the additional time for a request whose shard is a standby and has to promote experts first.
     far_slower: the circuit of a shard opens if a reply takes longer than `hedge_floor_s` plus this many times the
         predicted time.
     first_rest_s, max_rest_s: how long a circuit stays open. The time starts at `first_rest_s` and doubles with each
-        failure up to `max_rest_s`.
+        failure in a row, up to `max_rest_s`.
     piece_bytes: the maximum number of bytes that the rows of one message take.
     """
 

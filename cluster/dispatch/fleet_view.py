@@ -79,7 +79,7 @@ class ShardFleet:
     """A `ShardFleet` holds what all calls of a client share: the view in use, the shards' costs, and the counters.
 
     policy: the limits of a call.
-    expert_mib: the size of one expert in MiB, by layer; 1 MiB is assumed for a layer that is missing.
+    expert_mib: the size of one expert in MiB, by layer. A layer without an entry counts as 1 MiB.
     """
 
     def __init__(self, policy: CallPolicy, expert_mib: Mapping[int, float] | None = None) -> None:
@@ -230,7 +230,7 @@ class ShardFleet:
         self.is_changed = True
 
     def learn(self) -> None:
-        """Update the predictions with the replies in `to_learn`; the best moment is while the client only waits."""
+        """Update the predictions with the replies in `to_learn`, preferably while the client only waits."""
         for request, timing, at in self.to_learn:
             request.health.learn(request.work, timing, at - request.sent_at, request.predicted_s, at)
             self._note_costs(request.health)

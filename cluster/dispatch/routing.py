@@ -1,4 +1,4 @@
-"""Routing chooses the home that computes each pick of a layer call; it runs in every layer and is therefore compiled.
+"""Routing chooses the home that computes each pick of a layer call; the code runs in every layer and is compiled.
 
 Legend: E experts of the layer, P picks of the call (the picks of a row stand together), Q picks to send, S shards that
 are a home or standby of an expert, H homes or standbys of an expert, M messages.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 class NoLiveHome(LookupError):
-    """A `NoLiveHome` error says that some experts have no home that may be asked; `experts` lists those experts."""
+    """A `NoLiveHome` error says that the experts in `experts` have no home that may be asked."""
 
     def __init__(self, experts: Sequence[int]) -> None:
         super().__init__(f"The experts {list(experts)} have no live home among the shards of the placement.")
@@ -274,7 +274,7 @@ def route(
     costs_CS: four rows of costs by shard: µs per MiB of an expert for its weights, µs per MiB of an expert for one row,
         µs per message, and the time in seconds at which the shard will be free.
     expert_mib: the size of one expert in MiB.
-    max_piece: the maximum number of rows of one expert that must stay together.
+    max_piece: an expert with more rows than this number may be split between several homes.
     is_excluded_S: True for each shard that may not be asked.
     top_k, max_rows: the number of picks per row, and the maximum number of rows in a message.
     may_promote: whether standbys may be chosen.

@@ -13,7 +13,7 @@ from cluster.dispatch.call_policy import CallPolicy
 from cluster.topology import CostModel
 
 NEW_SAMPLE = 0.2  # weight of a new sample in an average
-MAX_STEP = 8.0  # one sample counts as at most this many times the average
+MAX_STEP = 8.0  # a sample counts as at most this many times the average
 LATE_UP, LATE_DOWN = 1.1, 1.1 ** -(0.05 / 0.95)  # the two factors balance if 5 % of the samples are late
 SLOWNESS_HALF_LIFE_S = 10.0  # seconds without a reply in which half of a shard's measured slowness is forgotten
 NO_BOUND = 1e9

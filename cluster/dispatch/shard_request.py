@@ -37,7 +37,7 @@ class RefusalCode(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class ShardRequest:
-    """A `ShardRequest` is one message to one shard: the picks that it carries, and when its reply is expected.
+    """A `ShardRequest` is one message to one shard; it says which picks are sent and when the reply is expected.
 
     The picks are in the order of their rows.
     """
@@ -66,7 +66,7 @@ class ShardRequest:
 
     @property
     def silent_since(self) -> float:
-        """Return when the shard last replied to any request, but at the earliest when this request was sent."""
+        """Return when the shard last replied to any request, or when this request was sent, whichever is later."""
         return max(self.sent_at, self.health.heard_at)
 
     @property

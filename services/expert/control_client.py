@@ -75,7 +75,7 @@ async def unload(endpoint: str, experts: Experts, epoch: int, standby: Experts |
 
 
 async def status(endpoint: str) -> pb.StatusReply:
-    """Return what a shard holds and what it has done since it started."""
+    """Return the status of a shard: which experts it holds and what it has done since its start."""
     reply: pb.StatusReply = await call(endpoint, lambda stub: stub.Status(pb.StatusRequest(), timeout=CALL_TIMEOUT_S))
     return reply
 

@@ -40,7 +40,7 @@ def _warm_up_bank(dtype: torch.dtype, device: torch.device) -> None:
 
 
 class DeviceExperts:
-    """`DeviceExperts` holds experts in device memory, up to a budget in bytes, and computes with them.
+    """`DeviceExperts` holds experts in device memory, up to a budget in bytes, and computes with these experts.
 
     First `pin` reserves memory for an expert. Then `fill` loads the weights, and after `mark_ready` requests are
     computed with the expert. When memory runs short, promoted experts are evicted: the least recently used experts

@@ -64,7 +64,7 @@ class NeedsPromotion(Exception):
 
 @dataclass
 class StagedExperts:
-    """`StagedExperts` hold what a load has prepared besides the weights on the device, until `ExpertHost.commit`."""
+    """`StagedExperts` hold the metadata and the standbys that a load has prepared for `ExpertHost.commit`."""
 
     metadata: dict[Key, ExpertMetadata] = field(default_factory=dict)  # checksum and gain exponent of each new expert
     standbys: dict[Key, tuple[Weights | None, str]] = field(default_factory=dict)  # copy in host memory, source peer
@@ -102,7 +102,7 @@ class ExpertHost:
 
     @property
     def held(self) -> ExpertsByLayer:
-        """Return the experts whose home is this shard, by layer; layers without such experts are left out."""
+        """Return the ids of the experts whose home is this shard, by layer; a layer without experts is left out."""
         held = {layer: is_home.nonzero()[0].tolist() for layer, is_home in self._is_home.items()}
         return {layer: experts for layer, experts in held.items() if experts}
 
@@ -245,9 +245,10 @@ class ExpertHost:
         return True
 
     def unload(self, homes: Experts, standby: Experts) -> None:
-        """Give up experts in the roles that the arguments name; an expert without the named role here is ignored.
+        """Give up the homes `homes` and the standbys `standby`; experts that this shard does not hold are ignored.
 
-        Raise ValueError if the model does not have one of the experts.
+        An expert is also ignored if its role here differs from the role in the arguments. Raise ValueError if the model
+        does not have one of the experts.
         """
         self.check_exists(homes)
         self.check_exists(standby)
@@ -287,7 +288,10 @@ class ExpertHost:
         return PendingRequest(layer, picks, sums_NL, np.ones(len(is_ready_P), np.bool_)).advance(self.on_device)
 
     def _check_hosted(self, request: pb.ComputeRequest, expert_P: NDArray[np.int32]) -> None:
-        """Raise Refused if this shard is not a standby for all experts in `expert_P`, which are not on the device."""
+        """Raise Refused if this shard is not a standby for every expert in `expert_P`.
+
+        The caller has found that none of these experts is on the device.
+        """
         missing = tuple(e for e in np.unique(expert_P).tolist() if (request.layer, e) not in self.standbys)
         if not missing:
             return
@@ -299,7 +303,10 @@ class ExpertHost:
 
 
 def _decode(request: pb.ComputeRequest, shapes: Mapping[int, ExpertShape], dtype: torch.dtype) -> Picks:
-    """Return the rows and picks of `request`; raise Refused if they are damaged or contradict `shapes` or `dtype`."""
+    """Return the rows and picks of `request`.
+
+    Raise Refused if the request is damaged or contradicts `shapes` or `dtype`.
+    """
     body = checked_body(request)
     shape = shapes.get(request.layer)
     if shape is None:

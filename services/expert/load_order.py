@@ -1,6 +1,7 @@
-"""A `LoadOrder` says what a shard is to load, and a `LoadResult` what it has loaded, in memory and on the wire.
+"""A `LoadOrder` says what a shard should load, and a `LoadResult` says what a shard has loaded.
 
-`control_client` sends a `LoadOrder` and receives a `LoadResult`; the shard's servicer does the reverse.
+The module also converts these objects to messages and back. `control_client` sends a `LoadOrder` and receives a
+`LoadResult`; the shard's servicer does the reverse.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ class Sources:
 
 @dataclass(frozen=True)
 class LoadOrder:
-    """A `LoadOrder` names the experts for which a shard becomes home or standby, and the sources of their weights."""
+    """A `LoadOrder` names the experts for which a shard becomes home or standby, and where to get the weights."""
 
     homes: Experts
     standby: Experts
     sources: Sources = Sources()
 
     def to_proto(self, epoch: int, fencing: int) -> pb.LoadRequest:
-        """Return the order as a message with the leader's fencing token and the epoch that the leader knows."""
+        """Return the order as a message with the leader's fencing token and the leader's placement epoch."""
         by_peer: dict[str, list[Key]] = {}
         for key, endpoint in self.sources.peers.items():
             by_peer.setdefault(endpoint, []).append(key)

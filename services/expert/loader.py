@@ -18,7 +18,7 @@ LOADS_AT_ONCE = 2  # one expert comes over the wire while another expert is pack
 
 
 class Loader:
-    """A `Loader` loads homes and standbys into an `ExpertHost`; it belongs to one event loop.
+    """A `Loader` loads homes and standbys into an `ExpertHost`; the loader belongs to one event loop.
 
     Only one load may run at a time, but promotions may run during a load.
     """

@@ -22,9 +22,9 @@ IDLE_POLL_S = 0.01  # seconds between two checks of the number of parked request
 
 
 class Promoter:
-    """A `Promoter` pins device memory for experts and promotes standbys to it; it belongs to one event loop.
+    """A `Promoter` pins device memory and promotes standbys to this memory; it belongs to one event loop.
 
-    An expert that several requests need is promoted once for all of them.
+    An expert that several requests need is promoted once for all of these requests.
     """
 
     def __init__(self, host: ExpertHost, worker: Worker, source: WeightSource) -> None:
@@ -111,7 +111,7 @@ class Promoter:
         return keys, host.on_device.pin(keys)
 
     async def _promote(self, key: Key) -> None:
-        """Load a pinned standby and allow requests to be computed with it; free its memory if the load fails."""
+        """Load a pinned standby and allow requests to be computed with it; free the memory if the load fails."""
         started, host = time.monotonic(), self.host
         is_request_waiting.set(True)
         try:

@@ -74,7 +74,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         self.handler = ComputeHandler(host, self.worker, self.promotion_queue)
         self.outgoing = ByteBudget(MAX_TRANSFER_BYTES)
         self.has_announced_drain = False
-        self._changing = asyncio.Lock()  # held by the load or unload that runs, because only one may run at a time
+        self._changing = asyncio.Lock()  # held by the running load or unload, because only one change may run at a time
         self._fencing = 0  # the highest fencing token of any leader so far
 
     @property

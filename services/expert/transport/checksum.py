@@ -30,7 +30,8 @@ def request_checksum(
 def checksum_of_reply(reply: pb.ComputeReply, data: bytes | None = None) -> int:
     """Return the checksum of a reply.
 
-    `data` is the `sums.data` of the reply if the caller has it, because each access to the field would copy it.
+    The caller passes `sums.data` of the reply as `data` if the caller has already read this field, because each access
+    to the field copies its bytes.
     """
     numbers = (reply.id, reply.queue_us, reply.compute_us, reply.queue_depth)
     if reply.HasField("sums"):

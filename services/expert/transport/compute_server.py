@@ -142,7 +142,7 @@ class _ComputeServerStream:
         stream.end()
 
     def flush(self) -> None:
-        """Write as many bytes as the socket takes now, and watch the socket for the next events that are needed."""
+        """Write as many bytes as the socket takes now, and watch the socket for the events that are needed next."""
         try:
             self._socket.flush()
         except OSError as error:

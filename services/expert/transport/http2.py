@@ -225,7 +225,7 @@ class GrpcStream:
         self._release()
 
     def _release(self) -> None:
-        """Move held-back messages to `unsent` in frames, as far as the windows of the other side have room."""
+        """Move held-back messages to `unsent` in frames, as far as the other side's windows have room."""
         while self._held_back:
             data = self._held_back[0]
             size = min(len(data), self._max_frame, self._connection_window, self._stream_window)
@@ -256,7 +256,7 @@ class ClientStream(GrpcStream):
 
 
 class ServerStream(GrpcStream):
-    """A `ServerStream` is the server's end of a connection: it takes one stream of any rpc and refuses others."""
+    """A `ServerStream` is the server's end of a connection, which accepts one stream of any rpc and refuses others."""
 
     def __init__(self, max_message: int) -> None:
         super().__init__(max_message)

@@ -70,7 +70,7 @@ class Receiver:
         self._poll.register(self._woken, READ)
 
     def receive(self, timeout_s: float) -> bool:
-        """Wait at most `timeout_s` for events and put replies into the inbox; return True if there was an event."""
+        """Wait at most `timeout_s` seconds for events and put replies into the inbox; return True if an event came."""
         ready = self._poll.poll(timeout_s if HAS_EPOLL else 1000 * timeout_s)
         for file, events in ready:
             if watched := self._connections.get(file):
@@ -149,7 +149,7 @@ class ShardStream:
             self._lose(connection, str(error))
 
     def reset(self) -> None:
-        """Break the connection, so that a new one is opened; the requests in flight on the old connection are lost."""
+        """Break the connection, so that the stream connects again; the requests in flight are lost."""
         if connection := self._connection:
             self._lose(connection, "the shard does not answer")
 
@@ -209,7 +209,7 @@ class ShardStream:
             self._is_closed.wait(delay)
 
     def _use(self, connection: _Connection) -> None:
-        """Send and receive over `connection` until it is lost, then close it."""
+        """Send and receive over `connection` until it is lost, and then close the connection."""
         self._receiver.add(self, connection)
         if self.is_down:
             log.warning("The stream to shard %s is up again.", self.endpoint)

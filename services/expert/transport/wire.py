@@ -27,7 +27,7 @@ Ints = NDArray[np.integer]
 
 
 class Refused(Exception):
-    """A `Refused` error says that this shard does not compute a request; it becomes a `Refusal` on the wire."""
+    """A `Refused` error says why this shard does not compute a request; the client gets it as a `Refusal`."""
 
     def __init__(self, code: pb.Refusal.Code, detail: str, missing: tuple[int, ...] = ()) -> None:
         super().__init__(detail)

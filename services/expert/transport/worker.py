@@ -89,7 +89,7 @@ class Worker:
         self._wake()
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Run `function` between two jobs and return its result, or raise the exception that it raised."""
+        """Run `function` between two jobs and return its result, or raise the exception that the function raised."""
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def job() -> None:
