@@ -111,7 +111,7 @@ def test_a_selector_that_finds_nothing_is_found(plant: Plant, words: str, everyt
         ),
         (
             lambda m: ray_service(m)["spec"]["serveService"]["spec"]["ports"][1].update(appProtocol="http"),
-            "is kubernetes.io/h2c",
+            "the port serve-grpc of serveService does not have the appProtocol",
         ),
         (
             lambda m: named(m, "NetworkPolicy", "expertmesh-ray")["spec"]["ingress"][1]["ports"].append({"port": 9999}),
