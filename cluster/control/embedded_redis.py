@@ -1,7 +1,8 @@
-"""An `EmbeddedRedis` runs the Redis-compatible server behind the URL `embedded://` for one process and its children.
+"""An `EmbeddedRedis` runs a Redis-compatible server for one process and its children; `embedded://` URLs use it.
 
 The server keeps nothing on disk and cannot outlive the process that starts the server. A small shell holds the read
-end of a pipe from the starting process. However the process dies, the pipe closes, and the shell kills the server.
+end of a pipe from the starting process. When this process dies for any reason, the pipe closes, and the shell kills
+the server.
 Linux's parent-death signal would not do, because Linux sends the signal when the starting *thread* ends. Other systems
 have no parent-death signal.
 """
@@ -77,7 +78,7 @@ class EmbeddedRedis:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=tempfile.gettempdir(),
-            start_new_session=True,  # Ctrl-C must not end the server: the starter still unregisters in Redis.
+            start_new_session=True,  # Ctrl-C must not end the server, because this process still has to unregister.
         )
         assert self._supervisor.stdout is not None
         self.pid = int(self._supervisor.stdout.readline() or 0)

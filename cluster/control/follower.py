@@ -36,7 +36,7 @@ class Follower:
         self.name, self.model, self.registry = name, model, registry
         self.placement: Placement | None = None
         self.shards: dict[str, Shard] = {}
-        self._num_missed: dict[str, int] = {}  # By shard id: consecutive registry answers without the shard.
+        self._num_missed: dict[str, int] = {}  # Consecutive registry answers without a shard, by shard id.
         self._adopt = adopt
 
     @property

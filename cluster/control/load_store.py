@@ -82,10 +82,10 @@ def _packed(counts_E: Counts) -> str:
 async def recent_rates(
     store: LoadStore, num_experts: Mapping[int, int], now: float, num_windows: int = 4
 ) -> tuple[float, dict[int, NDArray[np.float64]]]:
-    """Return the length of the measured time in seconds, and each expert's picks per second in it, by layer.
+    """Return the length of the measured time in seconds, and each expert's picks per second, by layer.
 
-    The measured time ends at `now` and contains at most `num_windows` windows before the present window. It never
-    begins before the first window with picks. Raises StoreUnavailable.
+    The measured time ends at `now`, and contains the present window and up to `num_windows` windows before. Windows
+    before the first window with picks do not count. Raises StoreUnavailable.
     """
     windows = range(store.window(now) - num_windows, store.window(now) + 1)
     counts = {layer: await store.read(layer, count, windows) for layer, count in num_experts.items()}

@@ -83,8 +83,8 @@ redis.call('SREM', KEYS[2], ARGV[2])
 return redis.call('DEL', KEYS[1])
 """
 
-# The script returns nothing if it stores the placement. Otherwise it returns the epoch and the fencing token that
-# prevent publishing. A leader's token must be the newest token, because a newer leader may have read the placement
+# The script returns nothing if it stores the placement. Otherwise the script returns the epoch and the fencing token
+# that prevent publishing. A leader's token must be the newest token, because a newer leader may have read the placement
 # already. A caller without a lease has token 0, which is enough only if no placement from a leader is stored.
 PUBLISH = """
 local stored = redis.call('HMGET', KEYS[1], 'epoch', 'fencing')
@@ -141,7 +141,7 @@ class Registry:
         self.lease_ttl_ms = round(lease_ttl_s * 1000)
 
     async def heartbeat(self, shard: Shard) -> None:
-        """Write the whole record of `shard`; the record expires if no other heartbeat follows within the TTL."""
+        """Write the whole record of `shard`; the record expires if no other heartbeat follows within `ttl_s`."""
         key = self._shard_key(shard.id)
         with store_errors():
             async with self.redis.pipeline(transaction=True) as pipe:
@@ -169,7 +169,7 @@ class Registry:
         for id, record in zip(ids, records, strict=True):
             try:
                 shards += [Shard.from_record(record)] if record else []
-            except ValueError as error:  # Another version of this code wrote the record; only that shard is left out.
+            except ValueError as error:  # Another version of this code wrote the record. Only this shard is left out.
                 log.warning("The record of shard %s cannot be read: %s", id, error)
         return shards
 
@@ -186,7 +186,7 @@ class Registry:
         """Publish `placement` if the stored placement has the epoch `expected_epoch`.
 
         - `expected_epoch`: the epoch of the placement to replace, or 0 if no placement is published yet.
-        - `fencing`: the token of the caller's lease, or 0 if the caller is no controller.
+        - `fencing`: the token of the caller's lease, or 0 if the caller is not a controller.
 
         Raises StalePlacement if a placement of another epoch is stored or if a newer lease exists.
         """
@@ -237,7 +237,7 @@ class Registry:
         return None if fencing is None else Lease(owner, int(fencing))
 
     async def renew_lease(self, lease: Lease) -> bool:
-        """Extend `lease` by its full time from now on; return False if the lease is lost."""
+        """Renew `lease`, so that it lasts for the full `lease_ttl_s` from now; return False if the lease is lost."""
         return bool(await self._eval(RENEW, [self.prefix + "leader"], _lease_text(lease), self.lease_ttl_ms))
 
     async def release_lease(self, lease: Lease) -> None:

@@ -1,8 +1,8 @@
-"""These functions decide how many shards a pool should have, from the predicted busy share of its slowest shard.
+"""These functions decide how many shards a pool should have, from the predicted busy share of the slowest shard.
 
 The number of open requests plays no part. All functions are pure: the same fleet, load, orders and last decision give
-the same decision. If there are several pools, their sizes are decided one after another, and each size depends on the
-busy shares of the pool's own shards.
+the same decision. If there are several pools, the caller decides on their sizes one after another; each decision uses
+the busy shares of the pool's own shards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class PoolPolicy:
     - `min_shards`, `max_shards`: the bounds of the pool's size.
     - `target_busy`: the largest share of time during which the pool's slowest shard should compute.
     - `slack`: a pool shrinks only if the predicted busy share of the slowest shard is at most
-      `(1 - slack) * target_busy` with one shard less. The gap prevents a pool from growing and shrinking in turns.
+      `(1 - slack) * target_busy` with one shard less. Because of this gap, a load at either boundary makes
+      the pool change its size once, not back and forth.
     - `upscale_delay_s`, `downscale_delay_s`: the seconds for which the load must require a larger or smaller pool
       before the pool's size is changed.
     """
@@ -169,7 +170,8 @@ def desired_shards(pool: PoolState, policy: PoolPolicy) -> PoolDecision:
     """Decide how many shards the pool should have; an operator's order wins over the load.
 
     A pool grows by several shards at a time. A pool shrinks by one shard at a time, and only when all moves are done.
-    The number stays within the bounds of `policy`. Within these bounds it is at least `pool.min_for_cover`.
+    The number of shards stays within the bounds of `policy`. Within the bounds, the number is at least
+    `pool.min_for_cover`.
     """
     most = policy.max_shards
     least = min(max(policy.min_shards, pool.min_for_cover), most)
@@ -196,7 +198,7 @@ def _goal_by_load(pool: PoolState, policy: PoolPolicy, least: int) -> tuple[int,
         goal = next((count for count in counts if predicted_share(shares, count) <= target), policy.max_shards)
         return (
             goal,
-            f"with {base} shards the slowest is predicted to be busy for {now:.0%} of the time; the goal is "
+            f"at a size of {base} the slowest is predicted to be busy for {now:.0%} of the time; the goal is "
             f"{target:.0%}",
         )
     if base != pool.size:

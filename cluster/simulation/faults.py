@@ -11,7 +11,7 @@ from cluster.simulation.simulated_process import SimProcess
 from cluster.simulation.simulated_shards import SimShard
 from cluster.topology import Experts
 
-FAULTS_S = 5.0  # All faults begin within this many seconds.
+FAULTS_S = 5.0  # Seconds within which all faults begin.
 MAX_DRAIN_S = 30.0  # Seconds after which a draining shard ends in any case, as in services/expert/drain.py.
 MIN_LIVE_SHARDS = 3  # If fewer shards are alive, a fault that needs a shard gets a new shard.
 
@@ -111,7 +111,7 @@ class Faults:
         return self.fleet.published is not None and shard_id in self.fleet.published.shard_ids
 
     async def add_shard(self) -> None:
-        """Start one more shard."""
+        """Start one more shard on a node that is drawn at random."""
         self.fleet.trace(f"{self.fleet.start_shard(self.random.choice(self.fleet.nodes)).name} is new")
 
     # Controllers and backbones
@@ -130,10 +130,10 @@ class Faults:
         await self.fleet.stop(self.fleet.controllers[name], self.random.uniform(0.5, 8.0))
 
     def _stop_some_leaders(self, process: SimProcess, experts: Experts) -> None:
-        """Stop the leader before it orders to drop `experts`, and kill a home of one expert, with probability 1/2.
+        """Stop, with probability 1/2, a leader that is about to drop `experts`, and kill a home of one expert.
 
-        Another controller then leads and relies on the remaining homes. When the old leader goes on, its order removes
-        a home that is needed, unless the shard refuses the order.
+        Another controller then leads and relies on the remaining homes. When the old leader goes on, its order to drop
+        experts removes a home that is needed, unless the shard refuses the order.
         """
         fleet = self.fleet
         if (

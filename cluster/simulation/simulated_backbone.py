@@ -54,10 +54,10 @@ class SimBackbone(SimProcess):
         self.num_counted = self.num_in_flight = 0
         self.slowest_call_s = 0.0
         self.num_calls = 0
-        self._healths: dict[tuple[str, str], ShardHealth] = {}  # The health by shard id and incarnation.
+        self._healths: dict[tuple[str, str], ShardHealth] = {}  # Each shard's health, by id and incarnation.
         self._in_flight: dict[int, tuple[LayerCall, SimShard]] = {}  # The call and the shard, by request id.
         self._replied: dict[LayerCall, dict[int, list[int]]] = {}  # The picks by request id, for requests with a reply.
-        self._counts: dict[LayerCall, Counter[int]] = {}  # How often each pick of an open call counted.
+        self._counts: dict[LayerCall, Counter[int]] = {}  # How often each pick of an open call has been summed.
 
     async def run(self) -> None:
         """Follow the placement, make calls and send counts until cancelled."""

@@ -190,7 +190,7 @@ class SimFleet:
             task.cancel()
 
     def kill_all(self) -> None:
-        """End every process that has tasks."""
+        """End every process that has running tasks."""
         for process in list(self._tasks):
             self.kill(process)
 

@@ -29,7 +29,7 @@ class SimProcess:
         self._running.clear()
 
     def resume(self) -> None:
-        """Let a stopped process go on."""
+        """Let the process go on after `stop`."""
         self._running.set()
 
     async def wait_until_running(self) -> None:

@@ -15,7 +15,7 @@ from cluster.topology import Experts, LayerSpec, Shard, held_digest
 T = TypeVar("T")
 CONTROL_TIMEOUT_S = 2.0  # Seconds after which a controller gives up a call to a shard.
 
-Held = tuple[int, int, str]  # Layer, expert and tier.
+Held = tuple[int, int, str]  # The layer, the expert and the tier of a held expert.
 
 
 class SimShard(SimProcess):
@@ -75,7 +75,7 @@ class SimShard(SimProcess):
         return {layer: 3 for layer, _, _ in experts}
 
     def drop(self, experts: set[Held], order: LeaderOrder) -> set[Held]:
-        """Drop `experts`, and return the experts that the shard really dropped because the shard held them."""
+        """Drop `experts`, and return the part of `experts` that the shard held until now."""
         self.obey(order)
         dropped = self.held & experts
         self.held -= experts
@@ -127,7 +127,7 @@ class RemoteShards:
 
     @staticmethod
     def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start `work` as a task that goes on even if the controller gives up or dies; then no error is reported."""
+        """Start `work` as a task that goes on if the controller gives up or dies; its errors are then ignored."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task

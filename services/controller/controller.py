@@ -51,7 +51,7 @@ class ControllerConfig:
 
 
 def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[LayerSpec]:
-    """Return a `LayerSpec` for the planner for each MoE layer in `shapes`; `dtype` is the dtype of the weights."""
+    """Return the planner's `LayerSpec` of each MoE layer in `shapes`; `dtype` is the dtype of the experts' weights."""
     return [LayerSpec(shape.layer, shape.num_experts, shape.nbytes(dtype), shape.top_k) for shape in shapes]
 
 
@@ -61,7 +61,7 @@ def without_hysteresis(policy: PlanPolicy) -> PlanPolicy:
 
 
 class Controller:
-    """A `Controller` owns a reconciler and a scaler; if `loads` is None, the planner knows no expert load."""
+    """A `Controller` owns a reconciler and a scaler; if `loads` is None, all experts count as equally popular."""
 
     def __init__(
         self,

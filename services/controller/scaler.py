@@ -56,7 +56,7 @@ class Scaler:
         self._pending: dict[str, PendingChange] = {}
 
     async def run(self) -> None:
-        """Decide on the pools' sizes every second until cancelled; after a failure pools keep their sizes at first."""
+        """Decide on the pools' sizes every second until cancelled; if a decision fails, pools keep their sizes."""
         while self.pools:
             try:
                 await self.turn()
@@ -70,7 +70,7 @@ class Scaler:
         """Decide on the size of each pool once; may raise StoreUnavailable."""
         placement = self.reconciler.placement
         if not self.reconciler.is_leader or placement is None:
-            self._sizes.clear()  # Another leader decides meanwhile.
+            self._sizes.clear()  # Another leader decides on the sizes.
             self._pending.clear()
             return
         orders = await self.registry.orders()

@@ -1,4 +1,6 @@
-"""The policy in this file tells Ray Serve how many shards the controller wants in a pool, as shards have reported it.
+"""The policy in this file gives Ray Serve the size of a pool: the newest decision of the controller.
+
+The pool's shards report the controller's decisions to Serve.
 
 Serve's own controller calls the policy at every turn of its loop. Serve receives the file by value, pickled, so the
 file imports nothing from Expertmesh.
@@ -10,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 DESIRED, DECIDED_AT, HEARD_AT = "desired_shards", "decided_at", "heard_at"
-# Seconds after which a reported decision counts even if the remembered decision is newer, because the controller's
-# clock may have been set back.
+# Seconds for which the policy remembers the newest decision. Afterwards an older decision counts, because the
+# controller's clock may have been set back.
 MEMORY_S = 15.0
 
 
@@ -45,8 +47,8 @@ def follow_the_controller(ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]
     """Return the newest pool size that any shard has reported, and the policy's state for the next call.
 
     While no shard has reported a decision, the pool keeps its size. The state remembers the newest decision for
-    `MEMORY_S`, because Serve discards a shard's reports as soon as Serve stops the shard. The other shards may not
-    have read the decision to stop a shard yet.
+    `MEMORY_S`, because Serve discards a shard's reports as soon as Serve stops the shard. At that time the remaining
+    shards of the pool may not have read the newest decision yet.
     """
     reports = ctx.raw_metrics or {}
     desired, decided_at = reports.get(DESIRED, {}), reports.get(DECIDED_AT, {})

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class DecisionLog:
-    """A `DecisionLog` adds decisions to the registry, each with its time and its author.
+    """A `DecisionLog` adds decisions to the registry; each entry has the time and the author of the decision.
 
     `clock` gives seconds since 1970.
     """

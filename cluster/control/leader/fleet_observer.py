@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Observation:
-    """An `_Observation` is a shard's answer, with the incarnation and the digest in the shard's record at that time."""
+    """An `_Observation` is a shard's answer with the incarnation and digest in the shard's record at that time."""
 
     incarnation: str
     digest: str
@@ -30,7 +30,7 @@ class _Observation:
 class FleetObserver:
     """A `FleetObserver` keeps each shard's last answer, and asks a shard again only if its experts may have changed.
 
-    The observer asks all shards at the same time. `timeout_s` is the time in seconds that shards have to answer.
+    The observer asks several shards at the same time. `timeout_s` is the time in seconds that shards have to answer.
     """
 
     def __init__(self, shards: ShardControl, timeout_s: float) -> None:

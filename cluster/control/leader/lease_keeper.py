@@ -11,7 +11,7 @@ from cluster.control.registry_store import LEASE_TTL_S, Lease, RegistryStore, St
 
 log = logging.getLogger(__name__)
 
-MAX_TURN_S = 60.0  # A leader whose turn lasts longer than this loses its lease, because the leader may be stuck.
+MAX_TURN_S = 60.0  # A leader whose turn lasts longer than these seconds loses its lease, because it may be stuck.
 
 
 class LeaseKeeper:

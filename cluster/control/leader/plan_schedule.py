@@ -17,7 +17,7 @@ from cluster.topology import LayerSpec, Placement, Shard
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 6  # While homes still move, the time between plans for a changed load is longer by this factor.
+PATIENCE = 6  # Factor by which the time between plans for a changed load is longer while homes still move.
 
 
 class PlanSchedule:
@@ -63,8 +63,8 @@ class PlanSchedule:
         - `holdings`: the experts that each live shard holds, by shard id.
         - `ordered`: the operator's order to plan now, or None.
 
-        The leader makes a new plan if the fleet has changed, if `ordered` is not None, or if the last plan is older
-        than `period_s`. If the last plan made steps longer, the method returns the homes before that plan instead.
+        The leader makes a new plan if the fleet has changed, if `ordered` is not None, or if it is time for a plan for
+        a changed load. If the last plan made steps longer, the leader returns to the homes before the plan instead.
         """
         running = self.published.target
         if running is None and not self._may_begin(alive):
@@ -110,7 +110,7 @@ class PlanSchedule:
             await self.decisions.add(plan_decision(plan, ordered))
             if running is not None:
                 self.trial.begin(running, plan, self._planned_at)
-        # The order is lifted last, so that the next leader carries out the order if this leader dies before the end.
+        # The order is lifted last, so that the next leader carries out the order if this leader dies before.
         if ordered is not None:
             await self.registry.lift_order(ordered)
 

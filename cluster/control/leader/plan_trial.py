@@ -10,7 +10,7 @@ from cluster.placement.migration import Target
 from cluster.placement.plan import Plan
 from cluster.topology import Placement, Shard
 
-MAX_LOSS = 0.01  # A plan that makes steps longer by more than this share of their time is rolled back.
+MAX_LOSS = 0.01  # The share of a step's time: a plan that makes steps longer by more is rolled back.
 
 Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[Plan]]
 
@@ -25,9 +25,9 @@ class _Trial:
 
 
 class PlanTrial:
-    """A `PlanTrial` judges the last plan by the load measured since the plan, and rolls back a plan that does harm.
+    """A `PlanTrial` judges the last plan by the load measured after the plan, and rolls back a harmful plan.
 
-    A plan does harm if it makes steps longer.
+    A plan is harmful if it makes steps longer.
 
     - `planner`: predicts how long steps take with a placement under the present load.
     - `clock`: gives seconds since 1970.
@@ -85,5 +85,5 @@ class PlanTrial:
 
 
 def saved_share(before_s: float, after_s: float) -> float:
-    """Return the share of `before_s` that is saved if a step takes `after_s` instead; negative if it takes longer."""
+    """Return the share of `before_s` that a step of `after_s` saves; a step that takes longer saves less than 0."""
     return 1.0 - after_s / before_s if before_s else 0.0

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class PublishedPlacement:
-    """A `PublishedPlacement` knows the placement in the registry, and since when backbones use that placement.
+    """A `PublishedPlacement` knows the placement in the registry, and since when backbones use the placement.
 
     - `model`, `layers`: the checkpoint's digest and layers. A placement for another checkpoint is ignored.
     - `clock`: gives seconds since 1970.
@@ -61,7 +61,7 @@ class PublishedPlacement:
         self.placement = None
 
     async def refresh(self) -> None:
-        """Read the placement from the store; if the store has lost the known placement, publish it again.
+        """Read the placement from the store, or publish the known placement again if the store has lost it.
 
         Raises StoreUnavailable or StalePlacement.
         """
@@ -112,9 +112,10 @@ class PublishedPlacement:
     def is_drained(self, followed: Collection[int]) -> bool:
         """Return True if no call of an older epoch can be left; `followed` are the epochs that backbones use.
 
-        If a placement is published, all backbones must have followed it for `drain_s`. If no placement is published,
-        there must be no backbone, and `recovery_s` must have passed, in which a backbone could publish a lost placement
-        again. Shards may then drop every expert that the first placement does not need.
+        - If a placement is published, all backbones must have followed it for `drain_s`.
+        - If no placement is published, there must be no backbone, and the placement must have been missing for more
+          than `recovery_s`, so that backbones had the time to publish a lost placement again. In this case shards may
+          drop every expert that the first placement does not need.
         """
         if self.placement is None:
             return not followed and self.missing_s > self.recovery_s

@@ -40,7 +40,7 @@ class ControllerTiming:
       removed.
     - `failure_pause_s`: the time without loads on a shard after a job on the shard has failed.
     - `recovery_s`: the time that backbones have to publish a placement again after the store has lost the placement.
-    - `trial_s`: the time from a plan to the verdict on the plan, which depends on the load measured in this time.
+    - `trial_s`: the time from a plan to the verdict on the plan.
     - `rollback_pause_s`: the time after a rollback without plans for a changed load.
     """
 
@@ -179,7 +179,7 @@ class Reconciler:
     def _is_overtaken(self, followed: Collection[int]) -> bool:
         """Return True if a backbone uses an epoch that is newer than the published epoch.
 
-        In this case the store has lost the newest placement, and somebody has published an older placement again.
+        In this case the store has lost the newest placement, and a process has published an older placement again.
         """
         return self.placement is not None and max(followed, default=0) > self.placement.epoch
 

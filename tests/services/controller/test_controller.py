@@ -25,7 +25,7 @@ from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoi
 
 POOL = "experts-cpu"
 TIMING = ControllerTiming(period_s=0.1, drain_s=0.2, recovery_s=0.5, failure_pause_s=1.0)
-TIMEOUT_S = 120.0  # Long, because kernels may have to be compiled.
+TIMEOUT_S = 120.0  # The timeout is long, because kernels may have to be compiled.
 
 
 @pytest.fixture(scope="module")

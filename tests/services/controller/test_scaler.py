@@ -72,7 +72,7 @@ class World:
         return {spec.layer: ExpectedLoad.steady(np.full(32, rate)) for spec in LAYERS} if rate else {}
 
     async def passes(self, seconds: int) -> int:
-        """Let some seconds pass, with turns of both loops, and return the pool's size that was decided last."""
+        """Let some seconds pass, with turns of both loops, and return the last decided size of the pool."""
         for _ in range(seconds):
             self.now += 1.0
             for shard in self.shards:
@@ -83,7 +83,7 @@ class World:
                 ]
                 record = replace(shard, cost_model=SLOW, rows_per_call=8.0, held_digest=held_digest(*by_tier))
                 await self.registry.heartbeat(record)
-            for _ in range(2):  # Two turns per second, as in production.
+            for _ in range(2):  # The reconciler takes two turns per second, as in production.
                 await self.reconciler.turn()
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)

@@ -50,7 +50,7 @@ def test_while_nothing_was_heard_a_pool_stays_as_it_is() -> None:
 
 def test_the_newest_decision_counts_whoever_heard_of_it() -> None:
     heard = Heard()
-    heard.add("a", 5, decided_at=10.0, came_at=90.0)  # This shard has been cut off from the store since.
+    heard.add("a", 5, decided_at=10.0, came_at=90.0)  # The shard "a" was then cut off from the store.
     heard.add("b", 5, decided_at=10.0, came_at=80.0)
     heard.add("b", 4, decided_at=20.0, came_at=81.0)
     assert follow_the_controller(heard)[0] == 4
