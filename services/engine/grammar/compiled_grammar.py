@@ -1,17 +1,17 @@
 """A `GrammarCompiler` compiles grammars, and a `GrammarState` says which tokens a grammar allows next in an answer.
 
-Where a request comes in, `GrammarCompiler.check` refuses a grammar that cannot be used. `GrammarCompiler.compile`
-runs on a thread of its own before the request reaches the engine, because a large schema takes up to a second:
+When a request arrives, `GrammarCompiler.check` refuses a grammar that cannot be used. `GrammarCompiler.compile` runs on
+a separate thread before the request reaches the engine, because a large schema takes up to a second:
 
     request.compiled_grammar = await asyncio.to_thread(compiler.compile, params.grammar)
 
 How an answer ends:
 
-- A stop id of the request that is no text (an end-of-sequence token) is allowed exactly where the grammar may end. Once
-  the grammar can only end, nothing else is allowed.
-- A stop id that is ordinary text is allowed wherever its text is allowed.
+- An end-of-sequence token is a stop id without text. Such a stop id is allowed exactly where the grammar may end. If
+  the grammar can only end, no other token is allowed.
+- A stop id with ordinary text is allowed wherever the grammar allows the text.
 - So a request with a grammar needs the model's end-of-sequence ids among its `stop_ids` even if it sets `ignore_eos`.
-  For such a request `ignore_eos` means that the answer ends only where the grammar allows nothing else.
+  For such a request `ignore_eos` means that the answer ends only where the grammar allows no other token.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from tokenizers import Tokenizer
 
 from services.engine.contract.sampling_params import JSON_OPTIONS, Grammar, GrammarKind
 
-_stack_size_lock = threading.Lock()  # guards the stack size, which applies to all threads that the process starts
+_stack_size_lock = threading.Lock()  # guards `threading.stack_size`, which applies to all new threads of the process
 
-MAX_GRAMMARS = 16  # compiled grammars to keep; each has up to MAX_LEXER_STATES of 1 to 2 kB, so all up to 640 MB
+MAX_GRAMMARS = 16  # compiled grammars in the cache; each has up to MAX_LEXER_STATES of 1 to 2 kB: at most 640 MB
 MAX_LEXER_STATES = 20_000
-MAX_TEXT = 2**17  # characters of a grammar
-COMPILE_STACK = 2**29  # bytes; the library recurses, and the longest chain of rules in MAX_TEXT takes 2**26
-NO_TOKEN = "NoExtension"  # the start of the library's error where no token can follow
-EXCERPT = re.compile(r"\d+ \| ")  # the start of a line in which the library quotes the grammar
+MAX_TEXT = 2**17  # largest number of characters of a grammar
+COMPILE_STACK = 2**29  # bytes of stack; the library recurses, and the longest chain of rules in MAX_TEXT needs 2**26
+NO_TOKEN = "NoExtension"  # beginning of the library's error message when no token can follow
+EXCERPT = re.compile(r"\d+ \| ")  # beginning of a line of an error message in which the library quotes the grammar
 
 
 @dataclass(frozen=True, eq=False)
 class CompiledGrammar:
-    """A `CompiledGrammar` is a grammar ready for use, at its beginning; requests share it and start from copies."""
+    """A `CompiledGrammar` holds a grammar's matcher before the first token; each request starts from a copy of it."""
 
     matcher: LLMatcher
     eos_ids: frozenset[int]
 
     def start(self) -> GrammarState:
-        """Return the state of a new sequence."""
+        """Return the grammar's state before the first token of an answer."""
         return GrammarState(self)
 
 
 class GrammarState:
-    """A `GrammarState` follows one sequence through its grammar; tokens are pushed and popped.
+    """A `GrammarState` follows the tokens of one answer through a grammar; tokens can be pushed and popped.
 
-    A token that the grammar refuses, and every token pushed after it, is counted but not consumed. No token may follow
-    until all these tokens are popped.
+    If the grammar refuses a token, the state counts this token and every later token, but the matcher does not consume
+    the tokens. Until all counted tokens are popped, `allowed` allows no token.
     """
 
     def __init__(self, grammar: CompiledGrammar) -> None:
@@ -71,16 +71,16 @@ class GrammarState:
 
     @property
     def failure(self) -> str:
-        """Return a sentence that says why the last call of `allowed` allowed no token, or an empty string."""
+        """Return a sentence that says why the last call of `allowed` allowed no token, or "" if it allowed a token."""
         error = self._matcher.get_error() if self._matcher.is_error() else ""
         if error and not error.startswith(NO_TOKEN):
-            return f"The grammar is too complex to go on with: {_one_sentence(error)}"
+            return f"The grammar is too complex to continue: {_one_sentence(error)}"
         if error or self._num_refused or self._is_dead_end:
             return "The grammar led to a dead end: no token of the model may follow what was generated."
         return ""
 
     def push(self, token_id: int) -> None:
-        """Add a token to the sequence."""
+        """Add a token at the end of the answer."""
         self._is_dead_end = False
         if not self._num_refused and token_id not in self._grammar.eos_ids and self._consume(token_id):
             self._consumed.append(token_id)
@@ -88,7 +88,7 @@ class GrammarState:
             self._num_refused += 1
 
     def pop(self) -> None:
-        """Take back the last token."""
+        """Remove the last token of the answer."""
         self._is_dead_end = False
         if self._num_refused:
             self._num_refused -= 1
@@ -101,8 +101,9 @@ class GrammarState:
             self._matcher.consume_tokens(self._consumed)
 
     def _consume(self, token_id: int) -> bool:
-        # The library (1.9.1) keeps its last mask by depth and lexer state only, and does not forget the mask when it is
-        # rolled back. If other tokens led to the same depth, it would use the old mask. Computing a mask replaces it.
+        # The library (1.9.1) caches its last mask with depth and lexer state as the only key, and a rollback does not
+        # clear the cache. After different tokens of the same depth, the library would use the old mask. Computing a new
+        # mask replaces the old mask.
         if self._has_old_mask:
             self._mask()
         return self._matcher.try_consume_tokens([token_id]) == 1
@@ -114,7 +115,8 @@ class GrammarState:
     def allowed(self, vocab_size: int, stop_ids: frozenset[int], late_ids: frozenset[int]) -> NDArray[np.uint8]:
         """Return a mask (V,) with 1 for each token id that may come next; ids beyond the tokenizer's are never allowed.
 
-        `late_ids` are the stop ids that are allowed only if nothing else is. The mask is all 0 if a token was refused.
+        `stop_ids` are the request's stop ids. `late_ids` are the stop ids that are allowed only if no other token is
+        allowed. The mask is all 0 if a token was refused.
         """
         allowed_V = self._allowed(vocab_size, stop_ids, late_ids)
         self._is_dead_end = not allowed_V.any()
@@ -153,16 +155,16 @@ class GrammarCompiler:
         self._lock, self._loading = threading.Lock(), threading.Lock()
 
     def check(self, grammar: Grammar) -> None:
-        """Raise ValueError for a grammar that cannot be used, with one sentence that says what is wrong."""
+        """Raise ValueError if a grammar cannot be used; the error's text is one sentence that says what is wrong."""
         self.compile(grammar)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Return the compiled grammar, from the cache if it was compiled before; raise ValueError as `check` does."""
+        """Return the compiled grammar, if possible from the cache; raise ValueError if the grammar cannot be used."""
         with self._lock:
             if found := self._compiled.get(grammar):
                 self._compiled.move_to_end(grammar)
                 return found
-        compiled = CompiledGrammar(self._matcher(grammar), self._eos_ids)  # outside the lock: it may take a second
+        compiled = CompiledGrammar(self._matcher(grammar), self._eos_ids)  # without the lock, because compiling is slow
         with self._lock:
             self._compiled[grammar] = compiled
             if len(self._compiled) > MAX_GRAMMARS:
@@ -175,7 +177,7 @@ class GrammarCompiler:
 
     @cached_property
     def _loaded(self) -> LLTokenizer:
-        # Loaded for the first grammar only, because 131,072 tokens take seconds.
+        # The tokenizer is loaded with the first grammar, because loading 131,072 tokens takes seconds.
         return _load(self._path, sorted(self._eos_ids))
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
@@ -206,7 +208,7 @@ def parameter_name(kind: GrammarKind) -> str:
 
 
 def _definition(grammar: Grammar, name: str) -> dict[str, Any]:
-    """Return a grammar in the library's own format, which fixes the syntax in which the text is read."""
+    """Return a grammar in the library's JSON format, in which the key names the syntax of the text."""
     match grammar.kind:
         case GrammarKind.REGEX:
             [definition] = json.loads(LLMatcher.grammar_from_regex(grammar.text))["grammars"]
@@ -230,13 +232,13 @@ def _schema(text: str, name: str) -> dict[str, Any]:
 
 
 def _on_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
-    """Call `make` on a thread whose stack has COMPILE_STACK bytes."""
+    """Call `make` on a new thread whose stack has COMPILE_STACK bytes, and return the result."""
     made: Future[LLMatcher] = Future()
 
     def work() -> None:
         try:
             made.set_result(make())
-        except BaseException as error:  # the library's panics do not derive from Exception
+        except BaseException as error:  # errors of the library's Rust code (panics) do not derive from Exception
             made.set_exception(error)
 
     with _stack_size_lock:
@@ -251,7 +253,7 @@ def _on_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
 
 
 def _one_sentence(error: str) -> str:
-    """Return the library's message without its quotes of the grammar and its debugging hints."""
+    """Return the library's error message as one sentence, without quotes of the grammar and debugging hints."""
     lines = [line.strip() for line in error.splitlines()]
     said = " ".join(line for line in lines if line and not set(line) <= {"^", " "} and not EXCERPT.match(line))
     return said.replace("<non-verbose/>", "").rpartition(" error: ")[2].strip().rstrip(".") + "."

@@ -1,9 +1,10 @@
-"""A `GrammarChecker` checks grammars in other processes, with bounds on time and memory, so that none can do harm.
+"""A `GrammarChecker` checks grammars in separate processes, with limits on time and memory.
 
-The cost of a grammar cannot be told from its text. Intersected expressions of a few hundred characters take minutes and
-tens of gigabytes, and the library checks its own limits too rarely to prevent that. So `GrammarChecker.check` hands a
-grammar to a process. `check` ends the process when the time is over, and the process ends itself when its memory is
-used up. A grammar that passes the check takes no longer to compile in a backbone.
+The text of a grammar does not show how costly the grammar is. Intersected expressions of a few hundred characters take
+minutes and tens of gigabytes, and the library checks its own limits too rarely to prevent this cost. So
+`GrammarChecker.check` passes a grammar to a separate process. `check` kills the process after a time limit, and the
+process ends itself when it needs too much memory. A grammar that passes the check takes no longer to compile in a
+backbone.
 
     python -m services.engine.grammar.grammar_checker MODEL    # runs such a process: a line of JSON in, a line out
 """
@@ -28,17 +29,17 @@ from services.engine.contract.errors import EngineFailed
 from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.grammar.compiled_grammar import COMPILE_STACK, GrammarCompiler, parameter_name
 
-MAX_SECONDS = 5.0  # seconds for one grammar
-MAX_BYTES = 1 << 30  # bytes that a process may take beside its tokenizer
-START_SECONDS = 60.0  # seconds for a process to start: a large tokenizer takes seconds to load
+MAX_SECONDS = 5.0  # largest number of seconds to check one grammar
+MAX_BYTES = 1 << 30  # bytes that a process may use in addition to its tokenizer
+START_SECONDS = 60.0  # largest number of seconds for a process to start: loading a large tokenizer takes seconds
 NUM_PROCESSES = 2
-MAX_KNOWN = 4096  # grammars that have passed and are remembered
+MAX_KNOWN = 4096  # number of grammars that passed the check and are remembered
 
 
 class GrammarChecker:
     """A `GrammarChecker` checks grammars for the model directory `model`; any thread may call `check`.
 
-    The processes start with the first grammars.
+    The first calls of `check` start the processes; the constructor starts no process.
     """
 
     def __init__(self, model: str | Path, max_seconds: float = MAX_SECONDS) -> None:
@@ -50,7 +51,7 @@ class GrammarChecker:
         self._lock = threading.Lock()
 
     def check(self, grammar: Grammar) -> None:
-        """Raise ValueError for a grammar that cannot be used, or that takes too much time or memory."""
+        """Raise ValueError if a grammar cannot be used, or if compiling the grammar takes too much time or memory."""
         digest = hashlib.sha256(f"{grammar.kind}:{grammar.text}".encode()).digest()
         with self._lock:
             if digest in self._known:
@@ -73,7 +74,7 @@ class GrammarChecker:
                 self._known.popitem(last=False)
 
     def close(self) -> None:
-        """End the idle processes; no check may follow."""
+        """End the idle processes; `check` must not be called after `close`."""
         with suppress(queue.Empty):
             while True:
                 if process := self._idle.get_nowait():
@@ -90,7 +91,7 @@ class _CheckerProcess:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # the library writes there when it dies for lack of memory
+            stderr=subprocess.DEVNULL,  # the library writes to stderr when it runs out of memory
             env=os.environ | {"PYTHONPATH": path},
         )
         if self._answer(START_SECONDS) is None:
@@ -102,7 +103,10 @@ class _CheckerProcess:
         return self._child.poll() is None
 
     def check(self, grammar: Grammar, seconds: float) -> str:
-        """Return what is wrong with a grammar, or an empty string; end the process if it gives no answer in time."""
+        """Return a sentence that says what is wrong with a grammar, or "" if the grammar can be used.
+
+        End the process if it does not answer within `seconds`.
+        """
         assert self._child.stdin is not None
         with suppress(BrokenPipeError):
             self._child.stdin.write(json.dumps([grammar.kind, grammar.text]).encode() + b"\n")
@@ -116,7 +120,7 @@ class _CheckerProcess:
         )
 
     def _answer(self, seconds: float) -> str | None:
-        """Return the next line of the process, or None if none comes within `seconds`."""
+        """Return the next answer of the process, or None if there is no answer within `seconds`."""
         assert self._child.stdout is not None
         can_read, _, _ = select.select([self._child.stdout], [], [], seconds)
         line = self._child.stdout.readline() if can_read else b""
@@ -132,15 +136,18 @@ class _CheckerProcess:
 
 
 def main(model: str) -> None:
-    """Check the grammars on the standard input one by one, and write what is wrong with each to the standard output."""
+    """Check the grammars that standard input holds, one per line, and print one answer per grammar.
+
+    An answer is a JSON string that says what is wrong with the grammar, or an empty JSON string.
+    """
     compiler = GrammarCompiler(model)
-    with suppress(ValueError):  # the model has no tokenizer, which the answer to each grammar will say
+    with suppress(ValueError):  # without a tokenizer, every check fails later with a message
         compiler.check(Grammar(GrammarKind.REGEX, "a"))  # loads the tokenizer
     _limit_memory(MAX_BYTES + COMPILE_STACK)
     print(json.dumps(""), flush=True)
     for line in sys.stdin:
         kind, text = json.loads(line)
-        signal.alarm(int(MAX_SECONDS) + 1)  # ends the process if its parent, which should end it, is gone
+        signal.alarm(int(MAX_SECONDS) + 1)  # end this process even if the parent process has died
         try:
             compiler.check(Grammar(GrammarKind(kind), text))
             error = ""
@@ -151,7 +158,7 @@ def main(model: str) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Allow the process `more` bytes beyond what it uses now; do nothing where /proc does not say how much this is."""
+    """Limit the memory of this process to `more` bytes beyond its current use; do nothing if there is no /proc."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         used = int(statm.read_text().split()[0]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""A `GrammarPool` compiles grammars before their requests are queued, with bounds on threads, requests and time."""
+"""A `GrammarPool` compiles grammars before their requests are queued, with limits on threads, requests and time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
 from services.engine.contract.sampling_params import Grammar
 
-NUM_THREADS = 2  # few, because the engine's steps need the processor too
+NUM_THREADS = 2  # number of threads that compile; few, because the engine's steps need the processor, too
 
 
 class GrammarPool:
-    """A `GrammarPool` runs `compile_grammar` on threads of its own, for at most `max_requests` requests at a time.
+    """A `GrammarPool` runs `compile_grammar` on separate threads, for at most `max_requests` requests at a time.
 
     Any event loop may call `compile`.
     """
@@ -27,15 +27,16 @@ class GrammarPool:
         self._places = threading.BoundedSemaphore(max_requests)
 
     async def compile(self, grammar: Grammar, deadline: float, retry_after: int | None) -> Any:
-        """Return what `compile_grammar` makes of the grammar; `deadline` is in seconds of `time.monotonic`.
+        """Return the result of `compile_grammar` for the grammar; `deadline` is in seconds of `time.monotonic`.
 
-        `retry_after` is None for a resumed request. Such a request was accepted by another engine, so it is not refused
-        and takes no other request's place.
+        `retry_after` is the number of seconds after which a refused client may retry, or None for a resumed request. A
+        resumed request is never refused, because another engine had accepted it. A resumed request does not count among
+        the `max_requests` requests.
 
         Errors:
 
         - ValueError: the grammar cannot be used.
-        - EngineOverloaded: too many grammars are being compiled; its retry time is `retry_after`.
+        - EngineOverloaded: too many grammars are being compiled. The error has the given `retry_after`.
         - DeadlinePassed: the deadline passed before the grammar was compiled.
         - EngineFailed: the pool was closed.
         """
@@ -63,10 +64,10 @@ class GrammarPool:
         except RuntimeError as error:  # the pool was closed
             leave_place(error)
             raise EngineFailed("The engine is not running.") from error
-        # The place is freed when the work ends, not when the caller gives up: such work still takes a thread.
+        # Free the place when the work ends and not when the caller gives up, because the work still occupies a thread.
         work.add_done_callback(leave_place)
         return work
 
     def close(self) -> None:
-        """Accept no more grammars, and let the submitted ones finish."""
+        """Accept no more grammars, and let the threads finish the grammars that were submitted."""
         self._threads.shutdown(wait=False)

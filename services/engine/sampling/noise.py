@@ -22,16 +22,17 @@ MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 WEYL_0, WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 LOW, HALF, HIGH_BITS, LOW_BITS, ZERO = (np.uint64(n) for n in (0xFFFFFFFF, 32, 20, 12, 0))
 UNIT = 2.0**-52
-PIECE = 512  # ids whose noise is made at once: they fit the first cache, and most pieces of a peaked row need no noise
+PIECE = 512  # ids whose noise is made at once: 512 values fit the L1 cache, and few pieces of a peaked row need noise
 
 
 def draw_tokens(weights_SV: Tensor, keys: Sequence[tuple[int, int]]) -> list[int]:
     """Return one token id per row, drawn with probability proportional to its weight.
 
-    `keys` holds the (seed, position) of each row. Every row must hold a positive weight.
+    `keys` holds the (seed, position) of each row. Every row must have at least one positive weight.
 
-    The method is Gumbel-max in its exponential form: the id with the largest weight / E is drawn, where E is
-    exponentially distributed. The uniforms lie strictly between 0 and 1, so an id of weight 0 is never drawn.
+    The method is Gumbel-max in its exponential form: for each id, E is an exponentially distributed random number, and
+    the id with the largest weight / E is drawn. The uniforms lie strictly between 0 and 1, so an id of weight 0 is
+    never drawn.
     """
     seeds = np.array([seed % 2**64 for seed, _ in keys], dtype=np.uint64)
     positions = np.array([position for _, position in keys], dtype=np.uint64)
@@ -45,7 +46,7 @@ def draw_tokens(weights_SV: Tensor, keys: Sequence[tuple[int, int]]) -> list[int
 
 
 def uniforms(seed: int, position: int, vocab_size: int) -> NDArray[np.float64]:
-    """Return the uniforms of all token ids at one position, (V,), strictly between 0 and 1."""
+    """Return the uniforms (V,) of all token ids for a seed and a position; each lies strictly between 0 and 1."""
     noise_V = np.empty(vocab_size + vocab_size % 2)
     _fill(noise_V, ZERO, np.uint64(seed % 2**64), np.uint64(position))
     return noise_V[:vocab_size]
@@ -54,7 +55,7 @@ def uniforms(seed: int, position: int, vocab_size: int) -> NDArray[np.float64]:
 def uniforms_on_device(
     seeds: NDArray[np.uint64], positions: NDArray[np.uint64], vocab_size: int, device: torch.device
 ) -> Tensor:
-    """Return the rows of `uniforms` for each seed and position, (S, V) in fp64, computed on the device."""
+    """Return one row of `uniforms` for each pair of seed and position, (S, V) in fp64, computed on `device`."""
 
     def words(values: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
         halves = [(values & LOW).astype(np.int64), (values >> HALF).astype(np.int64)]
@@ -83,7 +84,7 @@ def uniforms_on_device(
 
 @njit(nogil=True, cache=True)
 def _fill(noise_N, first_id, seed, position):  # type: ignore[no-untyped-def]
-    """Write the uniforms of the ids from `first_id` on, which is even, into a buffer of even length."""
+    """Write the uniforms of the ids from `first_id` on into `noise_N`; `first_id` and N must be even."""
     for i in range(noise_N.shape[0] // 2):
         block = (first_id >> np.uint64(1)) + np.uint64(i)
         c0, c1, c2, c3 = block, position & LOW, position >> HALF, ZERO

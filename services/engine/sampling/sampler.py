@@ -1,4 +1,4 @@
-"""The `Sampler` chooses the next token of each row from the row's logits; no row has an influence on another one.
+"""The `Sampler` chooses the next token of each row from the row's logits; rows do not influence each other.
 
 The order of the operations is the usual one (vLLM's):
 
@@ -9,10 +9,10 @@ The order of the operations is the usual one (vLLM's):
 4. The other rows divide by the temperature, keep `top_k`, then `top_p` of the rest, then `min_p`, and draw a token. The
    noise of the draw depends on the request's seed and the position only.
 
-Drafts are chosen by the same function from the draft module's logits, with the same noise. The token at a position is a
-function of the model's logits and of the noise at that position, and a draft is accepted only if it equals this token.
-So outputs are distributed as without drafts. Equal noise makes equal choices likely where the two distributions are
-close.
+The same function chooses drafts from the draft module's logits, with the same noise. The token at a position depends
+only on the model's logits and on the noise at that position. A draft is accepted only if it equals this token. So
+outputs have the same distribution as without drafts. Equal noise makes equal choices likely where the draft module's
+distribution is close to the model's distribution.
 
 Legend: S rows to sample, R the sampled rows that need more than an argmax, V vocabulary, E single logits to edit.
 """
@@ -33,25 +33,25 @@ from services.engine.request import Request
 from services.engine.sampling import noise, truncation
 from services.engine.sampling.sampler_state import SamplerState
 
-# Values are clamped to these bounds, beyond which fp32 would overflow. Clamping does not change the outcome: at a bound
-# one logit already has all the probability, or all logits have the same.
+# Temperatures and repetition penalties are clamped to these bounds, because fp32 would overflow beyond the bounds.
+# Clamping does not change the outcome: at a bound, one logit has all the probability, or all logits have the same.
 TEMPERATURES = (1e-30, 1e30)
 REPETITIONS = (1e-6, 1e6)
-MAX_LOGITS_CPU = 2**18  # logits edited at once on a CPU: as many as a core's cache holds
-MAX_LOGITS_ELSEWHERE = 2**26  # logits edited at once on another device: as many as its spare memory holds
+MAX_LOGITS_CPU = 2**18  # logits edited at once on a CPU: the number that fits a core's cache
+MAX_LOGITS_ELSEWHERE = 2**26  # logits edited at once on another device: the number that fits its spare memory
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A `SampledToken` is the token that was chosen for a row."""
+    """A `SampledToken` is the token that the sampler chose for a row, with its logprob if the request asked for it."""
 
     token_id: int
-    logprob: TokenLogprob | None = None  # None unless the request asked for it
+    logprob: TokenLogprob | None = None  # None unless the request asked for logprobs
 
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """A `SamplingRow` is one token to choose: the token after the request's tokens and the drafts in `ahead`."""
+    """A `SamplingRow` says which token to choose: the token after the request's tokens and the drafts in `ahead`."""
 
     request: Request
     ahead: tuple[int, ...] = ()
@@ -62,16 +62,16 @@ class SamplingRow:
 
     @property
     def forbidden_ids(self) -> frozenset[int]:
-        """Return the tokens that would end the request before `min_tokens`."""
+        """Return the ids that must not be chosen, because the request would end before it has `min_tokens` tokens."""
         is_early = self.request.num_generated + len(self.ahead) < self.request.params.min_tokens
         return self.request.stop_ids if is_early else frozenset()
 
 
 class Sampler:
-    """A `Sampler` samples tokens for one engine; it keeps its state of a request in `request.sampling_state`."""
+    """A `Sampler` samples tokens for one engine; `request.sampling_state` holds the sampler's state of a request."""
 
     def __init__(self) -> None:
-        # The first call compiles the kernels, and no request should wait for that.
+        # Draw one token now, because the first call compiles the kernels and no request should wait for the compiler.
         noise.draw_tokens(target_weights(torch.zeros(1, 1), [SamplingParams(top_p=0.5)]), [(0, 0)])
 
     def sample(
@@ -79,7 +79,8 @@ class Sampler:
     ) -> list[SampledToken | None]:
         """Return the token of each row of fp32 logits, with logprobs if the request asked for them.
 
-        A row's token is None if none can be chosen: the row holds NaN or +infinity, or the grammar refuses `ahead`.
+        A row's entry is None if no token can be chosen, because the row holds NaN or +infinity, or because the grammar
+        does not allow the drafts in `ahead` or any next token.
         """
         assert logits_SV.shape[0] == len(rows)
         states = [_state_of(row.request) for row in rows]
@@ -93,19 +94,22 @@ class Sampler:
         return [None if token is None else SampledToken(token, logprobs.get(s)) for s, token in enumerate(tokens)]
 
     def explain(self, request: Request) -> ValueError | EngineFailed:
-        """Return why a request got None instead of a token: ValueError for its grammar, else EngineFailed."""
+        """Return the error for a request that got no token: ValueError if the grammar failed, else EngineFailed."""
         state: SamplerState | None = request.sampling_state
         if state is not None and state.grammar is not None and state.grammar.failure:
             return ValueError(state.grammar.failure)
         return EngineFailed("The model's logits hold NaN or infinity, so no token can be chosen from them.")
 
     def release(self, request: Request) -> None:
-        """Forget a request that has ended."""
+        """Delete the sampler's state of a request that has ended."""
         request.sampling_state = None
 
 
 def target_weights(logits_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Return weights proportional to the probabilities that tokens are drawn with, (S, V) in fp32."""
+    """Return weights (S, V) in fp32, proportional to the probabilities with which tokens are drawn.
+
+    The weights follow from the temperature, `top_k`, `top_p` and `min_p` in `params[s]` for row s.
+    """
     temperature_S1 = logits_SV.new_tensor([[_clamp(p.temperature, TEMPERATURES)] for p in params])
     largest_S1 = logits_SV.amax(dim=-1, keepdim=True)
     weights_SV = torch.softmax((logits_SV - largest_S1).div_(temperature_S1), dim=-1)
@@ -116,7 +120,7 @@ def target_weights(logits_SV: Tensor, params: Sequence[SamplingParams]) -> Tenso
 def token_logprobs(logits_SV: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
     """Return the logprob and rank of one token per row, and the row's `num_top` likeliest tokens.
 
-    The logits are the model's own. Of equally likely tokens, the lowest ids come first.
+    `logits_SV` holds the model's own logits, before any edit. Of equally likely tokens, the lowest ids come first.
     """
     token_ids_S1 = torch.tensor(token_ids, device=logits_SV.device)[:, None]
     logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
@@ -128,7 +132,7 @@ def token_logprobs(logits_SV: Tensor, token_ids: Sequence[int], num_top: int) ->
 
 
 def _logprobs(logits_SV: Tensor, tokens: Sequence[int | None], rows: Sequence[SamplingRow]) -> dict[int, TokenLogprob]:
-    """Return the logprobs of the rows whose requests asked for them, by row."""
+    """Return the logprob of the token of each row whose request asked for logprobs, by row number."""
     num_tops = {s: row.request.params.logprobs for s, row in enumerate(rows) if tokens[s] is not None}
     asked = {s: num_top for s, num_top in num_tops.items() if num_top is not None}
     found: dict[int, TokenLogprob] = {}
@@ -140,7 +144,7 @@ def _logprobs(logits_SV: Tensor, tokens: Sequence[int | None], rows: Sequence[Sa
 
 
 def _groups(rows: list[int], logits_SV: Tensor) -> Iterator[list[int]]:
-    """Split rows into groups that are small enough to be edited at once."""
+    """Split row numbers into groups whose logits are few enough to be edited at once."""
     max_logits = MAX_LOGITS_CPU if logits_SV.is_cpu else MAX_LOGITS_ELSEWHERE
     size = max(1, max_logits // logits_SV.shape[-1])
     return (rows[start : start + size] for start in range(0, len(rows), size))
@@ -154,12 +158,12 @@ def _state_of(request: Request) -> SamplerState:
 
 
 def _is_plain(row: SamplingRow, state: SamplerState) -> bool:
-    """Return True if the row's token is simply its largest logit."""
+    """Return True if the row's token is the id of the largest logit, without noise and without edits."""
     return state.is_greedy and not state.is_edited and not row.forbidden_ids
 
 
 def _largest(logits_SV: Tensor) -> list[int | None]:
-    """Return the id of each row's largest logit, the lowest id of several, or None if that logit is not finite."""
+    """Return the id of each row's largest logit, or None if the logit is not finite; of equal logits, the lowest id."""
     if logits_SV.is_cpu:  # numpy's argmax is over ten times faster than torch's; both treat NaN as the largest
         logits = logits_SV.numpy()
         ids = logits.argmax(axis=-1)
@@ -171,7 +175,7 @@ def _largest(logits_SV: Tensor) -> list[int | None]:
 
 
 def _choose(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[SamplerState]) -> list[int | None]:
-    """Return the token of each row; edit the logits, which are a copy, in place."""
+    """Return the token of each row, or None; `logits_RV` is edited in place, so the caller must pass a copy."""
     penalized = _apply_grammars(logits_RV, rows, states)
     _forbid(logits_RV, rows, states)
     _add_bias(logits_RV, states)
@@ -189,7 +193,7 @@ def _choose(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[Sam
 
 @dataclass(frozen=True)
 class _Penalized:
-    """A `_Penalized` lists the tokens that row number `row` has penalties for, and the count of each, both (E,)."""
+    """A `_Penalized` lists the tokens with penalties in row number `row`, and the count of each token, both (E,)."""
 
     row: int
     ids: np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -197,9 +201,10 @@ class _Penalized:
 
 
 def _apply_grammars(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[SamplerState]) -> list[_Penalized]:
-    """Forbid the tokens that grammars do not allow, and return the counts for the penalties.
+    """Forbid the tokens that grammars do not allow, and return the counts of tokens for the penalties.
 
-    The rows of one request share one state. So both are done for each row right after the state has moved to that row.
+    The rows of one request share one state. So the loop moves the state to a row, and then reads the row's allowed
+    tokens and counts before it moves the state to the next row.
     """
     penalized = []
     for r, (row, state) in enumerate(zip(rows, states, strict=True)):
@@ -210,7 +215,7 @@ def _apply_grammars(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequ
             if request.params.ignore_eos:
                 late_ids |= request.stop_ids - frozenset(request.params.stop_token_ids)
             allowed_V = state.grammar.allowed(logits_RV.shape[-1], request.stop_ids, late_ids)
-            # 1 - 1 / 1 is 0 and 1 - 1 / 0 is -infinity. Adding this is ten times faster than filling by a mask.
+            # 1 - 1 / 1 is 0 and 1 - 1 / 0 is -infinity. Adding these values is ten times faster than a masked fill.
             logits_RV[r] += 1 - torch.from_numpy(allowed_V).to(logits_RV.device).float().reciprocal_()
         if state.counts is not None:
             penalized.append(_Penalized(r, *state.counts.ids_and_counts()))
@@ -218,7 +223,7 @@ def _apply_grammars(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequ
 
 
 def _forbid(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[SamplerState]) -> None:
-    # Rows with a grammar are left out: its mask covers these ids, and allows a stop id if nothing else is left.
+    # Leave out rows with a grammar: the grammar's mask forbids these ids, except if only stop ids are allowed.
     forbidden = [row.forbidden_ids if state.grammar is None else () for row, state in zip(rows, states, strict=True)]
     if pairs := [(r, token_id) for r, token_ids in enumerate(forbidden) for token_id in token_ids]:
         rows_E, ids_E = torch.tensor(pairs, device=logits_RV.device).unbind(dim=1)
@@ -256,10 +261,13 @@ def _clamp(value: float, limits: tuple[float, float]) -> float:
 
 
 def _likeliest(logprobs_SV: Tensor, num_top: int) -> list[tuple[tuple[int, float], ...]]:
-    """Return the `num_top` likeliest tokens of each row as (id, logprob), most likely first, lowest id first."""
+    """Return the `num_top` likeliest tokens of each row as (id, logprob), most likely first.
+
+    Of equally likely tokens, the lowest id comes first.
+    """
     found = logprobs_SV.topk(num_top, dim=-1)
     tops = [list(zip(*row, strict=True)) for row in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
-    if num_top:  # topk does not say which of several equal values it returns
+    if num_top:  # topk may return any of several equal values
         num_over_S = (logprobs_SV >= found.values[:, -1:]).sum(dim=-1) - num_top
         for s in num_over_S.nonzero().flatten().tolist():
             ids = (logprobs_SV[s] >= found.values[s, -1]).nonzero().flatten()

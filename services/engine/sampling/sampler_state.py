@@ -1,7 +1,7 @@
 """The `SamplerState` of a request holds what the sampler keeps between steps: token counts and the grammar's state.
 
-The counts are for penalties. The counts and the grammar's state always match the tokens of the request. Usually
-one token is appended, but drafts at the end of the request may also be removed again.
+The token counts are needed for penalties. Before a row is sampled, the counts and the grammar's state are moved to the
+row's tokens. Usually one token is appended, but drafts at the end may also be removed again when they are rejected.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class TokenCounts:
         self._counts[index] += 1
 
     def pop(self, token_id: int) -> None:
-        """Take back the last push, which was of this token."""
+        """Undo the last `push`; `token_id` must be the token of the last `push`."""
         index = self._index[token_id]
         self._counts[index] -= 1
         if self._counts[index] == 0 and index >= self._num_fixed:
             self._num_ids -= 1
-            assert index == self._num_ids, "pushes are taken back in reverse"
+            assert index == self._num_ids, "pushes must be undone in reverse order"
             del self._index[token_id]
 
     def _grow(self) -> None:
@@ -51,12 +51,12 @@ class TokenCounts:
             self._ids, self._counts = np.resize(self._ids, size), np.resize(self._counts, size)
 
     def ids_and_counts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the distinct tokens and the count of each, both (E,)."""
+        """Return the distinct token ids and the count of each token, both (E,)."""
         return self._ids[: self._num_ids].copy(), self._counts[: self._num_ids].copy()
 
 
 class SamplerState:
-    """A `SamplerState` is the sampler's state of one request between steps."""
+    """A `SamplerState` keeps a request's token counts, its grammar's state and its edits of logits between steps."""
 
     def __init__(self, request: Request) -> None:
         params = request.params
@@ -74,7 +74,7 @@ class SamplerState:
         self._num_followed, self._ahead = request.num_prompt_tokens, list[int]()
 
     def follow(self, request: Request, ahead: Sequence[int]) -> None:
-        """Move the state to the request's tokens followed by the drafts in `ahead`, whatever tokens came before."""
+        """Move the state from the previous tokens to the request's tokens followed by the drafts in `ahead`."""
         if self.counts is None and self.grammar is None:
             return
         tail = [*request.token_ids[self._num_followed :], *ahead]
@@ -99,6 +99,6 @@ class SamplerState:
 
 
 def _num_same(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
+    """Return the length of the longest common prefix of two token sequences."""
     length = min(len(tokens), len(others))
     return next((i for i in range(length) if tokens[i] != others[i]), length)

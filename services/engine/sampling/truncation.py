@@ -1,10 +1,11 @@
-"""Truncation keeps only the likeliest tokens of a distribution: by top_k, then by top_p, then by min_p.
+"""Truncation keeps only the likeliest tokens of a distribution: by `top_k`, then by `top_p`, then by `min_p`.
 
-- `top_k` keeps the `top_k` largest weights.
-- `top_p` keeps the fewest of these weights, largest first, whose sum is at least `top_p` times the sum of all of them.
-- `min_p` keeps those of the remaining weights that are at least `min_p` times the largest weight.
+1. `top_k` keeps the `top_k` largest weights.
+2. `top_p` keeps the largest of the remaining weights: the fewest whose sum is at least `top_p` times the sum of all
+   weights that step 1 kept.
+3. `min_p` keeps each of the remaining weights that is at least `min_p` times the largest weight.
 
-If several weights at the edge are equal and not all of them fit, those of the lowest ids are kept.
+If several weights are equal and only some of the equal weights fit, the weights of the lowest ids are kept.
 
 Legend: S rows, V vocabulary.
 """
@@ -22,7 +23,7 @@ from services.engine.contract.sampling_params import SamplingParams
 
 
 def truncate(weights_SV: Tensor, params: Sequence[SamplingParams]) -> None:
-    """Set the weights that are not kept to zero, in place; `params[s]` belongs to row s."""
+    """Set the weights that truncation does not keep to zero, in place; `params[s]` belongs to row s."""
     rows = [s for s, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     if not rows:
         return
@@ -64,7 +65,7 @@ def _truncate_row(weights_V, ascending_V, top_k, top_p, min_p):  # type: ignore[
 
 
 def truncate_on_device(weights_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Return the rows as `truncate` leaves them, computed without a loop over ids."""
+    """Return truncated weights that equal the result of `truncate`, computed on a device without a loop over ids."""
     device, vocab_size = weights_SV.device, weights_SV.shape[-1]
     top_k_S1 = torch.tensor([[_top_k(p, vocab_size)] for p in params], device=device)
     top_p_S1 = torch.tensor([[p.top_p] for p in params], device=device, dtype=torch.float64)

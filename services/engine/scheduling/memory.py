@@ -1,6 +1,6 @@
-"""A `MemoryPlan` says how much state fits into memory, and `IdPool` and `PagePool` count what is taken.
+"""A `MemoryPlan` says how much state fits into memory; an `IdPool` and a `PagePool` count the taken slots and pages.
 
-The tensors are in `model.state.State`.
+`model.state.State` holds the tensors of the slots and pages.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 from model.state import StateSpec
 
-MAX_CHECKPOINTS_PER_REQUEST = 8  # slots for saved states, per running request; more are not worth their bytes
+MAX_CHECKPOINTS_PER_REQUEST = 8  # slots for saved states per running request; more slots are not worth their bytes
 
 
 class IdPool:
-    """An `IdPool` hands out the ids 0 to size - 1, each to one owner at a time."""
+    """An `IdPool` hands out the ids 0 to `size - 1`; each id has at most one owner at a time."""
 
     def __init__(self, size: int) -> None:
         assert size > 0
@@ -36,7 +36,7 @@ class IdPool:
         return count <= self.num_free
 
     def take(self, count: int) -> list[int]:
-        """Return `count` free ids, which are taken from now on."""
+        """Take `count` free ids out of the pool and return the ids."""
         assert 0 <= count <= self.num_free
         ids = [self._free.pop() for _ in range(count)]
         self._taken.update(ids)
@@ -44,7 +44,7 @@ class IdPool:
         return ids
 
     def give_back(self, ids: Sequence[int]) -> None:
-        """Free ids that were taken."""
+        """Put ids that `take` has handed out back into the pool."""
         assert self._taken.issuperset(ids), "an id came back that was not taken"
         self._taken.difference_update(ids)
         self._free.extend(reversed(ids))
@@ -52,10 +52,10 @@ class IdPool:
 
 
 class PagePool:
-    """A `PagePool` counts the owners of the pages 0 to size - 1: requests *use* a page, and checkpoints *keep* it.
+    """A `PagePool` counts the owners of the pages 0 to `size - 1`: requests *use* pages, and checkpoints *keep* pages.
 
-    A page is free if it is neither used nor kept. A page that is kept and not used is idle: it becomes free when the
-    checkpoints that keep it are evicted.
+    A page without users and keepers is free. A page with keepers but without users is idle: the page becomes free when
+    the checkpoints that keep the page are evicted.
     """
 
     def __init__(self, size: int) -> None:
@@ -64,8 +64,8 @@ class PagePool:
         self._free = list(reversed(range(size)))
         self._num_users = [0] * size
         self._num_keepers = [0] * size
-        self.num_taken = 0  # pages that are used
-        self.num_idle = 0  # pages that are kept and not used
+        self.num_taken = 0  # number of pages with users
+        self.num_idle = 0  # number of pages with keepers and without users
 
     @property
     def num_free(self) -> int:
@@ -75,7 +75,7 @@ class PagePool:
         return count <= self.num_free
 
     def take(self, count: int) -> list[int]:
-        """Return `count` free pages, each with one user from now on."""
+        """Take `count` free pages out of the pool and return the pages; each page then has one user."""
         assert 0 <= count <= self.num_free
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -84,7 +84,7 @@ class PagePool:
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Add one user to each of these pages, which must be used or kept already."""
+        """Add one user to each of these pages; each page must have a user or a keeper already."""
         for page in pages:
             assert self._num_users[page] or self._num_keepers[page], "a free page cannot be shared"
             if not self._num_users[page]:
@@ -105,7 +105,7 @@ class PagePool:
                     self._free.append(page)
 
     def keep(self, page: int) -> None:
-        """Add one keeper to a page, which must be used or kept already."""
+        """Add one keeper to a page; the page must have a user or a keeper already."""
         assert self._num_users[page] or self._num_keepers[page], "a free page cannot be kept"
         self._num_keepers[page] += 1
 
@@ -121,11 +121,11 @@ class PagePool:
         return self._num_users[page]
 
     def is_idle(self, page: int) -> bool:
-        """Return True if the page is kept and not used."""
+        """Return True if the page has keepers and no users."""
         return self._num_keepers[page] > 0 and not self._num_users[page]
 
     def is_freed_by_drop(self, page: int) -> bool:
-        """Return True if the page becomes free when its only keeper drops it."""
+        """Return True if the page has one keeper and no users, so that `drop` would free the page."""
         return self._num_keepers[page] == 1 and not self._num_users[page]
 
 
@@ -133,7 +133,7 @@ class PagePool:
 class MemoryPlan:
     """A `MemoryPlan` says what fits a budget of bytes: `num_slots` requests at once, which share `num_blocks` KV pages.
 
-    `num_checkpoint_slots` more slots hold saved recurrent states, from which prompts can start.
+    In addition, `num_checkpoint_slots` slots hold saved recurrent states, from which later prompts can start.
     """
 
     num_slots: int
@@ -169,13 +169,13 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide `budget` bytes between slots and pages, before anything is allocated.
 
-    - Requests: as many as fit with `expected_len` tokens each, up to `max_requests`.
-    - Slots for saved states: up to `checkpoint_share` of the budget, as far as the longest request leaves bytes for
-      them.
-    - Pages: the rest, up to `max_model_len` tokens for each request.
+    - Requests: as many requests as fit with `expected_len` tokens each, up to `max_requests`.
+    - Slots for saved states: up to `checkpoint_share` of the budget. One request of `max_model_len` tokens must still
+      fit beside these slots.
+    - Pages: the rest of the budget, up to `max_model_len` tokens for each request.
 
-    `bytes_per_request` is what each request needs beside its state, for drafting. Raise ValueError if not even one
-    request of `max_model_len` tokens fits.
+    `bytes_per_request` is the number of bytes that drafting needs for each request, in addition to the request's state.
+    Raise ValueError if the budget does not hold one request of `max_model_len` tokens.
     """
     if not 0 <= checkpoint_share < 1:
         raise ValueError(f"checkpoint_share must be at least 0 and below 1, not {checkpoint_share}.")

@@ -1,12 +1,14 @@
-"""`choose_preempted` chooses the running requests to preempt for a newcomer, and changes nothing itself.
+"""`choose_preempted` chooses the running requests that are preempted so that a waiting request can start.
 
-The newcomer is a waiting request of strictly higher priority. The rules:
+The waiting request is called the newcomer. The function only chooses; the scheduler preempts. The rules:
 
-- Only strictly lower priorities are preempted. Otherwise two requests could preempt each other in turn.
-- Requests are preempted only if the newcomer then starts in the same step, so that no work is thrown away in vain.
-- Time spent waiting protects a request, but is never the reason to preempt another one. A running request is preempted
-  only if both its priority number and its level are above the newcomer's. So a running request that had waited until
-  its level was as good as the newcomer's goes on, and a newcomer cannot preempt by having waited long.
+- A running request is preempted only if its priority is strictly lower than the newcomer's priority. Otherwise two
+  requests could preempt each other again and again.
+- Requests are preempted only if the newcomer can then start in the same step. Otherwise the preempted requests would
+  lose their work for nothing.
+- Time spent waiting can protect a running request, but cannot help a newcomer to preempt. A running request is
+  preempted only if its priority number and its level are both above the newcomer's. So a running request is not
+  preempted if it waited so long before its start that its level is as low as the newcomer's level.
 """
 
 from __future__ import annotations
@@ -20,22 +22,22 @@ from services.engine.request import Request
 
 @dataclass(frozen=True)
 class Shortage:
-    """A `Shortage` says what a waiting request lacks in order to start; 0 or less means that nothing is lacking."""
+    """A `Shortage` says how many slots, pages and tokens a waiting request lacks to start; 0 or less means none."""
 
     num_slots: int
     num_pages: int
-    num_tokens: int  # of the step's token budget
+    num_tokens: int  # tokens of the step's token budget
 
     @property
     def is_over(self) -> bool:
-        """Return True if nothing is lacking."""
+        """Return True if the waiting request lacks neither slots nor pages nor tokens."""
         return max(self.num_slots, self.num_pages, self.num_tokens) <= 0
 
 
 def preemption_candidates(request: Request, running: Sequence[Request]) -> list[Request]:
-    """Return the running requests that `request` may preempt, the first to be preempted first.
+    """Return the running requests that `request` may preempt, in the order in which the requests are preempted.
 
-    `running` is in serving order, so the candidates come in the reverse of it.
+    `running` is in serving order. The result is in reverse serving order.
     """
     return [
         other
@@ -51,22 +53,22 @@ def choose_preempted(
     num_users: Callable[[int], int],
     reused: Collection[int],
 ) -> list[Request]:
-    """Return the fewest candidates, taken in their order, that together end the shortage.
+    """Return the shortest beginning of `candidates` whose preemption ends the shortage.
 
-    Return an empty list if all candidates together are not enough, or if only the token budget is short: the budget is
-    shared (`Scheduler._share`) and is there again in the next step.
+    Return an empty list if preempting all candidates would not end the shortage. Also return an empty list if only
+    tokens of the step's budget are lacking: the next step has a new budget, which requests share (`Scheduler._share`).
 
-    - `planned`: tokens of this step's budget that each candidate would use.
-    - `num_users(page)`: how many running requests use the page.
-    - `reused`: pages that the newcomer starts with; freeing them does not help it.
+    - `planned`: number of tokens of this step's budget that each candidate would use.
+    - `num_users(page)`: number of running requests that use the page.
+    - `reused`: pages of the prefix with which the newcomer starts. Freeing these pages does not help the newcomer.
     """
     if shortage.num_slots <= 0 and shortage.num_pages <= 0:
         return []
-    num_leaving: Counter[int] = Counter()  # by page: how many of the preempted requests use the page
+    num_leaving: Counter[int] = Counter()  # by page: number of preempted requests that use the page
     num_pages, num_tokens = 0, 0
     for count, other in enumerate(candidates, 1):
         num_leaving.update(other.block_table)
-        # 1 more: each running request has a page in reserve to grow into (`Scheduler._shortage`).
+        # Add 1, because `Scheduler._shortage` reserves one page for each running request to grow into.
         num_pages += 1 + sum(num_users(page) == num_leaving[page] and page not in reused for page in other.block_table)
         num_tokens += planned.get(other, 0)
         rest = Shortage(shortage.num_slots - count, shortage.num_pages - num_pages, shortage.num_tokens - num_tokens)

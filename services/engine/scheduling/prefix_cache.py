@@ -1,9 +1,9 @@
-"""The `PrefixCache` lets requests that begin with the same tokens reuse what was computed; it touches no tensor.
+"""The `PrefixCache` lets requests with the same first tokens reuse KV pages and saved states; it touches no tensor.
 
-KV pages are found by a hash of their tokens and of all tokens before them. Recurrent state cannot be cut at a page, so
-a request can start only where a checkpoint has saved the state. Checkpoints are therefore placed where reuse is likely
-(`PrefixCache._checkpoint_lens`). If the tokens of a request begin to differ from those of an earlier request at a
-length without a checkpoint, the request leaves a checkpoint there for later requests.
+A KV page is found by a hash that covers the page's tokens and all earlier tokens. A recurrent state cannot be cut at an
+arbitrary page, so a request can start only after a length at which a checkpoint has saved the state. Checkpoints are
+therefore placed at lengths where reuse is likely (`PrefixCache._checkpoint_lens`). If a request and an earlier request
+have the same tokens up to a length without a checkpoint, the new request saves a checkpoint there for later requests.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from services.engine.request import Request
 from services.engine.scheduling.memory import IdPool, PagePool
 from services.engine.scheduling.state_checkpoints import CheckpointStore, RecentHashes, StateCheckpoint
 
-MIN_PAGES_APART = 2  # between checkpoints of one request: recomputing fewer pages costs no more than another step
+MIN_PAGES_APART = 2  # least pages between checkpoints of a request: computing fewer pages again costs at most a step
 
 
 @dataclass(frozen=True)
 class CacheConfig:
     """A `CacheConfig` holds the settings of a `PrefixCache`; lengths are in tokens.
 
-    - `bytes_per_slot`: 0 for a family without recurrent state, whose requests can start at any kept page.
-    - `align`: the lengths of checkpoints within a prompt are multiples of it.
-    - `interval`: the most tokens between two checkpoints of a prompt.
+    - `bytes_per_slot`: 0 for a family without recurrent state. Requests of such a family can start at any kept page.
+    - `align`: the lengths of checkpoints within a prompt are multiples of `align`.
+    - `interval`: the largest number of tokens between two checkpoints of a prompt.
     - `turn_end_ids`: tokens that end a turn of a conversation.
     """
 
@@ -43,7 +43,7 @@ class CacheConfig:
 
     @property
     def min_len(self) -> int:
-        """Return the fewest tokens that are worth a checkpoint."""
+        """Return the smallest number of tokens for which a checkpoint is worth its memory."""
         return MIN_PAGES_APART * self.block_size
 
 
@@ -51,7 +51,8 @@ class CacheConfig:
 class CachedPrefix:
     """A `CachedPrefix` says where a request can start: after `length` tokens, whose full pages are `pages`.
 
-    The recurrent state and a page that is not full belong to `checkpoint`, and have to be copied.
+    `checkpoint` holds the recurrent state and the last page if this page is not full. The request needs copies of the
+    state and of this page.
     """
 
     length: int = 0
@@ -61,16 +62,16 @@ class CachedPrefix:
 
 @dataclass
 class CacheCounts:
-    """A `CacheCounts` counts what the prefix cache has done so far."""
+    """A `CacheCounts` counts the tokens that requests reused, and the reasons why requests could not reuse more."""
 
     num_cached_tokens: int = 0  # prompt tokens that requests reused
-    by_reason: Counter[str] = field(default_factory=Counter)  # started requests, by `Request.cache_reason`
+    by_reason: Counter[str] = field(default_factory=Counter)  # number of started requests, by `Request.cache_reason`
 
 
 class PrefixCache:
     """A `PrefixCache` finds the longest saved prefix of a request, and saves states for later requests.
 
-    `slots` and `pages` are shared with the running requests.
+    The prefix cache shares `slots` and `pages` with the running requests.
     """
 
     def __init__(self, config: CacheConfig, slots: IdPool, pages: PagePool) -> None:
@@ -84,7 +85,7 @@ class PrefixCache:
     # Finding
 
     def look_up(self, request: Request) -> CachedPrefix:
-        """Return the longest saved prefix of the request, at most all tokens but the last; change nothing."""
+        """Return the longest saved prefix of the request, which never includes the last token; change no checkpoint."""
         if not self._can_reuse(request):
             return CachedPrefix()
         num_changes = self.checkpoints.num_changes
@@ -108,7 +109,7 @@ class PrefixCache:
     def will_be_saved(self, request: Request, prefix: CachedPrefix, running: Iterable[Request]) -> bool:
         """Return True if a running request will soon save a longer prefix of `request` than `prefix`.
 
-        Only running requests that are served before `request` count.
+        Consider only running requests that come before `request` in serving order.
         """
         if not self._can_reuse(request) or not self.checkpoints.can_free_slot():
             return False
@@ -121,8 +122,8 @@ class PrefixCache:
         )
 
     def note_start(self, request: Request, prefix: CachedPrefix) -> None:
-        """Count a request that starts after `prefix`, and decide at which lengths its own state is to be saved."""
-        request.looked_up = None  # the request will have other tokens when it waits again
+        """Count a request that starts after `prefix`, and choose the lengths at which to save the request's state."""
+        request.looked_up = None  # if the request waits again, it will have more tokens
         hashes = request.hash_pages(self.config.block_size) if self.config.is_on else []
         if used := prefix.checkpoint or self.checkpoints.keeper(hashes[: len(prefix.pages)]):
             self.checkpoints.note_use(used)
@@ -141,9 +142,9 @@ class PrefixCache:
         return self.config.is_on and request.params.prompt_logprobs is None
 
     def _reason(self, request: Request, length: int, num_seen: int) -> str:
-        """Return why no more than `length` tokens are reused, where `num_seen` pages were seen in earlier requests.
+        """Return the `TokenOutput.cache_reason` of a request that reuses `length` tokens.
 
-        The values are those of `TokenOutput.cache_reason`.
+        `num_seen` is the number of the request's first pages that earlier requests had, too.
         """
         if not self.config.is_on:
             return "disabled"
@@ -159,10 +160,10 @@ class PrefixCache:
         return "no_match" if request.num_tokens > self.config.min_len else "too_short"
 
     def _checkpoint_lens(self, request: Request, start: int, num_seen: int) -> list[int]:
-        """Return the ascending lengths at which the state of a request that starts after `start` tokens is saved.
+        """Return the ascending lengths at which to save the state of a request that starts after `start` tokens.
 
-        The lengths are the ends of the prompt's first and last turn, the end of the pages that an earlier request had
-        in common with it, and every `interval` tokens.
+        The lengths are the ends of the prompt's first and last turn, the end of the first `num_seen` pages, which an
+        earlier request had, too, and every multiple of `interval`.
         """
         size, interval, align = self.config.block_size, self.config.interval, self.config.align
         limit = min(request.num_prompt_tokens, request.num_tokens - 1)
@@ -175,22 +176,22 @@ class PrefixCache:
         return due
 
     def _remember(self, request: Request) -> None:
-        for page_hash in reversed(request.hash_pages(self.config.block_size)):  # the first page is forgotten last
+        for page_hash in reversed(request.hash_pages(self.config.block_size)):  # forget the first page last
             self._seen.add(page_hash)
 
     # Saving
 
     def save_copy(self, request: Request) -> StateCheckpoint | None:
-        """Save the current state of a running request; the caller copies its slot to the returned checkpoint's slot.
+        """Return a new checkpoint for a running request; the caller copies the request's slot to the checkpoint's slot.
 
-        Return None if the state is too short, is saved already, or is worth less than every checkpoint there is.
+        Return None if the state covers too few tokens, is saved already, or is worth less than every other checkpoint.
         """
         return self.checkpoints.save_copy(request) if self._is_worth_saving(request) else None
 
     def take_over(self, request: Request) -> None:
-        """Take the slot and the pages of a request that stops running, and keep its state if later requests may use it.
+        """Take the slot and the pages of a request that stops running, and keep the state if later requests may use it.
 
-        The state must be that of the request's computed tokens.
+        The slot and the pages must hold the state after the request's computed tokens.
         """
         assert request.slot is not None
         if self._is_worth_saving(request):
@@ -208,7 +209,7 @@ class PrefixCache:
 
 
 def _num_leading(hashes: Sequence[bytes], known: Container[bytes]) -> int:
-    """Return how many hashes are known before the first unknown one."""
+    """Return the number of hashes before the first hash that is not in `known`."""
     for i, page_hash in enumerate(hashes):
         if page_hash not in known:
             return i
@@ -216,7 +217,7 @@ def _num_leading(hashes: Sequence[bytes], known: Container[bytes]) -> int:
 
 
 def _turn_ends(request: Request, turn_end_ids: Iterable[int]) -> tuple[int, ...]:
-    """Return the lengths of the prompt up to the end of its first turn and up to the end of its last turn."""
+    """Return two lengths of the prompt, up to the end of its first turn and of its last turn, or () without turns."""
     prompt = request.token_ids[: request.num_prompt_tokens]
     present = [token_id for token_id in turn_end_ids if token_id in prompt]
     if not present:

@@ -1,4 +1,4 @@
-"""A `ScheduledBatch` says what a step computes, and a `StepResult` what the step found out about one request."""
+"""A `ScheduledBatch` says which tokens a step computes; a `StepResult` holds the step's results for one request."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class ScheduledBatch:
 
     - The last `num_drafts[i]` of these tokens are the first drafts of the request.
     - `draft_depths[i]`: how many tokens to draft after the step, if the step lets the request catch up.
-    - `slot_copies`, `page_copies`: copies of recurrent states between slots and of KV between pages, as (from, to).
-      They are made in order and before anything is computed: the target of one copy may be the source of the next.
-    - `preempted`: requests that lost their memory since the last step. Such a request may be in this
-      batch again.
+    - `slot_copies`: recurrent states to copy from slot to slot, as (from, to).
+    - `page_copies`: KV to copy from page to page, as (from, to).
+    - `preempted`: requests that lost their slot and pages since the last step. Such a request may be in `requests`.
 
-    A batch may be empty.
+    The runner makes the copies in order, before the step computes any token: the target of a copy may be the source of
+    the next copy. A batch may be empty.
     """
 
     requests: tuple[Request, ...]
@@ -43,7 +43,7 @@ class ScheduledBatch:
 
     @property
     def shape(self) -> StepShape:
-        """Return what the step's cost depends on, including the tokens that the draft module has yet to read."""
+        """Return the shape of the step; it includes a draft row for each token that the draft module has not read."""
         depths = {i: depth for i, depth in enumerate(self.draft_depths) if depth and self.catches_up(i)}
         num_unread = sum(min(MAX_UNREAD, self.requests[i].num_unread + self.lens[i]) for i in depths)
         return StepShape(
@@ -53,11 +53,12 @@ class ScheduledBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A `StepResult` says what one step found out about one request.
+    """A `StepResult` holds the results of one step for one request.
 
-    - `tokens`: the accepted drafts and the token sampled after them; empty if the request still has pending tokens.
-    - `draft_ids`: drafts of the tokens that follow, to be verified by the next step.
-    - `prompt_logprobs`: the logprob of the prompt token after each computed token, if the request asked for them.
+    - `tokens`: the accepted drafts, and the token sampled after the drafts; empty if the request has pending tokens.
+    - `draft_ids`: drafts of the tokens that follow `tokens`. The next step verifies the drafts.
+    - `prompt_logprobs`: for each computed prompt token, the logprob of the next prompt token. Empty if the request did
+      not ask for prompt logprobs.
     - `failed`: True if the request's logits hold NaN or infinity, or if its grammar allows no token.
     """
 
@@ -71,36 +72,36 @@ class StepResult:
 class BatchBuilder:
     """A `BatchBuilder` collects the tokens and copies of the next `ScheduledBatch` within a budget of tokens."""
 
-    budget: int  # tokens that may still be added
+    budget: int  # number of tokens that may still be added
     lens: dict[Request, int] = field(default_factory=dict)
     num_drafts: dict[Request, int] = field(default_factory=dict)
-    draft_depths: dict[Request, int] = field(default_factory=dict)  # requests without an entry are not drafted for
+    draft_depths: dict[Request, int] = field(default_factory=dict)  # without an entry, no drafts
     slot_copies: list[tuple[int, int]] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
-    saved: list[StateCheckpoint] = field(default_factory=list)  # checkpoints that the slot copies fill
+    saved: list[StateCheckpoint] = field(default_factory=list)  # new checkpoints whose state the slot copies write
     preempted: list[Request] = field(default_factory=list)
     num_started: int = 0
 
     def add(self, request: Request, length: int, num_drafts: int = 0) -> None:
-        """Add `length` tokens of a request, of which the last `num_drafts` are drafts."""
+        """Add `length` more tokens of a request to the batch; the last `num_drafts` of these tokens are drafts."""
         self.lens[request] = self.lens.get(request, 0) + length
         self.num_drafts[request] = num_drafts
         self.budget -= length
 
     def remove(self, request: Request) -> None:
-        """Take a request out of the batch and give its tokens back to the budget."""
+        """Remove a request from the batch, and add the number of its tokens to the budget again."""
         self.budget += self.lens.pop(request, 0)
         self.num_drafts.pop(request, None)
 
     @property
     def catching_up(self) -> list[Request]:
-        """Return the requests whose pending tokens are all in the batch."""
+        """Return the requests of which the batch has all pending tokens."""
         return [
             request for request, length in self.lens.items() if length - self.num_drafts[request] == request.num_pending
         ]
 
     def build(self) -> ScheduledBatch:
-        """Return the finished batch."""
+        """Return the `ScheduledBatch` of all tokens and copies that were added."""
         return ScheduledBatch(
             tuple(self.lens),
             tuple(self.lens.values()),

@@ -1,16 +1,19 @@
 """The `Scheduler` decides which tokens of which requests each step computes; it touches no tensor.
 
-The scheduler also decides which requests hold memory. There is no prefill phase and no decode phase: every request has
-pending tokens to catch up with, drafts included. A step fills its token budget in this order:
+The scheduler also decides which requests hold memory. There is no prefill phase and no decode phase: every request
+has pending tokens and perhaps drafts, and a step computes some of these tokens. A step fills its token budget in this
+order:
 
-1. The next token of every request that lacks only one, and then the drafts of these requests.
-2. A part of the first prompt: half of the budget, so that this prompt is computed whatever else arrives.
-3. Requests that wait and shorter prompts, so that none of them waits for a long prompt.
+1. Requests with one pending token: first the pending token of each request, then the drafts of these requests.
+2. The first prompt: up to half of the remaining budget, so that the prompt advances even if many requests arrive.
+3. Waiting requests and shorter prompts, so that short requests need not wait for a long prompt.
 
-Requests with the lowest level are served first, and at equal levels the oldest ones. The level of a request is its
-priority number, lowered by the time that the request has waited. A preempted request keeps its tokens and computes them
-again later. If the running requests outgrow the memory, the last of them in serving order is preempted. Requests of
-lower priority are also preempted so that a waiting request can start.
+Requests with the lowest level are served first. Of requests with the same level, the oldest request is served first.
+The level of a request is its priority number, lowered by the time that the request has waited.
+
+A preempted request keeps its tokens, and its state is computed again later. If the running requests need more memory
+than there is, the last request in serving order is preempted. Requests of lower priority are also preempted so that a
+waiting request can start.
 """
 
 from __future__ import annotations
@@ -32,14 +35,14 @@ from services.engine.scheduling.waiting_queue import WaitingQueue
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """A `SchedulerConfig` holds the scheduler's limits and the memory that it shares out; lengths are in tokens.
+    """A `SchedulerConfig` holds the scheduler's limits and the size of the memory for requests; lengths are in tokens.
 
-    - `chunk_align`: a prompt is split only at multiples of it (the chunk of the model's scan).
-    - `num_checkpoint_slots`: slots beside those of the running requests, for saved states.
-    - `checkpoint_align`: states within a prompt are saved only at multiples of it.
-    - `checkpoint_interval`: the most tokens between two saved states of a prompt.
-    - `bytes_per_slot`, `bytes_per_block`: sizes by which the prefix cache weighs saved states; `bytes_per_slot` is 0
-      for a model without recurrent state.
+    - `chunk_align`: a prompt is split only at multiples of `chunk_align`, which is the chunk of the model's scan.
+    - `num_checkpoint_slots`: number of slots for saved states, in addition to the slots of running requests.
+    - `checkpoint_align`: states within a prompt are saved only at multiples of `checkpoint_align`.
+    - `checkpoint_interval`: the largest number of tokens between two saved states of a prompt.
+    - `bytes_per_slot`, `bytes_per_block`: the size of a slot and of a KV page, from which the prefix cache computes the
+      value of saved states. `bytes_per_slot` is 0 for a model without recurrent state.
     """
 
     num_slots: int
@@ -73,7 +76,7 @@ class SchedulerConfig:
 
     @property
     def max_len(self) -> int:
-        """Return the tokens of the longest request: the model's context, or less if all pages hold less."""
+        """Return the largest length of a request: the model's context, or fewer tokens if all pages hold fewer."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
     @property
@@ -93,8 +96,8 @@ class SchedulerConfig:
 class Scheduler:
     """A `Scheduler` plans the steps of one engine: `schedule` chooses a batch, and `postprocess` commits its results.
 
-    These two methods are called in turn. `add` and `abort` are called only between a `postprocess` and the next
-    `schedule`.
+    The caller calls `schedule` and `postprocess` alternately. `add` and `abort` may be called only after a call of
+    `postprocess` and before the next call of `schedule`.
     """
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,24 +123,24 @@ class Scheduler:
         self.waiting.add(request, self._clock())
 
     def abort(self, request_id: str) -> None:
-        """Forget a request and free its memory; do nothing if the request has already ended."""
+        """Remove a request and free its slot and pages; do nothing if the request has already ended."""
         assert self._in_flight is None
         for request in [*self.running, *self.waiting]:
             if request.id == request_id:
                 self._drop(request)
 
     def abort_step(self) -> list[Request]:
-        """Forget and return the requests of the step in flight, or every request if no batch was made."""
+        """Remove and return the requests of the step in flight, or all requests if `schedule` made no batch."""
         batch, self._in_flight = self._in_flight, None
         failed = list(batch.requests) if batch else [*self.running, *self.waiting]
         for checkpoint in self._batch.saved:
-            self.memory.cache.checkpoints.evict(checkpoint, is_valid=False)  # its state may not have been copied
+            self.memory.cache.checkpoints.evict(checkpoint, is_valid=False)  # the state may not have been copied
         for request in failed:
             self._drop(request, is_intact=False)
         return failed
 
     def schedule(self) -> ScheduledBatch:
-        """Choose the next step's tokens and reserve the memory that they need."""
+        """Choose the tokens of the next step, and reserve slots and pages for the tokens."""
         assert self._in_flight is None
         self._began_at = self._clock()
         self._batch = BatchBuilder(self.config.max_batch_tokens)
@@ -150,7 +153,7 @@ class Scheduler:
         return self._in_flight
 
     def postprocess(self, batch: ScheduledBatch, results: Sequence[StepResult]) -> list[TokenOutput]:
-        """Commit a computed step and return its outputs; `results[i]` belongs to `batch.requests[i]`."""
+        """Commit the results of a step and return the step's outputs; `results[i]` belongs to `batch.requests[i]`."""
         assert batch is self._in_flight
         self._note_time(batch)
         outputs = []
@@ -175,13 +178,16 @@ class Scheduler:
     # Memory
 
     def _grow_running(self) -> None:
-        """Reserve pages for the pending tokens of the running requests, and preempt the last of them if pages lack."""
+        """Reserve pages for the pending tokens of running requests; preempt the last requests if pages are lacking."""
         for request in list(self.running):
             while request.slot is not None and not self.memory.reserve(request, request.num_tokens):
                 self._preempt(self.running[-1])
 
     def _preempt(self, request: Request) -> None:
-        """Take the memory of a request; its tokens stay, and are computed again once the request is admitted again."""
+        """Take a request's slot and pages, and put the request back into the queue.
+
+        The request keeps its tokens. The tokens are computed again after the request has been admitted again.
+        """
         self._batch.remove(request)
         self._batch.preempted.append(request)
         self._release(request)
@@ -216,10 +222,10 @@ class Scheduler:
         self._admit_waiting()
         for request in sorted(self._lagging(), key=lambda request: (request.level, request.num_pending)):
             self._compute_more(request, self._batch.budget)
-        assert self._batch.lens or not self.has_work, "there is work and yet nothing runs"
+        assert self._batch.lens or not self.has_work, "requests have work to do, but the batch is empty"
 
     def _add_drafts(self, request: Request, spare: int) -> int:
-        """Add up to `spare` drafts of a request to the batch, and return their number."""
+        """Add up to `spare` drafts of a request to the batch, and return the number of added drafts."""
         most = min(len(request.draft_ids), spare, request.num_after_next)
         num_drafts = most if most > 0 and self.memory.reserve(request, request.num_tokens + most) else 0
         if num_drafts:
@@ -227,22 +233,22 @@ class Scheduler:
         return num_drafts
 
     def _lagging(self) -> list[Request]:
-        """Return the running requests that have more than one pending token, and more than the batch holds so far."""
+        """Return the running requests with several pending tokens that are not all in the batch yet."""
         planned = self._batch.lens
         return [request for request in self.running if request.num_pending > max(1, planned.get(request, 0))]
 
     def _share(self, request: Request) -> int:
-        """Return the request's share of the budget that is left.
+        """Return the number of tokens of the remaining budget that the request may use.
 
-        The share is half of the budget if other requests of the same or a lower level have tokens to compute, else all
-        of it.
+        If another request of the same or a lower level has tokens to compute, the number is half of the remaining
+        budget, but at least `chunk_align`. Otherwise the number is the whole remaining budget.
         """
         others = [other for other in (*self.waiting, *self._lagging()) if other is not request]
         is_shared = any(other.level <= request.level for other in others)
         return max(self._batch.budget // 2, self.config.chunk_align) if is_shared else self._batch.budget
 
     def _compute_more(self, request: Request, most: int) -> None:
-        """Add up to `most` tokens of a prompt; stop at its next checkpoint, its end or a multiple of `chunk_align`."""
+        """Add up to `most` tokens of a prompt, up to a checkpoint, to its end or to a multiple of `chunk_align`."""
         most = min(most, self._batch.budget)
         start = request.num_computed_tokens + self._batch.lens.get(request, 0)
         end = request.due_checkpoints[0] if request.due_checkpoints else request.num_tokens
@@ -252,9 +258,9 @@ class Scheduler:
             self._batch.add(request, length)
 
     def _choose_draft_depths(self) -> None:
-        """Decide how many tokens to draft for each request that catches up, and reserve pages for these tokens.
+        """Choose how many tokens to draft for each request whose pending tokens are all in the batch; reserve pages.
 
-        Drafting writes KV beyond the drafts that the step verifies.
+        Drafting needs pages, because the draft module writes KV at the positions of the new drafts.
         """
         batch, requests = self._batch, self._batch.catching_up
         if not self.config.max_draft_tokens or not requests:
@@ -271,7 +277,7 @@ class Scheduler:
     # Admission
 
     def _admit_waiting(self) -> None:
-        num_held = 0  # requests at the front of the queue that wait for a state to be saved
+        num_held = 0  # requests at the front of the queue that wait until a state is saved
         while num_held < len(self.waiting):
             request = self.waiting[num_held]
             candidates = preemption_candidates(request, self.running)
@@ -290,13 +296,13 @@ class Scheduler:
                     break
                 for other in preempted:
                     self._preempt(other)
-                prefix = self.memory.cache.look_up(request)  # the preempted requests may have left states of use
+                prefix = self.memory.cache.look_up(request)  # states of preempted requests may be reusable
             self._start(request, prefix)
 
     def _shortage(self, request: Request, prefix: CachedPrefix, num_held: int) -> Shortage:
         return Shortage(
             len(self.running) + num_held + 1 - self.config.num_slots,
-            # One page more for each running request to grow into, or the newcomer would be preempted soon after.
+            # Leave one page for each running request to grow into. Otherwise the newcomer would soon be preempted.
             self.memory.num_pages_short(request, prefix) + len(self.running),
             min(self.config.chunk_align, request.num_tokens - prefix.length) - self._batch.budget,
         )
@@ -313,7 +319,7 @@ class Scheduler:
     # Ends
 
     def _commit(self, request: Request, result: StepResult) -> TokenOutput:
-        """Add the sampled tokens to a request, and release its memory if the request ends with them."""
+        """Append the sampled tokens to a request; if the request ends with these tokens, release its slot and pages."""
         num_before, reason = request.num_tokens, None
         for sampled in result.tokens:
             assert reason is None, "tokens were sampled beyond the request's end"
@@ -353,7 +359,7 @@ class Scheduler:
 def _output(
     request: Request, num_before: int, reason: FinishReason | None, logprobs: Sequence[TokenLogprob]
 ) -> TokenOutput:
-    """Return the output that holds the request's tokens after the first `num_before`."""
+    """Return the output with all tokens of the request after the first `num_before` tokens."""
     is_first = num_before == request.num_prompt_tokens and request.num_generated > 0
     has_prompt_logprobs = is_first and request.params.prompt_logprobs is not None
     return TokenOutput(

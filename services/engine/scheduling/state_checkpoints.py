@@ -1,11 +1,13 @@
 """The `CheckpointStore` keeps saved states, called checkpoints, from which later requests can start.
 
-A checkpoint keeps KV pages and, in families with recurrent state, a slot. This memory counts as free: whenever a
-running request needs a slot or a page, checkpoints are evicted for it. The checkpoint of the lowest value is evicted
-first (greedy-dual-size-frequency, Cherkasova 1998). The value is the sum of two terms:
+A checkpoint keeps KV pages and, in families with recurrent state, a slot. This memory counts as free: when a running
+request needs a slot or a page, the store evicts checkpoints. The checkpoint of the lowest value is evicted first
+(greedy-dual-size-frequency, Cherkasova 1998). The value of a checkpoint is the sum of two terms:
 
-- the number of tokens that the checkpoint saves beyond its base, times its uses, divided by its bytes;
-- the highest value of any checkpoint that was evicted before the last use of this checkpoint.
+- the number of tokens that the checkpoint holds beyond its base, times its number of uses, divided by its bytes;
+- the highest value that any evicted checkpoint had when this checkpoint was last used.
+
+The base of a checkpoint is the longest other checkpoint that holds a prefix of the checkpoint's tokens.
 """
 
 from __future__ import annotations
@@ -18,27 +20,28 @@ from dataclasses import dataclass
 from services.engine.request import HASH_OF_NOTHING, Request
 from services.engine.scheduling.memory import IdPool, PagePool
 
-MAX_REMEMBERED = 1 << 16  # hashes in a `RecentHashes`; at 16 bytes each they take a few megabytes
+MAX_REMEMBERED = 1 << 16  # hashes in a `RecentHashes`; hashes of 16 bytes take a few megabytes together
 
 
 @dataclass(eq=False, slots=True)
 class StateCheckpoint:
     """A `StateCheckpoint` is the saved state after `length` tokens: a slot, and the KV pages of these tokens.
 
-    `slot` is None in families without recurrent state. Full pages are found by `page_hashes`; `tail_page` holds the
-    tokens after the last full page, if there are any.
+    - `page_hashes`: the hashes of the full pages, by which `CheckpointStore.kept` finds the pages.
+    - `slot`: the slot of the recurrent state; None in families without recurrent state.
+    - `tail_page`: the page of the tokens after the last full page; None without such tokens.
     """
 
-    key: bytes  # the hash of all its tokens
+    key: bytes  # the hash of all `length` tokens
     length: int
     page_hashes: tuple[bytes, ...]
     slot: int | None
     tail_page: int | None
     tail_ids: tuple[int, ...]  # the tokens of `tail_page`
-    base: StateCheckpoint | None  # the longest checkpoint of a shorter prefix of its tokens
-    value_at_use: float  # the highest value of an evicted checkpoint when this one was last used
+    base: StateCheckpoint | None  # the longest checkpoint of a shorter prefix of the tokens
+    value_at_use: float  # the highest value of any evicted checkpoint at this checkpoint's last use
     num_uses: int = 1
-    num_above: int = 0  # number of checkpoints whose base is this one
+    num_above: int = 0  # number of checkpoints whose base is this checkpoint
 
 
 @dataclass
@@ -60,22 +63,24 @@ class RecentHashes:
         return page_hash in self._hashes
 
     def add(self, page_hash: bytes) -> None:
-        """Add a hash, or make it the most recent one."""
+        """Add a hash, or mark a known hash as the most recent hash."""
         self._hashes[page_hash] = None
         self._hashes.move_to_end(page_hash)
         if len(self._hashes) > MAX_REMEMBERED:
             self._hashes.popitem(last=False)
 
     def discard(self, page_hash: bytes) -> None:
-        """Forget a hash if it is known."""
+        """Remove a hash; do nothing if the hash is not known."""
         self._hashes.pop(page_hash, None)
 
 
 class CheckpointStore:
-    """A `CheckpointStore` finds checkpoints by a request's tokens, and evicts the least valuable ones for memory.
+    """A `CheckpointStore` finds checkpoints by a request's tokens, and evicts the least valuable checkpoint if needed.
 
-    `slots` and `pages` are shared with the running requests. Sizes are in bytes, and `page_size` in tokens; a
-    `bytes_per_slot` of 0 means that the family has no recurrent state, so that checkpoints take no slots.
+    - `page_size`: tokens per KV page.
+    - `bytes_per_slot`: bytes of a slot; 0 if the family has no recurrent state, so that checkpoints need no slots.
+    - `bytes_per_page`: bytes of a KV page.
+    - `slots`, `pages`: the pools that checkpoints share with the running requests.
     """
 
     def __init__(
@@ -86,11 +91,11 @@ class CheckpointStore:
         self.kept: dict[bytes, KeptPage] = {}  # full pages of checkpoints, by hash
         self.evicted = RecentHashes()  # hashes of the last full page of each evicted checkpoint
         self.num_evictions = 0
-        self.num_changes = 0  # changes of the set of checkpoints, which may change what `longest` finds
+        self.num_changes = 0  # number of changes to the set of checkpoints, after which `longest` may find another
         self._by_key: dict[bytes, StateCheckpoint] = {}
-        # How many checkpoints have a tail of each length, by the hash of their last full page.
+        # By the hash of a page: the lengths of the tails after the page, and the number of checkpoints for each length.
         self._tail_lens: dict[bytes, Counter[int]] = {}
-        self._evicted_value = 0.0  # the highest value that an evicted checkpoint had
+        self._evicted_value = 0.0  # the highest value that any evicted checkpoint had
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -111,7 +116,7 @@ class CheckpointStore:
     # Finding
 
     def longest(self, request: Request, limit: int) -> StateCheckpoint | None:
-        """Return the longest checkpoint of at most `limit` tokens that the request begins with."""
+        """Return the longest checkpoint of at most `limit` tokens whose tokens are a prefix of the request, or None."""
         size, hashes = self.page_size, request.hash_pages(self.page_size)
         for num_full in range(limit // size, 0, -1):
             parent = hashes[num_full - 1]
@@ -124,7 +129,7 @@ class CheckpointStore:
         return None
 
     def keeper(self, page_hashes: Sequence[bytes]) -> StateCheckpoint | None:
-        """Return a checkpoint that keeps the pages of these hashes, or None if there are no hashes."""
+        """Return a checkpoint that keeps the pages with these hashes, or None if `page_hashes` is empty."""
         if not page_hashes:
             return None
         i, last = len(page_hashes) - 1, page_hashes[-1]
@@ -136,7 +141,7 @@ class CheckpointStore:
         checkpoint.value_at_use = self._evicted_value
 
     def refresh(self, key: bytes) -> bool:
-        """Return True if there is a checkpoint of this key, and treat that checkpoint as if it had just been saved."""
+        """Return True if a checkpoint has this key; if so, raise its value as if the checkpoint was saved just now."""
         if known := self._by_key.get(key):
             known.value_at_use = self._evicted_value
         return known is not None
@@ -144,10 +149,10 @@ class CheckpointStore:
     # Saving
 
     def save_copy(self, request: Request) -> StateCheckpoint | None:
-        """Insert a checkpoint of the request's computed tokens with a slot of its own, to which the state is copied.
+        """Insert a checkpoint of the request's computed tokens with a free slot; the caller copies the state there.
 
-        If no slot is free, evict the least valuable checkpoint. Return None if there is no checkpoint to
-        evict, or if even the least valuable one is worth more than the new one.
+        If no slot is free, evict the least valuable checkpoint. Return None if there is no checkpoint to evict, or if
+        even the least valuable checkpoint is worth more than the new checkpoint would be.
         """
         length = request.num_computed_tokens
         base = self.longest(request, length)
@@ -163,7 +168,7 @@ class CheckpointStore:
         return self._insert(request, slot, base)
 
     def take_over(self, request: Request) -> None:
-        """Insert a checkpoint of the request's computed tokens that takes over the slot of the request."""
+        """Insert a checkpoint of the request's computed tokens, which becomes the owner of the request's slot."""
         assert request.slot is not None
         base = self.longest(request, request.num_computed_tokens)
         self._insert(request, request.slot if self.has_slots else None, base)
@@ -194,7 +199,7 @@ class CheckpointStore:
         return new
 
     def _put_between(self, base: StateCheckpoint | None, new: StateCheckpoint) -> None:
-        """Make `new` the base of those checkpoints above `base` that continue it."""
+        """Make `new` the base of each checkpoint whose base was `base` and whose tokens begin with `new`'s tokens."""
         for other in self._by_key.values():
             if other.base is base and self._continues(other, new):
                 other.base = new
@@ -215,12 +220,12 @@ class CheckpointStore:
     # Evicting
 
     def evict(self, checkpoint: StateCheckpoint, is_valid: bool = True) -> None:
-        """Free the slot of a checkpoint, and its pages unless another checkpoint or a request needs them.
+        """Remove a checkpoint; free its slot, and those of its pages that no other checkpoint and no request needs.
 
-        `is_valid` is False for a checkpoint whose state was never copied; it leaves no trace in the statistics.
+        `is_valid` is False for a checkpoint whose state was never copied. Such a checkpoint does not count as evicted.
         """
         if self._by_key.get(checkpoint.key) is not checkpoint:
-            return  # it was evicted before
+            return  # the checkpoint was evicted earlier
         del self._by_key[checkpoint.key]
         self.num_changes += 1
         for other in self._by_key.values():
@@ -266,7 +271,7 @@ class CheckpointStore:
         return not self.has_slots or self.slots.can_take(1) or self.num_slots > 0
 
     def free_slot(self, spare: StateCheckpoint | None = None) -> None:
-        """Evict a checkpoint unless a slot is free; evict `spare` only if there is no other checkpoint."""
+        """Evict a checkpoint if no slot is free; evict the checkpoint `spare` only if there is no other checkpoint."""
         assert self.can_free_slot()
         if not self.slots.can_take(1):
             others = [c for c in self._by_key.values() if c is not spare]

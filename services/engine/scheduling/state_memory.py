@@ -1,4 +1,4 @@
-"""The `StateMemory` manages the memory of running requests: who holds which state slot and which KV pages."""
+"""The `StateMemory` manages the memory of running requests: it assigns state slots and KV pages to requests."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from services.engine.scheduling.scheduled_batch import BatchBuilder
 
 
 class StateMemory:
-    """A `StateMemory` gives a running request a state slot and KV pages, and takes them back when it stops running.
+    """A `StateMemory` assigns a state slot and KV pages to each request that runs, and releases the slot and the pages.
 
-    Slots and pages that no running request holds are used by the prefix cache, which gives them up on demand.
+    The prefix cache uses the slots and pages that no running request holds. If a running request needs a slot or a
+    page, the prefix cache evicts checkpoints.
     """
 
     def __init__(self, num_slots: int, num_pages: int, config: CacheConfig) -> None:
@@ -27,17 +28,17 @@ class StateMemory:
         return self.slots.num_taken - self.cache.checkpoints.num_slots
 
     def num_pages_for(self, num_tokens: int) -> int:
-        """Return the number of pages that hold `num_tokens` tokens."""
+        """Return the number of pages that are needed for `num_tokens` tokens."""
         return -(-num_tokens // self._page_size)
 
     def num_pages_short(self, request: Request, prefix: CachedPrefix) -> int:
-        """Return how many pages are missing for a request to start after `prefix`; if negative, how many are left."""
+        """Return how many pages a request lacks to start after `prefix`; a negative number counts spare pages."""
         num_new = self.num_pages_for(request.num_tokens) - len(prefix.pages)
-        num_reused = sum(self.pages.is_idle(page) for page in prefix.pages)  # idle pages that can no longer be freed
+        num_reused = sum(self.pages.is_idle(page) for page in prefix.pages)  # idle pages that must be kept
         return num_new + num_reused - self.pages.num_free - self.pages.num_idle
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
-        """Give a request enough pages for `num_tokens` tokens in total; return False if there are too few pages."""
+        """Add pages to a request until its pages hold `num_tokens` tokens in total; return False if pages run out."""
         num_missing = max(0, self.num_pages_for(num_tokens) - len(request.block_table))
         if can_take := self.cache.checkpoints.can_free_pages(num_missing):
             self.cache.checkpoints.free_pages(num_missing)
@@ -45,7 +46,7 @@ class StateMemory:
         return can_take
 
     def admit(self, request: Request, prefix: CachedPrefix, batch: BatchBuilder) -> None:
-        """Give a request that starts after `prefix` its slot and its pages, and add the copies it needs to `batch`."""
+        """Assign a slot and pages to a request that starts after `prefix`; add the necessary copies to `batch`."""
         checkpoint = prefix.checkpoint
         self.pages.share(prefix.pages)
         request.block_table = list(prefix.pages)
@@ -54,7 +55,7 @@ class StateMemory:
         [request.slot] = self.slots.take(1)
         is_reserved = self.reserve(request, request.num_tokens)
         assert is_reserved
-        # If the checkpoint's slot was the only one left, the request has got this very slot, and no copy is needed.
+        # If only the checkpoint's slot was left, the request has taken over this slot, and no copy is needed.
         if checkpoint and checkpoint.slot not in (None, request.slot):
             batch.slot_copies.append((checkpoint.slot, request.slot))
         if checkpoint and checkpoint.tail_page is not None:
@@ -62,7 +63,7 @@ class StateMemory:
         request.num_computed_tokens = prefix.length
 
     def save_due(self, running: Iterable[Request], batch: BatchBuilder) -> None:
-        """Save the states of requests that have reached a length in `due_checkpoints`; add the copies to `batch`."""
+        """Save the state of each request that has reached a length in `due_checkpoints`; add copies to `batch`."""
         for request in running:
             if request.due_checkpoints and request.due_checkpoints[0] == request.num_computed_tokens:
                 del request.due_checkpoints[0]
@@ -74,7 +75,8 @@ class StateMemory:
     def release(self, request: Request, is_intact: bool = True) -> None:
         """Take back the slot and the pages of a running request.
 
-        `is_intact` says that the state is that of the computed tokens; such a state may be kept for later requests.
+        `is_intact` is True if the slot and the pages hold the state after the request's computed tokens. Only such a
+        state may be kept for later requests.
         """
         if is_intact:
             self.cache.take_over(request)

@@ -1,4 +1,4 @@
-"""The `WaitingQueue` bounds and orders the requests that wait to be started, and estimates the waiting time."""
+"""The `WaitingQueue` limits and sorts the requests that wait for their start, and estimates the waiting time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from services.engine.contract.errors import EngineOverloaded
 from services.engine.request import Request, serving_order
 
-AGEING_S = 10.0  # seconds of waiting that lower a request's priority number by one, so that no request waits for ever
-RATE_KEPT = 0.99  # weight that measured starts and seconds keep from one step to the next
-MAX_RETRY_AFTER = 60  # seconds; the longest time that a refused client is told to wait
-HEAD_START = 1 << 62  # greater than any count of arrivals: resumed requests come before all new requests
+AGEING_S = 10.0  # seconds of waiting that lower the priority number by 1, so that every request starts at some time
+RATE_KEPT = 0.99  # factor by which older counts of starts and seconds are multiplied at each step
+MAX_RETRY_AFTER = 60  # largest number of seconds that a refused client is asked to wait before it retries
+HEAD_START = 1 << 62  # larger than any count of arrivals, so that resumed requests come before new requests
 
 
 class WaitingQueue:
-    """A `WaitingQueue` holds the requests that wait to be started, in the order in which they are to be served.
+    """A `WaitingQueue` holds the requests that wait for their start, in the order in which the requests are served.
 
     At most `max_waiting` new requests wait. Resumed and preempted requests were accepted earlier and are never refused.
     """
@@ -39,7 +39,7 @@ class WaitingQueue:
 
     @property
     def overload(self) -> EngineOverloaded | None:
-        """Return the error with which `add` would refuse a new request now, or None if the queue has a free place."""
+        """Return the error with which `add` would refuse a new request now, or None if `add` would accept it."""
         if len(self) < self.max_waiting:
             return None
         sentence = f"{len(self)} requests are waiting, which is the most this server queues."
@@ -47,14 +47,14 @@ class WaitingQueue:
 
     @property
     def retry_after(self) -> int:
-        """Return the seconds until half of the waiting requests will have started, at the rate of the last steps."""
+        """Return the expected seconds until half of the waiting requests have started, at the recent start rate."""
         return self._start_rate.retry_after(len(self))
 
     def add(self, request: Request, now: float) -> None:
         """Queue a request that has just arrived; raise EngineOverloaded if `max_waiting` requests wait already.
 
-        A resumed request is served like the requests that run already, and it is accepted even if the queue is full.
-        So the queue exceeds its bound by at most the requests that lost engines had accepted within their own bounds.
+        A resumed request comes before all new requests of its level, and is accepted even if the queue is full. So the
+        queue may be longer than `max_waiting`, but at most by the number of requests that lost engines had accepted.
         """
         if (overload := self.overload) and not request.is_resumed:
             raise overload
@@ -63,23 +63,23 @@ class WaitingQueue:
         self.put_back(request, now)
 
     def put_back(self, request: Request, now: float) -> None:
-        """Queue a preempted request again, at the place that its level and its first arrival give it."""
+        """Queue a preempted request again; its position in the queue follows from its level and its first arrival."""
         request.waiting_since = now
         insort(self._requests, request, key=serving_order)
 
     def start(self, request: Request, now: float) -> None:
-        """Remove a request that starts, and add the time that it waited to its `waited_s`."""
+        """Remove a request that starts, and add the seconds since it was queued to its `waited_s`."""
         self.remove(request)
         request.waited_s += now - request.waiting_since
 
     def remove(self, request: Request) -> None:
-        """Remove a request that ends while it waits, for example because its client has disconnected."""
+        """Remove a request that ends while it still waits, for example because the client has disconnected."""
         self._requests.remove(request)
 
     def age(self, now: float) -> None:
-        """Set the level of every waiting request by all the time that it ever waited, and restore the queue's order.
+        """Compute the level of every waiting request from the request's total waiting time, and sort the queue again.
 
-        A request keeps its level while it runs.
+        The level of a running request does not change.
         """
         for request in self._requests:
             waited_s = request.waited_s + now - request.waiting_since
@@ -87,7 +87,7 @@ class WaitingQueue:
         self._requests.sort(key=serving_order)
 
     def note_step(self, num_started: int, seconds: float) -> None:
-        """Take into account that a step of `seconds` started `num_started` requests."""
+        """Update the start rate with a step that took `seconds` and started `num_started` requests."""
         self._start_rate = self._start_rate.after_step(num_started, seconds)
 
 
@@ -99,12 +99,12 @@ class StartRate:
     seconds: float = 0.0
 
     def after_step(self, num_started: int, seconds: float) -> StartRate:
-        """Return the rate with one more step."""
+        """Return the start rate after one more step."""
         return replace(
             self, num_starts=RATE_KEPT * self.num_starts + num_started, seconds=RATE_KEPT * self.seconds + seconds
         )
 
     def retry_after(self, num_waiting: int) -> int:
-        """Return the seconds until half of `num_waiting` requests will have started: 1 to MAX_RETRY_AFTER."""
+        """Return the expected seconds until half of `num_waiting` requests have started: 1 to MAX_RETRY_AFTER."""
         seconds = num_waiting / 2 * self.seconds / max(self.num_starts, 1e-6)
         return max(1, min(MAX_RETRY_AFTER, math.ceil(seconds)))

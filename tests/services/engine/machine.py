@@ -1,6 +1,7 @@
-"""A `Machine` runs the scheduler's batches without arithmetic: a state consists of tokens, so that any mix-up shows.
+"""A `Machine` runs the scheduler's batches without a model, and fails if a request reads another request's state.
 
-The token that follows a sequence is a function of the sequence alone. Drafts are right as often as the test says.
+Slots and pages hold the tokens themselves instead of tensors. The next token depends only on the tokens of the
+sequence. A draft is right with a probability that the test chooses.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def next_token(token_ids: Sequence[int]) -> int:
 
 
 def naive(prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """Return up to `num_tokens` tokens that follow the prompt; STOP ends them and is included."""
+    """Return up to `num_tokens` tokens of an answer; the result includes STOP if the answer reaches STOP."""
     token_ids = list(prompt)
     while len(token_ids) < len(prompt) + num_tokens and token_ids[len(prompt) :][-1:] != [STOP]:
         token_ids.append(next_token(token_ids))
@@ -34,7 +35,7 @@ def naive(prompt: Sequence[int], num_tokens: int) -> list[int]:
 
 
 class Machine:
-    """A `Machine` runs steps, and checks that each request finds its own state in its memory."""
+    """A `Machine` runs steps, and checks that the slot and pages of each request hold the request's own tokens."""
 
     def __init__(self, scheduler: Scheduler, draft_accuracy: float = 0.7, seed: int = 0) -> None:
         self.scheduler = scheduler
@@ -112,7 +113,7 @@ class Machine:
 
     def _draft(self, request: Request, tokens: Sequence[int], depth: int) -> tuple[int, ...]:
         token_ids, drafts = [*request.token_ids, *tokens], list[int]()
-        # A draft module writes KV of its own into the request's pages, one token behind the token that is drafted.
+        # A real draft module writes its own KV into the request's pages, at the position before each drafted token.
         self._write(request, len(token_ids) - 1, [GARBAGE] * max(0, depth - 1))
         for _ in range(depth):
             is_right = self.random.random() < self.draft_accuracy

@@ -1,4 +1,4 @@
-"""`KINDS` holds parameters for every kind of request, for tests that break an answer off and continue it elsewhere."""
+"""`KINDS` holds parameters for every kind of request; tests interrupt answers and continue them on another engine."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def local(family: ModelFamily) -> LocalExperts:
 
 @pytest.fixture(scope="module")
 def shards() -> Iterator[list[Shard]]:
-    """Start empty shards in one process; the tests fill them."""
+    """Start shards without experts in one process; the tests load experts into the shards."""
     with ShardProcess(MODEL, NUM_SHARDS) as process:
         yield process.shards
 
@@ -72,7 +72,7 @@ def planned(family: ModelFamily, shards: Sequence[Shard]) -> dict[int, Homes]:
 
 
 def shuffled(homes: dict[int, Homes], seed: int) -> dict[int, Homes]:
-    """Return the same pairs of homes, given to other experts at random."""
+    """Return the same pairs of homes, assigned to the experts of each layer in a random order."""
     chooser = random.Random(seed)
     return {layer: tuple(chooser.sample(of_layer, len(of_layer))) for layer, of_layer in homes.items()}
 
@@ -81,7 +81,7 @@ def shuffled(homes: dict[int, Homes], seed: int) -> dict[int, Homes]:
 
 
 class Naive:
-    """A `Naive` generator generates greedily without an engine, over experts that can be exchanged."""
+    """A `Naive` generator generates greedily without an engine; tests can replace its `experts`."""
 
     def __init__(self, family: ModelFamily, experts: Experts) -> None:
         self.experts, self.spec = experts, family.config.state_spec
@@ -89,7 +89,7 @@ class Naive:
 
     @torch.inference_mode()
     def run(self, prompt: Sequence[int], num_tokens: int) -> tuple[Tensor, list[int]]:
-        """Return the logits of every position of the prompt, and the tokens that follow."""
+        """Return the logits at every position of the prompt, and the `num_tokens` tokens that follow the prompt."""
         num_blocks = self.spec.num_blocks(len(prompt) + num_tokens)
         state, table = State(self.spec, 1, num_blocks, torch.float32), (tuple(range(num_blocks)),)
         logits = self._logits(prompt, 0, table, state)
@@ -163,7 +163,7 @@ async def wait_until(is_true: Callable[[], bool]) -> None:
 
 
 async def publish(registry: RegistryStore, family: ModelFamily, shards: list[Shard], epoch: int = 1) -> None:
-    """Fill the shards and publish the placement in the registry."""
+    """Load the experts of a placement into the shards, and publish the placement in the registry."""
     placement = await control_client.fill(shards, planned(family, shards), epoch)
     for shard in shards:
         await registry.heartbeat(replace(shard, held_digest=held_digest(placement.experts_of(shard.id))))

@@ -67,7 +67,7 @@ def assert_idle(engine: Engine) -> None:
         {"num_slots": 1},
         {"num_slots": 8, "max_batch_tokens": 16},
         {"num_slots": 8, "max_batch_tokens": 16, "chunk_align": 8, "checkpoint_align": 8},
-        {"num_slots": 8, "num_blocks": 20, "max_batch_tokens": 16},  # so few pages that requests are preempted
+        {"num_slots": 8, "num_blocks": 20, "max_batch_tokens": 16},  # few pages, so that requests are preempted
         {"num_slots": 3, "num_checkpoint_slots": 6, "checkpoint_interval": 8},
     ],
 )
@@ -87,7 +87,7 @@ def test_engine_equals_naive_generation_however_it_is_scheduled(
         assert (sum(stats.drafted_by_position) > 0) == (max_draft_tokens > 0)
         assert (stats.num_checkpoints > 0) == has_prefix_cache
         assert sum(stats.cache_reasons.values()) == len(prompts)
-        # The same prompts again start from the states that the first ones left in the cache.
+        # The same prompts, sent again, start from states that the first round left in the cache.
         assert generate_all(engine, prompts, GREEDY) == expected
         assert (engine.stats().num_cached_tokens > stats.num_cached_tokens) == has_prefix_cache
         assert_idle(engine)
@@ -223,7 +223,7 @@ def test_grammars_being_compiled_are_bounded_and_keep_to_the_deadline() -> None:
         assert "5 requests are being compiled" in str(results[-1])
         may_go_on.set()
         stop_at = time.monotonic() + 5
-        while True:  # until the compilations that were given up have freed their places
+        while True:  # repeat until the abandoned compilations have freed their places
             with pytest.raises((ValueError, EngineOverloaded)) as refused:
                 run_one(engine, [1, 2], params)
             if isinstance(refused.value, ValueError) or time.monotonic() > stop_at:
@@ -323,7 +323,7 @@ def test_more_requests_than_may_wait_are_refused() -> None:
     assert refused
     assert 1 <= refused[0].retry_after <= 60
     assert engine.stats().num_refused == len(refused)
-    assert len(served) in (4, 5)  # four requests wait, and another one may be running already
+    assert len(served) in (4, 5)  # four requests wait, and a fifth may run already
     assert all(result == model.naive_greedy([1, 2], 20) for result in served)
 
 

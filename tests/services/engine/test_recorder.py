@@ -28,9 +28,9 @@ def test_what_is_picked_between_start_and_stop_is_in_the_file(recorder: Recorder
     picks = np.array([[1, 2]])
     recorder.add(2, picks)
     path = Path(recorder.start()["path"])
-    assert recorder.start()["path"] == str(path)  # the recording goes on
+    assert recorder.start()["path"] == str(path)  # `start` returns the recording that is running already
     recorder.add(2, picks)
-    picks[:] = 7  # the engine may overwrite the array, which the recording has copied
+    picks[:] = 7  # the recording has a copy, so the engine may overwrite the array
     recorder.add(2, picks)
     report = recorder.stop()
     recorder.add(2, picks)

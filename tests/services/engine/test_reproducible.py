@@ -1,4 +1,4 @@
-"""The demo model gives bit-identical answers: alone or batched, in any chunks, drafted, preempted, from the cache."""
+"""The tests check that answers are bit-identical: batched, chunked, drafted, preempted or from the prefix cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def engine(dtype: torch.dtype = torch.float32, **limits: Any) -> Iterator[Engine
 
 @pytest.fixture
 def drafts_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft as deep as allowed even if it does not pay, because speed does not matter here."""
+    """Make every engine draft to the largest allowed depth, even if drafting makes the engine slower."""
 
     def depths(self: DraftingState, acceptances: Any, num_other_rows: int, allowed: Any) -> list[int]:
         return [min(self.max_depth, most) for most in allowed]
@@ -59,7 +59,7 @@ def drafts_always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def prompts(count: int) -> list[list[int]]:
-    """Return pieces of held-out files, each with its own length and place."""
+    """Return `count` pieces of held-out files; the length and the start of each piece are random."""
     chooser, texts, found = random.Random(0), held_out_prompts(60, 320), list[list[int]]()
     while len(found) < count:
         text, length = chooser.choice(texts), chooser.randint(1, 60)
@@ -87,7 +87,7 @@ def answers(made: Engine, asked: list[list[int]], num_tokens: int, together: int
 
 @cache
 def alone(dtype: torch.dtype, seed: int | None = None) -> list[Answer]:
-    """Return the answers to 64 prompts that are run one at a time, without drafts and without cache."""
+    """Return the answers to 64 prompts, computed one at a time, without drafts and without the prefix cache."""
     params = {} if seed is None else {"temperature": 1.0, "seed": seed}
     with engine(dtype) as made:
         return answers(made, prompts(64), 24, 1, **params)
@@ -113,7 +113,7 @@ def test_nothing_changes_a_token_or_its_probability(name: str, dtype: torch.dtyp
     with engine(dtype, **SETTINGS[name]) as made:
         assert answers(made, prompts(64), 24, 32) == alone(dtype)
         if "cache" in name:
-            for _ in range(2):  # the first round saves a state where prompts part, and the second round reuses it
+            for _ in range(2):  # round 1 saves a state where prompts begin to differ; round 2 reuses the state
                 assert answers(made, prompts(64)[::-1], 24, 8) == alone(dtype)[::-1]
         stats = made.stats()
     assert (stats.num_preemptions > 0) == ("preemption" in name)

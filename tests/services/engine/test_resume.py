@@ -1,4 +1,4 @@
-"""An answer that another engine began continues as it would have continued there."""
+"""The tests check that an engine continues an answer with the tokens that the first engine would have generated."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_engine(draft_tokens: int) -> Engine:
 
 @pytest.fixture(scope="module", params=[0, 3], ids=["without drafts", "with drafts"])
 def engine(request: Any) -> Iterator[Engine]:
-    """Start the engine that continues the answers."""
+    """Start the engine that continues the answers of the engine `first`."""
     made = make_engine(request.param)
     made.start()
     yield made
@@ -62,7 +62,7 @@ def engine(request: Any) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def first() -> Iterator[Engine]:
-    """Start the engine that begins the answers."""
+    """Start the engine that generates the beginnings of the answers."""
     made = make_engine(3)
     made.start()
     yield made
@@ -106,7 +106,10 @@ def test_what_follows_is_what_would_have_followed(first: Engine, engine: Engine,
 
 
 def test_the_test_above_would_see_what_is_forgotten(engine: Engine) -> None:
-    """Send the same tokens as one longer prompt, where penalties, bounds and the grammar wrongly begin anew."""
+    """Check that the previous test can fail: it sends the earlier tokens as part of the prompt.
+
+    Then penalties, length limits and the grammar wrongly start again after the prompt.
+    """
 
     async def run(kind: str) -> bool:
         whole = await ask(engine, "whole", PROMPTS[0], KINDS[kind])

@@ -1,4 +1,4 @@
-"""Four patterns of prompts hit the prefix cache of the demo model, and the tokens are the same as without a cache."""
+"""The tests check that four patterns of prompts hit the prefix cache, and that the cache changes no token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def text() -> list[int]:
 
 
 def piece(place: int, length: int) -> list[int]:
-    """Return tokens that differ from those of every other piece, unless the places are close."""
+    """Return `length` tokens of the text, from position 2000 + `place` on; pieces with distant places differ."""
     return text()[2000 + place : 2000 + place + length]
 
 
@@ -82,7 +82,10 @@ def test_prompts_with_a_shared_beginning(num_shared: int, num_own: int) -> None:
 
 
 def test_conversations() -> None:
-    """Run eight conversations of eight turns; a prompt is the one before, its answer, and what the user says next."""
+    """Run eight conversations of eight turns.
+
+    A prompt consists of the previous prompt, the answer to the previous prompt, and the user's next message.
+    """
     [end] = FAMILY.config.eos_token_ids[:1]
     histories, found, prompts = {str(i): [*piece(0, 100), end] for i in range(8)}, Answers(), dict[str, list[int]]()
 

@@ -1,7 +1,8 @@
-"""A `TinyModel` is a real model of a few hundred weights with both kinds of state; it can also generate slowly.
+"""A `TinyModel` is a real model of a few hundred weights, with recurrent state and KV pages.
 
-Every row is computed by itself, so the tokens must not depend on batches, chunks, pages, preemption, drafts or reuse at
-all. The draft module guesses well, because it has the same recurrence and an attention of its own.
+The model computes every row separately. So its tokens must not depend on batches, chunks, pages, preemption, drafts or
+reuse. The draft module guesses well, because it has the same recurrence as the model, and its own attention.
+`TinyModel.naive_greedy` generates the same tokens without an engine.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class TinyModel(nn.Module):
         self.embedding = torch.randn(VOCAB_SIZE, DIM, generator=generator)
         self.recurrence = torch.randn(DIM, DIM, generator=generator) / 2
         self.head = torch.randn(VOCAB_SIZE, 2 * DIM, generator=generator)
-        self.num_tokens: list[int] = []  # computed by each call of `forward`
+        self.num_tokens: list[int] = []  # number of tokens that each call of `forward` computed
 
     def recur(self, h: Tensor, token_id: int) -> Tensor:
         return torch.tanh(self.recurrence @ h + self.embedding[token_id])
@@ -85,7 +86,7 @@ class TinyModel(nn.Module):
         return torch.stack([self.head @ hidden for hidden in hidden_SD])
 
     def naive_greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """Return up to `num_tokens` tokens, each the likeliest after those before it; EOS ends them and is included."""
+        """Return up to `num_tokens` tokens of a greedy answer; the result includes EOS if the answer reaches EOS."""
         tokens = list(prompt)
         while len(tokens) < len(prompt) + num_tokens and (len(tokens) == len(prompt) or tokens[-1] != EOS):
             h, past = torch.zeros(DIM), []

@@ -112,11 +112,14 @@ def test_a_larger_batch_drafts_less_where_rows_cost() -> None:
     assert depths[-1] == 0
 
 
-# The loop, with a clock that the test makes ---------------------------------------------------------------------------
+# The whole loop, with simulated step times ----------------------------------------------------------------------------
 
 
 def run(weights: Weights, rates: Sequence[float], num_steps: int, max_depth: int = 4) -> tuple[float, list[int]]:
-    """Return the tokens per second of one request in the second half of the steps, and the depths of all steps."""
+    """Simulate `num_steps` steps of one request.
+
+    Return the tokens per second in the second half of the steps, and the draft depths of all steps.
+    """
     rng, state, acceptance = random.Random(0), DraftingState(max_depth), NO_DRAFTS_YET
     num_drafts, depths, tokens, seconds = 0, list[int](), 0, 0.0
     for i in range(num_steps):
@@ -129,7 +132,7 @@ def run(weights: Weights, rates: Sequence[float], num_steps: int, max_depth: int
             acceptance = acceptance.observe(num_drafts, num_accepted, REQUEST_KEPT)
         shape = StepShape(1 + num_drafts, depth, depth)
         took = seconds_of(weights, shape) * rng.uniform(0.9, 1.1)
-        # Other processes use the machine too, and the first step and the first drafts take long.
+        # Simulate delays: other processes use the machine, too, and the first step and the first drafts take long.
         delay = 50 if not i or (depth and not any(depths[:-1])) else 3 if rng.random() < 0.05 else 1
         state = state.timed(shape, took * delay)
         if i >= num_steps // 2:

@@ -1,4 +1,4 @@
-"""The tests measure the memory that drafting takes beside the requests' state, on a model wide enough to show it."""
+"""The tests measure the memory that drafting needs beside the requests' state, on a model with wide vectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HIDDEN, MAX_LEN, PROMPT_LEN = 2048, 512, MAX_UNREAD + 40
 
 
 def wide_family() -> ModelFamily:
-    """Return the demo's family with eight times its width."""
+    """Return the demo's model family with hidden vectors that are eight times as wide."""
     family = load_family(MODEL)
     config = family.config
     mamba, attention = (replace(shape, hidden_size=HIDDEN) for shape in (config.mamba, config.attention))
@@ -34,7 +34,7 @@ def wide_family() -> ModelFamily:
 
 
 class Watched(NemotronH):
-    """A `Watched` model notes how many bytes a step with drafts keeps until `commit`."""
+    """A `Watched` model records how many bytes a step with drafts keeps until `commit` is called."""
 
     kept_bytes = 0
 
@@ -56,7 +56,7 @@ def wide_model(family: ModelFamily) -> Watched:
 
 
 def run(runner: Runner, requests: list[Request], lens: int, num_drafts: int) -> None:
-    """Run one step after which nothing is drafted."""
+    """Run one step without new drafts; it computes `lens` tokens of each request, including `num_drafts` drafts."""
     count = len(requests)
     batch = ScheduledBatch(tuple(requests), (lens,) * count, (num_drafts,) * count, (0,) * count)
     for request, result in zip(requests, runner.run(batch), strict=True):

@@ -26,7 +26,7 @@ from services.engine.sampling.sampler import Sampler, SamplingRow
 
 DEMO = Path(model.demo.__file__).parent / "checkpoint"
 TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-EOS, IM_END, VOCAB_SIZE = 2, 4, 2100  # the vocabulary is padded: the tokenizer knows 2,048 tokens
+EOS, IM_END, VOCAB_SIZE = 2, 4, 2100  # the vocabulary is padded, because the tokenizer has only 2,048 tokens
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -58,14 +58,14 @@ def ids(text: str) -> list[int]:
 
 
 def allowed(asked: Request, text: str = "") -> set[int]:
-    """Return every token that may follow `text`: the tokens that the sampler takes if the model prefers them."""
+    """Return every token that may follow `text`: the sampler chooses such a token if its logit is the largest."""
     rows = [SamplingRow(asked, tuple(ids(text)))] * VOCAB_SIZE
     tokens = SAMPLER.sample(1000 * torch.eye(VOCAB_SIZE), rows)
     return {wanted for wanted, token in enumerate(tokens) if token and token.token_id == wanted}
 
 
 def generate(asked: Request, seed: int, num_tokens: int = 200) -> str:
-    """Generate an answer from logits that are noise, like those of the worst possible model."""
+    """Generate an answer from random logits, as the worst possible model would, and return its text."""
     generator = torch.Generator().manual_seed(seed)
     answer: list[int] = []
     for _ in range(num_tokens):
@@ -172,13 +172,13 @@ def test_a_grammar_leaves_the_other_rows_alone() -> None:
 
 
 def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> None:
-    many = "start: " + " | ".join(['"a"'] * 3000)  # an "a" can be read in more ways than the library follows at once
+    many = "start: " + " | ".join(['"a"'] * 3000)  # the library can read an "a" in too many ways
     rows = [SamplingRow(request(GrammarKind.LARK, many), tuple(ids("a"))), SamplingRow(request(GrammarKind.REGEX, "a"))]
     failed, fine = SAMPLER.sample(torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), rows)
     assert failed is None
     why = SAMPLER.explain(rows[0].request)
     assert isinstance(why, ValueError), "a failure of the client's grammar is not a failure of the engine"
-    assert str(why).startswith("The grammar is too complex to go on with: Parser Error: Current row has 3001 items")
+    assert str(why).startswith("The grammar is too complex to continue: Parser Error: Current row has 3001 items")
     assert "\n" not in str(why)
     assert fine is not None
     assert isinstance(SAMPLER.explain(rows[1].request), EngineFailed)
@@ -191,8 +191,8 @@ def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> 
     "text",
     [
         'start: "x" NOTHING\nNOTHING: /a/ & /b/',
-        f'start: "x" <[{EOS}]> "y"',  # the grammar asks for an end-of-sequence token in the middle, which is no text
-        'start: "x" loop\nloop: "y" loop',  # the grammar has no end
+        f'start: "x" <[{EOS}]> "y"',  # the grammar requires an end-of-sequence token, which has no text, in the middle
+        'start: "x" loop\nloop: "y" loop',  # no answer of this grammar ever ends
     ],
     ids=["unmatchable", "end in the middle", "endless"],
 )
@@ -207,7 +207,7 @@ def test_a_grammar_that_leads_nowhere_is_the_clients_fault_in_one_sentence(text:
     assert failed is None
     why = SAMPLER.explain(asked)
     assert isinstance(why, ValueError)
-    assert re.fullmatch(r"The grammar (led to a dead end: |is too complex to go on with: )[^\n]+\.", str(why))
+    assert re.fullmatch(r"The grammar (led to a dead end: |is too complex to continue: )[^\n]+\.", str(why))
 
 
 @pytest.mark.parametrize("ends", [{"min_tokens": 50}, {"ignore_eos": True}, {"min_tokens": 50, "ignore_eos": True}])
@@ -231,7 +231,7 @@ def test_what_was_guessed_on_another_way_to_the_same_depth_says_nothing_of_this_
     assert in_list != in_key
 
 
-GUIDED = [  # without lexemes that count tokens or stop elsewhere, which the library cannot roll back
+GUIDED = [  # no lexemes with max_tokens or stop, because the library cannot roll such lexemes back
     'start: "<" t ">"\nt[max_tokens=9]: /[a-z]+/',
     'start: "<" t ">"\nt[stop="q"]: /[a-z]+/',
 ]
@@ -263,7 +263,7 @@ def test_after_any_guesses_a_state_is_that_of_its_tokens(grammar: Grammar, seed:
         tokens.append(token)
 
 
-# A client's mistakes
+# Grammars with mistakes of a client
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The functions here make requests to sample for, and compute the distribution of tokens in the slow obvious way."""
+"""The functions here make requests for the sampler, and compute token distributions with simple, slow code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def request(
 
 
 def obvious_probs(logits: Sequence[float], params: SamplingParams) -> NDArray[np.float64]:
-    """Return the probabilities after temperature, top_k, top_p and min_p, computed token by token, likeliest first."""
+    """Return the probability of each token after temperature, top_k, top_p and min_p, computed in a simple loop."""
     weights = np.exp((np.array(logits, dtype=np.float64) - max(logits)) / params.temperature)
     order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
     order = order[: params.top_k] if params.top_k > 0 else order
@@ -41,7 +41,7 @@ def obvious_probs(logits: Sequence[float], params: SamplingParams) -> NDArray[np
 
 
 def chi_squared(counts: NDArray[Any], probs: NDArray[np.float64]) -> float:
-    """Return chi-squared of the counts against the expected probabilities; infinite if the impossible was counted."""
+    """Return chi-squared of counts against probabilities; infinite if an outcome of probability 0 was counted."""
     expected = probs * counts.sum()
     if counts[expected == 0].any():
         return float("inf")

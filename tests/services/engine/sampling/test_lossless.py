@@ -1,7 +1,7 @@
-"""Drafts change no token and no distribution.
+"""The tests check that drafts change neither the tokens nor their distribution.
 
-The model is a Markov chain of five tokens, and another chain makes the drafts. The results are compared with the
-probabilities of all sequences.
+The model is a Markov chain of five tokens, and a second Markov chain makes the drafts. The tests compare the results
+with the probabilities of all sequences.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.services.engine.sampling.statistics import chi_squared, chi_squared_b
 
 SAMPLER = Sampler()
 VOCAB_SIZE, LENGTH, NUM_SEQUENCES = 5, 3, 8_000
-# Logits of the next token, by the last token.
+# Logits of the next token of the model and of the drafter, one row per last token.
 MODEL_VV = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
 DRAFTER_VV = MODEL_VV + 0.8 * torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
 KINDS: list[dict[str, Any]] = [
@@ -33,13 +33,14 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.7, "top_k": 3},
     {"top_p": 0.8, "min_p": 0.1, "presence_penalty": 0.8, "frequency_penalty": -0.3},
 ]
-# A `Verify` takes the drafts of one request, the model's tokens after none, one, two, ... of the drafts, and the
-# probabilities of the drafts according to the drafter and to the model. It returns the tokens added to the request.
+# A `Verify` function decides which tokens a step adds to a request, and returns the tokens. The arguments are:
+# the drafts; the model's tokens after the first 0, 1, 2, ... drafts; each draft's probability according to the drafter;
+# and each draft's probability according to the model.
 Verify = Callable[[list[int], list[int], list[float], list[float]], list[int]]
 
 
 def coupled(drafts: list[int], tokens: list[int], _q: list[float], _p: list[float]) -> list[int]:
-    """Do what the engine does: accept the drafts that equal the model's own tokens, and add one token."""
+    """Verify as the engine does: accept drafts as long as each draft equals the model's token, and add one token."""
     num_accepted = next((i for i, draft in enumerate(drafts) if draft != tokens[i]), len(drafts))
     return tokens[: num_accepted + 1]
 
@@ -49,7 +50,7 @@ def accepts_by_draft_probability(drafts: list[int], tokens: list[int], q: list[f
 
 
 def takes_no_residual(drafts: list[int], tokens: list[int], q: list[float], p: list[float]) -> list[int]:
-    """Sample by rejection, but wrongly draw the replacement from the model's whole distribution, not its residual."""
+    """Sample by rejection, but wrongly draw the replacement from the model's whole distribution, not the residual."""
     return _rejection(drafts, tokens, [a / b for a, b in zip(p, q, strict=True)])
 
 
@@ -74,7 +75,7 @@ def choose(chain_VV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 
 def generate(depth: int, params: dict[str, Any], verify: Verify = coupled, drafter_VV: Tensor = DRAFTER_VV) -> Any:
-    """Return the sequences that follow token 0, and the numbers of drafts that were made and accepted."""
+    """Return the sequences that follow token 0, the number of drafts made, and the number of drafts accepted."""
     requests = [request(prompt=[0], seed=seed, **params) for seed in range(NUM_SEQUENCES)]
     num_drafts = num_accepted = 0
     while unfinished := [r for r in requests if r.num_generated < LENGTH]:
@@ -110,7 +111,7 @@ def next_probs(is_drafter: bool, tokens: tuple[int, ...], params: SamplingParams
 
 
 def chi_squared_and_bound(sequences: Sequence[tuple[int, ...]], params: dict[str, Any]) -> tuple[float, float]:
-    """Return chi-squared against the probabilities of all sequences, and its bound."""
+    """Return chi-squared of the sequences against the probabilities of all sequences, and the bound of chi-squared."""
     cells = list(itertools.product(range(VOCAB_SIZE), repeat=LENGTH))
     asked = request(prompt=[0], **params)
     probs = np.array(

@@ -5,13 +5,13 @@ from services.engine.sampling.noise import PIECE, draw_tokens, uniforms, uniform
 
 
 def words(seed: int, position: int) -> list[int]:
-    """Return the bits of the first block's words that its two uniforms contain."""
+    """Return the bits of the first block's four words, as far as the block's two uniforms contain the bits."""
     bits = [int(u * 2**52 - 0.5) for u in uniforms(seed, position, 2)]
     return [bits[0] >> 20, bits[0] & 0xFFFFF, bits[1] >> 20, bits[1] & 0xFFFFF]
 
 
 def test_the_noise_is_philox() -> None:
-    # Compared with Random123's known answers (kat_vectors, philox4x32 10) for a counter and a key of zeros.
+    # These are Random123's known answers (kat_vectors, philox4x32 10) for a counter and a key of zeros.
     known = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert words(0, 0) == [known[0], known[1] >> 12, known[2], known[3] >> 12]
 

@@ -64,7 +64,7 @@ def test_a_device_keeps_what_a_cpu_keeps() -> None:
     params = [SamplingParams(**kind) for kind in KINDS]
     generator = torch.Generator().manual_seed(2)
     for vocab_size in (1, 6, 3000):
-        # The logits are rounded so that some are equal.
+        # The logits are rounded so that some logits are equal.
         weights = torch.softmax((2 * torch.randn(len(KINDS), vocab_size, generator=generator)).round(), dim=-1)
         expected = truncate_on_device(weights, params)
         truncate(weights, params)
@@ -131,7 +131,7 @@ def test_logit_bias_is_added() -> None:
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
-        ({"repetition_penalty": 2.0}, [1.5, 2.0, -2.0, 0.5, -4.0]),  # tokens of the prompt count too
+        ({"repetition_penalty": 2.0}, [1.5, 2.0, -2.0, 0.5, -4.0]),  # prompt tokens count, too
         ({"presence_penalty": 0.5}, [3.0, 3.5, -1.5, 1.0, -2.0]),  # generated tokens count, each once
         ({"frequency_penalty": 0.5}, [3.0, 3.0, -1.5, 1.0, -2.0]),  # generated tokens count as often as they occur
         (
@@ -150,7 +150,10 @@ def test_penalties(params: dict[str, Any], expected: list[float]) -> None:
 def edited(
     logits: list[float], prompt: list[int], generated: list[int], ahead: tuple[int, ...], params: dict[str, Any]
 ) -> list[float]:
-    """Return the logits after all edits, measured from outside by the logit that an unknown token needs to win."""
+    """Return the logits after all edits, measured through the sampler's choices.
+
+    For each token, bisection finds the logit with which an additional token without edits starts to win.
+    """
     found = []
     for token_id in range(len(logits)):
         low, high = -20.0, 20.0

@@ -29,7 +29,7 @@ def make(**limits: int) -> Machine:
 
 
 def text(name: str, length: int) -> list[int]:
-    """Return random tokens with the seed `name`; no token among them ends a turn or an answer."""
+    """Return `length` random tokens with the seed `name`; none of these tokens ends a turn or an answer."""
     rng = random.Random(name)
     return [rng.randrange(10, VOCAB_SIZE) for _ in range(length)]
 
@@ -40,7 +40,7 @@ def request(name: str, prompt: Sequence[int], num_answer: int = 8, params: Sampl
 
 
 def ask(machine: Machine, name: str, prompt: Sequence[int], num_answer: int = 8) -> Request:
-    """Run one request to its end and return it."""
+    """Run one request to its end, check its answer, and return the request."""
     asked = request(name, prompt, num_answer)
     machine.scheduler.add(asked)
     machine.finish()
@@ -49,7 +49,7 @@ def ask(machine: Machine, name: str, prompt: Sequence[int], num_answer: int = 8)
 
 
 def assert_consistent(scheduler: Scheduler) -> None:
-    """Check that every page and slot has as many owners as are counted, and that none is lost."""
+    """Check that the counted owners of every page and slot are its real owners, and that no page or slot is lost."""
     cache, pages = scheduler.memory.cache, scheduler.memory.pages
     users = Counter(page for r in scheduler.running for page in r.block_table)
     keepers = Counter(kept.page for kept in cache.checkpoints.kept.values())
@@ -87,7 +87,7 @@ def test_the_next_turn_starts_where_the_last_one_ended() -> None:
 def test_a_page_that_is_not_full_is_copied_and_never_shared() -> None:
     machine = make(num_slots=3)
     first = ask(machine, "first", text("first", 100))
-    for name in ("a", "b", "c"):  # in one batch, and each of them writes on the page on which the first one ended
+    for name in ("a", "b", "c"):  # three requests in a batch, which continue the same page
         machine.scheduler.add(request(name, [*first.token_ids, *text(name, 20)]))
     batch = machine.step()
     sources, targets = zip(*batch.page_copies, strict=True)
@@ -351,7 +351,7 @@ def test_conversations_hit(concurrency: int) -> None:
 @pytest.mark.parametrize("bytes_per_slot", [0, 100])
 @pytest.mark.parametrize("seed", range(12))
 def test_random_load_reuses_only_true_prefixes_and_leaks_nothing(seed: int, bytes_per_slot: int) -> None:
-    """Run random requests; the machine fails if one starts from a state or from pages of other tokens than its own."""
+    """Run random requests; the machine fails if a request starts from a state or from pages of other tokens."""
     rng = random.Random(seed)
     align = rng.choice([1, 8])
     machine = make(
@@ -405,7 +405,7 @@ def test_random_load_reuses_only_true_prefixes_and_leaks_nothing(seed: int, byte
 
 
 class Stateless(Machine):
-    """A `Stateless` machine runs batches of a model that has pages and no recurrent state."""
+    """A `Stateless` machine runs batches as for a model that has KV pages but no recurrent state."""
 
     def _check_state(self, request: Request) -> None:
         assert request.slot is not None

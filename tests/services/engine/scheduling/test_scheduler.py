@@ -23,7 +23,7 @@ def make(**limits: int) -> Scheduler:
 def request(
     name: str, num_prompt: int, num_answer: int = 8, deadline: float = float("inf"), priority: int = 0
 ) -> Request:
-    """Return a request whose prompt begins with tokens that no other prompt begins with."""
+    """Return a request whose first prompt tokens differ from every other request's prompt."""
     prompt = [random.Random(name).randrange(10, 10**6) for _ in range(num_prompt)]
     params = SamplingParams(priority=priority)
     return Request(name, prompt, params, 0, num_prompt + num_answer, frozenset({0}), deadline)
@@ -98,7 +98,8 @@ def test_admission_waits_for_memory_in_order_of_arrival() -> None:
     for name in ("a", "b", "c"):
         scheduler.add(request(name, 16))
     scheduler.schedule()
-    # Each of the two has 4 pages. The third would need 4 pages, and one page for each of the two to grow.
+    # Each of the two running requests has 4 pages. The third request would need 4 pages, and in addition one page for
+    # each running request to grow.
     assert [r.id for r in scheduler.running] == ["a", "b"]
     scheduler.abort_step()
     scheduler.abort("b")
@@ -206,7 +207,7 @@ def drafting_machine(**limits: int) -> Machine:
 
 
 class AlwaysDrafting(DraftingState):
-    """An `AlwaysDrafting` state chooses the deepest drafts that are allowed, whatever they cost."""
+    """An `AlwaysDrafting` state always chooses the largest allowed draft depth, regardless of the cost."""
 
     def depths(self, acceptances: Sequence[Acceptance], num_other_rows: int, allowed: Sequence[int]) -> list[int]:
         return [min(self.max_depth, some) for some in allowed]
@@ -231,9 +232,9 @@ def test_drafts_never_go_beyond_the_last_token() -> None:
     a = request("a", 6, num_answer=6)
     machine.scheduler.add(a)
     batches = [machine.step() for _ in range(3)]
-    # One token, then three drafts and one token, then the last token, for which drafts are of no use.
+    # The steps compute one token, then one token and three drafts, then the last token, which needs no drafts.
     assert [batch.num_drafts for batch in batches] == [(0,), (3,), (0,)]
-    # If the drafts of the second step had been wrong, three more would have been of use.
+    # If the drafts of the second step had been wrong, the third step could have used three more drafts.
     assert [batch.draft_depths for batch in batches] == [(3,), (3,), (0,)]
     assert a.num_tokens == a.max_len
 
@@ -331,7 +332,7 @@ def test_priorities_at_random_change_no_token_and_every_preemption_has_a_newcome
         before = set(machine.scheduler.running)
         batch = machine.step()
         for gone in batch.preempted:
-            if machine.scheduler.config.num_blocks == 200:  # enough pages, so a slot was wanted
+            if machine.scheduler.config.num_blocks == 200:  # there are enough pages, so only a slot was lacking
                 assert any(r.params.priority < gone.params.priority for r in set(batch.requests) - before)
     assert machine.scheduler.num_preemptions > 0
     assert all(machine.answer(r.id) == naive(prompts[r.id], 12) for r in requests)
@@ -348,8 +349,8 @@ def test_a_stream_of_short_requests_cannot_starve_a_long_prompt() -> None:
         scheduler.add(request(f"after-{num_steps}", 12, num_answer=3))
         step(scheduler)
         num_steps += 1
-    # First come 20 requests of 12 tokens and 2 steps each. Then the long prompt has half of the budget, beside at most
-    # 3 requests that decode.
+    # At first, 20 requests of 12 tokens and 2 steps each run. Later the long prompt has half of the budget, beside at
+    # most 3 requests that decode.
     assert num_steps <= 20 * 12 / 12 + 2 + 2 * 400 / 12 + 3
 
 
@@ -370,7 +371,7 @@ def test_a_short_prompt_does_not_wait_for_long_ones_and_these_end(num_long: int,
         num_steps += 1
     assert num_steps <= 3
     assert long[0].num_computed_tokens < 10_000
-    for n in range(2 * length // 2048):  # new requests never stop coming
+    for n in range(2 * length // 2048):  # new requests arrive in every step
         scheduler.add(request(f"after-{n}", 1500, num_answer=1))
         step(scheduler)
     assert long[0].num_generated
@@ -392,9 +393,10 @@ def test_the_budget_is_shared_with_no_one_of_lower_priority() -> None:
 
 
 def busy(now: list[float]) -> tuple[Scheduler, Request]:
-    """Return a scheduler whose two slots are wanted by four requests of high priority, and a request of low priority.
+    """Return a scheduler with two slots and five requests, and the request of low priority among the five.
 
-    The request of low priority waits as long as the test adds requests of high priority fast enough.
+    The four other requests have high priority. The request of low priority waits as long as the test adds requests of
+    high priority fast enough.
     """
     config = SchedulerConfig(2, 64, 4, 128, max_batch_tokens=16, max_waiting=10_000)
     scheduler = Scheduler(config, clock=lambda: now[0])
@@ -458,6 +460,6 @@ def test_retry_after_follows_from_the_measured_rate() -> None:
         scheduler.add(request(f"more-{i}", 4, num_answer=1))
     with pytest.raises(EngineOverloaded) as refused:
         scheduler.add(request("one too many", 4))
-    assert refused.value.retry_after == 30  # the time in which 10 of the 20 waiting requests start
+    assert refused.value.retry_after == 30  # seconds until 10 of the 20 waiting requests have started
     now += 10_000.0
     assert 1 <= scheduler.waiting.retry_after <= 60
