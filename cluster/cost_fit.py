@@ -46,7 +46,7 @@ class CostFit:
 
         Each array has one entry per call:
 
-        - `num_experts` and `num_rows`: the number of experts touched and of rows.
+        - `num_experts` and `num_rows`: the numbers of experts touched and of rows.
         - `mib`: the size of one expert in MiB.
         - `took_us`: the measured time in µs.
         """

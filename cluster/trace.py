@@ -41,7 +41,7 @@ def header(model: str, started: float, num_experts: Mapping[int, int]) -> str:
 
 
 def batch_line(at: float, layer: int, picks_NK: NDArray[np.integer]) -> str:
-    """Return the line of a call of layer `layer`, `at` seconds after the start; `picks_NK` are the rows' expert ids."""
+    """Return the line of one call; `at` is in seconds since the start, and `picks_NK` holds each row's expert ids."""
     return _line({"at": round(at, 4), "layer": layer, "picks": picks_NK.tolist()})
 
 
@@ -53,7 +53,7 @@ def _line(body: Mapping[str, Any]) -> str:
 class Trace:
     """A `Trace` holds the picks of a recorded routing trace, counted in windows of one second.
 
-    `counts` holds the picks per window and expert, [W, E], of each layer. `num_rows` is the sum over all calls.
+    `counts` holds the picks per window and expert, [W, E], of each layer. `num_rows` counts the rows of all calls.
     """
 
     model: str

@@ -73,7 +73,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """Return a digest of the config and of the weight files' names and sizes, which identifies the checkpoint."""
+        """Return the checkpoint's identity: a digest of the config and of the weight files' names and sizes."""
         files = sorted((path.name, path.stat().st_size) for path in self.path.glob("*.safetensors"))
         return hashlib.sha256((json.dumps(self.config, sort_keys=True) + str(files)).encode()).hexdigest()[:16]
 

@@ -1,6 +1,6 @@
 """The functions here decide which implementation of the layers runs on a device.
 
-- On a CPU: the compiled kernels of `model/cpu`. With them, a token's bits depend only on the token's own sequence.
+- On a CPU: the compiled kernels of `model/cpu`, with which a token's bits depend only on the token's own sequence.
 - On a GPU: the fused CUDA kernels of mamba-ssm and causal-conv1d where they are installed.
 - Otherwise: plain PyTorch.
 

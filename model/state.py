@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK_SIZE = 16  # tokens per page
+BLOCK_SIZE = 16  # number of tokens per page
 
 
 @dataclass(frozen=True)
 class SubBatch:
-    """A `SubBatch` selects some of a batch's requests, so that a kernel can treat them apart from the others."""
+    """A `SubBatch` selects some of a batch's requests, so that one kernel computes only the selected requests."""
 
     requests: Tensor  # the selected requests' indices in the batch
     rows: Tensor  # the rows of the selected requests' tokens in the batch
@@ -47,7 +47,7 @@ class BatchArrays:
 class Batch:
     """A `Batch` holds the tokens of one step, packed request after request without padding.
 
-    `token_ids_T` is int64; every tuple has R entries:
+    `token_ids_T` is int64. Every tuple has one entry for each request:
 
     - The step computes `lens[r]` tokens of request r, which follow the request's `context_lens[r]` earlier tokens.
     - The recurrent state of request r is in the state slot `slots[r]`, and its KV is in the pages `block_tables[r]`.

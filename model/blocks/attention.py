@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias)
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepare the CPU kernels, which apply `norm` and the projections to q, k and v as one product."""
+        """Prepare the CPU kernels, which apply `norm` and then compute q, k and v in one product."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         self.packed = pack_matrix(torch.cat([part.take_weight() for part in parts]))
         bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])

@@ -55,7 +55,7 @@ class ExpertShape:
 
 
 class Experts(Protocol):
-    """`Experts` runs a layer's routed experts, in this process or on expert shards."""
+    """`Experts` is the interface through which a MoE layer runs routed experts, in this process or on expert shards."""
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         """Start a layer call and return a function that waits for the weighted sums and returns them: fp32 (N, L)."""
@@ -72,7 +72,7 @@ class ExpertBank:
             raise ValueError(f"experts of layer {shape.layer} have {sizes}; bfloat16 on a CPU needs even numbers")
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: dict[int, tuple[PackedMatrix, PackedMatrix]] = {}
-        self._addresses = np.zeros((2, shape.num_experts), np.int64)  # addresses of each expert's packed up and down
+        self._addresses = np.zeros((2, shape.num_experts), np.int64)  # addresses of the packed up and down matrices
         self._gains: dict[int, int] = {}
         self._row_blocking: RowBlocking | None = None
 
@@ -181,7 +181,7 @@ class ExpertBank:
         """Compute `partial_sums` on numpy arrays with the CPU kernels; `x_NL` is fp32, or the bits of bf16 as int16."""
         sums_NL = np.zeros(x_NL.shape, np.int64)
         picks = (x_NL.dtype == np.int16, row_P, expert_P, weight_P, grid_N)
-        is_bf16 = self.dtype == torch.bfloat16  # not read from `_packed`: another thread may be loading experts
+        is_bf16 = self.dtype == torch.bfloat16  # `_packed` must not be read while another thread loads experts
         if not cpu.partial_sums(x_NL, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
             raise ValueError(NOT_ADDABLE)
         return sums_NL
@@ -191,7 +191,7 @@ class ExpertBank:
 
         `expert_P` holds the expert of each pick, sorted. The result has three parts:
 
-        - the expert of each block, and the block's first padded row and the row after its last: (expert, start, stop);
+        - (expert, start, stop) of each block, where start .. stop is the range of the block's padded rows;
         - the padded row of each pick;
         - the number of padded rows.
         """

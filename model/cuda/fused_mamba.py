@@ -56,7 +56,7 @@ def ssd_scan(
 
 
 def rectangle(sub_batch: SubBatch, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the request (T,) and the column (T,) of each packed row in the rectangle.
+    """Return each packed row's coordinates in the rectangle: the request (T,) and the column (T,).
 
     A request's first token gets the column (token's position) mod (chunk length). So chunks end at positions that are
     multiples of the chunk length, as in `model.blocks.mamba.split_into_chunks`. The columns before the first token are

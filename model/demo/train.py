@@ -3,7 +3,7 @@
     python -m model.demo.train --steps 2000 --out model/demo/checkpoint
 
 Training takes an hour or two on two CPU cores. The training state is saved every 100 steps, and `--resume` continues
-from the saved state after a stop. Training uses the layers that also serve (`model/`). `model.demo` adds only what
+from the saved state after a stop. Training uses the same layers as serving (`model/`). `model.demo` adds only what
 training needs: whole sequences instead of packed steps, differentiable experts, and the balancing of the router.
 
 Legend: B sequences, T tokens of each, D hidden, V vocabulary, N = B·T rows, K picks per row.
@@ -74,7 +74,7 @@ def loss_of(model: NemotronH, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def initialise(model: NemotronH) -> None:
-    """Initialise matrices with scaled normal numbers, and A, Δ and D as Mamba-2 does."""
+    """Initialise matrices with scaled normal numbers, and A, Δ and D as in Mamba-2."""
     for name, p in model.named_parameters():
         with torch.no_grad():
             if name.endswith("A_log"):

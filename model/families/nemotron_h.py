@@ -1,4 +1,4 @@
-"""`NemotronH` is the Nemotron 3 family (Super, Nano, Ultra): a hybrid of Mamba-2, attention, MoE and dense layers.
+"""`NemotronH` implements the Nemotron 3 family (Super, Nano, Ultra), with Mamba-2, attention, MoE and dense layers.
 
 What surprises:
 
@@ -319,7 +319,7 @@ class NemotronH(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.mtp = MTPModule(config, experts) if with_mtp and config.num_nextn_predict_layers else None
         self.packed_head: PackedMatrix | None = None  # set only if head and embeddings are tied
-        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # embeddings, and whether in bf16
+        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # the embeddings, and True if in bf16
 
     @property
     def has_drafts(self) -> bool:
@@ -360,7 +360,7 @@ class NemotronH(nn.Module):
         return out
 
     def commit(self, batch: Batch, num_accepted: Sequence[int], state: State) -> None:
-        """Advance the recurrent state of requests with drafts over the tokens of the last step that were not rejected.
+        """Advance the recurrent state of requests with drafts over all tokens of the last step except rejected drafts.
 
         `batch` is the batch of the last step; `num_accepted` has the number of accepted drafts of each request.
 

@@ -95,7 +95,7 @@ def moe(h: Tensor, tensors: dict[str, Tensor], prefix: str, raw: dict[str, Any])
 
 
 def draft(tensors: dict[str, Tensor], raw: dict[str, Any], hidden_LD: Tensor, next_ids: list[int]) -> Tensor:
-    """Run the MTP module over a whole request: hidden g_t and token x_{t+1} give o_t, whose logits predict x_{t+2}."""
+    """Run the MTP module over a request: hidden vector g_t and token x_{t+1} give o_t, whose logits predict x_{t+2}."""
 
     def weight(name: str) -> Tensor:
         return tensors[f"mtp.layers.{name}.weight"].double()

@@ -1,4 +1,4 @@
-"""The tests check which tensors are read from a model directory, and the error message for every broken directory."""
+"""The tests check which tensors are read from a model directory, and the errors for every kind of broken directory."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_any_split_of_the_experts_gives_the_same_bits(shape: ExpertShape, dtype:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_split_of_the_picks_gives_the_same_bits(shape: ExpertShape, dtype: torch.dtype) -> None:
-    """Check that the rows of an expert may be divided between two homes of the expert."""
+    """Check that sums have the same bits if two homes of an expert divide the expert's rows between the homes."""
     setup = SingleLayer(shape, dtype)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
