@@ -1,8 +1,8 @@
-"""The script runs a real expert shard that joins a running server and, on request, returns corrupt replies.
+"""The script runs a real expert shard that joins a running server and can return corrupt replies for some seconds.
 
-`python -m benchmarks.corrupt_shard STORE_URL`: each SIGUSR1 makes one byte of every reply wrong for some seconds. The
-byte is changed after the shard has computed the reply's checksum, as by a broken network card or memory. SIGTERM makes
-the shard drain and stop.
+`python -m benchmarks.corrupt_shard STORE_URL`: after each SIGUSR1, the script changes one byte of every reply for some
+seconds. The script changes the byte after the shard has computed the reply's checksum, as broken memory or a broken
+network card would. SIGTERM makes the shard drain and stop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CORRUPT_S = 6.0
 
 
 class Corruption:
-    """A `Corruption` changes a byte of each reply that a shard sends before the monotonic time `until`."""
+    """A `Corruption` changes one byte of each reply that a shard sends before the monotonic time `until`."""
 
     def __init__(self, until: float = 0.0) -> None:
         self.until = until

@@ -1,4 +1,4 @@
-"""The benchmark measures what node failures, drains and upgrades of a cluster cost running requests (as root).
+"""The benchmark measures how node failures, drains and upgrades of a cluster affect running requests (needs root).
 
     python -m benchmarks.day_two --trials 10
 
@@ -9,13 +9,13 @@ node has its own network namespace and address:
 - three nodes for backbones, gateways and controllers, one more than needed;
 - five nodes for expert shards, one more than needed.
 
-The model is the demo model, and GPUs are counted, but do not exist. The same load runs again and again: once
-undisturbed, and once for every trial, in which something happens at a random moment. Clients connect through a balancer
-that follows readiness as a Kubernetes Service does. A stream ends together with its gateway; therefore, when a
-backbone's node is lost, clients use the gateway of another node.
+The model is the demo model. Ray counts one GPU per node, but no GPU exists. The same load runs again and again: once
+undisturbed, and once for every trial, in which one failure or upgrade happens at a random moment. Clients connect
+through a balancer that sends connections only to gateways that are ready, as a Kubernetes Service does. A stream breaks
+when its gateway stops. Therefore, when a trial loses a backbone's node, the clients use the gateway of another node.
 
-The columns are those of `benchmarks.failures` with one exception. Instead of the time until full cover, the table has
-the total time during which some expert had fewer than two live homes, or during which no gateway reported cover.
+The table has the columns of `benchmarks.failures` with one exception. Instead of the time until full cover, the table
+has the total time during which some expert had fewer than two live homes or no gateway reported cover.
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ from services.cli.drill.load import RequestOutcome
 
 OVERLAY = ROOT / "k8s" / "overlays" / "gpu-ha" / "serve.yaml"
 STORE_PORT, GCS_STORE_PORT = 6390, 6391
-FIRSTS = (2, 30)  # last octet of the head's address, in the first cluster and in the cluster that takes over
-DRAIN_S, GRACE_S = 120, 150  # seconds to drain a node and to end its pod, as in k8s/base
-SWITCH_S = 10.0  # seconds during which two clusters serve; less than rayClusterDeletionDelaySeconds
+FIRSTS = (2, 30)  # last octet of the head's address: in the first cluster, in the cluster that replaces it
+DRAIN_S, GRACE_S = 120, 150  # time limits for draining a node and for ending its pod, as in k8s/base
+SWITCH_S = 10.0  # seconds during which the old and the new cluster serve; less than rayClusterDeletionDelaySeconds
 BACKBONE, EXPERTS = "backbone", "experts"
 NUM_NODES = {BACKBONE: 3, "experts-gpu": 5}
-NODE_CPUS = {BACKBONE: 2}  # a node for experts has 1 CPU, which suffices for one shard
+NODE_CPUS = {BACKBONE: 2}  # CPUs per node; a node for experts has 1 CPU, which suffices for one shard
 TIMEOUT_S, HEAD_AWAY_S = 400.0, 5.0
 
 ClusterAction = Callable[
     ["ServedCluster"], Coroutine[Any, Any, frozenset[str]]
-]  # returns the ids of the replicas that must disappear
+]  # the action returns the ids of the replicas that must disappear
 
 
 def gpu_ha_config() -> dict[str, Any]:
-    """Return the overlay's Serve config, changed for the demo model on CPUs, with GPUs that are only counted."""
+    """Return the overlay's Serve config for the demo model on CPUs; Ray counts GPUs that do not exist."""
     overlay = yaml.safe_load(OVERLAY.read_text())
     config: dict[str, Any] = yaml.safe_load(overlay["spec"]["serveConfigV2"])
     args = config["applications"][0]["args"]
@@ -93,7 +93,7 @@ def gpu_ha_config() -> dict[str, Any]:
 class ServeStatus:
     """A `ServeStatus` is the state of the application as Ray Serve reports it."""
 
-    is_settled: bool  # whether all replicas run as ordered
+    is_settled: bool  # True if Serve runs all replicas that the config asks for
     replicas: dict[str, tuple[str, str]]  # replica id -> deployment and node address
 
     def addresses(self, deployment: str) -> set[str]:
@@ -102,7 +102,7 @@ class ServeStatus:
 
 @dataclass
 class ServedCluster:
-    """A `ServedCluster` is the application on a cluster whose nodes form groups, like KubeRay's worker groups."""
+    """A `ServedCluster` runs the application on a Ray cluster whose nodes form groups, like KubeRay's worker groups."""
 
     network: NamespaceNetwork
     config: dict[str, Any]
@@ -111,7 +111,7 @@ class ServedCluster:
     random: random.Random
     store: str
     gcs_store: str
-    clusters: list[LocalCluster] = field(default_factory=list)  # the newest cluster is the one whose status is read
+    clusters: list[LocalCluster] = field(default_factory=list)  # running clusters; the last cluster is the newest
     service: str = ""
     protected_gateway: str = ""  # the address of a gateway whose node must not be lost
     lost_nodes: list[ClusterNode] = field(default_factory=list)
@@ -135,14 +135,15 @@ class ServedCluster:
         return self.clusters[-1]
 
     def start(self) -> None:
-        backbones = range(1, 1 + self.num_nodes[BACKBONE])  # backbone nodes come first after the head
+        backbones = range(1, 1 + self.num_nodes[BACKBONE])  # the backbone nodes come first after the head
         self.service = self.network.balance([first + i for first in FIRSTS for i in backbones], self.args["http_port"])
         self.start_cluster()
 
     def start_cluster(self) -> None:
-        """Start a cluster with the same store, beside a running one if there is one, and deploy the application.
+        """Start a new cluster with the same store and deploy the application on the new cluster.
 
-        The method returns when Serve has accepted the config, before the application runs.
+        A cluster that already runs continues to run. The method returns when Serve has accepted the config, before the
+        application runs.
         """
         first = next(first for first in FIRSTS if first not in {cluster.first for cluster in self.clusters})
         env = {"EXPERTMESH_REDIS_URL": f"redis://{self.store}/0", "EXPERTMESH_REDIS_PASSWORD": PASSWORD}
@@ -167,7 +168,7 @@ class ServedCluster:
         return f"http://{self.cluster.head.address}:{DASHBOARD_PORT}/api/serve/applications/"
 
     async def read_status(self) -> ServeStatus:
-        """Read Serve's status; a head that does not answer counts as unsettled and without replicas."""
+        """Return Serve's status; if the head does not answer, return an unsettled status without replicas."""
         try:
             async with new_client(5.0) as client:
                 application = (await client.get(self.applications_url)).json()["applications"]["expertmesh"]
@@ -183,7 +184,7 @@ class ServedCluster:
         )
 
     async def is_complete(self, without: frozenset[str] = frozenset()) -> bool:
-        """Return True if all replicas run, every expert has two live homes, and no replica of `without` is left."""
+        """Return True if all replicas run, no replica in `without` is left, and every expert has two live homes."""
         status = await self.read_status()
         is_covered, shards = await read_coverage(self.url)
         num_shards = sum(name == self.pool["name"] for name, _ in status.replicas.values())
@@ -199,7 +200,7 @@ class ServedCluster:
             await asyncio.sleep(0.5)
 
     async def choose_node(self, deployment: str) -> tuple[ClusterNode, frozenset[str]]:
-        """Choose a random node that runs `deployment`, but not the protected gateway, and return also its replicas."""
+        """Return a random node with `deployment` but without the protected gateway, and the node's replica ids."""
         status = await self.read_status()
         chosen = self.random.choice(sorted(status.addresses(deployment) - {self.protected_gateway}))
         node = next(node for node in self.cluster.nodes if node.address == chosen)
@@ -214,7 +215,7 @@ class ServedCluster:
                 stack.callback(cluster.stop)
 
     def replace_lost_nodes(self) -> None:
-        """Start a new node for every lost one, as Kubernetes would start a new pod."""
+        """Start a new node for every lost node, as Kubernetes would start a new pod."""
         for node in self.lost_nodes:
             self.cluster.remove_node(node)
             self._add_node(node.name)
@@ -237,7 +238,7 @@ def served_cluster(
 
 
 async def lose_node(fleet: ServedCluster, role: str, how: Callable[[ClusterNode], None]) -> frozenset[str]:
-    """Lose a random node that runs a backbone or a shard (`role`) in the way `how`, and return its replicas."""
+    """Call `how` on a random node that runs `role` (a backbone or a shard), and return the node's replica ids."""
     node, replicas = await fleet.choose_node(fleet.pool["name"] if role == EXPERTS else role)
     fleet.lost_nodes.append(node)
     await asyncio.to_thread(how, node)
@@ -256,7 +257,7 @@ async def lose_head(fleet: ServedCluster) -> frozenset[str]:
 
 
 async def upgrade(fleet: ServedCluster) -> frozenset[str]:
-    """Deploy other arguments, as KubeRay does when serveConfigV2 has changed, and return the old replicas."""
+    """Deploy other arguments, as KubeRay does when serveConfigV2 has changed, and return the old replica ids."""
     replicas = frozenset((await fleet.read_status()).replicas)
     fleet.args["max_waiting"] = fleet.args.get("max_waiting", 256) + 1
     async with new_client(30.0) as client:
@@ -265,7 +266,7 @@ async def upgrade(fleet: ServedCluster) -> frozenset[str]:
 
 
 async def replace_cluster(fleet: ServedCluster) -> frozenset[str]:
-    """Replace the cluster as KubeRay does when a pod template has changed, and return the old replicas.
+    """Replace the cluster as KubeRay does when a pod template has changed, and return the old replica ids.
 
     The old cluster is drained and stopped after the new cluster serves.
     """
@@ -290,7 +291,7 @@ async def replace_cluster(fleet: ServedCluster) -> frozenset[str]:
 class ClusterFailure:
     name: str
     action: ClusterAction
-    seconds: float = 34.0  # duration of the load in a trial
+    seconds: float = 34.0  # duration of the load in one trial
     protects_gateway: bool = False
 
 
@@ -375,7 +376,7 @@ def main() -> None:
         parser.error(f"this machine cannot run a cluster of several nodes: {reason}")
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that the cluster is stopped on SIGTERM too
+    )  # SIGTERM raises SystemExit, so that the cluster is stopped
     with served_cluster(gpu_ha_config(), NUM_NODES, 1, args.seed, keeps_state=True) as fleet:
         asyncio.run(run(fleet, kinds, args.trials))
 

@@ -3,8 +3,9 @@
     python -m benchmarks.drafting                              # 1 stream, 3 rounds; about 5 minutes
     python -m benchmarks.drafting --streams 1 4 8 --json out.json
 
-Prompts are the beginnings of the demo's held-out files, and decoding is greedy. In each round the two servers run one
-after the other. The benchmark also checks that greedy output is the same with and without drafts.
+Prompts are the beginnings of the demo's held-out files, and decoding is greedy. In each round a server with drafts and
+a server without drafts run one after the other. The benchmark also checks that the greedy output is the same with and
+without drafts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.throughput import decode_speed
 from model.demo.corpus import read_corpus
 
 PROMPT_CHARACTERS = 400
-BAR = 1.7  # the required ratio at one stream
+BAR = 1.7  # the required ratio of tokens per second with drafts to tokens per second without, at one stream
 SIDES = {"drafts": (), "none": ("--draft-tokens", "0")}
 
 
@@ -42,15 +43,15 @@ def body(prompt: str, num_tokens: int) -> dict[str, Any]:
 
 @dataclass
 class DraftingResult:
-    """A `DraftingResult` collects what is measured on one of the two servers, with or without drafts."""
+    """A `DraftingResult` collects the measurements of one server, which runs with or without drafts."""
 
-    speeds: dict[int, list[float]] = field(default_factory=dict)  # number of streams -> tokens per second, by round
+    speeds: dict[int, list[float]] = field(default_factory=dict)  # number of streams -> tokens per second of each round
     texts: list[str] = field(default_factory=list)
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accepted(self) -> list[float]:
-        """Return the share of accepted drafts by draft position."""
+        """Return, for each draft position, the share of the server's drafts that were accepted."""
         drafted, accepted = (self.engine.get(f"{name}_by_position", []) for name in ("drafted", "accepted"))
         return [hits / tries for hits, tries in zip(accepted, drafted, strict=True) if tries]
 
@@ -80,7 +81,7 @@ def measure(
             speeds.append(decode_speed(outcomes))
         side.speeds.setdefault(num_streams, []).append(statistics.mean(speeds))
     side.texts += asyncio.run(texts(url, prompts[4 * round_ : 4 * round_ + 4], num_tokens))
-    time.sleep(1)  # the server's status may be half a second old
+    time.sleep(1)  # the server refreshes its status only every half second
     side.engine = running.status()["engine"]
 
 

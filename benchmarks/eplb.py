@@ -1,9 +1,10 @@
-"""`rebalance` is EPLB as DeepSeek describes it, for comparison with our planner.
+"""`rebalance` implements DeepSeek's EPLB for comparison with our planner.
 
-EPLB copies the expert with the highest load per copy again and again, and then packs the copies with the highest load
-first. `rebalance` implements the global policy for one node, and does not consider the running placement. Copies are
-computed for all layers together. The packing is a loop over slots, and exists in three versions, because their times
-differ a hundredfold: with tensors as published by DeepSeek, with lists, and for all layers at once.
+EPLB repeatedly adds a copy of the expert with the highest load per copy. Then EPLB packs the copies onto shards, the
+copy with the highest load first. `rebalance` implements EPLB's global policy for one node, and does not consider the
+running placement. Copies are computed for all layers together. The packing is a loop over slots. There are three
+versions of the loop, because their times differ by a factor of a hundred: with tensors as published by DeepSeek, with
+lists, and for all layers at once.
 
 Legend: L layers, E experts of a layer, N = E + R slots of all shards, G shards.
 """
@@ -21,7 +22,7 @@ Floats = NDArray[np.float64]
 
 
 def replicate(load_LE: Floats, num_slots: int) -> tuple[Array, Array]:
-    """Return which expert each slot holds (L, N) and the number of copies of each expert (L, E)."""
+    """Return the expert in each slot (L, N) and the number of copies of each expert (L, E)."""
     num_layers, num_experts = load_LE.shape
     expert_LN = np.tile(np.arange(num_slots), (num_layers, 1))
     copies_LE = np.ones((num_layers, num_experts), np.int64)
@@ -34,9 +35,10 @@ def replicate(load_LE: Floats, num_slots: int) -> tuple[Array, Array]:
 
 
 def pack_tensors(load_LN: Floats, num_shards: int) -> Array:
-    """Assign slots, highest load first, to the least loaded shard with free capacity: the shard of each slot (L, N).
+    """Return the shard of each slot (L, N), using tensors as in DeepSeek's published code.
 
-    As in DeepSeek's published code, layers are packed one after another, and loads are tensors of one number.
+    The slots are assigned one after another, the slot with the highest load first. Each slot goes to the shard with the
+    lowest load that has free capacity. Layers are packed one after another, and each load is a tensor with one number.
     """
     load = torch.from_numpy(load_LN).float()
     order = load.sort(-1, descending=True).indices
@@ -54,7 +56,7 @@ def pack_tensors(load_LN: Floats, num_shards: int) -> Array:
 
 
 def pack_lists(load_LN: Floats, num_shards: int) -> Array:
-    """Assign slots as `pack_tensors` does, but with lists of Python numbers."""
+    """Return the shard of each slot (L, N) as `pack_tensors` does, but compute with lists of Python numbers."""
     num_layers, num_slots = load_LN.shape
     capacity = num_slots // num_shards
     order_LN = (-load_LN).argsort(axis=1, kind="stable").tolist()
@@ -70,7 +72,7 @@ def pack_lists(load_LN: Floats, num_shards: int) -> Array:
 
 
 def pack_together(load_LN: Floats, num_shards: int) -> Array:
-    """Assign slots as `pack_tensors` does, but for all layers at once, one slot per iteration."""
+    """Return the shard of each slot (L, N) as `pack_tensors` does, but assign one slot of every layer per iteration."""
     num_layers, num_slots = load_LN.shape
     capacity = num_slots // num_shards
     rows = np.arange(num_layers)
@@ -88,7 +90,7 @@ def pack_together(load_LN: Floats, num_shards: int) -> Array:
 def rebalance(
     load_LE: Floats, num_slots: int, num_shards: int, pack: Callable[[Floats, int], Array] = pack_lists
 ) -> tuple[Array, Array]:
-    """Return the expert (L, N) and the shard (L, N) of every slot."""
+    """Return the expert (L, N) and the shard (L, N) of every slot; `pack` assigns the slots to shards."""
     expert_LN, copies_LE = replicate(load_LE, num_slots)
     load_LN = np.take_along_axis(load_LE / copies_LE, expert_LN, axis=1)
     return expert_LN, pack(load_LN, num_shards)

@@ -1,9 +1,10 @@
-"""The benchmark measures what placement-independent sums cost, for one layer call and for a whole step.
+"""The benchmark measures the cost of sums that do not depend on the placement, per layer call and per decode step.
 
     python -m benchmarks.exact_sums
 
-- *plain*: a loop over experts with PyTorch's products, whose weighted outputs are added as fp32 in any order.
-- *exact*: the code that serves, on a CPU in compiled kernels, or with EXPERTMESH_CPU_KERNELS=0 in plain PyTorch.
+- *plain*: a loop over experts with PyTorch's matrix products. The weighted outputs are added as fp32 in any order.
+- *exact*: the code that a server uses. On a CPU, this code runs in compiled kernels, or with EXPERTMESH_CPU_KERNELS=0
+  in plain PyTorch.
 
 Plain and exact calls alternate in one process; the figures are medians.
 """
@@ -26,12 +27,12 @@ from model.demo import DEMO
 from model.family import ModelFamily, load_family
 from model.state import Batch, State
 
-Weights = dict[tuple[int, int], dict[str, Tensor]]  # by layer and expert: up and down
+Weights = dict[tuple[int, int], dict[str, Tensor]]  # (layer, expert) -> tensors "up" and "down"
 SUPER = ExpertShape(layer=0, num_experts=64, top_k=22, input_dim=1024, width=2688)
 
 
 class FloatExperts:
-    """`FloatExperts` adds expert outputs as floats, so that results depend on the order and on the batch."""
+    """`FloatExperts` adds expert outputs as floats; the sums depend on the order of the additions and on the batch."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -58,7 +59,7 @@ class FloatExperts:
 
 
 def alternate(calls: dict[str, Callable[[], object]], num_rounds: int) -> dict[str, float]:
-    """Return the median microseconds of each call; the calls take turns."""
+    """Return the median time of each call in microseconds; every round runs each call once."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(num_rounds + 10):
         for name, call in calls.items():
@@ -70,7 +71,7 @@ def alternate(calls: dict[str, Callable[[], object]], num_rounds: int) -> dict[s
 
 
 def super_weights() -> Weights:
-    """Make one layer of random experts of Nemotron 3 Super's size: 64 of its 512 experts, to fit a small machine."""
+    """Return random weights for 64 experts of Nemotron 3 Super's size; 512 experts would not fit on a small machine."""
     one = {"up": (2688, 1024), "down": (1024, 2688)}
     return {
         (SUPER.layer, expert): {name: torch.randn(*size) / size[1] ** 0.5 for name, size in one.items()}
@@ -98,7 +99,7 @@ def layer_calls(
 def step_calls(
     family: ModelFamily, plain: FloatExperts, exact: LocalExperts, num_rows: int, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    """Return the plain and the exact decode step of `num_rows` requests as functions."""
+    """Return two functions that run one decode step of `num_rows` requests: with plain and with exact sums."""
     spec = family.config.state_spec
     tokens = torch.randint(0, family.config.vocab_size, (num_rows,))
     tables = tuple((i,) for i in range(num_rows))

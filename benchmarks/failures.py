@@ -1,22 +1,23 @@
-"""The benchmark measures what failures in the expert tier cost running requests.
+"""The benchmark measures how failures of shards, stores, controllers and backbones affect running requests.
 
     python -m benchmarks.failures --trials 30
 
 The benchmark starts `expertmesh up` with the demo model and three shards and measures how many requests per second it
-can serve. Then it sends the same greedy and seeded requests at a steady rate again and again: once undisturbed, and
-once for every trial, in which something fails at a random moment. Each answer's text and number of tokens are compared
-with those of the undisturbed run. A line of the table describes one kind of failure:
+can serve. Then the benchmark sends the same greedy and seeded requests at a steady rate again and again: once
+undisturbed, and once for every trial, in which a process fails at a random moment. Each answer must have the same text
+and number of tokens as in the undisturbed run. A line of the table describes one kind of failure:
 
 - the number of requests, of failed requests and of requests with a different answer;
 - the longest gap between two pieces of an answer: median and worst of the trials, and worst of the undisturbed run;
 - the share of tokens that is missing in the seconds after the failure;
 - the time until every expert had two live homes again;
-- the time until there were as many shards and backbones as before. A new process takes several seconds of a core to
-  start, and then time to load.
+- the time until there were as many shards and backbones as before. Starting a new process takes a core several seconds,
+  and then the process needs time to load.
 
-The server has no support for this benchmark: processes are killed and stopped from outside. A shard is made 20 times
-slower by stopping it for 19 of every 20 ms. The shard that returns corrupt bytes is a fourth one, which joins the
-server for its trials. Trials that kill a backbone use a separate server with two backbones.
+The benchmark kills and stops the server's processes from outside; the server has no code for this benchmark. To make a
+shard 20 times slower, the benchmark stops the shard's process for 19 of every 20 ms. The shard that returns corrupt
+bytes is a fourth shard, which joins the server only for the trials with corrupt bytes. Trials that kill a backbone use
+a separate server with two backbones.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ from services.cli.drill.load import RequestOutcome
 from services.cli.drill.verdict import Verdict
 
 NUM_SHARDS = 3
-SECONDS = 12.0  # duration of the load in a trial
-AT_S = (1.0, 4.0)  # earliest and latest time of the failure after the load's start
+SECONDS = 12.0  # duration of the load in one trial
+AT_S = (1.0, 4.0)  # earliest and latest failure, in seconds after the load's start
 MAX_TOKENS = 48
-LOAD_SHARE = 0.5  # share of the server's largest request rate
+LOAD_SHARE = 0.5  # request rate of a trial as a share of the largest rate that the server reached
 STOP_S = 10.0
 SLOW_S, SLOW_STEP_S = 6.0, 0.02
 SHARD, CONTROLLER, STORE, BACKBONE = "experts-cpu", "controller", "-server", "backbone"
@@ -64,29 +65,29 @@ class ServerProcesses:
     server: Server
     random: random.Random
     corrupt: subprocess.Popen[bytes] | None = None
-    num_killed: int = 0  # shards killed in this trial
+    num_killed: int = 0  # number of shards killed in the current trial
 
     async def pids_of(self, kind: str) -> list[int]:
-        """Return the ids of the processes whose name ends with `kind`."""
-        # On another thread: Linux may need a second for the name of a starting process. If this thread waited for it,
-        # answers would seem to come late.
+        """Return the process ids of the server's processes whose name ends with `kind`."""
+        # The names are read on another thread, because Linux may need a second for the name of a process that starts.
+        # If the event loop waited for the name, answers would seem to come late.
         names = await asyncio.to_thread(self.server.processes)
         pids = sorted(pid for pid, name in names.items() if name.split(".")[0].endswith(kind))
         assert pids, f"no process of the server is called {kind}: {names}"
         return pids
 
     async def random_pid(self, kind: str) -> int:
-        """Return the id of a random process of `kind`."""
+        """Return the process id of a random process whose name ends with `kind`."""
         return self.random.choice(await self.pids_of(kind))
 
     async def store_url(self) -> str:
-        """Return the store's URL, whose address is in the command line of the store's process."""
+        """Return the Redis URL of the store, with the address from the command line of the store's process."""
         words = Path(f"/proc/{await self.random_pid(STORE)}/cmdline").read_bytes().decode().replace("\0", " ").split()
         return f"redis://{next(word for word in words if word.startswith('127.0.0.1:'))}/0"
 
     @asynccontextmanager
     async def with_corrupt_shard(self) -> AsyncIterator[None]:
-        """Let a corrupt shard take part: it has its experts on entry, and has handed them over again on exit."""
+        """Run a corrupt shard during the block; the shard gets experts first, and hands its experts over at the end."""
         command = [sys.executable, "-m", "benchmarks.corrupt_shard", await self.store_url()]
         self.corrupt = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
@@ -140,7 +141,7 @@ async def stop_store(processes: ServerProcesses) -> None:
 
 
 async def kill_controller_in_a_migration(processes: ServerProcesses) -> None:
-    """Kill a shard, and then the leading controller while it moves the lost shard's homes.
+    """Kill a shard, and then kill the leading controller while the controller moves the lost shard's homes.
 
     A controller starts the migration when the lost shard's heartbeat has expired.
     """
@@ -189,7 +190,7 @@ BACKBONE_FAILURES: dict[str, FailureAction] = {
 
 
 async def read_coverage(url: str) -> tuple[bool, frozenset[str]]:
-    """Return whether every expert has two live homes, and the shards; (False, no shards) without a valid answer."""
+    """Return (whether every expert has two live homes, shard ids); (False, empty) without a valid answer."""
     async with new_client(5.0) as client:
         try:
             report = (await client.get(f"{url}/health/degraded")).json()
@@ -199,7 +200,7 @@ async def read_coverage(url: str) -> tuple[bool, frozenset[str]]:
 
 
 async def wait_for_full_cover(url: str, num_shards: int) -> frozenset[str]:
-    """Wait until every expert has two live homes on `num_shards` shards, and return the shards."""
+    """Wait until every expert has two live homes on `num_shards` shards in total, and return the ids of the shards."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         is_covered, shards = await read_coverage(url)
@@ -214,14 +215,14 @@ class RecoveryMonitor:
     """A `RecoveryMonitor` checks when a server has recovered from a failure."""
 
     processes: ServerProcesses
-    shards: frozenset[str]  # the shards before the failure
+    shards: frozenset[str]  # ids of the shards before the failure
     num_backbones: int
     at: float = 0.0  # monotonic time of the failure
-    is_done: bool = False  # whether the failure's action has ended
-    covered_s: float = 0.0  # seconds after the failure at which cover was last seen incomplete
+    is_done: bool = False  # True once the action that causes the failure has ended
+    covered_s: float = 0.0  # seconds from the failure to the last observation of incomplete cover
 
     async def is_recovered(self) -> bool:
-        """Return True if cover, shards and backbones are as before the failure, and note incomplete cover."""
+        """Return True if cover, shards and backbones are as before the failure; record incomplete cover."""
         is_covered, shards = await read_coverage(self.processes.server.url)
         if not is_covered:
             self.covered_s = time.monotonic() - self.at
@@ -237,7 +238,7 @@ class RecoveryMonitor:
 
 
 async def measure_rate(url: str, bodies: list[dict[str, Any]]) -> float:
-    """Return the requests per second that the server computes with eight requests at a time."""
+    """Send `bodies`, eight requests at a time, and return how many requests per second the server completes."""
     started = time.monotonic()
     outcomes = await closed_loop(f"{url}/v1/completions", bodies, 8, 600.0)
     assert not any(outcome.error for outcome in outcomes), [outcome.error for outcome in outcomes if outcome.error]
@@ -245,7 +246,7 @@ async def measure_rate(url: str, bodies: list[dict[str, Any]]) -> float:
 
 
 def make_load(url: str, rate: float, seconds: float = SECONDS) -> Load:
-    """Make the load of `rate` requests per second; every other request is sampled with a seed, the rest is greedy."""
+    """Return a load of `rate` requests per second; every second request samples with a seed, the others are greedy."""
     load = Load.of_sentences(url, rate, seconds, MAX_TOKENS)
     seeded = [
         {**body, "temperature": 0.8, "seed": number} if number % 2 else body for number, body in enumerate(load.bodies)
@@ -258,8 +259,8 @@ class FailureTrial:
     """A `FailureTrial` is the result of one trial."""
 
     verdict: Verdict
-    cover_s: float  # seconds until every expert had two live homes again
-    recovered_s: float | None  # seconds until the server was as before; None if that took too long
+    cover_s: float  # seconds from the failure until every expert had two live homes again
+    recovered_s: float | None  # seconds until shards and backbones were as before; None after the time limit
 
 
 async def run_trial(
@@ -286,7 +287,7 @@ async def run_trial(
 
 
 def print_header(rate: float, cover: str = "full cover after, s") -> None:
-    print(f"\n{rate:.2f} requests/s of {MAX_TOKENS} tokens, half of what the server can do.\n")
+    print(f"\n{rate:.2f} requests/s of {MAX_TOKENS} tokens, half of the largest rate that the server reached.\n")
     print("| failure | trials | requests | failed | different | longest gap, s: median / worst (undisturbed)", end="")
     print(f" | tokens missing | {cover}: median / worst | as before after, s |\n|" + "---|" * 9, flush=True)
 

@@ -1,12 +1,12 @@
-"""The benchmark measures what REST and gRPC add to the engine's own time to the first token.
+"""The benchmark measures how much time REST and gRPC add to the engine's time to the first token.
 
     python -m benchmarks.first_token                      # the demo model, 3 shards, one stream at a time
     python -m benchmarks.first_token --requests 200 --json out.json
 
-The client's time starts before the client connects (REST) or sends the request (gRPC, whose channel stays open), and
-ends with the first token's bytes. The engine's time is what the backbone logs for the same request, from its arrival to
-its first token. The difference is the cost of two processes, two protocols, tokenizer and detokenizer, and the client
-itself. Prompts share no prefix.
+The client's time starts before the client connects (REST) or sends the request (gRPC, because the channel stays open).
+The client's time ends when the bytes of the first token arrive. The engine's time is in the backbone's log line for the
+same request and runs from the request's arrival to its first token. The difference is the cost of two processes, two
+protocols, tokenizer and detokenizer, and the client itself. Prompts share no prefix.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def through_grpc(stub: Any) -> SendPrompt:
 
 
 def engine_times(running: Server) -> list[float]:
-    """Return the engine's seconds to the first token of every request so far, in the order in which they ended."""
+    """Return the engine's times to the first token in seconds, for all logged requests in the order of their ends."""
     backbone = next(pid for pid, name in running.processes().items() if "backbone" in name.lower())
     lines = Path(f"/proc/{backbone}/fd/2").resolve().read_text().splitlines()
     records = [json.loads(line) for line in lines if '"first_token_s"' in line]
@@ -74,11 +74,11 @@ def engine_times(running: Server) -> list[float]:
 
 
 async def measure(running: Server, send: SendPrompt, num_requests: int) -> list[tuple[float, float]]:
-    """Send requests one after another and return the client's and the engine's seconds of each request."""
+    """Send prompts one after another; return (client, engine) times to the first token, in seconds, by prompt."""
     rng, times = random.Random(time.time_ns()), list[float]()
     for _ in range(WARM_UP + num_requests):
         times.append(await send([rng.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(PROMPT_LEN)]))
-    await asyncio.sleep(LOG_DELAY_S)  # until the backbone has written its last log line
+    await asyncio.sleep(LOG_DELAY_S)  # the backbone writes its last log line meanwhile
     return list(zip(times, engine_times(running)[-len(times) :], strict=True))[WARM_UP:]
 
 
@@ -91,9 +91,10 @@ async def run(running: Server, num_requests: int) -> dict[str, dict[str, float]]
 
 
 def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
-    """Summarise pairs of (client, engine) seconds, in milliseconds.
+    """Summarise pairs (client, engine) of times in seconds; all times of the summary are in milliseconds.
 
-    The summary has the medians of both times and of the difference, and the 90th percentile of the difference.
+    The summary has the medians of the client's time, of the engine's time and of the difference between the two times,
+    and the 90th percentile of the difference.
     """
     added = sorted(1000 * (client - engine) for client, engine in pairs)
     return {

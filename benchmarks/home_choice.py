@@ -1,4 +1,4 @@
-"""`choose_homes` chooses homes for a batch of picks without messages, for benchmarks and for the tests of routing.
+"""`choose_homes` chooses homes for a batch of picks and sends no messages; benchmarks and routing tests use it.
 
 Legend: P picks, S shards of a `HomeTable`.
 """
@@ -16,28 +16,28 @@ from cluster.dispatch.routing import HomeTable, choose, no_live_home
 
 @dataclass(frozen=True)
 class CallCost:
-    """A `CallCost` says what makes a shard slow, in microseconds, where all shards are alike."""
+    """A `CallCost` is the cost model that all shards of a benchmark share; all times are in microseconds."""
 
-    queued: float = 200.0  # a call in the shard's queue
-    expert: float = 20.0  # the weights of one expert
-    row: float = 1.0
-    message: float = 200.0
+    queued: float = 200.0  # time for one call in the shard's queue
+    expert: float = 20.0  # time to read the weights of one expert
+    row: float = 1.0  # time to compute one row
+    message: float = 200.0  # time for one message to the shard
 
     @property
     def max_piece(self) -> int:
-        """Return how many rows of one expert stay together: their arithmetic costs as much as reading the weights."""
+        """Return the number of rows of one expert whose arithmetic takes as long as reading the expert's weights."""
         return max(1, int(self.expert / self.row))
 
 
 @dataclass(frozen=True, slots=True)
 class ShardCosts:
-    """`ShardCosts` says what makes each shard of a table slow, in microseconds, for experts of one size."""
+    """`ShardCosts` has the cost model of each shard of a `HomeTable`, in microseconds, for experts of one size."""
 
-    busy_S: NDArray[np.float64]  # until the shard is done with its work; the work of the call is added to it
-    expert_S: NDArray[np.float64]
-    row_S: NDArray[np.float64]
-    message_S: NDArray[np.float64]
-    max_piece: int  # rows of one expert that stay together
+    busy_S: NDArray[np.float64]  # time until the shard is free; the choice adds the time of the new call
+    expert_S: NDArray[np.float64]  # time to read the weights of one expert
+    row_S: NDArray[np.float64]  # time to compute one row
+    message_S: NDArray[np.float64]  # time for one message to the shard
+    max_piece: int  # maximum number of rows of one expert that must stay together
 
 
 def choose_homes(
@@ -47,9 +47,11 @@ def choose_homes(
     excluded: Collection[str] = (),
     cost: CallCost = CallCost(),
 ) -> NDArray[np.int64]:
-    """Return the home of each pick as an index into `homes.shard_ids`; raise NoLiveHome if an expert has none.
+    """Return the home of each pick (P) as an index into `homes.shard_ids`; raise NoLiveHome if an expert has no home.
 
-    `queue_depth` is the number of calls in the queue of each shard, and `excluded` are shards that may not be asked.
+    - `expert_P`: the expert of each pick
+    - `queue_depth`: the number of calls in the queue of each shard, by shard id; 0 for a shard id that is missing
+    - `excluded`: the ids of shards that may not be chosen
     """
     busy_S = np.array([queue_depth.get(id, 0) * cost.queued for id in homes.shard_ids], dtype=np.float64)
     is_excluded_S = np.array([id in excluded for id in homes.shard_ids], dtype=np.bool_)
@@ -60,7 +62,7 @@ def choose_homes(
 def assign_homes(
     expert_P: NDArray[np.integer], homes: HomeTable, costs: ShardCosts, is_excluded_S: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
-    """Return the home of each pick where each shard has its own costs; raise NoLiveHome if an expert has none."""
+    """Return the home of each pick (P) for the given costs of each shard; raise NoLiveHome if an expert has no home."""
     home_P = np.empty(len(expert_P), dtype=np.int64)
     by_shard = (costs.expert_S, costs.row_S, costs.message_S, costs.max_piece)
     options = (homes.homes_EH, homes.standby_EH, is_excluded_S)

@@ -1,8 +1,9 @@
-"""Measure layer calls through `RemoteExperts` to three small shards in another process: medians in microseconds.
+"""The benchmark measures layer calls through `RemoteExperts` to three shards and prints medians in microseconds.
 
     python -m benchmarks.layer_call
 
-The experts are so small that the path of a call dominates: choice of homes, messages, sockets and sums.
+The shards run in another process. The experts are so small that the time of a call is mostly the choice of homes,
+messages, sockets and sums.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ NUM_SHARDS = 3
 
 
 def measure(remote: RemoteExperts, num_rows: int, num_calls: int) -> list[float]:
-    """Return the time of each call in microseconds; every call gets new random rows, as no two real steps are alike."""
+    """Return the time of each call in microseconds; every call gets new random rows, as every decode step would."""
     generator = torch.Generator().manual_seed(num_rows)
     times = []
     for i in range(num_calls):

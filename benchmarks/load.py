@@ -3,10 +3,10 @@
     python -m benchmarks.load --url http://127.0.0.1:8000 --rate 2 --requests 100        # open loop, Poisson arrivals
     python -m benchmarks.load --url http://127.0.0.1:8000 --concurrency 8 --json out.json --plot out.png
 
-In an open loop, requests arrive at their own times whatever the server does, so that queueing shows. In a closed loop,
-a fixed number of requests runs at a time. Both end with the last request, or stop sending after `--seconds`. All times
-are measured by the client: TTFT runs from sending to the first token's text, and ITL is the gap between two events of a
-stream. `benchmarks.load_overhead` measures what the generator itself adds.
+In an open loop, the arrival times of requests do not depend on the server, so that the measured times include queueing.
+In a closed loop, a fixed number of requests runs at a time. A run ends with its last request, and sends no new request
+after `--seconds`. The client measures all times: TTFT runs from sending to the first token's text, and ITL is the gap
+between two events of a stream. `benchmarks.load_overhead` measures the time that the generator itself adds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from model.demo.corpus import read_corpus
 from services.cli.drill.load import RequestOutcome, ask, open_loop
 
 FIRST_ORDINARY_ID = 16  # lower token ids are special tokens
-CHARACTERS_PER_TOKEN = 4  # approximate for the demo's tokenizer; reports use the server's own count of tokens
+CHARACTERS_PER_TOKEN = 4  # approximation for the demo's tokenizer; reports use the token counts that the server returns
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
@@ -41,11 +41,11 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 @dataclass(frozen=True)
 class Prompts:
-    """`Prompts` draws an endless sequence of request bodies with lengths from the given lists, in tokens."""
+    """`Prompts` draws an endless sequence of request bodies; the lengths, in tokens, come from the given lists."""
 
     prompt_lens: tuple[int, ...]
     output_lens: tuple[int, ...]
-    vocab_size: int  # 0: prompts are text, for servers whose token ids are unknown
+    vocab_size: int  # number of token ids; 0 if prompts are text, for servers whose token ids are unknown
     seed: int
     model: str = ""
 
@@ -73,9 +73,9 @@ class Prompts:
 async def closed_loop(
     url: str, bodies: Iterable[dict[str, Any]], concurrency: int, seconds: float, timeout_s: float = 600
 ) -> list[RequestOutcome]:
-    """Send `bodies`, `concurrency` requests at a time, until the bodies or the seconds are used up.
+    """Send `bodies`, `concurrency` requests at a time, until all bodies are sent or the seconds are over.
 
-    A request that has begun when the seconds are over is completed.
+    Requests that still run when the seconds are over are completed.
     """
     outcomes: list[RequestOutcome] = []
     source, origin = iter(bodies), time.perf_counter()
@@ -94,7 +94,7 @@ async def closed_loop(
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return a quantile by linear interpolation between the two nearest values, or 0 without values."""
+    """Return a quantile, interpolated linearly between the two nearest values; return 0 if there are no values."""
     ordered = sorted(values)
     if not ordered:
         return 0.0
@@ -110,7 +110,7 @@ def milliseconds(values_s: Sequence[float]) -> dict[str, float]:
 
 
 def summarize(outcomes: Sequence[RequestOutcome]) -> dict[str, Any]:
-    """Summarise a run: percentiles in milliseconds, tokens and requests per second, and errors by kind."""
+    """Return a run's percentiles in milliseconds, its tokens and requests per second, and its errors by kind."""
     good = [outcome for outcome in outcomes if not outcome.error]
     wall_s = max((outcome.ended_at for outcome in outcomes), default=0.0)
     totals = {
@@ -147,7 +147,7 @@ def tables(summary: dict[str, Any]) -> Iterator[Table]:
 
 
 def plot(outcomes: Sequence[RequestOutcome], path: Path) -> None:
-    """Draw a PNG with the distributions of TTFT, ITL and end-to-end time, and the events of each second."""
+    """Write a PNG with the distributions of TTFT, ITL and end-to-end time, and the number of events in each second."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,7 +176,7 @@ def plot(outcomes: Sequence[RequestOutcome], path: Path) -> None:
 
 
 def local_url(url: str) -> str:
-    """Return the URL, or raise ValueError if it is another machine's, because the load could do harm there."""
+    """Return `url`; raise ValueError if the URL is not on this machine, because the load could harm another machine."""
     if urlsplit(url).hostname != "127.0.0.1":
         raise ValueError(f"--url must be http://127.0.0.1:PORT, not {url!r}")
     return url.rstrip("/")

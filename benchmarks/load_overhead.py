@@ -1,4 +1,4 @@
-"""The benchmark measures the load generator's own cost and delay with a server that only sends events.
+"""The benchmark measures the load generator's own cost and delay against a server that only sends events.
 
     python -m benchmarks.load_overhead
 
@@ -29,7 +29,7 @@ USAGE = '{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":%d}}'
 
 
 async def serve(port: int) -> None:
-    """Answer every POST with `max_tokens` events that are `temperature` seconds apart, until terminated."""
+    """Run a server that answers every POST with `max_tokens` events, which are `temperature` seconds apart."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := (await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b""):
@@ -48,7 +48,7 @@ async def serve(port: int) -> None:
         try:
             await answer(reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()  # the client has gone
+            writer.close()  # the client has closed the connection
 
     async with await asyncio.start_server(guarded, "127.0.0.1", port) as server:
         await server.serve_forever()
@@ -60,7 +60,7 @@ def _chunk(data: str) -> bytes:
 
 
 async def lateness(url: str, body: dict[str, Any]) -> list[float]:
-    """Return, for each event, the seconds from the server's clock in the event to the client's clock."""
+    """Return, for each event, the seconds between sending at the server and arrival at the client."""
     answer = await post(url, body, timeout_s=60)
     sent = ((json.loads(event.data), event.came_at) for event in answer.events() if b'"text"' in event.data)
     return [came_at - float(data["choices"][0]["text"]) for data, came_at in sent]

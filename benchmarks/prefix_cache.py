@@ -3,9 +3,10 @@
     python -m benchmarks.prefix_cache                        # the demo model, 3 shards; about 3 minutes
     python -m benchmarks.prefix_cache --json out.json
 
-There are four patterns of 64 requests each. A request is a hit if at least half of the tokens that it shares with
-earlier requests were not computed again; the bar is 50 hits of 64 in every pattern. After each request runs a cold one
-of the same length, which shares nothing. The difference between their times to the first token is what the cache saves.
+There are four patterns of 64 requests each. A request shares tokens with earlier requests. If the server reused at
+least half of the shared tokens, the request is a hit; the bar is 50 hits of 64 in every pattern. Each request is
+followed by a cold request, which has the same length and shares no tokens. The cache saves the difference between the
+times to the first token of the cold request and of the request before it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ OPTIONS: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
 
 @dataclass(frozen=True)
 class PromptPattern:
-    """A `PromptPattern` is a list of prompts as token ids, which all share their first `num_shared` tokens."""
+    """A `PromptPattern` is a list of prompts as token ids; all prompts have the same first `num_shared` tokens."""
 
     name: str
     num_shared: int
@@ -61,11 +62,11 @@ def prefix_patterns(vocab_size: int, seed: int) -> Iterator[PromptPattern]:
 
 @dataclass(frozen=True)
 class PrefixReuse:
-    """A `PrefixReuse` compares a request with a cold one: tokens shared and reused, and times to the first token."""
+    """A `PrefixReuse` compares the reused tokens and the TTFT of one request with a cold request of the same length."""
 
     num_shared: int
     num_cached: int
-    reason: str  # why the cache did not reuse more
+    reason: str  # the server's reason why the prefix cache did not reuse more tokens
     ttft_s: float
     cold_ttft_s: float
 
@@ -83,7 +84,7 @@ def make_reuse(num_shared: int, warm: RequestOutcome, cold: RequestOutcome) -> P
 
 
 async def run_prompts(running: Server, pattern: PromptPattern, vocab_size: int, concurrency: int) -> list[PrefixReuse]:
-    """Send a pattern's prompts, each followed by a cold prompt, with `concurrency` such pairs at a time."""
+    """Send each prompt of a pattern and then a cold prompt; `concurrency` pairs of prompts run at the same time."""
     rng, url, results = random.Random(repr(pattern.name)), f"{running.url}/v1/completions", list[PrefixReuse]()
     source = enumerate(pattern.prompts)
 
@@ -98,7 +99,7 @@ async def run_prompts(running: Server, pattern: PromptPattern, vocab_size: int, 
 
 
 async def run_chats(running: Server, concurrency: int) -> list[PrefixReuse]:
-    """Run conversations that grow by a question and the model's answer; a turn shares all earlier turns."""
+    """Run chats in which each request repeats all earlier questions and answers and adds a new question."""
     url = f"{running.url}/v1/chat/completions"
     lines = [line.strip() for text in read_corpus()[1] for line in text.splitlines() if 40 < len(line) < 100]
     results: list[PrefixReuse] = []

@@ -1,20 +1,20 @@
-"""The benchmark grows and shrinks a pool by one shard, over and over, while requests are computed.
+"""The benchmark measures requests while a pool repeatedly grows and shrinks by one shard.
 
     python -m benchmarks.scaling                          # 20 cycles, at least 2,000 requests, 10 to 15 minutes
     python -m benchmarks.scaling --cycles 3 --requests 0
 
-The benchmark starts `expertmesh up --shards 3 --max-shards 4` with the demo model and orders 4 shards and 3 shards in
-turn. Meanwhile `--concurrency` clients send greedy completions, each client for 60 % of the time. The benchmark
-reports:
+The benchmark starts `expertmesh up --shards 3 --max-shards 4` with the demo model and orders 4 shards and 3 shards
+alternately. Meanwhile `--concurrency` clients send greedy completions; each client has a request running for 60 % of
+the time. The benchmark reports:
 
 - failed requests, and requests whose text differs from that of a run without changes;
-- the gaps between tokens (ITL) and the tokens per second, during rebalances and outside of them;
-- how soon a new shard was used.
+- the gaps between tokens (ITL) and the tokens per second, during rebalances and outside of rebalances;
+- the times from a new shard's first heartbeat to its place in the placement and to its first answered call.
 
-When the pool grows, a rebalance lasts from the new shard's first heartbeat until all experts are moved and dropped
-elsewhere. When the pool shrinks, it lasts from the order until the shard is gone. The time in which a new process
-starts is a phase of its own: on a machine with two cores, an interpreter that imports its libraries takes one of them,
-whatever the reason for its start.
+When the pool grows, a rebalance lasts from the new shard's first heartbeat until all experts are moved to their new
+homes and dropped by their old homes. When the pool shrinks, a rebalance lasts from the order until the shard is gone.
+The time in which a new process starts is a phase of its own, because any Python process that starts and imports its
+libraries takes one of the machine's two cores.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from services.expert import control_client
 POOL, NUM_SHARDS = "experts-cpu", 3
 NUM_PROMPTS = 24
 POLL_PERIOD_S = 0.1
-SETTLE_S = 2.0  # seconds from the last epoch until shards have dropped the experts that they gave up
+SETTLE_S = 2.0  # seconds after the last epoch in which shards drop the experts of which they are no longer homes
 CHANGE_TIMEOUT_S = 120.0
 OUTSIDE, STARTING, REBALANCE = "outside", "a process starts", "rebalance"
 
@@ -55,7 +55,7 @@ OUTSIDE, STARTING, REBALANCE = "outside", "a process starts", "rebalance"
 
 @dataclass(frozen=True)
 class PromptOutcome:
-    """A `PromptOutcome` is a request's outcome together with the number of its prompt."""
+    """A `PromptOutcome` is the outcome of a request and the index of the request's prompt."""
 
     prompt: int
     outcome: RequestOutcome
@@ -95,7 +95,7 @@ class ClosedLoopClients:
 
 @dataclass(frozen=True)
 class Phase:
-    """A `Phase` is a period in which the pool changed, with its start and end by `time.perf_counter`."""
+    """A `Phase` is a period in which the pool changed; `start` and `end` are values of `time.perf_counter`."""
 
     name: str
     start: float
@@ -104,7 +104,7 @@ class Phase:
 
 @dataclass
 class PoolObserver:
-    """A `PoolObserver` orders changes of the pool and measures them by what the registry shows."""
+    """A `PoolObserver` orders changes of the pool's size and reads from the registry how long each change takes."""
 
     registry: Registry
     phases: list[Phase] = field(default_factory=list)
@@ -169,7 +169,7 @@ class PoolObserver:
 
 
 def _is_settled(placement: Placement, shards: Sequence[Shard], count: int) -> bool:
-    """Return True if the pool has `count` shards, none drains, and each holds exactly the experts of the placement."""
+    """Return True if `count` shards exist, no shard drains, and every shard holds its experts of the placement."""
     return len(shards) == count and all(
         not shard.draining and shard.held_digest == placement.digest_of(shard.id) for shard in shards
     )
@@ -179,7 +179,7 @@ def _is_settled(placement: Placement, shards: Sequence[Shard], count: int) -> bo
 
 
 def seconds_by_phase(phases: Sequence[Phase], start: float, end: float) -> dict[str, float]:
-    """Return the total seconds of each kind of phase between two times; the remaining time is "outside"."""
+    """Return the total seconds of each kind of phase; "outside" is the remaining time between `start` and `end`."""
     took = {
         name: sum(phase.end - phase.start for phase in phases if phase.name == name) for name in (STARTING, REBALANCE)
     }
@@ -187,14 +187,14 @@ def seconds_by_phase(phases: Sequence[Phase], start: float, end: float) -> dict[
 
 
 def phases_at(phases: Sequence[Phase], times: Sequence[float]) -> list[str]:
-    """Return the name of the phase at each time."""
+    """Return, for each of `times`, the name of the phase that contains the time; "outside" if no phase does."""
     return [next((phase.name for phase in phases if phase.start <= at < phase.end), OUTSIDE) for at in times]
 
 
 def report(
     outcomes: Sequence[PromptOutcome], expected: Sequence[str], observer: PoolObserver, start: float, end: float
 ) -> dict[str, Any]:
-    """Summarise requests and phases, in milliseconds, seconds and tokens per second."""
+    """Return the counts of failed and different requests, and ITL and events per second of each kind of phase."""
     good = [one for one in outcomes if not one.outcome.error]
     events = [time for one in good for time in one.outcome.event_times if start <= time < end]
     gaps = [(b, b - a) for one in good for a, b in itertools.pairwise(one.outcome.event_times) if start <= b < end]
@@ -223,17 +223,17 @@ def report(
 
 
 def tables(found: dict[str, Any]) -> Iterator[Table]:
-    parts = Table(title=f"{found['cycles']} cycles of a shard more and a shard less, {found['num_requests']} requests")
+    parts = Table(title=f"{found['cycles']} cycles of growing and shrinking, {found['num_requests']} requests")
     for name in ("", "seconds", "events/s", "ITL p50, ms", "ITL p99, ms", "longest gap, ms"):
         parts.add_column(name, justify="right")
     for name, numbers in found["parts"].items():
         parts.add_row(name, *(f"{value:.1f}" for value in numbers.values()))
     yield parts
-    whole = Table(title="what must hold")
+    whole = Table(title="results and bars")
     for name in ("", "found", "bar"):
         whole.add_column(name, justify="right")
     whole.add_row("failed requests", str(found["num_failed"]), "0")
-    whole.add_row("other texts", str(found["num_different"]), "0")
+    whole.add_row("different texts", str(found["num_different"]), "0")
     whole.add_row("lowest cover", str(found["lowest_cover"]), "2")
     whole.add_row("ITL p99, rebalance / outside", f"{found['itl_p99_ratio']:.3f}", "1.1")
     whole.add_row("throughput, rebalance / outside", f"{found['throughput_ratio']:.3f}", "0.97")
@@ -256,7 +256,7 @@ async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[
     observer = PoolObserver(Registry(redis, target.model_id()))
     clients = ClosedLoopClients(target.url, bodies, args.concurrency, args.share)
     load = asyncio.create_task(clients.run())
-    await asyncio.sleep(args.rest)  # until the load is steady
+    await asyncio.sleep(args.rest)  # the load becomes steady meanwhile
     start = time.perf_counter()
     for cycle in range(args.cycles):
         await observer.grow()

@@ -1,4 +1,4 @@
-"""`server` runs `expertmesh up` in a process of its own; other functions measure what its processes use."""
+"""`server` runs `expertmesh up` in a process of its own; other functions measure its processes' memory and CPU time."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Server:
-    """A `Server` says where a running server's APIs are and which process started all its other processes."""
+    """A `Server` has the addresses of a running server's APIs and the id of the server's first process."""
 
     url: str
     grpc_address: str
     pid: int
 
     def status(self) -> dict[str, Any]:
-        """Return the status that `expertmesh status` shows."""
+        """Return the server's status, which `expertmesh status` shows too."""
         return fetch_json(f"{self.url}/status")
 
     def model_id(self) -> str:
         return str(fetch_json(f"{self.url}/v1/models")["data"][0]["id"])
 
     def processes(self) -> dict[int, str]:
-        """Return the name of every process of this server by process id."""
+        """Return a map from the process ids of this server to the names of the processes."""
         return {pid: command_of(pid) for pid in [self.pid, *descendants(self.pid)]}
 
 
@@ -51,7 +51,7 @@ def fetch_json(url: str) -> dict[str, Any]:
 
 
 def new_client(timeout_s: float) -> httpx.AsyncClient:
-    """Return an HTTP client for servers on this machine: it uses no proxy and checks no certificates."""
+    """Return an HTTP client for servers on this machine; the client uses no proxy and checks no certificates."""
     limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=False)
 
@@ -64,15 +64,15 @@ def free_port() -> int:
 
 @contextmanager
 def server(*options: str) -> Iterator[Server]:
-    """Start `expertmesh up` with `options` on free ports, wait until it is ready, and stop it on exit.
+    """Run `expertmesh up` with `options` on free ports during the block, which starts when the server is ready.
 
-    Raises RuntimeError with the end of its output if it is not ready within 300 s.
+    Raises RuntimeError with the end of the server's output if the server is not ready within 300 s.
     """
     port, grpc_port = free_port(), free_port()
     command = [sys.executable, "-m", "services.cli", "up", "--port", str(port), "--grpc-port", str(grpc_port), *options]
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that the server is stopped on SIGTERM too
+    )  # SIGTERM raises SystemExit, so that the server is stopped
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         started = Server(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", process.pid)
@@ -94,7 +94,7 @@ def _is_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
         try:
             fetch_json(f"{url}/health/ready")
             return True
-        except OSError:  # connection refused, or status 503 until the backbone is ready
+        except OSError:  # the server refuses connections or returns 503 until the backbone is ready
             time.sleep(0.3)
     return False
 
@@ -120,7 +120,7 @@ def descendants(pid: int) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             after_name = path.read_text().rpartition(")")[2].split()
-        except OSError:  # the process has ended meanwhile
+        except OSError:  # the process ended while its files were read
             continue
         children.setdefault(int(after_name[1]), []).append(int(path.parent.name))
     found, open_ = [], [pid]
@@ -132,7 +132,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def command_of(pid: int) -> str:
-    """Return the name that Ray gives a worker (`ray::ServeReplica:…`), or the program's name."""
+    """Return the name of a process: Ray's name for a worker (`ray::ServeReplica:…`), or else the program's name."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -145,7 +145,7 @@ def command_of(pid: int) -> str:
 
 
 def resident_bytes(pid: int) -> int:
-    """Return a process's private memory in bytes (resident without shared file pages), or 0 if it has ended."""
+    """Return a process's private resident memory in bytes, without shared file pages; 0 if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/statm").read_text().split()
     except OSError:
@@ -154,7 +154,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time in seconds that a process has used, or 0 if it has ended."""
+    """Return the CPU time in seconds that a process has used; 0 if the process has ended."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,9 +1,9 @@
-"""The script writes a checkpoint of the shape with which the engine is measured: random bf16 weights, public format.
+"""The script writes the checkpoint that throughput benchmarks use: random bf16 weights in the public format.
 
     python -m benchmarks.shape /tmp/shape      # then: expertmesh up --model /tmp/shape --dtype bfloat16
 
-transformers writes the weights, so that transformers, Expertmesh and llama.cpp's converter read the same files. The
-weights are seeded: two runs write the same weights.
+transformers writes the weights, so that transformers, Expertmesh and llama.cpp's converter read the same files. A seed
+determines the weights: two runs with the same seed write the same weights.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CONFIG: dict[str, Any] = {
     "mlp_bias": False,
     "attention_bias": False,
     "mamba_ssm_cache_dtype": "float32",
-    "time_step_min": 1e-30,  # transformers uses it as a lower bound of Δ, but the family has no such bound
+    "time_step_min": 1e-30,  # transformers uses this value as a lower bound of Δ, but the model family has no bound
     "time_step_max": 0.1,
     "time_step_floor": 1e-4,
     "max_position_embeddings": 262144,
@@ -72,12 +72,12 @@ CONFIG: dict[str, Any] = {
 }
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
 STD = 0.02
-LEAST_STEP, LARGEST_STEP = 1e-3, 0.1  # range of Δ at the start of Mamba-2's training
-LARGEST_DECAY = 16.0  # largest A at the start of Mamba-2's training
+LEAST_STEP, LARGEST_STEP = 1e-3, 0.1  # range of the initial Δ in Mamba-2's training
+LARGEST_DECAY = 16.0  # largest initial A in Mamba-2's training
 
 
 def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw a parameter as at the start of training: matrices from N(0, STD²), A and Δ with Mamba-2's scales (fp32)."""
+    """Return a parameter's initial value for training in fp32: matrices from N(0, STD²), A and Δ as in Mamba-2."""
     if name.endswith("A_log"):
         return (1 + (LARGEST_DECAY - 1) * torch.rand(shape, generator=generator)).log()
     if name.endswith("dt_bias"):
@@ -93,7 +93,7 @@ def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def make_model(seed: int) -> NemotronHForCausalLM:
-    """Make the transformers model in bf16, except the router's correction bias, which is fp32."""
+    """Return the transformers model with weights in bf16, except the router's correction bias, which is fp32."""
     model = NemotronHForCausalLM(NemotronHConfig(**CONFIG))
     model.train(False)
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def make_model(seed: int) -> NemotronHForCausalLM:
 
 
 def extended_tokenizer(vocab_size: int) -> Tokenizer:
-    """Return the demo's tokenizer, extended so that each id has its own text; no text is encoded to the new ids."""
+    """Return the demo's tokenizer with new token ids, each with its own text; no text is encoded to the new ids."""
     raw = json.loads((DEMO / "tokenizer.json").read_text())
     vocabulary = raw["model"]["vocab"]
     first = max(vocabulary.values()) + 1
@@ -129,7 +129,10 @@ def write_shape(out: Path, seed: int = 0) -> int:
 
 
 def num_active(num_parameters: int) -> int:
-    """Return how many parameters one token uses: all except unpicked experts and the embedding's other rows."""
+    """Return how many of `num_parameters` one token uses.
+
+    A token does not use the experts that it does not pick and the rows of the embedding that belong to other tokens.
+    """
     num_layers = CONFIG["hybrid_override_pattern"].count("E")
     per_expert = 2 * CONFIG["moe_latent_size"] * CONFIG["moe_intermediate_size"]
     num_idle = CONFIG["n_routed_experts"] - CONFIG["num_experts_per_tok"]

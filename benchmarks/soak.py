@@ -4,9 +4,9 @@
     python -m benchmarks.soak --minutes 3 --json out.json    # exit code 1 if a check fails
 
 Clients draw requests from `benchmarks.soak_requests`: different lengths and sampling parameters, chats, grammars,
-several choices, streams, cancelled and bad requests, each with the status that it must get. At the end only the prefix
-cache may hold slots and pages, no request may have taken longer than two minutes, and no process may have grown during
-the second half.
+several choices, streams, cancelled and bad requests. Each request has an expected status. At the end only the prefix
+cache may hold state slots and KV pages, no request may have taken longer than two minutes, and no process's memory may
+have grown during the second half of the test.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from benchmarks.soak_requests import SoakRequest, draw_request
 STUCK_AFTER_S = 120.0
 SAMPLE_PERIOD_S = 5.0
 DRAIN_S = 20.0
-MAX_GROWTH_BYTES, MAX_GROWTH_SHARE = 16 << 20, 0.03  # allowed growth in the second half; the larger bound counts
+# Allowed growth of a process's memory in the second half of the test; the larger of the two bounds applies.
+MAX_GROWTH_BYTES, MAX_GROWTH_SHARE = 16 << 20, 0.03
 ZERO_WHEN_IDLE = ("num_running", "num_waiting", "num_slots_taken", "num_blocks_taken", "num_failed_steps")
 
 
@@ -41,14 +42,14 @@ ZERO_WHEN_IDLE = ("num_running", "num_waiting", "num_slots_taken", "num_blocks_t
 class SoakTally:
     """A `SoakTally` counts the answers that the clients received and describes each wrong answer."""
 
-    answers: Counter[str] = field(default_factory=Counter)  # number of answers by kind and status
+    answers: Counter[str] = field(default_factory=Counter)  # number of answers by kind of request and status
     wrong: list[str] = field(default_factory=list)
-    num_tokens: int = 0  # tokens in complete answers
+    num_tokens: int = 0  # number of tokens in complete answers
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A `Growth` says how one process's memory grew in the second half, by a straight line through its samples."""
+    """A `Growth` says how much one process's memory grew in the second half, by a straight line through the samples."""
 
     process: str
     middle_bytes: float
@@ -60,7 +61,7 @@ class Growth:
 
 
 async def one_request(client: httpx.AsyncClient, url: str, request: SoakRequest, tally: SoakTally) -> None:
-    """Send one request and note its outcome; whatever the server does, the function raises nothing."""
+    """Send one request and add its outcome to `tally`; do not raise an exception even if the request fails."""
     try:
         async with asyncio.timeout(STUCK_AFTER_S):
             status, body = await _send(client, url, request)
@@ -78,7 +79,7 @@ async def one_request(client: httpx.AsyncClient, url: str, request: SoakRequest,
 
 
 async def _send(client: httpx.AsyncClient, url: str, request: SoakRequest) -> tuple[int, str]:
-    """Return the status and the body; a stream to cancel is closed after `cancel_after` pieces."""
+    """Send a request and return status and body; disconnect after `cancel_after` pieces if this number is not 0."""
     headers = {"content-type": "application/json"}
     message = client.build_request(request.method, url + request.path, content=request.content, headers=headers)
     answer = await client.send(message, stream=True)
@@ -92,12 +93,12 @@ async def _send(client: httpx.AsyncClient, url: str, request: SoakRequest) -> tu
         await answer.aclose()
     body = "".join(pieces)
     if answer.status_code == 200 and not request.cancel_after and '"error":' in body[-400:]:
-        return 500, body[-400:]  # a stream that ended with an error
+        return 500, body[-400:]  # the stream began with status 200 and ended with an error
     return answer.status_code, body
 
 
 def _num_generated(body: str) -> int:
-    """Return the number of generated tokens in the usage of a stream or of a complete answer."""
+    """Return the number of generated tokens from the field `usage` of a stream or of a complete answer."""
     _, found, number = body.rpartition('"completion_tokens":')
     return int("".join(c for c in number[:12].strip() if c.isdigit()) or 0) if found else 0
 
@@ -116,14 +117,14 @@ async def clients(url: str, concurrency: int, seconds: float, seed: int, tally: 
 
 
 async def watch(running: Server, samples: list[dict[int, int]]) -> None:
-    """Append each process's memory to `samples` every five seconds, until cancelled."""
+    """Append the memory of each process in bytes, by process id, to `samples` every five seconds until cancelled."""
     while True:
         samples.append({pid: resident_bytes(pid) for pid in running.processes()})
         await asyncio.sleep(SAMPLE_PERIOD_S)
 
 
 def growths(samples: Sequence[dict[int, int]], names: dict[int, str]) -> list[Growth]:
-    """Return the growth of every process that ran during the whole second half."""
+    """Return the memory growth of every process that ran during the whole second half of the test."""
     half = samples[len(samples) // 2 :]
     return [
         Growth(f"{names.get(pid, '?')} ({pid})", *_line([sample[pid] for sample in half]))
@@ -133,7 +134,7 @@ def growths(samples: Sequence[dict[int, int]], names: dict[int, str]) -> list[Gr
 
 
 def _line(values: Sequence[float]) -> tuple[float, float]:
-    """Return the values at both ends of the least-squares line."""
+    """Return the first and the last value of the least-squares line through `values`."""
     count = len(values)
     middle, mean = (count - 1) / 2, sum(values) / count
     spread = sum((i - middle) ** 2 for i in range(count))
@@ -142,7 +143,7 @@ def _line(values: Sequence[float]) -> tuple[float, float]:
 
 
 def wait_for_idle(running: Server) -> dict[str, Any]:
-    """Return the engine's numbers after the last request; wait a little for the last cancels."""
+    """Wait until the engine has no request, at most `DRAIN_S` seconds, and return the engine's part of the status."""
     deadline = time.monotonic() + DRAIN_S
     while True:
         time.sleep(1)
@@ -166,7 +167,7 @@ def failures(
 ) -> list[str]:
     """Return one sentence for each check that fails."""
     found = [f"a wrong answer: {words}" for words in tally.wrong]
-    found += [f"{name} is {engine[name]} with no request left" for name in ZERO_WHEN_IDLE if engine[name]]
+    found += [f"{name} is {engine[name]} although no request is left" for name in ZERO_WHEN_IDLE if engine[name]]
     found += [
         f"{one.process} grew from {one.middle_bytes / 2**20:.0f} to {one.end_bytes / 2**20:.0f} MiB in the second half"
         for one in grown

@@ -1,4 +1,4 @@
-"""`draw_request` draws the soak test's requests at random, each with the HTTP status that it must get."""
+"""`draw_request` draws random requests for the soak test; each request has an expected HTTP status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.load import FIRST_ORDINARY_ID
 from model.demo.corpus import read_corpus
 
-VOCAB_SIZE = 2048  # the demo's vocabulary; larger models know these token ids too
+VOCAB_SIZE = 2048  # size of the demo's vocabulary; larger models have all token ids of the demo, too
 PROMPT_LENS, OUTPUT_LENS = (1, 8, 40, 150, 500, 1200), (1, 4, 16, 48, 96)
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BAD_REQUEST = 400
@@ -22,7 +22,8 @@ BAD_REQUEST = 400
 class SoakRequest:
     """A `SoakRequest` is one HTTP request with its expected status.
 
-    `cancel_after` is the number of pieces of the stream after which the client disconnects; 0 means that it stays.
+    `cancel_after` is the number of pieces of the stream after which the client disconnects; with 0, the client reads
+    the whole stream.
     """
 
     kind: str
@@ -45,7 +46,7 @@ def _text(rng: random.Random, num_characters: int) -> str:
 
 
 def _prompt(rng: random.Random) -> dict[str, Any]:
-    """Draw a prompt: new random token ids, or the beginning of a text that other requests share."""
+    """Draw a prompt: random token ids, or the beginning of a text with which other prompts begin, too."""
     length = rng.choice(PROMPT_LENS)
     if rng.random() < 0.5:
         prompt: Any = [rng.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(length)]

@@ -3,9 +3,10 @@
     make bench                                                                   # 3 rounds, about 15 minutes
     make bench ARGS="--llama-cpp /tmp/llama.cpp --rounds 5 --json out.json"
 
-Each round starts one side after another, measures it alone and stops it, because an idle server would take a twentieth
-of two cores. The printed tables have medians over the rounds, and their ratios beside the bars. Expertmesh is measured
-through REST. All sides compute in bf16 with the same number of threads.
+The sides of the comparison are expert shards, local experts, transformers and llama.cpp. In each round, every side runs
+alone and stops before the next side starts, because an idle server would take a twentieth of two cores. The printed
+tables have medians over the rounds, and the ratios of the medians with their bars. Expertmesh is measured through REST.
+All sides compute in bf16 with the same number of threads.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks.shape import write_shape
 
 SHAPE = Path("/tmp/expertmesh-shape")
 DISTRIBUTED, LOCAL, TRANSFORMERS, LLAMA_CPP = "distributed", "local experts", "transformers", "llama.cpp"
-BARS = {  # required ratio of the distributed path's tokens per second to each other side's
+BARS = {  # required ratio: tokens per second of expert shards / tokens per second of the named side
     "decode × 1": {TRANSFORMERS: 2.5, LOCAL: 0.6, LLAMA_CPP: 0.6},
     "decode × 8": {TRANSFORMERS: 3.0, LOCAL: 0.85, LLAMA_CPP: 1.0},
     "decode × 16": {TRANSFORMERS: 4.0, LOCAL: 0.9, LLAMA_CPP: 1.1},
@@ -42,8 +43,9 @@ BARS = {  # required ratio of the distributed path's tokens per second to each o
 def decode_speed(outcomes: list[RequestOutcome]) -> float:
     """Return the tokens per second of all streams during the time in which all of them decode.
 
-    This time starts when every stream has its first token and ends when one stream has its last token. An event counts
-    as its stream's mean number of tokens per event, because with drafts an event may carry several tokens.
+    The measured time starts when every stream has its first token and ends when one stream has its last token. Each
+    event of a stream counts as the stream's mean number of tokens per event, because with drafts an event may carry
+    several tokens.
     """
     start = max(outcome.event_times[0] for outcome in outcomes)
     end = min(outcome.event_times[-1] for outcome in outcomes)
@@ -56,7 +58,7 @@ def decode_speed(outcomes: list[RequestOutcome]) -> float:
 
 
 class ThroughputClient:
-    """A `ThroughputClient` measures one running server; every prompt is new, so that the prefix cache cannot help."""
+    """A `ThroughputClient` measures one server; every prompt is new, so that no request hits the prefix cache."""
 
     def __init__(self, running: Server, vocab_size: int, seed: int) -> None:
         self.url, self._vocab_size, self._seeds = f"{running.url}/v1/completions", vocab_size, itertools.count(seed)
@@ -81,14 +83,14 @@ class ThroughputClient:
 
 
 def wire_per_row(status: dict[str, Any]) -> dict[str, float]:
-    """Return the bytes and messages per row since the server started; a row is one token in one MoE layer."""
+    """Return the backbone's bytes sent, bytes received and messages sent per row since the server started."""
     traffic = status["traffic"]
     assert traffic["num_rows"], "the backbone sent no rows to shards"
     return {name: traffic[name] / traffic["num_rows"] for name in ("sent_bytes", "received_bytes", "num_sent")}
 
 
 def median(speeds: list[Speeds]) -> dict[str, float]:
-    """Return the median tokens per second of each column."""
+    """Return the median tokens per second of each column of the table: decode at each batch size, and prefill."""
     columns = {
         f"decode × {batch}": statistics.median(speed.decode[batch] for speed in speeds) for batch in speeds[0].decode
     }
@@ -114,7 +116,7 @@ def speed_table(speeds: dict[str, list[Speeds]]) -> Table:
 
 
 def ratio_table(speeds: dict[str, list[Speeds]]) -> tuple[Table, dict[str, dict[str, float]]]:
-    """Return a table of the distributed path's ratio to each other side with its bar, and the ratios as numbers."""
+    """Return the ratios of expert shards to each other side, first as a table with bars, then by column and side."""
     medians = {name: median(rounds) for name, rounds in speeds.items()}
     others = [name for name in (TRANSFORMERS, LOCAL, LLAMA_CPP) if name in speeds]
     table = Table(title="3 shards through REST, against")

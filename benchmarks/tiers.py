@@ -1,10 +1,11 @@
-"""The benchmark measures how long it takes to bring an expert to a shard.
+"""The benchmark measures how long a shard takes to load an expert from each tier.
 
     python -m benchmarks.tiers [--input-dim 1024] [--width 2688] [--experts 8] [--dtype bfloat16]
 
 An expert comes from the checkpoint, from host memory or from a peer shard. The shards run in this process and use real
-gRPC on 127.0.0.1 and a real safetensors file, which is in the page cache after it was read once. The first printed
-lines are parts of the others. All figures are medians over experts, in ms per expert.
+gRPC on 127.0.0.1 and a real safetensors file. The file is in the page cache after the first read. The first printed
+lines are single steps, which are parts of the times in the later lines. All figures are medians over experts, in ms per
+expert.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ LAYER = 1
 
 
 def write_experts(path: Path, shape: ExpertShape) -> Path:
-    """Write random experts to a safetensors file in bf16, the dtype of published checkpoints."""
+    """Write random experts to a safetensors file in bf16, the dtype of published checkpoints, and return its path."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
@@ -54,7 +55,7 @@ def reader(path: Path) -> Callable[[int, int], dict[str, Tensor]]:
 
 
 class MeasuredShard:
-    """A `MeasuredShard` is a shard that serves gRPC but does not register itself."""
+    """A `MeasuredShard` is a shard that serves gRPC but does not register itself with the store."""
 
     def __init__(self, shape: ExpertShape, path: Path, dtype: torch.dtype, in_memory: bool) -> None:
         budget = shape.num_experts * shape.nbytes(dtype)
