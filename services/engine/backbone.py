@@ -149,5 +149,5 @@ class CountedExperts:
 
 
 def _zeros(layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
-    """Answer a layer call like experts whose outputs are all zero: return a function that returns zeros like `x_NL`."""
+    """Return a function that returns zeros of the shape of `x_NL`, as if every expert's output were zero."""
     return lambda: torch.zeros(x_NL.shape, dtype=torch.float32, device=x_NL.device)

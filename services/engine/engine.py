@@ -213,7 +213,7 @@ class Engine:
         if request.id in self._streams:
             raise ValueError(f"request_id {request.id!r} is in use by a request that has not ended; choose another.")
         stream = self._streams[request.id] = TokenStream(request, asyncio.get_running_loop(), asyncio.Queue())
-        # Check this only after the stream is registered: if the thread ends later, it finds the stream and ends it.
+        # Check the thread only after the stream is registered: a thread that ends later finds and ends the stream.
         if self._is_stopping or not self._thread.is_alive():
             stream.items.put_nowait(EngineFailed("The engine is not running."))
         self._inbox.put(lambda: self._add(request))

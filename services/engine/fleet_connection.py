@@ -189,7 +189,7 @@ class FleetConnection:
         return reports
 
     def _shard(self, shard_id: str) -> Shard:
-        """Return the shard, with empty fields if the shard has not registered since this backbone started."""
+        """Return the shard `shard_id`, with empty fields if it has not registered since this backbone started."""
         never_seen = Shard(shard_id, endpoint="", node="", pool="", device="", incarnation="", memory_budget=0)
         return self._follower.shards.get(shard_id) or never_seen
 

@@ -21,7 +21,7 @@ HASH_OF_NOTHING = b""  # the hash of the empty prefix
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A `Request` is one sequence of tokens whose `num_computed_tokens` catches up with `num_tokens`.
+    """A `Request` is a sequence of tokens; steps compute tokens until `num_computed_tokens` reaches `num_tokens`.
 
     Prompt tokens and generated tokens count alike in `num_tokens`. Times are in seconds of the scheduler's clock.
     """
@@ -124,7 +124,7 @@ class Request:
         return _hash_tokens(parent, tail) if tail else parent
 
     def log_fields(self, reason: str, now: float) -> dict[str, Any]:
-        """Return the log fields of a request that has ended for `reason`: counts of tokens, and seconds."""
+        """Return the log fields of a request that has ended for `reason`: counts of tokens, and times in seconds."""
 
         def since_arrival(at: float | None) -> float | None:
             return None if at is None else round(at - self.arrived_at, 6)

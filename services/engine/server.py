@@ -47,7 +47,7 @@ class TokenGenerator(Protocol):
 
 
 class _GatewayStream:
-    """A `_GatewayStream` holds the requests of one gateway, and the outputs that have not been sent to it yet."""
+    """A `_GatewayStream` holds the requests of one gateway, and the outputs that were not sent to the gateway yet."""
 
     def __init__(self, engine: TokenGenerator) -> None:
         self._engine = engine

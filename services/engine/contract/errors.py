@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class EngineOverloaded(Exception):
-    """An `EngineOverloaded` says that too many requests wait, and that `retry_after` seconds later a retry may succeed.
+    """An `EngineOverloaded` says that too many requests are waiting; clients may retry after `retry_after` seconds.
 
     REST answers with 429, gRPC with RESOURCE_EXHAUSTED.
     """

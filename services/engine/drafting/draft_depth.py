@@ -92,7 +92,7 @@ def _padded(values: Sequence[float], size: int) -> list[float]:
 
 @dataclass(frozen=True)
 class StepShape:
-    """A `StepShape` counts what a step's cost depends on: the model's rows, and the draft module's passes and rows."""
+    """A `StepShape` counts the model's rows and the draft module's passes and rows, which determine a step's cost."""
 
     num_rows: int
     num_passes: int = 0
@@ -113,7 +113,7 @@ class StepCost:
     - `weights`: the seconds of a step, of a row, of a draft pass and of a row of a draft pass. If the observed steps
       cannot separate two costs, the two costs follow PRIOR_COST, scaled to the measured seconds.
     - `sums_F`: the sum of `features / seconds` over the observed steps.
-    - `moments_FF`: the sum of the outer products of `features / seconds` with itself over the observed steps.
+    - `moments_FF`: the sum of the outer product of `features / seconds` with itself over the observed steps.
 
     Older steps have less weight in the sums.
     """
@@ -153,8 +153,8 @@ class StepCost:
 def _fit(moments_FF: NDArray[np.float64], sums_F: NDArray[np.float64], num_steps: float) -> Weights:
     """Return the weights of a `StepCost`, fitted by Bayesian linear regression.
 
-    The prior is normal with the relative standard deviations PRIOR_SPREAD. The seconds of a step have the relative
-    standard deviation NOISE.
+    The prior is normal with the mean PRIOR_COST and the standard deviations PRIOR_SPREAD, in units of the prior cost of
+    a step. The seconds of a step have the relative standard deviation NOISE.
     """
     prior_F = np.array(PRIOR_COST)
     prior_F *= num_steps / (sums_F @ prior_F)  # scale the prior so that it agrees with the measured steps on average

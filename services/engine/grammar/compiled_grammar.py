@@ -46,7 +46,7 @@ EXCERPT = re.compile(r"\d+ \| ")  # beginning of a line of an error message in w
 
 @dataclass(frozen=True, eq=False)
 class CompiledGrammar:
-    """A `CompiledGrammar` holds a grammar's matcher before the first token; each request starts from a copy of it."""
+    """A `CompiledGrammar` holds the matcher of a grammar before the first token; each request copies the matcher."""
 
     matcher: LLMatcher
     eos_ids: frozenset[int]
@@ -96,7 +96,7 @@ class GrammarState:
             self._consumed.pop()
             self._matcher.rollback(1)
             self._has_old_mask = True
-        if self._matcher.is_error():  # rolling back does not clear an error, so a new matcher is needed
+        if self._matcher.is_error():  # a rollback does not clear an error, so a new matcher is needed
             self._matcher, self._has_old_mask = self._grammar.matcher.deep_copy(), False
             self._matcher.consume_tokens(self._consumed)
 
@@ -113,10 +113,12 @@ class GrammarState:
         return self._matcher.compute_bitmask()
 
     def allowed(self, vocab_size: int, stop_ids: frozenset[int], late_ids: frozenset[int]) -> NDArray[np.uint8]:
-        """Return a mask (V,) with 1 for each token id that may come next; ids beyond the tokenizer's are never allowed.
+        """Return a mask (V,) with 1 for each token id that may come next.
 
-        `stop_ids` are the request's stop ids. `late_ids` are the stop ids that are allowed only if no other token is
-        allowed. The mask is all 0 if a token was refused.
+        - `stop_ids`: the request's stop ids.
+        - `late_ids`: the stop ids that are allowed only if no other token is allowed.
+
+        Ids that are not in the tokenizer's vocabulary are never allowed. The mask is all 0 if a token was refused.
         """
         allowed_V = self._allowed(vocab_size, stop_ids, late_ids)
         self._is_dead_end = not allowed_V.any()
@@ -146,7 +148,7 @@ class GrammarState:
 class GrammarCompiler:
     """A `GrammarCompiler` compiles grammars for the tokenizer of a model directory; any thread may call it.
 
-    `eos_ids` are the model's end-of-sequence ids; a compiler that only checks grammars needs none.
+    `eos_ids` are the model's end-of-sequence ids. This argument may be left out if the compiler only checks grammars.
     """
 
     def __init__(self, path: str | Path, eos_ids: Iterable[int] = ()) -> None:

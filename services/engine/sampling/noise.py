@@ -1,8 +1,8 @@
 """The noise with which tokens are drawn depends only on the request's seed, the position and the token id.
 
 The generator is Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011) with the seed as its
-key and (id // 2, position, 0) as its counter. The four words of a block are the 52-bit uniforms of two token ids. On a
-CPU the code is compiled with numba; on other devices torch computes the same integers.
+key and (id // 2, position, 0) as its counter. The four words of a block give the 52-bit uniforms of two token ids.
+On a CPU the code is compiled with numba; on other devices torch computes the same integers.
 
 Legend: S rows, V vocabulary.
 """

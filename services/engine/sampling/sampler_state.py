@@ -56,7 +56,7 @@ class TokenCounts:
 
 
 class SamplerState:
-    """A `SamplerState` keeps a request's token counts, its grammar's state and its edits of logits between steps."""
+    """A `SamplerState` holds a request's token counts, grammar state and logit bias between steps."""
 
     def __init__(self, request: Request) -> None:
         params = request.params

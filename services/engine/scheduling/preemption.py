@@ -22,7 +22,7 @@ from services.engine.request import Request
 
 @dataclass(frozen=True)
 class Shortage:
-    """A `Shortage` says how many slots, pages and tokens a waiting request lacks to start; 0 or less means none."""
+    """A `Shortage` says how many slots, pages and tokens a waiting request lacks; 0 or less means enough."""
 
     num_slots: int
     num_pages: int

@@ -1,7 +1,7 @@
 """The `PrefixCache` lets requests with the same first tokens reuse KV pages and saved states; it touches no tensor.
 
-A KV page is found by a hash that covers the page's tokens and all earlier tokens. A recurrent state cannot be cut at an
-arbitrary page, so a request can start only after a length at which a checkpoint has saved the state. Checkpoints are
+A KV page is found by a hash that covers the page's tokens and all earlier tokens. A recurrent state cannot be cut at a
+page, so a request can start only after a number of tokens at which a checkpoint has saved the state. Checkpoints are
 therefore placed at lengths where reuse is likely (`PrefixCache._checkpoint_lens`). If a request and an earlier request
 have the same tokens up to a length without a checkpoint, the new request saves a checkpoint there for later requests.
 """
@@ -16,7 +16,8 @@ from services.engine.request import Request
 from services.engine.scheduling.memory import IdPool, PagePool
 from services.engine.scheduling.state_checkpoints import CheckpointStore, RecentHashes, StateCheckpoint
 
-MIN_PAGES_APART = 2  # least pages between checkpoints of a request: computing fewer pages again costs at most a step
+# Smallest number of pages between two checkpoints of a request. Computing fewer pages again costs at most one step.
+MIN_PAGES_APART = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class PrefixCache:
         self.counts = CacheCounts()
         self._seen = RecentHashes()  # hashes of the pages of all requests that have started
 
-    # Finding
+    # Finding prefixes
 
     def look_up(self, request: Request) -> CachedPrefix:
         """Return the longest saved prefix of the request, which never includes the last token; change no checkpoint."""
@@ -179,7 +180,7 @@ class PrefixCache:
         for page_hash in reversed(request.hash_pages(self.config.block_size)):  # forget the first page last
             self._seen.add(page_hash)
 
-    # Saving
+    # Saving states
 
     def save_copy(self, request: Request) -> StateCheckpoint | None:
         """Return a new checkpoint for a running request; the caller copies the request's slot to the checkpoint's slot.
@@ -217,7 +218,7 @@ def _num_leading(hashes: Sequence[bytes], known: Container[bytes]) -> int:
 
 
 def _turn_ends(request: Request, turn_end_ids: Iterable[int]) -> tuple[int, ...]:
-    """Return two lengths of the prompt, up to the end of its first turn and of its last turn, or () without turns."""
+    """Return the numbers of prompt tokens at the ends of the first turn and of the last turn, or () if no turn ends."""
     prompt = request.token_ids[: request.num_prompt_tokens]
     present = [token_id for token_id in turn_end_ids if token_id in prompt]
     if not present:

@@ -17,7 +17,7 @@ class ScheduledBatch:
     """A `ScheduledBatch` says what one step computes: the next `lens[i]` uncomputed tokens of `requests[i]`.
 
     - The last `num_drafts[i]` of these tokens are the first drafts of the request.
-    - `draft_depths[i]`: how many tokens to draft after the step, if the step lets the request catch up.
+    - `draft_depths[i]`: how many tokens to draft after the step if the step computes all pending tokens of a request.
     - `slot_copies`: recurrent states to copy from slot to slot, as (from, to).
     - `page_copies`: KV to copy from page to page, as (from, to).
     - `preempted`: requests that lost their slot and pages since the last step. Such a request may be in `requests`.
@@ -43,7 +43,7 @@ class ScheduledBatch:
 
     @property
     def shape(self) -> StepShape:
-        """Return the shape of the step; it includes a draft row for each token that the draft module has not read."""
+        """Return the `StepShape` of the step; tokens that the draft module has not read yet count as draft rows."""
         depths = {i: depth for i, depth in enumerate(self.draft_depths) if depth and self.catches_up(i)}
         num_unread = sum(min(MAX_UNREAD, self.requests[i].num_unread + self.lens[i]) for i in depths)
         return StepShape(
@@ -75,7 +75,7 @@ class BatchBuilder:
     budget: int  # number of tokens that may still be added
     lens: dict[Request, int] = field(default_factory=dict)
     num_drafts: dict[Request, int] = field(default_factory=dict)
-    draft_depths: dict[Request, int] = field(default_factory=dict)  # without an entry, no drafts
+    draft_depths: dict[Request, int] = field(default_factory=dict)  # a request without an entry gets no drafts
     slot_copies: list[tuple[int, int]] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     saved: list[StateCheckpoint] = field(default_factory=list)  # new checkpoints whose state the slot copies write
@@ -95,7 +95,7 @@ class BatchBuilder:
 
     @property
     def catching_up(self) -> list[Request]:
-        """Return the requests of which the batch has all pending tokens."""
+        """Return the requests whose pending tokens are all in the batch."""
         return [
             request for request, length in self.lens.items() if length - self.num_drafts[request] == request.num_pending
         ]

@@ -104,7 +104,7 @@ class Scheduler:
         self.config = config
         self.memory = StateMemory(config.num_slots + config.num_checkpoint_slots, config.num_blocks, config.cache)
         self.waiting = WaitingQueue(config.max_waiting)
-        self.running: list[Request] = []  # in serving order, like the waiting queue
+        self.running: list[Request] = []  # running requests, in serving order like the waiting queue
         self.drafting = DraftingState(config.max_draft_tokens)
         self.num_preemptions = self.num_prompt_tokens = self.num_generated_tokens = 0
         self._clock = clock
@@ -175,7 +175,7 @@ class Scheduler:
         self._in_flight = None
         return outputs
 
-    # Memory
+    # Memory of running requests
 
     def _grow_running(self) -> None:
         """Reserve pages for the pending tokens of running requests; preempt the last requests if pages are lacking."""
@@ -248,7 +248,7 @@ class Scheduler:
         return max(self._batch.budget // 2, self.config.chunk_align) if is_shared else self._batch.budget
 
     def _compute_more(self, request: Request, most: int) -> None:
-        """Add up to `most` tokens of a prompt, up to a checkpoint, to its end or to a multiple of `chunk_align`."""
+        """Add up to `most` tokens of a prompt: to its next checkpoint, to its end or to a multiple of `chunk_align`."""
         most = min(most, self._batch.budget)
         start = request.num_computed_tokens + self._batch.lens.get(request, 0)
         end = request.due_checkpoints[0] if request.due_checkpoints else request.num_tokens
@@ -274,7 +274,7 @@ class Scheduler:
                 batch.draft_depths[request] = depth
         self.drafting = self.drafting.chosen(list(batch.draft_depths.values()))
 
-    # Admission
+    # Admission of waiting requests
 
     def _admit_waiting(self) -> None:
         num_held = 0  # requests at the front of the queue that wait until a state is saved
@@ -316,7 +316,7 @@ class Scheduler:
         self._batch.num_started += 1
         self._compute_more(request, self._share(request))
 
-    # Ends
+    # End of requests
 
     def _commit(self, request: Request, result: StepResult) -> TokenOutput:
         """Append the sampled tokens to a request; if the request ends with these tokens, release its slot and pages."""

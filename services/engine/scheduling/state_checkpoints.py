@@ -113,7 +113,7 @@ class CheckpointStore:
         """Return the number of slots that checkpoints hold."""
         return len(self._by_key) if self.has_slots else 0
 
-    # Finding
+    # Finding checkpoints
 
     def longest(self, request: Request, limit: int) -> StateCheckpoint | None:
         """Return the longest checkpoint of at most `limit` tokens whose tokens are a prefix of the request, or None."""
@@ -141,12 +141,12 @@ class CheckpointStore:
         checkpoint.value_at_use = self._evicted_value
 
     def refresh(self, key: bytes) -> bool:
-        """Return True if a checkpoint has this key; if so, raise its value as if the checkpoint was saved just now."""
+        """Return True if a checkpoint has this key; if so, set its value as if the checkpoint was saved just now."""
         if known := self._by_key.get(key):
             known.value_at_use = self._evicted_value
         return known is not None
 
-    # Saving
+    # Saving states
 
     def save_copy(self, request: Request) -> StateCheckpoint | None:
         """Insert a checkpoint of the request's computed tokens with a free slot; the caller copies the state there.
@@ -168,7 +168,7 @@ class CheckpointStore:
         return self._insert(request, slot, base)
 
     def take_over(self, request: Request) -> None:
-        """Insert a checkpoint of the request's computed tokens, which becomes the owner of the request's slot."""
+        """Insert a checkpoint of the request's computed tokens; the checkpoint takes over the request's slot."""
         assert request.slot is not None
         base = self.longest(request, request.num_computed_tokens)
         self._insert(request, request.slot if self.has_slots else None, base)
@@ -199,7 +199,7 @@ class CheckpointStore:
         return new
 
     def _put_between(self, base: StateCheckpoint | None, new: StateCheckpoint) -> None:
-        """Make `new` the base of each checkpoint whose base was `base` and whose tokens begin with `new`'s tokens."""
+        """Replace the base `base` by `new` at each checkpoint whose tokens begin with the tokens of `new`."""
         for other in self._by_key.values():
             if other.base is base and self._continues(other, new):
                 other.base = new
@@ -217,10 +217,10 @@ class CheckpointStore:
         next_ids = self.kept[next_full[0]].token_ids if next_full else longer.tail_ids
         return tuple(next_ids[: len(shorter.tail_ids)]) == shorter.tail_ids
 
-    # Evicting
+    # Evicting checkpoints
 
     def evict(self, checkpoint: StateCheckpoint, is_valid: bool = True) -> None:
-        """Remove a checkpoint; free its slot, and those of its pages that no other checkpoint and no request needs.
+        """Remove a checkpoint and free its slot; free each of its pages that no checkpoint and no request needs.
 
         `is_valid` is False for a checkpoint whose state was never copied. Such a checkpoint does not count as evicted.
         """

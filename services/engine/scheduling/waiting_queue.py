@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from services.engine.contract.errors import EngineOverloaded
 from services.engine.request import Request, serving_order
 
-AGEING_S = 10.0  # seconds of waiting that lower the priority number by 1, so that every request starts at some time
+AGEING_S = 10.0  # seconds of waiting that lower the priority number by 1, so that no request waits for ever
 RATE_KEPT = 0.99  # factor by which older counts of starts and seconds are multiplied at each step
 MAX_RETRY_AFTER = 60  # largest number of seconds that a refused client is asked to wait before it retries
 HEAD_START = 1 << 62  # larger than any count of arrivals, so that resumed requests come before new requests
@@ -68,7 +68,7 @@ class WaitingQueue:
         insort(self._requests, request, key=serving_order)
 
     def start(self, request: Request, now: float) -> None:
-        """Remove a request that starts, and add the seconds since it was queued to its `waited_s`."""
+        """Remove a request that starts, and add the time in the queue to the request's `waited_s`."""
         self.remove(request)
         request.waited_s += now - request.waiting_since
 
