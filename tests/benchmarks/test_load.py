@@ -57,7 +57,7 @@ def test_open_loop_sends_at_its_own_times_whatever_the_server_does() -> None:
 
     sent = [outcome.sent_at for outcome in asyncio.run(run())]
     assert len(sent) == 10
-    assert max(sent) < 0.5  # no request waited for the end of another
+    assert max(sent) < 0.5  # no request waited for the end of another request
 
 
 def test_a_server_that_is_not_there_is_an_error_of_that_request() -> None:
@@ -69,7 +69,7 @@ def test_an_answer_cut_short_is_no_answer() -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     whole = head + b"5\r\nab\n\nc\r\n0\r\n\r\n"
     assert parse([(1.0, whole)]).body == b"ab\n\nc"
-    for end in range(len(whole) - 5):  # every end before the last chunk
+    for end in range(len(whole) - 5):  # cut the answer at every position before the last chunk
         with pytest.raises(ConnectionError):
             parse([(1.0, whole[:end])])
 
@@ -115,7 +115,7 @@ def test_decoding_is_measured_while_all_streams_decode() -> None:
     late = RequestOutcome(0.0, 9.0, event_times=(4.0, 5.0, 6.0), num_generated=3)
     early = RequestOutcome(
         0.0, 9.0, event_times=(1.0, 2.0, 3.0, 4.5, 5.5, 7.0), num_generated=12
-    )  # two tokens an event
+    )  # two tokens per event
     assert decode_speed([late, early]) == pytest.approx((2 * 1 + 2 * 2) / 2.0)
 
 
@@ -123,7 +123,7 @@ def test_a_process_that_grows_is_told_from_one_that_does_not() -> None:
     mib = 1 << 20
     samples = [{1: 100 * mib + i * mib, 2: 100 * mib + (i % 2) * mib, 3: 0 if i == 59 else mib} for i in range(60)]
     by_process = {one.process: one for one in growths(samples, {1: "leaks", 2: "flat"})}
-    assert set(by_process) == {"leaks (1)", "flat (2)"}  # the third had ended
+    assert set(by_process) == {"leaks (1)", "flat (2)"}  # the third process ended before the last sample
     assert not by_process["leaks (1)"].is_flat
     assert by_process["flat (2)"].is_flat
     assert Growth("small", 1.0, 1.0 + (16 << 20)).is_flat

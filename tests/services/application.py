@@ -1,4 +1,4 @@
-"""Tests run `expertmesh` as a user does: each command in a process of its own, and a server to call."""
+"""An `Application` runs `expertmesh up` for tests as a user would, and `expertmesh` runs one command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.services.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "services.cli"]
-ENVIRONMENT = {**os.environ, "EXPERTMESH_ADMIN_KEY": "the key of these tests"}  # of the servers and of the commands
+ENVIRONMENT = {**os.environ, "EXPERTMESH_ADMIN_KEY": "the key of these tests"}  # environment of servers and commands
 START_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
 
 
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def expertmesh(*arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end and return its exit code and output."""
+    """Run one `expertmesh` command until it ends and return its exit code and output."""
     return subprocess.run(
         [*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s
     )
@@ -49,7 +49,7 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float) -> bool:
 
 
 class Application:
-    """An `Application` is a running `expertmesh up` in a process group of its own, as a terminal starts it."""
+    """An `Application` is a running `expertmesh up` in its own process group, as if a terminal had started it."""
 
     def __init__(self, num_shards: int, *options: str) -> None:
         self.port, self.grpc_port = free_port(), free_port()
@@ -68,7 +68,7 @@ class Application:
         )
 
     def wait_until_ready(self) -> float:
-        """Wait until the application says that it is ready, and return the seconds since its start."""
+        """Wait until the application prints that it is ready, and return the seconds since the application's start."""
         is_over = lambda: "Ready after" in self.output or self.process.poll() is not None  # noqa: E731
         wait_until(is_over, START_TIMEOUT_S)
         assert "Ready after" in self.output, self.output
@@ -101,7 +101,7 @@ class Application:
         return grpc.insecure_channel(self.grpc_target)
 
     def press_ctrl_c(self) -> None:
-        """Interrupt the whole process group, as a terminal does."""
+        """Send SIGINT to the application's whole process group, as a terminal does after Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def __enter__(self) -> Self:

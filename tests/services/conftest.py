@@ -1,4 +1,4 @@
-"""The tests of all services compute on one thread."""
+"""A fixture makes the tests of all services compute on one thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: for matrices this small, threads lose more time waiting for each other than they gain."""
+    """Compute on one thread, because with small matrices several threads wait for each other longer than they save."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Tests get here the demo model, prompts, and the tokens that `transformers` generates after a prompt."""
+"""`demo` gives tests the demo model, prompts, and the tokens that `transformers` generates after a prompt."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def load_tokenizer() -> Any:
 
 @cache
 def held_out_prompts(count: int, length: int = 64) -> list[list[int]]:
-    """Return at most `count` prompts: the first `length` tokens of held-out files that have so many."""
+    """Return at most `count` prompts: the first `length` tokens of held-out files with at least `length` tokens."""
     beginnings = (load_tokenizer().encode(text)[:length] for text in corpus.read_corpus()[1])
     return [ids for ids in beginnings if len(ids) == length][:count]
 
 
 def transformers_greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Return the greedy tokens of the reference implementation in fp32, each answer with its end token.
+    """Return the greedy tokens of `transformers` in fp32 after each prompt, including the end token.
 
-    The prompts must all have the same length.
+    All prompts must have the same length.
     """
     model: Any = NemotronHForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     ends = set(model.generation_config.eos_token_id)
@@ -46,5 +46,5 @@ def _up_to_end(token_ids: list[int], ends: set[int]) -> list[int]:
 
 
 def text_of(token_ids: Sequence[int]) -> str:
-    """Return the text of tokens without half a character at the end, as the server never shows one."""
+    """Return the text of tokens without an incomplete character at the end, because the server sends none."""
     return str(load_tokenizer().decode(token_ids, skip_special_tokens=True)).rstrip("\ufffd")

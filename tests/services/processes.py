@@ -1,4 +1,4 @@
-"""These functions look at the processes of this machine, as the Linux kernel lists them in /proc."""
+"""The functions in this module read the processes of this machine from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def command_of(pid: int) -> str:
-    """Return the command line of a process, which is empty if there is no such process."""
+    """Return the command line of the process `pid`, or an empty string if the process does not exist."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     return ""
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Return the command lines of the children of `pid`, of their children and so on, by process id."""
+    """Return the command lines, by process id, of all processes that `pid` started directly or indirectly."""
     children: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -28,7 +28,10 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def wait_until_gone(pids: Collection[int], timeout_s: float) -> dict[int, str]:
-    """Return the processes of `pids` that still run after `timeout_s`; a zombie counts as gone."""
+    """Wait up to `timeout_s` for all `pids` to end; return the command lines of the rest by process id.
+
+    A zombie counts as ended.
+    """
     stop_at = time.monotonic() + timeout_s
     while (left := {pid: command_of(pid) for pid in pids if command_of(pid)}) and time.monotonic() < stop_at:
         time.sleep(0.1)

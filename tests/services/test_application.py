@@ -1,6 +1,7 @@
-"""The whole application works as its users expect: one `expertmesh up` with three shards serves all tests here.
+"""These tests use the whole application as a user would: one `expertmesh up` with three shards serves all tests.
 
-The order of the tests matters: some of the last ones kill parts of the application, and the very last one stops it.
+The order of the tests matters: some of the last tests kill parts of the application, and the very last test stops the
+application.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def stub(server: Application) -> Iterator[Any]:
 
 
 def complete(server: Application, prompt: str | list[int], max_tokens: int, **options: Any) -> str:
-    """Return greedy text through REST."""
+    """Return the text of a greedy completion through REST."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
     response = server.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
@@ -75,7 +76,7 @@ def greedy_request(prompt: Sequence[int], max_tokens: int, ignore_eos: bool = Fa
 def stream_tokens(
     stub: Any, request: pb.GenerateRequest, after: int = 0, act: Callable[[], None] | None = None
 ) -> list[int]:
-    """Return the token ids of a gRPC stream; `act` is called once, when at least `after` of them have come."""
+    """Return the token ids of a gRPC stream; call `act` once, when at least `after` token ids have arrived."""
     token_ids: list[int] = []
     for chunk in stub.GenerateStream(request, timeout=90):
         token_ids += chunk.choice.token_ids
@@ -93,7 +94,7 @@ def shard_pid(endpoint: str) -> int:
     return asyncio.run(control_client.status(endpoint)).pid
 
 
-# The surface ----------------------------------------------------------------------------------------------------------
+# The APIs -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_openai_client_works_unchanged(server: Application) -> None:
@@ -153,7 +154,7 @@ def test_sampling_repeats_with_the_seed_and_only_then(server: Application) -> No
     assert texts[0] == texts[1] != texts[2]
 
 
-# What it computes -----------------------------------------------------------------------------------------------------
+# The computed tokens --------------------------------------------------------------------------------------------------
 
 
 def test_twenty_held_out_prompts_give_the_tokens_of_transformers(server: Application, stub: Any) -> None:
@@ -203,8 +204,8 @@ def test_what_goes_over_the_wire_is_latent_sized(server: Application) -> None:
     assert latent
     assert sent == received
     ours = (sent_bytes + received_bytes) / rows
-    of_hidden = ours + 2 * 4 * wider * copies / rows  # if rows were as wide as the hidden vector
-    of_one_pick = (sent_bytes + received_bytes - 12 * picks) / copies + 12  # of which the pick itself takes 12
+    of_hidden = ours + 2 * 4 * wider * copies / rows  # bytes if each row were as wide as the hidden vector
+    of_one_pick = (sent_bytes + received_bytes - 12 * picks) / copies + 12  # the pick itself takes 12 bytes
     per_pick = of_one_pick * picks / rows
     print(
         f"per token and MoE layer: {ours:.0f} bytes in {sent / rows:.2f} messages ({sent_bytes / rows:.0f} there, "
@@ -227,10 +228,10 @@ def test_expert_load_reaches_the_store(server: Application) -> None:
         await redis.aclose()
         return int(counts_WE.sum())
 
-    assert wait_until(lambda: asyncio.run(count()) > 0, 10)  # at least the prompt that warmed the backbone up
+    assert wait_until(lambda: asyncio.run(count()) > 0, 10)  # the backbone's warm-up prompt is counted
     before = asyncio.run(count())
     complete(server, [5, 6, 7], 8, ignore_eos=True)
-    # Rejected drafts count too, because their experts were computed as well.
+    # Rejected drafts count too, because the experts of rejected drafts were computed as well.
     assert wait_until(lambda: asyncio.run(count()) >= before + (3 + 7) * shape.top_k, 10)
     assert asyncio.run(count()) % shape.top_k == 0
 
@@ -308,7 +309,7 @@ def test_a_recorded_trace_is_replayed_through_the_planner(server: Application) -
 
 
 def test_a_shard_is_drained_and_used_again(server: Application) -> None:
-    for prompt in held_out_prompts(8):  # without load no expert gets a third home, and the shard would stay empty
+    for prompt in held_out_prompts(8):  # without load no expert would get a third home, on the drained shard
         complete(server, prompt, 32, ignore_eos=True)
     shard_id = min(shards_by_id(server))
     assert ask_admin(server, "drain", shard_id)["order"]["subject"] == shard_id
@@ -396,7 +397,7 @@ def test_a_bad_call_is_answered_in_one_sentence(
 
 @pytest.fixture(scope="module")
 def long_answer(server: Application) -> tuple[pb.GenerateRequest, list[int]]:
-    """Return a request that takes a few seconds, and its tokens if nothing fails meanwhile."""
+    """Return a request that takes a few seconds, and the tokens of the undisturbed answer."""
     request = greedy_request(held_out_prompts(1)[0], 200, ignore_eos=True)
     with server.channel() as channel:
         return request, stream_tokens(inference(channel), request)
@@ -414,7 +415,7 @@ def test_a_shard_that_is_killed_costs_no_token_and_comes_back(
     killed_at = time.monotonic()
 
     def is_back() -> bool:
-        """Return True if a new shard has replaced the victim, every shard holds experts, and the cover is full."""
+        """Return True if a new shard has replaced the killed shard, every shard holds experts, and cover is full."""
         status = server.status()
         after = {shard["id"]: shard for shard in status["shards"]}
         is_replaced = len(after) == len(before) and len(after.keys() - before.keys()) == 1 and victim["id"] not in after

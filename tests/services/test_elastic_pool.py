@@ -1,6 +1,6 @@
-"""A pool of a real application grows and shrinks by operator order under load, and no client notices.
+"""These tests grow and shrink a pool of a real application under load by operator orders; no client may notice.
 
-The order of the tests matters: each one continues with the pool that the one before has left.
+The order of the tests matters: each test continues with the pool as the previous test has left it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHANGE_TIMEOUT_S = 60.0
 
 @dataclass
 class Watch:
-    """A `Watch` reads the store all the time and records when shards become live and placed, and the lowest cover."""
+    """A `Watch` polls the store, and records when each shard becomes live and placed, and the lowest cover."""
 
     url: str
     seen_at: dict[str, float] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Watch:
         redis = connect(self.url)
         registry = Registry(redis, "demo")
         while not self._is_over.is_set():
-            with suppress(StoreUnavailable):  # a busy machine may delay a reply beyond the timeout
+            with suppress(StoreUnavailable):  # on a busy machine, the store's reply may come after the timeout
                 await self._look(registry)
             await asyncio.sleep(0.1)
         await redis.aclose()
@@ -76,7 +76,7 @@ class Watch:
 
 
 class Clients:
-    """`Clients` request the same texts again and again, and compare them with the texts from before any change."""
+    """`Clients` repeat the same requests and compare the texts with the texts from before any change of the pool."""
 
     def __init__(self, server: Application) -> None:
         self.server, self.num_done, self.wrong = server, 0, list[str]()
@@ -125,7 +125,7 @@ async def order(server: Application, num_shards: int) -> None:
 
 
 def change(server: Application, num_shards: int) -> Watch:
-    """Order a size of the pool and wait for it under load, while all texts stay right and the cover stays full."""
+    """Scale the pool to `num_shards` under load, and assert that all texts stay right and the cover stays full."""
     with Clients(server) as clients, Watch(server.redis[1]) as watch:
         asyncio.run(order(server, num_shards))
         ordered_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""The tests check that a gateway gets the statuses of backbones quickly, even if some backbones do not answer."""
+"""These tests check that a gateway gets the statuses of backbones quickly, even if some backbones do not answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def answer(after_s: float, status: Any) -> Any:
     ("replicas", "expected", "longest_s"),
     [
         ([(0, {"n": 1}), (0.01, {"n": 2})], [1, 2], 0.1),
-        ([(0, {"n": 1}), (60, {"n": 2})], [1], 0.4),  # a replica that hangs delays the answer only a little
+        ([(0, {"n": 1}), (60, {"n": 2})], [1], 0.4),  # a replica that hangs delays the result by at most 0.4 s
         ([(0, RuntimeError("dead")), (0.5, {"n": 2})], [2], 0.7),
         ([(60, {"n": 1})], [], 1.2),
         ([(0, RuntimeError("dead"))], [], 0.1),

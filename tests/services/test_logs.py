@@ -1,4 +1,4 @@
-"""Every log record becomes one line of JSON."""
+"""These tests check that every log record becomes one line of JSON."""
 
 from __future__ import annotations
 

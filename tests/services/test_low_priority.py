@@ -1,4 +1,4 @@
-"""Work at low priority runs on threads that give way to other threads, and the others keep their priority."""
+"""These tests check that work at low priority runs on threads of low priority, and that other threads keep theirs."""
 
 from __future__ import annotations
 

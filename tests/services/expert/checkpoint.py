@@ -1,4 +1,4 @@
-"""`write_checkpoint` writes a small checkpoint with a config and routed experts, which is all that a shard reads."""
+"""`write_checkpoint` writes a small checkpoint with the only parts that a shard reads: a config and routed experts."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ CONFIG = {
 
 
 def write_checkpoint(path: Path, without: str = "") -> Path:
-    """Write a checkpoint with the same random experts every time and return `path`.
+    """Write a checkpoint to the folder `path`, with the same random experts in every call, and return `path`.
 
-    `without` names a tensor to leave out.
+    `without` is the name of a tensor that the checkpoint must lack.
     """
     generator = torch.Generator().manual_seed(7)
     tensors = {
         "backbone.embeddings.weight": torch.zeros(1)
-    }  # the family reads the prefix of all names from this tensor
+    }  # the model family takes the prefix of all tensor names from the name of this tensor
     for layer in LAYERS:
         for expert in range(NUM_EXPERTS):
             stem = f"backbone.layers.{layer}.mixer.experts.{expert}"

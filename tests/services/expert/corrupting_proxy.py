@@ -1,4 +1,4 @@
-"""`CorruptingProxy` is a TCP proxy that changes random bytes of a connection; the seed decides which."""
+"""`CorruptingProxy` is a TCP proxy that changes random bytes of its connections; a seed determines the bytes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Self
 
 
 class CorruptingProxy:
-    """A `CorruptingProxy` passes connections on to `endpoint` and changes a byte now and then.
+    """A `CorruptingProxy` forwards connections to `endpoint` and flips a bit in random bytes.
 
-    On average, one byte in `to_client` of the data for the client is changed, and one in `to_shard` of the data for
-    the shard; 0 changes none.
+    - `to_client`: of the data for the client, the proxy changes on average one in `to_client` bytes; 0 for no byte.
+    - `to_shard`: of the data for the shard, the proxy changes on average one in `to_shard` bytes; 0 for no byte.
     """
 
     def __init__(self, endpoint: str, to_client: int = 0, to_shard: int = 0, seed: int = 0) -> None:
@@ -50,7 +50,7 @@ class CorruptingProxy:
         with suppress(OSError):
             while data := bytearray(source.recv(1 << 16)):
                 for place in range(len(data)):
-                    # The greeting stays as it is: connections that never come up belong to another test.
+                    # The greeting is not changed, because another test checks connections that never come up.
                     if one_in and num_passed + place > 200 and self._chance.randrange(one_in) == 0:
                         data[place] ^= 1 << self._chance.randrange(8)
                         self.num_changed += 1

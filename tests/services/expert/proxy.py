@@ -1,4 +1,4 @@
-"""`proxy_to` puts a TCP proxy in front of a shard, which damages the data that the shard sends."""
+"""`proxy_to` runs a TCP proxy in front of a shard; the proxy damages the data that the shard sends."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-# Gets some data and the number of bytes sent before it; returns the data to send instead, or None to hang up.
+# A `Damage` gets a piece of data and the number of bytes of the connection before the piece. It returns the data that
+# the proxy sends instead, or None if the proxy must close the connection.
 Damage = Callable[[bytes, int], bytes | None]
 
 
 def flip_at(place: int) -> Damage:
-    """Return a `Damage` that flips one bit of the byte at `place` in the data of a connection."""
+    """Return a `Damage` that flips one bit in the byte at position `place` of the data of a connection."""
 
     def flip(data: bytes, before: int) -> bytes:
         at = place - before
@@ -21,7 +22,7 @@ def flip_at(place: int) -> Damage:
 
 
 def cut_at(place: int) -> Damage:
-    """Return a `Damage` that hangs up when more than `place` bytes would have been sent."""
+    """Return a `Damage` that closes a connection instead of sending more than `place` bytes."""
     return lambda data, before: None if before + len(data) > place else data
 
 

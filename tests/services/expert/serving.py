@@ -41,7 +41,7 @@ async def stream_to(shard: ExpertShard) -> AsyncIterator[Any]:
 
 
 async def ask(shard: ExpertShard, *requests: pb.ComputeRequest) -> dict[int, pb.ComputeReply]:
-    """Send all `requests` on one stream at the same time and return the replies by request id."""
+    """Send all `requests` on one stream without waiting for replies, and return the replies by request id."""
     async with stream_to(shard) as stream:
         for request in requests:
             await stream.write(request)

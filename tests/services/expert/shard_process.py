@@ -1,6 +1,6 @@
-"""`ShardProcess` runs shards in a process of their own, which can be slow or faulty.
+"""`ShardProcess` runs shards in another process, and can make the shards slow or faulty.
 
-The process prints the shards' records as JSON and serves until its standard input ends.
+The process prints the shards' records as JSON and serves until its standard input is closed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
 
 ROOT = Path(__file__).parents[3]
-READ_S = 0.03  # for one expert from the slow disk
+READ_S = 0.03  # seconds to read one expert from the slow disk
 
 
 class ShardProcess:
-    """A `ShardProcess` runs `num_shards` shards of one model directory.
+    """A `ShardProcess` runs `num_shards` shards of the model in `model_dir`.
 
-    `trouble` is "none", "corrupt" (every reply has a wrong byte) or "slow disk".
+    - `name`: the beginning of all shard ids, before the shard's number
+    - `us_per_row`: additional microseconds of compute per row
+    - `trouble`: "none", "corrupt" (every reply has a wrong byte) or "slow disk" (reading an expert takes `READ_S`)
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class ShardProcess:
 
 
 def slow_down(host: ExpertHost, us_per_row: int) -> None:
-    """Make `host` sleep before each request, for `us_per_row` microseconds per row."""
+    """Make `host` sleep before it computes a request, for `us_per_row` microseconds per row of the request."""
     compute = host.compute
 
     def compute_slowly(request: pb.ComputeRequest) -> pb.Sums:
@@ -81,7 +83,7 @@ def slow_down(host: ExpertHost, us_per_row: int) -> None:
 
 
 class SlowlyRead(ModelFamily):
-    """A `SlowlyRead` family reads its experts as from a slow disk."""
+    """A `SlowlyRead` is a model family that takes `READ_S` longer to read each expert, as from a slow disk."""
 
     def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         time.sleep(READ_S)

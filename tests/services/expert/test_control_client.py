@@ -1,4 +1,4 @@
-"""The canary compares the sums of two homes for the same rows."""
+"""These tests check that a canary compares the sums of two homes for the same rows."""
 
 from __future__ import annotations
 

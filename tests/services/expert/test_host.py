@@ -1,4 +1,4 @@
-"""An `ExpertHost` holds experts within its budget, computes with them, and refuses what it cannot compute."""
+"""These tests check that an `ExpertHost` holds experts within its budget, computes, and refuses invalid requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPERT_BYTES = 2 * LATENT * WIDTH * 4
 
 
 class FilledHost(ExpertHost):
-    """A `FilledHost` can load experts without a shard, for tests in which no request comes during a load."""
+    """A `FilledHost` is an `ExpertHost` that can load experts without a shard, while no request is computed."""
 
     def __init__(self, family: ModelFamily, num_experts: int) -> None:
         super().__init__(family.expert_shapes, torch.float32, torch.device("cpu"), num_experts * EXPERT_BYTES)

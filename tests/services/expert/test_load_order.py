@@ -1,4 +1,4 @@
-"""A load order and its result arrive as they were sent."""
+"""These tests check that a load order and its result are unchanged after conversion to protobuf and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An `ExpertShard` registers, loads, computes, refuses and drains, over real gRPC on a free port."""
+"""These tests check that an `ExpertShard` registers, loads, computes, refuses and drains, over real gRPC."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_it_is_healthy_while_it_beats_and_computes(family: ModelFamily) -> None:
         async with serving(family) as shard:
             await asyncio.to_thread(shard.service.worker.close)
             assert not shard.is_healthy
-            shard.service.worker = shard.service.handler.worker = Worker(1, "another")  # `stop` waits for it
+            shard.service.worker = shard.service.handler.worker = Worker(1, "another")  # `stop` waits for the worker
 
     run(test)
 

@@ -1,4 +1,4 @@
-"""Standbys are in host memory or on disk, are promoted when a request needs them, and are evicted to make room."""
+"""These tests promote standbys from host memory and from disk for requests, and evict promoted experts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def filled(
 
 
 async def expected(family: ModelFamily, requests: Sequence[pb.ComputeRequest]) -> dict[int, bytes]:
-    """Return the sums that a shard with all experts on its device computes."""
+    """Return the sums, by request id, that a shard with all experts in device memory computes for `requests`."""
     async with filled(family, config(64), {1: ALL, 3: ALL}, {}) as shard:
         return sums(await ask(shard, *requests))
 
@@ -59,7 +59,7 @@ def sums(replies: dict[int, pb.ComputeReply]) -> dict[int, bytes]:
 
 
 def hold_back(shard: ExpertShard) -> threading.Event:
-    """Block every read of the checkpoint until the returned event is set."""
+    """Make every read of the shard's checkpoint wait until an event is set, and return the event."""
     gate, read = threading.Event(), shard.service.source.read
 
     def read_later(layer: int, expert: int) -> Any:
@@ -214,7 +214,7 @@ def test_without_device_memory_it_is_refused_in_a_sentence(family: ModelFamily) 
             refusal = reply.refusal
             assert reply.checksum == checksum_of_reply(
                 reply
-            )  # a client takes a refusal with a wrong checksum for damaged
+            )  # a client would ignore a refusal with a wrong checksum as damaged
             assert (refusal.code, list(refusal.missing)) == (pb.Refusal.NOT_HOSTED, [5])
             assert refusal.detail == (
                 "Experts [5] of layer 1 stand by, but no device memory is left to promote them to."
@@ -314,7 +314,8 @@ def test_the_least_recently_used_goes_first_and_hot_ones_last(family: ModelFamil
                 await ask(shard, make_request((1, 2)))
             await ask(shard, make_request((9,)))
             await ask(shard, make_request((10,)))
-            # 1 and 2 are hot, because they were promoted often: one of them is still there, but 9 was evicted.
+            # Experts 1 and 2 are hot, because both experts were promoted often. Therefore one of the two experts is
+            # still promoted, but expert 9 was evicted.
             [kept] = set(shard.host.promoted[1]) - {10}
             assert kept in (1, 2)
 

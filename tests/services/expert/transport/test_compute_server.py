@@ -1,4 +1,4 @@
-"""These tests connect clients to the compute server that do not read, break the protocol or are too many."""
+"""These tests connect clients to the compute server that do not read, that break the protocol, or that are too many."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.services.expert.test_client import everywhere, fill
 
 SHORT_SETTINGS = PREFACE + b"\0\0\5\4\0" + bytes(4) + b"12345"
 EMPTY_PADDED = PREFACE + b"\0\0\0\1\4\0\0\0\1" + b"\0\0\0\0\10\0\0\0\1"
-NUM_REQUESTS, NUM_ROWS = 120, 2000  # the replies have 60 MB together
+NUM_REQUESTS, NUM_ROWS = 120, 2000  # all replies together have 60 MB
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def client(shard: Shard) -> Iterator[GrpcSocket]:
         socket.create_connection((host, int(port))), ClientStream(COMPUTE_PATH, host, MAX_MESSAGE_BYTES)
     )
     client.flush()
-    while not client.stream.is_greeted:  # until the server has sent its windows
+    while not client.stream.is_greeted:  # the server has not sent its HTTP/2 windows yet
         assert client.receive() == []
     yield client
     client.close()
@@ -112,7 +112,7 @@ def test_what_is_no_grpc_is_hung_up_on_and_hurts_nobody(shard: Shard, client: Gr
 
 
 def connect(shard: Shard) -> tuple[socket.socket, bytes]:
-    """Return a new connection and the first byte that it receives; the byte is empty if the server closes it."""
+    """Connect, and return the connection and its first received byte, which is empty if the server closes it."""
     host, port = shard.compute_endpoint.split(":")
     connection = socket.create_connection((host, int(port)), timeout=5)
     try:
@@ -136,7 +136,7 @@ def test_without_file_descriptors_open_streams_are_served_and_new_ones_hung_up_o
     assert answers(client, 1)
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     lowest_free = next(n for n in count() if not Path(f"/proc/{pid}/fd/{n}").exists())
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))  # none is left to open
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))  # the shard has no file descriptor left
     num_refused = 0
     for _ in range(100):  # the first connections may get file descriptors that the process closes meanwhile
         connection, greeting = connect(shard)

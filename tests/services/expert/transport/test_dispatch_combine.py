@@ -1,4 +1,4 @@
-"""These tests check that dispatch sends each pick once with its row, and that combine adds sums to their rows."""
+"""These tests check that dispatch sends each pick once with its row, and that combine adds each sum to its row."""
 
 from __future__ import annotations
 

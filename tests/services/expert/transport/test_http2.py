@@ -33,9 +33,9 @@ def shard(model_dir: Path) -> Iterator[Shard]:
 
 
 def exchange(client: GrpcStream, server: GrpcStream, piece: int = 1 << 20) -> tuple[list[bytes], list[bytes]]:
-    """Carry bytes both ways, at most `piece` at a time, until none are left.
+    """Move bytes between client and server, at most `piece` bytes at a time, until no side has unsent bytes.
 
-    Return the messages that came to the client and those that came to the server.
+    Return the messages that the client received and the messages that the server received.
     """
     at_client, at_server = list[bytes](), list[bytes]()
     while client.unsent or server.unsent:
@@ -50,7 +50,7 @@ def pair() -> tuple[ClientStream, ServerStream]:
     return ClientStream("/a.B/C", "host:1", MAX), ServerStream(MAX)
 
 
-# Each end against grpcio's --------------------------------------------------------------------------------------------
+# Our client and our server against grpcio -----------------------------------------------------------------------------
 
 
 def test_grpcios_client_is_answered_at_the_compute_endpoint(shard: Shard) -> None:
@@ -64,7 +64,7 @@ def test_grpcios_client_is_answered_at_the_compute_endpoint(shard: Shard) -> Non
 
 
 def test_grpcios_server_answers_our_client(shard: Shard, family: ModelFamily) -> None:
-    """Send a message of many frames that is larger than the windows of grpcio's server."""
+    """Send a message that has many frames and is larger than the flow-control windows of grpcio's server."""
     local = family.load_local_experts(torch.float32)
     remote = RemoteExperts(CallPolicy(timeout_s=20.0, piece_bytes=8 << 20))
     remote.update(Placement(1, everywhere([shard.id]), local.gains), [replace(shard, compute_endpoint="")])
@@ -75,7 +75,7 @@ def test_grpcios_server_answers_our_client(shard: Shard, family: ModelFamily) ->
     remote.close()
 
 
-# Both of our ends -----------------------------------------------------------------------------------------------------
+# Our client and our server --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("piece", [1, 7, 4096, 1 << 20])
@@ -94,7 +94,7 @@ def test_what_a_window_has_no_room_for_waits() -> None:
     client, _ = pair()
     client.send(bytes(100_000))
     assert client.num_unsent - len(client.unsent) == 100_000 + 5 - 65_535
-    server = ServerStream(MAX)  # its first frames widen the window
+    server = ServerStream(MAX)  # the server's first frames enlarge the window
     assert exchange(client, server) == ([], [bytes(100_000)])
     assert client.num_unsent == 0
 

@@ -21,7 +21,7 @@ def test_a_connection_that_breaks_while_it_is_given_up_is_closed_after_that(
     remove = receiver.remove
 
     def break_first(connection: _Connection) -> None:
-        connection.socket.tcp_socket.shutdown(socket.SHUT_RDWR)  # which the stream's thread notices
+        connection.socket.tcp_socket.shutdown(socket.SHUT_RDWR)  # the stream's thread notices the shutdown
         time.sleep(0.3)
         remove(connection)
 
@@ -33,9 +33,9 @@ def test_a_connection_that_breaks_while_it_is_given_up_is_closed_after_that(
             stream = ShardStream(shard.compute_endpoint, receiver, heard.append)
             while LinkState.UP not in heard:
                 await asyncio.sleep(0.01)
-            await asyncio.to_thread(stream.reset)  # once raised a KeyError
+            await asyncio.to_thread(stream.reset)  # an earlier version raised a KeyError here
             assert LinkState.DOWN in heard
-            while heard[-1] is not LinkState.UP:  # the connection comes up again
+            while heard[-1] is not LinkState.UP:  # wait until the connection is up again
                 await asyncio.sleep(0.01)
             stream.close()
             await asyncio.to_thread(stream.join)

@@ -1,4 +1,4 @@
-"""These tests convert arrays to messages and back, and check what is refused."""
+"""These tests convert arrays to messages and back, and check that invalid messages are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""These tests check the order of a worker's jobs and what becomes of their exceptions."""
+"""These tests check in which order a worker runs its jobs and how it reports the jobs' exceptions."""
 
 from __future__ import annotations
 
