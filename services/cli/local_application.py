@@ -28,11 +28,12 @@ from services.app import GRPC_SERVICERS, build_app
 from services.args import AppArgs
 from services.cli.start_steps import StartGoal, StartObservation, StartReporter, StartStep, StepReport, steps_of
 
+log = logging.getLogger(__name__)
+
 APP_NAME = "expertmesh"
 OTHER_CPUS = 8  # CPUs that Ray may give to the gateway, the controller and Serve, besides those of backbones and shards
-WATCH_PERIOD_S = (
-    0.5  # seconds between two observations; each costs Serve's controller up to 0.2 s if the machine is busy
-)
+# Seconds between two observations; each observation costs Serve's controller up to 0.2 s if the machine is busy.
+WATCH_PERIOD_S = 0.5
 WATCH_JOIN_S = 5.0  # seconds to wait for the last observation, which may hang in Ray if Serve's controller has died
 
 
@@ -201,7 +202,13 @@ class StartWatch:
             self._is_over.wait(WATCH_PERIOD_S)
 
     def _look(self) -> None:
-        """Observe the start once; keep the last values of a source that does not answer."""
+        """Observe the start once; a source that fails or does not answer in time keeps its last values."""
+        try:
+            self._observe()
+        except Exception:  # the display must never fail a start that would otherwise succeed
+            log.debug("The start could not be observed.", exc_info=True)
+
+    def _observe(self) -> None:
         if self._args.experts == "remote":
             with suppress(StoreUnavailable):
                 self._seen = asyncio.run(_with_registry(self._seen, self._args))

@@ -65,7 +65,9 @@ class DeviceExperts:
         self.promoted: set[Key] = set()  # standbys that are ready, and may be evicted
         self._standbys = standbys
         self._slots: dict[Key, _DeviceSlot] = {}
-        self._is_ready = {layer: np.zeros(shape.num_experts, dtype=np.bool_) for layer, shape in shapes.items()}
+        self._is_ready, self._is_promoted = (
+            {layer: np.zeros(shape.num_experts, dtype=np.bool_) for layer, shape in shapes.items()} for _ in range(2)
+        )
         self._num_computations = 0
 
     def __contains__(self, key: Key) -> bool:
@@ -127,7 +129,7 @@ class DeviceExperts:
         """Free the device memory of experts, including experts that are not loaded yet."""
         for layer, expert in keys:
             self._is_ready[layer][expert] = False
-            self.promoted.discard((layer, expert))
+            self.unmark_promoted((layer, expert))
             self.banks[layer].unload(expert)
             if self._slots.pop((layer, expert), None) is not None:
                 self.used_bytes -= self.nbytes([(layer, expert)])
@@ -144,6 +146,18 @@ class DeviceExperts:
         self._is_ready[layer][expert] = True
         self._slots[key].last_use = self._num_computations
 
+    def mark_promoted(self, key: Key) -> None:
+        """Count the expert as a promoted standby, which may be evicted."""
+        layer, expert = key
+        self.promoted.add(key)
+        self._is_promoted[layer][expert] = True
+
+    def unmark_promoted(self, key: Key) -> None:
+        """Count the expert as a promoted standby no longer, because it is a home now or has left the device."""
+        layer, expert = key
+        self.promoted.discard(key)
+        self._is_promoted[layer][expert] = False
+
     def partial_sums(self, layer: int, picks: Picks) -> NDArray[np.int64]:
         """Return the sum over the picks of each row: int64 (N, L), in units of 2**grid.
 
@@ -159,9 +173,8 @@ class DeviceExperts:
     def _note_use(self, layer: int, expert_P: NDArray[np.int32]) -> None:
         self._num_computations += 1
         if self.promoted:
-            for expert in np.unique(expert_P).tolist():
-                if (layer, expert) in self.promoted:
-                    self._slots[layer, expert].last_use = self._num_computations
+            for expert in np.unique(expert_P[self._is_promoted[layer][expert_P]]).tolist():
+                self._slots[layer, expert].last_use = self._num_computations
 
     def _as_tensors(self, picks: Picks) -> tuple[Tensor, ...]:
         x_NL = torch.from_numpy(picks.x_NL.copy())  # a copy, because torch warns about read-only memory

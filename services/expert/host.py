@@ -221,14 +221,14 @@ class ExpertHost:
             assert key in self.on_device
             self.on_device.mark_ready(key)
             self._set_home(key, True)
-            self.on_device.promoted.discard(key)
+            self.on_device.unmark_promoted(key)
             self.standbys.remove(key)
         for key in keys_of(standby):
             if key in staged.standbys:
                 self.standbys.add(key, *staged.standbys[key])
             if self.is_home(key):
                 self._set_home(key, False)
-                self.on_device.promoted.add(key)
+                self.on_device.mark_promoted(key)
 
     def commit_promotion(self, key: Key, weights: Weights | None) -> bool:
         """Allow requests to be computed with a promoted expert; return False if the expert was unloaded meanwhile.
@@ -240,7 +240,7 @@ class ExpertHost:
             self.free([key])
             return False
         self.on_device.mark_ready(key)
-        self.on_device.promoted.add(key)
+        self.on_device.mark_promoted(key)
         self.standbys.note_promotion(key, weights)
         return True
 
