@@ -16,9 +16,8 @@ DRAIN_POLL_S = 0.2  # seconds between two reads of the registry
 # placement that no longer names the shard.
 QUIET_S = 1.0
 ABANDONED_S = 15.0  # seconds without a leader after which a shard stops; a new leader takes over sooner
-CUT_OFF_S = (
-    2.0  # seconds without the store after which a shard stops, because without it no controller can move experts
-)
+# Seconds without the store after which a shard stops, because without it no controller can move experts.
+CUT_OFF_S = 2.0
 
 
 class DrainState(Enum):

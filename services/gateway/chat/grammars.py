@@ -17,9 +17,8 @@ from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END, Marke
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.chat.tools import Tool, ToolUse, is_string_type
 
-MAX_COUNTED_CHARS = (
-    2000  # a larger maxLength is not enforced, because the automaton needs one state for each counted character
-)
+# A larger maxLength is not enforced, because the automaton needs one state for each counted character.
+MAX_COUNTED_CHARS = 2000
 TEXT = r"(?s:.*)"  # a regular expression for any text
 
 # A function that raises ValueError if a grammar cannot be used; see
