@@ -62,7 +62,7 @@ def through_grpc(stub: Any) -> SendPrompt:
 
 
 def engine_times(running: Server) -> list[float]:
-    """Return the engine's times to the first token in seconds, for all logged requests in the order of their ends."""
+    """Return the engine's times to the first token in seconds, in the order in which the requests ended."""
     backbone = next(pid for pid, name in running.processes().items() if "backbone" in name.lower())
     lines = Path(f"/proc/{backbone}/fd/2").resolve().read_text().splitlines()
     records = [json.loads(line) for line in lines if '"first_token_s"' in line]
@@ -78,7 +78,7 @@ async def measure(running: Server, send: SendPrompt, num_requests: int) -> list[
     rng, times = random.Random(time.time_ns()), list[float]()
     for _ in range(WARM_UP + num_requests):
         times.append(await send([rng.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(PROMPT_LEN)]))
-    await asyncio.sleep(LOG_DELAY_S)  # the backbone writes its last log line meanwhile
+    await asyncio.sleep(LOG_DELAY_S)  # wait until the backbone has written its last log line
     return list(zip(times, engine_times(running)[-len(times) :], strict=True))[WARM_UP:]
 
 

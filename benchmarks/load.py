@@ -94,7 +94,7 @@ async def closed_loop(
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return a quantile, interpolated linearly between the two nearest values; return 0 if there are no values."""
+    """Return the quantile at `share` (0 to 1), interpolated linearly; return 0 if there are no values."""
     ordered = sorted(values)
     if not ordered:
         return 0.0
@@ -185,7 +185,7 @@ def local_url(url: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Send load to an OpenAI-compatible server on this machine.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model", default="", help="model name in the body; none is sent if empty")
+    parser.add_argument("--model", default="", help="model name in the body; if empty, the body has no model name")
     loop = parser.add_mutually_exclusive_group(required=True)
     loop.add_argument("--rate", type=float, help="open loop: requests per second, with Poisson arrivals")
     loop.add_argument("--concurrency", type=int, help="closed loop: requests at a time")

@@ -49,7 +49,7 @@ listen service
 
 
 def reason_unavailable() -> str:
-    """Return the reason why this machine cannot run a `LocalCluster`, or an empty string if it can."""
+    """Return the reason why this machine cannot run a `LocalCluster`; return an empty string if there is no reason."""
     if shutil.which("ip") is None:
         return "the command `ip` (iproute2) is missing"
     probe = f"em{secrets.token_hex(2)}"
@@ -59,7 +59,7 @@ def reason_unavailable() -> str:
     ):
         done = subprocess.run(["ip", *add], capture_output=True, text=True)
         if done.returncode:
-            return f"`ip {' '.join(add)}`: {done.stderr.strip()}"
+            return f"`ip {' '.join(add)}` failed: {done.stderr.strip()}"
         _ip(*remove, probe)
     return ""
 
@@ -108,7 +108,7 @@ class ClusterNode:
         _ip("link", "set", self.link, "down")
 
     def stop(self) -> None:
-        """Kill all processes of the node, because an orderly stop would take twenty seconds, and remove its network."""
+        """Kill all processes of the node and remove its network; an orderly stop would take twenty seconds."""
         if not self.is_up:
             return
         self.is_up = False
@@ -174,7 +174,7 @@ class NamespaceNetwork:
         return f"http://{self.host}:{port}"
 
     def _run(self, command: Sequence[str | Path], port: int) -> None:
-        """Start a server that runs as long as the network; raise AssertionError if the server does not listen."""
+        """Start a server, which stops with the network; raise AssertionError if the server does not listen."""
         printed = self._folder / f"{Path(command[0]).name}-{port}.txt"
         with printed.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)

@@ -129,7 +129,7 @@ async def measure(
         rng = random.Random(0)
 
         async def tokens(length: int, num_output: int) -> list[tuple[float, float]]:
-            """Return, for each token, the token's time and the seconds spent in attention until that time."""
+            """Return, for each token, when it arrived and how many seconds attention had taken until then in total."""
             ids = [rng.randrange(16, family.config.vocab_size) for _ in range(length)]
             params = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
             return [
@@ -157,7 +157,7 @@ def long_model(source: Path, context: int) -> Iterator[str]:
 
 
 def measure_apart(model: str, num_tokens: int, *numbers: int) -> ContextMeasurement:
-    """Measure one context length in a process of its own, so that memory that other lengths used is not counted."""
+    """Measure one context length in a process of its own, because memory of other lengths must not count."""
     command = [sys.executable, "-m", "benchmarks.long_context", "one", model]
     command += [str(number) for number in (num_tokens, *numbers)]
     output = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=True).stdout
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--lens", type=int, nargs="+", default=[8192, 32768, 131072], help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded after each prompt")
     parser.add_argument("--chunk", type=int, default=2048, help="largest number of tokens in one step")
-    parser.add_argument("--threads", type=int, default=0, help="0: the number that a server uses for this model")
+    parser.add_argument("--threads", type=int, default=0, help="threads; 0: as many as a server uses for this model")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     lens = sorted(args.lens)

@@ -192,7 +192,7 @@ def _bench(
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_S, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or len(rows) != len(batches) * TRIES:
-        raise RuntimeError(f"{BENCH.name} ended with {done.returncode}: {done.stdout[-2000:]}")
+        raise RuntimeError(f"{BENCH.name} ended with exit code {done.returncode}: {done.stdout[-2000:]}")
     return rows
 
 
@@ -231,7 +231,7 @@ def main() -> None:
     if has_llama_cpp(args.llama_cpp):
         speeds["llama.cpp"] = measure_llama_cpp(args.llama_cpp, args.model, workload, args.threads)
     else:
-        print("llama.cpp is left out: --llama-cpp names no build; make one with: python -m benchmarks.peers build DIR")
+        print("llama.cpp is left out: --llama-cpp has no build; build with: python -m benchmarks.peers build DIR")
     report(speeds, workload)
     if args.json:
         args.json.write_text(json.dumps({name: asdict(speed) for name, speed in speeds.items()}, indent=2) + "\n")

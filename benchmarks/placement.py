@@ -96,7 +96,10 @@ def batch_balance(homes: Homes, batches: Sequence[NDArray[np.int64]], num_shards
 
 
 def eplb_homes(load_LE: Floats, num_slots: int, num_shards: int) -> tuple[list[Homes], NDArray[np.int64]]:
-    """Return EPLB's homes of each layer, and the number of each layer's slots that repeat an expert of their shard."""
+    """Return two results of EPLB: the homes of each layer, and the number of wasted slots of each layer (L).
+
+    A slot is wasted if another slot of the same shard has the same expert.
+    """
     expert_LN, shard_LN = eplb.rebalance(load_LE, num_slots, num_shards)
     layers = []
     for expert_N, shard_N in zip(expert_LN.tolist(), shard_LN.tolist(), strict=True):
@@ -166,7 +169,7 @@ def compare(num_layers: int, num_rounds: int) -> None:
                 f"{balances[0] / balances[3]:.3f}          {moved:6.2%} {eplb_moved:5.1%} {fewer}     {doubles:.2f}"
             )
             assert blasts == 0, "an expert had no live home after the loss of one shard"
-    print("Ours: no expert twice on a shard (Placement asserts it), no pick without a live home after any single loss.")
+    print("Ours: no shard has an expert twice (Placement asserts it); after any one loss, every pick has a live home.")
 
 
 def median_s(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:

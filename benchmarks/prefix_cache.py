@@ -1,12 +1,12 @@
-"""The benchmark measures how often the prefix cache helps and how much time it saves, through REST.
+"""The benchmark measures, through REST, how many requests the prefix cache helps and how much time it saves.
 
     python -m benchmarks.prefix_cache                        # the demo model, 3 shards; about 3 minutes
     python -m benchmarks.prefix_cache --json out.json
 
 There are four patterns of 64 requests each. A request shares tokens with earlier requests. If the server reused at
 least half of the shared tokens, the request is a hit; the bar is 50 hits of 64 in every pattern. Each request is
-followed by a cold request, which has the same length and shares no tokens. The cache saves the difference between the
-times to the first token of the cold request and of the request before it.
+followed by a cold request, which has the same length and shares no tokens. The TTFT of the cold request minus the TTFT
+of the request before the cold request is the time that the cache saves.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PromptPattern:
 
 
 def prefix_patterns(vocab_size: int, seed: int) -> Iterator[PromptPattern]:
-    """Yield three patterns of shared prefixes: a long one, a long one shifted by 100 tokens, and a short one."""
+    """Yield three patterns: a long shared prefix, the same prefix after 100 other tokens, and a short shared prefix."""
     rng = random.Random(seed)
 
     def ids(count: int) -> tuple[int, ...]:

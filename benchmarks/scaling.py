@@ -256,7 +256,7 @@ async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[
     observer = PoolObserver(Registry(redis, target.model_id()))
     clients = ClosedLoopClients(target.url, bodies, args.concurrency, args.share)
     load = asyncio.create_task(clients.run())
-    await asyncio.sleep(args.rest)  # the load becomes steady meanwhile
+    await asyncio.sleep(args.rest)  # wait until the load is steady
     start = time.perf_counter()
     for cycle in range(args.cycles):
         await observer.grow()
@@ -279,7 +279,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="smallest number of requests")
     parser.add_argument("--concurrency", type=int, default=3, help="requests at a time")
     parser.add_argument(
-        "--share", type=float, default=0.6, help="share of the time in which each client has a request; 1 saturates"
+        "--share",
+        type=float,
+        default=0.6,
+        help="share of the time in which each client has a request; 1 means no pauses",
     )
     parser.add_argument("--tokens", type=int, default=24, help="tokens of each answer")
     parser.add_argument("--rest", type=float, default=6.0, help="seconds without changes after each change")

@@ -49,7 +49,7 @@ class SoakTally:
 
 @dataclass(frozen=True)
 class Growth:
-    """A `Growth` says how much one process's memory grew in the second half, by a straight line through the samples."""
+    """A `Growth` has one process's memory at the start and end of the second half, by a line fitted to the samples."""
 
     process: str
     middle_bytes: float
@@ -165,7 +165,7 @@ async def soak(running: Server, concurrency: int, seconds: float, seed: int) -> 
 def failures(
     tally: SoakTally, engine: dict[str, Any], grown: Sequence[Growth], before: set[int], after: set[int]
 ) -> list[str]:
-    """Return one sentence for each check that fails."""
+    """Return a list with one sentence for each check of the soak test that fails."""
     found = [f"a wrong answer: {words}" for words in tally.wrong]
     found += [f"{name} is {engine[name]} although no request is left" for name in ZERO_WHEN_IDLE if engine[name]]
     found += [

@@ -46,7 +46,7 @@ def _text(rng: random.Random, num_characters: int) -> str:
 
 
 def _prompt(rng: random.Random) -> dict[str, Any]:
-    """Draw a prompt: random token ids, or the beginning of a text with which other prompts begin, too."""
+    """Draw a prompt: random token ids, or the beginning of a text that is also the beginning of other prompts."""
     length = rng.choice(PROMPT_LENS)
     if rng.random() < 0.5:
         prompt: Any = [rng.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(length)]

@@ -181,9 +181,7 @@ def main() -> None:
         if has_llama_cpp(args.llama_cpp):
             sides[LLAMA_CPP] = lambda _: measure_llama_cpp(args.llama_cpp, args.model, workload, args.threads)
         else:
-            print(
-                "llama.cpp is left out: --llama-cpp names no build; make one with: python -m benchmarks.peers build DIR"
-            )
+            print("llama.cpp is left out: --llama-cpp has no build; build with: python -m benchmarks.peers build DIR")
     console = Console(width=120)
     load_before = os.getloadavg()
     speeds: dict[str, list[Speeds]] = {}

@@ -86,7 +86,7 @@ class Application:
         for pid, command in descendants(self.process.pid).items():
             if found := re.search(r"(?:redis|valkey)-server 127\.0\.0\.1:(\d+)$", command):
                 return pid, f"redis://127.0.0.1:{found[1]}/0"
-        raise AssertionError("no store runs")
+        raise AssertionError("the application runs no store")
 
     def status(self) -> Any:
         return httpx.get(f"{self.url}/status", timeout=10).raise_for_status().json()

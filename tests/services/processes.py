@@ -28,9 +28,9 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def wait_until_gone(pids: Collection[int], timeout_s: float) -> dict[int, str]:
-    """Wait up to `timeout_s` for all `pids` to end; return the command lines of the rest by process id.
+    """Wait up to `timeout_s` for all `pids` to end; return the command lines of the processes that still run.
 
-    A zombie counts as ended.
+    The result is by process id. A zombie counts as ended.
     """
     stop_at = time.monotonic() + timeout_s
     while (left := {pid: command_of(pid) for pid in pids if command_of(pid)}) and time.monotonic() < stop_at:

@@ -397,7 +397,7 @@ def test_a_bad_call_is_answered_in_one_sentence(
 
 @pytest.fixture(scope="module")
 def long_answer(server: Application) -> tuple[pb.GenerateRequest, list[int]]:
-    """Return a request that takes a few seconds, and the tokens of the undisturbed answer."""
+    """Return a request that takes a few seconds, and the tokens of its answer while no process fails."""
     request = greedy_request(held_out_prompts(1)[0], 200, ignore_eos=True)
     with server.channel() as channel:
         return request, stream_tokens(inference(channel), request)

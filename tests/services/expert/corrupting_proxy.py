@@ -12,8 +12,8 @@ from typing import Self
 class CorruptingProxy:
     """A `CorruptingProxy` forwards connections to `endpoint` and flips a bit in random bytes.
 
-    - `to_client`: of the data for the client, the proxy changes on average one in `to_client` bytes; 0 for no byte.
-    - `to_shard`: of the data for the shard, the proxy changes on average one in `to_shard` bytes; 0 for no byte.
+    - `to_client`: the mean number of bytes to the client per changed byte; 0 if no byte may change
+    - `to_shard`: the mean number of bytes to the shard per changed byte; 0 if no byte may change
     """
 
     def __init__(self, endpoint: str, to_client: int = 0, to_shard: int = 0, seed: int = 0) -> None:
