@@ -63,7 +63,7 @@ from services.cli.drill.load import RequestOutcome
 OVERLAY = ROOT / "k8s" / "overlays" / "gpu-ha" / "serve.yaml"
 STORE_PORT, GCS_STORE_PORT = 6390, 6391
 FIRSTS = (2, 30)  # last octet of the head's address: in the first cluster, in the cluster that replaces it
-DRAIN_S, GRACE_S = 120, 150  # time limits for draining a node and for ending its pod, as in k8s/base
+DRAIN_S, GRACE_S = 120, 150  # seconds allowed for draining a node and for ending its pod, as in k8s/base
 SWITCH_S = 10.0  # seconds during which the old and the new cluster serve; less than rayClusterDeletionDelaySeconds
 BACKBONE, EXPERTS = "backbone", "experts"
 NUM_NODES = {BACKBONE: 3, "experts-gpu": 5}

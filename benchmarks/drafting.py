@@ -81,7 +81,7 @@ def measure(
             speeds.append(decode_speed(outcomes))
         side.speeds.setdefault(num_streams, []).append(statistics.mean(speeds))
     side.texts += asyncio.run(texts(url, prompts[4 * round_ : 4 * round_ + 4], num_tokens))
-    time.sleep(1)  # the server refreshes its status only every half second
+    time.sleep(1)  # the status that the server returns may be half a second old
     side.engine = running.status()["engine"]
 
 

@@ -1,4 +1,4 @@
-"""These tests stop a shard, which must serve until its experts have moved or until no controller can move them."""
+"""These tests stop a shard, which must serve until its experts have moved or until no process can move them."""
 
 from __future__ import annotations
 
