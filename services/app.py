@@ -43,17 +43,18 @@ SHARD_STOP_TIMEOUT_S = MOVE_TIMEOUT_S + ANSWER_TIMEOUT_S + 10  # seconds; Serve 
 SCALING_POLICY = "services.controller.serve_policy:follow_the_controller"
 METRICS_INTERVAL_S = 1.0  # seconds between two reports of a shard to Serve's autoscaler
 GATEWAY_CPUS, CONTROLLER_CPUS = 0.5, 0.1
-GATEWAY_STOP_S = 20  # seconds for a gateway to stop, in addition to the time for draining
-SURGE_PERCENT = 100  # in an update, all new replicas serve before the old replicas stop, if the nodes have resources
+GATEWAY_STOP_S = 20  # seconds that a gateway may take to stop after it has drained
+# In an update, all new replicas start before the old replicas stop, if the nodes have enough resources for both.
+SURGE_PERCENT = 100
 ONE_PER_NODE: dict[str, Any] = {"max_replicas_per_node": 1}
-MAX_OPEN = 1024  # maximum number of open streams of a replica; the engine's queue is full at far fewer
+MAX_OPEN = 1024  # maximum number of open streams of a replica; the engine's queue is full with far fewer requests
 
 
 class ShardDeployment:
     """A `ShardDeployment` runs one replica of a pool, which is one expert shard.
 
-    The shard's id contains the replica's id, not the replica's rank, because Serve may give the rank to a later
-    replica.
+    The shard's id contains the replica's id. It does not contain the replica's rank, because Serve may give the same
+    rank to a later replica.
     """
 
     async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
@@ -105,7 +106,7 @@ class ControllerDeployment:
         self._loop = asyncio.create_task(self._controller.run())
 
     async def __del__(self) -> None:
-        """End the controller's loop, which then gives up the lease, so that another replica can lead at once."""
+        """End the controller's loop. The loop then gives up the lease, so that another replica can lead at once."""
         self._loop.cancel()
         await asyncio.gather(self._loop, return_exceptions=True)
 
@@ -126,7 +127,7 @@ class ControllerDeployment:
 
 
 class BackboneDeployment:
-    """A `BackboneDeployment` runs one backbone, and the server to which gateways open their streams."""
+    """A `BackboneDeployment` runs one backbone and a gRPC server. Gateways open their streams to this server."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("backbone", args.log_format)
@@ -150,11 +151,14 @@ class BackboneDeployment:
         self._endpoint = await self._server.start()
 
     async def status(self) -> dict[str, Any]:
-        """Return the backbone's status, its process id and the endpoint at which gateways open their streams."""
+        """Return the backbone's status, with the process id and the endpoint to which gateways open their streams."""
         return {**self._backbone.status(), "pid": os.getpid(), "endpoint": self._endpoint}
 
     async def trace(self, bounds: dict[str, Any] | None) -> dict[str, Any]:
-        """Start recording the routing within `bounds`, or stop recording if `bounds` is None; return a report."""
+        """Start to record which experts the router picks; if `bounds` is None, stop. Return the recorder's report.
+
+        `bounds` limits the recording.
+        """
         recorder = self._backbone.recorder
         report = recorder.start(Bounds(**bounds)) if bounds is not None else await asyncio.to_thread(recorder.stop)
         return {"endpoint": self._endpoint, **report}
@@ -181,9 +185,9 @@ def _deployment(
 
 
 def build_app(args: AppArgs) -> Application:
-    """Return the whole application: gateway and backbone, and controller and expert pools if the experts are remote.
+    """Return the whole application: gateway and backbone; with remote experts also the controller and the pools.
 
-    Raise ValueError before anything starts if an argument is wrong or if the model cannot be served.
+    Raise ValueError if an argument is wrong or if the model cannot be served. The function itself starts nothing.
     """
     family = args.check()
     backbone = _deployment(
@@ -198,7 +202,7 @@ def build_app(args: AppArgs) -> Application:
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
     )
-    # The import stands here, because it takes seconds and memory, and other processes do not need it.
+    # The gateway is imported here, because the import takes seconds and memory, and other processes do not need it.
     from services.ingress import GatewayDeployment
 
     gateway = _deployment(
@@ -247,9 +251,9 @@ def _pool(pool: PoolArgs) -> Any:
 
 
 def _autoscaling(pool: PoolArgs) -> AutoscalingConfig:
-    """Return the autoscaling settings for `pool`, with which Serve follows the controller's decisions at once.
+    """Return Serve's autoscaling settings for `pool`. Serve then follows the controller's decisions without a delay.
 
-    The delays before growing and shrinking are already part of the controller's policy.
+    The controller has already waited for the delays before growing and shrinking.
     """
     with warnings.catch_warnings():
         # Ray 2.60 deprecates metrics_interval_s, but ignores the option that replaces it. The default is 10 s.

@@ -1,4 +1,7 @@
-"""`AppArgs` are the arguments of the application, from a Serve config or the command line; `check` validates them."""
+"""The class `AppArgs` holds the application's arguments, from a Serve config or from the command line.
+
+`AppArgs.check` validates the arguments.
+"""
 
 import os
 from functools import partial
@@ -23,9 +26,10 @@ from services.engine.scheduling.memory import MemoryPlan, plan_memory
 from services.logs import LogFormat
 
 MIN_HIDDEN_FOR_THREADS = 1024  # hidden size from which a backbone on a CPU uses several threads
-MAX_DRAFT_TOKENS = 16  # each further draft is accepted more rarely, and 16 drafts in a row were never accepted
+# The further ahead a token is drafted, the more rarely it is accepted. 16 drafts in a row were never accepted.
+MAX_DRAFT_TOKENS = 16
 NUM_HOMES = 2  # number of homes of every expert, on different shards
-SHARE_MARGIN = 1.1  # factor on a shard's even share of bytes, because whole experts rarely divide evenly
+SHARE_MARGIN = 1.1  # memory of a shard, as a multiple of its even share: whole experts rarely divide evenly
 DEFAULT_STATE_MEMORY = 1 << 30  # bytes
 CHECKPOINT_SHARE = 0.25  # largest share of the state memory for the state checkpoints of the prefix cache
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,7 +52,10 @@ def _gpus(asked: float | None, device: str) -> float:
 
 
 def _check_gpus(gpus: float, device: str, name: str) -> None:
-    """Raise ValueError if `device` is cuda but no GPU is reserved; the message names the argument `name`."""
+    """Raise ValueError if `device` is cuda but no GPU is reserved.
+
+    `name` is the name of the argument that reserves GPUs, for the message.
+    """
     if device == "cuda" and not gpus:
         raise ValueError(f"{name} is 0, but the device is cuda; {name} must be above 0 and at most 1, or be left out")
 
@@ -189,7 +196,10 @@ class AppArgs(BaseModel):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Return the dtype; `auto` means bf16 on a GPU, where bf16 is fast, and fp32 on a CPU, where fp32 is exact."""
+        """Return the dtype of the weights and the computation.
+
+        `auto` means bf16 on a GPU, where bf16 is fast, and fp32 on a CPU, where fp32 is exact.
+        """
         return (
             DTYPES["bfloat16" if self.device == "cuda" else "float32"] if self.dtype == "auto" else DTYPES[self.dtype]
         )
@@ -202,10 +212,10 @@ class AppArgs(BaseModel):
         return self.max_model_len or longest
 
     def threads(self, family: ModelFamily) -> int:
-        """Return `backbone_threads`, or by default one thread for a small model and one per core for a larger model.
+        """Return the number of threads of a backbone: by default 1 for a small model, or else one for each core.
 
-        The matrix products of a small model take less time than waking a second thread: the demo is 1.8 times faster
-        with one thread.
+        The matrix products of a small model take less time than the wake-up of a second thread. The demo is 1.8 times
+        faster with one thread.
         """
         is_small = family.config.hidden_size < MIN_HIDDEN_FOR_THREADS
         return self.backbone_threads or (1 if is_small else os.cpu_count() or 1)
@@ -216,17 +226,17 @@ class AppArgs(BaseModel):
 
     @property
     def num_shards(self) -> dict[str, int]:
-        """Return the minimum number of shards of each pool by the pool's name."""
+        """Return a dict from the name of each pool to the pool's minimum number of shards."""
         return {pool.name: pool.least_shards for pool in self.pools}
 
     def experts_nbytes(self, family: ModelFamily) -> int:
-        """Return the size in bytes of all experts; each expert counts once, however many homes it has."""
+        """Return the size in bytes of all experts together. Each expert counts once, even if it has several homes."""
         return sum(shape.num_experts * shape.nbytes(self.torch_dtype) for shape in family.expert_shapes)
 
     def shard_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
         """Return how many bytes of expert weights a shard of `pool` may hold on its device.
 
-        By default, the smallest fleet that `min_shards` allows can hold all homes even after the loss of one shard.
+        By default, all homes still fit after the loss of one shard, even if every pool has only `min_shards` shards.
         """
         whole, num_left = self.experts_nbytes(family), max(1, sum(self.num_shards.values()) - 1)
         return int(pool.memory_budget or min(whole, SHARE_MARGIN * NUM_HOMES * whole / num_left))
@@ -234,9 +244,9 @@ class AppArgs(BaseModel):
     def shard_host_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
         """Return how many bytes of standbys a shard of `pool` may keep in host memory.
 
-        By default, a shard on a GPU keeps its even share of all experts, because reading from disk is slow. A shard on
-        a CPU keeps no standbys in host memory: its device memory is the host's memory, and the operating system caches
-        the checkpoint's pages in the rest of the host's memory.
+        By default, a shard on a GPU may keep its even share of all experts, because reading from disk is slow. A shard
+        on a CPU keeps no standbys in host memory, because the host's memory already serves as its device memory. The
+        operating system uses free host memory to cache the checkpoint's files.
         """
         if pool.host_budget is not None:
             return int(pool.host_budget)
@@ -244,7 +254,7 @@ class AppArgs(BaseModel):
         return int(share) if pool.device == "cuda" else 0
 
     def memory_plan(self, family: ModelFamily) -> MemoryPlan:
-        """Return the division of the state memory; raise ValueError if not even one request of maximum length fits."""
+        """Return how the state memory is divided. Raise ValueError if one request of maximum length does not fit."""
         spec, longest = family.config.state_spec, self.context(family)
         num_drafts = DEFAULT_DRAFT_TOKENS if self.draft_tokens is None else self.draft_tokens
         draft_bytes = bytes_per_request(family.config, num_drafts) if family.has_mtp else 0
@@ -261,7 +271,7 @@ class AppArgs(BaseModel):
         )
 
     def arithmetic(self) -> list[str]:
-        """Return one sentence about the backbone's kernels, and one for each pool on another kind of device."""
+        """Return one sentence about the backbone's kernels, and one for each pool whose device is of another kind."""
         pools = self.pools if self.experts == "remote" else []
         others = [pool for pool in pools if pool.device != self.device]
         return [
@@ -270,7 +280,7 @@ class AppArgs(BaseModel):
         ]
 
     def check(self) -> ModelFamily:
-        """Return the model's family; raise ValueError with one sentence if the model or an argument is wrong.
+        """Return the model's family. Raise ValueError with one sentence if the model or an argument is wrong.
 
         No weights are read.
         """
@@ -291,7 +301,7 @@ class AppArgs(BaseModel):
         return family
 
     def _fleet(self, family: ModelFamily) -> list[Shard]:
-        """Return the shards that the application starts with, without the fields that the planner does not need."""
+        """Return the shards with which the application starts; fields that the planner does not need are empty."""
         return [
             Shard(
                 f"{pool.name}-{i}",

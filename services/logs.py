@@ -12,7 +12,7 @@ from typing import Literal
 
 LogFormat = Literal["json", "text"]
 OURS = ("model", "cluster", "services", "expertmesh")
-REQUESTS = "expertmesh.requests"  # the logger whose messages are JSON objects themselves
+REQUESTS = "expertmesh.requests"  # the name of the logger whose messages are JSON objects
 USUAL = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}  # the attributes that every record has
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -20,8 +20,8 @@ TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 class JsonLines(logging.Formatter):
     """A `JsonLines` formatter turns a log record into one line of JSON.
 
-    The fields are the time (UTC), the level, the logger, the name and the id of the process, everything that the caller
-    passed as `extra` (such as `request_id`), the message, and the traceback if there is one.
+    The fields are the time (UTC), the level, the logger, the process's name, the process's id, the message, and the
+    traceback if there is one. The caller's `extra` adds further fields, such as `request_id`.
     """
 
     def __init__(self, process: str) -> None:
@@ -42,13 +42,16 @@ class JsonLines(logging.Formatter):
         else:
             fields["message"] = record.getMessage()
         if record.exc_info:
-            # `formatException` uses `print`, which Ray replaces by a function that splits the text into lines.
+            # `formatException` would call `print`, and Ray replaces `print` by a function that splits text into lines.
             fields["traceback"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
         return json.dumps(fields, ensure_ascii=False, default=str)
 
 
 def configure(process: str, log_format: LogFormat) -> None:
-    """Write the log of Expertmesh's modules to standard error; `process` is this process's name, such as "backbone"."""
+    """Configure logging: write the log of Expertmesh's modules to standard error.
+
+    `process` is the name of this process in the log, such as "backbone".
+    """
     handler = logging.StreamHandler(sys.__stderr__)  # not `sys.stderr`, which Serve replaces by a logger
     handler.setFormatter(JsonLines(process) if log_format == "json" else logging.Formatter(TEXT))
     for name in OURS:

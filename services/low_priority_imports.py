@@ -1,6 +1,6 @@
-"""When this module is imported, a low-priority thread imports the packages whose import takes seconds of CPU time.
+"""The import of this module makes a low-priority thread import torch and numba, which takes seconds of CPU time.
 
-Every process of the application imports this module first, so that a starting process does not slow down the processes
+Every process of the application imports this module first. Thus a process that starts does not slow down the processes
 that answer requests.
 """
 

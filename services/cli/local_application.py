@@ -39,9 +39,9 @@ WATCH_JOIN_S = 5.0  # seconds to wait for the last observation, which may hang i
 
 @dataclass(frozen=True)
 class Ports:
-    """A `Ports` holds the ports on which the application listens on 127.0.0.1.
+    """A `Ports` holds the ports of the REST API and the gRPC API on 127.0.0.1.
 
-    On a joined cluster, Serve's proxies listen for gRPC on every address.
+    If the application joins a Ray cluster, the gRPC port is open on all addresses of the machine.
     """
 
     http: int = 8000
@@ -49,7 +49,10 @@ class Ports:
 
 
 def check_port(name: str, port: int, host: str) -> None:
-    """Raise ValueError if `port` cannot be bound on `host`; `name` is the option that the user gave."""
+    """Raise ValueError if no socket can be bound to `port` on `host`.
+
+    `name` is the command-line option for the port, for the message.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -83,9 +86,10 @@ def logs_path() -> Path:
 def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: str | None = None) -> Iterator[AppArgs]:
     """Run the application until the body ends, then stop everything that this function has started.
 
-    The body begins when the application is ready for its first request. `reporter` receives the steps of the start.
-    `ray_address` is the Ray cluster to join, or None to start a local Ray. Raises ValueError with one sentence if a
-    port or the store cannot be used, and RuntimeError if Ray Serve cannot deploy the application.
+    The body begins when the application is ready for its first request. `reporter` is told the progress of each step of
+    the start. `ray_address` is the address of a Ray cluster to join; if None, Ray is started on this machine. Raises
+    ValueError with one sentence if a port or the store cannot be used. Raises RuntimeError if Ray Serve cannot deploy
+    the application.
     """
     if ports.http == ports.grpc:
         raise ValueError(f"--port and --grpc-port are both {ports.http}; they must differ")
@@ -112,7 +116,8 @@ def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: s
             ports=(ports.http, ports.grpc),
             num_cached=None if ray_address else _num_kernels(),
         )
-        stack.callback(reporter.end)  # shows a failed start at once, not only after everything has stopped
+        # If the start fails, this callback runs first. The user sees the failure before Serve, Ray and the store stop.
+        stack.callback(reporter.end)
         with StartWatch(args, goal, reporter) as watch:
             serve.run(build_app(args), name=APP_NAME, route_prefix="/")
         watch.complete()
@@ -147,9 +152,10 @@ def _ray(args: AppArgs, address: str | None) -> Iterator[None]:
 def _own_serve() -> Iterator[None]:
     """Run Ray Serve without proxies until the body ends.
 
-    The gateway itself listens for clients, because a proxy would add a network hop for every token.
+    Clients connect to the gateway directly, because a proxy would add a network hop for every token.
     """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the displayed steps say what Serve would log
+    # Serve would log only what the display of the steps already shows.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
     try:
         yield
@@ -160,10 +166,10 @@ def _own_serve() -> Iterator[None]:
 
 @contextmanager
 def _joined_serve(ports: Ports) -> Iterator[None]:
-    """Use the Ray Serve of a cluster that was already running, and remove only our application on exit.
+    """Use the Ray Serve of a running cluster. On exit, remove our application and leave Serve running.
 
-    The gateway may run on any node of the cluster, so clients reach the gateway through Serve's proxies. Other
-    applications may run in the same Serve.
+    Other applications may run in the same Serve. The gateway may run on any node of the cluster, so clients reach the
+    gateway through Serve's proxies.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     grpc = {"port": ports.grpc, "grpc_servicer_functions": GRPC_SERVICERS}
@@ -175,11 +181,13 @@ def _joined_serve(ports: Ports) -> Iterator[None]:
 
 
 class StartWatch:
-    """A `StartWatch` observes a start on a thread of its own while the body of a `with` runs, and reports the steps.
+    """A `StartWatch` observes a start while the body of a `with` runs, and reports the progress of every step.
+
+    The observations run on a separate thread, and have three sources:
 
     - The registry tells which shards have registered, and whether there is a placement.
     - Ray Serve tells which replicas run.
-    - The folder of compiled kernels tells how many kernels there are.
+    - The folder of compiled kernels tells how many kernels have been compiled.
     """
 
     def __init__(self, args: AppArgs, goal: StartGoal, reporter: StartReporter) -> None:
@@ -189,7 +197,7 @@ class StartWatch:
         self._thread = threading.Thread(target=self._run, name="start watch", daemon=True)
 
     def complete(self) -> None:
-        """Report every step as done. Call this method when Ray Serve has said that all replicas run."""
+        """Report every step as done. The caller calls this method when Ray Serve has said that all replicas run."""
         self._look()
         for report in steps_of(self._seen, self._goal):
             self._reporter.report(replace(report, is_done=True))
@@ -202,10 +210,10 @@ class StartWatch:
             self._is_over.wait(WATCH_PERIOD_S)
 
     def _look(self) -> None:
-        """Observe the start once; a source that fails or does not answer in time keeps its last values."""
+        """Observe the start once. If a source fails or its reply is late, the values of the last observation stay."""
         try:
             self._observe()
-        except Exception:  # the display must never fail a start that would otherwise succeed
+        except Exception:  # a fault of the display must not make the start fail
             log.debug("The start could not be observed.", exc_info=True)
 
     def _observe(self) -> None:
@@ -226,9 +234,9 @@ class StartWatch:
 
 
 async def _with_registry(seen: StartObservation, args: AppArgs) -> StartObservation:
-    """Return a copy of `seen` with the registry's data about shards and about the first placement.
+    """Return a copy of `seen` with what the registry says about the shards and the first placement.
 
-    A placement that names a shard without a live record is left over from an earlier start and does not count.
+    A placement does not count if one of its shards has no live record: an earlier start has left this placement.
     """
     registry = args.registry()
     try:

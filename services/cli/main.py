@@ -1,4 +1,4 @@
-"""`main` runs the command line `expertmesh` after making the settings that every command in `COMMANDS` needs."""
+"""`main` makes the settings that every command in `COMMANDS` needs, and then runs the command line `expertmesh`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 RAY_DEFAULTS = {  # environment variables; Ray reads them when it is imported, and its processes inherit them
     "RAY_SERVE_LOG_TO_STDERR": "0",  # logs go to files in the folder of the Ray session, not to the terminal
     "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",  # a waiting thread that spins would take a core from another process
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep; spinning threads would take cores from other processes
     "KMP_BLOCKTIME": "0",
     "RAY_worker_niceness": "0",  # Ray's default of 15 is for batch work, but people wait for these processes
     "TOKENIZERS_PARALLELISM": "false",
@@ -51,12 +51,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for name, command in COMMANDS.items():
-    # Typer wraps a `short_help` to the width of the terminal, but cuts off a summary that it takes from the docstring.
+    # Typer wraps a given `short_help`. Without `short_help`, Typer would cut off the docstring's first line.
     app.command(name, short_help=(command.__doc__ or "").partition("\n")[0])(command)
 
 
 def check_own_packages() -> None:
-    """Raise ValueError if Python imports other packages under our packages' names.
+    """Raise ValueError if Python finds a foreign package under the name of one of our packages.
 
     PyPI has packages of the same names. If Python imported such a package by mistake, the errors would be hard to
     understand.

@@ -1,6 +1,6 @@
 """The commands in this file are for operators.
 
-Each command asks a running server, and most commands use the server's admin API.
+Each command sends requests to a running server. Most commands use the server's admin API.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _show(report: Any, as_json: bool, show: Callable[[Any], None]) -> None:
 
 
 def _by() -> str:
-    """Return the name under which the server records an order: user@host, at most 128 characters."""
+    """Return the name that the server records as the giver of an order: user@host, at most 128 characters."""
     return f"{getpass.getuser()}@{socket.gethostname()}"[:128]
 
 
@@ -184,7 +184,7 @@ def trace(
 
 
 def _recording(backbone: dict[str, Any]) -> str:
-    """Return, in words, a backbone's reply to an order to start or stop recording."""
+    """Return, in words, the reply of a backbone that was ordered to start or stop recording."""
     if not backbone.get("path"):
         return str(backbone.get("error", "nothing was recorded"))
     path = backbone["path"]

@@ -12,11 +12,11 @@ from cluster.trace import read_trace
 
 
 def replay(path: Path, fleet: dict[str, Any]) -> dict[str, Any]:
-    """Return, as JSON values, the plan for the load of a recorded trace.
+    """Plan a placement for the load of a recorded trace, and return the plan as JSON values.
 
-    The balancedness is reported before and after the plan. `path` is the file of the trace, and `fleet` is the answer
-    of /admin/placement. The server's placement does not change. Raises ValueError if there is no placement yet, or if
-    the trace was recorded with another model.
+    The plan contains the balancedness before and after the plan. `path` is the file of the trace, and `fleet` is the
+    server's answer to GET /admin/placement. The server's placement does not change. Raises ValueError if the server has
+    no placement yet, or if the trace was recorded with another model.
     """
     trace = read_trace(path)
     layers = [LayerSpec(**spec) for spec in fleet["layers"]]

@@ -24,7 +24,7 @@ from services.cli.terminal import AsJson, console, plain_errors
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
-SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # what this version can serve; more models can be sized
+SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # this version serves these; it can size more models
 
 
 def size_model(
@@ -72,8 +72,8 @@ def size_model(
 def read_config(model: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the config of a model.
 
-    `model` is a directory, a file, or part of a public model's name. Raises ValueError with one sentence if there is no
-    such model or if the config cannot be read.
+    `model` is the path of a model directory, the path of a config file, or a part of a public model's name. Raises
+    ValueError with one sentence if there is no such model or if the config cannot be read.
     """
     path = Path(model)
     if path.is_dir():

@@ -1,6 +1,6 @@
 """The functions in this file show a `Sizing` as tables for a terminal of 80 columns.
 
-A GB is 10**9 bytes, a GiB is 2**30 bytes.
+A GB is 10**9 bytes; a GiB is 2**30 bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ PART_NAMES = {
 
 
 def size_tables(name: str, model: ModelSizes, made: Sizing, slo: Slo) -> Iterator[Table]:
-    """Yield three tables for one model: its weights by part, its deployment, and the costs of a request and a token."""
+    """Yield three tables for one model.
+
+    The tables show the weights of the model's parts, the deployment, and the costs of a request and of a token.
+    """
     parts = Table(title=f"{name} in {made.dtype}", box=None, padding=(0, 2, 0, 0))
     parts.add_column("weights")
     for column in ("parameters", "GB"):
@@ -60,7 +63,7 @@ def size_tables(name: str, model: ModelSizes, made: Sizing, slo: Slo) -> Iterato
 
 
 def _fleet(made: Sizing) -> Iterator[tuple[str, str, str]]:
-    """Yield rows of three texts: the name of a quantity, the value for a backbone and the value for a shard."""
+    """Yield the rows of the deployment's table: (name of a quantity, value for a backbone, value for a shard)."""
     yield "GPUs", str(made.backbone_gpus), str(made.expert_gpus)
     yield "requests on each", str(made.requests_per_backbone), ""
     yield "weights on each, GB", f"{made.backbone_weight_bytes / GB:.1f}", ""

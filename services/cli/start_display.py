@@ -1,6 +1,7 @@
 """The classes in this file show the progress of a start.
 
-On a terminal, a `StepList` shows a list that changes in place. Elsewhere, a `StepLines` writes one line for each step.
+On a terminal, a `StepList` shows a list that changes in place. If the output is not a terminal, a `StepLines` writes a
+line for each step.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from rich.text import Text
 
 from services.cli.start_steps import StartReporter, StartStep, StepReport
 
-FRAMES_PER_S = 4  # enough for a turning spinner; more frames would take CPU time from the processes that start
+FRAMES_PER_S = 4  # enough for the spinner; more frames would take CPU time from the processes that start
 NAME_WIDTH = max(map(len, StartStep))
 
 
 @contextmanager
 def showing(console: Console, steps: Iterable[StartStep]) -> Iterator[StartReporter]:
-    """Show `steps` until the body ends: as a changing list on a terminal, or else as lines of text."""
+    """Show `steps` until the body ends: on a terminal as a list that changes in place, elsewhere as lines of text."""
     is_terminal = console.file.isatty() and not console.is_dumb_terminal
     reporter = StepList(console, steps) if is_terminal else StepLines(console)
     try:
@@ -34,7 +35,7 @@ def showing(console: Console, steps: Iterable[StartStep]) -> Iterator[StartRepor
 
 
 class StepLines:
-    """A `StepLines` writes a line when a step is done, and also when a step begins that will take long."""
+    """A `StepLines` writes a line when a step is done. It also writes a line when a long step begins."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._started = console, time.monotonic()
@@ -51,7 +52,7 @@ class StepLines:
             self._console.print(f"{seconds:6.1f} s  {report.step:{NAME_WIDTH}}  {report.detail}")
 
     def end(self) -> None:
-        """Do nothing, because every line is complete when it is written."""
+        """Do nothing: the lines that have been written need no change at the end."""
 
 
 class StepList:
@@ -79,7 +80,7 @@ class StepList:
                 self._done_at[report.step] = self._seconds()
 
     def end(self) -> None:
-        """End the list: remove the steps that never began, and mark the steps that were not completed."""
+        """End the display: remove the steps that never began, and mark the steps that began but were not completed."""
         with self._lock:
             self._has_ended = True
         self._live.stop()

@@ -1,6 +1,6 @@
-"""A start consists of steps; `steps_of` tells the progress of each step from an observation of the start.
+"""The start of the application consists of steps. `steps_of` computes the progress of each step from an observation.
 
-`steps_of` is a pure function. `services/cli/local_application.py` makes the observations, and
+`steps_of` is a pure function. `services/cli/local_application.py` observes the start, and
 `services/cli/start_display.py` shows the steps.
 """
 
@@ -13,9 +13,9 @@ from typing import Protocol
 
 
 class StartStep(StrEnum):
-    """A `StartStep` is one step of a start; its value is the name that a user sees.
+    """A `StartStep` is one step of the application's start. The enum's values are the names that a user sees.
 
-    The members of the enum stand in the order of the display.
+    The steps are displayed in the order of the members.
     """
 
     MODEL = "Model"
@@ -34,7 +34,7 @@ class StepReport:
 
     - `detail`: a phrase without a full stop
     - `is_done`: True if the step is complete; a log has a line for every complete step
-    - `is_news`: True if a long step begins; a log has a line for this report too
+    - `is_news`: True if a long step begins; a log has a line for the beginning of a long step too
     """
 
     step: StartStep
@@ -52,10 +52,10 @@ class StartReporter(Protocol):
 
 @dataclass(frozen=True)
 class StartGoal:
-    """A `StartGoal` says what an application needs before it is ready.
+    """A `StartGoal` lists the parts of an application that must run before the application is ready.
 
     - `num_shards`: number of shards that must be registered; 0 if the backbone computes the experts
-    - `replicas`: number of replicas that must run, by the name of their deployment
+    - `replicas`: for each deployment's name, the number of replicas that must run
     - `ports`: the REST port and the gRPC port
     - `num_cached`: number of compiled kernels on disk before the start; None if the kernels are on other machines
     """
@@ -68,12 +68,12 @@ class StartGoal:
 
 @dataclass(frozen=True)
 class StartObservation:
-    """A `StartObservation` holds what the registry, Ray Serve and the folder of kernels say at one moment of a start.
+    """A `StartObservation` is the state of a start at one moment, from the registry, Ray Serve and the kernels' folder.
 
     - `num_registered`: number of shards with a live record in the registry
-    - `num_held`: number of experts that shards hold, by the shards' last heartbeats; an expert counts once per home
+    - `num_held`: sum over the shards of the number of experts that a shard holds, as of the shard's last heartbeat
     - `num_homes`: number of homes in the first placement, or None before the first placement is published
-    - `running`: number of replicas that run, by the name of their deployment
+    - `running`: for each deployment's name, the number of replicas that run
     - `num_kernels`: number of compiled kernels on this machine's disk
     """
 
@@ -87,8 +87,9 @@ class StartObservation:
 def steps_to_show(has_local_experts: bool, joins_cluster: bool) -> list[StartStep]:
     """Return the steps of a start in the order of the display.
 
-    Local experts need no store, no shards and no placement. A cluster that was already running may compile its kernels
-    on other machines, where this process cannot count the kernels.
+    Local experts need no store, no shards and no placement, so the steps for these are left out. A cluster that was
+    already running may compile kernels on other machines, where this process cannot count the kernels. In that case the
+    step for kernels is left out.
     """
     left_out = {StartStep.STORE, StartStep.SHARDS, StartStep.PLACEMENT} if has_local_experts else set()
     return [step for step in StartStep if step not in left_out and not (joins_cluster and step is StartStep.KERNELS)]
@@ -125,8 +126,7 @@ def _placement(seen: StartObservation) -> StepReport:
 def _kernels(seen: StartObservation, goal: StartGoal, num_cached: int) -> StepReport:
     """Return the report on the compilation of kernels.
 
-    The step is done when the backbones run: a backbone compiles its last kernel when it computes the tokens of its
-    warm-up.
+    The step is done when all backbones run: before a backbone is ready, its warm-up compiles the last kernel.
     """
     num_compiled = max(0, seen.num_kernels - num_cached)
     is_done = seen.running.get("backbone", 0) >= goal.replicas["backbone"]

@@ -1,4 +1,4 @@
-"""All commands share the contents of this file: the console, the form of error messages, and requests to a server."""
+"""All commands share the code in this file: the console, the error messages and the requests to a server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn a user's mistake in the body into one sentence on standard error and exit code 2."""
+    """If the body fails because of a user's mistake, print one sentence on standard error and exit with code 2."""
     try:
         yield
     except ValidationError as error:
@@ -34,10 +34,10 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def fetch(url: str, path: str, key: str = "", body: dict[str, Any] | None = None) -> Any:
-    """Send a GET, or a POST if there is a `body`, and return the JSON of the server's answer.
+    """Send a POST if `body` is given, or else a GET, and return the JSON of the server's reply.
 
-    `key` is sent as a bearer token. Raises ValueError with one sentence if no server answers, or if the answer is an
-    error.
+    `key` is the admin key, which is sent as a bearer token. Raises ValueError with one sentence if no server replies
+    or if the reply is an error.
     """
     import httpx
 

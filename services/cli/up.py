@@ -122,7 +122,7 @@ def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str 
                 from services.cli.local_application import Ports, logs_path, running
 
                 stack.enter_context(running(args, Ports(port, grpc_port), reporter, ray_address))
-            _stop_on_signals()  # a second time, because Ray has installed its own handlers
+            _stop_on_signals()  # called again, because Ray has installed its own handlers
             console.print(f"Ready after {time.monotonic() - started:.0f} s. Ctrl-C stops it.")
             console.print(f"  REST  http://127.0.0.1:{port}/v1   (OpenAI-compatible; model {args.name!r})")
             console.print(f"  gRPC  127.0.0.1:{grpc_port}   (expertmesh.inference.v1.Inference)")
@@ -135,7 +135,7 @@ def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str 
 
 
 def _checked_args(options: dict[str, Any], reporter: StartReporter) -> AppArgs:
-    """Return the application's arguments after checking the model, and print what the arguments mean for the user."""
+    """Check the model, print how the application will run, and return the application's arguments."""
     reporter.report(StepReport(StartStep.MODEL, "checking the checkpoint"))
     from services.args import AppArgs
 
@@ -160,7 +160,11 @@ def _expert_tier(args: AppArgs) -> str:
 
 
 def _stop_on_signals() -> None:
-    """Make Ctrl-C and SIGTERM stop the server, also if a shell started it with SIGINT ignored (`expertmesh up &`)."""
+    """Make Ctrl-C and SIGTERM stop the server.
+
+    A shell makes the processes that it starts in the background (`expertmesh up &`) ignore SIGINT, so the handler for
+    SIGINT is set here.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

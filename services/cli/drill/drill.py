@@ -1,8 +1,8 @@
 """A drill runs the same load on a running server twice, once undisturbed and once with a disturbance.
 
-The caller supplies the disturbance and the check whether the server has recovered, so that `benchmarks/failures.py` can
-cause worse disturbances than the command line. Requests are sent at the same moments in both runs, no matter how fast
-the server answers.
+The caller supplies two functions: one causes the disturbance, and one checks whether the server has recovered. Thus
+`benchmarks/failures.py` can cause worse disturbances than the command line. Requests are sent at the same moments in
+both runs, no matter how fast the server answers.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Load:
-    """A `Load` is a fixed sequence of requests that is sent to one URL, in an open loop.
+    """A `Load` is a fixed sequence of requests to one URL. A slow reply does not delay the next requests.
 
     - `url`: address to which each of `bodies` is posted
     - `rate`: average number of requests per second
-    - `seconds`: time from the start after which no more requests are sent
+    - `seconds`: seconds from the start of the run during which requests are sent
     - `seed`: seed of the random moments of sending; two runs with the same seed send at the same moments
     - `timeout_s`: seconds after which a request counts as failed
     """
@@ -48,7 +48,7 @@ class Load:
 
     @classmethod
     def of_sentences(cls, url: str, rate: float, seconds: float, max_tokens: int, seed: int = 0) -> Load:
-        """Return a load of greedy completions, whose prompts are short and all different."""
+        """Return a load of greedy completions. The prompts are short, and no two prompts are equal."""
         bodies = tuple(itertools.islice(_bodies(max_tokens), max(1, round(3 * rate * seconds) + 10)))
         return cls(f"{url.rstrip('/')}/v1/completions", rate, seconds, bodies, seed)
 
@@ -79,7 +79,10 @@ class Disturbance:
     timeout_s: float = 120.0
 
     async def run(self) -> float | None:
-        """Disturb the server; return the seconds until it has recovered, or None if it did not recover in time."""
+        """Disturb the server. Return the seconds from the end of `do` until the server has recovered.
+
+        Return None if the server has not recovered after `timeout_s` seconds.
+        """
         await asyncio.sleep(self.at_s)
         await self.do()
         done_at = time.monotonic()
@@ -93,13 +96,13 @@ class Disturbance:
 async def under_load(
     load: Load, disturbance: Disturbance, undisturbed: Sequence[RequestOutcome] | None = None, window_s: float = 30.0
 ) -> tuple[Verdict, float | None]:
-    """Run a load without and with a disturbance; return the verdict and the seconds until the server has recovered.
+    """Run a load without and with a disturbance, and return the pair (verdict, seconds until the server has recovered).
 
-    - `undisturbed`: outcomes of an earlier undisturbed run of `load`, or None to make this run now
+    - `undisturbed`: outcomes of an earlier undisturbed run of `load`; if None, an undisturbed run is made first
     - `window_s`: seconds after the disturbance in which the verdict compares the throughput
 
-    The seconds are None if the server did not recover in time. Raises ValueError if requests fail in the undisturbed
-    run, and any exception of `disturbance.do`.
+    The seconds are None if the server did not recover within `disturbance.timeout_s`. Raises ValueError if requests
+    fail in the undisturbed run. An exception of `disturbance.do` also reaches the caller.
     """
     before = await load.run() if undisturbed is None else undisturbed
     tasks = asyncio.create_task(load.run()), asyncio.create_task(disturbance.run())

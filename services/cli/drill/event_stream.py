@@ -1,7 +1,7 @@
-"""`post` sends one streamed request over a connection of its own, and reads the reply at the lowest cost.
+"""`post` sends one streamed request over a new connection, and reads the reply with little CPU time.
 
-The client shares two cores with the server that it measures. While tokens arrive, the client only stores bytes and
-arrival times; it parses the bytes when the reply is complete. The cost is a fifth of the cost of httpx: see
+The client and the measured server share two CPU cores. While tokens arrive, the client only stores bytes and arrival
+times. It parses the bytes when the reply is complete. The client needs a fifth of the CPU time that httpx needs: see
 `benchmarks.load_overhead`.
 """
 
@@ -20,7 +20,10 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Event:
-    """An `Event` holds the data of one server-sent event, and the `time.perf_counter` when its last byte arrived."""
+    """An `Event` holds the data of one server-sent event, and the arrival time of the event's last byte.
+
+    The time is a value of `time.perf_counter`.
+    """
 
     data: bytes
     came_at: float
@@ -30,7 +33,7 @@ class Event:
 class StreamedReply:
     """A `StreamedReply` is a complete HTTP reply with the arrival time of each part of its body.
 
-    The first `ends[i]` bytes of `body` had arrived at `times[i]`, by `time.perf_counter`.
+    At the time `times[i]` of `time.perf_counter`, the first `ends[i]` bytes of `body` had arrived.
     """
 
     status: int
@@ -40,7 +43,7 @@ class StreamedReply:
     times: tuple[float, ...]
 
     def events(self) -> Iterator[Event]:
-        """Yield the events of `body`, which must be a text/event-stream; leave out comments."""
+        """Yield the server-sent events of `body`, without comments. `body` must be a text/event-stream."""
         start = 0
         while (end := self.body.find(b"\n\n", start)) >= 0:
             end += 2
@@ -89,9 +92,9 @@ async def post(url: str, body: Mapping[str, Any], timeout_s: float) -> StreamedR
 
 
 def parse(pieces: list[tuple[float, bytes]]) -> StreamedReply:
-    """Return the HTTP/1.1 reply that `pieces` hold; the body of the reply may be chunked.
+    """Parse the bytes in `pieces` as an HTTP/1.1 reply, whose body may be chunked, and return the reply.
 
-    Each piece is a pair of an arrival time and the bytes. Raises ConnectionError if the reply is not complete.
+    Each piece is a pair (arrival time, bytes). Raises ConnectionError if the reply is not complete.
     """
     raw = b"".join(data for _, data in pieces)
     raw_ends = list(itertools.accumulate(len(data) for _, data in pieces))
@@ -118,7 +121,7 @@ def parse(pieces: list[tuple[float, bytes]]) -> StreamedReply:
 
 @dataclass
 class _BodyReader:
-    """A `_BodyReader` collects the parts of a body, each with the time at which the part's last byte arrived."""
+    """A `_BodyReader` collects the parts of a body, and for each part the arrival time of the part's last byte."""
 
     parts: list[bytes] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)

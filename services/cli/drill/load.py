@@ -16,12 +16,12 @@ from services.cli.drill.event_stream import StreamedReply, post
 
 @dataclass(frozen=True)
 class RequestOutcome:
-    """A `RequestOutcome` is what the client saw of one request. Times are in seconds from the start of the run.
+    """A `RequestOutcome` records one request as the client saw it. Times are in seconds from the start of the run.
 
-    - `event_times`, `events`: arrival and data of each event with text
+    - `event_times`, `events`: arrival time and data of each stream event with text
     - `num_prompt`, `num_cached`, `num_generated`: numbers of tokens, as counted by the server
     - `error`: kind of failure, or empty if the request succeeded
-    - `cache`: what the server says about its prefix cache, in the header x-expertmesh-cache
+    - `cache`: value of the reply's header x-expertmesh-cache, which tells how the prefix cache was used
     """
 
     sent_at: float
@@ -36,28 +36,29 @@ class RequestOutcome:
 
     @property
     def ttft_s(self) -> float:
-        """Return the seconds from sending the request to the first event with text."""
+        """Return the seconds from the sending of the request to the arrival of the first stream event with text."""
         return self.event_times[0] - self.sent_at
 
     @property
     def text(self) -> str:
-        """Return the text of the first choice.
+        """Return the generated text of the first choice.
 
-        The events are parsed only here, because parsing during the run would disturb the timing.
+        The stream events are parsed only here, because parsing during the run would disturb the timing.
         """
         choices = (json.loads(event)["choices"][0] for event in self.events)
         return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 
     @property
     def gaps_s(self) -> list[float]:
-        """Return the seconds between consecutive events with text."""
+        """Return the times between consecutive stream events with text, in seconds."""
         return [later - earlier for earlier, later in itertools.pairwise(self.event_times)]
 
 
 async def ask(url: str, body: dict[str, Any], origin: float, timeout_s: float = 600) -> RequestOutcome:
-    """Send one streamed request and return its outcome; a failure of the server or connection becomes its `error`.
+    """Send one streamed request and return its outcome.
 
-    `origin` is the `time.perf_counter` at the start of the run.
+    If the server or the connection fails, the outcome's `error` names the kind of failure. `origin` is the value of
+    `time.perf_counter` at the start of the run.
     """
     sent_at = time.perf_counter() - origin
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -74,8 +75,8 @@ async def ask(url: str, body: dict[str, Any], origin: float, timeout_s: float = 
 def read(answer: StreamedReply, sent_at: float, ended_at: float, origin: float) -> RequestOutcome:
     """Return the outcome of a request whose reply streams a completion or a chat.
 
-    Of all events, only the event with the usage and an event with an error are parsed. `origin` is the
-    `time.perf_counter` at the start of the run; `sent_at` and `ended_at` are in seconds from this start.
+    Only the stream events with the usage or with an error are parsed. `origin` is the value of `time.perf_counter` at
+    the start of the run; `sent_at` and `ended_at` are in seconds from the start of the run.
     """
     times: list[float] = []
     events: list[bytes] = []
@@ -98,7 +99,10 @@ def read(answer: StreamedReply, sent_at: float, ended_at: float, origin: float) 
 
 
 def has_text(data: bytes) -> bool:
-    """Return True if `data`, a chunk of a completion or a chat, has text and not only a role or a finish reason."""
+    """Return True if `data` contains text, and False if it contains only a role or a finish reason.
+
+    `data` is one chunk of a completion or a chat.
+    """
     is_empty = b'"text":""' in data or b'"delta":{}' in data or b'"content":""' in data
     return data.startswith(b"{") and not is_empty
 
@@ -108,9 +112,9 @@ async def open_loop(
 ) -> list[RequestOutcome]:
     """Send `bodies` to `url` at random moments, and return the outcomes in the order of sending.
 
-    The moments are a Poisson process of `rate` requests per second, and `seed` determines the moments. A slow reply
-    does not delay later requests. Sending ends after `seconds` seconds, or when all bodies are sent. Then the requests
-    in flight are completed.
+    The moments form a Poisson process of `rate` requests per second; `seed` determines the moments. A slow reply does
+    not delay later requests. Sending ends after `seconds` seconds, or earlier if all bodies are sent. The function then
+    waits for the replies to the requests in flight.
     """
     draw, origin, due = random.Random(seed), time.perf_counter(), 0.0
     running = []

@@ -18,10 +18,9 @@ LISTENING = "0A"  # the state of a listening socket in /proc/net/tcp
 async def local_pid(shard_id: str, endpoint: str) -> int:
     """Return the id of the process that serves `endpoint`.
 
-    The shard itself tells its process id, and the kernel must confirm that a process with this id listens on the port.
-    The shard's answer alone is not enough: a forwarded port may lead to a shard on another machine, and the id of its
-    process may belong to an unrelated process on this machine. Raises ValueError if the shard is on another machine or
-    does not answer.
+    The shard tells its process id, and the kernel must confirm that the process with this id listens on the port. The
+    shard's reply alone is not enough: a forwarded port may lead to a shard on another machine, and on this machine an
+    unrelated process may have the same id. Raises ValueError if the shard is on another machine or does not answer.
     """
     host, _, port = endpoint.rpartition(":")
     if not _is_here(host):
@@ -37,7 +36,7 @@ async def local_pid(shard_id: str, endpoint: str) -> int:
 
 
 def _is_here(host: str) -> bool:
-    """Return True if a socket can be bound to `host`, which is possible only for an address of this machine."""
+    """Return True if `host` is an address of this machine: only then can a socket be bound to the address."""
     with socket.socket() as probe:
         try:
             probe.bind((host, 0))
@@ -47,7 +46,10 @@ def _is_here(host: str) -> bool:
 
 
 def _listens(pid: int, port: int) -> bool:
-    """Return True if /proc shows that the process `pid` listens on `port`; return False for another user's process."""
+    """Return True if /proc shows that the process `pid` listens on `port`.
+
+    Return False if the process belongs to another user, because its sockets cannot be read.
+    """
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):

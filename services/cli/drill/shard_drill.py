@@ -23,11 +23,11 @@ MIN_AT_S, AT_SHARE = 2.0, 0.25  # the shard is killed after AT_SHARE of the run,
 
 @dataclass(frozen=True)
 class DrillResult:
-    """A `DrillResult` says how a server survived the loss of a shard.
+    """A `DrillResult` records how well a server survived the loss of a shard.
 
     - `shard`: id of the shard that was killed
-    - `full_cover_s`: seconds until every expert had two live homes again, or None if the repair took too long
-    - `verdict`: effect on the requests, or None for a drill without load
+    - `full_cover_s`: seconds until every expert had two live homes again, or None if this took longer than the timeout
+    - `verdict`: how the loss affected the requests, or None for a drill without load
     """
 
     shard: str
@@ -36,7 +36,10 @@ class DrillResult:
 
     @property
     def is_unnoticed(self) -> bool:
-        """Return True if no request failed, stalled or got other tokens, and every expert has two live homes again."""
+        """Return True if the loss affected no request, and if every expert has two live homes again.
+
+        A request is affected if it failed, stalled, or got other tokens than in the undisturbed run.
+        """
         verdict = self.verdict
         is_good = verdict is None or (
             verdict.num_failed == verdict.num_different == 0 and verdict.longest_gap_s < LONGEST_GAP_S
@@ -64,16 +67,16 @@ class DrillResult:
 
 
 async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | None) -> DrillResult:
-    """Kill the shard `shard_id`, or the shard with the most picks if the id is empty, and return the result.
+    """Kill the shard `shard_id`, and return how the server survived the loss.
 
-    `load` holds the requests per second, the seconds of a run and the tokens of a request, or is None for a drill
-    without load. Raises ValueError if there is no such shard on this machine, or if requests fail even in the
-    undisturbed run.
+    If `shard_id` is empty, the shard with the most picks is killed. `load` is the tuple (requests per second, seconds
+    of a run, tokens of a request), or None for a drill without load. Raises ValueError if this machine has no such
+    shard, or if requests fail in the undisturbed run.
     """
     url = url.rstrip("/")
     async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
         victim = _victim(await _json(client, "/status"), shard_id)
-        # The process is found before any load is sent, because a shard on another machine ends the drill.
+        # The process is looked up before any load is sent: if the shard is on another machine, the drill ends here.
         pid = await local_pid(victim["id"], victim["endpoint"])
 
         async def kill() -> None:
@@ -84,7 +87,7 @@ async def drill_shard(url: str, shard_id: str, load: tuple[float, float, int] | 
             return DrillResult(victim["id"], await Disturbance(kill, is_whole, 0.0).run(), None)
         rate, seconds, max_tokens = load
         steady = Load.of_sentences(url, rate, seconds, max_tokens)
-        # Two requests are sent without being measured, because the first calls take longer.
+        # Two requests are sent first and not measured, because a server's first requests take longer.
         await asyncio.gather(*(ask(steady.url, body, 0.0) for body in steady.bodies[-2:]))
         at_s = max(MIN_AT_S, AT_SHARE * seconds)
         verdict, whole_s = await under_load(steady, Disturbance(kill, is_whole, at_s))
@@ -104,7 +107,7 @@ def _victim(status: dict[str, Any], shard_id: str) -> dict[str, Any]:
 
 def _watch(client: httpx.AsyncClient, shard_id: str) -> Callable[[], Awaitable[bool]]:
     async def is_whole() -> bool:
-        """Return True if the placement no longer needs the killed shard and every expert has two live homes."""
+        """Return True if every expert has two live homes and no part of the placement relies on the killed shard."""
         try:
             report = await _json(client, "/health/degraded")
         except ValueError:

@@ -16,11 +16,11 @@ class Verdict:
 
     - `errors`: number of failed requests by kind of error
     - `num_different`: number of requests with another text or another number of tokens than in the undisturbed run
-    - `longest_gap_s`, `undisturbed_gap_s`: longest time between two pieces of one answer, in the disturbed and in the
-      undisturbed run
+    - `longest_gap_s`: longest time between two consecutive pieces of one answer in the disturbed run
+    - `undisturbed_gap_s`: the same time in the undisturbed run
     - `longest_ttft_s`: longest time to the first token in the disturbed run
-    - `tokens_per_s`, `undisturbed_tokens_per_s`: throughput of the disturbed and of the undisturbed run, in the
-      `window_s` seconds after the moment of the disturbance
+    - `tokens_per_s`: throughput of the disturbed run in the `window_s` seconds after the disturbance
+    - `undisturbed_tokens_per_s`: throughput of the undisturbed run in the same seconds
     """
 
     num_requests: int
@@ -36,9 +36,9 @@ class Verdict:
 
     @property
     def dip(self) -> float:
-        """Return the share of the undisturbed throughput that was lost.
+        """Return the throughput that the disturbance cost, as a share of the undisturbed throughput.
 
-        The share is negative if the disturbed run was faster.
+        The share is negative if the disturbed run had the higher throughput.
         """
         usual = self.undisturbed_tokens_per_s
         return 1.0 - self.tokens_per_s / usual if usual else 0.0
@@ -52,9 +52,9 @@ def compare(
 ) -> Verdict:
     """Compare two runs that sent the same requests in the same order, and return the verdict.
 
-    The throughput is compared in the `window_s` seconds after `disturbed_at`. `disturbed_at` is the moment of the
-    disturbance, in seconds from the start of the run. Raises ValueError if the runs sent different numbers of requests,
-    or if a request of the undisturbed run failed.
+    The disturbance came `disturbed_at` seconds after the start of the run. The throughput is compared in the `window_s`
+    seconds after the disturbance. Raises ValueError if the runs sent different numbers of requests, or if a request of
+    the undisturbed run failed.
     """
     if len(undisturbed) != len(disturbed):
         raise ValueError(f"The runs cannot be compared: {len(undisturbed)} requests were sent, then {len(disturbed)}.")
@@ -84,14 +84,14 @@ def _answer_of(outcome: RequestOutcome) -> tuple[str, int]:
 
 
 def longest_gap(outcomes: Sequence[RequestOutcome]) -> float:
-    """Return the longest time in seconds between two pieces of one answer, whether or not the answer was completed."""
+    """Return the longest time in seconds between two consecutive pieces of one answer; incomplete answers count too."""
     return max((gap for outcome in outcomes for gap in outcome.gaps_s), default=0.0)
 
 
 def num_tokens(outcomes: Sequence[RequestOutcome], start: float, end: float) -> float:
-    """Return the number of tokens that arrived from `start` to `end`, in seconds from the start of the run.
+    """Return the number of tokens that arrived between `start` and `end`, two times in seconds from the run's start.
 
-    The tokens of an answer are divided evenly among the answer's events with text.
+    An answer's tokens are divided evenly among its stream events with text, so the number may be a fraction.
     """
     return sum(
         outcome.num_generated / len(outcome.event_times) * sum(start <= at < end for at in outcome.event_times)
