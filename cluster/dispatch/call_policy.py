@@ -12,16 +12,16 @@ class CallPolicy:
     timeout_s: a call fails after this time. The time in which some picks had no live home is not counted.
     heal_timeout_s: a call fails when some of its picks have had no live home for this time.
     max_tries: a call fails when shards have answered requests for the same picks with an error this many times.
-    first_pause_s, max_pause_s: the pause before all homes are asked again, after no home has computed the picks. The
-        pause starts at `first_pause_s` and doubles up to `max_pause_s`.
+    first_pause_s, max_pause_s: when all homes were asked in vain, the call waits for a pause and then asks all homes
+        again. The pause starts at `first_pause_s` and doubles up to `max_pause_s`.
     stall_s, patience: a shard counts as stalled after a silence of `stall_s` plus `patience` times the predicted time
         of a request. The picks of the request then go to another home if there is one.
-    reset_after: how many times this stall limit a shard may be silent before the client resets the shard's stream. The
-        client does so only if the picks have no other home, and at most once for the same picks.
+    reset_after: the client resets a shard's stream after a silence of `reset_after` times the limit for a stalled
+        shard. The client does so only if the picks have no other home, and at most once for the same picks.
     hedge_floor_s: the shortest silence after which a request may be hedged, even if 95 % of the shard's replies come
         sooner.
-    hedge_share, hedge_burst: the number of hedge tokens that each message except hedges earns, and the maximum number
-        of saved tokens. A hedged message costs one token.
+    hedge_share, hedge_burst: each message that is not a hedge earns `hedge_share` hedge tokens, and a hedged message
+        costs one hedge token. At most `hedge_burst` hedge tokens are saved up.
     max_attempts: the maximum number of attempts that may run for the same picks at the same time.
     promote_s: the additional time for a request whose shard is a standby and has to promote experts first.
     far_slower: the circuit of a shard opens if a reply takes longer than `hedge_floor_s` plus this many times the
@@ -64,10 +64,10 @@ class CallPolicy:
         assert self.piece_bytes > 0
 
     def allowed_silence_s(self, predicted_s: float) -> float:
-        """Return the seconds of silence after which a shard counts as stalled, given the predicted time of a request.
+        """Return the seconds of silence after which a shard counts as stalled, for a predicted time of `predicted_s`.
 
-        The limit grows with the predicted time, but only up to a quarter of `timeout_s`. The rest of the call's time is
-        left for another home, because the shard may be hung.
+        The limit grows with `predicted_s`, but by at most a quarter of `timeout_s`. So the call has time left to ask
+        another home if the shard hangs.
         """
         return self.stall_s + min(self.patience * predicted_s, self.timeout_s / 4)
 
@@ -87,11 +87,11 @@ class Traffic:
     num_lost: int = 0  # messages whose stream broke before the reply came
     num_stalled: int = 0  # messages sent to another home because the first home was stalled
     num_hedged: int = 0  # messages sent to another home because the first home was late
-    num_hedges_won: int = 0  # hedges that were complete before the attempt that was late
+    num_hedges_won: int = 0  # hedges that were complete before the late attempt
     num_hedges_denied: int = 0  # hedges that were not sent because the hedge budget was used up
     num_probes: int = 0  # messages to a shard whose circuit is open, to learn whether the shard works again
     num_corrupt: int = 0  # replies whose checksum was wrong
-    num_heals: int = 0  # times that picks had to wait because no home could compute them
+    num_heals: int = 0  # how often picks had to wait, because no home could compute the picks
     queue_us: int = 0  # microseconds that requests waited at shards
     compute_us: int = 0  # microseconds that shards computed
-    refusals: dict[str, int] = field(default_factory=dict)  # number of refusals by code
+    refusals: dict[str, int] = field(default_factory=dict)  # how often shards refused, by refusal code

@@ -1,8 +1,8 @@
 """A client sees the shards as a `ShardFleet`: the placement, the health of each shard and the requests in flight.
 
-The module uses no sockets, threads or clock, so that the real client and the simulation can drive the same code. Only
-the calling thread may use a fleet and its healths, with one exception: any thread may set the `link` of a `ShardHealth`
-and then set `is_changed` of the fleet.
+The module uses no sockets, threads or clock, so that the real client and the simulation can drive the same code. The
+calling thread is the thread that makes the layer calls. Only this thread may use a fleet and the fleet's `ShardHealth`
+objects, with one exception: any thread may set the `link` of a `ShardHealth` and then `is_changed` of the fleet.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class FleetView:
         self.tables = _tables(placement, self.shard_ids, previous)
 
     def is_like(self, other: FleetView) -> bool:
-        """Return True if no waiting call needs to be routed again when this view replaces `other`."""
+        """Return True if this view and `other` have the same homes, standbys, draining shards and healths.
+
+        If this view then replaces `other`, waiting calls need not be routed again.
+        """
         mine, theirs = ((v.placement.homes, v.placement.standby, v.draining, v.healths) for v in (self, other))
         return mine == theirs
 
@@ -89,14 +92,15 @@ class ShardFleet:
         self.in_flight: dict[int, ShardRequest] = {}  # requests that are neither answered nor lost, by id
         self.is_changed = False  # the link or the circuit of a shard has changed since the last `refresh`
         self.probe_at = NEVER  # the next time at which a probe is due, or a probe without a reply is given up
-        self.to_learn: list[tuple[ShardRequest, ReplyTiming, float]] = []  # with the arrival time
+        # replies with sums that `learn` has not used yet: request, timing, arrival time
+        self.to_learn: list[tuple[ShardRequest, ReplyTiming, float]] = []
         self.view: FleetView | None = None
         self._ids = itertools.count(1)
         self._probes: dict[int, ShardRequest] = {}
         self._resets: list[ShardHealth] = []
 
     def adopt(self, view: FleetView, now: float) -> None:
-        """Use `view` for everything that is sent from now on."""
+        """Use `view` for all requests that are sent from now on."""
         for health in self.view.healths.values() if self.view else ():
             health.shard_index = -1
         self.view = view
@@ -118,7 +122,7 @@ class ShardFleet:
         self.is_changed = True
 
     def refresh(self) -> None:
-        """Update which shards may be asked and when a probe is due, if a link or a circuit has changed."""
+        """If a link or a circuit has changed, determine again which shards may be asked and when a probe is due."""
         if self.is_changed:
             self.is_changed = False  # reset first, because another thread may set `is_changed` again meanwhile
             shards = self._shards
@@ -155,9 +159,9 @@ class ShardFleet:
         In the result, each shard is an index into `view.shard_ids`.
 
         picks: the picks to send, ascending, as indices into `expert_P`.
-        sizes: the number of picks per row (top-k), and the maximum number of rows in a message.
+        sizes: the pair (number of picks per row, maximum number of rows in a message).
         asked_shards: the ids of the shards that were asked before and must not be asked again.
-        may_promote: whether standbys may be asked for an expert of which no home can be asked.
+        may_promote: whether a standby may be asked for an expert if none of the expert's homes may be asked.
         may_ask_avoided: whether connected shards that should be avoided may be asked, too.
         """
         assert self.view is not None
@@ -197,7 +201,7 @@ class ShardFleet:
     def note_reply(self, request_id: int, timing: ReplyTiming | None, now: float) -> ShardRequest | None:
         """Note that a request was answered, and return the request, or None if the request is not in flight.
 
-        `timing` comes from a reply with sums; `timing` is None for a refusal.
+        `timing` is the timing in a reply with sums, or None if the reply is a refusal.
         """
         request = self.in_flight.pop(request_id, None)
         if request is None:
@@ -230,7 +234,10 @@ class ShardFleet:
         self.is_changed = True
 
     def learn(self) -> None:
-        """Update the predictions with the replies in `to_learn`, preferably while the client only waits."""
+        """Update the predictions with the replies in `to_learn`.
+
+        A client should call `learn` while the client waits for replies, because the update takes time.
+        """
         for request, timing, at in self.to_learn:
             request.health.learn(request.work, timing, at - request.sent_at, request.predicted_s, at)
             self._note_costs(request.health)
@@ -248,7 +255,7 @@ class ShardFleet:
         return request
 
     def note_fault(self, health: ShardHealth, now: float) -> None:
-        """Open the circuit of a shard that failed a request or did not answer in time."""
+        """Open the circuit of a shard that failed a request or was late."""
         health.fail(now)
         self.is_changed = True
 
@@ -275,7 +282,7 @@ class ShardFleet:
         return next(is_due, None)
 
     def note_probe(self, request: ShardRequest) -> None:
-        """Note that `request` is a probe of its shard, whose circuit is half-open until the probe is answered."""
+        """Note that `request` is a probe; the circuit of the probed shard is half-open until the probe is answered."""
         request.health.circuit = Circuit.HALF_OPEN
         self._probes[request.id] = request
         self.is_changed = True
@@ -301,8 +308,8 @@ class ShardFleet:
     def circuits(self, now: float) -> dict[str, Circuit]:
         """Return the circuit of each shard, by shard id.
 
-        A circuit that has been open long enough for a probe is already reported as half-open. Without calls there is no
-        probe, so that such a circuit would otherwise be reported as open for ever.
+        A circuit that has been open long enough for a probe is already reported as half-open. Only calls send probes.
+        Without calls, such a circuit would otherwise be reported as open for ever.
         """
         shards: Iterable[ShardHealth] = self.view.healths.values() if self.view else ()
         return {

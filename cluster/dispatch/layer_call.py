@@ -6,7 +6,7 @@ messages, sends them and adds up the sums.
 The picks of a call are divided into races, and each pick is in exactly one race. The picks of a race are first sent to
 one home. If this home is late, the same picks are sent to other homes as well. Each such attempt consists of one
 request, or of several requests that together carry all picks of the race. The first attempt whose requests are all
-answered gives the sums of the race, and no other attempt does. So each pick is summed exactly once.
+answered gives the sums of the race. The sums of the other attempts are ignored, so each pick is summed exactly once.
 
 Legend: P picks of the call (the picks of a row stand together), K picks per row.
 """
@@ -43,9 +43,9 @@ from cluster.topology import Placement
 class LayerCall:
     """A `LayerCall` holds the picks of one layer's rows and decides which requests are sent for the picks.
 
-    The caller reports every event through an `on_...` method and sends the requests that the method returns, each in
-    one message. After each event `is_done` may have become true. If the call has failed, `failure` is a sentence that
-    says why.
+    The caller reports each reply, each loss and each change of the fleet through an `on_...` method. The caller sends
+    the requests that the method returns, each in one message. Each method may end the call: then `is_done` is true. If
+    the call has failed, `failure` is a sentence that says why.
     """
 
     fleet: ShardFleet
@@ -57,7 +57,7 @@ class LayerCall:
     expires_at: float = 0.0
     wake_at: float = NEVER  # the time at which `on_tick` must be called
     failure: str | None = None
-    healed_until: float = 0.0  # `expires_at` already includes the time without a home up to this moment
+    healed_until: float = 0.0  # until this time, waiting without a home is already added to `expires_at`
     races: set[Race] = field(default_factory=set)
     waiting: list[WaitingPicks] = field(default_factory=list)
 
@@ -91,8 +91,8 @@ class LayerCall:
     def on_reply(self, request_id: int, timing: ReplyTiming, now: float) -> list[int]:
         """Note that the sums of a request have come, and return the ids of the requests whose sums count now.
 
-        When the reply completes an attempt, the sums of all requests of the attempt count. The list is empty while the
-        attempt is incomplete, and if another attempt was complete before.
+        When the reply completes an attempt, the sums of all requests of the attempt count. The list is empty if the
+        attempt is still incomplete, or if another attempt was complete first.
         """
         request = self.fleet.note_reply(request_id, timing, now)
         if request is None or self.failure is not None:
@@ -180,7 +180,7 @@ class LayerCall:
     def _send(
         self, picks: PickIds, history: RetryHistory, now: float, may_ask_avoided: bool = False
     ) -> list[ShardRequest]:
-        """Return requests for `picks` to homes that were not asked in this round; picks without such a home wait.
+        """Return requests for `picks` to homes not asked in this retry round; picks without such a home wait.
 
         Homes that should be avoided are asked only for picks that have no other home.
         """
@@ -239,7 +239,7 @@ class LayerCall:
         return requests
 
     def _note_winner(self, race: Race, winner: Attempt, now: float) -> None:
-        """Count a fault for each shard with an unanswered request that was sent before the attempt `winner`."""
+        """Count a fault for each shard that has not answered a request of an attempt earlier than `winner`."""
         self.fleet.traffic.num_hedges_won += winner.is_hedge
         for request in race.beaten_by(winner):
             request.is_beaten = True
@@ -250,7 +250,7 @@ class LayerCall:
     def _retry(
         self, request: ShardRequest, reason: str, now: float, is_busy: bool = False, is_error: bool = False
     ) -> list[ShardRequest]:
-        """Return requests to other homes for a failed request's picks, unless another attempt carries these picks."""
+        """Return requests that send a failed request's picks to other homes; return none if an attempt still runs."""
         race, attempt = request.race, request.attempt
         if race is None or attempt is None or race.is_over or attempt not in race.attempts:
             return []
@@ -270,7 +270,7 @@ class LayerCall:
         return self._send(race.picks, history, now)
 
     def _wait(self, picks: PickIds, history: RetryHistory, now: float) -> None:
-        """Let `picks` wait for a pause, or until the fleet changes, because no home is left that can be asked."""
+        """Let `picks` wait until a pause ends or the fleet changes, because no home is left that can be asked."""
         resume_at = now + history.pause_s(self.fleet.policy)
         if not history.is_busy:
             self.fleet.traffic.num_heals += history.num_rounds == 0
@@ -280,8 +280,8 @@ class LayerCall:
     def _resume(self, waiting: WaitingPicks, now: float) -> list[ShardRequest]:
         """Return requests for picks that have waited, or fail the call if the picks had no home for `heal_timeout_s`.
 
-        The time without a home is added to `expires_at`. If several groups of picks waited at the same time, this time
-        is added only once.
+        The time for which the picks had no home is added to `expires_at`. If several groups of picks waited at the same
+        time, their common time is added only once.
         """
         history, heal_timeout_s = waiting.history, self.fleet.policy.heal_timeout_s
         if not history.is_busy:

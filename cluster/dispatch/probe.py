@@ -11,7 +11,7 @@ from cluster.dispatch.fleet_view import ShardFleet
 from cluster.dispatch.routing import group
 from cluster.dispatch.shard_request import PickIds, ShardRequest
 
-MAX_PROBE_PICKS = 8  # enough picks to show that a shard works, but so few that they cost the shard little
+MAX_PROBE_PICKS = 8  # enough picks to show that a shard works, at little cost for the shard
 
 
 def make_probes(

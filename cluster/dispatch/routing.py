@@ -151,9 +151,9 @@ RELIEF = 0.004  # smallest gain, as a share of the slowest shard's time, that is
 def _relieve(experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, costs: Any) -> None:
     """Move rows from the slowest shard along a chain of experts' homes to a shard that finishes earlier, repeatedly.
 
-    Assigning one expert after another cannot take into account that the neighbours of a shard could pass on rows in
-    turn. If the slowest shard reaches no shard that finishes earlier, the slowest shard's time is the least possible:
-    no split of the rows has a smaller maximum.
+    `choose` assigns one expert after another. It does not see that a shard could take rows of one expert and pass on
+    rows of another expert. If no chain leads from the slowest shard to a shard that finishes earlier, no split of the
+    rows has a smaller maximum time.
     """
     expert_S, row_S = costs[0], costs[1]
     by_S, from_S, to_S = (
@@ -317,8 +317,9 @@ def _group(
         position = next_S[home_Q[q]]
         sorted_Q[position], shard_Q[position] = pick_Q[q], home_Q[q]
         next_S[home_Q[q]] += 1
-    seen_by_E = np.full(num_experts, -1, np.int64)  # the last message with a pick of each expert
-    numbers = np.zeros((4, num_picks), np.int64)  # first pick, shard, number of rows and of experts of each message
+    seen_by_E = np.full(num_experts, -1, np.int64)  # for each expert, the last message with one of its picks
+    # for each message: first pick, shard, number of rows, number of experts
+    numbers = np.zeros((4, num_picks), np.int64)
     num_messages, last_row = 0, -1
     for q in range(num_picks):
         row, current = sorted_Q[q] // top_k, num_messages - 1

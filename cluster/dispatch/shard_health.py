@@ -54,7 +54,7 @@ UNKNOWN_COST, SMALL_WORK = CostModel(), Work(1, 1, 1.0)
 
 
 class ReplyTiming(NamedTuple):
-    """A `ReplyTiming` is what a reply says about the shard's time and queue."""
+    """A `ReplyTiming` holds the waiting time, the computing time and the length of the shard's queue from a reply."""
 
     queue_us: int = 0
     compute_us: int = 0
@@ -94,7 +94,7 @@ class ShardHealth:
         return self.link is not LinkState.UP or self.circuit is not Circuit.CLOSED or self.is_draining
 
     def compute_us(self, work: Work) -> float:
-        """Return the microseconds that the shard should take to compute `work`."""
+        """Return the predicted time of computing `work` on the shard, in microseconds."""
         num_experts, num_rows, expert_mib = work
         cost_model = self.cost_model
         unit = cost_model.weight_us_per_mib * num_experts + cost_model.row_us_per_mib * num_rows
@@ -112,7 +112,7 @@ class ShardHealth:
         return max(policy.hedge_floor_s, min(late_s, policy.allowed_silence_s(predicted_s)))
 
     def learn(self, work: Work, timing: ReplyTiming, took_s: float, predicted_s: float, now: float) -> None:
-        """Update the predictions with a reply to `work` that took `took_s` seconds instead of `predicted_s`."""
+        """Update the predictions with a reply to `work` that took `took_s` seconds; `predicted_s` was predicted."""
         self.heard_at, self.last_work = now, work
         queue_us, reported_us, depth = timing
         took_us = 1e6 * took_s
@@ -135,8 +135,8 @@ class ShardHealth:
     def fail(self, now: float) -> None:
         """Open the circuit, because the shard was late or broke the connection.
 
-        The circuit stays open longer with each failure. Failures while the circuit is open are not counted, however
-        many messages fail.
+        The circuit stays open longer with each failure in a row. While the circuit is open, further failures are not
+        counted.
         """
         if self.circuit is Circuit.OPEN:
             return
@@ -146,11 +146,11 @@ class ShardHealth:
         self.num_failures += 1
 
     def succeed(self) -> None:
-        """Close the circuit, because the shard answered in time."""
+        """Close the circuit after a reply that was not late."""
         self.circuit, self.num_failures = Circuit.CLOSED, 0
 
     def note_late_reply(self) -> None:
-        """Close an open circuit after a late reply, unless the shard has failed more than once in a row.
+        """Close an open circuit after a late reply, if the shard has failed only once in a row.
 
         A reply is late if another home has already computed the same picks.
         """
@@ -173,17 +173,17 @@ class ShardHealth:
 
 @dataclass(slots=True)
 class HedgeBudget:
-    """A `HedgeBudget` limits hedges: a hedged message costs one token, and each other message earns `share` tokens."""
+    """A `HedgeBudget` limits hedges: a hedged message costs one hedge token, and any other message earns `share`."""
 
     share: float
-    burst: float  # maximum number of tokens that can be saved up
+    burst: float  # maximum number of hedge tokens that can be saved up
     tokens: float
 
     def earn(self, num_messages: int) -> None:
         self.tokens = min(self.burst, self.tokens + self.share * num_messages)
 
     def take(self, num_messages: int) -> bool:
-        """Take a token for each message and return True, or return False if there are too few tokens."""
+        """Take one hedge token for each message and return True; return False if there are too few hedge tokens."""
         if self.tokens < num_messages:
             return False
         self.tokens -= num_messages

@@ -49,7 +49,7 @@ class ShardRequest:
     sent_at: float
     predicted_s: float  # seconds from sending until the reply should be here
     late_after_s: float  # seconds of silence after which the request may be hedged
-    stalled_after_s: float  # seconds of silence after which the picks go to another home, whatever the hedge budget
+    stalled_after_s: float  # seconds of silence after which the picks go to another home, even without a hedge token
     is_promoting: bool  # the shard is a standby of some of the experts and has to promote them first
     race: Race | None = None  # None for a probe, whose reply no call waits for
     attempt: Attempt | None = None
@@ -66,17 +66,17 @@ class ShardRequest:
 
     @property
     def silent_since(self) -> float:
-        """Return when the shard last replied to any request, or when this request was sent, whichever is later."""
+        """Return the later of two times: the shard's last reply to any request, and the sending of this request."""
         return max(self.sent_at, self.health.heard_at)
 
     @property
     def late_at(self) -> float:
-        """Return the time at which the request may be hedged if the shard stays silent until then."""
+        """Return the time at which the request may be hedged, if the shard is silent until this time."""
         return self.silent_since + self.late_after_s
 
     @property
     def stalled_at(self) -> float:
-        """Return the time at which the shard counts as stalled if it stays silent until then."""
+        """Return the time at which the shard counts as stalled, if the shard is silent until this time."""
         return self.silent_since + self.stalled_after_s
 
 
@@ -101,17 +101,21 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class RetryHistory:
-    """A `RetryHistory` records what has been tried so far to get some picks computed."""
+    """A `RetryHistory` records how some picks were sent so far in vain.
 
-    asked_shards: frozenset[str] = NO_SHARDS  # shards asked in this round; a round asks all homes
+    In one retry round, a call asks each home of the picks at most once. When no home is left, the call waits and begins
+    the next retry round.
+    """
+
+    asked_shards: frozenset[str] = NO_SHARDS  # shards asked in this retry round
     num_errors: int = 0
-    num_rounds: int = 0  # number of rounds in which all homes were asked in vain
-    stuck_since: float = NEVER  # the time at which no home was left for the first time
+    num_rounds: int = 0  # number of retry rounds in which all homes were asked in vain
+    stuck_since: float = NEVER  # the first time at which no home was left
     reason: str = "no shard that holds them can be reached"  # the outcome of the last request, for error messages
-    is_busy: bool = False  # the last shard refused only because it had too much to do
+    is_busy: bool = False  # the last asked shard refused because it had too much to do
 
     def after(self, attempt: Attempt, reason: str, is_busy: bool, is_error: bool) -> RetryHistory:
-        """Return this retry history with one more failed attempt, `attempt`; `reason` says why the attempt failed."""
+        """Return this retry history with `attempt` added as a failed attempt; `reason` says why `attempt` failed."""
         return replace(
             self,
             asked_shards=self.asked_shards | {request.shard_id for request in attempt.requests},
@@ -121,10 +125,10 @@ class RetryHistory:
         )
 
     def next_round(self, now: float) -> RetryHistory:
-        """Return the history for the next round, in which all homes are asked again.
+        """Return the history for the next retry round, in which all homes are asked again.
 
-        A round that ended at a busy shard is not counted, because such a shard works. The timeout of the call limits
-        how often busy shards are asked.
+        A retry round that ended at a busy shard is not counted, because a busy shard works. The timeout of the call
+        limits how often busy shards are asked.
         """
         if self.is_busy:
             return replace(self, asked_shards=NO_SHARDS)
@@ -132,7 +136,7 @@ class RetryHistory:
         return replace(self, asked_shards=NO_SHARDS, num_rounds=num_rounds, stuck_since=stuck_since)
 
     def pause_s(self, policy: CallPolicy) -> float:
-        """Return the seconds to wait before all homes are asked again; the pause doubles with each counted round."""
+        """Return the seconds to wait before the next retry round; the pause doubles with each counted retry round."""
         if self.is_busy:
             return policy.first_pause_s
         return min(policy.max_pause_s, policy.first_pause_s * 2.0 ** min(self.num_rounds, MAX_DOUBLINGS))
@@ -162,7 +166,7 @@ class Race:
 
     @property
     def asked_shards(self) -> frozenset[str]:
-        """Return the ids of the shards that were asked for the picks in this round, also by attempts that still run."""
+        """Return the ids of the shards asked for the picks in this retry round; running attempts count, too."""
         return self.history.asked_shards | {
             request.shard_id for attempt in self.attempts for request in attempt.requests
         }

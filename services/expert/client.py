@@ -72,7 +72,7 @@ class RemoteExperts:
     def update(self, placement: Placement, shards: Iterable[Shard]) -> None:
         """Use `placement` for calls that start from now on, open streams to new shards, and close unneeded streams.
 
-        A placement older than the current placement is ignored, but `shards` are still used.
+        If `placement` is older than the current placement, `placement` is ignored, but `shards` are still used.
         """
         self.connections.update(placement, shards)
 

@@ -60,7 +60,7 @@ class ComputeHandler:
         self.num_failed_in_a_row = 0  # consecutive requests that raised an unexpected error
         self.is_refusing = False  # whether new requests are refused, because the shard drains
         self.last_request_at = -math.inf  # the value of time.monotonic() at the last request
-        self._seen = (0, 0)  # numbers of requests and rows at the last update of `rows_per_call`
+        self._seen = (0, 0)  # the counts of requests and rows at the last update of `rows_per_call`
         self._samples: deque[CostSample] = deque(maxlen=COST_SAMPLES)
         self._counting = threading.Lock()  # guards the counts, which change on the event loop and the worker
 

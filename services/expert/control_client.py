@@ -51,8 +51,8 @@ async def load(
 ) -> LoadResult:
     """Make a shard the home of `experts` and a standby for `standby`, and return what the shard has loaded.
 
-    An expert that already has the opposite role at the shard changes its role. If the load fails, ShardError is raised,
-    and the shard holds the same experts as before.
+    A home that is in `standby` becomes a standby, and a standby that is in `experts` becomes a home. If the load fails,
+    ShardError is raised, and the shard holds the same experts as before.
 
     epoch: the epoch of the placement that the caller knows.
     sources: where the shard gets the weights, and which checksums the weights must have.
@@ -81,7 +81,7 @@ async def status(endpoint: str) -> pb.StatusReply:
 
 
 async def drain(endpoint: str, keep_serving: bool = False) -> int:
-    """Make a shard announce that it drains and, unless `keep_serving`, refuse new requests.
+    """Make a shard announce that it drains; if `keep_serving` is false, the shard also refuses new requests.
 
     Return the number of accepted requests that the shard still has to answer.
     """

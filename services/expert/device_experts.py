@@ -90,9 +90,9 @@ class DeviceExperts:
     def pin(self, keys: Iterable[Key], *, for_homes: bool = False) -> set[Key]:
         """Reserve device memory for the experts of `keys` and keep the experts there until `unpin`.
 
-        If memory is short, promoted experts are evicted; pinned experts are evicted only if `for_homes` is true. Return
-        the keys that had no memory before, whose experts the caller has to load. If evictions cannot free enough
-        memory, NoDeviceMemory is raised, and nothing has changed.
+        If memory is short, promoted experts are evicted. Promoted experts that are pinned are evicted only if
+        `for_homes` is true. Return the keys of the experts that had no memory before; the caller has to load these
+        experts. If evictions cannot free enough memory, NoDeviceMemory is raised, and nothing has changed.
         """
         pinned = set(keys)
         new = {key for key in pinned if key not in self._slots}

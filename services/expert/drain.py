@@ -16,12 +16,12 @@ DRAIN_POLL_S = 0.2  # seconds between two reads of the registry
 # placement that no longer names the shard.
 QUIET_S = 1.0
 ABANDONED_S = 15.0  # seconds without a leader after which a shard stops; a new leader takes over sooner
-# Seconds without the store after which a shard stops, because without it no controller can move experts.
+# Seconds without an answer from Redis after which a shard stops: without Redis, no controller can move experts.
 CUT_OFF_S = 2.0
 
 
 class DrainState(Enum):
-    """A `DrainState` says how far a shard's drain has come; its value is a clause for the log."""
+    """A `DrainState` says how far a shard's drain has come; the value of a state is a clause for the log."""
 
     NEVER_PLACED = "no placement was published"
     MOVED = "the placement does not name it any more"
@@ -34,7 +34,7 @@ class DrainState(Enum):
 def drain_state(shard_id: str, placement: Placement | None, shards: Sequence[Shard], has_leader: bool) -> DrainState:
     """Return how far the drain of the shard `shard_id` has come; `shards` are all live shards.
 
-    When the whole application stops, all shards drain at the same time, so each shard is ALONE.
+    When the whole application stops, all shards drain at the same time, so the state of each shard is ALONE.
     """
     if placement is None:
         return DrainState.NEVER_PLACED

@@ -36,7 +36,7 @@ class ExpertsUnavailable(RuntimeError):
 
 
 class ExpertCall:
-    """An `ExpertCall` has the routed experts of one layer's rows computed by the shards.
+    """An `ExpertCall` makes the shards compute the routed experts of one layer for the rows of one layer call.
 
     The constructor sends the first requests, and `wait` returns the sums.
     """
@@ -112,7 +112,7 @@ class ExpertCall:
             layer_call.stop_waiting()
 
     def _send(self, requests: Sequence[ShardRequest]) -> None:
-        """Send each request in a message of its own."""
+        """Send each request in a separate message."""
         if not requests:
             return
         picks = [request.picks for request in requests]

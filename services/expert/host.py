@@ -25,7 +25,7 @@ from services.expert.weights import ExpertMetadata, Weights
 
 @dataclass
 class PendingRequest:
-    """A `PendingRequest` is a request computed only in part, because some of its experts must first be promoted.
+    """A `PendingRequest` is a partly computed request: some of the request's experts must first be promoted.
 
     Legend: N rows, L expert input dim, P picks.
     """
@@ -170,8 +170,8 @@ class ExpertHost:
     def check_fits(self, homes: Experts, standby: Experts) -> None:
         """Raise ValueError if this shard cannot become the home of `homes` and a standby for `standby`.
 
-        Every expert must exist and be in only one argument. The experts `homes` must fit into device memory beside the
-        experts whose home is this shard already.
+        Every expert must exist and be in only one of the two arguments. The experts `homes` must fit into device memory
+        beside the experts whose home is this shard already.
         """
         self.check_exists(homes)
         self.check_exists(standby)
@@ -198,17 +198,17 @@ class ExpertHost:
         return (self.memory_budget - self.held_bytes) // self.shapes[layer].nbytes(self.dtype)
 
     def fill_device(self, key: Key, weights: Weights) -> ExpertMetadata:
-        """Copy the weights of a pinned expert to the device and return the expert's metadata.
+        """Copy the weights of an expert to the device memory reserved by `pin`, and return the expert's metadata.
 
-        Computing the gain exponent is slow, so the gain exponent of an earlier load is used if there was an earlier
-        load.
+        Computing the gain exponent is slow. If an earlier load has computed the gain exponent, the earlier value is
+        used.
         """
         known = self.metadata(key)
         gain = self.on_device.fill(key, weights, known.gain if known else weights.gain)
         return ExpertMetadata(weights.checksum, gain)
 
     def copy_to_host_memory(self, weights: Weights) -> Weights:
-        """Return a copy of `weights` for the `StandbyStore`, in pinned memory if the device is a GPU."""
+        """Return a copy of `weights` for the `StandbyStore`, in page-locked memory if the device is a GPU."""
         return weights.in_host_memory(is_pinned=self.device.type == "cuda")
 
     def commit(self, homes: Experts, standby: Experts, staged: StagedExperts) -> None:
@@ -288,7 +288,7 @@ class ExpertHost:
         return PendingRequest(layer, picks, sums_NL, np.ones(len(is_ready_P), np.bool_)).advance(self.on_device)
 
     def _check_hosted(self, request: pb.ComputeRequest, expert_P: NDArray[np.int32]) -> None:
-        """Raise Refused if this shard is not a standby for every expert in `expert_P`.
+        """Raise Refused if `expert_P` names an expert for which this shard is not a standby.
 
         The caller has found that none of these experts is on the device.
         """

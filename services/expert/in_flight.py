@@ -34,8 +34,8 @@ class InFlightRequest(NamedTuple):
 class InFlightTable:
     """An `InFlightTable` sends the requests of all calls and hands each outcome to the right call.
 
-    The table belongs to the calling thread. While the thread waits for one call, outcomes are handed to all of its
-    calls.
+    The table belongs to the calling thread. While the thread waits for one call, outcomes are handed to all calls of
+    the thread.
     """
 
     def __init__(self, fleet: ShardFleet, connections: ShardConnections, receiver: Receiver) -> None:

@@ -17,7 +17,7 @@ ExpertsByLayer = dict[int, list[int]]  # expert ids by layer
 
 
 def keys_of(experts: Experts) -> set[Key]:
-    """Return the keys of the experts that `experts` lists by layer."""
+    """Return the keys of the experts in `experts`, which contains expert ids by layer."""
     return {(layer, expert) for layer, ids in experts.items() for expert in ids}
 
 

@@ -22,18 +22,18 @@ IDLE_POLL_S = 0.01  # seconds between two checks of the number of parked request
 
 
 class Promoter:
-    """A `Promoter` pins device memory and promotes standbys to this memory; it belongs to one event loop.
+    """A `Promoter` reserves device memory and promotes standbys into it; its methods run on one event loop.
 
-    An expert that several requests need is promoted once for all of these requests.
+    If several requests need the same expert, the expert is promoted once for all of these requests. To pin an expert is
+    to reserve device memory for the expert and keep the memory until `unpin`.
     """
 
     def __init__(self, host: ExpertHost, worker: Worker, source: WeightSource) -> None:
         self.host, self.worker, self.source = host, worker, source
         self.num_promotions = self.promotion_us = 0
         self.in_progress: dict[Key, asyncio.Task[None]] = {}
-        self._admission = (
-            asyncio.Lock()
-        )  # held by the caller that waits for device memory; the next caller waits for the lock
+        # Held by the caller that waits for device memory; the next caller waits for the lock.
+        self._admission = asyncio.Lock()
         self._freed = asyncio.Event()  # set when device memory may have become available
 
     async def pin_homes(self, homes: set[Key]) -> set[Key]:
@@ -57,10 +57,11 @@ class Promoter:
         self._freed.set()
 
     async def promote(self, layer: int, experts: list[int], timeout_s: float) -> set[Key]:
-        """Promote as many of `experts` as fit on the device together, but at least one expert, and pin them.
+        """Promote and pin `experts`; if not all of them fit on the device together, take only the first that fit.
 
-        Return the keys of the promoted experts, which the caller must unpin. Raise Refused with NOT_HOSTED if the shard
-        cannot promote the experts, and with OVERLOADED if the promotions take longer than `timeout_s` seconds.
+        At least one expert is promoted. Return the keys of the promoted experts, which the caller must unpin. Raise
+        Refused with NOT_HOSTED if the shard cannot promote the experts, and with OVERLOADED if the promotions take
+        longer than `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
         try:
@@ -81,7 +82,7 @@ class Promoter:
         return keys
 
     async def _pin_standbys(self, layer: int, experts: list[int], deadline: float) -> set[Key]:
-        """Wait for device memory, pin as many of `experts` as fit together, and start the missing promotions.
+        """Wait for device memory, pin those of `experts` that fit together, and start the missing promotions.
 
         Return the keys of the pinned experts.
         """
@@ -99,7 +100,7 @@ class Promoter:
                 raise _too_late(layer, experts) from None
 
     def _pin_now(self, layer: int, experts: list[int]) -> tuple[set[Key], set[Key]]:
-        """Pin as many of `experts` as fit; return the keys of the pinned experts, and the keys that must be loaded."""
+        """Pin the first of `experts` that fit; return the pinned keys, and those of them that must be loaded."""
         host = self.host
         if gone := [expert for expert in experts if (layer, expert) not in host.standbys]:
             detail = f"Experts {gone} of layer {layer} are not held here any more."
@@ -111,7 +112,10 @@ class Promoter:
         return keys, host.on_device.pin(keys)
 
     async def _promote(self, key: Key) -> None:
-        """Load a pinned standby and allow requests to be computed with it; free the memory if the load fails."""
+        """Load the expert `key` into its reserved device memory and allow requests to be computed with it.
+
+        If the load fails, the memory is freed.
+        """
         started, host = time.monotonic(), self.host
         is_request_waiting.set(True)
         try:
@@ -151,7 +155,8 @@ class PromotionQueue:
     def __init__(self, promoter: Promoter, worker: Worker, max_parked: int) -> None:
         self.promoter, self.worker, self.max_parked = promoter, worker, max_parked
         self.num_parked = 0  # number of parked requests, changed on the worker's thread only
-        self._is_resuming = False  # whether a parked request is being computed, to leave the queue then
+        # whether a parked request is being answered or parked again; the request then leaves the queue
+        self._is_resuming = False
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -174,7 +179,7 @@ class PromotionQueue:
         self._loop.call_soon_threadsafe(self._start, pending, timeout_s, resume, refuse)
 
     async def idle(self) -> None:
-        """Wait until no request is parked."""
+        """Wait until the queue holds no request."""
         while self.num_parked:
             await asyncio.sleep(IDLE_POLL_S)
 
@@ -202,7 +207,7 @@ class PromotionQueue:
 
     def _leave(self, then: Callable[[], None]) -> None:
         self._is_resuming = True
-        then()  # `resume` may park the request again, for the experts that did not fit this time
+        then()  # `resume` parks the request again if some experts did not fit
         self._is_resuming = False
         self.num_parked -= 1
 

@@ -1,7 +1,7 @@
 """`ExpertService` is the gRPC servicer of a shard.
 
 `Compute` is served twice. grpcio serves any client on the shard's endpoint. `ComputeServer` serves the same rpc on a
-port of its own, where a message costs a fraction of the time that grpcio needs.
+separate port, where a message costs a fraction of the time that grpcio needs.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
     ) -> None:
         """Run `change` when no other change runs; abort the call if the change fails or the fencing token is stale.
 
-        The change runs to its end, and keeps the lock until then, even if the client goes away.
+        Even if the client goes away, the change runs to its end and holds the lock until its end.
         """
 
         async def change_alone() -> None:

@@ -53,7 +53,7 @@ class ShardConfig:
     dtype: torch.dtype = torch.float32
     max_queue: int = 64  # maximum number of requests that wait for the device; same limit for promotions
     host_budget: int = 0  # bytes of host memory for standbys
-    move_timeout_s: float = MOVE_TIMEOUT_S  # maximum seconds that a shard that drains waits for its experts to move
+    move_timeout_s: float = MOVE_TIMEOUT_S  # maximum seconds that a draining shard waits for its experts to move
 
     def __post_init__(self) -> None:
         if not self.shard_id:

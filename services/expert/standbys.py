@@ -54,7 +54,7 @@ class StandbyStore:
         return self.used_bytes + num_bytes <= self.host_budget
 
     def add(self, key: Key, weights: Weights | None, peer: str = "") -> None:
-        """Add a standby; keep `weights` in host memory if they are given and fit, else read them from disk later."""
+        """Add a standby; if `weights` are given and fit, keep them in host memory, else read them from disk later."""
         self.remove(key)
         standby = self._by_key[key] = Standby(peer=peer)
         if weights is not None and self.has_room(weights.nbytes):

@@ -1,7 +1,7 @@
 """`WeightSource` gets experts' weights from a peer or the checkpoint, and `send` sends them to a peer.
 
 Every expert that arrives is verified: against the checksum that the peer states, and against the checksum in the
-manifest if the caller knows it.
+manifest if the caller passes that checksum.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class PeerError(RuntimeError):
 
 
 class ByteBudget:
-    """A `ByteBudget` limits the bytes in flight, first come, first served; a transfer above the limit runs alone."""
+    """A `ByteBudget` limits the bytes that are in flight at the same time; transfers wait in the order of arrival.
+
+    A transfer with more bytes than the limit runs alone.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.used_bytes = max_bytes, 0
@@ -91,7 +94,7 @@ class WeightSource:
     ) -> Weights:
         """Return the verified weights of the expert `key`, from the peer that `sources` names or from the checkpoint.
 
-        The peer is tried before the checkpoint, unless `checkpoint_first`. If the peer and the checkpoint fail, raise
+        The peer is tried first; if `checkpoint_first` is true, the checkpoint is tried first. If both fail, raise
         ValueError with the expert and the two reasons.
         """
         endpoint, expected, problems = sources.peers.get(key, ""), sources.expected.get(key), []
@@ -120,10 +123,10 @@ class WeightSource:
                 raise
 
     def read_checkpoint(self, key: Key, expected: int | None) -> Weights:
-        """Return an expert's weights from the checkpoint, verified against `expected` unless `expected` is None.
+        """Return an expert's weights from the checkpoint; if `expected` is given, verify the weights' checksum.
 
-        Reading and hashing take long, so this method should run on a thread of its own. Raise ValueError if a tensor is
-        missing or the checksum differs.
+        Reading and hashing take long, so the event loop's thread should not call this method. Raise ValueError if a
+        tensor is missing or the checksum differs.
         """
         weights = Weights.of(self.read(*key), self.host.dtype)
         check_expected(weights, expected)
@@ -151,9 +154,9 @@ class WeightSource:
 
 
 def check_expected(weights: Weights, expected: int | None) -> None:
-    """Raise ValueError if the checksum of `weights` is not `expected`, unless `expected` is None.
+    """Raise ValueError if `expected` is given and the checksum of `weights` differs from `expected`.
 
-    The checksum is computed and cached in either case.
+    The checksum is computed and cached even if `expected` is None.
     """
     checksum = weights.checksum
     if expected not in (None, checksum):

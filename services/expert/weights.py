@@ -76,7 +76,7 @@ class Weights:
     def in_host_memory(self, is_pinned: bool) -> Weights:
         """Return a copy of the weights in host memory, because the original may be mapped from the checkpoint's file.
 
-        Pinned memory can be copied to a GPU without another copy in between.
+        Page-locked memory (`is_pinned`) can be copied to a GPU without another copy in between.
         """
         up, down = (tensor.pin_memory() if is_pinned else tensor.clone() for tensor in (self.up, self.down))
         return Weights(up, down, self.gain)
@@ -91,5 +91,5 @@ class ExpertMetadata:
 
     @property
     def seal(self) -> int:
-        """Return a checksum over the two fields, with which a receiver finds out whether the fields are undamaged."""
+        """Return a checksum over the two fields; a receiver uses this checksum to detect damaged fields."""
         return int.from_bytes(hashlib.sha256(f"{self.checksum} {self.gain}".encode()).digest()[:8], "little")

@@ -20,7 +20,7 @@ from services.expert.transport.worker import READ, WRITE, Worker
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
-MAX_UNSENT_BYTES = 8 << 20  # bytes of untaken replies above which no requests of a client are read
+MAX_UNSENT_BYTES = 8 << 20  # above this number of unsent bytes, no requests of a client are read
 
 
 class ReplyTo(Protocol):
@@ -45,7 +45,7 @@ class ComputeServer:
         self._listening = socket.create_server((host, 0), backlog=BACKLOG)
         self._listening.setblocking(False)
         self._streams: set[_ComputeServerStream] = set()
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # reserve for `_hang_up_on_one`
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # the spare file descriptor for `_hang_up_on_one`
         worker.watch(self._listening, self._on_connect)
 
     @property
@@ -80,7 +80,8 @@ class ComputeServer:
     def _hang_up_on_one(self) -> None:
         """Accept one connection with the spare file descriptor and close the connection.
 
-        Without a file descriptor, the connection would stay in the queue and wake the worker again and again.
+        A process without a free file descriptor cannot accept a connection. The connection would stay in the queue and
+        wake the worker again and again.
         """
         with suppress(OSError):  # another thread may take the closed file descriptor first
             if self._spare is not None:
@@ -152,7 +153,7 @@ class _ComputeServerStream:
         if self._watched == READ and not self._socket.has_unsent and not self._socket.stream.num_unsent:
             return
         num_unsent = self._socket.stream.num_unsent
-        if num_unsent > MAX_MESSAGE_BYTES:  # reading went on, for the client to widen its windows
+        if num_unsent > MAX_MESSAGE_BYTES:  # requests were still read, because the same bytes widen the windows
             log.warning("A client is disconnected, because it has not taken %d bytes of replies.", num_unsent)
             self.close()
             return

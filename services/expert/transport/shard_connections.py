@@ -32,13 +32,13 @@ class ShardConnections:
 
     def __init__(self, fleet: ShardFleet, receiver: Receiver) -> None:
         self.view: FleetView | None = None  # the newest view, which the calling thread may not have adopted yet
-        self.stream_of: dict[ShardHealth, ShardStream] = {}  # streams that are closing included
-        self.last_change = 0  # number of the last change that matters to waiting calls
+        self.stream_of: dict[ShardHealth, ShardStream] = {}  # includes streams that are closing
+        self.last_change = 0  # sequence number of the last change that matters to waiting calls
         self.is_given_up = False
         self.is_on_this_machine = False  # whether a shard runs on this machine and shares its cores
         self._fleet, self._receiver = fleet, receiver
         self._connected: dict[StreamKey, tuple[ShardHealth, ShardStream]] = {}
-        self._closing: deque[tuple[float, ShardHealth, ShardStream]] = deque()  # each with its closing time
+        self._closing: deque[tuple[float, ShardHealth, ShardStream]] = deque()  # closing time, health, stream
         self._change_numbers = itertools.count(1)
 
     @property

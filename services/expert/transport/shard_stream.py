@@ -70,7 +70,7 @@ class Receiver:
         self._poll.register(self._woken, READ)
 
     def receive(self, timeout_s: float) -> bool:
-        """Wait at most `timeout_s` seconds for events and put replies into the inbox; return True if an event came."""
+        """Put replies into the inbox; return False if no socket is ready and `wake` is not called for `timeout_s` s."""
         ready = self._poll.poll(timeout_s if HAS_EPOLL else 1000 * timeout_s)
         for file, events in ready:
             if watched := self._connections.get(file):
@@ -114,8 +114,8 @@ class ShardStream:
     """A `ShardStream` sends requests to one shard and reads the replies.
 
     `send`, `reset` and `on_ready` belong to the calling thread; any thread may call the other methods. Each stream has
-    a thread of its own, which connects and notices broken connections from which no call reads. `on_link` gets the
-    state of the link whenever the state may have changed, on the calling thread or on the stream's thread.
+    a separate thread, which connects and notices broken connections from which no call reads. `on_link` gets the state
+    of the link whenever the state may have changed, on the calling thread or on the stream's thread.
     """
 
     def __init__(self, endpoint: str, receiver: Receiver, on_link: Callable[[LinkState], None]) -> None:

@@ -1,6 +1,6 @@
 """The functions of this module convert arrays to messages and back, for both ends of `Expert.Compute`.
 
-Legend: N rows of the message, P picks of the message.
+Legend: N rows of the message, P picks of the message, ℓ numbers per row.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ READ, WRITE = select.POLLIN, select.POLLOUT
 
 
 class Worker:
-    """A `Worker` runs jobs one after the other on a thread of its own.
+    """A `Worker` runs jobs one after the other on a separate thread.
 
     Jobs and the functions that watch sockets must not raise. `run` and `idle` belong to an event loop; any thread may
     call the other methods.

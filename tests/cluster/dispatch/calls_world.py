@@ -29,7 +29,7 @@ class World:
     standby: Homes | None = None
     now: float = 100.0
     epoch: int = 1
-    expert_mib: float = 0.01  # so small that a second message costs more than three experts
+    expert_mib: float = 0.01  # with this size, a second message costs more than three experts
     counts: Counter[int] = field(default_factory=Counter)
     requests: dict[int, ShardRequest] = field(default_factory=dict)
 

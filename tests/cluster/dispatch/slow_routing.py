@@ -1,4 +1,4 @@
-"""`choose_homes` in plain Python is the oracle for the compiled function of `cluster.dispatch.routing`."""
+"""`choose_homes` chooses homes in plain Python; tests compare it with the compiled `cluster.dispatch.routing`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class _Filling:
                 self.busy[giver] -= self.new(expert, giver)
 
     def _reach(self, slowest: int, experts: Sequence[int]) -> dict[int, tuple[int, int]]:
-        """Return, for each shard that rows can reach, the expert and the shard that the rows come from."""
+        """Return, for each shard that rows can reach, the pair (expert of the rows, shard that gives the rows)."""
         reached: dict[int, tuple[int, int]] = {}
         queue = [slowest]
         for shard in queue:

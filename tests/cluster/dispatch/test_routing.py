@@ -43,7 +43,7 @@ def test_a_hot_expert_is_split_over_its_homes() -> None:
 
 
 def test_rows_that_cost_nothing_have_homes_too() -> None:
-    """Use a cost model without a cost per row, which may fit best after only a few calls."""
+    """Use a cost model whose cost per row is 0. The fit may give such a model after only a few calls."""
     table, expert_P = HomeTable([["a", "b"]]), np.zeros(100, np.int64)
     costs = ShardCosts(np.zeros(2), np.array([50.0, 10.0]), np.zeros(2), np.array([1.0, 60.0]), max_piece=10)
     assert set(assign_homes(expert_P, table, costs, np.zeros(2, np.bool_)).tolist()) == {0}  # all in one message
