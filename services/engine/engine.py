@@ -34,7 +34,7 @@ END_REASONS: dict[type[Exception], str] = {
 
 @dataclass(frozen=True)
 class TokenStream:
-    """A `TokenStream` carries the outputs or the error of a request to its client; only `loop` may use its queue."""
+    """A `TokenStream` carries the outputs or the error of a request to its client; only `loop` may use `items`."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
@@ -169,7 +169,7 @@ class Engine:
 
         `timeout` is in seconds. `sent_token_ids` is None for a new request. If an engine that is now lost had accepted
         the request, `sent_token_ids` holds the tokens that the lost engine had generated. This engine continues with
-        the same tokens as the lost engine would have done. The counts in the outputs include the sent tokens. The
+        the tokens that the lost engine would have generated. The counts in the outputs include the sent tokens. The
         outputs have `prompt_logprobs` only if no tokens were sent.
 
         Errors:
@@ -264,7 +264,7 @@ class Engine:
         )
 
     def _guarded_step(self) -> list[tuple[str, StreamItem]]:
-        """Compute a step and return its outputs by request id; if the step fails, return errors for its requests."""
+        """Compute a step and return the outputs by request id; if the step fails, return an error for each request."""
         self._num_steps += 1
         try:
             outputs = self.step()

@@ -80,7 +80,7 @@ class FleetConnection:
 
     @property
     def is_healthy(self) -> bool:
-        """Return True unless one of the tasks that `start` created has ended."""
+        """Return True if all tasks that `start` created are still running."""
         return not any(task.done() for task in self._tasks)
 
     async def _watch(self) -> None:
@@ -135,7 +135,7 @@ class FleetConnection:
     def _unreachable(self) -> set[str]:
         """Return the ids of the shards whose stream is down or that are no longer in the store.
 
-        The stream alone is not enough: a process that hangs keeps its stream open until somebody calls the process.
+        An open stream does not prove that a shard works: a process that hangs keeps its stream open until it is called.
         """
         return {*self.experts.down, *self._follower.gone}
 
@@ -173,7 +173,7 @@ class FleetConnection:
     def _shard_report(
         self, placement: Placement, states: Mapping[str, str], tier: Mapping[str, Any], circuits: Mapping[str, str]
     ) -> list[dict[str, Any]]:
-        """Return the fields of each shard of the placement for the status, sorted by shard id."""
+        """Return one dict for each shard of the placement, sorted by shard id; the dicts are a part of the status."""
         names = ("id", "pool", "node", "endpoint", "device", "num_held", "incarnation", "queue_depth")
         reports = []
         for shard in map(self._shard, sorted(placement.shard_ids)):
@@ -195,7 +195,7 @@ class FleetConnection:
 
 
 class LoadReporter:
-    """A `LoadReporter` adds a backbone's counts of picks to the load store once a second, and averages their rates.
+    """A `LoadReporter` adds a backbone's counts of picks to the load store once a second, and averages these counts.
 
     `rates` maps each layer to the picks per second of its experts (E,), averaged over about ten reports.
     """
@@ -226,7 +226,7 @@ class LoadReporter:
 
 
 class CoverageMonitor:
-    """A `CoverageMonitor` tracks which experts are below full cover, and since when there have been such experts.
+    """A `CoverageMonitor` tracks which experts are below full cover, and for how long there have been such experts.
 
     The coverage is computed again only if the placement or the live shards have changed. `expert_bytes` is the size of
     one expert in bytes, by layer.
@@ -238,7 +238,7 @@ class CoverageMonitor:
         self._repair = Repair()
 
     def update(self, placement: Placement, live: Collection[str], now: float) -> CoverageReport:
-        """Return the coverage of a placement by the shards whose ids are in `live`.
+        """Return the coverage of a placement if only the shards whose ids are in `live` serve their experts.
 
         The caller must call this method whenever the placement or the live shards may have changed. `now` is in seconds
         since 1970.

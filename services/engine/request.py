@@ -49,13 +49,14 @@ class Request:
     arrival: int = 0  # index of the request in the order of arrival at the scheduler
     level: int = field(init=False)  # the priority number, lowered by the time spent waiting
     waiting_since: float = 0.0
-    waited_s: float = 0.0  # seconds waited before the last start
+    waited_s: float = 0.0  # seconds in the queue until the last start
     page_hashes: list[bytes] = field(default_factory=list)  # hashes of full pages; `hash_pages` appends more hashes
     due_checkpoints: list[int] = field(default_factory=list)  # ascending lengths at which the state is to be saved
-    looked_up: Any = None  # while waiting: the `CachedPrefix` found last, and `num_changes` then
+    # While the request waits: the `CachedPrefix` that `look_up` found last, and `CheckpointStore.num_changes` then.
+    looked_up: Any = None
     num_cached: int = 0  # prompt tokens that were reused at the first start
     cache_reason: str = ""  # empty until the request has started
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected by the steps until the first output
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # filled by the steps before the first output
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids) - (self.num_sent or 0)
@@ -148,7 +149,7 @@ def serving_order(request: Request) -> tuple[int, int]:
 
 
 def _hash_tokens(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Return the hash of a token sequence: tokens with the hash `parent`, followed by `token_ids`."""
+    """Return the hash of a sequence of tokens: first the tokens whose hash is `parent`, then `token_ids`."""
     return hashlib.blake2b(parent + array.array("i", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
 
 

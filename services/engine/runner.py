@@ -81,8 +81,8 @@ class Runner:
     def _verify(self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor) -> list[list[SampledToken] | None]:
         """Return the new tokens of each request: the accepted drafts, and the token sampled after the drafts.
 
-        The list of a request is empty if the request still has pending tokens. The entry is None instead of a list if
-        no token could be chosen.
+        The result holds one list per request. The list is empty if the request still has pending tokens. The result
+        holds None instead of a list if no token could be chosen for the request.
         """
         places = [i for i in range(len(batch.requests)) if batch.catches_up(i)]
         rows = [
@@ -104,7 +104,7 @@ class Runner:
     def _draft(
         self, batch: ScheduledBatch, packed: Batch, hidden_TD: Tensor, new_tokens: Sequence[list[SampledToken] | None]
     ) -> dict[int, tuple[int, ...]]:
-        """Return the drafts of the tokens after `new_tokens`, by the index of the request in the batch."""
+        """Return the drafts that follow `new_tokens`, by the index of the request in the batch."""
         draft_requests: dict[int, DraftRequest] = {}
         if self.drafter is None:
             return {}
@@ -169,9 +169,9 @@ def accept(
 
     A draft is accepted if all earlier drafts were accepted and the draft equals the token sampled at its position. The
     token `sampled[n]` was drawn from the model's own logits after `drafts[:n]`. So the tokens have the same
-    distribution as without drafts. The result ends with a stop token, or when the request reaches `max_len` tokens.
+    distribution as without drafts. The result ends after a stop token, or when the request reaches `max_len` tokens.
 
-    An entry of `sampled` is None if no token could be chosen at its position. Return None if a token to add is None.
+    An entry of `sampled` is None if no token could be chosen at this position. If a token to add is None, return None.
     """
     accepted: list[SampledToken] = []
     for n, token in enumerate(sampled):

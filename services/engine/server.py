@@ -27,7 +27,7 @@ from services.engine.contract.wire import failure_to_proto, output_to_proto, par
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
 MAX_OUTPUTS_BYTES = MAX_MESSAGE_BYTES // 4  # bytes after which a message of outputs is full; one output may be larger
-MAX_UNSENT_OUTPUTS = 1 << 16  # if a gateway leaves more outputs unread, its requests are cancelled
+MAX_UNSENT_OUTPUTS = 1 << 16  # if more outputs wait for a gateway, the gateway's requests are cancelled
 HEARTBEAT_S = 0.2  # seconds between two heartbeats, which are sent even if the engine has no outputs
 STOP_GRACE_S = 0.2  # seconds that streams have for their last outputs when the server stops
 
@@ -73,7 +73,7 @@ class _GatewayStream:
             self._wake.set()
 
     def end(self) -> None:
-        """End the stream after the current message, so that the gateway continues its requests at other backbones."""
+        """End the stream after the current message; the gateway then continues the requests at other backbones."""
         self.is_over = True
         self._wake.set()
 

@@ -45,8 +45,8 @@ class SamplingParams:
 
     - `stop`: strings at which the gateway ends the answer. The engine sees no text, and stops at token ids only.
     - `priority`: a lower number means a higher priority. Waiting requests with the lowest number start first, and a
-      running request with a higher number may be preempted for a waiting request. Time spent waiting lowers the number
-      (`services.engine.scheduling.waiting_queue`).
+      running request with a higher number may be preempted for a waiting request. Requests that wait for a long time
+      move forward as if their number were lower (`services.engine.scheduling.waiting_queue`).
     - `logprobs`, `prompt_logprobs`: how many alternatives to report beside each token's own logprob. With None, no
       logprob is reported.
     """

@@ -21,7 +21,7 @@ class TokenLogprob:
 
     - The probability is the model's own: before temperature, penalties and masks are applied.
     - `rank`: 1 for the likeliest token.
-    - `top`: the likeliest tokens as (id, logprob), most likely first.
+    - `top`: the likeliest tokens as pairs (token id, logprob), most likely first.
     """
 
     token_id: int

@@ -50,9 +50,9 @@ Weights = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Acceptance:
-    """An `Acceptance` counts attempts and acceptances at each draft position; older counts have less weight.
+    """An `Acceptance` counts tried and accepted drafts at each draft position; older counts have less weight.
 
-    A position counts as tried only if all earlier drafts were accepted.
+    A draft counts as tried only if all earlier drafts of the same step were accepted.
     """
 
     tried: tuple[float, ...] = ()
@@ -206,15 +206,15 @@ def choose_depths(
 class ExplorationSchedule:
     """An `ExplorationSchedule` says when to try the less usual of two choices: to draft or not to draft.
 
-    After `after` consecutive steps with the usual choice, the less usual choice is tried for `length` steps. After each
-    trial `after` doubles, up to `longest`.
+    After `after` consecutive steps with the usual choice, the less usual choice is tried for `length` steps. Then
+    `after` doubles, up to `longest`.
     """
 
     after: int
     longest: int
     length: int
     num_alike: int = 0  # consecutive steps with the usual choice
-    num_others: int = 0  # steps with the less usual choice in the current trial so far
+    num_others: int = 0  # steps with the less usual choice since this choice became due
 
     @property
     def is_due(self) -> bool:

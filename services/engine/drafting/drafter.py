@@ -111,7 +111,8 @@ class Drafter:
     def __init__(self, model: DraftModel, state: State, sampler: Sampler, device: torch.device | str) -> None:
         self.model, self.state, self.sampler, self.device = model, state, sampler, device
         self._unread: dict[str, UnreadHidden] = {}
-        self._read: dict[str, tuple[int, int]] = {}  # by request id: first and end of the positions read
+        # By request id: the first position that the draft module has read, and the position after the last one.
+        self._read: dict[str, tuple[int, int]] = {}
 
     def add_hidden(self, request: Request, first: int, hidden_TD: Tensor) -> None:
         """Keep hidden vectors for the next drafts; `hidden_TD[t]` belongs to the request's position `first - 1 + t`."""
@@ -152,7 +153,7 @@ class Drafter:
             ids, lens = [one.draft_ids[-1] for one in active], [1] * len(active)
 
     def release(self, request: Request) -> None:
-        """Forget the vectors and positions kept for a request, which has ended or was preempted."""
+        """Forget the vectors and positions of a request that has ended or was preempted."""
         self._read.pop(request.id, None)
         self._unread.pop(request.id, None)
 

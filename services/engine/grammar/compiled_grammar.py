@@ -36,10 +36,12 @@ from services.engine.contract.sampling_params import JSON_OPTIONS, Grammar, Gram
 
 _stack_size_lock = threading.Lock()  # guards `threading.stack_size`, which applies to all new threads of the process
 
-MAX_GRAMMARS = 16  # compiled grammars in the cache; each has up to MAX_LEXER_STATES of 1 to 2 kB: at most 640 MB
+# Largest number of compiled grammars in the cache. A lexer state takes 1 to 2 kB, so the cache takes at most 640 MB.
+MAX_GRAMMARS = 16
 MAX_LEXER_STATES = 20_000
 MAX_TEXT = 2**17  # largest number of characters of a grammar
-COMPILE_STACK = 2**29  # bytes of stack; the library recurses, and the longest chain of rules in MAX_TEXT needs 2**26
+# Bytes of stack for the library, which recurses. The longest chain of rules that MAX_TEXT allows needs 2**26 bytes.
+COMPILE_STACK = 2**29
 NO_TOKEN = "NoExtension"  # beginning of the library's error message when no token can follow
 EXCERPT = re.compile(r"\d+ \| ")  # beginning of a line of an error message in which the library quotes the grammar
 

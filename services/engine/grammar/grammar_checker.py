@@ -6,7 +6,7 @@ minutes and tens of gigabytes, and the library checks its own limits too rarely 
 process ends itself when it needs too much memory. A grammar that passes the check takes no longer to compile in a
 backbone.
 
-    python -m services.engine.grammar.grammar_checker MODEL    # runs such a process: a line of JSON in, a line out
+    python -m services.engine.grammar.grammar_checker MODEL    # runs such a process: JSON lines in and out
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def main(model: str) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Limit the memory of this process to `more` bytes beyond its current use; do nothing if there is no /proc."""
+    """Let this process take at most `more` additional bytes of memory; do nothing if there is no /proc."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         used = int(statm.read_text().split()[0]) * resource.getpagesize()

@@ -64,7 +64,8 @@ class GrammarPool:
         except RuntimeError as error:  # the pool was closed
             leave_place(error)
             raise EngineFailed("The engine is not running.") from error
-        # Free the place when the work ends and not when the caller gives up, because the work still occupies a thread.
+        # The request counts among `max_requests` until the work ends, even if the caller gives up: until then the work
+        # occupies a thread.
         work.add_done_callback(leave_place)
         return work
 

@@ -105,8 +105,8 @@ def _draw_rows(weights_SV, seeds_S, positions_S, tokens_S):  # type: ignore[no-u
         best, best_id = 0.0, -1
         for first in range(0, weights_V.shape[0], PIECE):
             piece = weights_V[first : first + PIECE]
-            # E is never below its uniform, and a uniform is never below UNIT / 2. So an id that cannot win needs no
-            # logarithm, and a piece in which no id can win needs no noise.
+            # The exponential number E of an id is never below the id's uniform. A uniform is never below UNIT / 2. So
+            # an id that cannot win needs no logarithm, and a piece in which no id can win needs no noise.
             num_able = 0
             for i in range(piece.shape[0]):
                 num_able += piece[i] > best * (UNIT / 2)

@@ -34,7 +34,7 @@ from services.engine.sampling import noise, truncation
 from services.engine.sampling.sampler_state import SamplerState
 
 # Temperatures and repetition penalties are clamped to these bounds, because fp32 would overflow beyond the bounds.
-# Clamping does not change the outcome: at a bound, one logit has all the probability, or all logits have the same.
+# Clamping does not change the outcome: at a bound, one token has all the probability, or all tokens have the same.
 TEMPERATURES = (1e-30, 1e30)
 REPETITIONS = (1e-6, 1e6)
 MAX_LOGITS_CPU = 2**18  # logits edited at once on a CPU: the number that fits a core's cache
@@ -193,7 +193,7 @@ def _choose(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[Sam
 
 @dataclass(frozen=True)
 class _Penalized:
-    """A `_Penalized` lists the tokens with penalties in row number `row`, and the count of each token, both (E,)."""
+    """A `_Penalized` lists the tokens with penalties in row number `row`, and how often each token was generated."""
 
     row: int
     ids: np.ndarray[tuple[int], np.dtype[np.int64]]

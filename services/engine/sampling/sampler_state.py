@@ -51,7 +51,7 @@ class TokenCounts:
             self._ids, self._counts = np.resize(self._ids, size), np.resize(self._counts, size)
 
     def ids_and_counts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the distinct token ids and the count of each token, both (E,)."""
+        """Return the distinct token ids and the count of each token, as two arrays of the same length."""
         return self._ids[: self._num_ids].copy(), self._counts[: self._num_ids].copy()
 
 

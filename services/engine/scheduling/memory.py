@@ -54,8 +54,8 @@ class IdPool:
 class PagePool:
     """A `PagePool` counts the owners of the pages 0 to `size - 1`: requests *use* pages, and checkpoints *keep* pages.
 
-    A page without users and keepers is free. A page with keepers but without users is idle: the page becomes free when
-    the checkpoints that keep the page are evicted.
+    A page that nobody uses or keeps is free. A page that a checkpoint keeps and no request uses is idle: the page
+    becomes free when the checkpoints that keep the page are evicted.
     """
 
     def __init__(self, size: int) -> None:
@@ -64,8 +64,8 @@ class PagePool:
         self._free = list(reversed(range(size)))
         self._num_users = [0] * size
         self._num_keepers = [0] * size
-        self.num_taken = 0  # number of pages with users
-        self.num_idle = 0  # number of pages with keepers and without users
+        self.num_taken = 0  # number of pages that a request uses
+        self.num_idle = 0  # number of pages that a checkpoint keeps and no request uses
 
     @property
     def num_free(self) -> int:
@@ -75,7 +75,7 @@ class PagePool:
         return count <= self.num_free
 
     def take(self, count: int) -> list[int]:
-        """Take `count` free pages out of the pool and return the pages; each page then has one user."""
+        """Take `count` free pages out of the pool and return the pages; one request then uses each page."""
         assert 0 <= count <= self.num_free
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -84,7 +84,7 @@ class PagePool:
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Add one user to each of these pages; each page must have a user or a keeper already."""
+        """Record that one more request uses each of these pages, none of which may be free."""
         for page in pages:
             assert self._num_users[page] or self._num_keepers[page], "a free page cannot be shared"
             if not self._num_users[page]:
@@ -93,7 +93,7 @@ class PagePool:
             self._num_users[page] += 1
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """Remove one user from each of these pages."""
+        """Record that one request no longer uses these pages; a page is then free if nobody uses or keeps it."""
         for page in pages:
             assert self._num_users[page] > 0, "a page came back that no request used"
             self._num_users[page] -= 1
@@ -105,12 +105,12 @@ class PagePool:
                     self._free.append(page)
 
     def keep(self, page: int) -> None:
-        """Add one keeper to a page; the page must have a user or a keeper already."""
+        """Record that one more checkpoint keeps the page, which must not be free."""
         assert self._num_users[page] or self._num_keepers[page], "a free page cannot be kept"
         self._num_keepers[page] += 1
 
     def drop(self, page: int) -> None:
-        """Remove one keeper from a page."""
+        """Record that one checkpoint no longer keeps the page; the page is then free if nobody uses or keeps it."""
         assert self._num_keepers[page] > 0, "a page was dropped that no checkpoint kept"
         self._num_keepers[page] -= 1
         if not self._num_keepers[page] and not self._num_users[page]:
@@ -121,11 +121,11 @@ class PagePool:
         return self._num_users[page]
 
     def is_idle(self, page: int) -> bool:
-        """Return True if the page has keepers and no users."""
+        """Return True if a checkpoint keeps the page and no request uses it."""
         return self._num_keepers[page] > 0 and not self._num_users[page]
 
     def is_freed_by_drop(self, page: int) -> bool:
-        """Return True if the page has one keeper and no users, so that `drop` would free the page."""
+        """Return True if one checkpoint keeps the page and no request uses it, so that `drop` would free the page."""
         return self._num_keepers[page] == 1 and not self._num_users[page]
 
 

@@ -6,9 +6,9 @@ The waiting request is called the newcomer. The function only chooses; the sched
   requests could preempt each other again and again.
 - Requests are preempted only if the newcomer can then start in the same step. Otherwise the preempted requests would
   lose their work for nothing.
-- Time spent waiting can protect a running request, but cannot help a newcomer to preempt. A running request is
-  preempted only if its priority number and its level are both above the newcomer's. So a running request is not
-  preempted if it waited so long before its start that its level is as low as the newcomer's level.
+- Time spent waiting can protect a running request, but cannot help a newcomer to preempt. Waiting lowers the level of a
+  request, but not its priority number. A running request is preempted only if its number and its level are both higher
+  than the newcomer's. A request that waited long before its start has a low level, which protects it.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class PrefixCache:
         return CachedPrefix(checkpoint.length, tuple(kept[h].page for h in checkpoint.page_hashes), checkpoint)
 
     def will_be_saved(self, request: Request, prefix: CachedPrefix, running: Iterable[Request]) -> bool:
-        """Return True if a running request will soon save a longer prefix of `request` than `prefix`.
+        """Return True if a running request will soon save a prefix of `request` that is longer than `prefix`.
 
         Consider only running requests that come before `request` in serving order.
         """
@@ -124,7 +124,7 @@ class PrefixCache:
 
     def note_start(self, request: Request, prefix: CachedPrefix) -> None:
         """Count a request that starts after `prefix`, and choose the lengths at which to save the request's state."""
-        request.looked_up = None  # if the request waits again, it will have more tokens
+        request.looked_up = None  # out of date if the request waits again with more tokens
         hashes = request.hash_pages(self.config.block_size) if self.config.is_on else []
         if used := prefix.checkpoint or self.checkpoints.keeper(hashes[: len(prefix.pages)]):
             self.checkpoints.note_use(used)
@@ -163,8 +163,8 @@ class PrefixCache:
     def _checkpoint_lens(self, request: Request, start: int, num_seen: int) -> list[int]:
         """Return the ascending lengths at which to save the state of a request that starts after `start` tokens.
 
-        The lengths are the ends of the prompt's first and last turn, the end of the first `num_seen` pages, which an
-        earlier request had, too, and every multiple of `interval`.
+        Such lengths are the end of the prompt's first turn, the end of its last turn, and every multiple of `interval`.
+        The end of the first `num_seen` pages is one, too, because earlier requests had these pages.
         """
         size, interval, align = self.config.block_size, self.config.interval, self.config.align
         limit = min(request.num_prompt_tokens, request.num_tokens - 1)
@@ -177,7 +177,7 @@ class PrefixCache:
         return due
 
     def _remember(self, request: Request) -> None:
-        for page_hash in reversed(request.hash_pages(self.config.block_size)):  # forget the first page last
+        for page_hash in reversed(request.hash_pages(self.config.block_size)):  # so the first page is forgotten last
             self._seen.add(page_hash)
 
     # Saving states

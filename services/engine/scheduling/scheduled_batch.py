@@ -18,12 +18,12 @@ class ScheduledBatch:
 
     - The last `num_drafts[i]` of these tokens are the first drafts of the request.
     - `draft_depths[i]`: how many tokens to draft after the step if the step computes all pending tokens of a request.
-    - `slot_copies`: recurrent states to copy from slot to slot, as (from, to).
-    - `page_copies`: KV to copy from page to page, as (from, to).
+    - `slot_copies`: recurrent states to copy from slot to slot, as pairs (from, to).
+    - `page_copies`: KV to copy from page to page, as pairs (from, to).
     - `preempted`: requests that lost their slot and pages since the last step. Such a request may be in `requests`.
 
-    The runner makes the copies in order, before the step computes any token: the target of a copy may be the source of
-    the next copy. A batch may be empty.
+    The runner makes the copies in order, before the step computes any token: one copy may write a slot or page that
+    the next copy reads. A batch may be empty.
     """
 
     requests: tuple[Request, ...]

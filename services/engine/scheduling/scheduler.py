@@ -76,7 +76,7 @@ class SchedulerConfig:
 
     @property
     def max_len(self) -> int:
-        """Return the largest length of a request: the model's context, or fewer tokens if all pages hold fewer."""
+        """Return the largest length of a request: the model's context, or fewer tokens if the pages hold fewer."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
     @property
@@ -248,7 +248,7 @@ class Scheduler:
         return max(self._batch.budget // 2, self.config.chunk_align) if is_shared else self._batch.budget
 
     def _compute_more(self, request: Request, most: int) -> None:
-        """Add up to `most` tokens of a prompt: to its next checkpoint, to its end or to a multiple of `chunk_align`."""
+        """Add up to `most` tokens of a prompt; end at its next checkpoint, its end or a multiple of `chunk_align`."""
         most = min(most, self._batch.budget)
         start = request.num_computed_tokens + self._batch.lens.get(request, 0)
         end = request.due_checkpoints[0] if request.due_checkpoints else request.num_tokens

@@ -5,7 +5,7 @@ request needs a slot or a page, the store evicts checkpoints. The checkpoint of 
 (greedy-dual-size-frequency, Cherkasova 1998). The value of a checkpoint is the sum of two terms:
 
 - the number of tokens that the checkpoint holds beyond its base, times its number of uses, divided by its bytes;
-- the highest value that any evicted checkpoint had when this checkpoint was last used.
+- the highest value of any checkpoint that was evicted before this checkpoint was last used.
 
 The base of a checkpoint is the longest other checkpoint that holds a prefix of the checkpoint's tokens.
 """
@@ -39,7 +39,7 @@ class StateCheckpoint:
     tail_page: int | None
     tail_ids: tuple[int, ...]  # the tokens of `tail_page`
     base: StateCheckpoint | None  # the longest checkpoint of a shorter prefix of the tokens
-    value_at_use: float  # the highest value of any evicted checkpoint at this checkpoint's last use
+    value_at_use: float  # the highest value of any checkpoint evicted before this checkpoint was last used
     num_uses: int = 1
     num_above: int = 0  # number of checkpoints whose base is this checkpoint
 
@@ -91,9 +91,10 @@ class CheckpointStore:
         self.kept: dict[bytes, KeptPage] = {}  # full pages of checkpoints, by hash
         self.evicted = RecentHashes()  # hashes of the last full page of each evicted checkpoint
         self.num_evictions = 0
-        self.num_changes = 0  # number of changes to the set of checkpoints, after which `longest` may find another
+        # Number of changes to the set of checkpoints. After a change `longest` may find another checkpoint.
+        self.num_changes = 0
         self._by_key: dict[bytes, StateCheckpoint] = {}
-        # By the hash of a page: the lengths of the tails after the page, and the number of checkpoints for each length.
+        # By the hash of a last full page: how many checkpoints have 1, 2, 3, ... tokens after this page.
         self._tail_lens: dict[bytes, Counter[int]] = {}
         self._evicted_value = 0.0  # the highest value that any evicted checkpoint had
 
@@ -149,7 +150,7 @@ class CheckpointStore:
     # Saving states
 
     def save_copy(self, request: Request) -> StateCheckpoint | None:
-        """Insert a checkpoint of the request's computed tokens with a free slot; the caller copies the state there.
+        """Insert a checkpoint of the request's computed tokens with a free slot; the caller copies the state into it.
 
         If no slot is free, evict the least valuable checkpoint. Return None if there is no checkpoint to evict, or if
         even the least valuable checkpoint is worth more than the new checkpoint would be.

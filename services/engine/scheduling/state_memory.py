@@ -34,7 +34,7 @@ class StateMemory:
     def num_pages_short(self, request: Request, prefix: CachedPrefix) -> int:
         """Return how many pages a request lacks to start after `prefix`; a negative number counts spare pages."""
         num_new = self.num_pages_for(request.num_tokens) - len(prefix.pages)
-        num_reused = sum(self.pages.is_idle(page) for page in prefix.pages)  # idle pages that must be kept
+        num_reused = sum(self.pages.is_idle(page) for page in prefix.pages)  # idle, but not to be freed
         return num_new + num_reused - self.pages.num_free - self.pages.num_idle
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
@@ -55,7 +55,7 @@ class StateMemory:
         [request.slot] = self.slots.take(1)
         is_reserved = self.reserve(request, request.num_tokens)
         assert is_reserved
-        # If only the checkpoint's slot was left, the request has taken over this slot, and no copy is needed.
+        # If only the checkpoint's slot was left, the request now holds this slot, and no copy is needed.
         if checkpoint and checkpoint.slot not in (None, request.slot):
             batch.slot_copies.append((checkpoint.slot, request.slot))
         if checkpoint and checkpoint.tail_page is not None:

@@ -72,7 +72,7 @@ def planned(family: ModelFamily, shards: Sequence[Shard]) -> dict[int, Homes]:
 
 
 def shuffled(homes: dict[int, Homes], seed: int) -> dict[int, Homes]:
-    """Return the same pairs of homes, assigned to the experts of each layer in a random order."""
+    """Return `homes`, but assign the pairs of homes of each layer to the layer's experts in a random order."""
     chooser = random.Random(seed)
     return {layer: tuple(chooser.sample(of_layer, len(of_layer))) for layer, of_layer in homes.items()}
 

@@ -87,7 +87,7 @@ def test_engine_equals_naive_generation_however_it_is_scheduled(
         assert (sum(stats.drafted_by_position) > 0) == (max_draft_tokens > 0)
         assert (stats.num_checkpoints > 0) == has_prefix_cache
         assert sum(stats.cache_reasons.values()) == len(prompts)
-        # The same prompts, sent again, start from states that the first round left in the cache.
+        # The same prompts, sent again, start from states that the first answers left in the cache.
         assert generate_all(engine, prompts, GREEDY) == expected
         assert (engine.stats().num_cached_tokens > stats.num_cached_tokens) == has_prefix_cache
         assert_idle(engine)
@@ -223,7 +223,7 @@ def test_grammars_being_compiled_are_bounded_and_keep_to_the_deadline() -> None:
         assert "5 requests are being compiled" in str(results[-1])
         may_go_on.set()
         stop_at = time.monotonic() + 5
-        while True:  # repeat until the abandoned compilations have freed their places
+        while True:  # repeat until the abandoned compilations have ended
             with pytest.raises((ValueError, EngineOverloaded)) as refused:
                 run_one(engine, [1, 2], params)
             if isinstance(refused.value, ValueError) or time.monotonic() > stop_at:

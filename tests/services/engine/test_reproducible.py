@@ -1,4 +1,4 @@
-"""The tests check that answers are bit-identical: batched, chunked, drafted, preempted or from the prefix cache."""
+"""The tests check that batches, chunks, drafts, preemption and the prefix cache change no bit of an answer."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ def test_nothing_changes_a_token_or_its_probability(name: str, dtype: torch.dtyp
     with engine(dtype, **SETTINGS[name]) as made:
         assert answers(made, prompts(64), 24, 32) == alone(dtype)
         if "cache" in name:
-            for _ in range(2):  # round 1 saves a state where prompts begin to differ; round 2 reuses the state
+            # The first pass saves states where prompts begin to differ; the second pass reuses these states.
+            for _ in range(2):
                 assert answers(made, prompts(64)[::-1], 24, 8) == alone(dtype)[::-1]
         stats = made.stats()
     assert (stats.num_preemptions > 0) == ("preemption" in name)

@@ -106,9 +106,10 @@ def test_what_follows_is_what_would_have_followed(first: Engine, engine: Engine,
 
 
 def test_the_test_above_would_see_what_is_forgotten(engine: Engine) -> None:
-    """Check that the previous test can fail: it sends the earlier tokens as part of the prompt.
+    """Check that the previous test can fail.
 
-    Then penalties, length limits and the grammar wrongly start again after the prompt.
+    This test wrongly sends the earlier tokens as part of the prompt. So penalties, length limits and the grammar start
+    again after the earlier tokens, and the answer must differ.
     """
 
     async def run(kind: str) -> bool:
@@ -167,7 +168,7 @@ def test_one_with_a_grammar_is_not_refused_for_want_of_room_to_compile_it() -> N
     assert engine._grammar_pool._places.acquire()
     with pytest.raises(EngineOverloaded):
         asyncio.run(ask(engine, "new", [1], params))
-    for _ in range(3):  # a resumed request must not free a place that it never took
+    for _ in range(3):  # a resumed request took no place in the pool, so it must free none
         with pytest.raises(ValueError, match="cannot be used"):
             asyncio.run(ask(engine, "old", [1], params, []))
     engine.stop()

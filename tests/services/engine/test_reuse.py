@@ -36,7 +36,7 @@ def text() -> list[int]:
 
 
 def piece(place: int, length: int) -> list[int]:
-    """Return `length` tokens of the text, from position 2000 + `place` on; pieces with distant places differ."""
+    """Return `length` tokens of the text from position 2000 + `place` on; pieces at distant places do not overlap."""
     return text()[2000 + place : 2000 + place + length]
 
 

@@ -1,8 +1,8 @@
 """A `TinyModel` is a real model of a few hundred weights, with recurrent state and KV pages.
 
 The model computes every row separately. So its tokens must not depend on batches, chunks, pages, preemption, drafts or
-reuse. The draft module guesses well, because it has the same recurrence as the model, and its own attention.
-`TinyModel.naive_greedy` generates the same tokens without an engine.
+reuse. The draft module guesses well, because it has the same recurrence as the model. Its attention reads its own KV
+pages. `TinyModel.naive_greedy` generates the same tokens without an engine.
 """
 
 from __future__ import annotations

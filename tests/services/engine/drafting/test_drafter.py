@@ -26,7 +26,7 @@ HIDDEN, MAX_LEN, PROMPT_LEN = 2048, 512, MAX_UNREAD + 40
 
 
 def wide_family() -> ModelFamily:
-    """Return the demo's model family with hidden vectors that are eight times as wide."""
+    """Return the demo's model family, but with hidden vectors of HIDDEN numbers: eight times as many."""
     family = load_family(MODEL)
     config = family.config
     mamba, attention = (replace(shape, hidden_size=HIDDEN) for shape in (config.mamba, config.attention))
@@ -56,7 +56,7 @@ def wide_model(family: ModelFamily) -> Watched:
 
 
 def run(runner: Runner, requests: list[Request], lens: int, num_drafts: int) -> None:
-    """Run one step without new drafts; it computes `lens` tokens of each request, including `num_drafts` drafts."""
+    """Run one step that verifies `num_drafts` drafts among `lens` tokens of each request, and makes no new drafts."""
     count = len(requests)
     batch = ScheduledBatch(tuple(requests), (lens,) * count, (num_drafts,) * count, (0,) * count)
     for request, result in zip(requests, runner.run(batch), strict=True):

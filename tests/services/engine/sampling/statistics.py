@@ -41,7 +41,7 @@ def obvious_probs(logits: Sequence[float], params: SamplingParams) -> NDArray[np
 
 
 def chi_squared(counts: NDArray[Any], probs: NDArray[np.float64]) -> float:
-    """Return chi-squared of counts against probabilities; infinite if an outcome of probability 0 was counted."""
+    """Compare counts with probabilities and return chi-squared: infinity if an outcome of probability 0 was counted."""
     expected = probs * counts.sum()
     if counts[expected == 0].any():
         return float("inf")
@@ -50,6 +50,6 @@ def chi_squared(counts: NDArray[Any], probs: NDArray[np.float64]) -> float:
 
 
 def chi_squared_bound(num_cells: int) -> float:
-    """Return the value that chi-squared exceeds by chance about once in 30,000 (Wilson and Hilferty, 1931)."""
+    """Return the value that chi-squared exceeds by chance in one of about 30,000 tests (Wilson and Hilferty, 1931)."""
     degrees = num_cells - 1
     return float(degrees * (1 - 2 / (9 * degrees) + 4 * np.sqrt(2 / (9 * degrees))) ** 3)

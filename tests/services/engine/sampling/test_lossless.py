@@ -50,7 +50,7 @@ def accepts_by_draft_probability(drafts: list[int], tokens: list[int], q: list[f
 
 
 def takes_no_residual(drafts: list[int], tokens: list[int], q: list[float], p: list[float]) -> list[int]:
-    """Sample by rejection, but wrongly draw the replacement from the model's whole distribution, not the residual."""
+    """Sample by rejection, but wrongly replace a rejected draft from the whole distribution, not from the residual."""
     return _rejection(drafts, tokens, [a / b for a, b in zip(p, q, strict=True)])
 
 
@@ -111,7 +111,10 @@ def next_probs(is_drafter: bool, tokens: tuple[int, ...], params: SamplingParams
 
 
 def chi_squared_and_bound(sequences: Sequence[tuple[int, ...]], params: dict[str, Any]) -> tuple[float, float]:
-    """Return chi-squared of the sequences against the probabilities of all sequences, and the bound of chi-squared."""
+    """Compare how often each possible sequence occurs in `sequences` with its probability.
+
+    Return chi-squared, and the value that chi-squared exceeds only rarely by chance.
+    """
     cells = list(itertools.product(range(VOCAB_SIZE), repeat=LENGTH))
     asked = request(prompt=[0], **params)
     probs = np.array(

@@ -5,7 +5,7 @@ from services.engine.sampling.noise import PIECE, draw_tokens, uniforms, uniform
 
 
 def words(seed: int, position: int) -> list[int]:
-    """Return the bits of the first block's four words, as far as the block's two uniforms contain the bits."""
+    """Return the first block's four words; of words 2 and 4 only the upper 20 bits, which the uniforms contain."""
     bits = [int(u * 2**52 - 0.5) for u in uniforms(seed, position, 2)]
     return [bits[0] >> 20, bits[0] & 0xFFFFF, bits[1] >> 20, bits[1] & 0xFFFFF]
 

@@ -78,7 +78,7 @@ def test_the_next_turn_starts_where_the_last_one_ended() -> None:
     machine = make()
     first = ask(machine, "first", text("first", 100))
     second = ask(machine, "second", [*first.token_ids, *text("second", 50)])
-    # The last token of the first answer was sampled but never computed.
+    # The last token of the first answer was sampled, but no step computed this token.
     assert (second.num_cached, second.cache_reason) == (first.num_tokens - 1, "hit")
     assert first.num_cached == 0
     assert machine.num_computed == first.num_tokens - 1 + 50 + 8

@@ -349,8 +349,8 @@ def test_a_stream_of_short_requests_cannot_starve_a_long_prompt() -> None:
         scheduler.add(request(f"after-{num_steps}", 12, num_answer=3))
         step(scheduler)
         num_steps += 1
-    # At first, 20 requests of 12 tokens and 2 steps each run. Later the long prompt has half of the budget, beside at
-    # most 3 requests that decode.
+    # At first, 20 requests run, each with 12 tokens and 2 steps. Later at most 3 requests decode, and the long prompt
+    # has half of the budget.
     assert num_steps <= 20 * 12 / 12 + 2 + 2 * 400 / 12 + 3
 
 
