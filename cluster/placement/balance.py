@@ -1,22 +1,23 @@
 """The balance functions split the rows of a layer's experts over homes, and compute the time that each shard needs.
 
 The best split has the lowest level, which is the time of the slowest shard. Water-filling finds the best split: for one
-expert after another, it moves rows between the expert's homes until these homes finish together. The time of an expert
-on a shard is linear in the share of the expert's rows that the shard computes. If all shards have the same cost model,
-`water_fill` finds the same level as a linear programme.
+expert after another, it moves rows between the expert's homes until these homes finish together. The time that a shard
+needs for an expert is proportional to the share of the expert's rows that the shard computes. If all shards have the
+same cost model, `water_fill` finds the same level as a linear programme.
 
 Legend, also for the other compiled files of this folder:
 
-- E experts of one layer, S shards.
+- E: the experts of one layer. S: the shards.
 - H: the largest number of homes of an expert. Unused entries of `homes_EH` are -1.
-- C = 2 components of the work of an expert in one step: MiB of weights read, and MiB of weights times rows computed.
-- P = 3 parameters of a shard's cost model: µs per call, µs per MiB read, µs per MiB and row.
+- C = 2: the components of an expert's work in one step, which are the MiB of weights read, and the product of the MiB
+  of weights and the rows computed.
+- P = 3: the parameters of a shard's cost model, which are µs per call, µs per MiB read, µs per MiB and row.
 - `num_E`: the number of homes of each expert. `share_EH`: the share of the expert's rows that each home computes.
 - `busy_S`: the time of each shard for one step, in µs.
 
 The functions are compiled, because one decision compares thousands of placements. A function that Python calls writes
-its results to arrays that the caller passes, and returns only numbers. When functions returned new arrays instead, one
-run in many failed inside numba; the cause was not found.
+its results to arrays that the caller passes, and returns only numbers. Functions that returned new arrays sometimes
+failed inside numba; the cause was not found.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def expert_time(work_EC: Any, cost_SP: Any, expert: int, shard: int) -> float:
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _water_fill_pair(expert: int, work_EC: Any, cost_SP: Any, homes_EH: Any, share_EH: Any, busy_S: Any) -> float:
-    """Split the rows of an expert with two homes so that they finish together; return the largest change in µs.
+    """Split the rows of an expert so that its two homes finish together; return the largest change of a time in µs.
 
-    Two homes are the most frequent case, and need none of the loops of `_water_fill_expert`.
+    Most experts have two homes. For two homes no loop is necessary, unlike in `_water_fill_expert`.
     """
     first, second = homes_EH[expert, 0], homes_EH[expert, 1]
     first_us = expert_time(work_EC, cost_SP, expert, first)
@@ -64,7 +65,7 @@ def _water_fill_expert(
 ) -> float:
     """Split the rows of one expert so that its homes finish together; return the largest change of a home's time in µs.
 
-    Other experts may keep a home busy beyond the time at which the remaining homes finish. Such a home gets no rows.
+    A home gets no rows of the expert if other experts keep the home busy until after the remaining homes finish.
     """
     if num_homes == 2:
         return float(_water_fill_pair(expert, work_EC, cost_SP, homes_EH, share_EH, busy_S))
@@ -164,7 +165,7 @@ def add_fallback_time(expert: int, shard: int, work_EC: Any, cost_SP: Any, busy_
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def ideal_level(work_EC: Any, cost_SP: Any) -> float:
-    """Return a lower bound of the slowest shard's time: its time in µs if every expert had a home on every shard."""
+    """Return the slowest shard's time in µs if every expert had a home on every shard: a lower bound."""
     above, slope = 1.0, 0.0
     weights, rows = work_EC[:, 0].sum(), work_EC[:, 1].sum()
     for shard in range(len(cost_SP)):

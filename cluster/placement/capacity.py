@@ -10,9 +10,8 @@ from cluster.topology import LayerSpec, Shard
 def check_capacity(layers: Sequence[LayerSpec], shards: Sequence[Shard], num_homes: int) -> None:
     """Raise ValueError if the shards do not have the memory for `num_homes` homes of every expert.
 
-    If there are fewer shards than `num_homes`, every expert needs only as many homes as there are shards, because no
-    shard holds an expert twice. One home of every expert must fit in device memory. The other homes may be standbys in
-    host memory.
+    If there are fewer shards than `num_homes`, one home on each shard is enough, because no shard holds an expert
+    twice. One home of every expert must fit in device memory. Standbys in host memory may replace the other homes.
     """
     num_homes = min(num_homes, len(shards))
     one = sum(spec.num_experts * spec.expert_bytes for spec in layers)

@@ -4,7 +4,8 @@
 again when shards die or come back. A report and its methods take only a few numpy calls, so a backbone can report
 coverage several times a second.
 
-Legend: E experts of all layers one after the other, H homes and standbys of all experts, S shards, L layers.
+Legend: E: the experts of all layers, one layer after the other. H: the homes and standbys of all experts. S: the
+shards. L: the layers.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class PlacementArrays:
 
     @cached_property
     def _shares(self) -> tuple[Ids, Ids, Floats]:
-        """Return the expert and the shard of each home, and the home's share of the expert's picks in an even split."""
+        """Return three arrays with an entry for each home: its expert, its shard, and its even share of the picks."""
         experts, shards = self.expert_H[self.is_device_H], self.shard_H[self.is_device_H]
         num_E = np.bincount(experts, minlength=self.num_experts)
         return experts, shards, 1.0 / num_E[experts]
@@ -79,7 +80,7 @@ class PlacementArrays:
         return np.repeat(np.arange(len(self.layers)), np.diff(self.starts))
 
     def name(self, number: int) -> tuple[int, int]:
-        """Return the layer id of the expert with the number `number`, and the expert's id in this layer."""
+        """Return the layer id of the expert that has the number `number`, and the expert's id in its layer."""
         place = int(self.layer_E[number])
         return self.layers[place], number - int(self.starts[place])
 
@@ -113,7 +114,7 @@ class PlacementArrays:
 
 
 def balancedness(loads_LS: Floats) -> Floats:
-    """Return the balancedness of each layer, [L]: the mean load of a shard divided by the maximum; 1 without load."""
+    """Return the balancedness of each layer, [L]: the mean load divided by the maximum, or 1 if there is no load."""
     most_L = loads_LS.max(axis=1, initial=0.0)
     even_L: Floats = np.divide(loads_LS.mean(axis=1), most_L, out=np.ones_like(most_L), where=most_L > 0)
     return even_L
@@ -136,7 +137,7 @@ class CoverageReport:
 
     @property
     def below_cover(self) -> Ids:
-        """Return the indices, along the axis E, of the experts that have less than full cover."""
+        """Return the numbers (positions in E) of the experts that have less than full cover."""
         return np.flatnonzero(self.num_live_E < FULL_COVER)
 
     @property
@@ -148,7 +149,7 @@ class CoverageReport:
         """Return the blast radius of each shard, by shard id.
 
         The blast radius of a shard is the share of all picks that go to experts whose last live home or standby is the
-        shard. `rate_E` holds the picks per second of each expert. While all rates are 0, every expert counts as picked
+        shard. `rate_E` holds the picks per second of each expert. If all rates are 0, all experts count as picked
         equally often.
         """
         weight_E = rate_E if rate_E.any() else np.ones_like(rate_E)
@@ -176,5 +177,5 @@ class Repair:
         return Repair(None, now - self.below_since, self.num_repaired + 1)
 
     def seconds_left(self, now: float, usual_s: float) -> float | None:
-        """Return the estimated seconds until full cover if a repair takes `usual_s`; None if nothing needs repair."""
+        """Return the estimated seconds until full cover, or None if cover is full; a repair usually takes `usual_s`."""
         return None if self.below_since is None else max(0.0, self.below_since + usual_s - now)

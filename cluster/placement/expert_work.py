@@ -1,6 +1,6 @@
 """Expert work says what each expert of a layer adds to one step: MiB of weights to read, and rows to compute.
 
-Legend: E experts of the layer, C = 2 components of work (`cluster.placement.balance`).
+Legend: E: the experts of the layer. C = 2: the components of work (`cluster.placement.balance`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ MIB = 2**20
 
 
 def pick_probabilities(spec: LayerSpec, load: ExpectedLoad | None, risk: float) -> tuple[Floats, Floats]:
-    """Return the expected probability that a row picks each expert, [E], and the same probability plus a margin, [E].
+    """Return the expected probability that a row picks each expert, and a higher, cautious probability, both [E].
 
-    The margin is `risk` standard deviations of the expert's load. Without a load, or with a load of zero, all experts
-    are equally likely. Raises ValueError if the load does not fit the layer.
+    The cautious probability assumes that an expert's load is `risk` standard deviations above its mean. If the load is
+    None or 0, all experts are equally likely. Raises ValueError if the load does not have one finite number of at least
+    0 for each expert.
     """
     if load is None:
         even_E = np.full(spec.num_experts, spec.top_k / spec.num_experts)

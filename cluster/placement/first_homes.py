@@ -18,9 +18,8 @@ def count_homes(work_EC: Any, num_slots: int, level: float, most: int, target_E:
     """Write to `target_E` how many homes each expert should get if there are `num_slots` slots on devices.
 
     Every expert gets one home. Then, again and again, the expert with the most work per home gets another home. The
-    repetition ends when all experts have `most` homes, or when the work per home of this expert is at most half of
-    `level`. Then experts that still have one home get a second home while slots remain, the experts with the most work
-    first.
+    repetition ends when all experts have `most` homes, or when no expert has more work per home than half of `level`.
+    Then experts that still have one home get a second home while slots remain, the experts with the most work first.
     """
     target_E[:] = 1
     cost_E = work_EC.sum(axis=1)
@@ -45,9 +44,9 @@ def assign(
     """Assign homes until each expert has the number of homes in `target_E`; return how many homes found no slot.
 
     Experts with the most work per home come first. Shards that share an expert, directly or through other shards, form
-    a group. Among the shards that would finish at about the same time, a shard outside of the group of the expert's
-    first home is preferred. When the load drifts later, rows can be shifted between all shards of a group without
-    moving an expert.
+    a group. If several shards would finish at about the same time, the function prefers a shard outside of the group of
+    the expert's first home. This choice makes the groups larger. When the load changes later, rows can be shifted
+    between all shards of a group without moving an expert.
     """
     num_experts, num_shards = len(num_E), len(slots_S)
     order = np.argsort(-work_EC.sum(axis=1) / np.maximum(target_E, 1), kind="mergesort")

@@ -1,4 +1,4 @@
-"""The fleet budget counts the memory left on each shard, and a planned layer holds its running and planned homes.
+"""A fleet budget counts the free memory of each shard; a planned layer holds the running and planned homes of a layer.
 
 Legend: as in `cluster.placement.balance`; S counts only the shards that may hold experts, not draining shards.
 """
@@ -88,7 +88,7 @@ class FleetBudget:
         layer.counted_S, layer.host_counted_S = held_S, standby_S
 
     def slots_S(self, number: int, layer: PlannedLayer) -> Array:
-        """Return how many more experts a layer may put on each shard, [S], within its quota and with headroom left.
+        """Return how many more experts a layer may put on each shard, [S], if it keeps its quota and the headroom.
 
         `number` is the position of the layer in the `layers` that were passed to the constructor.
         """
@@ -134,8 +134,8 @@ class PlannedLayer:
     """A `PlannedLayer` holds the running homes and the planned homes of one layer.
 
     - `before` and `standby_before`: the running homes and standbys, draining shards included.
-    - `matrix` and `standby`: the planned homes and standbys, at first the running homes and standbys except on
-      draining shards.
+    - `matrix` and `standby`: the planned homes and standbys. At first they are the running homes and standbys without
+      those on draining shards.
     - `homes` and `standby_homes`: the running homes and standbys as shard ids, as listed in the placement.
     - `pick_E`: the probability that a row picks each expert.
     """
@@ -175,8 +175,10 @@ class PlannedLayer:
         self.counted_S = np.zeros(fleet.num_shards, np.int64)
         self.host_counted_S = np.zeros(fleet.num_shards, np.int64)
         self.promotion_us = policy.promotion_us_per_mib
-        self.level_at_rest: float | None = None  # Time of the slowest shard in µs, if the layer needed no repair.
-        self._known_busy: tuple[HomeMatrix, Array, Floats] | None = None  # Homes, fallbacks and their `busy_S`.
+        # Time of the slowest shard in µs if no home changed before the local search, else None.
+        self.level_at_rest: float | None = None
+        # The last result of `busy_S`, after the homes and fallbacks for which it was computed.
+        self._known_busy: tuple[HomeMatrix, Array, Floats] | None = None
 
     @property
     def fallback_E(self) -> Array:
@@ -232,7 +234,7 @@ class PlannedLayer:
         return last if last >= num_shards else -1
 
     def coldest_with_others(self, shard: int) -> int:
-        """Return the expert with the least work per home among the experts with a home on `shard` and another home.
+        """Return the expert with the least work per home, among experts with a home on `shard` and a home elsewhere.
 
         Return -1 if there is no such expert.
         """

@@ -98,5 +98,5 @@ class HomeMatrix:
         return homes
 
     def ids_of(self, expert: int, ids: Sequence[str]) -> tuple[str, ...]:
-        """Return the shard ids of the homes of `expert`; `ids` are the ids of all shards by their number."""
+        """Return the shard ids of the homes of `expert`; `ids` lists the ids of all shards by shard number."""
         return tuple(ids[home] for home in self.of_expert(expert))

@@ -5,7 +5,7 @@ no free slot, the copy replaces an expert there; in a detour, the replaced exper
 estimates the gain of every possible step, and computes the exact gain only for the steps with the highest estimates.
 The functions are compiled, because one decision looks at tens of thousands of steps.
 
-Legend: as in `cluster.placement.balance`; also X steps, and K = 5 numbers that describe one step.
+Legend: as in `cluster.placement.balance`; also X: steps, and K = 5: the numbers that describe one step.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from cluster.placement.balance import (
 from cluster.placement.search_candidates import promising_steps
 from cluster.placement.search_step import TRIAL_SWEEPS, add_home, apply_step, try_step, undo_step
 
-# Number of steps whose gain is computed: at first FEW_TRIALS steps, each of which moves one expert, and if none of
-# these steps helps, MANY_TRIALS steps of all kinds.
+# The search first computes the gain of FEW_TRIALS steps that each move one expert. If none of these steps helps, the
+# search computes the gain of MANY_TRIALS steps of all kinds.
 FEW_TRIALS, MANY_TRIALS = 8, 20
 # The weight of the root mean square of the shards' times, relative to their maximum. If several shards are equally
 # slow, a step that relieves only one of them does not lower the maximum, but it lowers the root mean square.
@@ -50,9 +50,9 @@ def improve(
     - Detours and swaps are considered only while the slowest shard's time is above `thorough_above` (µs).
     - The search ends when the slowest shard's time is at most `target_level` (µs), when no step helps, or after
       `max_steps` steps.
-    - After the search, the steps after the best point are undone. At the best point, the time saved, minus
-      `price_per_move` (µs) for each expert moved, was highest.
-    - Experts with `is_cold_E` may lose their last home. The shard of the lost home then becomes the
+    - The net gain at a point of the search is the time saved so far, minus `price_per_move` (µs) for each expert moved.
+      After the search, all steps after the point with the highest net gain are undone.
+    - An expert that is marked in `is_cold_E` may lose its last home. The shard of the lost home then becomes the
       expert's entry in `fallback_E`.
     """
     share_EH, busy_S = np.empty(homes_EH.shape), np.empty(len(cost_SP))

@@ -59,9 +59,10 @@ class Holding:
 
 @dataclass(frozen=True)
 class Limits:
-    """`Limits` are the largest number of bytes to load at once and the lowest cover during a migration."""
+    """`Limits` bound a migration: how many bytes are loaded at once, and how low the cover may become."""
 
-    bytes_in_flight: int = 256 << 20  # Maximum bytes that one shard loads in a round; a larger expert is loaded alone.
+    # Maximum number of bytes that one shard loads in a round. An expert with more bytes is loaded alone.
+    bytes_in_flight: int = 256 << 20
     min_cover: int = 2  # Minimum number of live homes and standbys of an expert after a drop.
 
     def __post_init__(self) -> None:
@@ -137,7 +138,8 @@ def next_target(
     - The first placement is published when it is complete.
     - A home that is not in the target stays until its expert has enough other live homes.
     - A home on a dead shard stays until the home is replaced, or until nothing is left to load.
-    - If memory is so full that nothing can be loaded, one expert at once loses a home that is not in the target.
+    - If nothing can be loaded for lack of memory, one expert loses a home that is not in the target before a new home
+      replaces it.
     """
     if published is None:
         return None if done.num_left else target
@@ -160,9 +162,9 @@ def next_target(
 def leftovers(published: Placement | None, target: Target, holdings: Holdings) -> tuple[set[Home], set[Home]]:
     """Return the homes that live shards should drop, and the homes that live shards should demote to standbys.
 
-    A home is dropped if neither the published placement nor the target has the expert on that shard. A home is demoted
-    if the shard holds the expert in device memory, but should only be a standby of the expert. In the second set, homes
-    have the tier `STANDBY`.
+    An expert is dropped from a shard if the shard is neither its home nor its standby, in the published placement and
+    in the target. An expert is demoted if the shard holds the expert in device memory but should only be its standby.
+    The second set lists demoted experts as `Home` tuples with the tier `STANDBY`.
     """
     named = set(target.all_homes()) | (set(Target.of(published).all_homes()) if published else set())
     places = {home[:3] for home in named}
@@ -191,7 +193,7 @@ def by_shard(homes: Iterable[Home], tier: str) -> dict[str, dict[int, list[int]]
 
 
 def _differences(current: Target, target: Target) -> list[tuple[int, int]]:
-    """Return the (layer, expert) pairs for which homes, the order of homes or standbys differ."""
+    """Return each (layer, expert) whose homes, order of homes or standbys are different in `target`."""
     return [
         (layer, expert)
         for layer, homes in target.homes.items()
@@ -216,8 +218,8 @@ def _next_homes(
 ) -> dict[str, str]:
     """Return the shards that should hold the expert `key` next, as a map from shard id to tier.
 
-    Homes of the target are added once they are loaded and verified. Then homes outside of the target are removed, as
-    long as enough live homes stay.
+    Homes of the target are added once they are loaded and verified. Then homes that are not in the target are removed,
+    if enough live homes stay.
     """
     target_tiers, tiers = target.tiers(*key), current.tiers(*key)
     min_live, needs_device = min(min_cover, len(target_tiers)), DEVICE in target_tiers.values()
@@ -243,7 +245,7 @@ def _next_homes(
 def _free_a_slot(
     target: Target, after: Mapping[tuple[int, int], dict[str, str]], held: Collection[Home]
 ) -> dict[tuple[int, int], dict[str, str]]:
-    """Choose a home that an expert gives up; return the expert with the tiers of its other homes by shard id.
+    """Choose a home that an expert gives up; return {(layer, expert): {shard id: tier}} with the expert's other homes.
 
     The home is not in the target, and is removed from a shard that needs the memory for a home of the target. Only
     experts with another live home are considered. The result is empty if no home can be removed.

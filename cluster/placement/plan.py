@@ -29,10 +29,12 @@ class PlanPolicy:
     # the layer as it is. Below `good_enough`, the planner improves the layer until the balance is `aim`.
     good_enough: float = 0.97
     aim: float = 0.985
-    min_gain: float = 0.005  # Minimum gain of moves, as a share of the step time; less may be an error of the load.
+    # Minimum gain of moves, as a share of the step time. A smaller gain may be due to errors in the measured load.
+    min_gain: float = 0.005
     cold_below: float = 0.0  # Picks per second below which an expert may have only standbys.
     promotion_us_per_mib: float = 100.0  # Time of a promotion at a standby, in µs per MiB.
-    # Bytes that stay free on every shard. None means the bytes of the largest expert, or 0 if not all experts fit then.
+    # Bytes that stay free on every shard. None means the bytes of the largest expert. If not all experts fit with this
+    # headroom, None means 0.
     headroom: int | None = None
     max_homes: int = 64  # Maximum number of homes of one expert.
     is_device_cover: bool = True  # True if second homes use free device memory before host memory.
@@ -49,7 +51,7 @@ class PlanPolicy:
 
 @dataclass(frozen=True)
 class Move:
-    """A `Move` adds an expert to a shard or drops it there; `bytes` is how much the shard must load."""
+    """A `Move` adds an expert to a shard or drops it there; `bytes` is the number of bytes that the shard must load."""
 
     layer: int
     expert: int
@@ -71,7 +73,7 @@ class Plan:
     - `homes` and `standby` are as in a `Placement`.
     - `moves` are in order: all moves that add come before all moves that drop.
     - `predicted_s_before` and `predicted_s_after` are seconds per step, summed over layers.
-    - `gain_s` are the seconds saved per second of serving. `cost_s` are the seconds that the moves take.
+    - `gain_s` is how many seconds are saved per second of serving. `cost_s` is how many seconds the moves take.
     - `cover_before` and `cover_after` are the lowest cover of any expert.
     - `blast_radius_before` and `blast_radius_after` are shares of all picks, by shard id.
     - `is_worth_it` is False if moves were refused. Refused moves are not in `moves`; `reasons` say why.

@@ -20,7 +20,8 @@ STAYS = "the shard keeps the expert as a standby"
 class RebalanceEstimate:
     """A `RebalanceEstimate` compares gain and cost of the moves that only save time; moves that add cover do not count.
 
-    `before_us` and `after_us` are the predicted times per step without and with these moves, summed over layers.
+    `before_us` and `after_us` are the predicted times per step without and with the moves that only save time, summed
+    over layers.
     """
 
     before_us: float
@@ -88,7 +89,7 @@ def report(
 
 
 def kept_homes(layer: PlannedLayer, fleet: FleetBudget) -> dict[int, int]:
-    """Return, by expert, the draining shard on which the expert stays for lack of memory on other shards."""
+    """Return the draining shard of each expert that stays there because no other shard has memory for it."""
     if fleet.num_shards == len(fleet.ids):
         return {}
     return {
@@ -106,7 +107,7 @@ def _is_kept_E(layer: PlannedLayer, fleet: FleetBudget) -> Array:
 
 
 def _named(layer: PlannedLayer, fleet: FleetBudget, matrix: HomeMatrix, before: HomeMatrix, homes: Homes) -> Homes:
-    """Return the homes as shard ids; the tuple of an expert without changes is reused, because building one is slow."""
+    """Return the homes as shard ids; unchanged experts keep their old tuples, because new tuples are slow to build."""
     kept = kept_homes(layer, fleet) if matrix is layer.matrix else {}
     if not kept and homes and layer.is_complete and matrix.is_same(before):
         return homes
@@ -179,7 +180,7 @@ def _blast_radius(
 ) -> dict[str, float]:
     """Return the blast radius of each shard, by shard id.
 
-    The blast radius of a shard is the share of picks of all experts that have no home or standby on another shard.
+    The blast radius of a shard is the share of all picks that go to experts without a home or standby on another shard.
     """
     total = sum(float(layer.pick_E.sum()) for layer in planned)
     radius_S = np.zeros(len(fleet.ids))
@@ -198,7 +199,7 @@ def _blast_radius(
 def _reasons(
     planned: Sequence[PlannedLayer], fleet: FleetBudget, rebalance: RebalanceEstimate, cover_before: Sequence[Array]
 ) -> tuple[str, ...]:
-    """Return the sentences that explain a plan to an operator; `cover_before` holds each layer's cover, [E]."""
+    """Return the sentences that explain a plan to an operator; `cover_before` holds each expert's cover by layer."""
     reasons = []
     num_experts = sum(layer.spec.num_experts for layer in planned)
     num_lost = sum(int((cover_E == 0).sum()) for cover_E in cover_before)

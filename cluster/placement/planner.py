@@ -5,9 +5,9 @@ The planner's steps are, in this order:
 1. Every expert gets a home.
 2. Shards that hold no expert of a layer get copies of the layer's experts.
 3. The slowest shard of each layer is made faster, where the gain is worth the bytes that are moved.
-4. Every expert gets the second home, or standby, that it lacks.
+4. Experts without full cover get a second home or a standby.
 
-Steps 1, 2 and 4 are always done. Step 3 is refused as a whole if the moves of step 3 gain too little.
+Steps 1, 2 and 4 are always done. Step 3 is refused as a whole if its moves gain too little.
 
 The planner is a pure function: the same fleet, load and placement give the same plan, and the order of the shards does
 not matter.
@@ -69,7 +69,7 @@ def plan(
 
 
 def _assign_first_homes(number: int, layer: PlannedLayer, fleet: FleetBudget, policy: PlanPolicy) -> None:
-    """Assign homes to the experts of a layer without any home, as far as the layer's quota of memory allows."""
+    """Assign homes to all experts if the layer has no home yet, as far as the layer's quota of memory allows."""
     if not layer.is_new:
         return
     slots_S = fleet.slots_S(number, layer)
@@ -108,8 +108,7 @@ def _run_local_search(
 def _place_experts_without_homes(layer: PlannedLayer, planned: Sequence[PlannedLayer], fleet: FleetBudget) -> None:
     """Give a home to every expert that has none, the experts with the most work first.
 
-    If no shard is found for an expert, the expert stays on its draining shard; without a draining shard, the expert has
-    only standbys.
+    If no shard is found, an expert with a home on a draining shard stays there, and any other expert has only standbys.
     """
     unplaced = np.flatnonzero(layer.matrix.num_E == 0)
     if not len(unplaced):
@@ -163,8 +162,8 @@ def _home_to_evict(
     The expert and the shard are -1 if no home may be evicted.
 
     The first choice is the expert with the least work per home among the experts with several homes, in the same layer
-    or else in another layer. The second choice is the expert of the same layer with the least work per home, but only
-    if this expert has less work than `expert`, and if `expert` cannot stay on a draining shard.
+    or else in another layer. The second choice is the expert of the same layer with the least work per home. The second
+    choice is allowed only if this expert has less work than `expert`, and `expert` cannot stay on a draining shard.
     """
     others = [other for other in planned if other.spec.expert_bytes >= layer.spec.expert_bytes and other is not layer]
     for victim in (layer, *others):
@@ -246,7 +245,7 @@ def _map_layers(work: Callable[[int], float], num_layers: int) -> list[float]:
 
 
 def _repair_cover(number: int, layer: PlannedLayer, fleet: FleetBudget, policy: PlanPolicy) -> None:
-    """Give every expert of a layer the second home or standby that it lacks."""
+    """Give the experts of a layer the homes or standbys that they lack for full cover and for shards on two nodes."""
     standby = layer.standby
     slots_S = fleet.slots_S(number, layer) if policy.is_device_cover else np.zeros(fleet.num_shards, np.int64)
     layer.matrix = matrix = layer.matrix.resized(max(layer.matrix.homes_EH.shape[1], min(2, fleet.num_shards)))

@@ -1,8 +1,8 @@
 """Search candidates are the steps that the local search considers, each with an estimate of the time that it saves.
 
-Legend: as in `cluster.placement.balance`; also X candidates, and K = 5 numbers that describe a step
-(`cluster.placement.search_step`). `steps_XK` and `worth_X` hold the best candidates so far and their estimates in µs
-per expert moved, the best first.
+Legend: as in `cluster.placement.balance`; also X: candidates, and K = 5: the numbers that describe a step
+(`cluster.placement.search_step`). `steps_XK` holds the best candidates so far, the best first. `worth_X` holds the
+estimates of these candidates in µs per expert moved.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def promising_steps(
 ) -> Any:  # fmt: skip
     """Return the `num_trials` steps with the highest estimates, best first, and the estimates in µs per expert moved.
 
-    The estimate of a step says how much less time the slowest shards would need. Copies to a free slot or in place of a
-    spare home (`_spare_homes`) are always considered, detours and swaps only if `can_swap` is True. An estimate of 0
-    marks an unused entry.
+    The estimate of a step says how much less time the slowest shards would need. Copies to a free slot, or in place of
+    a spare home (`_spare_homes`), are always considered. Detours and swaps are considered only if `can_swap` is True.
+    An estimate of 0 marks an unused entry.
     """
     level = busy_S.max()
     is_slow_S = busy_S >= level * (1 - 10 * TOLERANCE)
@@ -88,7 +88,7 @@ def _score_detours(
     """Estimate the detours: copies of an expert to a full shard, whose lightest expert moves on to another shard.
 
     The lightest expert moves to the shard that would be the least busy, either to a free slot or in place of the spare
-    home there. Two experts move, so the estimate is half the time saved.
+    home there. A detour moves two experts, so its estimate per expert moved is half the time saved.
     """
     level, num_slow, max_homes = busy_S.max(), is_slow_S.sum(), homes_EH.shape[1]
     light_S, light_load_S = np.full(len(busy_S), -1, np.int64), np.full(len(busy_S), np.inf)
@@ -130,8 +130,8 @@ def _score_swaps(
 ) -> None:  # fmt: skip
     """Estimate the swaps of an expert on a slow shard with a lighter expert on another shard.
 
-    `position` is the position of the slow shard among the homes of `expert`. Two experts move, so the estimate is half
-    the time saved.
+    `position` is the position of the slow shard among the homes of `expert`. A swap moves two experts, so its estimate
+    per expert moved is half the time saved.
     """
     slow = homes_EH[expert, position]
     share = share_EH[expert, position]
@@ -180,7 +180,7 @@ def _sharing_groups(work_EC: Any, cost_SP: Any, homes_EH: Any, num_E: Any, share
     """Return the group number of each shard, and the size of each shard's group.
 
     Two shards are in one group if they share the rows of an expert, directly or through other shards. Water-filling
-    brings the shards of a group to the same time.
+    lets all shards of a group finish together.
     """
     group_S = np.arange(len(busy_S))
     for expert in range(len(num_E)):

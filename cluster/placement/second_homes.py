@@ -28,10 +28,10 @@ def repair(
     1. Tier and node: a free device slot (`slots_S`, only for an expert with one home and no standby) on another node,
        host memory (`host_slots_S`) on another node, a device slot on the same node, host memory on the same node, disk
        on another node, disk on the same node.
-    2. A shard in `former_EH`, the running homes: the shard keeps the weights, so that no other shard must load them.
+    2. A shard in `former_EH` (the running homes). Such a shard already has the weights, so no shard must load them.
     3. The shard with the fewest standbys on disk.
-    4. The shard that would finish first if the expert's first home died, including the rows of this home that the shard
-       would then compute.
+    4. The shard that would finish first if the expert's first home died. The time of a shard includes the rows that the
+       shard would compute instead of the dead home.
     """
     num_shards, num_nodes = len(slots_S), len(np.unique(node_S))
     failover_SS = np.zeros((num_shards, num_shards))
@@ -115,9 +115,11 @@ def _drop_surplus(
     expert: int, homes_EH: Any, num_E: Any, standby_EJ: Any, num_standby_E: Any, host_slots_S: Any, node_S: Any,
     num_nodes: int,
 ) -> None:  # fmt: skip
-    """Drop the standbys that an expert needs neither for full cover nor for a second node.
+    """Drop the standbys of `expert` that are not needed.
 
-    A standby on a shard that is also a home is always dropped. Each dropped standby adds a slot to `host_slots_S`.
+    Without these standbys the expert still has a cover of two and, if there are several nodes, shards on two nodes. A
+    standby on a shard that is also a home of the expert is always dropped. Each dropped standby adds a slot to
+    `host_slots_S`.
     """
     former_J, num_former = standby_EJ[expert].copy(), num_standby_E[expert]
     standby_EJ[expert] = -1

@@ -28,7 +28,7 @@ class ConfigKeys:
         return int(value)
 
     def whole(self, key: str, default: int) -> int:
-        """Return the value of `key`, an integer from 0 up, or `default` if the key is missing or null."""
+        """Return the value of `key`, an integer of at least 0, or `default` if the key is missing or null."""
         value = self.raw.get(key)
         if value is None:
             return default

@@ -20,9 +20,11 @@ from cluster.sizing.step_time import StepCosts
 from cluster.sizing.weight_formats import Dtype
 
 GIB = 2**30
-USABLE = 0.9  # Share of a GPU's memory that is planned for; the rest is for activations, kernels and fragmentation.
+# Share of a GPU's memory that the sizing plans to fill; the rest is for activations, kernels and fragmentation.
+USABLE = 0.9
 SAVED_SHARE = 0.25  # Share of the state memory for state checkpoints, from which later prompts start.
-MARGIN = 1.1  # Memory for experts divided by their size: experts cannot be split, and hot experts need more homes.
+# Memory for experts divided by the experts' size. Experts cannot be split, and hot experts need more homes.
+MARGIN = 1.1
 PAGE = 16  # Tokens in one page of KV.
 TRANSFER_SHARE = 0.2  # Share of the time between tokens that is kept for transfers.
 DRAFT_TOKENS = 4  # Maximum number of tokens that are drafted at once for a request.
@@ -109,7 +111,7 @@ class Fit:
 
     @property
     def usable_bytes(self) -> int:
-        """Return the bytes of a GPU's memory that are planned for, in whole GiB."""
+        """Return how many bytes of a GPU's memory the sizing plans to fill, in whole GiB."""
         return int(USABLE * self.gpu.memory_bytes) // GIB * GIB
 
     @property
@@ -142,7 +144,7 @@ class Fit:
 
     @property
     def fewest_backbones(self) -> int:
-        """Return how many backbones the state of all requests needs, or `min_backbones` if this number is larger."""
+        """Return how many backbones the state of all requests needs, but at least `min_backbones`."""
         return max(self.slo.min_backbones, ceil(self.slo.num_requests / self.max_requests))
 
     @cached_property
@@ -157,14 +159,14 @@ class Fit:
 
     @property
     def shard_bytes(self) -> int:
-        """Return the bytes for experts on one GPU, but not more than all experts and one free slot for moves need."""
+        """Return the bytes for experts on one GPU, limited to the bytes of all experts and one free slot for moves."""
         return min(self.usable_bytes, whole_gib(self.experts_bytes + self.largest_expert))
 
     @property
     def min_filled_bytes(self) -> int:
-        """Return the minimum bytes of experts on a shard if the shards hold as many experts as possible.
+        """Return the minimum bytes of experts on a shard that has no room for a further expert.
 
-        One slot stays free for moves. Because experts cannot be split, less than the bytes of one expert stay unused.
+        One slot stays free for moves. Experts cannot be split, so a part smaller than one expert may also stay unused.
         """
         return self.shard_bytes - 2 * self.largest_expert
 
@@ -190,8 +192,8 @@ class Fit:
     def has_device_cover(self, num_shards: int) -> bool:
         """Return True if two homes of every expert fit in device memory, also after the loss of one of the shards.
 
-        The result is also True if one shard can hold every expert. Two such shards are enough, although one home of
-        every expert is left when one of the two shards is lost.
+        The result is also True if one shard can hold every expert. Two such shards are enough, although only one home
+        of every expert is left when one of the two shards is lost.
         """
         return self.holds_all_experts or (num_shards - 1) * self.min_filled_bytes >= NUM_HOMES * self.experts_bytes
 
@@ -243,7 +245,7 @@ class Fit:
         return best
 
     def _search_shards(self, num_backbones: int, least: int) -> int | None:
-        """Return the minimum number of shards, from `least` up, that is fast enough; None if no number of shards is."""
+        """Return the lowest fast enough number of shards that is at least `least`; None if there is no such number."""
         low, high = least, max(least, self.costs.max_useful_shards(num_backbones, self.batch(num_backbones)))
         if not self.is_fast(num_backbones, high):
             return None

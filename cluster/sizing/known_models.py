@@ -18,7 +18,7 @@ def known_models() -> tuple[str, ...]:
 
 
 def find_model(part: str) -> str:
-    """Return the known model whose name contains `part`, ignoring case; raise ValueError unless exactly one matches."""
+    """Return the known model whose name contains `part`, ignoring case; raise ValueError if none or several match."""
     models = known_models()
     found = [model for model in models if part.lower() in model.lower()] if part else []
     if len(found) == 1:

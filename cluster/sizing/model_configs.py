@@ -8,7 +8,7 @@ Two things are assumed where a config says nothing:
 - The checkpoint contains an MTP module, which drafts tokens, only if the config sets `num_nextn_predict_layers`. A
   Qwen3-Next config does not have this key, and the checkpoint of Qwen3-Coder-Next is believed to contain no MTP module.
 
-Legend: D hidden, L expert input, M expert width, E experts, K taps of a convolution.
+Legend: D: hidden width. L: width of an expert's input. M: width inside an expert. E: experts. K: taps of a convolution.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _of_mtp(matrices: Iterable[Matrices]) -> list[Matrices]:
 def pattern_of(keys: ConfigKeys, prefix: str = "") -> str:
     """Return one letter per layer (M Mamba-2, E MoE, * attention, - MLP); "" if the config lists no layers.
 
-    Configs list the layers in one of several dialects: as letters, or as names.
+    Some configs list the layers as letters, others as names.
     """
     text, names = keys.raw.get(f"{prefix}hybrid_override_pattern"), keys.items(f"{prefix}layers_block_type", str)
     if text:
@@ -139,7 +139,7 @@ def _conv_dim(keys: ConfigKeys) -> int:
 
 
 def _nemotron_layers(keys: ConfigKeys, pattern: str) -> list[Matrices]:
-    """Return the matrices of the layers in `pattern`, each of which is one norm and one mixer."""
+    """Return the matrices of the layers in `pattern`; each layer consists of one norm and one mixer."""
     hidden = keys.need("hidden_size")
     found = [_vector("norms", hidden, len(pattern))]
     if num := pattern.count("M"):

@@ -109,8 +109,8 @@ class StateSizes:
 class ModelSizes:
     """`ModelSizes` describe a model in numbers that follow from its config.
 
-    Methods that return bytes assume the weight formats of a public checkpoint in `dtype`. `counts` has an entry only
-    for dtypes whose quantized matrices are listed in the config.
+    Methods that return bytes assume the weight formats of a public checkpoint in `dtype`. `counts` has entries only for
+    dtypes whose quantized matrices the config lists.
     """
 
     model_type: str
@@ -188,7 +188,7 @@ class ModelSizes:
         return sum(num * matrix_bytes(format, one.rows, one.columns) for format, num in self._formats(one, dtype))
 
     def _formats(self, one: Matrices, dtype: Dtype) -> Iterator[tuple[Format, int]]:
-        """Yield each format that matrices of `one` are stored in, with the number of matrices in this format."""
+        """Yield each storage format of the matrices `one`, and the number of matrices in this format."""
         plain: Format = "fp32" if one.role == "fp32" else "bf16"
         is_mtp_plain = self.model_type == "nemotron_h" or dtype == "nvfp4"  # True if the MTP module is not quantized.
         left = one.count

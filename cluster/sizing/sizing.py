@@ -33,7 +33,7 @@ class Sizing:
     - `device_homes` is the number of an expert's homes on GPUs. If `device_homes` is 1, every expert also has a standby
       in the host memory of another shard, and `host_homes_bytes` are the bytes of all standbys.
     - `kv_bytes_per_request` is the KV of `context_len` tokens in whole pages.
-    - `unique_shards` is the expected number of shards that a token goes to in one layer, the only number with decimals.
+    - `unique_shards` is the expected number of shards that a token goes to in one layer. Only this number has decimals.
     - `wire_bytes_per_token` counts the rows and sums of all layers of experts except the layers of the MTP module.
     - `backbone_bits_per_s` and `shard_bits_per_s` are means of both directions together, while all requests decode.
     - `backbone_link_bits_per_s` and `shard_link_bits_per_s` are the speeds that a network card needs so that transfers

@@ -5,7 +5,7 @@ multiplications take longer, the time of the multiplications counts instead (roo
 only BANDWIDTH_SHARE and FLOPS_SHARE of the figures on data sheets. Routing is assumed to be uniform, which touches the
 most experts; real picks touch fewer experts, but load the shards less evenly.
 
-Legend: E experts of a layer, K picks of a token, L expert input, P shards.
+Legend: E: experts of a layer. K: picks of a token. L: width of an expert's input. P: shards.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def dtype_of(raw: Mapping[str, Any]) -> Dtype:
 
 
 def known_counts(raw: Mapping[str, Any], dtype: Dtype) -> Counts | None:
-    """Return the number of quantized matrices by role and format if the config lists them, else None.
+    """Return the number of quantized matrices by role and format; None if the config does not list these matrices.
 
     Two keys are read:
 
@@ -118,7 +118,7 @@ def known_counts(raw: Mapping[str, Any], dtype: Dtype) -> Counts | None:
 
 
 def _formats(counts: Mapping[Any, Any]) -> Mapping[str, int]:
-    """Return `counts` (numbers of matrices by format) after a check of its keys and values."""
+    """Check the keys and values of `counts`, the numbers of matrices by format, and return `counts`."""
     for format, num in counts.items():
         if format not in MODELOPT.values() or not isinstance(num, int):
             raise ValueError(f"config.json has {format!r}: {num!r} in quantized_matrices; allowed are fp8 and nvfp4")

@@ -164,8 +164,8 @@ def test_homes_by_shard() -> None:
 def random_target(rng: random.Random, num_shards: int, alive: list[int], num_experts: int, max_homes: int) -> Target:
     """Return random homes for all experts on the shards in `alive`, 2 to `max_homes` homes for each expert.
 
-    A shard gets the third home of an expert only if the shard holds no more experts than it would hold if two homes of
-    every expert were spread evenly.
+    With two homes each, the average shard would hold 2E/S experts (E experts, S shards), rounded up here. A shard that
+    already holds more than this number gets no third or later home.
     """
     most = -(-2 * num_experts // len(alive)) + 1
     taken = dict.fromkeys(alive, 0)

@@ -17,8 +17,8 @@ from tests.cluster.fleet import make_layers, make_shard
 from tests.cluster.placement.split_oracle import least_maximum
 
 SIZE = 2**20
-# Maximum ratio of a plan's time to the time of the best placement. The fleets are so small that one expert is a fifth
-# of the load.
+# Maximum ratio of a plan's time to the time of the best placement. The fleets are very small: one expert is a fifth of
+# the load.
 WITHIN = 1.1
 ROWS_ONLY = CostModel(0.0, 0.0, 1.0)
 ALL_DEVICES = PlanPolicy(headroom=0)

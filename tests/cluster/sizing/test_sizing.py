@@ -1,4 +1,4 @@
-"""The tests show that a sizing suffices, that fewer GPUs do not suffice, and that a harder SLO never needs fewer."""
+"""The tests show that a sizing suffices, that fewer GPUs do not, and that a harder SLO never needs fewer GPUs."""
 
 from __future__ import annotations
 
