@@ -1,8 +1,8 @@
 """A `GatewayDeployment` runs the gateway as a Ray Serve deployment.
 
-The deployment is not in `services/app.py` because only the gateway's process needs the imports of this file: importing
-FastAPI and the tokenizers takes several seconds. Ray Serve reads the annotations in this file, so the annotations must
-stay objects (there is no `from __future__ import annotations`).
+The deployment is not in `services/app.py`, because the imports of FastAPI and the tokenizers take several seconds, and
+only the gateway's process needs these imports. Ray Serve reads the annotations in this file, so the annotations must be
+objects and not strings (there is no `from __future__ import annotations`).
 """
 
 import asyncio
@@ -49,7 +49,7 @@ STOPPING = Health(is_ready=False, detail="This gateway is stopping.")
 
 
 def _ask_all(backbone: DeploymentHandle[Any]) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
-    """Return a function that returns the statuses of all backbone replicas that answer in time."""
+    """Return a function that returns the statuses of all backbone replicas that answer in time (see `_answers`)."""
 
     async def ask() -> list[dict[str, Any]]:
         # `results_async` is not used here, because it would lose the answers of all replicas if one replica hangs.
@@ -127,7 +127,7 @@ class GatewayDeployment:
         logs.configure("gateway", args.log_format)
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
-        # "auto" is all interfaces, because a port-forward of Kubernetes connects to the pod's own 127.0.0.1.
+        # "auto" means all interfaces, because a port-forward of Kubernetes connects to the pod's own 127.0.0.1.
         host = ALL_INTERFACES if args.host == "auto" else args.host
         self._where = ListenerConfig(host, args.http_port, args.grpc_port, args.drain_s)
         metrics = RequestMetrics(card.id)
@@ -193,9 +193,9 @@ class GatewayDeployment:
         return {"model": self._generation.card.id, "health": state, **statuses[0], "backbones": engines, **fleet}
 
     async def _degraded(self) -> JSONResponse:
-        """Return the response of `/health/degraded`: status 503 if experts are below cover or no backbone answers.
+        """Return the response of `/health/degraded`: status 503 if the cover is below two or no backbone answers.
 
-        `/health/degraded` must not be a liveness probe, because the gateway itself works while experts are below cover.
+        `/health/degraded` must not be a liveness probe, because the gateway itself works while the cover is below two.
         """
         try:
             report = degraded_report(await self._backbone.statuses())

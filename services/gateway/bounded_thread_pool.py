@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 from services.engine.contract.errors import EngineOverloaded
 
 NUM_THREADS = 4  # calls that run at the same time
-MAX_OPEN = 256  # maximum number of calls that run or wait; in the engine, the same number of requests may wait
+MAX_OPEN = 256  # maximum number of calls that run or wait; as many requests may wait in the engine
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class BoundedThreadPool:
     """A `BoundedThreadPool` runs functions in threads and refuses calls when too many calls run or wait.
 
-    asyncio's default thread pool is not used because its queue has no bound.
+    asyncio's default thread pool is not used, because any number of calls may wait in its queue.
     """
 
     def __init__(self, num_threads: int = NUM_THREADS, max_open: int = MAX_OPEN) -> None:

@@ -30,8 +30,8 @@ class ClientGone(Exception):
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """Return the body of `request`, which may be at most `max_bytes` long.
 
-    Raises ApiError for a longer body, of which at most `max_bytes` are kept in memory, and ClientGone if the client
-    disconnects.
+    Raises ApiError for a longer body, and keeps at most `max_bytes` of the body in memory. Raises ClientGone if the
+    client disconnects.
     """
     chunks, size = [], 0
     try:

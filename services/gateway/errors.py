@@ -107,6 +107,6 @@ def _bad_value(error: ValueError) -> ApiError:
 
 
 def unexpected(error: Exception) -> ApiError:
-    """Log an exception that is the server's fault, and return an ApiError for the client without its details."""
+    """Log an exception that is the server's fault, and return an ApiError that hides the exception's details."""
     logger.error("A request failed unexpectedly.", exc_info=error)
     return ApiError(ApiRefusal.FAILED, "The server failed; its log says more.")

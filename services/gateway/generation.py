@@ -28,7 +28,9 @@ from services.gateway.metrics.request_metrics import RequestMetrics
 
 # default of max_tokens for /v1/completions, as in OpenAI's reference; a chat may use the whole context by default
 DEFAULT_MAX_TOKENS = 16
-MERGE_QUEUE_LEN = 16  # text deltas of all choices that wait for the client; a full queue stops the choices' streams
+# Maximum number of text deltas that wait for the client, for all choices of a request together. A full queue stops the
+# streams of the choices.
+MERGE_QUEUE_LEN = 16
 INLINE_CHARS = 16_384  # longer texts are tokenized in a thread; tokenizing this many characters takes about 5 ms
 INLINE_TOKENS = 1024  # longer lists of tokens are decoded in a thread; decoding this many tokens takes about 1 ms
 
@@ -138,7 +140,7 @@ class Generation:
                 yield delta
 
     async def _choices_in_time(self, request: GenerationRequest, start: float) -> list[ChoiceRequest]:
-        """Return the prepared choices of `request`, with the remaining seconds of its timeout as their timeouts.
+        """Prepare the choices of `request`, and give each choice the seconds that are left of the request's timeout.
 
         The timeout began at `start`, a time of the event loop's clock. Raises DeadlinePassed if the timeout ends before
         the choices are prepared.
@@ -183,10 +185,10 @@ class Generation:
         return await self._run(len(text) > INLINE_CHARS, self.tokenizer.encode, text, add_special_tokens)
 
     async def _run(self, is_long: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` and return its result; a call that `is_long` runs in a thread.
+        """Call `function` and return its result; if `is_long` is True, the call runs in a thread of a pool.
 
-        A long call in this thread would block the event loop. Raises EngineOverloaded if too many calls wait for a
-        thread.
+        A long call in the event loop's own thread would block the event loop. Raises EngineOverloaded if too many calls
+        wait for a thread.
         """
         return await self._threads.run(function, *args, **kwargs) if is_long else function(*args, **kwargs)
 
@@ -211,7 +213,7 @@ class Generation:
                 raise ValueError(f"{param} holds the token id {token_id}; allowed are 0 to {highest}.")
 
     def _fit_context(self, params: SamplingParams, num_prompt: int, is_chat: bool) -> SamplingParams:
-        """Return `params`, with a default for max_tokens in a completion that sets none.
+        """Return `params`; a completion without max_tokens gets the default for max_tokens.
 
         `num_prompt` is the number of tokens of the prompt. Raises ApiError if the prompt and the requested tokens do
         not fit the model's context.

@@ -11,14 +11,14 @@ from services.engine.contract.sampling_params import Grammar
 from services.gateway.chat.conversation import Conversation
 from services.gateway.chat.tools import ToolMode, ToolUse
 
-MAX_CHOICES = 128  # maximum number of choices of one client request: its prompts times `n`
+MAX_CHOICES = 128  # maximum number of choices of one client request: the number of prompts times `n`
 
 Prompt = str | list[int] | Conversation
 
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """An `AnswerFormat` holds a grammar for the text of an answer, and the name of the client's parameter for it."""
+    """An `AnswerFormat` holds the grammar of an answer's text, and the name of the parameter that set the grammar."""
 
     grammar: Grammar
     param: str  # name of the client's parameter for error messages, such as "structured_outputs.regex"
@@ -53,7 +53,7 @@ class GenerationRequest:
             raise ValueError(f"{param} may not be given together with a tool_choice that forces a call.")
 
     def prompt_with_tools(self) -> Prompt:
-        """Return the prompt; a conversation gets the request's tools, unless the model must not call tools."""
+        """Return the prompt; if the model may call tools, a conversation is returned with the request's tools."""
         if not isinstance(self.prompt, Conversation) or self.tool_use.mode is ToolMode.NONE:
             return self.prompt
         return replace(self.prompt, tools=tuple(tool.to_template() for tool in self.tool_use.tools))

@@ -21,7 +21,7 @@ class BaseBody(BaseModel):
 
 
 def only(*allowed: object) -> AfterValidator:
-    """Return a validator for a field of OpenAI's API that is not supported.
+    """Return a validator for a field of OpenAI's API that the gateway does not support.
 
     Clients may send the field with null or one of the values `allowed`, which have no effect. The validator refuses
     every other value.
@@ -73,11 +73,11 @@ def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
 
 
 def _most_specific(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[ErrorDetails, str]:
-    """Return the error to report to the client, and a description of the values that the field may have.
+    """Return the pair (error to report to the client, description of the values that the field may have).
 
-    For a field that is a union, pydantic reports one error for each type of the union. The error at the deepest path of
-    the body is chosen, because its type is most probably the type that the client meant. If all errors have the same
-    depth, the description names every type of the union.
+    For a field that is a union, pydantic reports one error for each type of the union. The function chooses the
+    error at the deepest path of the body, because the client most probably meant the type of that error. If all errors
+    have the same depth, the description names every type of the union.
     """
     first = errors[0]
     if not _locate(kind, first["loc"]).is_in_union:
@@ -123,6 +123,6 @@ def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
 
 
 def _union_members(annotation: Any) -> list[Any]:
-    """Return the types of a union except None, or only `annotation` if the annotation is not a union."""
+    """Return the types of the union `annotation` except None; if `annotation` is not a union, return only it."""
     is_union = get_origin(annotation) in (Union, UnionType)
     return [member for member in get_args(annotation) if member is not NoneType] if is_union else [annotation]

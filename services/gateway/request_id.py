@@ -13,7 +13,7 @@ MAX_REQUEST_ID_LEN = 128  # maximum number of characters of a request id, becaus
 
 
 def check_request_id(request_id: str, param: str) -> None:
-    """Raise ApiError if `request_id` is too long for logs and headers or not printable ASCII.
+    """Raise ApiError if `request_id` is longer than MAX_REQUEST_ID_LEN or is not printable ASCII.
 
     `param` is the name of the client's parameter, for the error message.
     """

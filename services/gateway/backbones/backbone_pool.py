@@ -1,7 +1,8 @@
 """A gateway holds one gRPC stream to each backbone, and sends every request to the least loaded backbone.
 
-A backbone sends a message several times per second, even if it is idle (`services.engine.server.HEARTBEAT_S`). A silent
-backbone is therefore taken to be stopped, hung or disconnected, and its requests continue on another backbone.
+A backbone sends a message several times per second, even if it is idle (`services.engine.server.HEARTBEAT_S`). The
+gateway therefore assumes that a silent backbone is stopped, hung or disconnected, and continues its requests on
+another backbone.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from services.gateway.health import Health
 log = logging.getLogger(__name__)
 
 FIND_PERIOD_S = 5.0  # seconds between two searches for backbones, while all known backbones answer
-# Seconds after which a backbone's status is stale and is requested again. While a backbone is missing, also the seconds
-# between two searches for backbones.
+# Seconds after which the statuses of the backbones are stale, so that the gateway asks for new statuses. While a
+# backbone is missing or silent, the gateway also waits this long between two searches for backbones.
 STATUS_TTL_S = 0.5
 STATUS_TIMEOUT_S = 5.0  # seconds after which a request for the statuses of all backbones fails
 SILENCE_TICK_S = 0.1  # seconds between two checks of how long each backbone has been silent
 MAX_SILENT_S = 1.0  # seconds of silence after which a backbone is given up, if another backbone answers
-# Seconds of silence after which a backbone is given up while all backbones are silent. This limit is longer because no
-# backbone could continue the requests, and because a delayed backbone answers again sooner than a new backbone starts.
+# Seconds of silence after which a backbone is given up while all backbones are silent. This limit is longer than
+# MAX_SILENT_S, because no other backbone could continue the requests. A backbone that is only delayed also answers
+# again before a new backbone has started.
 MAX_SILENT_ALONE_S = 10.0
 
-AskStatuses = Callable[
-    [], Awaitable[list[dict[str, Any]]]
-]  # a function that returns the statuses of the backbones that answer; each status has the key `endpoint`
+# a function that returns the statuses of the backbones that answer; each status has the key `endpoint`
+AskStatuses = Callable[[], Awaitable[list[dict[str, Any]]]]
 
 
 def unresponsive_endpoints(silent_s: Mapping[str, float]) -> list[str]:
-    """Return the endpoints of the backbones to give up.
+    """Return the endpoints of the backbones that the gateway should give up.
 
     `silent_s` maps the endpoint of each backbone to the seconds since the backbone's last message.
     """
@@ -62,7 +63,7 @@ class BackbonePool:
     def __init__(self, ask_statuses: AskStatuses, on_resumed: OnResumed = _ignore_pause) -> None:
         self._ask_statuses, self._on_resumed = ask_statuses, on_resumed
         self._streams: dict[str, BackboneStream] = {}
-        # the latest statuses of the backbones, after the time.monotonic() at which the statuses arrived
+        # the time.monotonic() at which the latest statuses of the backbones arrived, and these statuses
         self._last: tuple[float, list[dict[str, Any]]] = (0.0, [])
         self._tasks: list[asyncio.Task[None]] = []
         self._search: asyncio.Task[None] | None = None
@@ -116,7 +117,7 @@ class BackbonePool:
         return statuses
 
     async def health(self) -> Health:
-        """Return the health of the backbones; its `detail` names the backbones and shards that do not work."""
+        """Return the health of the backbones; the field `detail` names the backbones and shards that do not work."""
         try:
             statuses = await self.statuses()
         except EngineFailed as error:
@@ -133,8 +134,8 @@ class BackbonePool:
     def _least_loaded(self, avoid: str = "") -> BackboneStream | None:
         """Return the open stream with the fewest requests, or None if no stream is open.
 
-        Two kinds of streams are returned only if there is no better stream: a stream whose backbone has been silent
-        for MAX_SILENT_S seconds, and the stream to the endpoint `avoid`.
+        A stream whose backbone has been silent for MAX_SILENT_S seconds is returned only if all backbones are silent.
+        The stream to the endpoint `avoid` is returned only if no other backbone answers.
         """
         is_open = [stream for stream in self._streams.values() if stream.is_open]
         return min(
@@ -152,7 +153,7 @@ class BackbonePool:
     async def _find_stream(self, avoid: str, wait_s: float) -> BackboneStream | None:
         """Return a stream for a request that lost its backbone, or None if no stream opens within `wait_s` seconds.
 
-        The stream to the endpoint `avoid` is returned only if no other stream is open.
+        The stream to the endpoint `avoid` is returned only if no other backbone answers.
         """
         stop_at = time.monotonic() + wait_s
         while not (stream := self._least_loaded(avoid)) and time.monotonic() < stop_at:
@@ -174,8 +175,8 @@ class BackbonePool:
     async def _count_silence(self) -> None:
         while True:
             await asyncio.sleep(SILENCE_TICK_S)
-            # Silence is counted in ticks and not by the clock, so that backbones are not blamed for the time in which
-            # this process itself does not run.
+            # Silence is counted in ticks and not by the clock. No tick passes while this process does not run, so the
+            # process does not take its own pause for the silence of a backbone.
             for stream in self._streams.values():
                 stream.silent_s += SILENCE_TICK_S
             silent_s = {endpoint: stream.silent_s for endpoint, stream in self._streams.items() if stream.is_open}

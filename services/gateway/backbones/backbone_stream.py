@@ -18,15 +18,16 @@ from services.engine.contract.wire import failure_from_proto, output_from_proto,
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 1.0  # seconds after which an attempt to connect to a backbone fails
-# Seconds after a request's deadline at which the gateway fails the request itself. A backbone checks deadlines between
-# its steps, so a backbone that is later than this hangs.
+# Seconds that the gateway waits after a request's deadline until the gateway fails the request. A backbone checks
+# deadlines between its steps, so a backbone that has not failed the request by then hangs.
 DEADLINE_GRACE_S = 0.5
 
 
 class BackboneLost(Exception):
     """A `BackboneLost` is raised when the stream to a backbone ends before a request on the stream has ended.
 
-    `is_handover` is True if the backbone ended the stream in good order, as every backbone does when it is stopped.
+    `is_handover` is True if the backbone ended the stream without an error, as every backbone does when it is told to
+    stop.
     """
 
     def __init__(self, reason: str, is_handover: bool = False) -> None:
@@ -71,7 +72,7 @@ class BackboneStream:
     def give_up(self, reason: str) -> None:
         """Close the stream without waiting for the backbone, and report `reason` in the log and in BackboneLost.
 
-        If the backbone hangs and runs again later, it finds the requests of the stream cancelled.
+        If the backbone only hangs and later runs again, the backbone cancels the requests of the stream.
         """
         self._reason, self.is_open = reason, False
         if self._task is not None:
@@ -87,7 +88,7 @@ class BackboneStream:
     ) -> AsyncGenerator[TokenOutput, None]:
         """Yield the outputs of one request, in the order in which the backbone sends the outputs.
 
-        `sent_token_ids` are the tokens of the answer that an earlier backbone has generated, or None if this is the
+        `sent_token_ids` are the tokens of the answer that earlier backbones have already sent, or None if this is the
         request's first backbone. Raises the exceptions of `Engine.generate`. If the stream ends early, raises
         BackboneLost after all received outputs were yielded.
         """
@@ -140,9 +141,9 @@ class BackboneStream:
 
 
 def _set_alarm(timeout: float, inbox: asyncio.Queue[pb.Output | None]) -> asyncio.TimerHandle:
-    """Put a failure into `inbox` when the deadline of its request has passed by DEADLINE_GRACE_S.
+    """Put a failure into the `inbox` of a request DEADLINE_GRACE_S seconds after the request's deadline.
 
-    `timeout` is the time to the deadline in seconds. Returns the timer, which the caller cancels when the request ends.
+    The deadline is in `timeout` seconds. The caller must cancel the returned timer when the request ends.
     """
     sentence = "The request's deadline passed, and its backbone did not report it."
     failure = pb.Failure(kind=pb.Failure.DEADLINE, message=sentence)

@@ -1,4 +1,4 @@
-"""A `ResumableRequest` continues on another backbone when its backbone is lost, within a `FailoverBudget`.
+"""A `ResumableRequest` continues on another backbone when its backbone is lost; a `FailoverBudget` limits how often.
 
 The token at a position depends only on the tokens before the position, the request's parameters and its seed. The next
 backbone therefore takes the prompt and the tokens sent so far together as its prompt, and continues with exactly the
@@ -23,39 +23,39 @@ from services.gateway.errors import ApiError, ApiRefusal
 
 log = logging.getLogger(__name__)
 
-# Limits for all failovers of one request together. The limits protect backbones from a request that itself makes
-# backbones crash or steps fail.
+# The limits below count all failovers of one request together. The limits protect backbones from a request that makes
+# every backbone crash or every step fail.
 MAX_LOSSES = 3  # number of lost backbones at which the request fails
-# Number of backbones of one request that may stop in good order and do not count as lost. In an upgrade all backbones
-# stop, one after the other.
+# Number of backbones that may end a request's stream without an error and do not count as lost. An upgrade stops all
+# backbones, one after the other.
 MAX_HANDOVERS = 16
-# Number of retries after failed steps. One backbone may cause a failed step (its device, its connection to the shards),
-# so the request is retried once, on another backbone. If the request itself is the cause, every retry also fails the
-# other requests in the same step, so there is no second retry.
+# Number of retries after failed steps. The cause of a failed step may be one backbone (its device or its connection to
+# the shards), so the request is retried once, on another backbone. If the request itself is the cause, every retry also
+# fails the other requests in the same step, so there is no second retry.
 MAX_FAILURES = 1
-# Seconds that a request waits for a stream to another backbone. Starting a new backbone takes about as long.
+# Seconds that a request waits for a stream to another backbone. A new backbone needs about this time to start.
 RESUME_WAIT_S = 30.0
 
 # Called when a request continues on another backbone. The argument is the pause in seconds between the last output of
 # the lost backbone and the first output of the next backbone, or None if no output came before the loss.
 OnResumed = Callable[[float | None], None]
-# Returns a stream for a request that lost its backbone, or None if no stream opens in time. The arguments are the
-# endpoint to avoid if another endpoint is available, and the seconds to wait.
+# Returns a stream for a request that lost its backbone, or None if no stream opens soon enough. The first argument is
+# the endpoint that is used only if no other backbone answers. The second argument is the number of seconds to wait.
 FindStream = Callable[[str, float], Awaitable[BackboneStream | None]]
 
 
 @dataclass(frozen=True)
 class FailoverBudget:
-    """A `FailoverBudget` counts the failovers of one request and refuses a failover beyond the limits."""
+    """A `FailoverBudget` counts the failovers of one request, and allows no failover beyond the limits."""
 
     num_losses: int = 0
     num_handovers: int = 0
     num_failures: int = 0
 
     def spend(self, error: BackboneLost | EngineFailed) -> FailoverBudget:
-        """Return the budget after one more failover, which is caused by `error`.
+        """Count one more failover, caused by `error`, and return the new budget.
 
-        If no failover is left, raises `error` itself for a failed step, and ApiError for a lost backbone.
+        If a limit is reached, raises `error` for a failed step, and ApiError for a lost backbone.
         """
         if isinstance(error, EngineFailed):
             if self.num_failures == MAX_FAILURES:
@@ -85,7 +85,7 @@ class ResumableRequest:
         on_resumed: OnResumed,
     ) -> None:
         if params.seed is None and not params.is_greedy:
-            params = replace(params, seed=secrets.randbits(64) - 2**63)  # all backbones must draw with one seed
+            params = replace(params, seed=secrets.randbits(64) - 2**63)  # all backbones must sample with the same seed
         self.request_id, self.prompt_token_ids, self.params = request_id, prompt_token_ids, params
         self._loop, self._on_resumed = asyncio.get_running_loop(), on_resumed
         self._deadline = None if timeout is None else self._loop.time() + timeout
@@ -157,7 +157,10 @@ class ResumableRequest:
                 yield self._record(output)
 
     def _record(self, output: TokenOutput) -> TokenOutput:
-        """Remember the tokens of `output`, and return `output` with the fields that the first backbone reported."""
+        """Remember the tokens of `output`, and return `output` as the client should see it.
+
+        The client sees the id of the request, also after failovers that gave the request other ids.
+        """
         now = self._loop.time()
         if self._is_paused:
             pause = None if self._last_at is None else now - self._last_at

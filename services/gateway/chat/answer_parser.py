@@ -54,9 +54,9 @@ class AnswerParser:
 
     - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`.
     - `tools`: the tools that the model may call. If there are tools, `<tool_call>` begins a call.
-    - `is_forced`: True if a grammar makes every call valid; the pieces of a call are then shown at once. If False, a
-      call is shown when the call is complete, and a broken call becomes content without losing a character.
-    - `max_calls`: number of calls after which the answer ends; None for any number.
+    - `is_forced`: True if a grammar makes every call valid. In that case the pieces of a call are shown at once. If
+      False, a call is shown only when the call is complete, and all characters of a broken call become content.
+    - `max_calls`: number of calls after which the answer ends; None: the number is not limited.
 
     Line ends around `</think>` and around calls belong to the markup and are not shown.
     """
@@ -152,7 +152,7 @@ class AnswerParser:
 
 
 class _LineEndTrimmer:
-    """A `_LineEndTrimmer` drops line ends at the start of a text and holds back line ends that may be at its end."""
+    """A `_LineEndTrimmer` drops the line ends at the start of a text, and holds back others until more text follows."""
 
     def __init__(self, is_inside: bool = True) -> None:
         self.is_inside, self._held = is_inside, ""
@@ -224,7 +224,7 @@ class _ToolCallParser:
         return rest
 
     def take(self) -> list[ToolCallDelta]:
-        """Return the part of the call that was parsed since the last `take`, as a list of at most one piece."""
+        """Return a list with the piece of the call that is new since the last `take`; the list may be empty."""
         deltas, self._deltas = self._deltas, []
         arguments = "".join(delta.arguments for delta in deltas)
         if not deltas or not (deltas[0].id or arguments):

@@ -17,9 +17,9 @@ class ChoiceRequest:
 
     prompt_token_ids: list[int]
     params: SamplingParams
-    in_reasoning: bool = False  # the chat template opened `<think>`, so the answer begins with reasoning
+    in_reasoning: bool = False  # True: the chat template opened `<think>`, so the answer begins with reasoning
     tool_use: ToolUse = field(default_factory=ToolUse)
     echo: str | None = None  # text of the prompt, to be shown before the answer; None: the client asked for no echo
-    is_prompt_only: bool = False  # max_tokens was 0: the engine generates one token, which is not shown
+    is_prompt_only: bool = False  # True: max_tokens was 0; the engine generates one token, which is not shown
     # seconds until the last token must be generated, counted from the moment at which the choice was prepared
     timeout: float | None = None

@@ -17,7 +17,7 @@ from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END, Marke
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.chat.tools import Tool, ToolUse, is_string_type
 
-# A larger maxLength is not enforced, because the automaton needs one state for each counted character.
+# A larger maxLength is not enforced, because the grammar's automaton needs one state for each character that it counts.
 MAX_COUNTED_CHARS = 2000
 TEXT = r"(?s:.*)"  # a regular expression for any text
 
@@ -49,7 +49,7 @@ def any_of(choices: Sequence[str]) -> Grammar:
 def check(grammar: Grammar, param: str, check_grammar: CheckGrammar) -> None:
     """Raise ValueError if `check_grammar` refuses `grammar`.
 
-    `param` is the name of the client's parameter, with which the error message begins.
+    The error message begins with `param`, the name of the client's parameter.
     """
     try:
         check_grammar(grammar)

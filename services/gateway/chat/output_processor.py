@@ -38,8 +38,8 @@ class OutputProcessor:
     def push(self, output: TokenOutput) -> TextDelta:
         """Return the delta that one output of the engine adds to the choice.
 
-        The last delta has a finish reason. A stop string or the last allowed tool call ends the choice although the
-        engine has not ended its request.
+        The last delta has a finish reason. A stop string or the last allowed tool call ends the choice even while the
+        engine still runs the request.
         """
         if not self._is_first:
             return self._delta(output)

@@ -19,7 +19,7 @@ class StopMatcher:
         self.stop = ""  # the stop string that was found
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Add `text`, and return the text that may now be shown and whether a stop string was found.
+        """Add `text`, and return the pair (text that may now be shown, True if a stop string was found).
 
         After a stop string was found, `flush` returns the text that follows the stop string.
         """
@@ -45,7 +45,7 @@ class StopMatcher:
         return max((len(a.pattern) for a, end in zip(self._automata, ended, strict=True) if end), default=0)
 
     def flush(self) -> str:
-        """Return the text that was held back, and forget this text."""
+        """Return the text that the matcher holds back, and remove the text from the matcher."""
         held, self._held = self._held, ""
         return held
 
@@ -55,7 +55,8 @@ class _Automaton:
 
     def __init__(self, pattern: str) -> None:
         self.pattern, self.matched = pattern, 0
-        # for each prefix of the pattern, the length of the prefix's longest border (a proper prefix that is a suffix)
+        # For each prefix of the pattern, the length of the prefix's longest border. A border is a shorter prefix that
+        # is also a suffix.
         self._borders = [0]
         for char in pattern[1:]:
             self._borders.append(self._next(self._borders[-1], char))

@@ -30,8 +30,8 @@ class ScoredToken:
 class TextDelta:
     """A `TextDelta` holds the text, tool calls and logprobs that one step of the engine added to one choice.
 
-    `text` and `reasoning` may be empty while characters are held back. `num_prompt` and `num_generated` are the numbers
-    of tokens of the prompt and of the choice so far.
+    `text` and `reasoning` may be empty while the gateway holds characters back. `num_prompt` counts the tokens of the
+    prompt, and `num_generated` counts the tokens of the choice so far.
     """
 
     index: int  # position of the choice among all choices of the request
@@ -49,7 +49,7 @@ class TextDelta:
 
     @property
     def cache_report(self) -> str:
-        """Return a text that says how many prompt tokens came from the prefix cache, and why not more tokens did."""
+        """Return a text that says how many prompt tokens came from the prefix cache, and why there were not more."""
         return f"{self.cache_reason or 'unknown'}; cached={self.num_cached}"
 
     @property

@@ -11,7 +11,7 @@ from services.gateway.chat.text_delta import TextDelta
 class TokenUsage:
     """A `TokenUsage` adds up the tokens of one request with `n` choices for each prompt.
 
-    The tokens of a prompt count once and not `n` times. The generated tokens of all choices count.
+    The tokens of a prompt are counted once and not `n` times. The generated tokens are counted for every choice.
     """
 
     n: int  # number of choices for each prompt
@@ -20,7 +20,7 @@ class TokenUsage:
     num_generated: dict[int, int] = field(default_factory=dict)  # tokens of each choice, by index of the choice
 
     def add(self, delta: TextDelta) -> None:
-        """Record the token counts of `delta`, which replace the earlier counts of the same choice."""
+        """Record the token counts of `delta` in place of the earlier counts of the same choice."""
         prompt = delta.index // self.n
         if delta.index % self.n == 0 or prompt not in self.num_prompt:
             self.num_prompt[prompt], self.num_cached[prompt] = delta.num_prompt, delta.num_cached

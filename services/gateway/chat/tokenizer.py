@@ -46,7 +46,7 @@ class Tokenizer:
         return Marker(text, next((token_id for token_id, name in self._special.items() if name == text), None))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of the tokens `token_ids`, with special tokens by name and invalid UTF-8 as U+FFFD."""
+        """Return the text of `token_ids`; special tokens become their names, and invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.spelling, token_ids)).decode("utf-8", "replace")
 
     @property
@@ -55,14 +55,14 @@ class Tokenizer:
         return [Marker(name, token_id) for token_id, name in self._special.items()]
 
     def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return a list with the text of each token, for which `decode` is called once per token."""
+        """Return a list with the text of each token, decoded separately from the other tokens."""
         return [self.decode([token_id]) for token_id in token_ids]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
 
-        If `add_special_tokens`, the ids of the special tokens with which the tokenizer begins every text come first.
-        Most tokenizers begin texts without special tokens.
+        If `add_special_tokens` is True, the result begins with the special tokens that the tokenizer puts before every
+        text. Most tokenizers put no special tokens there.
         """
         # The tokenizer's Rust implementation keeps no state between calls, so threads may share it.
         return list(self._hf.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -127,8 +127,8 @@ def _bytes_of(token: str) -> bytes:
 def _byte_alphabet() -> dict[str, int]:
     """Return a mapping from each character of a byte-level vocabulary to the byte that the character stands for.
 
-    Printable Latin-1 characters stand for the byte of their own code point. The characters from U+0100 on stand for the
-    other 68 bytes.
+    A printable Latin-1 character stands for the byte that equals its code point. The characters from U+0100 on stand
+    for the other 68 bytes.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -71,7 +71,7 @@ class Tool:
         return {key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}
 
     def types_of(self, name: str) -> frozenset[str] | None:
-        """Return the JSON types that the argument `name` may have, or None if its schema does not limit the types."""
+        """Return the JSON types that the argument `name` may have, or None if the argument may have any type."""
         return json_types(self.properties.get(name, True), self.parameters)
 
     def to_template(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class ToolUse:
     ) -> ToolUse:
         """Return the `ToolUse` for a client's parameters; None stands for a missing parameter.
 
-        - `mode`: the value of `tool_choice`, if it is a mode.
+        - `mode`: the value of `tool_choice`, if the value is a mode.
         - `function`: the name of the function that `tool_choice` names.
         - `is_parallel`: the value of `parallel_tool_calls`.
 
@@ -196,7 +196,8 @@ def is_string_type(types: frozenset[str] | None) -> bool:
 def argument_json(text: str, types: frozenset[str] | None) -> str:
     """Return the JSON value of an argument that the model wrote as untyped text.
 
-    The value is a JSON string, unless `types` allow another type and the text is a value of such a type.
+    If `types` allow another type than string and the text is a value of that type, the result is this value. Otherwise
+    the result is a JSON string.
     """
     if is_string_type(types):
         return to_json(text)
@@ -247,7 +248,7 @@ def parse_arguments(text: str, param: str) -> str:
 
 
 def parse_tool_mode(mode: str, param: str = "tool_choice") -> ToolMode:
-    """Return the `ToolMode` with the name `mode`. Raises ValueError, which names `param`, for an unknown mode."""
+    """Return the `ToolMode` with the name `mode`. Raises ValueError for an unknown mode; the message names `param`."""
     if mode not in list(ToolMode):
         allowed = ", ".join(repr(str(known)) for known in ToolMode)
         raise ValueError(f"{param} must be {allowed} or name a function, not {mode!r:.100}.")

@@ -37,7 +37,8 @@ LENGTH_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2,
 class RequestMetrics:
     """A `RequestMetrics` holds the request metrics of one served model.
 
-    The metrics have a registry of their own, so that two gateways in one process do not collide.
+    Each `RequestMetrics` has its own Prometheus registry, because the metrics of two gateways in one process would
+    collide in a shared registry.
     """
 
     def __init__(self, model: str) -> None:
@@ -113,7 +114,7 @@ class RequestMetrics:
         """Count one continuation of a request on another backbone.
 
         `pause` is the time in seconds between the last output before the failover and the first output after the
-        failover; None if there was no output before the failover.
+        failover. `pause` is None if there was no output before the failover.
         """
         self._resumed.inc()
         if pause is not None:

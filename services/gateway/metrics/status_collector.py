@@ -26,7 +26,7 @@ class StatusCollector(Collector):
     def labelled(self, name: str, help_text: str, label: str, counts: Mapping[str, Mapping[str, int]]) -> Metric:
         """Return a counter that has the additional label `label`.
 
-        `counts[endpoint][value]` is the count of a backbone for one value of the label.
+        `counts[endpoint][value]` is the count of the backbone at `endpoint` for the label value `value`.
         """
         family = CounterMetricFamily(f"expertmesh:{name}", help_text, labels=[*LABELS, label])
         for endpoint, count_by_label in counts.items():

@@ -75,7 +75,7 @@ def _bound(value: float) -> str:
 
 
 class TierMetrics(StatusCollector):
-    """A `TierMetrics` collects metrics of traffic, placement, cover and balance, unless the experts are local."""
+    """A `TierMetrics` collects metrics of traffic, placement, cover and balance; local experts have no such metrics."""
 
     def collect(self) -> Iterator[Metric]:
         remote = {endpoint: status for endpoint, status in self.statuses.items() if "traffic" in status}

@@ -61,7 +61,7 @@ class StreamOptions(BaseBody):
 class StructuredOutputs(BaseBody):
     """A `StructuredOutputs` holds the format that the answer must match; the client must set exactly one field.
 
-    The fields are those of vLLM's API.
+    The fields are the same as in vLLM's API.
     """
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None

@@ -44,7 +44,7 @@ def _usage(usage: TokenUsage) -> dict[str, Any]:
 
 
 def cache_header(delta: TextDelta) -> dict[str, str]:
-    """Return the HTTP header that says how many prompt tokens came from the prefix cache, and why not more tokens."""
+    """Return the HTTP header that says how many prompt tokens came from the prefix cache, and why not more."""
     return {"X-Expertmesh-Cache": delta.cache_report}
 
 
@@ -161,8 +161,8 @@ def _chat_score(score: ScoredToken) -> dict[str, Any]:
 def _prompt_logprobs(scores: Sequence[ScoredToken]) -> list[dict[str, Any] | None]:
     """Return the logprobs of the prompt's tokens in vLLM's format.
 
-    The list has one object for each token of the prompt, and None for the first token. The object holds the logprobs of
-    the prompt's token and its alternatives, by token id.
+    The list holds None for the first token and one object for each other token. An object maps the id of the prompt's
+    token, and the id of each alternative, to a logprob with its rank and text.
     """
     return [
         None if score.logprob is None else {str(one.token_id): _ranked(one, rank) for one, rank in _ranks(score)}
@@ -171,7 +171,7 @@ def _prompt_logprobs(scores: Sequence[ScoredToken]) -> list[dict[str, Any] | Non
 
 
 def _ranks(score: ScoredToken) -> Iterable[tuple[ScoredToken, int]]:
-    """Return pairs of token and rank for a token of the prompt and its alternatives.
+    """Return the pair (token, rank) for the prompt's token `score` and for each of its alternatives.
 
     The most probable token has rank 1.
     """

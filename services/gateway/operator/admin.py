@@ -1,7 +1,7 @@
 """The admin API lets operators who have the admin key read the fleet's state and give orders, as JSON.
 
-If the server has no key, the API refuses all requests, even from clients on the same machine. Otherwise a proxy, a
-port-forward or a web page that posts to 127.0.0.1 could act as an operator.
+If the server has no key, the API refuses all requests, even from clients on the same machine. Without this
+rule, a proxy, a port-forward or a web page that posts to 127.0.0.1 could act as an operator.
 """
 
 from __future__ import annotations

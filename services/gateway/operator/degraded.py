@@ -1,4 +1,4 @@
-"""The degraded report says how many experts have fewer than two live homes, and when the repair will end."""
+"""The degraded report says how many experts have a cover below two, and when the repair will end."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ REPORTED_KEYS = (  # keys that the report copies from the expert tier's status
 def degraded_report(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the report for `/health/degraded` from the result of `BackbonePool.statuses`.
 
-    Backbones may see the fleet differently, so the report uses the status of the backbone that sees the most experts
-    below cover.
+    Backbones may see the fleet differently. The report uses the status of the backbone that sees the most experts with
+    a cover below two.
 
     - `status` is "covered", "degraded", or "local" (the experts are in the backbone).
     - Times are in seconds.
-    - The blast radius of a shard is the share of routed picks that would have no live home if the shard died now.
+    - The blast radius of a shard is the share of picks that no shard could compute if the shard died now.
     """
     remote = [status for status in statuses if "tier" in status]
     if not remote:

@@ -184,7 +184,7 @@ class Operations:
         return {"order": asdict(order)}
 
     async def _lift(self, name: str) -> dict[str, Any]:
-        """Lift the order `name`, and return {"lifted": True} if this call lifted the order.
+        """Lift the order `name`; "lifted" in the result is True if this call lifted the order.
 
         If an operator gives the order again at the same time, the new order stays and "lifted" is False.
         """

@@ -1,4 +1,4 @@
-"""An `EchoSource` replaces the engine in tests of the gateway, and `save_tokenizer` makes a small tokenizer for it."""
+"""An `EchoSource` replaces the engine in tests of the gateway, and `save_tokenizer` makes a small tokenizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
-    """Write a byte-level tokenizer to `path`, whose vocabulary is small.
+    """Write a byte-level tokenizer with a small vocabulary to `path`.
 
     The vocabulary has the 256 bytes, three longer strings, two special tokens and the added token "<tool call>".
     """
@@ -50,7 +50,8 @@ class EchoSource:
     """An `EchoSource` is a `TokenSource` that generates the tokens of `script` and then `eos_id`.
 
     If `script` is None, the source generates the tokens of the prompt. With `ignore_eos`, the source repeats the script
-    without end. A token's logprob depends only on the token's id, and its alternatives are the next higher ids.
+    without end. The logprob of a token depends only on the token's id. The alternatives of a token have the next higher
+    ids.
     """
 
     eos_id: int

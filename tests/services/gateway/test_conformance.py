@@ -240,7 +240,8 @@ def test_answers(surfaces: Surfaces, name: str) -> None:
         assert choice["finish"] in ("stop", "length", "tool_calls")
         assert bool(choice["logprobs"]) == ("logprobs" in body)
         assert "\ufffd" not in choice["text"]
-    # Stop strings are found by the gateway and not by the engine, so the engine ends such a request in its next step.
+    # The gateway and not the engine finds stop strings. The engine therefore ends a request with a stop string only in
+    # the next step.
     assert wait_until(lambda: surfaces.backbone.engine.stats().num_running == 0, 5)
 
 

@@ -1,4 +1,4 @@
-"""The test checks that the gateway answers bodies with random mistakes or refuses them with a full sentence."""
+"""The test sends bodies with random mistakes; the gateway must answer each body or refuse it with a full sentence."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutate(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Return a copy of `body` in which one or two randomly chosen values are replaced by random `VALUES`."""
+    """Return a copy of `body` in which one or two randomly chosen values are replaced by random elements of VALUES."""
     body = copy.deepcopy(body)
     for _ in range(rng.randrange(1, 3)):
         *path, last = rng.choice(list(paths(body)))

@@ -1,4 +1,4 @@
-"""The tests check that prompts and grammars that take long to prepare are limited and delay no other request."""
+"""The tests check that slow prompts and grammars are limited in number and delay no other request."""
 
 from __future__ import annotations
 

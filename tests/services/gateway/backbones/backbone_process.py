@@ -1,4 +1,4 @@
-"""A `BackboneProcess` is a process with a backbone and the demo model, so that tests can kill, suspend and stop it."""
+"""A `BackboneProcess` is a process with a backbone and the demo model, which tests can kill, suspend and stop."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class BackboneProcess:
             self._process.join(10)
 
     def stop(self) -> None:
-        """Tell the backbone to stop in good order, as Ray Serve stops a replica, and return at once."""
+        """Tell the backbone to stop, as Ray Serve tells a replica to stop, and return at once."""
         self._is_ending = True
         self._pipe.send("stop")
 

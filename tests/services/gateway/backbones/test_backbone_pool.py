@@ -1,4 +1,4 @@
-"""The tests check `BackbonePool` over real sockets, with backbones that answer with the prompt."""
+"""The tests check `BackbonePool` over real sockets, with backbones whose answer repeats the prompt."""
 
 from __future__ import annotations
 

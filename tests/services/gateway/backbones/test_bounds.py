@@ -30,7 +30,10 @@ IDS = tuple(range(500, 1500))
 
 
 class Flood:
-    """A `Flood` generates `num_outputs` large outputs for each request; if `num_outputs` is None, without end."""
+    """A `Flood` generates `num_outputs` large outputs for each request.
+
+    If `num_outputs` is None, the outputs of a request never end.
+    """
 
     def __init__(self, num_outputs: int | None = None) -> None:
         self.num_outputs, self.active, self.num_made = num_outputs, set[str](), 0

@@ -1,6 +1,6 @@
 """The tests check over real sockets when a gateway continues a request on another backbone.
 
-The backbones answer with the prompt instead of running a model.
+The backbones run no model; each answer repeats the prompt.
 """
 
 from __future__ import annotations

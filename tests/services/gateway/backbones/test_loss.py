@@ -84,7 +84,7 @@ async def ask(backbones: BackbonePool, kind: str) -> Answer:
 
 
 def summary(outputs: Sequence[TokenOutput]) -> Answer:
-    """Return the parts of an answer that must not depend on the steps in which its tokens were generated."""
+    """Return the parts of an answer that must not depend on how its tokens are divided among the engine's steps."""
     last = outputs[-1]
     return (
         [token for output in outputs for token in output.token_ids],
@@ -130,8 +130,8 @@ def test_no_token_is_lost_or_changed(replicas: Replicas, undisturbed: dict[str, 
     seen = [pause for pause in pauses if pause is not None]
     print(f"{how}: {len(pauses)} resumed, pause median {statistics.median(seen):.3f} s, max {max(seen):.3f} s")
     assert len(seen) >= NUM_TRIALS
-    # About 11 answers share two cores in this test. With one answer, the gateway notices a hung backbone within 1.0 to
-    # 1.3 s.
+    # The bounds are wide because about 11 answers share two cores in this test. If only one answer runs, the gateway
+    # notices a hung backbone within 1.0 to 1.3 s.
     assert statistics.median(seen) < (1.8 if how == "hang" else 0.8)
 
 

@@ -18,7 +18,7 @@ Parsed = tuple[str, str, list[tuple[str, str]]]
 
 
 def parse(pieces: list[str], **kind: Any) -> Parsed:
-    """Parse the text `pieces`, and return the content, the reasoning, and the (name, arguments) of each call."""
+    """Parse the text `pieces`; return the content, the reasoning, and the pair (name, arguments) of each call."""
     parser = AnswerParser(**kind)
     parts: list[AnswerParts] = [*(parser.push(piece) for piece in pieces), parser.finish()]
     calls: dict[int, tuple[str, str]] = {}

@@ -8,7 +8,7 @@ from services.gateway.chat.stop_strings import StopMatcher
 
 
 def _first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """Return the text before the first stop string, and whether there is a stop string.
+    """Return the pair (text before the first stop string, True if there is a stop string).
 
     The function is slow and obvious: it looks for the shortest prefix of the text that ends with a stop string.
     """

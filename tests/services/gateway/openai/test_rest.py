@@ -73,7 +73,7 @@ def test_chat(client: openai.OpenAI) -> None:
     assert (message.role, message.content) == ("assistant", "user\nhello")
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-")
-    # The next request holds the answer's message unchanged, which clients are allowed to send.
+    # Clients may send the message of an answer back unchanged, as the next request does.
     turns: list[Any] = [{"role": "developer", "content": [{"type": "text", "text": "x"}]}, message]
     again = client.chat.completions.create(model="echo", messages=turns, max_completion_tokens=9)
     assert again.choices[0].message.content == "system\nx"
