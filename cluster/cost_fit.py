@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from cluster.topology import CostModel
 
 HALF_LIFE_CALLS = 500.0  # Number of later calls after which a call counts half.
-# A call counts less if its ratio of measured to predicted time differs from the batch's median ratio by more than this
-# part of the median.
+# A call has the ratio of its measured to its predicted time, and a batch has the median of these ratios. A call counts
+# less if its ratio differs from the median by more than this fraction of the median.
 TOLERANCE = 0.5
 PRIOR_CALLS = 1.0  # Weight of the first cost model in the fit, in calls.
 MIN_US = 1.0  # Smallest time in µs with which the fit computes, so that no division by zero occurs.

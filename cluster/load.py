@@ -2,7 +2,7 @@
 
 Backbones count picks and add the counts to sums in Redis once a second, and the controller reads the sums. Loads are
 only advice for the planner. A count that is added twice after a timeout, or dropped in a long outage, may change a
-placement a little, but never a token.
+placement a little, but never a generated token.
 
 Legend: E experts of a layer, W windows of time.
 """
@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Counts = NDArray[np.int64]
 
-MAX_MERGES = 60  # Failures to send in a row after which counts are dropped: about a minute at one attempt a second.
+# Counts are dropped after this many consecutive failures to send: about a minute at one attempt a second.
+MAX_MERGES = 60
 
 
 class LoadCounter:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-Homes = tuple[tuple[str, ...], ...]  # homes[expert] = ids of the shards that are its homes, the preferred one first.
+# homes[expert] = ids of the shards that are the expert's homes, the preferred home first.
+Homes = tuple[tuple[str, ...], ...]
 Experts = Mapping[int, Sequence[int]]  # Expert ids by layer.
 
 
@@ -137,7 +138,7 @@ def _real_number(record: Mapping[str, str], name: str) -> float:
 class Placement:
     """A `Placement` says which shards hold which expert, from one epoch on.
 
-    - `homes[layer][expert]`: the ids of the shards that hold the expert in device memory, the preferred one first.
+    - `homes[layer][expert]`: the ids of the shards that hold the expert in device memory, the preferred shard first.
     - `standby[layer][expert]`: the ids of the shards that hold the expert in host memory or on disk. Standbys promote
       the expert when a call needs it; backbones call standbys only when no home answers.
     - `gains[layer]`: the largest gain exponent of the layer's experts, which backbones need to compute sums that do not
@@ -169,11 +170,11 @@ class Placement:
         return tuple(sorted({id for homes in all_layers for ids in homes for id in ids}))
 
     def experts_of(self, shard_id: str) -> dict[int, list[int]]:
-        """Return the ids of the experts of which a shard is a home, by layer; layers without any are missing."""
+        """Return, by layer, the ids of the experts of which a shard is a home; layers without any home are missing."""
         return _experts_of(self.homes, shard_id)
 
     def standby_of(self, shard_id: str) -> dict[int, list[int]]:
-        """Return the ids of the experts of which a shard is a standby, by layer; layers without any are missing."""
+        """Return, by layer, the ids of the experts of which a shard is a standby; layers without any are missing."""
         return _experts_of(self.standby, shard_id)
 
     def digest_of(self, shard_id: str) -> str:

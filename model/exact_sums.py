@@ -28,8 +28,8 @@ NOT_ADDABLE = "an expert's output is not finite or too large to add: the expert'
 def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
     """Return ⌈log2⌉ of the typical size of an expert's output down·relu(up·z)² for an input z of unit mean square.
 
-    For z ~ N(0, 1): up_j·z ~ N(0, |up_j|²) and E relu(g)⁴ = 3/2·σ⁴. A typical size is enough, because int64 has room
-    for outputs that are much larger.
+    If z is drawn from N(0, 1), then up_j·z has the distribution N(0, |up_j|²). If g is drawn from N(0, σ²), then the
+    mean of relu(g)⁴ is 3/2·σ⁴. A typical size is enough, because int64 has room for outputs that are much larger.
     """
     up_square_M = up_ML.double().square().sum(1)
     down_square_M = down_LM.double().square().sum(0)

@@ -36,7 +36,8 @@ class ModelFamily:
     def check(self) -> None:
         """Check the names and shapes of all tensors in the checkpoint without reading weights.
 
-        Raises ValueError if a tensor is missing, is unknown or has the wrong shape; the message names the first one.
+        Raises ValueError if a tensor is missing, is unknown or has the wrong shape; the message names the first such
+        tensor.
         """
         nemotron_h.check(self.checkpoint, self.config)
 

@@ -14,8 +14,8 @@ from cluster.topology import Placement, Shard
 
 log = logging.getLogger(__name__)
 
-# Number of consecutive registry answers without a shard after which the shard counts as gone. If the store has lost its
-# data, the heartbeats of all live shards arrive within fewer answers.
+# A shard counts as gone if this number of consecutive registry answers did not contain the shard. If the store has lost
+# its data, all live shards send a heartbeat before that many answers have come.
 MAX_MISSED = 8
 
 Adopt = Callable[[Placement, Iterable[Shard]], None]

@@ -18,8 +18,8 @@ from cluster.load import Counts, ExpectedLoad, expected_load
 WINDOW_S = 30  # Length of a window of time in seconds.
 KEEP_S = 2 * 3600  # Seconds for which Redis keeps the counts of a window.
 
-# A script adds all counts of a layer in one call: it costs the sender 0.1 ms of CPU, while 512 HINCRBY commands cost
-# 6 ms.
+# A script adds all counts of a layer in one call. The script costs the sender 0.1 ms of CPU, while 512 HINCRBY commands
+# cost 6 ms.
 ADD = """
 local counts = cjson.decode(ARGV[1])
 for i = 1, #counts, 2 do redis.call('HINCRBY', KEYS[1], counts[i], counts[i + 1]) end
@@ -84,7 +84,7 @@ async def recent_rates(
 ) -> tuple[float, dict[int, NDArray[np.float64]]]:
     """Return the length of the measured time in seconds, and each expert's picks per second, by layer.
 
-    The measured time ends at `now`, and contains the present window and up to `num_windows` windows before. Windows
+    The measured time ends at `now`, and contains the present window and up to `num_windows` earlier windows. Windows
     before the first window with picks do not count. Raises StoreUnavailable.
     """
     windows = range(store.window(now) - num_windows, store.window(now) + 1)
@@ -121,7 +121,8 @@ class LoadHistory:
             self._known |= {(layer, window): row for window, row in zip(missing, counts_WE, strict=True)}
             counts_WE = np.stack([self._known[layer, window] for window in windows])
             is_used = counts_WE.any(axis=1)
-            if is_used.any():  # Windows before the first window with picks do not count: no fleet yet.
+            # Windows before the first window with picks do not count, because there was no fleet yet.
+            if is_used.any():
                 start = int(is_used.argmax())
                 ages_s = [(present - window) * float(self.store.window_s) for window in windows[start:]]
                 loads[layer] = expected_load(counts_WE[start:], ages_s, self.store.window_s)

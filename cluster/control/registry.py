@@ -1,8 +1,8 @@
 """The `Registry` records in Redis which processes are alive, which placement is published and who may change it.
 
-No token waits for the registry. Every Redis command is one round trip with a short timeout and no retry: callers keep
-the values that they read last and try again later. If Redis has lost its data, the next heartbeats restore the records
-of the live processes.
+The computation of tokens never waits for the registry. Every Redis command is one round trip with a short timeout and
+no retry: callers keep the values that they read last and try again later. If Redis has lost its data, the next
+heartbeats restore the records of the live processes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def connect(url: str, password: str | None = None) -> Redis:
 
 
 def key_prefix(model: str) -> str:
-    """Return the prefix of all keys of a model; the braces in it keep the keys on one node of a Redis Cluster.
+    """Return the prefix of a model's keys; the prefix has braces, which keep all keys on one node of a Redis Cluster.
 
     Raises ValueError if the name is empty or contains braces or white space.
     """
@@ -84,8 +84,9 @@ return redis.call('DEL', KEYS[1])
 """
 
 # The script returns nothing if it stores the placement. Otherwise the script returns the epoch and the fencing token
-# that prevent publishing. A leader's token must be the newest token, because a newer leader may have read the placement
-# already. A caller without a lease has token 0, which is enough only if no placement from a leader is stored.
+# that prevent publishing. A leader's fencing token must be the newest one, because a newer leader may have read the
+# placement already. A caller without a lease has the fencing token 0, which is enough only if no placement from a
+# leader is stored.
 PUBLISH = """
 local stored = redis.call('HMGET', KEYS[1], 'epoch', 'fencing')
 local epoch, fencing = tonumber(stored[1] or 0), tonumber(stored[2] or 0)
@@ -95,8 +96,8 @@ redis.call('HSET', KEYS[1], 'epoch', ARGV[2], 'fencing', ARGV[3], 'value', ARGV[
 return false
 """
 
-# A new token is at least the clock's time in milliseconds, so that tokens keep growing even after Redis has lost its
-# data.
+# A new fencing token is at least the clock's time in milliseconds, so that fencing tokens keep growing even after Redis
+# has lost its data.
 ACQUIRE = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return false end
 local now = redis.call('TIME')
@@ -186,7 +187,7 @@ class Registry:
         """Publish `placement` if the stored placement has the epoch `expected_epoch`.
 
         - `expected_epoch`: the epoch of the placement to replace, or 0 if no placement is published yet.
-        - `fencing`: the token of the caller's lease, or 0 if the caller is not a controller.
+        - `fencing`: the fencing token of the caller's lease, or 0 if the caller is not a controller.
 
         Raises StalePlacement if a placement of another epoch is stored or if a newer lease exists.
         """
@@ -231,7 +232,7 @@ class Registry:
         return [dict(fields) for _, fields in entries]
 
     async def acquire_lease(self, owner: str) -> Lease | None:
-        """Return a new lease for `owner`, or None while any controller, even `owner`, holds the lease."""
+        """Return a new lease for `owner`, or None while a controller (even `owner` itself) holds the lease."""
         keys = [self.prefix + "leader", self.prefix + "fencing"]
         fencing = await self._eval(ACQUIRE, keys, owner, self.lease_ttl_ms)
         return None if fencing is None else Lease(owner, int(fencing))

@@ -31,7 +31,7 @@ class StalePlacement(RuntimeError):
 class Lease:
     """A `Lease` is the right to change the placement; only one controller holds the lease at a time.
 
-    The token `fencing` grows with every new lease, even if Redis loses its data in between.
+    The fencing token `fencing` grows with every new lease, even if Redis has lost its data.
     """
 
     owner: str
@@ -69,7 +69,7 @@ class RegistryStore(Protocol):
 def stale_placement(
     placement: Placement, expected_epoch: int, fencing: int, stored_epoch: int, stored_fencing: int
 ) -> StalePlacement:
-    """Return the error for a rejected `placement`; the message contains the epoch and the token in the store."""
+    """Return the error for a rejected `placement`; the message contains the store's epoch and fencing token."""
     return StalePlacement(
         f"The placement of epoch {placement.epoch} was not published: it replaces epoch {expected_epoch} with fencing "
         f"token {fencing}, but epoch {stored_epoch} with fencing token {stored_fencing} is there."

@@ -158,7 +158,7 @@ class PoolState:
 class PoolDecision:
     """A `PoolDecision` says how many shards a pool should have, and why.
 
-    `is_ordered` is True if an operator's order decided, not the load.
+    `is_ordered` is True if the number comes from an operator's order, and False if it comes from the load.
     """
 
     shards: int
@@ -167,7 +167,7 @@ class PoolDecision:
 
 
 def desired_shards(pool: PoolState, policy: PoolPolicy) -> PoolDecision:
-    """Decide how many shards the pool should have; an operator's order wins over the load.
+    """Decide how many shards the pool should have; an operator's order takes precedence over the load.
 
     A pool grows by several shards at a time. A pool shrinks by one shard at a time, and only when all moves are done.
     The number of shards stays within the bounds of `policy`. Within the bounds, the number is at least

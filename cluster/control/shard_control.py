@@ -40,7 +40,7 @@ class ShardControl(Protocol):
         """Return the experts that `shard` holds now."""
 
     async def load(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> Mapping[int, int]:
-        """Load and verify experts on `shard`; return, for each layer of these experts, the largest gain exponent.
+        """Load and verify experts on `shard`; return the largest gain exponent of the experts of each layer.
 
         `device` are the experts, by layer, to load into device memory. `standby` are the experts, by layer, of which
         the shard becomes a standby.

@@ -52,7 +52,7 @@ class FleetBudget:
         self._set_quotas(layers)
 
     def _set_headroom(self, layers: Sequence[LayerSpec]) -> None:
-        """Set how many bytes stay free on every shard, so that an expert can be loaded before another is dropped."""
+        """Set how many bytes stay free on every shard: a shard loads a new expert before it drops an old one."""
         largest = max((spec.expert_bytes for spec in layers), default=0)
         needed = sum(spec.num_experts * spec.expert_bytes for spec in layers)
         self.headroom = largest if self.policy.headroom is None else self.policy.headroom

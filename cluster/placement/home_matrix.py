@@ -39,7 +39,7 @@ class HomeMatrix:
 
     @classmethod
     def of(cls, homes: Homes, index: ShardNumbers, width: int) -> HomeMatrix:
-        """Create a matrix from `homes`, which are shard ids; the matrix has `width` columns, or more if necessary.
+        """Create a matrix from shard ids (`homes`); the matrix has `width` columns, or more if necessary.
 
         Homes on shards that are not in `index` are left out.
         """

@@ -45,7 +45,7 @@ def improve(
 ) -> Any:  # fmt: skip
     """Take the best step again and again, in place; return the slowest shard's time before and after, in µs.
 
-    The best step is the one that saves the most time of the slowest shard per expert moved.
+    The best step saves the most time of the slowest shard per expert moved.
 
     - Detours and swaps are considered only while the slowest shard's time is above `thorough_above` (µs).
     - The search ends when the slowest shard's time is at most `target_level` (µs), when no step helps, or after

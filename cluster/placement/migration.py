@@ -104,8 +104,8 @@ def next_round(
 ) -> Round:
     """Return the homes to load now: experts with the fewest live homes first, within each shard's memory and limits.
 
-    The round also contains homes that their shards already hold but that the published placement does not have yet. To
-    load such a home again costs nothing, and the order to load it tells the shard who the leader is. Before the first
+    The round also contains homes that their shards already hold but that the published placement does not have yet.
+    Loading such a home again costs nothing, and the order tells the shard which controller leads. Before the first
     placement is published, there is no limit on the bytes in flight, because loading disturbs no request.
     """
     sizes = {spec.layer: spec.expert_bytes for spec in layers}

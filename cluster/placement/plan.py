@@ -1,4 +1,4 @@
-"""A plan lists the homes that experts should have, the moves from the running homes, and the moves' cost and gain."""
+"""A plan lists the homes that experts should have, the moves that lead there, and the cost and gain of the moves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class PlanPolicy:
     """A `PlanPolicy` tells the planner how large a step is, what a move costs, and which gain is worth a move."""
 
     rows_per_step: float = 32.0  # Number of rows of one step; every layer computes all of these rows.
-    risk: float = 1.0  # The load of an expert is assumed to be this many standard deviations above its mean.
+    # The planner assumes that an expert's load is this many standard deviations above the mean load of the expert.
+    risk: float = 1.0
     share_of_time: float = 0.5  # Share of the serving time that backbones spend waiting for experts.
     stay_s: float = 600.0  # Seconds for which the load is expected to stay as it is.
     bytes_per_s: float = 1e9  # Bytes that a move loads per second. The move's duration counts as time without serving.

@@ -1,4 +1,4 @@
-"""The planner makes a better placement from the running one, with few moves.
+"""The planner makes a better placement from the running placement, with few moves.
 
 The planner's steps are, in this order:
 

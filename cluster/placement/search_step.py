@@ -20,7 +20,8 @@ from numba import njit
 
 from cluster.placement.balance import TOLERANCE, add_fallback_time, expert_time, water_fill
 
-TRIAL_SWEEPS = 12  # Maximum number of passes of a water-filling in a trial, which only compares steps.
+# Maximum number of passes of water-filling when a step is tried; trying a step only compares it with other steps.
+TRIAL_SWEEPS = 12
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -49,7 +49,7 @@ class Faults:
         )
 
     async def happen(self) -> None:
-        """Let all faults of the scenario happen, and return when the last one has ended."""
+        """Let all faults of the scenario happen, and return when the last fault has ended."""
         await asyncio.gather(*(self._happen_once() for _ in range(self.fleet.scenario.num_faults)))
         self.are_over = True
 

@@ -24,7 +24,7 @@ from cluster.topology import Placement
 
 MAX_CALL_S = 20.0
 MAX_REST_S = 40.0
-MAX_UNSEEN_S = 1.5  # Seconds after a shard's death during which a controller may not know of the death.
+MAX_UNSEEN_S = 1.5  # Seconds after a shard's death in which a controller may still believe that the shard is alive.
 
 
 class Invariants:

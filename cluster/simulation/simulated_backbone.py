@@ -56,7 +56,8 @@ class SimBackbone(SimProcess):
         self.num_calls = 0
         self._healths: dict[tuple[str, str], ShardHealth] = {}  # Each shard's health, by id and incarnation.
         self._in_flight: dict[int, tuple[LayerCall, SimShard]] = {}  # The call and the shard, by request id.
-        self._replied: dict[LayerCall, dict[int, list[int]]] = {}  # The picks by request id, for requests with a reply.
+        # For each call, the picks of each request that has a reply, by request id.
+        self._replied: dict[LayerCall, dict[int, list[int]]] = {}
         self._counts: dict[LayerCall, Counter[int]] = {}  # How often each pick of an open call has been summed.
 
     async def run(self) -> None:

@@ -33,7 +33,8 @@ LIMITS = Limits(bytes_in_flight=3 * EXPERT_BYTES)
 # With this policy a small gain is enough for a plan, so that many experts move.
 RESTLESS = PlanPolicy(rows_per_step=2.0, risk=0.0, stay_s=1e6, min_gain=0.0, good_enough=0.999, aim=1.0)
 
-OnPublish = Callable[[Placement | None, Placement], None]  # Receives the old placement or None, and the new placement.
+# The callback receives the old placement or None, and the new placement.
+OnPublish = Callable[[Placement | None, Placement], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Scenario:
     - `controller`: the class of the fleet's controllers.
     - `is_fenced`: if False, the store and the shards obey a leader that has been replaced.
     - `is_about_leaders`: if True, leaders may be stopped at the moment when they order a shard to drop experts.
-    - `has_trace`: if True, events are printed.
+    - `has_trace`: if True, every event of the simulation is printed.
     """
 
     seed: int

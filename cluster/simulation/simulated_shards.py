@@ -53,7 +53,7 @@ class SimShard(SimProcess):
         return Shard(**{**fields, "held_digest": digest, "num_held": len(self.held), "draining": self.is_draining})
 
     def obey(self, order: LeaderOrder) -> None:
-        """Record the order's epoch and token; raise ShardFailed if the order's token is older than the newest token."""
+        """Record the epoch and the fencing token of `order`; raise ShardFailed if a newer fencing token is known."""
         if self.is_fenced and order.fencing < self.fencing:
             raise ShardFailed(f"token {order.fencing} is older than {self.fencing}")
         self.fencing, self.epoch = max(self.fencing, order.fencing), max(self.epoch, order.epoch)
@@ -88,10 +88,10 @@ class SimShard(SimProcess):
 
 OnDrop = Callable[
     [SimShard, set[Held], str], None
-]  # Receives the shard, the dropped experts and the controller's name.
+]  # The callback receives the shard, the dropped experts and the controller's name.
 BeforeDrop = Callable[
     [SimProcess, Experts], None
-]  # Receives the controller and the experts that it orders a shard to drop.
+]  # The callback receives the controller and the experts that the controller orders a shard to drop.
 
 
 class RemoteShards:
@@ -127,7 +127,7 @@ class RemoteShards:
 
     @staticmethod
     def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start `work` as a task that goes on if the controller gives up or dies; its errors are then ignored."""
+        """Start `work` as a task that goes on if the controller gives up or dies; errors of `work` are then ignored."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task

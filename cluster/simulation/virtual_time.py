@@ -1,6 +1,7 @@
 """The `VirtualLoop` is an event loop whose clock jumps to the next scheduled callback.
 
-Hours of virtual time pass in seconds, and a program that draws from a seed runs the same way each time.
+Hours of virtual time pass in seconds, and a program that draws its random numbers from a seed runs the same way each
+time.
 """
 
 from __future__ import annotations

@@ -162,7 +162,8 @@ class ModelSizes:
     @property
     def _step(self) -> list[Matrices]:
         """Return the matrices of the backbone that one decode step without drafts reads."""
-        has_head = any(one.part == "head" for one in self.matrices)  # Without a head, the embedding is the head.
+        # If the model has no head of its own, the embedding is also the head.
+        has_head = any(one.part == "head" for one in self.matrices)
         skipped = ("routed", "copies", "embedding") if has_head else ("routed", "copies")
         return [one for one in self.matrices if one.part not in skipped and not one.is_mtp]
 

@@ -258,7 +258,7 @@ class Mamba2Mixer(nn.Module):
         return normed
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepare the CPU kernels' parameters, which include those of `norm`, the norm before the mixer.
+        """Prepare the parameters of the CPU kernels, including the parameters of `norm`, the norm before the mixer.
 
         Raises ValueError if the state dim is not a multiple of the kernels' vector length.
         """

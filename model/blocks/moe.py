@@ -58,7 +58,7 @@ class Experts(Protocol):
     """`Experts` is the interface through which a MoE layer runs routed experts, in this process or on expert shards."""
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
-        """Start a layer call and return a function that waits for the weighted sums and returns them: fp32 (N, L)."""
+        """Start a layer call; return a function that waits for the weighted sums and returns the sums: fp32 (N, L)."""
 
 
 class ExpertBank:
@@ -101,7 +101,7 @@ class ExpertBank:
         self._gains[expert] = gain_exponent(up, down) if gain is None else gain
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
-        """Return an expert's weights on the CPU in the bank's dtype; raise KeyError if the bank does not hold it."""
+        """Return an expert's weights on the CPU in the bank's dtype; raise KeyError if the bank lacks the expert."""
         up_down = (
             map(unpack_matrix, self._packed[expert]) if self.is_compiled else (w.cpu() for w in self._weights[expert])
         )
@@ -292,7 +292,7 @@ class DenseMLP(nn.Module):
         self.down_proj = Linear(width, hidden_size, bias)
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepare the CPU kernels' parameters, which include those of `norm`, the norm before the mixer."""
+        """Prepare the parameters of the CPU kernels, including the parameters of `norm`, the norm before the mixer."""
         self.up_proj.pack()
         self.down_proj.pack()
         self.norm_params = norm.kernel_params
@@ -336,7 +336,7 @@ class MoE(nn.Module):
         self.shared_experts = DenseMLP(hidden_size, shared_width, bias)
 
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        """Prepare the CPU kernels' parameters, including those of `norm`; rows go to the experts in `dtype`."""
+        """Prepare the parameters of the CPU kernels and of `norm`; rows go to the experts in `dtype`."""
         self.gate.pack()
         self.shared_experts.pack(norm, dtype)
         fc1_params = self.fc2_params = (

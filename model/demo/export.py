@@ -68,7 +68,8 @@ CONFIG: dict[str, Any] = {
     "mlp_bias": False,
     "attention_bias": False,
     "mamba_ssm_cache_dtype": "float32",
-    "time_step_min": 1e-30,  # tiny, because transformers uses the value as a lower bound of Δ and the family has none
+    # tiny, because transformers uses the value as a lower bound of Δ, and Nemotron has no lower bound
+    "time_step_min": 1e-30,
     "time_step_max": 0.1,
     "time_step_floor": 1e-4,
     "max_position_embeddings": 4096,

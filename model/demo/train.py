@@ -148,7 +148,8 @@ def sample_windows(
 def chat_frame(tokenizer: Any) -> np.ndarray:
     """Return the token ids that frame a chat turn's two parts, as one array.
 
-    The array holds the ids before the user's part, the ids between the two parts, and last the number of ids before.
+    The array holds the ids before the user's part, then the ids between the two parts. The last number of the array is
+    the number of ids before the user's part.
     """
     opening = tokenizer.encode("<|im_start|>user\n").ids
     middle = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n<think></think>").ids

@@ -54,7 +54,7 @@ FIXED = {  # for each key, the only value that this code supports; `from_json` r
 
 
 def _pattern(raw: dict[str, Any], prefix: str) -> str | None:
-    """Return the layer pattern as a string of letters, or None if the config has none.
+    """Return the layer pattern as a string of letters, or None if the config has no layer pattern.
 
     `prefix` is "" for the backbone's pattern and "mtp_" for the MTP module's pattern. A config gives the pattern as
     letters, or as a list of old or new layer names.
@@ -112,7 +112,7 @@ class NemotronHConfig:
     def from_json(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> NemotronHConfig:
         """Create a config from a model's `config.json`, in any public dialect, and its `generation_config.json`.
 
-        Raises ValueError if a key is missing or has a value that is not allowed; the message names the first one.
+        Raises ValueError if a key is missing or has a value that is not allowed; the message names the first such key.
         """
 
         def need(key: str) -> int:
@@ -319,7 +319,7 @@ class NemotronH(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.mtp = MTPModule(config, experts) if with_mtp and config.num_nextn_predict_layers else None
         self.packed_head: PackedMatrix | None = None  # set only if head and embeddings are tied
-        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # the embeddings, and True if in bf16
+        self.packed_rows: tuple[NDArray[np.generic], bool] | None = None  # the embeddings, and True if they are bf16
 
     @property
     def has_drafts(self) -> bool:
@@ -512,7 +512,8 @@ def _backbone_tensors(
 def check(checkpoint: Checkpoint, config: NemotronHConfig) -> None:
     """Check the names and shapes of all tensors in the checkpoint; the weights are memory-mapped, but not read.
 
-    Raises ValueError if a tensor is missing, is unknown or has the wrong shape; the message names the first one.
+    Raises ValueError if a tensor is missing, is unknown or has the wrong shape; the message names the first such
+    tensor.
     """
     with torch.device("meta"):
         model = NemotronH(config, LocalExperts({}), with_mtp=has_mtp(checkpoint, config))

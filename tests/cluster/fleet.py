@@ -20,7 +20,7 @@ def make_layers(num_layers: int = 3, num_experts: int = 32, expert_bytes: int = 
 
 
 def balancedness(loads: Sequence[float]) -> float:
-    """Return the mean of the shards' loads divided by their maximum; 1 is perfect.
+    """Return the mean of the shards' loads divided by the largest load; 1 is perfect.
 
     For several layers, call this function for each layer and average the results, as EPLB does.
     """

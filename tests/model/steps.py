@@ -58,7 +58,7 @@ def full_logits(model: NemotronH, token_ids: Sequence[int]) -> Tensor:
 
 
 def split_logits(model: NemotronH, token_ids: Sequence[int], cuts: Sequence[int]) -> Tensor:
-    """Return the logits of one request, computed in several steps; a step ends at each of `cuts` and at the end."""
+    """Return the logits of one request, computed in several steps; a step ends at each token position in `cuts`."""
     steps, ends = Steps(model), [*cuts, len(token_ids)]
     starts = [0, *cuts]
     parts = [steps.logits((0, token_ids[a:b], a))[0] for a, b in zip(starts, ends, strict=True)]

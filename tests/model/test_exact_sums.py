@@ -102,7 +102,7 @@ def test_what_cannot_be_added_is_refused(value: float) -> None:
 
 
 def test_damaged_weights_do_not_stop_the_loading() -> None:
-    """Check that damaged weights have a gain exponent, so that loading succeeds; the first sum reports the damage."""
+    """Check that damaged weights have a gain exponent, so that loading succeeds; the first sum then raises an error."""
     assert gain_exponent(torch.full((2, 3), torch.inf), torch.ones(3, 2)) == 0
     assert gain_exponent(torch.full((2, 3), torch.nan), torch.ones(3, 2)) == 0
 

@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Observation:
-    """An `_Observation` is a shard's answer with the incarnation and digest in the shard's record at that time."""
+    """An `_Observation` is what a shard answered about its experts (`holding`).
+
+    `incarnation` and `digest` come from the record with which the shard was asked; `digest` is its `held_digest`.
+    """
 
     incarnation: str
     digest: str
@@ -28,7 +31,7 @@ class _Observation:
 
 
 class FleetObserver:
-    """A `FleetObserver` keeps each shard's last answer, and asks a shard again only if its experts may have changed.
+    """A `FleetObserver` keeps each shard's last answer, and asks a shard again only if experts there may have changed.
 
     The observer asks several shards at the same time. `timeout_s` is the time in seconds that shards have to answer.
     """
@@ -64,7 +67,7 @@ class FleetObserver:
         return seen is None or shard.id in self._changed or not seen.is_current(shard)
 
     async def ask(self, shards: Sequence[Shard]) -> dict[str, Holding]:
-        """Ask `shards` which experts they hold now; return the answers that arrive in time, by shard id."""
+        """Ask `shards` which experts they hold now; return the answers that arrive within `timeout_s`, by shard id."""
         tasks = {shard.id: asyncio.ensure_future(self._ask_one(shard)) for shard in shards}
         if tasks:
             await asyncio.wait(tasks.values(), timeout=self.timeout_s)

@@ -11,7 +11,8 @@ from cluster.control.registry_store import LEASE_TTL_S, Lease, RegistryStore, St
 
 log = logging.getLogger(__name__)
 
-MAX_TURN_S = 60.0  # A leader whose turn lasts longer than these seconds loses its lease, because it may be stuck.
+# A leader loses its lease if a turn lasts longer than this time in seconds, because the leader may be stuck.
+MAX_TURN_S = 60.0
 
 
 class LeaseKeeper:

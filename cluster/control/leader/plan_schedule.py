@@ -17,7 +17,7 @@ from cluster.topology import LayerSpec, Placement, Shard
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 6  # Factor by which the time between plans for a changed load is longer while homes still move.
+PATIENCE = 6  # While homes still move, the time between plans for a changed load is this many times longer.
 
 
 class PlanSchedule:
@@ -51,7 +51,7 @@ class PlanSchedule:
         self._planned_for: object = None  # The fleet that the target was planned for.
 
     def forget(self) -> None:
-        """Forget the target, so that the next turn makes a plan: a new leader doesn't know the last leader's target."""
+        """Forget the target, so that the next turn makes a plan; a new leader has no target of its predecessor."""
         self.target, self._planned_for = None, None
 
     async def update(
@@ -96,8 +96,8 @@ class PlanSchedule:
     def _may_begin(self, alive: Sequence[Shard]) -> bool:
         """Return True if a first placement may be planned.
 
-        All expected shards must be alive. If any shard holds experts, the store has lost a placement. Backbones must
-        then have had `recovery_s` to publish the lost placement again.
+        All expected shards must be alive. If any shard holds experts, the store has lost a placement. In that case, the
+        placement must have been missing for `recovery_s` seconds, so that backbones had time to publish it again.
         """
         pools = Counter(shard.pool for shard in alive if not shard.draining)
         is_new = not any(shard.num_held for shard in alive)

@@ -10,7 +10,7 @@ from cluster.placement.migration import Target
 from cluster.placement.plan import Plan
 from cluster.topology import Placement, Shard
 
-MAX_LOSS = 0.01  # The share of a step's time: a plan that makes steps longer by more is rolled back.
+MAX_LOSS = 0.01  # A plan is rolled back if it makes steps longer by more than this share of a step's time.
 
 Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[Plan]]
 
@@ -49,9 +49,10 @@ class PlanTrial:
         return self.clock() < self._paused_until
 
     def begin(self, before: Target, plan: Plan, planned_at: float) -> None:
-        """Start a trial of `plan`, which replaces the homes `before`, unless another trial is under way.
+        """Start a trial of `plan`, if no other trial is under way.
 
-        A plan without a predicted gain gets no trial. `planned_at` is the time of the plan in seconds since 1970.
+        `before` lists the homes and standbys that `plan` replaces. A plan without a predicted gain gets no trial.
+        `planned_at` is the time of the plan in seconds since 1970.
         """
         if self._trial is None and plan.gain_s > 0:
             saved = 1.0 - plan.predicted_s_after / plan.predicted_s_before
@@ -62,9 +63,10 @@ class PlanTrial:
         self._trial = None
 
     async def rollback(self, alive: Sequence[Shard], placement: Placement) -> Target | None:
-        """Return the homes before the plan if the trial is over and `placement` makes steps longer, else None.
+        """Return the homes and standbys before the plan if the plan must be rolled back, else None.
 
-        The verdict goes to the log of decisions. There is no verdict if a shard of the old homes is not alive.
+        The plan must be rolled back if its trial is over and `placement` makes steps longer. The verdict goes to the
+        log of decisions. There is no verdict if a shard of the homes or standbys before the plan is not alive.
         """
         trial, now = self._trial, self.clock()
         if trial is None or now < trial.ends_at:

@@ -53,7 +53,7 @@ class PublishedPlacement:
         return LeaderOrder(self.placement.epoch if self.placement else 0, self.lease.fencing)
 
     def forget_followers(self) -> None:
-        """Forget since when backbones follow the placement, because a new leader has not watched the backbones."""
+        """Forget since when all backbones follow the placement, because a new leader has not watched the backbones."""
         self._followed_since = None
 
     def forget(self) -> None:
@@ -79,8 +79,8 @@ class PublishedPlacement:
     async def publish(self, target: Target, gains: Mapping[int, int]) -> None:
         """Publish `target` as a new epoch.
 
-        `gains` are the largest gain exponents, by layer, that shards have reported. Where the last placement has a
-        larger exponent, the new placement keeps the larger exponent. Raises StoreUnavailable, or StalePlacement if
+        `gains` are the largest gain exponents, by layer, that shards have reported. If the last placement has a larger
+        exponent for a layer, the new placement keeps the larger exponent. Raises StoreUnavailable, or StalePlacement if
         another leader has published a placement first.
         """
         stored = await self.registry.placement()

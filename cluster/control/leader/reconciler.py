@@ -34,8 +34,8 @@ class ControllerTiming:
 
     - `period_s`: the pause between two turns.
     - `plan_every_s`: the time between two plans for a changed load.
-    - `answer_s`: the time that shards have to report the experts that they hold. Only homes on shards that answer in
-      time can replace other homes.
+    - `answer_s`: the time that shards have to report the experts that they hold. Only homes on shards that answer
+      within this time can replace other homes.
     - `drain_s`: the time for which all backbones must follow an epoch before shards drop the homes that the epoch
       removed.
     - `failure_pause_s`: the time without loads on a shard after a job on the shard has failed.
@@ -100,7 +100,7 @@ class Reconciler:
             timing.plan_every_s,
         )
         self.work = ShardWork(shards, self.observer, self.published, clock, timing.failure_pause_s)
-        self._inputs_at_rest: Sequence[object] | None = None  # The inputs of the last turn without anything to do.
+        self._inputs_at_rest: Sequence[object] | None = None  # The inputs of the last turn that found nothing to do.
 
     @property
     def is_leader(self) -> bool:

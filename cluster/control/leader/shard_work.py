@@ -29,7 +29,7 @@ class ShardWork:
     """A `ShardWork` runs one job at a time on each shard: a load with its canary, or a drop.
 
     - `observer`: is told when a job has ended, because the shard's experts may have changed.
-    - `published`: gives the epoch and the token for orders, and the present homes, which can be witnesses.
+    - `published`: gives the epoch and the fencing token for orders, and the present homes, which can be witnesses.
     - `clock`: gives seconds since 1970.
     - `pause_s`: the seconds without loads on a shard after a job on the shard has failed.
     """
@@ -50,7 +50,7 @@ class ShardWork:
         self._paused_until: dict[str, float] = {}
 
     def forget_verified(self) -> None:
-        """Forget which homes are verified, because a new leader verifies all homes itself."""
+        """Forget which homes are verified, because a new leader verifies all homes again."""
         self._verified = {}
 
     def cancel(self) -> None:
@@ -59,7 +59,10 @@ class ShardWork:
             job.cancel()
 
     def verified_on(self, shard: Shard) -> set[Home]:
-        """Return the homes that are loaded and verified on this incarnation of `shard`."""
+        """Return the homes that have been loaded and verified on `shard` since its process started.
+
+        Homes of an earlier incarnation do not count.
+        """
         verified = self._verified.get(shard.id)
         return verified.homes if verified and verified.incarnation == shard.incarnation else set()
 
@@ -127,7 +130,7 @@ def witnesses(
     """Choose witnesses for the new `homes` on the shard `shard_id`; return each witness's experts by layer.
 
     The witness of a home in device memory is the first known shard that is another home of the expert in `placement`.
-    A new standby, and a home of an expert without another known home, have no witness.
+    A new standby has no witness. A home has no witness if its expert has no other known home.
     """
     if placement is None:
         return {}

@@ -51,7 +51,7 @@ def running(planned: Plan) -> Placement:
 
 
 def check(planned: Plan, layers: Sequence[LayerSpec], shards: Sequence[Shard], headroom: int = 0) -> None:
-    """Check that a plan uses only known shards, has no home twice, keeps all budgets and leaves no blast radius."""
+    """Check that a plan uses known shards, has no home twice and keeps all budgets, and that blast radii are 0."""
     placement = running(planned)  # A placement asserts that no expert has the same home twice.
     sizes = {spec.layer: spec.expert_bytes for spec in layers}
     shard_of = {shard.id: shard for shard in shards}

@@ -114,7 +114,7 @@ def test_a_planted_bug_is_found(broken: Scenario, found: str, silent_warnings: N
 
 
 class SlowToPlan(SimFleet):
-    """A `SlowToPlan` is a fleet whose controllers need more time for a plan than their lease lasts."""
+    """A `SlowToPlan` is a fleet in which making a plan takes longer than a controller's lease lasts."""
 
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(scenario)
