@@ -1,8 +1,10 @@
 """The script runs a real expert shard that joins a running server and can return corrupt replies for some seconds.
 
-`python -m benchmarks.corrupt_shard STORE_URL`: after each SIGUSR1, the script changes one byte of every reply for some
-seconds. The script changes the byte after the shard has computed the reply's checksum, as broken memory or a broken
-network card would. SIGTERM makes the shard drain and stop.
+    python -m benchmarks.corrupt_shard STORE_URL
+
+After each SIGUSR1, the script changes one byte of the sums in every reply for some seconds. The shard has computed the
+reply's checksum before, so that the change looks like broken memory or a broken network card. After SIGTERM, the shard
+drains and stops.
 """
 
 from __future__ import annotations

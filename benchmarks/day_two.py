@@ -9,13 +9,14 @@ node has its own network namespace and address:
 - three nodes for backbones, gateways and controllers, one more than needed;
 - five nodes for expert shards, one more than needed.
 
-The model is the demo model. Ray counts one GPU per node, but no GPU exists. The same load runs again and again: once
-undisturbed, and once for every trial, in which one failure or upgrade happens at a random moment. Clients connect
-through a balancer that sends connections only to gateways that are ready, as a Kubernetes Service does. A stream breaks
-when its gateway stops. Therefore, when a trial loses a backbone's node, the clients use the gateway of another node.
+The model is the demo model. Ray counts one GPU per node, but no GPU exists. The benchmark sends the same requests again
+and again: first in a run without failures, and then in every trial. In a trial, one failure or upgrade happens at a
+random moment. Clients connect through a balancer that sends connections only to gateways that are ready, as a
+Kubernetes Service does. A stream breaks when its gateway stops. Therefore, when a trial loses a backbone's node, the
+clients use the gateway of another node.
 
-The table has the columns of `benchmarks.failures` with one exception. Instead of the time until full cover, the table
-has the total time during which some expert had fewer than two live homes or no gateway reported cover.
+The table has the columns of `benchmarks.failures`, except for the time until full cover. The table has another time
+instead: the total time in which some expert had fewer than two live homes, or in which no gateway reported cover.
 """
 
 from __future__ import annotations
@@ -62,21 +63,20 @@ from services.cli.drill.load import RequestOutcome
 
 OVERLAY = ROOT / "k8s" / "overlays" / "gpu-ha" / "serve.yaml"
 STORE_PORT, GCS_STORE_PORT = 6390, 6391
-FIRSTS = (2, 30)  # last octet of the head's address: in the first cluster, in the cluster that replaces it
-DRAIN_S, GRACE_S = 120, 150  # seconds allowed for draining a node and for ending its pod, as in k8s/base
-SWITCH_S = 10.0  # seconds during which the old and the new cluster serve; less than rayClusterDeletionDelaySeconds
+FIRSTS = (2, 30)  # last octet of the head's address in the first cluster, and in the cluster that replaces the first
+DRAIN_S, GRACE_S = 120, 150  # maximum seconds for the drain of a node, and for the end of a pod, as in k8s/base
+SWITCH_S = 10.0  # seconds in which both the old and the new cluster serve; less than rayClusterDeletionDelaySeconds
 BACKBONE, EXPERTS = "backbone", "experts"
 NUM_NODES = {BACKBONE: 3, "experts-gpu": 5}
 NODE_CPUS = {BACKBONE: 2}  # CPUs per node; a node for experts has 1 CPU, which suffices for one shard
 TIMEOUT_S, HEAD_AWAY_S = 400.0, 5.0
 
-ClusterAction = Callable[
-    ["ServedCluster"], Coroutine[Any, Any, frozenset[str]]
-]  # the action returns the ids of the replicas that must disappear
+# A `ClusterAction` causes a failure or an upgrade. It returns the ids of the replicas that must disappear.
+ClusterAction = Callable[["ServedCluster"], Coroutine[Any, Any, frozenset[str]]]
 
 
 def gpu_ha_config() -> dict[str, Any]:
-    """Return the overlay's Serve config for the demo model on CPUs; Ray counts GPUs that do not exist."""
+    """Return the Serve config of `OVERLAY`, changed for the demo model on CPUs; Ray counts GPUs that do not exist."""
     overlay = yaml.safe_load(OVERLAY.read_text())
     config: dict[str, Any] = yaml.safe_load(overlay["spec"]["serveConfigV2"])
     args = config["applications"][0]["args"]
@@ -93,7 +93,7 @@ def gpu_ha_config() -> dict[str, Any]:
 class ServeStatus:
     """A `ServeStatus` is the state of the application as Ray Serve reports it."""
 
-    is_settled: bool  # True if Serve runs all replicas that the config asks for
+    is_settled: bool  # True if the application runs and all its replicas run
     replicas: dict[str, tuple[str, str]]  # replica id -> deployment and node address
 
     def addresses(self, deployment: str) -> set[str]:
@@ -113,7 +113,7 @@ class ServedCluster:
     gcs_store: str
     clusters: list[LocalCluster] = field(default_factory=list)  # running clusters; the last cluster is the newest
     service: str = ""
-    protected_gateway: str = ""  # the address of a gateway whose node must not be lost
+    protected_gateway: str = ""  # address of the gateway that a trial must not stop; empty if a trial may stop any
     lost_nodes: list[ClusterNode] = field(default_factory=list)
 
     @property
@@ -135,15 +135,15 @@ class ServedCluster:
         return self.clusters[-1]
 
     def start(self) -> None:
-        backbones = range(1, 1 + self.num_nodes[BACKBONE])  # the backbone nodes come first after the head
+        backbones = range(1, 1 + self.num_nodes[BACKBONE])  # backbones have the addresses after the head
         self.service = self.network.balance([first + i for first in FIRSTS for i in backbones], self.args["http_port"])
         self.start_cluster()
 
     def start_cluster(self) -> None:
         """Start a new cluster with the same store and deploy the application on the new cluster.
 
-        A cluster that already runs continues to run. The method returns when Serve has accepted the config, before the
-        application runs.
+        If a cluster already runs, it continues to run. The method returns as soon as Serve has accepted the config; the
+        application may start later.
         """
         first = next(first for first in FIRSTS if first not in {cluster.first for cluster in self.clusters})
         env = {"EXPERTMESH_REDIS_URL": f"redis://{self.store}/0", "EXPERTMESH_REDIS_PASSWORD": PASSWORD}
@@ -184,7 +184,7 @@ class ServedCluster:
         )
 
     async def is_complete(self, without: frozenset[str] = frozenset()) -> bool:
-        """Return True if all replicas run, no replica in `without` is left, and every expert has two live homes."""
+        """Return True if all replicas run, every expert has two live homes, and no replica in `without` exists."""
         status = await self.read_status()
         is_covered, shards = await read_coverage(self.url)
         num_shards = sum(name == self.pool["name"] for name, _ in status.replicas.values())
@@ -200,7 +200,10 @@ class ServedCluster:
             await asyncio.sleep(0.5)
 
     async def choose_node(self, deployment: str) -> tuple[ClusterNode, frozenset[str]]:
-        """Return a random node with `deployment` but without the protected gateway, and the node's replica ids."""
+        """Choose a random node that runs `deployment`; return the node and the ids of its replicas.
+
+        The function never chooses the node of the protected gateway.
+        """
         status = await self.read_status()
         chosen = self.random.choice(sorted(status.addresses(deployment) - {self.protected_gateway}))
         node = next(node for node in self.cluster.nodes if node.address == chosen)
@@ -238,7 +241,7 @@ def served_cluster(
 
 
 async def lose_node(fleet: ServedCluster, role: str, how: Callable[[ClusterNode], None]) -> frozenset[str]:
-    """Call `how` on a random node that runs `role` (a backbone or a shard), and return the node's replica ids."""
+    """Call `how` with a random node that runs a backbone or a shard (`role`); return the ids of the node's replicas."""
     node, replicas = await fleet.choose_node(fleet.pool["name"] if role == EXPERTS else role)
     fleet.lost_nodes.append(node)
     await asyncio.to_thread(how, node)
@@ -257,7 +260,7 @@ async def lose_head(fleet: ServedCluster) -> frozenset[str]:
 
 
 async def upgrade(fleet: ServedCluster) -> frozenset[str]:
-    """Deploy other arguments, as KubeRay does when serveConfigV2 has changed, and return the old replica ids."""
+    """Deploy changed arguments, as KubeRay does after a change of serveConfigV2; return the ids of the old replicas."""
     replicas = frozenset((await fleet.read_status()).replicas)
     fleet.args["max_waiting"] = fleet.args.get("max_waiting", 256) + 1
     async with new_client(30.0) as client:
@@ -266,9 +269,9 @@ async def upgrade(fleet: ServedCluster) -> frozenset[str]:
 
 
 async def replace_cluster(fleet: ServedCluster) -> frozenset[str]:
-    """Replace the cluster as KubeRay does when a pod template has changed, and return the old replica ids.
+    """Replace the cluster, as KubeRay does after a change of a pod template; return the ids of the old replicas.
 
-    The old cluster is drained and stopped after the new cluster serves.
+    The function drains and stops the old cluster after the new cluster serves.
     """
     replicas = frozenset((await fleet.read_status()).replicas)
     old = fleet.cluster

@@ -29,7 +29,7 @@ from benchmarks.throughput import decode_speed
 from model.demo.corpus import read_corpus
 
 PROMPT_CHARACTERS = 400
-BAR = 1.7  # the required ratio of tokens per second with drafts to tokens per second without, at one stream
+BAR = 1.7  # required tokens per second with drafts, divided by tokens per second without drafts, at one stream
 SIDES = {"drafts": (), "none": ("--draft-tokens", "0")}
 
 
@@ -45,13 +45,13 @@ def body(prompt: str, num_tokens: int) -> dict[str, Any]:
 class DraftingResult:
     """A `DraftingResult` collects the measurements of one server, which runs with or without drafts."""
 
-    speeds: dict[int, list[float]] = field(default_factory=dict)  # number of streams -> tokens per second of each round
+    speeds: dict[int, list[float]] = field(default_factory=dict)  # number of streams -> tokens/s in each round
     texts: list[str] = field(default_factory=list)
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accepted(self) -> list[float]:
-        """Return, for each draft position, the share of the server's drafts that were accepted."""
+        """Return, for each position in a draft, the share of the drafted tokens that the server accepted."""
         drafted, accepted = (self.engine.get(f"{name}_by_position", []) for name in ("drafted", "accepted"))
         return [hits / tries for hits, tries in zip(accepted, drafted, strict=True) if tries]
 

@@ -1,12 +1,12 @@
 """`rebalance` implements DeepSeek's EPLB for comparison with our planner.
 
-EPLB repeatedly adds a copy of the expert with the highest load per copy. Then EPLB packs the copies onto shards, the
-copy with the highest load first. `rebalance` implements EPLB's global policy for one node, and does not consider the
-running placement. Copies are computed for all layers together. The packing is a loop over slots. There are three
-versions of the loop, because their times differ by a factor of a hundred: with tensors as published by DeepSeek, with
-lists, and for all layers at once.
+EPLB repeatedly adds a copy of the expert that has the highest load per copy. Then EPLB assigns the copies to shards;
+the copy with the highest load comes first. `rebalance` implements EPLB's global policy for one node, and ignores the
+running placement. `replicate` chooses the copies of all layers together. Three functions assign the copies, because
+the times of the functions differ by a factor of a hundred. `pack_tensors` uses tensors, as DeepSeek's published code
+does. `pack_lists` uses lists. `pack_together` handles all layers at once.
 
-Legend: L layers, E experts of a layer, N = E + R slots of all shards, G shards.
+Legend: L layers, E experts of a layer, R additional copies of experts, N = E + R slots of all shards, G shards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 
 def replicate(load_LE: Floats, num_slots: int) -> tuple[Array, Array]:
-    """Return the expert in each slot (L, N) and the number of copies of each expert (L, E)."""
+    """Return two arrays: the expert in each slot (L, N), and the number of copies of each expert (L, E)."""
     num_layers, num_experts = load_LE.shape
     expert_LN = np.tile(np.arange(num_slots), (num_layers, 1))
     copies_LE = np.ones((num_layers, num_experts), np.int64)
@@ -37,8 +37,9 @@ def replicate(load_LE: Floats, num_slots: int) -> tuple[Array, Array]:
 def pack_tensors(load_LN: Floats, num_shards: int) -> Array:
     """Return the shard of each slot (L, N), using tensors as in DeepSeek's published code.
 
-    The slots are assigned one after another, the slot with the highest load first. Each slot goes to the shard with the
-    lowest load that has free capacity. Layers are packed one after another, and each load is a tensor with one number.
+    The function assigns one slot after another and begins with the slot that has the highest load. Each slot goes to
+    the shard with the lowest load of all shards with free slots. The function handles one layer after another. Each
+    load is a tensor with one number.
     """
     load = torch.from_numpy(load_LN).float()
     order = load.sort(-1, descending=True).indices
@@ -56,7 +57,7 @@ def pack_tensors(load_LN: Floats, num_shards: int) -> Array:
 
 
 def pack_lists(load_LN: Floats, num_shards: int) -> Array:
-    """Return the shard of each slot (L, N) as `pack_tensors` does, but compute with lists of Python numbers."""
+    """Return the same result as `pack_tensors`, but compute with lists of Python numbers."""
     num_layers, num_slots = load_LN.shape
     capacity = num_slots // num_shards
     order_LN = (-load_LN).argsort(axis=1, kind="stable").tolist()
@@ -72,7 +73,7 @@ def pack_lists(load_LN: Floats, num_shards: int) -> Array:
 
 
 def pack_together(load_LN: Floats, num_shards: int) -> Array:
-    """Return the shard of each slot (L, N) as `pack_tensors` does, but assign one slot of every layer per iteration."""
+    """Return the same result as `pack_tensors`, but assign one slot of every layer in each iteration."""
     num_layers, num_slots = load_LN.shape
     capacity = num_slots // num_shards
     rows = np.arange(num_layers)
@@ -90,7 +91,10 @@ def pack_together(load_LN: Floats, num_shards: int) -> Array:
 def rebalance(
     load_LE: Floats, num_slots: int, num_shards: int, pack: Callable[[Floats, int], Array] = pack_lists
 ) -> tuple[Array, Array]:
-    """Return the expert (L, N) and the shard (L, N) of every slot; `pack` assigns the slots to shards."""
+    """Return two arrays: the expert of each slot (L, N) and the shard of each slot (L, N).
+
+    The function `pack` assigns the slots to shards.
+    """
     expert_LN, copies_LE = replicate(load_LE, num_slots)
     load_LN = np.take_along_axis(load_LE / copies_LE, expert_LN, axis=1)
     return expert_LN, pack(load_LN, num_shards)

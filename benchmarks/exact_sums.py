@@ -1,12 +1,14 @@
-"""The benchmark measures the cost of sums that do not depend on the placement, per layer call and per decode step.
+"""The benchmark measures how much time exact sums take in a layer call and in a decode step.
+
+Exact sums do not depend on the placement or on the order of the additions.
 
     python -m benchmarks.exact_sums
 
-- *plain*: a loop over experts with PyTorch's matrix products. The weighted outputs are added as fp32 in any order.
-- *exact*: the code that a server uses. On a CPU, this code runs in compiled kernels, or with EXPERTMESH_CPU_KERNELS=0
-  in plain PyTorch.
+- *plain*: a loop over experts computes matrix products in PyTorch. It adds the weighted outputs as fp32 in any order.
+- *exact*: the code of a server. On a CPU, this code uses compiled kernels; with EXPERTMESH_CPU_KERNELS=0 it uses plain
+  PyTorch.
 
-Plain and exact calls alternate in one process; the figures are medians.
+Plain and exact calls alternate in one process. The printed times are medians.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from model.demo import DEMO
 from model.family import ModelFamily, load_family
 from model.state import Batch, State
 
-Weights = dict[tuple[int, int], dict[str, Tensor]]  # (layer, expert) -> tensors "up" and "down"
+Weights = dict[tuple[int, int], dict[str, Tensor]]  # (layer, expert) -> {"up": matrix, "down": matrix}
 SUPER = ExpertShape(layer=0, num_experts=64, top_k=22, input_dim=1024, width=2688)
 
 
 class FloatExperts:
-    """`FloatExperts` adds expert outputs as floats; the sums depend on the order of the additions and on the batch."""
+    """`FloatExperts` adds expert outputs as floats. The sums depend on the order of the additions and on the batch."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -59,7 +61,7 @@ class FloatExperts:
 
 
 def alternate(calls: dict[str, Callable[[], object]], num_rounds: int) -> dict[str, float]:
-    """Return the median time of each call in microseconds; every round runs each call once."""
+    """Run each of `calls` once per round; return the median time of each call in microseconds, by name."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(num_rounds + 10):
         for name, call in calls.items():
@@ -71,7 +73,7 @@ def alternate(calls: dict[str, Callable[[], object]], num_rounds: int) -> dict[s
 
 
 def super_weights() -> Weights:
-    """Return random weights for 64 experts of Nemotron 3 Super's size; 512 experts would not fit on a small machine."""
+    """Return random weights for 64 experts of Nemotron 3 Super's size; a small machine cannot hold all 512 experts."""
     one = {"up": (2688, 1024), "down": (1024, 2688)}
     return {
         (SUPER.layer, expert): {name: torch.randn(*size) / size[1] ** 0.5 for name, size in one.items()}
@@ -99,7 +101,7 @@ def layer_calls(
 def step_calls(
     family: ModelFamily, plain: FloatExperts, exact: LocalExperts, num_rows: int, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    """Return two functions that run one decode step of `num_rows` requests: with plain and with exact sums."""
+    """Return two functions that run one decode step of `num_rows` requests: "plain" and "exact"."""
     spec = family.config.state_spec
     tokens = torch.randint(0, family.config.vocab_size, (num_rows,))
     tables = tuple((i,) for i in range(num_rows))

@@ -2,17 +2,18 @@
 
     python -m benchmarks.failures --trials 30
 
-The benchmark starts `expertmesh up` with the demo model and three shards and measures how many requests per second it
-can serve. Then the benchmark sends the same greedy and seeded requests at a steady rate again and again: once
-undisturbed, and once for every trial, in which a process fails at a random moment. Each answer must have the same text
-and number of tokens as in the undisturbed run. A line of the table describes one kind of failure:
+The benchmark starts `expertmesh up` with the demo model and three shards, and measures how many requests per second the
+server can serve. Then the benchmark sends the same greedy and seeded requests at a steady rate again and again: first
+in an undisturbed run without failures, and then in every trial. In a trial, a process fails at a random moment. Each
+answer must have the same text and the same number of tokens as in the undisturbed run. A line of the table describes
+one kind of failure:
 
 - the number of requests, of failed requests and of requests with a different answer;
-- the longest gap between two pieces of an answer: median and worst of the trials, and worst of the undisturbed run;
-- the share of tokens that is missing in the seconds after the failure;
+- the longest gap between two pieces of an answer: median and maximum of the trials, and maximum of the undisturbed run;
+- the share of the undisturbed run's tokens that did not arrive in the seconds after the failure;
 - the time until every expert had two live homes again;
-- the time until there were as many shards and backbones as before. Starting a new process takes a core several seconds,
-  and then the process needs time to load.
+- the time until as many shards and backbones ran as before. A new process first keeps one CPU core busy for several
+  seconds, and then it must load experts or weights.
 
 The benchmark kills and stops the server's processes from outside; the server has no code for this benchmark. To make a
 shard 20 times slower, the benchmark stops the shard's process for 19 of every 20 ms. The shard that returns corrupt
@@ -48,7 +49,7 @@ NUM_SHARDS = 3
 SECONDS = 12.0  # duration of the load in one trial
 AT_S = (1.0, 4.0)  # earliest and latest failure, in seconds after the load's start
 MAX_TOKENS = 48
-LOAD_SHARE = 0.5  # request rate of a trial as a share of the largest rate that the server reached
+LOAD_SHARE = 0.5  # request rate of a trial, divided by the highest rate that the server reached
 STOP_S = 10.0
 SLOW_S, SLOW_STEP_S = 6.0, 0.02
 SHARD, CONTROLLER, STORE, BACKBONE = "experts-cpu", "controller", "-server", "backbone"
@@ -69,8 +70,8 @@ class ServerProcesses:
 
     async def pids_of(self, kind: str) -> list[int]:
         """Return the process ids of the server's processes whose name ends with `kind`."""
-        # The names are read on another thread, because Linux may need a second for the name of a process that starts.
-        # If the event loop waited for the name, answers would seem to come late.
+        # Another thread reads the names, because Linux may need a second to return the name of a process that starts.
+        # If the event loop waited for a name, the client would notice answers too late.
         names = await asyncio.to_thread(self.server.processes)
         pids = sorted(pid for pid, name in names.items() if name.split(".")[0].endswith(kind))
         assert pids, f"no process of the server is called {kind}: {names}"
@@ -81,13 +82,13 @@ class ServerProcesses:
         return self.random.choice(await self.pids_of(kind))
 
     async def store_url(self) -> str:
-        """Return the Redis URL of the store, with the address from the command line of the store's process."""
+        """Read the store's address from the command line of the store's process, and return the Redis URL."""
         words = Path(f"/proc/{await self.random_pid(STORE)}/cmdline").read_bytes().decode().replace("\0", " ").split()
         return f"redis://{next(word for word in words if word.startswith('127.0.0.1:'))}/0"
 
     @asynccontextmanager
     async def with_corrupt_shard(self) -> AsyncIterator[None]:
-        """Run a corrupt shard during the block; the shard gets experts first, and hands its experts over at the end."""
+        """Run a shard that can corrupt replies during the block. The block starts when the shard holds experts."""
         command = [sys.executable, "-m", "benchmarks.corrupt_shard", await self.store_url()]
         self.corrupt = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
@@ -141,9 +142,9 @@ async def stop_store(processes: ServerProcesses) -> None:
 
 
 async def kill_controller_in_a_migration(processes: ServerProcesses) -> None:
-    """Kill a shard, and then kill the leading controller while the controller moves the lost shard's homes.
+    """Kill a shard, and then kill the leader while the leader moves the homes of the lost shard to other shards.
 
-    A controller starts the migration when the lost shard's heartbeat has expired.
+    The leader starts this migration when the lost shard's heartbeat has expired.
     """
     await processes.kill(SHARD)
     await asyncio.sleep(processes.random.uniform(2.5, 4.0))
@@ -190,7 +191,10 @@ BACKBONE_FAILURES: dict[str, FailureAction] = {
 
 
 async def read_coverage(url: str) -> tuple[bool, frozenset[str]]:
-    """Return (whether every expert has two live homes, shard ids); (False, empty) without a valid answer."""
+    """Return the pair (True if every expert has two live homes, ids of the live shards).
+
+    If the server gives no valid answer, the pair is False and an empty set.
+    """
     async with new_client(5.0) as client:
         try:
             report = (await client.get(f"{url}/health/degraded")).json()
@@ -200,7 +204,7 @@ async def read_coverage(url: str) -> tuple[bool, frozenset[str]]:
 
 
 async def wait_for_full_cover(url: str, num_shards: int) -> frozenset[str]:
-    """Wait until every expert has two live homes on `num_shards` shards in total, and return the ids of the shards."""
+    """Wait until `num_shards` shards run and every expert has two live homes; return the ids of the shards."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         is_covered, shards = await read_coverage(url)
@@ -218,11 +222,14 @@ class RecoveryMonitor:
     shards: frozenset[str]  # ids of the shards before the failure
     num_backbones: int
     at: float = 0.0  # monotonic time of the failure
-    is_done: bool = False  # True once the action that causes the failure has ended
-    covered_s: float = 0.0  # seconds from the failure to the last observation of incomplete cover
+    is_done: bool = False  # True if the function that causes the failure has returned
+    covered_s: float = 0.0  # seconds from the failure until some expert last had fewer than two live homes
 
     async def is_recovered(self) -> bool:
-        """Return True if cover, shards and backbones are as before the failure; record incomplete cover."""
+        """Return True if every expert has two live homes again and as many shards and backbones run as before.
+
+        If some expert has fewer than two live homes, the method records the time in `covered_s`.
+        """
         is_covered, shards = await read_coverage(self.processes.server.url)
         if not is_covered:
             self.covered_s = time.monotonic() - self.at
@@ -238,7 +245,7 @@ class RecoveryMonitor:
 
 
 async def measure_rate(url: str, bodies: list[dict[str, Any]]) -> float:
-    """Send `bodies`, eight requests at a time, and return how many requests per second the server completes."""
+    """Send `bodies`, eight requests at a time; return the number of requests that the server completes per second."""
     started = time.monotonic()
     outcomes = await closed_loop(f"{url}/v1/completions", bodies, 8, 600.0)
     assert not any(outcome.error for outcome in outcomes), [outcome.error for outcome in outcomes if outcome.error]
@@ -246,7 +253,7 @@ async def measure_rate(url: str, bodies: list[dict[str, Any]]) -> float:
 
 
 def make_load(url: str, rate: float, seconds: float = SECONDS) -> Load:
-    """Return a load of `rate` requests per second; every second request samples with a seed, the others are greedy."""
+    """Return a load of `rate` requests per second. Half of the requests sample with a seed, the others are greedy."""
     load = Load.of_sentences(url, rate, seconds, MAX_TOKENS)
     seeded = [
         {**body, "temperature": 0.8, "seed": number} if number % 2 else body for number, body in enumerate(load.bodies)
@@ -260,7 +267,7 @@ class FailureTrial:
 
     verdict: Verdict
     cover_s: float  # seconds from the failure until every expert had two live homes again
-    recovered_s: float | None  # seconds until shards and backbones were as before; None after the time limit
+    recovered_s: float | None  # seconds until as many shards and backbones ran as before; None after the time limit
 
 
 async def run_trial(

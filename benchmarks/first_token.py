@@ -3,10 +3,11 @@
     python -m benchmarks.first_token                      # the demo model, 3 shards, one stream at a time
     python -m benchmarks.first_token --requests 200 --json out.json
 
-The client's time starts before the client connects (REST) or sends the request (gRPC, because the channel stays open).
-The client's time ends when the bytes of the first token arrive. The engine's time is in the backbone's log line for the
-same request and runs from the request's arrival to its first token. The difference is the cost of two processes, two
-protocols, tokenizer and detokenizer, and the client itself. Prompts share no prefix.
+With REST, the client's time starts before the client connects. With gRPC the connection stays open, and the time starts
+before the client sends the request. In both cases the client's time ends when the bytes of the first token arrive. The
+engine's time starts when the request arrives at the engine, and ends with the first token. The benchmark reads the
+engine's time from the backbone's log. The difference between the two times is the cost of the gateway's and the
+client's processes, the protocols, the tokenizer and the detokenizer. Prompts share no prefix.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ def through_grpc(stub: Any) -> SendPrompt:
 
 
 def engine_times(running: Server) -> list[float]:
-    """Return the engine's times to the first token in seconds, in the order in which the requests ended."""
+    """Return, for each request, the time to the first token that the engine measured, in seconds.
+
+    The times are in the order in which the requests ended.
+    """
     backbone = next(pid for pid, name in running.processes().items() if "backbone" in name.lower())
     lines = Path(f"/proc/{backbone}/fd/2").resolve().read_text().splitlines()
     records = [json.loads(line) for line in lines if '"first_token_s"' in line]
@@ -74,7 +78,10 @@ def engine_times(running: Server) -> list[float]:
 
 
 async def measure(running: Server, send: SendPrompt, num_requests: int) -> list[tuple[float, float]]:
-    """Send prompts one after another; return (client, engine) times to the first token, in seconds, by prompt."""
+    """Send prompts one after another; return a pair of times to the first token, in seconds, for each prompt.
+
+    A pair is (time that the client measured, time that the engine measured).
+    """
     rng, times = random.Random(time.time_ns()), list[float]()
     for _ in range(WARM_UP + num_requests):
         times.append(await send([rng.randrange(FIRST_ORDINARY_ID, VOCAB_SIZE) for _ in range(PROMPT_LEN)]))
@@ -91,10 +98,10 @@ async def run(running: Server, num_requests: int) -> dict[str, dict[str, float]]
 
 
 def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
-    """Summarise pairs (client, engine) of times in seconds; all times of the summary are in milliseconds.
+    """Return the medians of the client's times, the engine's times and the differences, all in milliseconds.
 
-    The summary has the medians of the client's time, of the engine's time and of the difference between the two times,
-    and the 90th percentile of the difference.
+    The result also has the 90th percentile of the differences. A pair is (the client's time, the engine's time) for the
+    same request, in seconds.
     """
     added = sorted(1000 * (client - engine) for client, engine in pairs)
     return {

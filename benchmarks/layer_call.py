@@ -1,9 +1,9 @@
-"""The benchmark measures layer calls through `RemoteExperts` to three shards and prints medians in microseconds.
+"""The benchmark measures layer calls through `RemoteExperts` to three shards. It prints median times in microseconds.
 
     python -m benchmarks.layer_call
 
-The shards run in another process. The experts are so small that the time of a call is mostly the choice of homes,
-messages, sockets and sums.
+The shards run in another process. The experts are very small. Therefore a call spends most of its time on the choice of
+homes, on messages, on sockets and on the addition of sums.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NUM_SHARDS = 3
 
 
 def measure(remote: RemoteExperts, num_rows: int, num_calls: int) -> list[float]:
-    """Return the time of each call in microseconds; every call gets new random rows, as every decode step would."""
+    """Make `num_calls` layer calls and return the time of each call in microseconds; every call has new random rows."""
     generator = torch.Generator().manual_seed(num_rows)
     times = []
     for i in range(num_calls):

@@ -3,10 +3,11 @@
     python -m benchmarks.load --url http://127.0.0.1:8000 --rate 2 --requests 100        # open loop, Poisson arrivals
     python -m benchmarks.load --url http://127.0.0.1:8000 --concurrency 8 --json out.json --plot out.png
 
-In an open loop, the arrival times of requests do not depend on the server, so that the measured times include queueing.
-In a closed loop, a fixed number of requests runs at a time. A run ends with its last request, and sends no new request
-after `--seconds`. The client measures all times: TTFT runs from sending to the first token's text, and ITL is the gap
-between two events of a stream. `benchmarks.load_overhead` measures the time that the generator itself adds.
+In an open loop, the arrival times of requests do not depend on the server. Therefore the measured times include the
+time in a queue. In a closed loop, a fixed number of requests runs at a time. The generator sends no new request after
+`--seconds`, and ends when the last request has ended. The client measures all times. TTFT is the time from sending the
+request to the text of the first token. ITL is the gap between two stream events with text. `benchmarks.load_overhead`
+measures the time that the generator itself adds.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 @dataclass(frozen=True)
 class Prompts:
-    """`Prompts` draws an endless sequence of request bodies; the lengths, in tokens, come from the given lists."""
+    """`Prompts` draws an endless sequence of request bodies. It draws the lengths, in tokens, from the given lists."""
 
     prompt_lens: tuple[int, ...]
     output_lens: tuple[int, ...]
-    vocab_size: int  # number of token ids; 0 if prompts are text, for servers whose token ids are unknown
+    vocab_size: int  # number of token ids; 0 if prompts must be text, because the server's token ids are unknown
     seed: int
     model: str = ""
 
@@ -73,9 +74,9 @@ class Prompts:
 async def closed_loop(
     url: str, bodies: Iterable[dict[str, Any]], concurrency: int, seconds: float, timeout_s: float = 600
 ) -> list[RequestOutcome]:
-    """Send `bodies`, `concurrency` requests at a time, until all bodies are sent or the seconds are over.
+    """Send `bodies`, `concurrency` requests at a time, for at most `seconds` seconds, and return the outcomes.
 
-    Requests that still run when the seconds are over are completed.
+    The function waits for requests that still run after this time.
     """
     outcomes: list[RequestOutcome] = []
     source, origin = iter(bodies), time.perf_counter()
@@ -94,7 +95,7 @@ async def closed_loop(
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the quantile at `share` (0 to 1), interpolated linearly; return 0 if there are no values."""
+    """Return the quantile at `share` (0 to 1) of `values`, interpolated linearly; return 0 if `values` is empty."""
     ordered = sorted(values)
     if not ordered:
         return 0.0
@@ -110,7 +111,7 @@ def milliseconds(values_s: Sequence[float]) -> dict[str, float]:
 
 
 def summarize(outcomes: Sequence[RequestOutcome]) -> dict[str, Any]:
-    """Return a run's percentiles in milliseconds, its tokens and requests per second, and its errors by kind."""
+    """Return percentiles of the times in milliseconds, tokens and requests per second, and the errors by kind."""
     good = [outcome for outcome in outcomes if not outcome.error]
     wall_s = max((outcome.ended_at for outcome in outcomes), default=0.0)
     totals = {
@@ -147,7 +148,10 @@ def tables(summary: dict[str, Any]) -> Iterator[Table]:
 
 
 def plot(outcomes: Sequence[RequestOutcome], path: Path) -> None:
-    """Write a PNG with the distributions of TTFT, ITL and end-to-end time, and the number of events in each second."""
+    """Write a PNG with the distributions of TTFT, ITL and end-to-end time.
+
+    The PNG also shows the number of stream events with text in each second of the run.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,7 +180,7 @@ def plot(outcomes: Sequence[RequestOutcome], path: Path) -> None:
 
 
 def local_url(url: str) -> str:
-    """Return `url`; raise ValueError if the URL is not on this machine, because the load could harm another machine."""
+    """Return `url`; raise ValueError if `url` names another machine, because the load could harm another machine."""
     if urlsplit(url).hostname != "127.0.0.1":
         raise ValueError(f"--url must be http://127.0.0.1:PORT, not {url!r}")
     return url.rstrip("/")

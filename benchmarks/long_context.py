@@ -1,13 +1,13 @@
-"""The benchmark measures memory during the prefill of long prompts, and the time of a decoded token afterwards.
+"""The benchmark measures memory during the prefill of long prompts, and the time per decoded token after the prefill.
 
     python -m benchmarks.long_context                    # 8 k, 32 k and 128 k tokens; reading 128 k takes long
     python -m benchmarks.long_context --lens 2048 8192 --json out.json
 
-The model has the demo's weights and a larger `max_position_embeddings`; experts run in the same process, without drafts
-and without the prefix cache. The engine reads the prompt in chunks. Each length runs in its own process with KV for
-just that length. Memory is the process's peak resident set while the engine reads the prompt. From one length to the
-next, the memory should grow only by the additional KV. The time that a token spends in attention layers is measured
-separately, because the time of attention has to grow with the context.
+The model has the demo's weights and a larger `max_position_embeddings`. Experts run in the same process. The benchmark
+uses neither drafts nor the prefix cache. The engine reads the prompt in chunks. Each prompt length runs in its own
+process, whose KV cache has room for this length only. The measured memory is the process's peak resident set while the
+engine reads the prompt. A longer prompt should need more memory only for its KV. The benchmark measures the time in
+attention layers separately, because this time must grow with the context.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ from services.engine.contract.sampling_params import SamplingParams
 
 WARM_LEN, WARM_OUTPUT = 2048, 4
 TIMEOUT_S = 3600
-SLOWDOWN_BAR = 1.5  # maximum of a token's time without attention after the longest prompt / the same after the shortest
+# The bar applies to the time of a token without attention: the time after the longest prompt, divided by the time after
+# the shortest prompt, must not be greater.
+SLOWDOWN_BAR = 1.5
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class ContextMeasurement:
 
 
 def write_model(source: Path, out: Path, context: int) -> None:
-    """Write a copy of the checkpoint with a longer context; the copy links to the weights of the original."""
+    """Write a copy of the checkpoint that allows a longer context; the copy has links to the original weights."""
     for path in source.iterdir():
         if path.name != "config.json":
             (out / path.name).symlink_to(path.resolve())
@@ -92,7 +94,7 @@ class AttentionTimer:
 
 
 def reset_peak() -> None:
-    """Reset the process's peak resident set, so that Linux measures the peak from now on."""
+    """Reset this process's peak resident set. Linux then measures the peak from now on."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -129,7 +131,7 @@ async def measure(
         rng = random.Random(0)
 
         async def tokens(length: int, num_output: int) -> list[tuple[float, float]]:
-            """Return, for each token, when it arrived and how many seconds attention had taken until then in total."""
+            """Return, for each token, the pair (arrival time, total seconds in attention layers before the arrival)."""
             ids = [rng.randrange(16, family.config.vocab_size) for _ in range(length)]
             params = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
             return [
@@ -157,7 +159,7 @@ def long_model(source: Path, context: int) -> Iterator[str]:
 
 
 def measure_apart(model: str, num_tokens: int, *numbers: int) -> ContextMeasurement:
-    """Measure one context length in a process of its own, because memory of other lengths must not count."""
+    """Measure one context length in a new process, so that the memory of other lengths does not count."""
     command = [sys.executable, "-m", "benchmarks.long_context", "one", model]
     command += [str(number) for number in (num_tokens, *numbers)]
     output = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT_S, check=True).stdout

@@ -1,10 +1,11 @@
-"""The benchmark measures the peers of Expertmesh on the same machine: transformers, and llama.cpp if it was built.
+"""The benchmark measures other programs on the same machine: transformers, and llama.cpp if it was built before.
 
     python -m benchmarks.peers --model /tmp/shape --llama-cpp /tmp/llama.cpp     # prints a table; also --json FILE
     python -m benchmarks.peers build /tmp/llama.cpp                       # fetches and builds llama.cpp, ~8 minutes
 
-A `Speeds` holds the result in tokens per second: decode at each batch size (prompt 128, output 32, without the time of
-the prompt), and prefill of one longer prompt. Each peer computes in bf16, in a process of its own.
+The benchmark measures decode at each batch size, and prefill of one longer prompt, in tokens per second. For decode, a
+prompt has 128 tokens and an output has 32 tokens; the time of the prompt does not count. Each program computes in bf16,
+in its own process.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ CMAKE_OPTIONS = (
 )
 PRE_TOKENIZER = "gpt-2"  # llama.cpp's name for byte-level BPE with GPT-2's pattern, which the demo's tokenizer uses
 TIMEOUT_S = 600
-TRIES = 2  # number of tries of each measurement; the best try counts
+TRIES = 2  # each measurement runs this number of times; the fastest run counts
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A `Workload` says what Expertmesh and its peers compute in a benchmark; lengths are in tokens."""
+    """A `Workload` has the batch sizes, and the lengths in tokens, with which a benchmark measures each program."""
 
     batches: tuple[int, ...] = (1, 8, 16)
     prompt_len: int = 128
@@ -53,7 +54,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Speeds:
-    """A `Speeds` holds tokens per second: `decode` by batch size for all sequences together, `prefill` for a prompt."""
+    """A `Speeds` has the tokens per second of one program.
+
+    `decode` has, for each batch size, the speed of all sequences together; `prefill` is the speed for one prompt.
+    """
 
     decode: dict[int, float] = field(default_factory=dict)
     prefill: float = 0.0
@@ -63,7 +67,7 @@ class Speeds:
 
 
 def measure_transformers(model: Path, workload: Workload, num_threads: int) -> Speeds:
-    """Measure the method `generate` of transformers in a process of its own."""
+    """Measure the method `generate` of transformers in a new process."""
     command = [sys.executable, "-m", "benchmarks.peers", "transformers", str(model), json.dumps(asdict(workload))]
     threads = str(num_threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -75,7 +79,10 @@ def measure_transformers(model: Path, workload: Workload, num_threads: int) -> S
 
 
 class StepClock:
-    """A `StepClock` is a streamer for `generate` that records the time of each call; the first call gets the prompt."""
+    """A `StepClock` is a streamer for `generate` of transformers and records the time of each call of `put`.
+
+    The first call gets the prompt, and every later call gets a new token.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -88,7 +95,7 @@ class StepClock:
 
 
 def run_transformers(model: Path, workload: Workload) -> Speeds:
-    """Measure transformers in this process; the time of decoding starts at the first token."""
+    """Measure transformers in this process. The decode time starts when the first token is generated."""
     import torch
     from transformers import NemotronHForCausalLM
 
@@ -98,7 +105,7 @@ def run_transformers(model: Path, workload: Workload) -> Speeds:
     oracle.train(False)
 
     def generate(batch: int, prompt_len: int, num_tokens: int) -> tuple[float, float]:
-        """Generate tokens, and return the seconds until the first token and the seconds for the other tokens."""
+        """Generate tokens; return the pair (seconds until the first token, seconds for all later tokens)."""
         ids_BT = torch.randint(16, oracle.config.vocab_size, (batch, prompt_len))
         clock = StepClock()
         lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
@@ -143,7 +150,7 @@ def has_llama_cpp(root: Path | None) -> bool:
 
 
 def convert(root: Path, model: Path) -> Path:
-    """Convert the checkpoint to a GGUF file in bf16 unless an up-to-date file exists, and return the file's path."""
+    """Return the path of a GGUF file with the checkpoint in bf16; write the file if it is missing or out of date."""
     out = model / "llama-cpp-bf16.gguf"
     if out.is_file() and out.stat().st_mtime > (model / "model.safetensors").stat().st_mtime:
         return out
@@ -157,8 +164,8 @@ def convert(root: Path, model: Path) -> Path:
 def run_converter(root: Path, model: Path, out: Path) -> None:
     """Run llama.cpp's converter in this process.
 
-    The converter encodes a fixed text and recognises the tokenizer by a hash of the token ids. The converter does not
-    know the demo's tokenizer; therefore this function replaces the check.
+    The converter recognises a tokenizer by a hash of the token ids of a fixed text. It does not know the demo's
+    tokenizer. Therefore this function replaces the check and names the tokenizer.
     """
     source = (root / SOURCE).resolve()
     sys.path[:0] = [str(source), str(source / "gguf-py")]
@@ -173,7 +180,10 @@ def run_converter(root: Path, model: Path, out: Path) -> None:
 
 
 def measure_llama_cpp(root: Path, model: Path, workload: Workload, num_threads: int) -> Speeds:
-    """Measure llama.cpp's benchmark tool, which decodes one token of every sequence per step without sampling."""
+    """Measure the speed of llama.cpp with its benchmark tool.
+
+    The tool decodes one token of every sequence in each step, and does not sample.
+    """
     gguf = convert(root, model)
     decode: dict[int, float] = {}
     for row in _bench(root, gguf, workload.prompt_len, workload.output_len, workload.batches, num_threads):

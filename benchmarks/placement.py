@@ -1,21 +1,22 @@
 """The benchmark compares the planner with EPLB, and the client's choice of homes with the best possible choice.
 
-The benchmark reports balance, moved experts, cover and speed. How to read the output:
+The benchmark prints balance, moved experts, cover and speed. How to read the output:
 
-Each layer has a lognormal popularity w of experts (σ = 1.1), which drifts from one plan to the next:
-w' = w · exp(drift · N(0, 1)). Our planner and EPLB have (E + R) / G device slots on each of G shards; our planner may
-also use standbys in host memory. "moved" is the share of device slots that hold another expert than before; for EPLB,
-several copies of an expert on one shard are counted once. Balance is the mean of the shards' rows divided by their
-maximum. It is computed for each layer and averaged over the layers, in three ways:
+Each layer has E experts, whose popularity w is lognormal (σ = 1.1). The popularity drifts from one plan to the next:
+w' = w · exp(drift · N(0, 1)). Our planner and EPLB have E + R device slots in total on G shards, so that R slots can
+hold additional copies. Our planner may also use standbys in host memory. "moved" is the share of device slots that hold
+another expert than before. If EPLB puts several copies of an expert on one shard, they count once. Balance is the mean
+of the shards' rows divided by the maximum of the shards' rows. The benchmark computes the balance of each layer and
+prints the mean over the layers, for three ways to split an expert's rows over the expert's homes:
 
-- `split`: expected rows with the best split over homes, as the client splits rows. **The bars apply to `split`.**
-- `even`: expected rows with an even split over homes, as EPLB assumes.
-- `batch`: batches of 256 rows, which are drawn from the drifted popularity. `choose_homes` splits the rows with a cost
-  model in which only rows count. The balance of `batch` is lower for each planner, because a batch is noisier than its
+- `split`: the expected rows are split in the best way, as the client splits rows. **The bars apply to `split`.**
+- `even`: the expected rows are split evenly, as EPLB assumes.
+- `batch`: batches of 256 rows are drawn from the drifted popularity. `choose_homes` splits the rows with a cost model
+  in which only rows take time. For each planner, `batch` is lower than `split`, because a batch is noisier than its
   mean.
 
-"keep" is the balance of our running placement before the next plan. Times are medians; the compared functions run
-alternately in one process.
+"keep" is the balance of our running placement after the drift and before the next plan. Printed times are medians; the
+compared functions run alternately in one process.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from tests.cluster.placement.split_oracle import least_maximum
 
 SIGMA = 1.1
 SIZE = 11 * 2**20  # bytes of one of Nemotron 3 Super's experts in bf16
-SHAPES = ((256, 32, 32, 8), (512, 32, 32, 22), (512, 8, 16, 22))  # each shape is (E, G, R, top-k)
+SHAPES = ((256, 32, 32, 8), (512, 32, 32, 22), (512, 8, 16, 22))  # (experts, shards, additional slots, top-k)
 DRIFTS = (0.02, 0.1, 0.3)
 POLICY = PlanPolicy(headroom=0, rows_per_step=256)  # no headroom, because EPLB leaves no slot free
 ROWS_ONLY = CallCost(expert=0.0, row=1.0, message=0.0)
@@ -50,7 +51,7 @@ Floats = NDArray[np.float64]
 def make_fleet(num_shards: int, slots: int) -> list[Shard]:
     """Return shards with `slots` device slots each and host memory for all standbys, 8 shards per node.
 
-    In the shards' cost model only rows take time.
+    In the cost model of the shards, only rows take time.
     """
     return [
         Shard(
@@ -63,7 +64,7 @@ def make_fleet(num_shards: int, slots: int) -> list[Shard]:
 
 
 def balance_of(homes: Homes, load_E: Floats, num_shards: int, is_even: bool = False) -> float:
-    """Return a layer's balance: the mean of the shards' rows divided by their maximum.
+    """Return a layer's balance: the mean of the shards' rows divided by the maximum of the shards' rows.
 
     If `is_even`, each expert's rows are split evenly over its homes. Otherwise the rows are split in the best way.
     """
@@ -83,7 +84,7 @@ def balance_of(homes: Homes, load_E: Floats, num_shards: int, is_even: bool = Fa
 
 
 def draw_batch(rng: np.random.Generator, load_E: Floats, num_rows: int, top_k: int) -> NDArray[np.int64]:
-    """Draw the experts of `num_rows * top_k` picks; one row never picks an expert twice."""
+    """Draw and return the experts that `num_rows` rows pick, `top_k` different experts for each row."""
     keys_TE = np.log(load_E) + rng.gumbel(size=(num_rows, len(load_E)))
     return np.argpartition(-keys_TE, top_k, axis=1)[:, :top_k].reshape(-1)
 
@@ -96,9 +97,9 @@ def batch_balance(homes: Homes, batches: Sequence[NDArray[np.int64]], num_shards
 
 
 def eplb_homes(load_LE: Floats, num_slots: int, num_shards: int) -> tuple[list[Homes], NDArray[np.int64]]:
-    """Return two results of EPLB: the homes of each layer, and the number of wasted slots of each layer (L).
+    """Run EPLB; return the homes of each layer, and the number of wasted slots of each layer.
 
-    A slot is wasted if another slot of the same shard has the same expert.
+    A slot is wasted if another slot of the same shard already has the same expert.
     """
     expert_LN, shard_LN = eplb.rebalance(load_LE, num_slots, num_shards)
     layers = []
@@ -125,7 +126,7 @@ def planned(layers: Sequence[LayerSpec], shards: Sequence[Shard], of: Plan | Non
 
 
 def compare(num_layers: int, num_rounds: int) -> None:
-    """Print the balance and the moved experts of our planner and of EPLB over rounds of drift."""
+    """Print the balance and the moved experts of our planner and of EPLB. The popularity drifts before every round."""
     print(
         f"\n{num_layers} layers, {num_rounds} rounds of drift. Balance: split / even / batch. Moved: % of device slots."
     )
@@ -173,7 +174,7 @@ def compare(num_layers: int, num_rounds: int) -> None:
 
 
 def median_s(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Return the median time of each function in seconds; every round runs each function once."""
+    """Run each function once per round; return the median time of each function in seconds."""
     times = []
     for _ in range(rounds):
         times.append([])
@@ -231,7 +232,7 @@ def large() -> None:
 
 
 def routing(num_seeds: int) -> None:
-    """Print the balance of the client's split of batches, and the balance of the best split by a linear programme."""
+    """Print how well the client balances batches over shards, and the best balance that a linear programme finds."""
     print(
         "\nBatches: balance of the even split, `choose_homes` and the linear programme rounded up to whole rows; ratio"
     )

@@ -1,12 +1,12 @@
-"""The benchmark measures, through REST, how many requests the prefix cache helps and how much time it saves.
+"""The benchmark measures through REST how many requests use the prefix cache and how much time the cache saves.
 
     python -m benchmarks.prefix_cache                        # the demo model, 3 shards; about 3 minutes
     python -m benchmarks.prefix_cache --json out.json
 
-There are four patterns of 64 requests each. A request shares tokens with earlier requests. If the server reused at
-least half of the shared tokens, the request is a hit; the bar is 50 hits of 64 in every pattern. Each request is
-followed by a cold request, which has the same length and shares no tokens. The TTFT of the cold request minus the TTFT
-of the request before the cold request is the time that the cache saves.
+There are four patterns of 64 requests each. Each request begins with the same tokens as earlier requests (shared
+tokens). If the server reuses at least half of the shared tokens, the request is a hit. The bar is 50 hits of 64 in
+every pattern. After each request, the benchmark sends a cold request, which has the same length and no shared tokens.
+The cache saves the difference of the two TTFTs: the TTFT of the cold request minus the TTFT of the first request.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def prefix_patterns(vocab_size: int, seed: int) -> Iterator[PromptPattern]:
 
 @dataclass(frozen=True)
 class PrefixReuse:
-    """A `PrefixReuse` compares the reused tokens and the TTFT of one request with a cold request of the same length."""
+    """A `PrefixReuse` has the reused tokens and the TTFT of one request, and the TTFT of the cold request after it."""
 
     num_shared: int
     num_cached: int
@@ -84,7 +84,10 @@ def make_reuse(num_shared: int, warm: RequestOutcome, cold: RequestOutcome) -> P
 
 
 async def run_prompts(running: Server, pattern: PromptPattern, vocab_size: int, concurrency: int) -> list[PrefixReuse]:
-    """Send each prompt of a pattern and then a cold prompt; `concurrency` pairs of prompts run at the same time."""
+    """Send each prompt of a pattern and then a cold prompt of the same length.
+
+    `concurrency` such pairs of prompts run at the same time.
+    """
     rng, url, results = random.Random(repr(pattern.name)), f"{running.url}/v1/completions", list[PrefixReuse]()
     source = enumerate(pattern.prompts)
 

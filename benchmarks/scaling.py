@@ -3,18 +3,19 @@
     python -m benchmarks.scaling                          # 20 cycles, at least 2,000 requests, 10 to 15 minutes
     python -m benchmarks.scaling --cycles 3 --requests 0
 
-The benchmark starts `expertmesh up --shards 3 --max-shards 4` with the demo model and orders 4 shards and 3 shards
-alternately. Meanwhile `--concurrency` clients send greedy completions; each client has a request running for 60 % of
+The benchmark starts `expertmesh up --shards 3 --max-shards 4` with the demo model. It orders 4 shards and 3 shards
+alternately. Meanwhile `--concurrency` clients send greedy completions. Each client has a running request for 60 % of
 the time. The benchmark reports:
 
-- failed requests, and requests whose text differs from that of a run without changes;
-- the gaps between tokens (ITL) and the tokens per second, during rebalances and outside of rebalances;
-- the times from a new shard's first heartbeat to its place in the placement and to its first answered call.
+- the number of failed requests, and of requests whose text differs from the text without changes of the pool;
+- ITL and stream events with text per second, during rebalances and outside of rebalances;
+- the time from a new shard's first heartbeat until the placement contains the shard;
+- the time from a new shard's first heartbeat until the shard has answered a call.
 
-When the pool grows, a rebalance lasts from the new shard's first heartbeat until all experts are moved to their new
-homes and dropped by their old homes. When the pool shrinks, a rebalance lasts from the order until the shard is gone.
-The time in which a new process starts is a phase of its own, because any Python process that starts and imports its
-libraries takes one of the machine's two cores.
+When the pool grows, a rebalance starts with the new shard's first heartbeat. It ends when the new homes hold all their
+experts and the old homes have dropped these experts. When the pool shrinks, a rebalance starts with the order and ends
+when the shard is gone. The start of a new process is a separate phase, because the process keeps one of the machine's
+two cores busy while it imports its libraries.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from services.expert import control_client
 POOL, NUM_SHARDS = "experts-cpu", 3
 NUM_PROMPTS = 24
 POLL_PERIOD_S = 0.1
-SETTLE_S = 2.0  # seconds after the last epoch in which shards drop the experts of which they are no longer homes
+SETTLE_S = 2.0  # seconds after the last epoch until the old homes have dropped their experts
 CHANGE_TIMEOUT_S = 120.0
 OUTSIDE, STARTING, REBALANCE = "outside", "a process starts", "rebalance"
 
@@ -55,7 +56,7 @@ OUTSIDE, STARTING, REBALANCE = "outside", "a process starts", "rebalance"
 
 @dataclass(frozen=True)
 class PromptOutcome:
-    """A `PromptOutcome` is the outcome of a request and the index of the request's prompt."""
+    """A `PromptOutcome` has the outcome of a request and the index of the prompt that the request sent."""
 
     prompt: int
     outcome: RequestOutcome
@@ -69,7 +70,7 @@ async def send_prompt(url: str, number: int, body: dict[str, Any]) -> PromptOutc
 class ClosedLoopClients:
     """`ClosedLoopClients` are `concurrency` clients that send requests until `is_over` is set.
 
-    Each client has a request running for `share` of the time and pauses between requests.
+    Each client pauses between requests, so that it has a running request for `share` of the time.
     """
 
     url: str
@@ -95,7 +96,7 @@ class ClosedLoopClients:
 
 @dataclass(frozen=True)
 class Phase:
-    """A `Phase` is a period in which the pool changed; `start` and `end` are values of `time.perf_counter`."""
+    """A `Phase` is a period in which the pool changes; `start` and `end` are values of `time.perf_counter`."""
 
     name: str
     start: float
@@ -104,16 +105,14 @@ class Phase:
 
 @dataclass
 class PoolObserver:
-    """A `PoolObserver` orders changes of the pool's size and reads from the registry how long each change takes."""
+    """A `PoolObserver` orders changes of the pool's size, and measures how long each change takes."""
 
     registry: Registry
     phases: list[Phase] = field(default_factory=list)
-    placed_s: list[float] = field(
-        default_factory=list
-    )  # seconds from a new shard's first heartbeat to a placement with the shard
-    answered_s: list[float] = field(
-        default_factory=list
-    )  # seconds from a new shard's first heartbeat to its first answered call
+    # seconds from each new shard's first heartbeat until the placement contains the shard
+    placed_s: list[float] = field(default_factory=list)
+    # seconds from each new shard's first heartbeat until the shard has answered a call
+    answered_s: list[float] = field(default_factory=list)
     lowest_cover: int = 1000
 
     async def observe(self) -> tuple[Placement | None, list[Shard]]:
@@ -169,7 +168,7 @@ class PoolObserver:
 
 
 def _is_settled(placement: Placement, shards: Sequence[Shard], count: int) -> bool:
-    """Return True if `count` shards exist, no shard drains, and every shard holds its experts of the placement."""
+    """Return True if `count` shards exist, no shard drains, and every shard holds what the placement says."""
     return len(shards) == count and all(
         not shard.draining and shard.held_digest == placement.digest_of(shard.id) for shard in shards
     )
@@ -179,7 +178,7 @@ def _is_settled(placement: Placement, shards: Sequence[Shard], count: int) -> bo
 
 
 def seconds_by_phase(phases: Sequence[Phase], start: float, end: float) -> dict[str, float]:
-    """Return the total seconds of each kind of phase; "outside" is the remaining time between `start` and `end`."""
+    """Return the total seconds of each kind of phase; "outside" is the time from `start` to `end` without a phase."""
     took = {
         name: sum(phase.end - phase.start for phase in phases if phase.name == name) for name in (STARTING, REBALANCE)
     }
@@ -187,14 +186,17 @@ def seconds_by_phase(phases: Sequence[Phase], start: float, end: float) -> dict[
 
 
 def phases_at(phases: Sequence[Phase], times: Sequence[float]) -> list[str]:
-    """Return, for each of `times`, the name of the phase that contains the time; "outside" if no phase does."""
+    """Return, for each time in `times`, the name of the phase at this time; "outside" if there is no phase."""
     return [next((phase.name for phase in phases if phase.start <= at < phase.end), OUTSIDE) for at in times]
 
 
 def report(
     outcomes: Sequence[PromptOutcome], expected: Sequence[str], observer: PoolObserver, start: float, end: float
 ) -> dict[str, Any]:
-    """Return the counts of failed and different requests, and ITL and events per second of each kind of phase."""
+    """Return the numbers of failed and different requests, and the measurements of each kind of phase.
+
+    The measurements are ITL and stream events with text per second.
+    """
     good = [one for one in outcomes if not one.outcome.error]
     events = [time for one in good for time in one.outcome.event_times if start <= time < end]
     gaps = [(b, b - a) for one in good for a, b in itertools.pairwise(one.outcome.event_times) if start <= b < end]
@@ -256,7 +258,7 @@ async def run(target: Server, redis_url: str, args: argparse.Namespace) -> dict[
     observer = PoolObserver(Registry(redis, target.model_id()))
     clients = ClosedLoopClients(target.url, bodies, args.concurrency, args.share)
     load = asyncio.create_task(clients.run())
-    await asyncio.sleep(args.rest)  # wait until the load is steady
+    await asyncio.sleep(args.rest)  # the clients need some time until their load is steady
     start = time.perf_counter()
     for cycle in range(args.cycles):
         await observer.grow()

@@ -1,4 +1,4 @@
-"""`server` runs `expertmesh up` in a process of its own; other functions measure its processes' memory and CPU time."""
+"""`server` runs `expertmesh up` in a new process. Other functions measure memory and CPU time of processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Server:
-    """A `Server` has the addresses of a running server's APIs and the id of the server's first process."""
+    """A `Server` has the addresses of a running server's APIs and the process id of `expertmesh up`."""
 
     url: str
     grpc_address: str
@@ -40,7 +40,7 @@ class Server:
         return str(fetch_json(f"{self.url}/v1/models")["data"][0]["id"])
 
     def processes(self) -> dict[int, str]:
-        """Return a map from the process ids of this server to the names of the processes."""
+        """Return the names of this server's processes, by process id."""
         return {pid: command_of(pid) for pid in [self.pid, *descendants(self.pid)]}
 
 
@@ -51,7 +51,7 @@ def fetch_json(url: str) -> dict[str, Any]:
 
 
 def new_client(timeout_s: float) -> httpx.AsyncClient:
-    """Return an HTTP client for servers on this machine; the client uses no proxy and checks no certificates."""
+    """Return an HTTP client for servers on this machine. The client uses no proxy and checks no certificates."""
     limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=False)
 
@@ -64,7 +64,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(*options: str) -> Iterator[Server]:
-    """Run `expertmesh up` with `options` on free ports during the block, which starts when the server is ready.
+    """Run `expertmesh up` with `options` on free ports during the block. The block starts when the server is ready.
 
     Raises RuntimeError with the end of the server's output if the server is not ready within 300 s.
     """
@@ -132,7 +132,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def command_of(pid: int) -> str:
-    """Return the name of a process: Ray's name for a worker (`ray::ServeReplica:…`), or else the program's name."""
+    """Return the name that Ray gives to a worker (`ray::ServeReplica:…`); for other processes, the program's name."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -145,7 +145,7 @@ def command_of(pid: int) -> str:
 
 
 def resident_bytes(pid: int) -> int:
-    """Return a process's private resident memory in bytes, without shared file pages; 0 if the process has ended."""
+    """Return a process's resident memory in bytes without shared pages of files; 0 if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/statm").read_text().split()
     except OSError:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.shape /tmp/shape      # then: expertmesh up --model /tmp/shape --dtype bfloat16
 
-transformers writes the weights, so that transformers, Expertmesh and llama.cpp's converter read the same files. A seed
-determines the weights: two runs with the same seed write the same weights.
+The library transformers writes the weights. Therefore transformers, Expertmesh and llama.cpp's converter can all read
+the files. Two runs with the same seed write the same weights.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ LARGEST_DECAY = 16.0  # largest initial A in Mamba-2's training
 
 
 def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return a parameter's initial value for training in fp32: matrices from N(0, STD²), A and Δ as in Mamba-2."""
+    """Draw a parameter's initial value in fp32: matrices from N(0, STD²), and A and Δ as before Mamba-2's training."""
     if name.endswith("A_log"):
         return (1 + (LARGEST_DECAY - 1) * torch.rand(shape, generator=generator)).log()
     if name.endswith("dt_bias"):
@@ -93,7 +93,7 @@ def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def make_model(seed: int) -> NemotronHForCausalLM:
-    """Return the transformers model with weights in bf16, except the router's correction bias, which is fp32."""
+    """Return the transformers model. Its weights are bf16, but the router's correction bias is fp32."""
     model = NemotronHForCausalLM(NemotronHConfig(**CONFIG))
     model.train(False)
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def make_model(seed: int) -> NemotronHForCausalLM:
 
 
 def extended_tokenizer(vocab_size: int) -> Tokenizer:
-    """Return the demo's tokenizer with new token ids, each with its own text; no text is encoded to the new ids."""
+    """Return the demo's tokenizer with new token ids. Each new id has its own text; no text is encoded to a new id."""
     raw = json.loads((DEMO / "tokenizer.json").read_text())
     vocabulary = raw["model"]["vocab"]
     first = max(vocabulary.values()) + 1
@@ -129,9 +129,9 @@ def write_shape(out: Path, seed: int = 0) -> int:
 
 
 def num_active(num_parameters: int) -> int:
-    """Return how many of `num_parameters` one token uses.
+    """Return how many of the model's `num_parameters` parameters one token uses.
 
-    A token does not use the experts that it does not pick and the rows of the embedding that belong to other tokens.
+    A token uses only the routed experts that it picks, and only its own row of the embedding.
     """
     num_layers = CONFIG["hybrid_override_pattern"].count("E")
     per_expert = 2 * CONFIG["moe_latent_size"] * CONFIG["moe_intermediate_size"]

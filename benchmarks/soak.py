@@ -3,10 +3,10 @@
     python -m benchmarks.soak                                # 30 minutes
     python -m benchmarks.soak --minutes 3 --json out.json    # exit code 1 if a check fails
 
-Clients draw requests from `benchmarks.soak_requests`: different lengths and sampling parameters, chats, grammars,
-several choices, streams, cancelled and bad requests. Each request has an expected status. At the end only the prefix
-cache may hold state slots and KV pages, no request may have taken longer than two minutes, and no process's memory may
-have grown during the second half of the test.
+Clients send random requests from `benchmarks.soak_requests`: different lengths and sampling parameters, chats,
+grammars, several choices, streams, cancelled and bad requests. Each request has an expected HTTP status. At the end,
+only the prefix cache may hold state slots and KV pages. No request may take longer than two minutes. In the second half
+of the test, the memory of a process may grow only by the amount that this file allows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from benchmarks.soak_requests import SoakRequest, draw_request
 STUCK_AFTER_S = 120.0
 SAMPLE_PERIOD_S = 5.0
 DRAIN_S = 20.0
-# Allowed growth of a process's memory in the second half of the test; the larger of the two bounds applies.
+# In the second half of the test, a process's memory may grow by this number of bytes or by this share of its memory.
+# The larger bound applies.
 MAX_GROWTH_BYTES, MAX_GROWTH_SHARE = 16 << 20, 0.03
 ZERO_WHEN_IDLE = ("num_running", "num_waiting", "num_slots_taken", "num_blocks_taken", "num_failed_steps")
 
@@ -42,14 +43,17 @@ ZERO_WHEN_IDLE = ("num_running", "num_waiting", "num_slots_taken", "num_blocks_t
 class SoakTally:
     """A `SoakTally` counts the answers that the clients received and describes each wrong answer."""
 
-    answers: Counter[str] = field(default_factory=Counter)  # number of answers by kind of request and status
+    answers: Counter[str] = field(default_factory=Counter)  # "kind of request: HTTP status" -> number of answers
     wrong: list[str] = field(default_factory=list)
     num_tokens: int = 0  # number of tokens in complete answers
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A `Growth` has one process's memory at the start and end of the second half, by a line fitted to the samples."""
+    """A `Growth` has one process's memory at the start and at the end of the second half of the test.
+
+    Both values lie on a line that is fitted to the samples of the second half.
+    """
 
     process: str
     middle_bytes: float
@@ -61,7 +65,7 @@ class Growth:
 
 
 async def one_request(client: httpx.AsyncClient, url: str, request: SoakRequest, tally: SoakTally) -> None:
-    """Send one request and add its outcome to `tally`; do not raise an exception even if the request fails."""
+    """Send one request and add the outcome to `tally`. A failed request raises no exception."""
     try:
         async with asyncio.timeout(STUCK_AFTER_S):
             status, body = await _send(client, url, request)
@@ -79,7 +83,10 @@ async def one_request(client: httpx.AsyncClient, url: str, request: SoakRequest,
 
 
 async def _send(client: httpx.AsyncClient, url: str, request: SoakRequest) -> tuple[int, str]:
-    """Send a request and return status and body; disconnect after `cancel_after` pieces if this number is not 0."""
+    """Send a request and return the HTTP status and the body.
+
+    If `cancel_after` is not 0, disconnect after this number of pieces.
+    """
     headers = {"content-type": "application/json"}
     message = client.build_request(request.method, url + request.path, content=request.content, headers=headers)
     answer = await client.send(message, stream=True)
@@ -93,12 +100,12 @@ async def _send(client: httpx.AsyncClient, url: str, request: SoakRequest) -> tu
         await answer.aclose()
     body = "".join(pieces)
     if answer.status_code == 200 and not request.cancel_after and '"error":' in body[-400:]:
-        return 500, body[-400:]  # the stream began with status 200 and ended with an error
+        return 500, body[-400:]  # the stream began with HTTP status 200 and ended with an error
     return answer.status_code, body
 
 
 def _num_generated(body: str) -> int:
-    """Return the number of generated tokens from the field `usage` of a stream or of a complete answer."""
+    """Return the number of generated tokens, from the field `usage` of a streamed or a complete answer."""
     _, found, number = body.rpartition('"completion_tokens":')
     return int("".join(c for c in number[:12].strip() if c.isdigit()) or 0) if found else 0
 
@@ -117,7 +124,7 @@ async def clients(url: str, concurrency: int, seconds: float, seed: int, tally: 
 
 
 async def watch(running: Server, samples: list[dict[int, int]]) -> None:
-    """Append the memory of each process in bytes, by process id, to `samples` every five seconds until cancelled."""
+    """Append a map from process id to memory in bytes to `samples` every five seconds, until the task is cancelled."""
     while True:
         samples.append({pid: resident_bytes(pid) for pid in running.processes()})
         await asyncio.sleep(SAMPLE_PERIOD_S)
@@ -143,7 +150,10 @@ def _line(values: Sequence[float]) -> tuple[float, float]:
 
 
 def wait_for_idle(running: Server) -> dict[str, Any]:
-    """Wait until the engine has no request, at most `DRAIN_S` seconds, and return the engine's part of the status."""
+    """Wait until the engine has no request; return the engine's part of the status.
+
+    After `DRAIN_S` seconds, return the status although the engine still has requests.
+    """
     deadline = time.monotonic() + DRAIN_S
     while True:
         time.sleep(1)

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.load import FIRST_ORDINARY_ID
 from model.demo.corpus import read_corpus
 
-VOCAB_SIZE = 2048  # size of the demo's vocabulary; larger models have all token ids of the demo, too
+VOCAB_SIZE = 2048  # size of the demo's vocabulary; larger models also have these token ids
 PROMPT_LENS, OUTPUT_LENS = (1, 8, 40, 150, 500, 1200), (1, 4, 16, 48, 96)
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BAD_REQUEST = 400
@@ -22,8 +22,8 @@ BAD_REQUEST = 400
 class SoakRequest:
     """A `SoakRequest` is one HTTP request with its expected status.
 
-    `cancel_after` is the number of pieces of the stream after which the client disconnects; with 0, the client reads
-    the whole stream.
+    The client disconnects after `cancel_after` pieces of the stream. If `cancel_after` is 0, the client reads the whole
+    answer.
     """
 
     kind: str
@@ -63,7 +63,7 @@ def _messages(rng: random.Random) -> dict[str, Any]:
 
 
 def _sampling(rng: random.Random) -> dict[str, Any]:
-    """Draw sampling parameters; each parameter is present with probability one half."""
+    """Draw sampling parameters. Each parameter is present with a probability of one half."""
     values = {
         "temperature": rng.choice((0.0, 0.5, 1.0, 1.7)),
         "top_p": rng.choice((0.1, 0.9, 1.0)),

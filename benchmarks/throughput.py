@@ -3,10 +3,10 @@
     make bench                                                                   # 3 rounds, about 15 minutes
     make bench ARGS="--llama-cpp /tmp/llama.cpp --rounds 5 --json out.json"
 
-The sides of the comparison are expert shards, local experts, transformers and llama.cpp. In each round, every side runs
-alone and stops before the next side starts, because an idle server would take a twentieth of two cores. The printed
-tables have medians over the rounds, and the ratios of the medians with their bars. Expertmesh is measured through REST.
-All sides compute in bf16 with the same number of threads.
+The benchmark compares four sides: expert shards, local experts, transformers and llama.cpp. In each round, every side
+runs alone and stops before the next side starts, because even an idle server would use a twentieth of two cores. The
+benchmark prints the median of each side over the rounds, the ratios of the medians, and the required ratios (bars). It
+measures expert shards and local experts through REST. All sides compute in bf16 with the same number of threads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.shape import write_shape
 
 SHAPE = Path("/tmp/expertmesh-shape")
 DISTRIBUTED, LOCAL, TRANSFORMERS, LLAMA_CPP = "distributed", "local experts", "transformers", "llama.cpp"
-BARS = {  # required ratio: tokens per second of expert shards / tokens per second of the named side
+BARS = {  # required tokens per second of expert shards, divided by the tokens per second of the named side
     "decode × 1": {TRANSFORMERS: 2.5, LOCAL: 0.6, LLAMA_CPP: 0.6},
     "decode × 8": {TRANSFORMERS: 3.0, LOCAL: 0.85, LLAMA_CPP: 1.0},
     "decode × 16": {TRANSFORMERS: 4.0, LOCAL: 0.9, LLAMA_CPP: 1.1},
@@ -41,11 +41,11 @@ BARS = {  # required ratio: tokens per second of expert shards / tokens per seco
 
 
 def decode_speed(outcomes: list[RequestOutcome]) -> float:
-    """Return the tokens per second of all streams during the time in which all of them decode.
+    """Return the tokens per second of all streams together, in the time in which every stream decodes.
 
-    The measured time starts when every stream has its first token and ends when one stream has its last token. Each
-    event of a stream counts as the stream's mean number of tokens per event, because with drafts an event may carry
-    several tokens.
+    The measured time starts when every stream has its first token, and ends when the first stream ends. With drafts, a
+    stream event may contain several tokens. Therefore each event of a stream counts as the mean number of tokens per
+    event of this stream.
     """
     start = max(outcome.event_times[0] for outcome in outcomes)
     end = min(outcome.event_times[-1] for outcome in outcomes)
@@ -58,7 +58,7 @@ def decode_speed(outcomes: list[RequestOutcome]) -> float:
 
 
 class ThroughputClient:
-    """A `ThroughputClient` measures one server; every prompt is new, so that no request hits the prefix cache."""
+    """A `ThroughputClient` measures one server. Every prompt is new, so that the prefix cache helps no request."""
 
     def __init__(self, running: Server, vocab_size: int, seed: int) -> None:
         self.url, self._vocab_size, self._seeds = f"{running.url}/v1/completions", vocab_size, itertools.count(seed)
@@ -83,14 +83,17 @@ class ThroughputClient:
 
 
 def wire_per_row(status: dict[str, Any]) -> dict[str, float]:
-    """Return the backbone's bytes sent, bytes received and messages sent per row since the server started."""
+    """Return how many bytes the backbone sent and received, and how many messages it sent, per row.
+
+    The numbers are means over all rows since the server started.
+    """
     traffic = status["traffic"]
     assert traffic["num_rows"], "the backbone sent no rows to shards"
     return {name: traffic[name] / traffic["num_rows"] for name in ("sent_bytes", "received_bytes", "num_sent")}
 
 
 def median(speeds: list[Speeds]) -> dict[str, float]:
-    """Return the median tokens per second of each column of the table: decode at each batch size, and prefill."""
+    """Return the median tokens per second over `speeds` for each column: decode at each batch size, and prefill."""
     columns = {
         f"decode × {batch}": statistics.median(speed.decode[batch] for speed in speeds) for batch in speeds[0].decode
     }
@@ -116,7 +119,10 @@ def speed_table(speeds: dict[str, list[Speeds]]) -> Table:
 
 
 def ratio_table(speeds: dict[str, list[Speeds]]) -> tuple[Table, dict[str, dict[str, float]]]:
-    """Return the ratios of expert shards to each other side, first as a table with bars, then by column and side."""
+    """Return the ratios of the speed of expert shards to the speed of each other side.
+
+    The result is a pair: a table with the ratios and bars, and the same ratios by column and side.
+    """
     medians = {name: median(rounds) for name, rounds in speeds.items()}
     others = [name for name in (TRANSFORMERS, LOCAL, LLAMA_CPP) if name in speeds]
     table = Table(title="3 shards through REST, against")

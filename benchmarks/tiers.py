@@ -1,10 +1,10 @@
-"""The benchmark measures how long a shard takes to load an expert from each tier.
+"""The benchmark measures how long a shard takes to load an expert, from each place where the expert may lie.
 
     python -m benchmarks.tiers [--input-dim 1024] [--width 2688] [--experts 8] [--dtype bfloat16]
 
-An expert comes from the checkpoint, from host memory or from a peer shard. The shards run in this process and use real
-gRPC on 127.0.0.1 and a real safetensors file. The file is in the page cache after the first read. The first printed
-lines are single steps, which are parts of the times in the later lines. All figures are medians over experts, in ms per
+The places are the checkpoint, host memory and another shard. The shards run in this process and use real gRPC on
+127.0.0.1 and a real safetensors file. After the first read, the file is in Linux's page cache. The first printed lines
+show single steps of a load. The later lines show whole loads. All printed times are medians over experts, in ms per
 expert.
 """
 
@@ -37,7 +37,7 @@ LAYER = 1
 
 
 def write_experts(path: Path, shape: ExpertShape) -> Path:
-    """Write random experts to a safetensors file in bf16, the dtype of published checkpoints, and return its path."""
+    """Write random experts in bf16, as published checkpoints do, to a safetensors file; return the file's path."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
