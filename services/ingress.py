@@ -81,7 +81,7 @@ async def _answers(calls: Sequence[Awaitable[Any]]) -> list[dict[str, Any]]:
 
 
 def _trace_all(backbone: DeploymentHandle[Any]) -> Callable[[dict[str, Any] | None], Awaitable[list[dict[str, Any]]]]:
-    """Return a function that makes every backbone replica start or stop recording its routing."""
+    """Return a function that makes every backbone replica start or stop recording the router's choices."""
 
     async def trace(bounds: dict[str, Any] | None) -> list[dict[str, Any]]:
         answers = backbone.broadcast("trace", bounds).results_async(timeout_s=TRACE_TIMEOUT_S, return_exceptions=True)

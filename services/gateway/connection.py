@@ -70,7 +70,7 @@ async def _until_gone(receive: Receive) -> None:
 class EventStream(StreamingResponse):
     """An `EventStream` sends server-sent events and closes the generator of events when the client disconnects.
 
-    Starlette's `StreamingResponse` notices a disconnect only when it sends the next event.
+    Starlette's `StreamingResponse` would notice a disconnect only when the next event is sent.
     """
 
     media_type = "text/event-stream"

@@ -41,7 +41,7 @@ class ApiError(Exception):
     """An `ApiError` refuses a request with one full sentence for the client.
 
     - `message`: the sentence.
-    - `param`: name of the request's parameter that causes the refusal; None if no single parameter does.
+    - `param`: name of the request's parameter that causes the refusal; None if no single parameter causes the refusal.
     - `code`: OpenAI's code for the mistake; None if OpenAI has no code for the mistake.
     - `retry_after`: seconds after which the client may send the request again; None if a retry would not help.
     """
@@ -98,7 +98,7 @@ def _from_exception(error: Exception) -> ApiError:
 
 
 def _bad_value(error: ValueError) -> ApiError:
-    """Return the refusal of a bad value, with the parameter's name if the error message begins with the name.
+    """Return an ApiError for a bad value, with the parameter's name if the message of `error` begins with a name.
 
     The messages of SamplingParams, the engine and the request parsers begin with the name of the bad parameter.
     """

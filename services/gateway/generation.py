@@ -55,7 +55,7 @@ class TokenSource(Protocol):
 
     - ValueError with a sentence for the client, if a parameter is bad,
     - EngineOverloaded, EngineFailed or ApiError,
-    - DeadlinePassed after `timeout` seconds.
+    - DeadlinePassed if the request has not ended after `timeout` seconds.
     """
 
     def generate(
@@ -64,9 +64,9 @@ class TokenSource(Protocol):
 
 
 def derived_seed(seed: int | None, choice: int) -> int | None:
-    """Return the seed of one choice: the request's `seed` for choice 0, else a hash of the seed and the index `choice`.
+    """Return the seed of the choice with the index `choice`, or None if the request has no seed.
 
-    Returns None if the request has no seed.
+    Choice 0 gets the request's `seed`. Every other choice gets a hash of `seed` and `choice`.
     """
     if seed is None or choice == 0:
         return seed
@@ -107,7 +107,7 @@ class Generation:
     async def prepare(self, requests: Sequence[GenerationRequest]) -> list[ChoiceRequest]:
         """Check and tokenize `requests`, and return the `n` choices of each request, in the order of the requests.
 
-        Raises ApiError if a prompt does not fit the model's context; the message gives both token counts.
+        Raises ApiError if a prompt is too long for the model's context; the message gives the length of both in tokens.
         """
         start = asyncio.get_running_loop().time()
         choices = [choice for request in requests for choice in await self._choices_in_time(request, start)]
@@ -132,7 +132,7 @@ class Generation:
     async def stream(self, choices: Sequence[ChoiceRequest], request_id: str) -> AsyncGenerator[TextDelta, None]:
         """Yield text deltas of all `choices` in the order in which the engine generates the deltas.
 
-        Closing the generator aborts the choices.
+        If the caller closes the generator, the engine stops generating the choices.
         """
         streams = [self._stream_one(index, choice, request_id) for index, choice in enumerate(choices)]
         async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as deltas:
@@ -206,7 +206,7 @@ class Generation:
         return composed
 
     def _check_ids(self, param: str, token_ids: Sequence[int]) -> None:
-        """Raise ValueError, with the parameter's name `param` in the message, if an id is not in the vocabulary."""
+        """Raise ValueError if a token id is not in the vocabulary; the message names the parameter `param`."""
         for token_id in token_ids:
             if not 0 <= token_id < self.tokenizer.vocab_size:
                 highest = self.tokenizer.vocab_size - 1
@@ -268,7 +268,7 @@ class Generation:
 async def _merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> AsyncGenerator[TextDelta, None]:
     """Yield the deltas of all `streams` in the order in which the deltas arrive.
 
-    The first exception of a stream is raised and ends all streams.
+    If a stream raises an exception, the exception is raised here and all other streams end.
     """
     queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue(MERGE_QUEUE_LEN)
     pumps = [asyncio.create_task(_pump(stream, queue)) for stream in streams]

@@ -56,8 +56,8 @@ def _ignore_pause(pause: float | None) -> None: ...
 class BackbonePool:
     """A `BackbonePool` is a `TokenSource` that uses all backbone replicas.
 
-    `start`, `stop` and `generate` must be called on the same event loop. `on_resumed` is called each time a request
-    continues on another backbone.
+    `start`, `stop` and `generate` must be called on the same event loop. The pool calls `on_resumed` each time a
+    request continues on another backbone.
     """
 
     def __init__(self, ask_statuses: AskStatuses, on_resumed: OnResumed = _ignore_pause) -> None:

@@ -34,7 +34,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class AnswerParts:
-    """An `AnswerParts` holds the pieces of content, reasoning and tool calls that one piece of text produced."""
+    """An `AnswerParts` holds the content, the reasoning and the pieces of tool calls that one piece of text adds."""
 
     content: str = ""
     reasoning: str = ""

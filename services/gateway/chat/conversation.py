@@ -80,8 +80,8 @@ class Conversation:
 def template_kwargs(kwargs: Mapping[str, Any] | None, enable_thinking: bool | None) -> dict[str, Any]:
     """Return the arguments `kwargs` of the chat template, together with `enable_thinking` if the client set it.
 
-    Raises ValueError if `kwargs` holds a reserved argument, or if its `enable_thinking` differs from the parameter
-    `enable_thinking`.
+    Raises ValueError if `kwargs` holds a reserved argument, or if `enable_thinking` in `kwargs` differs from the
+    argument `enable_thinking`.
     """
     given = dict(kwargs or {})
     if reserved := sorted(given.keys() & RESERVED_KWARGS):

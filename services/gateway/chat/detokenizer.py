@@ -21,7 +21,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Return the text that the token `token_id` adds. Special tokens except the `markers` have no text."""
+        """Return the text that the token `token_id` adds; of the special tokens, only the `markers` have text."""
         if (marker := self._markers.get(token_id)) is not None:
             return self._utf8.decode(marker)
         # A model's vocabulary may be larger than the tokenizer's vocabulary, because the model's vocabulary may be

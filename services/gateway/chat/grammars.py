@@ -63,7 +63,7 @@ def compose(answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, marke
 
     - `answer`: the grammar of the text after the reasoning; None if the client gave no grammar.
     - `tool_use`: the tools. If calls are forced, calls must match the tools' schemas. If the model may choose between
-      text and calls, calls must match the schemas only if at least one tool is strict.
+      text and calls, the grammar makes calls match the schemas only if at least one tool is strict.
     - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`.
     - `markers`: the markers of the model's tokenizer.
     """

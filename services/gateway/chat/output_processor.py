@@ -101,7 +101,7 @@ class OutputProcessor:
 
     def _scored_prompt(self, output: TokenOutput) -> Iterator[ScoredToken]:
         spelling = self._tokenizer.spelling
-        # An echoed prompt shows special tokens by name, except the special tokens that the tokenizer added itself.
+        # An echoed prompt shows the names of special tokens, but not of special tokens that the tokenizer added itself.
         detokenizer = Detokenizer(self._tokenizer.token_bytes, self._tokenizer.special_markers)
         echo, whole = self._request.echo, self._tokenizer.decode(self._request.prompt_token_ids)
         position = 0 if echo is None else min(0, len(echo) - len(whole))

@@ -22,7 +22,7 @@ class ScoredToken:
 
     @property
     def text(self) -> str:
-        """Return the token's text; bytes that are not a complete character become U+FFFD."""
+        """Return the token's text; an incomplete character becomes U+FFFD."""
         return self.data.decode("utf-8", "replace")
 
 

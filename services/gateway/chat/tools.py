@@ -115,7 +115,7 @@ class ToolUse:
 
     @property
     def max_calls(self) -> int | None:
-        """Return the maximum number of tool calls in one answer, or None for any number.
+        """Return the maximum number of tool calls in one answer, or None if the number is not limited.
 
         A function that the client names is called exactly once, as in OpenAI's API.
         """
@@ -236,7 +236,7 @@ def to_json(value: object) -> str:
 def parse_arguments(text: str, param: str) -> str:
     """Return the arguments `text` of an earlier tool call, formatted as JSON.
 
-    Raises ValueError, with the parameter's name `param` in the message, if `text` is not a JSON object.
+    Raises ValueError if `text` is not a JSON object; the message names the parameter `param`.
     """
     try:
         value = json.loads(text or "{}")

@@ -111,7 +111,7 @@ class RequestMetrics:
         self._refused.labels(self._model, reason).inc()
 
     def count_resumed(self, pause: float | None) -> None:
-        """Count one continuation of a request on another backbone.
+        """Count that one request continues on another backbone.
 
         `pause` is the time in seconds between the last output before the failover and the first output after the
         failover. `pause` is None if there was no output before the failover.

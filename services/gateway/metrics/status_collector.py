@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 LABELS = ["model_name", "backbone"]
-Values = Mapping[str, Mapping[str, Any]]  # the metric values of each backbone, by the backbone's endpoint
+Values = Mapping[str, Mapping[str, Any]]  # the values of each backbone, by the backbone's endpoint and the value's key
 Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
 

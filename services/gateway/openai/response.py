@@ -161,8 +161,9 @@ def _chat_score(score: ScoredToken) -> dict[str, Any]:
 def _prompt_logprobs(scores: Sequence[ScoredToken]) -> list[dict[str, Any] | None]:
     """Return the logprobs of the prompt's tokens in vLLM's format.
 
-    The list holds None for the first token and one object for each other token. An object maps the id of the prompt's
-    token, and the id of each alternative, to a logprob with its rank and text.
+    The list holds None for the first token and one object for each later token. An object has one entry for the
+    prompt's token and one for each alternative. The key of an entry is the token id; the value holds the logprob, rank
+    and text of the token.
     """
     return [
         None if score.logprob is None else {str(one.token_id): _ranked(one, rank) for one, rank in _ranks(score)}

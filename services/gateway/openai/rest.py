@@ -116,7 +116,8 @@ class Rest:
         )
         deltas = generation.stream(choice_requests, head.id)
         if body.stream:
-            # The status line is sent only with the first token, because a refusal by the engine has another status.
+            # The status line is sent only with the first token. Until then the engine may refuse the request, and a
+            # refusal has another status.
             first = await anext(deltas)
             events = self._events(head, body, first, deltas)
             return EventStream(events, response.cache_header(first))
@@ -214,7 +215,7 @@ def _add_error_handlers(app: FastAPI, generation: Generation) -> None:
 
 
 def _routing_error(request: Request, error: HTTPException) -> ApiError:
-    """Return the refusal of an unknown path or method, which are the only mistakes that FastAPI itself reports."""
+    """Return the ApiError for an unknown path or method; FastAPI itself reports no other mistakes."""
     path = request.url.path
     if error.status_code == ApiRefusal.METHOD.status:
         allowed = (error.headers or {}).get("Allow", "another method")

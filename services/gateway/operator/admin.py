@@ -1,7 +1,7 @@
 """The admin API lets operators who have the admin key read the fleet's state and give orders, as JSON.
 
-If the server has no key, the API refuses all requests, even from clients on the same machine. Without this
-rule, a proxy, a port-forward or a web page that posts to 127.0.0.1 could act as an operator.
+If the server has no key, the API refuses all requests, even from clients on the same machine. Without this rule, a
+proxy, a port-forward or a web page that posts to 127.0.0.1 could act as an operator.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ScaleBody(OrderBody):
 
 
 class TraceBody(BaseBody):
-    """A `TraceBody` is the body of a request that makes every backbone start or stop recording its routing.
+    """A `TraceBody` is the body of a request that makes every backbone start or stop recording the router's choices.
 
     A recording ends after `max_bytes` bytes or `max_seconds` seconds.
     """
@@ -68,8 +68,8 @@ class TraceBody(BaseBody):
 def add_admin(app: FastAPI, key: str | None, operations: Operations | None) -> None:
     """Add the routes under /admin to `app`.
 
-    `key` is the admin key; None if the server has none. `operations` is None if the experts are local; every route then
-    refuses requests because there are no shards.
+    `key` is the admin key, or None if the server has no admin key. `operations` is None if the experts are local. In
+    that case every route refuses requests, because there are no shards.
     """
     admin = Admin(key, operations)
     for method, path, handler in (
@@ -167,7 +167,7 @@ def _operator_name(body: OrderBody, request: Request) -> str:
 def _number(request: Request, name: str, default: int = 0) -> int:
     """Return the query parameter `name` as a number, or `default` if the parameter is missing.
 
-    Raises ApiError unless the parameter is a whole number from 1 to MAX_LISTED.
+    Raises ApiError if the parameter is not a whole number from 1 to MAX_LISTED.
     """
     text = request.query_params.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and 1 <= int(text[:6]) <= MAX_LISTED):

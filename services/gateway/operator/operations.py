@@ -34,7 +34,8 @@ class ExpertTier:
     layers: Sequence[LayerSpec]
     pools: Mapping[str, tuple[int, int]]  # minimum and maximum number of shards of each pool, by the pool's name
     preview: Preview  # function that returns the controller's plan, or None if no placement exists yet
-    # function that makes every backbone record routing within the given bounds; the argument None stops the recording
+    # function that makes every backbone record the router's choices within the given bounds; the argument None stops
+    # the recording
     trace: Trace
 
 
@@ -57,7 +58,7 @@ class Operations:
         self.tier, self._registry, self._loads = tier, registry, loads
 
     async def drain(self, shard_id: str, by: str) -> dict[str, Any]:
-        """Order the controller to drain a shard. The last shard that is not draining cannot be drained.
+        """Order the controller to drain a shard. Raises ApiError if all other shards are already draining.
 
         `by` names the operator.
         """
@@ -154,7 +155,7 @@ class Operations:
         return {"seconds": seconds, "experts": experts}
 
     async def trace(self, bounds: dict[str, Any] | None) -> dict[str, Any]:
-        """Make every backbone record its routing within `bounds`, or stop recording if `bounds` is None.
+        """Make every backbone record the router's choices within `bounds`; if `bounds` is None, recording stops.
 
         Returns the response of each backbone.
         """
@@ -193,7 +194,7 @@ class Operations:
             return {"lifted": order is not None and await self._registry.lift_order(order)}
 
     async def _lift_orders_of_dead(self, known: Mapping[str, Shard], orders: Mapping[str, StandingOrder]) -> None:
-        """Lift the orders to drain missing shards if the orders are older than DEAD_SHARD_ORDER_TTL_S.
+        """Lift the orders to drain missing shards that are older than DEAD_SHARD_ORDER_TTL_S seconds.
 
         Shard ids are not reused, so the orders have no effect and would only accumulate.
         """

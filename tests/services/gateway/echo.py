@@ -50,8 +50,8 @@ class EchoSource:
     """An `EchoSource` is a `TokenSource` that generates the tokens of `script` and then `eos_id`.
 
     If `script` is None, the source generates the tokens of the prompt. With `ignore_eos`, the source repeats the script
-    without end. The logprob of a token depends only on the token's id. The alternatives of a token have the next higher
-    ids.
+    without end. The logprob of a token depends only on the token's id. The alternatives of a token have
+    the next higher ids.
     """
 
     eos_id: int

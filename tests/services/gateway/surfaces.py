@@ -38,7 +38,7 @@ CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 504: "DEADLINE_EXCEEDED"}
 
 @dataclass
 class SurfaceResponse:
-    """A `SurfaceResponse` holds a response in a form that is the same for REST and gRPC, streamed or not streamed."""
+    """A `SurfaceResponse` holds a response in one form for REST and gRPC, whether or not the response was streamed."""
 
     choices: list[dict[str, Any]] = field(default_factory=list)
     usage: tuple[int, int, int] = (0, 0, 0)  # numbers of prompt tokens, completion tokens and cached prompt tokens

@@ -1,6 +1,6 @@
-"""The tests check that REST and gRPC give equal responses for every parameter and refusal, streamed or not.
+"""The tests check that REST and gRPC, streamed and not streamed, give equal responses for every parameter.
 
-The tests run a real engine with the demo model.
+Refusals must be equal, too. The tests run a real engine with the demo model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tests check that an `AnswerParser` gives the same parts however the text is cut into pieces."""
+"""The tests check that an `AnswerParser` gives the same parts for every way of cutting the text into pieces."""
 
 from __future__ import annotations
 

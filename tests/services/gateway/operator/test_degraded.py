@@ -77,9 +77,9 @@ def test_local_experts_cannot_be_lost() -> None:
 
 
 def metric_values(status: dict[str, Any]) -> dict[str, float]:
-    """Return the values of all metrics from the `status` of one backbone.
+    """Return a mapping with the values of all metrics that the `status` of one backbone gives.
 
-    A key is the metric's name without "expertmesh:", followed by the values of the labels that only some metrics have.
+    A key is a metric's name without "expertmesh:", followed by the values of the labels that only some metrics have.
     """
     registry = CollectorRegistry()
     registry.register(TierMetrics("demo", [status]))
