@@ -33,7 +33,8 @@ class Request:
     max_len: int  # largest number of tokens of prompt and answer together
     stop_ids: frozenset[int] = frozenset()
     deadline: float = math.inf
-    num_sent: int | None = None  # tokens at the end of `token_ids` that a lost engine generated; None if not resumed
+    # Number of tokens at the end of `token_ids` that a lost engine generated; None if the request is not resumed.
+    num_sent: int | None = None
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
     slot: int | None = None  # the state slot; None while the request waits
@@ -87,7 +88,7 @@ class Request:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Return the request's sort key: lower keys are served first, and higher keys are preempted first."""
+        """Return the request's sort key: requests with lower keys are served first and preempted last."""
         return self.level, self.arrival
 
     @property

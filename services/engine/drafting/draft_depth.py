@@ -33,7 +33,8 @@ PRIOR_COST = (1.0, 0.05, 0.15, 0.02)
 PRIOR_SPREAD = (1.0, 0.3, 0.3, 0.1)
 NUM_TRUSTED = 16  # number of observed steps after which the fitted costs are trusted
 MAX_SURPRISE = 1.5  # largest factor between measured and expected seconds; larger factors are clipped
-FIT_EVERY = 8  # steps from one fit to the next once costs are trusted: a fit takes as long as a small layer
+# Number of steps between two fits after the first NUM_TRUSTED steps. A fit takes as long as a small layer.
+FIT_EVERY = 8
 NOISE = 0.1  # relative standard deviation of a step's seconds
 MAX_UNREAD = 128  # largest number of unread tokens that the draft module reads when it drafts for a request again
 MAX_ROWS = 256  # steps with more rows are not used to fit costs: the costs of long prompts follow another law

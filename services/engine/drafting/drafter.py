@@ -83,7 +83,7 @@ class DraftRequest:
 class UnreadHidden:
     """An `UnreadHidden` keeps the hidden vectors of one request that the draft module has not read yet.
 
-    The first kept vector is the hidden vector at position `first - 1`, which is read together with token `first`.
+    The first kept vector belongs to position `first - 1`. The draft module reads it with the token at position `first`.
     """
 
     first: int

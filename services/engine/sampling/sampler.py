@@ -9,9 +9,9 @@ The order of the operations is the usual one (vLLM's):
 4. The other rows divide by the temperature, keep `top_k`, then `top_p` of the rest, then `min_p`, and draw a token. The
    noise of the draw depends on the request's seed and the position only.
 
-The same function chooses drafts from the draft module's logits, with the same noise. The token at a position depends
-only on the model's logits and on the noise at that position. A draft is accepted only if it equals this token. So
-outputs have the same distribution as without drafts. Equal noise makes equal choices likely where the draft module's
+`Sampler.sample` also chooses drafts, from the draft module's logits and with the same noise. The token at a position
+depends only on the model's logits and on the noise at that position. A draft is accepted only if it equals this token.
+So outputs have the same distribution as without drafts. Equal noise makes equal choices likely where the draft module's
 distribution is close to the model's distribution.
 
 Legend: S rows to sample, R the sampled rows that need more than an argmax, V vocabulary, E single logits to edit.

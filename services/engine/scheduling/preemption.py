@@ -53,7 +53,7 @@ def choose_preempted(
     num_users: Callable[[int], int],
     reused: Collection[int],
 ) -> list[Request]:
-    """Return the shortest beginning of `candidates` whose preemption ends the shortage.
+    """Return the first candidates, as few as possible, whose preemption together ends the shortage.
 
     Return an empty list if preempting all candidates would not end the shortage. Also return an empty list if only
     tokens of the step's budget are lacking: the next step has a new budget, which requests share (`Scheduler._share`).

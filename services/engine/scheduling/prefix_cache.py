@@ -86,7 +86,7 @@ class PrefixCache:
     # Finding prefixes
 
     def look_up(self, request: Request) -> CachedPrefix:
-        """Return the longest saved prefix of the request, which never includes the last token; change no checkpoint."""
+        """Return the longest saved prefix of the request without the request's last token; change no checkpoint."""
         if not self._can_reuse(request):
             return CachedPrefix()
         num_changes = self.checkpoints.num_changes

@@ -142,7 +142,7 @@ class CheckpointStore:
         checkpoint.value_at_use = self._evicted_value
 
     def refresh(self, key: bytes) -> bool:
-        """Return True if a checkpoint has this key; if so, set its value as if the checkpoint was saved just now."""
+        """Return True if a checkpoint has this key; if so, treat this moment as the checkpoint's last use."""
         if known := self._by_key.get(key):
             known.value_at_use = self._evicted_value
         return known is not None
@@ -200,7 +200,7 @@ class CheckpointStore:
         return new
 
     def _put_between(self, base: StateCheckpoint | None, new: StateCheckpoint) -> None:
-        """Replace the base `base` by `new` at each checkpoint whose tokens begin with the tokens of `new`."""
+        """Make `new` the base of each checkpoint whose base is `base` and whose tokens begin with those of `new`."""
         for other in self._by_key.values():
             if other.base is base and self._continues(other, new):
                 other.base = new

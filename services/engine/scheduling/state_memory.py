@@ -32,7 +32,7 @@ class StateMemory:
         return -(-num_tokens // self._page_size)
 
     def num_pages_short(self, request: Request, prefix: CachedPrefix) -> int:
-        """Return how many pages a request lacks to start after `prefix`; a negative number counts spare pages."""
+        """Return the number of pages that a request lacks to start after `prefix`; below 0 if pages are left over."""
         num_new = self.num_pages_for(request.num_tokens) - len(prefix.pages)
         num_reused = sum(self.pages.is_idle(page) for page in prefix.pages)  # idle, but not to be freed
         return num_new + num_reused - self.pages.num_free - self.pages.num_idle

@@ -17,7 +17,7 @@ FINE = Grammar(GrammarKind.REGEX, "[0-9]+")
 
 
 def slow(salt: int = 0) -> Grammar:
-    """Return a grammar of a thousand characters whose compilation would take minutes and gigabytes."""
+    """Return a grammar of a thousand characters whose compilation would take minutes and gigabytes of memory."""
     terms = " & ".join(f"/(?s:.*)a.{{{n + salt}}}(?s:.*)/" for n in range(40))
     return Grammar(GrammarKind.LARK, f"start: T\nT: {terms}")
 

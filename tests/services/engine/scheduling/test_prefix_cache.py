@@ -166,7 +166,7 @@ def test_the_only_slot_is_handed_on_without_a_copy() -> None:
     assert machine.answer("second") == naive([*first.token_ids, *text("second", 50)], 8)
 
 
-# Why not more is reused -----------------------------------------------------------------------------------------------
+# The reason why a prompt cannot reuse more ----------------------------------------------------------------------------
 
 
 def test_every_request_says_why() -> None:
@@ -243,7 +243,7 @@ def test_the_reason_is_that_of_the_first_start() -> None:
     assert machine.answer("young") == naive(text("young", 150), 100)
 
 
-# What goes first ------------------------------------------------------------------------------------------------------
+# Which checkpoints are evicted first ----------------------------------------------------------------------------------
 
 
 def test_what_is_used_often_and_saves_much_outlives_the_rest() -> None:
@@ -291,7 +291,7 @@ def test_a_failed_step_leaves_no_checkpoint_that_was_never_copied() -> None:
     assert_consistent(machine.scheduler)
 
 
-# The bars of the issue: four patterns, at least 50 of 64 requests hit -----------------------------------------------
+# Four patterns of prompts: at least 50 of 64 requests hit the prefix cache ------------------------------------------
 
 
 def shared_prefix(length: int) -> list[list[int]]:
@@ -345,7 +345,7 @@ def test_conversations_hit(concurrency: int) -> None:
     assert reused > 0.8
 
 
-# Anything that may happen, in any order -------------------------------------------------------------------------------
+# Random requests in a random order ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bytes_per_slot", [0, 100])
