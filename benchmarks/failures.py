@@ -88,7 +88,10 @@ class ServerProcesses:
 
     @asynccontextmanager
     async def with_corrupt_shard(self) -> AsyncIterator[None]:
-        """Run a shard that can corrupt replies during the block. The block starts when the shard holds experts."""
+        """Run a fourth shard during the block; SIGUSR1 makes the shard corrupt its replies.
+
+        The block starts when the shard holds experts. After the block, the shard hands its experts over and stops.
+        """
         command = [sys.executable, "-m", "benchmarks.corrupt_shard", await self.store_url()]
         self.corrupt = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:

@@ -74,9 +74,9 @@ class Prompts:
 async def closed_loop(
     url: str, bodies: Iterable[dict[str, Any]], concurrency: int, seconds: float, timeout_s: float = 600
 ) -> list[RequestOutcome]:
-    """Send `bodies`, `concurrency` requests at a time, for at most `seconds` seconds, and return the outcomes.
+    """Send `bodies`, `concurrency` requests at a time, and return the outcomes.
 
-    The function waits for requests that still run after this time.
+    The function sends no new request after `seconds` seconds, and waits for the requests that still run.
     """
     outcomes: list[RequestOutcome] = []
     source, origin = iter(bodies), time.perf_counter()

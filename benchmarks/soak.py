@@ -85,7 +85,7 @@ async def one_request(client: httpx.AsyncClient, url: str, request: SoakRequest,
 async def _send(client: httpx.AsyncClient, url: str, request: SoakRequest) -> tuple[int, str]:
     """Send a request and return the HTTP status and the body.
 
-    If `cancel_after` is not 0, disconnect after this number of pieces.
+    If `cancel_after` is not 0, disconnect after this number of pieces of the answer.
     """
     headers = {"content-type": "application/json"}
     message = client.build_request(request.method, url + request.path, content=request.content, headers=headers)

@@ -1,4 +1,4 @@
-"""The tests run the load generator against a trivial server that sends the requested number of events."""
+"""The tests run the load generator against a simple server that sends the requested number of stream events."""
 
 import asyncio
 import itertools
@@ -57,7 +57,7 @@ def test_open_loop_sends_at_its_own_times_whatever_the_server_does() -> None:
 
     sent = [outcome.sent_at for outcome in asyncio.run(run())]
     assert len(sent) == 10
-    assert max(sent) < 0.5  # no request waited for the end of another request
+    assert max(sent) < 0.5  # the generator sent each request without waiting for another
 
 
 def test_a_server_that_is_not_there_is_an_error_of_that_request() -> None:
@@ -69,7 +69,7 @@ def test_an_answer_cut_short_is_no_answer() -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     whole = head + b"5\r\nab\n\nc\r\n0\r\n\r\n"
     assert parse([(1.0, whole)]).body == b"ab\n\nc"
-    for end in range(len(whole) - 5):  # cut the answer at every position before the last chunk
+    for end in range(len(whole) - 5):  # the answer ends at any position before the last chunk
         with pytest.raises(ConnectionError):
             parse([(1.0, whole[:end])])
 
@@ -113,9 +113,8 @@ def test_prompts_repeat_with_the_seed() -> None:
 
 def test_decoding_is_measured_while_all_streams_decode() -> None:
     late = RequestOutcome(0.0, 9.0, event_times=(4.0, 5.0, 6.0), num_generated=3)
-    early = RequestOutcome(
-        0.0, 9.0, event_times=(1.0, 2.0, 3.0, 4.5, 5.5, 7.0), num_generated=12
-    )  # two tokens per event
+    # each event of this stream has two tokens
+    early = RequestOutcome(0.0, 9.0, event_times=(1.0, 2.0, 3.0, 4.5, 5.5, 7.0), num_generated=12)
     assert decode_speed([late, early]) == pytest.approx((2 * 1 + 2 * 2) / 2.0)
 
 

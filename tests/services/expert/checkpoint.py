@@ -1,4 +1,4 @@
-"""`write_checkpoint` writes a small checkpoint with the only parts that a shard reads: a config and routed experts."""
+"""`write_checkpoint` writes a small checkpoint. It has only what a shard reads: a config and routed experts."""
 
 from __future__ import annotations
 
@@ -41,14 +41,13 @@ CONFIG = {
 
 
 def write_checkpoint(path: Path, without: str = "") -> Path:
-    """Write a checkpoint to the folder `path`, with the same random experts in every call, and return `path`.
+    """Write a checkpoint to the folder `path` and return `path`; every call writes the same random experts.
 
-    `without` is the name of a tensor that the checkpoint must lack.
+    The checkpoint lacks the tensor with the name `without`.
     """
     generator = torch.Generator().manual_seed(7)
-    tensors = {
-        "backbone.embeddings.weight": torch.zeros(1)
-    }  # the model family takes the prefix of all tensor names from the name of this tensor
+    # The model family looks at the name of this tensor, and so finds the prefix of all tensor names.
+    tensors = {"backbone.embeddings.weight": torch.zeros(1)}
     for layer in LAYERS:
         for expert in range(NUM_EXPERTS):
             stem = f"backbone.layers.{layer}.mixer.experts.{expert}"

@@ -1,4 +1,4 @@
-"""`CorruptingProxy` is a TCP proxy that changes random bytes of its connections; a seed determines the bytes."""
+"""`CorruptingProxy` is a TCP proxy that changes random bytes; a seed determines which bytes it changes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Self
 
 
 class CorruptingProxy:
-    """A `CorruptingProxy` forwards connections to `endpoint` and flips a bit in random bytes.
+    """A `CorruptingProxy` forwards connections to the shard at `endpoint` and flips a bit in random bytes.
 
-    - `to_client`: the mean number of bytes to the client per changed byte; 0 if no byte may change
-    - `to_shard`: the mean number of bytes to the shard per changed byte; 0 if no byte may change
+    - `to_client`: the proxy changes one of this number of bytes to the client, on average; 0 if no byte may change
+    - `to_shard`: the proxy changes one of this number of bytes to the shard, on average; 0 if no byte may change
     """
 
     def __init__(self, endpoint: str, to_client: int = 0, to_shard: int = 0, seed: int = 0) -> None:
@@ -50,7 +50,7 @@ class CorruptingProxy:
         with suppress(OSError):
             while data := bytearray(source.recv(1 << 16)):
                 for place in range(len(data)):
-                    # The greeting is not changed, because another test checks connections that never come up.
+                    # The first 200 bytes do not change, because another test checks connections that never come up.
                     if one_in and num_passed + place > 200 and self._chance.randrange(one_in) == 0:
                         data[place] ^= 1 << self._chance.randrange(8)
                         self.num_changed += 1

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-# A `Damage` gets a piece of data and the number of bytes of the connection before the piece. It returns the data that
-# the proxy sends instead, or None if the proxy must close the connection.
+# A `Damage` gets a piece of data, and the number of bytes that the connection carried before the piece. The `Damage`
+# returns the data that the proxy sends instead of the piece, or None if the proxy must close the connection.
 Damage = Callable[[bytes, int], bytes | None]
 
 
 def flip_at(place: int) -> Damage:
-    """Return a `Damage` that flips one bit in the byte at position `place` of the data of a connection."""
+    """Return a `Damage` that flips one bit in byte number `place` of the data that a connection carries."""
 
     def flip(data: bytes, before: int) -> bytes:
         at = place - before
@@ -22,7 +22,7 @@ def flip_at(place: int) -> Damage:
 
 
 def cut_at(place: int) -> Damage:
-    """Return a `Damage` that closes a connection instead of sending more than `place` bytes."""
+    """Return a `Damage` that closes a connection before the connection carries more than `place` bytes."""
     return lambda data, before: None if before + len(data) > place else data
 
 

@@ -28,15 +28,15 @@ from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
 
 ROOT = Path(__file__).parents[3]
-READ_S = 0.03  # seconds to read one expert from the slow disk
+READ_S = 0.03  # additional seconds to read one expert from the slow disk
 
 
 class ShardProcess:
     """A `ShardProcess` runs `num_shards` shards of the model in `model_dir`.
 
-    - `name`: the beginning of all shard ids, before the shard's number
-    - `us_per_row`: additional microseconds of compute per row
-    - `trouble`: "none", "corrupt" (every reply has a wrong byte) or "slow disk" (reading an expert takes `READ_S`)
+    - `name`: a shard's id is `name` and the shard's number
+    - `us_per_row`: the shards need this number of additional microseconds to compute a row
+    - `trouble`: "none", "corrupt" (every reply has a wrong byte) or "slow disk" (reads of experts are slow)
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ShardProcess:
 
 
 def slow_down(host: ExpertHost, us_per_row: int) -> None:
-    """Make `host` sleep before it computes a request, for `us_per_row` microseconds per row of the request."""
+    """Make `host` sleep before it computes a request: `us_per_row` microseconds for each row of the request."""
     compute = host.compute
 
     def compute_slowly(request: pb.ComputeRequest) -> pb.Sums:
@@ -83,7 +83,7 @@ def slow_down(host: ExpertHost, us_per_row: int) -> None:
 
 
 class SlowlyRead(ModelFamily):
-    """A `SlowlyRead` is a model family that takes `READ_S` longer to read each expert, as from a slow disk."""
+    """A `SlowlyRead` is a model family that waits `READ_S` seconds before it reads an expert, as from a slow disk."""
 
     def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         time.sleep(READ_S)

@@ -1,4 +1,4 @@
-"""These tests call real shards in other processes; the shards die, hang, slow down and corrupt data."""
+"""These tests call real shards in other processes. The shards die, hang, become slow and corrupt data."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def local(family: ModelFamily) -> LocalExperts:
 
 
 def connect(remote: RemoteExperts) -> None:
-    """Wait until the client has tried to connect to each shard, because the client avoids unconnected shards."""
+    """Wait until the client has tried to connect to each shard. The client avoids shards that are not connected."""
     while not all(stream.is_settled for stream in remote.connections.streams):
         time.sleep(0.01)
 
@@ -217,7 +217,7 @@ def test_a_shard_that_computes_for_long_is_left_to_it(model_dir: Path, fleet: li
         for patience, num_stalled in ((0.0, 1), (8.0, 0)):
             remote = RemoteExperts(CallPolicy(stall_s=0.2, patience=patience, hedge_burst=0.0))
             remote.update(placement_on(local, everywhere([slow.shards[0].id]), epoch=1), shards)
-            remote(1, *few)()  # this call teaches the client how long a row takes
+            remote(1, *few)()  # this call shows the client how long a row takes
             remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
             connect(remote)
             prefer(remote, slow.shards[0].id)
@@ -244,9 +244,9 @@ def test_a_draining_shard_is_passed_over(
 def ask_many(
     remote: RemoteExperts, local: LocalExperts, num_calls: int, num_rows: int = 8, between: float = 0.0
 ) -> list[float]:
-    """Make `num_calls` calls of `num_rows` rows, `between` seconds apart, and return the time of each call in seconds.
+    """Make `num_calls` calls of `num_rows` rows and return the time of each call in seconds.
 
-    The function asserts that the sums of each call equal the local sums bit for bit.
+    The function waits `between` seconds after each call. It asserts that the sums equal the local sums bit for bit.
     """
     times = []
     for seed in range(num_calls):
@@ -259,7 +259,7 @@ def ask_many(
 
 
 def prefer(remote: RemoteExperts, shard_id: str) -> None:
-    """Give all other shards a slow cost model, so that all picks go to the shard `shard_id` while it is available."""
+    """Make the client prefer the shard `shard_id`: all other shards get a slow cost model."""
     view = remote.connections.view
     assert view is not None
     cost_models = {id: CostModel(call_us=1e5) for id in view.shard_ids if id != shard_id}
@@ -279,7 +279,7 @@ def test_rows_of_a_dead_or_hung_shard_go_to_another_home_at_once(
         prefer(remote, doomed.shards[0].id)
         num_asked = remote.traffic.num_sent
         ask_many(remote, local, 20)
-        assert remote.traffic.num_sent == num_asked + 20  # one message per call, to the doomed shard
+        assert remote.traffic.num_sent == num_asked + 20  # each call sent one message, to the doomed shard
         os.kill(doomed.process.pid, sent)
         stopped_at, times = time.monotonic(), []
         while time.monotonic() < stopped_at + (10.0 if sent is signal.SIGSTOP else 2.0):
@@ -342,7 +342,7 @@ def test_bytes_that_change_on_the_way_change_no_sum(
     with CorruptingProxy(fleet[0].compute_endpoint, **rate, seed=seed) as proxy:
         shards = [replace(fleet[0], compute_endpoint=proxy.endpoint), fleet[1]]
         ids = tuple(shard.id for shard in shards)
-        # The shard behind the proxy is the only home of every second expert.
+        # Half of the experts have only one home: the shard behind the proxy.
         homes: dict[int, Homes] = dict.fromkeys(LAYERS, (ids, ids[:1]) * (NUM_EXPERTS // 2))
         remote.update(placement_on(local, homes), shards)
         ask_many(remote, local, 100)

@@ -1,4 +1,4 @@
-"""These tests stop a shard, which must serve until its experts have moved or until no process can move them."""
+"""These tests stop a shard. It must serve until its experts have moved, or until no process can move the experts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_it_goes_when_nobody_calls_any_more_or_nobody_moves_anything() -> None:
 
 
 def homes_on(*ids: str) -> dict[int, Homes]:
-    """Return homes by layer; expert e has shards e and e + 1 of `ids` as its homes, modulo the number of shards."""
+    """Return homes by layer. Expert e has the homes `ids[e]` and `ids[e + 1]`; both indices are modulo `len(ids)`."""
     return {layer: tuple((ids[e % len(ids)], ids[(e + 1) % len(ids)]) for e in range(NUM_EXPERTS)) for layer in LAYERS}
 
 
@@ -74,7 +74,7 @@ def homes_on(*ids: str) -> dict[int, Homes]:
 async def fleet(
     family: ModelFamily, registry: MemoryRegistry, move_timeout_s: float
 ) -> AsyncIterator[dict[str, ExpertShard]]:
-    """Serve three shards that hold experts, and stop all three shards at the same time at the end."""
+    """Serve three shards that hold experts; at the end, stop all three shards at the same time."""
     configs = [ShardConfig(f"s{i}", 1 << 30, move_timeout_s=move_timeout_s) for i in range(3)]
     shards = {config.shard_id: ExpertShard(config, family, registry) for config in configs}
     async with AsyncExitStack() as stack:
@@ -86,7 +86,7 @@ async def fleet(
 
 
 class Client:
-    """A `Client` makes layer calls without a pause on its own thread, and follows the placement as a backbone does."""
+    """A `Client` makes layer calls without pauses on its own thread. It follows the placement as a backbone does."""
 
     def __init__(self, registry: MemoryRegistry, local: LocalExperts) -> None:
         self.registry, self.local, self.remote = registry, local, RemoteExperts()
@@ -132,7 +132,7 @@ def test_a_shard_leaves_under_calls_and_refuses_none(family: ModelFamily) -> Non
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.5)
             assert not leaving.done()
-            async with stream_to(shards["s0"]) as stream:  # clients that do not know of the drain are served
+            async with stream_to(shards["s0"]) as stream:  # the shard serves clients that do not know of the drain
                 await stream.write(make_request((0, 2), id=1))
                 assert (await stream.read()).HasField("sums")
             staying = [shard for shard in await registry.shards() if shard.id != "s0"]

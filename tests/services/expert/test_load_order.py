@@ -1,4 +1,4 @@
-"""These tests check that a load order and its result are unchanged after conversion to protobuf and back."""
+"""These tests convert load orders and their results to protobuf and back; the values must not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""These tests check that an `ExpertShard` registers, loads, computes, refuses and drains, over real gRPC."""
+"""These tests check over real gRPC that an `ExpertShard` registers, loads, computes, refuses requests and drains."""
 
 from __future__ import annotations
 

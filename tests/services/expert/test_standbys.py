@@ -1,4 +1,4 @@
-"""These tests check how a `StandbyStore` chooses the standbys that it keeps in host memory within its budget."""
+"""These tests check which standbys a `StandbyStore` keeps in host memory when its budget is too small for all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_was_promoted_last_replaces_what_was_promoted_longest_ago() -> None
     assert in_memory(standbys) == [0, 3]
     standbys.note_promotion((1, 2), make_weights())
     assert in_memory(standbys) == [2, 3]
-    standbys.note_promotion((1, 1), make_weights(4))  # as large as two other standbys
+    standbys.note_promotion((1, 1), make_weights(4))  # these weights have the size of two other standbys
     assert (in_memory(standbys), standbys.used_bytes) == ([1], 2 * ONE)
 
 

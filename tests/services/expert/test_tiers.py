@@ -1,4 +1,4 @@
-"""These tests promote standbys from host memory and from disk for requests, and evict promoted experts."""
+"""In these tests, requests need standbys: a shard promotes standbys from host memory and disk, and evicts experts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def filled(
 
 
 async def expected(family: ModelFamily, requests: Sequence[pb.ComputeRequest]) -> dict[int, bytes]:
-    """Return the sums, by request id, that a shard with all experts in device memory computes for `requests`."""
+    """Return the right sums of `requests`, by request id. They come from a shard with all experts in device memory."""
     async with filled(family, config(64), {1: ALL, 3: ALL}, {}) as shard:
         return sums(await ask(shard, *requests))
 
@@ -59,7 +59,7 @@ def sums(replies: dict[int, pb.ComputeReply]) -> dict[int, bytes]:
 
 
 def hold_back(shard: ExpertShard) -> threading.Event:
-    """Make every read of the shard's checkpoint wait until an event is set, and return the event."""
+    """Make every read of the shard's checkpoint wait for a `threading.Event`, and return the `threading.Event`."""
     gate, read = threading.Event(), shard.service.source.read
 
     def read_later(layer: int, expert: int) -> Any:
@@ -176,7 +176,7 @@ def test_those_who_wait_for_an_expert_share_its_load_and_hold_up_nobody(family: 
                 await stream.write(make_request((0, 5), id=number))
             await stream.write(make_request((0, 1), id=99))
             assert (await stream.read()).id == 99
-            await control_client.load(shard.endpoint, {1: [0]})  # this load reads nothing, so it does not wait either
+            await control_client.load(shard.endpoint, {1: [0]})  # this load waits for no read, because expert 0 is held
             gate.set()
             replies = [await stream.read() for _ in range(10)]
             assert sorted(reply.id for reply in replies) == list(range(1, 11))
@@ -212,9 +212,8 @@ def test_without_device_memory_it_is_refused_in_a_sentence(family: ModelFamily) 
         async with filled(family, config(2), {1: [0, 1]}, {1: [5]}) as shard:
             reply = (await ask(shard, make_request((0, 5), id=1)))[1]
             refusal = reply.refusal
-            assert reply.checksum == checksum_of_reply(
-                reply
-            )  # a client would ignore a refusal with a wrong checksum as damaged
+            # A client ignores a reply with a wrong checksum, because the reply may be damaged.
+            assert reply.checksum == checksum_of_reply(reply)
             assert (refusal.code, list(refusal.missing)) == (pb.Refusal.NOT_HOSTED, [5])
             assert refusal.detail == (
                 "Experts [5] of layer 1 stand by, but no device memory is left to promote them to."
@@ -314,8 +313,8 @@ def test_the_least_recently_used_goes_first_and_hot_ones_last(family: ModelFamil
                 await ask(shard, make_request((1, 2)))
             await ask(shard, make_request((9,)))
             await ask(shard, make_request((10,)))
-            # Experts 1 and 2 are hot, because both experts were promoted often. Therefore one of the two experts is
-            # still promoted, but expert 9 was evicted.
+            # Many requests picked experts 1 and 2. Therefore one of these two experts is still promoted, but the shard
+            # has evicted expert 9.
             [kept] = set(shard.host.promoted[1]) - {10}
             assert kept in (1, 2)
 

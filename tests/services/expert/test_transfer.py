@@ -1,4 +1,4 @@
-"""These tests load weights from a peer or from the checkpoint, verify the weights, and bound the bytes in flight."""
+"""These tests load and verify weights from another shard (the peer) or the checkpoint, and bound bytes in flight."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tests.services.expert.shard_process import ShardProcess
 
 ONE = 2 * LATENT * WIDTH * 4
 ALL = list(range(NUM_EXPERTS))
-IN_EXPERT = 20_000  # the position, in a connection's data, of a byte that belongs to the first expert
+IN_EXPERT = 20_000  # in a connection's data, the byte at this position belongs to the first expert
 DAMAGED = "its bytes are damaged or another checkpoint's"
 
 
 def without(tmp_path: Path, expert: int) -> ModelFamily:
-    """Return the model family of a checkpoint that lacks one weight of the given expert of layer 1."""
+    """Write a checkpoint that lacks one tensor of the expert `expert` of layer 1, and return its model family."""
     return load_family(
         write_checkpoint(tmp_path / "lacking", f"backbone.layers.1.mixer.experts.{expert}.up_proj.weight")
     )
@@ -48,9 +48,10 @@ def without(tmp_path: Path, expert: int) -> ModelFamily:
 async def two(
     family: ModelFamily, shard_family: ModelFamily | None = None
 ) -> AsyncIterator[tuple[ExpertShard, ExpertShard]]:
-    """Serve a peer that is home or standby for all experts of layer 1, and a shard that holds no expert.
+    """Serve two shards: a peer that is home or standby of all experts of layer 1, and a shard that holds no expert.
 
-    The shard reads the checkpoint of `shard_family` if this argument is given, or else the checkpoint of `family`.
+    The peer reads the checkpoint of `family`. The other shard reads the checkpoint of `shard_family`, or of `family` if
+    `shard_family` is None.
     """
     async with (
         serving(family, config=replace(CONFIG, host_budget=8 * ONE)) as peer,
@@ -218,7 +219,7 @@ def test_a_peer_that_is_killed_meanwhile_is_replaced_by_the_checkpoint(family: M
 
 
 def damaged(tmp_path: Path, model_dir: Path, family: ModelFamily, expert: int) -> ModelFamily:
-    """Return the model family of a copy of the checkpoint in which one number of a layer-1 expert has another sign."""
+    """Copy the checkpoint and change the sign of one weight of `expert` in layer 1; return the copy's model family."""
     path = Path(shutil.copytree(model_dir, tmp_path / "damaged")) / "model.safetensors"
     weights, data = family.load_expert(1, expert)["up"], bytearray(path.read_bytes())
     data[data.index(weights.numpy().tobytes()) + 1003] ^= 0x80

@@ -1,4 +1,4 @@
-"""These tests connect clients to the compute server that do not read, that break the protocol, or that are too many."""
+"""These tests connect bad clients to the compute server: clients that do not read, break rules or are too many."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.services.expert.test_client import everywhere, fill
 
 SHORT_SETTINGS = PREFACE + b"\0\0\5\4\0" + bytes(4) + b"12345"
 EMPTY_PADDED = PREFACE + b"\0\0\0\1\4\0\0\0\1" + b"\0\0\0\0\10\0\0\0\1"
-NUM_REQUESTS, NUM_ROWS = 120, 2000  # all replies together have 60 MB
+NUM_REQUESTS, NUM_ROWS = 120, 2000  # the replies to all requests have 60 MB in total
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def client(shard: Shard) -> Iterator[GrpcSocket]:
         socket.create_connection((host, int(port))), ClientStream(COMPUTE_PATH, host, MAX_MESSAGE_BYTES)
     )
     client.flush()
-    while not client.stream.is_greeted:  # the server has not sent its HTTP/2 windows yet
+    while not client.stream.is_greeted:  # wait until the server has sent its HTTP/2 settings
         assert client.receive() == []
     yield client
     client.close()
@@ -72,7 +72,7 @@ def request_of_many_rows(request_id: int) -> bytes:
         id=request_id,
         num_rows=NUM_ROWS,
         rows=np.ones((NUM_ROWS, LATENT), "<f4").tobytes(),
-        grid=np.full(NUM_ROWS, -40, "<i2").tobytes(),  # a grid on which sums do not fit into 4 bytes
+        grid=np.full(NUM_ROWS, -40, "<i2").tobytes(),  # with this fine grid, sums do not fit into 4 bytes
         pick_rows=rows.tobytes(),
         pick_experts=np.zeros(NUM_ROWS, "<i4").tobytes(),
         pick_weights=np.ones(NUM_ROWS, "<f4").tobytes(),
@@ -112,7 +112,10 @@ def test_what_is_no_grpc_is_hung_up_on_and_hurts_nobody(shard: Shard, client: Gr
 
 
 def connect(shard: Shard) -> tuple[socket.socket, bytes]:
-    """Connect, and return the connection and its first received byte, which is empty if the server closes it."""
+    """Connect; return the connection and the first byte from the server.
+
+    The byte is empty if the server closes the connection.
+    """
     host, port = shard.compute_endpoint.split(":")
     connection = socket.create_connection((host, int(port)), timeout=5)
     try:
@@ -136,9 +139,9 @@ def test_without_file_descriptors_open_streams_are_served_and_new_ones_hung_up_o
     assert answers(client, 1)
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     lowest_free = next(n for n in count() if not Path(f"/proc/{pid}/fd/{n}").exists())
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))  # the shard has no file descriptor left
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))  # the shard can open no more files
     num_refused = 0
-    for _ in range(100):  # the first connections may get file descriptors that the process closes meanwhile
+    for _ in range(100):  # the shard may accept the first connections, because it closes other files meanwhile
         connection, greeting = connect(shard)
         stack.callback(connection.close)
         num_refused = 0 if greeting else num_refused + 1

@@ -1,4 +1,4 @@
-"""These tests check that dispatch sends each pick once with its row, and that combine adds each sum to its row."""
+"""These tests check that dispatch sends every pick once with its row, and that combine adds sums to the right rows."""
 
 from __future__ import annotations
 

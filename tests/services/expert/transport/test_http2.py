@@ -1,4 +1,4 @@
-"""These tests exchange our HTTP/2 frames with grpcio in both directions, and feed in bytes that break the protocol."""
+"""These tests exchange HTTP/2 frames with grpcio in both directions, and check how bad bytes are refused."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def shard(model_dir: Path) -> Iterator[Shard]:
 
 
 def exchange(client: GrpcStream, server: GrpcStream, piece: int = 1 << 20) -> tuple[list[bytes], list[bytes]]:
-    """Move bytes between client and server, at most `piece` bytes at a time, until no side has unsent bytes.
+    """Move bytes between `client` and `server`, at most `piece` bytes at a time, until both have sent everything.
 
-    Return the messages that the client received and the messages that the server received.
+    Return the pair (messages that the client received, messages that the server received).
     """
     at_client, at_server = list[bytes](), list[bytes]()
     while client.unsent or server.unsent:
@@ -64,7 +64,7 @@ def test_grpcios_client_is_answered_at_the_compute_endpoint(shard: Shard) -> Non
 
 
 def test_grpcios_server_answers_our_client(shard: Shard, family: ModelFamily) -> None:
-    """Send a message that has many frames and is larger than the flow-control windows of grpcio's server."""
+    """Send a message of many frames. The message is larger than the flow-control windows of grpcio's server."""
     local = family.load_local_experts(torch.float32)
     remote = RemoteExperts(CallPolicy(timeout_s=20.0, piece_bytes=8 << 20))
     remote.update(Placement(1, everywhere([shard.id]), local.gains), [replace(shard, compute_endpoint="")])
@@ -94,7 +94,7 @@ def test_what_a_window_has_no_room_for_waits() -> None:
     client, _ = pair()
     client.send(bytes(100_000))
     assert client.num_unsent - len(client.unsent) == 100_000 + 5 - 65_535
-    server = ServerStream(MAX)  # the server's first frames enlarge the window
+    server = ServerStream(MAX)  # the server's first frames enlarge the client's window
     assert exchange(client, server) == ([], [bytes(100_000)])
     assert client.num_unsent == 0
 

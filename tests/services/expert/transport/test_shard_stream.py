@@ -35,7 +35,7 @@ def test_a_connection_that_breaks_while_it_is_given_up_is_closed_after_that(
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(stream.reset)  # an earlier version raised a KeyError here
             assert LinkState.DOWN in heard
-            while heard[-1] is not LinkState.UP:  # wait until the connection is up again
+            while heard[-1] is not LinkState.UP:  # wait until the stream has a new connection
                 await asyncio.sleep(0.01)
             stream.close()
             await asyncio.to_thread(stream.join)

@@ -1,4 +1,4 @@
-"""These tests check in which order a worker runs its jobs and how it reports the jobs' exceptions."""
+"""These tests check the order in which a worker runs jobs, and how the worker reports exceptions of jobs."""
 
 from __future__ import annotations
 
