@@ -1,9 +1,9 @@
-"""These tests check that the linter accepts the Dockerfile, that its base images are pinned, and that its steps work.
+"""These tests check the Dockerfile: the linter accepts it, its public base images have digests, and its steps work.
 
 The image must not run as root. The tests run the steps in a clean directory, except the steps that need root or apt.
 Steps that install packages find the packages already installed in the environment of the tests.
-`python -m tests.test_dockerfile` runs the same steps with an empty environment, which takes two minutes; `make test`
-also begins with an installation from nothing.
+`python -m tests.test_dockerfile` runs the same steps with an empty environment and takes two minutes. `make test` also
+begins with an installation into an empty environment.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 def stages() -> dict[str, list[Step]]:
-    """Return the steps of each stage by the name of the stage; the name "" is for the steps before the first stage."""
+    """Return a dict from the name of each stage to the stage's steps. Steps before the first stage have the name ""."""
     with tempfile.TemporaryDirectory() as folder:  # the parser gets a copy, because it writes to its file
         parsed = DockerfileParser(str(shutil.copy(DOCKERFILE, folder))).structure
     found: dict[str, list[Step]] = {"": []}
@@ -90,7 +90,10 @@ def test_ray_gets_what_the_command_line_would_set() -> None:
 
 
 def run_steps(folder: Path, python: Path) -> None:
-    """Run the steps of the CPU image below `folder` with the interpreter `python`, except steps that need root."""
+    """Run the steps of the CPU image with the interpreter `python`, except steps that need root.
+
+    The image's folders /wheels and /app are made in `folder`.
+    """
     folder.mkdir()
     env = {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(folder), "ACCELERATOR": "cpu"}
     env |= {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "TORCH_INDEX"))}

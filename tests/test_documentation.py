@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 FOLDERS = "model|cluster|protos|services|tests|k8s|docs|benchmarks"
-# Paths of files that a user makes while following docs/kubernetes.md.
+# Parts of the paths of files and folders that a user makes by the instructions of docs/kubernetes.md.
 MADE_BY_USERS = ("k8s/overlays/next", "redis.env", "admin.env")
 
 

@@ -32,25 +32,27 @@ SIBLINGS = {
     "services/gateway": ("chat", "metrics", "backbones", "operator", "openai"),
     "services/cli": ("drill",),
 }
-OTHERS_PRIVATE = {  # private names of libraries, which have no public name for the same thing
-    "_replace",  # a method of named tuples, which is public in spite of its name
+# Private names of libraries that our code may use, because the libraries have no public names for the same things.
+OTHERS_PRIVATE = {
+    "_replace",  # a method of named tuples; the method is public, although its name begins with an underscore
     "handle_now._run",  # the virtual clock runs asyncio's handles itself
-    "backbone.broadcast('status')._fetch_replica_results_async",  # Ray Serve's replies one by one, with errors
+    # Gives each reply or error of Ray Serve's replicas separately.
+    "backbone.broadcast('status')._fetch_replica_results_async",
 }
 
 
 @cache
 def trees() -> dict[str, ast.Module]:
-    """Return the syntax tree of each of our source files by the path from the root; leave out generated code."""
+    """Return a dict from the path of each of our source files to its syntax tree, without generated code."""
     files = sorted(file for room in OURS for file in (ROOT / room).rglob("*.py") if "_pb2" not in file.name)
     return {str(file.relative_to(ROOT)): ast.parse(file.read_text()) for file in files}
 
 
 @cache
 def imports() -> tuple[tuple[str, str], ...]:
-    """Return the pair (file, imported name) of every import in our files.
+    """Return the pair (file, imported name) for every import in our files.
 
-    `from a.b import c` counts as an import of a.b.c, because c may be a module.
+    For `from a.b import c`, the imported name is a.b.c, because c may be a module.
     """
     return tuple(pair for file, tree in trees().items() for pair in _imports_of(Path(file), tree))
 
@@ -66,16 +68,16 @@ def _imports_of(file: Path, tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def breaches(file_prefix: str, *forbidden: str, but: Collection[str] = ()) -> list[tuple[str, str]]:
-    """Return each import of a `forbidden` package in a file whose path starts with `file_prefix`.
+    """Return every import of a package in `forbidden` by a file whose path starts with `file_prefix`.
 
-    Files in `but` may import the packages.
+    The imports of the files in `but` are left out.
     """
     is_in = [(file, name) for file, name in imports() if file.startswith(file_prefix) and file not in but]
     return [(file, name) for file, name in is_in if any(f"{name}.".startswith(f"{ban}.") for ban in forbidden)]
 
 
 def file_of(name: str) -> str | None:
-    """Return the path of our file from which `name` is imported, or None if `name` comes from a library."""
+    """Return the path of our file that defines the imported `name`, or None if `name` comes from a library."""
     parts = name.split(".")
     while parts:
         path = Path(*parts)
@@ -140,9 +142,9 @@ def test_files_do_not_import_in_circles() -> None:
 
 
 def test_folders_do_not_import_in_circles() -> None:
-    """Check pairs of folders where neither contains the other.
+    """Check that folders do not import in circles, but leave out imports between a folder and its subfolders.
 
-    `test_files_do_not_import_in_circles` checks folders that contain each other.
+    `test_files_do_not_import_in_circles` covers the imports between a folder and its subfolders.
     """
     folders: dict[str, set[str]] = {}
     for file, name in imports():

@@ -12,7 +12,10 @@ from tests.k8s.manifests import OVERLAYS, Manifests, copy_with_secrets, need_kub
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of k8s/ with values in its Secrets, and with the overlay that docs/kubernetes.md describes."""
+    """Return a copy of k8s/ as an operator has it who follows docs/kubernetes.md.
+
+    In the copy, the Secrets have values, and the overlay `next` has been made.
+    """
     need_kubectl()
     made = copy_with_secrets(tmp_path_factory.mktemp("k8s") / "k8s")
     make_next(made.parent)
@@ -21,7 +24,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rendered(tree: Path) -> Callable[[str], Manifests]:
-    """Return a function that renders the overlay of a given name; every call returns a new copy of the manifests."""
+    """Return a function that renders an overlay, given the overlay's name. Every call returns a new copy."""
     once: dict[str, Manifests] = {}
 
     def of(overlay: str) -> Manifests:
@@ -34,11 +37,11 @@ def rendered(tree: Path) -> Callable[[str], Manifests]:
 
 @pytest.fixture(params=(*OVERLAYS, NEXT))
 def manifests(request: pytest.FixtureRequest, rendered: Callable[[str], Manifests]) -> Manifests:
-    """Return the manifests of an overlay; pytest runs the test once for every overlay."""
+    """Return the manifests of one overlay. Pytest runs a test that uses this fixture once for every overlay."""
     return rendered(request.param)
 
 
 @pytest.fixture
 def everything(rendered: Callable[[str], Manifests]) -> Manifests:
-    """Return the manifests of the overlay that has every kind of object, so that tests can plant faults in them."""
+    """Return the manifests of gpu-ha, the overlay with every kind of object. Tests plant faults in these manifests."""
     return rendered("gpu-ha")

@@ -1,6 +1,6 @@
 """The functions in this file run the commands in docs/kubernetes.md that need no cluster.
 
-`HERE` holds the blocks of commands that run in a checkout. `CLUSTER` holds the text of all blocks that run on a
+`HERE` holds the blocks of commands that need only a checkout. `CLUSTER` holds the text of all blocks that need a
 cluster.
 """
 
@@ -18,7 +18,7 @@ DOCUMENT = (ROOT / "docs" / "kubernetes.md").read_text()
 BLOCKS = re.findall(r"^```(.*?)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 HERE = [code for kind, code in BLOCKS if kind == "sh here"]
 CLUSTER = "\n".join(code for kind, code in BLOCKS if kind == "sh cluster")
-NEXT = "next"  # the overlay for another version of the model, which one of the blocks makes
+NEXT = "next"  # overlay for another version of the model; one of the blocks makes this overlay
 
 
 def run_here(code: str, checkout: Path) -> None:

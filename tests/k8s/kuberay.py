@@ -1,6 +1,6 @@
-"""`kuberay_faults` finds faults in a RayService that KubeRay refuses or handles badly.
+"""`kuberay_faults` finds the settings of a RayService that KubeRay refuses or handles badly.
 
-The schema of a RayService allows all of these faults.
+The schema of a RayService does not exclude any of these faults.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from tests.k8s.manifests import Manifest, Manifests, Pods, app_args, ray_cluster
 
 UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 MAX_NAME = 47  # maximum number of characters in the name of a RayService
+# KubeRay selects the head by these labels.
 OPERATORS_LABELS = (
     "app.kubernetes.io/name",
     "app.kubernetes.io/created-by",
-)  # KubeRay selects the head by these labels
+)
 OPERATORS_VARIABLES = (  # environment variables that KubeRay itself sets
     *("RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_ADDRESS", "FQ_RAY_IP", "RAY_IP"),
     *("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"),

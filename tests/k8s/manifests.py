@@ -1,4 +1,4 @@
-"""The functions in this file render manifests with `kubectl kustomize`, and find objects and pods in the manifests."""
+"""The functions in this file render manifests with `kubectl kustomize`, and look up objects and pods in them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRET_VALUE = "a-value-of-these-tests"
 
 
 class NotRendered(ValueError):
-    """A `NotRendered` error holds kubectl's message about a kustomization that kubectl cannot render."""
+    """A `NotRendered` error means that kubectl cannot render a kustomization; its message is kubectl's message."""
 
 
 def need_kubectl() -> None:
@@ -33,7 +33,7 @@ def need_kubectl() -> None:
 
 
 def copy_with_secrets(target: Path) -> Path:
-    """Copy k8s/ to `target`, and fill in every example of a Secret as an operator does; return `target`."""
+    """Copy k8s/ to `target` and return `target`; in the copy, every example of a Secret is filled in with values."""
     shutil.copytree(K8S, target, ignore=shutil.ignore_patterns("*.env"))
     for example in target.rglob("*.env.example"):
         lines = [f"{line.rstrip()}{SECRET_VALUE}" for line in example.read_text().splitlines()]
@@ -42,7 +42,7 @@ def copy_with_secrets(target: Path) -> Path:
 
 
 def render(folder: Path) -> Manifests:
-    """Return the manifests of the kustomization in a folder; raise NotRendered if kubectl refuses the kustomization."""
+    """Return the manifests of the kustomization in a folder. Raise NotRendered if kubectl cannot render it."""
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise NotRendered(done.stderr.strip())
@@ -92,7 +92,7 @@ class Pods:
 
     - `owner`: kind and name of the object that contains the template, for messages
     - `group`: name of the group in the RayCluster; "head" for the head; empty for pods outside the RayCluster
-    - `claims`: names of the volumes that a StatefulSet creates with each pod
+    - `claims`: names of the volumes that a StatefulSet creates for each of its pods
     """
 
     owner: str
@@ -132,7 +132,7 @@ def _pods_of_sets(manifests: Manifests) -> Iterator[Pods]:
 
 
 def ray_pods(manifests: Manifests) -> list[Pods]:
-    """Return the pods of the RayCluster, the head first.
+    """Return one `Pods` for each group of the RayCluster; the head comes first.
 
     As in KubeRay, a pod has the labels of its template and also the labels of its group.
     """
@@ -150,7 +150,7 @@ def ray_pods(manifests: Manifests) -> list[Pods]:
 
 
 def quantity(text: str | int) -> float:
-    """Return the number for which a Kubernetes quantity, such as 500m, 4Gi or 2, stands."""
+    """Convert a Kubernetes quantity, such as 500m, 4Gi or 2, to a number."""
     units = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
     text = str(text)
     unit = next((unit for unit in sorted(units, key=len, reverse=True) if text.endswith(unit)), "")
@@ -158,12 +158,12 @@ def quantity(text: str | int) -> float:
 
 
 def container(manifests: Manifests, owner: str) -> Manifest:
-    """Return the first container of the pods whose owner or group is `owner`."""
+    """Return the first container of the pods whose `owner` or `group` equals the argument `owner`."""
     return next(each for each in pods(manifests) if owner in (each.group, each.owner)).main
 
 
 def rewrite_serve(manifests: Manifests, old: str, new: str) -> None:
-    """Replace `old` by `new` in the text of serveConfigV2, which must contain `old`."""
+    """Replace `old` by `new` in the text of serveConfigV2. The text must contain `old`."""
     spec = ray_service(manifests)["spec"]
     assert old in spec["serveConfigV2"]
     spec["serveConfigV2"] = spec["serveConfigV2"].replace(old, new)

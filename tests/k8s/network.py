@@ -1,4 +1,4 @@
-"""`allows` tells, by the rules of Kubernetes, whether the NetworkPolicies allow a connection."""
+"""`allows` tells whether the NetworkPolicies allow a connection, according to the rules of Kubernetes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tests.k8s.references import peers, selects
 class Peer:
     """A `Peer` is one end of a connection.
 
-    `namespace` is None for a pod in our namespace, the name of another namespace, or "" for an end that is not a pod.
+    `namespace` is None for a pod in our namespace, and "" for an end that is not a pod. For any other pod, it is the
+    name of the pod's namespace.
     """
 
     labels: dict[str, str] = field(default_factory=dict)
@@ -20,17 +21,20 @@ class Peer:
 
 
 def allows(manifests: Manifests, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-    """Return True if the policies of both ends allow a connection from `source` to `target`."""
+    """Return True if the policies for `source` and the policies for `target` allow a connection from one to the other.
+
+    The connection starts at `source`.
+    """
     return _lets(manifests, source, target, port, protocol, "egress") and _lets(
         manifests, target, source, port, protocol, "ingress"
     )
 
 
 def _lets(manifests: Manifests, own: Peer, other: Peer, port: int, protocol: str, direction: str) -> bool:
-    """Return True if the policies that select the pod `own` allow the connection with `other`.
+    """Return True if the policies for the pod `own` allow the connection between `own` and `other`.
 
-    `direction` is "ingress" or "egress", seen from `own`. A connection is allowed if any policy allows the connection,
-    or if no policy for this direction selects the pod.
+    `direction` is "ingress" if the connection goes to `own`, and "egress" if the connection comes from `own`. If no
+    policy for the direction selects `own`, the connection is allowed. Otherwise one of these policies must allow it.
     """
     if own.namespace is not None:
         return True  # the manifests contain no policies for other namespaces

@@ -1,6 +1,7 @@
-"""The functions in this file find pods that break our rules for all pods.
+"""The functions in this file find pods that break our rules for pods.
 
-The rules are about security, images, tokens, termination, variables, probes, memory, the model and the log of Redis.
+The rules are about security, images, API tokens, termination, environment variables, probes, memory, the model and the
+log of Redis.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ VARIABLES = {  # variable of every Ray container -> the field of `env` from whic
 
 
 def security_faults(manifests: Manifests) -> list[str]:
-    """Return the violations of Kubernetes' profile "restricted", which the namespace must enforce.
+    """Return the violations of Kubernetes' security profile "restricted"; the namespace must enforce the profile.
 
-    Only the parts of the profile that concern fields of our pods are checked.
+    Only the rules of the profile for fields that our pods use are checked.
     """
     faults = [
         f"{title(namespace)} does not enforce the restricted profile"
@@ -52,7 +53,10 @@ def security_faults(manifests: Manifests) -> list[str]:
 
 
 def image_faults(manifests: Manifests) -> list[str]:
-    """Return a fault for each image that is not pinned: our own image needs a version, other images need a digest."""
+    """Return a fault for each image whose reference may stand for different images at different times.
+
+    A reference to our own image must have a version; a reference to another image must have a digest.
+    """
     faults = []
     for each in pods(manifests):
         for container in each.containers:
@@ -90,9 +94,9 @@ def _container_faults(name: str, container: Manifest) -> Iterator[str]:
 
 
 def token_faults(manifests: Manifests) -> list[str]:
-    """Return the faults in the access of pods to tokens of the Kubernetes API.
+    """Return a fault for each pod that wrongly has, or wrongly lacks, a token for the Kubernetes API.
 
-    Only the head may call the API. If the template names no account, KubeRay makes an account for the head.
+    Only the head may call the API. The head's template names no account, so KubeRay makes an account for the head.
     """
     faults = [
         f"{title(account)} hands out tokens"
@@ -111,7 +115,7 @@ def token_faults(manifests: Manifests) -> list[str]:
 def termination_faults(manifests: Manifests) -> list[str]:
     """Return a fault for each pod whose termination times are in the wrong order.
 
-    A node must drain longer than a shard takes to stop, and Kubernetes must wait longer than a node drains.
+    A Ray node must drain longer than a shard takes to stop. Kubernetes must wait longer than the Ray node drains.
     """
     faults = []
     for each in ray_pods(manifests):
@@ -124,12 +128,12 @@ def termination_faults(manifests: Manifests) -> list[str]:
 
 
 def variable_of(each: Pods, name: str) -> str | None:
-    """Return the value of the variable `name` if the manifest itself contains the value, or else None."""
+    """Return the value of the environment variable `name`, or None if the manifest does not contain the value."""
     return next((variable.get("value") for variable in each.main.get("env", ()) if variable["name"] == name), None)
 
 
 def environment_faults(manifests: Manifests) -> list[str]:
-    """Return a fault for each Ray container that lacks a variable or gets the value from the wrong source.
+    """Return a fault for each environment variable that a Ray container lacks or gets from the wrong source.
 
     The head needs the variables too, because Serve may build the application on any node.
     """
@@ -151,7 +155,7 @@ def environment_faults(manifests: Manifests) -> list[str]:
 def probe_faults(manifests: Manifests) -> list[str]:
     """Return a fault for each probe that a container lacks.
 
-    Ray's pods are left out, because KubeRay adds probes to Ray's pods (see kuberay.py).
+    The pods of Ray are left out, because KubeRay adds probes to these pods (see kuberay.py).
     """
     return [
         f"{each.owner}, container {container['name']}, has no {probe}"
@@ -195,9 +199,9 @@ def _shared_memory_faults(each: Pods, object_store: int) -> Iterator[str]:
 
 
 def model_faults(manifests: Manifests) -> list[str]:
-    """Return a fault for each Ray pod without a read-only mount of the model, or without a check of the model.
+    """Return a fault for each Ray pod that does not mount the model read-only, or does not check the model.
 
-    The check must run before Ray starts.
+    The pod must check the model before Ray starts.
     """
     model = app_args(manifests).get("model")
     if model is None:

@@ -1,6 +1,6 @@
-"""`pool_faults` finds differences between the application's arguments and the groups of pods.
+"""`pool_faults` finds contradictions between the application's arguments and the groups of pods.
 
-The checks compare labels, CPUs, GPUs, numbers of pods, spread over nodes, and disruption budgets.
+The checks cover labels, CPUs, GPUs, the number of pods, the spread of pods over nodes, and disruption budgets.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def pool_faults(manifests: Manifests) -> list[str]:
 
 
 def _group_of(labels: dict[str, str], groups: list[Manifest], what: str) -> Manifest | str:
-    """Return the only group whose Ray nodes have `labels`, or a sentence about `what` if there is not exactly one."""
+    """Return the group whose Ray nodes have `labels`. If no group or several groups have them, return a fault.
+
+    The fault is a sentence; `what` is the sentence's subject.
+    """
     found = [group for group in groups if labels and labels.items() <= group.get("labels", {}).items()]
     if len(found) != 1:
         return f"{what} needs one group of nodes with {labels}, and there are {[group['groupName'] for group in found]}"
@@ -45,7 +48,7 @@ def _backbone_faults(args: AppArgs, groups: list[Manifest]) -> Iterator[str]:
         yield "backbone_threads is not set, so it depends on the machine that builds the application"
     cpus, gpus = _limits(group)
     beside = GATEWAY_CPUS * args.gateway_replicas + CONTROLLER_CPUS * args.controller_replicas
-    wanted = (args.backbone_threads or 1) + beside  # one pod may run a backbone and all gateways and controllers
+    wanted = (args.backbone_threads or 1) + beside  # one pod may have to run a backbone, all gateways and controllers
     if cpus < wanted:
         yield f"a pod of group {group['groupName']} has {cpus:g} CPUs, and needs {wanted:g}"
     if gpus != args.gpus:
@@ -73,7 +76,11 @@ def _pool_faults(pool: PoolArgs, groups: list[Manifest]) -> Iterator[str]:
 
 
 def _number_faults(group: Manifest, least: int, most: int) -> Iterator[str]:
-    """Yield a fault unless `group` may have a pod for each replica, and one more pod while a replica is replaced."""
+    """Yield a fault if the minimum or the maximum number of pods of `group` is wrong.
+
+    `least` and `most` are the minimum and maximum number of replicas. The maximum number of pods must be `most` + 1,
+    because an old and a new replica run together while a replica is replaced.
+    """
     if group["minReplicas"] > least or group["maxReplicas"] != most + 1:
         bounds = f"{group['minReplicas']} to {group['maxReplicas']}"
         yield f"group {group['groupName']} has {bounds} pods for {least} to {most} replicas and one more"
@@ -91,8 +98,8 @@ def _memory(group: Manifest) -> float:
 def _budget_faults(args: AppArgs, manifests: Manifests) -> Iterator[str]:
     """Yield a fault for each group whose disruption budget is wrong.
 
-    One pod of a pool may be evicted at a time. One backbone may be evicted if there are several backbones. The head may
-    be evicted only if the head's state is in a Redis.
+    One pod of a pool may be evicted at a time. A backbone may be evicted only if there are several backbones. The head
+    may be evicted only if the head's state is in a Redis.
     """
     wanted = {pool.name: pool.least_shards - 1 for pool in args.pools}
     wanted["backbone"] = max(1, args.backbone_replicas - 1)
@@ -111,7 +118,7 @@ def _budget_faults(args: AppArgs, manifests: Manifests) -> Iterator[str]:
 def _spread_faults(manifests: Manifests) -> list[str]:
     """Return a fault for each group whose workers are not spread over nodes.
 
-    During an upgrade there are two clusters, and the workers of each cluster must be spread by themselves.
+    During an upgrade there are two clusters. Each cluster's workers must be spread, whatever the other cluster does.
     """
     return [
         f"pods of group {each.group} are not spread over nodes"
@@ -127,7 +134,7 @@ def _spread_faults(manifests: Manifests) -> list[str]:
 def apart_faults(manifests: Manifests) -> list[str]:
     """Return a fault for each group whose pods may all be on one node.
 
-    The loss of one node could then take all homes of an expert, or all backbones.
+    If all pods are on one node, the loss of this node ends all homes of an expert, or all backbones.
     """
     several = AppArgs(**app_args(manifests)).backbone_replicas > 1
     return [

@@ -23,9 +23,9 @@ from tests.k8s.manifests import (
 
 
 def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Return True if `selector` selects pods with `labels`; an empty selector selects everything.
+    """Return True if `selector` selects pods that have the labels `labels`. An empty selector selects every pod.
 
-    Only selectors with matchLabels are supported.
+    The only supported field of a selector is matchLabels.
     """
     assert not selector.get("matchExpressions"), f"no test understands matchExpressions yet: {selector}"
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
@@ -41,9 +41,9 @@ def selector_faults(manifests: Manifests) -> list[str]:
 
 
 def _selectors(manifests: Manifests, all_pods: list[Pods]) -> Iterator[tuple[str, Manifest, list[Pods]]]:
-    """Yield the tuple (owner of the selector, selector, pods) of every selector in the manifests.
+    """Yield, for every selector in the manifests, the tuple (owner of the selector, selector, candidates).
 
-    The selector must select at least one of the pods.
+    The candidates are pods; the selector must select at least one of the candidates.
     """
     for service in of_kind(manifests, "Service"):
         yield title(service), {"matchLabels": service["spec"]["selector"]}, all_pods
@@ -65,7 +65,7 @@ def _selectors(manifests: Manifests, all_pods: list[Pods]) -> Iterator[tuple[str
 def peers(policy: Manifest) -> Iterator[tuple[str, Manifest, Manifest]]:
     """Yield the tuple (direction, peer, rule) for every peer in the rules of a NetworkPolicy.
 
-    The direction is "ingress" or "egress". A rule for everybody has the peer {}.
+    The direction is "ingress" or "egress". For a rule that names no peers, and thus allows all, the peer is {}.
     """
     for direction, key in (("ingress", "from"), ("egress", "to")):
         for rule in policy["spec"].get(direction, ()):
@@ -98,8 +98,8 @@ def _service_port_faults(manifests: Manifests, all_pods: list[Pods]) -> Iterator
 def _serve_port_faults(manifests: Manifests) -> Iterator[str]:
     """Yield the faults in the ports of Serve's proxies.
 
-    KubeRay publishes the ports of the head whose names are serve or start with serve-. The field serveService may
-    describe these ports by name.
+    KubeRay publishes each port of the head whose name is serve or starts with serve-. The field serveService may
+    contain a description of each such port, under the port's name.
     """
     config, spec = serve_config(manifests), ray_service(manifests)["spec"]
     wanted = {"serve": config["http_options"]["port"], "serve-grpc": config["grpc_options"]["port"]}
@@ -119,9 +119,9 @@ def _serve_port_faults(manifests: Manifests) -> Iterator[str]:
 
 
 def _gateway_port_faults(manifests: Manifests) -> Iterator[str]:
-    """Yield the faults in the ports of the gateways themselves.
+    """Yield the faults in the ports on which the gateways listen, without Serve's proxies.
 
-    The application's arguments contain the ports of the gateways, and the labels of the pods on which gateways run.
+    The application's arguments contain these ports, and the labels of the pods that run gateways.
     """
     args = app_args(manifests)
     wanted = {"rest": args.get("http_port"), "grpc": args.get("grpc_port")}
@@ -159,7 +159,7 @@ def _probe_port_faults(all_pods: list[Pods]) -> Iterator[str]:
 
 
 def _url_faults(manifests: Manifests, all_pods: list[Pods]) -> Iterator[str]:
-    """Yield a fault for each address of a Redis that is not the name and port of a Service."""
+    """Yield a fault for each URL of a Redis whose host and port are not the name and port of a Service."""
     offered = {
         (service["metadata"]["name"], port["port"])
         for service in of_kind(manifests, "Service")
@@ -196,7 +196,10 @@ def _keys(manifest: Manifest) -> list[str]:
 
 
 def _named(value: Any) -> Iterator[tuple[str, str, str | None]]:
-    """Yield (kind, name, key) for each reference in a manifest; the key is None for a reference to a whole object."""
+    """Yield, for each reference in a manifest, the kind and name of the object and the key to which it refers.
+
+    The key is None if the reference is to the whole object.
+    """
     if isinstance(value, list):
         for one in value:
             yield from _named(one)
@@ -234,9 +237,9 @@ def _volume_faults(each: Pods) -> Iterator[str]:
 
 
 def expansion_faults(manifests: Manifests) -> list[str]:
-    """Return a fault for each $(NAME) in a command if the container has no variable of this name.
+    """Return a fault for each $(NAME) in a container's command if the container has no environment variable NAME.
 
-    Kubernetes would leave such a word unchanged.
+    Kubernetes would not replace this $(NAME) by a value.
     """
     return [
         f"{each.owner}: $({name}) is none of {sorted(known)}"

@@ -1,4 +1,4 @@
-"""`schema_faults` checks manifests against the schemas of their kinds; an unknown field is a fault."""
+"""`schema_faults` checks each manifest against the schema of its kind. An unknown field is a fault."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def _validator() -> ModuleType:
 
 @cache
 def _schemas(path: Path) -> dict[tuple[str, str], tuple[Any, jsonschema.Draft202012Validator]]:
-    """Return two schemas for each (apiVersion, kind) in a file of CRDs.
+    """Return, for each (apiVersion, kind) in a file of CRDs, a pair (schema of the CRD, validator).
 
-    The first schema is unchanged, and contains the default values. The second schema refuses unknown fields.
+    The schema contains the default values. The validator checks the same schema, but also refuses unknown fields.
     """
     crd = yaml.load(path.read_text(), yaml.CSafeLoader)["spec"]
     schemas = {
@@ -61,13 +61,13 @@ def schema_faults(manifests: Manifests) -> list[str]:
 
 @cache
 def _faults(text: str) -> list[str]:
-    """Return the faults of one manifest, given as JSON text because the cache needs a hashable argument."""
+    """Return the faults of one manifest. The manifest is JSON text, because the cache needs a hashable argument."""
     manifest: Manifest = json.loads(text)
     return _builtin_faults(manifest) if is_builtin(manifest) else _crd_faults(manifest)
 
 
 def _builtin_faults(manifest: Manifest) -> list[str]:
-    """Return the first fault of a manifest in a list; the library reports no further faults."""
+    """Return a list with the first fault of a manifest, or an empty list. The library reports only the first fault."""
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -94,7 +94,7 @@ def _crd_faults(manifest: Manifest) -> list[str]:
 def _duplicates(value: Any, path: str = "") -> list[str]:
     """Return a fault for each name that occurs twice in a list, such as two ports with one name.
 
-    A CRD declares such lists as maps by name, which JSON Schema cannot express.
+    Kubernetes treats such a list as a map from name to item. JSON Schema has no rule for this, so the test checks it.
     """
     if isinstance(value, dict):
         return [fault for key, one in value.items() for fault in _duplicates(one, f"{path}.{key}")]

@@ -1,7 +1,7 @@
-"""`serve_faults` finds faults in `serveConfigV2`: by Serve's schema, by our arguments, and in the config's imports.
+"""`serve_faults` checks `serveConfigV2` against Serve's schema and our arguments, and tries the config's imports.
 
-The CRD accepts any string as `serveConfigV2`. Serve's own models ignore unknown keys, so a misspelt key would silently
-leave its setting at the default. Unknown keys are therefore faults.
+The CRD accepts any string as `serveConfigV2`. Serve's models ignore unknown keys: if a key were misspelt, Serve would
+use the default of the setting without a message. Unknown keys are therefore faults.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _errors(model: type[BaseModel], value: Any, name: str) -> list[str]:
 
 
 def unknown_keys(model: type[BaseModel], value: Any, path: str = "") -> list[str]:
-    """Return a fault for each key in `value` that is not a field of `model`; check nested models too."""
+    """Return a fault for each key in `value` that is not a field of `model`. Nested models are checked too."""
     if not isinstance(value, dict):
         return []
     fields = {name: field for key, field in model.model_fields.items() for name in {key, field.alias or key}}
@@ -52,9 +52,9 @@ def unknown_keys(model: type[BaseModel], value: Any, path: str = "") -> list[str
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the pydantic models in an annotation such as `X`, `X | None`, `list[X]` or `dict | X`.
+    """Yield each pydantic model in an annotation, such as X in `X`, `X | None`, `list[X]` or `dict | X`.
 
-    A plain dict has no model and may have any key.
+    A plain dict is no model, so it may have any key.
     """
     if get_origin(annotation) is None:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -65,7 +65,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def import_faults(config: Manifest) -> list[str]:
-    """Return a fault for each application or servicer that Serve could not import by its `module:name`."""
+    """Return a fault for each application or gRPC servicer whose path `module:name` cannot be imported."""
     paths = [each["import_path"] for each in config.get("applications", ()) if "import_path" in each]
     faults = []
     for path in [*paths, *config.get("grpc_options", {}).get("grpc_servicer_functions", ())]:
@@ -78,6 +78,6 @@ def import_faults(config: Manifest) -> list[str]:
 
 
 def servicer_faults(config: Manifest) -> list[str]:
-    """Return a fault unless the config names exactly the gRPC services that the application provides."""
+    """Return a fault if the gRPC servicers in the config are not those of `GRPC_SERVICERS`."""
     named = config.get("grpc_options", {}).get("grpc_servicer_functions", [])
     return [] if sorted(named) == sorted(GRPC_SERVICERS) else [f"servicers are {named}, and not {GRPC_SERVICERS}"]

@@ -1,4 +1,7 @@
-"""These tests run the local commands of docs/kubernetes.md, and check that the other commands name existing objects."""
+"""These tests run the commands of docs/kubernetes.md that need no cluster.
+
+They also check that the objects which the other commands name exist.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from tests.k8s.manifests import ROOT, Manifests, need_kubectl, of_kind, ray_clus
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the files that the commands use, without Secrets that a user has filled in."""
+    """Return a folder with copies of the files that the commands use; a user's filled-in Secrets are not copied."""
     need_kubectl()
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "k8s", folder / "k8s", ignore=shutil.ignore_patterns("*.env"))
@@ -33,7 +36,7 @@ def test_every_block_says_where_it_runs() -> None:
 
 @pytest.mark.parametrize("number", range(len(HERE)))
 def test_what_runs_here_runs(number: int, checkout: Path) -> None:
-    """Run the blocks in the order of the document, because some blocks make files that later blocks read."""
+    """Run the blocks of commands in the order of the document: some blocks make files that later blocks read."""
     run_here(HERE[number], checkout)
 
 

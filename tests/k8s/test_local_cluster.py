@@ -1,6 +1,6 @@
-"""These tests deploy overlays on several Ray nodes on this machine, and lose a node while requests are answered.
+"""These tests deploy overlays on several Ray nodes on this machine, and kill a node while requests are answered.
 
-The overlay for CPUs is deployed unchanged. The overlay for GPUs is deployed on nodes that only pretend to have GPUs.
+The overlay for CPUs is deployed unchanged. For the overlay for GPUs, the nodes report GPUs that do not exist.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from tests.k8s.pod_rules import DRAIN
 
 RATE, SECONDS, MAX_TOKENS = 1.5, 16.0, 24
 IS_ASKED_FOR = "EXPERTMESH_CLUSTER_TEST" in os.environ
-# Longest allowed time in seconds between two tokens. 1 s is the product's bound. A busy machine keeps 10 s, and an
-# answer that hangs does not.
+# Longest allowed time in seconds between two tokens of an answer. The product promises 1 s. In a usual test run the
+# machine may be busy, so 10 s are allowed; an answer that hangs takes longer.
 MAX_GAP_S = 1.0 if IS_ASKED_FOR else 10.0
 
 pytestmark = pytest.mark.timeout(1200)
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.timeout(1200)
 def can_be_here() -> None:
     """Skip the test if this machine cannot run a cluster.
 
-    The check creates a network namespace and a bridge, so the check must not run while tests are collected.
+    The check creates a network namespace and a bridge. It is part of a fixture, so it does not run during collection.
     """
     if reason := reason_unavailable():
         pytest.skip(reason)
@@ -71,7 +71,10 @@ def test_requests_do_not_notice_the_loss_of_a_node_of_the_demo(rendered: Callabl
 
 
 async def lose_one(fleet: ServedCluster) -> list[str]:
-    """Kill the raylet of a node with a shard, under load; return a sentence for each expectation that was not met."""
+    """Kill the raylet of a node that runs a shard, while clients send requests.
+
+    Return a sentence for each expectation that was not met.
+    """
     await fleet.wait_until_complete()
     assert await asyncio.to_thread(answer, fleet.service)
     async with httpx.AsyncClient(base_url=fleet.service, trust_env=False) as client:
@@ -91,7 +94,7 @@ async def lose_one(fleet: ServedCluster) -> list[str]:
 
 
 def answer(url: str) -> str:
-    """Return the text of the server's answer to one message that OpenAI's own client sends."""
+    """Send one message with OpenAI's client, and return the text of the server's answer."""
     with httpx.Client(trust_env=False) as http:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
         messages: Any = [{"role": "user", "content": "Hello"}]

@@ -1,4 +1,4 @@
-"""These tests check that the NetworkPolicies allow the needed connections, and no others."""
+"""These tests check that the NetworkPolicies allow every connection that is needed, and no other connection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ray(manifests: Manifests) -> list[Peer]:
 
 
 def unmet_needs(manifests: Manifests) -> list[str]:
-    """Return the needed connections that the policies refuse."""
+    """Return the connections that are needed but that the policies refuse."""
     head, redis = peer(manifests, "head"), peer(manifests, "StatefulSet expertmesh-redis")
     needs = [("Ray and shards", one, other, 33333) for one in ray(manifests) for other in ray(manifests)]
     needs += [("the store", one, redis, 6379) for one in ray(manifests)]
@@ -41,7 +41,7 @@ def unmet_needs(manifests: Manifests) -> list[str]:
 
 
 def holes(manifests: Manifests) -> list[str]:
-    """Return the connections that must be refused, but that the policies allow."""
+    """Return the connections that must not be possible but that the policies allow."""
     head, worker = peer(manifests, "head"), peer(manifests, "backbone")
     stores = [Peer(each.labels) for each in pods(manifests) if not each.group]
     others = [OPERATOR, DNS, PROMETHEUS, STRANGER, NEIGHBOUR, OUTSIDE]

@@ -1,4 +1,4 @@
-"""These tests run a real Redis server with the command of the StatefulSet, and check its configuration."""
+"""These tests run a real Redis server with the command in the StatefulSet, and check the server's configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from tests.services.application import free_port
 
 @contextmanager
 def running(manifests: Manifests, owner: str, folder: Path, port: int) -> Iterator[None]:
-    """Run the container's command until the body ends, with `folder` instead of the volumes, listening on `port`."""
+    """Run the command of a Redis container until the body ends.
+
+    The server listens on `port`, and its files are in `folder` instead of the container's volumes.
+    """
     config = folder / "valkey.conf"
     volumes = next(each.spec["volumes"] for each in pods(manifests) if each.owner == owner)
     name = next(volume["configMap"]["name"] for volume in volumes if "configMap" in volume)

@@ -18,7 +18,7 @@ def test_every_kustomization_renders(tree: Path) -> None:
 
 
 def test_every_file_is_part_of_one() -> None:
-    """Check that a kustomization names every file, because nothing else would report a forgotten file."""
+    """Check that every file is named by a kustomization. No other check would find a file that is left out."""
     named = {
         (file.parent / name).resolve()
         for file in K8S.rglob("kustomization.yaml")
@@ -39,7 +39,10 @@ def test_nothing_renders_without_its_secrets(overlay: str, tree: Path, tmp_path:
 
 
 def test_a_patch_that_meets_another_group_is_refused(tmp_path: Path) -> None:
-    """Check that each patch tests its group's name, because patches address groups by their positions in a list."""
+    """Check that a patch is refused if it meets a group with another name.
+
+    A patch addresses a group by its position in a list, so the patch itself must test the group's name.
+    """
     need_kubectl()
     tree = copy_with_secrets(tmp_path / "k8s")
     base = tree / "base" / "rayservice.yaml"

@@ -22,7 +22,7 @@ def test_every_serve_config_is_valid(manifests: Manifests) -> None:
 
 @pytest.fixture(scope="module")
 def demo(rendered: Callable[[str], Manifests]) -> dict[str, Any]:
-    """Return the demo's deployments by name, built from the Serve config as Serve does."""
+    """Build the application from the demo's Serve config, as Serve does. Return the deployments by name."""
     args = app_args(rendered("cpu-demo"))
     assert AppArgs(**args).name == "demo"
     built = deployments_of(build_as_serve_does(build_app, args), name="expertmesh")

@@ -21,7 +21,7 @@ MODEL = "NVIDIA-Nemotron-3-Super-120B-A12B"
 
 
 def size_faults(manifests: Manifests, slo: Slo) -> list[str]:
-    """Return a sentence for each number in the manifests that differs from the sizing."""
+    """Return a sentence for each number in the manifests that differs from the size that `expertmesh size` computes."""
     args = AppArgs(**app_args(manifests))
     (pool,) = args.pools
     sized = size(known_config(MODEL), gpu_of("h200"), "bf16", slo)

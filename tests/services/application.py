@@ -1,4 +1,4 @@
-"""An `Application` runs `expertmesh up` for tests as a user would, and `expertmesh` runs one command."""
+"""For tests, the class `Application` runs `expertmesh up`, and the function `expertmesh` runs any other command."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float) -> bool:
 
 
 class Application:
-    """An `Application` is a running `expertmesh up` in its own process group, as if a terminal had started it."""
+    """An `Application` is a running `expertmesh up` with its own process group, like a command in a terminal."""
 
     def __init__(self, num_shards: int, *options: str) -> None:
         self.port, self.grpc_port = free_port(), free_port()

@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Compute on one thread, because with small matrices several threads wait for each other longer than they save."""
+    """Compute on one thread. With small matrices, several threads lose more time by waiting than they save."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""`demo` gives tests the demo model, prompts, and the tokens that `transformers` generates after a prompt."""
+"""The module gives tests the demo model, prompts, and the tokens that `transformers` generates after a prompt."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def load_tokenizer() -> Any:
 
 @cache
 def held_out_prompts(count: int, length: int = 64) -> list[list[int]]:
-    """Return at most `count` prompts: the first `length` tokens of held-out files with at least `length` tokens."""
+    """Return at most `count` prompts of `length` tokens each. Each prompt is the beginning of a held-out file."""
     beginnings = (load_tokenizer().encode(text)[:length] for text in corpus.read_corpus()[1])
     return [ids for ids in beginnings if len(ids) == length][:count]
 
 
 def transformers_greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Return the greedy tokens of `transformers` in fp32 after each prompt, including the end token.
+    """Return, for each prompt, the tokens that `transformers` generates greedily in fp32, with the end token.
 
     All prompts must have the same length.
     """
@@ -46,5 +46,5 @@ def _up_to_end(token_ids: list[int], ends: set[int]) -> list[int]:
 
 
 def text_of(token_ids: Sequence[int]) -> str:
-    """Return the text of tokens without an incomplete character at the end, because the server sends none."""
+    """Return the text of tokens, but without an incomplete character at the end: the server does not send it either."""
     return str(load_tokenizer().decode(token_ids, skip_special_tokens=True)).rstrip("\ufffd")

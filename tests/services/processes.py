@@ -16,7 +16,7 @@ def command_of(pid: int) -> str:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Return the command lines, by process id, of all processes that `pid` started directly or indirectly."""
+    """Return a dict from process id to command line, with all processes that `pid` started directly or indirectly."""
     children: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -28,9 +28,9 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def wait_until_gone(pids: Collection[int], timeout_s: float) -> dict[int, str]:
-    """Wait up to `timeout_s` for all `pids` to end; return the command lines of the processes that still run.
+    """Wait up to `timeout_s` seconds until the processes `pids` have ended.
 
-    The result is by process id. A zombie counts as ended.
+    Return a dict from process id to command line, with the processes that still run. A zombie counts as ended.
     """
     stop_at = time.monotonic() + timeout_s
     while (left := {pid: command_of(pid) for pid in pids if command_of(pid)}) and time.monotonic() < stop_at:

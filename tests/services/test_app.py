@@ -1,4 +1,4 @@
-"""These tests parse the application's arguments from a Serve config and check that wrong arguments are refused."""
+"""These tests read the application's arguments from a Serve config, and check that wrong arguments are refused."""
 
 from __future__ import annotations
 

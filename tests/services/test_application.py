@@ -51,7 +51,7 @@ def stub(server: Application) -> Iterator[Any]:
 
 
 def complete(server: Application, prompt: str | list[int], max_tokens: int, **options: Any) -> str:
-    """Return the text of a greedy completion through REST."""
+    """Request a greedy completion over REST and return its text."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
     response = server.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
@@ -60,7 +60,7 @@ def complete(server: Application, prompt: str | list[int], max_tokens: int, **op
 
 
 def stream_text(server: Application, prompt: list[int], max_tokens: int) -> str:
-    """Return the text of a greedy completion of exactly `max_tokens` tokens, streamed over REST."""
+    """Request a streamed greedy completion of exactly `max_tokens` tokens over REST, and return its text."""
     options: Any = {"max_tokens": max_tokens, "temperature": 0, "extra_body": {"ignore_eos": True}}
     with server.openai() as client:
         chunks = list(client.completions.create(model="demo", prompt=prompt, stream=True, **options))
@@ -76,7 +76,10 @@ def greedy_request(prompt: Sequence[int], max_tokens: int, ignore_eos: bool = Fa
 def stream_tokens(
     stub: Any, request: pb.GenerateRequest, after: int = 0, act: Callable[[], None] | None = None
 ) -> list[int]:
-    """Return the token ids of a gRPC stream; call `act` once, when at least `after` token ids have arrived."""
+    """Send `request` as a gRPC stream, and return the token ids of the answer.
+
+    `act` is called once, when at least `after` token ids have arrived.
+    """
     token_ids: list[int] = []
     for chunk in stub.GenerateStream(request, timeout=90):
         token_ids += chunk.choice.token_ids
@@ -204,7 +207,8 @@ def test_what_goes_over_the_wire_is_latent_sized(server: Application) -> None:
     assert latent
     assert sent == received
     ours = (sent_bytes + received_bytes) / rows
-    of_hidden = ours + 2 * 4 * wider * copies / rows  # bytes if each row were as wide as the hidden vector
+    # The bytes per row if rows of the full hidden width were sent.
+    of_hidden = ours + 2 * 4 * wider * copies / rows
     of_one_pick = (sent_bytes + received_bytes - 12 * picks) / copies + 12  # the pick itself takes 12 bytes
     per_pick = of_one_pick * picks / rows
     print(
@@ -231,7 +235,7 @@ def test_expert_load_reaches_the_store(server: Application) -> None:
     assert wait_until(lambda: asyncio.run(count()) > 0, 10)  # the backbone's warm-up prompt is counted
     before = asyncio.run(count())
     complete(server, [5, 6, 7], 8, ignore_eos=True)
-    # Rejected drafts count too, because the experts of rejected drafts were computed as well.
+    # The picks of rejected drafts count too, because the shards have computed these picks.
     assert wait_until(lambda: asyncio.run(count()) >= before + (3 + 7) * shape.top_k, 10)
     assert asyncio.run(count()) % shape.top_k == 0
 
@@ -397,7 +401,7 @@ def test_a_bad_call_is_answered_in_one_sentence(
 
 @pytest.fixture(scope="module")
 def long_answer(server: Application) -> tuple[pb.GenerateRequest, list[int]]:
-    """Return a request that takes a few seconds, and the tokens of its answer while no process fails."""
+    """Return a request whose answer takes a few seconds, and the answer's tokens when no process fails."""
     request = greedy_request(held_out_prompts(1)[0], 200, ignore_eos=True)
     with server.channel() as channel:
         return request, stream_tokens(inference(channel), request)
@@ -415,7 +419,7 @@ def test_a_shard_that_is_killed_costs_no_token_and_comes_back(
     killed_at = time.monotonic()
 
     def is_back() -> bool:
-        """Return True if a new shard has replaced the killed shard, every shard holds experts, and cover is full."""
+        """Return True if a new shard has replaced the killed shard, every shard holds experts, and the cover is 2."""
         status = server.status()
         after = {shard["id"]: shard for shard in status["shards"]}
         is_replaced = len(after) == len(before) and len(after.keys() - before.keys()) == 1 and victim["id"] not in after

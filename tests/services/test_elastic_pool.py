@@ -1,4 +1,4 @@
-"""These tests grow and shrink a pool of a real application under load by operator orders; no client may notice.
+"""These tests order a pool of a real application to grow and shrink under load. No client may notice the change.
 
 The order of the tests matters: each test continues with the pool as the previous test has left it.
 """
@@ -30,7 +30,7 @@ CHANGE_TIMEOUT_S = 60.0
 
 @dataclass
 class Watch:
-    """A `Watch` polls the store, and records when each shard becomes live and placed, and the lowest cover."""
+    """A `Watch` polls the store. It records when each shard registers and joins the placement, and the lowest cover."""
 
     url: str
     seen_at: dict[str, float] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Watch:
 
 
 class Clients:
-    """`Clients` repeat the same requests and compare the texts with the texts from before any change of the pool."""
+    """`Clients` repeat the same requests. They compare each answer with the answer before any change of the pool."""
 
     def __init__(self, server: Application) -> None:
         self.server, self.num_done, self.wrong = server, 0, list[str]()
@@ -125,7 +125,7 @@ async def order(server: Application, num_shards: int) -> None:
 
 
 def change(server: Application, num_shards: int) -> Watch:
-    """Scale the pool to `num_shards` under load, and assert that all texts stay right and the cover stays full."""
+    """Scale the pool to `num_shards` under load. Assert that all answers stay right and that the cover stays full."""
     with Clients(server) as clients, Watch(server.redis[1]) as watch:
         asyncio.run(order(server, num_shards))
         ordered_at = time.monotonic()

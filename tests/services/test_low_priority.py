@@ -1,4 +1,4 @@
-"""These tests check that work at low priority runs on its own threads and that other threads keep their priority."""
+"""These tests check that low-priority work runs on separate threads, and that other threads keep their priority."""
 
 from __future__ import annotations
 

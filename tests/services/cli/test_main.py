@@ -50,7 +50,7 @@ def shown(report: dict[str, Any], width: int = 80) -> str:
 
 
 def copy_of_the_model(path: Path, without: str) -> Path:
-    """Copy the model to `path` without the tensor or the file named `without`, and return `path`."""
+    """Copy the model to `path`, but leave out the tensor or file named `without`. Return `path`."""
     path.mkdir()
     for file in MODEL.iterdir():
         if file.name not in (without, "model.safetensors"):
@@ -62,7 +62,7 @@ def copy_of_the_model(path: Path, without: str) -> Path:
 
 
 def fails_with_one_sentence(*arguments: str) -> str:
-    """Run a command line with a user's mistake, and return the error message of the command."""
+    """Run a command with faulty arguments; check that the command prints one sentence, and return this sentence."""
     answer = expertmesh(*arguments)
     assert answer.returncode == 2, answer
     assert not answer.stdout

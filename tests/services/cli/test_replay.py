@@ -17,7 +17,7 @@ CROWDED = Placement(5, {2: (("a", "b"),) * 4 + (("c", "d"),) * 4}, {}, "digest")
 
 
 def fleet_of(placement: Placement | None) -> dict[str, Any]:
-    """Return the JSON that /admin/placement answers while `placement` is published."""
+    """Return the server's answer to GET /admin/placement while `placement` is published, as JSON values."""
     published = placement and {
         "epoch": placement.epoch,
         "model": placement.model,
@@ -29,7 +29,10 @@ def fleet_of(placement: Placement | None) -> dict[str, Any]:
 
 
 def write_trace(path: Path, model: str = "digest") -> Path:
-    """Write a trace to `path` in which only the experts of the shards a and b are picked, and return `path`."""
+    """Write a trace to the file `path`, and return `path`.
+
+    In the trace, only experts of the shards a and b are picked.
+    """
     draw = np.random.default_rng(0)
     picks = [draw.permuted(np.tile(np.arange(4), (16, 1)), axis=1)[:, :2] for _ in range(40)]
     lines = [batch_line(0.1 * number, 2, picks_NK) for number, picks_NK in enumerate(picks)]

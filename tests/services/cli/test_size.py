@@ -1,4 +1,4 @@
-"""These tests check what `expertmesh size` prints, and that its numbers agree with the engine and the Serve config."""
+"""These tests check the output of `expertmesh size`, and compare its numbers with the engine and the Serve config."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_experts_are_the_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["demo", *NEMOTRONS])
 def test_the_backbones_weights_are_the_models(name: str) -> None:
-    """Compare the sizing's weights with the tensors that `load_backbone` puts on a device."""
+    """Compare the sizing's bytes of backbone weights with the bytes of the tensors that a backbone holds."""
     _, config = config_of(name)
     with torch.device("meta"):
         model = NemotronH(config, LocalExperts({}))

@@ -1,4 +1,4 @@
-"""These tests check which steps of a start are done for given observations, and what a user reads about the steps."""
+"""These tests make observations of a start, and check which steps are then done and which text a user reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""These tests run drills against a small server that misbehaves on request."""
+"""These tests run drills against a small server that misbehaves when a test tells it to."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ TOKENS, GAP_S = 8, 0.01
 
 @dataclass
 class Server:
-    """A `Server` streams words that depend only on the prompt, until `trouble` tells how the server must misbehave.
+    """A `Server` streams words that depend only on the prompt. If `trouble` is not empty, the server misbehaves.
 
-    `trouble` is empty, "breaks off", "stalls" or "lies". `healing` is the task that ends the trouble.
+    If `trouble` is "breaks off", the server ends answers too early. If it is "stalls", the server pauses in the middle
+    of answers. If it is "lies", the server sends wrong words. `healing` is the task that ends the trouble.
     """
 
     trouble: str = ""
@@ -58,7 +59,7 @@ class Server:
             await self.answer(reader, writer)
             await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client has gone
+            pass  # the client has closed the connection
         finally:
             writer.close()
             self.open.discard(asyncio.current_task())
