@@ -53,7 +53,7 @@ class FleetView:
         self.tables = _tables(placement, self.shard_ids, previous)
 
     def is_like(self, other: FleetView) -> bool:
-        """Return True if this view and `other` have the same homes, standbys, draining shards and healths.
+        """Return True if this view and `other` have the same homes, standbys, draining shards and `healths`.
 
         If this view then replaces `other`, waiting calls need not be routed again.
         """
@@ -176,7 +176,7 @@ class ShardFleet:
     # Requests and their outcomes
 
     def make_requests(self, layer: int, expert_P: Ids, grouped: Grouped, now: float) -> list[ShardRequest]:
-        """Return a request for each message of `grouped`, and note that the requests are sent now."""
+        """Return a request for each message of `grouped`, and note that the caller sends the requests now."""
         assert self.view is not None
         table, policy, expert_mib = self.view.tables[layer], self.policy, self.expert_mib.get(layer, 1.0)
         pick_Q, first_M, shard_M, num_rows_M, num_experts_M = grouped
@@ -236,7 +236,7 @@ class ShardFleet:
     def learn(self) -> None:
         """Update the predictions with the replies in `to_learn`.
 
-        A client should call `learn` while the client waits for replies, because the update takes time.
+        A client should call `learn` before the client waits for replies, so that the update delays no request.
         """
         for request, timing, at in self.to_learn:
             request.health.learn(request.work, timing, at - request.sent_at, request.predicted_s, at)

@@ -57,7 +57,7 @@ class LayerCall:
     expires_at: float = 0.0
     wake_at: float = NEVER  # the time at which `on_tick` must be called
     failure: str | None = None
-    healed_until: float = 0.0  # until this time, waiting without a home is already added to `expires_at`
+    healed_until: float = 0.0  # waiting without a home before this time is already added to `expires_at`
     races: set[Race] = field(default_factory=set)
     waiting: list[WaitingPicks] = field(default_factory=list)
 
@@ -280,8 +280,8 @@ class LayerCall:
     def _resume(self, waiting: WaitingPicks, now: float) -> list[ShardRequest]:
         """Return requests for picks that have waited, or fail the call if the picks had no home for `heal_timeout_s`.
 
-        The time for which the picks had no home is added to `expires_at`. If several groups of picks waited at the same
-        time, their common time is added only once.
+        The time for which the picks had no home is added to `expires_at`. A period in which several groups of picks
+        waited is added only once.
         """
         history, heal_timeout_s = waiting.history, self.fleet.policy.heal_timeout_s
         if not history.is_busy:

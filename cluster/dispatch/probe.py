@@ -1,4 +1,4 @@
-"""A probe is a request to a shard whose circuit is open; its reply shows whether the shard works again.
+"""A probe is a request to a shard whose circuit is open; the reply to a probe shows whether the shard works again.
 
 No call waits for the reply of a probe, because another home computes the same picks.
 """

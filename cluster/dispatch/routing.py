@@ -151,9 +151,9 @@ RELIEF = 0.004  # smallest gain, as a share of the slowest shard's time, that is
 def _relieve(experts: Any, options_EH: Any, num_options_E: Any, given_EH: Any, busy_S: Any, costs: Any) -> None:
     """Move rows from the slowest shard along a chain of experts' homes to a shard that finishes earlier, repeatedly.
 
-    `choose` assigns one expert after another. It does not see that a shard could take rows of one expert and pass on
-    rows of another expert. If no chain leads from the slowest shard to a shard that finishes earlier, no split of the
-    rows has a smaller maximum time.
+    `choose` assigns one expert after another. So `choose` does not see that a shard could take rows of one expert and
+    pass on rows of another expert. If no chain leads from the slowest shard to a shard that finishes earlier, no split
+    of the rows has a smaller maximum time.
     """
     expert_S, row_S = costs[0], costs[1]
     by_S, from_S, to_S = (

@@ -54,7 +54,7 @@ UNKNOWN_COST, SMALL_WORK = CostModel(), Work(1, 1, 1.0)
 
 
 class ReplyTiming(NamedTuple):
-    """A `ReplyTiming` holds the waiting time, the computing time and the length of the shard's queue from a reply."""
+    """A `ReplyTiming` holds what a reply says: the waiting time, the computing time and the length of the queue."""
 
     queue_us: int = 0
     compute_us: int = 0
@@ -150,7 +150,7 @@ class ShardHealth:
         self.circuit, self.num_failures = Circuit.CLOSED, 0
 
     def note_late_reply(self) -> None:
-        """Close an open circuit after a late reply, if the shard has failed only once in a row.
+        """Close an open circuit after a late reply, if the shard has failed fewer than two times in a row.
 
         A reply is late if another home has already computed the same picks.
         """

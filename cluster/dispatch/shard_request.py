@@ -101,7 +101,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class RetryHistory:
-    """A `RetryHistory` records how some picks were sent so far in vain.
+    """A `RetryHistory` records the failed attempts to compute some picks.
 
     In one retry round, a call asks each home of the picks at most once. When no home is left, the call waits and begins
     the next retry round.

@@ -28,8 +28,8 @@ class RemoteExperts:
     """`RemoteExperts` implements `model.blocks.moe.Experts` with the shards of the newest placement given to `update`.
 
     The class never asks Redis. Calls must come from one thread, on which several calls may be in progress at the same
-    time. Updates must come from one thread, too, which may be another thread. Calls in progress go on after an update;
-    picks that are sent again follow the new placement.
+    time. Updates must also come from one thread, but this thread may differ from the thread of the calls. Calls in
+    progress go on after an update; picks that are sent again follow the new placement.
 
     policy: the limits of a call.
     expert_mib: the size of one expert in MiB, by layer.

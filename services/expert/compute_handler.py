@@ -1,4 +1,4 @@
-"""`ComputeHandler` takes a shard's compute requests, has the worker compute them, and sends the replies."""
+"""`ComputeHandler` takes a shard's compute requests, gives the requests to the worker, and sends the replies."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ async def drain(endpoint: str, keep_serving: bool = False) -> int:
 async def fill(
     shards: Iterable[Shard], homes: Mapping[int, Homes], epoch: int, standby: Mapping[int, Homes] | None = None
 ) -> Placement:
-    """Make all shards load their experts at the same time, and return the placement with the gains of its layers.
+    """Make all shards load their experts at the same time, and return the placement with the gain exponents.
 
     Raise the ShardError of the first shard that fails; other shards may have loaded their experts by then.
     """

@@ -1,4 +1,4 @@
-"""`DeviceExperts` manages a shard's device memory and computes with the experts in it."""
+"""`DeviceExperts` manages a shard's device memory and computes with the experts in this memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NoDeviceMemory(Exception):
 
 @dataclass
 class _DeviceSlot:
-    """A `_DeviceSlot` is the device memory of one expert, which is reserved before the expert is loaded."""
+    """A `_DeviceSlot` is the device memory of one expert; this memory is reserved before the expert is loaded."""
 
     num_pins: int = 0  # number of loads and requests that need the expert on the device
     last_use: int = 0  # the number of the last computation that used the expert

@@ -1,4 +1,4 @@
-"""A draining shard may stop when its experts have moved to other shards, or when nobody will move them."""
+"""A draining shard may stop when its experts have moved, or when no controller will move the experts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def drain_state(shard_id: str, placement: Placement | None, shards: Sequence[Sha
 
 @dataclass(frozen=True)
 class DrainTimes:
-    """`DrainTimes` say for how many seconds a draining shard has waited."""
+    """`DrainTimes` say how long a draining shard has had no request and has been in its drain state."""
 
     since_request_s: float  # seconds since the last compute request
     in_state_s: float  # seconds since the drain state last changed

@@ -214,7 +214,7 @@ class ExpertHost:
     def commit(self, homes: Experts, standby: Experts, staged: StagedExperts) -> None:
         """Give all experts of a load their new roles at once.
 
-        An expert whose home becomes its standby stays on the device as a promoted expert.
+        If this shard changes from home to standby of an expert, the expert stays on the device as a promoted expert.
         """
         self._metadata |= staged.metadata
         for key in keys_of(homes):
@@ -261,7 +261,7 @@ class ExpertHost:
             self._metadata.pop(key, None)
 
     def free(self, keys: Iterable[Key]) -> None:
-        """Free the device memory of experts, loaded or not; this shard is then no longer the home of these experts."""
+        """Free the device memory of experts, loaded or not; this shard is then no longer a home of these experts."""
         keys = list(keys)
         for key in keys:
             self._set_home(key, False)

@@ -22,7 +22,7 @@ IDLE_POLL_S = 0.01  # seconds between two checks of the number of parked request
 
 
 class Promoter:
-    """A `Promoter` reserves device memory and promotes standbys into it; its methods run on one event loop.
+    """A `Promoter` reserves device memory and promotes standbys into this memory; its methods run on one event loop.
 
     If several requests need the same expert, the expert is promoted once for all of these requests. To pin an expert is
     to reserve device memory for the expert and keep the memory until `unpin`.
@@ -100,7 +100,7 @@ class Promoter:
                 raise _too_late(layer, experts) from None
 
     def _pin_now(self, layer: int, experts: list[int]) -> tuple[set[Key], set[Key]]:
-        """Pin the first of `experts` that fit; return the pinned keys, and those of them that must be loaded."""
+        """Pin the first of `experts` that fit; return the pinned keys and, of these, the keys that must be loaded."""
         host = self.host
         if gone := [expert for expert in experts if (layer, expert) not in host.standbys]:
             detail = f"Experts {gone} of layer {layer} are not held here any more."

@@ -12,7 +12,7 @@ HOT_PROMOTIONS = 3  # promotions after which an expert is hot; hot experts are e
 
 @dataclass
 class Standby:
-    """A `Standby` records an expert for which this shard is a standby: where its weights are, and its promotions."""
+    """A `Standby` records where a standby's weights are, and how often and when the expert was promoted."""
 
     weights: Weights | None = None  # the copy in host memory, or None if the expert is only on disk
     peer: str = ""  # endpoint of the shard that was named as the source of the expert, if any

@@ -1,7 +1,7 @@
-"""`WeightSource` gets experts' weights from a peer or the checkpoint, and `send` sends them to a peer.
+"""`WeightSource` gets experts' weights from a peer or the checkpoint, and `send` sends weights to a peer.
 
-Every expert that arrives is verified: against the checksum that the peer states, and against the checksum in the
-manifest if the caller passes that checksum.
+The weights that a peer sends are verified against the checksum that the peer states. If the caller passes the checksum
+from the manifest, all weights are verified against this checksum, too.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class WeightSource:
     ) -> Weights:
         """Return the verified weights of the expert `key`, from the peer that `sources` names or from the checkpoint.
 
-        The peer is tried first; if `checkpoint_first` is true, the checkpoint is tried first. If both fail, raise
-        ValueError with the expert and the two reasons.
+        The peer is tried first; if `checkpoint_first` is true, the checkpoint is tried first. If the peer and the
+        checkpoint fail, raise ValueError with the expert and the two reasons.
         """
         endpoint, expected, problems = sources.peers.get(key, ""), sources.expected.get(key), []
         ways: list[tuple[str, Callable[[], Awaitable[Weights]]]] = [
@@ -184,8 +184,8 @@ async def send(
 async def fetch(channel: grpc.aio.Channel, shape: ExpertShape, expert: int, dtype: torch.dtype) -> Weights:
     """Return the weights of one expert from a peer, verified against the checksum that the peer states.
 
-    Raise PeerError if the peer fails, sends nothing for FETCH_STALL_S seconds, or sends anything but the requested
-    expert.
+    Raise PeerError if the peer fails, sends nothing for FETCH_STALL_S seconds, or sends something other than the
+    requested expert.
     """
     request = pb.FetchRequest(layer=shape.layer, experts=[expert], dtype=WIRE_DTYPES[dtype])
     call: Any = expert_pb2_grpc.ExpertStub(channel).Fetch(request)  # type: ignore[no-untyped-call]

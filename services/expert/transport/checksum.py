@@ -2,9 +2,9 @@
 
 A checksum is the CRC-32 (as in zlib) of these bytes, one after the other:
 
-1. the numbers of the message, little-endian, in the order of `REQUEST`, `SUMS` or `REFUSAL` below;
-2. for a request or for sums, the bytes fields in the order of their numbers in the .proto file;
-3. for a refusal, its `detail` in UTF-8 and its `missing` as 32-bit numbers.
+1. the numbers of the message, little-endian, in the order of `REQUEST`, `SUMS` or `REFUSAL` below; 2. for a request or
+for sums, the bytes fields in the order of the field numbers in the .proto file; 3. for a refusal, its `detail` in UTF-8
+and its `missing` as 32-bit numbers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def request_checksum(
 def checksum_of_reply(reply: pb.ComputeReply, data: bytes | None = None) -> int:
     """Return the checksum of a reply.
 
-    The caller passes `sums.data` of the reply as `data` if the caller has already read this field, because each access
-    to the field copies its bytes.
+    Each access to the field `sums.data` copies the bytes of the field. So a caller that has already read the field
+    passes the bytes as `data`.
     """
     numbers = (reply.id, reply.queue_us, reply.compute_us, reply.queue_depth)
     if reply.HasField("sums"):

@@ -20,7 +20,7 @@ from services.expert.transport.worker import READ, WRITE, Worker
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
-MAX_UNSENT_BYTES = 8 << 20  # above this number of unsent bytes, no requests of a client are read
+MAX_UNSENT_BYTES = 8 << 20  # above this number of unsent reply bytes, no requests of a client are read
 
 
 class ReplyTo(Protocol):
@@ -153,7 +153,8 @@ class _ComputeServerStream:
         if self._watched == READ and not self._socket.has_unsent and not self._socket.stream.num_unsent:
             return
         num_unsent = self._socket.stream.num_unsent
-        if num_unsent > MAX_MESSAGE_BYTES:  # requests were still read, because the same bytes widen the windows
+        # Replies that wait for wider windows do not stop the reading: the client widens its windows on this stream.
+        if num_unsent > MAX_MESSAGE_BYTES:
             log.warning("A client is disconnected, because it has not taken %d bytes of replies.", num_unsent)
             self.close()
             return

@@ -74,7 +74,10 @@ def dispatch(
 
 @njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
 def combine(sums_ML: Any, row_M: Any, sums_NL: Any) -> None:
-    """Add a shard's sums, int32 or int64, to the sums of the call; `row_M` names each row of the call at most once."""
+    """Add a shard's sums, int32 or int64, to the sums of the call; row i of `sums_ML` is row `row_M[i]` of the call.
+
+    Here M is the number of rows of the message. No row of the call occurs twice in `row_M`.
+    """
     for m in range(len(row_M)):
         part, total = sums_ML[m], sums_NL[row_M[m]]
         for i in range(len(part)):

@@ -175,7 +175,8 @@ class GrpcStream:
     def _make_room(self, num_bytes: int, is_ours: bool) -> None:
         """Count received bytes, and widen the windows of the other side when they have become narrow.
 
-        The data of a refused stream (`is_ours` is False) counts for the connection's window, but not for the stream's.
+        The data of a refused stream (`is_ours` is False) counts for the window of the connection, but not for the
+        window of the stream.
         """
         self._num_taken += num_bytes
         self._num_taken_of_ours += num_bytes if is_ours else 0
@@ -256,7 +257,7 @@ class ClientStream(GrpcStream):
 
 
 class ServerStream(GrpcStream):
-    """A `ServerStream` is the server's end of a connection, which accepts one stream of any rpc and refuses others."""
+    """A `ServerStream` is the server's end of a connection; it accepts one stream of any rpc and refuses others."""
 
     def __init__(self, max_message: int) -> None:
         super().__init__(max_message)

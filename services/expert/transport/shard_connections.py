@@ -24,7 +24,7 @@ StreamKey = tuple[str, str, str]  # shard id, incarnation, endpoint
 
 
 class ShardConnections:
-    """`ShardConnections` is the table of streams and healths by shard incarnation, with the newest view of the fleet.
+    """`ShardConnections` holds the newest view of the fleet, and a stream and a `ShardHealth` for each incarnation.
 
     Streams that the newest placement does not need are closed after the timeout of a call, because earlier calls may
     still wait for their replies.

@@ -1,8 +1,8 @@
 """A `ShardStream` is the client's end of the stream to one shard; a broken stream is opened again.
 
-A reply goes into the inbox as (request id, reply), and a request whose stream was lost as (request id, None). The
-calling thread reads the streams itself, because handing a reply over from a second thread would cost two more context
-switches.
+The inbox gets the pair (request id, reply) for each reply, and (request id, None) for each request whose stream was
+lost. The calling thread reads the streams itself, because handing a reply over from a second thread would cost two more
+context switches.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ class Receiver:
         self._poll.register(self._woken, READ)
 
     def receive(self, timeout_s: float) -> bool:
-        """Put replies into the inbox; return False if no socket is ready and `wake` is not called for `timeout_s` s."""
+        """Wait at most `timeout_s` seconds for replies or for `wake`, and put the replies into the inbox.
+
+        Return False if no socket became ready in this time.
+        """
         ready = self._poll.poll(timeout_s if HAS_EPOLL else 1000 * timeout_s)
         for file, events in ready:
             if watched := self._connections.get(file):
@@ -92,7 +95,7 @@ class Receiver:
         self._poll.register(file, READ)
 
     def watch(self, connection: _Connection) -> None:
-        """Watch a connection for reading, and for writing as long as it has unsent bytes."""
+        """Watch a connection for reading; while the connection has unsent bytes, watch it for writing, too."""
         events = READ | (WRITE if connection.socket.has_unsent else 0)
         if connection.watched != events:
             connection.watched = events
