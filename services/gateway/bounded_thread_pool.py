@@ -1,4 +1,4 @@
-"""A `BoundedThreadPool` runs long work in threads, so that it does not block the event loop."""
+"""A `BoundedThreadPool` runs long work in threads, so that the work does not block the event loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `Generation` turns requests into streams of text, for the REST API as well as for the gRPC API."""
+"""A `Generation` turns requests into streams of text, for the REST API and the gRPC API."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ModelCard:
 
 
 class TokenSource(Protocol):
-    """A `TokenSource` generates tokens: either the engine itself or a handle to engines in other processes.
+    """A `TokenSource` generates tokens: either an engine in this process or a handle to engines in other processes.
 
     Closing the generator frees everything that the request holds. `generate` raises
 

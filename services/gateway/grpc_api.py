@@ -190,7 +190,7 @@ class InferenceApi:
     def _errors(self, context: RpcContext | None = None) -> Iterator[_Trailers]:
         """Turn every exception that the `with` block raises into a GrpcError, and count the refusal.
 
-        The block receives the `_Trailers` of `context`.
+        The `with` statement gives the `_Trailers` of `context` to the block.
         """
         trailers = _Trailers(context)
         try:

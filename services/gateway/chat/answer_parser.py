@@ -152,7 +152,10 @@ class AnswerParser:
 
 
 class _LineEndTrimmer:
-    """A `_LineEndTrimmer` drops the line ends at the start of a text, and holds back others until more text follows."""
+    """A `_LineEndTrimmer` drops the line ends at the start of a text.
+
+    Other line ends are held back until more text follows, because they may be the end of the text.
+    """
 
     def __init__(self, is_inside: bool = True) -> None:
         self.is_inside, self._held = is_inside, ""

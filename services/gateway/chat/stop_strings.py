@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class StopMatcher:
-    """A `StopMatcher` passes text on until a stop string is complete, and never passes on a part of the stop string.
+    """A `StopMatcher` passes text on until a stop string is complete. No part of the stop string is passed on.
 
     Each stop string has its own Knuth-Morris-Pratt automaton. Matching takes time linear in the length of the text, and
     the result does not depend on how the text is cut into pieces. Text is held back only while the text may be the

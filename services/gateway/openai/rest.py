@@ -48,8 +48,8 @@ def build_rest(
 ) -> FastAPI:
     """Return the FastAPI application with all routes for clients.
 
-    `more_metrics` returns metrics in Prometheus' text format that `/metrics` shows in addition to the request metrics,
-    for example the metrics of the engines.
+    `/metrics` shows the request metrics and the result of `more_metrics`, for example the metrics of the engines. The
+    result of `more_metrics` must be in Prometheus' text format.
     """
     app = FastAPI(title="Expertmesh", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     surface = Rest(generation, max_body_bytes)

@@ -102,9 +102,9 @@ class Operations:
         return await self._lift(f"{OrderKind.SCALE}:{pool}")
 
     async def rebalance(self, by: str) -> dict[str, Any]:
-        """Order the controller to make a plan in its next turn, and to carry it out even if its cost exceeds its gain.
+        """Order the controller to make a plan in its next turn.
 
-        `by` names the operator.
+        The controller carries the plan out even if the cost of the plan exceeds the gain. `by` names the operator.
         """
         with _store_errors():
             return await self._give(StandingOrder(OrderKind.REBALANCE, by=by, at=time.time()))

@@ -71,7 +71,7 @@ class Startable(Protocol):
 
 @contextmanager
 def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Client, Any]]:
-    """Run a gateway in front of `source`, and yield clients of its REST port and its gRPC port.
+    """Run a gateway in front of `source`, and yield clients of the gateway's REST port and gRPC port.
 
     `life` is started before the gateway starts, and stopped after the gateway has stopped.
     """
