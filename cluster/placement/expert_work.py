@@ -39,9 +39,10 @@ def pick_probabilities(spec: LayerSpec, load: ExpectedLoad | None, risk: float) 
 def expert_work(spec: LayerSpec, picked_E: Floats, rows_per_step: float) -> Floats:
     """Return the work of each expert in a step of `rows_per_step` rows, [E, C]: MiB read, and MiB times rows computed.
 
-    If any row picks an expert, the expert's weights count as read once in total, and the homes share this read in
-    proportion to their rows. With few rows this count is right, because the backbone sends all rows of an expert to one
-    home. With many rows, every home reads the weights, but then reading is a small part of the work.
+    If any row picks an expert, the expert's weights count as read once. If the expert has several homes, each home's
+    part of this read is proportional to its rows. With few rows this count is right, because the backbone sends all
+    rows of an expert to one home. With many rows, every home reads all weights, but then reading is a small part of the
+    work.
     """
     size = spec.expert_bytes / MIB
     touched_E = -np.expm1(rows_per_step * np.log1p(-np.minimum(picked_E, 1 - 1e-12)))

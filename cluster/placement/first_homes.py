@@ -17,9 +17,10 @@ from cluster.placement.balance import expert_time, ideal_level, is_home, merge_g
 def count_homes(work_EC: Any, num_slots: int, level: float, most: int, target_E: Any) -> None:
     """Write to `target_E` how many homes each expert should get if there are `num_slots` slots on devices.
 
-    Every expert gets one home. Then, again and again, the expert with the most work per home gets another home. The
-    repetition ends when all experts have `most` homes, or when no expert has more work per home than half of `level`.
-    Then experts that still have one home get a second home while slots remain, the experts with the most work first.
+    Every expert gets one home. Then, again and again, one of the experts with fewer than `most` homes gets another
+    home: the expert with the most work per home. The repetition ends when no slot is left, when all experts have `most`
+    homes, or when the work per home of the chosen expert is at most half of `level`. Then experts that still have one
+    home get a second home while slots remain, the experts with the most work first.
     """
     target_E[:] = 1
     cost_E = work_EC.sum(axis=1)

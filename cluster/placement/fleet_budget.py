@@ -88,7 +88,7 @@ class FleetBudget:
         layer.counted_S, layer.host_counted_S = held_S, standby_S
 
     def slots_S(self, number: int, layer: PlannedLayer) -> Array:
-        """Return how many more experts a layer may put on each shard, [S], if it keeps its quota and the headroom.
+        """Return how many more experts of a layer each shard may get, [S], within the layer's quota and the headroom.
 
         `number` is the position of the layer in the `layers` that were passed to the constructor.
         """
@@ -200,7 +200,7 @@ class PlannedLayer:
     def level_before(self, fleet: FleetBudget) -> float:
         """Return the time in µs of the slowest shard with the running homes, draining shards included.
 
-        Experts without any live home or standby cost no time.
+        Experts without a live home or standby add no time.
         """
         if self.level_at_rest is not None:
             return self.level_at_rest

@@ -80,7 +80,7 @@ class HomeMatrix:
         return len(self.changed(other)) == 0
 
     def changed(self, other: HomeMatrix) -> Array:
-        """Return the experts whose homes, or the order of their homes, are different in `other`."""
+        """Return the experts whose homes or order of homes are different in `other`."""
         width = min(self.homes_EH.shape[1], other.homes_EH.shape[1])
         differs_E = (self.homes_EH[:, :width] != other.homes_EH[:, :width]).any(axis=1)
         for table in (self, other):

@@ -184,7 +184,7 @@ def _is_live(home: Home, held: Collection[Home]) -> bool:
 
 
 def by_shard(homes: Iterable[Home], tier: str) -> dict[str, dict[int, list[int]]]:
-    """Return the sorted experts of all homes in `tier`, by shard id and then by layer."""
+    """Return {shard id: {layer: experts}} for all homes in `tier`; the experts are sorted."""
     result: dict[str, dict[int, list[int]]] = {}
     for home in sorted(homes):
         if home.tier == tier:
@@ -193,7 +193,7 @@ def by_shard(homes: Iterable[Home], tier: str) -> dict[str, dict[int, list[int]]
 
 
 def _differences(current: Target, target: Target) -> list[tuple[int, int]]:
-    """Return each (layer, expert) whose homes, order of homes or standbys are different in `target`."""
+    """Return each (layer, expert) whose homes, order of homes or standbys differ between `current` and `target`."""
     return [
         (layer, expert)
         for layer, homes in target.homes.items()

@@ -1,4 +1,4 @@
-"""Second homes are homes or standbys that keep an expert available when the shard or node of its first home is lost.
+"""A second home is a home or standby that keeps an expert available when the shard or node of its first home is lost.
 
 If the shards run on several nodes, a second home is on another node than the first home.
 
@@ -25,9 +25,10 @@ def repair(
 
     The shard of a new home or standby is chosen by these criteria, in this order:
 
-    1. Tier and node: a free device slot (`slots_S`, only for an expert with one home and no standby) on another node,
-       host memory (`host_slots_S`) on another node, a device slot on the same node, host memory on the same node, disk
-       on another node, disk on the same node.
+    1. Tier and node, the best first: a device slot on another node, host memory on another node, a device slot on the
+       same node, host memory on the same node, disk on another node, disk on the same node. Free device slots
+       (`slots_S`) are only for experts with one home and no standby. `host_slots_S` counts the free slots in host
+       memory.
     2. A shard in `former_EH` (the running homes). Such a shard already has the weights, so no shard must load them.
     3. The shard with the fewest standbys on disk.
     4. The shard that would finish first if the expert's first home died. The time of a shard includes the rows that the

@@ -245,7 +245,7 @@ class Fit:
         return best
 
     def _search_shards(self, num_backbones: int, least: int) -> int | None:
-        """Return the lowest fast enough number of shards that is at least `least`; None if there is no such number."""
+        """Return the minimum number of shards, `least` or more, that is fast enough; None if there is none."""
         low, high = least, max(least, self.costs.max_useful_shards(num_backbones, self.batch(num_backbones)))
         if not self.is_fast(num_backbones, high):
             return None

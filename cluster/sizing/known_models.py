@@ -1,6 +1,7 @@
 """Known models are the public models that can be sized by name.
 
-For each known model, `cluster/sizing/configs` has a file with the keys of the model's config that determine its sizes.
+For each known model, `cluster/sizing/configs` has a file with the keys of the model's config that determine the model's
+sizes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from cluster.sizing.model_configs import model_sizes
 from cluster.sizing.step_time import BALANCE, unique_shards, wire_of
 from cluster.sizing.weight_formats import Dtype, dtype_of
 
-# Host memory of a pod in GiB for processes, Ray and cached pages of the checkpoint. The two numbers are assumptions.
+# Host memory of a pod in GiB for processes, Ray and the disk cache of the checkpoint. The two numbers are assumptions.
 BACKBONE_POD_GIB, SHARD_POD_GIB = 32, 16
 
 

@@ -2,8 +2,8 @@
 
 Reading weights and state takes most of a decode step, so times follow from bytes and memory bandwidth. If the
 multiplications take longer, the time of the multiplications counts instead (roofline model). A GPU is assumed to reach
-only BANDWIDTH_SHARE and FLOPS_SHARE of the figures on data sheets. Routing is assumed to be uniform, which touches the
-most experts; real picks touch fewer experts, but load the shards less evenly.
+only BANDWIDTH_SHARE and FLOPS_SHARE of the figures on data sheets. Routing is assumed to be uniform. Uniform routing
+touches the most experts. Real picks touch fewer experts, but load the shards less evenly.
 
 Legend: E: experts of a layer. K: picks of a token. L: width of an expert's input. P: shards.
 """

@@ -1,17 +1,17 @@
 """Weight formats determine how many bytes a weight takes in a checkpoint.
 
-Public checkpoints quantize the following matrices, by their role. Every matrix that is not named is bf16; norms,
-embeddings, the head and convolutions are bf16 in all checkpoints.
+Public checkpoints quantize only the matrices in the following list. All other matrices are bf16. Norms, embeddings, the
+head and convolutions are bf16 in all checkpoints.
 
 - Nemotron FP8: routed and shared experts and the Mamba projections. The MTP module is bf16 (assumed, as in NVFP4).
 - Nemotron NVFP4: routed experts in NVFP4, shared experts and Mamba projections in FP8, as in the Ultra checkpoint. The
   Super and Nano checkpoints quantize only some of these matrices. The numbers of quantized matrices stand in
   `cluster/sizing/configs`, or follow from the list of modules in a checkpoint's `quantization_config`. The MTP module
   is bf16, its routed experts included.
-- DeepSeek-V3 FP8: every linear map, also in the MTP layer, except the router and `eh_proj`, with a scale for each block
-  of 128 × 128.
-- Qwen3-Next FP8: every linear map, with a scale for each block of 128 × 128, except the router, the small map to β and
-  decay, and the gate of the shared expert.
+- DeepSeek-V3 FP8: every linear map except the router and `eh_proj`, also in the MTP layer. Each block of 128 × 128
+  weights has a scale.
+- Qwen3-Next FP8: every linear map except the router, the small map to β and decay, and the gate of the shared expert.
+  Each block of 128 × 128 weights has a scale.
 - DeepSeek-V3 and Qwen3-Next NVFP4: routed and shared experts and dense layers. This format is an assumption, because no
   such checkpoint was read.
 """
