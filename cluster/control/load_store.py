@@ -58,7 +58,7 @@ class LoadStore:
                 await pipe.execute()
 
     async def read(self, layer: int, num_experts: int, windows: Iterable[int]) -> Counts:
-        """Return the counts of one layer as int64 [W, E]; a window without picks is a row of zeros."""
+        """Return the counts of one layer in `windows` as int64 [W, E]; a window without picks is a row of zeros."""
         with store_errors():
             async with self.redis.pipeline(transaction=False) as pipe:
                 for window in windows:
@@ -82,10 +82,10 @@ def _packed(counts_E: Counts) -> str:
 async def recent_rates(
     store: LoadStore, num_experts: Mapping[int, int], now: float, num_windows: int = 4
 ) -> tuple[float, dict[int, NDArray[np.float64]]]:
-    """Return the length of the measured time in seconds, and each expert's picks per second, by layer.
+    """Return a pair: the measured time in seconds, and the picks per second of each expert, by layer.
 
-    The measured time ends at `now`, and contains the present window and up to `num_windows` earlier windows. Windows
-    before the first window with picks do not count. Raises StoreUnavailable.
+    The measured time ends at `now`. It contains the present window and at most `num_windows` earlier windows. Windows
+    before the first window with picks are left out. Raises StoreUnavailable.
     """
     windows = range(store.window(now) - num_windows, store.window(now) + 1)
     counts = {layer: await store.read(layer, count, windows) for layer, count in num_experts.items()}

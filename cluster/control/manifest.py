@@ -45,9 +45,9 @@ class Manifest:
 
 
 def weights_name(model_digest: str, dtype: str) -> str:
-    """Return the manifest's name in the registry.
+    """Return the name under which the registry keeps the manifest of one checkpoint in one dtype.
 
-    The dtype is part of the name, because the checkpoint's weights have different bytes, and so different checksums, in
-    each dtype.
+    The dtype is part of the name, because the checkpoint's weights have different bytes in each dtype. The checksums
+    are therefore different, too.
     """
     return f"{model_digest}:{dtype}"

@@ -108,5 +108,5 @@ def rebalance_order(orders: Mapping[str, StandingOrder]) -> StandingOrder | None
 
 
 def scale_targets(orders: Mapping[str, StandingOrder]) -> dict[str, int]:
-    """Return the number of shards that was ordered for each pool; pools without an order are left out."""
+    """Return, for each pool with an order, how many shards the operator ordered."""
     return {order.subject: order.count for order in orders.values() if order.kind is OrderKind.SCALE}

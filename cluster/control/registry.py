@@ -1,8 +1,8 @@
-"""The `Registry` records in Redis which processes are alive, which placement is published and who may change it.
+"""The `Registry` records in Redis which processes are alive, which placement is published and which controller leads.
 
-The computation of tokens never waits for the registry. Every Redis command is one round trip with a short timeout and
-no retry: callers keep the values that they read last and try again later. If Redis has lost its data, the next
-heartbeats restore the records of the live processes.
+Backbones generate tokens without waiting for the registry. Every Redis command is one round trip with a short timeout
+and no retry. If a command fails, callers keep the values that they read last and try again later. If Redis has lost its
+data, the next heartbeats restore the records of the live processes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def store_errors() -> Iterator[None]:
         raise StoreUnavailable(f"Redis did not do what it was asked ({type(error).__name__}: {error}).") from error
 
 
-# The script keeps a record of another incarnation, because a new shard with the same id has written the record.
+# The script does not delete the record of another incarnation: a new shard with the same id has written this record.
 REMOVE = """
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
 redis.call('SREM', KEYS[2], ARGV[2])
@@ -118,7 +118,7 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
-# If the operator has given the order again in the meantime, the stored text differs, and the script keeps the order.
+# The script deletes the order only if its text is unchanged: the operator may have given a newer order meanwhile.
 LIFT = """
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 return redis.call('HDEL', KEYS[1], ARGV[1])

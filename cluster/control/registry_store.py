@@ -15,7 +15,7 @@ from cluster.topology import Placement, Shard
 
 HEARTBEAT_TTL_S = 3.0  # Seconds without a heartbeat after which a shard or a backbone counts as dead.
 LEASE_TTL_S = 3.0  # Seconds without renewal after which another controller may acquire the lease.
-POOL_SIZE_TTL_S = 60.0  # Seconds for which a pool's size is kept, so that the next leader can start from the size.
+POOL_SIZE_TTL_S = 60.0  # Seconds for which a pool's size is kept, so that the next leader knows it.
 MAX_DECISIONS = 1000  # Entries that the log of decisions keeps.
 
 

@@ -27,9 +27,8 @@ class PoolPolicy:
 
     - `min_shards`, `max_shards`: the bounds of the pool's size.
     - `target_busy`: the largest share of time during which the pool's slowest shard should compute.
-    - `slack`: a pool shrinks only if the predicted busy share of the slowest shard is at most
-      `(1 - slack) * target_busy` with one shard less. Because of this gap, a load at either boundary makes
-      the pool change its size once, not back and forth.
+    - `slack`: a pool loses a shard only if the slowest remaining shard is then predicted to be busy for a share of at
+      most `(1 - slack) * target_busy`. The gap keeps a steady load from making the pool grow and shrink by turns.
     - `upscale_delay_s`, `downscale_delay_s`: the seconds for which the load must require a larger or smaller pool
       before the pool's size is changed.
     """
@@ -50,10 +49,10 @@ class PoolPolicy:
 
 @dataclass(frozen=True)
 class BusyShare:
-    """A `BusyShare` predicts the share of time during which a shard computes, in two parts.
+    """A `BusyShare` predicts the share of time during which a shard computes, as the sum of two parts.
 
-    - `calls`: the share for the fixed cost of the calls to the shard. More shards in the pool do not reduce the cost.
-    - `work`: the share for the experts and rows that the shard computes. More shards in the pool divide the work.
+    - `calls`: the share for the fixed cost of the calls to the shard. More shards in the pool do not reduce this part.
+    - `work`: the share for the experts and rows that the shard computes. More shards in the pool reduce this part.
     """
 
     calls: float = 0.0
@@ -105,8 +104,8 @@ def busy_shares(
 def predicted_share(shares: Collection[BusyShare], num_shards: int) -> float:
     """Predict the busy share of the slowest shard in a pool of `num_shards` shards, from the present `shares`.
 
-    The function assumes that the ratio of the largest `work` to the mean `work` stays the same. Shards without work do
-    not count in this ratio, so that a new, empty shard does not look like less load.
+    The function assumes that the ratio of the largest `work` to the mean `work` stays the same. The mean leaves out
+    shards without work. A new, empty shard would otherwise make the pool look less even than it is.
     """
     works = [share.work for share in shares if share.work > 0]
     if not works:
@@ -116,7 +115,7 @@ def predicted_share(shares: Collection[BusyShare], num_shards: int) -> float:
 
 
 def min_shards_for_cover(layers: Sequence[LayerSpec], pool: Sequence[Shard], others: Sequence[Shard]) -> int:
-    """Return the minimum size of a pool for full cover with one home of every expert in device memory.
+    """Return the smallest size of a pool for full cover with a home of every expert in device memory.
 
     - `pool`: the shards of the pool. A new shard is assumed to be as large as the smallest shard in `pool`.
     - `others`: the shards of the other pools, which hold experts, too.
@@ -142,7 +141,7 @@ class PoolState:
 
     - `size`: the number of shards in the last decision.
     - `shares`: the busy share of each shard that does not drain, by the shard's id.
-    - `min_for_cover`: the minimum number of shards with which every expert is held twice.
+    - `min_for_cover`: the smallest size of the pool for full cover.
     - `is_settled`: True if all moves of experts are done and the pool has `size` shards.
     - `ordered`: the number of shards that an operator has ordered, or None.
     """
@@ -167,11 +166,11 @@ class PoolDecision:
 
 
 def desired_shards(pool: PoolState, policy: PoolPolicy) -> PoolDecision:
-    """Decide how many shards the pool should have; an operator's order takes precedence over the load.
+    """Decide how many shards the pool should have; if there is an operator's order, the load does not matter.
 
     A pool grows by several shards at a time. A pool shrinks by one shard at a time, and only when all moves are done.
-    The number of shards stays within the bounds of `policy`. Within the bounds, the number is at least
-    `pool.min_for_cover`.
+    The goal stays within the bounds of `policy`. The goal is at least `pool.min_for_cover` if `policy.max_shards`
+    allows it.
     """
     most = policy.max_shards
     least = min(max(policy.min_shards, pool.min_for_cover), most)
@@ -189,7 +188,10 @@ def desired_shards(pool: PoolState, policy: PoolPolicy) -> PoolDecision:
 
 
 def _goal_by_load(pool: PoolState, policy: PoolPolicy, least: int) -> tuple[int, str]:
-    """Return the number of shards that the load requires, but at least `least`, and the reason."""
+    """Return a pair: the number of shards that the load requires, and the reason.
+
+    The number is at least `least`.
+    """
     shares, target = pool.shares.values(), policy.target_busy
     base = min(max(pool.size, least), policy.max_shards)
     now = predicted_share(shares, base)
@@ -224,6 +226,6 @@ class PendingChange:
         return self if direction == self.direction else PendingChange(direction, now)
 
     def is_due(self, now: float, policy: PoolPolicy) -> bool:
-        """Return True if the change has been pending for the policy's delay."""
+        """Return True if the load has required the change for the delay that `policy` gives."""
         delay_s = policy.upscale_delay_s if self.direction > 0 else policy.downscale_delay_s
         return self.direction != 0 and now - self.since >= delay_s

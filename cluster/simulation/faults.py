@@ -28,7 +28,7 @@ class Faults:
             fleet.before_drop = self._stop_some_leaders
 
     def weighted(self) -> Sequence[tuple[int, Fault]]:
-        """Return one pair for each fault that may happen: the fault's relative frequency and the fault."""
+        """Return, for each fault that may happen, the pair (relative frequency, fault)."""
         if self.fleet.scenario.is_about_leaders:
             return (1, self.drain_shard), (1, self.add_shard)
         return (
@@ -130,10 +130,10 @@ class Faults:
         await self.fleet.stop(self.fleet.controllers[name], self.random.uniform(0.5, 8.0))
 
     def _stop_some_leaders(self, process: SimProcess, experts: Experts) -> None:
-        """Stop, with probability 1/2, a leader that is about to drop `experts`, and kill a home of one expert.
+        """With probability 1/2, stop a leader that is about to drop `experts`, and kill a home of one of these experts.
 
-        Another controller then leads and relies on the remaining homes. When the old leader goes on, its order to drop
-        experts removes a home that is needed, unless the shard refuses the order.
+        Another controller then leads and relies on the remaining homes. When the old leader resumes, its order to drop
+        experts would remove a home that is now needed. The shard must refuse this order.
         """
         fleet = self.fleet
         if (

@@ -1,8 +1,8 @@
 """The `Invariants` check what must always hold in a fleet, and what must hold after the last fault.
 
-- No published placement leaves an expert without a live home.
-- No shard drops an expert of which the shard is a home in the published placement, or in the placement of a backbone
-  that is up to date.
+- No published placement leaves an expert without a live home or standby.
+- No shard drops an expert while it is needed as the expert's home or standby. The published placement and the placement
+  of each backbone that is up to date say which homes and standbys are needed.
 - Epochs do not go backwards.
 - Every pick of every call counts exactly once (checked by `SimBackbone`).
 - No count of expert load is lost.
@@ -28,14 +28,17 @@ MAX_UNSEEN_S = 1.5  # Seconds after a shard's death in which a controller may st
 
 
 class Invariants:
-    """The `Invariants` check a fleet at each event and at the end, and report each violation to `fleet.fail`."""
+    """The `Invariants` check a fleet when a placement is published, when experts are dropped, and at the end.
+
+    Each violation is reported to `fleet.fail`.
+    """
 
     def __init__(self, fleet: SimFleet) -> None:
         self.fleet = fleet
         fleet.on_publish, fleet.on_drop = self.check_publish, self.check_drop
 
     def _is_served(self, shard_ids: Sequence[str], layer: int, expert: int) -> bool:
-        """Return True if one of the shards has the expert; a shard that has just died still counts."""
+        """Return True if one of the shards holds the expert; a shard that has just died still counts."""
         fleet = self.fleet
         shards = [fleet.shards[id] for id in shard_ids if id in fleet.shards]
         return any(
@@ -43,7 +46,10 @@ class Invariants:
         )
 
     def check_publish(self, before: Placement | None, placement: Placement) -> None:
-        """Check a placement that was just stored: its epoch is newer, and no expert has lost its last live home."""
+        """Check a placement that was just stored.
+
+        Its epoch must not be older than the last epoch, and no expert may have lost its last live home or standby.
+        """
         fleet = self.fleet
         if before is None:
             return
@@ -61,7 +67,7 @@ class Invariants:
                     )
 
     def check_drop(self, shard: SimShard, dropped: set[tuple[int, int, str]], by: str) -> None:
-        """Check that no placement in use names `shard` as a home of an expert that the shard has just dropped."""
+        """Check that no placement in use needs the expert that `shard` has just dropped there."""
         fleet = self.fleet
         followed = [(backbone.name, backbone.follower.placement) for backbone in self._up_to_date_backbones()]
         is_stored = fleet.published is not None and fleet.store.registry.known_epoch == fleet.published.epoch
@@ -89,7 +95,7 @@ class Invariants:
             await asyncio.sleep(0.5)
 
     def unrest(self) -> str | None:
-        """Return a reason why the fleet is not at rest, or None if it is at rest."""
+        """Return a reason why the fleet is not at rest, or None if the fleet is at rest."""
         fleet, placement = self.fleet, self.fleet.published
         if placement is None:
             return "nothing is published"
@@ -109,7 +115,10 @@ class Invariants:
         return None
 
     def check_loads(self) -> None:
-        """Check that every pick is in the store, on its way to the store, in a backbone, or counted as dropped."""
+        """Check that no count of a pick is lost.
+
+        Each pick must be in the store, under way to the store, in a backbone, or counted as dropped.
+        """
         num_kept = sum(self.fleet.store.loads.values())
         for backbone in self.fleet.backbones:
             in_backbone = sum(int(counts.sum()) for counts in backbone.counter.take().values())

@@ -110,7 +110,7 @@ class LargeFleet(SimFleet):
         self.shift_popularity()
 
     async def plan(self, alive: Sequence[Shard], placement: Placement | None) -> Plan:
-        """Return the plan of `SimFleet.plan`, and record the real seconds that the planner took."""
+        """Plan as `SimFleet.plan` does, and record the real seconds that the planner took."""
         started = time.perf_counter()
         made = await super().plan(alive, placement)
         self.times.plans_s.append(time.perf_counter() - started)
@@ -118,10 +118,10 @@ class LargeFleet(SimFleet):
 
 
 class LargeFleetFaults(Faults):
-    """The `LargeFleetFaults` are the faults that make the planner work, because they change the fleet."""
+    """The `LargeFleetFaults` are the faults that change the fleet, because every change makes the leader plan again."""
 
     def weighted(self) -> Sequence[tuple[int, Fault]]:
-        """Return one pair for each fault that may happen: the fault's relative frequency and the fault."""
+        """Return, for each fault that may happen, the pair (relative frequency, fault)."""
         return (2, self.kill_shard), (1, self.kill_controller), (1, self.drain_shard), (1, self.add_shard)
 
 
@@ -135,7 +135,7 @@ class LargeWorld(World):
         super().__init__(fleet, LargeFleetFaults(fleet))
 
     async def wait_for_calm(self) -> None:
-        """Wait until the first placement is published and every shard holds the experts that the placement gives it."""
+        """Wait until the first placement is published and every shard holds its experts of this placement."""
         while self.fleet.error is None and self.invariants.unrest() is not None:
             await asyncio.sleep(0.5)
         self.fleet.trace("all is placed")

@@ -55,13 +55,13 @@ class SimBackbone(SimProcess):
         self.slowest_call_s = 0.0
         self.num_calls = 0
         self._healths: dict[tuple[str, str], ShardHealth] = {}  # Each shard's health, by id and incarnation.
-        self._in_flight: dict[int, tuple[LayerCall, SimShard]] = {}  # The call and the shard, by request id.
+        self._in_flight: dict[int, tuple[LayerCall, SimShard]] = {}  # By request id, until the reply.
         # For each call, the picks of each request that has a reply, by request id.
         self._replied: dict[LayerCall, dict[int, list[int]]] = {}
         self._counts: dict[LayerCall, Counter[int]] = {}  # How often each pick of an open call has been summed.
 
     async def run(self) -> None:
-        """Follow the placement, make calls and send counts until cancelled."""
+        """Follow the placement, make layer calls and send the counts of picks until cancelled."""
         tasks = [asyncio.ensure_future(work) for work in (self._send_counts(), self._make_calls())]
         try:
             while True:
@@ -162,7 +162,10 @@ class SimBackbone(SimProcess):
         return picked
 
     def _advance(self, call: LayerCall, requests: list[ShardRequest]) -> None:
-        """Send the call's new requests, then end the call if it is done or wake it later."""
+        """Send the call's new requests and end the call if it is done.
+
+        If the call is not done, the loop continues the call at `call.wake_at`.
+        """
         for request in requests:
             self._send(call, request)
         if call not in self._counts:
@@ -203,7 +206,7 @@ class SimBackbone(SimProcess):
         self._advance(call, call.on_lost(request_id, self._now))
 
     def _arrive(self, call: LayerCall, request: ShardRequest, shard: SimShard) -> None:
-        """Make the shard answer a request that has arrived; a stopped shard answers when it goes on."""
+        """Make the shard answer a request that has arrived; a stopped shard answers after it has resumed."""
         if shard.is_stopped:
             asyncio.get_running_loop().call_later(0.1, self._arrive, call, request, shard)
             return

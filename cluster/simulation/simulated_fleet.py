@@ -62,8 +62,11 @@ class Scenario:
 class SimFleet:
     """A `SimFleet` consists of shards on nodes, controllers, backbones and a store; a seed fixes all random decisions.
 
-    Three callbacks report what happens: `on_publish` after a placement was stored, `before_drop` before a controller
-    orders a shard to drop experts, and `on_drop` after the shard has dropped them.
+    Three callbacks report what happens:
+
+    - `on_publish`: a placement was stored.
+    - `before_drop`: a controller is about to order a shard to drop experts.
+    - `on_drop`: a shard has dropped experts.
     """
 
     limits = LIMITS

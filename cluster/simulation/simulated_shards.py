@@ -75,7 +75,7 @@ class SimShard(SimProcess):
         return {layer: 3 for layer, _, _ in experts}
 
     def drop(self, experts: set[Held], order: LeaderOrder) -> set[Held]:
-        """Drop `experts`, and return the part of `experts` that the shard held until now."""
+        """Drop `experts`, and return the experts that the shard really held."""
         self.obey(order)
         dropped = self.held & experts
         self.held -= experts
@@ -97,8 +97,8 @@ BeforeDrop = Callable[
 class RemoteShards:
     """A `RemoteShards` carries one controller's orders to shards, over a network that loses and repeats messages.
 
-    The class implements `ShardControl`. `before_drop` is called before the controller orders a shard to drop experts,
-    and `on_drop` after the shard has dropped them.
+    The class implements `ShardControl`. The callback `before_drop` is called before the controller orders a shard to
+    drop experts. The callback `on_drop` is called after the shard has dropped experts.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class RemoteStore:
         if store.is_stopped or self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store does not answer")
-        result = await do(self._store.registry)  # The sleep above covers the request and the reply.
+        result = await do(self._store.registry)  # The sleep above is the time of request and reply.
         if self._network.loses(self._process.name, "store"):
             await asyncio.sleep(STORE_TIMEOUT_S)
             raise StoreUnavailable("the store's answer was lost")

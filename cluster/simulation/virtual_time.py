@@ -22,7 +22,7 @@ class Stuck(RuntimeError):
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """A `VirtualLoop` runs callbacks in the order of their times; of callbacks at the same time, the oldest runs first.
+    """A `VirtualLoop` runs callbacks in the order of their times, and in the order of scheduling at equal times.
 
     The loop has no sockets and no threads. The methods that asyncio calls most often are replaced by short versions,
     because asyncio's own methods took half of a simulation's time.

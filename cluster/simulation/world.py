@@ -30,7 +30,7 @@ class SimulationResult:
 
 
 class World:
-    """A `World` is a fleet with the faults that happen to it and the invariants that must hold."""
+    """A `World` is a fleet with the faults that it suffers and the invariants that must hold in the fleet."""
 
     def __init__(self, fleet: SimFleet, faults: Faults | None = None) -> None:
         self.fleet = fleet

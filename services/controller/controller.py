@@ -1,6 +1,6 @@
 """The `Controller` runs the reconciler's and the scaler's loops on the real registry, load and shards.
 
-The controller is never on the token path: backbones run on the last placement that they saw.
+Backbones generate tokens without the controller: if it is gone, they continue with the last placement that they read.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Controller:
         return await self._plan(shards, placement, self.config.policy)
 
     async def plan_as_ordered(self, shards: Sequence[Shard], placement: Placement | None) -> Plan:
-        """Return the plan without hysteresis, because the operator who ordered the plan accepts the cost of moves."""
+        """Return the plan without hysteresis: the operator who ordered the plan accepts the cost of the moves."""
         return await self._plan(shards, placement, without_hysteresis(self.config.policy))
 
     async def preview(self) -> Plan | None:

@@ -1,7 +1,7 @@
 """The `Scaler` decides how many shards each pool should have, and publishes the sizes in the registry.
 
-Each pool's shards read their pool's size from the registry and report it to Ray Serve (`serve_policy`), which starts
-and stops shards.
+The shards of a pool read the pool's size from the registry and report the size to Ray Serve (`serve_policy`). Ray Serve
+then starts or stops shards.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Scaler:
             return
         orders = await self.registry.orders()
         registered = await self.registry.shards()
-        stopping = {shard.id for shard in registered if shard.draining}  # An ordered drain does not stop a shard.
+        stopping = {shard.id for shard in registered if shard.draining}  # An operator's drain stops no shard.
         shards = with_drain_orders(registered, orders)
         if all(shard.draining for shard in shards):
             return
@@ -97,9 +97,9 @@ class Scaler:
             await self._apply(name, size, desired_shards(state, policy), policy)
 
     async def _size(self, name: str, in_pool: Sequence[Shard]) -> int:
-        """Return the last decided size of the pool `name`, or the number of its live shards if no size is stored.
+        """Return the last decided size of the pool `name`, which may come from the previous leader.
 
-        Shards that drain do not count. The last decision may come from the previous leader.
+        If no size is stored, the method returns the number of the pool's live shards that do not drain.
         """
         if name not in self._sizes:
             before = await self.registry.pool_size(name)
@@ -107,7 +107,10 @@ class Scaler:
         return self._sizes[name]
 
     async def _apply(self, name: str, size: int, decision: PoolDecision, policy: PoolPolicy) -> None:
-        """Publish the decided size if an operator ordered it or if the change is due, else the present `size`."""
+        """Publish the size in `decision` if the change is due, else publish the present `size` again.
+
+        A change that an operator has ordered is due at once. Other changes are due after the delay that `policy` gives.
+        """
         now, change = self.clock(), decision.shards - size
         pending = self._pending.get(name, PendingChange()).updated((change > 0) - (change < 0), now)
         self._pending[name] = pending
@@ -124,7 +127,10 @@ class Scaler:
 
 
 def remaining_shards(shards: Sequence[Shard], sizes: Mapping[str, int]) -> list[Shard]:
-    """Return the shards that do not drain, but from each pool at most the number that `sizes` gives for the pool."""
+    """Return the shards that do not drain, but from each pool at most as many shards as `sizes` gives for the pool.
+
+    A pool without an entry in `sizes` keeps all its shards that do not drain.
+    """
     places = dict(sizes)
     remaining = []
     for shard in shards:

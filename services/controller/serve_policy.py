@@ -1,9 +1,7 @@
-"""The policy in this file gives Ray Serve the size of a pool: the newest decision of the controller.
+"""The policy in this file tells Ray Serve the size of a pool, from the newest decision of the controller.
 
-The pool's shards report the controller's decisions to Serve.
-
-Serve's own controller calls the policy at every turn of its loop. Serve receives the file by value, pickled, so the
-file imports nothing from Expertmesh.
+The pool's shards report the controller's decisions to Serve. Serve's own controller calls the policy at every turn of
+its loop. Serve receives the code of this file in pickled form, so the file imports nothing from Expertmesh.
 """
 
 from __future__ import annotations
@@ -20,10 +18,10 @@ MEMORY_S = 15.0
 class AutoscalingContext(Protocol):
     """An `AutoscalingContext` declares the attributes of Serve's class `AutoscalingContext` that the policy reads.
 
-    - `target_num_replicas`: the pool's size, in Serve's view.
+    - `target_num_replicas`: the number of shards that Serve now gives the pool.
     - `policy_state`: the state that the policy returned from the last call.
     - `current_time`: the time in seconds; the policy uses only differences of times.
-    - `raw_metrics`: a series of reported values for each metric's name and each replica.
+    - `raw_metrics`: for each metric's name and each replica, the series of values that the replica reported.
     """
 
     target_num_replicas: int
@@ -44,11 +42,11 @@ def report(shards: int, decided_at: float) -> dict[str, float]:
 
 
 def follow_the_controller(ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """Return the newest pool size that any shard has reported, and the policy's state for the next call.
+    """Return a pair: the newest pool size that any shard has reported, and the policy's state for the next call.
 
     While no shard has reported a decision, the pool keeps its size. The state remembers the newest decision for
-    `MEMORY_S`, because Serve discards a shard's reports as soon as Serve stops the shard. At that time the remaining
-    shards of the pool may not have read the newest decision yet.
+    `MEMORY_S` seconds. Serve discards the reports of a shard that it stops, and the other shards of the pool may not
+    have read the newest decision yet.
     """
     reports = ctx.raw_metrics or {}
     desired, decided_at = reports.get(DESIRED, {}), reports.get(DECIDED_AT, {})

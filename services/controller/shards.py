@@ -37,7 +37,7 @@ class GrpcShards:
         """Return the experts that `shard` holds, and the bytes of its homes.
 
         The bytes of promoted experts are not counted, because the shard evicts promoted experts when a home needs their
-        memory. If the bytes of promoted experts were counted, the home would wait for ever for free memory.
+        memory. If these bytes were counted, the leader would wait for ever for free memory before it loads the home.
         """
         status = await control_client.status(shard.endpoint)
         experts = {*_flat(status.held, DEVICE), *_flat(status.standby, STANDBY)}

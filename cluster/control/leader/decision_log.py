@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class DecisionLog:
-    """A `DecisionLog` adds decisions to the registry; each entry has the time and the author of the decision.
+    """A `DecisionLog` adds decisions to the registry, each with its time and its author.
 
     `clock` gives seconds since 1970.
     """
@@ -21,7 +21,10 @@ class DecisionLog:
         self.author, self.registry, self.clock = author, registry, clock
 
     async def add(self, decision: Mapping[str, str]) -> None:
-        """Log `decision` and add it to the registry's log; the entry is lost if the store does not answer."""
+        """Write `decision` to the log of this process and to the registry's log of decisions.
+
+        If the store does not answer, the registry gets no entry.
+        """
         log.info("Decided: %s", decision)
         with suppress(StoreUnavailable):
             await self.registry.note_decision({"at": f"{self.clock():.3f}", "by": self.author, **decision})

@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Observation:
-    """An `_Observation` is what a shard answered about its experts (`holding`).
+    """An `_Observation` is what a shard answered when the leader asked for its experts.
 
-    `incarnation` and `digest` come from the record with which the shard was asked; `digest` is its `held_digest`.
+    `incarnation` and `digest` (the held digest) come from the record with which the shard was asked.
     """
 
     incarnation: str
@@ -26,30 +26,31 @@ class _Observation:
     holding: Holding
 
     def is_current(self, shard: Shard) -> bool:
-        """Return True if the record of `shard` has not changed since the observation."""
+        """Return True if the record `shard` has the same incarnation and held digest as the observation."""
         return (self.incarnation, self.digest) == (shard.incarnation, shard.held_digest)
 
 
 class FleetObserver:
-    """A `FleetObserver` keeps each shard's last answer, and asks a shard again only if experts there may have changed.
+    """A `FleetObserver` knows which experts each shard holds, from the shard's last answer.
 
-    The observer asks several shards at the same time. `timeout_s` is the time in seconds that shards have to answer.
+    The observer asks a shard again only if the shard's experts may have changed. The observer asks several shards at
+    the same time. `timeout_s` is the time in seconds that shards have to answer.
     """
 
     def __init__(self, shards: ShardControl, timeout_s: float) -> None:
         self.shards, self.timeout_s = shards, timeout_s
         self._observations: dict[str, _Observation] = {}
-        self._changed: set[str] = set()  # Ids of shards to ask again even if their digest is the same.
+        self._changed: set[str] = set()  # Ids of shards to ask again even if the held digest is the same.
 
     def expect_change(self, shard_id: str) -> None:
-        """Ask the shard again at the next turn, because a job on the shard has ended."""
+        """Make the next turn ask the shard again, because a job on the shard has ended."""
         self._changed.add(shard_id)
 
     async def holdings(self, known: Mapping[str, Shard]) -> dict[str, Holding]:
         """Return the experts of each known shard; ask only the shards whose experts may have changed.
 
-        If a shard does not answer, its last answer still counts, because only the heartbeat says whether the shard is
-        alive. A shard that has never answered is left out.
+        If a shard does not answer, the shard's last answer still counts: only missing heartbeats show that a shard is
+        dead. A shard that has not answered since its process started is left out.
         """
         self._observations = {
             id: seen

@@ -33,7 +33,7 @@ class LeaseKeeper:
         return self.lease.fencing
 
     def begin_turn(self) -> None:
-        """Record the time at which a turn begins; a turn may last MAX_TURN_S."""
+        """Record that a turn begins now; the turn may last MAX_TURN_S seconds."""
         self._turn_began = self.clock()
 
     async def renew(self) -> bool:
@@ -56,8 +56,8 @@ class LeaseKeeper:
     async def renew_during_long_turns(self) -> None:
         """Renew the lease until cancelled, so that a turn may last longer than the lease.
 
-        A turn of a fleet with a thousand shards lasts longer than the lease. If the lease is lost in spite of the
-        renewals, the next turn notices the loss.
+        In a fleet with a thousand shards, a turn lasts longer than the lease. If the lease is lost nevertheless, the
+        next turn notices the loss.
         """
         while True:
             await asyncio.sleep(LEASE_TTL_S / 3)

@@ -27,7 +27,7 @@ class PlanSchedule:
     - `planner`: makes the plans for a changed fleet or a changed load.
     - `ordered_planner`: makes the plans that an operator has ordered.
     - `clock`: gives seconds since 1970.
-    - `period_s`: the seconds between plans for a changed load.
+    - `period_s`: the seconds from one plan to the next plan for a changed load.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class PlanSchedule:
         self.clock, self.period_s = clock, period_s
         self.target: Target | None = None
         self._planned_at = 0.0
-        self._planned_for: object = None  # The fleet that the target was planned for.
+        self._planned_for: object = None  # The fleet for which the target was planned.
 
     def forget(self) -> None:
-        """Forget the target, so that the next turn makes a plan; a new leader has no target of its predecessor."""
+        """Forget the target, so that the next turn plans: a new leader does not know the last leader's target."""
         self.target, self._planned_for = None, None
 
     async def update(
@@ -63,8 +63,9 @@ class PlanSchedule:
         - `holdings`: the experts that each live shard holds, by shard id.
         - `ordered`: the operator's order to plan now, or None.
 
-        The leader makes a new plan if the fleet has changed, if `ordered` is not None, or if it is time for a plan for
-        a changed load. If the last plan made steps longer, the leader returns to the homes before the plan instead.
+        The leader makes a new plan if the fleet has changed, if `ordered` is not None, or if a plan for a changed load
+        is due. If the trial of the last plan shows that the plan made steps longer, the leader makes no new plan. The
+        method then returns the homes and standbys that the last plan replaced.
         """
         running = self.published.target
         if running is None and not self._may_begin(alive):
@@ -105,12 +106,15 @@ class PlanSchedule:
         return is_complete and (is_new or self.published.missing_s >= self.published.recovery_s)
 
     async def _report(self, plan: Plan, running: Target | None, ordered: StandingOrder | None) -> None:
-        """Log the decision, put the plan on trial, and lift the order that asked for the plan."""
+        """Log the decision, start the trial of `plan`, and lift the order that asked for the plan.
+
+        `running` lists the homes and standbys that the plan replaces, or is None before the first placement.
+        """
         if plan.moves or ordered is not None:
             await self.decisions.add(plan_decision(plan, ordered))
             if running is not None:
                 self.trial.begin(running, plan, self._planned_at)
-        # The order is lifted last, so that the next leader carries out the order if this leader dies before.
+        # The order is lifted last. If this leader dies before, the next leader carries out the order.
         if ordered is not None:
             await self.registry.lift_order(ordered)
 
@@ -124,7 +128,7 @@ def plan_decision(plan: Plan, ordered: StandingOrder | None = None) -> dict[str,
 
 
 def placement_of(layers: Sequence[LayerSpec], holdings: Mapping[str, Holding]) -> Placement | None:
-    """Return a placement whose homes are the shards that hold the experts now; a plan can start from the placement.
+    """Return a placement from which a plan can start: the homes of an expert are the shards that hold the expert now.
 
     Only experts in device memory count as homes. Returns None if no shard holds any expert or standby.
     """

@@ -17,22 +17,25 @@ Planner = Callable[[Sequence[Shard], Placement | None], Awaitable[Plan]]
 
 @dataclass(frozen=True)
 class _Trial:
-    """A `_Trial` is a published plan whose predicted gain has not been confirmed by measured load."""
+    """A `_Trial` is the trial of a plan: the predicted gain has not been compared with the measured load yet.
+
+    `before` lists the homes and standbys that the plan replaces.
+    """
 
     before: Target
-    predicted: float  # The share of the time per step that the plan is predicted to save.
+    predicted: float  # The share of a step's time that the plan should save, by the planner's prediction.
     ends_at: float
 
 
 class PlanTrial:
     """A `PlanTrial` judges the last plan by the load measured after the plan, and rolls back a harmful plan.
 
-    A plan is harmful if it makes steps longer.
+    A plan is harmful if it makes steps longer by more than the share `MAX_LOSS`.
 
     - `planner`: predicts how long steps take with a placement under the present load.
     - `clock`: gives seconds since 1970.
-    - `trial_s`: the seconds between a plan and its verdict.
-    - `pause_s`: the seconds after a rollback without plans for a changed load.
+    - `trial_s`: the seconds from a plan to the verdict on the plan.
+    - `pause_s`: the seconds after a rollback in which the leader makes no plan for a changed load.
     """
 
     def __init__(
@@ -59,14 +62,17 @@ class PlanTrial:
             self._trial = _Trial(before, saved, planned_at + self.trial_s)
 
     def cancel(self) -> None:
-        """End the trial without a verdict, because steps before and after a change of the fleet cannot be compared."""
+        """End the trial without a verdict, because the fleet has changed.
+
+        Steps before and after a change of the fleet cannot be compared.
+        """
         self._trial = None
 
     async def rollback(self, alive: Sequence[Shard], placement: Placement) -> Target | None:
-        """Return the homes and standbys before the plan if the plan must be rolled back, else None.
+        """Return the homes and standbys to go back to if the trial is over and the plan was harmful, else None.
 
-        The plan must be rolled back if its trial is over and `placement` makes steps longer. The verdict goes to the
-        log of decisions. There is no verdict if a shard of the homes or standbys before the plan is not alive.
+        `placement` is the published placement. The verdict goes to the log of decisions. There is no verdict if a home
+        or standby that the plan replaced was on a shard that is dead now.
         """
         trial, now = self._trial, self.clock()
         if trial is None or now < trial.ends_at:
@@ -87,5 +93,5 @@ class PlanTrial:
 
 
 def saved_share(before_s: float, after_s: float) -> float:
-    """Return the share of `before_s` that a step of `after_s` saves; a step that takes longer saves less than 0."""
+    """Return the share of `before_s` that a step of `after_s` saves; the share is negative if the step takes longer."""
     return 1.0 - after_s / before_s if before_s else 0.0

@@ -15,13 +15,14 @@ log = logging.getLogger(__name__)
 
 
 class PublishedPlacement:
-    """A `PublishedPlacement` knows the placement in the registry, and since when backbones use the placement.
+    """A `PublishedPlacement` holds the published placement, and the time since which all backbones follow it.
 
     - `model`, `layers`: the checkpoint's digest and layers. A placement for another checkpoint is ignored.
     - `clock`: gives seconds since 1970.
-    - `drain_s`: the seconds for which all backbones must follow an epoch before shards drop the homes that the epoch
-      removed.
-    - `recovery_s`: the seconds that backbones have to publish a placement again after the store has lost the placement.
+    - `drain_s`: shards keep the homes that an epoch removed until all backbones have followed the epoch for this many
+      seconds.
+    - `recovery_s`: after the store has lost the placement, backbones have this many seconds to publish the placement
+      again.
     """
 
     def __init__(
@@ -38,18 +39,20 @@ class PublishedPlacement:
         self.drain_s, self.recovery_s = drain_s, recovery_s
         self.placement: Placement | None = None
         self._missing_since: float | None = None
-        self._followed_since: tuple[int, float] | None = (
-            None  # An epoch, and the time since which all backbones follow the epoch.
-        )
+        # An epoch, and the time since which all backbones follow the epoch.
+        self._followed_since: tuple[int, float] | None = None
 
     @property
     def target(self) -> Target | None:
-        """Return the homes and standbys of the placement, or None if no placement is published."""
+        """Return the homes and standbys of the published placement, or None if no placement is published."""
         return Target.of(self.placement) if self.placement else None
 
     @property
     def order(self) -> LeaderOrder:
-        """Return the epoch and the fencing token for an order to a shard; the controller must hold the lease."""
+        """Return the epoch and the fencing token that go with an order to a shard.
+
+        The controller must hold the lease. The epoch is 0 if no placement is published.
+        """
         return LeaderOrder(self.placement.epoch if self.placement else 0, self.lease.fencing)
 
     def forget_followers(self) -> None:
@@ -57,11 +60,11 @@ class PublishedPlacement:
         self._followed_since = None
 
     def forget(self) -> None:
-        """Forget the placement, because another controller leads and may replace it."""
+        """Forget the placement, because another controller leads and may replace the placement."""
         self.placement = None
 
     async def refresh(self) -> None:
-        """Read the placement from the store, or publish the known placement again if the store has lost it.
+        """Read the placement from the store; if the store has lost the known placement, publish the placement again.
 
         Raises StoreUnavailable or StalePlacement.
         """
@@ -101,7 +104,7 @@ class PublishedPlacement:
             self._missing_since = self.clock()
 
     def restart_absence(self) -> None:
-        """Reset the timer of `missing_s`, because backbones cannot publish a placement again while the store fails."""
+        """Set `missing_s` to 0, because backbones cannot publish a placement again while the store fails."""
         self._missing_since = None
 
     @property
@@ -110,12 +113,12 @@ class PublishedPlacement:
         return 0.0 if self._missing_since is None else self.clock() - self._missing_since
 
     def is_drained(self, followed: Collection[int]) -> bool:
-        """Return True if no call of an older epoch can be left; `followed` are the epochs that backbones use.
+        """Return True if no layer call of an older epoch can be left; `followed` are the epochs that backbones use.
 
-        - If a placement is published, all backbones must have followed it for `drain_s`.
-        - If no placement is published, there must be no backbone, and the placement must have been missing for more
-          than `recovery_s`, so that backbones had the time to publish a lost placement again. In this case shards may
-          drop every expert that the first placement does not need.
+        - If a placement is published, all backbones must have followed it for `drain_s` seconds.
+        - If no placement is published, there must be no backbone. The placement must also have been missing for more
+          than `recovery_s` seconds, so that backbones had time to publish it again. Shards may then drop every expert
+          that the first placement does not need.
         """
         if self.placement is None:
             return not followed and self.missing_s > self.recovery_s

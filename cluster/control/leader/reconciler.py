@@ -33,15 +33,14 @@ class ControllerTiming:
     """A `ControllerTiming` holds the controller's waiting times, all in seconds.
 
     - `period_s`: the pause between two turns.
-    - `plan_every_s`: the time between two plans for a changed load.
-    - `answer_s`: the time that shards have to report the experts that they hold. Only homes on shards that answer
-      within this time can replace other homes.
-    - `drain_s`: the time for which all backbones must follow an epoch before shards drop the homes that the epoch
-      removed.
+    - `plan_every_s`: the time from one plan to the next plan for a changed load.
+    - `answer_s`: the time that shards have to report their experts. A home can replace another home only if the shard
+      of the new home answers within this time.
+    - `drain_s`: shards keep the homes that an epoch removed until all backbones have followed the epoch for this time.
     - `failure_pause_s`: the time without loads on a shard after a job on the shard has failed.
-    - `recovery_s`: the time that backbones have to publish a placement again after the store has lost the placement.
+    - `recovery_s`: after the store has lost the placement, backbones have this time to publish the placement again.
     - `trial_s`: the time from a plan to the verdict on the plan.
-    - `rollback_pause_s`: the time after a rollback without plans for a changed load.
+    - `rollback_pause_s`: the time after a rollback in which the leader makes no plan for a changed load.
     """
 
     period_s: float = 0.5
@@ -55,7 +54,7 @@ class ControllerTiming:
 
 
 class Reconciler:
-    """A `Reconciler` runs the loop of one controller; of several controllers, the holder of the lease leads.
+    """A `Reconciler` runs the loop of one controller; if there are several controllers, the holder of the lease leads.
 
     - `owner`: the controller's name in the lease.
     - `model`, `layers`: the digest of the checkpoint, and the checkpoint's MoE layers.
@@ -114,7 +113,7 @@ class Reconciler:
 
     @property
     def is_settled(self) -> bool:
-        """Return True if the published placement has exactly the homes and standbys of the last plan."""
+        """Return True if the published placement has exactly the homes and standbys of the target."""
         return self.placement is not None and self.plans.target == self.published.target
 
     async def run(self) -> None:
@@ -137,7 +136,7 @@ class Reconciler:
             await self.lease.release()
 
     async def turn(self) -> None:
-        """Take one step towards the target: keep the lease, observe the fleet, plan, publish, drop and load.
+        """Take one turn towards the target: renew the lease, observe the fleet, plan, publish, drop and load.
 
         Raises StoreUnavailable, StalePlacement or ShardFailed.
         """
@@ -162,8 +161,8 @@ class Reconciler:
     async def _lead(self) -> bool:
         """Renew or acquire the lease, and return True if this controller leads.
 
-        If the old lease cannot be renewed, the controller forgets what another leader may have changed in the meantime:
-        the target, the homes that are verified, and the time since which each backbone follows its epoch.
+        If the old lease cannot be renewed, another leader may have changed the fleet. The controller then forgets three
+        things: the target, the homes that are verified, and since when all backbones follow the placement.
         """
         if await self.lease.renew():
             return True
@@ -184,9 +183,9 @@ class Reconciler:
         return self.placement is not None and max(followed, default=0) > self.placement.epoch
 
     def _are_at_rest(self, inputs: Sequence[object]) -> bool:
-        """Return True if an earlier turn found nothing to do for the same `inputs`.
+        """Return True if the last round left nothing to do and its inputs were the same as `inputs`.
 
-        The check saves a second of computing at every turn of a fleet with a thousand shards.
+        In a fleet with a thousand shards, this check saves a second of computing at every turn.
         """
         before = self._inputs_at_rest
         return (
@@ -208,7 +207,8 @@ class Reconciler:
         verified = {home for shard in alive for home in self.work.verified_on(shard)} & held_homes(holdings)
         done = missing.without(missing.loads - verified)
         if next_target(target, self.placement, done, holdings, self.limits):
-            # A heartbeat may be seconds old. Before a home is removed, the shards of the other homes must answer now.
+            # A shard may have died after its last heartbeat. Before a home is removed, the shards of the other homes
+            # must answer now.
             confirmed = await self.observer.ask(alive)
             done = done.without(done.loads - held_homes(confirmed))
             if after := next_target(target, self.placement, done, confirmed, self.limits):

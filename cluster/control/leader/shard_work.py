@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _VerifiedHomes:
-    """A `_VerifiedHomes` records which homes this leader has loaded and verified on one incarnation of a shard."""
+    """A `_VerifiedHomes` records which homes on a shard this leader has loaded and verified.
+
+    The record is valid for one incarnation of the shard.
+    """
 
     incarnation: str
     homes: set[Home] = field(default_factory=set)
@@ -67,14 +70,15 @@ class ShardWork:
         return verified.homes if verified and verified.incarnation == shard.incarnation else set()
 
     def start_drops(self, known: Mapping[str, Shard], homes: Iterable[Home]) -> None:
-        """Start one job per shard to drop the shard's homes in `homes`; skip shards that already have a job."""
+        """Start a drop on each shard that has homes in `homes`; skip shards that already have a job."""
         for id, on_shard in sorted(_grouped(homes).items()):
             self._start(known[id], self._drop(known[id], on_shard))
 
     def start_loads(self, known: Mapping[str, Shard], homes: Iterable[Home]) -> None:
-        """Start one job per shard to load the shard's homes in `homes`.
+        """Start a load on each shard that has homes in `homes`.
 
-        Shards that already have a job, and shards on which a job failed less than `pause_s` ago, are skipped.
+        The method skips shards that already have a job, and shards on which a job failed less than `pause_s` seconds
+        ago.
         """
         now = self.clock()
         self._paused_until = {id: until for id, until in self._paused_until.items() if until > now}
@@ -104,7 +108,11 @@ class ShardWork:
         await self.shards.drop(shard, device, standby, self.published.order)
 
     async def _load(self, known: Mapping[str, Shard], shard: Shard, homes: set[Home]) -> None:
-        """Load the homes, then run the canary: compare each expert's sums with the sums of a home in the placement."""
+        """Load `homes` on `shard`, run the canary against the witnesses, and record the homes as verified.
+
+        If `shard` and a witness compute different sums for an expert, `shard` drops the expert, and ShardFailed is
+        raised.
+        """
         device, standby = _experts_of(shard.id, homes)
         gains = await self.shards.load(shard, device, standby, self.published.order)
         for layer, gain in gains.items():
@@ -129,8 +137,8 @@ def witnesses(
 ) -> dict[str, Experts]:
     """Choose witnesses for the new `homes` on the shard `shard_id`; return each witness's experts by layer.
 
-    The witness of a home in device memory is the first known shard that is another home of the expert in `placement`.
-    A new standby has no witness. A home has no witness if its expert has no other known home.
+    The witness of a home in device memory is the first known shard that is another home of the expert in `placement`. A
+    home has no witness if its expert has no other home on a known shard. A standby never has a witness.
     """
     if placement is None:
         return {}
@@ -150,6 +158,6 @@ def _grouped(homes: Iterable[Home]) -> dict[str, set[Home]]:
 
 
 def _experts_of(shard_id: str, homes: Iterable[Home]) -> tuple[Experts, Experts]:
-    """Return the shard's experts in `homes`, by layer: first the experts in device memory, then the standbys."""
+    """Return the shard's experts in `homes` as a pair, each by layer: (in device memory, standbys)."""
     device, standby = (by_shard(homes, tier).get(shard_id, {}) for tier in (DEVICE, STANDBY))
     return device, standby

@@ -156,7 +156,7 @@ async def an_order_stands_until_it_is_lifted(registry: RegistryStore) -> None:
     assert scale_targets(await registry.orders()) == {"experts-cpu": 4}
     again = replace(drain, by="bob", at=9.0)
     await registry.give_order(again)
-    assert not await registry.lift_order(drain)  # A newer order has replaced the order.
+    assert not await registry.lift_order(drain)  # A newer order has replaced `drain`.
     assert (await registry.orders())["drain:s00"] == again
     assert await registry.lift_order(again)
     assert not await registry.lift_order(again)

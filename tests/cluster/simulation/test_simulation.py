@@ -1,4 +1,4 @@
-"""Test that ten thousand simulated fleets survive, and that the simulation finds planted bugs."""
+"""Test that the invariants hold in ten thousand simulated fleets, and that the simulation finds planted bugs."""
 
 from __future__ import annotations
 

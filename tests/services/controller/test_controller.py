@@ -113,7 +113,7 @@ def test_the_first_placement_waits_for_all_shards(family: ModelFamily) -> None:
             placement = await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
             assert placement.model == "digest"
             assert set(placement.gains) == set(LAYERS)
-            # Epochs are the clock's milliseconds, so that a store that lost its data repeats no epoch.
+            # Epochs are the clock's milliseconds, so that no epoch is used again after the store has lost its data.
             assert placement.epoch > 1_700_000_000_000
             controller.cancel()
 
@@ -254,7 +254,7 @@ def test_the_orders_of_a_leader_that_was_replaced_are_refused(family: ModelFamil
             with pytest.raises(control_client.ShardError) as refusal:
                 await control_client.unload(endpoint, {LAYERS[0]: [0]}, epoch=1, fencing=6)
             assert refusal.value.code == grpc.StatusCode.FAILED_PRECONDITION
-            # An order without a token comes from an operator, and is obeyed.
+            # An order without a fencing token comes from an operator, and is obeyed.
             await control_client.unload(endpoint, {LAYERS[0]: [0]}, epoch=1)
 
     asyncio.run(run())

@@ -151,7 +151,7 @@ def test_the_next_leader_goes_on_from_what_was_decided() -> None:
     async def run() -> None:
         world = World()
         await world.passes(10)
-        await world.registry.set_pool_size("cpu", PoolSize(5, world.now))  # The leader that decided this has died.
+        await world.registry.set_pool_size("cpu", PoolSize(5, world.now))  # The leader that chose 5 has died.
         world.now += 10.0
         world.lead()
         assert await world.passes(5) == 5
