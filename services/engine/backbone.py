@@ -86,7 +86,7 @@ class Backbone:
         return self.engine.is_healthy and (self.fleet is None or self.fleet.is_healthy)
 
     def status(self) -> dict[str, Any]:
-        """Return the engine's counts and, with remote experts, the fleet's status, for health checks and metrics."""
+        """Return the engine's counts for health checks and metrics; with remote experts, add the fleet's status."""
         status: dict[str, Any] = {"engine": asdict(self.engine.stats()), "has_mtp": self.family.has_mtp}
         return status | (self.fleet.status() if self.fleet else {})
 

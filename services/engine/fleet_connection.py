@@ -66,7 +66,7 @@ class FleetConnection:
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._load.run())]
 
     async def stop(self) -> None:
-        """End the tasks and fail the layer calls in flight, because the engine would wait for these calls."""
+        """End the tasks, and fail the layer calls in flight so that the engine does not wait for these calls."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -153,7 +153,7 @@ class FleetConnection:
         return {id: state(self._shard(id)) for id in placement.shard_ids}
 
     def _update_coverage(self, placement: Placement) -> CoverageReport:
-        """Compute the coverage of the placement by the shards that serve their experts now, and return the coverage.
+        """Return the coverage of the placement; only shards that serve their experts now count as live.
 
         A shard that is loading or dropping experts counts as live. Such a shard may hold more experts than the
         placement says, but never fewer. A shard loads new experts before the new placement is published, and keeps old
@@ -189,7 +189,7 @@ class FleetConnection:
         return reports
 
     def _shard(self, shard_id: str) -> Shard:
-        """Return the shard `shard_id`, with empty fields if it has not registered since this backbone started."""
+        """Return the shard `shard_id`, with empty fields if the shard never registered since this backbone started."""
         never_seen = Shard(shard_id, endpoint="", node="", pool="", device="", incarnation="", memory_budget=0)
         return self._follower.shards.get(shard_id) or never_seen
 

@@ -1,4 +1,4 @@
-"""A `Recorder` records which experts are picked; the engine passes arrays to a thread that writes a file."""
+"""A `Recorder` records which experts are picked; the engine passes the picks to a thread that writes a file."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def accept(
     token `sampled[n]` was drawn from the model's own logits after `drafts[:n]`. So the tokens have the same
     distribution as without drafts. The result ends after a stop token, or when the request reaches `max_len` tokens.
 
-    An entry of `sampled` is None if no token could be chosen at this position. If a token to add is None, return None.
+    An entry of `sampled` is None if no token could be chosen for it. If one of the tokens to add is None, return None.
     """
     accepted: list[SampledToken] = []
     for n, token in enumerate(sampled):

@@ -212,7 +212,7 @@ def parameter_name(kind: GrammarKind) -> str:
 
 
 def _definition(grammar: Grammar, name: str) -> dict[str, Any]:
-    """Return a grammar in the library's JSON format, in which the key names the syntax of the text."""
+    """Return a grammar in the library's JSON format: the key of the JSON object names the syntax of the text."""
     match grammar.kind:
         case GrammarKind.REGEX:
             [definition] = json.loads(LLMatcher.grammar_from_regex(grammar.text))["grammars"]

@@ -218,7 +218,7 @@ def _num_leading(hashes: Sequence[bytes], known: Container[bytes]) -> int:
 
 
 def _turn_ends(request: Request, turn_end_ids: Iterable[int]) -> tuple[int, ...]:
-    """Return the numbers of prompt tokens at the ends of the first turn and of the last turn, or () if no turn ends."""
+    """Return the lengths of the prompt up to the end of its first turn and of its last turn, or () if no turn ends."""
     prompt = request.token_ids[: request.num_prompt_tokens]
     present = [token_id for token_id in turn_end_ids if token_id in prompt]
     if not present:

@@ -178,7 +178,7 @@ class Scheduler:
     # Memory of running requests
 
     def _grow_running(self) -> None:
-        """Reserve pages for the pending tokens of running requests; preempt the last requests if pages are lacking."""
+        """Reserve pages for the pending tokens of running requests; if pages are lacking, preempt the last requests."""
         for request in list(self.running):
             while request.slot is not None and not self.memory.reserve(request, request.num_tokens):
                 self._preempt(self.running[-1])
