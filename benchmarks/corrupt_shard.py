@@ -25,7 +25,7 @@ CORRUPT_S = 6.0
 
 
 class Corruption:
-    """A `Corruption` changes one byte of the sums in each reply that is sent before the monotonic time `until`."""
+    """A `Corruption` changes one byte of the sums in each reply, until the monotonic clock reaches `until`."""
 
     def __init__(self, until: float = 0.0) -> None:
         self.until = until

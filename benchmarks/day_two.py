@@ -91,7 +91,7 @@ def gpu_ha_config() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ServeStatus:
-    """A `ServeStatus` is the state of the application as Ray Serve reports it."""
+    """A `ServeStatus` is the state of the application that Ray Serve reports."""
 
     is_settled: bool  # True if the application runs and all its replicas run
     replicas: dict[str, tuple[str, str]]  # replica id -> deployment and node address
@@ -102,7 +102,7 @@ class ServeStatus:
 
 @dataclass
 class ServedCluster:
-    """A `ServedCluster` runs the application on a Ray cluster whose nodes form groups, like KubeRay's worker groups."""
+    """A `ServedCluster` runs the application on a Ray cluster. The nodes form groups, like KubeRay's worker groups."""
 
     network: NamespaceNetwork
     config: dict[str, Any]
@@ -168,7 +168,7 @@ class ServedCluster:
         return f"http://{self.cluster.head.address}:{DASHBOARD_PORT}/api/serve/applications/"
 
     async def read_status(self) -> ServeStatus:
-        """Return Serve's status; if the head does not answer, return an unsettled status without replicas."""
+        """Return Serve's status. If the head does not answer, the status has no replicas and `is_settled` is False."""
         try:
             async with new_client(5.0) as client:
                 application = (await client.get(self.applications_url)).json()["applications"]["expertmesh"]

@@ -5,8 +5,8 @@ Exact sums do not depend on the placement or on the order of the additions.
     python -m benchmarks.exact_sums
 
 - *plain*: a loop over experts computes matrix products in PyTorch. It adds the weighted outputs as fp32 in any order.
-- *exact*: the code of a server. On a CPU, this code uses compiled kernels; with EXPERTMESH_CPU_KERNELS=0 it uses plain
-  PyTorch.
+- *exact*: the code that a server runs. On a CPU, the code uses compiled kernels; with EXPERTMESH_CPU_KERNELS=0, it uses
+  plain PyTorch.
 
 Plain and exact calls alternate in one process. The printed times are medians.
 """

@@ -117,7 +117,7 @@ class ClusterNode:
         self.is_up = False
         self.process.kill()
         self.process.wait()
-        while pids := self._pids():  # repeated, because a process may start a new process before it dies
+        while pids := self._pids():  # repeat, because a killed process may have started another process just before
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """The benchmark measures memory during the prefill of long prompts, and the time per decoded token after the prefill.
 
-    python -m benchmarks.long_context                    # 8 k, 32 k and 128 k tokens; reading 128 k takes long
+    python -m benchmarks.long_context                    # 8 k, 32 k and 128 k tokens; takes long
     python -m benchmarks.long_context --lens 2048 8192 --json out.json
 
 The model has the demo's weights and a larger `max_position_embeddings`. Experts run in the same process. The benchmark

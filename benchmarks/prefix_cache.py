@@ -6,7 +6,7 @@
 There are four patterns of 64 requests each. Each request begins with the same tokens as earlier requests (shared
 tokens). If the server reuses at least half of the shared tokens, the request is a hit. The bar is 50 hits of 64 in
 every pattern. After each request, the benchmark sends a cold request, which has the same length and no shared tokens.
-The cache saves the difference of the two TTFTs: the TTFT of the cold request minus the TTFT of the first request.
+The time that the cache saves is the TTFT of the cold request minus the TTFT of the request with shared tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PromptPattern:
 
 
 def prefix_patterns(vocab_size: int, seed: int) -> Iterator[PromptPattern]:
-    """Yield three patterns: a long shared prefix, the same prefix after 100 other tokens, and a short shared prefix."""
+    """Yield three patterns: a long shared prefix, 100 shared tokens before this prefix, and a short shared prefix."""
     rng = random.Random(seed)
 
     def ids(count: int) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ class Server:
     pid: int
 
     def status(self) -> dict[str, Any]:
-        """Return the server's status, which `expertmesh status` shows too."""
+        """Return the server's `/status`; `expertmesh status` shows the same data."""
         return fetch_json(f"{self.url}/status")
 
     def model_id(self) -> str:

@@ -12,8 +12,8 @@ from typing import Self
 class CorruptingProxy:
     """A `CorruptingProxy` forwards connections to the shard at `endpoint` and flips a bit in random bytes.
 
-    - `to_client`: the proxy changes one of this number of bytes to the client, on average; 0 if no byte may change
-    - `to_shard`: the proxy changes one of this number of bytes to the shard, on average; 0 if no byte may change
+    - `to_client`: if 10,000, the proxy changes on average one of 10,000 bytes that go to the client; if 0, no byte
+    - `to_shard`: if 10,000, the proxy changes on average one of 10,000 bytes that go to the shard; if 0, no byte
     """
 
     def __init__(self, endpoint: str, to_client: int = 0, to_shard: int = 0, seed: int = 0) -> None:

@@ -22,7 +22,7 @@ def flip_at(place: int) -> Damage:
 
 
 def cut_at(place: int) -> Damage:
-    """Return a `Damage` that closes a connection before the connection carries more than `place` bytes."""
+    """Return a `Damage` that lets at most `place` bytes pass and then closes the connection."""
     return lambda data, before: None if before + len(data) > place else data
 
 

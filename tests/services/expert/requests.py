@@ -12,7 +12,7 @@ from tests.services.expert.checkpoint import LATENT
 
 
 def make_request(experts: tuple[int, ...] = (0, 1), **changes: Any) -> pb.ComputeRequest:
-    """Return a request with one row that picks `experts` with weight 1; `changes` are other values of its fields."""
+    """Return a request with one row that picks `experts` with weight 1. `changes` replace fields of the request."""
     fields = {
         "id": 1,
         "layer": 1,

@@ -24,7 +24,7 @@ EXPERT_BYTES = 2 * LATENT * WIDTH * 4
 
 
 class FilledHost(ExpertHost):
-    """A `FilledHost` is an `ExpertHost` that can load experts without a shard; it must not compute at the same time."""
+    """A `FilledHost` is an `ExpertHost` that can load experts without a shard. No request may be computed meanwhile."""
 
     def __init__(self, family: ModelFamily, num_experts: int) -> None:
         super().__init__(family.expert_shapes, torch.float32, torch.device("cpu"), num_experts * EXPERT_BYTES)
