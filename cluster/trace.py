@@ -77,8 +77,9 @@ class Trace:
     def balancedness(self, homes: Mapping[int, Homes]) -> dict[int, float]:
         """Return the balancedness of each layer in the trace if the experts had the homes `homes`.
 
-        Balancedness is the mean of the shards' picks divided by the maximum. The calculation divides the picks of each
-        expert among the expert's homes so that the maximum is as small as possible, which is also the aim of backbones.
+        Balancedness is the mean of the shards' picks divided by the maximum. The method divides the picks of each
+        expert among the expert's homes so that the maximum is as small as possible. Backbones divide picks with the
+        same aim.
         """
         ids = sorted({id for layer_homes in homes.values() for expert_homes in layer_homes for id in expert_homes})
         index = {id: number for number, id in enumerate(ids)}

@@ -2,8 +2,8 @@
 
 Float addition is not associative; integer addition is. Therefore each contribution is rounded to a multiple of
 2**grid and added as int64. The row's norm, the row's largest weight and one constant of the layer determine `grid`.
-The unit 2**grid is about 2**-22 of a typical contribution, so rounding costs as much accuracy as fp32 rounding. A sum
-may grow to 2**40 times a typical contribution before int64 overflows.
+The unit 2**grid is about 2**-22 of a typical contribution, so this rounding loses about the same accuracy as rounding
+to fp32. A sum may grow to 2**40 times a typical contribution before int64 overflows.
 
 Legend: N rows, K picks per row, P picks, L expert input and output dim.
 """
@@ -26,10 +26,11 @@ NOT_ADDABLE = "an expert's output is not finite or too large to add: the expert'
 
 
 def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
-    """Return ⌈log2⌉ of the typical size of an expert's output down·relu(up·z)² for an input z of unit mean square.
+    """Return the rounded-up log2 of the typical size of an expert's output for an input z with a mean square of 1.
 
-    If z is drawn from N(0, 1), then up_j·z has the distribution N(0, |up_j|²). If g is drawn from N(0, σ²), then the
-    mean of relu(g)⁴ is 3/2·σ⁴. A typical size is enough, because int64 has room for outputs that are much larger.
+    The expert's output is down·relu(up·z)². If z is drawn from N(0, 1), then up_j·z has the distribution N(0, |up_j|²).
+    If g is drawn from N(0, σ²), then the mean of relu(g)⁴ is 3/2·σ⁴. A typical size is enough, because int64 has
+    room for outputs that are much larger.
     """
     up_square_M = up_ML.double().square().sum(1)
     down_square_M = down_LM.double().square().sum(0)

@@ -36,8 +36,7 @@ def is_compiled(device: torch.device | str) -> bool:
 def is_reproducible(device: torch.device | str) -> bool:
     """Return True if a request's tokens on `device` depend on the request alone.
 
-    The request's tokens are then the same whatever other requests share the batches, after preemption, and with or
-    without drafts.
+    The request's tokens then do not depend on the other requests in the batches, on preemptions or on drafts.
     """
     return is_compiled(device)
 

@@ -104,7 +104,7 @@ class Batch:
 
     @cached_property
     def is_new_R(self) -> Tensor:
-        """Return for each request whether it is new, so that its recurrent state starts from zeros: bool (R,)."""
+        """Return True for each new request, whose recurrent state starts from zeros: bool (R,)."""
         return torch.tensor([c == 0 for c in self.context_lens], device=self.token_ids_T.device)
 
     @cached_property

@@ -36,7 +36,7 @@ class AttentionShape:
 
 
 def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
-    """Compute softmax attention of a request's last T tokens over all L tokens of the request: (T, H, D).
+    """Compute softmax attention of a request's last T tokens over all its L tokens; return outputs (T, H, D).
 
     If there are more queries than keys, the first queries come before every key. The outputs of such queries are zeros.
     """

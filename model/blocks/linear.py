@@ -28,7 +28,7 @@ MAX_ROWS = (256, 128, 64, 32)
 
 @dataclass(frozen=True)
 class RowBlocking:
-    """A `RowBlocking` names row counts that keep a product batch-invariant: multiples of a number up to a maximum."""
+    """A `RowBlocking` says how many rows keep a product batch-invariant: multiples of a number up to a maximum."""
 
     multiple: int
     max_rows: int
@@ -106,7 +106,7 @@ class Linear(nn.Module):
         return self.bias.detach().float()
 
     def take_weight(self) -> Tensor:
-        """Hand the loaded weight over to the caller, so that this layer no longer keeps it in memory."""
+        """Hand the loaded weight over to the caller, so that this layer no longer keeps the weight in memory."""
         assert self.weight is not None
         weight, self.weight = self.weight, None
         return weight.detach()

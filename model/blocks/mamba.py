@@ -3,10 +3,10 @@
 What surprises:
 
 - The input projection's order is gate | x | B | C | Δ, and the convolution runs over x|B|C together.
-- Δ, A and the state are fp32 whatever the model's dtype.
+- Δ, A and the state are always fp32, even if the model has another dtype.
 - Padding with Δ = 0 does not change the state, because the decay is then 1 and the added input is 0.
-- Chunks end at token positions that are multiples of the chunk length. So a token's arithmetic does not depend on how
-  the token's prompt was split into steps, as long as every split is at a multiple of the chunk length.
+- Chunks end at token positions that are multiples of the chunk length. If a prompt is split into steps only at
+  multiples of the chunk length, the arithmetic of the prompt's tokens therefore does not depend on the split.
 
 Legend: T tokens, R requests, P chunks, Q chunk length, H heads, D head dim, G groups, N state dim, C conv channels,
 K taps.

@@ -1,8 +1,8 @@
 """`MoE` is the sparse mixture of experts; it calls its routed experts through `Experts`, so that they may be remote.
 
-LatentMoE routes on the full hidden vector, but sends the experts only the output of fc1, which is a quarter as wide.
-Then fc2 projects the weighted sum of the experts' outputs back to the hidden width. In a plain MoE, fc1 and fc2 are the
-identity.
+LatentMoE routes on the full hidden vector, but sends the experts only the output of fc1, which has a quarter of the
+hidden width. Then fc2 projects the weighted sum of the experts' outputs back to the hidden width. In a plain MoE, fc1
+and fc2 are the identity.
 
 Legend: N rows, D hidden, L expert input (latent, or hidden in a plain MoE), M expert width, E experts, K picks per row,
 P = N·K picks.

@@ -99,7 +99,7 @@ def causal_conv(
     """
     weight_CK = weight_CK.contiguous()
     if max(batch.lens) == 1:
-        # The kernel overwrites the window, so the function passes a copy.
+        # The kernel overwrites the window of past inputs, so the function passes a copy of the window.
         window_RCK = window_RKC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         out_TC: Tensor = causal_conv1d_update(xbc_TC, window_RCK, weight_CK, bias_C, activation="silu")
         return out_TC, window_RCK.transpose(1, 2)

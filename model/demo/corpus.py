@@ -1,4 +1,4 @@
-"""The demo model's text is the Python standard library, of which a twentieth of the files is held out for measuring."""
+"""The demo model's text is the Python standard library; one file in twenty is held out for measuring."""
 
 from __future__ import annotations
 

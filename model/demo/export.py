@@ -124,7 +124,7 @@ def measure(
     length: int = 1024,
     context: int = 256,
 ) -> dict[str, Any]:
-    """Measure next-token loss, bits per byte, accepted first drafts, and how evenly each layer's experts are used.
+    """Measure next-token loss, bits per byte, the share of accepted first drafts, and each layer's use of its experts.
 
     The model reads the text in windows of `length` tokens. Each window starts with the last `context` tokens of the
     window before as context, which is not scored again. The model always reads the true text, never its own tokens, and

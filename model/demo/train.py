@@ -117,7 +117,10 @@ def make_optimizers(model: NemotronH, experts: TrainableExperts) -> list[torch.o
 
 
 def balance(model: NemotronH, experts: TrainableExperts, rate: float) -> None:
-    """Raise the correction bias of experts picked less than the mean by `rate`, and lower the bias of other experts."""
+    """Raise the correction bias of experts with too few picks, and lower the bias of experts with too many.
+
+    The bias changes by `rate`. The mean number of picks is the right number.
+    """
     gates = {m.shape.layer: m.gate for m in model.modules() if isinstance(m, MoE)}
     for layer, counts_E in experts.counts.items():
         bias: Any = gates[layer].e_score_correction_bias

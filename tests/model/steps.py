@@ -14,7 +14,7 @@ NUM_SLOTS, BLOCKS_PER_SLOT = 6, 6
 
 
 class Steps:
-    """A `Steps` runs one request per slot; each slot owns every NUM_SLOTS-th page, so its pages are not contiguous."""
+    """A `Steps` runs one request per slot; a slot owns every NUM_SLOTS-th page, so its pages are not contiguous."""
 
     def __init__(self, model: NemotronH) -> None:
         self.model = model

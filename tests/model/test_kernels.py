@@ -1,8 +1,8 @@
 """The tests check which implementation runs, and that the fused CUDA kernels give the numbers of plain PyTorch.
 
 The packages of the fused kernels cannot be installed without CUDA. Without a GPU, the tests replace the packages'
-public functions by loops with the documented shapes. The tests then check our padding, strides and bookkeeping, but not
-the kernels themselves.
+public functions by loops with the documented shapes. The tests then check the padding, the strides and the bookkeeping
+of Expertmesh, but not the kernels themselves.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_any_way_to_cut_a_sequence_gives_the_same_bits(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_company_changes_no_bit(exact: NemotronH, seed: int) -> None:
-    """Check that six requests, computed in random parts and random batches, get the same logits as alone."""
+    """Check that six requests in random parts and random batches get the same logits as when each runs alone."""
     chooser = random.Random(seed)
     prompts = {slot: random_tokens(chooser.randint(1, LENGTH), seed=100 * seed + slot) for slot in range(6)}
     done, found, steps = dict.fromkeys(prompts, 0), {slot: list[Tensor]() for slot in prompts}, Steps(exact)
@@ -110,7 +110,7 @@ def test_copied_state_and_pages_go_on_as_the_original(exact: NemotronH) -> None:
 
 
 def test_the_first_keys_hide_what_lies_before(model_of: Callable[..., NemotronH]) -> None:
-    """Check that keys before a request's first key do not count, with the CPU kernels and in plain PyTorch."""
+    """Check that a request ignores the keys before its first key, with the CPU kernels and in plain PyTorch."""
     tokens = random_tokens(20)
     for is_plain in (False, True):
         model = model_of(WITH_MTP, is_plain)

@@ -104,7 +104,7 @@ def other_in_the_first_row(x: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute a linear layer's product row by row; unlike the planted products, it is batch-invariant."""
+    """Compute a linear layer's product row by row; this product is batch-invariant."""
     return (x.double()[:, None] * weight.double()).sum(-1).to(x.dtype)
 
 

@@ -95,7 +95,7 @@ def test_layers_keep_their_bits(threads: Callable[[int], None], dtype: torch.dty
 
 
 def test_two_callers_do_not_wait_for_each_other(threads: Callable[[int], None]) -> None:
-    """Check that the results of three callers at once are right: one uses the workers, and the others work alone."""
+    """Check that three simultaneous callers get right results: one uses the workers, and the others work alone."""
     weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected, wrong = linear(x, weight), list[int]()

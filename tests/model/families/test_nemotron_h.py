@@ -1,4 +1,4 @@
-"""The tests compare the whole model with transformers, and requests split into steps with requests in one full pass."""
+"""The tests compare the whole model with transformers, and requests in several steps with requests in one full pass."""
 
 from __future__ import annotations
 
