@@ -51,7 +51,7 @@ MAX_OPEN = 1024  # maximum number of open streams of a replica; the engine's que
 
 
 class ShardDeployment:
-    """A `ShardDeployment` runs one replica of a pool, which is one expert shard.
+    """A `ShardDeployment` runs one replica of a pool. Each replica of a pool is one expert shard.
 
     The shard's id contains the replica's id. It does not contain the replica's rank, because Serve may give the same
     rank to a later replica.

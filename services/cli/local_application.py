@@ -1,4 +1,7 @@
-"""The context manager `running` starts a store, Ray and Ray Serve on one machine, and stops what it has started."""
+"""The context manager `running` runs the application on one machine, with a store, Ray and Ray Serve.
+
+At the end, `running` stops everything that it has started.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ from services.cli.start_steps import StartGoal, StartObservation, StartReporter,
 log = logging.getLogger(__name__)
 
 APP_NAME = "expertmesh"
-OTHER_CPUS = 8  # CPUs that Ray may give to the gateway, the controller and Serve, besides those of backbones and shards
+# CPUs that Ray may give to the gateway, the controller and Serve. Backbones and shards have further CPUs.
+OTHER_CPUS = 8
 # Seconds between two observations; each observation costs Serve's controller up to 0.2 s if the machine is busy.
 WATCH_PERIOD_S = 0.5
 WATCH_JOIN_S = 5.0  # seconds to wait for the last observation, which may hang in Ray if Serve's controller has died
@@ -210,7 +214,7 @@ class StartWatch:
             self._is_over.wait(WATCH_PERIOD_S)
 
     def _look(self) -> None:
-        """Observe the start once. If a source fails or its reply is late, the values of the last observation stay."""
+        """Observe the start once. If a source fails or replies too late, keep the source's last values."""
         try:
             self._observe()
         except Exception:  # a fault of the display must not make the start fail

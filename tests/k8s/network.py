@@ -21,9 +21,9 @@ class Peer:
 
 
 def allows(manifests: Manifests, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-    """Return True if the policies for `source` and the policies for `target` allow a connection from one to the other.
+    """Return True if the NetworkPolicies allow a connection from `source` to `target`.
 
-    The connection starts at `source`.
+    The policies for `source` and the policies for `target` must both allow the connection.
     """
     return _lets(manifests, source, target, port, protocol, "egress") and _lets(
         manifests, target, source, port, protocol, "ingress"

@@ -170,8 +170,8 @@ def probe_faults(manifests: Manifests) -> list[str]:
 def memory_faults(manifests: Manifests) -> list[str]:
     """Return the faults in the memory settings of pods.
 
-    A container must request as much memory as its limit. The shared memory, which counts towards the limit, must hold
-    Ray's object store.
+    The memory request of a container must equal its memory limit. The shared memory must be large enough for Ray's
+    object store; the shared memory counts towards the limit.
     """
     faults = []
     for each in pods(manifests):

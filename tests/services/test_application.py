@@ -401,7 +401,7 @@ def test_a_bad_call_is_answered_in_one_sentence(
 
 @pytest.fixture(scope="module")
 def long_answer(server: Application) -> tuple[pb.GenerateRequest, list[int]]:
-    """Return a request whose answer takes a few seconds, and the answer's tokens when no process fails."""
+    """Return a request whose answer takes a few seconds, and the tokens of an answer during which no process failed."""
     request = greedy_request(held_out_prompts(1)[0], 200, ignore_eos=True)
     with server.channel() as channel:
         return request, stream_tokens(inference(channel), request)

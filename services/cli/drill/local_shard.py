@@ -36,7 +36,10 @@ async def local_pid(shard_id: str, endpoint: str) -> int:
 
 
 def _is_here(host: str) -> bool:
-    """Return True if `host` is an address of this machine: only then can a socket be bound to the address."""
+    """Return True if `host` is an address of this machine.
+
+    The function tries to bind a socket to `host`, which fails for an address of another machine.
+    """
     with socket.socket() as probe:
         try:
             probe.bind((host, 0))
