@@ -69,7 +69,7 @@ class PlacementArrays:
 
     @cached_property
     def _shares(self) -> tuple[Ids, Ids, Floats]:
-        """Return three arrays with an entry for each home: its expert, its shard, and its even share of the picks."""
+        """Return, for each home, its expert, its shard, and the home's share if the expert's picks are split evenly."""
         experts, shards = self.expert_H[self.is_device_H], self.shard_H[self.is_device_H]
         num_E = np.bincount(experts, minlength=self.num_experts)
         return experts, shards, 1.0 / num_E[experts]

@@ -17,10 +17,10 @@ from cluster.placement.balance import expert_time, ideal_level, is_home, merge_g
 def count_homes(work_EC: Any, num_slots: int, level: float, most: int, target_E: Any) -> None:
     """Write to `target_E` how many homes each expert should get if there are `num_slots` slots on devices.
 
-    Every expert gets one home. Then, again and again, one of the experts with fewer than `most` homes gets another
-    home: the expert with the most work per home. The repetition ends when no slot is left, when all experts have `most`
-    homes, or when the work per home of the chosen expert is at most half of `level`. Then experts that still have one
-    home get a second home while slots remain, the experts with the most work first.
+    Every expert gets one home. Then, again and again, another home goes to the expert that has the most work per home
+    and fewer than `most` homes. The repetition ends when no slot is left, when all experts have `most` homes, or when
+    the work per home of this expert is at most half of `level`. Then experts that still have one home get a
+    second home while slots remain, the experts with the most work first.
     """
     target_E[:] = 1
     cost_E = work_EC.sum(axis=1)
@@ -83,8 +83,9 @@ def _choose_shard(
     """Return the shard that should become the next home of `expert`, or -1 if no shard has a free slot.
 
     The first choice is the shard that would finish first with the fraction `share` of the expert's rows. A second home
-    goes to another node than the first home if possible. If the expert already has a home, a shard outside of the first
-    home's group is preferred, if this shard would finish at most `slack` µs later than the first choice.
+    goes to another node than the first home if possible. If the expert already has a home, the function prefers a shard
+    outside of the first home's group. Such a shard is preferred only if it would finish at most `slack` µs later than
+    the first choice.
     """
     first = homes_EH[expert, 0]
     least, to, is_apart = np.inf, -1, False

@@ -2,7 +2,7 @@
 
 `size` is pure arithmetic on the model's config, a GPU and an `Slo`. Memory is exact: loaded weights are counted to the
 byte (`cluster/sizing/fit.py`). Times are estimates from data sheets (`cluster/sizing/step_time.py`). The estimates
-count decode steps, but no prompts and no drafts, and must be confirmed by measurement.
+count decode steps, but no prompts and no drafts. Measurements must confirm the estimates.
 """
 
 from __future__ import annotations
