@@ -24,7 +24,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rendered(tree: Path) -> Callable[[str], Manifests]:
-    """Return a function that renders an overlay, given the overlay's name. Every call returns a new copy."""
+    """Return a function that takes an overlay's name and returns a new copy of the overlay's manifests."""
     once: dict[str, Manifests] = {}
 
     def of(overlay: str) -> Manifests:

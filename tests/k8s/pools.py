@@ -29,7 +29,7 @@ def pool_faults(manifests: Manifests) -> list[str]:
 
 
 def _group_of(labels: dict[str, str], groups: list[Manifest], what: str) -> Manifest | str:
-    """Return the group whose Ray nodes have `labels`. If no group or several groups have them, return a fault.
+    """Return the group whose Ray nodes have `labels`. If not exactly one group has these labels, return a fault.
 
     The fault is a sentence; `what` is the sentence's subject.
     """

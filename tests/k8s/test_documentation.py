@@ -1,6 +1,6 @@
 """These tests run the commands of docs/kubernetes.md that need no cluster.
 
-They also check that the objects which the other commands name exist.
+The other commands name objects; the tests check that these objects exist.
 """
 
 from __future__ import annotations
