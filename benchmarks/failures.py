@@ -226,7 +226,7 @@ class RecoveryMonitor:
     num_backbones: int
     at: float = 0.0  # monotonic time of the failure
     is_done: bool = False  # True if the function that causes the failure has returned
-    covered_s: float = 0.0  # seconds from the failure until some expert last had fewer than two live homes
+    covered_s: float = 0.0  # seconds from the failure until an expert last had fewer than two live homes
 
     async def is_recovered(self) -> bool:
         """Return True if every expert has two live homes again and as many shards and backbones run as before.

@@ -259,7 +259,7 @@ def ask_many(
 
 
 def prefer(remote: RemoteExperts, shard_id: str) -> None:
-    """Make the client prefer the shard `shard_id`: all other shards get a slow cost model."""
+    """Give all other shards a slow cost model. While the shard `shard_id` is available, all picks then go to it."""
     view = remote.connections.view
     assert view is not None
     cost_models = {id: CostModel(call_us=1e5) for id in view.shard_ids if id != shard_id}
