@@ -81,7 +81,8 @@ class Invariants:
     def _up_to_date_backbones(self) -> list[SimBackbone]:
         """Return the backbones that the store counts as alive and that are not stopped.
 
-        Other backbones need no check, because a backbone that was cut off waits when it reaches the store again.
+        Other backbones need no check: their calls may find no home, and then wait until the backbone has read the
+        newest placement.
         """
         known = self.fleet.store.registry.known_followers()
         return [backbone for backbone in self.fleet.backbones if backbone.name in known and not backbone.is_stopped]

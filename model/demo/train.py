@@ -119,7 +119,7 @@ def make_optimizers(model: NemotronH, experts: TrainableExperts) -> list[torch.o
 def balance(model: NemotronH, experts: TrainableExperts, rate: float) -> None:
     """Raise the correction bias of experts with too few picks, and lower the bias of experts with too many.
 
-    The bias changes by `rate`. The mean number of picks is the right number.
+    The bias of an expert changes by `rate` if the expert's number of picks differs from the mean.
     """
     gates = {m.shape.layer: m.gate for m in model.modules() if isinstance(m, MoE)}
     for layer, counts_E in experts.counts.items():

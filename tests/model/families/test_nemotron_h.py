@@ -44,7 +44,7 @@ def test_step_by_step_decode_equals_the_full_pass(model: NemotronH) -> None:
 
 
 def test_packed_mixed_batches_equal_single_runs(model: NemotronH) -> None:
-    """Check steps that mix new requests, later chunks of prompts and decoding requests, with slots in any order."""
+    """Check steps with new requests, later chunks of prompts and decoding requests, whose slots are in any order."""
     prompts = {slot: random_tokens(length, seed=slot) for slot, length in ((4, 30), (1, 12), (5, 21), (0, 7), (2, 1))}
     alone = {slot: full_logits(model, tokens) for slot, tokens in prompts.items()}
     steps, done, found = Steps(model), dict.fromkeys(prompts, 0), {slot: list[Tensor]() for slot in prompts}
