@@ -62,8 +62,8 @@ class Follower:
             await self._give_back(self.placement)
         if self.placement is None:
             return False
-        # A store that has lost its data lacks live shards. The follower keeps the record of a missing shard, because
-        # the stream to the shard shows whether the shard is alive.
+        # After the store has lost its data, live shards may be missing. The follower keeps the record of a missing
+        # shard, because the stream to the shard shows whether the shard is alive.
         homes = set(self.placement.shard_ids)
         self.shards = {id: shard for id, shard in self.shards.items() if id in homes}
         self.shards |= {shard.id: shard for shard in shards}

@@ -17,7 +17,7 @@ class OrderKind(StrEnum):
     """An `OrderKind` says what an operator orders.
 
     - DRAIN: a shard gives up its experts.
-    - SCALE: a pool gets a certain number of shards.
+    - SCALE: a pool gets the number of shards that the order gives.
     - REBALANCE: the leader plans at once.
     """
 

@@ -153,7 +153,7 @@ class Registry:
                 await pipe.execute()
 
     async def remove(self, shard: Shard) -> None:
-        """Delete a shard's record before it expires, unless the record belongs to another incarnation."""
+        """Delete a shard's record before the record expires, unless the record belongs to another incarnation."""
         await self._eval(REMOVE, [self._shard_key(shard.id), self.prefix + "shards"], shard.incarnation, shard.id)
 
     async def shards(self) -> list[Shard]:

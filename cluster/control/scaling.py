@@ -18,7 +18,7 @@ from cluster.placement.fleet_budget import FleetBudget, PlannedLayer
 from cluster.placement.plan import PlanPolicy
 from cluster.topology import LayerSpec, Placement, Shard
 
-MIN_SHARDS_IN_ALL = 2  # The minimum size of a fleet, because the two homes of an expert are on different shards.
+MIN_SHARDS_IN_ALL = 2  # The smallest size of a fleet: an expert's two homes are on different shards.
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PoolPolicy:
     - `min_shards`, `max_shards`: the bounds of the pool's size.
     - `target_busy`: the largest share of time during which the pool's slowest shard should compute.
     - `slack`: a pool loses a shard only if the slowest remaining shard is then predicted to be busy for a share of at
-      most `(1 - slack) * target_busy`. The gap keeps a steady load from making the pool grow and shrink by turns.
+      most `(1 - slack) * target_busy`. Without this margin, a steady load could make the pool grow and shrink by turns.
     - `upscale_delay_s`, `downscale_delay_s`: the seconds for which the load must require a larger or smaller pool
       before the pool's size is changed.
     """
@@ -115,7 +115,7 @@ def predicted_share(shares: Collection[BusyShare], num_shards: int) -> float:
 
 
 def min_shards_for_cover(layers: Sequence[LayerSpec], pool: Sequence[Shard], others: Sequence[Shard]) -> int:
-    """Return the smallest size of a pool for full cover with a home of every expert in device memory.
+    """Return the smallest size of a pool for full cover, where every expert also needs a home in device memory.
 
     - `pool`: the shards of the pool. A new shard is assumed to be as large as the smallest shard in `pool`.
     - `others`: the shards of the other pools, which hold experts, too.

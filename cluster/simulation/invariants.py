@@ -67,7 +67,11 @@ class Invariants:
                     )
 
     def check_drop(self, shard: SimShard, dropped: set[tuple[int, int, str]], by: str) -> None:
-        """Check that no placement in use needs the expert that `shard` has just dropped there."""
+        """Check that the experts `dropped` were not needed on `shard`.
+
+        An expert is needed if a placement in use names `shard` as a home or standby of the expert. `by` is the name of
+        the controller that ordered the drop.
+        """
         fleet = self.fleet
         followed = [(backbone.name, backbone.follower.placement) for backbone in self._up_to_date_backbones()]
         is_stored = fleet.published is not None and fleet.store.registry.known_epoch == fleet.published.epoch

@@ -1,4 +1,4 @@
-"""Run one large fleet under the virtual clock, and measure the real seconds that its controllers take to decide.
+"""Run one large fleet under the virtual clock, and measure the real seconds that the controllers take to decide.
 
 `python -m cluster.simulation.large_fleet` simulates 1,000 shards with 88 layers of 512 experts, and takes several
 minutes. When every shard holds its experts, the faults begin: shards and controllers die, shards drain, and new shards

@@ -162,9 +162,9 @@ class SimBackbone(SimProcess):
         return picked
 
     def _advance(self, call: LayerCall, requests: list[ShardRequest]) -> None:
-        """Send the call's new requests and end the call if it is done.
+        """Send the call's new requests, and end the call if it is done.
 
-        If the call is not done, the loop continues the call at `call.wake_at`.
+        If the call is not done, a timer continues the call at `call.wake_at`.
         """
         for request in requests:
             self._send(call, request)

@@ -19,7 +19,7 @@ Held = tuple[int, int, str]  # The layer, the expert and the tier of a held expe
 
 
 class SimShard(SimProcess):
-    """A `SimShard` holds experts within its budget and refuses orders of a leader that has been replaced.
+    """A `SimShard` holds experts within its budget and refuses the orders of a leader that has been replaced.
 
     - `load_s`: seconds to load one expert.
     - `is_fenced`: if False, the shard obeys any leader.

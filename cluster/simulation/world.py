@@ -38,7 +38,7 @@ class World:
         self.invariants = Invariants(fleet)
 
     async def run(self) -> SimulationResult:
-        """Run the fleet from its start until it is at rest, and return the result."""
+        """Run the fleet from its start until the fleet is at rest, and return the result."""
         fleet, invariants = self.fleet, self.invariants
         asyncio.get_running_loop().set_exception_handler(fleet.fail_for_error)
         fleet.start()

@@ -128,9 +128,10 @@ def plan_decision(plan: Plan, ordered: StandingOrder | None = None) -> dict[str,
 
 
 def placement_of(layers: Sequence[LayerSpec], holdings: Mapping[str, Holding]) -> Placement | None:
-    """Return a placement from which a plan can start: the homes of an expert are the shards that hold the expert now.
+    """Return the present homes as a placement from which a plan can start, or None if no shard holds any expert.
 
-    Only experts in device memory count as homes. Returns None if no shard holds any expert or standby.
+    The homes of an expert are the shards in `holdings` that hold the expert in device memory. The placement has no
+    standbys. If shards hold only standbys, the placement has no homes either, but is not None.
     """
     held = sorted(held_homes(holdings))
     homes: dict[int, list[list[str]]] = {spec.layer: [[] for _ in range(spec.num_experts)] for spec in layers}
