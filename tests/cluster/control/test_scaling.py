@@ -38,7 +38,7 @@ def even_pool(num_shards: int, work: float, calls: float = 0.0, **options: objec
     ("pool", "shards", "why"),
     [
         (even_pool(3, 1.5), 3, "busy for 50%"),  # Between the boundaries the size stays.
-        (even_pool(3, 2.0), 4, "with 3 the slowest is predicted to be busy for 67%"),
+        (even_pool(3, 2.0), 4, "at a size of 3 the slowest is predicted to be busy for 67%"),
         (even_pool(3, 4.0), 7, "the goal is 60%"),  # A pool grows by several shards at a time.
         (even_pool(3, 90.0), 8, "busy for 3000%"),
         (even_pool(6, 0.0), 5, "with one shard less"),  # A pool shrinks by one shard at a time.
