@@ -82,7 +82,7 @@ class ShardFleet:
     """A `ShardFleet` holds what all calls of a client share: the view in use, the shards' costs, and the counters.
 
     policy: the limits of a call.
-    expert_mib: the size of one expert in MiB, by layer. A layer without an entry counts as 1 MiB.
+    expert_mib: the size of one expert in MiB, by layer. For a layer without an entry, an expert counts as 1 MiB.
     """
 
     def __init__(self, policy: CallPolicy, expert_mib: Mapping[int, float] | None = None) -> None:

@@ -43,7 +43,7 @@ def expert_time(work_EC: Any, cost_SP: Any, expert: int, shard: int) -> float:
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _water_fill_pair(expert: int, work_EC: Any, cost_SP: Any, homes_EH: Any, share_EH: Any, busy_S: Any) -> float:
-    """Split the rows of an expert so that its two homes finish together; return the largest change of a time in µs.
+    """Split the rows of an expert so that its two homes finish together; return the larger time change, in µs.
 
     Most experts have two homes. For two homes no loop is necessary, unlike in `_water_fill_expert`.
     """

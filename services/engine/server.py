@@ -33,7 +33,7 @@ STOP_GRACE_S = 0.2  # seconds that streams have for their last outputs when the 
 
 
 class TokenGenerator(Protocol):
-    """A `TokenGenerator` generates tokens for a server: an `Engine`, or a simpler generator in tests."""
+    """A `TokenGenerator` generates tokens for a server; it is an `Engine`, or a simpler generator in tests."""
 
     def generate(
         self,

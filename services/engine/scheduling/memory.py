@@ -44,7 +44,7 @@ class IdPool:
         return ids
 
     def give_back(self, ids: Sequence[int]) -> None:
-        """Put ids that `take` has handed out back into the pool."""
+        """Return ids that `take` has handed out; the ids are free again."""
         assert self._taken.issuperset(ids), "an id came back that was not taken"
         self._taken.difference_update(ids)
         self._free.extend(reversed(ids))

@@ -43,7 +43,7 @@ class ScheduledBatch:
 
     @property
     def shape(self) -> StepShape:
-        """Return the `StepShape` of the step; tokens that the draft module has not read yet count as draft rows."""
+        """Return the `StepShape` of the step; the draft module's rows include tokens that it has still to read."""
         depths = {i: depth for i, depth in enumerate(self.draft_depths) if depth and self.catches_up(i)}
         num_unread = sum(min(MAX_UNREAD, self.requests[i].num_unread + self.lens[i]) for i in depths)
         return StepShape(
@@ -55,9 +55,10 @@ class ScheduledBatch:
 class StepResult:
     """A `StepResult` holds the results of one step for one request.
 
-    - `tokens`: the accepted drafts, and the token sampled after the drafts; empty if the request has pending tokens.
+    - `tokens`: the accepted drafts, and the token sampled after the drafts; empty if the step did not compute the
+      last token of the request, so that no token was sampled.
     - `draft_ids`: drafts of the tokens that follow `tokens`. The next step verifies the drafts.
-    - `prompt_logprobs`: for each computed prompt token, the logprob of the next prompt token. Empty if the request did
+    - `prompt_logprobs`: for each computed prompt token, the logprob of the next prompt token; empty if the request did
       not ask for prompt logprobs.
     - `failed`: True if the request's logits hold NaN or infinity, or if its grammar allows no token.
     """

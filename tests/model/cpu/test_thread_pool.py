@@ -29,7 +29,10 @@ LENS, CONTEXTS, TABLE_LEN = (30, 1, 7, 200), (5, 0, 40, 0), 20
 
 @pytest.fixture(params=[2, 4], ids="{} threads".format)
 def threads(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
-    """Return a function that sets the number of threads: to 1 for argument 0, otherwise to the fixture's parameter."""
+    """Return a function that sets torch's number of threads.
+
+    The argument 0 means one thread. Any other argument means as many threads as the fixture's parameter says.
+    """
     before = torch.get_num_threads()
     yield lambda count: torch.set_num_threads(request.param if count else 1)
     torch.set_num_threads(before)
