@@ -23,6 +23,7 @@ from services.controller.controller import layer_specs
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS
 from services.engine.drafting.drafter import bytes_per_request
 from services.engine.scheduling.memory import MemoryPlan, plan_memory
+from services.gateway.limits import GatewayLimits
 from services.logs import LogFormat
 
 MIN_HIDDEN_FOR_THREADS = 1024  # hidden size from which a backbone on a CPU uses several threads
@@ -189,6 +190,11 @@ class AppArgs(BaseModel):
         validate_default=True,
         description="key of the admin API, which is closed without a key",
     )
+    keep_alive_s: float = Field(5, gt=0, description="seconds for which the gateway keeps an idle connection open")
+    allowed_origins: list[str] = Field(
+        default_factory=list, description="origins whose web pages may call the REST API (CORS); empty: none"
+    )
+    limits: GatewayLimits = GatewayLimits()
 
     @property
     def name(self) -> str:

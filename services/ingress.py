@@ -36,10 +36,10 @@ from services.gateway.health import Health
 from services.gateway.listener import ALL_INTERFACES, Listener, ListenerConfig
 from services.gateway.metrics.backbone_metrics import backbone_metrics
 from services.gateway.metrics.request_metrics import RequestMetrics
-from services.gateway.openai.rest import build_rest
 from services.gateway.operator.admin import add_admin
 from services.gateway.operator.degraded import degraded_report
 from services.gateway.operator.operations import ExpertTier, Operations
+from services.gateway.rest import build_rest
 
 STATUS_TIMEOUT_S = 3.0  # seconds to wait for the first status of a backbone
 OTHERS_TIMEOUT_S = 0.5  # seconds to wait for the statuses of the other backbones, after the first status
@@ -134,7 +134,9 @@ class GatewayDeployment:
         self._backbone = BackbonePool(_ask_all(backbone), metrics.count_resumed)
         self._grammars = GrammarChecker(args.model)
         tokenizer = Tokenizer(args.model)
-        self._generation = Generation(self._backbone, tokenizer, card, self._grammars.check, metrics=metrics)
+        self._generation = Generation(
+            self._backbone, tokenizer, card, self._grammars.check, metrics=metrics, limits=args.limits
+        )
         self._linger_s, self._is_stopping = args.linger_s, False
         self._grpc = InferenceApi(self._generation, self._health)
         self._admin_key = args.admin_key.get_secret_value() if args.admin_key else None

@@ -24,6 +24,7 @@ from services.gateway.chat.text_delta import TextDelta
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.errors import ApiError, ApiRefusal, client_errors, invalid
 from services.gateway.generation_request import MAX_CHOICES, GenerationRequest, Prompt
+from services.gateway.limits import GatewayLimits
 from services.gateway.metrics.request_metrics import RequestMetrics
 
 # default of max_tokens for /v1/completions, as in OpenAI's reference; a chat may use the whole context by default
@@ -90,7 +91,9 @@ class Generation:
         check_grammar: CheckGrammar | None = None,
         threads: BoundedThreadPool | None = None,
         metrics: RequestMetrics | None = None,
+        limits: GatewayLimits | None = None,
     ) -> None:
+        self.limits = limits or GatewayLimits()
         self._threads = threads or BoundedThreadPool()
         # a separate pool, because checking one grammar may take seconds and must not delay tokenizing
         self._grammar_threads = BoundedThreadPool()

@@ -38,6 +38,10 @@ class GenerationRequest:
     answer_format: AnswerFormat | None = None
     tool_use: ToolUse = field(default_factory=ToolUse)
     timeout: float | None = None  # seconds from the arrival of the request until its last token must be generated
+    thinking_budget: int | None = None  # maximum number of tokens of reasoning; None: the reasoning is not limited
+    truncate_prompt_tokens: int | None = None  # tokens kept at the end of the prompt; -1: all that fit
+    skip_special_tokens: bool = True  # False: the text of an answer shows the names of special tokens
+    include_stop_str_in_output: bool = False  # True: the text of an answer ends with the stop string that ended it
 
     def check(self) -> None:
         """Raise ValueError if a parameter is out of its bounds or if two parameters contradict each other."""

@@ -75,6 +75,7 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()  # tool definitions in OpenAI's form
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments that the model's template defines
     add_generation_prompt: bool = True  # True: the prompt ends with the markup that begins the assistant's next turn
+    continue_final_message: bool = False  # True: the prompt ends inside the last message, which the answer continues
 
 
 def template_kwargs(kwargs: Mapping[str, Any] | None, enable_thinking: bool | None) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.health import Health
-from services.gateway.openai.rest import build_rest
+from services.gateway.limits import GatewayLimits
+from services.gateway.rest import build_rest
 from tests.services.gateway.echo import EOS, EchoSource, save_tokenizer, serving
 
 MAX_BODY_BYTES = 100_000
+LIMITS = GatewayLimits(body_bytes=MAX_BODY_BYTES)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +43,7 @@ def source(tokenizer: Tokenizer) -> EchoSource:
 
 @pytest.fixture
 def generation(source: EchoSource, tokenizer: Tokenizer, compiler: GrammarCompiler) -> Generation:
-    return Generation(source, tokenizer, ModelCard("echo", max_model_len=64, created=1), compiler.check)
+    return Generation(source, tokenizer, ModelCard("echo", max_model_len=64, created=1), compiler.check, limits=LIMITS)
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def url(generation: Generation, health: dict[str, Health]) -> Iterator[str]:
     async def more_metrics() -> bytes:
         return b"expertmesh:steps_total 3.0\n"
 
-    with serving(build_rest(generation, check, more_metrics, MAX_BODY_BYTES)) as address:
+    with serving(build_rest(generation, check, more_metrics)) as address:
         yield address
 
 

@@ -28,7 +28,7 @@ from services.gateway.generation import Generation, ModelCard, TokenSource
 from services.gateway.grpc_api import InferenceApi
 from services.gateway.health import Health
 from services.gateway.listener import Listener, ListenerConfig
-from services.gateway.openai.rest import build_rest
+from services.gateway.rest import build_rest
 from tests.services.application import free_port
 
 MAX_LEN = 512

@@ -17,7 +17,7 @@ from services.gateway.generation import Generation
 from services.gateway.grpc_api import InferenceApi
 from services.gateway.health import Health
 from services.gateway.listener import SERVICES, Listener, ListenerConfig, grpc_handlers
-from services.gateway.openai.rest import build_rest
+from services.gateway.rest import build_rest
 from tests.services.application import free_port
 from tests.services.gateway.echo import EchoSource
 

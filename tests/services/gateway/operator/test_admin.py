@@ -21,9 +21,9 @@ from cluster.placement.planner import plan
 from cluster.topology import LayerSpec, Placement, Shard
 from services.gateway.generation import Generation
 from services.gateway.health import Health
-from services.gateway.openai.rest import build_rest
 from services.gateway.operator.admin import add_admin
 from services.gateway.operator.operations import ExpertTier, Operations
+from services.gateway.rest import build_rest
 from tests.services.gateway.echo import serving
 
 KEY = "the key of this test"

@@ -1,24 +1,21 @@
-"""The REST API is a FastAPI application that offers OpenAI's API."""
+"""An `OpenAIRoutes` offers completions, chat completions, models and the tokenizer over REST, as OpenAI and vLLM do."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
 
 from services.gateway.chat.text_delta import TextDelta, collect
 from services.gateway.chat.token_usage import TokenUsage
-from services.gateway.connection import CLIENT_CLOSED_REQUEST, ClientGone, EventStream, read_body, run_while_connected
-from services.gateway.errors import ApiError, ApiRefusal, client_errors, unexpected
+from services.gateway.connection import EventStream, read_body, run_while_connected
+from services.gateway.errors import ApiError, client_errors
 from services.gateway.generation import Generation, ModelCard
-from services.gateway.health import Health
 from services.gateway.openai import response
 from services.gateway.openai.body import (
     Body,
@@ -31,45 +28,26 @@ from services.gateway.openai.body import (
 )
 from services.gateway.openai.response import ResponseHead
 from services.gateway.request_body import parse_body
-from services.gateway.request_id import RequestIdMiddleware, check_request_id
+from services.gateway.request_id import check_request_id
 
-MAX_BODY_BYTES = 4 * 2**20
 DONE = "data: [DONE]\n\n"
 
-HealthCheck = Callable[[], Awaitable[Health]]
-MoreMetrics = Callable[[], Awaitable[bytes]]
 
+class OpenAIRoutes:
+    """An `OpenAIRoutes` handles the requests of OpenAI's API, from parsing the body to formatting the response."""
 
-def build_rest(
-    generation: Generation,
-    health: HealthCheck,
-    more_metrics: MoreMetrics | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
-) -> FastAPI:
-    """Return the FastAPI application with all routes for clients.
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._max_body_bytes = generation.limits.max_body_bytes(generation.card.max_model_len)
 
-    `/metrics` shows the request metrics and the result of `more_metrics`, for example the metrics of the engines. The
-    result of `more_metrics` must be in Prometheus' text format.
-    """
-    app = FastAPI(title="Expertmesh", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    surface = Rest(generation, max_body_bytes)
-    app.add_middleware(RequestIdMiddleware)
-    app.add_api_route("/v1/completions", surface.completions, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", surface.chat_completions, methods=["POST"])
-    app.add_api_route("/v1/models", surface.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model_id:path}", surface.model, methods=["GET"])
-    app.add_api_route("/tokenize", surface.tokenize, methods=["POST"])
-    app.add_api_route("/detokenize", surface.detokenize, methods=["POST"])
-    _add_operations(app, generation, health, more_metrics)
-    _add_error_handlers(app, generation)
-    return app
-
-
-class Rest:
-    """A `Rest` handles the requests of the REST API, from parsing the body to formatting the response."""
-
-    def __init__(self, generation: Generation, max_body_bytes: int) -> None:
-        self._generation, self._max_body_bytes = generation, max_body_bytes
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes to `app`."""
+        app.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        app.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"])
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"])
+        app.add_api_route("/tokenize", self.tokenize, methods=["POST"])
+        app.add_api_route("/detokenize", self.detokenize, methods=["POST"])
 
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, CompletionBody)
@@ -171,53 +149,3 @@ def _event(data: str) -> str:
 def _model(card: ModelCard) -> dict[str, Any]:
     fields = {"id": card.id, "object": "model", "created": card.created, "owned_by": card.owned_by}
     return fields | {"max_model_len": card.max_model_len}
-
-
-def _add_operations(
-    app: FastAPI, generation: Generation, health: HealthCheck, more_metrics: MoreMetrics | None
-) -> None:
-    @app.get("/health/live")
-    async def live() -> JSONResponse:
-        return JSONResponse({"status": "live"})
-
-    @app.get("/health/ready")
-    async def ready() -> JSONResponse:
-        now = await health()
-        status = "not_ready" if not now.is_ready else "degraded" if now.is_degraded else "ready"
-        return JSONResponse({"status": status, "detail": now.detail}, 200 if now.is_ready else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        more = await more_metrics() if more_metrics else b""
-        return Response(generation.metrics.to_text() + more, media_type=CONTENT_TYPE_LATEST)
-
-
-def _add_error_handlers(app: FastAPI, generation: Generation) -> None:
-    def refuse(error: ApiError) -> JSONResponse:
-        generation.metrics.count_refused(error.refusal.label)
-        return JSONResponse(error.to_json(), error.refusal.status, error.headers)
-
-    @app.exception_handler(ApiError)
-    async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
-        return refuse(error)
-
-    @app.exception_handler(ClientGone)
-    async def on_client_gone(_: Request, __: ClientGone) -> Response:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return refuse(_routing_error(request, error))
-
-    @app.exception_handler(Exception)
-    async def on_unexpected(_: Request, error: Exception) -> JSONResponse:
-        return refuse(unexpected(error))
-
-
-def _routing_error(request: Request, error: HTTPException) -> ApiError:
-    """Return the ApiError for an unknown path or method; FastAPI itself reports no other mistakes."""
-    path = request.url.path
-    if error.status_code == ApiRefusal.METHOD.status:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        return ApiError(ApiRefusal.METHOD, f"{path} must be requested with {allowed}, not {request.method}.")
-    return ApiError(ApiRefusal.NOT_FOUND, f"There is no path {path}; /v1/models lists the served models.")

@@ -1,0 +1,39 @@
+"""The `GatewayLimits` bound everything that a client can make large.
+
+Every limit is checked before the work that the limit bounds is done. docs/api.md lists the limits. An operator sets
+limits under `limits:` in a Serve config, or with `expertmesh up --limit NAME=VALUE`.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIN_BODY_BYTES = 4 << 20  # smallest default of `body_bytes`
+BODY_BYTES_PER_TOKEN = 8  # default of `body_bytes` for models with a long context
+
+
+class GatewayLimits(BaseModel):
+    """A `GatewayLimits` holds the limits on requests and connections of one gateway."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    body_bytes: int | None = Field(
+        None,
+        ge=1 << 10,
+        description="bytes of a body or gRPC message; default: 4 MiB, or 8 per token of the context",
+    )
+    json_depth: int = Field(128, ge=8, description="levels to which the JSON of a body may be nested")
+    logit_bias: int = Field(1024, ge=0, le=1 << 17, description="entries of logit_bias")
+    stop_strings: int = Field(4, ge=0, le=64, description="stop strings")
+    stop_bytes: int = Field(1024, ge=1, le=1 << 16, description="bytes of one stop string")
+    schema_nodes: int = Field(4096, ge=16, description="objects and lists in the JSON schemas of one request")
+    schema_bytes: int = Field(128 << 10, ge=1 << 10, description="bytes of the JSON schemas of one request")
+    header_bytes: int = Field(64 << 10, ge=1 << 10, description="bytes of the headers of one request")
+    header_s: float = Field(10, gt=0, description="seconds for the headers of a request to arrive")
+    body_s: float = Field(60, gt=0, description="seconds for the body of a request to arrive")
+    connections: int = Field(2048, ge=1, description="open connections to the REST port")
+    grpc_streams: int = Field(1024, ge=1, description="RPCs in flight at the gRPC port")
+
+    def max_body_bytes(self, max_model_len: int) -> int:
+        """Return the maximum size of a body in bytes, for a model whose context is `max_model_len` tokens."""
+        return self.body_bytes or max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * max_model_len)
