@@ -19,6 +19,8 @@ CLIENT_CLOSED_REQUEST = 499
 # A client reads the refusal of a too large body only after the client has sent the whole body. The server therefore
 # reads and drops up to DRAIN_FACTOR times the allowed size before it closes the connection.
 DRAIN_FACTOR = 16
+# line ends in JavaScript and Python, which some clients take for the end of a `data:` line
+LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 T = TypeVar("T")
 
@@ -83,3 +85,9 @@ class EventStream(StreamingResponse):
         async with aclosing(self._events):
             with suppress(ClientGone):
                 await run_while_connected(receive, self.stream_response(send))
+
+
+def server_event(data: str, name: str = "") -> str:
+    """Return one server-sent event with the JSON text `data`, and with the event's `name` if it has one."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {data.translate(LINE_ENDS)}\n\n"

@@ -43,11 +43,6 @@ def _usage(usage: TokenUsage) -> dict[str, Any]:
     }
 
 
-def cache_header(delta: TextDelta) -> dict[str, str]:
-    """Return the HTTP header that says how many prompt tokens came from the prefix cache, and why not more."""
-    return {"X-Expertmesh-Cache": delta.cache_report}
-
-
 def completion(
     head: ResponseHead, choices: Sequence[TextDelta], usage: TokenUsage, echo: bool, has_prompt_logprobs: bool
 ) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from services.gateway.chat.text_delta import TextDelta, collect
+from services.gateway.answer import Answer, cache_header, read
+from services.gateway.chat.text_delta import TextDelta
 from services.gateway.chat.token_usage import TokenUsage
-from services.gateway.connection import EventStream, read_body, run_while_connected
+from services.gateway.connection import EventStream, read_body, run_while_connected, server_event
 from services.gateway.errors import ApiError, client_errors
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.openai import response
@@ -28,7 +29,6 @@ from services.gateway.openai.body import (
 )
 from services.gateway.openai.response import ResponseHead
 from services.gateway.request_body import parse_body
-from services.gateway.request_id import check_request_id
 
 DONE = "data: [DONE]\n\n"
 
@@ -80,52 +80,43 @@ class OpenAIRoutes:
             return JSONResponse({"prompt": self._generation.detokenize(body.tokens)})
 
     async def _generate(self, request: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
-        check_request_id(request.state.id, "X-Request-Id")
-        body = parse_body(kind, await read_body(request, self._max_body_bytes))
+        body = await read(request, kind, self._generation)
         return await run_while_connected(request.receive, self._respond(body, request.state.id))
 
     async def _respond(self, body: Body, request_id: str) -> Response:
         generation = self._generation
         generation.check_model(body.model)
-        with client_errors():
-            choice_requests = await generation.prepare(body.requests())
         head = ResponseHead(
             f"{'chatcmpl' if body.is_chat else 'cmpl'}-{request_id}", int(time.time()), generation.card.id
         )
-        deltas = generation.stream(choice_requests, head.id)
+        with client_errors():
+            requests = body.requests()
+        answer = await Answer.begin(generation, requests, head.id)
         if body.stream:
-            # The status line is sent only with the first token. Until then the engine may refuse the request, and a
-            # refusal has another status.
-            first = await anext(deltas)
-            events = self._events(head, body, first, deltas)
-            return EventStream(events, response.cache_header(first))
-        choices = await collect(deltas, len(choice_requests))
+            return EventStream(self._events(head, body, answer), cache_header(answer.first))
+        choices = await answer.choices()
         usage = TokenUsage(body.n or 1)
         for choice in choices:
             usage.add(choice)
         text = _whole_response(head, body, choices, usage)
-        return Response(text, media_type="application/json", headers=response.cache_header(choices[0]))
+        return Response(text, media_type="application/json", headers=cache_header(choices[0]))
 
-    async def _events(
-        self, head: ResponseHead, body: Body, first: TextDelta, deltas: AsyncGenerator[TextDelta, None]
-    ) -> AsyncGenerator[str, None]:
+    async def _events(self, head: ResponseHead, body: Body, answer: Answer) -> AsyncGenerator[str, None]:
         usage, is_open = TokenUsage(body.n or 1), set[int]()
         try:
-            async with aclosing(deltas):
-                delta: TextDelta | None = first
-                while delta is not None:
+            async with aclosing(answer.deltas()) as deltas:
+                async for delta in deltas:
                     usage.add(delta)
                     if body.is_chat and delta.index not in is_open:
                         is_open.add(delta.index)
-                        yield _event(response.role_chunk(head, delta.index))
+                        yield server_event(response.role_chunk(head, delta.index))
                     if delta.is_shown:
-                        yield _event(_chunk(head, body, delta))
-                    delta = await anext(deltas, None)
+                        yield server_event(_chunk(head, body, delta))
             if body.include_usage:
-                yield _event(response.usage_chunk(head, usage, body.is_chat))
+                yield server_event(response.usage_chunk(head, usage, body.is_chat))
         except ApiError as error:
             self._generation.metrics.count_refused(error.refusal.label)
-            yield _event(json.dumps(error.to_json()))
+            yield server_event(json.dumps(error.to_json()))
         yield DONE
 
 
@@ -140,10 +131,6 @@ def _chunk(head: ResponseHead, body: Body, delta: TextDelta) -> str:
     if isinstance(body, ChatBody):
         return response.chat_chunk(head, delta)
     return response.completion_chunk(head, delta, body.echoes_logprobs)
-
-
-def _event(data: str) -> str:
-    return f"data: {data}\n\n"
 
 
 def _model(card: ModelCard) -> dict[str, Any]:

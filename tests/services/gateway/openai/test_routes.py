@@ -424,3 +424,11 @@ def test_metrics(client: openai.OpenAI, http: httpx.Client, source: EchoSource) 
     assert lines['expertmesh:request_success_total{finished_reason="length",model_name="echo"}'] == "1.0"
     assert lines['expertmesh:request_refused_total{model_name="echo",reason="invalid"}'] == "1.0"
     assert lines["expertmesh:steps_total"] == "3.0"
+
+
+def test_streams_hold_no_line_ends_but_their_own(client: openai.OpenAI, http: httpx.Client) -> None:
+    text = "a\u2028b\u2029c\u0085d"  # some clients take these characters for the end of a line
+    answer = http.post("/v1/completions", json={"prompt": text, "stream": True})
+    assert not set("\u2028\u2029\u0085") & set(answer.text)
+    stream = client.completions.create(model="echo", prompt=text, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == text
