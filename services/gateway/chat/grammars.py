@@ -63,13 +63,13 @@ def compose(answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, marke
 
     - `answer`: the grammar of the text after the reasoning; None if the client gave no grammar.
     - `tool_use`: the tools. If calls are forced, calls must match the tools' schemas. If the model may choose between
-      text and calls, the grammar makes calls match the schemas only if at least one tool is strict.
+      text and calls, the grammar makes calls match the schemas only if at least one tool is strict, or if the client
+      named the tools that may be called.
     - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`.
     - `markers`: the markers of the model's tokenizer.
     """
     tools = tool_use.callable_tools
-    is_strict = any(tool.is_strict for tool in tools)
-    if answer is None and not tool_use.is_forced and not is_strict:
+    if answer is None and not tool_use.is_enforced:
         return None
     if answer is not None and not tools and not in_reasoning:
         return answer

@@ -89,24 +89,32 @@ class ToolUse:
     mode: ToolMode = ToolMode.AUTO
     function: str | None = None  # name of the function that must be called; None: the client named none
     is_parallel: bool = True  # True: one answer may hold several calls
+    allowed: tuple[str, ...] | None = None  # names of the functions that may be called; None: all of `tools`
 
     @classmethod
     def of(
-        cls, tools: tuple[Tool, ...], mode: ToolMode | None, function: str | None, is_parallel: bool | None
+        cls,
+        tools: tuple[Tool, ...],
+        mode: ToolMode | None,
+        function: str | None,
+        is_parallel: bool | None,
+        allowed: Sequence[str] | None = None,
     ) -> ToolUse:
         """Return the `ToolUse` for a client's parameters; None stands for a missing parameter.
 
-        - `mode`: the value of `tool_choice`, if the value is a mode.
+        - `mode`: the value of `tool_choice`, or of the mode inside `tool_choice`.
         - `function`: the name of the function that `tool_choice` names.
         - `is_parallel`: the value of `parallel_tool_calls`.
+        - `allowed`: the names of the functions in a `tool_choice` of type `allowed_tools`.
 
         Raises ValueError if a parameter needs tools but `tools` is empty.
         """
         if is_parallel is not None and not tools:
             raise ValueError("parallel_tool_calls may only be given together with tools.")
-        if not tools and (function is not None or mode not in (None, ToolMode.NONE)):
+        if not tools and (function is not None or allowed is not None or mode not in (None, ToolMode.NONE)):
             raise ValueError("tool_choice may only be given together with tools.")
-        return cls(tools, mode or ToolMode.AUTO, function, is_parallel is not False)
+        names = None if allowed is None else tuple(allowed)
+        return cls(tools, mode or ToolMode.AUTO, function, is_parallel is not False, names)
 
     @property
     def is_forced(self) -> bool:
@@ -126,7 +134,15 @@ class ToolUse:
         """Return the tools of the request that the model may call, which depend on `tool_choice`."""
         if self.mode is ToolMode.NONE:
             return ()
-        return tuple(tool for tool in self.tools if self.function in (None, tool.name))
+        names = [self.function] if self.function is not None else self.allowed
+        return self.tools if names is None else tuple(tool for tool in self.tools if tool.name in names)
+
+    @property
+    def is_enforced(self) -> bool:
+        """Return True if a grammar must make every call of the answer valid."""
+        if self.mode is ToolMode.NONE:
+            return False
+        return self.is_forced or self.allowed is not None or any(tool.is_strict for tool in self.callable_tools)
 
     def check(self) -> None:
         """Raise ValueError if a tool cannot be called, or if the named function is not among the tools."""
@@ -137,9 +153,12 @@ class ToolUse:
         names = [tool.name for tool in self.tools]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"tools must hold each function once, but names {repeated[0]!r} twice.")
-        if self.function is not None and self.function not in names:
-            allowed = ", ".join(map(repr, names))
-            raise ValueError(f"tool_choice names the function {self.function!r:.100}; the tools are {allowed}.")
+        if self.allowed == ():
+            raise ValueError("tool_choice of type 'allowed_tools' must name at least one function.")
+        chosen = (self.function,) if self.function is not None else self.allowed or ()
+        if unknown := [name for name in chosen if name not in names]:
+            known = ", ".join(map(repr, names))
+            raise ValueError(f"tool_choice names the function {unknown[0]!r:.100}; the tools are {known:.1000}.")
 
 
 def json_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str] | None:

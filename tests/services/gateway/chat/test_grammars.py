@@ -40,6 +40,8 @@ CASES = [
     (ToolUse((WEATHER, NOW)), f"look:\n{CALL}", True),
     (ToolUse((WEATHER, NOW)), f"a {CALL_NOW}\n{CALL_NOW} b", True),
     (ToolUse((WEATHER, NOW)), "a <tool_call>\nfoo", False),
+    (ToolUse((ANY, NOW), allowed=("now",)), f"a {CALL_NOW}", True),
+    (ToolUse((ANY, NOW), allowed=("now",)), f"a {CALL_ANY}", False),
 ]
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.chat.tools import Tool, argument_json
+from services.gateway.chat.tools import Tool, ToolMode, ToolUse, argument_json
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,18 @@ def test_arguments_have_the_types_of_the_schema(schema: Any, text: str, expected
 def test_tools_that_cannot_be_called(tool: Tool, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         tool.check("tools[0]")
+
+
+def test_only_the_allowed_tools_may_be_called() -> None:
+    tools = (Tool("a"), Tool("b"), Tool("c"))
+    use = ToolUse.of(tools, ToolMode.AUTO, None, None, ["c", "a"])
+    use.check()
+    assert [tool.name for tool in use.callable_tools] == ["a", "c"]
+    assert (use.is_forced, use.is_enforced) == (False, True)
+    assert ToolUse.of(tools, ToolMode.REQUIRED, None, None, ["c"]).is_forced
+    with pytest.raises(ValueError, match=r"tool_choice names the function 'd'; the tools are 'a', 'b', 'c'\."):
+        ToolUse.of(tools, ToolMode.AUTO, None, None, ["a", "d"]).check()
+    with pytest.raises(ValueError, match="tool_choice of type 'allowed_tools' must name at least one function"):
+        ToolUse.of(tools, ToolMode.AUTO, None, None, []).check()
+    with pytest.raises(ValueError, match="tool_choice may only be given together with tools"):
+        ToolUse.of((), ToolMode.AUTO, None, None, ["a"])
