@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from services.gateway.limits import GatewayLimits
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 FOLDERS = "model|cluster|protos|services|tests|k8s|docs|benchmarks"
@@ -44,3 +46,13 @@ def test_every_guarantee_names_a_test_that_exists() -> None:
         assert proofs, f"no test is named: {guarantee[:80]}"
         for file, name in proofs:
             assert f"def {name}(" in (ROOT / file).read_text(), f"{file} has no {name}"
+
+
+def test_the_api_reference_lists_every_limit_with_its_default() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    section = text.partition("## Limits")[2].partition("\n## ")[0]
+    listed = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE))
+    assert set(listed) == set(GatewayLimits.model_fields)
+    for name, field in GatewayLimits.model_fields.items():
+        if field.default is not None:
+            assert listed[name] == f"{field.default:,}", name
