@@ -9,6 +9,7 @@ from typing import Any
 
 from services.engine.contract.sampling_params import Grammar
 from services.gateway.chat.conversation import Conversation
+from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tools import ToolMode, ToolUse
 
 MAX_CHOICES = 128  # maximum number of choices of one client request: the number of prompts times `n`
@@ -38,7 +39,7 @@ class GenerationRequest:
     answer_format: AnswerFormat | None = None
     tool_use: ToolUse = field(default_factory=ToolUse)
     timeout: float | None = None  # seconds from the arrival of the request until its last token must be generated
-    thinking_budget: int | None = None  # maximum number of tokens of reasoning; None: the reasoning is not limited
+    thinking: Thinking = field(default_factory=Thinking)  # the budget; the conversation's template has the switch
     truncate_prompt_tokens: int | None = None  # tokens kept at the end of the prompt; -1: all that fit
     skip_special_tokens: bool = True  # False: the text of an answer shows the names of special tokens
     include_stop_str_in_output: bool = False  # True: the text of an answer ends with the stop string that ended it

@@ -23,9 +23,10 @@ from services.engine.contract.token_output import FinishReason
 from services.gateway.chat import grammars
 from services.gateway.chat.answer_parser import ToolCallDelta
 from services.gateway.chat.choice_request import ChoiceRequest
-from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall, check_message, template_kwargs
+from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall, check_message
 from services.gateway.chat.output_processor import TOOL_CALLS
 from services.gateway.chat.text_delta import ScoredToken, TextDelta, collect
+from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.token_usage import TokenUsage
 from services.gateway.chat.tools import Tool, ToolMode, ToolUse, parse_arguments
 from services.gateway.errors import ApiError, ApiRefusal, client_errors, invalid, unexpected
@@ -209,9 +210,15 @@ def _generation_request(request: pb.GenerateRequest) -> GenerationRequest:
         sampling.setdefault("prompt_logprobs", sampling["logprobs"])
     n = sampling.pop("n", None)
     timeout = request.timeout if request.HasField("timeout") else None
-    tool_use = _tool_use(request.chat) if request.HasField("chat") else ToolUse()
     return GenerationRequest(
-        _prompt(request), sampling, n, request.echo, _answer_format(request.response_format), tool_use, timeout
+        _prompt(request),
+        sampling,
+        n,
+        request.echo,
+        _answer_format(request.response_format),
+        _tool_use(request.chat),
+        timeout,
+        _thinking(request.chat),
     )
 
 
@@ -241,9 +248,13 @@ def _tokenize_request(request: pb.TokenizeRequest) -> GenerationRequest:
 def _conversation(chat: pb.Chat) -> Conversation:
     """Return the messages and template arguments of `chat` as a `Conversation`, to which the tools are added later."""
     kwargs = json_format.MessageToDict(chat.template_kwargs) if chat.HasField("template_kwargs") else None
-    thinking = chat.enable_thinking if chat.HasField("enable_thinking") else None
     messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(chat.messages))
-    return Conversation(messages, template_kwargs=template_kwargs(kwargs, thinking))
+    return Conversation(messages, template_kwargs=_thinking(chat).template_kwargs(kwargs))
+
+
+def _thinking(chat: pb.Chat) -> Thinking:
+    names = ("reasoning_effort", "thinking_token_budget", "enable_thinking")
+    return Thinking(*(getattr(chat, name) if chat.HasField(name) else None for name in names))
 
 
 def _message(param: str, message: pb.ChatMessage) -> ChatMessage:

@@ -76,19 +76,3 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments that the model's template defines
     add_generation_prompt: bool = True  # True: the prompt ends with the markup that begins the assistant's next turn
     continue_final_message: bool = False  # True: the prompt ends inside the last message, which the answer continues
-
-
-def template_kwargs(kwargs: Mapping[str, Any] | None, enable_thinking: bool | None) -> dict[str, Any]:
-    """Return the arguments `kwargs` of the chat template, together with `enable_thinking` if the client set it.
-
-    Raises ValueError if `kwargs` holds a reserved argument, or if `enable_thinking` in `kwargs` differs from the
-    argument `enable_thinking`.
-    """
-    given = dict(kwargs or {})
-    if reserved := sorted(given.keys() & RESERVED_KWARGS):
-        raise ValueError(f"chat_template_kwargs must not hold {reserved[0]!r}, which the server itself sets.")
-    if enable_thinking is not None:
-        if given.get("enable_thinking", enable_thinking) is not enable_thinking:
-            raise ValueError("enable_thinking must be equal to enable_thinking in chat_template_kwargs; set only one.")
-        given["enable_thinking"] = enable_thinking
-    return given

@@ -267,6 +267,7 @@ class ChatBody(ConversationBody, _RequestBody):
                 answer_format=self.answer_format(),
                 tool_use=tool_use,
                 timeout=self.timeout,
+                thinking=self.thinking,
             )
         ]
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall, check_message, template_kwargs
+from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall, check_message
+from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tools import Tool, parse_arguments
 from services.gateway.request_body import BaseBody, only
 
@@ -82,7 +83,13 @@ class ConversationBody(BaseBody):
     messages: list[Message]
     tools: list[ToolBody] | None = None
     enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+    thinking_token_budget: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def thinking(self) -> Thinking:
+        return Thinking(self.reasoning_effort, self.thinking_token_budget, self.enable_thinking)
 
     def conversation(self, add_generation_prompt: bool = True) -> Conversation:
         """Return the messages and template arguments as a `Conversation`, to which the tools are added later.
@@ -90,7 +97,7 @@ class ConversationBody(BaseBody):
         Raises ApiError or ValueError if a message or an argument is invalid.
         """
         messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(self.messages))
-        kwargs = template_kwargs(self.chat_template_kwargs, self.enable_thinking)
+        kwargs = self.thinking.template_kwargs(self.chat_template_kwargs)
         return Conversation(messages, template_kwargs=kwargs, add_generation_prompt=add_generation_prompt)
 
 

@@ -194,7 +194,7 @@ def _chat(body: dict[str, Any]) -> pb.Chat:
         chat.tool_choice.function = choice["function"]["name"]
     elif choice:
         chat.tool_choice.mode = pb.ToolChoice.Mode.Value(f"MODE_{choice.upper()}")
-    for name in ("parallel_tool_calls", "enable_thinking"):
+    for name in ("parallel_tool_calls", "enable_thinking", "reasoning_effort", "thinking_token_budget"):
         if name in body:
             setattr(chat, name, body.pop(name))
     if "chat_template_kwargs" in body:

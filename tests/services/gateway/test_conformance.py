@@ -114,6 +114,8 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "turns with calls": chat(messages=CALLED),
     "thinking": chat(enable_thinking=True),
     "thinking by kwargs": chat(chat_template_kwargs={"enable_thinking": True}, **SAMPLED),
+    "reasoning effort": chat(reasoning_effort="low"),
+    "no reasoning": chat(reasoning_effort="none"),
     "thinking then form": chat(
         enable_thinking=True, logit_bias={"6": 60}, structured_outputs={"choice": ["yes", "no"]}, max_tokens=60
     ),
@@ -182,7 +184,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "thinking": (
         chat(chat_template_kwargs={"enable_thinking": True}, enable_thinking=False),
         "INVALID_ARGUMENT",
-        "enable_thinking must be equal to enable_thinking in chat_template_kwargs; set only one.",
+        "enable_thinking must not contradict enable_thinking in chat_template_kwargs; set only one.",
+    ),
+    "reasoning effort": (
+        chat(reasoning_effort="much"),
+        "INVALID_ARGUMENT",
+        "reasoning_effort must be 'none', 'minimal', 'low', 'medium', 'high', 'xhigh' or 'max', not 'much'.",
+    ),
+    "budget without reasoning": (
+        chat(reasoning_effort="none", thinking_token_budget=9),
+        "INVALID_ARGUMENT",
+        "thinking_token_budget may not be given if reasoning_effort is 'none'.",
     ),
     "no tools": (
         chat(tool_choice="required"),

@@ -260,7 +260,7 @@ BAD_CHATS = [
     ({"messages": [USER], "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs must not hold 'tools'", None),
     (
         {"messages": [USER], "chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": False},
-        "enable_thinking must be equal to enable_thinking in chat_template_kwargs; set only one.",
+        "enable_thinking must not contradict enable_thinking in chat_template_kwargs; set only one.",
         "enable_thinking",
     ),
     ({"messages": [{**USER, "tool_call_id": "x"}]}, "messages[0].tool_call_id must be given where the role is", None),
