@@ -10,6 +10,9 @@ MAX_TOP_K = 2**31 - 1  # largest `top_k`: larger than any vocabulary, and still 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
 MAX_LOGPROBS = 20  # largest number of alternatives per token, the same as in OpenAI's API
+# Largest number of token ids in a `ThinkingBudget`. A vocabulary of 131,072 tokens has about 500 tokens that begin with
+# ">" or end with "</", which may begin or end a marker that is ordinary text.
+MAX_MARKER_IDS = 8192
 # JSON grammars allow only this white space: a space, or a new line with at most 16 characters of indentation. Without a
 # bound, a model that is unsure of its next token could generate white space until `max_tokens`.
 JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
@@ -38,6 +41,31 @@ class Grammar:
 
 
 @dataclass(frozen=True)
+class ThinkingBudget:
+    """A `ThinkingBudget` limits the reasoning with which an answer begins to `max_tokens` tokens.
+
+    If the answer has `max_tokens` tokens and the marker that ends the reasoning (`</think>`) is not among them, the
+    sampler writes the marker. If the last tokens already are the beginning of the marker, it writes only the rest.
+
+    `end_ids` describes the tokens of the marker. `end_ids[i]` holds the ids of all tokens that may be the marker's
+    token number i, and the sampler writes the first of them. A marker that is one special token has one token and one
+    id. The first token of a marker that is ordinary text may end with the marker's first characters (" </" instead of
+    "</"), and its last token may begin with the marker's last characters (">\n" instead of ">").
+    """
+
+    max_tokens: int
+    end_ids: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        _check(self.max_tokens >= 0, "thinking_budget", "at least 0", self.max_tokens)
+        _check(bool(self.end_ids) and all(self.end_ids), "thinking_budget", "given with the ids of a marker", ())
+        num_ids = sum(map(len, self.end_ids))
+        _check(num_ids <= MAX_MARKER_IDS, "thinking_budget", f"given with at most {MAX_MARKER_IDS} ids", num_ids)
+        lowest = min(map(min, self.end_ids))
+        _check(lowest >= 0, "thinking_budget", "given with ids of at least 0", lowest)
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """The `SamplingParams` of a request say how to choose its tokens and when to stop.
 
@@ -49,6 +77,7 @@ class SamplingParams:
       move forward as if their number were lower (`services.engine.scheduling.waiting_queue`).
     - `logprobs`, `prompt_logprobs`: how many alternatives to report beside each token's own logprob. With None, no
       logprob is reported.
+    - `thinking_budget`: a limit on the reasoning of an answer that begins in reasoning; set by the gateway only.
     """
 
     max_tokens: int | None = None  # None: as many tokens as the model's context allows
@@ -69,6 +98,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     priority: int = 0
+    thinking_budget: ThinkingBudget | None = None
 
     def __post_init__(self) -> None:
         self._check_lengths()

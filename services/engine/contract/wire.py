@@ -8,10 +8,14 @@ from typing import Any
 
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams, ThinkingBudget
 from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
 
-RESHAPED = ("logit_bias", "grammar")  # fields of SamplingParams that have another type in the message
+RESHAPED = (
+    "logit_bias",
+    "grammar",
+    "thinking_budget",
+)  # fields of SamplingParams that have another type in the message
 GATEWAY_ONLY = ("stop",)  # fields that stay in the gateway, which matches the stop strings
 # All other fields of SamplingParams. Such a field has the same name and type in the message.
 PLAIN = tuple(field.name for field in fields(SamplingParams) if field.name not in (*RESHAPED, *GATEWAY_ONLY))
@@ -45,6 +49,9 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
     given: dict[str, Any] = {name: value for name in PLAIN if (value := getattr(params, name)) is not None}
     if params.grammar is not None:
         given["grammar"] = pb.Grammar(kind=params.grammar.kind, text=params.grammar.text)
+    if (budget := params.thinking_budget) is not None:
+        end = [pb.ThinkingBudget.MarkerToken(ids=ids) for ids in budget.end_ids]
+        given["thinking_budget"] = pb.ThinkingBudget(max_tokens=budget.max_tokens, end=end)
     ids, bias = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
     return pb.SamplingParams(bias_ids=ids, bias=bias, **given)
 
@@ -54,6 +61,9 @@ def params_from_proto(message: pb.SamplingParams) -> SamplingParams:
     values: dict[str, Any] = {name: _value(message, name) for name in PLAIN}
     if message.HasField("grammar"):
         values["grammar"] = Grammar(GrammarKind(message.grammar.kind), message.grammar.text)
+    if message.HasField("thinking_budget"):
+        budget = message.thinking_budget
+        values["thinking_budget"] = ThinkingBudget(budget.max_tokens, tuple(tuple(one.ids) for one in budget.end))
     bias = tuple(zip(message.bias_ids, message.bias, strict=True))
     return SamplingParams(logit_bias=bias, **values)
 

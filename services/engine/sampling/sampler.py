@@ -3,10 +3,11 @@
 The order of the operations is the usual one (vLLM's):
 
 1. The log probabilities that requests asked for are computed from the model's own logits.
-2. The logits are edited: grammar; stop ids before `min_tokens`; `logit_bias`; `repetition_penalty` (prompt and output),
-   `frequency_penalty` and `presence_penalty` (output only).
-3. Greedy rows take the largest logit.
-4. The other rows divide by the temperature, keep `top_k`, then `top_p` of the rest, then `min_p`, and draw a token. The
+2. Rows whose reasoning must end (`thinking_budget`) take the next token of the marker that ends it.
+3. The logits of the other rows are edited: grammar; stop ids before `min_tokens`; `logit_bias`; `repetition_penalty`
+   (prompt and output), `frequency_penalty` and `presence_penalty` (output only).
+4. Greedy rows take the largest logit.
+5. The other rows divide by the temperature, keep `top_k`, then `top_p` of the rest, then `min_p`, and draw a token. The
    noise of the draw depends on the request's seed and the position only.
 
 `Sampler.sample` also chooses drafts, from the draft module's logits and with the same noise. The token at a position
@@ -85,11 +86,15 @@ class Sampler:
         assert logits_SV.shape[0] == len(rows)
         states = [_state_of(row.request) for row in rows]
         tokens = _largest(logits_SV)
-        special = [s for s in range(len(rows)) if tokens[s] is not None and not _is_plain(rows[s], states[s])]
+        possible = [s for s in range(len(rows)) if tokens[s] is not None]
+        forced = {s: token for s in possible if (token := _forced_id(rows[s], states[s])) is not None}
+        special = [s for s in possible if s not in forced and not _is_plain(rows[s], states[s])]
         for some in _groups(special, logits_SV):
             chosen = _choose(logits_SV[some], [rows[s] for s in some], [states[s] for s in some])
             for s, token in zip(some, chosen, strict=True):
                 tokens[s] = token
+        for s, token_id in forced.items():
+            tokens[s] = token_id
         logprobs = _logprobs(logits_SV, tokens, rows) if with_logprobs else {}
         return [None if token is None else SampledToken(token, logprobs.get(s)) for s, token in enumerate(tokens)]
 
@@ -155,6 +160,15 @@ def _state_of(request: Request) -> SamplerState:
         request.sampling_state = SamplerState(request)
     state: SamplerState = request.sampling_state
     return state
+
+
+def _forced_id(row: SamplingRow, state: SamplerState) -> int | None:
+    """Return the id that ends the row's reasoning, or None if the row's token is to be chosen from its logits.
+
+    A stop id that must wait for `min_tokens` does not end the reasoning, because it would end the answer.
+    """
+    token_id = state.reasoning.forced_id(row.request, row.ahead) if state.reasoning else None
+    return None if token_id in row.forbidden_ids else token_id
 
 
 def _is_plain(row: SamplingRow, state: SamplerState) -> bool:

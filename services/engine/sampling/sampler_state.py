@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from services.engine.grammar.compiled_grammar import GrammarState
 from services.engine.request import Request
+from services.engine.sampling.reasoning_limit import ReasoningLimit
 
 
 class TokenCounts:
@@ -56,7 +57,7 @@ class TokenCounts:
 
 
 class SamplerState:
-    """A `SamplerState` holds a request's token counts, grammar state and logit bias between steps."""
+    """A `SamplerState` holds what the sampler keeps of one request: counts, grammar state, reasoning limit and bias."""
 
     def __init__(self, request: Request) -> None:
         params = request.params
@@ -69,6 +70,7 @@ class SamplerState:
             assert request.compiled_grammar is not None, "a grammar is compiled before its request reaches the engine"
             self.grammar = request.compiled_grammar.start()
         self.bias = dict(params.logit_bias)
+        self.reasoning = ReasoningLimit(params.thinking_budget) if params.thinking_budget else None
         self.is_greedy = params.is_greedy
         self.is_edited = has_penalty or self.grammar is not None or bool(self.bias)
         self._num_followed, self._ahead = request.num_prompt_tokens, list[int]()

@@ -23,7 +23,12 @@ from services.gateway.openai.messages import ConversationBody, NamedTool
 from services.gateway.request_body import BaseBody, only
 
 MAX_PROMPTS = 64  # maximum number of prompts in one body
-SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {"logprobs", "logit_bias", "grammar"}
+SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {
+    "logprobs",
+    "logit_bias",
+    "grammar",
+    "thinking_budget",
+}
 
 
 def _check_prompt(value: object) -> object:

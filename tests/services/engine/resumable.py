@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams, ThinkingBudget
 
 SCHEMA = {
     "type": "object",
@@ -17,6 +17,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 LENGTH = 48
+THINK_END = 6  # the demo model's id of `</think>`
 KINDS = {
     "greedy": SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True),
     "seeded": SamplingParams(seed=7, max_tokens=LENGTH, ignore_eos=True),
@@ -37,5 +38,17 @@ KINDS = {
         seed=5, grammar=Grammar(GrammarKind.JSON_SCHEMA, json.dumps(SCHEMA)), max_tokens=3 * LENGTH
     ),
     "regex": SamplingParams(temperature=0, grammar=Grammar(GrammarKind.REGEX, "[a-z]{60,80}!"), max_tokens=2 * LENGTH),
+    "thinking": SamplingParams(
+        seed=6, thinking_budget=ThinkingBudget(20, ((300, 301), (302,), (303, 304))), max_tokens=LENGTH, ignore_eos=True
+    ),
+    "thinking with a schema": SamplingParams(
+        temperature=0.7,
+        seed=8,
+        thinking_budget=ThinkingBudget(10, ((THINK_END,),)),
+        grammar=Grammar(
+            GrammarKind.LARK, f"start: think <[{THINK_END}]> answer\nthink: /(?s:.*)/\nanswer: /[a-z]{{9,30}}/\n"
+        ),
+        max_tokens=2 * LENGTH,
+    ),
     "whole context": SamplingParams(seed=11),
 }

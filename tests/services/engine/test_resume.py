@@ -118,7 +118,7 @@ def test_the_test_above_would_see_what_is_forgotten(engine: Engine) -> None:
         forgetful = await ask(engine, "rest", [*PROMPTS[0], *whole.tokens[:cut]], KINDS[kind])
         return forgetful.tokens == whole.tokens[cut:]
 
-    for kind in ("penalties", "stop ids", "schema", "regex", "greedy"):
+    for kind in ("penalties", "stop ids", "schema", "regex", "greedy", "thinking", "thinking with a schema"):
         assert not asyncio.run(run(kind)), kind
 
 

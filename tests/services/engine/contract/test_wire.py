@@ -8,7 +8,7 @@ import pytest
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from services.engine.contract import wire
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams, ThinkingBudget
 from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
 
 EVERYTHING: dict[str, Any] = {
@@ -30,6 +30,7 @@ EVERYTHING: dict[str, Any] = {
     "prompt_logprobs": 3,
     "grammar": Grammar(GrammarKind.REGEX, "a+"),
     "priority": -3,
+    "thinking_budget": ThinkingBudget(0, ((13, 14), (15,))),
 }
 LOGPROB = TokenLogprob(7, -0.1, 2, ((8, -0.05), (7, -0.1)))
 

@@ -42,3 +42,12 @@ def test_a_tokenizer_without_bytes_is_refused(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="must be byte-level"):
         Tokenizer(tmp_path)
+
+
+def test_the_ids_of_a_marker_are_those_of_all_tokens_in_which_it_may_be_written(tokenizer: Tokenizer) -> None:
+    def texts(marker: str) -> list[list[str]]:
+        return [tokenizer.texts(token_ids) for token_ids in tokenizer.marker_ids(marker)]
+
+    assert texts("<|im_end|>") == [["<|im_end|>"]]
+    assert texts("l>h") == [["l", "hel", "ll"], [">"], ["h", "he", "hel"]]
+    assert texts("he") == [["he", "hel"]]
