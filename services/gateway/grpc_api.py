@@ -5,7 +5,6 @@ All methods are plain coroutines, so that the gateway's own gRPC server and Ray 
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from services.gateway.generation import Generation
 from services.gateway.generation_request import AnswerFormat, GenerationRequest, Prompt
 from services.gateway.health import Health
 from services.gateway.request_id import check_request_id
+from services.gateway.schema.json_text import loads
 
 # names of services that a health check may ask about; "" stands for the whole server
 SERVICES = ("", "expertmesh.inference.v1.Inference")
@@ -283,7 +283,7 @@ def _tool_use(chat: pb.Chat) -> ToolUse:
 
 def _tool(index: int, tool: pb.Tool) -> Tool:
     try:
-        schema = json.loads(tool.parameters or "{}")
+        schema = loads(tool.parameters or "{}")
     except ValueError:
         schema = None
     if not isinstance(schema, dict):

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from services.gateway.errors import ApiError, invalid
+from services.gateway.schema.json_text import mend_body
 
 OBJECT = "a JSON object"  # replaces pydantic's class name in error messages
 
@@ -45,7 +46,7 @@ def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
     Raises ApiError with one sentence about the first mistake in the body.
     """
     try:
-        return kind.model_validate_json(data)
+        return kind.model_validate_json(mend_body(data))
     except ValidationError as error:
         raise _explain(kind, error.errors(include_url=False)) from error
 

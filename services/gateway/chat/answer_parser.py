@@ -12,7 +12,8 @@ from enum import Enum
 
 from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END
 from services.gateway.chat.stop_strings import StopMatcher
-from services.gateway.chat.tools import Tool, argument_json, is_string_type, to_json, tools_by_name
+from services.gateway.chat.tools import Tool, argument_json, is_string_type, tools_by_name
+from services.gateway.schema.json_text import dumps
 
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
@@ -271,7 +272,7 @@ class _ToolCallParser:
 
     def _enter_value(self, key: str) -> None:
         self._types = self._tool.types_of(key)
-        self._add(f"{', ' if self._num_keys else '{'}{to_json(key)}: ")
+        self._add(f"{', ' if self._num_keys else '{'}{dumps(key)}: ")
         self._num_keys += 1
         self._enter("value")
         self._is_shown_at_once = is_string_type(self._types)
@@ -288,7 +289,7 @@ class _ToolCallParser:
         if self._is_first and text:
             text, self._is_first = text.removeprefix("\n"), False
         self._held = "\n" if text.endswith("\n") else ""
-        self._add(to_json(text.removesuffix("\n"))[1:-1])
+        self._add(dumps(text.removesuffix("\n"))[1:-1])
 
     def _add(self, arguments: str) -> None:
         self._deltas.append(ToolCallDelta(self._index, "", "", arguments))

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from services.gateway.chat.conversation import Conversation
 from services.gateway.chat.markers import Marker
+from services.gateway.schema.json_text import mend_text
 
 
 class Tokenizer:
@@ -83,7 +84,7 @@ class Tokenizer:
         text. Most tokenizers put no special tokens there.
         """
         # The tokenizer's Rust implementation keeps no state between calls, so threads may share it.
-        return list(self._hf.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._hf.backend_tokenizer.encode(mend_text(text), add_special_tokens=add_special_tokens).ids)
 
     def render(self, chat: Conversation) -> str:
         """Return the text of the prompt that the chat template renders from a conversation.

@@ -13,12 +13,13 @@ The model writes calls as XML whose values are untyped text (the qwen3_coder for
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from services.gateway.schema.json_text import dumps, loads
 
 MAX_TOOLS = 128
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
@@ -219,17 +220,17 @@ def argument_json(text: str, types: frozenset[str] | None) -> str:
     the result is a JSON string.
     """
     if is_string_type(types):
-        return to_json(text)
+        return dumps(text)
     assert types is not None
     try:
         value = _parse(text.strip(), types)
     except ValueError:
-        return to_json(text)  # text that has none of the allowed types reaches the client as an unchanged string
-    return to_json(value)
+        return dumps(text)  # text that has none of the allowed types reaches the client as an unchanged string
+    return dumps(value)
 
 
 def _parse(text: str, types: frozenset[str]) -> object:
-    value: Any = PYTHON_SPELLINGS[text] if text in PYTHON_SPELLINGS else json.loads(text, parse_constant=_refuse)
+    value: Any = PYTHON_SPELLINGS[text] if text in PYTHON_SPELLINGS else loads(text, parse_constant=_refuse)
     kind = _type_of(value)
     if kind == "number" and "number" not in types and "integer" in types and float(value).is_integer():
         return int(value)
@@ -242,28 +243,18 @@ def _refuse(name: str) -> None:
     raise ValueError(name)  # json.loads would accept NaN and Infinity, which are not JSON
 
 
-def to_json(value: object) -> str:
-    """Return `value` as JSON text in which characters outside ASCII are not escaped.
-
-    If `value` holds half of a surrogate pair, all characters outside ASCII are escaped, because half of a surrogate
-    pair is not a Unicode character.
-    """
-    text = json.dumps(value, ensure_ascii=False)
-    return json.dumps(value) if any("\ud800" <= char <= "\udfff" for char in text) else text
-
-
 def parse_arguments(text: str, param: str) -> str:
     """Return the arguments `text` of an earlier tool call, formatted as JSON.
 
     Raises ValueError if `text` is not a JSON object; the message names the parameter `param`.
     """
     try:
-        value = json.loads(text or "{}")
+        value = loads(text or "{}")
     except ValueError:
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{param} must be a JSON object as a string, not {text!r:.100}.")
-    return to_json(value)
+    return dumps(value)
 
 
 def parse_tool_mode(mode: str, param: str = "tool_choice") -> ToolMode:

@@ -257,3 +257,42 @@ def test_tokenize_and_detokenize(http: httpx.Client) -> None:
         ("/detokenize", {"tokens": [1], "model": "x"}, "The model 'x' does not exist; this server serves 'echo'."),
     ]:
         assert http.post(path, json=body).json()["error"]["message"] == message
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_half_of_a_surrogate_pair_is_a_replacement_character_everywhere(
+    http: httpx.Client, generation: Any, is_streamed: bool
+) -> None:
+    # The model's template shows only roles and contents, so the prompt is the arguments of the past call.
+    half = r"\ud83d"
+    object.__setattr__(generation.card, "max_model_len", 2000)
+    generation.tokenizer._hf.chat_template, template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.a }}"
+        "{% endfor %}{% endfor %}{% for tool in tools or [] %}{{ tool.function.description }}{% endfor %}",
+        generation.tokenizer._hf.chat_template,
+    )
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"a": "b' + half + '"}'}}
+    body = json.dumps(
+        {
+            "messages": [USER | {"content": "HALF1"}, {"role": "assistant", "content": None, "tool_calls": [call]}],
+            "tools": [{"type": "function", "function": {"name": "now", "description": "HALF2"}}],
+            "stop": "HALF4",
+            "stream": is_streamed,
+        }
+    ).replace("HALF", half)
+    try:
+        answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    finally:
+        generation.tokenizer._hf.chat_template = template
+    assert answer.status_code == 200, answer.text
+    text = answer.text
+    if is_streamed:
+        events = [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+        shown = "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
+    else:
+        shown = answer.json()["choices"][0]["message"]["content"]
+    assert shown == "\ufffd1b\ufffd\ufffd2"
+    plain = http.post("/v1/completions", content='{"prompt": "x' + half + '", "echo": true, "max_tokens": 1}')
+    assert plain.json()["choices"][0]["text"].startswith("x\ufffd")
+    grammar = {"prompt": "x", "structured_outputs": {"choice": ["HALF"]}}
+    assert http.post("/v1/completions", content=json.dumps(grammar).replace("HALF", half)).status_code == 200

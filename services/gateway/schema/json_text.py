@@ -1,0 +1,59 @@
+"""`loads` and `dumps` read and write JSON text whose strings are Unicode text, without half surrogate pairs.
+
+A JSON string may hold the escape of half a surrogate pair, such as `\\ud83d` without a second half. It stands for no
+character, and neither UTF-8 nor a tokenizer can hold it. As in most decoders, U+FFFD takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+# an escaped pair of surrogates, half of a pair, or any other escape
+ESCAPE = re.compile(
+    r"\\(?:u(?P<pair>[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    r"|u(?P<half>[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+REPLACEMENT = "\ufffd"
+
+
+def mend_escapes(text: str) -> str:
+    """Return the JSON text `text` with each escape of half a surrogate pair replaced by the escape of U+FFFD."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return text
+    return ESCAPE.sub(lambda found: r"\ufffd" if found["half"] else found[0], text)
+
+
+def mend_body(data: bytes) -> bytes:
+    """Return `data`, JSON in UTF-8, with each escape of half a surrogate pair replaced by the escape of U+FFFD."""
+    if b"\\ud" not in data and b"\\uD" not in data:
+        return data
+    return mend_escapes(data.decode("latin-1")).encode("latin-1")  # escapes consist of ASCII, so any superset will do
+
+
+def mend_text(text: str) -> str:
+    """Return `text` with U+FFFD in the place of each half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def loads(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """Return the value of the JSON text `text`. Raises ValueError if `text` is no JSON, or is nested too deep.
+
+    `parse_constant` is called with NaN, Infinity or -Infinity, which are not JSON, but which Python writes and reads.
+    """
+    try:
+        return json.loads(mend_escapes(mend_text(text)), parse_constant=parse_constant)
+    except RecursionError as error:
+        raise ValueError("The JSON is nested too deep.") from error
+
+
+def dumps(value: object) -> str:
+    """Return `value` as JSON text in which characters outside ASCII are not escaped."""
+    return mend_text(json.dumps(value, ensure_ascii=False))
