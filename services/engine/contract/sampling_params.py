@@ -82,7 +82,7 @@ class SamplingParams:
 
     max_tokens: int | None = None  # None: as many tokens as the model's context allows
     temperature: float = 1.0  # 0 means greedy decoding
-    top_p: float = 1.0
+    top_p: float = 1.0  # 0 keeps only the most probable token
     top_k: int = 0  # 0 or -1 means the whole vocabulary
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class SamplingParams:
         self._check_lengths()
         temperature_ok = self.temperature >= 0 and math.isfinite(self.temperature)
         _check(temperature_ok, "temperature", "a finite number of at least 0", self.temperature)
-        _check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
+        _check(0 <= self.top_p <= 1, "top_p", "0 to 1", self.top_p)
         top_k_allowed = f"1 to {MAX_TOP_K}, or 0 or -1 for the whole vocabulary"
         _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", top_k_allowed, self.top_k)
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a signed 64-bit integer", self.seed)

@@ -48,7 +48,7 @@ def test_every_parameter_arrives_but_the_gateways_own_stop_strings() -> None:
 def test_a_value_out_of_its_bounds_is_refused_on_arrival() -> None:
     message = wire.params_to_proto(SamplingParams())
     message.top_p = 1.5
-    with pytest.raises(ValueError, match=r"top_p must be above 0 and at most 1, not 1\.5"):
+    with pytest.raises(ValueError, match=r"top_p must be 0 to 1, not 1\.5"):
         wire.params_from_proto(message)
 
 

@@ -23,6 +23,7 @@ KINDS: list[dict[str, Any]] = [
     {"min_p": 0.5},
     {"temperature": 1.3, "top_p": 0.9, "min_p": 0.3},
 ]
+SMALLEST = {"top_p": 0.0}  # the smallest nucleus: one token
 
 
 def tokens_of(logits: torch.Tensor, *rows: SamplingRow) -> list[int | None]:
@@ -51,7 +52,7 @@ def test_no_token_is_chosen_from_a_row_that_allows_none_and_the_others_do_not_mi
 # The distribution
 
 
-@pytest.mark.parametrize("params", KINDS, ids=str)
+@pytest.mark.parametrize("params", [*KINDS, SMALLEST], ids=str)
 def test_target_weights_are_those_of_the_obvious_way(params: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(1)
     for logits in (torch.tensor([SMALL]), 2 * torch.randn(1, 300, generator=generator), torch.zeros(1, 9)):
@@ -61,11 +62,11 @@ def test_target_weights_are_those_of_the_obvious_way(params: dict[str, Any]) -> 
 
 
 def test_a_device_keeps_what_a_cpu_keeps() -> None:
-    params = [SamplingParams(**kind) for kind in KINDS]
+    params = [SamplingParams(**kind) for kind in (*KINDS, SMALLEST)]
     generator = torch.Generator().manual_seed(2)
     for vocab_size in (1, 6, 3000):
         # The logits are rounded so that some logits are equal.
-        weights = torch.softmax((2 * torch.randn(len(KINDS), vocab_size, generator=generator)).round(), dim=-1)
+        weights = torch.softmax((2 * torch.randn(len(params), vocab_size, generator=generator)).round(), dim=-1)
         expected = truncate_on_device(weights, params)
         truncate(weights, params)
         assert torch.equal(weights, expected)
@@ -76,7 +77,7 @@ def test_the_edges_of_the_parameters() -> None:
     everything = target_weights(logits, [SamplingParams()])
     for unlimited in (SamplingParams(top_k=MAX_TOP_K), SamplingParams(top_k=-1), SamplingParams(top_k=3)):
         assert torch.equal(target_weights(logits, [unlimited]), everything)
-    for certain in ({"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}, {"temperature": 1e-300}):
+    for certain in ({"top_p": 0.0}, {"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}, {"temperature": 1e-300}):
         assert (target_weights(logits, [SamplingParams(**certain)]) > 0).tolist() == [[False, True, False]]
 
 
@@ -99,7 +100,7 @@ def test_draws_follow_the_target_distribution(params: dict[str, Any]) -> None:
 
 LOW, HIGH = [5e-324, 1e-60, 1e-30, 1.0], [1e30, 1e60, 1e308]
 EXTREMES = [(name, value) for name in ("temperature", "repetition_penalty") for value in LOW + HIGH]
-EXTREMES += [(name, value) for name in ("top_p", "min_p") for value in LOW]
+EXTREMES += [(name, value) for name in ("top_p", "min_p") for value in (0.0, *LOW)]
 
 
 @pytest.mark.parametrize(("name", "extreme"), EXTREMES)

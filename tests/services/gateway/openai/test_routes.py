@@ -184,7 +184,7 @@ BAD_COMPLETIONS = [
     ({"prompt": "a", "max_tokens": "9"}, "max_tokens must be a valid integer, not '9'.", "max_tokens"),
     ({"prompt": "a", "max_tokens": True}, "max_tokens must be a valid integer, not True.", "max_tokens"),
     ({"prompt": "a", "temperature": -0.5}, "temperature must be a finite number of at least 0, not -0.5.", None),
-    ({"prompt": "a", "top_p": 0}, "top_p must be above 0 and at most 1, not 0.0.", "top_p"),
+    ({"prompt": "a", "top_p": -1}, "top_p must be 0 to 1, not -1.0.", "top_p"),
     (
         {"prompt": "a", "top_k": -2},
         "top_k must be 1 to 2147483647, or 0 or -1 for the whole vocabulary, not -2.",
