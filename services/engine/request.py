@@ -111,19 +111,26 @@ class Request:
         return FinishReason.LENGTH if self.num_tokens == self.max_len else None
 
     def hash_pages(self, page_size: int) -> list[bytes]:
-        """Return the hash of each full page of tokens; the hash of a page also covers all tokens before the page."""
+        """Return the hash of each full page of tokens; a page's hash also covers the tokens before it and the salt."""
         hashes = self.page_hashes
         for i in range(len(hashes), self.num_tokens // page_size):
             page_ids = self.token_ids[i * page_size : (i + 1) * page_size]
-            hashes.append(_hash_tokens(hashes[-1] if hashes else HASH_OF_NOTHING, page_ids))
+            hashes.append(_hash_tokens(hashes[-1] if hashes else self._hash_of_salt(), page_ids))
         return hashes
 
     def prefix_key(self, length: int, page_size: int) -> bytes:
-        """Return the hash of the first `length` tokens."""
+        """Return the hash of the request's `cache_salt` and its first `length` tokens."""
         num_full = length // page_size
-        parent = self.hash_pages(page_size)[num_full - 1] if num_full else HASH_OF_NOTHING
+        parent = self.hash_pages(page_size)[num_full - 1] if num_full else self._hash_of_salt()
         tail = self.token_ids[num_full * page_size : length]
         return _hash_tokens(parent, tail) if tail else parent
+
+    def _hash_of_salt(self) -> bytes:
+        """Return the hash of no tokens. With a salt, it differs from the hash of any tokens with any other salt."""
+        salt = self.params.cache_salt.encode()
+        return (
+            hashlib.blake2b(salt, digest_size=DIGEST_BYTES, person=b"cache_salt").digest() if salt else HASH_OF_NOTHING
+        )
 
     def log_fields(self, reason: str, now: float) -> dict[str, Any]:
         """Return the log fields of a request that has ended for `reason`: counts of tokens, and times in seconds."""

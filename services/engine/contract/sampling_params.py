@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -10,6 +11,7 @@ MAX_TOP_K = 2**31 - 1  # largest `top_k`: larger than any vocabulary, and still 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 128
 MAX_LOGPROBS = 20  # largest number of alternatives per token, the same as in OpenAI's API
+MAX_CACHE_SALT = 128  # characters
 # Largest number of token ids in a `ThinkingBudget`. A vocabulary of 131,072 tokens has about 500 tokens that begin with
 # ">" or end with "</", which may begin or end a marker that is ordinary text.
 MAX_MARKER_IDS = 8192
@@ -77,6 +79,8 @@ class SamplingParams:
       move forward as if their number were lower (`services.engine.scheduling.waiting_queue`).
     - `logprobs`, `prompt_logprobs`: how many alternatives to report beside each token's own logprob. With None, no
       logprob is reported.
+    - `cache_salt`: requests share cached prefixes only if their salts are equal. So a client whose salt is secret does
+      not let other clients find out, from the time to the first token, which prompts it has sent.
     - `thinking_budget`: a limit on the reasoning of an answer that begins in reasoning; set by the gateway only.
     """
 
@@ -99,6 +103,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     priority: int = 0
     thinking_budget: ThinkingBudget | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -110,6 +115,10 @@ class SamplingParams:
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a signed 64-bit integer", self.seed)
         priority_ok = -(2**31) <= self.priority < 2**31
         _check(priority_ok, "priority", "a signed 32-bit integer", self.priority)
+        salt, allowed = self.cache_salt, f"at most {MAX_CACHE_SALT} characters"
+        _check(len(salt) <= MAX_CACHE_SALT, "cache_salt", allowed, f"{len(salt)} characters")
+        is_text = not re.search("[\ud800-\udfff]", salt)
+        _check(is_text, "cache_salt", "text without halves of surrogate pairs", salt)
         self._check_stops()
         self._check_penalties()
         self._check_logprobs()

@@ -145,6 +145,7 @@ class _RequestBody(BaseBody):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = None
+    cache_salt: str | None = None
     timeout: float | None = None
     user: str | None = None  # `user`, `metadata` and `store` are accepted but have no effect
     metadata: dict[str, str] | None = None

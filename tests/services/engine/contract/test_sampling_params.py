@@ -16,6 +16,8 @@ from services.engine.request import Request
         ("temperature", -0.1, "temperature must be a finite number of at least 0, not -0.1."),
         ("temperature", math.nan, "temperature must be a finite number of at least 0, not nan."),
         ("temperature", math.inf, "temperature must be a finite number of at least 0, not inf."),
+        ("cache_salt", "a" * 129, "cache_salt must be at most 128 characters, not '129 characters'."),
+        ("cache_salt", "a\ud83d", "cache_salt must be text without halves of surrogate pairs, not 'a\\ud83d'."),
         ("top_p", -0.1, "top_p must be 0 to 1, not -0.1."),
         ("top_p", 1.5, "top_p must be 0 to 1, not 1.5."),
         ("top_k", -2, "top_k must be 1 to 2147483647, or 0 or -1 for the whole vocabulary, not -2."),

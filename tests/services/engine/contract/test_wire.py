@@ -30,6 +30,7 @@ EVERYTHING: dict[str, Any] = {
     "prompt_logprobs": 3,
     "grammar": Grammar(GrammarKind.REGEX, "a+"),
     "priority": -3,
+    "cache_salt": "of one user",
     "thinking_budget": ThinkingBudget(0, ((13, 14), (15,))),
 }
 LOGPROB = TokenLogprob(7, -0.1, 2, ((8, -0.05), (7, -0.1)))

@@ -1,3 +1,4 @@
+import array
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -82,6 +83,50 @@ def test_the_next_turn_starts_where_the_last_one_ended() -> None:
     assert (second.num_cached, second.cache_reason) == (first.num_tokens - 1, "hit")
     assert first.num_cached == 0
     assert machine.num_computed == first.num_tokens - 1 + 50 + 8
+
+
+def test_prefixes_are_shared_only_between_equal_salts() -> None:
+    machine, prompt = make(), text("shared", 200)
+    found = []
+    for n, salt in enumerate(["", "a", "b", "a", "", "b"]):
+        asked = request(f"{n}", [*prompt, 10 + n], params=SamplingParams(cache_salt=salt))
+        machine.scheduler.add(asked)
+        machine.finish()
+        assert machine.answer(f"{n}") == naive(asked.token_ids[:201], 8)
+        found.append((asked.num_cached, asked.cache_reason))
+        assert_consistent(machine.scheduler)
+    assert found[:3] == [(0, "no_match")] * 3, "another salt's prefix was used, or its existence was reported"
+    assert all(reason in ("hit", "no_checkpoint_at_boundary") for _, reason in found[3:])
+
+
+def test_pages_are_shared_only_between_equal_salts_in_a_family_without_recurrent_state() -> None:
+    machine = make(bytes_per_slot=0, num_checkpoint_slots=0)
+    first = ask(machine, "first", text("long", 1000))
+    for salt, reason in (("a", "no_match"), ("", "hit")):
+        salted = request(salt, [*first.token_ids, 10], params=SamplingParams(cache_salt=salt))
+        machine.scheduler.add(salted)
+        machine.scheduler.schedule()
+        assert salted.cache_reason == reason
+        machine.scheduler.abort_step()
+
+
+def test_running_requests_do_not_wait_for_the_checkpoint_of_another_salt() -> None:
+    machine, prompt = make(), [*text("system", 64), TURN_END, *text("user", 64)]
+    for n, salt in enumerate(["a", "b", "a"]):
+        machine.scheduler.add(request(f"{n}", [*prompt, 10 + n], params=SamplingParams(cache_salt=salt)))
+    batch = machine.step()
+    assert [r.id for r in batch.requests] == ["0", "1"]
+    machine.finish()
+
+
+def test_a_salt_is_no_hash_of_tokens() -> None:
+    """Try the salt whose bytes are the first page of another request, so that its hash might equal the page's hash."""
+    page = [n + 97 for n in range(16)]  # small enough that the bytes of these ids are valid text
+    plain = request("plain", [*page, *text("rest", 32)])
+    salt = array.array("i", page).tobytes().decode()
+    assert len(salt) <= 128
+    salted = request("salted", text("rest", 32), params=SamplingParams(cache_salt=salt))
+    assert not set(plain.hash_pages(16)) & set(salted.hash_pages(16))
 
 
 def test_a_page_that_is_not_full_is_copied_and_never_shared() -> None:

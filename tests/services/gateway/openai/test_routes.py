@@ -178,7 +178,7 @@ BAD_COMPLETIONS = [
         "structured_outputs.choice must hold at least one string.",
         "structured_outputs.choice",
     ),
-    ({"prompt": "a", "tools": []}, "Unknown field 'tools'; the allowed fields are best_of, echo, ", "tools"),
+    ({"prompt": "a", "tools": []}, "Unknown field 'tools'; the allowed fields are best_of, ", "tools"),
     ({"prompt": ["a"] * 65}, "prompt must hold at most 64 prompts, not 65.", "prompt"),
     ({"prompt": "a", "max_tokens": -1}, "max_tokens must be at least 1, not -1.", "max_tokens"),
     ({"prompt": "a", "max_tokens": "9"}, "max_tokens must be a valid integer, not '9'.", "max_tokens"),
@@ -194,7 +194,7 @@ BAD_COMPLETIONS = [
     ({"prompt": "a", "stop": ""}, "stop must be strings of at least one character, not ''.", "stop"),
     ({"prompt": "a", "min_tokens": 9, "max_tokens": 4}, "min_tokens must be at most max_tokens (4), not 9.", None),
     ({"prompt": "a", "logprobs": 21}, "logprobs must be 0 to 20, not 21.", "logprobs"),
-    ({"prompt": "a", "temprature": 1}, "Unknown field 'temprature'; the allowed fields are best_of, echo, ", None),
+    ({"prompt": "a", "temprature": 1}, "Unknown field 'temprature'; the allowed fields are best_of, ", None),
     ({"prompt": "a", "stream_options": {}}, "stream_options may only be given together with stream=true.", None),
     (
         {"prompt": "a" * 64},
