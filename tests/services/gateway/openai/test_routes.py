@@ -250,7 +250,7 @@ BAD_CHATS = [
     ),
     ({"messages": [USER], "top_logprobs": 2}, "top_logprobs may only be given together with logprobs=true.", None),
     ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs must be 0 to 20, not 21.", None),
-    ({"messages": [USER], "echo": True}, "Unknown field 'echo'; the allowed fields are chat_template_kwargs", "echo"),
+    ({"messages": [USER], "echo": True}, "Unknown field 'echo'; the allowed fields are cache_salt", "echo"),
     ({"messages": [USER], "response_format": {"type": "json_schema"}}, "response_format must hold a json_schema", None),
     (
         {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
