@@ -21,8 +21,8 @@ FLOOR = -9999.0  # logprob that is shown for probability 0, because JSON has no 
 class OutputProcessor:
     """An `OutputProcessor` turns the token outputs of one choice into text, reasoning, tool calls and logprobs.
 
-    Stop strings and stop tokens end the choice only after `min_tokens` tokens. A stop token has no text and no logprob.
-    The tokens of a stop string have logprobs although the text of the stop string is not shown.
+    Stop strings and stop tokens end the choice only after `min_tokens` tokens. Every generated token has a logprob, also
+    a stop token, which has no text, and the tokens of a stop string, whose text is not shown.
     """
 
     def __init__(self, index: int, request: ChoiceRequest, tokenizer: Tokenizer) -> None:
@@ -70,6 +70,8 @@ class OutputProcessor:
                 token_ids, reason = output.token_ids[: n + 1], FinishReason.STOP
                 break
         is_cut = len(token_ids) < len(output.token_ids) or reason is not output.finish_reason
+        if output.logprobs and not is_cut:
+            scored += [self._scored(score, self._num_chars) for score in output.logprobs[num_shown:]]
         if reason:
             parts += [] if is_cut else [self._parser.push(self._stops.flush())]
             parts.append(self._parser.finish())

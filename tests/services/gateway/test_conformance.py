@@ -254,6 +254,8 @@ def test_answers(surfaces: Surfaces, name: str) -> None:
     for choice in result.choices:
         assert choice["finish"] in ("stop", "length", "tool_calls")
         assert bool(choice["logprobs"]) == ("logprobs" in body)
+        if "logprobs" in body and "echo" not in body and body.get("n", 1) == 1:
+            assert len(choice["logprobs"]) == result.usage[1], "one entry for each token, the end token included"
         assert "\ufffd" not in choice["text"]
     # The gateway and not the engine finds stop strings. The engine therefore ends a request with a stop string only in
     # the next step.

@@ -135,11 +135,13 @@ def test_seeds_of_choices() -> None:
 def test_logprobs_of_completions(client: openai.OpenAI, http: httpx.Client) -> None:
     answer = client.completions.create(model="echo", prompt="hé", logprobs=2)
     logprobs: Any = answer.choices[0].logprobs
-    # The bytes of incomplete characters are shown in hexadecimal. The end-of-sequence token has no text and no logprob.
-    assert logprobs.tokens == ["h", "bytes:\\xc3", "bytes:\\xa9"]
-    assert logprobs.text_offset == [0, 1, 1]
-    assert len(logprobs.token_logprobs) == 3
-    assert [len(top) for top in logprobs.top_logprobs] == [3, 3, 3]
+    # The bytes of incomplete characters are shown in hexadecimal. The end-of-sequence token has no text but a logprob.
+    assert logprobs.tokens == ["h", "bytes:\\xc3", "bytes:\\xa9", "<|im_end|>"]
+    assert logprobs.text_offset == [0, 1, 1, 2]
+    assert len(answer.choices[0].text) == 2
+    assert answer.usage
+    assert len(logprobs.token_logprobs) == answer.usage.completion_tokens == 4
+    assert [len(top) for top in logprobs.top_logprobs] == [3, 3, 3, 3]
     assert logprobs.top_logprobs[0]["h"] == logprobs.token_logprobs[0]
     chunks = list(client.completions.create(model="echo", prompt="hé", logprobs=2, stream=True))
     streamed = [
@@ -153,11 +155,14 @@ def test_logprobs_of_chats(client: openai.OpenAI) -> None:
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
-    assert bytes(byte for token in logprobs.content for byte in token.bytes or ()).decode() == "<|im_start|>user\nhi"
-    assert [len(token.top_logprobs) for token in logprobs.content] == [1] * 8
+    spelled = bytes(byte for token in logprobs.content for byte in token.bytes or ()).decode()
+    assert spelled == "<|im_start|>user\nhi<|im_end|>"
+    assert [len(token.top_logprobs) for token in logprobs.content] == [1] * 9
+    assert answer.usage
+    assert answer.usage.completion_tokens == 9
     bare = client.chat.completions.create(model="echo", messages=[USER], logprobs=True)
     assert bare.choices[0].logprobs is not None
-    assert [token.top_logprobs for token in bare.choices[0].logprobs.content or ()] == [[]] * 8
+    assert [token.top_logprobs for token in bare.choices[0].logprobs.content or ()] == [[]] * 9
 
 
 def test_echo(client: openai.OpenAI, source: EchoSource) -> None:
