@@ -6,7 +6,7 @@ of requests and responses.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -43,13 +43,13 @@ class Answer:
     num_choices: int
 
     @classmethod
-    async def begin(cls, generation: Generation, requests: Sequence[GenerationRequest], answer_id: str) -> Answer:
-        """Send `requests` to the engine, and return their answer as soon as the engine has generated the first token.
+    async def begin(cls, generation: Generation, request: GenerationRequest, answer_id: str) -> Answer:
+        """Send `request` to the engine, and return its answer as soon as the engine has generated the first token.
 
-        Raises ApiError if a request is invalid, or if the engine refuses a request.
+        Raises ApiError if the request is invalid, or if the engine refuses it.
         """
         with client_errors():
-            choices = await generation.prepare(requests)
+            choices = await generation.prepare(request)
         deltas = generation.stream(choices, answer_id)
         return cls(await anext(deltas), deltas, len(choices))
 

@@ -44,6 +44,14 @@ class BoundedThreadPool:
         future.add_done_callback(self._close)
         return await asyncio.wrap_future(future)
 
+    async def run_if(self, is_long: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `function` and return its result; if `is_long` is True, the call runs in a thread as in `run`.
+
+        A long call in the event loop's own thread would block the event loop, and a short call takes less time than the
+        way to a thread and back.
+        """
+        return await self.run(function, *args, **kwargs) if is_long else function(*args, **kwargs)
+
     def _close(self, _: object) -> None:
         with self._lock:
             self._num_open -= 1

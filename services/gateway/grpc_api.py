@@ -161,7 +161,7 @@ class InferenceApi:
         with self._errors():
             self._generation.check_model(request.model)
             with client_errors():
-                return pb.DetokenizeResponse(text=self._generation.detokenize(list(request.token_ids)))
+                return pb.DetokenizeResponse(text=await self._generation.detokenize(list(request.token_ids)))
 
     async def check(self, request: HealthCheckRequest, _: RpcContext | None = None) -> HealthCheckResponse:
         """Return the health of the server, as in grpc.health.v1; a degraded server is reported as SERVING."""
@@ -185,7 +185,7 @@ class InferenceApi:
         head = _GrpcReplyHead(request.request_id or f"gen-{uuid.uuid4().hex}", generation.card.id, int(time.time()))
         trailers.set("x-request-id", head.request_id)
         with client_errors():
-            return head, await generation.prepare([_generation_request(request)])
+            return head, await generation.prepare(_generation_request(request))
 
     @contextmanager
     def _errors(self, context: RpcContext | None = None) -> Iterator[_Trailers]:
@@ -316,7 +316,7 @@ def _sampling(sampling: pb.SamplingParams) -> dict[str, Any]:
         if name in given:
             given[name] = tuple(given[name])
     if "logit_bias" in given:
-        given["logit_bias"] = tuple(sorted(given["logit_bias"].items()))
+        given["logit_bias"] = dict(given["logit_bias"])
     return given
 
 

@@ -355,7 +355,7 @@ def test_a_port_in_use_is_one_sentence(server: Application) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "sentence"),
     [
-        ("completions", {"json": {"prompt": [5] * 5000}}, 400, "The prompt has 5000 tokens; at most "),
+        ("completions", {"json": {"prompt": [5] * 5000}}, 400, "This model's maximum context length is "),
         ("completions", {"content": '{"prompt": '}, 400, "The body is not valid JSON: "),
         ("completions", {"json": {"prompt": "a", "tempreature": 1}}, 400, "Unknown field 'tempreature'; "),
         ("completions", {"json": {"prompt": "a", "max_tokens": -1}}, 400, "max_tokens must be at least 1, not -1."),
@@ -381,7 +381,7 @@ def test_a_bad_request_is_answered_in_one_sentence(
     ("request_", "code", "sentence"),
     [
         (greedy_request([5], -1), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens must be at least 1, not -1."),
-        (greedy_request([5] * 5000, 1), grpc.StatusCode.INVALID_ARGUMENT, "The prompt has 5000 tokens; at most "),
+        (greedy_request([5] * 5000, 1), grpc.StatusCode.INVALID_ARGUMENT, "This model's maximum context length is "),
         (pb.GenerateRequest(model="gpt", text="a"), grpc.StatusCode.NOT_FOUND, "The model 'gpt' does not exist; "),
     ],
 )

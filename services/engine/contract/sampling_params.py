@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from copy import copy
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 MAX_TOP_K = 2**31 - 1  # largest `top_k`: larger than any vocabulary, and still an integer that tensors can hold
-MAX_STOP_STRINGS = 16
+MAX_STOP_STRINGS = 64  # the gateway's own limit is lower by default
 MAX_STOP_TOKENS = 128
 MAX_LOGPROBS = 20  # largest number of alternatives per token, the same as in OpenAI's API
 MAX_CACHE_SALT = 128  # characters
@@ -132,6 +134,18 @@ class SamplingParams:
         for token_id, bias in self.logit_bias:
             _check(token_id >= 0, "logit_bias", "keyed by token ids of at least 0", token_id)
             _check(-100 <= bias <= 100, "logit_bias", "-100 to 100 for each token", bias)
+
+    def varied(self, **changes: Any) -> SamplingParams:
+        """Return a copy with other values for a few fields, which the caller knows to be allowed.
+
+        The copy shares the values of all other fields, and no field is checked again. The choices of a request are such
+        copies: to check a long `logit_bias` for every choice would take up to a second.
+        """
+        varied = copy(self)
+        for name, value in changes.items():
+            assert name in self.__dataclass_fields__
+            object.__setattr__(varied, name, value)
+        return varied
 
     def _check_logprobs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):

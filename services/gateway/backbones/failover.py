@@ -85,7 +85,7 @@ class ResumableRequest:
         on_resumed: OnResumed,
     ) -> None:
         if params.seed is None and not params.is_greedy:
-            params = replace(params, seed=secrets.randbits(64) - 2**63)  # all backbones must sample with the same seed
+            params = params.varied(seed=secrets.randbits(64) - 2**63)  # all backbones must sample with the same seed
         self.request_id, self.prompt_token_ids, self.params = request_id, prompt_token_ids, params
         self._loop, self._on_resumed = asyncio.get_running_loop(), on_resumed
         self._deadline = None if timeout is None else self._loop.time() + timeout

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END
-from services.gateway.chat.stop_strings import StopMatcher
+from services.gateway.chat.stop_strings import StopMatcher, StopStrings
 from services.gateway.chat.tools import Tool, argument_json, is_string_type, tools_by_name
 from services.gateway.schema.json_text import dumps
 
+THINK_ENDS, CALL_STARTS, NOTHING = StopStrings([THINK_END]), StopStrings([CALL_START]), StopStrings([])
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
@@ -71,7 +72,7 @@ class AnswerParser:
     ) -> None:
         self._tools, self._is_forced, self._max_calls = tools_by_name(tools), is_forced, max_calls
         self._at = _Section.REASONING if in_reasoning else _Section.CONTENT
-        self._matcher = StopMatcher([THINK_END] if in_reasoning else self._openings)
+        self._matcher = StopMatcher(THINK_ENDS if in_reasoning else self._openings)
         self._edges = _LineEndTrimmer()
         self._call: _ToolCallParser | None = None
         self.num_calls = 0
@@ -80,8 +81,8 @@ class AnswerParser:
         self._deltas: list[ToolCallDelta] = []
 
     @property
-    def _openings(self) -> list[str]:
-        return [CALL_START] if self._tools else []
+    def _openings(self) -> StopStrings:
+        return CALL_STARTS if self._tools else NOTHING
 
     @property
     def is_done(self) -> bool:
@@ -179,12 +180,12 @@ class _LineEndTrimmer:
 
 
 ENDS = {  # for each part of a call, the strings that end the part
-    "call": [FUNCTION],
-    "name": [">"],
-    "body": [PARAMETER, FUNCTION_END],
-    "key": [">"],
-    "value": [PARAMETER_END],
-    "end": [CALL_END],
+    "call": StopStrings([FUNCTION]),
+    "name": StopStrings([">"]),
+    "body": StopStrings([PARAMETER, FUNCTION_END]),
+    "key": StopStrings([">"]),
+    "value": StopStrings([PARAMETER_END]),
+    "end": StopStrings([CALL_END]),
 }
 MARKUP = ("call", "body", "end")  # parts of a call that may hold only white space
 

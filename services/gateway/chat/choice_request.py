@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from services.engine.contract.sampling_params import SamplingParams
+from services.gateway.chat.stop_strings import StopStrings
 from services.gateway.chat.tools import ToolUse
 
 
@@ -23,3 +24,4 @@ class ChoiceRequest:
     is_prompt_only: bool = False  # True: max_tokens was 0; the engine generates one token, which is not shown
     # seconds until the last token must be generated, counted from the moment at which the choice was prepared
     timeout: float | None = None
+    stops: StopStrings = field(default_factory=lambda: StopStrings([]))  # the tables for `params.stop`

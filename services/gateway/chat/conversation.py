@@ -14,6 +14,12 @@ RESERVED_KWARGS = {  # parameters of apply_chat_template (transformers) that cli
 }
 
 
+# for `Conversation.size`
+MANY = 256  # messages that are many
+SCALARS = (bool, int, float, str, type(None))  # values that a template can render in little time
+CHARS_PER_MESSAGE, CHARS_PER_TOOL = 64, 1024
+
+
 @dataclass(frozen=True)
 class PastCall:
     """A `PastCall` is a tool call that the model made in an earlier turn of the conversation."""
@@ -76,3 +82,13 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments that the model's template defines
     add_generation_prompt: bool = True  # True: the prompt ends with the markup that begins the assistant's next turn
     continue_final_message: bool = False  # True: the prompt ends inside the last message, which the answer continues
+
+    @property
+    def size(self) -> int:
+        """Return about how many characters the rendered text has, or a lower bound above a million."""
+        if len(self.messages) > MANY or any(not isinstance(value, SCALARS) for value in self.template_kwargs.values()):
+            return 1 << 20
+        texts = [message.content or "" for message in self.messages]
+        texts += [message.reasoning for message in self.messages]
+        texts += [call.arguments for message in self.messages for call in message.tool_calls]
+        return sum(map(len, texts)) + CHARS_PER_MESSAGE * len(self.messages) + CHARS_PER_TOOL * len(self.tools)

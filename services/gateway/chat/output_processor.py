@@ -21,14 +21,14 @@ FLOOR = -9999.0  # logprob that is shown for probability 0, because JSON has no 
 class OutputProcessor:
     """An `OutputProcessor` turns the token outputs of one choice into text, reasoning, tool calls and logprobs.
 
-    Stop strings and stop tokens end the choice only after `min_tokens` tokens. Every generated token has a logprob, also
-    a stop token, which has no text, and the tokens of a stop string, whose text is not shown.
+    Stop strings and stop tokens end the choice only after `min_tokens` tokens. Every generated token has a logprob,
+    even a stop token, which has no text, and the tokens of a stop string, whose text is not shown.
     """
 
     def __init__(self, index: int, request: ChoiceRequest, tokenizer: Tokenizer) -> None:
         self._index, self._request, self._tokenizer = index, request, tokenizer
         self._num_tokens = self._num_chars = 0
-        self._stops = StopMatcher(request.params.stop)
+        self._stops = StopMatcher(request.stops)
         tool_use, tools = request.tool_use, request.tool_use.callable_tools
         self._parser = AnswerParser(request.in_reasoning, tools, tool_use.is_forced, tool_use.max_calls)
         names = [*([THINK_END] if request.in_reasoning else []), *([CALL_START, CALL_END] if tools else [])]

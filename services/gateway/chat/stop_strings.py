@@ -1,20 +1,28 @@
-"""A `StopMatcher` finds stop strings in text that arrives in pieces."""
+"""A `StopMatcher` finds stop strings in text that arrives in pieces; `StopStrings` are what it looks for."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
+
+
+class StopStrings:
+    """A `StopStrings` holds a set of stop strings with the tables to find them; any number of matchers share it."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self.patterns = [_Pattern(stop) for stop in stops]
 
 
 class StopMatcher:
     """A `StopMatcher` passes text on until a stop string is complete. No part of the stop string is passed on.
 
-    Each stop string has its own Knuth-Morris-Pratt automaton. Matching takes time linear in the length of the text, and
-    the result does not depend on how the text is cut into pieces. Text is held back only while the text may be the
-    beginning of a stop string.
+    Matching takes time linear in the length of the text, and the result does not depend on how the text is cut into
+    pieces. Text is held back only while the text may be the beginning of a stop string.
     """
 
-    def __init__(self, stops: Iterable[str]) -> None:
-        self._automata = [_Automaton(stop) for stop in stops]
+    def __init__(self, stops: StopStrings) -> None:
+        self._patterns = stops.patterns
+        self._matched = [0] * len(self._patterns)  # for each stop string, how much of it the text now ends with
         self._held = ""
         self.stop = ""  # the stop string that was found
 
@@ -23,7 +31,7 @@ class StopMatcher:
 
         After a stop string was found, `flush` returns the text that follows the stop string.
         """
-        if not self._automata:
+        if not self._patterns:
             return text, False
         self._held += text
         first_new = len(self._held) - len(text)
@@ -32,7 +40,7 @@ class StopMatcher:
                 shown, self.stop = self._held[: position - stop_len], self._held[position - stop_len : position]
                 self._held = self._held[position:]
                 return shown, True
-        num_shown = len(self._held) - max(automaton.matched for automaton in self._automata)
+        num_shown = len(self._held) - max(self._matched)
         shown, self._held = self._held[:num_shown], self._held[num_shown:]
         return shown, False
 
@@ -41,8 +49,12 @@ class StopMatcher:
 
         Returns 0 if no stop string ends with `char`.
         """
-        ended = [automaton.advance(char) for automaton in self._automata]
-        return max((len(a.pattern) for a, end in zip(self._automata, ended, strict=True) if end), default=0)
+        longest = 0
+        for n, pattern in enumerate(self._patterns):
+            matched = self._matched[n] = pattern.advance(self._matched[n], char)
+            if matched == len(pattern.text):
+                longest = max(longest, matched)
+        return longest
 
     def flush(self) -> str:
         """Return the text that the matcher holds back, and remove the text from the matcher."""
@@ -50,23 +62,21 @@ class StopMatcher:
         return held
 
 
-class _Automaton:
-    """An `_Automaton` finds one pattern in a text, character by character (Knuth, Morris and Pratt, 1977)."""
+class _Pattern:
+    """A `_Pattern` finds one string in a text, character by character (Knuth, Morris and Pratt, 1977)."""
 
-    def __init__(self, pattern: str) -> None:
-        self.pattern, self.matched = pattern, 0
-        # For each prefix of the pattern, the length of the prefix's longest border. A border is a shorter prefix that
+    def __init__(self, text: str) -> None:
+        self.text = text
+        # For each prefix of the string, the length of the prefix's longest border. A border is a shorter prefix that
         # is also a suffix.
-        self._borders = [0]
-        for char in pattern[1:]:
-            self._borders.append(self._next(self._borders[-1], char))
+        self._borders = array("L", [0])
+        for char in text[1:]:
+            self._borders.append(self.advance(self._borders[-1], char))
 
-    def _next(self, matched: int, char: str) -> int:
-        while matched and self.pattern[matched] != char:
+    def advance(self, matched: int, char: str) -> int:
+        """Return how much of the string a text ends with after `char`, if it ended with `matched` characters before."""
+        if matched == len(self.text):
             matched = self._borders[matched - 1]
-        return matched + (self.pattern[matched] == char)
-
-    def advance(self, char: str) -> bool:
-        """Add the character `char` to the text, and return True if the text now ends with the pattern."""
-        self.matched = self._next(self.matched, char)
-        return self.matched == len(self.pattern)
+        while matched and self.text[matched] != char:
+            matched = self._borders[matched - 1]
+        return matched + (self.text[matched] == char)

@@ -17,7 +17,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from services.engine.contract.sampling_params import MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
 from services.gateway.chat import grammars
 from services.gateway.chat.tools import ToolUse, parse_tool_mode
-from services.gateway.errors import invalid
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
 from services.gateway.openai.messages import ConversationBody, NamedTool
 from services.gateway.request_body import BaseBody, only
@@ -180,14 +179,8 @@ class _RequestBody(BaseBody):
         if num_logprobs is not None:
             given["logprobs"] = num_logprobs
         if self.logit_bias:
-            given["logit_bias"] = tuple((_token_id(key), bias) for key, bias in self.logit_bias.items())
+            given["logit_bias"] = self.logit_bias
         return given
-
-
-def _token_id(key: str) -> int:
-    if not key.strip().isdecimal():
-        raise invalid(f"logit_bias must be keyed by token ids as strings, not {key!r:.100}.", "logit_bias")
-    return int(key)
 
 
 class CompletionBody(_RequestBody):
@@ -214,19 +207,18 @@ class CompletionBody(_RequestBody):
         """Return True if the response lists the logprobs of the prompt's tokens before the logprobs of the answer."""
         return bool(self.echo) and self.logprobs is not None
 
-    def requests(self) -> list[GenerationRequest]:
-        """Return one `GenerationRequest` for each prompt of the body.
+    def request(self) -> GenerationRequest:
+        """Return the `GenerationRequest` for all prompts of the body.
 
         Raises ApiError or ValueError if a parameter is invalid.
         """
         sampling, answer_format = self.sampling(self.logprobs), self.answer_format()
         if self.echoes_logprobs:
             sampling.setdefault("prompt_logprobs", self.logprobs)
-        prompts = [self.prompt] if _is_one_prompt(self.prompt) else self.prompt
-        return [
-            GenerationRequest(prompt, sampling, self.n, self.echo or False, answer_format, timeout=self.timeout)
-            for prompt in prompts
-        ]
+        first, *more = [self.prompt] if _is_one_prompt(self.prompt) else self.prompt
+        return GenerationRequest(
+            first, sampling, self.n, self.echo or False, answer_format, timeout=self.timeout, more_prompts=more
+        )
 
 
 class ChatBody(ConversationBody, _RequestBody):
@@ -254,8 +246,8 @@ class ChatBody(ConversationBody, _RequestBody):
     def is_chat(self) -> bool:
         return True
 
-    def requests(self) -> list[GenerationRequest]:
-        """Return a list with one `GenerationRequest`, for the conversation of the body.
+    def request(self) -> GenerationRequest:
+        """Return the `GenerationRequest` for the conversation of the body.
 
         Raises ApiError or ValueError if a parameter is invalid.
         """
@@ -265,17 +257,15 @@ class ChatBody(ConversationBody, _RequestBody):
         tools = tuple(tool.tool() for tool in self.tools or ())
         tool_use = ToolUse.of(tools, mode, function, self.parallel_tool_calls)
         sampling = self.sampling((self.top_logprobs or 0) if self.logprobs else None)
-        return [
-            GenerationRequest(
-                self.conversation(),
-                sampling,
-                self.n,
-                answer_format=self.answer_format(),
-                tool_use=tool_use,
-                timeout=self.timeout,
-                thinking=self.thinking,
-            )
-        ]
+        return GenerationRequest(
+            self.conversation(),
+            sampling,
+            self.n,
+            answer_format=self.answer_format(),
+            tool_use=tool_use,
+            timeout=self.timeout,
+            thinking=self.thinking,
+        )
 
 
 class TokenizeBody(BaseBody):

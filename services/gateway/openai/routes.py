@@ -77,7 +77,7 @@ class OpenAIRoutes:
         body = parse_body(DetokenizeBody, await read_body(request, self._max_body_bytes))
         self._generation.check_model(body.model)
         with client_errors():
-            return JSONResponse({"prompt": self._generation.detokenize(body.tokens)})
+            return JSONResponse({"prompt": await self._generation.detokenize(body.tokens)})
 
     async def _generate(self, request: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
         body = await read(request, kind, self._generation)
@@ -90,8 +90,8 @@ class OpenAIRoutes:
             f"{'chatcmpl' if body.is_chat else 'cmpl'}-{request_id}", int(time.time()), generation.card.id
         )
         with client_errors():
-            requests = body.requests()
-        answer = await Answer.begin(generation, requests, head.id)
+            generation_request = body.request()
+        answer = await Answer.begin(generation, generation_request, head.id)
         if body.stream:
             return EventStream(self._events(head, body, answer), cache_header(answer.first))
         choices = await answer.choices()

@@ -14,7 +14,7 @@ import pytest
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.gateway.metrics.backbone_metrics import backbone_metrics
 from tests.services.application import wait_until
-from tests.services.gateway.surfaces import SurfaceResponse, Surfaces, comparable, serving
+from tests.services.gateway.surfaces import MAX_LEN, SurfaceResponse, Surfaces, comparable, serving
 from tests.services.gateway.weather import NOW, WEATHER
 
 PROMPT = "    def close(self):"
@@ -70,6 +70,8 @@ SAMPLED = {"temperature": 1.0, "seed": 3}
 ANSWERS: dict[str, dict[str, Any]] = {
     "greedy": completion(),
     "token ids": completion(prompt=[100, 200, 300]),
+    "to the end of the context": completion(max_tokens=100_000, prompt="x = 1\n" * 80, ignore_eos=True),
+    "no limit": completion(max_tokens=-1, prompt="x = 1\n" * 80, ignore_eos=True),
     "default length": {"prompt": PROMPT, "temperature": 0},
     "model": completion(model="demo"),
     "seed": completion(**SAMPLED),
@@ -143,9 +145,12 @@ ANSWERS: dict[str, dict[str, Any]] = {
 }
 REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "model": (completion(model="gpt"), "NOT_FOUND", "The model 'gpt' does not exist; this server serves 'demo'."),
-    "context": (completion(prompt="x = 1\n" * 400), "INVALID_ARGUMENT", "The prompt has "),
+    "context": (
+        completion(prompt="x = 1\n" * 400),
+        "INVALID_ARGUMENT",
+        "This model's maximum context length is 512 tokens. However, your prompt resulted in ",
+    ),
     "max_tokens": (completion(max_tokens=0), "INVALID_ARGUMENT", "max_tokens must be at least 1, not 0."),
-    "too many": (completion(max_tokens=511), "INVALID_ARGUMENT", "The prompt has 7 tokens and max_tokens is 511"),
     "temperature": (completion(temperature=-1), "INVALID_ARGUMENT", "temperature must be a finite number of at lea"),
     "cache_salt": (completion(cache_salt="a" * 129), "INVALID_ARGUMENT", "cache_salt must be at most 128 characters"),
     "top_p": (completion(top_p=-1), "INVALID_ARGUMENT", "top_p must be 0 to 1, not -1.0."),
@@ -250,7 +255,8 @@ def test_answers(surfaces: Surfaces, name: str) -> None:
     assert result.error is None, result.error
     assert result.request_id == "same"
     assert len(result.choices) == body.get("n", 1)
-    assert result.usage[1] <= body.get("max_tokens", 16) * body.get("n", 1)
+    most = body.get("max_tokens", 16)
+    assert result.usage[1] <= (MAX_LEN if most == -1 else most) * body.get("n", 1)
     for choice in result.choices:
         assert choice["finish"] in ("stop", "length", "tool_calls")
         assert bool(choice["logprobs"]) == ("logprobs" in body)
@@ -296,6 +302,13 @@ def test_parameters_have_an_effect(surfaces: Surfaces) -> None:
     echoed = surfaces.rest(ANSWERS["echo"], False).choices[0]
     assert echoed["text"] == PROMPT + text["greedy"]
     assert ask(surfaces, ANSWERS["long prompt"]).usage[2] > 0
+
+
+@pytest.mark.parametrize("name", ["to the end of the context", "no limit"])
+def test_an_answer_ends_with_the_context(surfaces: Surfaces, name: str) -> None:
+    result = surfaces.rest(ANSWERS[name], False)
+    assert result.choices[0]["finish"] == "length"
+    assert sum(result.usage[:2]) == MAX_LEN
 
 
 def test_forms_are_kept(surfaces: Surfaces) -> None:

@@ -12,8 +12,9 @@ from services.engine.grammar.grammar_checker import GrammarChecker
 from services.gateway.bounded_thread_pool import BoundedThreadPool
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.errors import ApiError, ApiRefusal, client_errors
-from services.gateway.generation import INLINE_CHARS, Generation, ModelCard
+from services.gateway.generation import Generation, ModelCard
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
+from services.gateway.preparation import INLINE_CHARS
 from tests.services.demo import MODEL
 from tests.services.engine.grammar.test_grammar_checker import MAX_SECONDS, slow
 from tests.services.gateway.echo import EchoSource
@@ -36,12 +37,12 @@ def test_long_prompts_are_refused_or_given_up_where_they_cannot_be_prepared(
         running = asyncio.create_task(threads.run(may_finish.wait, 60))
         await asyncio.sleep(0.05)
         with pytest.raises(ApiError, match="deadline passed before its prompt was ready") as late, client_errors():
-            await generation.prepare([GenerationRequest(long, timeout=0.05)])
+            await generation.prepare(GenerationRequest(long, timeout=0.05))
         assert late.value.refusal is ApiRefusal.DEADLINE
-        waiting = asyncio.create_task(generation.prepare([GenerationRequest(long)]))
+        waiting = asyncio.create_task(generation.prepare(GenerationRequest(long)))
         await asyncio.sleep(0.05)
         with pytest.raises(ApiError) as refused, client_errors():
-            await generation.prepare([GenerationRequest(long)])
+            await generation.prepare(GenerationRequest(long))
         assert (refused.value.refusal, refused.value.retry_after) == (ApiRefusal.OVERLOADED, 1)
         may_finish.set()
         [choice] = await waiting
@@ -56,7 +57,7 @@ def test_the_client_is_told_and_prompts_are_prepared_meanwhile(
 ) -> None:
     async def prepare(generation: Generation, request: GenerationRequest) -> None:
         with client_errors():
-            await generation.prepare([request])
+            await generation.prepare(request)
 
     async def test() -> None:
         generation = Generation(source, tokenizer, ModelCard("echo", 10**6, 1), checker.check)

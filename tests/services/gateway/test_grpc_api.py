@@ -74,11 +74,11 @@ def test_sampling_reaches_the_engine(api: InferenceApi, source: EchoSource) -> N
     [
         (pb.GenerateRequest(), "INVALID_ARGUMENT", "prompt is missing; one of text, token_ids and chat must be set."),
         (pb.GenerateRequest(text="a", model="gpt"), "NOT_FOUND", "The model 'gpt' does not exist; this server serv"),
-        (pb.GenerateRequest(text="a" * 64), "INVALID_ARGUMENT", "The prompt has 64 tokens; at most 63 are allowed"),
+        (pb.GenerateRequest(text="a" * 64), "INVALID_ARGUMENT", "This model's maximum context length is 64"),
         (
-            pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=-1)),
+            pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=-2)),
             "INVALID_ARGUMENT",
-            "max_tokens must be at least 1, not -1.",
+            "max_tokens must be at least 1, not -2.",
         ),
         (pb.GenerateRequest(chat=pb.Chat()), "INVALID_ARGUMENT", "messages must hold at least one message."),
         (

@@ -28,7 +28,7 @@ from services.engine.request import Request
         ("priority", -(10**30), f"priority must be a signed 32-bit integer, not {-(10**30)}."),
         ("min_tokens", -1, "min_tokens must be at least 0, not -1."),
         ("stop", ("a", ""), "stop must be strings of at least one character, not ''."),
-        ("stop", ("a",) * 17, "stop must be at most 16 strings, not '17 strings'."),
+        ("stop", ("a",) * 65, "stop must be at most 64 strings, not '65 strings'."),
         ("stop_token_ids", (3, -1), "stop_token_ids must be at least 0 each, not (3, -1)."),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 from services.engine.contract.sampling_params import GrammarKind
 from services.gateway.chat.tokenizer import Tokenizer
-from services.gateway.generation import derived_seed
+from services.gateway.preparation import derived_seed
 from tests.services.gateway.echo import EchoSource
 from tests.services.gateway.weather import ARGUMENTS, CALL, CALL_NOW, NOW, WEATHER
 

@@ -49,7 +49,10 @@ def test_max_tokens_and_its_defaults(client: openai.OpenAI, source: EchoSource) 
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("a" * 16, "length")
     assert client.completions.create(model="echo", prompt="a" * 60).choices[0].text == "a" * 4
     client.chat.completions.create(model="echo", messages=[{"role": "user", "content": "hi"}])
-    assert [params.max_tokens for params in source.seen] == [3, 16, 4, None]
+    client.completions.create(model="echo", prompt="abc", max_tokens=-1)
+    client.completions.create(model="echo", prompt="a" * 60, max_tokens=1000, extra_body={"min_tokens": 900})
+    assert [params.max_tokens for params in source.seen] == [3, 16, 4, None, None, 4]
+    assert source.seen[-1].min_tokens == 4
 
 
 def test_every_kind_of_prompt(client: openai.OpenAI, generation: Generation) -> None:
@@ -180,7 +183,7 @@ BAD_COMPLETIONS = [
     ),
     ({"prompt": "a", "tools": []}, "Unknown field 'tools'; the allowed fields are best_of, ", "tools"),
     ({"prompt": ["a"] * 65}, "prompt must hold at most 64 prompts, not 65.", "prompt"),
-    ({"prompt": "a", "max_tokens": -1}, "max_tokens must be at least 1, not -1.", "max_tokens"),
+    ({"prompt": "a", "max_tokens": -2}, "max_tokens must be at least 1, not -2.", "max_tokens"),
     ({"prompt": "a", "max_tokens": "9"}, "max_tokens must be a valid integer, not '9'.", "max_tokens"),
     ({"prompt": "a", "max_tokens": True}, "max_tokens must be a valid integer, not True.", "max_tokens"),
     ({"prompt": "a", "temperature": -0.5}, "temperature must be a finite number of at least 0, not -0.5.", None),
@@ -198,11 +201,17 @@ BAD_COMPLETIONS = [
     ({"prompt": "a", "stream_options": {}}, "stream_options may only be given together with stream=true.", None),
     (
         {"prompt": "a" * 64},
-        "The prompt has 64 tokens; at most 63 are allowed, because the model's context is",
+        "This model's maximum context length is 64 tokens. However, your prompt resulted in 64 tokens. At most 63 are",
         "prompt",
     ),
-    ({"prompt": "a", "max_tokens": 64}, "The prompt has 1 tokens and max_tokens is 64, together 65; the model's", None),
-    ({"prompt": "a", "min_tokens": 64}, "The prompt has 1 tokens and min_tokens is 64, together 65; the model's", None),
+    ({"prompt": "a", "stop": ["x"] * 5}, "stop must hold at most 4 strings, not 5.", "stop"),
+    ({"prompt": "a", "stop": "é" * 513}, "stop must hold strings of at most 1024 bytes, not 1026.", "stop"),
+    (
+        {"prompt": "a", "logit_bias": {str(n): 1 for n in range(1025)}},
+        "logit_bias must hold at most 1024 tokens, not 1025.",
+        "logit_bias",
+    ),
+    ({"prompt": ["a"] * 3, "n": 43}, "n times the number of prompts must be at most 128, not 129.", "n"),
 ]
 BAD_CHATS = [
     ({"messages": []}, "messages must hold at least one message.", "messages"),

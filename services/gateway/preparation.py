@@ -1,0 +1,215 @@
+"""A `Preparation` turns a client's request into choices for the engine: template, tokens, lengths and grammar."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from services.engine.contract.errors import DeadlinePassed
+from services.engine.contract.sampling_params import Grammar, SamplingParams, ThinkingBudget
+from services.gateway.bounded_thread_pool import BoundedThreadPool
+from services.gateway.chat import grammars
+from services.gateway.chat.choice_request import ChoiceRequest
+from services.gateway.chat.conversation import Conversation
+from services.gateway.chat.grammars import CheckGrammar
+from services.gateway.chat.markers import THINK_END, THINK_START
+from services.gateway.chat.stop_strings import StopStrings
+from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.errors import ApiError, invalid
+from services.gateway.generation_request import GenerationRequest, Prompt
+from services.gateway.limits import GatewayLimits
+
+# default of max_tokens for /v1/completions, as in OpenAI's reference; a chat may use the whole context by default
+DEFAULT_MAX_TOKENS = 16
+INLINE_CHARS = 16_384  # longer prompts are prepared in a thread; tokenizing this many characters takes about 5 ms
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A `PreparedPrompt` holds the tokens of one prompt that fits the model's context."""
+
+    token_ids: list[int]
+    in_reasoning: bool  # True: the prompt ends inside the reasoning with which the answer begins
+    echo: str | None  # text of the prompt, if the client wants to see it again
+
+
+def derived_seed(seed: int | None, choice: int) -> int | None:
+    """Return the seed of the choice with the index `choice`, or None if the request has no seed.
+
+    Choice 0 gets the request's `seed`. Every other choice gets a hash of `seed` and `choice`.
+    """
+    if seed is None or choice == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}:{choice}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+class Preparation:
+    """A `Preparation` checks requests and prepares their choices, with long work in threads of `threads`.
+
+    First come the checks that need little time for any request, then the prompts, and only then the choices. All
+    choices of a request share what does not differ between them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        limits: GatewayLimits,
+        threads: BoundedThreadPool,
+        check_grammar: CheckGrammar | None,
+    ) -> None:
+        self._tokenizer, self._max_model_len, self._limits = tokenizer, max_model_len, limits
+        self._threads, self._check_grammar = threads, check_grammar
+        # a separate pool, because checking one grammar may take seconds and must not delay tokenizing
+        self._grammar_threads = BoundedThreadPool()
+        self._markers = grammars.Markers.of(tokenizer)
+        self._think_end_ids = tokenizer.marker_ids(THINK_END)
+
+    async def choices(self, request: GenerationRequest) -> list[ChoiceRequest]:
+        """Return the `n` choices of each prompt, in the order of the prompts.
+
+        Raises ValueError or ApiError if the request is invalid, and DeadlinePassed if the timeout ends before.
+        """
+        request.check(self._limits)
+        params = request.params()
+        self.check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
+        self.check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_truncation(request.truncate_prompt_tokens)
+        if request.timeout is None:
+            return await self._choices(request, params)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + request.timeout
+        choices = await _in_time(self._choices(request, params), deadline)
+        left = max(0.0, deadline - loop.time())
+        return [replace(choice, timeout=left) for choice in choices]
+
+    async def token_ids(self, request: GenerationRequest, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of the request's first prompt, however many they are."""
+        request.check(self._limits)
+        prompt, *_ = request.prompts()
+        return await self._threads.run_if(_size([prompt]) > INLINE_CHARS, self._encoded, prompt, add_special_tokens)
+
+    def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
+        """Raise ValueError if a token id is not in the vocabulary; the message names the parameter `param`."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self._tokenizer.vocab_size:
+                highest = self._tokenizer.vocab_size - 1
+                raise ValueError(f"{param} holds the token id {token_id}; allowed are 0 to {highest}.")
+
+    async def _choices(self, request: GenerationRequest, params: SamplingParams) -> list[ChoiceRequest]:
+        prompts = request.prompts()
+        prepared = await self._threads.run_if(_size(prompts) > INLINE_CHARS, self._prepared, prompts, request, params)
+        params = params.varied(grammar=await self._grammar(request, prepared[0].in_reasoning))
+        stops = StopStrings(params.stop)
+        return [choice for prompt in prepared for choice in self._of_prompt(prompt, request, params, stops)]
+
+    def _of_prompt(
+        self, prompt: PreparedPrompt, request: GenerationRequest, params: SamplingParams, stops: StopStrings
+    ) -> list[ChoiceRequest]:
+        params = self._within_context(prompt, request, params)
+        choice = ChoiceRequest(
+            prompt.token_ids,
+            params,
+            prompt.in_reasoning,
+            request.tool_use,
+            prompt.echo,
+            request.is_prompt_only,
+            stops=stops,
+        )
+        seeds = [derived_seed(params.seed, index) for index in range(request.n or 1)]
+        return [replace(choice, params=params.varied(seed=seed)) for seed in seeds]
+
+    def _within_context(
+        self, prompt: PreparedPrompt, request: GenerationRequest, params: SamplingParams
+    ) -> SamplingParams:
+        """Return `params` with lengths that fit the context: an answer ends where the context ends."""
+        room = self._max_model_len - len(prompt.token_ids)
+        max_tokens = params.max_tokens
+        if max_tokens is None and not request.is_unlimited:
+            max_tokens = max(DEFAULT_MAX_TOKENS, params.min_tokens)
+        if max_tokens is not None:
+            room = max_tokens = min(room, max_tokens)
+        budget = request.thinking.budget(room) if prompt.in_reasoning else None
+        thinking = None if budget is None or budget >= room else ThinkingBudget(budget, self._think_end_ids)
+        return params.varied(max_tokens=max_tokens, min_tokens=min(room, params.min_tokens), thinking_budget=thinking)
+
+    def _prepared(
+        self, prompts: Sequence[Prompt], request: GenerationRequest, params: SamplingParams
+    ) -> list[PreparedPrompt]:
+        """Return the tokens of all `prompts`. A long call belongs in a thread."""
+        return [self._prepare(prompt, request, params) for prompt in prompts]
+
+    def _prepare(self, prompt: Prompt, request: GenerationRequest, params: SamplingParams) -> PreparedPrompt:
+        longest, keep = self._max_model_len, request.truncate_prompt_tokens
+        if keep == -1:
+            keep = longest - min(params.max_tokens or max(DEFAULT_MAX_TOKENS, params.min_tokens), longest - 1)
+        text = self._tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt
+        token_ids = self._encoded(text, add_special_tokens=not request.is_chat)
+        if is_cut := keep is not None and len(token_ids) > keep:
+            token_ids = token_ids[-keep:]
+        if len(token_ids) >= longest:
+            raise self._too_long(len(token_ids), request.is_chat)
+        if isinstance(prompt, list) and (lowest := min(token_ids, default=0)) < 0:
+            # The engine refuses ids that are too high, because the engine knows the model's vocabulary.
+            raise ValueError(f"prompt must hold token ids of at least 0, not {lowest}.")
+        in_reasoning = isinstance(prompt, Conversation) and isinstance(text, str) and _ends_in_reasoning(text)
+        is_text = isinstance(text, str) and not is_cut
+        echo = (str(text) if is_text else self._tokenizer.decode(token_ids)) if request.echo else None
+        return PreparedPrompt(token_ids, in_reasoning, echo)
+
+    def _encoded(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        text = self._tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt
+        return self._tokenizer.encode(text, add_special_tokens)
+
+    def _too_long(self, num_prompt: int, is_chat: bool) -> ApiError:
+        longest, param = self._max_model_len, "messages" if is_chat else "prompt"
+        # OpenAI's words, at which clients such as LiteLLM recognise the error
+        message = (
+            f"This model's maximum context length is {longest} tokens. However, your {param} resulted in {num_prompt} "
+            f"tokens. At most {longest - 1} are allowed, so that at least one is left for the answer."
+        )
+        return invalid(message, param, "context_length_exceeded")
+
+    def _check_truncation(self, keep: int | None) -> None:
+        longest = self._max_model_len - 1
+        if keep is not None and keep != -1 and not 1 <= keep <= longest:
+            raise ValueError(f"truncate_prompt_tokens must be 1 to {longest}, or -1 for all that fit, not {keep}.")
+
+    async def _grammar(self, request: GenerationRequest, in_reasoning: bool) -> Grammar | None:
+        """Return the checked grammar of the whole answer, or None if the answer may be any text."""
+        answer_format, tool_use = request.answer_format, request.tool_use
+        answer = answer_format.grammar if answer_format else None
+        if answer_format and self._check_grammar:
+            check = (answer_format.grammar, answer_format.param, self._check_grammar)
+            await self._grammar_threads.run(grammars.check, *check)
+        composed = grammars.compose(answer, tool_use, in_reasoning, self._markers)
+        if composed is not None and composed is not answer and self._check_grammar:
+            param = "tools" if tool_use.tools else "the answer's form"
+            await self._grammar_threads.run(grammars.check, composed, param, self._check_grammar)
+        return composed
+
+
+def _ends_in_reasoning(text: str) -> bool:
+    return text.rstrip().endswith(THINK_START)
+
+
+async def _in_time(work: Awaitable[T], deadline: float) -> T:
+    """Return the result of `work`, or raise DeadlinePassed at `deadline`, a time of the event loop's clock."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await work
+    except TimeoutError as error:
+        raise DeadlinePassed("The request's deadline passed before its prompt was ready.") from error
+
+
+def _size(prompts: Sequence[Prompt]) -> int:
+    """Return how long preparing `prompts` takes, in characters of a text whose tokenizing takes as long."""
+    return sum(prompt.size if isinstance(prompt, Conversation) else len(prompt) for prompt in prompts)

@@ -1,0 +1,94 @@
+"""The tests check that preparing a request costs little, whatever `n`, the prompts and the parameters are."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from services.gateway.chat.choice_request import ChoiceRequest
+from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.errors import ApiError
+from services.gateway.generation import Generation, ModelCard
+from services.gateway.generation_request import GenerationRequest
+from tests.services.gateway.echo import EchoSource
+
+LEN = 1000
+
+
+@pytest.fixture
+def generation(source: EchoSource, tokenizer: Tokenizer) -> Generation:
+    return Generation(source, tokenizer, ModelCard("echo", LEN, 1))
+
+
+def prepare(generation: Generation, *prompts: Any, **given: Any) -> list[ChoiceRequest]:
+    return asyncio.run(generation.prepare(GenerationRequest(prompts[0], more_prompts=prompts[1:], **given)))
+
+
+def test_choices_share_everything_but_the_seed(generation: Generation) -> None:
+    sampling = {"logit_bias": {str(n): 1.0 for n in range(200)}, "stop": ("x", "y"), "seed": 3, "max_tokens": 5}
+    choices = prepare(generation, "abc", "de", sampling=sampling, n=64)
+    assert len(choices) == 128
+    first = choices[0]
+    assert {id(choice.params.logit_bias) for choice in choices} == {id(first.params.logit_bias)}
+    assert {id(choice.stops) for choice in choices} == {id(first.stops)}
+    assert {id(choice.prompt_token_ids) for choice in choices[:64]} == {id(first.prompt_token_ids)}
+    assert len({choice.params.seed for choice in choices[:64]}) == 64
+    assert [choice.params.seed for choice in choices[:64]] == [choice.params.seed for choice in choices[64:]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n": 129}, "n must be 1 to 128, not 129."),
+        ({"n": 65}, "n times the number of prompts must be at most 128, not 130."),
+        ({"sampling": {"logit_bias": dict.fromkeys(range(1025), 1.0)}}, "logit_bias must hold at most 1024 tokens, no"),
+        ({"sampling": {"stop": ("a",) * 5}}, "stop must hold at most 4 strings, not 5."),
+        ({"sampling": {"stop": ("a" * 1025,)}}, "stop must hold strings of at most 1024 bytes, not 1025."),
+        ({"sampling": {"logit_bias": {"1" * 5000: 1.0}}}, "logit_bias must be keyed by token ids as strings, not '11"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be 1 to 999, or -1 for all that fit, not 0."),
+        ({"truncate_prompt_tokens": LEN}, "truncate_prompt_tokens must be 1 to 999, or -1 for all that fit, not 1000."),
+    ],
+)
+def test_cheap_checks_come_before_the_prompts(generation: Generation, given: dict[str, Any], message: str) -> None:
+    too_long = "a" * LEN  # would be refused itself
+    with pytest.raises(ValueError, match=r".*") as error:
+        prepare(generation, too_long, too_long, **given)
+    assert str(error.value).startswith(message)
+
+
+def test_an_answer_gets_the_room_that_the_prompt_leaves(generation: Generation) -> None:
+    def lengths(num_prompt: int, **sampling: int) -> tuple[int | None, int]:
+        [choice] = prepare(generation, "a" * num_prompt, sampling=sampling)
+        return choice.params.max_tokens, choice.params.min_tokens
+
+    assert lengths(990) == (10, 0)
+    assert lengths(990, max_tokens=10**12) == (10, 0)
+    assert lengths(990, min_tokens=500) == (10, 10)
+    assert lengths(990, max_tokens=-1) == (None, 0)
+    assert lengths(10) == (16, 0)
+    with pytest.raises(ApiError) as refused:
+        prepare(generation, "a" * LEN)
+    assert refused.value.code == "context_length_exceeded"
+    assert refused.value.message.startswith("This model's maximum context length is 1000 tokens. However, your prompt")
+
+
+@pytest.mark.parametrize(
+    ("keep", "sampling", "num_left"),
+    [
+        (5, {}, 5),
+        (2000 - LEN - 1, {}, 999),
+        (-1, {}, 984),
+        (-1, {"max_tokens": 100}, 900),
+        (-1, {"max_tokens": 5000}, 1),
+    ],
+)
+def test_truncated_prompts_keep_their_end(
+    generation: Generation, keep: int, sampling: dict[str, int], num_left: int
+) -> None:
+    prompt = "x" * 1995 + "abcde"
+    for given in (prompt, [ord(char) - 33 for char in prompt]):
+        [choice] = prepare(generation, given, sampling=sampling, truncate_prompt_tokens=keep, echo=True)
+        assert len(choice.prompt_token_ids) == num_left
+        assert choice.echo == prompt[-num_left:]
