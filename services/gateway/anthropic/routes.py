@@ -44,7 +44,7 @@ class MessagesRoutes:
         generation.check_model(body.model)
         with client_errors():
             request = body.request()
-        answer = await Answer.begin(generation, [request], message_id)
+        answer = await Answer.begin(generation, request, message_id)
         headers = {"request-id": request_id, **cache_header(answer.first)}
         if body.stream:
             events = MessageEvents(message_id, generation.card.id, body.hides_thinking)
