@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -29,9 +29,9 @@ from services.engine.contract.errors import EngineFailed
 from services.engine.grammar.grammar_checker import GrammarChecker
 from services.gateway.backbones.backbone_pool import BackbonePool
 from services.gateway.chat.tokenizer import Tokenizer
-from services.gateway.errors import ApiError, ApiRefusal
+from services.gateway.errors import ApiError, ApiRefusal, GrpcError
 from services.gateway.generation import Generation, ModelCard
-from services.gateway.grpc_api import GrpcError, InferenceApi
+from services.gateway.grpc_api import InferenceApi
 from services.gateway.health import Health
 from services.gateway.listener import ALL_INTERFACES, Listener, ListenerConfig
 from services.gateway.metrics.backbone_metrics import backbone_metrics
@@ -39,6 +39,7 @@ from services.gateway.metrics.request_metrics import RequestMetrics
 from services.gateway.operator.admin import add_admin
 from services.gateway.operator.degraded import degraded_report
 from services.gateway.operator.operations import ExpertTier, Operations
+from services.gateway.ports.health_api import HealthApi
 from services.gateway.rest import build_rest
 
 STATUS_TIMEOUT_S = 3.0  # seconds to wait for the first status of a backbone
@@ -129,7 +130,7 @@ class GatewayDeployment:
         card = ModelCard(args.name, args.context(family), int(time.time()))
         # "auto" means all interfaces, because a port-forward of Kubernetes connects to the pod's own 127.0.0.1.
         host = ALL_INTERFACES if args.host == "auto" else args.host
-        self._where = ListenerConfig(host, args.http_port, args.grpc_port, args.drain_s)
+        self._where = ListenerConfig(host, args.http_port, args.grpc_port, args.drain_s, args.keep_alive_s)
         metrics = RequestMetrics(card.id)
         self._backbone = BackbonePool(_ask_all(backbone), metrics.count_resumed)
         self._grammars = GrammarChecker(args.model)
@@ -138,7 +139,7 @@ class GatewayDeployment:
             self._backbone, tokenizer, card, self._grammars.check, metrics=metrics, limits=args.limits
         )
         self._linger_s, self._is_stopping = args.linger_s, False
-        self._grpc = InferenceApi(self._generation, self._health)
+        self._grpc, self._grpc_health = InferenceApi(self._generation), HealthApi(self._health)
         self._admin_key = args.admin_key.get_secret_value() if args.admin_key else None
         self._operations: Operations | None = None
         if controller is not None:
@@ -158,7 +159,7 @@ class GatewayDeployment:
         app.add_api_route("/health/degraded", self._degraded, methods=["GET"])
         add_admin(app, self._admin_key, self._operations)
         await self._backbone.start()
-        self._listener = Listener(self._where, app, self._grpc)
+        self._listener = Listener(self._where, app, self._generation, self._grpc_health)
         await self._listener.start()
         return app
 
@@ -229,21 +230,29 @@ class GatewayDeployment:
         return await self._grpc.list_models(request)
 
     async def GetModel(self, request: pb.GetModelRequest, grpc_context: RayServegRPCContext) -> pb.Model:
-        model: pb.Model = await _answer(self._grpc.get_model(request), grpc_context)
+        model: pb.Model = await _answer(self._grpc.get_model(request, grpc_context), grpc_context)
         return model
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
-        tokens: pb.TokenizeResponse = await _answer(self._grpc.tokenize(request), grpc_context)
+        tokens: pb.TokenizeResponse = await _answer(self._grpc.tokenize(request, grpc_context), grpc_context)
         return tokens
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, grpc_context: RayServegRPCContext
     ) -> pb.DetokenizeResponse:
-        text: pb.DetokenizeResponse = await _answer(self._grpc.detokenize(request), grpc_context)
+        text: pb.DetokenizeResponse = await _answer(self._grpc.detokenize(request, grpc_context), grpc_context)
         return text
 
     async def Check(self, request: HealthCheckRequest, grpc_context: RayServegRPCContext) -> HealthCheckResponse:
-        return await _answer(self._grpc.check(request), grpc_context)
+        return await _answer(self._grpc_health.check(request), grpc_context)
+
+    async def List(self, request: HealthListRequest) -> HealthListResponse:
+        return await self._grpc_health.list(request)
+
+    async def Watch(self, request: HealthCheckRequest) -> AsyncGenerator[HealthCheckResponse, None]:
+        async with aclosing(self._grpc_health.watch(request)) as statuses:
+            async for status in statuses:
+                yield status
 
 
 async def _answer(answer: Any, context: RayServegRPCContext) -> Any:

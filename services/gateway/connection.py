@@ -35,7 +35,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     Raises ApiError for a longer body, and keeps at most `max_bytes` of the body in memory. Raises ClientGone if the
     client disconnects.
     """
-    chunks, size = [], 0
+    chunks, size = list[bytes](), 0
+    if _is_announced_too_large(request, max_bytes):
+        raise _too_large(max_bytes)
     try:
         async for chunk in request.stream():
             size += len(chunk)
@@ -46,8 +48,19 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     except ClientDisconnect as error:
         raise ClientGone from error
     if size > max_bytes:
-        raise ApiError(ApiRefusal.TOO_LARGE, f"The body must be at most {max_bytes} bytes long, but is longer.")
+        raise _too_large(max_bytes)
     return b"".join(chunks)
+
+
+def _is_announced_too_large(request: Request, max_bytes: int) -> bool:
+    """Return True if the client waits with a body that is too large until the server agrees (RFC 9110, 10.1.1)."""
+    waits = request.headers.get("expect", "").lower() == "100-continue"
+    length = request.headers.get("content-length", "")
+    return waits and length.isdecimal() and int(length) > max_bytes
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(ApiRefusal.TOO_LARGE, f"The body must be at most {max_bytes} bytes long, but is longer.")
 
 
 async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

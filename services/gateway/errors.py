@@ -27,8 +27,10 @@ class ApiRefusal(Enum):
     FORBIDDEN = ("forbidden", 403, "permission_error", grpc.StatusCode.PERMISSION_DENIED)
     NOT_FOUND = ("not_found", 404, "invalid_request_error", grpc.StatusCode.NOT_FOUND)
     METHOD = ("method", 405, "invalid_request_error", grpc.StatusCode.UNIMPLEMENTED)
+    TIMEOUT = ("timeout", 408, "invalid_request_error", grpc.StatusCode.DEADLINE_EXCEEDED)
     TOO_LARGE = ("too_large", 413, "invalid_request_error", grpc.StatusCode.RESOURCE_EXHAUSTED)
     OVERLOADED = ("overloaded", 429, "rate_limit_error", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    HEADERS_TOO_LARGE = ("headers_too_large", 431, "invalid_request_error", grpc.StatusCode.RESOURCE_EXHAUSTED)
     FAILED = ("failed", 500, "server_error", grpc.StatusCode.INTERNAL)
     UNAVAILABLE = ("unavailable", 503, "server_error", grpc.StatusCode.UNAVAILABLE)
     DEADLINE = ("deadline", 504, "server_error", grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -66,6 +68,18 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+class GrpcError(Exception):
+    """A `GrpcError` ends an RPC with a gRPC status code and one sentence for the client."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+    def __reduce__(self) -> tuple[type[GrpcError], tuple[grpc.StatusCode, str]]:
+        # Ray pickles the error on its way from the replica to Serve's proxy.
+        return GrpcError, (self.code, self.message)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

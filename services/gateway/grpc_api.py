@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import grpc
 from google.protobuf import json_format
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.engine.contract.sampling_params import Grammar, GrammarKind
@@ -28,15 +26,12 @@ from services.gateway.chat.text_delta import ScoredToken, TextDelta, collect
 from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.token_usage import TokenUsage
 from services.gateway.chat.tools import Tool, ToolMode, ToolUse, parse_arguments
-from services.gateway.errors import ApiError, ApiRefusal, client_errors, invalid, unexpected
+from services.gateway.errors import ApiError, GrpcError, client_errors, invalid, unexpected
 from services.gateway.generation import Generation
 from services.gateway.generation_request import AnswerFormat, GenerationRequest, Prompt
-from services.gateway.health import Health
 from services.gateway.request_id import check_request_id
 from services.gateway.schema.json_text import loads
 
-# names of services that a health check may ask about; "" stands for the whole server
-SERVICES = ("", "expertmesh.inference.v1.Inference")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -56,20 +51,6 @@ class RpcContext(Protocol):
     """An `RpcContext` is the context that gRPC or Ray Serve passes to the handler of an RPC."""
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
-
-
-class GrpcError(Exception):
-    """A `GrpcError` ends an RPC with a gRPC status code and one sentence for the client."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code, self.message = code, message
-
-    def __reduce__(self) -> tuple[type[GrpcError], tuple[grpc.StatusCode, str]]:
-        return GrpcError, (
-            self.code,
-            self.message,
-        )  # Ray pickles the error on its way from the replica to Serve's proxy
 
 
 @dataclass(frozen=True)
@@ -96,8 +77,9 @@ class _Trailers:
         self._context = context
         self._metadata: dict[str, str] = {}
 
-    def set(self, name: str, value: str) -> None:
-        self._metadata[name] = value
+    def set(self, name: str, value: str, is_default: bool = False) -> None:
+        """Set one entry; if `is_default` is True, keep an entry that was set before."""
+        self._metadata[name] = self._metadata.get(name, value) if is_default else value
         if self._context is not None:
             self._context.set_trailing_metadata(list(self._metadata.items()))
 
@@ -108,8 +90,8 @@ class InferenceApi:
     A method raises only GrpcError. If a `context` is given, the method sets the trailing metadata of the context.
     """
 
-    def __init__(self, generation: Generation, health: Callable[[], Awaitable[Health]]) -> None:
-        self._generation, self._health = generation, health
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
 
     async def generate(self, request: pb.GenerateRequest, context: RpcContext | None = None) -> pb.GenerateResponse:
         with self._errors(context) as trailers:
@@ -141,8 +123,8 @@ class InferenceApi:
     async def list_models(self, _: pb.ListModelsRequest, __: RpcContext | None = None) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[self._model()])
 
-    async def get_model(self, request: pb.GetModelRequest, _: RpcContext | None = None) -> pb.Model:
-        with self._errors():
+    async def get_model(self, request: pb.GetModelRequest, context: RpcContext | None = None) -> pb.Model:
+        with self._errors(context):
             self._generation.check_model(request.id)
             return self._model()
 
@@ -157,20 +139,13 @@ class InferenceApi:
             longest = generation.card.max_model_len
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=longest, token_texts=texts)
 
-    async def detokenize(self, request: pb.DetokenizeRequest, _: RpcContext | None = None) -> pb.DetokenizeResponse:
-        with self._errors():
+    async def detokenize(
+        self, request: pb.DetokenizeRequest, context: RpcContext | None = None
+    ) -> pb.DetokenizeResponse:
+        with self._errors(context):
             self._generation.check_model(request.model)
             with client_errors():
                 return pb.DetokenizeResponse(text=await self._generation.detokenize(list(request.token_ids)))
-
-    async def check(self, request: HealthCheckRequest, _: RpcContext | None = None) -> HealthCheckResponse:
-        """Return the health of the server, as in grpc.health.v1; a degraded server is reported as SERVING."""
-        with self._errors():
-            if request.service not in SERVICES:
-                allowed = " or ".join(map(repr, SERVICES))
-                raise ApiError(ApiRefusal.NOT_FOUND, f"service must be {allowed}, not {request.service!r}.")
-            is_ready = (await self._health()).is_ready
-        return HealthCheckResponse(status=HealthCheckResponse.SERVING if is_ready else HealthCheckResponse.NOT_SERVING)
 
     def _model(self) -> pb.Model:
         card = self._generation.card
@@ -180,10 +155,10 @@ class InferenceApi:
         self, request: pb.GenerateRequest, trailers: _Trailers
     ) -> tuple[_GrpcReplyHead, list[ChoiceRequest]]:
         generation = self._generation
-        generation.check_model(request.model)
         check_request_id(request.request_id, "request_id")
         head = _GrpcReplyHead(request.request_id or f"gen-{uuid.uuid4().hex}", generation.card.id, int(time.time()))
         trailers.set("x-request-id", head.request_id)
+        generation.check_model(request.model)
         with client_errors():
             return head, await generation.prepare(_generation_request(request))
 
@@ -198,6 +173,7 @@ class InferenceApi:
             yield trailers
         except Exception as error:
             known = error if isinstance(error, ApiError) else unexpected(error)
+            trailers.set("x-request-id", uuid.uuid4().hex, is_default=True)
             if known.retry_after is not None:
                 trailers.set("retry-after", str(known.retry_after))
             self._generation.metrics.count_refused(known.refusal.label)

@@ -31,6 +31,7 @@ class GatewayLimits(BaseModel):
     header_bytes: int = Field(64 << 10, ge=1 << 10, description="bytes of the headers of one request")
     header_s: float = Field(10, gt=0, description="seconds for the headers of a request to arrive")
     body_s: float = Field(60, gt=0, description="seconds for the body of a request to arrive")
+    write_s: float = Field(60, gt=0, description="seconds for which a client may leave its response unread")
     connections: int = Field(2048, ge=1, description="open connections to the REST port")
     grpc_streams: int = Field(1024, ge=1, description="RPCs in flight at the gRPC port")
 

@@ -12,25 +12,19 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import grpc
 import uvicorn
 from fastapi import FastAPI
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
 
-from protos.expertmesh.inference.v1 import inference_pb2 as pb
-from protos.options import MAX_MESSAGE_BYTES
-from services.gateway.grpc_api import GrpcError, InferenceApi
+from services.gateway.generation import Generation
+from services.gateway.grpc_api import InferenceApi
+from services.gateway.ports.grpc_server import start_grpc_server
+from services.gateway.ports.health_api import HealthApi
+from services.gateway.ports.http_protocol import BoundedHttpProtocol, OpenConnections
 
-Context = grpc.aio.ServicerContext[object, object]
-SERVICES = (pb.DESCRIPTOR.services_by_name["Inference"], health_pb2.DESCRIPTOR.services_by_name["Health"])
 BACKLOG = 2048  # maximum number of TCP connections that wait to be accepted
 ALL_INTERFACES = "0.0.0.0"
 
@@ -47,6 +41,7 @@ class ListenerConfig:
     http_port: int | None = None
     grpc_port: int | None = None
     drain_s: float = 1.0  # seconds that a stopping gateway waits for its open streams to end
+    keep_alive_s: float = 5.0  # seconds for which an idle connection to the REST port stays open
 
 
 class Listener:
@@ -56,8 +51,8 @@ class Listener:
     ports; the kernel then divides new connections among them.
     """
 
-    def __init__(self, config: ListenerConfig, rest: FastAPI, api: InferenceApi) -> None:
-        self.config, self._rest, self._api = config, rest, api
+    def __init__(self, config: ListenerConfig, rest: FastAPI, generation: Generation, health: HealthApi) -> None:
+        self.config, self._rest, self._generation, self._health = config, rest, generation, health
         self._http: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
         self._grpc: grpc.aio.Server | None = None
@@ -87,8 +82,13 @@ class Listener:
         return not any(serving is not None and serving.done() for serving in (self._serving, self._grpc_serving))
 
     async def _start_http(self, port: int) -> None:
+        metrics = self._generation.metrics
+        connections = OpenConnections(
+            self._generation.limits, lambda refusal: metrics.count_refused(refusal.label), self.config.keep_alive_s
+        )
         uvicorn_config = uvicorn.Config(
             self._rest,
+            http=partial(BoundedHttpProtocol, connections),  # type: ignore[arg-type]  # uvicorn only calls it
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -105,65 +105,8 @@ class Listener:
             await asyncio.sleep(0.01)
 
     async def _start_grpc(self, port: int) -> None:
-        self._grpc = grpc.aio.server(
-            options=(
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.so_reuseport", 1),
-            )
-        )
-        for service in SERVICES:
-            self._grpc.add_generic_rpc_handlers((grpc_handlers(service, self._api),))
-        reflection.enable_server_reflection(
-            (*(service.full_name for service in SERVICES), reflection.SERVICE_NAME), self._grpc
-        )
-        self._grpc.add_insecure_port(f"{self.config.host}:{port}")
-        await self._grpc.start()
+        limits, card = self._generation.limits, self._generation.card
+        address, max_message_bytes = f"{self.config.host}:{port}", limits.max_body_bytes(card.max_model_len)
+        api = InferenceApi(self._generation)
+        self._grpc = await start_grpc_server(address, api, self._health, limits, max_message_bytes)
         self._grpc_serving = asyncio.create_task(self._grpc.wait_for_termination())
-
-
-def grpc_handlers(service: ServiceDescriptor, api: InferenceApi) -> grpc.GenericRpcHandler:
-    """Return the gRPC handlers of the RPCs of `service` that `api` implements.
-
-    An RPC is implemented by the method of `api` that has the RPC's name in snake case.
-    """
-    named = ((method, getattr(api, _snake_case(method.name), None)) for method in service.methods)
-    handlers = {method.name: _handler(method, function) for method, function in named if function is not None}
-    return grpc.method_handlers_generic_handler(service.full_name, handlers)
-
-
-def _snake_case(name: str) -> str:
-    return "".join(f"_{char.lower()}" if char.isupper() else char for char in name).lstrip("_")
-
-
-def _handler(method: MethodDescriptor, function: Callable[[Any, Context], Any]) -> grpc.RpcMethodHandler[Any, Any]:
-    make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
-    behaviour = _streamed(function) if method.server_streaming else _answered(function)
-    return make(behaviour, GetMessageClass(method.input_type).FromString, _serialize)
-
-
-def _serialize(message: Any) -> bytes:
-    data: bytes = message.SerializeToString()
-    return data
-
-
-def _answered(function: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def answer(request: Any, context: Context) -> Any:
-        try:
-            return await function(request, context)
-        except GrpcError as error:
-            await context.abort(error.code, error.message)
-
-    return answer
-
-
-def _streamed(function: Callable[[Any, Context], Any]) -> Callable[[Any, Context], AsyncIterator[Any]]:
-    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-        try:
-            async with aclosing(function(request, context)) as messages:
-                async for message in messages:
-                    yield message
-        except GrpcError as error:
-            await context.abort(error.code, error.message)
-
-    return stream

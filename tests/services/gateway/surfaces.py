@@ -25,9 +25,9 @@ from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.engine.scheduling.memory import plan_memory
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.generation import Generation, ModelCard, TokenSource
-from services.gateway.grpc_api import InferenceApi
 from services.gateway.health import Health
 from services.gateway.listener import Listener, ListenerConfig
+from services.gateway.ports.health_api import HealthApi
 from services.gateway.rest import build_rest
 from tests.services.application import free_port
 
@@ -82,7 +82,7 @@ def listening(source: TokenSource, life: Startable) -> Iterator[tuple[httpx.Clie
         return Health(is_ready=True)
 
     config = ListenerConfig("127.0.0.1", free_port(), free_port())
-    listener = Listener(config, build_rest(generation, health), InferenceApi(generation, health))
+    listener = Listener(config, build_rest(generation, health), generation, HealthApi(health))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

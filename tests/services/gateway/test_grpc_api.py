@@ -5,23 +5,19 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.engine.contract.errors import EngineOverloaded
 from services.engine.contract.sampling_params import SamplingParams
+from services.gateway.errors import GrpcError
 from services.gateway.generation import Generation
-from services.gateway.grpc_api import GrpcError, InferenceApi
-from services.gateway.health import Health
+from services.gateway.grpc_api import InferenceApi
 from tests.services.gateway.echo import EchoSource
 
 
 @pytest.fixture
-def api(generation: Generation, health: dict[str, Health]) -> InferenceApi:
-    async def check() -> Health:
-        return health["now"]
-
-    return InferenceApi(generation, check)
+def api(generation: Generation) -> InferenceApi:
+    return InferenceApi(generation)
 
 
 async def _chunks(api: InferenceApi, request: pb.GenerateRequest) -> list[pb.GenerateChunk]:
@@ -155,12 +151,3 @@ def test_closing_the_stream_frees_the_engine(api: InferenceApi, source: EchoSour
 def test_list_models(api: InferenceApi) -> None:
     (model,) = asyncio.run(api.list_models(pb.ListModelsRequest())).models
     assert (model.id, model.owned_by, model.max_model_len, model.created) == ("echo", "expertmesh", 64, 1)
-
-
-def test_health(api: InferenceApi, health: dict[str, Health]) -> None:
-    assert asyncio.run(api.check(HealthCheckRequest())).status == HealthCheckResponse.SERVING
-    health["now"] = Health(is_ready=False)
-    named = HealthCheckRequest(service="expertmesh.inference.v1.Inference")
-    assert asyncio.run(api.check(named)).status == HealthCheckResponse.NOT_SERVING
-    with pytest.raises(GrpcError, match="service must be '' or 'expertmesh"):
-        asyncio.run(api.check(HealthCheckRequest(service="nothing")))

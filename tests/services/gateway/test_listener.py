@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -14,32 +13,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from protos.expertmesh.inference.v1 import inference_pb2_grpc
 from services.gateway.generation import Generation
-from services.gateway.grpc_api import InferenceApi
-from services.gateway.health import Health
-from services.gateway.listener import SERVICES, Listener, ListenerConfig, grpc_handlers
-from services.gateway.rest import build_rest
+from services.gateway.listener import ListenerConfig
+from services.gateway.ports.grpc_server import SERVICES
 from tests.services.application import free_port
 from tests.services.gateway.echo import EchoSource
-
-
-@contextlib.asynccontextmanager
-async def listening(generation: Generation, config: ListenerConfig) -> AsyncIterator[Listener]:
-    async def health() -> Health:
-        return Health(is_ready=True)
-
-    listener = Listener(config, build_rest(generation, health), InferenceApi(generation, health))
-    await listener.start()
-    try:
-        yield listener
-    finally:
-        await listener.stop()
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(test(), 60)
-
-    asyncio.run(bounded())
+from tests.services.gateway.listening import listening, run
 
 
 def test_both_surfaces_answer_on_their_ports(generation: Generation) -> None:
@@ -120,12 +98,6 @@ def test_a_grpc_server_that_ended_is_not_healthy(generation: Generation) -> None
             assert not listener.is_healthy
 
     run(test)
-
-
-def test_every_rpc_is_served() -> None:
-    [inference, _] = SERVICES
-    handlers: Any = grpc_handlers(inference, InferenceApi)  # type: ignore[arg-type]
-    assert {name.rpartition("/")[2] for name in handlers._method_handlers} == {m.name for m in inference.methods}
 
 
 def test_several_gateways_of_a_machine_share_a_port(generation: Generation) -> None:
