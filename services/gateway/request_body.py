@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -63,12 +63,17 @@ def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
         case "extra_forbidden":
             allowed = ", ".join(sorted(location.fields))
             return invalid(f"Unknown field {path!r:.100}; the allowed fields are {allowed}.", path, "unknown_parameter")
+        case "union_tag_not_found":
+            return invalid(f"{path}.type is missing, but required.", f"{path}.type")
+        case "union_tag_invalid":
+            allowed, tag = error["ctx"]["expected_tags"], error["ctx"]["tag"]
+            return invalid(f"{path}.type must be one of {allowed}, not {tag!r:.100}.", f"{path}.type")
         case "missing":
             return invalid(f"{path} is missing, but required.", path)
         case "value_error":
             reason = str(error["ctx"]["error"])
             return invalid(f"{path} {reason}." if path else reason, path or reason.split()[0])
-        case "model_type" if expected == OBJECT:
+        case "model_type" | "model_attributes_type" if expected == OBJECT:
             return invalid(f"{path} must be {OBJECT}.", path)
     return invalid(f"{path} must be {expected}, not {error['input']!r:.100}.", path)
 
@@ -91,7 +96,7 @@ def _most_specific(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[Er
 
 
 def _expected(error: ErrorDetails) -> str:
-    if error["type"] in ("model_type", "dict_type"):
+    if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return OBJECT
     return error["msg"].removeprefix("Input should be ")
 
@@ -111,8 +116,9 @@ def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
     path, fields, is_in_union = "", tuple[str, ...](), False
     for part in loc:
         is_in_union = len(types) > 1
-        if is_in_union:  # pydantic puts the name of the union's type between the parts of the path
-            types = [type_ for type_ in types if getattr(type_, "__name__", "") == part] or [Any]
+        if is_in_union:  # pydantic puts the name of the union's type, as "list[str]", between the parts of the path
+            part = str(part).partition("[")[0]
+            types = [type_ for type_ in types if part in _names(type_)] or [Any]
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
         if isinstance(types[0], type) and issubclass(types[0], BaseBody):
@@ -123,7 +129,19 @@ def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
     return _FieldLocation(path.lstrip("."), fields, is_in_union)
 
 
+def _names(type_: Any) -> set[object]:
+    """Return the names by which pydantic may call the type `type_` of a union in the location of an error.
+
+    The names are the name of the type, and the values of the field `type` if that field tells the union's types apart.
+    """
+    name = str(getattr(type_, "__name__", ""))
+    fields = type_.model_fields if isinstance(type_, type) and issubclass(type_, BaseBody) else {}
+    return {name, *(get_args(fields["type"].annotation) if "type" in fields else ())}
+
+
 def _union_members(annotation: Any) -> list[Any]:
     """Return the types of the union `annotation` except None; if `annotation` is not a union, return only it."""
+    if get_origin(annotation) is Annotated:  # a union whose types are told apart by a field
+        annotation = get_args(annotation)[0]
     is_union = get_origin(annotation) in (Union, UnionType)
     return [member for member in get_args(annotation) if member is not NoneType] if is_union else [annotation]

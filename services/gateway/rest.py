@@ -9,6 +9,8 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from services.gateway.anthropic.refusals import is_of_messages, refusal_response
+from services.gateway.anthropic.routes import MessagesRoutes
 from services.gateway.connection import CLIENT_CLOSED_REQUEST, ClientGone
 from services.gateway.errors import ApiError, ApiRefusal, unexpected
 from services.gateway.generation import Generation
@@ -33,6 +35,7 @@ def build_rest(
     app = FastAPI(title="Expertmesh", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(RequestIdMiddleware)
     OpenAIRoutes(generation).add_to(app)
+    MessagesRoutes(generation).add_to(app)
     _add_operations(app, generation, health, more_metrics)
     _add_error_handlers(app, generation)
     return app
@@ -58,25 +61,27 @@ def _add_operations(
 
 
 def _add_error_handlers(app: FastAPI, generation: Generation) -> None:
-    def refuse(error: ApiError) -> JSONResponse:
+    def refuse(request: Request, error: ApiError) -> Response:
         generation.metrics.count_refused(error.refusal.label)
+        if is_of_messages(request.url.path):
+            return refusal_response(error, request.state.id)
         return JSONResponse(error.to_json(), error.refusal.status, error.headers)
 
     @app.exception_handler(ApiError)
-    async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
-        return refuse(error)
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        return refuse(request, error)
 
     @app.exception_handler(ClientGone)
     async def on_client_gone(_: Request, __: ClientGone) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return refuse(_routing_error(request, error))
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        return refuse(request, _routing_error(request, error))
 
     @app.exception_handler(Exception)
-    async def on_unexpected(_: Request, error: Exception) -> JSONResponse:
-        return refuse(unexpected(error))
+    async def on_unexpected(request: Request, error: Exception) -> Response:
+        return refuse(request, unexpected(error))
 
 
 def _routing_error(request: Request, error: HTTPException) -> ApiError:

@@ -89,6 +89,7 @@ class OutputProcessor:
             (),
             output.num_cached,
             output.cache_reason,
+            stop_string=self._stops.stop,
         )
 
     def _push_token(self, token_id: int) -> tuple[AnswerParts, bool]:

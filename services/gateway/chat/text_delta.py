@@ -46,6 +46,7 @@ class TextDelta:
     prompt_logprobs: tuple[ScoredToken, ...] = ()
     num_cached: int = 0
     cache_reason: str = ""
+    stop_string: str = ""  # the stop string that ended the choice; "": something else ended it, or it has not ended
 
     @property
     def cache_report(self) -> str:
@@ -87,4 +88,5 @@ def join(deltas: Sequence[TextDelta]) -> TextDelta:
         deltas[0].prompt_logprobs,
         deltas[0].num_cached,
         deltas[0].cache_reason,
+        stop_string=last.stop_string,
     )

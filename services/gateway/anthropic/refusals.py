@@ -1,0 +1,66 @@
+"""`refusal_response` and `refusal_json` give an `ApiError` the form of Anthropic's API.
+
+Source: Anthropic's API reference for errors, and the error classes of the `anthropic` client.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import Response
+
+from services.gateway.anthropic.messages_body import THREAD_UNSUPPORTED
+from services.gateway.errors import ApiError, ApiRefusal
+from services.gateway.request_id import MAX_REQUEST_ID_LEN
+from services.gateway.schema.json_text import dumps
+
+# Anthropic's `type` and HTTP status where they are not the general ones. Clients retry 529 as they retry 429; 429 would
+# tell users that their own quota is spent, but the server is busy.
+TYPES = {
+    ApiRefusal.UNAUTHENTICATED: ("authentication_error", 401),
+    ApiRefusal.FORBIDDEN: ("permission_error", 403),
+    ApiRefusal.NOT_FOUND: ("not_found_error", 404),
+    ApiRefusal.TOO_LARGE: ("request_too_large", 413),
+    ApiRefusal.OVERLOADED: ("overloaded_error", 529),
+    ApiRefusal.UNAVAILABLE: ("overloaded_error", 503),
+    ApiRefusal.DEADLINE: ("timeout_error", 504),
+}
+# names of parameters in sentences that all APIs share, and Anthropic's names
+RENAMES = [
+    (re.compile(r"^(tools\[\d+\])\.function\.name\b"), r"\1.name"),
+    (re.compile(r"^(tools\[\d+\])\.function\.parameters\b"), r"\1.input_schema"),
+    (re.compile(r"^stop\b"), "stop_sequences"),
+]
+
+
+def is_of_messages(path: str) -> bool:
+    """Return True if errors of requests to `path` must have Anthropic's form."""
+    return f"{path}/".startswith("/v1/messages/")
+
+
+def refusal_response(error: ApiError, request_id: str) -> Response:
+    _, status = _type_and_status(error)
+    headers = {"request-id": request_id[:MAX_REQUEST_ID_LEN], **error.headers}
+    return Response(refusal_json(error, request_id), status, headers, "application/json")
+
+
+def refusal_json(error: ApiError, request_id: str) -> str:
+    """Return the JSON of the error; it stands in a response of its own or in an `error` event of a stream."""
+    type_, _ = _type_and_status(error)
+    fields: dict[str, Any] = {"type": type_, "message": in_anthropics_words(error.message)}
+    if error.code == THREAD_UNSUPPORTED:
+        fields["details"] = {"error_code": error.code, "unsupported": ["thread"]}
+    return dumps({"type": "error", "error": fields, "request_id": request_id})
+
+
+def _type_and_status(error: ApiError) -> tuple[str, int]:
+    status = error.refusal.status
+    return TYPES.get(error.refusal, ("invalid_request_error" if status < 500 else "api_error", status))
+
+
+def in_anthropics_words(sentence: str) -> str:
+    """Return the sentence of an error with Anthropic's names of parameters."""
+    for pattern, name in RENAMES:
+        sentence = pattern.sub(name, sentence)
+    return sentence
