@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -64,6 +64,18 @@ class ApiError(Exception):
         return {
             "error": {"message": self.message, "type": self.refusal.type, "param": self.param, "code": self.code},
         }
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """Return the error for an API that has other names for some parameters.
+
+        `names` holds a replacement for each regular expression that matches a parameter's name.
+        """
+        message, param = self.message, self.param
+        for name, replacement in names.items():
+            pattern = rf"(?<![\w.'\"]){name}(?![\w'\"])"
+            message = re.sub(pattern, replacement, message)
+            param = param and re.sub(pattern, replacement, param)
+        return ApiError(self.refusal, message, param, self.code, self.retry_after)
 
     @property
     def headers(self) -> dict[str, str]:

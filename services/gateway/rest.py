@@ -17,6 +17,7 @@ from services.gateway.generation import Generation
 from services.gateway.health import Health
 from services.gateway.openai.routes import OpenAIRoutes
 from services.gateway.request_id import RequestIdMiddleware
+from services.gateway.responses.routes import ResponsesRoutes
 
 HealthCheck = Callable[[], Awaitable[Health]]
 MoreMetrics = Callable[[], Awaitable[bytes]]
@@ -36,6 +37,7 @@ def build_rest(
     app.add_middleware(RequestIdMiddleware)
     OpenAIRoutes(generation).add_to(app)
     MessagesRoutes(generation).add_to(app)
+    ResponsesRoutes(generation).add_to(app)
     _add_operations(app, generation, health, more_metrics)
     _add_error_handlers(app, generation)
     return app

@@ -89,6 +89,11 @@ class AnswerParser:
         """Return True if the answer holds the maximum number of calls."""
         return self._max_calls is not None and self.num_calls >= self._max_calls
 
+    @property
+    def is_in_reasoning(self) -> bool:
+        """Return True if the next token belongs to the reasoning."""
+        return self._at is _Section.REASONING
+
     def push(self, text: str) -> AnswerParts:
         """Add `text` to the answer, and return the pieces that may now be shown."""
         while text and not self.is_done:

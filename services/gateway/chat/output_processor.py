@@ -27,7 +27,7 @@ class OutputProcessor:
 
     def __init__(self, index: int, request: ChoiceRequest, tokenizer: Tokenizer) -> None:
         self._index, self._request, self._tokenizer = index, request, tokenizer
-        self._num_tokens = self._num_chars = 0
+        self._num_tokens = self._num_reasoning = self._num_chars = 0
         self._stops = StopMatcher(request.stops)
         tool_use, tools = request.tool_use, request.tool_use.callable_tools
         self._parser = AnswerParser(request.in_reasoning, tools, tool_use.is_forced, tool_use.max_calls)
@@ -90,10 +90,12 @@ class OutputProcessor:
             output.num_cached,
             output.cache_reason,
             stop_string=self._stops.stop,
+            num_reasoning=self._num_reasoning,
         )
 
     def _push_token(self, token_id: int) -> tuple[AnswerParts, bool]:
         self._num_tokens += 1
+        self._num_reasoning += self._parser.is_in_reasoning
         text = self._detokenizer.push(token_id)
         self._num_chars += len(text)
         is_stopped = False

@@ -47,6 +47,7 @@ class TextDelta:
     num_cached: int = 0
     cache_reason: str = ""
     stop_string: str = ""  # the stop string that ended the choice; "": something else ended it, or it has not ended
+    num_reasoning: int = 0  # tokens of the choice's reasoning so far, with the token that ends the reasoning
 
     @property
     def cache_report(self) -> str:
@@ -89,4 +90,5 @@ def join(deltas: Sequence[TextDelta]) -> TextDelta:
         deltas[0].num_cached,
         deltas[0].cache_reason,
         stop_string=last.stop_string,
+        num_reasoning=last.num_reasoning,
     )

@@ -18,6 +18,7 @@ class TokenUsage:
     num_prompt: dict[int, int] = field(default_factory=dict)  # tokens of each prompt, by index of the prompt
     num_cached: dict[int, int] = field(default_factory=dict)  # cached tokens of each prompt, by index of the prompt
     num_generated: dict[int, int] = field(default_factory=dict)  # tokens of each choice, by index of the choice
+    num_reasoning: dict[int, int] = field(default_factory=dict)  # tokens of reasoning, by index of the choice
 
     def add(self, delta: TextDelta) -> None:
         """Record the token counts of `delta` in place of the earlier counts of the same choice."""
@@ -25,6 +26,7 @@ class TokenUsage:
         if delta.index % self.n == 0 or prompt not in self.num_prompt:
             self.num_prompt[prompt], self.num_cached[prompt] = delta.num_prompt, delta.num_cached
         self.num_generated[delta.index] = delta.num_generated
+        self.num_reasoning[delta.index] = delta.num_reasoning
 
     @property
     def prompt_tokens(self) -> int:
@@ -37,3 +39,7 @@ class TokenUsage:
     @property
     def completion_tokens(self) -> int:
         return sum(self.num_generated.values())
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(self.num_reasoning.values())

@@ -1,0 +1,278 @@
+"""A `ResponsesBody` is the body of a request to `/v1/responses`, and is converted to `GenerationRequest`.
+
+Source: OpenAI's API reference for responses. vLLM's fields for sampling are the same as in chat completions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.gateway.chat.conversation import ChatMessage, Conversation
+from services.gateway.chat.thinking import Thinking
+from services.gateway.chat.tools import Tool, ToolMode, ToolUse, parse_tool_mode
+from services.gateway.generation_request import AnswerFormat, GenerationRequest
+from services.gateway.request_body import BaseBody, only
+
+LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
+# Values of `include` for items that this server never makes; they have no effect.
+OTHER_INCLUDES = (
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+Verbosity = Literal["low", "medium", "high"]
+SummaryStyle = Literal["auto", "concise", "detailed"]
+SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__) - {"max_tokens", "logprobs", "grammar"}
+# this API's names of parameters, by patterns for the names in the errors of other parts of the gateway
+PARAM_NAMES = {
+    "logprobs": "top_logprobs",
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    r"(tools\[\d+\])\.function": r"\1",
+}
+
+
+def _check_tool_type(value: object) -> object:
+    if value != "function":
+        raise ValueError(f"must be 'function', because the server has no built-in tools, not {value!r:.100}")
+    return value
+
+
+def _check_include(value: object) -> object:
+    allowed = sorted((LOGPROBS, ENCRYPTED, *OTHER_INCLUDES))
+    if value not in allowed:
+        raise ValueError(f"must be one of {', '.join(map(repr, allowed))}, not {value!r:.100}")
+    return value
+
+
+class FunctionToolBody(BaseBody):
+    """A `FunctionToolBody` is a function that the model may call; the fields without a comment have an effect."""
+
+    type: Annotated[str, BeforeValidator(_check_tool_type)]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    allowed_callers: list[str] | None = None  # accepted but has no effect
+    defer_loading: bool | None = None  # accepted but has no effect, because every tool is always shown to the model
+    output_schema: dict[str, Any] | None = None  # accepted but has no effect
+
+    def tool(self) -> Tool:
+        return Tool(self.name, self.description or "", self.parameters or {}, self.strict or False)
+
+    def echo(self) -> dict[str, Any]:
+        return {
+            "type": "function",
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": self.strict or False,
+        }
+
+
+class TextFormat(BaseBody):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None  # the description is accepted but has no effect
+    schema_: dict[str, Any] | None = Field(alias="schema", default=None)
+    strict: bool | None = None  # the field has no effect, because every schema is enforced
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("must hold a schema if, and only if, its type is 'json_schema'")
+        return self
+
+    def answer_format(self) -> AnswerFormat | None:
+        if self.schema_ is not None:
+            return AnswerFormat(Grammar(GrammarKind.JSON_SCHEMA, json.dumps(self.schema_)), "text.format.schema")
+        return AnswerFormat(Grammar(GrammarKind.JSON_OBJECT), "text.format") if self.type == "json_object" else None
+
+    def echo(self) -> dict[str, Any]:
+        if self.schema_ is None:
+            return {"type": self.type}
+        named = {"name": self.name or "answer", "description": self.description}
+        return {"type": self.type, **named, "schema": self.schema_, "strict": self.strict or False}
+
+
+class TextConfig(BaseBody):
+    format: TextFormat | None = None
+    verbosity: Verbosity | None = None  # has no effect
+
+
+class ReasoningConfig(BaseBody):
+    """A `ReasoningConfig` says how long the model may reason; its reasoning is always shown whole, not as a summary."""
+
+    effort: str | None = None
+    summary: SummaryStyle | None = None  # has no effect
+    generate_summary: SummaryStyle | None = None  # has no effect
+    context: Annotated[str | None, only("auto", "current_turn")] = None  # the chat template decides
+    mode: Annotated[str | None, only("standard")] = None
+
+
+class ResponseStreamOptions(BaseBody):
+    include_obfuscation: bool | None = None  # has no effect; the stream is not obfuscated
+
+
+class ResponsesBody(BaseBody):
+    """A `ResponsesBody` holds one request; fields that have no effect are marked as hints."""
+
+    input: Any = None  # checked by `parse_items`
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    store: bool | None = None
+    include: list[Annotated[str, BeforeValidator(_check_include)]] | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = None
+    tools: list[FunctionToolBody] | None = None
+    tool_choice: Any = None  # checked by `_parse_choice`
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    metadata: dict[str, str] | None = None
+
+    max_tool_calls: int | None = None  # a hint here, because the limit is on calls of built-in tools
+    user: str | None = None  # hints, from here to `prompt_cache_options`
+    safety_identifier: str | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+
+    background: Annotated[bool | None, only(False)] = None
+    context_management: Annotated[list[Any] | None, only([])] = None
+    conversation: Annotated[Any, only(None)] = None
+    moderation: Annotated[dict[str, Any] | None, only(None)] = None
+    prompt: Annotated[dict[str, Any] | None, only(None)] = None
+
+    # vLLM's and Expertmesh's own fields
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    timeout: float | None = None
+    thinking_token_budget: int | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self.top_logprobs is not None or LOGPROBS in (self.include or ())
+
+    @property
+    def has_encrypted(self) -> bool:
+        return ENCRYPTED in (self.include or ())
+
+    def request(self, messages: tuple[ChatMessage, ...]) -> GenerationRequest:
+        """Return a `GenerationRequest` with the conversation `messages`.
+
+        Raises ValueError if a parameter is invalid.
+        """
+        thinking = Thinking(
+            self.reasoning.effort if self.reasoning else None, self.thinking_token_budget, self.enable_thinking
+        )
+        form = self.text.format if self.text else None
+        return GenerationRequest(
+            Conversation(messages, template_kwargs=thinking.template_kwargs(self.chat_template_kwargs)),
+            self._sampling(),
+            answer_format=form.answer_format() if form else None,
+            tool_use=self._tool_use(),
+            timeout=self.timeout,
+            thinking=thinking,
+        )
+
+    def _sampling(self) -> dict[str, Any]:
+        given = self.model_dump(include=set(SAMPLING_FIELDS), exclude_none=True)
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        if self.max_output_tokens is not None:
+            given["max_tokens"] = self.max_output_tokens
+        if self.has_logprobs:
+            given["logprobs"] = self.top_logprobs or 0
+        return given
+
+    def _tool_use(self) -> ToolUse:
+        mode, function, allowed = _parse_choice(self.tool_choice)
+        tools = tuple(tool.tool() for tool in self.tools or ())
+        if not tools and mode is ToolMode.AUTO and allowed is None:
+            mode = None  # clients send "auto" and `parallel_tool_calls` even if they offer no tools
+        return ToolUse.of(tools, mode, function, self.parallel_tool_calls if tools else None, allowed)
+
+    def echo(self) -> dict[str, Any]:
+        """Return the fields of the request that a response repeats, with OpenAI's defaults."""
+        text, reasoning = self.text or TextConfig(), self.reasoning or ReasoningConfig()
+        return {
+            "background": False,
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "max_tool_calls": self.max_tool_calls,
+            "metadata": self.metadata or {},
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "previous_response_id": self.previous_response_id,
+            "prompt_cache_key": self.prompt_cache_key,
+            "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
+            "safety_identifier": self.safety_identifier,
+            "service_tier": "default",
+            "temperature": self.temperature,
+            "text": {
+                "format": text.format.echo() if text.format else {"type": "text"},
+                "verbosity": text.verbosity or "medium",
+            },
+            "tool_choice": self.tool_choice or "auto",
+            "tools": [tool.echo() for tool in self.tools or ()],
+            "top_logprobs": self.top_logprobs or 0,
+            "top_p": self.top_p,
+            "truncation": self.truncation or "disabled",
+            "user": self.user,
+        }
+
+
+def _parse_choice(choice: Any) -> tuple[ToolMode | None, str | None, list[str] | None]:
+    """Return the mode, the function that must be called and the functions that may be called, of a `tool_choice`."""
+    if choice is None:
+        return None, None, None
+    if isinstance(choice, str):
+        return parse_tool_mode(choice), None, None
+    if not isinstance(choice, Mapping):
+        raise ValueError(f"tool_choice must be a string or a JSON object, not {choice!r:.100}.")
+    match choice.get("type"):
+        case "function":
+            return None, _name(choice, "tool_choice"), None
+        case "allowed_tools":
+            mode, tools = choice.get("mode"), choice.get("tools")
+            if mode not in ("auto", "required"):
+                raise ValueError(f"tool_choice.mode must be 'auto' or 'required', not {mode!r:.100}.")
+            if not isinstance(tools, list):
+                raise ValueError(f"tool_choice.tools must be a list of functions, not {tools!r:.100}.")
+            return ToolMode(mode), None, [_name(tool, f"tool_choice.tools[{n}]") for n, tool in enumerate(tools)]
+    allowed = "'function' or 'allowed_tools', because the server has no built-in tools"
+    raise ValueError(f"tool_choice.type must be {allowed}, not {choice.get('type')!r:.100}.")
+
+
+def _name(choice: Any, param: str) -> str:
+    if not isinstance(choice, Mapping) or choice.get("type") != "function" or not isinstance(choice.get("name"), str):
+        raise ValueError(f'{param} must be a function such as {{"type": "function", "name": "..."}}.')
+    name: str = choice["name"]
+    return name
