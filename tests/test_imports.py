@@ -29,7 +29,17 @@ SIBLINGS = {
     "services": ("expert", "engine", "controller", "gateway", "cli"),
     "services/engine": ("contract", "grammar", "sampling", "drafting", "scheduling"),
     "services/expert": ("transport",),
-    "services/gateway": ("schema", "chat", "metrics", "backbones", "operator", "ports", "openai", "responses", "anthropic"),
+    "services/gateway": (
+        "schema",
+        "chat",
+        "metrics",
+        "backbones",
+        "operator",
+        "ports",
+        "openai",
+        "responses",
+        "anthropic",
+    ),
     "services/cli": ("drill",),
 }
 # Private names of libraries that our code may use, because the libraries have no public names for the same things.
