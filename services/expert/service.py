@@ -90,7 +90,10 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         return self._compute_server.endpoint
 
     async def close_compute_port(self) -> None:
-        await self.worker.run(self._compute_server.close)
+        if self.worker.is_alive:
+            await self.worker.run(self._compute_server.close)
+        else:
+            self._compute_server.close()
 
     async def Compute(
         self, requests: AsyncIterator[pb.ComputeRequest], context: Context

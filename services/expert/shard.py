@@ -76,6 +76,7 @@ class ExpertShard:
         self.incarnation = secrets.token_hex(8)
         self.endpoint = self.compute_endpoint = ""
         self.pool_size: PoolSize | None = None  # the size that the controller decided last for the pool
+        self._has_left = False  # whether the shard has left the registry, because it cannot compute
         shapes, device = family.expert_shapes, torch.device(config.device)
         self.host = ExpertHost(shapes, config.dtype, device, config.memory_budget, config.host_budget)
         self._read = family.load_expert
@@ -106,20 +107,25 @@ class ExpertShard:
         requests, removes itself from the registry, answers the accepted requests, and closes its ports.
         """
         self.service.has_announced_drain = True
-        await self._heartbeat()
-        await self._wait_for_moves()
+        if self._can_compute:
+            await self._heartbeat()
+            await self._wait_for_moves()
         self.service.handler.is_refusing = True
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._beating.cancel()
         await asyncio.gather(self._beating, return_exceptions=True)
         await self._unregister()
+        if self.service.worker.is_alive:
+            await self._finish_requests()
+        await self.service.close_compute_port()
+        await self._server.stop(STOP_GRACE_S)
+        await asyncio.to_thread(self.service.worker.close)
+
+    async def _finish_requests(self) -> None:
         try:
             await asyncio.wait_for(self.service.handler.idle(), ANSWER_TIMEOUT_S)
         except TimeoutError:
             log.warning("Shard %s stops with %d requests unanswered.", self.config.shard_id, self.service.worker.depth)
-        await self.service.close_compute_port()
-        await self._server.stop(STOP_GRACE_S)
-        await asyncio.to_thread(self.service.worker.close)
 
     async def _wait_for_moves(self) -> None:
         """Wait until the shard may stop, but at most `move_timeout_s` seconds."""
@@ -151,9 +157,13 @@ class ExpertShard:
 
         Without this check, a shard whose device hangs or fails at every request would remain a home for ever.
         """
+        return not self._beating.done() and self._can_compute
+
+    @property
+    def _can_compute(self) -> bool:
         worker = self.service.worker
-        can_compute = self.service.handler.num_failed_in_a_row < MAX_FAILED and worker.busy_s < MAX_BUSY_S
-        return not self._beating.done() and worker.is_alive and can_compute
+        is_failing = self.service.handler.num_failed_in_a_row >= MAX_FAILED
+        return worker.is_alive and worker.busy_s < MAX_BUSY_S and not is_failing
 
     @property
     def record(self) -> Shard:
@@ -192,11 +202,24 @@ class ExpertShard:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
-                if self.service.handler.is_refusing:
-                    await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-                await self._heartbeat()
+                await self._report()
             except Exception:
                 log.exception("Shard %s failed to register itself and will try again.", self.config.shard_id)
+
+    async def _report(self) -> None:
+        """Tell the health service and the registry how the shard is; a shard that cannot compute leaves the registry.
+
+        Otherwise the shard would stay a home of experts, and calls would wait for it, until Serve replaces the shard.
+        """
+        can_compute, health_status = self._can_compute, health_pb2.HealthCheckResponse
+        can_serve = can_compute and not self.service.handler.is_refusing
+        await self._set_health(health_status.SERVING if can_serve else health_status.NOT_SERVING)
+        if can_compute:
+            await self._heartbeat()
+        elif not self._has_left:
+            log.error("Shard %s cannot compute, and leaves the registry until it can.", self.config.shard_id)
+            await self._unregister()
+        self._has_left = not can_compute
 
     async def _heartbeat(self) -> None:
         self.service.handler.update_cost_model()

@@ -7,6 +7,7 @@ waking another thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 import select
 import socket
 import threading
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 OnReady = Callable[[int], None]  # the argument is READ, WRITE or READ | WRITE
 READ, WRITE = select.POLLIN, select.POLLOUT
@@ -24,8 +27,9 @@ READ, WRITE = select.POLLIN, select.POLLOUT
 class Worker:
     """A `Worker` runs jobs one after the other on a separate thread.
 
-    Jobs and the functions that watch sockets must not raise. `run` and `idle` belong to an event loop; any thread may
-    call the other methods.
+    Jobs and the functions that watch sockets should not raise. If one does, the error is logged and the thread goes on,
+    because the thread serves all clients. `run` and `idle` belong to an event loop; any thread may call the other
+    methods.
     """
 
     def __init__(self, max_depth: int, name: str) -> None:
@@ -132,13 +136,19 @@ class Worker:
         while True:
             for file, events in self._poll.poll(0 if self._jobs else None):
                 if watched := self._watched.get(file):
-                    watched[0](events & (READ | WRITE) or READ)  # after an error, reading raises the error
+                    try:
+                        watched[0](events & (READ | WRITE) or READ)  # after an error, reading raises the error
+                    except Exception:
+                        log.exception("The worker failed to serve a socket.")
             if not self._jobs:
                 continue
             if (job := self._jobs.popleft()) is None:
                 return
             self._busy_since = time.monotonic()
-            job()
+            try:
+                job()
+            except Exception:
+                log.exception("A job of the worker failed.")
             self._busy_since = None
 
 

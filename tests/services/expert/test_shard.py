@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -27,7 +28,6 @@ from services.expert import control_client
 from services.expert import shard as shard_module
 from services.expert.service import MAX_UNREAD
 from services.expert.shard import SERVICE_NAME, ExpertShard
-from services.expert.transport.worker import Worker
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
 from tests.services.expert.requests import make_request
 from tests.services.expert.serving import CONFIG, run, serving, stream_to
@@ -228,10 +228,39 @@ def test_it_is_healthy_while_it_beats_and_computes(family: ModelFamily) -> None:
             shard._beating.cancel()
             await asyncio.gather(shard._beating, return_exceptions=True)
             assert not shard.is_healthy
-        async with serving(family) as shard:
-            await asyncio.to_thread(shard.service.worker.close)
+
+    run(test)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_shard_whose_worker_has_ended_leaves_the_registry_and_stops(family: ModelFamily) -> None:
+    async def test() -> None:
+        registry = MemoryRegistry(time.monotonic)
+        async with serving(family, registry) as shard, grpc.aio.insecure_channel(shard.endpoint) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[no-untyped-call]
+            shard.service.worker.submit(sys.exit)
+            while shard.service.worker.is_alive:
+                await asyncio.sleep(0.01)
             assert not shard.is_healthy
-            shard.service.worker = shard.service.handler.worker = Worker(1, "another")  # `stop` waits for the worker
+            while await registry.shards():
+                await asyncio.sleep(0.05)
+            health = await check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+            assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await registry.shards() == []
+
+    run(test)
+
+
+def test_a_shard_that_can_compute_again_registers_itself_again(family: ModelFamily) -> None:
+    async def test() -> None:
+        registry = MemoryRegistry(time.monotonic)
+        async with serving(family, registry) as shard:
+            shard.service.handler.num_failed_in_a_row = shard_module.MAX_FAILED
+            while await registry.shards():
+                await asyncio.sleep(0.05)
+            shard.service.handler.num_failed_in_a_row = 0
+            while not await registry.shards():
+                await asyncio.sleep(0.05)
 
     run(test)
 

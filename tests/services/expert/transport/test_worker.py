@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 
 import pytest
@@ -22,6 +23,32 @@ def test_jobs_run_in_order_and_are_counted() -> None:
         assert worker.depth == 0
 
     asyncio.run(run())
+
+
+def test_an_error_in_a_job_or_on_a_socket_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        worker = Worker(max_depth=2, name="test")
+        ours, theirs = socket.socketpair()
+
+        def fail(_: int) -> None:
+            ours.recv(1)
+            raise ZeroDivisionError("socket")
+
+        worker.watch(ours, fail)
+        theirs.send(b"x")
+        worker.submit(lambda: 1 // 0)
+        await worker.idle()
+        while "serve a socket" not in caplog.text or worker.depth:
+            await asyncio.sleep(0.01)
+        assert worker.is_alive
+        assert worker.busy_s == 0.0
+        worker.close()
+        ours.close()
+        theirs.close()
+
+    asyncio.run(run())
+    assert "A job of the worker failed." in caplog.text
+    assert "The worker failed to serve a socket." in caplog.text
 
 
 def test_what_a_job_raises_reaches_the_caller() -> None:
