@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.options import MAX_MESSAGE_BYTES
-from services.expert.transport.http2 import GrpcSocket, ServerStream, StreamEnded, keep_alive
+from services.expert.transport.http2 import GrpcSocket, ProtocolBroken, ServerStream, StreamEnded, keep_alive
 from services.expert.transport.worker import READ, WRITE, Worker
 
 log = logging.getLogger(__name__)
@@ -66,12 +66,12 @@ class ComputeServer:
         try:
             tcp_socket, _address = self._listening.accept()
             keep_alive(tcp_socket)
+            grpc_socket = GrpcSocket(tcp_socket, ServerStream(MAX_MESSAGE_BYTES))
         except OSError as error:
             log.warning("A client's connection could not be accepted: %s", error)
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._hang_up_on_one()
             return
-        grpc_socket = GrpcSocket(tcp_socket, ServerStream(MAX_MESSAGE_BYTES))
         stream = _ComputeServerStream(grpc_socket, self._worker, self._accept, self._streams)
         self._streams.add(stream)
         self._worker.watch(tcp_socket, stream.on_ready)
@@ -93,7 +93,10 @@ class ComputeServer:
 
 
 class _ComputeServerStream:
-    """A `_ComputeServerStream` serves one client; a stream removes itself from `open_streams` when it is closed."""
+    """A `_ComputeServerStream` serves one client; a stream removes itself from `open_streams` when it is closed.
+
+    Whatever a client sends, only the client's own connection is closed. Errors never reach the worker.
+    """
 
     def __init__(
         self, grpc_socket: GrpcSocket, worker: Worker, accept: Accept, open_streams: set[_ComputeServerStream]
@@ -104,10 +107,13 @@ class _ComputeServerStream:
         self._watched = READ
 
     def on_ready(self, events: int) -> None:
-        if events & READ:
-            self._read()
-        if self.is_open and (self._watched != READ or self._socket.has_unsent):
-            self.flush()
+        try:
+            if events & READ:
+                self._read()
+            if self.is_open and (self._watched != READ or self._socket.has_unsent):
+                self.flush()
+        except Exception:
+            self._close_after_own_error()
 
     def _read(self) -> None:
         try:
@@ -117,7 +123,8 @@ class _ComputeServerStream:
             if self._socket.stream.is_ended and not self._num_in_flight:
                 self.reply(None)
         except (OSError, DecodeError) as error:
-            if not isinstance(error, StreamEnded) or self._num_in_flight:
+            is_plain_end = isinstance(error, StreamEnded) and not isinstance(error, ProtocolBroken)
+            if not is_plain_end or self._num_in_flight:
                 log.warning("A client's stream broke with %d requests in flight: %s", self._num_in_flight, error)
             self.close()
 
@@ -128,14 +135,17 @@ class _ComputeServerStream:
         """
         if not self.is_open:
             return
-        if reply is None:
-            self._end()
-        else:
-            self._num_in_flight -= 1
-            self._socket.stream.send(reply.SerializeToString())
-            if self._socket.stream.is_ended and not self._num_in_flight:
+        try:
+            if reply is None:
                 self._end()
-        self.flush()
+            else:
+                self._num_in_flight -= 1
+                self._socket.stream.send(reply.SerializeToString())
+                if self._socket.stream.is_ended and not self._num_in_flight:
+                    self._end()
+            self.flush()
+        except Exception:
+            self._close_after_own_error()
 
     def _end(self) -> None:
         stream = self._socket.stream
@@ -163,6 +173,10 @@ class _ComputeServerStream:
         if (events or READ) != self._watched:
             self._watched = events or READ
             self._worker.watch_for(self._socket.tcp_socket, self._watched)
+
+    def _close_after_own_error(self) -> None:
+        log.exception("A client's connection is closed, because serving it failed.")
+        self.close()
 
     def close(self) -> None:
         if self.is_open:

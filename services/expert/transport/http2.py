@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections import deque
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
@@ -23,8 +24,11 @@ END_STREAM, ACK, END_HEADERS, PADDED = 1, 1, 4, 8
 MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 3, 4, 5
 DEFAULT_WINDOW, DEFAULT_FRAME, MAX_WINDOW = 65_535, 16_384, 2**31 - 1
 OUR_MAX_FRAME = 1 << 20
+MIN_MAX_FRAME, MAX_MAX_FRAME = 1 << 14, (1 << 24) - 1  # allowed values of the setting MAX_FRAME_SIZE
 RENEW_WINDOW_AT = 1 << 30  # bytes received after which the windows of the other side are widened again
-NO_ERROR, REFUSED_STREAM = 0, 7
+MAX_IDLE_FRAMES = 10_000  # frames without data of a message between two messages; clients send about one per megabyte
+NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED = 0, 1, 3, 5
+FRAME_SIZE_ERROR, REFUSED_STREAM, ENHANCE_YOUR_CALM = 6, 7, 11
 HEADER = struct.Struct(">HBBBI")  # header of a frame: length in 16 + 8 bits, type, flags, stream
 KEEPALIVE_S, KEEPALIVE_PROBES = 10, 3  # a host that is gone is noticed after 40 s without traffic
 USER_TIMEOUT_MS = 30_000  # milliseconds for the kernel of the other side to acknowledge written bytes
@@ -34,8 +38,23 @@ PREFIX_LEN = PREFIX.size
 WHOLE = struct.Struct(">HBBBIBI")  # HEADER and PREFIX of a frame with one whole message
 
 
+FRAME_LENGTHS = {RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}  # payload bytes of frames that have a fixed length
+FRAMES_OF_STREAMS, FRAMES_OF_CONNECTIONS = (DATA, HEADERS, RST_STREAM), (SETTINGS, PING, GOAWAY)
+
+
 class StreamEnded(ConnectionError):
     """A `StreamEnded` error says that the other side ended the stream or broke the protocol, and how."""
+
+
+class ProtocolBroken(StreamEnded):
+    """A `ProtocolBroken` error says which rule of HTTP/2 or gRPC the other side broke.
+
+    `code` is the error code (RFC 9113, section 7) for the GOAWAY frame that tells the other side.
+    """
+
+    def __init__(self, code: int, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
 
 
 def _frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
@@ -92,9 +111,13 @@ class GrpcStream:
         self.is_greeted = False  # the other side has sent its settings
         self.is_ended = False  # the other side will send no more messages
         self._stream_id = 0
-        self._buffer = b""  # the part of a frame that has come so far
-        self._message = b""  # the part of a message that has come so far
-        self._held_back: list[bytes] = []  # messages that the windows of the other side have no room for
+        self._buffer = bytearray()  # the part of a frame that has come so far
+        self._buffer_needs = HEADER.size  # bytes that `_buffer` must have before a frame can be read
+        self._message = bytearray()  # the part of a message that has come so far
+        self._message_needs = PREFIX_LEN  # bytes that `_message` must have before a message can be read
+        self._num_idle_frames = 0  # frames without data since the last message
+        self._held_back: deque[memoryview] = deque()  # messages that the windows of the other side have no room for
+        self._num_held_back = 0  # bytes of all messages in `_held_back`
         self._connection_window = self._stream_window = self._initial_window = DEFAULT_WINDOW
         self._max_frame = DEFAULT_FRAME
         self._num_taken = self._num_taken_of_ours = 0  # bytes received since the windows were last widened
@@ -102,12 +125,13 @@ class GrpcStream:
     @property
     def num_unsent(self) -> int:
         """Return the number of bytes that wait for the socket or for the windows of the other side."""
-        return len(self.unsent) + sum(map(len, self._held_back))
+        return len(self.unsent) + self._num_held_back
 
     def send(self, message: bytes) -> None:
         size = len(message) + PREFIX_LEN
         if self._held_back or size > min(self._max_frame, self._connection_window, self._stream_window):
-            self._held_back.append(PREFIX.pack(0, len(message)) + message)
+            self._held_back.append(memoryview(PREFIX.pack(0, len(message)) + message))
+            self._num_held_back += size
             self._release()
         else:
             self.unsent += WHOLE.pack(size >> 8, size & 0xFF, DATA, 0, self._stream_id, 0, len(message)) + message
@@ -115,29 +139,65 @@ class GrpcStream:
             self._stream_window -= size
 
     def receive(self, data: bytes) -> list[bytes]:
-        """Return the messages that `data` completes; raise StreamEnded if no further valid messages can come."""
+        """Return the messages that `data` completes; raise StreamEnded if no further valid messages can come.
+
+        If the other side broke a rule, `unsent` then ends with a GOAWAY frame that says which rule.
+        """
         if (message := self._only_message(data)) is not None:
             return [message]
-        buffer, start, messages = self._buffer + data, 0, list[bytes]()
-        while len(buffer) - start >= HEADER.size:
-            high, low, kind, flags, stream_id = HEADER.unpack_from(buffer, start)
+        try:
+            return self._read_frames(data)
+        except ProtocolBroken as error:
+            last_stream = self._stream_id.to_bytes(4, "big")
+            self.unsent += _frame(GOAWAY, 0, 0, last_stream + error.code.to_bytes(4, "big") + str(error).encode())
+            raise
+
+    def _read_frames(self, data: bytes) -> list[bytes]:
+        if self._buffer:  # copying the buffer only once per frame keeps bytes that trickle in cheap
+            self._buffer += data
+            if len(self._buffer) < self._buffer_needs:
+                return []
+            data = bytes(self._buffer)
+        start, messages = 0, list[bytes]()
+        self._buffer_needs = HEADER.size
+        while len(data) - start >= HEADER.size:
+            high, low, kind, flags, stream_id = HEADER.unpack_from(data, start)
             length = high << 8 | low
-            if length > OUR_MAX_FRAME:
-                raise StreamEnded(f"a frame of {length} bytes came, but at most {OUR_MAX_FRAME} are allowed")
+            self._check_frame(kind, flags, stream_id & MAX_WINDOW, length)
             end = start + HEADER.size + length
-            if end > len(buffer):
+            if end > len(data):
+                self._buffer_needs = end - start
                 break
-            self._take(kind, flags, stream_id & MAX_WINDOW, buffer[start + HEADER.size : end], messages)
+            self._take(kind, flags, stream_id & MAX_WINDOW, data[start + HEADER.size : end], messages)
             start = end
-        self._buffer = buffer[start:]
+        self._buffer = bytearray(data[start:])
         return messages
+
+    def _check_frame(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        """Raise ProtocolBroken if a frame with this header may not be sent, whatever the frame's payload is."""
+        limit = OUR_MAX_FRAME if kind == DATA else DEFAULT_FRAME
+        if length > limit:
+            raise ProtocolBroken(
+                FRAME_SIZE_ERROR, f"a frame of type {kind} and {length} bytes came, but at most {limit} are allowed"
+            )
+        expected = 0 if kind == SETTINGS and flags & ACK else FRAME_LENGTHS.get(kind, length)
+        if length != expected:
+            raise ProtocolBroken(
+                FRAME_SIZE_ERROR, f"a frame of type {kind} and {length} bytes came, but this type has {expected}"
+            )
+        if kind in FRAMES_OF_STREAMS and not stream_id:
+            raise ProtocolBroken(PROTOCOL_ERROR, f"a frame of type {kind} came outside of any stream")
+        if kind in FRAMES_OF_CONNECTIONS and stream_id:
+            raise ProtocolBroken(
+                PROTOCOL_ERROR, f"a frame of type {kind} came on stream {stream_id}, but belongs to no stream"
+            )
 
     def _only_message(self, data: bytes) -> bytes | None:
         """Return the message if `data` is one whole frame with one whole message, else None.
 
         Most received data is of this kind, so this fast path saves time.
         """
-        if self._buffer or self._message or len(data) < WHOLE.size:
+        if self._buffer or self._message or self.is_ended or len(data) < WHOLE.size:
             return None
         high, low, kind, flags, stream_id, compressed, length = WHOLE.unpack_from(data)
         size = high << 8 | low
@@ -145,12 +205,13 @@ class GrpcStream:
             return None
         if len(data) != HEADER.size + size or size > OUR_MAX_FRAME or length > self.max_message or not stream_id:
             return None
+        self._num_idle_frames = 0
         self._make_room(size, is_ours=True)
         return data[WHOLE.size :]
 
     def _take(self, kind: int, flags: int, stream_id: int, payload: bytes, messages: list[bytes]) -> None:
-        if kind in (DATA, HEADERS, RST_STREAM) and not stream_id:
-            raise StreamEnded(f"a frame of type {kind} came outside of any stream")
+        if kind != DATA or not payload:
+            self._count_idle_frame()
         is_ours = stream_id == self._stream_id
         if kind == DATA:
             self._make_room(len(payload), is_ours)
@@ -168,6 +229,12 @@ class GrpcStream:
             raise StreamEnded(f"the other side reset the stream (code {int.from_bytes(payload, 'big')})")
         elif kind == GOAWAY and (code := int.from_bytes(payload[4:8], "big")) != NO_ERROR:
             raise StreamEnded(f"the other side is going away (code {code}): {payload[8:108].decode(errors='replace')}")
+
+    def _count_idle_frame(self) -> None:
+        """Count a frame that brings no part of a message; raise ProtocolBroken if there were too many in a row."""
+        self._num_idle_frames += 1
+        if self._num_idle_frames > MAX_IDLE_FRAMES:
+            raise ProtocolBroken(ENHANCE_YOUR_CALM, f"{MAX_IDLE_FRAMES} frames came without a message between them")
 
     def _take_headers(self, flags: int, stream_id: int) -> None:
         self.is_ended = self.is_ended or (stream_id == self._stream_id and bool(flags & END_STREAM))
@@ -187,42 +254,65 @@ class GrpcStream:
             self._num_taken = self._num_taken_of_ours = 0
 
     def _take_data(self, flags: int, payload: bytes, messages: list[bytes]) -> None:
+        if self.is_ended:
+            raise ProtocolBroken(STREAM_CLOSED, "data came after the end of the stream")
         if flags & PADDED:
             if not payload or payload[0] >= len(payload):
-                raise StreamEnded(f"a frame of {len(payload)} bytes is padded with more than it holds")
+                raise ProtocolBroken(
+                    PROTOCOL_ERROR, f"a frame of {len(payload)} bytes is padded with more than it holds"
+                )
             payload = payload[1 : len(payload) - payload[0]]
-        data = self._message + payload if self._message else payload
-        start = 0
-        while len(data) - start >= PREFIX_LEN:
-            length = int.from_bytes(data[start + 1 : start + PREFIX_LEN], "big")
-            if data[start] or length > self.max_message:
-                raise StreamEnded(f"a message is compressed, or its {length} bytes are over {self.max_message}")
+        self.is_ended = bool(flags & END_STREAM)
+        if self._message:
+            self._message += payload
+            if len(self._message) < self._message_needs:
+                return
+            payload = bytes(self._message)
+        start, self._message_needs = 0, PREFIX_LEN
+        while len(payload) - start >= PREFIX_LEN:
+            length = int.from_bytes(payload[start + 1 : start + PREFIX_LEN], "big")
+            if payload[start] or length > self.max_message:
+                raise ProtocolBroken(
+                    PROTOCOL_ERROR, f"a message is compressed, or its {length} bytes are over {self.max_message}"
+                )
             end = start + PREFIX_LEN + length
-            if end > len(data):
+            if end > len(payload):
+                self._message_needs = end - start
                 break
-            messages.append(data[start + PREFIX_LEN : end])
+            messages.append(payload[start + PREFIX_LEN : end])
+            self._num_idle_frames = 0
             start = end
-        self._message = data[start:]
-        self.is_ended = self.is_ended or bool(flags & END_STREAM)
+        self._message = bytearray(payload[start:])
 
     def _take_settings(self, payload: bytes) -> None:
         if len(payload) % SETTING.size:
-            raise StreamEnded(f"settings of {len(payload)} bytes came, but each has {SETTING.size}")
+            raise ProtocolBroken(
+                FRAME_SIZE_ERROR, f"settings of {len(payload)} bytes came, but each has {SETTING.size}"
+            )
         for name, value in SETTING.iter_unpack(payload):
             if name == INITIAL_WINDOW_SIZE:
+                if value > MAX_WINDOW:
+                    raise ProtocolBroken(FLOW_CONTROL_ERROR, f"an initial window of {value} bytes is over {MAX_WINDOW}")
                 self._stream_window += value - self._initial_window
                 self._initial_window = value
             elif name == MAX_FRAME_SIZE:
+                if not MIN_MAX_FRAME <= value <= MAX_MAX_FRAME:
+                    bounds = f"outside of {MIN_MAX_FRAME} to {MAX_MAX_FRAME}"
+                    raise ProtocolBroken(PROTOCOL_ERROR, f"a maximum frame of {value} bytes is {bounds}")
                 self._max_frame = value
         self.is_greeted = True
         self.unsent += _frame(SETTINGS, ACK, 0)
         self._release()
 
     def _widen(self, stream_id: int, num_bytes: int) -> None:
+        if not num_bytes:
+            raise ProtocolBroken(PROTOCOL_ERROR, f"a window of stream {stream_id} was widened by 0 bytes")
         if stream_id == 0:
             self._connection_window += num_bytes
         elif stream_id == self._stream_id:
             self._stream_window += num_bytes
+        if max(self._connection_window, self._stream_window) > MAX_WINDOW:
+            raise ProtocolBroken(FLOW_CONTROL_ERROR, f"a window was widened to more than {MAX_WINDOW} bytes")
         self._release()
 
     def _release(self) -> None:
@@ -232,11 +322,12 @@ class GrpcStream:
             size = min(len(data), self._max_frame, self._connection_window, self._stream_window)
             if size <= 0:
                 return
-            self.unsent += _frame(DATA, 0, self._stream_id, data[:size])
+            self.unsent += _frame(DATA, 0, self._stream_id, bytes(data[:size]))
             self._connection_window -= size
             self._stream_window -= size
+            self._num_held_back -= size
             if size == len(data):
-                del self._held_back[0]
+                self._held_back.popleft()
             else:
                 self._held_back[0] = data[size:]
 
@@ -262,6 +353,7 @@ class ServerStream(GrpcStream):
     def __init__(self, max_message: int) -> None:
         super().__init__(max_message)
         self._preface = b""
+        self._has_told_end = False
         self.unsent += _settings((MAX_CONCURRENT_STREAMS, 1)) + OPENING
 
     def receive(self, data: bytes) -> list[bytes]:
@@ -273,12 +365,17 @@ class ServerStream(GrpcStream):
         return super().receive(data)
 
     def end(self) -> None:
-        """Tell the client that nothing more will come and that the rpc succeeded."""
+        """Tell the client, once, that nothing more will come and that the rpc succeeded."""
+        if self._has_told_end:
+            return
+        self._has_told_end = True
         trailers = _header("grpc-status", "0")
         self.unsent += _frame(HEADERS, END_HEADERS | END_STREAM, self._stream_id, trailers)
         self.unsent += _frame(GOAWAY, 0, 0, self._stream_id.to_bytes(4, "big") + bytes(4))
 
     def _take_headers(self, flags: int, stream_id: int) -> None:
+        if not stream_id % 2:
+            raise ProtocolBroken(PROTOCOL_ERROR, f"a client opened stream {stream_id}, but its streams have odd ids")
         if self._stream_id == 0:
             self._stream_id = stream_id
             self.unsent += _frame(HEADERS, END_HEADERS, stream_id, STATUS_200 + GRPC)
@@ -338,10 +435,11 @@ class GrpcSocket:
             return []
         if not data:
             raise StreamEnded("the other side closed the connection")
-        messages = self.stream.receive(data)
-        if self.stream.unsent:  # acknowledgements, and messages that wider windows have room for
-            self.flush()
-        return messages
+        try:
+            return self.stream.receive(data)
+        finally:
+            if self.stream.unsent:  # acknowledgements, and messages that wider windows have room for
+                self.flush()
 
     def close(self) -> None:
         self.tcp_socket.close()

@@ -148,7 +148,7 @@ class ShardStream:
             connection.socket.send(message)
             if connection.socket.has_unsent:
                 self._receiver.watch(connection)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             self._lose(connection, str(error))
 
     def reset(self) -> None:
@@ -167,6 +167,9 @@ class ShardStream:
             self._receiver.watch(connection)
         except (OSError, ValueError, DecodeError) as error:
             self._lose(connection, str(error))
+        except Exception:  # no reply may end the thread of the engine
+            log.exception("A reply of shard %s could not be read.", self.endpoint)
+            self._lose(connection, "a reply could not be read")
 
     def close(self) -> None:
         """Give up the requests in flight; the connection is closed soon after."""
@@ -243,12 +246,12 @@ class ShardStream:
         host, _, port = self.endpoint.rpartition(":")
         try:
             tcp_socket = socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S)
-        except OSError as error:
+        except (OSError, ValueError, OverflowError) as error:  # the last two are those of a malformed endpoint
             self._note_no_connection(str(error))
             return None
         try:
             return _Connection(self._greet(tcp_socket))
-        except OSError as error:
+        except Exception as error:  # nothing that a shard sends may end the stream's thread, which connects again
             tcp_socket.close()
             self._note_no_connection(str(error) or "the shard does not answer")
             return None
@@ -273,7 +276,9 @@ class ShardStream:
         stop_at = time.monotonic() + CONNECT_TIMEOUT_S
         grpc_socket.flush()
         while not grpc_socket.stream.is_greeted:
-            if not poll.poll(max(0.0, 1000 * (stop_at - time.monotonic()))):
-                raise TimeoutError(f"no answer within {CONNECT_TIMEOUT_S} s")
-            grpc_socket.receive()
+            left_s = stop_at - time.monotonic()  # a shard may send other frames for ever instead of its settings
+            if left_s <= 0 or not poll.poll(1000 * left_s):
+                raise TimeoutError(f"no settings within {CONNECT_TIMEOUT_S} s")
+            if grpc_socket.receive():
+                raise ProtocolError("the shard answered before any request")
         return grpc_socket

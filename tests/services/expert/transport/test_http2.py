@@ -120,18 +120,63 @@ OPENED = PREFACE + frame(1, 1, b"", flags=4)
         (b"GET / HTTP/1.1\r\n\r\n", "does not speak HTTP/2"),
         (OPENED + frame(0, 1, b"\1\0\0\0\1x"), "a message is compressed"),
         (OPENED + frame(0, 1, b"\0" + (MAX + 1).to_bytes(4, "big")), "1048577 bytes are over 1048576"),
-        (PREFACE + struct.pack(">HBBBI", 0xFFFF, 255, 0, 0, 1), "a frame of 16777215 bytes came"),
+        (PREFACE + struct.pack(">HBBBI", 0xFFFF, 255, 0, 0, 1), "a frame of type 0 and 16777215 bytes came"),
         (OPENED + frame(3, 1, (8).to_bytes(4, "big")), r"reset the stream \(code 8\)"),
         (PREFACE + frame(7, 0, bytes(4) + (11).to_bytes(4, "big") + b"too_many_pings"), "too_many_pings"),
         (PREFACE + frame(4, 0, b"12345"), "settings of 5 bytes came, but each has 6"),
         (OPENED + frame(0, 1, b"", flags=8), "a frame of 0 bytes is padded with more than it holds"),
         (OPENED + frame(0, 1, b"\3ab", flags=8), "a frame of 3 bytes is padded with more than it holds"),
         (PREFACE + frame(0, 0, b"x"), "a frame of type 0 came outside of any stream"),
+        (PREFACE + frame(4, 1, b""), "a frame of type 4 came on stream 1, but belongs to no stream"),
+        (OPENED + frame(3, 1, bytes(1790)), "a frame of type 3 and 1790 bytes came, but this type has 4"),
+        (PREFACE + frame(4, 0, bytes(6), flags=1), "a frame of type 4 and 6 bytes came, but this type has 0"),
+        (OPENED + frame(1, 3, bytes(16_385)), "a frame of type 1 and 16385 bytes came, but at most 16384 are allowed"),
+        (PREFACE + frame(4, 0, b"\0\5" + b"\xff" * 4), "a maximum frame of 4294967295 bytes is outside of 16384 to"),
+        (PREFACE + frame(4, 0, b"\0\5\0\0\x3f\xff"), "a maximum frame of 16383 bytes is outside of 16384 to 16777215"),
+        (PREFACE + frame(4, 0, b"\0\4\x80\0\0\0"), "an initial window of 2147483648 bytes is over 2147483647"),
+        (PREFACE + frame(8, 0, (2**31 - 1).to_bytes(4, "big")), "a window was widened to more than 2147483647 bytes"),
+        (PREFACE + frame(8, 5, bytes(4)), "a window of stream 5 was widened by 0 bytes"),
+        (PREFACE + frame(1, 2, b"", flags=4), "a client opened stream 2, but its streams have odd ids"),
+        (OPENED + frame(0, 1, b"", flags=1) + frame(0, 1, b"x"), "data came after the end of the stream"),
+        (PREFACE + 10_001 * frame(99, 7, b""), "10000 frames came without a message between them"),
     ],
 )
 def test_what_may_not_be_is_told_in_a_sentence(data: bytes, sentence: str) -> None:
     with pytest.raises(StreamEnded, match=sentence):
         ServerStream(MAX).receive(data)
+
+
+def test_who_breaks_a_rule_is_told_the_rule_before_the_connection_is_closed() -> None:
+    server = ServerStream(MAX)
+    server.unsent.clear()
+    with pytest.raises(StreamEnded):
+        server.receive(OPENED + frame(6, 0, b"123"))
+    sentence = b"a frame of type 6 and 3 bytes came, but this type has 8"
+    assert server.unsent.endswith(frame(7, 0, (1).to_bytes(4, "big") + (6).to_bytes(4, "big") + sentence))
+
+
+def test_the_widest_windows_and_longest_frames_that_are_allowed_are_used() -> None:
+    server = ServerStream(1 << 26)
+    server.receive(OPENED)
+    message = bytes(20 << 20)
+    server.send(message)
+    server.unsent.clear()
+    server.receive(frame(4, 0, b"\0\4\x7f\xff\xff\xff" + b"\0\5\0\xff\xff\xff"))
+    server.unsent.clear()
+    server.receive(frame(8, 0, (2**31 - 1 - 65_535).to_bytes(4, "big")))
+    sizes = [(1 << 24) - 1, len(message) + 5 - 65_535 - (1 << 24) + 1]
+    assert server.unsent[:3] == sizes[0].to_bytes(3, "big")
+    assert len(server.unsent) == sum(sizes) + 2 * 9
+    assert server.num_unsent == len(server.unsent)
+
+
+def test_the_end_of_a_stream_is_told_once() -> None:
+    server = ServerStream(MAX)
+    server.receive(OPENED)
+    server.end()
+    told = bytes(server.unsent)
+    server.end()
+    assert server.unsent == told
 
 
 def test_pings_are_answered_and_padding_is_no_part_of_a_message() -> None:
