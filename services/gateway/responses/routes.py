@@ -157,7 +157,7 @@ class ResponsesRoutes:
             raise ValueError("input is missing, but required.")
         items = [] if body.input is None else parse_items(body.input, find)
         if not items and not earlier:
-            raise ValueError("input must hold at least one item.")
+            raise ValueError("input must hold at least one message.")
         messages = to_messages([*(item.item for item in earlier), *items], body.instructions, len(earlier))
         return Turn(body, earlier, items, body.request(messages))
 

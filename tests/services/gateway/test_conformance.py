@@ -14,6 +14,7 @@ import pytest
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.gateway.metrics.backbone_metrics import backbone_metrics
 from tests.services.application import wait_until
+from tests.services.gateway.responses_surface import as_response, ask_responses, to_question
 from tests.services.gateway.surfaces import MAX_LEN, SurfaceResponse, Surfaces, comparable, serving
 from tests.services.gateway.weather import NOW, WEATHER
 
@@ -245,6 +246,8 @@ def ask(surfaces: Surfaces, body: dict[str, Any]) -> SurfaceResponse:
     results = {way: comparable(result, is_chat, echoes) for way, result in surfaces.ask_all(body).items()}
     for way, result in results.items():
         assert result == results["rest"], way
+    for way, result in ask_responses(surfaces.http, body).items():
+        assert result == as_response(results["rest"]), way
     return results["rest"]
 
 
@@ -275,6 +278,14 @@ def test_refusals(surfaces: Surfaces, name: str) -> None:
     assert result.error is not None
     assert result.error[0] == code
     assert result.error[1].startswith(message), result.error[1]
+
+
+def test_the_responses_api_is_asked_what_it_can_express() -> None:
+    asked = {name for name, body in ANSWERS.items() if to_question(body) is not None}
+    assert {"chat", "chat sampled", "chat logprobs", "turns with calls", "thinking", "chat schema"} <= asked
+    assert {name for name in ANSWERS if name.startswith("tools ")} <= asked
+    refused = {name for name, (body, _, _) in REFUSALS.items() if to_question(body) is not None}
+    assert {"schema", "thinking", "other tool", "tool schema", "no tools", "form and call", "kwargs"} <= refused
 
 
 @pytest.mark.parametrize("way", ["rest", "grpc"])

@@ -364,7 +364,7 @@ def test_unknown_fields_of_items_are_ignored(client: openai.OpenAI) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no input": ({"input": None}, "input is missing, but required."),
-    "empty input": ({"input": []}, "input must hold at least one item."),
+    "empty input": ({"input": []}, "input must hold at least one message."),
     "kind of input": ({"input": 5}, "input must be a string or a list of items, not 5."),
     "item": ({"input": ["x"]}, "input[0] must be a JSON object."),
     "item type": ({"input": [{"type": "computer_call"}]}, "input[0].type must be one of 'message', 'function_call', "),
