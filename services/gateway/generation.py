@@ -123,7 +123,8 @@ class Generation:
         with self.metrics.request(request_id, index) as clock:
             async with aclosing(self._outputs(f"{request_id}-{index}", choice)) as outputs:
                 async for output in outputs:
-                    delta = processor.push(output)
+                    num_scores = len(output.prompt_logprobs) * (1 + (choice.params.prompt_logprobs or 0))
+                    delta = await self._threads.run_if(num_scores > INLINE_TOKENS, processor.push, output)
                     clock.count(delta, output.queued_s)
                     if delta.finish_reason:
                         clock.finish(delta.finish_reason)

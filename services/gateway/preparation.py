@@ -121,6 +121,8 @@ class Preparation:
             prompt.echo,
             request.is_prompt_only,
             stops=stops,
+            skip_special_tokens=request.skip_special_tokens,
+            include_stop_str_in_output=request.include_stop_str_in_output,
         )
         seeds = [derived_seed(params.seed, index) for index in range(request.n or 1)]
         return [replace(choice, params=params.varied(seed=seed)) for seed in seeds]
@@ -158,7 +160,7 @@ class Preparation:
         if isinstance(prompt, list) and (lowest := min(token_ids, default=0)) < 0:
             # The engine refuses ids that are too high, because the engine knows the model's vocabulary.
             raise ValueError(f"prompt must hold token ids of at least 0, not {lowest}.")
-        in_reasoning = isinstance(prompt, Conversation) and isinstance(text, str) and _ends_in_reasoning(text)
+        in_reasoning = isinstance(prompt, Conversation) and _ends_in_reasoning(prompt, str(text))
         is_text = isinstance(text, str) and not is_cut
         echo = (str(text) if is_text else self._tokenizer.decode(token_ids)) if request.echo else None
         return PreparedPrompt(token_ids, in_reasoning, echo)
@@ -197,8 +199,13 @@ class Preparation:
         return composed
 
 
-def _ends_in_reasoning(text: str) -> bool:
-    return text.rstrip().endswith(THINK_START)
+def _ends_in_reasoning(chat: Conversation, text: str) -> bool:
+    """Return True if `text`, the prompt for `chat`, ends inside the assistant's reasoning."""
+    if chat.continued_field == "reasoning_content":
+        return True
+    last = chat.messages[-1].content or ""
+    is_open = chat.continue_final_message and last.rfind(THINK_START) > last.rfind(THINK_END)
+    return is_open or text.rstrip().endswith(THINK_START)
 
 
 async def _in_time(work: Awaitable[T], deadline: float) -> T:

@@ -25,3 +25,5 @@ class ChoiceRequest:
     # seconds until the last token must be generated, counted from the moment at which the choice was prepared
     timeout: float | None = None
     stops: StopStrings = field(default_factory=lambda: StopStrings([]))  # the tables for `params.stop`
+    skip_special_tokens: bool = True  # False: the text shows the names of special tokens
+    include_stop_str_in_output: bool = False  # True: the text ends with the stop string or stop token that ended it

@@ -84,6 +84,25 @@ class Conversation:
     continue_final_message: bool = False  # True: the prompt ends inside the last message, which the answer continues
 
     @property
+    def continued_field(self) -> str | None:
+        """Return the name of the last message's field that the answer continues, or None if it continues none."""
+        if not self.continue_final_message:
+            return None
+        last = self.messages[-1]
+        return "reasoning_content" if last.reasoning and not last.content else "content"
+
+    def check(self) -> None:
+        """Raise ValueError if the conversation holds no messages, or if the last message cannot be continued."""
+        if not self.messages:
+            raise ValueError("messages must hold at least one message.")
+        if not self.continue_final_message:
+            return
+        if self.add_generation_prompt:
+            raise ValueError("continue_final_message may not be true together with add_generation_prompt.")
+        if self.messages[-1].role != "assistant" or self.messages[-1].tool_calls:
+            raise ValueError("continue_final_message needs a last message of the assistant without tool_calls.")
+
+    @property
     def size(self) -> int:
         """Return about how many characters the rendered text has, or a lower bound above a million."""
         if len(self.messages) > MANY or any(not isinstance(value, SCALARS) for value in self.template_kwargs.values()):

@@ -22,7 +22,7 @@ class OutputProcessor:
     """An `OutputProcessor` turns the token outputs of one choice into text, reasoning, tool calls and logprobs.
 
     Stop strings and stop tokens end the choice only after `min_tokens` tokens. Every generated token has a logprob,
-    even a stop token, which has no text, and the tokens of a stop string, whose text is not shown.
+    even a stop token and the tokens of a stop string, whose text is shown only if the client asked for it.
     """
 
     def __init__(self, index: int, request: ChoiceRequest, tokenizer: Tokenizer) -> None:
@@ -32,7 +32,8 @@ class OutputProcessor:
         tool_use, tools = request.tool_use, request.tool_use.callable_tools
         self._parser = AnswerParser(request.in_reasoning, tools, tool_use.is_forced, tool_use.max_calls)
         names = [*([THINK_END] if request.in_reasoning else []), *([CALL_START, CALL_END] if tools else [])]
-        self._detokenizer = Detokenizer(tokenizer.token_bytes, map(tokenizer.marker, names))
+        markers = map(tokenizer.marker, names) if request.skip_special_tokens else tokenizer.special_markers
+        self._detokenizer = Detokenizer(tokenizer.token_bytes, markers)
         self._is_first = True
 
     def push(self, output: TokenOutput) -> TextDelta:
@@ -44,7 +45,7 @@ class OutputProcessor:
         if not self._is_first:
             return self._delta(output)
         self._is_first = False
-        prompt_logprobs = tuple(self._scored_prompt(output))
+        prompt_logprobs = tuple(self._scored_prompt(output)) if output.prompt_logprobs else ()
         echo = self._request.echo or ""
         self._num_chars += len(echo)
         if self._request.is_prompt_only:
@@ -52,24 +53,25 @@ class OutputProcessor:
             delta = replace(delta, num_cached=output.num_cached, cache_reason=output.cache_reason)
         else:
             delta = self._delta(output)
-        return replace(delta, text=echo + delta.text, prompt_logprobs=prompt_logprobs)
+        token_ids = self._request.prompt_token_ids
+        return replace(delta, text=echo + delta.text, prompt_logprobs=prompt_logprobs, prompt_token_ids=token_ids)
 
     def _delta(self, output: TokenOutput) -> TextDelta:
-        # A stop token is the last token of an output and is not part of the text.
-        num_shown = len(output.token_ids) - (output.finish_reason is FinishReason.STOP)
+        # A stop token is the last token of an output.
+        is_stop_hidden = output.finish_reason is FinishReason.STOP and not self._request.include_stop_str_in_output
+        num_shown = len(output.token_ids) - is_stop_hidden
         first = self._num_tokens
         parts: list[AnswerParts] = []
         scored: list[ScoredToken] = []
-        token_ids, reason = output.token_ids, output.finish_reason
+        token_ids, reason, is_cut = output.token_ids, output.finish_reason, False
         for n, token_id in enumerate(output.token_ids[:num_shown]):
             if output.logprobs:
                 scored.append(self._scored(output.logprobs[n], self._num_chars))
-            part, is_over = self._push_token(token_id)
+            part, is_cut = self._push_token(token_id)
             parts.append(part)
-            if is_over:
+            if is_cut:
                 token_ids, reason = output.token_ids[: n + 1], FinishReason.STOP
                 break
-        is_cut = len(token_ids) < len(output.token_ids) or reason is not output.finish_reason
         if output.logprobs and not is_cut:
             scored += [self._scored(score, self._num_chars) for score in output.logprobs[num_shown:]]
         if reason:
@@ -101,6 +103,7 @@ class OutputProcessor:
         is_stopped = False
         if self._num_tokens > self._request.params.min_tokens:
             text, is_stopped = self._stops.push(text)
+            text += self._stops.stop if is_stopped and self._request.include_stop_str_in_output else ""
         parts = self._parser.push(text)
         return parts, is_stopped or self._parser.is_done
 

@@ -48,6 +48,7 @@ class TextDelta:
     cache_reason: str = ""
     stop_string: str = ""  # the stop string that ended the choice; "": something else ended it, or it has not ended
     num_reasoning: int = 0  # tokens of the choice's reasoning so far, with the token that ends the reasoning
+    prompt_token_ids: Sequence[int] = ()  # only in the first delta of a choice
 
     @property
     def cache_report(self) -> str:
@@ -91,4 +92,5 @@ def join(deltas: Sequence[TextDelta]) -> TextDelta:
         deltas[0].cache_reason,
         stop_string=last.stop_string,
         num_reasoning=last.num_reasoning,
+        prompt_token_ids=deltas[0].prompt_token_ids,
     )

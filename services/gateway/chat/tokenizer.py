@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Tokenizer:
         """Return the text of `token_ids`; special tokens become their names, and invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.spelling, token_ids)).decode("utf-8", "replace")
 
-    @property
+    @cached_property
     def special_markers(self) -> list[Marker]:
         """Return all special tokens as markers, for a detokenizer that shows their names."""
         return [Marker(name, token_id) for token_id, name in self._special.items()]
@@ -89,11 +89,10 @@ class Tokenizer:
     def render(self, chat: Conversation) -> str:
         """Return the text of the prompt that the chat template renders from a conversation.
 
-        Raises ValueError if there are no messages, if the model has no chat template, or if the template refuses the
-        messages.
+        Raises ValueError if the conversation is invalid, if the model has no chat template, or if the template refuses
+        the messages.
         """
-        if not chat.messages:
-            raise ValueError("messages must hold at least one message.")
+        chat.check()
         if not self._hf.chat_template:
             raise ValueError("messages cannot be used because the model has no chat template; use /v1/completions.")
         try:
@@ -102,6 +101,7 @@ class Tokenizer:
                 tools=[dict(tool) for tool in chat.tools] or None,
                 tokenize=False,
                 add_generation_prompt=chat.add_generation_prompt,
+                continue_final_message=chat.continued_field or False,
                 **chat.template_kwargs,
             )
         except (
@@ -109,6 +109,13 @@ class Tokenizer:
             TypeError,
         ) as error:  # some templates raise TypeError if a message has no content
             raise ValueError(f"messages do not fit the model's chat template: {str(error).rstrip('.')}.") from error
+        except ValueError as error:
+            if chat.continued_field is None:
+                raise
+            raise ValueError(
+                "continue_final_message may not be true, because the model's chat template changes the end of the last "
+                "message."
+            ) from error
         return str(text)
 
 

@@ -42,8 +42,14 @@ def source(tokenizer: Tokenizer) -> EchoSource:
 
 
 @pytest.fixture
-def generation(source: EchoSource, tokenizer: Tokenizer, compiler: GrammarCompiler) -> Generation:
-    return Generation(source, tokenizer, ModelCard("echo", max_model_len=64, created=1), compiler.check, limits=LIMITS)
+def max_model_len() -> int:
+    """Return the context of the model in tokens; tests with long answers override this fixture."""
+    return 64
+
+
+@pytest.fixture
+def generation(source: EchoSource, tokenizer: Tokenizer, compiler: GrammarCompiler, max_model_len: int) -> Generation:
+    return Generation(source, tokenizer, ModelCard("echo", max_model_len, created=1), compiler.check, limits=LIMITS)
 
 
 @pytest.fixture

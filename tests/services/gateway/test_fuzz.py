@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.services.gateway.echo import EchoSource
 from tests.services.gateway.weather import NOW, WEATHER
@@ -69,8 +70,8 @@ def mutate(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return body
 
 
-def test_wrong_bodies(http: httpx.Client, source: EchoSource, generation: Any) -> None:
-    object.__setattr__(generation.card, "max_model_len", 2000)
+@pytest.mark.parametrize("max_model_len", [2000])
+def test_wrong_bodies(http: httpx.Client, source: EchoSource) -> None:
     rng = random.Random(4)
     num_answered = 0
     for path, start in STARTS:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from model.demo import DEMO
 from services.gateway.chat.choice_request import ChoiceRequest
+from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall
+from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.errors import ApiError
 from services.gateway.generation import Generation, ModelCard
@@ -92,3 +96,88 @@ def test_truncated_prompts_keep_their_end(
         [choice] = prepare(generation, given, sampling=sampling, truncate_prompt_tokens=keep, echo=True)
         assert len(choice.prompt_token_ids) == num_left
         assert choice.echo == prompt[-num_left:]
+
+
+def chat(*messages: ChatMessage, **given: Any) -> Conversation:
+    return Conversation(messages, add_generation_prompt=False, continue_final_message=True, **given)
+
+
+USER = ChatMessage("user", "hi")
+
+
+@pytest.mark.parametrize(
+    ("last", "prompt", "in_reasoning"),
+    [
+        (ChatMessage("assistant", "I am"), "<think></think>I am", False),
+        (ChatMessage("assistant", "I am "), "<think></think>I am ", False),
+        (ChatMessage("assistant", "<think>\nLet"), "<think>\nLet", True),
+        (ChatMessage("assistant", "", reasoning="Let"), "<think>\nLet", True),
+        (ChatMessage("assistant", "I am", reasoning="Let"), "<think>\nLet</think>I am", False),
+    ],
+)
+def test_an_answer_continues_the_final_message(last: ChatMessage, prompt: str, in_reasoning: bool) -> None:
+    demo = Tokenizer(DEMO)
+    generation = Generation(EchoSource(0), demo, ModelCard("demo", LEN, 1))
+    [choice] = prepare(generation, chat(USER, last))
+    assert demo.decode(choice.prompt_token_ids) == f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{prompt}"
+    assert choice.in_reasoning is in_reasoning
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (chat(USER), "continue_final_message needs a last message of the assistant without tool_calls."),
+        (
+            replace(chat(USER), add_generation_prompt=True),
+            "continue_final_message may not be true together with add_generation_prompt.",
+        ),
+        (
+            chat(USER, ChatMessage("assistant", "x", tool_calls=(PastCall("1", "f", "{}"),))),
+            "continue_final_message needs a last message of the assistant without tool_calls.",
+        ),
+        (Conversation(()), "messages must hold at least one message."),
+    ],
+)
+def test_messages_that_cannot_be_continued(generation: Generation, prompt: Conversation, message: str) -> None:
+    with pytest.raises(ValueError, match=r".*") as error:
+        prepare(generation, prompt)
+    assert str(error.value) == message
+
+
+def test_a_template_that_changes_the_final_message(generation: Generation, tokenizer: Tokenizer) -> None:
+    hf: Any = tokenizer._hf
+    template, hf.chat_template = hf.chat_template, "{% for m in messages %}{{ m.content[:3] }}{% endfor %}"
+    try:
+        with pytest.raises(ValueError, match="continue_final_message may not be true, because the model's chat templ"):
+            prepare(generation, chat(USER, ChatMessage("assistant", "a long one")))
+    finally:
+        hf.chat_template = template
+
+
+def test_no_generation_prompt() -> None:
+    demo = Tokenizer(DEMO)
+    generation = Generation(EchoSource(0), demo, ModelCard("demo", LEN, 1))
+    [choice] = prepare(generation, Conversation((USER,), add_generation_prompt=False))
+    assert demo.decode(choice.prompt_token_ids) == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("thinking", "sampling", "budget"),
+    [
+        (Thinking("low"), {}, 493),
+        (Thinking("low"), {"max_tokens": 100}, 50),
+        (Thinking(token_budget=7), {}, 7),
+        (Thinking(token_budget=5000), {}, None),
+        (Thinking(), {}, None),
+    ],
+)
+def test_budgets_of_reasoning_leave_room(thinking: Thinking, sampling: dict[str, int], budget: int | None) -> None:
+    demo = Tokenizer(DEMO)
+    generation = Generation(EchoSource(0), demo, ModelCard("demo", LEN, 1))
+    reasons = Conversation((USER,), template_kwargs={"enable_thinking": True})
+    [choice] = prepare(generation, reasons, sampling=sampling, thinking=thinking)
+    given = choice.params.thinking_budget
+    assert (given and given.max_tokens) == budget
+    assert given is None or given.end_ids == demo.marker_ids("</think>")
+    [choice] = prepare(generation, Conversation((USER,)), sampling=sampling, thinking=thinking)
+    assert choice.params.thinking_budget is None

@@ -17,7 +17,6 @@ from anthropic.types.beta import BetaRawMessageStreamEvent
 
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
 from services.gateway.chat.tokenizer import Tokenizer
-from services.gateway.generation import Generation
 from tests.services.gateway.conftest import MAX_BODY_BYTES
 from tests.services.gateway.echo import EchoSource
 from tests.services.gateway.weather import ARGUMENTS, CALL, CALL_NOW, WEATHER
@@ -42,9 +41,9 @@ def ai(url: str) -> Iterator[anthropic.Anthropic]:
         yield client
 
 
-@pytest.fixture(autouse=True)
-def _long_context(generation: Generation) -> None:
-    object.__setattr__(generation.card, "max_model_len", 2000)
+@pytest.fixture
+def max_model_len() -> int:
+    return 2000
 
 
 def say(source: EchoSource, tokenizer: Tokenizer, text: str) -> None:

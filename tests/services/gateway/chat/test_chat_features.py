@@ -24,13 +24,11 @@ def say(source: EchoSource, tokenizer: Tokenizer, text: str) -> None:
     source.script = tokenizer.encode(text)
 
 
-@pytest.fixture
-def long_context(generation: Any) -> None:
-    object.__setattr__(generation.card, "max_model_len", 2000)
+LONG_CONTEXT = pytest.mark.parametrize("max_model_len", [2000])
 
 
 @pytest.mark.parametrize("tokens_per_output", [1, 7])
-@pytest.mark.usefixtures("long_context")
+@LONG_CONTEXT
 def test_tool_calls(client: openai.OpenAI, source: EchoSource, tokenizer: Tokenizer, tokens_per_output: int) -> None:
     say(source, tokenizer, f"Let me see.\n{CALL}\n{CALL_NOW}")
     source.tokens_per_output = tokens_per_output
@@ -52,7 +50,7 @@ def test_tool_calls(client: openai.OpenAI, source: EchoSource, tokenizer: Tokeni
     assert [json.loads(call.function.arguments) for call in streamed.message.tool_calls or ()] == [ARGUMENTS, {}]
 
 
-@pytest.mark.usefixtures("long_context")
+@LONG_CONTEXT
 def test_the_model_is_told_of_tools_unless_it_may_not_use_them(
     http: httpx.Client, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +61,7 @@ def test_the_model_is_told_of_tools_unless_it_may_not_use_them(
         assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == prompt
 
 
-@pytest.mark.usefixtures("long_context")
+@LONG_CONTEXT
 def test_forced_calls_reach_the_engine_as_a_grammar(http: httpx.Client, source: EchoSource) -> None:
     named = {"type": "function", "function": {"name": "now"}}
     for choice in ("required", named):
@@ -78,7 +76,7 @@ def test_forced_calls_reach_the_engine_as_a_grammar(http: httpx.Client, source: 
     assert third.grammar is None
 
 
-@pytest.mark.usefixtures("long_context")
+@LONG_CONTEXT
 def test_one_call_ends_the_answer_if_calls_may_not_be_parallel(
     http: httpx.Client, source: EchoSource, tokenizer: Tokenizer
 ) -> None:
@@ -264,13 +262,13 @@ def test_tokenize_and_detokenize(http: httpx.Client) -> None:
         assert http.post(path, json=body).json()["error"]["message"] == message
 
 
+@LONG_CONTEXT
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_half_of_a_surrogate_pair_is_a_replacement_character_everywhere(
     http: httpx.Client, generation: Any, is_streamed: bool
 ) -> None:
     # The model's template shows only roles and contents, so the prompt is the arguments of the past call.
     half = r"\ud83d"
-    object.__setattr__(generation.card, "max_model_len", 2000)
     generation.tokenizer._hf.chat_template, template = (
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.a }}"
         "{% endfor %}{% endfor %}{% for tool in tools or [] %}{{ tool.function.description }}{% endfor %}",
