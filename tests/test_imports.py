@@ -35,6 +35,7 @@ SIBLINGS = {
         "metrics",
         "backbones",
         "operator",
+        "rpc",
         "ports",
         "openai",
         "responses",

@@ -74,9 +74,9 @@ class Generation:
         limits: GatewayLimits | None = None,
     ) -> None:
         self.limits = limits or GatewayLimits()
-        self._threads = threads or BoundedThreadPool()
+        self.threads = threads or BoundedThreadPool()
         self._source, self.tokenizer, self.card = source, tokenizer, card
-        self._preparation = Preparation(tokenizer, card.max_model_len, self.limits, self._threads, check_grammar)
+        self._preparation = Preparation(tokenizer, card.max_model_len, self.limits, self.threads, check_grammar)
         self.metrics = metrics or RequestMetrics(card.id)
 
     def check_model(self, model: str | None) -> None:
@@ -98,11 +98,11 @@ class Generation:
 
     async def token_texts(self, token_ids: list[int]) -> list[str]:
         """Return a list with the text of each token, decoded separately from the other tokens."""
-        return await self._threads.run_if(len(token_ids) > INLINE_TOKENS, self.tokenizer.texts, token_ids)
+        return await self.threads.run_if(len(token_ids) > INLINE_TOKENS, self.tokenizer.texts, token_ids)
 
     async def detokenize(self, token_ids: list[int]) -> str:
         """Return the text of the tokens `token_ids`. Raises ValueError if an id is not in the vocabulary."""
-        return await self._threads.run_if(len(token_ids) > INLINE_TOKENS, self._detokenized, token_ids)
+        return await self.threads.run_if(len(token_ids) > INLINE_TOKENS, self._detokenized, token_ids)
 
     async def stream(self, choices: Sequence[ChoiceRequest], request_id: str) -> AsyncGenerator[TextDelta, None]:
         """Yield text deltas of all `choices` in the order in which the engine generates the deltas.
@@ -124,7 +124,7 @@ class Generation:
             async with aclosing(self._outputs(f"{request_id}-{index}", choice)) as outputs:
                 async for output in outputs:
                     num_scores = len(output.prompt_logprobs) * (1 + (choice.params.prompt_logprobs or 0))
-                    delta = await self._threads.run_if(num_scores > INLINE_TOKENS, processor.push, output)
+                    delta = await self.threads.run_if(num_scores > INLINE_TOKENS, processor.push, output)
                     clock.count(delta, output.queued_s)
                     if delta.finish_reason:
                         clock.finish(delta.finish_reason)

@@ -56,6 +56,12 @@ class TextDelta:
         return f"{self.cache_reason or 'unknown'}; cached={self.num_cached}"
 
     @property
+    def num_scores(self) -> int:
+        """Return the number of logprobs of the delta, with the logprobs of alternatives."""
+        scores = (*self.prompt_logprobs[-1:], *self.logprobs[-1:])
+        return (len(self.prompt_logprobs) + len(self.logprobs)) * (1 + max((len(one.top) for one in scores), default=0))
+
+    @property
     def is_shown(self) -> bool:
         """Return True if the delta holds text, reasoning, tool calls, logprobs or a finish reason for the client."""
         return bool(self.text or self.reasoning or self.calls or self.logprobs or self.finish_reason)

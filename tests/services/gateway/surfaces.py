@@ -33,6 +33,16 @@ from tests.services.application import free_port
 
 MAX_LEN = 512
 FINISH_REASONS = ["", "stop", "length", "tool_calls"]
+# fields of the messages GenerateRequest and Chat that have the same name in REST
+REQUEST_FIELDS = frozenset(
+    ["timeout", "truncate_prompt_tokens", "skip_special_tokens", "include_stop_str_in_output", "return_token_ids"]
+)
+CHAT_FIELDS = frozenset(
+    [
+        *("parallel_tool_calls", "enable_thinking", "reasoning_effort", "thinking_token_budget"),
+        *("add_generation_prompt", "continue_final_message"),
+    ]
+)
 CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 504: "DEADLINE_EXCEEDED"}
 
 
@@ -158,8 +168,8 @@ def to_grpc(body: dict[str, Any]) -> pb.GenerateRequest:
     """Return the gRPC message for the same request as the REST body `body`."""
     body = dict(body)
     request = pb.GenerateRequest(model=body.pop("model", ""), request_id="same", echo=body.pop("echo", False))
-    if "timeout" in body:
-        request.timeout = body.pop("timeout")
+    for name in REQUEST_FIELDS & body.keys():
+        setattr(request, name, body.pop(name))
     if "messages" in body:
         request.chat.CopyFrom(_chat(body))
         logprobs = body.pop("top_logprobs", 0) if body.pop("logprobs", False) else None
@@ -194,9 +204,8 @@ def _chat(body: dict[str, Any]) -> pb.Chat:
         chat.tool_choice.function = choice["function"]["name"]
     elif choice:
         chat.tool_choice.mode = pb.ToolChoice.Mode.Value(f"MODE_{choice.upper()}")
-    for name in ("parallel_tool_calls", "enable_thinking", "reasoning_effort", "thinking_token_budget"):
-        if name in body:
-            setattr(chat, name, body.pop(name))
+    for name in CHAT_FIELDS & body.keys():
+        setattr(chat, name, body.pop(name))
     if "chat_template_kwargs" in body:
         json_format.ParseDict(body.pop("chat_template_kwargs"), chat.template_kwargs)
     return chat

@@ -9,10 +9,11 @@ import pytest
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.engine.contract.errors import EngineOverloaded
 from services.engine.contract.sampling_params import SamplingParams
+from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.errors import GrpcError
 from services.gateway.generation import Generation
 from services.gateway.grpc_api import InferenceApi
-from tests.services.gateway.echo import EchoSource
+from tests.services.gateway.echo import EOS, EchoSource
 
 
 @pytest.fixture
@@ -63,6 +64,59 @@ def test_sampling_reaches_the_engine(api: InferenceApi, source: EchoSource) -> N
     sampling = pb.SamplingParams(**given, stop=["x"], stop_token_ids=[9])
     asyncio.run(api.generate(pb.GenerateRequest(text="a", sampling=sampling)))
     assert source.seen == [SamplingParams(**given, stop=("x",), stop_token_ids=(9,))]
+
+
+def test_token_ids_and_texts(api: InferenceApi, source: EchoSource, tokenizer: Tokenizer) -> None:
+    source.script = tokenizer.encode("one<|im_start|>two")
+    given: dict[str, Any] = {"text": "abcdef", "sampling": pb.SamplingParams(stop=["wo"])}
+    plain = asyncio.run(api.generate(pb.GenerateRequest(**given))).choices[0]
+    assert (plain.text, list(plain.prompt_token_ids)) == ("onet", [])
+    given |= {"truncate_prompt_tokens": 2, "skip_special_tokens": False, "include_stop_str_in_output": True}
+    request = pb.GenerateRequest(**given, return_token_ids=True)
+    choice = asyncio.run(api.generate(request)).choices[0]
+    assert choice.text == "one<|im_start|>two"
+    assert list(choice.token_ids) == source.script
+    assert list(choice.prompt_token_ids) == tokenizer.encode("ef")
+    first, *others = asyncio.run(_chunks(api, request))
+    assert list(first.choice.prompt_token_ids) == tokenizer.encode("ef")
+    assert not any(chunk.choice.prompt_token_ids for chunk in others)
+
+
+def test_the_end_of_a_chat(api: InferenceApi, tokenizer: Tokenizer) -> None:
+    messages = [pb.ChatMessage(role="user", content="a"), pb.ChatMessage(role="assistant", content="b")]
+
+    def prompt(**given: Any) -> str:
+        request = pb.GenerateRequest(chat=pb.Chat(messages=messages, **given), return_token_ids=True)
+        return tokenizer.decode(asyncio.run(api.generate(request)).choices[0].prompt_token_ids)
+
+    whole = f"<|im_start|>user\na{EOS}\n<|im_start|>assistant\nb"
+    assert prompt(continue_final_message=True) == whole
+    assert prompt(add_generation_prompt=False) == f"{whole}{EOS}\n"
+    assert prompt() == f"{whole}{EOS}\n<|im_start|>assistant\n"
+    with pytest.raises(GrpcError, match="continue_final_message may not be true together with add_generation_prompt"):
+        prompt(continue_final_message=True, add_generation_prompt=True)
+
+
+def test_tokens_of_reasoning(api: InferenceApi, source: EchoSource, tokenizer: Tokenizer) -> None:
+    source.script = tokenizer.encode("so</think>yes")
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="a")], reasoning_effort="low", thinking_token_budget=9)
+    answer = asyncio.run(api.generate(pb.GenerateRequest(chat=chat)))
+    assert (answer.choices[0].reasoning_content, answer.choices[0].text) == ("so", "yes")
+    assert answer.usage.reasoning_tokens == len(tokenizer.encode("so</think>"))
+    budget = source.seen[0].thinking_budget
+    assert budget is not None
+    assert budget.max_tokens == 9
+
+
+def test_allowed_functions(api: InferenceApi, source: EchoSource) -> None:
+    tools = [pb.Tool(name="f", parameters='{"type": "object"}'), pb.Tool(name="g", parameters='{"type": "object"}')]
+    choice = pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED, allowed=["g"])
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="a")], tools=tools, tool_choice=choice)
+    asyncio.run(api.generate(pb.GenerateRequest(chat=chat)))
+    grammar = source.seen[0].grammar
+    assert grammar is not None
+    assert "=g>" in grammar.text
+    assert "=f>" not in grammar.text
 
 
 @pytest.mark.parametrize(
