@@ -191,7 +191,7 @@ class RequestFactory:
         self._check_ids("prompt", prompt_token_ids)
         self._check_ids("sent_token_ids", sent_token_ids or ())
         self._check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
+        self._check_ids("logit_bias", params.logit_bias.ids)
         for token_ids in params.thinking_budget.end_ids if params.thinking_budget else ():
             self._check_ids("thinking_budget", token_ids)
         # A request with a grammar always needs an end-of-sequence token, because no other token is allowed when the

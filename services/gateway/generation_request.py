@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from services.engine.contract.sampling_params import Grammar, SamplingParams
+from services.engine.contract.sampling_params import Grammar, LogitBias, SamplingParams
 from services.gateway.chat.conversation import Conversation
 from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tools import ToolMode, ToolUse
@@ -104,7 +104,7 @@ class GenerationRequest:
         if self.is_prompt_only:
             given["max_tokens"] = 1
         if isinstance(bias := given.get("logit_bias"), Mapping):
-            given["logit_bias"] = tuple((_token_id(key), value) for key, value in bias.items())
+            given["logit_bias"] = LogitBias.of({_token_id(key): value for key, value in bias.items()})
         return SamplingParams(**given)
 
     def prompts(self) -> list[Prompt]:

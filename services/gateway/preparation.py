@@ -78,7 +78,7 @@ class Preparation:
         """
         request.check(self._limits)
         params = request.params()
-        self.check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
+        self.check_ids("logit_bias", params.logit_bias.ids)
         self.check_ids("stop_token_ids", params.stop_token_ids)
         self._check_truncation(request.truncate_prompt_tokens)
         if request.timeout is None:

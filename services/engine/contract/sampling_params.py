@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,6 +14,7 @@ MAX_TOP_K = 2**31 - 1  # largest `top_k`: larger than any vocabulary, and still 
 MAX_STOP_STRINGS = 64  # the gateway's own limit is lower by default
 MAX_STOP_TOKENS = 128
 MAX_LOGPROBS = 20  # largest number of alternatives per token, the same as in OpenAI's API
+MAX_LOGIT_BIAS = 1 << 17  # entries; a gateway allows fewer by default (`GatewayLimits.logit_bias`)
 MAX_CACHE_SALT = 128  # characters
 # Largest number of token ids in a `ThinkingBudget`. A vocabulary of 131,072 tokens has about 500 tokens that begin with
 # ">" or end with "</", which may begin or end a marker that is ordinary text.
@@ -42,6 +44,31 @@ class Grammar:
 
     kind: GrammarKind
     text: str = ""  # a JSON schema, a regular expression or a Lark grammar; empty for JSON_OBJECT
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """A `LogitBias` holds the numbers that are added to the logits of some tokens: `values[i]` to that of `ids[i]`.
+
+    The choices of a request share one `LogitBias`, which is checked only once.
+    """
+
+    ids: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        num, num_ids = len(self.values), len(set(self.ids))
+        _check(num <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries", f"{num} entries")
+        _check(len(self.ids) == num == num_ids, "logit_bias", "one value for each token id", f"{num} for {num_ids} ids")
+        lowest_id = min(self.ids, default=0)
+        _check(lowest_id >= 0, "logit_bias", "keyed by token ids of at least 0", lowest_id)
+        wrong = next((value for value in self.values if not -100 <= value <= 100), None)
+        _check(wrong is None, "logit_bias", "-100 to 100 for each token", wrong)
+
+    @classmethod
+    def of(cls, biases: Mapping[int, float]) -> LogitBias:
+        """Return the `LogitBias` that holds a number for each token id in `biases`."""
+        return cls(tuple(biases), tuple(biases.values()))
 
 
 @dataclass(frozen=True)
@@ -99,7 +126,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
+    logit_bias: LogitBias = LogitBias()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
@@ -131,15 +158,12 @@ class SamplingParams:
             _check(-2 <= getattr(self, name) <= 2, name, "-2 to 2", getattr(self, name))
         repetition_ok = self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)
         _check(repetition_ok, "repetition_penalty", "a finite number above 0", self.repetition_penalty)
-        for token_id, bias in self.logit_bias:
-            _check(token_id >= 0, "logit_bias", "keyed by token ids of at least 0", token_id)
-            _check(-100 <= bias <= 100, "logit_bias", "-100 to 100 for each token", bias)
 
     def varied(self, **changes: Any) -> SamplingParams:
         """Return a copy with other values for a few fields, which the caller knows to be allowed.
 
         The copy shares the values of all other fields, and no field is checked again. The choices of a request are such
-        copies: to check a long `logit_bias` for every choice would take up to a second.
+        copies.
         """
         varied = copy(self)
         for name, value in changes.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams, ThinkingBudget
+from services.engine.contract.sampling_params import Grammar, GrammarKind, LogitBias, SamplingParams, ThinkingBudget
 from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
 
 RESHAPED = (
@@ -52,8 +52,7 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
     if (budget := params.thinking_budget) is not None:
         end = [pb.ThinkingBudget.MarkerToken(ids=ids) for ids in budget.end_ids]
         given["thinking_budget"] = pb.ThinkingBudget(max_tokens=budget.max_tokens, end=end)
-    ids, bias = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
-    return pb.SamplingParams(bias_ids=ids, bias=bias, **given)
+    return pb.SamplingParams(bias_ids=params.logit_bias.ids, bias=params.logit_bias.values, **given)
 
 
 def params_from_proto(message: pb.SamplingParams) -> SamplingParams:
@@ -64,8 +63,9 @@ def params_from_proto(message: pb.SamplingParams) -> SamplingParams:
     if message.HasField("thinking_budget"):
         budget = message.thinking_budget
         values["thinking_budget"] = ThinkingBudget(budget.max_tokens, tuple(tuple(one.ids) for one in budget.end))
-    bias = tuple(zip(message.bias_ids, message.bias, strict=True))
-    return SamplingParams(logit_bias=bias, **values)
+    if message.bias_ids or message.bias:
+        values["logit_bias"] = LogitBias(tuple(message.bias_ids), tuple(message.bias))
+    return SamplingParams(**values)
 
 
 def _value(message: pb.SamplingParams, name: str) -> Any:

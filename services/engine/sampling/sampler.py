@@ -84,7 +84,7 @@ class Sampler:
         does not allow the drafts in `ahead` or any next token.
         """
         assert logits_SV.shape[0] == len(rows)
-        states = [_state_of(row.request) for row in rows]
+        states = [_state_of(row.request, logits_SV.device) for row in rows]
         tokens = _largest(logits_SV)
         possible = [s for s in range(len(rows)) if tokens[s] is not None]
         forced = {s: token for s in possible if (token := _forced_id(rows[s], states[s])) is not None}
@@ -155,9 +155,9 @@ def _groups(rows: list[int], logits_SV: Tensor) -> Iterator[list[int]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _state_of(request: Request) -> SamplerState:
+def _state_of(request: Request, device: torch.device) -> SamplerState:
     if request.sampling_state is None:
-        request.sampling_state = SamplerState(request)
+        request.sampling_state = SamplerState(request, device)
     state: SamplerState = request.sampling_state
     return state
 
@@ -238,17 +238,22 @@ def _apply_grammars(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequ
 
 def _forbid(logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[SamplerState]) -> None:
     # Leave out rows with a grammar: the grammar's mask forbids these ids, except if only stop ids are allowed.
-    forbidden = [row.forbidden_ids if state.grammar is None else () for row, state in zip(rows, states, strict=True)]
-    if pairs := [(r, token_id) for r, token_ids in enumerate(forbidden) for token_id in token_ids]:
-        rows_E, ids_E = torch.tensor(pairs, device=logits_RV.device).unbind(dim=1)
-        logits_RV[rows_E, ids_E] = -torch.inf
+    early = [r for r, row in enumerate(rows) if states[r].grammar is None and row.forbidden_ids]
+    if early:
+        logits_RV[_places(early, [states[r].stop_ids for r in early])] = -torch.inf
 
 
 def _add_bias(logits_RV: Tensor, states: Sequence[SamplerState]) -> None:
-    if biases := [(r, token_id, bias) for r, state in enumerate(states) for token_id, bias in state.bias.items()]:
-        rows, ids, values = zip(*biases, strict=True)
-        rows_E, ids_E = torch.tensor([rows, ids], device=logits_RV.device)
-        logits_RV[rows_E, ids_E] += logits_RV.new_tensor(values)
+    if biased := [r for r, state in enumerate(states) if state.bias.ids]:
+        places = _places(biased, [states[r].bias_ids for r in biased])
+        logits_RV[places] += torch.cat([states[r].bias_values for r in biased])
+
+
+def _places(rows: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the rows (E,) and the ids (E,) of single logits: of each row in `rows`, the logits of its own `ids`."""
+    device = ids[0].device
+    lens = torch.tensor([len(each) for each in ids], device=device)
+    return torch.tensor(rows, device=device).repeat_interleave(lens), torch.cat(list(ids))
 
 
 def _penalize(logits_RV: Tensor, rows: Sequence[SamplingRow], penalized: Sequence[_Penalized]) -> None:

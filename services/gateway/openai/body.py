@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from services.engine.contract.sampling_params import MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
+from services.engine.contract.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
 from services.gateway.chat import grammars
 from services.gateway.chat.tools import ToolUse, parse_tool_mode
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
@@ -56,6 +56,13 @@ def _check_stop(value: object) -> object:
     if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
         return value
     raise ValueError(f"must be a string or a list of strings, not {value!r:.100}")
+
+
+def _check_bias(value: object) -> object:
+    """Return `value` if it has few enough entries to be parsed; the gateway's own limit is checked later."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"must hold at most {MAX_LOGIT_BIAS} entries, not {len(value)}")
+    return value
 
 
 class StreamOptions(BaseBody):
@@ -139,7 +146,7 @@ class _RequestBody(BaseBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_bias)] = None
     prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

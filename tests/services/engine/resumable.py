@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams, ThinkingBudget
+from services.engine.contract.sampling_params import Grammar, GrammarKind, LogitBias, SamplingParams, ThinkingBudget
 
 SCHEMA = {
     "type": "object",
@@ -33,7 +33,9 @@ KINDS = {
     "greedy penalties": SamplingParams(temperature=0, repetition_penalty=1.5, max_tokens=LENGTH, min_tokens=40),
     "logprobs": SamplingParams(seed=2, logprobs=3, prompt_logprobs=2, max_tokens=LENGTH, ignore_eos=True),
     "stop ids": SamplingParams(seed=9, min_tokens=20, stop_token_ids=tuple(range(5, 120)), max_tokens=LENGTH),
-    "bias": SamplingParams(seed=4, logit_bias=((100, 4.0), (200, -100.0)), max_tokens=LENGTH, ignore_eos=True),
+    "bias": SamplingParams(
+        seed=4, logit_bias=LogitBias.of({100: 4.0, 200: -100.0}), max_tokens=LENGTH, ignore_eos=True
+    ),
     "schema": SamplingParams(
         seed=5, grammar=Grammar(GrammarKind.JSON_SCHEMA, json.dumps(SCHEMA)), max_tokens=3 * LENGTH
     ),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.state import Batch, State
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.engine.contract.sampling_params import Grammar, GrammarKind, LogitBias, SamplingParams
 from services.engine.contract.token_output import TokenOutput
 from services.engine.engine import Engine
 from services.engine.runner import Runner
@@ -263,7 +263,11 @@ def test_a_higher_priority_preempts_and_changes_no_token() -> None:
         ([1, VOCAB_SIZE], GREEDY, r"prompt holds the token id 50; allowed are 0 to 49\."),
         ([-1], GREEDY, r"prompt holds the token id -1; allowed are 0 to 49\."),
         ([1], SamplingParams(stop_token_ids=(99,)), r"stop_token_ids holds the token id 99; allowed are 0 to 49\."),
-        ([1], SamplingParams(logit_bias=((50, 1.0),)), r"logit_bias holds the token id 50; allowed are 0 to 49\."),
+        (
+            [1],
+            SamplingParams(logit_bias=LogitBias.of({50: 1.0})),
+            r"logit_bias holds the token id 50; allowed are 0 to 49\.",
+        ),
         (
             [1] * 256,
             SamplingParams(),

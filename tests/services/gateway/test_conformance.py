@@ -167,6 +167,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "logprobs": (completion(logprobs=21), "INVALID_ARGUMENT", "logprobs must be 0 to 20, not 21."),
     "bias": (completion(logit_bias={"2048": 1}), "INVALID_ARGUMENT", "logit_bias holds the token id 2048; allowed"),
+    "bias entries": (
+        completion(logit_bias={str(n): 1 for n in range(1025)}),
+        "INVALID_ARGUMENT",
+        "logit_bias must hold at most 1024 tokens, not 1025.",
+    ),
     "bias size": (completion(logit_bias={"1": 101}), "INVALID_ARGUMENT", "logit_bias must be -100 to 100 for each"),
     "stop ids": (completion(stop_token_ids=[9999]), "INVALID_ARGUMENT", "stop_token_ids holds the token id 9999;"),
     "stop": (completion(stop=[""]), "INVALID_ARGUMENT", "stop must be strings of at least one character, not ''."),

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from services.engine.contract.sampling_params import SamplingParams
+from services.engine.contract.sampling_params import LogitBias, SamplingParams
 from services.engine.contract.token_output import FinishReason
 from services.engine.request import Request
 
@@ -35,6 +35,23 @@ from services.engine.request import Request
 def test_bad_values_are_named(field: str, value: Any, sentence: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared below
         SamplingParams(**{field: value})
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("ids", "values", "sentence"),
+    [
+        ((1, -2), (1.0, 1.0), "logit_bias must be keyed by token ids of at least 0, not -2."),
+        ((1, 2), (1.0, 100.5), "logit_bias must be -100 to 100 for each token, not 100.5."),
+        ((1, 2), (math.nan, 1.0), "logit_bias must be -100 to 100 for each token, not nan."),
+        ((1, 2), (1.0,), "logit_bias must be one value for each token id, not '1 for 2 ids'."),
+        ((1, 1), (1.0, 2.0), "logit_bias must be one value for each token id, not '2 for 1 ids'."),
+        (range(131_073), (0.0,) * 131_073, "logit_bias must be at most 131072 entries, not '131073 entries'."),
+    ],
+)
+def test_a_bad_logit_bias_is_named(ids: Any, values: tuple[float, ...], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared below
+        LogitBias(tuple(ids), values)
     assert str(error.value) == sentence
 
 

@@ -8,7 +8,7 @@ import pytest
 from protos.expertmesh.engine.v1 import engine_pb2 as pb
 from services.engine.contract import wire
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams, ThinkingBudget
+from services.engine.contract.sampling_params import Grammar, GrammarKind, LogitBias, SamplingParams, ThinkingBudget
 from services.engine.contract.token_output import FinishReason, TokenLogprob, TokenOutput
 
 EVERYTHING: dict[str, Any] = {
@@ -25,7 +25,7 @@ EVERYTHING: dict[str, Any] = {
     "presence_penalty": -1.5,
     "frequency_penalty": 0.5,
     "repetition_penalty": 1.1,
-    "logit_bias": ((5, -100.0), (6, 0.1)),
+    "logit_bias": LogitBias((5, 6), (-100.0, 0.1)),
     "logprobs": 0,
     "prompt_logprobs": 3,
     "grammar": Grammar(GrammarKind.REGEX, "a+"),

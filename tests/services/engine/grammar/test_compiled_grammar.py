@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import model.demo
 from services.engine.contract.errors import EngineFailed
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.engine.contract.sampling_params import Grammar, GrammarKind, LogitBias, SamplingParams
 from services.engine.grammar.compiled_grammar import (
     MAX_GRAMMARS,
     MAX_LEXER_STATES,
@@ -211,10 +211,10 @@ def test_a_grammar_that_leads_nowhere_is_the_clients_fault_in_one_sentence(text:
 
 
 @pytest.mark.parametrize("ends", [{"min_tokens": 50}, {"ignore_eos": True}, {"min_tokens": 50, "ignore_eos": True}])
-@pytest.mark.parametrize("bias", [(), ((EOS, -100.0), (IM_END, -100.0))])
+@pytest.mark.parametrize("bias", [LogitBias(), LogitBias.of({EOS: -100.0, IM_END: -100.0})])
 @pytest.mark.parametrize("stop_ids", [(EOS, IM_END), (EOS,)])
 def test_a_complete_grammar_ends_whatever_else_was_asked_for(
-    ends: dict[str, Any], bias: tuple[tuple[int, float], ...], stop_ids: tuple[int, ...]
+    ends: dict[str, Any], bias: LogitBias, stop_ids: tuple[int, ...]
 ) -> None:
     asked = request(GrammarKind.REGEX, "[0-9]{3}", stop_ids, logit_bias=bias, stop_token_ids=stop_ids, **ends)
     assert re.fullmatch("[0-9]{3}", generate(asked, seed=0))

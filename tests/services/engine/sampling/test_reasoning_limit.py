@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams, ThinkingBudget
+from services.engine.contract.sampling_params import Grammar, GrammarKind, LogitBias, SamplingParams, ThinkingBudget
 from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.engine.request import Request, RequestFactory
 from services.engine.sampling.reasoning_limit import ReasoningLimit
@@ -83,7 +83,7 @@ def test_the_sampler_writes_the_marker_whatever_else_the_request_asks_for() -> N
     others: list[dict[str, Any]] = [
         {"temperature": 0},
         {"seed": 1, "top_p": 0.1, "top_k": 1},
-        {"logit_bias": ((4, -100.0), (3, -100.0)), "presence_penalty": 2.0},
+        {"logit_bias": LogitBias.of({4: -100.0, 3: -100.0}), "presence_penalty": 2.0},
         {"min_tokens": 5, "stop_ids": {0}},
         {"ignore_eos": True, "stop_ids": {0}},
     ]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.contract.sampling_params import MAX_TOP_K, SamplingParams
+from services.engine.contract.sampling_params import MAX_TOP_K, LogitBias, SamplingParams
 from services.engine.request import Request
 from services.engine.sampling.sampler import Sampler, SamplingRow, target_weights, token_logprobs
 from services.engine.sampling.truncation import truncate, truncate_on_device
@@ -125,8 +125,8 @@ def test_stop_ids_wait_for_min_tokens_ahead_included() -> None:
 
 
 def test_logit_bias_is_added() -> None:
-    assert token_of([0.0, 1.0, 2.0], request(temperature=0, logit_bias=((0, 2.5), (2, -3.0)))) == 0
-    assert token_of([0.0, 1.0, 2.0], request(temperature=0, logit_bias=((0, 2.5), (2, 1.0)))) == 2
+    assert token_of([0.0, 1.0, 2.0], request(temperature=0, logit_bias=LogitBias.of({0: 2.5, 2: -3.0}))) == 0
+    assert token_of([0.0, 1.0, 2.0], request(temperature=0, logit_bias=LogitBias.of({0: 2.5, 2: 1.0}))) == 2
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,12 @@ def test_logit_bias_is_added() -> None:
         ({"presence_penalty": 0.5}, [3.0, 3.5, -1.5, 1.0, -2.0]),  # generated tokens count, each once
         ({"frequency_penalty": 0.5}, [3.0, 3.0, -1.5, 1.0, -2.0]),  # generated tokens count as often as they occur
         (
-            {"repetition_penalty": 2.0, "presence_penalty": -1.0, "frequency_penalty": 0.25, "logit_bias": ((1, 1.0),)},
+            {
+                "repetition_penalty": 2.0,
+                "presence_penalty": -1.0,
+                "frequency_penalty": 0.25,
+                "logit_bias": LogitBias.of({1: 1.0}),
+            },
             [1.5, 2.5 + 1.0 - 0.5, -2.0 + 1.0 - 0.25, 0.5, -4.0],
         ),
     ],
@@ -189,7 +194,10 @@ def test_notes_follow_guesses_that_come_and_go() -> None:
 
 def company(num_rows: int, vocab_size: int) -> tuple[torch.Tensor, list[SamplingRow]]:
     kinds: list[dict[str, Any]] = [{"temperature": 0}, *KINDS, {"repetition_penalty": 1.2, "frequency_penalty": 0.3}]
-    kinds += [{"logit_bias": ((1, 2.0), (0, -2.0)), "presence_penalty": 1.0}, {"min_tokens": 50, "logprobs": 5}]
+    kinds += [
+        {"logit_bias": LogitBias.of({1: 2.0, 0: -2.0}), "presence_penalty": 1.0},
+        {"min_tokens": 50, "logprobs": 5},
+    ]
     generator = torch.Generator().manual_seed(vocab_size)
     rows = []
     for i in range(num_rows):
@@ -223,7 +231,7 @@ def test_logits_are_left_as_they_were() -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     logits = [0.0, 3.0, 1.0, 3.0, 2.0]
-    asked = request(temperature=0.5, logit_bias=((0, 100.0),), logprobs=3)
+    asked = request(temperature=0.5, logit_bias=LogitBias.of({0: 100.0}), logprobs=3)
     [sampled] = SAMPLER.sample(torch.tensor([logits]), [SamplingRow(asked)])
     total = math.log(sum(map(math.exp, logits)))
     assert sampled is not None

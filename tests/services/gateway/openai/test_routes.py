@@ -8,10 +8,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
 from services.gateway.generation import Generation
 from services.gateway.health import Health
+from services.gateway.openai.body import CompletionBody
 from tests.services.gateway.conftest import MAX_BODY_BYTES
 from tests.services.gateway.echo import EchoSource
 
@@ -441,3 +443,10 @@ def test_streams_hold_no_line_ends_but_their_own(client: openai.OpenAI, http: ht
     assert not set("\u2028\u2029\u0085") & set(answer.text)
     stream = client.completions.create(model="echo", prompt=text, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == text
+
+
+def test_entries_of_logit_bias_are_counted_before_they_are_parsed() -> None:
+    with pytest.raises(ValidationError, match="must hold at most 131072 entries, not 140000"):
+        CompletionBody.model_validate(
+            {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(140_000)), "no number")}
+        )
