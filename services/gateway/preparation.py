@@ -11,19 +11,20 @@ from typing import TypeVar
 from services.engine.contract.errors import DeadlinePassed
 from services.engine.contract.sampling_params import Grammar, SamplingParams, ThinkingBudget
 from services.gateway.bounded_thread_pool import BoundedThreadPool
-from services.gateway.chat import grammars
 from services.gateway.chat.choice_request import ChoiceRequest
 from services.gateway.chat.conversation import Conversation
-from services.gateway.chat.grammars import CheckGrammar
+from services.gateway.chat.grammars import CheckGrammar, GrammarBuilder, Markers
 from services.gateway.chat.markers import THINK_END, THINK_START
 from services.gateway.chat.stop_strings import StopStrings
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.errors import ApiError, invalid
 from services.gateway.generation_request import GenerationRequest, Prompt
 from services.gateway.limits import GatewayLimits
+from services.gateway.schema.budget import SchemaBudget
 
 # default of max_tokens for /v1/completions, as in OpenAI's reference; a chat may use the whole context by default
 DEFAULT_MAX_TOKENS = 16
+NUM_GRAMMAR_THREADS = 32  # grammars that are built or checked at the same time; almost all of them only wait
 INLINE_CHARS = 16_384  # longer prompts are prepared in a thread; tokenizing this many characters takes about 5 ms
 
 T = TypeVar("T")
@@ -65,10 +66,12 @@ class Preparation:
         check_grammar: CheckGrammar | None,
     ) -> None:
         self._tokenizer, self._max_model_len, self._limits = tokenizer, max_model_len, limits
-        self._threads, self._check_grammar = threads, check_grammar
-        # a separate pool, because checking one grammar may take seconds and must not delay tokenizing
-        self._grammar_threads = BoundedThreadPool()
-        self._markers = grammars.Markers.of(tokenizer)
+        self._threads = threads
+        # A separate pool, because checking one grammar may take seconds and must not delay tokenizing. It has more
+        # threads than grammars may wait in `check_grammar` for a slow one, so that others always find a thread.
+        self._grammar_threads = BoundedThreadPool(NUM_GRAMMAR_THREADS)
+        budget = SchemaBudget(limits.schema_nodes, limits.schema_bytes)
+        self._grammars = GrammarBuilder(Markers.of(tokenizer), budget, check_grammar)
         self._think_end_ids = tokenizer.marker_ids(THINK_END)
 
     async def choices(self, request: GenerationRequest) -> list[ChoiceRequest]:
@@ -188,15 +191,10 @@ class Preparation:
     async def _grammar(self, request: GenerationRequest, in_reasoning: bool) -> Grammar | None:
         """Return the checked grammar of the whole answer, or None if the answer may be any text."""
         answer_format, tool_use = request.answer_format, request.tool_use
-        answer = answer_format.grammar if answer_format else None
-        if answer_format and self._check_grammar:
-            check = (answer_format.grammar, answer_format.param, self._check_grammar)
-            await self._grammar_threads.run(grammars.check, *check)
-        composed = grammars.compose(answer, tool_use, in_reasoning, self._markers)
-        if composed is not None and composed is not answer and self._check_grammar:
-            param = "tools" if tool_use.tools else "the answer's form"
-            await self._grammar_threads.run(grammars.check, composed, param, self._check_grammar)
-        return composed
+        if answer_format is None and not tool_use.is_enforced:
+            return None
+        answer, param = (answer_format.grammar, answer_format.param) if answer_format else (None, "")
+        return await self._grammar_threads.run(self._grammars.build, answer, param, tool_use, in_reasoning)
 
 
 def _ends_in_reasoning(chat: Conversation, text: str) -> bool:

@@ -43,6 +43,15 @@ MAX_TEXT = 2**17  # largest number of characters of a grammar
 # Bytes of stack for the library, which recurses. The longest chain of rules that MAX_TEXT allows needs 2**26 bytes.
 COMPILE_STACK = 2**29
 NO_TOKEN = "NoExtension"  # beginning of the library's error message when no token can follow
+# Where only one text may follow, the library would otherwise allow only the tokens into which the tokenizer divides
+# this text. If the text holds the name of a special token, that would be the special token, which the grammar refuses.
+OPTIONS = '\n%llguidance {"no_forcing": true}\n'
+SCHEMA_PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # a place in a text that we wrote
+# a sentence that recommends an option of the library, which clients do not have, and what to say instead
+ONE_OF = (
+    "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf",
+    "oneOf is supported only if no value can match two of its options",
+)
 EXCERPT = re.compile(r"\d+ \| ")  # beginning of a line of an error message in which the library quotes the grammar
 
 
@@ -216,13 +225,17 @@ def _definition(grammar: Grammar, name: str) -> dict[str, Any]:
     match grammar.kind:
         case GrammarKind.REGEX:
             [definition] = json.loads(LLMatcher.grammar_from_regex(grammar.text))["grammars"]
-            return {"lark_grammar": definition["lark_grammar"]}
+            return {"lark_grammar": definition["lark_grammar"] + OPTIONS}
         case GrammarKind.LARK:
-            return {"lark_grammar": grammar.text}
+            return {"lark_grammar": grammar.text + OPTIONS}
         case GrammarKind.JSON_OBJECT:
-            return {"json_schema": {"type": "object"} | JSON_OPTIONS}
+            return {"lark_grammar": _json({"type": "object"}) + OPTIONS}
         case GrammarKind.JSON_SCHEMA:
-            return {"json_schema": _schema(grammar.text, name) | JSON_OPTIONS}
+            return {"lark_grammar": _json(_schema(grammar.text, name)) + OPTIONS}
+
+
+def _json(schema: dict[str, Any]) -> str:
+    return f"start: %json {json.dumps(schema | JSON_OPTIONS)}"
 
 
 def _schema(text: str, name: str) -> dict[str, Any]:
@@ -260,7 +273,8 @@ def _one_sentence(error: str) -> str:
     """Return the library's error message as one sentence, without quotes of the grammar and debugging hints."""
     lines = [line.strip() for line in error.splitlines()]
     said = " ".join(line for line in lines if line and not set(line) <= {"^", " "} and not EXCERPT.match(line))
-    return said.replace("<non-verbose/>", "").rpartition(" error: ")[2].strip().rstrip(".") + "."
+    said = said.replace("<non-verbose/>", "").rpartition(" error: ")[2].strip().rstrip(".")
+    return SCHEMA_PLACE.sub("", said).replace(*ONE_OF) + "."
 
 
 def _load(path: Path, eos_ids: Sequence[int]) -> LLTokenizer:

@@ -15,7 +15,13 @@ from services.gateway.chat.stop_strings import StopMatcher, StopStrings
 from services.gateway.chat.tools import Tool, argument_json, is_string_type, tools_by_name
 from services.gateway.schema.json_text import dumps
 
-THINK_ENDS, CALL_STARTS, NOTHING = StopStrings([THINK_END]), StopStrings([CALL_START]), StopStrings([])
+# for each pair (reasoning has not ended, there are tools), the strings at which a section of text ends
+SECTION_ENDS = {
+    (True, True): StopStrings([THINK_END, CALL_START]),
+    (True, False): StopStrings([THINK_END]),
+    (False, True): StopStrings([CALL_START]),
+    (False, False): StopStrings([]),
+}
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
@@ -54,10 +60,12 @@ class _Section(Enum):
 class AnswerParser:
     """An `AnswerParser` divides the text of one answer into reasoning, content and tool calls, piece by piece.
 
-    - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`.
+    - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`. If there are tools, a valid
+      call ends the reasoning, too, because some models write calls before they close their reasoning.
     - `tools`: the tools that the model may call. If there are tools, `<tool_call>` begins a call.
     - `is_forced`: True if a grammar makes every call valid. In that case the pieces of a call are shown at once. If
-      False, a call is shown only when the call is complete, and all characters of a broken call become content.
+      False, a call is shown only when the call is complete, and all characters of a broken call become content, or
+      stay reasoning.
     - `max_calls`: number of calls after which the answer ends; None: the number is not limited.
 
     Line ends around `</think>` and around calls belong to the markup and are not shown.
@@ -71,8 +79,9 @@ class AnswerParser:
         max_calls: int | None = None,
     ) -> None:
         self._tools, self._is_forced, self._max_calls = tools_by_name(tools), is_forced, max_calls
-        self._at = _Section.REASONING if in_reasoning else _Section.CONTENT
-        self._matcher = StopMatcher(THINK_ENDS if in_reasoning else self._openings)
+        self._is_thinking = in_reasoning  # True: `</think>`, which is never shown, has not yet come
+        self._at = self._before_call = _Section.REASONING if in_reasoning else _Section.CONTENT
+        self._matcher = self._new_matcher()
         self._edges = _LineEndTrimmer()
         self._call: _ToolCallParser | None = None
         self.num_calls = 0
@@ -80,9 +89,8 @@ class AnswerParser:
         self._reasoning: list[str] = []
         self._deltas: list[ToolCallDelta] = []
 
-    @property
-    def _openings(self) -> StopStrings:
-        return CALL_STARTS if self._tools else NOTHING
+    def _new_matcher(self) -> StopMatcher:
+        return StopMatcher(SECTION_ENDS[self._is_thinking, bool(self._tools)])
 
     @property
     def is_done(self) -> bool:
@@ -104,9 +112,10 @@ class AnswerParser:
         """End the answer, and return the pieces that the parser held back."""
         if self._call is not None:
             self._deltas += self._call.take() if self._is_forced else []
+            self._at = self._before_call
             self._show("" if self._is_forced else self._call.raw)
-        held = self._matcher.flush() if self._at is not _Section.CALL and not self.is_done else ""
-        self._show(held)
+        elif not self.is_done:
+            self._show(self._matcher.flush())
         if self._edges.is_inside:
             self._book(self._edges.rest())
         return self._take()
@@ -117,10 +126,12 @@ class AnswerParser:
         if not is_marked:
             return ""
         rest = self._matcher.flush()
-        if self._at is _Section.REASONING:
+        if self._matcher.stop == THINK_END:
+            self._is_thinking = False
             self._enter_content()
         else:
-            self._at, self._call = _Section.CALL, _ToolCallParser(self._tools, self.num_calls)
+            self._before_call, self._at = self._at, _Section.CALL
+            self._call = _ToolCallParser(self._tools, self.num_calls)
         return rest
 
     def _push_call(self, text: str) -> str:
@@ -133,16 +144,16 @@ class AnswerParser:
             self._enter_content()
         elif self._call.is_broken:
             raw, self._call = self._call.raw, None
-            self._at, self._matcher = _Section.CONTENT, StopMatcher(self._openings)
-            # The text of the broken call, including `<tool_call>`, is content. The text after `<tool_call>` is parsed
-            # again, because another call may begin in the text.
+            self._at, self._matcher = self._before_call, self._new_matcher()
+            # The text of the broken call, including `<tool_call>`, belongs to the section before the call. The text
+            # after `<tool_call>` is parsed again, because another call may begin or the reasoning may end in the text.
             self._show(CALL_START)
             return raw[len(CALL_START) :] + rest
         return rest
 
     def _enter_content(self) -> None:
         self._at, self._call = _Section.CONTENT, None
-        self._matcher, self._edges = StopMatcher(self._openings), _LineEndTrimmer(is_inside=False)
+        self._matcher, self._edges = self._new_matcher(), _LineEndTrimmer(is_inside=False)
 
     def _show(self, text: str) -> None:
         if self._at is _Section.REASONING or self._tools or not self._edges.is_inside:
@@ -206,7 +217,7 @@ class _ToolCallParser:
         self._tools, self._index = tools, index
         self._raw: list[str] = [CALL_START]
         self._deltas: list[ToolCallDelta] = []
-        self._num_keys = 0
+        self._num_keys, self._quotes = 0, _JsonQuotes()
         self.is_whole = self.is_broken = False
         self._enter("call")
 
@@ -227,11 +238,21 @@ class _ToolCallParser:
                 self._show_string(shown)
             else:
                 self._text.append(shown)
+                self._quotes.push(shown)
+                if is_ended and self._part == "value" and self._quotes.is_inside:
+                    self._add_marker_as_text()
+                    continue
             if is_ended and not self.is_broken:
                 self._leave(self._matcher.stop)
         rest = text if self.is_whole else ""
         self._raw.append(raw[: len(raw) - len(rest)])
         return rest
+
+    def _add_marker_as_text(self) -> None:
+        """Add the end marker of a value to the value, because the marker stands inside of a JSON string."""
+        self._text.append(PARAMETER_END)
+        self._quotes.push(PARAMETER_END)
+        self._matcher = StopMatcher(ENDS["value"])
 
     def take(self) -> list[ToolCallDelta]:
         """Return a list with the piece of the call that is new since the last `take`; the list may be empty."""
@@ -244,6 +265,7 @@ class _ToolCallParser:
     def _enter(self, part: str) -> None:
         self._part, self._matcher = part, StopMatcher(ENDS[part])
         self._text: list[str] = []
+        self._quotes = _JsonQuotes()
         self._is_shown_at_once = False
 
     def _leave(self, stop: str) -> None:
@@ -277,7 +299,7 @@ class _ToolCallParser:
         self._enter("body")
 
     def _enter_value(self, key: str) -> None:
-        self._types = self._tool.types_of(key)
+        self._types = self._tool.arguments.types_of(key)
         self._add(f"{', ' if self._num_keys else '{'}{dumps(key)}: ")
         self._num_keys += 1
         self._enter("value")
@@ -299,3 +321,25 @@ class _ToolCallParser:
 
     def _add(self, arguments: str) -> None:
         self._deltas.append(ToolCallDelta(self._index, "", "", arguments))
+
+
+class _JsonQuotes:
+    """A `_JsonQuotes` says whether a text that arrives in pieces ends inside of a string of JSON.
+
+    A JSON string holds no line end, so a line end shows that the text is no JSON, or that a string has ended.
+    """
+
+    def __init__(self) -> None:
+        self.is_inside = self._is_escaped = False
+        self._is_json: bool | None = None  # None: the text holds only white space up to now
+
+    def push(self, text: str) -> None:
+        if self._is_json is None and (beginning := text.lstrip()):
+            self._is_json = beginning[0] in '{["'
+        for char in text if self._is_json else "":
+            if self._is_escaped:
+                self._is_escaped = False
+            elif char == "\\":
+                self._is_escaped = self.is_inside
+            elif char in '"\n':
+                self.is_inside = char == '"' and not self.is_inside

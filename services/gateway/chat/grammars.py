@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from services.engine.contract.sampling_params import JSON_OPTIONS, Grammar, GrammarKind
+from services.engine.contract.sampling_params import Grammar, GrammarKind
+from services.gateway.chat.call_rules import CallRules, json_rule, spelled
 from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END, Marker
 from services.gateway.chat.tokenizer import Tokenizer
-from services.gateway.chat.tools import Tool, ToolUse, is_string_type
-
-# A larger maxLength is not enforced, because the grammar's automaton needs one state for each character that it counts.
-MAX_COUNTED_CHARS = 2000
-TEXT = r"(?s:.*)"  # a regular expression for any text
+from services.gateway.chat.tools import ToolUse
+from services.gateway.schema.budget import SchemaBudget
+from services.gateway.schema.errors import UnsupportedKeyword
+from services.gateway.schema.json_schema import SchemaRewriter
+from services.gateway.schema.json_text import loads
+from services.gateway.schema.raw_text import ANY_TEXT, MarkerInValue
+from services.gateway.schema.references import SchemaRoot
+from services.gateway.schema.regex import literal
 
 # A function that raises ValueError if a grammar cannot be used; see
 # `services.engine.grammar.grammar_checker.GrammarChecker.check`.
@@ -58,136 +61,157 @@ def check(grammar: Grammar, param: str, check_grammar: CheckGrammar) -> None:
         raise ValueError(f"{param} {reason}") from error
 
 
-def compose(answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, markers: Markers) -> Grammar | None:
+@dataclass(frozen=True)
+class GrammarBuilder:
+    """A `GrammarBuilder` makes the grammar of a request's answer; `build` takes long for large schemas."""
+
+    markers: Markers
+    budget: SchemaBudget
+    check_grammar: CheckGrammar | None
+
+    def build(self, answer: Grammar | None, param: str, tool_use: ToolUse, in_reasoning: bool) -> Grammar | None:
+        """Return the checked grammar of the whole answer, or None if the answer may be any text.
+
+        `answer` is the grammar of the text behind the reasoning, from the client's parameter `param`; None: the client
+        gave no grammar. Raises ValueError whose message begins with the name of a parameter.
+
+        If the schemas of tools that are not strict cannot be used, only the types of their arguments are enforced.
+        """
+        if answer is None and not tool_use.is_enforced:
+            return None
+        tools = [(f"tools[{n}].function.parameters", tool.parameters) for n, tool in enumerate(tool_use.tools)]
+        self.budget.check(tools if tool_use.callable_tools else [])
+        if answer is not None:
+            answer = self._checked(self._readable(answer, param), param)
+        try:
+            return self._composed(answer, tool_use, in_reasoning, is_relaxed=False)
+        except MarkerInValue:
+            raise
+        except ValueError:
+            if all(tool.is_strict for tool in tool_use.callable_tools):
+                raise
+            return self._composed(answer, tool_use, in_reasoning, is_relaxed=True)
+
+    def _composed(
+        self, answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, is_relaxed: bool
+    ) -> Grammar | None:
+        composed = compose(answer, tool_use, in_reasoning, self.markers, is_relaxed)
+        if composed is None or composed is answer:
+            return composed
+        return self._checked(composed, "tools" if tool_use.tools else "the answer's form")
+
+    def _checked(self, grammar: Grammar, param: str) -> Grammar:
+        if self.check_grammar is not None:
+            check(grammar, param, self.check_grammar)
+        return grammar
+
+    def _readable(self, grammar: Grammar, param: str) -> Grammar:
+        """Return `grammar`; a JSON schema is rewritten to the keywords that the engine's grammars know."""
+        if grammar.kind is not GrammarKind.JSON_SCHEMA:
+            return grammar
+        try:
+            schema = loads(grammar.text)
+        except ValueError as error:
+            raise ValueError(f"{param} must hold a JSON schema in JSON: {error}.") from error
+        if not isinstance(schema, dict):
+            raise ValueError(f"{param} must hold a JSON schema that is an object, not {type(schema).__name__}.")
+        self.budget.check([(param, schema)])
+        try:
+            rewritten = SchemaRewriter(SchemaRoot(schema), is_strict=True).rewrite(schema, "")
+        except UnsupportedKeyword as error:
+            raise ValueError(f"{param} cannot be used: {error}") from error
+        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(rewritten))
+
+
+def compose(
+    answer: Grammar | None, tool_use: ToolUse, in_reasoning: bool, markers: Markers, is_relaxed: bool = False
+) -> Grammar | None:
     """Return one grammar for the whole answer, or None if the answer may be any text.
 
     - `answer`: the grammar of the text after the reasoning; None if the client gave no grammar.
     - `tool_use`: the tools. If calls are forced, calls must match the tools' schemas. If the model may choose between
       text and calls, the grammar makes calls match the schemas only if at least one tool is strict, or if the client
       named the tools that may be called.
-    - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`.
+    - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`, or at a tool call.
     - `markers`: the markers of the model's tokenizer.
+    - `is_relaxed`: True: of the schemas of tools that are not strict, only the types of the arguments are used.
+
+    Raises ValueError if the schemas of the tools cannot be expressed; see `CallRules`.
     """
     tools = tool_use.callable_tools
     if answer is None and not tool_use.is_enforced:
         return None
     if answer is not None and not tools and not in_reasoning:
         return answer
-    rules = list(_call_rules(tools, tool_use.max_calls, markers)) if tools else []
+    rules = CallRules(tool_use, markers.call_start, markers.call_end, is_relaxed).rules if tools else []
     if answer is not None:
         rules.append(f"answer: {_expression(answer)}")
-        start = "answer | calls" if tools else "answer"
+        start, rest = "answer | calls" if tools else "answer", _more_calls(tool_use)
     elif tool_use.is_forced:
-        start = "calls"
+        start, rest = "calls", _more_calls(tool_use)
     else:
-        rules += _free_rules(markers.call_start)
-        start = "free"
-    if in_reasoning:
-        rules.append(f"start: {_reasoning(markers.think_end)} GAP ({start})")
-        rules += [r"GAP: /\n{0,2}/", _text_up_to("think", markers.think_end)]
-    else:
-        rules.append(f"start: {start}")
+        rules += _free_rules(markers.call_start, tool_use)
+        start, rest = "free", "" if tool_use.max_calls == 1 else "free"
+    rules += _reasoning_rules(markers, start, rest if tools else None) if in_reasoning else [f"start: {start}"]
     return Grammar(GrammarKind.LARK, "\n".join(rules) + "\n")
+
+
+def _more_calls(tool_use: ToolUse) -> str:
+    return "" if tool_use.max_calls == 1 else '("\\n" call)*'
 
 
 def _expression(grammar: Grammar) -> str:
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
-            return _json({"type": "object"})
+            return json_rule({"type": "object"})
         case GrammarKind.JSON_SCHEMA:
-            return _json(json.loads(grammar.text))
+            return json_rule(loads(grammar.text))
         case GrammarKind.REGEX:
             return _regex(grammar.text)
     return f"%lark {{\n{grammar.text}\n}}"
 
 
-def _json(schema: Any) -> str:
-    return f"%json {json.dumps(schema | JSON_OPTIONS if isinstance(schema, dict) else schema)}"
-
-
 def _regex(pattern: str) -> str:
     """Return the regular expression `pattern` between slashes, with every slash inside the pattern escaped."""
     escaped = re.sub(r"\\.|/", lambda found: found[0] if found[0] != "/" else r"\/", pattern, flags=re.DOTALL)
-    return f"/{escaped}/".replace("\n", r"\n")
+    return f"/{escaped}/"
 
 
-def _special(marker: Marker) -> str:
-    return json.dumps(marker.text) if marker.special_id is None else f"<[{marker.special_id}]>"
+def _ending_with(marker: Marker, ends: Sequence[Marker]) -> str:
+    """Return a terminal's expression for text that ends with `marker`, and holds none of `ends` before."""
+    not_before = "|".join(literal(end.text) for end in ends)
+    return f"({ANY_TEXT} {json.dumps(marker.text)}) & ~/(?s:.*)({not_before})(?s:.+)/"
 
 
-def _text_up_to(rule: str, marker: Marker) -> str:
-    """Return a grammar rule, named `rule`, for any text up to `marker`.
+def _reasoning_rules(markers: Markers, start: str, rest: str | None) -> list[str]:
+    """Return the rules for reasoning, which ends at the marker of its end or, if `rest` is a string, at a tool call.
 
-    The text ends with the marker if the marker is ordinary text. A marker that is a special token is not part of the
-    text.
+    - `start`: the expression for all that may follow the reasoning and its end marker.
+    - `rest`: the expression for all that may follow a tool call that ends the reasoning; None: there are no tools.
     """
-    suffix = f"[suffix={json.dumps(marker.text)}]" if marker.special_id is None else ""
-    return f"{rule}{suffix}: /{TEXT}/"
+    think_end, call_start = markers.think_end, markers.call_start
+    used = [think_end] if rest is None else [think_end, call_start]
+    texts = [marker for marker in used if marker.special_id is None]
+    rules, ends = [r"GAP: /\n{0,2}/"], [f"think_end GAP ({start})"]
+    if think_end.special_id is None:
+        rules += ["think_end: THINK_END", f"THINK_END: {_ending_with(think_end, texts)}"]
+    else:
+        rules.append(f"think_end: think {spelled(think_end)}")
+    if rest is not None:
+        ends.append(f"think_call call_rest {rest}")
+        if call_start.special_id is None:
+            rules += ["think_call: THINK_CALL", f"THINK_CALL: {_ending_with(call_start, texts)}"]
+        else:
+            rules.append(f"think_call: think {spelled(call_start)}")
+    if len(texts) < len(used):
+        rules.append(f"think: {ANY_TEXT}")
+    return [f"start: {' | '.join(ends)}", *rules]
 
 
-def _reasoning(marker: Marker) -> str:
-    return "think" if marker.special_id is None else f"think {_special(marker)}"
-
-
-def _free_rules(marker: Marker) -> list[str]:
+def _free_rules(marker: Marker, tool_use: ToolUse) -> list[str]:
+    """Return the rules for text in which `marker` begins a valid call."""
+    more = "?" if tool_use.max_calls == 1 else "*"
     if marker.special_id is not None:
-        return ["free: TEXT (call TEXT)*", f"TEXT: /{TEXT}/"]
-    without = f"TEXT: /{TEXT}/ & ~/{TEXT}{re.escape(marker.text)}{TEXT}/"
-    return ["free: (text_to_call call_rest)* TEXT", _text_up_to("text_to_call", marker), without]
-
-
-def _call_rules(tools: Sequence[Tool], max_calls: int | None, markers: Markers) -> Iterator[str]:
-    yield "calls: call" if max_calls == 1 else 'calls: call ("\\n" call)*'
-    yield f"call: {_special(markers.call_start)} call_rest"
-    yield f"call_rest: ({' | '.join(f'function_{n}' for n in range(len(tools)))}) {_special(markers.call_end)}"
-    for n, tool in enumerate(tools):
-        yield from _function_rules(f"function_{n}", tool)
-
-
-def _function_rules(rule: str, tool: Tool) -> Iterator[str]:
-    """Yield the grammar rules of a call of `tool`; the names of all rules begin with `rule`.
-
-    The parameters must come in the order of the schema; optional parameters may be left out.
-    """
-    required = tool.parameters.get("required", ())
-    parts = [f"{rule}_{n}" + ("" if name in required else "?") for n, name in enumerate(tool.properties)]
-    if not tool.properties and tool.parameters.get("additionalProperties", bool(tool.parameters)):
-        parts = [f"{rule}_any*"]
-        yield f'{rule}_any: "<parameter=" /[^<>\\n]+/ ">\\n" {rule}_text "\\n"'
-        yield f'{rule}_text[suffix="</parameter>"]: /{TEXT}/'
-    body = " ".join(parts)
-    yield f'{rule}: "\\n<function={tool.name}>\\n" {body} "</function>\\n"'
-    for n, (name, schema) in enumerate(tool.properties.items()):
-        opening = json.dumps(f"<parameter={name}>\n")
-        yield from _parameter_rules(f"{rule}_{n}", opening, tool, name, schema)
-
-
-def _parameter_rules(rule: str, opening: str, tool: Tool, name: str, schema: Any) -> Iterator[str]:
-    if not is_string_type(tool.types_of(name)):
-        yield f'{rule}: {opening} {_json(_with_definitions(schema, tool))} "\\n</parameter>\\n"'
-        return
-    values = _string_values(schema)
-    if values:
-        yield f'{rule}: {opening} ({" | ".join(map(json.dumps, values))}) "\\n</parameter>\\n"'
-        return
-    yield f'{rule}: {opening} {rule}_text "\\n"'
-    yield f'{rule}_text[suffix="</parameter>"]: /{_string_regex(schema)}/'
-
-
-def _with_definitions(schema: Any, tool: Tool) -> Any:
-    return {**schema, **tool.definitions} if isinstance(schema, dict) else schema
-
-
-def _string_values(schema: Any) -> list[str]:
-    if not isinstance(schema, Mapping):
-        return []
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
-
-
-def _string_regex(schema: Any) -> str:
-    limits = [schema.get(key) for key in ("minLength", "maxLength")] if isinstance(schema, Mapping) else []
-    shortest, longest = (limit if isinstance(limit, int) and limit >= 0 else None for limit in limits or (None, None))
-    if longest is None or longest > MAX_COUNTED_CHARS:
-        return TEXT
-    return rf"(?s:.{{{min(shortest or 0, longest)},{longest}}})\n"
+        return [f"free: TEXT (call TEXT){more}", f"TEXT: {ANY_TEXT}"]
+    without = f"TEXT: {ANY_TEXT} & ~/(?s:.*){literal(marker.text)}(?s:.*)/"
+    return [f"free: (TEXT_TO_CALL call_rest){more} TEXT", f"TEXT_TO_CALL: {_ending_with(marker, [marker])}", without]

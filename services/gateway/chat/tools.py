@@ -17,9 +17,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from services.gateway.schema.json_text import dumps, loads
+from services.gateway.schema.object_schema import ObjectSchema
+from services.gateway.schema.references import type_of
 
 MAX_TOOLS = 128
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
@@ -51,33 +54,31 @@ class Tool:
         if not TOOL_NAME.fullmatch(self.name):
             allowed = "1 to 64 letters, digits, '_', '-' or '.'"
             raise ValueError(f"{param}.function.name must be {allowed}, not {self.name!r:.100}.")
-        if self.parameters.get("type", "object") != "object" or not isinstance(self.properties, dict):
-            raise ValueError(f"{param}.function.parameters must be a JSON schema of type 'object'.")
-        required = self.parameters.get("required", [])
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise ValueError(f"{param}.function.parameters.required must be a list of names, not {required!r:.100}.")
-        for name, schema in self.properties.items():
+        path = f"{param}.function.parameters"
+        properties, required = self.parameters.get("properties"), self.parameters.get("required")
+        is_object = self.parameters.get("type") in (None, "object")
+        if not is_object or not (properties is None or isinstance(properties, dict)):
+            raise ValueError(f"{path} must be a JSON schema of type 'object'.")
+        if not (required is None or (isinstance(required, list) and all(isinstance(name, str) for name in required))):
+            raise ValueError(f"{path}.required must be a list of names, not {required!r:.100}.")
+        for name, schema in self.arguments.properties.items():
             if not re.fullmatch(r"[^<>\n]+", name) or not isinstance(schema, dict | bool):
                 allowed = "names without '<', '>' and line ends, and schemas"
-                raise ValueError(f"{param}.function.parameters.properties must hold {allowed}, not {name!r:.100}.")
+                raise ValueError(f"{path}.properties must hold {allowed}, not {name!r:.100}.")
 
-    @property
-    def properties(self) -> dict[str, Any]:
-        properties: dict[str, Any] = self.parameters.get("properties") or {}
-        return properties
-
-    @property
-    def definitions(self) -> dict[str, Any]:
-        """Return the shared definitions to which the schemas of the tool's properties may refer."""
-        return {key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}
-
-    def types_of(self, name: str) -> frozenset[str] | None:
-        """Return the JSON types that the argument `name` may have, or None if the argument may have any type."""
-        return json_types(self.properties.get(name, True), self.parameters)
+    @cached_property
+    def arguments(self) -> ObjectSchema:
+        """Return the schema of the tool's arguments."""
+        return ObjectSchema(self.parameters)
 
     def to_template(self) -> dict[str, Any]:
-        """Return the tool as a JSON object in OpenAI's form, which chat templates expect."""
-        parameters = dict(self.parameters) or {"type": "object", "properties": {}}
+        """Return the tool as a JSON object in OpenAI's form, which chat templates expect.
+
+        Templates read the keywords of the schema without a check, and would fail at null.
+        """
+        parameters = {key: value for key, value in self.parameters.items() if value is not None}
+        if "properties" in self.parameters or not self.parameters:
+            parameters = {"type": "object", "properties": {}} | parameters
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
 
@@ -162,52 +163,6 @@ class ToolUse:
             raise ValueError(f"tool_choice names the function {unknown[0]!r:.100}; the tools are {known:.1000}.")
 
 
-def json_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str] | None:
-    """Return the JSON types that `schema` allows, or None if the schema does not limit the types.
-
-    The types are taken from the schema's `type`, `enum`, `const`, `anyOf` or `oneOf`. `root` is the whole schema, to
-    which `$ref` refers. `depth` is the depth of nesting: a schema nested deeper than 8 levels does not limit the types.
-    """
-    if not isinstance(schema, dict) or depth > 8:
-        return None
-    if isinstance(reference := schema.get("$ref"), str):
-        return json_types(_resolve(reference, root), root, depth + 1)
-    if "type" in schema:
-        named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        return frozenset(name for name in named if isinstance(name, str))
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if isinstance(values, list):
-        return frozenset(map(_type_of, values))
-    for options in (schema.get("anyOf"), schema.get("oneOf")):
-        if isinstance(options, list):
-            found = [json_types(option, root, depth + 1) for option in options]
-            return None if None in found else frozenset().union(*(types for types in found if types))
-    return None
-
-
-def _resolve(reference: str, root: Any) -> Any:
-    for key in reference.removeprefix("#/").split("/"):
-        root = root.get(key) if isinstance(root, Mapping) else None
-    return root
-
-
-def _type_of(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "boolean"
-        case int():
-            return "integer"
-        case float():
-            return "number"
-        case str():
-            return "string"
-        case list():
-            return "array"
-    return "object"
-
-
 def is_string_type(types: frozenset[str] | None) -> bool:
     """Return True if `types` allow only strings; an argument without types (None) is treated as a string."""
     return types is None or types == {"string"}
@@ -231,7 +186,7 @@ def argument_json(text: str, types: frozenset[str] | None) -> str:
 
 def _parse(text: str, types: frozenset[str]) -> object:
     value: Any = PYTHON_SPELLINGS[text] if text in PYTHON_SPELLINGS else loads(text, parse_constant=_refuse)
-    kind = _type_of(value)
+    kind = type_of(value)
     if kind == "number" and "number" not in types and "integer" in types and float(value).is_integer():
         return int(value)
     if kind in types or (kind == "integer" and "number" in types):

@@ -182,7 +182,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "schema": (
         chat(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}),
         "INVALID_ARGUMENT",
-        "response_format.json_schema.schema cannot be used: Invalid type: x.",
+        "response_format.json_schema.schema cannot be used: type must be one or more of array, ",
     ),
     "no messages": (chat(messages=[]), "INVALID_ARGUMENT", "messages must hold at least one message."),
     "tool turn": (

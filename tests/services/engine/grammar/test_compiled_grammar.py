@@ -192,9 +192,8 @@ def test_a_grammar_that_becomes_too_complex_fails_its_own_row_and_says_why() -> 
     [
         'start: "x" NOTHING\nNOTHING: /a/ & /b/',
         f'start: "x" <[{EOS}]> "y"',  # the grammar requires an end-of-sequence token, which has no text, in the middle
-        'start: "x" loop\nloop: "y" loop',  # no answer of this grammar ever ends
     ],
-    ids=["unmatchable", "end in the middle", "endless"],
+    ids=["unmatchable", "end in the middle"],
 )
 def test_a_grammar_that_leads_nowhere_is_the_clients_fault_in_one_sentence(text: str) -> None:
     asked = request(GrammarKind.LARK, text)
@@ -285,7 +284,7 @@ def test_after_any_guesses_a_state_is_that_of_its_tokens(grammar: Grammar, seed:
         (GrammarKind.JSON_SCHEMA, "[]", "response_format must hold a JSON schema that is an object, not list."),
         (GrammarKind.JSON_SCHEMA, '{"type":', "response_format must hold a JSON schema in JSON: .*"),
         (GrammarKind.JSON_SCHEMA, "[" * 60_000, "response_format must hold a JSON schema in JSON: .*"),
-        (GrammarKind.JSON_SCHEMA, '{"a":' * 500 + "1" + "}" * 500, "response_format cannot be used: recursion .*"),
+        (GrammarKind.JSON_SCHEMA, '{"a":' * 500 + "1" + "}" * 500, "response_format cannot be used: .*recursion .*"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -332,6 +331,19 @@ def test_compiled_grammars_are_kept_and_only_so_many() -> None:
     for n in range(MAX_GRAMMARS):
         few.compile(Grammar(GrammarKind.REGEX, f"b{n}"))
     assert few.compile(Grammar(GrammarKind.REGEX, "first")) is not first
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (GrammarKind.LARK, 'start: "<|im_end|>x"'),
+        (GrammarKind.REGEX, "<tool_call>x"),
+        (GrammarKind.JSON_SCHEMA, '{"const": "</think>x"}'),
+    ],
+)
+def test_the_name_of_a_special_token_in_a_text_is_spelled_with_other_tokens(kind: GrammarKind, text: str) -> None:
+    answer = generate(request(kind, text), seed=0)
+    assert answer == {"L": "<|im_end|>x", "R": "<tool_call>x", "J": '"</think>x"'}[kind.name[0]]
 
 
 def test_kept_grammars_take_less_than_a_gigabyte() -> None:

@@ -38,7 +38,7 @@ from services.gateway.chat.tools import Tool, ToolMode, ToolUse, argument_json
 def test_arguments_have_the_types_of_the_schema(schema: Any, text: str, expected: str) -> None:
     definitions = {"flag": {"type": "boolean"}, "loop": {"$ref": "#/$defs/loop"}}
     tool = Tool("f", parameters={"type": "object", "properties": {"x": schema}, "$defs": definitions})
-    assert argument_json(text, tool.types_of("x")) == expected
+    assert argument_json(text, tool.arguments.types_of("x")) == expected
 
 
 @pytest.mark.parametrize(

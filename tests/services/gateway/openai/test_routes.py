@@ -265,7 +265,7 @@ BAD_CHATS = [
     ({"messages": [USER], "response_format": {"type": "json_schema"}}, "response_format must hold a json_schema", None),
     (
         {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
-        "response_format.json_schema.schema cannot be used: Invalid type: x.",
+        "response_format.json_schema.schema cannot be used: type must be one or more of array, boolean, integer, null, number, object, string, not 'x'.",
         "response_format.json_schema.schema",
     ),
     ({"messages": [USER], "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs must not hold 'tools'", None),

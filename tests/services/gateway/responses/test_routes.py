@@ -443,7 +443,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "schema": (
         {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "x"}}}},
-        "text.format.schema cannot be used: Invalid type: x.",
+        "text.format.schema cannot be used: type must be one or more of array, boolean, integer, null, number, object, string, not 'x'.",
     ),
     "include": ({"include": ["x"]}, "include[0] must be one of 'code_interpreter_call.outputs', "),
     "effort": ({"reasoning": {"effort": "x"}}, "reasoning.effort must be 'none', 'minimal', "),

@@ -1,0 +1,121 @@
+"""A `CallRules` makes the grammar rules for the tool calls of an answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from services.engine.contract.sampling_params import JSON_OPTIONS
+from services.gateway.chat.markers import Marker
+from services.gateway.chat.tools import Tool, ToolUse, is_string_type
+from services.gateway.schema.errors import UnsupportedKeyword
+from services.gateway.schema.json_schema import SchemaRewriter
+from services.gateway.schema.raw_text import ANY_TEXT, TextRules
+
+MAX_RULES = 2**17  # characters of all rules; the engine accepts no longer grammar
+VALUE_END = "</parameter>"
+# Text that ends with VALUE_END and holds no other VALUE_END. The marker is part of the terminal, because the lexer
+# takes the longest text that a terminal allows, and would otherwise read on behind the marker.
+ENDS_ONCE = r"~/(?s:.*)<\x{2f}parameter>(?s:.+)/"
+
+
+def spelled(marker: Marker) -> str:
+    """Return the grammar expression for `marker`: a string, or the token id of a special token."""
+    return json.dumps(marker.text) if marker.special_id is None else f"<[{marker.special_id}]>"
+
+
+def json_rule(schema: Any) -> str:
+    """Return the grammar expression for JSON text that matches `schema`, in keywords that llguidance knows."""
+    return f"%json {json.dumps(schema | JSON_OPTIONS if isinstance(schema, dict) else schema)}"
+
+
+class CallRules:
+    """A `CallRules` makes the rules `calls` (one or more calls), `call` and `call_rest` (a call behind its marker).
+
+    - `is_relaxed`: True: the arguments of tools that are not strict only have the types that their schemas name. That
+      is for schemas whose grammar cannot be used.
+
+    Raises ValueError if a strict tool's schema cannot be expressed, if an enum's value cannot be written, or if the
+    rules become too long.
+    """
+
+    def __init__(self, tool_use: ToolUse, call_start: Marker, call_end: Marker, is_relaxed: bool) -> None:
+        self.rules: list[str] = []
+        self._num_chars, self._is_relaxed = 0, is_relaxed
+        self._shared: dict[str, str] = {}  # names of rules, by their expressions
+        self._add("calls: call" if tool_use.max_calls == 1 else 'calls: call ("\\n" call)*')
+        self._add(f"call: {spelled(call_start)} call_rest")
+        names = {tool.name for tool in tool_use.callable_tools}
+        numbered = [(n, tool) for n, tool in enumerate(tool_use.tools) if tool.name in names]
+        functions = " | ".join(f"function_{n}" for n, _ in numbered)
+        self._add(f"call_rest: ({functions}) {spelled(call_end)}")
+        for n, tool in numbered:
+            self._add_function(n, tool)
+
+    def _add(self, rule: str) -> None:
+        self._num_chars += len(rule)
+        if self._num_chars > MAX_RULES:
+            raise ValueError(
+                f"tools make a grammar of more than {MAX_RULES} characters; give fewer tools, or smaller schemas."
+            )
+        self.rules.append(rule)
+
+    def _add_function(self, n: int, tool: Tool) -> None:
+        """Add the rules of a call of `tool`, the tool with the index `n`; their names begin with `function_{n}`.
+
+        The parameters must come in the order of the schema; optional parameters may be left out.
+        """
+        path = f"tools[{n}].function.parameters"
+        schema, rule = tool.arguments, f"function_{n}"
+        if tool.is_strict:
+            schema.check_strict(path)
+        text = TextRules(schema.root, f"TEXT_{n}", tool.is_strict, VALUE_END)
+        rewriter = SchemaRewriter(schema.root, tool.is_strict)
+        parts = []
+        for m, (name, value) in enumerate(schema.properties.items()):
+            is_required = name in schema.required
+            if value is False and not is_required:
+                continue
+            parts.append(f"{rule}_{m}" + ("" if is_required else "?"))
+            opening = json.dumps(f"<parameter={name}>\n")
+            shown = self._value(tool, name, value, f"{path}.properties.{name}", text, rewriter)
+            self._add(f"{rule}_{m}: {opening} {shown}")
+        for terminal in text.rules:
+            self._add(terminal)
+        if not schema.properties and schema.additional is not False:
+            parts = [f"{rule}_any*"]
+            self._add(f'{rule}_any: "<parameter=" /[^<>\\n]+/ ">\\n" {self._any_text()}')
+        self._add(f'{rule}: "\\n<function={tool.name}>\\n" {" ".join(parts)} "</function>\\n"')
+
+    def _value(self, tool: Tool, name: str, schema: Any, path: str, text: TextRules, rewriter: SchemaRewriter) -> str:
+        """Return the grammar expression for the value of the parameter `name`, up to the end of the parameter."""
+        types = tool.arguments.types_of(name)
+        is_relaxed = self._is_relaxed and not tool.is_strict
+        if is_string_type(types):
+            expression = "" if is_relaxed else text.expression(schema, path)
+            if not expression:
+                return self._any_text()
+            terminal = self._share(f'(({expression}) "\\n{VALUE_END}") & {ENDS_ONCE}', "VALUE")
+            return f'{terminal} "\\n"'
+        try:
+            value = {} if is_relaxed else rewriter.rewrite(schema, path)
+        except UnsupportedKeyword:
+            if tool.is_strict:
+                raise
+            value = {}
+        if value in ({}, True) and types is not None:
+            value = {"type": sorted(types)}
+        return f'{self._share(json_rule(value), "value")} "\\n{VALUE_END}\\n"'
+
+    def _any_text(self) -> str:
+        if "any_text" not in self._shared:
+            self._shared["any_text"] = "any_text"
+            self._add(f'any_text[suffix="{VALUE_END}"]: {ANY_TEXT}')
+        return 'any_text "\\n"'
+
+    def _share(self, expression: str, prefix: str) -> str:
+        """Return the name of a rule for `expression`; equal expressions share one rule."""
+        if expression not in self._shared:
+            self._shared[expression] = f"{prefix}_{len(self._shared)}"
+            self._add(f"{self._shared[expression]}: {expression}")
+        return self._shared[expression]
