@@ -47,13 +47,14 @@ def _message(message_id: str, model: str, delta: TextDelta) -> dict[str, Any]:
     }
 
 
-def _usage(delta: TextDelta) -> dict[str, int]:
+def _usage(delta: TextDelta) -> dict[str, Any]:
     """Return the token usage; as in Anthropic's API, `input_tokens` leaves out the tokens from the cache."""
     return {
         "input_tokens": delta.num_prompt - delta.num_cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": delta.num_cached,
         "output_tokens": delta.num_generated,
+        "output_tokens_details": {"thinking_tokens": delta.num_reasoning},
     }
 
 

@@ -5,7 +5,6 @@ Source: Anthropic's API reference for errors, and the error classes of the `anth
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from fastapi import Response
@@ -26,12 +25,12 @@ TYPES = {
     ApiRefusal.UNAVAILABLE: ("overloaded_error", 503),
     ApiRefusal.DEADLINE: ("timeout_error", 504),
 }
-# names of parameters in sentences that all APIs share, and Anthropic's names
-RENAMES = [
-    (re.compile(r"^(tools\[\d+\])\.function\.name\b"), r"\1.name"),
-    (re.compile(r"^(tools\[\d+\])\.function\.parameters\b"), r"\1.input_schema"),
-    (re.compile(r"^stop\b"), "stop_sequences"),
-]
+PARAM_NAMES = {  # Anthropic's names of parameters that begin the sentences of errors
+    r"^tools\[(\d+)\]\.function\.name": r"tools[\1].name",
+    r"^tools\[(\d+)\]\.function\.parameters": r"tools[\1].input_schema",
+    "^stop": "stop_sequences",
+    "^continue_final_message may not be true": "The last message may not be the assistant's",
+}
 
 
 def is_of_messages(path: str) -> bool:
@@ -48,7 +47,7 @@ def refusal_response(error: ApiError, request_id: str) -> Response:
 def refusal_json(error: ApiError, request_id: str) -> str:
     """Return the JSON of the error; it stands in a response of its own or in an `error` event of a stream."""
     type_, _ = _type_and_status(error)
-    fields: dict[str, Any] = {"type": type_, "message": in_anthropics_words(error.message)}
+    fields: dict[str, Any] = {"type": type_, "message": error.renamed(PARAM_NAMES).message}
     if error.code == THREAD_UNSUPPORTED:
         fields["details"] = {"error_code": error.code, "unsupported": ["thread"]}
     return dumps({"type": "error", "error": fields, "request_id": request_id})
@@ -57,10 +56,3 @@ def refusal_json(error: ApiError, request_id: str) -> str:
 def _type_and_status(error: ApiError) -> tuple[str, int]:
     status = error.refusal.status
     return TYPES.get(error.refusal, ("invalid_request_error" if status < 500 else "api_error", status))
-
-
-def in_anthropics_words(sentence: str) -> str:
-    """Return the sentence of an error with Anthropic's names of parameters."""
-    for pattern, name in RENAMES:
-        sentence = pattern.sub(name, sentence)
-    return sentence

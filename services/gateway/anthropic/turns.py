@@ -105,7 +105,8 @@ def conversation(
 ) -> Conversation:
     """Return the conversation with the system prompt `system` and the messages `turns`.
 
-    If the last message is the assistant's, the answer continues it. Raises ValueError if a message is invalid.
+    If the last message is the assistant's, the answer continues its text, or its reasoning if it has no text. Raises
+    ValueError if a message is invalid.
     """
     messages = [ChatMessage("system", text_of(system))] if system else []
     for n, turn in enumerate(turns):
@@ -115,14 +116,14 @@ def conversation(
             else:
                 messages.append(message)
     is_continued = bool(turns) and turns[-1].role == "assistant"
-    if is_continued and messages[-1] == ChatMessage("assistant", ""):
+    if is_continued and messages[-1].tool_calls:
+        raise ValueError(
+            f"messages[{len(turns) - 1}].content must not hold a tool_use block if it is the last message; the results "
+            "of tools must follow in a message of the role 'user'."
+        )
+    if is_continued and not (messages[-1].content or messages[-1].reasoning):
         messages.pop()  # an empty message leaves nothing to continue
         is_continued = False
-    elif is_continued and (messages[-1].tool_calls or not messages[-1].content):
-        raise ValueError(
-            f"messages[{len(turns) - 1}].content must be text if it is the last message, because the answer continues "
-            "the text; results of tools belong into a message of the role 'user'."
-        )
     return Conversation(
         tuple(messages),
         template_kwargs=template_kwargs,

@@ -244,11 +244,20 @@ def test_thinking(ai: anthropic.Anthropic, source: EchoSource, tokenizer: Tokeni
     thinking, text, call = message.content
     assert (thinking.type, thinking.thinking, text.text, call.name) == ("thinking", "First.", "Then. ", "now")
     assert thinking.signature
+    assert message.usage.output_tokens_details.thinking_tokens == len(tokenizer.encode("First.\n</think>"))
+    assert budget_of(source) == 50
     hidden = way(ai, thinking={"type": "adaptive", "display": "omitted"}).content[0]
     assert (hidden.type, hidden.thinking, hidden.signature) == ("thinking", "", thinking.signature)
+    assert budget_of(source) is None
     way(ai, thinking={"type": "adaptive"}, output_config={"effort": "low"}, max_tokens=1500)
+    assert budget_of(source) == 512
     for off in ({}, {"thinking": {"type": "disabled"}}, {"output_config": {"effort": "low"}}):
         assert [block.type for block in way(ai, **off).content] == ["text"]
+
+
+def budget_of(source: EchoSource) -> int | None:
+    budget = source.seen[-1].thinking_budget
+    return budget and budget.max_tokens
 
 
 def prompt_of(ai: anthropic.Anthropic, source: EchoSource, turns: list[Any], **more: Any) -> str:
@@ -290,6 +299,30 @@ def test_prompts(
         '[user: hi][assistant: (so)a f{"x": 1} g{}][tool t1: a\na][tool t2: Error: bad][user: go on]>'
     )
     assert prompt_of(ai, source, [USER, {"role": "assistant", "content": []}]) == "[user: hi]>"
+
+
+def test_prefill(
+    ai: anthropic.Anthropic, source: EchoSource, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer._hf, "chat_template", SHOW_ALL)
+    for content in ("so it", [{"type": "text", "text": "so"}, {"type": "text", "text": " it"}]):
+        turns: list[Any] = [USER, {"role": "assistant", "content": content}]
+        assert prompt_of(ai, source, turns) == "[user: hi][assistant: so it"
+        assert ask(ai, messages=turns, max_tokens=1).usage.input_tokens == (
+            ai.messages.count_tokens(model="echo", messages=turns).input_tokens
+        )
+    thought: Any = {"type": "thinking", "thinking": "so", "signature": "x"}
+    [block] = ask(ai, messages=[USER, {"role": "assistant", "content": [thought]}]).content
+    assert (block.type, block.to_dict()["thinking"]) == ("thinking", "[user: hi][assistant: (so")
+
+
+def test_a_template_that_cannot_be_continued(
+    http: httpx.Client, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer._hf, "chat_template", "{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    turns = [USER, {"role": "assistant", "content": "so"}]
+    answer = http.post("/v1/messages", json={"model": "echo", "max_tokens": 9, "messages": turns})
+    assert answer.json()["error"]["message"].startswith("The last message may not be the assistant's, because ")
 
 
 def test_structured_output(ai: anthropic.Anthropic, source: EchoSource, tokenizer: Tokenizer) -> None:
