@@ -14,6 +14,7 @@ import pytest
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.gateway.metrics.backbone_metrics import backbone_metrics
 from tests.services.application import wait_until
+from tests.services.gateway.messages_surface import as_message, ask_messages, to_messages
 from tests.services.gateway.responses_surface import as_response, ask_responses, to_question
 from tests.services.gateway.surfaces import MAX_LEN, SurfaceResponse, Surfaces, comparable, serving
 from tests.services.gateway.weather import NOW, WEATHER
@@ -115,6 +116,11 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "chat logprobs": chat(logprobs=True, top_logprobs=3),
     "chat n": chat(n=2, **SAMPLED),
     "chat stop": chat(stop=["\n"], max_tokens=40),
+    "system": chat(messages=[{"role": "system", "content": "be brief"}, USER], top_k=1),
+    "chat schema, greedy": chat(
+        response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}}, max_tokens=250
+    ),
+    "tools required, greedy": chat(tools=[PICK], tool_choice="required", max_tokens=120),
     "roles": chat(messages=[{"role": "developer", "content": "be brief"}, {**USER, "name": "me"}]),
     "turns with calls": chat(messages=CALLED),
     "thinking": chat(enable_thinking=True),
@@ -253,6 +259,8 @@ def ask(surfaces: Surfaces, body: dict[str, Any]) -> SurfaceResponse:
         assert result == results["rest"], way
     for way, result in ask_responses(surfaces.http, body).items():
         assert result == as_response(results["rest"]), way
+    for way, result in ask_messages(surfaces.http, body).items():
+        assert result == as_message(results["rest"]), way
     return results["rest"]
 
 
@@ -291,6 +299,13 @@ def test_the_responses_api_is_asked_what_it_can_express() -> None:
     assert {name for name in ANSWERS if name.startswith("tools ")} <= asked
     refused = {name for name, (body, _, _) in REFUSALS.items() if to_question(body) is not None}
     assert {"schema", "thinking", "other tool", "tool schema", "no tools", "form and call", "kwargs"} <= refused
+
+
+def test_the_messages_api_is_asked_what_it_can_express() -> None:
+    asked = {name for name, body in ANSWERS.items() if to_messages(body) is not None}
+    assert {"chat", "chat stop", "system", "turns with calls", "thinking", "tools cut off", "tools one"} <= asked
+    refused = {name for name, (body, _, _) in REFUSALS.items() if to_messages(body) is not None}
+    assert {"schema", "no messages", "other tool", "tool schema", "no tools"} <= refused
 
 
 @pytest.mark.parametrize("way", ["rest", "grpc"])
