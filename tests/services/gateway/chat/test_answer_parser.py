@@ -90,6 +90,55 @@ def test_what_is_no_call_is_content_and_nothing_is_lost(text: str) -> None:
     assert parse_cut(text, in_reasoning=False, tools=TOOLS) == (text, "", [])
 
 
+@pytest.mark.parametrize("is_forced", [False, True])
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (f"Hm.\n{CALL_NOW}\n</think>\n\nDone.", "Done."),
+        (f"Hm.\n\n{CALL_NOW}", ""),
+        (f"Hm.{CALL_NOW}\nSo.</think>", "So."),
+        (f"Hm.\n{CALL_NOW}\n{CALL_NOW}\n", ""),
+    ],
+)
+def test_a_call_ends_the_reasoning(text: str, content: str, is_forced: bool) -> None:
+    found, reasoning, calls = parse_cut(text, in_reasoning=True, tools=TOOLS, is_forced=is_forced)
+    assert (found, reasoning) == (content, "Hm.")
+    assert calls == [("now", "{}")] * text.count("<tool_call>")
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reasoning"),
+    [
+        ("I could write <tool_call> here.\n</think>\n\nNo.", "No.", "I could write <tool_call> here."),
+        ("Hm <tool_call>\n<function=no>\n</think>x", "x", "Hm <tool_call>\n<function=no>"),
+        (f"Hm\n{CALL_NOW[:-3]}", "", f"Hm\n{CALL_NOW[:-3]}"),
+        ("Hm <tool_call></think>", "", "Hm <tool_call>"),
+    ],
+)
+def test_what_is_no_call_stays_reasoning(text: str, content: str, reasoning: str) -> None:
+    assert parse_cut(text, in_reasoning=True, tools=TOOLS) == (content, reasoning, [])
+    after = f"{text.partition('</think>')[0]}{CALL_NOW}"
+    _, before, calls = parse_cut(after, in_reasoning=True, tools=TOOLS)
+    assert (before, calls) == (reasoning, [("now", "{}")])
+
+
+@pytest.mark.parametrize("is_forced", [False, True])
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ('\n["a</parameter>b", "\\"</parameter>"]\n', ["a</parameter>b", '"</parameter>']),
+        ('["a"]', ["a"]),
+        ("\n['it\"s']\n", "['it\"s']"),  # no JSON: the value is the text
+        ("\n</parameter", "</parameter"),
+    ],
+)
+def test_a_json_value_ends_outside_of_its_strings(written: str, value: Any, is_forced: bool) -> None:
+    before, after = "<tool_call><function=get_weather><parameter=hours>", "</parameter></function></tool_call>"
+    _, _, calls = parse_cut(before + written + after, in_reasoning=False, tools=TOOLS, is_forced=is_forced)
+    [(_, arguments)] = calls
+    assert json.loads(arguments) == {"hours": value}
+
+
 def test_a_call_after_a_broken_one() -> None:
     after = parse_cut("<tool_call>" + CALL_NOW, in_reasoning=False, tools=TOOLS)
     assert after == (

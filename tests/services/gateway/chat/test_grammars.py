@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -117,6 +117,34 @@ def test_an_answers_form_holds_after_the_reasoning_and_beside_tools(
         for text, is_allowed in [(good, True), (bad, False), (CALL_NOW, bool(use.tools))]:
             allowed = world.allows(grammar, (THOUGHT if reasons else "") + text)
             assert allowed == is_allowed, (reasons, use, text)
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_a_tool_call_may_end_the_reasoning_if_there_are_tools(
+    worlds: dict[bool, GrammarWorld], is_special: bool
+) -> None:
+    world = worlds[is_special]
+    [schema] = [answer for answer, _, _ in ANSWER_FORMATS if answer.kind is GrammarKind.JSON_SCHEMA]
+    forced, strict = ToolUse((NOW, ANY), ToolMode.REQUIRED), ToolUse((NOW, replace(ANY, is_strict=True)))
+    one, either = replace(forced, is_parallel=False), replace(strict, is_parallel=False)
+    for answer, use, text, is_allowed in [
+        (None, forced, f"hm {CALL_NOW}", True),
+        (None, forced, f"hm {CALL_NOW}\n{CALL_ANY}", True),
+        (None, forced, f"hm {CALL_NOW}.", False),
+        (None, forced, "hm <tool_call> is how calls begin</think>", False),
+        (None, one, f"hm {CALL_NOW}\n{CALL_NOW}", False),
+        (None, one, f"hm <tool_c</think>{CALL_NOW}", True),
+        (None, strict, f"hm {CALL_NOW} and", True),
+        (None, strict, f"hm {CALL_NOW} and {CALL_ANY}", True),
+        (None, strict, "hm <tool_call>", False),
+        (None, either, f"hm {CALL_NOW} {CALL_NOW}", False),
+        (schema, strict, f"hm {CALL_NOW}", True),
+        (schema, strict, 'hm</think>{"a": 3}', True),
+        (schema, ToolUse(), 'hm <tool_call> </think>{"a": 3}', not is_special),
+    ]:
+        grammar = grammars.compose(answer, use, True, world.markers)
+        assert grammar is not None
+        assert world.allows(grammar, text) == is_allowed, (answer, use, text)
 
 
 def test_free_text_has_no_grammar(worlds: dict[bool, GrammarWorld]) -> None:

@@ -17,6 +17,8 @@ from services.gateway.openai.body import CompletionBody
 from tests.services.gateway.conftest import MAX_BODY_BYTES
 from tests.services.gateway.echo import EchoSource
 
+NO_TYPE = "type must be one or more of array, boolean, integer, null, number, object, string, not 'x'."
+
 
 def test_completion(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="echo", prompt="naïve 🦜", max_tokens=40)
@@ -265,7 +267,7 @@ BAD_CHATS = [
     ({"messages": [USER], "response_format": {"type": "json_schema"}}, "response_format must hold a json_schema", None),
     (
         {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
-        "response_format.json_schema.schema cannot be used: type must be one or more of array, boolean, integer, null, number, object, string, not 'x'.",
+        f"response_format.json_schema.schema cannot be used: {NO_TYPE}",
         "response_format.json_schema.schema",
     ),
     ({"messages": [USER], "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs must not hold 'tools'", None),

@@ -38,6 +38,7 @@ TOOL: dict[str, Any] = {
 CALL = "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>\n</tool_call>"
 MAX_LEN = 256
 LIMITS = GatewayLimits(body_bytes=100_000, input_items=200, stored_responses=3, stored_bytes=20_000)
+NO_TYPE = "type must be one or more of array, boolean, integer, null, number, object, string, not 'x'."
 
 
 @pytest.fixture
@@ -443,7 +444,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "schema": (
         {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "x"}}}},
-        "text.format.schema cannot be used: type must be one or more of array, boolean, integer, null, number, object, string, not 'x'.",
+        f"text.format.schema cannot be used: {NO_TYPE}",
     ),
     "include": ({"include": ["x"]}, "include[0] must be one of 'code_interpreter_call.outputs', "),
     "effort": ({"reasoning": {"effort": "x"}}, "reasoning.effort must be 'none', 'minimal', "),
