@@ -40,11 +40,41 @@ MORE: dict[str, Any] = {
 FORCED = {**TURNS, "tool_choice": {"type": "function", "function": {"name": "now"}}, "stream": True, "logprobs": True}
 COMPLETION = {**MORE, "prompt": ["a", "b"], "echo": True, "logprobs": 2}
 SHAPED = {"prompt": [1, 2], "structured_outputs": {"choice": ["a", "b"]}, "stop_token_ids": [3], "stream": True}
+TOOL = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+RESPONSE: dict[str, Any] = {
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "so"}]},
+        {"type": "function_call", "call_id": "a", "name": "now", "arguments": "{}", "id": "fc_1"},
+        {"type": "function_call_output", "call_id": "a", "output": "b"},
+        {"type": "reasoning", "encrypted_content": "expertmesh:eA=="},
+    ],
+    "instructions": "be brief",
+    "tools": [TOOL],
+    "include": ["reasoning.encrypted_content", "message.output_text.logprobs"],
+    "max_output_tokens": 3,
+    "truncation": "auto",
+    "metadata": {"a": "b"},
+    "enable_thinking": True,
+}
+SHAPED_RESPONSE = {
+    "input": "x",
+    "tools": [TOOL],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "now"}]},
+    "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}}, "verbosity": "low"},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "stream_options": {"include_obfuscation": False},
+    "previous_response_id": None,
+    "stream": True,
+}
 STARTS = [
     ("/v1/chat/completions", {**TURNS, **MORE}),
     ("/v1/chat/completions", FORCED),
     ("/v1/completions", COMPLETION),
     ("/v1/completions", SHAPED),
+    ("/v1/responses", RESPONSE),
+    ("/v1/responses", SHAPED_RESPONSE),
+    ("/v1/responses/input_tokens", RESPONSE),
     ("/tokenize", TURNS),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 ]
