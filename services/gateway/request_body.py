@@ -2,39 +2,141 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+import pydantic_core
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+)
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import NoInfoWrapValidatorFunction, no_info_wrap_validator_function
 
 from services.gateway.errors import ApiError, invalid
 from services.gateway.schema.json_text import mend_body
 
 OBJECT = "a JSON object"  # replaces pydantic's class name in error messages
+WITHIN = ("value_error", "unknown_field")  # errors of a value that has the right type
+MAX_LISTED_FIELDS = 16  # maximum number of allowed fields in an error message
 
 
-class BaseBody(BaseModel):
-    """A `BaseBody` is a JSON object that refuses unknown fields and values of a wrong type."""
+def _stop_at_first_item(schema: Any) -> None:
+    """Make every list in pydantic's `schema` stop at its first bad item, and leave unknown fields to `_check_names`."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        if schema.get("type") == "model-fields":
+            schema["extra_behavior"] = "ignore"
+        for part in schema.values():
+            _stop_at_first_item(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            _stop_at_first_item(part)
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+def _checked_fields(schema: Any, check: NoInfoWrapValidatorFunction) -> CoreSchema:
+    """Return pydantic's `schema` of a model with `check` around its fields, and inside the model's own validators."""
+    if schema["type"] != "model":
+        return {**schema, "schema": _checked_fields(schema["schema"], check)}
+    return no_info_wrap_validator_function(check, schema)
+
+
+@cache
+def _field_types(kind: type[BaseModel]) -> dict[str, Any]:
+    """Return the types of all fields of `kind` by the names that clients use."""
+    return {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
+
+
+class RequestModel(BaseModel):
+    """A `RequestModel` is a JSON object in a request that refuses values of a wrong type.
+
+    The validation stops at the first bad item of a list and at the first unknown field. A body with thousands of
+    mistakes therefore costs no more than a body with one.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _stop_at_first_item(schema)
+        return _checked_fields(schema, cls._check_names) if cls.model_config.get("extra") == "forbid" else schema
+
+    @classmethod
+    def _check_names(cls, value: object, check_fields: ValidatorFunctionWrapHandler) -> object:
+        """Return the model for `value`, whose fields `check_fields` checks. Refuse the first unknown field."""
+        model, known = check_fields(value), _field_types(cls)
+        for name in value if isinstance(value, dict) else ():
+            if name not in known:
+                raise PydanticCustomError("unknown_field", "must be a known field", {"name": name, "known": known})
+        return model
+
+
+class BaseBody(RequestModel):
+    """A `BaseBody` is a JSON object that refuses unknown fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class LenientBody(RequestModel):
+    """A `LenientBody` is a JSON object whose unknown fields have no effect."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def _integral(value: object) -> object:
+    """Return the integer that is equal to `value` if there is one, because JSON does not tell 3.0 and 3 apart."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+
+
+def _check_metadata(value: object) -> object:
+    """Return `value` if it is null or an object of strings. Raises ValueError for the first value that is no string."""
+    for key, one in value.items() if isinstance(value, dict) else ():
+        if not isinstance(one, str):
+            raise ValueError(f"must hold a string for each key, not {shown(one)} for {key!r:.100}")
+    return value
+
+
+Metadata = Annotated[dict[str, str], BeforeValidator(_check_metadata)]
 
 
 def only(*allowed: object) -> AfterValidator:
-    """Return a validator for a field of OpenAI's API that the gateway does not support.
+    """Return a validator for a field that the gateway does not support.
 
     Clients may send the field with null or one of the values `allowed`, which have no effect. The validator refuses
     every other value.
     """
-    values = " or ".join("null" if value is None else repr(value) for value in allowed)
+    values = " or ".join(map(json.dumps, [*(value for value in allowed if value is not None), None]))
 
     def check(value: object) -> object:
         if value is not None and value not in allowed:
-            raise ValueError(f"must be {values}, because nothing else is supported yet, not {value!r:.100}")
+            raise ValueError(f"must be {values}, because nothing else is supported yet, not {shown(value)}")
         return value
 
     return AfterValidator(check)
+
+
+def shown(value: object) -> str:
+    """Return a short form of `value` for an error message. The cost does not depend on the size of `value`."""
+    return f"{_REPR.repr(value):.100}"
+
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 100
 
 
 AnyBody = TypeVar("AnyBody", bound=BaseBody)
@@ -45,8 +147,21 @@ def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
 
     Raises ApiError with one sentence about the first mistake in the body.
     """
+    return validate(kind, parse_json(data))
+
+
+def parse_json(data: bytes) -> Any:
+    """Return the value of the JSON text `data`, which is the body of a request. Raises ApiError for invalid JSON."""
     try:
-        return kind.model_validate_json(mend_body(data))
+        return pydantic_core.from_json(mend_body(data), allow_inf_nan=False)
+    except ValueError as error:
+        raise invalid(f"The body is not valid JSON: {error}.") from error
+
+
+def validate(kind: type[AnyBody], value: object) -> AnyBody:
+    """Return the JSON value `value` as an object of the class `kind`. Raises ApiError for the first mistake."""
+    try:
+        return kind.model_validate(value)
     except ValidationError as error:
         raise _explain(kind, error.errors(include_url=False)) from error
 
@@ -56,13 +171,10 @@ def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
     location = _locate(kind, error["loc"])
     path = location.path
     match error["type"]:
-        case "json_invalid":
-            return invalid(f"The body is not valid JSON: {error['ctx']['error']}.")
         case "model_type" if not path:
             return invalid("The body must be a JSON object.")
-        case "extra_forbidden":
-            allowed = ", ".join(sorted(location.fields))
-            return invalid(f"Unknown field {path!r:.100}; the allowed fields are {allowed}.", path, "unknown_parameter")
+        case "unknown_field":
+            return _unknown_field(path, error["ctx"]["name"], sorted(error["ctx"]["known"]))
         case "union_tag_not_found":
             return invalid(f"{path}.type is missing, but required.", f"{path}.type")
         case "union_tag_invalid":
@@ -75,7 +187,19 @@ def _explain(kind: type[BaseBody], errors: list[ErrorDetails]) -> ApiError:
             return invalid(f"{path} {reason}." if path else reason, path or reason.split()[0])
         case "model_type" | "model_attributes_type" if expected == OBJECT:
             return invalid(f"{path} must be {OBJECT}.", path)
-    return invalid(f"{path} must be {expected}, not {error['input']!r:.100}.", path)
+    return invalid(f"{path} must be {expected}, not {shown(error['input'])}.", path)
+
+
+def _unknown_field(owner: str, name: str, known: list[str]) -> ApiError:
+    """Return the error for the unknown field `name` of the object at the path `owner`, which has the `known` fields."""
+    path = f"{owner}.{name:.100}" if owner else f"{name:.100}"
+    if nearest := get_close_matches(name[:100], known, n=1):
+        advice = f"the nearest allowed field is {nearest[0]!r}."
+    elif len(known) <= MAX_LISTED_FIELDS:
+        advice = f"the allowed fields are {', '.join(known)}."
+    else:
+        advice = "docs/api.md lists the allowed fields."
+    return invalid(f"Unknown field {path!r}; {advice}", path, "unknown_parameter")
 
 
 def _most_specific(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[ErrorDetails, str]:
@@ -89,8 +213,8 @@ def _most_specific(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[Er
     if not _locate(kind, first["loc"]).is_in_union:
         return first, _expected(first)
     members = [error for error in errors if error["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
-    deepest = max(members, key=lambda error: len(error["loc"]))
-    if len(deepest["loc"]) > len(first["loc"]):
+    deepest = max(members, key=lambda error: (len(error["loc"]), error["type"] in WITHIN))
+    if len(deepest["loc"]) > len(first["loc"]) or deepest["type"] in WITHIN:
         return deepest, _expected(deepest)
     return first, " or ".join(map(_expected, members))
 
@@ -98,6 +222,8 @@ def _most_specific(kind: type[BaseBody], errors: list[ErrorDetails]) -> tuple[Er
 def _expected(error: ErrorDetails) -> str:
     if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return OBJECT
+    if error["type"] == "list_type":
+        return "a valid array"
     return error["msg"].removeprefix("Input should be ")
 
 
@@ -106,27 +232,29 @@ class _FieldLocation:
     """A `_FieldLocation` says where in a body a mistake is."""
 
     path: str  # path of the mistake in the body, such as "messages[0].role"
-    fields: tuple[str, ...]  # field names that are allowed in the object with the mistake
     is_in_union: bool  # True: pydantic's location ends with the name of one type of a union
 
 
 def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
     """Return the location of an error, given pydantic's `loc` and the class `kind` of the body."""
     types: list[Any] = [kind]  # possible types of the value at `path`: several if the field is a union
-    path, fields, is_in_union = "", tuple[str, ...](), False
+    path, is_in_union = "", False
     for part in loc:
         is_in_union = len(types) > 1
-        if is_in_union:  # pydantic puts the name of the union's type, as "list[str]", between the parts of the path
-            part = str(part).partition("[")[0]
-            types = [type_ for type_ in types if part in _names(type_)] or [Any]
+        if is_in_union:  # pydantic puts the name of the union's type between the parts of the path
+            types = [type_ for type_ in types if _type_name(str(part)) in _names(type_)] or [Any]
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
-        if isinstance(types[0], type) and issubclass(types[0], BaseBody):
-            known = {field.alias or name: field.annotation for name, field in types[0].model_fields.items()}
-            fields, types = tuple(known), _union_members(known.get(str(part), Any))
+        if isinstance(types[0], type) and issubclass(types[0], RequestModel):
+            types = _union_members(_field_types(types[0]).get(str(part), Any))
         else:  # the value at `path` is a list or a dictionary
             types = _union_members((*get_args(types[0]), Any)[-2 if get_args(types[0]) else 0])
-    return _FieldLocation(path.lstrip("."), fields, is_in_union)
+    return _FieldLocation(path.lstrip("."), is_in_union)
+
+
+def _type_name(label: str) -> str:
+    """Return the name of the type to which pydantic gave the `label` "list[str]" or "function-after[check(), Name]"."""
+    return label.rpartition(", ")[2].partition("[")[0].rstrip("]")
 
 
 def _names(type_: Any) -> set[object]:
@@ -135,7 +263,7 @@ def _names(type_: Any) -> set[object]:
     The names are the name of the type, and the values of the field `type` if that field tells the union's types apart.
     """
     name = str(getattr(type_, "__name__", ""))
-    fields = type_.model_fields if isinstance(type_, type) and issubclass(type_, BaseBody) else {}
+    fields = type_.model_fields if isinstance(type_, type) and issubclass(type_, RequestModel) else {}
     return {name, *(get_args(fields["type"].annotation) if "type" in fields else ())}
 
 

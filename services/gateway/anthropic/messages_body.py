@@ -46,7 +46,7 @@ class JsonOutputFormat(BaseBody):
 class OutputConfig(BaseBody):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: JsonOutputFormat | None = None
-    task_budget: Annotated[dict[str, Any] | None, only(None)] = None
+    task_budget: Annotated[dict[str, Any] | None, only()] = None
 
 
 class ContextEdit(BaseBody):
@@ -71,7 +71,7 @@ class CountTokensBody(BaseBody):
     output_format: JsonOutputFormat | None = None  # older name of output_config.format
     context_management: ContextManagement | None = None
     mcp_servers: Annotated[list[Any] | None, only([])] = None
-    compaction: Annotated[dict[str, Any] | None, only(None)] = None
+    compaction: Annotated[dict[str, Any] | None, only()] = None
     cache_control: dict[str, Any] | None = None  # no effect: every prompt goes through the prefix cache
     speed: Literal["standard", "fast"] | None = None  # no effect
     billing_policy: dict[str, Any] | None = None  # no effect
@@ -127,7 +127,7 @@ class MessagesBody(CountTokensBody):
     top_p: float | None = None
     top_k: int | None = None
     stream: bool | None = None
-    container: Annotated[str | dict[str, Any] | None, only(None)] = None
+    container: Annotated[str | dict[str, Any] | None, only()] = None
     thread: dict[str, Any] | None = None
     inference_geo: Annotated[str | None, only("global")] = None
     # The following fields have no effect. This server refuses no answer, so it needs no fallbacks.

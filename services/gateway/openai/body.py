@@ -1,25 +1,24 @@
 """A `CompletionBody` or `ChatBody` is a request body of OpenAI's API, and is converted to `GenerationRequest`.
 
-Source: OpenAI's API reference for completions and chat completions. Fields from vLLM are `top_k`, `min_p`,
-`repetition_penalty`, `stop_token_ids`, `ignore_eos`, `min_tokens`, `prompt_logprobs`, `priority`,
-`structured_outputs` and `chat_template_kwargs`; the bodies of `/tokenize` and `/detokenize` are from vLLM, too. The
-fields `timeout` and `enable_thinking` exist only in Expertmesh. If a body has an unknown field, the error names the
-field.
+Source: OpenAI's API reference for completions and chat completions. Fields that OpenAI does not have are from vLLM,
+except `timeout` and `enable_thinking`, which exist only in Expertmesh. In every field null stands for a missing field.
+If a body has an unknown field, the error names the field. The fields without effect stand in `inert_fields`.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
-from services.engine.contract.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
-from services.gateway.chat import grammars
-from services.gateway.chat.tools import ToolUse, parse_tool_mode
+from services.engine.contract.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from services.gateway.chat.tools import Tool, ToolUse
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
-from services.gateway.openai.messages import ConversationBody, NamedTool
-from services.gateway.request_body import BaseBody, only
+from services.gateway.openai.answer_formats import ResponseFormat, StructuredOutputs
+from services.gateway.openai.inert_fields import InertChatFields, InertCompletionFields, InertFields
+from services.gateway.openai.messages import ConversationBody, ToolFunction
+from services.gateway.openai.tool_choice import FunctionName, ToolChoice, function_use, tool_use
+from services.gateway.request_body import BaseBody, Integer, shown
 
 MAX_PROMPTS = 64  # maximum number of prompts in one body
 SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {
@@ -55,107 +54,63 @@ def _check_stop(value: object) -> object:
         return [value]
     if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
         return value
-    raise ValueError(f"must be a string or a list of strings, not {value!r:.100}")
+    raise ValueError(f"must be a string or a list of strings, not {shown(value)}")
 
 
-def _check_bias(value: object) -> object:
-    """Return `value` if it has few enough entries to be parsed; the gateway's own limit is checked later."""
+def _check_logit_bias(value: object) -> object:
+    """Return `value` if it has few enough entries to be parsed, and only numbers; the gateway's limit is checked later.
+
+    Raises ValueError for the first value that is no number.
+    """
     if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
         raise ValueError(f"must hold at most {MAX_LOGIT_BIAS} entries, not {len(value)}")
+    for key, bias in value.items() if isinstance(value, dict) else ():
+        if type(bias) not in (int, float):
+            raise ValueError(f"must hold a number for each token id, not {shown(bias)} for {key!r:.100}")
     return value
 
 
+BiasByToken = Annotated[dict[str, float], BeforeValidator(_check_logit_bias)]
+
+
 class StreamOptions(BaseBody):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # has no effect: chunks are never padded
 
 
-class StructuredOutputs(BaseBody):
-    """A `StructuredOutputs` holds the format that the answer must match; the client must set exactly one field.
-
-    The fields are the same as in vLLM's API.
-    """
-
-    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
-    json_object: Literal[True] | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-
-    @model_validator(mode="after")
-    def _check_one(self) -> StructuredOutputs:
-        if len(self.model_dump(exclude_none=True)) != 1:
-            raise ValueError("must hold exactly one of json, json_object, regex, choice and grammar")
-        return self
-
-    def answer_format(self) -> AnswerFormat:
-        param = "structured_outputs"
-        if self.json_ is not None:
-            schema = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
-            return AnswerFormat(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{param}.json")
-        if self.regex is not None:
-            return AnswerFormat(Grammar(GrammarKind.REGEX, self.regex), f"{param}.regex")
-        if self.choice is not None:
-            return AnswerFormat(grammars.any_of(self.choice), f"{param}.choice")
-        if self.grammar is not None:
-            return AnswerFormat(Grammar(GrammarKind.LARK, self.grammar), f"{param}.grammar")
-        return AnswerFormat(Grammar(GrammarKind.JSON_OBJECT), f"{param}.json_object")
-
-
-class JsonSchema(BaseBody):
-    name: str | None = None
-    description: str | None = None  # the description is accepted but has no effect
-    schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
-    strict: bool | None = None  # the field has no effect, because every schema is enforced
-
-
-class ResponseFormat(BaseBody):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("must hold a json_schema if, and only if, its type is 'json_schema'")
-        return self
-
-    def answer_format(self) -> AnswerFormat | None:
-        param = "response_format"
-        if self.json_schema is not None:
-            schema = json.dumps(self.json_schema.schema_)
-            return AnswerFormat(Grammar(GrammarKind.JSON_SCHEMA, schema), f"{param}.json_schema.schema")
-        return AnswerFormat(Grammar(GrammarKind.JSON_OBJECT), param) if self.type == "json_object" else None
-
-
-class _RequestBody(BaseBody):
+class _RequestBody(InertFields):
     """A `_RequestBody` holds the fields that are common to completions and chat completions."""
 
     model: str | None = None
+    request_id: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
+    max_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_check_stop)] = None
-    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    stop_token_ids: list[Integer] | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    n: int | None = None
+    min_tokens: Integer | None = None
+    n: Integer | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_bias)] = None
-    prompt_logprobs: int | None = None
+    logit_bias: BiasByToken | None = None
+    prompt_logprobs: Integer | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: int | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: Integer | None = None
     cache_salt: str | None = None
+    priority: Integer | None = None
     timeout: float | None = None
-    user: str | None = None  # `user`, `metadata` and `store` are accepted but have no effect
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> _RequestBody:
@@ -169,7 +124,22 @@ class _RequestBody(BaseBody):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def include_usage_in_chunks(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats is True
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields of a `GenerationRequest` that completions and chats have in common."""
+        return {
+            "n": self.n,
+            "answer_format": self.answer_format(),
+            "timeout": self.timeout,
+            "truncate_prompt_tokens": self.truncate_prompt_tokens,
+            "skip_special_tokens": self.skip_special_tokens is not False,
+            "include_stop_str_in_output": self.include_stop_str_in_output is True,
+        }
 
     def answer_format(self) -> AnswerFormat | None:
         if self.structured_outputs is not None:
@@ -190,14 +160,13 @@ class _RequestBody(BaseBody):
         return given
 
 
-class CompletionBody(_RequestBody):
+class CompletionBody(InertCompletionFields, _RequestBody):
     """A `CompletionBody` is the body of a request to `/v1/completions`."""
 
     prompt: Annotated[Any, BeforeValidator(_check_prompt)]
-    best_of: int | None = None
+    best_of: Integer | None = None
     echo: bool | None = None
-    logprobs: int | None = None
-    suffix: Annotated[str | None, only(None)] = None
+    logprobs: Integer | None = None
 
     @model_validator(mode="after")
     def _check_completion(self) -> CompletionBody:
@@ -219,23 +188,24 @@ class CompletionBody(_RequestBody):
 
         Raises ApiError or ValueError if a parameter is invalid.
         """
-        sampling, answer_format = self.sampling(self.logprobs), self.answer_format()
+        sampling, parameters = self.sampling(self.logprobs), self.parameters()
         if self.echoes_logprobs:
             sampling.setdefault("prompt_logprobs", self.logprobs)
         first, *more = [self.prompt] if _is_one_prompt(self.prompt) else self.prompt
-        return GenerationRequest(
-            first, sampling, self.n, self.echo or False, answer_format, timeout=self.timeout, more_prompts=more
-        )
+        return GenerationRequest(first, sampling, echo=self.echo is True, more_prompts=more, **parameters)
 
 
-class ChatBody(ConversationBody, _RequestBody):
+class ChatBody(ConversationBody, InertChatFields, _RequestBody):
     """A `ChatBody` is the body of a request to `/v1/chat/completions`."""
 
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tool_choice: str | NamedTool | None = None
+    top_logprobs: Integer | None = None
+    tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[ToolFunction] | None = None  # `tools` and `tool_choice` of OpenAI's older API
+    function_call: str | FunctionName | None = None
+    include_reasoning: bool | None = None  # False: the response leaves the reasoning out
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
@@ -243,7 +213,13 @@ class ChatBody(ConversationBody, _RequestBody):
         if len(limits) > 1:
             raise ValueError("max_tokens and max_completion_tokens must be equal if both are given; set only one.")
         self.max_tokens = limits.pop() if limits else None
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.functions and self.tools:
+            raise ValueError("functions may not be given together with tools; give tools only.")
+        if self.function_call is not None and not self.functions:
+            raise ValueError("function_call may only be given together with functions.")
+        if self.functions and self.tool_choice is not None:
+            raise ValueError("tool_choice may not be given together with functions; give function_call or tools.")
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs may only be given together with logprobs=true.")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
             raise ValueError(f"top_logprobs must be 0 to {MAX_LOGPROBS}, not {self.top_logprobs}.")
@@ -253,74 +229,28 @@ class ChatBody(ConversationBody, _RequestBody):
     def is_chat(self) -> bool:
         return True
 
+    @property
+    def calls_functions(self) -> bool:
+        """Return True if the response must have the form of OpenAI's older API with `functions`."""
+        return bool(self.functions)
+
+    def offered_tools(self) -> tuple[Tool, ...]:
+        return (*super().offered_tools(), *(function.tool() for function in self.functions or ()))
+
+    def _tool_use(self) -> ToolUse:
+        if self.functions or self.function_call is not None:
+            return function_use(self.offered_tools(), self.function_call)
+        return tool_use(self.offered_tools(), self.tool_choice, self.parallel_tool_calls)
+
     def request(self) -> GenerationRequest:
         """Return the `GenerationRequest` for the conversation of the body.
 
         Raises ApiError or ValueError if a parameter is invalid.
         """
-        choice = self.tool_choice
-        function = choice.function.name if isinstance(choice, NamedTool) else None
-        mode = parse_tool_mode(choice) if isinstance(choice, str) else None
-        tools = tuple(tool.tool() for tool in self.tools or ())
-        tool_use = ToolUse.of(tools, mode, function, self.parallel_tool_calls)
         sampling = self.sampling((self.top_logprobs or 0) if self.logprobs else None)
-        return GenerationRequest(
-            self.conversation(),
-            sampling,
-            self.n,
-            answer_format=self.answer_format(),
-            tool_use=tool_use,
-            timeout=self.timeout,
-            thinking=self.thinking,
-        )
-
-
-class TokenizeBody(BaseBody):
-    """A `TokenizeBody` is the body of a request to `/tokenize` with a prompt that is a string."""
-
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
-
-    def request(self) -> GenerationRequest:
-        """Return a `GenerationRequest` that holds only the prompt to tokenize."""
-        return GenerationRequest(self.prompt)
-
-
-class TokenizeChatBody(ConversationBody):
-    """A `TokenizeChatBody` is the body of a request to `/tokenize` with a conversation."""
-
-    model: str | None = None
-    add_generation_prompt: bool = True
-    add_special_tokens: bool = False
-    return_token_strs: bool = False
-
-    def request(self) -> GenerationRequest:
-        """Return a `GenerationRequest` that holds only the conversation to tokenize and its tools.
-
-        Raises ApiError or ValueError if the conversation is invalid.
-        """
-        return GenerationRequest(
-            self.conversation(self.add_generation_prompt),
-            tool_use=ToolUse(tuple(tool.tool() for tool in self.tools or ())),
-        )
-
-
-class DetokenizeBody(BaseBody):
-    """A `DetokenizeBody` is the body of a request to `/detokenize`."""
-
-    model: str | None = None
-    tokens: list[int]
+        conversation, parameters = self.conversation(), self.parameters()
+        use = self._tool_use()
+        return GenerationRequest(conversation, sampling, tool_use=use, thinking=self.thinking, **parameters)
 
 
 Body = CompletionBody | ChatBody
-
-
-def is_chat(data: bytes) -> bool:
-    """Return True if `data`, the body of a request to `/tokenize`, holds a conversation."""
-    try:
-        body = json.loads(data)
-    except ValueError:
-        return False
-    return isinstance(body, dict) and "messages" in body

@@ -18,17 +18,10 @@ from services.gateway.connection import EventStream, read_body, run_while_connec
 from services.gateway.errors import ApiError, client_errors
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.openai import response
-from services.gateway.openai.body import (
-    Body,
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-    TokenizeChatBody,
-    is_chat,
-)
+from services.gateway.openai.body import Body, ChatBody, CompletionBody
 from services.gateway.openai.response import ResponseHead
-from services.gateway.request_body import parse_body
+from services.gateway.openai.tokenizer_bodies import DetokenizeBody, TokenizeBody, TokenizeChatBody
+from services.gateway.request_body import parse_body, parse_json, validate
 
 DONE = "data: [DONE]\n\n"
 
@@ -64,10 +57,12 @@ class OpenAIRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         data = await read_body(request, self._max_body_bytes)
-        body = parse_body(TokenizeChatBody, data) if is_chat(data) else parse_body(TokenizeBody, data)
+        value = parse_json(data)
+        is_chat = isinstance(value, dict) and "messages" in value
+        body = validate(TokenizeChatBody, value) if is_chat else validate(TokenizeBody, value)
         self._generation.check_model(body.model)
         with client_errors():
-            token_ids = await self._generation.tokenize(body.request(), body.add_special_tokens)
+            token_ids = await self._generation.tokenize(body.request(), body.adds_special_tokens)
             shown = await self._generation.token_texts(token_ids) if body.return_token_strs else None
         longest = self._generation.card.max_model_len
         fields = {"count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown}

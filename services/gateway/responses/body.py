@@ -156,9 +156,9 @@ class ResponsesBody(BaseBody):
 
     background: Annotated[bool | None, only(False)] = None
     context_management: Annotated[list[Any] | None, only([])] = None
-    conversation: Annotated[Any, only(None)] = None
-    moderation: Annotated[dict[str, Any] | None, only(None)] = None
-    prompt: Annotated[dict[str, Any] | None, only(None)] = None
+    conversation: Annotated[Any, only()] = None
+    moderation: Annotated[dict[str, Any] | None, only()] = None
+    prompt: Annotated[dict[str, Any] | None, only()] = None
 
     # vLLM's and Expertmesh's own fields
     top_k: int | None = None
@@ -181,10 +181,6 @@ class ResponsesBody(BaseBody):
     @property
     def has_logprobs(self) -> bool:
         return self.top_logprobs is not None or LOGPROBS in (self.include or ())
-
-    @property
-    def is_stored(self) -> bool:
-        return self.store is not False
 
     @property
     def has_encrypted(self) -> bool:
@@ -239,7 +235,6 @@ class ResponsesBody(BaseBody):
             "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
             "safety_identifier": self.safety_identifier,
             "service_tier": "default",
-            "store": self.is_stored,
             "temperature": self.temperature,
             "text": {
                 "format": text.format.echo() if text.format else {"type": "text"},

@@ -209,7 +209,7 @@ def test_a_pool_is_scaled_and_left_to_its_load_again(http: httpx.Client, fleet: 
             "pools/experts-cpu/scale",
             '{"shards": 1, "shrads": 2}',
             400,
-            "Unknown field 'shrads'; the allowed fields are by, shards",
+            "Unknown field 'shrads'; the nearest allowed field is 'shards'",
         ),
         ("rebalance", "{", 400, "The body is not valid JSON"),
         ("traces", '{"action": "pause"}', 400, "action must be "),
