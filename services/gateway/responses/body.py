@@ -183,6 +183,10 @@ class ResponsesBody(BaseBody):
         return self.top_logprobs is not None or LOGPROBS in (self.include or ())
 
     @property
+    def is_stored(self) -> bool:
+        return self.store is not False
+
+    @property
     def has_encrypted(self) -> bool:
         return ENCRYPTED in (self.include or ())
 
@@ -235,6 +239,7 @@ class ResponsesBody(BaseBody):
             "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
             "safety_identifier": self.safety_identifier,
             "service_tier": "default",
+            "store": self.is_stored,
             "temperature": self.temperature,
             "text": {
                 "format": text.format.echo() if text.format else {"type": "text"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import uuid
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ KINDS = {
 
 def new_id(kind: str) -> str:
     """Return an unused id for an item of the type `kind`; nobody can guess the id."""
-    return f"{KINDS[kind]}_{uuid.uuid4().hex}"
+    return f"{KINDS[kind]}_{secrets.token_hex(16)}"
 
 
 def encode_reasoning(text: str) -> str:
@@ -43,10 +43,15 @@ def encode_reasoning(text: str) -> str:
     return ENCODED + base64.b64encode(text.encode("utf-8", "replace")).decode()
 
 
-def parse_items(value: Any, find: Callable[[str], Item]) -> list[Item]:
+def _refuse_reference(item_id: str) -> Item:
+    raise ValueError(f"The item {item_id!r:.100} may not be named here.")
+
+
+def parse_items(value: Any, find: Callable[[str], Item] = _refuse_reference) -> list[Item]:
     """Return the checked items of the request's `input`, which is a string or a list.
 
-    `find` returns the stored item that an `item_reference` names. Raises ValueError for the first mistake.
+    `find` returns the stored item that an `item_reference` names. An item has an id only if the client gave the id.
+    Raises ValueError for the first mistake.
     """
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
@@ -76,14 +81,10 @@ def _parse(item: Any, param: str, find: Callable[[str], Item]) -> Item:
 
 
 def _with_id(item: Item, kind: str, param: str, *names: str) -> Item:
-    fields = {name: _string(item, name, param) for name in names}
     item_id = item.get("id")
-    return {
-        "id": item_id if isinstance(item_id, str) and item_id else new_id(kind),
-        "type": kind,
-        "status": "completed",
-        **fields,
-    }
+    own = {"id": item_id} if isinstance(item_id, str) and item_id else {}
+    fields = {name: _string(item, name, param) for name in names}
+    return {**own, "type": kind, "status": "completed", **fields}
 
 
 def _string(item: Item, name: str, param: str) -> str:

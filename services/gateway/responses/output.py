@@ -144,13 +144,6 @@ class OutputBuilder:
             self._open, self._call_index = None, -1
 
 
-def without_logprobs(item: Item) -> Item:
-    """Return an output item without its logprobs, which later requests of the conversation do not need."""
-    if item["type"] != "message":
-        return item
-    return item | {"content": [part | {"logprobs": []} for part in item["content"]]}
-
-
 def _logprob(score: ScoredToken) -> dict[str, Any]:
     return {**_token(score), "top_logprobs": list(map(_token, score.top))}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from itertools import count
 
 from fastapi import FastAPI, Request, Response
@@ -13,27 +12,17 @@ from fastapi.responses import JSONResponse
 
 from services.gateway.answer import Answer, cache_header, read
 from services.gateway.connection import EventStream, run_while_connected, server_event
-from services.gateway.errors import ApiError, ApiRefusal, client_errors, invalid
+from services.gateway.errors import ApiError, client_errors, invalid
 from services.gateway.generation import Generation
-from services.gateway.generation_request import GenerationRequest
 from services.gateway.responses.body import PARAM_NAMES, ResponsesBody
-from services.gateway.responses.items import Item, parse_items, to_messages
-from services.gateway.responses.output import Event, OutputBuilder, without_logprobs
+from services.gateway.responses.items import Item, parse_items
+from services.gateway.responses.output import Event, OutputBuilder
 from services.gateway.responses.response import ENCODE, ResponseForm, is_complete
-from services.gateway.responses.store import ResponseStore, StoredItem, StoredResponse, page
+from services.gateway.responses.store import ResponseStore, StoredResponse, page
 from services.gateway.responses.truncation import fit
+from services.gateway.responses.turn import Turn, TurnReader
 
 MAX_PAGE = 100  # items in one page of a response's input, as in OpenAI's API
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A `Turn` is a request with everything that the conversation held before it."""
-
-    body: ResponsesBody
-    earlier: tuple[StoredItem, ...]  # items of the previous response and of all responses before it
-    items: list[Item]  # the request's own input
-    request: GenerationRequest
 
 
 class ResponsesRoutes:
@@ -42,7 +31,7 @@ class ResponsesRoutes:
     def __init__(self, generation: Generation) -> None:
         self._generation, limits = generation, generation.limits
         self._store = ResponseStore(limits.stored_responses, limits.stored_bytes)
-        self._max_bytes = limits.max_body_bytes(generation.card.max_model_len)
+        self._reader = TurnReader(generation, self._store)
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to `app`."""
@@ -61,7 +50,8 @@ class ResponsesRoutes:
         body = await read(request, ResponsesBody, self._generation)
         self._generation.check_model(body.model)
         with _own_names():
-            token_ids = await self._generation.tokenize(self._turn(body).request, add_special_tokens=False)
+            turn = await self._reader.read(body)
+            token_ids = await self._generation.tokenize(turn.request, add_special_tokens=False)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": len(token_ids)})
 
     async def retrieve(self, request: Request, response_id: str) -> Response:
@@ -96,7 +86,7 @@ class ResponsesRoutes:
         generation.check_model(body.model)
         form = ResponseForm(f"resp_{uuid.uuid4().hex}", generation.card.id, body.echo())
         with _own_names():
-            turn = self._turn(body)
+            turn = await self._reader.read(body)
             request = turn.request
             if body.truncation == "auto":
                 request = await fit(generation, request, body.max_output_tokens)
@@ -131,53 +121,10 @@ class ResponsesRoutes:
     def _end(self, turn: Turn, response: Item) -> str:
         """Return the complete `response` as JSON, and store it if the client wants so."""
         text = ENCODE(response)
-        if turn.body.store is not False:
-            items = (*turn.earlier, *map(StoredItem.of, turn.items))
-            output = map(StoredItem.of, map(without_logprobs, response["output"]))
-            self._store.add(response["id"], StoredResponse(text, (*items, *output), len(items)))
+        if turn.body.is_stored:
+            output = (self._store.intern(item, is_ours=True) for item in parse_items(response["output"]))
+            self._store.add(response["id"], StoredResponse(text, (*turn.items, *output), len(turn.items)))
         return text
-
-    def _turn(self, body: ResponsesBody) -> Turn:
-        """Return the request of `body`, with the items that it names in the store.
-
-        Raises ApiError or ValueError if the request is invalid.
-        """
-        earlier = self._earlier(body.previous_response_id)
-        num_bytes = sum(len(item.text) for item in earlier)
-
-        def find(item_id: str) -> Item:
-            nonlocal num_bytes
-            item = self._store.find(item_id)
-            num_bytes += len(item.text)
-            self._check_size(num_bytes)
-            return item.item
-
-        self._check_size(num_bytes)
-        if body.input is None and not earlier:
-            raise ValueError("input is missing, but required.")
-        items = [] if body.input is None else parse_items(body.input, find)
-        if not items and not earlier:
-            raise ValueError("input must hold at least one message.")
-        messages = to_messages([*(item.item for item in earlier), *items], body.instructions, len(earlier))
-        return Turn(body, earlier, items, body.request(messages))
-
-    def _earlier(self, response_id: str | None) -> tuple[StoredItem, ...]:
-        if response_id is None:
-            return ()
-        try:
-            return self._store.get(response_id).items
-        except ApiError as error:
-            code = "previous_response_not_found"
-            raise ApiError(error.refusal, error.message, "previous_response_id", code) from error
-
-    def _check_size(self, num_bytes: int) -> None:
-        """Raise ApiError if the stored items that a request names are larger than the body of a request may be.
-
-        A short request that names one long item many times would otherwise take any amount of memory.
-        """
-        if num_bytes > self._max_bytes:
-            message = f"The stored items that the input names may hold at most {self._max_bytes} bytes, but hold more."
-            raise ApiError(ApiRefusal.TOO_LARGE, message, "input")
 
 
 @contextmanager

@@ -9,20 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.gateway.errors import ApiError, ApiRefusal
-from services.gateway.responses.items import Item
+from services.gateway.responses.items import Item, new_id
 
 
-@dataclass
+@dataclass(slots=True)
 class StoredItem:
     """A `StoredItem` is an item as JSON text; all responses of one conversation share the items that they have."""
 
     id: str
     text: str
+    # True: this server made the id, so nobody can guess it. Only then may a request name the item by its id.
+    is_ours: bool
     num_holders: int = 0  # number of stored responses that hold the item
-
-    @classmethod
-    def of(cls, item: Item) -> StoredItem:
-        return cls(item["id"], json.dumps(item))
 
     @property
     def item(self) -> Item:
@@ -56,7 +54,7 @@ class ResponseStore:
     def __init__(self, max_responses: int, max_bytes: int) -> None:
         self._max_responses, self._max_bytes = max_responses, max_bytes
         self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
-        self._items: dict[str, StoredItem] = {}  # the newest stored item with each id
+        self._items: dict[str, StoredItem] = {}  # the items that a request may name, by id
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -75,7 +73,8 @@ class ResponseStore:
             if not item.num_holders:
                 self.num_bytes += _size(item)
             item.num_holders += 1
-            self._items[item.id] = item
+            if item.is_ours:
+                self._items[item.id] = item
         while len(self._responses) > self._max_responses or self.num_bytes > self._max_bytes:
             self.delete(next(iter(self._responses)))
 
@@ -96,8 +95,19 @@ class ResponseStore:
             item.num_holders -= 1
             if not item.num_holders:
                 self.num_bytes -= _size(item)
-                if self._items.get(item.id) is item:
-                    del self._items[item.id]
+                if item.is_ours:
+                    self._items.pop(item.id, None)
+
+    def intern(self, item: Item, is_ours: bool = False) -> StoredItem:
+        """Return `item` in the form for the store, shared with the responses that hold the same item already.
+
+        `is_ours` is True if this server made the item's id; an item without an id gets one. The store does not hold the
+        item yet. Threads may call the method.
+        """
+        if "id" not in item:
+            item, is_ours = {"id": new_id(item["type"]), **item}, True
+        text, known = json.dumps(item), self._items.get(item["id"])
+        return known if known and known.text == text else StoredItem(item["id"], text, is_ours)
 
     def find(self, item_id: str) -> StoredItem:
         """Return the stored item with an id. Raises ApiError if no stored response holds the item."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -20,7 +21,9 @@ from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.health import Health
 from services.gateway.limits import GatewayLimits
+from services.gateway.responses import turn
 from services.gateway.responses.body import ResponsesBody
+from services.gateway.responses.items import parse_items
 from services.gateway.rest import build_rest
 from tests.services.gateway.echo import EchoSource, serving
 
@@ -270,9 +273,47 @@ def test_references_cannot_multiply(client: openai.OpenAI, http: httpx.Client) -
     turns: list[Any] = [{"role": "user", "content": "x" * 9000}, {"role": "user", "content": "hi"}]
     first = create(client, input=turns, truncation="auto")
     long = client.responses.input_items.list(first.id).data[1].id
-    refused = http.post("/v1/responses", json={"input": [{"type": "item_reference", "id": long}] * 1000})
+    refused = http.post("/v1/responses", json={"input": [{"type": "item_reference", "id": long}] * 100})
     assert refused.status_code == 413
     assert refused.json()["error"]["message"].startswith("The stored items that the input names may hold at most")
+
+
+def test_the_number_of_items_is_limited(http: httpx.Client, client: openai.OpenAI) -> None:
+    first = create(client, input="x")  # its conversation has two items
+    parts = [{"type": "input_text", "text": ""}] * 100
+    item = {"role": "user", "content": "x"}
+    bodies: list[dict[str, Any]] = [
+        {"input": [item] * 201},
+        {"input": [item] * 199, "previous_response_id": first.id},
+        {"input": [{"role": "user", "content": parts}] * 2},
+        {"input": [{"type": "function_call_output", "call_id": "c", "output": parts}] * 2},
+    ]
+    for body in bodies:
+        refused = http.post("/v1/responses", json=body)
+        assert refused.status_code == 400
+        message = "input must hold at most 200 items and parts, with those of earlier responses, not 20"
+        assert refused.json()["error"]["message"].startswith(message)
+
+
+def test_many_items_are_read_in_a_thread(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"input": [{"role": "user", "content": "x"}] * 100}
+    bad = {"input": [*body["input"], {"role": "user"}]}
+
+    def ask() -> list[Any]:
+        return [http.post("/v1/responses/input_tokens", json=one).json() for one in (body, bad)]
+
+    inline = ask()
+    assert inline[1]["error"]["message"] == "input[100].content is missing, but required."
+    threads: set[str] = set()
+
+    def noted(*args: Any) -> Any:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return parse_items(*args)
+
+    monkeypatch.setattr(turn, "INLINE_ITEMS", 99)
+    monkeypatch.setattr(turn, "parse_items", noted)
+    assert ask() == inline
+    assert threads == {"gateway"}
 
 
 def test_truncation(client: openai.OpenAI, source: EchoSource, tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ def response(*items: StoredItem, size: int = 10) -> StoredResponse:
 
 
 def item(name: str, size: int = 10) -> StoredItem:
-    return StoredItem(name, "y" * size)
+    return StoredItem(name, "y" * size, is_ours=True)
 
 
 def test_bytes_are_counted_once_for_shared_items() -> None:
@@ -32,13 +32,22 @@ def test_bytes_are_counted_once_for_shared_items() -> None:
         store.find("a")
 
 
-def test_the_newest_item_with_an_id_is_found() -> None:
+def test_only_ids_that_nobody_can_guess_name_items() -> None:
     store = ResponseStore(100, 1 << 20)
-    old, new = item("a"), item("a")
-    store.add("r0", response(old))
-    store.add("r1", response(new))
+    message = {"type": "message", "role": "user", "content": []}
+    chosen, made = store.intern({"id": "msg_1", **message}), store.intern(message)
+    store.add("r0", response(chosen, made))
+    assert store.find(made.id) is made
+    with pytest.raises(ApiError, match="not stored here"):
+        store.find("msg_1")
+    # A client that sends an item back shares it, but cannot replace it.
+    assert store.intern(made.item) is made
+    other = store.intern(made.item | {"role": "assistant"})
+    store.add("r1", response(other))
+    assert store.find(made.id) is made
     store.delete("r0")
-    assert store.find("a") is new
+    with pytest.raises(ApiError, match="not stored here"):
+        store.find(made.id)
 
 
 def test_the_bounds_always_hold() -> None:
