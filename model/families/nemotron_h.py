@@ -14,7 +14,7 @@ Legend: T tokens of the step, D hidden, V vocabulary, L expert input.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -457,6 +457,20 @@ def served_expert_shapes(checkpoint: Checkpoint, config: NemotronHConfig) -> tup
     return tuple(shape for shape in config.expert_shapes if shape.layer < num_layers)
 
 
+def has_own_head(checkpoint: Checkpoint, config: NemotronHConfig, reads_weights: bool = True) -> bool:
+    """Return True if the head has weights of its own, and does not use the embeddings.
+
+    If the config ties head and embeddings but the checkpoint has weights for both, the head's own weights are served if
+    they differ, as transformers does. If they are equal, they are read only once. If `reads_weights` is False, the
+    weights are not compared, and are taken to differ.
+    """
+    prefix = checkpoint_prefix(checkpoint)
+    head, embeddings = tensor_name("lm_head.weight", prefix), f"{prefix}embeddings.weight"
+    if not config.tie_word_embeddings or head not in checkpoint:
+        return not config.tie_word_embeddings
+    return not reads_weights or not torch.equal(checkpoint.tensor(head), checkpoint.tensor(embeddings))
+
+
 def check_names(checkpoint: Checkpoint, config: NemotronHConfig, parameter_names: Iterator[str]) -> None:
     """Raise ValueError with the name of the first tensor that is missing in the checkpoint or unknown to the model."""
     prefix = checkpoint_prefix(checkpoint)
@@ -465,6 +479,8 @@ def check_names(checkpoint: Checkpoint, config: NemotronHConfig, parameter_names
         for expert in range(shape.num_experts):
             expected.update(expert_tensor_names(config, shape.layer, expert, prefix).values())
     names = set(checkpoint.names)
+    if config.tie_word_embeddings:
+        names.discard(tensor_name("lm_head.weight", prefix))  # equal to the embeddings, see `has_own_head`
     if missing := sorted(expected - names):
         raise ValueError(f"the checkpoint {checkpoint.path} has no tensor {missing[0]} ({len(missing)} missing in all)")
     if extra := sorted(names - expected):
@@ -483,6 +499,7 @@ def load_backbone(
     Weights have `dtype`, except for the parameters in `FP32_PARAMETERS`, with which the reference implementation
     computes in fp32. Raises ValueError if a tensor is missing, is unknown or has the wrong shape.
     """
+    config = replace(config, tie_word_embeddings=not has_own_head(checkpoint, config))
     with torch.device("meta"):
         model = NemotronH(config, experts, with_mtp=has_mtp(checkpoint, config))
     weights = {}
@@ -515,6 +532,7 @@ def check(checkpoint: Checkpoint, config: NemotronHConfig) -> None:
     Raises ValueError if a tensor is missing, is unknown or has the wrong shape; the message names the first such
     tensor.
     """
+    config = replace(config, tie_word_embeddings=not has_own_head(checkpoint, config, reads_weights=False))
     with torch.device("meta"):
         model = NemotronH(config, LocalExperts({}), with_mtp=has_mtp(checkpoint, config))
     for _ in _backbone_tensors(checkpoint, config, model):

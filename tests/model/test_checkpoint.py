@@ -12,8 +12,9 @@ from torch import Tensor
 
 from model.blocks.moe import ExpertBank
 from model.checkpoint import INDEX, Checkpoint
+from model.families.nemotron_h import NemotronH
 from model.family import load_family
-from tests.model.checkpoints import SEVERAL_FILES, Tiny, edit
+from tests.model.checkpoints import SEVERAL_FILES, TIED, Tiny, edit
 from tests.model.conftest import load_fp32
 from tests.model.steps import full_logits, random_tokens
 
@@ -105,6 +106,31 @@ def test_a_missing_expert_is_named_by_the_backbone_too(latent: Tiny, tmp_path: P
     family = load_family(edit(latent.path, tmp_path, lambda tensors: tensors.pop(name)))
     with pytest.raises(ValueError, match=f"has no tensor {name}"):
         family.load_backbone(no_experts, torch.float32)
+
+
+def test_a_head_of_its_own_is_served_although_the_config_ties_it(
+    tiny_of: Callable[[str], Tiny], tmp_path: Path
+) -> None:
+    tied, tokens = tiny_of(TIED).path, random_tokens(9)
+
+    def with_head(change: Callable[[Tensor], Tensor]) -> tuple[NemotronH, Tensor]:
+        def add(tensors: dict[str, Tensor]) -> None:
+            tensors["lm_head.weight"] = change(tensors["backbone.embeddings.weight"])
+
+        family = load_family(edit(tied, tmp_path, add))
+        family.check()
+        model = load_fp32(family)
+        return model, full_logits(model, tokens)
+
+    expected = full_logits(load_fp32(load_family(tied)), tokens)
+    equal, logits = with_head(torch.clone)
+    assert equal.lm_head is None, "equal weights are kept only once"
+    assert torch.equal(logits, expected)
+    other, logits = with_head(lambda embeddings: 2 * embeddings)
+    assert other.lm_head is not None
+    assert torch.allclose(logits, 2 * expected)
+    with pytest.raises(ValueError, match=r"lm_head\.weight .* is \[1, 2\], the config requires"):
+        with_head(lambda _: torch.zeros(1, 2))
 
 
 def test_missing_embeddings_are_named(latent: Tiny, tmp_path: Path) -> None:
