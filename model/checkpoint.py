@@ -60,6 +60,20 @@ class Checkpoint:
         return read_json(path) if path.exists() else {}
 
     @cached_property
+    def tokenizer_eos_id(self) -> int | None:
+        """Return the id of the tokenizer's `eos_token`; None if there is no tokenizer, or if it has no such token."""
+        paths = [self.path / "tokenizer_config.json", self.path / "special_tokens_map.json"]
+        given = next((token for path in paths if path.exists() if (token := read_json(path).get("eos_token"))), None)
+        name = given.get("content") if isinstance(given, dict) else given
+        if not name or not (self.path / "tokenizer.json").exists():
+            return None
+        tokenizer = read_json(self.path / "tokenizer.json")
+        added = (token["id"] for token in tokenizer.get("added_tokens") or () if token["content"] == name)
+        token_id = next(added, None)
+        vocab = (tokenizer.get("model") or {}).get("vocab")
+        return vocab.get(name) if token_id is None and isinstance(vocab, dict) else token_id
+
+    @cached_property
     def _files(self) -> dict[str, str]:
         """Return a dictionary from each tensor's name to the name of the file that holds the tensor."""
         if (self.path / INDEX).exists():

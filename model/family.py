@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +28,15 @@ class ModelFamily:
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
         """Return the shapes of all MoE layers for which the checkpoint has weights, also those of the MTP module."""
         return nemotron_h.served_expert_shapes(self.checkpoint, self.config)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Return the ids that end an answer: those of both configs, and that of the tokenizer's `eos_token`.
+
+        An id beyond the vocabulary is left out, because the model never generates it.
+        """
+        found = dict.fromkeys([*self.config.eos_token_ids, self.checkpoint.tokenizer_eos_id])
+        return tuple(token_id for token_id in found if token_id is not None and token_id < self.config.vocab_size)
 
     @property
     def has_mtp(self) -> bool:

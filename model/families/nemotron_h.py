@@ -53,6 +53,22 @@ FIXED = {  # for each key, the only value that this code supports; `from_json` r
 }
 
 
+def _eos_token_ids(configs: dict[str, dict[str, Any]]) -> tuple[int, ...]:
+    """Return the end-of-sequence ids of all `configs`, by file name, without repetition.
+
+    The two files of a model often differ: `config.json` has the end of a text and `generation_config.json` the end of a
+    turn. The model may write either.
+    """
+    found: list[int] = []
+    for file, config in configs.items():
+        given = config.get("eos_token_id")
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if any(type(token_id) is not int or token_id < 0 for token_id in ids):
+            raise ValueError(f"{file} has eos_token_id = {given!r}; allowed are a token id or a list of token ids")
+        found += ids
+    return tuple(dict.fromkeys(found))
+
+
 def _pattern(raw: dict[str, Any], prefix: str) -> str | None:
     """Return the layer pattern as a string of letters, or None if the config has no layer pattern.
 
@@ -106,7 +122,7 @@ class NemotronHConfig:
     attention_bias: bool
     mlp_bias: bool
     bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # end tokens of both configs; `ModelFamily.eos_token_ids` adds the tokenizer's
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> NemotronHConfig:
@@ -150,9 +166,6 @@ class NemotronHConfig:
         num_heads = need("num_attention_heads")
         num_kv_heads = raw.get("num_key_value_heads") or num_heads
         has_moe = "E" in pattern
-        eos = (generation or {}).get("eos_token_id")
-        if eos is None:
-            eos = raw.get("eos_token_id")
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=hidden,
@@ -179,7 +192,7 @@ class NemotronHConfig:
             attention_bias=raw.get("attention_bias", False),
             mlp_bias=raw.get("mlp_bias", False),
             bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            eos_token_ids=_eos_token_ids({"generation_config.json": generation or {}, "config.json": raw}),
         )
 
     def __post_init__(self) -> None:

@@ -55,7 +55,7 @@ class BackboneConfig:
             bytes_per_slot=self.memory.bytes_per_slot,
             bytes_per_block=self.memory.bytes_per_block,
             has_prefix_cache=self.prefix_cache,
-            turn_end_ids=frozenset(family.config.eos_token_ids),
+            turn_end_ids=frozenset(family.eos_token_ids),
             max_draft_tokens=max_draft_tokens if has_drafts else 0,
         )
 
@@ -70,7 +70,7 @@ def build_engine(config: BackboneConfig, family: ModelFamily, experts: Experts) 
         Runner(model, state, config.device, has_drafts=scheduler_config.max_draft_tokens > 0),
         Scheduler(scheduler_config),
         family.config.vocab_size,
-        family.config.eos_token_ids,
+        family.eos_token_ids,
         outages=(ExpertsUnavailable,),
-        compile_grammar=GrammarCompiler(family.checkpoint.path, family.config.eos_token_ids).compile,
+        compile_grammar=GrammarCompiler(family.checkpoint.path, family.eos_token_ids).compile,
     )

@@ -82,7 +82,8 @@ def test_older_names_of_the_mamba_sizes() -> None:
     ("in_config", "generation", "expected"),
     [
         (2, {"eos_token_id": [2, 11]}, (2, 11)),
-        (2, {"eos_token_id": 0}, (0,)),
+        (2, {"eos_token_id": [11]}, (11, 2)),
+        (2, {"eos_token_id": 0}, (0, 2)),
         (2, {"eos_token_id": None}, (2,)),
         (2, {}, (2,)),
         ([3, 4], None, (3, 4)),
@@ -91,16 +92,40 @@ def test_older_names_of_the_mamba_sizes() -> None:
     ],
     ids=str,
 )
-def test_eos_ids_come_from_the_generation_config(in_config: object, generation: Any, expected: tuple[int, ...]) -> None:
+def test_eos_ids_are_those_of_both_configs(in_config: object, generation: Any, expected: tuple[int, ...]) -> None:
     assert NemotronHConfig.from_json(BASE | {"eos_token_id": in_config}, generation).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("eos", ["2", 2.0, True, [2, None], -1, {}], ids=str)
+def test_eos_ids_that_are_no_ids_are_refused(eos: object) -> None:
+    with pytest.raises(ValueError, match=r"generation_config\.json has eos_token_id = .*; allowed are a token id or a"):
+        NemotronHConfig.from_json(BASE, {"eos_token_id": eos})
+    with pytest.raises(ValueError, match=r"^config\.json has eos_token_id = .*; allowed are a token id or a list"):
+        NemotronHConfig.from_json(BASE | {"eos_token_id": eos})
 
 
 def test_eos_ids_of_a_directory(latent: Tiny, tmp_path: Path) -> None:
     path = edit_config(latent.path, tmp_path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 11]}))
-    assert load_family(path).config.eos_token_ids == (2, 11)
+    assert load_family(path).eos_token_ids == (2, 11)
     (path / "generation_config.json").unlink()
-    assert load_family(path).config.eos_token_ids == (2,)
+    assert load_family(path).eos_token_ids == (2,)
+    tokens = [{"id": 7, "content": "<end>"}, {"id": 10**6, "content": "<far>"}]
+    (path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {"vocab": {"x": 9}}}))
+    assert load_family(path).eos_token_ids == (2,)
+    named: list[tuple[object, tuple[int, ...]]] = [
+        ("<end>", (2, 7)),
+        ({"content": "<end>"}, (2, 7)),
+        ("x", (2, 9)),
+        ("<far>", (2,)),
+        ("none of them", (2,)),
+        (None, (2,)),
+    ]
+    for name, expected in named:
+        (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+        assert load_family(path).eos_token_ids == expected, name
+    (path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<end>"}))
+    assert load_family(path).eos_token_ids == (2, 7)
 
 
 def test_unknown_layers_are_named() -> None:
