@@ -39,6 +39,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Labels = dict[str, str]
 
 
+def _name_of(path: Path) -> str:
+    """Return the name of the model in the directory `path`.
+
+    A model in the cache of Hugging Face has the directory `models--org--name/snapshots/commit` and the name `org/name`.
+    """
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
 def _secret_of_environment(name: str) -> SecretStr | None:
     secret = os.environ.get(name, "")
     return SecretStr(secret) if secret else None
@@ -198,7 +209,7 @@ class AppArgs(BaseModel):
 
     @property
     def name(self) -> str:
-        return self.model_name or ("demo" if self.model == str(DEMO) else Path(self.model).resolve().name)
+        return self.model_name or ("demo" if self.model == str(DEMO) else _name_of(Path(self.model).resolve()))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -295,7 +306,11 @@ class AppArgs(BaseModel):
         family = load_family(self.model)
         family.check()
         Tokenizer(self.model)
-        key_prefix(self.name)
+        try:
+            key_prefix(self.name)
+        except ValueError as error:
+            sentence = "choose another with --model-name (model_name in a Serve config)"
+            raise ValueError(f"{str(error).rstrip('.')}; {sentence}.") from None
         if len(self.num_shards) < len(self.pools):
             raise ValueError(f"the pools are named {[pool.name for pool in self.pools]}; each needs a name of its own")
         _check_gpus(self.gpus, self.device, "backbone_gpus")

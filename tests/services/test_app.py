@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +59,32 @@ def test_memory_is_planned_from_the_checkpoint() -> None:
     assert args.shard_host_memory(PoolArgs(device="cuda"), family) == int(1.1 * whole / 4)
     assert args.shard_host_memory(PoolArgs(host_budget=7), family) == 7
     assert args.memory_plan(family).nbytes <= 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models/my-model", "my-model"),
+        ("hub/models--nvidia--Nemotron-3-Nano/snapshots/0a1b2c3d", "nvidia/Nemotron-3-Nano"),
+        ("hub/models--gpt2/snapshots/0a1b2c3d", "gpt2"),
+        ("snapshots/0a1b2c3d", "0a1b2c3d"),
+    ],
+)
+def test_a_model_is_named_after_its_folder_or_its_repository(tmp_path: Path, folder: str, name: str) -> None:
+    path = tmp_path / folder
+    shutil.copytree(DEMO, path)
+    args = AppArgs(model=str(path))
+    args.check()
+    assert args.name == name
+    assert AppArgs(model=str(path), model_name="other").name == "other"
+
+
+def test_a_folder_whose_name_cannot_be_a_models_name_is_refused_with_the_option(tmp_path: Path) -> None:
+    path = tmp_path / "my model"
+    shutil.copytree(DEMO, path)
+    with pytest.raises(ValueError, match=r"'my model' must not .* white space; choose another with --model-name"):
+        AppArgs(model=str(path)).check()
+    assert AppArgs(model=str(path), model_name="mine").check()
 
 
 def test_without_a_prefix_cache_no_memory_is_kept_for_one() -> None:
