@@ -20,6 +20,7 @@ from model import kernels
 from model.demo import DEMO
 from model.family import ModelFamily, load_family
 from services.controller.controller import layer_specs
+from services.engine.contract.sampling_defaults import SamplingDefaults
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS
 from services.engine.drafting.drafter import bytes_per_request
 from services.engine.scheduling.memory import MemoryPlan, plan_memory
@@ -169,6 +170,9 @@ class AppArgs(BaseModel):
         None, ge=0, le=MAX_DRAFT_TOKENS, description="maximum number of draft tokens per request and step"
     )
     prefix_cache: bool = True
+    generation_config: bool = Field(
+        True, description="use the sampling parameters of the model's generation_config.json where a client sets none"
+    )
     max_batch_tokens: int = Field(2048, ge=64)
     state_memory: ByteSize | None = Field(None, gt=0, description="bytes for KV pages and recurrent state")
     backbone_replicas: int = Field(1, ge=1)
@@ -287,6 +291,22 @@ class AppArgs(BaseModel):
             bytes_per_request=draft_bytes,
         )
 
+    def sampling_defaults(self, family: ModelFamily) -> SamplingDefaults:
+        """Return the values of sampling parameters that a client leaves out. Raise ValueError if one is not allowed."""
+        return SamplingDefaults.of_model(family.checkpoint.generation_config if self.generation_config else {})
+
+    def notes(self, family: ModelFamily) -> list[str]:
+        """Return sentences about the model that whoever starts it should know."""
+        notes = []
+        if defaults := str(self.sampling_defaults(family)):
+            notes.append(f"Sampling defaults of generation_config.json: {defaults}.")
+        if not family.eos_token_ids:
+            notes.append(
+                "Warning: neither the configs nor the tokenizer name an end-of-sequence token (eos_token_id, "
+                "eos_token), so answers end only at max_tokens and stop strings."
+            )
+        return notes
+
     def arithmetic(self) -> list[str]:
         """Return one sentence about the backbone's kernels, and one for each pool whose device is of another kind."""
         pools = self.pools if self.experts == "remote" else []
@@ -306,6 +326,7 @@ class AppArgs(BaseModel):
         family = load_family(self.model)
         family.check()
         Tokenizer(self.model)
+        self.sampling_defaults(family)
         try:
             key_prefix(self.name)
         except ValueError as error:

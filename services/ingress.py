@@ -136,7 +136,13 @@ class GatewayDeployment:
         self._grammars = GrammarChecker(args.model)
         tokenizer = Tokenizer(args.model)
         self._generation = Generation(
-            self._backbone, tokenizer, card, self._grammars.check, metrics=metrics, limits=args.limits
+            self._backbone,
+            tokenizer,
+            card,
+            self._grammars.check,
+            metrics=metrics,
+            limits=args.limits,
+            defaults=args.sampling_defaults(family),
         )
         self._linger_s, self._is_stopping = args.linger_s, False
         self._grpc, self._grpc_health = InferenceApi(self._generation), HealthApi(self._health)

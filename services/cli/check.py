@@ -22,3 +22,5 @@ def check(model: Annotated[str, typer.Option(help="Hugging Face model directory 
         family = args.check()
         num_experts = sum(shape.num_experts for shape in family.expert_shapes)
         console.print(f"{args.model} can be served: {num_experts:,} routed experts, none of its tensors is missing.")
+        for note in args.notes(family):
+            console.print(note)

@@ -74,6 +74,12 @@ def up(
     no_prefix_cache: Annotated[
         bool, typer.Option("--no-prefix-cache", help="Compute every prompt from its start.")
     ] = False,
+    no_generation_config: Annotated[
+        bool,
+        typer.Option(
+            "--no-generation-config", help="Ignore the sampling defaults in the model's generation_config.json."
+        ),
+    ] = False,
     log_format: Annotated[
         str, typer.Option(help="Format of the processes' logs: json (one object a line) or text.")
     ] = "json",
@@ -93,6 +99,7 @@ def up(
         "max_requests": max_requests,
         "draft_tokens": draft_tokens,
         "prefix_cache": not no_prefix_cache,
+        "generation_config": not no_generation_config,
         "log_format": log_format,
         "backbone_replicas": backbones,
         "controller_replicas": controllers,
@@ -144,6 +151,8 @@ def _checked_args(options: dict[str, Any], reporter: StartReporter) -> AppArgs:
     reporter.report(StepReport(StartStep.MODEL, "complete, can be served", is_done=True))
     console.print(f"Memory for requests: {args.memory_plan(family)}.")
     console.print(f"Arithmetic: {'; '.join(args.arithmetic())}.")
+    for note in args.notes(family):
+        console.print(note)
     if not family.has_mtp:
         console.print("This checkpoint has no MTP weights: it is served without drafting.")
     elif args.draft_tokens == 0:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.engine.contract.errors import EngineFailed
+from services.engine.contract.sampling_defaults import SamplingDefaults
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.contract.token_output import TokenOutput
 from services.gateway.bounded_thread_pool import BoundedThreadPool
@@ -72,11 +73,14 @@ class Generation:
         threads: BoundedThreadPool | None = None,
         metrics: RequestMetrics | None = None,
         limits: GatewayLimits | None = None,
+        defaults: SamplingDefaults | None = None,
     ) -> None:
         self.limits = limits or GatewayLimits()
         self.threads = threads or BoundedThreadPool()
         self._source, self.tokenizer, self.card = source, tokenizer, card
-        self._preparation = Preparation(tokenizer, card.max_model_len, self.limits, self.threads, check_grammar)
+        self._preparation = Preparation(
+            tokenizer, card.max_model_len, self.limits, self.threads, check_grammar, defaults or SamplingDefaults()
+        )
         self.metrics = metrics or RequestMetrics(card.id)
 
     def check_model(self, model: str | None) -> None:

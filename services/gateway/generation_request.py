@@ -96,9 +96,12 @@ class GenerationRequest:
         if (longest := max((len(stop.encode()) for stop in stops), default=0)) > limits.stop_bytes:
             raise ValueError(f"stop must hold strings of at most {limits.stop_bytes} bytes, not {longest}.")
 
-    def params(self) -> SamplingParams:
-        """Return the sampling parameters. Raises ValueError if a value is not allowed."""
-        given = dict(self.sampling)
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return the sampling parameters, with `defaults` for what the client did not set.
+
+        Raises ValueError if a value is not allowed.
+        """
+        given = {**defaults, **self.sampling}
         if given.get("max_tokens") == -1:
             del given["max_tokens"]
         if self.is_prompt_only:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from services.engine.contract.errors import DeadlinePassed
+from services.engine.contract.sampling_defaults import SamplingDefaults
 from services.engine.contract.sampling_params import Grammar, SamplingParams, ThinkingBudget
 from services.gateway.bounded_thread_pool import BoundedThreadPool
 from services.gateway.chat.choice_request import ChoiceRequest
@@ -64,9 +65,10 @@ class Preparation:
         limits: GatewayLimits,
         threads: BoundedThreadPool,
         check_grammar: CheckGrammar | None,
+        defaults: SamplingDefaults,
     ) -> None:
         self._tokenizer, self._max_model_len, self._limits = tokenizer, max_model_len, limits
-        self._threads = threads
+        self._threads, self._defaults = threads, defaults
         # A separate pool, because checking one grammar may take seconds and must not delay tokenizing. It has more
         # threads than grammars may wait in `check_grammar` for a slow one, so that others always find a thread.
         self._grammar_threads = BoundedThreadPool(NUM_GRAMMAR_THREADS)
@@ -80,7 +82,7 @@ class Preparation:
         Raises ValueError or ApiError if the request is invalid, and DeadlinePassed if the timeout ends before.
         """
         request.check(self._limits)
-        params = request.params()
+        params = request.params(self._defaults.values)
         self.check_ids("logit_bias", params.logit_bias.ids)
         self.check_ids("stop_token_ids", params.stop_token_ids)
         self._check_truncation(request.truncate_prompt_tokens)
@@ -134,12 +136,12 @@ class Preparation:
         self, prompt: PreparedPrompt, request: GenerationRequest, params: SamplingParams
     ) -> SamplingParams:
         """Return `params` with lengths that fit the context: an answer ends where the context ends."""
-        room = self._max_model_len - len(prompt.token_ids)
+        room = min(self._max_model_len - len(prompt.token_ids), self._defaults.max_new_tokens or self._max_model_len)
         max_tokens = params.max_tokens
         if max_tokens is None and not request.is_unlimited:
             max_tokens = max(DEFAULT_MAX_TOKENS, params.min_tokens)
-        if max_tokens is not None:
-            room = max_tokens = min(room, max_tokens)
+        if max_tokens is not None or self._defaults.max_new_tokens:
+            room = max_tokens = min(room, max_tokens or room)
         budget = request.thinking.budget(room) if prompt.in_reasoning else None
         thinking = None if budget is None or budget >= room else ThinkingBudget(budget, self._think_end_ids)
         return params.varied(max_tokens=max_tokens, min_tokens=min(room, params.min_tokens), thinking_budget=thinking)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,31 @@ def test_a_folder_whose_name_cannot_be_a_models_name_is_refused_with_the_option(
     with pytest.raises(ValueError, match=r"'my model' must not .* white space; choose another with --model-name"):
         AppArgs(model=str(path)).check()
     assert AppArgs(model=str(path), model_name="mine").check()
+
+
+def test_what_is_worth_knowing_about_a_model_is_told_at_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(DEMO, path)
+
+    def edit(file: str, **changes: Any) -> None:
+        (path / file).write_text(json.dumps(json.loads((path / file).read_text()) | changes))
+
+    def notes(**args: Any) -> list[str]:
+        made = AppArgs(model=str(path), **args)
+        return made.notes(made.check())
+
+    assert notes() == ["Sampling defaults of generation_config.json: temperature 1, top_p 0.95."]
+    assert notes(generation_config=False) == []
+    edit("generation_config.json", eos_token_id=None, top_k="many")
+    edit("config.json", eos_token_id=None)
+    assert notes(generation_config=False) == [], "the tokenizer names an end"
+    edit("tokenizer_config.json", eos_token=None)
+    [warning] = notes(generation_config=False)
+    assert warning.startswith("Warning: neither the configs nor the tokenizer name an end-of-sequence token")
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json has top_k = 'many'; allowed is an integer, or no value"
+    ):
+        notes()
 
 
 def test_without_a_prefix_cache_no_memory_is_kept_for_one() -> None:

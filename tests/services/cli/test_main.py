@@ -174,6 +174,7 @@ def test_check_tells_a_whole_model_from_one_that_is_cut_off(tmp_path: Path) -> N
     answer = expertmesh("check", "--model", str(MODEL))
     assert (answer.returncode, answer.stderr) == (0, "")
     assert answer.stdout.startswith(f"{MODEL.resolve()} can be served: ")
+    assert "Sampling defaults of generation_config.json: temperature 1, top_p 0.95." in answer.stdout
     path = copy_of_the_model(tmp_path / "model", without="tokenizer.json")
     assert str(path) in fails_with_one_sentence("check", "--model", str(path))
     weights = path / "model.safetensors"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from model.demo import DEMO
+from services.engine.contract.sampling_defaults import SamplingDefaults
 from services.gateway.chat.choice_request import ChoiceRequest
 from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall
 from services.gateway.chat.thinking import Thinking
@@ -76,6 +77,21 @@ def test_an_answer_gets_the_room_that_the_prompt_leaves(generation: Generation) 
         prepare(generation, "a" * LEN)
     assert refused.value.code == "context_length_exceeded"
     assert refused.value.message.startswith("This model's maximum context length is 1000 tokens. However, your prompt")
+
+
+def test_the_models_defaults_are_used_for_what_a_client_leaves_out(source: EchoSource, tokenizer: Tokenizer) -> None:
+    defaults = SamplingDefaults({"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}, max_new_tokens=50)
+    generation = Generation(source, tokenizer, ModelCard("echo", LEN, 1), defaults=defaults)
+    [choice] = prepare(generation, "abc", sampling={"top_p": 1.0, "max_tokens": 9})
+    params = choice.params
+    assert (params.temperature, params.top_p, params.repetition_penalty, params.max_tokens) == (0.6, 1.0, 1.1, 9)
+
+    def max_tokens(prompt: Any, **sampling: int) -> int | None:
+        return prepare(generation, prompt, sampling=sampling)[0].params.max_tokens
+
+    user = Conversation((ChatMessage("user", "hi"),))
+    assert [max_tokens(user), max_tokens(user, max_tokens=70), max_tokens(user, max_tokens=-1)] == [50, 50, 50]
+    assert [max_tokens("abc"), max_tokens("abc", max_tokens=70), max_tokens("a" * 990)] == [16, 50, 10]
 
 
 @pytest.mark.parametrize(
