@@ -450,10 +450,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "effort": ({"reasoning": {"effort": "x"}}, "reasoning.effort must be 'none', 'minimal', "),
     "max_output_tokens": ({"max_output_tokens": 0}, "max_output_tokens must be at least 1, not 0."),
     "top_logprobs": ({"top_logprobs": 21}, "top_logprobs must be 0 to 20, not 21."),
-    "background": (
-        {"background": True},
-        "background must be false or null, because nothing else is supported yet, not True.",
-    ),
+    "background": ({"background": True}, "background must be false or null, because nothing else"),
     "conversation": ({"conversation": "c"}, "conversation must be null, because nothing else is supported yet, not"),
     "template": ({"input": "refuse"}, "input do not fit the model's chat template"),
     "model": ({"model": "x"}, "The model 'x' does not exist; this server serves 'echo'."),
