@@ -4,12 +4,13 @@
 """
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator
 
 from cluster.control.load_store import LoadStore
 from cluster.control.registry import Registry, connect, key_prefix
@@ -210,6 +211,15 @@ class AppArgs(BaseModel):
         default_factory=list, description="origins whose web pages may call the REST API (CORS); empty: none"
     )
     limits: GatewayLimits = GatewayLimits()
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                form = "scheme://host or scheme://host:port without a path, such as https://chat.example.org, or *"
+                raise ValueError(f"each origin must be {form}")
+        return origins
 
     @property
     def name(self) -> str:

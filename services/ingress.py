@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
+from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -145,6 +146,7 @@ class GatewayDeployment:
             defaults=args.sampling_defaults(family),
         )
         self._linger_s, self._is_stopping = args.linger_s, False
+        self._allowed_origins = args.allowed_origins
         self._grpc, self._grpc_health = InferenceApi(self._generation), HealthApi(self._health)
         self._admin_key = args.admin_key.get_secret_value() if args.admin_key else None
         self._operations: Operations | None = None
@@ -160,7 +162,7 @@ class GatewayDeployment:
 
         Serve calls this method before the first request, on the event loop that serves the requests.
         """
-        app = build_rest(self._generation, self._health, self._engine_metrics)
+        app = build_rest(self._generation, self._health, self._engine_metrics, self._allowed_origins)
         app.add_api_route("/status", self._report, methods=["GET"])
         app.add_api_route("/health/degraded", self._degraded, methods=["GET"])
         add_admin(app, self._admin_key, self._operations)
@@ -212,11 +214,11 @@ class GatewayDeployment:
             return JSONResponse({"status": "unknown", "detail": str(error)}, 503)
         return JSONResponse(report, 503 if report["status"] == "degraded" else 200)
 
-    async def _engine_metrics(self) -> bytes:
+    async def _engine_metrics(self) -> CollectorRegistry | None:
         try:
             return backbone_metrics(self._generation.card.id, await self._backbone.statuses())
         except EngineFailed:
-            return b""
+            return None
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
         answer: pb.GenerateResponse = await _answer(self._grpc.generate(request, grpc_context), grpc_context)

@@ -13,6 +13,7 @@ import typer
 from services.cli.start_display import showing
 from services.cli.start_steps import StartReporter, StartStep, StepReport, steps_to_show
 from services.cli.terminal import console, plain_errors
+from services.gateway.limits import GatewayLimits
 
 if TYPE_CHECKING:  # `_checked_args` imports AppArgs later, because importing torch takes seconds
     from services.args import AppArgs
@@ -83,12 +84,29 @@ def up(
     log_format: Annotated[
         str, typer.Option(help="Format of the processes' logs: json (one object a line) or text.")
     ] = "json",
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose web pages may call the REST API (CORS), such as https://chat.example.org, or *; may be "
+            "repeated. Default: none."
+        ),
+    ] = None,
+    keep_alive_s: Annotated[
+        float, typer.Option(help="Seconds for which an idle connection to the REST port stays open.")
+    ] = 5,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A limit on requests, such as body_s=30; may be repeated. docs/api.md lists the limits.",
+        ),
+    ] = None,
     local_experts: Annotated[
         bool, typer.Option("--local-experts", help="Compute the experts in the backbone, without shards.")
     ] = False,
 ) -> None:
     """Start everything on this machine and serve until Ctrl-C."""
-    options = {
+    options: dict[str, Any] = {
         "model_name": model_name,
         "dtype": dtype,
         "redis_url": redis_url,
@@ -103,6 +121,8 @@ def up(
         "log_format": log_format,
         "backbone_replicas": backbones,
         "controller_replicas": controllers,
+        "keep_alive_s": keep_alive_s,
+        "allowed_origins": allowed_origins or [],
         "pools": [
             {
                 "name": f"experts-{device}",
@@ -116,6 +136,7 @@ def up(
     if model:
         options["model"] = str(Path(model).resolve())
     with plain_errors():
+        options["limits"] = GatewayLimits.parse(limit or [])
         _serve(options, port, grpc_port, ray_address or None)
 
 

@@ -6,7 +6,10 @@ limits under `limits:` in a Serve config, or with `expertmesh up --limit NAME=VA
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MIN_BODY_BYTES = 4 << 20  # smallest default of `body_bytes`
 BODY_BYTES_PER_TOKEN = 8  # default of `body_bytes` for models with a long context
@@ -37,6 +40,27 @@ class GatewayLimits(BaseModel):
     write_s: float = Field(60, gt=0, description="seconds for which a client may leave its response unread")
     connections: int = Field(2048, ge=1, description="open connections to the REST port")
     grpc_streams: int = Field(1024, ge=1, description="RPCs in flight at the gRPC port")
+
+    @classmethod
+    def parse(cls, settings: Sequence[str]) -> GatewayLimits:
+        """Return the limits that the `settings` of the form NAME=VALUE change; all others have their defaults.
+
+        Raises ValueError with one sentence about the first setting that is wrong.
+        """
+        given: dict[str, Any] = {}
+        for setting in settings:
+            name, equals, value = (part.strip() for part in setting.partition("="))
+            if not equals:
+                raise ValueError(f"a limit must be given as NAME=VALUE, such as body_s=30, not as {setting!r:.100}")
+            if name not in cls.model_fields:
+                raise ValueError(f"there is no limit {name!r:.100}; the limits are {', '.join(cls.model_fields)}")
+            try:
+                cls.model_validate({name: value})
+            except ValidationError as error:
+                expected = error.errors()[0]["msg"].removeprefix("Input should be ").partition(",")[0]
+                raise ValueError(f"the limit {name} must be {expected}, not {value!r:.100}") from None
+            given[name] = value
+        return cls.model_validate(given)
 
     def max_body_bytes(self, max_model_len: int) -> int:
         """Return the maximum size of a body in bytes, for a model whose context is `max_model_len` tokens."""

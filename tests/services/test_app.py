@@ -176,3 +176,9 @@ def test_gpus_are_asked_for_by_device_or_by_number() -> None:
 
 def build(app: Application) -> list[Deployment]:
     return build_app_of_serve(app, name="app").deployments
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example.org/", "chat.example.org", "", "https://a b"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ValueError, match="each origin must be scheme://host or scheme://host:port without a path"):
+        AppArgs(allowed_origins=["*", "http://localhost:3000", origin])

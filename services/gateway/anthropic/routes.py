@@ -15,6 +15,7 @@ from services.gateway.anthropic.refusals import refusal_json
 from services.gateway.connection import EventStream, run_while_connected, server_event
 from services.gateway.errors import ApiError, client_errors
 from services.gateway.generation import Generation
+from services.gateway.ports.openapi import takes
 
 
 class MessagesRoutes:
@@ -25,8 +26,8 @@ class MessagesRoutes:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to `app`."""
-        app.add_api_route("/v1/messages", self.messages, methods=["POST"])
-        app.add_api_route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"])
+        app.add_api_route("/v1/messages", self.messages, methods=["POST"], **takes(MessagesBody, streams=True))
+        app.add_api_route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"], **takes(CountTokensBody))
 
     async def messages(self, request: Request) -> Response:
         body = await read(request, MessagesBody, self._generation)

@@ -86,6 +86,16 @@ class Tokenizer:
         # The tokenizer's Rust implementation keeps no state between calls, so threads may share it.
         return list(self._hf.backend_tokenizer.encode(mend_text(text), add_special_tokens=add_special_tokens).ids)
 
+    def info(self) -> dict[str, Any]:
+        """Return the tokenizer's settings and its chat template as JSON values, as vLLM's /tokenizer_info does.
+
+        The paths of files are left out, because they tell a client only where the server keeps them.
+        """
+        settings = {name: value for name, value in self._hf.init_kwargs.items() if not _is_of_files(name)}
+        settings |= {"tokenizer_class": type(self._hf).__name__, "chat_template": self._hf.chat_template}
+        shown: dict[str, Any] = _to_json(settings)
+        return shown
+
     def render(self, chat: Conversation) -> str:
         """Return the text of the prompt that the chat template renders from a conversation.
 
@@ -117,6 +127,21 @@ class Tokenizer:
                 "message."
             ) from error
         return str(text)
+
+
+def _is_of_files(name: str) -> bool:
+    return name.endswith(("_file", "_files")) or name.startswith("_") or name in ("name_or_path", "local_files_only")
+
+
+def _to_json(value: Any) -> Any:
+    match value:
+        case dict():
+            return {str(key): _to_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_to_json(item) for item in value]
+        case None | bool() | int() | float() | str():
+            return value
+    return str(getattr(value, "content", value))  # an AddedToken, or an enum that names itself
 
 
 def _load(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""`backbone_metrics` returns the metrics of the engines, from the statuses of the backbones.
+"""`backbone_metrics` returns a registry with the metrics of the engines, from the statuses of the backbones.
 
 The gateway asks the backbones for their statuses whenever a client requests `/metrics`. A metric that also exists in
 vLLM has vLLM's name, with the prefix `expertmesh:`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from services.gateway.metrics.status_collector import StatusCollector, Values
@@ -75,12 +75,12 @@ class EngineMetrics(StatusCollector):
             )
 
 
-def backbone_metrics(model: str, statuses: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the metrics of all backbones in Prometheus' text format.
+def backbone_metrics(model: str, statuses: Sequence[Mapping[str, Any]]) -> CollectorRegistry:
+    """Return a registry with the metrics of all backbones.
 
     `statuses` is the result of `BackbonePool.statuses`. The label `backbone` holds a backbone's endpoint.
     """
     registry = CollectorRegistry()
     registry.register(EngineMetrics(model, statuses))
     registry.register(TierMetrics(model, statuses))
-    return generate_latest(registry)
+    return registry

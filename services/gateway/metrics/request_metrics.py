@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.gateway.chat.text_delta import TextDelta
 
@@ -119,10 +119,6 @@ class RequestMetrics:
         self._resumed.inc()
         if pause is not None:
             self._pauses.observe(pause)
-
-    def to_text(self) -> bytes:
-        """Return the metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
 
 
 class RequestClock:

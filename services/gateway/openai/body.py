@@ -20,6 +20,8 @@ from services.gateway.openai.messages import ConversationBody, ToolFunction
 from services.gateway.openai.tool_choice import FunctionName, ToolChoice, function_use, tool_use
 from services.gateway.request_body import BaseBody, Integer, shown
 
+PromptForm = str | list[str] | list[int] | list[list[int]]  # the types before validation, for OpenAPI
+StopForm = str | list[str] | None
 MAX_PROMPTS = 64  # maximum number of prompts in one body
 SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {
     "logprobs",
@@ -92,7 +94,7 @@ class _RequestBody(InertFields):
     top_k: Integer | None = None
     min_p: float | None = None
     seed: Integer | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_check_stop)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(_check_stop, json_schema_input_type=StopForm)] = None
     include_stop_str_in_output: bool | None = None
     stop_token_ids: list[Integer] | None = None
     ignore_eos: bool | None = None
@@ -163,7 +165,7 @@ class _RequestBody(InertFields):
 class CompletionBody(InertCompletionFields, _RequestBody):
     """A `CompletionBody` is the body of a request to `/v1/completions`."""
 
-    prompt: Annotated[Any, BeforeValidator(_check_prompt)]
+    prompt: Annotated[Any, BeforeValidator(_check_prompt, json_schema_input_type=PromptForm)]
     best_of: Integer | None = None
     echo: bool | None = None
     logprobs: Integer | None = None

@@ -21,6 +21,7 @@ from services.gateway.openai import response
 from services.gateway.openai.body import Body, ChatBody, CompletionBody
 from services.gateway.openai.response import ResponseHead
 from services.gateway.openai.tokenizer_bodies import DetokenizeBody, TokenizeBody, TokenizeChatBody
+from services.gateway.ports.openapi import takes
 from services.gateway.request_body import parse_body, parse_json, validate
 
 DONE = "data: [DONE]\n\n"
@@ -35,12 +36,14 @@ class OpenAIRoutes:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to `app`."""
-        app.add_api_route("/v1/completions", self.completions, methods=["POST"])
-        app.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"])
+        completion, chat = takes(CompletionBody, streams=True), takes(ChatBody, streams=True)
+        app.add_api_route("/v1/completions", self.completions, methods=["POST"], **completion)
+        app.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"], **chat)
         app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/models/", self.models, methods=["GET"], include_in_schema=False)
         app.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"])
-        app.add_api_route("/tokenize", self.tokenize, methods=["POST"])
-        app.add_api_route("/detokenize", self.detokenize, methods=["POST"])
+        app.add_api_route("/tokenize", self.tokenize, methods=["POST"], **takes(TokenizeBody, TokenizeChatBody))
+        app.add_api_route("/detokenize", self.detokenize, methods=["POST"], **takes(DetokenizeBody))
 
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, CompletionBody)

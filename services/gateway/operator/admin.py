@@ -20,10 +20,12 @@ from cluster.control.operator_orders import MAX_SHARDS
 from services.gateway.connection import read_body
 from services.gateway.errors import ApiError, ApiRefusal, invalid
 from services.gateway.operator.operations import Operations
+from services.gateway.ports.openapi import ADMIN_KEY, takes
 from services.gateway.request_body import BaseBody, parse_body
 
 MAX_BODY_BYTES = 64 << 10  # maximum size of a body in bytes; far more than any order needs
 MAX_LISTED = 1000  # maximum number of experts or decisions in one response
+SECURITY: dict[str, Any] = {"security": [{ADMIN_KEY: []}]}  # for OpenAPI
 OperatorName = Annotated[str, Field(max_length=128)]
 
 
@@ -72,17 +74,21 @@ def add_admin(app: FastAPI, key: str | None, operations: Operations | None) -> N
     that case every route refuses requests, because there are no shards.
     """
     admin = Admin(key, operations)
-    for method, path, handler in (
-        ("GET", "/plan", admin.plan),
-        ("GET", "/load", admin.load),
-        ("GET", "/decisions", admin.decisions),
-        ("GET", "/placement", admin.placement),
-        ("POST", "/rebalance", admin.rebalance),
-        ("POST", "/pools/{pool}/scale", admin.scale),
-        ("POST", "/shards/{shard_id}/drain", admin.drain),
-        ("POST", "/traces", admin.traces),
+    for path, handler in (
+        ("/plan", admin.plan),
+        ("/load", admin.load),
+        ("/decisions", admin.decisions),
+        ("/placement", admin.placement),
     ):
-        app.add_api_route(f"/admin{path}", admin.guarded(handler), methods=[method])
+        app.add_api_route(f"/admin{path}", admin.guarded(handler), name=handler.__name__, openapi_extra=SECURITY)
+    for path, handler, body in (
+        ("/rebalance", admin.rebalance, takes(OrderBody, is_required=False)),
+        ("/pools/{pool}/scale", admin.scale, takes(ScaleBody)),
+        ("/shards/{shard_id}/drain", admin.drain, takes(DrainBody, is_required=False)),
+        ("/traces", admin.traces, takes(TraceBody)),
+    ):
+        described: dict[str, Any] = {"name": handler.__name__, "openapi_extra": body["openapi_extra"] | SECURITY}
+        app.add_api_route(f"/admin{path}", admin.guarded(handler), methods=["POST"], **described)
 
 
 AdminHandler = Callable[[Operations, Request], Awaitable[dict[str, Any]]]

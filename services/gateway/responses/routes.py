@@ -14,6 +14,7 @@ from services.gateway.answer import Answer, cache_header, read
 from services.gateway.connection import EventStream, run_while_connected, server_event
 from services.gateway.errors import ApiError, client_errors, invalid
 from services.gateway.generation import Generation
+from services.gateway.ports.openapi import takes
 from services.gateway.responses.body import PARAM_NAMES, ResponsesBody
 from services.gateway.responses.items import Item, parse_items
 from services.gateway.responses.output import Event, OutputBuilder
@@ -35,8 +36,8 @@ class ResponsesRoutes:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to `app`."""
-        app.add_api_route("/v1/responses", self.create, methods=["POST"])
-        app.add_api_route("/v1/responses/input_tokens", self.count, methods=["POST"])
+        app.add_api_route("/v1/responses", self.create, methods=["POST"], **takes(ResponsesBody, streams=True))
+        app.add_api_route("/v1/responses/input_tokens", self.count, methods=["POST"], **takes(ResponsesBody))
         app.add_api_route("/v1/responses/{response_id}", self.retrieve, methods=["GET"])
         app.add_api_route("/v1/responses/{response_id}", self.delete, methods=["DELETE"])
         app.add_api_route("/v1/responses/{response_id}/cancel", self.cancel, methods=["POST"])

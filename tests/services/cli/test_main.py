@@ -138,6 +138,8 @@ def test_without_a_server_it_says_how_to_start_one(command: list[str]) -> None:
             "scale needs either a number of shards or --auto, which leaves the number to the load",
         ),
         (["scale", "experts-cpu", "2", "--auto"], "scale needs either a number of shards or --auto"),
+        (["up", "--limit", "body=1"], "there is no limit 'body'; the limits are body_bytes, json_depth, "),
+        (["up", "--limit", "body_s=soon"], "the limit body_s must be a valid number, not 'soon'"),
         (["trace", "pause"], "trace 'pause' is neither start nor stop"),
         (["drill", "--kill", "redis"], "--kill is 'redis'; the only thing that a drill kills is a shard"),
         (["drill", "--kill", "shard", "--url", "http://10.0.0.1:8000"], "--url is http://10.0.0.1:8000, but a drill "),

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client import CollectorRegistry, Counter
 
 from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.gateway.chat.tokenizer import Tokenizer
@@ -62,8 +63,10 @@ def url(generation: Generation, health: dict[str, Health]) -> Iterator[str]:
     async def check() -> Health:
         return health["now"]
 
-    async def more_metrics() -> bytes:
-        return b"expertmesh:steps_total 3.0\n"
+    async def more_metrics() -> CollectorRegistry:
+        registry = CollectorRegistry()
+        Counter("expertmesh:steps", "Steps.", registry=registry).inc(3)
+        return registry
 
     with serving(build_rest(generation, check, more_metrics)) as address:
         yield address

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.gateway.metrics.backbone_metrics import backbone_metrics
@@ -370,7 +371,8 @@ def test_even_the_demo_model_calls_tools(surfaces: Surfaces) -> None:
 
 def test_metrics_of_the_engine(surfaces: Surfaces) -> None:
     ask(surfaces, ANSWERS["long prompt"])
-    lines = backbone_metrics("demo", [{**surfaces.backbone.status(), "endpoint": "a:1"}]).decode().splitlines()
+    registry = backbone_metrics("demo", [{**surfaces.backbone.status(), "endpoint": "a:1"}])
+    lines = generate_latest(registry).decode().splitlines()
     values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
     def value(name: str, **labels: str) -> float:

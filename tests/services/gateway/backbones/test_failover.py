@@ -11,6 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
 from services.engine import server
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
@@ -272,7 +273,7 @@ def test_resumed_requests_are_counted() -> None:
     metrics = RequestMetrics("m")
     for pause in (0.3, None):
         metrics.count_resumed(pause)
-    text = metrics.to_text().decode()
+    text = generate_latest(metrics.registry).decode()
     assert 'expertmesh:requests_resumed_total{model_name="m"} 2.0' in text
     assert 'expertmesh:request_pause_seconds_sum{model_name="m"} 0.3' in text
     assert 'expertmesh:request_pause_seconds_count{model_name="m"} 1.0' in text
