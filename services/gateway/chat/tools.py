@@ -18,9 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from json import JSONDecoder
 from typing import Any
 
-from services.gateway.schema.json_text import dumps, loads
+import pydantic_core
+
+from services.gateway.schema.json_text import dumps, loads, mend_escapes, mend_text
 from services.gateway.schema.object_schema import ObjectSchema
 from services.gateway.schema.references import type_of
 
@@ -201,15 +204,30 @@ def _refuse(name: str) -> None:
 def parse_arguments(text: str, param: str) -> str:
     """Return the arguments `text` of an earlier tool call, formatted as JSON.
 
-    Raises ValueError if `text` is not a JSON object; the message names the parameter `param`.
+    Clients send back a call in which the answer reached its maximum length. Of such a call, the arguments up to the cut
+    are returned. Raises ValueError if `text` is not a JSON object; the message names the parameter `param`.
     """
     try:
         value = loads(text or "{}")
     except ValueError:
-        value = None
+        value = _cut_off(text)
     if not isinstance(value, dict):
         raise ValueError(f"{param} must be a JSON object as a string, not {text!r:.100}.")
     return dumps(value)
+
+
+def _cut_off(text: str) -> object:
+    """Return the value of JSON text that ends too early, or None if something else is wrong with the text."""
+    text = mend_escapes(mend_text(text))
+    try:
+        value = pydantic_core.from_json(text, allow_partial="trailing-strings")
+    except ValueError:
+        return None
+    try:
+        JSONDecoder().raw_decode(text.strip())
+    except ValueError:
+        return value
+    return None  # the value is complete, so more text follows it
 
 
 def parse_tool_mode(mode: str, param: str = "tool_choice") -> ToolMode:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from services.gateway.chat.tools import Tool, ToolMode, ToolUse, argument_json
+from services.gateway.chat.tools import Tool, ToolMode, ToolUse, argument_json, parse_arguments
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,23 @@ def test_only_the_allowed_tools_may_be_called() -> None:
         ToolUse.of(tools, ToolMode.AUTO, None, None, []).check()
     with pytest.raises(ValueError, match="tool_choice may only be given together with tools"):
         ToolUse.of((), ToolMode.AUTO, None, None, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"city": "Par', {"city": "Par"}),
+        ('{"city": "Rome", "days', {"city": "Rome"}),
+        ('{"city": "Rome", "days": ', {"city": "Rome"}),
+        ('{"days": [1, {"a": tru', {"days": [1, {}]}),
+        ("{", {}),
+    ],
+)
+def test_arguments_that_were_cut_off_may_be_sent_back(text: str, value: dict[str, Any]) -> None:
+    assert json.loads(parse_arguments(text, "arguments")) == value
+
+
+@pytest.mark.parametrize("text", ['{"a": }', "{a: 1}", "[1", '{"a": 1} x', "x", '"a', "5", '{"a": 1}{'])
+def test_arguments_with_another_mistake_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^arguments must be a JSON object as a string, not "):
+        parse_arguments(text, "arguments")

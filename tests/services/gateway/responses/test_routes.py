@@ -216,6 +216,28 @@ def test_output_may_be_sent_back(client: openai.OpenAI, source: EchoSource, toke
     assert by_name.previous_response_id == first.id
 
 
+def test_a_call_that_was_cut_off_may_be_sent_back(
+    client: openai.OpenAI, source: EchoSource, tokenizer: Tokenizer
+) -> None:
+    prompt(source, tokenizer, CALL)
+    cut = len(tokenizer.encode(CALL[: CALL.index("x")])) + 1
+    first = create(client, tools=[TOOL], tool_choice="required", max_output_tokens=cut)
+    call: Any = first.output[0]
+    assert (first.status, call.status, call.arguments) == ("incomplete", "incomplete", '{"a": "x')
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    by_name = create(client, input=[output], previous_response_id=first.id)
+    by_value = create(client, input=[{"role": "user", "content": "hi"}, call, output])
+    assert by_name.usage is not None
+    assert by_value.usage is not None
+    assert by_name.usage.input_tokens == by_value.usage.input_tokens
+    messages: Any = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": call.arguments}}]},
+        {"role": "tool", "tool_call_id": "c", "content": "done"},
+    ]
+    client.chat.completions.create(model="echo", messages=messages)
+
+
 def test_conversations_in_the_store(client: openai.OpenAI, source: EchoSource) -> None:
     first = create(client, input="one", instructions="first")
     second = create(client, input="two", previous_response_id=first.id, instructions="second")
