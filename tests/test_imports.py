@@ -46,6 +46,7 @@ SIBLINGS = {
 # Private names of libraries that our code may use, because the libraries have no public names for the same things.
 OTHERS_PRIVATE = {
     "_replace",  # a method of named tuples; the method is public, although its name begins with an underscore
+    "os._exit",  # a documented function, which ends a fork without the exit handlers of its parent
     "handle_now._run",  # the virtual clock runs asyncio's handles itself
     # Gives each reply or error of Ray Serve's replicas separately.
     "backbone.broadcast('status')._fetch_replica_results_async",

@@ -1,170 +1,104 @@
-"""A `GrammarChecker` checks grammars in separate processes, with limits on time and memory.
+"""A `GrammarChecker` checks grammars before their requests are accepted, with limits on time, memory and number.
 
-The text of a grammar does not show how costly the grammar is. Intersected expressions of a few hundred characters take
-minutes and tens of gigabytes, and the library checks its own limits too rarely to prevent this cost. So
-`GrammarChecker.check` passes a grammar to a separate process. `check` kills the process after a time limit, and the
-process ends itself when it needs too much memory. A grammar that passes the check takes no longer to compile in a
-backbone.
-
-    python -m services.engine.grammar.grammar_checker MODEL    # runs such a process: JSON lines in and out
+A grammar that passes the check takes no longer to compile in a backbone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import queue
-import resource
-import select
-import signal
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
-from contextlib import suppress
 from pathlib import Path
 
-from services.engine.contract.errors import EngineFailed
-from services.engine.contract.sampling_params import Grammar, GrammarKind
-from services.engine.grammar.compiled_grammar import COMPILE_STACK, GrammarCompiler, parameter_name
+from services.engine.contract.errors import EngineFailed, EngineOverloaded
+from services.engine.contract.sampling_params import Grammar
+from services.engine.grammar.checker_process import MAX_BYTES, CheckerProcess, Failure
+from services.engine.grammar.compiled_grammar import parameter_name
 
-MAX_SECONDS = 5.0  # largest number of seconds to check one grammar
-MAX_BYTES = 1 << 30  # bytes that a process may use in addition to its tokenizer
-START_SECONDS = 60.0  # largest number of seconds for a process to start: loading a large tokenizer takes seconds
-NUM_PROCESSES = 2
-MAX_KNOWN = 4096  # number of grammars that passed the check and are remembered
+MAX_SECONDS = 5.0  # largest number of seconds of computing to check one grammar
+# A grammar that takes more seconds goes on in the slow lane. Almost all grammars take a tenth of that.
+FAST_SECONDS = 0.25
+NUM_FAST = 2  # grammars that are checked at the same time in the fast lane
+MAX_SLOW = 8  # grammars that are checked or wait in the slow lane, which checks one at a time
+MAX_KNOWN = 4096  # number of grammars whose result is remembered
 
 
 class GrammarChecker:
     """A `GrammarChecker` checks grammars for the model directory `model`; any thread may call `check`.
 
-    The first calls of `check` start the processes; the constructor starts no process.
+    There are two lanes, so that slow grammars delay only slow grammars. Every grammar is first checked in the fast
+    lane, which gives it `FAST_SECONDS`. If that is too little, the check begins again in the slow lane. The first call
+    of `check` starts the process that checks; the constructor starts no process.
     """
 
     def __init__(self, model: str | Path, max_seconds: float = MAX_SECONDS) -> None:
         self._model, self._max_seconds = Path(model), max_seconds
-        self._idle: queue.SimpleQueue[_CheckerProcess | None] = queue.SimpleQueue()
-        for _ in range(NUM_PROCESSES):
-            self._idle.put(None)
-        self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._fast, self._slow = threading.Semaphore(NUM_FAST), threading.Semaphore(1)
+        self._slow_places = threading.BoundedSemaphore(MAX_SLOW)
+        self.process: CheckerProcess | None = None
+        self._starting = threading.Lock()
+        # Results by digest: "" for grammars that passed, and a sentence for grammars that took too long or too much.
+        # Other mistakes are found quickly.
+        self._known: OrderedDict[bytes, str] = OrderedDict()
         self._lock = threading.Lock()
 
     def check(self, grammar: Grammar) -> None:
-        """Raise ValueError if a grammar cannot be used, or if compiling the grammar takes too much time or memory."""
+        """Raise ValueError if a grammar cannot be used, or if compiling the grammar takes too much time or memory.
+
+        Raises EngineOverloaded if too many slow grammars wait.
+        """
         digest = hashlib.sha256(f"{grammar.kind}:{grammar.text}".encode()).digest()
         with self._lock:
-            if digest in self._known:
+            known = self._known.get(digest)
+            if known is not None:
                 self._known.move_to_end(digest)
-                return
-        process = self._idle.get()
-        try:
-            if process is not None and not process.is_alive:
-                process.end()
-                process = None
-            process = process or _CheckerProcess(self._model)
-            error = process.check(grammar, self._max_seconds)
-        finally:
-            self._idle.put(process)
+        error = self._check(grammar, digest) if known is None else known
         if error:
             raise ValueError(error)
+
+    def _check(self, grammar: Grammar, digest: bytes) -> str:
+        with self._fast:
+            answer = self._ask(grammar, min(FAST_SECONDS, self._max_seconds))
+        if answer is Failure.TIME:
+            answer = self._check_slowly(grammar)
+        if isinstance(answer, Failure):
+            answer = (
+                f"{parameter_name(grammar.kind)} cannot be used: it takes more than the {self._max_seconds:g} s and "
+                f"{MAX_BYTES >> 20} MiB that a grammar may take; use fewer or simpler rules."
+            )
+        elif answer:
+            return answer
         with self._lock:
-            self._known[digest] = None
+            self._known[digest] = answer
             if len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
+        return answer
+
+    def _check_slowly(self, grammar: Grammar) -> str | Failure:
+        if not self._slow_places.acquire(blocking=False):
+            sentence = f"{MAX_SLOW} grammars that take long to check are waiting, which is the most; try again later."
+            raise EngineOverloaded(sentence, retry_after=int(self._max_seconds))
+        try:
+            with self._slow:
+                return self._ask(grammar, self._max_seconds)
+        finally:
+            self._slow_places.release()
+
+    def _ask(self, grammar: Grammar, seconds: float) -> str | Failure:
+        try:
+            return self._living_process().check(grammar, seconds)
+        except EngineFailed:  # the process died, for example because the machine ran out of memory
+            return self._living_process().check(grammar, seconds)
+
+    def _living_process(self) -> CheckerProcess:
+        with self._starting:
+            if self.process is not None and not self.process.is_alive:
+                self.process.end()
+                self.process = None
+            self.process = self.process or CheckerProcess(self._model)
+            return self.process
 
     def close(self) -> None:
-        """End the idle processes; `check` must not be called after `close`."""
-        with suppress(queue.Empty):
-            while True:
-                if process := self._idle.get_nowait():
-                    process.end()
-
-
-class _CheckerProcess:
-    """A `_CheckerProcess` is a child process that checks one grammar at a time."""
-
-    def __init__(self, model: Path) -> None:
-        command = [sys.executable, "-m", "services.engine.grammar.grammar_checker", str(model)]
-        path = os.pathsep.join(filter(None, sys.path))
-        self._child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # the library writes to stderr when it runs out of memory
-            env=os.environ | {"PYTHONPATH": path},
-        )
-        if self._answer(START_SECONDS) is None:
-            self.end()
-            raise EngineFailed("The process that checks grammars does not start; the server's log says more.")
-
-    @property
-    def is_alive(self) -> bool:
-        return self._child.poll() is None
-
-    def check(self, grammar: Grammar, seconds: float) -> str:
-        """Return a sentence that says what is wrong with a grammar, or "" if the grammar can be used.
-
-        End the process if it does not answer within `seconds`.
-        """
-        assert self._child.stdin is not None
-        with suppress(BrokenPipeError):
-            self._child.stdin.write(json.dumps([grammar.kind, grammar.text]).encode() + b"\n")
-            self._child.stdin.flush()
-            if (answer := self._answer(seconds)) is not None:
-                return answer
-        self.end()
-        return (
-            f"{parameter_name(grammar.kind)} cannot be used: it takes more than the {seconds:g} s and "
-            f"{MAX_BYTES >> 20} MiB that a grammar may take; use fewer or simpler rules."
-        )
-
-    def _answer(self, seconds: float) -> str | None:
-        """Return the next answer of the process, or None if there is no answer within `seconds`."""
-        assert self._child.stdout is not None
-        can_read, _, _ = select.select([self._child.stdout], [], [], seconds)
-        line = self._child.stdout.readline() if can_read else b""
-        return json.loads(line) if line else None
-
-    def end(self) -> None:
-        self._child.kill()
-        self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-
-
-def main(model: str) -> None:
-    """Check the grammars that standard input holds, one per line, and print one answer per grammar.
-
-    An answer is a JSON string that says what is wrong with the grammar, or an empty JSON string.
-    """
-    compiler = GrammarCompiler(model)
-    with suppress(ValueError):  # without a tokenizer, every check fails later with a message
-        compiler.check(Grammar(GrammarKind.REGEX, "a"))  # loads the tokenizer
-    _limit_memory(MAX_BYTES + COMPILE_STACK)
-    print(json.dumps(""), flush=True)
-    for line in sys.stdin:
-        kind, text = json.loads(line)
-        signal.alarm(int(MAX_SECONDS) + 1)  # end this process even if the parent process has died
-        try:
-            compiler.check(Grammar(GrammarKind(kind), text))
-            error = ""
-        except ValueError as wrong:
-            error = str(wrong)
-        signal.alarm(0)
-        print(json.dumps(error), flush=True)
-
-
-def _limit_memory(more: int) -> None:
-    """Let this process take at most `more` additional bytes of memory; do nothing if there is no /proc."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        used = int(statm.read_text().split()[0]) * resource.getpagesize()
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (used + more, most))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+        """End the process; `check` must not be called after `close`."""
+        if self.process is not None:
+            self.process.end()

@@ -5,26 +5,39 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
 from services.engine.contract.sampling_params import Grammar
 
-NUM_THREADS = 2  # number of threads that compile; few, because the engine's steps need the processor, too
+NUM_FAST = 2  # grammars that are compiled at a time; few, because the engine's steps need the processor, too
+NUM_SLOW = 2  # further grammars that are compiled at a time after they turned out to be slow
+SLOW_SECONDS = 0.25  # a grammar that takes more seconds is slow
+MAX_KNOWN = 1024  # number of slow grammars that are remembered
 
 
 class GrammarPool:
     """A `GrammarPool` runs `compile_grammar` on separate threads, for at most `max_requests` requests at a time.
 
-    Any event loop may call `compile`.
+    Slow grammars delay only slow grammars: a grammar that has been compiled for `SLOW_SECONDS` gives its place to the
+    next, and from then on takes one of the places for slow grammars. A grammar that was slow before waits for such a
+    place from the beginning. Any event loop may call `compile`.
     """
 
     def __init__(self, compile_grammar: Callable[[Grammar], Any], max_requests: int) -> None:
         self._compile, self._max_requests = compile_grammar, max_requests
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammars")
+        self._threads = ThreadPoolExecutor(NUM_FAST + NUM_SLOW, thread_name_prefix="grammars")
         self._places = threading.BoundedSemaphore(max_requests)
+        self._lock = threading.Lock()
+        self._fast: deque[_Job] = deque()  # jobs that wait, by lane
+        self._slow: deque[_Job] = deque()
+        self._running: list[_Job] = []
+        self._known_slow: OrderedDict[int, None] = OrderedDict()  # hashes of grammars
+        self._is_closed = False
 
     async def compile(self, grammar: Grammar, deadline: float, retry_after: int | None) -> Any:
         """Return the result of `compile_grammar` for the grammar; `deadline` is in seconds of `time.monotonic`.
@@ -43,32 +56,99 @@ class GrammarPool:
         if retry_after is not None and not self._places.acquire(blocking=False):
             sentence = f"The grammars of {self._max_requests} requests are being compiled, which is the most at a time."
             raise EngineOverloaded(sentence, retry_after)
-        work = self._submit(grammar, has_place=retry_after is not None)
+        job = self._submit(grammar, has_place=retry_after is not None)
         try:
             async with asyncio.timeout(None) as limit:
                 if deadline < float("inf"):
                     limit.reschedule(asyncio.get_running_loop().time() + deadline - time.monotonic())
-                return await asyncio.wrap_future(work)
+                return await asyncio.wrap_future(job.result)
         except TimeoutError as error:
             if not limit.expired():
                 raise
             raise DeadlinePassed("The request's deadline passed before its grammar was compiled.") from error
 
-    def _submit(self, grammar: Grammar, has_place: bool) -> Future[Any]:
-        def leave_place(_: object) -> None:
-            if has_place:
-                self._places.release()
+    def _submit(self, grammar: Grammar, has_place: bool) -> _Job:
+        job = _Job(grammar, hash(grammar))
+        if has_place:
+            # A job that runs counts among `max_requests` until it ends, even if the caller gives up: until then it
+            # occupies a thread.
+            job.result.add_done_callback(lambda _: self._places.release())
+        with self._lock:
+            is_closed = self._is_closed
+            job.is_slow = job.digest in self._known_slow
+            if not is_closed:
+                (self._slow if job.is_slow else self._fast).append(job)
+        if is_closed:
+            job.result.set_exception(EngineFailed("The engine is not running."))
+        self._start_more()
+        return job
 
+    def _start_more(self) -> None:
+        """Start all jobs for which there is a place, and move the jobs that turned out to be slow."""
+        with self._lock:
+            num_slow = sum(job.is_slow for job in self._running)
+            for job in self._running:
+                if not job.is_slow and job.seconds >= SLOW_SECONDS and num_slow < NUM_SLOW:
+                    job.is_slow = True
+                    num_slow += 1
+            num_fast = len(self._running) - num_slow
+            while self._fast and num_fast < NUM_FAST:
+                num_fast += self._start(self._fast.popleft())
+            while self._slow and num_slow < NUM_SLOW:
+                num_slow += self._start(self._slow.popleft())
+
+    def _start(self, job: _Job) -> bool:
+        """Start `job`, and return False if its caller has given up."""
+        if not job.result.set_running_or_notify_cancel():
+            return False
+        job.start = time.monotonic()
+        self._running.append(job)
+        self._threads.submit(self._run, job)
+        return True
+
+    def _run(self, job: _Job) -> None:
+        timer = threading.Timer(SLOW_SECONDS, self._start_more)
+        timer.start()
         try:
-            work = self._threads.submit(self._compile, grammar)
-        except RuntimeError as error:  # the pool was closed
-            leave_place(error)
-            raise EngineFailed("The engine is not running.") from error
-        # The request counts among `max_requests` until the work ends, even if the caller gives up: until then the work
-        # occupies a thread.
-        work.add_done_callback(leave_place)
-        return work
+            found, wrong = self._compile(job.grammar), None
+        except BaseException as error:  # errors of the library's Rust code (panics) do not derive from Exception
+            found, wrong = None, error
+        timer.cancel()
+        with self._lock:
+            self._running.remove(job)
+            if job.seconds >= SLOW_SECONDS:
+                self._known_slow[job.digest] = None
+                if len(self._known_slow) > MAX_KNOWN:
+                    self._known_slow.popitem(last=False)
+        if wrong is None:
+            job.result.set_result(found)
+        else:
+            job.result.set_exception(wrong)
+        self._start_more()
 
     def close(self) -> None:
-        """Accept no more grammars, and let the threads finish the grammars that were submitted."""
+        """Accept no more grammars, and let the threads finish the grammars that they compile."""
+        with self._lock:
+            self._is_closed = True
+            waiting = [*self._fast, *self._slow]
+            self._fast.clear()
+            self._slow.clear()
+        for job in waiting:
+            if job.result.set_running_or_notify_cancel():
+                job.result.set_exception(EngineFailed("The engine is not running."))
         self._threads.shutdown(wait=False)
+
+
+@dataclass(eq=False)
+class _Job:
+    """A `_Job` is one grammar that waits or is being compiled."""
+
+    grammar: Grammar
+    digest: int
+    result: Future[Any] = field(default_factory=Future)
+    is_slow: bool = False  # True: the job waits for, or has, a place for slow grammars
+    start: float = 0.0  # time of `time.monotonic` at which the job started
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start

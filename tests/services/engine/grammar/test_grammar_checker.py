@@ -5,14 +5,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from services.engine.contract.errors import EngineOverloaded
 from services.engine.contract.sampling_params import Grammar, GrammarKind
-from services.engine.grammar.grammar_checker import NUM_PROCESSES, GrammarChecker, _CheckerProcess
+from services.engine.grammar import grammar_checker
+from services.engine.grammar.grammar_checker import GrammarChecker
 from tests.services.demo import MODEL
 
-MAX_SECONDS = 1.5
+MAX_SECONDS = 0.5
 FINE = Grammar(GrammarKind.REGEX, "[0-9]+")
 
 
@@ -39,40 +42,66 @@ def test_it_says_what_the_compiler_says(checker: GrammarChecker) -> None:
 def test_a_grammar_that_takes_too_long_is_refused_in_time_and_in_one_sentence(checker: GrammarChecker) -> None:
     checker.check(FINE)
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"^grammar cannot be used: it takes more than the 1\.5 s and 1024 MiB that"):
+    with pytest.raises(ValueError, match=r"^grammar cannot be used: it takes more than the 0\.5 s and 1024 MiB that"):
         checker.check(slow())
     assert time.monotonic() - start < MAX_SECONDS + 10
     checker.check(Grammar(GrammarKind.REGEX, "after it"))
 
 
-def test_what_has_passed_passes_while_slow_ones_take_every_process(checker: GrammarChecker) -> None:
+def test_slow_grammars_delay_only_slow_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+    max_slow = 3
+    monkeypatch.setattr(grammar_checker, "MAX_SLOW", max_slow)
+    checker = GrammarChecker(MODEL, MAX_SECONDS)
     checker.check(FINE)
-    refused: list[ValueError] = []
+    refused: list[Exception] = []
 
     def try_slow(salt: int) -> None:
         try:
             checker.check(slow(salt))
-        except ValueError as error:
+        except (ValueError, EngineOverloaded) as error:
             refused.append(error)
 
-    threads = [threading.Thread(target=try_slow, args=(n,)) for n in range(NUM_PROCESSES)]
+    threads = [threading.Thread(target=try_slow, args=(n,)) for n in range(1, max_slow + 3)]
     for thread in threads:
         thread.start()
-    checker.check(FINE)
-    assert not refused
+    for n in range(5):
+        checker.check(Grammar(GrammarKind.REGEX, f"quick{n}"))
+    assert len(refused) < len(threads), "the slow grammars are still being checked"
     for thread in threads:
         thread.join()
-    assert len(refused) == NUM_PROCESSES
+    assert len(refused) == len(threads)
+    late = [error for error in refused if isinstance(error, ValueError)]
+    assert len(late) >= max_slow
+    for error in refused:
+        if isinstance(error, EngineOverloaded):
+            assert str(error).startswith(f"{max_slow} grammars that take long to check are waiting")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="it takes more than"):
+        checker.check(slow(1))  # the result is remembered
+    assert time.monotonic() - start < 0.2
+    checker.close()
+
+
+def test_a_slow_grammar_passes_if_it_takes_less_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_checker, "FAST_SECONDS", 0.000_001)
+    checker = GrammarChecker(MODEL)
+    checker.check(FINE)
+    with pytest.raises(ValueError, match="unclosed group"):
+        checker.check(Grammar(GrammarKind.REGEX, "(b"))
+    checker.close()
 
 
 def test_a_process_that_died_is_replaced() -> None:
-    process = _CheckerProcess(MODEL)
-    assert process.check(FINE, MAX_SECONDS) == ""
-    os.kill(process._child.pid, signal.SIGKILL)
-    process._child.wait()
-    assert not process.is_alive
     checker = GrammarChecker(MODEL)
-    checker._idle.put(process)
-    for n in range(2 * NUM_PROCESSES):
+    for n in range(3):
         checker.check(Grammar(GrammarKind.REGEX, f"a{n}"))
+        assert checker.process is not None
+        os.kill(checker.process.pid, signal.SIGKILL)
+    checker.close()
+
+
+def test_a_model_without_a_tokenizer_has_no_grammars(tmp_path: Path) -> None:
+    checker = GrammarChecker(tmp_path)
+    with pytest.raises(ValueError, match=r"A grammar needs the tokenizer\.json of the model directory"):
+        checker.check(FINE)
     checker.close()
