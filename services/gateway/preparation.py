@@ -178,10 +178,10 @@ class Preparation:
 
     def _too_long(self, num_prompt: int, is_chat: bool) -> ApiError:
         longest, param = self._max_model_len, "messages" if is_chat else "prompt"
-        # OpenAI's words, at which clients such as LiteLLM recognise the error
+        # LiteLLM recognises the error by OpenAI's words at the start; LangChain, by Anthropic's words at the end.
         message = (
             f"This model's maximum context length is {longest} tokens. However, your {param} resulted in {num_prompt} "
-            f"tokens. At most {longest - 1} are allowed, so that at least one is left for the answer."
+            f"tokens. At most {longest - 1} are allowed, because an answer needs one; the prompt is too long."
         )
         return invalid(message, param, "context_length_exceeded")
 

@@ -205,7 +205,8 @@ BAD_COMPLETIONS = [
     ({"prompt": "a", "stream_options": {}}, "stream_options may only be given together with stream=true.", None),
     (
         {"prompt": "a" * 64},
-        "This model's maximum context length is 64 tokens. However, your prompt resulted in 64 tokens. At most 63 are",
+        "This model's maximum context length is 64 tokens. However, your prompt resulted in 64 tokens. At most 63 are "
+        "allowed, because an answer needs one; the prompt is too long.",
         "prompt",
     ),
     ({"prompt": "a", "stop": ["x"] * 5}, "stop must hold at most 4 strings, not 5.", "stop"),
