@@ -10,7 +10,7 @@ RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint protos bench clean
+.PHONY: help up test clients lint protos bench clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ up: $(RUNTIME) ## Install what serving needs, then serve the demo model on 127.0
 test: lint ## Install everything, then check style and types and run every test.
 	$(BIN)/python -m pytest $(ARGS)
 
+clients: $(DEVELOPMENT) ## Run third-party clients, each in its own environment, against a server (about 15 minutes).
+	$(BIN)/python -m tests.clients.run $(ARGS)
+
 lint: $(DEVELOPMENT) ## Check style, formatting and types.
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -42,4 +45,4 @@ bench: $(DEVELOPMENT) ## Measure tokens per second: 3 shards against local exper
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 clean: ## Remove the virtual environment and the caches.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) .clients .mypy_cache .ruff_cache .pytest_cache build *.egg-info
