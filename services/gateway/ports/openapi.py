@@ -6,6 +6,7 @@ the bodies' classes.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,7 +21,7 @@ ERROR = {
     "properties": {
         "error": {
             "type": "object",
-            "required": ["message", "type", "param", "code"],
+            "required": ["message", "type"],
             "properties": {
                 "message": {"type": "string", "description": "what was wrong, and what is allowed"},
                 "type": {"type": "string"},
@@ -68,11 +69,23 @@ def _described(app: FastAPI) -> dict[str, Any]:
     components = described.setdefault("components", {})
     components["securitySchemes"] = {ADMIN_KEY: {"type": "http", "scheme": "bearer"}}
     schemas = components.setdefault("schemas", {})
-    for operations in described["paths"].values():
+    for path, operations in described["paths"].items():
         for operation in operations.values():
+            _add_path_parameters(path, operation)
             for media in operation.get("requestBody", {}).get("content", {}).values():
                 media["schema"] = _named(media["schema"], schemas)
     return described
+
+
+def _add_path_parameters(path: str, operation: dict[str, Any]) -> None:
+    """Add the parameters of `path` that FastAPI does not know, because the route reads them from the request."""
+    parameters = operation.get("parameters", [])
+    known = {parameter["name"] for parameter in parameters}
+    unknown = [name for name in re.findall(r"{(\w+)}", path) if name not in known]
+    if unknown:
+        schema = {"type": "string"}
+        added = [{"name": name, "in": "path", "required": True, "schema": schema} for name in unknown]
+        operation["parameters"] = [*parameters, *added]
 
 
 def _named(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:

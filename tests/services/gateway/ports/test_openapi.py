@@ -7,9 +7,12 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
+from services.gateway.generation import Generation
+from services.gateway.health import Health
 from services.gateway.openai.body import ChatBody, CompletionBody
-from services.gateway.operator.admin import ScaleBody
+from services.gateway.operator.admin import ScaleBody, add_admin
 from services.gateway.ports.openapi import takes
+from services.gateway.rest import build_rest
 
 
 @pytest.fixture
@@ -84,9 +87,22 @@ def test_bodies_that_do_not_fit_are_refused(
     assert not Draft202012Validator(body_schema(described, path)).is_valid(body)
 
 
+def test_every_parameter_of_a_path_is_declared(generation: Generation) -> None:
+    async def ready() -> Health:
+        return Health(is_ready=True)
+
+    app = build_rest(generation, ready)
+    add_admin(app, None, None)
+    for path, operations in app.openapi()["paths"].items():
+        for operation in operations.values():
+            names = [parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "path"]
+            assert names == re.findall(r"{(\w+)}", path), path
+
+
 def test_errors_are_described(described: dict[str, Any], http: httpx.Client) -> None:
     schema = described["paths"]["/v1/models"]["get"]["responses"]["default"]["content"]["application/json"]["schema"]
     Draft202012Validator(schema).validate(http.get("/v1/models/other").json())
+    Draft202012Validator(schema).validate(http.post("/v1/messages", json={}).json())
     assert "422" not in str(described["paths"])
 
 
