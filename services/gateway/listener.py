@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import resource
 import socket
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,9 @@ from services.gateway.ports.health_api import HealthApi
 from services.gateway.ports.http_protocol import BoundedHttpProtocol, OpenConnections
 
 BACKLOG = 2048  # maximum number of TCP connections that wait to be accepted
+# Files that a gateway may need to open in addition to the connections of its clients: its program, its streams to
+# backbones and Ray's own connections.
+OTHER_FILES = 1024
 ALL_INTERFACES = "0.0.0.0"
 
 
@@ -60,6 +64,7 @@ class Listener:
 
     async def start(self) -> None:
         """Start to serve on the configured ports. Raises OSError or RuntimeError if a port is taken."""
+        _allow_open_files(3 * self._generation.limits.connections + OTHER_FILES)  # REST, refused REST and gRPC
         if self.config.http_port is not None:
             await self._start_http(self.config.http_port)
         if self.config.grpc_port is not None:
@@ -110,3 +115,14 @@ class Listener:
         api = InferenceApi(self._generation)
         self._grpc = await start_grpc_server(address, api, self._health, limits, max_message_bytes)
         self._grpc_serving = asyncio.create_task(self._grpc.wait_for_termination())
+
+
+def _allow_open_files(number: int) -> None:
+    """Raise the process's limit on open files to `number`, or as far as the system allows.
+
+    Many systems allow only 1,024 at first. If connections used them up, the server could accept no connection at all.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 from typing import Any
 
 import grpc
@@ -149,3 +150,18 @@ def test_open_streams_end_normally_within_the_time_to_drain(
             assert (await typed == 40) == is_whole
 
     run(test)
+
+
+def test_the_connections_fit_the_limit_of_open_files(generation: Generation) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def test() -> None:
+        async with listening(generation, ListenerConfig("127.0.0.1", free_port())):
+            now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            assert now >= min(hard, 2 * generation.limits.connections)
+
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+        run(test)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
