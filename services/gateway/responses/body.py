@@ -6,17 +6,18 @@ Source: OpenAI's API reference for responses. vLLM's fields for sampling are the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from services.engine.contract.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.gateway.chat.conversation import ChatMessage, Conversation
 from services.gateway.chat.thinking import Thinking
-from services.gateway.chat.tools import Tool, ToolMode, ToolUse, parse_tool_mode
+from services.gateway.chat.tools import Tool, ToolUse
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
-from services.gateway.request_body import BaseBody, only
+from services.gateway.openai.body import SAMPLING_NAMES, BiasByToken
+from services.gateway.openai.tool_choice import ToolChoice, tool_use
+from services.gateway.request_body import BaseBody, Integer, Metadata, only
 
 LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
 # Values of `include` for items that this server never makes; they have no effect.
@@ -30,7 +31,6 @@ OTHER_INCLUDES = (
 )
 Verbosity = Literal["low", "medium", "high"]
 SummaryStyle = Literal["auto", "concise", "detailed"]
-SAMPLING_FIELDS = frozenset(SamplingParams.__dataclass_fields__) - {"max_tokens", "logprobs", "grammar"}
 # this API's names of parameters, by patterns for the names in the errors of other parts of the gateway
 PARAM_NAMES = {
     "logprobs": "top_logprobs",
@@ -134,19 +134,19 @@ class ResponsesBody(BaseBody):
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
     include: list[Annotated[str, BeforeValidator(_check_include)]] | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     tools: list[FunctionToolBody] | None = None
-    tool_choice: Any = None  # checked by `_parse_choice`
+    tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
 
-    max_tool_calls: int | None = None  # a hint here, because the limit is on calls of built-in tools
+    max_tool_calls: Integer | None = None  # a hint here, because the limit is on calls of built-in tools
     user: str | None = None  # hints, from here to `prompt_cache_options`
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
@@ -161,20 +161,20 @@ class ResponsesBody(BaseBody):
     prompt: Annotated[dict[str, Any] | None, only()] = None
 
     # vLLM's and Expertmesh's own fields
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
-    seed: int | None = None
-    stop_token_ids: list[int] | None = None
+    seed: Integer | None = None
+    stop_token_ids: list[Integer] | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: Integer | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    priority: int | None = None
+    logit_bias: BiasByToken | None = None
+    priority: Integer | None = None
     cache_salt: str | None = None
     timeout: float | None = None
-    thinking_token_budget: int | None = None
+    thinking_token_budget: Integer | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -209,7 +209,7 @@ class ResponsesBody(BaseBody):
         )
 
     def _sampling(self) -> dict[str, Any]:
-        given = self.model_dump(include=set(SAMPLING_FIELDS), exclude_none=True)
+        given = self.model_dump(include={*SAMPLING_NAMES, "logit_bias"}, exclude_none=True)
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         if self.max_output_tokens is not None:
             given["max_tokens"] = self.max_output_tokens
@@ -218,15 +218,15 @@ class ResponsesBody(BaseBody):
         return given
 
     def _tool_use(self) -> ToolUse:
-        mode, function, allowed = _parse_choice(self.tool_choice)
         tools = tuple(tool.tool() for tool in self.tools or ())
-        if not tools and mode is ToolMode.AUTO and allowed is None:
-            mode = None  # clients send "auto" and `parallel_tool_calls` even if they offer no tools
-        return ToolUse.of(tools, mode, function, self.parallel_tool_calls if tools else None, allowed)
+        if tools:
+            return tool_use(tools, self.tool_choice, self.parallel_tool_calls)
+        # Clients send "auto" and `parallel_tool_calls` even if they offer no tools.
+        return tool_use((), None if self.tool_choice == "auto" else self.tool_choice, None)
 
     def echo(self) -> dict[str, Any]:
         """Return the fields of the request that a response repeats, with OpenAI's defaults."""
-        text, reasoning = self.text or TextConfig(), self.reasoning or ReasoningConfig()
+        text, reasoning, choice = self.text or TextConfig(), self.reasoning or ReasoningConfig(), self.tool_choice
         return {
             "background": False,
             "instructions": self.instructions,
@@ -245,39 +245,10 @@ class ResponsesBody(BaseBody):
                 "format": text.format.echo() if text.format else {"type": "text"},
                 "verbosity": text.verbosity or "medium",
             },
-            "tool_choice": self.tool_choice or "auto",
+            "tool_choice": choice.model_dump(exclude_none=True) if isinstance(choice, ToolChoice) else choice or "auto",
             "tools": [tool.echo() for tool in self.tools or ()],
             "top_logprobs": self.top_logprobs or 0,
             "top_p": self.top_p,
             "truncation": self.truncation or "disabled",
             "user": self.user,
         }
-
-
-def _parse_choice(choice: Any) -> tuple[ToolMode | None, str | None, list[str] | None]:
-    """Return the mode, the function that must be called and the functions that may be called, of a `tool_choice`."""
-    if choice is None:
-        return None, None, None
-    if isinstance(choice, str):
-        return parse_tool_mode(choice), None, None
-    if not isinstance(choice, Mapping):
-        raise ValueError(f"tool_choice must be a string or a JSON object, not {choice!r:.100}.")
-    match choice.get("type"):
-        case "function":
-            return None, _name(choice, "tool_choice"), None
-        case "allowed_tools":
-            mode, tools = choice.get("mode"), choice.get("tools")
-            if mode not in ("auto", "required"):
-                raise ValueError(f"tool_choice.mode must be 'auto' or 'required', not {mode!r:.100}.")
-            if not isinstance(tools, list):
-                raise ValueError(f"tool_choice.tools must be a list of functions, not {tools!r:.100}.")
-            return ToolMode(mode), None, [_name(tool, f"tool_choice.tools[{n}]") for n, tool in enumerate(tools)]
-    allowed = "'function' or 'allowed_tools', because the server has no built-in tools"
-    raise ValueError(f"tool_choice.type must be {allowed}, not {choice.get('type')!r:.100}.")
-
-
-def _name(choice: Any, param: str) -> str:
-    if not isinstance(choice, Mapping) or choice.get("type") != "function" or not isinstance(choice.get("name"), str):
-        raise ValueError(f'{param} must be a function such as {{"type": "function", "name": "..."}}.')
-    name: str = choice["name"]
-    return name

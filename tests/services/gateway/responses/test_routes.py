@@ -457,8 +457,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "choice": ({"tool_choice": "all"}, "tool_choice must be 'auto', 'none', 'required' or name a function, not 'all'."),
     "choice type": ({"tool_choice": {"type": "mcp"}}, "tool_choice.type must be 'function' or 'allowed_tools'"),
-    "choice name": ({"tool_choice": {"type": "function"}}, "tool_choice must be a function such as"),
-    "allowed mode": ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.mode must be 'auto' or 'required', not"),
+    "choice name": ({"tool_choice": {"type": "function"}}, "tool_choice must name one function, as "),
+    "allowed mode": ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice must hold allowed_tools as "),
     "forced without tools": ({"tool_choice": "required"}, "tool_choice may only be given together with tools."),
     "format": (
         {"text": {"format": {"type": "json_schema", "name": "x"}}},
