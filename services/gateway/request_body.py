@@ -24,10 +24,13 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import NoInfoWrapValidatorFunction, no_info_wrap_validator_function
 
 from services.gateway.errors import ApiError, invalid
+from services.gateway.limits import GatewayLimits
+from services.gateway.schema.json_size import check_size
 from services.gateway.schema.json_text import mend_body
 
 OBJECT = "a JSON object"  # replaces pydantic's class name in error messages
 WITHIN = ("value_error", "unknown_field")  # errors of a value that has the right type
+DEFAULT_LIMITS = GatewayLimits()
 MAX_LISTED_FIELDS = 16  # maximum number of allowed fields in an error message
 
 
@@ -142,16 +145,23 @@ _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 100
 AnyBody = TypeVar("AnyBody", bound=BaseBody)
 
 
-def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
+def parse_body(kind: type[AnyBody], data: bytes, limits: GatewayLimits = DEFAULT_LIMITS) -> AnyBody:
     """Return the JSON text `data` as an object of the class `kind`.
 
     Raises ApiError with one sentence about the first mistake in the body.
     """
-    return validate(kind, parse_json(data))
+    return validate(kind, parse_json(data, limits))
 
 
-def parse_json(data: bytes) -> Any:
-    """Return the value of the JSON text `data`, which is the body of a request. Raises ApiError for invalid JSON."""
+def parse_json(data: bytes, limits: GatewayLimits = DEFAULT_LIMITS) -> Any:
+    """Return the value of the JSON text `data`, which is the body of a request.
+
+    Raises ApiError if `data` is no JSON, or if its values are too many or nested too deep.
+    """
+    try:
+        check_size(data, limits.json_depth, limits.json_values)
+    except ValueError as error:
+        raise invalid(f"The JSON of the body {error}.") from error
     try:
         return pydantic_core.from_json(mend_body(data), allow_inf_nan=False)
     except ValueError as error:

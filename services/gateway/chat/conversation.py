@@ -67,7 +67,7 @@ def check_message(message: ChatMessage, param: str) -> ChatMessage:
         raise ValueError(f"{param}.reasoning_content may only be given where the role is 'assistant'.")
     if bool(message.tool_call_id) != is_tool:
         raise ValueError(f"{param}.tool_call_id must be given where the role is 'tool', and only there.")
-    if message.content is None and not (message.tool_calls or message.reasoning):
+    if message.content is None and not (is_assistant or is_tool):
         raise ValueError(f"{param}.content is missing, but required.")
     # "developer" is OpenAI's new name for the role "system"; chat templates know only the old name.
     return replace(message, role="system") if message.role == "developer" else message

@@ -23,6 +23,7 @@ from typing import Any
 
 import pydantic_core
 
+from services.gateway.schema.json_size import check_text_size
 from services.gateway.schema.json_text import dumps, loads, mend_escapes, mend_text
 from services.gateway.schema.object_schema import ObjectSchema
 from services.gateway.schema.references import type_of
@@ -208,11 +209,15 @@ def parse_arguments(text: str, param: str) -> str:
     are returned. Raises ValueError if `text` is not a JSON object; the message names the parameter `param`.
     """
     try:
-        value = loads(text or "{}")
+        check_text_size(text)
+    except ValueError as error:
+        raise ValueError(f"{param} {error}.") from error
+    try:
+        value = loads(text.strip() or "{}")
     except ValueError:
         value = _cut_off(text)
     if not isinstance(value, dict):
-        raise ValueError(f"{param} must be a JSON object as a string, not {text!r:.100}.")
+        raise ValueError(f"{param} must be a JSON object as a string, not {text[:100]!r:.100}.")
     return dumps(value)
 
 

@@ -31,17 +31,17 @@ SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {
 }
 
 
-def _check_prompt(value: object) -> object:
-    """Return `value` if it is a prompt (a string or a list of token ids) or a list of prompts.
+def _prompts(value: object) -> list[Any]:
+    """Return the prompts of `value`, which is a prompt (a string or a list of token ids) or a list of prompts.
 
     Raises ValueError for every other value and for more than MAX_PROMPTS prompts.
     """
     if _is_one_prompt(value):
-        return value
-    if isinstance(value, list) and value and all(_is_one_prompt(item) for item in value):
-        if len(value) <= MAX_PROMPTS:
-            return value
+        return [value]
+    if isinstance(value, list) and len(value) > MAX_PROMPTS and all(isinstance(item, str | list) for item in value):
         raise ValueError(f"must hold at most {MAX_PROMPTS} prompts, not {len(value)}")
+    if isinstance(value, list) and value and all(_is_one_prompt(item) for item in value):
+        return value
     raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
 
 
@@ -165,7 +165,7 @@ class _RequestBody(InertFields):
 class CompletionBody(InertCompletionFields, _RequestBody):
     """A `CompletionBody` is the body of a request to `/v1/completions`."""
 
-    prompt: Annotated[Any, BeforeValidator(_check_prompt, json_schema_input_type=PromptForm)]
+    prompt: Annotated[Any, BeforeValidator(_prompts, json_schema_input_type=PromptForm)]
     best_of: Integer | None = None
     echo: bool | None = None
     logprobs: Integer | None = None
@@ -181,6 +181,10 @@ class CompletionBody(InertCompletionFields, _RequestBody):
         return False
 
     @property
+    def num_items(self) -> int:
+        return len(self.prompt)
+
+    @property
     def echoes_logprobs(self) -> bool:
         """Return True if the response lists the logprobs of the prompt's tokens before the logprobs of the answer."""
         return bool(self.echo) and self.logprobs is not None
@@ -193,7 +197,7 @@ class CompletionBody(InertCompletionFields, _RequestBody):
         sampling, parameters = self.sampling(self.logprobs), self.parameters()
         if self.echoes_logprobs:
             sampling.setdefault("prompt_logprobs", self.logprobs)
-        first, *more = [self.prompt] if _is_one_prompt(self.prompt) else self.prompt
+        first, *more = self.prompt
         return GenerationRequest(first, sampling, echo=self.echo is True, more_prompts=more, **parameters)
 
 
@@ -230,6 +234,10 @@ class ChatBody(ConversationBody, InertChatFields, _RequestBody):
     @property
     def is_chat(self) -> bool:
         return True
+
+    @property
+    def num_items(self) -> int:
+        return len(self.messages)
 
     @property
     def calls_functions(self) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from services.gateway.chat.tools import ToolUse
 from services.gateway.generation_request import GenerationRequest
+from services.gateway.limits import GatewayLimits
 from services.gateway.openai.messages import ConversationBody
-from services.gateway.request_body import BaseBody
+from services.gateway.request_body import BaseBody, parse_json, validate
 
 
 class TokenizeBody(BaseBody):
@@ -49,3 +50,10 @@ class DetokenizeBody(BaseBody):
 
     model: str | None = None
     tokens: list[int]
+
+
+def parse_tokenize_body(data: bytes, limits: GatewayLimits) -> TokenizeBody | TokenizeChatBody:
+    """Return the body `data` of a request to `/tokenize`. Raises ApiError for the first mistake."""
+    value = parse_json(data, limits)
+    is_chat = isinstance(value, dict) and "messages" in value
+    return validate(TokenizeChatBody, value) if is_chat else validate(TokenizeBody, value)

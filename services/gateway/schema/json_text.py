@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from services.gateway.schema.json_size import check_text_size
+
 # an escaped pair of surrogates, half of a pair, or any other escape
 ESCAPE = re.compile(
     r"\\(?:u(?P<pair>[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
@@ -48,10 +50,8 @@ def loads(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
 
     `parse_constant` is called with NaN, Infinity or -Infinity, which are not JSON, but which Python writes and reads.
     """
-    try:
-        return json.loads(mend_escapes(mend_text(text)), parse_constant=parse_constant)
-    except RecursionError as error:
-        raise ValueError("The JSON is nested too deep.") from error
+    check_text_size(text)
+    return json.loads(mend_escapes(mend_text(text)), parse_constant=parse_constant)
 
 
 def dumps(value: object) -> str:
