@@ -25,49 +25,48 @@ class TokenCounts:
     A token that occurs only in the prompt has the count 0.
     """
 
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self._ids = np.unique(np.asarray(prompt, dtype=np.int64))
-        self._num_fixed = self._num_ids = len(self._ids)
-        self._counts = np.zeros(self._num_ids, dtype=np.float32)
-        self._index = {int(token_id): i for i, token_id in enumerate(self._ids)}
+    def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
+        self._is_in_prompt_V = np.zeros(vocab_size, dtype=np.bool_)
+        self._is_in_prompt_V[np.array(prompt, dtype=np.int64)] = True
+        self._counts_V = np.zeros(vocab_size, dtype=np.float32)
+        # The ids of the prompt, then the ids of generated tokens in the order of their first use; the rest is unused.
+        self._ids = np.flatnonzero(self._is_in_prompt_V)
+        self._num_ids = len(self._ids)
 
     def push(self, token_id: int) -> None:
         """Count a token that was generated."""
-        index = self._index.setdefault(token_id, self._num_ids)
-        if index == self._num_ids:
-            self._grow()
-            self._ids[index], self._counts[index] = token_id, 0
+        if self._is_new(token_id):
+            if self._num_ids == len(self._ids):
+                self._ids = np.resize(self._ids, max(64, 2 * self._num_ids))
+            self._ids[self._num_ids] = token_id
             self._num_ids += 1
-        self._counts[index] += 1
+        self._counts_V[token_id] += 1
 
     def pop(self, token_id: int) -> None:
         """Undo the last `push`; `token_id` must be the token of the last `push`."""
-        index = self._index[token_id]
-        self._counts[index] -= 1
-        if self._counts[index] == 0 and index >= self._num_fixed:
+        self._counts_V[token_id] -= 1
+        if self._is_new(token_id):
             self._num_ids -= 1
-            assert index == self._num_ids, "pushes must be undone in reverse order"
-            del self._index[token_id]
+            assert self._ids[self._num_ids] == token_id, "pushes must be undone in reverse order"
 
-    def _grow(self) -> None:
-        if self._num_ids == len(self._ids):
-            size = max(64, 2 * self._num_ids)
-            self._ids, self._counts = np.resize(self._ids, size), np.resize(self._counts, size)
+    def _is_new(self, token_id: int) -> bool:
+        return not self._counts_V[token_id] and not self._is_in_prompt_V[token_id]
 
     def ids_and_counts(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the distinct token ids and the count of each token, as two arrays of the same length."""
-        return self._ids[: self._num_ids].copy(), self._counts[: self._num_ids].copy()
+        ids = self._ids[: self._num_ids].copy()
+        return ids, self._counts_V[ids]
 
 
 class SamplerState:
     """A `SamplerState` holds what the sampler keeps of one request: counts, grammar state, reasoning limit and bias."""
 
-    def __init__(self, request: Request, device: torch.device) -> None:
+    def __init__(self, request: Request, vocab_size: int, device: torch.device) -> None:
         params, self._device = request.params, device
         is_repetitive = params.repetition_penalty != 1
         has_penalty = is_repetitive or params.presence_penalty != 0 or params.frequency_penalty != 0
         prompt = request.token_ids[: request.num_prompt_tokens] if is_repetitive else ()
-        self.counts = TokenCounts(prompt) if has_penalty else None
+        self.counts = TokenCounts(prompt, vocab_size) if has_penalty else None
         self.grammar: GrammarState | None = None
         if params.grammar is not None:
             assert request.compiled_grammar is not None, "a grammar is compiled before its request reaches the engine"
