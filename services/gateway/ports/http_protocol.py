@@ -67,6 +67,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._open, self._limits = open_connections, open_connections.limits
         self.timeout_keep_alive = open_connections.keep_alive_s  # type: ignore[assignment]  # a time for `call_later`
         self._phase, self._is_refused, self._is_muted = _Phase.IDLE, False, False
+        self._phase_s = self._limits.header_s  # seconds that the present phase may last
         self._deadline: asyncio.TimerHandle | None = None  # of the bytes that the server waits for
         self._write_deadline: asyncio.TimerHandle | None = None  # of the client to read what was written
         self._header_bytes = 0  # bytes of the complete headers of the present request
@@ -77,6 +78,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._open.accepted.add(self)
         self._enter(_Phase.IDLE, self._limits.header_s)
+        self._arm()
         if len(self.connections) > 2 * self._limits.connections:  # refused connections linger, and must be few, too
             self._abort()
         elif len(self._open.accepted) > self._limits.connections:
@@ -105,8 +107,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._parse(data)
         if self._unparsed_bytes == before and before > self._limits.header_bytes:
             self._refuse(self._too_large())
+        # The timer is set only here, because most requests arrive whole and go through all phases in one call.
         if self._deadline is None and self._phase is not _Phase.ANSWER and not self._is_refused:
-            self._arm(self._limits.header_s)  # empty lines before a request, which begin no request
+            self._arm()
 
     def on_message_begin(self) -> None:
         if self._is_muted:
@@ -146,14 +149,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._enter(_Phase.IDLE, self.timeout_keep_alive)
         else:
-            self._enter(_Phase.ANSWER)
+            self._enter(_Phase.ANSWER, 0)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
             self._set_write_deadline()
         elif not self._is_answering and self._phase is _Phase.ANSWER:
-            self._enter(_Phase.IDLE)  # uvicorn has set the deadline, see timeout_keep_alive_handler
+            # Until the next byte arrives, uvicorn's own timer runs, see timeout_keep_alive_handler.
+            self._enter(_Phase.IDLE, self._limits.header_s)
         elif not self._is_answering:
             self._open.waiting.setdefault(self)
 
@@ -217,19 +221,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         sentence = f"The headers must be at most {self._limits.header_bytes} bytes long, but are longer."
         return ApiError(ApiRefusal.HEADERS_TOO_LARGE, sentence)
 
-    def _enter(self, phase: _Phase, seconds: float | None = None) -> None:
-        """Begin `phase`, which must end within `seconds`; None: without a limit of time here."""
-        self._phase = phase
+    def _enter(self, phase: _Phase, seconds: float) -> None:
+        """Begin `phase`, which may last `seconds`; the caller or `data_received` sets the timer."""
+        self._phase, self._phase_s = phase, seconds
         self._disarm()
-        if seconds is not None:
-            self._arm(seconds)
         if phase is not _Phase.BODY:
             self._open.waiting.pop(self, None)  # the server begins to wait now, so the connection becomes the youngest
         if phase is not _Phase.ANSWER and not self._answers_an_earlier_request:
             self._open.waiting.setdefault(self)
 
-    def _arm(self, seconds: float) -> None:
-        self._deadline = self.loop.call_later(seconds, self._time_out)
+    def _arm(self) -> None:
+        self._deadline = self.loop.call_later(self._phase_s, self._time_out)
 
     def _disarm(self) -> None:
         if self._deadline is not None:

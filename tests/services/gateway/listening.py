@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -87,8 +88,14 @@ class PlainConnection(asyncio.Protocol):
 
 
 @contextlib.asynccontextmanager
-async def connect(port: int | None) -> AsyncIterator[PlainConnection]:
-    _, connection = await asyncio.get_running_loop().create_connection(PlainConnection, "127.0.0.1", port)
+async def connect(port: int | None, receive_buffer: int | None = None) -> AsyncIterator[PlainConnection]:
+    """Connect to `port`; `receive_buffer` is the size in bytes of the system's buffer for what the server sends."""
+    loop, plain = asyncio.get_running_loop(), socket.socket()
+    plain.setblocking(False)
+    if receive_buffer is not None:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    await loop.sock_connect(plain, ("127.0.0.1", port))
+    _, connection = await loop.create_connection(PlainConnection, sock=plain)
     try:
         yield connection
     finally:
