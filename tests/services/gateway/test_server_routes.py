@@ -9,9 +9,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.generation import Generation, ModelCard
 from services.gateway.health import Health
+from services.gateway.rest import build_rest
 from services.gateway.server_routes import VERSION
-from tests.services.gateway.echo import CHAT_TEMPLATE, EOS
+from tests.services.gateway.echo import CHAT_TEMPLATE, EOS, EchoSource, serving
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")])
@@ -60,3 +62,16 @@ def test_metrics_in_both_formats(http: httpx.Client) -> None:
     names = {family.name for family in parse_openmetrics(answer.text)}
     assert {"expertmesh:request_refused", "expertmesh:steps", "expertmesh:time_to_first_token_seconds"} <= names
     assert {family.name.removesuffix("_total") for family in parse_text(plain.text)} >= names
+
+
+def test_a_model_may_have_the_name_of_a_repository(source: EchoSource, tokenizer: Tokenizer) -> None:
+    async def ready() -> Health:
+        return Health(is_ready=True)
+
+    generation = Generation(source, tokenizer, ModelCard("org/name", 64, 1))
+    with serving(build_rest(generation, ready)) as url, httpx.Client(base_url=url) as client:
+        for path in ("/v1/models/org/name", "/v1/models/org%2Fname"):
+            assert client.get(path).json()["id"] == "org/name"
+        answer = client.post("/v1/completions", json={"model": "org/name", "prompt": "ab"})
+        assert answer.json()["model"] == "org/name"
+        assert 'model_name="org/name"' in client.get("/metrics").text
