@@ -88,6 +88,8 @@ class GenerationRequest:
             raise ValueError(f"{param} may not be given together with a tool_choice that forces a call.")
 
     def _check_limits(self, limits: GatewayLimits) -> None:
+        if isinstance(self.prompt, Conversation) and len(self.prompt.messages) > limits.messages:
+            raise ValueError(f"messages must hold at most {limits.messages} messages, not {len(self.prompt.messages)}.")
         bias, stops = self.sampling.get("logit_bias", ()), self.sampling.get("stop", ())
         if len(bias) > limits.logit_bias:
             raise ValueError(f"logit_bias must hold at most {limits.logit_bias} tokens, not {len(bias)}.")

@@ -150,7 +150,18 @@ class Preparation:
         self, prompts: Sequence[Prompt], request: GenerationRequest, params: SamplingParams
     ) -> list[PreparedPrompt]:
         """Return the tokens of all `prompts`. A long call belongs in a thread."""
-        return [self._prepare(prompt, request, params) for prompt in prompts]
+        prepared = [self._prepare(prompt, request, params) for prompt in prompts]
+        if params.prompt_logprobs is not None:
+            num_tokens = sum(len(prompt.token_ids) for prompt in prepared)
+            self._check_prompt_logprobs(num_tokens * (request.n or 1) * (1 + params.prompt_logprobs))
+        return prepared
+
+    def _check_prompt_logprobs(self, num_scores: int) -> None:
+        if num_scores > self._limits.prompt_logprobs:
+            raise ValueError(
+                f"prompt_logprobs (or echo with logprobs) may ask for at most {self._limits.prompt_logprobs} logprobs, "
+                f"which are tokens times n times 1 + alternatives, not {num_scores}."
+            )
 
     def _prepare(self, prompt: Prompt, request: GenerationRequest, params: SamplingParams) -> PreparedPrompt:
         longest, keep = self._max_model_len, request.truncate_prompt_tokens

@@ -15,7 +15,7 @@ class FinishReason(StrEnum):
     FAILED = "failed"  # `Engine.generate` raises EngineFailed or ValueError instead of yielding an output
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A `TokenLogprob` holds the logprob of a token: the natural logarithm of its probability.
 

@@ -21,6 +21,7 @@ CONNECT_TIMEOUT_S = 1.0  # seconds after which an attempt to connect to a backbo
 # Seconds that the gateway waits after a request's deadline until the gateway fails the request. A backbone checks
 # deadlines between its steps, so a backbone that has not failed the request by then hangs.
 DEADLINE_GRACE_S = 0.5
+INLINE_SCORES = 1024  # outputs with more logprobs of a prompt are read in a thread; reading this many takes about 2 ms
 
 
 class BackboneLost(Exception):
@@ -107,7 +108,10 @@ class BackboneStream:
                 if message.HasField("failure"):
                     raise failure_from_proto(message.failure)
                 is_over = bool(message.finish_reason)
-                yield output_from_proto(message)
+                if len(message.prompt_logprobs) > INLINE_SCORES:
+                    yield await asyncio.to_thread(output_from_proto, message)
+                else:
+                    yield output_from_proto(message)
         finally:
             self._inboxes.pop(request_id, None)
             if alarm:

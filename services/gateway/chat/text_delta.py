@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from services.gateway.chat.answer_parser import ToolCallDelta
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScoredToken:
     """A `ScoredToken` is a token of the prompt or the answer with its logprob and the most probable alternatives."""
 

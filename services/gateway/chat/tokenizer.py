@@ -83,8 +83,13 @@ class Tokenizer:
         If `add_special_tokens` is True, the result begins with the special tokens that the tokenizer puts before every
         text. Most tokenizers put no special tokens there.
         """
-        # The tokenizer's Rust implementation keeps no state between calls, so threads may share it.
-        return list(self._hf.backend_tokenizer.encode(mend_text(text), add_special_tokens=add_special_tokens).ids)
+        # The tokenizer's Rust implementation keeps no state between calls, so threads may share it. Unlike `encode`,
+        # `encode_batch_fast` finds no positions in the text, which takes a third of the time, and a tenth of the time
+        # with Python's lock.
+        batch = [mend_text(text)]
+        [encoding] = self._hf.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
 
     def info(self) -> dict[str, Any]:
         """Return the tokenizer's settings and its chat template as JSON values, as vLLM's /tokenizer_info does.

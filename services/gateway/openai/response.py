@@ -45,32 +45,40 @@ def _usage(usage: TokenUsage) -> dict[str, Any]:
 
 
 def completion(
-    head: ResponseHead, choices: Sequence[TextDelta], usage: TokenUsage, echo: bool, has_prompt_logprobs: bool
+    head: ResponseHead,
+    choices: Sequence[TextDelta],
+    usage: TokenUsage,
+    echo: bool,
+    has_prompt_logprobs: bool,
+    has_ids: bool,
 ) -> str:
     """Return the JSON of a complete response to `/v1/completions`.
 
     - `echo`: True if the logprobs of a prompt's tokens are listed before the logprobs of the answer's tokens.
     - `has_prompt_logprobs`: True if each choice gets the field `prompt_logprobs` of vLLM's API.
+    - `has_ids`: True if each choice gets the fields `prompt_token_ids` and `token_ids` of vLLM's API.
     """
-    listed = [_completion_choice(choice, echo) for choice in choices]
+    listed = [_completion_choice(choice, echo, has_ids) for choice in choices]
     if has_prompt_logprobs:
         for choice, delta in zip(listed, choices, strict=True):
             choice["prompt_logprobs"] = _prompt_logprobs(delta.prompt_logprobs)
     return head.with_choices(COMPLETION, listed, usage=_usage(usage))
 
 
-def completion_chunk(head: ResponseHead, delta: TextDelta, echo: bool) -> str:
-    return head.with_choices(COMPLETION, [_completion_choice(delta, echo)])
+def completion_chunk(head: ResponseHead, delta: TextDelta, echo: bool, has_ids: bool) -> str:
+    return head.with_choices(COMPLETION, [_completion_choice(delta, echo, has_ids)])
 
 
 def chat_completion(
-    head: ResponseHead, choices: Sequence[TextDelta], usage: TokenUsage, has_prompt_logprobs: bool
+    head: ResponseHead, choices: Sequence[TextDelta], usage: TokenUsage, has_prompt_logprobs: bool, has_ids: bool
 ) -> str:
     prompt = {"prompt_logprobs": _prompt_logprobs(choices[0].prompt_logprobs)} if has_prompt_logprobs else {}
-    return head.with_choices(CHAT, [_chat_choice(choice) for choice in choices], usage=_usage(usage), **prompt)
+    prompt |= _prompt_ids(choices[0], has_ids)
+    listed = [_chat_choice(choice) | _ids(choice, has_ids) for choice in choices]
+    return head.with_choices(CHAT, listed, usage=_usage(usage), **prompt)
 
 
-def chat_chunk(head: ResponseHead, delta: TextDelta) -> str:
+def chat_chunk(head: ResponseHead, delta: TextDelta, has_ids: bool) -> str:
     fields: dict[str, Any] = {}
     if delta.text:
         fields["content"] = delta.text
@@ -78,13 +86,26 @@ def chat_chunk(head: ResponseHead, delta: TextDelta) -> str:
         fields["reasoning_content"] = delta.reasoning
     if delta.calls:
         fields["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.calls]
-    return head.with_choices(CHAT_CHUNK, [_choice(delta, "delta", fields, _chat_logprobs(delta.logprobs))])
+    choice = _choice(delta, "delta", fields, _chat_logprobs(delta.logprobs)) | _ids(delta, has_ids)
+    return head.with_choices(CHAT_CHUNK, [choice])
 
 
-def role_chunk(head: ResponseHead, index: int) -> str:
-    """Return the first chunk of the choice `index` in a chat stream, which holds the role "assistant"."""
+def role_chunk(head: ResponseHead, first: TextDelta, has_ids: bool) -> str:
+    """Return the first chunk of a choice in a chat stream, which holds the role "assistant" and comes before `first`.
+
+    If `has_ids` is True, the chunk has the field `prompt_token_ids` of vLLM's API.
+    """
     fields = {"role": "assistant", "content": ""}
-    return head.with_choices(CHAT_CHUNK, [{"index": index, "delta": fields, "logprobs": None, "finish_reason": None}])
+    choice = {"index": first.index, "delta": fields, "logprobs": None, "finish_reason": None}
+    return head.with_choices(CHAT_CHUNK, [choice], **_prompt_ids(first, has_ids))
+
+
+def _prompt_ids(delta: TextDelta, has_ids: bool) -> dict[str, Any]:
+    return {"prompt_token_ids": delta.prompt_token_ids} if has_ids and delta.prompt_token_ids else {}
+
+
+def _ids(delta: TextDelta, has_ids: bool) -> dict[str, Any]:
+    return {"token_ids": delta.token_ids} if has_ids else {}
 
 
 def usage_chunk(head: ResponseHead, usage: TokenUsage, is_chat: bool) -> str:
@@ -96,9 +117,10 @@ def _choice(delta: TextDelta, key: str, value: Any, logprobs: dict[str, Any] | N
     return {"index": delta.index, key: value, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
 
-def _completion_choice(delta: TextDelta, echo: bool) -> dict[str, Any]:
+def _completion_choice(delta: TextDelta, echo: bool, has_ids: bool) -> dict[str, Any]:
     scores = [*(delta.prompt_logprobs if echo else ()), *delta.logprobs]
-    return _choice(delta, "text", delta.text, _completion_logprobs(scores))
+    choice = _choice(delta, "text", delta.text, _completion_logprobs(scores))
+    return choice | _prompt_ids(delta, has_ids) | _ids(delta, has_ids)
 
 
 def _chat_choice(delta: TextDelta) -> dict[str, Any]:

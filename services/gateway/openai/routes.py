@@ -27,7 +27,10 @@ from services.gateway.openai.tokenizer_bodies import (
     parse_tokenize_body,
 )
 from services.gateway.ports.openapi import takes
+from services.gateway.schema.json_text import dump_list, dumps
 
+INLINE_TOKENS = 1024  # longer lists of tokens are written in a thread; writing this many takes less than 1 ms
+INLINE_SCORES = 1024  # responses with more logprobs are written in a thread; writing this many takes about 5 ms
 INLINE_ITEMS = 256  # more messages are converted in a thread; converting this many takes about 2 ms
 DONE = "data: [DONE]\n\n"
 
@@ -70,9 +73,11 @@ class OpenAIRoutes:
         with client_errors():
             token_ids = await self._generation.tokenize(body.request(), body.adds_special_tokens)
             shown = await self._generation.token_texts(token_ids) if body.return_token_strs else None
-        longest = self._generation.card.max_model_len
-        fields = {"count": len(token_ids), "max_model_len": longest, "tokens": token_ids, "token_strs": shown}
-        return JSONResponse(fields)
+        is_long = len(token_ids) > INLINE_TOKENS
+        lists = [await self._generation.threads.run_if(is_long, dump_list, values) for values in (token_ids, shown)]
+        fields = {"count": len(token_ids), "max_model_len": self._generation.card.max_model_len}
+        text = f'{dumps(fields)[:-1]}, "tokens": {lists[0]}, "token_strs": {lists[1]}}}'
+        return Response(text, media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
         body = await read(request, DetokenizeBody, self._generation)
@@ -99,7 +104,8 @@ class OpenAIRoutes:
         usage = TokenUsage(body.n or 1)
         for choice in choices:
             usage.add(choice)
-        text = _whole_response(head, body, choices, usage)
+        is_long = sum(choice.num_scores for choice in choices) > INLINE_SCORES
+        text = await generation.threads.run_if(is_long, _whole_response, head, body, choices, usage)
         return Response(text, media_type="application/json", headers=cache_header(choices[0]))
 
     async def _events(self, head: ResponseHead, body: Body, answer: Answer) -> AsyncGenerator[str, None]:
@@ -110,9 +116,11 @@ class OpenAIRoutes:
                     usage.add(delta)
                     if body.is_chat and delta.index not in is_open:
                         is_open.add(delta.index)
-                        yield server_event(response.role_chunk(head, delta.index))
-                    if delta.is_shown:
-                        yield server_event(_chunk(head, body, delta))
+                        yield server_event(response.role_chunk(head, delta, body.return_token_ids is True))
+                    if delta.is_shown or (body.return_token_ids and delta.token_ids):
+                        is_long = delta.num_scores > INLINE_SCORES
+                        chunk = await self._generation.threads.run_if(is_long, _chunk, head, body, delta)
+                        yield server_event(chunk)
             if body.include_usage:
                 yield server_event(response.usage_chunk(head, usage, body.is_chat))
         except ApiError as error:
@@ -122,16 +130,16 @@ class OpenAIRoutes:
 
 
 def _whole_response(head: ResponseHead, body: Body, choices: list[TextDelta], usage: TokenUsage) -> str:
-    has_prompt_logprobs = body.prompt_logprobs is not None
+    has_prompt_logprobs, has_ids = body.prompt_logprobs is not None, body.return_token_ids is True
     if isinstance(body, ChatBody):
-        return response.chat_completion(head, choices, usage, has_prompt_logprobs)
-    return response.completion(head, choices, usage, body.echoes_logprobs, has_prompt_logprobs)
+        return response.chat_completion(head, choices, usage, has_prompt_logprobs, has_ids)
+    return response.completion(head, choices, usage, body.echoes_logprobs, has_prompt_logprobs, has_ids)
 
 
 def _chunk(head: ResponseHead, body: Body, delta: TextDelta) -> str:
     if isinstance(body, ChatBody):
-        return response.chat_chunk(head, delta)
-    return response.completion_chunk(head, delta, body.echoes_logprobs)
+        return response.chat_chunk(head, delta, body.return_token_ids is True)
+    return response.completion_chunk(head, delta, body.echoes_logprobs, body.return_token_ids is True)
 
 
 def _model(card: ModelCard) -> dict[str, Any]:

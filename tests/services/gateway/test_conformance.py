@@ -17,7 +17,7 @@ from services.gateway.metrics.backbone_metrics import backbone_metrics
 from tests.services.application import wait_until
 from tests.services.gateway.messages_surface import as_message, ask_messages, to_messages
 from tests.services.gateway.responses_surface import as_response, ask_responses, to_question
-from tests.services.gateway.surfaces import MAX_LEN, SurfaceResponse, Surfaces, comparable, serving
+from tests.services.gateway.surfaces import MAX_LEN, SurfaceResponse, Surfaces, comparable, serving, to_grpc
 from tests.services.gateway.weather import NOW, WEATHER
 
 PROMPT = "    def close(self):"
@@ -60,6 +60,8 @@ CALLED: list[dict[str, Any]] = [
     {"role": "tool", "tool_call_id": "c1", "content": "done"},
 ]
 
+BEGUN = [USER, {"role": "assistant", "content": "    return self."}]
+
 
 def completion(**more: Any) -> dict[str, Any]:
     return {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, **more}
@@ -75,6 +77,13 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "token ids": completion(prompt=[100, 200, 300]),
     "to the end of the context": completion(max_tokens=100_000, prompt="x = 1\n" * 80, ignore_eos=True),
     "no limit": completion(max_tokens=-1, prompt="x = 1\n" * 80, ignore_eos=True),
+    "truncated prompt": completion(prompt=LONG_PROMPT, truncate_prompt_tokens=9, echo=True),
+    "prompt truncated to fit": completion(prompt="x = 1\n" * 400, truncate_prompt_tokens=-1),
+    "stop string shown": completion(stop=["self", "return"], include_stop_str_in_output=True, max_tokens=40),
+    "special tokens": chat(skip_special_tokens=False, include_stop_str_in_output=True, max_tokens=100),
+    "final message": chat(messages=BEGUN, continue_final_message=True, add_generation_prompt=False),
+    "no generation prompt": chat(add_generation_prompt=False),
+    "budget": chat(enable_thinking=True, thinking_token_budget=3),
     "default length": {"prompt": PROMPT, "temperature": 0},
     "model": completion(model="demo"),
     "seed": completion(**SAMPLED),
@@ -217,6 +226,32 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
         "INVALID_ARGUMENT",
         "thinking_token_budget may not be given if reasoning_effort is 'none'.",
     ),
+    "truncation": (
+        completion(truncate_prompt_tokens=512),
+        "INVALID_ARGUMENT",
+        "truncate_prompt_tokens must be 1 to 511, or -1 for all that fit, not 512.",
+    ),
+    "final message of a user": (
+        chat(continue_final_message=True),
+        "INVALID_ARGUMENT",
+        "continue_final_message needs a last message of the assistant without tool_calls.",
+    ),
+    "final message and generation prompt": (
+        chat(messages=BEGUN, continue_final_message=True, add_generation_prompt=True),
+        "INVALID_ARGUMENT",
+        "continue_final_message may not be true together with add_generation_prompt.",
+    ),
+    "stop strings": (completion(stop=list("abcde")), "INVALID_ARGUMENT", "stop must hold at most 4 strings, not 5."),
+    "bias of many": (
+        completion(logit_bias={str(n): 1 for n in range(1025)}),
+        "INVALID_ARGUMENT",
+        "logit_bias must hold at most 1024 ",
+    ),
+    "logprobs of many": (
+        completion(prompt=[1] * 500, n=13, echo=True, logprobs=20),
+        "INVALID_ARGUMENT",
+        "prompt_logprobs (or echo with logprobs) may ask for at most 131072 logprobs, which are tokens times n times",
+    ),
     "no tools": (
         chat(tool_choice="required"),
         "INVALID_ARGUMENT",
@@ -341,6 +376,41 @@ def test_an_answer_ends_with_the_context(surfaces: Surfaces, name: str) -> None:
     result = surfaces.rest(ANSWERS[name], False)
     assert result.choices[0]["finish"] == "length"
     assert sum(result.usage[:2]) == MAX_LEN
+
+
+@pytest.mark.parametrize("body", [completion(return_token_ids=True, n=2), chat(return_token_ids=True)])
+def test_token_ids(surfaces: Surfaces, body: dict[str, Any]) -> None:
+    """Check that all surfaces report the same tokens of prompt and answer, each token of an answer once."""
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    reply = surfaces.stub.Generate(to_grpc(body))
+    expected = [(list(choice.prompt_token_ids), list(choice.token_ids)) for choice in reply.choices]
+    assert all(prompt and answer for prompt, answer in expected)
+    whole = surfaces.http.post(path, json=body).json()
+    prompts = [whole.get("prompt_token_ids") or choice["prompt_token_ids"] for choice in whole["choices"]]
+    assert list(zip(prompts, [choice["token_ids"] for choice in whole["choices"]], strict=True)) == expected
+    streamed: dict[int, tuple[list[int], list[int]]] = {}
+    for line in surfaces.http.post(path, json={**body, "stream": True}).text.split("\n\n"):
+        if line and "[DONE]" not in line:
+            chunk = json.loads(line.removeprefix("data: "))
+            [choice] = chunk["choices"]
+            prompt, answer = streamed.setdefault(choice["index"], ([], []))
+            prompt += chunk.get("prompt_token_ids", []) + choice.get("prompt_token_ids", [])
+            answer += choice.get("token_ids", [])
+    assert [streamed[index] for index in sorted(streamed)] == expected
+    assert "token_ids" not in surfaces.http.post(path, json={**body, "return_token_ids": None}).text
+
+
+def test_new_parameters_have_an_effect(surfaces: Surfaces) -> None:
+    def text(name: str) -> str:
+        return str(surfaces.rest(ANSWERS[name], False).choices[0]["text"])
+
+    assert text("stop string shown") == text("stop") + next(
+        stop for stop in ("self", "return") if text("stop string shown").endswith(stop)
+    )
+    assert text("truncated prompt").startswith(LONG_PROMPT[-20:])
+    budget = surfaces.http.post("/v1/chat/completions", json=ANSWERS["budget"]).json()
+    assert budget["usage"]["completion_tokens_details"]["reasoning_tokens"] == 4  # three, and the token that ends them
+    assert surfaces.grpc(ANSWERS["budget"], False).choices[0]["text"]
 
 
 def test_forms_are_kept(surfaces: Surfaces) -> None:

@@ -20,6 +20,7 @@ from services.gateway.generation_request import GenerationRequest
 from tests.services.gateway.echo import EchoSource
 
 LEN = 1000
+USER = ChatMessage("user", "hi")
 
 
 @pytest.fixture
@@ -52,14 +53,16 @@ def test_choices_share_everything_but_the_seed(generation: Generation) -> None:
         ({"sampling": {"stop": ("a",) * 5}}, "stop must hold at most 4 strings, not 5."),
         ({"sampling": {"stop": ("a" * 1025,)}}, "stop must hold strings of at most 1024 bytes, not 1025."),
         ({"sampling": {"logit_bias": {"1" * 5000: 1.0}}}, "logit_bias must be keyed by token ids as strings, not '11"),
+        ({"prompt": Conversation((USER,) * 16_385)}, "messages must hold at most 16384 messages, not 16385."),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be 1 to 999, or -1 for all that fit, not 0."),
         ({"truncate_prompt_tokens": LEN}, "truncate_prompt_tokens must be 1 to 999, or -1 for all that fit, not 1000."),
     ],
 )
 def test_cheap_checks_come_before_the_prompts(generation: Generation, given: dict[str, Any], message: str) -> None:
     too_long = "a" * LEN  # would be refused itself
+    prompts = [given.pop("prompt")] if "prompt" in given else [too_long, too_long]
     with pytest.raises(ValueError, match=r".*") as error:
-        prepare(generation, too_long, too_long, **given)
+        prepare(generation, *prompts, **given)
     assert str(error.value).startswith(message)
 
 
@@ -116,9 +119,6 @@ def test_truncated_prompts_keep_their_end(
 
 def chat(*messages: ChatMessage, **given: Any) -> Conversation:
     return Conversation(messages, add_generation_prompt=False, continue_final_message=True, **given)
-
-
-USER = ChatMessage("user", "hi")
 
 
 @pytest.mark.parametrize(
@@ -197,3 +197,10 @@ def test_budgets_of_reasoning_leave_room(thinking: Thinking, sampling: dict[str,
     assert given is None or given.end_ids == demo.marker_ids("</think>")
     [choice] = prepare(generation, Conversation((USER,)), sampling=sampling, thinking=thinking)
     assert choice.params.thinking_budget is None
+
+
+def test_logprobs_of_prompts_are_limited(generation: Generation) -> None:
+    allowed = {"sampling": {"prompt_logprobs": 0}, "n": 128}
+    assert len(prepare(generation, "a" * 999, **allowed)) == 128
+    with pytest.raises(ValueError, match=r"prompt_logprobs .* at most 131072 logprobs, .*, not 255744\."):
+        prepare(generation, "a" * 999, **(allowed | {"sampling": {"prompt_logprobs": 1}}))

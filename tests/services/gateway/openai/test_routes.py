@@ -457,3 +457,15 @@ def test_entries_of_logit_bias_are_counted_before_they_are_parsed() -> None:
         CompletionBody.model_validate(
             {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(140_000)), "no number")}
         )
+
+
+def test_long_bodies_of_every_kind(http: httpx.Client, source: EchoSource) -> None:
+    """Check that bodies which are parsed, prepared and answered in threads get the same answers as short ones."""
+    source.script = [66]
+    long = "a" * 70_000
+    assert http.post("/v1/completions", json={"prompt": long, "truncate_prompt_tokens": 5}).status_code == 200
+    refused = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": long}]}).json()["error"]
+    assert refused["message"].startswith("This model's maximum context length is 64 tokens. However, your messages res")
+    tokens = http.post("/tokenize", json={"prompt": long, "return_token_strs": True}).json()
+    assert (tokens["count"], len(tokens["tokens"]), tokens["token_strs"][-1]) == (70_000, 70_000, "a")
+    assert http.post("/detokenize", json={"tokens": tokens["tokens"][:30_000]}).json() == {"prompt": "a" * 30_000}
