@@ -27,6 +27,9 @@ from services.gateway.ports.health_api import HealthApi
 from services.gateway.ports.http_protocol import BoundedHttpProtocol, OpenConnections
 
 BACKLOG = 2048  # maximum number of TCP connections that wait to be accepted
+# Bytes that the system keeps of a response that its client does not read. By default, Linux keeps up to 4 MiB for each
+# connection. A stream of tokens needs far less.
+SEND_BUFFER = 256 << 10
 # Files that a gateway may need to open in addition to the connections of its clients: its program, its streams to
 # backbones and Ray's own connections.
 OTHER_FILES = 1024
@@ -104,6 +107,7 @@ class Listener:
         # asyncio sets TCP_NODELAY only on sockets that were created with the protocol number IPPROTO_TCP, and
         # create_server uses 0. Without TCP_NODELAY, Nagle's algorithm delays a token by up to 40 ms.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # accepted connections inherit it
         self._http = uvicorn.Server(uvicorn_config)
         self._serving = asyncio.create_task(self._http.serve(sockets=[listening]))
         while not self._http.started and not self._serving.done():

@@ -187,7 +187,7 @@ def test_answers_are_never_cut_off_to_make_room(generation: Generation, source: 
 
 def test_a_client_that_reads_nothing_is_dropped(generation: Generation, source: EchoSource) -> None:
     config = limited(generation, write_s=0.5)
-    many = {"prompt": "hello", "ignore_eos": True, "stream": True, "max_tokens": 58, "n": 64, "logprobs": 20}
+    many = {"prompt": "hello", "ignore_eos": True, "stream": True, "max_tokens": 58, "n": 32, "logprobs": 20}
     body = json.dumps(many).encode()
 
     async def test() -> None:
