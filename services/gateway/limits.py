@@ -36,7 +36,7 @@ class GatewayLimits(BaseModel):
     )
     schema_nodes: int = Field(4096, ge=16, description="objects and lists in the JSON schemas of one request")
     schema_bytes: int = Field(128 << 10, ge=1 << 10, description="bytes of the JSON schemas of one request")
-    input_items: int = Field(16_384, ge=16, description="items of the input of /v1/responses, and their parts")
+    input_items: int = Field(16_384, ge=16, description="items or messages of one request, and their parts")
     stored_responses: int = Field(1024, ge=0, description="responses of /v1/responses that a gateway keeps")
     stored_bytes: int = Field(64 << 20, ge=0, description="bytes of the responses that a gateway keeps")
     header_bytes: int = Field(64 << 10, ge=1 << 10, description="bytes of the headers of one request")

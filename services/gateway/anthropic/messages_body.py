@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SkipValidation, model_validator
 
 from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.gateway.anthropic.tool_definition import ToolDefinition, ToolSelection, tool_use
-from services.gateway.anthropic.turns import MessageTurn, TextBlock, conversation
+from services.gateway.anthropic.turns import MessageTurn, MessageTurns, TextBlock, num_parts
 from services.gateway.chat.thinking import Thinking
 from services.gateway.errors import invalid
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
-from services.gateway.request_body import BaseBody, only
+from services.gateway.request_body import BaseBody, Integer, only, validate
 
 # Anthropic's code for the refusal of a thread. The tool runner of the `anthropic` client asks for a thread, and sends
 # all messages if the error has the code.
@@ -26,7 +26,7 @@ THREAD_UNSUPPORTED = "thread_unsupported_request"
 
 class ThinkingConfig(BaseBody):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: Integer | None = None
     display: Literal["summarized", "omitted"] | None = None
 
     @model_validator(mode="after")
@@ -62,8 +62,9 @@ class CountTokensBody(BaseBody):
     """A `CountTokensBody` is the body of `/v1/messages/count_tokens`: all fields that decide the prompt."""
 
     model: str
-    messages: list[MessageTurn]
-    system: str | list[TextBlock] | None = None
+    # The conversation is checked by MessageTurns, in a thread if it is long.
+    messages: SkipValidation[list[MessageTurn]]
+    system: SkipValidation[str | list[TextBlock] | None] = None
     tools: list[ToolDefinition] | None = None
     tool_choice: ToolSelection | None = None
     thinking: ThinkingConfig | None = None
@@ -83,15 +84,21 @@ class CountTokensBody(BaseBody):
         return self
 
     @property
+    def num_parts(self) -> int:
+        """Return the number of messages and content blocks."""
+        return num_parts(self.messages) + num_parts(self.system)
+
+    @property
     def hides_thinking(self) -> bool:
         """Return True if the response must not show the reasoning."""
         return self.thinking is not None and self.thinking.display == "omitted"
 
     def request(self) -> GenerationRequest:
         """Return the request to generate the answer. Raises ApiError or ValueError if a parameter is invalid."""
+        turns = validate(MessageTurns, {"messages": self.messages, "system": self.system})
         thinking = self._thinking()
         return GenerationRequest(
-            conversation(self.system, self.messages, thinking.template_kwargs(None)),
+            turns.conversation(thinking.template_kwargs(None)),
             self.sampling(),
             answer_format=self._answer_format(),
             tool_use=tool_use(self.tools or (), self.tool_choice),
@@ -121,11 +128,11 @@ class CountTokensBody(BaseBody):
 class MessagesBody(CountTokensBody):
     """A `MessagesBody` is the body of `/v1/messages`."""
 
-    max_tokens: int
+    max_tokens: Integer
     stop_sequences: list[str] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     stream: bool | None = None
     container: Annotated[str | dict[str, Any] | None, only()] = None
     thread: dict[str, Any] | None = None

@@ -15,7 +15,10 @@ from services.gateway.anthropic.refusals import refusal_json
 from services.gateway.connection import EventStream, run_while_connected, server_event
 from services.gateway.errors import ApiError, client_errors
 from services.gateway.generation import Generation
+from services.gateway.generation_request import GenerationRequest
 from services.gateway.ports.openapi import takes
+
+INLINE_PARTS = 256  # requests with more messages and content blocks are read in a thread
 
 
 class MessagesRoutes:
@@ -37,14 +40,21 @@ class MessagesRoutes:
         body = await read(request, CountTokensBody, self._generation)
         self._generation.check_model(body.model)
         with client_errors():
-            token_ids = await self._generation.tokenize(body.request(), add_special_tokens=False)
+            token_ids = await self._generation.tokenize(await self._request(body), add_special_tokens=False)
         return JSONResponse({"input_tokens": len(token_ids)}, headers={"request-id": request.state.id})
+
+    async def _request(self, body: CountTokensBody) -> GenerationRequest:
+        """Return the request of `body`. Raises ApiError or ValueError if the request is invalid."""
+        most, num_parts = self._generation.limits.input_items, body.num_parts
+        if num_parts > most:
+            raise ValueError(f"messages must hold at most {most} messages and content blocks, not {num_parts}.")
+        return await self._generation.threads.run_if(num_parts > INLINE_PARTS, body.request)
 
     async def _respond(self, body: MessagesBody, request_id: str) -> Response:
         generation, message_id = self._generation, f"msg_{request_id}"
         generation.check_model(body.model)
         with client_errors():
-            request = body.request()
+            request = await self._request(body)
         answer = await Answer.begin(generation, request, message_id)
         headers = {"request-id": request_id, **cache_header(answer.first)}
         if body.stream:

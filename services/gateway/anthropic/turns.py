@@ -1,49 +1,43 @@
-"""`MessageTurn`s are the messages of Anthropic's Messages API; `conversation` converts them for the chat template.
+"""A `MessageTurns` holds the system prompt and messages of Anthropic's Messages API, and becomes a `Conversation`.
 
 Source: Anthropic's API reference for messages, and the types of the `anthropic` client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall
-from services.gateway.request_body import BaseBody
+from services.gateway.request_body import BaseBody, LenientBody
 from services.gateway.schema.json_text import dumps
 
 
-class ContentBlock(BaseBody):
-    """A `ContentBlock` is a part of a message. Unknown fields, such as `citations`, and `cache_control` are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class TextBlock(ContentBlock):
+class TextBlock(LenientBody):
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(ContentBlock):
+class ThinkingBlock(LenientBody):
     type: Literal["thinking"]  # the block's signature is not checked
     thinking: str
 
 
-class RedactedThinkingBlock(ContentBlock):
+class RedactedThinkingBlock(LenientBody):
     type: Literal["redacted_thinking"]  # nobody but Anthropic can read the block's data
 
 
-class ToolUseBlock(ContentBlock):
+class ToolUseBlock(LenientBody):
     type: Literal["tool_use"]
     id: str
     name: str
     input: dict[str, Any]
 
 
-class ToolResultBlock(ContentBlock):
+class ToolResultBlock(LenientBody):
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | list[TextBlock] | None = None
@@ -61,7 +55,7 @@ BLOCKS_OF: Mapping[str, tuple[str, ...]] = {
 }
 
 
-class MessageTurn(ContentBlock):
+class MessageTurn(LenientBody):
     role: Literal["user", "assistant", "system"]
     content: str | list[AnyBlock]
 
@@ -96,48 +90,66 @@ class MessageTurn(ContentBlock):
         return ChatMessage(self.role, None)
 
 
+class MessageTurns(BaseBody):
+    """A `MessageTurns` holds the fields of a request that make the conversation."""
+
+    messages: list[MessageTurn]
+    system: str | list[TextBlock] | None = None
+
+    def conversation(self, template_kwargs: Mapping[str, Any]) -> Conversation:
+        """Return the conversation for the chat template.
+
+        If the last message is the assistant's, the answer continues its text, or its reasoning if it has no text.
+        Raises ValueError if a message is invalid.
+        """
+        messages = _merged(self._unmerged())
+        is_continued = bool(self.messages) and self.messages[-1].role == "assistant"
+        if is_continued and messages[-1].tool_calls:
+            raise ValueError(
+                f"messages[{len(self.messages) - 1}].content must not hold a tool_use block if it is the last message; "
+                "the results of tools must follow in a message of the role 'user'."
+            )
+        if is_continued and not (messages[-1].content or messages[-1].reasoning):
+            messages.pop()  # an empty message leaves nothing to continue
+            is_continued = False
+        return Conversation(
+            tuple(messages),
+            template_kwargs=template_kwargs,
+            add_generation_prompt=not is_continued,
+            continue_final_message=is_continued,
+        )
+
+    def _unmerged(self) -> Iterator[ChatMessage]:
+        if self.system:
+            yield ChatMessage("system", text_of(self.system))
+        for n, turn in enumerate(self.messages):
+            yield from turn.messages(f"messages[{n}]")
+
+
+def num_parts(value: object) -> int:
+    """Return the number of messages and content blocks in `value`, an unchecked list of a request."""
+    if not isinstance(value, list):
+        return 0
+    return len(value) + sum(num_parts(part.get("content")) for part in value if isinstance(part, dict))
+
+
 def text_of(content: str | Sequence[TextBlock]) -> str:
     return content if isinstance(content, str) else "\n".join(block.text for block in content)
 
 
-def conversation(
-    system: str | Sequence[TextBlock] | None, turns: Sequence[MessageTurn], template_kwargs: Mapping[str, Any]
-) -> Conversation:
-    """Return the conversation with the system prompt `system` and the messages `turns`.
-
-    If the last message is the assistant's, the answer continues its text, or its reasoning if it has no text. Raises
-    ValueError if a message is invalid.
-    """
-    messages = [ChatMessage("system", text_of(system))] if system else []
-    for n, turn in enumerate(turns):
-        for message in turn.messages(f"messages[{n}]"):
-            if messages and messages[-1].role == message.role != "tool":
-                messages[-1] = _merged(messages[-1], message)
-            else:
-                messages.append(message)
-    is_continued = bool(turns) and turns[-1].role == "assistant"
-    if is_continued and messages[-1].tool_calls:
-        raise ValueError(
-            f"messages[{len(turns) - 1}].content must not hold a tool_use block if it is the last message; the results "
-            "of tools must follow in a message of the role 'user'."
-        )
-    if is_continued and not (messages[-1].content or messages[-1].reasoning):
-        messages.pop()  # an empty message leaves nothing to continue
-        is_continued = False
-    return Conversation(
-        tuple(messages),
-        template_kwargs=template_kwargs,
-        add_generation_prompt=not is_continued,
-        continue_final_message=is_continued,
-    )
-
-
-def _merged(first: ChatMessage, second: ChatMessage) -> ChatMessage:
-    """Return one message with the content of two neighbours of the same role, because templates expect turns.
+def _merged(messages: Iterable[ChatMessage]) -> list[ChatMessage]:
+    """Join neighbours of one role to one message, because templates expect turns. Results of tools stay apart.
 
     The blocks of an assistant are joined without a line end, because they are pieces of one text of the model.
     """
-    texts = [message.content for message in (first, second) if message.content is not None]
-    content = ("" if first.role == "assistant" else "\n").join(texts) if texts else None
-    calls = first.tool_calls + second.tool_calls
-    return replace(first, content=content, reasoning=first.reasoning + second.reasoning, tool_calls=calls)
+    merged: list[ChatMessage] = []
+    for role, run in groupby(messages, lambda message: message.role):
+        if role == "tool":
+            merged += run
+            continue
+        parts = list(run)
+        texts = [part.content for part in parts if part.content is not None]
+        content = ("" if role == "assistant" else "\n").join(texts) if texts else None
+        calls = tuple(call for part in parts for call in part.tool_calls)
+        merged.append(ChatMessage(role, content, reasoning="".join(part.reasoning for part in parts), tool_calls=calls))
+    return merged

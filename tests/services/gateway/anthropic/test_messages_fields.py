@@ -21,6 +21,7 @@ from anthropic.types.beta import message_create_params as beta_create_params
 from services.gateway.anthropic.messages_body import CountTokensBody, MessagesBody, OutputConfig
 from services.gateway.anthropic.tool_definition import MODES, ToolDefinition
 from services.gateway.anthropic.turns import BLOCKS_OF
+from tests.services.gateway.conftest import LIMITS
 
 USER: Any = {"role": "user", "content": "hi"}
 BODY: dict[str, Any] = {"model": "echo", "max_tokens": 9, "messages": [USER]}
@@ -177,6 +178,20 @@ def test_bad_requests(http: httpx.Client, more: dict[str, Any], message: str) ->
     assert error["type"] == "invalid_request_error"
     assert error["message"].startswith(message), error["message"]
     assert error["message"].endswith(".")
+
+
+def test_the_number_of_messages_and_blocks_is_limited(http: httpx.Client) -> None:
+    most = LIMITS.input_items
+    message = f"messages must hold at most {most} messages and content blocks, not {most + 1}."
+    result = {"type": "tool_result", "tool_use_id": "x", "content": [0] * (most - 1)}
+    bodies: list[dict[str, Any]] = [blocks(*[0] * most), blocks(result), {"system": [0] * most}]
+    for more in (*bodies, {"messages": [0] * (most + 1)}):
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            body = {"model": "echo", **({"max_tokens": 9} if path == "/v1/messages" else {})}
+            answer = http.post(path, json=body | {"messages": [USER]} | more)
+            assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+    many = {"model": "echo", "messages": [USER] * 600}  # a thread reads so many messages
+    assert http.post("/v1/messages/count_tokens", json=many).json()["input_tokens"] > 600
 
 
 def test_types_that_only_anthropic_serves_are_named(http: httpx.Client) -> None:
