@@ -16,7 +16,7 @@ from services.gateway.schema.errors import UnsupportedKeyword
 from services.gateway.schema.formats import encoding_regex, format_regex
 from services.gateway.schema.negation import finite_values, negate
 from services.gateway.schema.raw_text import length_of, regex_of, schemas_of
-from services.gateway.schema.references import ALL_TYPES, SchemaRoot, wrong_type
+from services.gateway.schema.references import ALL_TYPES, MAX_NESTING, SchemaRoot, wrong_type
 from services.gateway.schema.regex import whole_match
 
 MAX_ARRANGEMENTS = 512  # arrays that one `uniqueItems` may become
@@ -32,7 +32,8 @@ class SchemaRewriter:
     """
 
     def __init__(self, root: SchemaRoot, is_strict: bool) -> None:
-        self._root, self._is_strict, self._num_arranged = root, is_strict, 0
+        self._root, self._is_strict = root, is_strict
+        self._num_arranged = self._depth = 0
         self._names: dict[str, str] = {}  # names of definitions, by reference
         self._definitions: dict[str, Any] = {}  # the rewritten definitions, by reference
         self._found: dict[str, dict[str, str]] = {}  # for each definition, the references in it, and their paths
@@ -96,6 +97,15 @@ class SchemaRewriter:
                 raise UnsupportedKeyword(path, f"must be a schema, not {schema!r:.100}")
             return True
         self._root.count_read(path)
+        if self._depth >= MAX_NESTING:
+            raise UnsupportedKeyword(path, f"stands below more than {MAX_NESTING} schemas")
+        self._depth += 1
+        try:
+            return self._rewritten(schema, path)
+        finally:
+            self._depth -= 1
+
+    def _rewritten(self, schema: Mapping[str, Any], path: str) -> Fragment:
         made: Fragment = {}
         parts: list[Fragment] = []
         for keyword in schema:

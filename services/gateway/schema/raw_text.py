@@ -13,7 +13,7 @@ from typing import Any
 
 from services.gateway.schema.errors import UnsupportedKeyword
 from services.gateway.schema.formats import encoding_regex, format_regex
-from services.gateway.schema.references import ALL_TYPES, SchemaRoot, wrong_type
+from services.gateway.schema.references import ALL_TYPES, MAX_NESTING, SchemaRoot, wrong_type
 from services.gateway.schema.regex import UnsupportedPattern, whole_match
 
 ANY_TEXT = "/(?s:.*)/"
@@ -45,6 +45,7 @@ class TextRules:
         self.rules: list[str] = []
         self._terminals: dict[str, str] = {}  # by reference; "" where the reference allows any text
         self._open: list[str] = []  # references that are being converted
+        self._depth = 0  # schemas that are being converted
         self._keywords: dict[str, Callable[[Mapping[str, Any], str, bool], str]] = {
             "type": self._type,
             "enum": self._enum,
@@ -79,6 +80,15 @@ class TextRules:
 
     def _language(self, schema: Any, path: str, is_strict: bool) -> str:
         self._root.count_read(path)
+        if self._depth >= MAX_NESTING:
+            raise UnsupportedKeyword(path, f"stands below more than {MAX_NESTING} schemas and references")
+        self._depth += 1
+        try:
+            return self._conjunction(schema, path, is_strict)
+        finally:
+            self._depth -= 1
+
+    def _conjunction(self, schema: Any, path: str, is_strict: bool) -> str:
         if schema is False:
             raise NoText(path, "allows no value")
         parts: dict[str, None] = {}

@@ -11,6 +11,7 @@ from services.gateway.schema.errors import UnsupportedKeyword
 Types = frozenset[str]
 ALL_TYPES: Types = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
 MAX_DEPTH = 64  # `$ref` and nested schemas that are followed from one schema
+MAX_NESTING = 150  # schemas that are converted below one another; Python's stack has room for four times as many
 MAX_VISITS = 10_000  # schemas that one search for types reads; the largest schemas of a grammar have 4,096 nodes
 MAX_READS = 20_000  # schemas that are read for one grammar; a reference that is resolved in place counts each time
 MAX_ROUNDS = 8  # as often as the types of schemas that refer to one another may grow

@@ -264,7 +264,7 @@ class _Parser:
         char = self._next()
         if char == "b":
             return "\b", False
-        found = self._set(char)
+        found = CLASSES.get(char) or self._set(char)
         return (found, True) if found else (self._escaped(char), False)
 
 

@@ -14,6 +14,7 @@ from services.gateway.chat.choice_request import ChoiceRequest
 from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall
 from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.chat.tools import Tool, ToolMode, ToolUse
 from services.gateway.errors import ApiError
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.generation_request import GenerationRequest
@@ -21,6 +22,8 @@ from tests.services.gateway.echo import EchoSource
 
 LEN = 1000
 USER = ChatMessage("user", "hi")
+ARRAY = {"type": "array"}
+CHAT = Conversation((USER,))
 
 
 @pytest.fixture
@@ -204,3 +207,50 @@ def test_logprobs_of_prompts_are_limited(generation: Generation) -> None:
     assert len(prepare(generation, "a" * 999, **allowed)) == 128
     with pytest.raises(ValueError, match=r"prompt_logprobs .* at most 131072 logprobs, .*, not 255744\."):
         prepare(generation, "a" * 999, **(allowed | {"sampling": {"prompt_logprobs": 1}}))
+
+
+def test_no_schema_blocks_the_event_loop(generation: Generation) -> None:
+    itself = {"anyOf": [{"$ref": "#/properties/x"}] * 200 + [{"type": "integer"}]}
+    shared = {"Big": {"type": "object", "properties": {f"k{n}": {"enum": ["x" * 99, n]} for n in range(900)}}}
+    lists = {f"p{n}": {"type": "array", "items": {"$ref": "#/$defs/Big"}, "maxItems": n} for n in range(500)}
+    doubling = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(100)}
+    chain: dict[str, Any] = {f"c{n}": {"allOf": [{"$ref": f"#/$defs/c{n + 1}"}]} for n in range(1300)}
+    nested: dict[str, Any] = {"type": "string", "pattern": "a"}
+    for _ in range(60):
+        nested = {"allOf": [nested]}
+    schemas: list[dict[str, Any]] = [
+        {"properties": {"x": itself}},
+        {"properties": {"x": {"type": "array", "items": itself}}},
+        {"properties": lists, "$defs": shared},
+        {"properties": {"x": {"$ref": "#/$defs/d0"}}, "$defs": doubling},
+        {
+            "properties": {"x": {"type": "array", "items": {"$ref": "#/$defs/d0"}, "uniqueItems": True}},
+            "$defs": doubling,
+        },
+        {"properties": {"x": {"type": "string", "not": {"$ref": "#/$defs/d0"}}}, "$defs": doubling},
+        {"properties": {"x": {"$ref": "#/$defs/c0"}, "y": {"type": "null"} | {"$ref": "#/$defs/c0"}}, "$defs": chain},
+        {"properties": {"x": {"not": {"$ref": "#/$defs/c0"}} | ARRAY}, "$defs": chain},
+        {"properties": {"x": {"items": nested} | ARRAY, "y": {"type": "string", "allOf": [nested]}}},
+        {"properties": {"x": {"not": nested} | ARRAY, "y": {"type": "string", "not": nested}}},
+    ]
+
+    async def longest_pause() -> float:
+        loop, longest, is_done = asyncio.get_running_loop(), 0.0, asyncio.Event()
+
+        async def watch() -> None:
+            nonlocal longest
+            while not is_done.is_set():
+                before = loop.time()
+                await asyncio.sleep(0.005)
+                longest = max(longest, loop.time() - before)
+
+        watching = asyncio.create_task(watch())
+        for schema in schemas:
+            use = ToolUse((Tool("f", parameters={"type": "object", **schema}),), ToolMode.REQUIRED)
+            [choice] = await generation.prepare(GenerationRequest(CHAT, tool_use=use))
+            assert choice.params.grammar is not None
+        is_done.set()
+        await watching
+        return longest
+
+    assert asyncio.run(longest_pause()) < 1.0  # 0.25 s on a machine without other loads
