@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.errors import ApiError, ApiRefusal
+from services.gateway.errors import ApiError, ApiRefusal, invalid
 
 # nginx's HTTP status for a request whose client closed the connection; no client is left to read the status
 CLIENT_CLOSED_REQUEST = 499
@@ -21,6 +22,9 @@ CLIENT_CLOSED_REQUEST = 499
 DRAIN_FACTOR = 16
 # line ends in JavaScript and Python, which some clients take for the end of a `data:` line
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+# window sizes for zlib, by Content-Encoding (RFC 9110, 8.4.1); 16 is added for the header of gzip
+DECOMPRESSORS = {"identity": 0, "gzip": zlib.MAX_WBITS + 16, "x-gzip": zlib.MAX_WBITS + 16, "deflate": zlib.MAX_WBITS}
 
 T = TypeVar("T")
 
@@ -32,9 +36,15 @@ class ClientGone(Exception):
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """Return the body of `request`, which may be at most `max_bytes` long.
 
-    Raises ApiError for a longer body, and keeps at most `max_bytes` of the body in memory. Raises ClientGone if the
-    client disconnects.
+    A body may be compressed with gzip or deflate; its length is counted as sent and as decompressed. Raises ApiError
+    for a longer body or another encoding, and keeps at most `max_bytes` of the body in memory. Raises ClientGone if
+    the client disconnects.
     """
+    encoding = request.headers.get("content-encoding", "").strip().lower() or "identity"
+    if encoding not in DECOMPRESSORS:
+        allowed = ", ".join(map(repr, DECOMPRESSORS))
+        message = f"The body's Content-Encoding must be one of {allowed}, not {encoding!r:.100}."
+        raise ApiError(ApiRefusal.MEDIA_TYPE, message)
     chunks, size = list[bytes](), 0
     if _is_announced_too_large(request, max_bytes):
         raise _too_large(max_bytes)
@@ -49,7 +59,22 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         raise ClientGone from error
     if size > max_bytes:
         raise _too_large(max_bytes)
-    return b"".join(chunks)
+    data = b"".join(chunks)
+    return data if encoding == "identity" else _decompress(data, encoding, max_bytes)
+
+
+def _decompress(data: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Return `data` without its `encoding`. Raises ApiError if the result is longer than `max_bytes`, or broken."""
+    decompressor = zlib.decompressobj(DECOMPRESSORS[encoding])
+    try:
+        result = decompressor.decompress(data, max_bytes + 1)
+    except zlib.error as error:
+        raise invalid(f"The body is not valid {encoding} data: {error}.") from error
+    if len(result) > max_bytes:
+        raise _too_large(max_bytes)
+    if not decompressor.eof:
+        raise invalid(f"The body's {encoding} data ends too early.")
+    return result
 
 
 def _is_announced_too_large(request: Request, max_bytes: int) -> bool:

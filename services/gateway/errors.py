@@ -29,6 +29,7 @@ class ApiRefusal(Enum):
     METHOD = ("method", 405, "invalid_request_error", grpc.StatusCode.UNIMPLEMENTED)
     TIMEOUT = ("timeout", 408, "invalid_request_error", grpc.StatusCode.DEADLINE_EXCEEDED)
     TOO_LARGE = ("too_large", 413, "invalid_request_error", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    MEDIA_TYPE = ("media_type", 415, "invalid_request_error", grpc.StatusCode.INVALID_ARGUMENT)
     OVERLOADED = ("overloaded", 429, "rate_limit_error", grpc.StatusCode.RESOURCE_EXHAUSTED)
     HEADERS_TOO_LARGE = ("headers_too_large", 431, "invalid_request_error", grpc.StatusCode.RESOURCE_EXHAUSTED)
     FAILED = ("failed", 500, "server_error", grpc.StatusCode.INTERNAL)

@@ -110,13 +110,11 @@ class ToolUse:
 
         - `mode`: the value of `tool_choice`, or of the mode inside `tool_choice`.
         - `function`: the name of the function that `tool_choice` names.
-        - `is_parallel`: the value of `parallel_tool_calls`.
+        - `is_parallel`: the value of `parallel_tool_calls`, which has no effect without tools.
         - `allowed`: the names of the functions in a `tool_choice` of type `allowed_tools`.
 
         Raises ValueError if a parameter needs tools but `tools` is empty.
         """
-        if is_parallel is not None and not tools:
-            raise ValueError("parallel_tool_calls may only be given together with tools.")
         if not tools and (function is not None or allowed is not None or mode not in (None, ToolMode.NONE)):
             raise ValueError("tool_choice may only be given together with tools.")
         names = None if allowed is None else tuple(allowed)

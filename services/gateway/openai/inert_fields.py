@@ -56,6 +56,7 @@ class InertCompletionFields(InertFields):
     suffix: Annotated[str | None, only("")] = None
     add_special_tokens: Annotated[bool | None, only(True)] = None
     prompt_embeds: Annotated[Any, only([])] = None
+    thinking_token_budget: Annotated[Integer | None, only(-1)] = None
 
 
 class InertChatFields(InertFields):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import time
+import zlib
 from typing import Any
 
 import httpx
@@ -250,7 +252,6 @@ BAD_CHATS = [
         "tool_choice names the function 'g'; the tools are 'f'.",
         "tool_choice",
     ),
-    ({"messages": [USER], "parallel_tool_calls": False}, "parallel_tool_calls may only be given together with", None),
     (
         {
             "messages": [USER],
@@ -469,3 +470,35 @@ def test_long_bodies_of_every_kind(http: httpx.Client, source: EchoSource) -> No
     tokens = http.post("/tokenize", json={"prompt": long, "return_token_strs": True}).json()
     assert (tokens["count"], len(tokens["tokens"]), tokens["token_strs"][-1]) == (70_000, 70_000, "a")
     assert http.post("/detokenize", json={"tokens": tokens["tokens"][:30_000]}).json() == {"prompt": "a" * 30_000}
+
+
+COMPRESSORS = {"gzip": gzip.compress, "X-Gzip": gzip.compress, "deflate": zlib.compress, "identity": bytes}
+
+
+@pytest.mark.parametrize("encoding", COMPRESSORS)
+def test_compressed_bodies(http: httpx.Client, encoding: str) -> None:
+    data = COMPRESSORS[encoding](b'{"prompt": "hello"}')
+    answer = http.post("/v1/completions", content=data, headers={"Content-Encoding": encoding})
+    assert answer.json()["choices"][0]["text"] == "hello"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data", "status", "message"),
+    [
+        (
+            "br",
+            b"x",
+            415,
+            "The body's Content-Encoding must be one of 'identity', 'gzip', 'x-gzip', 'deflate', not 'br'.",
+        ),
+        ("gzip", b'{"prompt": "x"}', 400, "The body is not valid gzip data: "),
+        ("gzip", gzip.compress(b'{"prompt": "hello"}')[:-9], 400, "The body's gzip data ends too early."),
+        ("deflate", b"", 400, "The body's deflate data ends too early."),
+        ("gzip", gzip.compress(b" " * 50_000_000), 413, "The body must be at most 100000 bytes long, but is longer."),
+    ],
+)
+def test_compressed_bodies_that_are_refused(
+    http: httpx.Client, encoding: str, data: bytes, status: int, message: str
+) -> None:
+    answer = http.post("/v1/completions", content=data, headers={"Content-Encoding": encoding})
+    _check_refused(answer, status, message)
