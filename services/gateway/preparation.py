@@ -26,6 +26,7 @@ from services.gateway.schema.budget import SchemaBudget
 # default of max_tokens for /v1/completions, as in OpenAI's reference; a chat may use the whole context by default
 DEFAULT_MAX_TOKENS = 16
 NUM_GRAMMAR_THREADS = 32  # grammars that are built or checked at the same time; almost all of them only wait
+CHARS_PER_TOKEN = 10  # more than a token of almost any text has
 INLINE_CHARS = 16_384  # longer prompts are prepared in a thread; tokenizing this many characters takes about 5 ms
 
 T = TypeVar("T")
@@ -168,6 +169,8 @@ class Preparation:
         if keep == -1:
             keep = longest - min(params.max_tokens or max(DEFAULT_MAX_TOKENS, params.min_tokens), longest - 1)
         text = self._tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt
+        if isinstance(text, str) and keep is None:
+            self._check_beginning(text, request.is_chat)
         token_ids = self._encoded(text, add_special_tokens=not request.is_chat)
         if is_cut := keep is not None and len(token_ids) > keep:
             token_ids = token_ids[-keep:]
@@ -187,12 +190,24 @@ class Preparation:
         text = self._tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt
         return self._tokenizer.encode(text, add_special_tokens)
 
-    def _too_long(self, num_prompt: int, is_chat: bool) -> ApiError:
+    def _check_beginning(self, text: str, is_chat: bool) -> None:
+        """Raise ApiError if the beginning of a very long `text` alone has twice as many tokens as the context.
+
+        Tokenizing takes about a second and 200 MB for each megabyte of text.
+        """
+        num_chars = CHARS_PER_TOKEN * self._max_model_len + INLINE_CHARS
+        if len(text) < 2 * num_chars:
+            return
+        num_tokens = len(self._tokenizer.encode(text[:num_chars]))
+        if num_tokens > 2 * self._max_model_len:
+            raise self._too_long(num_tokens, is_chat, "at least ")
+
+    def _too_long(self, num_prompt: int, is_chat: bool, least: str = "") -> ApiError:
         longest, param = self._max_model_len, "messages" if is_chat else "prompt"
         # LiteLLM recognises the error by OpenAI's words at the start; LangChain, by Anthropic's words at the end.
         message = (
-            f"This model's maximum context length is {longest} tokens. However, your {param} resulted in {num_prompt} "
-            f"tokens. At most {longest - 1} are allowed, because an answer needs one; the prompt is too long."
+            f"This model's maximum context length is {longest} tokens. However, your {param} resulted in {least}"
+            f"{num_prompt} tokens. At most {longest - 1} are allowed, because an answer needs one; the prompt is too long."
         )
         return invalid(message, param, "context_length_exceeded")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from model.demo import DEMO
 from services.engine.contract.sampling_defaults import SamplingDefaults
+from services.gateway.bounded_thread_pool import BoundedThreadPool
 from services.gateway.chat.choice_request import ChoiceRequest
 from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall
 from services.gateway.chat.thinking import Thinking
@@ -18,6 +20,7 @@ from services.gateway.chat.tools import Tool, ToolMode, ToolUse
 from services.gateway.errors import ApiError
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.generation_request import GenerationRequest
+from services.gateway.preparation import INLINE_CHARS
 from tests.services.gateway.echo import EchoSource
 
 LEN = 1000
@@ -254,3 +257,48 @@ def test_no_schema_blocks_the_event_loop(generation: Generation) -> None:
         return longest
 
     assert asyncio.run(longest_pause()) < 1.0  # 0.25 s on a machine without other loads
+
+
+def test_only_the_beginning_of_a_much_too_long_prompt_is_tokenized(
+    generation: Generation, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_chars: list[int] = []
+    encode = Tokenizer.encode
+
+    def counting(self: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+        num_chars.append(len(text))
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode", counting)
+    with pytest.raises(ApiError, match=r"However, your prompt resulted in at least 26384 tokens\.") as refused:
+        prepare(generation, "a" * 10**6)
+    assert refused.value.code == "context_length_exceeded"
+    assert num_chars == [26_384]
+    [choice] = prepare(generation, "a" * 10**6, truncate_prompt_tokens=3)
+    assert len(choice.prompt_token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Conversation((ChatMessage("user", "a" * INLINE_CHARS),)),
+        Conversation((ChatMessage("user", "a"),) * 300),
+        Conversation((ChatMessage("user", "a"), ChatMessage("assistant", "", reasoning="a" * INLINE_CHARS))),
+        Conversation((ChatMessage("user", "a"),), template_kwargs={"x": [[]]}),
+        "a" * (INLINE_CHARS + 1),
+        [1] * (INLINE_CHARS + 1),
+    ],
+)
+def test_long_prompts_are_prepared_in_a_thread(source: EchoSource, tokenizer: Tokenizer, prompt: Any) -> None:
+    async def test() -> None:
+        threads, may_finish = BoundedThreadPool(num_threads=1), threading.Event()
+        generation = Generation(source, tokenizer, ModelCard("echo", 10**6, 1), threads=threads)
+        running = asyncio.create_task(threads.run(may_finish.wait, 60))
+        long = asyncio.create_task(generation.prepare(GenerationRequest(prompt)))
+        await generation.prepare(GenerationRequest("short"))
+        assert not long.done()
+        may_finish.set()
+        assert len(await long) == 1
+        await running
+
+    asyncio.run(test())
