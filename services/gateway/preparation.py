@@ -207,7 +207,8 @@ class Preparation:
         # LiteLLM recognises the error by OpenAI's words at the start; LangChain, by Anthropic's words at the end.
         message = (
             f"This model's maximum context length is {longest} tokens. However, your {param} resulted in {least}"
-            f"{num_prompt} tokens. At most {longest - 1} are allowed, because an answer needs one; the prompt is too long."
+            f"{num_prompt} tokens. At most {longest - 1} are allowed, because an answer needs one; the prompt is too "
+            "long."
         )
         return invalid(message, param, "context_length_exceeded")
 
