@@ -129,6 +129,10 @@ class _RequestBody(InertFields):
         return self.stream_options is not None and self.stream_options.include_usage is True
 
     @property
+    def returns_token_ids(self) -> bool:
+        return self.return_token_ids is True
+
+    @property
     def include_usage_in_chunks(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats is True
 

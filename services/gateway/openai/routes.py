@@ -12,14 +12,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from services.gateway.answer import INLINE_BYTES, Answer, cache_header, read
-from services.gateway.chat.text_delta import TextDelta
 from services.gateway.chat.token_usage import TokenUsage
 from services.gateway.connection import EventStream, read_body, run_while_connected, server_event
 from services.gateway.errors import ApiError, client_errors
 from services.gateway.generation import Generation, ModelCard
-from services.gateway.openai import response
 from services.gateway.openai.body import Body, ChatBody, CompletionBody
-from services.gateway.openai.response import ResponseHead
+from services.gateway.openai.response import ChatFormat, CompletionFormat, ResponseHead, usage_fields
 from services.gateway.openai.tokenizer_bodies import (
     DetokenizeBody,
     TokenizeBody,
@@ -27,6 +25,7 @@ from services.gateway.openai.tokenizer_bodies import (
     parse_tokenize_body,
 )
 from services.gateway.ports.openapi import takes
+from services.gateway.request_id import check_request_id
 from services.gateway.schema.json_text import dump_list, dumps
 
 INLINE_TOKENS = 1024  # longer lists of tokens are written in a thread; writing this many takes less than 1 ms
@@ -92,54 +91,56 @@ class OpenAIRoutes:
     async def _respond(self, body: Body, request_id: str) -> Response:
         generation = self._generation
         generation.check_model(body.model)
-        head = ResponseHead(
-            f"{'chatcmpl' if body.is_chat else 'cmpl'}-{request_id}", int(time.time()), generation.card.id
-        )
+        format_ = self._format(body, body.request_id or request_id)
         with client_errors():
             generation_request = await generation.threads.run_if(body.num_items > INLINE_ITEMS, body.request)
-        answer = await Answer.begin(generation, generation_request, head.id)
+        answer = await Answer.begin(generation, generation_request, format_.head.id)
         if body.stream:
-            return EventStream(self._events(head, body, answer), cache_header(answer.first))
+            return EventStream(self._events(format_, body, answer), cache_header(answer.first))
         choices = await answer.choices()
         usage = TokenUsage(body.n or 1)
         for choice in choices:
             usage.add(choice)
         is_long = sum(choice.num_scores for choice in choices) > INLINE_SCORES
-        text = await generation.threads.run_if(is_long, _whole_response, head, body, choices, usage)
+        text = await generation.threads.run_if(is_long, format_.whole, choices, usage)
         return Response(text, media_type="application/json", headers=cache_header(choices[0]))
 
-    async def _events(self, head: ResponseHead, body: Body, answer: Answer) -> AsyncGenerator[str, None]:
+    def _format(self, body: Body, request_id: str) -> CompletionFormat | ChatFormat:
+        check_request_id(request_id, "request_id")
+        model, has_scores, has_ids = self._generation.card.id, body.prompt_logprobs is not None, body.returns_token_ids
+        created = int(time.time())
+        if isinstance(body, CompletionBody):
+            head = ResponseHead(f"cmpl-{request_id}", created, model)
+            return CompletionFormat(head, body.echoes_logprobs, has_scores, has_ids)
+        head = ResponseHead(f"chatcmpl-{request_id}", created, model)
+        return ChatFormat(head, has_scores, has_ids, body.include_reasoning is not False, body.calls_functions)
+
+    async def _events(
+        self, format_: CompletionFormat | ChatFormat, body: Body, answer: Answer
+    ) -> AsyncGenerator[str, None]:
         usage, is_open = TokenUsage(body.n or 1), set[int]()
         try:
             async with aclosing(answer.deltas()) as deltas:
                 async for delta in deltas:
                     usage.add(delta)
-                    if body.is_chat and delta.index not in is_open:
-                        is_open.add(delta.index)
-                        yield server_event(response.role_chunk(head, delta, body.return_token_ids is True))
-                    if delta.is_shown or (body.return_token_ids and delta.token_ids):
-                        is_long = delta.num_scores > INLINE_SCORES
-                        chunk = await self._generation.threads.run_if(is_long, _chunk, head, body, delta)
-                        yield server_event(chunk)
+                    chunk = (delta, delta.index not in is_open, _chunk_usage(body, usage))
+                    is_open.add(delta.index)
+                    is_long = delta.num_scores > INLINE_SCORES
+                    for text in await self._generation.threads.run_if(is_long, format_.chunks, *chunk):
+                        yield server_event(text)
             if body.include_usage:
-                yield server_event(response.usage_chunk(head, usage, body.is_chat))
+                yield server_event(format_.usage_chunk(usage))
         except ApiError as error:
             self._generation.metrics.count_refused(error.refusal.label)
             yield server_event(json.dumps(error.to_json()))
         yield DONE
 
 
-def _whole_response(head: ResponseHead, body: Body, choices: list[TextDelta], usage: TokenUsage) -> str:
-    has_prompt_logprobs, has_ids = body.prompt_logprobs is not None, body.return_token_ids is True
-    if isinstance(body, ChatBody):
-        return response.chat_completion(head, choices, usage, has_prompt_logprobs, has_ids)
-    return response.completion(head, choices, usage, body.echoes_logprobs, has_prompt_logprobs, has_ids)
-
-
-def _chunk(head: ResponseHead, body: Body, delta: TextDelta) -> str:
-    if isinstance(body, ChatBody):
-        return response.chat_chunk(head, delta, body.return_token_ids is True)
-    return response.completion_chunk(head, delta, body.echoes_logprobs, body.return_token_ids is True)
+def _chunk_usage(body: Body, usage: TokenUsage) -> dict[str, Any]:
+    """Return the field `usage` of a chunk with choices: null if the last chunk has the usage, as in OpenAI's API."""
+    if body.include_usage_in_chunks:
+        return usage_fields(usage)
+    return {"usage": None} if body.include_usage else {}
 
 
 def _model(card: ModelCard) -> dict[str, Any]:

@@ -31,7 +31,7 @@ MANY_MISTAKES: list[tuple[type[BaseBody], dict[str, Any]]] = [
     (CompletionBody, {"prompt": [None] * MANY}),
     (CompletionBody, {"prompt": "a", "stop_token_ids": ["x"] * MANY}),
     (CompletionBody, {"prompt": "a", "structured_outputs": {"choice": [1] * MANY}}),
-    (MessagesBody, {"model": "m", "max_tokens": 1, "messages": [{}] * MANY}),
+    (MessagesBody, {"model": "m", "max_tokens": 1, "messages": [], "tools": [1] * MANY}),
 ]
 
 

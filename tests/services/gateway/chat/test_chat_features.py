@@ -104,7 +104,7 @@ def test_reasoning(
         message = answer.json()["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("So.", "Yes.")
     plain = http.post("/v1/chat/completions", json={"messages": [USER]}).json()["choices"][0]["message"]
-    assert plain == {"role": "assistant", "content": "So.\n</think>\n\nYes."}
+    assert plain == {"role": "assistant", "content": "So.\n</think>\n\nYes.", "refusal": None}
 
 
 def test_several_choices(client: openai.OpenAI, source: EchoSource) -> None:
