@@ -11,12 +11,30 @@ from services.gateway.chat.tools import Tool, ToolUse, is_string_type
 from services.gateway.schema.errors import UnsupportedKeyword
 from services.gateway.schema.json_schema import SchemaRewriter
 from services.gateway.schema.raw_text import ANY_TEXT, TextRules
+from services.gateway.schema.regex import literal
 
 MAX_RULES = 2**17  # characters of all rules; the engine accepts no longer grammar
 VALUE_END = "</parameter>"
-# Text that ends with VALUE_END and holds no other VALUE_END. The marker is part of the terminal, because the lexer
-# takes the longest text that a terminal allows, and would otherwise read on behind the marker.
-ENDS_ONCE = r"~/(?s:.*)<\x{2f}parameter>(?s:.+)/"
+
+
+def texts_without(marker: str) -> str:
+    """Return a regular expression for the texts that do not hold `marker`, whose first character occurs in it once.
+
+    A complement (`~`) would allow the same texts. But in an intersection with a counted length, the library would
+    search all remaining lengths to find out that nothing may follow the marker, and give up.
+    """
+    first, rest = literal(marker[0]), marker[1:]
+    assert marker[0] not in rest
+    # Behind each first character comes a part of `rest`, and then nothing, a wrong character or a first character.
+    tail = ""
+    for index in range(len(rest) - 1, -1, -1):
+        char = literal(rest[index])
+        right = f"|{char}{tail}" if tail else ""
+        tail = f"(?:[^{first}{char}][^{first}]*{right})?"
+    return f"[^{first}]*(?:{first}{tail})*"
+
+
+NO_VALUE_END = f"/{texts_without(VALUE_END)}/"
 
 
 def spelled(marker: Marker) -> str:
@@ -95,7 +113,7 @@ class CallRules:
             expression = "" if is_relaxed else text.expression(schema, path)
             if not expression:
                 return self._any_text()
-            terminal = self._share(f'(({expression}) "\\n{VALUE_END}") & {ENDS_ONCE}', "VALUE")
+            terminal = self._share(f'(({expression}) & {NO_VALUE_END}) "\\n{VALUE_END}"', "VALUE")
             return f'{terminal} "\\n"'
         try:
             value = {} if is_relaxed else rewriter.rewrite(schema, path)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from model.demo import DEMO
-from services.engine.contract.sampling_params import GrammarKind
+from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.gateway.chat.answer_parser import AnswerParser, ToolCallDelta
 from services.gateway.chat.grammars import GrammarBuilder, Markers
@@ -191,18 +191,47 @@ def test_a_value_with_the_marker_of_calls_is_refused_by_name() -> None:
         assert json.loads("".join(delta.arguments for delta in deltas)) == {"x": value}
 
 
+def is_allowed(grammar: Grammar, text: str) -> bool:
+    """Return True if `grammar` allows each token of `text` and then the end. Raises ValueError if it gives up."""
+    state = COMPILER.compile(grammar).start()
+    for token in [*TOKENIZER.encode(text), END]:
+        if not state.allowed(TOKENIZER.vocab_size, frozenset([END]), frozenset())[token]:
+            if state.failure.startswith("The grammar is too complex"):
+                raise ValueError(state.failure)
+            return False
+        state.push(token)
+    return True
+
+
+@pytest.mark.parametrize("longest", [200, 2000])
+@pytest.mark.parametrize(
+    ("shortest", "value", "allows"),
+    [
+        (0, "short", True),
+        (0, "", True),
+        (0, "</parameter\n</par<</parameter </paramete", True),
+        (0, "</parameter>", False),
+        (20, "</parameter>" * 2, False),
+        (20, "short", False),
+        (20, "</parameter " * 2, True),
+    ],
+)
+def test_a_counted_argument_ends_at_any_length(longest: int, shortest: int, value: str, allows: bool) -> None:
+    schema = {"type": "string", "minLength": shortest, "maxLength": longest}
+    use = ToolUse((tool(schema, is_strict=True),), ToolMode.REQUIRED, is_parallel=False)
+    grammar = BUILDER.build(None, "", use, False)
+    assert grammar is not None
+    text = "<tool_call>\n<function=f>\n<parameter=x>\n{}\n</parameter>\n</function>\n</tool_call>"
+    assert is_allowed(grammar, text.format(value)) == allows
+
+
 def test_text_holds_no_end_of_an_argument() -> None:
     text = "<tool_call>\n<function=f>\n<parameter=x>\n{}\n</parameter>\n</function>\n</tool_call>"
     use = ToolUse((tool({"type": "string", "minLength": 2}, is_strict=True),), ToolMode.REQUIRED, is_parallel=False)
     grammar = BUILDER.build(None, "", use, False)
     assert grammar is not None
-    for value, is_allowed in [("ab", True), ("a", False), ("a</parameter>", False), ("</para\n", True), ("a\n", True)]:
-        state = COMPILER.compile(grammar).start()
-        found = []
-        for token in TOKENIZER.encode(text.format(value)):
-            found.append(state.allowed(TOKENIZER.vocab_size, frozenset([END]), frozenset())[token])
-            state.push(token)
-        assert all(found) == is_allowed, value
+    for value, allows in [("ab", True), ("a", False), ("a</parameter>", False), ("</para\n", True), ("a\n", True)]:
+        assert is_allowed(grammar, text.format(value)) == allows, value
 
 
 def test_a_schema_at_the_top_may_be_a_reference_and_hold_null() -> None:
