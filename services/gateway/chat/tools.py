@@ -206,10 +206,7 @@ def parse_arguments(text: str, param: str) -> str:
     Clients send back a call in which the answer reached its maximum length. Of such a call, the arguments up to the cut
     are returned. Raises ValueError if `text` is not a JSON object; the message names the parameter `param`.
     """
-    try:
-        check_text_size(text)
-    except ValueError as error:
-        raise ValueError(f"{param} {error}.") from error
+    check_text_size(text, param)
     try:
         value = loads(text.strip() or "{}")
     except ValueError:

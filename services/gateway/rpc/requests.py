@@ -16,6 +16,7 @@ from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tools import Tool, ToolMode, ToolUse, parse_arguments
 from services.gateway.errors import invalid
 from services.gateway.generation_request import AnswerFormat, GenerationRequest, Prompt
+from services.gateway.schema.json_size import check_text_size
 from services.gateway.schema.json_text import loads
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -112,12 +113,13 @@ def _tool_use(chat: pb.Chat) -> ToolUse:
 
 
 def _tool(index: int, tool: pb.Tool) -> Tool:
+    param = f"tools[{index}].function.parameters"
+    check_text_size(tool.parameters, param)
     try:
         schema = loads(tool.parameters or "{}")
     except ValueError:
         schema = None
     if not isinstance(schema, dict):
-        param = f"tools[{index}].function.parameters"
         raise ValueError(f"{param} must be a JSON schema of type 'object'.")
     return Tool(tool.name, tool.description, schema, tool.strict)
 

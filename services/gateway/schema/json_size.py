@@ -56,6 +56,12 @@ def check_size(data: bytes, max_depth: int, max_values: int) -> None:
         raise ValueError(f"may hold at most {max_values} objects, lists and strings, not {size.num_values}")
 
 
-def check_text_size(text: str) -> None:
-    """Raise ValueError if `text`, a JSON text inside of a request, is nested too deep or holds too many values."""
-    check_size(text.encode(errors="replace"), MAX_TEXT_DEPTH, MAX_TEXT_VALUES)
+def check_text_size(text: str, param: str = "The JSON") -> None:
+    """Raise ValueError if `text`, a JSON text inside of a request, is nested too deep or holds too many values.
+
+    `param` is the name of the client's parameter that holds the text, for the error message.
+    """
+    try:
+        check_size(text.encode(errors="replace"), MAX_TEXT_DEPTH, MAX_TEXT_VALUES)
+    except ValueError as error:
+        raise ValueError(f"{param} {error}.") from error

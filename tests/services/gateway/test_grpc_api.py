@@ -15,6 +15,8 @@ from services.gateway.generation import Generation
 from services.gateway.grpc_api import InferenceApi
 from tests.services.gateway.echo import EOS, EchoSource
 
+DEEP = "[" * 40_000 + "]" * 40_000
+
 
 @pytest.fixture
 def api(generation: Generation) -> InferenceApi:
@@ -205,3 +207,35 @@ def test_closing_the_stream_frees_the_engine(api: InferenceApi, source: EchoSour
 def test_list_models(api: InferenceApi) -> None:
     (model,) = asyncio.run(api.list_models(pb.ListModelsRequest())).models
     assert (model.id, model.owned_by, model.max_model_len, model.created) == ("echo", "expertmesh", 64, 1)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (
+            pb.GenerateRequest(chat=pb.Chat(tools=[pb.Tool(name="f", parameters='{"a": ' + DEEP + "}")])),
+            "tools[0].function.parameters may be nested at most 128 levels deep, not 40001.",
+        ),
+        (
+            pb.GenerateRequest(
+                chat=pb.Chat(
+                    messages=[pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(name="f", arguments=DEEP)])]
+                )
+            ),
+            "messages[0].tool_calls[0].function.arguments may be nested at most 128 levels deep, not 40000.",
+        ),
+        (
+            pb.GenerateRequest(text="a", response_format=pb.ResponseFormat(json_schema='{"enum": ' + DEEP + "}")),
+            "response_format.json_schema.schema ",
+        ),
+    ],
+)
+def test_deep_json(
+    api: InferenceApi, request_: pb.GenerateRequest, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(GrpcError) as refused:
+        asyncio.run(api.generate(request_))
+    assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(refused.value).startswith(message), str(refused.value)
+    assert len(str(refused.value)) < 400
+    assert not caplog.records
