@@ -72,6 +72,11 @@ class Request:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
+    def scores_prompt(self) -> bool:
+        """Return True if the logprobs of the prompt are wanted, and are not complete yet."""
+        return self.params.prompt_logprobs is not None and not self.num_generated
+
+    @property
     def is_resumed(self) -> bool:
         """Return True if another engine had accepted the request before that engine was lost."""
         return self.num_sent is not None

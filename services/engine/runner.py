@@ -16,7 +16,7 @@ from services.engine.request import Request
 from services.engine.sampling.sampler import SampledToken, Sampler, SamplingRow, token_logprobs
 from services.engine.scheduling.scheduled_batch import ScheduledBatch, StepResult
 
-PROMPT_LOGITS_ROWS = 128  # rows whose logits are computed at once: a whole chunk's logits might not fit into memory
+PROMPT_LOGITS_ROWS = 32  # rows whose logits are computed at once: with a vocabulary of 131,072 they take 16 MiB
 
 
 class LanguageModel(DraftModel, Protocol):
@@ -135,7 +135,7 @@ class Runner:
         """
         request, start, context = batch.requests[i], packed.starts[i], packed.context_lens[i]
         num_top = request.params.prompt_logprobs
-        if num_top is None or request.num_generated:
+        if num_top is None or not request.scores_prompt:
             return ()
         following = request.token_ids[context + 1 : context + 1 + batch.lens[i]]
         found: list[TokenLogprob] = []

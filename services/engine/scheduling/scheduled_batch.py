@@ -74,6 +74,7 @@ class BatchBuilder:
     """A `BatchBuilder` collects the tokens and copies of the next `ScheduledBatch` within a budget of tokens."""
 
     budget: int  # number of tokens that may still be added
+    scored_budget: int = 0  # number of these tokens that may be prompt tokens whose logprobs are computed
     lens: dict[Request, int] = field(default_factory=dict)
     num_drafts: dict[Request, int] = field(default_factory=dict)
     draft_depths: dict[Request, int] = field(default_factory=dict)  # a request without an entry gets no drafts
@@ -87,12 +88,20 @@ class BatchBuilder:
         """Add `length` more tokens of a request to the batch; the last `num_drafts` of these tokens are drafts."""
         self.lens[request] = self.lens.get(request, 0) + length
         self.num_drafts[request] = num_drafts
-        self.budget -= length
+        self._spend(request, length)
+
+    def budget_of(self, request: Request) -> int:
+        """Return how many more tokens of a request may be added to the batch."""
+        return min(self.budget, self.scored_budget) if request.scores_prompt else self.budget
 
     def remove(self, request: Request) -> None:
         """Remove a request from the batch, and add the number of its tokens to the budget again."""
-        self.budget += self.lens.pop(request, 0)
+        self._spend(request, -self.lens.pop(request, 0))
         self.num_drafts.pop(request, None)
+
+    def _spend(self, request: Request, length: int) -> None:
+        self.budget -= length
+        self.scored_budget -= length if request.scores_prompt else 0
 
     @property
     def catching_up(self) -> list[Request]:

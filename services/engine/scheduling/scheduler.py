@@ -38,6 +38,8 @@ class SchedulerConfig:
     """A `SchedulerConfig` holds the scheduler's limits and the size of the memory for requests; lengths are in tokens.
 
     - `chunk_align`: a prompt is split only at multiples of `chunk_align`, which is the chunk of the model's scan.
+    - `max_scored_tokens`: number of prompt tokens whose logprobs a step may compute while other requests need the step.
+      One chunk of `chunk_align` tokens is always allowed. 0 means no limit.
     - `num_checkpoint_slots`: number of slots for saved states, in addition to the slots of running requests.
     - `checkpoint_align`: states within a prompt are saved only at multiples of `checkpoint_align`.
     - `checkpoint_interval`: the largest number of tokens between two saved states of a prompt.
@@ -52,6 +54,7 @@ class SchedulerConfig:
     max_batch_tokens: int = 2048
     max_waiting: int = 256
     chunk_align: int = 1
+    max_scored_tokens: int = 0
     checkpoint_align: int = 1
     checkpoint_interval: int = 1024
     num_checkpoint_slots: int = 0
@@ -62,7 +65,8 @@ class SchedulerConfig:
     max_draft_tokens: int = 0
 
     def __post_init__(self) -> None:
-        can_be_0 = {"num_checkpoint_slots", "bytes_per_slot", "bytes_per_block", "max_draft_tokens", "has_prefix_cache"}
+        can_be_0 = {"num_checkpoint_slots", "bytes_per_slot", "bytes_per_block", "max_draft_tokens"}
+        can_be_0 |= {"has_prefix_cache", "max_scored_tokens"}
         for name, value in vars(self).items():
             least = 0 if name in can_be_0 else 1
             if isinstance(value, int) and value < least:
@@ -143,7 +147,7 @@ class Scheduler:
         """Choose the tokens of the next step, and reserve slots and pages for the tokens."""
         assert self._in_flight is None
         self._began_at = self._clock()
-        self._batch = BatchBuilder(self.config.max_batch_tokens)
+        self._batch = BatchBuilder(self.config.max_batch_tokens, self._scored_budget())
         self.waiting.age(self._began_at)
         self.memory.save_due(self.running, self._batch)
         self._grow_running()
@@ -247,9 +251,18 @@ class Scheduler:
         is_shared = any(other.level <= request.level for other in others)
         return max(self._batch.budget // 2, self.config.chunk_align) if is_shared else self._batch.budget
 
+    def _scored_budget(self) -> int:
+        """Return the number of prompt tokens whose logprobs the next step may compute.
+
+        Requests for such logprobs have no limit among themselves: larger chunks are faster, and delay nobody else.
+        """
+        most = self.config.max_scored_tokens
+        others = any(not request.scores_prompt for request in (*self.running, *self.waiting))
+        return max(most, self.config.chunk_align) if most and others else self.config.max_batch_tokens
+
     def _compute_more(self, request: Request, most: int) -> None:
         """Add up to `most` tokens of a prompt; end at its next checkpoint, its end or a multiple of `chunk_align`."""
-        most = min(most, self._batch.budget)
+        most = min(most, self._batch.budget_of(request))
         start = request.num_computed_tokens + self._batch.lens.get(request, 0)
         end = request.due_checkpoints[0] if request.due_checkpoints else request.num_tokens
         align = self.config.chunk_align

@@ -25,6 +25,7 @@ from tests.services.demo import MODEL, held_out_prompts
 
 FAMILY = load_family(MODEL)
 NUM_PROMPTS = 1_000
+LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
 Answer = tuple[list[int], list[TokenLogprob]]
 
 
@@ -126,6 +127,27 @@ def test_nothing_changes_a_token_or_its_probability(name: str, dtype: torch.dtyp
 def test_a_seed_gives_the_same_tokens_whatever_the_load(name: str, drafts_always: None) -> None:
     with engine(**SETTINGS[name]) as made:
         assert answers(made, prompts(64), 24, 32, temperature=1.0, seed=5) == alone(torch.float32, 5)
+
+
+def test_logprobs_of_prompts_are_the_same_in_small_pieces() -> None:
+    async def scored(made: Engine, busy: bool) -> list[tuple[TokenLogprob | None, ...]]:
+        others = [made.generate(f"other {i}", prompt, LONG) for i, prompt in enumerate(prompts(2))] if busy else []
+        for other in others:
+            await anext(other)
+        found = []
+        for i, prompt in enumerate(held_out_prompts(2, 150)):
+            stream = made.generate(f"{i}", prompt, SamplingParams(prompt_logprobs=5, max_tokens=1))
+            found.append((await anext(stream)).prompt_logprobs)
+        for other in others:
+            await other.aclose()
+        return found
+
+    with engine() as made:
+        expected = asyncio.run(scored(made, busy=False))
+        num_steps = made.stats().num_steps
+    with engine(max_scored_tokens=24) as made:
+        assert asyncio.run(scored(made, busy=True)) == expected
+        assert made.stats().num_steps > num_steps + 2 * (150 // 24)
 
 
 def test_a_thousand_prompts_with_drafts_and_without(drafts_always: None) -> None:

@@ -180,9 +180,15 @@ def test_limits_that_would_starve_a_prompt_are_refused() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_load_always_ends_and_leaks_nothing(seed: int) -> None:
     rng = random.Random(seed)
-    scheduler = make(num_slots=3, num_blocks=rng.randint(8, 20), chunk_align=rng.choice([1, 4]), max_waiting=1000)
+    limits = {
+        "num_blocks": rng.randint(8, 20),
+        "chunk_align": rng.choice([1, 4]),
+        "max_scored_tokens": rng.randint(0, 5),
+    }
+    scheduler = make(num_slots=3, max_waiting=1000, **limits)
     requests = [request(str(i), rng.randint(1, 24), rng.randint(1, 8)) for i in range(40)]
     for r in requests:
+        r.params = SamplingParams(prompt_logprobs=rng.choice([None, None, 1]))
         scheduler.add(r)
     for _ in range(2000):
         if not scheduler.has_work:
@@ -446,6 +452,22 @@ def test_long_prompts_cannot_starve_those_who_generate() -> None:
     for num_steps in range(1, 50):
         assert sum(step(scheduler).values()) == 16
         assert short.num_generated == 1 + num_steps
+
+
+@pytest.mark.parametrize(("align", "allowed"), [(1, 3), (4, 4)])
+def test_scored_prompts_are_computed_in_small_pieces_only_beside_others(align: int, allowed: int) -> None:
+    scheduler = make(max_scored_tokens=3, chunk_align=align, num_blocks=500, max_model_len=900)
+    for name in ("a", "b"):
+        scored = request(name, 40)
+        scored.params = SamplingParams(prompt_logprobs=1)
+        scheduler.add(scored)
+    assert step(scheduler) == {"a": 12, "b": 4}, "they may delay each other"
+    scheduler.add(request("plain", 9, num_answer=100))
+    assert step(scheduler) == {"a": allowed, "plain": 9}
+    for _ in range(4):
+        assert step(scheduler) == {"a": allowed, "plain": 1}
+    scheduler.abort("plain")
+    assert sum(step(scheduler).values()) == 16
 
 
 def test_retry_after_follows_from_the_measured_rate() -> None:
