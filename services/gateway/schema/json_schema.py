@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from itertools import permutations
 from typing import Any
 
+from services.gateway.schema.alternatives import Alternatives
 from services.gateway.schema.errors import UnsupportedKeyword
 from services.gateway.schema.formats import encoding_regex, format_regex
 from services.gateway.schema.negation import finite_values, negate
 from services.gateway.schema.raw_text import length_of, regex_of, schemas_of
 from services.gateway.schema.references import ALL_TYPES, MAX_NESTING, SchemaRoot, wrong_type
 from services.gateway.schema.regex import whole_match
+from services.gateway.schema.unique_arrays import UniqueArrays
 
-MAX_ARRANGEMENTS = 512  # arrays that one `uniqueItems` may become
-MAX_ARRANGED = 2**16  # characters of all such arrays of one schema
 MAX_DEPENDENT = 4  # properties of one dependentRequired; each doubles the number of cases
 Fragment = dict[str, Any]
+# the value of a `$ref`, and the name of a property that every value behind the reference must have, or ""
+Reference = tuple[str, str]
 
 
 class SchemaRewriter:
@@ -32,12 +33,12 @@ class SchemaRewriter:
     """
 
     def __init__(self, root: SchemaRoot, is_strict: bool) -> None:
-        self._root, self._is_strict = root, is_strict
-        self._num_arranged = self._depth = 0
-        self._names: dict[str, str] = {}  # names of definitions, by reference
-        self._definitions: dict[str, Any] = {}  # the rewritten definitions, by reference
-        self._found: dict[str, dict[str, str]] = {}  # for each definition, the references in it, and their paths
-        self._refers: dict[str, str] = {}  # the references in the schema that is being rewritten, and their paths
+        self._root, self._is_strict, self._alternatives = root, is_strict, Alternatives(root)
+        self._unique_arrays, self._depth = UniqueArrays(), 0
+        self._names: dict[Reference, str] = {}  # names of definitions, by reference
+        self._definitions: dict[Reference, Any] = {}  # the rewritten definitions, by reference
+        self._found: dict[Reference, dict[Reference, str]] = {}  # for each definition, its references and their paths
+        self._refers: dict[Reference, str] = {}  # the references in the schema that is being rewritten, and their paths
         # Each function returns what one keyword becomes. A keyword without a function is an annotation, is unknown to
         # JSON Schema, or is read together with another keyword.
         self._keywords: dict[str, Callable[[Mapping[str, Any], str], Fragment]] = {
@@ -49,12 +50,12 @@ class SchemaRewriter:
             "contentEncoding": lambda schema, path: _pattern(regex_of(encoding_regex, schema["contentEncoding"], path)),
             **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), self._length),
             **dict.fromkeys(("minProperties", "maxProperties"), self._num_properties),
-            **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), self._bound),
-            "multipleOf": self._multiple,
+            **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _bound),
+            "multipleOf": _multiple,
             "items": self._items,
             "prefixItems": self._prefix_items,
             "uniqueItems": self._unique_items,
-            "required": self._required,
+            "required": _required,
             "properties": self._properties,
             "patternProperties": self._pattern_properties,
             **dict.fromkeys(("additionalProperties", "unevaluatedProperties"), self._additional_properties),
@@ -63,7 +64,7 @@ class SchemaRewriter:
             "$ref": self._reference,
             "allOf": self._options,
             "anyOf": self._options,
-            "oneOf": self._options,
+            "oneOf": self._one_of,
             "not": self._not,
             "if": self._if,
             **dict.fromkeys(("contains", "unevaluatedItems", "$dynamicRef", "$recursiveRef"), _unsupported),
@@ -79,13 +80,20 @@ class SchemaRewriter:
         while waiting:
             reference, place = waiting.popitem()
             if reference not in self._definitions:
-                target = self._root.resolve(reference, place)
-                self._definitions[reference], self._found[reference] = self._with_references(target, reference)
+                target = self._target(reference, place)
+                self._definitions[reference], self._found[reference] = self._with_references(target, reference[0])
             definitions[self._names[reference]] = self._definitions[reference]
             waiting |= {one: at for one, at in self._found[reference].items() if self._names[one] not in definitions}
         return found | {"$defs": definitions} if definitions else found
 
-    def _with_references(self, schema: Any, path: str) -> tuple[Any, dict[str, str]]:
+    def _target(self, reference: Reference, path: str) -> Any:
+        named, demanded = reference
+        target = self._root.resolve(named, path)
+        if not demanded or not isinstance(target, Mapping):
+            return target
+        return {**target, "required": [*_required_names(target), demanded]}
+
+    def _with_references(self, schema: Any, path: str) -> tuple[Any, dict[Reference, str]]:
         self._refers = {}
         return self._schema(schema, path), self._refers
 
@@ -162,21 +170,6 @@ class SchemaRewriter:
             raise UnsupportedKeyword(path, "is supported only where all keys listed in properties are required")
         return {keyword: value}
 
-    def _bound(self, schema: Mapping[str, Any], path: str) -> Fragment:
-        keyword = path.rpartition(".")[2]
-        value = schema[keyword]
-        if isinstance(value, bool) and keyword.startswith("exclusive"):  # draft 4: a flag that belongs to the bound
-            bound = keyword.removeprefix("exclusive").lower()
-            return {keyword: schema[bound]} if value and isinstance(schema.get(bound), int | float) else {}
-        if value is None:
-            return {}
-        return {keyword: _number(value, path)}
-
-    def _multiple(self, schema: Mapping[str, Any], path: str) -> Fragment:
-        if _number(schema["multipleOf"], path) <= 0:
-            raise UnsupportedKeyword(path, f"must be above 0, not {schema['multipleOf']!r}")
-        return {"multipleOf": schema["multipleOf"]}
-
     def _items(self, schema: Mapping[str, Any], path: str) -> Fragment:
         if not isinstance(schema["items"], list):
             return {"items": self._schema(schema["items"], path)}
@@ -196,25 +189,8 @@ class SchemaRewriter:
         values = finite_values(schema.get("items"), self._root)
         if values is None or schema.get("type") != "array" or "prefixItems" in schema:
             raise UnsupportedKeyword(path, "is supported only for an array whose items are an enum")
-        values = list({json.dumps(value): value for value in values}.values())
-        sizes = [len(json.dumps(value)) for value in values]
-        shortest = length_of(schema, "minItems", path) or 0
-        longest = len(values) if longest is None else min(longest, len(values))
-        arrangements: list[Any] = []
-        for length in range(shortest, longest + 1):
-            for arranged in permutations(range(len(values)), length):
-                self._num_arranged += sum(sizes[index] for index in arranged)
-                if len(arrangements) == MAX_ARRANGEMENTS or self._num_arranged > MAX_ARRANGED:
-                    reason = f"is supported only where at most {MAX_ARRANGEMENTS} short arrays match"
-                    raise UnsupportedKeyword(path, reason)
-                arrangements.append([values[index] for index in arranged])
-        if not arrangements:
-            raise UnsupportedKeyword(path, "allows no array, because minItems is larger than the number of values")
-        return {"enum": arrangements}
-
-    def _required(self, schema: Mapping[str, Any], path: str) -> Fragment:
-        names = _required_names(schema)
-        return {"required": list(dict.fromkeys(names))} if names else {}
+        arrays = self._unique_arrays.of(values, length_of(schema, "minItems", path) or 0, longest, path)
+        return {"enum": arrays}
 
     def _properties(self, schema: Mapping[str, Any], path: str) -> Fragment:
         properties = _mapping(schema, "properties", path)
@@ -234,17 +210,21 @@ class SchemaRewriter:
         is_alone = not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf", "if", "additionalProperties", "not"}
         if keyword == "unevaluatedProperties" and not is_alone:
             raise UnsupportedKeyword(path, "is supported only in a schema without $ref, allOf, anyOf, oneOf and if")
-        if "propertyNames" in schema and schema["propertyNames"] is not True:
+        if schema.get("propertyNames", True) not in (True, {}):
             return {}  # part of what `propertyNames` becomes
         return {"additionalProperties": self._schema(schema[keyword], path)}
 
     def _property_names(self, schema: Mapping[str, Any], path: str) -> Fragment:
         """Return `propertyNames` as properties or patternProperties, beside which nothing is allowed."""
-        names, rest = schema["propertyNames"], schema.get("additionalProperties", True)
+        names, given = schema["propertyNames"], _mapping(schema, "properties", path)
         if names is True or names == {}:
             return {}
-        rest = self._schema(rest, f"{path.rpartition('.')[0]}.additionalProperties")
-        given = _mapping(schema, "properties", path)
+        if names is False:
+            return {"allOf": [{"properties": dict.fromkeys(given, False), "additionalProperties": False}]}
+        if not isinstance(names, Mapping):
+            raise UnsupportedKeyword(path, f"must be a schema, not {names!r:.100}")
+        others = next((one for one in ("additionalProperties", "unevaluatedProperties") if one in schema), "")
+        rest = self._schema(schema[others], f"{path.rpartition('.')[0]}.{others}") if others else True
         values = finite_values(names, self._root)
         if "patternProperties" in schema or (values is None and given):
             raise UnsupportedKeyword(
@@ -255,8 +235,8 @@ class SchemaRewriter:
             refused = {name: False for name in given if name not in known}
             return {"allOf": [{"properties": known | refused, "additionalProperties": False}]}
         limits = [keyword for keyword in ("pattern", "format", "minLength", "maxLength") if keyword in names]
-        others = self._keywords.keys() & names.keys() - set(limits) - {"type"}
-        if (len(limits) != 1 and set(limits) != {"minLength", "maxLength"}) or others:
+        more = self._keywords.keys() & names.keys() - set(limits) - {"type"}
+        if (len(limits) != 1 and set(limits) != {"minLength", "maxLength"}) or more:
             raise UnsupportedKeyword(path, "is supported only with one of pattern, format and length, or with an enum")
         found = self._schema(names, path)
         pattern = found.get("pattern") or f"^(?s:.{{{found.get('minLength', 0)},{found.get('maxLength', '')}}})$"
@@ -274,8 +254,10 @@ class SchemaRewriter:
         return {"allOf": parts} if parts else {}
 
     def _reference(self, schema: Mapping[str, Any], path: str) -> Fragment:
-        reference = schema["$ref"]
-        self._root.resolve(reference, path)
+        return self._refer((schema["$ref"], ""), path)
+
+    def _refer(self, reference: Reference, path: str) -> Fragment:
+        self._root.resolve(reference[0], path)
         self._names.setdefault(reference, f"d{len(self._names)}")
         self._refers[reference] = path
         return {"$ref": f"#/$defs/{self._names[reference]}"}
@@ -283,11 +265,28 @@ class SchemaRewriter:
     def _options(self, schema: Mapping[str, Any], path: str) -> Fragment:
         keyword = path.rpartition(".")[2]
         options = self._list(schemas_of(schema, keyword, path), path)
-        if keyword != "oneOf":
-            options = list({json.dumps(option): option for option in options}.values())
-        elif not self._is_strict:
-            keyword = "anyOf"  # llguidance accepts oneOf only if no value can match two of the options
-        return {keyword: options}
+        return {keyword: list({json.dumps(option): option for option in options}.values())}
+
+    def _one_of(self, schema: Mapping[str, Any], path: str) -> Fragment:
+        """Return `oneOf` as `anyOf` where no value can match two options; llguidance sees that only in simple cases.
+
+        OpenAPI's `discriminator` names a property that tells the options apart, and that every value therefore has.
+        """
+        options = schemas_of(schema, "oneOf", path)
+        named = schema.get("discriminator")
+        tag = named.get("propertyName") if isinstance(named, Mapping) else None
+        if isinstance(tag, str) and self._alternatives.are_told_apart_by(tag, options):
+            return {"anyOf": [self._tagged(option, tag, f"{path}[{n}]") for n, option in enumerate(options)]}
+        is_exact = self._is_strict and not self._alternatives.are_exclusive(options)
+        return {"oneOf" if is_exact else "anyOf": self._list(options, path)}
+
+    def _tagged(self, option: Any, tag: str, path: str) -> Any:
+        """Return the schema `option` for values that have the property `tag`."""
+        if self._alternatives.demands(tag, option):
+            return self._schema(option, path)
+        if option.keys() & self._keywords.keys() == {"$ref"}:
+            return self._refer((option["$ref"], tag), path)
+        return {"allOf": [self._schema(option, path), {"required": [tag]}]}
 
     def _not(self, schema: Mapping[str, Any], path: str) -> Fragment:
         base = {key: value for key, value in schema.items() if key != "not"}
@@ -304,6 +303,28 @@ class SchemaRewriter:
 
     def _list(self, schemas: list[Any], path: str) -> list[Any]:
         return [self._schema(one, f"{path}[{n}]") for n, one in enumerate(schemas)]
+
+
+def _bound(schema: Mapping[str, Any], path: str) -> Fragment:
+    keyword = path.rpartition(".")[2]
+    value = schema[keyword]
+    if isinstance(value, bool) and keyword.startswith("exclusive"):  # draft 4: a flag that belongs to the bound
+        bound = keyword.removeprefix("exclusive").lower()
+        return {keyword: schema[bound]} if value and isinstance(schema.get(bound), int | float) else {}
+    if value is None:
+        return {}
+    return {keyword: _number(value, path)}
+
+
+def _multiple(schema: Mapping[str, Any], path: str) -> Fragment:
+    if _number(schema["multipleOf"], path) <= 0:
+        raise UnsupportedKeyword(path, f"must be above 0, not {schema['multipleOf']!r}")
+    return {"multipleOf": schema["multipleOf"]}
+
+
+def _required(schema: Mapping[str, Any], path: str) -> Fragment:
+    names = _required_names(schema)
+    return {"required": list(dict.fromkeys(names))} if names else {}
 
 
 def _unsupported(schema: Mapping[str, Any], path: str) -> Fragment:

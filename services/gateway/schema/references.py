@@ -71,7 +71,7 @@ class SchemaRoot:
         self._num_left -= 1
         if not isinstance(schema, Mapping) or depth > MAX_DEPTH or self._num_left < 0:
             return ALL_TYPES if schema is not False else frozenset()
-        found = _named_types(schema)
+        found = named_types(schema)
         if isinstance(reference := schema.get("$ref"), str):
             found &= self._types_behind(reference, depth)
         for keyword in ("anyOf", "oneOf"):
@@ -81,7 +81,7 @@ class SchemaRoot:
             for types in self._each(parts, depth):
                 found &= types
         if isinstance(refused := schema.get("not"), Mapping) and refused.keys() == {"type"}:
-            found -= _named_types(refused)
+            found -= named_types(refused)
         return found
 
     def _each(self, schemas: list[Any], depth: int) -> Iterable[Types]:
@@ -100,7 +100,7 @@ class SchemaRoot:
         return self._types[reference]
 
 
-def _named_types(schema: Mapping[str, Any]) -> Types:
+def named_types(schema: Mapping[str, Any]) -> Types:
     """Return the types that the keywords `type`, `enum` and `const` of `schema` allow, with "integer" for "number"."""
     found = ALL_TYPES
     named = schema.get("type")

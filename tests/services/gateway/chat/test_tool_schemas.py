@@ -32,6 +32,27 @@ DEFINITIONS = {
     "Colour": {"enum": ["red", "deep blue"], "title": "Colour", "type": "string"},
     "Level": {"enum": [1, 2], "type": "integer"},
     "Point": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
+    "Cat": {
+        "type": "object",
+        "properties": {"kind": {"const": "cat"}, "lives": {"type": "integer"}},
+        "required": ["kind"],
+    },
+    "Dog": {"type": "object", "properties": {"kind": {"enum": ["dog", "wolf"]}}, "required": ["kind"]},
+    # as Pydantic writes a class whose tag has a default, which refers to itself
+    "Leaf": {
+        "type": "object",
+        "properties": {"tag": {"const": "leaf", "default": "leaf"}},
+        "additionalProperties": False,
+    },
+    "Branch": {
+        "type": "object",
+        "properties": {"tag": {"const": "branch", "default": "branch"}, "next": {"$ref": "#/$defs/Tree"}},
+        "additionalProperties": False,
+    },
+    "Tree": {
+        "oneOf": [{"$ref": "#/$defs/Leaf"}, {"$ref": "#/$defs/Branch"}],
+        "discriminator": {"propertyName": "tag", "mapping": {"leaf": "#/$defs/Leaf", "branch": "#/$defs/Branch"}},
+    },
     "Text": {"anyOf": [{"$ref": "#/$defs/Colour"}, {"pattern": "^x+$"}], "type": "string"},
 }
 # Schemas of one argument. Every answer of the grammar must match.
@@ -90,6 +111,17 @@ SCHEMAS: list[Any] = [
         "additionalProperties": False,
         "dependentRequired": {"a": ["b"]},
     },
+    {"type": "object", "propertyNames": False, "properties": {"a": {}}},
+    {
+        "type": "object",
+        "propertyNames": {"maxLength": 1},
+        "unevaluatedProperties": {"type": "integer"},
+        "minProperties": 1,
+    },
+    {"oneOf": [{"$ref": "#/$defs/Point"}, {"type": "null"}]},
+    {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]},
+    {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}], "discriminator": {"propertyName": "kind"}},
+    {"$ref": "#/$defs/Tree"},
     {"type": "integer", "minimum": 3, "not": {"minimum": 8}},
     {"not": {"type": ["string", "number", "object", "array"]}},
     {"type": "array", "items": [{"type": "boolean"}], "additionalItems": False, "minItems": 1},
