@@ -225,7 +225,7 @@ class ChatBody(ConversationBody, InertChatFields, _RequestBody):
         self.max_tokens = limits.pop() if limits else None
         if self.functions and self.tools:
             raise ValueError("functions may not be given together with tools; give tools only.")
-        if self.function_call is not None and not self.functions:
+        if self.function_call not in (None, "none") and not self.functions:
             raise ValueError("function_call may only be given together with functions.")
         if self.functions and self.tool_choice is not None:
             raise ValueError("tool_choice may not be given together with functions; give function_call or tools.")
@@ -252,7 +252,7 @@ class ChatBody(ConversationBody, InertChatFields, _RequestBody):
         return (*super().offered_tools(), *(function.tool() for function in self.functions or ()))
 
     def _tool_use(self) -> ToolUse:
-        if self.functions or self.function_call is not None:
+        if self.functions:
             return function_use(self.offered_tools(), self.function_call)
         return tool_use(self.offered_tools(), self.tool_choice, self.parallel_tool_calls)
 

@@ -82,6 +82,7 @@ class ToolFunction(BaseBody):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    defer_loading: bool | None = None  # a hint of vLLM's API
 
     def tool(self) -> Tool:
         return Tool(self.name, self.description or "", self.parameters or {}, self.strict or False)

@@ -350,6 +350,17 @@ def test_functions_of_the_older_api() -> None:
     for more in ({"tools": [TOOL]}, {"tool_choice": "auto"}):
         with pytest.raises(ApiError, match=r"may not be given together with"):
             parse(ChatBody, functions=[FUNCTION], **more)
+    # "none" is the default of function_call without functions, and says nothing about tools.
+    assert parse(ChatBody, function_call="none").request() == parse(ChatBody).request()
+    assert parse(ChatBody, tools=[TOOL], function_call="none").request() == parse(ChatBody, tools=[TOOL]).request()
+
+
+def test_hints_of_a_tool_have_no_effect() -> None:
+    hints: dict[str, Any] = {"cache_control": {"type": "ephemeral"}, "defer_loading": True}
+    tool = {**TOOL, **hints, "function": {**FUNCTION, "defer_loading": False}}
+    assert parse(ChatBody, tools=[tool]).request() == parse(ChatBody, tools=[TOOL]).request()
+    with pytest.raises(ApiError, match=r"Unknown field 'tools\[0\].function.paramters'; the nearest allowed field is"):
+        parse(ChatBody, tools=[{"type": "function", "function": {"name": "f", "paramters": {}}}])
 
 
 def test_json_object_with_a_schema() -> None:
