@@ -58,7 +58,7 @@ class LogitBias:
 
     def __post_init__(self) -> None:
         num, num_ids = len(self.values), len(set(self.ids))
-        _check(num <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries", f"{num} entries")
+        _check(num <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries", num)
         _check(len(self.ids) == num == num_ids, "logit_bias", "one value for each token id", f"{num} for {num_ids} ids")
         lowest_id = min(self.ids, default=0)
         _check(lowest_id >= 0, "logit_bias", "keyed by token ids of at least 0", lowest_id)
@@ -145,7 +145,7 @@ class SamplingParams:
         priority_ok = -(2**31) <= self.priority < 2**31
         _check(priority_ok, "priority", "a signed 32-bit integer", self.priority)
         salt, allowed = self.cache_salt, f"at most {MAX_CACHE_SALT} characters"
-        _check(len(salt) <= MAX_CACHE_SALT, "cache_salt", allowed, f"{len(salt)} characters")
+        _check(len(salt) <= MAX_CACHE_SALT, "cache_salt", allowed, len(salt))
         is_text = not re.search("[\ud800-\udfff]", salt)
         _check(is_text, "cache_salt", "text without halves of surrogate pairs", salt)
         self._check_stops()
