@@ -21,7 +21,7 @@ from services.gateway.openai.tool_choice import FunctionName, ToolChoice, functi
 from services.gateway.request_body import BaseBody, Integer, shown
 
 PromptForm = str | list[str] | list[int] | list[list[int]]  # the types before validation, for OpenAPI
-StopForm = str | list[str] | None
+StopForm = str | list[str]
 MAX_PROMPTS = 64  # maximum number of prompts in one body
 SAMPLING_NAMES = frozenset(SamplingParams.__dataclass_fields__) - {
     "logprobs",
@@ -54,9 +54,12 @@ def _is_one_prompt(value: object) -> bool:
 def _check_stop(value: object) -> object:
     if isinstance(value, str):
         return [value]
-    if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
     raise ValueError(f"must be a string or a list of strings, not {shown(value)}")
+
+
+StopList = Annotated[list[str], BeforeValidator(_check_stop, json_schema_input_type=StopForm)]
 
 
 def _check_logit_bias(value: object) -> object:
@@ -94,7 +97,7 @@ class _RequestBody(InertFields):
     top_k: Integer | None = None
     min_p: float | None = None
     seed: Integer | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_check_stop, json_schema_input_type=StopForm)] = None
+    stop: StopList | None = None
     include_stop_str_in_output: bool | None = None
     stop_token_ids: list[Integer] | None = None
     ignore_eos: bool | None = None

@@ -15,7 +15,8 @@ from services.gateway.chat.conversation import ChatMessage, Conversation
 from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tools import Tool, ToolUse
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
-from services.gateway.openai.body import SAMPLING_NAMES, BiasByToken
+from services.gateway.openai.answer_formats import StructuredOutputs
+from services.gateway.openai.body import SAMPLING_NAMES, BiasByToken, StopList
 from services.gateway.openai.tool_choice import ToolChoice, tool_use
 from services.gateway.request_body import BaseBody, Integer, Metadata, only
 
@@ -160,7 +161,19 @@ class ResponsesBody(BaseBody):
     moderation: Annotated[dict[str, Any] | None, only()] = None
     prompt: Annotated[dict[str, Any] | None, only()] = None
 
+    # fields of vLLM's API that would change the answer
+    enable_response_messages: Annotated[bool | None, only(False)] = None
+    mm_processor_kwargs: Annotated[dict[str, Any] | None, only({})] = None
+    previous_input_messages: Annotated[list[Any] | None, only([])] = None
+    previous_response: Annotated[dict[str, Any] | None, only()] = None
+    request_id: Annotated[str | None, only()] = None  # nobody may choose the id under which a response is stored
+    vllm_xargs: Annotated[dict[str, Any] | None, only({})] = None
+
     # vLLM's and Expertmesh's own fields
+    stop: StopList | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
     top_k: Integer | None = None
     min_p: float | None = None
     seed: Integer | None = None
@@ -177,6 +190,13 @@ class ResponsesBody(BaseBody):
     thinking_token_budget: Integer | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_form(self) -> ResponsesBody:
+        form = self.text.format if self.text else None
+        if self.structured_outputs and form and form.type != "text":
+            raise ValueError("structured_outputs may not be given together with text.format; give one.")
+        return self
 
     @property
     def has_logprobs(self) -> bool:
@@ -198,15 +218,21 @@ class ResponsesBody(BaseBody):
         thinking = Thinking(
             self.reasoning.effort if self.reasoning else None, self.thinking_token_budget, self.enable_thinking
         )
-        form = self.text.format if self.text else None
         return GenerationRequest(
             Conversation(messages, template_kwargs=thinking.template_kwargs(self.chat_template_kwargs)),
             self._sampling(),
-            answer_format=form.answer_format() if form else None,
+            answer_format=self._answer_format(),
             tool_use=self._tool_use(),
             timeout=self.timeout,
             thinking=thinking,
+            skip_special_tokens=self.skip_special_tokens is not False,
+            include_stop_str_in_output=self.include_stop_str_in_output is True,
         )
+
+    def _answer_format(self) -> AnswerFormat | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.answer_format()
+        return self.text.format.answer_format() if self.text and self.text.format else None
 
     def _sampling(self) -> dict[str, Any]:
         given = self.model_dump(include={*SAMPLING_NAMES, "logit_bias"}, exclude_none=True)

@@ -16,6 +16,7 @@ SAME = {  # fields that are equal in both APIs
     *("model", "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "stop_token_ids", "ignore_eos"),
     *("min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "priority", "timeout", "cache_salt"),
     *("enable_thinking", "thinking_token_budget", "chat_template_kwargs", "parallel_tool_calls"),
+    *("stop", "include_stop_str_in_output", "skip_special_tokens", "structured_outputs"),
 }
 CONVERTED = {"messages", "max_tokens", "tools", "tool_choice", "response_format", "reasoning_effort"}
 LOGPROBS = {"logprobs", "top_logprobs"}

@@ -25,7 +25,7 @@ from services.gateway.responses import turn
 from services.gateway.responses.body import ResponsesBody
 from services.gateway.responses.items import parse_items
 from services.gateway.rest import build_rest
-from tests.services.gateway.echo import EchoSource, serving
+from tests.services.gateway.echo import EOS, EchoSource, serving
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 TOOL: dict[str, Any] = {
@@ -420,6 +420,27 @@ def test_hints_and_nulls_are_accepted(client: openai.OpenAI, http: httpx.Client)
     assert (answer.prompt_cache_key, answer.safety_identifier, answer.user) == ("k", "s", "u")
 
 
+# vLLM's own fields of a response with their defaults (vllm/entrypoints/openai/responses/protocol.py)
+VLLM: dict[str, Any] = {
+    "cache_salt": None, "enable_response_messages": False, "ignore_eos": False, "include_stop_str_in_output": False,
+    "logit_bias": None, "mm_processor_kwargs": None, "previous_input_messages": None, "previous_response": None,
+    "priority": 0, "repetition_penalty": None, "request_id": None, "seed": None, "skip_special_tokens": True,
+    "stop": [], "structured_outputs": None, "top_k": None, "vllm_xargs": None,
+}  # fmt: skip
+
+
+def test_vllms_fields(client: openai.OpenAI, http: httpx.Client, source: EchoSource, tokenizer: Tokenizer) -> None:
+    assert create(client, extra_body=VLLM).output_text == "user\nhi"
+    assert http.post("/v1/responses", json={"input": "hi", **dict.fromkeys(VLLM)}).status_code == 200
+    source.script = tokenizer.encode("one two")
+    assert create(client, extra_body={"stop": "two"}).output_text == "one "
+    assert create(client, extra_body={"stop": ["two"], "include_stop_str_in_output": True}).output_text == "one two"
+    shown = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    assert create(client, extra_body=shown).output_text == "one two" + EOS
+    create(client, extra_body={"structured_outputs": {"regex": "one two"}})
+    assert source.seen[-1].grammar is not None
+
+
 def test_unknown_fields_of_items_are_ignored(client: openai.OpenAI) -> None:
     item: Any = {"role": "user", "content": [{"type": "input_text", "text": "a", "x": 1}, {"type": "input_text", "text":
                  "b", "cache_control": {}}], "phase": None, "x": 2}  # fmt: skip
@@ -468,6 +489,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "x"}}}},
         f"text.format.schema cannot be used: {NO_TYPE}",
     ),
+    "two forms": (
+        {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
+        "structured_outputs may not be given together with text.format; give one.",
+    ),
+    "structured_outputs": (
+        {"structured_outputs": {"regex": "("}},
+        "structured_outputs.regex cannot be used: ",
+    ),
+    "stop": ({"stop": [""]}, "stop must be strings of at least one character, not ''."),
+    "vLLM's request_id": ({"request_id": "resp_1"}, "request_id must be null, because nothing else is supported yet"),
     "include": ({"include": ["x"]}, "include[0] must be one of 'code_interpreter_call.outputs', "),
     "effort": ({"reasoning": {"effort": "x"}}, "reasoning.effort must be 'none', 'minimal', "),
     "max_output_tokens": ({"max_output_tokens": 0}, "max_output_tokens must be at least 1, not 0."),
@@ -483,7 +514,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refusals(http: httpx.Client, name: str) -> None:
     body, message = REFUSED[name]
     for path in ("", "/input_tokens"):
-        if path and name in ("schema", "max_output_tokens", "top_logprobs"):
+        if path and name in ("schema", "max_output_tokens", "top_logprobs", "structured_outputs", "stop"):
             continue  # these concern the answer, and no answer is generated to count the tokens of an input
         answer = http.post(f"/v1/responses{path}", json={"input": "hi", **body})
         error = answer.json()["error"]
