@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,6 +280,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
         "tools[0].function.parameters must be a JSON schema of type 'object'.",
     ),
 }
+
+
+def test_the_api_reference_tells_the_number_of_questions() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "api.md").read_text()
+    assert f"A test asks {len(ANSWERS) + len(REFUSALS)} questions" in text
 
 
 @pytest.fixture(scope="module")
