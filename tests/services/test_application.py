@@ -358,7 +358,7 @@ def test_a_port_in_use_is_one_sentence(server: Application) -> None:
         ("completions", {"json": {"prompt": [5] * 5000}}, 400, "This model's maximum context length is "),
         ("completions", {"content": '{"prompt": '}, 400, "The body is not valid JSON: "),
         ("completions", {"json": {"prompt": "a", "tempreature": 1}}, 400, "Unknown field 'tempreature'; "),
-        ("completions", {"json": {"prompt": "a", "max_tokens": -1}}, 400, "max_tokens must be at least 1, not -1."),
+        ("completions", {"json": {"prompt": "a", "max_tokens": -2}}, 400, "max_tokens must be at least 1, not -2."),
         ("completions", {"json": {"prompt": [10**9]}}, 400, "prompt"),
         ("chat/completions", {"json": {"messages": []}}, 400, "messages must hold at least one message."),
         ("completions", {"content": b" " * 10_000_000}, 413, "The body must be at most 4194304 bytes long"),
@@ -380,7 +380,7 @@ def test_a_bad_request_is_answered_in_one_sentence(
 @pytest.mark.parametrize(
     ("request_", "code", "sentence"),
     [
-        (greedy_request([5], -1), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens must be at least 1, not -1."),
+        (greedy_request([5], -2), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens must be at least 1, not -2."),
         (greedy_request([5] * 5000, 1), grpc.StatusCode.INVALID_ARGUMENT, "This model's maximum context length is "),
         (pb.GenerateRequest(model="gpt", text="a"), grpc.StatusCode.NOT_FOUND, "The model 'gpt' does not exist; "),
     ],
