@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -31,6 +33,8 @@ from services.gateway.schema.json_text import mend_body
 OBJECT = "a JSON object"  # replaces pydantic's class name in error messages
 WITHIN = ("value_error", "unknown_field")  # errors of a value that has the right type
 DEFAULT_LIMITS = GatewayLimits()
+# matches every JSON number that a float cannot hold, and some others; the time is linear in the length of the text
+MAYBE_HUGE = re.compile(rb"[0-9][eE]\+?[0-9]{3}|(?<![0-9])[0-9]{200}")
 MAX_LISTED_FIELDS = 16  # maximum number of allowed fields in an error message
 
 
@@ -163,9 +167,24 @@ def parse_json(data: bytes, limits: GatewayLimits = DEFAULT_LIMITS) -> Any:
     except ValueError as error:
         raise invalid(f"The JSON of the body {error}.") from error
     try:
-        return pydantic_core.from_json(mend_body(data), allow_inf_nan=False)
+        value = pydantic_core.from_json(mend_body(data), allow_inf_nan=False)
     except ValueError as error:
         raise invalid(f"The body is not valid JSON: {error}.") from error
+    if MAYBE_HUGE.search(data) and _holds_infinity(value):
+        raise invalid("The body must hold only numbers below 1.8e308, because a larger number has no 64-bit form.")
+    return value
+
+
+def _holds_infinity(value: Any) -> bool:
+    """Return True if a number in the JSON value `value` became infinite when it was read."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, float) and math.isinf(part):
+            return True
+        if isinstance(part, dict | list):
+            waiting += part.values() if isinstance(part, dict) else part
+    return False
 
 
 def validate(kind: type[AnyBody], value: object) -> AnyBody:

@@ -7,6 +7,7 @@ character, and neither UTF-8 nor a tokenizer can hold it. As in most decoders, U
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,12 +48,20 @@ def mend_text(text: str) -> str:
 
 
 def loads(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """Return the value of the JSON text `text`. Raises ValueError if `text` is no JSON, or is nested too deep.
+    """Return the value of the JSON text `text`.
 
+    Raises ValueError if `text` is no JSON, is nested too deep, or holds a number that a float cannot hold.
     `parse_constant` is called with NaN, Infinity or -Infinity, which are not JSON, but which Python writes and reads.
     """
     check_text_size(text)
-    return json.loads(mend_escapes(mend_text(text)), parse_constant=parse_constant)
+    return json.loads(mend_escapes(mend_text(text)), parse_constant=parse_constant, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text:.100} is too large")
+    return value
 
 
 def dumps(value: object) -> str:

@@ -117,7 +117,7 @@ class Numbers(BaseBody):
 def test_integral_numbers() -> None:
     assert parse_body(Numbers, b'{"one": 3.0, "many": [1e2, -0.0, 7]}') == Numbers(one=3, many=[100, 0, 7])
     for bad in ("3.5", "true", '"3"', "1e999", "[3]"):
-        with pytest.raises(ApiError, match=r"^(one must be a valid integer, not |The body is not valid JSON)"):
+        with pytest.raises(ApiError, match=r"^(one must be a valid integer, not |The body must hold only n)"):
             parse_body(Numbers, b'{"one": %s}' % bad.encode())
 
 
@@ -127,3 +127,21 @@ def test_values_in_errors_are_short() -> None:
         value = [value]
     assert len(shown(value)) <= 100
     assert shown([3]) == "[3]"
+
+
+HUGE = ["1e309", "-1E+400", "1" + "0" * 310 + ".0", "9" * 210 + "e99", "0.001e400"]
+
+
+@pytest.mark.parametrize("number", HUGE)
+@pytest.mark.parametrize("place", ['{"messages": %s}', '{"messages": [], "chat_template_kwargs": {"a": [{"b": %s}]}}'])
+def test_numbers_that_are_too_large(number: str, place: str) -> None:
+    """Such a number would become infinite, and an answer that repeats it would not be JSON."""
+    with pytest.raises(ApiError) as refused:
+        parse_body(ChatBody, (place % number).encode())
+    assert refused.value.message.startswith("The body must hold only numbers below 1.8e308, because")
+
+
+@pytest.mark.parametrize("number", ["1e308", "1e-400", '"1e400"', "9" * 300, "0.1e308", "-1.5E+307"])
+def test_large_numbers_and_words_that_look_like_them(number: str) -> None:
+    body = parse_body(ChatBody, b'{"messages": [], "chat_template_kwargs": {"a": %s}}' % number.encode())
+    assert body.chat_template_kwargs == {"a": json.loads(number)}

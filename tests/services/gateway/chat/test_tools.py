@@ -33,6 +33,9 @@ from services.gateway.chat.tools import Tool, ToolMode, ToolUse, argument_json, 
         ({"enum": [1, "auto"]}, "1", "1"),
         ({"enum": [1, "auto"]}, "auto", '"auto"'),
         ({"const": False}, "false", "false"),
+        ({"type": "number"}, "1e308", "1e+308"),
+        ({"type": "number"}, "1e309", '"1e309"'),
+        ({"type": "array"}, "[-1e999]", '"[-1e999]"'),
         ({"$ref": "#/$defs/loop"}, "7", '"7"'),
     ],
 )
@@ -85,7 +88,7 @@ def test_arguments_that_were_cut_off_may_be_sent_back(text: str, value: dict[str
     assert json.loads(parse_arguments(text, "arguments")) == value
 
 
-@pytest.mark.parametrize("text", ['{"a": }', "{a: 1}", "[1", '{"a": 1} x', "x", '"a', "5", '{"a": 1}{'])
+@pytest.mark.parametrize("text", ['{"a": }', "{a: 1}", "[1", '{"a": 1} x', "x", '"a', "5", '{"a": 1}{', '{"a": 1e999}'])
 def test_arguments_with_another_mistake_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^arguments must be a JSON object as a string, not "):
         parse_arguments(text, "arguments")
