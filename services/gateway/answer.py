@@ -20,17 +20,18 @@ from services.gateway.generation_request import GenerationRequest
 from services.gateway.request_body import AnyBody, parse_body
 from services.gateway.request_id import check_request_id
 
-INLINE_BYTES = 16_384  # longer bodies are parsed in a thread; parsing this many bytes takes about 2 ms
+INLINE_BYTES = 16_384  # longer bodies are parsed and read in a thread; parsing this many bytes takes about 2 ms
 
 
-async def read(request: Request, kind: type[AnyBody], generation: Generation) -> AnyBody:
-    """Return the body of `request` as an object of the class `kind`.
+async def read(request: Request, kind: type[AnyBody], generation: Generation) -> tuple[AnyBody, bool]:
+    """Return the body of `request` as an object of the class `kind`, and True if all work on the body needs a thread.
 
     Raises ApiError if the body or the request's id is invalid, and ClientGone if the client disconnects.
     """
     check_request_id(request.state.id, "X-Request-Id")
     data = await read_body(request, generation.limits.max_body_bytes(generation.card.max_model_len))
-    return await generation.threads.run_if(len(data) > INLINE_BYTES, parse_body, kind, data, generation.limits)
+    is_long = len(data) > INLINE_BYTES
+    return await generation.threads.run_if(is_long, parse_body, kind, data, generation.limits), is_long
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from services.engine.contract.sampling_params import Grammar, LogitBias, SamplingParams
-from services.gateway.chat.conversation import Conversation
+from services.gateway.chat.conversation import Conversation, json_size
 from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tools import ToolMode, ToolUse
 from services.gateway.limits import GatewayLimits
@@ -53,6 +54,17 @@ class GenerationRequest:
     @property
     def num_choices(self) -> int:
         return (self.n or 1) * (1 + len(self.more_prompts))
+
+    @cached_property
+    def size(self) -> int:
+        """Return how long preparing the prompts takes, in characters of a text whose tokenizing takes as long.
+
+        Above MANY_CHARS, the number is only a lower bound.
+        """
+        prompts = (self.prompt, *self.more_prompts)
+        size = sum(prompt.size if isinstance(prompt, Conversation) else len(prompt) for prompt in prompts)
+        tools = self.tool_use.tools
+        return size + json_size(*((tool.name, tool.description, tool.parameters) for tool in tools))
 
     @property
     def is_chat(self) -> bool:

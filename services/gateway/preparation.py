@@ -82,7 +82,7 @@ class Preparation:
 
         Raises ValueError or ApiError if the request is invalid, and DeadlinePassed if the timeout ends before.
         """
-        request.check(self._limits)
+        await self._check(request)
         params = request.params(self._defaults.values)
         self.check_ids("logit_bias", params.logit_bias.ids)
         self.check_ids("stop_token_ids", params.stop_token_ids)
@@ -97,9 +97,9 @@ class Preparation:
 
     async def token_ids(self, request: GenerationRequest, add_special_tokens: bool) -> list[int]:
         """Return the token ids of the request's first prompt, however many they are."""
-        request.check(self._limits)
+        await self._check(request)
         prompt, *_ = request.prompts()
-        return await self._threads.run_if(_size([prompt]) > INLINE_CHARS, self._encoded, prompt, add_special_tokens)
+        return await self._threads.run_if(request.size > INLINE_CHARS, self._encoded, prompt, add_special_tokens)
 
     def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         """Raise ValueError if a token id is not in the vocabulary; the message names the parameter `param`."""
@@ -108,9 +108,12 @@ class Preparation:
                 highest = self._tokenizer.vocab_size - 1
                 raise ValueError(f"{param} holds the token id {token_id}; allowed are 0 to {highest}.")
 
+    async def _check(self, request: GenerationRequest) -> None:
+        await self._threads.run_if(request.size > INLINE_CHARS, request.check, self._limits)
+
     async def _choices(self, request: GenerationRequest, params: SamplingParams) -> list[ChoiceRequest]:
         prompts = request.prompts()
-        prepared = await self._threads.run_if(_size(prompts) > INLINE_CHARS, self._prepared, prompts, request, params)
+        prepared = await self._threads.run_if(request.size > INLINE_CHARS, self._prepared, prompts, request, params)
         params = params.varied(grammar=await self._grammar(request, prepared[0].in_reasoning))
         stops = StopStrings(params.stop)
         return [choice for prompt in prepared for choice in self._of_prompt(prompt, request, params, stops)]
@@ -242,8 +245,3 @@ async def _in_time(work: Awaitable[T], deadline: float) -> T:
             return await work
     except TimeoutError as error:
         raise DeadlinePassed("The request's deadline passed before its prompt was ready.") from error
-
-
-def _size(prompts: Sequence[Prompt]) -> int:
-    """Return how long preparing `prompts` takes, in characters of a text whose tokenizing takes as long."""
-    return sum(prompt.size if isinstance(prompt, Conversation) else len(prompt) for prompt in prompts)

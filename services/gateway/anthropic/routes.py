@@ -18,8 +18,6 @@ from services.gateway.generation import Generation
 from services.gateway.generation_request import GenerationRequest
 from services.gateway.ports.openapi import takes
 
-INLINE_PARTS = 256  # requests with more messages and content blocks are read in a thread
-
 
 class MessagesRoutes:
     """A `MessagesRoutes` handles the requests of Anthropic's API, from parsing the body to formatting the response."""
@@ -33,28 +31,29 @@ class MessagesRoutes:
         app.add_api_route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"], **takes(CountTokensBody))
 
     async def messages(self, request: Request) -> Response:
-        body = await read(request, MessagesBody, self._generation)
-        return await run_while_connected(request.receive, self._respond(body, request.state.id))
+        body, is_long = await read(request, MessagesBody, self._generation)
+        return await run_while_connected(request.receive, self._respond(body, is_long, request.state.id))
 
     async def count_tokens(self, request: Request) -> Response:
-        body = await read(request, CountTokensBody, self._generation)
+        body, is_long = await read(request, CountTokensBody, self._generation)
         self._generation.check_model(body.model)
         with client_errors():
-            token_ids = await self._generation.tokenize(await self._request(body), add_special_tokens=False)
+            asked = await self._request(body, is_long)
+            token_ids = await self._generation.tokenize(asked, add_special_tokens=False)
         return JSONResponse({"input_tokens": len(token_ids)}, headers={"request-id": request.state.id})
 
-    async def _request(self, body: CountTokensBody) -> GenerationRequest:
-        """Return the request of `body`. Raises ApiError or ValueError if the request is invalid."""
+    async def _request(self, body: CountTokensBody, is_long: bool) -> GenerationRequest:
+        """Return the request of `body`; a long body is read in a thread. Raises ApiError or ValueError if it is bad."""
         most, num_parts = self._generation.limits.input_items, body.num_parts
         if num_parts > most:
             raise ValueError(f"messages must hold at most {most} messages and content blocks, not {num_parts}.")
-        return await self._generation.threads.run_if(num_parts > INLINE_PARTS, body.request)
+        return await self._generation.threads.run_if(is_long, body.request)
 
-    async def _respond(self, body: MessagesBody, request_id: str) -> Response:
+    async def _respond(self, body: MessagesBody, is_long: bool, request_id: str) -> Response:
         generation, message_id = self._generation, f"msg_{request_id}"
         generation.check_model(body.model)
         with client_errors():
-            request = await self._request(body)
+            request = await self._request(body, is_long)
         answer = await Answer.begin(generation, request, message_id)
         headers = {"request-id": request_id, **cache_header(answer.first)}
         if body.stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any
 
 RESERVED_KWARGS = {  # parameters of apply_chat_template (transformers) that clients must not set
@@ -17,7 +18,22 @@ RESERVED_KWARGS = {  # parameters of apply_chat_template (transformers) that cli
 # for `Conversation.size`
 MANY = 256  # messages that are many
 SCALARS = (bool, int, float, str, type(None))  # values that a template can render in little time
-CHARS_PER_MESSAGE, CHARS_PER_TOOL = 64, 1024
+CHARS_PER_MESSAGE = CHARS_PER_CALL = 64
+CHARS_PER_VALUE = 8  # of a JSON value that is no string
+MANY_CHARS = 1 << 16  # `json_size` stops counting here, so that it takes about 1 ms at most
+
+
+def json_size(*values: Any) -> int:
+    """Return about how many characters the JSON `values` have, or a number above MANY_CHARS if they have more."""
+    waiting, size = list(values), 0
+    while waiting and size <= MANY_CHARS:
+        value = waiting.pop()
+        size += len(value) if isinstance(value, str) else CHARS_PER_VALUE
+        if isinstance(value, Mapping):
+            waiting += islice(chain.from_iterable(value.items()), MANY_CHARS)
+        elif isinstance(value, list | tuple):
+            waiting += islice(value, MANY_CHARS)
+    return size
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,13 @@ class ChatMessage:
     reasoning: str = ""
     tool_calls: tuple[PastCall, ...] = ()
     tool_call_id: str = ""
+
+    @property
+    def size(self) -> int:
+        """Return about how many characters the rendered message has."""
+        texts = [self.content or "", self.reasoning, self.name, self.tool_call_id]
+        texts += [text for call in self.tool_calls for text in (call.id, call.name, call.arguments)]
+        return sum(map(len, texts)) + CHARS_PER_MESSAGE + CHARS_PER_CALL * len(self.tool_calls)
 
     def to_template(self) -> dict[str, Any]:
         """Return the message in the form that Hugging Face chat templates expect, without empty optional fields."""
@@ -104,10 +127,7 @@ class Conversation:
 
     @property
     def size(self) -> int:
-        """Return about how many characters the rendered text has, or a lower bound above a million."""
+        """Return about how many characters the rendered text has without tools, or a lower bound above a million."""
         if len(self.messages) > MANY or any(not isinstance(value, SCALARS) for value in self.template_kwargs.values()):
             return 1 << 20
-        texts = [message.content or "" for message in self.messages]
-        texts += [message.reasoning for message in self.messages]
-        texts += [call.arguments for message in self.messages for call in message.tool_calls]
-        return sum(map(len, texts)) + CHARS_PER_MESSAGE * len(self.messages) + CHARS_PER_TOOL * len(self.tools)
+        return json_size(self.template_kwargs) + sum(message.size for message in self.messages)

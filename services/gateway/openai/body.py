@@ -188,10 +188,6 @@ class CompletionBody(InertCompletionFields, _RequestBody):
         return False
 
     @property
-    def num_items(self) -> int:
-        return len(self.prompt)
-
-    @property
     def echoes_logprobs(self) -> bool:
         """Return True if the response lists the logprobs of the prompt's tokens before the logprobs of the answer."""
         return bool(self.echo) and self.logprobs is not None
@@ -241,10 +237,6 @@ class ChatBody(ConversationBody, InertChatFields, _RequestBody):
     @property
     def is_chat(self) -> bool:
         return True
-
-    @property
-    def num_items(self) -> int:
-        return len(self.messages)
 
     @property
     def calls_functions(self) -> bool:

@@ -30,7 +30,6 @@ from services.gateway.schema.json_text import dump_list, dumps
 
 INLINE_TOKENS = 1024  # longer lists of tokens are written in a thread; writing this many takes less than 1 ms
 INLINE_SCORES = 1024  # responses with more logprobs are written in a thread; writing this many takes about 5 ms
-INLINE_ITEMS = 256  # more messages are converted in a thread; converting this many takes about 2 ms
 DONE = "data: [DONE]\n\n"
 
 
@@ -67,33 +66,35 @@ class OpenAIRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         data, limits = await read_body(request, self._max_body_bytes), self._generation.limits
-        body = await self._generation.threads.run_if(len(data) > INLINE_BYTES, parse_tokenize_body, data, limits)
+        is_long = len(data) > INLINE_BYTES
+        body = await self._generation.threads.run_if(is_long, parse_tokenize_body, data, limits)
         self._generation.check_model(body.model)
         with client_errors():
-            token_ids = await self._generation.tokenize(body.request(), body.adds_special_tokens)
+            asked = await self._generation.threads.run_if(is_long, body.request)
+            token_ids = await self._generation.tokenize(asked, body.adds_special_tokens)
             shown = await self._generation.token_texts(token_ids) if body.return_token_strs else None
-        is_long = len(token_ids) > INLINE_TOKENS
-        lists = [await self._generation.threads.run_if(is_long, dump_list, values) for values in (token_ids, shown)]
+        has_many = len(token_ids) > INLINE_TOKENS
+        lists = [await self._generation.threads.run_if(has_many, dump_list, values) for values in (token_ids, shown)]
         fields = {"count": len(token_ids), "max_model_len": self._generation.card.max_model_len}
         text = f'{dumps(fields)[:-1]}, "tokens": {lists[0]}, "token_strs": {lists[1]}}}'
         return Response(text, media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
-        body = await read(request, DetokenizeBody, self._generation)
+        body, _ = await read(request, DetokenizeBody, self._generation)
         self._generation.check_model(body.model)
         with client_errors():
             return JSONResponse({"prompt": await self._generation.detokenize(body.tokens)})
 
     async def _generate(self, request: Request, kind: type[CompletionBody] | type[ChatBody]) -> Response:
-        body = await read(request, kind, self._generation)
-        return await run_while_connected(request.receive, self._respond(body, request.state.id))
+        body, is_long = await read(request, kind, self._generation)
+        return await run_while_connected(request.receive, self._respond(body, is_long, request.state.id))
 
-    async def _respond(self, body: Body, request_id: str) -> Response:
+    async def _respond(self, body: Body, is_long: bool, request_id: str) -> Response:
         generation = self._generation
         generation.check_model(body.model)
         format_ = self._format(body, body.request_id or request_id)
         with client_errors():
-            generation_request = await generation.threads.run_if(body.num_items > INLINE_ITEMS, body.request)
+            generation_request = await generation.threads.run_if(is_long, body.request)
         answer = await Answer.begin(generation, generation_request, format_.head.id)
         if body.stream:
             return EventStream(self._events(format_, body, answer), cache_header(answer.first))
@@ -101,8 +102,8 @@ class OpenAIRoutes:
         usage = TokenUsage(body.n or 1)
         for choice in choices:
             usage.add(choice)
-        is_long = sum(choice.num_scores for choice in choices) > INLINE_SCORES
-        text = await generation.threads.run_if(is_long, format_.whole, choices, usage)
+        has_many = sum(choice.num_scores for choice in choices) > INLINE_SCORES
+        text = await generation.threads.run_if(has_many, format_.whole, choices, usage)
         return Response(text, media_type="application/json", headers=cache_header(choices[0]))
 
     def _format(self, body: Body, request_id: str) -> CompletionFormat | ChatFormat:

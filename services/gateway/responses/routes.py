@@ -24,6 +24,7 @@ from services.gateway.responses.truncation import fit
 from services.gateway.responses.turn import Turn, TurnReader
 
 MAX_PAGE = 100  # items in one page of a response's input, as in OpenAI's API
+MAX_DIGITS = 20  # a number in a URL may not be longer; Python refuses to read a number of thousands of digits
 
 
 class ResponsesRoutes:
@@ -44,14 +45,14 @@ class ResponsesRoutes:
         app.add_api_route("/v1/responses/{response_id}/input_items", self.input_items, methods=["GET"])
 
     async def create(self, request: Request) -> Response:
-        body = await read(request, ResponsesBody, self._generation)
-        return await run_while_connected(request.receive, self._respond(body, request.state.id))
+        body, is_long = await read(request, ResponsesBody, self._generation)
+        return await run_while_connected(request.receive, self._respond(body, is_long, request.state.id))
 
     async def count(self, request: Request) -> Response:
-        body = await read(request, ResponsesBody, self._generation)
+        body, is_long = await read(request, ResponsesBody, self._generation)
         self._generation.check_model(body.model)
         with _own_names():
-            turn = await self._reader.read(body)
+            turn = await self._reader.read(body, is_long)
             token_ids = await self._generation.tokenize(turn.request, add_special_tokens=False)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": len(token_ids)})
 
@@ -72,7 +73,7 @@ class ResponsesRoutes:
     async def input_items(self, request: Request, response_id: str) -> Response:
         query = request.query_params
         limit, order = query.get("limit", "20"), query.get("order", "desc")
-        if not (limit.isdecimal() and 1 <= int(limit) <= MAX_PAGE):
+        if not (limit.isdecimal() and len(limit) <= MAX_DIGITS and 1 <= int(limit) <= MAX_PAGE):
             raise invalid(f"limit must be 1 to {MAX_PAGE}, not {limit!r:.100}.", "limit")
         if order not in ("asc", "desc"):
             raise invalid(f"order must be 'asc' or 'desc', not {order!r:.100}.", "order")
@@ -82,12 +83,12 @@ class ResponsesRoutes:
         fields = {"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": has_more}
         return JSONResponse(fields)
 
-    async def _respond(self, body: ResponsesBody, request_id: str) -> Response:
+    async def _respond(self, body: ResponsesBody, is_long: bool, request_id: str) -> Response:
         generation = self._generation
         generation.check_model(body.model)
         form = ResponseForm(f"resp_{uuid.uuid4().hex}", generation.card.id, body.echo())
         with _own_names():
-            turn = await self._reader.read(body)
+            turn = await self._reader.read(body, is_long)
             request = turn.request
             if body.truncation == "auto":
                 request = await fit(generation, request, body.max_output_tokens)

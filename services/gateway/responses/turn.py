@@ -13,7 +13,7 @@ from services.gateway.responses.body import ResponsesBody
 from services.gateway.responses.items import Item, parse_items, to_messages
 from services.gateway.responses.store import ResponseStore, StoredItem
 
-INLINE_ITEMS = 256  # more items are read in a thread; reading this many takes about 5 ms
+INLINE_BYTES = 16_384  # more bytes of stored items are read in a thread
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,11 @@ class TurnReader:
         self._limits, self._threads, self._store = generation.limits, generation.threads, store
         self._max_bytes = self._limits.max_body_bytes(generation.card.max_model_len)
 
-    async def read(self, body: ResponsesBody) -> Turn:
-        """Return the request of `body`. Raises ApiError or ValueError if the request is invalid."""
+    async def read(self, body: ResponsesBody, is_long: bool) -> Turn:
+        """Return the request of `body`. Raises ApiError or ValueError if the request is invalid.
+
+        If `is_long` is True, or if the request names stored items that are long, the request is read in a thread.
+        """
         earlier = self._earlier(body.previous_response_id)
         num_items = len(earlier) + _num_items(body.input)
         if num_items > self._limits.input_items:
@@ -48,7 +51,7 @@ class TurnReader:
             raise ValueError(
                 f"input must hold at most {most} items and parts, with those of earlier responses, not {num_items}."
             )
-        return await self._threads.run_if(num_items > INLINE_ITEMS, self._read, body, earlier)
+        return await self._threads.run_if(is_long or self._names_much(body, earlier), self._read, body, earlier)
 
     def _read(self, body: ResponsesBody, earlier: Sequence[StoredItem]) -> Turn:
         budget = _Budget(self._max_bytes)
@@ -68,6 +71,12 @@ class TurnReader:
         messages = to_messages([*(item.item for item in earlier), *items], body.instructions, len(earlier))
         stored = (*earlier, *map(self._store.intern, items)) if body.is_stored else ()
         return Turn(body, body.request(messages), stored)
+
+    def _names_much(self, body: ResponsesBody, earlier: Sequence[StoredItem]) -> bool:
+        """Return True if the stored items that `body` names may be long."""
+        items = body.input if isinstance(body.input, list) else []
+        has_references = any(isinstance(item, dict) and item.get("type") == "item_reference" for item in items)
+        return has_references or sum(len(item.text) for item in earlier) > INLINE_BYTES
 
     def _earlier(self, response_id: str | None) -> tuple[StoredItem, ...]:
         if response_id is None:

@@ -285,6 +285,14 @@ def test_only_the_beginning_of_a_much_too_long_prompt_is_tokenized(
         Conversation((ChatMessage("user", "a"),) * 300),
         Conversation((ChatMessage("user", "a"), ChatMessage("assistant", "", reasoning="a" * INLINE_CHARS))),
         Conversation((ChatMessage("user", "a"),), template_kwargs={"x": [[]]}),
+        Conversation((ChatMessage("user", "a", name="a" * INLINE_CHARS),)),
+        Conversation((ChatMessage("assistant", "", tool_calls=(PastCall("1", "a" * INLINE_CHARS, "{}"),)),)),
+        Conversation((ChatMessage("assistant", "", tool_calls=(PastCall("1", "f", "{}"),) * 300),)),
+        Conversation((ChatMessage("user", "a"),), template_kwargs={"x": "a" * INLINE_CHARS}),
+        Conversation((ChatMessage("user", "a"),), template_kwargs={f"x{n}": 1 for n in range(2000)}),
+        Tool("f", "a" * INLINE_CHARS),
+        Tool("f", parameters={"properties": {"x": {"enum": list(range(3000))}}}),
+        Tool("f", parameters={"required": ["x" * 9] * 2000}),
         "a" * (INLINE_CHARS + 1),
         [1] * (INLINE_CHARS + 1),
     ],
@@ -294,7 +302,8 @@ def test_long_prompts_are_prepared_in_a_thread(source: EchoSource, tokenizer: To
         threads, may_finish = BoundedThreadPool(num_threads=1), threading.Event()
         generation = Generation(source, tokenizer, ModelCard("echo", 10**6, 1), threads=threads)
         running = asyncio.create_task(threads.run(may_finish.wait, 60))
-        long = asyncio.create_task(generation.prepare(GenerationRequest(prompt)))
+        request = GenerationRequest(CHAT, tool_use=ToolUse((prompt,))) if isinstance(prompt, Tool) else None
+        long = asyncio.create_task(generation.prepare(request or GenerationRequest(prompt)))
         await generation.prepare(GenerationRequest("short"))
         assert not long.done()
         may_finish.set()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+import threading
 import time
 import zlib
 from typing import Any
@@ -13,9 +14,12 @@ import pytest
 from pydantic import ValidationError
 
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
+from services.gateway.anthropic.messages_body import CountTokensBody, MessagesBody
 from services.gateway.generation import Generation
+from services.gateway.generation_request import GenerationRequest
 from services.gateway.health import Health
-from services.gateway.openai.body import CompletionBody
+from services.gateway.openai.body import ChatBody, CompletionBody
+from services.gateway.openai.tokenizer_bodies import TokenizeChatBody
 from tests.services.gateway.conftest import MAX_BODY_BYTES
 from tests.services.gateway.echo import EchoSource
 
@@ -470,6 +474,35 @@ def test_long_bodies_of_every_kind(http: httpx.Client, source: EchoSource) -> No
     tokens = http.post("/tokenize", json={"prompt": long, "return_token_strs": True}).json()
     assert (tokens["count"], len(tokens["tokens"]), tokens["token_strs"][-1]) == (70_000, 70_000, "a")
     assert http.post("/detokenize", json={"tokens": tokens["tokens"][:30_000]}).json() == {"prompt": "a" * 30_000}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/chat/completions", ChatBody),
+        ("/v1/messages", MessagesBody),
+        ("/v1/messages/count_tokens", CountTokensBody),
+        ("/tokenize", TokenizeChatBody),
+    ],
+)
+def test_long_bodies_are_read_in_a_thread(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, kind: type[ChatBody]
+) -> None:
+    threads: list[str] = []
+    read = kind.request
+
+    def noted(self: ChatBody) -> GenerationRequest:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return read(self)
+
+    monkeypatch.setattr(kind, "request", noted)
+    rest = {"model": "echo", "max_tokens": 1} if "messages" in path else {}
+    if path == "/v1/messages/count_tokens":
+        del rest["max_tokens"]
+    for length in (10, 20_000):
+        http.post(path, json={"messages": [{"role": "user", "content": "a" * length}], **rest})
+    assert threads[0] != "gateway"
+    assert threads[1:] == ["gateway"]
 
 
 COMPRESSORS = {"gzip": gzip.compress, "X-Gzip": gzip.compress, "deflate": zlib.compress, "identity": bytes}

@@ -17,6 +17,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from services.engine.contract.errors import EngineFailed, EngineOverloaded
 from services.engine.grammar.compiled_grammar import GrammarCompiler
+from services.gateway import answer
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.health import Health
@@ -332,10 +333,29 @@ def test_many_items_are_read_in_a_thread(http: httpx.Client, monkeypatch: pytest
         threads.add(threading.current_thread().name.partition("_")[0])
         return parse_items(*args)
 
-    monkeypatch.setattr(turn, "INLINE_ITEMS", 99)
+    monkeypatch.setattr(answer, "INLINE_BYTES", 99)
     monkeypatch.setattr(turn, "parse_items", noted)
     assert ask() == inline
     assert threads == {"gateway"}
+
+
+@pytest.mark.parametrize("is_reference", [True, False])
+def test_stored_items_are_read_in_a_thread(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, is_reference: bool
+) -> None:
+    first = http.post("/v1/responses", json={"input": "a" * 100, "truncation": "auto"}).json()
+    monkeypatch.setattr(turn, "INLINE_BYTES", 99)
+    threads: list[str] = []
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return parse_items(*args)
+
+    monkeypatch.setattr(turn, "parse_items", noted)
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    body = {"input": references} if is_reference else {"input": "b", "previous_response_id": first["id"]}
+    assert http.post("/v1/responses/input_tokens", json=body).status_code == 200
+    assert threads == ["gateway"]
 
 
 def test_truncation(client: openai.OpenAI, source: EchoSource, tokenizer: Tokenizer) -> None:
@@ -551,7 +571,7 @@ def test_other_endpoints(client: openai.OpenAI, http: httpx.Client) -> None:
     assert http.delete(f"/v1/responses/{answer.id}").status_code == 404
     assert http.get(f"/v1/responses/{answer.id}?stream=true").status_code == 400
     again = create(client)
-    for query in ("limit=0", "limit=x", "order=up"):
+    for query in ("limit=0", "limit=x", f"limit={'9' * 5000}", "order=up"):
         assert http.get(f"/v1/responses/{again.id}/input_items?{query}").status_code == 400
 
 
