@@ -35,11 +35,12 @@ from tests.services.processes import command_of, descendants, wait_until_gone
 
 NUM_SHARDS = 3
 SERVICE = "expertmesh.inference.v1.Inference"
+ORIGIN = "https://chat.example.org"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Application]:
-    with Application(NUM_SHARDS) as application:
+    with Application(NUM_SHARDS, "--allowed-origins", ORIGIN, "--limit", "stop_strings=5") as application:
         print(f"ready after {application.wait_until_ready():.1f} s")
         yield application
 
@@ -130,6 +131,13 @@ def test_chats_are_answered_whole_and_streamed(server: Application) -> None:
         chunks = list(client.chat.completions.create(stream=True, **options))
     assert whole.choices[0].message.content == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert whole.choices[0].finish_reason == chunks[-1].choices[0].finish_reason
+
+
+def test_options_reach_the_gateway(server: Application) -> None:
+    answer = httpx.get(f"{server.url}/v1/models", headers={"Origin": ORIGIN})
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    refused = server.post("/v1/completions", json={"prompt": "a", "stop": list("abcdef")})
+    assert refused.json()["error"]["message"] == "stop must hold at most 5 strings, not 6."
 
 
 def test_grpc_speaks_the_standard_services_and_ours(server: Application, stub: Any) -> None:
