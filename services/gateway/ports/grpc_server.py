@@ -27,8 +27,12 @@ INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 SERVICES = (INFERENCE, HEALTH)
 # grpcio-reflection offers only v1alpha. The messages of v1 are the same, so v1 needs only another name.
+REFLECTION_METHOD = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].methods_by_name[
+    "ServerReflectionInfo"
+]
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 IDLE_S = 300  # seconds after which a connection without an RPC is closed; clients connect again by themselves
+MAX_ERROR_LEN = 1000  # characters of an error's sentence, which travels in metadata; clients refuse much metadata
 MIN_PING_INTERVAL_S = 10  # a client that sends keepalive pings more often is disconnected
 
 
@@ -77,8 +81,8 @@ async def start_grpc_server(
     )
     server.add_generic_rpc_handlers((grpc_handlers(INFERENCE, api), grpc_handlers(HEALTH, health)))
     names = (*(service.full_name for service in SERVICES), reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    server.add_generic_rpc_handlers((_reflection_v1(names), _UnknownMethods()))
+    reflections = [_reflection(name, names) for name in (reflection.SERVICE_NAME, REFLECTION_V1)]
+    server.add_generic_rpc_handlers((*reflections, _UnknownMethods()))
     server.add_insecure_port(address)
     await server.start()
     return server
@@ -94,13 +98,25 @@ def grpc_handlers(service: ServiceDescriptor, api: InferenceApi | HealthApi) -> 
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def _reflection_v1(names: tuple[str, ...]) -> grpc.GenericRpcHandler:
-    handler = grpc.stream_stream_rpc_method_handler(
-        reflection.aio.ReflectionServicer(service_names=names).ServerReflectionInfo,
-        reflection_pb2.ServerReflectionRequest.FromString,
-        _serialize,
-    )
-    return grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler})
+def _reflection(service: str, names: tuple[str, ...]) -> grpc.GenericRpcHandler:
+    """Return the handlers of the reflection service with the name `service`, for the services `names`."""
+    servicer = reflection.aio.ReflectionServicer(service_names=names)
+
+    async def info(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        try:
+            async for response in servicer.ServerReflectionInfo(_decoded(requests), context):
+                yield response
+        except GrpcError as error:
+            await _abort(context, error)
+
+    handler = grpc.stream_stream_rpc_method_handler(info, _decoder(REFLECTION_METHOD), _serialize)
+    return grpc.method_handlers_generic_handler(service, {REFLECTION_METHOD.name: handler})
+
+
+async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        _check_decoded(request)
+        yield request
 
 
 def _snake_case(name: str) -> str:
@@ -170,4 +186,4 @@ async def _abort(context: Context, error: GrpcError) -> None:
     metadata = tuple(context.trailing_metadata() or ())
     if all(name != "x-request-id" for name, _ in metadata):
         metadata = (*metadata, ("x-request-id", uuid.uuid4().hex))
-    await context.abort(error.code, error.message, metadata)
+    await context.abort(error.code, error.message[:MAX_ERROR_LEN], metadata)

@@ -78,11 +78,18 @@ def tokenize_request(request: pb.TokenizeRequest) -> GenerationRequest:
 
 def _conversation(chat: pb.Chat) -> Conversation:
     """Return the messages and template arguments of `chat` as a `Conversation`, to which the tools are added later."""
-    kwargs = json_format.MessageToDict(chat.template_kwargs) if chat.HasField("template_kwargs") else None
+    kwargs = _template_kwargs(chat) if chat.HasField("template_kwargs") else None
     messages = tuple(_message(f"messages[{index}]", message) for index, message in enumerate(chat.messages))
     is_continued = chat.continue_final_message
     begins_turn = _given(chat, "add_generation_prompt", not is_continued)
     return Conversation(messages, (), _thinking(chat).template_kwargs(kwargs), begins_turn, is_continued)
+
+
+def _template_kwargs(chat: pb.Chat) -> dict[str, Any]:
+    try:
+        return json_format.MessageToDict(chat.template_kwargs)
+    except ValueError as error:
+        raise ValueError("chat_template_kwargs must hold only finite numbers, not NaN or Infinity.") from error
 
 
 def _thinking(chat: pb.Chat) -> Thinking:
@@ -93,7 +100,7 @@ def _thinking(chat: pb.Chat) -> Thinking:
 def _message(param: str, message: pb.ChatMessage) -> ChatMessage:
     if message.role not in ROLES:
         allowed = f"{', '.join(map(repr, ROLES[:-1]))} or {ROLES[-1]!r}"
-        raise invalid(f"{param}.role must be {allowed}, not {message.role!r}.", f"{param}.role")
+        raise invalid(f"{param}.role must be {allowed}, not {message.role!r:.100}.", f"{param}.role")
     calls = tuple(
         PastCall(call.id, call.name, parse_arguments(call.arguments, f"{param}.tool_calls[{n}].function.arguments"))
         for n, call in enumerate(message.tool_calls)

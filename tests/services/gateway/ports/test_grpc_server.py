@@ -3,13 +3,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from protos.expertmesh.inference.v1 import inference_pb2_grpc
@@ -17,7 +18,14 @@ from services.gateway.generation import Generation
 from services.gateway.grpc_api import InferenceApi
 from services.gateway.limits import GatewayLimits
 from services.gateway.listener import ListenerConfig
-from services.gateway.ports.grpc_server import HEALTH, INFERENCE, REFLECTION_V1, SERVICES, grpc_handlers
+from services.gateway.ports.grpc_server import (
+    HEALTH,
+    INFERENCE,
+    MAX_ERROR_LEN,
+    REFLECTION_V1,
+    SERVICES,
+    grpc_handlers,
+)
 from services.gateway.ports.health_api import HealthApi
 from tests.services.application import free_port
 from tests.services.gateway.echo import EchoSource
@@ -161,6 +169,40 @@ def test_reflection_speaks_v1_too(generation: Generation) -> None:
             names = {service.name for service in listed.list_services_response.service}
             assert {service.full_name for service in SERVICES} <= names
             assert described.file_descriptor_response.file_descriptor_proto
+
+    run(test)
+
+
+@pytest.mark.parametrize("name", [REFLECTION_V1, reflection.SERVICE_NAME])
+def test_undecodable_requests_of_reflection(
+    generation: Generation, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    async def test() -> None:
+        async with channel(generation) as opened:
+            call = opened.stream_stream(f"/{name}/ServerReflectionInfo")
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                [answer async for answer in call(iter([b"\xff"]))]
+            assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+    run(test)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        (pb.Chat(messages=[pb.ChatMessage(role="x" * 50_000)]), r"messages\[0\]\.role must be 'system', .*, not 'xxx"),
+        (pb.Chat(template_kwargs={"a": float("nan")}), r"chat_template_kwargs must hold only finite numbers, not NaN"),
+    ],
+)
+def test_refusals_fit_into_metadata(generation: Generation, chat: pb.Chat, message: str) -> None:
+    async def test() -> None:
+        async with channel(generation) as opened:
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await stub(opened).Generate(pb.GenerateRequest(chat=chat))
+            assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert re.match(message, str(raised.value.details()))
+            assert len(str(raised.value.details())) <= MAX_ERROR_LEN
 
     run(test)
 
