@@ -11,7 +11,7 @@ from services.gateway.anthropic.messages_body import MessagesBody
 from services.gateway.errors import ApiError
 from services.gateway.limits import GatewayLimits
 from services.gateway.openai.body import ChatBody, CompletionBody
-from services.gateway.request_body import BaseBody, Integer, parse_body, shown
+from services.gateway.request_body import BLOCK, BaseBody, Integer, parse_body, shown
 
 MANY = 2000
 USER = {"role": "user", "content": "hi"}
@@ -139,6 +139,15 @@ def test_numbers_that_are_too_large(number: str, place: str) -> None:
     with pytest.raises(ApiError) as refused:
         parse_body(ChatBody, (place % number).encode())
     assert refused.value.message.startswith("The body must hold only numbers below 1.8e308, because")
+
+
+@pytest.mark.parametrize("distance", range(0, 320, 20))
+@pytest.mark.parametrize("number", HUGE)
+def test_large_numbers_between_two_blocks(number: str, distance: int) -> None:
+    before = b'{"messages": [], "chat_template_kwargs": {"b": "", "a": '
+    text = before.replace(b'""', b'"%s"' % (b"x" * (BLOCK - len(before) - distance))) + number.encode() + b"}}"
+    with pytest.raises(ApiError, match="only numbers below"):
+        parse_body(ChatBody, text)
 
 
 @pytest.mark.parametrize("number", ["1e308", "1e-400", '"1e400"', "9" * 300, "0.1e308", "-1.5E+307"])
