@@ -178,7 +178,7 @@ def completion(prompt: Any = "a", **more: Any) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": 4, "ignore_eos": True, **more}
 
 
-def filled(size: int, piece: str = "x = 1\n") -> str:
+def filled(size: int, piece: str = "x = 1; ") -> str:
     return piece * (size // len(piece))
 
 
@@ -213,8 +213,8 @@ def sampling_cases() -> list[Case]:
     many = ["a"] * 64
     rows = completion(many, max_tokens=16)
     stops = [chr(97 + n) + "b" * 1023 for n in range(4)]
-    scored = [5 + n % 500 for n in range(6240)]
-    batch = [[5 + n % 500 for n in range(500)]] * 128
+    scored = [5 + n % 500 for n in range(3120)]
+    batch = [[5 + n % 500 for n in range(500)]] * 64
     everything = completion("a" * 20, n=128, max_tokens=16)
     return [
         Case(
@@ -243,10 +243,10 @@ def sampling_cases() -> list[Case]:
         ),
         Case("prompt_logprobs over the limit", post(COMPLETIONS, completion(scored, n=2, prompt_logprobs=20))),
         Case(
-            "128 prompts with echo and logprobs",
+            "64 prompts with echo and logprobs",
             post(COMPLETIONS, completion(batch, echo=True, logprobs=1, max_tokens=1)),
             post(COMPLETIONS, completion(batch, max_tokens=1)),
-            128 * 500,
+            64 * 500,
         ),
     ]
 
@@ -255,7 +255,7 @@ def size_cases() -> list[Case]:
     turns = [{"role": "user", "content": filled(200)} for _ in range(16_384)]
     wrong_turns = [{"role": "user", "content": n} for n in range(20_000)]
     items = [{"role": "user", "content": [{"type": "input_text", "text": "x = 1"}]} for _ in range(8000)]
-    fitting = filled(60_000)
+    fitting = filled(40_000)
     room = BODY - 1000
     return [
         Case("20,000 invalid messages", post(CHAT, chat() | {"messages": wrong_turns})),
@@ -264,9 +264,9 @@ def size_cases() -> list[Case]:
         Case("chat of 2.7 MB", post(CHAT, chat(filled(2_700_000)))),
         Case("chat of 4 MB", post(CHAT, chat(filled(room)))),
         Case("chat of 16,384 messages", post(CHAT, chat() | {"messages": turns})),
-        Case("chat that fills the context", post(CHAT, chat(fitting)), post(CHAT, chat(fitting)), 30_000),
+        Case("chat that fills the context", post(CHAT, chat(fitting)), post(CHAT, chat(fitting)), 15_000),
         Case("prompt of 4 MB", post(COMPLETIONS, completion(filled(room)))),
-        Case("prompt of 2,000,000 token ids", post(COMPLETIONS, completion([1] * 1_390_000))),
+        Case("prompt of 1,390,000 token ids", post(COMPLETIONS, completion([1] * 1_390_000))),
         Case("4 MB to tokenize", post("/tokenize", {"prompt": filled(room), "return_token_strs": True})),
         Case("1,390,000 tokens to detokenize", post("/detokenize", {"tokens": [5] * 1_390_000})),
         Case("JSON 100,000 deep", post(CHAT, b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}")),
