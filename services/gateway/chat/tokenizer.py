@@ -119,10 +119,8 @@ class Tokenizer:
                 continue_final_message=chat.continued_field or False,
                 **chat.template_kwargs,
             )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-        ) as error:  # some templates raise TypeError if a message has no content
+        except (jinja2.TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            # A template is a program: messages or arguments that it does not expect may raise any of these errors.
             raise ValueError(f"messages do not fit the model's chat template: {str(error).rstrip('.')}.") from error
         except ValueError as error:
             if chat.continued_field is None:

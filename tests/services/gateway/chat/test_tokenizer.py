@@ -21,6 +21,14 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
         tokenizer.render(Conversation(()))
 
 
+@pytest.mark.parametrize("expression", ["1 // depth", "'a' + depth", "'%d' % 'a'", "{}.pop(depth)"])
+def test_a_template_that_cannot_use_an_argument(tmp_path: Path, expression: str) -> None:
+    save_tokenizer(tmp_path, chat_template=f"{{{{ {expression} }}}}")
+    chat = Conversation((ChatMessage("user", "hi"),), template_kwargs={"depth": 0})
+    with pytest.raises(ValueError, match="messages do not fit the model's chat template"):
+        Tokenizer(tmp_path).render(chat)
+
+
 def test_no_chat_template(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, chat_template=None)
     with pytest.raises(ValueError, match="messages cannot be used because the model has no chat template"):
