@@ -213,8 +213,8 @@ def sampling_cases() -> list[Case]:
     many = ["a"] * 64
     rows = completion(many, max_tokens=16)
     stops = [chr(97 + n) + "b" * 1023 for n in range(4)]
-    scored = [5 + n % 500 for n in range(3120)]
-    batch = [[5 + n % 500 for n in range(500)]] * 64
+    scored = [5 + n % 500 for n in range(2340)]
+    batch = [[5 + n % 500 for n in range(380)]] * 64
     everything = completion("a" * 20, n=128, max_tokens=16)
     return [
         Case(
@@ -246,7 +246,7 @@ def sampling_cases() -> list[Case]:
             "64 prompts with echo and logprobs",
             post(COMPLETIONS, completion(batch, echo=True, logprobs=1, max_tokens=1)),
             post(COMPLETIONS, completion(batch, max_tokens=1)),
-            64 * 500,
+            64 * 380,
         ),
     ]
 

@@ -32,7 +32,7 @@ class GatewayLimits(BaseModel):
     stop_bytes: int = Field(1024, ge=1, le=1 << 16, description="bytes of one stop string")
     messages: int = Field(16_384, ge=16, description="messages of one chat")
     prompt_logprobs: int = Field(
-        1 << 16, ge=1 << 10, description="logprobs of all prompts of a request, with alternatives, times n"
+        48 << 10, ge=1 << 10, description="logprobs of all prompts of a request, with alternatives, times n"
     )
     schema_nodes: int = Field(4096, ge=16, description="objects and lists in the JSON schemas of one request")
     schema_bytes: int = Field(128 << 10, ge=1 << 10, description="bytes of the JSON schemas of one request")

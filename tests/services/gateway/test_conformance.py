@@ -252,7 +252,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "logprobs of many": (
         completion(prompt=[1] * 500, n=13, echo=True, logprobs=20),
         "INVALID_ARGUMENT",
-        "prompt_logprobs (or echo with logprobs) may ask for at most 65536 logprobs, which are tokens times n times",
+        "prompt_logprobs (or echo with logprobs) may ask for at most 49152 logprobs, which are tokens times n times",
     ),
     "no tools": (
         chat(tool_choice="required"),

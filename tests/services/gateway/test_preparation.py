@@ -206,9 +206,9 @@ def test_budgets_of_reasoning_leave_room(thinking: Thinking, sampling: dict[str,
 
 
 def test_logprobs_of_prompts_are_limited(generation: Generation) -> None:
-    allowed = {"sampling": {"prompt_logprobs": 0}, "n": 64}
-    assert len(prepare(generation, "a" * 999, **allowed)) == 64
-    with pytest.raises(ValueError, match=r"prompt_logprobs .* at most 65536 logprobs, .*, not 127872\."):
+    allowed = {"sampling": {"prompt_logprobs": 0}, "n": 48}
+    assert len(prepare(generation, "a" * 999, **allowed)) == 48
+    with pytest.raises(ValueError, match=r"prompt_logprobs .* at most 49152 logprobs, .*, not 95904\."):
         prepare(generation, "a" * 999, **(allowed | {"sampling": {"prompt_logprobs": 1}}))
 
 
