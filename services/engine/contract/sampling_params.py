@@ -19,6 +19,7 @@ MAX_CACHE_SALT = 128  # characters
 # Largest number of token ids in a `ThinkingBudget`. A vocabulary of 131,072 tokens has about 500 tokens that begin with
 # ">" or end with "</", which may begin or end a marker that is ordinary text.
 MAX_MARKER_IDS = 8192
+MAX_COUNTED_CHARS = 16_000  # characters that one grammar may count; each takes up to 16 states of about 0.4 kB
 # JSON grammars allow only this white space: a space, or a new line with at most 16 characters of indentation. Without a
 # bound, a model that is unsure of its next token could generate white space until `max_tokens`.
 JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
@@ -40,10 +41,19 @@ def _check(is_good: bool, name: str, allowed: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Grammar:
-    """A `Grammar` defines which texts are allowed as an answer; `kind` names the syntax of the definition in `text`."""
+    """A `Grammar` defines which texts are allowed as an answer; `kind` names the syntax of the definition in `text`.
+
+    `num_counted` is the number of characters that the lengths and repetitions in the grammar count, as far as it is
+    known. The grammar's lexer may have more states for each of them.
+    """
 
     kind: GrammarKind
     text: str = ""  # a JSON schema, a regular expression or a Lark grammar; empty for JSON_OBJECT
+    num_counted: int = 0
+
+    def __post_init__(self) -> None:
+        is_allowed = 0 <= self.num_counted <= MAX_COUNTED_CHARS
+        _check(is_allowed, "num_counted", f"from 0 to {MAX_COUNTED_CHARS}", self.num_counted)
 
 
 @dataclass(frozen=True)

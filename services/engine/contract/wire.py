@@ -48,7 +48,9 @@ def params_to_proto(params: SamplingParams) -> pb.SamplingParams:
     """Return the message for sampling parameters; the message does not hold the stop strings."""
     given: dict[str, Any] = {name: value for name in PLAIN if (value := getattr(params, name)) is not None}
     if params.grammar is not None:
-        given["grammar"] = pb.Grammar(kind=params.grammar.kind, text=params.grammar.text)
+        given["grammar"] = pb.Grammar(
+            kind=params.grammar.kind, text=params.grammar.text, num_counted=params.grammar.num_counted
+        )
     if (budget := params.thinking_budget) is not None:
         end = [pb.ThinkingBudget.MarkerToken(ids=ids) for ids in budget.end_ids]
         given["thinking_budget"] = pb.ThinkingBudget(max_tokens=budget.max_tokens, end=end)
@@ -59,7 +61,9 @@ def params_from_proto(message: pb.SamplingParams) -> SamplingParams:
     """Return the sampling parameters that a message holds; raise ValueError if a value is not allowed."""
     values: dict[str, Any] = {name: _value(message, name) for name in PLAIN}
     if message.HasField("grammar"):
-        values["grammar"] = Grammar(GrammarKind(message.grammar.kind), message.grammar.text)
+        values["grammar"] = Grammar(
+            GrammarKind(message.grammar.kind), message.grammar.text, message.grammar.num_counted
+        )
     if message.HasField("thinking_budget"):
         budget = message.thinking_budget
         values["thinking_budget"] = ThinkingBudget(budget.max_tokens, tuple(tuple(one.ids) for one in budget.end))

@@ -36,9 +36,13 @@ from services.engine.contract.sampling_params import JSON_OPTIONS, Grammar, Gram
 
 _stack_size_lock = threading.Lock()  # guards `threading.stack_size`, which applies to all new threads of the process
 
-# Largest number of compiled grammars in the cache. A lexer state takes 1 to 2 kB, so the cache takes at most 640 MB.
+# Largest number of compiled grammars in the cache. A lexer state takes at most 2 kB, so the cache takes at most 640 MB.
 MAX_GRAMMARS = 16
-MAX_LEXER_STATES = 20_000
+MAX_LEXER_STATES = 20_000  # for a grammar that counts no characters
+# Additional states for each character that a grammar counts: 6 for English text, 12 for text of all scripts with
+# escapes, and 15 for a class such as \S. A grammar that may have more states takes the place of several in the cache.
+STATES_PER_CHAR = 16
+MAX_KEPT_STATES = MAX_GRAMMARS * MAX_LEXER_STATES
 MAX_TEXT = 2**17  # largest number of characters of a grammar
 # Bytes of stack for the library, which recurses. The longest chain of rules that MAX_TEXT allows needs 2**26 bytes.
 COMPILE_STACK = 2**29
@@ -180,7 +184,7 @@ class GrammarCompiler:
         compiled = CompiledGrammar(self._matcher(grammar), self._eos_ids)  # without the lock, because compiling is slow
         with self._lock:
             self._compiled[grammar] = compiled
-            if len(self._compiled) > MAX_GRAMMARS:
+            while sum(map(max_lexer_states, self._compiled)) > MAX_KEPT_STATES:
                 self._compiled.popitem(last=False)
         return compiled
 
@@ -199,7 +203,7 @@ class GrammarCompiler:
             raise ValueError(f"{name} must be at most {MAX_TEXT} characters long, not {len(grammar.text)}.")
         source = json.dumps({"grammars": [_definition(grammar, name)]})
         tokenizer = self._tokenizer()
-        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        limits = LLParserLimits(max_lexer_states=max_lexer_states(grammar), verbose_errors=False)
         matcher = _on_large_stack(lambda: LLMatcher(tokenizer, source, log_level=0, limits=limits))
         if matcher.is_error():
             raise ValueError(f"{name} cannot be used: {_one_sentence(matcher.get_error())}")
@@ -207,6 +211,11 @@ class GrammarCompiler:
         if not any(beginning.compute_bitmask()) or beginning.is_error():
             raise ValueError(f"{name} must allow at least one answer that the model's tokens can write.")
         return matcher
+
+
+def max_lexer_states(grammar: Grammar) -> int:
+    """Return the largest number of states that the lexer of a grammar may have."""
+    return MAX_LEXER_STATES + STATES_PER_CHAR * grammar.num_counted
 
 
 def parameter_name(kind: GrammarKind) -> str:

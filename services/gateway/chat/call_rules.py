@@ -8,6 +8,7 @@ from typing import Any
 from services.engine.contract.sampling_params import JSON_OPTIONS
 from services.gateway.chat.markers import Marker
 from services.gateway.chat.tools import Tool, ToolUse, is_string_type
+from services.gateway.schema.counted_chars import CountedChars
 from services.gateway.schema.errors import UnsupportedKeyword
 from services.gateway.schema.json_schema import SchemaRewriter
 from services.gateway.schema.raw_text import ANY_TEXT, TextRules
@@ -52,14 +53,17 @@ class CallRules:
 
     - `is_relaxed`: True: the arguments of tools that are not strict only have the types that their schemas name. That
       is for schemas whose grammar cannot be used.
+    - `counted`: the characters that the answer's own grammar counts, to which those of the calls are added.
 
     Raises ValueError if a strict tool's schema cannot be expressed, if an enum's value cannot be written, or if the
     rules become too long.
     """
 
-    def __init__(self, tool_use: ToolUse, call_start: Marker, call_end: Marker, is_relaxed: bool) -> None:
+    def __init__(
+        self, tool_use: ToolUse, call_start: Marker, call_end: Marker, counted: CountedChars, is_relaxed: bool
+    ) -> None:
         self.rules: list[str] = []
-        self._num_chars, self._is_relaxed = 0, is_relaxed
+        self._num_chars, self._counted, self._is_relaxed = 0, counted, is_relaxed
         self._shared: dict[str, str] = {}  # names of rules, by their expressions
         self._add("calls: call" if tool_use.max_calls == 1 else 'calls: call ("\\n" call)*')
         self._add(f"call: {spelled(call_start)} call_rest")
@@ -67,7 +71,7 @@ class CallRules:
         numbered = [(n, tool) for n, tool in enumerate(tool_use.tools) if tool.name in names]
         functions = " | ".join(f"function_{n}" for n, _ in numbered)
         self._add(f"call_rest: ({functions}) {spelled(call_end)}")
-        for n, tool in numbered:
+        for n, tool in sorted(numbered, key=lambda one: not one[1].is_strict):  # strict tools may count first
             self._add_function(n, tool)
 
     def _add(self, rule: str) -> None:
@@ -87,8 +91,8 @@ class CallRules:
         schema, rule = tool.arguments, f"function_{n}"
         if tool.is_strict:
             schema.check_strict(path)
-        text = TextRules(schema.root, f"TEXT_{n}", tool.is_strict, VALUE_END)
-        rewriter = SchemaRewriter(schema.root, tool.is_strict)
+        text = TextRules(schema.root, f"TEXT_{n}", tool.is_strict, VALUE_END, self._counted)
+        rewriter = SchemaRewriter(schema.root, tool.is_strict, self._counted)
         parts = []
         for m, (name, value) in enumerate(schema.properties.items()):
             is_required = name in schema.required

@@ -17,6 +17,7 @@ from services.gateway.chat.markers import CALL_END, CALL_START, THINK_END, Marke
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.chat.tools import ToolUse
 from services.gateway.schema.budget import SchemaBudget
+from services.gateway.schema.counted_chars import CountedChars
 from services.gateway.schema.errors import UnsupportedKeyword
 from services.gateway.schema.json_schema import SchemaRewriter
 from services.gateway.schema.json_text import loads
@@ -116,11 +117,12 @@ class GrammarBuilder:
         if not isinstance(schema, dict):
             raise ValueError(f"{param} must hold a JSON schema that is an object, not {type(schema).__name__}.")
         self.budget.check([(param, schema)])
+        counted = CountedChars()
         try:
-            rewritten = SchemaRewriter(SchemaRoot(schema), is_strict=True).rewrite(schema, "")
+            rewritten = SchemaRewriter(SchemaRoot(schema), is_strict=True, counted=counted).rewrite(schema, "")
         except UnsupportedKeyword as error:
             raise ValueError(f"{param} cannot be used: {error}") from error
-        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(rewritten))
+        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(rewritten), counted.num)
 
 
 def compose(
@@ -143,7 +145,8 @@ def compose(
         return None
     if answer is not None and not tools and not in_reasoning:
         return answer
-    rules = CallRules(tool_use, markers.call_start, markers.call_end, is_relaxed).rules if tools else []
+    counted = CountedChars(answer.num_counted if answer is not None else 0)
+    rules = CallRules(tool_use, markers.call_start, markers.call_end, counted, is_relaxed).rules if tools else []
     if answer is not None:
         rules.append(f"answer: {_expression(answer)}")
         start, rest = "answer | calls" if tools else "answer", _more_calls(tool_use)
@@ -153,7 +156,7 @@ def compose(
         rules += _free_rules(markers.call_start, tool_use)
         start, rest = "free", "" if tool_use.max_calls == 1 else "free"
     rules += _reasoning_rules(markers, start, rest if tools else None) if in_reasoning else [f"start: {start}"]
-    return Grammar(GrammarKind.LARK, "\n".join(rules) + "\n")
+    return Grammar(GrammarKind.LARK, "\n".join(rules) + "\n", counted.num)
 
 
 def _more_calls(tool_use: ToolUse) -> str:

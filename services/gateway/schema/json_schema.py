@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from services.gateway.schema.alternatives import Alternatives
+from services.gateway.schema.counted_chars import TEXT_KEYWORDS, CountedChars
 from services.gateway.schema.errors import UnsupportedKeyword
 from services.gateway.schema.formats import encoding_regex, format_regex
 from services.gateway.schema.negation import finite_values, negate
 from services.gateway.schema.raw_text import length_of, regex_of, schemas_of
 from services.gateway.schema.references import ALL_TYPES, MAX_NESTING, SchemaRoot, wrong_type
-from services.gateway.schema.regex import whole_match
+from services.gateway.schema.regex import num_counted, whole_match
 from services.gateway.schema.unique_arrays import UniqueArrays
 
 MAX_DEPENDENT = 4  # properties of one dependentRequired; each doubles the number of cases
@@ -30,10 +31,11 @@ class SchemaRewriter:
     """A `SchemaRewriter` rewrites schemas that refer to the definitions in `root`, each of which it rewrites once.
 
     - `is_strict`: True: raise UnsupportedKeyword for the first keyword that cannot be expressed. False: leave it out.
+    - `counted`: counts the characters of lengths and patterns.
     """
 
-    def __init__(self, root: SchemaRoot, is_strict: bool) -> None:
-        self._root, self._is_strict, self._alternatives = root, is_strict, Alternatives(root)
+    def __init__(self, root: SchemaRoot, is_strict: bool, counted: CountedChars) -> None:
+        self._root, self._is_strict, self._counted, self._alternatives = root, is_strict, counted, Alternatives(root)
         self._unique_arrays, self._depth = UniqueArrays(), 0
         self._names: dict[Reference, str] = {}  # names of definitions, by reference
         self._definitions: dict[Reference, Any] = {}  # the rewritten definitions, by reference
@@ -45,8 +47,8 @@ class SchemaRewriter:
             "type": self._type,
             "enum": self._enum,
             "const": lambda schema, path: {"const": schema["const"]},
-            "pattern": lambda schema, path: _pattern(regex_of(whole_match, schema["pattern"], path)),
-            "format": self._format,
+            "pattern": lambda schema, path: _pattern(self._regex(schema, schema["pattern"], path)),
+            "format": _format,
             "contentEncoding": lambda schema, path: _pattern(regex_of(encoding_regex, schema["contentEncoding"], path)),
             **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), self._length),
             **dict.fromkeys(("minProperties", "maxProperties"), self._num_properties),
@@ -146,16 +148,17 @@ class SchemaRewriter:
             raise UnsupportedKeyword(path, "must be a list of at least one value")
         return {"enum": schema["enum"]}
 
-    def _format(self, schema: Mapping[str, Any], path: str) -> Fragment:
-        # OpenAPI has formats of numbers, such as int64.
-        named = schema.get("type") or "string"
-        is_text = "string" in (named if isinstance(named, list) else [named])
-        return _pattern(regex_of(format_regex, schema["format"], path)) if is_text else {}
-
     def _length(self, schema: Mapping[str, Any], path: str) -> Fragment:
         keyword = path.rpartition(".")[2]
         value = length_of(schema, keyword, path)
+        if value is not None and keyword in TEXT_KEYWORDS:
+            self._counted.add(schema, value, path)
         return {} if value is None else {keyword: value}
+
+    def _regex(self, schema: Mapping[str, Any], pattern: Any, path: str) -> str:
+        regex = regex_of(whole_match, pattern, path)
+        self._counted.add(schema, num_counted(pattern), path)
+        return regex
 
     def _num_properties(self, schema: Mapping[str, Any], path: str) -> Fragment:
         keyword = path.rpartition(".")[2]
@@ -201,7 +204,7 @@ class SchemaRewriter:
         patterns = _mapping(schema, "patternProperties", path)
         made = {}
         for pattern, one in patterns.items():
-            regex = regex_of(whole_match, pattern, path)
+            regex = self._regex({"pattern": pattern}, pattern, path)
             made[_pattern(regex)["pattern"]] = self._schema(one, f"{path}.{pattern}")
         return {"patternProperties": made} if made else {}
 
@@ -303,6 +306,13 @@ class SchemaRewriter:
 
     def _list(self, schemas: list[Any], path: str) -> list[Any]:
         return [self._schema(one, f"{path}[{n}]") for n, one in enumerate(schemas)]
+
+
+def _format(schema: Mapping[str, Any], path: str) -> Fragment:
+    # OpenAPI has formats of numbers, such as int64.
+    named = schema.get("type") or "string"
+    is_text = "string" in (named if isinstance(named, list) else [named])
+    return _pattern(regex_of(format_regex, schema["format"], path)) if is_text else {}
 
 
 def _bound(schema: Mapping[str, Any], path: str) -> Fragment:

@@ -11,15 +11,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from services.gateway.schema.counted_chars import CountedChars
 from services.gateway.schema.errors import UnsupportedKeyword
 from services.gateway.schema.formats import encoding_regex, format_regex
 from services.gateway.schema.references import ALL_TYPES, MAX_NESTING, SchemaRoot, wrong_type
-from services.gateway.schema.regex import UnsupportedPattern, whole_match
+from services.gateway.schema.regex import UnsupportedPattern, num_counted, whole_match
 
 ANY_TEXT = "/(?s:.*)/"
-# A larger minLength or maxLength is not enforced, because the grammar's automaton needs one state for each character
-# that it counts.
-MAX_COUNTED_CHARS = 2000
 MAX_ONE_OF = 16  # options of one oneOf, each of which excludes all others
 
 
@@ -38,10 +36,12 @@ class TextRules:
     - `prefix`: the beginning of the terminals' names, in capital letters.
     - `is_strict`: True: a constraint that cannot be expressed raises UnsupportedKeyword. False: it is left out.
     - `end_marker`: the text that ends an argument, and that a string can therefore not contain.
+    - `counted`: counts the characters of lengths and patterns.
     """
 
-    def __init__(self, root: SchemaRoot, prefix: str, is_strict: bool, end_marker: str) -> None:
+    def __init__(self, root: SchemaRoot, prefix: str, is_strict: bool, end_marker: str, counted: CountedChars) -> None:
         self._root, self._prefix, self._is_strict, self._end_marker = root, prefix, is_strict, end_marker
+        self._counted = counted
         self.rules: list[str] = []
         self._terminals: dict[str, str] = {}  # by reference; "" where the reference allows any text
         self._open: list[str] = []  # references that are being converted
@@ -131,7 +131,9 @@ class TextRules:
         return " | ".join(map(json.dumps, strings))
 
     def _pattern(self, schema: Mapping[str, Any], path: str, is_strict: bool) -> str:
-        return regex_of(whole_match, schema["pattern"], path)
+        regex = regex_of(whole_match, schema["pattern"], path)
+        self._counted.add(schema, num_counted(schema["pattern"]), path)
+        return regex
 
     def _format(self, schema: Mapping[str, Any], path: str, is_strict: bool) -> str:
         return regex_of(format_regex, schema["format"], path)
@@ -143,11 +145,12 @@ class TextRules:
         shortest, longest = length_of(schema, "minLength", path) or 0, length_of(schema, "maxLength", path)
         if longest is not None and longest < shortest:
             raise NoText(path, f"allows at least {shortest} and at most {longest} characters")
-        if longest is not None and longest > MAX_COUNTED_CHARS:
-            longest = None  # longer answers are limited by max_tokens
-        if shortest > MAX_COUNTED_CHARS:
-            raise UnsupportedKeyword(path, f"must be at most {MAX_COUNTED_CHARS}, not {shortest}")
-        return f"/(?s:.{{{shortest},{'' if longest is None else longest}}})/" if shortest or longest is not None else ""
+        keyword = path.rpartition(".")[2]
+        value = shortest if keyword == "minLength" else longest
+        if (not value and keyword == "minLength") or value is None:
+            return ""
+        self._counted.add(schema, value, path)
+        return f"/(?s:.{{{value},}})/" if keyword == "minLength" else f"/(?s:.{{0,{value}}})/"
 
     def _reference(self, schema: Mapping[str, Any], path: str, is_strict: bool) -> str:
         reference = schema["$ref"]

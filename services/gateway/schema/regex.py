@@ -6,11 +6,15 @@ syntax of Rust's regex crate, matches a whole string, and consists of printable 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from services.engine.contract.sampling_params import MAX_COUNTED_CHARS
 
 MAX_PATTERN = 4096  # characters of a pattern
 MAX_DEPTH = 50  # nested groups of a pattern
-MAX_REPEAT = 2000  # a grammar's automaton needs a state for each repetition that it counts
+MAX_REPEAT = MAX_COUNTED_CHARS
+CHARS_PER_PROPERTY = 8  # a Unicode property such as \p{L} takes as many lexer states as 8 other characters
 MAX_BRANCHES = 64  # branches into which a pattern is divided to find its anchors
 ANY_TEXT = "(?s:.*)"
 
@@ -31,9 +35,13 @@ class UnsupportedPattern(ValueError):
 
 @dataclass(frozen=True)
 class _Text:
-    """A `_Text` is a part of a pattern that is already converted, and holds no anchor."""
+    """A `_Text` is a part of a pattern that is already converted, and holds no anchor.
+
+    `num_counted` is the number of characters that its repetitions count.
+    """
 
     text: str
+    num_counted: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,11 @@ def whole_match(pattern: str) -> str:
     if len(pattern) > MAX_PATTERN:
         raise UnsupportedPattern(f"is longer than {MAX_PATTERN} characters")
     return _anchored(_Parser(pattern).parse())
+
+
+def num_counted(pattern: str) -> int:
+    """Return how many characters a grammar counts for `pattern`, which `whole_match` can convert."""
+    return _num_counted(_Parser(pattern).parse())
 
 
 def literal(text: str) -> str:
@@ -128,9 +141,9 @@ class _Parser:
             case "(":
                 return self._group(depth)
             case "[":
-                return _Text(self._class())
+                return _with_count(self._class())
             case "\\":
-                return _Text(self._escape())
+                return _with_count(self._escape())
             case "*" | "+" | "?":
                 raise UnsupportedPattern(f"has a {char!r} that repeats nothing")
         return _Text(_char(char))
@@ -159,7 +172,8 @@ class _Parser:
         if not quantifier:
             return node
         self._take("?")  # a lazy quantifier matches the same texts
-        return _Text(f"(?:{_plain(node)}){quantifier}")
+        numbers = [int(number) for number in quantifier.strip("{}").split(",") if number.isdecimal()]
+        return _Text(f"(?:{_plain(node)}){quantifier}", _num_counted(node) * max([1, *numbers]))
 
     def _quantifier(self) -> str:
         for quantifier in ("*", "+", "?"):
@@ -172,7 +186,7 @@ class _Parser:
         if not least.isdecimal() or not (most.isdecimal() or not most) or not (least + most).isascii():
             return ""
         self._at = end + 1
-        if len(least + most) > 8 or int(least) > MAX_REPEAT or int(most or 0) > MAX_REPEAT:
+        if len(least + most) > 10 or int(least) > MAX_REPEAT or int(most or 0) > MAX_REPEAT:
             raise UnsupportedPattern(f"repeats a part more than {MAX_REPEAT} times")
         if most and int(most) < int(least):
             raise UnsupportedPattern("has numbers of repetitions in the wrong order")
@@ -268,11 +282,25 @@ class _Parser:
         return (found, True) if found else (self._escaped(char), False)
 
 
+def _with_count(text: str) -> _Text:
+    """Return a character, class or set, which counts more if it holds Unicode properties."""
+    return _Text(text, CHARS_PER_PROPERTY if re.search(r"\\[pP]", text) else 1)
+
+
+def _num_counted(node: _Node) -> int:
+    match node:
+        case _Text():
+            return node.num_counted
+        case _Sequence(parts) | _Choice(parts):
+            return sum(map(_num_counted, parts))
+    return 0
+
+
 def _plain(node: _Node) -> str:
     """Return a part of a pattern as a regular expression. Raises UnsupportedPattern if the part has an anchor."""
     match node:
-        case _Text(text):
-            return text
+        case _Text():
+            return node.text
         case _Sequence(parts):
             return "".join(f"(?:{_plain(part)})" if isinstance(part, _Choice) else _plain(part) for part in parts)
         case _Choice(branches):

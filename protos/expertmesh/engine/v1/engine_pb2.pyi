@@ -92,12 +92,14 @@ class ThinkingBudget(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., end: _Optional[_Iterable[_Union[ThinkingBudget.MarkerToken, _Mapping]]] = ...) -> None: ...
 
 class Grammar(_message.Message):
-    __slots__ = ("kind", "text")
+    __slots__ = ("kind", "text", "num_counted")
     KIND_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    NUM_COUNTED_FIELD_NUMBER: _ClassVar[int]
     kind: str
     text: str
-    def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+    num_counted: int
+    def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ..., num_counted: _Optional[int] = ...) -> None: ...
 
 class Outputs(_message.Message):
     __slots__ = ("outputs",)

@@ -28,7 +28,7 @@ EVERYTHING: dict[str, Any] = {
     "logit_bias": LogitBias((5, 6), (-100.0, 0.1)),
     "logprobs": 0,
     "prompt_logprobs": 3,
-    "grammar": Grammar(GrammarKind.REGEX, "a+"),
+    "grammar": Grammar(GrammarKind.REGEX, "a+", 7),
     "priority": -3,
     "cache_salt": "of one user",
     "thinking_budget": ThinkingBudget(0, ((13, 14), (15,))),

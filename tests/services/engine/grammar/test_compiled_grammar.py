@@ -13,13 +13,14 @@ from tokenizers import Tokenizer
 
 import model.demo
 from services.engine.contract.errors import EngineFailed
-from services.engine.contract.sampling_params import Grammar, GrammarKind, LogitBias, SamplingParams
+from services.engine.contract.sampling_params import MAX_COUNTED_CHARS, Grammar, GrammarKind, LogitBias, SamplingParams
 from services.engine.grammar.compiled_grammar import (
     MAX_GRAMMARS,
-    MAX_LEXER_STATES,
+    MAX_KEPT_STATES,
     MAX_TEXT,
     GrammarCompiler,
     _on_large_stack,
+    max_lexer_states,
 )
 from services.engine.request import Request
 from services.engine.sampling.sampler import Sampler, SamplingRow
@@ -347,7 +348,12 @@ def test_the_name_of_a_special_token_in_a_text_is_spelled_with_other_tokens(kind
 
 
 def test_kept_grammars_take_less_than_a_gigabyte() -> None:
-    assert MAX_GRAMMARS * MAX_LEXER_STATES * 2048 < 1 << 30
+    assert MAX_KEPT_STATES * 2048 < 1 << 30
+    few = GrammarCompiler(DEMO, [EOS])
+    long = [few.compile(Grammar(GrammarKind.REGEX, f"a{n}", MAX_COUNTED_CHARS)) for n in range(2)]
+    assert max_lexer_states(Grammar(GrammarKind.REGEX, "a1", MAX_COUNTED_CHARS)) <= MAX_KEPT_STATES
+    assert few.compile(Grammar(GrammarKind.REGEX, "a1", MAX_COUNTED_CHARS)) is long[1]
+    assert few.compile(Grammar(GrammarKind.REGEX, "a0", MAX_COUNTED_CHARS)) is not long[0]
 
 
 def test_what_goes_wrong_on_the_large_stack_is_carried_over() -> None:

@@ -78,8 +78,19 @@ def test_every_constraint_of_an_argument_holds(surfaces: Surfaces, is_strict: bo
             {"messages": [USER], "response_format": response_format({"contains": {}})},
             "response_format.json_schema.schema cannot be used: contains is not supported.",
         ),
+        (
+            body(
+                {"type": "object", "properties": {"x": {"type": "string", "maxLength": 20000}}},
+                function={"strict": True},
+            ),
+            "tools[0].function.parameters.properties.x.maxLength counts 20000 characters, but all lengths",
+        ),
+        (
+            {"messages": [USER], "response_format": response_format({"type": "string", "minLength": 20000})},
+            "response_format.json_schema.schema cannot be used: minLength counts 20000 characters, but all lengths",
+        ),
     ],
-    ids=["marker", "back reference", "budget", "response_format"],
+    ids=["marker", "back reference", "budget", "response_format", "long argument", "long string"],
 )
 def test_refusals(surfaces: Surfaces, request_body: dict[str, Any], message: str) -> None:
     for found in (surfaces.rest(request_body, is_streamed=False), surfaces.grpc(request_body, is_streamed=False)):

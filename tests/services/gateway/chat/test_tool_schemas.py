@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import jsonschema
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from model.demo import DEMO
-from services.engine.contract.sampling_params import Grammar, GrammarKind
+from services.engine.contract.sampling_params import MAX_COUNTED_CHARS, Grammar, GrammarKind
 from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.gateway.chat.answer_parser import AnswerParser, ToolCallDelta
 from services.gateway.chat.grammars import GrammarBuilder, Markers
@@ -235,7 +236,7 @@ def is_allowed(grammar: Grammar, text: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("longest", [200, 2000])
+@pytest.mark.parametrize("longest", [200, 15_900])
 @pytest.mark.parametrize(
     ("shortest", "value", "allows"),
     [
@@ -255,6 +256,87 @@ def test_a_counted_argument_ends_at_any_length(longest: int, shortest: int, valu
     assert grammar is not None
     text = "<tool_call>\n<function=f>\n<parameter=x>\n{}\n</parameter>\n</function>\n</tool_call>"
     assert is_allowed(grammar, text.format(value)) == allows
+
+
+ALL_SCRIPTS = "a\u00e9\u0436\u0e01\u4e2d\ud7ff\ufb01\U0001f600\U00020000\U000e0001 hello world, "  # needs most states
+
+
+@pytest.mark.parametrize("is_raw", [True, False], ids=["string", "JSON"])
+def test_a_text_may_be_as_long_as_all_that_is_counted(is_raw: bool) -> None:
+    value = (ALL_SCRIPTS * MAX_COUNTED_CHARS)[:MAX_COUNTED_CHARS]
+    string = {"type": "string", "maxLength": MAX_COUNTED_CHARS}
+    use = ToolUse((tool(string if is_raw else {"type": "array", "items": string}, is_strict=True),), ToolMode.REQUIRED)
+    grammar = BUILDER.build(None, "", use, False)
+    assert grammar is not None
+    shown = value if is_raw else json.dumps([value], ensure_ascii=False)
+    text = "<tool_call>\n<function=f>\n<parameter=x>\n{}\n</parameter>\n</function>\n</tool_call>"
+    assert is_allowed(grammar, text.format(shown))
+    assert not is_allowed(grammar, text.format(shown.replace(value, value + "x")))
+
+
+def test_an_answer_may_be_as_long_as_all_its_strings_that_are_counted() -> None:
+    sizes = {f"p{n}": MAX_COUNTED_CHARS // 4 - n for n in range(4)}
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "string", "maxLength": size} for name, size in sizes.items()},
+        "required": list(sizes),
+        "additionalProperties": False,
+    }
+    answer = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+    grammar = BUILDER.build(answer, "response_format", ToolUse(), False)
+    assert grammar is not None
+    assert grammar.num_counted == sum(sizes.values())
+    value = {name: (ALL_SCRIPTS * size)[:size] for name, size in sizes.items()}
+    assert is_allowed(grammar, json.dumps(value, ensure_ascii=False))
+    assert not is_allowed(grammar, json.dumps(value | {"p3": value["p3"] + "x"}, ensure_ascii=False))
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"type": "string", "maxLength": 16_001}, "maxLength counts 16001 characters"),
+        ({"type": "string", "minLength": 10**9}, "minLength counts 1000000000 characters"),
+        ({"type": "string", "pattern": "^(?:[a-z]{20} ){800}$"}, "pattern counts 16800 characters"),
+        ({"type": "string", "pattern": "^\\p{L}{3000}$"}, "pattern counts 24000 characters"),
+        (
+            {"type": "array", "items": {"type": "string", "maxLength": 20_000}},
+            "items.maxLength counts 20000 characters",
+        ),
+        ({"type": "object", "propertyNames": {"maxLength": 20_000}}, "propertyNames.maxLength counts 20000 characters"),
+        (
+            {"type": "object", "patternProperties": {"^.{16000}.$": {}}},
+            "patternProperties counts 16001 characters",
+        ),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_by_keyword_or_ignored(schema: Any, keyword: str) -> None:
+    sentence = f"{keyword}, but all lengths and repetitions of a request together may count 16000, of which 0 are used."
+    for mode in (ToolMode.AUTO, ToolMode.REQUIRED):
+        with pytest.raises(ValueError, match=re.escape(f"properties.x.{sentence}") + "$"):
+            BUILDER.build(None, "", ToolUse((tool(schema, is_strict=True),), mode), False)
+    answer = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+    with pytest.raises(ValueError, match=re.escape(f"response_format cannot be used: {sentence}") + "$"):
+        BUILDER.build(answer, "response_format", ToolUse(), False)
+    grammar = BUILDER.build(None, "", ToolUse((tool(schema, is_strict=False),), ToolMode.REQUIRED), False)
+    assert grammar is not None
+    assert grammar.num_counted == 0
+
+
+def test_all_strings_of_a_request_count_together_and_equal_ones_once() -> None:
+    def strings(is_strict: bool, *sizes: int) -> Tool:
+        properties = {f"x{n}": {"type": "string", "maxLength": size} for n, size in enumerate(sizes)}
+        return Tool(f"f{sizes[0]}", parameters={"type": "object", "properties": properties}, is_strict=is_strict)
+
+    equal = BUILDER.build(None, "", ToolUse((strings(True, *[5000] * 9),)), False)
+    assert equal is not None
+    assert equal.num_counted == 5000
+    with pytest.raises(
+        ValueError, match=r"^tools\[1\].function.parameters.properties.x1.maxLength counts 6001 .* 11000 are"
+    ):
+        BUILDER.build(None, "", ToolUse((strings(True, 5000), strings(True, 6000, 6001))), False)
+    ignored = BUILDER.build(None, "", ToolUse((strings(False, 9000), strings(True, 8000)), ToolMode.REQUIRED), False)
+    assert ignored is not None
+    assert ignored.num_counted == 8000, "what a strict tool counts comes first"
 
 
 def test_text_holds_no_end_of_an_argument() -> None:
