@@ -24,7 +24,7 @@ from typing import Any
 import pydantic_core
 
 from services.gateway.schema.json_size import check_text_size
-from services.gateway.schema.json_text import dumps, loads, mend_escapes, mend_text
+from services.gateway.schema.json_text import dumps, loads, mend_escapes, mend_text, nearest_float
 from services.gateway.schema.object_schema import ObjectSchema
 from services.gateway.schema.references import type_of
 
@@ -187,7 +187,8 @@ def argument_json(text: str, types: frozenset[str] | None) -> str:
 
 
 def _parse(text: str, types: frozenset[str]) -> object:
-    value: Any = PYTHON_SPELLINGS[text] if text in PYTHON_SPELLINGS else loads(text, parse_constant=_refuse)
+    # A grammar allows numbers of any size, and the client must get a number where its schema asks for one.
+    value: Any = PYTHON_SPELLINGS[text] if text in PYTHON_SPELLINGS else loads(text, _refuse, nearest_float)
     kind = type_of(value)
     if kind == "number" and "number" not in types and "integer" in types and float(value).is_integer():
         return int(value)

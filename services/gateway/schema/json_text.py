@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,21 +48,31 @@ def mend_text(text: str) -> str:
     return text
 
 
-def loads(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """Return the value of the JSON text `text`.
-
-    Raises ValueError if `text` is no JSON, is nested too deep, or holds a number that a float cannot hold.
-    `parse_constant` is called with NaN, Infinity or -Infinity, which are not JSON, but which Python writes and reads.
-    """
-    check_text_size(text)
-    return json.loads(mend_escapes(mend_text(text)), parse_constant=parse_constant, parse_float=_finite)
-
-
-def _finite(text: str) -> float:
+def finite_float(text: str) -> float:
+    """Return the number `text`. Raises ValueError if the number is too large for a float."""
     value = float(text)
     if math.isinf(value):
         raise ValueError(f"the number {text:.100} is too large")
     return value
+
+
+def nearest_float(text: str) -> float:
+    """Return the float that is nearest to the number `text`, which may be larger than every float."""
+    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
+
+
+def loads(
+    text: str,
+    parse_constant: Callable[[str], Any] | None = None,
+    parse_float: Callable[[str], float] = finite_float,
+) -> Any:
+    """Return the value of the JSON text `text`.
+
+    Raises ValueError if `text` is no JSON, is nested too deep, or holds a number that `parse_float` refuses.
+    `parse_constant` is called with NaN, Infinity or -Infinity, which are not JSON, but which Python writes and reads.
+    """
+    check_text_size(text)
+    return json.loads(mend_escapes(mend_text(text)), parse_constant=parse_constant, parse_float=parse_float)
 
 
 def dumps(value: object) -> str:
