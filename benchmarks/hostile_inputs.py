@@ -1,4 +1,4 @@
-"""`cases` returns requests that try to cost a server more than they should, each at a limit or above it."""
+"""`cases` returns the hostile inputs of the benchmark: requests at a limit or above it, which try to be costly."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ Send = Callable[[Target], Awaitable[str]]  # sends requests and returns a short 
 class Case:
     """A `Case` is one row of the table.
 
-    `plain` sends the same work for the engine without what makes the request costly. An engine step may take longer for
-    `send` than for `plain`, or without `plain` than for no request, only by the bound.
+    `plain` gives the engine the same work without the costly part of the request. The benchmark compares the longest
+    engine step during `send` with the longest step during `plain`, or with the longest step without any request if
+    there is no `plain`. The difference may be at most the bound.
     """
 
     name: str
@@ -147,7 +148,7 @@ def slow_grammar(salt: int) -> str:
 
 
 async def slow_grammars(target: Target) -> str:
-    """Ask for six slow grammars at once and meanwhile for small ones; return the longest time of the small ones."""
+    """Ask for six slow grammars at once and, meanwhile, for small grammars; return the longest time of the latter."""
     salt = time.time_ns() % 10**6
 
     def shaped(kind: str, text: str) -> Send:
@@ -293,7 +294,7 @@ def connection_cases() -> list[Case]:
 
 
 def cases(only: Sequence[str] = ()) -> list[Case]:
-    """Return all cases, or those whose names hold one of the texts in `only`."""
+    """Return all cases, or only the cases whose names contain one of the texts in `only`."""
     every = [*schema_cases(), *sampling_cases(), *size_cases(), *connection_cases()]
-    every.append(Case("six slow grammars", slow_grammars))  # the last, because the server checks them until later
+    every.append(Case("six slow grammars", slow_grammars))  # last, because the server goes on checking these
     return [case for case in every if not only or any(text in case.name for text in only)]

@@ -1,4 +1,4 @@
-"""The benchmark sends requests that try to hurt a server, and measures what each costs everybody else.
+"""The benchmark sends hostile requests to a server, and measures how each of them affects all other clients.
 
     python -m benchmarks.hostile_requests                          # all inputs, three rounds; takes 15 minutes
     python -m benchmarks.hostile_requests --only grammar --rounds 5
@@ -10,7 +10,7 @@ passed:
 - the longest answer of `/health/live`, which contains the longest stall of the gateway's event loop;
 - the longest time between two tokens, compared with the same work for the engine without the hostile part, or with no
   request at all. This time contains the longest engine step;
-- the memory that the gateway and the backbone took at their peaks in addition to what they had before the request.
+- the growth of the gateway's and the backbone's memory: the peaks during the request, less the sizes before it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Row:
 
 
 class Watch:
-    """A `Watch` measures answers of `/health/live` and gaps between tokens, as pairs (time of the end, seconds)."""
+    """A `Watch` measures answers of `/health/live` and gaps between tokens, as pairs (end time, seconds)."""
 
     def __init__(self, url: str) -> None:
         self._host, self._port = urlsplit(url).hostname, urlsplit(url).port
@@ -109,7 +109,7 @@ class Watch:
         self.gaps: list[tuple[float, float]] = []
 
     async def run(self, pipe: Connection) -> None:
-        """Measure until `pipe` sends None. For a pair of times, answer with the maxima between these times."""
+        """Measure until `pipe` sends None. For a pair of times from `pipe`, send the maxima between the two."""
         tasks = [asyncio.create_task(work) for work in (self._ask_health(), self._read_tokens())]
         while (asked := await asyncio.to_thread(pipe.recv)) is not None:
             pipe.send([self._longest(kind, *asked) for kind in (self.health, self.gaps)])
@@ -178,13 +178,13 @@ def memory(pid: int, name: str) -> int:
 
 
 class Memory:
-    """A `Memory` measures by how much a process and the processes that it started grew at their peaks."""
+    """A `Memory` measures how far a process and its child processes grow, from the start to their peaks."""
 
     def __init__(self, pid: int) -> None:
         self._before: dict[int, int] = {}
         for each in [pid, *descendants(pid)]:
             with suppress(OSError):
-                Path(f"/proc/{each}/clear_refs").write_text("5")  # the peak now begins anew
+                Path(f"/proc/{each}/clear_refs").write_text("5")  # resets the peak, VmHWM
                 self._before[each] = memory(each, "VmRSS")
 
     def growth(self) -> int:

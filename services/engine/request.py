@@ -131,7 +131,10 @@ class Request:
         return _hash_tokens(parent, tail) if tail else parent
 
     def _hash_of_salt(self) -> bytes:
-        """Return the hash of no tokens. With a salt, it differs from the hash of any tokens with any other salt."""
+        """Return the hash that begins the chain of page hashes, and covers the salt but no tokens.
+
+        No two requests with different salts share a hash.
+        """
         salt = self.params.cache_salt.encode()
         return (
             hashlib.blake2b(salt, digest_size=DIGEST_BYTES, person=b"cache_salt").digest() if salt else HASH_OF_NOTHING

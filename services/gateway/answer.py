@@ -24,7 +24,7 @@ INLINE_BYTES = 16_384  # longer bodies are parsed and read in a thread; parsing 
 
 
 async def read(request: Request, kind: type[AnyBody], generation: Generation) -> tuple[AnyBody, bool]:
-    """Return the body of `request` as an object of the class `kind`, and True if all work on the body needs a thread.
+    """Return the body of `request` as an object of the class `kind`, and True if work on the body needs a thread.
 
     Raises ApiError if the body or the request's id is invalid, and ClientGone if the client disconnects.
     """
@@ -38,7 +38,7 @@ async def read(request: Request, kind: type[AnyBody], generation: Generation) ->
 class Answer:
     """An `Answer` yields the text of a request for which the engine has generated the first token.
 
-    A stream of events must begin only with an `Answer`: every refusal before the first token has its own HTTP status.
+    Start a stream of events only after `begin` has returned, because every earlier refusal has its own HTTP status.
     """
 
     first: TextDelta
@@ -69,5 +69,5 @@ class Answer:
 
 
 def cache_header(delta: TextDelta) -> dict[str, str]:
-    """Return the HTTP header that says how many prompt tokens came from the prefix cache, and why not more."""
+    """Return the HTTP header that says how many prompt tokens came from the prefix cache, and why not more did."""
     return {"X-Expertmesh-Cache": delta.cache_report}

@@ -78,7 +78,7 @@ def _decompress(data: bytes, encoding: str, max_bytes: int) -> bytes:
 
 
 def _is_announced_too_large(request: Request, max_bytes: int) -> bool:
-    """Return True if the client waits with a body that is too large until the server agrees (RFC 9110, 10.1.1)."""
+    """Return True if the client waits for `100 Continue` to send a body that is too large (RFC 9110, 10.1.1)."""
     waits = request.headers.get("expect", "").lower() == "100-continue"
     length = request.headers.get("content-length", "")
     return waits and length.isdecimal() and int(length) > max_bytes

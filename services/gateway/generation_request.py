@@ -34,8 +34,8 @@ class GenerationRequest:
 
     REST bodies and gRPC messages are converted to a `GenerationRequest` first. Each prompt gets `n` choices.
 
-    `sampling` holds only the fields of SamplingParams that the client set, but `max_tokens` may be -1 for no limit, and
-    `logit_bias` may be a mapping from token ids, or their text, to biases.
+    `sampling` holds only the fields of SamplingParams that the client set. Unlike in SamplingParams, `max_tokens` may
+    be -1 for no limit, and `logit_bias` may be a mapping from token ids, as numbers or as text, to biases.
     """
 
     prompt: Prompt
@@ -45,7 +45,7 @@ class GenerationRequest:
     answer_format: AnswerFormat | None = None
     tool_use: ToolUse = field(default_factory=ToolUse)
     timeout: float | None = None  # seconds from the arrival of the request until its last token must be generated
-    thinking: Thinking = field(default_factory=Thinking)  # the budget; the conversation's template has the switch
+    thinking: Thinking = field(default_factory=Thinking)  # for the reasoning budget; `template_kwargs` has the switch
     truncate_prompt_tokens: int | None = None  # tokens kept at the end of the prompt; -1: all that fit
     skip_special_tokens: bool = True  # False: the text of an answer shows the names of special tokens
     include_stop_str_in_output: bool = False  # True: the text of an answer ends with the stop string that ended it
@@ -57,7 +57,7 @@ class GenerationRequest:
 
     @cached_property
     def size(self) -> int:
-        """Return how long preparing the prompts takes, in characters of a text whose tokenizing takes as long.
+        """Return the cost of preparing the prompts, as the number of characters of text that take as long to tokenize.
 
         Above MANY_CHARS, the number is only a lower bound.
         """

@@ -48,7 +48,7 @@ class GatewayLimits(BaseModel):
 
     @classmethod
     def parse(cls, settings: Sequence[str]) -> GatewayLimits:
-        """Return the limits that the `settings` of the form NAME=VALUE change; all others have their defaults.
+        """Return the limits in which `settings` of the form NAME=VALUE replace the default values.
 
         Raises ValueError with one sentence about the first setting that is wrong.
         """

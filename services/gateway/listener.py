@@ -27,7 +27,7 @@ from services.gateway.ports.health_api import HealthApi
 from services.gateway.ports.http_protocol import BoundedHttpProtocol, OpenConnections
 
 BACKLOG = 2048  # maximum number of TCP connections that wait to be accepted
-# Bytes that the system keeps of a response that its client does not read. By default, Linux keeps up to 4 MiB for each
+# Bytes of a response that the kernel keeps while the client does not read. By default, Linux keeps up to 4 MiB for each
 # connection. A stream of tokens needs far less.
 SEND_BUFFER = 256 << 10
 # Files that a gateway may need to open in addition to the connections of its clients: its program, its streams to

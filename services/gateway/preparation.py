@@ -26,7 +26,7 @@ from services.gateway.schema.budget import SchemaBudget
 # default of max_tokens for /v1/completions, as in OpenAI's reference; a chat may use the whole context by default
 DEFAULT_MAX_TOKENS = 16
 NUM_GRAMMAR_THREADS = 32  # grammars that are built or checked at the same time; almost all of them only wait
-CHARS_PER_TOKEN = 10  # more than a token of almost any text has
+CHARS_PER_TOKEN = 10  # characters; in almost any text, the average token is shorter
 INLINE_CHARS = 16_384  # longer prompts are prepared in a thread; tokenizing this many characters takes about 5 ms
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Preparation:
     """A `Preparation` checks requests and prepares their choices, with long work in threads of `threads`.
 
     First come the checks that need little time for any request, then the prompts, and only then the choices. All
-    choices of a request share what does not differ between them.
+    choices of a request share the data that does not depend on the choice.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Preparation:
     ) -> None:
         self._tokenizer, self._max_model_len, self._limits = tokenizer, max_model_len, limits
         self._threads, self._defaults = threads, defaults
-        # A separate pool, because checking one grammar may take seconds and must not delay tokenizing. It has more
-        # threads than grammars may wait in `check_grammar` for a slow one, so that others always find a thread.
+        # Grammars have a separate pool, because checking a grammar may take seconds and must not delay tokenizing. The
+        # pool has more threads than slow grammars may wait in `check_grammar`, so other grammars find a thread.
         self._grammar_threads = BoundedThreadPool(NUM_GRAMMAR_THREADS)
         budget = SchemaBudget(limits.schema_nodes, limits.schema_bytes)
         self._grammars = GrammarBuilder(Markers.of(tokenizer), budget, check_grammar)
@@ -80,7 +80,7 @@ class Preparation:
     async def choices(self, request: GenerationRequest) -> list[ChoiceRequest]:
         """Return the `n` choices of each prompt, in the order of the prompts.
 
-        Raises ValueError or ApiError if the request is invalid, and DeadlinePassed if the timeout ends before.
+        Raises ValueError or ApiError if the request is invalid, and DeadlinePassed if the request's timeout ends first.
         """
         await self._check(request)
         params = request.params(self._defaults.values)

@@ -33,8 +33,8 @@ from services.gateway.schema.json_text import mend_body
 OBJECT = "a JSON object"  # replaces pydantic's class name in error messages
 WITHIN = ("value_error", "unknown_field")  # errors of a value that has the right type
 DEFAULT_LIMITS = GatewayLimits()
-# Matches the beginning of every JSON number that a float cannot hold, and of some others. The pattern begins with a
-# digit, because a search then skips all other text quickly, and its time is linear in the length of the text.
+# Matches the beginning of every JSON number that a float cannot hold, and of some other numbers. The pattern
+# begins with a digit, so a search skips all other text quickly and takes time linear in the length of the text.
 MAYBE_HUGE = re.compile(rb"[0-9](?:[eE]\+?[0-9]{3}|(?<![0-9]{2})[0-9]{199})")
 BLOCK, OVERLAP = 1 << 16, 256  # bytes that are searched at once, because a search holds Python's global lock
 MAX_LISTED_FIELDS = 16  # maximum number of allowed fields in an error message
@@ -84,7 +84,7 @@ class RequestModel(BaseModel):
 
     @classmethod
     def _check_names(cls, value: object, check_fields: ValidatorFunctionWrapHandler) -> object:
-        """Return the model for `value`, whose fields `check_fields` checks. Refuse the first unknown field."""
+        """Return the model for `value` after `check_fields` has checked its fields. Refuse the first unknown field."""
         model, known = check_fields(value), _field_types(cls)
         for name in value if isinstance(value, dict) else ():
             if name not in known:

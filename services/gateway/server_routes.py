@@ -82,7 +82,7 @@ def _encode(metrics: Collector, accept: str) -> tuple[bytes, str]:
     encode, media_type = choose_encoder(accept)
     if media_type.startswith("application/openmetrics-text"):
         # prometheus_client would replace the colon in the names of samples, but not in the names of their families.
-        # With the escaping "allow-utf-8" it changes no name; our names need no escaping.
+        # With the escaping "allow-utf-8", prometheus_client changes no name; our names need no escaping.
         text: bytes = openmetrics.generate_latest(metrics, openmetrics.ALLOWUTF8)  # type: ignore[no-untyped-call]
         return text, OPENMETRICS
     return encode(metrics), media_type

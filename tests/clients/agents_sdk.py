@@ -35,7 +35,7 @@ def models(url: str) -> tuple[Model, Model]:
 
 
 def answerer(model: Model) -> Agent:
-    """Return an agent with a structured answer, which ends; the client refuses an answer that ends at max_tokens."""
+    """Return an agent with a short structured answer; the client refuses answers that are cut off at max_tokens."""
     return Agent(name="Roman", instructions="Be brief.", model=model, model_settings=SHAPED, output_type=Weather)
 
 

@@ -4,7 +4,7 @@
     python -m tests.clients.run --url http://127.0.0.1:8000 --grpc 127.0.0.1:9000 openai_python openai_js
 
 Each client is installed in an environment of its own under `.clients`, in its newest version at the first run and with
-`--upgrade`. A client that cannot be installed has failed. The exit code is 1 if a client has failed.
+`--upgrade`. A client that cannot be installed counts as failed. The exit code is 1 if a client has failed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Schemathesis loads this module, which names the served model in requests and knows the one 5xx that is right."""
+"""Schemathesis loads this module, which names the served model in requests and allows the 504 for a timeout."""
 
 from __future__ import annotations
 

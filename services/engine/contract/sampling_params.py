@@ -19,7 +19,7 @@ MAX_CACHE_SALT = 128  # characters
 # Largest number of token ids in a `ThinkingBudget`. A vocabulary of 131,072 tokens has about 500 tokens that begin with
 # ">" or end with "</", which may begin or end a marker that is ordinary text.
 MAX_MARKER_IDS = 8192
-MAX_COUNTED_CHARS = 16_000  # characters that one grammar may count; each takes up to 16 states of about 0.4 kB
+MAX_COUNTED_CHARS = 16_000  # characters that one grammar may count; a character takes up to 16 states of about 0.4 kB
 # JSON grammars allow only this white space: a space, or a new line with at most 16 characters of indentation. Without a
 # bound, a model that is unsure of its next token could generate white space until `max_tokens`.
 JSON_OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,16})?"}}
@@ -43,8 +43,9 @@ def _check(is_good: bool, name: str, allowed: str, value: object) -> None:
 class Grammar:
     """A `Grammar` defines which texts are allowed as an answer; `kind` names the syntax of the definition in `text`.
 
-    `num_counted` is the number of characters that the lengths and repetitions in the grammar count, as far as it is
-    known. The grammar's lexer may have more states for each of them.
+    `num_counted` is the number of characters that lengths and repetitions in the grammar count (such as 80 for
+    `maxLength: 80`), as far as it is known. The number of states that the grammar's lexer may have grows with this
+    number.
     """
 
     kind: GrammarKind
@@ -58,7 +59,7 @@ class Grammar:
 
 @dataclass(frozen=True)
 class LogitBias:
-    """A `LogitBias` holds the numbers that are added to the logits of some tokens: `values[i]` to that of `ids[i]`.
+    """A `LogitBias` holds numbers to add to the logits of some tokens: `values[i]` to the logit of token `ids[i]`.
 
     The choices of a request share one `LogitBias`, which is checked only once.
     """
@@ -86,7 +87,8 @@ class ThinkingBudget:
     """A `ThinkingBudget` limits the reasoning with which an answer begins to `max_tokens` tokens.
 
     If the answer has `max_tokens` tokens and the marker that ends the reasoning (`</think>`) is not among them, the
-    sampler writes the marker. If the last tokens already are the beginning of the marker, it writes only the rest.
+    sampler writes the marker. If the last tokens already are the beginning of the marker, the sampler writes only the
+    rest of the marker.
 
     `end_ids` describes the tokens of the marker. `end_ids[i]` holds the ids of all tokens that may be the marker's
     token number i, and the sampler writes the first of them. A marker that is one special token has one token and one
@@ -170,7 +172,7 @@ class SamplingParams:
         _check(repetition_ok, "repetition_penalty", "a finite number above 0", self.repetition_penalty)
 
     def varied(self, **changes: Any) -> SamplingParams:
-        """Return a copy with other values for a few fields, which the caller knows to be allowed.
+        """Return a copy in which `changes` replace the values of fields; the caller knows that they are allowed.
 
         The copy shares the values of all other fields, and no field is checked again. The choices of a request are such
         copies.

@@ -79,14 +79,14 @@ class CheckerProcess:
         return self._child.pid
 
     def check(self, grammar: Grammar, seconds: float) -> str | Failure:
-        """Return what is wrong with a grammar in one sentence, "" if it can be used, or why the check did not end.
+        """Return one sentence about what is wrong with `grammar`, "" if nothing is, or why the check did not end.
 
-        `seconds` of computing are allowed. Raises EngineFailed if the process ends.
+        The check may take `seconds` seconds of processor time. Raises EngineFailed if the child process ends.
         """
         number = next(self._numbers)
         answer = self._expect(number)
         line = json.dumps([number, grammar.kind, grammar.text, seconds]).encode() + b"\n"
-        with self._lock, suppress(OSError):  # if the process has died, `_read` fails the answer
+        with self._lock, suppress(OSError):  # if the process has died, `_read` makes `answer` raise
             assert self._child.stdin is not None
             self._child.stdin.write(line)
             self._child.stdin.flush()
@@ -162,7 +162,7 @@ class _Forks:
         code = 1
         try:
             _limit_memory(MAX_BYTES + COMPILE_STACK)
-            # Time of computing, so that a busy machine refuses no grammar; the alarm ends a process that hangs.
+            # The limit is on processor time, so a busy machine refuses no grammar. The alarm ends a process that hangs.
             signal.setitimer(signal.ITIMER_PROF, seconds)
             signal.alarm(int(20 * seconds) + 60)
             try:

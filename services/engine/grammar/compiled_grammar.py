@@ -40,18 +40,21 @@ _stack_size_lock = threading.Lock()  # guards `threading.stack_size`, which appl
 MAX_GRAMMARS = 16
 MAX_LEXER_STATES = 20_000  # for a grammar that counts no characters
 # Additional states for each character that a grammar counts: 6 for English text, 12 for text of all scripts with
-# escapes, and 15 for a class such as \S. A grammar that may have more states takes the place of several in the cache.
+# escapes, and 15 for a class such as \S. A grammar that may have more states takes the place of several
+# grammars in the cache.
 STATES_PER_CHAR = 16
 MAX_KEPT_STATES = MAX_GRAMMARS * MAX_LEXER_STATES
 MAX_TEXT = 2**17  # largest number of characters of a grammar
 # Bytes of stack for the library, which recurses. The longest chain of rules that MAX_TEXT allows needs 2**26 bytes.
 COMPILE_STACK = 2**29
 NO_TOKEN = "NoExtension"  # beginning of the library's error message when no token can follow
-# Where only one text may follow, the library would otherwise allow only the tokens into which the tokenizer divides
-# this text. If the text holds the name of a special token, that would be the special token, which the grammar refuses.
+# Without this option, where only one text may follow, the library allows only the tokens into which the tokenizer
+# divides this text. If the text contains the name of a special token, the only allowed token would be the special
+# token, which the grammar refuses.
 OPTIONS = '\n%llguidance {"no_forcing": true}\n'
-SCHEMA_PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # a place in a text that we wrote
-# a sentence that recommends an option of the library, which clients do not have, and what to say instead
+# beginning of an error with a position in the grammar's text, which this server wrote and the client does not know
+SCHEMA_PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
+# The library's sentence recommends an option that clients do not have; clients get the second sentence instead.
 ONE_OF = (
     "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf",
     "oneOf is supported only if no value can match two of its options",

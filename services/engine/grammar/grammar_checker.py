@@ -1,6 +1,6 @@
 """A `GrammarChecker` checks grammars before their requests are accepted, with limits on time, memory and number.
 
-A grammar that passes the check takes no longer to compile in a backbone.
+A backbone takes no longer to compile a grammar than the check of the grammar took.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from services.engine.grammar.checker_process import MAX_BYTES, CheckerProcess, F
 from services.engine.grammar.compiled_grammar import parameter_name
 
 MAX_SECONDS = 5.0  # largest number of seconds of computing to check one grammar
-# A grammar that takes more seconds goes on in the slow lane. Almost all grammars take a tenth of that.
+# Seconds after which a check leaves the fast lane for the slow lane. Almost all grammars take a tenth of this time.
 FAST_SECONDS = 0.25
 NUM_FAST = 2  # grammars that are checked at the same time in the fast lane
 MAX_SLOW = 8  # grammars that are checked or wait in the slow lane, which checks one at a time
@@ -37,8 +37,8 @@ class GrammarChecker:
         self._slow_places = threading.BoundedSemaphore(MAX_SLOW)
         self.process: CheckerProcess | None = None
         self._starting = threading.Lock()
-        # Results by digest: "" for grammars that passed, and a sentence for grammars that took too long or too much.
-        # Other mistakes are found quickly.
+        # Results by digest: "" for grammars that passed, and a sentence for grammars that took too much time or
+        # memory. Grammars with other mistakes are not remembered, because the mistakes are found quickly.
         self._known: OrderedDict[bytes, str] = OrderedDict()
         self._lock = threading.Lock()
 

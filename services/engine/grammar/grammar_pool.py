@@ -24,8 +24,8 @@ class GrammarPool:
     """A `GrammarPool` runs `compile_grammar` on separate threads, for at most `max_requests` requests at a time.
 
     Slow grammars delay only slow grammars: a grammar that has been compiled for `SLOW_SECONDS` gives its place to the
-    next, and from then on takes one of the places for slow grammars. A grammar that was slow before waits for such a
-    place from the beginning. Any event loop may call `compile`.
+    next grammar, and from then on takes one of the places for slow grammars. A grammar that was slow before waits for
+    such a place from the beginning. Any event loop may call `compile`.
     """
 
     def __init__(self, compile_grammar: Callable[[Grammar], Any], max_requests: int) -> None:

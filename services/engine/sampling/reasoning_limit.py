@@ -9,15 +9,15 @@ from services.engine.request import Request
 
 
 class ReasoningLimit:
-    """A `ReasoningLimit` says with which token a request must go on when the budget of its reasoning is used up.
+    """A `ReasoningLimit` says with which token a request must continue when its reasoning budget is used up.
 
-    It depends only on the request's tokens, so it works alike in an engine that continues another engine's answer.
+    The token depends only on the request's tokens, so an engine that continues another engine's answer gets the same.
     """
 
     def __init__(self, budget: ThinkingBudget) -> None:
         self._budget = budget
         self._marker = [frozenset(ids) for ids in budget.end_ids]
-        self._num_searched = 0  # generated tokens in which the marker was searched
+        self._num_searched = 0  # generated tokens that were searched for the marker
         self._has_ended = False
 
     def forced_id(self, request: Request, ahead: Sequence[int]) -> int | None:
@@ -40,7 +40,7 @@ class ReasoningLimit:
         return self._has_ended
 
     def _from(self, request: Request, num_generated: int) -> list[int]:
-        """Return the tokens after the first `num_generated`, and the tokens before in which a marker may begin."""
+        """Return the tokens after the first `num_generated`, preceded by tokens in which a marker may have begun."""
         first = max(0, num_generated - (len(self._marker) - 1))
         return request.token_ids[request.num_prompt_tokens + first :]
 

@@ -250,7 +250,7 @@ def _add_bias(logits_RV: Tensor, states: Sequence[SamplerState]) -> None:
 
 
 def _places(rows: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the rows (E,) and the ids (E,) of single logits: of each row in `rows`, the logits of its own `ids`."""
+    """Return the row index (E,) and the token id (E,) of each logit to edit: in `rows[i]`, the logits of `ids[i]`."""
     device = ids[0].device
     lens = torch.tensor([len(each) for each in ids], device=device)
     return torch.tensor(rows, device=device).repeat_interleave(lens), torch.cat(list(ids))
@@ -297,7 +297,7 @@ def _likeliest(logprobs_SV: Tensor, num_top: int) -> list[tuple[tuple[int, float
     found = logprobs_SV.topk(num_found, dim=-1)
     pairs = zip(found.indices[:, :num_top].tolist(), found.values[:, :num_top].tolist(), strict=True)
     tops = [tuple(zip(*row, strict=True)) for row in pairs]
-    # Of equal values, topk may return any, in any order. The value after the last tells if others equal the last.
+    # topk may return any of the equal values, in any order. One value more than needed shows if the last is tied.
     has_equals_S = (found.values[:, 1:] == found.values[:, :-1]).any(dim=-1)
     for s in has_equals_S.nonzero().flatten().tolist() if num_top else ():
         ids = (logprobs_SV[s] >= found.values[s, num_top - 1]).nonzero().flatten()

@@ -77,7 +77,7 @@ class SamplerState:
         self.is_edited = has_penalty or self.grammar is not None or bool(self.bias.ids)
         self._num_followed, self._ahead = request.num_prompt_tokens, list[int]()
 
-    # A tensor of 1,024 numbers takes 100 times as long to make as to use, so each is made only once.
+    # A tensor of 1,024 numbers takes 100 times as long to make as to use, so each tensor is made only once.
 
     @cached_property
     def bias_ids(self) -> Tensor:

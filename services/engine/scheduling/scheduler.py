@@ -254,7 +254,7 @@ class Scheduler:
     def _scored_budget(self) -> int:
         """Return the number of prompt tokens whose logprobs the next step may compute.
 
-        Requests for such logprobs have no limit among themselves: larger chunks are faster, and delay nobody else.
+        There is no limit if all requests want such logprobs: larger chunks are faster, and delay no other request.
         """
         most = self.config.max_scored_tokens
         others = any(not request.scores_prompt for request in (*self.running, *self.waiting))

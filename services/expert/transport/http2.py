@@ -26,7 +26,7 @@ DEFAULT_WINDOW, DEFAULT_FRAME, MAX_WINDOW = 65_535, 16_384, 2**31 - 1
 OUR_MAX_FRAME = 1 << 20
 MIN_MAX_FRAME, MAX_MAX_FRAME = 1 << 14, (1 << 24) - 1  # allowed values of the setting MAX_FRAME_SIZE
 RENEW_WINDOW_AT = 1 << 30  # bytes received after which the windows of the other side are widened again
-MAX_IDLE_FRAMES = 10_000  # frames without data of a message between two messages; clients send about one per megabyte
+MAX_IDLE_FRAMES = 10_000  # frames in a row without data of a message; clients send about one per megabyte of data
 NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED = 0, 1, 3, 5
 FRAME_SIZE_ERROR, REFUSED_STREAM, ENHANCE_YOUR_CALM = 6, 7, 11
 HEADER = struct.Struct(">HBBBI")  # header of a frame: length in 16 + 8 bits, type, flags, stream
@@ -153,7 +153,7 @@ class GrpcStream:
             raise
 
     def _read_frames(self, data: bytes) -> list[bytes]:
-        if self._buffer:  # copying the buffer only once per frame keeps bytes that trickle in cheap
+        if self._buffer:  # the buffer is copied once per frame, so bytes that trickle in stay cheap
             self._buffer += data
             if len(self._buffer) < self._buffer_needs:
                 return []

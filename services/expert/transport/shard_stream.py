@@ -246,7 +246,7 @@ class ShardStream:
         host, _, port = self.endpoint.rpartition(":")
         try:
             tcp_socket = socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S)
-        except (OSError, ValueError, OverflowError) as error:  # the last two are those of a malformed endpoint
+        except (OSError, ValueError, OverflowError) as error:  # a malformed endpoint raises the last two
             self._note_no_connection(str(error))
             return None
         try:

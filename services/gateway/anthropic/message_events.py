@@ -18,7 +18,7 @@ from services.gateway.connection import server_event
 from services.gateway.schema.json_text import dumps
 
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode
-SIGNATURE = "expertmesh"  # clients send it back with the reasoning; nobody checks it
+SIGNATURE = "expertmesh"  # clients send the signature back with the reasoning; this server ignores it
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -70,7 +70,7 @@ def _tool_use(call: ToolCallDelta) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> Any:
-    """Return the arguments of a call as an object; if the answer was cut off, with the arguments that are complete."""
+    """Return the arguments of a call as an object, which lacks incomplete arguments if the answer was cut off."""
     return pydantic_core.from_json(arguments or "{}", allow_partial=True)
 
 
@@ -86,7 +86,7 @@ class MessageEvents:
         self._index, self._open = -1, ""  # index and type of the block that is open; "": no block is open
 
     def start(self, first: TextDelta) -> Iterator[str]:
-        """Yield the events before the content. `first` is the first delta, which knows the usage of the prompt."""
+        """Yield the events before the content. `first` is the first delta, which holds the prompt's token usage."""
         yield _event("message_start", message=_message(self._id, self._model, first))
         yield _event("ping")
 

@@ -1,6 +1,6 @@
 """A `MessagesBody` is the body of Anthropic's `/v1/messages`, and is converted to a `GenerationRequest`.
 
-Source: the types `MessageCreateParams` of the `anthropic` client, with those of its beta. Unknown fields are refused by
+Source: the types `MessageCreateParams` of the `anthropic` client, and of its beta API. Unknown fields are refused by
 name. Fields that only say where, at what price or how fast Anthropic serves a request are accepted without effect.
 """
 
@@ -19,8 +19,8 @@ from services.gateway.errors import invalid
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
 from services.gateway.request_body import BaseBody, Integer, only, validate
 
-# Anthropic's code for the refusal of a thread. The tool runner of the `anthropic` client asks for a thread, and sends
-# all messages if the error has the code.
+# Anthropic's error code for a server that keeps no threads (stored conversations). The tool runner of the `anthropic`
+# client first asks for a thread. After an error with this code, the tool runner sends all messages instead.
 THREAD_UNSUPPORTED = "thread_unsupported_request"
 
 
@@ -117,7 +117,10 @@ class CountTokensBody(BaseBody):
         return AnswerFormat(Grammar(GrammarKind.JSON_SCHEMA, json.dumps(format_.schema_)), f"{param}.schema")
 
     def _thinking(self) -> Thinking:
-        """Return how the model may reason; without `thinking` it must not, because clients then expect only text."""
+        """Return how the model may reason.
+
+        Without the field `thinking` the model must not reason, because clients then expect only text.
+        """
         if self.thinking is None or self.thinking.type == "disabled":
             return Thinking(enable_thinking=False)
         is_adaptive = self.thinking.type == "adaptive"
@@ -137,7 +140,7 @@ class MessagesBody(CountTokensBody):
     container: Annotated[str | dict[str, Any] | None, only()] = None
     thread: dict[str, Any] | None = None
     inference_geo: Annotated[str | None, only("global")] = None
-    # The following fields have no effect. This server refuses no answer, so it needs no fallbacks.
+    # The following fields have no effect. `fallbacks` are for refused answers, and this server never refuses to answer.
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     diagnostics: dict[str, Any] | None = None

@@ -14,8 +14,8 @@ from services.gateway.errors import ApiError, ApiRefusal
 from services.gateway.request_id import MAX_REQUEST_ID_LEN
 from services.gateway.schema.json_text import dumps
 
-# Anthropic's `type` and HTTP status where they are not the general ones. Clients retry 529 as they retry 429; 429 would
-# tell users that their own quota is spent, but the server is busy.
+# Anthropic's `type` and HTTP status of errors, where they are not the general ones. A busy server answers 529, which
+# clients retry like 429, because 429 would tell users that their own quota is used up.
 TYPES = {
     ApiRefusal.UNAUTHENTICATED: ("authentication_error", 401),
     ApiRefusal.FORBIDDEN: ("permission_error", 403),
@@ -45,7 +45,7 @@ def refusal_response(error: ApiError, request_id: str) -> Response:
 
 
 def refusal_json(error: ApiError, request_id: str) -> str:
-    """Return the JSON of the error; it stands in a response of its own or in an `error` event of a stream."""
+    """Return the error as JSON, for a response of its own or for an `error` event of a stream."""
     type_, _ = _type_and_status(error)
     fields: dict[str, Any] = {"type": type_, "message": error.renamed(PARAM_NAMES).message}
     if error.code == THREAD_UNSUPPORTED:

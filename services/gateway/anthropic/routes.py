@@ -43,7 +43,7 @@ class MessagesRoutes:
         return JSONResponse({"input_tokens": len(token_ids)}, headers={"request-id": request.state.id})
 
     async def _request(self, body: CountTokensBody, is_long: bool) -> GenerationRequest:
-        """Return the request of `body`; a long body is read in a thread. Raises ApiError or ValueError if it is bad."""
+        """Return the request of `body`; a long body is read in a thread. Raises ApiError or ValueError."""
         most, num_parts = self._generation.limits.input_items, body.num_parts
         if num_parts > most:
             raise ValueError(f"messages must hold at most {most} messages and content blocks, not {num_parts}.")

@@ -1,4 +1,4 @@
-"""A `MessageTurns` holds the system prompt and messages of Anthropic's Messages API, and becomes a `Conversation`.
+"""A `MessageTurns` holds the system prompt and messages of Anthropic's API, and converts them to a `Conversation`.
 
 Source: Anthropic's API reference for messages, and the types of the `anthropic` client.
 """
@@ -27,7 +27,7 @@ class ThinkingBlock(LenientBody):
 
 
 class RedactedThinkingBlock(LenientBody):
-    type: Literal["redacted_thinking"]  # nobody but Anthropic can read the block's data
+    type: Literal["redacted_thinking"]  # only Anthropic can read the block's data
 
 
 class ToolUseBlock(LenientBody):
@@ -138,8 +138,9 @@ def text_of(content: str | Sequence[TextBlock]) -> str:
 
 
 def _merged(messages: Iterable[ChatMessage]) -> list[ChatMessage]:
-    """Join neighbours of one role to one message, because templates expect turns. Results of tools stay apart.
+    """Join adjacent messages of the same role into one message, because templates expect the roles to alternate.
 
+    The results of tools stay separate messages.
     The blocks of an assistant are joined without a line end, because they are pieces of one text of the model.
     """
     merged: list[ChatMessage] = []

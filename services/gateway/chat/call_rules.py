@@ -19,7 +19,9 @@ VALUE_END = "</parameter>"
 
 
 def texts_without(marker: str) -> str:
-    """Return a regular expression for the texts that do not hold `marker`, whose first character occurs in it once.
+    """Return a regular expression for all texts that do not contain `marker`.
+
+    The first character of `marker` must not occur again in `marker`.
 
     A complement (`~`) would allow the same texts. But in an intersection with a counted length, the library would
     search all remaining lengths to find out that nothing may follow the marker, and give up.
@@ -51,9 +53,9 @@ def json_rule(schema: Any) -> str:
 class CallRules:
     """A `CallRules` makes the rules `calls` (one or more calls), `call` and `call_rest` (a call behind its marker).
 
-    - `is_relaxed`: True: the arguments of tools that are not strict only have the types that their schemas name. That
-      is for schemas whose grammar cannot be used.
-    - `counted`: the characters that the answer's own grammar counts, to which those of the calls are added.
+    - `is_relaxed`: if True, the rules enforce only the types of the arguments of tools that are not strict. The caller
+      sets `is_relaxed` if the grammar of the whole schemas cannot be used.
+    - `counted`: counts the characters of lengths and repetitions, and starts at the count of the answer's own grammar.
 
     Raises ValueError if a strict tool's schema cannot be expressed, if an enum's value cannot be written, or if the
     rules become too long.
@@ -71,7 +73,8 @@ class CallRules:
         numbered = [(n, tool) for n, tool in enumerate(tool_use.tools) if tool.name in names]
         functions = " | ".join(f"function_{n}" for n, _ in numbered)
         self._add(f"call_rest: ({functions}) {spelled(call_end)}")
-        for n, tool in sorted(numbered, key=lambda one: not one[1].is_strict):  # strict tools may count first
+        # The rules of strict tools are made first, so that strict tools have the first claim to counted characters.
+        for n, tool in sorted(numbered, key=lambda one: not one[1].is_strict):
             self._add_function(n, tool)
 
     def _add(self, rule: str) -> None:

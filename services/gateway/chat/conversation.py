@@ -15,11 +15,11 @@ RESERVED_KWARGS = {  # parameters of apply_chat_template (transformers) that cli
 }
 
 
-# for `Conversation.size`
-MANY = 256  # messages that are many
+# constants for `Conversation.size`
+MANY = 256  # a conversation with more messages counts as large, whatever the messages hold
 SCALARS = (bool, int, float, str, type(None))  # values that a template can render in little time
 CHARS_PER_MESSAGE = CHARS_PER_CALL = 64
-CHARS_PER_VALUE = 8  # of a JSON value that is no string
+CHARS_PER_VALUE = 8  # characters that a JSON value other than a string counts as
 MANY_CHARS = 1 << 16  # `json_size` stops counting here, so that it takes about 1 ms at most
 
 

@@ -136,7 +136,7 @@ def compose(
       named the tools that may be called.
     - `in_reasoning`: True if the answer begins with reasoning, which ends at `</think>`, or at a tool call.
     - `markers`: the markers of the model's tokenizer.
-    - `is_relaxed`: True: of the schemas of tools that are not strict, only the types of the arguments are used.
+    - `is_relaxed`: if True, the grammar enforces only the types of the arguments of tools that are not strict.
 
     Raises ValueError if the schemas of the tools cannot be expressed; see `CallRules`.
     """
@@ -181,7 +181,7 @@ def _regex(pattern: str) -> str:
 
 
 def _ending_with(marker: Marker, ends: Sequence[Marker]) -> str:
-    """Return a terminal's expression for text that ends with `marker`, and holds none of `ends` before."""
+    """Return a terminal's expression for text that ends with `marker`, and contains none of `ends` before `marker`."""
     not_before = "|".join(literal(end.text) for end in ends)
     return f"({ANY_TEXT} {json.dumps(marker.text)}) & ~/(?s:.*)({not_before})(?s:.+)/"
 

@@ -1,4 +1,4 @@
-"""A `StopMatcher` finds stop strings in text that arrives in pieces; `StopStrings` are what it looks for."""
+"""A `StopMatcher` finds the strings of a `StopStrings` in text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StopMatcher:
 
     def __init__(self, stops: StopStrings) -> None:
         self._patterns = stops.patterns
-        self._matched = [0] * len(self._patterns)  # for each stop string, how much of it the text now ends with
+        self._matched = [0] * len(self._patterns)  # length of each stop string's prefix at the end of the text
         self._held = ""
         self.stop = ""  # the stop string that was found
 
@@ -74,7 +74,10 @@ class _Pattern:
             self._borders.append(self.advance(self._borders[-1], char))
 
     def advance(self, matched: int, char: str) -> int:
-        """Return how much of the string a text ends with after `char`, if it ended with `matched` characters before."""
+        """Return the length of the longest prefix of the string with which a text ends, after `char` is added.
+
+        Before `char`, the text ended with the first `matched` characters of the string.
+        """
         if matched == len(self.text):
             matched = self._borders[matched - 1]
         while matched and self.text[matched] != char:

@@ -46,7 +46,7 @@ class TextDelta:
     prompt_logprobs: tuple[ScoredToken, ...] = ()
     num_cached: int = 0
     cache_reason: str = ""
-    stop_string: str = ""  # the stop string that ended the choice; "": something else ended it, or it has not ended
+    stop_string: str = ""  # the stop string that ended the choice; "" if no stop string has
     num_reasoning: int = 0  # tokens of the choice's reasoning so far, with the token that ends the reasoning
     prompt_token_ids: Sequence[int] = ()  # only in the first delta of a choice
 

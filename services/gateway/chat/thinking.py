@@ -15,12 +15,12 @@ EFFORTS = (*OFF, *BUDGETS)
 
 @dataclass(frozen=True)
 class Thinking:
-    """A `Thinking` holds what a client asked of the model's reasoning; the REST APIs and the gRPC API share the rules.
+    """A `Thinking` holds a client's parameters for reasoning; the REST APIs and the gRPC API share their rules.
 
     A value that is not allowed, or values that contradict each other, raise a ValueError that names the parameter.
 
-    - `effort`: the client's `reasoning_effort`. "none" and "minimal" switch reasoning off. All others switch reasoning
-      on with a budget, of which at most half of the tokens that the answer may have are spent.
+    - `effort`: the client's `reasoning_effort`. "none" and "minimal" switch reasoning off. All other values switch
+      reasoning on with a budget, which is at most half of the tokens that the answer may have.
     - `token_budget`: the client's `thinking_token_budget`, used as given; -1 means no limit.
     - `enable_thinking`: the client's own switch.
     """
@@ -46,7 +46,7 @@ class Thinking:
         return self.enable_thinking if self.effort is None else self.effort not in OFF
 
     def template_kwargs(self, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the arguments of the chat template: `kwargs`, which the client gave, and the ones for reasoning.
+        """Return the arguments of the chat template: `kwargs`, which the client gave, and the arguments for reasoning.
 
         Raises ValueError if `kwargs` holds an argument that the server sets, or contradicts the other parameters.
         """

@@ -84,8 +84,8 @@ class Tokenizer:
         text. Most tokenizers put no special tokens there.
         """
         # The tokenizer's Rust implementation keeps no state between calls, so threads may share it. Unlike `encode`,
-        # `encode_batch_fast` finds no positions in the text, which takes a third of the time, and a tenth of the time
-        # with Python's lock.
+        # `encode_batch_fast` does not compute the tokens' positions in the text, so it takes less time, and holds
+        # Python's global lock only for a short part of this time.
         batch = [mend_text(text)]
         [encoding] = self._hf.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
@@ -94,7 +94,7 @@ class Tokenizer:
     def info(self) -> dict[str, Any]:
         """Return the tokenizer's settings and its chat template as JSON values, as vLLM's /tokenizer_info does.
 
-        The paths of files are left out, because they tell a client only where the server keeps them.
+        The paths of files are left out, because they tell a client only where the server keeps its files.
         """
         settings = {name: value for name, value in self._hf.init_kwargs.items() if not _is_of_files(name)}
         settings |= {"tokenizer_class": type(self._hf).__name__, "chat_template": self._hf.chat_template}

@@ -41,7 +41,7 @@ class Message(LenientBody):
     content: Content = None
     name: str | None = None
     reasoning_content: str | None = None
-    reasoning: str | None = None  # vLLM's present name of reasoning_content, which wins if both are given
+    reasoning: str | None = None  # vLLM's newer name; reasoning_content has precedence if both are given
     refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -57,7 +57,7 @@ class Message(LenientBody):
         reasoning = self.reasoning_content or self.reasoning or thinking_of(self.content)
         role, call_id = self.role, self.tool_call_id or ""
         if role == "function":
-            # The older API names the function instead of the call's id; PastCall has the same id in `_past_calls`.
+            # OpenAI's older API has no call ids, so the function's name serves as the id, here and in `_past_calls`.
             role, call_id = "tool", self.name or ""
         calls = self._past_calls(param)
         message = ChatMessage(

@@ -103,7 +103,7 @@ class ChatFormat:
         """Return the chunks of a stream for `delta`, with the fields `more`.
 
         If `is_first` is True, the first chunk holds the role "assistant". The finish reason has a chunk of its own,
-        because clients of OpenAI read the delta of that chunk as empty.
+        because OpenAI's clients expect the delta of that chunk to be empty.
         """
         prompt = _prompt_ids(delta) if self.has_ids and is_first else {}
         encode = self.head.with_choices

@@ -1,4 +1,4 @@
-"""A `ToolChoice` is OpenAI's `tool_choice` that is an object; `tool_use` reads all fields about calls of tools.
+"""A `ToolChoice` is a `tool_choice` of OpenAI's API that is an object; `tool_use` reads all fields about tool calls.
 
 Both forms of each object are accepted: the form of chat completions, and the flat form of the Responses API.
 

@@ -32,8 +32,8 @@ REFLECTION_METHOD = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection
 ]
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 IDLE_S = 300  # seconds after which a connection without an RPC is closed; clients connect again by themselves
-MAX_ERROR_LEN = 1000  # characters of an error's sentence, which travels in metadata; clients refuse much metadata
-MIN_PING_INTERVAL_S = 10  # a client that sends keepalive pings more often is disconnected
+MAX_ERROR_LEN = 1000  # characters of an error's sentence, because clients limit the size of its metadata
+MIN_PING_INTERVAL_S = 10  # seconds; a client that sends keepalive pings more often is disconnected
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def _handler(method: MethodDescriptor, function: Callable[[Any, Context], Any]) 
 def _decoder(method: MethodDescriptor) -> Callable[[bytes], Any]:
     """Return a function that decodes the requests of `method`.
 
-    The function returns an `_Undecodable` for a bad request. After an exception, gRPC would log a traceback and answer
-    INTERNAL.
+    The function returns an `_Undecodable` for a bad request. If the function raised an exception, gRPC would
+    log a traceback and answer INTERNAL.
     """
     kind = GetMessageClass(method.input_type)
 

@@ -1,4 +1,4 @@
-"""A `BoundedHttpProtocol` is one HTTP connection to the REST port; a client can neither make it large nor keep it open.
+"""A `BoundedHttpProtocol` is one HTTP connection to the REST port, with limits on its memory and on its duration.
 
 uvicorn itself bounds neither the headers nor the time in which a request arrives, and keeps every connection whose
 client sends part of a request or does not read its response. The classes in this file add these bounds to uvicorn's
@@ -20,8 +20,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from services.gateway.errors import ApiError, ApiRefusal, invalid
 from services.gateway.limits import GatewayLimits
 
-# Bytes that each header counts in addition to its name and its value, as in HTTP/2 (RFC 9113, section 10.5.1); without
-# them, a client could send thousands of headers that are nearly empty.
+# Bytes that each header counts in addition to its name and its value, as in HTTP/2 (RFC 9113, section 10.5.1), so that
+# a client cannot send thousands of headers that are nearly empty.
 HEADER_OVERHEAD = 32
 MAX_PIPELINED = 16  # maximum number of requests of one connection that wait for the answer to an earlier request
 RETRY_AFTER_S = 1  # seconds after which a client that found no free connection may try again
@@ -40,7 +40,7 @@ class _Phase(Enum):
 
 
 class OpenConnections:
-    """An `OpenConnections` keeps the connections of one REST port in order, so that the oldest can make room.
+    """An `OpenConnections` keeps the connections of one REST port, in the order in which they are closed to make room.
 
     `on_refusal` is called with the reason whenever a connection is refused or closed because of a limit.
     """
@@ -50,8 +50,8 @@ class OpenConnections:
     ) -> None:
         self.limits, self.on_refusal, self.keep_alive_s = limits, on_refusal, keep_alive_s
         self.accepted: set[BoundedHttpProtocol] = set()  # all connections that were not refused
-        # The accepted connections whose clients must send the next bytes, ordered by the time since when the server
-        # waits. A dict serves as an ordered set.
+        # The accepted connections whose clients must send the next bytes; the connection on which the server has
+        # waited longest comes first. A dict serves as an ordered set.
         self.waiting: dict[BoundedHttpProtocol, None] = {}
 
 
@@ -68,8 +68,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.timeout_keep_alive = open_connections.keep_alive_s  # type: ignore[assignment]  # a time for `call_later`
         self._phase, self._is_refused, self._is_muted = _Phase.IDLE, False, False
         self._phase_s = self._limits.header_s  # seconds that the present phase may last
-        self._deadline: asyncio.TimerHandle | None = None  # of the bytes that the server waits for
-        self._write_deadline: asyncio.TimerHandle | None = None  # of the client to read what was written
+        self._deadline: asyncio.TimerHandle | None = None  # deadline for the bytes that the server waits for
+        self._write_deadline: asyncio.TimerHandle | None = None  # deadline for the client to read the response
         self._header_bytes = 0  # bytes of the complete headers of the present request
         self._unparsed_bytes = 0  # bytes received since the parser last reported a part of a request
         self._answering: RequestResponseCycle | None = None  # the request whose handler was started last
@@ -79,7 +79,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._open.accepted.add(self)
         self._enter(_Phase.IDLE, self._limits.header_s)
         self._arm()
-        if len(self.connections) > 2 * self._limits.connections:  # refused connections linger, and must be few, too
+        if len(self.connections) > 2 * self._limits.connections:  # refused connections linger, and are limited, too
             self._abort()
         elif len(self._open.accepted) > self._limits.connections:
             next(iter(self._open.waiting)).make_room()
@@ -88,7 +88,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._leave()
         self._unset_write_deadline()
-        if self._answering is not None:  # uvicorn tells only the last of several pipelined requests
+        if self._answering is not None:  # uvicorn notifies only the last of several pipelined requests
             _disconnect(self._answering)
 
     def make_room(self) -> None:
@@ -186,8 +186,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Go on with the bytes `rest` after the headers of a request that asks for HTTP/2 or WebSocket.
 
         The server may ignore such a wish (RFC 9110, section 7.8), and HTTP clients of Java send it with every request.
-        But the parser takes all that follows for another protocol. A new parser reads the rest: it gets headers that
-        say only how the body is sent, and the events of these headers are dropped.
+        But the parser would treat all later bytes as another protocol. So a new parser reads `rest`. The new parser
+        first gets headers that say only how the body is sent, and the events of these headers are dropped.
         """
         framing = (b"content-length", b"transfer-encoding")
         lines = [name + b": " + value for name, value in self.headers if name in framing]
@@ -277,7 +277,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _leave(self) -> None:
-        """Give the connection's place to another connection."""
+        """Stop counting the connection, so that another connection can take its place."""
         self._disarm()
         self._open.accepted.discard(self)
         self._open.waiting.pop(self, None)

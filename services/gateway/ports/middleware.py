@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ADMIN_PATH = "/admin"
-# Response headers that a web page may read; a browser hides all headers of other origins that are not named.
+# Response headers that web pages of other origins may read; a browser hides all headers that are not listed.
 EXPOSED_HEADERS = ("X-Request-Id", "X-Expertmesh-Cache", "Retry-After")
 
 

@@ -32,7 +32,7 @@ OTHER_INCLUDES = (
 )
 Verbosity = Literal["low", "medium", "high"]
 SummaryStyle = Literal["auto", "concise", "detailed"]
-# this API's names of parameters, by patterns for the names in the errors of other parts of the gateway
+# patterns for parameter names in errors from other parts of the gateway, and the names in this API
 PARAM_NAMES = {
     "logprobs": "top_logprobs",
     "max_tokens": "max_output_tokens",

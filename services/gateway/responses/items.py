@@ -1,7 +1,7 @@
 """An item is one entry of a conversation in OpenAI's Responses API: a message, a tool call, its output or reasoning.
 
 Items are plain dictionaries. `parse_items` checks what a client sent and keeps only the fields that have an effect, so
-that all other code may rely on them. `to_messages` turns items into the messages that the chat template needs.
+that all other code may rely on these fields. `to_messages` turns items into the messages that the chat template needs.
 """
 
 from __future__ import annotations

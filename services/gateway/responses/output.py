@@ -15,7 +15,7 @@ from services.gateway.responses.items import Item, encode_reasoning, new_id
 
 Event = dict[str, Any]
 
-DELTA_EVENTS = {  # beginning of the types of the events that report a piece of an item, by the type of the item
+DELTA_EVENTS = {  # prefix of the type of the events that report a piece of an item, by the item's type
     "reasoning": "response.reasoning_text",
     "message": "response.output_text",
     "function_call": "response.function_call_arguments",

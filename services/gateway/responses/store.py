@@ -14,7 +14,7 @@ from services.gateway.responses.items import Item, new_id
 
 @dataclass(slots=True)
 class StoredItem:
-    """A `StoredItem` is an item as JSON text; all responses of one conversation share the items that they have."""
+    """A `StoredItem` is an item as JSON text; the responses of one conversation share their common items."""
 
     id: str
     text: str
@@ -30,7 +30,7 @@ class StoredItem:
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """A `StoredResponse` is a complete response, with everything that its conversation holds up to its end.
+    """A `StoredResponse` is a complete response, with all items of its conversation up to the end of the response.
 
     `items[:num_input]` are the response's input, which includes the items of the responses before it.
     """
@@ -41,7 +41,7 @@ class StoredResponse:
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes of memory that the response takes, without the items that it shares with others."""
+        """Return the bytes of memory that the response takes without its items, which other responses may share."""
         return sys.getsizeof(self.text) + sys.getsizeof(self.items)
 
 
@@ -63,7 +63,7 @@ class ResponseStore:
     def add(self, response_id: str, response: StoredResponse) -> None:
         """Store a response, and drop the responses that have not been used for longest until the bounds hold.
 
-        A response that alone is larger than the store may be is not stored.
+        A response that is larger than `max_bytes` by itself is not stored.
         """
         if response.num_bytes + sum(map(_size, response.items)) > self._max_bytes:
             return
@@ -101,8 +101,8 @@ class ResponseStore:
     def intern(self, item: Item, is_ours: bool = False) -> StoredItem:
         """Return `item` in the form for the store, shared with the responses that hold the same item already.
 
-        `is_ours` is True if this server made the item's id; an item without an id gets one. The store does not hold the
-        item yet. Threads may call the method.
+        `is_ours` is True if this server made the item's id; an item without an id gets one. The item is stored only
+        by `add`. Any thread may call this method.
         """
         if "id" not in item:
             item, is_ours = {"id": new_id(item["type"]), **item}, True

@@ -14,7 +14,7 @@ async def fit(generation: Generation, request: GenerationRequest, max_output_tok
 
     A conversation that fits keeps all its messages. A shortened conversation leaves room for `max_output_tokens`, or
     for a quarter of the model's context if there is no limit, but at most for half of the context. A system message at
-    its start and its last message always stay, and a tool's output stays only together with its call.
+    the start of the conversation and the last message always stay. A tool's output stays only together with its call.
     """
     longest = generation.card.max_model_len
     limit = max_output_tokens or -1  # -1 means no limit, as everywhere
@@ -35,7 +35,7 @@ async def fit(generation: Generation, request: GenerationRequest, max_output_tok
             high = middle
         else:
             low = middle + 1
-    # Templates expect a user's message first, so one that follows soon is preferred.
+    # Templates expect a user's message first, so the kept part begins with such a message, if one follows.
     first = next((n for n in starts[low:] if messages[n].role == "user"), starts[low])
     return _from(request, request.prompt, num_kept, first)
 

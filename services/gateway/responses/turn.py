@@ -1,4 +1,4 @@
-"""A `Turn` is one request with the conversation before it; a `TurnReader` makes it from a body and the store."""
+"""A `Turn` is one request with the conversation before it; a `TurnReader` makes a `Turn` from a body and the store."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ FINISH_REASONS = {
 
 
 def choice_messages(deltas: Sequence[TextDelta], has_prompt: bool) -> list[pb.Choice]:
-    """Return the messages for pieces of choices; if `has_prompt` is True, with the tokens of their prompts."""
+    """Return the protobuf messages for pieces of choices, with the prompts' tokens if `has_prompt` is True."""
     return [_choice(delta, has_prompt) for delta in deltas]
 
 

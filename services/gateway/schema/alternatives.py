@@ -1,6 +1,6 @@
-"""An `Alternatives` says whether the options of a `oneOf` exclude one another, so that the `oneOf` is an `anyOf`.
+"""An `Alternatives` says whether the options of a `oneOf` exclude one another. Then the `oneOf` equals an `anyOf`.
 
-llguidance, which enforces schemas, does not look behind the references of a `oneOf` and refuses most of them. Options
+llguidance, which enforces schemas, does not resolve references in a `oneOf` and refuses most uses of `oneOf`. Options
 exclude one another if they have different types, different values, or a required property with different values.
 """
 
@@ -24,7 +24,7 @@ class _Facts:
 
     types: Types = ALL_TYPES
     values: Values = None
-    properties: Mapping[str, Values] = field(default_factory=dict)  # those with a limited number of values
+    properties: Mapping[str, Values] = field(default_factory=dict)  # properties with a limited number of values
     required: frozenset[str] = frozenset()
 
     def and_also(self, other: _Facts) -> _Facts:
@@ -46,7 +46,7 @@ class Alternatives:
 
     def __init__(self, root: SchemaRoot) -> None:
         self._root = root
-        self._behind: dict[str, _Facts] = {}  # by reference; a reference that refers to itself says nothing
+        self._behind: dict[str, _Facts] = {}  # facts by reference; empty facts for a reference to itself
 
     def are_exclusive(self, options: Sequence[Any]) -> bool:
         """Return True if it is certain that no value matches two of the schemas `options`."""
@@ -54,7 +54,7 @@ class Alternatives:
         return all(_differ([facts for facts in found if kind in facts.types], kind) for kind in ALL_TYPES)
 
     def are_told_apart_by(self, tag: Any, options: Sequence[Any]) -> bool:
-        """Return True if the property `tag` has other values in each of the schemas `options`, if it is there."""
+        """Return True if no two of the schemas `options` allow the same value of the property `tag`."""
         return _are_distinct([self._facts(option, 0).properties.get(tag) for option in options])
 
     def demands(self, name: str, option: Any) -> bool:

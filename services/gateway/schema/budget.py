@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_DEPTH = 128  # levels to which a schema may be nested
-# keywords that no grammar reads, and whose texts count nothing
+# keywords that no grammar reads, and whose texts do not count towards the budget
 NOT_COUNTED = frozenset({"title", "description", "default", "examples", "$comment", "$schema", "$id"})
 
 
@@ -20,7 +20,7 @@ class SchemaBudget:
     def check(self, schemas: list[tuple[str, Any]]) -> None:
         """Raise ValueError if the pairs (parameter, schema) together are larger than the budget.
 
-        Titles, descriptions, defaults and examples count nothing. The message names the parameter that is too much.
+        Titles, descriptions, defaults and examples do not count. The message names the parameter that is too large.
         """
         num_nodes = num_bytes = 0
         for param, schema in schemas:

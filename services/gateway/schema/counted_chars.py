@@ -1,7 +1,7 @@
 """A `CountedChars` limits how many characters the grammar of one request counts, for lengths and repetitions.
 
 A grammar's lexer has a few states for each character that the grammar counts, and a limited number of states. The sum
-is therefore checked first, so that no answer fails in its middle.
+is therefore checked first, so that no answer fails halfway.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`format_regex` and `encoding_regex` return the texts of a JSON schema's `format` and `contentEncoding`.
+"""`format_regex` and `encoding_regex` return regular expressions for JSON Schema's `format` and `contentEncoding`.
 
 All regular expressions are in the syntax of Rust's regex crate and match whole texts.
 """
@@ -38,7 +38,7 @@ POINTER = r"(?:\x{2f}(?:[^~\x{2f}]|~[01])*)*"
 def _ipv6() -> str:
     group, end = "[0-9A-Fa-f]{1,4}", f"(?:[0-9A-Fa-f]{{1,4}}:[0-9A-Fa-f]{{1,4}}|{IPV4})"
     forms = [f"(?:{group}:){{6}}{end}", f"::(?:{group}:){{5}}{end}"]
-    for before in range(1, 5):  # RFC 3986: at most `before` groups stand before "::", and the others after it
+    for before in range(1, 5):  # RFC 3986: at most `before` groups stand before "::", and all other groups after "::"
         head = f"(?:(?:{group}:){{0,{before - 1}}}{group})?"
         forms.append(f"{head}::(?:{group}:){{{5 - before}}}{end}")
     forms.append(f"(?:(?:{group}:){{0,4}}{group})?::{end}")
@@ -48,7 +48,7 @@ def _ipv6() -> str:
 
 
 def _uri(more: str, is_reference: bool) -> str:
-    """Return the URIs of RFC 3986, or with the characters `more` the IRIs of RFC 3987."""
+    """Return a regular expression for the URIs of RFC 3986, or, with the characters `more`, the IRIs of RFC 3987."""
     escaped = "%[0-9A-Fa-f]{2}"
     pchar = f"(?:[{UNRESERVED}:@{more}]|{escaped})"
     no_colon = f"(?:[{UNRESERVED}@{more}]|{escaped})"
@@ -99,9 +99,10 @@ NOT_REGULAR = ("regex", "idn-email", "idn-hostname")
 
 
 def format_regex(name: str) -> str | None:
-    """Return the texts of the format `name`, or None if the format allows all texts.
+    """Return a regular expression for texts of the format `name`, or None if the format allows all texts.
 
-    Formats that are unknown to JSON Schema allow all texts. Raises UnsupportedPattern.
+    Formats that are unknown to JSON Schema allow all texts. Raises UnsupportedPattern for a format that cannot be
+    expressed as a regular expression.
     """
     if name in NOT_REGULAR:
         raise UnsupportedPattern("is not supported")
@@ -109,7 +110,10 @@ def format_regex(name: str) -> str | None:
 
 
 def encoding_regex(name: str) -> str | None:
-    """Return the texts of the content encoding `name`, or None if it allows all texts. Raises UnsupportedPattern."""
+    """Return a regular expression for texts of the content encoding `name`, or None if all texts are allowed.
+
+    Raises UnsupportedPattern for an unknown encoding.
+    """
     if name.lower() in ("8bit", "binary"):
         return None
     if name.lower() not in ENCODINGS:

@@ -1,8 +1,8 @@
 """A `SchemaRewriter` converts a JSON schema to the keywords that llguidance knows, which enforces schemas of JSON text.
 
-What llguidance lacks is rewritten where that is exact: formats, content encodings and patterns become patterns of its
-dialect, `uniqueItems` of a few values becomes a list of arrays, and so on. Annotations are left out, and of the
-definitions only those are kept that the schema refers to, each once.
+Keywords that llguidance lacks are rewritten where an exact equivalent exists: formats, content encodings and patterns
+become patterns of llguidance's dialect, `uniqueItems` of a few values becomes a list of arrays, and so on. Annotations
+are left out. Of the definitions, only those to which the schema refers are kept, each once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Reference = tuple[str, str]
 class SchemaRewriter:
     """A `SchemaRewriter` rewrites schemas that refer to the definitions in `root`, each of which it rewrites once.
 
-    - `is_strict`: True: raise UnsupportedKeyword for the first keyword that cannot be expressed. False: leave it out.
+    - `is_strict`: True: raise UnsupportedKeyword for a keyword that cannot be expressed. False: leave the keyword out.
     - `counted`: counts the characters of lengths and patterns.
     """
 
@@ -214,11 +214,11 @@ class SchemaRewriter:
         if keyword == "unevaluatedProperties" and not is_alone:
             raise UnsupportedKeyword(path, "is supported only in a schema without $ref, allOf, anyOf, oneOf and if")
         if schema.get("propertyNames", True) not in (True, {}):
-            return {}  # part of what `propertyNames` becomes
+            return {}  # `_property_names` also rewrites this keyword
         return {"additionalProperties": self._schema(schema[keyword], path)}
 
     def _property_names(self, schema: Mapping[str, Any], path: str) -> Fragment:
-        """Return `propertyNames` as properties or patternProperties, beside which nothing is allowed."""
+        """Return `propertyNames` as properties or patternProperties, and allow no other properties."""
         names, given = schema["propertyNames"], _mapping(schema, "properties", path)
         if names is True or names == {}:
             return {}
@@ -246,7 +246,7 @@ class SchemaRewriter:
         return {"patternProperties": {pattern: rest}, "additionalProperties": False}
 
     def _dependent(self, schema: Mapping[str, Any], path: str) -> Fragment:
-        """Return, for each property, the choice that it is missing or that what depends on it holds."""
+        """Return, for each property, an `anyOf`: the property is missing, or the condition that depends on it holds."""
         dependents = _mapping(schema, path.rpartition(".")[2], path)
         if len(dependents) > MAX_DEPENDENT:
             raise UnsupportedKeyword(path, f"is supported only for at most {MAX_DEPENDENT} properties")

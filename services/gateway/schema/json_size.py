@@ -1,8 +1,8 @@
 """A `JsonSize` says how deep a JSON text is nested and how many values it holds, before the text is parsed.
 
 A parser makes an object of every value, while it holds Python's global lock, and code that walks a deep value exceeds
-Python's recursion limit. Both are therefore bounded first. The count costs about 10 ms for each megabyte of text, and
-numpy releases the global lock.
+Python's recursion limit. Depth and number are therefore bounded first. The count costs about 10 ms for each
+megabyte of text, and numpy releases the global lock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class JsonSize:
 
     @classmethod
     def of(cls, data: bytes) -> JsonSize:
-        """Return the size of the JSON text `data`. Invalid JSON has some size, too."""
+        """Return the size of the JSON text `data`. For invalid JSON, the result means nothing."""
         if b"\\" in data:
             data = data.replace(b"\\\\", b"").replace(b'\\"', b"")  # now every quote begins or ends a string
         text = np.frombuffer(data, np.uint8)

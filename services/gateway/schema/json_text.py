@@ -1,7 +1,7 @@
 """`loads` and `dumps` read and write JSON text whose strings are Unicode text, without half surrogate pairs.
 
-A JSON string may hold the escape of half a surrogate pair, such as `\\ud83d` without a second half. It stands for no
-character, and neither UTF-8 nor a tokenizer can hold it. As in most decoders, U+FFFD takes its place.
+A JSON string may hold the escape of half a surrogate pair, such as `\\ud83d` without a second half. Half a pair stands
+for no character, and neither UTF-8 nor a tokenizer can hold half a pair. As in most decoders, U+FFFD takes its place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def mend_body(data: bytes) -> bytes:
     """Return `data`, JSON in UTF-8, with each escape of half a surrogate pair replaced by the escape of U+FFFD."""
     if b"\\ud" not in data and b"\\uD" not in data:
         return data
-    return mend_escapes(data.decode("latin-1")).encode("latin-1")  # escapes consist of ASCII, so any superset will do
+    return mend_escapes(data.decode("latin-1")).encode("latin-1")  # escapes are ASCII; latin-1 keeps all other bytes
 
 
 def mend_text(text: str) -> str:

@@ -25,12 +25,12 @@ LENGTHS = {
     "minItems": ("maxItems", -1, "array"),
     "maxItems": ("minItems", 1, "array"),
 }
-COST = 64  # what a negated schema counts among the schemas that are read, because its references are resolved in place
+COST = 64  # schemas as which a negated schema counts in `count_read`, because references are resolved in place
 ANNOTATIONS = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"}
 
 
 def negate(schema: Any, base: Any, root: SchemaRoot, path: str, depth: int = 0) -> Any:
-    """Return a schema for the values that `base` allows and `schema` refuses; both conditions together are exact.
+    """Return a schema that, among the values that `base` allows, allows exactly the values that `schema` refuses.
 
     Raises UnsupportedKeyword if there is no such schema; the message begins with `path`.
     """
@@ -106,7 +106,7 @@ def _other_types(named: Any, path: str) -> Any:
 
 
 def finite_values(schema: Any, root: SchemaRoot, depth: int = 0) -> list[Any] | None:
-    """Return the values that `schema` allows at most, or None if their number is not known to be limited."""
+    """Return a list that holds all values that `schema` allows, or None if no such list is known."""
     if not isinstance(schema, Mapping) or depth > 8:
         return None
     root.count_read("$ref")

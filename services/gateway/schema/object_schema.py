@@ -10,7 +10,7 @@ from typing import Any
 from services.gateway.schema.errors import UnsupportedKeyword
 from services.gateway.schema.references import MAX_DEPTH, SchemaRoot, Types
 
-# keywords that say something about the arguments together, which the grammar of calls cannot express
+# keywords that constrain several arguments together, which the grammar of calls cannot express
 NOT_AT_THE_TOP = (
     *("anyOf", "oneOf", "not", "if", "patternProperties", "propertyNames", "minProperties", "maxProperties"),
     *("dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"),

@@ -34,7 +34,7 @@ class TextRules:
 
     - `root`: the whole schema of the tool's arguments.
     - `prefix`: the beginning of the terminals' names, in capital letters.
-    - `is_strict`: True: a constraint that cannot be expressed raises UnsupportedKeyword. False: it is left out.
+    - `is_strict`: True: raise UnsupportedKeyword for a constraint that cannot be expressed. False: leave it out.
     - `end_marker`: the text that ends an argument, and that a string can therefore not contain.
     - `counted`: counts the characters of lengths and patterns.
     """
@@ -43,7 +43,7 @@ class TextRules:
         self._root, self._prefix, self._is_strict, self._end_marker = root, prefix, is_strict, end_marker
         self._counted = counted
         self.rules: list[str] = []
-        self._terminals: dict[str, str] = {}  # by reference; "" where the reference allows any text
+        self._terminals: dict[str, str] = {}  # names of terminals, by reference; "" where the reference allows any text
         self._open: list[str] = []  # references that are being converted
         self._depth = 0  # schemas that are being converted
         self._keywords: dict[str, Callable[[Mapping[str, Any], str, bool], str]] = {
@@ -189,7 +189,7 @@ class TextRules:
         if all(_is_constant(option) for option in options):
             values = [option["const"] for option in options]
             return self._values([value for value in values if values.count(value) == 1], path)
-        # An option that allows more than its schema would refuse too much, because it excludes the other options.
+        # No option may allow more texts than its schema, because each option also excludes its texts from the others.
         found = self._options(options, path, is_strict=True)
         if len(found) > MAX_ONE_OF:
             raise UnsupportedKeyword(path, f"must hold at most {MAX_ONE_OF} schemas, not {len(found)}")
@@ -202,7 +202,7 @@ class TextRules:
         )
 
     def _options(self, options: Sequence[Any], path: str, is_strict: bool) -> list[str]:
-        """Return the languages of the `options` that allow a string. Raises NoText if there are none.
+        """Return an expression for each of the `options` that allows a string. Raises NoText if no option does.
 
         An option that is only a reference to the schema that holds the options adds nothing, and is left out.
         """

@@ -14,7 +14,7 @@ MAX_DEPTH = 64  # `$ref` and nested schemas that are followed from one schema
 MAX_NESTING = 150  # schemas that are converted below one another; Python's stack has room for four times as many
 MAX_VISITS = 10_000  # schemas that one search for types reads; the largest schemas of a grammar have 4,096 nodes
 MAX_READS = 20_000  # schemas that are read for one grammar; a reference that is resolved in place counts each time
-MAX_ROUNDS = 8  # as often as the types of schemas that refer to one another may grow
+MAX_ROUNDS = 8  # rounds in which the types of schemas that refer to one another may grow
 
 
 class SchemaRoot:
@@ -55,7 +55,7 @@ class SchemaRoot:
 
         The types are taken from `type`, `enum`, `const`, `anyOf`, `oneOf`, `allOf` and `$ref`. Schemas that refer to
         themselves have the smallest set of types that fulfils the references: the search is repeated with the types
-        that it found before until the types no longer grow.
+        found so far until no set of types grows.
         """
         self._types, self._num_left = {}, MAX_VISITS
         for _ in range(MAX_ROUNDS):

@@ -271,7 +271,7 @@ class _Parser:
         return f"[{'^' if is_negated else ''}{''.join(members)}]"
 
     def _member(self) -> tuple[str, bool]:
-        """Return the pair (character or set of a class, True if it is a set)."""
+        """Return the next member of a class: the pair (character or set of characters, True if it is a set)."""
         char = self._next()
         if char != "\\":
             return char, False

@@ -1,4 +1,4 @@
-"""A `UniqueArrays` lists the arrays that `uniqueItems` allows, which llguidance does not know, as values of an enum."""
+"""A `UniqueArrays` lists all arrays that a `uniqueItems` allows, for an enum, because llguidance lacks the keyword."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_CHARS = 2**16  # characters of all such arrays of one schema
 
 
 class UniqueArrays:
-    """A `UniqueArrays` counts the characters of all arrays of one schema."""
+    """A `UniqueArrays` makes the arrays for one schema, and limits the characters of all arrays together."""
 
     def __init__(self) -> None:
         self._num_chars = 0
@@ -22,7 +22,7 @@ class UniqueArrays:
     def of(self, values: Sequence[Any], shortest: int, longest: int | None, path: str) -> list[Any]:
         """Return all arrays of `shortest` to `longest` of the `values`, each value at most once.
 
-        Raises UnsupportedKeyword, whose message begins with `path`, if there are none or too many.
+        Raises UnsupportedKeyword, whose message begins with `path`, if there are no such arrays or too many.
         """
         values = list({json.dumps(value): value for value in values}.values())
         sizes = [len(json.dumps(value)) for value in values]
