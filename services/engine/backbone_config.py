@@ -18,8 +18,8 @@ from services.engine.scheduling.memory import MemoryPlan
 from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from services.expert.expert_call import ExpertsUnavailable
 
-# Largest number of logits that a step computes for the logprobs of prompts while other requests run. They lengthen the
-# step by about 10 ms: 8 rows of a vocabulary of 131,072 on a CPU core, or 512 rows on a GPU.
+# Largest number of logits that a step computes for the logprobs of prompts while other requests run. These logits
+# lengthen the step by about 10 ms: 8 rows of a vocabulary of 131,072 on a CPU core, or 512 rows on a GPU.
 SCORED_LOGITS_CPU, SCORED_LOGITS_ELSEWHERE = 2**20, 2**26
 
 

@@ -124,7 +124,7 @@ class Listener:
 def _allow_open_files(number: int) -> None:
     """Raise the process's limit on open files to `number`, or as far as the system allows.
 
-    Many systems allow only 1,024 at first. If connections used them up, the server could accept no connection at all.
+    Many systems allow only 1,024 by default. If connections used them up, the server could accept no connection at all.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)

@@ -285,7 +285,7 @@ def _locate(kind: type[BaseBody], loc: tuple[int | str, ...]) -> _FieldLocation:
 
 
 def _type_name(label: str) -> str:
-    """Return the name of the type to which pydantic gave the `label` "list[str]" or "function-after[check(), Name]"."""
+    """Return the type's name in pydantic's `label` for it, such as "list[str]" or "function-after[check(), Name]"."""
     return label.rpartition(", ")[2].partition("[")[0].rstrip("]")
 
 

@@ -44,8 +44,8 @@ class Grammar:
     """A `Grammar` defines which texts are allowed as an answer; `kind` names the syntax of the definition in `text`.
 
     `num_counted` is the number of characters that lengths and repetitions in the grammar count (such as 80 for
-    `maxLength: 80`), as far as it is known. The number of states that the grammar's lexer may have grows with this
-    number.
+    `maxLength: 80`), as far as this number is known. The number of states that the grammar's lexer may have grows with
+    this number.
     """
 
     kind: GrammarKind

@@ -27,8 +27,8 @@ class GrammarChecker:
     """A `GrammarChecker` checks grammars for the model directory `model`; any thread may call `check`.
 
     There are two lanes, so that slow grammars delay only slow grammars. Every grammar is first checked in the fast
-    lane, which gives it `FAST_SECONDS`. If that is too little, the check begins again in the slow lane. The first call
-    of `check` starts the process that checks; the constructor starts no process.
+    lane, which gives it `FAST_SECONDS`. If this time is too short, the check begins again in the slow lane. The first
+    call of `check` starts the process that checks; the constructor starts no process.
     """
 
     def __init__(self, model: str | Path, max_seconds: float = MAX_SECONDS) -> None:

@@ -70,8 +70,8 @@ class GrammarPool:
     def _submit(self, grammar: Grammar, has_place: bool) -> _Job:
         job = _Job(grammar, hash(grammar))
         if has_place:
-            # A job that runs counts among `max_requests` until it ends, even if the caller gives up: until then it
-            # occupies a thread.
+            # A running job counts among `max_requests` until the job ends, even if the caller gives up, because the
+            # job occupies a thread.
             job.result.add_done_callback(lambda _: self._places.release())
         with self._lock:
             is_closed = self._is_closed

@@ -62,7 +62,7 @@ class CountTokensBody(BaseBody):
     """A `CountTokensBody` is the body of `/v1/messages/count_tokens`: all fields that decide the prompt."""
 
     model: str
-    # The conversation is checked by MessageTurns, in a thread if it is long.
+    # `MessageTurns` checks the next two fields, in a thread if the conversation is long.
     messages: SkipValidation[list[MessageTurn]]
     system: SkipValidation[str | list[TextBlock] | None] = None
     tools: list[ToolDefinition] | None = None

@@ -20,7 +20,7 @@ MANY = 256  # a conversation with more messages counts as large, whatever the me
 SCALARS = (bool, int, float, str, type(None))  # values that a template can render in little time
 CHARS_PER_MESSAGE = CHARS_PER_CALL = 64
 CHARS_PER_VALUE = 8  # characters that a JSON value other than a string counts as
-MANY_CHARS = 1 << 16  # `json_size` stops counting here, so that it takes about 1 ms at most
+MANY_CHARS = 1 << 16  # characters at which `json_size` stops, which bounds its time to about 1 ms
 
 
 def json_size(*values: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class StopStrings:
-    """A `StopStrings` holds a set of stop strings with the tables to find them; any number of matchers share it."""
+    """A `StopStrings` holds stop strings with the tables to find them, and may be shared by any number of matchers."""
 
     def __init__(self, stops: Iterable[str]) -> None:
         self.patterns = [_Pattern(stop) for stop in stops]

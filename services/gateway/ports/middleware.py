@@ -1,4 +1,4 @@
-"""The middlewares in this file act on all requests to the REST API: HEAD, CORS and errors that nobody expected.
+"""The middlewares in this file act on all requests to the REST API: HEAD, CORS and unexpected errors.
 
 Each middleware is a class with the signature of ASGI, as in Starlette.
 """

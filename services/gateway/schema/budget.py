@@ -1,4 +1,4 @@
-"""A `SchemaBudget` limits the size of the JSON schemas of one request, before anything is built from them."""
+"""A `SchemaBudget` limits the size of the JSON schemas of one request, before anything is built from the schemas."""
 
 from __future__ import annotations
 

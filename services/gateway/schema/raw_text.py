@@ -34,7 +34,7 @@ class TextRules:
 
     - `root`: the whole schema of the tool's arguments.
     - `prefix`: the beginning of the terminals' names, in capital letters.
-    - `is_strict`: True: raise UnsupportedKeyword for a constraint that cannot be expressed. False: leave it out.
+    - `is_strict`: True: raise UnsupportedKeyword for a constraint that cannot be expressed. False: omit the constraint.
     - `end_marker`: the text that ends an argument, and that a string can therefore not contain.
     - `counted`: counts the characters of lengths and patterns.
     """

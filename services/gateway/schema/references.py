@@ -22,7 +22,7 @@ class SchemaRoot:
 
     def __init__(self, root: Any) -> None:
         self.root = root
-        self._types: dict[str, Types] = {}  # by reference, as far as they are known
+        self._types: dict[str, Types] = {}  # types by reference, as far as the types are known
         self._done: set[str] = set()  # references whose types are complete in this round
         self._num_left, self._num_reads_left = 0, MAX_READS
 

@@ -135,7 +135,7 @@ HUGE = ["1e309", "-1E+400", "1" + "0" * 310 + ".0", "9" * 210 + "e99", "0.001e40
 @pytest.mark.parametrize("number", HUGE)
 @pytest.mark.parametrize("place", ['{"messages": %s}', '{"messages": [], "chat_template_kwargs": {"a": [{"b": %s}]}}'])
 def test_numbers_that_are_too_large(number: str, place: str) -> None:
-    """Such a number would become infinite, and an answer that repeats it would not be JSON."""
+    """Check that such numbers are refused: they would become infinite, and a response with an infinity is no JSON."""
     with pytest.raises(ApiError) as refused:
         parse_body(ChatBody, (place % number).encode())
     assert refused.value.message.startswith("The body must hold only numbers below 1.8e308, because")
