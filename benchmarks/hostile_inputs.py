@@ -77,13 +77,6 @@ def together(*sends: Send) -> Send:
     return send
 
 
-def after_another(*sends: Send) -> Send:
-    async def send(target: Target) -> str:
-        return ", ".join([await one(target) for one in sends])
-
-    return send
-
-
 def over_grpc(request: pb.GenerateRequest) -> Send:
     async def send(target: Target) -> str:
         options = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))

@@ -21,7 +21,6 @@ ESCAPE = re.compile(
     r"|u(?P<half>[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
     re.DOTALL,
 )
-REPLACEMENT = "\ufffd"
 BLOCK_LEN = 4096  # values that `dump_list` writes at once, which takes about 1 ms
 
 

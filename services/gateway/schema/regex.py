@@ -26,7 +26,6 @@ CLASSES = {  # the sets of ECMA-262, which has ASCII digits and letters only
     "s": SPACES,
 }
 CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "v": "\v", "f": "\f", "0": "\0"}
-SYNTAX = "^$\\.*+?()[]{}|/-"
 
 
 class UnsupportedPattern(ValueError):
