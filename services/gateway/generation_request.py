@@ -89,8 +89,6 @@ class GenerationRequest:
             raise ValueError(f"n must be 1 to {MAX_CHOICES}, not {self.n}.")
         if self.num_choices > MAX_CHOICES:
             raise ValueError(f"n times the number of prompts must be at most {MAX_CHOICES}, not {self.num_choices}.")
-        if self.timeout is not None and not (self.timeout > 0 and math.isfinite(self.timeout)):
-            raise ValueError(f"timeout must be a number of seconds above 0, not {self.timeout}.")
         if self.echo and self.is_chat:
             raise ValueError("echo may only be given with a plain prompt, not with messages.")
         self._check_limits(limits)
@@ -98,6 +96,11 @@ class GenerationRequest:
         if self.answer_format and self.tool_use.is_forced:
             param = self.answer_format.param
             raise ValueError(f"{param} may not be given together with a tool_choice that forces a call.")
+
+    def check_timeout(self) -> None:
+        """Raise ValueError if the timeout is out of its bounds."""
+        if self.timeout is not None and not (self.timeout > 0 and math.isfinite(self.timeout)):
+            raise ValueError(f"timeout must be a number of seconds above 0, not {self.timeout}.")
 
     def _check_limits(self, limits: GatewayLimits) -> None:
         if isinstance(self.prompt, Conversation) and len(self.prompt.messages) > limits.messages:

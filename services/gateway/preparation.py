@@ -82,16 +82,12 @@ class Preparation:
 
         Raises ValueError or ApiError if the request is invalid, and DeadlinePassed if the request's timeout ends first.
         """
-        await self._check(request)
-        params = request.params(self._defaults.values)
-        self.check_ids("logit_bias", params.logit_bias.ids)
-        self.check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_truncation(request.truncate_prompt_tokens)
+        request.check_timeout()
         if request.timeout is None:
-            return await self._choices(request, params)
+            return await self._choices(request)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + request.timeout
-        choices = await _in_time(self._choices(request, params), deadline)
+        choices = await _in_time(self._choices(request), deadline)
         left = max(0.0, deadline - loop.time())
         return [replace(choice, timeout=left) for choice in choices]
 
@@ -111,7 +107,12 @@ class Preparation:
     async def _check(self, request: GenerationRequest) -> None:
         await self._threads.run_if(request.size > INLINE_CHARS, request.check, self._limits)
 
-    async def _choices(self, request: GenerationRequest, params: SamplingParams) -> list[ChoiceRequest]:
+    async def _choices(self, request: GenerationRequest) -> list[ChoiceRequest]:
+        await self._check(request)
+        params = request.params(self._defaults.values)
+        self.check_ids("logit_bias", params.logit_bias.ids)
+        self.check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_truncation(request.truncate_prompt_tokens)
         prompts = request.prompts()
         prepared = await self._threads.run_if(request.size > INLINE_CHARS, self._prepared, prompts, request, params)
         params = params.varied(grammar=await self._grammar(request, prepared[0].in_reasoning))
