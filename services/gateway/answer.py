@@ -20,7 +20,8 @@ from services.gateway.generation_request import GenerationRequest
 from services.gateway.request_body import AnyBody, parse_body
 from services.gateway.request_id import check_request_id
 
-INLINE_BYTES = 16_384  # longer bodies are parsed and read in a thread; parsing this many bytes takes about 2 ms
+# Longer bodies, gRPC requests and stored conversations are read in a thread. Parsing this many bytes takes about 2 ms.
+INLINE_BYTES = 16_384
 
 
 async def read(request: Request, kind: type[AnyBody], generation: Generation) -> tuple[AnyBody, bool]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
+from services.gateway.answer import INLINE_BYTES
 from services.gateway.chat.choice_request import ChoiceRequest
 from services.gateway.chat.text_delta import TextDelta, collect
 from services.gateway.chat.token_usage import TokenUsage
@@ -22,7 +23,6 @@ from services.gateway.request_id import check_request_id
 from services.gateway.rpc.replies import choice_messages, usage_message
 from services.gateway.rpc.requests import generation_request, tokenize_request
 
-INLINE_BYTES = 16_384  # longer requests are read in a thread
 INLINE_SCORES = 1024  # responses with more logprobs are written in a thread; writing this many takes about 5 ms
 
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.gateway.answer import INLINE_BYTES
 from services.gateway.errors import ApiError, ApiRefusal
 from services.gateway.generation import Generation
 from services.gateway.generation_request import GenerationRequest
 from services.gateway.responses.body import ResponsesBody
 from services.gateway.responses.items import Item, parse_items, to_messages
 from services.gateway.responses.store import ResponseStore, StoredItem
-
-INLINE_BYTES = 16_384  # more bytes of stored items are read in a thread
 
 
 @dataclass(frozen=True)
