@@ -46,7 +46,7 @@ class BackboneStream:
     def __init__(self, endpoint: str) -> None:
         self.endpoint, self.is_open = endpoint, False
         self.silent_s = 0.0  # seconds since the last message from the backbone, counted by `BackbonePool`
-        self._commands: asyncio.Queue[pb.Command] = asyncio.Queue()
+        self._commands: asyncio.Queue[pb.Command | None] = asyncio.Queue()  # None comes last, once the stream has ended
         self._inboxes: dict[str, asyncio.Queue[pb.Output | None]] = {}
         self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
         self._task: asyncio.Task[None] | None = None
@@ -130,6 +130,9 @@ class BackboneStream:
         finally:
             self.is_open = False
             log.warning("The stream to the backbone %s is down: %s.", self.endpoint, self._reason)
+            # When a backbone ends a stream, grpc.aio does not cancel the task that waits for the next command. The task
+            # would wait for ever, so it is told to end.
+            self._commands.put_nowait(None)
             for inbox in self._inboxes.values():
                 inbox.put_nowait(None)
 
@@ -140,8 +143,8 @@ class BackboneStream:
                 inbox.put_nowait(output)
 
     async def _send(self) -> AsyncIterator[pb.Command]:
-        while True:
-            yield await self._commands.get()
+        while (command := await self._commands.get()) is not None:
+            yield command
 
 
 def _set_alarm(timeout: float, inbox: asyncio.Queue[pb.Output | None]) -> asyncio.TimerHandle:

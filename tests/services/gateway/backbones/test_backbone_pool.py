@@ -15,6 +15,7 @@ from services.engine.contract.token_output import TokenOutput
 from services.engine.server import EngineServer
 from services.gateway.backbones import backbone_pool, failover
 from services.gateway.backbones.backbone_pool import BackbonePool
+from services.gateway.backbones.backbone_stream import BackboneStream
 from services.gateway.errors import ApiError, ApiRefusal
 from tests.services.gateway.echo import EchoSource
 
@@ -113,6 +114,27 @@ def test_closing_the_generator_or_the_gateway_frees_the_request() -> None:
         await until(lambda: not source.active)
         with pytest.raises(ApiError, match="The gateway that answers this request is stopping; try again"):
             await anext(left)
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_an_idle_stream_that_its_backbone_ended_leaves_no_task(how: str) -> None:
+    async def test(fleet: Fleet, _: BackbonePool) -> None:
+        server = await fleet.start(EchoSource(eos_id=0))
+        [(endpoint, _)] = fleet.servers
+        before = asyncio.all_tasks()
+        stream = BackboneStream(endpoint)
+        await stream.open()
+        assert [output async for output in stream.generate("r1", [1], SamplingParams(max_tokens=1), None)]
+        assert asyncio.all_tasks() - before
+        if how == "stop":
+            await server.stop()
+        await fleet.kill(server)
+        await until(lambda: not stream.is_open)
+        await stream.close()
+        async with asyncio.timeout(5):
+            await until(lambda: asyncio.all_tasks() <= before)
 
     run(test)
 
