@@ -252,7 +252,9 @@ def schema_cases(limits: GatewayLimits, num_bytes: int) -> list[Case]:
         Case(
             "128 tools that fill the body", post(CHAT, chat(tools=[tool(f"f{n}", large) for n in range(128)])), TOO_LONG
         ),
-        Case(f"choice of {num_allowed:,} texts", shaped("choice", choices[:num_allowed])),
+        Case("choice of 1,900 texts", shaped("choice", choices[:1900])),
+        # The text of this grammar is short enough, but the engine's parser finds too many alternatives.
+        Case(f"choice of {num_allowed:,} texts", shaped("choice", choices[:num_allowed]), "400: .*too complex"),
         Case(f"choice of {len(choices):,} texts", shaped("choice", choices), "400: .*at most"),
         Case(f"regex of {MAX_TEXT:,} characters", shaped("regex", TEXT, MAX_TEXT), "200|400: structured_outputs.regex"),
         Case("regex that fills the body", shaped("regex", TEXT), "400: .*at most"),
