@@ -19,7 +19,7 @@ from services.gateway.chat.grammars import CheckGrammar
 from services.gateway.chat.output_processor import OutputProcessor
 from services.gateway.chat.text_delta import TextDelta
 from services.gateway.chat.tokenizer import Tokenizer
-from services.gateway.errors import ApiError, ApiRefusal, client_errors
+from services.gateway.errors import ApiError, ApiRefusal, client_errors, invalid
 from services.gateway.generation_request import GenerationRequest
 from services.gateway.limits import GatewayLimits
 from services.gateway.metrics.request_metrics import RequestMetrics
@@ -97,15 +97,23 @@ class Generation:
         return await self._preparation.choices(request)
 
     async def tokenize(self, request: GenerationRequest, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of the request's prompt."""
+        """Return the token ids of the request's prompt. Raises ApiError if they are more than the gateway's limit."""
         return await self._preparation.token_ids(request, add_special_tokens)
+
+    async def num_tokens(self, request: GenerationRequest, most: int) -> int:
+        """Return the number of tokens of the request's prompt, or `most` + 1 if the prompt has many more."""
+        return await self._preparation.num_tokens(request, most)
 
     async def token_texts(self, token_ids: list[int]) -> list[str]:
         """Return a list with the text of each token, decoded separately from the other tokens."""
         return await self.threads.run_if(len(token_ids) > INLINE_TOKENS, self.tokenizer.texts, token_ids)
 
-    async def detokenize(self, token_ids: list[int]) -> str:
-        """Return the text of the tokens `token_ids`. Raises ValueError if an id is not in the vocabulary."""
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of the tokens `token_ids`.
+
+        Raises ValueError if an id is not in the vocabulary, and ApiError if the ids are more than the gateway's limit.
+        """
+        self.check_num_ids(len(token_ids))
         return await self.threads.run_if(len(token_ids) > INLINE_TOKENS, self._detokenized, token_ids)
 
     async def stream(self, choices: Sequence[ChoiceRequest], request_id: str) -> AsyncGenerator[TextDelta, None]:
@@ -118,7 +126,12 @@ class Generation:
             async for delta in deltas:
                 yield delta
 
-    def _detokenized(self, token_ids: list[int]) -> str:
+    def check_num_ids(self, num_ids: int) -> None:
+        """Raise ApiError if `num_ids` token ids are too many to be detokenized."""
+        if num_ids > (most := self.limits.max_tokenize_tokens(self.card.max_model_len)):
+            raise invalid(f"tokens must hold at most {most} token ids, but holds more.", "tokens")
+
+    def _detokenized(self, token_ids: Sequence[int]) -> str:
         self._preparation.check_ids("tokens", token_ids)
         return self.tokenizer.decode(token_ids)
 

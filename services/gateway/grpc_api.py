@@ -122,7 +122,7 @@ class InferenceApi:
                 is_long = request.ByteSize() > INLINE_BYTES
                 asked = await generation.threads.run_if(is_long, tokenize_request, request)
                 token_ids = await generation.tokenize(asked, add_special_tokens)
-                texts = await generation.token_texts(token_ids)
+                texts = await generation.token_texts(token_ids) if request.return_token_strs else ()
             longest = generation.card.max_model_len
             return pb.TokenizeResponse(token_ids=token_ids, max_model_len=longest, token_texts=texts)
 
@@ -132,7 +132,7 @@ class InferenceApi:
         with self._errors(context):
             self._generation.check_model(request.model)
             with client_errors():
-                return pb.DetokenizeResponse(text=await self._generation.detokenize(list(request.token_ids)))
+                return pb.DetokenizeResponse(text=await self._generation.detokenize(request.token_ids))
 
     def _model(self) -> pb.Model:
         card = self._generation.card

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MIN_BODY_BYTES = 4 << 20  # smallest default of `body_bytes`
 BODY_BYTES_PER_TOKEN = 8  # default of `body_bytes` for models with a long context
+MIN_TOKENIZE_TOKENS = 65_536  # smallest default of `tokenize_tokens`
 
 
 class GatewayLimits(BaseModel):
@@ -30,6 +31,11 @@ class GatewayLimits(BaseModel):
     logit_bias: int = Field(1024, ge=0, le=1 << 17, description="entries of logit_bias")
     stop_strings: int = Field(4, ge=0, le=64, description="stop strings")
     stop_bytes: int = Field(1024, ge=1, le=1 << 16, description="bytes of one stop string")
+    tokenize_tokens: int | None = Field(
+        None,
+        ge=1 << 10,
+        description="tokens that are tokenized or detokenized; default: 65,536, or the context if that is more",
+    )
     messages: int = Field(16_384, ge=16, description="messages of one chat")
     prompt_logprobs: int = Field(
         48 << 10, ge=1 << 10, description="logprobs of all prompts of a request, with alternatives, times n"
@@ -70,3 +76,7 @@ class GatewayLimits(BaseModel):
     def max_body_bytes(self, max_model_len: int) -> int:
         """Return the maximum size of a body in bytes, for a model whose context is `max_model_len` tokens."""
         return self.body_bytes or max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * max_model_len)
+
+    def max_tokenize_tokens(self, max_model_len: int) -> int:
+        """Return how many tokens /tokenize may return and /detokenize may take, for the context `max_model_len`."""
+        return self.tokenize_tokens or max(MIN_TOKENIZE_TOKENS, max_model_len)

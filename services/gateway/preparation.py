@@ -26,7 +26,9 @@ from services.gateway.schema.budget import SchemaBudget
 # default of max_tokens for /v1/completions, as in OpenAI's reference; a chat may use the whole context by default
 DEFAULT_MAX_TOKENS = 16
 NUM_GRAMMAR_THREADS = 32  # grammars that are built or checked at the same time; almost all of them only wait
-CHARS_PER_TOKEN = 10  # characters; in almost any text, the average token is shorter
+CHARS_PER_TOKEN = 5  # characters; most texts that fill a context have shorter tokens on average
+PIECE_CHARS = 65_536  # characters that are tokenized at once to estimate a text's length, which takes about 15 MB
+MANY_CHARS = 2 * PIECE_CHARS  # longer texts are not tokenized at once before the number of their tokens is bounded
 INLINE_CHARS = 16_384  # longer prompts are prepared in a thread; tokenizing this many characters takes about 5 ms
 
 T = TypeVar("T")
@@ -92,10 +94,19 @@ class Preparation:
         return [replace(choice, timeout=left) for choice in choices]
 
     async def token_ids(self, request: GenerationRequest, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of the request's first prompt, however many they are."""
+        """Return the token ids of the request's first prompt, whose number `tokenize_tokens` limits.
+
+        Raises ApiError or ValueError if the prompt is invalid or too long.
+        """
         await self._check(request)
         prompt, *_ = request.prompts()
-        return await self._threads.run_if(request.size > INLINE_CHARS, self._encoded, prompt, add_special_tokens)
+        return await self._threads.run_if(request.size > INLINE_CHARS, self._tokenized, prompt, add_special_tokens)
+
+    async def num_tokens(self, request: GenerationRequest, most: int) -> int:
+        """Return the number of tokens of the request's first prompt, or `most` + 1 if the prompt has many more."""
+        await self._check(request)
+        prompt, *_ = request.prompts()
+        return await self._threads.run_if(request.size > INLINE_CHARS, self._counted, prompt, most)
 
     def check_ids(self, param: str, token_ids: Sequence[int]) -> None:
         """Raise ValueError if a token id is not in the vocabulary; the message names the parameter `param`."""
@@ -172,10 +183,15 @@ class Preparation:
         longest, keep = self._max_model_len, request.truncate_prompt_tokens
         if keep == -1:
             keep = longest - min(params.max_tokens or max(DEFAULT_MAX_TOKENS, params.min_tokens), longest - 1)
-        text = self._tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt
-        if isinstance(text, str) and keep is None:
-            self._check_beginning(text, request.is_chat)
-        token_ids = self._encoded(text, add_special_tokens=not request.is_chat)
+        text = self._rendered(prompt)
+        if isinstance(text, list):
+            token_ids = text
+        elif keep is not None:
+            token_ids = self._bounded(text, not request.is_chat, request.is_chat)
+        elif self._is_much_longer(text, longest, CHARS_PER_TOKEN * longest + INLINE_CHARS):
+            raise self._too_long(longest, request.is_chat, "more than ")
+        else:
+            token_ids = self._tokenizer.encode(text, not request.is_chat)
         if is_cut := keep is not None and len(token_ids) > keep:
             token_ids = token_ids[-keep:]
         if len(token_ids) >= longest:
@@ -188,23 +204,45 @@ class Preparation:
         echo = (str(text) if is_text else self._tokenizer.decode(token_ids)) if request.echo else None
         return PreparedPrompt(token_ids, in_reasoning, echo)
 
-    def _encoded(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
-        if isinstance(prompt, list):
-            return prompt
-        text = self._tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt
-        return self._tokenizer.encode(text, add_special_tokens)
+    def _rendered(self, prompt: Prompt) -> str | list[int]:
+        return self._tokenizer.render(prompt) if isinstance(prompt, Conversation) else prompt
 
-    def _check_beginning(self, text: str, is_chat: bool) -> None:
-        """Raise ApiError if the beginning of a very long `text` alone has twice as many tokens as the context.
+    def _tokenized(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+        text = self._rendered(prompt)
+        return text if isinstance(text, list) else self._bounded(text, add_special_tokens, text is not prompt)
 
-        Tokenizing takes about a second and 200 MB for each megabyte of text.
+    def _bounded(self, text: str, add_special_tokens: bool, is_chat: bool) -> list[int]:
+        """Return the token ids of `text`. Raises ApiError if the ids are more than `tokenize_tokens` allows."""
+        most = self._limits.max_tokenize_tokens(self._max_model_len)
+        if not self._is_much_longer(text, most):
+            token_ids = self._tokenizer.encode(text, add_special_tokens)
+            if len(token_ids) <= most:
+                return token_ids
+        param = "messages" if is_chat else "prompt"
+        raise invalid(f"{param} must have at most {most} tokens to be tokenized or truncated, but has more.", param)
+
+    def _counted(self, prompt: Prompt, most: int) -> int:
+        text = self._rendered(prompt)
+        if isinstance(text, list):
+            return len(text)
+        is_longer = self._is_much_longer(text, most)
+        return most + 1 if is_longer else len(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _is_much_longer(self, text: str, most: int, num_chars: int = MANY_CHARS) -> bool:
+        """Return True if `text` has over `num_chars` characters, and over an eighth more than `most` tokens.
+
+        Tokenizing takes about a second and 250 MB for each megabyte of text. Therefore the text is tokenized in pieces,
+        and the function stops at the first piece with too many tokens. Where two pieces meet, a token may be cut in
+        two, so the count is too high by a few tokens for each piece.
         """
-        num_chars = CHARS_PER_TOKEN * self._max_model_len + INLINE_CHARS
-        if len(text) < 2 * num_chars:
-            return
-        num_tokens = len(self._tokenizer.encode(text[:num_chars]))
-        if num_tokens > 2 * self._max_model_len:
-            raise self._too_long(num_tokens, is_chat, "at least ")
+        if len(text) <= num_chars:
+            return False
+        num_tokens = 0
+        for start in range(0, len(text), PIECE_CHARS):
+            num_tokens += len(self._tokenizer.encode(text[start : start + PIECE_CHARS], add_special_tokens=False))
+            if num_tokens > most + most // 8:
+                return True
+        return False
 
     def _too_long(self, num_prompt: int, is_chat: bool, least: str = "") -> ApiError:
         longest, param = self._max_model_len, "messages" if is_chat else "prompt"

@@ -11,7 +11,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
 
-from services.engine.contract.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from services.engine.contract.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKENS,
+    SamplingParams,
+)
 from services.gateway.chat.tools import Tool, ToolUse
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
 from services.gateway.openai.answer_formats import ResponseFormat, StructuredOutputs
@@ -62,6 +67,16 @@ def _check_stop(value: object) -> object:
 StopList = Annotated[list[str], BeforeValidator(_check_stop, json_schema_input_type=StopForm)]
 
 
+def _check_stop_ids(value: object) -> object:
+    """Return `value` if it is no list, or a list short enough to be parsed. Raises ValueError for a longer list."""
+    if isinstance(value, list) and len(value) > MAX_STOP_TOKENS:
+        raise ValueError(f"must be at most {MAX_STOP_TOKENS} ids, not {len(value)} ids")
+    return value
+
+
+StopIds = Annotated[list[Integer], BeforeValidator(_check_stop_ids)]
+
+
 def _check_logit_bias(value: object) -> object:
     """Return `value` if it has few enough entries to be parsed, and only numbers; the gateway's limit is checked later.
 
@@ -99,7 +114,7 @@ class _RequestBody(InertFields):
     seed: Integer | None = None
     stop: StopList | None = None
     include_stop_str_in_output: bool | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop_token_ids: StopIds | None = None
     ignore_eos: bool | None = None
     min_tokens: Integer | None = None
     n: Integer | None = None

@@ -25,11 +25,13 @@ from services.gateway.openai.tokenizer_bodies import (
     parse_tokenize_body,
 )
 from services.gateway.ports.openapi import takes
+from services.gateway.request_body import parse_body
 from services.gateway.request_id import check_request_id
 from services.gateway.schema.json_text import dump_list, dumps
 
 INLINE_TOKENS = 1024  # longer lists of tokens are written in a thread; writing this many takes less than 1 ms
 INLINE_SCORES = 1024  # responses with more logprobs are written in a thread; writing this many takes about 5 ms
+OTHER_COMMAS = 16  # commas in a body for /detokenize that do not stand between token ids
 DONE = "data: [DONE]\n\n"
 
 
@@ -80,7 +82,9 @@ class OpenAIRoutes:
         return Response(text, media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
-        body, _ = await read(request, DetokenizeBody, self._generation)
+        data, limits = await read_body(request, self._max_body_bytes), self._generation.limits
+        self._generation.check_num_ids(data.count(b",") - OTHER_COMMAS)  # before the ids are parsed
+        body = await self._generation.threads.run_if(len(data) > INLINE_BYTES, parse_body, DetokenizeBody, data, limits)
         self._generation.check_model(body.model)
         with client_errors():
             return JSONResponse({"prompt": await self._generation.detokenize(body.tokens)})

@@ -16,7 +16,7 @@ from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tools import Tool, ToolUse
 from services.gateway.generation_request import AnswerFormat, GenerationRequest
 from services.gateway.openai.answer_formats import StructuredOutputs
-from services.gateway.openai.body import SAMPLING_NAMES, BiasByToken, StopList
+from services.gateway.openai.body import SAMPLING_NAMES, BiasByToken, StopIds, StopList
 from services.gateway.openai.tool_choice import ToolChoice, tool_use
 from services.gateway.request_body import BaseBody, Integer, Metadata, only
 
@@ -177,7 +177,7 @@ class ResponsesBody(BaseBody):
     top_k: Integer | None = None
     min_p: float | None = None
     seed: Integer | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop_token_ids: StopIds | None = None
     ignore_eos: bool | None = None
     min_tokens: Integer | None = None
     presence_penalty: float | None = None

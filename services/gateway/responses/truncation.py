@@ -46,4 +46,4 @@ def _from(request: GenerationRequest, whole: Conversation, num_kept: int, first:
 
 
 async def _num_tokens(generation: Generation, request: GenerationRequest) -> int:
-    return len(await generation.tokenize(request, add_special_tokens=False))
+    return await generation.num_tokens(request, generation.card.max_model_len)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from services.gateway.limits import BODY_BYTES_PER_TOKEN, MIN_BODY_BYTES, GatewayLimits
+from services.gateway.limits import BODY_BYTES_PER_TOKEN, MIN_BODY_BYTES, MIN_TOKENIZE_TOKENS, GatewayLimits
 
 
 def test_settings_change_only_what_they_name() -> None:
@@ -35,3 +35,9 @@ def test_a_body_may_hold_the_whole_context() -> None:
     assert GatewayLimits().max_body_bytes(1000) == MIN_BODY_BYTES
     assert GatewayLimits().max_body_bytes(1 << 20) == BODY_BYTES_PER_TOKEN << 20
     assert GatewayLimits(body_bytes=5000).max_body_bytes(1 << 20) == 5000
+
+
+def test_the_whole_context_may_be_tokenized() -> None:
+    assert GatewayLimits().max_tokenize_tokens(1000) == MIN_TOKENIZE_TOKENS
+    assert GatewayLimits().max_tokenize_tokens(1 << 20) == 1 << 20
+    assert GatewayLimits(tokenize_tokens=5000).max_tokenize_tokens(1 << 20) == 5000

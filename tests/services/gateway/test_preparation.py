@@ -20,7 +20,8 @@ from services.gateway.chat.tools import Tool, ToolMode, ToolUse
 from services.gateway.errors import ApiError
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.generation_request import GenerationRequest
-from services.gateway.preparation import INLINE_CHARS
+from services.gateway.limits import MIN_TOKENIZE_TOKENS
+from services.gateway.preparation import INLINE_CHARS, PIECE_CHARS
 from tests.services.gateway.echo import EchoSource
 
 LEN = 1000
@@ -270,12 +271,51 @@ def test_only_the_beginning_of_a_much_too_long_prompt_is_tokenized(
         return encode(self, text, add_special_tokens)
 
     monkeypatch.setattr(Tokenizer, "encode", counting)
-    with pytest.raises(ApiError, match=r"However, your prompt resulted in at least 26384 tokens\.") as refused:
+    with pytest.raises(ApiError, match=r"However, your prompt resulted in more than 1000 tokens\.") as refused:
         prepare(generation, "a" * 10**6)
     assert refused.value.code == "context_length_exceeded"
-    assert num_chars == [26_384]
-    [choice] = prepare(generation, "a" * 10**6, truncate_prompt_tokens=3)
+    assert num_chars == [PIECE_CHARS]
+    [choice] = prepare(generation, "a" * MIN_TOKENIZE_TOKENS, truncate_prompt_tokens=3)
     assert len(choice.prompt_token_ids) == 3
+
+
+def test_the_tokens_of_a_text_are_bounded_before_the_text_is_tokenized_at_once(
+    generation: Generation, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_chars: list[int] = []
+    encode = Tokenizer.encode
+
+    def counting(self: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+        num_chars.append(len(text))
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode", counting)
+    long = "a" * 10**6
+    chat = Conversation((ChatMessage("user", long),))
+    for request in (GenerationRequest(long), GenerationRequest(chat)):
+        with pytest.raises(ApiError, match=r"must have at most 65536 tokens to be tokenized"):
+            asyncio.run(generation.tokenize(request, add_special_tokens=False))
+        assert asyncio.run(generation.num_tokens(request, most=70_000)) == 70_001
+    with pytest.raises(ApiError, match=r"^prompt must have at most 65536 tokens"):
+        prepare(generation, long, truncate_prompt_tokens=3)
+    assert set(num_chars) == {PIECE_CHARS}
+    for num_tokens in (65_536, 65_537):  # texts that are tokenized at once
+        request = GenerationRequest("a" * num_tokens)
+        assert asyncio.run(generation.num_tokens(request, most=10)) == num_tokens
+        if num_tokens == 65_536:
+            assert len(asyncio.run(generation.tokenize(request, add_special_tokens=False))) == num_tokens
+        else:
+            with pytest.raises(ApiError, match=r"^prompt must have at most 65536 tokens"):
+                asyncio.run(generation.tokenize(request, add_special_tokens=False))
+
+
+def test_a_long_text_of_long_tokens_is_tokenized(generation: Generation, tokenizer: Tokenizer) -> None:
+    """Check that a text of many characters, which is counted first, is refused only for its tokens."""
+    generation = Generation(generation._source, Tokenizer(DEMO), ModelCard("demo", LEN, 1))
+    text = " " * 160_000
+    token_ids = asyncio.run(generation.tokenize(GenerationRequest(text), add_special_tokens=False))
+    assert generation.tokenizer.decode(token_ids) == text
+    assert len(token_ids) < 20_000
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,16 @@ from pydantic import ValidationError
 
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
 from services.gateway.anthropic.messages_body import CountTokensBody, MessagesBody
-from services.gateway.generation import Generation
+from services.gateway.chat.tokenizer import Tokenizer
+from services.gateway.generation import Generation, ModelCard
 from services.gateway.generation_request import GenerationRequest
 from services.gateway.health import Health
+from services.gateway.limits import GatewayLimits
 from services.gateway.openai.body import ChatBody, CompletionBody
 from services.gateway.openai.tokenizer_bodies import TokenizeChatBody
+from services.gateway.rest import build_rest
 from tests.services.gateway.conftest import MAX_BODY_BYTES
-from tests.services.gateway.echo import EchoSource
+from tests.services.gateway.echo import EchoSource, serving
 
 NO_TYPE = "type must be one or more of array, boolean, integer, null, number, object, string, not 'x'."
 
@@ -467,13 +470,37 @@ def test_entries_of_logit_bias_are_counted_before_they_are_parsed() -> None:
 def test_long_bodies_of_every_kind(http: httpx.Client, source: EchoSource) -> None:
     """Check that bodies which are parsed, prepared and answered in threads get the same answers as short ones."""
     source.script = [66]
-    long = "a" * 70_000
+    long = "a" * 60_000
     assert http.post("/v1/completions", json={"prompt": long, "truncate_prompt_tokens": 5}).status_code == 200
     refused = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": long}]}).json()["error"]
     assert refused["message"].startswith("This model's maximum context length is 64 tokens. However, your messages res")
     tokens = http.post("/tokenize", json={"prompt": long, "return_token_strs": True}).json()
-    assert (tokens["count"], len(tokens["tokens"]), tokens["token_strs"][-1]) == (70_000, 70_000, "a")
+    assert (tokens["count"], len(tokens["tokens"]), tokens["token_strs"][-1]) == (60_000, 60_000, "a")
     assert http.post("/detokenize", json={"tokens": tokens["tokens"][:30_000]}).json() == {"prompt": "a" * 30_000}
+
+
+def test_ids_to_detokenize_are_counted_before_they_are_parsed(
+    source: EchoSource, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = GatewayLimits(tokenize_tokens=1024)
+    generation = Generation(source, tokenizer, ModelCard("echo", 64, created=1), limits=limits)
+    with serving(build_rest(generation, lambda: Health(is_ready=True))) as url:
+        assert httpx.post(f"{url}/detokenize", json={"tokens": [65] * 1024, "model": "echo"}).status_code == 200
+        sentence = "tokens must hold at most 1024 token ids, but holds more."
+        assert httpx.post(f"{url}/detokenize", json={"tokens": [65] * 1025}).json()["error"]["message"] == sentence
+        monkeypatch.setattr("services.gateway.openai.routes.parse_body", None)
+        refused = httpx.post(f"{url}/detokenize", json={"tokens": [65] * 10_000})
+        assert (refused.status_code, refused.json()["error"]["message"]) == (400, sentence)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_stop_token_ids_are_counted_before_they_are_checked(http: httpx.Client, path: str) -> None:
+    asked = {"prompt": "a"} if path == "/v1/completions" else {"input": "a"} if path == "/v1/responses" else {}
+    asked |= {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {}
+    refused = http.post(path, json=asked | {"stop_token_ids": ["no number"] * 129})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "stop_token_ids must be at most 128 ids, not 129 ids."
+    assert http.post(path, json=asked | {"stop_token_ids": [5.0] * 128}).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -109,11 +109,38 @@ def test_every_error_has_a_request_id(generation: Generation) -> None:
 def test_messages_are_bounded_as_bodies_are(generation: Generation) -> None:
     async def test() -> None:
         async with channel(generation, body_bytes=1 << 20) as opened:
+            for num_chars, code in ((1 << 20, "RESOURCE_EXHAUSTED"), ((1 << 20) - 100, "INVALID_ARGUMENT")):
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await stub(opened).Tokenize(pb.TokenizeRequest(text="a" * num_chars))
+                assert raised.value.code().name == code
+            assert raised.value.details().startswith("prompt must have at most 65536 tokens to be tokenized")
+            answer = await stub(opened).Tokenize(pb.TokenizeRequest(text="a" * 1000))
+            assert len(answer.token_ids) == 1000
+            assert not answer.token_texts
+
+
+def test_ids_to_detokenize_are_bounded(generation: Generation) -> None:
+    async def test() -> None:
+        async with channel(generation) as opened:
+            answer = await stub(opened).Detokenize(pb.DetokenizeRequest(token_ids=[65] * 65_536))
+            assert len(answer.text) == 65_536
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await stub(opened).Tokenize(pb.TokenizeRequest(text="a" * (1 << 20)))
-            assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-            answer = await stub(opened).Tokenize(pb.TokenizeRequest(text="a" * ((1 << 20) - 100)))
-            assert len(answer.token_ids) > 1000
+                await stub(opened).Detokenize(pb.DetokenizeRequest(token_ids=[65] * 65_537))
+            assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert raised.value.details() == "tokens must hold at most 65536 token ids, but holds more."
+
+    run(test)
+
+
+def test_a_long_text_of_messages_is_bounded(generation: Generation) -> None:
+    async def test() -> None:
+        async with channel(generation, body_bytes=1 << 20) as opened:
+            chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="a" * 500_000)])
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await stub(opened).Tokenize(pb.TokenizeRequest(chat=chat))
+            assert raised.value.details().startswith("messages must have at most 65536 tokens to be tokenized")
+
+    run(test)
 
     run(test)
 
