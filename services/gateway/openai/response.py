@@ -7,7 +7,6 @@ plain dictionaries, because building the types of the `openai` package takes 150
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +16,10 @@ from services.gateway.chat.output_processor import TOOL_CALLS
 from services.gateway.chat.text_delta import TextDelta
 from services.gateway.chat.token_usage import TokenUsage
 from services.gateway.openai.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
+from services.gateway.schema.json_text import ENCODE, dump_parts
 
 COMPLETION, CHAT, CHAT_CHUNK = "text_completion", "chat.completion", "chat.completion.chunk"
 FUNCTION_CALL = "function_call"  # finish reason of an answer that calls one of the `functions` of OpenAI's older API
-
-ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,12 @@ class ResponseHead:
     created: int
     model: str
 
-    def with_choices(self, object_: str, choices: list[dict[str, Any]], more: dict[str, Any]) -> str:
+    def with_choices(
+        self, object_: str, choices: list[dict[str, Any]], more: dict[str, Any], is_long: bool = False
+    ) -> str:
+        """Return the JSON text of a response or chunk; if `is_long` is True, the text is written in parts."""
         fields = {"id": self.id, "object": object_, "created": self.created, "model": self.model, "choices": choices}
-        return ENCODE(fields | more)
+        return dump_parts(fields | more) if is_long else ENCODE(fields | more)
 
 
 def usage_fields(usage: TokenUsage) -> dict[str, Any]:
@@ -63,13 +64,15 @@ class CompletionFormat:
         if self.has_prompt_logprobs:
             for choice, delta in zip(listed, choices, strict=True):
                 choice["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs)
-        return self.head.with_choices(COMPLETION, listed, {"system_fingerprint": None, **usage_fields(usage)})
+        more = {"system_fingerprint": None, **usage_fields(usage)}
+        return self.head.with_choices(COMPLETION, listed, more, is_long=True)
 
     def chunks(self, delta: TextDelta, is_first: bool, more: dict[str, Any]) -> list[str]:
         """Return the chunks of a stream for `delta`, with the fields `more`; `is_first` has no effect."""
         if not (delta.is_shown or (self.has_ids and delta.token_ids)):
             return []
-        return [self.head.with_choices(COMPLETION, [self._choice(delta)], more)]
+        is_long = bool(delta.prompt_logprobs)
+        return [self.head.with_choices(COMPLETION, [self._choice(delta)], more, is_long)]
 
     def usage_chunk(self, usage: TokenUsage) -> str:
         """Return the last chunk of a stream with `include_usage`, which holds the token usage and no choices."""
@@ -97,7 +100,7 @@ class ChatFormat:
             more["prompt_logprobs"] = prompt_logprobs(choices[0].prompt_logprobs)
         if self.has_ids:
             more |= _prompt_ids(choices[0])
-        return self.head.with_choices(CHAT, [self._whole_choice(choice) for choice in choices], more)
+        return self.head.with_choices(CHAT, [self._whole_choice(choice) for choice in choices], more, is_long=True)
 
     def chunks(self, delta: TextDelta, is_first: bool, more: dict[str, Any]) -> list[str]:
         """Return the chunks of a stream for `delta`, with the fields `more`.
