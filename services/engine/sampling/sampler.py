@@ -144,7 +144,8 @@ def _logprobs(logits_SV: Tensor, tokens: Sequence[int | None], rows: Sequence[Sa
     for some in _groups(list(asked), logits_SV):
         token_ids = [token for s in some if (token := tokens[s]) is not None]
         logprobs = token_logprobs(logits_SV[some], token_ids, max(asked[s] for s in some))
-        found |= {s: replace(each, top=each.top[: asked[s]]) for s, each in zip(some, logprobs, strict=True)}
+        for s, each in zip(some, logprobs, strict=True):
+            found[s] = each if len(each.top) == asked[s] else replace(each, top=each.top[: asked[s]])
     return found
 
 
