@@ -14,7 +14,7 @@ from services.gateway.generation import Generation, ModelCard
 from services.gateway.health import Health
 from services.gateway.limits import GatewayLimits
 from services.gateway.rest import build_rest
-from tests.services.gateway.echo import EOS, EchoSource, save_tokenizer, serving
+from tests.services.gateway.echo import EOS, EchoSource, plain_http, save_tokenizer, serving
 
 MAX_BODY_BYTES = 100_000
 LIMITS = GatewayLimits(body_bytes=MAX_BODY_BYTES)
@@ -74,11 +74,12 @@ def url(generation: Generation, health: dict[str, Health]) -> Iterator[str]:
 
 @pytest.fixture
 def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url) as client:
+    with plain_http(base_url=url) as client:
         yield client
 
 
 @pytest.fixture
 def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    http = plain_http()
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client:
         yield client

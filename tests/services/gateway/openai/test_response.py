@@ -10,7 +10,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from services.gateway.chat.tokenizer import Tokenizer
-from tests.services.gateway.echo import EchoSource
+from tests.services.gateway.echo import EchoSource, plain_http
 from tests.services.gateway.weather import ARGUMENTS, CALL, WEATHER
 
 USER = {"role": "user", "content": "hi"}
@@ -116,7 +116,8 @@ def test_unusual_line_ends_are_escaped(http: httpx.Client, source: EchoSource, t
 
 def test_responses_have_the_types_of_the_official_client(url: str, source: EchoSource, tokenizer: Tokenizer) -> None:
     source.script = tokenizer.encode("because\n</think>\n\n" + CALL)
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="x", _strict_response_validation=True) as client:
+    http = plain_http()
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="x", _strict_response_validation=True, http_client=http) as client:
         more: Any = {"model": "echo", "messages": [USER], "tools": [WEATHER.to_template()], "logprobs": True}
         thinking = {"enable_thinking": True, "return_token_ids": True}
         whole = client.chat.completions.create(**more, top_logprobs=2, n=2, extra_body=thinking)

@@ -24,7 +24,7 @@ from services.gateway.health import Health
 from services.gateway.operator.admin import add_admin
 from services.gateway.operator.operations import ExpertTier, Operations
 from services.gateway.rest import build_rest
-from tests.services.gateway.echo import serving
+from tests.services.gateway.echo import plain_http, serving
 
 KEY = "the key of this test"
 LAYERS = [LayerSpec(0, 3, 1 << 20, 1), LayerSpec(4, 2, 1 << 20, 1)]
@@ -131,7 +131,7 @@ def serve(generation: Generation, key: str | None, fleet: Fleet | None) -> Any:
 def http(fleet: Fleet, generation: Generation) -> Iterator[httpx.Client]:
     with (
         serve(generation, KEY, fleet) as url,
-        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client,
+        plain_http(base_url=url, headers={"Authorization": f"Bearer {KEY}"}) as client,
     ):
         yield client
 

@@ -11,7 +11,7 @@ from services.engine.grammar.compiled_grammar import GrammarCompiler
 from services.gateway.chat.tokenizer import Tokenizer
 from services.gateway.generation import Generation, ModelCard
 from services.gateway.limits import GatewayLimits
-from tests.services.gateway.echo import EchoSource
+from tests.services.gateway.echo import EchoSource, plain_http
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -33,7 +33,13 @@ def generation(source: EchoSource, tokenizer: Tokenizer, compiler: GrammarCompil
 @pytest.fixture
 def client(url: str) -> Iterator[openai.OpenAI]:
     """Replace the client of other tests with one that refuses responses of a wrong form."""
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, _strict_response_validation=True) as client:
+    with openai.OpenAI(
+        base_url=f"{url}/v1",
+        api_key="none",
+        max_retries=0,
+        _strict_response_validation=True,
+        http_client=plain_http(),
+    ) as client:
         yield client
 
 
