@@ -60,6 +60,7 @@ class ShardDeployment:
     async def __init__(self, args: AppArgs, pool: PoolArgs) -> None:  # type: ignore[misc]
         logs.configure(pool.name, args.log_format)
         torch.set_num_threads(max(1, int(pool.num_cpus)))
+        args = await run_at_low_priority(args.resolved)
         family = await run_at_low_priority(load_family, args.model)
         config = ShardConfig(
             shard_id=f"{pool.name}-{serve.get_replica_context().replica_id.unique_id}",
@@ -99,6 +100,7 @@ class ControllerDeployment:
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("controller", args.log_format)
+        args = await run_at_low_priority(args.resolved)
         family = await run_at_low_priority(load_family, args.model)
         pools = {pool.name: pool.scaling for pool in args.pools if pool.is_elastic}
         config = ControllerConfig(args.num_shards, family.checkpoint.digest, args.torch_dtype, pools=pools)
@@ -132,6 +134,7 @@ class BackboneDeployment:
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         logs.configure("backbone", args.log_format)
         log.info("Arithmetic: %s.", "; ".join(args.arithmetic()))
+        args = await asyncio.to_thread(args.resolved)
         family = load_family(args.model)
         config = BackboneConfig(
             dtype=args.torch_dtype,
@@ -187,9 +190,13 @@ def _deployment(
 def build_app(args: AppArgs) -> Application:
     """Return the whole application: gateway and backbone; with remote experts also the controller and the pools.
 
-    Raise ValueError if an argument is wrong or if the model cannot be served. The function itself starts nothing.
+    Raise ValueError if an argument is wrong or if the model cannot be served. The function itself starts nothing. If
+    the model is a repository, its files are downloaded to this node; each other node downloads the same commit when it
+    starts a replica.
     """
-    family = args.check()
+    resolved = args.resolved()
+    family = resolved.check()
+    args = args.pinned(resolved)
     backbone = _deployment(
         BackboneDeployment,
         "backbone",

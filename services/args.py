@@ -3,11 +3,12 @@
 `AppArgs.check` validates the arguments.
 """
 
+import logging
 import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator
@@ -26,7 +27,10 @@ from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS
 from services.engine.drafting.drafter import bytes_per_request
 from services.engine.scheduling.memory import MemoryPlan, plan_memory
 from services.gateway.limits import GatewayLimits
+from services.hub import Repository, Say, model_directory
 from services.logs import LogFormat
+
+log = logging.getLogger(__name__)
 
 MIN_HIDDEN_FOR_THREADS = 1024  # hidden size from which a backbone on a CPU uses several threads
 # The further ahead a token is drafted, the more rarely it is accepted. 16 drafts in a row were never accepted.
@@ -35,17 +39,21 @@ NUM_HOMES = 2  # number of homes of every expert, on different shards
 SHARE_MARGIN = 1.1  # memory of a shard, as a multiple of its even share: whole experts rarely divide evenly
 DEFAULT_STATE_MEMORY = 1 << 30  # bytes
 CHECKPOINT_SHARE = 0.25  # largest share of the state memory for the state checkpoints of the prefix cache
+LOG_PERIOD_S = 30.0  # seconds between two log lines about the download of a model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 Labels = dict[str, str]
 
 
-def _name_of(path: Path) -> str:
-    """Return the name of the model in the directory `path`.
+def _name_of(model: str) -> str:
+    """Return the name of `model`: of a repository, the id; of a directory, the name of the directory.
 
     A model in the cache of Hugging Face has the directory `models--org--name/snapshots/commit` and the name `org/name`.
     """
+    if named := Repository.parse(model):
+        return named.id
+    path = Path(model).resolve()
     repository = path.parent.parent.name
     if path.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
@@ -149,7 +157,7 @@ class AppArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = str(DEMO)
+    model: str = Field(str(DEMO), description="model directory, or ORG/NAME or ORG/NAME@REVISION on Hugging Face's hub")
     model_name: str = ""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -223,7 +231,25 @@ class AppArgs(BaseModel):
 
     @property
     def name(self) -> str:
-        return self.model_name or ("demo" if self.model == str(DEMO) else _name_of(Path(self.model).resolve()))
+        return self.model_name or ("demo" if self.model == str(DEMO) else _name_of(self.model))
+
+    def resolved(self, say: Say | None = None) -> Self:
+        """Return a copy with a directory of this machine as the model, under the same name.
+
+        A repository's files are downloaded unless the cache has them; `say`, or else the log, is told the progress.
+        Raises ValueError with one sentence if the files cannot be downloaded.
+        """
+        directory = model_directory(self.model, say) if say else model_directory(self.model, log.info, LOG_PERIOD_S)
+        return self.model_copy(update={"model": directory, "model_name": self.name})
+
+    def pinned(self, resolved: Self) -> Self:
+        """Return a copy whose model, if it is a repository, has the commit that `resolved` has found as its revision.
+
+        Replicas on other nodes then read the same commit, even if the repository's branch has moved.
+        """
+        repository = Repository.parse(self.model)
+        model = self.model if repository is None else f"{repository.id}@{Path(resolved.model).name}"
+        return self.model_copy(update={"model": model})
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -128,6 +128,7 @@ class GatewayDeployment:
         *_: DeploymentHandle[Any],
     ) -> None:
         logs.configure("gateway", args.log_format)
+        args = args.resolved()
         family = load_family(args.model)
         card = ModelCard(args.name, args.context(family), int(time.time()))
         # "auto" means all interfaces, because a port-forward of Kubernetes connects to the pod's own 127.0.0.1.

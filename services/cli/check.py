@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from services.cli.terminal import console, plain_errors
+from services.cli.terminal import console, plain_errors, progress
+from services.hub import absolute_path
 
 
-def check(model: Annotated[str, typer.Option(help="Hugging Face model directory to check.")]) -> None:
+def check(
+    model: Annotated[
+        str,
+        typer.Option(help="Hugging Face model directory, or ORG/NAME or ORG/NAME@REVISION, which is downloaded."),
+    ],
+) -> None:
     """Tell whether a model directory is complete and can be served.
 
-    No weights are read.
+    No weights are read, but a model that is not on this machine is downloaded.
     """
     with plain_errors():
         from services.args import AppArgs
 
-        args = AppArgs(model=str(Path(model).resolve()), experts="local")
+        with progress() as say:
+            args = AppArgs(model=absolute_path(model), experts="local").resolved(say)
         family = args.check()
         num_experts = sum(shape.num_experts for shape in family.expert_shapes)
         console.print(f"{args.model} can be served: {num_experts:,} routed experts, none of its tensors is missing.")

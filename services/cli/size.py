@@ -20,7 +20,8 @@ from cluster.sizing.model_configs import model_sizes
 from cluster.sizing.sizing import Sizing, size
 from cluster.sizing.weight_formats import Dtype, dtype_of
 from services.cli.size_tables import LEGEND, all_table, size_tables
-from services.cli.terminal import AsJson, console, plain_errors
+from services.cli.terminal import AsJson, console, plain_errors, progress
+from services.hub import Repository
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
@@ -28,7 +29,10 @@ SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # this version serves 
 
 
 def size_model(
-    model: Annotated[str, typer.Option(help="Model directory, config.json, part of a public model's name, or all.")],
+    model: Annotated[
+        str,
+        typer.Option(help="Model directory, config.json, part of a public model's name, ORG/NAME on the hub, or all."),
+    ],
     gpu: Annotated[str, typer.Option(help=f"GPU: one of {', '.join(GPUS)}.")] = "h200",
     dtype: Annotated[
         str, typer.Option(help=f"Format of the weights: {', '.join(DTYPES)}, or auto for the format of the checkpoint.")
@@ -72,12 +76,17 @@ def size_model(
 def read_config(model: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the config of a model.
 
-    `model` is the path of a model directory, the path of a config file, or a part of a public model's name. Raises
-    ValueError with one sentence if there is no such model or if the config cannot be read.
+    `model` is the path of a model directory, the path of a config file, a part of a public model's name, or the name of
+    a repository, of which only the config is downloaded. Raises ValueError with one sentence if there is no such model
+    or if the config cannot be read.
     """
     path = Path(model)
+    repository = Repository.parse(model)
     if path.is_dir():
         path /= "config.json"
+    elif repository and not path.is_file():
+        with progress() as say:
+            path = repository.directory(say, ("config.json",)) / "config.json"
     elif not path.is_file():
         return find_model(model), known_config(model)
     try:
@@ -90,6 +99,8 @@ def read_config(model: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+    if repository:
+        return repository.id, config
     return path.resolve().parent.name if path.name == "config.json" else path.stem, config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
@@ -26,6 +26,31 @@ def plain_errors() -> Iterator[None]:
         _fail(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}")
     except (ValueError, RuntimeError) as error:  # Ray Serve raises RuntimeError if a deployment does not start
         _fail(str(error))
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows the progress of a long task on standard error, such as a download.
+
+    On a terminal, one line changes in place until the body ends. Elsewhere, only the first message is written.
+    """
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    status = errors.status("")
+    has_begun = False
+
+    def say(news: str) -> None:
+        nonlocal has_begun
+        if not has_begun and not errors.is_terminal:
+            errors.print(f"expertmesh: {news}", markup=False)
+        elif errors.is_terminal:
+            status.update(news)
+            status.start()
+        has_begun = True
+
+    try:
+        yield say
+    finally:
+        status.stop()
 
 
 def _fail(sentence: str) -> NoReturn:

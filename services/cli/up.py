@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,15 +13,23 @@ from services.cli.start_display import showing
 from services.cli.start_steps import StartReporter, StartStep, StepReport, steps_to_show
 from services.cli.terminal import console, plain_errors
 from services.gateway.limits import GatewayLimits
+from services.hub import absolute_path
 
 if TYPE_CHECKING:  # `_checked_args` imports AppArgs later, because importing torch takes seconds
     from services.args import AppArgs
 
 
 def up(
-    model: Annotated[str, typer.Option(help="Hugging Face model directory. Default: the demo model.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hugging Face model directory, or ORG/NAME or ORG/NAME@REVISION, which is downloaded. Default: the "
+            "demo model."
+        ),
+    ] = "",
     model_name: Annotated[
-        str, typer.Option(help="Name by which clients ask for the model. Default: the name of its directory.")
+        str,
+        typer.Option(help="Name by which clients ask for the model. Default: ORG/NAME, or the name of its directory."),
     ] = "",
     shards: Annotated[int, typer.Option(min=1, help="Number of expert shards; each is a process of its own.")] = 3,
     max_shards: Annotated[
@@ -134,7 +141,7 @@ def up(
         ],
     }
     if model:
-        options["model"] = str(Path(model).resolve())
+        options["model"] = absolute_path(model)
     with plain_errors():
         options["limits"] = GatewayLimits.parse(limit or [])
         _serve(options, port, grpc_port, ray_address or None)
@@ -146,7 +153,7 @@ def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str 
     try:
         with ExitStack() as stack:
             with showing(console, steps_to_show(options["experts"] == "local", bool(ray_address))) as reporter:
-                args = _checked_args(options, reporter)
+                args = _checked_args(options, reporter, is_joining=bool(ray_address))
                 from services.cli.local_application import Ports, logs_path, running
 
                 stack.enter_context(running(args, Ports(port, grpc_port), reporter, ray_address))
@@ -162,12 +169,18 @@ def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str 
         console.print("Stopped.")
 
 
-def _checked_args(options: dict[str, Any], reporter: StartReporter) -> AppArgs:
-    """Check the model, print how the application will run, and return the application's arguments."""
-    reporter.report(StepReport(StartStep.MODEL, "checking the checkpoint"))
+def _checked_args(options: dict[str, Any], reporter: StartReporter, is_joining: bool) -> AppArgs:
+    """Check the model, print how the application will run, and return the application's arguments.
+
+    A model on a hub is downloaded here, before Ray starts. The nodes of a cluster that is joined may not share this
+    machine's disk. So each of them finds or downloads the files itself, at the commit that is checked here.
+    """
+    reporter.report(StepReport(StartStep.MODEL, "looking for the checkpoint"))
     from services.args import AppArgs
 
-    args = AppArgs(**options)
+    asked = AppArgs(**options)
+    args = asked.resolved(lambda news: reporter.report(StepReport(StartStep.MODEL, news, is_news=True)))
+    reporter.report(StepReport(StartStep.MODEL, "checking the checkpoint"))
     family = args.check()
     reporter.report(StepReport(StartStep.MODEL, "complete, can be served", is_done=True))
     console.print(f"Memory for requests: {args.memory_plan(family)}.")
@@ -180,7 +193,7 @@ def _checked_args(options: dict[str, Any], reporter: StartReporter) -> AppArgs:
         console.print("Drafting is off.")
     dtype = str(args.torch_dtype).removeprefix("torch.")
     console.print(f"Starting {args.name} from {args.model}: {_expert_tier(args)}, {dtype}.")
-    return args
+    return asked.pinned(args) if is_joining else args
 
 
 def _expert_tier(args: AppArgs) -> str:
