@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import DeploymentStatusOverview
 
 import model.cpu  # noqa: F401  sets the folder in which numba keeps compiled kernels
 from cluster.control.embedded_redis import EmbeddedRedis
@@ -29,11 +30,13 @@ from cluster.control.registry_store import StoreUnavailable
 from model.family import load_family
 from services.app import GRPC_SERVICERS, build_app
 from services.args import AppArgs
-from services.cli.start_steps import StartGoal, StartObservation, StartReporter, StartStep, StepReport, steps_of
+from services.cli.start_failure import reason_of
+from services.cli.start_steps import SHARDS, StartGoal, StartObservation, StartReporter, StartStep, StepReport, steps_of
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "expertmesh"
+OUR_DEPLOYMENTS = ("gateway", "backbone", "controller")  # every other deployment is a pool of shards
 # CPUs that Ray may give to the gateway, the controller and Serve. Backbones and shards have further CPUs.
 OTHER_CPUS = 8
 # Seconds between two observations; each observation costs Serve's controller up to 0.2 s if the machine is busy.
@@ -92,8 +95,8 @@ def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: s
 
     The body begins when the application is ready for its first request. `reporter` is told the progress of each step of
     the start. `ray_address` is the address of a Ray cluster to join; if None, Ray is started on this machine. Raises
-    ValueError with one sentence if a port or the store cannot be used. Raises RuntimeError if Ray Serve cannot deploy
-    the application.
+    ValueError with one sentence if a port or the store cannot be used. Raises RuntimeError with one sentence if a
+    replica does not start.
     """
     if ports.http == ports.grpc:
         raise ValueError(f"--port and --grpc-port are both {ports.http}; they must differ")
@@ -123,9 +126,31 @@ def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: s
         # If the start fails, this callback runs first. The user sees the failure before Serve, Ray and the store stop.
         stack.callback(reporter.end)
         with StartWatch(args, goal, reporter) as watch:
-            serve.run(build_app(args), name=APP_NAME, route_prefix="/")
+            _deploy(build_app(args))
         watch.complete()
         yield args
+
+
+def _deploy(app: serve.Application) -> None:
+    """Start the application, and wait until all of its replicas run.
+
+    Raises RuntimeError with one sentence that gives the reason if Serve gives up starting a deployment. Serve tries to
+    start a replica three times.
+    """
+    try:
+        serve.run(app, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        deployments = _deployments()
+        failed = [name for name, seen in deployments.items() if seen.status == "DEPLOY_FAILED"]
+        reasons = {name: reason_of(deployments[name].message) or "Ray Serve gives no reason" for name in failed}
+        parts = [f"{_part(name)} did not start: {reason}" for name, reason in reasons.items()]
+        sentence = "; ".join(parts) or str(error)
+        raise RuntimeError(f"{sentence}; the traceback is in {logs_path() / 'serve'}") from error
+
+
+def _part(deployment: str) -> str:
+    """Return what a user calls a replica of `deployment`."""
+    return f"the {deployment}" if deployment in OUR_DEPLOYMENTS else f"a shard of the pool {deployment}"
 
 
 def _quiet_ray() -> AbstractContextManager[object]:
@@ -225,7 +250,8 @@ class StartWatch:
             with suppress(StoreUnavailable):
                 self._seen = asyncio.run(_with_registry(self._seen, self._args))
         with suppress(RayError, RayServeException):
-            self._seen = replace(self._seen, running=_running_replicas())
+            deployments = _deployments()
+            self._seen = replace(self._seen, running=_running(deployments), failures=_failures(deployments))
         self._seen = replace(self._seen, num_kernels=_num_kernels())
 
     def __enter__(self) -> Self:
@@ -254,14 +280,27 @@ async def _with_registry(seen: StartObservation, args: AppArgs) -> StartObservat
     return replace(seen, num_homes=sum(len(homes) for layer in placement.homes.values() for homes in layer))
 
 
-def _running_replicas() -> dict[str, int]:
-    """Return the number of running replicas of each deployment; the dict is empty until Serve knows the application."""
+def _deployments() -> dict[str, DeploymentStatusOverview]:
+    """Return what Serve says about each deployment; the dict is empty until Serve knows the application."""
     application = serve.status().applications.get(APP_NAME)
-    deployments = application.deployments if application else {}
+    return application.deployments if application else {}
+
+
+def _running(deployments: Mapping[str, DeploymentStatusOverview]) -> dict[str, int]:
+    """Return the number of running replicas of each deployment."""
     return {
         name: sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
         for name, deployment in deployments.items()
     }
+
+
+def _failures(deployments: Mapping[str, DeploymentStatusOverview]) -> dict[str, str]:
+    """Return, for each deployment with a replica that failed to start, the reason. The pools share the name SHARDS."""
+    found = {
+        name if name in OUR_DEPLOYMENTS else SHARDS: reason_of(deployment.message)
+        for name, deployment in deployments.items()
+    }
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def _num_kernels() -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+SHARDS = "shards"  # stands for the deployments of all pools in `StartObservation.failures`
+
 
 class StartStep(StrEnum):
     """A `StartStep` is one step of the application's start. The enum's values are the names that a user sees.
@@ -75,6 +77,7 @@ class StartObservation:
     - `num_homes`: number of homes in the first placement, or None before the first placement is published
     - `running`: for each deployment's name, the number of replicas that run
     - `num_kernels`: number of compiled kernels on this machine's disk
+    - `failures`: for each deployment with a replica that failed to start, the reason; pools share the name SHARDS
     """
 
     num_registered: int = 0
@@ -82,6 +85,7 @@ class StartObservation:
     num_homes: int | None = None
     running: Mapping[str, int] = field(default_factory=dict)
     num_kernels: int = 0
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 def steps_to_show(has_local_experts: bool, joins_cluster: bool) -> list[StartStep]:
@@ -101,7 +105,8 @@ def steps_of(seen: StartObservation, goal: StartGoal) -> Iterator[StepReport]:
     yield _replicas(StartStep.GATEWAY, seen, goal, listening)
     if goal.num_shards:
         has_all = seen.num_registered >= goal.num_shards
-        yield StepReport(StartStep.SHARDS, f"{seen.num_registered} of {goal.num_shards} registered", has_all)
+        count = f"{seen.num_registered} of {goal.num_shards} registered"
+        yield StepReport(StartStep.SHARDS, count, has_all) if has_all else _begun(StartStep.SHARDS, count, SHARDS, seen)
         yield _placement(seen)
     if goal.num_cached is not None:
         yield _kernels(seen, goal, goal.num_cached)
@@ -112,8 +117,14 @@ def _replicas(step: StartStep, seen: StartObservation, goal: StartGoal, done: st
     deployment = step.value.lower()
     num_wanted, num_running = goal.replicas[deployment], seen.running.get(deployment, 0)
     if num_running < num_wanted:
-        return StepReport(step, f"{num_running} of {num_wanted} running")
+        return _begun(step, f"{num_running} of {num_wanted} running", deployment, seen)
     return StepReport(step, done if num_wanted == 1 else f"{num_wanted} replicas {done}", is_done=True)
+
+
+def _begun(step: StartStep, count: str, deployment: str, seen: StartObservation) -> StepReport:
+    """Return the report on a step whose replicas do not all run yet, with the reason if the last attempt failed."""
+    reason = seen.failures.get(deployment)
+    return StepReport(step, f"{count}; starting again after: {reason}" if reason else count, is_news=bool(reason))
 
 
 def _placement(seen: StartObservation) -> StepReport:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from services.cli.start_steps import StartGoal, StartObservation, StartStep, StepReport, steps_of, steps_to_show
+from dataclasses import replace
+
+from services.cli.start_steps import SHARDS, StartGoal, StartObservation, StartStep, StepReport, steps_of, steps_to_show
 
 GOAL = StartGoal(num_shards=3, replicas={"gateway": 1, "backbone": 1}, ports=(8000, 9000), num_cached=64)
 COMPLETE = StartObservation(3, 448, 448, {"gateway": 1, "controller": 1, "backbone": 1, "experts-cpu": 3}, 64)
@@ -61,6 +63,18 @@ def test_all_replicas_of_a_deployment_must_run() -> None:
     assert reports(COMPLETE, goal)[StartStep.BACKBONE] == StepReport(StartStep.BACKBONE, "1 of 2 running")
     both = StartObservation(running={"backbone": 2})
     assert reports(both, goal)[StartStep.BACKBONE].detail == "2 replicas ready for requests"
+
+
+def test_the_reason_of_a_failed_attempt_is_shown_while_serve_tries_again() -> None:
+    failures = {"backbone": "the width is 3", SHARDS: "it ran out of memory"}
+    by_step = reports(StartObservation(num_registered=2, failures=failures))
+    assert by_step[StartStep.BACKBONE].detail == "0 of 1 running; starting again after: the width is 3"
+    assert by_step[StartStep.SHARDS].detail == "2 of 3 registered; starting again after: it ran out of memory"
+    assert by_step[StartStep.BACKBONE].is_news, "a log has a line about it"
+    assert not by_step[StartStep.GATEWAY].is_news
+    recovered = reports(replace(COMPLETE, failures=failures))
+    assert all(report.is_done for report in recovered.values())
+    assert not any("again" in report.detail for report in recovered.values())
 
 
 def test_steps_that_a_start_does_not_have_are_not_shown() -> None:
