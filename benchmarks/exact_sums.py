@@ -24,10 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from model.blocks.moe import ExpertBank, ExpertShape, LocalExperts
+from model.blocks.moe import ExpertBank, LocalExperts
+from model.configs.expert_shape import ExpertShape
 from model.demo import DEMO
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from model.state import Batch, State
+from model.stored_matrix import StoredMatrix
 
 Weights = dict[tuple[int, int], dict[str, Tensor]]  # (layer, expert) -> {"up": matrix, "down": matrix}
 SUPER = ExpertShape(layer=0, num_experts=64, top_k=22, input_dim=1024, width=2688)
@@ -84,7 +87,7 @@ def super_weights() -> Weights:
 def exact_experts(shapes: Sequence[ExpertShape], weights: Weights, dtype: torch.dtype) -> LocalExperts:
     banks = {shape.layer: ExpertBank(shape, dtype) for shape in shapes}
     for (layer, expert), tensors in weights.items():
-        banks[layer].load(expert, tensors)
+        banks[layer].load(expert, {name: StoredMatrix.plain(tensor) for name, tensor in tensors.items()})
     return LocalExperts(banks)
 
 
@@ -127,7 +130,9 @@ def main() -> None:
         table.add_column(column, justify="right")
     family = load_family(args.model)
     places = [(shape.layer, expert) for shape in family.expert_shapes for expert in range(shape.num_experts)]
-    own, huge = {place: family.load_expert(*place) for place in places}, super_weights()
+    stored = {place: family.load_expert(*place) for place in places}
+    own = {place: {name: one.dequantized() for name, one in expert.items()} for place, expert in stored.items()}
+    huge = super_weights()
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             plain, exact = FloatExperts(own, dtype), exact_experts(family.expert_shapes, own, dtype)

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.server import free_port
-from model.family import load_family
+from model.families.registry import load_family
 from services.args import AppArgs
 from services.engine.backbone import Backbone
 from services.engine.backbone_config import BackboneConfig

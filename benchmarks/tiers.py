@@ -24,7 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.blocks.moe import ExpertBank, ExpertShape
+from model.blocks.moe import ExpertBank
+from model.configs.expert_shape import ExpertShape
+from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import SERVER_OPTIONS
 from services.expert.host import ExpertHost
@@ -51,7 +53,7 @@ def write_experts(path: Path, shape: ExpertShape) -> Path:
 
 def reader(path: Path) -> Callable[[int, int], dict[str, Tensor]]:
     file = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
-    return lambda _, expert: {part: file.get_tensor(f"{part}.{expert}") for part in ("up", "down")}
+    return lambda _, expert: {part: StoredMatrix.plain(file.get_tensor(f"{part}.{expert}")) for part in ("up", "down")}
 
 
 class MeasuredShard:
@@ -87,7 +89,7 @@ async def milliseconds(work: Callable[[int], Awaitable[object]], experts: Sequen
 async def measure_parts(shape: ExpertShape, path: Path, dtype: torch.dtype) -> dict[str, float]:
     read, bank, experts = reader(path), ExpertBank(shape, dtype), range(shape.num_experts)
     weights = [Weights.of(read(LAYER, expert), dtype) for expert in experts]
-    copies = [Weights(one.up.clone(), one.down.clone()) for one in weights]
+    copies = [one.in_host_memory(is_pinned=False) for one in weights]
 
     async def checksum(expert: int) -> None:
         assert copies[expert].checksum

@@ -16,6 +16,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.configs.weight_format import WeightFormat
+from model.stored_matrix import StoredMatrix
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -135,3 +138,19 @@ class Checkpoint:
         if shape is not None and tensor.shape != shape:
             raise ValueError(f"tensor {name} in {self.path} is {list(tensor.shape)}, the config requires {list(shape)}")
         return tensor
+
+    @property
+    def companions(self) -> frozenset[str]:
+        """Return the names of the scales that belong to the weights."""
+        return frozenset()
+
+    def weight_format(self, name: str) -> WeightFormat:
+        """Return the format of the weight called `name`, which the tensors that are present decide."""
+        return "plain"
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> StoredMatrix:
+        """Read the weight called `name` with its scales, as the checkpoint stores them.
+
+        `shape` has the weight's numbers of outputs and inputs. Raises ValueError as `tensor` does.
+        """
+        return StoredMatrix.plain(self.tensor(name, shape))

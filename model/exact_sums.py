@@ -11,6 +11,7 @@ Legend: N rows, K picks per row, P picks, L expert input and output dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,19 +20,23 @@ from torch import Tensor
 
 from model import kernels
 from model.cpu import moe as cpu
+from model.stored_matrix import StoredMatrix
 
 FRACTION_BITS = 22  # a typical contribution is about 2**22 units, which is near the 24 bits of an fp32 number
 MAX_GRID_SUM = 2.0**62  # limit of a contribution in units; a larger contribution could overflow int64
 NOT_ADDABLE = "an expert's output is not finite or too large to add: the expert's weights are damaged"
 
 
-def gain_exponent(up_ML: Tensor, down_LM: Tensor) -> int:
+def gain_exponent(matrices: Mapping[str, StoredMatrix]) -> int:
     """Return the rounded-up log2 of the typical size of an expert's output for an input z with a mean square of 1.
+
+    `matrices` are the expert's matrices by name; quantized ones are taken at their exact values.
 
     The expert's output is down·relu(up·z)². If z is drawn from N(0, 1), then up_j·z has the distribution N(0, |up_j|²).
     If g is drawn from N(0, σ²), then the mean of relu(g)⁴ is 3/2·σ⁴. A typical size is enough, because int64 has
     room for outputs that are much larger.
     """
+    up_ML, down_LM = (matrices[name].dequantized() for name in ("up", "down"))
     up_square_M = up_ML.double().square().sum(1)
     down_square_M = down_LM.double().square().sum(0)
     mean_square = 1.5 * float((up_square_M.square() * down_square_M).sum()) / down_LM.shape[0]

@@ -1,84 +1,95 @@
-"""A `ModelFamily` gives the engine, the shards and the planner all that they need from a model of any family."""
+"""A `ModelFamily` gives the engine, the shards and the planner all that they need from a model of any family.
+
+Legend: T tokens of the step, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from model.blocks.moe import ExpertBank, Experts, ExpertShape, LocalExperts
+from model.blocks.moe import Experts, LocalExperts
 from model.checkpoint import Checkpoint
-from model.families import nemotron_h
+from model.configs.expert_shape import ExpertShape
+from model.configs.model_config import ModelConfig
+from model.state import Batch, State
+from model.stored_matrix import StoredMatrix
 
-FAMILIES: dict[str, ModuleType] = {"nemotron_h": nemotron_h}
+
+class LanguageModel(Protocol):
+    """A `LanguageModel` is a model without its routed experts, which it calls through `Experts`."""
+
+    @property
+    def has_drafts(self) -> bool:
+        """Return True if `draft` may be called."""
+
+    def forward(self, batch: Batch, state: State, /) -> Tensor:
+        """Compute the batch's tokens and return their hidden vectors after the final norm (T, D).
+
+        The recurrent state of requests with drafts does not change before `commit`.
+        """
+
+    def commit(self, batch: Batch, num_accepted: Sequence[int], state: State, /) -> None:
+        """Advance the recurrent state of requests with drafts over the batch that `forward` computed last.
+
+        The rejected drafts are left out; `num_accepted` has the number of accepted drafts of each request.
+        """
+
+    def logits(self, hidden: Tensor, /) -> Tensor:
+        """Compute the logits of hidden vectors: (..., D) -> fp32 (..., V)."""
+
+    def draft(self, batch: Batch, hidden_TD: Tensor, state: State, /) -> Tensor:
+        """Run the draft module on the batch's tokens, and return its output vectors (T, D).
+
+        `hidden_TD[t]` is the hidden vector at the position before token t: the output of `forward` or, for the second
+        and later drafts, the output of `draft`. `logits` of the returned vectors give the drafts.
+        """
 
 
-@dataclass(frozen=True)
-class ModelFamily:
-    """A `ModelFamily` combines a checkpoint with the module of `model.families` that loads and runs the checkpoint."""
+class ModelFamily(Protocol):
+    """A `ModelFamily` is an open checkpoint together with the code that loads and runs it."""
 
-    checkpoint: Checkpoint
-    config: nemotron_h.NemotronHConfig
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Return the checkpoint."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the checked config."""
 
     @property
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
         """Return the shapes of all MoE layers for which the checkpoint has weights, also those of the MTP module."""
-        return nemotron_h.served_expert_shapes(self.checkpoint, self.config)
 
-    @cached_property
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Return the ids that end an answer: those of both configs, and that of the tokenizer's `eos_token`.
 
         An id beyond the vocabulary is left out, because the model never generates it.
         """
-        found = dict.fromkeys([*self.config.eos_token_ids, self.checkpoint.tokenizer_eos_id])
-        return tuple(token_id for token_id in found if token_id is not None and token_id < self.config.vocab_size)
 
     @property
     def has_mtp(self) -> bool:
         """Return True if the config asks for an MTP module and the checkpoint has its weights."""
-        return nemotron_h.has_mtp(self.checkpoint, self.config)
 
     def check(self) -> None:
-        """Check the names and shapes of all tensors in the checkpoint without reading weights.
+        """Check the names, shapes and weight formats of all tensors in the checkpoint without reading weights.
 
-        Raises ValueError if a tensor is missing, is unknown or has the wrong shape; the message names the first such
-        tensor.
+        Raises ValueError if a tensor is missing, is unknown, or has a wrong shape or an unknown format; the message
+        names the first such tensor.
         """
-        nemotron_h.check(self.checkpoint, self.config)
 
-    def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """Read the weights of one routed expert in their stored dtype: {"up": (M, L), "down": (L, M)}."""
-        return nemotron_h.load_expert(self.checkpoint, self.config, layer, expert)
+    def load_expert(self, layer: int, expert: int) -> Mapping[str, StoredMatrix]:
+        """Read the matrices of one routed expert as the checkpoint stores them, by the names of `ExpertShape.matrices`.
 
-    def load_backbone(
-        self, experts: Experts, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> nemotron_h.NemotronH:
+        Raises ValueError if the model has no such expert.
+        """
+
+    def load_backbone(self, experts: Experts, dtype: torch.dtype, device: torch.device | str = "cpu") -> LanguageModel:
         """Load the model without its routed experts; the loaded model calls `experts` to run routed experts."""
-        return nemotron_h.load_backbone(self.checkpoint, self.config, experts, dtype, device)
 
     def load_local_experts(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> LocalExperts:
         """Load every routed expert into this process."""
-        banks = {}
-        for shape in self.expert_shapes:
-            bank = banks[shape.layer] = ExpertBank(shape, dtype, device)
-            for expert in range(shape.num_experts):
-                bank.load(expert, self.load_expert(shape.layer, expert))
-        return LocalExperts(banks)
-
-
-def load_family(path: str | Path) -> ModelFamily:
-    """Open the Hugging Face model directory `path` and return its checkpoint with the module for its `model_type`.
-
-    Raises ValueError if `path` is not a model directory, or if there is no module for the `model_type`.
-    """
-    checkpoint = Checkpoint(path)
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{checkpoint.path} has model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
-    config = nemotron_h.NemotronHConfig.from_json(checkpoint.config, checkpoint.generation_config)
-    return ModelFamily(checkpoint, config)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK_SIZE = 16  # number of tokens per page
+from model.configs.state_spec import BLOCK_SIZE, StateSpec
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,13 @@ class Batch:
         return tuple(start + length - 1 for start, length in zip(self.starts, self.lens, strict=True))
 
     @cached_property
+    def positions_T(self) -> Tensor:
+        """Return the position of each token in its request's sequence: int64 (T,)."""
+        pairs = zip(self.context_lens, self.lens, strict=True)
+        positions = [torch.arange(context, context + length) for context, length in pairs]
+        return torch.cat(positions).to(self.token_ids_T.device)
+
+    @cached_property
     def single_token_requests(self) -> SubBatch | None:
         """Return the requests that compute one token in this step, or None if there is no such request."""
         return self._sub_batch([r for r, length in enumerate(self.lens) if length == 1])
@@ -121,6 +128,24 @@ class Batch:
     def multi_token_requests(self) -> SubBatch | None:
         """Return the requests that compute several tokens in this step, or None if there is no such request."""
         return self._sub_batch([r for r, length in enumerate(self.lens) if length > 1])
+
+    def accepted(self, num_accepted: Sequence[int]) -> tuple[Tensor, Batch]:
+        """Return the tokens of the requests with drafts, without the rejected drafts, as (rows in this batch, batch).
+
+        `num_accepted` has the number of accepted drafts of each request. The returned batch has no drafts.
+        """
+        chosen = [r for r, drafts in enumerate(self.num_drafts) if drafts]
+        lens = [self.lens[r] - self.num_drafts[r] + num_accepted[r] for r in chosen]
+        spans = [range(self.starts[r], self.starts[r] + length) for r, length in zip(chosen, lens, strict=True)]
+        rows = torch.tensor([row for span in spans for row in span], device=self.token_ids_T.device)
+        batch = Batch(
+            self.token_ids_T[rows],
+            tuple(lens),
+            tuple(self.context_lens[r] for r in chosen),
+            tuple(self.slots[r] for r in chosen),
+            tuple(self.block_tables[r] for r in chosen),
+        )
+        return rows, batch
 
     def _sub_batch(self, requests: list[int]) -> SubBatch | None:
         if not requests:
@@ -154,53 +179,6 @@ class Batch:
         return torch.cat([kv_indices[-length:] for kv_indices, length in zip(self.kv_indices, self.lens, strict=True)])
 
 
-@dataclass(frozen=True)
-class PagedSpec:
-    """A `PagedSpec` describes an attention layer's state: one tensor of `shape` per token, in the model's dtype."""
-
-    layer: int
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class RecurrentSpec:
-    """A `RecurrentSpec` describes a recurrent layer's state: for each request, one tensor of each shape in `shapes`.
-
-    A dtype of None stands for the model's dtype.
-    """
-
-    layer: int
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype | None, ...]
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
-
-
-@dataclass(frozen=True)
-class StateSpec:
-    """A `StateSpec` describes the state of all layers, so that the engine can plan memory before allocating memory."""
-
-    paged: tuple[PagedSpec, ...]
-    recurrent: tuple[RecurrentSpec, ...]
-    block_size: int = BLOCK_SIZE
-
-    def bytes_per_block(self, dtype: torch.dtype) -> int:
-        return sum(_numel(spec.shape) for spec in self.paged) * self.block_size * dtype.itemsize
-
-    def bytes_per_slot(self, dtype: torch.dtype) -> int:
-        return sum(
-            _numel(shape) * (own or dtype).itemsize
-            for spec in self.recurrent
-            for shape, own in zip(spec.shapes, spec.dtypes, strict=True)
-        )
-
-    def num_blocks(self, num_tokens: int) -> int:
-        """Return the number of pages that one request with `num_tokens` tokens needs."""
-        return -(-num_tokens // self.block_size)
-
-
 class State:
     """A `State` holds the tensors that a `StateSpec` describes: pages (B·block_size, *shape) and slots (S, *shape).
 
@@ -217,7 +195,7 @@ class State:
         }
         self.slots = {
             r.layer: tuple(
-                torch.zeros(num_slots, *shape, dtype=own or dtype, device=device)
+                torch.zeros(num_slots, *shape, dtype=torch.float32 if own == "float32" else dtype, device=device)
                 for shape, own in zip(r.shapes, r.dtypes, strict=True)
             )
             for r in spec.recurrent

@@ -20,7 +20,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.control.registry_store import StoreUnavailable
-from model.family import load_family
+from model.families.registry import load_family
 from services import logs
 from services.args import AppArgs, PoolArgs
 from services.controller.controller import Controller, ControllerConfig
@@ -140,7 +140,7 @@ class BackboneDeployment:
             dtype=args.torch_dtype,
             device=args.device,
             max_model_len=args.context(family),
-            max_batch_tokens=max(args.max_batch_tokens, args.max_requests + family.config.chunk_size),
+            max_batch_tokens=max(args.max_batch_tokens, args.max_requests + family.config.chunk_align),
             memory=args.memory_plan(family),
             num_threads=args.threads(family),
             max_waiting=args.max_waiting,

@@ -20,7 +20,8 @@ from cluster.placement.capacity import check_capacity
 from cluster.topology import Shard
 from model import kernels
 from model.demo import DEMO
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from services.controller.controller import layer_specs
 from services.engine.contract.sampling_defaults import SamplingDefaults
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS

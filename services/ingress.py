@@ -22,7 +22,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from model.family import load_family
+from model.families.registry import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services import logs
 from services.args import AppArgs

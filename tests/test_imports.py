@@ -23,7 +23,7 @@ MAX_CLASS_LINES = 280
 
 # The subfolders of each folder, lowest first. A subfolder imports only from subfolders that stand before it here.
 SIBLINGS = {
-    "model": ("cpu", "cuda", "blocks", "families", "demo"),
+    "model": ("configs", "cpu", "cuda", "blocks", "families", "demo"),
     "cluster": ("placement", "dispatch", "sizing", "control", "simulation"),
     "cluster/control": ("leader",),
     "services": ("expert", "engine", "controller", "gateway", "cli"),
@@ -110,8 +110,14 @@ def test_the_model_knows_nothing_of_ours() -> None:
     assert not breaches("model/", "cluster", "protos", "services", "ray", "redis", "grpc", "fastapi")
 
 
-def test_the_cluster_knows_only_the_protos() -> None:
-    assert not breaches("cluster/", "model", "services", "ray", "fastapi", "torch")
+def test_the_configs_know_neither_torch_nor_the_rest_of_the_model() -> None:
+    from_model = [pair for pair in breaches("model/configs/", "model") if not pair[1].startswith("model.configs.")]
+    assert from_model == breaches("model/configs/", "torch", "numpy", "numba", "safetensors") == []
+
+
+def test_the_cluster_knows_only_the_protos_and_the_configs() -> None:
+    assert not breaches("cluster/", "services", "ray", "fastapi", "torch")
+    assert [pair for pair in breaches("cluster/", "model") if not pair[1].startswith("model.configs.")] == []
     assert not breaches("protos/", "model", "cluster", "services")
 
 

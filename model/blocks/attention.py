@@ -5,34 +5,21 @@ Legend: T tokens of the step, L tokens of one request so far, H query heads, J K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.blocks.linear import Linear, as_array
+from model.blocks.mixer import Mixer
 from model.blocks.norm import RMSNorm
+from model.configs.mixer_shapes import AttentionShape
 from model.cpu import layers as cpu_layers
 from model.cpu.attention import attend
 from model.cpu.packed_matrix import PackedMatrix, pack_matrix
 from model.cpu.thread_pool import THREAD_POOL
-from model.state import Batch, PagedSpec, State
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """An `AttentionShape` holds the sizes of one attention layer."""
-
-    hidden_size: int
-    num_heads: int  # H
-    num_kv_heads: int  # J
-    head_dim: int  # D
-
-    def state_spec(self, layer: int) -> PagedSpec:
-        """Return the spec of the attention layer's state: each token's key and value, (2, J, D)."""
-        return PagedSpec(layer, (2, self.num_kv_heads, self.head_dim))
+from model.state import Batch, State
+from model.stored_matrix import concatenated
 
 
 def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
@@ -58,7 +45,7 @@ def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
     return out_HTD.transpose(0, 1)
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """An `Attention` layer maps (T, hidden) -> (T, hidden) and appends keys and values to the requests' KV pages."""
 
     def __init__(self, shape: AttentionShape, layer: int, bias: bool = False) -> None:
@@ -73,7 +60,7 @@ class Attention(nn.Module):
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         """Prepare the CPU kernels, which apply `norm` and then compute q, k and v in one product."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        self.packed = pack_matrix(torch.cat([part.take_weight() for part in parts]))
+        self.packed = pack_matrix(concatenated([part.take_weight() for part in parts]))
         bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])
         self.o_proj.pack()
         self.input_params = (*norm.kernel_params, self.packed.descriptor, as_array(bias))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from model.cpu.linear import linear
 from model.cpu.packed_matrix import PackedMatrix, PackedMatrixDescriptor, pack_matrix
+from model.stored_matrix import StoredMatrix
 
 MULTIPLES = (1, 2, 4, 8, 16, 32)
 MAX_ROWS = (256, 128, 64, 32)
@@ -91,6 +92,7 @@ class Linear(nn.Module):
     """A `Linear` is a linear layer; its weight has the checkpoint's shape (O, I) and is uninitialised until loading."""
 
     weight: nn.Parameter | None
+    stored: StoredMatrix | None = None  # a weight in a quantized format, until `pack`
     packed: PackedMatrix | None = None
     kernel_params: tuple[
         PackedMatrixDescriptor, NDArray[np.float32]
@@ -105,17 +107,24 @@ class Linear(nn.Module):
         assert self.bias is not None
         return self.bias.detach().float()
 
-    def take_weight(self) -> Tensor:
+    def keep_stored(self, weight: StoredMatrix) -> None:
+        """Use a weight in a quantized format, with which only `pack` can compute."""
+        self.stored, self.weight = weight, None
+
+    def take_weight(self) -> StoredMatrix:
         """Hand the loaded weight over to the caller, so that this layer no longer keeps the weight in memory."""
+        if self.stored is not None:
+            stored, self.stored = self.stored, None
+            return stored
         assert self.weight is not None
         weight, self.weight = self.weight, None
-        return weight.detach()
+        return StoredMatrix.plain(weight.detach())
 
     def pack(self) -> None:
         """Copy the weight into the CPU kernels' layout and free the original; `forward` then takes and returns fp32."""
-        if self.weight is None:
+        if self.weight is None and self.stored is None:
             return  # another layer has taken the weight and packs the weight as a part of a larger matrix
-        self.packed = pack_matrix(self.take_weight())
+        self.packed = pack_matrix(self.take_weight().dequantized())
         self.bias = None if self.bias is None else nn.Parameter(self.take_bias(), requires_grad=False)
         self.kernel_params = (self.packed.descriptor, as_array(self.bias))
 

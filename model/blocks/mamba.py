@@ -27,41 +27,16 @@ from torch import Tensor, nn
 
 from model import kernels
 from model.blocks.linear import Linear
+from model.blocks.mixer import Mixer
 from model.blocks.norm import GatedGroupRMSNorm, RMSNorm
+from model.configs.mixer_shapes import MambaShape
 from model.cpu import layers as cpu_layers
 from model.cpu import mamba as cpu
 from model.cpu.thread_pool import THREAD_POOL
 from model.cpu.vectors import LANES
-from model.state import Batch, RecurrentSpec, State, SubBatch
+from model.state import Batch, State, SubBatch
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class MambaShape:
-    """A `MambaShape` holds the sizes of one Mamba-2 mixer."""
-
-    hidden_size: int
-    num_heads: int  # H
-    head_dim: int  # D
-    num_groups: int  # G
-    state_dim: int  # N
-    conv_kernel: int  # K
-    chunk_size: int  # Q
-    delta_limit: tuple[float, float] = (0.0, float("inf"))
-
-    @property
-    def inner_dim(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def conv_dim(self) -> int:
-        return self.inner_dim + 2 * self.num_groups * self.state_dim  # C
-
-    def state_spec(self, layer: int) -> RecurrentSpec:
-        """Return the spec of the mixer's state: the last K-1 convolution inputs, and the SSM state in fp32."""
-        shapes = ((self.conv_kernel - 1, self.conv_dim), (self.num_heads, self.head_dim, self.state_dim))
-        return RecurrentSpec(layer, shapes, (None, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -211,7 +186,7 @@ class ConvWeights(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape.conv_dim)) if use_bias else None
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(Mixer):
     """A `Mamba2Mixer` maps (T, hidden) -> (T, hidden) and advances the requests' convolution and SSM state."""
 
     def __init__(
@@ -296,16 +271,13 @@ class Mamba2Mixer(nn.Module):
         out: Tensor = self.out_proj(self._mix(projected_TP, batch, state))
         return out
 
-    def commit(self, rows: Tensor, batch: Batch, state: State) -> None:
-        """Advance the recurrent state over accepted drafts with the inputs that the step kept.
-
-        `batch` holds the tokens over which the state advances. `rows` holds the rows of these tokens in the last step.
-        """
+    def commit(self, rows: Tensor, accepted: Batch, state: State) -> None:
+        """Advance the recurrent state over accepted drafts with the inputs that the step kept, as `Mixer.commit`."""
         projected_TP = state.uncommitted.pop(self.layer)
         if self.packed:
-            self._mix_packed(projected_TP[rows.numpy()], batch, state, has_output=False)
+            self._mix_packed(projected_TP[rows.numpy()], accepted, state, has_output=False)
         else:
-            self._mix(projected_TP[rows], batch, state)
+            self._mix(projected_TP[rows], accepted, state)
 
     def _mix_packed(self, projected_TP: Floats, batch: Batch, state: State, has_output: bool = True) -> Floats:
         arrays, (windows, states) = batch.arrays, state.slots[self.layer]

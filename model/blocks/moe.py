@@ -12,7 +12,6 @@ Source: NVIDIA, "LatentMoE" (arXiv 2601.18089); router: DeepSeek-V3 (arXiv 2412.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,36 +21,16 @@ from torch import Tensor, nn
 
 from model import kernels
 from model.blocks.linear import Linear, RowBlocking, as_array, row_blocking
+from model.blocks.mixer import Mixer
 from model.blocks.norm import RMSNorm
+from model.configs.expert_shape import ExpertShape
 from model.cpu import layers as cpu_layers
 from model.cpu import moe as cpu
 from model.cpu.packed_matrix import PackedMatrix, pack_matrix, unpack_matrix
 from model.cpu.thread_pool import THREAD_POOL
 from model.exact_sums import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
 from model.state import Batch, State
-
-
-@dataclass(frozen=True)
-class ExpertShape:
-    """An `ExpertShape` holds the sizes of one MoE layer's routed experts.
-
-    An expert computes y = down·relu(up·x)² with up (M, L) and down (L, M).
-    """
-
-    layer: int
-    num_experts: int  # E
-    top_k: int  # K
-    input_dim: int  # L
-    width: int  # M
-
-    @property
-    def num_params(self) -> int:
-        """Return the number of parameters of one expert."""
-        return 2 * self.input_dim * self.width
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Return the size in bytes of one expert's weights in `dtype`."""
-        return self.num_params * dtype.itemsize
+from model.stored_matrix import StoredMatrix
 
 
 class Experts(Protocol):
@@ -70,9 +49,9 @@ class ExpertBank:
         if self.is_compiled and dtype == torch.bfloat16 and (shape.input_dim % 2 or shape.width % 2):
             sizes = f"{shape.input_dim} inputs and a width of {shape.width}"
             raise ValueError(f"experts of layer {shape.layer} have {sizes}; bfloat16 on a CPU needs even numbers")
-        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
-        self._packed: dict[int, tuple[PackedMatrix, PackedMatrix]] = {}
-        self._addresses = np.zeros((2, shape.num_experts), np.int64)  # addresses of the packed up and down matrices
+        self._weights: dict[int, tuple[Tensor, ...]] = {}  # by expert, in the order of `shape.matrices`
+        self._packed: dict[int, tuple[PackedMatrix, ...]] = {}
+        self._addresses = np.zeros((len(shape.matrices), shape.num_experts), np.int64)  # addresses of packed matrices
         self._gains: dict[int, int] = {}
         self._row_blocking: RowBlocking | None = None
 
@@ -84,28 +63,33 @@ class ExpertBank:
     def nbytes(self) -> int:
         return len(self._gains) * self.shape.nbytes(self.dtype)
 
-    def load(self, expert: int, tensors: Mapping[str, Tensor], gain: int | None = None) -> None:
-        """Copy an expert's weights {"up": (M, L), "down": (L, M)} into the bank.
+    def load(self, expert: int, matrices: Mapping[str, StoredMatrix], gain: int | None = None) -> None:
+        """Copy an expert's matrices, by the names of `ExpertShape.matrices`, into the bank.
 
         `gain` is the expert's `gain_exponent`. A caller that knows the exponent should pass it, because computing the
         exponent takes longer than the copy. One thread may load experts while another thread computes other experts.
         """
         assert 0 <= expert < self.shape.num_experts
-        up, down = (tensors[name].to(self.device, self.dtype, copy=True) for name in ("up", "down"))
-        assert up.shape == (self.shape.width, self.shape.input_dim) == down.shape[::-1]
+        stored = [matrices[matrix.name].to(self.device, self.dtype) for matrix in self.shape.matrices]
+        assert [one.shape for one in stored] == [(matrix.rows, matrix.columns) for matrix in self.shape.matrices]
         if self.is_compiled:
-            packed = self._packed[expert] = pack_matrix(up), pack_matrix(down)
+            packed = self._packed[expert] = tuple(pack_matrix(one.dequantized()) for one in stored)
             self._addresses[:, expert] = [part.descriptor.address for part in packed]
         else:
-            self._weights[expert] = up, down
-        self._gains[expert] = gain_exponent(up, down) if gain is None else gain
+            self._weights[expert] = tuple(one.dequantized().to(self.device, self.dtype, copy=True) for one in stored)
+        self._gains[expert] = gain_exponent(matrices) if gain is None else gain
 
-    def tensors(self, expert: int) -> dict[str, Tensor]:
-        """Return an expert's weights on the CPU in the bank's dtype; raise KeyError if the bank lacks the expert."""
-        up_down = (
-            map(unpack_matrix, self._packed[expert]) if self.is_compiled else (w.cpu() for w in self._weights[expert])
-        )
-        return dict(zip(("up", "down"), up_down, strict=True))
+    def matrices(self, expert: int) -> dict[str, StoredMatrix]:
+        """Return an expert's matrices on the CPU, bit for bit as loaded; raise KeyError if the bank lacks the expert.
+
+        Plain matrices have the bank's dtype.
+        """
+        if self.is_compiled:
+            weights = [unpack_matrix(packed) for packed in self._packed[expert]]
+        else:
+            weights = [weight.cpu() for weight in self._weights[expert]]
+        names = [matrix.name for matrix in self.shape.matrices]
+        return {name: StoredMatrix.plain(weight) for name, weight in zip(names, weights, strict=True)}
 
     def unload(self, expert: int) -> None:
         for by_expert in (self._weights, self._packed, self._gains):
@@ -283,7 +267,7 @@ class Router(nn.Module):
         return by_group.masked_fill(~is_kept[..., None], -torch.inf).flatten(-2)
 
 
-class DenseMLP(nn.Module):
+class DenseMLP(Mixer):
     """A `DenseMLP` computes down·relu(up·h)², as the shared expert of MoE layers and as the mixer of `-` layers."""
 
     def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
@@ -314,7 +298,7 @@ class DenseMLP(nn.Module):
         return out
 
 
-class MoE(nn.Module):
+class MoE(Mixer):
     """A `MoE` layer maps (N, D) -> (N, D) and computes the shared expert while the routed experts work elsewhere."""
 
     def __init__(

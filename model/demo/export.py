@@ -21,10 +21,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from model.configs.nemotron_h import NemotronHConfig
 from model.demo import DEMO
 from model.demo.corpus import EOS, IM_END, encode_all, read_corpus, train_tokenizer, xz_bits_per_byte
 from model.demo.sequence import TrainableExperts, sequence_draft, sequence_hidden
-from model.families.nemotron_h import NemotronH, NemotronHConfig, expert_tensor_names, tensor_name
+from model.families.nemotron_h import NemotronH, expert_tensor_name, tensor_name
 
 PREFIX = "backbone."
 CHAT_TEMPLATE = DEMO / "chat_template.jinja"
@@ -97,8 +98,8 @@ def public_tensors(model: NemotronH, experts: TrainableExperts) -> dict[str, Ten
         tensors[tensor_name(name, PREFIX)] = value.detach().cpu().to(dtype).contiguous()
     for layer, (up_EML, down_ELM) in experts.weights.items():
         for expert, matrices in enumerate(zip(up_EML, down_ELM, strict=True)):
-            names = expert_tensor_names(model.config, layer, expert, PREFIX).values()
-            for name, matrix in zip(names, matrices, strict=True):
+            for matrix_name, matrix in zip(("up", "down"), matrices, strict=True):
+                name = expert_tensor_name(model.config, layer, expert, matrix_name, PREFIX)
                 tensors[name] = matrix.detach().cpu().to(torch.bfloat16).contiguous()
     return tensors
 
@@ -135,7 +136,7 @@ def measure(
     experts.counts.clear()
     for start in range(0, len(tokens) - context - 1, length - context):
         ids_BT = tokens[start : start + length][None]
-        if pad := -ids_BT.shape[1] % model.config.chunk_size:
+        if pad := -ids_BT.shape[1] % model.config.chunk_align:
             ids_BT = F.pad(ids_BT, (0, pad), value=0)
         first, last = (0 if start == 0 else context - 1), ids_BT.shape[1] - pad - 1
         hidden = sequence_hidden(model, ids_BT)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from model.blocks.attention import Attention
 from model.blocks.mamba import Mamba2Mixer, ssd_scan
-from model.families.nemotron_h import Block, NemotronH, NemotronHConfig
+from model.blocks.mixer import ResidualBlock
+from model.configs.nemotron_h import NemotronHConfig
+from model.families.nemotron_h import NemotronH
 
 
 class TrainableExperts:
@@ -83,7 +85,7 @@ def run_attention(mixer: Attention, h_BTD: Tensor) -> Tensor:
     return out
 
 
-def run_block(block: Block, x_BTD: Tensor) -> Tensor:
+def run_block(block: ResidualBlock, x_BTD: Tensor) -> Tensor:
     h_BTD = block.norm(x_BTD)
     match block.mixer:
         case Mamba2Mixer():

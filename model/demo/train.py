@@ -23,11 +23,12 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from model.blocks.moe import MoE
+from model.configs.nemotron_h import NemotronHConfig
 from model.demo import DEMO
 from model.demo.corpus import IM_END, VOCAB_SIZE, encode_all, read_corpus, train_tokenizer
 from model.demo.export import CONFIG, export, restore
 from model.demo.sequence import TrainableExperts, sequence_draft, sequence_hidden
-from model.families.nemotron_h import NemotronH, NemotronHConfig
+from model.families.nemotron_h import NemotronH
 
 MTP_WEIGHTS = (0.5, 0.25)  # weights of the first and the second draft in the loss
 # Step of the correction bias in auxiliary-loss-free balancing (DeepSeek-V3 section 2.1.2). The paper uses 1e-3; in such

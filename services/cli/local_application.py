@@ -27,7 +27,7 @@ from ray.serve.schema import DeploymentStatusOverview
 import model.cpu  # noqa: F401  sets the folder in which numba keeps compiled kernels
 from cluster.control.embedded_redis import EmbeddedRedis
 from cluster.control.registry_store import StoreUnavailable
-from model.family import load_family
+from model.families.registry import load_family
 from services.app import GRPC_SERVICERS, build_app
 from services.args import AppArgs
 from services.cli.start_failure import reason_of

@@ -25,7 +25,7 @@ from cluster.load import ExpectedLoad
 from cluster.placement.plan import Plan, PlanPolicy
 from cluster.placement.planner import plan
 from cluster.topology import LayerSpec, Placement, Shard
-from model.blocks.moe import ExpertShape
+from model.configs.expert_shape import ExpertShape
 from services.controller.scaler import Scaler
 from services.controller.shards import GrpcShards
 

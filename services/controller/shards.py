@@ -12,7 +12,7 @@ from cluster.control.registry_store import RegistryStore
 from cluster.control.shard_control import LeaderOrder, ShardFailed, WitnessFailed
 from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.topology import Experts, Shard
-from model.blocks.moe import ExpertShape
+from model.configs.expert_shape import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert import control_client
 from services.expert.load_order import Sources, group_by_layer

@@ -45,7 +45,7 @@ class BackboneConfig:
         max_draft_tokens = DEFAULT_DRAFT_TOKENS if self.draft_tokens is None else self.draft_tokens
         # Compiled kernels compute a prompt token by token as a recurrence. Therefore the scheduler may split a prompt
         # at any token, and may save the recurrent state at any token.
-        align = 1 if kernels.is_compiled(self.device) else family.config.chunk_size
+        align = 1 if kernels.is_compiled(self.device) else family.config.chunk_align
         scored_logits = SCORED_LOGITS_CPU if self.device == "cpu" else SCORED_LOGITS_ELSEWHERE
         return SchedulerConfig(
             self.memory.num_slots,

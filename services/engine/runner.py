@@ -4,33 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from model.family import LanguageModel
 from model.state import Batch, State
 from services.engine.contract.token_output import TokenLogprob
-from services.engine.drafting.drafter import Drafter, DraftModel, DraftRequest
+from services.engine.drafting.drafter import Drafter, DraftRequest
 from services.engine.request import Request
 from services.engine.sampling.sampler import SampledToken, Sampler, SamplingRow, token_logprobs
 from services.engine.scheduling.scheduled_batch import ScheduledBatch, StepResult
 
 PROMPT_LOGITS_ROWS = 32  # rows whose logits are computed at once: with a vocabulary of 131,072 they take 16 MiB
-
-
-class LanguageModel(DraftModel, Protocol):
-    """A `LanguageModel` is a model that the engine can run; this protocol lists the methods that the engine calls."""
-
-    @property
-    def has_drafts(self) -> bool:
-        """Return True if `draft` may be called."""
-
-    def forward(self, batch: Batch, state: State, /) -> Tensor:
-        """Compute the batch's tokens and return their hidden vectors (T, D); read and update the requests' state."""
-
-    def commit(self, batch: Batch, num_accepted: Sequence[int], state: State, /) -> None:
-        """Advance the recurrent state over the accepted drafts of the batch that `forward` computed last."""
 
 
 class Runner:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cluster.control.shard_control import ShardFailed
 from cluster.topology import Experts, Homes, Placement, Shard
-from model.blocks.moe import ExpertShape
+from model.configs.expert_shape import ExpertShape
 from model.exact_sums import grid_exponents
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc

@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.blocks.moe import ExpertBank, ExpertShape
+from model.blocks.moe import ExpertBank
+from model.configs.expert_shape import ExpertShape
+from model.stored_matrix import StoredMatrix
 from services.expert.load_order import Key
 from services.expert.standbys import StandbyStore
 from services.expert.transport.wire import Picks
@@ -35,7 +37,8 @@ def _warm_up_bank(dtype: torch.dtype, device: torch.device) -> None:
     """Compile the device's kernels for loading and computing, if there are any, before the first expert comes."""
     bank = ExpertBank(ExpertShape(layer=0, num_experts=1, top_k=1, input_dim=2, width=2), dtype, device)
     if bank.is_compiled:
-        bank.load(0, {"up": torch.ones(2, 2), "down": torch.ones(2, 2)})
+        ones = StoredMatrix.plain(torch.ones(2, 2))
+        bank.load(0, {"up": ones, "down": ones})
         bank.warm_up(0)
 
 
@@ -137,7 +140,7 @@ class DeviceExperts:
     def fill(self, key: Key, weights: Weights, gain: int | None) -> int:
         """Copy `weights` to the device and return the expert's gain exponent, which is computed if `gain` is None."""
         layer, expert = key
-        self.banks[layer].load(expert, weights.tensors, gain)
+        self.banks[layer].load(expert, weights.matrices, gain)
         return self.banks[layer].gain_exponent(expert)
 
     def mark_ready(self, key: Key) -> None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.topology import Experts, held_digest
-from model.blocks.moe import ExpertShape
+from model.configs.expert_shape import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.device_experts import DeviceExperts
 from services.expert.load_order import ExpertsByLayer, Key, group_by_layer, keys_of

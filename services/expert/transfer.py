@@ -13,9 +13,9 @@ from typing import Any
 
 import grpc
 import torch
-from torch import Tensor
 
-from model.blocks.moe import ExpertShape
+from model.configs.expert_shape import ExpertShape
+from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import CHANNEL_OPTIONS
@@ -28,7 +28,7 @@ from services.low_priority import run_in_thread
 MAX_TRANSFER_BYTES = 64 << 20  # maximum bytes of experts in flight from a shard; same limit for experts to a shard
 FETCH_STALL_S = 2.0  # seconds without a message after which the fetch from a peer fails
 
-ReadExpert = Callable[[int, int], Mapping[str, Tensor]]  # (layer, expert) -> tensors by name
+ReadExpert = Callable[[int, int], Mapping[str, StoredMatrix]]  # (layer, expert) -> matrices by name
 WeightsOf = Callable[[int], Awaitable[tuple[Weights, ExpertMetadata]]]  # the argument is an expert id within one layer
 
 
@@ -150,7 +150,7 @@ class WeightSource:
     async def from_device(self, key: Key) -> Weights:
         """Return the weights of an expert on the device; raise KeyError if the expert is not on the device."""
         layer, expert = key
-        return Weights.of(await run_in_thread(self.host.on_device.banks[layer].tensors, expert), self.host.dtype)
+        return Weights.of(await run_in_thread(self.host.on_device.banks[layer].matrices, expert), self.host.dtype)
 
 
 def check_expected(weights: Weights, expected: int | None) -> None:

@@ -1,9 +1,11 @@
 """`Weights` are one routed expert's weights on their way between disk, host memory, peers and the device.
 
-The checksum is the first 8 bytes of SHA-256 over `up`, then `down`, row by row, little-endian, in the dtype that the
-shard computes in. So the checksum does not depend on where the bytes came from. For an expert of 11 MB in bf16, the
-checksum takes 10 ms (measured). CRC-32 takes 7 ms, but has only 32 bits to tell experts apart; BLAKE2b takes 22 ms. For
-comparison, packing the expert takes 25 ms and finding its gain exponent 70 ms.
+The checksum is the first 8 bytes of SHA-256 over the stored bytes: the names of the formats if a matrix is quantized,
+then each matrix in the order of `ExpertShape.matrices`, its codes before its scales, row by row, little-endian. Plain
+matrices are hashed in the dtype that the shard computes in. So the checksum does not depend on where the bytes came
+from. For an expert of 11 MB in bf16, the checksum takes 10 ms (measured). CRC-32 takes 7 ms, but has only 32 bits to
+tell experts apart; BLAKE2b takes 22 ms. For comparison, packing the expert takes 25 ms and finding its gain exponent
+70 ms.
 """
 
 from __future__ import annotations
@@ -14,72 +16,82 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from model.blocks.moe import ExpertShape
+from model.configs.expert_shape import ExpertShape
 from model.exact_sums import gain_exponent
+from model.stored_matrix import StoredMatrix, matrix_from_bytes
 
 CHUNK_BYTES = 512 << 10  # maximum bytes of weights in one message to a peer
 
 
 @dataclass(frozen=True)
 class Weights:
-    """`Weights` are one expert's weights, contiguous and on the CPU, in the dtype that the shard computes in."""
+    """`Weights` are one expert's matrices by name, in the order of `ExpertShape.matrices`.
 
-    up: Tensor  # (M, L): M expert width, L expert input dim
-    down: Tensor  # (L, M)
+    The matrices are contiguous and on the CPU. Plain matrices have the dtype that the shard computes in.
+    """
+
+    matrices: Mapping[str, StoredMatrix]
     gain: int | None = None  # the gain exponent, if it has been found already
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
-        """Return weights made of the tensors "up" and "down" of a checkpoint or `ExpertBank`, converted to `dtype`."""
-        up, down = (tensors[name].to("cpu", dtype).contiguous() for name in ("up", "down"))
-        return cls(up, down)
+    def of(cls, matrices: Mapping[str, StoredMatrix], dtype: torch.dtype) -> Weights:
+        """Return weights made of the matrices of a checkpoint or an `ExpertBank`; plain ones are converted to `dtype`.
+
+        `matrices` must be in the order of `ExpertShape.matrices`.
+        """
+        return cls({name: matrix.to("cpu", dtype) for name, matrix in matrices.items()})
 
     @classmethod
     def from_bytes(cls, data: bytearray, shape: ExpertShape, dtype: torch.dtype, gain: int | None = None) -> Weights:
-        """Return the weights whose bytes are `data` (the joined `chunks`); the tensors share the memory of `data`."""
+        """Return the weights whose bytes are `data` (the joined `chunks`); the matrices share the memory of `data`."""
         assert len(data) == shape.nbytes(dtype)
-        numbers = torch.frombuffer(data, dtype=dtype)
-        up, down = numbers.split(shape.input_dim * shape.width)
-        return cls(up.view(shape.width, shape.input_dim), down.view(shape.input_dim, shape.width), gain)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {"up": self.up, "down": self.down}
+        matrices, view = {}, memoryview(data)
+        for matrix in shape.matrices:
+            num_bytes = matrix.nbytes(dtype)
+            sizes = (matrix.rows, matrix.columns)
+            matrices[matrix.name] = matrix_from_bytes(view[:num_bytes], matrix.format, sizes, dtype)
+            view = view[num_bytes:]
+        return cls(matrices, gain)
 
     @property
     def nbytes(self) -> int:
-        return self.up.nbytes + self.down.nbytes
+        return sum(matrix.nbytes for matrix in self.matrices.values())
 
     @cached_property
     def checksum(self) -> int:
         """Return the checksum that the manifest records for these weights; the first access hashes all bytes."""
         digest = hashlib.sha256()
+        if formats := [matrix.format for matrix in self.matrices.values() if matrix.format != "plain"]:
+            digest.update(" ".join(formats).encode())
         for view in self._views():
             digest.update(view)
         return int.from_bytes(digest.digest()[:8], "little")
 
     def gain_exponent(self) -> int:
         """Return the gain exponent that an `ExpertBank` finds when it loads the expert."""
-        return gain_exponent(self.up, self.down) if self.gain is None else self.gain
+        return gain_exponent(self.matrices) if self.gain is None else self.gain
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes of `up`, then the bytes of `down`, in pieces of at most CHUNK_BYTES."""
+        """Yield the bytes of all matrices in order, in pieces of at most CHUNK_BYTES."""
         for view in self._views():
             for start in range(0, len(view), CHUNK_BYTES):
                 yield view[start : start + CHUNK_BYTES]
 
     def _views(self) -> list[memoryview]:
-        return [memoryview(tensor.view(-1).view(torch.uint8).numpy()) for tensor in (self.up, self.down)]  # type: ignore[arg-type]
+        return [view for matrix in self.matrices.values() for view in matrix.views()]
 
     def in_host_memory(self, is_pinned: bool) -> Weights:
         """Return a copy of the weights in host memory, because the original may be mapped from the checkpoint's file.
 
         Page-locked memory (`is_pinned`) can be copied to a GPU without another copy in between.
         """
-        up, down = (tensor.pin_memory() if is_pinned else tensor.clone() for tensor in (self.up, self.down))
-        return Weights(up, down, self.gain)
+
+        def copied(matrix: StoredMatrix) -> StoredMatrix:
+            parts = (part.pin_memory() if is_pinned else part.clone() for part in matrix.parts)
+            return StoredMatrix(matrix.format, tuple(parts))
+
+        return Weights({name: copied(matrix) for name, matrix in self.matrices.items()}, self.gain)
 
 
 @dataclass(frozen=True)

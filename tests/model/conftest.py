@@ -8,7 +8,8 @@ import torch
 
 from model import kernels
 from model.families.nemotron_h import NemotronH
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny, write_tiny
 
 

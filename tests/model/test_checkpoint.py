@@ -13,7 +13,7 @@ from torch import Tensor
 from model.blocks.moe import ExpertBank
 from model.checkpoint import INDEX, Checkpoint
 from model.families.nemotron_h import NemotronH
-from model.family import load_family
+from model.families.registry import load_family
 from tests.model.checkpoints import SEVERAL_FILES, TIED, Tiny, edit
 from tests.model.conftest import load_fp32
 from tests.model.steps import full_logits, random_tokens

@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from model.exact_sums import FRACTION_BITS, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
+from model.stored_matrix import StoredMatrix
 from tests.model.steps import relative_error, seeded
 
 NUM_ROWS, NUM_PICKS, DIM = 6, 40, 9
+
+
+def expert(up_ML: Tensor, down_LM: Tensor) -> dict[str, StoredMatrix]:
+    return {"up": StoredMatrix.plain(up_ML), "down": StoredMatrix.plain(down_LM)}
 
 
 def contributions(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,7 +79,7 @@ def test_a_unit_is_small_against_what_experts_give(scale: float, size: float) ->
     randn = seeded(3)
     up, down, x = scale * randn(64, 32), randn(32, 64), size * randn(50, 32)
     y = torch.relu(x @ up.T).square() @ down.T
-    grid = grid_exponents(x, torch.ones(50, 1), gain_exponent(up, down))
+    grid = grid_exponents(x, torch.ones(50, 1), gain_exponent(expert(up, down)))
     units = y.double() / torch.exp2(grid.double())[:, None]
     assert 2.0 ** (FRACTION_BITS - 4) < float(units.square().mean().sqrt()) < 2.0 ** (FRACTION_BITS + 2)
 
@@ -88,7 +93,9 @@ def test_the_grid_belongs_to_the_row_alone() -> None:
 
 
 def test_zero_rows_and_zero_weights() -> None:
-    grid = grid_exponents(torch.zeros(2, 4), torch.zeros(2, 3), gain_exponent(torch.zeros(5, 4), torch.zeros(4, 5)))
+    grid = grid_exponents(
+        torch.zeros(2, 4), torch.zeros(2, 3), gain_exponent(expert(torch.zeros(5, 4), torch.zeros(4, 5)))
+    )
     sums = add(torch.zeros(2, 4), torch.zeros(2), torch.tensor([0, 1]), grid)
     assert torch.equal(from_grid(sums, grid), torch.zeros(2, 4))
 
@@ -103,8 +110,8 @@ def test_what_cannot_be_added_is_refused(value: float) -> None:
 
 def test_damaged_weights_do_not_stop_the_loading() -> None:
     """Check that damaged weights have a gain exponent, so that loading succeeds; the first sum then raises an error."""
-    assert gain_exponent(torch.full((2, 3), torch.inf), torch.ones(3, 2)) == 0
-    assert gain_exponent(torch.full((2, 3), torch.nan), torch.ones(3, 2)) == 0
+    assert gain_exponent(expert(torch.full((2, 3), torch.inf), torch.ones(3, 2))) == 0
+    assert gain_exponent(expert(torch.full((2, 3), torch.nan), torch.ones(3, 2))) == 0
 
 
 def test_sums_come_back_as_fp32() -> None:

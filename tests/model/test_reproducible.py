@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import kernels
 from model.families.nemotron_h import NemotronH
-from model.family import load_family
+from model.families.registry import load_family
 from model.state import Batch
 from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny
 from tests.model.steps import Steps, full_logits, random_tokens

@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from cluster.control.embedded_redis import EmbeddedRedis
 from cluster.control.load_store import LoadStore
 from cluster.control.registry import connect
-from model.family import load_family
+from model.families.registry import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.expert import control_client
 from tests.cluster.recent_windows import recent_windows

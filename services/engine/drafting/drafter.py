@@ -14,32 +14,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from model.families.nemotron_h import NemotronHConfig
+from model.configs.model_config import ModelConfig
+from model.family import LanguageModel
 from model.state import Batch, State
 from services.engine.drafting.draft_depth import MAX_UNREAD
 from services.engine.request import Request
 from services.engine.sampling.sampler import Sampler, SamplingRow
 
 
-class DraftModel(Protocol):
-    """A `DraftModel` is a model that can draft; this protocol lists the methods that drafting needs."""
-
-    def draft(self, batch: Batch, hidden_TD: Tensor, state: State, /) -> Tensor:
-        """Run the draft module on the batch's tokens, and return its output vectors (T, D).
-
-        `hidden_TD[t]` is the hidden vector at the position before token t.
-        """
-
-    def logits(self, hidden_SD: Tensor, /) -> Tensor:
-        """Return the fp32 logits (S, V) of the hidden vectors."""
-
-
-def bytes_per_request(config: NemotronHConfig, num_drafts: int) -> int:
+def bytes_per_request(config: ModelConfig, num_drafts: int) -> int:
     """Return the bytes of fp32 values that drafting needs for one request, in addition to the request's state.
 
     Up to `num_drafts` tokens are drafted for the request in a step. The values are the hidden vectors that the draft
@@ -47,9 +34,7 @@ def bytes_per_request(config: NemotronHConfig, num_drafts: int) -> int:
     """
     if not num_drafts:
         return 0
-    mamba, num_recurrent = config.mamba, len(config.state_spec.recurrent)
-    width = mamba.inner_dim + mamba.conv_dim + mamba.num_heads
-    values = MAX_UNREAD * config.hidden_size + (num_drafts + 1) * num_recurrent * width
+    values = MAX_UNREAD * config.hidden_size + (num_drafts + 1) * config.replay_width
     return values * torch.float32.itemsize
 
 
@@ -108,7 +93,7 @@ class UnreadHidden:
 class Drafter:
     """A `Drafter` drafts tokens for the requests of one engine; it shares `state` with the model."""
 
-    def __init__(self, model: DraftModel, state: State, sampler: Sampler, device: torch.device | str) -> None:
+    def __init__(self, model: LanguageModel, state: State, sampler: Sampler, device: torch.device | str) -> None:
         self.model, self.state, self.sampler, self.device = model, state, sampler, device
         self._unread: dict[str, UnreadHidden] = {}
         # By request id: the first position that the draft module has read, and the position after the last one.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.state import StateSpec
+from model.configs.state_spec import StateSpec
 
 MAX_CHECKPOINTS_PER_REQUEST = 8  # slots for saved states per running request; more slots are not worth their bytes
 

@@ -5,22 +5,28 @@ A row's sums must have the same bits, whatever other rows and experts are in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
 from model import kernels
-from model.blocks.moe import ExpertBank, ExpertShape, MoE, Router
+from model.blocks.moe import ExpertBank, MoE, Router
+from model.configs.expert_shape import ExpertShape
 from model.exact_sums import from_grid, grid_exponents
 from model.families.nemotron_h import NemotronH
+from model.stored_matrix import StoredMatrix
 from tests.model import oracles
 from tests.model.checkpoints import Tiny
 from tests.model.steps import relative_error, seeded
 
 NUM_ROWS = 70
 SHAPES = [ExpertShape(1, 12, 4, 32, 48), ExpertShape(1, 7, 2, 20, 36), ExpertShape(1, 16, 6, 64, 128)]
+
+
+def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, StoredMatrix]:
+    return {name: StoredMatrix.plain(tensor) for name, tensor in tensors.items()}
 
 
 class SingleLayer:
@@ -37,7 +43,7 @@ class SingleLayer:
             for expert in range(shape.num_experts)
         }
         for expert, tensors in self.experts.items():
-            self.bank.load(expert, tensors)
+            self.bank.load(expert, as_stored(tensors))
         self.x = randn(NUM_ROWS, shape.input_dim)
         scores = randn(NUM_ROWS, shape.num_experts)
         self.topk_ids = scores.topk(shape.top_k, sorted=False).indices
@@ -125,7 +131,7 @@ def test_a_damaged_expert_is_refused(damage: float) -> None:
     setup = SingleLayer(SHAPES[0])
     up = setup.experts[2]["up"].clone()
     up[0, 0] = damage
-    setup.bank.load(2, {"up": up, "down": setup.experts[2]["down"]})
+    setup.bank.load(2, as_stored({"up": up, "down": setup.experts[2]["down"]}))
     with pytest.raises(ValueError, match="an expert's output is not finite"):
         setup.sums()
 
@@ -182,10 +188,13 @@ def test_the_router_keeps_to_the_best_groups() -> None:
 def test_a_bank_gives_back_what_it_computes_with(shape: ExpertShape, dtype: torch.dtype, stored: torch.dtype) -> None:
     setup = SingleLayer(shape, dtype)
     tensors = {name: tensor.to(stored) for name, tensor in setup.experts[3].items()}
-    setup.bank.load(3, tensors)
-    given = setup.bank.tensors(3)
-    assert all(torch.equal(given[name], tensors[name].to(dtype)) for name in ("up", "down"))
-    assert all(given[name].dtype == dtype for name in ("up", "down"))
+    setup.bank.load(3, as_stored(tensors))
+    given = setup.bank.matrices(3)
+    assert list(given) == ["up", "down"]
+    for name, matrix in given.items():
+        [weight] = matrix.parts
+        assert (matrix.format, weight.dtype) == ("plain", dtype)
+        assert torch.equal(weight, tensors[name].to(dtype))
     other = ExpertBank(shape, dtype)
     other.load(3, given)
     rows, ids, ones = torch.arange(NUM_ROWS), torch.full((NUM_ROWS,), 3), torch.ones(NUM_ROWS)

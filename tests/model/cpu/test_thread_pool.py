@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.blocks.attention import Attention, AttentionShape
-from model.blocks.mamba import Mamba2Mixer, MambaShape
+from model.blocks.attention import Attention
+from model.blocks.mamba import Mamba2Mixer
 from model.blocks.norm import RMSNorm
+from model.configs.mixer_shapes import AttentionShape, MambaShape
+from model.configs.state_spec import StateSpec
 from model.cpu.linear import linear
 from model.cpu.packed_matrix import pack_matrix
 from model.cpu.thread_pool import LAST_TICKET, THREAD_POOL, TICKET
-from model.state import Batch, State, StateSpec
+from model.state import Batch, State
 from tests.model.steps import seeded
 
 NUM_ROUNDS = 300

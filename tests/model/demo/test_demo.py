@@ -13,7 +13,8 @@ from transformers import NemotronHForCausalLM
 from model.demo import DEMO
 from model.demo.corpus import encode_all, read_corpus
 from model.families.nemotron_h import NemotronH
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from model.state import Batch, State
 
 NUM_PROMPTS, PROMPT_LEN, NUM_NEW = 5, 64, 48

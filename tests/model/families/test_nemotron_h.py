@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.families.nemotron_h import NemotronH
-from model.family import load_family
+from model.families.registry import load_family
 from tests.model import oracles
 from tests.model.checkpoints import SMALL_STEPS, Tiny, edit
 from tests.model.conftest import load_fp32

@@ -16,10 +16,11 @@ from cluster.sizing.known_models import known_config, known_models
 from cluster.sizing.model_configs import model_sizes
 from cluster.sizing.sizing import Sizing, size
 from model.blocks.moe import LocalExperts
+from model.configs.nemotron_h import NemotronHConfig
+from model.configs.state_spec import BLOCK_SIZE
 from model.demo import DEMO
-from model.families.nemotron_h import FP32_PARAMETERS, NemotronH, NemotronHConfig
-from model.family import FAMILIES
-from model.state import BLOCK_SIZE
+from model.families.nemotron_h import NemotronH, NemotronHFamily
+from model.families.registry import FAMILIES
 from services.args import CHECKPOINT_SHARE, NUM_HOMES, AppArgs
 from services.cli import main
 from services.cli.size import DTYPES, SERVED_DTYPES, SERVED_TYPES
@@ -212,7 +213,8 @@ def test_the_backbones_weights_are_the_models(name: str) -> None:
     with torch.device("meta"):
         model = NemotronH(config, LocalExperts({}))
     weights = model.state_dict().items()
-    held = sum(tensor.numel() * (4 if name.endswith(FP32_PARAMETERS) else 2) for name, tensor in weights)
+    fp32 = NemotronHFamily.fp32_parameters
+    held = sum(tensor.numel() * (4 if name.endswith(fp32) else 2) for name, tensor in weights)
     assert sized(name, 1000).backbone_weight_bytes == pytest.approx(held, rel=1e-3)
 
 

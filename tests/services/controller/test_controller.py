@@ -17,7 +17,8 @@ from cluster.control.manifest import weights_name
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.control.operator_orders import OrderKind, StandingOrder
 from cluster.topology import Placement
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from services.controller.controller import Controller, ControllerConfig, layer_specs
 from services.expert import control_client
 from services.expert.shard import ExpertShard, ShardConfig

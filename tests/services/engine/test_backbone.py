@@ -22,7 +22,8 @@ from cluster.placement.planner import plan
 from cluster.topology import Homes, Shard, held_digest
 from model.blocks.moe import Experts, LocalExperts
 from model.families.nemotron_h import NemotronH
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from model.state import Batch, State
 from services.controller.controller import layer_specs
 from services.engine.backbone import WARM_UP_TOKENS, Backbone

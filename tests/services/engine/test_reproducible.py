@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from model.families.nemotron_h import NemotronH
-from model.family import load_family
+from model.families.registry import load_family
 from model.state import State
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.contract.token_output import TokenLogprob

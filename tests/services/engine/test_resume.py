@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.family import load_family
+from model.families.registry import load_family
 from services.engine.backbone import Backbone
 from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.errors import EngineFailed, EngineOverloaded

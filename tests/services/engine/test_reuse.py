@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 
-from model.family import load_family
+from model.families.registry import load_family
 from services.engine.backbone import Backbone
 from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.sampling_params import SamplingParams

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.state import Batch, PagedSpec, RecurrentSpec, State, StateSpec
+from model.configs.state_spec import PagedSpec, RecurrentSpec, StateSpec
+from model.state import Batch, State
 from services.engine.contract.sampling_params import Grammar
 from services.engine.engine import Engine
 from services.engine.runner import Runner
@@ -22,7 +23,7 @@ from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 VOCAB_SIZE, DIM, BLOCK_SIZE = 50, 8, 4
 EOS = 0
 SPEC = StateSpec(
-    (PagedSpec(1, (DIM,)), PagedSpec(2, (DIM,))), (RecurrentSpec(0, ((DIM,),), (torch.float32,)),), BLOCK_SIZE
+    (PagedSpec(1, (DIM,)), PagedSpec(2, (DIM,))), (RecurrentSpec(0, ((DIM,),), ("float32",)),), BLOCK_SIZE
 )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from services.expert.client import CallPolicy, RemoteExperts
 from tests.services.expert.checkpoint import write_checkpoint
 

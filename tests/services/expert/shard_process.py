@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from benchmarks.corrupt_shard import Corruption
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.topology import Shard
-from model.family import ModelFamily, load_family
+from model.families.nemotron_h import NemotronHFamily
+from model.families.registry import load_family
+from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
@@ -82,10 +83,10 @@ def slow_down(host: ExpertHost, us_per_row: int) -> None:
     host.compute = compute_slowly  # type: ignore[method-assign]
 
 
-class SlowlyRead(ModelFamily):
+class SlowlyRead(NemotronHFamily):
     """A `SlowlyRead` is a model family that waits `READ_S` seconds before it reads an expert, as from a slow disk."""
 
-    def load_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+    def load_expert(self, layer: int, expert: int) -> dict[str, StoredMatrix]:
         time.sleep(READ_S)
         return super().load_expert(layer, expert)
 
@@ -97,7 +98,7 @@ async def serve(
         Corruption(until=math.inf)
     family, registry = load_family(model_dir), MemoryRegistry(time.monotonic)
     if trouble == "slow disk":
-        family = SlowlyRead(**vars(family))
+        family = SlowlyRead(family.checkpoint)
     base = ShardConfig("base", memory_budget=1 << 30, dtype=dtype, max_queue=max_queue)
     shards = [ExpertShard(replace(base, shard_id=f"{name}{i}"), family, registry) for i in range(num_shards)]
     for shard in shards:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.host import ExpertHost
 from services.expert.load_order import ExpertsByLayer, LoadOrder

@@ -21,7 +21,8 @@ from cluster.control.embedded_redis import EmbeddedRedis
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.control.registry import Registry, connect
 from cluster.topology import Shard
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert import control_client

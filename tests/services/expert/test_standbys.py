@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from model.stored_matrix import StoredMatrix
 from services.expert.standbys import StandbyStore
 from services.expert.weights import Weights
 
 
 def make_weights(num_rows: int = 2) -> Weights:
-    return Weights(torch.ones(num_rows, 4), torch.ones(4, num_rows))
+    up, down = (StoredMatrix.plain(torch.ones(size)) for size in ((num_rows, 4), (4, num_rows)))
+    return Weights({"up": up, "down": down})
 
 
 ONE = make_weights().nbytes

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from cluster.control.manifest import Manifest
-from model.family import ModelFamily, load_family
+from model.families.registry import load_family
+from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert import control_client
@@ -62,8 +63,9 @@ async def two(
 
 
 def same_weights(one: ExpertShard, other: ExpertShard, expert: int) -> bool:
-    tensors = [shard.host.on_device.banks[1].tensors(expert) for shard in (one, other)]
-    return all(torch.equal(tensors[0][name], tensors[1][name]) for name in ("up", "down"))
+    return Weights(one.host.on_device.banks[1].matrices(expert)).checksum == (
+        Weights(other.host.on_device.banks[1].matrices(expert)).checksum
+    )
 
 
 def from_peer(endpoint: str, *experts: int, **expected: Any) -> Sources:
@@ -103,8 +105,8 @@ def test_chunks_are_bounded_and_the_last_one_has_the_checksum(family: ModelFamil
                 assert weights.checksum == of_expert[-1].checksum == loaded.checksums[3][expert]
                 assert of_expert[-1].gain_exponent == weights.gain_exponent()
                 raw = family.load_expert(3, expert)
-                assert torch.equal(weights.up, raw["up"].to(dtype))
-                assert torch.equal(weights.down, raw["down"].to(dtype))
+                for name in ("up", "down"):
+                    assert torch.equal(weights.matrices[name].parts[0], raw[name].parts[0].to(dtype))
 
     run(test)
 
@@ -213,7 +215,8 @@ def test_a_peer_that_is_killed_meanwhile_is_replaced_by_the_checkpoint(family: M
                 assert shard.host.held == {1: ALL, 3: ALL}
                 assert 3 * ONE < num_seen < 40 * ONE
                 raw = family.load_expert(3, 31)
-                assert torch.equal(shard.host.on_device.banks[3].tensors(31)["up"], raw["up"])
+                held = shard.host.on_device.banks[3].matrices(31)
+                assert torch.equal(held["up"].parts[0], raw["up"].parts[0])
 
     run(test)
 
@@ -221,7 +224,7 @@ def test_a_peer_that_is_killed_meanwhile_is_replaced_by_the_checkpoint(family: M
 def damaged(tmp_path: Path, model_dir: Path, family: ModelFamily, expert: int) -> ModelFamily:
     """Copy the checkpoint and change the sign of one weight of `expert` in layer 1; return the copy's model family."""
     path = Path(shutil.copytree(model_dir, tmp_path / "damaged")) / "model.safetensors"
-    weights, data = family.load_expert(1, expert)["up"], bytearray(path.read_bytes())
+    weights, data = family.load_expert(1, expert)["up"].parts[0], bytearray(path.read_bytes())
     data[data.index(weights.numpy().tobytes()) + 1003] ^= 0x80
     path.write_bytes(data)
     return load_family(path.parent)
@@ -258,7 +261,7 @@ def test_a_checkpoint_that_changes_under_a_standby_is_noticed(model_dir: Path, t
         own = load_family(path.parent)
         async with serving(own) as shard:
             await control_client.load(shard.endpoint, {1: [0]}, 1, {1: [7]})
-            place = path.read_bytes().index(own.load_expert(1, 7)["up"].numpy().tobytes())
+            place = path.read_bytes().index(own.load_expert(1, 7)["up"].parts[0].numpy().tobytes())
             with path.open("r+b") as file:
                 file.seek(place + 1000)
                 file.write(b"\xff\xff\xff\xff")

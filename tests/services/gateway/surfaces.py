@@ -16,7 +16,7 @@ import torch
 from google.protobuf import json_format
 
 from model.demo import DEMO
-from model.family import load_family
+from model.families.registry import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from protos.expertmesh.inference.v1 import inference_pb2_grpc
 from services.engine.backbone import Backbone

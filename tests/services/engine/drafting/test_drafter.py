@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.families.nemotron_h import NemotronH
-from model.family import ModelFamily, load_family
+from model.checkpoint import Checkpoint
+from model.families.nemotron_h import NemotronH, NemotronHFamily
 from model.state import Batch, State
 from services.args import AppArgs
 from services.engine.contract.sampling_params import SamplingParams
@@ -25,12 +25,13 @@ from tests.services.demo import MODEL
 HIDDEN, MAX_LEN, PROMPT_LEN = 2048, 512, MAX_UNREAD + 40
 
 
-def wide_family() -> ModelFamily:
+def wide_family() -> NemotronHFamily:
     """Return the demo's model family, but with hidden vectors of HIDDEN numbers: eight times as many."""
-    family = load_family(MODEL)
+    family = NemotronHFamily(Checkpoint(MODEL))
     config = family.config
     mamba, attention = (replace(shape, hidden_size=HIDDEN) for shape in (config.mamba, config.attention))
-    return replace(family, config=replace(config, hidden_size=HIDDEN, mamba=mamba, attention=attention))
+    family.config = replace(config, hidden_size=HIDDEN, mamba=mamba, attention=attention)
+    return family
 
 
 class Watched(NemotronH):
@@ -47,7 +48,7 @@ def no_experts(_layer: int, x_NL: Tensor, _ids_NK: Tensor, _weights_NK: Tensor) 
     return lambda: torch.zeros_like(x_NL)
 
 
-def wide_model(family: ModelFamily) -> Watched:
+def wide_model(family: NemotronHFamily) -> Watched:
     torch.manual_seed(0)
     model = Watched(family.config, no_experts)
     for parameter in model.parameters():

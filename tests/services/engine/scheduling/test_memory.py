@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from model.family import load_family
-from model.state import PagedSpec, RecurrentSpec, State, StateSpec
+from model.configs.state_spec import PagedSpec, RecurrentSpec, StateSpec
+from model.families.registry import load_family
+from model.state import State
 from services.engine.scheduling.memory import IdPool, PagePool, plan_memory
 from tests.services.demo import MODEL
 
 SPEC = StateSpec(
     paged=(PagedSpec(1, (2, 2, 16)), PagedSpec(3, (2, 2, 16))),
-    recurrent=(RecurrentSpec(0, ((8, 3), (4, 8)), (None, torch.float32)),),
+    recurrent=(RecurrentSpec(0, ((8, 3), (4, 8)), ("model", "float32")),),
 )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from model.demo import DEMO
-from model.family import load_family
+from model.families.registry import load_family
 from services.engine.backbone import Backbone
 from services.engine.backbone_config import BackboneConfig
 from services.engine.scheduling.memory import plan_memory

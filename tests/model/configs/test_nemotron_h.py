@@ -12,8 +12,9 @@ import pytest
 
 from model.blocks.moe import LocalExperts
 from model.checkpoint import Checkpoint, read_json
-from model.families.nemotron_h import NemotronHConfig, make_moe
-from model.family import load_family
+from model.configs.nemotron_h import NemotronHConfig
+from model.families.nemotron_h import make_moe
+from model.families.registry import load_family
 from tests.model.checkpoints import BASE, VARIANTS, WITH_MTP, Tiny, edit_config
 
 PATTERN = "MEM*E-"

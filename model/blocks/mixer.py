@@ -1,0 +1,59 @@
+"""A `Mixer` is the work of one layer between its norm and the addition to the residual stream.
+
+Legend: T tokens of the step, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.blocks.norm import RMSNorm
+from model.state import Batch, State
+
+
+class Mixer(nn.Module):
+    """A `Mixer` maps the normed hidden vectors of a step to the vectors that are added: (T, D) -> (T, D)."""
+
+    def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        """Prepare the CPU kernels, including the parameters of `norm`, the norm before the mixer.
+
+        `dtype` is the deployment's dtype, in which rows go to the experts. From now on `add_to` may be called.
+        """
+        raise NotImplementedError
+
+    def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
+        """Compute x += mixer(norm(x)) in place with the CPU kernels."""
+        raise NotImplementedError
+
+    def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        """Compute the mixer in plain PyTorch; read and update the requests' state."""
+        raise NotImplementedError
+
+    def commit(self, rows: Tensor, accepted: Batch, state: State) -> None:
+        """Advance the recurrent state of requests with drafts over the tokens of `accepted`.
+
+        `rows` has the rows of these tokens in the step that kept its inputs. A mixer without recurrent state has
+        nothing to do.
+        """
+
+
+class ResidualBlock(nn.Module):
+    """A `ResidualBlock` computes x + mixer(norm(x)): (T, D) -> (T, D)."""
+
+    def __init__(self, norm: RMSNorm, mixer: Mixer) -> None:
+        super().__init__()
+        self.norm, self.mixer = norm, mixer
+        self.is_packed = False
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Prepare the CPU kernels; from now on `forward` runs the CPU kernels and changes `x_TD` in place."""
+        self.mixer.pack(self.norm, dtype)
+        self.is_packed = True
+
+    def forward(self, x_TD: Tensor, batch: Batch, state: State) -> Tensor:
+        if self.is_packed:
+            self.mixer.add_to(x_TD, batch, state)
+            return x_TD
+        out: Tensor = x_TD + self.mixer(self.norm(x_TD), batch, state)
+        return out
