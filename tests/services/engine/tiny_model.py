@@ -22,9 +22,7 @@ from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 
 VOCAB_SIZE, DIM, BLOCK_SIZE = 50, 8, 4
 EOS = 0
-SPEC = StateSpec(
-    (PagedSpec(1, (DIM,)), PagedSpec(2, (DIM,))), (RecurrentSpec(0, ((DIM,),), ("float32",)),), BLOCK_SIZE
-)
+SPEC = StateSpec((PagedSpec(1, (DIM,)), PagedSpec(2, (DIM,))), (RecurrentSpec(0, ((DIM,),), ("float32",)),), BLOCK_SIZE)
 
 
 class TinyModel(nn.Module):
