@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from model.blocks.moe import ExpertBank, LocalExperts
+from model.blocks.expert_bank import ExpertBank, LocalExperts
 from model.configs.expert_shape import ExpertShape
 from model.demo import DEMO
 from model.families.registry import load_family

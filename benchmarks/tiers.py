@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.blocks.moe import ExpertBank
+from model.blocks.expert_bank import ExpertBank
 from model.configs.expert_shape import ExpertShape
 from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2_grpc

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.blocks.moe import Experts, LocalExperts
+from model.blocks.expert_bank import Experts, LocalExperts
 from model.checkpoint import Checkpoint
 from model.configs.expert_shape import ExpertShape
 from model.configs.model_config import ModelConfig

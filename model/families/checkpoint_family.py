@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from model import kernels
+from model.blocks.expert_bank import ExpertBank, Experts, LocalExperts
 from model.blocks.linear import Linear
-from model.blocks.moe import ExpertBank, Experts, LocalExperts
 from model.checkpoint import Checkpoint
 from model.configs.expert_shape import MATRIX_NAMES, ExpertShape
 from model.configs.model_config import ModelConfig

@@ -22,11 +22,14 @@ from torch import Tensor, nn
 
 from model.blocks.attention import Attention
 from model.blocks.embedding import Embedding
+from model.blocks.expert_bank import Experts
 from model.blocks.linear import Linear
 from model.blocks.mamba import Mamba2Mixer
 from model.blocks.mixer import Mixer, ResidualBlock
-from model.blocks.moe import DenseMLP, Experts, MoE, Router
+from model.blocks.mlp import DenseMLP
+from model.blocks.moe import MoE
 from model.blocks.norm import RMSNorm
+from model.blocks.router import Router
 from model.configs.nemotron_h import NemotronHConfig
 from model.families.checkpoint_family import BackboneModule, CheckpointFamily
 from model.state import Batch, State

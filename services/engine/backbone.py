@@ -17,7 +17,7 @@ from cluster.control.load_store import LoadStore
 from cluster.control.registry_store import RegistryStore
 from cluster.load import LoadCounter
 from model import kernels
-from model.blocks.moe import Experts
+from model.blocks.expert_bank import Experts
 from model.family import ModelFamily
 from model.state import Batch
 from services.engine.backbone_config import BackboneConfig, build_engine

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from model import kernels
-from model.blocks.moe import Experts
+from model.blocks.expert_bank import Experts
 from model.family import ModelFamily
 from model.state import State
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.blocks.moe import ExpertBank
+from model.blocks.expert_bank import ExpertBank
 from model.configs.expert_shape import ExpertShape
 from model.stored_matrix import StoredMatrix
 from services.expert.load_order import Key

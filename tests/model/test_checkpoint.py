@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.blocks.moe import ExpertBank
+from model.blocks.expert_bank import ExpertBank
 from model.checkpoint import INDEX, Checkpoint
 from model.families.nemotron_h import NemotronH
 from model.families.registry import load_family

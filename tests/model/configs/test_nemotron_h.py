@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from model.blocks.moe import LocalExperts
+from model.blocks.expert_bank import LocalExperts
 from model.checkpoint import Checkpoint, read_json
 from model.configs.nemotron_h import NemotronHConfig
 from model.families.nemotron_h import make_moe

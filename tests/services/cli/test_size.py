@@ -15,7 +15,7 @@ from cluster.sizing.gpus import GPUS
 from cluster.sizing.known_models import known_config, known_models
 from cluster.sizing.model_configs import model_sizes
 from cluster.sizing.sizing import Sizing, size
-from model.blocks.moe import LocalExperts
+from model.blocks.expert_bank import LocalExperts
 from model.configs.nemotron_h import NemotronHConfig
 from model.configs.state_spec import BLOCK_SIZE
 from model.demo import DEMO

@@ -20,7 +20,7 @@ from cluster.control.registry import Registry, connect
 from cluster.control.registry_store import RegistryStore
 from cluster.placement.planner import plan
 from cluster.topology import Homes, Shard, held_digest
-from model.blocks.moe import Experts, LocalExperts
+from model.blocks.expert_bank import Experts, LocalExperts
 from model.families.nemotron_h import NemotronH
 from model.families.registry import load_family
 from model.family import ModelFamily

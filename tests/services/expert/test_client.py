@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cluster.dispatch.fleet_view import FleetView
 from cluster.topology import CostModel, Homes, Placement, Shard
-from model.blocks.moe import LocalExperts
+from model.blocks.expert_bank import LocalExperts
 from model.family import ModelFamily
 from services.expert import control_client
 from services.expert.client import CallPolicy, RemoteExperts

@@ -14,7 +14,7 @@ import torch
 
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.topology import Homes, Placement, Shard
-from model.blocks.moe import LocalExperts
+from model.blocks.expert_bank import LocalExperts
 from model.family import ModelFamily
 from services.expert import control_client, drain
 from services.expert.client import RemoteExperts

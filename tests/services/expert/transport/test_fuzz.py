@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cluster.topology import Shard
-from model.blocks.moe import LocalExperts
+from model.blocks.expert_bank import LocalExperts
 from model.family import ModelFamily
 from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.transport import shard_stream
