@@ -8,6 +8,9 @@ CODE := model cluster protos services tests benchmarks
 # the first stamp. The second stamp adds the tools and schemas that only tests, linters and benchmarks need.
 RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
+# Tests need only the Triton kernels of mamba-ssm, which are Python code. So its C++ code is not built, its dependencies,
+# which are large, are not installed, and it does not look for a built wheel on GitHub.
+MAMBA_FLAGS := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE
 
 .DEFAULT_GOAL := help
 .PHONY: help up test clients lint protos bench clean
@@ -21,7 +24,8 @@ $(RUNTIME): pyproject.toml
 	@touch $@
 
 $(DEVELOPMENT): $(RUNTIME)
-	$(PIP) install --editable '.[dev,bench]'
+	$(PIP) install --editable '.[dev,bench,triton]'
+	$(MAMBA_FLAGS) $(PIP) install --no-deps --no-build-isolation --no-binary mamba-ssm mamba-ssm==2.3.2.post1
 	@touch $@
 
 up: $(RUNTIME) ## Install what serving needs, then serve the demo model on 127.0.0.1 (REST 8000, gRPC 9000) until Ctrl-C.

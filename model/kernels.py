@@ -1,8 +1,9 @@
 """The functions here decide which implementation of the layers runs on a device.
 
 - On a CPU: the compiled kernels of `model/cpu`, with which a token's bits depend only on the token's own sequence.
-- On a GPU: the fused CUDA kernels of mamba-ssm and causal-conv1d where they are installed.
-- Otherwise: plain PyTorch.
+- On a GPU: the fused kernels of mamba-ssm and causal-conv1d where the packages are installed and can be loaded.
+- Otherwise: plain PyTorch. A block on a CPU runs plain PyTorch, too, if its shape is one that the compiled kernels do
+  not support.
 
 All implementations give the same numbers up to rounding; `tests/model/test_kernels.py` compares them.
 """
@@ -11,14 +12,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
+
 Kernel = Callable[..., Any]
+FUSED_MODULES = {"mamba_ssm": "model.cuda.fused_scan", "causal_conv1d": "model.cuda.fused_conv"}  # by package
 
 
 @cache
@@ -42,9 +48,26 @@ def is_reproducible(device: torch.device | str) -> bool:
 
 
 @cache
+def fused_module(package: str) -> ModuleType | None:
+    """Return our module that calls the fused kernels of `package`, or None if the package is missing or broken.
+
+    A package is broken, for example, if it was built for another version of torch or of the C library. The import then
+    fails in any way that the package's code can fail; a sentence in the log gives the reason.
+    """
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.import_module(FUSED_MODULES[package])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        log.warning("The package %s is installed but cannot be loaded, so plain PyTorch runs: %s", package, reason)
+        return None
+
+
+@cache
 def has_fused(package: str) -> bool:
-    """Return True if there is a CUDA device and the package `package` of fused kernels is installed."""
-    return torch.cuda.is_available() and importlib.util.find_spec(package) is not None
+    """Return True if there is a CUDA device and the package `package` of fused kernels can be loaded."""
+    return torch.cuda.is_available() and fused_module(package) is not None
 
 
 def describe(device: torch.device | str) -> str:
@@ -59,15 +82,14 @@ def _arithmetic(device: torch.device | str) -> str:
         return "compiled CPU kernels"
     if torch.device(device).type != "cuda":
         return "plain PyTorch (EXPERTMESH_CPU_KERNELS=0)"
-    names = [name for name in ("mamba_ssm", "causal_conv1d") if has_fused(name)]
-    return f"fused kernels from {' and '.join(names)}" if names else "plain PyTorch (mamba-ssm is not installed)"
+    names = [name for name in FUSED_MODULES if has_fused(name)]
+    return f"fused kernels from {' and '.join(names)}" if names else "plain PyTorch (no fused kernels can be loaded)"
 
 
 def _fused_kernel(device: torch.device, package: str, name: str) -> Kernel | None:
     if device.type != "cuda" or not has_fused(package):
         return None
-    module = importlib.import_module("model.cuda.fused_mamba")
-    kernel: Kernel = getattr(module, name)
+    kernel: Kernel = getattr(fused_module(package), name)
     return kernel
 
 

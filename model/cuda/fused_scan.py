@@ -1,27 +1,26 @@
-"""The functions here call the fused CUDA kernels of mamba-ssm and causal-conv1d.
+"""The functions here call the fused Triton kernels of mamba-ssm.
 
-Each function has the signature of a function in `model.blocks.mamba`. The module is imported only on CUDA.
+Each function has the signature of a function in `model.blocks.mamba`. The module is imported only on CUDA, by
+`model.kernels`.
 What surprises:
 
-- Neither package accepts an initial state for each request of a packed batch. Therefore the scan pads requests into a
-  rectangle, and the convolution puts each request's past inputs before the request's new inputs.
+- The scan does not accept an initial state for each request of a packed batch. Therefore `ssd_scan` pads the requests
+  into a rectangle.
 - Softplus is already applied to Δ, so the kernels must not apply softplus again.
 - Matrix products inside the scan use TF32 if x is fp32.
 
-Legend: as in `model.blocks.mamba`; L the rectangle's length, S the rows of the convolution's padded input.
-Source: mamba-ssm 2.2 `ops/triton/{ssd_combined,selective_state_update}.py`, causal-conv1d 1.5
-`causal_conv1d_interface.py`.
+Legend: as in `model.blocks.mamba`; L the rectangle's length.
+Source: mamba-ssm 2.2 and 2.3, `ops/triton/{ssd_combined,selective_state_update}.py`.
 """
 
 from __future__ import annotations
 
 import torch
-from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 
-from model.state import Batch, SubBatch
+from model.state import SubBatch
 
 
 def ssd_scan(
@@ -75,6 +74,9 @@ def ssd_step(
     """Compute `model.blocks.mamba.ssd_step` and return y (R, H, D) and the new states (R, H, D, N), as new tensors."""
     _, head_dim, state_dim = state_RHDN.shape[1:]
     state_RHDN = state_RHDN.clone()  # the kernel overwrites the state
+    # Expanded strides select the kernel's path for scalar decay. The path reads the strides of dt_bias and D, so that
+    # None would raise an error. The caller adds the skip term D·x, so D is 0 here.
+    zeros_HD = torch.zeros_like(a_H)[:, None].expand(-1, head_dim)
     y_RHD: Tensor = selective_state_update(
         state_RHDN,
         x_RHD,
@@ -82,36 +84,8 @@ def ssd_step(
         a_H[:, None, None].expand(-1, head_dim, state_dim),
         b_RGN,
         c_RGN,
-        # Expanded strides select the kernel's path for scalar decay. The path reads the stride of dt_bias, so that
-        # dt_bias=None would crash.
-        dt_bias=torch.zeros_like(a_H)[:, None].expand(-1, head_dim),
+        zeros_HD,
+        dt_bias=zeros_HD,
         dt_softplus=False,
     )
     return y_RHD, state_RHDN
-
-
-def causal_conv(
-    xbc_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, window_RKC: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """Compute `model.blocks.mamba.causal_conv` and return the outputs (T, C) and the last K-1 inputs (R, K-1, C).
-
-    The kernel requires C to be a multiple of 8.
-    """
-    weight_CK = weight_CK.contiguous()
-    if max(batch.lens) == 1:
-        # The kernel overwrites the window of past inputs, so the function passes a copy of the window.
-        window_RCK = window_RKC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        out_TC: Tensor = causal_conv1d_update(xbc_TC, window_RCK, weight_CK, bias_C, activation="silu")
-        return out_TC, window_RCK.transpose(1, 2)
-    num_past = window_RKC.shape[1]
-    lens_R = torch.tensor(batch.lens, device=xbc_TC.device)
-    parts = zip(window_RKC.unbind(), xbc_TC.split(list(batch.lens)), strict=True)
-    padded_SC = torch.cat([part for pair in parts for part in pair])
-    request_S = torch.arange(len(batch.lens), device=xbc_TC.device).repeat_interleave(lens_R + num_past)
-    out_SC = causal_conv1d_fn(padded_SC.t()[None], weight_CK, bias_C, seq_idx=request_S.int()[None], activation="silu")[
-        0
-    ].t()
-    ends_R = (lens_R + num_past).cumsum(0)
-    shift_T = (torch.arange(len(batch.lens), device=xbc_TC.device) + 1).repeat_interleave(lens_R) * num_past
-    last_RK = ends_R[:, None] + torch.arange(-num_past, 0, device=xbc_TC.device)
-    return out_SC[torch.arange(xbc_TC.shape[0], device=xbc_TC.device) + shift_T], padded_SC[last_RK]
