@@ -13,15 +13,22 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 FROM python AS wheels-cpu
 RUN mkdir /wheels
 
-FROM nvidia/cuda:13.0.0-devel-ubuntu24.04@sha256:1e8ac7a54c184a1af8ef2167f28fa98281892a835c981ebcddb1fad04bdd452d AS wheels-gpu
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-COPY --from=python /usr/local /usr/local
+FROM nvidia/cuda:13.0.0-devel-ubuntu24.04@sha256:1e8ac7a54c184a1af8ef2167f28fa98281892a835c981ebcddb1fad04bdd452d AS cuda
+
+# The wheels are built on the system on which they run. Wheels that were built against a newer C library, such as
+# Ubuntu's, would not load. NVIDIA builds its compiler for older C libraries than both.
+FROM python AS wheels-gpu
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=cuda /usr/local/cuda-13.0 /usr/local/cuda
+ENV CUDA_HOME=/usr/local/cuda PATH=/usr/local/cuda/bin:$PATH
 WORKDIR /build
 COPY pyproject.toml ./
 # Without FORCE_BUILD both packages would download binaries that were built for other versions of torch.
-ENV PIP_NO_CACHE_DIR=1 MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0"
-RUN ldconfig \
-    && python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['optional-dependencies']['gpu'], sep='\n')" > gpu.txt \
+ENV MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0"
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['optional-dependencies']['gpu'], sep='\n')" > gpu.txt \
     && pip install torch==2.13.0 ninja==1.13.0 packaging==25.0 setuptools==80.9.0 wheel==0.45.1 \
     && pip wheel --no-deps --no-build-isolation --wheel-dir /wheels --requirement gpu.txt
 
@@ -33,11 +40,12 @@ ARG ACCELERATOR
 # Package index for torch. If empty, an image for CPUs takes torch from PyTorch's own index, and an image for GPUs takes
 # torch with the CUDA libraries from PyPI.
 ARG TORCH_INDEX_URL=""
-# KubeRay's readiness probe of a worker runs wget in bash. The version of wget is not pinned, because Debian keeps only
-# the newest version.
+# KubeRay's readiness probe of a worker runs wget in bash. On a GPU, Triton compiles a launcher for each kernel at run
+# time, which needs a C compiler. Versions are not pinned, because Debian keeps only the newest version.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
+    && if [ "$ACCELERATOR" = gpu ]; then apt-get install --yes --no-install-recommends gcc libc6-dev; fi \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home expertmesh
 WORKDIR /app

@@ -18,6 +18,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from dockerfile_parse import DockerfileParser
 
 from services.cli.main import RAY_DEFAULTS
@@ -68,6 +69,23 @@ def test_public_bases_are_pinned_by_digest() -> None:
 
 def test_every_accelerator_has_its_wheels() -> None:
     assert {"wheels-cpu", "wheels-gpu"} <= stages().keys()
+
+
+def test_wheels_are_built_on_the_system_on_which_they_run() -> None:
+    """A wheel that was built against a newer C library than the image's does not load."""
+    built, run = (stages()[name][0].value.partition(" AS ")[0] for name in ("wheels-gpu", "runtime"))
+    assert built == run == "python"
+
+
+@pytest.mark.parametrize(("accelerator", "has_compiler"), [("cpu", False), ("gpu", True)])
+def test_the_image_for_gpus_has_the_compiler_that_triton_needs(accelerator: str, has_compiler: bool) -> None:
+    """Run the step that installs packages, with functions of the shell in place of the commands that need root."""
+    [step] = [value for _, value in stages()["runtime"] if "apt-get" in value]
+    commands = "apt-get() { echo apt-get $*; }; rm() { :; }; useradd() { :; }"
+    script = f"{commands}; ACCELERATOR={accelerator}; {step}"
+    asked = subprocess.check_output(["/bin/bash", "-o", "pipefail", "-euc", script], text=True).split()
+    assert "wget" in asked
+    assert {"gcc", "libc6-dev"} <= {*asked} if has_compiler else not {"gcc", "libc6-dev"} & {*asked}
 
 
 def test_the_image_does_not_run_as_root() -> None:
