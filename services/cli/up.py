@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from services.cli.terminal import console, plain_errors
 from services.gateway.limits import GatewayLimits
 from services.hub import absolute_path
 
-if TYPE_CHECKING:  # `_checked_args` imports AppArgs later, because importing torch takes seconds
+if TYPE_CHECKING:  # `checked_args` imports AppArgs later, because importing torch takes seconds
     from services.args import AppArgs
 
 
@@ -153,7 +154,7 @@ def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str 
     try:
         with ExitStack() as stack:
             with showing(console, steps_to_show(options["experts"] == "local", bool(ray_address))) as reporter:
-                args = _checked_args(options, reporter, is_joining=bool(ray_address))
+                args = checked_args(options, reporter, is_joining=bool(ray_address))
                 from services.cli.local_application import Ports, logs_path, running
 
                 stack.enter_context(running(args, Ports(port, grpc_port), reporter, ray_address))
@@ -169,7 +170,7 @@ def _serve(options: dict[str, Any], port: int, grpc_port: int, ray_address: str 
         console.print("Stopped.")
 
 
-def _checked_args(options: dict[str, Any], reporter: StartReporter, is_joining: bool) -> AppArgs:
+def checked_args(options: dict[str, Any], reporter: StartReporter, is_joining: bool) -> AppArgs:
     """Check the model, print how the application will run, and return the application's arguments.
 
     A model on a hub is downloaded here, before Ray starts. The nodes of a cluster that is joined may not share this
@@ -179,6 +180,8 @@ def _checked_args(options: dict[str, Any], reporter: StartReporter, is_joining: 
     from services.args import AppArgs
 
     asked = AppArgs(**options)
+    if not is_joining:
+        check_gpus_of_this_machine(asked)
     args = asked.resolved(lambda news: reporter.report(StepReport(StartStep.MODEL, news, is_news=True)))
     reporter.report(StepReport(StartStep.MODEL, "checking the checkpoint"))
     family = args.check()
@@ -194,6 +197,35 @@ def _checked_args(options: dict[str, Any], reporter: StartReporter, is_joining: 
     dtype = str(args.torch_dtype).removeprefix("torch.")
     console.print(f"Starting {args.name} from {args.model}: {_expert_tier(args)}, {dtype}.")
     return asked.pinned(args) if is_joining else args
+
+
+def check_gpus_of_this_machine(args: AppArgs) -> None:
+    """Raise ValueError if this machine has fewer usable GPUs than the application reserves.
+
+    Without this check, Ray would wait forever for the missing GPUs, or start processes that fail again and again.
+    """
+    import torch
+
+    pools = args.pools if args.experts == "remote" else []
+    num_needed = math.ceil(args.gpus * args.backbone_replicas + sum(pool.gpus * pool.shards for pool in pools))
+    if not num_needed:
+        return
+    if torch.version.cuda is None:
+        raise ValueError(
+            f"--device cuda needs a PyTorch with CUDA, but PyTorch {torch.__version__} was built without CUDA; "
+            "install a PyTorch with CUDA, or use --device cpu"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"--device cuda needs a GPU, but PyTorch {torch.__version__} finds none that it can use; check that "
+            f"nvidia-smi lists a GPU and that its driver supports CUDA {torch.version.cuda}, or use --device cpu"
+        )
+    if (num_found := torch.cuda.device_count()) < num_needed:
+        shards = f" and the shards ({sum(pool.shards for pool in pools)})" if pools else ""
+        raise ValueError(
+            f"the backbones ({args.backbone_replicas}){shards} need {num_needed} GPUs, but this machine has "
+            f"{num_found}; use fewer --backbones or --shards, or --local-experts, or --device cpu"
+        )
 
 
 def _expert_tier(args: AppArgs) -> str:
