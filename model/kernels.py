@@ -93,6 +93,16 @@ def _fused_kernel(device: torch.device, package: str, name: str) -> Kernel | Non
     return kernel
 
 
+@cache
+def log_plain(block: str, reason: str) -> None:
+    """Log once that all blocks of the kind `block` run plain PyTorch on a CPU, because of `reason`.
+
+    A plain block on a CPU must compute each token or row in calls of one fixed size, because `is_reproducible` promises
+    that a token's bits do not depend on the other tokens of the batch.
+    """
+    log.warning("%s run plain PyTorch, which is slower: the compiled CPU kernels do not support %s.", block, reason)
+
+
 def ssd_scan(device: torch.device) -> Kernel | None:
     """Return the fused kernel that scans packed requests, or None if plain PyTorch must run."""
     return _fused_kernel(device, "mamba_ssm", "ssd_scan")

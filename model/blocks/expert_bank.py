@@ -35,10 +35,11 @@ class ExpertBank:
 
     def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
-        self.is_compiled = kernels.is_compiled(device)
-        if self.is_compiled and dtype == torch.bfloat16 and (shape.input_dim % 2 or shape.width % 2):
+        is_odd = dtype == torch.bfloat16 and bool(shape.input_dim % 2 or shape.width % 2)
+        self.is_compiled = kernels.is_compiled(device) and not is_odd
+        if kernels.is_compiled(device) and is_odd:
             sizes = f"{shape.input_dim} inputs and a width of {shape.width}"
-            raise ValueError(f"experts of layer {shape.layer} have {sizes}; bfloat16 on a CPU needs even numbers")
+            kernels.log_plain("The routed experts", f"{sizes} in bfloat16, which needs even numbers")
         self._weights: dict[int, tuple[Tensor, ...]] = {}  # by expert, in the order of `shape.matrices`
         self._packed: dict[int, tuple[PackedMatrix, ...]] = {}
         self._addresses = np.zeros((len(shape.matrices), shape.num_experts), np.int64)  # addresses of packed matrices

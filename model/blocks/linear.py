@@ -60,18 +60,20 @@ def find_row_blocking(
 ) -> RowBlocking:
     """Find the cheapest batch-invariant row blocking for a weight (num_outputs, num_inputs) by trying candidates.
 
+    The last candidate computes every row alone, which is slow, but works unless a product's bits are random.
+
     The search takes up to half a second, and the result is cached. Raises RuntimeError if no candidate is
     batch-invariant. `num_threads` is only a part of the cache's key: libraries also choose kernels by the number of
     threads.
     """
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(num_outputs, num_inputs, generator=generator).to(device, dtype)
-    for multiple in MULTIPLES:
-        for max_rows in MAX_ROWS:
-            if is_batch_invariant(weight, blocking := RowBlocking(multiple, max_rows)):
-                return blocking
+    blocks = [RowBlocking(multiple, max_rows) for multiple in MULTIPLES for max_rows in MAX_ROWS]
+    for blocking in (*blocks, RowBlocking(1, 1)):
+        if is_batch_invariant(weight, blocking):
+            return blocking
     raise RuntimeError(
-        f"no multiple of rows among {MULTIPLES} makes {dtype} products of {num_inputs}x{num_outputs} on {device} "
+        f"no number of rows makes {dtype} products of {num_inputs}x{num_outputs} on {device} "
         f"batch-invariant, so tokens could depend on the placement; use another device, dtype or number of threads"
     )
 

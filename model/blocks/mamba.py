@@ -235,24 +235,25 @@ class Mamba2Mixer(Mixer):
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         """Prepare the parameters of the CPU kernels, including the parameters of `norm`, the norm before the mixer.
 
-        Raises ValueError if the state dim is not a multiple of the kernels' vector length.
+        If the state dim is not a multiple of the kernels' vector length, only the projections run on the CPU kernels.
         """
-        if self.shape.state_dim % LANES:
-            given = self.shape.state_dim
-            raise ValueError(f"config.json has ssm_state_size = {given}; a CPU supports only multiples of {LANES}")
-        s, conv = self.shape, self.conv1d
-        bias = torch.zeros(s.conv_dim) if conv.bias is None else conv.bias
-        constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)
-        numbers = tuple(np.ascontiguousarray(c.detach().float().numpy()) for c in constants)
-        limits = tuple(np.float32(limit) for limit in s.delta_limit)
-        norm_params = (self.norm.weight.detach().float().numpy(), np.float32(self.norm.eps))
-        self.packed = (s.num_groups, *numbers, *limits, *norm_params)
         self.in_proj.pack()
         self.out_proj.pack()
         self.input_params, self.output_params = (
             (*norm.kernel_params, *self.in_proj.kernel_params),
             self.out_proj.kernel_params,
         )
+        s, conv = self.shape, self.conv1d
+        if s.state_dim % LANES:
+            reason = f"ssm_state_size = {s.state_dim}, which is not a multiple of {LANES}"
+            kernels.log_plain("The convolution and the state space of the Mamba-2 layers", reason)
+            return
+        bias = torch.zeros(s.conv_dim) if conv.bias is None else conv.bias
+        constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)
+        numbers = tuple(np.ascontiguousarray(c.detach().float().numpy()) for c in constants)
+        limits = tuple(np.float32(limit) for limit in s.delta_limit)
+        norm_params = (self.norm.weight.detach().float().numpy(), np.float32(self.norm.eps))
+        self.packed = (s.num_groups, *numbers, *limits, *norm_params)
 
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
         """Compute x += mixer(norm(x)) in place with the CPU kernels."""
@@ -261,7 +262,8 @@ class Mamba2Mixer(Mixer):
         projected_TP = cpu_layers.project(control, num_threads, x, *self.input_params)
         if batch.has_drafts:
             state.uncommitted[self.layer] = projected_TP
-        mixed_TI = self._mix_packed(projected_TP, batch, state)
+        mix = self._mix_packed if self.packed else self._mix_token_by_token
+        mixed_TI = mix(projected_TP, batch, state)
         cpu_layers.add_projected(control, num_threads, mixed_TI, *self.output_params, x)
 
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
@@ -276,6 +278,8 @@ class Mamba2Mixer(Mixer):
         projected_TP = state.uncommitted.pop(self.layer)
         if self.packed:
             self._mix_packed(projected_TP[rows.numpy()], accepted, state, has_output=False)
+        elif isinstance(projected_TP, np.ndarray):
+            self._mix_token_by_token(projected_TP[rows.numpy()], accepted, state)
         else:
             self._mix(projected_TP[rows], accepted, state)
 
@@ -304,14 +308,42 @@ class Mamba2Mixer(Mixer):
 
         Maps (T, gate | x | B | C | Δ) -> (T, inner) with the fused CUDA kernels if installed, otherwise with PyTorch.
         """
-        gate_TI, xbc_TC, delta_TH = self.split(projected_TP)
         window_RKC, ssm_RHDN = state.read(self.layer, batch)
+        out_TI, *values = self._mix_from(projected_TP, window_RKC, ssm_RHDN, batch)
+        state.write(self.layer, batch, values)
+        return out_TI
+
+    def _mix_from(
+        self, projected_TP: Tensor, window_RKC: Tensor, ssm_RHDN: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute `_mix` from the given state; return the outputs (T, inner) and the new state."""
+        gate_TI, xbc_TC, delta_TH = self.split(projected_TP)
         conv = kernels.causal_conv(projected_TP.device) or causal_conv
         xbc_TC, window_RKC = conv(xbc_TC, self.conv1d.weight[:, 0], self.conv1d.bias, window_RKC, batch)
         x_THD, delta_TH, a_H, b_TGN, c_TGN = self.scan_inputs(xbc_TC, delta_TH)
         y_THD, ssm_RHDN = self.advance(x_THD, delta_TH, a_H, b_TGN, c_TGN, ssm_RHDN, batch)
-        state.write(self.layer, batch, (window_RKC, ssm_RHDN))
-        return self.finish(y_THD, x_THD, gate_TI)
+        return self.finish(y_THD, x_THD, gate_TI), window_RKC, ssm_RHDN
+
+    def _mix_token_by_token(self, projected_TP: Floats, batch: Batch, state: State) -> Floats:
+        """Compute `_mix_packed` in plain PyTorch, for shapes that the CPU kernels do not support.
+
+        Every token is computed alone, in calls of one fixed size, and the inputs of the convolution are rounded to the
+        dtype of the window in the state. So a token's bits depend only on the request's own tokens.
+        """
+        windows_RKC, states_RHDN = state.read(self.layer, batch)
+        one_token = Batch(batch.token_ids_T[:1], (1,), (0,), (0,), ((0,),))
+        outputs, new_windows, new_states = [], [], []
+        rows_TP = torch.from_numpy(projected_TP).clone()
+        self.split(rows_TP)[1].copy_(self.split(rows_TP)[1].to(windows_RKC.dtype))
+        for r, row_of_request_TP in enumerate(rows_TP.split(list(batch.lens))):
+            window, ssm = windows_RKC[r : r + 1].float(), states_RHDN[r : r + 1]
+            for row in row_of_request_TP.split(1):
+                out, window, ssm = self._mix_from(row, window, ssm, one_token)
+                outputs.append(out)
+            new_windows.append(window)
+            new_states.append(ssm)
+        state.write(self.layer, batch, (torch.cat(new_windows), torch.cat(new_states)))
+        return torch.cat(outputs).float().numpy()
 
     def advance(
         self, x: Tensor, delta: Tensor, a_H: Tensor, b: Tensor, c: Tensor, ssm: Tensor, batch: Batch

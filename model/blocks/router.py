@@ -67,6 +67,6 @@ class Router(nn.Module):
         if self.topk_groups == self.num_groups:
             return choice_NE
         by_group: Tensor = choice_NE.unflatten(-1, (self.num_groups, -1))
-        best = by_group.topk(2, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
+        best = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
         is_kept = torch.zeros(by_group.shape[:2], dtype=torch.bool, device=choice_NE.device).scatter_(1, best, True)
         return by_group.masked_fill(~is_kept[..., None], -torch.inf).flatten(-2)

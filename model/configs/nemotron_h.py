@@ -169,6 +169,10 @@ class NemotronHConfig:
                 value, most = getattr(self, small), getattr(self, large)
                 if not 1 <= value <= most:
                     raise ValueError(f"config.json has {small} = {value}; allowed is 1 to {large} = {most}")
+            most = self.topk_group * (self.n_routed_experts // self.n_group)
+            if self.num_experts_per_tok > most:
+                picks = f"num_experts_per_tok = {self.num_experts_per_tok}"
+                raise ValueError(f"config.json has {picks}, but topk_group allows only {most} experts per token")
 
     @property
     def num_layers(self) -> int:

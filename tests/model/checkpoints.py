@@ -67,6 +67,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 1,  # the config asks for an MTP module, but the checkpoint has none
     },
     "biased": {"use_bias": True, "mlp_bias": True, "n_groups": 8, "chunk_size": 32},
+    "odd": {
+        "hidden_size": 61,
+        "head_dim": 9,
+        "ssm_state_size": 24,  # the compiled kernels support only multiples of 16
+        "mamba_head_dim": 7,
+        "n_groups": 4,
+        "conv_kernel": 2,
+        "chunk_size": 7,
+        "moe_intermediate_size": 37,
+        "moe_shared_expert_intermediate_size": 33,
+        "moe_latent_size": 29,
+    },
 }
 SEVERAL_FILES = "plain"
 TIED = "tied"
@@ -114,11 +126,15 @@ def scramble(model: NemotronHForCausalLM, generator: torch.Generator) -> None:
             value.data = noise / 4
 
 
-def write_tiny(path: Path, name: str) -> Tiny:
-    """Write the checkpoint of variant `name` to `path`; every call with the same name writes the same weights."""
+def write_tiny(path: Path, name: str, **changes: Any) -> Tiny:
+    """Write the checkpoint of variant `name`, with `changes` to its config, to `path`.
+
+    Every call with the same arguments writes the same weights.
+    """
     generator = torch.Generator().manual_seed(list(VARIANTS).index(name))
-    oracle = NemotronHForCausalLM(NemotronHConfig(**(BASE | VARIANTS[name])))
+    oracle = NemotronHForCausalLM(NemotronHConfig(**(BASE | VARIANTS[name] | changes)))
     oracle.train(False)
+    oracle.set_experts_implementation("eager")  # torch's grouped products do not support odd sizes
     scramble(oracle, generator)
     for layer in oracle.model.layers:
         if hasattr(layer.mixer, "dt_bias"):

@@ -21,9 +21,17 @@ LENGTH = 50
 
 
 @pytest.fixture(params=DTYPES, ids=str)
-def exact(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> NemotronH:
+def with_mtp(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> NemotronH:
     family = load_family(tiny_of(WITH_MTP).path)
     return family.load_backbone(family.load_local_experts(request.param), request.param)
+
+
+@pytest.fixture(params=[(name, dtype) for name in (WITH_MTP, "odd") for dtype in DTYPES], ids=str)
+def exact(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> NemotronH:
+    """Return a model of which every block has compiled kernels, or one with blocks in plain PyTorch ("odd")."""
+    name, dtype = request.param
+    family = load_family(tiny_of(name).path)
+    return family.load_backbone(family.load_local_experts(dtype), dtype)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -121,5 +121,7 @@ def test_planted_products_that_vary_are_caught(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(F, "linear", other_at_136_rows)
     assert find(96, 48, torch.float32, "cpu", 1) == RowBlocking(1, 128)
     monkeypatch.setattr(F, "linear", other_in_the_first_row)
+    assert find(96, 48, torch.float32, "cpu", 1) == RowBlocking(1, 1)
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: torch.rand(len(x), len(weight)))
     with pytest.raises(RuntimeError, match="products of 96x48 on cpu batch-invariant"):
         find(96, 48, torch.float32, "cpu", 1)

@@ -198,6 +198,8 @@ def test_sizes_are_positive_integers(value: object) -> None:
 def test_numbers_out_of_range_are_named() -> None:
     refused("config.json has num_experts_per_tok = 9; allowed is 1 to n_routed_experts = 8", num_experts_per_tok=9)
     refused("config.json has topk_group = 3; allowed is 1 to n_group = 2", n_group=2, topk_group=3)
+    sentence = "config.json has num_experts_per_tok = 3, but topk_group allows only 2 experts per token"
+    refused(sentence, n_group=4, topk_group=1, num_experts_per_tok=3)
 
 
 def test_what_is_not_supported_is_named() -> None:

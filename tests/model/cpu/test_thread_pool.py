@@ -191,9 +191,3 @@ def test_tickets_begin_anew(threads: Callable[[int], None]) -> None:
     linear(x, weight)
     THREAD_POOL.start_workers(1)[TICKET] = LAST_TICKET - 3
     assert all(torch.equal(linear(x, weight), expected) for _ in range(10))
-
-
-def test_a_state_that_is_no_multiple_of_a_vector_is_refused() -> None:
-    mixer = Mamba2Mixer(MambaShape(64, 4, 16, 2, 24, 4, 8), 0, 1e-5)
-    with pytest.raises(ValueError, match=r"ssm_state_size = 24; a CPU supports only multiples of 16"):
-        mixer.pack(RMSNorm(64, 1e-5), torch.float32)

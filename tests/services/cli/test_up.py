@@ -20,6 +20,9 @@ class Silent:
     def report(self, report: StepReport) -> None:
         """Show nothing."""
 
+    def end(self) -> None:
+        """Do nothing."""
+
 
 @pytest.fixture
 def usable_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
