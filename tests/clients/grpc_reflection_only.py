@@ -51,7 +51,9 @@ ASK: dict[str, Any] = {"model": MODEL, "chat": CHAT, "sampling": {"max_tokens": 
 
 def services(_: str) -> None:
     names = set(reflected().database.get_services())
-    assert {SERVICE, "grpc.health.v1.Health"} <= names, names
+    assert {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"} <= names, names
+    for name in names:
+        assert reflected(name).database.FindFileContainingSymbol(name).service, name
 
 
 def health(_: str) -> None:

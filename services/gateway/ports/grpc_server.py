@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf import text_format
+from google.protobuf.descriptor import FileDescriptor, MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
@@ -26,11 +29,12 @@ Context = grpc.aio.ServicerContext[object, object]
 INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 SERVICES = (INFERENCE, HEALTH)
-# grpcio-reflection offers only v1alpha. The messages of v1 are the same, so v1 needs only another name.
+# grpcio-reflection offers only v1alpha. The messages of v1 are the same; only the names differ.
 REFLECTION_METHOD = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].methods_by_name[
     "ServerReflectionInfo"
 ]
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+REFLECTIONS = (REFLECTION_V1, reflection.SERVICE_NAME)
 IDLE_S = 300  # seconds after which a connection without an RPC is closed; clients connect again by themselves
 MAX_ERROR_LEN = 1000  # characters of an error's sentence, because clients limit the size of its metadata
 MIN_PING_INTERVAL_S = 10  # seconds; a client that sends keepalive pings more often is disconnected
@@ -80,8 +84,7 @@ async def start_grpc_server(
         maximum_concurrent_rpcs=limits.grpc_streams,
     )
     server.add_generic_rpc_handlers((grpc_handlers(INFERENCE, api), grpc_handlers(HEALTH, health)))
-    names = (*(service.full_name for service in SERVICES), reflection.SERVICE_NAME)
-    reflections = [_reflection(name, names) for name in (reflection.SERVICE_NAME, REFLECTION_V1)]
+    reflections = [_reflection(name) for name in REFLECTIONS]
     server.add_generic_rpc_handlers((*reflections, _UnknownMethods()))
     server.add_insecure_port(address)
     await server.start()
@@ -98,9 +101,10 @@ def grpc_handlers(service: ServiceDescriptor, api: InferenceApi | HealthApi) -> 
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def _reflection(service: str, names: tuple[str, ...]) -> grpc.GenericRpcHandler:
-    """Return the handlers of the reflection service with the name `service`, for the services `names`."""
-    servicer = reflection.aio.ReflectionServicer(service_names=names)
+def _reflection(service: str) -> grpc.GenericRpcHandler:
+    """Return the handlers of the reflection service with the name `service`."""
+    names = (*(served.full_name for served in SERVICES), *REFLECTIONS)
+    servicer = reflection.aio.ReflectionServicer(service_names=names, pool=_descriptions())
 
     async def info(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         try:
@@ -111,6 +115,27 @@ def _reflection(service: str, names: tuple[str, ...]) -> grpc.GenericRpcHandler:
 
     handler = grpc.stream_stream_rpc_method_handler(info, _decoder(REFLECTION_METHOD), _serialize)
     return grpc.method_handlers_generic_handler(service, {REFLECTION_METHOD.name: handler})
+
+
+def _descriptions() -> DescriptorPool:
+    """Return the descriptions of all services that reflection lists.
+
+    The pool is not protobuf's default pool, because another library might add its own description of v1 there.
+    """
+    pool = DescriptorPool()
+
+    def add(file: FileDescriptor) -> None:
+        for dependency in file.dependencies:
+            add(dependency)
+        pool.AddSerializedFile(file.serialized_pb)
+
+    for file in (pb.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
+        add(file)
+    alpha = FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
+    v1 = text_format.Parse(text_format.MessageToString(alpha).replace("v1alpha", "v1"), FileDescriptorProto())
+    v1.options.ClearField("deprecated")  # only v1alpha is deprecated
+    pool.AddSerializedFile(v1.SerializeToString())
+    return pool
 
 
 async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -23,7 +24,9 @@ from services.gateway.ports.grpc_server import (
     INFERENCE,
     MAX_ERROR_LEN,
     REFLECTION_V1,
+    REFLECTIONS,
     SERVICES,
+    _descriptions,
     grpc_handlers,
 )
 from services.gateway.ports.health_api import HealthApi
@@ -180,27 +183,39 @@ def test_rpcs_in_flight_are_bounded(generation: Generation, source: EchoSource) 
     run(test)
 
 
-def test_reflection_speaks_v1_too(generation: Generation) -> None:
+@pytest.mark.parametrize("version", REFLECTIONS)
+def test_reflection_lists_and_describes_every_service(generation: Generation, version: str) -> None:
     async def test() -> None:
         async with channel(generation) as opened:
             call = opened.stream_stream(
-                f"/{REFLECTION_V1}/ServerReflectionInfo",
+                f"/{version}/ServerReflectionInfo",
                 reflection_pb2.ServerReflectionRequest.SerializeToString,
                 reflection_pb2.ServerReflectionResponse.FromString,
             )
-            asked = [
-                reflection_pb2.ServerReflectionRequest(list_services=""),
-                reflection_pb2.ServerReflectionRequest(file_containing_symbol=INFERENCE.full_name),
-            ]
-            listed, described = [answer async for answer in call(iter(asked))]
+            [listed] = [one async for one in call(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))]
             names = {service.name for service in listed.list_services_response.service}
-            assert {service.full_name for service in SERVICES} <= names
-            assert described.file_descriptor_response.file_descriptor_proto
+            assert names == {INFERENCE.full_name, HEALTH.full_name, REFLECTION_V1, reflection.SERVICE_NAME}
+            asked = [reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in sorted(names)]
+            answers = [answer async for answer in call(iter(asked))]
+            for name, answer in zip(sorted(names), answers, strict=True):
+                pool = DescriptorPool()
+                for file in reversed(answer.file_descriptor_response.file_descriptor_proto):  # dependencies first
+                    pool.AddSerializedFile(file)
+                assert pool.FindServiceByName(name).methods
 
     run(test)
 
 
-@pytest.mark.parametrize("name", [REFLECTION_V1, reflection.SERVICE_NAME])
+def test_v1_of_reflection_is_described_with_the_names_of_v1() -> None:
+    described = _descriptions().FindFileContainingSymbol(REFLECTION_V1)
+    assert described.package == "grpc.reflection.v1"
+    method = described.services_by_name["ServerReflection"].methods_by_name["ServerReflectionInfo"]
+    assert method.input_type.full_name == "grpc.reflection.v1.ServerReflectionRequest"
+    assert b"alpha" not in described.serialized_pb
+    assert not described.GetOptions().deprecated
+
+
+@pytest.mark.parametrize("name", REFLECTIONS)
 def test_undecodable_requests_of_reflection(
     generation: Generation, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
