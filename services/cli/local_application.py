@@ -6,6 +6,7 @@ At the end, `running` stops everything that it has started.
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import logging
 import os
@@ -55,17 +56,42 @@ class Ports:
     grpc: int = 9000
 
 
-def check_port(name: str, port: int, host: str) -> None:
-    """Raise ValueError if no socket can be bound to `port` on `host`.
+def bind_port(name: str, port: int, host: str) -> socket.socket:
+    """Return a socket that is bound to `port` on `host`; raise ValueError if the port cannot be used.
 
     `name` is the command-line option for the port, for the message.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # The first attempt fails if another process has the port, or if a server on the port has just stopped and its
+    # connections are in TIME_WAIT. SO_REUSEADDR ignores such connections, but also other sockets that have this option
+    # and do not listen. So the second attempt alone would not notice a socket that holds the port for an application.
+    for may_reuse in (0, 1):
+        bound = socket.socket()
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, may_reuse)
         try:
-            probe.bind((host, port))
-        except OSError:
-            raise ValueError(f"{name} {port} is in use; choose another port or stop the process that uses it") from None
+            bound.bind((host, port))
+        except OSError as error:
+            bound.close()
+            number, reason = error.errno, error.strerror
+        else:
+            return bound
+    if number == errno.EADDRINUSE:
+        raise ValueError(f"{name} {port} is in use; choose another port or stop the process that uses it")
+    raise ValueError(f"{name} {port} cannot be used ({reason}); choose another port")
+
+
+@contextmanager
+def held_port(name: str, port: int) -> Iterator[None]:
+    """Hold `port` on 127.0.0.1 for this application until the body ends; raise ValueError if the port cannot be used.
+
+    A gateway opens its ports with SO_REUSEPORT, so that its replacement can listen before the old gateway has stopped.
+    The kernel would also let the gateway of a second application share the port, and give it half of the connections.
+    The held socket prevents that from the start of the application on: the socket never listens, and `bind_port` of the
+    second application fails, because `bind_port` binds without SO_REUSEPORT.
+    """
+    with bind_port(name, port, "127.0.0.1") as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # from now on, the gateway can share the port
+        yield
 
 
 def check_store(args: AppArgs) -> None:
@@ -100,9 +126,13 @@ def running(args: AppArgs, ports: Ports, reporter: StartReporter, ray_address: s
     """
     if ports.http == ports.grpc:
         raise ValueError(f"--port and --grpc-port are both {ports.http}; they must differ")
-    check_port("--port", ports.http, "127.0.0.1")
-    check_port("--grpc-port", ports.grpc, "" if ray_address else "127.0.0.1")
     with ExitStack() as stack:
+        if ray_address:  # Serve's proxies listen
+            bind_port("--port", ports.http, "127.0.0.1").close()
+            bind_port("--grpc-port", ports.grpc, "").close()
+        else:
+            stack.enter_context(held_port("--port", ports.http))
+            stack.enter_context(held_port("--grpc-port", ports.grpc))
         if args.experts == "remote":
             reporter.report(StepReport(StartStep.STORE, "starting"))
             if args.redis_url == "embedded://":

@@ -54,8 +54,9 @@ class ListenerConfig:
 class Listener:
     """A `Listener` serves REST and gRPC on the ports of its config.
 
-    `start` and `stop` must be called on the same event loop. Several gateways on one machine may listen on the same
-    ports; the kernel then divides new connections among them.
+    `start` and `stop` must be called on the same event loop. Several gateways of one application and machine may listen
+    on the same ports; the kernel then divides new connections among them. This happens when a gateway is replaced.
+    `expertmesh up` refuses a port that another application uses (`services/cli/local_application.py`).
     """
 
     def __init__(self, config: ListenerConfig, rest: FastAPI, generation: Generation, health: HealthApi) -> None:

@@ -29,7 +29,7 @@ from model.families.registry import load_family
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
 from services.expert import control_client
 from tests.cluster.recent_windows import recent_windows
-from tests.services.application import STOP_TIMEOUT_S, Application, expertmesh, inference, wait_until
+from tests.services.application import STOP_TIMEOUT_S, Application, expertmesh, free_port, inference, wait_until
 from tests.services.demo import MODEL, held_out_prompts, load_tokenizer, text_of, transformers_greedy
 from tests.services.processes import command_of, descendants, wait_until_gone
 
@@ -349,11 +349,14 @@ def test_chat_answers(server: Application) -> None:
     assert not answer.stderr
 
 
-def test_a_port_in_use_is_one_sentence(server: Application) -> None:
-    answer = expertmesh("up", "--port", str(server.port), "--model", str(MODEL))
+@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+def test_a_port_of_another_server_is_one_sentence(server: Application, option: str) -> None:
+    port = server.port if option == "--port" else server.grpc_port
+    ports = {"--port": free_port(), "--grpc-port": free_port(), option: port}
+    answer = expertmesh("up", *(str(word) for pair in ports.items() for word in pair), "--model", str(MODEL))
     assert answer.returncode == 2
     assert answer.stderr == (
-        f"expertmesh: --port {server.port} is in use; choose another port or stop the process that uses it\n"
+        f"expertmesh: {option} {port} is in use; choose another port or stop the process that uses it\n"
     )
 
 
