@@ -335,12 +335,18 @@ class AppArgs(BaseModel):
     def notes(self, family: ModelFamily) -> list[str]:
         """Return sentences about the model that whoever starts it should know."""
         notes = []
-        if defaults := str(self.sampling_defaults(family)):
+        defaults = self.sampling_defaults(family)
+        if defaults.values:
             notes.append(f"Sampling defaults of generation_config.json: {defaults}.")
+        if limit := defaults.max_new_tokens:
+            notes.append(
+                f"Every answer ends after {limit} tokens: generation_config.json has max_new_tokens = {limit}."
+            )
         if not family.eos_token_ids:
             notes.append(
                 "Warning: neither the configs nor the tokenizer name an end-of-sequence token (eos_token_id, "
-                "eos_token), so answers end only at max_tokens and stop strings."
+                "eos_token), so answers end only at max_tokens and stop strings. To let the model end its answers, set "
+                "eos_token_id in generation_config.json."
             )
         return notes
 

@@ -63,7 +63,7 @@ def key_prefix(model: str) -> str:
     Raises ValueError if the name is empty or contains braces or white space.
     """
     if not model or any(char in "{}" or char.isspace() for char in model):
-        raise ValueError(f"The model name {model!r} must not be empty nor hold braces or white space.")
+        raise ValueError(f"The model name {model!r} must not be empty and must not contain braces or white space.")
     return f"expertmesh:{{{model}}}:"
 
 

@@ -15,6 +15,9 @@ def check(
         str,
         typer.Option(help="Hugging Face model directory, or ORG/NAME or ORG/NAME@REVISION, which is downloaded."),
     ],
+    model_name: Annotated[
+        str, typer.Option(help="Name by which clients would ask for the model. Default: the name of its directory.")
+    ] = "",
 ) -> None:
     """Tell whether a model directory is complete and can be served.
 
@@ -24,7 +27,7 @@ def check(
         from services.args import AppArgs
 
         with progress() as say:
-            args = AppArgs(model=absolute_path(model), experts="local").resolved(say)
+            args = AppArgs(model=absolute_path(model), model_name=model_name, experts="local").resolved(say)
         family = args.check()
         num_experts = sum(shape.num_experts for shape in family.expert_shapes)
         console.print(f"{args.model} can be served: {num_experts:,} routed experts, none of its tensors is missing.")

@@ -101,6 +101,8 @@ def test_what_is_worth_knowing_about_a_model_is_told_at_its_start(tmp_path: Path
 
     assert notes() == ["Sampling defaults of generation_config.json: temperature 1, top_p 0.95."]
     assert notes(generation_config=False) == []
+    edit("generation_config.json", max_new_tokens=300)
+    assert notes()[1:] == ["Every answer ends after 300 tokens: generation_config.json has max_new_tokens = 300."]
     edit("generation_config.json", eos_token_id=None, top_k="many")
     edit("config.json", eos_token_id=None)
     assert notes(generation_config=False) == [], "the tokenizer names an end"

@@ -42,5 +42,4 @@ class SamplingDefaults:
         return cls(given, limit)
 
     def __str__(self) -> str:
-        limit = {LIMIT: self.max_new_tokens} if self.max_new_tokens else {}
-        return ", ".join(f"{name} {value:g}" for name, value in {**self.values, **limit}.items())
+        return ", ".join(f"{name} {value:g}" for name, value in self.values.items())

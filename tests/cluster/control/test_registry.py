@@ -290,5 +290,5 @@ def test_bad_names_are_a_sentence() -> None:
     with pytest.raises(ValueError, match="The registry URL 'http://x' must start with redis://"):
         connect("http://x")
     for name in ("", "a{b", "a b"):
-        with pytest.raises(ValueError, match="must not be empty nor hold braces or white space"):
+        with pytest.raises(ValueError, match="must not be empty and must not contain braces or white space"):
             key_prefix(name)

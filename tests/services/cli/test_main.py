@@ -184,6 +184,17 @@ def test_check_tells_a_whole_model_from_one_that_is_cut_off(tmp_path: Path) -> N
     assert f"{weights} is not a readable safetensors file" in fails_with_one_sentence("check", "--model", str(path))
 
 
+def test_check_takes_a_name_for_a_model_whose_directory_has_a_space(tmp_path: Path) -> None:
+    path = str(copy_of_the_model(tmp_path / "my model", without=""))
+    assert fails_with_one_sentence("check", "--model", path) == (
+        "The model name 'my model' must not be empty and must not contain braces or white space; "
+        "choose another with --model-name (model_name in a Serve config)."
+    )
+    answer = expertmesh("check", "--model", path, "--model-name", "mine")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert f"{path} can be served: " in answer.stdout
+
+
 def test_an_unknown_log_format_is_one_sentence() -> None:
     sentence = fails_with_one_sentence("up", "--log-format", "xml")
     assert sentence == "log_format is 'xml': Input should be 'json' or 'text'"

@@ -22,7 +22,7 @@ def test_the_parameters_of_the_file_are_taken_and_others_are_not() -> None:
     defaults = SamplingDefaults.of_model(file)
     assert defaults.values == {"temperature": 0.6, "top_p": 1, "top_k": 20, "repetition_penalty": 1.05}
     assert defaults.max_new_tokens == 300
-    assert str(defaults) == "temperature 0.6, top_p 1, top_k 20, repetition_penalty 1.05, max_new_tokens 300"
+    assert str(defaults) == "temperature 0.6, top_p 1, top_k 20, repetition_penalty 1.05"
     assert str(SamplingDefaults.of_model({"eos_token_id": 2})) == ""
 
 
