@@ -14,11 +14,13 @@ from services.engine.contract.errors import EngineFailed, EngineOverloaded
 from services.engine.contract.sampling_params import Grammar
 from services.engine.grammar.checker_process import MAX_BYTES, CheckerProcess, Failure
 from services.engine.grammar.compiled_grammar import parameter_name
+from services.engine.grammar.lane import Lane
 
 MAX_SECONDS = 5.0  # largest number of seconds of computing to check one grammar
+QUICK_SECONDS = 0.05  # seconds after which a check leaves the quick lane; small grammars take milliseconds
 # Seconds after which a check leaves the fast lane for the slow lane. Almost all grammars take a tenth of this time.
 FAST_SECONDS = 0.25
-NUM_FAST = 2  # grammars that are checked at the same time in the fast lane
+NUM_FAST = 2  # grammars that are checked at the same time in the quick lane, and as many again in the fast lane
 MAX_SLOW = 8  # grammars that are checked or wait in the slow lane, which checks one at a time
 MAX_KNOWN = 4096  # number of grammars whose result is remembered
 
@@ -26,14 +28,16 @@ MAX_KNOWN = 4096  # number of grammars whose result is remembered
 class GrammarChecker:
     """A `GrammarChecker` checks grammars for the model directory `model`; any thread may call `check`.
 
-    There are two lanes, so that slow grammars delay only slow grammars. Every grammar is first checked in the fast
-    lane, which gives it `FAST_SECONDS`. If this time is too short, the check begins again in the slow lane. The first
-    call of `check` starts the process that checks; the constructor starts no process.
+    There are three lanes, so that slow grammars delay only slow grammars. Every grammar is first checked in the quick
+    lane, which gives it `QUICK_SECONDS`. If this time is too short, the check begins again in the fast lane, which
+    gives it `FAST_SECONDS`, and at last in the slow lane. The first call of `check` starts the process that checks; the
+    constructor starts no process.
     """
 
     def __init__(self, model: str | Path, max_seconds: float = MAX_SECONDS) -> None:
         self._model, self._max_seconds = Path(model), max_seconds
-        self._fast, self._slow = threading.Semaphore(NUM_FAST), threading.Semaphore(1)
+        self._early_lanes = [Lane(NUM_FAST, min(seconds, max_seconds)) for seconds in (QUICK_SECONDS, FAST_SECONDS)]
+        self._slow = Lane(1, max_seconds)
         self._slow_places = threading.BoundedSemaphore(MAX_SLOW)
         self.process: CheckerProcess | None = None
         self._starting = threading.Lock()
@@ -57,8 +61,10 @@ class GrammarChecker:
             raise ValueError(error)
 
     def _check(self, grammar: Grammar, digest: bytes) -> str:
-        with self._fast:
-            answer = self._ask(grammar, min(FAST_SECONDS, self._max_seconds))
+        answer: str | Failure = Failure.TIME
+        for lane in self._early_lanes:
+            if answer is Failure.TIME:
+                answer = self._ask(grammar, lane)
         if answer is Failure.TIME:
             answer = self._check_slowly(grammar)
         if isinstance(answer, Failure):
@@ -79,16 +85,16 @@ class GrammarChecker:
             sentence = f"{MAX_SLOW} grammars that take long to check are waiting, which is the most; try again later."
             raise EngineOverloaded(sentence, retry_after=int(self._max_seconds))
         try:
-            with self._slow:
-                return self._ask(grammar, self._max_seconds)
+            return self._ask(grammar, self._slow)
         finally:
             self._slow_places.release()
 
-    def _ask(self, grammar: Grammar, seconds: float) -> str | Failure:
-        try:
-            return self._living_process().check(grammar, seconds)
-        except EngineFailed:  # the process died, for example because the machine ran out of memory
-            return self._living_process().check(grammar, seconds)
+    def _ask(self, grammar: Grammar, lane: Lane) -> str | Failure:
+        with lane.place(len(grammar.text)):
+            try:
+                return self._living_process().check(grammar, lane.seconds)
+            except EngineFailed:  # the process died, for example because the machine ran out of memory
+                return self._living_process().check(grammar, lane.seconds)
 
     def _living_process(self) -> CheckerProcess:
         with self._starting:

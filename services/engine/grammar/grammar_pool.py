@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,8 +13,10 @@ from typing import Any
 
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
 from services.engine.contract.sampling_params import Grammar
+from services.engine.grammar.waiting_grammars import WaitingGrammars
 
 NUM_FAST = 2  # grammars that are compiled at a time; few, because the engine's steps need the processor, too
+NUM_SMALL = 1  # further small grammars that are compiled at a time; large grammars never take their place
 NUM_SLOW = 2  # further grammars that are compiled at a time after they turned out to be slow
 SLOW_SECONDS = 0.25  # a grammar that takes more seconds is slow
 MAX_KNOWN = 1024  # number of slow grammars that are remembered
@@ -25,16 +27,17 @@ class GrammarPool:
 
     Slow grammars delay only slow grammars: a grammar that has been compiled for `SLOW_SECONDS` gives its place to the
     next grammar, and from then on takes one of the places for slow grammars. A grammar that was slow before waits for
-    such a place from the beginning. Any event loop may call `compile`.
+    such a place from the beginning. Grammars wait in the order of `WaitingGrammars`, and while large grammars hold all
+    other places, small grammars have a place that only small grammars take. Any event loop may call `compile`.
     """
 
     def __init__(self, compile_grammar: Callable[[Grammar], Any], max_requests: int) -> None:
         self._compile, self._max_requests = compile_grammar, max_requests
-        self._threads = ThreadPoolExecutor(NUM_FAST + NUM_SLOW, thread_name_prefix="grammars")
+        self._threads = ThreadPoolExecutor(NUM_FAST + NUM_SMALL + NUM_SLOW, thread_name_prefix="grammars")
         self._places = threading.BoundedSemaphore(max_requests)
         self._lock = threading.Lock()
-        self._fast: deque[_Job] = deque()  # jobs that wait, by lane
-        self._slow: deque[_Job] = deque()
+        self._fast: WaitingGrammars[_Job] = WaitingGrammars()  # jobs that wait, by lane
+        self._slow: WaitingGrammars[_Job] = WaitingGrammars()
         self._running: list[_Job] = []
         self._known_slow: OrderedDict[int, None] = OrderedDict()  # hashes of grammars
         self._is_closed = False
@@ -77,7 +80,7 @@ class GrammarPool:
             is_closed = self._is_closed
             job.is_slow = job.digest in self._known_slow
             if not is_closed:
-                (self._slow if job.is_slow else self._fast).append(job)
+                (self._slow if job.is_slow else self._fast).add(job, len(grammar.text), time.monotonic())
         if is_closed:
             job.result.set_exception(EngineFailed("The engine is not running."))
         self._start_more()
@@ -91,11 +94,15 @@ class GrammarPool:
                 if not job.is_slow and job.seconds >= SLOW_SECONDS and num_slow < NUM_SLOW:
                     job.is_slow = True
                     num_slow += 1
-            num_fast = len(self._running) - num_slow
-            while self._fast and num_fast < NUM_FAST:
-                num_fast += self._start(self._fast.popleft())
-            while self._slow and num_slow < NUM_SLOW:
-                num_slow += self._start(self._slow.popleft())
+            num_small = sum(job.is_in_small_place and not job.is_slow for job in self._running)
+            num_fast = len(self._running) - num_slow - num_small
+            while num_fast < NUM_FAST and (waiting := self._fast.pop()):
+                num_fast += self._start(waiting)
+            while num_small < NUM_SMALL and (waiting := self._fast.pop_small()):
+                waiting.is_in_small_place = True
+                num_small += self._start(waiting)
+            while num_slow < NUM_SLOW and (waiting := self._slow.pop()):
+                num_slow += self._start(waiting)
 
     def _start(self, job: _Job) -> bool:
         """Start `job`, and return False if its caller has given up."""
@@ -130,9 +137,7 @@ class GrammarPool:
         """Accept no more grammars, and let the threads finish the grammars that they compile."""
         with self._lock:
             self._is_closed = True
-            waiting = [*self._fast, *self._slow]
-            self._fast.clear()
-            self._slow.clear()
+            waiting = [*self._fast.pop_all(), *self._slow.pop_all()]
         for job in waiting:
             if job.result.set_running_or_notify_cancel():
                 job.result.set_exception(EngineFailed("The engine is not running."))
@@ -147,6 +152,7 @@ class _Job:
     digest: int
     result: Future[Any] = field(default_factory=Future)
     is_slow: bool = False  # True: the job waits for, or has, a place for slow grammars
+    is_in_small_place: bool = False  # True: the job took the place for small grammars
     start: float = 0.0  # time of `time.monotonic` at which the job started
 
     @property

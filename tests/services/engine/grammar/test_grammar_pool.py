@@ -8,6 +8,7 @@ import pytest
 from services.engine.contract.errors import DeadlinePassed, EngineFailed, EngineOverloaded
 from services.engine.contract.sampling_params import Grammar, GrammarKind
 from services.engine.grammar.grammar_pool import NUM_FAST, NUM_SLOW, SLOW_SECONDS, GrammarPool
+from services.engine.grammar.waiting_grammars import SMALL_CHARS
 
 NEVER = float("inf")
 
@@ -41,6 +42,7 @@ def test_slow_grammars_delay_only_slow_grammars(compiler: Compiler) -> None:
         slow = [compiled(pool, f"slow{n}") for n in range(NUM_SLOW)]
         for n in range(5 * NUM_FAST):
             assert await asyncio.wait_for(compiled(pool, f"{n}"), 30) == f"{n}"
+        await asyncio.sleep(2 * SLOW_SECONDS)
         # Now the grammars are known to be slow, and wait without a place for fast ones.
         assert not any(task.done() for task in slow)
         compiler.may_finish.set()
@@ -51,6 +53,22 @@ def test_slow_grammars_delay_only_slow_grammars(compiler: Compiler) -> None:
         assert not any(task.done() for task in again)
         compiler.may_finish.set()
         await asyncio.gather(*again)
+        pool.close()
+
+    asyncio.run(test())
+
+
+def test_small_grammars_are_compiled_while_large_slow_ones_hold_all_other_places(compiler: Compiler) -> None:
+    async def test() -> None:
+        pool = GrammarPool(compiler, 100)
+        slow = [compiled(pool, f"slow{n}".ljust(SMALL_CHARS + 1)) for n in range(NUM_FAST + NUM_SLOW + 2)]
+        await asyncio.sleep(3 * SLOW_SECONDS)
+        large = compiled(pool, "large".ljust(SMALL_CHARS + 1))
+        for n in range(5):
+            assert await asyncio.wait_for(compiled(pool, f"{n}"), 30) == f"{n}"
+        assert not any(task.done() for task in [*slow, large])
+        compiler.may_finish.set()
+        await asyncio.gather(*slow, large)
         pool.close()
 
     asyncio.run(test())
