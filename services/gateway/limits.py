@@ -28,6 +28,7 @@ class GatewayLimits(BaseModel):
     )
     json_depth: int = Field(128, ge=8, le=190, description="levels to which the JSON of a body may be nested")
     json_values: int = Field(65_536, ge=256, description="objects, lists and strings in the JSON of a body")
+    json_items: int = Field(1 << 20, ge=256, description="items of all lists and objects in the JSON of a body")
     logit_bias: int = Field(1024, ge=0, le=1 << 17, description="entries of logit_bias")
     stop_strings: int = Field(4, ge=0, le=64, description="stop strings")
     stop_bytes: int = Field(1024, ge=1, le=1 << 16, description="bytes of one stop string")

@@ -165,7 +165,7 @@ def parse_json(data: bytes, limits: GatewayLimits = DEFAULT_LIMITS) -> Any:
     Raises ApiError if `data` is no JSON, or if its values are too many or nested too deep.
     """
     try:
-        check_size(data, limits.json_depth, limits.json_values)
+        check_size(data, limits.json_depth, limits.json_values, limits.json_items)
     except ValueError as error:
         raise invalid(f"The JSON of the body {error}.") from error
     try:

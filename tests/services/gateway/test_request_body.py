@@ -81,12 +81,16 @@ def test_deep_json_inside_of_a_string(http: httpx.Client, caplog: pytest.LogCapt
 
 
 def test_the_limits_of_the_operator_count() -> None:
-    limits = GatewayLimits(json_depth=8, json_values=256)
+    limits = GatewayLimits(json_depth=8, json_values=256, json_items=1000)
     nested = b'{"messages": [], "chat_template_kwargs": {"a": ' + b"[" * 7 + b"]" * 7 + b"}}"
     with pytest.raises(ApiError, match=r"^The JSON of the body may be nested at most 8 levels deep, not 9\.$"):
         parse_body(ChatBody, nested, limits)
     with pytest.raises(ApiError, match=r"^The JSON of the body may hold at most 256 objects, lists and strings, not"):
         parse_body(CompletionBody, json.dumps({"prompt": "a", "stop": ["x"] * 300}).encode(), limits)
+    with pytest.raises(
+        ApiError, match=r"^The JSON of the body may hold at most 1000 items in all lists and objects, not"
+    ):
+        parse_body(CompletionBody, json.dumps({"prompt": [1] * 1001}).encode(), limits)
 
 
 @pytest.mark.parametrize(

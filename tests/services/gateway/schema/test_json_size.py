@@ -36,6 +36,12 @@ def num_values(value: Any) -> int:
     return int(isinstance(value, str))
 
 
+def num_items(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
+    return max(1, len(value)) + sum(map(num_items, value.values() if isinstance(value, dict) else value))
+
+
 @pytest.mark.parametrize("block", [3, 1 << 20])
 def test_size(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(json_size, "BLOCK", block)
@@ -45,13 +51,16 @@ def test_size(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
         for is_ascii in (True, False):
             size = JsonSize.of(json.dumps(value, ensure_ascii=is_ascii).encode())
             assert (size.depth, size.num_values) == (depth_of(value), num_values(value)), value
+            assert size.num_items == num_items(value), value
 
 
 def test_limits() -> None:
-    check_size(b"[[[1]]]", 3, 3)
-    check_size(b"[1, 2, 3, 4, 5, 6, 7, 8]", 1, 1)
+    check_size(b"[[[1]]]", 3, 3, 3)
+    check_size(b"[1, 2, 3, 4, 5, 6, 7, 8]", 1, 1, 8)
     with pytest.raises(ValueError, match=r"^may be nested at most 2 levels deep, not 3$"):
-        check_size(b"[[[1]]]", 2, 3)
+        check_size(b"[[[1]]]", 2, 3, 9)
     with pytest.raises(ValueError, match=r"^may hold at most 3 objects, lists and strings, not 4$"):
-        check_size(b'[{"a": "b"}]', 8, 3)
-    check_size(b'["' + b"[" * 100 + b'"]', 1, 2)  # brackets inside of a string do not count
+        check_size(b'[{"a": "b"}]', 8, 3, 9)
+    with pytest.raises(ValueError, match=r"^may hold at most 7 items in all lists and objects, not 8$"):
+        check_size(b"[1, 2, 3, [4, 5, 6], 7]", 8, 9, 7)
+    check_size(b'["' + b"[" * 100 + b"," * 100 + b'"]', 1, 2, 1)  # marks inside of a string do not count
