@@ -1,25 +1,40 @@
 """A `Checkpoint` reads a Hugging Face model directory: `config.json` and the weights in safetensors files.
 
 The weights are one file, or many files with an index. The files are memory-mapped, and only the requested tensors are
-read. A missing tensor raises ValueError with the tensor's name.
+read. A missing tensor raises ValueError with the tensor's name. Weights may be quantized (`model/weight_tensors.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.configs.weight_format import WeightFormat
+from model.configs.weight_format import FORMATS, WeightFormat
+from model.declared_formats import DeclaredFormats
 from model.stored_matrix import StoredMatrix
+from model.weight_tensors import (
+    IGNORED_SCALES,
+    SCALES,
+    TensorHeader,
+    check_codes,
+    check_part,
+    module_of,
+    other_layout,
+    weight_format,
+    weight_parts,
+)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+QUANTIZATION = "hf_quant_config.json"
+T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -90,9 +105,11 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """Return the checkpoint's identity: a digest of the config and of the weight files' names and sizes."""
+        """Return the checkpoint's identity: a digest of the configs and of the weight files' names and sizes."""
         files = sorted((path.name, path.stat().st_size) for path in self.path.glob("*.safetensors"))
-        return hashlib.sha256((json.dumps(self.config, sort_keys=True) + str(files)).encode()).hexdigest()[:16]
+        quantization = (self.path / QUANTIZATION).read_text() if (self.path / QUANTIZATION).exists() else ""
+        text = json.dumps(self.config, sort_keys=True) + quantization + str(files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def names(self) -> Iterable[str]:
@@ -122,35 +139,122 @@ class Checkpoint:
             sizes = f"now has {size} bytes, but had {self._sizes[file_name]} when it was opened"
             raise ValueError(f"{self.path / file_name} {sizes}; a weight file must not change while it is served")
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Read the tensor called `name` in its stored dtype and, if `shape` is given, check the tensor's shape.
-
-        Raises ValueError if the tensor is missing or has another shape, or if its file is damaged or has changed.
-        """
+    def _read(self, name: str, read: Callable[[Any], T]) -> T:
+        """Return what `read` returns for the opened file that holds the tensor called `name`."""
         if name not in self._files:
             raise ValueError(f"the checkpoint {self.path} has no tensor {name}")
         file = self._file(self._files[name])
         self._check_size(self._files[name])
         try:
-            tensor: Tensor = file.get_tensor(name)
+            return read(file)
         except SafetensorError:
             raise ValueError(f"{self.path / self._files[name]} lacks the tensor {name} that the index names") from None
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Read the tensor called `name` in its stored dtype and, if `shape` is given, check the tensor's shape.
+
+        Raises ValueError if the tensor is missing or has another shape, or if its file is damaged or has changed.
+        """
+        tensor: Tensor = self._read(name, lambda file: file.get_tensor(name))
         if shape is not None and tensor.shape != shape:
             raise ValueError(f"tensor {name} in {self.path} is {list(tensor.shape)}, the config requires {list(shape)}")
         return tensor
 
-    @property
+    def header(self, name: str) -> TensorHeader:
+        """Return the dtype and the shape of the tensor called `name`; the tensor is not read.
+
+        Raises ValueError if the tensor is missing, or if its file is damaged or has changed.
+        """
+        part = self._read(name, lambda file: file.get_slice(name))
+        return TensorHeader(part.get_dtype(), tuple(part.get_shape()))
+
+    @cached_property
     def companions(self) -> frozenset[str]:
-        """Return the names of the scales that belong to the weights."""
-        return frozenset()
+        """Return the names of the scales that belong to weights, and of the scales that are ignored.
+
+        Raises ValueError if the checkpoint has a layout of quantized weights that is not supported.
+        """
+        for name in self._files:
+            if layout := other_layout(name):
+                sentence = f"is of the layout {layout}, which is not supported; supported are {', '.join(FORMATS)}"
+                raise ValueError(f"tensor {name} in {self.path} {sentence}")
+        return frozenset(self._scales(SCALES)) | self.ignored_scales
+
+    @cached_property
+    def ignored_scales(self) -> frozenset[str]:
+        """Return the names of the scales of activations and of the KV cache, which are not used."""
+        return frozenset(self._scales(IGNORED_SCALES))
+
+    def _scales(self, suffixes: Collection[str]) -> Iterator[str]:
+        """Yield the names that end in one of `suffixes` and belong to a module that has a weight."""
+        for name in self._files:
+            module, _, suffix = name.rpartition(".")
+            if suffix in suffixes and f"{module}.weight" in self._files:
+                yield name
 
     def weight_format(self, name: str) -> WeightFormat:
-        """Return the format of the weight called `name`, which the tensors that are present decide."""
-        return "plain"
+        """Return the format of the weight called `name`, which the tensors that are present decide.
 
-    def matrix(self, name: str, shape: tuple[int, int]) -> StoredMatrix:
-        """Read the weight called `name` with its scales, as the checkpoint stores them.
-
-        `shape` has the weight's numbers of outputs and inputs. Raises ValueError as `tensor` does.
+        Raises ValueError if the weight is missing, or if no format has the weight's dtype and scales.
         """
-        return StoredMatrix.plain(self.tensor(name, shape))
+        if name not in self._files:
+            _ = self.companions  # raises the sentence about another layout, which is the better one
+        scales = [scale for scale in SCALES if f"{module_of(name)}.{scale}" in self._files]
+        return weight_format(self.path, name, self.header(name).dtype, scales)
+
+    def plain_tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read a tensor that cannot be quantized; raise ValueError as `tensor` does, and if the dtype is another."""
+        format = self.weight_format(name)
+        if format != "plain":
+            raise ValueError(f"tensor {name} in {self.path} has the format {format}; only matrices may be quantized")
+        return self.tensor(name, shape)
+
+    def matrix(self, name: str, shape: tuple[int, int], checks_codes: bool = True) -> StoredMatrix:
+        """Map the weight called `name` with its scales, as the checkpoint stores them, into memory.
+
+        `shape` has the weight's numbers of outputs and inputs. Raises ValueError as `weight_format` does, if a tensor
+        has a wrong shape, or if a code or a scale is NaN. If `checks_codes` is False, no code is read.
+        """
+        format = self.weight_format(name)
+        parts = weight_parts(self.path, name, format, shape)
+        for part_name, part in parts.items():
+            check_part(self.path, part_name, part, self.header(part_name), format)
+        tensors = []
+        for part_name, part in parts.items():
+            tensor = self.tensor(part_name)
+            if checks_codes and format != "plain":
+                check_codes(self.path, part_name, tensor)
+            tensors.append(tensor.float().reshape(part.shape) if part.dtype == "float32" else tensor)
+        return StoredMatrix(format, tuple(tensors))
+
+    @cached_property
+    def declared_formats(self) -> tuple[DeclaredFormats, ...]:
+        """Return what the config files say of the formats; raise ValueError if a format is not supported."""
+        file = self.path / QUANTIZATION
+        modelopt = (DeclaredFormats.of_modelopt(read_json(file), file.name),) if file.exists() else ()
+        return DeclaredFormats.of_config(self.config), *modelopt
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Return sentences about the quantization that whoever starts the model should know.
+
+        Raises ValueError as `weight_format` and `declared_formats` do.
+        """
+        notes = []
+        if self.ignored_scales:
+            num = Counter("inputs" if name.endswith(".input_scale") else "KV cache" for name in self.ignored_scales)
+            counts = " and ".join(f"{num[kind]:,} scales of the {kind}" for kind in sorted(num, reverse=True))
+            notes.append(f"{counts} are ignored, because activations and the KV cache are not quantized.")
+        for declared in self.declared_formats:
+            others = [module for module, format in self._stored_formats() if declared.contradicts(module, format)]
+            if others:
+                weights = f"{len(others):,} weights, among them {others[0]}"
+                sentence = f"{declared.file} declares other formats than the tensors have for {weights}"
+                notes.append(f"Warning: {sentence}; the tensors decide.")
+        return tuple(notes)
+
+    def _stored_formats(self) -> Iterator[tuple[str, WeightFormat]]:
+        """Yield (module, format) for each matrix of the checkpoint."""
+        for name in self._files:
+            if name.endswith(".weight") and len(self.header(name).shape) == 2:
+                yield module_of(name), self.weight_format(name)

@@ -99,9 +99,6 @@ class NemotronHConfig:
         for key, allowed in FIXED.items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"config.json has {key} = {raw[key]!r}; supported is {allowed[0]!r}")
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(f"config.json has a quantization_config ({method}); supported are bf16 and fp32 weights")
         pattern = _pattern(raw, "")
         if pattern is None:
             raise ValueError("config.json lacks the key hybrid_override_pattern (or layers_block_type)")

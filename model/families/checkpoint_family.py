@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from model.configs.model_config import ModelConfig
 from model.configs.weight_format import WeightFormat
 from model.state import Batch, State
 from model.stored_matrix import StoredMatrix
+
+log = logging.getLogger(__name__)
 
 
 class BackboneModule(nn.Module):
@@ -105,15 +108,19 @@ class CheckpointFamily(ABC):
     def load_expert(self, layer: int, expert: int) -> dict[str, StoredMatrix]:
         """Read the matrices of one routed expert as the checkpoint stores them.
 
-        Raises ValueError if the model has no such expert, or if its format differs from that of the layer's expert 0.
+        Raises ValueError if the model has no such expert, if its format differs from that of the layer's expert 0, or
+        if a code is NaN.
         """
+        return self._expert(layer, expert, checks_codes=True)
+
+    def _expert(self, layer: int, expert: int, checks_codes: bool) -> dict[str, StoredMatrix]:
         shape = next((shape for shape in self.expert_shapes if shape.layer == layer), None)
         if shape is None or not 0 <= expert < shape.num_experts:
             raise ValueError(f"the model has no expert {expert} in layer {layer}")
         found = {}
         for matrix in shape.matrices:
             name = self.expert_name(layer, expert, matrix.name)
-            stored = found[matrix.name] = self.checkpoint.matrix(name, (matrix.rows, matrix.columns))
+            stored = found[matrix.name] = self.checkpoint.matrix(name, (matrix.rows, matrix.columns), checks_codes)
             if stored.format != matrix.format:
                 other = self.expert_name(layer, 0, matrix.name)
                 formats = f"has the format {stored.format}, and {other} has the format {matrix.format}"
@@ -137,21 +144,20 @@ class CheckpointFamily(ABC):
         """
         with torch.device("meta"):
             module = self.make_module(experts, self._has_own_head())
-        weights: dict[str, Tensor] = {}
-        matrices: dict[str, StoredMatrix] = {}
-        for name, stored in self._backbone_weights(module):
-            own = torch.float32 if name.endswith(self.fp32_parameters) else dtype
-            if stored.format == "plain":
-                weights[name] = stored.parts[0].to(device, own, copy=True)
-            else:
-                matrices[name] = stored
         is_compiled = kernels.is_compiled(device)
-        for name, stored in matrices.items():
+        weights: dict[str, Tensor] = {}
+        kept: dict[Linear, StoredMatrix] = {}
+        for name, stored in self._backbone_weights(module):
             owner = module.get_submodule(name.rpartition(".")[0])
-            if is_compiled and isinstance(owner, Linear):
-                owner.keep_stored(stored)
+            if stored.format != "plain" and is_compiled and isinstance(owner, Linear):
+                kept[owner] = stored
             else:
-                weights[name] = stored.dequantized().to(device, dtype)
+                own = torch.float32 if name.endswith(self.fp32_parameters) else dtype
+                weights[name] = stored.dequantized().to(device, own, copy=True)
+        for linear, stored in kept.items():
+            linear.keep_stored(stored)
+        for note in self.checkpoint.notes:
+            log.info(note)
         module.load_state_dict(weights, assign=True)
         module = module.requires_grad_(False).eval()
         if is_compiled:
@@ -159,34 +165,39 @@ class CheckpointFamily(ABC):
         return module
 
     def check(self) -> None:
-        """Check the names, shapes and formats of all tensors; the weights are memory-mapped, but not read."""
+        """Check the names, shapes and formats of all tensors; the weights are memory-mapped, but not read.
+
+        So NaN among the codes of a quantized weight is found only when the weight is loaded.
+        """
         with torch.device("meta"):
             module = self.make_module(LocalExperts({}), self._has_own_head(reads_weights=False))
-        for _ in self._backbone_weights(module):
+        for _ in self._backbone_weights(module, checks_codes=False):
             pass
         for shape in self.expert_shapes:
             for expert in range(shape.num_experts):
-                self.load_expert(shape.layer, expert)
+                self._expert(shape.layer, expert, checks_codes=False)
 
-    def _backbone_weights(self, module: nn.Module) -> Iterator[tuple[str, StoredMatrix]]:
+    def _backbone_weights(self, module: nn.Module, checks_codes: bool = True) -> Iterator[tuple[str, StoredMatrix]]:
         """Yield (parameter name, memory-mapped weight) for every parameter of the model without its routed experts."""
         parameters = module.state_dict()
         self._check_names(parameters)
         for name, value in parameters.items():
             tensor_name, shape = self.tensor_name(name), tuple(value.shape)
             if name.endswith(".weight") and len(shape) == 2:
-                yield name, self.checkpoint.matrix(tensor_name, (shape[0], shape[1]))
+                yield name, self.checkpoint.matrix(tensor_name, (shape[0], shape[1]), checks_codes)
             else:
-                yield name, StoredMatrix.plain(self.checkpoint.tensor(tensor_name, shape))
+                yield name, StoredMatrix.plain(self.checkpoint.plain_tensor(tensor_name, shape))
 
     def _check_names(self, parameter_names: Iterable[str]) -> None:
         """Raise ValueError with the name of the first tensor that is missing in the checkpoint or unknown."""
         checkpoint = self.checkpoint
+        _ = checkpoint.declared_formats  # raises ValueError if a config file names a format that is not supported
         expected = {self.tensor_name(name) for name in parameter_names}
         for shape in self.expert_shapes:
             for expert in range(shape.num_experts):
                 expected.update(self.expert_name(shape.layer, expert, matrix.name) for matrix in shape.matrices)
-        names = {name for name in checkpoint.names if not self.is_ignored(name)} - checkpoint.companions
+        names = {name for name in checkpoint.names if name in expected or not self.is_ignored(name)}
+        names -= checkpoint.companions
         if missing := sorted(expected - names):
             total = f"{len(missing)} missing in all"
             raise ValueError(f"the checkpoint {checkpoint.path} has no tensor {missing[0]} ({total})")
@@ -204,4 +215,6 @@ class CheckpointFamily(ABC):
         head, embeddings = (self.tensor_name(name) for name in ("lm_head.weight", "embeddings.weight"))
         if not self.config.tie_word_embeddings or head not in self.checkpoint:
             return not self.config.tie_word_embeddings
-        return not reads_weights or not torch.equal(self.checkpoint.tensor(head), self.checkpoint.tensor(embeddings))
+        if not reads_weights or self.checkpoint.weight_format(head) != "plain":
+            return True
+        return not torch.equal(self.checkpoint.tensor(head), self.checkpoint.tensor(embeddings))

@@ -207,10 +207,6 @@ def test_what_is_not_supported_is_named() -> None:
     refused("config.json has residual_in_fp32 = True; supported is False", residual_in_fp32=True)
     refused("config.json has n_shared_experts = 2; supported is 1", n_shared_experts=2)
     refused("config.json has num_nextn_predict_layers = 2; supported are 0 and 1", num_nextn_predict_layers=2)
-    refused(
-        "config.json has a quantization_config (modelopt); supported are bf16 and fp32 weights",
-        quantization_config={"quant_method": "modelopt"},
-    )
 
 
 def test_an_unknown_family_is_named(latent: Tiny, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""`DeclaredFormats` are the weight formats that a config declares, to compare them with the tensors.
+
+Two files declare formats: `config.json` under `quantization_config`, and Model Optimizer's `hf_quant_config.json`. A
+checkpoint may have both, one or none of the two. The tensors decide how a weight is read, because the declarations are
+ambiguous: Model Optimizer excludes the modules below layer 1 as "layers.1*", which as a wildcard also matches layer 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from model.configs.weight_format import BLOCK, GROUP, WeightFormat
+
+ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}
+MIXED = "MIXED_PRECISION"
+# Ends of the names of modules that have no declared format: public configs do not list them, or not in every file.
+UNDECLARED = ("embeddings", "embed_tokens", "lm_head", "shared_head.head", "gate", "eh_proj", "mtp.fc")
+
+
+@dataclass(frozen=True)
+class DeclaredFormats:
+    """`DeclaredFormats` are what one config file says of the modules' formats.
+
+    `listed` has the formats by module where the file lists each quantized module. Otherwise, all modules have the
+    format `uniform`, except those that a pattern in `excluded` matches. Both are None if the file says nothing.
+    """
+
+    file: str
+    listed: Mapping[str, WeightFormat] | None = None
+    uniform: WeightFormat | None = None
+    excluded: tuple[str, ...] = ()
+
+    @classmethod
+    def of_config(cls, raw: Mapping[str, Any], file: str = "config.json") -> DeclaredFormats:
+        """Read `quantization_config` in a `config.json`; raise ValueError if it names an unsupported algorithm."""
+        declared = _object(raw, "quantization_config", file)
+        if not declared:
+            return cls(file)
+        method = declared.get("quant_method")
+        if method == "fp8":
+            block = declared.get("weight_block_size")
+            if block != [BLOCK, BLOCK]:
+                raise ValueError(
+                    f"{file} has weight_block_size = {block!r}; supported are blocks of [{BLOCK}, {BLOCK}]"
+                )
+            excluded = _names(declared, "modules_to_not_convert", file)
+            return cls(file, uniform="fp8_blocks", excluded=excluded)
+        if method is None or str(method).startswith("modelopt"):
+            return cls._of_modelopt(declared, "ignore", file)
+        raise ValueError(f"{file} has quant_method = {method!r}; supported are fp8 and modelopt")
+
+    @classmethod
+    def of_modelopt(cls, raw: Mapping[str, Any], file: str = "hf_quant_config.json") -> DeclaredFormats:
+        """Read an `hf_quant_config.json`; raise ValueError if it names an unsupported algorithm."""
+        return cls._of_modelopt(_object(raw, "quantization", file), "exclude_modules", file)
+
+    @classmethod
+    def _of_modelopt(cls, declared: Mapping[str, Any], excluded_key: str, file: str) -> DeclaredFormats:
+        name = declared.get("quant_algo")
+        algorithm = None if name is None else str(name).upper()
+        if algorithm not in (None, MIXED, *ALGORITHMS):
+            allowed = ", ".join([*ALGORITHMS, MIXED])
+            raise ValueError(f"{file} has quant_algo = {name!r}; supported are {allowed}")
+        _check_group(declared, file)
+        layers = _object(declared, "quantized_layers", file)
+        if layers:
+            return cls(file, listed={module: _listed_format(module, entry, file) for module, entry in layers.items()})
+        if algorithm in (None, MIXED):
+            return cls(file)
+        return cls(file, uniform=ALGORITHMS[algorithm], excluded=_names(declared, excluded_key, file))
+
+    def contradicts(self, module: str, format: WeightFormat) -> bool:
+        """Return True if the file declares another format than `format` for `module`.
+
+        Where a pattern can be read as a wildcard or as the name of a part of the model, either reading is right.
+        """
+        if format == "plain" and module.endswith(UNDECLARED):
+            return False
+        if self.listed is not None:
+            return self.listed.get(module, "plain") != format
+        if self.uniform is None:
+            return False
+        is_part = any(_is_part_of(module, pattern) for pattern in self.excluded)
+        is_match = any(fnmatchcase(module, pattern) for pattern in self.excluded)
+        return format not in {"plain" if is_excluded else self.uniform for is_excluded in (is_part, is_match)}
+
+
+def _is_part_of(module: str, pattern: str) -> bool:
+    """Return True if `module` is the module that `pattern` names, or a module below the named module."""
+    stem = pattern.removesuffix("*").removesuffix(".")
+    return fnmatchcase(module, stem) or fnmatchcase(module, f"{stem}.*")
+
+
+def _listed_format(module: str, entry: Any, file: str) -> WeightFormat:
+    """Return the format of one entry of `quantized_layers`."""
+    name = entry.get("quant_algo") if isinstance(entry, Mapping) else entry
+    format = ALGORITHMS.get(str(name).upper())
+    if format is None:
+        raise ValueError(f"{file} lists {module} with quant_algo = {name!r}; supported are {', '.join(ALGORITHMS)}")
+    _check_group(entry if isinstance(entry, Mapping) else {}, file)
+    return format
+
+
+def _check_group(declared: Mapping[str, Any], file: str) -> None:
+    if declared.get("group_size") not in (None, GROUP):
+        raise ValueError(f"{file} has group_size = {declared['group_size']!r}; supported are groups of {GROUP}")
+
+
+def _object(raw: Mapping[str, Any], key: str, file: str) -> Mapping[str, Any]:
+    """Return the value of `key`, a JSON object; empty if the key is missing or null."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{file} has {key} = {value!r}; allowed is an object")
+    return value or {}
+
+
+def _names(raw: Mapping[str, Any], key: str, file: str) -> tuple[str, ...]:
+    """Return the value of `key`, a list of names of modules; empty if the key is missing or null."""
+    value = raw.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{file} has {key} = {value!r}; allowed is a list of names")
+    return tuple(value)
