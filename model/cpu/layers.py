@@ -11,12 +11,13 @@ Legend: T rows of the step, V vocabulary, D hidden, I inputs, O outputs, E exper
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-from model.cpu.functions import bits_of, from_bf16, round_to_bf16
+from model.cpu.functions import bits_of, from_bf16, round_to_bf16, silu
 from model.cpu.linear import apply_linear
 from model.cpu.moe import choose_experts
 from model.cpu.norm import rms_norm
@@ -71,15 +72,36 @@ def add_projected(control: Any, num_threads: Any, y_TI: Any, weight: Any, bias_D
     _add(_affine(control, num_threads, y_TI, weight, bias_D), x_TD)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def mlp(control: Any, num_threads: Any, h_TD: Any, up: Any, up_bias: Any, down: Any, down_bias: Any) -> Any:
-    """Return down·relu(up·h)², fp32 (T, D)."""
+@njit(nogil=True, error_model="numpy", inline="never")
+def _mlp(
+    control: Any,
+    num_threads: Any,
+    h_TD: Any,
+    is_swiglu: Any,
+    gate: Any,
+    gate_bias: Any,
+    up: Any,
+    up_bias: Any,
+    down: Any,
+    down_bias: Any,
+) -> Any:
+    """Return down·(silu(gate·h)·(up·h)) or, if `is_swiglu` is False, down·relu(up·h)², fp32 (T, D).
+
+    If `is_swiglu` is False, the function does not read `gate` and `gate_bias`.
+    """
     hidden_TI = _affine(control, num_threads, h_TD, up, up_bias)
-    for t in range(hidden_TI.shape[0]):
-        hidden = hidden_TI[t]
-        for i in range(len(hidden)):
-            value = max(hidden[i], np.float32(0.0))
-            hidden[i] = value * value
+    if is_swiglu:
+        gate_TI = _affine(control, num_threads, h_TD, gate, gate_bias)
+        for t in range(hidden_TI.shape[0]):
+            hidden, gates = hidden_TI[t], gate_TI[t]
+            for i in range(len(hidden)):
+                hidden[i] = silu(gates[i]) * hidden[i]
+    else:
+        for t in range(hidden_TI.shape[0]):
+            hidden = hidden_TI[t]
+            for i in range(len(hidden)):
+                value = max(hidden[i], np.float32(0.0))
+                hidden[i] = value * value
     return _affine(control, num_threads, hidden_TI, down, down_bias)
 
 
@@ -90,13 +112,53 @@ def add_mlp(
     x_TD: Any,
     norm_D: Any,
     eps: Any,
+    is_swiglu: Any,
+    gate: Any,
+    gate_bias: Any,
     up: Any,
     up_bias: Any,
     down: Any,
     down_bias: Any,
 ) -> None:
-    """Add mlp(norm(x)) to the residual stream x in place."""
-    _add(mlp(control, num_threads, _normed(x_TD, norm_D, eps), up, up_bias, down, down_bias), x_TD)
+    """Add mlp(norm(x)) to the residual stream x in place; `_mlp` explains the other arguments."""
+    matrices = (is_swiglu, gate, gate_bias, up, up_bias, down, down_bias)
+    _add(_mlp(control, num_threads, _normed(x_TD, norm_D, eps), *matrices), x_TD)
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, inline="never")
+def _scale_by_gate(h_TD: Any, gate_D: Any, out_TD: Any) -> None:
+    """Multiply each row of `out_TD` by σ(gate·h), where h is the same row of `h_TD`."""
+    for t in range(h_TD.shape[0]):
+        h, out, total = h_TD[t], out_TD[t], np.float32(0.0)
+        for d in range(len(gate_D)):
+            total += gate_D[d] * h[d]
+        scale = np.float32(1.0 / (1.0 + math.exp(-total)))
+        for d in range(len(out)):
+            out[d] *= scale
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def shared_mlp(
+    control: Any,
+    num_threads: Any,
+    h_TD: Any,
+    is_swiglu: Any,
+    gate: Any,
+    gate_bias: Any,
+    up: Any,
+    up_bias: Any,
+    down: Any,
+    down_bias: Any,
+    shared_gate_D: Any,
+) -> Any:
+    """Return mlp(h)·σ(shared_gate·h), fp32 (T, D); `_mlp` explains the other arguments.
+
+    A shared gate of length 0 stands for no gate: the result is then mlp(h).
+    """
+    out_TD = _mlp(control, num_threads, h_TD, is_swiglu, gate, gate_bias, up, up_bias, down, down_bias)
+    if len(shared_gate_D) > 0:
+        _scale_by_gate(h_TD, shared_gate_D, out_TD)
+    return out_TD
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -107,6 +169,7 @@ def route(
     norm_D: Any,
     eps: Any,
     router: Any,
+    is_softmax: Any,
     bias_E: Any,
     num_groups: Any,
     topk_groups: Any,
@@ -131,7 +194,7 @@ def route(
     """
     h_TD = _normed(x_TD, norm_D, eps)
     logits_TE = apply_linear(control, num_threads, h_TD, router)
-    choose_experts(logits_TE, bias_E, num_groups, topk_groups, normalize, scaling, ids_TK, weights_TK)
+    choose_experts(logits_TE, is_softmax, bias_E, num_groups, topk_groups, normalize, scaling, ids_TK, weights_TK)
     latent_TL = _affine(control, num_threads, h_TD, fc1, fc1_bias) if is_latent else h_TD
     for t in range(len(latent_TL)):
         row, wire = latent_TL[t], wire_TL[t]
@@ -154,8 +217,14 @@ def add_routed(
     shared_TD: Any,
     x_TD: Any,
 ) -> None:
-    """Add fc2·sums and the shared expert's output to the residual stream x in place."""
+    """Add fc2·sums and the shared expert's output to the residual stream x in place.
+
+    A `shared_TD` of length 0 stands for a layer without a shared expert.
+    """
     routed_TD = _affine(control, num_threads, sums_TL, fc2, fc2_bias) if is_latent else sums_TL
+    if len(shared_TD) == 0:
+        _add(routed_TD, x_TD)
+        return
     for t in range(x_TD.shape[0]):
         x, routed, shared = x_TD[t], routed_TD[t], shared_TD[t]
         for d in range(len(x)):

@@ -14,16 +14,33 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from model.cpu.functions import from_bf16
+from model.cpu.functions import exp, from_bf16
 from model.cpu.packed_matrix import PANEL, multiply_panels
 from model.cpu.vectors import pointer_from, pointer_to
 
 MAX_GRID_SUM = 2.0**62
 
 
+@njit(nogil=True, error_model="numpy", inline="never")
+def _scores(logits_E: Any, is_softmax: Any, score_E: Any) -> None:
+    """Write the softmax of `logits_E` or, if `is_softmax` is False, the sigmoids to `score_E`, in fp32."""
+    if not is_softmax:
+        for e in range(len(logits_E)):
+            score_E[e] = np.float32(1.0 / (1.0 + math.exp(-logits_E[e])))
+        return
+    most, total = logits_E.max(), np.float32(0.0)
+    for e in range(len(logits_E)):
+        score_E[e] = exp(logits_E[e] - most)
+    for e in range(len(logits_E)):
+        total += score_E[e]
+    for e in range(len(logits_E)):
+        score_E[e] /= total
+
+
 @njit(nogil=True, error_model="numpy", cache=True)
 def choose_experts(
     logits_NE: Any,
+    is_softmax: Any,
     bias_E: Any,
     num_groups: Any,
     topk_groups: Any,
@@ -32,11 +49,11 @@ def choose_experts(
     ids_NK: Any,
     weights_NK: Any,
 ) -> None:
-    """Pick K experts for each row, by sigmoid score plus bias, from the best `topk_groups` groups of experts.
+    """Pick K experts for each row, by score plus bias, from the best `topk_groups` groups of experts.
 
-    Groups are ranked by the sum of the two highest values (score plus bias) in the group. Among experts with equal
-    values, the lowest id comes first. The ids and weights of the picked experts are written to `ids_NK` and
-    `weights_NK`.
+    The scores are a softmax if `is_softmax` is True, else sigmoids. A bias of length 0 stands for no bias. Groups are
+    ranked by the sum of the two highest values (score plus bias) in the group. Among experts with equal values, the
+    lowest id comes first. The ids and weights of the picked experts are written to `ids_NK` and `weights_NK`.
     """
     num_rows, num_experts = logits_NE.shape
     top_k = ids_NK.shape[1]
@@ -44,9 +61,9 @@ def choose_experts(
     score_E, choice_E = np.empty(num_experts, np.float32), np.empty(num_experts, np.float32)
     group_G = np.empty(num_groups, np.float32)
     for n in range(num_rows):
+        _scores(logits_NE[n], is_softmax, score_E)
         for e in range(num_experts):
-            score_E[e] = np.float32(1.0 / (1.0 + math.exp(-logits_NE[n, e])))
-            choice_E[e] = score_E[e] + bias_E[e]
+            choice_E[e] = score_E[e] + bias_E[e] if len(bias_E) > 0 else score_E[e]
         if topk_groups < num_groups:
             for g in range(num_groups):
                 best, second = np.float32(-np.inf), np.float32(-np.inf)
@@ -74,7 +91,7 @@ def choose_experts(
             weights_NK[n, k] = score_E[best_e]
             total += score_E[best_e]
         for k in range(top_k):
-            if normalize:
+            if normalize:  # the sum of the best scores of a softmax is so large that 1e-20 does not change it
                 weights_NK[n, k] /= total + np.float32(1e-20)
             weights_NK[n, k] *= scaling
 

@@ -29,7 +29,7 @@ from model.blocks.mixer import Mixer, ResidualBlock
 from model.blocks.mlp import DenseMLP
 from model.blocks.moe import MoE
 from model.blocks.norm import RMSNorm
-from model.blocks.router import Router
+from model.blocks.router import SigmoidRouter
 from model.configs.nemotron_h import NemotronHConfig
 from model.families.checkpoint_family import BackboneModule, CheckpointFamily
 from model.state import Batch, State
@@ -57,10 +57,10 @@ def make_mixer(config: NemotronHConfig, layer: int, experts: Experts) -> Mixer:
 def make_moe(config: NemotronHConfig, layer: int, experts: Experts) -> MoE:
     shape = next(shape for shape in config.expert_shapes if shape.layer == layer)
     groups = (config.n_group, config.topk_group)
-    router = Router(config.hidden_size, shape, config.routed_scaling_factor, *groups, config.norm_topk_prob)
+    router = SigmoidRouter(config.hidden_size, shape, config.routed_scaling_factor, *groups, config.norm_topk_prob)
     is_latent = config.moe_latent_size is not None
-    shared_width = config.moe_shared_expert_intermediate_size
-    return MoE(config.hidden_size, shape, shared_width, router, experts, is_latent=is_latent, bias=config.mlp_bias)
+    shared = DenseMLP(config.hidden_size, config.moe_shared_expert_intermediate_size, config.mlp_bias)
+    return MoE(config.hidden_size, shape, router, experts, shared, is_latent=is_latent, bias=config.mlp_bias)
 
 
 class MTPModule(nn.Module):
