@@ -61,13 +61,23 @@ def relu2_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (x.double() @ up.double().T).clamp(min=0).square() @ down.double().T
 
 
+def swiglu_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    gates = x.double() @ gate.double().T
+    return (gates / (1 + torch.exp(-gates)) * (x.double() @ up.double().T)) @ down.double().T
+
+
+def expert(x: Tensor, matrices: dict[str, Tensor]) -> Tensor:
+    """Return the output of an expert with the matrices up and down (relu²), or gate, up and down (SwiGLU)."""
+    return swiglu_mlp(x, **matrices) if "gate" in matrices else relu2_mlp(x, **matrices)
+
+
 def weighted_experts(
     x_NL: Tensor, row_P: Tensor, expert_P: Tensor, weight_P: Tensor, experts: dict[int, dict[str, Tensor]]
 ) -> Tensor:
     """Return, for each row, the sum of weight·expert(x[row]) over the row's picks, added pick by pick."""
     out = torch.zeros(x_NL.shape, dtype=torch.float64)
-    for row, expert, weight in zip(row_P.tolist(), expert_P.tolist(), weight_P.double(), strict=True):
-        out[row] += weight * relu2_mlp(x_NL[row], **experts[expert])
+    for row, id, weight in zip(row_P.tolist(), expert_P.tolist(), weight_P.double(), strict=True):
+        out[row] += weight * expert(x_NL[row], experts[id])
     return out
 
 
