@@ -30,9 +30,8 @@ from services.expert.loader import Loader
 from services.expert.promotion import Promoter, PromotionQueue
 from services.expert.transfer import MAX_TRANSFER_BYTES, ByteBudget, ReadExpert, WeightSource, send
 from services.expert.transport.compute_server import ComputeServer
-from services.expert.transport.wire import WIRE_DTYPES
 from services.expert.transport.worker import Worker
-from services.expert.weights import ExpertMetadata, Weights
+from services.expert.weights import ExpertMetadata, Weights, describe_formats, matrix_formats
 
 Context = grpc.aio.ServicerContext[object, object]
 MAX_UNREAD = 256  # unread replies of one stream; above this number, no further requests are read
@@ -161,11 +160,14 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchChunk]:
         host, layer = self.host, request.layer
-        if request.dtype != WIRE_DTYPES[host.dtype]:
-            detail = f"This shard computes in {host.dtype} and can give its experts in nothing else."
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, detail)
-        if missing := [expert for expert in request.experts if host.metadata((layer, expert)) is None]:
+        missing = [expert for expert in request.experts if host.metadata((layer, expert)) is None]
+        if missing or layer not in host.shapes:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Experts {missing} of layer {layer} are not here.")
+        stored = matrix_formats(host.shapes[layer], host.dtype)
+        if list(request.matrices) != stored:
+            here, there = describe_formats(stored), describe_formats(request.matrices)
+            detail = f"This shard stores the experts of layer {layer} as {here}, but the request is for {there}."
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, detail)
         try:
             weights_of = partial(self._weights_of, layer)
             async for chunk in send(request.experts, host.nbytes((layer, 0)), weights_of, self.outgoing):

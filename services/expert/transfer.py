@@ -21,8 +21,7 @@ from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import CHANNEL_OPTIONS
 from services.expert.host import ExpertHost
 from services.expert.load_order import Key, Sources
-from services.expert.transport.wire import WIRE_DTYPES
-from services.expert.weights import ExpertMetadata, Weights
+from services.expert.weights import ExpertMetadata, Weights, matrix_formats
 from services.low_priority import run_in_thread
 
 MAX_TRANSFER_BYTES = 64 << 20  # maximum bytes of experts in flight from a shard; same limit for experts to a shard
@@ -187,7 +186,7 @@ async def fetch(channel: grpc.aio.Channel, shape: ExpertShape, expert: int, dtyp
     Raise PeerError if the peer fails, sends nothing for FETCH_STALL_S seconds, or sends something other than the
     requested expert.
     """
-    request = pb.FetchRequest(layer=shape.layer, experts=[expert], dtype=WIRE_DTYPES[dtype])
+    request = pb.FetchRequest(layer=shape.layer, experts=[expert], matrices=matrix_formats(shape, dtype))
     call: Any = expert_pb2_grpc.ExpertStub(channel).Fetch(request)  # type: ignore[no-untyped-call]
     try:
         return await _receive(call, shape, expert, dtype)

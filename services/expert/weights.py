@@ -11,17 +11,47 @@ tell experts apart; BLAKE2b takes 22 ms. For comparison, packing the expert take
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from model.configs.expert_shape import ExpertShape
+from model.configs.weight_format import WeightFormat
 from model.exact_sums import gain_exponent
 from model.stored_matrix import StoredMatrix, matrix_from_bytes
+from protos.expertmesh.expert.v1 import expert_pb2 as pb
 
 CHUNK_BYTES = 512 << 10  # maximum bytes of weights in one message to a peer
+PLAIN_FORMATS = {torch.bfloat16: pb.WEIGHT_FORMAT_BF16, torch.float32: pb.WEIGHT_FORMAT_FP32}
+QUANTIZED_FORMATS: dict[WeightFormat, pb.WeightFormat] = {
+    "fp8": pb.WEIGHT_FORMAT_FP8,
+    "fp8_blocks": pb.WEIGHT_FORMAT_FP8_BLOCKS,
+    "nvfp4": pb.WEIGHT_FORMAT_NVFP4,
+}
+
+
+def matrix_formats(shape: ExpertShape, dtype: torch.dtype) -> list[pb.MatrixFormat]:
+    """Return how a shard that computes in `dtype` stores and sends the matrices of the experts of `shape`, in order."""
+    return [
+        pb.MatrixFormat(
+            name=matrix.name,
+            rows=matrix.rows,
+            columns=matrix.columns,
+            format=PLAIN_FORMATS[dtype] if matrix.format == "plain" else QUANTIZED_FORMATS[matrix.format],
+        )
+        for matrix in shape.matrices
+    ]
+
+
+def describe_formats(matrices: Iterable[pb.MatrixFormat]) -> str:
+    """Return a text for an error message, for example "up FP8 64x32, down BF16 32x64"."""
+
+    def name(format: pb.WeightFormat) -> str:
+        return pb.WeightFormat.Name(format).removeprefix("WEIGHT_FORMAT_")
+
+    return ", ".join(f"{of.name} {name(of.format)} {of.rows}x{of.columns}" for of in matrices) or "no matrices"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 from collections.abc import AsyncIterator
@@ -24,8 +25,8 @@ from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert import control_client
 from services.expert.load_order import Sources
 from services.expert.shard import ExpertShard
-from services.expert.transfer import ByteBudget
-from services.expert.weights import CHUNK_BYTES, Weights
+from services.expert.transfer import ByteBudget, PeerChannels, PeerError, fetch
+from services.expert.weights import CHUNK_BYTES, Weights, matrix_formats
 from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS, WIDTH, write_checkpoint
 from tests.services.expert.proxy import Damage, cut_at, flip_at, proxy_to
 from tests.services.expert.requests import make_request
@@ -94,8 +95,9 @@ def test_chunks_are_bounded_and_the_last_one_has_the_checksum(family: ModelFamil
             loaded = await control_client.load(shard.endpoint, {3: [4]}, 1, {3: [9]})
             async with grpc.aio.insecure_channel(shard.endpoint) as channel:
                 stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
-                wire = pb.DTYPE_FP32 if dtype == torch.float32 else pb.DTYPE_BF16
-                chunks = [c async for c in stub.Fetch(pb.FetchRequest(layer=3, experts=[9, 4], dtype=wire))]
+                matrices = matrix_formats(shard.host.shapes[3], dtype)
+                request = pb.FetchRequest(layer=3, experts=[9, 4], matrices=matrices)
+                chunks = [chunk async for chunk in stub.Fetch(request)]
             assert max(len(chunk.data) for chunk in chunks) <= CHUNK_BYTES
             for expert in (4, 9):
                 of_expert = [chunk for chunk in chunks if chunk.expert == expert]
@@ -111,15 +113,38 @@ def test_chunks_are_bounded_and_the_last_one_has_the_checksum(family: ModelFamil
     run(test)
 
 
+def stored(up: pb.WeightFormat, down: pb.WeightFormat, width: int = WIDTH) -> list[pb.MatrixFormat]:
+    return [
+        pb.MatrixFormat(name="up", rows=width, columns=LATENT, format=up),
+        pb.MatrixFormat(name="down", rows=LATENT, columns=width, format=down),
+    ]
+
+
+FP32 = stored(pb.WEIGHT_FORMAT_FP32, pb.WEIGHT_FORMAT_FP32)
+HERE = "This shard stores the experts of layer 1 as up FP32 128x64, down FP32 64x128, but the request is for"
+
+
 @pytest.mark.parametrize(
     ("request_", "code", "sentence"),
     [
-        (pb.FetchRequest(layer=1, experts=[0, 40], dtype=pb.DTYPE_FP32), "NOT_FOUND", r"Experts \[40\] of layer 1"),
-        (pb.FetchRequest(layer=2, experts=[0], dtype=pb.DTYPE_FP32), "NOT_FOUND", r"Experts \[0\] of layer 2"),
+        (pb.FetchRequest(layer=1, experts=[0, 40], matrices=FP32), "NOT_FOUND", "Experts [40] of layer 1 are not here"),
+        (pb.FetchRequest(layer=2, experts=[0], matrices=FP32), "NOT_FOUND", "Experts [0] of layer 2 are not here"),
+        (pb.FetchRequest(layer=2, matrices=FP32), "NOT_FOUND", "Experts [] of layer 2 are not here"),
+        (pb.FetchRequest(layer=1, experts=[0]), "FAILED_PRECONDITION", f"{HERE} no matrices."),
         (
-            pb.FetchRequest(layer=1, experts=[0], dtype=pb.DTYPE_BF16),
+            pb.FetchRequest(layer=1, experts=[0], matrices=stored(pb.WEIGHT_FORMAT_BF16, pb.WEIGHT_FORMAT_BF16)),
             "FAILED_PRECONDITION",
-            "computes in torch.float32",
+            f"{HERE} up BF16 128x64, down BF16 64x128.",
+        ),
+        (
+            pb.FetchRequest(layer=1, experts=[0], matrices=stored(pb.WEIGHT_FORMAT_NVFP4, pb.WEIGHT_FORMAT_FP32, 64)),
+            "FAILED_PRECONDITION",
+            f"{HERE} up NVFP4 64x64, down FP32 64x64.",
+        ),
+        (
+            pb.FetchRequest(layer=1, experts=[0], matrices=FP32[::-1]),
+            "FAILED_PRECONDITION",
+            f"{HERE} down FP32 64x128, up FP32 128x64.",
         ),
     ],
 )
@@ -129,9 +154,25 @@ def test_what_a_shard_cannot_give_is_a_sentence(
     async def test() -> None:
         async with two(family) as (peer, _), grpc.aio.insecure_channel(peer.endpoint) as channel:
             stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
-            with pytest.raises(grpc.aio.AioRpcError, match=sentence) as raised:
+            with pytest.raises(grpc.aio.AioRpcError, match=re.escape(sentence)) as raised:
                 [chunk async for chunk in stub.Fetch(request_)]
             assert raised.value.code().name == code
+
+    run(test)
+
+
+def test_a_peer_with_another_dtype_is_replaced_by_the_checkpoint(family: ModelFamily) -> None:
+    async def test() -> None:
+        async with two(family) as (peer, _), serving(family, config=replace(CONFIG, dtype=torch.bfloat16)) as shard:
+            await control_client.load(shard.endpoint, {1: [0, 1]}, 1, sources=from_peer(peer.endpoint, 0, 1))
+            for expert in (0, 1):
+                held, raw = shard.host.on_device.banks[1].matrices(expert), family.load_expert(1, expert)
+                for name in ("up", "down"):
+                    assert torch.equal(held[name].parts[0], raw[name].parts[0].to(torch.bfloat16))
+            assert peer.service.outgoing.used_bytes == 0
+            with pytest.raises(PeerError, match=re.escape(f"{HERE} up BF16 128x64, down BF16 64x128.")):
+                async with PeerChannels() as peers:
+                    await fetch(peers[peer.endpoint], shard.host.shapes[1], 0, torch.bfloat16)
 
     run(test)
 

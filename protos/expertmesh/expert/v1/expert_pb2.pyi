@@ -11,9 +11,24 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_UNSPECIFIED: _ClassVar[Dtype]
     DTYPE_BF16: _ClassVar[Dtype]
     DTYPE_FP32: _ClassVar[Dtype]
+
+class WeightFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WEIGHT_FORMAT_UNSPECIFIED: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_BF16: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_FP32: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_FP8: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_FP8_BLOCKS: _ClassVar[WeightFormat]
+    WEIGHT_FORMAT_NVFP4: _ClassVar[WeightFormat]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BF16: Dtype
 DTYPE_FP32: Dtype
+WEIGHT_FORMAT_UNSPECIFIED: WeightFormat
+WEIGHT_FORMAT_BF16: WeightFormat
+WEIGHT_FORMAT_FP32: WeightFormat
+WEIGHT_FORMAT_FP8: WeightFormat
+WEIGHT_FORMAT_FP8_BLOCKS: WeightFormat
+WEIGHT_FORMAT_NVFP4: WeightFormat
 
 class ComputeRequest(_message.Message):
     __slots__ = ("id", "layer", "epoch", "num_rows", "dtype", "rows", "grid", "pick_rows", "pick_experts", "pick_weights", "timeout_us", "traceparent", "checksum")
@@ -184,14 +199,26 @@ class UnloadReply(_message.Message):
     def __init__(self, used_bytes: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("layer", "experts", "dtype")
+    __slots__ = ("layer", "experts", "matrices")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MATRICES_FIELD_NUMBER: _ClassVar[int]
     layer: int
     experts: _containers.RepeatedScalarFieldContainer[int]
-    dtype: Dtype
-    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
+    matrices: _containers.RepeatedCompositeFieldContainer[MatrixFormat]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., matrices: _Optional[_Iterable[_Union[MatrixFormat, _Mapping]]] = ...) -> None: ...
+
+class MatrixFormat(_message.Message):
+    __slots__ = ("name", "rows", "columns", "format")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    rows: int
+    columns: int
+    format: WeightFormat
+    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., format: _Optional[_Union[WeightFormat, str]] = ...) -> None: ...
 
 class FetchChunk(_message.Message):
     __slots__ = ("expert", "data", "is_last", "checksum", "gain_exponent", "seal")
