@@ -10,8 +10,10 @@ Legend: N rows, K picks per row, P picks, L expert input and output dim.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from statistics import median
 
 import numpy as np
 import torch
@@ -22,25 +24,57 @@ from model import kernels
 from model.cpu import moe as cpu
 from model.stored_matrix import StoredMatrix
 
+log = logging.getLogger(__name__)
+
 FRACTION_BITS = 22  # a typical contribution is about 2**22 units, which is near the 24 bits of an fp32 number
+MAX_SPREAD_BITS = 6  # spread of a layer's gain exponents above which the log warns
 MAX_GRID_SUM = 2.0**62  # limit of a contribution in units; a larger contribution could overflow int64
 NOT_ADDABLE = "an expert's output is not finite or too large to add: the expert's weights are damaged"
+
+
+def mean_square_gain(matrices: Mapping[str, StoredMatrix]) -> float:
+    """Return the typical mean square of an expert's output for an input z with a mean square of 1.
+
+    `matrices` are the expert's matrices by name; quantized ones are taken at their exact values. If z is drawn from
+    N(0, 1), then w·z has the distribution N(0, σ²) with σ² = |w|² for every row w of a matrix. For each hidden unit j
+    the formula takes the mean square of the unit, times |down_j|²:
+
+    - relu²: relu(up_j·z)² has the mean square 3/2·σ⁴.
+    - SwiGLU: silu(gate_j·z) has a mean square between σ²/4 for a small σ and σ²/2 for a large σ. The formula takes
+      σ²/2, times the mean square of up_j·z.
+
+    Like the output of relu², the output of SwiGLU grows with the square of the input's size.
+    """
+
+    def squares(name: str, dim: int) -> Tensor:
+        return matrices[name].dequantized().double().square().sum(dim)
+
+    up_M, down_M = squares("up", 1), squares("down", 0)
+    factor, unit_M = (0.5, squares("gate", 1) * up_M) if "gate" in matrices else (1.5, up_M.square())
+    return factor * float((unit_M * down_M).sum()) / matrices["down"].shape[0]
 
 
 def gain_exponent(matrices: Mapping[str, StoredMatrix]) -> int:
     """Return the rounded-up log2 of the typical size of an expert's output for an input z with a mean square of 1.
 
-    `matrices` are the expert's matrices by name; quantized ones are taken at their exact values.
-
-    The expert's output is down·relu(up·z)². If z is drawn from N(0, 1), then up_j·z has the distribution N(0, |up_j|²).
-    If g is drawn from N(0, σ²), then the mean of relu(g)⁴ is 3/2·σ⁴. A typical size is enough, because int64 has
-    room for outputs that are much larger.
+    A typical size is enough, because int64 has room for outputs that are much larger.
     """
-    up_ML, down_LM = (matrices[name].dequantized() for name in ("up", "down"))
-    up_square_M = up_ML.double().square().sum(1)
-    down_square_M = down_LM.double().square().sum(0)
-    mean_square = 1.5 * float((up_square_M.square() * down_square_M).sum()) / down_LM.shape[0]
+    mean_square = mean_square_gain(matrices)
     return math.ceil(math.log2(mean_square) / 2) if 0 < mean_square < math.inf else 0
+
+
+def log_wide_spread(layer: int, gain_exponents: Collection[int]) -> bool:
+    """Log one line, and return True, if a layer's largest gain exponent is far above the median.
+
+    The expert with the largest exponent decides the unit of all sums of the layer. The contributions of the other
+    experts then have fewer bits.
+    """
+    spread = max(gain_exponents) - median(gain_exponents)
+    is_wide = spread > MAX_SPREAD_BITS
+    if is_wide:
+        text = "The outputs of one expert of layer %d may be 2**%g times as large as those of most experts: %s."
+        log.warning(text, layer, spread, f"their sums then keep only about {FRACTION_BITS - spread:g} bits")
+    return is_wide
 
 
 def grid_exponents(x_NL: Tensor, topk_weights_NK: Tensor, layer_gain_exponent: int) -> Tensor:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cluster.topology import Experts, held_digest
 from model.configs.expert_shape import ExpertShape
+from model.exact_sums import log_wide_spread
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.device_experts import DeviceExperts
 from services.expert.load_order import ExpertsByLayer, Key, group_by_layer, keys_of
@@ -97,6 +98,7 @@ class ExpertHost:
         self.epoch = 0
         self._is_home = {layer: np.zeros(shape.num_experts, dtype=np.bool_) for layer, shape in self.shapes.items()}
         self._metadata: dict[Key, ExpertMetadata] = {}
+        self._logged_layers: set[int] = set()  # layers whose gain exponents have been logged as far apart
 
     # Held experts ----------------------------------------------------------------------------------------------------
 
@@ -159,10 +161,13 @@ class ExpertHost:
 
         A layer without such experts is left out.
         """
-        chosen, gains = set(layers), dict[int, int]()
+        return {layer: max(gains) for layer, gains in self._gains_by_layer(layers).items()}
+
+    def _gains_by_layer(self, layers: Iterable[int]) -> dict[int, list[int]]:
+        chosen, gains = set(layers), dict[int, list[int]]()
         for (layer, _), metadata in list(self._metadata.items()):
             if layer in chosen:
-                gains[layer] = max(metadata.gain, gains.get(layer, metadata.gain))
+                gains.setdefault(layer, []).append(metadata.gain)
         return gains
 
     # Changes ---------------------------------------------------------------------------------------------------------
@@ -229,6 +234,9 @@ class ExpertHost:
             if self.is_home(key):
                 self._set_home(key, False)
                 self.on_device.mark_promoted(key)
+        for layer, gains in self._gains_by_layer({*homes, *standby} - self._logged_layers).items():
+            if log_wide_spread(layer, gains):
+                self._logged_layers.add(layer)
 
     def commit_promotion(self, key: Key, weights: Weights | None) -> bool:
         """Allow requests to be computed with a promoted expert; return False if the expert was unloaded meanwhile.

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from model.exact_sums import FRACTION_BITS, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
+from model.configs.expert_shape import ExpertKind
+from model.exact_sums import (
+    FRACTION_BITS,
+    add_on_grid,
+    from_grid,
+    gain_exponent,
+    grid_exponents,
+    log_wide_spread,
+    mean_square_gain,
+    scale_to_grid,
+)
 from model.stored_matrix import StoredMatrix
+from tests.model import oracles
 from tests.model.steps import relative_error, seeded
 
 NUM_ROWS, NUM_PICKS, DIM = 6, 40, 9
 
 
-def expert(up_ML: Tensor, down_LM: Tensor) -> dict[str, StoredMatrix]:
-    return {"up": StoredMatrix.plain(up_ML), "down": StoredMatrix.plain(down_LM)}
+def expert(up_ML: Tensor, down_LM: Tensor, gate_ML: Tensor | None = None) -> dict[str, StoredMatrix]:
+    tensors = {"up": up_ML, "down": down_LM} if gate_ML is None else {"gate": gate_ML, "up": up_ML, "down": down_LM}
+    return {name: StoredMatrix.plain(tensor) for name, tensor in tensors.items()}
 
 
 def contributions(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,6 +98,34 @@ def test_a_unit_is_small_against_what_experts_give(scale: float, size: float) ->
     assert 2.0 ** (FRACTION_BITS - 4) < float(units.square().mean().sqrt()) < 2.0 ** (FRACTION_BITS + 2)
 
 
+@pytest.mark.parametrize("kind", ["relu2", "swiglu"])
+@pytest.mark.parametrize("weight_scale", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("row_scale", [0.25, 1.0, 4.0])
+def test_the_predicted_size_is_within_half_a_bit_of_the_measured_size(
+    kind: ExpertKind, row_scale: float, weight_scale: float
+) -> None:
+    randn, (dim, width) = seeded(5), (96, 160)
+    up, gate = (weight_scale * randn(width, dim) / dim**0.5 for _ in range(2))
+    down = randn(dim, width) / width**0.5
+    matrices = expert(up, down, gate if kind == "swiglu" else None)
+    x = row_scale * randn(2000, dim)
+    outputs = oracles.expert(x, {name: matrix.parts[0] for name, matrix in matrices.items()})
+    measured = float(outputs.square().mean().sqrt())
+    predicted = row_scale**2 * mean_square_gain(matrices) ** 0.5
+    assert abs(math.log2(predicted / measured)) < 0.5
+
+
+def test_a_layer_whose_gains_spread_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert not log_wide_spread(3, [1, 2, 8, 2])
+    assert caplog.text == ""
+    assert log_wide_spread(3, [1, 2, 9, 2])
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "The outputs of one expert of layer 3 may be 2**7 times as large as those of most experts: "
+        "their sums then keep only about 15 bits."
+    )
+
+
 def test_the_grid_belongs_to_the_row_alone() -> None:
     randn = seeded(0)
     x, weights = randn(8, 16), randn(8, 3).abs()
@@ -112,6 +154,7 @@ def test_damaged_weights_do_not_stop_the_loading() -> None:
     """Check that damaged weights have a gain exponent, so that loading succeeds; the first sum then raises an error."""
     assert gain_exponent(expert(torch.full((2, 3), torch.inf), torch.ones(3, 2))) == 0
     assert gain_exponent(expert(torch.full((2, 3), torch.nan), torch.ones(3, 2))) == 0
+    assert gain_exponent(expert(torch.ones(2, 3), torch.ones(3, 2), torch.full((2, 3), torch.inf))) == 0
 
 
 def test_sums_come_back_as_fp32() -> None:

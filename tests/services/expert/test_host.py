@@ -10,12 +10,13 @@ import torch
 
 from model.families.registry import load_family
 from model.family import ModelFamily
+from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.host import ExpertHost
 from services.expert.load_order import ExpertsByLayer, LoadOrder
 from services.expert.loader import Loader
 from services.expert.promotion import Promoter
-from services.expert.transfer import WeightSource
+from services.expert.transfer import ReadExpert, WeightSource
 from services.expert.transport.wire import Refused
 from services.expert.transport.worker import Worker
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
@@ -29,13 +30,13 @@ class FilledHost(ExpertHost):
 
     def __init__(self, family: ModelFamily, num_experts: int) -> None:
         super().__init__(family.expert_shapes, torch.float32, torch.device("cpu"), num_experts * EXPERT_BYTES)
-        self.family = family
+        self.read: ReadExpert = family.load_expert
 
     def load(self, homes: ExpertsByLayer, standby: ExpertsByLayer | None = None) -> None:
         async def load() -> None:
             worker = Worker(9, "filling")
             try:
-                source = WeightSource(self, self.family.load_expert)
+                source = WeightSource(self, self.read)
                 loader = Loader(self, worker, source, Promoter(self, worker, source))
                 await loader.load(LoadOrder(homes, standby or {}))
             finally:
@@ -68,6 +69,23 @@ def test_partial_sums_of_two_hosts_add_up_to_the_whole(family: ModelFamily) -> N
     whole = both.compute(make_request((0, 1)))
     as_tensor = [torch.frombuffer(bytearray(sums.data), dtype=torch.int32) for sums in (*parts, whole)]
     assert torch.equal(as_tensor[0] + as_tensor[1], as_tensor[2])
+
+
+def test_a_layer_with_an_outlier_is_logged_once(family: ModelFamily, caplog: pytest.LogCaptureFixture) -> None:
+    def read(layer: int, expert: int) -> dict[str, StoredMatrix]:
+        matrices = dict(family.load_expert(layer, expert))
+        if (layer, expert) == (3, 5):
+            matrices["up"] = StoredMatrix.plain(16 * matrices["up"].parts[0])
+        return matrices
+
+    host = make_host(family)
+    host.read = read
+    host.load({1: [0, 1, 2, 3], 3: [4, 6, 7]}, {3: [8]})
+    assert caplog.messages == []
+    host.load({3: [5]})
+    host.load({3: [9]})
+    [message] = caplog.messages
+    assert message.startswith("The outputs of one expert of layer 3 may be 2**8 times as large")
 
 
 def test_more_than_the_budget_is_refused_with_the_numbers(family: ModelFamily) -> None:
