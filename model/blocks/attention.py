@@ -19,7 +19,7 @@ from model.cpu.attention import attend
 from model.cpu.packed_matrix import PackedMatrix, pack_matrix
 from model.cpu.thread_pool import THREAD_POOL
 from model.state import Batch, State
-from model.stored_matrix import concatenated
+from model.stored_matrix import StoredMatrix, concatenated
 
 
 def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ class Attention(Mixer):
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         """Prepare the CPU kernels, which apply `norm` and then compute q, k and v in one product."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        self.packed = pack_matrix(concatenated([part.take_weight() for part in parts]))
+        weight_XD = concatenated([part.take_weight() for part in parts])
+        self.packed = pack_matrix(StoredMatrix.plain(weight_XD))
         bias = None if parts[0].bias is None else torch.cat([part.take_bias() for part in parts])
         self.o_proj.pack()
         self.input_params = (*norm.kernel_params, self.packed.descriptor, as_array(bias))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.cpu import layers as cpu_layers
 from model.cpu.linear import linear
 from model.cpu.packed_matrix import PackedMatrix, pack_matrix
+from model.stored_matrix import StoredMatrix
 
 
 class Embedding(nn.Module):
@@ -31,7 +32,7 @@ class Embedding(nn.Module):
         is_bf16 = rows.dtype == torch.bfloat16
         self.packed_rows = (rows.view(torch.int16) if is_bf16 else rows.float()).contiguous().numpy(), is_bf16
         if is_tied:
-            self.packed_head = pack_matrix(rows)
+            self.packed_head = pack_matrix(StoredMatrix.plain(rows))
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Return the vectors of the tokens: (T,) -> (T, D)."""

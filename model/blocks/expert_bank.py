@@ -18,7 +18,7 @@ from model import kernels
 from model.blocks.linear import RowBlocking, row_blocking
 from model.configs.expert_shape import ExpertShape
 from model.cpu import moe as cpu
-from model.cpu.packed_matrix import PackedMatrix, pack_matrix, unpack_matrix
+from model.cpu.packed_matrix import PackedMatrix, compile_products, pack_matrix, unpack_matrix
 from model.exact_sums import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
 from model.stored_matrix import StoredMatrix
 
@@ -35,14 +35,13 @@ class ExpertBank:
 
     def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
-        is_odd = dtype == torch.bfloat16 and bool(shape.input_dim % 2 or shape.width % 2)
-        self.is_compiled = kernels.is_compiled(device) and not is_odd
-        if kernels.is_compiled(device) and is_odd:
-            sizes = f"{shape.input_dim} inputs and a width of {shape.width}"
-            kernels.log_plain("The routed experts", f"{sizes} in bfloat16, which needs even numbers")
-        self._weights: dict[int, tuple[Tensor, ...]] = {}  # by expert, in the order of `shape.matrices`
-        self._packed: dict[int, tuple[PackedMatrix, ...]] = {}
-        self._addresses = np.zeros((len(shape.matrices), shape.num_experts), np.int64)  # addresses of packed matrices
+        self.is_compiled = kernels.is_compiled(device)
+        if self.is_compiled:
+            compile_products((matrix.format for matrix in shape.matrices), dtype)
+        self._packed: dict[int, tuple[PackedMatrix, ...]] = {}  # by expert, in the order of `shape.matrices`
+        self._matrices = np.zeros((len(shape.matrices), shape.num_experts, 3), np.int64)  # for `cpu.partial_sums`
+        self._weights: dict[int, tuple[Tensor, ...]] = {}  # as `_packed`, where the kernels do not run
+        self._stored: dict[int, tuple[StoredMatrix, ...]] = {}  # quantized originals of `_weights`, for other shards
         self._gains: dict[int, int] = {}
         self._row_blocking: RowBlocking | None = None
 
@@ -52,7 +51,14 @@ class ExpertBank:
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of the held experts' weights as they are stored."""
         return len(self._gains) * self.shape.nbytes(self.dtype)
+
+    def used_memory(self) -> int:
+        """Return the bytes of the buffers that hold the weights, with the padding of the CPU kernels."""
+        buffers = [one.nbytes for parts in self._packed.values() for one in parts]
+        buffers += [one.nbytes for parts in self._weights.values() for one in parts]
+        return sum(buffers) + sum(one.nbytes for parts in self._stored.values() for one in parts)
 
     def load(self, expert: int, matrices: Mapping[str, StoredMatrix], gain: int | None = None) -> None:
         """Copy an expert's matrices, by the names of `ExpertShape.matrices`, into the bank.
@@ -61,13 +67,17 @@ class ExpertBank:
         exponent takes longer than the copy. One thread may load experts while another thread computes other experts.
         """
         assert 0 <= expert < self.shape.num_experts
-        stored = [matrices[matrix.name].to(self.device, self.dtype) for matrix in self.shape.matrices]
-        assert [one.shape for one in stored] == [(matrix.rows, matrix.columns) for matrix in self.shape.matrices]
+        stored = tuple(matrices[matrix.name] for matrix in self.shape.matrices)
+        sizes = [(one.format, one.shape) for one in stored]
+        assert sizes == [(matrix.format, (matrix.rows, matrix.columns)) for matrix in self.shape.matrices]
         if self.is_compiled:
-            packed = self._packed[expert] = tuple(pack_matrix(one.dequantized()) for one in stored)
-            self._addresses[:, expert] = [part.descriptor.address for part in packed]
+            packed = tuple(pack_matrix(one.to("cpu", self.dtype)) for one in stored)
+            self._packed[expert] = packed
+            self._matrices[:, expert] = [one.descriptor[:3] for one in packed]
         else:
             self._weights[expert] = tuple(one.dequantized().to(self.device, self.dtype, copy=True) for one in stored)
+            if any(one.format != "plain" for one in stored):
+                self._stored[expert] = tuple(one.to("cpu", self.dtype) for one in stored)
         self._gains[expert] = gain_exponent(matrices) if gain is None else gain
 
     def matrices(self, expert: int) -> dict[str, StoredMatrix]:
@@ -76,16 +86,17 @@ class ExpertBank:
         Plain matrices have the bank's dtype.
         """
         if self.is_compiled:
-            weights = [unpack_matrix(packed) for packed in self._packed[expert]]
+            stored = tuple(unpack_matrix(packed).to("cpu", self.dtype) for packed in self._packed[expert])
+        elif expert in self._stored:
+            stored = self._stored[expert]
         else:
-            weights = [weight.cpu() for weight in self._weights[expert]]
-        names = [matrix.name for matrix in self.shape.matrices]
-        return {name: StoredMatrix.plain(weight) for name, weight in zip(names, weights, strict=True)}
+            stored = tuple(StoredMatrix.plain(weight.cpu()) for weight in self._weights[expert])
+        return {matrix.name: one for matrix, one in zip(self.shape.matrices, stored, strict=True)}
 
     def unload(self, expert: int) -> None:
-        for by_expert in (self._weights, self._packed, self._gains):
+        for by_expert in (self._weights, self._stored, self._packed, self._gains):
             by_expert.pop(expert, None)
-        self._addresses[:, expert] = 0
+        self._matrices[:, expert] = 0
 
     def gain_exponent(self, expert: int) -> int:
         return self._gains[expert]
@@ -156,8 +167,7 @@ class ExpertBank:
         """Compute `partial_sums` on numpy arrays with the CPU kernels; `x_NL` is fp32, or the bits of bf16 as int16."""
         sums_NL = np.zeros(x_NL.shape, np.int64)
         picks = (x_NL.dtype == np.int16, row_P, expert_P, weight_P, grid_N)
-        is_bf16 = self.dtype == torch.bfloat16  # `_packed` must not be read while another thread loads experts
-        if not cpu.partial_sums(x_NL, *picks, *self._addresses, is_bf16, self.shape.width, sums_NL):
+        if not cpu.partial_sums(x_NL, *picks, self._matrices, self.shape.width, sums_NL):
             raise ValueError(NOT_ADDABLE)
         return sums_NL
 

@@ -126,7 +126,7 @@ class Linear(nn.Module):
         """Copy the weight into the CPU kernels' layout and free the original; `forward` then takes and returns fp32."""
         if self.weight is None and self.stored is None:
             return  # another layer has taken the weight and packs the weight as a part of a larger matrix
-        self.packed = pack_matrix(self.take_weight().dequantized())
+        self.packed = pack_matrix(self.take_weight())
         self.bias = None if self.bias is None else nn.Parameter(self.take_bias(), requires_grad=False)
         self.kernel_params = (self.packed.descriptor, as_array(self.bias))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.blocks.linear import as_array
 from model.configs.expert_shape import ExpertShape
 from model.cpu.packed_matrix import PackedMatrix, pack_matrix
+from model.stored_matrix import StoredMatrix
 
 
 class Router(nn.Module):
@@ -29,7 +30,7 @@ class Router(nn.Module):
         self.packed: PackedMatrix | None = None
 
     def pack(self) -> None:
-        self.packed = pack_matrix(self.weight.float())
+        self.packed = pack_matrix(StoredMatrix.plain(self.weight.float()))
 
     def logits(self, h_ND: Tensor) -> Tensor:
         return torch.nn.functional.linear(h_ND.float(), self.weight.float())

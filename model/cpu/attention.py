@@ -1,7 +1,7 @@
 """`attend` computes causal attention of packed requests over paged keys and values.
 
 What surprises: each query's keys are processed in blocks, with a running maximum and a running sum. The blocks start at
-positions that are multiples of the block size, and the kernels of `model.cpu.packed_matrix` compute both products. So
+positions that are multiples of the block size, and the kernels of `model.cpu.panel_products` compute both products. So
 the bits of a query's output depend only on the query's own sequence up to the query. The bits are the same whether the
 query's token is decoded, drafted or part of a prompt.
 
@@ -19,7 +19,8 @@ import torch
 from numba import njit
 
 from model.cpu.functions import bits_of, exp, from_bf16, round_to_bf16
-from model.cpu.packed_matrix import PANEL, multiply_fp32_panel
+from model.cpu.panel_products import multiply_fp32_panel
+from model.cpu.panel_tiles import PANEL
 from model.cpu.thread_pool import THREAD_POOL, take_task, task_done
 from model.cpu.vectors import pointer_to
 
@@ -124,9 +125,8 @@ def _attend_head(
         for first in range(first_key // PANEL * PANEL, end, PANEL):
             num_keys = min(PANEL, end - first)
             _unpack_block(first, num_keys, table_W, pages, is_bf16, block_size, kv_head, keys, values)
-            multiply_fp32_panel(
-                pointer_to(q_ND, 0), num_rows, head_dim, pointer_to(keys, 0), pointer_to(score_NB, 0), PANEL
-            )
+            q_rows, key, score = pointer_to(q_ND, 0), pointer_to(keys, 0), pointer_to(score_NB, 0)
+            multiply_fp32_panel(q_rows, head_dim, num_rows, head_dim, key, score, PANEL, False)
             for i in range(num_rows):
                 position = context + tile + i // group_size
                 best_N[i], total_N[i], shrink_N[i] = _softmax_block(
@@ -134,7 +134,7 @@ def _attend_head(
                 )
             for p in range(num_panels):
                 panel, target = pointer_to(values, p * PANEL * PANEL), pointer_to(part_ND, p * PANEL)
-                multiply_fp32_panel(pointer_to(score_NB, 0), num_rows, PANEL, panel, target, num_panels * PANEL)
+                multiply_fp32_panel(score, PANEL, num_rows, PANEL, panel, target, num_panels * PANEL, False)
             for i in range(num_rows):
                 total, part = sum_ND[i], part_ND[i]
                 for d in range(total.shape[0]):

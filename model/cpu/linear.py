@@ -21,17 +21,7 @@ def apply_linear(control: Any, num_threads: Any, x_NI: Any, weight: Any) -> Any:
     """Return x·Wᵀ, fp32 (N, I) -> fp32 (N, O); other compiled kernels call this function."""
     num_rows, padded = x_NI.shape[0], weight.padded_outputs
     out_NP = np.empty((num_rows, padded), np.float32)
-    parallel_product(
-        control,
-        num_threads,
-        x_NI.ctypes.data,
-        num_rows,
-        weight.num_inputs,
-        weight.address,
-        weight.is_bf16,
-        out_NP.ctypes.data,
-        padded,
-    )
+    parallel_product(control, num_threads, x_NI.ctypes.data, num_rows, weight, out_NP.ctypes.data)
     if padded == weight.num_outputs:
         return out_NP
     out_NO = np.empty((num_rows, weight.num_outputs), np.float32)

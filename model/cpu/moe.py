@@ -2,8 +2,8 @@
 
 `model.exact_sums` explains the exact sums and the grid.
 
-Legend: N rows, E experts, K picks per row, P = N·K picks, L expert input, M expert width, G groups of experts, B rows
-of one expert.
+Legend: N rows, E experts, K picks per row, P = N·K picks, L expert input, M expert width, J matrices of an expert,
+G groups of experts, B rows of one expert.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from numba import njit
 
 from model.cpu.functions import exp, from_bf16
-from model.cpu.packed_matrix import PANEL, multiply_panels
-from model.cpu.vectors import pointer_from, pointer_to
+from model.cpu.panel_products import multiply_panels
+from model.cpu.panel_tiles import PANEL
 
 MAX_GRID_SUM = 2.0**62
 
@@ -121,6 +121,14 @@ def from_grid(sums_NL: Any, grid_N: Any) -> Any:
     return out_NL
 
 
+@njit(nogil=True, error_model="numpy", inline="never")
+def _multiply(x_BI: Any, num_rows: Any, weight: Any, out_BO: Any) -> None:
+    """Compute out = x · W for the first `num_rows` rows, where `weight` is the (product, panels, scales) of W."""
+    num_inputs, stride = x_BI.shape[1], out_BO.shape[1]
+    x, out, num_panels = x_BI.ctypes.data, out_BO.ctypes.data, stride // PANEL
+    multiply_panels(weight[0], x, num_rows, num_inputs, weight[1], weight[2], out, stride, 0, num_panels)
+
+
 @njit(nogil=True, error_model="numpy", cache=True)
 def partial_sums(
     x_NL: Any,
@@ -129,21 +137,20 @@ def partial_sums(
     expert_P: Any,
     weight_P: Any,
     grid_N: Any,
-    up_E: Any,
-    down_E: Any,
-    is_bf16: Any,
+    matrices_JE: Any,
     width: Any,
     sums_NL: Any,
 ) -> bool:
     """Add weight·expert(x[row]) of every pick to row `row` of `sums_NL`, which is int64 in units of 2**grid.
 
     - `x_NL` is fp32 or, if `x_is_bf16` is True, holds the bits of bf16 as int16.
-    - `up_E` and `down_E` are the addresses of each expert's packed weights.
+    - `matrices_JE` holds the addresses of each expert's packed weights, int64 (J, E, 3): for each of an expert's J
+      matrices, in the order of `ExpertShape.matrices`, the first three fields of its `PackedMatrixDescriptor`.
 
     Returns True, or False if an expert's output is not finite or too large to add; `sums_NL` is then undefined.
     """
     num_picks, input_dim = len(row_P), x_NL.shape[1]
-    num_experts = len(up_E)
+    num_experts = matrices_JE.shape[1]
     first_E = np.zeros(num_experts + 1, np.int64)
     for p in range(num_picks):
         first_E[expert_P[p] + 1] += 1
@@ -168,32 +175,12 @@ def partial_sums(
             source, target = x_NL[row_P[order_P[first + b]]], x_BL[b]
             for i in range(input_dim):
                 target[i] = from_bf16(source[i]) if x_is_bf16 else np.float32(source[i])
-        multiply_panels(
-            pointer_to(x_BL, 0),
-            count,
-            input_dim,
-            pointer_from(up_E[e]),
-            is_bf16,
-            pointer_to(hidden_BM, 0),
-            padded_width,
-            0,
-            padded_width // PANEL,
-        )
+        _multiply(x_BL, count, matrices_JE[0, e], hidden_BM)
         for b in range(count):
             for m in range(width):
                 value = max(hidden_BM[b, m], np.float32(0.0))
                 compact_BM[b, m] = value * value
-        multiply_panels(
-            pointer_to(compact_BM, 0),
-            count,
-            width,
-            pointer_from(down_E[e]),
-            is_bf16,
-            pointer_to(y_BL, 0),
-            padded_dim,
-            0,
-            padded_dim // PANEL,
-        )
+        _multiply(compact_BM, count, matrices_JE[1, e], y_BL)
         for b in range(count):
             p = order_P[first + b]
             row = row_P[p]

@@ -5,219 +5,179 @@ multiply-adds in fp32, from the first input to the last. So a row's bits do not 
 row's position or on the number of threads: the bits are the same alone and among 2,048 other rows. The fixed order
 costs no speed, because the lanes of a vector are different outputs rather than different inputs.
 
-Layout: a panel holds the weights of 32 outputs, first the 32 weights of input 0, then the 32 weights of input 1, and so
-on. bf16 weights stay bf16 in memory, where the weights of two inputs share a 32-bit word, and become fp32 in registers.
-A *tile* is a kernel that multiplies a few rows by one panel.
+Layout: a panel holds the weights of 32 outputs; `model.cpu.panel_tiles` describes the panels. Weights stay in memory as
+they are stored: bf16 as bf16, FP8 and NVFP4 as codes with scales. They become fp32 numbers in registers, the same
+numbers as those of the dequantized matrix, so a quantized weight gives the same bits as its dequantized copy.
 
-Legend: N rows, I inputs, O outputs, P panels of 32 outputs.
+Legend: N rows, I inputs, O outputs, P panels of 32 outputs, G groups of inputs that share a scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
-from numpy.typing import NDArray
 from torch import Tensor
 
-from model.cpu.vectors import (
-    I64,
-    POINTER,
-    VECTOR,
-    WORDS,
-    advance,
-    broadcast,
-    fma,
-    i64,
-    load_vector,
-    prefetch,
-    splat_words,
-    store_vector,
-)
+from model.configs.weight_format import BLOCK, WeightFormat
+from model.cpu.panel_products import product_address
+from model.cpu.panel_tiles import E2M1_GROUP, E4M3_GROUP, PANEL, Kind
+from model.stored_matrix import StoredMatrix
 
-PREFETCH_WORDS = 1024  # distance of a prefetch, 4 KiB; 512 to 2048 words measured the same
-PANEL = 32  # number of outputs in a panel: two vectors of 16 lanes
+PANELS_PER_BLOCK = BLOCK // PANEL
+MAX_SCALE = 2.0**90  # the kernels multiply scales by up to 2**22, which must not overflow
 
 
 class PackedMatrixDescriptor(NamedTuple):
-    """A `PackedMatrixDescriptor` tells compiled code the address and the sizes of a `PackedMatrix`."""
+    """A `PackedMatrixDescriptor` tells compiled code the addresses and the sizes of a `PackedMatrix`."""
 
-    address: int
+    product: int  # address of the compiled function that multiplies by the panels
+    panels: int
+    scales: int
     num_inputs: int
     num_outputs: int
     padded_outputs: int
-    is_bf16: bool
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A `PackedMatrix` holds a weight (O, I) in panels of 32 outputs.
+    """A `PackedMatrix` holds a weight (O, I) in panels of 32 outputs, and the scales that are not in the panels.
 
-    `words` has P·I·32 fp32 numbers, or P·I·16 words of 32 bits with two bf16 numbers in each word.
+    | kind | `panels` | `scales` |
+    |---|---|---|
+    | fp32 | int32 (P, I, 32) | none |
+    | bf16 | int32 (P, I/2, 32), two numbers in a word | none |
+    | e4m3 | int16 (P, I/2, 32), two codes in a word | fp32 (P, G) |
+    | e2m1 | int16 (P, G, 16 + 4·32), 32 scales of a group and its codes, four in a word | fp32 (1,) |
+
+    `stored` keeps the stored weight if the panels do not hold its bits, because no kernel can compute with its format.
     """
 
-    words: NDArray[np.float32]
+    kind: Kind
+    format: WeightFormat
+    panels: Tensor
+    scales: Tensor
     num_inputs: int
     num_outputs: int
-    is_bf16: bool
+    stored: StoredMatrix | None = None
 
     @cached_property
     def descriptor(self) -> PackedMatrixDescriptor:
-        padded = -(-self.num_outputs // PANEL) * PANEL
-        return PackedMatrixDescriptor(
-            int(self.words.ctypes.data), self.num_inputs, self.num_outputs, padded, self.is_bf16
-        )
+        addresses = product_address(self.kind), self.panels.data_ptr(), self.scales.data_ptr()
+        return PackedMatrixDescriptor(*addresses, self.num_inputs, self.num_outputs, len(self.panels) * PANEL)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of memory that the matrix takes."""
+        return self.panels.nbytes + self.scales.nbytes + (0 if self.stored is None else self.stored.nbytes)
 
 
-def pack_matrix(weight_OI: Tensor) -> PackedMatrix:
-    """Copy a weight (O, I) into panels, as bf16 if the weight is bf16 with an even number of inputs, else as fp32."""
-    num_outputs, num_inputs = weight_OI.shape
-    is_bf16 = weight_OI.dtype == torch.bfloat16 and num_inputs % 2 == 0
-    num_panels = -(-num_outputs // PANEL)
-    weight_OI = weight_OI.detach().to(torch.bfloat16 if is_bf16 else torch.float32)
-    panels = weight_OI.new_zeros(num_panels * PANEL, num_inputs)
-    panels[:num_outputs] = weight_OI
-    if is_bf16:
-        pairs = panels.view(num_panels, PANEL, num_inputs // 2, 2).permute(0, 2, 1, 3).contiguous()
-        words = pairs.view(torch.int16).numpy().reshape(-1).view(np.float32)
-    else:
-        words = panels.view(num_panels, PANEL, num_inputs).permute(0, 2, 1).contiguous().numpy().reshape(-1)
-    return PackedMatrix(words, num_inputs, num_outputs, is_bf16)
+def compile_products(formats: Iterable[WeightFormat], dtype: torch.dtype) -> None:
+    """Compile the products for weights of `formats`, so that packing a weight later does not; plain ones have `dtype`.
 
-
-def unpack_matrix(packed: PackedMatrix) -> Tensor:
-    """Return the weight (O, I) that `packed` holds, bit for bit, as bf16 or fp32 as `packed.is_bf16` says."""
-    num_panels = packed.descriptor.padded_outputs // PANEL
-    if packed.is_bf16:
-        pairs = torch.from_numpy(packed.words.view(np.int16)).view(torch.bfloat16)
-        panels = pairs.view(num_panels, packed.num_inputs // 2, PANEL, 2).permute(0, 2, 1, 3)
-    else:
-        panels = torch.from_numpy(packed.words).view(num_panels, packed.num_inputs, PANEL).permute(0, 2, 1)
-    return panels.reshape(num_panels * PANEL, packed.num_inputs)[: packed.num_outputs]
-
-
-def _load_weights(builder: Any, panel: Any, base: Any, is_bf16: bool) -> list[list[Any]]:
-    """Emit loads of a panel's weights for one input (fp32) or two inputs (bf16): vectors [input][half of the panel]."""
-    halves = [builder.gep(panel, [builder.add(base, i64(16 * half))]) for half in range(2)]
-    for pointer in halves:
-        prefetch(builder, pointer, PREFETCH_WORDS)
-    if not is_bf16:
-        return [[load_vector(builder, pointer) for pointer in halves]]
-    words = [load_vector(builder, pointer, WORDS) for pointer in halves]
-    even = [builder.bitcast(builder.shl(word, splat_words(16)), VECTOR) for word in words]
-    odd = [builder.bitcast(builder.and_(word, splat_words(-0x10000)), VECTOR) for word in words]
-    return [even, odd]
-
-
-def _make_tile(num_rows: int, is_bf16: bool) -> Any:
-    """Return a tile, which computes out[:num_rows, :32] = x[:num_rows] · panel with all sums in registers."""
-
-    @intrinsic
-    def tile(_: Any, x: Any, x_stride: Any, panel: Any, num_inputs: Any, out: Any, out_stride: Any) -> Any:
-        signature = types.void(POINTER, types.intp, POINTER, types.intp, POINTER, types.intp)
-
-        def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-            x, x_stride, panel, num_inputs, out, out_stride = args
-            x_rows = [builder.gep(x, [builder.mul(x_stride, i64(row))]) for row in range(num_rows)]
-            inputs_per_step = 2 if is_bf16 else 1
-            num_steps = builder.lshr(num_inputs, i64(1)) if is_bf16 else num_inputs
-            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            step = builder.phi(I64)
-            step.add_incoming(i64(0), before)
-            old = [[builder.phi(VECTOR) for _ in range(2)] for _ in range(num_rows)]
-            for phi in (phi for row in old for phi in row):
-                phi.add_incoming(ir.Constant(VECTOR, [0.0] * 16), before)
-            sums: list[list[Any]] = [list(row) for row in old]
-            first = builder.mul(step, i64(inputs_per_step))
-            for place, halves in enumerate(_load_weights(builder, panel, builder.mul(step, i64(PANEL)), is_bf16)):
-                for row, pointer in enumerate(x_rows):
-                    value = broadcast(builder, builder.gep(pointer, [builder.add(first, i64(place))]))
-                    sums[row] = [fma(builder, value, w, s) for w, s in zip(halves, sums[row], strict=True)]
-            following = builder.add(step, i64(1))
-            step.add_incoming(following, builder.block)
-            for phi, value in zip((p for row in old for p in row), (s for row in sums for s in row), strict=True):
-                phi.add_incoming(value, builder.block)
-            builder.cbranch(builder.icmp_signed("<", following, num_steps), loop, after)
-            builder.position_at_end(after)
-            for row, halves in enumerate(sums):
-                target = builder.gep(out, [builder.mul(out_stride, i64(row))])
-                for half, value in enumerate(halves):
-                    pointer = builder.gep(target, [i64(16 * half)])
-                    store_vector(builder, value, pointer)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return tile
-
-
-_bf16_1, _bf16_2, _bf16_4, _bf16_8 = (_make_tile(rows, True) for rows in (1, 2, 4, 8))
-_fp32_1, _fp32_2, _fp32_4, _fp32_8, _fp32_12 = (_make_tile(rows, False) for rows in (1, 2, 4, 8, 12))
-
-
-@njit(nogil=True, error_model="numpy", inline="never")
-def multiply_fp32_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
-    row = 0
-    while row < num_rows:
-        left = num_rows - row
-        source, target = advance(x, row * num_inputs), advance(out, row * out_stride)
-        if left >= 20 or left == 12:
-            _fp32_12(source, num_inputs, panel, num_inputs, target, out_stride)
-            row += 12
-        elif left >= 8:
-            _fp32_8(source, num_inputs, panel, num_inputs, target, out_stride)
-            row += 8
-        elif left >= 4:
-            _fp32_4(source, num_inputs, panel, num_inputs, target, out_stride)
-            row += 4
-        elif left >= 2:
-            _fp32_2(source, num_inputs, panel, num_inputs, target, out_stride)
-            row += 2
-        else:
-            _fp32_1(source, num_inputs, panel, num_inputs, target, out_stride)
-            row += 1
-
-
-@njit(nogil=True, error_model="numpy", inline="never")
-def multiply_bf16_panel(x: Any, num_rows: Any, num_inputs: Any, panel: Any, out: Any, out_stride: Any) -> None:
-    row = 0
-    while row < num_rows:
-        left = num_rows - row
-        source, target = advance(x, row * num_inputs), advance(out, row * out_stride)
-        if left >= 8:
-            _bf16_8(source, num_inputs, panel, num_inputs, target, out_stride)
-            row += 8
-        elif left >= 4:
-            _bf16_4(source, num_inputs, panel, num_inputs, target, out_stride)
-            row += 4
-        elif left >= 2:
-            _bf16_2(source, num_inputs, panel, num_inputs, target, out_stride)
-            row += 2
-        else:
-            _bf16_1(source, num_inputs, panel, num_inputs, target, out_stride)
-            row += 1
-
-
-@njit(nogil=True, error_model="numpy", inline="never")
-def multiply_panels(
-    x: Any, num_rows: Any, num_inputs: Any, panels: Any, is_bf16: Any, out: Any, out_stride: Any, first: Any, last: Any
-) -> None:
-    """Compute out[:, 32·first : 32·last] = x · panels[first:last].
-
-    `x`, `panels` and `out` are pointers. `out_stride` is the distance between two rows of `out`, in fp32 numbers.
+    A function compiles in about a second, or is read from the disk if it was compiled before.
     """
-    words = num_inputs * PANEL // 2 if is_bf16 else num_inputs * PANEL
-    for p in range(first, last):
-        panel, target = advance(panels, p * words), advance(out, p * PANEL)
-        if is_bf16:
-            multiply_bf16_panel(x, num_rows, num_inputs, panel, target, out_stride)
-        else:
-            multiply_fp32_panel(x, num_rows, num_inputs, panel, target, out_stride)
+    for format in formats:
+        product_address(_usual_kind(format, dtype))
+
+
+def pack_matrix(weight: StoredMatrix) -> PackedMatrix:
+    """Copy a weight (O, I) into panels of the numbers or codes in which the weight is stored.
+
+    If no kernel can compute with the stored codes (see `_kind`), the panels hold the dequantized weight as fp32.
+    """
+    num_outputs, num_inputs = weight.shape
+    kind = _kind(weight)
+    numbers, scales = weight.parts[0].detach(), torch.empty(0)
+    match kind:
+        case "fp32":
+            panels = _to_panels(weight.dequantized().detach().float().view(torch.int32))
+        case "bf16":
+            panels = _to_panels(numbers.contiguous().view(torch.int32))
+        case "e4m3":
+            panels = _to_panels(numbers.contiguous().view(torch.uint8).view(torch.int16))
+            grid, num_groups = weight.parts[1].float(), -(-num_inputs // E4M3_GROUP)
+            rows = grid.reshape(1, 1) if weight.format == "fp8" else grid.repeat_interleave(PANELS_PER_BLOCK, 0)
+            scales = rows[: len(panels)].expand(len(panels), num_groups).contiguous()
+        case "e2m1":
+            codes = _to_panels(numbers.contiguous().view(torch.int16)).view(-1, num_inputs // E2M1_GROUP, 4 * PANEL)
+            _, group_scales, scale = weight.parts
+            panels, scales = torch.cat([_to_scale_words(group_scales), codes], dim=2), scale.float().reshape(1).clone()
+    stored = weight if weight.format != "plain" and kind == "fp32" else None
+    return PackedMatrix(kind, weight.format, panels, scales, num_inputs, num_outputs, stored)
+
+
+def unpack_matrix(packed: PackedMatrix) -> StoredMatrix:
+    """Return the weight that `packed` was made of, bit for bit; plain numbers are fp32 if the panels hold fp32."""
+    if packed.stored is not None:
+        return packed.stored
+    panels, num_outputs = packed.panels, packed.num_outputs
+    match packed.kind:
+        case "fp32":
+            return StoredMatrix.plain(_from_panels(panels, num_outputs).view(torch.float32))
+        case "bf16":
+            return StoredMatrix.plain(_from_panels(panels, num_outputs).view(torch.bfloat16))
+        case "e4m3":
+            codes = _from_panels(panels, num_outputs).view(torch.float8_e4m3fn)
+            is_one_scale = packed.format == "fp8"
+            scales = packed.scales[0, 0] if is_one_scale else packed.scales[::PANELS_PER_BLOCK]
+            return StoredMatrix(packed.format, (codes, scales.clone()))
+        case "e2m1":
+            words, codes = panels.split([PANEL // 2, 4 * PANEL], dim=2)
+            codes = _from_panels(codes.reshape(len(panels), -1, PANEL), num_outputs).view(torch.uint8)
+            return StoredMatrix("nvfp4", (codes, _from_scale_words(words, num_outputs), packed.scales[0].clone()))
+
+
+def _kind(weight: StoredMatrix) -> Kind:
+    """Return the kind of panels that give the same products as the dequantized weight.
+
+    An odd number of inputs does not fill the words of bf16 and FP8. Scales of 2**90 or more would overflow in the
+    kernels, and the kernels do not know the codes that mean NaN.
+    """
+    kind = _usual_kind(weight.format, weight.parts[0].dtype)
+    if kind != "fp32" and weight.shape[1] % 2:
+        return "fp32"
+    if weight.format == "plain":
+        return kind
+    codes, scales = weight.parts[-2], weight.parts[-1]  # in NVFP4, the codes of the groups' scales
+    has_nan = bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any())
+    return kind if not has_nan and bool((scales.abs() < MAX_SCALE).all()) else "fp32"
+
+
+def _usual_kind(format: WeightFormat, dtype: torch.dtype) -> Kind:
+    """Return the kind of panels that hold weights of `format`; plain numbers have `dtype`."""
+    if format == "plain":
+        return "bf16" if dtype == torch.bfloat16 else "fp32"
+    return "e2m1" if format == "nvfp4" else "e4m3"
+
+
+def _to_panels(words_OW: Tensor) -> Tensor:
+    """Return the rows of words in panels: (O, W) -> (P, W, 32); missing outputs are zeros."""
+    num_outputs, num_words = words_OW.shape
+    num_missing = -num_outputs % PANEL
+    if num_missing:
+        words_OW = torch.cat([words_OW, words_OW.new_zeros(num_missing, num_words)])
+    return words_OW.view(-1, PANEL, num_words).transpose(1, 2).contiguous()
+
+
+def _from_panels(panels: Tensor, num_outputs: int) -> Tensor:
+    """Return the words that `_to_panels` put into panels: (P, W, 32) -> (O, W)."""
+    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:num_outputs].contiguous()
+
+
+def _to_scale_words(scales_OG: Tensor) -> Tensor:
+    """Return the scales of each group as 16 words, output j with output 16 + j: e4m3 (O, G) -> int16 (P, G, 16)."""
+    codes_OG = scales_OG.contiguous().view(torch.uint8)
+    codes_OG = torch.cat([codes_OG, codes_OG.new_zeros(-len(codes_OG) % PANEL, codes_OG.shape[1])])
+    pairs = codes_OG.view(-1, 2, PANEL // 2, codes_OG.shape[1]).permute(0, 3, 2, 1).contiguous()
+    return pairs.view(torch.int16).squeeze(3)
+
+
+def _from_scale_words(words: Tensor, num_outputs: int) -> Tensor:
+    """Return the scales that `_to_scale_words` put into words: int16 (P, G, 16) -> e4m3 (O, G)."""
+    pairs = words.unsqueeze(3).contiguous().view(torch.uint8)
+    codes_OG = pairs.permute(0, 3, 2, 1).reshape(-1, words.shape[1])[:num_outputs].contiguous()
+    return codes_OG.view(torch.float8_e4m3fn)

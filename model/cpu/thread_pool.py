@@ -35,23 +35,24 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from model.cpu.packed_matrix import PANEL, multiply_panels
-from model.cpu.vectors import I64, pointer_from
+from model.cpu.panel_products import multiply_panels
+from model.cpu.panel_tiles import PANEL
+from model.cpu.vectors import I64
 
 log = logging.getLogger(__name__)
 
 MAX_WORKERS = 127
 LAST_TICKET = 2**31 - 1  # after this ticket, tickets start at 1 again, because NEXT has 32 bits for a ticket
 NEXT, TOTAL, DONE, PAUSED, JOB, TASKS, TASKS_DONE = range(0, 7 * 8, 8)  # each word has its own cache line (8 words)
-X, ROWS, INPUTS, PANELS, IS_BF16, OUT, STRIDE, CHUNK = range(7 * 8, 8 * 8)
-LOCK, TICKET, NUM_WORKERS, SCRATCH, FAILED = range(8 * 8, 13 * 8, 8)
-ASLEEP = 13 * 8  # first worker's flag: 1 if the worker sleeps; each worker has a cache line
+X, ROWS, INPUTS, PRODUCT, PANELS, SCALES, OUT, STRIDE, CHUNK = range(7 * 8, 7 * 8 + 9)
+LOCK, TICKET, NUM_WORKERS, SCRATCH, FAILED = range(9 * 8, 14 * 8, 8)
+ASLEEP = 14 * 8  # first worker's flag: 1 if the worker sleeps; each worker has a cache line
 PIPE = ASLEEP + 8 * MAX_WORKERS  # both ends of the first worker's pipe, through which a byte wakes the worker
 NUM_WORDS = PIPE + 8 * MAX_WORKERS
 LOW = (1 << 32) - 1
 MAX_SPINS = 60_000  # number of checks for work before a worker sleeps: about a quarter of a millisecond
 CHUNKS_PER_THREAD = 4
-MIN_WORK_TO_SHARE = 1 << 16  # (32-bit words of weights) · rows / 4; sharing a smaller product costs more than it saves
+MIN_WORK_TO_SHARE = 1 << 17  # weights · rows / 4; sharing a smaller product costs more than sharing saves
 
 
 def _system_call(name: str) -> Any:
@@ -127,11 +128,11 @@ def _take_chunk(control: Any) -> Any:
     first, total, chunk = taken & LOW, control[TOTAL], control[CHUNK]
     if first >= total:
         return False
-    x, panels, out = pointer_from(control[X]), pointer_from(control[PANELS]), pointer_from(control[OUT])
-    rows, inputs, is_bf16, stride = control[ROWS], control[INPUTS], control[IS_BF16] != 0, control[STRIDE]
+    product, x, rows, inputs = control[PRODUCT], control[X], control[ROWS], control[INPUTS]
+    panels, scales, out, stride = control[PANELS], control[SCALES], control[OUT], control[STRIDE]
     last = min(first + chunk, total)
     if _compare_and_swap(control, NEXT, taken, taken - first + last):
-        multiply_panels(x, rows, inputs, panels, is_bf16, out, stride, first, last)
+        multiply_panels(product, x, rows, inputs, panels, scales, out, stride, first, last)
         _add(control, DONE, last - first)
     return True
 
@@ -176,38 +177,22 @@ def _share_product(control: Any, total: Any) -> None:
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
-def parallel_product(
-    control: Any,
-    num_threads: Any,
-    x: Any,
-    num_rows: Any,
-    num_inputs: Any,
-    panels: Any,
-    is_bf16: Any,
-    out: Any,
-    num_outputs: Any,
-) -> None:
-    """Compute out = x · panels, shared with the workers if the product is long and the workers are free.
+def parallel_product(control: Any, num_threads: Any, x: Any, num_rows: Any, weight: Any, out: Any) -> None:
+    """Compute out = x · weight, shared with the workers if the product is long and the workers are free.
 
-    `x`, `panels` and `out` are addresses. `num_outputs` is a multiple of PANEL.
+    `x` and `out` are addresses, and `weight` is a `PackedMatrixDescriptor`. A row of `out` has `weight.padded_outputs`
+    numbers.
     """
-    num_panels, words = num_outputs // PANEL, num_inputs * num_outputs // (2 if is_bf16 else 1)
-    is_long = num_threads > 1 and words * max(1, num_rows // 4) >= MIN_WORK_TO_SHARE
+    num_inputs, stride = weight.num_inputs, weight.padded_outputs
+    num_panels = stride // PANEL
+    is_long = num_threads > 1 and num_inputs * stride * max(1, num_rows // 4) >= MIN_WORK_TO_SHARE
     if not is_long or _load(control, PAUSED) != 0 or not _compare_and_swap(control, LOCK, 0, 1):
         multiply_panels(
-            pointer_from(x),
-            num_rows,
-            num_inputs,
-            pointer_from(panels),
-            is_bf16,
-            pointer_from(out),
-            num_outputs,
-            0,
-            num_panels,
+            weight.product, x, num_rows, num_inputs, weight.panels, weight.scales, out, stride, 0, num_panels
         )
         return
-    control[X], control[ROWS], control[INPUTS], control[PANELS] = x, num_rows, num_inputs, panels
-    control[IS_BF16], control[OUT], control[STRIDE] = is_bf16, out, num_outputs
+    control[X], control[ROWS], control[INPUTS], control[OUT], control[STRIDE] = x, num_rows, num_inputs, out, stride
+    control[PRODUCT], control[PANELS], control[SCALES] = weight.product, weight.panels, weight.scales
     control[CHUNK] = max(1, num_panels // (CHUNKS_PER_THREAD * num_threads))
     _share_product(control, num_panels)
     _store(control, LOCK, 0)

@@ -27,6 +27,11 @@ def splat_words(value: int) -> Any:
     return ir.Constant(WORDS, [value] * LANES)
 
 
+def splat_number(value: float) -> Any:
+    """Return a vector constant with the fp32 number `value` in every lane."""
+    return ir.Constant(VECTOR, [value] * LANES)
+
+
 def load_vector(builder: Any, pointer: Any, kind: Any = VECTOR) -> Any:
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=4)
 

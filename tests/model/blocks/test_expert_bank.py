@@ -14,12 +14,21 @@ from torch import Tensor
 from model import kernels
 from model.blocks.expert_bank import ExpertBank
 from model.configs.expert_shape import ExpertShape
+from model.configs.weight_format import WeightFormat
 from model.exact_sums import from_grid, grid_exponents
 from model.stored_matrix import StoredMatrix
 from tests.model import oracles
 from tests.model.steps import relative_error, seeded
+from tests.model.stored_matrices import random_matrix, same_bits
 
 NUM_ROWS = 70
+FORMATS: list[tuple[WeightFormat, ...]] = [
+    ("fp8", "fp8"),
+    ("fp8_blocks", "fp8_blocks"),
+    ("nvfp4", "nvfp4"),
+    ("nvfp4", "fp8"),
+    ("plain", "fp8"),
+]
 SHAPES = [ExpertShape(1, 12, 4, 32, 48), ExpertShape(1, 7, 2, 20, 36), ExpertShape(1, 16, 6, 64, 128)]
 
 
@@ -162,3 +171,68 @@ def test_a_bank_gives_back_what_it_computes_with(shape: ExpertShape, dtype: torc
     rows, ids, ones = torch.arange(NUM_ROWS), torch.full((NUM_ROWS,), 3), torch.ones(NUM_ROWS)
     sums = [bank.partial_sums(setup.x, rows, ids, ones, setup.grid) for bank in (setup.bank, other)]
     assert torch.equal(*sums)
+
+
+def quantized(
+    formats: tuple[WeightFormat, ...], dtype: torch.dtype
+) -> tuple[ExpertBank, list[dict[str, StoredMatrix]]]:
+    """Return a bank that holds experts of random codes, and the experts' matrices."""
+    bank = ExpertBank(ExpertShape(1, 4, 2, 192, 272, formats=formats), dtype)
+    experts = []
+    for expert in range(bank.shape.num_experts):
+        matrices = {
+            matrix.name: random_matrix(matrix.format, matrix.rows, matrix.columns, seed=expert).to("cpu", dtype)
+            for matrix in bank.shape.matrices
+        }
+        bank.load(expert, matrices)
+        experts.append(matrices)
+    return bank, experts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_quantized_experts_give_the_bits_of_dequantized_ones(
+    formats: tuple[WeightFormat, ...], dtype: torch.dtype
+) -> None:
+    """Check that quantized experts on a CPU are computed with exact weights, even if plain experts were bf16.
+
+    In plain PyTorch, quantized experts are dequantized to the dtype of the bank.
+    """
+    bank, experts = quantized(formats, dtype)
+    copy = ExpertBank(ExpertShape(1, 4, 2, 192, 272), torch.float32 if bank.is_compiled else dtype)
+    for expert, matrices in enumerate(experts):
+        copy.load(expert, {name: StoredMatrix.plain(one.dequantized()) for name, one in matrices.items()})
+        assert bank.gain_exponent(expert) == copy.gain_exponent(expert)
+    x, ids = seeded(1)(NUM_ROWS, 192), torch.arange(2 * NUM_ROWS) * 7 % 4
+    grid = grid_exponents(x, torch.ones(NUM_ROWS, 1), bank.gain_exponent(0))
+    picks = torch.arange(NUM_ROWS).repeat_interleave(2), ids, seeded(2)(2 * NUM_ROWS).abs()
+    assert torch.equal(*(one.partial_sums(x, *picks, grid) for one in (bank, copy)))
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_a_bank_gives_back_the_stored_bytes(formats: tuple[WeightFormat, ...]) -> None:
+    bank, experts = quantized(formats, torch.bfloat16)
+    for expert, matrices in enumerate(experts):
+        given = bank.matrices(expert)
+        assert [one.format for one in given.values()] == list(formats)
+        for name, one in given.items():
+            assert all(same_bits(*parts) for parts in zip(one.parts, matrices[name].parts, strict=True))
+    assert bank.nbytes == sum(one.nbytes for matrices in experts for one in matrices.values())
+    bank.unload(2)
+    with pytest.raises(KeyError):
+        bank.matrices(2)
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_experts_on_a_cpu_take_the_memory_of_their_stored_bytes(formats: tuple[WeightFormat, ...]) -> None:
+    bank, _ = quantized(formats, torch.bfloat16)
+    if bank.is_compiled:
+        assert bank.nbytes <= bank.used_memory() <= 1.05 * bank.nbytes
+
+
+def test_uneven_experts_of_a_bfloat16_bank_come_back() -> None:
+    bank = ExpertBank(ExpertShape(1, 2, 1, 29, 37), torch.bfloat16)
+    bank.load(1, as_stored({"up": seeded(0)(37, 29), "down": seeded(1)(29, 37)}))
+    given = bank.matrices(1)
+    assert same_bits(given["up"].parts[0], seeded(0)(37, 29).bfloat16())
+    assert same_bits(given["down"].parts[0], seeded(1)(29, 37).bfloat16())

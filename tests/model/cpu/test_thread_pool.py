@@ -19,9 +19,10 @@ from model.blocks.norm import RMSNorm
 from model.configs.mixer_shapes import AttentionShape, MambaShape
 from model.configs.state_spec import StateSpec
 from model.cpu.linear import linear
-from model.cpu.packed_matrix import pack_matrix
+from model.cpu.packed_matrix import PackedMatrix, pack_matrix
 from model.cpu.thread_pool import LAST_TICKET, THREAD_POOL, TICKET
 from model.state import Batch, State
+from model.stored_matrix import StoredMatrix
 from tests.model.steps import seeded
 
 NUM_ROUNDS = 300
@@ -40,12 +41,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+def packed(weight: Tensor) -> PackedMatrix:
+    return pack_matrix(StoredMatrix.plain(weight))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_keep_their_bits(threads: Callable[[int], None], dtype: torch.dtype) -> None:
     randn = seeded(0)
-    weights = [
-        pack_matrix(randn(outputs, inputs).to(dtype)) for outputs, inputs in ((700, 256), (4000, 64), (96, 2048))
-    ]
+    weights = [packed(randn(outputs, inputs).to(dtype)) for outputs, inputs in ((700, 256), (4000, 64), (96, 2048))]
     products = [(weight, randn(rows, weight.num_inputs)) for weight in weights for rows in (1, 5, 40)]
     threads(0)
     alone = [linear(x, weight) for weight, x in products]
@@ -101,7 +104,7 @@ def test_layers_keep_their_bits(threads: Callable[[int], None], dtype: torch.dty
 
 def test_two_callers_do_not_wait_for_each_other(threads: Callable[[int], None]) -> None:
     """Check that three simultaneous callers get right results: one uses the workers, and the others work alone."""
-    weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    weight, x = packed(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected, wrong = linear(x, weight), list[int]()
     threads(1)
@@ -126,7 +129,7 @@ def busy_s() -> float:
 
 
 def test_workers_sleep_while_others_need_the_cores(threads: Callable[[int], None]) -> None:
-    weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    weight, x = packed(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(1)
     expected = linear(x, weight)
     started, before = time.monotonic(), busy_s()
@@ -145,7 +148,7 @@ def test_workers_sleep_while_others_need_the_cores(threads: Callable[[int], None
 
 def test_a_worker_that_fails_is_reported_and_works_on(threads: Callable[[int], None]) -> None:
     """Check that a failure in a worker raises an error in the caller, which would otherwise wait forever."""
-    weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    weight, x = packed(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected = linear(x, weight)
 
@@ -184,7 +187,7 @@ def test_a_task_under_way_is_waited_for_when_another_fails(threads: Callable[[in
 
 
 def test_tickets_begin_anew(threads: Callable[[int], None]) -> None:
-    weight, x = pack_matrix(seeded(0)(4000, 512)), seeded(1)(3, 512)
+    weight, x = packed(seeded(0)(4000, 512)), seeded(1)(3, 512)
     threads(0)
     expected = linear(x, weight)
     threads(1)
