@@ -31,11 +31,12 @@ PATIENCE_S = SLOW_S + 10  # seconds in which the server must close a connection 
 COMPLETIONS, CHAT, RESPONSES, MESSAGES = "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"
 PIECE, PIECE_TOKENS = "x = 1; ", 4  # a text, and the number of its tokens in the demo model's vocabulary
 TEXT = "@text@"  # stands in a body for the text that fills the body
-CUT: dict[str, Any] = {
-    "truncate_prompt_tokens": 100
-}  # the server tokenizes all of the prompt, but the engine reads only 100 tokens
+NUM_CUT = 100  # tokens that the engine reads of a prompt that the server tokenizes whole
+CUT: dict[str, Any] = {"truncate_prompt_tokens": NUM_CUT}
 TOO_LONG = "400: .*maximum context length"
 GRPC_TOO_LONG = "INVALID_ARGUMENT: .*maximum context length"
+TOO_MANY_TOKENS = "(400|INVALID_ARGUMENT): .*to be tokenized or truncated"
+TOO_MANY_ITEMS = "400: .*items in all lists"
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def schema_cases(limits: GatewayLimits, num_bytes: int) -> list[Case]:
             plain=post(CHAT, chat(tools=[tool("f", referring)])),
         ),
         Case(f"500 parameters, {limits.schema_bytes >> 11} KB of $defs", forced(sharing(limits.schema_bytes // 2))),
-        Case("500 parameters, $defs too large", forced(sharing(2 * limits.schema_bytes)), "400: .*too large"),
+        Case("500 parameters, $defs too large", forced(sharing(2 * limits.schema_bytes)), TOO_MANY_TOKENS),
         Case("128 forced tools", forced(*[wide] * 128)),
         Case(
             "128 tools that fill the body", post(CHAT, chat(tools=[tool(f"f{n}", large) for n in range(128)])), TOO_LONG
@@ -276,7 +277,7 @@ def sampling_cases(limits: GatewayLimits, num_bytes: int) -> list[Case]:
     scores = {"echo": True, "logprobs": MAX_LOGPROBS, "prompt_logprobs": MAX_LOGPROBS}
     batch = [[5 + n % 500 for n in range(limits.prompt_logprobs // 2 // 64 - 1)]] * 64
     everything = completion("a" * 20, n=128, max_tokens=16)
-    ids = [5] * ((num_bytes - 200) // 2)
+    ids, num_items = [5] * ((num_bytes - 200) // 2), limits.json_items - 100
 
     def against(plain: dict[str, Any], more: dict[str, Any]) -> tuple[Send, str, Send]:
         return post(COMPLETIONS, plain | more), "200", post(COMPLETIONS, plain)
@@ -290,7 +291,8 @@ def sampling_cases(limits: GatewayLimits, num_bytes: int) -> list[Case]:
         Case(f"logit_bias of {limits.logit_bias:,} entries for 64 rows", *against(rows, bias)),
         Case("200 KB of stop strings × 32", *refused(completion(n=32, stop=["a" * 200_000]), "stop")),
         Case("the longest stop strings × 128", *against(everything, {"stop": stops})),
-        Case(f"{len(ids):,} stop_token_ids", *refused(completion(stop_token_ids=ids), "stop_token_ids")),
+        Case(f"{len(ids):,} stop_token_ids", *refused(completion(stop_token_ids=ids), "items in all lists")),
+        Case(f"{num_items:,} stop_token_ids", *refused(completion(stop_token_ids=ids[:num_items]), "stop_token_ids")),
         Case(
             "6 MB of stop_token_ids",
             post(COMPLETIONS, completion(stop_token_ids=[100_000] * (6_000_000 // 7))),
@@ -308,15 +310,18 @@ def sampling_cases(limits: GatewayLimits, num_bytes: int) -> list[Case]:
     ]
 
 
-def prompt_cases(context: int, num_bytes: int) -> list[Case]:
+def prompt_cases(limits: GatewayLimits, context: int, num_bytes: int) -> list[Case]:
     """Return cases with long prompts in each API: one that is read to its end, and one that is refused."""
     tokens, ids = num_tokens(num_bytes), [5] * ((num_bytes - 200) // 2)
-    fitting = context - 500
+    most = limits.max_tokenize_tokens(context) - 500
+    fitting, most_text = context - 500, filled(most * len(PIECE) // PIECE_TOKENS)
     chars = fitting * len(PIECE) // PIECE_TOKENS
     turns = [{"role": "user", "content": filled(num_bytes // 64 - 100)} for _ in range(63)]
     turns.append({"role": "user", "content": "a"})
-    wrong_ids, many_ids = encoded({"tokens": [*ids[:-10], 1 << 30]}), encoded({"tokens": ids})
-    cut_ids, long_ids = encoded(completion(ids[:-50], **CUT)), encoded(completion(ids[:-50]))
+    wrong_ids, many_ids = encoded({"tokens": [*ids[:most], 1 << 30]}), encoded({"tokens": ids})
+    num_ids = limits.json_items - 100
+    cut_ids, long_ids = encoded(completion(ids[:num_ids], **CUT)), encoded(completion(ids[:num_ids]))
+    short = post(COMPLETIONS, completion([5 + n % 500 for n in range(NUM_CUT)]))
     just_below = 20 * context  # characters from which the gateway first looks at the beginning alone
     dropping = {"input": turns, "truncation": "auto", "max_output_tokens": 4}
     body = {"input": TEXT, "max_output_tokens": 4}
@@ -329,12 +334,20 @@ def prompt_cases(context: int, num_bytes: int) -> list[Case]:
             post(COMPLETIONS, completion([5 + n % 500 for n in range(fitting)])),
             fitting,
         ),
-        Case("chat that fills the body, cut", post(CHAT, full(chat(TEXT, **CUT), num_bytes)), "200", None, tokens),
+        Case(f"chat of {most:,} tokens, cut", post(CHAT, chat(most_text, **CUT)), "200", short, most),
+        Case(f"prompt of {most:,} tokens, cut", post(COMPLETIONS, completion(most_text, **CUT)), "200", short, most),
+        Case(
+            "chat that fills the body, cut",
+            post(CHAT, full(chat(TEXT, **CUT), num_bytes)),
+            TOO_MANY_TOKENS,
+            None,
+            tokens,
+        ),
         Case("chat that fills the body", post(CHAT, full(chat(TEXT), num_bytes)), TOO_LONG, None, tokens),
         Case(
             "prompt that fills the body, cut",
             post(COMPLETIONS, full(completion(TEXT, **CUT), num_bytes)),
-            "200",
+            TOO_MANY_TOKENS,
             None,
             tokens,
         ),
@@ -348,17 +361,26 @@ def prompt_cases(context: int, num_bytes: int) -> list[Case]:
             None,
             num_tokens(just_below),
         ),
-        Case(f"prompt of {len(ids) - 50:,} ids, cut", post(COMPLETIONS, cut_ids), "200", None, len(ids)),
-        Case(f"prompt of {len(ids) - 50:,} ids", post(COMPLETIONS, long_ids), TOO_LONG, None, len(ids)),
+        Case(f"prompt of {num_ids:,} ids, cut", post(COMPLETIONS, cut_ids), "200", short, num_ids),
+        Case(f"prompt of {num_ids:,} ids", post(COMPLETIONS, long_ids), TOO_LONG, None, num_ids),
+        Case(f"prompt of {len(ids):,} ids", post(COMPLETIONS, completion(ids)), TOO_MANY_ITEMS, None, len(ids)),
         Case(
             "tokenize a text that fills the body",
             post("/tokenize", full({"prompt": TEXT, "return_token_strs": True}, num_bytes)),
-            "200",
+            TOO_MANY_TOKENS,
             None,
             tokens,
         ),
+        Case(
+            f"tokenize {most:,} tokens",
+            post("/tokenize", {"prompt": most_text, "return_token_strs": True}),
+            "200",
+            None,
+            most,
+        ),
         Case("tokenize a text one byte too long", post("/tokenize", full({"prompt": TEXT}, num_bytes + 1)), "413"),
-        Case(f"detokenize {len(ids):,} ids", post("/detokenize", many_ids), "200", None, len(ids)),
+        Case(f"detokenize {len(ids):,} ids", post("/detokenize", many_ids), "400: tokens must", None, len(ids)),
+        Case(f"detokenize {most:,} ids", post("/detokenize", {"tokens": ids[:most]}), "200", None, most),
         Case(
             "detokenize ids of which the last is wrong",
             post("/detokenize", wrong_ids),
@@ -371,7 +393,7 @@ def prompt_cases(context: int, num_bytes: int) -> list[Case]:
         Case(
             "count tokens of a message that fills the body",
             post(f"{MESSAGES}/count_tokens", full(message, num_bytes)),
-            "200",
+            TOO_MANY_TOKENS,
             None,
             tokens,
         ),
@@ -399,7 +421,7 @@ def message_cases(limits: GatewayLimits, context: int, num_bytes: int) -> list[C
         Case(
             f"chat of {num_messages:,} messages, cut",
             post(CHAT, chat(**CUT) | {"messages": turns}),
-            "200",
+            TOO_MANY_TOKENS,
             None,
             tokens,
         ),
@@ -415,7 +437,7 @@ def message_cases(limits: GatewayLimits, context: int, num_bytes: int) -> list[C
             f"response to {num_items:,} items, oldest dropped",
             post(RESPONSES, items | {"truncation": "auto"}),
             "200",
-            None,
+            post(COMPLETIONS, completion([5 + n % 500 for n in range(context - 500)])),
             16 * num_items,
         ),
         Case(f"response to {num_items:,} items", post(RESPONSES, items), TOO_LONG, None, 16 * num_items),
@@ -447,18 +469,28 @@ def grpc_cases(limits: GatewayLimits, num_bytes: int) -> list[Case]:
     turns = pb.Chat(messages=[turn] * limits.messages)
     one_more = pb.Chat(messages=[turn] * (limits.messages + 1))
     biases = pb.SamplingParams(logit_bias=dict.fromkeys(range(room // 20), 1.0))
-    cut = {"truncate_prompt_tokens": 100, "sampling": pb.SamplingParams(max_tokens=4)}
+    num_ids = limits.json_items - 100
+    some_ids = pb.TokenIds(ids=ids[:num_ids])
+    short = post(COMPLETIONS, completion([5 + n % 500 for n in range(NUM_CUT)]))
+    cut = {"truncate_prompt_tokens": NUM_CUT, "sampling": pb.SamplingParams(max_tokens=4)}
 
     def generate(**fields: Any) -> Send:
         return over_grpc("Generate", pb.GenerateRequest(**fields))
 
     return [
-        Case("gRPC: prompt that fills the message, cut", generate(text=text, **cut), "OK", None, tokens),
+        Case("gRPC: prompt that fills the message, cut", generate(text=text, **cut), TOO_MANY_TOKENS, None, tokens),
         Case("gRPC: prompt that fills the message", generate(text=text), GRPC_TOO_LONG, None, tokens),
         Case("gRPC: prompt one MB too long", generate(text=filled(num_bytes + (1 << 20))), "RESOURCE_EXHAUSTED"),
-        Case(f"gRPC: {len(ids):,} ids, cut", generate(token_ids=pb.TokenIds(ids=ids), **cut), "OK", None, len(ids)),
-        Case(f"gRPC: {len(ids):,} ids", generate(token_ids=pb.TokenIds(ids=ids)), GRPC_TOO_LONG, None, len(ids)),
-        Case(f"gRPC: {limits.messages:,} messages, cut", generate(chat=turns, **cut), "OK", None, tokens),
+        Case(f"gRPC: {num_ids:,} ids, cut", generate(token_ids=some_ids, **cut), "OK", short, num_ids),
+        Case(f"gRPC: {num_ids:,} ids", generate(token_ids=some_ids), GRPC_TOO_LONG, None, num_ids),
+        Case(
+            f"gRPC: {len(ids):,} ids",
+            generate(token_ids=pb.TokenIds(ids=ids)),
+            "INVALID_ARGUMENT: prompt must hold at most",
+            None,
+            len(ids),
+        ),
+        Case(f"gRPC: {limits.messages:,} messages, cut", generate(chat=turns, **cut), TOO_MANY_TOKENS, None, tokens),
         Case(f"gRPC: {limits.messages + 1:,} messages", generate(chat=one_more), "INVALID_ARGUMENT: messages"),
         Case(
             f"gRPC: {len(ids):,} stop_token_ids",
@@ -473,14 +505,14 @@ def grpc_cases(limits: GatewayLimits, num_bytes: int) -> list[Case]:
         Case(
             "gRPC: tokenize a text that fills the message",
             over_grpc("Tokenize", pb.TokenizeRequest(text=text)),
-            "OK",
+            TOO_MANY_TOKENS,
             None,
             tokens,
         ),
         Case(
             f"gRPC: detokenize {len(ids):,} ids",
             over_grpc("Detokenize", pb.DetokenizeRequest(token_ids=ids)),
-            "OK",
+            "INVALID_ARGUMENT: tokens must",
             None,
             len(ids),
         ),
@@ -504,7 +536,7 @@ def cases(limits: GatewayLimits, context: int, only: Sequence[str] = ()) -> list
     every = [
         *schema_cases(limits, num_bytes),
         *sampling_cases(limits, num_bytes),
-        *prompt_cases(context, num_bytes),
+        *prompt_cases(limits, context, num_bytes),
         *message_cases(limits, context, num_bytes),
         *body_cases(limits, num_bytes),
         *grpc_cases(limits, num_bytes),

@@ -148,7 +148,8 @@ class InferenceApi:
         generation.check_model(request.model)
         with client_errors():
             is_long = request.ByteSize() > INLINE_BYTES
-            return head, await generation.prepare(await generation.threads.run_if(is_long, generation_request, request))
+            asked = await generation.threads.run_if(is_long, generation_request, request, generation.limits)
+            return head, await generation.prepare(asked)
 
     @contextmanager
     def _errors(self, context: RpcContext | None = None) -> Iterator[_Trailers]:

@@ -31,6 +31,8 @@ from services.engine.grammar.compiled_grammar import COMPILE_STACK, GrammarCompi
 MAX_BYTES = 1 << 30  # bytes that the check of one grammar may use in addition to the tokenizer
 # Seconds for the child process to start: loading a large tokenizer takes seconds.
 START_SECONDS = 60.0
+# A check that may take longer than this lets the engine's steps and all quicker checks go first.
+POLITE_SECONDS, NICENESS = 0.1, 10
 MAX_SENTENCE = 800  # characters of an error; one line must fit in one write to a pipe, which has 4,096 bytes
 
 
@@ -161,6 +163,8 @@ class _Forks:
         """Check one grammar, print the answer and end this process."""
         code = 1
         try:
+            if seconds > POLITE_SECONDS:
+                os.nice(NICENESS)
             _limit_memory(MAX_BYTES + COMPILE_STACK)
             # The limit is on processor time, so a busy machine refuses no grammar. The alarm ends a process that hangs.
             signal.setitimer(signal.ITIMER_PROF, seconds)

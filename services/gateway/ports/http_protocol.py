@@ -254,7 +254,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refuse(ApiError(ApiRefusal.TIMEOUT, sentence))
 
     def _refuse(self, error: ApiError) -> None:
-        """Send `error` unless a response has begun, and close the connection."""
+        """Send `error` unless a response has begun, and close the connection. A second refusal has no effect."""
+        if self._is_refused:
+            return
         self._open.on_refusal(error.refusal)
         self._is_refused = True
         self._leave()

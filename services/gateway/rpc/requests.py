@@ -9,13 +9,14 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from protos.expertmesh.inference.v1 import inference_pb2 as pb
-from services.engine.contract.sampling_params import Grammar, GrammarKind
+from services.engine.contract.sampling_params import MAX_STOP_TOKENS, Grammar, GrammarKind
 from services.gateway.chat import grammars
 from services.gateway.chat.conversation import ChatMessage, Conversation, PastCall, check_message
 from services.gateway.chat.thinking import Thinking
 from services.gateway.chat.tools import Tool, ToolMode, ToolUse, parse_arguments
 from services.gateway.errors import invalid
 from services.gateway.generation_request import AnswerFormat, GenerationRequest, Prompt
+from services.gateway.limits import GatewayLimits
 from services.gateway.schema.json_size import check_text_size
 from services.gateway.schema.json_text import loads
 
@@ -28,8 +29,17 @@ TOOL_MODES = {
 }
 
 
-def generation_request(request: pb.GenerateRequest) -> GenerationRequest:
-    """Return the request that a message holds. Raises ValueError or ApiError if a field is invalid."""
+def generation_request(request: pb.GenerateRequest, limits: GatewayLimits) -> GenerationRequest:
+    """Return the request that a message holds. Raises ValueError or ApiError if a field is invalid or too large."""
+    # These numbers are checked first, because reading millions of numbers holds Python's global lock for long.
+    num_ids, num_stops = len(request.token_ids.ids), len(request.sampling.stop_token_ids)
+    num_biases = len(request.sampling.logit_bias)
+    if num_ids > limits.json_items:
+        raise invalid(f"prompt must hold at most {limits.json_items} token ids, not {num_ids}.", "prompt")
+    if num_stops > MAX_STOP_TOKENS:
+        raise invalid(f"stop_token_ids must be at most {MAX_STOP_TOKENS} ids, not {num_stops} ids.", "stop_token_ids")
+    if num_biases > limits.logit_bias:
+        raise invalid(f"logit_bias must hold at most {limits.logit_bias} tokens, not {num_biases}.", "logit_bias")
     sampling = _sampling(request.sampling)
     if request.echo and "logprobs" in sampling:
         sampling.setdefault("prompt_logprobs", sampling["logprobs"])

@@ -144,6 +144,21 @@ def test_allowed_functions(api: InferenceApi, source: EchoSource) -> None:
             "structured_outputs.choice must hold at least one string.",
         ),
         (pb.GenerateRequest(text="a", request_id="x" * 129), "INVALID_ARGUMENT", "request_id must be at most 128"),
+        (
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * ((1 << 20) + 1))),
+            "INVALID_ARGUMENT",
+            "prompt must hold at most 1048576 token ids, not 1048577.",
+        ),
+        (
+            pb.GenerateRequest(text="a", sampling=pb.SamplingParams(stop_token_ids=[1] * 129)),
+            "INVALID_ARGUMENT",
+            "stop_token_ids must be at most 128 ids, not 129 ids.",
+        ),
+        (
+            pb.GenerateRequest(text="a", sampling=pb.SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))),
+            "INVALID_ARGUMENT",
+            "logit_bias must hold at most 1024 tokens, not 1025.",
+        ),
     ],
 )
 def test_refusals(api: InferenceApi, request_: pb.GenerateRequest, code: str, message: str) -> None:
