@@ -7,7 +7,7 @@ ambiguous: Model Optimizer excludes the modules below layer 1 as "layers.1*", wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,6 +16,8 @@ from model.configs.weight_format import BLOCK, GROUP, WeightFormat
 
 ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}
 MIXED = "MIXED_PRECISION"
+NAMES = {"fp8": "FP8", "nvfp4": "NVFP4"}  # the names that `declarations` writes
+PRODUCER = {"name": "expertmesh"}
 # Ends of the names of modules that have no declared format: public configs do not list them, or not in every file.
 UNDECLARED = ("embeddings", "embed_tokens", "lm_head", "shared_head.head", "gate", "eh_proj", "mtp.fc")
 
@@ -84,8 +86,38 @@ class DeclaredFormats:
         if self.uniform is None:
             return False
         is_part = any(_is_part_of(module, pattern) for pattern in self.excluded)
-        is_match = any(fnmatchcase(module, pattern) for pattern in self.excluded)
+        is_match = is_part or any(fnmatchcase(module, pattern) for pattern in self.excluded)
         return format not in {"plain" if is_excluded else self.uniform for is_excluded in (is_part, is_match)}
+
+
+def declarations(
+    formats: Mapping[str, WeightFormat], modules: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the `quantization_config` and the content of `hf_quant_config.json` that declare `formats`.
+
+    `modules` are all modules that could be quantized. Blocks have no `hf_quant_config.json`.
+    """
+    plain = ["lm_head", *sorted(set(modules) - set(formats))]
+    kinds = set(formats.values())
+    if kinds == {"fp8_blocks"}:
+        blocks = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+        return {**blocks, "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": plain}, None
+    shared = {"producer": PRODUCER, "quant_method": "modelopt"}
+    if len(kinds) == 1:
+        [algorithm] = (NAMES[kind] for kind in kinds)
+        group = {"group_size": GROUP} if algorithm == "NVFP4" else {}
+        inner = {"quant_algo": algorithm, "kv_cache_quant_algo": None, **group, "exclude_modules": plain}
+        outer = {"quant_algo": algorithm, **group, "ignore": plain}
+        return {**outer, **shared}, {"producer": PRODUCER, "quantization": inner}
+    layers: dict[str, dict[str, Any]] = {
+        module: {"quant_algo": NAMES[kind]} for module, kind in sorted(formats.items())
+    }
+    for entry in layers.values():
+        if entry["quant_algo"] == "NVFP4":
+            entry.update({"group_size": GROUP})
+    mixed = {"quant_algo": MIXED, "quantized_layers": layers}
+    hf_quant_config = {"producer": PRODUCER, "quantization": {**mixed, "kv_cache_quant_algo": None}}
+    return {**mixed, "ignore": [], **shared}, hf_quant_config
 
 
 def _is_part_of(module: str, pattern: str) -> bool:

@@ -21,11 +21,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from model.checkpoint import Checkpoint
 from model.configs.nemotron_h import NemotronHConfig
 from model.demo import DEMO
 from model.demo.corpus import EOS, IM_END, encode_all, read_corpus, train_tokenizer, xz_bits_per_byte
 from model.demo.sequence import TrainableExperts, sequence_draft, sequence_hidden
-from model.families.nemotron_h import NemotronH, expert_tensor_name, tensor_name
+from model.families.nemotron_h import NemotronH, NemotronHFamily, expert_tensor_name, tensor_name
 
 PREFIX = "backbone."
 CHAT_TEMPLATE = DEMO / "chat_template.jinja"
@@ -114,6 +115,28 @@ def write_checkpoint(model: NemotronH, experts: TrainableExperts, tokenizer: Tok
     (out / CHAT_TEMPLATE.name).write_bytes(CHAT_TEMPLATE.read_bytes())
     for name, value in (("config.json", CONFIG), ("generation_config.json", GENERATION_CONFIG)):
         (out / name).write_text(json.dumps(value, indent=2) + "\n")
+
+
+def load_for_measuring(path: Path) -> tuple[NemotronH, TrainableExperts]:
+    """Load a model directory into the modules that training uses, with all weights as fp32."""
+    family = NemotronHFamily(Checkpoint(path))
+    experts = TrainableExperts(family.config, "cpu")
+    model = NemotronH(family.config, experts)
+    weights = {}
+    for name, value in model.state_dict().items():
+        tensor_name, shape = family.tensor_name(name), tuple(value.shape)
+        if len(shape) == 2:
+            weights[name] = family.checkpoint.matrix(tensor_name, (shape[0], shape[1])).dequantized().float()
+        else:
+            weights[name] = family.checkpoint.plain_tensor(tensor_name, shape).float()
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        for layer, (up_EML, down_ELM) in experts.weights.items():
+            for expert in range(len(up_EML)):
+                matrices = family.load_expert(layer, expert)
+                up_EML[expert] = matrices["up"].dequantized()
+                down_ELM[expert] = matrices["down"].dequantized()
+    return model, experts
 
 
 @torch.no_grad()

@@ -13,6 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
+from model.checkpoint import INDEX, QUANTIZATION, SINGLE
+from model.configs.weight_format import WeightFormat
+from model.declared_formats import declarations
+from model.encoder import encode, encode_tensors, linear_modules
+
 BASE: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -79,19 +84,54 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 33,
         "moe_latent_size": 29,
     },
+    "fp8": {},
+    "fp8_blocks": {  # sizes that are no multiples of 128, so that the last blocks are smaller
+        "hybrid_override_pattern": "EM*E",
+        "hidden_size": 160,
+        "moe_latent_size": 144,
+        "moe_intermediate_size": 136,
+        "moe_shared_expert_intermediate_size": 200,
+        "num_nextn_predict_layers": 1,
+        "mtp_hybrid_override_pattern": "*E",
+    },
+    "nvfp4": {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"},  # three formats, as in Super
+    "nvfp4_flat": {"hybrid_override_pattern": "MEM*EMEMMMEM", "moe_latent_size": None},  # as in Nano
 }
 SEVERAL_FILES = "plain"
 TIED = "tied"
 SMALL_STEPS = "tied"  # variant with a Δ far below 0.001, the lower bound of Δ in transformers' chunked path
 WITH_MTP = "latent"
+DRAFTING = ("latent", "fp8_blocks", "nvfp4")  # the variants with an MTP module, which only `fp8_blocks` quantizes
+QUANTIZED = ("fp8", "fp8_blocks", "nvfp4", "nvfp4_flat")
+
+
+MIXED: dict[tuple[int, str], WeightFormat] = {  # layers and modules of the variant `nvfp4`, beside the routed experts
+    (0, "in_proj"): "fp8",
+    (2, "out_proj"): "fp8",
+    (5, "in_proj"): "fp8",
+    (5, "out_proj"): "nvfp4",
+    (3, "o_proj"): "fp8",
+    (3, "k_proj"): "nvfp4",
+    (1, "fc1_latent_proj"): "fp8",
+    (4, "fc2_latent_proj"): "fp8",
+    (1, "shared_experts.up_proj"): "fp8",
+    (1, "shared_experts.down_proj"): "nvfp4",
+    (4, "shared_experts.up_proj"): "fp8",
+    (6, "shared_experts.down_proj"): "fp8",
+}
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A `Tiny` is a checkpoint directory together with the transformers model that wrote it."""
+    """A `Tiny` is a checkpoint directory together with a transformers model that has the same weights.
+
+    `plain` is a directory with the exact values of all weights as plain numbers: `path` itself, or if the checkpoint is
+    quantized, a directory with the dequantized weights in fp32, because transformers cannot read these formats.
+    """
 
     name: str
     path: Path
+    plain: Path
     oracle: NemotronHForCausalLM
 
     @property
@@ -133,22 +173,30 @@ def write_tiny(path: Path, name: str, **changes: Any) -> Tiny:
     """
     generator = torch.Generator().manual_seed(list(VARIANTS).index(name))
     oracle = NemotronHForCausalLM(NemotronHConfig(**(BASE | VARIANTS[name] | changes)))
-    oracle.train(False)
-    oracle.set_experts_implementation("eager")  # torch's grouped products do not support odd sizes
     scramble(oracle, generator)
-    for layer in oracle.model.layers:
-        if hasattr(layer.mixer, "dt_bias"):
-            layer.mixer.time_step_limit = (0.0, float("inf"))
-            if name == SMALL_STEPS:
-                layer.mixer.dt_bias.data.fill_(-8.0)
+    if name == SMALL_STEPS:
+        for mixer in mamba_mixers(oracle):
+            mixer.dt_bias.data.fill_(-8.0)
     oracle.save_pretrained(path, max_shard_size="60KB" if name == SEVERAL_FILES else "1GB")
     if name == TIED:  # transformers does not tie head and embeddings in this family
         oracle.lm_head.weight = oracle.model.embeddings.weight
         edit(path, path, lambda tensors: tensors.pop("lm_head.weight"))
-    if name == WITH_MTP:
+    if name in DRAFTING:
         edit(path, path, lambda tensors: tensors.update(mtp_tensors(BASE | VARIANTS[name], generator)))
+    plain = path
+    if name in QUANTIZED:
+        plain = quantize(path, name, generator)
+        oracle = NemotronHForCausalLM.from_pretrained(plain)
+    oracle.train(False)
+    oracle.set_experts_implementation("eager")  # torch's grouped products do not support odd sizes
+    for mixer in mamba_mixers(oracle):
+        mixer.time_step_limit = (0.0, float("inf"))
     oracle.generation_config.eos_token_id = None
-    return Tiny(name, path, oracle)
+    return Tiny(name, path, plain, oracle)
+
+
+def mamba_mixers(oracle: NemotronHForCausalLM) -> list[Any]:
+    return [layer.mixer for layer in oracle.model.layers if hasattr(layer.mixer, "dt_bias")]
 
 
 def mtp_tensors(raw: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
@@ -185,13 +233,67 @@ def mtp_tensors(raw: dict[str, Any], generator: torch.Generator) -> dict[str, Te
     return tensors | {"mtp.layers.1.mixer.gate.e_score_correction_bias": bias}
 
 
+def quantize(path: Path, name: str, generator: torch.Generator) -> Path:
+    """Quantize a one-file checkpoint in place as variant `name`, and return a directory with the dequantized weights.
+
+    Model Optimizer's checkpoints also get the scales of activations, which are not used.
+    """
+    tensors = load_file(path / "model.safetensors")
+    modules = linear_modules(tensors)
+    formats = {module: format for module in modules if (format := format_of(name, module)) != "plain"}
+    if name.startswith("nvfp4"):
+        tensors = {key: value if "correction_bias" in key else value.bfloat16() for key, value in tensors.items()}
+    exact = {key: value.float() for key, value in tensors.items()}
+    for module, format in formats.items():
+        exact[f"{module}.weight"] = encode(tensors[f"{module}.weight"], format).dequantized().contiguous()
+    plain = edit(path, path / "plain", lambda own: (own.clear(), own.update(exact)))
+    tensors = encode_tensors(tensors, formats)
+    if name != "fp8_blocks":
+        tensors |= {f"{module}.input_scale": torch.rand((), generator=generator) for module in formats}
+    if name in ("fp8", "nvfp4"):
+        for module, kind in ((module, module[-6]) for module in modules if module.endswith(("k_proj", "v_proj"))):
+            tensors[f"{module}.{kind}_scale"] = torch.rand((), generator=generator)
+    save_file(tensors, path / "model.safetensors")
+    declared, hf_quant_config = declarations(formats, modules)
+    if name == "nvfp4_flat":
+        assert hf_quant_config is not None
+        excluded = hf_quant_config["quantization"]["exclude_modules"]
+        own = [module for module in excluded if not module.startswith("backbone.layers.1.")]
+        hf_quant_config["quantization"]["exclude_modules"] = [*own, "backbone.layers.1*"]  # not layers 10 and 11
+    else:
+        edit_config(path, path, quantization_config=declared | {"quant_algo": declared.get("quant_algo", "").lower()})
+    if hf_quant_config is not None:
+        (path / QUANTIZATION).write_text(json.dumps(hf_quant_config))
+    return plain
+
+
+def format_of(name: str, module: str) -> WeightFormat:
+    """Return the format of a module's weight in the quantized variant `name`."""
+    layer = int(module.split(".layers.")[1].split(".")[0]) if module.startswith("backbone.") else None
+    part = module.partition(".mixer.")[2]
+    is_routed, is_shared, is_mamba = "experts." in part[:8], "shared_experts" in part, part in ("in_proj", "out_proj")
+    match name:
+        case "fp8_blocks":
+            return "plain" if module.endswith(("gate", "eh_proj")) else "fp8_blocks"
+        case _ if layer is None:
+            return "plain"
+        case "fp8":
+            return "fp8" if is_routed or is_shared or is_mamba else "plain"
+        case "nvfp4_flat":
+            return "nvfp4" if layer != 1 and (is_routed or is_shared or is_mamba) else "plain"
+    if is_routed:
+        return "fp8" if layer == 4 and part.endswith("down_proj") else "nvfp4"
+    return MIXED.get((layer, part), "plain")
+
+
 def edit(source: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
     """Copy a one-file checkpoint to `target`, with its tensors changed by `change`."""
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     target.mkdir(exist_ok=True)
-    for name in ("config.json", "generation_config.json"):
-        (target / name).write_text((source / name).read_text())
+    for name in ("config.json", "generation_config.json", QUANTIZATION):
+        if (source / name).exists():
+            (target / name).write_text((source / name).read_text())
     save_file(tensors, target / "model.safetensors")
     return target
 
@@ -201,4 +303,19 @@ def edit_config(source: Path, target: Path, **changes: object) -> Path:
     edit(source, target, lambda tensors: None)
     raw = json.loads((source / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(raw))
+    return target
+
+
+def several_files(source: Path, target: Path, num_files: int) -> Path:
+    """Copy a one-file checkpoint to `target` as several files; scales may be in other files than their codes."""
+    edit(source, target, lambda tensors: None)
+    tensors = load_file(source / SINGLE)
+    (target / SINGLE).unlink()
+    weight_map = {}
+    for i in range(num_files):
+        file = f"model-{i + 1:05d}-of-{num_files:05d}.safetensors"
+        names = sorted(tensors)[i::num_files]
+        save_file({name: tensors[name] for name in names}, target / file)
+        weight_map |= dict.fromkeys(names, file)
+    (target / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return target

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.families.nemotron_h import NemotronH
 from model.families.registry import load_family
 from tests.model import oracles
-from tests.model.checkpoints import SMALL_STEPS, Tiny, edit
+from tests.model.checkpoints import DRAFTING, QUANTIZED, SMALL_STEPS, Tiny, edit, mamba_mixers
 from tests.model.conftest import load_fp32
 from tests.model.steps import Steps, full_logits, greedy, random_tokens, relative_error, split_logits
 
@@ -30,6 +30,16 @@ def test_logits_equal_transformers(tiny: Tiny, model: NemotronH, length: int) ->
 def test_greedy_tokens_are_identical_to_transformers(tiny: Tiny, model: NemotronH) -> None:
     prompt = random_tokens(13, seed=5)
     assert greedy(model, prompt, 24) == tiny.generate(prompt, 24)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("is_plain", [False, True], ids=["compiled", "plain"])
+def test_a_quantized_model_gives_the_bits_of_its_dequantized_weights(
+    tiny_of: Callable[[str], Tiny], model_of: Callable[..., NemotronH], name: str, is_plain: bool
+) -> None:
+    tiny, tokens = tiny_of(name), random_tokens(37)
+    dequantized = load_fp32(load_family(tiny.plain), is_plain)
+    assert torch.equal(full_logits(model_of(name, is_plain), tokens), full_logits(dequantized, tokens))
 
 
 @pytest.mark.parametrize("cuts", [[8], [16, 32], [5, 6, 19], [1], [36], [3, 4, 5, 30]], ids=str)
@@ -70,7 +80,7 @@ def test_the_small_steps_would_show_a_clamp(tiny_of: Callable[[str], Tiny]) -> N
     """Check that the checkpoint SMALL_STEPS reveals a clamp of Δ: transformers' lower limit changes the logits."""
     tiny, tokens = tiny_of(SMALL_STEPS), random_tokens(21)
     exact = tiny.logits(tokens)
-    mixers = [layer.mixer for layer in tiny.oracle.model.layers if hasattr(layer.mixer, "dt_bias")]
+    mixers = mamba_mixers(tiny.oracle)
     for mixer in mixers:
         mixer.time_step_limit = (0.001, float("inf"))
     clamped = tiny.logits(tokens)
@@ -92,42 +102,54 @@ def test_bfloat16_is_near_fp32(latent: Tiny, latent_model: NemotronH) -> None:
 # MTP ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=DRAFTING)
+def drafting(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> Tiny:
+    return tiny_of(request.param)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def drafting_model(request: pytest.FixtureRequest, drafting: Tiny, model_of: Callable[..., NemotronH]) -> NemotronH:
+    return model_of(drafting.name, request.param == "plain")
+
+
 @pytest.fixture
-def tensors(latent: Tiny) -> dict[str, Tensor]:
-    return load_file(latent.path / "model.safetensors")
+def tensors(drafting: Tiny) -> dict[str, Tensor]:
+    return load_file(drafting.plain / "model.safetensors")
 
 
-def test_draft_equals_the_equations(latent: Tiny, latent_model: NemotronH, tensors: dict[str, Tensor]) -> None:
-    tokens, steps = random_tokens(22), Steps(latent_model)
+def test_draft_equals_the_equations(drafting: Tiny, drafting_model: NemotronH, tensors: dict[str, Tensor]) -> None:
+    tokens, steps = random_tokens(22), Steps(drafting_model)
     hidden = steps.forward((0, tokens[:21], 0))[0]
-    expected = oracles.draft(tensors, latent.raw, hidden, tokens[1:])
+    expected = oracles.draft(tensors, drafting.raw, hidden, tokens[1:])
     assert relative_error(steps.draft(hidden, tokens[1:], 0), expected) < 1e-5
 
 
 def test_draft_one_token_at_a_time_equals_the_equations(
-    latent: Tiny, latent_model: NemotronH, tensors: dict[str, Tensor]
+    drafting: Tiny, drafting_model: NemotronH, tensors: dict[str, Tensor]
 ) -> None:
-    tokens, steps = random_tokens(19), Steps(latent_model)
+    tokens, steps = random_tokens(19), Steps(drafting_model)
     hidden = steps.forward((3, tokens[:18], 0))[0]
     found = [steps.draft(hidden[t : t + 1], tokens[t + 1 : t + 2], t, slot=3) for t in range(18)]
-    assert relative_error(torch.cat(found), oracles.draft(tensors, latent.raw, hidden, tokens[1:])) < 1e-5
+    assert relative_error(torch.cat(found), oracles.draft(tensors, drafting.raw, hidden, tokens[1:])) < 1e-5
 
 
-def test_second_draft_feeds_the_first_back(latent: Tiny, latent_model: NemotronH, tensors: dict[str, Tensor]) -> None:
+def test_second_draft_feeds_the_first_back(
+    drafting: Tiny, drafting_model: NemotronH, tensors: dict[str, Tensor]
+) -> None:
     """Check the second draft against the oracle, computed as in serving and as in training.
 
     In serving, the MTP module runs one more position on the same KV, with its own first draft and output as inputs. In
     training, the MTP module runs a second full pass over the whole sequence.
     """
-    tokens, steps = random_tokens(18), Steps(latent_model)
+    tokens, steps = random_tokens(18), Steps(drafting_model)
     hidden = steps.forward((0, tokens[:17], 0))[0]
     first = steps.draft(hidden, tokens[1:], 0)
-    drafted = int(latent_model.logits(first[-1]).argmax())
+    drafted = int(drafting_model.logits(first[-1]).argmax())
     second = steps.draft(first[-1:], [drafted], 17)
     inputs, next_ids = torch.cat([hidden, first[-1:]]), [*tokens[1:], drafted]
-    assert relative_error(second[0], oracles.draft(tensors, latent.raw, inputs, next_ids)[-1]) < 1e-5
-    whole = Steps(latent_model).draft(first[:-1], tokens[2:], 0)
-    assert relative_error(whole, oracles.draft(tensors, latent.raw, first[:-1], tokens[2:])) < 1e-5
+    assert relative_error(second[0], oracles.draft(tensors, drafting.raw, inputs, next_ids)[-1]) < 1e-5
+    whole = Steps(drafting_model).draft(first[:-1], tokens[2:], 0)
+    assert relative_error(whole, oracles.draft(tensors, drafting.raw, first[:-1], tokens[2:])) < 1e-5
 
 
 def test_drafting_leaves_the_backbone_as_it_is(latent_model: NemotronH) -> None:
