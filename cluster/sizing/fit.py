@@ -95,7 +95,7 @@ class Fit:
         if self.fewest_shards is None:
             return f"an expert takes {self.largest_expert / GB:.1f} GB, and {gpu} has no memory for three experts"
         if self.fleet is None:
-            num_calls = len(self.model.experts.main_layers)
+            num_calls = len(self.model.main_layers)
             return (
                 f"no number of {gpu} decodes a token every {slo.itl_ms:g} ms in {self.dtype}: the fastest fleet would "
                 f"take {self.fastest_ms:.1f} ms, with {num_calls} calls to shards of {slo.call_ms:g} ms"

@@ -1,6 +1,7 @@
 """Model sizes describe a model in numbers: its weights by part, the state of a request, and the shapes of its experts.
 
-`cluster/sizing/model_configs.py` computes model sizes from a `config.json`. Some of the parts are:
+`model_sizes` computes model sizes from a `config.json` and, if they are there, from the headers of the checkpoint's
+files. Some of the parts are:
 
 - mixers: attention, Mamba-2 and DeltaNet layers.
 - latent: the projections to and from the width in which Nemotron's experts work.
@@ -11,13 +12,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
 
-from cluster.sizing.weight_formats import RECIPES, Counts, Dtype, Format, matrix_bytes
+from cluster.sizing.checkpoint_files import CheckpointFiles, read_files
+from cluster.sizing.weight_formats import (
+    BF16,
+    DTYPES,
+    FP32,
+    QUANTIZED_MTP,
+    Counts,
+    Dtype,
+    Storage,
+    excluded,
+    known_counts,
+    recipe,
+)
 from cluster.topology import LayerSpec
+from model.configs.expert_shape import ExpertShape
+from model.configs.matrices import Matrices
+from model.configs.model_config import ModelConfig
+from model.configs.registry import parse_config
+from model.configs.weight_format import WeightFormat
 
 PARTS = (
     *("embedding", "head", "norms", "mixers", "routers", "latent", "shared", "dense", "routed"),
@@ -25,53 +45,9 @@ PARTS = (
 )
 STATE_BYTES = 4  # Bytes of one number of recurrent state (fp32).
 KV_BYTES = 2  # Bytes of one number of KV or of a convolution's inputs (bf16).
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """`Matrices` are `count` matrices of one part and one shape in a model; a vector is a matrix with one column.
-
-    The `role` determines whether and how the matrices are quantized.
-    """
-
-    part: str
-    role: str
-    rows: int
-    columns: int
-    count: int
-    is_mtp: bool = False
-
-    @property
-    def num_params(self) -> int:
-        """Return the number of parameters of all `count` matrices."""
-        return self.rows * self.columns * self.count
-
-
-@dataclass(frozen=True)
-class ExpertSizes:
-    """`ExpertSizes` describe the routed experts of a model.
-
-    `layers` are the layers with routed experts; the layers of the MTP module come last. One expert consists of
-    `num_matrices` matrices of `input_dim` by `width` numbers.
-    """
-
-    layers: tuple[int, ...]
-    num_mtp_layers: int
-    num_experts: int
-    top_k: int
-    input_dim: int
-    width: int
-    num_matrices: int
-
-    @property
-    def num_params(self) -> int:
-        """Return the number of parameters of one expert."""
-        return self.num_matrices * self.input_dim * self.width
-
-    @property
-    def main_layers(self) -> tuple[int, ...]:
-        """Return the layers with routed experts, without the layers of the MTP module."""
-        return self.layers[: len(self.layers) - self.num_mtp_layers]
+STORED_FP32 = ("e_score_correction_bias",)  # Ends of the roles that are fp32 in public checkpoints.
+# Ends of the roles that are fp32 on a device. Families name them in `fp32_parameters`.
+HELD_FP32 = (*STORED_FP32, ".A_log", ".D", ".dt_bias", ".gate")
 
 
 @dataclass(frozen=True)
@@ -88,6 +64,19 @@ class StateSizes:
     recurrent: int = 0
     conv: int = 0
     replay: int = 0
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> StateSizes:
+        """Return the sizes of the state that `config` describes."""
+        spec = config.state_spec
+        kv = {paged.layer: prod(paged.shape) for paged in spec.paged}
+        main_kv = sum(num for layer, num in kv.items() if layer < config.num_layers)
+        numbers = Counter[str]()
+        for recurrent in spec.recurrent:
+            for shape, dtype in zip(recurrent.shapes, recurrent.dtypes, strict=True):
+                numbers[dtype] += prod(shape)
+        mtp_kv = sum(kv.values()) - main_kv
+        return cls(main_kv, mtp_kv, numbers["float32"], numbers["model"], config.replay_width)
 
     @property
     def kv_bytes(self) -> int:
@@ -107,19 +96,48 @@ class StateSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """`ModelSizes` describe a model in numbers that follow from its config.
+    """`ModelSizes` describe a model in numbers that follow from its config, and from its files if they are there.
 
-    Methods that return bytes assume the weight formats of a public checkpoint in `dtype`. `counts` has entries only for
-    dtypes whose quantized matrices the config lists.
+    Methods that return bytes take the weight formats of a checkpoint in `dtype`:
+
+    - `counts`, if it has an entry for the dtype. Matrices that are not counted are bf16.
+    - `recipes` otherwise, the formats of a public checkpoint by role, except for the `excluded` matrices.
     """
 
     model_type: str
-    hidden_size: int
-    max_context: int | None
-    matrices: tuple[Matrices, ...]
-    experts: ExpertSizes
-    state: StateSizes
-    counts: Mapping[Dtype, Counts]  # Numbers of quantized matrices by dtype, role and format.
+    config: ModelConfig
+    files: CheckpointFiles | None
+    counts: Mapping[Dtype, Counts]
+    recipes: Mapping[Dtype, Mapping[str, WeightFormat]]
+    excluded: Mapping[tuple[str, bool], int]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def max_context(self) -> int:
+        """Return the longest context in tokens for which the model was trained."""
+        return self.config.max_position_embeddings
+
+    @property
+    def matrices(self) -> tuple[Matrices, ...]:
+        return self.config.matrices
+
+    @property
+    def experts(self) -> ExpertShape:
+        """Return the shape of the first layer's routed experts, which all layers with routed experts share."""
+        return self.config.expert_shapes[0]
+
+    @cached_property
+    def main_layers(self) -> tuple[int, ...]:
+        """Return the layers with routed experts, without the layers of the MTP module."""
+        shapes, num_layers = self.config.expert_shapes, self.config.num_layers
+        return tuple(shape.layer for shape in shapes if shape.layer < num_layers)
+
+    @cached_property
+    def state(self) -> StateSizes:
+        return StateSizes.of(self.config)
 
     @property
     def has_mtp(self) -> bool:
@@ -138,13 +156,10 @@ class ModelSizes:
 
     def stored(self, dtype: Dtype) -> dict[str, int]:
         """Return the bytes of each part in the checkpoint; the parts are named as in `params`."""
-        return self._by_part(lambda one: self._nbytes(one, dtype))
+        return self._by_part(lambda one: _nbytes(one, self._storages(one, dtype)))
 
     def backbone_bytes(self, dtype: Dtype) -> int:
-        """Return the bytes on the backbone's device: everything except routed experts and copies.
-
-        Routers are widened to fp32.
-        """
+        """Return the bytes on the backbone's device: everything except routed experts and copies."""
         return sum(self._held(one, dtype) for one in self.matrices if one.part not in ("routed", "copies"))
 
     def step_bytes(self, dtype: Dtype) -> int:
@@ -168,43 +183,46 @@ class ModelSizes:
         return [one for one in self.matrices if one.part not in skipped and not one.is_mtp]
 
     def layer_specs(self, dtype: Dtype) -> tuple[LayerSpec, ...]:
-        """Return a `LayerSpec` for each layer with routed experts; the layers of the MTP module come last."""
-        experts, num_main = self.experts, len(self.experts.main_layers)
+        """Return a `LayerSpec` for each layer with routed experts; the layers of the MTP module come last.
+
+        All layers count as equally large, but the MTP module's layers may have other formats than the main layers.
+        """
+        total, num_experts = Counter[bool](), Counter[bool]()
+        for one in self.matrices:
+            if one.part == "routed":
+                total[one.is_mtp] += self._held(one, dtype)
+        num_layers = self.config.num_layers
+        for shape in self.config.expert_shapes:
+            num_experts[shape.layer >= num_layers] += shape.num_experts
         specs = []
-        for i, layer in enumerate(experts.layers):
-            is_mtp = i >= num_main
-            total = sum(
-                self._nbytes(one, dtype) for one in self.matrices if one.part == "routed" and one.is_mtp == is_mtp
-            )
-            num = experts.num_experts * (experts.num_mtp_layers if is_mtp else num_main)
-            specs.append(LayerSpec(layer, experts.num_experts, ceil(total / num), experts.top_k))
+        for shape in self.config.expert_shapes:
+            is_mtp = shape.layer >= num_layers
+            nbytes = ceil(total[is_mtp] / num_experts[is_mtp])
+            specs.append(LayerSpec(shape.layer, shape.num_experts, nbytes, shape.top_k))
         return tuple(specs)
 
     def _held(self, one: Matrices, dtype: Dtype) -> int:
-        """Return the bytes of the matrices on a device, where routers are fp32."""
-        return 4 * one.num_params if one.role == "router" else self._nbytes(one, dtype)
+        """Return the bytes of the matrices on a device, where plain numbers are bf16, and those of HELD_FP32 fp32."""
+        plain = FP32 if one.role.endswith(HELD_FP32) else BF16
+        storages = self._storages(one, dtype)
+        return _nbytes(one, ((plain if storage.format == "plain" else storage, num) for storage, num in storages))
 
-    def _nbytes(self, one: Matrices, dtype: Dtype) -> int:
-        """Return the bytes of the matrices in a checkpoint."""
-        return sum(num * matrix_bytes(format, one.rows, one.columns) for format, num in self._formats(one, dtype))
+    def _storages(self, one: Matrices, dtype: Dtype) -> Iterator[tuple[Storage, int]]:
+        """Yield each storage of the matrices `one` in a checkpoint, and the number of matrices stored like this."""
+        key, left = (one.role, one.is_mtp), one.count
+        if dtype in self.counts:
+            for storage, num in self.counts[dtype].get(key, {}).items():
+                yield storage, min(left, num)
+                left -= min(left, num)
+        elif (format := self.recipes[dtype].get(one.role)) and self._is_quantized(one, dtype):
+            num = max(0, left - self.excluded.get(key, 0))
+            yield Storage(format), num
+            left -= num
+        yield (FP32 if one.role.endswith(STORED_FP32) else BF16), left
 
-    def _formats(self, one: Matrices, dtype: Dtype) -> Iterator[tuple[Format, int]]:
-        """Yield each storage format of the matrices `one`, and the number of matrices in this format."""
-        plain: Format = "fp32" if one.role == "fp32" else "bf16"
-        is_mtp_plain = self.model_type == "nemotron_h" or dtype == "nvfp4"  # True if the MTP module is not quantized.
-        left = one.count
-        if not (one.is_mtp and is_mtp_plain):
-            if dtype in self.counts:
-                total = sum(other.count for other in self.matrices if other.role == one.role and not other.is_mtp)
-                for name, num in self.counts[dtype].get(one.role, {}).items():
-                    quantized: Format = "nvfp4" if name == "nvfp4" else "fp8"
-                    share = min(left, round(one.count * num / total))
-                    left -= share
-                    yield quantized, share
-            elif recipe := RECIPES.get((self.model_type, dtype), {}).get(one.role):
-                yield recipe, one.count
-                left = 0
-        yield plain, left
+    def _is_quantized(self, one: Matrices, dtype: Dtype) -> bool:
+        """Return True if a recipe holds for `one`: if it is no copy, and not in an MTP module that stays bf16."""
+        return one.part != "copies" and (not one.is_mtp or (self.model_type, dtype) in QUANTIZED_MTP)
 
     def _by_part(self, value: Callable[[Matrices], int]) -> dict[str, int]:
         """Return the sum of `value` over the matrices of each part, in the order of PARTS."""
@@ -213,3 +231,52 @@ class ModelSizes:
             mtp = one.part if one.part in ("routed", "copies") else "backbone"
             sums[f"mtp {mtp}" if one.is_mtp else one.part] += value(one)
         return {part: sums[part] for part in PARTS if part in sums}
+
+
+def _nbytes(one: Matrices, storages: Iterable[tuple[Storage, int]]) -> int:
+    return sum(num * storage.nbytes(one.rows, one.columns) for storage, num in storages if num)
+
+
+def model_sizes(raw: Mapping[str, Any], directory: Path | None = None) -> ModelSizes:
+    """Return the sizes of the model that a parsed `config.json` describes.
+
+    If all files of the checkpoint are in `directory`, their headers say how the matrices are stored. Raises ValueError
+    that names the key or the tensor if the config or a file has something wrong or something that is not supported.
+    """
+    config = _config(raw)
+    files = read_files(directory, config.num_layers) if directory else None
+    if files is not None:
+        config = _config(files.completed(raw))
+        _check_counts(config, files)
+        counts: dict[Dtype, Counts] = {files.dtype: files.counts}
+    else:
+        known = {dtype: known_counts(raw, dtype, config.num_layers) for dtype in DTYPES}
+        counts = {dtype: found for dtype, found in known.items() if found is not None}
+        _check_roles(config, counts.values())
+    recipes = {dtype: recipe(raw, dtype) for dtype in DTYPES}
+    return ModelSizes(str(raw["model_type"]), config, files, counts, recipes, excluded(raw, config.num_layers))
+
+
+def _config(raw: Mapping[str, Any]) -> ModelConfig:
+    """Return the checked config; its quantization is left out, because a family may not serve this quantization."""
+    config = parse_config({key: value for key, value in raw.items() if key != "quantization_config"})
+    if not config.expert_shapes:
+        raise ValueError("config.json describes no layer with routed experts, so there is nothing to put on shards")
+    return config
+
+
+def _check_roles(config: ModelConfig, lists: Iterable[Counts]) -> None:
+    """Raise ValueError if a list of quantized matrices has a role that the config does not describe."""
+    roles = {(one.role, one.is_mtp) for one in config.matrices if one.columns > 1}
+    for role, is_mtp in (key for counts in lists for key in counts if key not in roles):
+        place = " in the MTP module" if is_mtp else ""
+        raise ValueError(f"config.json lists {role}{place} as quantized, but describes no such matrix")
+
+
+def _check_counts(config: ModelConfig, files: CheckpointFiles) -> None:
+    """Raise ValueError if the files do not have as many matrices of each role as the config describes."""
+    for one in config.matrices:
+        found = sum(files.counts.get((one.role, one.is_mtp), {}).values())
+        if found != one.count and one.part != "copies":
+            place = " in its MTP module" if one.is_mtp else ""
+            raise ValueError(f"the checkpoint has {found} of {one.count} tensors called {one.role}{place}")

@@ -1,6 +1,6 @@
 """A sizing says how many GPUs the deployment of a model needs, and what is on each GPU.
 
-`size` is pure arithmetic on the model's config, a GPU and an `Slo`. Memory is exact: loaded weights are counted to the
+`size` is pure arithmetic on the model's sizes, a GPU and an `Slo`. Memory is exact: loaded weights are counted to the
 byte (`cluster/sizing/fit.py`). Times are estimates from data sheets (`cluster/sizing/step_time.py`). The estimates
 count decode steps, but no prompts and no drafts. Measurements must confirm the estimates.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 from cluster.sizing.fit import GIB, MARGIN, SAVED_SHARE, TRANSFER_SHARE, Fit, Slo, whole_gib
 from cluster.sizing.gpus import GB, GPUS, Gpu
-from cluster.sizing.model_configs import model_sizes
-from cluster.sizing.step_time import BALANCE, unique_shards, wire_of
+from cluster.sizing.model_sizes import ModelSizes, model_sizes
+from cluster.sizing.step_time import BALANCE, shards_of_token, wire_of
 from cluster.sizing.weight_formats import Dtype, dtype_of
 
 # Host memory of a pod in GiB for processes, Ray and the disk cache of the checkpoint. The two numbers are assumptions.
@@ -82,14 +82,17 @@ class Sizing:
 
 
 def size(config: Mapping[str, Any], gpu: Gpu, dtype: Dtype | None = None, slo: Slo | None = None) -> Sizing:
-    """Size a deployment of the model that a parsed `config.json` describes.
+    """Size a deployment of the model that a parsed `config.json` describes, as `sizing_of` does."""
+    return sizing_of(model_sizes(config), gpu, dtype or dtype_of(config), slo or Slo())
 
-    `dtype` is by default the dtype of the checkpoint. Raises ValueError if the config is not supported, if a backbone
-    does not fit the GPU, or if no number of GPUs is fast enough. In the last two cases, the message names the GPUs that
-    are large and fast enough.
+
+def sizing_of(model: ModelSizes, gpu: Gpu, dtype: Dtype, slo: Slo) -> Sizing:
+    """Size a deployment of `model` in `dtype`.
+
+    Raises ValueError if a backbone does not fit the GPU, or if no number of GPUs is fast enough. In both cases, the
+    message names the GPUs that are large and fast enough.
     """
-    model, dtype, slo = model_sizes(config), dtype or dtype_of(config), slo or Slo()
-    if model.max_context and slo.context_len > model.max_context:
+    if slo.context_len > model.max_context:
         raise ValueError(f"the context is {slo.context_len} tokens; the model allows up to {model.max_context}")
     fit = Fit(model, gpu, dtype, slo)
     if why := fit.why_not:
@@ -103,7 +106,7 @@ def _sizing(fit: Fit) -> Sizing:
     (num_backbones, num_shards), model, slo = fit.fleet, fit.model, fit.slo
     batch, whole = fit.batch(num_backbones), fit.experts_bytes
     host = 0 if fit.has_device_cover(num_shards) else whole_gib(MARGIN * whole / (num_shards - 1))
-    wire, experts = wire_of(model, num_shards), model.experts
+    wire = wire_of(model, num_shards)
     bits = 8e3 * wire.total / slo.itl_ms  # Bits per second of one request.
     of_backbone, of_shard = bits * batch, bits * slo.num_requests / (BALANCE * num_shards)
     return Sizing(
@@ -128,7 +131,7 @@ def _sizing(fit: Fit) -> Sizing:
         kv_bytes_per_request=fit.kv_bytes,
         state_bytes_per_request=model.state.sequence_bytes,
         draft_bytes_per_request=fit.draft_bytes,
-        unique_shards=round(unique_shards(experts.num_experts, experts.top_k, num_shards), 2),
+        unique_shards=round(shards_of_token(model, num_shards), 2),
         wire_bytes_per_token=wire.total,
         backbone_bits_per_s=round(of_backbone),
         backbone_link_bits_per_s=round(of_backbone / TRANSFER_SHARE),

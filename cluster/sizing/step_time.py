@@ -25,15 +25,26 @@ PICK_BYTES = 12  # Bytes of one pick in a message: the row, the expert and the w
 GRID_BYTES = 2  # Bytes of a row's grid in a message. A row's sums are multiples of the row's grid.
 
 
-def unique_shards(num_experts: int, top_k: int, num_shards: int) -> float:
-    """Return the expected number of shards that hold the picks of a token, if all shards hold equally many experts."""
-    small, num_large = divmod(num_experts, num_shards)
+def unique_shards(num_experts: int, top_k: int, num_shards: int, num_groups: int = 1, top_groups: int = 1) -> float:
+    """Return the expected number of shards that hold the picks of a token, if all shards hold equally many experts.
+
+    A router with groups picks only from the experts of `top_groups` of its `num_groups` groups. The planner spreads the
+    experts of each group over all shards, so a shard holds equally many experts of the groups of a token.
+    """
+    pickable = num_experts // num_groups * top_groups
+    small, num_large = divmod(pickable, num_shards)
     nowhere = sum(
-        num * comb(num_experts - held, top_k)
+        num * comb(pickable - held, top_k)
         for held, num in ((small, num_shards - num_large), (small + 1, num_large))
         if num
     )
-    return num_shards - nowhere / comb(num_experts, top_k)
+    return num_shards - nowhere / comb(pickable, top_k)
+
+
+def shards_of_token(model: ModelSizes, num_shards: int) -> float:
+    """Return the expected number of shards that a token of `model` goes to in one layer."""
+    experts, config = model.experts, model.config
+    return unique_shards(experts.num_experts, experts.top_k, num_shards, config.n_group, config.topk_group)
 
 
 def touched_experts(num_experts: int, top_k: int, num_rows: int) -> float:
@@ -62,9 +73,9 @@ def wire_of(model: ModelSizes, num_shards: int) -> Wire:
     The token's row goes to each shard that computes a pick of the token, and each of these shards returns one sum.
     """
     experts = model.experts
-    shards = unique_shards(experts.num_experts, experts.top_k, num_shards)
+    shards = shards_of_token(model, num_shards)
     out = shards * (ROW_BYTES * experts.input_dim + GRID_BYTES) + PICK_BYTES * experts.top_k
-    num_layers = len(experts.main_layers)
+    num_layers = len(model.main_layers)
     return Wire(round(num_layers * out), round(num_layers * shards * SUM_BYTES * experts.input_dim))
 
 
@@ -80,7 +91,7 @@ class StepCosts:
     @property
     def calls_ms(self) -> float:
         """Return the time of all layer calls of a step in milliseconds, without the shards' computation."""
-        return self.call_ms * len(self.model.experts.main_layers)
+        return self.call_ms * len(self.model.main_layers)
 
     def backbone_ms(self, num_rows: int, context_len: int) -> float:
         """Return the time that a backbone computes in a step with `num_rows` requests, in milliseconds.
@@ -104,7 +115,7 @@ class StepCosts:
         num_read = max(1.0, share * touched_experts(experts.num_experts, experts.top_k, num_rows))
         num_picks = max(1.0, share * num_rows * experts.top_k)
         one_ms = self._roofline_ms(num_read * self._expert_bytes, 2.0 * num_picks * experts.num_params)
-        return len(experts.main_layers) * one_ms
+        return len(self.model.main_layers) * one_ms
 
     def max_useful_shards(self, num_backbones: int, num_rows: int) -> int:
         """Return the number of shards with which the busiest shard computes a single pick; more shards do not help."""

@@ -1,79 +1,95 @@
 """Weight formats determine how many bytes a weight takes in a checkpoint.
 
-Public checkpoints quantize only the matrices in the following list. All other matrices are bf16. Norms, embeddings, the
-head and convolutions are bf16 in all checkpoints.
+The formats of a checkpoint come from the first of these sources that there is:
 
-- Nemotron FP8: routed and shared experts and the Mamba projections. The MTP module is bf16 (assumed, as in NVFP4).
-- Nemotron NVFP4: routed experts in NVFP4, shared experts and Mamba projections in FP8, as in the Ultra checkpoint. The
-  Super and Nano checkpoints quantize only some of these matrices. The numbers of quantized matrices stand in
-  `cluster/sizing/configs`, or follow from the list of modules in a checkpoint's `quantization_config`. The MTP module
-  is bf16, its routed experts included.
+1. the tensors in its files (`cluster/sizing/checkpoint_files.py`);
+2. the list of quantized modules in its config, or the numbers of quantized matrices in `cluster/sizing/configs`;
+3. `RECIPES`, which says what the public checkpoints of a family quantize. All other matrices are bf16.
+
+What public checkpoints quantize, as the headers of their files show:
+
+- Nemotron 3 FP8: routed and shared experts and the Mamba projections. Nano leaves six Mamba layers in bf16.
+- Nemotron 3 NVFP4: Ultra has routed experts in NVFP4, and shared experts and Mamba projections in FP8. Super and Nano
+  differ from Ultra, so `cluster/sizing/configs` has their numbers. The MTP module is bf16 in all of them.
 - DeepSeek-V3 FP8: every linear map except the router and `eh_proj`, also in the MTP layer. Each block of 128 × 128
   weights has a scale.
+- DeepSeek-V3 NVFP4: routed and shared experts and dense layers. V3.1 and R1 also quantize `o_proj`.
 - Qwen3-Next FP8: every linear map except the router, the small map to β and decay, and the gate of the shared expert.
   Each block of 128 × 128 weights has a scale.
-- DeepSeek-V3 and Qwen3-Next NVFP4: routed and shared experts and dense layers. This format is an assumption, because no
-  such checkpoint was read.
+- Qwen3-Next NVFP4: routed and shared experts, `o_proj` of the attention and `out_proj` of the DeltaNet layers.
+
+A quantized matrix also has a scale for its inputs in Model Optimizer's checkpoints. This scale is not counted, because
+it is not served.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from math import ceil
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from model.configs.config_keys import ConfigKeys
+from model.configs.matrices import role_of
+from model.configs.weight_format import BLOCK, WeightFormat, matrix_bytes
+
 Dtype = Literal["bf16", "fp8", "nvfp4"]
-Format = Literal["fp32", "bf16", "fp8", "fp8_blocks", "nvfp4"]
-Counts = Mapping[str, Mapping[str, int]]  # Number of matrices by role and format.
-
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-BLOCK = 128  # Rows and columns that share a scale in FP8 with blocks.
-GROUP = 16  # Columns that share a scale in NVFP4.
-SCALARS = 8  # Bytes of a matrix's two fp32 scales, one for its weights and one for its inputs.
-MODELOPT = {"FP8": "fp8", "NVFP4": "nvfp4"}  # Formats by the names that Model Optimizer gives them.
 
-SHARED = ("shared_up", "shared_down")
-NEMOTRON_WIDE = ("mixer_in", "mixer_out", *SHARED)
-LINEAR = (*NEMOTRON_WIDE, "attention", "attention_out", "dense", "routed")
-RECIPES: dict[tuple[str, Dtype], dict[str, Format]] = {
-    ("nemotron_h", "fp8"): dict.fromkeys((*NEMOTRON_WIDE, "routed"), "fp8"),
-    ("nemotron_h", "nvfp4"): {**dict.fromkeys(NEMOTRON_WIDE, "fp8"), "routed": "nvfp4"},
-    ("deepseek_v3", "fp8"): dict.fromkeys(LINEAR, "fp8_blocks"),
-    ("deepseek_v3", "nvfp4"): dict.fromkeys((*SHARED, "dense", "routed"), "nvfp4"),
-    ("qwen3_next", "fp8"): dict.fromkeys(LINEAR, "fp8_blocks"),
-    ("qwen3_next", "nvfp4"): dict.fromkeys((*SHARED, "dense", "routed"), "nvfp4"),
+
+@dataclass(frozen=True)
+class Storage:
+    """A `Storage` says how a matrix is stored: its format, and the bytes of one number if the format is plain."""
+
+    format: WeightFormat
+    itemsize: int = 2
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of one matrix with its scales."""
+        return matrix_bytes(self.format, rows, columns, self)
+
+
+BF16, FP32 = Storage("plain"), Storage("plain", 4)
+# Number of matrices by storage. The key is a role, and True for the MTP module.
+Counts = Mapping[tuple[str, bool], Mapping[Storage, int]]
+
+# Formats by the names that Model Optimizer gives them, in upper case.
+ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}
+MIXED = "MIXED_PRECISION"
+
+NEMOTRON_EXPERTS = ("mixer.experts.up_proj", "mixer.experts.down_proj")
+NEMOTRON_WIDE = (
+    *("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
+    *("mixer.in_proj", "mixer.out_proj"),
+)
+MLP = ("gate_proj", "up_proj", "down_proj")
+DEEPSEEK_MLPS = tuple(f"{module}.{name}" for module in ("mlp", "mlp.shared_experts", "mlp.experts") for name in MLP)
+DEEPSEEK_ATTENTION = tuple(
+    f"self_attn.{name}" for name in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+)
+QWEN_MLPS = tuple(f"{module}.{name}" for module in ("mlp", "mlp.shared_expert", "mlp.experts") for name in MLP)
+QWEN_OUTPUTS = ("self_attn.o_proj", "linear_attn.out_proj")
+QWEN_INPUTS = ("linear_attn.in_proj_qkvz", *(f"self_attn.{name}_proj" for name in "qkv"))
+RECIPES: dict[tuple[str, Dtype], dict[str, WeightFormat]] = {
+    ("nemotron_h", "fp8"): dict.fromkeys((*NEMOTRON_EXPERTS, *NEMOTRON_WIDE), "fp8"),
+    ("nemotron_h", "nvfp4"): {**dict.fromkeys(NEMOTRON_WIDE, "fp8"), **dict.fromkeys(NEMOTRON_EXPERTS, "nvfp4")},
+    ("deepseek_v3", "fp8"): dict.fromkeys((*DEEPSEEK_MLPS, *DEEPSEEK_ATTENTION), "fp8_blocks"),
+    ("deepseek_v3", "nvfp4"): dict.fromkeys(DEEPSEEK_MLPS, "nvfp4"),
+    ("qwen3_next", "fp8"): dict.fromkeys((*QWEN_MLPS, *QWEN_OUTPUTS, *QWEN_INPUTS), "fp8_blocks"),
+    ("qwen3_next", "nvfp4"): dict.fromkeys((*QWEN_MLPS, *QWEN_OUTPUTS), "nvfp4"),
 }
-ROLES = {  # Roles of matrices by the end of the module's name in Nemotron's checkpoints; the first match counts.
-    "shared_experts.up_proj": "shared_up",
-    "shared_experts.down_proj": "shared_down",
-    "up_proj": "routed",
-    "down_proj": "routed",
-    "in_proj": "mixer_in",
-    "out_proj": "mixer_out",
-    "o_proj": "attention_out",
-    "q_proj": "attention",
-    "k_proj": "attention",
-    "v_proj": "attention",
-    "fc1_latent_proj": "latent_in",
-    "fc2_latent_proj": "latent_out",
-}
+QUANTIZED_MTP = (("deepseek_v3", "fp8"), ("qwen3_next", "fp8"))  # recipes that also hold for the MTP module
 
 
-def matrix_bytes(format: Format, rows: int, columns: int) -> int:
-    """Return the bytes of one matrix with its scales."""
-    num = rows * columns
-    match format:
-        case "fp32":
-            return 4 * num
-        case "bf16":
-            return 2 * num
-        case "fp8":
-            return num + SCALARS
-        case "fp8_blocks":
-            return num + 4 * ceil(rows / BLOCK) * ceil(columns / BLOCK)
-        case "nvfp4":
-            return rows * (ceil(columns / 2) + ceil(columns / GROUP)) + SCALARS
+def with_hf_quantization(raw: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config `raw` with the quantization of a `hf_quant_config.json`, unless it has a quantization itself.
+
+    Model Optimizer writes this file; some of its checkpoints, such as Nemotron 3 Nano in NVFP4, have nothing else.
+    """
+    given = ConfigKeys(quantization).section("quantization").raw
+    if raw.get("quantization_config") or not given:
+        return dict(raw)
+    return {**raw, "quantization_config": {"quant_method": "modelopt", "ignore": given.get("exclude_modules"), **given}}
 
 
 def dtype_of(raw: Mapping[str, Any]) -> Dtype:
@@ -81,65 +97,82 @@ def dtype_of(raw: Mapping[str, Any]) -> Dtype:
 
     Raises ValueError if the quantization is not supported.
     """
-    quantization = _object(raw, "quantization_config")
-    if not quantization:
+    keys = ConfigKeys(raw).section("quantization_config")
+    if not keys.raw:
         return "bf16"
-    method = quantization.get("quant_method")
+    method = keys.raw.get("quant_method")
     if method == "fp8":
-        block = quantization.get("weight_block_size")
-        if block != [BLOCK, BLOCK]:
-            raise ValueError(
-                f"config.json has weight_block_size = {block!r}; supported are blocks of [{BLOCK}, {BLOCK}]"
-            )
+        if keys.raw.get("weight_block_size") != [BLOCK, BLOCK]:
+            raise keys.wrong("weight_block_size", f"supported are blocks of [{BLOCK}, {BLOCK}]")
         return "fp8"
     if method == "modelopt":
-        algorithm = quantization.get("quant_algo")
-        if algorithm == "FP8":
-            return "fp8"
-        if algorithm in ("NVFP4", "MIXED_PRECISION"):
-            return "nvfp4"
-        raise ValueError(f"config.json has quant_algo = {algorithm!r}; supported are FP8, NVFP4 and MIXED_PRECISION")
-    raise ValueError(f"config.json has quant_method = {method!r}; supported are fp8 and modelopt")
+        algorithm = _algorithm(keys)
+        return "fp8" if ALGORITHMS.get(algorithm) == "fp8" else "nvfp4"
+    raise keys.wrong("quant_method", "supported are fp8 and modelopt")
 
 
-def known_counts(raw: Mapping[str, Any], dtype: Dtype) -> Counts | None:
-    """Return the number of quantized matrices by role and format; None if the config does not list these matrices.
+def _algorithm(keys: ConfigKeys) -> str:
+    """Return the name of Model Optimizer's algorithm in upper case; raise ValueError for one that is not supported."""
+    algorithm = str(keys.raw.get("quant_algo")).upper()
+    if algorithm not in (*ALGORITHMS, MIXED):
+        raise keys.wrong("quant_algo", f"supported are {', '.join(ALGORITHMS)} and {MIXED}")
+    return algorithm
+
+
+def recipe(raw: Mapping[str, Any], dtype: Dtype) -> dict[str, WeightFormat]:
+    """Return the formats that `dtype` has in public checkpoints by role; roles that are not in it are bf16.
+
+    If the config names one algorithm of Model Optimizer for all modules, this algorithm's format replaces the formats
+    of the recipe.
+    """
+    found = RECIPES.get((str(raw.get("model_type")), dtype), {})
+    quantization = ConfigKeys(raw).section("quantization_config").raw
+    format = ALGORITHMS.get(str(quantization.get("quant_algo")).upper())
+    return dict.fromkeys(found, format) if format is not None and format == dtype else dict(found)
+
+
+def known_counts(raw: Mapping[str, Any], dtype: Dtype, num_layers: int) -> Counts | None:
+    """Return the numbers of quantized matrices; None if the config does not list these matrices.
 
     Two keys are read:
 
     - `quantized_matrices` is Expertmesh's own key in `cluster/sizing/configs`: {dtype: {role: {format: number}}}.
     - `quantized_layers` is written by Model Optimizer: {module: {"quant_algo": …}}.
     """
-    ours = _object(raw, "quantized_matrices")
-    if dtype in ours:
-        return {role: _formats(_object(_object(ours, dtype), role)) for role in _object(ours, dtype)}
-    layers = _object(_object(raw, "quantization_config"), "quantized_layers")
-    return _counted(layers.items()) if layers and dtype == dtype_of(raw) else None
+    ours = ConfigKeys(raw).section("quantized_matrices")
+    if dtype in ours.raw:
+        roles = ours.section(dtype)
+        return {(role, False): _storages(roles.section(role)) for role in roles.raw}
+    layers = ConfigKeys(raw).section("quantization_config").section("quantized_layers")
+    return _counted(layers.raw.items(), num_layers) if layers.raw and dtype == dtype_of(raw) else None
 
 
-def _formats(counts: Mapping[Any, Any]) -> Mapping[str, int]:
-    """Check the keys and values of `counts`, the numbers of matrices by format, and return `counts`."""
-    for format, num in counts.items():
-        if format not in MODELOPT.values() or not isinstance(num, int):
-            raise ValueError(f"config.json has {format!r}: {num!r} in quantized_matrices; allowed are fp8 and nvfp4")
-    return counts
+def excluded(raw: Mapping[str, Any], num_layers: int) -> Counter[tuple[str, bool]]:
+    """Return how many modules the config excludes from quantization by their whole names, by role.
+
+    Names with a wildcard are left out, as a wildcard may stand for a module and the modules in it, or for any name that
+    begins like this.
+    """
+    keys = ConfigKeys(raw).section("quantization_config")
+    modules = keys.items("ignore", str) or keys.items("modules_to_not_convert", str)
+    return Counter(role_of(module, num_layers) for module in modules if not {*"*?["} & {*module})
 
 
-def _object(raw: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
-    """Return the value of `key`, a JSON object; empty if the key is missing or null."""
-    value = raw.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"config.json has {key} = {value!r}; allowed is an object")
-    return value or {}
+def _storages(counts: ConfigKeys) -> Mapping[Storage, int]:
+    """Return the numbers of matrices by storage, from `counts`, the numbers of matrices by format."""
+    allowed: dict[str, WeightFormat] = {"fp8": "fp8", "nvfp4": "nvfp4"}
+    for format in counts.raw:
+        if format not in allowed:
+            raise counts.wrong(format, "allowed are fp8 and nvfp4")
+    return {Storage(allowed[format]): counts.whole(format) for format in counts.raw}
 
 
-def _counted(layers: Iterable[tuple[str, Any]]) -> Counts:
-    """Return the number of quantized matrices by role and format, from Model Optimizer's list of modules."""
-    counts: dict[str, Counter[str]] = {}
+def _counted(layers: Iterable[tuple[str, Any]], num_layers: int) -> Counts:
+    """Return the numbers of quantized matrices, from Model Optimizer's list of modules."""
+    counts: dict[tuple[str, bool], Counter[Storage]] = {}
     for module, entry in layers:
-        role = next((role for ending, role in ROLES.items() if module.endswith(ending)), None)
-        format = MODELOPT.get(entry.get("quant_algo", "")) if isinstance(entry, Mapping) else None
-        if role is None or format is None or module.startswith("mtp."):
+        algorithm = str(entry.get("quant_algo")).upper() if isinstance(entry, Mapping) else ""
+        if algorithm not in ALGORITHMS:
             raise ValueError(f"config.json lists {module} among quantized_layers as {entry!r}, which is not supported")
-        counts.setdefault(role, Counter())[format] += 1
+        counts.setdefault(role_of(module, num_layers), Counter())[Storage(ALGORITHMS[algorithm])] += 1
     return counts

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from model.configs.expert_shape import ExpertShape
+from model.configs.matrices import Matrices
 from model.configs.state_spec import StateSpec
 
 
@@ -39,6 +40,18 @@ class ModelConfig(Protocol):
     @property
     def expert_shapes(self) -> tuple[ExpertShape, ...]:
         """Return the shapes of all MoE layers, also those of the MTP module, as if all matrices were plain."""
+
+    @property
+    def n_group(self) -> int:
+        """Return the number of groups into which a router divides the experts of its layer."""
+
+    @property
+    def topk_group(self) -> int:
+        """Return the number of groups from which a token's experts come."""
+
+    @property
+    def matrices(self) -> tuple[Matrices, ...]:
+        """Return all weights of the model, routed experts and MTP module included."""
 
     @property
     def state_spec(self) -> StateSpec:

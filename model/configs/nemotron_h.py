@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from model.configs.config_keys import ConfigKeys, check_divides, check_router
 from model.configs.expert_shape import ExpertShape
+from model.configs.matrices import Matrices, merge
 from model.configs.mixer_shapes import AttentionShape, MambaShape
 from model.configs.model_config import eos_token_ids
 from model.configs.state_spec import StateSpec
@@ -26,25 +29,31 @@ FIXED = {  # for each key, the only value that this code supports; `from_json` r
 }
 
 
-def _pattern(raw: dict[str, Any], prefix: str) -> str | None:
-    """Return the layer pattern as a string of letters, or None if the config has no layer pattern.
+def _pattern(keys: ConfigKeys, prefix: str) -> str:
+    """Return the layer pattern as a string of letters, or "" if the config has no layer pattern.
 
     `prefix` is "" for the backbone's pattern and "mtp_" for the MTP module's pattern. A config gives the pattern as
     letters, or as a list of old or new layer names.
     """
-    if pattern := raw.get(f"{prefix}hybrid_override_pattern"):
-        for letter in pattern:
+    if pattern := keys.raw.get(f"{prefix}hybrid_override_pattern"):
+        for letter in str(pattern):
             if letter not in LETTERS:
                 raise ValueError(f"{prefix}hybrid_override_pattern has the layer {letter!r}; allowed are M, E, * and -")
         return str(pattern)
-    names = raw.get(f"{prefix}layers_block_type")
-    if names is None:
-        return None
     letters = {name: letter for letter, aliases in LETTERS.items() for name in aliases}
+    names = keys.items(f"{prefix}layers_block_type", str)
     for name in names:
         if name not in letters:
             raise ValueError(f"{prefix}layers_block_type has the layer {name!r}; allowed are {', '.join(letters)}")
     return "".join(letters[name] for name in names)
+
+
+def _delta_limit(keys: ConfigKeys) -> tuple[float, float]:
+    """Return the lower and the upper limit of Δ in the Mamba-2 layers."""
+    limit = keys.raw.get("time_step_limit") or (0.0, float("inf"))
+    if not isinstance(limit, list | tuple) or [isinstance(end, int | float) for end in limit] != [True, True]:
+        raise keys.wrong("time_step_limit", "allowed is a list of two numbers")
+    return float(limit[0]), float(limit[1])
 
 
 @dataclass(frozen=True)
@@ -87,45 +96,34 @@ class NemotronHConfig:
 
         Raises ValueError if a key is missing or has a value that is not allowed; the message names the first such key.
         """
-
-        def need(key: str) -> int:
-            value = raw.get(key)
-            if value is None:
-                raise ValueError(f"config.json lacks the key {key}")
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"config.json has {key} = {value!r}; allowed is a positive integer")
-            return value
-
-        for key, allowed in FIXED.items():
-            if key in raw and raw[key] not in allowed:
-                raise ValueError(f"config.json has {key} = {raw[key]!r}; supported is {allowed[0]!r}")
-        pattern = _pattern(raw, "")
-        if pattern is None:
+        keys = ConfigKeys(raw)
+        need = keys.need
+        keys.check_fixed(FIXED)
+        pattern = _pattern(keys, "")
+        if not pattern:
             raise ValueError("config.json lacks the key hybrid_override_pattern (or layers_block_type)")
-        if raw.get("num_hidden_layers") not in (None, len(pattern)):
-            given = raw["num_hidden_layers"]
-            raise ValueError(f"config.json has num_hidden_layers = {given!r}, but a pattern of {len(pattern)} layers")
+        if (given := keys.whole("num_hidden_layers", len(pattern))) != len(pattern):
+            raise ValueError(f"config.json has num_hidden_layers = {given}, but a pattern of {len(pattern)} layers")
         hidden = need("hidden_size")
-        limit = raw.get("time_step_limit") or (0.0, float("inf"))
         mamba = MambaShape(
             hidden,
             need("mamba_num_heads"),
             need("mamba_head_dim"),
-            raw.get("mamba_n_groups") or need("n_groups"),
+            need("mamba_n_groups", "n_groups"),
             need("ssm_state_size"),
-            raw.get("mamba_d_conv") or need("conv_kernel"),
-            raw.get("mamba_chunk_size") or need("chunk_size"),
-            (float(limit[0]), float(limit[1])),
+            need("mamba_d_conv", "conv_kernel"),
+            need("mamba_chunk_size", "chunk_size"),
+            _delta_limit(keys),
         )
         num_heads = need("num_attention_heads")
-        num_kv_heads = raw.get("num_key_value_heads") or num_heads
+        num_kv_heads = keys.whole("num_key_value_heads", 0) or num_heads
         has_moe = "E" in pattern
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=hidden,
             pattern=pattern,
-            mtp_pattern=_pattern(raw, "mtp_") or "*E",
-            num_nextn_predict_layers=raw.get("num_nextn_predict_layers") or 0,
+            mtp_pattern=_pattern(keys, "mtp_") or "*E",
+            num_nextn_predict_layers=keys.whole("num_nextn_predict_layers", 0),
             mamba=mamba,
             attention=AttentionShape(hidden, num_heads, num_kv_heads, need("head_dim")),
             intermediate_size=need("intermediate_size") if "-" in pattern else 0,
@@ -134,42 +132,31 @@ class NemotronHConfig:
             moe_intermediate_size=need("moe_intermediate_size") if has_moe else 0,
             moe_shared_expert_intermediate_size=need("moe_shared_expert_intermediate_size") if has_moe else 0,
             moe_latent_size=need("moe_latent_size") if raw.get("moe_latent_size") else None,
-            routed_scaling_factor=float(raw.get("routed_scaling_factor", 1.0)),
-            n_group=raw.get("n_group") or 1,
-            topk_group=raw.get("topk_group") or 1,
-            norm_topk_prob=raw.get("norm_topk_prob", True),
-            layer_norm_epsilon=raw.get("layer_norm_epsilon") or raw.get("norm_eps") or 1e-5,
+            routed_scaling_factor=keys.number("routed_scaling_factor", 1.0),
+            n_group=keys.whole("n_group", 1) or 1,
+            topk_group=keys.whole("topk_group", 1) or 1,
+            norm_topk_prob=keys.flag("norm_topk_prob", True),
+            layer_norm_epsilon=keys.number("layer_norm_epsilon", keys.number("norm_eps", 1e-5)),
             max_position_embeddings=need("max_position_embeddings"),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            use_conv_bias=raw.get("use_conv_bias", True),
-            use_bias=raw.get("use_bias", False) or raw.get("mamba_proj_bias", False),
-            attention_bias=raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False),
-            bos_token_id=raw.get("bos_token_id"),
+            tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+            use_conv_bias=keys.flag("use_conv_bias", True),
+            use_bias=keys.flag("use_bias", False) or keys.flag("mamba_proj_bias", False),
+            attention_bias=keys.flag("attention_bias", False),
+            mlp_bias=keys.flag("mlp_bias", False),
+            bos_token_id=keys.token_id("bos_token_id"),
             eos_token_ids=eos_token_ids({"generation_config.json": generation or {}, "config.json": raw}),
         )
 
     def __post_init__(self) -> None:
-        def divides(large: str, big: int, small: str, part: int) -> None:
-            if part < 1 or big % part:
-                raise ValueError(f"config.json has {large} = {big}, which {small} = {part} does not divide")
-
         if self.num_nextn_predict_layers not in (0, 1):
             given = self.num_nextn_predict_layers
             raise ValueError(f"config.json has num_nextn_predict_layers = {given!r}; supported are 0 and 1")
         mamba, attention = self.mamba, self.attention
-        divides("mamba_num_heads", mamba.num_heads, "n_groups", mamba.num_groups)
-        divides("num_attention_heads", attention.num_heads, "num_key_value_heads", attention.num_kv_heads)
-        if "E" in self.pattern:
-            divides("n_routed_experts", self.n_routed_experts, "n_group", self.n_group)
-            for small, large in (("num_experts_per_tok", "n_routed_experts"), ("topk_group", "n_group")):
-                value, most = getattr(self, small), getattr(self, large)
-                if not 1 <= value <= most:
-                    raise ValueError(f"config.json has {small} = {value}; allowed is 1 to {large} = {most}")
-            most = self.topk_group * (self.n_routed_experts // self.n_group)
-            if self.num_experts_per_tok > most:
-                picks = f"num_experts_per_tok = {self.num_experts_per_tok}"
-                raise ValueError(f"config.json has {picks}, but topk_group allows only {most} experts per token")
+        check_divides("mamba_num_heads", mamba.num_heads, "n_groups", mamba.num_groups)
+        check_divides("num_attention_heads", attention.num_heads, "num_key_value_heads", attention.num_kv_heads)
+        if "E" in self.layers:
+            experts, groups = ("n_routed_experts", self.n_routed_experts), ("n_group", self.n_group)
+            check_router(experts, self.num_experts_per_tok, groups, self.topk_group)
 
     @property
     def num_layers(self) -> int:
@@ -187,6 +174,11 @@ class NemotronHConfig:
         return tuple(ExpertShape(layer, *sizes) for layer, letter in enumerate(self.layers) if letter == "E")
 
     @cached_property
+    def matrices(self) -> tuple[Matrices, ...]:
+        """Return all weights of the model; see `ModelConfig`."""
+        return merge(_matrices(self))
+
+    @cached_property
     def state_spec(self) -> StateSpec:
         return StateSpec(
             tuple(self.attention.state_spec(layer) for layer, letter in enumerate(self.layers) if letter == "*"),
@@ -202,3 +194,78 @@ class NemotronHConfig:
     def replay_width(self) -> int:
         """Return the values per token that all Mamba-2 layers keep of a step with drafts; see `ModelConfig`."""
         return self.layers.count("M") * self.mamba.replay_width
+
+
+def _matrices(config: NemotronHConfig) -> Iterator[Matrices]:
+    """Yield the weights of a model one by one, but all routed experts of a layer at once."""
+    hidden, last = config.hidden_size, len(config.layers) - 1
+    yield Matrices("embedding", "embeddings", config.vocab_size, hidden)
+    if not config.tie_word_embeddings:
+        yield Matrices("head", "lm_head", config.vocab_size, hidden)
+    yield Matrices("norms", "norm_f", hidden)
+    for layer, letter in enumerate(config.layers):
+        is_mtp = layer >= config.num_layers
+        yield Matrices("norms", "norm", hidden, is_mtp=is_mtp)
+        yield from (replace(one, is_mtp=is_mtp) for one in _mixer_matrices(config, letter))
+        if layer == config.num_layers:
+            yield Matrices("mixers", "eh_proj", hidden, 2 * hidden, is_mtp=True)
+            yield from (Matrices("norms", name, hidden, is_mtp=True) for name in ("enorm", "hnorm"))
+        if is_mtp and layer == last:
+            yield Matrices("norms", "final_layernorm", hidden, is_mtp=True)
+
+
+def _mixer_matrices(config: NemotronHConfig, letter: str) -> Iterator[Matrices]:
+    """Yield the weights of a layer of the kind `letter` without its norm."""
+    match letter:
+        case "M":
+            yield from _mamba_matrices(config)
+        case "*":
+            shape = config.attention
+            queries, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+            rows = {"q": queries, "k": kv, "v": kv}
+            for name, num in rows.items():
+                yield from _linear("mixers", f"mixer.{name}_proj", num, config.hidden_size, config.attention_bias)
+            yield from _linear("mixers", "mixer.o_proj", config.hidden_size, queries, config.attention_bias)
+        case "-":
+            yield from _mlp_matrices(config, "dense", "mixer", config.hidden_size, config.intermediate_size)
+        case _:
+            yield from _moe_matrices(config)
+
+
+def _linear(part: str, role: str, rows: int, columns: int, has_bias: bool, count: int = 1) -> Iterator[Matrices]:
+    yield Matrices(part, role, rows, columns, count)
+    if has_bias:
+        yield Matrices(part, f"{role}.bias", rows, count=count)
+
+
+def _mamba_matrices(config: NemotronHConfig) -> Iterator[Matrices]:
+    shape, hidden = config.mamba, config.hidden_size
+    yield from _linear(
+        "mixers", "mixer.in_proj", shape.inner_dim + shape.conv_dim + shape.num_heads, hidden, config.use_bias
+    )
+    yield from _linear("mixers", "mixer.out_proj", hidden, shape.inner_dim, config.use_bias)
+    yield from _linear("mixers", "mixer.conv1d", shape.conv_dim, shape.conv_kernel, config.use_conv_bias)
+    yield from (Matrices("mixers", f"mixer.{name}", shape.num_heads) for name in ("A_log", "D", "dt_bias"))
+    yield Matrices("norms", "mixer.norm", shape.inner_dim)
+
+
+def _mlp_matrices(
+    config: NemotronHConfig, part: str, module: str, outer: int, width: int, count: int = 1
+) -> Iterator[Matrices]:
+    """Yield the weights of `count` MLPs of two matrices, from `outer` numbers to `width` numbers and back."""
+    yield from _linear(part, f"{module}.up_proj", width, outer, config.mlp_bias, count)
+    yield from _linear(part, f"{module}.down_proj", outer, width, config.mlp_bias, count)
+
+
+def _moe_matrices(config: NemotronHConfig) -> Iterator[Matrices]:
+    hidden, latent, num_experts = config.hidden_size, config.moe_latent_size, config.n_routed_experts
+    yield Matrices("routers", "mixer.gate", num_experts, hidden)
+    yield Matrices("routers", "mixer.gate.e_score_correction_bias", num_experts)
+    shared_width = config.moe_shared_expert_intermediate_size
+    yield from _mlp_matrices(config, "shared", "mixer.shared_experts", hidden, shared_width)
+    if latent:
+        yield from _linear("latent", "mixer.fc1_latent_proj", latent, hidden, config.mlp_bias)
+        yield from _linear("latent", "mixer.fc2_latent_proj", hidden, latent, config.mlp_bias)
+    width = config.moe_intermediate_size
+    yield Matrices("routed", "mixer.experts.up_proj", width, latent or hidden, num_experts)
+    yield Matrices("routed", "mixer.experts.down_proj", latent or hidden, width, num_experts)

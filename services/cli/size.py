@@ -1,4 +1,4 @@
-"""The command `expertmesh size` tells from a model's config alone how many GPUs the model needs.
+"""The command `expertmesh size` tells how many GPUs a model needs, from the model's config and its files' headers.
 
 The command starts nothing and reads no weights.
 """
@@ -16,15 +16,16 @@ import typer
 from cluster.sizing.fit import Slo
 from cluster.sizing.gpus import GPUS, Gpu, gpu_of
 from cluster.sizing.known_models import find_model, known_config, known_models
-from cluster.sizing.model_configs import model_sizes
-from cluster.sizing.sizing import Sizing, size
-from cluster.sizing.weight_formats import Dtype, dtype_of
+from cluster.sizing.model_sizes import ModelSizes, model_sizes
+from cluster.sizing.sizing import Sizing, size, sizing_of
+from cluster.sizing.weight_formats import Dtype, dtype_of, with_hf_quantization
 from services.cli.size_tables import LEGEND, all_table, size_tables
 from services.cli.terminal import AsJson, console, plain_errors, progress
 from services.hub import Repository
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
+QUANTIZATION = "hf_quant_config.json"
 SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # this version serves these; it can size more models
 
 
@@ -59,58 +60,74 @@ def size_model(
 ) -> None:
     """Tell how many GPUs and how much memory and network a model needs.
 
-    The answer follows from the model's config alone; no weights are read.
+    The answer follows from the model's config and, if they are there, from the headers of its weight files. No weights
+    are read.
     """
     with plain_errors():
         slo = Slo(requests, DEFAULT.context_len if context is None else context, itl_ms, min_backbones, call_ms)
         if model == "all":
             _show_all({name: known_config(name) for name in known_models()}, gpu_of(gpu), dtype, slo, as_json)
             return
-        name, config = read_config(model)
-        longest = model_sizes(config).max_context
-        if context is None and longest is not None:
-            slo = replace(slo, context_len=min(slo.context_len, longest))
-        _show_one(name, config, gpu_of(gpu), dtype, slo, as_json)
+        name, config, directory = read_config(model)
+        sizes = model_sizes(config, directory)
+        if context is None:
+            slo = replace(slo, context_len=min(slo.context_len, sizes.max_context))
+        wanted = _dtype(dtype) or (sizes.files.dtype if sizes.files else dtype_of(config))
+        _show_one(name, sizes, sizing_of(sizes, gpu_of(gpu), wanted, slo), slo, as_json)
 
 
-def read_config(model: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the config of a model.
+def read_config(model: str) -> tuple[str, dict[str, Any], Path | None]:
+    """Return the name and the config of a model, and the directory that may have its weights.
 
     `model` is the path of a model directory, the path of a config file, a part of a public model's name, or the name of
-    a repository, of which only the config is downloaded. Raises ValueError with one sentence if there is no such model
-    or if the config cannot be read.
+    a repository, of which only the configs are downloaded. The config has the quantization from a file
+    `hf_quant_config.json`. Raises ValueError with one sentence if there is no such model or if the config cannot be
+    read.
     """
     path = Path(model)
+    is_directory = path.is_dir()
     repository = Repository.parse(model)
-    if path.is_dir():
+    if is_directory:
         path /= "config.json"
     elif repository and not path.is_file():
         with progress() as say:
-            path = repository.directory(say, ("config.json",)) / "config.json"
+            path = repository.directory(say, ("config.json", QUANTIZATION)) / "config.json"
+            is_directory = True
     elif not path.is_file():
-        return find_model(model), known_config(model)
+        return find_model(model), known_config(model), None
+    config = _read_object(path)
+    beside = path.with_name(QUANTIZATION)
+    if is_directory and beside.is_file():
+        config = with_hf_quantization(config, _read_object(beside))
+    directory = path.parent if is_directory else None
+    if repository:
+        return repository.id, config, directory
+    return path.resolve().parent.name if path.name == "config.json" else path.stem, config, directory
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raise ValueError with one sentence if there is none."""
     try:
-        config = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not a text file'}"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(config).__name__}")
-    if repository:
-        return repository.id, config
-    return path.resolve().parent.name if path.name == "config.json" else path.stem, config
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(found).__name__}")
+    return found
 
 
-def _dtype(name: str, config: Mapping[str, Any]) -> Dtype:
+def _dtype(name: str) -> Dtype | None:
+    """Return the dtype called `name`; None for "auto"."""
     for dtype in DTYPES:
         if name == dtype:
             return dtype
     if name != "auto":
         raise ValueError(f"--dtype is {name!r}; allowed are auto, {', '.join(DTYPES)}")
-    return dtype_of(config)
+    return None
 
 
 def not_served(model_type: str, dtype: Dtype) -> Iterator[str]:
@@ -121,9 +138,8 @@ def not_served(model_type: str, dtype: Dtype) -> Iterator[str]:
         yield f"Note: on GPUs this version serves {' and '.join(SERVED_DTYPES)} weights; {dtype} can only be sized."
 
 
-def _show_one(name: str, config: Mapping[str, Any], gpu: Gpu, dtype: str, slo: Slo, as_json: bool) -> None:
-    made = size(config, gpu, _dtype(dtype, config), slo)
-    model, notes = model_sizes(config), list(not_served(made.model_type, made.dtype))
+def _show_one(name: str, model: ModelSizes, made: Sizing, slo: Slo, as_json: bool) -> None:
+    notes = list(not_served(made.model_type, made.dtype))
     if as_json:
         parts = {"params": model.params, "stored_bytes": model.stored(made.dtype)}
         typer.echo(json.dumps({"model": name, **made.to_dict(), **parts, "notes": notes}, indent=2))
@@ -137,7 +153,7 @@ def _show_all(configs: Mapping[str, Mapping[str, Any]], gpu: Gpu, dtype: str, sl
     """Print one line for each model in the format `dtype`, or one line for each model and format if `dtype` is auto."""
     rows: list[tuple[str, Dtype, Sizing | str]] = []
     for name, config in configs.items():
-        for one in DTYPES if dtype == "auto" else (_dtype(dtype, config),):
+        for one in (wanted,) if (wanted := _dtype(dtype)) else DTYPES:
             try:
                 rows.append((name, one, size(config, gpu, one, slo)))
             except ValueError as error:

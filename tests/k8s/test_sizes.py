@@ -10,7 +10,7 @@ from cluster.placement.capacity import check_capacity
 from cluster.sizing.fit import Slo
 from cluster.sizing.gpus import gpu_of
 from cluster.sizing.known_models import known_config
-from cluster.sizing.model_configs import model_sizes
+from cluster.sizing.model_sizes import model_sizes
 from cluster.sizing.sizing import size
 from cluster.topology import Shard
 from services.args import NUM_HOMES, AppArgs

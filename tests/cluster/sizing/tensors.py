@@ -2,7 +2,7 @@
 
 Names and shapes are taken from model cards and loaders, and shapes are written out in numbers. A tensor is fp32 if its
 name ends with an entry of FP32, else bf16. The functions whose names end in `_bytes` compute the bytes of a tensor in a
-quantized checkpoint from the tensor's name and shape alone.
+quantized checkpoint from the tensor's name and shape alone, without the scale of its inputs, which is not served.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def plain_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 
 def fp8_bytes(shape: tuple[int, ...]) -> int:
-    """Return the bytes of an FP8 tensor: one byte per number, and two fp32 scales (weight and input)."""
-    return prod(shape) + 4 + 4
+    """Return the bytes of an FP8 tensor: one byte per number, and an fp32 scale."""
+    return prod(shape) + 4
 
 
 def fp8_block_bytes(shape: tuple[int, ...]) -> int:
@@ -183,9 +183,9 @@ def fp8_block_bytes(shape: tuple[int, ...]) -> int:
 
 
 def nvfp4_bytes(shape: tuple[int, ...]) -> int:
-    """Return the bytes of an NVFP4 tensor: two codes per byte, a one-byte scale for 16 codes, and two fp32 scales."""
+    """Return the bytes of an NVFP4 tensor: two codes per byte, a one-byte scale for 16 codes, and an fp32 scale."""
     rows, columns = shape
-    return rows * columns // 2 + rows * columns // 16 + 4 + 4
+    return rows * columns // 2 + rows * columns // 16 + 4
 
 
 def super_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
@@ -217,16 +217,24 @@ def super_fp8_bytes(name: str, shape: tuple[int, ...]) -> int:
     return fp8_bytes(shape) if is_fp8 else plain_bytes(name, shape)
 
 
-def nano_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes of a tensor in the public NVFP4 checkpoint of Nemotron 3 Nano.
+def nano_bytes(name: str, shape: tuple[int, ...], quantized_bytes: Callable[[tuple[int, ...]], int]) -> int:
+    """Return the bytes of a tensor in the public FP8 and NVFP4 checkpoints of Nemotron 3 Nano.
 
-    The checkpoint quantizes everything except the head, attention, convolutions, routers, and the six Mamba layers that
+    The checkpoints quantize everything except the head, attention, convolutions, routers, and the six Mamba layers that
     precede an attention layer.
     """
     is_kept = any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "conv1d", "norm"))
     before = any(f".layers.{layer}." in name for layer in (4, 11, 18, 25, 32, 41))
     is_linear = name.endswith("proj.weight")
-    return nvfp4_bytes(shape) if is_linear and not is_kept and not before else plain_bytes(name, shape)
+    return quantized_bytes(shape) if is_linear and not is_kept and not before else plain_bytes(name, shape)
+
+
+def nano_fp8_bytes(name: str, shape: tuple[int, ...]) -> int:
+    return nano_bytes(name, shape, fp8_bytes)
+
+
+def nano_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
+    return nano_bytes(name, shape, nvfp4_bytes)
 
 
 def ultra_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
@@ -248,16 +256,33 @@ def qwen_fp8_bytes(name: str, shape: tuple[int, ...]) -> int:
     return fp8_block_bytes(shape) if is_fp8 else plain_bytes(name, shape)
 
 
+def deepseek_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor in NVIDIA's NVFP4 checkpoint of DeepSeek-V3-0324, whose last layer stays bf16."""
+    is_quantized = ".mlp." in name and name.endswith("_proj.weight") and ".layers.61." not in name
+    return nvfp4_bytes(shape) if is_quantized else plain_bytes(name, shape)
+
+
+def qwen_nvfp4_bytes(name: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor in NVIDIA's NVFP4 checkpoints of Qwen3-Next, with the outputs of all mixers."""
+    is_quantized = (
+        "experts." in name or ".shared_expert." in name or name.endswith(("o_proj.weight", "out_proj.weight"))
+    )
+    return nvfp4_bytes(shape) if is_quantized and not name.startswith("mtp.") else plain_bytes(name, shape)
+
+
 CHECKPOINTS: dict[str, tuple[str, Dtype, Callable[[], Iterator[Tensor]], Callable[[str, tuple[int, ...]], int]]] = {
     "super-bf16": ("Nemotron-3-Super", "bf16", nemotron_super, plain_bytes),
     "super-fp8": ("Nemotron-3-Super", "fp8", nemotron_super, super_fp8_bytes),
     "super-nvfp4": ("Nemotron-3-Super", "nvfp4", nemotron_super, super_nvfp4_bytes),
     "nano-bf16": ("Nemotron-3-Nano", "bf16", nemotron_nano, plain_bytes),
+    "nano-fp8": ("Nemotron-3-Nano", "fp8", nemotron_nano, nano_fp8_bytes),
     "nano-nvfp4": ("Nemotron-3-Nano", "nvfp4", nemotron_nano, nano_nvfp4_bytes),
     "ultra-bf16": ("Nemotron-3-Ultra", "bf16", nemotron_ultra, plain_bytes),
     "ultra-nvfp4": ("Nemotron-3-Ultra", "nvfp4", nemotron_ultra, ultra_nvfp4_bytes),
     "deepseek-bf16": ("DeepSeek-V3", "bf16", deepseek_v3, plain_bytes),
     "deepseek-fp8": ("DeepSeek-V3", "fp8", deepseek_v3, deepseek_fp8_bytes),
+    "deepseek-nvfp4": ("DeepSeek-V3", "nvfp4", deepseek_v3, deepseek_nvfp4_bytes),
     "qwen-bf16": ("Qwen3-Coder-Next", "bf16", qwen3_coder_next, plain_bytes),
     "qwen-fp8": ("Qwen3-Coder-Next", "fp8", qwen3_coder_next, qwen_fp8_bytes),
+    "qwen-nvfp4": ("Qwen3-Coder-Next", "nvfp4", qwen3_coder_next, qwen_nvfp4_bytes),
 }

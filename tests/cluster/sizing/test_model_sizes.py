@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from math import prod
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from safetensors import safe_open
 
 from cluster.sizing.known_models import known_config, known_models
-from cluster.sizing.model_configs import model_sizes
-from cluster.sizing.weight_formats import DTYPES, Dtype, dtype_of
+from cluster.sizing.model_sizes import model_sizes
+from cluster.sizing.weight_formats import DTYPES, Dtype, dtype_of, with_hf_quantization
+from model.configs.matrices import role_of
 from model.demo import DEMO
 from tests.cluster.sizing import tensors
 
@@ -24,6 +26,14 @@ def test_bytes_are_the_sum_of_the_tensors(name: str) -> None:
     model, dtype, listed, nbytes = tensors.CHECKPOINTS[name]
     stored = model_sizes(known_config(model)).stored(dtype)
     assert sum(stored.values()) == sum(nbytes(tensor, shape) for tensor, shape in listed())
+
+
+@pytest.mark.parametrize("name", [name for name in tensors.CHECKPOINTS if name.endswith("bf16")])
+def test_matrices_are_the_tensors(name: str) -> None:
+    model, _, listed, _ = tensors.CHECKPOINTS[name]
+    config = model_sizes(known_config(model)).config
+    found = Counter((*role_of(tensor, config.num_layers), shape[0], prod(shape[1:])) for tensor, shape in listed())
+    assert {(one.role, one.is_mtp, one.rows, one.columns): one.count for one in config.matrices} == found
 
 
 def test_parts_are_the_sums_of_their_tensors() -> None:
@@ -77,6 +87,35 @@ def test_ultra_in_nvfp4_has_the_published_bits_of_a_weight() -> None:
     assert 8 * sum(sizes.stored("nvfp4").values()) / sum(sizes.params.values()) == pytest.approx(5.03, rel=0.01)
 
 
+def test_deltanet_layers_replay_neither_the_gate_nor_the_output() -> None:
+    assert model_sizes(known_config("qwen3-coder-next")).state.replay == 36 * (8192 + 2 * 32)
+    assert model_sizes(known_config("deepseek-v3")).state.replay == 0
+
+
+def test_a_uniform_algorithm_of_model_optimizer_is_the_format_of_all() -> None:
+    """Check Nano's way: one algorithm for all modules, and whole names of modules that stay bf16."""
+    quantization = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head", "mtp*"]}}
+    raw = {key: value for key, value in known_config("nano").items() if key != "quantized_matrices"}
+    config = with_hf_quantization(raw, quantization)
+    assert dtype_of(config) == "nvfp4"
+    assert dtype_of(raw) == "bf16"
+    before_attention = [4, 11, 18, 25, 32, 41]
+    kept = [f"backbone.layers.{i}.mixer.{name}" for i in before_attention for name in ("in_proj", "out_proj")]
+    with_kept = with_hf_quantization(raw, {"quantization": {"quant_algo": "nvfp4", "exclude_modules": kept}})
+    expected = model_sizes(known_config("nano"))
+    assert model_sizes(with_kept).stored("nvfp4") == expected.stored("nvfp4")
+    more = sum(expected.stored("nvfp4").values()) - sum(model_sizes(config).stored("nvfp4").values())
+    assert more == pytest.approx(6 * (10304 + 4096) * 2688 * (2 - 0.5625), rel=1e-6)
+
+
+def test_quantization_in_the_config_comes_first() -> None:
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    assert with_hf_quantization(config, {"quantization": {"quant_algo": "NVFP4"}}) == config
+    assert with_hf_quantization(config, {}) == config
+    with pytest.raises(ValueError, match=r"has quantization = 3; allowed is an object"):
+        with_hf_quantization(config, {"quantization": 3})
+
+
 def test_a_qwen_with_a_module_for_drafts_has_its_tensors() -> None:
     sizes = model_sizes({**known_config("qwen3-coder-next"), "num_nextn_predict_layers": 1})
     listed = sum(prod(shape) for _, shape in tensors.qwen3_coder_next(has_mtp=True))
@@ -119,12 +158,16 @@ def test_state_is_what_the_layers_keep(name: str, kv: int, mtp_kv: int, per_sequ
     assert (state.kv_bytes, state.mtp_kv_bytes, state.sequence_bytes) == (kv, mtp_kv, per_sequence)
 
 
+def expert_layers(name: str) -> tuple[int, ...]:
+    return tuple(shape.layer for shape in model_sizes(known_config(name)).config.expert_shapes)
+
+
 def test_layers_of_experts_are_numbered_as_in_the_model() -> None:
-    layers = model_sizes(known_config("super")).experts.layers
+    layers = expert_layers("super")
     assert layers[:4] == (1, 3, 5, 8)
     assert len(layers) == 41
     assert layers[-1] == 88 + 1  # The second layer of the MTP module comes last.
-    assert model_sizes(known_config("deepseek-v3")).experts.layers == tuple(range(3, 62))
+    assert expert_layers("deepseek-v3") == tuple(range(3, 62))
 
 
 def test_the_mtp_modules_experts_are_quantized_where_public_checkpoints_have_it() -> None:
@@ -161,14 +204,16 @@ def test_three_dialects_of_nemotrons_layers_are_one() -> None:
 
 
 def test_dense_layers_and_shared_embeddings_are_counted() -> None:
-    with_dense = model_sizes({**TINY, "hybrid_override_pattern": "ME-*E", "num_hidden_layers": None})
+    with_dense = model_sizes(
+        {**TINY, "hybrid_override_pattern": "ME-*E", "num_hidden_layers": None, "intermediate_size": 384}
+    )
     assert with_dense.params["dense"] == 2 * 384 * 256
     tied = model_sizes({**TINY, "tie_word_embeddings": True})
     assert "head" not in tied.params
     assert tied.step_params == model_sizes(TINY).step_params
     qwen = {**known_config("qwen3-coder-next"), "mlp_only_layers": [0], "intermediate_size": 5120}
     assert model_sizes(qwen).params["dense"] == 3 * 5120 * 2048
-    assert model_sizes(qwen).experts.layers[0] == 1
+    assert model_sizes(qwen).experts.layer == 1
 
 
 def test_the_list_of_a_quantized_checkpoint_is_counted() -> None:
@@ -194,8 +239,35 @@ def test_the_list_of_a_quantized_checkpoint_is_counted() -> None:
     listed, plain = model_sizes(config), model_sizes(TINY)
     in_proj, out_proj = (8 * 64 + (8 * 64 + 2 * 2 * 64) + 8) * 256, 256 * 8 * 64
     more = sum(listed.stored("nvfp4").values()) - sum(plain.stored("nvfp4").values())
-    assert more == in_proj + out_proj - 16  # bf16 takes one byte per weight more than FP8, but has no scales.
+    assert more == in_proj + out_proj - 8  # bf16 takes one byte per weight more than FP8, but has no scales.
     assert listed.stored("bf16") == plain.stored("bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("super", ("lm_head", "mtp.layers.1.mixer.shared_experts.up_proj", "backbone.layers.7.mixer.o_proj")),
+        ("deepseek-v3", ("model.layers.0.mlp.gate_proj", "model.layers.61.self_attn.o_proj")),
+        (
+            "qwen3-coder-next",
+            ("lm_head", "model.layers.0.linear_attn.out_proj", "model.layers.9.mlp.experts.5.gate_proj"),
+        ),
+    ],
+)
+def test_the_modules_of_all_families_are_counted(name: str, modules: tuple[str, ...]) -> None:
+    """Check that each listed module saves the bytes of one matrix in NVFP4, whatever the name of its role is."""
+    quantization = {
+        "quant_method": "modelopt",
+        "quant_algo": "W4A16_NVFP4",
+        "quantized_layers": {module: {"quant_algo": "w4a16_nvfp4"} for module in modules},
+    }
+    plain = {key: value for key, value in known_config(name).items() if not key.startswith("quantiz")}
+    sizes = model_sizes({**plain, "quantization_config": quantization})
+    roles = [role_of(module, sizes.config.num_layers) for module in modules]
+    numbers = [one.rows * one.columns for one in sizes.matrices if (one.role, one.is_mtp) in roles]
+    assert len(numbers) == len(modules)
+    saved = sum(sizes.stored("bf16").values()) - sum(sizes.stored("nvfp4").values())
+    assert saved == sum(num * 23 // 16 - 4 for num in numbers)  # 2 bytes a number become 9/16, and a scale is added.
 
 
 @pytest.mark.parametrize(
@@ -205,6 +277,9 @@ def test_the_list_of_a_quantized_checkpoint_is_counted() -> None:
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "fp8"}, "fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}, "nvfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "mixed_precision"}, "nvfp4"),
     ],
 )
 def test_the_dtype_is_the_checkpoints(quantization: Any, expected: str) -> None:
@@ -222,17 +297,20 @@ def test_the_dtype_is_the_checkpoints(quantization: Any, expected: str) -> None:
         ({"hidden_size": -4}, "config.json has hidden_size = -4; allowed is a positive integer"),
         ({"hidden_size": True}, "config.json has hidden_size = True; allowed is a positive integer"),
         ({"vocab_size": "2048"}, "config.json has vocab_size = '2048'; allowed is a positive integer"),
-        ({"moe_latent_size": 1.5}, "config.json has moe_latent_size = 1.5; allowed is an integer from 0 up"),
+        ({"moe_latent_size": 1.5}, "config.json has moe_latent_size = 1.5; allowed is a positive integer"),
         ({"hybrid_override_pattern": "MEX"}, "hybrid_override_pattern has the layer 'X'; allowed are M, E, * and -"),
         ({"hybrid_override_pattern": ""}, "config.json lacks the key hybrid_override_pattern (or layers_block_type)"),
         ({"num_hidden_layers": 9}, "config.json has num_hidden_layers = 9, but a pattern of 14 layers"),
-        ({"num_nextn_predict_layers": 2}, "config.json has num_nextn_predict_layers = 2; supported are 0 to 1"),
-        ({"num_experts_per_tok": 33}, "config.json has num_experts_per_tok = 33, but 32 experts"),
+        ({"num_nextn_predict_layers": 2}, "config.json has num_nextn_predict_layers = 2; supported are 0 and 1"),
+        (
+            {"num_experts_per_tok": 33},
+            "config.json has num_experts_per_tok = 33; allowed is 1 to n_routed_experts = 32",
+        ),
         ({"n_shared_experts": 2}, "config.json has n_shared_experts = 2; supported is 1"),
         ({"n_groups": 3}, "config.json has mamba_num_heads = 8, which n_groups = 3 does not divide"),
         (
             {"hybrid_override_pattern": "", "layers_block_type": ["mamba", "conv"]},
-            "layers_block_type has the layer 'conv'; allowed are mamba, linear_attention, attention, full_attention, ",
+            "layers_block_type has the layer 'conv'; allowed are mamba, linear_attention, moe, attention, ",
         ),
         (
             {"hybrid_override_pattern": "M*", "num_hidden_layers": 2, "num_nextn_predict_layers": 0},
@@ -270,14 +348,21 @@ def test_a_mistake_in_another_family_is_one_sentence(name: str, changed: Config,
 @pytest.mark.parametrize(
     ("quantization", "sentence"),
     [
-        ({"quant_method": "awq"}, "config.json has quant_method = 'awq'; supported are fp8 and modelopt"),
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            "config.json has quantization_config.quant_method = 'compressed-tensors'; supported are fp8 and modelopt",
+        ),
+        (
+            {"quant_method": "awq"},
+            "config.json has quantization_config.quant_method = 'awq'; supported are fp8 and modelopt",
+        ),
         (
             {"quant_method": "fp8", "weight_block_size": [64, 64]},
-            "config.json has weight_block_size = [64, 64]; supported are ",
+            "config.json has quantization_config.weight_block_size = [64, 64]; supported are ",
         ),
         (
             {"quant_method": "modelopt", "quant_algo": "INT4"},
-            "config.json has quant_algo = 'INT4'; supported are FP8, NVFP4",
+            "config.json has quantization_config.quant_algo = 'INT4'; supported are FP8, NVFP4, W4A16_NVFP4",
         ),
     ],
 )
@@ -287,14 +372,26 @@ def test_a_quantization_that_is_not_sized_is_one_sentence(quantization: Config, 
     assert str(caught.value).startswith(sentence)
 
 
-def test_an_unknown_quantized_module_is_one_sentence() -> None:
-    quantization = {
-        "quant_method": "modelopt",
-        "quant_algo": "NVFP4",
-        "quantized_layers": {"a.b": {"quant_algo": "FP8"}},
-    }
-    with pytest.raises(ValueError, match=r"lists a\.b among quantized_layers as .*, which is not supported"):
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        ({"a.b": {"quant_algo": "FP8"}}, "config.json lists a.b as quantized, but describes no such matrix"),
+        (
+            {"backbone.layers.0.mixer.in_proj": {"quant_algo": "INT4_AWQ"}},
+            "config.json lists backbone.layers.0.mixer.in_proj among quantized_layers as {'quant_algo': 'INT4_AWQ'}, "
+            "which is not supported",
+        ),
+        (
+            {"mtp.layers.0.mixer.in_proj": {"quant_algo": "FP8"}},
+            "config.json lists mixer.in_proj in the MTP module as quantized, but describes no such matrix",
+        ),
+    ],
+)
+def test_an_unknown_quantized_module_is_one_sentence(layers: Config, sentence: str) -> None:
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4", "quantized_layers": layers}
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole sentence is compared
         model_sizes({**TINY, "quantization_config": quantization})
+    assert str(caught.value) == sentence
 
 
 def test_a_name_is_one_model_or_a_sentence_with_all() -> None:

@@ -15,9 +15,9 @@ from cluster.placement.planner import plan
 from cluster.sizing.fit import GIB, Fit, Slo
 from cluster.sizing.gpus import GB, GPUS, Gpu, gpu_of
 from cluster.sizing.known_models import known_config, known_models
-from cluster.sizing.model_configs import model_sizes
+from cluster.sizing.model_sizes import model_sizes
 from cluster.sizing.sizing import Sizing, size
-from cluster.sizing.step_time import StepCosts, touched_experts, unique_shards, wire_of
+from cluster.sizing.step_time import StepCosts, shards_of_token, touched_experts, unique_shards, wire_of
 from cluster.sizing.weight_formats import DTYPES, Dtype
 from cluster.topology import LayerSpec, Shard
 from tests.cluster.sizing.test_model_sizes import TINY
@@ -80,6 +80,24 @@ def test_unequal_shares_are_counted_one_by_one() -> None:
     assert unique_shards(7, 2, 50) == pytest.approx(2)  # There are more shards than experts.
 
 
+@pytest.mark.parametrize("num_shards", [7, 8, 16])
+def test_groups_limit_a_token_to_the_shards_that_the_planner_gives_them(num_shards: int) -> None:
+    """Check DeepSeek's router (8 of 256 experts, from 4 of 8 groups) on the planner's own placement."""
+    nbytes, rng = 1000, np.random.default_rng(1)
+    memory = 256 * nbytes // num_shards + 3 * nbytes  # The experts have one home each, as in large fleets.
+    shards = [Shard(f"s{i}", "", f"node-{i}", "experts", "cuda", "", memory_budget=memory) for i in range(num_shards)]
+    homes = plan((LayerSpec(0, 256, nbytes, 8),), shards, None, {}).homes[0]
+    found = []
+    for _ in range(3000):
+        groups = rng.choice(8, 4, replace=False)
+        picks = rng.choice(np.concatenate([np.arange(32) + 32 * group for group in groups]), 8, replace=False)
+        found.append(len({homes[int(expert)][0] for expert in picks}))
+    assert unique_shards(256, 8, num_shards, 8, 4) == pytest.approx(float(np.mean(found)), rel=0.01)
+    assert unique_shards(256, 8, num_shards, 8, 4) > unique_shards(256, 8, num_shards)
+    deepseek = model_sizes(known_config("deepseek-v3"))
+    assert shards_of_token(deepseek, num_shards) == unique_shards(256, 8, num_shards, 8, 4)
+
+
 def test_a_batch_touches_as_many_experts_as_random_ones_do() -> None:
     rng = np.random.default_rng(1)
     found = [len({e for _ in range(32) for e in rng.choice(512, 22, replace=False)}) for _ in range(40)]
@@ -99,8 +117,8 @@ def test_the_wire_carries_a_row_and_a_sum_for_each_shard(name: str, row_and_sum_
     """
     sizes = model_sizes(known_config(name))
     assert 2 * 2 * sizes.experts.input_dim == row_and_sum_bf16
-    wire, shards = wire_of(sizes, 8), unique_shards(sizes.experts.num_experts, sizes.experts.top_k, 8)
-    num_layers, row = len(sizes.experts.main_layers), row_and_sum_bf16 // 2
+    wire, shards = wire_of(sizes, 8), shards_of_token(sizes, 8)
+    num_layers, row = len(sizes.main_layers), row_and_sum_bf16 // 2
     picks = 12 * sizes.experts.top_k
     assert wire.out == pytest.approx(num_layers * (shards * (row + 2) + picks), abs=1)
     assert wire.back == pytest.approx(num_layers * shards * 2 * row, abs=1)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cluster.sizing.fit import DRAFT_TOKENS, GIB, PAGE, SAVED_SHARE, UNREAD_TOKENS, Slo
 from cluster.sizing.gpus import GPUS
 from cluster.sizing.known_models import known_config, known_models
-from cluster.sizing.model_configs import model_sizes
+from cluster.sizing.model_sizes import model_sizes
 from cluster.sizing.sizing import Sizing, size
 from model.blocks.expert_bank import LocalExperts
 from model.configs.nemotron_h import NemotronHConfig
