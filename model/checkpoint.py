@@ -1,7 +1,8 @@
 """A `Checkpoint` reads a Hugging Face model directory: `config.json` and the weights in safetensors files.
 
 The weights are one file, or many files with an index. The files are memory-mapped, and only the requested tensors are
-read. A missing tensor raises ValueError with the tensor's name. Weights may be quantized (`model/weight_tensors.py`).
+read. A missing tensor raises ValueError with the tensor's name. Weights may be quantized; see
+`model/configs/weight_tensors.py`.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.configs.config_keys import read_special_float
+from model.configs.declared_formats import DeclaredFormats
 from model.configs.weight_format import FORMATS, WeightFormat
-from model.declared_formats import DeclaredFormats
-from model.stored_matrix import StoredMatrix
-from model.weight_tensors import (
+from model.configs.weight_tensors import (
     IGNORED_SCALES,
     SCALES,
     TensorHeader,
-    check_codes,
     check_part,
     module_of,
     other_layout,
     weight_format,
     weight_parts,
 )
+from model.stored_matrix import StoredMatrix
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 QUANTIZATION = "hf_quant_config.json"
@@ -40,15 +42,10 @@ T = TypeVar("T")
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
-    transformers writes infinite numbers as {"__float__": "Infinity"}; the function turns such objects into floats.
     Raises ValueError if the file is missing, is not valid JSON or holds no object.
     """
-
-    def as_float(value: dict[str, Any]) -> Any:
-        return float(value["__float__"]) if value.keys() == {"__float__"} else value
-
     try:
-        value = json.loads(path.read_text(), object_hook=as_float)
+        value = json.loads(path.read_text(), object_hook=read_special_float)
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is not a model directory: it has no {path.name}") from None
     except json.JSONDecodeError as error:
@@ -56,6 +53,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def check_codes(path: Path, name: str, codes: Tensor) -> None:
+    """Raise ValueError if one of a quantized weight's codes or scales is not a finite number."""
+    if codes.dtype == torch.float8_e4m3fn:
+        if codes.numel() and bool((codes.view(torch.uint8) & 0x7F).max() == 0x7F):
+            raise ValueError(f"tensor {name} in {path} has a code 0x7F or 0xFF (NaN in e4m3); allowed are numbers only")
+    elif codes.is_floating_point() and not bool(codes.isfinite().all()):
+        raise ValueError(f"tensor {name} in {path} has a scale that is NaN or infinite; allowed are numbers only")
 
 
 class Checkpoint:

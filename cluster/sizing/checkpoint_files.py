@@ -9,21 +9,19 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cluster.sizing.weight_formats import BF16, Counts, Dtype, Storage
+from cluster.sizing.weight_formats import Counts, Dtype, Storage, dtype_of_formats
 from model.configs.matrices import role_of
+from model.configs.weight_tensors import IGNORED_SCALES, SCALES, TensorHeader, module_of, other_layout, weight_format
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PLAIN = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of one number by dtype
-# Scales: those of weights, which decide the format; of a layer's inputs; and of keys and values in the KV cache.
-SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale", "k_scale", "v_scale")
-IGNORED = (*SCALES, "rotary_emb.inv_freq")
-SUPPORTED = "supported are plain numbers, FP8 in blocks, and FP8 and NVFP4 of Model Optimizer"
-COMPRESSED = ("weight_packed", "weight_global_scale")  # names of tensors in the layout of compressed-tensors
+ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # bytes of a number; others: 1
+NOT_COUNTED = (*SCALES, *IGNORED_SCALES, "inv_freq")
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,8 @@ class CheckpointFiles:
 
     @property
     def dtype(self) -> Dtype:
-        """Return the dtype that has a name for the formats of the checkpoint: that of the smallest format."""
-        formats = {storage.format for storages in self.counts.values() for storage in storages}
-        return "nvfp4" if "nvfp4" in formats else "fp8" if formats & {"fp8", "fp8_blocks"} else "bf16"
+        """Return the dtype that names the formats of the checkpoint."""
+        return dtype_of_formats(storage.format for storages in self.counts.values() for storage in storages)
 
     def completed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config `raw` with the two facts that the tensors decide: if there is an MTP module and a head."""
@@ -60,12 +57,14 @@ def read_files(directory: Path, num_layers: int) -> CheckpointFiles | None:
         return None
     tensors = {name: found for path in paths for name, found in _tensors(path)}
     counts: dict[tuple[str, bool], Counter[Storage]] = {}
-    for name, (dtype, _) in tensors.items():
-        if name.endswith(COMPRESSED):
-            raise ValueError(f"tensor {name} is in the layout of compressed-tensors; {SUPPORTED}")
-        if not name.endswith(IGNORED):
-            counts.setdefault(role_of(name, num_layers), Counter())[_storage(name, dtype, tensors)] += 1
-    return CheckpointFiles(counts, sum(num_bytes for _, num_bytes in tensors.values()))
+    for name in tensors:
+        if layout := other_layout(name):
+            raise ValueError(f"tensor {name} in {directory} is of the layout {layout}, which is not supported")
+        if not name.endswith(NOT_COUNTED):
+            counts.setdefault(role_of(name, num_layers), Counter())[_storage(directory, name, tensors)] += 1
+    return CheckpointFiles(
+        counts, sum(prod(header.shape) * ITEMSIZES.get(header.dtype, 1) for header in tensors.values())
+    )
 
 
 def _paths(directory: Path) -> list[Path]:
@@ -78,36 +77,20 @@ def _paths(directory: Path) -> list[Path]:
         raise ValueError(f"{directory / INDEX} is not an index of weight files: it has no weight_map") from None
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, tuple[str, int]]]:
-    """Yield the name, the dtype and the bytes of each tensor in a file."""
+def _tensors(path: Path) -> Iterator[tuple[str, TensorHeader]]:
+    """Yield the name of each tensor in a file with its header."""
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 tensor = file.get_slice(name)
-                yield name, (tensor.get_dtype(), _nbytes(tensor))
+                yield name, TensorHeader(tensor.get_dtype(), tuple(tensor.get_shape()))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _nbytes(tensor: Any) -> int:
-    num = 1
-    for length in tensor.get_shape():
-        num *= length
-    return num * {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}.get(tensor.get_dtype(), 1)
-
-
-def _storage(name: str, dtype: str, tensors: Mapping[str, Any]) -> Storage:
-    """Return how the matrix called `name` is stored; the tensors of its scales decide."""
-    module = name.removesuffix(".weight")
-    scales = tuple(scale for scale in SCALES[:3] if name != module and f"{module}.{scale}" in tensors)
-    match dtype, scales:
-        case ("F8_E4M3", ("weight_scale",)):
-            return Storage("fp8")
-        case ("F8_E4M3", ("weight_scale_inv",)):
-            return Storage("fp8_blocks")
-        case ("U8", ("weight_scale", "weight_scale_2")):
-            return Storage("nvfp4")
-        case (_, ()) if dtype in PLAIN:
-            return Storage(BF16.format, PLAIN[dtype])
-    with_scales = f" and the scales {', '.join(scales)}" if scales else " and no scale"
-    raise ValueError(f"tensor {name} has the dtype {dtype}{with_scales}; {SUPPORTED}")
+def _storage(directory: Path, name: str, tensors: Mapping[str, TensorHeader]) -> Storage:
+    """Return how the matrix called `name` is stored."""
+    scales = [scale for scale in SCALES if f"{module_of(name)}.{scale}" in tensors] if name.endswith(".weight") else []
+    dtype = tensors[name].dtype
+    format = weight_format(directory, name, dtype, scales)
+    return Storage(format, ITEMSIZES[dtype]) if format == "plain" else Storage(format)

@@ -30,8 +30,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from model.configs.config_keys import ConfigKeys
+from model.configs.declared_formats import DeclaredFormats
 from model.configs.matrices import role_of
-from model.configs.weight_format import BLOCK, WeightFormat, matrix_bytes
+from model.configs.weight_format import WeightFormat, matrix_bytes
 
 Dtype = Literal["bf16", "fp8", "nvfp4"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -52,10 +53,6 @@ class Storage:
 BF16, FP32 = Storage("plain"), Storage("plain", 4)
 # Number of matrices by storage. The key is a role, and True for the MTP module.
 Counts = Mapping[tuple[str, bool], Mapping[Storage, int]]
-
-# Formats by the names that Model Optimizer gives them, in upper case.
-ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}
-MIXED = "MIXED_PRECISION"
 
 NEMOTRON_EXPERTS = ("mixer.experts.up_proj", "mixer.experts.down_proj")
 NEMOTRON_WIDE = (
@@ -85,50 +82,40 @@ def with_hf_quantization(raw: Mapping[str, Any], quantization: Mapping[str, Any]
     """Return the config `raw` with the quantization of a `hf_quant_config.json`, unless it has a quantization itself.
 
     Model Optimizer writes this file; some of its checkpoints, such as Nemotron 3 Nano in NVFP4, have nothing else.
+    Raises ValueError if the file names an algorithm that is not supported.
     """
-    given = ConfigKeys(quantization).section("quantization").raw
+    DeclaredFormats.of_modelopt(quantization)
+    given = quantization.get("quantization")
     if raw.get("quantization_config") or not given:
         return dict(raw)
     return {**raw, "quantization_config": {"quant_method": "modelopt", "ignore": given.get("exclude_modules"), **given}}
 
 
 def dtype_of(raw: Mapping[str, Any]) -> Dtype:
-    """Return the dtype of the checkpoint that a `config.json` belongs to.
+    """Return the dtype of the checkpoint that a `config.json` belongs to, named after its smallest format.
 
     Raises ValueError if the quantization is not supported.
     """
-    keys = ConfigKeys(raw).section("quantization_config")
-    if not keys.raw:
-        return "bf16"
-    method = keys.raw.get("quant_method")
-    if method == "fp8":
-        if keys.raw.get("weight_block_size") != [BLOCK, BLOCK]:
-            raise keys.wrong("weight_block_size", f"supported are blocks of [{BLOCK}, {BLOCK}]")
-        return "fp8"
-    if method == "modelopt":
-        algorithm = _algorithm(keys)
-        return "fp8" if ALGORITHMS.get(algorithm) == "fp8" else "nvfp4"
-    raise keys.wrong("quant_method", "supported are fp8 and modelopt")
+    declared = DeclaredFormats.of_config(raw)
+    if declared.listed is None and declared.uniform is None:
+        return "nvfp4" if raw.get("quantization_config") else "bf16"  # a mix of formats that the config does not list
+    return dtype_of_formats(declared.listed.values() if declared.listed is not None else (declared.uniform or "plain",))
 
 
-def _algorithm(keys: ConfigKeys) -> str:
-    """Return the name of Model Optimizer's algorithm in upper case; raise ValueError for one that is not supported."""
-    algorithm = str(keys.raw.get("quant_algo")).upper()
-    if algorithm not in (*ALGORITHMS, MIXED):
-        raise keys.wrong("quant_algo", f"supported are {', '.join(ALGORITHMS)} and {MIXED}")
-    return algorithm
+def dtype_of_formats(formats: Iterable[WeightFormat]) -> Dtype:
+    """Return the dtype that names a checkpoint with matrices in `formats`: that of the smallest format."""
+    found = {*formats}
+    return "nvfp4" if "nvfp4" in found else "fp8" if found & {"fp8", "fp8_blocks"} else "bf16"
 
 
 def recipe(raw: Mapping[str, Any], dtype: Dtype) -> dict[str, WeightFormat]:
     """Return the formats that `dtype` has in public checkpoints by role; roles that are not in it are bf16.
 
-    If the config names one algorithm of Model Optimizer for all modules, this algorithm's format replaces the formats
-    of the recipe.
+    If the config declares one format for all modules, this format replaces the formats of the recipe.
     """
     found = RECIPES.get((str(raw.get("model_type")), dtype), {})
-    quantization = ConfigKeys(raw).section("quantization_config").raw
-    format = ALGORITHMS.get(str(quantization.get("quant_algo")).upper())
-    return dict.fromkeys(found, format) if format is not None and format == dtype else dict(found)
+    uniform = DeclaredFormats.of_config(raw).uniform
+    return dict.fromkeys(found, uniform) if uniform and dtype_of_formats([uniform]) == dtype else dict(found)
 
 
 def known_counts(raw: Mapping[str, Any], dtype: Dtype, num_layers: int) -> Counts | None:
@@ -143,19 +130,23 @@ def known_counts(raw: Mapping[str, Any], dtype: Dtype, num_layers: int) -> Count
     if dtype in ours.raw:
         roles = ours.section(dtype)
         return {(role, False): _storages(roles.section(role)) for role in roles.raw}
-    layers = ConfigKeys(raw).section("quantization_config").section("quantized_layers")
-    return _counted(layers.raw.items(), num_layers) if layers.raw and dtype == dtype_of(raw) else None
+    listed = DeclaredFormats.of_config(raw).listed
+    if listed is None or dtype != dtype_of(raw):
+        return None
+    counts: dict[tuple[str, bool], Counter[Storage]] = {}
+    for module, format in listed.items():
+        counts.setdefault(role_of(module, num_layers), Counter())[Storage(format)] += 1
+    return counts
 
 
 def excluded(raw: Mapping[str, Any], num_layers: int) -> Counter[tuple[str, bool]]:
     """Return how many modules the config excludes from quantization by their whole names, by role.
 
-    Names with a wildcard are left out, as a wildcard may stand for a module and the modules in it, or for any name that
-    begins like this.
+    Patterns with a wildcard are left out, as a pattern may stand for a module and the modules below it, or for any name
+    that begins like this.
     """
-    keys = ConfigKeys(raw).section("quantization_config")
-    modules = keys.items("ignore", str) or keys.items("modules_to_not_convert", str)
-    return Counter(role_of(module, num_layers) for module in modules if not {*"*?["} & {*module})
+    patterns = DeclaredFormats.of_config(raw).excluded
+    return Counter(role_of(module, num_layers) for module in patterns if not {*"*?["} & {*module})
 
 
 def _storages(counts: ConfigKeys) -> Mapping[Storage, int]:
@@ -165,14 +156,3 @@ def _storages(counts: ConfigKeys) -> Mapping[Storage, int]:
         if format not in allowed:
             raise counts.wrong(format, "allowed are fp8 and nvfp4")
     return {Storage(allowed[format]): counts.whole(format) for format in counts.raw}
-
-
-def _counted(layers: Iterable[tuple[str, Any]], num_layers: int) -> Counts:
-    """Return the numbers of quantized matrices, from Model Optimizer's list of modules."""
-    counts: dict[tuple[str, bool], Counter[Storage]] = {}
-    for module, entry in layers:
-        algorithm = str(entry.get("quant_algo")).upper() if isinstance(entry, Mapping) else ""
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"config.json lists {module} among quantized_layers as {entry!r}, which is not supported")
-        counts.setdefault(role_of(module, num_layers), Counter())[Storage(ALGORITHMS[algorithm])] += 1
-    return counts

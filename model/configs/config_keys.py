@@ -92,6 +92,14 @@ class ConfigKeys:
         return value
 
 
+def read_special_float(value: dict[str, Any]) -> Any:
+    """Return a JSON object as it is, but {"__float__": "Infinity"}, as transformers writes infinity, as a float.
+
+    The function is the `object_hook` with which a `config.json` must be read.
+    """
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
 def check_divides(large: str, whole: int, small: str, part: int) -> None:
     """Raise ValueError if `part`, the value of the key `small`, does not divide `whole`, the value of `large`."""
     if part < 1 or whole % part:

@@ -19,6 +19,7 @@ from cluster.sizing.known_models import find_model, known_config, known_models
 from cluster.sizing.model_sizes import ModelSizes, model_sizes
 from cluster.sizing.sizing import Sizing, size, sizing_of
 from cluster.sizing.weight_formats import Dtype, dtype_of, with_hf_quantization
+from model.configs.config_keys import read_special_float
 from services.cli.size_tables import LEGEND, all_table, size_tables
 from services.cli.terminal import AsJson, console, plain_errors, progress
 from services.hub import Repository
@@ -108,7 +109,7 @@ def read_config(model: str) -> tuple[str, dict[str, Any], Path | None]:
 def _read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise ValueError with one sentence if there is none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(), object_hook=read_special_float)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not a text file'}"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from model.blocks.expert_bank import LocalExperts
 from model.checkpoint import Checkpoint, read_json
+from model.configs.matrices import role_of
 from model.configs.nemotron_h import NemotronHConfig
-from model.families.nemotron_h import make_moe
+from model.families.nemotron_h import NemotronH, make_moe
 from model.families.registry import load_family
 from tests.model.checkpoints import BASE, VARIANTS, WITH_MTP, Tiny, edit_config
 
@@ -232,3 +236,19 @@ def test_a_config_that_is_no_config(tmp_path: Path, write: Callable[[Path], obje
 def test_a_path_that_is_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the model path .*nowhere is not a directory"):
         Checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_matrices_are_the_modules_parameters(variant: str) -> None:
+    config = parse(**VARIANTS[variant])
+    with torch.device("meta"):
+        model = NemotronH(config, LocalExperts({}))
+    found: Counter[tuple[str, bool, int, int]] = Counter()
+    for name, tensor in model.state_dict().items():
+        found[*role_of(name, config.num_layers), tensor.shape[0], prod(tensor.shape[1:])] += 1
+    listed = {
+        (one.role, one.is_mtp, one.rows, one.columns): one.count for one in config.matrices if one.part != "routed"
+    }
+    assert listed == found
+    routed = sum(one.num_params for one in config.matrices if one.part == "routed")
+    assert routed == sum(shape.num_experts * shape.num_params for shape in config.expert_shapes)

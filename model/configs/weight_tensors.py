@@ -19,9 +19,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from model.configs.weight_format import PartDtype, StoredPart, WeightFormat, stored_parts
 
 SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv")
@@ -97,15 +94,6 @@ def check_part(path: Path, name: str, part: StoredPart, header: TensorHeader, fo
     if header.dtype not in DTYPES[part.dtype]:
         allowed = _listed(DTYPES[part.dtype])
         raise ValueError(f"{tensor} has the dtype {header.dtype}; the format {format} requires {allowed}")
-
-
-def check_codes(path: Path, name: str, codes: Tensor) -> None:
-    """Raise ValueError if one of a quantized weight's codes or scales is not a finite number."""
-    if codes.dtype == torch.float8_e4m3fn:
-        if codes.numel() and bool((codes.view(torch.uint8) & 0x7F).max() == 0x7F):
-            raise ValueError(f"tensor {name} in {path} has a code 0x7F or 0xFF (NaN in e4m3); allowed are numbers only")
-    elif codes.is_floating_point() and not bool(codes.isfinite().all()):
-        raise ValueError(f"tensor {name} in {path} has a scale that is NaN or infinite; allowed are numbers only")
 
 
 def other_layout(name: str) -> str | None:
