@@ -1,4 +1,4 @@
-"""These tests compare the GPU overlays with the sizes from `expertmesh size` for Nemotron 3 Super in bf16 on H200s."""
+"""These tests compare the GPU overlays with the sizes from `expertmesh size` for Nemotron 3 Super on H200s."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from cluster.sizing.gpus import gpu_of
 from cluster.sizing.known_models import known_config
 from cluster.sizing.model_sizes import model_sizes
 from cluster.sizing.sizing import size
+from cluster.sizing.weight_formats import Dtype
 from cluster.topology import Shard
 from services.args import NUM_HOMES, AppArgs
 from tests.k8s.manifests import Manifest, Manifests, Plant, app_args, container, quantity, rewrite_serve
 
-WANTED = {"gpu": Slo(), "gpu-ha": Slo(num_requests=128, min_backbones=2)}
+WANTED: dict[str, tuple[Dtype, Slo]] = {
+    "gpu": ("bf16", Slo()),
+    "gpu-ha": ("bf16", Slo(num_requests=128, min_backbones=2)),
+    "gpu-fp8": ("fp8", Slo()),
+    "gpu-nvfp4": ("nvfp4", Slo()),
+}
+ONE_IS_ENOUGH = ("gpu-fp8", "gpu-nvfp4")  # overlays in which one shard can hold every expert
 MODEL = "NVIDIA-Nemotron-3-Super-120B-A12B"
 
 
-def size_faults(manifests: Manifests, slo: Slo) -> list[str]:
+def size_faults(manifests: Manifests, dtype: Dtype, slo: Slo) -> list[str]:
     """Return a sentence for each number in the manifests that differs from the size that `expertmesh size` computes."""
     args = AppArgs(**app_args(manifests))
     (pool,) = args.pools
-    sized = size(known_config(MODEL), gpu_of("h200"), "bf16", slo)
+    sized = size(known_config(MODEL), gpu_of("h200"), dtype, slo)
     pairs = {
         "backbone_replicas": (args.backbone_replicas, sized.backbone_gpus),
         "max_requests": (args.max_requests, sized.requests_per_backbone),
@@ -50,8 +57,9 @@ def _memory(manifests: Manifests, group: str) -> int:
 @pytest.mark.parametrize("overlay", WANTED)
 def test_an_overlay_is_as_large_as_it_has_to_be(overlay: str, rendered: Callable[[str], Manifests]) -> None:
     manifests = rendered(overlay)
-    assert MODEL in app_args(manifests)["model"]
-    assert size_faults(manifests, WANTED[overlay]) == []
+    dtype, slo = WANTED[overlay]
+    assert app_args(manifests)["model"].endswith(f"/{MODEL}-{dtype.upper()}")
+    assert size_faults(manifests, dtype, slo) == []
 
 
 @pytest.mark.parametrize("overlay", WANTED)
@@ -63,8 +71,11 @@ def test_the_planner_finds_room_for_two_homes(overlay: str, rendered: Callable[[
         Shard(f"s{i}", "", f"node-{i}", pool.name, "cuda", "", int(pool.memory_budget), host_budget=pool.host_budget)
         for i in range(pool.shards)
     ]
-    layers = model_sizes(known_config(MODEL)).layer_specs("bf16")
+    layers = model_sizes(known_config(MODEL)).layer_specs(WANTED[overlay][0])
     check_capacity(layers, shards, NUM_HOMES)
+    if overlay in ONE_IS_ENOUGH:
+        check_capacity(layers, shards[:1], NUM_HOMES)
+        return
     with pytest.raises(ValueError, match="room for"):
         check_capacity(layers, shards[:1], NUM_HOMES)
 
@@ -84,4 +95,4 @@ def test_the_planner_finds_room_for_two_homes(overlay: str, rendered: Callable[[
 )
 def test_a_planted_fault_is_found(plant: Plant, words: str, everything: Manifests) -> None:
     plant(everything)
-    assert any(fault.startswith(words) for fault in size_faults(everything, WANTED["gpu-ha"]))
+    assert any(fault.startswith(words) for fault in size_faults(everything, *WANTED["gpu-ha"]))

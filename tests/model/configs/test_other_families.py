@@ -119,8 +119,8 @@ def test_the_registry_finds_the_class(raw: dict[str, Any]) -> None:
         (
             DEEPSEEK,
             {"qk_rope_head_dim": 63},
-            "config.json asks for RoPE with theta = 10000 for 63 of the 63 numbers of a head; allowed are theta > 1 and an "
-            "even part of a head",
+            "config.json asks for RoPE with theta = 10000 for 63 of the 63 numbers of a head; allowed are "
+            "theta > 1 and an even part of a head",
         ),
         (DEEPSEEK, {"n_group": 7}, "config.json has n_routed_experts = 256, which n_group = 7 does not divide"),
         (DEEPSEEK, {"topk_group": 9}, "config.json has topk_group = 9; allowed is 1 to n_group = 8"),
