@@ -18,12 +18,14 @@ from model.blocks.mamba import Mamba2Mixer
 from model.blocks.norm import RMSNorm
 from model.configs.mixer_shapes import AttentionShape, MambaShape
 from model.configs.state_spec import StateSpec
+from model.configs.weight_format import FORMATS, WeightFormat
 from model.cpu.linear import linear
 from model.cpu.packed_matrix import PackedMatrix, pack_matrix
 from model.cpu.thread_pool import LAST_TICKET, THREAD_POOL, TICKET
 from model.state import Batch, State
 from model.stored_matrix import StoredMatrix
 from tests.model.steps import seeded
+from tests.model.stored_matrices import random_matrix
 
 NUM_ROUNDS = 300
 WIDTH = 256
@@ -45,10 +47,12 @@ def packed(weight: Tensor) -> PackedMatrix:
     return pack_matrix(StoredMatrix.plain(weight))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_keep_their_bits(threads: Callable[[int], None], dtype: torch.dtype) -> None:
-    randn = seeded(0)
-    weights = [packed(randn(outputs, inputs).to(dtype)) for outputs, inputs in ((700, 256), (4000, 64), (96, 2048))]
+@pytest.mark.parametrize(
+    ("format", "dtype"), [*((format, torch.bfloat16) for format in FORMATS), ("plain", torch.float32)], ids=str
+)
+def test_products_keep_their_bits(threads: Callable[[int], None], format: WeightFormat, dtype: torch.dtype) -> None:
+    randn, sizes = seeded(0), ((700, 256), (4000, 64), (96, 2048))
+    weights = [pack_matrix(random_matrix(format, *size).to("cpu", dtype)) for size in sizes]
     products = [(weight, randn(rows, weight.num_inputs)) for weight in weights for rows in (1, 5, 40)]
     threads(0)
     alone = [linear(x, weight) for weight, x in products]
