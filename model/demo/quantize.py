@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from model.checkpoint import QUANTIZATION, SINGLE
+from model.configs.declared_formats import declarations
 from model.configs.weight_format import FORMATS, WeightFormat
-from model.declared_formats import declarations
 from model.demo import DEMO
 from model.demo.corpus import read_corpus
 from model.encoder import encode_tensors, linear_modules

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from model.checkpoint import INDEX, QUANTIZATION, SINGLE
+from model.configs.declared_formats import declarations
 from model.configs.weight_format import WeightFormat
-from model.declared_formats import declarations
 from model.encoder import encode, encode_tensors, linear_modules
 
 BASE: dict[str, Any] = {

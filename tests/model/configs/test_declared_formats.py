@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from model.checkpoint import QUANTIZATION, Checkpoint
+from model.configs.declared_formats import DeclaredFormats, declarations
 from model.configs.weight_format import WeightFormat
-from model.declared_formats import DeclaredFormats, declarations
 from model.families.registry import load_family
 from tests.model.checkpoints import Tiny, edit_config
 
