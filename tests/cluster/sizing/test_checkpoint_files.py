@@ -22,7 +22,7 @@ from cluster.sizing.weight_formats import Dtype
 from model.configs.config_keys import read_special_float
 from model.configs.weight_format import WeightFormat, stored_parts
 from model.stored_matrix import CODE_DTYPES
-from tests.model.checkpoints import write_tiny
+from tests.model.checkpoints import QUANTIZED, write_tiny
 
 DEEPSEEK = {
     "vocab_size": 128,
@@ -155,6 +155,17 @@ def test_the_bytes_are_those_of_the_tensors(family: str, format_of: Format, dtyp
     specs = sizes.layer_specs(dtype)
     assert sum(spec.num_experts * spec.expert_bytes for spec in specs) == pytest.approx(routed, rel=1e-3)
     assert sizes.has_mtp == (family == "nemotron_h")  # transformers writes no MTP module.
+
+
+@pytest.mark.parametrize("variant", QUANTIZED)
+def test_the_encoders_checkpoints_have_the_predicted_bytes(variant: str, tmp_path: Path) -> None:
+    write_tiny(tmp_path, variant)
+    found = [tensor for file in tmp_path.glob("*.safetensors") for tensor in load_file(file).values()]
+    sizes = model_sizes(config_of(tmp_path), tmp_path)
+    assert sizes.files is not None
+    assert sizes.files.dtype == ("nvfp4" if variant.startswith("nvfp4") else "fp8")
+    total = sum(tensor.nbytes for tensor in found)
+    assert sum(sizes.stored(sizes.files.dtype).values()) == pytest.approx(total, rel=0.01)
 
 
 def test_numbers_in_fp32_are_stored_in_fp32_and_held_in_bf16(tmp_path: Path) -> None:
