@@ -19,7 +19,15 @@ from model.blocks.linear import RowBlocking, row_blocking
 from model.configs.expert_shape import ExpertShape
 from model.cpu import moe as cpu
 from model.cpu.packed_matrix import PackedMatrix, compile_products, pack_matrix, unpack_matrix
-from model.exact_sums import NOT_ADDABLE, add_on_grid, from_grid, gain_exponent, grid_exponents, scale_to_grid
+from model.exact_sums import (
+    NOT_ADDABLE,
+    add_on_grid,
+    from_grid,
+    gain_exponent,
+    grid_exponents,
+    log_wide_spread,
+    scale_to_grid,
+)
 from model.stored_matrix import StoredMatrix
 
 
@@ -126,7 +134,7 @@ class ExpertBank:
         return tuple(map(received, (rows, *ids, weight, grid)))
 
     def row_blocking(self) -> RowBlocking:
-        """Return a row blocking that makes both products of an expert batch-invariant; the bank keeps the result."""
+        """Return a row blocking that makes the products of an expert batch-invariant; the bank keeps the result."""
         if self._row_blocking is None:
             blockings = [row_blocking(weight) for weight in next(iter(self._weights.values()))]
             self._row_blocking = RowBlocking(max(p.multiple for p in blockings), min(p.max_rows for p in blockings))
@@ -193,9 +201,24 @@ class ExpertBank:
         return blocks, shift_P + np.arange(len(expert_P)), end
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        up, down = self._weights[expert]
-        hidden = torch.nn.functional.linear(x, up).relu_()
-        return torch.nn.functional.linear(hidden.mul_(hidden), down)
+        *gate, up, down = self._weights[expert]
+        hidden = torch.nn.functional.linear(x, up)
+        if gate:
+            hidden = silu_by_row(torch.nn.functional.linear(x, gate[0])).mul_(hidden)
+        else:
+            hidden = hidden.relu_()
+            hidden = hidden.mul_(hidden)
+        return torch.nn.functional.linear(hidden, down)
+
+
+def silu_by_row(x_NM: Tensor) -> Tensor:
+    """Compute x·σ(x) so that a row's bits do not depend on the other rows.
+
+    On a CPU, PyTorch computes the last numbers of a tensor with other instructions than the rest. So each row is
+    computed alone.
+    """
+    silu = torch.nn.functional.silu
+    return silu(x_NM) if x_NM.device.type != "cpu" else torch.stack([silu(row) for row in x_NM])
 
 
 class LocalExperts:
@@ -204,7 +227,10 @@ class LocalExperts:
     def __init__(self, banks: Mapping[int, ExpertBank]) -> None:
         assert all(len(bank.held) == bank.shape.num_experts for bank in banks.values())
         self.banks = dict(banks)
-        self.gains = {layer: max(map(bank.gain_exponent, bank.held)) for layer, bank in banks.items()}
+        gains = {layer: [bank.gain_exponent(expert) for expert in bank.held] for layer, bank in banks.items()}
+        self.gains = {layer: max(of_layer) for layer, of_layer in gains.items()}
+        for layer, of_layer in gains.items():
+            log_wide_spread(layer, of_layer)
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         grid_N = grid_exponents(x_NL, topk_weights_NK, self.gains[layer])

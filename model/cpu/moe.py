@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from model.cpu.functions import exp, from_bf16
+from model.cpu.functions import exp, from_bf16, silu
 from model.cpu.panel_products import multiply_panels
 from model.cpu.panel_tiles import PANEL
 
@@ -163,6 +163,8 @@ def partial_sums(
         place_E[expert_P[p]] += 1
     padded_width, padded_dim = -(-width // PANEL) * PANEL, -(-input_dim // PANEL) * PANEL
     x_BL = np.empty((most, input_dim), np.float32)
+    is_swiglu = matrices_JE.shape[0] == 3  # gate, up and down; an expert of the kind relu2 has only up and down
+    gate_BM = np.empty((most if is_swiglu else 0, padded_width), np.float32)
     hidden_BM = np.empty((most, padded_width), np.float32)
     compact_BM = np.empty((most, width), np.float32)
     y_BL = np.empty((most, padded_dim), np.float32)
@@ -175,12 +177,20 @@ def partial_sums(
             source, target = x_NL[row_P[order_P[first + b]]], x_BL[b]
             for i in range(input_dim):
                 target[i] = from_bf16(source[i]) if x_is_bf16 else np.float32(source[i])
-        _multiply(x_BL, count, matrices_JE[0, e], hidden_BM)
+        _multiply(x_BL, count, matrices_JE[-2, e], hidden_BM)
+        if is_swiglu:
+            _multiply(x_BL, count, matrices_JE[0, e], gate_BM)
         for b in range(count):
-            for m in range(width):
-                value = max(hidden_BM[b, m], np.float32(0.0))
-                compact_BM[b, m] = value * value
-        _multiply(compact_BM, count, matrices_JE[1, e], y_BL)
+            hidden, compact = hidden_BM[b], compact_BM[b]
+            if is_swiglu:
+                gate = gate_BM[b]
+                for m in range(width):
+                    compact[m] = silu(gate[m]) * hidden[m]
+            else:
+                for m in range(width):
+                    value = max(hidden[m], np.float32(0.0))
+                    compact[m] = value * value
+        _multiply(compact_BM, count, matrices_JE[-1, e], y_BL)
         for b in range(count):
             p = order_P[first + b]
             row = row_P[p]

@@ -6,14 +6,16 @@ A row's sums must have the same bits, whatever other rows and experts are in the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from model import kernels
-from model.blocks.expert_bank import ExpertBank
-from model.configs.expert_shape import ExpertShape
+from model.blocks.expert_bank import ExpertBank, silu_by_row
+from model.configs.expert_shape import ExpertKind, ExpertShape
 from model.configs.weight_format import WeightFormat
 from model.exact_sums import from_grid, grid_exponents
 from model.stored_matrix import StoredMatrix
@@ -22,14 +24,22 @@ from tests.model.steps import relative_error, seeded
 from tests.model.stored_matrices import random_matrix, same_bits
 
 NUM_ROWS = 70
+# One format for each matrix of an expert: (up, down) or, for SwiGLU, (gate, up, down).
 FORMATS: list[tuple[WeightFormat, ...]] = [
     ("fp8", "fp8"),
     ("fp8_blocks", "fp8_blocks"),
     ("nvfp4", "nvfp4"),
     ("nvfp4", "fp8"),
     ("plain", "fp8"),
+    ("fp8_blocks", "fp8_blocks", "fp8_blocks"),
+    ("nvfp4", "nvfp4", "nvfp4"),
+    ("nvfp4", "plain", "fp8"),
 ]
-SHAPES = [ExpertShape(1, 12, 4, 32, 48), ExpertShape(1, 7, 2, 20, 36), ExpertShape(1, 16, 6, 64, 128)]
+SHAPES = [
+    ExpertShape(1, num_experts, top_k, input_dim, width, kind)
+    for kind in get_args(ExpertKind)
+    for num_experts, top_k, input_dim, width in ((12, 4, 32, 48), (7, 2, 20, 36), (16, 6, 64, 128))
+]
 
 
 def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, StoredMatrix]:
@@ -43,10 +53,7 @@ class SingleLayer:
         randn = seeded(4)
         self.shape, self.bank = shape, ExpertBank(shape, dtype)
         self.experts = {
-            expert: {
-                "up": randn(shape.width, shape.input_dim) / shape.input_dim**0.5,
-                "down": randn(shape.input_dim, shape.width) / shape.width**0.5,
-            }
+            expert: {matrix.name: randn(matrix.rows, matrix.columns) / matrix.columns**0.5 for matrix in shape.matrices}
             for expert in range(shape.num_experts)
         }
         for expert, tensors in self.experts.items():
@@ -133,12 +140,24 @@ def test_more_rows_than_one_product_takes() -> None:
     assert torch.equal(sums, sums[:1].expand_as(sums))
 
 
+@pytest.mark.parametrize("width", [36, 1000])
+def test_silu_of_rows_alone_gives_the_same_bits(width: int) -> None:
+    x = seeded(0)(NUM_ROWS, width)
+    together = silu_by_row(x)
+    torch.testing.assert_close(together, torch.nn.functional.silu(x))
+    for n in (1, 2, 3, 5, 7, 33):
+        assert torch.equal(silu_by_row(x[-n:]), together[-n:])
+
+
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf])
-def test_a_damaged_expert_is_refused(damage: float) -> None:
-    setup = SingleLayer(SHAPES[0])
-    up = setup.experts[2]["up"].clone()
-    up[0, 0] = damage
-    setup.bank.load(2, as_stored({"up": up, "down": setup.experts[2]["down"]}))
+@pytest.mark.parametrize(
+    ("shape", "name"), [(shape, matrix.name) for shape in SHAPES[::3] for matrix in shape.matrices], ids=str
+)
+def test_a_damaged_expert_is_refused(shape: ExpertShape, name: str, damage: float) -> None:
+    setup = SingleLayer(shape)
+    damaged = setup.experts[2][name].clone()
+    damaged[0, 0] = damage
+    setup.bank.load(2, as_stored(setup.experts[2] | {name: damaged}))
     with pytest.raises(ValueError, match="an expert's output is not finite"):
         setup.sums()
 
@@ -161,7 +180,7 @@ def test_a_bank_gives_back_what_it_computes_with(shape: ExpertShape, dtype: torc
     tensors = {name: tensor.to(stored) for name, tensor in setup.experts[3].items()}
     setup.bank.load(3, as_stored(tensors))
     given = setup.bank.matrices(3)
-    assert list(given) == ["up", "down"]
+    assert list(given) == [matrix.name for matrix in shape.matrices]
     for name, matrix in given.items():
         [weight] = matrix.parts
         assert (matrix.format, weight.dtype) == ("plain", dtype)
@@ -173,11 +192,15 @@ def test_a_bank_gives_back_what_it_computes_with(shape: ExpertShape, dtype: torc
     assert torch.equal(*sums)
 
 
+def quantized_shape(formats: tuple[WeightFormat, ...]) -> ExpertShape:
+    return ExpertShape(1, 4, 2, 192, 272, "swiglu" if len(formats) == 3 else "relu2", formats)
+
+
 def quantized(
     formats: tuple[WeightFormat, ...], dtype: torch.dtype
 ) -> tuple[ExpertBank, list[dict[str, StoredMatrix]]]:
     """Return a bank that holds experts of random codes, and the experts' matrices."""
-    bank = ExpertBank(ExpertShape(1, 4, 2, 192, 272, formats=formats), dtype)
+    bank = ExpertBank(quantized_shape(formats), dtype)
     experts = []
     for expert in range(bank.shape.num_experts):
         matrices = {
@@ -199,7 +222,8 @@ def test_quantized_experts_give_the_bits_of_dequantized_ones(
     In plain PyTorch, quantized experts are dequantized to the dtype of the bank.
     """
     bank, experts = quantized(formats, dtype)
-    copy = ExpertBank(ExpertShape(1, 4, 2, 192, 272), torch.float32 if bank.is_compiled else dtype)
+    shape = replace(bank.shape, formats=())
+    copy = ExpertBank(shape, torch.float32 if bank.is_compiled else dtype)
     for expert, matrices in enumerate(experts):
         copy.load(expert, {name: StoredMatrix.plain(one.dequantized()) for name, one in matrices.items()})
         assert bank.gain_exponent(expert) == copy.gain_exponent(expert)
