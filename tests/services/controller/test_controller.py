@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import pytest
@@ -21,8 +22,10 @@ from model.families.registry import load_family
 from model.family import ModelFamily
 from services.controller.controller import Controller, ControllerConfig, layer_specs
 from services.expert import control_client
+from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoint
+from tests.services.expert.swiglu import HIDDEN, write_swiglu_checkpoint
 
 POOL = "experts-cpu"
 TIMING = ControllerTiming(period_s=0.1, drain_s=0.2, recovery_s=0.5, failure_pause_s=1.0)
@@ -174,6 +177,45 @@ def test_an_order_to_drain_empties_a_shard_that_goes_on_and_is_filled_again_once
             controller.cancel()
 
     asyncio.run(run())
+
+
+def test_swiglu_experts_move_while_they_compute(tmp_path: Path) -> None:
+    """Check that no sum changes while a shard hands over experts with three matrices, and gets experts again."""
+    family = write_swiglu_checkpoint(tmp_path)
+    local, remote = family.load_local_experts(torch.float32), RemoteExperts(CallPolicy(timeout_s=20.0))
+
+    def ask(number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        weights, ids = torch.rand(8, NUM_EXPERTS, generator=generator).topk(4, dim=-1)
+        x = torch.randn(8, HIDDEN, generator=generator)
+        for layer in LAYERS:
+            assert torch.equal(remote(layer, x, ids, weights)(), local(layer, x, ids, weights)())
+
+    async def ask_until(ours: Fleet, is_so: Callable[[Placement], bool]) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            number, is_done = 0, False
+            while not is_done:
+                placement = await ours.placement()
+                is_done, number = is_so(placement), number + 1
+                remote.update(placement, await ours.registry.shards())
+                await asyncio.to_thread(ask, number)
+                await asyncio.sleep(0.02)
+        assert number > 1
+
+    async def run() -> None:
+        async with fleet(family) as ours:
+            controller = ours.start_controller()
+            everyone = ours.is_settled_on("s0", "s1", "s2")
+            assert (await ours.reaches(everyone)).gains == local.gains
+            order = StandingOrder(OrderKind.DRAIN, "s1", by="a test", at=time.time())
+            await ours.registry.give_order(order)
+            await ask_until(ours, ours.is_settled_on("s0", "s2"))
+            await ours.registry.lift_order(order)
+            await ask_until(ours, lambda placement: "s1" in placement.shard_ids and placement.cover() == 2)
+            controller.cancel()
+
+    asyncio.run(run())
+    remote.close()
 
 
 def test_an_order_to_rebalance_is_followed_at_once_and_only_once(family: ModelFamily) -> None:
