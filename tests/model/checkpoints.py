@@ -16,7 +16,8 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 from model.checkpoint import INDEX, QUANTIZATION, SINGLE
 from model.configs.declared_formats import declarations
 from model.configs.weight_format import WeightFormat
-from model.encoder import encode, encode_tensors, linear_modules
+from model.encoder import encode_tensors, linear_modules
+from tests.model.oracles import dequantized
 
 BASE: dict[str, Any] = {
     "vocab_size": 256,
@@ -244,10 +245,9 @@ def quantize(path: Path, name: str, generator: torch.Generator) -> Path:
     if name.startswith("nvfp4"):
         tensors = {key: value if "correction_bias" in key else value.bfloat16() for key, value in tensors.items()}
     exact = {key: value.float() for key, value in tensors.items()}
-    for module, format in formats.items():
-        exact[f"{module}.weight"] = encode(tensors[f"{module}.weight"], format).dequantized().contiguous()
-    plain = edit(path, path / "plain", lambda own: (own.clear(), own.update(exact)))
     tensors = encode_tensors(tensors, formats)
+    exact |= {f"{module}.weight": dequantized(tensors, module) for module in formats}
+    plain = edit(path, path / "plain", lambda own: (own.clear(), own.update(exact)))
     if name != "fp8_blocks":
         tensors |= {f"{module}.input_scale": torch.rand((), generator=generator) for module in formats}
     if name in ("fp8", "nvfp4"):

@@ -5,10 +5,33 @@ The oracles are written from the equations in reference/models.md, section 1.3, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def dequantized(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    """Return the exact fp32 weight of a module from the tensors of a checkpoint, column by column or block by block."""
+    weight = tensors[f"{module}.weight"]
+    if f"{module}.weight_scale_inv" in tensors:
+        grid, out = tensors[f"{module}.weight_scale_inv"], weight.float()
+        for i in range(grid.shape[0]):
+            for j in range(grid.shape[1]):
+                out[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)] *= grid[i, j]
+        return out
+    if weight.dtype == torch.float8_e4m3fn:
+        return weight.float() * tensors[f"{module}.weight_scale"]
+    assert weight.dtype == torch.uint8
+    columns = []
+    for c in range(2 * weight.shape[1]):
+        code = weight[:, c // 2].int() >> (0 if c % 2 == 0 else 4) & 15
+        exponent, half, sign = (code >> 1 & 3).float(), (code & 1) / 2, 1 - 2 * (code >> 3)
+        value = sign * torch.where(exponent == 0, half, (1 + half) * 2 ** (exponent - 1))
+        scale = tensors[f"{module}.weight_scale"][:, c // 16].float() * tensors[f"{module}.weight_scale_2"]
+        columns.append(value * scale)
+    return torch.stack(columns, 1)
 
 
 def recurrence(
