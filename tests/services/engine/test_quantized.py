@@ -1,7 +1,7 @@
 """The tests serve the demo model in every quantized format, alone and in company, locally and through shards.
 
-No token of an answer may depend on the batch, on drafts, on preemption, on the prefix cache, on the number of shards, or
-on a move of experts or a killed shard.
+No token of an answer may depend on the batch, on drafts, on preemption, on the prefix cache, on the number of shards,
+on a move of experts or on a killed shard.
 """
 
 from __future__ import annotations
