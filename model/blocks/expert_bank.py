@@ -75,18 +75,20 @@ class ExpertBank:
         exponent takes longer than the copy. One thread may load experts while another thread computes other experts.
         """
         assert 0 <= expert < self.shape.num_experts
-        stored = tuple(matrices[matrix.name] for matrix in self.shape.matrices)
+        stored = tuple(matrices[matrix.name].to("cpu", self.dtype) for matrix in self.shape.matrices)
         sizes = [(one.format, one.shape) for one in stored]
         assert sizes == [(matrix.format, (matrix.rows, matrix.columns)) for matrix in self.shape.matrices]
         if self.is_compiled:
-            packed = tuple(pack_matrix(one.to("cpu", self.dtype)) for one in stored)
+            packed = tuple(map(pack_matrix, stored))
             self._packed[expert] = packed
             self._matrices[:, expert] = [one.descriptor[:3] for one in packed]
         else:
             self._weights[expert] = tuple(one.dequantized().to(self.device, self.dtype, copy=True) for one in stored)
             if any(one.format != "plain" for one in stored):
-                self._stored[expert] = tuple(one.to("cpu", self.dtype) for one in stored)
-        self._gains[expert] = gain_exponent(matrices) if gain is None else gain
+                self._stored[expert] = stored
+        if gain is None:  # found from the numbers that the bank computes with, as a shard finds it
+            gain = gain_exponent({matrix.name: one for matrix, one in zip(self.shape.matrices, stored, strict=True)})
+        self._gains[expert] = gain
 
     def matrices(self, expert: int) -> dict[str, StoredMatrix]:
         """Return an expert's matrices on the CPU, bit for bit as loaded; raise KeyError if the bank lacks the expert.

@@ -17,7 +17,7 @@ from model import kernels
 from model.blocks.expert_bank import ExpertBank, silu_by_row
 from model.configs.expert_shape import ExpertKind, ExpertShape
 from model.configs.weight_format import WeightFormat
-from model.exact_sums import from_grid, grid_exponents
+from model.exact_sums import from_grid, gain_exponent, grid_exponents
 from model.stored_matrix import StoredMatrix
 from tests.model import oracles
 from tests.model.steps import relative_error, seeded
@@ -252,6 +252,16 @@ def test_experts_on_a_cpu_take_the_memory_of_their_stored_bytes(formats: tuple[W
     bank, _ = quantized(formats, torch.bfloat16)
     if bank.is_compiled:
         assert bank.nbytes <= bank.used_memory() <= 1.05 * bank.nbytes
+
+
+def test_a_bank_finds_the_gain_of_the_numbers_that_it_computes_with() -> None:
+    """Check that a bank finds the gain that a shard finds, which converts the weights before it loads them."""
+    tensors = {"up": torch.ones(2, 2), "down": torch.full((2, 2), 0.2886)}  # in bf16, 0.2886 becomes 0.2891
+    for dtype, gain in ((torch.float32, 0), (torch.bfloat16, 1)):
+        bank = ExpertBank(ExpertShape(1, 1, 1, 2, 2), dtype)
+        bank.load(0, as_stored(tensors))
+        converted = as_stored({name: tensor.to(dtype) for name, tensor in tensors.items()})
+        assert bank.gain_exponent(0) == gain_exponent(converted) == gain
 
 
 def test_uneven_experts_of_a_bfloat16_bank_come_back() -> None:
