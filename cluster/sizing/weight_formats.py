@@ -97,8 +97,8 @@ def dtype_of(raw: Mapping[str, Any]) -> Dtype:
     Raises ValueError if the quantization is not supported.
     """
     declared = DeclaredFormats.of_config(raw)
-    if declared.listed is None and declared.uniform is None:
-        return "nvfp4" if raw.get("quantization_config") else "bf16"  # a mix of formats that the config does not list
+    if declared.is_unlisted_mix:
+        return "nvfp4"
     return dtype_of_formats(declared.listed.values() if declared.listed is not None else (declared.uniform or "plain",))
 
 

@@ -29,13 +29,15 @@ class DeclaredFormats:
     """`DeclaredFormats` are what one config file says of the modules' formats.
 
     `listed` has the formats by module where the file lists each quantized module. Otherwise, all modules have the
-    format `uniform`, except those that a pattern in `excluded` matches. Both are None if the file says nothing.
+    format `uniform`, except those that a pattern in `excluded` matches. Both are None if the file says nothing, and if
+    `is_unlisted_mix` is True: the file then says that formats are mixed, but not which module has which format.
     """
 
     file: str
     listed: Mapping[str, WeightFormat] | None = None
     uniform: WeightFormat | None = None
     excluded: tuple[str, ...] = ()
+    is_unlisted_mix: bool = False
 
     @classmethod
     def of_config(cls, raw: Mapping[str, Any], file: str = "config.json") -> DeclaredFormats:
@@ -73,7 +75,7 @@ class DeclaredFormats:
         if layers:
             return cls(file, listed={module: _listed_format(module, entry, file) for module, entry in layers.items()})
         if algorithm in (None, MIXED):
-            return cls(file)
+            return cls(file, is_unlisted_mix=algorithm == MIXED)
         return cls(file, uniform=ALGORITHMS[algorithm], excluded=_names(declared, excluded_key, file))
 
     def contradicts(self, module: str, format: WeightFormat) -> bool:

@@ -280,6 +280,7 @@ def test_the_modules_of_all_families_are_counted(name: str, modules: tuple[str, 
         ({"quant_method": "modelopt", "quant_algo": "fp8"}, "fp8"),
         ({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}, "nvfp4"),
         ({"quant_method": "modelopt", "quant_algo": "mixed_precision"}, "nvfp4"),
+        ({"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"}, "bf16"),
     ],
 )
 def test_the_dtype_is_the_checkpoints(quantization: Any, expected: str) -> None:
