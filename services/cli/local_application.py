@@ -281,7 +281,7 @@ class StartWatch:
                 self._seen = asyncio.run(_with_registry(self._seen, self._args))
         with suppress(RayError, RayServeException):
             deployments = _deployments()
-            self._seen = replace(self._seen, running=_running(deployments), failures=_failures(deployments))
+            self._seen = replace(self._seen, running=_running(deployments), failures=failures(deployments))
         self._seen = replace(self._seen, num_kernels=_num_kernels())
 
     def __enter__(self) -> Self:
@@ -324,13 +324,13 @@ def _running(deployments: Mapping[str, DeploymentStatusOverview]) -> dict[str, i
     }
 
 
-def _failures(deployments: Mapping[str, DeploymentStatusOverview]) -> dict[str, str]:
+def failures(deployments: Mapping[str, DeploymentStatusOverview]) -> dict[str, str]:
     """Return, for each deployment with a replica that failed to start, the reason. The pools share the name SHARDS."""
-    found = {
-        name if name in OUR_DEPLOYMENTS else SHARDS: reason_of(deployment.message)
+    return {
+        name if name in OUR_DEPLOYMENTS else SHARDS: reason
         for name, deployment in deployments.items()
+        if (reason := reason_of(deployment.message))
     }
-    return {name: reason for name, reason in found.items() if reason}
 
 
 def _num_kernels() -> int:

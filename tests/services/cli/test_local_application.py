@@ -4,8 +4,10 @@ import socket
 from contextlib import ExitStack
 
 import pytest
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger
 
-from services.cli.local_application import bind_port, held_port
+from services.cli.local_application import bind_port, failures, held_port
+from services.cli.start_steps import SHARDS
 from tests.services.application import free_port
 
 IN_USE = r"^--port \d+ is in use; choose another port or stop the process that uses it$"
@@ -69,3 +71,18 @@ def test_a_server_that_has_just_stopped_leaves_its_port_free() -> None:
 def test_an_address_of_another_machine_is_not_called_in_use() -> None:
     with pytest.raises(ValueError, match=r"^--port 8000 cannot be used \(.*requested address\); choose another port$"):
         bind_port("--port", 8000, "192.0.2.1")
+
+
+@pytest.mark.parametrize("failed", ["experts-a", "experts-b"])
+def test_the_reason_of_one_pool_is_kept_whatever_the_others_do(failed: str) -> None:
+    names = ("gateway", "experts-a", "experts-b")
+    deployments = {
+        name: DeploymentStatusOverview(
+            status=DeploymentStatus.UPDATING,
+            status_trigger=DeploymentStatusTrigger.UNSPECIFIED,
+            replica_states={},
+            message="It failed. Error:\nValueError: no memory" if name == failed else "",
+        )
+        for name in names
+    }
+    assert failures(deployments) == {SHARDS: "no memory"}
