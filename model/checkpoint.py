@@ -42,12 +42,16 @@ T = TypeVar("T")
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
-    Raises ValueError if the file is missing, is not valid JSON or holds no object.
+    Raises ValueError if the file is missing, cannot be read, is not valid JSON or holds no object.
     """
     try:
         value = json.loads(path.read_text(), object_hook=read_special_float)
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is not a model directory: it has no {path.name}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} cannot be read: it is not a text file") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -102,7 +106,7 @@ class Checkpoint:
         """Return a dictionary from each tensor's name to the name of the file that holds the tensor."""
         if (self.path / INDEX).exists():
             files = read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(files, dict):
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise ValueError(f"{self.path / INDEX} has no weight_map")
             return files
         if not (self.path / SINGLE).exists():

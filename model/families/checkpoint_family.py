@@ -215,6 +215,7 @@ class CheckpointFamily(ABC):
         head, embeddings = (self.tensor_name(name) for name in ("lm_head.weight", "embeddings.weight"))
         if not self.config.tie_word_embeddings or head not in self.checkpoint:
             return not self.config.tie_word_embeddings
-        if not reads_weights or self.checkpoint.weight_format(head) != "plain":
+        formats = {self.checkpoint.weight_format(name) for name in (head, embeddings)}
+        if not reads_weights or formats != {"plain"}:
             return True
         return not torch.equal(self.checkpoint.tensor(head), self.checkpoint.tensor(embeddings))

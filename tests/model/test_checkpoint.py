@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.blocks.expert_bank import ExpertBank
 from model.checkpoint import INDEX, Checkpoint
+from model.encoder import encode_tensors
 from model.families.nemotron_h import NemotronH
 from model.families.registry import load_family
 from tests.model.checkpoints import SEVERAL_FILES, TIED, Tiny, edit
@@ -129,6 +130,14 @@ def test_a_head_of_its_own_is_served_although_the_config_ties_it(
     other, logits = with_head(lambda embeddings: 2 * embeddings)
     assert other.lm_head is not None
     assert torch.allclose(logits, 2 * expected)
+
+    def quantize_embeddings(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"].bfloat16()
+        tensors.update(encode_tensors(tensors, {"backbone.embeddings": "fp8"}))
+
+    family = load_family(edit(tied, tmp_path, quantize_embeddings))
+    family.check()
+    assert load_fp32(family).lm_head is not None, "weights of two formats are not equal"
     with pytest.raises(ValueError, match=r"lm_head\.weight .* is \[1, 2\], the config requires"):
         with_head(lambda _: torch.zeros(1, 2))
 
@@ -197,11 +206,22 @@ def test_a_tensor_that_only_the_index_has_is_named(several: Path) -> None:
         ("{", f"{INDEX} is not valid JSON"),
         ("{}", f"{INDEX} has no weight_map"),
         ('{"weight_map": 3}', f"{INDEX} has no weight_map"),
+        ('{"weight_map": {"a": 3}}', f"{INDEX} has no weight_map"),
     ],
 )
 def test_a_broken_index_is_named(several: Path, text: str, sentence: str) -> None:
     (several / INDEX).write_text(text)
     fails(several, sentence)
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: it is not a text file$"):
+        load_family(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: Is a directory$"):
+        load_family(tmp_path)
 
 
 def test_a_broken_file_is_named(latent: Tiny, tmp_path: Path) -> None:
