@@ -16,8 +16,12 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cluster.control.manifest import Manifest
+from model.configs.weight_format import WeightFormat, stored_parts
+from model.encoder import encode_tensors
+from model.exact_sums import gain_exponent
 from model.families.registry import load_family
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
@@ -109,6 +113,52 @@ def test_chunks_are_bounded_and_the_last_one_has_the_checksum(family: ModelFamil
                 raw = family.load_expert(3, expert)
                 for name in ("up", "down"):
                     assert torch.equal(weights.matrices[name].parts[0], raw[name].parts[0].to(dtype))
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "formats", [("fp8", "fp8"), ("fp8_blocks", "fp8_blocks"), ("nvfp4", "nvfp4"), ("fp8", "nvfp4")], ids=str
+)
+def test_every_tier_of_a_peer_sends_the_stored_bytes(
+    model_dir: Path, tmp_path: Path, formats: tuple[WeightFormat, WeightFormat]
+) -> None:
+    """Check that a peer sends a quantized expert as the checkpoint stores it, from the device, memory or disk."""
+    tensors = load_file(model_dir / "model.safetensors")
+    by_matrix = dict(zip(("up", "down"), formats, strict=True))
+    stems = {name.removesuffix(".weight") for name in tensors if ".experts." in name}
+    chosen = {stem: by_matrix[stem.rpartition(".")[2].removesuffix("_proj")] for stem in stems}
+    encoded = encode_tensors(tensors, chosen)
+    save_file(encoded, tmp_path / "model.safetensors")
+    shutil.copy(model_dir / "config.json", tmp_path)
+    family = load_family(tmp_path)
+    by_expert = {}
+    for expert in ALL:
+        modules = [(f"backbone.layers.1.mixer.experts.{expert}.{name}_proj", name) for name in by_matrix]
+        names = [f"{stem}.{part.suffix}" for stem, name in modules for part in stored_parts(by_matrix[name], 1, 16)]
+        by_expert[expert] = b"".join(encoded[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in names)
+    size = len(by_expert[0])
+    config = replace(CONFIG, host_budget=8 * size)
+
+    async def test() -> None:
+        async with serving(family, config=config) as peer, serving(family, config=replace(CONFIG, shard_id="s1")) as s1:
+            known = await control_client.load(peer.endpoint, {1: ALL[:16]}, 1, {1: ALL[16:]})
+            assert (peer.host.used_bytes, peer.host.standbys.used_bytes) == (16 * size, 8 * size)
+            async with grpc.aio.insecure_channel(peer.endpoint) as channel:
+                stub: Any = expert_pb2_grpc.ExpertStub(channel)  # type: ignore[no-untyped-call]
+                matrices = matrix_formats(family.expert_shapes[0], torch.float32)
+                request = pb.FetchRequest(layer=1, experts=ALL, matrices=matrices)
+                sent = {expert: bytearray() for expert in ALL}
+                async for chunk in stub.Fetch(request):
+                    sent[chunk.expert] += chunk.data
+            assert sent == by_expert
+            s1.service.source.read = lambda layer, expert: pytest.fail("the checkpoint was read")
+            loaded = await control_client.load(s1.endpoint, {1: ALL}, 1, sources=from_peer(peer.endpoint, *ALL))
+            assert s1.host.used_bytes == len(ALL) * size
+            assert Manifest(known.checksums).mismatches(loaded.checksums) == []
+            assert loaded.gains == known.gains
+            assert loaded.gains[1] == max(gain_exponent(family.load_expert(1, expert)) for expert in ALL)
+            assert all(same_weights(peer, s1, expert) for expert in ALL[:16])
 
     run(test)
 
