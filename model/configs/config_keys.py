@@ -1,4 +1,4 @@
-"""`ConfigKeys` read values from a `config.json` and check each value when it is read.
+"""`ConfigKeys` read values from a `config.json`, or from another config, and check each value when it is read.
 
 A missing or wrong value raises ValueError with the key, the value and the allowed values.
 """
@@ -18,11 +18,12 @@ class ConfigKeys:
     """`ConfigKeys` are the keys of a parsed `config.json`, whose values are checked when they are read.
 
     A key whose value is null counts as missing. `place` stands before the keys in messages; for example "rope_scaling."
-    if `raw` is the object under the key rope_scaling.
+    if `raw` is the object under the key rope_scaling. `file` is the name of the config, also for messages.
     """
 
     raw: Mapping[str, Any]
     place: str = ""
+    file: str = "config.json"
 
     def need(self, *keys: str) -> int:
         """Return the value of the first of `keys` that is not missing, a positive integer; one of them is required."""
@@ -65,7 +66,7 @@ class ConfigKeys:
         value = self._given(key, {})
         if not isinstance(value, Mapping):
             raise self.wrong(key, "allowed is an object")
-        return ConfigKeys(value, f"{self.place}{key}.")
+        return ConfigKeys(value, f"{self.place}{key}.", self.file)
 
     def token_id(self, key: str) -> int | None:
         """Return the value of `key`, the id of a token, or None if the key is missing."""
@@ -79,7 +80,7 @@ class ConfigKeys:
 
     def wrong(self, key: str, what_is_allowed: str) -> ValueError:
         """Return an error that names `key` and its value, and says what is allowed instead."""
-        return ValueError(f"config.json has {self.place}{key} = {self.raw.get(key)!r}; {what_is_allowed}")
+        return ValueError(f"{self.file} has {self.place}{key} = {self.raw.get(key)!r}; {what_is_allowed}")
 
     def _given(self, key: str, default: Any) -> Any:
         value = self.raw.get(key)
@@ -88,7 +89,7 @@ class ConfigKeys:
     def _required(self, key: str) -> Any:
         value = self.raw.get(key)
         if value is None:
-            raise ValueError(f"config.json lacks the key {self.place}{key}")
+            raise ValueError(f"{self.file} lacks the key {self.place}{key}")
         return value
 
 

@@ -14,6 +14,7 @@ from fnmatch import translate
 from functools import cached_property
 from typing import Any
 
+from model.configs.config_keys import ConfigKeys
 from model.configs.weight_format import BLOCK, GROUP, WeightFormat
 
 ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}
@@ -42,41 +43,37 @@ class DeclaredFormats:
     @classmethod
     def of_config(cls, raw: Mapping[str, Any], file: str = "config.json") -> DeclaredFormats:
         """Read `quantization_config` in a `config.json`; raise ValueError if it names an unsupported algorithm."""
-        declared = _object(raw, "quantization_config", file)
-        if not declared:
+        keys = ConfigKeys(raw, file=file).section("quantization_config")
+        if not keys.raw:
             return cls(file)
-        method = declared.get("quant_method")
+        method = keys.raw.get("quant_method")
         if method == "fp8":
-            block = declared.get("weight_block_size")
-            if block != [BLOCK, BLOCK]:
-                raise ValueError(
-                    f"{file} has weight_block_size = {block!r}; supported are blocks of [{BLOCK}, {BLOCK}]"
-                )
-            excluded = _names(declared, "modules_to_not_convert", file)
-            return cls(file, uniform="fp8_blocks", excluded=excluded)
+            if keys.raw.get("weight_block_size") != [BLOCK, BLOCK]:
+                raise keys.wrong("weight_block_size", f"supported are blocks of [{BLOCK}, {BLOCK}]")
+            excluded = keys.items("modules_to_not_convert", str)
+            return cls(file, uniform="fp8_blocks", excluded=tuple(excluded))
         if method is None or str(method).startswith("modelopt"):
-            return cls._of_modelopt(declared, "ignore", file)
-        raise ValueError(f"{file} has quant_method = {method!r}; supported are fp8 and modelopt")
+            return cls._of_modelopt(keys, "ignore")
+        raise keys.wrong("quant_method", "supported are fp8 and modelopt")
 
     @classmethod
     def of_modelopt(cls, raw: Mapping[str, Any], file: str = "hf_quant_config.json") -> DeclaredFormats:
         """Read an `hf_quant_config.json`; raise ValueError if it names an unsupported algorithm."""
-        return cls._of_modelopt(_object(raw, "quantization", file), "exclude_modules", file)
+        return cls._of_modelopt(ConfigKeys(raw, file=file).section("quantization"), "exclude_modules")
 
     @classmethod
-    def _of_modelopt(cls, declared: Mapping[str, Any], excluded_key: str, file: str) -> DeclaredFormats:
-        name = declared.get("quant_algo")
+    def _of_modelopt(cls, keys: ConfigKeys, excluded_key: str) -> DeclaredFormats:
+        file, name = keys.file, keys.raw.get("quant_algo")
         algorithm = None if name is None else str(name).upper()
         if algorithm not in (None, MIXED, *ALGORITHMS):
-            allowed = ", ".join([*ALGORITHMS, MIXED])
-            raise ValueError(f"{file} has quant_algo = {name!r}; supported are {allowed}")
-        _check_group(declared, file)
-        layers = _object(declared, "quantized_layers", file)
-        if layers:
-            return cls(file, listed={module: _listed_format(module, entry, file) for module, entry in layers.items()})
+            raise keys.wrong("quant_algo", f"supported are {', '.join([*ALGORITHMS, MIXED])}")
+        _check_group(keys)
+        layers = keys.section("quantized_layers")
+        if layers.raw:
+            return cls(file, listed={module: _listed_format(module, layers) for module in layers.raw})
         if algorithm in (None, MIXED):
             return cls(file, is_unlisted_mix=algorithm == MIXED)
-        return cls(file, uniform=ALGORITHMS[algorithm], excluded=_names(declared, excluded_key, file))
+        return cls(file, uniform=ALGORITHMS[algorithm], excluded=tuple(keys.items(excluded_key, str)))
 
     def contradicts(self, module: str, format: WeightFormat) -> bool:
         """Return True if the file declares another format than `format` for `module`.
@@ -143,32 +140,19 @@ def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(translate, patterns)) or "(?!)")
 
 
-def _listed_format(module: str, entry: Any, file: str) -> WeightFormat:
-    """Return the format of one entry of `quantized_layers`."""
+def _listed_format(module: str, layers: ConfigKeys) -> WeightFormat:
+    """Return the format of one entry of `quantized_layers`, which is an algorithm or an object that names one."""
+    entry = layers.raw[module]
     name = entry.get("quant_algo") if isinstance(entry, Mapping) else entry
     format = ALGORITHMS.get(str(name).upper())
     if format is None:
-        raise ValueError(f"{file} lists {module} with quant_algo = {name!r}; supported are {', '.join(ALGORITHMS)}")
-    _check_group(entry if isinstance(entry, Mapping) else {}, file)
+        supported = f"supported are {', '.join(ALGORITHMS)}"
+        raise ValueError(f"{layers.file} lists {module} with quant_algo = {name!r}; {supported}")
+    if isinstance(entry, Mapping):
+        _check_group(layers.section(module))
     return format
 
 
-def _check_group(declared: Mapping[str, Any], file: str) -> None:
-    if declared.get("group_size") not in (None, GROUP):
-        raise ValueError(f"{file} has group_size = {declared['group_size']!r}; supported are groups of {GROUP}")
-
-
-def _object(raw: Mapping[str, Any], key: str, file: str) -> Mapping[str, Any]:
-    """Return the value of `key`, a JSON object; empty if the key is missing or null."""
-    value = raw.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{file} has {key} = {value!r}; allowed is an object")
-    return value or {}
-
-
-def _names(raw: Mapping[str, Any], key: str, file: str) -> tuple[str, ...]:
-    """Return the value of `key`, a list of names of modules; empty if the key is missing or null."""
-    value = raw.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{file} has {key} = {value!r}; allowed is a list of names")
-    return tuple(value)
+def _check_group(keys: ConfigKeys) -> None:
+    if keys.raw.get("group_size") not in (None, GROUP):
+        raise keys.wrong("group_size", f"supported are groups of {GROUP}")

@@ -351,19 +351,19 @@ def test_a_mistake_in_another_family_is_one_sentence(name: str, changed: Config,
     [
         (
             {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-            "config.json has quant_method = 'compressed-tensors'; supported are fp8 and modelopt",
+            "config.json has quantization_config.quant_method = 'compressed-tensors'; supported are fp8 and modelopt",
         ),
         (
             {"quant_method": "awq"},
-            "config.json has quant_method = 'awq'; supported are fp8 and modelopt",
+            "config.json has quantization_config.quant_method = 'awq'; supported are fp8 and modelopt",
         ),
         (
             {"quant_method": "fp8", "weight_block_size": [64, 64]},
-            "config.json has weight_block_size = [64, 64]; supported are ",
+            "config.json has quantization_config.weight_block_size = [64, 64]; supported are ",
         ),
         (
             {"quant_method": "modelopt", "quant_algo": "INT4"},
-            "config.json has quant_algo = 'INT4'; supported are FP8, NVFP4, W4A16_NVFP4",
+            "config.json has quantization_config.quant_algo = 'INT4'; supported are FP8, NVFP4, W4A16_NVFP4",
         ),
     ],
 )

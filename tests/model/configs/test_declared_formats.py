@@ -150,7 +150,7 @@ def test_what_is_not_supported_is_named(
     tiny_of: Callable[[str], Tiny], tmp_path: Path, declared: dict[str, Any], sentence: str
 ) -> None:
     path = edit_config(tiny_of("fp8").path, tmp_path, quantization_config=declared)
-    with pytest.raises(ValueError, match=f"^{re.escape(f'config.json has {sentence}')}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'config.json has quantization_config.{sentence}')}$"):
         load_family(path).check()
 
 

@@ -106,9 +106,8 @@ def test_a_quantization_file_beside_the_config_is_read(tmp_path: Path) -> None:
     assert report["dtype"] == "nvfp4"
     assert report["checkpoint_bytes"] == pytest.approx(19.324e9, rel=1e-4)
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
-    sentence = (
-        "hf_quant_config.json has quant_algo = 'W4A8_AWQ'; supported are FP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION"
-    )
+    supported = "FP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION"
+    sentence = f"hf_quant_config.json has quantization.quant_algo = 'W4A8_AWQ'; supported are {supported}"
     assert refused("--model", str(tmp_path)) == sentence
 
 
