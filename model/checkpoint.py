@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model.configs.config_keys import read_special_float
 from model.configs.declared_formats import DeclaredFormats
-from model.configs.weight_format import FORMATS, WeightFormat
+from model.configs.weight_format import FORMATS, StoredPart, WeightFormat
 from model.configs.weight_tensors import (
     IGNORED_SCALES,
     SCALES,
@@ -212,27 +212,39 @@ class Checkpoint:
         scales = [scale for scale in SCALES if f"{module_of(name)}.{scale}" in self._files]
         return weight_format(self.path, name, self.header(name).dtype, scales)
 
-    def plain_tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Read a tensor that cannot be quantized; raise ValueError as `tensor` does, and if the dtype is another."""
+    def check_plain(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check the header of a tensor that cannot be quantized; raise ValueError as `matrix_format` does."""
         format = self.weight_format(name)
         if format != "plain":
             raise ValueError(f"tensor {name} in {self.path} has the format {format}; only matrices may be quantized")
-        return self.tensor(name, shape)
+        check_part(self.path, name, StoredPart("weight", "plain", shape), self.header(name), format)
 
-    def matrix(self, name: str, shape: tuple[int, int], checks_codes: bool = True) -> StoredMatrix:
-        """Map the weight called `name` with its scales, as the checkpoint stores them, into memory.
+    def plain_tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read a tensor that cannot be quantized; raise ValueError as `tensor` and `check_plain` do."""
+        self.check_plain(name, shape)
+        return self.tensor(name)
 
-        `shape` has the weight's numbers of outputs and inputs. Raises ValueError as `weight_format` does, if a tensor
-        has a wrong shape, or if a code or a scale is NaN. If `checks_codes` is False, no code is read.
+    def matrix_format(self, name: str, shape: tuple[int, int]) -> WeightFormat:
+        """Return the format of the weight called `name`, and check the headers of the weight and of its scales.
+
+        `shape` has the weight's numbers of outputs and inputs. Raises ValueError as `weight_format` does, or if a
+        tensor has a wrong shape or dtype. No numbers are read.
         """
         format = self.weight_format(name)
-        parts = weight_parts(self.path, name, format, shape)
-        for part_name, part in parts.items():
+        for part_name, part in weight_parts(self.path, name, format, shape).items():
             check_part(self.path, part_name, part, self.header(part_name), format)
+        return format
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> StoredMatrix:
+        """Map the weight called `name` with its scales, as the checkpoint stores them, into memory.
+
+        Raises ValueError as `matrix_format` does, or if a code or a scale is NaN.
+        """
+        format = self.matrix_format(name, shape)
         tensors = []
-        for part_name, part in parts.items():
+        for part_name, part in weight_parts(self.path, name, format, shape).items():
             tensor = self.tensor(part_name)
-            if checks_codes and format != "plain":
+            if format != "plain":
                 check_codes(self.path, part_name, tensor)
             tensors.append(tensor.float().reshape(part.shape) if part.dtype == "float32" else tensor)
         return StoredMatrix(format, tuple(tensors))

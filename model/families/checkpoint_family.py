@@ -111,21 +111,26 @@ class CheckpointFamily(ABC):
         Raises ValueError if the model has no such expert, if its format differs from that of the layer's expert 0, or
         if a code is NaN.
         """
-        return self._expert(layer, expert, checks_codes=True)
-
-    def _expert(self, layer: int, expert: int, checks_codes: bool) -> dict[str, StoredMatrix]:
         shape = next((shape for shape in self.expert_shapes if shape.layer == layer), None)
         if shape is None or not 0 <= expert < shape.num_experts:
             raise ValueError(f"the model has no expert {expert} in layer {layer}")
-        found = {}
+        self._check_expert(shape, expert)
+        return {
+            matrix.name: self.checkpoint.matrix(
+                self.expert_name(layer, expert, matrix.name), (matrix.rows, matrix.columns)
+            )
+            for matrix in shape.matrices
+        }
+
+    def _check_expert(self, shape: ExpertShape, expert: int) -> None:
+        """Check the headers of an expert's tensors; raise ValueError as `load_expert` does."""
         for matrix in shape.matrices:
-            name = self.expert_name(layer, expert, matrix.name)
-            stored = found[matrix.name] = self.checkpoint.matrix(name, (matrix.rows, matrix.columns), checks_codes)
-            if stored.format != matrix.format:
-                other = self.expert_name(layer, 0, matrix.name)
-                formats = f"has the format {stored.format}, and {other} has the format {matrix.format}"
+            name = self.expert_name(shape.layer, expert, matrix.name)
+            format = self.checkpoint.matrix_format(name, (matrix.rows, matrix.columns))
+            if format != matrix.format:
+                other = self.expert_name(shape.layer, 0, matrix.name)
+                formats = f"has the format {format}, and {other} has the format {matrix.format}"
                 raise ValueError(f"tensor {name} in {self.checkpoint.path} {formats}; a layer's experts must have one")
-        return found
 
     def load_local_experts(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> LocalExperts:
         """Load every routed expert into this process."""
@@ -165,26 +170,32 @@ class CheckpointFamily(ABC):
         return module
 
     def check(self) -> None:
-        """Check the names, shapes and formats of all tensors; the weights are memory-mapped, but not read.
+        """Check the names, shapes and formats of all tensors, from the headers of the files.
 
-        So NaN among the codes of a quantized weight is found only when the weight is loaded.
+        No numbers are read, so NaN among the codes of a quantized weight is found only when the weight is loaded.
         """
         with torch.device("meta"):
             module = self.make_module(LocalExperts({}), self._has_own_head(reads_weights=False))
-        for _ in self._backbone_weights(module, checks_codes=False):
-            pass
-        for shape in self.expert_shapes:
-            for expert in range(shape.num_experts):
-                self._expert(shape.layer, expert, checks_codes=False)
+        parameters = module.state_dict()
+        self._check_names(parameters)
+        for name, value in parameters.items():
+            tensor_name, shape = self.tensor_name(name), tuple(value.shape)
+            if name.endswith(".weight") and len(shape) == 2:
+                self.checkpoint.matrix_format(tensor_name, (shape[0], shape[1]))
+            else:
+                self.checkpoint.check_plain(tensor_name, shape)
+        for experts in self.expert_shapes:
+            for expert in range(experts.num_experts):
+                self._check_expert(experts, expert)
 
-    def _backbone_weights(self, module: nn.Module, checks_codes: bool = True) -> Iterator[tuple[str, StoredMatrix]]:
+    def _backbone_weights(self, module: nn.Module) -> Iterator[tuple[str, StoredMatrix]]:
         """Yield (parameter name, memory-mapped weight) for every parameter of the model without its routed experts."""
         parameters = module.state_dict()
         self._check_names(parameters)
         for name, value in parameters.items():
             tensor_name, shape = self.tensor_name(name), tuple(value.shape)
             if name.endswith(".weight") and len(shape) == 2:
-                yield name, self.checkpoint.matrix(tensor_name, (shape[0], shape[1]), checks_codes)
+                yield name, self.checkpoint.matrix(tensor_name, (shape[0], shape[1]))
             else:
                 yield name, StoredMatrix.plain(self.checkpoint.plain_tensor(tensor_name, shape))
 

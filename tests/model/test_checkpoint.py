@@ -47,6 +47,12 @@ def test_the_backbone_reads_no_routed_expert(latent: Tiny, reads: list[str]) -> 
     assert {name for name in family.checkpoint.names if ".experts." not in name} == set(reads)
 
 
+@pytest.mark.parametrize("name", ["latent", TIED, "fp8_blocks", "nvfp4"])
+def test_the_check_reads_no_numbers(tiny_of: Callable[[str], Tiny], name: str, reads: list[str]) -> None:
+    load_family(tiny_of(name).path).check()
+    assert reads == []
+
+
 def test_a_shard_reads_only_its_own_experts(latent: Tiny, reads: list[str]) -> None:
     family = load_family(latent.path)
     shape = family.expert_shapes[1]
