@@ -1,6 +1,6 @@
 """The oracles compute the layers slowly and plainly in float64.
 
-The oracles are written from the equations in reference/models.md, section 1.3, and share no code with the model.
+The oracles are written from the equations in the papers that the blocks name, and share no code with the model.
 """
 
 from __future__ import annotations
