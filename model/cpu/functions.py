@@ -1,8 +1,11 @@
 """The scalar functions here have no calls and no branches, so that compilers turn loops over them into vector code.
 
 Every vector lane gives the same bits. As in other vector libraries, `exp` reduces its argument's range and then
-evaluates a polynomial; its relative error is below 2**-21 (tested). Callers allow the compiler to regroup sums, and
-regrouping does not harm the accuracy of these functions.
+evaluates a polynomial; its relative error is below 2**-21 (tested).
+
+`fastmath=False` must be stated. Without it, numba compiles a function with the options of the caller that happens to be
+compiled first in the process, and some callers allow the compiler to regroup sums. Two processes that compile their
+kernels in different orders would then get different bits.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ HALF = np.float32(0.5)
 LOWEST, HIGHEST = np.float32(-87.3), np.float32(88.3)
 
 
-@njit(forceinline=True, error_model="numpy")
+@njit(forceinline=True, error_model="numpy", fastmath=False)
 def exp(x: Any) -> Any:
     """Compute e**x in fp32; arguments below -87.3 give about 1e-38, arguments above 88.3 about 2e38."""
     x = max(min(x, HIGHEST), LOWEST)
@@ -61,12 +64,12 @@ def exp(x: Any) -> Any:
     return p * scale
 
 
-@njit(forceinline=True, error_model="numpy")
+@njit(forceinline=True, error_model="numpy", fastmath=False)
 def silu(x: Any) -> Any:
     return x / (np.float32(1.0) + exp(-x))
 
 
-@njit(forceinline=True, error_model="numpy")
+@njit(forceinline=True, error_model="numpy", fastmath=False)
 def round_to_bf16(x: Any) -> Any:
     """Round an fp32 number to the nearest bf16 number, ties to even, and return the bf16 number as fp32."""
     bits = bits_of(x)
@@ -74,7 +77,7 @@ def round_to_bf16(x: Any) -> Any:
     return from_bits(np.int32((bits + np.int32(0x7FFF) + odd) & np.int32(-0x10000)))
 
 
-@njit(forceinline=True, error_model="numpy")
+@njit(forceinline=True, error_model="numpy", fastmath=False)
 def from_bf16(bits: Any) -> Any:
     """Return the bf16 number whose bits are given as an int16, as fp32."""
     return from_bits(np.int32(np.int32(bits) << np.int32(16)))
