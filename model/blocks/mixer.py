@@ -5,6 +5,8 @@ Legend: T tokens of the step, D hidden.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -12,23 +14,23 @@ from model.blocks.norm import RMSNorm
 from model.state import Batch, State
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """A `Mixer` maps the normed hidden vectors of a step to the vectors that are added: (T, D) -> (T, D)."""
 
+    @abstractmethod
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         """Prepare the CPU kernels, including the parameters of `norm`, the norm before the mixer.
 
         `dtype` is the deployment's dtype, in which rows go to the experts. From now on `add_to` may be called.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def add_to(self, x_TD: Tensor, batch: Batch, state: State) -> None:
         """Compute x += mixer(norm(x)) in place with the CPU kernels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, h_TD: Tensor, batch: Batch, state: State) -> Tensor:
         """Compute the mixer in plain PyTorch; read and update the requests' state."""
-        raise NotImplementedError
 
     def commit(self, rows: Tensor, accepted: Batch, state: State) -> None:
         """Advance the recurrent state of requests with drafts over the tokens of `accepted`.

@@ -5,6 +5,7 @@ Legend: N rows, D hidden, E experts, K picks per row.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from model.cpu.packed_matrix import PackedMatrix, pack_matrix
 from model.stored_matrix import StoredMatrix
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """A `Router` picks K experts for each row: (N, D) -> expert ids (N, K) and weights (N, K).
 
     Scores are fp32. Among experts with equal scores, the expert with the lowest id comes first.
@@ -35,14 +36,14 @@ class Router(nn.Module):
     def logits(self, h_ND: Tensor) -> Tensor:
         return torch.nn.functional.linear(h_ND.float(), self.weight.float())
 
+    @abstractmethod
     def forward(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids and the weights of each row's experts, int64 and fp32 (N, K)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def kernel_params(self) -> tuple[Any, ...]:
         """Return the router's parameters in the order in which `cpu.layers.route` takes them."""
-        raise NotImplementedError
 
 
 class SigmoidRouter(Router):

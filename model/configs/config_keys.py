@@ -107,6 +107,12 @@ def check_divides(large: str, whole: int, small: str, part: int) -> None:
         raise ValueError(f"config.json has {large} = {whole}, which {small} = {part} does not divide")
 
 
+def check_mtp_layers(num_layers: int) -> None:
+    """Raise ValueError if a model has another number of MTP modules than 0 or 1."""
+    if num_layers not in (0, 1):
+        raise ValueError(f"config.json has num_nextn_predict_layers = {num_layers!r}; supported are 0 and 1")
+
+
 def check_router(
     num_experts: tuple[str, int], top_k: int, num_groups: tuple[str, int] = ("n_group", 1), top_groups: int = 1
 ) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from model.configs.config_keys import ConfigKeys, check_router
+from model.configs.config_keys import ConfigKeys, check_mtp_layers, check_router
 from model.configs.expert_shape import ExpertShape
 from model.configs.matrices import Matrices, gated_mlp, merge
 from model.configs.mixer_shapes import MLAShape
@@ -104,9 +104,7 @@ class DeepseekV3Config:
         )
 
     def __post_init__(self) -> None:
-        if self.num_nextn_predict_layers not in (0, 1):
-            given = self.num_nextn_predict_layers
-            raise ValueError(f"config.json has num_nextn_predict_layers = {given!r}; supported are 0 and 1")
+        check_mtp_layers(self.num_nextn_predict_layers)
         if (num_dense := self.first_k_dense_replace) >= self.num_layers:
             raise ValueError(f"config.json has first_k_dense_replace = {num_dense}, but only {self.num_layers} layers")
         experts, groups = ("n_routed_experts", self.n_routed_experts), ("n_group", self.n_group)

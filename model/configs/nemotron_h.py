@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from model.configs.config_keys import ConfigKeys, check_divides, check_router
+from model.configs.config_keys import ConfigKeys, check_divides, check_mtp_layers, check_router
 from model.configs.expert_shape import ExpertShape
 from model.configs.matrices import Matrices, merge
 from model.configs.mixer_shapes import AttentionShape, MambaShape
@@ -148,9 +148,7 @@ class NemotronHConfig:
         )
 
     def __post_init__(self) -> None:
-        if self.num_nextn_predict_layers not in (0, 1):
-            given = self.num_nextn_predict_layers
-            raise ValueError(f"config.json has num_nextn_predict_layers = {given!r}; supported are 0 and 1")
+        check_mtp_layers(self.num_nextn_predict_layers)
         mamba, attention = self.mamba, self.attention
         check_divides("mamba_num_heads", mamba.num_heads, "n_groups", mamba.num_groups)
         check_divides("num_attention_heads", attention.num_heads, "num_key_value_heads", attention.num_kv_heads)

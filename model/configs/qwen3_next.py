@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from model.configs.config_keys import ConfigKeys, check_divides, check_router
+from model.configs.config_keys import ConfigKeys, check_divides, check_mtp_layers, check_router
 from model.configs.expert_shape import ExpertShape
 from model.configs.matrices import Matrices, gated_mlp, merge
 from model.configs.mixer_shapes import AttentionShape, DeltaNetShape
@@ -112,9 +112,7 @@ class Qwen3NextConfig:
         )
 
     def __post_init__(self) -> None:
-        if self.num_nextn_predict_layers not in (0, 1):
-            given = self.num_nextn_predict_layers
-            raise ValueError(f"config.json has num_nextn_predict_layers = {given!r}; supported are 0 and 1")
+        check_mtp_layers(self.num_nextn_predict_layers)
         attention, delta_net = self.attention, self.delta_net
         check_divides("num_attention_heads", attention.num_heads, "num_key_value_heads", attention.num_kv_heads)
         heads = (delta_net.num_value_heads, "linear_num_key_heads", delta_net.num_key_heads)

@@ -90,16 +90,6 @@ def pointer_to(_: Any, array: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def pointer_from(_: Any, address: Any) -> Any:
-    """Return the pointer to fp32 numbers for an address, which is given as an int64."""
-
-    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], F32.as_pointer())
-
-    return POINTER(types.int64), generate
-
-
-@intrinsic
 def advance(_: Any, pointer: Any, offset: Any) -> Any:
     """Return the pointer to the number that comes `offset` fp32 numbers after `pointer`."""
 

@@ -25,32 +25,32 @@ from model.stored_matrix import StoredMatrix
 log = logging.getLogger(__name__)
 
 
-class BackboneModule(nn.Module):
+class BackboneModule(nn.Module, ABC):
     """A `BackboneModule` is a `LanguageModel` made of PyTorch modules.
 
     The modules of the embeddings and of the head, if it has weights of its own, are `embeddings` and `lm_head`.
     """
 
+    @abstractmethod
     def pack(self, dtype: torch.dtype) -> None:
         """Copy the weights into the CPU kernels' layout; rows go to the experts in `dtype` from now on."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def has_drafts(self) -> bool:
         """Return True if `draft` may be called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def commit(self, batch: Batch, num_accepted: Sequence[int], state: State) -> None:
         """Advance recurrent state over accepted drafts, as `LanguageModel.commit` says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits of hidden vectors: (..., D) -> fp32 (..., V)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State) -> Tensor:
         """Run the draft module for one step, as `LanguageModel.draft` says."""
-        raise NotImplementedError
 
 
 class CheckpointFamily(ABC):

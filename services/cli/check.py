@@ -16,7 +16,8 @@ def check(
         typer.Option(help="Hugging Face model directory, or ORG/NAME or ORG/NAME@REVISION, which is downloaded."),
     ],
     model_name: Annotated[
-        str, typer.Option(help="Name by which clients would ask for the model. Default: the name of its directory.")
+        str,
+        typer.Option(help="Name by which clients would ask for the model. Default: ORG/NAME, or the directory's name."),
     ] = "",
 ) -> None:
     """Tell whether a model directory is complete and can be served.
