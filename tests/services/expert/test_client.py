@@ -29,6 +29,8 @@ from tests.services.expert.corrupting_proxy import CorruptingProxy
 from tests.services.expert.shard_process import READ_S, ShardProcess
 
 Rows = tuple[Tensor, Tensor, Tensor]
+# A client with this policy sends a request a second time only if the first one is lost, however long the reply takes.
+PATIENT = CallPolicy(timeout_s=60.0, stall_s=60.0, hedge_floor_s=60.0)
 
 
 def make_rows(num_rows: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Rows:
@@ -79,6 +81,11 @@ def connect(remote: RemoteExperts) -> None:
         time.sleep(0.01)
 
 
+def num_requests(shard: Shard) -> int:
+    """Ask a shard how many requests have reached it since its start."""
+    return int(asyncio.run(control_client.status(shard.endpoint)).counters.num_requests)
+
+
 def placement_on(local: LocalExperts, homes: dict[int, Homes], epoch: int = 1) -> Placement:
     return Placement(epoch, homes, local.gains)
 
@@ -112,7 +119,7 @@ def test_gains_of_the_shards_are_those_of_the_model(fleet: list[Shard], local: L
 
 
 def test_a_big_batch_travels_in_pieces(fleet: list[Shard], local: LocalExperts) -> None:
-    remote = RemoteExperts(CallPolicy(piece_bytes=10 * LATENT * 4))
+    remote = RemoteExperts(replace(PATIENT, piece_bytes=10 * LATENT * 4))
     remote.update(placement_on(local, everywhere([fleet[0].id])), fleet)
     rows = make_rows(105)
     assert torch.equal(remote(1, *rows)(), local(1, *rows)())
@@ -122,7 +129,7 @@ def test_a_big_batch_travels_in_pieces(fleet: list[Shard], local: LocalExperts) 
 
 def test_more_pieces_than_a_shard_queues_are_computed_all_the_same(model_dir: Path, local: LocalExperts) -> None:
     remote = RemoteExperts(CallPolicy(piece_bytes=1))
-    with ShardProcess(model_dir, 1, max_queue=2) as process:
+    with ShardProcess(model_dir, 1, max_queue=2, us_per_row=2000) as process:  # slow enough for a queue to form
         remote.update(fill(process.shards, everywhere([process.shards[0].id])), process.shards)
         rows = make_rows(60)
         assert torch.equal(remote(1, *rows)(), local(1, *rows)())
@@ -130,13 +137,15 @@ def test_more_pieces_than_a_shard_queues_are_computed_all_the_same(model_dir: Pa
     remote.close()
 
 
-def test_what_is_sent_is_counted(fleet: list[Shard], local: LocalExperts, remote: RemoteExperts) -> None:
+def test_what_is_sent_is_counted(fleet: list[Shard], local: LocalExperts) -> None:
+    remote = RemoteExperts(PATIENT)
     remote.update(placement_on(local, everywhere([fleet[0].id])), fleet)
     remote(1, *make_rows(1))()
     traffic = remote.traffic
     assert (traffic.num_calls, traffic.num_rows, traffic.num_picks, traffic.num_sent) == (1, 1, TOP_K, 1)
     assert LATENT * 4 < traffic.sent_bytes < LATENT * 4 + 128
     assert LATENT * 4 < traffic.received_bytes < LATENT * 4 + 64
+    remote.close()
 
 
 def test_calls_overlap(fleet: list[Shard], local: LocalExperts, remote: RemoteExperts) -> None:
@@ -210,17 +219,23 @@ def test_the_silence_allowed_grows_with_the_work_and_leaves_time_for_another_hom
 
 
 def test_a_shard_that_computes_for_long_is_left_to_it(model_dir: Path, fleet: list[Shard], local: LocalExperts) -> None:
-    few, many = make_rows(10), make_rows(100)
-    with ShardProcess(model_dir, 1, name="slow", us_per_row=5000) as slow:
+    """Ask a shard for 100 rows, which take 2 seconds there, with limits that allow a silence of 0.2 and of 15 seconds.
+
+    The longer limit is `stall_s` and a quarter of `timeout_s`, because 8 times the predicted time is even longer.
+    """
+    few, many = make_rows(60), make_rows(100)
+    with ShardProcess(model_dir, 1, name="slow", us_per_row=20_000) as slow:
         shards = [*slow.shards, fleet[0]]
         fill(slow.shards, everywhere([slow.shards[0].id]))
-        for patience, num_stalled in ((0.0, 1), (8.0, 0)):
-            remote = RemoteExperts(CallPolicy(stall_s=0.2, patience=patience, hedge_burst=0.0))
+        never = {"far_slower": 1e6, "reset_after": 1e6, "hedge_burst": 0.0}
+        for patience, num_stalled in ((8.0, 0), (0.0, 1)):
+            policy = CallPolicy(timeout_s=60.0, stall_s=0.2, patience=patience, **never)
+            remote = RemoteExperts(policy)
             remote.update(placement_on(local, everywhere([slow.shards[0].id]), epoch=1), shards)
             remote(1, *few)()  # this call shows the client how long a row takes
             remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
             connect(remote)
-            prefer(remote, slow.shards[0].id)
+            prefer(remote, slow.shards[0].id, 1e7)
             assert torch.equal(remote(1, *many)(), local(1, *many)())
             assert remote.traffic.num_stalled == num_stalled
             remote.close()
@@ -241,28 +256,35 @@ def test_a_draining_shard_is_passed_over(
         assert remote.traffic.refusals["DRAINING"] >= 1
 
 
-def ask_many(
-    remote: RemoteExperts, local: LocalExperts, num_calls: int, num_rows: int = 8, between: float = 0.0
-) -> list[float]:
-    """Make `num_calls` calls of `num_rows` rows and return the time of each call in seconds.
+def ask_many(remote: RemoteExperts, local: LocalExperts, num_calls: int, between: float = 0.0) -> None:
+    """Make `num_calls` calls of 8 rows, and wait `between` seconds after each call.
 
-    The function waits `between` seconds after each call. It asserts that the sums equal the local sums bit for bit.
+    The function asserts that the sums equal the local sums bit for bit.
     """
-    times = []
     for seed in range(num_calls):
-        rows = make_rows(num_rows, seed=seed)
-        started_at = time.monotonic()
+        rows = make_rows(8, seed=seed)
         assert torch.equal(remote(1, *rows)(), local(1, *rows)())
-        times.append(time.monotonic() - started_at)
         time.sleep(between)
-    return times
 
 
-def prefer(remote: RemoteExperts, shard_id: str) -> None:
-    """Give all other shards a slow cost model. While the shard `shard_id` is available, all picks then go to it."""
+def ask_until_all_reach(shard: Shard, remote: RemoteExperts, local: LocalExperts) -> None:
+    """Make calls until all of 20 calls in a row have sent a message to `shard`.
+
+    A circuit that opens because the machine stalls only causes another attempt.
+    """
+    for _ in range(50):
+        before = num_requests(shard)
+        ask_many(remote, local, 20)
+        if num_requests(shard) >= before + 20:
+            return
+    raise AssertionError(f"The calls do not go to {shard.id}; its circuit is {remote.circuits[shard.id]}.")
+
+
+def prefer(remote: RemoteExperts, shard_id: str, call_us: float = 1e5) -> None:
+    """Make all other shards cost `call_us` more per call. While `shard_id` is available, all picks then go to it."""
     view = remote.connections.view
     assert view is not None
-    cost_models = {id: CostModel(call_us=1e5) for id in view.shard_ids if id != shard_id}
+    cost_models = {id: CostModel(call_us=call_us) for id in view.shard_ids if id != shard_id}
     remote.connections.view = FleetView(view.placement, view.healths, cost_models)
 
 
@@ -277,21 +299,24 @@ def test_rows_of_a_dead_or_hung_shard_go_to_another_home_at_once(
         remote.update(placement_on(local, homes), shards)
         connect(remote)
         prefer(remote, doomed.shards[0].id)
-        num_asked = remote.traffic.num_sent
-        ask_many(remote, local, 20)
-        assert remote.traffic.num_sent == num_asked + 20  # each call sent one message, to the doomed shard
+        ask_until_all_reach(doomed.shards[0], remote, local)
+        before = replace(remote.traffic)
         os.kill(doomed.process.pid, sent)
-        stopped_at, times = time.monotonic(), []
-        while time.monotonic() < stopped_at + (10.0 if sent is signal.SIGSTOP else 2.0):
-            times += ask_many(remote, local, 5, between=0.02)
-        assert max(times) < 0.5
-        assert sum(taken > 0.1 for taken in times) <= 2
+        stopped_at, num_calls = time.monotonic(), 0
+        while time.monotonic() < stopped_at + (10.0 if sent is signal.SIGSTOP else 2.0) or num_calls < 50:
+            ask_many(remote, local, 5, between=0.02)
+            num_calls += 5
+        # Each message to the doomed shard was lost, or is still in flight. Usually there is one message beside the
+        # probes. A client that notices nothing sends one message with each call.
+        traffic, in_flight = remote.traffic, remote._fleet.in_flight.values()
+        num_sent = traffic.num_lost - before.num_lost + sum(request.shard_id == "doomed0" for request in in_flight)
+        assert num_sent <= traffic.num_probes - before.num_probes + num_calls // 2
         if sent is signal.SIGSTOP:
-            assert remote.traffic.num_hedged >= 1
+            assert traffic.num_hedged + traffic.num_stalled > before.num_hedged + before.num_stalled
             assert remote.circuits["doomed0"] != "closed"
-            assert remote.traffic.num_hedged <= remote.policy.hedge_burst + 0.03 * remote.traffic.num_sent
+            assert traffic.num_hedged <= remote.policy.hedge_burst + 0.03 * traffic.num_sent
             os.kill(doomed.process.pid, signal.SIGCONT)
-            ended_at = time.monotonic() + 30
+            ended_at = time.monotonic() + 90
             while remote.circuits["doomed0"] != "closed" and time.monotonic() < ended_at:
                 ask_many(remote, local, 5, between=0.02)
             assert remote.circuits["doomed0"] == "closed"
@@ -306,15 +331,12 @@ def test_a_shard_twenty_times_slower_is_hardly_asked(
     ):
         shards = [*quick.shards, *slow.shards]
         fill(shards, everywhere([shard.id for shard in shards]))
-        remote.update(placement_on(local, everywhere(["quick0"])), quick.shards)
-        connect(remote)
-        usual = sorted(ask_many(remote, local, 30))[15]
-        remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
+        remote.update(placement_on(local, everywhere([shard.id for shard in shards])), shards)
         connect(remote)
         prefer(remote, "slow0")
-        times = ask_many(remote, local, 60)
-        assert max(times) < 0.5
-        assert sorted(times)[30] < 2 * usual + 0.01
+        ask_many(remote, local, 60)
+        # Usually two calls. A client that does not measure the shards sends all 60 calls to the slow shard.
+        assert 1 <= num_requests(slow.shards[0]) <= 30
 
 
 def test_corrupt_sums_are_found_out_and_computed_elsewhere(
@@ -327,8 +349,10 @@ def test_corrupt_sums_are_found_out_and_computed_elsewhere(
         remote.update(placement_on(local, homes), shards)
         connect(remote)
         prefer(remote, "liar0")
-        assert max(ask_many(remote, local, 100, between=0.01)) < 0.5
-        assert 1 <= remote.traffic.num_corrupt <= 10  # the shard's circuit stays open longer after each corrupt reply
+        ask_many(remote, local, 100, between=0.01)
+        # Usually three replies, because the circuit stays open longer after each corrupt reply. A client that trusts
+        # the shard again at once gets 100.
+        assert 1 <= remote.traffic.num_corrupt <= 30
         assert remote.circuits["liar0"] != "closed"
 
 
@@ -365,11 +389,13 @@ def test_a_call_without_a_live_home_waits_until_the_fleet_has_healed(
         rows = make_rows(8)
         wait = remote(1, *rows)
         healed = placement_on(local, everywhere([fleet[0].id]), epoch=2)
-        threading.Timer(1.5, lambda: remote.update(healed, fleet)).start()
-        started_at, busy_s = time.monotonic(), time.thread_time()
+        healing = threading.Timer(1.5, lambda: remote.update(healed, fleet))
+        healing.start()
+        busy_s = time.thread_time()
         assert torch.equal(wait(), local(1, *rows)())
-        assert 1.4 < time.monotonic() - started_at < 2.5
-        assert time.thread_time() - busy_s < 0.2
+        assert remote.epoch == 2  # the call has waited for the new placement
+        assert time.thread_time() - busy_s < 0.75  # usually 0.01 s; a thread that asks again and again needs 1.5 s
+        healing.join()
 
 
 def test_a_call_that_waits_is_given_up_when_the_backbone_stops(
@@ -391,15 +417,20 @@ def test_a_shard_that_stands_by_is_waited_for(model_dir: Path, local: LocalExper
         standby = everywhere([shard.id for shard in cold.shards])
         remote.update(Placement(1, nowhere, local.gains, standby=standby), cold.shards)
         connect(remote)
-        first, second = ask_many(remote, local, 1)[0], ask_many(remote, local, 1)[0]
-        assert READ_S < first < 5
-        assert second < first
+        num_promotions = []
+        for _ in range(2):
+            ask_many(remote, local, 1)
+            counters = [asyncio.run(control_client.status(shard.endpoint)).counters for shard in cold.shards]
+            num_promotions.append(sum(of.num_promotions for of in counters))
+            assert sum(of.promotion_us for of in counters) >= READ_S * 1e6 * num_promotions[0]
+        assert num_promotions[0] == num_promotions[1] == len(make_rows(8)[1].unique())
         assert (remote.traffic.num_hedged, remote.traffic.num_stalled) == (0, 0)
 
 
 def test_a_shard_that_was_never_connected_holds_up_nothing_another_can_do(
-    fleet: list[Shard], local: LocalExperts, remote: RemoteExperts
+    fleet: list[Shard], local: LocalExperts
 ) -> None:
+    remote = RemoteExperts(PATIENT)
     remote.update(placement_on(local, everywhere([fleet[0].id]), epoch=1), fleet)
     connect(remote)
     rows = make_rows(30)
@@ -408,10 +439,14 @@ def test_a_shard_that_was_never_connected_holds_up_nothing_another_can_do(
         endpoint = f"127.0.0.1:{mute.getsockname()[1]}"
         silent = replace(fleet[0], id="silent", endpoint=endpoint, compute_endpoint=endpoint)
         shards = [silent, fleet[0]]
-        started_at = time.monotonic()
         remote.update(placement_on(local, everywhere([shard.id for shard in shards]), epoch=2), shards)
+        before, num_sent = num_requests(fleet[0]), remote.traffic.num_sent
         assert torch.equal(remote(1, *rows)(), expected)
-        assert time.monotonic() - started_at < 0.5
+        # No message waited for the silent shard.
+        assert remote.traffic.num_sent == num_sent + 1
+        assert num_requests(fleet[0]) == before + 1
+        assert remote.traffic.num_heals == 0
+    remote.close()
 
 
 def test_a_shard_that_comes_back_is_used_again(model_dir: Path, local: LocalExperts, remote: RemoteExperts) -> None:
@@ -434,6 +469,7 @@ def test_without_a_live_home_the_error_says_what_is_missing(model_dir: Path, loc
         homes = everywhere([process.shards[0].id])
         fill(process.shards, homes)
         remote.update(placement_on(local, homes), process.shards)
+        connect(remote)
         rows = make_rows(4)
         remote(1, *rows)()
         process.process.kill()
