@@ -70,12 +70,13 @@ async def _answers(calls: Sequence[Awaitable[Any]]) -> list[dict[str, Any]]:
     """
     answers: list[dict[str, Any]] = []
     pending = {asyncio.ensure_future(call) for call in calls}
-    stop_at = time.monotonic() + STATUS_TIMEOUT_S
-    while pending and (left := stop_at - time.monotonic()) > 0:
+    clock = asyncio.get_running_loop().time
+    stop_at = clock() + STATUS_TIMEOUT_S
+    while pending and (left := stop_at - clock()) > 0:
         done, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         new = [task.result() for task in done if not task.cancelled() and task.exception() is None]
         if new and not answers:
-            stop_at = min(stop_at, time.monotonic() + OTHERS_TIMEOUT_S)
+            stop_at = min(stop_at, clock() + OTHERS_TIMEOUT_S)
         answers += new
     for task in pending:
         task.cancel()
