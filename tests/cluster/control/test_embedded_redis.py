@@ -23,7 +23,7 @@ def is_running(pid: int) -> bool:
 
 
 def wait_until_gone(pid: int) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     return not is_running(pid)
@@ -45,7 +45,7 @@ def test_a_server_that_dies_comes_back_empty_where_it_was() -> None:
         for _ in range(2):
             dead = server.pid
             os.kill(dead, signal.SIGKILL)
-            stop_at = time.monotonic() + 10
+            stop_at = time.monotonic() + 60
             while time.monotonic() < stop_at:
                 try:
                     assert client.get("key") is None

@@ -8,11 +8,12 @@ import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 import pytest
 
+from cluster.control import registry as redis_registry
 from cluster.control.embedded_redis import EmbeddedRedis
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.control.operator_orders import OrderKind, StandingOrder, scale_targets
@@ -22,29 +23,72 @@ from cluster.topology import Placement
 from tests.cluster.fleet import make_shard
 
 TTL_S = 0.3
-Contract = Callable[[RegistryStore], Awaitable[None]]
+MAX_ATTEMPTS = 20
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no call fail because a busy machine stalls for seconds."""
+    monkeypatch.setattr(redis_registry, "CONNECT_TIMEOUT_S", 30.0)
+    monkeypatch.setattr(redis_registry, "CALL_TIMEOUT_S", 30.0)
+
+
+class Pauses:
+    """`Pauses` wait on behalf of a contract, and measure how long everything else in the contract took."""
+
+    def __init__(self) -> None:
+        self._started_at, self._waited_s = time.monotonic(), 0.0
+
+    async def wait(self, num_ttls: float) -> None:
+        self._waited_s += num_ttls * TTL_S
+        await asyncio.sleep(num_ttls * TTL_S)
+
+    @property
+    def has_stalled(self) -> bool:
+        """Return True if everything else took so long that an entry may have expired early.
+
+        The contracts expect entries to be alive 0.7 times TTL_S after the last heartbeat.
+        """
+        return time.monotonic() - self._started_at - self._waited_s > 0.25 * TTL_S
+
+
+Contract = Callable[[RegistryStore, Pauses], Awaitable[None]]
+
+
+async def check(contract: Contract, make_registry: Callable[[], RegistryStore]) -> None:
+    """Check a contract with an empty registry; try again if the contract fails while the machine stalls."""
+    for _ in range(MAX_ATTEMPTS):
+        pauses = Pauses()
+        try:
+            await contract(make_registry(), pauses)
+        except (AssertionError, StalePlacement):
+            if not pauses.has_stalled:
+                raise
+        else:
+            return
+    raise AssertionError(f"The machine stalled in each of {MAX_ATTEMPTS} attempts.")
 
 
 def placement_of(epoch: int) -> Placement:
     return Placement(epoch, {0: (("s00", "s01"),)}, {0: 3})
 
 
-async def heartbeats_keep_shards_alive(registry: RegistryStore) -> None:
+async def heartbeats_keep_shards_alive(registry: RegistryStore, pauses: Pauses) -> None:
     assert await registry.shards() == []
     await registry.heartbeat(make_shard(1))
     await registry.heartbeat(make_shard(0))
     busy = replace(make_shard(1), queue_depth=4)
     await registry.heartbeat(busy)
     assert await registry.shards() == [make_shard(0), busy]
-    await asyncio.sleep(TTL_S * 0.7)
+    await pauses.wait(0.7)
     await registry.heartbeat(busy)
-    await asyncio.sleep(TTL_S * 0.7)
+    await pauses.wait(0.7)
     assert await registry.shards() == [busy]
     await registry.heartbeat(make_shard(0))
     assert await registry.shards() == [make_shard(0), busy]
 
 
-async def only_its_own_incarnation_says_goodbye(registry: RegistryStore) -> None:
+async def only_its_own_incarnation_says_goodbye(registry: RegistryStore, pauses: Pauses) -> None:
     old, new = make_shard(0), replace(make_shard(0), incarnation="i2")
     await registry.remove(old)
     await registry.heartbeat(old)
@@ -55,7 +99,7 @@ async def only_its_own_incarnation_says_goodbye(registry: RegistryStore) -> None
     assert await registry.shards() == []
 
 
-async def a_placement_replaces_only_the_one_it_knows(registry: RegistryStore) -> None:
+async def a_placement_replaces_only_the_one_it_knows(registry: RegistryStore, pauses: Pauses) -> None:
     assert (await registry.placement(), await registry.epoch()) == (None, 0)
     await registry.publish(placement_of(1), expected_epoch=0, fencing=0)
     assert (await registry.placement(), await registry.epoch()) == (placement_of(1), 1)
@@ -65,7 +109,7 @@ async def a_placement_replaces_only_the_one_it_knows(registry: RegistryStore) ->
     assert await registry.placement() == placement_of(2)
 
 
-async def an_empty_place_may_be_filled_by_anyone(registry: RegistryStore) -> None:
+async def an_empty_place_may_be_filled_by_anyone(registry: RegistryStore, pauses: Pauses) -> None:
     lease = await registry.acquire_lease("leader")
     assert lease is not None
     await registry.publish(placement_of(5), 0, fencing=0)
@@ -74,7 +118,7 @@ async def an_empty_place_may_be_filled_by_anyone(registry: RegistryStore) -> Non
         await registry.publish(placement_of(7), 6, fencing=0)
 
 
-async def backbones_say_what_they_follow(registry: RegistryStore) -> None:
+async def backbones_say_what_they_follow(registry: RegistryStore, pauses: Pauses) -> None:
     assert await registry.followers() == {}
     await registry.follow("b1", 4)
     await registry.follow("b0", 3)
@@ -82,22 +126,22 @@ async def backbones_say_what_they_follow(registry: RegistryStore) -> None:
     assert await registry.followers() == {"b0": 3, "b1": 5}
     await registry.unfollow("b1")
     assert await registry.followers() == {"b0": 3}
-    await asyncio.sleep(TTL_S * 1.2)
+    await pauses.wait(1.2)
     assert await registry.followers() == {}
 
 
-async def the_newest_decisions_come_first(registry: RegistryStore) -> None:
+async def the_newest_decisions_come_first(registry: RegistryStore, pauses: Pauses) -> None:
     assert await registry.decisions(3) == []
     for number in "1234":
         await registry.note_decision({"epoch": number, "why": "a reason"})
     assert [decision["epoch"] for decision in await registry.decisions(3)] == ["4", "3", "2"]
 
 
-async def an_old_leader_cannot_publish(registry: RegistryStore) -> None:
+async def an_old_leader_cannot_publish(registry: RegistryStore, pauses: Pauses) -> None:
     first = await registry.acquire_lease("first")
     assert first is not None
     await registry.publish(placement_of(1), 0, first.fencing)
-    await asyncio.sleep(TTL_S * 1.2)
+    await pauses.wait(1.2)
     second = await registry.acquire_lease("second")
     assert second is not None
     assert second.fencing > first.fencing
@@ -108,13 +152,13 @@ async def an_old_leader_cannot_publish(registry: RegistryStore) -> None:
         await registry.publish(placement_of(3), 2, first.fencing)
 
 
-async def one_leader_at_a_time(registry: RegistryStore) -> None:
+async def one_leader_at_a_time(registry: RegistryStore, pauses: Pauses) -> None:
     first = await registry.acquire_lease("first")
     assert first is not None
     assert await registry.acquire_lease("second") is None
-    await asyncio.sleep(TTL_S * 0.7)
+    await pauses.wait(0.7)
     assert await registry.renew_lease(first)
-    await asyncio.sleep(TTL_S * 0.7)
+    await pauses.wait(0.7)
     assert await registry.acquire_lease("second") is None
     await registry.release_lease(first)
     second = await registry.acquire_lease("second")
@@ -124,7 +168,7 @@ async def one_leader_at_a_time(registry: RegistryStore) -> None:
     assert await registry.renew_lease(second)
 
 
-async def a_leader_is_seen_as_long_as_it_leads(registry: RegistryStore) -> None:
+async def a_leader_is_seen_as_long_as_it_leads(registry: RegistryStore, pauses: Pauses) -> None:
     assert not await registry.has_leader()
     lease = await registry.acquire_lease("first")
     assert lease is not None
@@ -132,11 +176,11 @@ async def a_leader_is_seen_as_long_as_it_leads(registry: RegistryStore) -> None:
     await registry.release_lease(lease)
     assert not await registry.has_leader()
     await registry.acquire_lease("second")
-    await asyncio.sleep(TTL_S * 1.2)
+    await pauses.wait(1.2)
     assert not await registry.has_leader()
 
 
-async def the_first_checksum_of_an_expert_stays(registry: RegistryStore) -> None:
+async def the_first_checksum_of_an_expert_stays(registry: RegistryStore, pauses: Pauses) -> None:
     largest = 2**64 - 1
     assert await registry.checksums("w", 1) == {}
     assert await registry.note_checksums("w", 1, {}) == {}
@@ -146,7 +190,7 @@ async def the_first_checksum_of_an_expert_stays(registry: RegistryStore) -> None
     assert await registry.checksums("w", 2) == await registry.checksums("other", 1) == {}
 
 
-async def an_order_stands_until_it_is_lifted(registry: RegistryStore) -> None:
+async def an_order_stands_until_it_is_lifted(registry: RegistryStore, pauses: Pauses) -> None:
     assert await registry.orders() == {}
     drain = StandingOrder(OrderKind.DRAIN, "s00", by="ada", at=1.5)
     scale = StandingOrder(OrderKind.SCALE, "experts-cpu", 4, "ada", 2.0)
@@ -165,7 +209,7 @@ async def an_order_stands_until_it_is_lifted(registry: RegistryStore) -> None:
     assert scale_targets(await registry.orders()) == {"experts-cpu": 2}
 
 
-async def the_leader_has_a_name(registry: RegistryStore) -> None:
+async def the_leader_has_a_name(registry: RegistryStore, pauses: Pauses) -> None:
     assert await registry.leader() is None
     lease = await registry.acquire_lease("the first of many")
     assert lease is not None
@@ -193,13 +237,13 @@ CONTRACTS: list[Contract] = [
 @asynccontextmanager
 async def registry_at(redis_url: str, model: str | None = None) -> AsyncIterator[Registry]:
     async with connect(redis_url) as redis:
-        yield Registry(redis, model or uuid.uuid4().hex, ttl_s=TTL_S, lease_ttl_s=TTL_S)
+        yield Registry(redis, model or uuid.uuid4().hex, ttl_s=3600, lease_ttl_s=3600)
 
 
 @pytest.mark.parametrize("contract", CONTRACTS)
 def test_registry_in_memory(contract: Contract) -> None:
     async def run() -> None:
-        await contract(MemoryRegistry(time.monotonic, ttl_s=TTL_S, lease_ttl_s=TTL_S))
+        await check(contract, lambda: MemoryRegistry(time.monotonic, ttl_s=TTL_S, lease_ttl_s=TTL_S))
 
     asyncio.run(run())
 
@@ -207,8 +251,8 @@ def test_registry_in_memory(contract: Contract) -> None:
 @pytest.mark.parametrize("contract", CONTRACTS)
 def test_registry_in_redis(contract: Contract, redis_url: str) -> None:
     async def run() -> None:
-        async with registry_at(redis_url) as registry:
-            await contract(registry)
+        async with connect(redis_url) as redis:
+            await check(contract, lambda: Registry(redis, uuid.uuid4().hex, ttl_s=TTL_S, lease_ttl_s=TTL_S))
 
     asyncio.run(run())
 
@@ -253,24 +297,38 @@ def test_an_empty_redis_heals_from_heartbeats(redis_url: str) -> None:
     asyncio.run(run())
 
 
-def test_a_killed_and_a_hung_redis_are_said_within_the_timeout() -> None:
-    async def seconds_to_fail(registry: Registry) -> float:
-        start = time.monotonic()
-        with pytest.raises(StoreUnavailable):
-            await registry.shards()
-        return time.monotonic() - start
+def test_a_killed_and_a_hung_redis_are_said_within_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that calls fail in time; with redis-py's defaults they take 4 s and 59 s.
+
+    One of several calls must be in time, because the machine may stall.
+    """
+    monkeypatch.undo()  # uses the timeouts of the product
+
+    async def fails_within(seconds: float, registry: Registry, disturb: Callable[[], None]) -> bool:
+        for _ in range(5):
+            disturb()
+            started_at = time.monotonic()
+            with suppress(StoreUnavailable):
+                await registry.shards()
+                continue  # the killed server was replaced before the call
+            if time.monotonic() - started_at < seconds:
+                return True
+        return False
 
     async def run() -> None:
         with EmbeddedRedis() as server:
+
+            def send(signal_number: signal.Signals) -> None:
+                with suppress(ProcessLookupError):
+                    os.kill(server.pid, signal_number)
+
             async with registry_at(server.url) as registry:
                 await registry.heartbeat(make_shard(0))
-                os.kill(server.pid, signal.SIGSTOP)
-                assert await seconds_to_fail(registry) < 1.5
-                os.kill(server.pid, signal.SIGCONT)
+                assert await fails_within(1.5, registry, lambda: send(signal.SIGSTOP))
+                send(signal.SIGCONT)
                 await registry.heartbeat(make_shard(0))
                 assert await registry.shards() == [make_shard(0)]
-                os.kill(server.pid, signal.SIGKILL)
-                assert await seconds_to_fail(registry) < 0.5
+                assert await fails_within(0.5, registry, lambda: send(signal.SIGKILL))
 
     asyncio.run(run())
 
