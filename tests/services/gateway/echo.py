@@ -61,6 +61,7 @@ class EchoSource:
     cached: tuple[int, str] = (0, "")  # reported number of cached tokens of each prompt, and the reported cache reason
     tokens_per_output: int = 1
     pause: float = 0.0  # seconds of waiting before each output
+    gate: asyncio.Event | None = None  # each output waits until this event is set; None: no waiting
     fails: Exception | None = None  # the exception that is raised after `num_good` outputs; None: no exception
     num_good: int = 0
     forgets_reason: bool = False  # True: the last output has no finish reason
@@ -91,6 +92,8 @@ class EchoSource:
                 if self.fails and n == self.num_good:
                     raise self.fails
                 await asyncio.sleep(self.pause)
+                if self.gate:
+                    await self.gate.wait()
                 yield output
         finally:
             self.active.discard(request_id)

@@ -39,6 +39,12 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
+async def until(is_true: Callable[[], bool]) -> None:
+    """Wait until `is_true` returns True; `run` limits the wait."""
+    while not is_true():
+        await asyncio.sleep(0.01)
+
+
 class PlainConnection(asyncio.Protocol):
     """A `PlainConnection` is a TCP connection on which a test may send bytes that no HTTP client would send."""
 

@@ -18,7 +18,7 @@ from services.gateway.listener import ListenerConfig
 from services.gateway.ports.grpc_server import SERVICES
 from tests.services.application import free_port
 from tests.services.gateway.echo import EchoSource
-from tests.services.gateway.listening import listening, run
+from tests.services.gateway.listening import listening, run, until
 
 
 def test_both_surfaces_answer_on_their_ports(generation: Generation) -> None:
@@ -62,29 +62,31 @@ def test_a_refusal_has_its_code_and_sentence(generation: Generation) -> None:
 
 
 def test_a_client_that_goes_away_frees_its_request(generation: Generation, source: EchoSource) -> None:
-    source.pause = 0.01
+    source.pause = 0.05
+    source.gate = may_answer = asyncio.Event()
 
     async def test() -> None:
         config = ListenerConfig("127.0.0.1", free_port(), free_port())
         body = {"prompt": "hello", "max_tokens": 50, "ignore_eos": True, "stream": True}
         async with listening(generation, config):
+            may_answer.set()
             async with (
                 httpx.AsyncClient() as http,
                 http.stream("POST", f"http://127.0.0.1:{config.http_port}/v1/completions", json=body) as answer,
             ):
                 await anext(answer.aiter_lines())
+                may_answer.clear()  # from now on, only the client's leaving ends the request
                 assert source.active
+            await until(lambda: not source.active)
             async with grpc.aio.insecure_channel(f"127.0.0.1:{config.grpc_port}") as channel:
                 stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
                 sampling = pb.SamplingParams(max_tokens=50, ignore_eos=True)
                 call = stub.GenerateStream(pb.GenerateRequest(text="hello", sampling=sampling))
+                may_answer.set()
                 await call.read()
+                may_answer.clear()
                 call.cancel()
-            for _ in range(20):  # wait for up to 0.2 s; the 50th token would come after 0.5 s
-                await asyncio.sleep(0.01)
-                if not source.active:
-                    return
-            raise AssertionError(f"the requests {source.active} are still being generated")
+            await until(lambda: not source.active)
 
     run(test)
 
@@ -95,8 +97,7 @@ def test_a_grpc_server_that_ended_is_not_healthy(generation: Generation) -> None
             assert listener.is_healthy
             assert listener._grpc is not None
             await listener._grpc.stop(None)
-            await asyncio.sleep(0.1)
-            assert not listener.is_healthy
+            await until(lambda: not listener.is_healthy)
 
     run(test)
 
@@ -144,7 +145,7 @@ def test_open_streams_end_normally_within_the_time_to_drain(
                 asyncio.create_task(lines(http, config.http_port)),
                 asyncio.create_task(tokens(config.grpc_port)),
             )
-            await asyncio.sleep(0.5)
+            await until(lambda: len(source.active) == 2)
             await listener.stop()
             assert ("data: [DONE]" in await rest) == is_whole
             assert (await typed == 40) == is_whole

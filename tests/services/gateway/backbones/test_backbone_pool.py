@@ -133,7 +133,7 @@ def test_an_idle_stream_that_its_backbone_ended_leaves_no_task(how: str) -> None
         await fleet.kill(server)
         await until(lambda: not stream.is_open)
         await stream.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await until(lambda: asyncio.all_tasks() <= before)
 
     run(test)
@@ -153,11 +153,11 @@ def test_a_deadline_reaches_the_engine() -> None:
     async def test(fleet: Fleet, backbones: BackbonePool) -> None:
         source = EchoSource(eos_id=0)
         await fleet.start(source)
-        async for _ in backbones.generate("r1", [1], SamplingParams(max_tokens=1), timeout=2.5):
+        async for _ in backbones.generate("r1", [1], SamplingParams(max_tokens=1), timeout=100.0):
             pass
         [timeout] = source.timeouts
         assert timeout
-        assert 2 < timeout <= 2.5
+        assert 50 < timeout <= 100
 
     run(test)
 

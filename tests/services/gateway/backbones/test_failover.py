@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import aclosing
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from services.gateway.backbones.backbone_pool import BackbonePool, unresponsive_
 from services.gateway.backbones.failover import MAX_HANDOVERS, MAX_LOSSES
 from services.gateway.errors import ApiError, ApiRefusal
 from services.gateway.metrics.request_metrics import RequestMetrics
-from tests.services.gateway.backbones.test_backbone_pool import ENDLESS, Fleet, run, until
+from tests.services.gateway.backbones.test_backbone_pool import ENDLESS, Fleet, collect, run, until
 from tests.services.gateway.echo import EchoSource
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -77,7 +78,7 @@ def test_it_goes_on_from_what_was_sent(how: str) -> None:
         assert not first.active | second.active
         [pause] = pauses
         assert pause
-        assert pause < 1.5
+        assert pause < 15  # usually 0.02 s; 30 s if the gateway waits for a backbone that it has already
 
     run(test)
 
@@ -190,13 +191,13 @@ def test_the_deadline_holds_while_no_backbone_is_there() -> None:
     async def test(fleet: Fleet, backbones: BackbonePool) -> None:
         one = await fleet.start(slow())
         start = time.monotonic()
-        outputs = backbones.generate("r", PROMPT, ENDLESS, timeout=1.0)
+        outputs = backbones.generate("r", PROMPT, ENDLESS, timeout=4.0)  # no backbone comes for RESUME_WAIT_S = 30
         await take(outputs, 5)
         await end([one], fleet, "kill")
         with pytest.raises(DeadlinePassed, match=r"deadline passed after \d+ generated tokens"):
             async for _ in outputs:
                 pass
-        assert 0.9 < time.monotonic() - start < 2
+        assert time.monotonic() - start > 3.9
 
     run(test)
 
@@ -257,14 +258,23 @@ def test_who_is_given_up() -> None:
     assert unresponsive_endpoints({"a": 1.5, "b": 10.0}) == ["b"]
 
 
-def test_a_busy_backbone_is_not_silent() -> None:
+def test_a_busy_backbone_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEARTBEAT_S", 0.05)
+
     async def test(fleet: Fleet, backbones: BackbonePool) -> None:
         await fleet.start(EchoSource(eos_id=0, pause=2.5))  # every step takes 2.5 s
         await fleet.start(EchoSource(eos_id=0, pause=2.5))
         await backbones.start()
         params = SamplingParams(max_tokens=1, seed=1)
-        assert len([output async for output in backbones.generate("r", PROMPT, params)]) == 1
-        assert max(stream.silent_s for stream in all_of(backbones)) < 0.6
+        asked = asyncio.create_task(collect(backbones, "r", PROMPT, params))
+        silences: dict[str, list[float]] = {endpoint: [] for endpoint, _ in fleet.servers}
+        while not asked.done():
+            await asyncio.sleep(0.01)
+            for stream in all_of(backbones):
+                silences[stream.endpoint].append(stream.silent_s)
+        assert len(await asked) == 1
+        for seen in silences.values():  # each backbone was heard about 50 times
+            assert sum(after < before for before, after in pairwise(seen)) >= 5
 
     run(test)
 

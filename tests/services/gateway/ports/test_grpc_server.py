@@ -32,7 +32,7 @@ from services.gateway.ports.grpc_server import (
 from services.gateway.ports.health_api import HealthApi
 from tests.services.application import free_port
 from tests.services.gateway.echo import EchoSource
-from tests.services.gateway.listening import PlainConnection, connect, listening, run
+from tests.services.gateway.listening import PlainConnection, connect, listening, run, until
 
 
 @contextlib.asynccontextmanager
@@ -160,7 +160,7 @@ def test_metadata_is_bounded(generation: Generation) -> None:
 
 
 def test_rpcs_in_flight_are_bounded(generation: Generation, source: EchoSource) -> None:
-    source.pause = 0.2
+    source.gate = asyncio.Event()
     generation.limits = GatewayLimits(grpc_streams=3)
     config = ListenerConfig("127.0.0.1", grpc_port=free_port())
     request = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(max_tokens=3))
@@ -173,10 +173,11 @@ def test_rpcs_in_flight_are_bounded(generation: Generation, source: EchoSource) 
             grpc.aio.insecure_channel(address, options) as other,
         ):
             calls = [asyncio.ensure_future(stub(one).Generate(request)) for _ in range(3)]
-            await asyncio.sleep(0.2)
+            await until(lambda: len(source.active) == 3)
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await stub(other).Generate(request)
             assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            source.gate.set()
             assert [answer.usage.completion_tokens for answer in await asyncio.gather(*calls)] == [3, 3, 3]
             assert (await stub(other).Generate(request)).usage.completion_tokens == 3
 
@@ -270,8 +271,7 @@ def test_connections_are_bounded(generation: Generation) -> None:
             clients: list[PlainConnection] = []
             for _ in range(5):
                 clients.append(await stack.enter_async_context(connect(config.grpc_port)))
-                await asyncio.sleep(0.05)
-            await asyncio.sleep(0.3)
+            await until(lambda: clients[3].is_closed and clients[4].is_closed)
             assert [client.is_closed for client in clients] == [False, False, False, True, True]
 
     run(test)

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -17,7 +16,7 @@ from services.gateway.listener import ListenerConfig
 from services.gateway.ports.http_protocol import MAX_PIPELINED
 from tests.services.application import free_port
 from tests.services.gateway.echo import EchoSource
-from tests.services.gateway.listening import PlainConnection, connect, listening, run
+from tests.services.gateway.listening import PlainConnection, connect, listening, run, until
 
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 BODY = b'{"prompt": "hello", "max_tokens": 3}'
@@ -106,7 +105,7 @@ def test_a_request_that_does_not_arrive_in_time_is_refused(generation: Generatio
     async def test() -> None:
         async with listening(generation, config), connect(config.http_port) as client:
             client.send(sent)
-            answer = await client.received(5)
+            answer = await client.received()
             assert answer.startswith(b"HTTP/1.1 408 ")
             assert sentence(answer) == f"The {part} of the request must arrive within 0.3 s, but did not."
             assert 'reason="timeout"} 1.0' in generate_latest(generation.metrics.registry).decode()
@@ -119,14 +118,13 @@ def test_bytes_that_trickle_in_do_not_extend_the_time(generation: Generation) ->
 
     async def test() -> None:
         async with listening(generation, config), connect(config.http_port) as client:
-            started = time.monotonic()
-            for byte in LIVE[:-2]:
-                if client.is_closed:
-                    break
-                client.send(bytes([byte]))
+            num_sent = 0
+            while not client.is_closed and num_sent < len(LIVE) - 2:
+                client.send(LIVE[num_sent : num_sent + 1])
+                num_sent += 1
                 await asyncio.sleep(0.05)
-            assert (await client.received()).startswith(b"HTTP/1.1 408 ")
-            assert time.monotonic() - started < 5
+            assert client.is_closed, "the server has waited for all bytes, which took 2 s"
+            assert client.data.startswith(b"HTTP/1.1 408 ")
 
     run(test)
 
@@ -138,7 +136,7 @@ def test_idle_connections_are_closed(generation: Generation, sent: bytes) -> Non
     async def test() -> None:
         async with listening(generation, config), connect(config.http_port) as client:
             client.send(sent)
-            assert (await client.received(5)).count(b"HTTP/1.1") == (LIVE in sent)
+            assert (await client.received()).count(b"HTTP/1.1") == (LIVE in sent)
 
     run(test)
 
@@ -165,7 +163,7 @@ def test_a_new_connection_replaces_the_one_that_is_silent_longest(generation: Ge
 
 
 def test_answers_are_never_cut_off_to_make_room(generation: Generation, source: EchoSource) -> None:
-    source.pause = 0.2
+    source.gate = asyncio.Event()
     config = limited(generation, connections=2, header_s=30)
 
     async def test() -> None:
@@ -174,12 +172,13 @@ def test_answers_are_never_cut_off_to_make_room(generation: Generation, source: 
             busy = [await stack.enter_async_context(connect(config.http_port)) for _ in range(2)]
             for client in busy:
                 client.send(POST + BODY)
-            await asyncio.sleep(0.1)
+            await until(lambda: len(source.active) == 2)
             late = await stack.enter_async_context(connect(config.http_port))
             answer = await late.received()
             assert answer.startswith(b"HTTP/1.1 503 ")
             assert b"retry-after: 1\r\n" in answer.lower()
             assert sentence(answer) == "The server has 2 open connections and accepts no more; retry later."
+            source.gate.set()
             assert [await client.status() for client in busy] == [200, 200]
 
     run(test)
@@ -194,11 +193,8 @@ def test_a_client_that_reads_nothing_is_dropped(generation: Generation, source: 
         async with listening(generation, config), connect(config.http_port, receive_buffer=4096) as client:
             client.transport.pause_reading()
             client.send(POST.replace(b"%d" % len(BODY), b"%d" % len(body)) + body)
-            async with asyncio.timeout(50):
-                while 'reason="timeout"' not in generate_latest(generation.metrics.registry).decode():
-                    await asyncio.sleep(0.05)
-            await asyncio.sleep(0.1)
-            assert source.active == set()
+            await until(lambda: 'reason="timeout"' in generate_latest(generation.metrics.registry).decode())
+            await until(lambda: not source.active)
 
     run(test)
 
@@ -226,7 +222,7 @@ def test_what_is_not_http_is_refused(generation: Generation, sent: bytes) -> Non
     async def test() -> None:
         async with listening(generation, config), connect(config.http_port) as client:
             client.send(sent)
-            answer = await client.received(5)
+            answer = await client.received()
             assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 404 ")), answer
             assert sentence(answer)
 
@@ -286,7 +282,7 @@ def test_half_a_pipelined_request_does_not_end_the_answer_before_it(generation: 
 def test_a_client_that_leaves_frees_its_request_despite_a_pipelined_one(
     generation: Generation, source: EchoSource
 ) -> None:
-    source.pause = 0.05
+    source.gate = asyncio.Event()  # is never set, so only the client's leaving ends the request
     config = limited(generation)
     body = b'{"prompt": "hello", "max_tokens": 50, "ignore_eos": true}'
 
@@ -294,10 +290,8 @@ def test_a_client_that_leaves_frees_its_request_despite_a_pipelined_one(
         async with listening(generation, config):
             async with connect(config.http_port) as client:
                 client.send(POST.replace(b"%d" % len(BODY), b"%d" % len(body)) + body + LIVE)
-                await asyncio.sleep(0.2)
-                assert source.active
-            await asyncio.sleep(0.3)
-            assert not source.active
+                await until(lambda: bool(source.active))
+            await until(lambda: not source.active)
 
     run(test)
 
@@ -313,8 +307,7 @@ def test_garbage_after_a_request_does_not_enter_its_answer(generation: Generatio
             await client.until(lambda: b"data: " in client.data)
             client.send(b"\x00garbage\r\n\r\n")
             assert b"HTTP/1.1 400" not in await client.received()
-            await asyncio.sleep(0.1)
-            assert not source.active
+            await until(lambda: not source.active)
 
     run(test)
 
@@ -338,8 +331,11 @@ def test_a_client_that_expects_100_continue_is_told_to_go_on_or_refused(generati
 
 
 def test_the_server_is_live_while_clients_abuse_connections(generation: Generation) -> None:
-    """Check that /health/live answers within 0.3 s beside hundreds of idle, half and stalled requests."""
-    config = limited(generation, connections=600)
+    """Check that /health/live waits for none of hundreds of idle, half and stalled requests.
+
+    Each of these requests may last longer than the test.
+    """
+    config = limited(generation, connections=600, header_s=600, body_s=600)
     kinds = (
         b"",
         LIVE[:-5],
@@ -357,11 +353,9 @@ def test_the_server_is_live_while_clients_abuse_connections(generation: Generati
                 clients[-1].send(kinds[number % len(kinds)])
             async with httpx.AsyncClient() as http:
                 for _ in range(20):
-                    started = time.monotonic()
                     answer = await http.get(
                         f"http://127.0.0.1:{config.http_port}/health/live", headers={"Connection": "close"}
                     )
                     assert answer.status_code == 200
-                    assert time.monotonic() - started < 0.3
 
     run(test)
