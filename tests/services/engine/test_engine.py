@@ -52,7 +52,7 @@ def make_prompts(count: int, longest: int = 40) -> list[list[int]]:
 
 
 def assert_idle(engine: Engine) -> None:
-    stop_at = time.monotonic() + 5
+    stop_at = time.monotonic() + 60
     while engine.scheduler.has_work and time.monotonic() < stop_at:
         time.sleep(0.01)
     stats = engine.stats()
@@ -184,7 +184,7 @@ def test_the_log_tells_what_became_of_every_request(caplog: pytest.LogCaptureFix
     assert len(records) == 3
     first = records[0]
     assert (first["num_prompt_tokens"], first["num_generated_tokens"], first["cache_reason"]) == (3, 4, "too_short")
-    assert 0 <= first["queued_s"] <= first["first_token_s"] <= first["total_s"] < 5
+    assert 0 <= first["queued_s"] <= first["first_token_s"] <= first["total_s"] < 60
 
 
 def test_a_grammar_is_compiled_off_the_engines_thread_before_the_request_is_queued() -> None:
@@ -209,7 +209,7 @@ def test_grammars_being_compiled_are_bounded_and_keep_to_the_deadline() -> None:
     may_go_on = threading.Event()
 
     def compile_grammar(grammar: Grammar) -> None:
-        may_go_on.wait(10)
+        may_go_on.wait(60)
         raise ValueError("grammar cannot be used.")
 
     async def run(engine: Engine) -> list[Any]:
@@ -222,7 +222,7 @@ def test_grammars_being_compiled_are_bounded_and_keep_to_the_deadline() -> None:
         assert [type(result) for result in results] == [DeadlinePassed] * 5 + [EngineOverloaded] * 2
         assert "5 requests are being compiled" in str(results[-1])
         may_go_on.set()
-        stop_at = time.monotonic() + 5
+        stop_at = time.monotonic() + 60
         while True:  # repeat until the abandoned compilations have ended
             with pytest.raises((ValueError, EngineOverloaded)) as refused:
                 run_one(engine, [1, 2], params)
@@ -237,13 +237,14 @@ def test_grammars_being_compiled_are_bounded_and_keep_to_the_deadline() -> None:
 def test_a_higher_priority_preempts_and_changes_no_token() -> None:
     async def run(engine: Engine) -> list[list[int]]:
         low = [asyncio.create_task(collect(engine.generate(f"low{i}", prompts[i], slow))) for i in range(3)]
-        await asyncio.sleep(0.1)
+        while engine.stats().num_running < 2:
+            await asyncio.sleep(0.005)
         high = await collect(engine.generate("high", prompts[3], urgent))
         assert not all(task.done() for task in low)
         return [*[await task for task in low], high]
 
     model, prompts = SlowModel(), make_prompts(4)
-    slow = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, priority=1)
+    slow = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, priority=1)
     urgent = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     with started(tiny_engine(num_slots=2, max_draft_tokens=0)) as engine:
         expected = [run_one(engine, prompt, urgent if i == 3 else slow) for i, prompt in enumerate(prompts)]
@@ -295,7 +296,7 @@ def test_a_client_that_goes_away_frees_its_memory() -> None:
     async def leave_early(engine: Engine) -> None:
         async with aclosing(engine.generate("x", [1, 2], endless)) as stream:
             await anext(stream)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while engine.stats().num_slots_taken:
                 await asyncio.sleep(0.001)
 

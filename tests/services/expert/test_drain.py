@@ -149,20 +149,25 @@ def test_a_shard_leaves_under_calls_and_refuses_none(family: ModelFamily) -> Non
     run(test)
 
 
-@pytest.mark.parametrize(("has_leader", "seconds"), [(True, 3.0), (False, 1.0)])
+@pytest.mark.parametrize(("has_leader", "move_timeout_s", "seconds"), [(True, 3.0, 3.0), (False, 60.0, 1.0)])
 def test_without_a_new_placement_it_goes_after_its_bound(
-    family: ModelFamily, has_leader: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+    family: ModelFamily, has_leader: bool, move_timeout_s: float, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Check that a shard stops after `seconds`, or up to 20 seconds later on a busy machine.
+
+    Without a leader, a shard that waits for `move_timeout_s` needs 60 seconds. With a leader, a shard without this
+    limit waits for ever.
+    """
     monkeypatch.setattr(drain, "ABANDONED_S", 1.0)
 
     async def test() -> None:
         registry = MemoryRegistry(time.monotonic, lease_ttl_s=60.0)
         if has_leader:
             await registry.acquire_lease("controller")
-        async with fleet(family, registry, 3.0) as shards:
+        async with fleet(family, registry, move_timeout_s) as shards:
             started = time.monotonic()
             await shards.pop("s0").stop()
-            assert seconds <= time.monotonic() - started < seconds + 1.5
+            assert seconds <= time.monotonic() - started < seconds + 20
 
     run(test)
 
@@ -173,7 +178,9 @@ def test_where_all_stop_at_once_nobody_waits(family: ModelFamily) -> None:
         await registry.acquire_lease("controller")
         async with fleet(family, registry, 20.0):
             started = time.monotonic()
-        assert time.monotonic() - started < 3
+        assert (
+            time.monotonic() - started < 15
+        )  # usually 0.5 s; a shard that waits needs `move_timeout_s`, which is 20 s
         assert await registry.shards() == []
 
     run(test)

@@ -20,7 +20,7 @@ from cluster.topology import Placement, held_digest
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.controller.shards import GrpcShards
-from services.expert import control_client
+from services.expert import compute_handler, control_client
 from services.expert.client import RemoteExperts
 from services.expert.load_order import ExpertsByLayer
 from services.expert.shard import ExpertShard, ShardConfig
@@ -136,7 +136,10 @@ def test_what_a_call_waits_for_does_not_give_way_and_what_is_loaded_does(family:
     assert [name.startswith("background") for name in readers] == [False, True]
 
 
-def test_calls_at_once_get_the_right_sums_in_little_memory(family: ModelFamily) -> None:
+def test_calls_at_once_get_the_right_sums_in_little_memory(
+    family: ModelFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute_handler, "PROMOTE_TIMEOUT_S", 60.0)  # no request is too late on a busy machine
     chooser = random.Random(3)
     requests = [
         make_request(tuple(sorted(chooser.sample(ALL, chooser.randint(1, 6)))), id=n, layer=chooser.choice((1, 3)))
@@ -186,12 +189,15 @@ def test_those_who_wait_for_an_expert_share_its_load_and_hold_up_nobody(family: 
     run(test)
 
 
-def test_a_call_waits_no_longer_than_its_time(family: ModelFamily) -> None:
+def test_a_call_waits_no_longer_than_its_time(family: ModelFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_handler, "PROMOTE_TIMEOUT_S", 60.0)
+
     async def test() -> None:
         async with filled(family, config(4, max_queue=2), {1: [0]}, {1: [5, 6]}) as shard, stream_to(shard) as stream:
             gate = hold_back(shard)
-            await stream.write(make_request((0, 5), id=1, timeout_us=200_000))
-            reply = await asyncio.wait_for(stream.read(), 2)
+            await stream.write(make_request((0, 5), id=1, timeout_us=1_000_000))
+            reply = await asyncio.wait_for(stream.read(), 20)  # comes before the read, for which `gate` waits
+            assert not gate.is_set()
             assert (reply.id, reply.refusal.code, list(reply.refusal.missing)) == (1, pb.Refusal.OVERLOADED, [5])
             await stream.write(make_request((6,), id=2))
             await stream.write(make_request((6,), id=3))

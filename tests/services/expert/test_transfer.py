@@ -26,8 +26,9 @@ from model.families.registry import load_family
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
-from services.expert import control_client
+from services.expert import control_client, transfer
 from services.expert.load_order import Sources
+from services.expert.loader import LOADS_AT_ONCE
 from services.expert.shard import ExpertShard
 from services.expert.transfer import ByteBudget, PeerChannels, PeerError, fetch
 from services.expert.weights import CHUNK_BYTES, Weights, matrix_formats
@@ -41,6 +42,12 @@ ONE = 2 * LATENT * WIDTH * 4
 ALL = list(range(NUM_EXPERTS))
 IN_EXPERT = 20_000  # in a connection's data, the byte at this position belongs to the first expert
 DAMAGED = "its bytes are damaged or another checkpoint's"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no fetch fail because a busy machine stalls for seconds."""
+    monkeypatch.setattr(transfer, "FETCH_STALL_S", 30.0)
 
 
 def without(tmp_path: Path, expert: int) -> ModelFamily:
@@ -271,17 +278,26 @@ def test_a_peer_has_what_the_checkpoint_lacks(family: ModelFamily, tmp_path: Pat
     run(test)
 
 
-def test_a_hung_peer_costs_one_stall(family: ModelFamily, model_dir: Path) -> None:
+def test_a_hung_peer_costs_one_stall(family: ModelFamily, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "FETCH_STALL_S", 2.0)
+    num_asked, fetch_one = 0, transfer.fetch
+
+    async def count(*arguments: Any) -> Weights:
+        nonlocal num_asked
+        num_asked += 1
+        return await fetch_one(*arguments)
+
+    monkeypatch.setattr(transfer, "fetch", count)
+
     async def test() -> None:
         with ShardProcess(model_dir) as process:
             [peer] = process.shards
             await control_client.load(peer.endpoint, {1: ALL})
             os.kill(process.process.pid, signal.SIGSTOP)
             async with serving(family) as shard:
-                started = asyncio.get_running_loop().time()
                 await control_client.load(shard.endpoint, {1: ALL}, sources=from_peer(peer.endpoint, *ALL))
                 assert shard.host.held == {1: ALL}
-                assert asyncio.get_running_loop().time() - started < 6
+                assert 1 <= num_asked <= LOADS_AT_ONCE  # these fetches wait at the same time, and no other follows
 
     run(test)
 

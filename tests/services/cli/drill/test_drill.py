@@ -18,6 +18,7 @@ from services.cli.drill.verdict import compare, longest_gap, num_tokens
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 TOKENS, GAP_S = 8, 0.01
+MAX_ATTEMPTS = 10
 
 
 @dataclass
@@ -82,8 +83,28 @@ async def serving() -> AsyncIterator[Server]:
         await asyncio.sleep(0.05)  # enough time for the last connections to close
 
 
+async def watch_stalls(stalls: list[float]) -> None:
+    """Add to `stalls` how many seconds late each callback of the event loop is, until cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due_at = loop.time() + 0.01
+        await asyncio.sleep(0.01)
+        stalls.append(loop.time() - due_at)
+
+
 def drill(trouble: str, heals_after_s: float = 0.3) -> tuple[Any, float | None, Server]:
+    """Run a drill, and run it again if the machine has stalled, because a stall looks like the server's trouble."""
+    for _ in range(MAX_ATTEMPTS):
+        stalls = [0.0]
+        result = drill_once(trouble, heals_after_s, stalls)
+        if max(stalls) < 0.1:
+            break
+    return result
+
+
+def drill_once(trouble: str, heals_after_s: float, stalls: list[float]) -> tuple[Any, float | None, Server]:
     async def run() -> tuple[Any, float | None, Server]:
+        watching = asyncio.create_task(watch_stalls(stalls))
         async with serving() as server:
             load = Load.of_sentences(f"http://127.0.0.1:{server.port}", rate=20, seconds=1.5, max_tokens=TOKENS)
 
@@ -100,7 +121,8 @@ def drill(trouble: str, heals_after_s: float = 0.3) -> tuple[Any, float | None, 
                 return server.is_whole
 
             verdict, whole_s = await under_load(load, Disturbance(do, is_whole, at_s=0.7, timeout_s=1.0))
-            return verdict, whole_s, server
+        watching.cancel()
+        return verdict, whole_s, server
 
     return asyncio.run(run())
 

@@ -28,6 +28,7 @@ def test_a_thread_that_comes_back_at_once_lets_a_waiting_thread_go_first() -> No
 
 def test_a_lane_has_so_many_places() -> None:
     lane, most, running, lock = Lane(2, 1.0), 0, 0, threading.Lock()
+    both = threading.Barrier(2)  # each thread waits for another one that has a place, too
 
     def hold(num_chars: int) -> None:
         nonlocal most, running
@@ -36,6 +37,7 @@ def test_a_lane_has_so_many_places() -> None:
                 running += 1
                 most = max(most, running)
             time.sleep(0.01)
+            both.wait(60)
             with lock:
                 running -= 1
 

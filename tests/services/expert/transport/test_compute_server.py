@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import resource
 import socket
@@ -18,13 +17,12 @@ import pytest
 from cluster.topology import Shard
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.options import MAX_MESSAGE_BYTES
-from services.expert import control_client
 from services.expert.transport.http2 import PREFACE, ClientStream, GrpcSocket
 from services.expert.transport.wire import COMPUTE_PATH
 from tests.services.expert.checkpoint import LATENT
 from tests.services.expert.requests import make_request
 from tests.services.expert.shard_process import ShardProcess
-from tests.services.expert.test_client import everywhere, fill
+from tests.services.expert.test_client import everywhere, fill, num_requests
 
 SHORT_SETTINGS = PREFACE + b"\0\0\5\4\0" + bytes(4) + b"12345"
 EMPTY_PADDED = PREFACE + b"\0\0\0\1\4\0\0\0\1" + b"\0\0\0\0\10\0\0\0\1"
@@ -60,10 +58,6 @@ def client(shard: Shard) -> Iterator[GrpcSocket]:
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-def num_requests(shard: Shard) -> int:
-    return asyncio.run(control_client.status(shard.endpoint)).counters.num_requests
 
 
 def request_of_many_rows(request_id: int) -> bytes:
