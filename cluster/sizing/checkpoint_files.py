@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cluster.sizing.weight_formats import Counts, Dtype, Storage, dtype_of_formats
-from model.configs.matrices import role_of
+from model.configs.matrix_group import role_of
 from model.configs.weight_tensors import IGNORED_SCALES, SCALES, TensorHeader, module_of, other_layout, weight_format
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -34,7 +34,7 @@ from cluster.sizing.weight_formats import (
 )
 from cluster.topology import LayerSpec
 from model.configs.expert_shape import ExpertShape
-from model.configs.matrices import Matrices
+from model.configs.matrix_group import MatrixGroup
 from model.configs.model_config import ModelConfig
 from model.configs.registry import parse_config
 from model.configs.weight_format import WeightFormat
@@ -121,7 +121,7 @@ class ModelSizes:
         return self.config.max_position_embeddings
 
     @property
-    def matrices(self) -> tuple[Matrices, ...]:
+    def matrices(self) -> tuple[MatrixGroup, ...]:
         return self.config.matrices
 
     @property
@@ -175,7 +175,7 @@ class ModelSizes:
         return sum(one.num_params for one in self._step)
 
     @property
-    def _step(self) -> list[Matrices]:
+    def _step(self) -> list[MatrixGroup]:
         """Return the matrices of the backbone that one decode step without drafts reads."""
         # If the model has no head of its own, the embedding is also the head.
         has_head = any(one.part == "head" for one in self.matrices)
@@ -201,13 +201,13 @@ class ModelSizes:
             specs.append(LayerSpec(shape.layer, shape.num_experts, nbytes, shape.top_k))
         return tuple(specs)
 
-    def _held(self, one: Matrices, dtype: Dtype) -> int:
+    def _held(self, one: MatrixGroup, dtype: Dtype) -> int:
         """Return the bytes of the matrices on a device, where plain numbers are bf16, and those of HELD_FP32 fp32."""
         plain = FP32 if one.role.endswith(HELD_FP32) else BF16
         storages = self._storages(one, dtype)
         return _nbytes(one, ((plain if storage.format == "plain" else storage, num) for storage, num in storages))
 
-    def _storages(self, one: Matrices, dtype: Dtype) -> Iterator[tuple[Storage, int]]:
+    def _storages(self, one: MatrixGroup, dtype: Dtype) -> Iterator[tuple[Storage, int]]:
         """Yield each storage of the matrices `one` in a checkpoint, and the number of matrices stored like this."""
         key, left = (one.role, one.is_mtp), one.count
         if dtype in self.counts:
@@ -220,11 +220,11 @@ class ModelSizes:
             left -= num
         yield (FP32 if one.role.endswith(STORED_FP32) else BF16), left
 
-    def _is_quantized(self, one: Matrices, dtype: Dtype) -> bool:
+    def _is_quantized(self, one: MatrixGroup, dtype: Dtype) -> bool:
         """Return True if a recipe holds for `one`: if it is no copy, and not in an MTP module that stays bf16."""
         return one.part != "copies" and (not one.is_mtp or (self.model_type, dtype) in QUANTIZED_MTP)
 
-    def _by_part(self, value: Callable[[Matrices], int]) -> dict[str, int]:
+    def _by_part(self, value: Callable[[MatrixGroup], int]) -> dict[str, int]:
         """Return the sum of `value` over the matrices of each part, in the order of PARTS."""
         sums: Counter[str] = Counter()
         for one in self.matrices:
@@ -233,7 +233,7 @@ class ModelSizes:
         return {part: sums[part] for part in PARTS if part in sums}
 
 
-def _nbytes(one: Matrices, storages: Iterable[tuple[Storage, int]]) -> int:
+def _nbytes(one: MatrixGroup, storages: Iterable[tuple[Storage, int]]) -> int:
     return sum(num * storage.nbytes(one.rows, one.columns) for storage, num in storages if num)
 
 

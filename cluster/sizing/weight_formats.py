@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 
 from model.configs.config_keys import ConfigKeys
 from model.configs.declared_formats import DeclaredFormats
-from model.configs.matrices import role_of
+from model.configs.matrix_group import role_of
 from model.configs.weight_format import WeightFormat, matrix_bytes
 
 Dtype = Literal["bf16", "fp8", "nvfp4"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from model.configs.config_keys import ConfigKeys, check_mtp_layers, check_router
 from model.configs.expert_shape import ExpertShape
-from model.configs.matrices import Matrices, gated_mlp, merge
+from model.configs.matrix_group import MatrixGroup, gated_mlp, merge
 from model.configs.mixer_shapes import MLAShape
 from model.configs.model_config import eos_token_ids
 from model.configs.rope_shape import RopeShape, rope_shape
@@ -132,7 +132,7 @@ class DeepseekV3Config:
         return tuple(ExpertShape(layer, *sizes, kind="swiglu") for layer in layers)
 
     @cached_property
-    def matrices(self) -> tuple[Matrices, ...]:
+    def matrices(self) -> tuple[MatrixGroup, ...]:
         """Return all weights of the model, and the MTP module's copies of the embedding and of the head."""
         return merge(_matrices(self))
 
@@ -151,52 +151,52 @@ class DeepseekV3Config:
         return 0
 
 
-def _matrices(config: DeepseekV3Config) -> Iterator[Matrices]:
+def _matrices(config: DeepseekV3Config) -> Iterator[MatrixGroup]:
     """Yield the weights of a model one by one, but all routed experts of a layer at once."""
     vocab, hidden = config.vocab_size, config.hidden_size
     has_head = not config.tie_word_embeddings
-    yield Matrices("embedding", "embed_tokens", vocab, hidden)
+    yield MatrixGroup("embedding", "embed_tokens", vocab, hidden)
     if has_head:
-        yield Matrices("head", "lm_head", vocab, hidden)
-    yield Matrices("norms", "norm", hidden)
+        yield MatrixGroup("head", "lm_head", vocab, hidden)
+    yield MatrixGroup("norms", "norm", hidden)
     for layer in range(config.num_all_layers):
         is_mtp = layer >= config.num_layers
         is_dense = layer < config.first_k_dense_replace
         mlp = gated_mlp("dense", "mlp", hidden, config.intermediate_size) if is_dense else _moe_matrices(config)
         yield from (replace(one, is_mtp=is_mtp) for one in (*_mla_matrices(config.mla), *mlp))
     if config.num_nextn_predict_layers:
-        yield Matrices("copies", "embed_tokens", vocab, hidden, is_mtp=True)
+        yield MatrixGroup("copies", "embed_tokens", vocab, hidden, is_mtp=True)
         if has_head:
-            yield Matrices("copies", "shared_head.head", vocab, hidden, is_mtp=True)
-        yield Matrices("mixers", "eh_proj", hidden, 2 * hidden, is_mtp=True)
-        yield from (Matrices("norms", name, hidden, is_mtp=True) for name in ("enorm", "hnorm", "shared_head.norm"))
+            yield MatrixGroup("copies", "shared_head.head", vocab, hidden, is_mtp=True)
+        yield MatrixGroup("mixers", "eh_proj", hidden, 2 * hidden, is_mtp=True)
+        yield from (MatrixGroup("norms", name, hidden, is_mtp=True) for name in ("enorm", "hnorm", "shared_head.norm"))
 
 
-def _mla_matrices(shape: MLAShape) -> Iterator[Matrices]:
+def _mla_matrices(shape: MLAShape) -> Iterator[MatrixGroup]:
     """Yield the weights of an attention layer with the two norms of the layer."""
 
-    def matrix(name: str, rows: int, columns: int) -> Matrices:
-        return Matrices("mixers", f"self_attn.{name}", rows, columns)
+    def matrix(name: str, rows: int, columns: int) -> MatrixGroup:
+        return MatrixGroup("mixers", f"self_attn.{name}", rows, columns)
 
     hidden, heads, rank = shape.hidden_size, shape.num_heads, shape.query_rank
-    yield from (Matrices("norms", name, hidden) for name in ("input_layernorm", "post_attention_layernorm"))
+    yield from (MatrixGroup("norms", name, hidden) for name in ("input_layernorm", "post_attention_layernorm"))
     queries = heads * (shape.nope_dim + shape.rope_dim)
     if rank:
         yield matrix("q_a_proj", rank, hidden)
-        yield Matrices("norms", "self_attn.q_a_layernorm", rank)
+        yield MatrixGroup("norms", "self_attn.q_a_layernorm", rank)
         yield matrix("q_b_proj", queries, rank)
     else:
         yield matrix("q_proj", queries, hidden)
     yield matrix("kv_a_proj_with_mqa", shape.kv_rank + shape.rope_dim, hidden)
-    yield Matrices("norms", "self_attn.kv_a_layernorm", shape.kv_rank)
+    yield MatrixGroup("norms", "self_attn.kv_a_layernorm", shape.kv_rank)
     yield matrix("kv_b_proj", heads * (shape.nope_dim + shape.value_dim), shape.kv_rank)
     yield matrix("o_proj", hidden, heads * shape.value_dim)
 
 
-def _moe_matrices(config: DeepseekV3Config) -> Iterator[Matrices]:
+def _moe_matrices(config: DeepseekV3Config) -> Iterator[MatrixGroup]:
     hidden, width, num_experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
-    yield Matrices("routers", "mlp.gate", num_experts, hidden)
-    yield Matrices("routers", "mlp.gate.e_score_correction_bias", num_experts)
+    yield MatrixGroup("routers", "mlp.gate", num_experts, hidden)
+    yield MatrixGroup("routers", "mlp.gate.e_score_correction_bias", num_experts)
     if config.n_shared_experts:
         yield from gated_mlp("shared", "mlp.shared_experts", hidden, config.n_shared_experts * width)
     yield from gated_mlp("routed", "mlp.experts", hidden, width, num_experts)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from model.configs.expert_shape import ExpertShape
-from model.configs.matrices import Matrices
+from model.configs.matrix_group import MatrixGroup
 from model.configs.state_spec import StateSpec
 
 
@@ -50,7 +50,7 @@ class ModelConfig(Protocol):
         """Return the number of groups from which a token's experts come."""
 
     @property
-    def matrices(self) -> tuple[Matrices, ...]:
+    def matrices(self) -> tuple[MatrixGroup, ...]:
         """Return all weights of the model, routed experts and MTP module included."""
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.configs.config_keys import ConfigKeys, check_divides, check_mtp_layers, check_router
 from model.configs.expert_shape import ExpertShape
-from model.configs.matrices import Matrices, merge
+from model.configs.matrix_group import MatrixGroup, merge
 from model.configs.mixer_shapes import AttentionShape, MambaShape
 from model.configs.model_config import eos_token_ids
 from model.configs.state_spec import StateSpec
@@ -172,7 +172,7 @@ class NemotronHConfig:
         return tuple(ExpertShape(layer, *sizes) for layer, letter in enumerate(self.layers) if letter == "E")
 
     @cached_property
-    def matrices(self) -> tuple[Matrices, ...]:
+    def matrices(self) -> tuple[MatrixGroup, ...]:
         """Return all weights of the model; see `ModelConfig`."""
         return merge(_matrices(self))
 
@@ -194,25 +194,25 @@ class NemotronHConfig:
         return self.layers.count("M") * self.mamba.replay_width
 
 
-def _matrices(config: NemotronHConfig) -> Iterator[Matrices]:
+def _matrices(config: NemotronHConfig) -> Iterator[MatrixGroup]:
     """Yield the weights of a model one by one, but all routed experts of a layer at once."""
     hidden, last = config.hidden_size, len(config.layers) - 1
-    yield Matrices("embedding", "embeddings", config.vocab_size, hidden)
+    yield MatrixGroup("embedding", "embeddings", config.vocab_size, hidden)
     if not config.tie_word_embeddings:
-        yield Matrices("head", "lm_head", config.vocab_size, hidden)
-    yield Matrices("norms", "norm_f", hidden)
+        yield MatrixGroup("head", "lm_head", config.vocab_size, hidden)
+    yield MatrixGroup("norms", "norm_f", hidden)
     for layer, letter in enumerate(config.layers):
         is_mtp = layer >= config.num_layers
-        yield Matrices("norms", "norm", hidden, is_mtp=is_mtp)
+        yield MatrixGroup("norms", "norm", hidden, is_mtp=is_mtp)
         yield from (replace(one, is_mtp=is_mtp) for one in _mixer_matrices(config, letter))
         if layer == config.num_layers:
-            yield Matrices("mixers", "eh_proj", hidden, 2 * hidden, is_mtp=True)
-            yield from (Matrices("norms", name, hidden, is_mtp=True) for name in ("enorm", "hnorm"))
+            yield MatrixGroup("mixers", "eh_proj", hidden, 2 * hidden, is_mtp=True)
+            yield from (MatrixGroup("norms", name, hidden, is_mtp=True) for name in ("enorm", "hnorm"))
         if is_mtp and layer == last:
-            yield Matrices("norms", "final_layernorm", hidden, is_mtp=True)
+            yield MatrixGroup("norms", "final_layernorm", hidden, is_mtp=True)
 
 
-def _mixer_matrices(config: NemotronHConfig, letter: str) -> Iterator[Matrices]:
+def _mixer_matrices(config: NemotronHConfig, letter: str) -> Iterator[MatrixGroup]:
     """Yield the weights of a layer of the kind `letter` without its norm."""
     match letter:
         case "M":
@@ -230,40 +230,40 @@ def _mixer_matrices(config: NemotronHConfig, letter: str) -> Iterator[Matrices]:
             yield from _moe_matrices(config)
 
 
-def _linear(part: str, role: str, rows: int, columns: int, has_bias: bool, count: int = 1) -> Iterator[Matrices]:
-    yield Matrices(part, role, rows, columns, count)
+def _linear(part: str, role: str, rows: int, columns: int, has_bias: bool, count: int = 1) -> Iterator[MatrixGroup]:
+    yield MatrixGroup(part, role, rows, columns, count)
     if has_bias:
-        yield Matrices(part, f"{role}.bias", rows, count=count)
+        yield MatrixGroup(part, f"{role}.bias", rows, count=count)
 
 
-def _mamba_matrices(config: NemotronHConfig) -> Iterator[Matrices]:
+def _mamba_matrices(config: NemotronHConfig) -> Iterator[MatrixGroup]:
     shape, hidden = config.mamba, config.hidden_size
     yield from _linear(
         "mixers", "mixer.in_proj", shape.inner_dim + shape.conv_dim + shape.num_heads, hidden, config.use_bias
     )
     yield from _linear("mixers", "mixer.out_proj", hidden, shape.inner_dim, config.use_bias)
     yield from _linear("mixers", "mixer.conv1d", shape.conv_dim, shape.conv_kernel, config.use_conv_bias)
-    yield from (Matrices("mixers", f"mixer.{name}", shape.num_heads) for name in ("A_log", "D", "dt_bias"))
-    yield Matrices("norms", "mixer.norm", shape.inner_dim)
+    yield from (MatrixGroup("mixers", f"mixer.{name}", shape.num_heads) for name in ("A_log", "D", "dt_bias"))
+    yield MatrixGroup("norms", "mixer.norm", shape.inner_dim)
 
 
 def _mlp_matrices(
     config: NemotronHConfig, part: str, module: str, outer: int, width: int, count: int = 1
-) -> Iterator[Matrices]:
+) -> Iterator[MatrixGroup]:
     """Yield the weights of `count` MLPs of two matrices, from `outer` numbers to `width` numbers and back."""
     yield from _linear(part, f"{module}.up_proj", width, outer, config.mlp_bias, count)
     yield from _linear(part, f"{module}.down_proj", outer, width, config.mlp_bias, count)
 
 
-def _moe_matrices(config: NemotronHConfig) -> Iterator[Matrices]:
+def _moe_matrices(config: NemotronHConfig) -> Iterator[MatrixGroup]:
     hidden, latent, num_experts = config.hidden_size, config.moe_latent_size, config.n_routed_experts
-    yield Matrices("routers", "mixer.gate", num_experts, hidden)
-    yield Matrices("routers", "mixer.gate.e_score_correction_bias", num_experts)
+    yield MatrixGroup("routers", "mixer.gate", num_experts, hidden)
+    yield MatrixGroup("routers", "mixer.gate.e_score_correction_bias", num_experts)
     shared_width = config.moe_shared_expert_intermediate_size
     yield from _mlp_matrices(config, "shared", "mixer.shared_experts", hidden, shared_width)
     if latent:
         yield from _linear("latent", "mixer.fc1_latent_proj", latent, hidden, config.mlp_bias)
         yield from _linear("latent", "mixer.fc2_latent_proj", hidden, latent, config.mlp_bias)
     width = config.moe_intermediate_size
-    yield Matrices("routed", "mixer.experts.up_proj", width, latent or hidden, num_experts)
-    yield Matrices("routed", "mixer.experts.down_proj", latent or hidden, width, num_experts)
+    yield MatrixGroup("routed", "mixer.experts.up_proj", width, latent or hidden, num_experts)
+    yield MatrixGroup("routed", "mixer.experts.down_proj", latent or hidden, width, num_experts)

@@ -12,7 +12,7 @@ from typing import Any
 
 from model.configs.config_keys import ConfigKeys, check_divides, check_mtp_layers, check_router
 from model.configs.expert_shape import ExpertShape
-from model.configs.matrices import Matrices, gated_mlp, merge
+from model.configs.matrix_group import MatrixGroup, gated_mlp, merge
 from model.configs.mixer_shapes import AttentionShape, DeltaNetShape
 from model.configs.model_config import eos_token_ids
 from model.configs.rope_shape import RopeShape, rope_shape
@@ -142,7 +142,7 @@ class Qwen3NextConfig:
         return tuple(ExpertShape(layer, *sizes, kind="swiglu") for layer in (*self.moe_layers, *self._mtp_layers))
 
     @cached_property
-    def matrices(self) -> tuple[Matrices, ...]:
+    def matrices(self) -> tuple[MatrixGroup, ...]:
         """Return all weights of the model; see `ModelConfig`."""
         return merge(_matrices(self))
 
@@ -166,49 +166,49 @@ class Qwen3NextConfig:
         return self.layer_types.count(LINEAR) * self.delta_net.replay_width
 
 
-def _matrices(config: Qwen3NextConfig) -> Iterator[Matrices]:
+def _matrices(config: Qwen3NextConfig) -> Iterator[MatrixGroup]:
     """Yield the weights of a model one by one, but all routed experts of a layer at once."""
     vocab, hidden = config.vocab_size, config.hidden_size
-    yield Matrices("embedding", "embed_tokens", vocab, hidden)
+    yield MatrixGroup("embedding", "embed_tokens", vocab, hidden)
     if not config.tie_word_embeddings:
-        yield Matrices("head", "lm_head", vocab, hidden)
-    yield Matrices("norms", "norm", hidden)
+        yield MatrixGroup("head", "lm_head", vocab, hidden)
+    yield MatrixGroup("norms", "norm", hidden)
     for layer, kind in enumerate(config.layer_types):
         yield from _layer_matrices(config, kind == FULL, layer in config.moe_layers)
     if config.num_nextn_predict_layers:
         yield from (replace(one, is_mtp=True) for one in _layer_matrices(config, is_full=True, is_moe=True))
-        yield Matrices("mixers", "fc", hidden, 2 * hidden, is_mtp=True)
+        yield MatrixGroup("mixers", "fc", hidden, 2 * hidden, is_mtp=True)
         norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-        yield from (Matrices("norms", name, hidden, is_mtp=True) for name in norms)
+        yield from (MatrixGroup("norms", name, hidden, is_mtp=True) for name in norms)
 
 
-def _layer_matrices(config: Qwen3NextConfig, is_full: bool, is_moe: bool) -> Iterator[Matrices]:
+def _layer_matrices(config: Qwen3NextConfig, is_full: bool, is_moe: bool) -> Iterator[MatrixGroup]:
     hidden = config.hidden_size
-    yield from (Matrices("norms", name, hidden) for name in ("input_layernorm", "post_attention_layernorm"))
+    yield from (MatrixGroup("norms", name, hidden) for name in ("input_layernorm", "post_attention_layernorm"))
     yield from _attention_matrices(config.attention) if is_full else _delta_net_matrices(config.delta_net)
     if not is_moe:
         yield from gated_mlp("dense", "mlp", hidden, config.intermediate_size)
         return
-    yield Matrices("routers", "mlp.gate", config.num_experts, hidden)
+    yield MatrixGroup("routers", "mlp.gate", config.num_experts, hidden)
     yield from gated_mlp("shared", "mlp.shared_expert", hidden, config.shared_expert_intermediate_size)
-    yield Matrices("shared", "mlp.shared_expert_gate", 1, hidden)
+    yield MatrixGroup("shared", "mlp.shared_expert_gate", 1, hidden)
     yield from gated_mlp("routed", "mlp.experts", hidden, config.moe_intermediate_size, config.num_experts)
 
 
-def _attention_matrices(shape: AttentionShape) -> Iterator[Matrices]:
+def _attention_matrices(shape: AttentionShape) -> Iterator[MatrixGroup]:
     """Yield the weights of an attention layer, whose query projection also gives a gate of the same size."""
     queries, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     for name, rows in (("q_proj", 2 * queries), ("k_proj", kv), ("v_proj", kv)):
-        yield Matrices("mixers", f"self_attn.{name}", rows, shape.hidden_size)
-    yield Matrices("mixers", "self_attn.o_proj", shape.hidden_size, queries)
-    yield from (Matrices("norms", f"self_attn.{name}", shape.head_dim) for name in ("q_norm", "k_norm"))
+        yield MatrixGroup("mixers", f"self_attn.{name}", rows, shape.hidden_size)
+    yield MatrixGroup("mixers", "self_attn.o_proj", shape.hidden_size, queries)
+    yield from (MatrixGroup("norms", f"self_attn.{name}", shape.head_dim) for name in ("q_norm", "k_norm"))
 
 
-def _delta_net_matrices(shape: DeltaNetShape) -> Iterator[Matrices]:
+def _delta_net_matrices(shape: DeltaNetShape) -> Iterator[MatrixGroup]:
     hidden, values = shape.hidden_size, shape.values_dim
-    yield Matrices("mixers", "linear_attn.in_proj_qkvz", shape.conv_dim + values, hidden)
-    yield Matrices("mixers", "linear_attn.in_proj_ba", 2 * shape.num_value_heads, hidden)
-    yield Matrices("mixers", "linear_attn.conv1d", shape.conv_dim, shape.conv_kernel)
-    yield from (Matrices("mixers", f"linear_attn.{name}", shape.num_value_heads) for name in ("A_log", "dt_bias"))
-    yield Matrices("norms", "linear_attn.norm", shape.value_dim)
-    yield Matrices("mixers", "linear_attn.out_proj", hidden, values)
+    yield MatrixGroup("mixers", "linear_attn.in_proj_qkvz", shape.conv_dim + values, hidden)
+    yield MatrixGroup("mixers", "linear_attn.in_proj_ba", 2 * shape.num_value_heads, hidden)
+    yield MatrixGroup("mixers", "linear_attn.conv1d", shape.conv_dim, shape.conv_kernel)
+    yield from (MatrixGroup("mixers", f"linear_attn.{name}", shape.num_value_heads) for name in ("A_log", "dt_bias"))
+    yield MatrixGroup("norms", "linear_attn.norm", shape.value_dim)
+    yield MatrixGroup("mixers", "linear_attn.out_proj", hidden, values)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from cluster.sizing.known_models import known_config, known_models
 from cluster.sizing.model_sizes import model_sizes
 from cluster.sizing.weight_formats import DTYPES, Dtype, dtype_of, with_hf_quantization
-from model.configs.matrices import role_of
+from model.configs.matrix_group import role_of
 from model.demo import DEMO
 from tests.cluster.sizing import tensors
 

@@ -1,4 +1,4 @@
-"""`Matrices` list the weights of a model, as many as have the same role and the same shape in one entry.
+"""A `MatrixGroup` describes all weights of a model that have the same role and the same shape.
 
 A role is the name of a module in the checkpoint without the module's place in the model. For example,
 `backbone.layers.3.mixer.experts.7.up_proj` has the role `mixer.experts.up_proj`.
@@ -14,8 +14,8 @@ SCOPES = ("language_model", "backbone", "model", "layers", "mtp")  # first parts
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """`Matrices` are `count` matrices of one role and one shape in a model; a vector is a matrix with one column.
+class MatrixGroup:
+    """A `MatrixGroup` is `count` matrices of one role and one shape in a model; a vector is a matrix with one column.
 
     - `part` is the part of the model for which `expertmesh size` adds up parameters, for example "routed".
     - `role` tells how the matrices are stored, as all matrices of one role have the same place in a layer.
@@ -35,9 +35,9 @@ class Matrices:
         return self.rows * self.columns * self.count
 
 
-def merge(found: Iterable[Matrices]) -> tuple[Matrices, ...]:
+def merge(found: Iterable[MatrixGroup]) -> tuple[MatrixGroup, ...]:
     """Return `found` with one entry for all matrices of the same role and shape, in the order of first appearance."""
-    counts: Counter[Matrices] = Counter()
+    counts: Counter[MatrixGroup] = Counter()
     for one in found:
         counts[replace(one, count=1)] += one.count
     return tuple(replace(one, count=count) for one, count in counts.items() if count)
@@ -56,10 +56,10 @@ def role_of(tensor: str, num_layers: int) -> tuple[str, bool]:
     return ".".join(part for part in parts if not part.isdigit()), is_mtp
 
 
-def gated_mlp(part: str, module: str, hidden_size: int, width: int, count: int = 1) -> tuple[Matrices, ...]:
+def gated_mlp(part: str, module: str, hidden_size: int, width: int, count: int = 1) -> tuple[MatrixGroup, ...]:
     """Return the matrices of `count` gated MLPs whose module is called `module`."""
     return (
-        Matrices(part, f"{module}.gate_proj", width, hidden_size, count),
-        Matrices(part, f"{module}.up_proj", width, hidden_size, count),
-        Matrices(part, f"{module}.down_proj", hidden_size, width, count),
+        MatrixGroup(part, f"{module}.gate_proj", width, hidden_size, count),
+        MatrixGroup(part, f"{module}.up_proj", width, hidden_size, count),
+        MatrixGroup(part, f"{module}.down_proj", hidden_size, width, count),
     )
