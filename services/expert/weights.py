@@ -24,11 +24,11 @@ from model.stored_matrix import StoredMatrix, matrix_from_bytes
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 
 CHUNK_BYTES = 512 << 10  # maximum bytes of weights in one message to a peer
-PLAIN_FORMATS = {torch.bfloat16: pb.WEIGHT_FORMAT_BF16, torch.float32: pb.WEIGHT_FORMAT_FP32}
-QUANTIZED_FORMATS: dict[WeightFormat, pb.WeightFormat] = {
-    "fp8": pb.WEIGHT_FORMAT_FP8,
-    "fp8_blocks": pb.WEIGHT_FORMAT_FP8_BLOCKS,
-    "nvfp4": pb.WEIGHT_FORMAT_NVFP4,
+PLAIN_FORMATS = {torch.bfloat16: pb.STORED_FORMAT_BF16, torch.float32: pb.STORED_FORMAT_FP32}
+QUANTIZED_FORMATS: dict[WeightFormat, pb.StoredFormat] = {
+    "fp8": pb.STORED_FORMAT_FP8,
+    "fp8_blocks": pb.STORED_FORMAT_FP8_BLOCKS,
+    "nvfp4": pb.STORED_FORMAT_NVFP4,
 }
 
 
@@ -48,8 +48,8 @@ def matrix_formats(shape: ExpertShape, dtype: torch.dtype) -> list[pb.MatrixForm
 def describe_formats(matrices: Iterable[pb.MatrixFormat]) -> str:
     """Return a text for an error message, for example "up FP8 64x32, down BF16 32x64"."""
 
-    def name(format: pb.WeightFormat) -> str:
-        return pb.WeightFormat.Name(format).removeprefix("WEIGHT_FORMAT_")
+    def name(format: pb.StoredFormat) -> str:
+        return pb.StoredFormat.Name(format).removeprefix("STORED_FORMAT_")
 
     return ", ".join(f"{of.name} {name(of.format)} {of.rows}x{of.columns}" for of in matrices) or "no matrices"
 

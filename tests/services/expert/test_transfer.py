@@ -170,14 +170,14 @@ def test_every_tier_of_a_peer_sends_the_stored_bytes(
     run(test)
 
 
-def stored(up: pb.WeightFormat, down: pb.WeightFormat, width: int = WIDTH) -> list[pb.MatrixFormat]:
+def stored(up: pb.StoredFormat, down: pb.StoredFormat, width: int = WIDTH) -> list[pb.MatrixFormat]:
     return [
         pb.MatrixFormat(name="up", rows=width, columns=LATENT, format=up),
         pb.MatrixFormat(name="down", rows=LATENT, columns=width, format=down),
     ]
 
 
-FP32 = stored(pb.WEIGHT_FORMAT_FP32, pb.WEIGHT_FORMAT_FP32)
+FP32 = stored(pb.STORED_FORMAT_FP32, pb.STORED_FORMAT_FP32)
 HERE = "This shard stores the experts of layer 1 as up FP32 128x64, down FP32 64x128, but the request is for"
 
 
@@ -189,12 +189,12 @@ HERE = "This shard stores the experts of layer 1 as up FP32 128x64, down FP32 64
         (pb.FetchRequest(layer=2, matrices=FP32), "NOT_FOUND", "Experts [] of layer 2 are not here"),
         (pb.FetchRequest(layer=1, experts=[0]), "FAILED_PRECONDITION", f"{HERE} no matrices."),
         (
-            pb.FetchRequest(layer=1, experts=[0], matrices=stored(pb.WEIGHT_FORMAT_BF16, pb.WEIGHT_FORMAT_BF16)),
+            pb.FetchRequest(layer=1, experts=[0], matrices=stored(pb.STORED_FORMAT_BF16, pb.STORED_FORMAT_BF16)),
             "FAILED_PRECONDITION",
             f"{HERE} up BF16 128x64, down BF16 64x128.",
         ),
         (
-            pb.FetchRequest(layer=1, experts=[0], matrices=stored(pb.WEIGHT_FORMAT_NVFP4, pb.WEIGHT_FORMAT_FP32, 64)),
+            pb.FetchRequest(layer=1, experts=[0], matrices=stored(pb.STORED_FORMAT_NVFP4, pb.STORED_FORMAT_FP32, 64)),
             "FAILED_PRECONDITION",
             f"{HERE} up NVFP4 64x64, down FP32 64x64.",
         ),

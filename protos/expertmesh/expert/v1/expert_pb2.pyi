@@ -12,23 +12,23 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_BF16: _ClassVar[Dtype]
     DTYPE_FP32: _ClassVar[Dtype]
 
-class WeightFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class StoredFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    WEIGHT_FORMAT_UNSPECIFIED: _ClassVar[WeightFormat]
-    WEIGHT_FORMAT_BF16: _ClassVar[WeightFormat]
-    WEIGHT_FORMAT_FP32: _ClassVar[WeightFormat]
-    WEIGHT_FORMAT_FP8: _ClassVar[WeightFormat]
-    WEIGHT_FORMAT_FP8_BLOCKS: _ClassVar[WeightFormat]
-    WEIGHT_FORMAT_NVFP4: _ClassVar[WeightFormat]
+    STORED_FORMAT_UNSPECIFIED: _ClassVar[StoredFormat]
+    STORED_FORMAT_BF16: _ClassVar[StoredFormat]
+    STORED_FORMAT_FP32: _ClassVar[StoredFormat]
+    STORED_FORMAT_FP8: _ClassVar[StoredFormat]
+    STORED_FORMAT_FP8_BLOCKS: _ClassVar[StoredFormat]
+    STORED_FORMAT_NVFP4: _ClassVar[StoredFormat]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BF16: Dtype
 DTYPE_FP32: Dtype
-WEIGHT_FORMAT_UNSPECIFIED: WeightFormat
-WEIGHT_FORMAT_BF16: WeightFormat
-WEIGHT_FORMAT_FP32: WeightFormat
-WEIGHT_FORMAT_FP8: WeightFormat
-WEIGHT_FORMAT_FP8_BLOCKS: WeightFormat
-WEIGHT_FORMAT_NVFP4: WeightFormat
+STORED_FORMAT_UNSPECIFIED: StoredFormat
+STORED_FORMAT_BF16: StoredFormat
+STORED_FORMAT_FP32: StoredFormat
+STORED_FORMAT_FP8: StoredFormat
+STORED_FORMAT_FP8_BLOCKS: StoredFormat
+STORED_FORMAT_NVFP4: StoredFormat
 
 class ComputeRequest(_message.Message):
     __slots__ = ("id", "layer", "epoch", "num_rows", "dtype", "rows", "grid", "pick_rows", "pick_experts", "pick_weights", "timeout_us", "traceparent", "checksum")
@@ -217,8 +217,8 @@ class MatrixFormat(_message.Message):
     name: str
     rows: int
     columns: int
-    format: WeightFormat
-    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., format: _Optional[_Union[WeightFormat, str]] = ...) -> None: ...
+    format: StoredFormat
+    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., format: _Optional[_Union[StoredFormat, str]] = ...) -> None: ...
 
 class FetchChunk(_message.Message):
     __slots__ = ("expert", "data", "is_last", "checksum", "gain_exponent", "seal")
