@@ -26,7 +26,7 @@ from benchmarks.peers import Speeds, Workload
 from benchmarks.server import server
 from benchmarks.shape import write_shape
 from benchmarks.throughput import SHAPE, ThroughputClient, median
-from model.checkpoint import SINGLE
+from model.configs.model_files import SINGLE
 from model.configs.weight_format import WeightFormat
 from model.demo.quantize import formats_of, write_quantized
 from model.encoder import linear_modules

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,44 +19,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.configs.config_keys import read_special_float
 from model.configs.declared_formats import DeclaredFormats
-from model.configs.weight_format import FORMATS, StoredPart, WeightFormat
+from model.configs.model_files import CONFIG, GENERATION_CONFIG, INDEX, QUANTIZATION, SINGLE, read_index, read_json
+from model.configs.weight_format import StoredPart, WeightFormat
 from model.configs.weight_tensors import (
     IGNORED_SCALES,
     SCALES,
     TensorHeader,
+    check_layout,
     check_part,
     module_of,
-    other_layout,
     weight_format,
     weight_parts,
 )
 from model.stored_matrix import StoredMatrix
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-QUANTIZATION = "hf_quant_config.json"
 T = TypeVar("T")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from `path`.
-
-    Raises ValueError if the file is missing, cannot be read, is not valid JSON or holds no object.
-    """
-    try:
-        value = json.loads(path.read_text(), object_hook=read_special_float)
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} is not a model directory: it has no {path.name}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} cannot be read: it is not a text file") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def check_codes(path: Path, name: str, codes: Tensor) -> None:
@@ -80,11 +58,11 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return read_json(self.path / "config.json")
+        return read_json(self.path / CONFIG)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        path = self.path / "generation_config.json"
+        path = self.path / GENERATION_CONFIG
         return read_json(path) if path.exists() else {}
 
     @cached_property
@@ -102,12 +80,9 @@ class Checkpoint:
         return vocab.get(name) if token_id is None and isinstance(vocab, dict) else token_id
 
     @cached_property
-    def _files(self) -> dict[str, str]:
+    def _files(self) -> Mapping[str, str]:
         """Return a dictionary from each tensor's name to the name of the file that holds the tensor."""
-        if (self.path / INDEX).exists():
-            files = read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-                raise ValueError(f"{self.path / INDEX} has no weight_map")
+        if (files := read_index(self.path)) is not None:
             return files
         if not (self.path / SINGLE).exists():
             raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}")
@@ -185,9 +160,7 @@ class Checkpoint:
         Raises ValueError if the checkpoint has a layout of quantized weights that is not supported.
         """
         for name in self._files:
-            if layout := other_layout(name):
-                sentence = f"is of the layout {layout}, which is not supported; supported are {', '.join(FORMATS)}"
-                raise ValueError(f"tensor {name} in {self.path} {sentence}")
+            check_layout(self.path, name)
         return frozenset(self._scales(SCALES)) | self.ignored_scales
 
     @cached_property

@@ -5,7 +5,6 @@ A header lists the names, dtypes and shapes of the tensors in a file. No weights
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from cluster.sizing.weight_formats import Counts, Dtype, Storage, dtype_of_formats
 from model.configs.matrix_group import role_of
-from model.configs.weight_tensors import IGNORED_SCALES, SCALES, TensorHeader, module_of, other_layout, weight_format
+from model.configs.model_files import SINGLE, read_index
+from model.configs.weight_tensors import IGNORED_SCALES, SCALES, TensorHeader, check_layout, module_of, weight_format
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # bytes of a number; others: 1
 NOT_COUNTED = (*SCALES, *IGNORED_SCALES, "inv_freq")
 
@@ -58,8 +57,7 @@ def read_files(directory: Path, num_layers: int) -> CheckpointFiles | None:
     tensors = {name: found for path in paths for name, found in _tensors(path)}
     counts: dict[tuple[str, bool], Counter[Storage]] = {}
     for name in tensors:
-        if layout := other_layout(name):
-            raise ValueError(f"tensor {name} in {directory} is of the layout {layout}, which is not supported")
+        check_layout(directory, name)
         if not name.endswith(NOT_COUNTED):
             counts.setdefault(role_of(name, num_layers), Counter())[_storage(directory, name, tensors)] += 1
     return CheckpointFiles(
@@ -68,13 +66,9 @@ def read_files(directory: Path, num_layers: int) -> CheckpointFiles | None:
 
 
 def _paths(directory: Path) -> list[Path]:
-    if not (directory / INDEX).is_file():
-        return [directory / SINGLE]
-    try:
-        files = json.loads((directory / INDEX).read_text())["weight_map"]
-        return [directory / file for file in sorted(set(files.values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{directory / INDEX} is not an index of weight files: it has no weight_map") from None
+    """Return the paths of the checkpoint's files, which may be missing."""
+    files = read_index(directory)
+    return [directory / file for file in ([SINGLE] if files is None else sorted({*files.values()}))]
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, TensorHeader]]:

@@ -6,9 +6,10 @@ sizes.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from model.configs.model_files import read_json
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -31,5 +32,4 @@ def find_model(part: str) -> str:
 
 def known_config(part: str) -> dict[str, Any]:
     """Return the config of the known model that `find_model` finds for `part`."""
-    config: dict[str, Any] = json.loads((CONFIGS / f"{find_model(part)}.json").read_text())
-    return config
+    return read_json(CONFIGS / f"{find_model(part)}.json")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from model.configs.model_files import CONFIG
+
 LISTED = {str: "names", int: "integers"}
 
 
@@ -23,7 +25,7 @@ class ConfigKeys:
 
     raw: Mapping[str, Any]
     place: str = ""
-    file: str = "config.json"
+    file: str = CONFIG
 
     def need(self, *keys: str) -> int:
         """Return the value of the first of `keys` that is not missing, a positive integer; one of them is required."""
@@ -91,14 +93,6 @@ class ConfigKeys:
         if value is None:
             raise ValueError(f"{self.file} lacks the key {self.place}{key}")
         return value
-
-
-def read_special_float(value: dict[str, Any]) -> Any:
-    """Return a JSON object as it is, but {"__float__": "Infinity"}, as transformers writes infinity, as a float.
-
-    The function is the `object_hook` with which a `config.json` must be read.
-    """
-    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def check_divides(large: str, whole: int, small: str, part: int) -> None:

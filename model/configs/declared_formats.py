@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from model.configs.config_keys import ConfigKeys
+from model.configs.model_files import CONFIG, QUANTIZATION
 from model.configs.weight_format import BLOCK, GROUP, WeightFormat
 
 ALGORITHMS: dict[str, WeightFormat] = {"FP8": "fp8", "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}
@@ -41,7 +42,7 @@ class DeclaredFormats:
     is_unlisted_mix: bool = False
 
     @classmethod
-    def of_config(cls, raw: Mapping[str, Any], file: str = "config.json") -> DeclaredFormats:
+    def of_config(cls, raw: Mapping[str, Any], file: str = CONFIG) -> DeclaredFormats:
         """Read `quantization_config` in a `config.json`; raise ValueError if it names an unsupported algorithm."""
         keys = ConfigKeys(raw, file=file).section("quantization_config")
         if not keys.raw:
@@ -57,7 +58,7 @@ class DeclaredFormats:
         raise keys.wrong("quant_method", "supported are fp8 and modelopt")
 
     @classmethod
-    def of_modelopt(cls, raw: Mapping[str, Any], file: str = "hf_quant_config.json") -> DeclaredFormats:
+    def of_modelopt(cls, raw: Mapping[str, Any], file: str = QUANTIZATION) -> DeclaredFormats:
         """Read an `hf_quant_config.json`; raise ValueError if it names an unsupported algorithm."""
         return cls._of_modelopt(ConfigKeys(raw, file=file).section("quantization"), "exclude_modules")
 

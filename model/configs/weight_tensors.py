@@ -19,7 +19,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.configs.weight_format import PartDtype, StoredPart, WeightFormat, stored_parts
+from model.configs.weight_format import FORMATS, PartDtype, StoredPart, WeightFormat, stored_parts
 
 SCALES = ("weight_scale", "weight_scale_2", "weight_scale_inv")
 IGNORED_SCALES = ("input_scale", "k_scale", "v_scale")  # scales of activations, which are never quantized here
@@ -96,9 +96,11 @@ def check_part(path: Path, name: str, part: StoredPart, header: TensorHeader, fo
         raise ValueError(f"{tensor} has the dtype {header.dtype}; the format {format} requires {allowed}")
 
 
-def other_layout(name: str) -> str | None:
-    """Return the name of the unsupported layout that the tensor called `name` belongs to; None if there is none."""
-    return OTHER_LAYOUTS.get(name.rpartition(".")[2])
+def check_layout(path: Path, name: str) -> None:
+    """Raise ValueError if the tensor called `name` belongs to a layout of quantized weights that is not supported."""
+    if layout := OTHER_LAYOUTS.get(name.rpartition(".")[2]):
+        sentence = f"is of the layout {layout}, which is not supported; supported are {', '.join(FORMATS)}"
+        raise ValueError(f"tensor {name} in {path} {sentence}")
 
 
 def _listed(words: Collection[str]) -> str:

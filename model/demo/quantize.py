@@ -25,8 +25,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from model.checkpoint import QUANTIZATION, SINGLE
 from model.configs.declared_formats import declarations
+from model.configs.model_files import CONFIG, QUANTIZATION, SINGLE, read_json
 from model.configs.weight_format import FORMATS, WeightFormat
 from model.demo import DEMO
 from model.demo.corpus import read_corpus
@@ -56,8 +56,8 @@ def write_quantized(source: Path, out: Path, formats: Mapping[str, WeightFormat]
     tensors = load_file(source / SINGLE)
     save_file(encode_tensors(tensors, formats), out / SINGLE, metadata={"format": "pt"})
     declared, hf_quant_config = declarations(formats, linear_modules(tensors))
-    config = json.loads((source / "config.json").read_text()) | {"quantization_config": declared}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = read_json(source / CONFIG) | {"quantization_config": declared}
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if hf_quant_config is not None:
         (out / QUANTIZATION).write_text(json.dumps(hf_quant_config, indent=2) + "\n")
 

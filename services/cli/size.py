@@ -19,14 +19,13 @@ from cluster.sizing.known_models import find_model, known_config, known_models
 from cluster.sizing.model_sizes import ModelSizes, model_sizes
 from cluster.sizing.sizing import Sizing, size, sizing_of
 from cluster.sizing.weight_formats import Dtype, dtype_of, with_hf_quantization
-from model.configs.config_keys import read_special_float
+from model.configs.model_files import CONFIG, QUANTIZATION, read_json
 from services.cli.size_tables import LEGEND, all_table, size_tables
 from services.cli.terminal import AsJson, console, plain_errors, progress
 from services.hub import Repository
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
-QUANTIZATION = "hf_quant_config.json"
 SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # this version serves these; it can size more models
 
 
@@ -89,36 +88,21 @@ def read_config(model: str) -> tuple[str, dict[str, Any], Path | None]:
     is_directory = path.is_dir()
     repository = Repository.parse(model)
     if is_directory:
-        path /= "config.json"
+        path /= CONFIG
     elif repository and not path.is_file():
         with progress() as say:
-            path = repository.directory(say, ("config.json", QUANTIZATION)) / "config.json"
+            path = repository.directory(say, (CONFIG, QUANTIZATION)) / CONFIG
             is_directory = True
     elif not path.is_file():
         return find_model(model), known_config(model), None
-    config = _read_object(path)
+    config = read_json(path)
     beside = path.with_name(QUANTIZATION)
     if is_directory and beside.is_file():
-        config = with_hf_quantization(config, _read_object(beside))
+        config = with_hf_quantization(config, read_json(beside))
     directory = path.parent if is_directory else None
     if repository:
         return repository.id, config, directory
-    return path.resolve().parent.name if path.name == "config.json" else path.stem, config, directory
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raise ValueError with one sentence if there is none."""
-    try:
-        found = json.loads(path.read_text(), object_hook=read_special_float)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not a text file'}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(found).__name__}")
-    return found
+    return path.resolve().parent.name if path.name == CONFIG else path.stem, config, directory
 
 
 def _dtype(name: str) -> Dtype | None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from model.checkpoint import INDEX, QUANTIZATION, SINGLE
 from model.configs.declared_formats import declarations
+from model.configs.model_files import INDEX, QUANTIZATION, SINGLE
 from model.configs.weight_format import WeightFormat
 from model.encoder import encode_tensors, linear_modules
 from tests.model.oracles import dequantized

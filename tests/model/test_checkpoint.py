@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from model.blocks.expert_bank import ExpertBank
-from model.checkpoint import INDEX, Checkpoint
+from model.checkpoint import Checkpoint
+from model.configs.model_files import INDEX
 from model.encoder import encode_tensors
 from model.families.nemotron_h import NemotronH
 from model.families.registry import load_family

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.checkpoint import INDEX, Checkpoint
+from model.checkpoint import Checkpoint
+from model.configs.model_files import INDEX
 from model.families.registry import load_family
 from tests.model.checkpoints import QUANTIZED, Tiny, edit, format_of, several_files
 from tests.model.conftest import load_fp32

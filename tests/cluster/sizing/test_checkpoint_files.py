@@ -19,7 +19,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3NextConfi
 
 from cluster.sizing.model_sizes import model_sizes
 from cluster.sizing.weight_formats import Dtype
-from model.configs.config_keys import read_special_float
+from model.configs.model_files import read_json
 from model.configs.weight_format import WeightFormat, stored_parts
 from model.stored_matrix import CODE_DTYPES
 from tests.model.checkpoints import QUANTIZED, write_tiny
@@ -98,8 +98,7 @@ def quantize(path: Path, format_of: Format) -> dict[str, Tensor]:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(), object_hook=read_special_float)
-    return config
+    return read_json(path / "config.json")
 
 
 def nemotron_fp8(name: str) -> WeightFormat:
@@ -243,7 +242,7 @@ PROJECTION = "backbone.layers.0.mixer.in_proj.weight"
         (cut, "is not a readable safetensors file: "),
         (
             lambda path: (path / "model.safetensors.index.json").write_text("[]"),
-            "is not an index of weight files: it has no weight_map",
+            "model.safetensors.index.json must hold a JSON object, not a list",
         ),
     ],
 )

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint import QUANTIZATION, Checkpoint
+from model.checkpoint import Checkpoint
 from model.configs.declared_formats import DeclaredFormats, declarations
+from model.configs.model_files import QUANTIZATION
 from model.configs.weight_format import WeightFormat
 from model.families.registry import load_family
 from tests.model.checkpoints import Tiny, edit_config

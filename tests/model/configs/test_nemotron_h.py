@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from model.blocks.expert_bank import LocalExperts
-from model.checkpoint import Checkpoint, read_json
+from model.checkpoint import Checkpoint
 from model.configs.matrix_group import role_of
+from model.configs.model_files import read_json
 from model.configs.nemotron_h import NemotronHConfig
 from model.families.nemotron_h import NemotronH, make_moe
 from model.families.registry import load_family

@@ -171,7 +171,7 @@ def test_a_damaged_config_is_one_sentence(text: str, sentence: str, tmp_path: Pa
 
 
 def test_a_directory_without_a_config_is_one_sentence(tmp_path: Path) -> None:
-    assert refused("--model", str(tmp_path)) == f"{tmp_path}/config.json cannot be read: No such file or directory"
+    assert refused("--model", str(tmp_path)) == f"{tmp_path} is not a model directory: it has no config.json"
 
 
 # The tests below compare a sizing with the engine's own numbers.

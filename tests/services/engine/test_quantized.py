@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from cluster.placement.planner import plan
 from cluster.topology import Homes, Placement
 from model.blocks.expert_bank import Experts
-from model.checkpoint import SINGLE
+from model.configs.model_files import SINGLE
 from model.demo import DEMO
 from model.demo.quantize import formats_of, write_quantized
 from model.encoder import linear_modules
