@@ -50,8 +50,9 @@ class Repository:
 
         The network is used only if the cache does not hold the whole revision. `say` is told the progress of a
         download every `period_s` seconds, from any thread. Raises ValueError with one sentence if the repository cannot
-        be found or read, or if it can be neither downloaded nor found in the cache.
+        be found or read, if it can be neither downloaded nor found in the cache, or if the cache is not a directory.
         """
+        _check_cache()
         return self._cached(files) or self._downloaded(files, say, period_s)
 
     def _cached(self, files: tuple[str, ...]) -> Path | None:
@@ -144,12 +145,26 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _check_space(repository: Repository, num_bytes: int) -> None:
-    """Raise ValueError if the cache's disk has fewer than `num_bytes` of free space."""
+def _cache() -> tuple[Path, Path]:
+    """Return the path of the cache, and the cache itself or the nearest of its parents that exists."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    return cache, next(path for path in (cache, *cache.absolute().parents) if path.exists())
+
+
+def _check_cache() -> None:
+    """Raise ValueError if the cache, or the path in which it would be created, is not a directory."""
+    cache, found = _cache()
+    if not found.is_dir():
+        place = "is not a directory" if found == cache else f"cannot be created, because {found} is not a directory"
+        raise ValueError(f"the cache {cache} {place}; set HF_HOME or HF_HUB_CACHE to a directory")
+
+
+def _check_space(repository: Repository, num_bytes: int) -> None:
+    """Raise ValueError if the cache's disk has fewer than `num_bytes` of free space."""
+    cache, found = _cache()
+    free = shutil.disk_usage(found).free
     if num_bytes > free:
         sizes = f"{repository} takes {_size(num_bytes)}, but the disk of the cache {cache} has {_size(free)} free"
         raise ValueError(f"{sizes}; free some space, or set HF_HOME to a folder on another disk")

@@ -163,6 +163,18 @@ def test_without_network_and_cache_the_refusal_names_both(machine: Machine) -> N
     ]
 
 
+def test_a_cache_that_is_no_directory_is_refused(hub: HubServer, machine: Machine, tmp_path: Path) -> None:
+    (file := tmp_path / "file").touch()
+    end = "; set HF_HOME or HF_HUB_CACHE to a directory"
+    assert machine.find("acme/demo", HF_HUB_CACHE=str(file)).stdout == (
+        f"refused: the cache {file} is not a directory{end}\n"
+    )
+    answer = machine.find("acme/demo", HF_HOME=str(file))
+    reason = f"the cache {file}/hub cannot be created, because {file} is not a directory"
+    assert (answer.stdout, answer.stderr) == (f"refused: {reason}{end}\n", "")
+    assert hub.requests == []
+
+
 def test_a_gated_repository_is_downloaded_with_a_token_that_has_access(machine: Machine) -> None:
     assert machine.find("acme/gated", HF_TOKEN=TOKEN).stdout.strip() == str(machine.directory("acme/gated"))
 
