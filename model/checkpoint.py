@@ -129,7 +129,6 @@ class Checkpoint:
         if name not in self._files:
             raise ValueError(f"the checkpoint {self.path} has no tensor {name}")
         file = self._file(self._files[name])
-        self._check_size(self._files[name])
         try:
             return read(file)
         except SafetensorError:
@@ -140,15 +139,21 @@ class Checkpoint:
 
         Raises ValueError if the tensor is missing or has another shape, or if its file is damaged or has changed.
         """
-        tensor: Tensor = self._read(name, lambda file: file.get_tensor(name))
+
+        def read(file: Any) -> Tensor:
+            self._check_size(self._files[name])
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+        tensor = self._read(name, read)
         if shape is not None and tensor.shape != shape:
             raise ValueError(f"tensor {name} in {self.path} is {list(tensor.shape)}, the config requires {list(shape)}")
         return tensor
 
     def header(self, name: str) -> TensorHeader:
-        """Return the dtype and the shape of the tensor called `name`; the tensor is not read.
+        """Return the dtype and the shape of the tensor called `name`, which were read when its file was opened.
 
-        Raises ValueError if the tensor is missing, or if its file is damaged or has changed.
+        Raises ValueError if the tensor is missing, or if its file is damaged.
         """
         part = self._read(name, lambda file: file.get_slice(name))
         return TensorHeader(part.get_dtype(), tuple(part.get_shape()))

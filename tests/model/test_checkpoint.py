@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.blocks.expert_bank import ExpertBank
 from model.checkpoint import Checkpoint
-from model.configs.model_files import INDEX
+from model.configs.model_files import INDEX, SINGLE
 from model.encoder import encode_tensors
 from model.families.nemotron_h import NemotronH
 from model.families.registry import load_family
@@ -219,6 +219,15 @@ def test_a_tensor_that_only_the_index_has_is_named(several: Path) -> None:
 def test_a_broken_index_is_named(several: Path, text: str, sentence: str) -> None:
     (several / INDEX).write_text(text)
     fails(several, sentence)
+
+
+def test_headers_are_read_only_once(latent: Tiny, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(edit(latent.path, tmp_path, lambda tensors: None))
+    before = checkpoint.header("lm_head.weight")
+    (tmp_path / SINGLE).unlink()
+    assert checkpoint.header("lm_head.weight") == before
+    with pytest.raises(ValueError, match=r"model\.safetensors can no longer be read"):
+        checkpoint.tensor("lm_head.weight")
 
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
