@@ -95,6 +95,26 @@ def test_headers_without_end_are_cut_off(generation: Generation, start: bytes) -
     run(test)
 
 
+def test_bytes_that_are_refused_for_two_reasons_get_one_answer(generation: Generation) -> None:
+    """Check that a chunk's size that is neither a number nor short enough is refused only once."""
+    config = limited(generation, header_bytes=4096)
+
+    async def test() -> None:
+        async with listening(generation, config), connect(config.http_port) as client:
+            client.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            await asyncio.sleep(0.05)  # the size of the chunk must arrive alone
+            client.send(b"z" * 5000)
+            answer = await client.received()
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert answer.count(b"HTTP/1.1 ") == 1
+            assert sentence(answer) == "The request is not valid HTTP/1.1."
+            lines = generate_latest(generation.metrics.registry).decode().splitlines()
+            counts = [line.split()[-1] for line in lines if line.startswith("expertmesh:request_refused_total{")]
+            assert counts == ["1.0"]
+
+    run(test)
+
+
 @pytest.mark.parametrize(
     ("sent", "part"),
     [(b"GET /health/live HTTP/1.1\r\nHos", "headers"), (POST + BODY[:5], "body"), (POST, "body")],
