@@ -196,7 +196,7 @@ def build_app(args: AppArgs) -> Application:
     """
     resolved = args.resolved()
     family = resolved.check()
-    args = args.pinned(resolved)
+    args = args.pinned(resolved).without_idle_shards(family)
     backbone = _deployment(
         BackboneDeployment,
         "backbone",

@@ -33,6 +33,7 @@ from services.logs import LogFormat
 
 log = logging.getLogger(__name__)
 
+MIN_MODEL_LEN = 2  # tokens of the shortest request: one of its prompt and one of its answer
 MIN_HIDDEN_FOR_THREADS = 1024  # hidden size from which a backbone on a CPU uses several threads
 # The further ahead a token is drafted, the more rarely it is accepted. 16 drafts in a row were never accepted.
 MAX_DRAFT_TOKENS = 16
@@ -171,7 +172,7 @@ class AppArgs(BaseModel):
         description="password, if redis_url has none; set it in the environment rather than in a config",
     )
     pools: list[PoolArgs] = Field(default_factory=lambda: [PoolArgs()], min_length=1)
-    max_model_len: int | None = Field(None, ge=2)
+    max_model_len: int | None = Field(None, ge=MIN_MODEL_LEN)
     max_requests: int = Field(64, ge=1, description="maximum number of requests in one step, if the memory suffices")
     max_waiting: int = Field(
         256, ge=1, description="maximum number of waiting requests; more are refused with Retry-After"
@@ -243,6 +244,10 @@ class AppArgs(BaseModel):
         directory = model_directory(self.model, say) if say else model_directory(self.model, log.info, LOG_PERIOD_S)
         return self.model_copy(update={"model": directory, "model_name": self.name})
 
+    def without_idle_shards(self, family: ModelFamily) -> Self:
+        """Return a copy without shards if the model has no routed experts, because the shards would hold nothing."""
+        return self if family.expert_shapes else self.model_copy(update={"experts": "local"})
+
     def pinned(self, resolved: Self) -> Self:
         """Return a copy whose model, if it is a repository, has the commit that `resolved` has found as its revision.
 
@@ -263,8 +268,14 @@ class AppArgs(BaseModel):
         )
 
     def context(self, family: ModelFamily) -> int:
-        """Return the maximum number of tokens of a request; raise ValueError if `max_model_len` is too large."""
+        """Return the maximum number of tokens of a request.
+
+        Raise ValueError if `max_model_len` is too large, or if the model is too short for any request.
+        """
         longest = family.config.max_position_embeddings
+        if longest < MIN_MODEL_LEN:
+            reason = "a request needs a token of its prompt and a token of its answer"
+            raise ValueError(f"config.json has max_position_embeddings = {longest}; allowed is 2 or more: {reason}")
         if self.max_model_len and self.max_model_len > longest:
             raise ValueError(f"max_model_len is {self.max_model_len}; the model allows up to {longest}")
         return self.max_model_len or longest
@@ -335,6 +346,8 @@ class AppArgs(BaseModel):
     def notes(self, family: ModelFamily) -> list[str]:
         """Return sentences about the model that whoever starts it should know."""
         notes = []
+        if not family.expert_shapes:
+            notes.append("The model has no routed experts, so it is served without expert shards.")
         defaults = self.sampling_defaults(family)
         if defaults.values:
             notes.append(f"Sampling defaults of generation_config.json: {defaults}.")

@@ -53,6 +53,8 @@ def _delta_limit(keys: ConfigKeys) -> tuple[float, float]:
     limit = keys.raw.get("time_step_limit") or (0.0, float("inf"))
     if not isinstance(limit, list | tuple) or [isinstance(end, int | float) for end in limit] != [True, True]:
         raise keys.wrong("time_step_limit", "allowed is a list of two numbers")
+    if not limit[0] <= limit[1]:  # also refuses NaN
+        raise keys.wrong("time_step_limit", "allowed are two numbers of which the second is not smaller")
     return float(limit[0]), float(limit[1])
 
 
@@ -104,6 +106,9 @@ class NemotronHConfig:
             raise ValueError("config.json lacks the key hybrid_override_pattern (or layers_block_type)")
         if (given := keys.whole("num_hidden_layers", len(pattern))) != len(pattern):
             raise ValueError(f"config.json has num_hidden_layers = {given}, but a pattern of {len(pattern)} layers")
+        mtp_pattern = _pattern(keys, "mtp_") or "*E"
+        num_mtp_layers = keys.whole("num_nextn_predict_layers", 0)
+        letters = {*pattern, *(mtp_pattern if num_mtp_layers else "")}
         hidden = need("hidden_size")
         mamba = MambaShape(
             hidden,
@@ -117,16 +122,16 @@ class NemotronHConfig:
         )
         num_heads = need("num_attention_heads")
         num_kv_heads = keys.whole("num_key_value_heads", 0) or num_heads
-        has_moe = "E" in pattern
+        has_moe = "E" in letters
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=hidden,
             pattern=pattern,
-            mtp_pattern=_pattern(keys, "mtp_") or "*E",
-            num_nextn_predict_layers=keys.whole("num_nextn_predict_layers", 0),
+            mtp_pattern=mtp_pattern,
+            num_nextn_predict_layers=num_mtp_layers,
             mamba=mamba,
             attention=AttentionShape(hidden, num_heads, num_kv_heads, need("head_dim")),
-            intermediate_size=need("intermediate_size") if "-" in pattern else 0,
+            intermediate_size=need("intermediate_size") if "-" in letters else 0,
             n_routed_experts=need("n_routed_experts") if has_moe else 0,
             num_experts_per_tok=need("num_experts_per_tok") if has_moe else 0,
             moe_intermediate_size=need("moe_intermediate_size") if has_moe else 0,
@@ -149,6 +154,9 @@ class NemotronHConfig:
 
     def __post_init__(self) -> None:
         check_mtp_layers(self.num_nextn_predict_layers)
+        if "M" in self.layers[self.num_layers :]:  # the state would keep rejected drafts
+            layers = self.mtp_pattern
+            raise ValueError(f"config.json has an MTP module with the layers {layers}; allowed are E, * and -")
         mamba, attention = self.mamba, self.attention
         check_divides("mamba_num_heads", mamba.num_heads, "n_groups", mamba.num_groups)
         check_divides("num_attention_heads", attention.num_heads, "num_key_value_heads", attention.num_kv_heads)

@@ -185,6 +185,7 @@ def checked_args(options: dict[str, Any], reporter: StartReporter, is_joining: b
     args = asked.resolved(lambda news: reporter.report(StepReport(StartStep.MODEL, news, is_news=True)))
     reporter.report(StepReport(StartStep.MODEL, "checking the checkpoint"))
     family = args.check()
+    args = args.without_idle_shards(family)
     reporter.report(StepReport(StartStep.MODEL, "complete, can be served", is_done=True))
     console.print(f"Memory for requests: {args.memory_plan(family)}.")
     console.print(f"Arithmetic: {'; '.join(args.arithmetic())}.")
@@ -196,7 +197,7 @@ def checked_args(options: dict[str, Any], reporter: StartReporter, is_joining: b
         console.print("Drafting is off.")
     dtype = str(args.torch_dtype).removeprefix("torch.")
     console.print(f"Starting {args.name} from {args.model}: {_expert_tier(args)}, {dtype}.")
-    return asked.pinned(args) if is_joining else args
+    return asked.pinned(args).without_idle_shards(family) if is_joining else args
 
 
 def check_gpus_of_this_machine(args: AppArgs) -> None:

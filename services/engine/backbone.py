@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 # Seconds to wait for the first placement, and then the same number of seconds for the shards to load their experts.
 PLACEMENT_TIMEOUT_S = 600.0
+WARM_UP_PROMPT = 3  # tokens of the prompt of the first request: several, so that a chunk of a prompt is computed
 WARM_UP_TOKENS = 8  # tokens to generate before the first request: enough that drafts are made and verified
 
 
@@ -91,15 +92,18 @@ class Backbone:
         return status | (self.fleet.status() if self.fleet else {})
 
     async def _warm_up(self) -> None:
-        """Generate WARM_UP_TOKENS tokens, because the first request is slow and should not be a user's request.
+        """Generate up to WARM_UP_TOKENS tokens, because the first request is slow and should not be a user's request.
 
         Retry for PLACEMENT_TIMEOUT_S seconds, because shards may still be loading experts.
         """
-        params = SamplingParams(max_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
+        max_len = self.config.max_model_len
+        prompt = [0] * min(WARM_UP_PROMPT, max_len - 1)
+        max_tokens = min(WARM_UP_TOKENS, max_len - len(prompt))
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
         while True:
             try:
-                async for _ in self.engine.generate(f"warm-up-{time.monotonic()}", [0, 0, 0], params):
+                async for _ in self.engine.generate(f"warm-up-{time.monotonic()}", prompt, params):
                     pass
                 return
             except EngineFailed as error:

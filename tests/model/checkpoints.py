@@ -146,11 +146,17 @@ class Tiny:
         return out
 
     @torch.no_grad()
-    def generate(self, token_ids: list[int], num_tokens: int) -> list[int]:
+    def generate(self, token_ids: list[int], num_tokens: int, has_cache: bool = True) -> list[int]:
+        """Return greedy tokens; transformers' cache needs an attention layer, and must be off in models without one."""
         prompt = torch.tensor([token_ids])
         oracle: Any = self.oracle  # transformers' annotations do not type-check
         out = oracle.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            use_cache=has_cache,
         )
         return out[0, len(token_ids) :].tolist()  # type: ignore[no-any-return]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, NemotronHForCausalLM
 
 from model.demo import DEMO, corpus
+from tests.model.checkpoints import write_tiny
 
 MODEL = Path(os.environ.get("EXPERTMESH_TEST_MODEL", DEMO))
 
@@ -48,3 +50,11 @@ def _up_to_end(token_ids: list[int], ends: set[int]) -> list[int]:
 def text_of(token_ids: Sequence[int]) -> str:
     """Return the text of tokens, but without an incomplete character at the end: the server does not send it either."""
     return str(load_tokenizer().decode(token_ids, skip_special_tokens=True)).rstrip("\ufffd")
+
+
+def write_without_experts(path: Path) -> Path:
+    """Write a tiny model without MoE layers, with the demo's tokenizer, to `path`; return `path`."""
+    write_tiny(path, "dense", hybrid_override_pattern="M-*", vocab_size=len(load_tokenizer()))
+    for file in DEMO.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path

@@ -22,6 +22,7 @@ from cluster.topology import Shard
 from model.demo import DEMO
 from services.app import build_app
 from services.args import AppArgs, PoolArgs
+from tests.services.demo import write_without_experts
 
 
 def test_serve_validates_the_args_of_a_config() -> None:
@@ -46,6 +47,15 @@ def test_serve_validates_the_args_of_a_config() -> None:
 def test_what_cannot_be_served_is_told_before_anything_starts(args: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         build_app(AppArgs(**args))
+
+
+def test_a_model_too_short_for_a_request_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, path := tmp_path / "model")
+    (path / "config.json").write_text(
+        json.dumps(json.loads((path / "config.json").read_text()) | {"max_position_embeddings": 1})
+    )
+    with pytest.raises(ValueError, match=r"max_position_embeddings = 1; allowed is 2 or more: a request needs a token"):
+        AppArgs(model=str(path)).check()
 
 
 def test_memory_is_planned_from_the_checkpoint() -> None:
@@ -174,6 +184,11 @@ def test_gpus_are_asked_for_by_device_or_by_number() -> None:
     app = build_as_serve_does(build_app, {"device": "cuda", "pools": pools})
     gpus = {built.name: built.ray_actor_options["num_gpus"] for built in build(app)}
     assert gpus == {"gateway": 0, "backbone": 1, "controller": 0, "a": 1, "b": 0.5, "c": 0, "d": 1}
+
+
+def test_a_model_without_routed_experts_has_no_shards_and_no_controller(tmp_path: Path) -> None:
+    app = build_app(AppArgs(model=str(write_without_experts(tmp_path))))
+    assert {built.name for built in build(app)} == {"gateway", "backbone"}
 
 
 def build(app: Application) -> list[Deployment]:

@@ -166,6 +166,21 @@ def test_keys_of_absent_layers_are_not_asked_for() -> None:
     assert config.expert_shapes == ()
 
 
+@pytest.mark.parametrize(("letter", "key"), [("E", "n_routed_experts"), ("-", "intermediate_size")])
+def test_sizes_of_layers_that_only_the_mtp_module_has_are_needed(letter: str, key: str) -> None:
+    of_mtp = {"hybrid_override_pattern": "M*M", "mtp_hybrid_override_pattern": f"*{letter}"}
+    refused(f"config.json lacks the key {key}", key, num_nextn_predict_layers=1, **of_mtp)
+    config = parse(num_nextn_predict_layers=1, **of_mtp)
+    assert [shape.num_experts for shape in config.expert_shapes] == [BASE["n_routed_experts"]] * (letter == "E")
+    assert config.intermediate_size == (BASE["intermediate_size"] if letter == "-" else 0)
+
+
+def test_recurrent_layers_in_the_mtp_module_are_refused() -> None:
+    sentence = "config.json has an MTP module with the layers M*; allowed are E, * and -"
+    refused(sentence, mtp_hybrid_override_pattern="M*", num_nextn_predict_layers=1)
+    assert parse(mtp_hybrid_override_pattern="M*", num_nextn_predict_layers=0).layers == BASE["hybrid_override_pattern"]
+
+
 def test_missing_pattern_is_named() -> None:
     refused("config.json lacks the key hybrid_override_pattern (or layers_block_type)", "hybrid_override_pattern")
 
@@ -205,6 +220,12 @@ def test_numbers_out_of_range_are_named() -> None:
     refused("config.json has topk_group = 3; allowed is 1 to n_group = 2", n_group=2, topk_group=3)
     sentence = "config.json has num_experts_per_tok = 3, but topk_group allows only 2 experts per token"
     refused(sentence, n_group=4, topk_group=1, num_experts_per_tok=3)
+
+
+@pytest.mark.parametrize("limit", [[1.0, 0.0], [float("nan"), 1.0]], ids=str)
+def test_a_limit_that_no_number_keeps_is_refused(limit: list[float]) -> None:
+    sentence = "allowed are two numbers of which the second is not smaller"
+    refused(f"config.json has time_step_limit = {limit}; {sentence}", time_step_limit=limit)
 
 
 def test_what_is_not_supported_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from services.args import AppArgs
 from services.cli.start_steps import StepReport
 from services.cli.up import check_gpus_of_this_machine, checked_args
 from tests.services.application import expertmesh
+from tests.services.demo import write_without_experts
 
 ON_CUDA: dict[str, Any] = {"device": "cuda", "pools": [{"device": "cuda", "shards": 3}]}
 
@@ -73,6 +75,15 @@ def test_a_driver_that_is_too_old_is_one_sentence(usable_gpus: pytest.MonkeyPatc
     usable_gpus.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"finds none that it can use; .* its driver supports CUDA 13\.0"):
         check_gpus_of_this_machine(AppArgs(**ON_CUDA))
+
+
+@pytest.mark.parametrize("is_joining", [False, True])
+def test_a_model_without_routed_experts_is_served_without_shards(
+    tmp_path: Path, is_joining: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = checked_args({"model": str(write_without_experts(tmp_path))}, Silent(), is_joining)
+    assert args.experts == "local"
+    assert "The model has no routed experts, so it is served without expert shards." in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without CUDA")

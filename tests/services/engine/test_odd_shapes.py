@@ -18,9 +18,12 @@ from model import kernels
 from model.families.registry import load_family
 from model.family import ModelFamily
 from model.state import State
+from services.engine.backbone import Backbone
+from services.engine.backbone_config import BackboneConfig
 from services.engine.contract.sampling_params import SamplingParams
 from services.engine.engine import Engine
 from services.engine.runner import Runner
+from services.engine.scheduling.memory import plan_memory
 from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.model.checkpoints import VARIANTS, write_tiny
 from tests.model.steps import random_tokens
@@ -38,6 +41,7 @@ SHAPES: list[dict[str, Any]] = [
     {"hidden_size": 33, "chunk_size": 1},
     {"hidden_size": 65, "moe_latent_size": None},
     {"moe_latent_size": 1, "moe_intermediate_size": 1, "moe_shared_expert_intermediate_size": 1},
+    *({"hybrid_override_pattern": pattern} for pattern in ("M-", "*", "E", "-")),
     {"n_routed_experts": 2, "num_experts_per_tok": 1},
     {"n_routed_experts": 8, "num_experts_per_tok": 8},
     {"n_routed_experts": 6, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 4},
@@ -80,7 +84,39 @@ def test_what_is_accepted_is_served(tmp_path: Path, shape: dict[str, Any]) -> No
     family.check()
     prompts = [random_tokens(length, seed=length) for length in (1, 9, 30)]
     found = answers(engine_of(family, torch.float32), prompts)
-    assert [tokens for tokens, _ in found] == [tiny.generate(prompt, NUM_TOKENS) for prompt in prompts]
+    has_cache = "*" in shape.get("hybrid_override_pattern", "*")
+    expected = [tiny.generate(prompt, NUM_TOKENS, has_cache) for prompt in prompts]
+    assert [tokens for tokens, _ in found] == expected
+
+
+def test_experts_that_only_the_mtp_module_has_draft(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path, "latent", hybrid_override_pattern="M*-")
+    family = load_family(tmp_path)
+    family.check()
+    assert [shape.layer for shape in family.expert_shapes] == [4]
+    engine, prompt = engine_of(family, torch.float32, max_draft_tokens=2), random_tokens(9, seed=9)
+    [(tokens, _)] = answers(engine, [prompt])
+    assert tokens == tiny.generate(prompt, NUM_TOKENS)
+    assert sum(engine.stats().drafted_by_position) > 0
+
+
+@pytest.mark.parametrize("max_len", [2, 3, 10])
+def test_a_backbone_starts_whatever_its_maximum_length(tmp_path: Path, max_len: int) -> None:
+    tiny = write_tiny(tmp_path, "latent")
+    family = load_family(tmp_path)
+    memory = plan_memory(family.config.state_spec, torch.float32, 1 << 20, max_len, 2)
+    config = BackboneConfig(torch.float32, "cpu", max_len, max_batch_tokens=64, memory=memory, num_threads=1)
+    prompt = random_tokens(1, seed=1)
+
+    async def serve() -> list[int]:
+        backbone = Backbone(config, family, None, None)
+        await backbone.start()
+        params = SamplingParams(max_tokens=max_len - 1, temperature=0, ignore_eos=True)
+        tokens = [token async for output in backbone.engine.generate("0", prompt, params) for token in output.token_ids]
+        await backbone.stop()
+        return tokens
+
+    assert asyncio.run(serve()) == tiny.generate(prompt, max_len - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
