@@ -70,10 +70,6 @@ class ConfigKeys:
             raise self.wrong(key, "allowed is an object")
         return ConfigKeys(value, f"{self.place}{key}.", self.file)
 
-    def token_id(self, key: str) -> int | None:
-        """Return the value of `key`, the id of a token, or None if the key is missing."""
-        return None if self.raw.get(key) is None else self.whole(key)
-
     def check_fixed(self, fixed: Mapping[str, Collection[Any]]) -> None:
         """Raise ValueError if a key of `fixed` is present with a value that is not among its supported values."""
         for key, supported in fixed.items():

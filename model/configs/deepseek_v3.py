@@ -14,7 +14,7 @@ from model.configs.config_keys import ConfigKeys, check_mtp_layers, check_router
 from model.configs.expert_shape import ExpertShape
 from model.configs.matrix_group import MatrixGroup, gated_mlp, merge
 from model.configs.mixer_shapes import MLAShape
-from model.configs.model_config import eos_token_ids
+from model.configs.model_config import common_values
 from model.configs.rope_shape import RopeShape, rope_shape
 from model.configs.state_spec import StateSpec
 
@@ -54,7 +54,6 @@ class DeepseekV3Config:
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
     @classmethod
@@ -72,10 +71,7 @@ class DeepseekV3Config:
         num_dense = keys.whole("first_k_dense_replace")
         rope_dim = need("qk_rope_head_dim")
         return cls(
-            vocab_size=need("vocab_size"),
-            hidden_size=hidden,
             num_layers=num_layers,
-            num_nextn_predict_layers=keys.whole("num_nextn_predict_layers", 0),
             mla=MLAShape(
                 hidden,
                 num_heads,
@@ -95,12 +91,8 @@ class DeepseekV3Config:
             routed_scaling_factor=keys.number("routed_scaling_factor"),
             n_group=keys.whole("n_group", 1) or 1,
             topk_group=keys.whole("topk_group", 1) or 1,
-            norm_topk_prob=keys.flag("norm_topk_prob", True),
             rms_norm_eps=keys.number("rms_norm_eps"),
-            max_position_embeddings=need("max_position_embeddings"),
-            tie_word_embeddings=keys.flag("tie_word_embeddings", False),
-            bos_token_id=keys.token_id("bos_token_id"),
-            eos_token_ids=eos_token_ids({"generation_config.json": generation or {}, "config.json": raw}),
+            **common_values(keys, generation),
         )
 
     def __post_init__(self) -> None:

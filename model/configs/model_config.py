@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
+from model.configs.config_keys import ConfigKeys
 from model.configs.expert_shape import ExpertShape
 from model.configs.matrix_group import MatrixGroup
+from model.configs.model_files import CONFIG, GENERATION_CONFIG
 from model.configs.state_spec import StateSpec
 
 
@@ -70,6 +72,31 @@ class ModelConfig(Protocol):
 
         From these values `commit` computes the state after the accepted drafts.
         """
+
+
+class CommonValues(TypedDict):
+    """`CommonValues` are the values that the configs of all families have under the same keys."""
+
+    vocab_size: int
+    hidden_size: int
+    num_nextn_predict_layers: int
+    norm_topk_prob: bool
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+
+
+def common_values(keys: ConfigKeys, generation: Mapping[str, Any] | None) -> CommonValues:
+    """Return the checked values that all families share; `generation` is the content of `generation_config.json`."""
+    return CommonValues(
+        vocab_size=keys.need("vocab_size"),
+        hidden_size=keys.need("hidden_size"),
+        num_nextn_predict_layers=keys.whole("num_nextn_predict_layers", 0),
+        norm_topk_prob=keys.flag("norm_topk_prob", True),
+        max_position_embeddings=keys.need("max_position_embeddings"),
+        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+        eos_token_ids=eos_token_ids({GENERATION_CONFIG: generation or {}, CONFIG: keys.raw}),
+    )
 
 
 def eos_token_ids(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from model.configs.config_keys import ConfigKeys, check_divides, check_mtp_layer
 from model.configs.expert_shape import ExpertShape
 from model.configs.matrix_group import MatrixGroup, merge
 from model.configs.mixer_shapes import AttentionShape, MambaShape
-from model.configs.model_config import eos_token_ids
+from model.configs.model_config import common_values
 from model.configs.state_spec import StateSpec
 
 LETTERS = {
@@ -89,7 +89,6 @@ class NemotronHConfig:
     use_bias: bool
     attention_bias: bool
     mlp_bias: bool
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # end tokens of both configs; `ModelFamily.eos_token_ids` adds the tokenizer's
 
     @classmethod
@@ -107,8 +106,7 @@ class NemotronHConfig:
         if (given := keys.whole("num_hidden_layers", len(pattern))) != len(pattern):
             raise ValueError(f"config.json has num_hidden_layers = {given}, but a pattern of {len(pattern)} layers")
         mtp_pattern = _pattern(keys, "mtp_") or "*E"
-        num_mtp_layers = keys.whole("num_nextn_predict_layers", 0)
-        letters = {*pattern, *(mtp_pattern if num_mtp_layers else "")}
+        letters = {*pattern, *(mtp_pattern if keys.whole("num_nextn_predict_layers", 0) else "")}
         hidden = need("hidden_size")
         mamba = MambaShape(
             hidden,
@@ -124,11 +122,8 @@ class NemotronHConfig:
         num_kv_heads = keys.whole("num_key_value_heads", 0) or num_heads
         has_moe = "E" in letters
         return cls(
-            vocab_size=need("vocab_size"),
-            hidden_size=hidden,
             pattern=pattern,
             mtp_pattern=mtp_pattern,
-            num_nextn_predict_layers=num_mtp_layers,
             mamba=mamba,
             attention=AttentionShape(hidden, num_heads, num_kv_heads, need("head_dim")),
             intermediate_size=need("intermediate_size") if "-" in letters else 0,
@@ -140,16 +135,12 @@ class NemotronHConfig:
             routed_scaling_factor=keys.number("routed_scaling_factor", 1.0),
             n_group=keys.whole("n_group", 1) or 1,
             topk_group=keys.whole("topk_group", 1) or 1,
-            norm_topk_prob=keys.flag("norm_topk_prob", True),
             layer_norm_epsilon=keys.number("layer_norm_epsilon", keys.number("norm_eps", 1e-5)),
-            max_position_embeddings=need("max_position_embeddings"),
-            tie_word_embeddings=keys.flag("tie_word_embeddings", False),
             use_conv_bias=keys.flag("use_conv_bias", True),
             use_bias=keys.flag("use_bias", False) or keys.flag("mamba_proj_bias", False),
             attention_bias=keys.flag("attention_bias", False),
             mlp_bias=keys.flag("mlp_bias", False),
-            bos_token_id=keys.token_id("bos_token_id"),
-            eos_token_ids=eos_token_ids({"generation_config.json": generation or {}, "config.json": raw}),
+            **common_values(keys, generation),
         )
 
     def __post_init__(self) -> None:
@@ -233,15 +224,15 @@ def _mixer_matrices(config: NemotronHConfig, letter: str) -> Iterator[MatrixGrou
                 yield from _linear("mixers", f"mixer.{name}_proj", num, config.hidden_size, config.attention_bias)
             yield from _linear("mixers", "mixer.o_proj", config.hidden_size, queries, config.attention_bias)
         case "-":
-            yield from _mlp_matrices(config, "dense", "mixer", config.hidden_size, config.intermediate_size)
+            yield from _mlp_matrices(config, "dense", "mixer", config.intermediate_size)
         case _:
             yield from _moe_matrices(config)
 
 
-def _linear(part: str, role: str, rows: int, columns: int, has_bias: bool, count: int = 1) -> Iterator[MatrixGroup]:
-    yield MatrixGroup(part, role, rows, columns, count)
+def _linear(part: str, role: str, rows: int, columns: int, has_bias: bool) -> Iterator[MatrixGroup]:
+    yield MatrixGroup(part, role, rows, columns)
     if has_bias:
-        yield MatrixGroup(part, f"{role}.bias", rows, count=count)
+        yield MatrixGroup(part, f"{role}.bias", rows)
 
 
 def _mamba_matrices(config: NemotronHConfig) -> Iterator[MatrixGroup]:
@@ -255,12 +246,10 @@ def _mamba_matrices(config: NemotronHConfig) -> Iterator[MatrixGroup]:
     yield MatrixGroup("norms", "mixer.norm", shape.inner_dim)
 
 
-def _mlp_matrices(
-    config: NemotronHConfig, part: str, module: str, outer: int, width: int, count: int = 1
-) -> Iterator[MatrixGroup]:
-    """Yield the weights of `count` MLPs of two matrices, from `outer` numbers to `width` numbers and back."""
-    yield from _linear(part, f"{module}.up_proj", width, outer, config.mlp_bias, count)
-    yield from _linear(part, f"{module}.down_proj", outer, width, config.mlp_bias, count)
+def _mlp_matrices(config: NemotronHConfig, part: str, module: str, width: int) -> Iterator[MatrixGroup]:
+    """Yield the weights of an MLP of two matrices, from the hidden width to `width` numbers and back."""
+    yield from _linear(part, f"{module}.up_proj", width, config.hidden_size, config.mlp_bias)
+    yield from _linear(part, f"{module}.down_proj", config.hidden_size, width, config.mlp_bias)
 
 
 def _moe_matrices(config: NemotronHConfig) -> Iterator[MatrixGroup]:
@@ -268,7 +257,7 @@ def _moe_matrices(config: NemotronHConfig) -> Iterator[MatrixGroup]:
     yield MatrixGroup("routers", "mixer.gate", num_experts, hidden)
     yield MatrixGroup("routers", "mixer.gate.e_score_correction_bias", num_experts)
     shared_width = config.moe_shared_expert_intermediate_size
-    yield from _mlp_matrices(config, "shared", "mixer.shared_experts", hidden, shared_width)
+    yield from _mlp_matrices(config, "shared", "mixer.shared_experts", shared_width)
     if latent:
         yield from _linear("latent", "mixer.fc1_latent_proj", latent, hidden, config.mlp_bias)
         yield from _linear("latent", "mixer.fc2_latent_proj", hidden, latent, config.mlp_bias)

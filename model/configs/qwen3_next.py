@@ -14,7 +14,7 @@ from model.configs.config_keys import ConfigKeys, check_divides, check_mtp_layer
 from model.configs.expert_shape import ExpertShape
 from model.configs.matrix_group import MatrixGroup, gated_mlp, merge
 from model.configs.mixer_shapes import AttentionShape, DeltaNetShape
-from model.configs.model_config import eos_token_ids
+from model.configs.model_config import common_values
 from model.configs.rope_shape import RopeShape, rope_shape
 from model.configs.state_spec import StateSpec
 
@@ -65,7 +65,6 @@ class Qwen3NextConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
     @classmethod
@@ -83,10 +82,7 @@ class Qwen3NextConfig:
         num_heads = need("num_attention_heads")
         num_kv_heads = keys.whole("num_key_value_heads", 0) or num_heads
         return cls(
-            vocab_size=need("vocab_size"),
-            hidden_size=hidden,
             layer_types=_layer_types(keys, num_layers),
-            num_nextn_predict_layers=keys.whole("num_nextn_predict_layers", 0),
             attention=AttentionShape(hidden, num_heads, num_kv_heads, head_dim),
             rope=rope_shape(keys, head_dim, ROTATED),
             delta_net=DeltaNetShape(
@@ -103,12 +99,8 @@ class Qwen3NextConfig:
             num_experts_per_tok=need("num_experts_per_tok"),
             moe_intermediate_size=need("moe_intermediate_size"),
             shared_expert_intermediate_size=need("shared_expert_intermediate_size"),
-            norm_topk_prob=keys.flag("norm_topk_prob", True),
             rms_norm_eps=keys.number("rms_norm_eps"),
-            max_position_embeddings=need("max_position_embeddings"),
-            tie_word_embeddings=keys.flag("tie_word_embeddings", False),
-            bos_token_id=keys.token_id("bos_token_id"),
-            eos_token_ids=eos_token_ids({"generation_config.json": generation or {}, "config.json": raw}),
+            **common_values(keys, generation),
         )
 
     def __post_init__(self) -> None:
