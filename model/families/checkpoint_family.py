@@ -138,6 +138,8 @@ class CheckpointFamily(ABC):
         for shape in self.expert_shapes:
             bank = banks[shape.layer] = ExpertBank(shape, dtype, device)
             for expert in range(shape.num_experts):
+                # The bank finds the gain by the kind of the experts from the numbers that it computes with. A shard
+                # finds the same gain in the same way, so local and remote sums are rounded to the same unit.
                 bank.load(expert, self.load_expert(shape.layer, expert))
         return LocalExperts(banks)
 
