@@ -82,6 +82,12 @@ class ModelFamily(Protocol):
         names the first such tensor.
         """
 
+    def plain_notes(self, device: torch.device | str) -> tuple[str, ...]:
+        """Return a sentence about each kind of block that runs plain PyTorch because of the block's shape.
+
+        The compiled kernels of `device` do not support the shape. Empty if `device` has no compiled kernels.
+        """
+
     def load_expert(self, layer: int, expert: int) -> Mapping[str, StoredMatrix]:
         """Read the matrices of one routed expert as the checkpoint stores them, by the names of `ExpertShape.matrices`.
 

@@ -93,14 +93,19 @@ def _fused_kernel(device: torch.device, package: str, name: str) -> Kernel | Non
     return kernel
 
 
+def plain_note(block: str, reason: str) -> str:
+    """Return a sentence that says that all blocks of the kind `block` run plain PyTorch on a CPU."""
+    return f"{block} run plain PyTorch, which is slower: the compiled CPU kernels do not support {reason}."
+
+
 @cache
 def log_plain(block: str, reason: str) -> None:
-    """Log once that all blocks of the kind `block` run plain PyTorch on a CPU, because of `reason`.
+    """Log `plain_note` once.
 
     A plain block on a CPU must compute each token or row in calls of one fixed size, because `is_reproducible` promises
     that a token's bits do not depend on the other tokens of the batch.
     """
-    log.warning("%s run plain PyTorch, which is slower: the compiled CPU kernels do not support %s.", block, reason)
+    log.warning(plain_note(block, reason))
 
 
 def ssd_scan(device: torch.device) -> Kernel | None:

@@ -361,7 +361,7 @@ class AppArgs(BaseModel):
                 "eos_token), so answers end only at max_tokens and stop strings. To let the model end its answers, set "
                 "eos_token_id in generation_config.json."
             )
-        return [*notes, *family.checkpoint.notes]
+        return [*notes, *family.plain_notes(self.device), *family.checkpoint.notes]
 
     def arithmetic(self) -> list[str]:
         """Return one sentence about the backbone's kernels, and one for each pool whose device is of another kind."""

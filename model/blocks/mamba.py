@@ -232,6 +232,13 @@ class Mamba2Mixer(Mixer):
         normed: Tensor = self.norm(y.flatten(-2), gate)
         return normed
 
+    @property
+    def plain_part(self) -> tuple[str, str] | None:
+        if self.shape.state_dim % LANES == 0:
+            return None
+        reason = f"ssm_state_size = {self.shape.state_dim}, which is not a multiple of {LANES}"
+        return "The convolution and the state space of the Mamba-2 layers", reason
+
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         """Prepare the parameters of the CPU kernels, including the parameters of `norm`, the norm before the mixer.
 
@@ -244,9 +251,8 @@ class Mamba2Mixer(Mixer):
             self.out_proj.kernel_params,
         )
         s, conv = self.shape, self.conv1d
-        if s.state_dim % LANES:
-            reason = f"ssm_state_size = {s.state_dim}, which is not a multiple of {LANES}"
-            kernels.log_plain("The convolution and the state space of the Mamba-2 layers", reason)
+        if self.plain_part is not None:
+            kernels.log_plain(*self.plain_part)
             return
         bias = torch.zeros(s.conv_dim) if conv.bias is None else conv.bias
         constants = (conv.weight[:, 0].T, bias, -self.A_log.float().exp(), self.D, self.dt_bias)

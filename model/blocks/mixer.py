@@ -17,6 +17,14 @@ from model.state import Batch, State
 class Mixer(nn.Module, ABC):
     """A `Mixer` maps the normed hidden vectors of a step to the vectors that are added: (T, D) -> (T, D)."""
 
+    @property
+    def plain_part(self) -> tuple[str, str] | None:
+        """Return the part of the mixer that the CPU kernels do not support, and the reason, for `kernels.plain_note`.
+
+        None if the CPU kernels support the whole mixer.
+        """
+        return None
+
     @abstractmethod
     def pack(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         """Prepare the CPU kernels, including the parameters of `norm`, the norm before the mixer.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model import kernels
 from model.blocks.expert_bank import ExpertBank, Experts, LocalExperts
 from model.blocks.linear import Linear
+from model.blocks.mixer import Mixer
 from model.checkpoint import Checkpoint
 from model.configs.expert_shape import MATRIX_NAMES, ExpertShape
 from model.configs.model_config import ModelConfig
@@ -189,6 +190,15 @@ class CheckpointFamily(ABC):
         for experts in self.expert_shapes:
             for expert in range(experts.num_experts):
                 self._check_expert(experts, expert)
+
+    def plain_notes(self, device: torch.device | str) -> tuple[str, ...]:
+        """Return a sentence about each kind of block that the compiled kernels of `device` do not support."""
+        if not kernels.is_compiled(device):
+            return ()
+        with torch.device("meta"):
+            module = self.make_module(LocalExperts({}), self._has_own_head(reads_weights=False))
+        parts = dict.fromkeys(mixer.plain_part for mixer in module.modules() if isinstance(mixer, Mixer))
+        return tuple(kernels.plain_note(*part) for part in parts if part is not None)
 
     def _backbone_weights(self, module: nn.Module) -> Iterator[tuple[str, StoredMatrix]]:
         """Yield (parameter name, memory-mapped weight) for every parameter of the model without its routed experts."""

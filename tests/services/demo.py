@@ -52,9 +52,9 @@ def text_of(token_ids: Sequence[int]) -> str:
     return str(load_tokenizer().decode(token_ids, skip_special_tokens=True)).rstrip("\ufffd")
 
 
-def write_without_experts(path: Path) -> Path:
-    """Write a tiny model without MoE layers, with the demo's tokenizer, to `path`; return `path`."""
-    write_tiny(path, "dense", hybrid_override_pattern="M-*", vocab_size=len(load_tokenizer()))
+def write_served(path: Path, variant: str, **changes: Any) -> Path:
+    """Write a tiny model of a variant in `tests.model.checkpoints` with the demo's tokenizer; return `path`."""
+    write_tiny(path, variant, vocab_size=len(load_tokenizer()), **changes)
     for file in DEMO.glob("tokenizer*"):
         shutil.copy(file, path)
     return path

@@ -22,7 +22,7 @@ from cluster.topology import Shard
 from model.demo import DEMO
 from services.app import build_app
 from services.args import AppArgs, PoolArgs
-from tests.services.demo import write_without_experts
+from tests.services.demo import write_served
 
 
 def test_serve_validates_the_args_of_a_config() -> None:
@@ -187,7 +187,7 @@ def test_gpus_are_asked_for_by_device_or_by_number() -> None:
 
 
 def test_a_model_without_routed_experts_has_no_shards_and_no_controller(tmp_path: Path) -> None:
-    app = build_app(AppArgs(model=str(write_without_experts(tmp_path))))
+    app = build_app(AppArgs(model=str(write_served(tmp_path, "dense", hybrid_override_pattern="M-*"))))
     assert {built.name for built in build(app)} == {"gateway", "backbone"}
 
 

@@ -13,7 +13,7 @@ from services.args import AppArgs
 from services.cli.start_steps import StepReport
 from services.cli.up import check_gpus_of_this_machine, checked_args
 from tests.services.application import expertmesh
-from tests.services.demo import write_without_experts
+from tests.services.demo import write_served
 
 ON_CUDA: dict[str, Any] = {"device": "cuda", "pools": [{"device": "cuda", "shards": 3}]}
 
@@ -77,11 +77,20 @@ def test_a_driver_that_is_too_old_is_one_sentence(usable_gpus: pytest.MonkeyPatc
         check_gpus_of_this_machine(AppArgs(**ON_CUDA))
 
 
+def test_blocks_that_no_compiled_kernel_supports_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checked_args({"model": str(write_served(tmp_path, "odd"))}, Silent(), is_joining=False)
+    assert [line for line in capsys.readouterr().out.splitlines() if "plain PyTorch" in line] == [
+        "The convolution and the state space of the Mamba-2 layers run plain PyTorch, which is slower: the compiled "
+        "CPU kernels do not support ssm_state_size = 24, which is not a multiple of 16."
+    ]
+
+
 @pytest.mark.parametrize("is_joining", [False, True])
 def test_a_model_without_routed_experts_is_served_without_shards(
     tmp_path: Path, is_joining: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = checked_args({"model": str(write_without_experts(tmp_path))}, Silent(), is_joining)
+    dense = write_served(tmp_path, "dense", hybrid_override_pattern="M-*")
+    args = checked_args({"model": str(dense)}, Silent(), is_joining)
     assert args.experts == "local"
     assert "The model has no routed experts, so it is served without expert shards." in capsys.readouterr().out
 
