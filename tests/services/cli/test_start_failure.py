@@ -130,8 +130,15 @@ def end_of_failed_start(*options: str) -> str:
             ["--local-experts"],
             "the backbone did not start: it ran out of memory (it tried to allocate 1125899906842624 bytes)",
         ),
+        (
+            "services.gateway.listener",
+            "Listener",
+            "raise OSError(98, 'Address already in use')",
+            ["--local-experts"],
+            "the gateway did not start: [Errno 98] Address already in use (OSError)",
+        ),
     ],
-    ids=["shard", "backbone"],
+    ids=["shard", "backbone", "gateway"],
 )
 def test_a_replica_that_does_not_start_tells_why(
     module: str,
