@@ -44,7 +44,7 @@ def test_every_event_of_every_stream_is_seen_when_it_comes() -> None:
     assert [len(outcome.event_times) for outcome in outcomes] == [1, 5, 20]
     assert [outcome.num_generated for outcome in outcomes] == [1, 5, 20]
     assert all(outcome.ttft_s >= GAP_S for outcome in outcomes)
-    assert quantile(outcomes[2].gaps_s, 0.5) == pytest.approx(GAP_S, abs=0.008)
+    assert quantile(outcomes[2].gaps_s, 0.5) > GAP_S / 2  # the gaps are 0 if events are kept until the stream ends
     summary = summarize(outcomes)
     assert (summary["num_good"], summary["errors"], summary["tokens"]["generated"]) == (3, {}, 26)
 
@@ -55,9 +55,10 @@ def test_open_loop_sends_at_its_own_times_whatever_the_server_does() -> None:
             bodies = [{"max_tokens": 1, "temperature": 0.5}] * 10
             return await open_loop(url, bodies, rate=200, seconds=60, seed=1)
 
-    sent = [outcome.sent_at for outcome in asyncio.run(run())]
-    assert len(sent) == 10
-    assert max(sent) < 0.5  # the generator sent each request without waiting for another
+    outcomes = asyncio.run(run())
+    assert len(outcomes) == 10
+    # The generator sent each request without waiting for another.
+    assert max(outcome.sent_at for outcome in outcomes) < min(outcome.ended_at for outcome in outcomes)
 
 
 def test_a_server_that_is_not_there_is_an_error_of_that_request() -> None:

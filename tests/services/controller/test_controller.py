@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -63,8 +63,8 @@ class Fleet:
             await shard._server.stop(0)
             await shard.service.close_compute_port()
 
-    def start_controller(self, num_shards: int = 3) -> asyncio.Task[None]:
-        config = ControllerConfig({POOL: num_shards}, "digest", torch.float32, timing=TIMING)
+    def start_controller(self, timing: ControllerTiming = TIMING) -> asyncio.Task[None]:
+        config = ControllerConfig({POOL: 3}, "digest", torch.float32, timing=timing)
         return asyncio.create_task(Controller(config, self.family.expert_shapes, self.registry).run())
 
     async def placement(self) -> Placement:
@@ -79,14 +79,15 @@ class Fleet:
         return found
 
     def is_settled_on(self, *ids: str) -> Callable[[Placement], bool]:
-        """Return a function that says whether a placement uses exactly the shards `ids`, with a cover of 2.
+        """Return a function that says whether a placement uses exactly the shards `ids`, with a cover of at least 2.
 
-        The shards must hold exactly the experts of the placement.
+        The shards must hold exactly the experts of the placement. The cover may be higher, because each plan for a new
+        shard copies experts to this shard and removes no home.
         """
 
         def is_so(placement: Placement) -> bool:
             holds = all(self.shards[id].host.digest == placement.digest_of(id) for id in ids)
-            return placement.cover() == 2 and set(placement.shard_ids) == set(ids) and holds
+            return placement.cover() >= 2 and set(placement.shard_ids) == set(ids) and holds
 
         return is_so
 
@@ -132,7 +133,7 @@ def test_a_shard_that_dies_is_replaced_by_those_that_are_left_and_a_new_one_is_u
             await ours.kill(ours.shards["s1"])
             await ours.reaches(ours.is_settled_on("s0", "s2"))
             await ours.add()
-            await ours.reaches(lambda placement: "s3" in placement.shard_ids and placement.cover() == 2)
+            await ours.reaches(lambda placement: "s3" in placement.shard_ids and placement.cover() >= 2)
             controller.cancel()
 
     asyncio.run(run())
@@ -173,7 +174,7 @@ def test_an_order_to_drain_empties_a_shard_that_goes_on_and_is_filled_again_once
                     await asyncio.sleep(0.05)
             assert not ours.shards["s1"].record.draining  # The shard does not know of the order and may be used again.
             await ours.registry.lift_order(order)
-            await ours.reaches(lambda placement: "s1" in placement.shard_ids and placement.cover() == 2)
+            await ours.reaches(lambda placement: "s1" in placement.shard_ids and placement.cover() >= 2)
             controller.cancel()
 
     asyncio.run(run())
@@ -211,7 +212,7 @@ def test_swiglu_experts_move_while_they_compute(tmp_path: Path) -> None:
             await ours.registry.give_order(order)
             await ask_until(ours, ours.is_settled_on("s0", "s2"))
             await ours.registry.lift_order(order)
-            await ask_until(ours, lambda placement: "s1" in placement.shard_ids and placement.cover() == 2)
+            await ask_until(ours, lambda placement: "s1" in placement.shard_ids and placement.cover() >= 2)
             controller.cancel()
 
     asyncio.run(run())
@@ -221,11 +222,11 @@ def test_swiglu_experts_move_while_they_compute(tmp_path: Path) -> None:
 def test_an_order_to_rebalance_is_followed_at_once_and_only_once(family: ModelFamily) -> None:
     async def run() -> None:
         async with fleet(family) as ours:
-            controller = ours.start_controller()
+            controller = ours.start_controller(replace(TIMING, plan_every_s=1e6))
             await ours.reaches(ours.is_settled_on("s0", "s1", "s2"))
             order = StandingOrder(OrderKind.REBALANCE, by="a test", at=time.time())
             await ours.registry.give_order(order)
-            async with asyncio.timeout(TIMING.plan_every_s / 2):
+            async with asyncio.timeout(TIMEOUT_S):
                 while await ours.registry.orders():
                     await asyncio.sleep(0.02)
             await asyncio.sleep(3 * TIMING.period_s)

