@@ -34,8 +34,8 @@ class ControllerTiming:
 
     - `period_s`: the pause between two turns.
     - `plan_every_s`: the time from one plan to the next plan for a changed load.
-    - `answer_s`: the time that shards have to report their experts. A home can replace another home only if the shard
-      of the new home answers within this time.
+    - `answer_s`: the time that shards have to report their experts, or more if their answers came late before. A home
+      can replace another home only if the shard of the new home answers within this time.
     - `drain_s`: shards keep the homes that an epoch removed until all backbones have followed the epoch for this time.
     - `failure_pause_s`: the time without loads on a shard after a job on the shard has failed.
     - `recovery_s`: after the store has lost the placement, backbones have this time to publish the placement again.

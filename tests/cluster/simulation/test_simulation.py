@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.control.leader.lease_keeper import MAX_TURN_S
-from cluster.control.leader.reconciler import Reconciler
+from cluster.control.leader.reconciler import ControllerTiming, Reconciler
 from cluster.control.registry_store import LEASE_TTL_S
 from cluster.placement.migration import Home, Target
 from cluster.placement.plan import Plan
@@ -156,6 +156,23 @@ def test_a_leader_that_is_stuck_is_replaced() -> None:
         assert stuck
         assert fleet.published is None
         await asyncio.sleep(MAX_TURN_S / 2 + 3 * LEASE_TTL_S)
+        assert fleet.published is not None
+
+    virtual_time.run(live())
+
+
+@pytest.mark.parametrize("hop_s", [0.6, 1.5])
+def test_shards_that_answer_late_get_a_placement(hop_s: float) -> None:
+    """Check a fleet on a busy machine, where each answer takes longer than the leader usually waits for answers."""
+    fleet = SimFleet(Scenario(seed=1, num_faults=0))
+    assert hop_s > ControllerTiming().answer_s
+    fleet.network.hop_s = lambda: hop_s  # type: ignore[method-assign]
+
+    async def live() -> None:
+        fleet.start_controller("c0")
+        for _ in range(fleet.num_shards):
+            fleet.start_shard("n0")
+        await asyncio.sleep(60)
         assert fleet.published is not None
 
     virtual_time.run(live())
