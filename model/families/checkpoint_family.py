@@ -148,24 +148,33 @@ class CheckpointFamily(ABC):
         """Load the model without reading its routed experts; the loaded model calls `experts` to run routed experts.
 
         Plain weights have `dtype`, except for the family's `fp32_parameters`, with which the reference implementation
-        computes in fp32. Raises ValueError if a tensor is missing, is unknown or has the wrong shape.
+        computes in fp32. The CPU kernels compute with the exact numbers of quantized weights; elsewhere, quantized
+        weights are rounded to `dtype`. Raises ValueError if a tensor is missing, is unknown or has the wrong shape.
         """
         with torch.device("meta"):
             module = self.make_module(experts, self._has_own_head())
         is_compiled = kernels.is_compiled(device)
         weights: dict[str, Tensor] = {}
         kept: dict[Linear, StoredMatrix] = {}
+        rounded: list[str] = []
         for name, stored in self._backbone_weights(module):
             owner = module.get_submodule(name.rpartition(".")[0])
             if stored.format != "plain" and is_compiled and isinstance(owner, Linear):
                 kept[owner] = stored
             else:
-                own = torch.float32 if name.endswith(self.fp32_parameters) else dtype
+                is_quantized = stored.format != "plain"
+                is_fp32 = name.endswith(self.fp32_parameters) or (is_quantized and is_compiled)
+                own = torch.float32 if is_fp32 else dtype
+                if is_quantized and own != torch.float32:
+                    rounded.append(name)
                 weights[name] = stored.dequantized().to(device, own, copy=True)
         for linear, stored in kept.items():
             linear.keep_stored(stored)
         for note in self.checkpoint.notes:
             log.info(note)
+        if rounded:
+            text = "%d quantized weights, among them %s, are dequantized and rounded to %s."
+            log.info(text, len(rounded), rounded[0], str(dtype).removeprefix("torch."))
         module.load_state_dict(weights, assign=True)
         module = module.requires_grad_(False).eval()
         if is_compiled:

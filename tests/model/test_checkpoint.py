@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import kernels
 from model.blocks.expert_bank import ExpertBank
 from model.checkpoint import Checkpoint
 from model.configs.model_files import INDEX, SINGLE
@@ -147,6 +149,28 @@ def test_a_head_of_its_own_is_served_although_the_config_ties_it(
     assert load_fp32(family).lm_head is not None, "weights of two formats are not equal"
     with pytest.raises(ValueError, match=r"lm_head\.weight .* is \[1, 2\], the config requires"):
         with_head(lambda _: torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_quantized_embeddings_are_exact_or_the_log_says_that_they_are_rounded(
+    latent: Tiny,
+    tmp_path: Path,
+    is_compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def quantize_embeddings(tensors: dict[str, Tensor]) -> None:
+        tensors.update(encode_tensors(tensors, {"backbone.embeddings": "fp8"}))
+
+    monkeypatch.setattr(kernels, "has_compiled", lambda: is_compiled)
+    family = load_family(edit(latent.path, tmp_path, quantize_embeddings))
+    exact = family.checkpoint.matrix("backbone.embeddings.weight", (256, 64)).dequantized()
+    with caplog.at_level(logging.INFO, logger="model.families.checkpoint_family"):
+        model = family.load_backbone(no_experts, torch.bfloat16)
+    rows = model.embeddings(torch.arange(256))
+    assert torch.equal(rows, exact if is_compiled else exact.bfloat16())
+    sentence = "1 quantized weights, among them embeddings.weight, are dequantized and rounded to bfloat16."
+    assert [record.message for record in caplog.records] == ([] if is_compiled else [sentence])
 
 
 def test_missing_embeddings_are_named(latent: Tiny, tmp_path: Path) -> None:
