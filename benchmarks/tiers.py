@@ -89,7 +89,7 @@ async def milliseconds(work: Callable[[int], Awaitable[object]], experts: Sequen
 async def measure_parts(shape: ExpertShape, path: Path, dtype: torch.dtype) -> dict[str, float]:
     read, bank, experts = reader(path), ExpertBank(shape, dtype), range(shape.num_experts)
     weights = [Weights.of(read(LAYER, expert), dtype) for expert in experts]
-    copies = [one.in_host_memory(is_pinned=False) for one in weights]
+    copies = [one.in_host_memory() for one in weights]
 
     async def checksum(expert: int) -> None:
         assert copies[expert].checksum

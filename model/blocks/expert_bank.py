@@ -6,7 +6,7 @@ picks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import kernels
+from model.blocks.expert_slots import ExpertSlots
 from model.blocks.linear import RowBlocking, row_blocking
+from model.configs.expert_memory import ExpertMemory, expert_memory, slot_bytes
 from model.configs.expert_shape import ExpertShape
 from model.cpu import moe as cpu
 from model.cpu.packed_matrix import PackedMatrix, compile_products, pack_matrix, unpack_matrix
@@ -38,18 +40,47 @@ class Experts(Protocol):
         """Start a layer call; return a function that waits for the weighted sums and returns the sums: fp32 (N, L)."""
 
 
-class ExpertBank:
-    """An `ExpertBank` holds some of one layer's experts in this process and computes their outputs."""
+def memory_on(shapes: Iterable[ExpertShape], dtype: torch.dtype, device: torch.device | str) -> dict[int, ExpertMemory]:
+    """Return the memory that one expert of each layer takes on a shard on `device`, by layer."""
+    is_pinned = torch.device(device).type == "cuda"
+    return expert_memory(shapes, dtype, is_packed=kernels.is_compiled(device), is_pinned=is_pinned)
 
-    def __init__(self, shape: ExpertShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+
+def memory_of_all(shapes: Iterable[ExpertShape], dtype: torch.dtype, device: torch.device | str) -> ExpertMemory:
+    """Return the memory that all experts together take on shards on `device`, with one home and one standby each."""
+    shapes = tuple(shapes)
+    one = memory_on(shapes, dtype, device)
+    return ExpertMemory(
+        device=sum(shape.num_experts * one[shape.layer].device for shape in shapes),
+        host=sum(shape.num_experts * one[shape.layer].host for shape in shapes),
+    )
+
+
+class ExpertBank:
+    """An `ExpertBank` holds some of one layer's experts in this process and computes their outputs.
+
+    Where the CPU kernels run, weights stay as they are stored. Elsewhere the bank dequantizes weights to `dtype`, keeps
+    them in `slots`, and does not keep the stored bytes. By default, a bank has slots of its own for all of the layer's
+    experts.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        slots: ExpertSlots | None = None,
+    ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
         self.is_compiled = kernels.is_compiled(device)
         if self.is_compiled:
             compile_products((matrix.format for matrix in shape.matrices), dtype)
+        else:
+            self._slots = slots or ExpertSlots(slot_bytes(shape, dtype), shape.num_experts, self.device)
         self._packed: dict[int, tuple[PackedMatrix, ...]] = {}  # by expert, in the order of `shape.matrices`
         self._matrices = np.zeros((len(shape.matrices), shape.num_experts, 3), np.int64)  # for `cpu.partial_sums`
         self._weights: dict[int, tuple[Tensor, ...]] = {}  # as `_packed`, where the kernels do not run
-        self._stored: dict[int, tuple[StoredMatrix, ...]] = {}  # quantized originals of `_weights`, for other shards
+        self._slot_of: dict[int, int] = {}  # the slots of the experts in `_weights`
         self._gains: dict[int, int] = {}
         self._row_blocking: RowBlocking | None = None
 
@@ -63,10 +94,10 @@ class ExpertBank:
         return len(self._gains) * self.shape.nbytes(self.dtype)
 
     def used_memory(self) -> int:
-        """Return the bytes of the buffers that hold the weights, with the padding of the CPU kernels."""
-        buffers = [one.nbytes for parts in self._packed.values() for one in parts]
-        buffers += [one.nbytes for parts in self._weights.values() for one in parts]
-        return sum(buffers) + sum(one.nbytes for parts in self._stored.values() for one in parts)
+        """Return the bytes of the buffers that hold the weights, with the padding of CPU kernels or slots."""
+        if not self.is_compiled:
+            return len(self._weights) * self._slots.slot_bytes
+        return sum(one.nbytes for parts in self._packed.values() for one in parts)
 
     def load(self, expert: int, matrices: Mapping[str, StoredMatrix], gain: int | None = None) -> None:
         """Copy an expert's matrices, by the names of `ExpertShape.matrices`, into the bank.
@@ -83,30 +114,48 @@ class ExpertBank:
             self._packed[expert] = packed
             self._matrices[:, expert] = [one.descriptor[:3] for one in packed]
         else:
-            self._weights[expert] = tuple(one.dequantized().to(self.device, self.dtype, copy=True) for one in stored)
-            if any(one.format != "plain" for one in stored):
-                self._stored[expert] = stored
+            self._fill_slot(expert, stored)
         if gain is None:  # found from the numbers that the bank computes with, as a shard finds it
             gain = gain_exponent({matrix.name: one for matrix, one in zip(self.shape.matrices, stored, strict=True)})
         self._gains[expert] = gain
 
-    def matrices(self, expert: int) -> dict[str, StoredMatrix]:
-        """Return an expert's matrices on the CPU, bit for bit as loaded; raise KeyError if the bank lacks the expert.
+    def _fill_slot(self, expert: int, stored: tuple[StoredMatrix, ...]) -> None:
+        """Dequantize an expert's matrices into a slot; the conversions run on the CPU, without other device memory."""
+        self._empty_slot(expert)
+        slot = self._slot_of[expert] = self._slots.take()
+        weights = self._slots.matrices(slot, self.shape, self.dtype)
+        for weight, one in zip(weights, stored, strict=True):
+            weight.copy_(one.dequantized().to(self.dtype))
+        self._weights[expert] = weights
 
-        Plain matrices have the bank's dtype.
+    def _empty_slot(self, expert: int) -> None:
+        self._weights.pop(expert, None)
+        if (slot := self._slot_of.pop(expert, None)) is not None:
+            self._slots.give_back(slot)
+
+    def matrices(self, expert: int) -> dict[str, StoredMatrix]:
+        """Return an expert's matrices on the CPU, bit for bit as loaded; plain matrices have the bank's dtype.
+
+        Any thread may call this method. Raises KeyError if the bank lacks the expert, if another thread unloads the
+        expert meanwhile, or if the bank keeps only dequantized numbers of a quantized expert.
         """
         if self.is_compiled:
             stored = tuple(unpack_matrix(packed).to("cpu", self.dtype) for packed in self._packed[expert])
-        elif expert in self._stored:
-            stored = self._stored[expert]
         else:
-            stored = tuple(StoredMatrix.plain(weight.cpu()) for weight in self._weights[expert])
+            weights = self._weights[expert]
+            if any(matrix.format != "plain" for matrix in self.shape.matrices):
+                raise KeyError(expert)
+            stored = tuple(StoredMatrix.plain(weight.to("cpu", copy=True)) for weight in weights)
+            if self._weights.get(expert) is not weights:  # another expert may be in the slot now
+                raise KeyError(expert)
         return {matrix.name: one for matrix, one in zip(self.shape.matrices, stored, strict=True)}
 
     def unload(self, expert: int) -> None:
-        for by_expert in (self._weights, self._stored, self._packed, self._gains):
+        for by_expert in (self._packed, self._gains):
             by_expert.pop(expert, None)
         self._matrices[:, expert] = 0
+        if not self.is_compiled:
+            self._empty_slot(expert)
 
     def gain_exponent(self, expert: int) -> int:
         return self._gains[expert]

@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.blocks.expert_bank import ExpertBank
+from model import kernels
+from model.blocks.expert_bank import ExpertBank, memory_on
+from model.blocks.expert_slots import ExpertSlots
 from model.configs.expert_shape import ExpertShape
 from model.stored_matrix import StoredMatrix
 from services.expert.load_order import Key
@@ -35,8 +37,8 @@ class _DeviceSlot:
 @cache
 def _warm_up_bank(dtype: torch.dtype, device: torch.device) -> None:
     """Compile the device's kernels for loading and computing, if there are any, before the first expert comes."""
-    bank = ExpertBank(ExpertShape(layer=0, num_experts=1, top_k=1, input_dim=2, width=2), dtype, device)
-    if bank.is_compiled:
+    if kernels.is_compiled(device):
+        bank = ExpertBank(ExpertShape(layer=0, num_experts=1, top_k=1, input_dim=2, width=2), dtype, device)
         ones = StoredMatrix.plain(torch.ones(2, 2))
         bank.load(0, {"up": ones, "down": ones})
         bank.warm_up(0)
@@ -44,6 +46,9 @@ def _warm_up_bank(dtype: torch.dtype, device: torch.device) -> None:
 
 class DeviceExperts:
     """`DeviceExperts` holds experts in device memory, up to a budget in bytes, and computes with these experts.
+
+    On a GPU, the constructor allocates slots for as many experts as fit into the budget, and raises RuntimeError if the
+    device does not have the memory.
 
     First `pin` reserves memory for an expert. Then `fill` loads the weights, and after `mark_ready` requests are
     computed with the expert. When memory runs short, promoted experts are evicted: the least recently used experts
@@ -63,7 +68,9 @@ class DeviceExperts:
     ) -> None:
         _warm_up_bank(dtype, device)
         self.shapes, self.dtype, self.device, self.memory_budget = shapes, dtype, device, memory_budget
-        self.banks = {layer: ExpertBank(shape, dtype, device) for layer, shape in shapes.items()}
+        self._nbytes = {layer: memory.device for layer, memory in memory_on(shapes.values(), dtype, device).items()}
+        slots = None if kernels.is_compiled(device) else self._allocate_slots()
+        self.banks = {layer: ExpertBank(shape, dtype, device, slots) for layer, shape in shapes.items()}
         self.used_bytes = 0  # bytes of all slots, including slots whose experts are not loaded yet
         self.promoted: set[Key] = set()  # standbys that are ready, and may be evicted
         self._standbys = standbys
@@ -73,13 +80,18 @@ class DeviceExperts:
         )
         self._num_computations = 0
 
+    def _allocate_slots(self) -> ExpertSlots:
+        slot_bytes = max(self._nbytes.values())
+        num_experts = sum(shape.num_experts for shape in self.shapes.values())
+        return ExpertSlots(slot_bytes, min(num_experts, self.memory_budget // slot_bytes), self.device)
+
     def __contains__(self, key: Key) -> bool:
         """Return True if the expert has a slot, even if the expert is not loaded yet."""
         return key in self._slots
 
     def nbytes(self, keys: Iterable[Key]) -> int:
         """Return the bytes that the experts of `keys` take on the device."""
-        return sum(self.shapes[layer].nbytes(self.dtype) for layer, _ in keys)
+        return sum(self._nbytes[layer] for layer, _ in keys)
 
     def is_ready(self, key: Key) -> bool:
         layer, expert = key

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.topology import Experts, held_digest
+from model.blocks.expert_bank import memory_on
 from model.configs.expert_shape import ExpertShape
 from model.exact_sums import log_wide_spread
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
@@ -93,7 +94,8 @@ class ExpertHost:
         warm_up()
         self.shapes = {shape.layer: shape for shape in shapes}
         self.dtype, self.device, self.memory_budget = dtype, device, memory_budget
-        self.standbys = StandbyStore(host_budget)
+        self._memory = memory_on(self.shapes.values(), dtype, device)
+        self.standbys = StandbyStore(host_budget, is_pinned=device.type == "cuda")
         self.on_device = DeviceExperts(self.shapes, dtype, device, memory_budget, self.standbys)
         self.epoch = 0
         self._is_home = {layer: np.zeros(shape.num_experts, dtype=np.bool_) for layer, shape in self.shapes.items()}
@@ -124,8 +126,8 @@ class ExpertHost:
 
     @property
     def held_bytes(self) -> int:
-        """Return the size in bytes of all experts whose home is this shard."""
-        return sum(int(self._is_home[layer].sum()) * shape.nbytes(self.dtype) for layer, shape in self.shapes.items())
+        """Return the bytes of device memory that all experts whose home is this shard take."""
+        return sum(int(self._is_home[layer].sum()) * memory.device for layer, memory in self._memory.items())
 
     @property
     def used_bytes(self) -> int:
@@ -140,9 +142,15 @@ class ExpertHost:
         layer, expert = key
         return bool(self._is_home[layer][expert])
 
-    def nbytes(self, key: Key) -> int:
+    def stored_bytes(self, key: Key) -> int:
+        """Return the bytes of an expert's weights as they are stored and sent to other shards."""
         layer, _ = key
         return self.shapes[layer].nbytes(self.dtype)
+
+    def standby_bytes(self, key: Key) -> int:
+        """Return the bytes of host memory that an expert takes as a standby."""
+        layer, _ = key
+        return self._memory[layer].host
 
     def metadata(self, key: Key) -> ExpertMetadata | None:
         """Return the checksum and the gain exponent of an expert, or None if this shard does not hold the expert."""
@@ -200,7 +208,7 @@ class ExpertHost:
 
     def max_promoted(self, layer: int) -> int:
         """Return how many experts of `layer` can be promoted at once, if no expert of another layer is promoted."""
-        return (self.memory_budget - self.held_bytes) // self.shapes[layer].nbytes(self.dtype)
+        return (self.memory_budget - self.held_bytes) // self._memory[layer].device
 
     def fill_device(self, key: Key, weights: Weights) -> ExpertMetadata:
         """Copy the weights of an expert to the device memory reserved by `pin`, and return the expert's metadata.
@@ -211,10 +219,6 @@ class ExpertHost:
         known = self.metadata(key)
         gain = self.on_device.fill(key, weights, known.gain if known else weights.gain)
         return ExpertMetadata(weights.checksum, gain)
-
-    def copy_to_host_memory(self, weights: Weights) -> Weights:
-        """Return a copy of `weights` for the `StandbyStore`, in page-locked memory if the device is a GPU."""
-        return weights.in_host_memory(is_pinned=self.device.type == "cuda")
 
     def commit(self, homes: Experts, standby: Experts, staged: StagedExperts) -> None:
         """Give all experts of a load their new roles at once.

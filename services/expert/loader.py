@@ -69,8 +69,8 @@ class Loader:
 
         async def prepare_standby(key: Key) -> None:
             nonlocal host_memory_left
-            fits = host.nbytes(key) <= host_memory_left
-            host_memory_left -= host.nbytes(key) if fits else 0
+            fits = host.standby_bytes(key) <= host_memory_left
+            host_memory_left -= host.standby_bytes(key) if fits else 0
             weights = await self._standby_weights(key, sources, peers, staged, fits)
             staged.standbys[key] = weights, sources.peers.get(key, "")
 
@@ -90,12 +90,13 @@ class Loader:
         """
         host = self.host
         if host.is_home(key):
-            return await self.source.from_device(key) if fits else None
+            held = await self.source.current(key) if fits else None
+            return await run_in_thread(host.standbys.copy, held[0]) if held else None
         if not fits:
             sources = Sources(expected=sources.expected)  # no peer is asked, because its bytes would be thrown away
         weights = await self.source.obtain(key, sources, peers)
         staged.metadata[key] = ExpertMetadata(weights.checksum, await run_in_thread(weights.gain_exponent))
-        return await run_in_thread(host.copy_to_host_memory, weights) if fits else None
+        return await run_in_thread(host.standbys.copy, weights) if fits else None
 
 
 async def _for_each(keys: Iterable[Key], work: Callable[[Key], Awaitable[None]]) -> None:

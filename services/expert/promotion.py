@@ -142,8 +142,10 @@ class Promoter:
             sources = Sources({key: standby.peer} if standby.peer else {}, {key: metadata.checksum})
             weights = await self.source.obtain(key, sources, peers, checkpoint_first=True)
         await run_in_thread(host.fill_device, key, weights)
-        fits = weights.nbytes <= host.standbys.host_budget
-        return await run_in_thread(host.copy_to_host_memory, weights) if fits else None
+        if (num_bytes := host.standby_bytes(key)) > host.standbys.host_budget:
+            return None
+        await self.worker.run(lambda: host.standbys.make_room(num_bytes))  # the copy may need the memory of others
+        return await run_in_thread(host.standbys.copy, weights)
 
 
 class PromotionQueue:

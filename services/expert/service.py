@@ -170,7 +170,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, detail)
         try:
             weights_of = partial(self._weights_of, layer)
-            async for chunk in send(request.experts, host.nbytes((layer, 0)), weights_of, self.outgoing):
+            async for chunk in send(request.experts, host.stored_bytes((layer, 0)), weights_of, self.outgoing):
                 yield chunk
         except ValueError as error:
             await _abort(context, grpc.StatusCode.DATA_LOSS, error)

@@ -112,7 +112,7 @@ class WeightSource:
 
     async def _from_peer(self, key: Key, endpoint: str, peers: PeerChannels, expected: int | None) -> Weights:
         (layer, expert), host = key, self.host
-        async with self.incoming.hold(host.nbytes(key)):
+        async with self.incoming.hold(host.stored_bytes(key)):
             try:
                 weights = await fetch(peers[endpoint], host.shapes[layer], expert, host.dtype)
                 check_expected(weights, expected)

@@ -88,6 +88,11 @@ class Weights:
     def nbytes(self) -> int:
         return sum(matrix.nbytes for matrix in self.matrices.values())
 
+    @property
+    def part_sizes(self) -> list[int]:
+        """Return the bytes of each of the tensors that store the expert, in order."""
+        return [part.nbytes for matrix in self.matrices.values() for part in matrix.parts]
+
     @cached_property
     def checksum(self) -> int:
         """Return the checksum that the manifest records for these weights; the first access hashes all bytes."""
@@ -111,15 +116,11 @@ class Weights:
     def _views(self) -> list[memoryview]:
         return [view for matrix in self.matrices.values() for view in matrix.views()]
 
-    def in_host_memory(self, is_pinned: bool) -> Weights:
-        """Return a copy of the weights in host memory, because the original may be mapped from the checkpoint's file.
-
-        Page-locked memory (`is_pinned`) can be copied to a GPU without another copy in between.
-        """
+    def in_host_memory(self) -> Weights:
+        """Return a copy in ordinary host memory; the original may be mapped from the checkpoint's file."""
 
         def copied(matrix: StoredMatrix) -> StoredMatrix:
-            parts = (part.pin_memory() if is_pinned else part.clone() for part in matrix.parts)
-            return StoredMatrix(matrix.format, tuple(parts))
+            return StoredMatrix(matrix.format, tuple(part.clone() for part in matrix.parts))
 
         return Weights({name: copied(matrix) for name, matrix in self.matrices.items()}, self.gain)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model import kernels
-from model.blocks.expert_bank import ExpertBank, silu_by_row
+from model.blocks.expert_bank import ExpertBank, memory_on, silu_by_row
 from model.configs.expert_shape import ExpertKind, ExpertShape
 from model.configs.weight_format import WeightFormat
 from model.exact_sums import from_grid, gain_exponent, grid_exponents
@@ -237,6 +237,10 @@ def test_quantized_experts_give_the_bits_of_dequantized_ones(
 def test_a_bank_gives_back_the_stored_bytes(formats: tuple[WeightFormat, ...]) -> None:
     bank, experts = quantized(formats, torch.bfloat16)
     for expert, matrices in enumerate(experts):
+        if not bank.is_compiled:  # only the dequantized numbers are left
+            with pytest.raises(KeyError):
+                bank.matrices(expert)
+            continue
         given = bank.matrices(expert)
         assert [one.format for one in given.values()] == list(formats)
         for name, one in given.items():
@@ -248,10 +252,22 @@ def test_a_bank_gives_back_the_stored_bytes(formats: tuple[WeightFormat, ...]) -
 
 
 @pytest.mark.parametrize("formats", FORMATS, ids="-".join)
-def test_experts_on_a_cpu_take_the_memory_of_their_stored_bytes(formats: tuple[WeightFormat, ...]) -> None:
-    bank, _ = quantized(formats, torch.bfloat16)
+def test_experts_take_the_memory_that_is_counted_for_them(formats: tuple[WeightFormat, ...]) -> None:
+    """Check that experts take their stored bytes in the CPU kernels, and in plain PyTorch those of bf16 numbers."""
+    bank, experts = quantized(formats, torch.bfloat16)
+    counted = len(experts) * memory_on([bank.shape], torch.bfloat16, "cpu")[1].device
     if bank.is_compiled:
-        assert bank.nbytes <= bank.used_memory() <= 1.05 * bank.nbytes
+        assert bank.nbytes == counted <= bank.used_memory() <= 1.05 * counted
+    else:
+        assert bank.used_memory() == counted == len(experts) * len(formats) * 192 * 272 * 2
+
+
+def test_an_expert_that_is_loaded_again_keeps_its_place() -> None:
+    setup = SingleLayer(SHAPES[0])
+    before = setup.sums()
+    for expert in range(12):
+        setup.bank.load(expert, as_stored(setup.experts[expert]))
+    assert torch.equal(setup.sums(), before)
 
 
 def test_a_bank_finds_the_gain_of_the_numbers_that_it_computes_with() -> None:

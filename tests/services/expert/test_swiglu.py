@@ -114,7 +114,7 @@ def test_the_canary_finds_one_wrong_weight_of_any_matrix(family: SwigluFamily, n
             ask = (old.endpoint, new.endpoint, experts, family.expert_shapes, torch.float32, loaded.gains)
             assert await control_client.canary(*ask) == []
             bank, wrong = new.host.on_device.banks[1], Weights.of(family.load_expert(1, 5), torch.float32)
-            wrong = wrong.in_host_memory(is_pinned=False)  # the original is mapped from the checkpoint's file
+            wrong = wrong.in_host_memory()  # the original is mapped from the checkpoint's file
             wrong.matrices[name].parts[0][WIDTH // 2, 3] *= -1
             bank.load(5, wrong.matrices)
             assert await control_client.canary(*ask) == [(1, 5)]

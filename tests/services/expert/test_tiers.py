@@ -17,6 +17,7 @@ import torch
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.placement.migration import DEVICE, STANDBY
 from cluster.topology import Placement, held_digest
+from model import kernels
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.controller.shards import GrpcShards
@@ -24,11 +25,13 @@ from services.expert import compute_handler, control_client
 from services.expert.client import RemoteExperts
 from services.expert.load_order import ExpertsByLayer
 from services.expert.shard import ExpertShard, ShardConfig
+from services.expert.standbys import PinnedMemory
 from services.expert.transport.checksum import checksum_of_reply
 from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS, WIDTH
 from tests.services.expert.requests import make_request
 from tests.services.expert.serving import ask, run, serving, stream_to
 from tests.services.expert.test_client import make_rows
+from tests.services.expert.test_standbys import Slabs
 
 ONE = 2 * LATENT * WIDTH * 4
 CONFIG = ShardConfig("s0", memory_budget=4 * ONE, max_queue=64)
@@ -113,6 +116,28 @@ def test_a_call_promotes_what_stands_by(family: ModelFamily, num_in_memory: int)
             assert shard.host.held == {1: [0]}
             counters = (await control_client.status(shard.endpoint)).counters
             assert (counters.num_promotions, counters.promotion_us > 0, counters.num_refusals) == (2, True, 0)
+
+    run(test)
+
+
+def test_page_locked_standbys_replace_each_other(family: ModelFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a shard without the CPU kernels whose standbys are in slabs, as those of a shard on a GPU are."""
+    monkeypatch.setattr(kernels, "has_compiled", lambda: False)
+    slabs = Slabs()
+
+    async def test() -> None:
+        requests = [make_request((0, expert), id=expert) for expert in (5, 6, 7, 5)]
+        async with serving(family, config=config(2, 2)) as shard:
+            standbys = shard.host.standbys
+            standbys.pinned = PinnedMemory(standbys.host_budget, slabs)
+            await control_client.load(shard.endpoint, {1: [0]}, 1, {1: [5, 6, 7]})
+            assert {*standbys.in_host_memory} == {(1, 5), (1, 6)}
+            for request in requests:
+                replies = await ask(shard, request)
+                assert sums(replies) == await expected(family, [request])
+            assert {*standbys.in_host_memory} == {(1, 7), (1, 5)}
+            assert (standbys.used_bytes, slabs.sizes) == (2 * ONE, [2 * ONE])
+            assert shard.host.used_bytes == 2 * ONE
 
     run(test)
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.control.manifest import Manifest
+from model import kernels
 from model.configs.weight_format import WeightFormat, stored_parts
 from model.encoder import encode_tensors
 from model.exact_sums import gain_exponent
@@ -124,6 +125,16 @@ def test_chunks_are_bounded_and_the_last_one_has_the_checksum(family: ModelFamil
     run(test)
 
 
+def quantized_family(model_dir: Path, path: Path, up: WeightFormat, down: WeightFormat) -> ModelFamily:
+    """Write the checkpoint in `model_dir` with quantized experts to `path`, and return its family."""
+    tensors, by_matrix = load_file(model_dir / "model.safetensors"), {"up": up, "down": down}
+    stems = {name.removesuffix(".weight") for name in tensors if ".experts." in name}
+    chosen = {stem: by_matrix[stem.rpartition(".")[2].removesuffix("_proj")] for stem in stems}
+    save_file(encode_tensors(tensors, chosen), path / "model.safetensors")
+    shutil.copy(model_dir / "config.json", path)
+    return load_family(path)
+
+
 @pytest.mark.parametrize(
     "formats", [("fp8", "fp8"), ("fp8_blocks", "fp8_blocks"), ("nvfp4", "nvfp4"), ("fp8", "nvfp4")], ids=str
 )
@@ -131,15 +142,9 @@ def test_every_tier_of_a_peer_sends_the_stored_bytes(
     model_dir: Path, tmp_path: Path, formats: tuple[WeightFormat, WeightFormat]
 ) -> None:
     """Check that a peer sends a quantized expert as the checkpoint stores it, from the device, memory or disk."""
-    tensors = load_file(model_dir / "model.safetensors")
-    by_matrix = dict(zip(("up", "down"), formats, strict=True))
-    stems = {name.removesuffix(".weight") for name in tensors if ".experts." in name}
-    chosen = {stem: by_matrix[stem.rpartition(".")[2].removesuffix("_proj")] for stem in stems}
-    encoded = encode_tensors(tensors, chosen)
-    save_file(encoded, tmp_path / "model.safetensors")
-    shutil.copy(model_dir / "config.json", tmp_path)
-    family = load_family(tmp_path)
-    by_expert = {}
+    by_matrix, by_expert = dict(zip(("up", "down"), formats, strict=True)), {}
+    family = quantized_family(model_dir, tmp_path, *formats)
+    encoded = load_file(tmp_path / "model.safetensors")
     for expert in ALL:
         modules = [(f"backbone.layers.1.mixer.experts.{expert}.{name}_proj", name) for name in by_matrix]
         names = [f"{stem}.{part.suffix}" for stem, name in modules for part in stored_parts(by_matrix[name], 1, 16)]
@@ -166,6 +171,36 @@ def test_every_tier_of_a_peer_sends_the_stored_bytes(
             assert loaded.gains == known.gains
             assert loaded.gains[1] == max(gain_exponent(family.load_expert(1, expert)) for expert in ALL)
             assert all(same_weights(peer, s1, expert) for expert in ALL[:16])
+
+    run(test)
+
+
+def test_a_shard_that_dequantizes_sends_the_stored_bytes_of_its_checkpoint(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check a shard without the CPU kernels, which computes as a shard on a GPU does: with dequantized numbers only."""
+    monkeypatch.setattr(kernels, "has_compiled", lambda: False)
+    family = quantized_family(model_dir, tmp_path, "fp8", "nvfp4")
+    stored_bytes = family.expert_shapes[0].nbytes(torch.float32)
+    config = replace(CONFIG, memory_budget=8 * ONE, host_budget=8 * stored_bytes)
+
+    async def test() -> None:
+        async with serving(family, config=config) as peer, serving(family, config=config) as shard:
+            known = await control_client.load(peer.endpoint, {1: [0, 1]}, 1, {1: [2]})
+            assert (peer.host.used_bytes, peer.host.standbys.used_bytes) == (2 * ONE, stored_bytes)
+            shard.service.source.read = lambda layer, expert: pytest.fail("the checkpoint was read")
+            loaded = await control_client.load(
+                shard.endpoint, {1: [0]}, 1, {1: [1, 2]}, from_peer(peer.endpoint, 0, 1, 2)
+            )
+            assert (loaded.checksums, loaded.gains) == (known.checksums, known.gains)
+            assert (shard.host.used_bytes, shard.host.standbys.used_bytes) == (ONE, 2 * stored_bytes)
+            await control_client.load(peer.endpoint, {}, 2, {1: [1]})
+            for standby in map(peer.host.standbys.get, [(1, 1), (1, 2)]):
+                assert standby is not None
+                assert standby.weights is not None
+                assert standby.weights.nbytes == stored_bytes
+            with pytest.raises(control_client.ShardError, match="over a budget of"):
+                await control_client.load(peer.endpoint, {1: ALL[:9]}, 3)
 
     run(test)
 
