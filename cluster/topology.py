@@ -15,17 +15,32 @@ Experts = Mapping[int, Sequence[int]]  # Expert ids by layer.
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A `LayerSpec` describes one layer of experts to the planner; `expert_bytes` is the memory of one expert."""
+    """A `LayerSpec` describes one layer of experts to the planner.
+
+    - `expert_bytes` is the size of one expert as it is stored and sent between shards.
+    - `device_bytes` and `host_bytes` are the memory that one expert takes on a shard with the device of the key: as a
+      home, and as a standby in host memory. On other devices, an expert takes `expert_bytes`.
+    """
 
     layer: int
     num_experts: int
     expert_bytes: int
     top_k: int
+    device_bytes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    host_bytes: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         assert self.layer >= 0
-        assert self.expert_bytes > 0
+        assert min((self.expert_bytes, *self.device_bytes.values(), *self.host_bytes.values())) > 0
         assert 0 < self.top_k <= self.num_experts
+
+    def on_device(self, device: str) -> int:
+        """Return the bytes of device memory that one expert takes on a shard with `device`, for example "cuda"."""
+        return self.device_bytes.get(device.partition(":")[0], self.expert_bytes)
+
+    def in_host_memory(self, device: str) -> int:
+        """Return the bytes of host memory that one expert takes as a standby on a shard with `device`."""
+        return self.host_bytes.get(device.partition(":")[0], self.expert_bytes)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from cluster.control.scaling import PoolPolicy
 from cluster.placement.capacity import check_capacity
 from cluster.topology import Shard
 from model import kernels
+from model.blocks.expert_bank import memory_of_all
 from model.demo import DEMO
 from model.families.registry import load_family
 from model.family import ModelFamily
@@ -108,7 +109,7 @@ class PoolArgs(BaseModel):
         None, ge=0, le=1, description="GPUs of one shard; if left out, 1 on cuda and 0 on cpu"
     )
     memory_budget: ByteSize | None = Field(
-        None, gt=0, description="bytes of expert weights on a shard's device; default: AppArgs.shard_memory"
+        None, gt=0, description="bytes of experts on a shard's device; default: AppArgs.shard_memory"
     )
     host_budget: ByteSize | None = Field(
         None, ge=0, description="bytes of standbys in a shard's host memory; default: AppArgs.shard_host_memory"
@@ -298,16 +299,13 @@ class AppArgs(BaseModel):
         """Return a dict from the name of each pool to the pool's minimum number of shards."""
         return {pool.name: pool.least_shards for pool in self.pools}
 
-    def experts_nbytes(self, family: ModelFamily) -> int:
-        """Return the size in bytes of all experts together. Each expert counts once, even if it has several homes."""
-        return sum(shape.num_experts * shape.nbytes(self.torch_dtype) for shape in family.expert_shapes)
-
     def shard_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
         """Return how many bytes of expert weights a shard of `pool` may hold on its device.
 
         By default, all homes still fit after the loss of one shard, even if every pool has only `min_shards` shards.
         """
-        whole, num_left = self.experts_nbytes(family), max(1, sum(self.num_shards.values()) - 1)
+        whole = memory_of_all(family.expert_shapes, self.torch_dtype, pool.device).device
+        num_left = max(1, sum(self.num_shards.values()) - 1)
         return int(pool.memory_budget or min(whole, SHARE_MARGIN * NUM_HOMES * whole / num_left))
 
     def shard_host_memory(self, pool: PoolArgs, family: ModelFamily) -> int:
@@ -319,7 +317,8 @@ class AppArgs(BaseModel):
         """
         if pool.host_budget is not None:
             return int(pool.host_budget)
-        share = SHARE_MARGIN * self.experts_nbytes(family) / sum(self.num_shards.values())
+        whole = memory_of_all(family.expert_shapes, self.torch_dtype, pool.device).host
+        share = SHARE_MARGIN * whole / sum(self.num_shards.values())
         return int(share) if pool.device == "cuda" else 0
 
     def memory_plan(self, family: ModelFamily) -> MemoryPlan:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 
 from cluster.load import ExpectedLoad
+from cluster.placement.capacity import memory_shares
 from cluster.placement.fleet_budget import FleetBudget, PlannedLayer
 from cluster.placement.plan import PlanPolicy
 from cluster.topology import LayerSpec, Placement, Shard
@@ -122,16 +124,20 @@ def min_shards_for_cover(layers: Sequence[LayerSpec], pool: Sequence[Shard], oth
 
     Memory for one expert stays free on every shard, so that experts can move.
     """
-    all_bytes = sum(spec.num_experts * spec.expert_bytes for spec in layers)
-    largest = max((spec.expert_bytes for spec in layers), default=0)
-    device = min((shard.memory_budget - largest for shard in pool), default=0)
-    device_and_host = device + min((shard.host_budget for shard in pool), default=0)
-    if device <= 0:
+
+    def shares(shard: Shard) -> tuple[Fraction, Fraction]:
+        largest = max((spec.on_device(shard.device) for spec in layers), default=0)
+        return memory_shares(layers, replace(shard, memory_budget=max(0, shard.memory_budget - largest)))
+
+    in_pool, in_others = [*map(shares, pool)], [*map(shares, others)]
+    device = min((device for device, _ in in_pool), default=Fraction(0))
+    device_and_host = device + min((host for _, host in in_pool), default=Fraction(0))
+    if device <= 0 or not layers:
         return 1  # Shards without memory for an expert do not add to the cover.
-    others_device = sum(max(0, shard.memory_budget - largest) for shard in others)
-    others_device_and_host = others_device + sum(shard.host_budget for shard in others)
-    for_homes = math.ceil((all_bytes - others_device) / device)
-    for_cover = math.ceil((2 * all_bytes - others_device_and_host) / device_and_host)
+    others_device = sum(device for device, _ in in_others)
+    others_device_and_host = others_device + sum(host for _, host in in_others)
+    for_homes = math.ceil((1 - others_device) / device)
+    for_cover = math.ceil((2 - others_device_and_host) / device_and_host)
     return max(1, MIN_SHARDS_IN_ALL - len(others), for_homes, for_cover)
 
 

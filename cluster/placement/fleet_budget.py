@@ -5,7 +5,7 @@ Legend: as in `cluster.placement.balance`; S counts only the shards that may hol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -48,16 +48,21 @@ class FleetBudget:
         self.host_budget_S = np.array([shard.host_budget for shard in active], np.int64)
         self.used_S = np.zeros(self.num_shards, np.int64)
         self.host_used_S = np.zeros(self.num_shards, np.int64)
+        # The bytes of one expert on the device and in the host memory of each shard, by layer.
+        self.device_bytes_S = {spec.layer: _per_shard(active, spec.on_device) for spec in layers}
+        self.host_bytes_S = {spec.layer: _per_shard(active, spec.in_host_memory) for spec in layers}
         self._set_headroom(layers)
         self._set_quotas(layers)
 
     def _set_headroom(self, layers: Sequence[LayerSpec]) -> None:
         """Set how many bytes stay free on every shard: a shard loads a new expert before it drops an old one."""
-        largest = max((spec.expert_bytes for spec in layers), default=0)
-        needed = sum(spec.num_experts * spec.expert_bytes for spec in layers)
-        self.headroom = largest if self.policy.headroom is None else self.policy.headroom
-        if self.policy.headroom is None and np.maximum(self.budget_S - largest, 0).sum() < needed:
-            self.headroom = 0
+        none_S = np.zeros(self.num_shards, np.int64)
+        self.headroom_S = none_S + (self.policy.headroom or 0)
+        if self.policy.headroom is None:
+            largest_S = np.max([none_S, *self.device_bytes_S.values()], axis=0)
+            whole_S = sum((spec.num_experts * self.device_bytes_S[spec.layer] for spec in layers), none_S)
+            share = (np.maximum(self.budget_S - largest_S, 0) / np.maximum(whole_S, 1)).sum()
+            self.headroom_S = largest_S if share >= 1 - 1e-12 else none_S
 
     def _set_quotas(self, layers: Sequence[LayerSpec]) -> None:
         """Set how many experts of each layer each shard may hold.
@@ -65,26 +70,26 @@ class FleetBudget:
         Every layer gets a part of a shard's memory, in proportion to the bytes of the layer's experts. If a part is not
         a multiple of the expert's size, the remaining bytes go to the next layer.
         """
-        total = sum(spec.num_experts * spec.expert_bytes for spec in layers)
-        usable_S = np.maximum(self.budget_S - self.headroom, 0)
+        usable_S = np.maximum(self.budget_S - self.headroom_S, 0)
         self.quota_LS = np.zeros((len(layers), self.num_shards), np.int64)
         self.host_quota_LS = np.zeros((len(layers), self.num_shards), np.int64)
-        done = 0
-        assigned_S, host_assigned_S = np.zeros_like(usable_S), np.zeros_like(usable_S)
-        for number, spec in enumerate(layers):
-            done += spec.num_experts * spec.expert_bytes
-            part = done / total + 1e-12
-            self.quota_LS[number] = (np.floor(usable_S * part) - assigned_S) // spec.expert_bytes
-            self.host_quota_LS[number] = (np.floor(self.host_budget_S * part) - host_assigned_S) // spec.expert_bytes
-            assigned_S += self.quota_LS[number] * spec.expert_bytes
-            host_assigned_S += self.host_quota_LS[number] * spec.expert_bytes
+        for quota_LS, budget_S, bytes_S in (
+            (self.quota_LS, usable_S, self.device_bytes_S),
+            (self.host_quota_LS, self.host_budget_S, self.host_bytes_S),
+        ):
+            done_S, assigned_S = np.zeros_like(usable_S), np.zeros_like(usable_S)
+            total_S = sum((spec.num_experts * bytes_S[spec.layer] for spec in layers), np.zeros_like(usable_S))
+            for number, spec in enumerate(layers):
+                done_S += spec.num_experts * bytes_S[spec.layer]
+                part_S = done_S / total_S + 1e-12
+                quota_LS[number] = (np.floor(budget_S * part_S) - assigned_S) // bytes_S[spec.layer]
+                assigned_S += quota_LS[number] * bytes_S[spec.layer]
 
     def update_usage(self, layer: PlannedLayer) -> None:
         """Update the used bytes of all shards after homes or standbys of `layer` have changed."""
-        size = layer.spec.expert_bytes
         held_S, standby_S = layer.matrix.held_S(self.num_shards), layer.standby.held_S(self.num_shards)
-        self.used_S += (held_S - layer.counted_S) * size
-        self.host_used_S += (standby_S - layer.host_counted_S) * size
+        self.used_S += (held_S - layer.counted_S) * self.device_bytes_S[layer.spec.layer]
+        self.host_used_S += (standby_S - layer.host_counted_S) * self.host_bytes_S[layer.spec.layer]
         layer.counted_S, layer.host_counted_S = held_S, standby_S
 
     def slots_S(self, number: int, layer: PlannedLayer) -> Array:
@@ -92,14 +97,14 @@ class FleetBudget:
 
         `number` is the position of the layer in the `layers` that were passed to the constructor.
         """
-        free_S = (self.budget_S - self.headroom - self.used_S) // layer.spec.expert_bytes
+        free_S = (self.budget_S - self.headroom_S - self.used_S) // self.device_bytes_S[layer.spec.layer]
         quota_left_S = self.quota_LS[number] - layer.matrix.held_S(self.num_shards)
         slots_S: Array = np.maximum(np.minimum(free_S, quota_left_S), 0)
         return slots_S
 
     def free_slots_S(self, layer: PlannedLayer) -> Array:
         """Return how many more experts of a layer fit on each shard, [S], without regard to quota and headroom."""
-        slots_S: Array = np.maximum((self.budget_S - self.used_S) // layer.spec.expert_bytes, 0)
+        slots_S: Array = np.maximum((self.budget_S - self.used_S) // self.device_bytes_S[layer.spec.layer], 0)
         return slots_S
 
     def host_slots_S(self, number: int, layer: PlannedLayer) -> Array:
@@ -107,7 +112,7 @@ class FleetBudget:
 
         A negative number counts the standbys that do not fit into host memory and are therefore on disk.
         """
-        free_S = (self.host_budget_S - self.host_used_S) // layer.spec.expert_bytes
+        free_S = (self.host_budget_S - self.host_used_S) // self.host_bytes_S[layer.spec.layer]
         slots_S: Array = np.minimum(free_S, self.host_quota_LS[number] - layer.standby.held_S(self.num_shards))
         return slots_S
 
@@ -128,6 +133,10 @@ class FleetBudget:
                     break
                 planned[number].drop(expert, shard)
                 self.update_usage(planned[number])
+
+
+def _per_shard(shards: Sequence[Shard], bytes_on: Callable[[str], int]) -> Array:
+    return np.array([bytes_on(shard.device) for shard in shards], np.int64)
 
 
 class PlannedLayer:

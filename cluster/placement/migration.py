@@ -108,7 +108,7 @@ def next_round(
     Loading such a home again costs nothing, and the order tells the shard which controller leads. Before the first
     placement is published, there is no limit on the bytes in flight, because loading disturbs no request.
     """
-    sizes = {spec.layer: spec.expert_bytes for spec in layers}
+    specs, devices = {spec.layer: spec for spec in layers}, {shard.id: shard.device for shard in shards}
     held = held_homes(holdings)
     current = set(Target.of(published).all_homes()) if published else set()
     demoted = {home._replace(tier=STANDBY) for home in held & current if home.tier == DEVICE}
@@ -120,13 +120,14 @@ def next_round(
     in_flight: Counter[str] = Counter()
     loads = set()
     for home in sorted(missing, key=lambda home: (alive[home.layer, home.expert], home)):
-        size = 0 if home in held or home.tier == STANDBY else sizes[home.layer]
-        id = home.shard_id
-        is_too_much = published is not None and in_flight[id] > 0 and in_flight[id] + size > limits.bytes_in_flight
+        id, is_free = home.shard_id, home in held or home.tier == STANDBY
+        spec = specs[home.layer]
+        size, sent = (0, 0) if is_free else (spec.on_device(devices.get(id, "")), spec.expert_bytes)
+        is_too_much = published is not None and in_flight[id] > 0 and in_flight[id] + sent > limits.bytes_in_flight
         if size <= free_bytes.get(id, 0) and not (size and is_too_much):
             loads.add(home)
             free_bytes[id] -= size
-            in_flight[id] += size
+            in_flight[id] += sent
     return Round(frozenset(loads), len(missing) - len(loads))
 
 

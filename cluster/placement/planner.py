@@ -165,7 +165,8 @@ def _home_to_evict(
     or else in another layer. The second choice is the expert of the same layer with the least work per home. The second
     choice is allowed only if this expert has less work than `expert`, and `expert` cannot stay on a draining shard.
     """
-    others = [other for other in planned if other.spec.expert_bytes >= layer.spec.expert_bytes and other is not layer]
+    needed_S, bytes_S = fleet.device_bytes_S[layer.spec.layer], fleet.device_bytes_S
+    others = [other for other in planned if other is not layer and (bytes_S[other.spec.layer] >= needed_S).all()]
     for victim in (layer, *others):
         out, shard = victim.coldest(2)
         if out >= 0:

@@ -28,7 +28,7 @@ class SimShard(SimProcess):
     def __init__(self, record: Shard, layers: Sequence[LayerSpec], load_s: float, is_fenced: bool = True) -> None:
         super().__init__(record.id)
         self.base, self.load_s, self.is_fenced = record, load_s, is_fenced
-        self.sizes = {spec.layer: spec.expert_bytes for spec in layers}
+        self.sizes = {spec.layer: spec.on_device(record.device) for spec in layers}
         self.held: set[Held] = set()
         self.epoch = self.fencing = 0
         self.is_draining = self.is_corrupt = False

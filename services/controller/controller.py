@@ -25,6 +25,7 @@ from cluster.load import ExpectedLoad
 from cluster.placement.plan import Plan, PlanPolicy
 from cluster.placement.planner import plan
 from cluster.topology import LayerSpec, Placement, Shard
+from model.blocks.expert_bank import memory_on
 from model.configs.expert_shape import ExpertShape
 from services.controller.scaler import Scaler
 from services.controller.shards import GrpcShards
@@ -52,7 +53,18 @@ class ControllerConfig:
 
 def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[LayerSpec]:
     """Return the planner's `LayerSpec` of each MoE layer in `shapes`; `dtype` is the dtype of the experts' weights."""
-    return [LayerSpec(shape.layer, shape.num_experts, shape.nbytes(dtype), shape.top_k) for shape in shapes]
+    memory = {device: memory_on(shapes, dtype, device) for device in ("cpu", "cuda")}
+    return [
+        LayerSpec(
+            shape.layer,
+            shape.num_experts,
+            shape.nbytes(dtype),
+            shape.top_k,
+            device_bytes={device: of_layer[shape.layer].device for device, of_layer in memory.items()},
+            host_bytes={device: of_layer[shape.layer].host for device, of_layer in memory.items()},
+        )
+        for shape in shapes
+    ]
 
 
 def without_hysteresis(policy: PlanPolicy) -> PlanPolicy:

@@ -12,6 +12,7 @@ from cluster.control.registry_store import RegistryStore
 from cluster.control.shard_control import LeaderOrder, ShardFailed, WitnessFailed
 from cluster.placement.migration import DEVICE, STANDBY, Holding
 from cluster.topology import Experts, Shard
+from model.blocks.expert_bank import memory_on
 from model.configs.expert_shape import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert import control_client
@@ -29,7 +30,6 @@ class GrpcShards:
 
     def __init__(self, registry: RegistryStore, shapes: Sequence[ExpertShape], model: str, dtype: torch.dtype) -> None:
         self.registry, self.shapes, self.dtype = registry, shapes, dtype
-        self._sizes = {shape.layer: shape.nbytes(dtype) for shape in shapes}
         self.weights = weights_name(model, str(dtype).removeprefix("torch."))
         self._gains: dict[int, int] = {}  # The largest gain exponent that any load has reported, by layer.
 
@@ -41,7 +41,8 @@ class GrpcShards:
         """
         status = await control_client.status(shard.endpoint)
         experts = {*_flat(status.held, DEVICE), *_flat(status.standby, STANDBY)}
-        used_bytes = sum(len(of.experts) * self._sizes[of.layer] for of in status.held)
+        memory = memory_on(self.shapes, self.dtype, shard.device)
+        used_bytes = sum(len(of.experts) * memory[of.layer].device for of in status.held)
         return Holding(frozenset(experts), used_bytes)
 
     async def load(self, shard: Shard, device: Experts, standby: Experts, order: LeaderOrder) -> Mapping[int, int]:

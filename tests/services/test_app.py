@@ -15,11 +15,15 @@ from ray.serve import Application, Deployment
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_as_serve_does
 from ray.serve._private.build_app import build_app as build_app_of_serve
 from redis import Redis
+from safetensors.torch import load_file
 
 from cluster.control.embedded_redis import EmbeddedRedis
 from cluster.control.registry_store import StoreUnavailable
 from cluster.topology import Shard
+from model.checkpoint import SINGLE
 from model.demo import DEMO
+from model.demo.quantize import formats_of, write_quantized
+from model.encoder import linear_modules
 from services.app import build_app
 from services.args import AppArgs, PoolArgs
 from tests.services.demo import write_served
@@ -67,9 +71,25 @@ def test_memory_is_planned_from_the_checkpoint() -> None:
     assert AppArgs().shard_memory(PoolArgs(), family) == whole
     assert args.num_shards == {"experts-cpu": 4}
     assert args.shard_host_memory(args.pools[0], family) == 0
-    assert args.shard_host_memory(PoolArgs(device="cuda"), family) == int(1.1 * whole / 4)
+    assert args.shard_host_memory(PoolArgs(device="cuda"), family) == pytest.approx(1.1 * whole / 4, rel=1e-3)
     assert args.shard_host_memory(PoolArgs(host_budget=7), family) == 7
     assert args.memory_plan(family).nbytes <= 1 << 30
+
+
+def test_memory_on_gpus_is_planned_for_widened_experts(tmp_path: Path) -> None:
+    """Check that the default budgets of quantized experts are larger on a GPU, and that the capacity check sees it."""
+    modules = linear_modules(load_file(DEMO / SINGLE))
+    write_quantized(DEMO, tmp_path / "quantized", formats_of("nvfp4", modules))
+    gpu, cpu = PoolArgs(device="cuda"), PoolArgs()
+    args = AppArgs(model=str(tmp_path / "quantized"), device="cuda", pools=[gpu])
+    family = args.check()
+    stored = args.shard_memory(cpu, family)
+    assert stored == sum(shape.num_experts * shape.nbytes(torch.bfloat16) for shape in family.expert_shapes)
+    wide = sum(shape.num_experts * shape.num_params * 2 for shape in family.expert_shapes)
+    assert args.shard_memory(gpu, family) == wide > 2 * stored
+    assert stored / 3 < args.shard_host_memory(gpu, family) < 1.3 * stored / 3
+    with pytest.raises(ValueError, match=f"need {wide:,} bytes on devices"):
+        args.model_copy(update={"pools": [gpu.model_copy(update={"memory_budget": wide // 4})]}).check()
 
 
 @pytest.mark.parametrize(

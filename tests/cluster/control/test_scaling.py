@@ -210,6 +210,17 @@ def test_every_expert_keeps_two_homes(budget: int, host_budget: int, num_others:
     assert min_shards_for_cover(make_layers(), pool, others) == expected
 
 
+def test_every_expert_keeps_two_homes_where_it_takes_more_memory() -> None:
+    """Check a pool on GPUs, where an expert takes twice its stored bytes, beside a pool on CPUs."""
+    layers = [replace(spec, device_bytes={"cuda": 200}, host_bytes={"cuda": 150}) for spec in make_layers()]
+    gpus = [replace(make_shard(i, memory_budget=200 * 49), device="cuda") for i in range(3)]
+    cpus = [make_shard(10 + i, memory_budget=100 * 49) for i in range(2)]
+    assert [min_shards_for_cover(layers, gpus, others) for others in ([], cpus)] == [4, 2]
+    assert min_shards_for_cover(layers, cpus, gpus[:2]) == 2
+    with_hosts = [replace(gpu, host_budget=150 * 48) for gpu in gpus]
+    assert min_shards_for_cover(layers, with_hosts, []) == 2
+
+
 def test_the_mean_rows_of_a_call_follow_the_load() -> None:
     rows = RowsPerCall()
     assert rows.observe(0, 0) == 0.0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.placement.capacity import check_capacity
@@ -38,3 +40,18 @@ def test_where_there_is_some_more_room_the_planner_finds_two_homes() -> None:
     check_capacity(layers, shards, 2)
     made = plan(layers, shards, None, {})
     assert Placement(1, made.homes, made.standby).cover() == 2
+
+
+def test_an_expert_may_take_more_memory_on_a_gpu() -> None:
+    """Check experts of 100 bytes that take 400 bytes on a GPU and 110 bytes as standbys there."""
+    wide = {"device_bytes": {"cuda": 400}, "host_bytes": {"cuda": 110}}
+    layers = [replace(spec, **wide) for spec in make_layers(6, 32, 100)]
+    gpus = [replace(make_shard(i, memory_budget=25_600, host_budget=7_040), device="cuda:0") for i in range(3)]
+    check_capacity(layers, gpus, 2)
+    with pytest.raises(ValueError, match=r"need 76,800 bytes on devices, but the 3 shards have room for 75,600"):
+        check_capacity(layers, [replace(gpu, memory_budget=25_599) for gpu in gpus], 2)
+    with pytest.raises(ValueError, match=r"need 153,600 bytes, but the 3 shards have room for 152,4"):
+        check_capacity(layers, [replace(gpu, host_budget=7_039) for gpu in gpus], 2)
+    check_capacity(layers, [*gpus[:2], make_shard(2, memory_budget=19_200)], 2)
+    with pytest.raises(ValueError, match=r"need 153,600 bytes, but the 3 shards have room for 15"):
+        check_capacity(layers, [*gpus[:2], make_shard(2, memory_budget=12_000)], 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -110,6 +111,18 @@ def test_bytes_in_flight_and_memory_bound_a_round() -> None:
     assert len(round_.loads) == 2
     first = next_round(LAYERS, target, None, shards(), holdings(target_of("- - - -")), Limits(1))
     assert len(first.loads) == 8  # Nothing is published, so loading disturbs no request.
+
+
+def test_memory_is_counted_as_the_device_of_a_shard_counts_it() -> None:
+    """Check that a round fills a GPU by its slots, while the limit in flight is in bytes of the network."""
+    layers = [LayerSpec(0, 4, BYTES, 2, device_bytes={"cuda": 3 * BYTES})]
+    before, target = target_of("0 0 0 0"), target_of("01 01 01 01")
+    on_gpu = [replace(shard, device="cuda") for shard in shards(budget=6 * BYTES)]
+    held = holdings(before) | {"s00": Holding(holdings(before)["s00"].experts, 6 * BYTES)}
+    limits = Limits(bytes_in_flight=4 * BYTES)
+    round_ = next_round(layers, target, published(before), on_gpu, held, limits)
+    assert (len(round_.loads), round_.num_left) == (2, 2)
+    assert next_round(layers, target, published(before), shards(budget=6 * BYTES), held, limits).num_left == 0
 
 
 def test_the_first_placement_is_published_when_it_is_complete() -> None:

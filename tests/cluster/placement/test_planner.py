@@ -53,11 +53,12 @@ def running(planned: Plan) -> Placement:
 def check(planned: Plan, layers: Sequence[LayerSpec], shards: Sequence[Shard], headroom: int = 0) -> None:
     """Check that a plan uses known shards, has no home twice and keeps all budgets, and that blast radii are 0."""
     placement = running(planned)  # A placement asserts that no expert has the same home twice.
-    sizes = {spec.layer: spec.expert_bytes for spec in layers}
+    specs = {spec.layer: spec for spec in layers}
     shard_of = {shard.id: shard for shard in shards}
     assert set(placement.shard_ids) <= shard_of.keys()
     for id, shard in shard_of.items():
-        used = sum(sizes[layer] * len(experts) for layer, experts in placement.experts_of(id).items())
+        experts = placement.experts_of(id)
+        used = sum(specs[layer].on_device(shard.device) * len(ids) for layer, ids in experts.items())
         assert used <= shard.memory_budget - headroom
     assert max(planned.blast_radius_after.values()) == 0 or len(shards) == 1
 
@@ -86,6 +87,24 @@ def test_moves_lead_from_the_running_placement_to_the_plan() -> None:
     kinds = [move.kind for move in after.moves]
     assert kinds == sorted(kinds)
     assert after.num_bytes == sum(move.bytes for move in after.moves)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2, 4])
+def test_experts_may_take_more_memory_on_a_gpu(num_gpus: int) -> None:
+    """Check a model of two layers in NVFP4 and one in bf16, whose experts are all widened on GPUs."""
+    on_gpu, host = {"cuda": 4 * SIZE}, {"cuda": SIZE + 512}
+    layers = [LayerSpec(layer, 32, SIZE, 4, on_gpu, host) for layer in (0, 1)]
+    layers.append(LayerSpec(2, 32, 4 * SIZE, 4, on_gpu, {"cuda": 4 * SIZE + 512}))
+    fleet = make_fleet(num_gpus + 2, slots=150)
+    shards = [replace(shard, device="cuda" if i < num_gpus else "cpu") for i, shard in enumerate(fleet)]
+    load = skewed(layers)
+    before = plan(layers, shards, None, load, ALL_DEVICES)
+    check(before, layers, shards)
+    after = plan(layers, shards, running(before), drifted(load, 1, 0.6), ALL_DEVICES)
+    check(after, layers, shards)
+    assert after.cover_after == 2
+    counts = [sum(map(len, running(before).experts_of(shard.id).values())) for shard in shards]
+    assert all(count <= 150 // 4 for count in counts[:num_gpus]), "an expert takes four times its stored bytes"
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -18,6 +18,7 @@ from cluster.control.manifest import weights_name
 from cluster.control.memory_registry import MemoryRegistry
 from cluster.control.operator_orders import OrderKind, StandingOrder
 from cluster.topology import Placement
+from model.configs.expert_memory import PINNED_SLAB
 from model.families.registry import load_family
 from model.family import ModelFamily
 from services.controller.controller import Controller, ControllerConfig, layer_specs
@@ -106,6 +107,16 @@ def test_the_planner_sees_every_expert_of_the_model(family: ModelFamily) -> None
     assert [(spec.layer, spec.num_experts) for spec in specs] == [(layer, NUM_EXPERTS) for layer in LAYERS]
     assert {spec.expert_bytes for spec in specs} == {2 * 64 * 128 * 4}
     assert {spec.expert_bytes for spec in layer_specs(family.expert_shapes, torch.bfloat16)} == {2 * 64 * 128 * 2}
+
+
+def test_the_planner_counts_memory_as_the_shards_do(family: ModelFamily) -> None:
+    """Check that quantized experts are counted packed on a CPU, and in slots of bf16 numbers on a GPU."""
+    shapes = [replace(shape, formats=("fp8", "fp8")) for shape in family.expert_shapes]
+    [spec, _] = layer_specs(shapes, torch.bfloat16)
+    assert spec.expert_bytes == spec.on_device("cpu") == spec.in_host_memory("cpu") == 2 * (64 * 128 + 4)
+    assert spec.on_device("cuda") == 2 * 64 * 128 * 2
+    slot = 2 * (64 * 128 + 512)
+    assert spec.in_host_memory("cuda") == PINNED_SLAB // (PINNED_SLAB // slot)
 
 
 def test_the_first_placement_waits_for_all_shards(family: ModelFamily) -> None:
