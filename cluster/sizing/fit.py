@@ -2,7 +2,8 @@
 
 Memory is counted to the byte, and the time of a step is estimated. Three rules decide:
 
-- A backbone is one GPU, whose memory holds the backbone's weights and the state of the backbone's requests.
+- A backbone is one GPU, whose memory holds the backbone's weights and the state of the backbone's requests. On GPUs,
+  quantized weights take the memory of bf16, because they are widened when they are loaded.
 - One home of every expert still fits on the expert GPUs when any one of these GPUs is lost.
 - A step and its transfers take no longer than the time allowed between tokens; TRANSFER_SHARE of this time is kept for
   the transfers.
@@ -15,7 +16,7 @@ from functools import cached_property
 from math import ceil
 
 from cluster.sizing.gpus import GB, Gpu
-from cluster.sizing.model_sizes import ModelSizes
+from cluster.sizing.model_sizes import GPU, ModelSizes
 from cluster.sizing.step_time import StepCosts
 from cluster.sizing.weight_formats import Dtype
 
@@ -88,7 +89,7 @@ class Fit:
         if self.max_requests < 1:
             needed = self.weight_bytes + whole_gib(self.request_bytes / (1 - SAVED_SHARE))
             return (
-                f"a backbone is one GPU: {self.weight_bytes / GB:.1f} GB of {self.dtype} weights and one request of "
+                f"a backbone is one GPU: {self.weight_bytes / GB:.1f} GB of bf16 weights and one request of "
                 f"{slo.context_len:,} tokens need {needed / GB:.1f} GB, and {gpu} has {self.usable_bytes / GB:.1f} GB "
                 "for them"
             )
@@ -107,7 +108,7 @@ class Fit:
     @cached_property
     def weight_bytes(self) -> int:
         """Return the bytes of a backbone's weights."""
-        return self.model.backbone_bytes(self.dtype)
+        return self.model.backbone_bytes
 
     @property
     def usable_bytes(self) -> int:
@@ -149,13 +150,18 @@ class Fit:
 
     @cached_property
     def experts_bytes(self) -> int:
-        """Return the bytes of all experts together, with one home each."""
-        return sum(spec.num_experts * spec.expert_bytes for spec in self.model.layer_specs(self.dtype))
+        """Return the bytes of device memory that all experts together take, with one home each."""
+        return sum(spec.num_experts * spec.on_device(GPU) for spec in self.model.layer_specs(self.dtype))
+
+    @cached_property
+    def standbys_bytes(self) -> int:
+        """Return the bytes of host memory that all experts together take, with one standby each."""
+        return sum(spec.num_experts * spec.in_host_memory(GPU) for spec in self.model.layer_specs(self.dtype))
 
     @cached_property
     def largest_expert(self) -> int:
-        """Return the bytes of the largest expert."""
-        return max(spec.expert_bytes for spec in self.model.layer_specs(self.dtype))
+        """Return the bytes of device memory that the largest expert takes."""
+        return max(spec.on_device(GPU) for spec in self.model.layer_specs(self.dtype))
 
     @property
     def shard_bytes(self) -> int:

@@ -13,26 +13,24 @@ class Gpu:
 
     - `memory_bytes` counts a gigabyte as 10**9 bytes, which is the more cautious assumption. The B200 has 192 GB, of
       which a board leaves 180 GB to programs.
-    - `bf16_flops` and `fp8_flops` are dense FLOP/s. `fp8_flops` is None if the GPU must widen 8-bit weights before it
-      multiplies them.
+    - `bf16_flops` are dense FLOP/s. Quantized weights are widened to bf16, so that no other figure counts.
     """
 
     name: str
     memory_bytes: int
     bytes_per_s: float
     bf16_flops: float
-    fp8_flops: float | None
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("l4", 24 * GB, 0.300e12, 121e12, 242e12),
-        Gpu("l40s", 48 * GB, 0.864e12, 362e12, 733e12),
-        Gpu("a100", 80 * GB, 2.039e12, 312e12, None),
-        Gpu("h100", 80 * GB, 3.35e12, 989e12, 1979e12),
-        Gpu("h200", 141 * GB, 4.8e12, 989e12, 1979e12),
-        Gpu("b200", 180 * GB, 8.0e12, 2250e12, 4500e12),
+        Gpu("l4", 24 * GB, 0.300e12, 121e12),
+        Gpu("l40s", 48 * GB, 0.864e12, 362e12),
+        Gpu("a100", 80 * GB, 2.039e12, 312e12),
+        Gpu("h100", 80 * GB, 3.35e12, 989e12),
+        Gpu("h200", 141 * GB, 4.8e12, 989e12),
+        Gpu("b200", 180 * GB, 8.0e12, 2250e12),
     )
 }
 

@@ -33,6 +33,7 @@ from cluster.sizing.weight_formats import (
     recipe,
 )
 from cluster.topology import LayerSpec
+from model.configs.expert_memory import expert_memory, pinned_bytes
 from model.configs.expert_shape import ExpertShape
 from model.configs.matrix_group import MatrixGroup
 from model.configs.model_config import ModelConfig
@@ -43,6 +44,7 @@ PARTS = (
     *("embedding", "head", "norms", "mixers", "routers", "latent", "shared", "dense", "routed"),
     *("mtp backbone", "mtp routed", "mtp copies"),
 )
+GPU = "cuda"  # The device for which sizes are counted.
 STATE_BYTES = 4  # Bytes of one number of recurrent state (fp32).
 KV_BYTES = 2  # Bytes of one number of KV or of a convolution's inputs (bf16).
 STORED_FP32 = ("e_score_correction_bias",)  # Ends of the roles that are fp32 in public checkpoints.
@@ -158,16 +160,18 @@ class ModelSizes:
         """Return the bytes of each part in the checkpoint; the parts are named as in `params`."""
         return self._by_part(lambda one: _nbytes(one, self._storages(one, dtype)))
 
-    def backbone_bytes(self, dtype: Dtype) -> int:
-        """Return the bytes on the backbone's device: everything except routed experts and copies."""
-        return sum(self._held(one, dtype) for one in self.matrices if one.part not in ("routed", "copies"))
+    @cached_property
+    def backbone_bytes(self) -> int:
+        """Return the bytes on the backbone's GPU: everything except routed experts and copies."""
+        return sum(self._held(one) for one in self.matrices if one.part not in ("routed", "copies"))
 
-    def step_bytes(self, dtype: Dtype) -> int:
+    @property
+    def step_bytes(self) -> int:
         """Return the bytes of the backbone's weights that one decode step without drafts reads.
 
         The embedding is not counted, because a step reads only single rows of the embedding.
         """
-        return sum(self._held(one, dtype) for one in self._step)
+        return sum(self._held(one) for one in self._step)
 
     @property
     def step_params(self) -> int:
@@ -185,12 +189,17 @@ class ModelSizes:
     def layer_specs(self, dtype: Dtype) -> tuple[LayerSpec, ...]:
         """Return a `LayerSpec` for each layer with routed experts; the layers of the MTP module come last.
 
-        All layers count as equally large, but the MTP module's layers may have other formats than the main layers.
+        `expert_bytes` are the stored bytes. All layers count as equally large, but the MTP module's layers may have
+        other formats than the main layers. The memory on GPUs is that of `expert_memory`.
         """
         total, num_experts = Counter[bool](), Counter[bool]()
         for one in self.matrices:
             if one.part == "routed":
-                total[one.is_mtp] += self._held(one, dtype)
+                total[one.is_mtp] += sum(
+                    num * (BF16 if storage.format == "plain" else storage).nbytes(one.rows, one.columns)
+                    for storage, num in self._storages(one, dtype)
+                )
+        memory = expert_memory(self.config.expert_shapes, BF16, is_packed=False, is_pinned=True)
         num_layers = self.config.num_layers
         for shape in self.config.expert_shapes:
             num_experts[shape.layer >= num_layers] += shape.num_experts
@@ -198,14 +207,16 @@ class ModelSizes:
         for shape in self.config.expert_shapes:
             is_mtp = shape.layer >= num_layers
             nbytes = ceil(total[is_mtp] / num_experts[is_mtp])
-            specs.append(LayerSpec(shape.layer, shape.num_experts, nbytes, shape.top_k))
+            on_gpu, in_host_memory = {GPU: memory[shape.layer].device}, {GPU: pinned_bytes([nbytes])}
+            specs.append(LayerSpec(shape.layer, shape.num_experts, nbytes, shape.top_k, on_gpu, in_host_memory))
         return tuple(specs)
 
-    def _held(self, one: MatrixGroup, dtype: Dtype) -> int:
-        """Return the bytes of the matrices on a device, where plain numbers are bf16, and those of HELD_FP32 fp32."""
-        plain = FP32 if one.role.endswith(HELD_FP32) else BF16
-        storages = self._storages(one, dtype)
-        return _nbytes(one, ((plain if storage.format == "plain" else storage, num) for storage, num in storages))
+    def _held(self, one: MatrixGroup) -> int:
+        """Return the bytes of the matrices on a GPU, where numbers of HELD_FP32 are fp32 and all others bf16.
+
+        A GPU widens quantized matrices when it loads them.
+        """
+        return one.count * (FP32 if one.role.endswith(HELD_FP32) else BF16).nbytes(one.rows, one.columns)
 
     def _storages(self, one: MatrixGroup, dtype: Dtype) -> Iterator[tuple[Storage, int]]:
         """Yield each storage of the matrices `one` in a checkpoint, and the number of matrices stored like this."""

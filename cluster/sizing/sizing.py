@@ -104,8 +104,8 @@ def sizing_of(model: ModelSizes, gpu: Gpu, dtype: Dtype, slo: Slo) -> Sizing:
 def _sizing(fit: Fit) -> Sizing:
     assert fit.fleet is not None
     (num_backbones, num_shards), model, slo = fit.fleet, fit.model, fit.slo
-    batch, whole = fit.batch(num_backbones), fit.experts_bytes
-    host = 0 if fit.has_device_cover(num_shards) else whole_gib(MARGIN * whole / (num_shards - 1))
+    batch = fit.batch(num_backbones)
+    host = 0 if fit.has_device_cover(num_shards) else whole_gib(MARGIN * fit.standbys_bytes / (num_shards - 1))
     wire = wire_of(model, num_shards)
     bits = 8e3 * wire.total / slo.itl_ms  # Bits per second of one request.
     of_backbone, of_shard = bits * batch, bits * slo.num_requests / (BALANCE * num_shards)
@@ -120,11 +120,11 @@ def _sizing(fit: Fit) -> Sizing:
         device_homes=1 if host else 2,
         checkpoint_bytes=sum(model.stored(fit.dtype).values()),
         backbone_weight_bytes=fit.weight_bytes,
-        experts_bytes=whole,
+        experts_bytes=fit.experts_bytes,
         state_memory_bytes=whole_gib(ceil(batch * fit.request_bytes / (1 - SAVED_SHARE))),
         shard_memory_bytes=fit.shard_bytes,
         shard_host_bytes=host,
-        host_homes_bytes=whole if host else 0,
+        host_homes_bytes=fit.standbys_bytes if host else 0,
         backbone_pod_memory_bytes=BACKBONE_POD_GIB * GIB,
         shard_pod_memory_bytes=host + SHARD_POD_GIB * GIB,
         kv_bytes_per_token=model.state.kv_bytes + model.state.mtp_kv_bytes,
@@ -172,8 +172,11 @@ def _reasons(fit: Fit, sizing: Sizing) -> Iterator[str]:
         f"{links[0]} at a backbone and {links[1]} at a shard, transfers take {TRANSFER_SHARE:.0%} of the time between "
         f"tokens."
     )
-    if fit.dtype != "bf16" and fit.gpu.fp8_flops is None:
-        yield f"Arithmetic: {fit.gpu.name} cannot multiply 8-bit numbers, so {fit.dtype} weights are widened to bf16."
+    if fit.dtype != "bf16":
+        yield (
+            f"Widening: GPUs widen {fit.dtype} weights to bf16 when they load them, so that on GPUs these weights take "
+            f"the memory and the time of bf16. Standbys in host memory stay in {fit.dtype}."
+        )
 
 
 def _why_backbones(fit: Fit, sizing: Sizing) -> str:

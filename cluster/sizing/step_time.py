@@ -15,7 +15,7 @@ from functools import cached_property
 from math import ceil, comb
 
 from cluster.sizing.gpus import Gpu
-from cluster.sizing.model_sizes import STATE_BYTES, ModelSizes
+from cluster.sizing.model_sizes import GPU, STATE_BYTES, ModelSizes
 from cluster.sizing.weight_formats import Dtype
 
 BANDWIDTH_SHARE, FLOPS_SHARE = 0.6, 0.4  # Assumed shares of a data sheet's bandwidth and FLOP/s.
@@ -127,7 +127,7 @@ class StepCosts:
 
     @cached_property
     def _step_bytes(self) -> int:
-        return self.model.step_bytes(self.dtype)
+        return self.model.step_bytes
 
     @cached_property
     def _step_params(self) -> int:
@@ -135,9 +135,9 @@ class StepCosts:
 
     @cached_property
     def _expert_bytes(self) -> int:
-        return self.model.layer_specs(self.dtype)[0].expert_bytes
+        return self.model.layer_specs(self.dtype)[0].on_device(GPU)
 
     def _roofline_ms(self, num_bytes: float, flops: float) -> float:
         """Return the time to read `num_bytes` or the time to compute `flops`, whichever is longer, in milliseconds."""
-        fastest = self.gpu.bf16_flops if self.dtype == "bf16" else self.gpu.fp8_flops or self.gpu.bf16_flops
-        return 1e3 * max(num_bytes / (BANDWIDTH_SHARE * self.gpu.bytes_per_s), flops / (FLOPS_SHARE * fastest))
+        reading_s = num_bytes / (BANDWIDTH_SHARE * self.gpu.bytes_per_s)
+        return 1e3 * max(reading_s, flops / (FLOPS_SHARE * self.gpu.bf16_flops))

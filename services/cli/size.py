@@ -26,7 +26,7 @@ from services.hub import Repository
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
-SERVED_TYPES, SERVED_DTYPES = ("nemotron_h",), ("bf16",)  # this version serves these; it can size more models
+SERVED_TYPES = ("nemotron_h",)  # this version serves these; it can size more models
 
 
 def size_model(
@@ -115,16 +115,14 @@ def _dtype(name: str) -> Dtype | None:
     return None
 
 
-def not_served(model_type: str, dtype: Dtype) -> Iterator[str]:
-    """Yield a note if this version cannot serve models of `model_type`, and another note if it cannot serve `dtype`."""
+def not_served(model_type: str) -> Iterator[str]:
+    """Yield a note if this version cannot serve models of `model_type`."""
     if model_type not in SERVED_TYPES:
         yield f"Note: this version serves {' and '.join(SERVED_TYPES)}; {model_type} can only be sized."
-    if dtype not in SERVED_DTYPES:
-        yield f"Note: on GPUs this version serves {' and '.join(SERVED_DTYPES)} weights; {dtype} can only be sized."
 
 
 def _show_one(name: str, model: ModelSizes, made: Sizing, slo: Slo, as_json: bool) -> None:
-    notes = list(not_served(made.model_type, made.dtype))
+    notes = list(not_served(made.model_type))
     if as_json:
         parts = {"params": model.params, "stored_bytes": model.stored(made.dtype)}
         typer.echo(json.dumps({"model": name, **made.to_dict(), **parts, "notes": notes}, indent=2))

@@ -172,7 +172,7 @@ def test_numbers_in_fp32_are_stored_in_fp32_and_held_in_bf16(tmp_path: Path) -> 
     tensors = load_file(tmp_path / "model.safetensors")
     sizes = model_sizes(config_of(tmp_path), tmp_path)
     assert sum(sizes.stored("bf16").values()) == sum(4 * tensor.numel() for tensor in tensors.values())
-    assert sizes.backbone_bytes("bf16") == model_sizes(config_of(tmp_path)).backbone_bytes("bf16")
+    assert sizes.backbone_bytes == model_sizes(config_of(tmp_path)).backbone_bytes
 
 
 def test_another_dtype_than_the_files_is_a_public_checkpoints(tmp_path: Path) -> None:

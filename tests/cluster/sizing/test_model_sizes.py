@@ -140,6 +140,8 @@ def test_an_expert_has_its_bytes_and_few_of_scales(name: str, params: int, bf16:
     for dtype, expected in zip(DTYPES, (bf16, fp8, nvfp4), strict=True):
         spec = sizes.layer_specs(dtype)[0]
         assert 0 <= spec.expert_bytes - expected <= 24
+        assert spec.on_device("cuda") == bf16
+        assert spec.expert_bytes <= spec.in_host_memory("cuda") <= 1.03 * spec.expert_bytes
         assert (spec.num_experts, spec.top_k) == (sizes.experts.num_experts, sizes.experts.top_k)
 
 
@@ -180,15 +182,15 @@ def test_the_mtp_modules_experts_are_quantized_where_public_checkpoints_have_it(
 
 @pytest.mark.parametrize("name", known_models())
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_backbone_and_the_experts_are_the_checkpoint(name: str, dtype: Dtype) -> None:
-    """Check that backbone and experts together have the bytes of the checkpoint, with two exceptions.
+def test_the_backbone_and_the_experts_are_the_bf16_checkpoint(name: str, dtype: Dtype) -> None:
+    """Check that backbone and experts together take the bytes of the checkpoint in bf16, with two exceptions.
 
     Routers are widened to fp32 on the device, and copies stay on disk.
     """
     sizes = model_sizes(known_config(name))
-    stored = sizes.stored(dtype)
-    experts = sum(spec.num_experts * spec.expert_bytes for spec in sizes.layer_specs(dtype))
-    loaded = sizes.backbone_bytes(dtype) + experts - (sum(stored.values()) - stored.get("mtp copies", 0))
+    stored = sizes.stored("bf16")
+    experts = sum(spec.num_experts * spec.on_device("cuda") for spec in sizes.layer_specs(dtype))
+    loaded = sizes.backbone_bytes + experts - (sum(stored.values()) - stored.get("mtp copies", 0))
     assert 0 < loaded <= 2.2 * stored["routers"]
 
 

@@ -16,7 +16,7 @@ from cluster.sizing.gpus import GPUS
 from cluster.sizing.known_models import known_config, known_models
 from cluster.sizing.model_sizes import model_sizes
 from cluster.sizing.sizing import Sizing, size
-from model.blocks.expert_bank import LocalExperts
+from model.blocks.expert_bank import LocalExperts, memory_of_all
 from model.configs.nemotron_h import NemotronHConfig
 from model.configs.state_spec import BLOCK_SIZE
 from model.demo import DEMO
@@ -24,7 +24,7 @@ from model.families.nemotron_h import NemotronH, NemotronHFamily
 from model.families.registry import FAMILIES
 from services.args import CHECKPOINT_SHARE, NUM_HOMES, AppArgs
 from services.cli import main
-from services.cli.size import DTYPES, SERVED_DTYPES, SERVED_TYPES
+from services.cli.size import DTYPES, SERVED_TYPES
 from services.engine.drafting.draft_depth import DEFAULT_DRAFT_TOKENS, MAX_UNREAD
 from services.engine.drafting.drafter import bytes_per_request
 from services.engine.scheduling.memory import plan_memory
@@ -84,7 +84,7 @@ def test_json_is_the_sizing() -> None:
     assert report["model"] == "NVIDIA-Nemotron-3-Super-120B-A12B"
     assert sum(report["stored_bytes"].values()) == made.checkpoint_bytes
     assert report["stored_bytes"].keys() == report["params"].keys()
-    assert report["notes"] == ["Note: on GPUs this version serves bf16 weights; nvfp4 can only be sized."]
+    assert report["notes"] == []
 
 
 def test_a_directory_a_file_and_a_name_are_the_same_model(tmp_path: Path) -> None:
@@ -132,8 +132,7 @@ def test_what_this_version_cannot_serve_is_noted() -> None:
     assert set(SERVED_TYPES) == set(FAMILIES)
     text = " ".join(run("--model", "deepseek-v3").split())
     assert "Note: this version serves nemotron_h; deepseek_v3 can only be sized." in text
-    assert "Note: on GPUs this version serves bf16 weights; fp8 can only be sized." in text
-    assert SERVED_DTYPES == ("bf16",)
+    assert "Widening: GPUs widen fp8 weights to bf16 when they load them" in text
 
 
 @pytest.mark.parametrize(
@@ -257,6 +256,6 @@ def test_a_serve_config_with_the_numbers_is_accepted() -> None:
     )
     family = args.check()
     assert args.memory_plan(family).num_slots == made.requests_per_backbone
-    assert args.experts_nbytes(family) == made.experts_bytes
+    assert memory_of_all(family.expert_shapes, args.torch_dtype, "cuda").device == made.experts_bytes
     assert NUM_HOMES == 2
     assert made.shard_memory_bytes % GIB == 0
