@@ -43,6 +43,11 @@ SHARE_MARGIN = 1.1  # memory of a shard, as a multiple of its even share: whole 
 DEFAULT_STATE_MEMORY = 1 << 30  # bytes
 CHECKPOINT_SHARE = 0.25  # largest share of the state memory for the state checkpoints of the prefix cache
 LOG_PERIOD_S = 30.0  # seconds between two log lines about the download of a model
+NO_END = (
+    "Warning: neither the configs nor the tokenizer name an end-of-sequence token (eos_token_id, eos_token), so answers "
+    "end only at max_tokens and stop strings. To let the model end its answers, set eos_token_id in "
+    "generation_config.json."
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -355,11 +360,7 @@ class AppArgs(BaseModel):
                 f"Every answer ends after {limit} tokens: generation_config.json has max_new_tokens = {limit}."
             )
         if not family.eos_token_ids:
-            notes.append(
-                "Warning: neither the configs nor the tokenizer name an end-of-sequence token (eos_token_id, "
-                "eos_token), so answers end only at max_tokens and stop strings. To let the model end its answers, set "
-                "eos_token_id in generation_config.json."
-            )
+            notes.append(NO_END)
         return [*notes, *family.plain_notes(self.device), *family.checkpoint.notes]
 
     def arithmetic(self) -> list[str]:
