@@ -40,8 +40,8 @@ def running(manifests: Manifests, owner: str, folder: Path, port: int) -> Iterat
 
 
 def client(port: int, password: str | None) -> redis.Redis:
-    connected = redis.Redis(port=port, password=password, socket_timeout=2, retry=Retry(NoBackoff(), 0))
-    stop_at = time.monotonic() + 10
+    connected = redis.Redis(port=port, password=password, socket_timeout=30, retry=Retry(NoBackoff(), 0))
+    stop_at = time.monotonic() + 60
     while time.monotonic() < stop_at:
         try:
             connected.ping()

@@ -335,7 +335,7 @@ def test_a_shard_twenty_times_slower_is_hardly_asked(
         connect(remote)
         prefer(remote, "slow0")
         ask_many(remote, local, 60)
-        # Usually two calls. A client that does not measure the shards sends all 60 calls to the slow shard.
+        # Usually two calls. Without circuits and measurements, all 60 calls go to the slow shard.
         assert 1 <= num_requests(slow.shards[0]) <= 30
 
 

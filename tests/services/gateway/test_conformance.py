@@ -352,7 +352,7 @@ def test_the_messages_api_is_asked_what_it_can_express() -> None:
 
 @pytest.mark.parametrize("way", ["rest", "grpc"])
 def test_a_deadline_that_passes(surfaces: Surfaces, way: str) -> None:
-    body = completion(timeout=0.02, max_tokens=400, ignore_eos=True)
+    body = completion(timeout=0.2, max_tokens=400, ignore_eos=True)
     result = surfaces.rest(body, False) if way == "rest" else surfaces.grpc(body, False)
     assert result.error is not None
     assert result.error[0] == "DEADLINE_EXCEEDED"

@@ -433,7 +433,7 @@ def test_a_client_that_goes_away_frees_the_engine(url: str, source: EchoSource, 
         if is_streamed:
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
             source.pause = 60
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while source.active and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not source.active

@@ -24,7 +24,7 @@ from services.engine.server import EngineServer
 from services.gateway.backbones.backbone_pool import BackbonePool
 
 MAX_LEN = 512
-START_TIMEOUT_S = 30
+START_TIMEOUT_S = 60
 # Backbones are forked from one process that has imported all modules, because tests start many backbones and the
 # imports take seconds. torch._dynamo is listed here because torch imports torch._dynamo only when a model is made.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -62,7 +62,7 @@ class BackboneProcess:
         stats: dict[str, Any] = self._pipe.recv()
         return stats
 
-    def wait_until_idle(self, timeout_s: float = 10) -> None:
+    def wait_until_idle(self, timeout_s: float = 30) -> None:
         stop_at = time.monotonic() + timeout_s
         while any((stats := self.stats())[name] for name in ("num_running", "num_waiting", "num_slots_taken")):
             assert time.monotonic() < stop_at, stats

@@ -189,7 +189,7 @@ def test_an_engine_that_ends_without_a_reason(http: httpx.Client, source: EchoSo
 
 
 def _wait_until_idle(source: EchoSource) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while source.active and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not source.active
