@@ -32,7 +32,12 @@ up: $(RUNTIME) ## Install what serving needs, then serve the demo model on 127.0
 	$(BIN)/expertmesh up $(ARGS)
 
 test: lint ## Install everything, then check style and types and run every test.
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest -m 'not serial' --numprocesses 2 --dist loadfile; \
+	status=$$?; $(BIN)/python -m pytest -m serial && exit $$status
+endif
 
 clients: $(DEVELOPMENT) ## Run third-party clients, each in its own environment, against a server (about 15 minutes).
 	$(BIN)/python -m tests.clients.run $(ARGS)

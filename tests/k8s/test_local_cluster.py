@@ -38,7 +38,7 @@ IS_ASKED_FOR = "EXPERTMESH_CLUSTER_TEST" in os.environ
 # machine may be busy, so 10 s are allowed; an answer that hangs takes longer.
 MAX_GAP_S = 1.0 if IS_ASKED_FOR else 10.0
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.serial]
 
 
 @pytest.fixture

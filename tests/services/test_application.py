@@ -33,6 +33,8 @@ from tests.services.application import STOP_TIMEOUT_S, Application, expertmesh, 
 from tests.services.demo import MODEL, held_out_prompts, load_tokenizer, text_of, transformers_greedy
 from tests.services.processes import command_of, descendants, wait_until_gone
 
+pytestmark = pytest.mark.serial
+
 NUM_SHARDS = 3
 SERVICE = "expertmesh.inference.v1.Inference"
 ORIGIN = "https://chat.example.org"

@@ -22,6 +22,8 @@ from cluster.control.registry_store import StoreUnavailable
 from tests.services.application import Application, wait_until
 from tests.services.demo import held_out_prompts
 
+pytestmark = pytest.mark.serial
+
 POOL = "experts-cpu"
 NUM_CLIENTS, MAX_TOKENS = 3, 24
 # Usually 1 s. A controller that does not notice the new shard uses the shard with the next plan for a changed load, and

@@ -205,6 +205,7 @@ def test_replicas_on_other_nodes_read_the_commit_that_was_checked(tmp_path: Path
     assert local.resolved().name == "demo"
 
 
+@pytest.mark.serial
 def test_up_serves_a_repository_from_the_cache_under_its_name(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from tests.model.steps import seeded
 SHAPES = [(64, 128), (128, 64), (40, 24), (256, 96), (33, 70), (512, 1024)]
 
 
-@pytest.fixture(params=[1, 2], ids="{} threads".format)
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.serial)], ids="{} threads".format)
 def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -27,6 +27,8 @@ from model.stored_matrix import StoredMatrix
 from tests.model.steps import seeded
 from tests.model.stored_matrices import random_matrix
 
+pytestmark = pytest.mark.serial
+
 NUM_ROUNDS = 300
 WIDTH = 256
 LENS, CONTEXTS, TABLE_LEN = (30, 1, 7, 200), (5, 0, 40, 0), 20

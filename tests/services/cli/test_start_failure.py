@@ -112,6 +112,7 @@ def end_of_failed_start(*options: str) -> str:
     return sentence.removeprefix("expertmesh: ")
 
 
+@pytest.mark.serial
 @pytest.mark.usefixtures("one_attempt")
 @pytest.mark.parametrize(
     ("module", "name", "fault", "options", "sentence"),

@@ -32,6 +32,8 @@ from tests.services.engine.resumable import KINDS, SCHEMA
 from tests.services.gateway.backbones.backbone_process import BackboneProcess, Replicas
 from tests.services.gateway.surfaces import SurfaceResponse, Surfaces, listening
 
+pytestmark = pytest.mark.serial
+
 NUM_TRIALS = int(os.environ.get("EXPERTMESH_TRIALS", "3"))
 PAUSE_S = 0.008  # seconds added to each step, so that most answers take half a second or more
 PROMPTS = dict(zip(KINDS, held_out_prompts(len(KINDS), 40), strict=True))
