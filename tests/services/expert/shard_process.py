@@ -1,18 +1,12 @@
-"""`ShardProcess` runs shards in another process, and can make the shards slow or faulty.
-
-The process prints the shards' records as JSON and serves until its standard input is closed.
-"""
+"""`ShardProcess` runs shards in another process, and can make the shards slow or faulty."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self
 
@@ -27,8 +21,9 @@ from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
+from tests.services.forkserver import CONTEXT
 
-ROOT = Path(__file__).parents[3]
+START_TIMEOUT_S = 60
 READ_S = 0.03  # additional seconds to read one expert from the slow disk
 
 
@@ -50,18 +45,20 @@ class ShardProcess:
         us_per_row: int = 0,
         trouble: str = "none",
     ) -> None:
-        arguments = map(str, (model_dir, num_shards, dtype, name, max_queue, us_per_row, trouble))
-        command = [sys.executable, "-m", __name__, *arguments]
-        env, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, env=env)
+        self._pipe, theirs = CONTEXT.Pipe()
+        base = ShardConfig(name, memory_budget=1 << 30, dtype=getattr(torch, dtype), max_queue=max_queue)
+        arguments = (theirs, model_dir, num_shards, base, us_per_row, trouble)
+        self.process = CONTEXT.Process(target=_main, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
         self._shards: list[Shard] = []
 
     @property
     def shards(self) -> list[Shard]:
         """Wait until the shards serve, and return their records."""
         if not self._shards:
-            assert self.process.stdout is not None
-            self._shards = [Shard.from_record(record) for record in json.loads(self.process.stdout.readline())]
+            assert self._pipe.poll(START_TIMEOUT_S), "the shards do not start"
+            self._shards = self._pipe.recv()
         return self._shards
 
     def __enter__(self) -> Self:
@@ -69,7 +66,8 @@ class ShardProcess:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.join()
+        self._pipe.close()
 
 
 def slow_down(host: ExpertHost, us_per_row: int) -> None:
@@ -91,26 +89,24 @@ class SlowlyRead(NemotronHFamily):
         return super().load_expert(layer, expert)
 
 
-async def serve(
-    model_dir: str, num_shards: int, dtype: torch.dtype, name: str, max_queue: int, us_per_row: int, trouble: str
+def _main(pipe: Connection, model_dir: Path, num_shards: int, base: ShardConfig, us_per_row: int, trouble: str) -> None:
+    torch.set_num_threads(1)
+    asyncio.run(_serve(pipe, model_dir, num_shards, base, us_per_row, trouble))
+
+
+async def _serve(
+    pipe: Connection, model_dir: Path, num_shards: int, base: ShardConfig, us_per_row: int, trouble: str
 ) -> None:
+    """Start the shards, send their records through `pipe`, and serve until the other end of `pipe` is closed."""
     if trouble == "corrupt":
         Corruption(until=math.inf)
     family, registry = load_family(model_dir), MemoryRegistry(time.monotonic)
     if trouble == "slow disk":
         family = SlowlyRead(family.checkpoint)
-    base = ShardConfig("base", memory_budget=1 << 30, dtype=dtype, max_queue=max_queue)
-    shards = [ExpertShard(replace(base, shard_id=f"{name}{i}"), family, registry) for i in range(num_shards)]
+    configs = [replace(base, shard_id=f"{base.shard_id}{i}") for i in range(num_shards)]
+    shards = [ExpertShard(config, family, registry) for config in configs]
     for shard in shards:
         slow_down(shard.host, us_per_row)
         await shard.start()
-    print(json.dumps([shard.record.to_record() for shard in shards]), flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    for shard in shards:
-        await shard.stop()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    path, num, dtype, name, depth, slowness, trouble = sys.argv[1:]
-    asyncio.run(serve(path, int(num), getattr(torch, dtype), name, int(depth), int(slowness), trouble))
+    pipe.send([shard.record for shard in shards])
+    await asyncio.to_thread(pipe.poll, None)

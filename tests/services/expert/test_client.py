@@ -385,7 +385,7 @@ def test_a_call_without_a_live_home_waits_until_the_fleet_has_healed(
         remote.update(placement_on(local, homes), lost.shards)
         ask_many(remote, local, 3)
         lost.process.kill()
-        lost.process.wait()
+        lost.process.join()
         rows = make_rows(8)
         wait = remote(1, *rows)
         healed = placement_on(local, everywhere([fleet[0].id]), epoch=2)
@@ -473,7 +473,7 @@ def test_without_a_live_home_the_error_says_what_is_missing(model_dir: Path, loc
         rows = make_rows(4)
         remote(1, *rows)()
         process.process.kill()
-        process.process.wait()
+        process.process.join()
         sentence = r"Layer 1 cannot be computed: The experts \[.*\] had no live home for heal_timeout_s = 0.5; "
         with pytest.raises(ExpertsUnavailable, match=sentence):
             remote(1, *rows)()

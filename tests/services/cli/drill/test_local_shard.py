@@ -23,7 +23,8 @@ def test_a_shard_of_this_machine_is_killed(tmp_path: Path) -> None:
         [shard] = process.shards
         assert asyncio.run(local_shard.local_pid(shard.id, shard.endpoint)) == process.process.pid
         kill(shard.id, shard.endpoint)
-        assert process.process.wait(10) == -signal.SIGKILL
+        process.process.join(10)
+        assert process.process.exitcode == -signal.SIGKILL
         with pytest.raises(ValueError, match=f"the shard {shard.id} does not answer"):
             kill(shard.id, shard.endpoint)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import multiprocessing
 import os
 import signal
 import time
@@ -22,13 +21,10 @@ from services.engine.scheduling.memory import plan_memory
 from services.engine.scheduling.scheduled_batch import ScheduledBatch, StepResult
 from services.engine.server import EngineServer
 from services.gateway.backbones.backbone_pool import BackbonePool
+from tests.services.forkserver import CONTEXT
 
 MAX_LEN = 512
 START_TIMEOUT_S = 60
-# Backbones are forked from one process that has imported all modules, because tests start many backbones and the
-# imports take seconds. torch._dynamo is listed here because torch imports torch._dynamo only when a model is made.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 class BackboneProcess:
