@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
-from statistics import median
+from bisect import bisect
+from collections.abc import Mapping
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -63,13 +64,18 @@ def gain_exponent(matrices: Mapping[str, StoredMatrix]) -> int:
     return math.ceil(math.log2(mean_square) / 2) if 0 < mean_square < math.inf else 0
 
 
-def log_wide_spread(layer: int, gain_exponents: Collection[int]) -> bool:
+def log_wide_spread(layer: int, num_experts: Mapping[int, int]) -> bool:
     """Log one line, and return True, if a layer's largest gain exponent is far above the median.
 
-    The expert with the largest exponent decides the unit of all sums of the layer. The contributions of the other
-    experts then have fewer bits.
+    `num_experts` has the number of the layer's experts by gain exponent; it may be empty. The expert with the largest
+    exponent decides the unit of all sums of the layer. The contributions of the other experts then have fewer bits.
     """
-    spread = max(gain_exponents) - median(gain_exponents)
+    exponents = sorted(num_experts)
+    ends = list(accumulate(num_experts[exponent] for exponent in exponents))
+    if not ends:
+        return False
+    low, high = (exponents[bisect(ends, rank)] for rank in ((ends[-1] - 1) // 2, ends[-1] // 2))
+    spread = exponents[-1] - (low + high) / 2
     is_wide = spread > MAX_SPREAD_BITS
     if is_wide:
         text = "The outputs of one expert of layer %d may be 2**%g times as large as those of most experts: %s."

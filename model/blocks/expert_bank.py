@@ -6,6 +6,7 @@ picks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -281,7 +282,7 @@ class LocalExperts:
         gains = {layer: [bank.gain_exponent(expert) for expert in bank.held] for layer, bank in banks.items()}
         self.gains = {layer: max(of_layer) for layer, of_layer in gains.items()}
         for layer, of_layer in gains.items():
-            log_wide_spread(layer, of_layer)
+            log_wide_spread(layer, Counter(of_layer))
 
     def __call__(self, layer: int, x_NL: Tensor, topk_ids_NK: Tensor, topk_weights_NK: Tensor) -> Callable[[], Tensor]:
         grid_N = grid_exponents(x_NL, topk_weights_NK, self.gains[layer])

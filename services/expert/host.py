@@ -5,6 +5,7 @@ This module uses no network, files or clock.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -100,6 +101,8 @@ class ExpertHost:
         self.epoch = 0
         self._is_home = {layer: np.zeros(shape.num_experts, dtype=np.bool_) for layer, shape in self.shapes.items()}
         self._metadata: dict[Key, ExpertMetadata] = {}
+        # By layer: how many experts in `_metadata` have each gain exponent.
+        self._gain_counts: dict[int, Counter[int]] = {layer: Counter() for layer in self.shapes}
         self._logged_layers: set[int] = set()  # layers whose gain exponents have been logged as far apart
 
     # Held experts ----------------------------------------------------------------------------------------------------
@@ -169,14 +172,8 @@ class ExpertHost:
 
         A layer without such experts is left out.
         """
-        return {layer: max(gains) for layer, gains in self._gains_by_layer(layers).items()}
-
-    def _gains_by_layer(self, layers: Iterable[int]) -> dict[int, list[int]]:
-        chosen, gains = set(layers), dict[int, list[int]]()
-        for (layer, _), metadata in list(self._metadata.items()):
-            if layer in chosen:
-                gains.setdefault(layer, []).append(metadata.gain)
-        return gains
+        # The worker's thread may change a Counter while another thread iterates over it, so each one is copied first.
+        return {layer: max(exponents) for layer in layers if (exponents := list(self._gain_counts[layer]))}
 
     # Changes ---------------------------------------------------------------------------------------------------------
 
@@ -225,7 +222,11 @@ class ExpertHost:
 
         If this shard changes from home to standby of an expert, the expert stays on the device as a promoted expert.
         """
-        self._metadata |= staged.metadata
+        for key, metadata in staged.metadata.items():
+            if self._metadata.get(key) != metadata:
+                self._uncount_gain(key)
+                self._metadata[key] = metadata
+                self._gain_counts[key[0]][metadata.gain] += 1
         for key in keys_of(homes):
             assert key in self.on_device
             self.on_device.mark_ready(key)
@@ -238,8 +239,8 @@ class ExpertHost:
             if self.is_home(key):
                 self._set_home(key, False)
                 self.on_device.mark_promoted(key)
-        for layer, gains in self._gains_by_layer({*homes, *standby} - self._logged_layers).items():
-            if log_wide_spread(layer, gains):
+        for layer in {*homes, *standby} - self._logged_layers:
+            if log_wide_spread(layer, self._gain_counts[layer]):
                 self._logged_layers.add(layer)
 
     def commit_promotion(self, key: Key, weights: Weights | None) -> bool:
@@ -270,6 +271,7 @@ class ExpertHost:
         self.free(key for key in gone if self.on_device.is_ready(key))
         for key in gone:
             self.standbys.remove(key)
+            self._uncount_gain(key)
             self._metadata.pop(key, None)
 
     def free(self, keys: Iterable[Key]) -> None:
@@ -278,6 +280,14 @@ class ExpertHost:
         for key in keys:
             self._set_home(key, False)
         self.on_device.free(keys)
+
+    def _uncount_gain(self, key: Key) -> None:
+        """Remove an expert from the counts of its layer, if this shard holds the expert."""
+        if (metadata := self._metadata.get(key)) is not None:
+            counts = self._gain_counts[key[0]]
+            counts[metadata.gain] -= 1
+            if not counts[metadata.gain]:
+                del counts[metadata.gain]
 
     def _set_home(self, key: Key, is_home: bool) -> None:
         layer, expert = key

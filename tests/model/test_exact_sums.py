@@ -116,9 +116,11 @@ def test_the_predicted_size_is_within_half_a_bit_of_the_measured_size(
 
 
 def test_a_layer_whose_gains_spread_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    assert not log_wide_spread(3, [1, 2, 8, 2])
+    assert not log_wide_spread(3, {})
+    assert not log_wide_spread(3, {1: 1, 2: 2, 8: 1})
+    assert not log_wide_spread(3, {2: 2, 9: 2})
     assert caplog.text == ""
-    assert log_wide_spread(3, [1, 2, 9, 2])
+    assert log_wide_spread(3, {1: 1, 2: 2, 9: 1})
     [record] = caplog.records
     assert record.getMessage() == (
         "The outputs of one expert of layer 3 may be 2**7 times as large as those of most experts: "

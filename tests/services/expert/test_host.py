@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.exact_sums import gain_exponent
 from model.families.registry import load_family
 from model.family import ModelFamily
 from model.stored_matrix import StoredMatrix
@@ -86,6 +87,26 @@ def test_a_layer_with_an_outlier_is_logged_once(family: ModelFamily, caplog: pyt
     host.load({3: [9]})
     [message] = caplog.messages
     assert message.startswith("The outputs of one expert of layer 3 may be 2**8 times as large")
+
+
+def test_gains_are_the_largest_of_the_held_experts(family: ModelFamily) -> None:
+    def read(layer: int, expert: int) -> dict[str, StoredMatrix]:
+        up, down = family.load_expert(layer, expert).values()
+        return {"up": StoredMatrix.plain(2.0 ** (expert % 4) * up.parts[0]), "down": down}
+
+    def largest(*experts: int) -> dict[int, int]:
+        return {3: max(gain_exponent(read(3, expert)) for expert in experts)}
+
+    host = make_host(family)
+    host.read = read
+    assert host.gains([1, 3]) == {}
+    host.load({3: [0, 7, 3]}, {3: [5]})
+    assert host.gains([1, 3]) == largest(0, 3, 5, 7)
+    host.load({3: [0, 3]}, {3: [7]})
+    host.unload({3: [3]}, {3: [7]})
+    assert host.gains([1, 3]) == largest(0, 5) != largest(0, 5, 7)
+    host.unload({3: [0]}, {3: [5]})
+    assert host.gains([1, 3]) == {}
 
 
 def test_more_than_the_budget_is_refused_with_the_numbers(family: ModelFamily) -> None:
