@@ -60,9 +60,9 @@ def memory_of_all(shapes: Iterable[ExpertShape], dtype: torch.dtype, device: tor
 class ExpertBank:
     """An `ExpertBank` holds some of one layer's experts in this process and computes their outputs.
 
-    Where the CPU kernels run, weights stay as they are stored. Elsewhere the bank dequantizes weights to `dtype`, keeps
-    them in `slots`, and does not keep the stored bytes. By default, a bank has slots of its own for all of the layer's
-    experts.
+    Where the CPU kernels run, weights stay as they are stored, except weights with which no kernel can compute (see
+    `pack_matrix`). Elsewhere the bank dequantizes weights to `dtype`, keeps them in `slots`, and does not keep the
+    stored bytes. By default, a bank has slots of its own for all of the layer's experts.
     """
 
     def __init__(
@@ -141,7 +141,10 @@ class ExpertBank:
         expert meanwhile, or if the bank keeps only dequantized numbers of a quantized expert.
         """
         if self.is_compiled:
-            stored = tuple(unpack_matrix(packed).to("cpu", self.dtype) for packed in self._packed[expert])
+            packed = self._packed[expert]
+            if not all(one.has_stored_bits for one in packed):
+                raise KeyError(expert)
+            stored = tuple(unpack_matrix(one).to("cpu", self.dtype) for one in packed)
         else:
             weights = self._weights[expert]
             if any(matrix.format != "plain" for matrix in self.shape.matrices):

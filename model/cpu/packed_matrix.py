@@ -14,9 +14,10 @@ Legend: N rows, I inputs, O outputs, P panels of 32 outputs, G groups of inputs 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from model.configs.weight_format import BLOCK, WeightFormat
 from model.cpu.panel_products import product_address
 from model.cpu.panel_tiles import E2M1_GROUP, E4M3_GROUP, PANEL, Kind
 from model.stored_matrix import StoredMatrix
+
+log = logging.getLogger(__name__)
 
 PANELS_PER_BLOCK = BLOCK // PANEL
 MAX_SCALE = 2.0**90  # the kernels multiply scales by up to 2**22, which must not overflow
@@ -53,7 +56,7 @@ class PackedMatrix:
     | e4m3 | int16 (P, I/2, 32), two codes in a word | fp32 (P, G) |
     | e2m1 | int16 (P, G, 16 + 4·32), 32 scales of a group and its codes, four in a word | fp32 (1,) |
 
-    `stored` keeps the stored weight if the panels do not hold its bits, because no kernel can compute with its format.
+    A quantized weight has the kind fp32 if no kernel can compute with its codes; the codes are then not kept.
     """
 
     kind: Kind
@@ -62,7 +65,11 @@ class PackedMatrix:
     scales: Tensor
     num_inputs: int
     num_outputs: int
-    stored: StoredMatrix | None = None
+
+    @property
+    def has_stored_bits(self) -> bool:
+        """Return True if `unpack_matrix` can return the weight bit for bit."""
+        return self.format == "plain" or self.kind != "fp32"
 
     @cached_property
     def descriptor(self) -> PackedMatrixDescriptor:
@@ -72,7 +79,7 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         """Return the bytes of memory that the matrix takes."""
-        return self.panels.nbytes + self.scales.nbytes + (0 if self.stored is None else self.stored.nbytes)
+        return self.panels.nbytes + self.scales.nbytes
 
 
 def compile_products(formats: Iterable[WeightFormat], dtype: torch.dtype) -> None:
@@ -87,7 +94,8 @@ def compile_products(formats: Iterable[WeightFormat], dtype: torch.dtype) -> Non
 def pack_matrix(weight: StoredMatrix) -> PackedMatrix:
     """Copy a weight (O, I) into panels of the numbers or codes in which the weight is stored.
 
-    If no kernel can compute with the stored codes (see `_kind`), the panels hold the dequantized weight as fp32.
+    If no kernel can compute with the stored numbers (see `_kind`), the panels hold the dequantized weight as fp32, and
+    the log gives the reason.
     """
     num_outputs, num_inputs = weight.shape
     kind = _kind(weight)
@@ -106,14 +114,15 @@ def pack_matrix(weight: StoredMatrix) -> PackedMatrix:
             codes = _to_panels(numbers.contiguous().view(torch.int16)).view(-1, num_inputs // E2M1_GROUP, 4 * PANEL)
             _, group_scales, scale = weight.parts
             panels, scales = torch.cat([_to_scale_words(group_scales), codes], dim=2), scale.float().reshape(1).clone()
-    stored = weight if weight.format != "plain" and kind == "fp32" else None
-    return PackedMatrix(kind, weight.format, panels, scales, num_inputs, num_outputs, stored)
+    return PackedMatrix(kind, weight.format, panels, scales, num_inputs, num_outputs)
 
 
 def unpack_matrix(packed: PackedMatrix) -> StoredMatrix:
-    """Return the weight that `packed` was made of, bit for bit; plain numbers are fp32 if the panels hold fp32."""
-    if packed.stored is not None:
-        return packed.stored
+    """Return the weight that `packed` was made of, bit for bit; plain numbers are fp32 if the panels hold fp32.
+
+    `packed.has_stored_bits` must be True.
+    """
+    assert packed.has_stored_bits
     panels, num_outputs = packed.panels, packed.num_outputs
     match packed.kind:
         case "fp32":
@@ -132,19 +141,36 @@ def unpack_matrix(packed: PackedMatrix) -> StoredMatrix:
 
 
 def _kind(weight: StoredMatrix) -> Kind:
-    """Return the kind of panels that give the same products as the dequantized weight.
+    """Return the kind of panels that give the same products as the dequantized weight."""
+    kind = _usual_kind(weight.format, weight.parts[0].dtype)
+    reason = None if kind == "fp32" else _reason_for_fp32(weight)
+    if reason is None:
+        return kind
+    _log_fp32("bf16" if weight.format == "plain" else weight.format, reason)
+    return "fp32"
+
+
+def _reason_for_fp32(weight: StoredMatrix) -> str | None:
+    """Return why the kernels cannot compute with the stored numbers of a weight; None if they can.
 
     An odd number of inputs does not fill the words of bf16 and FP8. Scales of 2**90 or more would overflow in the
     kernels, and the kernels do not know the codes that mean NaN.
     """
-    kind = _usual_kind(weight.format, weight.parts[0].dtype)
-    if kind != "fp32" and weight.shape[1] % 2:
-        return "fp32"
+    if weight.shape[1] % 2:
+        return "an odd number of inputs"
     if weight.format == "plain":
-        return kind
+        return None
     codes, scales = weight.parts[-2], weight.parts[-1]  # in NVFP4, the codes of the groups' scales
-    has_nan = bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any())
-    return kind if not has_nan and bool((scales.abs() < MAX_SCALE).all()) else "fp32"
+    if bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any()):
+        return "a code that means NaN"
+    return None if bool((scales.abs() < MAX_SCALE).all()) else "a scale that is not below 2**90"
+
+
+@cache
+def _log_fp32(format: str, reason: str) -> None:
+    """Log once that weights of `format` take the memory of fp32 numbers because of `reason`."""
+    text = "Weights in %s with %s are kept in fp32, which takes more memory: no CPU kernel computes with such weights."
+    log.warning(text, format, reason)
 
 
 def _usual_kind(format: WeightFormat, dtype: torch.dtype) -> Kind:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from model.configs.weight_format import FORMATS, WeightFormat
+from model.cpu import packed_matrix
 from model.cpu.linear import linear
-from model.cpu.packed_matrix import pack_matrix, unpack_matrix
+from model.cpu.packed_matrix import MAX_SCALE, pack_matrix, unpack_matrix
+from model.cpu.panel_tiles import PANEL
 from model.stored_matrix import StoredMatrix
 from tests.model.steps import relative_error, seeded
 from tests.model.stored_matrices import QUANTIZED, random_matrix, same_bits, with_all_codes
@@ -65,7 +67,10 @@ def test_every_code_gives_the_same_bits(format: WeightFormat) -> None:
 def test_tiny_and_huge_scales_give_the_same_bits(format: WeightFormat, scale: float) -> None:
     weight = random_matrix(format, 40, 144, scale=scale)
     assert_same_products(weight)
-    assert_same_parts(unpack_matrix(pack_matrix(weight)), weight)
+    packed = pack_matrix(weight)
+    assert packed.has_stored_bits == (scale < MAX_SCALE)
+    if packed.has_stored_bits:
+        assert_same_parts(unpack_matrix(packed), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -89,14 +94,39 @@ def test_a_weight_comes_back_bit_for_bit(format: WeightFormat, shape: tuple[int,
     weight = random_matrix(format, *shape)
     packed = pack_matrix(weight)
     assert_same_parts(unpack_matrix(packed), weight)
-    assert packed.stored is None
 
 
 @pytest.mark.parametrize("format", ["fp8", "fp8_blocks"])
 @pytest.mark.parametrize("shape", UNEVEN, ids=str)
-def test_a_weight_of_uneven_sizes_comes_back(format: WeightFormat, shape: tuple[int, int]) -> None:
+def test_a_weight_of_uneven_sizes_comes_back_unless_its_inputs_are_odd(
+    format: WeightFormat, shape: tuple[int, int]
+) -> None:
     weight = random_matrix(format, *shape)
-    assert_same_parts(unpack_matrix(pack_matrix(weight)), weight)
+    packed = pack_matrix(weight)
+    assert packed.has_stored_bits == (shape[1] % 2 == 0)
+    if packed.has_stored_bits:
+        assert_same_parts(unpack_matrix(packed), weight)
+    else:
+        assert packed.nbytes == 4 * -(-shape[0] // PANEL) * PANEL * shape[1]
+
+
+def test_the_log_says_once_why_weights_are_kept_in_fp32(caplog: pytest.LogCaptureFixture) -> None:
+    packed_matrix._log_fp32.cache_clear()
+    codes, scale = random_matrix("fp8", 64, 128).parts
+    nan = codes.clone()
+    nan.view(torch.uint8)[0, 0] = 0x7F
+    odd = StoredMatrix("fp8", (codes[:, :127], scale))
+    bf16 = StoredMatrix.plain(torch.ones(64, 127, dtype=torch.bfloat16))
+    huge = StoredMatrix("fp8", (codes, torch.tensor(2.0**90)))
+    for weight in (odd, bf16, huge, StoredMatrix("fp8", (nan, scale)), odd, StoredMatrix("fp8", (codes, scale))):
+        pack_matrix(weight)
+    end = "are kept in fp32, which takes more memory: no CPU kernel computes with such weights."
+    assert caplog.messages == [
+        f"Weights in fp8 with an odd number of inputs {end}",
+        f"Weights in bf16 with an odd number of inputs {end}",
+        f"Weights in fp8 with a scale that is not below 2**90 {end}",
+        f"Weights in fp8 with a code that means NaN {end}",
+    ]
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
