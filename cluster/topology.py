@@ -8,6 +8,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
+from model.configs.expert_memory import ExpertMemory
+from model.configs.expert_shape import ExpertShape
+
 # homes[expert] = ids of the shards that are the expert's homes, the preferred home first.
 Homes = tuple[tuple[str, ...], ...]
 Experts = Mapping[int, Sequence[int]]  # Expert ids by layer.
@@ -33,6 +36,13 @@ class LayerSpec:
         assert self.layer >= 0
         assert min((self.expert_bytes, *self.device_bytes.values(), *self.host_bytes.values())) > 0
         assert 0 < self.top_k <= self.num_experts
+
+    @classmethod
+    def of(cls, shape: ExpertShape, expert_bytes: int, memory: Mapping[str, ExpertMemory]) -> Self:
+        """Return the spec of the layer of `shape`, whose experts take `memory` on the devices that are its keys."""
+        device_bytes = {device: one.device for device, one in memory.items()}
+        host_bytes = {device: one.host for device, one in memory.items()}
+        return cls(shape.layer, shape.num_experts, expert_bytes, shape.top_k, device_bytes, host_bytes)
 
     def on_device(self, device: str) -> int:
         """Return the bytes of device memory that one expert takes on a shard with `device`, for example "cuda"."""

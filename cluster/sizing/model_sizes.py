@@ -33,7 +33,7 @@ from cluster.sizing.weight_formats import (
     recipe,
 )
 from cluster.topology import LayerSpec
-from model.configs.expert_memory import expert_memory, pinned_bytes
+from model.configs.expert_memory import ExpertMemory, expert_memory, pinned_bytes
 from model.configs.expert_shape import ExpertShape
 from model.configs.matrix_group import MatrixGroup
 from model.configs.model_config import ModelConfig
@@ -207,8 +207,8 @@ class ModelSizes:
         for shape in self.config.expert_shapes:
             is_mtp = shape.layer >= num_layers
             nbytes = ceil(total[is_mtp] / num_experts[is_mtp])
-            on_gpu, in_host_memory = {GPU: memory[shape.layer].device}, {GPU: pinned_bytes([nbytes])}
-            specs.append(LayerSpec(shape.layer, shape.num_experts, nbytes, shape.top_k, on_gpu, in_host_memory))
+            on_gpu = ExpertMemory(device=memory[shape.layer].device, host=pinned_bytes([nbytes]))
+            specs.append(LayerSpec.of(shape, nbytes, {GPU: on_gpu}))
         return tuple(specs)
 
     def _held(self, one: MatrixGroup) -> int:

@@ -55,14 +55,7 @@ def layer_specs(shapes: Sequence[ExpertShape], dtype: torch.dtype) -> list[Layer
     """Return the planner's `LayerSpec` of each MoE layer in `shapes`; `dtype` is the dtype of the experts' weights."""
     memory = {device: memory_on(shapes, dtype, device) for device in ("cpu", "cuda")}
     return [
-        LayerSpec(
-            shape.layer,
-            shape.num_experts,
-            shape.nbytes(dtype),
-            shape.top_k,
-            device_bytes={device: of_layer[shape.layer].device for device, of_layer in memory.items()},
-            host_bytes={device: of_layer[shape.layer].host for device, of_layer in memory.items()},
-        )
+        LayerSpec.of(shape, shape.nbytes(dtype), {device: of[shape.layer] for device, of in memory.items()})
         for shape in shapes
     ]
 
