@@ -44,8 +44,8 @@ DEFAULT_STATE_MEMORY = 1 << 30  # bytes
 CHECKPOINT_SHARE = 0.25  # largest share of the state memory for the state checkpoints of the prefix cache
 LOG_PERIOD_S = 30.0  # seconds between two log lines about the download of a model
 NO_END = (
-    "Warning: neither the configs nor the tokenizer name an end-of-sequence token (eos_token_id, eos_token), so answers "
-    "end only at max_tokens and stop strings. To let the model end its answers, set eos_token_id in "
+    "Warning: neither the configs nor the tokenizer name an end-of-sequence token (eos_token_id, eos_token), so "
+    "answers end only at max_tokens and stop strings. To let the model end its answers, set eos_token_id in "
     "generation_config.json."
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
