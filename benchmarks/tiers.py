@@ -29,11 +29,11 @@ from model.configs.expert_shape import ExpertShape
 from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import SERVER_OPTIONS
-from services.expert.host import ExpertHost
-from services.expert.load_order import LoadOrder, Sources
-from services.expert.promotion import PROMOTE_TIMEOUT_S
 from services.expert.service import ExpertService
-from services.expert.weights import Weights
+from services.expert.weights.host import ExpertHost
+from services.expert.weights.load_order import LoadOrder, Sources
+from services.expert.weights.promotion import PROMOTE_TIMEOUT_S
+from services.expert.weights.weights import Weights
 
 LAYER = 1
 

@@ -28,7 +28,7 @@ SIBLINGS = {
     "cluster/control": ("leader",),
     "services": ("expert", "engine", "controller", "gateway", "cli"),
     "services/engine": ("contract", "grammar", "sampling", "drafting", "scheduling"),
-    "services/expert": ("transport",),
+    "services/expert": ("transport", "weights"),
     "services/gateway": (
         "schema",
         "chat",

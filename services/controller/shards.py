@@ -16,7 +16,7 @@ from model.blocks.expert_bank import memory_on
 from model.configs.expert_shape import ExpertShape
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.expert import control_client
-from services.expert.load_order import Sources, group_by_layer
+from services.expert.weights.load_order import Sources, group_by_layer
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from cluster.cost_fit import CostFit, RowsPerCall
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.host import ExpertHost, NeedsPromotion, PendingRequest
-from services.expert.promotion import PROMOTE_TIMEOUT_S, PromotionQueue
 from services.expert.transport.checksum import checksum_of_reply
 from services.expert.transport.compute_server import ReplyTo
 from services.expert.transport.wire import Refused
 from services.expert.transport.worker import Worker
+from services.expert.weights.host import ExpertHost, NeedsPromotion, PendingRequest
+from services.expert.weights.promotion import PROMOTE_TIMEOUT_S, PromotionQueue
 
 log = logging.getLogger(__name__)
 

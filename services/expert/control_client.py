@@ -21,8 +21,8 @@ from model.exact_sums import grid_exponents
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import CHANNEL_OPTIONS
-from services.expert.load_order import Key, LoadOrder, LoadResult, Sources, experts_to_proto
 from services.expert.transport.wire import WIRE_DTYPES, body_of, checksum_of_request, rows_as_numpy, sums_from_proto
+from services.expert.weights.load_order import Key, LoadOrder, LoadResult, Sources, experts_to_proto
 
 T = TypeVar("T")
 LOAD_TIMEOUT_S = 600.0  # seconds for one load

@@ -17,8 +17,10 @@ import grpc
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from services.expert.compute_handler import ComputeHandler
-from services.expert.host import ExpertHost
-from services.expert.load_order import (
+from services.expert.transport.compute_server import ComputeServer
+from services.expert.transport.worker import Worker
+from services.expert.weights.host import ExpertHost
+from services.expert.weights.load_order import (
     LoadOrder,
     LoadResult,
     experts_from_proto,
@@ -26,12 +28,10 @@ from services.expert.load_order import (
     group_by_layer,
     keys_of,
 )
-from services.expert.loader import Loader
-from services.expert.promotion import Promoter, PromotionQueue
-from services.expert.transfer import MAX_TRANSFER_BYTES, ByteBudget, ReadExpert, WeightSource, send
-from services.expert.transport.compute_server import ComputeServer
-from services.expert.transport.worker import Worker
-from services.expert.weights import ExpertMetadata, Weights, describe_formats, matrix_formats
+from services.expert.weights.loader import Loader
+from services.expert.weights.promotion import Promoter, PromotionQueue
+from services.expert.weights.transfer import MAX_TRANSFER_BYTES, ByteBudget, ReadExpert, WeightSource, send
+from services.expert.weights.weights import ExpertMetadata, Weights, describe_formats, matrix_formats
 
 Context = grpc.aio.ServicerContext[object, object]
 MAX_UNREAD = 256  # unread replies of one stream; above this number, no further requests are read

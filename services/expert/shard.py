@@ -25,9 +25,9 @@ from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import SERVER_OPTIONS
 from services.expert.drain import DRAIN_POLL_S, MOVE_TIMEOUT_S, DrainState, DrainTimes, drain_state, may_stop
-from services.expert.host import ExpertHost
 from services.expert.service import ExpertService
 from services.expert.transport.wire import WIRE_DTYPES
+from services.expert.weights.host import ExpertHost
 
 log = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from services.engine.runner import Runner
 from services.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from services.expert import control_client
 from services.expert.client import RemoteExperts
-from services.expert.load_order import Sources
+from services.expert.weights.load_order import Sources
 from tests.services.demo import held_out_prompts
 from tests.services.expert.shard_process import ShardProcess
 

@@ -19,8 +19,8 @@ from model.families.nemotron_h import NemotronHFamily
 from model.families.registry import load_family
 from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.host import ExpertHost
 from services.expert.shard import ExpertShard, ShardConfig
+from services.expert.weights.host import ExpertHost
 from tests.services.forkserver import CONTEXT
 
 START_TIMEOUT_S = 60

@@ -16,7 +16,7 @@ from model.family import ModelFamily
 from services.expert import control_client
 from services.expert.shard import ExpertShard
 from tests.services.expert.serving import CONFIG, run, serving
-from tests.services.expert.test_transfer import damaged
+from tests.services.expert.weights.test_transfer import damaged
 
 EXPERTS = {1: [0, 3, 7], 3: [7]}
 

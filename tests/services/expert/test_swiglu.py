@@ -13,9 +13,9 @@ from cluster.control.manifest import Manifest
 from cluster.topology import Homes, Placement
 from services.expert import control_client
 from services.expert.client import CallPolicy, RemoteExperts
-from services.expert.load_order import Sources
 from services.expert.shard import ExpertShard
-from services.expert.weights import CHUNK_BYTES, Weights
+from services.expert.weights.load_order import Sources
+from services.expert.weights.weights import CHUNK_BYTES, Weights
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, TOP_K
 from tests.services.expert.serving import CONFIG, run, serving
 from tests.services.expert.swiglu import EXPERT_BYTES, HIDDEN, WIDTH, SwigluFamily, write_swiglu_checkpoint

@@ -27,12 +27,13 @@ from model.families.registry import load_family
 from model.family import ModelFamily
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
-from services.expert import control_client, transfer
-from services.expert.load_order import Sources
-from services.expert.loader import LOADS_AT_ONCE
+from services.expert import control_client
 from services.expert.shard import ExpertShard
-from services.expert.transfer import ByteBudget, PeerChannels, PeerError, fetch
-from services.expert.weights import CHUNK_BYTES, Weights, matrix_formats
+from services.expert.weights import transfer
+from services.expert.weights.load_order import Sources
+from services.expert.weights.loader import LOADS_AT_ONCE
+from services.expert.weights.transfer import ByteBudget, PeerChannels, PeerError, fetch
+from services.expert.weights.weights import CHUNK_BYTES, Weights, matrix_formats
 from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS, WIDTH, write_checkpoint
 from tests.services.expert.proxy import Damage, cut_at, flip_at, proxy_to
 from tests.services.expert.requests import make_request

@@ -11,8 +11,8 @@ from torch import Tensor
 from model.configs.expert_memory import PINNED_SLAB, pinned_bytes
 from model.configs.weight_format import WeightFormat
 from model.stored_matrix import StoredMatrix
-from services.expert.standbys import PinnedMemory, StandbyStore
-from services.expert.weights import Weights
+from services.expert.weights.standbys import PinnedMemory, StandbyStore
+from services.expert.weights.weights import Weights
 from tests.cuda_allocators import pinned_block
 from tests.model.stored_matrices import random_matrix, same_bits
 

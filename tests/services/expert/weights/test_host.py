@@ -13,13 +13,13 @@ from model.families.registry import load_family
 from model.family import ModelFamily
 from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.host import ExpertHost
-from services.expert.load_order import ExpertsByLayer, LoadOrder
-from services.expert.loader import Loader
-from services.expert.promotion import Promoter
-from services.expert.transfer import ReadExpert, WeightSource
 from services.expert.transport.wire import Refused
 from services.expert.transport.worker import Worker
+from services.expert.weights.host import ExpertHost
+from services.expert.weights.load_order import ExpertsByLayer, LoadOrder
+from services.expert.weights.loader import Loader
+from services.expert.weights.promotion import Promoter
+from services.expert.weights.transfer import ReadExpert, WeightSource
 from tests.services.expert.checkpoint import LATENT, WIDTH, write_checkpoint
 from tests.services.expert.requests import make_request
 

@@ -19,9 +19,9 @@ from model.stored_matrix import StoredMatrix
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from protos.expertmesh.expert.v1 import expert_pb2_grpc
 from protos.options import CHANNEL_OPTIONS
-from services.expert.host import ExpertHost
-from services.expert.load_order import Key, Sources
-from services.expert.weights import ExpertMetadata, Weights, matrix_formats
+from services.expert.weights.host import ExpertHost
+from services.expert.weights.load_order import Key, Sources
+from services.expert.weights.weights import ExpertMetadata, Weights, matrix_formats
 from services.low_priority import run_in_thread
 
 MAX_TRANSFER_BYTES = 64 << 20  # maximum bytes of experts in flight from a shard; same limit for experts to a shard

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.device_experts import NoDeviceMemory
-from services.expert.host import ExpertHost, PendingRequest
-from services.expert.load_order import Key, Sources
-from services.expert.transfer import PeerChannels, WeightSource
 from services.expert.transport.wire import Refused
 from services.expert.transport.worker import Worker
-from services.expert.weights import Weights
+from services.expert.weights.device_experts import NoDeviceMemory
+from services.expert.weights.host import ExpertHost, PendingRequest
+from services.expert.weights.load_order import Key, Sources
+from services.expert.weights.transfer import PeerChannels, WeightSource
+from services.expert.weights.weights import Weights
 from services.low_priority import is_request_waiting, run_in_thread
 
 PROMOTE_TIMEOUT_S = 5.0  # maximum seconds that a request waits for promotions

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from model.configs.expert_memory import PINNED_SLAB, pinned_bytes, slot_offsets
 from model.stored_matrix import StoredMatrix
-from services.expert.load_order import Key
-from services.expert.weights import Weights
+from services.expert.weights.load_order import Key
+from services.expert.weights.weights import Weights
 
 HOT_PROMOTIONS = 3  # promotions after which an expert is hot; hot experts are evicted last
 

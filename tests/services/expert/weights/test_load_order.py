@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.expert.load_order import LoadOrder, LoadResult, Sources, group_by_layer, keys_of
+from services.expert.weights.load_order import LoadOrder, LoadResult, Sources, group_by_layer, keys_of
 
 
 def test_an_order_survives_the_wire() -> None:

@@ -16,10 +16,10 @@ from model.blocks.expert_bank import ExpertBank, memory_on
 from model.blocks.expert_slots import ExpertSlots
 from model.configs.expert_shape import ExpertShape
 from model.stored_matrix import StoredMatrix
-from services.expert.load_order import Key
-from services.expert.standbys import StandbyStore
 from services.expert.transport.wire import Picks
-from services.expert.weights import Weights
+from services.expert.weights.load_order import Key
+from services.expert.weights.standbys import StandbyStore
+from services.expert.weights.weights import Weights
 
 
 class NoDeviceMemory(Exception):

@@ -23,15 +23,15 @@ from protos.expertmesh.expert.v1 import expert_pb2 as pb
 from services.controller.shards import GrpcShards
 from services.expert import compute_handler, control_client
 from services.expert.client import RemoteExperts
-from services.expert.load_order import ExpertsByLayer
 from services.expert.shard import ExpertShard, ShardConfig
-from services.expert.standbys import PinnedMemory
 from services.expert.transport.checksum import checksum_of_reply
+from services.expert.weights.load_order import ExpertsByLayer
+from services.expert.weights.standbys import PinnedMemory
 from tests.services.expert.checkpoint import LATENT, NUM_EXPERTS, WIDTH
 from tests.services.expert.requests import make_request
 from tests.services.expert.serving import ask, run, serving, stream_to
 from tests.services.expert.test_client import make_rows
-from tests.services.expert.test_standbys import Slabs
+from tests.services.expert.weights.test_standbys import Slabs
 
 ONE = 2 * LATENT * WIDTH * 4
 CONFIG = ShardConfig("s0", memory_budget=4 * ONE, max_queue=64)

@@ -10,10 +10,10 @@ from model.configs.expert_shape import ExpertShape
 from model.configs.weight_format import WeightFormat
 from model.family import ModelFamily
 from model.stored_matrix import CODE_DTYPES, StoredMatrix, stored_parts
-from services.expert.device_experts import DeviceExperts, NoDeviceMemory
-from services.expert.load_order import Key
-from services.expert.standbys import StandbyStore
-from services.expert.weights import Weights
+from services.expert.weights.device_experts import DeviceExperts, NoDeviceMemory
+from services.expert.weights.load_order import Key
+from services.expert.weights.standbys import StandbyStore
+from services.expert.weights.weights import Weights
 from tests.cuda_allocators import CachingAllocator, fake_cuda
 
 MIB = 1 << 20

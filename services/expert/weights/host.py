@@ -18,12 +18,12 @@ from model.blocks.expert_bank import memory_on
 from model.configs.expert_shape import ExpertShape
 from model.exact_sums import log_wide_spread
 from protos.expertmesh.expert.v1 import expert_pb2 as pb
-from services.expert.device_experts import DeviceExperts
-from services.expert.load_order import ExpertsByLayer, Key, group_by_layer, keys_of
-from services.expert.standbys import StandbyStore
 from services.expert.transport.dispatch_combine import warm_up
 from services.expert.transport.wire import TORCH_DTYPES, Picks, Refused, checked_body, picks_from_proto, sums_to_proto
-from services.expert.weights import ExpertMetadata, Weights
+from services.expert.weights.device_experts import DeviceExperts
+from services.expert.weights.load_order import ExpertsByLayer, Key, group_by_layer, keys_of
+from services.expert.weights.standbys import StandbyStore
+from services.expert.weights.weights import ExpertMetadata, Weights
 
 
 @dataclass

@@ -6,12 +6,12 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 
-from services.expert.host import ExpertHost, StagedExperts
-from services.expert.load_order import Key, LoadOrder, Sources, keys_of
-from services.expert.promotion import Promoter
-from services.expert.transfer import PeerChannels, WeightSource
 from services.expert.transport.worker import Worker
-from services.expert.weights import ExpertMetadata, Weights
+from services.expert.weights.host import ExpertHost, StagedExperts
+from services.expert.weights.load_order import Key, LoadOrder, Sources, keys_of
+from services.expert.weights.promotion import Promoter
+from services.expert.weights.transfer import PeerChannels, WeightSource
+from services.expert.weights.weights import ExpertMetadata, Weights
 from services.low_priority import run_in_thread
 
 LOADS_AT_ONCE = 2  # one expert comes over the wire while another expert is packed
