@@ -26,7 +26,7 @@ from services.expert import control_client
 from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.shard import ExpertShard, ShardConfig
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, write_checkpoint
-from tests.services.expert.swiglu import HIDDEN, write_swiglu_checkpoint
+from tests.services.expert.swiglu import HIDDEN, MIXED, write_swiglu_checkpoint
 
 POOL = "experts-cpu"
 TIMING = ControllerTiming(period_s=0.1, drain_s=0.2, recovery_s=0.5, failure_pause_s=1.0)
@@ -192,8 +192,8 @@ def test_an_order_to_drain_empties_a_shard_that_goes_on_and_is_filled_again_once
 
 
 def test_swiglu_experts_move_while_they_compute(tmp_path: Path) -> None:
-    """Check that no sum changes while a shard hands over experts with three matrices, and gets experts again."""
-    family = write_swiglu_checkpoint(tmp_path)
+    """Check that no sum changes while a shard hands over quantized experts, and gets experts again."""
+    family = write_swiglu_checkpoint(tmp_path, MIXED)
     local, remote = family.load_local_experts(torch.float32), RemoteExperts(CallPolicy(timeout_s=20.0))
 
     def ask(number: int) -> None:

@@ -15,18 +15,43 @@ from services.expert import control_client
 from services.expert.client import CallPolicy, RemoteExperts
 from services.expert.shard import ExpertShard
 from services.expert.weights.load_order import Sources
+from services.expert.weights.transfer import PeerChannels, PeerError, fetch
 from services.expert.weights.weights import CHUNK_BYTES, Weights
+from tests.model.stored_matrices import same_bits
 from tests.services.expert.checkpoint import LAYERS, NUM_EXPERTS, TOP_K
 from tests.services.expert.serving import CONFIG, run, serving
-from tests.services.expert.swiglu import EXPERT_BYTES, HIDDEN, WIDTH, SwigluFamily, write_swiglu_checkpoint
+from tests.services.expert.swiglu import (
+    HIDDEN,
+    MIXED,
+    PLAIN,
+    WIDTH,
+    SwigluFamily,
+    expert_bytes,
+    write_swiglu_checkpoint,
+)
 
 ALL = list(range(NUM_EXPERTS))
-DTYPES = [torch.float32, torch.bfloat16]
+Stored = tuple[SwigluFamily, torch.dtype]  # a family and the dtype in which its experts compute
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> SwigluFamily:
     return write_swiglu_checkpoint(tmp_path_factory.mktemp("swiglu"))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> SwigluFamily:
+    """Return a family whose experts have one matrix in each quantized format."""
+    return write_swiglu_checkpoint(tmp_path_factory.mktemp("mixed"), MIXED)
+
+
+@pytest.fixture(params=["plain float32", "plain bfloat16", "mixed float32"])
+def stored(
+    request: pytest.FixtureRequest, family: SwigluFamily, mixed: SwigluFamily
+) -> tuple[SwigluFamily, torch.dtype]:
+    """Return a family and the dtype in which its experts compute."""
+    formats, dtype = request.param.split()
+    return mixed if formats == "mixed" else family, getattr(torch, dtype)
 
 
 def make_rows(num_rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,8 +64,8 @@ def on_device(shard: ExpertShard, layer: int, expert: int) -> Weights:
     return Weights(shard.host.on_device.banks[layer].matrices(expert))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shards_equal_local_experts_bit_for_bit(family: SwigluFamily, dtype: torch.dtype) -> None:
+def test_shards_equal_local_experts_bit_for_bit(stored: Stored) -> None:
+    family, dtype = stored
     local = family.load_local_experts(dtype)
     remote = RemoteExperts(CallPolicy(timeout_s=20.0))
     homes: dict[int, Homes] = {layer: tuple((f"s{expert % 2}",) for expert in ALL) for layer in LAYERS}
@@ -64,10 +89,11 @@ def test_shards_equal_local_experts_bit_for_bit(family: SwigluFamily, dtype: tor
     remote.close()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_tier_of_a_peer_gives_three_matrices(family: SwigluFamily, dtype: torch.dtype) -> None:
+def test_every_tier_of_a_peer_gives_three_matrices(stored: Stored) -> None:
     """Check that a shard gets homes and standbys in host memory and on disk from a peer, bit for bit."""
-    size = EXPERT_BYTES * dtype.itemsize // 4
+    family, dtype = stored
+    formats = PLAIN if family.expert_shapes[0].formats == () else MIXED
+    size = expert_bytes(formats, dtype)
     config = replace(CONFIG, dtype=dtype, host_budget=8 * size)
 
     async def test() -> None:
@@ -86,10 +112,32 @@ def test_every_tier_of_a_peer_gives_three_matrices(family: SwigluFamily, dtype: 
                 assert list(held.matrices) == ["gate", "up", "down"]
                 assert held.nbytes == size
                 assert held.checksum == expected[1, expert]
+                assert tuple(matrix.format for matrix in held.matrices.values()) == formats
                 for name, matrix in held.matrices.items():
-                    assert torch.equal(matrix.parts[0], raw[name].parts[0].to(dtype))
+                    expected_parts = raw[name].to("cpu", dtype).parts
+                    assert all(same_bits(*parts) for parts in zip(matrix.parts, expected_parts, strict=True))
 
     run(test)
+
+
+def test_a_peer_with_other_formats_is_replaced_by_the_checkpoint(family: SwigluFamily, mixed: SwigluFamily) -> None:
+    """Check that a shard with quantized experts takes no plain experts from a peer, and the reverse."""
+    here = "This shard stores the experts of layer 1 as gate"
+
+    async def test(theirs: SwigluFamily, ours: SwigluFamily) -> None:
+        async with serving(theirs) as peer, serving(ours, config=replace(CONFIG, shard_id="s1")) as shard:
+            await control_client.load(peer.endpoint, {1: ALL[:4]})
+            sources = Sources({(1, expert): peer.endpoint for expert in ALL[:4]})
+            await control_client.load(shard.endpoint, {1: ALL[:4]}, sources=sources)
+            for expert in ALL[:4]:
+                weights = Weights.of(ours.load_expert(1, expert), torch.float32)
+                assert on_device(shard, 1, expert).checksum == weights.checksum
+            async with PeerChannels() as peers:
+                with pytest.raises(PeerError, match=f"FAILED_PRECONDITION: {here} .*, but the request is for gate "):
+                    await fetch(peers[peer.endpoint], shard.host.shapes[1], 0, torch.float32)
+
+    run(lambda: test(family, mixed))
+    run(lambda: test(mixed, family))
 
 
 def test_the_checksum_tells_the_matrices_apart(family: SwigluFamily) -> None:
