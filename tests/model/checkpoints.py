@@ -1,4 +1,8 @@
-"""The functions here write tiny random checkpoints with transformers and add the MTP module that transformers lacks."""
+"""`VARIANTS` lists the tiny checkpoints with which the suites run, and `write_tiny` writes them.
+
+The tests of the model run with every variant. The tests of the engine serve the variants in `SERVED`. The models are
+those of transformers with random weights; the functions here add the MTP module, which transformers lacks.
+"""
 
 from __future__ import annotations
 
@@ -97,13 +101,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "nvfp4": {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"},  # three formats, as in Super
     "nvfp4_flat": {"hybrid_override_pattern": "MEM*EMEMMMEM", "moe_latent_size": None},  # as in Nano
+    "w4a16": {"hybrid_override_pattern": "M*EME"},  # as in Lightning 3.5, which also quantizes the head
 }
 SEVERAL_FILES = "plain"
 TIED = "tied"
 SMALL_STEPS = "tied"  # variant with a Δ far below 0.001, the lower bound of Δ in transformers' chunked path
 WITH_MTP = "latent"
 DRAFTING = ("latent", "fp8_blocks", "nvfp4")  # the variants with an MTP module, which only `fp8_blocks` quantizes
-QUANTIZED = ("fp8", "fp8_blocks", "nvfp4", "nvfp4_flat")
+QUANTIZED = ("fp8", "fp8_blocks", "nvfp4", "nvfp4_flat", "w4a16")
+# The variants that the tests of the engine serve, with the dtype of the deployment. The blocks of "odd" run plain
+# PyTorch; all blocks of the other variants have compiled kernels.
+SERVED: tuple[tuple[str, torch.dtype], ...] = (
+    (WITH_MTP, torch.float32),
+    (WITH_MTP, torch.bfloat16),
+    ("odd", torch.float32),
+    *((name, torch.float32) for name in QUANTIZED),
+    ("nvfp4", torch.bfloat16),
+)
 
 
 MIXED: dict[tuple[int, str], WeightFormat] = {  # layers and modules of the variant `nvfp4`, beside the routed experts
@@ -247,20 +261,26 @@ def quantize(path: Path, name: str, generator: torch.Generator) -> Path:
     """
     tensors = load_file(path / "model.safetensors")
     modules = linear_modules(tensors)
-    formats = {module: format for module in modules if (format := format_of(name, module)) != "plain"}
-    if name.startswith("nvfp4"):
+    found = {module: format_of(name, module) for module in (*modules, "lm_head")}
+    formats = {module: format for module, format in found.items() if format != "plain"}
+    if name in ("nvfp4", "nvfp4_flat", "w4a16"):
         tensors = {key: value if "correction_bias" in key else value.bfloat16() for key, value in tensors.items()}
     exact = {key: value.float() for key, value in tensors.items()}
     tensors = encode_tensors(tensors, formats)
     exact |= {f"{module}.weight": dequantized(tensors, module) for module in formats}
     plain = edit(path, path / "plain", lambda own: (own.clear(), own.update(exact)))
     if name != "fp8_blocks":
-        tensors |= {f"{module}.input_scale": torch.rand((), generator=generator) for module in formats}
+        with_input_scale = [module for module, format in formats.items() if (name, format) != ("w4a16", "nvfp4")]
+        tensors |= {f"{module}.input_scale": torch.rand((), generator=generator) for module in with_input_scale}
     if name in ("fp8", "nvfp4"):
         for module, kind in ((module, module[-6]) for module in modules if module.endswith(("k_proj", "v_proj"))):
             tensors[f"{module}.{kind}_scale"] = torch.rand((), generator=generator)
     save_file(tensors, path / "model.safetensors")
     declared, hf_quant_config = declarations(formats, modules)
+    if name == "w4a16":
+        declared, hf_quant_config = json.loads(
+            json.dumps([declared, hf_quant_config]).replace('"NVFP4"', '"W4A16_NVFP4"')
+        )
     if name == "nvfp4_flat":
         assert hf_quant_config is not None
         excluded = hf_quant_config["quantization"]["exclude_modules"]
@@ -279,8 +299,11 @@ def format_of(name: str, module: str) -> WeightFormat:
     part = module.partition(".mixer.")[2]
     is_routed, is_shared, is_mamba = "experts." in part[:8], "shared_experts" in part, part in ("in_proj", "out_proj")
     match name:
+        case "w4a16":
+            is_narrow = module == "lm_head" or is_routed or is_shared
+            return "nvfp4" if is_narrow else "fp8" if is_mamba and layer is not None else "plain"
         case "fp8_blocks":
-            return "plain" if module.endswith(("gate", "eh_proj")) else "fp8_blocks"
+            return "plain" if module.endswith(("gate", "eh_proj", "lm_head")) else "fp8_blocks"
         case _ if layer is None:
             return "plain"
         case "fp8":

@@ -10,7 +10,7 @@ from model import kernels
 from model.families.nemotron_h import NemotronH
 from model.families.registry import load_family
 from model.family import ModelFamily
-from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny, write_tiny
+from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,12 +20,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(scope="session")
-def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """Return a function that takes a variant's name and returns its tiny checkpoint, which is written only once."""
-    return cache(lambda name: write_tiny(tmp_path_factory.mktemp(name), name))
 
 
 @pytest.fixture(scope="session")
