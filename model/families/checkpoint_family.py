@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from model import kernels
+from model.blocks.embedding import Embedding
 from model.blocks.expert_bank import ExpertBank, Experts, LocalExperts
 from model.blocks.linear import Linear
-from model.blocks.mixer import Mixer
+from model.blocks.mixer import Mixer, ResidualBlock
+from model.blocks.norm import RMSNorm
 from model.checkpoint import Checkpoint
 from model.configs.expert_shape import MATRIX_NAMES, ExpertShape
 from model.configs.model_config import ModelConfig
@@ -29,12 +31,24 @@ log = logging.getLogger(__name__)
 class BackboneModule(nn.Module, ABC):
     """A `BackboneModule` is a `LanguageModel` made of PyTorch modules.
 
-    The modules of the embeddings and of the head, if it has weights of its own, are `embeddings` and `lm_head`.
+    `lm_head` is None if the head has no weights of its own, and uses the embeddings.
     """
 
-    @abstractmethod
+    embeddings: Embedding
+    lm_head: Linear | None
+
     def pack(self, dtype: torch.dtype) -> None:
-        """Copy the weights into the CPU kernels' layout; rows go to the experts in `dtype` from now on."""
+        """Copy the weights into the CPU kernels' layout.
+
+        From then on, activations are fp32, and the rows that go to the experts are `dtype`.
+        """
+        self.embeddings.pack(is_tied=self.lm_head is None)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.pack(dtype)
+        for module in self.modules():
+            if isinstance(module, Linear | RMSNorm):
+                module.pack()
 
     @property
     @abstractmethod
@@ -45,9 +59,12 @@ class BackboneModule(nn.Module, ABC):
     def commit(self, batch: Batch, num_accepted: Sequence[int], state: State) -> None:
         """Advance recurrent state over accepted drafts, as `LanguageModel.commit` says."""
 
-    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits of hidden vectors: (..., D) -> fp32 (..., V)."""
+        if self.lm_head is None:
+            return self.embeddings.logits(hidden)
+        logits: Tensor = self.lm_head(hidden)
+        return logits.float()
 
     @abstractmethod
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State) -> Tensor:

@@ -115,19 +115,6 @@ class NemotronH(BackboneModule):
     def has_drafts(self) -> bool:
         return self.mtp is not None
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Copy the weights into the CPU kernels' layout.
-
-        From then on, activations are fp32, and the rows that go to the experts are `dtype`.
-        """
-        self.embeddings.pack(is_tied=self.lm_head is None)
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                module.pack(dtype)
-        for module in self.modules():
-            if isinstance(module, Linear | RMSNorm):
-                module.pack()
-
     def forward(self, batch: Batch, state: State) -> Tensor:
         """Return the hidden vectors after the final norm: (T, D).
 
@@ -152,13 +139,6 @@ class NemotronH(BackboneModule):
         for block in self.layers:
             mixer: Any = block.mixer
             mixer.commit(rows, accepted, state)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the logits of hidden vectors: (..., D) -> fp32 (..., V)."""
-        if self.lm_head is None:
-            return self.embeddings.logits(hidden)
-        logits: Tensor = self.lm_head(hidden)
-        return logits.float()
 
     def draft(self, batch: Batch, hidden_TD: Tensor, state: State) -> Tensor:
         """Run the MTP module for one step and return hidden vectors (T, D); `logits` of these vectors give the drafts.
