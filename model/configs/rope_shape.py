@@ -80,11 +80,14 @@ def rope_shape(keys: ConfigKeys, head_dim: int, partial: float = 1.0, is_interle
 def _yarn(scaling: ConfigKeys, max_position: int) -> YarnScaling:
     scaling.check_fixed({"truncate": (True, None), "attention_factor": (None,)})
     original = scaling.whole("original_max_position_embeddings", max_position) or max_position
+    factor = scaling.number("factor", max_position / original)
+    if not factor:
+        raise scaling.wrong("factor", "allowed is a number above 0")
     return YarnScaling(
-        scaling.number("factor", max_position / original),
+        factor,
         original,
-        scaling.number("beta_fast", 32.0),
-        scaling.number("beta_slow", 1.0),
+        scaling.number("beta_fast", 32.0) or 32.0,  # as in transformers, 0 stands for the default
+        scaling.number("beta_slow", 1.0) or 1.0,
         scaling.number("mscale", 0.0),
         scaling.number("mscale_all_dim", 0.0),
     )
