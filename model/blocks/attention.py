@@ -22,14 +22,18 @@ from model.state import Batch, State
 from model.stored_matrix import StoredMatrix, concatenated
 
 
-def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
-    """Compute softmax attention of a request's last T tokens over all its L tokens; return outputs (T, H, D).
+def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor, scale: float | None = None) -> Tensor:
+    """Compute softmax attention of a request's last T tokens over all its L tokens; return outputs (T, H, value dim).
+
+    The scores are multiplied by `scale`, or by 1/√D if `scale` is None.
 
     If there are more queries than keys, the first queries come before every key. The outputs of such queries are zeros.
     """
     if (num_blind := q_THD.shape[0] - k_LJD.shape[0]) > 0:
-        seen_THD = causal_attention(q_THD[num_blind:], k_LJD, v_LJD) if len(k_LJD) else q_THD[:0]
-        return torch.cat([torch.zeros_like(q_THD[:num_blind]), seen_THD])
+        out_THD = q_THD.new_zeros(*q_THD.shape[:2], v_LJD.shape[2])
+        if len(k_LJD):
+            out_THD[num_blind:] = causal_attention(q_THD[num_blind:], k_LJD, v_LJD, scale)
+        return out_THD
     num_new, num_all = q_THD.shape[0], k_LJD.shape[0]
     mask = None
     if num_new > 1 and num_new != num_all:
@@ -41,6 +45,7 @@ def causal_attention(q_THD: Tensor, k_LJD: Tensor, v_LJD: Tensor) -> Tensor:
         attn_mask=mask,
         is_causal=num_new > 1 and mask is None,
         enable_gqa=True,
+        scale=scale,
     )[0]
     return out_HTD.transpose(0, 1)
 

@@ -67,7 +67,7 @@ def _unpack_block(
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST, inline="never")
-def _softmax_block(score_B: Any, first_seen: Any, last_seen: Any, best: Any, total: Any) -> Any:
+def softmax_block(score_B: Any, first_seen: Any, last_seen: Any, best: Any, total: Any) -> Any:
     """Replace a block's scores for one query by softmax weights relative to the new running maximum.
 
     Only keys `first_seen` to `last_seen` of the block get a weight. `best` is the running maximum of the scores, and
@@ -129,7 +129,7 @@ def _attend_head(
             multiply_fp32_panel(q_rows, head_dim, num_rows, head_dim, key, score, PANEL, False)
             for i in range(num_rows):
                 position = context + tile + i // group_size
-                best_N[i], total_N[i], shrink_N[i] = _softmax_block(
+                best_N[i], total_N[i], shrink_N[i] = softmax_block(
                     score_NB[i], first_key - first, position - first, best_N[i], total_N[i]
                 )
             for p in range(num_panels):

@@ -97,3 +97,28 @@ def advance(_: Any, pointer: Any, offset: Any) -> Any:
         return builder.gep(args[0], [args[1]])
 
     return POINTER(POINTER, types.intp), generate
+
+
+@intrinsic
+def transpose_tile(_: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> Any:
+    """Write the transpose of a tile of 16 x 16 fp32 numbers; a stride is the distance between two rows.
+
+    Four rounds of interleaving row i with row i + 8 transpose the tile in registers.
+    """
+
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        source, source_stride, target, target_stride = args
+        rows = [
+            load_vector(builder, builder.gep(source, [builder.mul(source_stride, i64(row))])) for row in range(LANES)
+        ]
+        half = LANES // 2
+        lanes = [
+            ir.Constant(WORDS, [lane // 2 + start + (lane % 2) * LANES for lane in range(LANES)]) for start in (0, half)
+        ]
+        for _ in range(4):
+            rows = [builder.shuffle_vector(rows[row], rows[row + half], part) for row in range(half) for part in lanes]
+        for row, vector in enumerate(rows):
+            store_vector(builder, vector, builder.gep(target, [builder.mul(target_stride, i64(row))]))
+        return context.get_dummy_value()
+
+    return types.void(POINTER, types.intp, POINTER, types.intp), generate
