@@ -97,11 +97,11 @@ class StepClock:
 def run_transformers(model: Path, workload: Workload) -> Speeds:
     """Measure transformers in this process. The decode time starts when the first token is generated."""
     import torch
-    from transformers import NemotronHForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     torch.manual_seed(os.getpid())
-    oracle: Any = NemotronHForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    oracle: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     oracle.train(False)
 
     def generate(batch: int, prompt_len: int, num_tokens: int) -> tuple[float, float]:

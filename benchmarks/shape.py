@@ -1,6 +1,7 @@
 """The script writes the checkpoint that throughput benchmarks use: random bf16 weights in the public format.
 
     python -m benchmarks.shape /tmp/shape      # then: expertmesh up --model /tmp/shape --dtype bfloat16
+    python -m benchmarks.shape /tmp/shape --family deepseek_v3
 
 The library transformers writes the weights. Therefore transformers, Expertmesh and llama.cpp's converter can all read
 the files. Two runs with the same seed write the same weights.
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import NemotronHConfig, NemotronHForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from model.configs.registry import parse_config
 from model.demo import DEMO
 
 CONFIG: dict[str, Any] = {
@@ -70,6 +72,46 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 0,
     "torch_dtype": "bfloat16",
 }
+DEEPSEEK: dict[str, Any] = {  # as Moonlight, but with a projection of the queries in two steps and groups of experts
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 224,
+    "num_hidden_layers": 8,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 384,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "num_nextn_predict_layers": 0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "torch_dtype": "bfloat16",
+}
+SHAPES = {"nemotron_h": CONFIG, "deepseek_v3": DEEPSEEK}  # by family
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
 STD = 0.02
 LEAST_STEP, LARGEST_STEP = 1e-3, 0.1  # range of the initial Δ in Mamba-2's training
@@ -92,9 +134,9 @@ def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return fan_in * torch.randn(shape, generator=generator)
 
 
-def make_model(seed: int) -> NemotronHForCausalLM:
+def make_model(config: dict[str, Any], seed: int) -> PreTrainedModel:
     """Return the transformers model. Its weights are bf16, but the router's correction bias is fp32."""
-    model = NemotronHForCausalLM(NemotronHConfig(**CONFIG))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.train(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
@@ -112,40 +154,42 @@ def extended_tokenizer(vocab_size: int) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(raw))
 
 
-def write_shape(out: Path, seed: int = 0) -> int:
+def write_shape(out: Path, family: str = "nemotron_h", seed: int = 0) -> int:
     """Write the model directory and return the model's number of parameters."""
     out.mkdir(parents=True, exist_ok=True)
-    model = make_model(seed)
+    config = SHAPES[family]
+    model = make_model(config, seed)
     model.save_pretrained(out)
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    tokenizer = extended_tokenizer(CONFIG["vocab_size"])
-    length = CONFIG["max_position_embeddings"]
+    tokenizer = extended_tokenizer(config["vocab_size"])
+    length = config["max_position_embeddings"]
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **tokens)  # type: ignore[no-untyped-call]
     fast.save_pretrained(out)
     (out / "chat_template.jinja").write_text((DEMO / "chat_template.jinja").read_text())
-    for name, value in (("config.json", CONFIG), ("generation_config.json", GENERATION_CONFIG)):
+    for name, value in (("config.json", config), ("generation_config.json", GENERATION_CONFIG)):
         (out / name).write_text(json.dumps(value, indent=2) + "\n")
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def num_active(num_parameters: int) -> int:
+def num_active(num_parameters: int, family: str) -> int:
     """Return how many of the model's `num_parameters` parameters one token uses.
 
     A token uses only the routed experts that it picks, and only its own row of the embedding.
     """
-    num_layers = CONFIG["hybrid_override_pattern"].count("E")
-    per_expert = 2 * CONFIG["moe_latent_size"] * CONFIG["moe_intermediate_size"]
-    num_idle = CONFIG["n_routed_experts"] - CONFIG["num_experts_per_tok"]
-    return int(num_parameters - num_layers * num_idle * per_expert - CONFIG["vocab_size"] * CONFIG["hidden_size"])
+    config = parse_config(SHAPES[family])
+    num_idle = sum((shape.num_experts - shape.top_k) * shape.num_params for shape in config.expert_shapes)
+    return num_parameters - num_idle - config.vocab_size * config.hidden_size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the checkpoint of the measured shape.")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--family", choices=SHAPES, default="nemotron_h")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    count = write_shape(args.out, args.seed)
-    print(f"{args.out}: {count / 1e6:.1f} M parameters, {num_active(count) / 1e6:.1f} M active per token")
+    count = write_shape(args.out, args.family, args.seed)
+    active = num_active(count, args.family)
+    print(f"{args.out}: {count / 1e6:.1f} M parameters, {active / 1e6:.1f} M active per token")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     make bench                                                                   # 3 rounds, about 15 minutes
     make bench ARGS="--llama-cpp /tmp/llama.cpp --rounds 5 --json out.json"
+    make bench ARGS="--family deepseek_v3"
 
 The benchmark compares four sides: expert shards, local experts, transformers and llama.cpp. In each round, every side
 runs alone and stops before the next side starts, because even an idle server would use a twentieth of two cores. The
@@ -28,9 +29,9 @@ from rich.table import Table
 from benchmarks.load import Prompts, RequestOutcome, closed_loop
 from benchmarks.peers import TRIES, Speeds, Workload, has_llama_cpp, measure_llama_cpp, measure_transformers
 from benchmarks.server import Server, server
-from benchmarks.shape import write_shape
+from benchmarks.shape import SHAPES, write_shape
 
-SHAPE = Path("/tmp/expertmesh-shape")
+SHAPE = Path("/tmp/expertmesh-shape")  # Nemotron's shape; the names of the other families' directories begin alike
 DISTRIBUTED, LOCAL, TRANSFORMERS, LLAMA_CPP = "distributed", "local experts", "transformers", "llama.cpp"
 BARS = {  # required tokens per second of expert shards, divided by the tokens per second of the named side
     "decode × 1": {TRANSFORMERS: 2.5, LOCAL: 0.6, LLAMA_CPP: 0.6},
@@ -144,8 +145,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Compare expert shards with local experts, transformers and llama.cpp."
     )
+    parser.add_argument("--model", type=Path, help="model directory instead of the shape of --family")
     parser.add_argument(
-        "--model", type=Path, default=SHAPE, help=f"model directory; {SHAPE} is written if it is missing"
+        "--family", choices=SHAPES, default="nemotron_h", help=f"family whose shape is written to {SHAPE}* if missing"
     )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--shards", type=int, default=3)
@@ -161,8 +163,10 @@ def main() -> None:
     parser.add_argument("--without-peers", action="store_true", help="measure only expert shards and local experts")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.model == SHAPE and not (SHAPE / "config.json").exists():
-        write_shape(SHAPE)
+    if args.model is None:
+        args.model = SHAPE if args.family == "nemotron_h" else SHAPE.with_name(f"{SHAPE.name}-{args.family}")
+        if not (args.model / "config.json").exists():
+            write_shape(args.model, args.family)
     workload = Workload(tuple(args.streams), args.prompt, args.output, args.prefill)
     vocab_size = json.loads((args.model / "config.json").read_text())["vocab_size"]
     options = ["--model", str(args.model), "--dtype", args.dtype]
