@@ -29,6 +29,6 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     """Return a function that takes a variant's name and returns its tiny checkpoint, which is written only once."""
-    from tests.model.checkpoints import write_tiny  # imports transformers, which most tests do not need
+    from tests.model.variants import write_variant  # imports transformers, which most tests do not need
 
-    return cache(lambda name: write_tiny(tmp_path_factory.mktemp(name), name))
+    return cache(lambda name: write_variant(tmp_path_factory.mktemp(name), name))

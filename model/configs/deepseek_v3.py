@@ -1,7 +1,4 @@
-"""A `DeepseekV3Config` holds the config of a DeepSeek-V3 model (V3, R1, V3.1, Moonlight), in any public dialect.
-
-This version sizes these models; it does not serve them yet.
-"""
+"""A `DeepseekV3Config` holds the config of a DeepSeek-V3 model (V3, R1, V3.1, Moonlight), in any public dialect."""
 
 from __future__ import annotations
 

@@ -6,9 +6,13 @@ from pathlib import Path
 
 from model.checkpoint import Checkpoint
 from model.families.checkpoint_family import CheckpointFamily
+from model.families.deepseek_v3 import DeepseekV3Family
 from model.families.nemotron_h import NemotronHFamily
 
-FAMILIES: dict[str, type[CheckpointFamily]] = {"nemotron_h": NemotronHFamily}
+FAMILIES: dict[str, type[CheckpointFamily]] = {
+    "nemotron_h": NemotronHFamily,
+    "deepseek_v3": DeepseekV3Family,
+}
 
 
 def load_family(path: str | Path) -> CheckpointFamily:

@@ -26,7 +26,7 @@ from services.hub import Repository
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DEFAULT = Slo()
-SERVED_TYPES = ("nemotron_h",)  # this version serves these; it can size more models
+SERVED_TYPES = ("nemotron_h", "deepseek_v3")  # this version serves these; it can size more models
 
 
 def size_model(

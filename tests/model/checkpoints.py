@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHConfig, NemotronHForCausalLM, PreTrainedModel
 
 from model.configs.declared_formats import declarations
 from model.configs.model_files import INDEX, QUANTIZATION, SINGLE
@@ -141,18 +141,15 @@ class Tiny:
     """A `Tiny` is a checkpoint directory together with a transformers model that has the same weights.
 
     `plain` is a directory with the exact values of all weights as plain numbers: `path` itself, or if the checkpoint is
-    quantized, a directory with the dequantized weights in fp32, because transformers cannot read these formats.
+    quantized, a directory with the dequantized weights in fp32, because transformers cannot read these formats. `raw`
+    is the config as transformers takes it; the config on disk may be in another dialect.
     """
 
     name: str
     path: Path
     plain: Path
-    oracle: NemotronHForCausalLM
-
-    @property
-    def raw(self) -> dict[str, Any]:
-        """Return the config as BASE with the variant's changes; the config on disk may be in another dialect."""
-        return BASE | VARIANTS[self.name]
+    oracle: PreTrainedModel
+    raw: dict[str, Any]
 
     @torch.no_grad()
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -213,7 +210,7 @@ def write_tiny(path: Path, name: str, **changes: Any) -> Tiny:
     for mixer in mamba_mixers(oracle):
         mixer.time_step_limit = (0.0, float("inf"))
     oracle.generation_config.eos_token_id = None
-    return Tiny(name, path, plain, oracle)
+    return Tiny(name, path, plain, oracle, BASE | VARIANTS[name] | changes)
 
 
 def mamba_mixers(oracle: NemotronHForCausalLM) -> list[Any]:

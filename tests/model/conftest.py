@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from model import kernels
-from model.families.nemotron_h import NemotronH
+from model.families.checkpoint_family import BackboneModule
 from model.families.registry import load_family
 from model.family import ModelFamily
-from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny
+from tests.model.checkpoints import WITH_MTP, Tiny
+from tests.model.variants import VARIANTS
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def model_of(tiny_of: Callable[[str], Tiny]) -> Callable[..., NemotronH]:
+def model_of(tiny_of: Callable[[str], Tiny]) -> Callable[..., BackboneModule]:
     """Return a function that loads the tiny checkpoint of a variant in fp32, with local experts.
 
     The function's second argument is True for plain PyTorch, and False for the CPU kernels.
@@ -31,7 +32,7 @@ def model_of(tiny_of: Callable[[str], Tiny]) -> Callable[..., NemotronH]:
     return cache(lambda name, is_plain=False: load_fp32(load_family(tiny_of(name).path), is_plain))
 
 
-def load_fp32(family: ModelFamily, is_plain: bool = False) -> NemotronH:
+def load_fp32(family: ModelFamily, is_plain: bool = False) -> BackboneModule:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "has_compiled", lambda: not is_plain)
         return family.load_backbone(family.load_local_experts(torch.float32), torch.float32)
@@ -43,7 +44,7 @@ def tiny(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> Tiny
 
 
 @pytest.fixture(params=["compiled", "plain"])
-def model(request: pytest.FixtureRequest, tiny: Tiny, model_of: Callable[..., NemotronH]) -> NemotronH:
+def model(request: pytest.FixtureRequest, tiny: Tiny, model_of: Callable[..., BackboneModule]) -> BackboneModule:
     return model_of(tiny.name, request.param == "plain")
 
 
@@ -54,5 +55,5 @@ def latent(tiny_of: Callable[[str], Tiny]) -> Tiny:
 
 
 @pytest.fixture
-def latent_model(model_of: Callable[[str], NemotronH]) -> NemotronH:
+def latent_model(model_of: Callable[[str], BackboneModule]) -> BackboneModule:
     return model_of(WITH_MTP)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from model.families.nemotron_h import NemotronH
+from model.families.checkpoint_family import BackboneModule
 from model.state import Batch, State
 
 NUM_SLOTS, BLOCKS_PER_SLOT = 6, 6
@@ -16,7 +16,7 @@ NUM_SLOTS, BLOCKS_PER_SLOT = 6, 6
 class Steps:
     """A `Steps` runs one request per slot; a slot owns every NUM_SLOTS-th page, so its pages are not contiguous."""
 
-    def __init__(self, model: NemotronH) -> None:
+    def __init__(self, model: BackboneModule) -> None:
         self.model = model
         dtype = model.embeddings.weight.dtype
         self.state = State(model.config.state_spec, NUM_SLOTS, NUM_SLOTS * BLOCKS_PER_SLOT, dtype)
@@ -53,11 +53,11 @@ class Steps:
         return [self.model.logits(hidden) for hidden in self.forward(*parts)]
 
 
-def full_logits(model: NemotronH, token_ids: Sequence[int]) -> Tensor:
+def full_logits(model: BackboneModule, token_ids: Sequence[int]) -> Tensor:
     return Steps(model).logits((0, token_ids, 0))[0]
 
 
-def split_logits(model: NemotronH, token_ids: Sequence[int], cuts: Sequence[int]) -> Tensor:
+def split_logits(model: BackboneModule, token_ids: Sequence[int], cuts: Sequence[int]) -> Tensor:
     """Return the logits of one request, computed in several steps; a step ends at each token position in `cuts`."""
     steps, ends = Steps(model), [*cuts, len(token_ids)]
     starts = [0, *cuts]
@@ -65,7 +65,7 @@ def split_logits(model: NemotronH, token_ids: Sequence[int], cuts: Sequence[int]
     return torch.cat(parts)
 
 
-def greedy(model: NemotronH, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+def greedy(model: BackboneModule, token_ids: Sequence[int], num_tokens: int) -> list[int]:
     steps, tokens = Steps(model), list(token_ids)
     num_computed = 0
     while len(tokens) < len(token_ids) + num_tokens:

@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 
 from model import kernels
-from model.families.nemotron_h import NemotronH
+from model.families.checkpoint_family import BackboneModule
 from model.families.registry import load_family
 from model.state import Batch
-from tests.model.checkpoints import VARIANTS, WITH_MTP, Tiny
+from tests.model.checkpoints import WITH_MTP, Tiny
 from tests.model.steps import Steps, full_logits, random_tokens
+from tests.model.variants import VARIANTS
 
+DEEPSEEK = ("deepseek", "deepseek_odd")
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTH = 50
 
 
 @pytest.fixture(params=DTYPES, ids=str)
-def with_mtp(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> NemotronH:
+def with_mtp(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> BackboneModule:
     family = load_family(tiny_of(WITH_MTP).path)
     return family.load_backbone(family.load_local_experts(request.param), request.param)
 
 
-@pytest.fixture(params=[(name, dtype) for name in (WITH_MTP, "odd") for dtype in DTYPES], ids=str)
-def exact(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> NemotronH:
+@pytest.fixture(params=[(name, dtype) for name in (WITH_MTP, "odd", *DEEPSEEK) for dtype in DTYPES], ids=str)
+def exact(request: pytest.FixtureRequest, tiny_of: Callable[[str], Tiny]) -> BackboneModule:
     """Return a model of which every block has compiled kernels, or one with blocks in plain PyTorch ("odd")."""
     name, dtype = request.param
     family = load_family(tiny_of(name).path)
@@ -51,7 +53,7 @@ def test_any_way_to_cut_a_sequence_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_company_changes_no_bit(exact: NemotronH, seed: int) -> None:
+def test_company_changes_no_bit(exact: BackboneModule, seed: int) -> None:
     """Check that six requests in random parts and random batches get the same logits as when each runs alone."""
     chooser = random.Random(seed)
     prompts = {slot: random_tokens(chooser.randint(1, LENGTH), seed=100 * seed + slot) for slot in range(6)}
@@ -73,7 +75,7 @@ def with_drafts(batch: Batch, num_drafts: Sequence[int]) -> Batch:
 
 
 @pytest.mark.parametrize("num_right", range(4))
-def test_drafts_leave_no_trace(exact: NemotronH, num_right: int) -> None:
+def test_drafts_leave_no_trace(exact: BackboneModule, num_right: int) -> None:
     """Check that a sequence with three drafts, of which some are accepted, continues as if there had been no drafts."""
     tokens, other = random_tokens(30), random_tokens(30, seed=1)
     whole, whole_other = full_logits(exact, tokens), full_logits(exact, other)
@@ -95,7 +97,7 @@ def test_drafts_leave_no_trace(exact: NemotronH, num_right: int) -> None:
 
 
 @pytest.mark.parametrize("num_right", [0, 2])
-def test_plain_pytorch_takes_drafts_back_too(model_of: Callable[..., NemotronH], num_right: int) -> None:
+def test_plain_pytorch_takes_drafts_back_too(model_of: Callable[..., BackboneModule], num_right: int) -> None:
     model, tokens = model_of(WITH_MTP, True), random_tokens(30)
     steps, whole = Steps(model), full_logits(model, tokens)
     steps.logits((0, tokens[:12], 0))
@@ -107,7 +109,7 @@ def test_plain_pytorch_takes_drafts_back_too(model_of: Callable[..., NemotronH],
     torch.testing.assert_close(steps.logits((0, tokens[end:], end))[0], whole[end:], rtol=1e-4, atol=1e-5)
 
 
-def test_copied_state_and_pages_go_on_as_the_original(exact: NemotronH) -> None:
+def test_copied_state_and_pages_go_on_as_the_original(exact: BackboneModule) -> None:
     tokens, steps = random_tokens(LENGTH), Steps(exact)
     steps.logits((0, tokens[:20], 0))
     steps.state.copy_slots([(0, 4)])
@@ -117,11 +119,12 @@ def test_copied_state_and_pages_go_on_as_the_original(exact: NemotronH) -> None:
     assert torch.equal(steps.logits((4, tokens[20:], 20))[0], full_logits(exact, tokens)[20:])
 
 
-def test_the_first_keys_hide_what_lies_before(model_of: Callable[..., NemotronH]) -> None:
+@pytest.mark.parametrize("name", [WITH_MTP, *DEEPSEEK])
+def test_the_first_keys_hide_what_lies_before(model_of: Callable[..., BackboneModule], name: str) -> None:
     """Check that a request ignores the keys before its first key, with the CPU kernels and in plain PyTorch."""
     tokens = random_tokens(20)
     for is_plain in (False, True):
-        model = model_of(WITH_MTP, is_plain)
+        model = model_of(name, is_plain)
         steps, late = Steps(model), Steps(model)
         hidden = steps.forward((0, tokens, 0))[0]
         shown = steps.draft(hidden[5:15], tokens[6:16], 0)

@@ -65,7 +65,9 @@ def test_mtp_layers_number_on_after_the_backbone() -> None:
     assert parse().layers == BASE["hybrid_override_pattern"]
 
 
-def test_what_transformers_writes_is_read(tiny: Tiny) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_transformers_writes_is_read(tiny_of: Callable[[str], Tiny], name: str) -> None:
+    tiny = tiny_of(name)
     config = load_family(tiny.path).config
     assert config.pattern == tiny.raw["hybrid_override_pattern"]
     assert config.mamba.delta_limit == (0.0, float("inf"))

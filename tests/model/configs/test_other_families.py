@@ -115,6 +115,20 @@ def test_the_registry_finds_the_class(raw: dict[str, Any]) -> None:
             {"rope_scaling": {"type": "yarn", "factor": "x"}},
             "config.json has rope_scaling.factor = 'x'; allowed is a number from 0 up",
         ),
+        (
+            DEEPSEEK,
+            {"rope_scaling": {"type": "yarn", "factor": 0}},
+            "config.json has rope_scaling.factor = 0; allowed is a number above 0",
+        ),
+        (
+            DEEPSEEK,
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10_000}},
+            "config.json has rope_parameters.rope_type = 'llama3'; supported are default and yarn",
+        ),
+        (DEEPSEEK, {"moe_layer_freq": 2}, "config.json has moe_layer_freq = 2; supported is 1"),
+        (DEEPSEEK, {"hidden_act": "gelu"}, "config.json has hidden_act = 'gelu'; supported is 'silu'"),
+        (DEEPSEEK, {"rope_interleave": 1}, "config.json has rope_interleave = 1; allowed are true and false"),
+        (DEEPSEEK, {"q_lora_rank": -1}, "config.json has q_lora_rank = -1; allowed is an integer from 0 up"),
         (DEEPSEEK, {"rope_scaling": 3}, "config.json has rope_scaling = 3; allowed is an object"),
         (
             DEEPSEEK,

@@ -17,9 +17,13 @@ from cluster.sizing.known_models import known_config, known_models
 from cluster.sizing.model_sizes import model_sizes
 from cluster.sizing.sizing import Sizing, size
 from model.blocks.expert_bank import LocalExperts, memory_of_all
-from model.configs.nemotron_h import NemotronHConfig
+from model.configs.deepseek_v3 import DeepseekV3Config
+from model.configs.model_config import ModelConfig
+from model.configs.registry import parse_config
 from model.configs.state_spec import BLOCK_SIZE
 from model.demo import DEMO
+from model.families.checkpoint_family import BackboneModule
+from model.families.deepseek_v3 import DeepseekV3, DeepseekV3Family
 from model.families.nemotron_h import NemotronH, NemotronHFamily
 from model.families.registry import FAMILIES
 from services.args import CHECKPOINT_SHARE, NUM_HOMES, AppArgs
@@ -30,6 +34,7 @@ from services.engine.drafting.drafter import bytes_per_request
 from services.engine.scheduling.memory import plan_memory
 
 NEMOTRONS = [name for name in known_models() if "Nemotron" in name]
+DEEPSEEK = "DeepSeek-V3"
 CONFIG = json.loads((DEMO / "config.json").read_text())
 
 
@@ -131,8 +136,10 @@ def test_the_demo_is_sized_with_the_context_it_has() -> None:
 def test_what_this_version_cannot_serve_is_noted() -> None:
     assert set(SERVED_TYPES) == set(FAMILIES)
     text = " ".join(run("--model", "deepseek-v3").split())
-    assert "Note: this version serves nemotron_h; deepseek_v3 can only be sized." in text
+    assert "this version serves" not in text
     assert "Widening: GPUs widen fp8 weights to bf16 when they load them" in text
+    text = " ".join(run("--model", "qwen3-coder-next").split())
+    assert "Note: this version serves nemotron_h and deepseek_v3; qwen3_next can only be sized." in text
 
 
 @pytest.mark.parametrize(
@@ -176,9 +183,9 @@ def test_a_directory_without_a_config_is_one_sentence(tmp_path: Path) -> None:
 # The tests below compare a sizing with the engine's own numbers.
 
 
-def config_of(name: str) -> tuple[dict[str, Any], NemotronHConfig]:
+def config_of(name: str) -> tuple[dict[str, Any], ModelConfig]:
     raw = CONFIG if name == "demo" else known_config(name)
-    return raw, NemotronHConfig.from_json(raw)
+    return raw, parse_config(raw)
 
 
 def sized(name: str, context: int) -> Sizing:
@@ -186,7 +193,7 @@ def sized(name: str, context: int) -> Sizing:
     return size(raw, GPUS["b200"], "bf16", Slo(48, context, itl_ms=1000.0))
 
 
-@pytest.mark.parametrize("name", ["demo", *NEMOTRONS])
+@pytest.mark.parametrize("name", ["demo", *NEMOTRONS, DEEPSEEK])
 def test_state_and_drafts_are_the_engines(name: str) -> None:
     assert (PAGE, SAVED_SHARE) == (BLOCK_SIZE, CHECKPOINT_SHARE)
     assert (DRAFT_TOKENS, UNREAD_TOKENS) == (DEFAULT_DRAFT_TOKENS, MAX_UNREAD)
@@ -225,14 +232,17 @@ def test_experts_are_the_models(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["demo", *NEMOTRONS])
+@pytest.mark.parametrize("name", ["demo", *NEMOTRONS, DEEPSEEK])
 def test_the_backbones_weights_are_the_models(name: str) -> None:
     """Compare the sizing's bytes of backbone weights with the bytes of the tensors that a backbone holds."""
     _, config = config_of(name)
     with torch.device("meta"):
-        model = NemotronH(config, LocalExperts({}))
+        if isinstance(config, DeepseekV3Config):
+            model: BackboneModule = DeepseekV3(config, LocalExperts({}), with_mtp=True, has_own_head=True)
+        else:
+            model = NemotronH(config, LocalExperts({}))
     weights = model.state_dict().items()
-    fp32 = NemotronHFamily.fp32_parameters
+    fp32 = DeepseekV3Family.fp32_parameters if name == DEEPSEEK else NemotronHFamily.fp32_parameters
     held = sum(tensor.numel() * (4 if name.endswith(fp32) else 2) for name, tensor in weights)
     assert sized(name, 1000).backbone_weight_bytes == held
 

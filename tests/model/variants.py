@@ -1,0 +1,19 @@
+"""`VARIANTS` lists the tiny checkpoints of all families, and `write_variant` writes one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.model import checkpoints, deepseek_checkpoints
+from tests.model.checkpoints import Tiny
+
+NEMOTRON, DEEPSEEK = tuple(checkpoints.VARIANTS), tuple(deepseek_checkpoints.VARIANTS)
+VARIANTS = (*NEMOTRON, *DEEPSEEK)
+QUANTIZED = (*checkpoints.QUANTIZED, *deepseek_checkpoints.QUANTIZED)
+
+
+def write_variant(path: Path, name: str) -> Tiny:
+    """Write the checkpoint of variant `name` to `path`; every call writes the same weights."""
+    if name in DEEPSEEK:
+        return deepseek_checkpoints.write_deepseek(path, name)
+    return checkpoints.write_tiny(path, name)
