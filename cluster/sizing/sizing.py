@@ -143,10 +143,11 @@ def _sizing(fit: Fit) -> Sizing:
 
 def _reasons(fit: Fit, sizing: Sizing) -> Iterator[str]:
     """Yield the sentences that say which constraint decided each number."""
+    kept = "state checkpoints" if sizing.state_bytes_per_request else "pages"
     yield (
         f"Backbones: {_why_backbones(fit, sizing)}. Beside {fit.weight_bytes / GB:.1f} GB of weights, a backbone has "
         f"room for {fit.max_requests:,} requests of {fit.slo.context_len:,} tokens, {fit.request_bytes / GB:.2f} GB "
-        f"each, and for state checkpoints from which later prompts start."
+        f"each, and for {kept} from which later prompts start."
     )
     yield (
         f"Expert GPUs: {_why_shards(fit, sizing)}. The experts take {fit.experts_bytes / GB:.1f} GB, and a shard holds "
