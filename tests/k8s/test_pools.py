@@ -12,7 +12,7 @@ def test_the_pods_are_what_the_application_asks_for(manifests: Manifests) -> Non
     assert pool_faults(manifests) == []
 
 
-@pytest.mark.parametrize("overlay", ["gpu", "gpu-ha", "gpu-fp8", "gpu-nvfp4"])
+@pytest.mark.parametrize("overlay", ["gpu", "gpu-ha", "gpu-fp8", "gpu-nvfp4", "gpu-deepseek"])
 def test_what_is_there_twice_is_on_nodes_apart(overlay: str, rendered: Callable[[str], Manifests]) -> None:
     assert apart_faults(rendered(overlay)) == []
 

@@ -1,4 +1,4 @@
-"""These tests compare the GPU overlays with the sizes from `expertmesh size` for Nemotron 3 Super on H200s."""
+"""These tests compare the GPU overlays with the sizes from `expertmesh size` for their models on H200s."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from cluster.topology import Shard
 from services.args import NUM_HOMES, AppArgs
 from tests.k8s.manifests import Manifest, Manifests, Plant, app_args, container, quantity, rewrite_serve
 
-WANTED: dict[str, tuple[Dtype, Slo]] = {
-    "gpu": ("bf16", Slo()),
-    "gpu-ha": ("bf16", Slo(num_requests=128, min_backbones=2)),
-    "gpu-fp8": ("fp8", Slo()),
-    "gpu-nvfp4": ("nvfp4", Slo()),
+SUPER = "NVIDIA-Nemotron-3-Super-120B-A12B"
+DEEPSEEK = "DeepSeek-V3"
+WANTED: dict[str, tuple[str, Dtype, Slo]] = {
+    "gpu": (SUPER, "bf16", Slo()),
+    "gpu-ha": (SUPER, "bf16", Slo(num_requests=128, min_backbones=2)),
+    "gpu-fp8": (SUPER, "fp8", Slo()),
+    "gpu-nvfp4": (SUPER, "nvfp4", Slo()),
+    "gpu-deepseek": (DEEPSEEK, "fp8", Slo(min_backbones=2)),
 }
-MODEL = "NVIDIA-Nemotron-3-Super-120B-A12B"
 
 
-def size_faults(manifests: Manifests, dtype: Dtype, slo: Slo) -> list[str]:
+def size_faults(manifests: Manifests, model: str, dtype: Dtype, slo: Slo) -> list[str]:
     """Return a sentence for each number in the manifests that differs from the size that `expertmesh size` computes."""
     args = AppArgs(**app_args(manifests))
     (pool,) = args.pools
-    sized = size(known_config(MODEL), gpu_of("h200"), dtype, slo)
+    sized = size(known_config(model), gpu_of("h200"), dtype, slo)
     pairs = {
         "backbone_replicas": (args.backbone_replicas, sized.backbone_gpus),
         "max_requests": (args.max_requests, sized.requests_per_backbone),
@@ -56,9 +58,10 @@ def _memory(manifests: Manifests, group: str) -> int:
 @pytest.mark.parametrize("overlay", WANTED)
 def test_an_overlay_is_as_large_as_it_has_to_be(overlay: str, rendered: Callable[[str], Manifests]) -> None:
     manifests = rendered(overlay)
-    dtype, slo = WANTED[overlay]
-    assert app_args(manifests)["model"].endswith(f"/{MODEL}-{dtype.upper()}")
-    assert size_faults(manifests, dtype, slo) == []
+    model, dtype, slo = WANTED[overlay]
+    directory = "DeepSeek-V3-0324" if model == DEEPSEEK else f"{model}-{dtype.upper()}"
+    assert app_args(manifests)["model"] == f"/models/{directory}"
+    assert size_faults(manifests, model, dtype, slo) == []
 
 
 @pytest.mark.parametrize("overlay", WANTED)
@@ -70,7 +73,8 @@ def test_the_planner_finds_room_for_two_homes(overlay: str, rendered: Callable[[
         Shard(f"s{i}", "", f"node-{i}", pool.name, "cuda", "", int(pool.memory_budget), host_budget=pool.host_budget)
         for i in range(pool.shards)
     ]
-    layers = model_sizes(known_config(MODEL)).layer_specs(WANTED[overlay][0])
+    model, dtype, _ = WANTED[overlay]
+    layers = model_sizes(known_config(model)).layer_specs(dtype)
     check_capacity(layers, shards, NUM_HOMES)
     with pytest.raises(ValueError, match="room for"):
         check_capacity(layers, shards[:1], NUM_HOMES)
